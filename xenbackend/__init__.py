@@ -1,0 +1,5 @@
+"""The only place that knows Xen.
+
+``contract`` says what a hypervisor has to offer; ``simulated`` is one that runs on any machine.
+The paging ring (``ring``) is the same for all: Xen's binary layout.
+"""

@@ -1,0 +1,241 @@
+"""The backend contract: what the daemons ask of a hypervisor, and nothing more.
+
+Calls are synchronous and may take a while, as hypercalls do; those that work on pages take batches and
+release the GIL, so a daemon runs the long ones in a thread.  Page contents are passed as one buffer of
+4096-byte pages; pfns are ``uint64`` arrays.  Errors are :class:`XenError` with Xen's errno.
+
+Names and meanings are Xen's (xen/include/public/memory.h, domctl.h, tools/include/xenctrl.h).
+"""
+
+from __future__ import annotations
+
+import errno as errno_module
+import os
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from xenbackend.ring import PagingRing
+
+PAGE_SIZE = 4096
+"""Bytes of a page (XC_PAGE_SIZE)."""
+
+PfnArray = NDArray[np.uint64]
+Buffer = bytes | bytearray | memoryview
+
+
+class PageStatus(IntEnum):
+    """What :meth:`Domain.read_pages` found at a pfn."""
+
+    DATA = 0
+    ZERO = 1
+    HOLE = 2
+    """No frame, or one that is not memory (mmio)."""
+    PAGED = 3
+    """Paged out, at this host: its contents are elsewhere."""
+    BROKEN = 4
+
+
+class DomainState(Enum):
+    RUNNING = "running"
+    PAUSED = "paused"
+    SUSPENDED = "suspended"
+    INCOMING = "incoming"
+    """Being restored; has never run here."""
+    CRASHED = "crashed"
+
+
+@dataclass(frozen=True)
+class DomainConfig:
+    """What the destination needs to build an empty domain."""
+
+    name: str
+    nr_pfns: int
+    """One more than the highest pfn the guest can have."""
+    max_pages: int
+    """Frames it may own."""
+    vcpus: int
+    platform: bytes
+    """The backend's own description; opaque to the daemons."""
+
+
+@dataclass(frozen=True)
+class DomainInfo:
+    domid: int
+    name: str
+    state: DomainState
+    nr_pfns: int
+    tot_pages: int
+    vcpus: int
+    reason: str = ""
+    """Why it crashed."""
+
+
+class XenError(Exception):
+    """A hypercall failed.
+
+    ``errno`` is Xen's; ``pfn`` the one it failed at, if any; ``done`` how many pfns of the batch, from its start,
+    were handled before.
+    """
+
+    def __init__(self, operation: str, errno: int, *, pfn: int | None = None, done: int = 0, why: str = ""):
+        self.operation = operation
+        self.errno = errno
+        self.pfn = pfn
+        self.done = done
+        name = errno_module.errorcode.get(errno, str(errno))
+        where = f" at pfn {pfn:#x}" if pfn is not None else ""
+        super().__init__(f"{operation}{where}: {why or os.strerror(errno)} ({name})")
+
+
+class NoSuchDomainError(XenError):
+    def __init__(self, domain: str | int):
+        super().__init__(f"domain {domain!r}", errno_module.ESRCH, why="there is no such domain on this host")
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """Whether a host can take a domain in; ``problems`` are sentences that say what to do."""
+
+    problems: tuple[str, ...]
+    populate_evicted: str
+    """``native`` (the hypercall), ``fallback`` (populate, nominate, evict) or ``none``."""
+
+
+class Domain(ABC):
+    """A handle to one domain.  Closing it leaves the domain as it is."""
+
+    domid: int
+    nr_pfns: int
+
+    @abstractmethod
+    def info(self) -> DomainInfo: ...
+
+    @abstractmethod
+    def config(self) -> DomainConfig: ...
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give up mappings and references.  Can be called twice."""
+
+    # ---- running ----
+    @abstractmethod
+    def suspend(self) -> None:
+        """Stop the guest at a point from which its context can be taken; returns when no vCPU runs."""
+
+    @abstractmethod
+    def resume(self) -> None:
+        """Let a guest that was suspended here go on here."""
+
+    @abstractmethod
+    def start(self) -> None:
+        """First run of a restored domain at this host.
+
+        Raises ``XenError`` (EINVAL) when the guest died of it, as it does where a frame that it registers
+        by number is paged out.
+        """
+
+    @abstractmethod
+    def destroy(self) -> None: ...
+
+    @abstractmethod
+    def context(self) -> bytes:
+        """vCPU and device context of a suspended domain; opaque."""
+
+    @abstractmethod
+    def set_context(self, context: bytes) -> None:
+        """Raises ``XenError`` (EINVAL) for bytes that are no context of such a domain."""
+
+    # ---- log-dirty ----
+    @abstractmethod
+    def log_dirty_enable(self) -> None:
+        """From here on every written page is recorded.  No page counts as dirty yet."""
+
+    @abstractmethod
+    def log_dirty_disable(self) -> None: ...
+
+    @abstractmethod
+    def log_dirty(self, *, clean: bool) -> NDArray[np.uint8]:
+        """The record, and with ``clean`` an empty one from here on (XEN_DOMCTL_SHADOW_OP_PEEK, _CLEAN).
+
+        A bitmap of at least ``nr_pfns`` bits, least significant bit first.
+        """
+
+    # ---- pages ----
+    @abstractmethod
+    def read_pages(self, pfns: PfnArray, out: memoryview) -> NDArray[np.uint8]:
+        """Copy pages out: a :class:`PageStatus` per pfn, and in ``out`` the DATA pages one behind the other.
+
+        ``out`` must have room for ``len(pfns)`` pages.  Reading takes no lasting reference.
+        """
+
+    @abstractmethod
+    def present(self, pfns: PfnArray) -> NDArray[np.bool_]:
+        """Which of the pfns are memory of the domain: a frame, or one that is paged out."""
+
+    @abstractmethod
+    def populate(self, pfns: PfnArray) -> None:
+        """Give holes and paged-out pfns a frame of zeros.  EINVAL where there is one."""
+
+    @abstractmethod
+    def depopulate(self, pfns: PfnArray) -> None:
+        """Make populated pfns holes (XENMEM_decrease_reservation)."""
+
+    @abstractmethod
+    def write_pages(self, pfns: PfnArray, pages: Buffer | None) -> None:
+        """Write to populated pfns; ``None`` writes zeros.  ENOENT for one that is paged out."""
+
+    @abstractmethod
+    def pinned(self) -> PfnArray:
+        """pfns that the hypervisor or dom0 takes by number and that must be present before the guest runs."""
+
+    # ---- paging ----
+    @abstractmethod
+    def paging_enable(self) -> PagingRing:
+        """Become the domain's pager.  EBUSY when it has one."""
+
+    @abstractmethod
+    def paging_disable(self) -> None:
+        """Give the ring up.  A guest that touches a paged-out pfn afterwards crashes."""
+
+    @abstractmethod
+    def populate_evicted(self, pfns: PfnArray) -> None:
+        """Make holes and populated pfns alike paged out; their contents are gone.
+
+        Stops at the first pfn that cannot be (EBUSY: extra references, type counts, mmio, broken, paged
+        already); ``XenError.done`` says how many were done.  ENODEV without a ring.
+        """
+
+    @abstractmethod
+    def load(self, pfns: PfnArray, pages: Buffer | None) -> NDArray[np.int32]:
+        """Give paged-out pfns their contents (``None``: zeros): 0, or ``-ENOENT`` for a pfn that is not paged out.
+
+        The guest sees the page when this returns.  A page that is there is never overwritten.
+        """
+
+
+class Hypervisor(ABC):
+    """One host's Xen."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+    @abstractmethod
+    def domains(self) -> list[DomainInfo]: ...
+
+    @abstractmethod
+    def open(self, domain: str | int) -> Domain:
+        """By name or domid.  Raises :class:`NoSuchDomainError`."""
+
+    @abstractmethod
+    def preflight(self, config: DomainConfig, *, paging: bool) -> Preflight:
+        """Could this domain be built here now, and be paged?  Changes nothing."""
+
+    @abstractmethod
+    def create_incoming(self, config: DomainConfig) -> Domain:
+        """An empty domain, all holes, to restore into.  EEXIST: its name is in use; ENOMEM."""

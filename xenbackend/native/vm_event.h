@@ -1,0 +1,57 @@
+/*
+ * The paging ring's binary layout, as Xen 4.17 has it.
+ *
+ * One 4 KiB page is shared between the hypervisor (front end: it asks) and
+ * the pager (back end: it answers).  Four free-running 32-bit indices stand at
+ * its start, the slots follow.  Requests and responses use the same slots:
+ * response number r goes where request number r was, which the pager has
+ * consumed by then, so rsp_prod never overtakes the pager's req_cons.
+ *
+ * Sources: xen/include/public/vm_event.h (VM_EVENT_INTERFACE_VERSION 7) and
+ * xen/include/public/io/ring.h.
+ */
+#ifndef XEN_POSTCOPY_VM_EVENT_H
+#define XEN_POSTCOPY_VM_EVENT_H
+
+#include <stdint.h>
+#include <string.h>
+
+#define VM_EVENT_INTERFACE_VERSION 7
+#define VM_EVENT_SIZE 400        /* sizeof(vm_event_request_t) */
+#define VM_EVENT_SLOTS 8         /* (4096 - 64) / 400, down to a power of two */
+#define VM_EVENT_REASON_MEM_PAGING 3
+#define VM_EVENT_FLAG_VCPU_PAUSED 1
+#define MEM_PAGING_DROP_PAGE 1
+#define MEM_PAGING_EVICT_FAIL 2
+
+struct vm_event {
+    uint32_t version;
+    uint32_t flags;
+    uint32_t reason;
+    uint32_t vcpu_id;
+    uint16_t altp2m_idx;
+    uint16_t pad[3];
+    uint64_t gfn;                /* u.mem_paging.gfn */
+    uint32_t p2mt;               /* u.mem_paging.p2mt */
+    uint32_t paging_flags;       /* u.mem_paging.flags */
+    uint8_t rest[VM_EVENT_SIZE - 40];
+};
+
+struct vm_event_sring {
+    uint32_t req_prod, req_event;
+    uint32_t rsp_prod, rsp_event;
+    uint8_t pad[48];
+    struct vm_event slot[VM_EVENT_SLOTS];
+};
+
+_Static_assert(sizeof(struct vm_event) == VM_EVENT_SIZE, "vm_event size");
+_Static_assert(__builtin_offsetof(struct vm_event, gfn) == 24, "gfn offset");
+_Static_assert(__builtin_offsetof(struct vm_event, p2mt) == 32, "p2mt offset");
+_Static_assert(__builtin_offsetof(struct vm_event_sring, slot) == 64, "slot offset");
+
+static inline struct vm_event *vm_event_slot(struct vm_event_sring *ring, uint32_t index)
+{
+    return &ring->slot[index % VM_EVENT_SLOTS];
+}
+
+#endif

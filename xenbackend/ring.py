@@ -1,0 +1,88 @@
+"""The pager's end of the paging ring: requests out, responses in, one for each.
+
+The same for every backend: the page has Xen's layout (``native/vm_event.h``), the event channel is a file
+descriptor that becomes readable.  Nothing here waits.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from xenbackend._ring import ffi, lib
+from xenbackend.contract import XenError
+
+VM_EVENT_FLAG_VCPU_PAUSED = 1
+MEM_PAGING_DROP_PAGE = 1
+MEM_PAGING_EVICT_FAIL = 2
+VM_EVENT_SLOTS = 8
+"""Requests that can be open at once (4 KiB ring, 400-byte events)."""
+
+
+@dataclass(frozen=True, slots=True)
+class PagingRequest:
+    """One request; hand the same object to :meth:`PagingRing.respond`."""
+
+    pfn: int
+    vcpu: int
+    flags: int
+    paging_flags: int
+    p2m_type: int
+
+    @property
+    def is_drop(self) -> bool:
+        """The guest gave the page away; nobody waits."""
+        return bool(self.paging_flags & MEM_PAGING_DROP_PAGE)
+
+    @property
+    def eviction_failed(self) -> bool:
+        """The page was touched between nomination and eviction and is still there."""
+        return bool(self.paging_flags & MEM_PAGING_EVICT_FAIL)
+
+    @property
+    def vcpu_waits(self) -> bool:
+        return bool(self.flags & VM_EVENT_FLAG_VCPU_PAUSED)
+
+
+class PagingRing:
+    """``page`` is the shared page (anything with the buffer protocol, writable, 4096 bytes)."""
+
+    def __init__(self, page: Any, event_fd: int, acknowledge: Callable[[], None], notify: Callable[[], None]):
+        self._page = ffi.from_buffer(page, require_writable=True)
+        self._state = ffi.new("struct ring_state *", {"page": self._page})
+        self._batch = ffi.new("struct ring_request[]", VM_EVENT_SLOTS)
+        self._event_fd = event_fd
+        self._acknowledge = acknowledge
+        self._notify = notify
+
+    def fileno(self) -> int:
+        """Readable when there may be requests."""
+        return self._event_fd
+
+    def requests(self) -> list[PagingRequest]:
+        """Everything asked since the last call.  Raises ``XenError`` (EPROTO) for a corrupt ring."""
+        self._acknowledge()
+        n = lib.ring_consume(self._state, self._batch)
+        if n < 0:
+            raise XenError("paging ring", -n, why="the ring is corrupt or of another interface version")
+        return [
+            PagingRequest(r.gfn, r.vcpu_id, r.flags, r.paging_flags, r.p2mt)
+            for r in (self._batch[i] for i in range(n))
+        ]
+
+    def respond(self, requests: Iterable[PagingRequest]) -> None:
+        """Answer requests; their vCPUs go on.  Raises ``XenError`` (EINVAL) for more answers than questions."""
+        batch = [(r.pfn, r.vcpu, r.flags, r.paging_flags, r.p2m_type) for r in requests]
+        if not batch:
+            return
+        rc = lib.ring_respond(self._state, ffi.new("struct ring_request[]", batch), len(batch))
+        if rc:
+            raise XenError("paging ring", errno.EINVAL, why="more responses than requests")
+        self._notify()
+
+    def close(self) -> None:
+        """Let go of the shared page; the ring itself stays as it is."""
+        self._state.page = ffi.NULL
+        ffi.release(self._page)

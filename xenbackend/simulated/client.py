@@ -1,0 +1,264 @@
+"""The backend that daemons attach to a simulated host with: the contract, over shared memory."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xenbackend.contract import (
+    PAGE_SIZE,
+    Buffer,
+    Domain,
+    DomainConfig,
+    DomainInfo,
+    DomainState,
+    Hypervisor,
+    NoSuchDomainError,
+    PfnArray,
+    Preflight,
+    XenError,
+)
+from xenbackend.ring import PagingRing
+from xenbackend.simulated._sim import ffi, lib
+from xenbackend.simulated.rpc import HostConnection
+
+RAM_TYPES = (lib.P2M_RAM_RW, lib.P2M_RAM_LOGDIRTY)
+PAGING_TYPES = (lib.P2M_RAM_PAGING_OUT, lib.P2M_RAM_PAGED, lib.P2M_RAM_PAGING_IN)
+
+
+def domain_info(fields: dict[str, Any]) -> DomainInfo:
+    return DomainInfo(**{**fields, "state": DomainState(fields["state"])})
+
+
+def _pfns(pfns: PfnArray) -> Any:
+    return ffi.from_buffer("uint64_t[]", np.ascontiguousarray(pfns, dtype=np.uint64))
+
+
+def _pages(pages: Buffer | None, count: int) -> Any:
+    if pages is None:
+        return ffi.NULL
+    if len(pages) < count * PAGE_SIZE:
+        raise ValueError(f"{len(pages)} bytes are not {count} pages")
+    return ffi.from_buffer("uint8_t[]", pages)
+
+
+class SimulatedDomain(Domain):
+    def __init__(self, host: SimulatedHypervisor, domid: int):
+        self._host = host
+        self.domid = domid
+        reply, fds = host.call_fds("attach", domid=domid)
+        control_fd, self._memory_fd = fds
+        self._map = ffi.new("struct sim_map *")
+        rc = lib.sim_attach(self._map, control_fd, self._memory_fd, host.client_id)
+        os.close(control_fd)
+        if rc:
+            raise XenError("attach", -rc)
+        self.nr_pfns: int = self._map.dom.nr_pfns
+        self._native_populate_evicted: bool = reply["populate_evicted"]
+        self._ring_fds: list[int] = []
+
+    # ---- life ----
+    def info(self) -> DomainInfo:
+        return domain_info(self._host.call("info", domid=self.domid))
+
+    def config(self) -> DomainConfig:
+        return DomainConfig(**self._host.call("config", domid=self.domid))
+
+    def close(self) -> None:
+        lib.sim_detach(self._map)
+        for fd in (self._memory_fd, *self._ring_fds):
+            if fd >= 0:
+                os.close(fd)
+        self._memory_fd, self._ring_fds = -1, []
+
+    def suspend(self) -> None:
+        self._host.call("suspend", domid=self.domid)
+
+    def resume(self) -> None:
+        self._host.call("resume", domid=self.domid)
+
+    def start(self) -> None:
+        self._host.call("start", domid=self.domid)
+
+    def destroy(self) -> None:
+        self._host.call("destroy", domid=self.domid)
+
+    def context(self) -> bytes:
+        return bytes(self._host.call("context", domid=self.domid))
+
+    def set_context(self, context: bytes) -> None:
+        self._host.call("set_context", domid=self.domid, context=context)
+
+    # ---- log-dirty ----
+    def log_dirty_enable(self) -> None:
+        self._host.call("log_dirty", domid=self.domid, enable=True)
+
+    def log_dirty_disable(self) -> None:
+        self._host.call("log_dirty", domid=self.domid, enable=False)
+
+    def log_dirty(self, *, clean: bool) -> NDArray[np.uint8]:
+        bitmap = np.empty((self.nr_pfns + 63) // 64 * 8, dtype=np.uint8)
+        lib.sim_log_dirty(self._map, ffi.from_buffer("uint64_t[]", bitmap), clean)
+        return bitmap
+
+    # ---- pages ----
+    def read_pages(self, pfns: PfnArray, out: memoryview) -> NDArray[np.uint8]:
+        status = np.empty(len(pfns), dtype=np.uint8)
+        if len(pfns):
+            lib.sim_read(
+                self._map, _pfns(pfns), len(pfns), _pages(out, len(pfns)), ffi.from_buffer("uint8_t[]", status)
+            )
+        return status
+
+    def present(self, pfns: PfnArray) -> NDArray[np.bool_]:
+        return np.isin(self.p2m_types(pfns), (*RAM_TYPES, *PAGING_TYPES))
+
+    def populate(self, pfns: PfnArray) -> None:
+        self._batch("populate_physmap", lib.sim_populate, pfns)
+
+    def depopulate(self, pfns: PfnArray) -> None:
+        self._batch("decrease_reservation", lib.sim_depopulate, pfns)
+
+    def write_pages(self, pfns: PfnArray, pages: Buffer | None) -> None:
+        self._batch("foreign write", lib.sim_write, pfns, _pages(pages, len(pfns)))
+
+    def pinned(self) -> PfnArray:
+        pfns = np.empty(min(self.nr_pfns, 65536), dtype=np.uint64)
+        n = lib.sim_pinned(self._map, ffi.from_buffer("uint64_t[]", pfns), len(pfns))
+        if n > len(pfns):
+            raise XenError("pinned set", errno.E2BIG, why=f"{n} pages are held by number")
+        return pfns[:n].copy()
+
+    # ---- paging ----
+    def paging_enable(self) -> PagingRing:
+        _reply, fds = self._host.call_fds("paging_enable", domid=self.domid)
+        ring_fd, request_fd, response_fd = fds
+        page = mmap.mmap(ring_fd, PAGE_SIZE)
+        os.close(ring_fd)
+        self._ring_fds = [request_fd, response_fd]
+
+        def acknowledge() -> None:
+            try:
+                os.eventfd_read(request_fd)
+            except BlockingIOError:
+                pass
+
+        return PagingRing(page, request_fd, acknowledge, lambda: os.eventfd_write(response_fd, 1))
+
+    def paging_disable(self) -> None:
+        self._host.call("paging_disable", domid=self.domid)
+
+    def populate_evicted(self, pfns: PfnArray) -> None:
+        if self._native_populate_evicted:
+            self._batch("populate_evicted", lib.sim_populate_evicted, pfns)
+        else:
+            self._evict_one_by_one(pfns)
+
+    def _evict_one_by_one(self, pfns: PfnArray) -> None:
+        """What a hypervisor without the batched op offers: populate the holes, nominate, evict."""
+        holes = ~self.present(pfns)
+        for done, pfn in enumerate(pfns):
+            if holes[done]:
+                try:
+                    self.populate(pfns[done : done + 1])
+                except XenError as error:
+                    why = errno.EINVAL if pfn >= self.nr_pfns else errno.EBUSY
+                    raise XenError("populate_evicted", why, pfn=int(pfn), done=done) from error
+            rc = lib.sim_nominate(self._map, pfn) or lib.sim_evict(self._map, pfn)
+            if rc:
+                raise XenError("populate_evicted", -rc, pfn=int(pfn), done=done)
+
+    def load(self, pfns: PfnArray, pages: Buffer | None) -> NDArray[np.int32]:
+        results = np.empty(len(pfns), dtype=np.int32)
+        if len(pfns):
+            rc = lib.sim_load(
+                self._map, _pfns(pfns), len(pfns), _pages(pages, len(pfns)), ffi.from_buffer("int32_t[]", results)
+            )
+            if rc < 0:
+                raise XenError("mem_paging_load", -rc)
+        return results
+
+    def _batch(self, operation: str, call: Callable[..., int], pfns: PfnArray, *arguments: Any) -> None:
+        if not len(pfns):
+            return
+        done = ffi.new("size_t *")
+        rc = call(self._map, _pfns(pfns), len(pfns), *arguments, done)
+        if rc:
+            # A batch that was not begun (no ring, say) failed at no pfn.
+            pfn = None if rc == -errno.ENODEV else int(pfns[done[0]])
+            raise XenError(operation, -rc, pfn=pfn, done=done[0])
+
+    # ---- beyond the contract: for tests, verification and tools of the simulated host ----
+    def set_page(self, pfn: int, *, p2m_type: int = -1, refs: int = -1, type_count: int = -1) -> None:
+        """Bring about what makes real Xen answer EBUSY: extra references, type counts, mmio, broken."""
+        rc = lib.sim_set_page(self._map, pfn, p2m_type, refs, type_count)
+        if rc:
+            raise XenError("set_page", -rc, pfn=pfn)
+
+    def p2m_types(self, pfns: PfnArray) -> NDArray[np.uint8]:
+        types = np.empty(len(pfns), dtype=np.uint8)
+        if len(pfns):
+            lib.sim_page_types(self._map, _pfns(pfns), len(pfns), ffi.from_buffer("uint8_t[]", types))
+        return types
+
+    def report(self) -> dict[str, Any]:
+        """What the guest itself has counted and measured; see the host's ``report``."""
+        result: dict[str, Any] = self._host.call("report", domid=self.domid)
+        return result
+
+    def raw_memory(self, first_pfn: int, pages: memoryview) -> None:
+        """The memory file's bytes, whatever the p2m says of them."""
+        os.preadv(self._memory_fd, [pages], first_pfn * PAGE_SIZE)
+
+
+class SimulatedHypervisor(Hypervisor):
+    """Attached to the host that listens at ``path``.  Raises ``XenError`` when there is none."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self._connection = HostConnection(path)
+        self._lock = threading.Lock()
+        self.client_id = self._connection.client_id
+
+    def call(self, op: str, **arguments: Any) -> Any:
+        with self._lock:
+            return self._connection.call(op, **arguments)
+
+    def call_fds(self, op: str, **arguments: Any) -> tuple[Any, list[int]]:
+        with self._lock:
+            return self._connection.call_fds(op, **arguments)
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def domains(self) -> list[DomainInfo]:
+        return [domain_info(fields) for fields in self.call("list")]
+
+    def open(self, domain: str | int) -> SimulatedDomain:
+        for info in self.domains():
+            if domain in (info.name, info.domid, str(info.domid)):
+                return SimulatedDomain(self, info.domid)
+        raise NoSuchDomainError(domain)
+
+    def preflight(self, config: DomainConfig, *, paging: bool) -> Preflight:
+        reply = self.call("preflight", config=config.__dict__, paging=paging)
+        return Preflight(tuple(reply["problems"]), reply["populate_evicted"])
+
+    def create_incoming(self, config: DomainConfig) -> SimulatedDomain:
+        return SimulatedDomain(self, self.call("create_incoming", config=config.__dict__))
+
+    # ---- beyond the contract ----
+    def create_guest(self, spec: bytes) -> SimulatedDomain:
+        """Boot a guest (a ``GuestSpec``'s bytes)."""
+        return SimulatedDomain(self, self.call("create", spec=spec))
+
+    def history(self) -> list[dict[str, Any]]:
+        """The last reports of domains that are gone."""
+        result: list[dict[str, Any]] = self.call("history")
+        return result

@@ -1,0 +1,157 @@
+"""Guests of the simulated host: memory, program, options.
+
+A guest's program is a pure function of its options and of how many steps each vCPU has done; see
+``native/program.c`` for the theory.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import msgpack
+
+from xenbackend.contract import PAGE_SIZE, DomainConfig
+from xenbackend.simulated._sim import ffi, lib
+
+WORKLOADS = {
+    "random": lib.PROGRAM_RANDOM,
+    "sequential": lib.PROGRAM_SEQUENTIAL,
+    "hotset": lib.PROGRAM_HOTSET,
+    "stride": lib.PROGRAM_STRIDE,
+    "idle": lib.PROGRAM_RANDOM,
+}
+IDLE_RATE = 50
+"""Accesses a second and vCPU of the mostly idle guest."""
+MAX_VCPUS: int = lib.SIM_MAX_VCPUS
+MAX_MEMORY_BYTES = 2**40
+
+
+class GuestOptionError(ValueError):
+    """An option that makes no sense; the text says which and why."""
+
+
+@dataclass(frozen=True)
+class GuestSpec:
+    """A guest, as its creator wants it.  Raises :class:`GuestOptionError` where that cannot be."""
+
+    name: str
+    memory_bytes: int
+    vcpus: int = 1
+    workload: str = "random"
+    working_set_bytes: int | None = None
+    """Bytes that the program touches, from pfn 0; default: half of the memory."""
+    write_permille: int = 1000
+    rate: int | None = None
+    """Accesses a second and vCPU; ``None``: as fast as it can (idle: 50)."""
+    stride_pages: int = 16
+    image: str | None = None
+    """A file with the first pages of the memory; the rest is zero.  ``None``: generated."""
+    zero_permille: int = 250
+    """Share of zero pages in a generated image."""
+    balloon_pages: int = 0
+    balloon_every: int = 100
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        def require(ok: bool, message: str) -> None:
+            if not ok:
+                raise GuestOptionError(message)
+
+        require(bool(self.name) and len(self.name) <= 64 and self.name.isprintable(), "the guest needs a name of 1 to 64 characters")
+        require(1 <= self.vcpus <= MAX_VCPUS, f"{self.vcpus} vCPUs: a guest has 1 to {MAX_VCPUS}")
+        require(self.memory_bytes % PAGE_SIZE == 0, f"memory of {self.memory_bytes} bytes is not a multiple of {PAGE_SIZE}")
+        require(
+            64 * PAGE_SIZE <= self.memory_bytes <= MAX_MEMORY_BYTES,
+            f"memory of {self.memory_bytes} bytes: a guest has 256 KiB to 1 TiB",
+        )
+        require(self.workload in WORKLOADS, f"unknown workload {self.workload!r}: one of {', '.join(WORKLOADS)}")
+        require(self.rate is None or self.rate >= 1, f"a rate of {self.rate} accesses a second: at least 1, or none for as fast as it can")
+        require(0 <= self.write_permille <= 1000, "the share of writes is 0 to 1")
+        require(0 <= self.zero_permille <= 1000, "the share of zero pages is 0 to 1")
+        require(self.stride_pages >= 1, f"a stride of {self.stride_pages} pages: at least 1")
+        require(self.balloon_pages >= 0 and self.balloon_every >= 1, "ballooning: pages at least 0, one after every 1 or more accesses")
+        require(0 <= self.seed < 2**63, "a seed is 0 to 2^63 - 1")
+        if self.working_set_bytes is not None:
+            require(
+                self.working_set_bytes <= self.memory_bytes,
+                f"a working set of {self.working_set_bytes} bytes is above the memory of {self.memory_bytes}",
+            )
+            require(self.working_set_bytes >= PAGE_SIZE, "a working set has at least one page (4096 bytes)")
+        require(
+            self.balloon_pages == 0 or self.working_pages + self.vcpus + self.balloon_pages <= self.nr_pfns,
+            "the balloon cannot take pages of the working set: make one of them smaller",
+        )
+
+    @property
+    def nr_pfns(self) -> int:
+        return self.memory_bytes // PAGE_SIZE
+
+    @property
+    def working_pages(self) -> int:
+        """Pages of the working set."""
+        return (self.working_set_bytes or self.memory_bytes // 2) // PAGE_SIZE
+
+    def check_image(self) -> None:
+        """Raises :class:`GuestOptionError` for an image that cannot be loaded."""
+        if self.image is None:
+            return
+        size = image_bytes(self.image)
+        if size > self.memory_bytes:
+            raise GuestOptionError(
+                f"image {self.image} has {size} bytes, more than the guest's memory ({self.memory_bytes}): give it more --memory"
+            )
+
+    def program(self) -> Any:
+        """The native ``struct sim_program``."""
+        program = ffi.new("struct sim_program *")
+        program.kind = WORKLOADS[self.workload]
+        program.nr_vcpus = self.vcpus
+        program.seed = self.seed
+        program.pages = self.working_pages
+        program.stride = self.stride_pages
+        program.write_permille = self.write_permille
+        program.generated = self.image is None
+        program.rate = self.rate or (IDLE_RATE if self.workload == "idle" else 0)
+        program.balloon_pages = self.balloon_pages
+        program.balloon_every = self.balloon_every
+        program.image_seed = self.seed ^ 0x1A6E
+        program.zero_permille = self.zero_permille
+        return program
+
+    def to_bytes(self) -> bytes:
+        return bytes(msgpack.packb(asdict(self)))
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> GuestSpec:
+        """Raises :class:`GuestOptionError` for anything that is not a guest."""
+        try:
+            options = msgpack.unpackb(data, strict_map_key=True)
+            known = {field.name for field in fields(cls)}
+            if not isinstance(options, dict) or set(options) != known:
+                raise GuestOptionError("not the description of a simulated guest")
+            for field in fields(cls):
+                value = options[field.name]
+                kinds = (str,) if str(field.type).startswith("str") else (int,)
+                if not (isinstance(value, kinds) or (value is None and "None" in str(field.type))):
+                    raise GuestOptionError(f"not the description of a simulated guest: {field.name}")
+            return cls(**options)
+        except (ValueError, msgpack.UnpackException) as error:
+            raise GuestOptionError(str(error)) from error
+
+    def domain_config(self) -> DomainConfig:
+        return DomainConfig(self.name, self.nr_pfns, self.nr_pfns, self.vcpus, self.to_bytes())
+
+
+def image_bytes(path: str) -> int:
+    """Size of a memory image.  Raises :class:`GuestOptionError` unless it is whole pages."""
+    try:
+        size = os.stat(path).st_size
+    except OSError as error:
+        raise GuestOptionError(f"image {path}: {error.strerror}") from error
+    if size == 0 or size % PAGE_SIZE:
+        raise GuestOptionError(
+            f"image {path} has {size} bytes: a memory image is a multiple of {PAGE_SIZE} (pad it with: truncate -s %{PAGE_SIZE} FILE)"
+        )
+    return size

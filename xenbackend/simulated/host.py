@@ -1,0 +1,406 @@
+"""The simulated host: the process that stands for the hypervisor and its guests.
+
+It owns the domains (memory, p2m and log-dirty bitmap in memory files, vCPUs as native threads) and answers
+control requests on a Unix socket; page operations do not pass through it.  When a client goes away, the p2m entries
+that it held are repaired, as a hypercall of a dying process is finished or undone by a real one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import socket
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+import trio
+
+from xenbackend.contract import PAGE_SIZE, DomainConfig, DomainState, XenError
+from xenbackend.simulated._sim import ffi, lib
+from xenbackend.simulated.guest import GuestOptionError, GuestSpec
+from xenbackend.simulated.rpc import MAX_FDS, MAX_MESSAGE, pack, unpack
+
+HOST_OWNER = 255
+MAX_CLIENTS = 254
+CRASH_TEXT = {
+    lib.CRASH_VCPU_INFO: "register_vcpu_info failed: err=-22 (vCPU {vcpu}, pfn {pfn:#x} is paged out)",
+    lib.CRASH_NO_RING: "vCPU {vcpu} touched paged-out pfn {pfn:#x} and nobody serves the paging ring",
+    lib.CRASH_BAD_ACCESS: "vCPU {vcpu} touched pfn {pfn:#x}, which is no memory",
+}
+Reply = tuple[Any, list[int]]
+
+
+class HostedDomain:
+    """One domain: its memory files, its native half, its state."""
+
+    def __init__(self, domid: int, spec: GuestSpec, config: DomainConfig):
+        self.domid = domid
+        self.spec = spec
+        self.config = config
+        self.ever_ran = False
+        self.suspended = False
+        self.ring_fds: list[int] = []
+        self._ring_page: Any = None
+        self.control_fd = os.memfd_create(f"domain-{domid}-control")
+        self.memory_fd = os.memfd_create(f"domain-{domid}-memory")
+        os.ftruncate(self.control_fd, lib.sim_control_bytes(config.nr_pfns))
+        os.ftruncate(self.memory_fd, config.nr_pfns * PAGE_SIZE)
+        self.map = ffi.new("struct sim_map *")
+        rc = lib.sim_attach(self.map, self.control_fd, self.memory_fd, HOST_OWNER)
+        if rc:
+            raise XenError("create", -rc)
+        self.dom = self.map.dom
+        self.dom.magic = lib.SIM_MAGIC
+        self.dom.nr_pfns = config.nr_pfns
+        self.dom.nr_vcpus = config.vcpus
+        self.dom.program = spec.program()[0]
+        for vcpu in range(config.vcpus):
+            self.dom.vcpu[vcpu].vcpu_info_pfn = config.nr_pfns - 1 - vcpu
+        self.p2m = np.frombuffer(ffi.buffer(self.map.p2m, config.nr_pfns * 4), dtype=np.uint32)
+        self.p2m[:] = lib.P2M_HOLE
+        self.native = lib.sim_host_new(self.map)
+
+    def boot(self) -> None:
+        """All memory there, with the image in it; then the guest runs."""
+        self.p2m[:] = lib.P2M_RAM_RW
+        self.dom.tot_pages = self.dom.nr_pfns
+        if self.spec.image is None:
+            lib.sim_generate_image(self.map, 0, self.dom.nr_pfns)
+        else:
+            memory = memoryview(ffi.buffer(self.map.memory, self.spec.memory_bytes))
+            at = 0
+            with open(self.spec.image, "rb", buffering=0) as image:
+                while n := image.readinto(memory[at : at + 2**24]):
+                    at += n
+            self.p2m[: at // PAGE_SIZE] |= np.uint32(1 << 23)
+        self.start()
+
+    def start(self) -> None:
+        self.ever_ran = True
+        self.suspended = False
+        rc = lib.sim_host_resume_guest(self.native)
+        lib.sim_host_unpause(self.native)
+        if rc:
+            raise XenError("start", -rc, why=self.reason)
+
+    def suspend(self) -> None:
+        if self.suspended or self.dom.crash or not self.ever_ran:
+            raise XenError("suspend", errno.EINVAL, why=f"the domain is {self.state.value}")
+        lib.sim_host_pause(self.native)
+        self.suspended = True
+
+    def resume(self) -> None:
+        if not self.suspended:
+            raise XenError("resume", errno.EINVAL, why=f"the domain is {self.state.value}, not suspended")
+        self.suspended = False
+        lib.sim_host_unpause(self.native)
+
+    @property
+    def state(self) -> DomainState:
+        if self.dom.crash:
+            return DomainState.CRASHED
+        if self.suspended:
+            return DomainState.SUSPENDED
+        return DomainState.RUNNING if self.ever_ran else DomainState.INCOMING
+
+    @property
+    def reason(self) -> str:
+        text: str = CRASH_TEXT.get(self.dom.crash, "")
+        return text.format(vcpu=self.dom.crash_vcpu, pfn=self.dom.crash_pfn)
+
+    def info(self) -> dict[str, Any]:
+        return {
+            "domid": self.domid,
+            "name": self.config.name,
+            "state": self.state.value,
+            "nr_pfns": self.dom.nr_pfns,
+            "tot_pages": self.dom.tot_pages,
+            "vcpus": self.dom.nr_vcpus,
+            "reason": self.reason,
+        }
+
+    def context(self) -> bytes:
+        if not self.suspended:
+            raise XenError("context", errno.EINVAL, why="only a suspended domain has a context to take")
+        vcpus = [self.dom.vcpu[v] for v in range(self.dom.nr_vcpus)]
+        return bytes(msgpack.packb([[v.count, v.errors, v.first_error_pfn, v.vcpu_info_pfn] for v in vcpus]))
+
+    def set_context(self, context: bytes) -> None:
+        try:
+            vcpus = msgpack.unpackb(context)
+            if self.ever_ran or len(vcpus) != self.dom.nr_vcpus:
+                raise ValueError
+            for vcpu, (count, errors, first_error_pfn, vcpu_info_pfn) in enumerate(vcpus):
+                if vcpu_info_pfn >= self.dom.nr_pfns:
+                    raise ValueError
+                arch = self.dom.vcpu[vcpu]
+                arch.count, arch.errors = count, errors
+                arch.first_error_pfn, arch.vcpu_info_pfn = first_error_pfn, vcpu_info_pfn
+        except (ValueError, TypeError, OverflowError, msgpack.UnpackException) as error:
+            raise XenError("set_context", errno.EINVAL, why="not a context of this domain") from error
+
+    def report(self) -> dict[str, Any]:
+        """What the guest has counted: positions, errors, its stalls (8 buckets to each power of two of microseconds)."""
+        vcpus = []
+        for v in range(self.dom.nr_vcpus):
+            arch = self.dom.vcpu[v]
+            stalls = ffi.unpack(arch.stalls, lib.SIM_STALL_BUCKETS)
+            vcpus.append(
+                {
+                    "count": arch.count,
+                    "errors": arch.errors,
+                    "first_error_pfn": arch.first_error_pfn,
+                    "faults": arch.faults,
+                    "block_ns": arch.block_ns,
+                    "max_block_ns": arch.max_block_ns,
+                    "first_instruction_ns": arch.first_instruction_ns,
+                    "stalls": {bucket: n for bucket, n in enumerate(stalls) if n},
+                }
+            )
+        return {
+            **self.info(),
+            "vcpu": vcpus,
+            "paged_pages": self.dom.paged_pages,
+            "spurious_responses": self.dom.spurious_responses,
+            "premature_responses": self.dom.premature_responses,
+            "lost_drops": self.dom.lost_drops,
+        }
+
+    def paging_enable(self) -> list[int]:
+        if self.ring_fds:
+            raise XenError("mem_paging_enable", errno.EBUSY, why="the domain has a pager already")
+        ring = os.memfd_create(f"domain-{self.domid}-ring")
+        os.ftruncate(ring, PAGE_SIZE)
+        to_pager = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        from_pager = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._ring_page = ffi.from_buffer(mmap.mmap(ring, PAGE_SIZE), require_writable=True)
+        self.ring_fds = [ring, to_pager, from_pager]
+        lib.sim_host_paging_enable(self.native, self._ring_page, to_pager, from_pager)
+        return self.ring_fds
+
+    def paging_disable(self) -> None:
+        lib.sim_host_paging_disable(self.native)
+        for fd in self.ring_fds:
+            os.close(fd)
+        self.ring_fds = []
+
+    def close(self) -> None:
+        lib.sim_host_free(self.native)
+        for fd in (*self.ring_fds, self.control_fd, self.memory_fd):
+            os.close(fd)
+        self.ring_fds = []
+        del self.p2m
+        lib.sim_detach(self.map)
+
+
+class SimulatedHost:
+    """The request handlers; one object a host.  ``memory_bytes`` is what its domains share."""
+
+    def __init__(self, memory_bytes: int, *, populate_evicted: bool = True, paging: bool = True):
+        self.memory_bytes = memory_bytes
+        self.populate_evicted = populate_evicted
+        self.paging = paging
+        self.domains: dict[int, HostedDomain] = {}
+        self.gone: list[dict[str, Any]] = []
+        self._next_domid = 1
+        self._claimed: dict[int, int] = {}
+        self._clients: set[int] = set()
+
+    # ---- clients ----
+    async def serve(self, listener: trio.socket.SocketType) -> None:
+        async with trio.open_nursery() as nursery:
+            while True:
+                connection, _address = await listener.accept()
+                nursery.start_soon(self._serve_client, connection)
+
+    async def _serve_client(self, connection: trio.socket.SocketType) -> None:
+        free = set(range(1, MAX_CLIENTS + 1)) - self._clients
+        client = min(free) if free else 0
+        self._clients.add(client)
+        try:
+            with connection:
+                while data := await connection.recv(MAX_MESSAGE):
+                    answer, fds = await self._answer(client, data)
+                    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, np.array(fds, dtype=np.int32).tobytes())] if fds else []
+                    await connection.sendmsg([pack(answer)], ancillary)
+        except OSError:
+            pass  # the client is gone; the socket says so in more than one way
+        finally:
+            for domain in self.domains.values():
+                lib.sim_repair(domain.map, client)
+            self._clients.discard(client)
+
+    async def _answer(self, client: int, data: bytes) -> tuple[dict[str, Any], list[int]]:
+        operation = "request"
+        try:
+            request = unpack(data)
+            operation = str(request.pop("op"))
+            if operation == "hello":
+                if not client:
+                    raise XenError("hello", errno.EUSERS, why="too many clients")
+                return {"ok": {"client": client}}, []
+            handler: Callable[..., Any] = getattr(self, f"op_{operation}")
+            if operation in SLOW:
+                result = await trio.to_thread.run_sync(lambda: handler(**request))
+            else:
+                result = handler(**request)
+            result, fds = result if isinstance(result, tuple) else (result, [])
+            assert len(fds) <= MAX_FDS
+            return {"ok": result}, fds
+        except XenError as error:
+            return {"operation": error.operation, "errno": error.errno, "error": str(error).split(": ", 1)[-1].rsplit(" (", 1)[0]}, []
+        except GuestOptionError as error:
+            return {"operation": operation, "errno": errno.EINVAL, "error": str(error)}, []
+        except (KeyError, AttributeError, TypeError, ValueError) as error:
+            return {"operation": operation, "errno": errno.ENOSYS, "error": f"bad request: {error!r}"}, []
+
+    def _domain(self, domid: int) -> HostedDomain:
+        domain = self.domains.get(domid)
+        if domain is None:
+            raise XenError(f"domain {domid}", errno.ESRCH, why="there is no such domain on this host")
+        return domain
+
+    # ---- making and ending domains ----
+    def _problems(self, config: DomainConfig, paging: bool) -> list[str]:
+        problems = []
+        if any(domain.config.name == config.name for domain in self.domains.values()):
+            problems.append(f"a domain named {config.name!r} is there already: rename or destroy it first")
+        free = self.memory_bytes - sum(self._claimed.values())
+        if config.max_pages * PAGE_SIZE > free:
+            problems.append(
+                f"not enough memory: the guest needs {config.max_pages * PAGE_SIZE >> 20} MiB and {max(free, 0) >> 20} MiB are free: "
+                "make room or choose another host"
+            )
+        if paging and not self.paging:
+            problems.append("this hypervisor is built without memory paging: use --strategy precopy or another hypervisor")
+        return problems
+
+    def _build(self, config: DomainConfig) -> HostedDomain:
+        spec = GuestSpec.from_bytes(config.platform)
+        if (config.nr_pfns, config.vcpus) != (spec.nr_pfns, spec.vcpus) or config.max_pages > config.nr_pfns:
+            raise XenError("create", errno.EINVAL, why="the configuration contradicts itself")
+        problems = self._problems(config, False)
+        if problems:
+            raise XenError("create", errno.ENOMEM if "memory" in problems[0] else errno.EEXIST, why=problems[0])
+        domid, self._next_domid = self._next_domid, self._next_domid + 1
+        self._claimed[domid] = config.max_pages * PAGE_SIZE
+        try:
+            domain = HostedDomain(domid, spec, config)
+        except BaseException:
+            del self._claimed[domid]
+            raise
+        self.domains[domid] = domain
+        return domain
+
+    def op_create(self, spec: bytes) -> int:
+        guest = GuestSpec.from_bytes(spec)
+        guest.check_image()
+        domain = self._build(guest.domain_config())
+        domain.boot()
+        return domain.domid
+
+    def op_create_incoming(self, config: dict[str, Any]) -> int:
+        return self._build(DomainConfig(**config)).domid
+
+    def op_destroy(self, domid: int) -> None:
+        domain = self._domain(domid)
+        if not domain.suspended:
+            lib.sim_host_pause(domain.native)
+        self.gone = [*self.gone[-99:], domain.report()]
+        del self.domains[domid]
+        domain.close()
+        del self._claimed[domid]
+
+    # ---- the rest, one method a request ----
+    def op_list(self) -> list[dict[str, Any]]:
+        return [domain.info() for domain in self.domains.values()]
+
+    def op_history(self) -> list[dict[str, Any]]:
+        return [{**report, "vcpu": [{"count": v["count"]} for v in report["vcpu"]]} for report in self.gone]
+
+    def op_preflight(self, config: dict[str, Any], paging: bool) -> dict[str, Any]:
+        way = "none" if not self.paging else "native" if self.populate_evicted else "fallback"
+        return {"problems": self._problems(DomainConfig(**config), paging), "populate_evicted": way}
+
+    def op_attach(self, domid: int) -> Reply:
+        domain = self._domain(domid)
+        return {"populate_evicted": self.populate_evicted}, [domain.control_fd, domain.memory_fd]
+
+    def op_info(self, domid: int) -> dict[str, Any]:
+        return self._domain(domid).info()
+
+    def op_config(self, domid: int) -> dict[str, Any]:
+        return self._domain(domid).config.__dict__
+
+    def op_report(self, domid: int) -> dict[str, Any]:
+        return self._domain(domid).report()
+
+    def op_suspend(self, domid: int) -> None:
+        self._domain(domid).suspend()
+
+    def op_resume(self, domid: int) -> None:
+        self._domain(domid).resume()
+
+    def op_start(self, domid: int) -> None:
+        self._domain(domid).start()
+
+    def op_context(self, domid: int) -> bytes:
+        return self._domain(domid).context()
+
+    def op_set_context(self, domid: int, context: bytes) -> None:
+        self._domain(domid).set_context(context)
+
+    def op_log_dirty(self, domid: int, enable: bool) -> None:
+        """The domain stands still for the change, so that no write is under way between off and on."""
+        domain = self._domain(domid)
+        lib.sim_host_pause(domain.native)
+        domain.dom.log_dirty = enable
+        ffi.memmove(domain.map.dirty, bytes((domain.dom.nr_pfns + 63) // 64 * 8), (domain.dom.nr_pfns + 63) // 64 * 8)
+        lib.sim_host_unpause(domain.native)
+
+    def op_paging_enable(self, domid: int) -> Reply:
+        if not self.paging:
+            raise XenError("mem_paging_enable", errno.ENODEV, why="this hypervisor is built without memory paging")
+        return None, self._domain(domid).paging_enable()
+
+    def op_paging_disable(self, domid: int) -> None:
+        self._domain(domid).paging_disable()
+
+
+SLOW = {"create", "destroy"}
+
+
+@contextlib.asynccontextmanager
+async def listening(path: Path) -> AsyncIterator[trio.socket.SocketType]:
+    """A SOCK_SEQPACKET listener at ``path``, mode 0600; a socket that nobody listens at any more is replaced.
+
+    Raises ``XenError`` (EADDRINUSE) where another host listens there.
+    """
+    sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with sock:
+        if path.is_socket():
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+                try:
+                    probe.connect(os.fspath(path))
+                except ConnectionRefusedError:
+                    path.unlink()
+                else:
+                    raise XenError(f"socket {path}", errno.EADDRINUSE, why="a simulated host listens there already")
+        try:
+            old = os.umask(0o177)
+            try:
+                await sock.bind(os.fspath(path))
+            finally:
+                os.umask(old)
+        except OSError as error:
+            raise XenError(f"socket {path}", error.errno or 0, why=error.strerror or "") from error
+        sock.listen(64)
+        try:
+            yield sock
+        finally:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,396 @@
+/*
+ * The simulated hypervisor's page operations.
+ *
+ * A hypercall runs here in the caller's process, on the shared p2m: as with a real one, no other process
+ * has to be woken for it.  What a real one has and this has not is that it outlives
+ * its caller, so every step that must not be half done is made under the entry's lock, which names
+ * its holder; when a process goes away the host undoes what it held (sim_repair).
+ *
+ * A frame's place in the memory file is its pfn, so "allocate" and "free" are the kernel's:
+ * a hole in the file reads as zeros, and freeing punches a hole.
+ *
+ * Errors follow Xen 4.17: xen/arch/x86/mm/mem_paging.c, mem_access.c and xen/common/memory.c.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include "internal.h"
+
+static uint64_t round_page(uint64_t bytes) { return (bytes + PAGE_BYTES - 1) & ~(uint64_t)(PAGE_BYTES - 1); }
+
+uint64_t sim_control_bytes(uint64_t nr_pfns)
+{
+    return SIM_HEADER_BYTES + round_page(nr_pfns * 4) + round_page((nr_pfns + 63) / 64 * 8);
+}
+
+int sim_attach(struct sim_map *m, int control_fd, int memory_fd, uint32_t owner)
+{
+    struct stat control, memory;
+    uint8_t *base;
+    uint64_t nr_pfns;
+
+    _Static_assert(sizeof(struct sim_domain) <= SIM_HEADER_BYTES, "header");
+    if (fstat(control_fd, &control) || fstat(memory_fd, &memory))
+        return -errno;
+    nr_pfns = memory.st_size / PAGE_BYTES;
+    if ((uint64_t)control.st_size != sim_control_bytes(nr_pfns))
+        return -EINVAL;
+    base = mmap(NULL, control.st_size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, control_fd, 0);
+    if (base == MAP_FAILED)
+        return -errno;
+    m->memory = mmap(NULL, memory.st_size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, memory_fd, 0);
+    if (m->memory == MAP_FAILED) {
+        munmap(base, control.st_size);
+        return -errno;
+    }
+    m->dom = (struct sim_domain *)base;
+    m->p2m = (uint32_t *)(base + SIM_HEADER_BYTES);
+    m->dirty = (uint64_t *)(base + SIM_HEADER_BYTES + round_page(nr_pfns * 4));
+    m->memory_fd = memory_fd;
+    m->owner = owner;
+    m->control_bytes = control.st_size;
+    return 0;
+}
+
+void sim_detach(struct sim_map *m)
+{
+    if (!m->dom)
+        return;
+    munmap(m->memory, m->dom->nr_pfns * PAGE_BYTES);
+    munmap(m->dom, m->control_bytes);
+    m->dom = NULL;
+}
+
+int sim_free_frames(struct sim_map *m, uint64_t pfn, uint64_t n)
+{
+    return fallocate(m->memory_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                     pfn * PAGE_BYTES, n * PAGE_BYTES) ? -errno : 0;
+}
+
+/* Undo what a dead process held: a page that it was loading or freeing is empty again. */
+void sim_repair(struct sim_map *m, uint32_t dead_owner)
+{
+    for (uint64_t pfn = 0; pfn < m->dom->nr_pfns; pfn++) {
+        uint32_t w = __atomic_load_n(&m->p2m[pfn], __ATOMIC_SEQ_CST);
+
+        if (E_OWNER(w) != dead_owner)
+            continue;
+        if (!is_ram(E_TYPE(w)) && E_TYPE(w) != P2M_RAM_PAGING_OUT)
+            sim_free_frames(m, pfn, 1);
+        entry_unlock(m, pfn);
+    }
+}
+
+int sim_page_types(struct sim_map *m, const uint64_t *pfns, size_t n, uint8_t *types)
+{
+    for (size_t i = 0; i < n; i++)
+        types[i] = pfns[i] < m->dom->nr_pfns ?
+            E_TYPE(__atomic_load_n(&m->p2m[pfns[i]], __ATOMIC_SEQ_CST)) : P2M_HOLE;
+    return 0;
+}
+
+static int page_is_zero(const uint8_t *page)
+{
+    const uint64_t *w = (const uint64_t *)page;
+
+    for (unsigned i = 0; i < PAGE_BYTES / 8; i += 8)
+        if (w[i] | w[i + 1] | w[i + 2] | w[i + 3] | w[i + 4] | w[i + 5] | w[i + 6] | w[i + 7])
+            return 0;
+    return 1;
+}
+
+/* Copy the pages that hold data, one behind the other; returns their number. */
+long sim_read(struct sim_map *m, const uint64_t *pfns, size_t n, uint8_t *pages, uint8_t *status)
+{
+    long data = 0;
+
+    for (size_t i = 0; i < n; i++) {
+        uint32_t w;
+
+        if (pfns[i] >= m->dom->nr_pfns) {
+            status[i] = PAGE_HOLE;
+            continue;
+        }
+        w = __atomic_load_n(&m->p2m[pfns[i]], __ATOMIC_SEQ_CST);
+        if (is_ram(E_TYPE(w)) || E_TYPE(w) == P2M_RAM_PAGING_OUT) {
+            const uint8_t *page = m->memory + pfns[i] * PAGE_BYTES;
+
+            if (!(w & E_TOUCHED) || page_is_zero(page)) {
+                status[i] = PAGE_ZERO;
+            } else {
+                memcpy(pages + data * PAGE_BYTES, page, PAGE_BYTES);
+                data++;
+                status[i] = PAGE_DATA;
+            }
+        } else if (is_paging(E_TYPE(w))) {
+            status[i] = PAGE_PAGED;
+        } else if (E_TYPE(w) == P2M_BROKEN) {
+            status[i] = PAGE_BROKEN;
+        } else {
+            status[i] = PAGE_HOLE;      /* mmio too: nothing that could be copied */
+        }
+    }
+    return data;
+}
+
+/* Write through a foreign mapping: pages that are there only.  pages == NULL writes zeros. */
+int sim_write(struct sim_map *m, const uint64_t *pfns, size_t n, const uint8_t *pages, size_t *done)
+{
+    for (*done = 0; *done < n; (*done)++) {
+        uint64_t pfn = pfns[*done];
+        uint32_t w;
+
+        if (pfn >= m->dom->nr_pfns)
+            return -EINVAL;
+        w = entry_lock(m, pfn);
+        if (!is_ram(E_TYPE(w))) {
+            entry_unlock(m, pfn);
+            return E_TYPE(w) == P2M_RAM_PAGED ? -ENOENT : -EINVAL;
+        }
+        if (pages) {
+            __atomic_fetch_or(&m->p2m[pfn], E_TOUCHED, __ATOMIC_SEQ_CST);
+            memcpy(m->memory + pfn * PAGE_BYTES, pages + *done * PAGE_BYTES, PAGE_BYTES);
+        } else if (w & E_TOUCHED) {
+            memset(m->memory + pfn * PAGE_BYTES, 0, PAGE_BYTES);
+        }
+        mark_dirty(m, pfn);
+        entry_unlock(m, pfn);
+    }
+    return 0;
+}
+
+/* XENMEM_populate_physmap: over a hole or a paged-out gfn. */
+int sim_populate(struct sim_map *m, const uint64_t *pfns, size_t n, size_t *done)
+{
+    for (*done = 0; *done < n; (*done)++) {
+        uint64_t pfn = pfns[*done];
+        uint32_t w;
+
+        if (pfn >= m->dom->nr_pfns)
+            return -EINVAL;
+        w = entry_lock(m, pfn);
+        if (E_TYPE(w) != P2M_HOLE && E_TYPE(w) != P2M_RAM_PAGED) {
+            entry_unlock(m, pfn);
+            return -EINVAL;
+        }
+        __atomic_fetch_add(&m->dom->tot_pages, 1, __ATOMIC_SEQ_CST);
+        if (E_TYPE(w) == P2M_RAM_PAGED)
+            __atomic_fetch_sub(&m->dom->paged_pages, 1, __ATOMIC_SEQ_CST);
+        entry_set(m, pfn, P2M_RAM_RW, 0, 1);
+    }
+    return 0;
+}
+
+static void wait_for_accesses(struct sim_map *m, uint64_t pfn)
+{
+    unsigned spins = 0;
+
+    while (E_ACCESSES(__atomic_load_n(&m->p2m[pfn], __ATOMIC_SEQ_CST)))
+        relax(&spins);
+}
+
+/* XENMEM_decrease_reservation */
+int sim_depopulate(struct sim_map *m, const uint64_t *pfns, size_t n, size_t *done)
+{
+    for (*done = 0; *done < n; (*done)++) {
+        uint64_t pfn = pfns[*done];
+        uint32_t w;
+
+        if (pfn >= m->dom->nr_pfns)
+            return -EINVAL;
+        w = entry_lock(m, pfn);
+        if (!is_ram(E_TYPE(w))) {
+            entry_unlock(m, pfn);
+            return -EINVAL;
+        }
+        wait_for_accesses(m, pfn);
+        entry_set(m, pfn, P2M_HOLE, 0, 0);
+        sim_free_frames(m, pfn, 1);
+        __atomic_fetch_sub(&m->dom->tot_pages, 1, __ATOMIC_SEQ_CST);
+        mark_dirty(m, pfn);
+        entry_unlock(m, pfn);
+    }
+    return 0;
+}
+
+static void finish_evictions(struct sim_map *m, uint64_t first, uint64_t n)
+{
+    if (!n)
+        return;
+    sim_free_frames(m, first, n);
+    for (uint64_t pfn = first; pfn < first + n; pfn++)
+        entry_unlock(m, pfn);
+}
+
+/* The RFC's batched op: holes and populated pages alike become paged out; stops with
+ * EBUSY at the first pfn that cannot, those before it being done. */
+int sim_populate_evicted(struct sim_map *m, const uint64_t *pfns, size_t n, size_t *done)
+{
+    uint64_t run = 0, run_first = 0;    /* populated neighbours, freed with one call */
+    int rc = 0;
+
+    *done = 0;
+    if (!__atomic_load_n(&m->dom->paging, __ATOMIC_SEQ_CST))
+        return -ENODEV;
+    for (; *done < n; (*done)++) {
+        uint64_t pfn = pfns[*done];
+        uint32_t w;
+
+        if (run && (pfn != run_first + run || run == 512)) {
+            finish_evictions(m, run_first, run);
+            run = 0;
+        }
+        if (pfn >= m->dom->nr_pfns) {
+            rc = -EINVAL;
+            break;
+        }
+        w = entry_lock(m, pfn);
+        if (E_TYPE(w) == P2M_HOLE) {
+            entry_set(m, pfn, P2M_RAM_PAGED, 0, 1);
+        } else if (is_ram(E_TYPE(w)) && !E_REFS(w) && !E_TYPE_REFS(w)) {
+            wait_for_accesses(m, pfn);
+            entry_set(m, pfn, P2M_RAM_PAGED, 0, 0);
+            __atomic_fetch_sub(&m->dom->tot_pages, 1, __ATOMIC_SEQ_CST);
+            if (!run)
+                run_first = pfn;
+            run++;
+        } else {
+            entry_unlock(m, pfn);
+            rc = -EBUSY;
+            break;
+        }
+        __atomic_fetch_add(&m->dom->paged_pages, 1, __ATOMIC_SEQ_CST);
+    }
+    finish_evictions(m, run_first, run);
+    return rc;
+}
+
+/* XENMEM_paging_op_nominate: a pageable page becomes paging_out, still there. */
+int sim_nominate(struct sim_map *m, uint64_t pfn)
+{
+    uint32_t w;
+
+    if (!__atomic_load_n(&m->dom->paging, __ATOMIC_SEQ_CST))
+        return -ENODEV;
+    if (pfn >= m->dom->nr_pfns)
+        return -EINVAL;
+    w = entry_lock(m, pfn);
+    if (!is_ram(E_TYPE(w)) || E_REFS(w) || E_TYPE_REFS(w)) {
+        entry_unlock(m, pfn);
+        return -EBUSY;
+    }
+    wait_for_accesses(m, pfn);
+    entry_set(m, pfn, P2M_RAM_PAGING_OUT, !!(w & E_TOUCHED), 1);
+    return 0;
+}
+
+/* XENMEM_paging_op_evict: of a nominated page that nobody took a reference to since. */
+int sim_evict(struct sim_map *m, uint64_t pfn)
+{
+    uint32_t w;
+
+    if (!__atomic_load_n(&m->dom->paging, __ATOMIC_SEQ_CST))
+        return -ENODEV;
+    if (pfn >= m->dom->nr_pfns)
+        return -EINVAL;
+    w = entry_lock(m, pfn);
+    if (E_TYPE(w) != P2M_RAM_PAGING_OUT || E_REFS(w) || E_TYPE_REFS(w)) {
+        entry_unlock(m, pfn);
+        return -EBUSY;
+    }
+    entry_set(m, pfn, P2M_RAM_PAGED, 0, 0);
+    sim_free_frames(m, pfn, 1);
+    __atomic_fetch_sub(&m->dom->tot_pages, 1, __ATOMIC_SEQ_CST);
+    __atomic_fetch_add(&m->dom->paged_pages, 1, __ATOMIC_SEQ_CST);
+    entry_unlock(m, pfn);
+    return 0;
+}
+
+/* XENMEM_paging_op_prep with a buffer.  The page is there for the guest when this returns;
+ * results[i] is 0, -ENOENT for a gfn that is not being paged (present, or a hole), -EINVAL.
+ * pages == NULL loads zeros.  Returns how many were loaded. */
+long sim_load(struct sim_map *m, const uint64_t *pfns, size_t n, const uint8_t *pages, int32_t *results)
+{
+    long loaded = 0;
+
+    if (!__atomic_load_n(&m->dom->paging, __ATOMIC_SEQ_CST))
+        return -ENODEV;
+    for (size_t i = 0; i < n; i++) {
+        uint64_t pfn = pfns[i];
+        uint32_t w;
+
+        results[i] = -EINVAL;
+        if (pfn >= m->dom->nr_pfns)
+            continue;
+        w = entry_lock(m, pfn);
+        if (E_TYPE(w) != P2M_RAM_PAGED && E_TYPE(w) != P2M_RAM_PAGING_IN) {
+            entry_unlock(m, pfn);
+            results[i] = -ENOENT;
+            continue;
+        }
+        if (pages)
+            memcpy(m->memory + pfn * PAGE_BYTES, pages + i * PAGE_BYTES, PAGE_BYTES);
+        __atomic_fetch_add(&m->dom->tot_pages, 1, __ATOMIC_SEQ_CST);
+        __atomic_fetch_sub(&m->dom->paged_pages, 1, __ATOMIC_SEQ_CST);
+        entry_set(m, pfn, P2M_RAM_RW, pages != NULL, 1);
+        mark_dirty(m, pfn);
+        results[i] = 0;
+        loaded++;
+    }
+    return loaded;
+}
+
+/* XEN_DOMCTL_SHADOW_OP_PEEK and _CLEAN; returns the number of dirty pages. */
+uint64_t sim_log_dirty(struct sim_map *m, uint64_t *bitmap, int clean)
+{
+    uint64_t dirty = 0;
+
+    for (uint64_t i = 0; i < (m->dom->nr_pfns + 63) / 64; i++) {
+        bitmap[i] = __atomic_load_n(&m->dirty[i], __ATOMIC_SEQ_CST);
+        if (clean && bitmap[i])
+            bitmap[i] = __atomic_exchange_n(&m->dirty[i], 0, __ATOMIC_SEQ_CST);
+        dirty += __builtin_popcountll(bitmap[i]);
+    }
+    return dirty;
+}
+
+/* The pfns that somebody beside the guest's own mappings holds: what nominate would refuse. */
+size_t sim_pinned(struct sim_map *m, uint64_t *pfns, size_t most)
+{
+    size_t n = 0;
+
+    for (uint64_t pfn = 0; pfn < m->dom->nr_pfns; pfn++) {
+        uint32_t w = __atomic_load_n(&m->p2m[pfn], __ATOMIC_SEQ_CST);
+
+        if (is_ram(E_TYPE(w)) && (E_REFS(w) || E_TYPE_REFS(w))) {
+            if (n < most)
+                pfns[n] = pfn;
+            n++;
+        }
+    }
+    return n;
+}
+
+/* For tests: put a page into a state that a real guest or host would bring about.  -1 leaves as it is. */
+int sim_set_page(struct sim_map *m, uint64_t pfn, int type, int refs, int type_count)
+{
+    uint32_t w, want;
+
+    if (pfn >= m->dom->nr_pfns)
+        return -EINVAL;
+    entry_lock(m, pfn);
+    w = __atomic_load_n(&m->p2m[pfn], __ATOMIC_RELAXED);
+    do {
+        want = w & 0x00ffffffu;
+        if (type >= 0)
+            want = (want & ~0xfu) | (type & 0xf);
+        if (refs >= 0)
+            want = (want & ~(0x3fu << 12)) | (refs & 0x3f) << 12;
+        if (type_count >= 0)
+            want = (want & ~(0x1fu << 18)) | (type_count & 0x1f) << 18;
+    } while (!__atomic_compare_exchange_n(&m->p2m[pfn], &w, want, 0, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED));
+    return 0;
+}

@@ -1,0 +1,100 @@
+/*
+ * The p2m entry: one 32-bit word a pfn, changed only by atomic operations.
+ *
+ *   bits  0-3   p2m type
+ *   bits  4-11  accesses in progress: vCPUs between checking the type and being done,
+ *               what Xen waits for with a TLB flush
+ *   bits 12-17  extra references (foreign mappings, grants): make evict answer EBUSY
+ *   bits 18-22  type count (PGT_*): likewise
+ *   bit  23     the frame was written since it was allocated (clear: all zeros, and
+ *               reading it through a mapping would only allocate memory)
+ *   bits 24-31  who holds the entry (the gfn lock of Xen): 0 nobody, else an attached
+ *               process, so that the host can undo the half-done call of a dead one
+ */
+#ifndef SIM_INTERNAL_H
+#define SIM_INTERNAL_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <sched.h>
+#include "api.h"
+
+#define PAGE_BYTES 4096
+#define E_TYPE(w) ((w) & 0xfu)
+#define E_ACCESS 0x10u
+#define E_ACCESSES(w) (((w) >> 4) & 0xffu)
+#define E_REF 0x1000u
+#define E_REFS(w) (((w) >> 12) & 0x3fu)
+#define E_TYPE_REF 0x40000u
+#define E_TYPE_REFS(w) (((w) >> 18) & 0x1fu)
+#define E_TOUCHED 0x800000u
+#define E_OWNER(w) ((w) >> 24)
+#define HOST_OWNER 255u
+
+static inline int is_ram(uint32_t type) { return type == P2M_RAM_RW || type == P2M_RAM_LOGDIRTY; }
+static inline int is_paging(uint32_t type)
+{
+    return type == P2M_RAM_PAGING_OUT || type == P2M_RAM_PAGED || type == P2M_RAM_PAGING_IN;
+}
+
+static inline void relax(unsigned *spins)
+{
+    if (++*spins % 64 == 0)
+        sched_yield();      /* the holder may be waiting for this very CPU */
+    else
+        __builtin_ia32_pause();
+}
+
+/* Take the entry's lock; returns the word as it was. */
+static inline uint32_t entry_lock(struct sim_map *m, uint64_t pfn)
+{
+    unsigned spins = 0;
+
+    for (;;) {
+        uint32_t w = __atomic_load_n(&m->p2m[pfn], __ATOMIC_RELAXED);
+
+        if (E_OWNER(w) == 0 &&
+            __atomic_compare_exchange_n(&m->p2m[pfn], &w, w | (m->owner << 24), 0,
+                                        __ATOMIC_SEQ_CST, __ATOMIC_RELAXED))
+            return w;
+        relax(&spins);
+    }
+}
+
+/* Change type and touched bit of an entry that we hold; keep or drop the lock. */
+static inline void entry_set(struct sim_map *m, uint64_t pfn, uint32_t type, int touched, int unlock)
+{
+    uint32_t w = __atomic_load_n(&m->p2m[pfn], __ATOMIC_RELAXED), want;
+
+    do {
+        want = (w & ~(0xfu | E_TOUCHED)) | type | (touched ? E_TOUCHED : 0);
+        if (unlock)
+            want &= 0x00ffffffu;
+    } while (!__atomic_compare_exchange_n(&m->p2m[pfn], &w, want, 0, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED));
+}
+
+static inline void entry_unlock(struct sim_map *m, uint64_t pfn)
+{
+    __atomic_fetch_and(&m->p2m[pfn], 0x00ffffffu, __ATOMIC_SEQ_CST);
+}
+
+static inline void mark_dirty(struct sim_map *m, uint64_t pfn)
+{
+    if (__atomic_load_n(&m->dom->log_dirty, __ATOMIC_SEQ_CST))
+        __atomic_fetch_or(&m->dirty[pfn / 64], 1ull << (pfn % 64), __ATOMIC_SEQ_CST);
+}
+
+int sim_free_frames(struct sim_map *m, uint64_t pfn, uint64_t n);
+
+/* program.c: one access of a vCPU, and what its words hold */
+struct sim_access {
+    uint64_t pfn;
+    uint64_t visit;      /* how often this vCPU was at this page before */
+};
+struct sim_access sim_access_at(const struct sim_program *p, uint32_t vcpu, uint64_t k);
+uint64_t sim_writes(const struct sim_program *p, uint32_t vcpu, uint64_t pfn, uint64_t visits);
+uint32_t sim_word(const struct sim_program *p, uint32_t vcpu, uint64_t pfn, uint64_t write);
+uint64_t sim_value(const struct sim_program *p, uint32_t vcpu, uint64_t pfn, uint64_t write);
+uint64_t sim_image_word(const struct sim_program *p, uint64_t pfn, uint32_t word);
+
+#endif

@@ -1,0 +1,212 @@
+/*
+ * Guest programs, and what a guest's memory must hold after any number of their steps.
+ *
+ * Access k of vCPU v is a pure function of (seed, v, k), and everything that can be asked about
+ * the past of a page is a closed form of it: nothing is recorded, so nothing can be
+ * lost in a migration that a check would then not miss.
+ *
+ * Each program is a set of *streams*.  A stream walks over its pages pass by pass, each
+ * pass being a permutation of them, so visit number j of a page is in pass j: at access k a vCPU
+ * knows without a record how often it was at that page before, what it wrote there last,
+ * and checks that.
+ *   random      one stream, a new pseudo-random order each pass
+ *   sequential  one stream in order; the vCPUs start at different places
+ *   stride      one stream: 0, s, 2s, ..., 1, s + 1, ...
+ *   hotset      Zipf(1): the ranks [2^l, 2^(l+1)) all have about the same weight for every l,
+ *               so level l is a stream of 2^l pages and each stream gets every L-th access
+ *
+ * The words of a page are dealt out to the vCPUs (word w belongs to vCPU w mod nr_vcpus), so
+ * writers never race for a word, and each vCPU writes its words of a page in turn.
+ * A write is a read-modify-write: it checks the word that it wrote last in that page.
+ */
+#include <string.h>
+#include "internal.h"
+
+#define WORDS (PAGE_BYTES / 8)
+
+static inline uint64_t mix64(uint64_t x)      /* the finaliser of splitmix64 */
+{
+    x += 0x9e3779b97f4a7c15ull;
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+    return x ^ (x >> 31);
+}
+
+/* A keyed permutation of [0, n): a Feistel network over the next even power of two, walked until
+ * it lands inside. */
+static uint64_t permute(uint64_t i, uint64_t n, uint64_t key)
+{
+    unsigned half;
+    uint64_t mask;
+
+    if (n < 2)
+        return 0;
+    half = (64 - __builtin_clzll(n - 1) + 1) / 2;
+    mask = (1ull << half) - 1;
+    do {
+        uint64_t left = i >> half, right = i & mask;
+
+        for (unsigned round = 0; round < 3; round++) {
+            uint64_t f = (right + key + round) * 0x9e3779b97f4a7c15ull;
+            uint64_t next = left ^ ((f ^ (f >> 29)) * 0xbf58476d1ce4e5b9ull >> 32 & mask);
+
+            left = right;
+            right = next;
+        }
+        i = left << half | right;
+    } while (i >= n);
+    return i;
+}
+
+static uint32_t nr_streams(const struct sim_program *p)
+{
+    return p->kind == PROGRAM_HOTSET ? 64 - __builtin_clzll(p->pages) : 1;
+}
+
+static uint64_t stream_pages(const struct sim_program *p, uint32_t stream)
+{
+    uint64_t first = (1ull << stream) - 1;
+
+    if (p->kind != PROGRAM_HOTSET)
+        return p->pages;
+    return (1ull << stream) < p->pages - first ? (1ull << stream) : p->pages - first;
+}
+
+/* The pfn at place i of the given pass of a stream. */
+static uint64_t place(const struct sim_program *p, uint32_t vcpu, uint32_t stream, uint64_t pass, uint64_t i)
+{
+    uint64_t n = stream_pages(p, stream);
+
+    switch (p->kind) {
+    case PROGRAM_SEQUENTIAL:
+        i += n / p->nr_vcpus * vcpu;
+        return i < n ? i : i - n;
+    case PROGRAM_STRIDE: {
+        uint64_t rows = n / p->stride, longer = n % p->stride, cut = longer * (rows + 1);
+
+        if (i < cut)
+            return i / (rows + 1) + i % (rows + 1) * p->stride;
+        i -= cut;
+        return longer + i / rows + i % rows * p->stride;
+    }
+    case PROGRAM_HOTSET:
+        i = permute(i, n, mix64(p->seed ^ ((uint64_t)vcpu << 48) ^ ((uint64_t)stream << 40) ^ pass));
+        return permute((1ull << stream) - 1 + i, p->pages, p->seed);
+    default:
+        return permute(i, n, mix64(p->seed ^ ((uint64_t)vcpu << 48) ^ pass));
+    }
+}
+
+struct sim_access sim_access_at(const struct sim_program *p, uint32_t vcpu, uint64_t k)
+{
+    uint32_t streams = nr_streams(p), stream = k % streams;
+    uint64_t n = stream_pages(p, stream), step = k / streams;
+
+    return (struct sim_access){ place(p, vcpu, stream, step / n, step % n), step / n };
+}
+
+uint64_t sim_access_pfn(const struct sim_program *p, uint32_t vcpu, uint64_t k)
+{
+    return sim_access_at(p, vcpu, k).pfn;
+}
+
+/* How many of the first `visits` visits wrote: the share write_permille, spread evenly. */
+uint64_t sim_writes(const struct sim_program *p, uint32_t vcpu, uint64_t pfn, uint64_t visits)
+{
+    return (visits * p->write_permille + mix64(p->seed + pfn * 64 + vcpu) % 1000) / 1000;
+}
+
+uint32_t sim_word(const struct sim_program *p, uint32_t vcpu, uint64_t pfn, uint64_t write)
+{
+    uint32_t own = WORDS / p->nr_vcpus;
+
+    return vcpu + p->nr_vcpus * ((mix64(pfn ^ p->seed) + write) % own);
+}
+
+uint64_t sim_value(const struct sim_program *p, uint32_t vcpu, uint64_t pfn, uint64_t write)
+{
+    return mix64(mix64(p->seed + pfn * 64 + vcpu) + write);
+}
+
+uint64_t sim_image_word(const struct sim_program *p, uint64_t pfn, uint32_t word)
+{
+    if (mix64(p->image_seed ^ pfn) % 1000 < p->zero_permille)
+        return 0;
+    return mix64(p->image_seed + pfn * WORDS + word);
+}
+
+static int image_page(const struct sim_program *p, uint64_t pfn, uint64_t *page)
+{
+    if (mix64(p->image_seed ^ pfn) % 1000 < p->zero_permille)
+        return 0;
+    for (uint32_t w = 0; w < WORDS; w++)
+        page[w] = mix64(p->image_seed + pfn * WORDS + w);
+    return 1;
+}
+
+void sim_image_pages(const struct sim_program *p, uint64_t from, uint64_t n, uint8_t *pages)
+{
+    for (uint64_t i = 0; i < n; i++)
+        if (!image_page(p, from + i, (uint64_t *)(pages + i * PAGE_BYTES)))
+            memset(pages + i * PAGE_BYTES, 0, PAGE_BYTES);
+}
+
+void sim_generate_image(struct sim_map *m, uint64_t from, uint64_t n)
+{
+    for (uint64_t pfn = from; pfn < from + n; pfn++)
+        if (image_page(&m->dom->program, pfn, (uint64_t *)(m->memory + pfn * PAGE_BYTES)))
+            __atomic_fetch_or(&m->p2m[pfn], E_TOUCHED, __ATOMIC_SEQ_CST);
+}
+
+/* visits[pfn] for all pfns of the working set after `count` accesses of a vCPU */
+void sim_expected_visits(const struct sim_program *p, uint32_t vcpu, uint64_t count, uint64_t *visits)
+{
+    uint32_t streams = nr_streams(p);
+
+    for (uint32_t s = 0; s < streams; s++) {
+        uint64_t n = stream_pages(p, s);
+        uint64_t steps = (count + streams - 1 - s) / streams;
+        uint64_t passes = steps / n, rest = steps % n;
+
+        for (uint64_t i = 0; i < n; i++)
+            visits[place(p, vcpu, s, passes, i)] = passes + (i < rest);
+    }
+}
+
+/* Overlay on `page`, which holds the image's, what the vCPUs have written there. */
+static void overlay(const struct sim_program *p, uint64_t pfn, const uint64_t *visits, uint64_t *page)
+{
+    uint64_t own = WORDS / p->nr_vcpus;
+
+    for (uint32_t v = 0; v < p->nr_vcpus; v++) {
+        uint64_t n = sim_writes(p, v, pfn, visits[v * p->pages + pfn]);
+
+        for (uint64_t w = n > own ? n - own : 0; w < n; w++)
+            page[sim_word(p, v, pfn, w)] = sim_value(p, v, pfn, w);
+    }
+}
+
+/* pages[] holds the image's pages [from, from + n) and then what the guest must have there;
+ * differs[i] says whether actual[] does not. */
+void sim_compare_pages(const struct sim_program *p, uint64_t from, uint64_t n, const uint64_t *visits,
+                       uint8_t *pages, const uint8_t *actual, uint8_t *differs)
+{
+    for (uint64_t i = 0; i < n; i++) {
+        if (from + i < p->pages)
+            overlay(p, from + i, visits, (uint64_t *)(pages + i * PAGE_BYTES));
+        differs[i] = memcmp(pages + i * PAGE_BYTES, actual + i * PAGE_BYTES, PAGE_BYTES) != 0;
+    }
+}
+
+/* vCPU 0 gives pages away from the top, below the vcpu_info frames. */
+uint64_t sim_balloon_pfn(const struct sim_program *p, uint64_t nr_pfns, uint64_t number)
+{
+    return nr_pfns - 1 - p->nr_vcpus - number;
+}
+
+uint64_t sim_ballooned(const struct sim_program *p, uint64_t count)
+{
+    uint64_t n = p->balloon_every ? count / p->balloon_every : 0;
+
+    return n < p->balloon_pages ? n : p->balloon_pages;
+}

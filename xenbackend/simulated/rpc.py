@@ -1,0 +1,68 @@
+"""How one attaches to a simulated host: msgpack maps over a Unix socket of whole messages (SOCK_SEQPACKET).
+
+A request is ``{"op": name, ...}``; an answer is ``{"ok": result}`` or ``{"error": text, "errno": n, ...}``, file descriptors
+travelling beside it.  Only control goes this way: page operations work on the memory that the descriptors name.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any
+
+import msgpack
+
+from xenbackend.contract import XenError
+
+MAX_MESSAGE = 128 * 1024
+MAX_FDS = 4
+
+
+def pack(message: dict[str, Any]) -> bytes:
+    return bytes(msgpack.packb(message))
+
+
+def unpack(data: bytes) -> dict[str, Any]:
+    message = msgpack.unpackb(data, strict_map_key=False)
+    if not isinstance(message, dict):
+        raise ValueError("not a message")
+    return message
+
+
+class HostConnection:
+    """A blocking client.  Every call is one round trip; not for use by two threads at once."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.settimeout(60)
+        try:
+            self._socket.connect(os.fspath(path))
+        except OSError as error:
+            self._socket.close()
+            raise XenError(
+                f"simulated host at {os.fspath(path)}", error.errno or 0, why=f"{error.strerror}: is `xen-postcopy simulated-host` running there?"
+            ) from error
+        self.client_id: int = self.call("hello")["client"]
+
+    def call(self, op: str, **arguments: Any) -> Any:
+        result, fds = self.call_fds(op, **arguments)
+        for fd in fds:
+            os.close(fd)
+        return result
+
+    def call_fds(self, op: str, **arguments: Any) -> tuple[Any, list[int]]:
+        """Raises ``XenError`` as the host said it, or with ENOTCONN when the host is gone."""
+        try:
+            self._socket.send(pack({"op": op, **arguments}))
+            data, fds, _flags, _address = socket.recv_fds(self._socket, MAX_MESSAGE, MAX_FDS)
+        except OSError as error:
+            raise XenError(op, error.errno or 0, why=f"the simulated host does not answer: {error}") from error
+        if not data:
+            raise XenError(op, 107, why="the simulated host is gone")
+        answer = unpack(data)
+        if "error" in answer:
+            raise XenError(answer["operation"], answer["errno"], why=answer["error"])
+        return answer["ok"], fds
+
+    def close(self) -> None:
+        self._socket.close()

@@ -1,0 +1,114 @@
+"""Was the guest's memory carried over, byte for byte?
+
+The verifier knows the guest's description from whoever booted it, not from the migration; from the domain it
+takes only the vCPUs' positions, which must be at or beyond those at which the source stopped.  From
+image, program and positions it computes all memory anew and compares it with the memory file's bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from xenbackend.contract import PAGE_SIZE, DomainState, PfnArray
+from xenbackend.simulated._sim import ffi, lib
+from xenbackend.simulated.client import PAGING_TYPES, RAM_TYPES, SimulatedDomain
+from xenbackend.simulated.guest import GuestSpec
+
+WINDOW_PAGES = 4096
+
+
+@dataclass
+class Verification:
+    """``problems`` is empty when all is well."""
+
+    problems: list[str] = field(default_factory=list)
+    pages: int = 0
+    """Pages compared."""
+    differing: PfnArray = field(default_factory=lambda: np.empty(0, dtype=np.uint64))
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+def verify(domain: SimulatedDomain, spec: GuestSpec, *, source_positions: list[int] | None = None) -> Verification:
+    """Compare a domain that stands still (suspended) with what it must hold.
+
+    ``source_positions``: each vCPU's count when the source stopped it; the guest must not have gone back.
+    """
+    result = Verification()
+    report = domain.report()
+    if report["state"] != DomainState.SUSPENDED.value:
+        result.problems.append(f"the guest is {report['state']} {report['reason']}".rstrip())
+        if report["state"] != DomainState.CRASHED.value:
+            return result
+    positions = [vcpu["count"] for vcpu in report["vcpu"]]
+    for number, vcpu in enumerate(report["vcpu"]):
+        if vcpu["errors"]:
+            result.problems.append(
+                f"vCPU {number} read {vcpu['errors']} wrong values while it ran, the first at pfn {vcpu['first_error_pfn']:#x}"
+            )
+        if source_positions is not None and vcpu["count"] < source_positions[number]:
+            result.problems.append(f"vCPU {number} went back from step {source_positions[number]} to {vcpu['count']}")
+    for count in ("spurious_responses", "premature_responses"):
+        if report[count]:
+            result.problems.append(f"{report[count]} {count.replace('_', ' ')} on the paging ring")
+    _compare_memory(domain, spec, positions, result)
+    return result
+
+
+def _compare_memory(domain: SimulatedDomain, spec: GuestSpec, positions: list[int], result: Verification) -> None:
+    program = spec.program()
+    visits = np.zeros((spec.vcpus, spec.working_pages), dtype=np.uint64)
+    for vcpu, count in enumerate(positions):
+        lib.sim_expected_visits(program, vcpu, count, ffi.from_buffer("uint64_t[]", visits[vcpu]))
+    holes = np.zeros(spec.nr_pfns, dtype=np.bool_)
+    for number in range(lib.sim_ballooned(program, positions[0])):
+        holes[lib.sim_balloon_pfn(program, spec.nr_pfns, number)] = True
+
+    expected = np.zeros(WINDOW_PAGES * PAGE_SIZE, dtype=np.uint8)
+    actual = np.zeros(WINDOW_PAGES * PAGE_SIZE, dtype=np.uint8)
+    image: Any = open(spec.image, "rb", buffering=0) if spec.image else None  # noqa: SIM115
+    bad: list[PfnArray] = []
+    absent = 0
+    try:
+        for first in range(0, spec.nr_pfns, WINDOW_PAGES):
+            n = min(WINDOW_PAGES, spec.nr_pfns - first)
+            pfns = np.arange(first, first + n, dtype=np.uint64)
+            if image is None:
+                lib.sim_image_pages(program, first, n, ffi.from_buffer("uint8_t[]", expected))
+            else:
+                expected[:] = 0
+                view = memoryview(expected)[: n * PAGE_SIZE]
+                while len(view) and (got := image.readinto(view)):
+                    view = view[got:]
+            domain.raw_memory(first, memoryview(actual)[: n * PAGE_SIZE])
+            differs = np.zeros(n, dtype=np.uint8)
+            lib.sim_compare_pages(
+                program,
+                first,
+                n,
+                ffi.from_buffer("uint64_t[]", visits),
+                ffi.from_buffer("uint8_t[]", expected),
+                ffi.from_buffer("uint8_t[]", actual),
+                ffi.from_buffer("uint8_t[]", differs),
+            )
+            types = domain.p2m_types(pfns)
+            hole = holes[first : first + n]
+            wrong = np.where(hole, types != lib.P2M_HOLE, ~np.isin(types, RAM_TYPES) | differs.astype(np.bool_))
+            absent += int(np.count_nonzero(np.isin(types[wrong], PAGING_TYPES)))
+            bad.append(pfns[wrong])
+            result.pages += n
+    finally:
+        if image is not None:
+            image.close()
+    result.differing = np.concatenate(bad)
+    if len(result.differing):
+        listed = ", ".join(f"{pfn:#x}" for pfn in result.differing[:5])
+        result.problems.append(
+            f"{len(result.differing)} of {result.pages} pages differ from what the guest wrote ({absent} still paged out): pfns {listed}"
+            + (", ..." if len(result.differing) > 5 else "")
+        )
