@@ -211,6 +211,12 @@ class SimulatedHost:
         self._claimed: dict[int, int] = {}
         self._clients: set[int] = set()
 
+    def close(self) -> None:
+        """End the guests."""
+        for domain in self.domains.values():
+            domain.close()
+        self.domains.clear()
+
     # ---- clients ----
     async def serve(self, listener: trio.socket.SocketType) -> None:
         async with trio.open_nursery() as nursery:

@@ -1,0 +1,3 @@
+"""What both ends of a migration share: protocol, policy, transport, statistics, command line."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,19 @@
+"""A cap on the bytes a second that background copying takes: a token bucket.  Time is an argument."""
+
+from __future__ import annotations
+
+
+class BandwidthCap:
+    """``bytes_per_s`` of ``None``: no cap."""
+
+    def __init__(self, bytes_per_s: float | None, burst_s: float = 0.05):
+        self._rate = bytes_per_s
+        self._burst_s = burst_s
+        self._free_at = 0.0
+
+    def spend(self, count: int, now: float) -> float:
+        """Account for ``count`` bytes that were sent; returns the seconds to wait before sending more."""
+        if self._rate is None:
+            return 0.0
+        self._free_at = max(self._free_at, now - self._burst_s) + count / self._rate
+        return max(self._free_at - now, 0.0)

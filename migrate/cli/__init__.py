@@ -1,0 +1,88 @@
+"""The command line: ``xen-postcopy``.
+
+One file a group of commands; what a command needs is imported when it runs, so that ``--help`` is quick.
+Errors that a user can do something about are one line on standard error and exit status 1; wrong options 2; an
+interruption 130.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+from migrate import __version__
+
+COMMANDS = {
+    "migrate": "migrations",
+    "list": "migrations",
+    "postcopy-now": "migrations",
+    "cancel": "migrations",
+    "sender": "daemons",
+    "receiver": "daemons",
+    "simulated-host": "daemons",
+    "simulated-guest": "guests",
+    "loopback": "loopback",
+}
+
+
+class LazyGroup(click.Group):
+    """Finds a command's module by :data:`COMMANDS`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"migrate.cli.{COMMANDS[name]}")
+        command: click.Command = getattr(module, name.replace("-", "_") + "_command")
+        return command
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="xen-postcopy")
+def cli() -> None:
+    """Postcopy live migration for Xen.
+
+    A guest that writes memory faster than the network carries it cannot be moved by precopy without
+    a long freeze.  Here its vCPUs move first, and its missing pages follow: those that it touches at once, all
+    others in the background.
+
+    \b
+    Try it on this machine, without Xen:
+        xen-postcopy loopback --memory 1G --vcpus 2
+
+    \b
+    Between two hosts:
+        destination#  xen-postcopy receiver --listen 0.0.0.0:8013
+        source#       xen-postcopy sender
+        source#       xen-postcopy migrate DOMAIN DESTINATION
+    """
+
+
+def main() -> None:
+    """The entry point."""
+    from migrate.errors import MigrationError
+    from xenbackend.contract import XenError
+
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (MigrationError, XenError, ValueError, BrokenPipeError) as error:
+        if isinstance(error, ValueError) and type(error).__name__ != "GuestOptionError":
+            raise
+        click.echo(f"xen-postcopy: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

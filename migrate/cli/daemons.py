@@ -1,0 +1,91 @@
+"""``simulated-host``, ``sender``, ``receiver``: the long-running processes."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import click
+import trio
+
+from migrate.cli.options import RECEIVER_SOCKET, SENDER_SOCKET, Size, simulated_option, socket_option
+from migrate.tasks import root_cause
+
+verbose_option = click.option("-v", "--verbose", is_flag=True, help="Log more.")
+
+
+def _run(verbose: bool, main: Any) -> None:
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    try:
+        trio.run(main)
+    except BaseExceptionGroup as group:
+        raise root_cause(group) from None
+
+
+@click.command("sender")
+@socket_option(SENDER_SOCKET, "this daemon, to be made")
+@simulated_option
+@verbose_option
+def sender_command(socket_path: Path, simulated: Path | None, verbose: bool) -> None:
+    """The daemon at the source: serves `migrate` requests from its control socket.
+
+    SIGTERM gives up migrations before their handover (their guests go on here), waits for those after
+    it, and ends; a second one ends it at once.
+    """
+    from sender.daemon import SenderDaemon
+    from xenbackend.choose import open_hypervisor
+
+    _run(verbose, SenderDaemon(open_hypervisor(simulated), socket_path).run)
+
+
+@click.command("receiver")
+@click.option("--listen", default="127.0.0.1:8013", show_default=True, metavar="HOST:PORT", help="Where senders connect to; port 0: any free one.")
+@socket_option(RECEIVER_SOCKET, "this daemon, to be made")
+@simulated_option
+@verbose_option
+def receiver_command(listen: str, socket_path: Path, simulated: Path | None, verbose: bool) -> None:
+    """The daemon at the destination: takes guests in and serves their page faults.
+
+    SIGTERM ends it when no guest depends on it any more; a second one ends it at once, and then vCPUs that
+    touch a missing page stand still.
+    """
+    from migrate.transport import parse_address
+    from receiver.daemon import ReceiverDaemon
+    from sender.daemon import DEFAULT_PORT
+    from xenbackend.choose import open_hypervisor
+
+    host, port = parse_address(listen, DEFAULT_PORT)
+    _run(verbose, ReceiverDaemon(open_hypervisor(simulated), socket_path, host, port).run)
+
+
+@click.command("simulated-host")
+@click.option("--socket", "socket_path", type=click.Path(path_type=Path), required=True, help="Where daemons and `simulated-guest` attach.")
+@click.option("--memory", type=Size(), default="8G", show_default=True, help="Memory that its guests share.")
+@click.option("--no-populate-evicted", is_flag=True, help="A hypervisor without the batched hypercall.")
+@click.option("--no-paging", is_flag=True, help="A hypervisor built without memory paging.")
+@verbose_option
+def simulated_host_command(socket_path: Path, memory: int, no_populate_evicted: bool, no_paging: bool, verbose: bool) -> None:
+    """A simulated Xen: a process that holds guests with memory, vCPUs and paging rings."""
+    from migrate.daemon import notify, until_stopped
+    from xenbackend.simulated.host import SimulatedHost, listening
+
+    if memory < 4096:
+        raise click.UsageError("--memory: at least a page (4096)")
+    host = SimulatedHost(memory, populate_evicted=not no_populate_evicted, paging=not no_paging)
+
+    async def serve() -> None:
+        async with listening(socket_path) as listener:
+            notify("READY=1")
+            logging.getLogger(__name__).info("simulated host ready at %s", socket_path)
+            await host.serve(listener)
+
+    async def main() -> None:
+        try:
+            await until_stopped(serve, trio.lowlevel.checkpoint)
+        finally:
+            host.close()
+
+    _run(verbose, main)

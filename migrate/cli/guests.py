@@ -1,0 +1,122 @@
+"""``simulated-guest``: guests of a simulated host, as ``xl`` handles those of a real one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from migrate.cli.options import Size, human_bytes
+from migrate.errors import MigrationError
+from xenbackend.contract import DomainState
+from xenbackend.simulated.client import SimulatedHypervisor
+from xenbackend.simulated.guest import WORKLOADS, GuestSpec, image_bytes
+from xenbackend.simulated.verify import verify
+
+F = TypeVar("F", bound=Callable[..., Any])
+DEFAULT_MEMORY = 256 * 2**20
+
+
+def guest_options(function: F) -> F:
+    """What a guest is and does; :func:`guest_spec` takes them."""
+    for option in reversed(
+        (
+            click.option("--memory", type=Size(), help="Default: the image's size, or 256M."),
+            click.option("--vcpus", type=int, default=1, show_default=True, help="1 to 64."),
+            click.option(
+                "--workload", type=click.Choice(list(WORKLOADS)), default="random", show_default=True,
+                help="Which pages the guest touches in what order; hotset: by Zipf's law; idle: few.",
+            ),
+            click.option("--working-set", type=Size(), help="How much of its memory it touches.  Default: half."),
+            click.option("--write-share", type=click.FloatRange(0, 1), default=1.0, show_default=True, help="Share of the accesses that write."),
+            click.option("--rate", type=int, help="Accesses a second and vCPU.  Default: as many as it can."),
+            click.option("--stride", type=int, default=16, show_default=True, help="Pages between accesses of the stride workload."),
+            click.option("--image", type=click.Path(), help="A file that is the guest's initial memory (multiple of 4096 bytes).  Default: generated."),
+            click.option("--zero-share", type=click.FloatRange(0, 1), default=0.25, show_default=True, help="Share of zero pages in generated memory."),
+            click.option("--balloon", type=Size(), default=0, help="Memory that the guest gives away bit by bit while it runs."),
+            click.option("--seed", type=int, default=1, show_default=True, help="Of the memory and of the accesses."),
+        )
+    ):  # fmt: skip
+        function = option(function)
+    return function
+
+
+def guest_spec(
+    name: str, memory: int | None, vcpus: int, workload: str, working_set: int | None, write_share: float, rate: int | None,
+    stride: int, image: str | None, zero_share: float, balloon: int, seed: int,
+) -> GuestSpec:  # fmt: skip
+    """Raises :class:`GuestOptionError`."""
+    if image is not None:
+        image = str(Path(image).absolute())
+        memory = memory or image_bytes(image)
+    spec = GuestSpec(
+        name, DEFAULT_MEMORY if memory is None else memory, vcpus, workload, working_set, round(write_share * 1000), rate, stride,
+        image, round(zero_share * 1000), balloon // 4096, seed=seed,
+    )  # fmt: skip
+    spec.check_image()
+    return spec
+
+
+@click.group("simulated-guest")
+def simulated_guest_command() -> None:
+    """Guests of a simulated host: create, list, verify, destroy."""
+
+
+host_option = click.option(
+    "--host", "host_path", type=click.Path(path_type=Path), required=True, help="The simulated host's socket."
+)
+
+
+@simulated_guest_command.command("create")
+@click.argument("name")
+@host_option
+@guest_options
+def create(name: str, host_path: Path, **options: Any) -> None:
+    """Boot a guest."""
+    spec = guest_spec(name, **options)
+    domain = SimulatedHypervisor(host_path).create_guest(spec.to_bytes())
+    click.echo(f"{name}: domain {domain.domid}, {human_bytes(spec.memory_bytes)}, {spec.vcpus} vCPUs, {spec.workload}")
+
+
+@simulated_guest_command.command("list")
+@host_option
+def list_guests(host_path: Path) -> None:
+    """The host's domains."""
+    click.echo(f"{'ID':>5} {'NAME':20}{'MEMORY':>12} {'VCPUS':>5} STATE")
+    for info in SimulatedHypervisor(host_path).domains():
+        click.echo(
+            f"{info.domid:>5} {info.name:20}{human_bytes(info.tot_pages * 4096):>12} {info.vcpus:>5} {info.state.value} {info.reason}".rstrip()
+        )
+
+
+@simulated_guest_command.command("verify")
+@click.argument("name")
+@host_option
+def verify_guest(name: str, host_path: Path) -> None:
+    """Stop the guest for a moment and check all its memory against what it must have written.
+
+    Trusts the host's word for the guest's options; `loopback` checks against its own.
+    """
+    domain = SimulatedHypervisor(host_path).open(name)
+    spec = GuestSpec.from_bytes(domain.config().platform)
+    domain.suspend()
+    try:
+        result = verify(domain, spec)
+    finally:
+        if domain.info().state is DomainState.SUSPENDED:
+            domain.resume()
+    if not result.ok:
+        raise MigrationError(f"{name}: " + "; ".join(result.problems))
+    click.echo(f"{name}: {result.pages} pages are what the guest wrote")
+
+
+@simulated_guest_command.command("destroy")
+@click.argument("name")
+@host_option
+def destroy(name: str, host_path: Path) -> None:
+    """End the guest."""
+    SimulatedHypervisor(host_path).open(name).destroy()
+
+

@@ -1,0 +1,59 @@
+"""``loopback``: a migration from beginning to end on this machine, and its verification."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from migrate.cli.guests import guest_options, guest_spec
+from migrate.cli.migrations import Interrupted, follow_migration, summary, write_json
+from migrate.cli.options import human_bytes, migration_request, strategy_options
+from migrate.errors import MigrationError
+from migrate.loopback import loopback_world, verify_migrated, wait_for_steps
+
+GUEST = "guest"
+
+
+@click.command("loopback")
+@guest_options
+@strategy_options
+def loopback_command(json_path: Path | None, **options: Any) -> None:
+    """Migrate a guest between two simulated hosts on this machine, and verify it.
+
+    Starts two hosts, a sender and a receiver as separate processes that talk over TCP on the loopback interface, boots a
+    guest that keeps writing, migrates it, checks every byte of its memory, and cleans up.
+    """
+    strategy = {name: options.pop(name) for name in ("strategy", "max_rounds", "dirty_threshold", "downtime_target", "bandwidth")}
+    request = migration_request(**strategy)
+    spec = guest_spec(GUEST, **options)
+    with loopback_world(spec.memory_bytes) as world:
+        click.echo(
+            f"booting a guest: {human_bytes(spec.memory_bytes)}, {spec.vcpus} vCPUs, {spec.workload} over "
+            f"{human_bytes(spec.working_pages * 4096)}"
+        )
+        guest = world.source.create_guest(spec.to_bytes())
+        wait_for_steps(guest, 5 if spec.workload == "idle" else min(1000, spec.rate or 1000))
+        guest.close()
+        client = world.control()
+        try:
+            result = follow_migration(client, {"domain": GUEST, "destination": f"127.0.0.1:{world.port}", **request})
+        except Interrupted as error:
+            click.echo(f"xen-postcopy: {error}", err=True)
+            raise click.exceptions.Exit(130) from error
+        finally:
+            client.close()
+        verification, guest_view = verify_migrated(world, spec)
+        world.check_alive()
+    result = {"verified": verification.ok, **result, "guest": guest_view}
+    click.echo(summary(result))
+    if guest_view["faults"]:
+        click.echo(
+            f"  as the guest saw it: {guest_view['faults']} faults, median {guest_view['p50_us']:.0f} us, longest "
+            f"{guest_view['max_us'] / 1000:.1f} ms"
+        )
+    write_json(json_path, result)
+    if not verification.ok:
+        raise MigrationError("the guest was damaged: " + "; ".join(verification.problems))
+    click.echo(f"verified: all {verification.pages} pages are what the guest wrote, at the destination, and it goes on running there")

@@ -1,0 +1,156 @@
+"""``migrate``, ``list``, ``postcopy-now``, ``cancel``: what one asks of running daemons."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from migrate.cli.options import RECEIVER_SOCKET, SENDER_SOCKET, migration_request, socket_option, strategy_options
+from migrate.cli.progress import ProgressDisplay
+from migrate.control import ControlClient
+from migrate.errors import MigrationError
+
+
+class Interrupted(Exception):
+    """Ctrl-C; the text says what became of the migration."""
+
+
+def follow_migration(client: ControlClient, request: dict[str, Any]) -> dict[str, Any]:
+    """Ask for a migration and show its progress; returns its result.
+
+    Ctrl-C before the handover takes the migration back, after it leaves it to the daemons; both raise :class:`Interrupted`.
+    """
+    interrupted = False
+
+    def on_interrupt(_signal: int, _frame: object) -> None:
+        nonlocal interrupted
+        if interrupted:
+            raise Interrupted("not waiting any longer; `xen-postcopy list` shows what became of the migration")
+        interrupted = True
+        client.say(command="cancel")
+
+    client.say(command="migrate", **request)
+    display = ProgressDisplay(sys.stderr)
+    previous = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        for answer in client.answers():
+            match answer["event"]:
+                case "progress":
+                    display.show(answer)
+                case "notice":
+                    raise Interrupted(f"{answer['message']}\nThe migration goes on in the daemons; `xen-postcopy list` shows it.")
+                case "result":
+                    result: dict[str, Any] = answer["result"]
+                    return result
+    except MigrationError as error:
+        if interrupted:
+            raise Interrupted(f"{error}; the guest goes on at the source") from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        display.close()
+    raise MigrationError("the daemon ended the request without a result")
+
+
+def write_json(path: Path | None, result: dict[str, Any]) -> None:
+    """Raises :class:`MigrationError` where it cannot be written."""
+    if path is None:
+        return
+    try:
+        path.write_text(json.dumps(result, indent=2) + "\n")
+    except OSError as error:
+        raise MigrationError(f"cannot write {path}: {error.strerror}; the migration itself went as told above") from error
+
+
+def summary(result: dict[str, Any]) -> str:
+    """A migration in words."""
+    from migrate.cli.options import human_bytes
+
+    latency = result["fault_latency_us"]
+    lines = [
+        f"{result['domain']} migrated ({result['strategy']}): {human_bytes(result['memory_bytes'])} in {result['total_s']:.2f} s, "
+        f"downtime {result['downtime_s'] * 1000:.1f} ms",
+        f"  precopy: {result['precopy']['rounds']} rounds, {result['precopy']['pages']} pages; "
+        f"after the handover: {result['switchover']['missing_pages']} pages, {result['push']['pages']} of them pushed "
+        f"and {result['pull']['pages']} pulled; {result['zero_pages']} zero pages",
+    ]
+    if latency["count"]:
+        lines.append(
+            f"  {latency['count']} faults: median {latency['p50']:.0f} us, 99% below {latency['p99']:.0f} us, "
+            f"longest {latency['max']:.0f} us"
+        )
+    return "\n".join(lines)
+
+
+@click.command("migrate")
+@click.argument("domain")
+@click.argument("destination")
+@strategy_options
+@socket_option(SENDER_SOCKET, "the local sender")
+def migrate_command(domain: str, destination: str, json_path: Path | None, socket_path: Path, **options: Any) -> None:
+    """Migrate DOMAIN (a name or a domid) to the receiver at DESTINATION (HOST or HOST:PORT).
+
+    Ctrl-C before the switchover takes everything back, and the guest goes on here.  After it the
+    migration cannot be taken back and goes on without this command.
+    """
+    client = ControlClient(socket_path)
+    try:
+        result = follow_migration(client, {"domain": domain, "destination": destination, **migration_request(**options)})
+    except Interrupted as error:
+        click.echo(f"xen-postcopy: {error}", err=True)
+        raise click.exceptions.Exit(130) from error
+    finally:
+        client.close()
+    click.echo(summary(result))
+    write_json(json_path, {"verified": None, **result})
+
+
+@click.command("list")
+@click.option(
+    "--socket", "socket_paths", type=click.Path(path_type=Path), multiple=True, default=[SENDER_SOCKET, RECEIVER_SOCKET],
+    show_default=True, help="Control socket of a daemon; may be given several times.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def list_command(socket_paths: tuple[Path, ...], as_json: bool) -> None:
+    """The migrations of the daemons on this host, running and ended."""
+    lines: list[dict[str, Any]] = []
+    problems: list[MigrationError] = []
+    for path in socket_paths:
+        try:
+            client = ControlClient(path)
+        except MigrationError as error:
+            problems.append(error)
+            continue
+        lines += client.call(command="list")["migrations"]
+        client.close()
+    if len(problems) == len(socket_paths):
+        raise problems[0]
+    if as_json:
+        click.echo(json.dumps(lines, indent=2))
+        return
+    click.echo(f"{'ID':10}{'DOMAIN':20}{'DIRECTION':11}{'PHASE':13}{'OUTSTANDING':>11}  PROBLEM")
+    for line in lines:
+        click.echo(
+            f"{line['id'][:8]:10}{line['domain']:20}{line['direction']:11}{line['phase']:13}{line['outstanding']:>11}  {line['problem']}"
+        )
+
+
+@click.command("postcopy-now")
+@click.argument("migration")
+@socket_option(SENDER_SOCKET, "the local sender")
+def postcopy_now_command(migration: str, socket_path: Path) -> None:
+    """End the precopy of MIGRATION (its id or its domain's name) and switch over now."""
+    ControlClient(socket_path).call(command="postcopy-now", migration=migration)
+
+
+@click.command("cancel")
+@click.argument("migration")
+@socket_option(SENDER_SOCKET, "the local sender")
+def cancel_command(migration: str, socket_path: Path) -> None:
+    """Take MIGRATION (its id or its domain's name) back, before its switchover: the guest goes on here."""
+    ControlClient(socket_path).call(command="cancel", migration=migration)

@@ -1,0 +1,94 @@
+"""Option types and groups of options that several commands share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from migrate.control import RUN_DIRECTORY
+from migrate.policy import PolicyOptions
+
+F = TypeVar("F", bound=Callable[..., Any])
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+SENDER_SOCKET = RUN_DIRECTORY / "sender.sock"
+RECEIVER_SOCKET = RUN_DIRECTORY / "receiver.sock"
+
+
+class Size(click.ParamType[int]):
+    """Bytes: ``4096``, ``64K``, ``512M``, ``1G``, ``1.5GiB``."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", str(value).strip(), re.IGNORECASE)
+        if not match:
+            self.fail(f"{value!r} is not a size: a number of bytes, or one with K, M, G or T, such as 512M", param, ctx)
+        return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def human_bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def socket_option(default: Path, whose: str) -> Callable[[F], F]:
+    return click.option(
+        "--socket", "socket_path", type=click.Path(path_type=Path), default=default, show_default=True,
+        help=f"Control socket of {whose}.",
+    )  # fmt: skip
+
+
+def simulated_option(function: F) -> F:
+    return click.option(
+        "--simulated", type=click.Path(path_type=Path), metavar="SOCKET",
+        help="Work with the simulated host that listens there, instead of this machine's Xen.",
+    )(function)  # fmt: skip
+
+
+def strategy_options(function: F) -> F:
+    """--strategy and what steers it."""
+    defaults = PolicyOptions()
+    for option in reversed(
+        (
+            click.option(
+                "--strategy", type=click.Choice(["hybrid", "postcopy", "precopy"]), default="hybrid", show_default=True,
+                help="hybrid: precopy while it helps, then postcopy.  postcopy: at once.  precopy: never.",
+            ),
+            click.option("--max-rounds", type=int, default=defaults.max_rounds, show_default=True, help="Rounds of precopy at most."),
+            click.option(
+                "--dirty-threshold", type=int, default=defaults.dirty_threshold, show_default=True, metavar="PAGES",
+                help="With this many dirty pages or fewer, send the rest with the guest standing still.",
+            ),
+            click.option(
+                "--downtime-target", type=float, default=defaults.downtime_target_ms, show_default=True, metavar="MS",
+                help="Likewise when sending the rest would take this many milliseconds or less.",
+            ),
+            click.option("--bandwidth", type=Size(), metavar="BYTES/S", help="Cap for background copying; faults are not held back."),
+            click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the result there."),
+        )
+    ):  # fmt: skip
+        function = option(function)
+    return function
+
+
+def migration_request(strategy: str, max_rounds: int, dirty_threshold: int, downtime_target: float, bandwidth: int | None) -> dict[str, Any]:
+    """The part of a ``migrate`` request that the strategy options make."""
+    problem = PolicyOptions(max_rounds, dirty_threshold, downtime_target).problems()
+    if problem:
+        raise click.UsageError(problem)
+    if bandwidth is not None and bandwidth < 4096:
+        raise click.UsageError(f"--bandwidth {bandwidth}: at least one page (4096 bytes) a second, or none for no cap")
+    return {
+        "strategy": strategy,
+        "policy": {"max_rounds": max_rounds, "dirty_threshold": dirty_threshold, "downtime_target_ms": downtime_target},
+        "bandwidth": bandwidth,
+    }

@@ -1,0 +1,72 @@
+"""The progress of a migration: a live line on a terminal, a line per event elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from migrate.cli.options import human_bytes
+
+PLAIN_EVERY_S = 5.0
+
+
+class ProgressDisplay:
+    """Feed it the daemon's ``progress`` answers."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        self._live = stream.isatty()
+        self._bar: Any = None
+        self._stage: tuple[str, int] | None = None
+        self._last_line = 0.0
+        self._last_bytes = (0.0, 0)
+        self._rate = 0.0
+
+    def show(self, p: dict[str, Any]) -> None:
+        self._measure(p["bytes_sent"])
+        stage = (p["phase"], p["round"])
+        if self._live:
+            self._show_bar(p, stage)
+        elif stage != self._stage or time.monotonic() - self._last_line > PLAIN_EVERY_S:
+            self._last_line = time.monotonic()
+            print(f"{self._title(p)}: {self._details(p)}", file=self._stream, flush=True)
+        self._stage = stage
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _show_bar(self, p: dict[str, Any], stage: tuple[str, int]) -> None:
+        if stage != self._stage:
+            self.close()
+            self._bar = tqdm(
+                total=p["pages_total"] or None, file=self._stream, leave=False, unit=" pages", dynamic_ncols=True,
+                bar_format="{desc} {bar:20} {percentage:3.0f}% {postfix}" if p["pages_total"] else "{desc} {postfix}",
+            )  # fmt: skip
+        self._bar.total = p["pages_total"] or None
+        self._bar.n = min(p["pages_done"], p["pages_total"]) if p["pages_total"] else 0
+        self._bar.set_description_str(self._title(p), refresh=False)
+        self._bar.set_postfix_str(self._details(p), refresh=True)
+
+    def _measure(self, bytes_sent: int) -> None:
+        now = time.monotonic()
+        then, before = self._last_bytes
+        if now - then >= 0.15:
+            self._rate = (bytes_sent - before) / (now - then) if then else 0.0
+            self._last_bytes = (now, bytes_sent)
+
+    @staticmethod
+    def _title(p: dict[str, Any]) -> str:
+        return f"{p['domain']}: {p['phase']}" + (f", round {p['round']}" if p["phase"] == "precopy" else "")
+
+    def _details(self, p: dict[str, Any]) -> str:
+        parts = [f"{human_bytes(self._rate)}/s"]
+        if p["phase"] == "precopy":
+            parts.append(f"{p['pages_done']} of {p['pages_total']} pages")
+        if p["handed_over"]:
+            parts.append(f"{p['outstanding']} pages outstanding")
+            parts.append(f"{p['faults']} faults" + (f" at {p['latency_us']} us" if p["faults"] else ""))
+        return ", ".join(parts)

@@ -1,0 +1,43 @@
+"""What both daemons do alike: start, say that they are ready, stop."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+from collections.abc import Awaitable, Callable
+
+import trio
+
+log = logging.getLogger(__name__)
+
+
+def notify(state: str) -> None:
+    """Tell whoever started us (systemd, ``loopback``) about our state: sd_notify(3).  Without one, nothing."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
+        sock.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
+
+
+async def until_stopped(serve: Callable[[], Awaitable[None]], drain: Callable[[], Awaitable[None]]) -> None:
+    """Run ``serve`` until SIGTERM or SIGINT, then ``drain``; a second signal cuts that short."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve)
+            await anext(aiter(signals))
+            notify("STOPPING=1")
+            async with trio.open_nursery() as draining:
+                draining.start_soon(_second_signal, signals, draining)
+                await drain()
+                draining.cancel_scope.cancel()
+            nursery.cancel_scope.cancel()
+
+
+async def _second_signal(signals: object, draining: trio.Nursery) -> None:
+    await anext(aiter(signals))  # type: ignore[call-overload]
+    log.warning("stopped for the second time: not waiting any longer")
+    draining.cancel_scope.cancel()

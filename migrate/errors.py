@@ -1,0 +1,21 @@
+"""The errors of a migration, by whose fault they are."""
+
+
+class MigrationError(Exception):
+    """A migration could not be done; the text says why and what to do."""
+
+
+class ProtocolError(MigrationError):
+    """Bytes or messages that the protocol does not allow (h11's local and remote errors)."""
+
+
+class LocalProtocolError(ProtocolError):
+    """This end was about to break the protocol: a bug here."""
+
+
+class RemoteProtocolError(ProtocolError):
+    """The peer broke the protocol."""
+
+
+class PeerClosedError(MigrationError):
+    """The peer ended the connection where it should not."""

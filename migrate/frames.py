@@ -1,0 +1,143 @@
+"""Frames: the codec of a lane.  Bytes in, frames out; no sockets, no clock.
+
+A frame is a prefix of 12 bytes (``XPC1``, header length, payload length; big-endian), a msgpack map, and an optional
+payload of whole pages.  Page bytes are never inside msgpack: they go from the socket to the buffer from
+which they are loaded without another copy.  For that the decoder does not take bytes but says where it wants
+them: fill :meth:`FrameDecoder.wanted`, report with :meth:`FrameDecoder.filled`.
+
+Every length is checked before memory is taken for it.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, NamedTuple
+
+import msgpack
+
+from migrate.errors import LocalProtocolError, RemoteProtocolError
+from xenbackend.contract import PAGE_SIZE, Buffer
+
+MAGIC = b"XPC1"
+PREFIX = struct.Struct("!4sII")
+MAX_HEADER_BYTES = 256 * 1024
+MAX_PAYLOAD_PAGES = 1024
+MAX_PAYLOAD_BYTES = MAX_PAYLOAD_PAGES * PAGE_SIZE
+READ_AHEAD_BYTES = 16 * 1024
+"""Prefix and header are read together with what follows, up to here."""
+
+EMPTY = memoryview(b"")
+
+
+class Frame(NamedTuple):
+    header: dict[str, Any]
+    payload: memoryview
+    """Whole pages.  Valid until the decoder is asked for its next frame."""
+
+
+def encode(header: dict[str, Any], payload: Buffer = EMPTY) -> bytes:
+    """The bytes that go before the payload; the payload itself follows as it is."""
+    packed: bytes = msgpack.packb(header)
+    if len(packed) > MAX_HEADER_BYTES:
+        raise LocalProtocolError(f"header of {len(packed)} bytes, more than {MAX_HEADER_BYTES}")
+    if len(payload) > MAX_PAYLOAD_BYTES or len(payload) % PAGE_SIZE:
+        raise LocalProtocolError(f"payload of {len(payload)} bytes: whole pages, at most {MAX_PAYLOAD_PAGES}")
+    return PREFIX.pack(MAGIC, len(packed), len(payload)) + packed
+
+
+def _parse_header(data: Buffer) -> dict[str, Any]:
+    try:
+        header = msgpack.unpackb(
+            data,
+            strict_map_key=True,
+            max_str_len=4096,
+            max_bin_len=MAX_HEADER_BYTES,
+            max_array_len=64,
+            max_map_len=64,
+            max_ext_len=0,
+        )
+    except (ValueError, msgpack.UnpackException, RecursionError) as error:
+        raise RemoteProtocolError(f"a frame's header is not msgpack: {error or type(error).__name__}") from error
+    if not isinstance(header, dict):
+        raise RemoteProtocolError("a frame's header is not a map")
+    return header
+
+
+class FrameDecoder:
+    """One direction of a lane.  Raises :class:`RemoteProtocolError` for what is no frame, and is unusable then."""
+
+    def __init__(self) -> None:
+        self._small = bytearray(PREFIX.size + MAX_HEADER_BYTES + READ_AHEAD_BYTES)
+        self._start = 0  # of what is unread in _small
+        self._end = 0
+        self._sizes: tuple[int, int] | None = None  # header and payload bytes of the frame being read
+        self._header: dict[str, Any] | None = None
+        self._pages = bytearray()
+        self._pages_filled = 0
+
+    def wanted(self) -> memoryview:
+        """Where the next bytes belong; never empty."""
+        if self._header is not None:
+            assert self._sizes is not None
+            return memoryview(self._pages)[self._pages_filled : self._sizes[1]]
+        need = PREFIX.size if self._sizes is None else self._sizes[0]
+        if self._start and self._start + need + READ_AHEAD_BYTES > len(self._small):
+            self._small[: self._end - self._start] = self._small[self._start : self._end]
+            self._start, self._end = 0, self._end - self._start
+        if self._start == self._end:
+            self._start = self._end = 0
+        missing = max(need - (self._end - self._start), 1)
+        return memoryview(self._small)[self._end : self._end + max(missing, READ_AHEAD_BYTES)]
+
+    def filled(self, count: int) -> None:
+        """``count`` bytes were put into what :meth:`wanted` returned last."""
+        if self._header is not None:
+            self._pages_filled += count
+        else:
+            self._end += count
+
+    def next_frame(self) -> Frame | None:
+        """The next whole frame, or ``None`` when more bytes are wanted."""
+        if self._sizes is None:
+            if self._end - self._start < PREFIX.size:
+                self._check_magic()
+                return None
+            self._sizes = self._parse_prefix()
+            self._start += PREFIX.size
+        header_bytes, payload_bytes = self._sizes
+        if self._header is None:
+            if self._end - self._start < header_bytes:
+                return None
+            self._header = _parse_header(memoryview(self._small)[self._start : self._start + header_bytes])
+            self._start += header_bytes
+            if len(self._pages) < payload_bytes:
+                self._pages = bytearray(payload_bytes)
+            at_hand = min(payload_bytes, self._end - self._start)
+            self._pages[:at_hand] = memoryview(self._small)[self._start : self._start + at_hand]
+            self._start += at_hand
+            self._pages_filled = at_hand
+        if self._pages_filled < payload_bytes:
+            return None
+        frame = Frame(self._header, memoryview(self._pages)[:payload_bytes])
+        self._sizes = self._header = None
+        return frame
+
+    def at_boundary(self) -> bool:
+        """No frame has been begun: the peer may end the connection here."""
+        return self._sizes is None and self._start == self._end
+
+    def _check_magic(self) -> None:
+        begun = bytes(self._small[self._start : min(self._end, self._start + len(MAGIC))])
+        if not MAGIC.startswith(begun):
+            raise RemoteProtocolError(f"not a frame of xen-postcopy (it begins with {begun!r}): is that the right port?")
+
+    def _parse_prefix(self) -> tuple[int, int]:
+        self._check_magic()
+        _magic, header_bytes, payload_bytes = PREFIX.unpack_from(self._small, self._start)
+        if not 0 < header_bytes <= MAX_HEADER_BYTES:
+            raise RemoteProtocolError(f"a header of {header_bytes} bytes: 1 to {MAX_HEADER_BYTES} are allowed")
+        if payload_bytes > MAX_PAYLOAD_BYTES or payload_bytes % PAGE_SIZE:
+            raise RemoteProtocolError(
+                f"a payload of {payload_bytes} bytes: whole pages, at most {MAX_PAYLOAD_PAGES}, are allowed"
+            )
+        return header_bytes, payload_bytes

@@ -1,0 +1,201 @@
+"""A whole world on one machine: two simulated hosts and two daemons, each a process of its own.
+
+For the ``loopback`` command, the tests and the benchmarks.  The processes tell by sd_notify(3) that they are ready, as
+they would tell systemd; they are ended with the context.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from migrate.control import ControlClient
+from migrate.errors import MigrationError
+from xenbackend.contract import DomainState
+from xenbackend.simulated.client import SimulatedDomain, SimulatedHypervisor
+from xenbackend.simulated.guest import GuestSpec
+from xenbackend.simulated.verify import Verification, verify
+
+START_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 10.0
+
+
+@dataclass
+class Process:
+    name: str
+    popen: subprocess.Popen[bytes]
+    log: Path
+
+    def tail(self) -> str:
+        return self.log.read_text(errors="replace")[-2000:]
+
+
+@dataclass
+class World:
+    """The running processes; ``source`` and ``destination`` are attached to the two hosts."""
+
+    directory: Path
+    processes: dict[str, Process] = field(default_factory=dict)
+    source: SimulatedHypervisor = field(init=False)
+    destination: SimulatedHypervisor = field(init=False)
+    port: int = 0
+
+    @property
+    def sender_socket(self) -> Path:
+        return self.directory / "sender.sock"
+
+    @property
+    def receiver_socket(self) -> Path:
+        return self.directory / "receiver.sock"
+
+    def control(self, which: str = "sender") -> ControlClient:
+        return ControlClient(self.directory / f"{which}.sock")
+
+    def start(self, name: str, *arguments: str) -> Process:
+        """Start ``xen-postcopy ARGUMENTS`` and wait until it is ready.  Raises :class:`MigrationError`."""
+        log = self.directory / f"{name}.log"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready, log.open("wb") as output:
+            notify_path = self.directory / f"{name}.notify"
+            ready.bind(str(notify_path))
+            popen = subprocess.Popen(
+                [sys.executable, "-m", "migrate.cli", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env={**os.environ, "NOTIFY_SOCKET": str(notify_path)},
+                start_new_session=True,  # Ctrl-C is for us: we end them in order
+            )
+            process = self.processes[name] = Process(name, popen, log)
+            ready.settimeout(0.2)
+            deadline = time.monotonic() + START_TIMEOUT_S
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    if b"READY=1" in ready.recv(4096):
+                        return process
+                if popen.poll() is not None or time.monotonic() > deadline:
+                    raise MigrationError(f"{name} did not start:\n{process.tail()}")
+
+    def check_alive(self) -> None:
+        """Raises :class:`MigrationError` when a process has ended."""
+        for process in self.processes.values():
+            if process.popen.poll() is not None:
+                raise MigrationError(f"{process.name} ended with status {process.popen.returncode}:\n{process.tail()}")
+
+    def stop(self, name: str, sig: int = signal.SIGTERM) -> None:
+        process = self.processes.pop(name)
+        process.popen.send_signal(sig)
+        try:
+            process.popen.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.popen.kill()
+            process.popen.wait()
+
+
+@contextlib.contextmanager
+def loopback_world(memory_bytes: int, *, host_options: tuple[str, ...] = (), daemons: bool = True) -> Iterator[World]:
+    """Two hosts with so much memory each, a sender at the source, a receiver at the destination."""
+    directory = Path(tempfile.mkdtemp(prefix="xen-postcopy-"))
+    world = World(directory)
+    try:
+        for name in ("source", "destination"):
+            path = directory / f"{name}.sock"
+            extra = host_options if name == "destination" else ()
+            world.start(name, "simulated-host", "--socket", str(path), "--memory", str(memory_bytes), *extra)
+            setattr(world, name, SimulatedHypervisor(path))
+        if daemons:
+            start_receiver(world)
+            world.start("sender", "sender", "--socket", str(world.sender_socket), "--simulated", str(directory / "source.sock"))
+        yield world
+    finally:
+        for name in ("source", "destination"):
+            with contextlib.suppress(AttributeError):
+                getattr(world, name).close()
+        for name in reversed(list(world.processes)):
+            # The guests end with their hosts: nothing is worth waiting for.
+            world.stop(name, signal.SIGKILL if name in ("sender", "receiver") else signal.SIGTERM)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def start_receiver(world: World) -> None:
+    world.start(
+        "receiver", "receiver", "--listen", "127.0.0.1:0", "--socket", str(world.receiver_socket),
+        "--simulated", str(world.directory / "destination.sock"),
+    )  # fmt: skip
+    world.port = world.control("receiver").call(command="status")["port"]
+
+
+def wait_for_steps(domain: SimulatedDomain, steps: int, timeout_s: float = 60.0) -> None:
+    """Until each vCPU has done so many steps more.  Raises :class:`MigrationError` when the guest does not."""
+    start = [vcpu["count"] for vcpu in domain.report()["vcpu"]]
+    deadline = time.monotonic() + timeout_s
+    while True:
+        report = domain.report()
+        if all(vcpu["count"] >= before + steps for vcpu, before in zip(report["vcpu"], start, strict=True)):
+            return
+        if report["state"] != DomainState.RUNNING.value:
+            raise MigrationError(f"the guest is {report['state']}: {report['reason']}")
+        if time.monotonic() > deadline:
+            raise MigrationError(f"the guest did not do {steps} steps within {timeout_s:g} s")
+        time.sleep(0.01)
+
+
+def verify_migrated(world: World, spec: GuestSpec) -> tuple[Verification, dict[str, Any]]:
+    """Stop the guest at the destination and check it; returns what the guest itself has measured, too."""
+    domain = world.destination.open(spec.name)
+    wait_for_steps(domain, 5 if spec.workload == "idle" else min(100, spec.rate or 100))
+    domain.suspend()
+    gone = [report for report in world.source.history() if report["name"] == spec.name]
+    result = verify(domain, spec, source_positions=[vcpu["count"] for vcpu in gone[-1]["vcpu"]] if gone else None)
+    if not gone:
+        result.problems.append("the source domain was not let go")
+    if any(info.name == spec.name for info in world.source.domains()):
+        result.problems.append("the domain is still at the source")
+    report = domain.report()
+    domain.close()
+    return result, guest_view(report)
+
+
+def guest_view(report: dict[str, Any]) -> dict[str, Any]:
+    """What the vCPUs measured of their own faults, from the touch to the next instruction."""
+    stalls: dict[int, int] = {}
+    for vcpu in report["vcpu"]:
+        for bucket, count in vcpu["stalls"].items():
+            stalls[bucket] = stalls.get(bucket, 0) + count
+    total = sum(stalls.values())
+
+    def quantile(q: float) -> float:
+        rank = q * total
+        for bucket in sorted(stalls):
+            rank -= stalls[bucket]
+            if rank <= 0:
+                return _bucket_us(bucket)
+        return 0.0
+
+    return {
+        "faults": sum(vcpu["faults"] for vcpu in report["vcpu"]),
+        "p50_us": quantile(0.5),
+        "p99_us": quantile(0.99),
+        "max_us": max(vcpu["max_block_ns"] for vcpu in report["vcpu"]) / 1000,
+        "mean_us": round(sum(vcpu["block_ns"] for vcpu in report["vcpu"]) / 1000 / total, 1) if total else 0.0,
+        "block_s": [vcpu["block_ns"] / 1e9 for vcpu in report["vcpu"]],
+        "steps": [vcpu["count"] for vcpu in report["vcpu"]],
+    }
+
+
+def _bucket_us(bucket: int) -> float:
+    """The middle of one of ``note_stall``'s buckets: 8 to each power of two, single microseconds below 8."""
+    if bucket < 8:
+        return float(bucket)
+    log, sub = bucket // 8 + 2, bucket % 8
+    return (8 + sub + 0.5) * 2.0 ** (log - 3)

@@ -1,0 +1,350 @@
+"""Messages: what frames say.  One class a message; its fields are its wire format.
+
+A message is a frozen dataclass whose fields carry their limits; :func:`parse` makes one of a frame's header or raises
+:class:`RemoteProtocolError` naming the field.  ``docs/protocol.md`` says what each means and when it may be sent;
+:mod:`migrate.session` enforces the when.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, ClassVar
+
+import numpy as np
+
+from migrate.errors import RemoteProtocolError
+from migrate.frames import MAX_HEADER_BYTES, MAX_PAYLOAD_PAGES
+from migrate.pfns import WINDOW_PFNS, pfn_array
+from xenbackend.contract import PAGE_SIZE, PfnArray
+
+PROTOCOL_VERSION = 1
+MAX_PFN = 2**40
+MAX_PFNS = 8192
+"""pfns in one list of one message."""
+MAX_CONTEXT_CHUNK = 128 * 1024
+MAX_TEXT = 1024
+CAPABILITIES: frozenset[str] = frozenset()
+"""Extensions of the protocol that this end knows."""
+
+
+class Lane(Enum):
+    PUSH = "push"
+    PULL = "pull"
+
+
+class _Invalid(Exception):
+    pass
+
+
+Parser = Callable[[Any], Any]
+
+
+def _wire(parse: Parser, **kwargs: Any) -> Any:
+    return dataclasses.field(metadata={"parse": parse}, **kwargs)
+
+
+def _uint(most: int, least: int = 0) -> Any:
+    def parse(value: Any) -> int:
+        if type(value) is not int or not least <= value <= most:
+            raise _Invalid(f"a number from {least} to {most}")
+        return value
+
+    return _wire(parse)
+
+
+def _text(most: int = MAX_TEXT, **kwargs: Any) -> Any:
+    def parse(value: Any) -> str:
+        if not isinstance(value, str) or len(value) > most or not value.isprintable():
+            raise _Invalid(f"printable text of at most {most} characters")
+        return value
+
+    return _wire(parse, **kwargs)
+
+
+def _bytes(most: int, **kwargs: Any) -> Any:
+    def parse(value: Any) -> bytes:
+        if not isinstance(value, bytes) or len(value) > most:
+            raise _Invalid(f"at most {most} bytes")
+        return value
+
+    return _wire(parse, **kwargs)
+
+
+def _flag() -> Any:
+    def parse(value: Any) -> bool:
+        if type(value) is not bool:
+            raise _Invalid("true or false")
+        return value
+
+    return _wire(parse)
+
+
+def _texts(most: int, **kwargs: Any) -> Any:
+    def parse(value: Any) -> tuple[str, ...]:
+        if not isinstance(value, list) or len(value) > most or not all(isinstance(v, str) and len(v) <= 64 for v in value):
+            raise _Invalid(f"a list of at most {most} names")
+        return tuple(value)
+
+    return _wire(parse, **kwargs)
+
+
+def _pfns(most: int = MAX_PFNS, **kwargs: Any) -> Any:
+    def parse(value: Any) -> PfnArray:
+        if not isinstance(value, bytes) or len(value) % 8 or len(value) > most * 8:
+            raise _Invalid(f"at most {most} pfns of 8 bytes")
+        pfns = np.frombuffer(value, dtype="<u8")
+        if len(pfns) and (int(pfns[-1]) >= MAX_PFN or bool(np.any(pfns[1:] <= pfns[:-1]))):
+            raise _Invalid("pfns in ascending order, each once")
+        return pfns
+
+    return _wire(parse, **kwargs)
+
+
+@dataclass(frozen=True, eq=False)
+class Message:
+    type: ClassVar[str]
+
+    def header(self) -> dict[str, Any]:
+        fields = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            fields[field.name] = value.astype("<u8", copy=False).tobytes() if isinstance(value, np.ndarray) else value
+        return {"type": self.type, **fields}
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.header() == other.header()  # type: ignore[attr-defined]
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+# ---- both ends ----
+@dataclass(frozen=True, eq=False)
+class Hello(Message):
+    """First on every lane, from both ends; the sender, who connects, speaks first."""
+
+    type = "hello"
+    oldest: int = _uint(2**16, 1)
+    newest: int = _uint(2**16, 1)
+    lane: str = _text(8)
+    session: str = _text(64)
+    token: bytes = _bytes(32)
+    """Push lane: empty.  Pull lane: what ``accepted`` gave."""
+    requires: tuple[str, ...] = _texts(32)
+    """Capabilities without which this end will not talk."""
+    offers: tuple[str, ...] = _texts(32)
+    software: str = _text(64)
+
+
+# ---- sender to receiver, push lane ----
+@dataclass(frozen=True, eq=False)
+class Offer(Message):
+    """The domain; answered by ``accepted`` or ``refused`` before anything else is sent."""
+
+    type = "offer"
+    name: str = _text(64)
+    nr_pfns: int = _uint(MAX_PFN, 1)
+    max_pages: int = _uint(MAX_PFN, 1)
+    vcpus: int = _uint(512, 1)
+    platform: bytes = _bytes(64 * 1024)
+    paging: bool = _flag()
+    """Postcopy is possible: the receiver must be able to page."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pages(Message):
+    """Contents: ``pfns`` have theirs in the payload, in order; ``zeros`` are zero; ``holes`` are no memory any more."""
+
+    type = "pages"
+    pfns: PfnArray = _pfns(MAX_PAYLOAD_PAGES)
+    zeros: PfnArray = _pfns(default_factory=pfn_array)
+    holes: PfnArray = _pfns(default_factory=pfn_array)
+
+
+@dataclass(frozen=True, eq=False)
+class Defer(Message):
+    """A window of pfns that will not be sent before the switchover: to be evicted now."""
+
+    type = "defer"
+    base: int = _uint(MAX_PFN)
+    bitmap: bytes = _bytes(WINDOW_PFNS // 8)
+
+
+@dataclass(frozen=True, eq=False)
+class Barrier(Message):
+    """Answered by ``passed`` when all before it has been done."""
+
+    type = "barrier"
+    number: int = _uint(2**32)
+
+
+@dataclass(frozen=True, eq=False)
+class Suspended(Message):
+    """The guest stands still: pages from here on are final."""
+
+    type = "suspended"
+
+
+@dataclass(frozen=True, eq=False)
+class Missing(Message):
+    """A window of pfns whose contents come after the handover."""
+
+    type = "missing"
+    base: int = _uint(MAX_PFN)
+    bitmap: bytes = _bytes(WINDOW_PFNS // 8)
+
+
+@dataclass(frozen=True, eq=False)
+class Context(Message):
+    """A piece of the vCPU and device context."""
+
+    type = "context"
+    data: bytes = _bytes(MAX_CONTEXT_CHUNK)
+    last: bool = _flag()
+
+
+@dataclass(frozen=True, eq=False)
+class Handover(Message):
+    """The receiver owns the guest.  The source will never run it again."""
+
+    type = "handover"
+
+
+@dataclass(frozen=True, eq=False)
+class Completed(Message):
+    """The sender agrees that nothing is outstanding, and lets the source go."""
+
+    type = "completed"
+
+
+@dataclass(frozen=True, eq=False)
+class Abort(Message):
+    """Before the handover: the guest stays at the source."""
+
+    type = "abort"
+    reason: str = _text()
+
+
+# ---- receiver to sender, push lane ----
+@dataclass(frozen=True, eq=False)
+class Accepted(Message):
+    type = "accepted"
+    populate_evicted: str = _text(16)
+    token: bytes = _bytes(32)
+    """What the pull lane's hello has to show; good for one connection."""
+
+
+@dataclass(frozen=True, eq=False)
+class Refused(Message):
+    type = "refused"
+    reason: str = _text()
+
+
+@dataclass(frozen=True, eq=False)
+class Passed(Message):
+    type = "passed"
+    number: int = _uint(2**32)
+
+
+@dataclass(frozen=True, eq=False)
+class Ready(Message):
+    """Everything is in place; nothing is missing but the right to run."""
+
+    type = "ready"
+
+
+@dataclass(frozen=True, eq=False)
+class Resumed(Message):
+    type = "resumed"
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded(Message):
+    """These pfns have their contents; the sender may forget them."""
+
+    type = "loaded"
+    pfns: PfnArray = _pfns()
+
+
+@dataclass(frozen=True, eq=False)
+class Dropped(Message):
+    """The guest gave these pfns away; their contents are not wanted any more."""
+
+    type = "dropped"
+    pfns: PfnArray = _pfns()
+
+
+@dataclass(frozen=True, eq=False)
+class Report(Message):
+    """For the sender's progress display, a few times a second."""
+
+    type = "report"
+    outstanding: int = _uint(MAX_PFN)
+    faults: int = _uint(2**63)
+    latency_us: int = _uint(2**63)
+    """Median so far."""
+
+
+@dataclass(frozen=True, eq=False)
+class Complete(Message):
+    """Nothing is outstanding at the receiver; its statistics, as JSON."""
+
+    type = "complete"
+    statistics: bytes = _bytes(MAX_HEADER_BYTES // 2)
+
+
+@dataclass(frozen=True, eq=False)
+class Failed(Message):
+    """The receiver cannot go on; before the handover it has cleaned up."""
+
+    type = "failed"
+    reason: str = _text()
+
+
+# ---- receiver to sender, pull lane ----
+@dataclass(frozen=True, eq=False)
+class Fault(Message):
+    """vCPUs wait for these pfns; answered with ``pages`` on the same lane."""
+
+    type = "fault"
+    pfns: PfnArray = _pfns(64)
+
+
+TYPES: dict[str, type[Message]] = {
+    cls.type: cls
+    for cls in (
+        Hello, Offer, Pages, Defer, Barrier, Suspended, Missing, Context, Handover, Completed, Abort,
+        Accepted, Refused, Passed, Ready, Resumed, Loaded, Dropped, Report, Complete, Failed, Fault,
+    )
+}  # fmt: skip
+
+
+def parse(header: dict[str, Any], payload_bytes: int = 0) -> Message:
+    """The message in a frame.  Raises :class:`RemoteProtocolError` for anything else."""
+    name = header.get("type")
+    cls = TYPES.get(name) if isinstance(name, str) else None
+    if cls is None:
+        raise RemoteProtocolError(f"unknown message {name!r}"[:200])
+    values = {}
+    fields = dataclasses.fields(cls)
+    if header.keys() - {"type"} != {field.name for field in fields}:
+        raise RemoteProtocolError(f"{name}: its fields are {', '.join(f.name for f in fields) or 'none'}")
+    for field in fields:
+        try:
+            values[field.name] = field.metadata["parse"](header[field.name])
+        except _Invalid as error:
+            raise RemoteProtocolError(f"{name}: {field.name} must be {error}") from None
+    message = cls(**values)
+    expected = len(message.pfns) * PAGE_SIZE if isinstance(message, Pages) else 0
+    if payload_bytes != expected:
+        raise RemoteProtocolError(f"{name}: a payload of {payload_bytes} bytes where {expected} belong")
+    if isinstance(message, Pages) and len(message.pfns) + len(message.zeros) + len(message.holes) == 0:
+        raise RemoteProtocolError("pages: none")
+    return message
+
+
+def printable(text: str) -> str:
+    """``text`` as the protocol allows it: one line, bounded."""
+    return "".join(c if c.isprintable() else " " for c in text)[:MAX_TEXT]

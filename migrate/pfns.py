@@ -1,0 +1,45 @@
+"""Sets and lists of pfns, in memory and on the wire.
+
+In memory a set is a boolean array with one element per pfn, a list an ascending ``uint64`` array.  On the
+wire a short list is its little-endian 64-bit numbers; a set, which can be as large as the guest, goes as windows of
+a bitmap of which the empty ones are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xenbackend.contract import PfnArray
+
+WINDOW_PFNS = 2**18
+"""pfns in one window: 32 KiB of bitmap, 1 GiB of guest."""
+
+PfnMask = NDArray[np.bool_]
+
+
+def pfn_array(values: object = ()) -> PfnArray:
+    return np.array(values, dtype=np.uint64)
+
+
+def mask_from_bitmap(bitmap: NDArray[np.uint8], nr_pfns: int) -> PfnMask:
+    """From Xen's bitmaps: least significant bit first."""
+    return np.unpackbits(bitmap, count=nr_pfns, bitorder="little").view(np.bool_)
+
+
+def from_mask(mask: PfnMask, base: int = 0) -> PfnArray:
+    return np.flatnonzero(mask).astype(np.uint64) + np.uint64(base)
+
+
+def windows(mask: PfnMask) -> Iterator[tuple[int, bytes]]:
+    """(first pfn, bitmap) of each window that is not empty."""
+    for base in range(0, len(mask), WINDOW_PFNS):
+        window = mask[base : base + WINDOW_PFNS]
+        if window.any():
+            yield base, np.packbits(window, bitorder="little").tobytes()
+
+
+def pfns_of_window(base: int, bitmap: bytes) -> PfnArray:
+    return from_mask(np.unpackbits(np.frombuffer(bitmap, dtype=np.uint8), bitorder="little").view(np.bool_), base)

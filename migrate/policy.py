@@ -1,0 +1,101 @@
+"""When to stop precopying: the policy that the sender consults after every batch.  Sans-IO.
+
+A policy sees numbers and answers with a :class:`Decision`; it does nothing itself.  What it weighs: precopy is
+worth going on with while a round leaves less to send than the one before; what is left over can be sent with the
+guest standing still (stop-and-copy) if that fits the downtime target, and otherwise after the switchover
+(postcopy), where each page costs a fault if it is touched before it is pushed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from xenbackend.contract import PAGE_SIZE
+
+
+class Decision(Enum):
+    CONTINUE = "continue"
+    STOP_AND_COPY = "stop-and-copy"
+    POSTCOPY = "postcopy"
+    ABORT = "abort"
+
+
+class Strategy(Enum):
+    HYBRID = "hybrid"
+    POSTCOPY = "postcopy"
+    PRECOPY = "precopy"
+
+    @property
+    def pages_after_handover(self) -> bool:
+        """The receiver has to be able to page."""
+        return self is not Strategy.PRECOPY
+
+
+@dataclass(frozen=True)
+class PolicyOptions:
+    max_rounds: int = 5
+    """Rounds after which precopy ends (libxl's default for xl migrate is 5)."""
+    dirty_threshold: int = 50
+    """Dirty pages at or below which the rest is sent with the guest standing still (Xen: 50)."""
+    downtime_target_ms: float = 20.0
+    """Likewise, when the rest can be sent in this time."""
+
+    def problems(self) -> str | None:
+        if not 1 <= self.max_rounds <= 1000:
+            return f"--max-rounds {self.max_rounds}: 1 to 1000"
+        if self.dirty_threshold < 0:
+            return f"--dirty-threshold {self.dirty_threshold}: at least 0"
+        if not 0 < self.downtime_target_ms <= 3_600_000:
+            return f"--downtime-target {self.downtime_target_ms}: more than 0 milliseconds, at most an hour"
+        return None
+
+
+@dataclass(frozen=True)
+class PrecopyProgress:
+    """Where precopy stands after a batch."""
+
+    round: int
+    """1 is the first, of all memory."""
+    round_finished: bool
+    dirty_pages: int
+    """To send if the round ended now: at a round's end what was dirtied during it, within one what is left of it."""
+    previous_dirty_pages: int
+    """The same at the end of the round before (first round: all pages)."""
+    bytes_per_s: float
+    """As measured so far; 0 when unknown."""
+    postcopy_asked: bool = False
+    """Somebody said ``postcopy-now``."""
+
+    @property
+    def stop_and_copy_ms(self) -> float:
+        """How long sending the dirty pages would take."""
+        return self.dirty_pages * PAGE_SIZE / self.bytes_per_s * 1000 if self.bytes_per_s else float("inf")
+
+
+class Policy(Protocol):
+    def decide(self, progress: PrecopyProgress) -> Decision: ...
+
+
+@dataclass(frozen=True)
+class DefaultPolicy:
+    strategy: Strategy
+    options: PolicyOptions = PolicyOptions()
+
+    def decide(self, progress: PrecopyProgress) -> Decision:
+        can_page = self.strategy.pages_after_handover
+        if can_page and (progress.postcopy_asked or self.strategy is Strategy.POSTCOPY):
+            return Decision.POSTCOPY
+        if not progress.round_finished:
+            return Decision.CONTINUE
+        if (
+            progress.dirty_pages <= self.options.dirty_threshold
+            or progress.stop_and_copy_ms <= self.options.downtime_target_ms
+        ):
+            return Decision.STOP_AND_COPY
+        last_round = progress.round >= self.options.max_rounds
+        if not can_page:
+            return Decision.STOP_AND_COPY if last_round else Decision.CONTINUE
+        converging = progress.dirty_pages < progress.previous_dirty_pages * 0.8
+        return Decision.CONTINUE if converging and not last_round else Decision.POSTCOPY

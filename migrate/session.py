@@ -1,0 +1,223 @@
+"""The session: which end may say what, and when.  Sans-IO: messages in, verdicts out.
+
+Both ends keep a :class:`Session` and show it every message that they send or receive.  The phases:
+
+    HELLO --offer--> PREFLIGHT --accepted--> PRECOPY --suspended--> SWITCHOVER --handover--> POSTCOPY
+          --complete--> COMPLETE --completed--> CLOSED
+
+The end that sends a message is in the next phase at once, the other when it arrives.  So an end may
+receive what its peer said while still in the phase before: ``RULES`` gives for each message the phases in which its
+speaker may send it, and a receiver allows in addition what was sent before the peer knew better.
+
+On top of the phases there are a few promises that only happen once, in order: context complete, then
+``ready``, then ``handover``, then ``resumed``.  After ``handover`` there is no way back: ``abort`` is not a word
+any more, for either end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+
+from migrate import messages as m
+from migrate.errors import LocalProtocolError, ProtocolError, RemoteProtocolError
+from migrate.messages import Lane, Message
+from xenbackend.contract import PfnArray
+
+
+class Role(IntEnum):
+    SENDER = 0
+    RECEIVER = 1
+
+
+class Phase(IntEnum):
+    HELLO = 0
+    PREFLIGHT = 1
+    PRECOPY = 2
+    SWITCHOVER = 3
+    POSTCOPY = 4
+    COMPLETE = 5
+    CLOSED = 6
+    FAILED = 7
+
+
+P = Phase
+BEFORE_HANDOVER = (P.HELLO, P.PREFLIGHT, P.PRECOPY, P.SWITCHOVER)
+
+
+@dataclass(frozen=True)
+class Rule:
+    speaker: Role
+    phases: tuple[Phase, ...]
+    """In which the speaker may say it."""
+    then: Phase | None = None
+    lane: Lane | None = Lane.PUSH
+    """``None``: either."""
+
+
+S, R = Role.SENDER, Role.RECEIVER
+RULES: dict[type[Message], Rule] = {
+    m.Offer: Rule(S, (P.HELLO,), P.PREFLIGHT),
+    m.Pages: Rule(S, (P.PRECOPY, P.SWITCHOVER, P.POSTCOPY), lane=None),
+    m.Defer: Rule(S, (P.PRECOPY,)),
+    m.Barrier: Rule(S, (P.PRECOPY,)),
+    m.Suspended: Rule(S, (P.PRECOPY,), P.SWITCHOVER),
+    m.Missing: Rule(S, (P.SWITCHOVER,)),
+    m.Context: Rule(S, (P.SWITCHOVER,)),
+    m.Handover: Rule(S, (P.SWITCHOVER,), P.POSTCOPY),
+    m.Completed: Rule(S, (P.COMPLETE,), P.CLOSED),
+    m.Abort: Rule(S, BEFORE_HANDOVER, P.FAILED),
+    m.Accepted: Rule(R, (P.PREFLIGHT,), P.PRECOPY),
+    m.Refused: Rule(R, (P.PREFLIGHT,), P.FAILED),
+    m.Passed: Rule(R, (P.PRECOPY,)),
+    m.Ready: Rule(R, (P.SWITCHOVER,)),
+    m.Resumed: Rule(R, (P.POSTCOPY,)),
+    m.Loaded: Rule(R, (P.POSTCOPY,)),
+    m.Dropped: Rule(R, (P.POSTCOPY,)),
+    m.Report: Rule(R, (P.POSTCOPY,)),
+    m.Complete: Rule(R, (P.POSTCOPY,), P.COMPLETE),
+    m.Failed: Rule(R, BEFORE_HANDOVER, P.FAILED),
+    m.Fault: Rule(R, (P.POSTCOPY,), lane=Lane.PULL),
+}
+
+
+class Session:
+    """One end's view of one migration."""
+
+    def __init__(self, role: Role):
+        self.role = role
+        self.phase = P.HELLO
+        self.nr_pfns = 0
+        self.paging = False
+        self._barriers: set[int] = set()
+        self._context_complete = False
+        self._ready = False
+        self._resumed = False
+
+    @property
+    def handed_over(self) -> bool:
+        return self.phase in (P.POSTCOPY, P.COMPLETE, P.CLOSED)
+
+    def sent(self, message: Message, lane: Lane) -> None:
+        """To be called before sending.  Raises :class:`LocalProtocolError`."""
+        try:
+            self._step(message, lane, self.role)
+        except RemoteProtocolError as error:
+            raise LocalProtocolError(f"refusing to send: {error}") from error
+
+    def received(self, message: Message, lane: Lane) -> None:
+        """Raises :class:`RemoteProtocolError` where the peer had no right to say this."""
+        self._step(message, lane, Role(1 - self.role))
+
+    def _step(self, message: Message, lane: Lane, speaker: Role) -> None:
+        rule = RULES.get(type(message))
+        if rule is None or rule.speaker != speaker or rule.lane not in (None, lane):
+            who = "sender" if speaker is Role.SENDER else "receiver"
+            raise RemoteProtocolError(f"{message.type} from the {who} on the {lane.value} lane")
+        if self.phase not in self._allowed(rule, speaker, lane):
+            raise RemoteProtocolError(f"{message.type} in phase {self.phase.name.lower()}")
+        self._check(message, lane)
+        if rule.then is not None:
+            self.phase = rule.then
+
+    def _allowed(self, rule: Rule, speaker: Role, lane: Lane) -> tuple[Phase, ...]:
+        """The speaker's own phases, and where it is the peer: those in which we may be ahead of it."""
+        allowed = rule.phases
+        if speaker == self.role:
+            return allowed
+        if speaker is Role.RECEIVER and P.PRECOPY in allowed:
+            allowed = (*allowed, P.SWITCHOVER)  # passed, while we have suspended
+        if speaker is Role.SENDER and P.POSTCOPY in allowed:
+            allowed = (*allowed, P.COMPLETE)  # pages that crossed our complete
+        if lane is Lane.PULL and P.POSTCOPY in allowed:
+            allowed = (*allowed, P.COMPLETE, P.CLOSED)  # the lanes do not wait for each other
+        return allowed
+
+    def _check(self, message: Message, lane: Lane) -> None:
+        if isinstance(message, m.Offer):
+            self.nr_pfns = message.nr_pfns
+            self.paging = message.paging
+        elif isinstance(message, m.Pages):
+            if lane is Lane.PULL and not self.handed_over:
+                raise RemoteProtocolError("pages on the pull lane before the handover")
+            for pfns in (message.pfns, message.zeros, message.holes):
+                self._bounded(message, pfns)
+            if self.handed_over and len(message.holes):
+                raise RemoteProtocolError("pages: holes after the handover")
+        elif isinstance(message, m.Loaded | m.Dropped | m.Fault):
+            self._bounded(message, message.pfns)
+        elif isinstance(message, m.Defer | m.Missing):
+            self._window(message)
+        elif isinstance(message, m.Barrier):
+            if message.number in self._barriers or len(self._barriers) >= 16:
+                raise RemoteProtocolError(f"barrier {message.number}: in use, or too many")
+            self._barriers.add(message.number)
+        elif isinstance(message, m.Passed):
+            if message.number not in self._barriers:
+                raise RemoteProtocolError(f"passed {message.number}: there was no such barrier")
+            self._barriers.discard(message.number)
+        elif isinstance(message, m.Context):
+            self._once("context", self._context_complete)
+            self._context_complete = message.last
+        elif isinstance(message, m.Ready):
+            self._after("ready", self._context_complete, "the context")
+            self._once("ready", self._ready)
+            self._ready = True
+        elif isinstance(message, m.Handover):
+            self._after("handover", self._ready, "ready")
+        elif isinstance(message, m.Resumed):
+            self._once("resumed", self._resumed)
+            self._resumed = True
+        elif isinstance(message, m.Complete):
+            self._after("complete", self._resumed, "resumed")
+
+    def _bounded(self, message: Message, pfns: PfnArray) -> None:
+        if len(pfns) and int(pfns[-1]) >= self.nr_pfns:
+            raise RemoteProtocolError(
+                f"{message.type}: pfn {int(pfns[-1]):#x}, but the domain ends at {self.nr_pfns:#x}"
+            )
+
+    def _window(self, message: m.Defer | m.Missing) -> None:
+        if not self.paging:
+            raise RemoteProtocolError(f"{message.type}: this migration was offered without paging")
+        if message.base % 8 or not message.bitmap:
+            raise RemoteProtocolError(f"{message.type}: a window begins at a multiple of 8 and is not empty")
+        excess = message.base + len(message.bitmap) * 8 - self.nr_pfns
+        if excess > 0:
+            beyond = np.unpackbits(np.frombuffer(message.bitmap, dtype=np.uint8), bitorder="little")[-excess:]
+            if excess >= 8 or beyond.any():
+                raise RemoteProtocolError(f"{message.type}: a window beyond the domain's end at {self.nr_pfns:#x}")
+
+    @staticmethod
+    def _once(name: str, already: bool) -> None:
+        if already:
+            raise RemoteProtocolError(f"{name} a second time")
+
+    @staticmethod
+    def _after(name: str, condition: bool, what: str) -> None:
+        if not condition:
+            raise RemoteProtocolError(f"{name} before {what}")
+
+
+def negotiate(theirs: m.Hello) -> int:
+    """The protocol version to speak.  Raises :class:`ProtocolError` where there is none in common."""
+    version = min(theirs.newest, m.PROTOCOL_VERSION)
+    if not theirs.oldest <= version <= theirs.newest or version < m.PROTOCOL_VERSION:
+        raise ProtocolError(
+            f"the peer speaks protocol versions {theirs.oldest} to {theirs.newest} and this end speaks {m.PROTOCOL_VERSION}: "
+            "install the same release of xen-postcopy at both ends"
+        )
+    unknown = set(theirs.requires) - m.CAPABILITIES
+    if unknown:
+        raise ProtocolError(f"the peer requires capabilities that this end does not have: {', '.join(sorted(unknown))}")
+    return version
+
+
+def hello(lane: Lane, session: str, token: bytes = b"") -> m.Hello:
+    from migrate import __version__
+
+    return m.Hello(
+        m.PROTOCOL_VERSION, m.PROTOCOL_VERSION, lane.value, session, token, (), tuple(sorted(m.CAPABILITIES)), f"xen-postcopy {__version__}"
+    )

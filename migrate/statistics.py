@@ -1,0 +1,120 @@
+"""What is counted during a migration, and the result that is written of it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+SUBBUCKETS = 32
+"""Buckets to each power of two: a quantile is off by 3% at most, in bounded memory."""
+
+
+class LatencyHistogram:
+    """Durations, kept in microseconds."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.sum_us = 0.0
+        self.max_us = 0.0
+        self._buckets: Counter[int] = Counter()
+
+    def record(self, seconds: float) -> None:
+        us = seconds * 1e6
+        self.count += 1
+        self.sum_us += us
+        self.max_us = max(self.max_us, us)
+        self._buckets[int(math.log2(max(us, 1.0)) * SUBBUCKETS)] += 1
+
+    def quantile(self, q: float) -> float:
+        """Microseconds below which a share ``q`` lies; 0 when nothing was recorded."""
+        rank = q * self.count
+        for bucket in sorted(self._buckets):
+            rank -= self._buckets[bucket]
+            if rank <= 0:
+                return min(2.0 ** ((bucket + 0.5) / SUBBUCKETS), self.max_us)
+        return self.max_us
+
+    def summary(self) -> dict[str, Any]:
+        """``histogram``: for each power of two, how many were below it and not below the one before."""
+        powers: Counter[int] = Counter()
+        for bucket, count in self._buckets.items():
+            powers[2 ** (bucket // SUBBUCKETS + 1)] += count
+        return {
+            "count": self.count,
+            "mean": round(self.sum_us / self.count, 1) if self.count else 0.0,
+            "p50": round(self.quantile(0.5), 1),
+            "p99": round(self.quantile(0.99), 1),
+            "max": round(self.max_us, 1),
+            "histogram": {str(power): powers[power] for power in sorted(powers)},
+        }
+
+
+@dataclass
+class PagerStatistics:
+    """The receiver's: what faults cost."""
+
+    latency: LatencyHistogram = field(default_factory=LatencyHistogram)
+    vcpu_block_s: dict[int, float] = field(default_factory=dict)
+    requests: int = 0
+    """Pages asked for over the pull lane."""
+    pulled_pages: int = 0
+    """Pages of the pull lane that came first."""
+    dropped_pages: int = 0
+    populate_evicted: str = ""
+
+    def answered(self, vcpu: int, seconds: float) -> None:
+        self.latency.record(seconds)
+        self.vcpu_block_s[vcpu] = self.vcpu_block_s.get(vcpu, 0.0) + seconds
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "fault_latency_us": self.latency.summary(),
+            "vcpu_block_s": {str(vcpu): round(s, 6) for vcpu, s in sorted(self.vcpu_block_s.items())},
+            "pull": {"requests": self.requests, "pages": self.pulled_pages},
+            "dropped_pages": self.dropped_pages,
+            "populate_evicted": self.populate_evicted,
+        }
+
+
+@dataclass
+class SenderStatistics:
+    """The sender's: what was sent, and when."""
+
+    strategy: str = ""
+    memory_bytes: int = 0
+    started: float = 0.0
+    suspended: float = 0.0
+    resumed: float = 0.0
+    finished: float = 0.0
+    rounds: int = 0
+    precopy_pages: int = 0
+    switchover_pages: int = 0
+    missing_pages: int = 0
+    push_pages: int = 0
+    push_bytes: int = 0
+    pull_pages: int = 0
+    zero_pages: int = 0
+    bytes_sent: int = 0
+    postcopy: bool = False
+
+    @property
+    def downtime_s(self) -> float:
+        return max(self.resumed - self.suspended, 0.0)
+
+    def summary(self) -> dict[str, Any]:
+        total = self.finished - self.started
+        pages = self.precopy_pages + self.switchover_pages + self.push_pages + self.pull_pages
+        return {
+            "strategy": self.strategy,
+            "memory_bytes": self.memory_bytes,
+            "total_s": round(total, 6),
+            "downtime_s": round(self.downtime_s, 6),
+            "precopy": {"rounds": self.rounds, "pages": self.precopy_pages},
+            "switchover": {"pages": self.switchover_pages, "missing_pages": self.missing_pages},
+            "push": {"pages": self.push_pages, "bytes": self.push_bytes},
+            "zero_pages": self.zero_pages,
+            "bytes_sent": self.bytes_sent,
+            "throughput_bytes_per_s": round(pages * 4096 / total) if total > 0 else 0,
+        }

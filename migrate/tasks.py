@@ -1,0 +1,30 @@
+"""Groups of tasks whose first real error is the group's error."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import trio
+
+from migrate.errors import PeerClosedError
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """Of several errors in a group, the one that says most: a lost connection is often another's consequence."""
+    while isinstance(error, BaseExceptionGroup):
+        inner = [root_cause(e) for e in error.exceptions]
+        error = next((e for e in inner if not isinstance(e, PeerClosedError | trio.Cancelled)), inner[0])
+    return error
+
+
+@asynccontextmanager
+async def task_group() -> AsyncIterator[trio.Nursery]:
+    """A nursery that raises a single exception, not a group."""
+    try:
+        async with trio.open_nursery() as nursery:
+            yield nursery
+    except BaseExceptionGroup as group:
+        if isinstance(group, ExceptionGroup) or group.split(trio.Cancelled)[1] is not None:
+            raise root_cause(group) from None
+        raise

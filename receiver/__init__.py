@@ -1,0 +1,1 @@
+"""The daemon at the destination: restores, evicts, and is the guest's pager until nothing is missing."""

@@ -1,0 +1,114 @@
+"""The pages that are still to come, and the vCPUs that wait for them.  Sans-IO.
+
+Each missing pfn goes
+
+    OUTSTANDING -> REQUESTED -> LOADING -> READY        a vCPU asked for it
+    OUTSTANDING -> LOADING -> READY                     it was pushed before anyone asked
+    any of the first three -> DROPPED                   the guest gave it away
+
+A page is *claimed* before it is loaded, so one that comes twice, pushed and pulled, is loaded once; the later
+copy is ignored, whenever it comes: the guest may have written since (invariant 2).  Every request leaves here
+exactly once, as an answer (invariant 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from migrate.errors import RemoteProtocolError
+from migrate.pfns import pfn_array
+from xenbackend.contract import PfnArray
+from xenbackend.ring import PagingRequest
+
+PRESENT, OUTSTANDING, REQUESTED, LOADING, READY, DROPPED = range(6)
+
+
+@dataclass
+class Verdict:
+    """What is to be done now."""
+
+    answer: list[tuple[PagingRequest, float]] = field(default_factory=list)
+    """Requests to respond to, each with the time at which it was made."""
+    ask: PfnArray = field(default_factory=pfn_array)
+    """pfns to fetch from the sender."""
+    dropped: PfnArray = field(default_factory=pfn_array)
+    """pfns that the sender need not send."""
+    loaded: PfnArray = field(default_factory=pfn_array)
+    """pfns that the sender may forget."""
+
+
+class OutstandingPages:
+    def __init__(self, nr_pfns: int):
+        self._state = np.zeros(nr_pfns, dtype=np.uint8)
+        self._waiting: dict[int, list[tuple[PagingRequest, float]]] = {}
+        self.count = 0
+
+    def add(self, pfns: PfnArray) -> None:
+        """These are missing.  Before the guest runs only."""
+        self.count += int(np.count_nonzero(self._state[pfns] == PRESENT))
+        self._state[pfns] = OUTSTANDING
+
+    def requests(self, requests: Iterable[PagingRequest], now: float) -> Verdict:
+        """From the paging ring."""
+        verdict = Verdict()
+        ask, dropped = set(), set()
+        for request in requests:
+            pfn = request.pfn
+            state = int(self._state[pfn]) if pfn < len(self._state) else PRESENT
+            if request.is_drop:
+                verdict.answer.append((request, now))
+                if state in (OUTSTANDING, REQUESTED):
+                    self._drop(pfn)
+                    dropped.add(pfn)
+                    verdict.answer += self._waiting.pop(pfn, [])
+            elif request.eviction_failed or state in (PRESENT, READY, DROPPED):
+                # The page is there, or came while the request was on its way; or it is gone, and the retry
+                # will show the guest why.
+                verdict.answer.append((request, now))
+            else:
+                self._waiting.setdefault(pfn, []).append((request, now))
+                if state == OUTSTANDING:
+                    self._state[pfn] = REQUESTED
+                    ask.add(pfn)
+        verdict.ask = pfn_array(sorted(ask - dropped))
+        verdict.dropped = pfn_array(sorted(dropped))
+        return verdict
+
+    def claim(self, pfns: PfnArray) -> NDArray[np.bool_]:
+        """Which of the pages that arrived are to be loaded; they are LOADING then.
+
+        Raises :class:`RemoteProtocolError` for a page that was never missing.
+        """
+        states = self._state[pfns]
+        if np.any(states == PRESENT):
+            raise RemoteProtocolError(f"pages: pfn {int(pfns[states == PRESENT][0]):#x} was not announced as missing")
+        wanted = (states == OUTSTANDING) | (states == REQUESTED)
+        self._state[pfns[wanted]] = LOADING
+        return wanted
+
+    def finished(self, pfns: PfnArray, results: NDArray[np.int32]) -> Verdict:
+        """Claimed pages were loaded, or could not be because the guest gave them away meanwhile.
+
+        A drop request can be lost when the ring is full; ENOENT at the load is then the only sign of it.
+        """
+        verdict = Verdict(loaded=pfns[results == 0], dropped=pfns[results != 0])
+        self._state[verdict.loaded] = READY
+        self._state[verdict.dropped] = DROPPED
+        self.count -= len(pfns)
+        if self._waiting:
+            for pfn in pfns.tolist():
+                verdict.answer += self._waiting.pop(pfn, [])
+        return verdict
+
+    @property
+    def waiting(self) -> int:
+        """Requests that are unanswered."""
+        return sum(len(requests) for requests in self._waiting.values())
+
+    def _drop(self, pfn: int) -> None:
+        self._state[pfn] = DROPPED
+        self.count -= 1

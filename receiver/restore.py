@@ -1,0 +1,62 @@
+"""Memory before the guest runs: precopied pages in, unsent and outdated ones out."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from migrate.messages import Pages
+from xenbackend.contract import PAGE_SIZE, Domain, PfnArray
+
+EVICT_BATCH = 65536
+
+
+class MemoryRestorer:
+    """Keeps what each pfn of an incoming domain is.  Calls block: run them in a thread."""
+
+    def __init__(self, domain: Domain):
+        self._domain = domain
+        self._populated = np.zeros(domain.nr_pfns, dtype=np.bool_)
+        self._evicted = np.zeros(domain.nr_pfns, dtype=np.bool_)
+
+    def pages(self, message: Pages, payload: memoryview) -> None:
+        """Raises ``XenError``."""
+        if len(message.holes):
+            self._make_holes(message.holes)
+        fresh = self._populate(message.pfns)
+        self._domain.write_pages(message.pfns, payload)
+        fresh = self._populate(message.zeros)
+        if not fresh.all():  # a new frame is zero already
+            self._domain.write_pages(message.zeros[~fresh], None)
+
+    def evict(self, pfns: PfnArray) -> None:
+        """Make the pfns absent: their contents will come after the handover.  Raises ``XenError``."""
+        new = pfns[~self._evicted[pfns]]
+        for at in range(0, len(new), EVICT_BATCH):
+            batch = new[at : at + EVICT_BATCH]
+            self._domain.populate_evicted(batch)
+            self._evicted[batch] = True
+            self._populated[batch] = False
+
+    def _populate(self, pfns: PfnArray) -> np.typing.NDArray[np.bool_]:
+        """Returns which of them were not there before.  A paged-out pfn becomes memory like a hole."""
+        fresh = ~self._populated[pfns]
+        if fresh.any():
+            new = pfns[fresh]
+            self._domain.populate(new)
+            self._populated[new] = True
+            self._evicted[new] = False
+        return fresh
+
+    def _make_holes(self, pfns: PfnArray) -> None:
+        self._populate(pfns[self._evicted[pfns]])
+        there = pfns[self._populated[pfns]]
+        self._domain.depopulate(there)
+        self._populated[there] = False
+
+
+def select_pages(payload: memoryview, wanted: np.typing.NDArray[np.bool_]) -> memoryview:
+    """The wanted ones of a payload's pages, one behind the other; no copy where all are."""
+    if wanted.all():
+        return payload
+    pages = np.frombuffer(payload, dtype=np.uint8).reshape(-1, PAGE_SIZE)
+    return memoryview(pages[wanted].reshape(-1))

@@ -1,0 +1,1 @@
+"""The daemon at the source: precopy, switchover, and then the pages that are asked for and all others."""

@@ -1,0 +1,87 @@
+"""The pages that the destination lacks after the handover, as the sender sees them.  Sans-IO.
+
+Each goes ``UNSENT -> SENT -> DONE``; DONE when the receiver has it loaded, or does not want it any more.  A page
+is kept until then (invariant 6), so a SENT one can be sent again: when a vCPU waits for a page that is still
+somewhere among the pushed megabytes, it is sent once more on the pull lane and comes first.
+
+Background pages go out in ascending order from a cursor which every fault moves: what the guest touched
+last says best what it touches next.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from migrate.errors import RemoteProtocolError
+from migrate.pfns import PfnMask, from_mask
+from xenbackend.contract import PfnArray
+
+NOT_OURS, UNSENT, SENT, DONE = range(4)
+SCAN = 65536
+
+
+class Backlog:
+    """``missing``: the pfns that were announced as missing."""
+
+    def __init__(self, missing: PfnMask):
+        self._state = missing.astype(np.uint8)  # False: NOT_OURS, True: UNSENT
+        self.unsent = int(np.count_nonzero(missing))
+        self.unacknowledged = self.unsent
+        self._cursor = 0
+
+    def next_batch(self, most: int) -> PfnArray:
+        """Up to ``most`` pages to push, now SENT; empty when there are none left."""
+        nr_pfns = len(self._state)
+        batch = np.empty(0, dtype=np.uint64)
+        if not self.unsent:
+            return batch
+        scanned = 0
+        while len(batch) < most and scanned <= nr_pfns:
+            end = min(self._cursor + SCAN, nr_pfns)
+            found = from_mask(self._state[self._cursor : end] == UNSENT, self._cursor)[: most - len(batch)]
+            batch = np.concatenate((batch, found))
+            scanned += end - self._cursor
+            if len(batch) == most:
+                end = int(batch[-1]) + 1
+            self._cursor = end
+            if end == nr_pfns:
+                self._cursor = 0
+                if len(batch):
+                    break  # a batch is ascending: it does not go round the end
+        self._state[batch] = SENT
+        self.unsent -= len(batch)
+        return batch
+
+    def fault(self, pfns: PfnArray) -> PfnArray:
+        """vCPUs wait for these; returns those to send now.
+
+        One that is DONE had crossed the fault.  Raises :class:`RemoteProtocolError` for a pfn that was never missing.
+        """
+        states = self._state[pfns]
+        if np.any(states == NOT_OURS):
+            raise RemoteProtocolError(f"fault: pfn {int(pfns[states == NOT_OURS][0]):#x} is not outstanding")
+        wanted = pfns[states != DONE]
+        if len(wanted):
+            self.unsent -= int(np.count_nonzero(states == UNSENT))
+            self._state[wanted] = SENT
+            self._cursor = (int(wanted[-1]) + 1) % len(self._state)
+        return wanted
+
+    def loaded(self, pfns: PfnArray) -> None:
+        """Raises :class:`RemoteProtocolError` for a page that was not sent, or was acknowledged before."""
+        states = self._state[pfns]
+        if np.any(states != SENT):
+            raise RemoteProtocolError(f"loaded: pfn {int(pfns[states != SENT][0]):#x} was not on its way")
+        self._done(pfns)
+
+    def dropped(self, pfns: PfnArray) -> None:
+        """Raises :class:`RemoteProtocolError` for a page that is not the receiver's to drop."""
+        states = self._state[pfns]
+        if np.any((states == NOT_OURS) | (states == DONE)):
+            raise RemoteProtocolError("dropped: a pfn that is not outstanding")
+        self.unsent -= int(np.count_nonzero(states == UNSENT))
+        self._done(pfns)
+
+    def _done(self, pfns: PfnArray) -> None:
+        self._state[pfns] = DONE
+        self.unacknowledged -= len(pfns)

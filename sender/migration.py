@@ -1,0 +1,418 @@
+"""One outgoing migration, from hello to completed.
+
+The order of things is in :meth:`OutgoingMigration.run`, one method a phase.  Two rules hold it together:
+
+- Until ``handover`` is about to be sent, every way out leads through :meth:`_give_up`, which leaves the guest running
+  at the source as if nothing had happened.
+- From then on nothing does: the domain stays suspended and its pages are kept until the receiver has confirmed
+  each of them, whatever fails (invariants 1 and 6).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import trio
+
+from migrate import messages as m
+from migrate.bandwidth import BandwidthCap
+from migrate.errors import MigrationError, PeerClosedError, RemoteProtocolError
+from migrate.messages import Lane
+from migrate.pfns import WINDOW_PFNS, PfnMask, from_mask, mask_from_bitmap, pfn_array, windows
+from migrate.policy import Decision, DefaultPolicy, Policy, PolicyOptions, PrecopyProgress, Strategy
+from migrate.session import Role, Session, hello, negotiate
+from migrate.statistics import SenderStatistics
+from migrate.tasks import task_group
+from migrate.transport import STEP_TIMEOUT_S, LaneConnection, connect
+from sender.backlog import Backlog
+from sender.reader import PageReader, all_pfns, count_pages
+from xenbackend.contract import PAGE_SIZE, Domain, DomainState, Hypervisor, PfnArray, XenError
+
+log = logging.getLogger(__name__)
+
+PRECOPY_BATCH = 512
+PUSH_BATCH = 256
+"""Smaller than a precopy batch: what is ahead of a page in the socket is what a fault on it would have to wait for."""
+
+
+@dataclass(frozen=True)
+class MigrationOptions:
+    strategy: Strategy = Strategy.HYBRID
+    policy: PolicyOptions = PolicyOptions()
+    bandwidth_bytes_per_s: float | None = None
+
+
+@dataclass
+class Progress:
+    """What ``list`` and the progress display show."""
+
+    phase: str = "connecting"
+    round: int = 0
+    pages_done: int = 0
+    """Of the current round, or of the pages missing at the switchover."""
+    pages_total: int = 0
+    outstanding: int = 0
+    faults: int = 0
+    latency_us: int = 0
+    bytes_sent: int = 0
+    problem: str = ""
+
+
+@dataclass
+class _Signals:
+    """What the receiver has told us so far."""
+
+    passed: trio.Event = field(default_factory=trio.Event)
+    ready: trio.Event = field(default_factory=trio.Event)
+    complete: trio.Event = field(default_factory=trio.Event)
+
+
+class OutgoingMigration:
+    def __init__(
+        self, hypervisor: Hypervisor, domain: str, destination: tuple[str, int], options: MigrationOptions,
+        policy: Policy | None = None,
+    ):  # fmt: skip
+        self.id = uuid.uuid4().hex
+        self.domain_name = domain
+        self.destination = destination
+        self.options = options
+        self.progress = Progress()
+        self.statistics = SenderStatistics(strategy=options.strategy.value)
+        self.receiver_statistics: dict[str, Any] = {}
+        self.session = Session(Role.SENDER)
+        self._policy = policy or DefaultPolicy(options.strategy, options.policy)
+        self._hypervisor = hypervisor
+        self._cap = BandwidthCap(options.bandwidth_bytes_per_s)
+        self._signals = _Signals()
+        self._postcopy_asked = False
+        self._scope = trio.CancelScope()
+        self._cancel_reason = ""
+        self._suspended = False
+        self._domain: Domain
+        self._push: LaneConnection | None = None
+        self._pull: LaneConnection | None = None
+        self._backlog: Backlog
+
+    # ---- what others may ask ----
+    def postcopy_now(self) -> None:
+        """Raises :class:`MigrationError` where there is no postcopy to switch to."""
+        if not self.options.strategy.pages_after_handover:
+            raise MigrationError("this migration was started with --strategy precopy")
+        self._postcopy_asked = True
+
+    def cancel(self, reason: str) -> None:
+        """Give up; the guest goes on here.  Raises :class:`MigrationError` after the handover."""
+        if self.session.handed_over:
+            raise MigrationError("too late to cancel: the guest runs at the destination, and its memory is following")
+        self._cancel_reason = reason
+        self._scope.cancel()
+
+    def result(self) -> dict[str, Any]:
+        """The documented JSON keys; ``docs`` are in the README."""
+        ours, theirs = self.statistics.summary(), self.receiver_statistics
+        return {"id": self.id, "domain": self.domain_name, **ours, **theirs}
+
+    # ---- the order of things ----
+    async def run(self) -> None:
+        """Raises :class:`MigrationError` or ``XenError``; ``session.handed_over`` tells where the guest is then."""
+        self.statistics.started = time.monotonic()
+        self._domain = self._hypervisor.open(self.domain_name)
+        try:
+            with self._scope:
+                await self._migrate()
+            if self._scope.cancelled_caught:
+                raise MigrationError(f"cancelled: {self._cancel_reason}")
+        except BaseException as error:
+            with trio.CancelScope(shield=True):
+                if self.session.handed_over:
+                    self.progress.phase = "interrupted"
+                    self.progress.problem = f"{error}; the guest is at the destination, its missing pages are kept here"
+                else:
+                    self.progress.phase = "failed"
+                    self.progress.problem = str(error)
+                    await self._give_up(str(error))
+            raise
+        finally:
+            for lane in (self._push, self._pull):
+                if lane is not None:
+                    lane.close()
+            self._domain.close()
+            self.statistics.finished = time.monotonic()
+            self.statistics.bytes_sent = sum(lane.bytes_sent for lane in (self._push, self._pull) if lane)
+
+    async def _migrate(self) -> None:
+        info = self._domain.info()
+        if info.state is not DomainState.RUNNING:
+            raise MigrationError(f"domain {info.name} is {info.state.value}: only a running domain can be migrated")
+        self.statistics.memory_bytes = info.tot_pages * PAGE_SIZE
+        await self._connect()
+        async with task_group() as tasks:
+            tasks.start_soon(self._receive_push_lane)
+            missing, rest = await self._precopy()
+            await self._switch_over(missing, rest)
+            tasks.start_soon(self._serve_faults)
+            await self._push_pages()
+            self.progress.phase = "completing"
+            await self._signals.complete.wait()
+            if self._backlog.unacknowledged:
+                raise RemoteProtocolError(f"complete, but {self._backlog.unacknowledged} pages were never confirmed")
+            await self._say(m.Completed())
+            await self._push_lane_closed()
+            tasks.cancel_scope.cancel()
+        self.progress.phase = "completed"
+        await trio.to_thread.run_sync(self._domain.destroy)
+
+    async def _connect(self) -> None:
+        """hello, preflight and the pull lane."""
+        self._push = await connect(*self.destination)
+        await self._push.send(hello(Lane.PUSH, self.id))
+        negotiate(await self._push.receive_hello())
+        self.progress.phase = "preflight"
+        config = self._domain.config()
+        paging = self.options.strategy.pages_after_handover
+        await self._say(m.Offer(config.name, config.nr_pfns, config.max_pages, config.vcpus, config.platform, paging))
+        with trio.move_on_after(STEP_TIMEOUT_S) as timeout:
+            answer, _pages = await self._push.receive()
+            self.session.received(answer, Lane.PUSH)
+        if timeout.cancelled_caught:
+            raise MigrationError(f"the destination did not answer the preflight within {STEP_TIMEOUT_S:g} s")
+        if isinstance(answer, m.Refused | m.Failed):
+            raise MigrationError(f"the destination refuses: {answer.reason}")
+        if not isinstance(answer, m.Accepted):
+            raise RemoteProtocolError(f"{answer.type} instead of accepted or refused")
+        self._pull = await connect(*self.destination)
+        await self._pull.send(hello(Lane.PULL, self.id, answer.token))
+        negotiate(await self._pull.receive_hello())
+
+    # ---- precopy ----
+    async def _precopy(self) -> tuple[PfnMask, PfnMask]:
+        """Returns two sets: what the receiver has been told to evict, and what else is known to be unsent."""
+        self.progress.phase = "precopy"
+        domain, stats = self._domain, self.statistics
+        await trio.to_thread.run_sync(domain.log_dirty_enable)
+        to_send: PfnMask = await trio.to_thread.run_sync(domain.present, all_pfns(domain.nr_pfns))
+        reader = PageReader(domain, PRECOPY_BATCH)
+        previous = remaining = int(np.count_nonzero(to_send))
+        began = time.monotonic()
+        decision = self._decide(0, True, remaining, remaining, 0.0) if self.options.strategy is Strategy.POSTCOPY else Decision.CONTINUE
+        while decision is Decision.CONTINUE:
+            stats.rounds += 1
+            self.progress.round, self.progress.pages_done, self.progress.pages_total = stats.rounds, 0, remaining
+            decision = await self._send_round(to_send, reader, remaining, previous, began)
+            dirty = mask_from_bitmap(domain.log_dirty(clean=True), domain.nr_pfns)
+            to_send |= dirty
+            previous, remaining = remaining, int(np.count_nonzero(to_send))
+            if decision is Decision.CONTINUE:
+                decision = self._decide(stats.rounds, True, remaining, previous, began)
+            log.info("%s: round %d done, %d pages dirty, %s", self.id, stats.rounds, remaining, decision.value)
+        if decision is Decision.ABORT:
+            raise MigrationError("the policy gave up: the guest dirties memory faster than it can be sent")
+        nothing = np.zeros(domain.nr_pfns, dtype=np.bool_)
+        if decision is Decision.STOP_AND_COPY:
+            return nothing, to_send
+        # What will not be sent any more is evicted while the guest still runs, not in its downtime.
+        await self._send_holes(to_send, to_send)
+        to_send[domain.pinned()] = False
+        for base, bitmap in windows(to_send):
+            await self._say(m.Defer(base, bitmap))
+        await self._say(m.Barrier(1))
+        with trio.move_on_after(STEP_TIMEOUT_S) as timeout:
+            await self._signals.passed.wait()
+        if timeout.cancelled_caught:
+            raise MigrationError(f"the destination did not evict the unsent pages within {STEP_TIMEOUT_S:g} s")
+        return to_send, nothing
+
+    async def _send_round(
+        self, to_send: PfnMask, reader: PageReader, total: int, previous: int, began: float
+    ) -> Decision:
+        """Send the set, taking out of it what was sent, until it is empty or the policy decides otherwise."""
+        left = total
+        for base in range(0, len(to_send), WINDOW_PFNS):
+            pfns = from_mask(to_send[base : base + WINDOW_PFNS], base)
+            for at in range(0, len(pfns), PRECOPY_BATCH):
+                batch = pfns[at : at + PRECOPY_BATCH]
+                sent = await self._send_pages(reader, batch)
+                to_send[batch] = False
+                left -= len(batch)
+                self.statistics.precopy_pages += sent
+                self.progress.pages_done += len(batch)
+                decision = self._decide(self.statistics.rounds, False, left, previous, began)
+                if decision is not Decision.CONTINUE:
+                    return decision
+        return Decision.CONTINUE
+
+    def _decide(self, round_number: int, finished: bool, dirty: int, previous: int, began: float) -> Decision:
+        elapsed = time.monotonic() - began
+        rate = self.progress.bytes_sent / elapsed if elapsed > 0 else 0.0
+        return self._policy.decide(
+            PrecopyProgress(round_number, finished, dirty, previous, rate, postcopy_asked=self._postcopy_asked)
+        )
+
+    async def _send_pages(self, reader: PageReader, pfns: PfnArray) -> int:
+        """Returns the pages that went, zero pages included."""
+        message, payload = await reader.read(pfns)
+        size = await self._say(message, payload)
+        self.progress.bytes_sent += size
+        self.statistics.zero_pages += len(message.zeros)
+        wait = self._cap.spend(size, trio.current_time())
+        if wait and not self._standing_still:
+            await trio.sleep(wait)
+        return count_pages(message)
+
+    async def _send_holes(self, candidates: PfnMask, unsent: PfnMask) -> None:
+        """Tell of those candidates that are no memory any more (ballooned), and take them out of ``unsent``."""
+        pfns = from_mask(candidates)
+        gone = pfns[~self._domain.present(pfns)]
+        unsent[gone] = False
+        for at in range(0, len(gone), m.MAX_PFNS):
+            await self._say(m.Pages(pfn_array(), holes=gone[at : at + m.MAX_PFNS]))
+
+    @property
+    def _standing_still(self) -> bool:
+        """Between suspension and handover nothing is held back: it would be downtime."""
+        return self._suspended and not self.session.handed_over
+
+    # ---- switchover ----
+    async def _switch_over(self, deferred: PfnMask, unsent: PfnMask) -> None:
+        self.progress.phase = "switchover"
+        domain, stats = self._domain, self.statistics
+        stats.suspended = time.monotonic()
+        self._suspended = True
+        domain.suspend()
+        await self._say(m.Suspended())
+        # Everything below is bounded by what changed since the last look, not by the size of the guest.
+        changed = mask_from_bitmap(domain.log_dirty(clean=True), domain.nr_pfns) | unsent
+        missing = changed | deferred
+        await self._send_holes(changed, missing)
+        pinned = domain.pinned()
+        if deferred.any() or not self._stop_and_copy_fits(int(np.count_nonzero(missing))):
+            now = pinned[missing[pinned]]
+        else:
+            now = from_mask(missing)
+        missing[now] = False
+        reader = PageReader(domain, PRECOPY_BATCH)
+        for at in range(0, len(now), PRECOPY_BATCH):
+            stats.switchover_pages += await self._send_pages(reader, now[at : at + PRECOPY_BATCH])
+        stats.missing_pages = int(np.count_nonzero(missing))
+        for base, bitmap in windows(missing):
+            await self._say(m.Missing(base, bitmap))
+        context = domain.context()
+        for at in range(0, len(context), m.MAX_CONTEXT_CHUNK):
+            chunk = context[at : at + m.MAX_CONTEXT_CHUNK]
+            await self._say(m.Context(chunk, at + len(chunk) == len(context)))
+        with trio.move_on_after(STEP_TIMEOUT_S) as timeout:
+            await self._signals.ready.wait()
+        if timeout.cancelled_caught:
+            raise MigrationError(f"the destination was not ready within {STEP_TIMEOUT_S:g} s of the suspension")
+        self._backlog = Backlog(missing)
+        self.progress.pages_done, self.progress.pages_total = 0, stats.missing_pages
+        self.progress.outstanding = stats.missing_pages
+        await trio.lowlevel.checkpoint_if_cancelled()
+        # From here on the guest is the receiver's, even if this very message does not arrive.
+        with trio.CancelScope(shield=True):
+            await self._say(m.Handover())
+        self.progress.phase = "postcopy"
+
+    def _stop_and_copy_fits(self, dirty: int) -> bool:
+        """Sending the rest now, instead of after the handover: always where there is no after."""
+        if not self.options.strategy.pages_after_handover:
+            return True
+        return self._decide(self.statistics.rounds, True, dirty, dirty, self.statistics.started) is Decision.STOP_AND_COPY
+
+    # ---- postcopy ----
+    async def _push_pages(self) -> None:
+        reader = PageReader(self._domain, PUSH_BATCH)
+        while len(batch := self._backlog.next_batch(PUSH_BATCH)):
+            before = self.progress.bytes_sent
+            self.statistics.push_pages += await self._send_pages(reader, batch)
+            self.statistics.push_bytes += self.progress.bytes_sent - before
+
+    async def _serve_faults(self) -> None:
+        assert self._pull is not None
+        reader = PageReader(self._domain, 64)
+        while True:
+            message, _pages = await self._pull.receive()
+            self.session.received(message, Lane.PULL)
+            assert isinstance(message, m.Fault)
+            wanted = self._backlog.fault(message.pfns)
+            if not len(wanted):
+                continue
+            pages, payload = await reader.read(wanted)
+            self.session.sent(pages, Lane.PULL)
+            self.progress.bytes_sent += await self._pull.send(pages, payload)
+            self.statistics.pull_pages += len(wanted)
+            self.statistics.zero_pages += len(pages.zeros)
+
+    # ---- the push lane ----
+    async def _say(self, message: m.Message, payload: memoryview = memoryview(b"")) -> int:
+        assert self._push is not None
+        self.session.sent(message, Lane.PUSH)
+        return await self._push.send(message, payload)
+
+    async def _receive_push_lane(self) -> None:
+        assert self._push is not None
+        while True:
+            message, _pages = await self._push.receive()
+            self.session.received(message, Lane.PUSH)
+            match message:
+                case m.Passed():
+                    self._signals.passed.set()
+                case m.Ready():
+                    self._signals.ready.set()
+                case m.Resumed():
+                    self.statistics.resumed = time.monotonic()
+                case m.Loaded():
+                    self._backlog.loaded(message.pfns)
+                    self.progress.pages_done += len(message.pfns)
+                    self.progress.outstanding = self._backlog.unacknowledged
+                case m.Dropped():
+                    self._backlog.dropped(message.pfns)
+                    self.progress.outstanding = self._backlog.unacknowledged
+                case m.Report():
+                    self.progress.faults, self.progress.latency_us = message.faults, message.latency_us
+                case m.Complete():
+                    self.receiver_statistics = _receiver_statistics(message.statistics)
+                    self._signals.complete.set()
+                    return
+                case m.Failed():
+                    raise MigrationError(f"the destination failed: {message.reason}")
+
+    async def _push_lane_closed(self) -> None:
+        """The receiver closes first, when its ring is given up: nothing of ours is cut off on the way then."""
+        assert self._push is not None
+        with trio.move_on_after(STEP_TIMEOUT_S), contextlib.suppress(PeerClosedError):
+            await self._push.receive()
+
+    # ---- the way back ----
+    async def _give_up(self, reason: str) -> None:
+        """The guest goes on here; the receiver is told, if it can be."""
+        log.warning("%s: migration of %s given up: %s", self.id, self.domain_name, reason)
+        try:
+            self._domain.log_dirty_disable()
+            if self._suspended and self._domain.info().state is DomainState.SUSPENDED:
+                self._domain.resume()
+        except XenError as error:
+            self.progress.problem += f"; and then: {error}"
+            log.error("%s: %s", self.id, error)
+        if self._push is not None:
+            with trio.move_on_after(2), contextlib.suppress(PeerClosedError):
+                # Where this fails it sees the connection end, which says the same.
+                await self._push.send(m.Abort(m.printable(reason)))
+
+
+def _receiver_statistics(data: bytes) -> dict[str, Any]:
+    """The receiver's summary; its content is the peer's word and only shown."""
+    try:
+        statistics = json.loads(data)
+    except ValueError as error:
+        raise RemoteProtocolError(f"complete: statistics are not JSON: {error}") from error
+    if not isinstance(statistics, dict):
+        raise RemoteProtocolError("complete: statistics are not a map")
+    return statistics
