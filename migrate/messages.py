@@ -297,7 +297,7 @@ class Complete(Message):
 
 @dataclass(frozen=True, eq=False)
 class Failed(Message):
-    """The receiver cannot go on; before the handover it has cleaned up."""
+    """The receiver cannot go on.  Before the handover it has cleaned up, after it it keeps the guest as it is."""
 
     type = "failed"
     reason: str = _text()

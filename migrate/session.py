@@ -11,7 +11,7 @@ speaker may send it, and a receiver allows in addition what was sent before the 
 
 On top of the phases there are a few promises that only happen once, in order: context complete, then
 ``ready``, then ``handover``, then ``resumed``.  After ``handover`` there is no way back: ``abort`` is not a word
-any more, for either end.
+any more, and ``failed`` says only that the receiver, which keeps the guest, needs help.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ RULES: dict[type[Message], Rule] = {
     m.Dropped: Rule(R, (P.POSTCOPY,)),
     m.Report: Rule(R, (P.POSTCOPY,)),
     m.Complete: Rule(R, (P.POSTCOPY,), P.COMPLETE),
-    m.Failed: Rule(R, BEFORE_HANDOVER, P.FAILED),
+    m.Failed: Rule(R, (*BEFORE_HANDOVER, P.POSTCOPY, P.COMPLETE)),
     m.Fault: Rule(R, (P.POSTCOPY,), lane=Lane.PULL),
 }
 

@@ -254,12 +254,13 @@ class IncomingMigration:
             self.progress.phase = "in doubt"
             self.progress.problem += "; the sender may or may not have handed the guest over: it is kept, and does not run"
             log.error("%s: %s before the handover: %s", self.id, self.progress.domain, self.progress.problem)
+            return
         else:
             self.progress.phase = "failed"
             log.warning("%s: %s given up: %s", self.id, self.progress.domain or "migration", error)
             await trio.to_thread.run_sync(self._discard)
-            with trio.move_on_after(2), contextlib.suppress(MigrationError):
-                await self._push.send(m.Failed(m.printable(str(error))))
+        with trio.move_on_after(2), contextlib.suppress(MigrationError):
+            await self._push.send(m.Failed(m.printable(str(error))))
 
     def _discard(self) -> None:
         """Nothing is left over."""

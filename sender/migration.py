@@ -27,7 +27,7 @@ from migrate.errors import MigrationError, PeerClosedError, RemoteProtocolError
 from migrate.messages import Lane
 from migrate.pfns import WINDOW_PFNS, PfnMask, from_mask, mask_from_bitmap, pfn_array, windows
 from migrate.policy import Decision, DefaultPolicy, Policy, PolicyOptions, PrecopyProgress, Strategy
-from migrate.session import Role, Session, hello, negotiate
+from migrate.session import Phase, Role, Session, hello, negotiate
 from migrate.statistics import SenderStatistics
 from migrate.tasks import task_group
 from migrate.transport import STEP_TIMEOUT_S, LaneConnection, connect
@@ -214,12 +214,14 @@ class OutgoingMigration:
             log.info("%s: round %d done, %d pages dirty, %s", self.id, stats.rounds, remaining, decision.value)
         if decision is Decision.ABORT:
             raise MigrationError("the policy gave up: the guest dirties memory faster than it can be sent")
-        nothing = np.zeros(domain.nr_pfns, dtype=np.bool_)
+        kept_back = np.zeros(domain.nr_pfns, dtype=np.bool_)
         if decision is Decision.STOP_AND_COPY:
-            return nothing, to_send
+            return kept_back, to_send
         # What will not be sent any more is evicted while the guest still runs, not in its downtime.
         await self._send_holes(to_send, to_send)
-        to_send[domain.pinned()] = False
+        pinned = domain.pinned()
+        kept_back[pinned] = to_send[pinned]
+        to_send[pinned] = False
         for base, bitmap in windows(to_send):
             await self._say(m.Defer(base, bitmap))
         await self._say(m.Barrier(1))
@@ -227,7 +229,7 @@ class OutgoingMigration:
             await self._signals.passed.wait()
         if timeout.cancelled_caught:
             raise MigrationError(f"the destination did not evict the unsent pages within {STEP_TIMEOUT_S:g} s")
-        return to_send, nothing
+        return to_send, kept_back
 
     async def _send_round(
         self, to_send: PfnMask, reader: PageReader, total: int, previous: int, began: float
@@ -338,7 +340,12 @@ class OutgoingMigration:
         assert self._pull is not None
         reader = PageReader(self._domain, 64)
         while True:
-            message, _pages = await self._pull.receive()
+            try:
+                message, _pages = await self._pull.receive()
+            except PeerClosedError:
+                if self.session.phase is Phase.CLOSED:
+                    return  # the receiver has read "completed" and is done
+                raise
             self.session.received(message, Lane.PULL)
             assert isinstance(message, m.Fault)
             wanted = self._backlog.fault(message.pfns)
@@ -382,7 +389,7 @@ class OutgoingMigration:
                     self._signals.complete.set()
                     return
                 case m.Failed():
-                    raise MigrationError(f"the destination failed: {message.reason}")
+                    raise MigrationError(f"the destination cannot go on: {message.reason}")
 
     async def _push_lane_closed(self) -> None:
         """The receiver closes first, when its ring is given up: nothing of ours is cut off on the way then."""
