@@ -117,6 +117,11 @@ def loopback_world(memory_bytes: int, *, host_options: tuple[str, ...] = (), dae
             start_receiver(world)
             world.start("sender", "sender", "--socket", str(world.sender_socket), "--simulated", str(directory / "source.sock"))
         yield world
+    except MigrationError as error:
+        for name in ("sender", "receiver"):
+            if name in world.processes:
+                error.add_note(f"--- {name} ---\n{world.processes[name].tail()}")
+        raise
     finally:
         for name in ("source", "destination"):
             with contextlib.suppress(AttributeError):

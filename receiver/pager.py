@@ -48,6 +48,7 @@ class Pager:
         self._ask = ask
         self._unacknowledged: list[PfnArray] = []
         self._dropped: list[PfnArray] = []
+        self._acknowledging = trio.Lock()
         self.nothing_outstanding = trio.Event()
         self._check_end()
 
@@ -117,13 +118,17 @@ class Pager:
             self.nothing_outstanding.set()
 
     async def acknowledge(self) -> None:
-        """Tell the sender what was loaded or dropped since the last time."""
-        loaded, self._unacknowledged = self._unacknowledged, []
-        dropped, self._dropped = self._dropped, []
-        if loaded:
-            await self._say(Loaded(np.sort(np.concatenate(loaded))))
-        if dropped:
-            await self._say(Dropped(np.sort(np.concatenate(dropped))))
+        """Tell the sender what was loaded or dropped since the last time.
+
+        When this returns all of it has been said, by whichever task: ``complete`` may follow.
+        """
+        async with self._acknowledging:
+            loaded, self._unacknowledged = self._unacknowledged, []
+            dropped, self._dropped = self._dropped, []
+            if loaded:
+                await self._say(Loaded(np.sort(np.concatenate(loaded))))
+            if dropped:
+                await self._say(Dropped(np.sort(np.concatenate(dropped))))
 
     async def finish(self) -> None:
         """Nothing is outstanding: answer what is still in the ring and give it up."""

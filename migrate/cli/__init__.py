@@ -80,6 +80,8 @@ def main() -> None:
     except (MigrationError, XenError, ValueError, BrokenPipeError) as error:
         if isinstance(error, ValueError) and type(error).__name__ != "GuestOptionError":
             raise
+        for note in getattr(error, "__notes__", ()):
+            click.echo(note, err=True)
         click.echo(f"xen-postcopy: {error}", err=True)
         sys.exit(1)
 
