@@ -7,11 +7,14 @@ import logging
 import os
 import signal
 import socket
+import sys
 from collections.abc import Awaitable, Callable
 
 import trio
 
 log = logging.getLogger(__name__)
+
+SWITCH_INTERVAL_S = 50e-6
 
 
 def notify(state: str) -> None:
@@ -25,6 +28,8 @@ def notify(state: str) -> None:
 
 async def until_stopped(serve: Callable[[], Awaitable[None]], drain: Callable[[], Awaitable[None]]) -> None:
     """Run ``serve`` until SIGTERM or SIGINT, then ``drain``; a second signal cuts that short."""
+    # A thread that serves a fault waits this long at most for one that computes (default: 5 ms).
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(serve)

@@ -24,6 +24,7 @@ PROTOCOL_VERSION = 1
 MAX_PFN = 2**40
 MAX_PFNS = 8192
 """pfns in one list of one message."""
+MAX_FAULT_PFNS = 64
 MAX_CONTEXT_CHUNK = 128 * 1024
 MAX_TEXT = 1024
 CAPABILITIES: frozenset[str] = frozenset()
@@ -309,7 +310,7 @@ class Fault(Message):
     """vCPUs wait for these pfns; answered with ``pages`` on the same lane."""
 
     type = "fault"
-    pfns: PfnArray = _pfns(64)
+    pfns: PfnArray = _pfns(MAX_FAULT_PFNS)
 
 
 TYPES: dict[str, type[Message]] = {

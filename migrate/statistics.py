@@ -95,6 +95,7 @@ class SenderStatistics:
     push_pages: int = 0
     push_bytes: int = 0
     pull_pages: int = 0
+    pull_zero_pages: int = 0
     zero_pages: int = 0
     bytes_sent: int = 0
     postcopy: bool = False
@@ -114,7 +115,7 @@ class SenderStatistics:
             "precopy": {"rounds": self.rounds, "pages": self.precopy_pages},
             "switchover": {"pages": self.switchover_pages, "missing_pages": self.missing_pages},
             "push": {"pages": self.push_pages, "bytes": self.push_bytes},
-            "zero_pages": self.zero_pages,
+            "zero_pages": self.zero_pages + self.pull_zero_pages,
             "bytes_sent": self.bytes_sent,
             "throughput_bytes_per_s": round(pages * 4096 / total) if total > 0 else 0,
         }

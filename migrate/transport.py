@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import socket
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 
 import trio
 
@@ -20,7 +23,8 @@ STEP_TIMEOUT_S = 60.0
 SEND_CHUNK = 256 * 1024
 """One send copies this much at most: meanwhile no fault is served."""
 RECEIVE_CHUNK = 256 * 1024
-SOCKET_BUFFER = 1024 * 1024
+URGENT_NICE = -10
+"""Of the threads that serve faults."""
 
 
 class LaneConnection:
@@ -97,6 +101,88 @@ class LaneConnection:
 
     def close(self) -> None:
         self._socket.close()
+
+    def into_thread(self) -> ThreadLane:
+        """Give the connection up to a thread of its own; this object is not to be used any more."""
+        lane = ThreadLane(socket.socket(fileno=os.dup(self._socket.fileno())), self._decoder)
+        self._socket.close()
+        return lane
+
+
+class ThreadLane:
+    """A lane for one thread that blocks on it, where waiting for the event loop's turn would take too long.
+
+    Another thread may call :meth:`shut`, and then close it when the first is done.
+    """
+
+    def __init__(self, sock: socket.socket, decoder: FrameDecoder):
+        self._socket = sock
+        self._socket.setblocking(True)
+        self._decoder = decoder
+        self.bytes_sent = 0
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def send(self, message: Message, payload: Buffer = frames.EMPTY) -> None:
+        """Raises :class:`PeerClosedError`."""
+        head = frames.encode(message.header(), payload)
+        data = head + payload if len(payload) <= 16384 else head
+        try:
+            self._socket.sendall(data)
+            if data is head and payload:
+                self._socket.sendall(payload)
+        except OSError as error:
+            raise PeerClosedError(f"the pull lane was lost while sending: {error.strerror or error}") from error
+        self.bytes_sent += len(head) + len(payload)
+
+    def pending(self) -> tuple[Message, memoryview] | None:
+        """A message that is complete already."""
+        frame = self._decoder.next_frame()
+        return None if frame is None else (parse(frame.header, len(frame.payload)), frame.payload)
+
+    def fill(self) -> None:
+        """Wait for bytes.  Raises :class:`PeerClosedError` at the end."""
+        try:
+            count = self._socket.recv_into(self._decoder.wanted())
+        except OSError as error:
+            raise PeerClosedError(f"the pull lane was lost: {error.strerror or error}") from error
+        if not count:
+            raise PeerClosedError("the peer closed the pull lane")
+        self._decoder.filled(count)
+
+    def shut(self) -> None:
+        """Wake the thread: it sees the end of the connection."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+async def run_in_thread(main: Callable[[], None], stop: Callable[[], None]) -> None:
+    """Run ``main`` in a thread of its own; ``stop`` makes it return, and is called when this task is cancelled.
+
+    The thread gets a higher priority where the process may have it: it serves vCPUs that stand still.
+    """
+
+    def prioritised() -> None:
+        with contextlib.suppress(PermissionError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), URGENT_NICE)
+        main()
+
+    async with trio.open_nursery() as nursery:
+
+        async def run() -> None:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(prioritised, limiter=trio.CapacityLimiter(1))
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(run)
+        try:
+            await trio.sleep_forever()
+        finally:
+            stop()
 
 
 async def connect(host: str, port: int) -> LaneConnection:

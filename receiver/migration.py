@@ -20,10 +20,10 @@ from migrate import messages as m
 from migrate.errors import MigrationError, PeerClosedError, ProtocolError, RemoteProtocolError
 from migrate.messages import Lane
 from migrate.pfns import pfns_of_window
-from migrate.session import Phase, Role, Session
+from migrate.session import Role, Session
 from migrate.statistics import PagerStatistics
 from migrate.tasks import task_group
-from migrate.transport import STEP_TIMEOUT_S, LaneConnection
+from migrate.transport import STEP_TIMEOUT_S, LaneConnection, ThreadLane
 from receiver.outstanding import OutstandingPages
 from receiver.pager import Pager
 from receiver.restore import MemoryRestorer
@@ -56,7 +56,7 @@ class IncomingMigration:
         self.statistics = PagerStatistics()
         self._hypervisor = hypervisor
         self._push = push
-        self._pull: LaneConnection | None = None
+        self._pull: ThreadLane | None = None
         self._domain: Domain | None = None
         self._ring: PagingRing | None = None
         self._pages: OutstandingPages
@@ -72,7 +72,7 @@ class IncomingMigration:
         """Raises :class:`ProtocolError` where the token is wrong or used."""
         if not secrets.compare_digest(token, self.token) or self._pull is not None or self._domain is None:
             raise ProtocolError("a pull lane with a wrong or used token")
-        self._pull = lane
+        self._pull = lane.into_thread()
 
     @property
     def needed(self) -> bool:
@@ -121,7 +121,7 @@ class IncomingMigration:
         async with task_group() as tasks:
             await self._receive_push_lane(tasks)
             tasks.cancel_scope.cancel()
-        await self._pager.finish()
+        self._pager.finish()
         self.progress.phase, self.progress.outstanding = "completed", 0
         assert self._domain is not None
         self._domain.close()
@@ -196,27 +196,15 @@ class IncomingMigration:
     async def _take_over(self, tasks: trio.Nursery) -> None:
         """The guest is ours: run it, and serve it."""
         assert self._domain is not None
-        self._pager = Pager(self._domain, self._ring, self._pages, self.statistics, self._say, self._ask)
+        self._pager = Pager(
+            self._domain, self._ring, self._pull, self.session, self._pages, self.statistics, self._say
+        )
         self.progress.phase = "postcopy"
-        tasks.start_soon(self._pager.serve_ring)
-        if self._pull is not None:
-            tasks.start_soon(self._receive_pull_lane, self._pull)
+        tasks.start_soon(self._pager.serve)
         self._domain.start()
         await self._say(m.Resumed())
         tasks.start_soon(self._complete)
         tasks.start_soon(self._report)
-
-    async def _receive_pull_lane(self, lane: LaneConnection) -> None:
-        while True:
-            try:
-                message, payload = await lane.receive()
-            except PeerClosedError:
-                if self.session.phase >= Phase.COMPLETE:
-                    return  # the sender agreed, and this end is about to read so on the push lane
-                raise
-            self.session.received(message, Lane.PULL)
-            assert isinstance(message, m.Pages)
-            await self._pager.pulled(message, payload)
 
     async def _complete(self) -> None:
         await self._pager.nothing_outstanding.wait()
@@ -228,6 +216,7 @@ class IncomingMigration:
         while not self._pager.nothing_outstanding.is_set():
             latency = self.statistics.latency
             self.progress.outstanding, self.progress.waiting = self._pages.count, self._pages.waiting
+            await self._pager.acknowledge()
             await self._say(m.Report(self._pages.count, latency.count, int(latency.quantile(0.5))))
             with trio.move_on_after(REPORT_EVERY_S):
                 await self._pager.nothing_outstanding.wait()
@@ -235,12 +224,6 @@ class IncomingMigration:
     async def _say(self, message: m.Message) -> None:
         self.session.sent(message, Lane.PUSH)
         await self._push.send(message)
-
-    async def _ask(self, pfns: PfnArray) -> None:
-        assert self._pull is not None
-        message = m.Fault(pfns)
-        self.session.sent(message, Lane.PULL)
-        await self._pull.send(message)
 
     # ---- when it goes wrong ----
     async def _failed(self, error: Exception) -> None:

@@ -1,108 +1,174 @@
 """The pager: between the paging ring, the two lanes and the domain, from the handover on.
 
-Three tasks meet here: one reads the ring, one the pull lane, one the push lane.  All decisions are
-:class:`OutstandingPages`'; this moves pages and messages.  A single page is loaded where it arrives, a batch in
-a thread, so that a fault never waits for the copying of a batch.
+Two threads meet here.  The *pager thread* waits for the ring and the pull lane and does nothing else: a
+fault's way through this process is wake, ask, wake, load, answer, and at no point does it queue behind the event loop.
+The event loop brings pushed pages, which are loaded in a worker thread, and acknowledges.  All decisions are
+:class:`OutstandingPages`', taken under one lock; pages are claimed under it and loaded outside of it.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Awaitable, Callable
+import select
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
 
 import numpy as np
 import trio
+from numpy.typing import NDArray
 
-from migrate.messages import Dropped, Loaded, Message, Pages
+from migrate.errors import PeerClosedError
+from migrate.messages import MAX_PFNS, Dropped, Fault, Lane, Loaded, Message, Pages
+from migrate.pfns import pfn_array
+from migrate.session import Phase, Session
 from migrate.statistics import PagerStatistics
+from migrate.transport import ThreadLane, run_in_thread
 from receiver.outstanding import OutstandingPages, Verdict
 from receiver.restore import select_pages
 from xenbackend.contract import Buffer, Domain, PfnArray
 from xenbackend.ring import PagingRing
 
-log = logging.getLogger(__name__)
-
-SMALL = 8
-"""Pages up to here are loaded at once: a thread would cost more than the copy."""
-ACKNOWLEDGE_AT = 64
-"""Pulled pages are acknowledged in batches of this size, or with the next pushed one."""
-
 
 class Pager:
-    """``say`` sends on the push lane, ``ask`` fetches pfns over the pull lane."""
+    """``say`` sends on the push lane; ``pull`` may be missing where no page is."""
 
     def __init__(
         self,
         domain: Domain,
         ring: PagingRing | None,
+        pull: ThreadLane | None,
+        session: Session,
         pages: OutstandingPages,
         statistics: PagerStatistics,
         say: Callable[[Message], Awaitable[object]],
-        ask: Callable[[PfnArray], Awaitable[object]],
     ):
         self._domain = domain
         self._ring = ring
+        self._pull = pull
+        self._session = session
         self._pages = pages
         self._statistics = statistics
         self._say = say
-        self._ask = ask
+        self._lock = threading.Lock()
+        self._stopping = False
         self._unacknowledged: list[PfnArray] = []
         self._dropped: list[PfnArray] = []
         self._acknowledging = trio.Lock()
+        self._token = trio.lowlevel.current_trio_token()
         self.nothing_outstanding = trio.Event()
-        self._check_end()
+        if not pages.count:
+            self.nothing_outstanding.set()
 
-    async def serve_ring(self) -> None:
-        """Until cancelled."""
-        if self._ring is None:
-            return
+    # ---- the pager thread ----
+    async def serve(self) -> None:
+        """Serve faults until cancelled.  Raises what went wrong."""
+        if self._ring is not None and self._pull is not None:
+            await run_in_thread(self._serve, self._stop)
+
+    def _stop(self) -> None:
+        assert self._pull is not None
+        self._stopping = True
+        self._pull.shut()
+
+    def _serve(self) -> None:
+        assert self._ring is not None and self._pull is not None
+        poll = select.poll()
+        poll.register(self._ring, select.POLLIN)
+        poll.register(self._pull, select.POLLIN)
+        ring_fd = self._ring.fileno()
         while True:
-            await trio.lowlevel.wait_readable(self._ring)
-            await self._handle_ring()
+            for fd, _event in poll.poll():
+                if fd == ring_fd:
+                    self._handle_ring()
+                elif not self._handle_pull_lane():
+                    return
 
-    async def _handle_ring(self) -> None:
+    def _handle_ring(self) -> None:
         assert self._ring is not None
-        verdict = self._pages.requests(self._ring.requests(), trio.current_time())
-        self._carry_out(verdict)
-        if len(verdict.ask):
+        with self._lock:
+            verdict = self._pages.requests(self._ring.requests(), time.monotonic())
             self._statistics.requests += len(verdict.ask)
-            await self._ask(verdict.ask)
-        if len(verdict.dropped):
-            await self.acknowledge()
+            self._carry_out(verdict)
+        if len(verdict.ask) and self._pull is not None:
+            message = Fault(verdict.ask)
+            self._session.sent(message, Lane.PULL)
+            self._pull.send(message)
 
+    def _handle_pull_lane(self) -> bool:
+        """False when the lane has ended, and may."""
+        assert self._pull is not None
+        try:
+            self._pull.fill()
+        except PeerClosedError:
+            if self._stopping or self._session.phase >= Phase.COMPLETE:
+                return False  # the sender agreed, and the push lane is about to say so
+            raise
+        while (received := self._pull.pending()) is not None:
+            message, payload = received
+            self._session.received(message, Lane.PULL)
+            assert isinstance(message, Pages)
+            for pfns, pages in self._claim(message, payload):
+                self._statistics.pulled_pages += len(pfns)
+                self._finished(pfns, self._domain.load(pfns, pages))
+        return True
+
+    # ---- the event loop ----
     async def pushed(self, message: Pages, payload: memoryview) -> None:
-        await self._arrived(message, payload)
-        await self.acknowledge()
-
-    async def pulled(self, message: Pages, payload: memoryview) -> None:
-        self._statistics.pulled_pages += await self._arrived(message, payload)
-        if sum(len(pfns) for pfns in self._unacknowledged) >= ACKNOWLEDGE_AT:
-            await self.acknowledge()
-
-    async def _arrived(self, message: Pages, payload: memoryview) -> int:
-        """Returns how many of the pages were news."""
-        wanted = self._pages.claim(message.pfns)
-        zeros = message.zeros[self._pages.claim(message.zeros)]
-        pfns = message.pfns[wanted]
-        if len(pfns):
-            await self._load(pfns, select_pages(payload, wanted))
-        if len(zeros):
-            await self._load(zeros, None)
-        return len(pfns) + len(zeros)
-
-    async def _load(self, pfns: PfnArray, pages: Buffer | None) -> None:
-        if len(pfns) <= SMALL:
-            results = self._domain.load(pfns, pages)
-        else:
+        """Load a batch and acknowledge it, with all that came over the pull lane meanwhile."""
+        for pfns, pages in self._claim(message, payload):
             with trio.CancelScope(shield=True):  # what is claimed is loaded
                 results = await trio.to_thread.run_sync(self._domain.load, pfns, pages)
-        self._carry_out(self._pages.finished(pfns, results))
+            self._finished(pfns, results)
+        await self.acknowledge()
+
+    async def acknowledge(self) -> None:
+        """Tell the sender what was loaded or dropped since the last time.
+
+        When this returns all of it has been said, by whichever task: ``complete`` may follow.
+        """
+        async with self._acknowledging:
+            with self._lock:
+                loaded, self._unacknowledged = self._unacknowledged, []
+                dropped, self._dropped = self._dropped, []
+            for kind, lists in ((Loaded, loaded), (Dropped, dropped)):
+                pfns = np.sort(np.concatenate(lists)) if lists else pfn_array()
+                for at in range(0, len(pfns), MAX_PFNS):
+                    await self._say(kind(pfns[at : at + MAX_PFNS]))
+
+    def finish(self) -> None:
+        """Nothing is outstanding and the thread has ended: answer what is still in the ring and give it up."""
+        if self._ring is not None:
+            self._handle_ring()
+            self._domain.paging_disable()
+            self._ring.close()
+        self.close()
+
+    def close(self) -> None:
+        """Close the pull lane; the ring stays as it is."""
+        if self._pull is not None:
+            self._pull.close()
+
+    # ---- either ----
+    def _claim(self, message: Pages, payload: memoryview) -> Iterator[tuple[PfnArray, Buffer | None]]:
+        """What is to be loaded of a message, in up to two batches."""
+        with self._lock:
+            wanted = self._pages.claim(message.pfns)
+            zeros = message.zeros[self._pages.claim(message.zeros)]
+        if wanted.any():
+            yield message.pfns[wanted], select_pages(payload, wanted)
+        if len(zeros):
+            yield zeros, None
+
+    def _finished(self, pfns: PfnArray, results: NDArray[np.int32]) -> None:
+        with self._lock:
+            self._carry_out(self._pages.finished(pfns, results))
 
     def _carry_out(self, verdict: Verdict) -> None:
+        """Under the lock: the ring's response index is shared."""
         if verdict.answer:
             assert self._ring is not None
             self._ring.respond([request for request, _since in verdict.answer])
-            now = trio.current_time()
+            now = time.monotonic()
             for request, since in verdict.answer:
                 if request.vcpu_waits:
                     self._statistics.answered(request.vcpu, now - since)
@@ -111,29 +177,5 @@ class Pager:
         if len(verdict.dropped):
             self._dropped.append(verdict.dropped)
             self._statistics.dropped_pages += len(verdict.dropped)
-        self._check_end()
-
-    def _check_end(self) -> None:
         if self._pages.count == 0:
-            self.nothing_outstanding.set()
-
-    async def acknowledge(self) -> None:
-        """Tell the sender what was loaded or dropped since the last time.
-
-        When this returns all of it has been said, by whichever task: ``complete`` may follow.
-        """
-        async with self._acknowledging:
-            loaded, self._unacknowledged = self._unacknowledged, []
-            dropped, self._dropped = self._dropped, []
-            if loaded:
-                await self._say(Loaded(np.sort(np.concatenate(loaded))))
-            if dropped:
-                await self._say(Dropped(np.sort(np.concatenate(dropped))))
-
-    async def finish(self) -> None:
-        """Nothing is outstanding: answer what is still in the ring and give it up."""
-        if self._ring is None:
-            return
-        await self._handle_ring()
-        self._domain.paging_disable()
-        self._ring.close()
+            self._token.run_sync_soon(self.nothing_outstanding.set, idempotent=True)

@@ -1,4 +1,5 @@
-"""The pages that the destination lacks after the handover, as the sender sees them.  Sans-IO.
+"""The pages that the destination lacks after the handover, as the sender sees them.  Sans-IO, and
+safe to be used by the event loop and the fault server's thread at once.
 
 Each goes ``UNSENT -> SENT -> DONE``; DONE when the receiver has it loaded, or does not want it any more.  A page
 is kept until then (invariant 6), so a SENT one can be sent again: when a vCPU waits for a page that is still
@@ -9,6 +10,8 @@ last says best what it touches next.
 """
 
 from __future__ import annotations
+
+import threading
 
 import numpy as np
 
@@ -28,9 +31,14 @@ class Backlog:
         self.unsent = int(np.count_nonzero(missing))
         self.unacknowledged = self.unsent
         self._cursor = 0
+        self._lock = threading.Lock()
 
     def next_batch(self, most: int) -> PfnArray:
         """Up to ``most`` pages to push, now SENT; empty when there are none left."""
+        with self._lock:
+            return self._next_batch(most)
+
+    def _next_batch(self, most: int) -> PfnArray:
         nr_pfns = len(self._state)
         batch = np.empty(0, dtype=np.uint64)
         if not self.unsent:
@@ -57,30 +65,33 @@ class Backlog:
 
         One that is DONE had crossed the fault.  Raises :class:`RemoteProtocolError` for a pfn that was never missing.
         """
-        states = self._state[pfns]
-        if np.any(states == NOT_OURS):
-            raise RemoteProtocolError(f"fault: pfn {int(pfns[states == NOT_OURS][0]):#x} is not outstanding")
-        wanted = pfns[states != DONE]
-        if len(wanted):
-            self.unsent -= int(np.count_nonzero(states == UNSENT))
-            self._state[wanted] = SENT
-            self._cursor = (int(wanted[-1]) + 1) % len(self._state)
-        return wanted
+        with self._lock:
+            states = self._state[pfns]
+            if np.any(states == NOT_OURS):
+                raise RemoteProtocolError(f"fault: pfn {int(pfns[states == NOT_OURS][0]):#x} is not outstanding")
+            wanted = pfns[states != DONE]
+            if len(wanted):
+                self.unsent -= int(np.count_nonzero(states == UNSENT))
+                self._state[wanted] = SENT
+                self._cursor = (int(wanted[-1]) + 1) % len(self._state)
+            return wanted
 
     def loaded(self, pfns: PfnArray) -> None:
         """Raises :class:`RemoteProtocolError` for a page that was not sent, or was acknowledged before."""
-        states = self._state[pfns]
-        if np.any(states != SENT):
-            raise RemoteProtocolError(f"loaded: pfn {int(pfns[states != SENT][0]):#x} was not on its way")
-        self._done(pfns)
+        with self._lock:
+            states = self._state[pfns]
+            if np.any(states != SENT):
+                raise RemoteProtocolError(f"loaded: pfn {int(pfns[states != SENT][0]):#x} was not on its way")
+            self._done(pfns)
 
     def dropped(self, pfns: PfnArray) -> None:
         """Raises :class:`RemoteProtocolError` for a page that is not the receiver's to drop."""
-        states = self._state[pfns]
-        if np.any((states == NOT_OURS) | (states == DONE)):
-            raise RemoteProtocolError("dropped: a pfn that is not outstanding")
-        self.unsent -= int(np.count_nonzero(states == UNSENT))
-        self._done(pfns)
+        with self._lock:
+            states = self._state[pfns]
+            if np.any((states == NOT_OURS) | (states == DONE)):
+                raise RemoteProtocolError("dropped: a pfn that is not outstanding")
+            self.unsent -= int(np.count_nonzero(states == UNSENT))
+            self._done(pfns)
 
     def _done(self, pfns: PfnArray) -> None:
         self._state[pfns] = DONE

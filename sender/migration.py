@@ -27,11 +27,12 @@ from migrate.errors import MigrationError, PeerClosedError, RemoteProtocolError
 from migrate.messages import Lane
 from migrate.pfns import WINDOW_PFNS, PfnMask, from_mask, mask_from_bitmap, pfn_array, windows
 from migrate.policy import Decision, DefaultPolicy, Policy, PolicyOptions, PrecopyProgress, Strategy
-from migrate.session import Phase, Role, Session, hello, negotiate
+from migrate.session import Role, Session, hello, negotiate
 from migrate.statistics import SenderStatistics
 from migrate.tasks import task_group
-from migrate.transport import STEP_TIMEOUT_S, LaneConnection, connect
+from migrate.transport import STEP_TIMEOUT_S, LaneConnection, ThreadLane, connect
 from sender.backlog import Backlog
+from sender.faults import FaultServer
 from sender.reader import PageReader, all_pfns, count_pages
 from xenbackend.contract import PAGE_SIZE, Domain, DomainState, Hypervisor, PfnArray, XenError
 
@@ -97,8 +98,9 @@ class OutgoingMigration:
         self._suspended = False
         self._domain: Domain
         self._push: LaneConnection | None = None
-        self._pull: LaneConnection | None = None
+        self._pull: ThreadLane | None = None
         self._backlog: Backlog
+        self._faults: FaultServer
 
     # ---- what others may ask ----
     def postcopy_now(self) -> None:
@@ -157,7 +159,7 @@ class OutgoingMigration:
             tasks.start_soon(self._receive_push_lane)
             missing, rest = await self._precopy()
             await self._switch_over(missing, rest)
-            tasks.start_soon(self._serve_faults)
+            tasks.start_soon(self._faults.serve)
             await self._push_pages()
             self.progress.phase = "completing"
             await self._signals.complete.wait()
@@ -187,9 +189,10 @@ class OutgoingMigration:
             raise MigrationError(f"the destination refuses: {answer.reason}")
         if not isinstance(answer, m.Accepted):
             raise RemoteProtocolError(f"{answer.type} instead of accepted or refused")
-        self._pull = await connect(*self.destination)
-        await self._pull.send(hello(Lane.PULL, self.id, answer.token))
-        negotiate(await self._pull.receive_hello())
+        pull = await connect(*self.destination)
+        await pull.send(hello(Lane.PULL, self.id, answer.token))
+        negotiate(await pull.receive_hello())
+        self._pull = pull.into_thread()
 
     # ---- precopy ----
     async def _precopy(self) -> tuple[PfnMask, PfnMask]:
@@ -313,7 +316,9 @@ class OutgoingMigration:
             await self._signals.ready.wait()
         if timeout.cancelled_caught:
             raise MigrationError(f"the destination was not ready within {STEP_TIMEOUT_S:g} s of the suspension")
+        assert self._pull is not None
         self._backlog = Backlog(missing)
+        self._faults = FaultServer(domain, self._pull, self.session, self._backlog, self.statistics)
         self.progress.pages_done, self.progress.pages_total = 0, stats.missing_pages
         self.progress.outstanding = stats.missing_pages
         await trio.lowlevel.checkpoint_if_cancelled()
@@ -335,27 +340,6 @@ class OutgoingMigration:
             before = self.progress.bytes_sent
             self.statistics.push_pages += await self._send_pages(reader, batch)
             self.statistics.push_bytes += self.progress.bytes_sent - before
-
-    async def _serve_faults(self) -> None:
-        assert self._pull is not None
-        reader = PageReader(self._domain, 64)
-        while True:
-            try:
-                message, _pages = await self._pull.receive()
-            except PeerClosedError:
-                if self.session.phase is Phase.CLOSED:
-                    return  # the receiver has read "completed" and is done
-                raise
-            self.session.received(message, Lane.PULL)
-            assert isinstance(message, m.Fault)
-            wanted = self._backlog.fault(message.pfns)
-            if not len(wanted):
-                continue
-            pages, payload = await reader.read(wanted)
-            self.session.sent(pages, Lane.PULL)
-            self.progress.bytes_sent += await self._pull.send(pages, payload)
-            self.statistics.pull_pages += len(wanted)
-            self.statistics.zero_pages += len(pages.zeros)
 
     # ---- the push lane ----
     async def _say(self, message: m.Message, payload: memoryview = memoryview(b"")) -> int:

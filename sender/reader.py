@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import trio
+from numpy.typing import NDArray
 
 from migrate.errors import MigrationError
 from migrate.messages import Pages
 from xenbackend.contract import PAGE_SIZE, Domain, PageStatus, PfnArray
-
-SMALL = 8
-"""Batches up to here are read at once: a thread would cost more than the copy."""
 
 
 class PageReader:
@@ -21,11 +19,14 @@ class PageReader:
         self._buffer = memoryview(bytearray(batch_pages * PAGE_SIZE))
 
     async def read(self, pfns: PfnArray) -> tuple[Pages, memoryview]:
-        """Raises :class:`MigrationError` for pages that cannot be read at this host."""
-        if len(pfns) <= SMALL:
-            status = self._domain.read_pages(pfns, self._buffer)
-        else:
-            status = await trio.to_thread.run_sync(self._domain.read_pages, pfns, self._buffer)
+        """In a thread.  Raises :class:`MigrationError` for pages that cannot be read at this host."""
+        return self._message(pfns, await trio.to_thread.run_sync(self._domain.read_pages, pfns, self._buffer))
+
+    def read_now(self, pfns: PfnArray) -> tuple[Pages, memoryview]:
+        """The same, blocking: for a few pages, or in a thread of one's own."""
+        return self._message(pfns, self._domain.read_pages(pfns, self._buffer))
+
+    def _message(self, pfns: PfnArray, status: NDArray[np.uint8]) -> tuple[Pages, memoryview]:
         unreadable = pfns[status >= PageStatus.PAGED]
         if len(unreadable):
             raise MigrationError(

@@ -1,0 +1,53 @@
+"""The fault server: a thread that waits for faults on the pull lane and answers each at once.
+
+It shares nothing with the event loop but the backlog, so that a fault never queues behind the push.
+"""
+
+from __future__ import annotations
+
+from migrate.errors import PeerClosedError
+from migrate.messages import MAX_FAULT_PFNS, Fault, Lane
+from migrate.session import Phase, Session
+from migrate.statistics import SenderStatistics
+from migrate.transport import ThreadLane, run_in_thread
+from sender.backlog import Backlog
+from sender.reader import PageReader
+from xenbackend.contract import Domain
+
+
+class FaultServer:
+    def __init__(self, domain: Domain, pull: ThreadLane, session: Session, backlog: Backlog, statistics: SenderStatistics):
+        self._pull = pull
+        self._session = session
+        self._backlog = backlog
+        self._statistics = statistics
+        self._reader = PageReader(domain, MAX_FAULT_PFNS)
+        self._stopping = False
+
+    async def serve(self) -> None:
+        """Until cancelled, or until the receiver, being done, has closed the lane."""
+        await run_in_thread(self._serve, self._stop)
+
+    def _stop(self) -> None:
+        self._stopping = True
+        self._pull.shut()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                self._pull.fill()
+            except PeerClosedError:
+                if self._stopping or self._session.phase is Phase.CLOSED:
+                    return
+                raise
+            while (received := self._pull.pending()) is not None:
+                message, _pages = received
+                self._session.received(message, Lane.PULL)
+                assert isinstance(message, Fault)
+                wanted = self._backlog.fault(message.pfns)
+                if len(wanted):
+                    pages, payload = self._reader.read_now(wanted)
+                    self._session.sent(pages, Lane.PULL)
+                    self._pull.send(pages, payload)
+                    self._statistics.pull_pages += len(wanted)
+                    self._statistics.pull_zero_pages += len(pages.zeros)
