@@ -32,7 +32,7 @@ EMPTY = memoryview(b"")
 class Frame(NamedTuple):
     header: dict[str, Any]
     payload: memoryview
-    """Whole pages.  Valid until the decoder is asked for its next frame."""
+    """Whole pages.  Valid while the next frame is being read, until that one is complete and a further one begins."""
 
 
 def encode(header: dict[str, Any], payload: Buffer = EMPTY) -> bytes:
@@ -72,7 +72,8 @@ class FrameDecoder:
         self._end = 0
         self._sizes: tuple[int, int] | None = None  # header and payload bytes of the frame being read
         self._header: dict[str, Any] | None = None
-        self._pages = bytearray()
+        # Two, in turn: a payload can be loaded while the next is received.
+        self._pages, self._other_pages = bytearray(), bytearray()
         self._pages_filled = 0
 
     def wanted(self) -> memoryview:
@@ -88,6 +89,10 @@ class FrameDecoder:
             self._start = self._end = 0
         missing = max(need - (self._end - self._start), 1)
         return memoryview(self._small)[self._end : self._end + max(missing, READ_AHEAD_BYTES)]
+
+    def in_payload(self) -> bool:
+        """A payload has begun: all of what is wanted will come."""
+        return self._header is not None
 
     def filled(self, count: int) -> None:
         """``count`` bytes were put into what :meth:`wanted` returned last."""
@@ -110,6 +115,8 @@ class FrameDecoder:
                 return None
             self._header = _parse_header(memoryview(self._small)[self._start : self._start + header_bytes])
             self._start += header_bytes
+            if payload_bytes:
+                self._pages, self._other_pages = self._other_pages, self._pages
             if len(self._pages) < payload_bytes:
                 self._pages = bytearray(payload_bytes)
             at_hand = min(payload_bytes, self._end - self._start)

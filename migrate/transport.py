@@ -1,10 +1,18 @@
-"""Lanes over sockets: the thin trio around the codec."""
+"""Lanes over sockets: the thin layer of I/O around the codec.
+
+A lane blocks.  What moves pages (the push and the pull of either end) are plain loops in threads of their own
+(:func:`run_in_thread`), which the event loop starts, stops and hears from; for the few control messages it has
+:meth:`LaneConnection.send` and :meth:`LaneConnection.receive`, which do the same in worker threads.  Two reasons, both
+measured: a page of memory costs a microsecond and a turn of the event loop some tens of them, and a blocking call
+moves a payload of 4 MiB with one system call where a non-blocking one needs twenty.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import socket
+import struct
 import threading
 from collections.abc import Callable, Sequence
 
@@ -13,128 +21,77 @@ import trio
 from migrate import frames
 from migrate.errors import MigrationError, PeerClosedError
 from migrate.frames import FrameDecoder
-from migrate.messages import Hello, Message, parse
-from migrate.messages import Lane as LaneName
+from migrate.messages import Hello, Lane, Message, parse
+from migrate.tasks import task_group
 from xenbackend.contract import Buffer
 
 CONNECT_TIMEOUT_S = 10.0
 STEP_TIMEOUT_S = 60.0
-"""How long a peer may take for a step before the handover (a hello, a preflight, an eviction)."""
-SEND_CHUNK = 256 * 1024
-"""One send copies this much at most: meanwhile no fault is served."""
-RECEIVE_CHUNK = 256 * 1024
+"""How long a peer may take for a step before the handover (a preflight, an eviction), or to take bytes from us."""
 URGENT_NICE = -10
 """Of the threads that serve faults."""
+SMALL_FRAME = 16 * 1024
+"""A frame up to here is copied together and sent with one call."""
 
 
 class LaneConnection:
-    """Sends and receives messages on one socket.  Several tasks may send; one may receive."""
+    """Messages on one connected socket.  Several tasks or threads may send, one may receive."""
 
-    def __init__(self, sock: trio.socket.SocketType):
-        self._socket = sock
-        self._decoder = FrameDecoder()
-        self._sending = trio.Lock()
-        self._mid_frame = False
-        self.bytes_sent = 0
-        self.bytes_received = 0
-        if sock.family in (socket.AF_INET, socket.AF_INET6):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-    async def send(self, message: Message, payload: Buffer = frames.EMPTY) -> int:
-        """Returns the bytes that it took.  Raises :class:`PeerClosedError` when the connection is gone.
-
-        A send that was cancelled midway leaves the lane unusable, and later ones say so.
-        """
-        head = frames.encode(message.header(), payload)
-        async with self._sending:
-            if self._mid_frame:
-                raise PeerClosedError("an earlier message was cut off")
-            self._mid_frame = True
-            try:
-                if len(payload) <= 4096:
-                    await self._send_all(head + payload if payload else head)
-                else:
-                    await self._send_all(head)
-                    await self._send_all(payload)
-            except OSError as error:
-                raise PeerClosedError(f"the connection was lost while sending: {error.strerror or error}") from error
-            except trio.ClosedResourceError as error:
-                raise PeerClosedError("the connection was closed at this end") from error
-            self._mid_frame = False
-        size = len(head) + len(payload)
-        self.bytes_sent += size
-        return size
-
-    async def _send_all(self, data: Buffer) -> None:
-        view = memoryview(data)
-        while view:
-            view = view[await self._socket.send(view[:SEND_CHUNK]) :]
-
-    async def receive(self) -> tuple[Message, memoryview]:
-        """A message and its pages, which stay valid until the next call.
-
-        Raises :class:`ProtocolError` for garbage, :class:`PeerClosedError` when the connection has ended.
-        """
-        while (frame := self._decoder.next_frame()) is None:
-            try:
-                count = await self._socket.recv_into(self._decoder.wanted()[:RECEIVE_CHUNK])
-            except OSError as error:
-                raise PeerClosedError(f"the connection was lost: {error.strerror or error}") from error
-            except trio.ClosedResourceError as error:
-                raise PeerClosedError("the connection was closed at this end") from error
-            if count == 0:
-                where = "" if self._decoder.at_boundary() else " in the middle of a frame"
-                raise PeerClosedError(f"the peer closed the connection{where}")
-            self.bytes_received += count
-            self._decoder.filled(count)
-        return parse(frame.header, len(frame.payload)), frame.payload
-
-    async def receive_hello(self, timeout_s: float = CONNECT_TIMEOUT_S) -> Hello:
-        with trio.move_on_after(timeout_s):
-            message, _pages = await self.receive()
-            if not isinstance(message, Hello):
-                raise MigrationError(f"the peer began with {message.type} instead of hello")
-            if message.lane not in [name.value for name in LaneName]:
-                raise MigrationError(f"the peer asked for a lane {message.lane!r}")
-            return message
-        raise MigrationError(f"the peer said nothing for {timeout_s:g} s: is a xen-postcopy receiver listening there?")
-
-    def close(self) -> None:
-        self._socket.close()
-
-    def into_thread(self) -> ThreadLane:
-        """Give the connection up to a thread of its own; this object is not to be used any more."""
-        lane = ThreadLane(socket.socket(fileno=os.dup(self._socket.fileno())), self._decoder)
-        self._socket.close()
-        return lane
-
-
-class ThreadLane:
-    """A lane for one thread that blocks on it, where waiting for the event loop's turn would take too long.
-
-    Another thread may call :meth:`shut`, and then close it when the first is done.
-    """
-
-    def __init__(self, sock: socket.socket, decoder: FrameDecoder):
+    def __init__(self, sock: socket.socket):
         self._socket = sock
         self._socket.setblocking(True)
-        self._decoder = decoder
+        self._decoder = FrameDecoder()
+        self._sending = threading.Lock()
+        self._receiving = threading.Lock()
+        self._send_limiter = trio.CapacityLimiter(1)
+        self._receive_limiter = trio.CapacityLimiter(1)
+        self._cut_off = False
         self.bytes_sent = 0
+        self._tcp = sock.family in (socket.AF_INET, socket.AF_INET6)
+        if self._tcp:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(STEP_TIMEOUT_S), 0))
+
+    @classmethod
+    def from_stream(cls, stream: trio.SocketStream) -> LaneConnection:
+        """Takes the connection over; the stream is closed."""
+        lane = cls(socket.socket(fileno=os.dup(stream.socket.fileno())))
+        stream.socket.close()
+        return lane
 
     def fileno(self) -> int:
         return self._socket.fileno()
 
-    def send(self, message: Message, payload: Buffer = frames.EMPTY) -> None:
-        """Raises :class:`PeerClosedError`."""
+    # ---- blocking ----
+    def send_blocking(self, message: Message, payload: Buffer = frames.EMPTY) -> int:
+        """Returns the bytes that it took.  Raises :class:`PeerClosedError` when the connection is gone."""
         head = frames.encode(message.header(), payload)
-        data = head + payload if len(payload) <= 16384 else head
+        with self._sending:
+            self._send_all(head, payload)
+        return len(head) + len(payload)
+
+    def _send_all(self, head: bytes, payload: Buffer) -> None:
+        if self._cut_off:
+            raise PeerClosedError("the connection was lost while sending")
         try:
-            self._socket.sendall(data)
-            if data is head and payload:
+            if len(head) + len(payload) <= SMALL_FRAME:
+                self._socket.sendall(head + payload)
+            else:
+                self._socket.sendall(head)
                 self._socket.sendall(payload)
         except OSError as error:
-            raise PeerClosedError(f"the pull lane was lost while sending: {error.strerror or error}") from error
+            self._cut_off = True
+            if isinstance(error, BlockingIOError):
+                raise PeerClosedError(f"the peer has taken nothing for {STEP_TIMEOUT_S:g} s") from error
+            raise PeerClosedError(f"the connection was lost while sending: {error.strerror or error}") from error
         self.bytes_sent += len(head) + len(payload)
+
+    def receive_blocking(self) -> tuple[Message, memoryview]:
+        """As :meth:`receive`."""
+        with self._receiving:
+            while (received := self.pending()) is None:
+                self.fill()
+            return received
 
     def pending(self) -> tuple[Message, memoryview] | None:
         """A message that is complete already."""
@@ -142,43 +99,112 @@ class ThreadLane:
         return None if frame is None else (parse(frame.header, len(frame.payload)), frame.payload)
 
     def fill(self) -> None:
-        """Wait for bytes.  Raises :class:`PeerClosedError` at the end."""
+        """Wait for bytes, of a payload for all that it still lacks.  Raises :class:`PeerClosedError` at the end."""
+        flags = 0
+        if self._decoder.in_payload():
+            flags = socket.MSG_WAITALL
+            if self._tcp:
+                # Because we acknowledge pages on this connection the kernel takes it for a dialogue and delays its
+                # own acknowledgements by 40 ms, for which a sender with a full window waits.  Not sticky: see tcp(7).
+                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+        wanted = self._decoder.wanted()
         try:
-            count = self._socket.recv_into(self._decoder.wanted())
+            count = self._socket.recv_into(wanted, len(wanted), flags)
         except OSError as error:
-            raise PeerClosedError(f"the pull lane was lost: {error.strerror or error}") from error
+            raise PeerClosedError(f"the connection was lost: {error.strerror or error}") from error
         if not count:
-            raise PeerClosedError("the peer closed the pull lane")
+            where = "" if self._decoder.at_boundary() else " in the middle of a frame"
+            raise PeerClosedError(f"the peer closed the connection{where}")
         self._decoder.filled(count)
 
+    # ---- for the event loop ----
+    async def send(self, message: Message, payload: Buffer = frames.EMPTY) -> int:
+        """As :meth:`send_blocking`, in the order of the calls.
+
+        Cancelling stops the waiting, not the sending: the lane is never left in the middle of a frame, and ``payload`` must
+        not be used again until the next message was sent, or the lane is closed.
+        """
+        head = frames.encode(message.header(), payload)
+        async with self._send_limiter:
+            await trio.to_thread.run_sync(
+                self._send_locked, head, payload, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1)
+            )
+        return len(head) + len(payload)
+
+    def _send_locked(self, head: bytes, payload: Buffer) -> None:
+        with self._sending:
+            self._send_all(head, payload)
+
+    async def receive(self) -> tuple[Message, memoryview]:
+        """A message and its pages, which stay valid during the next call but not beyond it.
+
+        Raises :class:`ProtocolError` for garbage, :class:`PeerClosedError` when the connection has ended.
+        """
+        received = self.pending()
+        if received is not None:
+            return received
+        return await trio.to_thread.run_sync(
+            self.receive_blocking, abandon_on_cancel=True, limiter=self._receive_limiter
+        )
+
+    async def receive_hello(self) -> Hello:
+        with trio.move_on_after(CONNECT_TIMEOUT_S):
+            message, _pages = await self.receive()
+            if not isinstance(message, Hello):
+                raise MigrationError(f"the peer began with {message.type} instead of hello")
+            if message.lane not in [lane.value for lane in Lane]:
+                raise MigrationError(f"the peer asked for a lane {message.lane!r}")
+            return message
+        raise MigrationError(
+            f"the peer said nothing for {CONNECT_TIMEOUT_S:g} s: is a xen-postcopy receiver listening there?"
+        )
+
+    # ---- the end ----
+    def stop_receiving(self) -> None:
+        """Whoever receives here sees the end; sending goes on."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RD)
+
     def shut(self) -> None:
-        """Wake the thread: it sees the end of the connection."""
+        """End the connection; whoever waits on it, here or there, sees its end."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        self._socket.close()
+        self.shut()
+        with self._sending, self._receiving:  # nobody is inside a call any more
+            self._socket.close()
 
 
-async def run_in_thread(main: Callable[[], None], stop: Callable[[], None]) -> None:
+async def run_in_thread(main: Callable[[], None], stop: Callable[[], None], *, urgent: bool = False) -> None:
     """Run ``main`` in a thread of its own; ``stop`` makes it return, and is called when this task is cancelled.
 
-    The thread gets a higher priority where the process may have it: it serves vCPUs that stand still.
+    ``urgent``: with a higher priority where the process may have it.
     """
 
     def prioritised() -> None:
-        with contextlib.suppress(PermissionError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), URGENT_NICE)
-        main()
+        thread = threading.get_native_id()
+        try:
+            if urgent:
+                os.setpriority(os.PRIO_PROCESS, thread, URGENT_NICE)
+        except PermissionError:
+            urgent_now = False
+        else:
+            urgent_now = urgent
+        try:
+            main()
+        finally:
+            if urgent_now:
+                os.setpriority(os.PRIO_PROCESS, thread, 0)  # trio uses its threads again
 
-    async with trio.open_nursery() as nursery:
+    async with task_group() as tasks:
 
         async def run() -> None:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(prioritised, limiter=trio.CapacityLimiter(1))
-            nursery.cancel_scope.cancel()
+            tasks.cancel_scope.cancel()
 
-        nursery.start_soon(run)
+        tasks.start_soon(run)
         try:
             await trio.sleep_forever()
         finally:
@@ -195,8 +221,10 @@ async def connect(host: str, port: int) -> LaneConnection:
     except OSError as error:
         causes: Sequence[BaseException] = getattr(error.__cause__, "exceptions", ()) or (error.__cause__ or error,)
         why = getattr(causes[0], "strerror", None) or str(causes[0])
-        raise MigrationError(f"cannot reach a receiver at {host}:{port}: {why}; is `xen-postcopy receiver` running there?") from error
-    return LaneConnection(stream.socket)
+        raise MigrationError(
+            f"cannot reach a receiver at {host}:{port}: {why}; is `xen-postcopy receiver` running there?"
+        ) from error
+    return LaneConnection.from_stream(stream)
 
 
 def parse_address(text: str, default_port: int) -> tuple[str, int]:

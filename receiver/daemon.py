@@ -72,7 +72,7 @@ class ReceiverDaemon:
                 raise MigrationError(f"unknown command {other!r}")
 
     async def _serve_lane(self, stream: trio.SocketStream) -> None:
-        lane = LaneConnection(stream.socket)
+        lane = LaneConnection.from_stream(stream)
         try:
             greeting = await lane.receive_hello()
             await lane.send(hello(Lane(greeting.lane), greeting.session))

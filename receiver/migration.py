@@ -23,11 +23,11 @@ from migrate.pfns import pfns_of_window
 from migrate.session import Role, Session
 from migrate.statistics import PagerStatistics
 from migrate.tasks import task_group
-from migrate.transport import STEP_TIMEOUT_S, LaneConnection, ThreadLane
+from migrate.transport import STEP_TIMEOUT_S, LaneConnection, run_in_thread
 from receiver.outstanding import OutstandingPages
 from receiver.pager import Pager
 from receiver.restore import MemoryRestorer
-from xenbackend.contract import Domain, DomainConfig, Hypervisor, PfnArray, XenError
+from xenbackend.contract import Domain, DomainConfig, Hypervisor, XenError
 from xenbackend.ring import PagingRing
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class IncomingMigration:
         self.statistics = PagerStatistics()
         self._hypervisor = hypervisor
         self._push = push
-        self._pull: ThreadLane | None = None
+        self._pull: LaneConnection | None = None
         self._domain: Domain | None = None
         self._ring: PagingRing | None = None
         self._pages: OutstandingPages
@@ -64,6 +64,8 @@ class IncomingMigration:
         self._pager: Pager
         self._context = bytearray()
         self._said_ready = False
+        self._completed = False
+        self._tasks: trio.Nursery
         self._scope = trio.CancelScope()
         self.ended = trio.Event()
 
@@ -72,7 +74,7 @@ class IncomingMigration:
         """Raises :class:`ProtocolError` where the token is wrong or used."""
         if not secrets.compare_digest(token, self.token) or self._pull is not None or self._domain is None:
             raise ProtocolError("a pull lane with a wrong or used token")
-        self._pull = lane.into_thread()
+        self._pull = lane
 
     @property
     def needed(self) -> bool:
@@ -119,8 +121,11 @@ class IncomingMigration:
         await self._say(m.Accepted(self.statistics.populate_evicted, self.token))
         self.progress.phase = "precopy"
         async with task_group() as tasks:
-            await self._receive_push_lane(tasks)
+            self._tasks = tasks
+            await run_in_thread(self._receive_push_lane, self._push.stop_receiving)
             tasks.cancel_scope.cancel()
+        if not self._completed:
+            raise MigrationError("the receiver is being stopped")
         self._pager.finish()
         self.progress.phase, self.progress.outstanding = "completed", 0
         assert self._domain is not None
@@ -146,40 +151,40 @@ class IncomingMigration:
         self._pages = OutstandingPages(offer.nr_pfns)
         return None
 
-    async def _receive_push_lane(self, tasks: trio.Nursery) -> None:
-        """Do what the sender says, in its order, until it agrees that all is done."""
-        assert self._domain is not None
-        while True:
-            message, payload = await self._push.receive()
+    # ---- the push lane's thread ----
+    def _receive_push_lane(self) -> None:
+        """Do what the sender says, in its order, until it agrees that all is done.
+
+        Pages are put in place here; what starts or ends something is the event loop's.
+        """
+        while not self._completed:
+            message, payload = self._push.receive_blocking()
             self.session.received(message, Lane.PUSH)
             match message:
                 case m.Pages() if self.session.handed_over:
-                    await self._pager.pushed(message, payload)
+                    self._pager.pushed(message, payload)
                 case m.Pages():
-                    await trio.to_thread.run_sync(self._memory.pages, message, payload)
+                    self._memory.pages(message, payload)
                 case m.Defer():
-                    await self._evict(message)
+                    self._memory.evict(pfns_of_window(message.base, message.bitmap))
                 case m.Barrier():
-                    await self._say(m.Passed(message.number))
+                    self._say_blocking(m.Passed(message.number))
                 case m.Suspended():
                     self.progress.phase = "switchover"
                 case m.Missing():
-                    self._pages.add(await self._evict(message))
+                    pfns = pfns_of_window(message.base, message.bitmap)
+                    self._memory.evict(pfns)
+                    self._pages.add(pfns)
                 case m.Context():
-                    await self._take_context(message)
+                    self._take_context(message)
                 case m.Handover():
-                    await self._take_over(tasks)
+                    trio.from_thread.run_sync(self._take_over)
                 case m.Abort():
                     raise MigrationError(f"the sender gave up: {message.reason}")
                 case m.Completed():
-                    return
+                    self._completed = True
 
-    async def _evict(self, window: m.Defer | m.Missing) -> PfnArray:
-        pfns = pfns_of_window(window.base, window.bitmap)
-        await trio.to_thread.run_sync(self._memory.evict, pfns)
-        return pfns
-
-    async def _take_context(self, message: m.Context) -> None:
+    def _take_context(self, message: m.Context) -> None:
         assert self._domain is not None
         if len(self._context) + len(message.data) > MAX_CONTEXT_BYTES:
             raise RemoteProtocolError(f"context: more than {MAX_CONTEXT_BYTES} bytes")
@@ -191,32 +196,37 @@ class IncomingMigration:
         self._domain.set_context(bytes(self._context))
         self._context.clear()
         self._said_ready = True
-        await self._say(m.Ready())
+        self._say_blocking(m.Ready())
 
-    async def _take_over(self, tasks: trio.Nursery) -> None:
+    def _say_blocking(self, message: m.Message) -> None:
+        self.session.sent(message, Lane.PUSH)
+        self._push.send_blocking(message)
+
+    # ---- from the handover on ----
+    def _take_over(self) -> None:
         """The guest is ours: run it, and serve it."""
         assert self._domain is not None
         self._pager = Pager(
-            self._domain, self._ring, self._pull, self.session, self._pages, self.statistics, self._say
+            self._domain, self._ring, self._pull, self.session, self._pages, self.statistics, self._say_blocking
         )
         self.progress.phase = "postcopy"
-        tasks.start_soon(self._pager.serve)
+        self._tasks.start_soon(self._pager.serve)
         self._domain.start()
-        await self._say(m.Resumed())
-        tasks.start_soon(self._complete)
-        tasks.start_soon(self._report)
+        self._say_blocking(m.Resumed())
+        self._tasks.start_soon(self._complete)
+        self._tasks.start_soon(self._report)
 
     async def _complete(self) -> None:
         await self._pager.nothing_outstanding.wait()
         self.progress.phase = "completing"
-        await self._pager.acknowledge()
+        await trio.to_thread.run_sync(self._pager.acknowledge)
         await self._say(m.Complete(json.dumps(self.statistics.summary()).encode()))
 
     async def _report(self) -> None:
         while not self._pager.nothing_outstanding.is_set():
             latency = self.statistics.latency
             self.progress.outstanding, self.progress.waiting = self._pages.count, self._pages.waiting
-            await self._pager.acknowledge()
+            await trio.to_thread.run_sync(self._pager.acknowledge)
             await self._say(m.Report(self._pages.count, latency.count, int(latency.quantile(0.5))))
             with trio.move_on_after(REPORT_EVERY_S):
                 await self._pager.nothing_outstanding.wait()

@@ -1,8 +1,8 @@
 """The pager: between the paging ring, the two lanes and the domain, from the handover on.
 
 Two threads meet here.  The *pager thread* waits for the ring and the pull lane and does nothing else: a
-fault's way through this process is wake, ask, wake, load, answer, and at no point does it queue behind the event loop.
-The event loop brings pushed pages, which are loaded in a worker thread, and acknowledges.  All decisions are
+fault's way through this process is wake, ask, wake, load, answer, and at no point does it queue behind the event loop
+or behind a batch.  The thread of the push lane brings pushed pages and acknowledges.  All decisions are
 :class:`OutstandingPages`', taken under one lock; pages are claimed under it and loaded outside of it.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import select
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import trio
@@ -22,7 +22,7 @@ from migrate.messages import MAX_PFNS, Dropped, Fault, Lane, Loaded, Message, Pa
 from migrate.pfns import pfn_array
 from migrate.session import Phase, Session
 from migrate.statistics import PagerStatistics
-from migrate.transport import ThreadLane, run_in_thread
+from migrate.transport import LaneConnection, run_in_thread
 from receiver.outstanding import OutstandingPages, Verdict
 from receiver.restore import select_pages
 from xenbackend.contract import Buffer, Domain, PfnArray
@@ -36,11 +36,11 @@ class Pager:
         self,
         domain: Domain,
         ring: PagingRing | None,
-        pull: ThreadLane | None,
+        pull: LaneConnection | None,
         session: Session,
         pages: OutstandingPages,
         statistics: PagerStatistics,
-        say: Callable[[Message], Awaitable[object]],
+        say: Callable[[Message], object],
     ):
         self._domain = domain
         self._ring = ring
@@ -53,7 +53,7 @@ class Pager:
         self._stopping = False
         self._unacknowledged: list[PfnArray] = []
         self._dropped: list[PfnArray] = []
-        self._acknowledging = trio.Lock()
+        self._acknowledging = threading.Lock()
         self._token = trio.lowlevel.current_trio_token()
         self.nothing_outstanding = trio.Event()
         if not pages.count:
@@ -63,7 +63,7 @@ class Pager:
     async def serve(self) -> None:
         """Serve faults until cancelled.  Raises what went wrong."""
         if self._ring is not None and self._pull is not None:
-            await run_in_thread(self._serve, self._stop)
+            await run_in_thread(self._serve, self._stop, urgent=True)
 
     def _stop(self) -> None:
         assert self._pull is not None
@@ -92,7 +92,7 @@ class Pager:
         if len(verdict.ask) and self._pull is not None:
             message = Fault(verdict.ask)
             self._session.sent(message, Lane.PULL)
-            self._pull.send(message)
+            self._pull.send_blocking(message)
 
     def _handle_pull_lane(self) -> bool:
         """False when the lane has ended, and may."""
@@ -112,28 +112,26 @@ class Pager:
                 self._finished(pfns, self._domain.load(pfns, pages))
         return True
 
-    # ---- the event loop ----
-    async def pushed(self, message: Pages, payload: memoryview) -> None:
+    # ---- the push lane's thread ----
+    def pushed(self, message: Pages, payload: memoryview) -> None:
         """Load a batch and acknowledge it, with all that came over the pull lane meanwhile."""
         for pfns, pages in self._claim(message, payload):
-            with trio.CancelScope(shield=True):  # what is claimed is loaded
-                results = await trio.to_thread.run_sync(self._domain.load, pfns, pages)
-            self._finished(pfns, results)
-        await self.acknowledge()
+            self._finished(pfns, self._domain.load(pfns, pages))
+        self.acknowledge()
 
-    async def acknowledge(self) -> None:
+    def acknowledge(self) -> None:
         """Tell the sender what was loaded or dropped since the last time.
 
-        When this returns all of it has been said, by whichever task: ``complete`` may follow.
+        When this returns all of it has been said, by whichever thread: ``complete`` may follow.
         """
-        async with self._acknowledging:
+        with self._acknowledging:
             with self._lock:
                 loaded, self._unacknowledged = self._unacknowledged, []
                 dropped, self._dropped = self._dropped, []
             for kind, lists in ((Loaded, loaded), (Dropped, dropped)):
                 pfns = np.sort(np.concatenate(lists)) if lists else pfn_array()
                 for at in range(0, len(pfns), MAX_PFNS):
-                    await self._say(kind(pfns[at : at + MAX_PFNS]))
+                    self._say(kind(pfns[at : at + MAX_PFNS]))
 
     def finish(self) -> None:
         """Nothing is outstanding and the thread has ended: answer what is still in the ring and give it up."""

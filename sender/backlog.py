@@ -12,6 +12,7 @@ last says best what it touches next.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -59,6 +60,11 @@ class Backlog:
         self._state[batch] = SENT
         self.unsent -= len(batch)
         return batch
+
+    def batches(self, most: int) -> Iterator[PfnArray]:
+        """All that is unsent, each batch chosen when it is asked for."""
+        while len(batch := self.next_batch(most)):
+            yield batch
 
     def fault(self, pfns: PfnArray) -> PfnArray:
         """vCPUs wait for these; returns those to send now.

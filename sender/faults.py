@@ -9,14 +9,14 @@ from migrate.errors import PeerClosedError
 from migrate.messages import MAX_FAULT_PFNS, Fault, Lane
 from migrate.session import Phase, Session
 from migrate.statistics import SenderStatistics
-from migrate.transport import ThreadLane, run_in_thread
+from migrate.transport import LaneConnection, run_in_thread
 from sender.backlog import Backlog
 from sender.reader import PageReader
 from xenbackend.contract import Domain
 
 
 class FaultServer:
-    def __init__(self, domain: Domain, pull: ThreadLane, session: Session, backlog: Backlog, statistics: SenderStatistics):
+    def __init__(self, domain: Domain, pull: LaneConnection, session: Session, backlog: Backlog, statistics: SenderStatistics):
         self._pull = pull
         self._session = session
         self._backlog = backlog
@@ -26,7 +26,7 @@ class FaultServer:
 
     async def serve(self) -> None:
         """Until cancelled, or until the receiver, being done, has closed the lane."""
-        await run_in_thread(self._serve, self._stop)
+        await run_in_thread(self._serve, self._stop, urgent=True)
 
     def _stop(self) -> None:
         self._stopping = True
@@ -46,8 +46,8 @@ class FaultServer:
                 assert isinstance(message, Fault)
                 wanted = self._backlog.fault(message.pfns)
                 if len(wanted):
-                    pages, payload = self._reader.read_now(wanted)
+                    pages, payload = self._reader.read(wanted)
                     self._session.sent(pages, Lane.PULL)
-                    self._pull.send(pages, payload)
+                    self._pull.send_blocking(pages, payload)
                     self._statistics.pull_pages += len(wanted)
                     self._statistics.pull_zero_pages += len(pages.zeros)

@@ -13,8 +13,10 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import threading
 import time
 import uuid
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,22 +27,22 @@ from migrate import messages as m
 from migrate.bandwidth import BandwidthCap
 from migrate.errors import MigrationError, PeerClosedError, RemoteProtocolError
 from migrate.messages import Lane
-from migrate.pfns import WINDOW_PFNS, PfnMask, from_mask, mask_from_bitmap, pfn_array, windows
+from migrate.pfns import PfnMask, from_mask, mask_from_bitmap, pfn_array, windows
 from migrate.policy import Decision, DefaultPolicy, Policy, PolicyOptions, PrecopyProgress, Strategy
 from migrate.session import Role, Session, hello, negotiate
 from migrate.statistics import SenderStatistics
 from migrate.tasks import task_group
-from migrate.transport import STEP_TIMEOUT_S, LaneConnection, ThreadLane, connect
+from migrate.transport import STEP_TIMEOUT_S, LaneConnection, connect, run_in_thread
 from sender.backlog import Backlog
 from sender.faults import FaultServer
-from sender.reader import PageReader, all_pfns, count_pages
+from sender.reader import PageReader, all_pfns, batches_of, count_pages
 from xenbackend.contract import PAGE_SIZE, Domain, DomainState, Hypervisor, PfnArray, XenError
 
 log = logging.getLogger(__name__)
 
-PRECOPY_BATCH = 512
-PUSH_BATCH = 256
-"""Smaller than a precopy batch: what is ahead of a page in the socket is what a fault on it would have to wait for."""
+BATCH_PAGES = 1024
+"""Pages that are read, sent and loaded together: enough that Python's part of the work does not count."""
+CANCEL_GRACE_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class OutgoingMigration:
         self._suspended = False
         self._domain: Domain
         self._push: LaneConnection | None = None
-        self._pull: ThreadLane | None = None
+        self._pull: LaneConnection | None = None
         self._backlog: Backlog
         self._faults: FaultServer
 
@@ -155,8 +157,9 @@ class OutgoingMigration:
             raise MigrationError(f"domain {info.name} is {info.state.value}: only a running domain can be migrated")
         self.statistics.memory_bytes = info.tot_pages * PAGE_SIZE
         await self._connect()
+        assert self._push is not None
         async with task_group() as tasks:
-            tasks.start_soon(self._receive_push_lane)
+            tasks.start_soon(run_in_thread, self._receive_push_lane, self._push.stop_receiving)
             missing, rest = await self._precopy()
             await self._switch_over(missing, rest)
             tasks.start_soon(self._faults.serve)
@@ -192,7 +195,7 @@ class OutgoingMigration:
         pull = await connect(*self.destination)
         await pull.send(hello(Lane.PULL, self.id, answer.token))
         negotiate(await pull.receive_hello())
-        self._pull = pull.into_thread()
+        self._pull = pull
 
     # ---- precopy ----
     async def _precopy(self) -> tuple[PfnMask, PfnMask]:
@@ -201,14 +204,13 @@ class OutgoingMigration:
         domain, stats = self._domain, self.statistics
         await trio.to_thread.run_sync(domain.log_dirty_enable)
         to_send: PfnMask = await trio.to_thread.run_sync(domain.present, all_pfns(domain.nr_pfns))
-        reader = PageReader(domain, PRECOPY_BATCH)
         previous = remaining = int(np.count_nonzero(to_send))
         began = time.monotonic()
         decision = self._decide(0, True, remaining, remaining, 0.0) if self.options.strategy is Strategy.POSTCOPY else Decision.CONTINUE
         while decision is Decision.CONTINUE:
             stats.rounds += 1
             self.progress.round, self.progress.pages_done, self.progress.pages_total = stats.rounds, 0, remaining
-            decision = await self._send_round(to_send, reader, remaining, previous, began)
+            decision = await self._send_round(to_send, remaining, previous, began)
             dirty = mask_from_bitmap(domain.log_dirty(clean=True), domain.nr_pfns)
             to_send |= dirty
             previous, remaining = remaining, int(np.count_nonzero(to_send))
@@ -234,24 +236,22 @@ class OutgoingMigration:
             raise MigrationError(f"the destination did not evict the unsent pages within {STEP_TIMEOUT_S:g} s")
         return to_send, kept_back
 
-    async def _send_round(
-        self, to_send: PfnMask, reader: PageReader, total: int, previous: int, began: float
-    ) -> Decision:
+    async def _send_round(self, to_send: PfnMask, total: int, previous: int, began: float) -> Decision:
         """Send the set, taking out of it what was sent, until it is empty or the policy decides otherwise."""
         left = total
-        for base in range(0, len(to_send), WINDOW_PFNS):
-            pfns = from_mask(to_send[base : base + WINDOW_PFNS], base)
-            for at in range(0, len(pfns), PRECOPY_BATCH):
-                batch = pfns[at : at + PRECOPY_BATCH]
-                sent = await self._send_pages(reader, batch)
-                to_send[batch] = False
-                left -= len(batch)
-                self.statistics.precopy_pages += sent
-                self.progress.pages_done += len(batch)
-                decision = self._decide(self.statistics.rounds, False, left, previous, began)
-                if decision is not Decision.CONTINUE:
-                    return decision
-        return Decision.CONTINUE
+        decision = Decision.CONTINUE
+
+        def sent(pfns: PfnArray, message: m.Pages) -> bool:
+            nonlocal left, decision
+            to_send[pfns] = False
+            left -= len(pfns)
+            self.statistics.precopy_pages += count_pages(message)
+            self.progress.pages_done += len(pfns)
+            decision = self._decide(self.statistics.rounds, False, left, previous, began)
+            return decision is Decision.CONTINUE
+
+        await self._send_batches(batches_of(to_send, BATCH_PAGES), sent)
+        return decision
 
     def _decide(self, round_number: int, finished: bool, dirty: int, previous: int, began: float) -> Decision:
         elapsed = time.monotonic() - began
@@ -260,16 +260,35 @@ class OutgoingMigration:
             PrecopyProgress(round_number, finished, dirty, previous, rate, postcopy_asked=self._postcopy_asked)
         )
 
-    async def _send_pages(self, reader: PageReader, pfns: PfnArray) -> int:
-        """Returns the pages that went, zero pages included."""
-        message, payload = await reader.read(pfns)
-        size = await self._say(message, payload)
-        self.progress.bytes_sent += size
-        self.statistics.zero_pages += len(message.zeros)
-        wait = self._cap.spend(size, trio.current_time())
-        if wait and not self._standing_still:
-            await trio.sleep(wait)
-        return count_pages(message)
+    async def _send_batches(self, batches: Iterable[PfnArray], sent: Callable[[PfnArray, m.Pages], bool]) -> None:
+        """Read and send in a thread; ``sent`` is told, there, of each batch and says whether to go on."""
+        assert self._push is not None
+        push, reader, stop = self._push, PageReader(self._domain, BATCH_PAGES), threading.Event()
+
+        def send_all() -> None:
+            for pfns in batches:
+                message, payload = reader.read(pfns)
+                self.session.sent(message, Lane.PUSH)
+                size = push.send_blocking(message, payload)
+                self.progress.bytes_sent += size
+                self.statistics.zero_pages += len(message.zeros)
+                wait = self._cap.spend(size, time.monotonic())
+                if not sent(pfns, message) or stop.wait(0 if self._standing_still else wait):
+                    return
+
+        # A peer that takes nothing would hold the thread in its send: after a moment it is cut off.
+        cut_off = threading.Timer(CANCEL_GRACE_S, push.shut)
+        cut_off.daemon = True
+
+        def stop_sending() -> None:
+            if not stop.is_set():
+                stop.set()
+                cut_off.start()
+
+        try:
+            await run_in_thread(send_all, stop_sending)
+        finally:
+            cut_off.cancel()
 
     async def _send_holes(self, candidates: PfnMask, unsent: PfnMask) -> None:
         """Tell of those candidates that are no memory any more (ballooned), and take them out of ``unsent``."""
@@ -302,9 +321,12 @@ class OutgoingMigration:
         else:
             now = from_mask(missing)
         missing[now] = False
-        reader = PageReader(domain, PRECOPY_BATCH)
-        for at in range(0, len(now), PRECOPY_BATCH):
-            stats.switchover_pages += await self._send_pages(reader, now[at : at + PRECOPY_BATCH])
+
+        def sent(_pfns: PfnArray, message: m.Pages) -> bool:
+            stats.switchover_pages += count_pages(message)
+            return True
+
+        await self._send_batches((now[at : at + BATCH_PAGES] for at in range(0, len(now), BATCH_PAGES)), sent)
         stats.missing_pages = int(np.count_nonzero(missing))
         for base, bitmap in windows(missing):
             await self._say(m.Missing(base, bitmap))
@@ -335,11 +357,12 @@ class OutgoingMigration:
 
     # ---- postcopy ----
     async def _push_pages(self) -> None:
-        reader = PageReader(self._domain, PUSH_BATCH)
-        while len(batch := self._backlog.next_batch(PUSH_BATCH)):
-            before = self.progress.bytes_sent
-            self.statistics.push_pages += await self._send_pages(reader, batch)
-            self.statistics.push_bytes += self.progress.bytes_sent - before
+        def sent(_pfns: PfnArray, message: m.Pages) -> bool:
+            self.statistics.push_pages += count_pages(message)
+            self.statistics.push_bytes += len(message.pfns) * PAGE_SIZE
+            return True
+
+        await self._send_batches(self._backlog.batches(BATCH_PAGES), sent)
 
     # ---- the push lane ----
     async def _say(self, message: m.Message, payload: memoryview = memoryview(b"")) -> int:
@@ -347,16 +370,17 @@ class OutgoingMigration:
         self.session.sent(message, Lane.PUSH)
         return await self._push.send(message, payload)
 
-    async def _receive_push_lane(self) -> None:
+    def _receive_push_lane(self) -> None:
+        """In a thread, until the receiver says that nothing is outstanding."""
         assert self._push is not None
         while True:
-            message, _pages = await self._push.receive()
+            message, _pages = self._push.receive_blocking()
             self.session.received(message, Lane.PUSH)
             match message:
                 case m.Passed():
-                    self._signals.passed.set()
+                    trio.from_thread.run_sync(self._signals.passed.set)
                 case m.Ready():
-                    self._signals.ready.set()
+                    trio.from_thread.run_sync(self._signals.ready.set)
                 case m.Resumed():
                     self.statistics.resumed = time.monotonic()
                 case m.Loaded():
@@ -370,7 +394,7 @@ class OutgoingMigration:
                     self.progress.faults, self.progress.latency_us = message.faults, message.latency_us
                 case m.Complete():
                     self.receiver_statistics = _receiver_statistics(message.statistics)
-                    self._signals.complete.set()
+                    trio.from_thread.run_sync(self._signals.complete.set)
                     return
                 case m.Failed():
                     raise MigrationError(f"the destination cannot go on: {message.reason}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
-import trio
-from numpy.typing import NDArray
 
 from migrate.errors import MigrationError
 from migrate.messages import Pages
+from migrate.pfns import WINDOW_PFNS, PfnMask, from_mask
 from xenbackend.contract import PAGE_SIZE, Domain, PageStatus, PfnArray
 
 
@@ -18,15 +19,9 @@ class PageReader:
         self._domain = domain
         self._buffer = memoryview(bytearray(batch_pages * PAGE_SIZE))
 
-    async def read(self, pfns: PfnArray) -> tuple[Pages, memoryview]:
-        """In a thread.  Raises :class:`MigrationError` for pages that cannot be read at this host."""
-        return self._message(pfns, await trio.to_thread.run_sync(self._domain.read_pages, pfns, self._buffer))
-
-    def read_now(self, pfns: PfnArray) -> tuple[Pages, memoryview]:
-        """The same, blocking: for a few pages, or in a thread of one's own."""
-        return self._message(pfns, self._domain.read_pages(pfns, self._buffer))
-
-    def _message(self, pfns: PfnArray, status: NDArray[np.uint8]) -> tuple[Pages, memoryview]:
+    def read(self, pfns: PfnArray) -> tuple[Pages, memoryview]:
+        """Blocks for the copying.  Raises :class:`MigrationError` for pages that cannot be read at this host."""
+        status = self._domain.read_pages(pfns, self._buffer)
         unreadable = pfns[status >= PageStatus.PAGED]
         if len(unreadable):
             raise MigrationError(
@@ -44,3 +39,11 @@ def count_pages(message: Pages) -> int:
 
 def all_pfns(nr_pfns: int) -> PfnArray:
     return np.arange(nr_pfns, dtype=np.uint64)
+
+
+def batches_of(mask: PfnMask, batch_pages: int) -> Iterator[PfnArray]:
+    """The set in ascending batches, looked at window by window."""
+    for base in range(0, len(mask), WINDOW_PFNS):
+        pfns = from_mask(mask[base : base + WINDOW_PFNS], base)
+        for at in range(0, len(pfns), batch_pages):
+            yield pfns[at : at + batch_pages]
