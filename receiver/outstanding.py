@@ -83,8 +83,10 @@ class OutstandingPages:
 
         Raises :class:`RemoteProtocolError` for a page that was never missing.
         """
+        if not len(pfns):
+            return np.zeros(0, dtype=np.bool_)
         states = self._state[pfns]
-        if np.any(states == PRESENT):
+        if (states == PRESENT).any():
             raise RemoteProtocolError(f"pages: pfn {int(pfns[states == PRESENT][0]):#x} was not announced as missing")
         wanted = (states == OUTSTANDING) | (states == REQUESTED)
         self._state[pfns[wanted]] = LOADING
@@ -95,13 +97,14 @@ class OutstandingPages:
 
         A drop request can be lost when the ring is full; ENOENT at the load is then the only sign of it.
         """
-        verdict = Verdict(loaded=pfns[results == 0], dropped=pfns[results != 0])
-        self._state[verdict.loaded] = READY
-        self._state[verdict.dropped] = DROPPED
+        verdict = Verdict(loaded=pfns)
+        self._state[pfns] = READY
+        if results.any():
+            verdict.loaded, verdict.dropped = pfns[results == 0], pfns[results != 0]
+            self._state[verdict.dropped] = DROPPED
         self.count -= len(pfns)
-        if self._waiting:
-            for pfn in pfns.tolist():
-                verdict.answer += self._waiting.pop(pfn, [])
+        for pfn in [pfn for pfn in self._waiting if self._state[pfn] in (READY, DROPPED)]:
+            verdict.answer += self._waiting.pop(pfn)
         return verdict
 
     @property

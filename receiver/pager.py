@@ -152,7 +152,9 @@ class Pager:
         with self._lock:
             wanted = self._pages.claim(message.pfns)
             zeros = message.zeros[self._pages.claim(message.zeros)]
-        if wanted.any():
+        if wanted.all() and len(wanted):
+            yield message.pfns, payload
+        elif wanted.any():
             yield message.pfns[wanted], select_pages(payload, wanted)
         if len(zeros):
             yield zeros, None

@@ -55,8 +55,6 @@ class MemoryRestorer:
 
 
 def select_pages(payload: memoryview, wanted: np.typing.NDArray[np.bool_]) -> memoryview:
-    """The wanted ones of a payload's pages, one behind the other; no copy where all are."""
-    if wanted.all():
-        return payload
+    """The wanted ones of a payload's pages, one behind the other."""
     pages = np.frombuffer(payload, dtype=np.uint8).reshape(-1, PAGE_SIZE)
     return memoryview(pages[wanted].reshape(-1))

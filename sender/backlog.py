@@ -17,11 +17,12 @@ from collections.abc import Iterator
 import numpy as np
 
 from migrate.errors import RemoteProtocolError
-from migrate.pfns import PfnMask, from_mask
+from migrate.pfns import PfnMask, from_mask, pfn_array
 from xenbackend.contract import PfnArray
 
 NOT_OURS, UNSENT, SENT, DONE = range(4)
-SCAN = 65536
+SCAN = 4096
+"""pfns that are looked at together for unsent ones."""
 
 
 class Backlog:
@@ -71,16 +72,19 @@ class Backlog:
 
         One that is DONE had crossed the fault.  Raises :class:`RemoteProtocolError` for a pfn that was never missing.
         """
+        wanted = []
         with self._lock:
-            states = self._state[pfns]
-            if np.any(states == NOT_OURS):
-                raise RemoteProtocolError(f"fault: pfn {int(pfns[states == NOT_OURS][0]):#x} is not outstanding")
-            wanted = pfns[states != DONE]
-            if len(wanted):
-                self.unsent -= int(np.count_nonzero(states == UNSENT))
-                self._state[wanted] = SENT
-                self._cursor = (int(wanted[-1]) + 1) % len(self._state)
-            return wanted
+            for pfn in pfns.tolist():  # a few: element by element is quicker than array by array
+                state = self._state[pfn]
+                if state == NOT_OURS:
+                    raise RemoteProtocolError(f"fault: pfn {pfn:#x} is not outstanding")
+                if state == DONE:
+                    continue
+                self.unsent -= int(state == UNSENT)
+                self._state[pfn] = SENT
+                self._cursor = (pfn + 1) % len(self._state)
+                wanted.append(pfn)
+        return pfn_array(wanted) if len(wanted) < len(pfns) else pfns
 
     def loaded(self, pfns: PfnArray) -> None:
         """Raises :class:`RemoteProtocolError` for a page that was not sent, or was acknowledged before."""

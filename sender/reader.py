@@ -22,6 +22,8 @@ class PageReader:
     def read(self, pfns: PfnArray) -> tuple[Pages, memoryview]:
         """Blocks for the copying.  Raises :class:`MigrationError` for pages that cannot be read at this host."""
         status = self._domain.read_pages(pfns, self._buffer)
+        if not status.any():  # PageStatus.DATA throughout
+            return Pages(pfns), self._buffer[: len(pfns) * PAGE_SIZE]
         unreadable = pfns[status >= PageStatus.PAGED]
         if len(unreadable):
             raise MigrationError(

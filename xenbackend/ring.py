@@ -7,7 +7,7 @@ descriptor that becomes readable.  Nothing here waits.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,15 +47,18 @@ class PagingRequest:
 
 
 class PagingRing:
-    """``page`` is the shared page (anything with the buffer protocol, writable, 4096 bytes)."""
+    """``page`` is the shared page (anything with the buffer protocol, writable, 4096 bytes).
 
-    def __init__(self, page: Any, event_fd: int, acknowledge: Callable[[], None], notify: Callable[[], None]):
+    ``event_fd`` and ``notify_fd`` are the two directions of an event channel that consists of eventfds.
+    """
+
+    def __init__(self, page: Any, event_fd: int, notify_fd: int):
         self._page = ffi.from_buffer(page, require_writable=True)
-        self._state = ffi.new("struct ring_state *", {"page": self._page})
+        self._state = ffi.new(
+            "struct ring_state *", {"page": self._page, "event_fd": event_fd, "notify_fd": notify_fd}
+        )
         self._batch = ffi.new("struct ring_request[]", VM_EVENT_SLOTS)
         self._event_fd = event_fd
-        self._acknowledge = acknowledge
-        self._notify = notify
 
     def fileno(self) -> int:
         """Readable when there may be requests."""
@@ -63,10 +66,10 @@ class PagingRing:
 
     def requests(self) -> list[PagingRequest]:
         """Everything asked since the last call.  Raises ``XenError`` (EPROTO) for a corrupt ring."""
-        self._acknowledge()
         n = lib.ring_consume(self._state, self._batch)
         if n < 0:
-            raise XenError("paging ring", -n, why="the ring is corrupt or of another interface version")
+            corrupt = "the ring is corrupt or of another interface version"
+            raise XenError("paging ring", -n, why=corrupt if -n == errno.EPROTO else "")
         return [
             PagingRequest(r.gfn, r.vcpu_id, r.flags, r.paging_flags, r.p2mt)
             for r in (self._batch[i] for i in range(n))
@@ -79,8 +82,7 @@ class PagingRing:
             return
         rc = lib.ring_respond(self._state, ffi.new("struct ring_request[]", batch), len(batch))
         if rc:
-            raise XenError("paging ring", errno.EINVAL, why="more responses than requests")
-        self._notify()
+            raise XenError("paging ring", -rc, why="more responses than requests" if -rc == errno.EINVAL else "")
 
     def close(self) -> None:
         """Let go of the shared page; the ring itself stays as it is."""

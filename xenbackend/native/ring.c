@@ -6,14 +6,18 @@
  * answered twice: see ring_respond().
  */
 #include <errno.h>
+#include <unistd.h>
 #include "vm_event.h"
 #include "ring_api.h"
 
 int ring_consume(struct ring_state *ring, struct ring_request *out)
 {
     struct vm_event_sring *sring = ring->page;
+    uint64_t count;
     int n = 0;
 
+    if (ring->event_fd >= 0 && read(ring->event_fd, &count, sizeof(count)) < 0 && errno != EAGAIN)
+        return -errno;
     for (;;) {
         uint32_t prod = __atomic_load_n(&sring->req_prod, __ATOMIC_ACQUIRE);
 
@@ -46,6 +50,7 @@ int ring_consume(struct ring_state *ring, struct ring_request *out)
 int ring_respond(struct ring_state *ring, const struct ring_request *answered, int n)
 {
     struct vm_event_sring *sring = ring->page;
+    const uint64_t one = 1;
 
     if (n < 0 || (uint32_t)n > ring->req_cons - ring->rsp_prod)
         return -EINVAL;
@@ -63,5 +68,7 @@ int ring_respond(struct ring_state *ring, const struct ring_request *answered, i
     }
     ring->rsp_prod += n;
     __atomic_store_n(&sring->rsp_prod, ring->rsp_prod, __ATOMIC_SEQ_CST);
+    if (ring->notify_fd >= 0 && write(ring->notify_fd, &one, sizeof(one)) < 0)
+        return -errno;
     return 0;
 }

@@ -12,6 +12,8 @@ struct ring_state {
     void *page;
     uint32_t req_cons;       /* requests taken out */
     uint32_t rsp_prod;       /* responses put in */
+    int event_fd;            /* eventfds, or -1 where the event channel is not one: */
+    int notify_fd;           /* consumed before requests are taken, written after responses are put */
 };
 
 /* Take out up to 8 requests.  Returns how many, -EPROTO for a corrupt ring, a

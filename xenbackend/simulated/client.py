@@ -143,14 +143,7 @@ class SimulatedDomain(Domain):
         page = mmap.mmap(ring_fd, PAGE_SIZE)
         os.close(ring_fd)
         self._ring_fds = [request_fd, response_fd]
-
-        def acknowledge() -> None:
-            try:
-                os.eventfd_read(request_fd)
-            except BlockingIOError:
-                pass
-
-        return PagingRing(page, request_fd, acknowledge, lambda: os.eventfd_write(response_fd, 1))
+        return PagingRing(page, request_fd, response_fd)
 
     def paging_disable(self) -> None:
         self._host.call("paging_disable", domid=self.domid)

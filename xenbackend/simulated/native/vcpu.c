@@ -29,6 +29,7 @@
 #include "../../native/vm_event.h"
 
 #define VCPU_NICE 10
+#define HYPERVISOR_NICE (-15)
 
 enum vcpu_state { VCPU_OFF, VCPU_RUNNING, VCPU_PARKED, VCPU_WAIT_PAGE, VCPU_WAIT_SLOT };
 
@@ -173,6 +174,8 @@ static void *responder_main(void *arg)
     struct pollfd fds[2] = { { .fd = h->from_pager_fd, .events = POLLIN },
                              { .fd = h->stop_fd, .events = POLLIN } };
 
+    /* On a real host this is the hypervisor: no process goes before it. */
+    setpriority(PRIO_PROCESS, syscall(SYS_gettid), HYPERVISOR_NICE);
     for (;;) {
         uint64_t count;
 
