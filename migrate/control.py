@@ -69,7 +69,9 @@ async def _lines(stream: trio.SocketStream) -> AsyncIterator[bytes]:
 Handler = Callable[[Json, ControlConnection], Awaitable[None]]
 
 
-async def serve(path: Path, handler: Handler, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+async def serve(
+    path: Path, handler: Handler, *, task_status: trio.TaskStatus[list[trio.SocketListener]] = trio.TASK_STATUS_IGNORED
+) -> None:
     """Serve until cancelled.  Raises :class:`MigrationError` when the socket cannot be had."""
 
     async def exchange(stream: trio.SocketStream) -> None:

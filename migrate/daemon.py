@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import trio
 
@@ -42,7 +42,7 @@ async def until_stopped(serve: Callable[[], Awaitable[None]], drain: Callable[[]
             nursery.cancel_scope.cancel()
 
 
-async def _second_signal(signals: object, draining: trio.Nursery) -> None:
-    await anext(aiter(signals))  # type: ignore[call-overload]
+async def _second_signal(signals: AsyncIterator[int], draining: trio.Nursery) -> None:
+    await anext(aiter(signals))
     log.warning("stopped for the second time: not waiting any longer")
     draining.cancel_scope.cancel()

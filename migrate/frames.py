@@ -136,7 +136,9 @@ class FrameDecoder:
     def _check_magic(self) -> None:
         begun = bytes(self._small[self._start : min(self._end, self._start + len(MAGIC))])
         if not MAGIC.startswith(begun):
-            raise RemoteProtocolError(f"not a frame of xen-postcopy (it begins with {begun!r}): is that the right port?")
+            raise RemoteProtocolError(
+                f"not a frame of xen-postcopy (it begins with {begun!r}): is that the right port?"
+            )
 
     def _parse_prefix(self) -> tuple[int, int]:
         self._check_magic()

@@ -115,7 +115,14 @@ def loopback_world(memory_bytes: int, *, host_options: tuple[str, ...] = (), dae
             setattr(world, name, SimulatedHypervisor(path))
         if daemons:
             start_receiver(world)
-            world.start("sender", "sender", "--socket", str(world.sender_socket), "--simulated", str(directory / "source.sock"))
+            world.start(
+                "sender",
+                "sender",
+                "--socket",
+                str(world.sender_socket),
+                "--simulated",
+                str(directory / "source.sock"),
+            )
         yield world
     except MigrationError as error:
         for name in ("sender", "receiver"):

@@ -85,7 +85,11 @@ def _flag() -> Any:
 
 def _texts(most: int, **kwargs: Any) -> Any:
     def parse(value: Any) -> tuple[str, ...]:
-        if not isinstance(value, list) or len(value) > most or not all(isinstance(v, str) and len(v) <= 64 for v in value):
+        if (
+            not isinstance(value, list)
+            or len(value) > most
+            or not all(isinstance(v, str) and len(v) <= 64 for v in value)
+        ):
             raise _Invalid(f"a list of at most {most} names")
         return tuple(value)
 
@@ -116,7 +120,7 @@ class Message:
         return {"type": self.type, **fields}
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self.header() == other.header()  # type: ignore[attr-defined]
+        return type(self) is type(other) and self.header() == other.header()
 
     __hash__ = None  # type: ignore[assignment]
 

@@ -219,5 +219,12 @@ def hello(lane: Lane, session: str, token: bytes = b"") -> m.Hello:
     from migrate import __version__
 
     return m.Hello(
-        m.PROTOCOL_VERSION, m.PROTOCOL_VERSION, lane.value, session, token, (), tuple(sorted(m.CAPABILITIES)), f"xen-postcopy {__version__}"
+        m.PROTOCOL_VERSION,
+        m.PROTOCOL_VERSION,
+        lane.value,
+        session,
+        token,
+        (),
+        tuple(sorted(m.CAPABILITIES)),
+        f"xen-postcopy {__version__}",
     )

@@ -33,7 +33,7 @@ class LatencyHistogram:
         for bucket in sorted(self._buckets):
             rank -= self._buckets[bucket]
             if rank <= 0:
-                return min(2.0 ** ((bucket + 0.5) / SUBBUCKETS), self.max_us)
+                return float(min(2.0 ** ((bucket + 0.5) / SUBBUCKETS), self.max_us))
         return self.max_us
 
     def summary(self) -> dict[str, Any]:

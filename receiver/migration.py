@@ -207,7 +207,13 @@ class IncomingMigration:
         """The guest is ours: run it, and serve it."""
         assert self._domain is not None
         self._pager = Pager(
-            self._domain, self._ring, self._pull, self.session, self._pages, self.statistics, self._say_blocking
+            self._domain,
+            self._ring,
+            self._pull,
+            self.session,
+            self._pages,
+            self.statistics,
+            self._say_blocking,
         )
         self.progress.phase = "postcopy"
         self._tasks.start_soon(self._pager.serve)
@@ -245,7 +251,9 @@ class IncomingMigration:
             log.error("%s: %s after the handover: %s", self.id, self.progress.domain, error)
         elif self._said_ready and not aborted:
             self.progress.phase = "in doubt"
-            self.progress.problem += "; the sender may or may not have handed the guest over: it is kept, and does not run"
+            self.progress.problem += (
+                "; the sender may or may not have handed the guest over: it is kept, and does not run"
+            )
             log.error("%s: %s before the handover: %s", self.id, self.progress.domain, self.progress.problem)
             return
         else:

@@ -88,7 +88,7 @@ class OutstandingPages:
         states = self._state[pfns]
         if (states == PRESENT).any():
             raise RemoteProtocolError(f"pages: pfn {int(pfns[states == PRESENT][0]):#x} was not announced as missing")
-        wanted = (states == OUTSTANDING) | (states == REQUESTED)
+        wanted: NDArray[np.bool_] = (states == OUTSTANDING) | (states == REQUESTED)
         self._state[pfns[wanted]] = LOADING
         return wanted
 

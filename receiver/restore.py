@@ -57,4 +57,4 @@ class MemoryRestorer:
 def select_pages(payload: memoryview, wanted: np.typing.NDArray[np.bool_]) -> memoryview:
     """The wanted ones of a payload's pages, one behind the other."""
     pages = np.frombuffer(payload, dtype=np.uint8).reshape(-1, PAGE_SIZE)
-    return memoryview(pages[wanted].reshape(-1))
+    return pages[wanted].reshape(-1).data

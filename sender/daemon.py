@@ -50,7 +50,11 @@ class SenderDaemon:
             try:
                 migration.cancel("the sender is being stopped")
             except MigrationError:
-                log.warning("waiting for %s: %d pages are to be fetched", migration.domain_name, migration.progress.outstanding)
+                log.warning(
+                    "waiting for %s: %d pages are to be fetched",
+                    migration.domain_name,
+                    migration.progress.outstanding,
+                )
         while self._active:
             self._idle = trio.Event()
             await self._idle.wait()

@@ -16,7 +16,14 @@ from xenbackend.contract import Domain
 
 
 class FaultServer:
-    def __init__(self, domain: Domain, pull: LaneConnection, session: Session, backlog: Backlog, statistics: SenderStatistics):
+    def __init__(
+        self,
+        domain: Domain,
+        pull: LaneConnection,
+        session: Session,
+        backlog: Backlog,
+        statistics: SenderStatistics,
+    ):
         self._pull = pull
         self._session = session
         self._backlog = backlog

@@ -206,10 +206,18 @@ class OutgoingMigration:
         to_send: PfnMask = await trio.to_thread.run_sync(domain.present, all_pfns(domain.nr_pfns))
         previous = remaining = int(np.count_nonzero(to_send))
         began = time.monotonic()
-        decision = self._decide(0, True, remaining, remaining, 0.0) if self.options.strategy is Strategy.POSTCOPY else Decision.CONTINUE
+        decision = (
+            self._decide(0, True, remaining, remaining, 0.0)
+            if self.options.strategy is Strategy.POSTCOPY
+            else Decision.CONTINUE
+        )
         while decision is Decision.CONTINUE:
             stats.rounds += 1
-            self.progress.round, self.progress.pages_done, self.progress.pages_total = stats.rounds, 0, remaining
+            self.progress.round, self.progress.pages_done, self.progress.pages_total = (
+                stats.rounds,
+                0,
+                remaining,
+            )
             decision = await self._send_round(to_send, remaining, previous, began)
             dirty = mask_from_bitmap(domain.log_dirty(clean=True), domain.nr_pfns)
             to_send |= dirty
@@ -353,7 +361,9 @@ class OutgoingMigration:
         """Sending the rest now, instead of after the handover: always where there is no after."""
         if not self.options.strategy.pages_after_handover:
             return True
-        return self._decide(self.statistics.rounds, True, dirty, dirty, self.statistics.started) is Decision.STOP_AND_COPY
+        return (
+            self._decide(self.statistics.rounds, True, dirty, dirty, self.statistics.started) is Decision.STOP_AND_COPY
+        )
 
     # ---- postcopy ----
     async def _push_pages(self) -> None:

@@ -15,5 +15,7 @@ def open_hypervisor(simulated: Path | None) -> Hypervisor:
 
         return SimulatedHypervisor(simulated)
     raise XenError(
-        "Xen", errno.ENOSYS, why="this release has no libxenctrl backend yet; use --simulated SOCKET with a simulated host"
+        "Xen",
+        errno.ENOSYS,
+        why="this release has no libxenctrl backend yet; use --simulated SOCKET with a simulated host",
     )

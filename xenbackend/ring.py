@@ -54,9 +54,7 @@ class PagingRing:
 
     def __init__(self, page: Any, event_fd: int, notify_fd: int):
         self._page = ffi.from_buffer(page, require_writable=True)
-        self._state = ffi.new(
-            "struct ring_state *", {"page": self._page, "event_fd": event_fd, "notify_fd": notify_fd}
-        )
+        self._state = ffi.new("struct ring_state *", {"page": self._page, "event_fd": event_fd, "notify_fd": notify_fd})
         self._batch = ffi.new("struct ring_request[]", VM_EVENT_SLOTS)
         self._event_fd = event_fd
 
@@ -71,8 +69,7 @@ class PagingRing:
             corrupt = "the ring is corrupt or of another interface version"
             raise XenError("paging ring", -n, why=corrupt if -n == errno.EPROTO else "")
         return [
-            PagingRequest(r.gfn, r.vcpu_id, r.flags, r.paging_flags, r.p2mt)
-            for r in (self._batch[i] for i in range(n))
+            PagingRequest(r.gfn, r.vcpu_id, r.flags, r.paging_flags, r.p2mt) for r in (self._batch[i] for i in range(n))
         ]
 
     def respond(self, requests: Iterable[PagingRequest]) -> None:

@@ -17,7 +17,8 @@ verbose_option = click.option("-v", "--verbose", is_flag=True, help="Log more.")
 
 def _run(verbose: bool, main: Any) -> None:
     logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        level=logging.DEBUG if verbose else logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
     try:
         trio.run(main)
@@ -42,7 +43,13 @@ def sender_command(socket_path: Path, simulated: Path | None, verbose: bool) -> 
 
 
 @click.command("receiver")
-@click.option("--listen", default="127.0.0.1:8013", show_default=True, metavar="HOST:PORT", help="Where senders connect to; port 0: any free one.")
+@click.option(
+    "--listen",
+    default="127.0.0.1:8013",
+    show_default=True,
+    metavar="HOST:PORT",
+    help="Where senders connect to; port 0: any free one.",
+)
 @socket_option(RECEIVER_SOCKET, "this daemon, to be made")
 @simulated_option
 @verbose_option
@@ -62,12 +69,20 @@ def receiver_command(listen: str, socket_path: Path, simulated: Path | None, ver
 
 
 @click.command("simulated-host")
-@click.option("--socket", "socket_path", type=click.Path(path_type=Path), required=True, help="Where daemons and `simulated-guest` attach.")
+@click.option(
+    "--socket",
+    "socket_path",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Where daemons and `simulated-guest` attach.",
+)
 @click.option("--memory", type=Size(), default="8G", show_default=True, help="Memory that its guests share.")
 @click.option("--no-populate-evicted", is_flag=True, help="A hypervisor without the batched hypercall.")
 @click.option("--no-paging", is_flag=True, help="A hypervisor built without memory paging.")
 @verbose_option
-def simulated_host_command(socket_path: Path, memory: int, no_populate_evicted: bool, no_paging: bool, verbose: bool) -> None:
+def simulated_host_command(
+    socket_path: Path, memory: int, no_populate_evicted: bool, no_paging: bool, verbose: bool
+) -> None:
     """A simulated Xen: a process that holds guests with memory, vCPUs and paging rings."""
     from migrate.daemon import notify, until_stopped
     from xenbackend.simulated.host import SimulatedHost, listening

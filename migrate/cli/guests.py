@@ -26,19 +26,46 @@ def guest_options(function: F) -> F:
             click.option("--memory", type=Size(), help="Default: the image's size, or 256M."),
             click.option("--vcpus", type=int, default=1, show_default=True, help="1 to 64."),
             click.option(
-                "--workload", type=click.Choice(list(WORKLOADS)), default="random", show_default=True,
+                "--workload",
+                type=click.Choice(list(WORKLOADS)),
+                default="random",
+                show_default=True,
                 help="Which pages the guest touches in what order; hotset: by Zipf's law; idle: few.",
             ),
             click.option("--working-set", type=Size(), help="How much of its memory it touches.  Default: half."),
-            click.option("--write-share", type=click.FloatRange(0, 1), default=1.0, show_default=True, help="Share of the accesses that write."),
+            click.option(
+                "--write-share",
+                type=click.FloatRange(0, 1),
+                default=1.0,
+                show_default=True,
+                help="Share of the accesses that write.",
+            ),
             click.option("--rate", type=int, help="Accesses a second and vCPU.  Default: as many as it can."),
-            click.option("--stride", type=int, default=16, show_default=True, help="Pages between accesses of the stride workload."),
-            click.option("--image", type=click.Path(), help="A file that is the guest's initial memory (multiple of 4096 bytes).  Default: generated."),
-            click.option("--zero-share", type=click.FloatRange(0, 1), default=0.25, show_default=True, help="Share of zero pages in generated memory."),
-            click.option("--balloon", type=Size(), default=0, help="Memory that the guest gives away bit by bit while it runs."),
+            click.option(
+                "--stride",
+                type=int,
+                default=16,
+                show_default=True,
+                help="Pages between accesses of the stride workload.",
+            ),
+            click.option(
+                "--image",
+                type=click.Path(),
+                help="A file that is the guest's initial memory (multiple of 4096 bytes).  Default: generated.",
+            ),
+            click.option(
+                "--zero-share",
+                type=click.FloatRange(0, 1),
+                default=0.25,
+                show_default=True,
+                help="Share of zero pages in generated memory.",
+            ),
+            click.option(
+                "--balloon", type=Size(), default=0, help="Memory that the guest gives away bit by bit while it runs."
+            ),
             click.option("--seed", type=int, default=1, show_default=True, help="Of the memory and of the accesses."),
         )
-    ):  # fmt: skip
+    ):
         function = option(function)
     return function
 
@@ -87,7 +114,8 @@ def list_guests(host_path: Path) -> None:
     click.echo(f"{'ID':>5} {'NAME':20}{'MEMORY':>12} {'VCPUS':>5} STATE")
     for info in SimulatedHypervisor(host_path).domains():
         click.echo(
-            f"{info.domid:>5} {info.name:20}{human_bytes(info.tot_pages * 4096):>12} {info.vcpus:>5} {info.state.value} {info.reason}".rstrip()
+            f"{info.domid:>5} {info.name:20}{human_bytes(info.tot_pages * 4096):>12} {info.vcpus:>5} "
+            f"{info.state.value} {info.reason}".rstrip()
         )
 
 
@@ -118,5 +146,3 @@ def verify_guest(name: str, host_path: Path) -> None:
 def destroy(name: str, host_path: Path) -> None:
     """End the guest."""
     SimulatedHypervisor(host_path).open(name).destroy()
-
-

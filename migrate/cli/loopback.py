@@ -25,7 +25,10 @@ def loopback_command(json_path: Path | None, **options: Any) -> None:
     Starts two hosts, a sender and a receiver as separate processes that talk over TCP on the loopback interface, boots a
     guest that keeps writing, migrates it, checks every byte of its memory, and cleans up.
     """
-    strategy = {name: options.pop(name) for name in ("strategy", "max_rounds", "dirty_threshold", "downtime_target", "bandwidth")}
+    strategy = {
+        name: options.pop(name)
+        for name in ("strategy", "max_rounds", "dirty_threshold", "downtime_target", "bandwidth")
+    }
     request = migration_request(**strategy)
     spec = guest_spec(GUEST, **options)
     with loopback_world(spec.memory_bytes) as world:
@@ -56,4 +59,6 @@ def loopback_command(json_path: Path | None, **options: Any) -> None:
     write_json(json_path, result)
     if not verification.ok:
         raise MigrationError("the guest was damaged: " + "; ".join(verification.problems))
-    click.echo(f"verified: all {verification.pages} pages are what the guest wrote, at the destination, and it goes on running there")
+    click.echo(
+        f"verified: all {verification.pages} pages are what the guest wrote, at the destination, and it goes on running there"
+    )

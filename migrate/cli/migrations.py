@@ -10,7 +10,13 @@ from typing import Any
 
 import click
 
-from migrate.cli.options import RECEIVER_SOCKET, SENDER_SOCKET, migration_request, socket_option, strategy_options
+from migrate.cli.options import (
+    RECEIVER_SOCKET,
+    SENDER_SOCKET,
+    migration_request,
+    socket_option,
+    strategy_options,
+)
 from migrate.cli.progress import ProgressDisplay
 from migrate.control import ControlClient
 from migrate.errors import MigrationError
@@ -43,7 +49,9 @@ def follow_migration(client: ControlClient, request: dict[str, Any]) -> dict[str
                 case "progress":
                     display.show(answer)
                 case "notice":
-                    raise Interrupted(f"{answer['message']}\nThe migration goes on in the daemons; `xen-postcopy list` shows it.")
+                    raise Interrupted(
+                        f"{answer['message']}\nThe migration goes on in the daemons; `xen-postcopy list` shows it."
+                    )
                 case "result":
                     result: dict[str, Any] = answer["result"]
                     return result
@@ -64,7 +72,9 @@ def write_json(path: Path | None, result: dict[str, Any]) -> None:
     try:
         path.write_text(json.dumps(result, indent=2) + "\n")
     except OSError as error:
-        raise MigrationError(f"cannot write {path}: {error.strerror}; the migration itself went as told above") from error
+        raise MigrationError(
+            f"cannot write {path}: {error.strerror}; the migration itself went as told above"
+        ) from error
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -73,8 +83,8 @@ def summary(result: dict[str, Any]) -> str:
 
     latency = result["fault_latency_us"]
     lines = [
-        f"{result['domain']} migrated ({result['strategy']}): {human_bytes(result['memory_bytes'])} in {result['total_s']:.2f} s, "
-        f"downtime {result['downtime_s'] * 1000:.1f} ms",
+        f"{result['domain']} migrated ({result['strategy']}): {human_bytes(result['memory_bytes'])} "
+        f"in {result['total_s']:.2f} s, downtime {result['downtime_s'] * 1000:.1f} ms",
         f"  precopy: {result['precopy']['rounds']} rounds, {result['precopy']['pages']} pages; "
         f"after the handover: {result['switchover']['missing_pages']} pages, {result['push']['pages']} of them pushed "
         f"and {result['pull']['pages']} pulled; {result['zero_pages']} zero pages",
@@ -100,7 +110,9 @@ def migrate_command(domain: str, destination: str, json_path: Path | None, socke
     """
     client = ControlClient(socket_path)
     try:
-        result = follow_migration(client, {"domain": domain, "destination": destination, **migration_request(**options)})
+        result = follow_migration(
+            client, {"domain": domain, "destination": destination, **migration_request(**options)}
+        )
     except Interrupted as error:
         click.echo(f"xen-postcopy: {error}", err=True)
         raise click.exceptions.Exit(130) from error
@@ -136,7 +148,8 @@ def list_command(socket_paths: tuple[Path, ...], as_json: bool) -> None:
     click.echo(f"{'ID':10}{'DOMAIN':20}{'DIRECTION':11}{'PHASE':13}{'OUTSTANDING':>11}  PROBLEM")
     for line in lines:
         click.echo(
-            f"{line['id'][:8]:10}{line['domain']:20}{line['direction']:11}{line['phase']:13}{line['outstanding']:>11}  {line['problem']}"
+            f"{line['id'][:8]:10}{line['domain']:20}{line['direction']:11}{line['phase']:13}"
+            f"{line['outstanding']:>11}  {line['problem']}"
         )
 
 

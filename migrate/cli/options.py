@@ -28,7 +28,11 @@ class Size(click.ParamType[int]):
             return value
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", str(value).strip(), re.IGNORECASE)
         if not match:
-            self.fail(f"{value!r} is not a size: a number of bytes, or one with K, M, G or T, such as 512M", param, ctx)
+            self.fail(
+                f"{value!r} is not a size: a number of bytes, or one with K, M, G or T, such as 512M",
+                param,
+                ctx,
+            )
         return int(float(match[1]) * UNITS[match[2].upper()])
 
 
@@ -60,27 +64,53 @@ def strategy_options(function: F) -> F:
     for option in reversed(
         (
             click.option(
-                "--strategy", type=click.Choice(["hybrid", "postcopy", "precopy"]), default="hybrid", show_default=True,
+                "--strategy",
+                type=click.Choice(["hybrid", "postcopy", "precopy"]),
+                default="hybrid",
+                show_default=True,
                 help="hybrid: precopy while it helps, then postcopy.  postcopy: at once.  precopy: never.",
             ),
-            click.option("--max-rounds", type=int, default=defaults.max_rounds, show_default=True, help="Rounds of precopy at most."),
             click.option(
-                "--dirty-threshold", type=int, default=defaults.dirty_threshold, show_default=True, metavar="PAGES",
+                "--max-rounds",
+                type=int,
+                default=defaults.max_rounds,
+                show_default=True,
+                help="Rounds of precopy at most.",
+            ),
+            click.option(
+                "--dirty-threshold",
+                type=int,
+                default=defaults.dirty_threshold,
+                show_default=True,
+                metavar="PAGES",
                 help="With this many dirty pages or fewer, send the rest with the guest standing still.",
             ),
             click.option(
-                "--downtime-target", type=float, default=defaults.downtime_target_ms, show_default=True, metavar="MS",
+                "--downtime-target",
+                type=float,
+                default=defaults.downtime_target_ms,
+                show_default=True,
+                metavar="MS",
                 help="Likewise when sending the rest would take this many milliseconds or less.",
             ),
-            click.option("--bandwidth", type=Size(), metavar="BYTES/S", help="Cap for background copying; faults are not held back."),
-            click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the result there."),
+            click.option(
+                "--bandwidth",
+                type=Size(),
+                metavar="BYTES/S",
+                help="Cap for background copying; faults are not held back.",
+            ),
+            click.option(
+                "--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the result there."
+            ),
         )
-    ):  # fmt: skip
+    ):
         function = option(function)
     return function
 
 
-def migration_request(strategy: str, max_rounds: int, dirty_threshold: int, downtime_target: float, bandwidth: int | None) -> dict[str, Any]:
+def migration_request(
+    strategy: str, max_rounds: int, dirty_threshold: int, downtime_target: float, bandwidth: int | None
+) -> dict[str, Any]:
     """The part of a ``migrate`` request that the strategy options make."""
     problem = PolicyOptions(max_rounds, dirty_threshold, downtime_target).problems()
     if problem:
@@ -89,6 +119,10 @@ def migration_request(strategy: str, max_rounds: int, dirty_threshold: int, down
         raise click.UsageError(f"--bandwidth {bandwidth}: at least one page (4096 bytes) a second, or none for no cap")
     return {
         "strategy": strategy,
-        "policy": {"max_rounds": max_rounds, "dirty_threshold": dirty_threshold, "downtime_target_ms": downtime_target},
+        "policy": {
+            "max_rounds": max_rounds,
+            "dirty_threshold": dirty_threshold,
+            "downtime_target_ms": downtime_target,
+        },
         "bandwidth": bandwidth,
     }

@@ -113,7 +113,11 @@ class SimulatedDomain(Domain):
         status = np.empty(len(pfns), dtype=np.uint8)
         if len(pfns):
             lib.sim_read(
-                self._map, _pfns(pfns), len(pfns), _pages(out, len(pfns)), ffi.from_buffer("uint8_t[]", status)
+                self._map,
+                _pfns(pfns),
+                len(pfns),
+                _pages(out, len(pfns)),
+                ffi.from_buffer("uint8_t[]", status),
             )
         return status
 
@@ -172,7 +176,11 @@ class SimulatedDomain(Domain):
         results = np.empty(len(pfns), dtype=np.int32)
         if len(pfns):
             rc = lib.sim_load(
-                self._map, _pfns(pfns), len(pfns), _pages(pages, len(pfns)), ffi.from_buffer("int32_t[]", results)
+                self._map,
+                _pfns(pfns),
+                len(pfns),
+                _pages(pages, len(pfns)),
+                ffi.from_buffer("int32_t[]", results),
             )
             if rc < 0:
                 raise XenError("mem_paging_load", -rc)

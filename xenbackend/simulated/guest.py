@@ -59,19 +59,31 @@ class GuestSpec:
             if not ok:
                 raise GuestOptionError(message)
 
-        require(bool(self.name) and len(self.name) <= 64 and self.name.isprintable(), "the guest needs a name of 1 to 64 characters")
+        require(
+            bool(self.name) and len(self.name) <= 64 and self.name.isprintable(),
+            "the guest needs a name of 1 to 64 characters",
+        )
         require(1 <= self.vcpus <= MAX_VCPUS, f"{self.vcpus} vCPUs: a guest has 1 to {MAX_VCPUS}")
-        require(self.memory_bytes % PAGE_SIZE == 0, f"memory of {self.memory_bytes} bytes is not a multiple of {PAGE_SIZE}")
+        require(
+            self.memory_bytes % PAGE_SIZE == 0,
+            f"memory of {self.memory_bytes} bytes is not a multiple of {PAGE_SIZE}",
+        )
         require(
             64 * PAGE_SIZE <= self.memory_bytes <= MAX_MEMORY_BYTES,
             f"memory of {self.memory_bytes} bytes: a guest has 256 KiB to 1 TiB",
         )
         require(self.workload in WORKLOADS, f"unknown workload {self.workload!r}: one of {', '.join(WORKLOADS)}")
-        require(self.rate is None or self.rate >= 1, f"a rate of {self.rate} accesses a second: at least 1, or none for as fast as it can")
+        require(
+            self.rate is None or self.rate >= 1,
+            f"a rate of {self.rate} accesses a second: at least 1, or none for as fast as it can",
+        )
         require(0 <= self.write_permille <= 1000, "the share of writes is 0 to 1")
         require(0 <= self.zero_permille <= 1000, "the share of zero pages is 0 to 1")
         require(self.stride_pages >= 1, f"a stride of {self.stride_pages} pages: at least 1")
-        require(self.balloon_pages >= 0 and self.balloon_every >= 1, "ballooning: pages at least 0, one after every 1 or more accesses")
+        require(
+            self.balloon_pages >= 0 and self.balloon_every >= 1,
+            "ballooning: pages at least 0, one after every 1 or more accesses",
+        )
         require(0 <= self.seed < 2**63, "a seed is 0 to 2^63 - 1")
         if self.working_set_bytes is not None:
             require(
@@ -152,6 +164,7 @@ def image_bytes(path: str) -> int:
         raise GuestOptionError(f"image {path}: {error.strerror}") from error
     if size == 0 or size % PAGE_SIZE:
         raise GuestOptionError(
-            f"image {path} has {size} bytes: a memory image is a multiple of {PAGE_SIZE} (pad it with: truncate -s %{PAGE_SIZE} FILE)"
+            f"image {path} has {size} bytes: a memory image is a multiple of {PAGE_SIZE} "
+            f"(pad it with: truncate -s %{PAGE_SIZE} FILE)"
         )
     return size

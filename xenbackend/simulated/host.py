@@ -232,7 +232,9 @@ class SimulatedHost:
             with connection:
                 while data := await connection.recv(MAX_MESSAGE):
                     answer, fds = await self._answer(client, data)
-                    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, np.array(fds, dtype=np.int32).tobytes())] if fds else []
+                    ancillary = (
+                        [(socket.SOL_SOCKET, socket.SCM_RIGHTS, np.array(fds, dtype=np.int32).tobytes())] if fds else []
+                    )
                     await connection.sendmsg([pack(answer)], ancillary)
         except OSError:
             pass  # the client is gone; the socket says so in more than one way
@@ -259,7 +261,11 @@ class SimulatedHost:
             assert len(fds) <= MAX_FDS
             return {"ok": result}, fds
         except XenError as error:
-            return {"operation": error.operation, "errno": error.errno, "error": str(error).split(": ", 1)[-1].rsplit(" (", 1)[0]}, []
+            return {
+                "operation": error.operation,
+                "errno": error.errno,
+                "error": str(error).split(": ", 1)[-1].rsplit(" (", 1)[0],
+            }, []
         except GuestOptionError as error:
             return {"operation": operation, "errno": errno.EINVAL, "error": str(error)}, []
         except (KeyError, AttributeError, TypeError, ValueError) as error:
@@ -279,11 +285,13 @@ class SimulatedHost:
         free = self.memory_bytes - sum(self._claimed.values())
         if config.max_pages * PAGE_SIZE > free:
             problems.append(
-                f"not enough memory: the guest needs {config.max_pages * PAGE_SIZE >> 20} MiB and {max(free, 0) >> 20} MiB are free: "
-                "make room or choose another host"
+                f"not enough memory: the guest needs {config.max_pages * PAGE_SIZE >> 20} MiB and "
+                f"{max(free, 0) >> 20} MiB are free: make room or choose another host"
             )
         if paging and not self.paging:
-            problems.append("this hypervisor is built without memory paging: use --strategy precopy or another hypervisor")
+            problems.append(
+                "this hypervisor is built without memory paging: use --strategy precopy or another hypervisor"
+            )
         return problems
 
     def _build(self, config: DomainConfig) -> HostedDomain:

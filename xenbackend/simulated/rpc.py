@@ -40,7 +40,9 @@ class HostConnection:
         except OSError as error:
             self._socket.close()
             raise XenError(
-                f"simulated host at {os.fspath(path)}", error.errno or 0, why=f"{error.strerror}: is `xen-postcopy simulated-host` running there?"
+                f"simulated host at {os.fspath(path)}",
+                error.errno or 0,
+                why=f"{error.strerror}: is `xen-postcopy simulated-host` running there?",
             ) from error
         self.client_id: int = self.call("hello")["client"]
 

@@ -82,10 +82,10 @@ def _compare_memory(domain: SimulatedDomain, spec: GuestSpec, positions: list[in
                 lib.sim_image_pages(program, first, n, ffi.from_buffer("uint8_t[]", expected))
             else:
                 expected[:] = 0
-                view = memoryview(expected)[: n * PAGE_SIZE]
+                view = expected.data[: n * PAGE_SIZE]
                 while len(view) and (got := image.readinto(view)):
                     view = view[got:]
-            domain.raw_memory(first, memoryview(actual)[: n * PAGE_SIZE])
+            domain.raw_memory(first, actual.data[: n * PAGE_SIZE])
             differs = np.zeros(n, dtype=np.uint8)
             lib.sim_compare_pages(
                 program,
@@ -109,6 +109,6 @@ def _compare_memory(domain: SimulatedDomain, spec: GuestSpec, positions: list[in
     if len(result.differing):
         listed = ", ".join(f"{pfn:#x}" for pfn in result.differing[:5])
         result.problems.append(
-            f"{len(result.differing)} of {result.pages} pages differ from what the guest wrote ({absent} still paged out): pfns {listed}"
-            + (", ..." if len(result.differing) > 5 else "")
+            f"{len(result.differing)} of {result.pages} pages differ from what the guest wrote "
+            f"({absent} still paged out): pfns {listed}" + (", ..." if len(result.differing) > 5 else "")
         )

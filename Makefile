@@ -1,0 +1,49 @@
+# make demo, make test: each does all its own set-up.  See README.md.
+
+VENV := .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+NATIVE := $(wildcard xenbackend/native/*.[ch] xenbackend/native/*.py xenbackend/simulated/native/*.[ch] xenbackend/simulated/native/*.py)
+
+.PHONY: all demo test check bench soak lock clean
+
+all: $(STAMP)
+
+# A virtual environment with the locked versions, and this tree in it (native modules compiled).
+$(STAMP): requirements.lock pyproject.toml setup.py $(NATIVE)
+	@sh .ci/prepare $(PYTHON)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@
+
+DEMO_MEMORY ?= 1G
+demo: $(STAMP)
+	$(BIN)/xen-postcopy loopback --memory $(DEMO_MEMORY) --vcpus 2 --workload random
+
+test: check
+	$(BIN)/python -m pytest
+
+# Style and types.
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Figures: against plain C programs on this machine, medians, ratios first.
+bench: $(STAMP)
+	$(BIN)/python -m tests.bench
+
+# Every strategy and workload, many times over, at full size.
+SOAK_ROUNDS ?= 20
+soak: $(STAMP)
+	$(BIN)/python -m tests.soak --rounds $(SOAK_ROUNDS)
+
+lock:
+	rm -rf build/lock && $(PYTHON) -m venv build/lock && build/lock/bin/python -m pip install --quiet pip-tools
+	build/lock/bin/pip-compile --quiet --generate-hashes --allow-unsafe --strip-extras --no-header --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --upgrade -o requirements.lock requirements.in
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name '*.so' -not -path './$(VENV)/*' -delete
