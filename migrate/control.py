@@ -121,7 +121,7 @@ async def listen_unix(path: Path) -> AsyncIterator[trio.SocketListener]:
 
 
 class ControlClient:
-    """The command line's end, blocking.  Raises :class:`MigrationError` when there is no daemon."""
+    """The command line's end, blocking; a context manager.  Raises :class:`MigrationError` when there is no daemon."""
 
     def __init__(self, path: Path):
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -159,3 +159,9 @@ class ControlClient:
     def close(self) -> None:
         self._file.close()
         self._socket.close()
+
+    def __enter__(self) -> ControlClient:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()

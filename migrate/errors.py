@@ -19,3 +19,7 @@ class RemoteProtocolError(ProtocolError):
 
 class PeerClosedError(MigrationError):
     """The peer ended the connection where it should not."""
+
+
+class InterruptedMigrationError(MigrationError):
+    """Ctrl-C; the text says what became of the migration."""

@@ -62,6 +62,11 @@ class World:
     def control(self, which: str = "sender") -> ControlClient:
         return ControlClient(self.directory / f"{which}.sock")
 
+    def ask(self, which: str, **request: Any) -> dict[str, Any]:
+        """One request to a daemon, its result."""
+        with self.control(which) as client:
+            return client.call(**request)
+
     def start(self, name: str, *arguments: str) -> Process:
         """Start ``xen-postcopy ARGUMENTS`` and wait until it is ready.  Raises :class:`MigrationError`."""
         log = self.directory / f"{name}.log"
@@ -144,7 +149,7 @@ def start_receiver(world: World) -> None:
         "receiver", "receiver", "--listen", "127.0.0.1:0", "--socket", str(world.receiver_socket),
         "--simulated", str(world.directory / "destination.sock"),
     )  # fmt: skip
-    world.port = world.control("receiver").call(command="status")["port"]
+    world.port = world.ask("receiver", command="status")["port"]
 
 
 def wait_for_steps(domain: SimulatedDomain, steps: int, timeout_s: float = 60.0) -> None:

@@ -126,7 +126,7 @@ class IncomingMigration:
             tasks.cancel_scope.cancel()
         if not self._completed:
             raise MigrationError("the receiver is being stopped")
-        self._pager.finish()
+        await self._pager.finish()
         self.progress.phase, self.progress.outstanding = "completed", 0
         assert self._domain is not None
         self._domain.close()
@@ -229,10 +229,12 @@ class IncomingMigration:
         await self._say(m.Complete(json.dumps(self.statistics.summary()).encode()))
 
     async def _report(self) -> None:
-        while not self._pager.nothing_outstanding.is_set():
+        while True:
+            await trio.to_thread.run_sync(self._pager.acknowledge)
+            if self._pager.nothing_outstanding.is_set():
+                return
             latency = self.statistics.latency
             self.progress.outstanding, self.progress.waiting = self._pages.count, self._pages.waiting
-            await trio.to_thread.run_sync(self._pager.acknowledge)
             await self._say(m.Report(self._pages.count, latency.count, int(latency.quantile(0.5))))
             with trio.move_on_after(REPORT_EVERY_S):
                 await self._pager.nothing_outstanding.wait()

@@ -8,6 +8,7 @@ or behind a batch.  The thread of the push lane brings pushed pages and acknowle
 
 from __future__ import annotations
 
+import errno
 import select
 import threading
 import time
@@ -25,7 +26,7 @@ from migrate.statistics import PagerStatistics
 from migrate.transport import LaneConnection, run_in_thread
 from receiver.outstanding import OutstandingPages, Verdict
 from receiver.restore import select_pages
-from xenbackend.contract import Buffer, Domain, PfnArray
+from xenbackend.contract import Buffer, Domain, PfnArray, XenError
 from xenbackend.ring import PagingRing
 
 
@@ -133,12 +134,19 @@ class Pager:
                 for at in range(0, len(pfns), MAX_PFNS):
                     self._say(kind(pfns[at : at + MAX_PFNS]))
 
-    def finish(self) -> None:
+    async def finish(self) -> None:
         """Nothing is outstanding and the thread has ended: answer what is still in the ring and give it up."""
-        if self._ring is not None:
+        while self._ring is not None:
             self._handle_ring()
-            self._domain.paging_disable()
-            self._ring.close()
+            try:
+                self._domain.paging_disable()
+            except XenError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                await trio.sleep(0.001)  # vCPUs that waited for a slot are on their way to find their page present
+            else:
+                self._ring.close()
+                break
         self.close()
 
     def close(self) -> None:

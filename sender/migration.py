@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 BATCH_PAGES = 1024
 """Pages that are read, sent and loaded together: enough that Python's part of the work does not count."""
 CANCEL_GRACE_S = 2.0
+EXPLANATION_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ class OutgoingMigration:
             tasks.start_soon(run_in_thread, self._receive_push_lane, self._push.stop_receiving)
             missing, rest = await self._precopy()
             await self._switch_over(missing, rest)
-            tasks.start_soon(self._faults.serve)
+            tasks.start_soon(self._serve_faults)
             await self._push_pages()
             self.progress.phase = "completing"
             await self._signals.complete.wait()
@@ -373,6 +374,13 @@ class OutgoingMigration:
             return True
 
         await self._send_batches(self._backlog.batches(BATCH_PAGES), sent)
+
+    async def _serve_faults(self) -> None:
+        try:
+            await self._faults.serve()
+        except PeerClosedError:
+            await trio.sleep(EXPLANATION_S)  # the push lane may say why
+            raise
 
     # ---- the push lane ----
     async def _say(self, message: m.Message, payload: memoryview = memoryview(b"")) -> int:

@@ -201,7 +201,10 @@ class Domain(ABC):
 
     @abstractmethod
     def paging_disable(self) -> None:
-        """Give the ring up.  A guest that touches a paged-out pfn afterwards crashes."""
+        """Give the ring up.  A guest that touches a paged-out pfn afterwards crashes.
+
+        EBUSY while vCPUs wait for a slot in a full ring: answer what is in it, and try again.
+        """
 
     @abstractmethod
     def populate_evicted(self, pfns: PfnArray) -> None:

@@ -64,13 +64,16 @@ def cli() -> None:
 
 def main() -> None:
     """The entry point."""
-    from migrate.errors import MigrationError
+    from migrate.errors import InterruptedMigrationError, MigrationError
     from xenbackend.contract import XenError
 
     try:
         cli.main(standalone_mode=False)
     except click.exceptions.Abort:
         click.echo("interrupted", err=True)
+        sys.exit(130)
+    except InterruptedMigrationError as error:
+        click.echo(f"xen-postcopy: {error}", err=True)
         sys.exit(130)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from migrate.cli.guests import guest_options, guest_spec
-from migrate.cli.migrations import Interrupted, follow_migration, summary, write_json
+from migrate.cli.migrations import follow_migration, summary, write_json
 from migrate.cli.options import human_bytes, migration_request, strategy_options
 from migrate.errors import MigrationError
 from migrate.loopback import loopback_world, verify_migrated, wait_for_steps
@@ -39,14 +39,8 @@ def loopback_command(json_path: Path | None, **options: Any) -> None:
         guest = world.source.create_guest(spec.to_bytes())
         wait_for_steps(guest, 5 if spec.workload == "idle" else min(1000, spec.rate or 1000))
         guest.close()
-        client = world.control()
-        try:
+        with world.control() as client:
             result = follow_migration(client, {"domain": GUEST, "destination": f"127.0.0.1:{world.port}", **request})
-        except Interrupted as error:
-            click.echo(f"xen-postcopy: {error}", err=True)
-            raise click.exceptions.Exit(130) from error
-        finally:
-            client.close()
         verification, guest_view = verify_migrated(world, spec)
         world.check_alive()
     result = {"verified": verification.ok, **result, "guest": guest_view}

@@ -19,24 +19,23 @@ from migrate.cli.options import (
 )
 from migrate.cli.progress import ProgressDisplay
 from migrate.control import ControlClient
-from migrate.errors import MigrationError
-
-
-class Interrupted(Exception):
-    """Ctrl-C; the text says what became of the migration."""
+from migrate.errors import InterruptedMigrationError, MigrationError
 
 
 def follow_migration(client: ControlClient, request: dict[str, Any]) -> dict[str, Any]:
     """Ask for a migration and show its progress; returns its result.
 
-    Ctrl-C before the handover takes the migration back, after it leaves it to the daemons; both raise :class:`Interrupted`.
+    Ctrl-C before the handover takes the migration back, after it leaves it to the daemons; both raise
+    :class:`InterruptedMigrationError`.
     """
     interrupted = False
 
     def on_interrupt(_signal: int, _frame: object) -> None:
         nonlocal interrupted
         if interrupted:
-            raise Interrupted("not waiting any longer; `xen-postcopy list` shows what became of the migration")
+            raise InterruptedMigrationError(
+                "not waiting any longer; `xen-postcopy list` shows what became of the migration"
+            )
         interrupted = True
         client.say(command="cancel")
 
@@ -49,15 +48,17 @@ def follow_migration(client: ControlClient, request: dict[str, Any]) -> dict[str
                 case "progress":
                     display.show(answer)
                 case "notice":
-                    raise Interrupted(
+                    raise InterruptedMigrationError(
                         f"{answer['message']}\nThe migration goes on in the daemons; `xen-postcopy list` shows it."
                     )
                 case "result":
                     result: dict[str, Any] = answer["result"]
                     return result
+    except InterruptedMigrationError:
+        raise
     except MigrationError as error:
         if interrupted:
-            raise Interrupted(f"{error}; the guest goes on at the source") from error
+            raise InterruptedMigrationError(f"{error}; the guest goes on at the source") from error
         raise
     finally:
         signal.signal(signal.SIGINT, previous)
@@ -108,16 +109,9 @@ def migrate_command(domain: str, destination: str, json_path: Path | None, socke
     Ctrl-C before the switchover takes everything back, and the guest goes on here.  After it the
     migration cannot be taken back and goes on without this command.
     """
-    client = ControlClient(socket_path)
-    try:
-        result = follow_migration(
-            client, {"domain": domain, "destination": destination, **migration_request(**options)}
-        )
-    except Interrupted as error:
-        click.echo(f"xen-postcopy: {error}", err=True)
-        raise click.exceptions.Exit(130) from error
-    finally:
-        client.close()
+    request = {"domain": domain, "destination": destination, **migration_request(**options)}
+    with ControlClient(socket_path) as client:
+        result = follow_migration(client, request)
     click.echo(summary(result))
     write_json(json_path, {"verified": None, **result})
 
@@ -138,8 +132,8 @@ def list_command(socket_paths: tuple[Path, ...], as_json: bool) -> None:
         except MigrationError as error:
             problems.append(error)
             continue
-        lines += client.call(command="list")["migrations"]
-        client.close()
+        with client:
+            lines += client.call(command="list")["migrations"]
     if len(problems) == len(socket_paths):
         raise problems[0]
     if as_json:
@@ -158,7 +152,8 @@ def list_command(socket_paths: tuple[Path, ...], as_json: bool) -> None:
 @socket_option(SENDER_SOCKET, "the local sender")
 def postcopy_now_command(migration: str, socket_path: Path) -> None:
     """End the precopy of MIGRATION (its id or its domain's name) and switch over now."""
-    ControlClient(socket_path).call(command="postcopy-now", migration=migration)
+    with ControlClient(socket_path) as client:
+        client.call(command="postcopy-now", migration=migration)
 
 
 @click.command("cancel")
@@ -166,4 +161,5 @@ def postcopy_now_command(migration: str, socket_path: Path) -> None:
 @socket_option(SENDER_SOCKET, "the local sender")
 def cancel_command(migration: str, socket_path: Path) -> None:
     """Take MIGRATION (its id or its domain's name) back, before its switchover: the guest goes on here."""
-    ControlClient(socket_path).call(command="cancel", migration=migration)
+    with ControlClient(socket_path) as client:
+        client.call(command="cancel", migration=migration)

@@ -184,7 +184,9 @@ class HostedDomain:
         return self.ring_fds
 
     def paging_disable(self) -> None:
-        lib.sim_host_paging_disable(self.native)
+        rc = lib.sim_host_paging_disable(self.native)
+        if rc:
+            raise XenError("mem_paging_disable", -rc, why="vCPUs wait for a slot in the ring")
         for fd in self.ring_fds:
             os.close(fd)
         self.ring_fds = []

@@ -131,4 +131,4 @@ void sim_host_pause(struct sim_host_domain *h);     /* returns when no vCPU runs
 void sim_host_unpause(struct sim_host_domain *h);
 int sim_host_running(struct sim_host_domain *h);
 void sim_host_paging_enable(struct sim_host_domain *h, void *ring_page, int to_pager_fd, int from_pager_fd);
-void sim_host_paging_disable(struct sim_host_domain *h);
+int sim_host_paging_disable(struct sim_host_domain *h);

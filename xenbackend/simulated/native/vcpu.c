@@ -504,14 +504,20 @@ void sim_host_paging_enable(struct sim_host_domain *h, void *ring_page, int to_p
     pthread_mutex_unlock(&h->lock);
 }
 
-/* vm_event_disable(): vCPUs that still wait are let go, and fault again without a ring. */
-void sim_host_paging_disable(struct sim_host_domain *h)
+/* vm_event_disable(): refused while a vCPU waits for a slot; those that wait for an answer are let go, and
+ * fault again without a ring. */
+int sim_host_paging_disable(struct sim_host_domain *h)
 {
     pthread_mutex_lock(&h->lock);
     if (!h->ring) {
         pthread_mutex_unlock(&h->lock);
-        return;
+        return 0;
     }
+    for (uint32_t i = 0; i < h->m->dom->nr_vcpus && !h->exiting; i++)
+        if (h->vcpu[i].state == VCPU_WAIT_SLOT) {
+            pthread_mutex_unlock(&h->lock);
+            return -EBUSY;
+        }
     ring_take_responses(h);     /* those given before the disable count */
     __atomic_store_n(&h->m->dom->paging, 0, __ATOMIC_SEQ_CST);
     h->ring = NULL;
@@ -522,6 +528,7 @@ void sim_host_paging_disable(struct sim_host_domain *h)
     wake_fd(h->stop_fd);
     pthread_join(h->responder, NULL);
     close(h->stop_fd);
+    return 0;
 }
 
 void sim_host_free(struct sim_host_domain *h)

@@ -1,0 +1,75 @@
+"""Fixtures: simulated hosts and daemons as real processes, shared by the tests of a run."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from migrate.loopback import World, loopback_world
+from xenbackend.simulated.client import SimulatedDomain
+from xenbackend.simulated.guest import GuestSpec
+
+MIB = 2**20
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def hosts() -> Iterator[World]:
+    """Two simulated hosts without daemons."""
+    with loopback_world(2048 * MIB, daemons=False) as world:
+        yield world
+
+
+@pytest.fixture(scope="session")
+def _shared_world() -> Iterator[World]:
+    with loopback_world(2048 * MIB) as world:
+        yield world
+
+
+@pytest.fixture
+def world(_shared_world: World) -> Iterator[World]:
+    """Two simulated hosts, a sender and a receiver; nothing is left on the hosts, whatever a test did."""
+    yield _shared_world
+    _shared_world.check_alive()
+    clear(_shared_world)
+
+
+@pytest.fixture
+def clean_hosts(hosts: World) -> Iterator[World]:
+    yield hosts
+    clear(hosts)
+
+
+def clear(world: World) -> None:
+    for host in (world.source, world.destination):
+        for info in host.domains():
+            domain = host.open(info.domid)
+            domain.destroy()
+            domain.close()
+
+
+@pytest.fixture
+def name() -> str:
+    """A guest's name that no other test uses."""
+    return f"guest-{next(_numbers)}"
+
+
+Boot = Callable[..., tuple[GuestSpec, SimulatedDomain]]
+
+
+@pytest.fixture
+def boot(clean_hosts: World, name: str) -> Iterator[Boot]:
+    """Boots a small guest at the source of ``hosts``; takes ``GuestSpec``'s options."""
+    domains = []
+
+    def make(memory: int = 4 * MIB, **options: object) -> tuple[GuestSpec, SimulatedDomain]:
+        spec = GuestSpec(name, memory, **options)  # type: ignore[arg-type]
+        domain = clean_hosts.source.create_guest(spec.to_bytes())
+        domains.append(domain)
+        return spec, domain
+
+    yield make
+    for domain in domains:
+        domain.close()

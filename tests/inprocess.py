@@ -1,0 +1,64 @@
+"""A migration with both daemons' code in the test's own process, so that a test can break parts of it.
+
+The hosts are processes still, the lanes real TCP connections.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+
+import trio
+
+from migrate.errors import MigrationError
+from migrate.loopback import World, verify_migrated, wait_for_steps
+from migrate.policy import PolicyOptions, Strategy
+from receiver.daemon import ReceiverDaemon
+from sender.migration import MigrationOptions, OutgoingMigration
+from xenbackend.contract import XenError
+from xenbackend.simulated.guest import GuestSpec
+from xenbackend.simulated.verify import Verification
+
+
+@dataclass
+class Outcome:
+    migration: OutgoingMigration
+    error: Exception | None = None
+    receiver: ReceiverDaemon = field(init=False)
+
+
+async def migrate(
+    world: World,
+    spec: GuestSpec,
+    strategy: Strategy = Strategy.POSTCOPY,
+    *,
+    options: MigrationOptions | None = None,
+    timeout_s: float = 30.0,
+) -> Outcome:
+    """Boot the guest at the source and migrate it.  Its failure is in the outcome, not raised."""
+    guest = world.source.create_guest(spec.to_bytes())
+    await trio.to_thread.run_sync(wait_for_steps, guest, 100)
+    guest.close()
+    receiver = ReceiverDaemon(world.destination, world.receiver_socket, "127.0.0.1", 0)
+    options = options or MigrationOptions(strategy, PolicyOptions(max_rounds=2))
+    with trio.fail_after(timeout_s):
+        async with trio.open_nursery() as nursery:
+            listeners = await nursery.start(
+                functools.partial(trio.serve_tcp, receiver._serve_lane, 0, host="127.0.0.1")
+            )
+            port = listeners[0].socket.getsockname()[1]
+            outcome = Outcome(OutgoingMigration(world.source, spec.name, ("127.0.0.1", port), options))
+            outcome.receiver = receiver
+            try:
+                await outcome.migration.run()
+            except (MigrationError, XenError) as error:
+                outcome.error = error
+            for incoming in receiver._migrations.values():
+                await incoming.ended.wait()
+            nursery.cancel_scope.cancel()
+    return outcome
+
+
+async def verification(world: World, spec: GuestSpec) -> Verification:
+    result, _view = await trio.to_thread.run_sync(verify_migrated, world, spec)
+    return result

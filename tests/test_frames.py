@@ -1,0 +1,124 @@
+"""The codec: whatever is put in comes out, and whatever is not a frame is refused before memory is taken."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from migrate import frames
+from migrate.errors import LocalProtocolError, RemoteProtocolError
+from migrate.frames import FrameDecoder
+
+
+def feed(decoder: FrameDecoder, data: bytes, piece: int = 2**30) -> list[tuple[dict[str, Any], bytes]]:
+    """Give bytes to a decoder, at most ``piece`` at a time."""
+    out = []
+    view = memoryview(data)
+    while view:
+        wanted = decoder.wanted()
+        assert len(wanted) > 0
+        n = min(len(wanted), len(view), piece)
+        wanted[:n] = view[:n]
+        decoder.filled(n)
+        view = view[n:]
+        while (frame := decoder.next_frame()) is not None:
+            out.append((frame.header, bytes(frame.payload)))
+    return out
+
+
+headers = st.dictionaries(
+    st.text(max_size=10), st.one_of(st.integers(0, 2**63), st.text(max_size=20), st.binary(max_size=99)), max_size=9
+)
+pages = st.integers(0, 3).map(lambda n: bytes(range(1, n + 1)) * 4096)
+
+
+@given(st.lists(st.tuples(headers, pages), min_size=1, max_size=5), st.integers(1, 9000))
+def test_frames_come_out_as_they_went_in_however_they_are_cut(
+    sent: list[tuple[dict[str, Any], bytes]], piece: int
+) -> None:
+    data = b"".join(frames.encode(header, payload) + payload for header, payload in sent)
+    decoder = FrameDecoder()
+    assert feed(decoder, data, piece) == sent
+    assert decoder.at_boundary()
+
+
+@given(st.binary(min_size=1, max_size=500))
+def test_any_bytes_give_frames_or_a_protocol_error(data: bytes) -> None:
+    decoder = FrameDecoder()
+    try:
+        for header, _payload in feed(decoder, data):
+            assert isinstance(header, dict)
+    except RemoteProtocolError as error:
+        assert str(error)
+
+
+@given(st.binary(min_size=1, max_size=200))
+def test_any_header_bytes_give_a_map_or_a_protocol_error(header: bytes) -> None:
+    try:
+        feed(FrameDecoder(), frames.PREFIX.pack(frames.MAGIC, len(header), 0) + header)
+    except RemoteProtocolError as error:
+        assert "header" in str(error)
+
+
+def test_garbage_is_refused_at_its_first_bytes() -> None:
+    with pytest.raises(RemoteProtocolError, match="right port"):
+        feed(FrameDecoder(), b"HT")
+
+
+@pytest.mark.parametrize(
+    ("header_bytes", "payload_bytes", "what"),
+    [
+        (0, 0, "header of 0"),
+        (frames.MAX_HEADER_BYTES + 1, 0, "header of"),
+        (2**32 - 1, 0, "header of"),
+        (5, frames.MAX_PAYLOAD_BYTES + 4096, "payload of"),
+        (5, 2**32 - 4096, "payload of"),
+        (5, 100, "payload of 100"),
+    ],
+)
+def test_lengths_are_checked_before_memory_is_taken(header_bytes: int, payload_bytes: int, what: str) -> None:
+    with pytest.raises(RemoteProtocolError, match=what):
+        feed(FrameDecoder(), struct.pack("!4sII", frames.MAGIC, header_bytes, payload_bytes))
+
+
+def test_deep_nesting_is_refused() -> None:
+    header = b"\x91" * 60_000
+    with pytest.raises(RemoteProtocolError):
+        feed(FrameDecoder(), frames.PREFIX.pack(frames.MAGIC, len(header), 0) + header)
+
+
+def test_what_the_decoder_would_refuse_is_not_encoded() -> None:
+    with pytest.raises(LocalProtocolError):
+        frames.encode({"x": bytes(frames.MAX_HEADER_BYTES)})
+    with pytest.raises(LocalProtocolError):
+        frames.encode({}, bytes(100))
+
+
+def test_a_payload_stays_while_the_next_frame_is_read() -> None:
+    """The receiver loads one batch while the next arrives."""
+    decoder = FrameDecoder()
+    first, second = b"a" * 4096, b"b" * 4096
+    for payload in (first, second):
+        data = frames.encode({}, payload) + payload
+        while data:
+            wanted = decoder.wanted()
+            n = min(len(wanted), len(data))
+            wanted[:n] = data[:n]
+            decoder.filled(n)
+            data = data[n:]
+        frame = decoder.next_frame()
+        assert frame is not None
+        if payload is first:
+            kept = frame.payload
+    assert bytes(kept) == first
+
+
+def test_a_header_must_be_a_map() -> None:
+    header = msgpack.packb([1, 2])
+    with pytest.raises(RemoteProtocolError, match="not a map"):
+        feed(FrameDecoder(), frames.PREFIX.pack(frames.MAGIC, len(header), 0) + header)

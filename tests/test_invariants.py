@@ -1,0 +1,260 @@
+"""Each invariant is broken on purpose, and the checks must notice.  A check that cannot fail is worth nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import trio
+
+from migrate import messages as m
+from migrate.errors import MigrationError, PeerClosedError
+from migrate.loopback import World
+from migrate.policy import Strategy
+from receiver.outstanding import OutstandingPages, Verdict
+from receiver.pager import Pager
+from receiver.restore import MemoryRestorer
+from sender.backlog import Backlog
+from sender.migration import OutgoingMigration
+from tests.conftest import MIB
+from tests.inprocess import migrate, verification
+from xenbackend.contract import DomainState, PfnArray
+from xenbackend.ring import PagingRequest, PagingRing
+from xenbackend.simulated.client import SimulatedDomain
+from xenbackend.simulated.guest import GuestSpec
+
+Patch = pytest.MonkeyPatch
+
+
+def busy(name: str, **options: object) -> GuestSpec:
+    """A guest that goes over a small working set again and again, so that damage is read soon."""
+    defaults: dict[str, object] = {"vcpus": 2, "working_set_bytes": 4 * MIB, "zero_permille": 0}
+    return GuestSpec(name, 16 * MIB, **{**defaults, **options})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("strategy", list(Strategy))
+async def test_nothing_is_noticed_when_nothing_is_broken(clean_hosts: World, name: str, strategy: Strategy) -> None:
+    outcome = await migrate(clean_hosts, busy(name), strategy)
+    assert outcome.error is None
+    assert (await verification(clean_hosts, busy(name))).problems == []
+
+
+async def test_a_receiver_that_answers_zeros_is_noticed(clean_hosts: World, name: str, monkeypatch: Patch) -> None:
+    """Invariant 3."""
+    load = SimulatedDomain.load
+    monkeypatch.setattr(SimulatedDomain, "load", lambda self, pfns, pages: load(self, pfns, None))
+    await migrate(clean_hosts, busy(name))
+    problems = " ".join((await verification(clean_hosts, busy(name))).problems)
+    assert "pages differ" in problems
+    assert "wrong values while it ran" in problems
+
+
+async def test_pages_that_are_not_marked_missing_are_noticed(clean_hosts: World, name: str, monkeypatch: Patch) -> None:
+    """Invariant 3: the receiver leaves old contents (here zeros) in place of outstanding pages."""
+    monkeypatch.setattr(MemoryRestorer, "evict", lambda self, pfns: self._populate(pfns))
+    await migrate(clean_hosts, busy(name))
+    assert "pages differ" in " ".join((await verification(clean_hosts, busy(name))).problems)
+
+
+async def test_a_stale_page_that_comes_late_is_noticed(clean_hosts: World, name: str, monkeypatch: Patch) -> None:
+    """Invariant 2: pages that the guest has written since are overwritten with what was sent."""
+    kept: list[tuple[PfnArray, bytes]] = []
+    load, finish = SimulatedDomain.load, Pager.finish
+
+    def remember(self: SimulatedDomain, pfns: PfnArray, pages: Any) -> Any:
+        if pages is not None:
+            kept.append((pfns.copy(), bytes(pages)))
+        return load(self, pfns, pages)
+
+    async def write_again(self: Pager) -> None:
+        for pfns, pages in kept:
+            self._domain.write_pages(pfns, pages)
+        await finish(self)
+
+    monkeypatch.setattr(SimulatedDomain, "load", remember)
+    monkeypatch.setattr(Pager, "finish", write_again)
+    outcome = await migrate(clean_hosts, busy(name))
+    assert outcome.error is None
+    problems = " ".join((await verification(clean_hosts, busy(name))).problems)
+    assert "wrong values while it ran" in problems or "pages differ" in problems
+
+
+async def test_a_second_load_is_kept_from_doing_harm(clean_hosts: World, name: str, monkeypatch: Patch) -> None:
+    """Invariant 2 holds even against a pager that claims nothing: the hypervisor does not load a present page."""
+
+    def claim_all(self: OutstandingPages, pfns: PfnArray) -> Any:
+        return np.ones(len(pfns), dtype=np.bool_)
+
+    def finished(self: OutstandingPages, pfns: PfnArray, results: Any) -> Verdict:
+        new = pfns[results == 0]
+        return original(self, new, np.zeros(len(new), dtype=np.int32))
+
+    original = OutstandingPages.finished
+    monkeypatch.setattr(OutstandingPages, "claim", claim_all)
+    monkeypatch.setattr(OutstandingPages, "finished", finished)
+    outcome = await migrate(clean_hosts, busy(name))
+    assert outcome.error is None
+    assert (await verification(clean_hosts, busy(name))).problems == []
+
+
+async def test_a_second_response_is_noticed(clean_hosts: World, name: str, monkeypatch: Patch) -> None:
+    """Invariant 4: what another vCPU is still owed goes to one that has its answer."""
+    respond = PagingRing.respond
+    mixed_up = []
+
+    def respond_to_the_wrong_one(self: PagingRing, requests: list[PagingRequest]) -> None:
+        if not mixed_up and requests and requests[0].vcpu_waits:
+            mixed_up.append(requests[0])
+            other = 1 - requests[0].vcpu
+            requests = [PagingRequest(requests[0].pfn, other, 1, 0, 10), *requests[1:]]
+        respond(self, requests)
+
+    monkeypatch.setattr(PagingRing, "respond", respond_to_the_wrong_one)
+    spec = busy(name)
+    await migrate(clean_hosts, spec)
+    assert mixed_up
+    assert await signs_of_a_wrong_answer(clean_hosts, spec)
+
+
+async def signs_of_a_wrong_answer(world: World, spec: GuestSpec) -> str:
+    """A vCPU was answered that did not wait, or one that waits never is."""
+    domain = world.destination.open(spec.name)
+    await trio.sleep(0.2)
+    report = domain.report()
+    counts = [vcpu["count"] for vcpu in report["vcpu"]]
+    await trio.sleep(0.2)
+    stuck = [v for v, vcpu in enumerate(domain.report()["vcpu"]) if vcpu["count"] == counts[v]]
+    domain.close()
+    spurious = f"{report['spurious_responses']} spurious responses" if report["spurious_responses"] else ""
+    return spurious + (f" vCPUs {stuck} stand still" if stuck else "")
+
+
+async def test_a_response_before_the_page_is_noticed(clean_hosts: World, name: str, monkeypatch: Patch) -> None:
+    """Invariant 4."""
+    requests = OutstandingPages.requests
+
+    def answer_first(self: OutstandingPages, batch: list[PagingRequest], now: float) -> Verdict:
+        verdict = requests(self, batch, now)
+        for pfn in list(self._waiting):
+            verdict.answer += self._waiting.pop(pfn)
+        return verdict
+
+    monkeypatch.setattr(OutstandingPages, "requests", answer_first)
+    await migrate(clean_hosts, busy(name))
+    assert "premature responses" in " ".join((await verification(clean_hosts, busy(name))).problems)
+
+
+async def test_a_ring_that_is_disabled_early_is_noticed(clean_hosts: World, name: str, monkeypatch: Patch) -> None:
+    """Invariant 5."""
+    fault = Pager._handle_ring
+
+    def disable(self: Pager) -> None:
+        fault(self)
+        self._domain.paging_disable()
+
+    monkeypatch.setattr(Pager, "_handle_ring", disable)
+    await migrate(clean_hosts, busy(name))
+    domain = clean_hosts.destination.open(name)
+    with trio.fail_after(10):
+        while domain.info().state is not DomainState.CRASHED:
+            await trio.sleep(0.01)
+    assert "nobody serves the paging ring" in domain.info().reason
+
+
+async def test_a_dirty_page_that_is_forgotten_is_noticed(clean_hosts: World, name: str, monkeypatch: Patch) -> None:
+    """Invariant 2: the last look at log-dirty is lost."""
+    log_dirty = SimulatedDomain.log_dirty
+
+    def forget(self: SimulatedDomain, *, clean: bool) -> Any:
+        bitmap = log_dirty(self, clean=clean)
+        return bitmap * 0 if self.info().state is DomainState.SUSPENDED else bitmap
+
+    monkeypatch.setattr(SimulatedDomain, "log_dirty", forget)
+    # Slow enough that most of what it dirties in the last moment was clean before.
+    spec = busy(name, rate=5000, working_set_bytes=12 * MIB)
+    outcome = await migrate(clean_hosts, spec, Strategy.PRECOPY)
+    assert outcome.error is None
+    assert "pages differ" in " ".join((await verification(clean_hosts, spec)).problems)
+
+
+async def test_a_pinned_frame_that_is_missing_kills_the_guest(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
+    """Invariant 9."""
+    monkeypatch.setattr(SimulatedDomain, "pinned", lambda self: np.empty(0, dtype=np.uint64))
+    outcome = await migrate(clean_hosts, busy(name))
+    assert "register_vcpu_info" in str(outcome.error)
+    assert outcome.migration.session.handed_over
+    assert clean_hosts.destination.open(name).info().state is DomainState.CRASHED
+
+
+async def test_a_completion_that_is_not_so_is_not_believed(clean_hosts: World, name: str, monkeypatch: Patch) -> None:
+    """Invariants 6 and 8: the receiver says complete, but never acknowledged."""
+    monkeypatch.setattr(Pager, "acknowledge", lambda self: None)
+    outcome = await migrate(clean_hosts, busy(name))
+    assert "never confirmed" in str(outcome.error)
+    assert clean_hosts.source.open(name).info().state is DomainState.SUSPENDED, "the source was let go"
+
+
+async def test_a_sender_that_loses_a_page_never_completes(clean_hosts: World, name: str, monkeypatch: Patch) -> None:
+    """Invariant 6: a page that is not sent keeps both ends waiting; nothing is called a success."""
+    next_batch = Backlog.next_batch
+
+    def lose_one(self: Backlog, most: int) -> PfnArray:
+        batch = next_batch(self, most)
+        return batch[batch != 2500]
+
+    monkeypatch.setattr(Backlog, "next_batch", lose_one)
+    with pytest.raises(trio.TooSlowError):
+        await migrate(clean_hosts, busy(name), timeout_s=3)
+    assert clean_hosts.source.open(name).info().state is DomainState.SUSPENDED
+
+
+async def test_the_source_never_runs_again_after_the_handover(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
+    """Invariant 1: the link is cut the moment after."""
+
+    async def cut(self: OutgoingMigration) -> None:
+        assert self._push is not None
+        self._push.shut()
+        raise PeerClosedError("cut")
+
+    monkeypatch.setattr(OutgoingMigration, "_push_pages", cut)
+    outcome = await migrate(clean_hosts, busy(name))
+    assert outcome.error is not None
+    assert outcome.migration.progress.phase == "interrupted"
+    assert clean_hosts.source.open(name).info().state is DomainState.SUSPENDED
+    target = clean_hosts.destination.open(name)
+    assert target.info().state is DomainState.RUNNING, "invariant 5: the guest goes on as far as its pages allow"
+    with pytest.raises(MigrationError, match="too late"):
+        outcome.migration.cancel("second thoughts")
+
+
+@pytest.mark.parametrize("moment", ["_precopy", "_switch_over"])
+async def test_before_the_handover_any_failure_leaves_the_guest_at_the_source(
+    clean_hosts: World, name: str, monkeypatch: Patch, moment: str
+) -> None:
+    """Invariant 1, the other half; and nothing is left over at the destination."""
+    step = getattr(OutgoingMigration, moment)
+
+    async def fail(self: OutgoingMigration, *arguments: Any) -> Any:
+        if moment == "_precopy":
+            await step(self, *arguments)
+        else:
+            self._suspended = True
+            self._domain.suspend()
+            await self._say(m.Suspended())
+        raise MigrationError("the test says so")
+
+    monkeypatch.setattr(OutgoingMigration, moment, fail)
+    outcome = await migrate(clean_hosts, busy(name))
+    assert "the test says so" in str(outcome.error)
+    source = clean_hosts.source.open(name)
+    assert source.info().state is DomainState.RUNNING
+    before = source.report()["vcpu"][0]["count"]
+    with trio.fail_after(10):
+        while source.report()["vcpu"][0]["count"] == before:
+            await trio.sleep(0.01)
+    assert clean_hosts.destination.domains() == []

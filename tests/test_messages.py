@@ -1,0 +1,129 @@
+"""Messages: every one survives the wire, and every field has its limits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from migrate import messages as m
+from migrate.errors import RemoteProtocolError
+from migrate.pfns import from_mask, mask_from_bitmap, pfn_array, pfns_of_window, windows
+
+EXAMPLES: list[m.Message] = [
+    m.Hello(1, 1, "push", "abc", b"t", ("x",), ("y", "z"), "test"),
+    m.Offer("guest", 1024, 1000, 2, b"config", True),
+    m.Pages(pfn_array([1, 5]), pfn_array([2]), pfn_array([9])),
+    m.Defer(0, b"\xff"),
+    m.Barrier(7),
+    m.Suspended(),
+    m.Missing(8, b"\x01"),
+    m.Context(b"registers", True),
+    m.Handover(),
+    m.Completed(),
+    m.Abort("because"),
+    m.Accepted("native", b"token"),
+    m.Refused("no"),
+    m.Passed(7),
+    m.Ready(),
+    m.Resumed(),
+    m.Loaded(pfn_array([1, 2])),
+    m.Dropped(pfn_array([3])),
+    m.Report(10, 20, 30),
+    m.Complete(b"{}"),
+    m.Failed("help"),
+    m.Fault(pfn_array([4])),
+]
+
+
+def over_the_wire(message: m.Message) -> m.Message:
+    payload_bytes = len(message.pfns) * 4096 if isinstance(message, m.Pages) else 0
+    return m.parse(msgpack.unpackb(msgpack.packb(message.header())), payload_bytes)
+
+
+def test_the_examples_cover_every_message() -> None:
+    assert {type(example) for example in EXAMPLES} == set(m.TYPES.values())
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: message.type)
+def test_a_message_survives_the_wire(message: m.Message) -> None:
+    assert over_the_wire(message) == message
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: message.type)
+def test_fields_can_neither_be_missing_nor_added_nor_of_another_type(message: m.Message) -> None:
+    header = msgpack.unpackb(msgpack.packb(message.header()))
+    with pytest.raises(RemoteProtocolError, match="fields"):
+        m.parse({**header, "surplus": 1})
+    for field in set(header) - {"type"}:
+        with pytest.raises(RemoteProtocolError, match="fields"):
+            m.parse({key: value for key, value in header.items() if key != field})
+        with pytest.raises(RemoteProtocolError, match=field):
+            m.parse({**header, field: {"a": "map"}})
+
+
+@pytest.mark.parametrize(
+    ("header", "what"),
+    [
+        ({"type": "unheard-of"}, "unknown"),
+        ({"type": 5}, "unknown"),
+        ({}, "unknown"),
+        ({"type": "loaded", "pfns": b"1234567"}, "pfns"),
+        ({"type": "loaded", "pfns": bytes(8 * (m.MAX_PFNS + 1))}, "at most"),
+        ({"type": "loaded", "pfns": np.array([2, 1], dtype="<u8").tobytes()}, "ascending"),
+        ({"type": "loaded", "pfns": np.array([2, 2], dtype="<u8").tobytes()}, "ascending"),
+        ({"type": "loaded", "pfns": np.array([2**64 - 1], dtype="<u8").tobytes()}, "ascending"),
+        ({"type": "barrier", "number": -1}, "number"),
+        ({"type": "barrier", "number": True}, "number"),
+        ({"type": "abort", "reason": "two\nlines"}, "reason"),
+        ({"type": "abort", "reason": "x" * 5000}, "reason"),
+        ({"type": "pages", "pfns": b"", "zeros": b"", "holes": b""}, "none"),
+    ],
+)
+def test_bad_messages_are_named(header: dict[str, Any], what: str) -> None:
+    with pytest.raises(RemoteProtocolError, match=what):
+        m.parse(header)
+
+
+def test_the_payload_belongs_to_the_pfns() -> None:
+    header = m.Pages(pfn_array([1, 2])).header()
+    for payload_bytes in (0, 4096, 3 * 4096):
+        with pytest.raises(RemoteProtocolError, match="payload"):
+            m.parse(header, payload_bytes)
+    with pytest.raises(RemoteProtocolError, match="payload"):
+        m.parse(m.Ready().header(), 4096)
+
+
+json_like: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.text(max_size=9) | st.binary(max_size=33),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.sampled_from(EXAMPLES), st.data())
+def test_any_field_values_give_a_message_or_a_protocol_error(example: m.Message, data: st.DataObject) -> None:
+    header = {key: value if key == "type" else data.draw(json_like) for key, value in example.header().items()}
+    try:
+        parsed = m.parse(header)
+    except RemoteProtocolError:
+        return
+    assert over_the_wire(parsed) == parsed
+
+
+@given(st.sets(st.integers(0, 600_000), max_size=30), st.integers(600_001, 700_000))
+def test_a_set_of_pfns_survives_its_windows(pfns: set[int], nr_pfns: int) -> None:
+    mask = np.zeros(nr_pfns, dtype=np.bool_)
+    mask[list(pfns)] = True
+    back = [int(pfn) for base, bitmap in windows(mask) for pfn in pfns_of_window(base, bitmap)]
+    assert back == sorted(pfns)
+    bitmap = np.packbits(mask, bitorder="little")
+    assert np.array_equal(from_mask(mask_from_bitmap(bitmap, nr_pfns)), from_mask(mask))
+
+
+def test_reasons_are_made_printable() -> None:
+    assert m.printable("a\nb\x00" + "x" * 5000) == "a b " + "x" * (m.MAX_TEXT - 4)

@@ -1,0 +1,255 @@
+"""The pages' state machines at both ends: nothing lost, nothing twice, every request answered once."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from migrate.errors import RemoteProtocolError
+from migrate.pfns import pfn_array
+from receiver.outstanding import OutstandingPages
+from sender.backlog import Backlog
+from xenbackend.ring import MEM_PAGING_DROP_PAGE, MEM_PAGING_EVICT_FAIL, PagingRequest
+
+NR = 64
+
+
+def mask(*pfns: int, nr_pfns: int = NR) -> np.typing.NDArray[np.bool_]:
+    result = np.zeros(nr_pfns, dtype=np.bool_)
+    result[list(pfns)] = True
+    return result
+
+
+def request(pfn: int, vcpu: int = 0, flags: int = 0) -> PagingRequest:
+    return PagingRequest(pfn, vcpu, 0 if flags & MEM_PAGING_DROP_PAGE else 1, flags, 10)
+
+
+class TestBacklog:
+    @given(st.sets(st.integers(0, 20_000), min_size=1), st.integers(1, 50))
+    def test_every_page_is_pushed_once_in_ascending_batches(self, pfns: set[int], most: int) -> None:
+        backlog = Backlog(mask(*pfns, nr_pfns=20_001))
+        pushed: list[int] = []
+        for batch in backlog.batches(most):
+            assert len(batch) <= most
+            assert all(np.diff(batch) > 0)
+            pushed += batch.tolist()
+        assert sorted(pushed) == sorted(pfns)
+        assert backlog.unsent == 0
+        assert backlog.unacknowledged == len(pfns)
+
+    def test_the_push_goes_on_from_the_page_that_was_faulted_on(self) -> None:
+        backlog = Backlog(mask(*range(NR)))
+        assert backlog.next_batch(4).tolist() == [0, 1, 2, 3]
+        assert backlog.fault(pfn_array([40])).tolist() == [40]
+        assert backlog.next_batch(3).tolist() == [41, 42, 43]
+        rest = [pfn for batch in backlog.batches(100) for pfn in batch.tolist()]
+        assert rest == [*range(44, NR), *range(4, 40)]
+
+    def test_a_page_on_its_way_is_sent_again_for_a_fault_but_a_loaded_one_is_not(self) -> None:
+        backlog = Backlog(mask(1, 2))
+        backlog.next_batch(2)
+        assert backlog.fault(pfn_array([1, 2])).tolist() == [1, 2]
+        backlog.loaded(pfn_array([1]))
+        assert backlog.fault(pfn_array([1, 2])).tolist() == [2]
+
+    def test_a_page_is_kept_until_it_is_acknowledged(self) -> None:
+        backlog = Backlog(mask(1, 2, 3))
+        backlog.next_batch(3)
+        backlog.loaded(pfn_array([1]))
+        assert backlog.unacknowledged == 2
+        backlog.dropped(pfn_array([2]))
+        backlog.loaded(pfn_array([3]))
+        assert backlog.unacknowledged == 0
+
+    def test_a_dropped_page_is_not_pushed(self) -> None:
+        backlog = Backlog(mask(1, 2))
+        backlog.dropped(pfn_array([1]))
+        assert [batch.tolist() for batch in backlog.batches(8)] == [[2]]
+
+    def test_the_receiver_cannot_claim_what_is_not_so(self) -> None:
+        backlog = Backlog(mask(1, 2))
+        with pytest.raises(RemoteProtocolError, match="0x5 is not outstanding"):
+            backlog.fault(pfn_array([5]))
+        with pytest.raises(RemoteProtocolError, match="not on its way"):
+            backlog.loaded(pfn_array([1]))  # was never sent
+        backlog.fault(pfn_array([1]))
+        backlog.loaded(pfn_array([1]))
+        with pytest.raises(RemoteProtocolError, match="not on its way"):
+            backlog.loaded(pfn_array([1]))  # twice
+        for pfn in (1, 9):
+            with pytest.raises(RemoteProtocolError, match="dropped"):
+                backlog.dropped(pfn_array([pfn]))
+
+
+class TestOutstandingPages:
+    def pages(self, *pfns: int) -> OutstandingPages:
+        pages = OutstandingPages(NR)
+        pages.add(pfn_array(pfns))
+        return pages
+
+    def load(self, pages: OutstandingPages, *pfns: int, result: int = 0) -> list[PagingRequest]:
+        batch = pfn_array(pfns)
+        batch = batch[pages.claim(batch)]
+        verdict = pages.finished(batch, np.full(len(batch), result, dtype=np.int32))
+        return [answered for answered, _since in verdict.answer]
+
+    def test_several_vcpus_on_one_page_ask_once_and_are_all_answered(self) -> None:
+        pages = self.pages(5)
+        first, second = request(5, vcpu=0), request(5, vcpu=1)
+        assert pages.requests([first], 0.0).ask.tolist() == [5]
+        assert pages.requests([second], 0.0).ask.tolist() == []
+        assert pages.waiting == 2
+        assert self.load(pages, 5) == [first, second]
+        assert pages.count == pages.waiting == 0
+
+    def test_a_late_copy_is_ignored(self) -> None:
+        pages = self.pages(5, 6)
+        self.load(pages, 5)
+        assert pages.claim(pfn_array([5, 6])).tolist() == [False, True]
+
+    def test_a_page_is_claimed_by_one_lane_only(self) -> None:
+        pages = self.pages(5)
+        assert pages.claim(pfn_array([5])).tolist() == [True]
+        assert pages.claim(pfn_array([5])).tolist() == [False]
+
+    def test_a_fault_during_the_load_waits_for_it_and_asks_for_nothing(self) -> None:
+        pages = self.pages(5)
+        pages.claim(pfn_array([5]))
+        waiting = request(5)
+        verdict = pages.requests([waiting], 0.0)
+        assert not verdict.answer
+        assert not len(verdict.ask)
+        verdict = pages.finished(pfn_array([5]), np.zeros(1, dtype=np.int32))
+        assert [answered for answered, _since in verdict.answer] == [waiting]
+
+    def test_a_request_for_a_page_that_is_there_is_answered_at_once(self) -> None:
+        pages = self.pages(5)
+        self.load(pages, 5)
+        for late in (request(5), request(7), request(NR + 5), request(5, flags=MEM_PAGING_EVICT_FAIL)):
+            assert [answered for answered, _since in pages.requests([late], 0.0).answer] == [late]
+
+    def test_a_drop_answers_itself_and_whoever_waits(self) -> None:
+        pages = self.pages(5, 6)
+        waiting, drop = request(5), request(5, flags=MEM_PAGING_DROP_PAGE)
+        pages.requests([waiting], 0.0)
+        verdict = pages.requests([drop], 0.0)
+        assert {answered for answered, _since in verdict.answer} == {waiting, drop}
+        assert verdict.dropped.tolist() == [5]
+        assert pages.count == 1
+        assert pages.claim(pfn_array([5])).tolist() == [False]
+
+    def test_a_page_that_is_asked_for_and_dropped_at_once_is_not_fetched(self) -> None:
+        pages = self.pages(5)
+        verdict = pages.requests([request(5), request(5, flags=MEM_PAGING_DROP_PAGE)], 0.0)
+        assert not len(verdict.ask)
+        assert len(verdict.answer) == 2
+
+    def test_a_lost_drop_is_found_out_at_the_load(self) -> None:
+        pages = self.pages(5)
+        batch = pfn_array([5])
+        pages.claim(batch)
+        verdict = pages.finished(batch, np.array([-2], dtype=np.int32))
+        assert verdict.dropped.tolist() == [5]
+        assert not len(verdict.loaded)
+        assert pages.count == 0
+
+    def test_a_page_that_was_never_missing_is_refused(self) -> None:
+        with pytest.raises(RemoteProtocolError, match="0x7 was not announced"):
+            self.pages(5).claim(pfn_array([7]))
+
+
+class BothEnds(RuleBasedStateMachine):
+    """The two machines joined by two lanes that deliver whenever they like."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        missing = range(0, NR, 2)
+        self.backlog = Backlog(mask(*missing))
+        self.pages = OutstandingPages(NR)
+        self.pages.add(pfn_array(list(missing)))
+        self.push: list[np.typing.NDArray[np.uint64]] = []
+        self.pull: list[np.typing.NDArray[np.uint64]] = []
+        self.asked: list[np.typing.NDArray[np.uint64]] = []
+        self.open: list[PagingRequest] = []
+        self.loads: dict[int, int] = {}
+        self.gone: set[int] = set()
+
+    def answer(self, answers: list[tuple[PagingRequest, float]]) -> None:
+        for answered, _since in answers:
+            self.open.remove(answered)  # ValueError: answered twice
+            assert answered.pfn in self.loads or answered.pfn in self.gone or answered.pfn % 2
+
+    def take(self, requests: list[PagingRequest]) -> None:
+        self.open += requests
+        verdict = self.pages.requests(requests, 0.0)
+        self.gone.update(verdict.dropped.tolist())
+        self.answer(verdict.answer)
+        if len(verdict.ask):
+            self.asked.append(verdict.ask)
+        if len(verdict.dropped):
+            self.backlog.dropped(verdict.dropped)
+
+    @rule(pfn=st.integers(0, NR - 1), vcpu=st.integers(0, 3))
+    def touch(self, pfn: int, vcpu: int) -> None:
+        if pfn not in self.gone and pfn not in self.loads:
+            self.take([request(pfn, vcpu)])
+
+    @rule(pfn=st.integers(0, NR // 2 - 1), told=st.booleans())
+    def balloon(self, pfn: int, told: bool) -> None:
+        pfn *= 2
+        if pfn in self.loads or pfn in self.gone or any(r.pfn == pfn for r in self.open):
+            return
+        if told:
+            self.take([request(pfn, flags=MEM_PAGING_DROP_PAGE)])
+        else:
+            self.gone.add(pfn)  # the ring was full
+
+    @rule(most=st.integers(1, 8))
+    def push_batch(self, most: int) -> None:
+        batch = self.backlog.next_batch(most)
+        if len(batch):
+            self.push.append(batch)
+
+    @rule()
+    def serve_fault(self) -> None:
+        if self.asked:
+            wanted = self.backlog.fault(self.asked.pop(0))
+            if len(wanted):
+                self.pull.append(wanted)
+
+    @rule(lane=st.sampled_from(["push", "pull"]))
+    def deliver(self, lane: str) -> None:
+        queue = self.push if lane == "push" else self.pull
+        if not queue:
+            return
+        batch = queue.pop(0)
+        batch = batch[self.pages.claim(batch)]
+        results = np.array([-2 if pfn in self.gone else 0 for pfn in batch.tolist()], dtype=np.int32)
+        for pfn in batch[results == 0].tolist():
+            self.loads[pfn] = self.loads.get(pfn, 0) + 1
+        verdict = self.pages.finished(batch, results)
+        self.answer(verdict.answer)
+        if len(verdict.loaded):
+            self.backlog.loaded(verdict.loaded)
+        if len(verdict.dropped):
+            self.backlog.dropped(verdict.dropped)
+
+    @invariant()
+    def no_page_is_loaded_twice(self) -> None:
+        assert all(count == 1 for count in self.loads.values())
+
+    def teardown(self) -> None:
+        while self.push or self.pull or self.asked or self.backlog.unsent:
+            self.push_batch(8)
+            self.serve_fault()
+            self.deliver("push")
+            self.deliver("pull")
+        assert self.pages.count == self.backlog.unacknowledged == 0
+        assert not self.open
+        assert set(self.loads) | self.gone == set(range(0, NR, 2))
+
+
+TestBothEnds = BothEnds.TestCase

@@ -1,0 +1,65 @@
+"""The small sans-IO pieces around precopy: policy, bandwidth cap, statistics."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from migrate.bandwidth import BandwidthCap
+from migrate.policy import Decision, DefaultPolicy, PolicyOptions, PrecopyProgress, Strategy
+from migrate.statistics import LatencyHistogram
+
+C, STOP, POST = Decision.CONTINUE, Decision.STOP_AND_COPY, Decision.POSTCOPY
+GB = 1e9
+
+
+@pytest.mark.parametrize(
+    ("strategy", "progress", "decision"),
+    [
+        (Strategy.POSTCOPY, PrecopyProgress(0, True, 9999, 9999, 0.0), POST),
+        (Strategy.HYBRID, PrecopyProgress(1, False, 9999, 9999, GB), C),
+        (Strategy.HYBRID, PrecopyProgress(1, True, 50, 9999, 1.0), STOP),
+        (Strategy.HYBRID, PrecopyProgress(1, True, 4000, 99999, GB), STOP),  # 16 ms
+        (Strategy.HYBRID, PrecopyProgress(1, True, 40000, 99999, GB), C),
+        (Strategy.HYBRID, PrecopyProgress(2, True, 40000, 41000, GB), POST),  # does not converge
+        (Strategy.HYBRID, PrecopyProgress(5, True, 40000, 99999, GB), POST),  # rounds used up
+        (Strategy.HYBRID, PrecopyProgress(1, False, 9999, 9999, GB, postcopy_asked=True), POST),
+        (Strategy.PRECOPY, PrecopyProgress(4, True, 40000, 41000, GB), C),
+        (Strategy.PRECOPY, PrecopyProgress(5, True, 40000, 41000, GB), STOP),
+        (Strategy.PRECOPY, PrecopyProgress(1, False, 9999, 9999, GB, postcopy_asked=True), C),
+    ],
+)
+def test_decisions(strategy: Strategy, progress: PrecopyProgress, decision: Decision) -> None:
+    assert DefaultPolicy(strategy).decide(progress) is decision
+
+
+@pytest.mark.parametrize(
+    "options", [PolicyOptions(max_rounds=0), PolicyOptions(dirty_threshold=-1), PolicyOptions(downtime_target_ms=0)]
+)
+def test_senseless_options_are_named(options: PolicyOptions) -> None:
+    assert str(options.problems()).startswith("--")
+
+
+@given(st.lists(st.integers(1, 10**7), min_size=1, max_size=50), st.floats(1e3, 1e10))
+def test_the_cap_holds_on_any_sizes(sizes: list[int], rate: float) -> None:
+    cap, now = BandwidthCap(rate), 1000.0
+    for size in sizes:
+        now += cap.spend(size, now)
+    assert sum(sizes) <= rate * (now - 1000.0 + 0.06) * 1.001
+
+
+def test_without_a_cap_nothing_waits() -> None:
+    assert BandwidthCap(None).spend(10**12, 0.0) == 0.0
+
+
+@given(st.lists(st.floats(1e-6, 10.0), min_size=1, max_size=300))
+def test_quantiles_are_right_to_a_few_percent(seconds: list[float]) -> None:
+    histogram = LatencyHistogram()
+    for value in seconds:
+        histogram.record(value)
+    exact = sorted(seconds)[max(0, -(-len(seconds) // 2) - 1)] * 1e6
+    assert histogram.quantile(0.5) == pytest.approx(exact, rel=0.04)
+    summary = histogram.summary()
+    assert sum(summary["histogram"].values()) == summary["count"] == len(seconds)
+    assert summary["max"] == pytest.approx(max(seconds) * 1e6, abs=0.1)
