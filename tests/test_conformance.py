@@ -11,6 +11,7 @@ import errno
 import select
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -339,7 +340,7 @@ def test_a_running_guest_s_memory_is_evicted_and_served_back(lab: SimulatedLab) 
     assert [vcpu["errors"] for vcpu in domain.report()["vcpu"]] == [0, 0]
 
 
-def restored(lab: SimulatedLab, vcpus: int, **options: object) -> tuple[SimulatedDomain, SimulatedDomain, PagingRing]:
+def restored(lab: SimulatedLab, vcpus: int, **options: Any) -> tuple[SimulatedDomain, SimulatedDomain, PagingRing]:
     """A guest that starts with all but its pinned set absent; returns source, target, ring."""
     source = lab.boot(vcpus=vcpus, **options)
     lab.wait_for_steps(source, 10)

@@ -101,7 +101,7 @@ async def test_a_second_load_is_kept_from_doing_harm(clean_hosts: World, name: s
 async def test_a_second_response_is_noticed(clean_hosts: World, name: str, monkeypatch: Patch) -> None:
     """Invariant 4: what another vCPU is still owed goes to one that has its answer."""
     respond = PagingRing.respond
-    mixed_up = []
+    mixed_up: list[PagingRequest] = []
 
     def respond_to_the_wrong_one(self: PagingRing, requests: list[PagingRequest]) -> None:
         if not mixed_up and requests and requests[0].vcpu_waits:
@@ -203,7 +203,8 @@ async def test_a_sender_that_loses_a_page_never_completes(clean_hosts: World, na
 
     def lose_one(self: Backlog, most: int) -> PfnArray:
         batch = next_batch(self, most)
-        return batch[batch != 2500]
+        kept: PfnArray = batch[batch != 2500]
+        return kept
 
     monkeypatch.setattr(Backlog, "next_batch", lose_one)
     with pytest.raises(trio.TooSlowError):

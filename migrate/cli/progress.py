@@ -10,6 +10,8 @@ from tqdm import tqdm
 from migrate.cli.options import human_bytes
 
 PLAIN_EVERY_S = 5.0
+SHOWN = ("precopy", "switchover", "postcopy")
+"""The others are over at once, or end in a message of their own."""
 
 
 class ProgressDisplay:
@@ -27,6 +29,8 @@ class ProgressDisplay:
     def show(self, p: dict[str, Any]) -> None:
         self._measure(p["bytes_sent"])
         stage = (p["phase"], p["round"])
+        if p["phase"] not in SHOWN:
+            return
         if self._live:
             self._show_bar(p, stage)
         elif stage != self._stage or time.monotonic() - self._last_line > PLAIN_EVERY_S:
@@ -43,8 +47,9 @@ class ProgressDisplay:
         if stage != self._stage:
             self.close()
             self._bar = tqdm(
+                desc=self._title(p),
                 total=p["pages_total"] or None, file=self._stream, leave=False, unit=" pages", dynamic_ncols=True,
-                bar_format="{desc} {bar:20} {percentage:3.0f}% {postfix}" if p["pages_total"] else "{desc} {postfix}",
+                bar_format="{desc} {bar:20} {percentage:3.0f}%{postfix}" if p["pages_total"] else "{desc}{postfix}",
             )  # fmt: skip
         self._bar.total = p["pages_total"] or None
         self._bar.n = min(p["pages_done"], p["pages_total"]) if p["pages_total"] else 0

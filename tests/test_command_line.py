@@ -1,0 +1,391 @@
+"""The program as a user runs it: what it says, how it exits, and that nothing is lost by a mistake."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import signal
+import socket
+import subprocess
+import sys
+import termios
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from migrate import frames
+from migrate import messages as m
+from migrate.loopback import World, loopback_world, verify_migrated, wait_for_steps
+from migrate.pfns import pfn_array
+from tests.conftest import MIB
+from xenbackend.contract import DomainState
+from xenbackend.simulated.guest import GuestSpec
+
+PROGRAM = [sys.executable, "-m", "migrate.cli"]
+
+
+def run(*arguments: str | Path, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*PROGRAM, *map(str, arguments)], capture_output=True, text=True, timeout=timeout_s, check=False
+    )
+
+
+def boot(world: World, name: str, memory: int = 4 * MIB, **options: Any) -> GuestSpec:
+    spec = GuestSpec(name, memory, **options)
+    domain = world.source.create_guest(spec.to_bytes())
+    wait_for_steps(domain, 5)
+    domain.close()
+    return spec
+
+
+def migrate(world: World, name: str, *arguments: str, to: str | None = None) -> subprocess.CompletedProcess[str]:
+    return run("migrate", name, to or f"127.0.0.1:{world.port}", "--socket", world.sender_socket, *arguments)
+
+
+def assert_refused(result: subprocess.CompletedProcess[str], what: str, status: int = 1) -> None:
+    """One line that says what is wrong, on standard error, and a status that is not 0."""
+    assert result.returncode == status, result.stderr
+    lines = [line for line in result.stderr.splitlines() if not line.startswith(("guest-", "Usage:", "Try "))]
+    assert len([line for line in lines if line.strip()]) == 1, result.stderr
+    assert what in lines[-1]
+    assert "Traceback" not in result.stderr
+
+
+def assert_unharmed(world: World, spec: GuestSpec) -> None:
+    """The guest runs at the source, undamaged, and the destination is empty."""
+    from xenbackend.simulated.verify import verify
+
+    deadline = time.monotonic() + 10
+    while world.destination.domains():
+        assert time.monotonic() < deadline, "left over at the destination"
+        time.sleep(0.01)
+    domain = world.source.open(spec.name)
+    assert domain.info().state is DomainState.RUNNING
+    wait_for_steps(domain, 5)
+    domain.suspend()
+    assert verify(domain, spec).problems == []
+    domain.close()
+
+
+# ---- migrate ----
+def test_an_unknown_domain(world: World) -> None:
+    assert_refused(migrate(world, "nobody"), "no such domain")
+
+
+def test_no_sender_daemon(tmp_path: Path) -> None:
+    assert_refused(run("migrate", "guest", "there", "--socket", tmp_path / "none.sock"), "is the daemon running?")
+
+
+def test_an_unreachable_destination(world: World, name: str) -> None:
+    spec = boot(world, name)
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    assert_refused(migrate(world, name, to=f"127.0.0.1:{port}"), "is `xen-postcopy receiver` running there?")
+    assert_refused(migrate(world, name, to="127.0.0.1:http"), "HOST:PORT")
+    assert_unharmed(world, spec)
+
+
+@contextlib.contextmanager
+def server(answer: bytes, *, hang_up: bool = False) -> Iterator[int]:
+    """Somebody else's server: says ``answer`` and waits for the client to leave, or leaves when that has spoken."""
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _address = listener.accept()
+                with connection, contextlib.suppress(OSError):
+                    connection.sendall(answer)
+                    while connection.recv(65536) and not hang_up:
+                        pass
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield listener.getsockname()[1]
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join(10)
+
+
+def test_a_destination_that_answers_garbage(world: World, name: str) -> None:
+    spec = boot(world, name)
+    with server(b"HTTP/1.1 400 Bad Request\r\n\r\n") as port:
+        assert_refused(migrate(world, name, to=f"127.0.0.1:{port}"), "is that the right port?")
+    assert_unharmed(world, spec)
+
+
+def test_a_destination_of_another_version(world: World, name: str) -> None:
+    spec = boot(world, name)
+    newer = m.Hello(7, 9, "push", "s", b"", (), (), "newer")
+    with server(frames.encode(newer.header())) as port:
+        assert_refused(migrate(world, name, to=f"127.0.0.1:{port}"), "versions 7 to 9")
+    assert_unharmed(world, spec)
+
+
+def test_a_destination_that_hangs_up(world: World, name: str) -> None:
+    spec = boot(world, name)
+    greeting = frames.encode(m.Hello(1, 1, "push", "s", b"", (), (), "x").header())
+    with server(greeting + b"XPC1\0\0", hang_up=True) as port:
+        assert_refused(migrate(world, name, to=f"127.0.0.1:{port}"), "connection")
+    assert_unharmed(world, spec)
+
+
+def test_a_name_in_use_at_the_destination(world: World, name: str) -> None:
+    spec = boot(world, name)
+    other = world.destination.create_guest(spec.to_bytes())
+    assert_refused(migrate(world, name), "is there already: rename or destroy it first")
+    assert other.info().state is DomainState.RUNNING
+    other.destroy()
+    other.close()
+    assert_unharmed(world, spec)
+
+
+def test_not_enough_memory_at_the_destination_is_known_before_anything_is_sent(world: World, name: str) -> None:
+    spec = boot(world, name, memory=1024 * MIB, workload="idle", zero_permille=1000)
+    hog = world.destination.create_guest(
+        GuestSpec(name + "-hog", 1536 * MIB, workload="idle", zero_permille=1000).to_bytes()
+    )
+    result = migrate(world, name)
+    assert_refused(result, "not enough memory")
+    assert "precopy" not in result.stderr
+    hog.destroy()
+    hog.close()
+    assert_unharmed(world, spec)
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        (["--max-rounds", "0"], "--max-rounds"),
+        (["--downtime-target", "0"], "--downtime-target"),
+        (["--dirty-threshold", "-1"], "--dirty-threshold"),
+        (["--bandwidth", "0"], "--bandwidth"),
+        (["--bandwidth", "fast"], "is not a size"),
+        (["--strategy", "teleport"], "teleport"),
+    ],
+)
+def test_senseless_migration_options(options: list[str], what: str) -> None:
+    assert_refused(run("migrate", "guest", "there", *options), what, status=2)
+
+
+def test_a_result_that_cannot_be_written_is_an_error(world: World, name: str, tmp_path: Path) -> None:
+    spec = boot(world, name)
+    result = migrate(world, name, "--json", str(tmp_path / "none" / "result.json"))
+    assert result.returncode == 1
+    assert "cannot write" in result.stderr
+    assert verify_migrated(world, spec)[0].problems == []
+
+
+# ---- loopback and guests ----
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        (["--rate", "0"], "rate of 0"),
+        (["--vcpus", "0"], "0 vCPUs"),
+        (["--vcpus", "65"], "1 to 64"),
+        (["--memory", "1M", "--working-set", "2M"], "above the memory"),
+        (["--memory", "1000000"], "not a multiple of 4096"),
+        (["--memory", "0"], "256 KiB"),
+        (["--stride", "0"], "stride"),
+        (["--memory", "4M", "--balloon", "3M"], "balloon"),
+        (["--image", "/nonexistent"], "No such file"),
+        (["--image", __file__], "multiple of 4096"),
+    ],
+)
+def test_senseless_guests(options: list[str], what: str) -> None:
+    assert_refused(run("loopback", *options), what)
+
+
+def test_an_image_larger_than_the_memory(tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(bytes(8 * MIB))
+    assert_refused(run("loopback", "--image", image, "--memory", "4M"), "more than the guest's memory")
+
+
+def test_loopback_reports_and_writes_the_documented_keys(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    result = run("loopback", "--memory", "8M", "--vcpus", "2", "--json", path)
+    assert result.returncode == 0, result.stderr
+    assert "verified: all 2048 pages" in result.stdout
+    data = json.loads(path.read_text())
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    for key in (
+        "verified", "strategy", "memory_bytes", "total_s", "downtime_s", "precopy", "push", "pull", "zero_pages",
+        "fault_latency_us", "vcpu_block_s", "throughput_bytes_per_s",
+    ):  # fmt: skip
+        assert key in data
+        assert f"`{key}`" in readme
+    assert data["verified"] is True
+    assert set(data["precopy"]) == {"rounds", "pages"}
+    assert set(data["push"]) == {"pages", "bytes"}
+    assert set(data["pull"]) == {"requests", "pages"}
+    assert set(data["fault_latency_us"]) == {"count", "mean", "p50", "p99", "max", "histogram"}
+
+
+def test_loopback_leaves_nothing_behind(tmp_path: Path) -> None:
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    subprocess.run(
+        [*PROGRAM, "loopback", "--memory", "4M"], check=True, capture_output=True, env=environment, timeout=60
+    )
+    assert list(tmp_path.iterdir()) == []
+    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert str(tmp_path) not in running
+
+
+def test_the_life_of_a_simulated_guest(world: World, name: str) -> None:
+    host = ["--host", str(world.directory / "source.sock")]
+    assert run("simulated-guest", "create", name, *host, "--memory", "4M").returncode == 0
+    assert_refused(run("simulated-guest", "create", name, *host, "--memory", "4M"), "there already")
+    assert name in run("simulated-guest", "list", *host).stdout
+    assert "1024 pages are what the guest wrote" in run("simulated-guest", "verify", name, *host).stdout
+    domain = world.source.open(name)
+    domain.suspend()
+    domain.write_pages(pfn_array([700]), b"x" * 4096)
+    domain.resume()
+    domain.close()
+    assert_refused(run("simulated-guest", "verify", name, *host), "1 of 1024 pages differ")
+    assert run("simulated-guest", "destroy", name, *host).returncode == 0
+    assert name not in run("simulated-guest", "list", *host).stdout
+
+
+def test_daemons_refuse_a_place_that_is_taken(world: World) -> None:
+    host = world.directory / "source.sock"
+    assert_refused(run("simulated-host", "--socket", host), "listens there already")
+    assert "listening there already" in run("sender", "--socket", world.sender_socket, "--simulated", host).stderr
+    taken = run(
+        "receiver", "--listen", f"127.0.0.1:{world.port}", "--socket", world.directory / "x", "--simulated", host
+    )
+    assert_refused(taken, "cannot listen")
+
+
+def test_help_teaches() -> None:
+    top = run("--help").stdout
+    for command in ("migrate", "list", "sender", "receiver", "simulated-host", "loopback"):
+        assert command in top
+        assert run(command, "--help").returncode == 0
+    assert run("--version").stdout.startswith("xen-postcopy")
+
+
+def test_list(world: World, name: str) -> None:
+    boot(world, name)
+    assert migrate(world, name).returncode == 0
+    sockets = ["--socket", str(world.sender_socket), "--socket", str(world.receiver_socket)]
+    lines = [line for line in run("list", *sockets).stdout.splitlines() if name in line]
+    assert len(lines) == 2
+    assert all("completed" in line for line in lines)
+    assert any(entry["domain"] == name for entry in json.loads(run("list", "--json", *sockets).stdout))
+
+
+# ---- Ctrl-C ----
+def interrupt_when(world: World, spec: GuestSpec, phase: str, *options: str) -> tuple[int, str]:
+    """Press Ctrl-C when the migration is in a phase; returns status and what was said."""
+    process = subprocess.Popen(
+        [*PROGRAM, "migrate", spec.name, f"127.0.0.1:{world.port}", "--socket", str(world.sender_socket), *options],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    said = ""
+    for line in process.stderr:
+        said += line
+        if f"{spec.name}: {phase}" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    with process:
+        said += process.stderr.read()
+        return process.wait(30), said
+
+
+def test_ctrl_c_before_the_switchover_takes_everything_back(world: World, name: str) -> None:
+    spec = boot(world, name, memory=16 * MIB, workload="idle", zero_permille=0)
+    status, said = interrupt_when(world, spec, "precopy", "--bandwidth", "4M")
+    assert status == 130
+    assert "the guest goes on at the source" in said
+    assert_unharmed(world, spec)
+
+
+def test_ctrl_c_after_the_switchover_leaves_the_migration_to_the_daemons(world: World, name: str) -> None:
+    spec = boot(world, name, memory=16 * MIB, workload="idle", zero_permille=0)
+    status, said = interrupt_when(world, spec, "postcopy", "--strategy", "postcopy", "--bandwidth", "8M")
+    assert status == 130
+    assert "goes on in the daemons" in said
+    deadline = time.monotonic() + 30
+    while any(info.name == name for info in world.source.domains()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert verify_migrated(world, spec)[0].problems == []
+
+
+def test_the_progress_is_live_on_a_terminal(world: World, name: str) -> None:
+    boot(world, name, memory=16 * MIB, workload="idle", zero_permille=0)
+    master, slave = pty.openpty()
+    termios.tcsetwinsize(slave, (24, 100))
+    process = subprocess.Popen(
+        [
+            *PROGRAM,
+            "migrate",
+            name,
+            f"127.0.0.1:{world.port}",
+            "--socket",
+            str(world.sender_socket),
+            "--bandwidth",
+            "16M",
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=slave,
+    )
+    os.close(slave)
+    shown = b""
+    with contextlib.suppress(OSError):
+        while data := os.read(master, 4096):
+            shown += data
+    os.close(master)
+    assert process.wait(30) == 0
+    assert b"precopy, round 1" in shown
+    assert b"\r" in shown
+    assert b"%" in shown
+
+
+# ---- stopping daemons ----
+def test_a_sender_that_is_stopped_takes_its_migrations_back(name: str) -> None:
+    with loopback_world(64 * MIB) as world:
+        spec = boot(world, name, memory=16 * MIB, workload="idle", zero_permille=0)
+        process = subprocess.Popen(
+            [
+                *PROGRAM,
+                "migrate",
+                name,
+                f"127.0.0.1:{world.port}",
+                "--socket",
+                str(world.sender_socket),
+                "--bandwidth",
+                "4M",
+            ],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stderr is not None
+        assert any("precopy" in line for line in iter(process.stderr.readline, ""))
+        world.stop("sender")
+        process.stderr.close()
+        assert process.wait(30) == 1
+        assert_unharmed(world, spec)
+
+
+def test_a_killed_sender_leaves_the_guest_where_it_was(name: str) -> None:
+    """Before the switchover: the hypervisor's guest does not depend on the daemon."""
+    with loopback_world(64 * MIB) as world:
+        spec = boot(world, name, memory=16 * MIB, workload="idle", zero_permille=0)
+        with world.control() as client:
+            client.say(command="migrate", domain=name, destination=f"127.0.0.1:{world.port}", bandwidth=4 * MIB)
+            for answer in client.answers():
+                if answer["phase"] == "precopy":
+                    break
+            world.stop("sender", signal.SIGKILL)
+        assert_unharmed(world, spec)
