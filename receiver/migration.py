@@ -9,7 +9,6 @@ ring stays enabled and its memory stays as it is (invariants 1 and 5).
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import secrets
 from dataclasses import dataclass
@@ -226,16 +225,16 @@ class IncomingMigration:
         await self._pager.nothing_outstanding.wait()
         self.progress.phase = "completing"
         await trio.to_thread.run_sync(self._pager.acknowledge)
-        await self._say(m.Complete(json.dumps(self.statistics.summary()).encode()))
+        await self._say(m.Complete(self._pager.summary()))
 
     async def _report(self) -> None:
         while True:
             await trio.to_thread.run_sync(self._pager.acknowledge)
             if self._pager.nothing_outstanding.is_set():
                 return
-            latency = self.statistics.latency
-            self.progress.outstanding, self.progress.waiting = self._pages.count, self._pages.waiting
-            await self._say(m.Report(self._pages.count, latency.count, int(latency.quantile(0.5))))
+            report, self.progress.waiting = self._pager.report()
+            self.progress.outstanding = report.outstanding
+            await self._say(report)
             with trio.move_on_after(REPORT_EVERY_S):
                 await self._pager.nothing_outstanding.wait()
 

@@ -9,6 +9,7 @@ or behind a batch.  The thread of the push lane brings pushed pages and acknowle
 from __future__ import annotations
 
 import errno
+import json
 import select
 import threading
 import time
@@ -19,7 +20,7 @@ import trio
 from numpy.typing import NDArray
 
 from migrate.errors import PeerClosedError
-from migrate.messages import MAX_PFNS, Dropped, Fault, Lane, Loaded, Message, Pages
+from migrate.messages import MAX_PFNS, Dropped, Fault, Lane, Loaded, Message, Pages, Report
 from migrate.pfns import pfn_array
 from migrate.session import Phase, Session
 from migrate.statistics import PagerStatistics
@@ -133,6 +134,17 @@ class Pager:
                 pfns = np.sort(np.concatenate(lists)) if lists else pfn_array()
                 for at in range(0, len(pfns), MAX_PFNS):
                     self._say(kind(pfns[at : at + MAX_PFNS]))
+
+    def report(self) -> tuple[Report, int]:
+        """How it goes, and how many requests wait just now."""
+        with self._lock:
+            latency = self._statistics.latency
+            return Report(self._pages.count, latency.count, int(latency.quantile(0.5))), self._pages.waiting
+
+    def summary(self) -> bytes:
+        """The statistics, as JSON."""
+        with self._lock:
+            return json.dumps(self._statistics.summary()).encode()
 
     async def finish(self) -> None:
         """Nothing is outstanding and the thread has ended: answer what is still in the ring and give it up."""
