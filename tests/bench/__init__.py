@@ -1,0 +1,1 @@
+"""Figures, set against plain C programs on the same machine in the same run: ``make bench``."""
