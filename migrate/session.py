@@ -60,7 +60,8 @@ class Rule:
 S, R = Role.SENDER, Role.RECEIVER
 RULES: dict[type[Message], Rule] = {
     m.Offer: Rule(S, (P.HELLO,), P.PREFLIGHT),
-    m.Pages: Rule(S, (P.PRECOPY, P.SWITCHOVER, P.POSTCOPY), lane=None),
+    # COMPLETE: a batch was being read while each of its pages was fetched by a fault.
+    m.Pages: Rule(S, (P.PRECOPY, P.SWITCHOVER, P.POSTCOPY, P.COMPLETE), lane=None),
     m.Defer: Rule(S, (P.PRECOPY,)),
     m.Barrier: Rule(S, (P.PRECOPY,)),
     m.Suspended: Rule(S, (P.PRECOPY,), P.SWITCHOVER),
@@ -129,8 +130,6 @@ class Session:
             return allowed
         if speaker is Role.RECEIVER and P.PRECOPY in allowed:
             allowed = (*allowed, P.SWITCHOVER)  # passed, while we have suspended
-        if speaker is Role.SENDER and P.POSTCOPY in allowed:
-            allowed = (*allowed, P.COMPLETE)  # pages that crossed our complete
         if lane is Lane.PULL and P.POSTCOPY in allowed:
             allowed = (*allowed, P.COMPLETE, P.CLOSED)  # the lanes do not wait for each other
         return allowed

@@ -197,18 +197,22 @@ async def run_in_thread(main: Callable[[], None], stop: Callable[[], None], *, u
             if urgent_now:
                 os.setpriority(os.PRIO_PROCESS, thread, 0)  # trio uses its threads again
 
+    ended = trio.Event()
     async with task_group() as tasks:
 
         async def run() -> None:
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(prioritised, limiter=trio.CapacityLimiter(1))
-            tasks.cancel_scope.cancel()
+            try:
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(prioritised, limiter=trio.CapacityLimiter(1))
+            finally:
+                ended.set()
 
         tasks.start_soon(run)
         try:
-            await trio.sleep_forever()
+            await ended.wait()
         finally:
-            stop()
+            if not ended.is_set():
+                stop()
 
 
 async def connect(host: str, port: int) -> LaneConnection:

@@ -40,7 +40,8 @@ async def migrate(
     await trio.to_thread.run_sync(wait_for_steps, guest, 100)
     guest.close()
     receiver = ReceiverDaemon(world.destination, world.receiver_socket, "127.0.0.1", 0)
-    options = options or MigrationOptions(strategy, PolicyOptions(max_rounds=2))
+    # Slow enough that the guest touches pages before they are pushed, however busy the machine is.
+    options = options or MigrationOptions(strategy, PolicyOptions(max_rounds=2), bandwidth_bytes_per_s=32 * 2**20)
     with trio.fail_after(timeout_s):
         async with trio.open_nursery() as nursery:
             listeners = await nursery.start(

@@ -154,7 +154,7 @@ async def test_a_ring_that_is_disabled_early_is_noticed(clean_hosts: World, name
         self._domain.paging_disable()
 
     monkeypatch.setattr(Pager, "_handle_ring", disable)
-    await migrate(clean_hosts, busy(name))
+    await migrate(clean_hosts, busy(name, working_set_bytes=16 * MIB))  # more than the first pushed batch
     domain = clean_hosts.destination.open(name)
     with trio.fail_after(10):
         while domain.info().state is not DomainState.CRASHED:
