@@ -88,22 +88,27 @@ async def serve(
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # the client has gone; what it asked for goes on
 
-    async with listen_unix(path) as listener:
-        await trio.serve_listeners(exchange, [listener], task_status=task_status)
+    async with listen_unix(path) as sock:
+        await trio.serve_listeners(exchange, [trio.SocketListener(sock)], task_status=task_status)
 
 
 @asynccontextmanager
-async def listen_unix(path: Path) -> AsyncIterator[trio.SocketListener]:
-    """A socket at ``path`` for this user alone.  One that nobody listens at any more is replaced."""
-    sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+async def listen_unix(
+    path: Path, kind: socket.SocketKind = socket.SOCK_STREAM
+) -> AsyncIterator[trio.socket.SocketType]:
+    """A listening socket at ``path`` for this user alone; one that nobody listens at any more is replaced.
+
+    Raises :class:`MigrationError` where somebody does, or where it cannot be made.
+    """
+    sock = trio.socket.socket(socket.AF_UNIX, kind)
     with sock:
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
             if path.is_socket():
-                with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                with socket.socket(socket.AF_UNIX, kind) as probe:
                     try:
                         probe.connect(os.fspath(path))
-                        raise MigrationError(f"control socket {path}: a daemon is listening there already")
+                        raise MigrationError(f"socket {path}: somebody is listening there already")
                     except ConnectionRefusedError:
                         path.unlink()
             old = os.umask(0o177)
@@ -112,10 +117,10 @@ async def listen_unix(path: Path) -> AsyncIterator[trio.SocketListener]:
             finally:
                 os.umask(old)
         except OSError as error:
-            raise MigrationError(f"control socket {path}: {error.strerror or error}") from error
+            raise MigrationError(f"socket {path}: {error.strerror or error}") from error
         sock.listen(64)
         try:
-            yield trio.SocketListener(sock)
+            yield sock
         finally:
             path.unlink(missing_ok=True)
 

@@ -256,7 +256,7 @@ def test_the_life_of_a_simulated_guest(world: World, name: str) -> None:
 
 def test_daemons_refuse_a_place_that_is_taken(world: World) -> None:
     host = world.directory / "source.sock"
-    assert_refused(run("simulated-host", "--socket", host), "listens there already")
+    assert_refused(run("simulated-host", "--socket", host), "listening there already")
     assert "listening there already" in run("sender", "--socket", world.sender_socket, "--simulated", host).stderr
     taken = run(
         "receiver", "--listen", f"127.0.0.1:{world.port}", "--socket", world.directory / "x", "--simulated", host

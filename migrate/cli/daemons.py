@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -84,15 +85,16 @@ def simulated_host_command(
     socket_path: Path, memory: int, no_populate_evicted: bool, no_paging: bool, verbose: bool
 ) -> None:
     """A simulated Xen: a process that holds guests with memory, vCPUs and paging rings."""
+    from migrate.control import listen_unix
     from migrate.daemon import notify, until_stopped
-    from xenbackend.simulated.host import SimulatedHost, listening
+    from xenbackend.simulated.host import SimulatedHost
 
     if memory < 4096:
         raise click.UsageError("--memory: at least a page (4096)")
     host = SimulatedHost(memory, populate_evicted=not no_populate_evicted, paging=not no_paging)
 
     async def serve() -> None:
-        async with listening(socket_path) as listener:
+        async with listen_unix(socket_path, socket.SOCK_SEQPACKET) as listener:
             notify("READY=1")
             logging.getLogger(__name__).info("simulated host ready at %s", socket_path)
             await host.serve(listener)

@@ -7,13 +7,11 @@ that it held are repaired, as a hypercall of a dying process is finished or undo
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import mmap
 import os
 import socket
-from collections.abc import AsyncIterator, Callable
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import msgpack
@@ -221,6 +219,7 @@ class SimulatedHost:
 
     # ---- clients ----
     async def serve(self, listener: trio.socket.SocketType) -> None:
+        """``listener``: SOCK_SEQPACKET.  Until cancelled."""
         async with trio.open_nursery() as nursery:
             while True:
                 connection, _address = await listener.accept()
@@ -389,34 +388,3 @@ class SimulatedHost:
 
 
 SLOW = {"create", "destroy"}
-
-
-@contextlib.asynccontextmanager
-async def listening(path: Path) -> AsyncIterator[trio.socket.SocketType]:
-    """A SOCK_SEQPACKET listener at ``path``, mode 0600; a socket that nobody listens at any more is replaced.
-
-    Raises ``XenError`` (EADDRINUSE) where another host listens there.
-    """
-    sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with sock:
-        if path.is_socket():
-            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
-                try:
-                    probe.connect(os.fspath(path))
-                except ConnectionRefusedError:
-                    path.unlink()
-                else:
-                    raise XenError(f"socket {path}", errno.EADDRINUSE, why="a simulated host listens there already")
-        try:
-            old = os.umask(0o177)
-            try:
-                await sock.bind(os.fspath(path))
-            finally:
-                os.umask(old)
-        except OSError as error:
-            raise XenError(f"socket {path}", error.errno or 0, why=error.strerror or "") from error
-        sock.listen(64)
-        try:
-            yield sock
-        finally:
-            path.unlink(missing_ok=True)
