@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import struct
 import threading
@@ -40,6 +41,8 @@ class LaneConnection:
     def __init__(self, sock: socket.socket):
         self._socket = sock
         self._socket.setblocking(True)
+        self._readable = select.poll()
+        self._readable.register(sock, select.POLLIN)
         self._decoder = FrameDecoder()
         self._sending = threading.Lock()
         self._receiving = threading.Lock()
@@ -101,7 +104,10 @@ class LaneConnection:
     def fill(self) -> None:
         """Wait for bytes, of a payload for all that it still lacks.  Raises :class:`PeerClosedError` at the end."""
         flags = 0
-        if self._decoder.in_payload():
+        if not self._decoder.in_payload():
+            # Not in recv(): there every bit of room that opens for another thread's send would wake us for nothing.
+            self._readable.poll()
+        else:
             flags = socket.MSG_WAITALL
             if self._tcp:
                 # Because we acknowledge pages on this connection the kernel takes it for a dialogue and delays its

@@ -149,7 +149,6 @@ class OutgoingMigration:
                 if lane is not None:
                     lane.close()
             self._domain.close()
-            self.statistics.finished = time.monotonic()
             self.statistics.bytes_sent = sum(lane.bytes_sent for lane in (self._push, self._pull) if lane)
 
     async def _migrate(self) -> None:
@@ -171,6 +170,7 @@ class OutgoingMigration:
                 raise RemoteProtocolError(f"complete, but {self._backlog.unacknowledged} pages were never confirmed")
             await self._say(m.Completed())
             await self._push_lane_closed()
+            self.statistics.finished = time.monotonic()
             tasks.cancel_scope.cancel()
         self.progress.phase = "completed"
         await trio.to_thread.run_sync(self._domain.destroy)

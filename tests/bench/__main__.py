@@ -117,7 +117,7 @@ def bulk(limits: Limits, runs: int) -> None:
 
 def faults(limits: Limits, runs: int) -> None:
     for vcpus, bandwidth in ((1, 4 * 2**20), (1, None), (2, None)):
-        spec = GuestSpec("guest", GIB // 8 if bandwidth else GIB, vcpus, "random")
+        spec = GuestSpec("guest", GIB // 32 if bandwidth else GIB, vcpus, "random")
         round_trips, pager, pager_p99, guest, guest_p99, longest = [], [], [], [], [], []
         for _ in range(runs):
             round_trips.append(limits.run("roundtrip", 10_000)[0])
