@@ -44,18 +44,18 @@ class AnonymousMemory(threading.Thread):
     def __init__(self, world: World):
         super().__init__(daemon=True)
         self._pids = {name: world.processes[name].popen.pid for name in ("sender", "receiver")}
-        self._stop = threading.Event()
+        self._stopping = threading.Event()
         self.peak = dict.fromkeys(self._pids, 0)
 
     def run(self) -> None:
-        while not self._stop.wait(0.005):
+        while not self._stopping.wait(0.005):
             for name, pid in self._pids.items():
                 for line in Path(f"/proc/{pid}/status").read_text().splitlines():
                     if line.startswith("RssAnon"):
                         self.peak[name] = max(self.peak[name], int(line.split()[1]) * 1024)
 
     def stop(self) -> None:
-        self._stop.set()
+        self._stopping.set()
         self.join()
 
 
