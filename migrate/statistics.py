@@ -98,7 +98,6 @@ class SenderStatistics:
     pull_zero_pages: int = 0
     zero_pages: int = 0
     bytes_sent: int = 0
-    postcopy: bool = False
 
     @property
     def downtime_s(self) -> float:

@@ -15,7 +15,7 @@ import select
 import socket
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import trio
 
@@ -69,25 +69,23 @@ class LaneConnection:
     def send_blocking(self, message: Message, payload: Buffer = frames.EMPTY) -> int:
         """Returns the bytes that it took.  Raises :class:`PeerClosedError` when the connection is gone."""
         head = frames.encode(message.header(), payload)
+        size = len(head) + len(payload)
         with self._sending:
-            self._send_all(head, payload)
-        return len(head) + len(payload)
-
-    def _send_all(self, head: bytes, payload: Buffer) -> None:
-        if self._cut_off:
-            raise PeerClosedError("the connection was lost while sending")
-        try:
-            if len(head) + len(payload) <= SMALL_FRAME:
-                self._socket.sendall(head + payload)
-            else:
-                self._socket.sendall(head)
-                self._socket.sendall(payload)
-        except OSError as error:
-            self._cut_off = True
-            if isinstance(error, BlockingIOError):
-                raise PeerClosedError(f"the peer has taken nothing for {STEP_TIMEOUT_S:g} s") from error
-            raise PeerClosedError(f"the connection was lost while sending: {error.strerror or error}") from error
-        self.bytes_sent += len(head) + len(payload)
+            if self._cut_off:
+                raise PeerClosedError("the connection was lost while sending")
+            try:
+                if size <= SMALL_FRAME:
+                    self._socket.sendall(head + payload)
+                else:
+                    self._socket.sendall(head)
+                    self._socket.sendall(payload)
+            except OSError as error:
+                self._cut_off = True
+                if isinstance(error, BlockingIOError):
+                    raise PeerClosedError(f"the peer has taken nothing for {STEP_TIMEOUT_S:g} s") from error
+                raise PeerClosedError(f"the connection was lost while sending: {error.strerror or error}") from error
+            self.bytes_sent += size
+        return size
 
     def receive_blocking(self) -> tuple[Message, memoryview]:
         """As :meth:`receive`."""
@@ -124,31 +122,21 @@ class LaneConnection:
         self._decoder.filled(count)
 
     # ---- for the event loop ----
-    async def send(self, message: Message, payload: Buffer = frames.EMPTY) -> int:
+    async def send(self, message: Message) -> None:
         """As :meth:`send_blocking`, in the order of the calls.
 
-        Cancelling stops the waiting, not the sending: the lane is never left in the middle of a frame, and ``payload`` must
-        not be used again until the next message was sent, or the lane is closed.
+        Cancelling stops the waiting, not the sending: the lane is never left in the middle of a frame.
         """
-        head = frames.encode(message.header(), payload)
         async with self._send_limiter:
             await trio.to_thread.run_sync(
-                self._send_locked, head, payload, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1)
+                self.send_blocking, message, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1)
             )
-        return len(head) + len(payload)
-
-    def _send_locked(self, head: bytes, payload: Buffer) -> None:
-        with self._sending:
-            self._send_all(head, payload)
 
     async def receive(self) -> tuple[Message, memoryview]:
         """A message and its pages, which stay valid during the next call but not beyond it.
 
         Raises :class:`ProtocolError` for garbage, :class:`PeerClosedError` when the connection has ended.
         """
-        received = self.pending()
-        if received is not None:
-            return received
         return await trio.to_thread.run_sync(
             self.receive_blocking, abandon_on_cancel=True, limiter=self._receive_limiter
         )
@@ -182,6 +170,15 @@ class LaneConnection:
             self._socket.close()
 
 
+@contextlib.contextmanager
+def step_timeout(complaint: str) -> Iterator[None]:
+    """A step that the peer has to take before the handover.  Raises :class:`MigrationError` when it takes too long."""
+    with trio.move_on_after(STEP_TIMEOUT_S) as scope:
+        yield
+    if scope.cancelled_caught:
+        raise MigrationError(f"{complaint} within {STEP_TIMEOUT_S:g} s")
+
+
 async def run_in_thread(main: Callable[[], None], stop: Callable[[], None], *, urgent: bool = False) -> None:
     """Run ``main`` in a thread of its own; ``stop`` makes it return, and is called when this task is cancelled.
 
@@ -189,18 +186,16 @@ async def run_in_thread(main: Callable[[], None], stop: Callable[[], None], *, u
     """
 
     def prioritised() -> None:
+        if not urgent:
+            main()
+            return
         thread = threading.get_native_id()
-        try:
-            if urgent:
-                os.setpriority(os.PRIO_PROCESS, thread, URGENT_NICE)
-        except PermissionError:
-            urgent_now = False
-        else:
-            urgent_now = urgent
+        with contextlib.suppress(PermissionError):
+            os.setpriority(os.PRIO_PROCESS, thread, URGENT_NICE)
         try:
             main()
         finally:
-            if urgent_now:
+            with contextlib.suppress(PermissionError):
                 os.setpriority(os.PRIO_PROCESS, thread, 0)  # trio uses its threads again
 
     ended = trio.Event()

@@ -22,7 +22,7 @@ from migrate.pfns import pfns_of_window
 from migrate.session import Role, Session
 from migrate.statistics import PagerStatistics
 from migrate.tasks import task_group
-from migrate.transport import STEP_TIMEOUT_S, LaneConnection, run_in_thread
+from migrate.transport import LaneConnection, run_in_thread, step_timeout
 from receiver.outstanding import OutstandingPages
 from receiver.pager import Pager
 from receiver.restore import MemoryRestorer
@@ -104,10 +104,8 @@ class IncomingMigration:
                 self._pull.close()
 
     async def _receive_migration(self) -> None:
-        with trio.move_on_after(STEP_TIMEOUT_S) as timeout:
+        with step_timeout("the sender offered nothing"):
             offer, _pages = await self._push.receive()
-        if timeout.cancelled_caught:
-            raise MigrationError(f"the sender offered nothing within {STEP_TIMEOUT_S:g} s")
         self.session.received(offer, Lane.PUSH)
         if not isinstance(offer, m.Offer):
             raise RemoteProtocolError(f"{offer.type} instead of an offer")

@@ -32,7 +32,7 @@ from migrate.policy import Decision, DefaultPolicy, Policy, PolicyOptions, Preco
 from migrate.session import Role, Session, hello, negotiate
 from migrate.statistics import SenderStatistics
 from migrate.tasks import task_group
-from migrate.transport import STEP_TIMEOUT_S, LaneConnection, connect, run_in_thread
+from migrate.transport import STEP_TIMEOUT_S, LaneConnection, connect, run_in_thread, step_timeout
 from sender.backlog import Backlog
 from sender.faults import FaultServer
 from sender.reader import PageReader, all_pfns, batches_of, count_pages
@@ -184,11 +184,9 @@ class OutgoingMigration:
         config = self._domain.config()
         paging = self.options.strategy.pages_after_handover
         await self._say(m.Offer(config.name, config.nr_pfns, config.max_pages, config.vcpus, config.platform, paging))
-        with trio.move_on_after(STEP_TIMEOUT_S) as timeout:
+        with step_timeout("the destination did not answer the preflight"):
             answer, _pages = await self._push.receive()
-            self.session.received(answer, Lane.PUSH)
-        if timeout.cancelled_caught:
-            raise MigrationError(f"the destination did not answer the preflight within {STEP_TIMEOUT_S:g} s")
+        self.session.received(answer, Lane.PUSH)
         if isinstance(answer, m.Refused | m.Failed):
             raise MigrationError(f"the destination refuses: {answer.reason}")
         if not isinstance(answer, m.Accepted):
@@ -239,10 +237,8 @@ class OutgoingMigration:
         for base, bitmap in windows(to_send):
             await self._say(m.Defer(base, bitmap))
         await self._say(m.Barrier(1))
-        with trio.move_on_after(STEP_TIMEOUT_S) as timeout:
+        with step_timeout("the destination did not evict the unsent pages"):
             await self._signals.passed.wait()
-        if timeout.cancelled_caught:
-            raise MigrationError(f"the destination did not evict the unsent pages within {STEP_TIMEOUT_S:g} s")
         return to_send, kept_back
 
     async def _send_round(self, to_send: PfnMask, total: int, previous: int, began: float) -> Decision:
@@ -343,10 +339,8 @@ class OutgoingMigration:
         for at in range(0, len(context), m.MAX_CONTEXT_CHUNK):
             chunk = context[at : at + m.MAX_CONTEXT_CHUNK]
             await self._say(m.Context(chunk, at + len(chunk) == len(context)))
-        with trio.move_on_after(STEP_TIMEOUT_S) as timeout:
+        with step_timeout("the guest was suspended, and the destination was not ready"):
             await self._signals.ready.wait()
-        if timeout.cancelled_caught:
-            raise MigrationError(f"the destination was not ready within {STEP_TIMEOUT_S:g} s of the suspension")
         assert self._pull is not None
         self._backlog = Backlog(missing)
         self._faults = FaultServer(domain, self._pull, self.session, self._backlog, self.statistics)
@@ -383,10 +377,10 @@ class OutgoingMigration:
             raise
 
     # ---- the push lane ----
-    async def _say(self, message: m.Message, payload: memoryview = memoryview(b"")) -> int:
+    async def _say(self, message: m.Message) -> None:
         assert self._push is not None
         self.session.sent(message, Lane.PUSH)
-        return await self._push.send(message, payload)
+        await self._push.send(message)
 
     def _receive_push_lane(self) -> None:
         """In a thread, until the receiver says that nothing is outstanding."""

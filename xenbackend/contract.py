@@ -88,9 +88,10 @@ class XenError(Exception):
         self.errno = errno
         self.pfn = pfn
         self.done = done
+        self.why = why or os.strerror(errno)
         name = errno_module.errorcode.get(errno, str(errno))
         where = f" at pfn {pfn:#x}" if pfn is not None else ""
-        super().__init__(f"{operation}{where}: {why or os.strerror(errno)} ({name})")
+        super().__init__(f"{operation}{where}: {self.why} ({name})")
 
 
 class NoSuchDomainError(XenError):

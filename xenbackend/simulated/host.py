@@ -262,11 +262,7 @@ class SimulatedHost:
             assert len(fds) <= MAX_FDS
             return {"ok": result}, fds
         except XenError as error:
-            return {
-                "operation": error.operation,
-                "errno": error.errno,
-                "error": str(error).split(": ", 1)[-1].rsplit(" (", 1)[0],
-            }, []
+            return {"operation": error.operation, "errno": error.errno, "error": error.why}, []
         except GuestOptionError as error:
             return {"operation": operation, "errno": errno.EINVAL, "error": str(error)}, []
         except (KeyError, AttributeError, TypeError, ValueError) as error:
@@ -279,20 +275,22 @@ class SimulatedHost:
         return domain
 
     # ---- making and ending domains ----
-    def _problems(self, config: DomainConfig, paging: bool) -> list[str]:
+    def _problems(self, config: DomainConfig, paging: bool) -> list[tuple[int, str]]:
+        """Why this domain cannot be built here: errno, and what to do."""
         problems = []
         if any(domain.config.name == config.name for domain in self.domains.values()):
-            problems.append(f"a domain named {config.name!r} is there already: rename or destroy it first")
+            text = f"a domain named {config.name!r} is there already: rename or destroy it first"
+            problems.append((errno.EEXIST, text))
         free = self.memory_bytes - sum(self._claimed.values())
         if config.max_pages * PAGE_SIZE > free:
-            problems.append(
+            text = (
                 f"not enough memory: the guest needs {config.max_pages * PAGE_SIZE >> 20} MiB and "
                 f"{max(free, 0) >> 20} MiB are free: make room or choose another host"
             )
+            problems.append((errno.ENOMEM, text))
         if paging and not self.paging:
-            problems.append(
-                "this hypervisor is built without memory paging: use --strategy precopy or another hypervisor"
-            )
+            text = "this hypervisor is built without memory paging: use --strategy precopy or another hypervisor"
+            problems.append((errno.ENODEV, text))
         return problems
 
     def _build(self, config: DomainConfig) -> HostedDomain:
@@ -301,7 +299,8 @@ class SimulatedHost:
             raise XenError("create", errno.EINVAL, why="the configuration contradicts itself")
         problems = self._problems(config, False)
         if problems:
-            raise XenError("create", errno.ENOMEM if "memory" in problems[0] else errno.EEXIST, why=problems[0])
+            number, text = problems[0]
+            raise XenError("create", number, why=text)
         domid, self._next_domid = self._next_domid, self._next_domid + 1
         self._claimed[domid] = config.max_pages * PAGE_SIZE
         try:
@@ -340,7 +339,8 @@ class SimulatedHost:
 
     def op_preflight(self, config: dict[str, Any], paging: bool) -> dict[str, Any]:
         way = "none" if not self.paging else "native" if self.populate_evicted else "fallback"
-        return {"problems": self._problems(DomainConfig(**config), paging), "populate_evicted": way}
+        problems = [text for _number, text in self._problems(DomainConfig(**config), paging)]
+        return {"problems": problems, "populate_evicted": way}
 
     def op_attach(self, domid: int) -> Reply:
         domain = self._domain(domid)

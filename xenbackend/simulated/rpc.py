@@ -6,6 +6,7 @@ travelling beside it.  Only control goes this way: page operations work on the m
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from typing import Any
@@ -60,7 +61,7 @@ class HostConnection:
         except OSError as error:
             raise XenError(op, error.errno or 0, why=f"the simulated host does not answer: {error}") from error
         if not data:
-            raise XenError(op, 107, why="the simulated host is gone")
+            raise XenError(op, errno.ENOTCONN, why="the simulated host is gone")
         answer = unpack(data)
         if "error" in answer:
             raise XenError(answer["operation"], answer["errno"], why=answer["error"])
