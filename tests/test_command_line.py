@@ -44,8 +44,13 @@ def boot(world: World, name: str, memory: int = 4 * MIB, **options: Any) -> Gues
     return spec
 
 
-def migrate(world: World, name: str, *arguments: str, to: str | None = None) -> subprocess.CompletedProcess[str]:
-    return run("migrate", name, to or f"127.0.0.1:{world.port}", "--socket", world.sender_socket, *arguments)
+def request(world: World, name: str, *options: str, to: str | None = None) -> list[str]:
+    """The arguments of a migration."""
+    return ["migrate", name, to or f"127.0.0.1:{world.port}", "--socket", str(world.sender_socket), *options]
+
+
+def migrate(world: World, name: str, *options: str, to: str | None = None) -> subprocess.CompletedProcess[str]:
+    return run(*request(world, name, *options, to=to))
 
 
 def assert_refused(result: subprocess.CompletedProcess[str], what: str, status: int = 1) -> None:
@@ -286,7 +291,7 @@ def test_list(world: World, name: str) -> None:
 def interrupt_when(world: World, spec: GuestSpec, phase: str, *options: str) -> tuple[int, str]:
     """Press Ctrl-C when the migration is in a phase; returns status and what was said."""
     process = subprocess.Popen(
-        [*PROGRAM, "migrate", spec.name, f"127.0.0.1:{world.port}", "--socket", str(world.sender_socket), *options],
+        [*PROGRAM, *request(world, spec.name, *options)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -328,16 +333,7 @@ def test_the_progress_is_live_on_a_terminal(world: World, name: str) -> None:
     master, slave = pty.openpty()
     termios.tcsetwinsize(slave, (24, 100))
     process = subprocess.Popen(
-        [
-            *PROGRAM,
-            "migrate",
-            name,
-            f"127.0.0.1:{world.port}",
-            "--socket",
-            str(world.sender_socket),
-            "--bandwidth",
-            "16M",
-        ],
+        [*PROGRAM, *request(world, name, "--bandwidth", "16M")],
         stdout=subprocess.DEVNULL,
         stderr=slave,
     )
@@ -358,16 +354,7 @@ def test_a_sender_that_is_stopped_takes_its_migrations_back(name: str) -> None:
     with loopback_world(64 * MIB) as world:
         spec = boot(world, name, memory=16 * MIB, workload="idle", zero_permille=0)
         process = subprocess.Popen(
-            [
-                *PROGRAM,
-                "migrate",
-                name,
-                f"127.0.0.1:{world.port}",
-                "--socket",
-                str(world.sender_socket),
-                "--bandwidth",
-                "4M",
-            ],
+            [*PROGRAM, *request(world, name, "--bandwidth", "4M")],
             stderr=subprocess.PIPE,
             text=True,
         )

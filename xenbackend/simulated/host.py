@@ -23,8 +23,7 @@ from xenbackend.simulated._sim import ffi, lib
 from xenbackend.simulated.guest import GuestOptionError, GuestSpec
 from xenbackend.simulated.rpc import MAX_FDS, MAX_MESSAGE, pack, unpack
 
-HOST_OWNER = 255
-MAX_CLIENTS = 254
+MAX_CLIENTS: int = lib.SIM_HOST_OWNER - 1
 CRASH_TEXT = {
     lib.CRASH_VCPU_INFO: "register_vcpu_info failed: err=-22 (vCPU {vcpu}, pfn {pfn:#x} is paged out)",
     lib.CRASH_NO_RING: "vCPU {vcpu} touched paged-out pfn {pfn:#x} and nobody serves the paging ring",
@@ -49,7 +48,7 @@ class HostedDomain:
         os.ftruncate(self.control_fd, lib.sim_control_bytes(config.nr_pfns))
         os.ftruncate(self.memory_fd, config.nr_pfns * PAGE_SIZE)
         self.map = ffi.new("struct sim_map *")
-        rc = lib.sim_attach(self.map, self.control_fd, self.memory_fd, HOST_OWNER)
+        rc = lib.sim_attach(self.map, self.control_fd, self.memory_fd, lib.SIM_HOST_OWNER)
         if rc:
             raise XenError("create", -rc)
         self.dom = self.map.dom
@@ -75,7 +74,7 @@ class HostedDomain:
             with open(self.spec.image, "rb", buffering=0) as image:
                 while n := image.readinto(memory[at : at + 2**24]):
                     at += n
-            self.p2m[: at // PAGE_SIZE] |= np.uint32(1 << 23)
+            self.p2m[: at // PAGE_SIZE] |= np.uint32(lib.P2M_TOUCHED)
         self.start()
 
     def start(self) -> None:

@@ -3,6 +3,8 @@
 #define SIM_MAGIC 0x314d4953u          /* "SIM1" */
 #define SIM_MAX_VCPUS 64
 #define SIM_HEADER_BYTES 131072        /* struct sim_domain, then the p2m, then log-dirty */
+#define SIM_HOST_OWNER 255             /* holder of p2m entries: the host; 1 to 254 are clients */
+#define P2M_TOUCHED 0x800000           /* p2m entry: the frame was written since it was allocated */
 #define SIM_STALL_BUCKETS 256          /* 8 to each power of two of microseconds */
 
 /* p2m types: the values of xen/include/asm-x86/p2m.h, Xen 4.17 */
@@ -120,7 +122,6 @@ void sim_compare_pages(const struct sim_program *program, uint64_t from, uint64_
                        uint8_t *pages, const uint8_t *actual, uint8_t *differs);
 uint64_t sim_balloon_pfn(const struct sim_program *program, uint64_t nr_pfns, uint64_t number);
 uint64_t sim_ballooned(const struct sim_program *program, uint64_t count);
-uint64_t sim_access_pfn(const struct sim_program *program, uint32_t vcpu, uint64_t k);
 
 /* ---- vCPUs (vcpu.c): in the host's process only ---- */
 struct sim_host_domain;
@@ -129,6 +130,5 @@ void sim_host_free(struct sim_host_domain *h);      /* ends the threads */
 int sim_host_resume_guest(struct sim_host_domain *h);   /* first run here: register vcpu_info, start vCPUs */
 void sim_host_pause(struct sim_host_domain *h);     /* returns when no vCPU runs */
 void sim_host_unpause(struct sim_host_domain *h);
-int sim_host_running(struct sim_host_domain *h);
 void sim_host_paging_enable(struct sim_host_domain *h, void *ring_page, int to_pager_fd, int from_pager_fd);
 int sim_host_paging_disable(struct sim_host_domain *h);

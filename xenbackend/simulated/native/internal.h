@@ -27,9 +27,8 @@
 #define E_REFS(w) (((w) >> 12) & 0x3fu)
 #define E_TYPE_REF 0x40000u
 #define E_TYPE_REFS(w) (((w) >> 18) & 0x1fu)
-#define E_TOUCHED 0x800000u
+#define E_TOUCHED P2M_TOUCHED
 #define E_OWNER(w) ((w) >> 24)
-#define HOST_OWNER 255u
 
 static inline int is_ram(uint32_t type) { return type == P2M_RAM_RW || type == P2M_RAM_LOGDIRTY; }
 static inline int is_paging(uint32_t type)

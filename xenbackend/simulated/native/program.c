@@ -105,11 +105,6 @@ struct sim_access sim_access_at(const struct sim_program *p, uint32_t vcpu, uint
     return (struct sim_access){ place(p, vcpu, stream, step / n, step % n), step / n };
 }
 
-uint64_t sim_access_pfn(const struct sim_program *p, uint32_t vcpu, uint64_t k)
-{
-    return sim_access_at(p, vcpu, k).pfn;
-}
-
 /* How many of the first `visits` visits wrote: the share write_permille, spread evenly. */
 uint64_t sim_writes(const struct sim_program *p, uint32_t vcpu, uint64_t pfn, uint64_t visits)
 {

@@ -446,11 +446,6 @@ void sim_host_unpause(struct sim_host_domain *h)
     pthread_mutex_unlock(&h->lock);
 }
 
-int sim_host_running(struct sim_host_domain *h)
-{
-    return h->started && !stopping(h);
-}
-
 /* What Linux does first in a new place: register each vCPU's vcpu_info frame by number.  The hypervisor
  * takes a reference to it, and answers EINVAL for a frame that is not there. */
 int sim_host_resume_guest(struct sim_host_domain *h)
