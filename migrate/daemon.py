@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -30,6 +31,8 @@ async def until_stopped(serve: Callable[[], Awaitable[None]], drain: Callable[[]
     """Run ``serve`` until SIGTERM or SIGINT, then ``drain``; a second signal cuts that short."""
     # A thread that serves a fault waits this long at most for one that computes (default: 5 ms).
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    # What is loaded by now stays: the garbage collector, for which every thread waits, need not look at it again.
+    gc.freeze()
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(serve)

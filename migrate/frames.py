@@ -35,14 +35,14 @@ class Frame(NamedTuple):
     """Whole pages.  Valid while the next frame is being read, until that one is complete and a further one begins."""
 
 
-def encode(header: dict[str, Any], payload: Buffer = EMPTY) -> bytes:
+def encode(header: dict[str, Any], payload_bytes: int = 0) -> bytes:
     """The bytes that go before the payload; the payload itself follows as it is."""
     packed: bytes = msgpack.packb(header)
     if len(packed) > MAX_HEADER_BYTES:
         raise LocalProtocolError(f"header of {len(packed)} bytes, more than {MAX_HEADER_BYTES}")
-    if len(payload) > MAX_PAYLOAD_BYTES or len(payload) % PAGE_SIZE:
-        raise LocalProtocolError(f"payload of {len(payload)} bytes: whole pages, at most {MAX_PAYLOAD_PAGES}")
-    return PREFIX.pack(MAGIC, len(packed), len(payload)) + packed
+    if payload_bytes > MAX_PAYLOAD_BYTES or payload_bytes % PAGE_SIZE:
+        raise LocalProtocolError(f"payload of {payload_bytes} bytes: whole pages, at most {MAX_PAYLOAD_PAGES}")
+    return PREFIX.pack(MAGIC, len(packed), payload_bytes) + packed
 
 
 def _parse_header(data: Buffer) -> dict[str, Any]:
@@ -116,18 +116,24 @@ class FrameDecoder:
             self._header = _parse_header(memoryview(self._small)[self._start : self._start + header_bytes])
             self._start += header_bytes
             if payload_bytes:
-                self._pages, self._other_pages = self._other_pages, self._pages
-            if len(self._pages) < payload_bytes:
-                self._pages = bytearray(payload_bytes)
-            at_hand = min(payload_bytes, self._end - self._start)
-            self._pages[:at_hand] = memoryview(self._small)[self._start : self._start + at_hand]
-            self._start += at_hand
-            self._pages_filled = at_hand
-        if self._pages_filled < payload_bytes:
-            return None
-        frame = Frame(self._header, memoryview(self._pages)[:payload_bytes])
+                self._begin_payload(payload_bytes)
+        payload = EMPTY
+        if payload_bytes:
+            if self._pages_filled < payload_bytes:
+                return None
+            payload = memoryview(self._pages)[:payload_bytes]
+        frame = Frame(self._header, payload)
         self._sizes = self._header = None
         return frame
+
+    def _begin_payload(self, payload_bytes: int) -> None:
+        self._pages, self._other_pages = self._other_pages, self._pages
+        if len(self._pages) < payload_bytes:
+            self._pages = bytearray(payload_bytes)
+        at_hand = min(payload_bytes, self._end - self._start)
+        self._pages[:at_hand] = memoryview(self._small)[self._start : self._start + at_hand]
+        self._start += at_hand
+        self._pages_filled = at_hand
 
     def at_boundary(self) -> bool:
         """No frame has been begun: the peer may end the connection here."""
@@ -141,8 +147,9 @@ class FrameDecoder:
             )
 
     def _parse_prefix(self) -> tuple[int, int]:
-        self._check_magic()
-        _magic, header_bytes, payload_bytes = PREFIX.unpack_from(self._small, self._start)
+        magic, header_bytes, payload_bytes = PREFIX.unpack_from(self._small, self._start)
+        if magic != MAGIC:
+            self._check_magic()
         if not 0 < header_bytes <= MAX_HEADER_BYTES:
             raise RemoteProtocolError(f"a header of {header_bytes} bytes: 1 to {MAX_HEADER_BYTES} are allowed")
         if payload_bytes > MAX_PAYLOAD_BYTES or payload_bytes % PAGE_SIZE:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Any, ClassVar
 
 import numpy as np
 
 from migrate.errors import RemoteProtocolError
 from migrate.frames import MAX_HEADER_BYTES, MAX_PAYLOAD_PAGES
-from migrate.pfns import WINDOW_PFNS, pfn_array
+from migrate.pfns import NO_PFNS, WINDOW_PFNS
 from xenbackend.contract import PAGE_SIZE, PfnArray
 
 PROTOCOL_VERSION = 1
@@ -31,7 +31,7 @@ CAPABILITIES: frozenset[str] = frozenset()
 """Extensions of the protocol that this end knows."""
 
 
-class Lane(Enum):
+class Lane(StrEnum):
     PUSH = "push"
     PULL = "pull"
 
@@ -100,8 +100,10 @@ def _pfns(most: int = MAX_PFNS, **kwargs: Any) -> Any:
     def parse(value: Any) -> PfnArray:
         if not isinstance(value, bytes) or len(value) % 8 or len(value) > most * 8:
             raise _Invalid(f"at most {most} pfns of 8 bytes")
+        if not value:
+            return NO_PFNS
         pfns = np.frombuffer(value, dtype="<u8")
-        if len(pfns) and (int(pfns[-1]) >= MAX_PFN or bool(np.any(pfns[1:] <= pfns[:-1]))):
+        if int(pfns[-1]) >= MAX_PFN or (len(pfns) > 1 and bool((pfns[1:] <= pfns[:-1]).any())):
             raise _Invalid("pfns in ascending order, each once")
         return pfns
 
@@ -113,11 +115,11 @@ class Message:
     type: ClassVar[str]
 
     def header(self) -> dict[str, Any]:
-        fields = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            fields[field.name] = value.astype("<u8", copy=False).tobytes() if isinstance(value, np.ndarray) else value
-        return {"type": self.type, **fields}
+        header: dict[str, Any] = {"type": self.type}
+        for name in FIELDS[type(self)]:
+            value = getattr(self, name)
+            header[name] = value.astype("<u8", copy=False).tobytes() if isinstance(value, np.ndarray) else value
+        return header
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and self.header() == other.header()
@@ -164,8 +166,8 @@ class Pages(Message):
 
     type = "pages"
     pfns: PfnArray = _pfns(MAX_PAYLOAD_PAGES)
-    zeros: PfnArray = _pfns(default_factory=pfn_array)
-    holes: PfnArray = _pfns(default_factory=pfn_array)
+    zeros: PfnArray = _pfns(default_factory=lambda: NO_PFNS)
+    holes: PfnArray = _pfns(default_factory=lambda: NO_PFNS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -324,6 +326,9 @@ TYPES: dict[str, type[Message]] = {
         Accepted, Refused, Passed, Ready, Resumed, Loaded, Dropped, Report, Complete, Failed, Fault,
     )
 }  # fmt: skip
+FIELDS: dict[type[Message], dict[str, Parser]] = {
+    cls: {field.name: field.metadata["parse"] for field in dataclasses.fields(cls)} for cls in TYPES.values()
+}
 
 
 def parse(header: dict[str, Any], payload_bytes: int = 0) -> Message:
@@ -332,21 +337,23 @@ def parse(header: dict[str, Any], payload_bytes: int = 0) -> Message:
     cls = TYPES.get(name) if isinstance(name, str) else None
     if cls is None:
         raise RemoteProtocolError(f"unknown message {name!r}"[:200])
-    values = {}
-    fields = dataclasses.fields(cls)
-    if header.keys() - {"type"} != {field.name for field in fields}:
-        raise RemoteProtocolError(f"{name}: its fields are {', '.join(f.name for f in fields) or 'none'}")
-    for field in fields:
+    fields = FIELDS[cls]
+    if len(header) != len(fields) + 1 or not header.keys() >= fields.keys():
+        raise RemoteProtocolError(f"{name}: its fields are {', '.join(fields) or 'none'}")
+    values = []
+    for field, parse_field in fields.items():
         try:
-            values[field.name] = field.metadata["parse"](header[field.name])
+            values.append(parse_field(header[field]))
         except _Invalid as error:
-            raise RemoteProtocolError(f"{name}: {field.name} must be {error}") from None
-    message = cls(**values)
-    expected = len(message.pfns) * PAGE_SIZE if isinstance(message, Pages) else 0
+            raise RemoteProtocolError(f"{name}: {field} must be {error}") from None
+    message = cls(*values)
+    expected = 0
+    if isinstance(message, Pages):
+        expected = len(message.pfns) * PAGE_SIZE
+        if not expected and not len(message.zeros) and not len(message.holes):
+            raise RemoteProtocolError("pages: none")
     if payload_bytes != expected:
         raise RemoteProtocolError(f"{name}: a payload of {payload_bytes} bytes where {expected} belong")
-    if isinstance(message, Pages) and len(message.pfns) + len(message.zeros) + len(message.holes) == 0:
-        raise RemoteProtocolError("pages: none")
     return message
 
 

@@ -24,6 +24,10 @@ def pfn_array(values: object = ()) -> PfnArray:
     return np.array(values, dtype=np.uint64)
 
 
+NO_PFNS = pfn_array()
+NO_PFNS.flags.writeable = False
+
+
 def mask_from_bitmap(bitmap: NDArray[np.uint8], nr_pfns: int) -> PfnMask:
     """From Xen's bitmaps: least significant bit first."""
     return np.unpackbits(bitmap, count=nr_pfns, bitorder="little").view(np.bool_)

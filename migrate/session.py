@@ -96,6 +96,12 @@ class Session:
         self._context_complete = False
         self._ready = False
         self._resumed = False
+        self._rules = {
+            (message, lane): (rule, self._phases_of(rule, lane))
+            for message, rule in RULES.items()
+            for lane in Lane
+            if rule.lane in (None, lane)
+        }
 
     @property
     def handed_over(self) -> bool:
@@ -113,40 +119,41 @@ class Session:
         self._step(message, lane, Role(1 - self.role))
 
     def _step(self, message: Message, lane: Lane, speaker: Role) -> None:
-        rule = RULES.get(type(message))
-        if rule is None or rule.speaker != speaker or rule.lane not in (None, lane):
+        found = self._rules.get((type(message), lane))
+        if found is None or found[0].speaker is not speaker:
             who = "sender" if speaker is Role.SENDER else "receiver"
             raise RemoteProtocolError(f"{message.type} from the {who} on the {lane.value} lane")
-        if self.phase not in self._allowed(rule, speaker, lane):
+        rule, phases = found
+        if self.phase not in phases:
             raise RemoteProtocolError(f"{message.type} in phase {self.phase.name.lower()}")
         self._check(message, lane)
         if rule.then is not None:
             self.phase = rule.then
 
-    def _allowed(self, rule: Rule, speaker: Role, lane: Lane) -> tuple[Phase, ...]:
+    def _phases_of(self, rule: Rule, lane: Lane) -> tuple[Phase, ...]:
         """The speaker's own phases, and where it is the peer: those in which we may be ahead of it."""
         allowed = rule.phases
-        if speaker == self.role:
+        if rule.speaker is self.role:
             return allowed
-        if speaker is Role.RECEIVER and P.PRECOPY in allowed:
+        if rule.speaker is Role.RECEIVER and P.PRECOPY in allowed:
             allowed = (*allowed, P.SWITCHOVER)  # passed, while we have suspended
         if lane is Lane.PULL and P.POSTCOPY in allowed:
             allowed = (*allowed, P.COMPLETE, P.CLOSED)  # the lanes do not wait for each other
         return allowed
 
     def _check(self, message: Message, lane: Lane) -> None:
-        if isinstance(message, m.Offer):
-            self.nr_pfns = message.nr_pfns
-            self.paging = message.paging
-        elif isinstance(message, m.Pages):
+        if isinstance(message, m.Pages):
             if lane is Lane.PULL and not self.handed_over:
                 raise RemoteProtocolError("pages on the pull lane before the handover")
             for pfns in (message.pfns, message.zeros, message.holes):
                 self._bounded(message, pfns)
             if self.handed_over and len(message.holes):
                 raise RemoteProtocolError("pages: holes after the handover")
-        elif isinstance(message, m.Loaded | m.Dropped | m.Fault):
+        elif isinstance(message, (m.Fault, m.Loaded, m.Dropped)):
             self._bounded(message, message.pfns)
+        elif isinstance(message, m.Offer):
+            self.nr_pfns = message.nr_pfns
+            self.paging = message.paging
         elif isinstance(message, m.Defer | m.Missing):
             self._window(message)
         elif isinstance(message, m.Barrier):

@@ -4,7 +4,7 @@ A lane blocks.  What moves pages (the push and the pull of either end) are plain
 (:func:`run_in_thread`), which the event loop starts, stops and hears from; for the few control messages it has
 :meth:`LaneConnection.send` and :meth:`LaneConnection.receive`, which do the same in worker threads.  Two reasons, both
 measured: a page of memory costs a microsecond and a turn of the event loop some tens of them, and a blocking call
-moves a payload of 4 MiB with one system call where a non-blocking one needs twenty.
+waits for room where a non-blocking one comes back for each bit of it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import select
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import trio
 
@@ -24,15 +24,20 @@ from migrate.errors import MigrationError, PeerClosedError
 from migrate.frames import FrameDecoder
 from migrate.messages import Hello, Lane, Message, parse
 from migrate.tasks import task_group
-from xenbackend.contract import Buffer
 
 CONNECT_TIMEOUT_S = 10.0
 STEP_TIMEOUT_S = 60.0
 """How long a peer may take for a step before the handover (a preflight, an eviction), or to take bytes from us."""
+CONGESTION_CONTROL = b"cubic"
+"""Linux's own default.  Where a host has BBR instead, that paces a sender which alternates between looking at pages and
+sending them, and keeps little in flight where the round trip is short: 1.6 GB/s over loopback where cubic moves 2.1."""
 URGENT_NICE = -10
 """Of the threads that serve faults."""
-SMALL_FRAME = 16 * 1024
-"""A frame up to here is copied together and sent with one call."""
+PIECE_BYTES = 128 * 1024
+"""Of one system call.  A kernel without preemption (Debian's servers, most dom0s) finishes it before it lets a thread that
+serves a fault run on that CPU: with 4 MiB the median fault was a tenth slower."""
+IOV_MAX = 1024
+"""Pieces of memory in one system call (sendmsg(2))."""
 
 
 class LaneConnection:
@@ -53,6 +58,8 @@ class LaneConnection:
         self._tcp = sock.family in (socket.AF_INET, socket.AF_INET6)
         if self._tcp:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with contextlib.suppress(OSError):  # not in this kernel, or not allowed: the host's own then
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, CONGESTION_CONTROL)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(STEP_TIMEOUT_S), 0))
 
     @classmethod
@@ -66,19 +73,22 @@ class LaneConnection:
         return self._socket.fileno()
 
     # ---- blocking ----
-    def send_blocking(self, message: Message, payload: Buffer = frames.EMPTY) -> int:
-        """Returns the bytes that it took.  Raises :class:`PeerClosedError` when the connection is gone."""
-        head = frames.encode(message.header(), payload)
-        size = len(head) + len(payload)
+    def send_blocking(self, message: Message, payload: Sequence[memoryview] = ()) -> int:
+        """``payload``: the pieces of memory that its pages lie in; they are sent from there.
+
+        Returns the bytes that it took.  Raises :class:`PeerClosedError` when the connection is gone.
+        """
+        payload_bytes = sum(map(len, payload))
+        head = frames.encode(message.header(), payload_bytes)
+        size = len(head) + payload_bytes
         with self._sending:
             if self._cut_off:
                 raise PeerClosedError("the connection was lost while sending")
             try:
-                if size <= SMALL_FRAME:
-                    self._socket.sendall(head + payload)
-                else:
-                    self._socket.sendall(head)
-                    self._socket.sendall(payload)
+                for group in _groups([memoryview(head), *payload], size):
+                    sent = self._socket.sendmsg(group)
+                    if sent < sum(map(len, group)):
+                        self._socket.sendall(b"".join(group)[sent:])
             except OSError as error:
                 self._cut_off = True
                 if isinstance(error, BlockingIOError):
@@ -91,6 +101,9 @@ class LaneConnection:
         """As :meth:`receive`."""
         with self._receiving:
             while (received := self.pending()) is None:
+                if not self._decoder.in_payload():
+                    # Not in recv(): there every bit of room that opens for another thread's send would wake us.
+                    self._readable.poll()
                 self.fill()
             return received
 
@@ -102,16 +115,13 @@ class LaneConnection:
     def fill(self) -> None:
         """Wait for bytes, of a payload for all that it still lacks.  Raises :class:`PeerClosedError` at the end."""
         flags = 0
-        if not self._decoder.in_payload():
-            # Not in recv(): there every bit of room that opens for another thread's send would wake us for nothing.
-            self._readable.poll()
-        else:
+        if self._decoder.in_payload():
             flags = socket.MSG_WAITALL
             if self._tcp:
                 # Because we acknowledge pages on this connection the kernel takes it for a dialogue and delays its
                 # own acknowledgements by 40 ms, for which a sender with a full window waits.  Not sticky: see tcp(7).
                 self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
-        wanted = self._decoder.wanted()
+        wanted = self._decoder.wanted()[:PIECE_BYTES]
         try:
             count = self._socket.recv_into(wanted, len(wanted), flags)
         except OSError as error:
@@ -170,6 +180,26 @@ class LaneConnection:
             self._socket.close()
 
 
+def _groups(buffers: list[memoryview], size: int) -> Iterable[list[memoryview]]:
+    """What goes into one system call each."""
+    return (buffers,) if size <= PIECE_BYTES and len(buffers) <= IOV_MAX else _split(buffers)
+
+
+def _split(buffers: list[memoryview]) -> Iterator[list[memoryview]]:
+    group: list[memoryview] = []
+    room = PIECE_BYTES
+    for buffer in buffers:
+        at = 0
+        while at < len(buffer):
+            if not room or len(group) == IOV_MAX:
+                yield group
+                group, room = [], PIECE_BYTES
+            group.append(buffer[at : at + room])
+            at += len(group[-1])
+            room -= len(group[-1])
+    yield group
+
+
 @contextlib.contextmanager
 def step_timeout(complaint: str) -> Iterator[None]:
     """A step that the peer has to take before the handover.  Raises :class:`MigrationError` when it takes too long."""
@@ -182,21 +212,23 @@ def step_timeout(complaint: str) -> Iterator[None]:
 async def run_in_thread(main: Callable[[], None], stop: Callable[[], None], *, urgent: bool = False) -> None:
     """Run ``main`` in a thread of its own; ``stop`` makes it return, and is called when this task is cancelled.
 
-    ``urgent``: with a higher priority where the process may have it.
+    ``urgent``: for faults, with a higher priority where the process may have it.  The others move pages in bulk, and tell the
+    scheduler that they need not run the moment they can (SCHED_BATCH): the median fault got a tenth faster.
     """
 
-    def prioritised() -> None:
-        if not urgent:
-            main()
-            return
+    def scheduled() -> None:
         thread = threading.get_native_id()
         with contextlib.suppress(PermissionError):
-            os.setpriority(os.PRIO_PROCESS, thread, URGENT_NICE)
+            if urgent:
+                os.setpriority(os.PRIO_PROCESS, thread, URGENT_NICE)
+            else:
+                os.sched_setscheduler(thread, os.SCHED_BATCH, os.sched_param(0))
         try:
             main()
         finally:
-            with contextlib.suppress(PermissionError):
-                os.setpriority(os.PRIO_PROCESS, thread, 0)  # trio uses its threads again
+            with contextlib.suppress(PermissionError):  # trio uses its threads again
+                os.setpriority(os.PRIO_PROCESS, thread, 0)
+                os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
 
     ended = trio.Event()
     async with task_group() as tasks:
@@ -204,7 +236,7 @@ async def run_in_thread(main: Callable[[], None], stop: Callable[[], None], *, u
         async def run() -> None:
             try:
                 with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(prioritised, limiter=trio.CapacityLimiter(1))
+                    await trio.to_thread.run_sync(scheduled, limiter=trio.CapacityLimiter(1))
             finally:
                 ended.set()
 

@@ -20,11 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from migrate.errors import RemoteProtocolError
-from migrate.pfns import pfn_array
+from migrate.pfns import NO_PFNS, pfn_array
 from xenbackend.contract import PfnArray
 from xenbackend.ring import PagingRequest
 
-PRESENT, OUTSTANDING, REQUESTED, LOADING, READY, DROPPED = range(6)
+PRESENT, OUTSTANDING, REQUESTED, LOADING, READY, DROPPED = range(6)  # in this order: code below compares
 
 
 @dataclass
@@ -33,11 +33,11 @@ class Verdict:
 
     answer: list[tuple[PagingRequest, float]] = field(default_factory=list)
     """Requests to respond to, each with the time at which it was made."""
-    ask: PfnArray = field(default_factory=pfn_array)
+    ask: PfnArray = field(default_factory=lambda: NO_PFNS)
     """pfns to fetch from the sender."""
-    dropped: PfnArray = field(default_factory=pfn_array)
+    dropped: PfnArray = field(default_factory=lambda: NO_PFNS)
     """pfns that the sender need not send."""
-    loaded: PfnArray = field(default_factory=pfn_array)
+    loaded: PfnArray = field(default_factory=lambda: NO_PFNS)
     """pfns that the sender may forget."""
 
 
@@ -74,8 +74,10 @@ class OutstandingPages:
                 if state == OUTSTANDING:
                     self._state[pfn] = REQUESTED
                     ask.add(pfn)
-        verdict.ask = pfn_array(sorted(ask - dropped))
-        verdict.dropped = pfn_array(sorted(dropped))
+        if ask:
+            verdict.ask = pfn_array(sorted(ask - dropped))
+        if dropped:
+            verdict.dropped = pfn_array(sorted(dropped))
         return verdict
 
     def claim(self, pfns: PfnArray) -> NDArray[np.bool_]:
@@ -86,9 +88,9 @@ class OutstandingPages:
         if not len(pfns):
             return np.zeros(0, dtype=np.bool_)
         states = self._state[pfns]
-        if (states == PRESENT).any():
+        if np.count_nonzero(states) < len(states):  # PRESENT
             raise RemoteProtocolError(f"pages: pfn {int(pfns[states == PRESENT][0]):#x} was not announced as missing")
-        wanted: NDArray[np.bool_] = (states == OUTSTANDING) | (states == REQUESTED)
+        wanted: NDArray[np.bool_] = states <= REQUESTED
         self._state[pfns[wanted]] = LOADING
         return wanted
 
@@ -99,11 +101,11 @@ class OutstandingPages:
         """
         verdict = Verdict(loaded=pfns)
         self._state[pfns] = READY
-        if results.any():
+        if np.count_nonzero(results):
             verdict.loaded, verdict.dropped = pfns[results == 0], pfns[results != 0]
             self._state[verdict.dropped] = DROPPED
         self.count -= len(pfns)
-        for pfn in [pfn for pfn in self._waiting if self._state[pfn] in (READY, DROPPED)]:
+        for pfn in [pfn for pfn in self._waiting if self._state[pfn] >= READY]:
             verdict.answer += self._waiting.pop(pfn)
         return verdict
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from migrate.errors import PeerClosedError
 from migrate.messages import MAX_PFNS, Dropped, Fault, Lane, Loaded, Message, Pages, Report
-from migrate.pfns import pfn_array
+from migrate.pfns import NO_PFNS
 from migrate.session import Phase, Session
 from migrate.statistics import PagerStatistics
 from migrate.transport import LaneConnection, run_in_thread
@@ -116,10 +116,11 @@ class Pager:
 
     # ---- the push lane's thread ----
     def pushed(self, message: Pages, payload: memoryview) -> None:
-        """Load a batch and acknowledge it, with all that came over the pull lane meanwhile."""
+        """Load a batch.  One acknowledgement is for several of them, and for what came over the pull lane meanwhile."""
         for pfns, pages in self._claim(message, payload):
             self._finished(pfns, self._domain.load(pfns, pages))
-        self.acknowledge()
+        if sum(map(len, self._unacknowledged)) >= MAX_PFNS:
+            self.acknowledge()
 
     def acknowledge(self) -> None:
         """Tell the sender what was loaded or dropped since the last time.
@@ -131,7 +132,7 @@ class Pager:
                 loaded, self._unacknowledged = self._unacknowledged, []
                 dropped, self._dropped = self._dropped, []
             for kind, lists in ((Loaded, loaded), (Dropped, dropped)):
-                pfns = np.sort(np.concatenate(lists)) if lists else pfn_array()
+                pfns = np.sort(np.concatenate(lists)) if lists else NO_PFNS
                 for at in range(0, len(pfns), MAX_PFNS):
                     self._say(kind(pfns[at : at + MAX_PFNS]))
 
@@ -171,10 +172,12 @@ class Pager:
         """What is to be loaded of a message, in up to two batches."""
         with self._lock:
             wanted = self._pages.claim(message.pfns)
-            zeros = message.zeros[self._pages.claim(message.zeros)]
-        if wanted.all() and len(wanted):
-            yield message.pfns, payload
-        elif wanted.any():
+            zeros = message.zeros[self._pages.claim(message.zeros)] if len(message.zeros) else message.zeros
+        count = np.count_nonzero(wanted)
+        if count == len(wanted):
+            if count:
+                yield message.pfns, payload
+        elif count:
             yield message.pfns[wanted], select_pages(payload, wanted)
         if len(zeros):
             yield zeros, None

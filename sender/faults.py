@@ -6,12 +6,12 @@ It shares nothing with the event loop but the backlog, so that a fault never que
 from __future__ import annotations
 
 from migrate.errors import PeerClosedError
-from migrate.messages import MAX_FAULT_PFNS, Fault, Lane
+from migrate.messages import Fault, Lane
 from migrate.session import Phase, Session
 from migrate.statistics import SenderStatistics
 from migrate.transport import LaneConnection, run_in_thread
 from sender.backlog import Backlog
-from sender.reader import PageReader
+from sender.reader import announce
 from xenbackend.contract import Domain
 
 
@@ -28,7 +28,7 @@ class FaultServer:
         self._session = session
         self._backlog = backlog
         self._statistics = statistics
-        self._reader = PageReader(domain, MAX_FAULT_PFNS)
+        self._domain = domain
         self._stopping = False
 
     async def serve(self) -> None:
@@ -53,8 +53,9 @@ class FaultServer:
                 assert isinstance(message, Fault)
                 wanted = self._backlog.fault(message.pfns)
                 if len(wanted):
-                    pages, payload = self._reader.read(wanted)
-                    self._session.sent(pages, Lane.PULL)
-                    self._pull.send_blocking(pages, payload)
+                    with self._domain.map_pages(wanted) as mapped:
+                        pages = announce(wanted, mapped)
+                        self._session.sent(pages, Lane.PULL)
+                        self._pull.send_blocking(pages, mapped.data)
                     self._statistics.pull_pages += len(wanted)
                     self._statistics.pull_zero_pages += len(pages.zeros)

@@ -27,7 +27,7 @@ from migrate import messages as m
 from migrate.bandwidth import BandwidthCap
 from migrate.errors import MigrationError, PeerClosedError, RemoteProtocolError
 from migrate.messages import Lane
-from migrate.pfns import PfnMask, from_mask, mask_from_bitmap, pfn_array, windows
+from migrate.pfns import NO_PFNS, PfnMask, from_mask, mask_from_bitmap, windows
 from migrate.policy import Decision, DefaultPolicy, Policy, PolicyOptions, PrecopyProgress, Strategy
 from migrate.session import Role, Session, hello, negotiate
 from migrate.statistics import SenderStatistics
@@ -35,7 +35,7 @@ from migrate.tasks import task_group
 from migrate.transport import STEP_TIMEOUT_S, LaneConnection, connect, run_in_thread, step_timeout
 from sender.backlog import Backlog
 from sender.faults import FaultServer
-from sender.reader import PageReader, all_pfns, batches_of, count_pages
+from sender.reader import all_pfns, announce, batches_of, count_pages
 from xenbackend.contract import PAGE_SIZE, Domain, DomainState, Hypervisor, PfnArray, XenError
 
 log = logging.getLogger(__name__)
@@ -266,15 +266,16 @@ class OutgoingMigration:
         )
 
     async def _send_batches(self, batches: Iterable[PfnArray], sent: Callable[[PfnArray, m.Pages], bool]) -> None:
-        """Read and send in a thread; ``sent`` is told, there, of each batch and says whether to go on."""
+        """Map and send in a thread; ``sent`` is told, there, of each batch and says whether to go on."""
         assert self._push is not None
-        push, reader, stop = self._push, PageReader(self._domain, BATCH_PAGES), threading.Event()
+        push, stop = self._push, threading.Event()
 
         def send_all() -> None:
             for pfns in batches:
-                message, payload = reader.read(pfns)
-                self.session.sent(message, Lane.PUSH)
-                size = push.send_blocking(message, payload)
+                with self._domain.map_pages(pfns) as mapped:
+                    message = announce(pfns, mapped)
+                    self.session.sent(message, Lane.PUSH)
+                    size = push.send_blocking(message, mapped.data)
                 self.progress.bytes_sent += size
                 self.statistics.zero_pages += len(message.zeros)
                 wait = self._cap.spend(size, time.monotonic())
@@ -301,7 +302,7 @@ class OutgoingMigration:
         gone = pfns[~self._domain.present(pfns)]
         unsent[gone] = False
         for at in range(0, len(gone), m.MAX_PFNS):
-            await self._say(m.Pages(pfn_array(), holes=gone[at : at + m.MAX_PFNS]))
+            await self._say(m.Pages(NO_PFNS, holes=gone[at : at + m.MAX_PFNS]))
 
     @property
     def _standing_still(self) -> bool:

@@ -1,4 +1,4 @@
-"""Pages out of the source domain and into messages."""
+"""Pages of the source domain, and the messages that announce them."""
 
 from __future__ import annotations
 
@@ -9,30 +9,23 @@ import numpy as np
 from migrate.errors import MigrationError
 from migrate.messages import Pages
 from migrate.pfns import WINDOW_PFNS, PfnMask, from_mask
-from xenbackend.contract import PAGE_SIZE, Domain, PageStatus, PfnArray
+from xenbackend.contract import MappedPages, PageStatus, PfnArray
 
 
-class PageReader:
-    """One buffer, used again for each batch: a message is to be sent before the next is read."""
-
-    def __init__(self, domain: Domain, batch_pages: int):
-        self._domain = domain
-        self._buffer = memoryview(bytearray(batch_pages * PAGE_SIZE))
-
-    def read(self, pfns: PfnArray) -> tuple[Pages, memoryview]:
-        """Blocks for the copying.  Raises :class:`MigrationError` for pages that cannot be read at this host."""
-        status = self._domain.read_pages(pfns, self._buffer)
-        if not status.any():  # PageStatus.DATA throughout
-            return Pages(pfns), self._buffer[: len(pfns) * PAGE_SIZE]
-        unreadable = pfns[status >= PageStatus.PAGED]
-        if len(unreadable):
-            raise MigrationError(
-                f"{len(unreadable)} pages of the guest cannot be read (the first is pfn {int(unreadable[0]):#x}): "
-                "they are paged out or broken at this host; stop its pager first"
-            )
-        data = pfns[status == PageStatus.DATA]
-        message = Pages(data, zeros=pfns[status == PageStatus.ZERO], holes=pfns[status == PageStatus.HOLE])
-        return message, self._buffer[: len(data) * PAGE_SIZE]
+def announce(pfns: PfnArray, mapped: MappedPages) -> Pages:
+    """The message whose payload is ``mapped.data``.  Raises :class:`MigrationError` for pages that cannot be read here."""
+    status = mapped.status
+    if not np.count_nonzero(status):  # PageStatus.DATA throughout
+        return Pages(pfns)
+    unreadable = pfns[status >= PageStatus.PAGED]
+    if len(unreadable):
+        raise MigrationError(
+            f"{len(unreadable)} pages of the guest cannot be read (the first is pfn {int(unreadable[0]):#x}): "
+            "they are paged out or broken at this host; stop its pager first"
+        )
+    return Pages(
+        pfns[status == PageStatus.DATA], zeros=pfns[status == PageStatus.ZERO], holes=pfns[status == PageStatus.HOLE]
+    )
 
 
 def count_pages(message: Pages) -> int:

@@ -67,9 +67,8 @@ def span(first: int, count: int) -> PfnArray:
 
 
 def read(domain: Domain, which: PfnArray) -> tuple[list[int], bytes]:
-    out = memoryview(bytearray(len(which) * PAGE_SIZE))
-    status = domain.read_pages(which, out)
-    return status.tolist(), bytes(out[: int(np.count_nonzero(status == PageStatus.DATA)) * PAGE_SIZE])
+    with domain.map_pages(which) as mapped:
+        return mapped.status.tolist(), b"".join(mapped.data)
 
 
 def page(fill: int) -> bytes:

@@ -14,7 +14,7 @@ import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import Enum, IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,7 @@ Buffer = bytes | bytearray | memoryview
 
 
 class PageStatus(IntEnum):
-    """What :meth:`Domain.read_pages` found at a pfn."""
+    """What :meth:`Domain.map_pages` found at a pfn."""
 
     DATA = 0
     ZERO = 1
@@ -74,6 +74,25 @@ class DomainInfo:
     vcpus: int
     reason: str = ""
     """Why it crashed."""
+
+
+class MappedPages:
+    """Pages of a domain, to be read where they are; a context manager that gives the mapping up.
+
+    ``status`` has a :class:`PageStatus` per pfn, ``data`` the DATA pages, in order: as few pieces of memory
+    as they lie in, each of whole pages.  A running guest writes to them meanwhile.  Nothing of ``data`` may be touched
+    after the end.
+    """
+
+    def __init__(self, status: NDArray[np.uint8], data: list[memoryview]):
+        self.status = status
+        self.data = data
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        """Nothing, where the whole memory is mapped for good."""
 
 
 class XenError(Exception):
@@ -169,11 +188,8 @@ class Domain(ABC):
 
     # ---- pages ----
     @abstractmethod
-    def read_pages(self, pfns: PfnArray, out: memoryview) -> NDArray[np.uint8]:
-        """Copy pages out: a :class:`PageStatus` per pfn, and in ``out`` the DATA pages one behind the other.
-
-        ``out`` must have room for ``len(pfns)`` pages.  Reading takes no lasting reference.
-        """
+    def map_pages(self, pfns: PfnArray) -> MappedPages:
+        """Look at pages without copying them.  The reference that this takes ends with the mapping."""
 
     @abstractmethod
     def present(self, pfns: PfnArray) -> NDArray[np.bool_]:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from xenbackend._ring import ffi, lib
 from xenbackend.contract import XenError
@@ -21,9 +20,8 @@ VM_EVENT_SLOTS = 8
 """Requests that can be open at once (4 KiB ring, 400-byte events)."""
 
 
-@dataclass(frozen=True, slots=True)
-class PagingRequest:
-    """One request; hand the same object to :meth:`PagingRing.respond`."""
+class PagingRequest(NamedTuple):
+    """One request (``struct ring_request``); hand the same object to :meth:`PagingRing.respond`."""
 
     pfn: int
     vcpu: int
@@ -64,17 +62,16 @@ class PagingRing:
 
     def requests(self) -> list[PagingRequest]:
         """Everything asked since the last call.  Raises ``XenError`` (EPROTO) for a corrupt ring."""
-        n = lib.ring_consume(self._state, self._batch)
+        n: int = lib.ring_consume(self._state, self._batch)
         if n < 0:
             corrupt = "the ring is corrupt or of another interface version"
             raise XenError("paging ring", -n, why=corrupt if -n == errno.EPROTO else "")
-        return [
-            PagingRequest(r.gfn, r.vcpu_id, r.flags, r.paging_flags, r.p2mt) for r in (self._batch[i] for i in range(n))
-        ]
+        batch = [self._batch[i] for i in range(n)]
+        return [PagingRequest(r.gfn, r.vcpu_id, r.flags, r.paging_flags, r.p2mt) for r in batch]
 
     def respond(self, requests: Iterable[PagingRequest]) -> None:
         """Answer requests; their vCPUs go on.  Raises ``XenError`` (EINVAL) for more answers than questions."""
-        batch = [(r.pfn, r.vcpu, r.flags, r.paging_flags, r.p2m_type) for r in requests]
+        batch = list(requests)
         if not batch:
             return
         rc = lib.ring_respond(self._state, ffi.new("struct ring_request[]", batch), len(batch))

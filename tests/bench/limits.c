@@ -3,7 +3,8 @@
  * daemons are set against.
  *
  *   limits roundtrip N      N requests of 64 bytes, each answered with 4 KiB: "p50_us p99_us"
- *   limits bulk BYTES       BYTES one way in 4 MiB writes and reads: "bytes_per_s"
+ *   limits bulk BYTES [CC]  BYTES one way in 4 MiB writes and reads: "bytes_per_s"; with congestion control CC
+ *                           instead of the host's
  *   limits memcpy BYTES     copies between two 4 MiB buffers: "bytes_per_s"
  *
  * Two processes and one TCP connection over 127.0.0.1, as the daemons have.
@@ -68,7 +69,7 @@ static int compare(const void *a, const void *b)
 }
 
 /* Returns this process's end; the child has the other, and *child is its pid or 0 in it. */
-static int pair(pid_t *child)
+static int pair(pid_t *child, const char *congestion)
 {
     struct sockaddr_in address = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
     socklen_t length = sizeof(address);
@@ -88,18 +89,20 @@ static int pair(pid_t *child)
             die("connect");
     }
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
+    if (congestion && setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, congestion, strlen(congestion)))
+        die(congestion);
     return fd;
 }
 
 int main(int argc, char **argv)
 {
-    unsigned long n = argc == 3 ? strtoul(argv[2], NULL, 10) : 0;
+    unsigned long n = argc >= 3 ? strtoul(argv[2], NULL, 10) : 0;
     pid_t child;
     double start;
     int fd;
 
     if (!n) {
-        fprintf(stderr, "usage: limits roundtrip N | bulk BYTES | memcpy BYTES\n");
+        fprintf(stderr, "usage: limits roundtrip N | bulk BYTES [CC] | memcpy BYTES\n");
         return 2;
     }
     memset(buffer, 1, sizeof(buffer));
@@ -111,7 +114,7 @@ int main(int argc, char **argv)
         printf("%.0f\n", n / (now() - start));
         return 0;
     }
-    fd = pair(&child);
+    fd = pair(&child, argv[3]);
     if (!strcmp(argv[1], "roundtrip")) {
         double *times = calloc(n, sizeof(*times));
 

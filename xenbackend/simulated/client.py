@@ -20,6 +20,7 @@ from xenbackend.contract import (
     DomainInfo,
     DomainState,
     Hypervisor,
+    MappedPages,
     NoSuchDomainError,
     PfnArray,
     Preflight,
@@ -63,6 +64,7 @@ class SimulatedDomain(Domain):
         self.nr_pfns: int = self._map.dom.nr_pfns
         self._native_populate_evicted: bool = reply["populate_evicted"]
         self._ring_fds: list[int] = []
+        self._memory = memoryview(ffi.buffer(self._map.memory, self.nr_pfns * PAGE_SIZE)).toreadonly()
 
     # ---- life ----
     def info(self) -> DomainInfo:
@@ -109,17 +111,13 @@ class SimulatedDomain(Domain):
         return bitmap
 
     # ---- pages ----
-    def read_pages(self, pfns: PfnArray, out: memoryview) -> NDArray[np.uint8]:
+    def map_pages(self, pfns: PfnArray) -> MappedPages:
         status = np.empty(len(pfns), dtype=np.uint8)
-        if len(pfns):
-            lib.sim_read(
-                self._map,
-                _pfns(pfns),
-                len(pfns),
-                _pages(out, len(pfns)),
-                ffi.from_buffer("uint8_t[]", status),
-            )
-        return status
+        runs = ffi.new("struct sim_run[]", len(pfns))
+        n = lib.sim_look(self._map, _pfns(pfns), len(pfns), ffi.from_buffer("uint8_t[]", status), runs)
+        memory = self._memory
+        data = [memory[run.first * PAGE_SIZE : (run.first + run.pages) * PAGE_SIZE] for run in runs[0:n]]
+        return MappedPages(status, data)
 
     def present(self, pfns: PfnArray) -> NDArray[np.bool_]:
         return np.isin(self.p2m_types(pfns), (*RAM_TYPES, *PAGING_TYPES))

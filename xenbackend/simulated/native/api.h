@@ -17,7 +17,7 @@
 #define P2M_RAM_PAGING_IN 11
 #define P2M_BROKEN 13
 
-/* what sim_read() found at a pfn; numbers shared with xenbackend.contract.PageStatus */
+/* what sim_look() found at a pfn; numbers shared with xenbackend.contract.PageStatus */
 #define PAGE_DATA 0
 #define PAGE_ZERO 1
 #define PAGE_HOLE 2
@@ -95,6 +95,12 @@ struct sim_map {
     uint64_t control_bytes;
 };
 
+/* Neighbouring pages. */
+struct sim_run {
+    uint64_t first;
+    uint64_t pages;
+};
+
 /* ---- hypercalls (hypercalls.c); negative results are -errno ---- */
 uint64_t sim_control_bytes(uint64_t nr_pfns);
 int sim_attach(struct sim_map *m, int control_fd, int memory_fd, uint32_t owner);
@@ -102,7 +108,7 @@ void sim_detach(struct sim_map *m);
 void sim_repair(struct sim_map *m, uint32_t dead_owner);
 
 int sim_page_types(struct sim_map *m, const uint64_t *pfns, size_t n, uint8_t *types);
-long sim_read(struct sim_map *m, const uint64_t *pfns, size_t n, uint8_t *pages, uint8_t *status);
+size_t sim_look(struct sim_map *m, const uint64_t *pfns, size_t n, uint8_t *status, struct sim_run *runs);
 int sim_write(struct sim_map *m, const uint64_t *pfns, size_t n, const uint8_t *pages, size_t *done);
 int sim_populate(struct sim_map *m, const uint64_t *pfns, size_t n, size_t *done);
 int sim_depopulate(struct sim_map *m, const uint64_t *pfns, size_t n, size_t *done);

@@ -103,38 +103,36 @@ static int page_is_zero(const uint8_t *page)
     return 1;
 }
 
-/* Copy the pages that hold data, one behind the other; returns their number. */
-long sim_read(struct sim_map *m, const uint64_t *pfns, size_t n, uint8_t *pages, uint8_t *status)
+static uint8_t page_status(struct sim_map *m, uint64_t pfn)
 {
-    long data = 0;
+    uint32_t w;
+
+    if (pfn >= m->dom->nr_pfns)
+        return PAGE_HOLE;
+    w = __atomic_load_n(&m->p2m[pfn], __ATOMIC_SEQ_CST);
+    if (is_ram(E_TYPE(w)) || E_TYPE(w) == P2M_RAM_PAGING_OUT)
+        return !(w & E_TOUCHED) || page_is_zero(m->memory + pfn * PAGE_BYTES) ? PAGE_ZERO : PAGE_DATA;
+    if (is_paging(E_TYPE(w)))
+        return PAGE_PAGED;
+    if (E_TYPE(w) == P2M_BROKEN)
+        return PAGE_BROKEN;
+    return PAGE_HOLE;       /* mmio too: nothing that could be copied */
+}
+
+/* What the pages are, and the runs in which those that hold data lie; returns how many runs. */
+size_t sim_look(struct sim_map *m, const uint64_t *pfns, size_t n, uint8_t *status, struct sim_run *runs)
+{
+    size_t count = 0;
 
     for (size_t i = 0; i < n; i++) {
-        uint32_t w;
-
-        if (pfns[i] >= m->dom->nr_pfns) {
-            status[i] = PAGE_HOLE;
+        status[i] = page_status(m, pfns[i]);
+        if (status[i] != PAGE_DATA)
             continue;
-        }
-        w = __atomic_load_n(&m->p2m[pfns[i]], __ATOMIC_SEQ_CST);
-        if (is_ram(E_TYPE(w)) || E_TYPE(w) == P2M_RAM_PAGING_OUT) {
-            const uint8_t *page = m->memory + pfns[i] * PAGE_BYTES;
-
-            if (!(w & E_TOUCHED) || page_is_zero(page)) {
-                status[i] = PAGE_ZERO;
-            } else {
-                memcpy(pages + data * PAGE_BYTES, page, PAGE_BYTES);
-                data++;
-                status[i] = PAGE_DATA;
-            }
-        } else if (is_paging(E_TYPE(w))) {
-            status[i] = PAGE_PAGED;
-        } else if (E_TYPE(w) == P2M_BROKEN) {
-            status[i] = PAGE_BROKEN;
-        } else {
-            status[i] = PAGE_HOLE;      /* mmio too: nothing that could be copied */
-        }
+        if (!count || pfns[i] != runs[count - 1].first + runs[count - 1].pages)
+            runs[count++] = (struct sim_run){ .first = pfns[i] };
+        runs[count - 1].pages++;
     }
-    return data;
+    return count;
 }
 
 #define RUN_PAGES 64       /* neighbours that are locked and written together */
