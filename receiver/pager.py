@@ -148,8 +148,20 @@ class Pager:
             return json.dumps(self._statistics.summary()).encode()
 
     async def finish(self) -> None:
-        """Nothing is outstanding and the thread has ended: answer what is still in the ring and give it up."""
-        while self._ring is not None:
+        """Nothing is outstanding and the thread has ended: answer what is still in the ring and give it up.
+
+        The guest stands still meanwhile: a vCPU may be about to ask for a page that was loaded a moment ago.
+        """
+        if self._ring is not None:
+            self._domain.pause()
+            try:
+                await self._give_up(self._ring)
+            finally:
+                self._domain.unpause()
+        self.close()
+
+    async def _give_up(self, ring: PagingRing) -> None:
+        while True:
             self._handle_ring()
             try:
                 self._domain.paging_disable()
@@ -158,9 +170,8 @@ class Pager:
                     raise
                 await trio.sleep(0.001)  # vCPUs that waited for a slot are on their way to find their page present
             else:
-                self._ring.close()
-                break
-        self.close()
+                ring.close()
+                return
 
     def close(self) -> None:
         """Close the pull lane; the ring stays as it is."""

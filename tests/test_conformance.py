@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from migrate.errors import MigrationError
 from migrate.loopback import World, wait_for_steps
 from migrate.pfns import from_mask, mask_from_bitmap, pfn_array
 from tests.conftest import MIB, clear
@@ -417,14 +418,61 @@ def test_no_request_is_answered_twice(lab: SimulatedLab) -> None:
 
 
 def test_disabling_while_pages_are_out_kills_the_guest(lab: SimulatedLab) -> None:
-    _source, target, ring = restored(lab, 1, workload="random")
-    target.start()
-    wait_for_requests(ring, 1)
+    _source, target, _ring = restored(lab, 1, workload="random")
     target.paging_disable()
+    target.start()
     deadline = time.monotonic() + 20
     while target.info().state is not DomainState.CRASHED:
         assert time.monotonic() < deadline
     assert "nobody serves" in target.info().reason
+
+
+def test_a_vcpu_whose_request_was_not_answered_stands_still_without_the_ring(lab: SimulatedLab) -> None:
+    _source, target, ring = restored(lab, 1, workload="random")
+    target.start()
+    (request,) = wait_for_requests(ring, 1)
+    target.load(pfns(request.pfn), None)
+    target.paging_disable()
+    with pytest.raises(MigrationError):
+        wait_for_steps(target, 1, timeout_s=0.5)
+    assert target.info().state is DomainState.RUNNING
+
+
+def test_a_ring_is_given_up_while_vcpus_are_about_to_ask(lab: SimulatedLab) -> None:
+    """Found by the soak: a vCPU had seen its page absent, then that was loaded and the ring disabled, and then it asked."""
+    domain = lab.boot(vcpus=2, workload="random", working_set_bytes=64 * PAGE_SIZE)
+    everything = span(0, 64)
+    for _ in range(200):
+        lab.wait_for_steps(domain, 100)
+        ring = domain.paging_enable()
+        domain.suspend()
+        with domain.map_pages(everything) as mapped:
+            contents = b"".join(mapped.data)
+            data, zeros = everything[mapped.status == PageStatus.DATA], everything[mapped.status == PageStatus.ZERO]
+        domain.populate_evicted(everything)
+        domain.resume()
+        domain.load(data, contents)
+        domain.load(zeros, None)
+        domain.pause()
+        ring.respond(ring.requests())
+        domain.paging_disable()
+        domain.unpause()
+    lab.wait_for_steps(domain, 100)
+    assert [vcpu["errors"] for vcpu in domain.report()["vcpu"]] == [0, 0]
+
+
+def test_a_paused_domain_asks_for_nothing(lab: SimulatedLab) -> None:
+    _source, target, ring = restored(lab, 1, workload="random")
+    target.pause()
+    target.pause()
+    target.start()
+    target.unpause()
+    steps = target.report()["vcpu"][0]["count"]
+    with pytest.raises(MigrationError):
+        wait_for_steps(target, 1, timeout_s=0.3)
+    assert not ring.requests() and target.report()["vcpu"][0]["count"] == steps
+    target.unpause()
+    wait_for_requests(ring, 1)
 
 
 def test_a_page_given_away_while_paged_out_is_dropped_with_a_request(lab: SimulatedLab) -> None:

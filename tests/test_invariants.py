@@ -147,13 +147,13 @@ async def test_a_response_before_the_page_is_noticed(clean_hosts: World, name: s
 
 async def test_a_ring_that_is_disabled_early_is_noticed(clean_hosts: World, name: str, monkeypatch: Patch) -> None:
     """Invariant 5."""
-    fault = Pager._handle_ring
+    start = SimulatedDomain.start
 
-    def disable(self: Pager) -> None:
-        fault(self)
-        self._domain.paging_disable()
+    def disable_and_start(self: SimulatedDomain) -> None:
+        self.paging_disable()
+        start(self)
 
-    monkeypatch.setattr(Pager, "_handle_ring", disable)
+    monkeypatch.setattr(SimulatedDomain, "start", disable_and_start)
     await migrate(clean_hosts, busy(name))
     domain = clean_hosts.destination.open(name)
     with trio.fail_after(10):

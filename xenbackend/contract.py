@@ -161,6 +161,13 @@ class Domain(ABC):
         """
 
     @abstractmethod
+    def pause(self) -> None:
+        """Returns when no vCPU runs or is inside the hypervisor.  Pauses are counted; not seen by the guest."""
+
+    @abstractmethod
+    def unpause(self) -> None: ...
+
+    @abstractmethod
     def destroy(self) -> None: ...
 
     @abstractmethod
@@ -220,7 +227,8 @@ class Domain(ABC):
     def paging_disable(self) -> None:
         """Give the ring up.  A guest that touches a paged-out pfn afterwards crashes.
 
-        EBUSY while vCPUs wait for a slot in a full ring: answer what is in it, and try again.
+        A vCPU whose request is not answered by then stands still for ever, so pause the domain, answer what is in
+        the ring, and only then call this.  EBUSY while vCPUs wait for a slot in a full ring: answer, and try again.
         """
 
     @abstractmethod

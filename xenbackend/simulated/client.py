@@ -89,6 +89,12 @@ class SimulatedDomain(Domain):
     def start(self) -> None:
         self._host.call("start", domid=self.domid)
 
+    def pause(self) -> None:
+        self._host.call("pause", domid=self.domid)
+
+    def unpause(self) -> None:
+        self._host.call("unpause", domid=self.domid)
+
     def destroy(self) -> None:
         self._host.call("destroy", domid=self.domid)
 

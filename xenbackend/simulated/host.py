@@ -360,6 +360,12 @@ class SimulatedHost:
     def op_resume(self, domid: int) -> None:
         self._domain(domid).resume()
 
+    def op_pause(self, domid: int) -> None:
+        lib.sim_host_pause(self._domain(domid).native)
+
+    def op_unpause(self, domid: int) -> None:
+        lib.sim_host_unpause(self._domain(domid).native)
+
     def op_start(self, domid: int) -> None:
         self._domain(domid).start()
 

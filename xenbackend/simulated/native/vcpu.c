@@ -499,9 +499,10 @@ void sim_host_paging_enable(struct sim_host_domain *h, void *ring_page, int to_p
     pthread_mutex_unlock(&h->lock);
 }
 
-/* vm_event_disable(): refused while a vCPU waits for a slot; those that wait for an answer are let go, and
- * fault again without a ring. */
-int sim_host_paging_disable(struct sim_host_domain *h)
+/* XEN_VM_EVENT_DISABLE: refused while a vCPU waits for a slot.  One that waits for an answer goes on waiting: nothing
+ * undoes vm_event_vcpu_pause() but a response.  The domain is paused meanwhile, as by domain_pause(), so that no vCPU is
+ * between finding a page absent and asking for it. */
+static int paging_disable(struct sim_host_domain *h)
 {
     pthread_mutex_lock(&h->lock);
     if (!h->ring) {
@@ -516,14 +517,22 @@ int sim_host_paging_disable(struct sim_host_domain *h)
     ring_take_responses(h);     /* those given before the disable count */
     __atomic_store_n(&h->m->dom->paging, 0, __ATOMIC_SEQ_CST);
     h->ring = NULL;
-    for (uint32_t i = 0; i < h->m->dom->nr_vcpus; i++)
-        h->vcpu[i].event_pause = 0;
     wake_all(h);
     pthread_mutex_unlock(&h->lock);
     wake_fd(h->stop_fd);
     pthread_join(h->responder, NULL);
     close(h->stop_fd);
     return 0;
+}
+
+int sim_host_paging_disable(struct sim_host_domain *h)
+{
+    int rc;
+
+    sim_host_pause(h);
+    rc = paging_disable(h);
+    sim_host_unpause(h);
+    return rc;
 }
 
 void sim_host_free(struct sim_host_domain *h)
@@ -535,6 +544,6 @@ void sim_host_free(struct sim_host_domain *h)
     for (uint32_t i = 0; i < h->m->dom->nr_vcpus; i++)
         if (h->vcpu[i].state != VCPU_OFF)
             pthread_join(h->vcpu[i].thread, NULL);
-    sim_host_paging_disable(h);
+    paging_disable(h);
     free(h);
 }
