@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := $(wildcard xenbackend/native/*.[ch] xenbackend/native/*.py xenbackend/simulated/native/*.[ch] xenbackend/simulated/native/*.py)
 
-.PHONY: all demo test check bench soak lock clean
+.PHONY: all demo test check bench soak xenlab xenlab-bench lock clean
 
 all: $(STAMP)
 
@@ -39,6 +39,14 @@ bench: $(STAMP)
 SOAK_ROUNDS ?= 20
 soak: $(STAMP)
 	$(BIN)/python -m tests.soak --rounds $(SOAK_ROUNDS)
+
+# The real Xen, emulated: builds hypervisors and a dom0 the first time (minutes), boots each and runs tests/xenlab/dom0 in it.
+xenlab: $(STAMP)
+	$(BIN)/python -m tests.xenlab --tests
+
+# populate_evicted against one by one, on it.
+xenlab-bench: $(STAMP)
+	$(BIN)/python -m tests.xenlab --timeout 590 -- python3 -m tests.xenlab.dom0.evict_benchmark
 
 lock:
 	rm -rf build/lock && $(PYTHON) -m venv build/lock && build/lock/bin/python -m pip install --quiet pip-tools

@@ -1,0 +1,77 @@
+"""Parts are built once: by name and by what they are made of, under the user's cache folder."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+class LabError(Exception):
+    """The lab cannot do it, and the text says why and what to do."""
+
+
+def directory() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "xen-postcopy" / "xenlab"
+
+
+def say(text: str) -> None:
+    print(f"xenlab: {text}", file=sys.stderr, flush=True)
+
+
+def run(command: list[str], *, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
+    """Its output.  Raises :class:`LabError` with the last lines of it."""
+    try:
+        done = subprocess.run(
+            command, check=False, cwd=cwd,
+            env={**os.environ, "LC_ALL": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive", **(env or {})},
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        )  # fmt: skip
+    except OSError as error:
+        raise LabError(f"{command[0]}: {error.strerror}") from error
+    if done.returncode:
+        lines = done.stdout.splitlines()
+        tail = "\n".join([line for line in lines if "error:" in line][:5] + lines[-15:])
+        raise LabError(f"{' '.join(command)[:200]} ended with status {done.returncode}:\n{tail}")
+    return done.stdout
+
+
+def fingerprint(*ingredients: str | bytes | Path) -> str:
+    """Of texts and of files."""
+    digest = hashlib.sha256()
+    for one in ingredients:
+        data = one.read_bytes() if isinstance(one, Path) else one.encode() if isinstance(one, str) else one
+        digest.update(len(data).to_bytes(8, "big") + data)
+    return digest.hexdigest()[:16]
+
+
+def part(name: str, key: str, build: Callable[[Path], None]) -> Path:
+    """The folder of a part; ``build`` fills it the first time.  An older one of the same name is taken away."""
+    where = directory() / f"{name}-{key}"
+    directory().mkdir(parents=True, exist_ok=True)
+    with (directory() / f".{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if where.exists():
+            return where
+        unfinished = directory() / f".{name}.unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        say(f"building {name} ...")
+        started = time.monotonic()
+        with contextlib.ExitStack() as failing:
+            failing.callback(shutil.rmtree, unfinished, ignore_errors=True)
+            build(unfinished)
+            failing.pop_all()
+        for old in directory().glob(f"{name}-" + "[0-9a-f]" * 16):
+            shutil.rmtree(old)
+        unfinished.rename(where)
+        say(f"{name}: {time.monotonic() - started:.0f} s")
+    return where

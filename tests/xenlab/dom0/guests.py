@@ -1,0 +1,80 @@
+"""Guests for tests inside the lab: made with xl, gone with the context."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+PARTS = Path("/mnt/parts")
+CONSOLES = Path("/var/log/xen")
+# Without tsc_mode the guest meets an RDTSCP that the emulated Xen cannot emulate; cpus keeps it from the triple fault that
+# migrating between the emulated processors brings about.
+CONFIG = """\
+type = "pvh"
+name = "{name}"
+kernel = "{parts}/vmlinux"
+ramdisk = "{parts}/guest-initramfs"
+cmdline = "console=hvc0 mitigations=off nokaslr quiet panic=1 {options}"
+memory = {memory_mib}
+vcpus = 1
+cpus = "1"
+tsc_mode = "native"
+on_reboot = "destroy"
+on_crash = "preserve"
+"""
+HEARTBEAT = re.compile(r"heartbeat (\d+) steps (\d+) errors (\d+) longest (\d+) ms")
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    number: int
+    steps: int
+    errors: int
+    longest_ms: int
+
+
+@dataclass(frozen=True)
+class Guest:
+    name: str
+    domid: int
+
+    def console(self) -> str:
+        log = CONSOLES / f"guest-{self.name}.log"
+        return log.read_text(errors="replace") if log.exists() else ""
+
+    def heartbeats(self) -> list[Heartbeat]:
+        return [Heartbeat(*map(int, found)) for found in HEARTBEAT.findall(self.console())]
+
+    def wait_for_heartbeats(self, count: int, timeout_s: float = 120.0) -> list[Heartbeat]:
+        """So many more than now.  Raises ``TimeoutError`` with the end of its console."""
+        wanted = len(self.heartbeats()) + count
+        deadline = time.monotonic() + timeout_s
+        while len(beats := self.heartbeats()) < wanted:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{self.name} has no heartbeat; the end of its console:\n{self.console()[-2000:]}")
+            time.sleep(0.1)
+        return beats
+
+
+def xl(*arguments: str) -> str:
+    done = subprocess.run(["xl", *arguments], check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise RuntimeError(f"xl {' '.join(arguments)}: {done.stdout}")
+    return done.stdout
+
+
+@contextlib.contextmanager
+def guest(name: str, *, memory_mib: int = 160, options: str = "", paused: bool = False) -> Iterator[Guest]:
+    config = Path(f"/tmp/{name}.cfg")
+    config.write_text(CONFIG.format(name=name, parts=PARTS, memory_mib=memory_mib, options=options))
+    xl("create", *(["-p"] if paused else []), str(config))
+    try:
+        yield Guest(name, int(xl("domid", name)))
+    finally:
+        with contextlib.suppress(RuntimeError):
+            xl("destroy", name)

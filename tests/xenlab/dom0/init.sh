@@ -1,0 +1,37 @@
+#!/bin/sh
+# dom0's first process: the toolstack's daemons, then the one command that this machine was booted for.
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin:/usr/lib/xen-4.17/bin HOME=/root LANG=C.UTF-8
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+for where in /tmp /run /var/lib/xenstored; do
+    mkdir -p $where
+    mount -t tmpfs tmpfs $where
+done
+mkdir -p /dev/shm /dev/pts /run/xen /var/run/xen /var/log/xen /var/lib/xen/dump
+mount -t tmpfs tmpfs /dev/shm
+mount -t devpts devpts /dev/pts
+mount -t xenfs xenfs /proc/xen
+echo 1 > /proc/sys/kernel/sysrq
+ip link set lo up
+
+xenstored || echo "xenstored did not start"
+tries=0
+until xenstore-read -s / >/dev/null 2>&1 || [ $tries -ge 100 ]; do
+    tries=$((tries + 1))
+    sleep 0.1
+done
+/usr/lib/xen-4.17/bin/xen-init-dom0
+xenconsoled --log=guest --log-dir=/var/log/xen
+echo "xenlab: toolstack is up"
+
+cd /mnt/tree
+export LAB_OUT=/mnt/io/out
+export PYTHONPATH=/mnt/tree:/mnt/tree/.venv/lib/python3.11/site-packages PYTHONDONTWRITEBYTECODE=1
+sh /mnt/io/command > /mnt/io/output 2>&1
+status=$?
+cp /var/log/xen/guest-*.log /mnt/io/out/ 2>/dev/null
+xl dmesg > /mnt/io/hypervisor.log 2>&1
+echo $status > /mnt/io/status
+sync
+echo o > /proc/sysrq-trigger
+sleep 60

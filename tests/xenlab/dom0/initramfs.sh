@@ -1,0 +1,21 @@
+#!/bin/busybox sh
+# From the kernel to dom0's disk.  The folders of the machine outside come over 9p: the working tree,
+# the parts, and "io", through which commands and their results pass.
+/bin/busybox mount -t proc proc /proc
+/bin/busybox mount -t sysfs sys /sys
+/bin/busybox mount -t devtmpfs dev /dev
+for module in $(/bin/busybox cat /lib/order); do
+    /bin/busybox insmod "/lib/$module"
+done
+tries=0
+until [ -b /dev/vda ] || [ $tries -ge 100 ]; do
+    tries=$((tries + 1))
+    /bin/busybox sleep 0.1
+done
+/bin/busybox mount -t ext4 /dev/vda /root || exec /bin/busybox poweroff -f
+for share in tree io parts; do
+    /bin/busybox mount -t 9p -o trans=virtio,version=9p2000.L,msize=262144 $share /root/mnt/$share
+done
+/bin/busybox mount --move /dev /root/dev
+/bin/busybox umount /proc /sys
+exec /bin/busybox switch_root /root /bin/sh /mnt/tree/tests/xenlab/dom0/init.sh

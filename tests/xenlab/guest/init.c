@@ -1,0 +1,121 @@
+/*
+ * The guest's only program: fills memory with a known pattern, goes on writing to it, checks all that it reads,
+ * and prints a heartbeat:
+ *
+ *     heartbeat N steps S errors E longest L ms
+ *
+ * Kernel command line: pages=N (what to fill; default: two thirds of what is free), rate=N (steps a second;
+ * default: as fast as it can).  A page's first word is its number and how often it was written, mixed; the program keeps the
+ * count of each page apart, in pages that it fills as well, so a page that came back old, zeroed or as another one
+ * shows.
+ */
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/mount.h>
+#include <sys/stat.h>
+#include <sys/sysinfo.h>
+#include <time.h>
+#include <unistd.h>
+
+#define PAGE 4096ul
+#define WORDS (PAGE / sizeof(uint64_t))
+
+static uint64_t mix(uint64_t x)
+{
+    x ^= x >> 33;
+    x *= 0xff51afd7ed558ccdull;
+    x ^= x >> 33;
+    x *= 0xc4ceb9fe1a85ec53ull;
+    return x ^ x >> 33;
+}
+
+static uint64_t word(uint64_t page, uint32_t writes, unsigned i) { return mix(page << 40 | (uint64_t)writes << 9 | i); }
+
+static double now(void)
+{
+    struct timespec t;
+
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec + t.tv_nsec / 1e9;
+}
+
+static unsigned long option(const char *line, const char *name, unsigned long otherwise)
+{
+    const char *at = strstr(line, name);
+
+    return at ? strtoul(at + strlen(name), NULL, 0) : otherwise;
+}
+
+int main(void)
+{
+    char line[4096] = "";
+    struct sysinfo info;
+    uint64_t steps = 0, errors = 0, beats = 0;
+    double longest = 0, last, next;
+    int fd;
+
+    mkdir("/proc", 0755);
+    mount("proc", "/proc", "proc", 0, NULL);
+    mount("dev", "/dev", "devtmpfs", 0, NULL);
+    fd = open("/dev/hvc0", O_RDWR);
+    if (fd >= 0) {
+        dup2(fd, 1);
+        dup2(fd, 2);
+    }
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    fd = open("/proc/cmdline", O_RDONLY);
+    if (fd < 0 || read(fd, line, sizeof(line) - 1) < 0)
+        printf("no command line\n");
+    close(fd);
+    sysinfo(&info);
+
+    uint64_t pages = option(line, "pages=", info.freeram * info.mem_unit / PAGE * 2 / 3);
+    uint64_t rate = option(line, "rate=", 0);
+    uint64_t *memory = mmap(NULL, pages * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    uint32_t *writes = calloc(pages, sizeof(*writes));
+
+    if (memory == MAP_FAILED || !writes) {
+        printf("no memory for %lu pages\n", (unsigned long)pages);
+        return 1;
+    }
+    for (uint64_t page = 0; page < pages; page++)
+        for (unsigned i = 0; i < WORDS; i++)
+            memory[page * WORDS + i] = word(page, 0, i);
+    printf("filled %lu pages\n", (unsigned long)pages);
+
+    last = next = now();
+    for (uint64_t order = 0;; order++) {
+        uint64_t page = mix(order) % pages, *at = memory + page * WORDS;
+        double t;
+
+        for (unsigned i = 0; i < WORDS; i++)
+            if (at[i] != word(page, writes[page], i)) {
+                if (!errors++)
+                    printf("error: page %lu word %u is %lx\n", (unsigned long)page, i, (unsigned long)at[i]);
+                break;
+            }
+        if (order % 4 != 3) {       /* three writes to a read */
+            writes[page]++;
+            for (unsigned i = 0; i < WORDS; i++)
+                at[i] = word(page, writes[page], i);
+        }
+        steps++;
+        if (rate && steps % (rate / 100 + 1) == 0)
+            usleep(10000);
+        t = now();
+        if (t - last > longest)
+            longest = t - last;
+        last = t;
+        if (t >= next) {
+            printf("heartbeat %lu steps %lu errors %lu longest %.0f ms\n", (unsigned long)++beats,
+                   (unsigned long)steps, (unsigned long)errors, longest * 1000);
+            longest = 0;
+            next = t + 0.5;
+        }
+    }
+}

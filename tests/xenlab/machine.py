@@ -1,0 +1,148 @@
+"""One emulated machine: boots Xen and dom0, runs one command there, brings back what came of it, and is gone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.xenlab import parts
+from tests.xenlab.cache import LabError, directory, say
+
+TREE = Path(__file__).parents[2]
+
+# Each flag that is masked stands for something that QEMU 7.2 or Xen under it gets wrong: docs/xenlab.md has the list.
+CPU = "EPYC,+svm,+npt,-monitor,-smap,-smep,-rdseed,-nrip-save,-avx,-avx2,-f16c,-fma,-xsave,-xsaveopt,-xsavec,-xgetbv1"
+XEN_OPTIONS = (
+    "console=com1 com1=115200,8n1 loglvl=all guest_loglvl=all spec-ctrl=no xpti=no mwait-idle=0 cpuidle=0 iommu=no "
+    "watchdog=0 noreboot dom0_mem=1024M,max:1024M dom0_max_vcpus=1 dom0_vcpus_pin"
+)
+DOM0_OPTIONS = "console=hvc0 mitigations=off nokaslr quiet panic=1"
+MEMORY_MIB = 3072
+MILESTONES = (
+    ("Xen version", "Xen boots"),
+    ("Dom0 has maximum", "dom0 boots"),
+    ("xenlab: toolstack is up", "the toolstack is up"),
+)
+SIGNS_OF_DEATH = ("Hardware Dom0 crashed", "Panic on CPU")
+
+
+@dataclass(frozen=True)
+class Result:
+    status: int
+    """Of the command; 124 when its time was up."""
+    output: str
+    out: Path
+    """What the command left in ``$LAB_OUT``; the consoles of guests."""
+    console: Path
+    """Of Xen and dom0."""
+    seconds: float
+
+
+def boot(hypervisor: str, command: str, *, timeout_s: float, keep: Path | None = None, live: bool = True) -> Result:
+    """Run a shell command in dom0, in the working tree (which is read-only there).
+
+    ``keep``: where results go (default: a new folder under the cache's ``runs``).  Its output is shown as it comes
+    when ``live``.  Raises :class:`LabError` when the machine does not come to the command.
+    """
+    parts.check_tools()
+    parts.backend()
+    shared = directory() / "shared"
+    arguments = _qemu(hypervisor, shared)
+    where = keep or Path(tempfile.mkdtemp(prefix="run-", dir=_runs()))
+    where.mkdir(parents=True, exist_ok=True)
+    (where / "out").mkdir(exist_ok=True)
+    for old in ("status", "output", "hypervisor.log"):
+        (where / old).unlink(missing_ok=True)
+    (where / "command").write_text(f"export LAB_HYPERVISOR={hypervisor}\n{command}\n")
+    console = where / "console.log"
+    say(f"booting ({hypervisor}); console in {console}")
+    started = time.monotonic()
+    qemu = subprocess.Popen(
+        [*arguments, "-serial", f"file:{console}", *_share("io", where, readonly=False)],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    watch = _Watch(console, where / "output", started, live)
+    why = ""
+    try:
+        while not why and qemu.poll() is None:
+            time.sleep(0.2)
+            why = watch.look()
+            if not why and time.monotonic() - started > timeout_s:
+                why = f"was given up after {timeout_s:g} s"
+    finally:
+        if qemu.poll() is None:
+            os.killpg(qemu.pid, signal.SIGKILL)
+        qemu.wait()
+        watch.look()
+    seconds = time.monotonic() - started
+    output = (where / "output").read_text(errors="replace") if (where / "output").exists() else ""
+    if (where / "status").exists():
+        status = int((where / "status").read_text())
+    elif (where / "output").exists() and why.startswith("was given up"):
+        status = 124
+    else:
+        assert qemu.stderr is not None
+        complaints = [
+            line for line in qemu.stderr.read().decode(errors="replace").splitlines() if "warning: TCG" not in line
+        ]
+        lines = console.read_text(errors="replace").splitlines() if console.exists() else []
+        last_words = "\n".join([*complaints[-10:], *[line for line in lines if line.strip()][-30:]])
+        raise LabError(f"the machine {why or 'ended'} before the command was done; its last words:\n{last_words}")
+    return Result(status, output, where / "out", console, seconds)
+
+
+def _runs() -> Path:
+    runs = directory() / "runs"
+    runs.mkdir(parents=True, exist_ok=True)
+    for old in sorted(runs.iterdir(), key=lambda path: path.stat().st_mtime)[:-10]:
+        shutil.rmtree(old, ignore_errors=True)
+    return runs
+
+
+def _qemu(hypervisor: str, shared: Path) -> list[str]:
+    kernel = parts.kernel()
+    shared.mkdir(parents=True, exist_ok=True)
+    for source, name in ((kernel / "vmlinux", "vmlinux"), (parts.guest() / "initramfs", "guest-initramfs")):
+        if not (shared / name).exists() or (shared / name).stat().st_mtime < source.stat().st_mtime:
+            shutil.copy(source, shared / name)
+    modules = f"{kernel / 'vmlinuz'} {DOM0_OPTIONS},{parts.initramfs()}"
+    return [
+        "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-smp", "2", "-m", str(MEMORY_MIB), "-cpu", CPU,
+        "-display", "none", "-nodefaults", "-no-reboot", "-monitor", "none",
+        "-kernel", str(parts.hypervisor(hypervisor)), "-append", XEN_OPTIONS, "-initrd", modules,
+        "-drive", f"file={parts.dom0() / 'disk'},if=virtio,format=raw,snapshot=on",
+        *_share("tree", TREE, readonly=True), *_share("parts", shared, readonly=True),
+    ]  # fmt: skip
+
+
+def _share(tag: str, where: Path, *, readonly: bool) -> list[str]:
+    option = f"local,path={where},mount_tag={tag},security_model=none,multidevs=remap" + ",readonly=on" * readonly
+    return ["-virtfs", option]
+
+
+class _Watch:
+    """Says how far it is, and shows the command's output as it comes."""
+
+    def __init__(self, console: Path, output: Path, started: float, live: bool):
+        self._console, self._output, self._started, self._live = console, output, started, live
+        self._waiting = list(MILESTONES)
+        self._shown = 0
+
+    def look(self) -> str:
+        """Why the machine need not be waited for any longer, or nothing."""
+        text = self._console.read_text(errors="replace") if self._console.exists() else ""
+        while self._waiting and self._waiting[0][0] in text:
+            say(f"{time.monotonic() - self._started:5.1f} s  {self._waiting.pop(0)[1]}")
+        if self._live and self._output.exists():
+            data = self._output.read_bytes()
+            sys.stdout.write(data[self._shown :].decode(errors="replace"))
+            sys.stdout.flush()
+            self._shown = len(data)
+        return next((f"died ({sign})" for sign in SIGNS_OF_DEATH if sign in text), "")

@@ -1,0 +1,199 @@
+"""What a machine is made of: hypervisor, kernel, dom0's disk, its initial RAM disk, and a guest.
+
+Each is built the first time that it is asked for; together that takes some minutes.
+"""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from tests.xenlab import debian
+from tests.xenlab.cache import LabError, directory, fingerprint, part, run
+
+HERE = Path(__file__).parent
+PATCH = HERE.parents[1] / "xenbackend" / "hypervisor" / "populate-evicted.patch"
+
+HYPERVISORS = ("populate-evicted", "paging", "debian")
+"""Memory paging and our hypercall; memory paging; what Debian ships, which has none."""
+PAGING_CONFIG = "CONFIG_EXPERT=y\nCONFIG_UNSUPPORTED=y\nCONFIG_MEM_PAGING=y\n# CONFIG_LIVEPATCH is not set\n"
+
+DOM0_PACKAGES = (
+    *("python3", "python3-cffi", "python3-ply"),  # python3-ply: cffi needs it, and debootstrap does not see that
+    *("iproute2", "kmod", "procps"),
+    *("xen-utils-4.17", "xenstore-utils", "libxen-dev"),
+)
+DISK_SIZE = "1500M"
+LIBRARIES = ("usr/include/xen*", "usr/lib/x86_64-linux-gnu/libxen*.so*")
+
+MODULES = (
+    *("virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_blk"),
+    *("crc16", "mbcache", "crc32c_generic", "libcrc32c", "jbd2", "ext4"),
+    *("netfs", "fscache", "9pnet", "9pnet_virtio", "9p"),
+    *("xen-privcmd", "xen-evtchn", "xen-gntdev", "xen-gntalloc", "xenfs"),
+)
+"""In the order of their dependencies."""
+
+TOOLS = {
+    "apt-get": "apt", "debootstrap": "debootstrap", "mke2fs": "e2fsprogs", "cpio": "cpio", "gcc": "gcc", "make": "make",
+    "flex": "flex", "bison": "bison", "patch": "patch", "dpkg-source": "dpkg-dev", "dpkg-deb": "dpkg",
+    "qemu-system-x86_64": "qemu-system-x86", "/bin/busybox": "busybox-static",
+}  # fmt: skip
+
+
+def check_tools() -> None:
+    """Install what this machine lacks where we may.  Raises :class:`LabError` naming it where we may not."""
+    missing = sorted({package for tool, package in TOOLS.items() if not shutil.which(tool)})
+    if not missing:
+        return
+    if os.geteuid():
+        raise LabError(f"please install first: apt install {' '.join(missing)}")
+    run(["apt-get", "-qq", "update"])
+    run(["apt-get", "-qq", "install", "--no-install-recommends", *missing])
+
+
+def _apt() -> debian.Apt:
+    return debian.Apt(directory() / "apt")
+
+
+def _xen_source() -> Path:
+    def fetch(where: Path) -> None:
+        _apt().source("xen", debian.XEN_VERSION, where).rename(where / "tree")
+
+    return part("xen-source", fingerprint(debian.XEN_VERSION), fetch) / "tree"
+
+
+def hypervisor(kind: str) -> Path:
+    """The unpacked multiboot image."""
+    if kind == "debian":
+        return part("hypervisor-debian", fingerprint(debian.XEN_VERSION), _unpack_hypervisor) / "xen"
+
+    def build(where: Path) -> None:
+        tree = where / "tree"
+        shutil.copytree(_xen_source(), tree, symlinks=True)
+        if kind == "populate-evicted":
+            run(["patch", "-p1", "--fuzz=0", "-i", str(PATCH)], cwd=tree)
+        config = tree / "xen" / ".config"
+        config.write_text((tree / "debian" / "xen-kconfig").read_text() + PAGING_CONFIG)
+        run(["make", "-C", "xen", "olddefconfig"], cwd=tree)
+        if "CONFIG_MEM_PAGING=y" not in config.read_text():
+            raise LabError("the hypervisor's configuration does not take memory paging")
+        run(["make", "-C", "xen", f"-j{(os.cpu_count() or 1) + 1}"], cwd=tree)
+        (tree / "xen" / "xen").rename(where / "xen")
+        shutil.copy(tree / "xen" / "xen-syms", where)
+        shutil.rmtree(tree)
+
+    ingredients = [debian.XEN_VERSION, PAGING_CONFIG] + ([PATCH] if kind == "populate-evicted" else [])
+    return part(f"hypervisor-{kind}", fingerprint(*ingredients), build) / "xen"
+
+
+def _unpack_hypervisor(where: Path) -> None:
+    _apt().unpack(f"xen-hypervisor-4.17-amd64={debian.XEN_VERSION}", where)
+    (where / "xen").write_bytes(gzip.decompress(next((where / "boot").glob("xen-*-amd64.gz")).read_bytes()))
+
+
+def kernel() -> Path:
+    """Debian's kernel: ``vmlinuz``, the unpacked ``vmlinux`` (which a PVH guest boots faster), and ``lib/modules``."""
+
+    def build(where: Path) -> None:
+        apt = _apt()
+        apt.unpack(apt.newest_kernel(), where)
+        image = next((where / "boot").glob("vmlinuz-*"))
+        data = image.read_bytes()
+        (where / "vmlinux").write_bytes(lzma.LZMADecompressor().decompress(data[data.index(b"\xfd7zXZ\x00") :]))
+        image.rename(where / "vmlinuz")
+        for package in where.glob("*.deb"):
+            package.unlink()
+
+    return part("kernel", fingerprint("6.1, xz"), build)
+
+
+def dom0() -> Path:
+    """``disk``: an ext4 image of Debian with the toolstack; used as a snapshot, never written.  ``sysroot``: libxen-dev."""
+
+    def build(where: Path) -> None:
+        root = where / "root"
+        debian.debootstrap(root, DOM0_PACKAGES)
+        for folder in ("mnt/tree", "mnt/io", "mnt/parts"):
+            (root / folder).mkdir(parents=True)
+        shutil.rmtree(root / "var/cache/apt", ignore_errors=True)
+        run(["mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", str(root), str(where / "disk"), DISK_SIZE])
+        _keep_libraries(root, where / "sysroot")
+        shutil.rmtree(root)
+
+    return part("dom0", fingerprint(debian.XEN_VERSION, DISK_SIZE, *LIBRARIES, *DOM0_PACKAGES), build)
+
+
+def _keep_libraries(root: Path, sysroot: Path) -> None:
+    """Xen's headers and libraries, to compile against what dom0 has."""
+    for pattern in LIBRARIES:
+        for path in root.glob(pattern):
+            to = sysroot / path.relative_to(root)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir():
+                shutil.copytree(path, to)
+            else:
+                shutil.copy(path, to, follow_symlinks=False)
+
+
+def _archive(root: Path, out: Path) -> None:
+    """A cpio archive as the kernel wants it."""
+    run(
+        ["sh", "-c", f"find . -mindepth 1 | LC_ALL=C sort | cpio --quiet -o -H newc -R 0:0 | gzip -1 > '{out}'"],
+        cwd=root,
+    )
+
+
+def initramfs() -> Path:
+    """dom0's: loads modules, mounts the disk and the shared folders, goes on there."""
+
+    def build(where: Path) -> None:
+        root = where / "root"
+        for folder in ("bin", "lib", "proc", "sys", "dev", "root"):
+            (root / folder).mkdir(parents=True)
+        shutil.copy("/bin/busybox", root / "bin/busybox")
+        shutil.copy(HERE / "dom0/initramfs.sh", root / "init")
+        (root / "init").chmod(0o755)
+        modules = {path.stem.replace("-", "_"): path for path in kernel().glob("lib/modules/**/*.ko")}
+        order = []
+        for name in MODULES:
+            path = modules.get(name.replace("-", "_"))
+            if path is not None:  # otherwise built in
+                shutil.copy(path, root / "lib")
+                order.append(path.name)
+        (root / "lib/order").write_text("\n".join(order) + "\n")
+        _archive(root, where / "initramfs")
+        shutil.rmtree(root)
+
+    return (
+        part("initramfs", fingerprint(kernel().name, Path(__file__), HERE / "dom0/initramfs.sh"), build) / "initramfs"
+    )
+
+
+def guest() -> Path:
+    """A folder with the guest's ``initramfs``, whose only program is ``guest/init.c``."""
+
+    def build(where: Path) -> None:
+        root = where / "root"
+        (root / "dev").mkdir(parents=True)
+        source = str(HERE / "guest/init.c")
+        run(["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-pthread", "-o", str(root / "init"), source])
+        _archive(root, where / "initramfs")
+        shutil.rmtree(root)
+
+    return part("guest", fingerprint(Path(__file__), HERE / "guest/init.c"), build)
+
+
+def backend() -> None:
+    """The native half of ``xenbackend.libxenctrl``, in the working tree, compiled for the libraries that dom0 has."""
+    root = HERE.parents[1]
+    sources = list((root / "xenbackend/libxenctrl/native").iterdir())
+    built = list((root / "xenbackend/libxenctrl").glob("_xen.*.so"))
+    if built and built[0].stat().st_mtime > max(path.stat().st_mtime for path in sources):
+        return
+    build = "xenbackend/libxenctrl/native/build_xen.py"
+    run([sys.executable, build], cwd=root, env={"XEN_SYSROOT": str(dom0() / "sysroot")})

@@ -1,0 +1,1 @@
+"""The real Xen, through libxenctrl and its companions."""

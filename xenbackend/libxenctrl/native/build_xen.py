@@ -1,0 +1,33 @@
+"""Compiles the hypercalls (cffi, API mode) as ``xenbackend.libxenctrl._xen``, against this host's libxen-dev.
+
+``XEN_SYSROOT``: a folder with another host's ``usr/include`` and ``usr/lib``, to compile for that one.
+"""
+
+import os
+from pathlib import Path
+
+from cffi import FFI
+
+HERE = Path(__file__).resolve().parent
+# setuptools wants source paths relative to the project's root.
+ROOT = HERE.parent.parent.parent
+SYSROOT = os.environ.get("XEN_SYSROOT", "")
+LIBRARIES = ["xenctrl", "xencall", "xenforeignmemory", "xenevtchn"]
+
+ffi = FFI()
+ffi.cdef((HERE / "api.h").read_text())
+ffi.set_source(
+    "xenbackend.libxenctrl._xen",
+    '#include <stddef.h>\n#include <stdint.h>\n#include "api.h"',
+    sources=[str((HERE / "xen.c").relative_to(ROOT))],
+    include_dirs=[str(HERE.relative_to(ROOT))] + ([f"{SYSROOT}/usr/include"] if SYSROOT else []),
+    library_dirs=[f"{SYSROOT}/usr/lib/x86_64-linux-gnu"] if SYSROOT else [],
+    libraries=LIBRARIES,
+    depends=[str((HERE / "api.h").relative_to(ROOT))],
+    extra_compile_args=["-O2", "-std=gnu11", "-Wall", "-Wextra", "-Wno-sign-compare"],
+    extra_link_args=["-pthread", "-Wl,--allow-shlib-undefined"],
+)
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    ffi.compile(tmpdir=str(ROOT))

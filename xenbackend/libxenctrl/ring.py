@@ -1,0 +1,42 @@
+"""The paging ring of the real Xen: its page is a foreign mapping, its event channel one of Xen's."""
+
+from __future__ import annotations
+
+import select
+from collections.abc import Iterable
+from typing import Any
+
+from xenbackend.contract import PAGE_SIZE, XenError
+from xenbackend.libxenctrl._xen import ffi, lib
+from xenbackend.ring import PagingRequest, PagingRing
+
+
+class XenPagingRing(PagingRing):
+    """``pager``: a ``struct xen_pager`` of an enabled ring."""
+
+    def __init__(self, pager: Any):
+        super().__init__(ffi.buffer(pager.ring_page, PAGE_SIZE), -1, -1)
+        self._pager = pager
+        self._readable = select.poll()
+        self._readable.register(pager.event_fd, select.POLLIN)
+
+    def fileno(self) -> int:
+        fd: int = self._pager.event_fd
+        return fd
+
+    def requests(self) -> list[PagingRequest]:
+        if self._readable.poll(0):
+            # Before looking: an event for what comes later must not be taken for this one.
+            self._check(lib.xen_event_take(self._pager))
+        return super().requests()
+
+    def respond(self, requests: Iterable[PagingRequest]) -> None:
+        batch = list(requests)
+        super().respond(batch)
+        if batch:
+            self._check(lib.xen_event_notify(self._pager))
+
+    @staticmethod
+    def _check(rc: int) -> None:
+        if rc:
+            raise XenError("event channel", -rc)
