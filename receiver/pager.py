@@ -185,9 +185,8 @@ class Pager:
             wanted = self._pages.claim(message.pfns)
             zeros = message.zeros[self._pages.claim(message.zeros)] if len(message.zeros) else message.zeros
         count = np.count_nonzero(wanted)
-        if count == len(wanted):
-            if count:
-                yield message.pfns, payload
+        if 0 < count == len(wanted):
+            yield message.pfns, payload
         elif count:
             yield message.pfns[wanted], select_pages(payload, wanted)
         if len(zeros):

@@ -53,8 +53,7 @@ def boot(hypervisor: str, command: str, *, timeout_s: float, keep: Path | None =
     """
     parts.check_tools()
     parts.backend()
-    shared = directory() / "shared"
-    arguments = _qemu(hypervisor, shared)
+    arguments = _qemu(hypervisor)
     where = keep or Path(tempfile.mkdtemp(prefix="run-", dir=_runs()))
     where.mkdir(parents=True, exist_ok=True)
     (where / "out").mkdir(exist_ok=True)
@@ -69,13 +68,12 @@ def boot(hypervisor: str, command: str, *, timeout_s: float, keep: Path | None =
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
     watch = _Watch(console, where / "output", started, live)
-    why = ""
+    died, timed_out = "", False
     try:
-        while not why and qemu.poll() is None:
+        while not died and not timed_out and qemu.poll() is None:
             time.sleep(0.2)
-            why = watch.look()
-            if not why and time.monotonic() - started > timeout_s:
-                why = f"was given up after {timeout_s:g} s"
+            died = watch.look()
+            timed_out = time.monotonic() - started > timeout_s
     finally:
         if qemu.poll() is None:
             os.killpg(qemu.pid, signal.SIGKILL)
@@ -85,7 +83,7 @@ def boot(hypervisor: str, command: str, *, timeout_s: float, keep: Path | None =
     output = (where / "output").read_text(errors="replace") if (where / "output").exists() else ""
     if (where / "status").exists():
         status = int((where / "status").read_text())
-    elif (where / "output").exists() and why.startswith("was given up"):
+    elif (where / "output").exists() and timed_out:
         status = 124
     else:
         assert qemu.stderr is not None
@@ -94,7 +92,9 @@ def boot(hypervisor: str, command: str, *, timeout_s: float, keep: Path | None =
         ]
         lines = console.read_text(errors="replace").splitlines() if console.exists() else []
         last_words = "\n".join([*complaints[-10:], *[line for line in lines if line.strip()][-30:]])
-        raise LabError(f"the machine {why or 'ended'} before the command was done; its last words:\n{last_words}")
+        why = died or (f"was given up after {timeout_s:g} s" if timed_out else "ended")
+        raise LabError(f"the machine {why} before the command was done; its last words:\n{last_words}")
+    say(f"{hypervisor}: exit status {status} after {seconds:.0f} s; results in {where}")
     return Result(status, output, where / "out", console, seconds)
 
 
@@ -106,19 +106,14 @@ def _runs() -> Path:
     return runs
 
 
-def _qemu(hypervisor: str, shared: Path) -> list[str]:
-    kernel = parts.kernel()
-    shared.mkdir(parents=True, exist_ok=True)
-    for source, name in ((kernel / "vmlinux", "vmlinux"), (parts.guest() / "initramfs", "guest-initramfs")):
-        if not (shared / name).exists() or (shared / name).stat().st_mtime < source.stat().st_mtime:
-            shutil.copy(source, shared / name)
-    modules = f"{kernel / 'vmlinuz'} {DOM0_OPTIONS},{parts.initramfs()}"
+def _qemu(hypervisor: str) -> list[str]:
+    modules = f"{parts.kernel() / 'vmlinuz'} {DOM0_OPTIONS},{parts.initramfs()}"
     return [
         "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-smp", "2", "-m", str(MEMORY_MIB), "-cpu", CPU,
         "-display", "none", "-nodefaults", "-no-reboot", "-monitor", "none",
         "-kernel", str(parts.hypervisor(hypervisor)), "-append", XEN_OPTIONS, "-initrd", modules,
         "-drive", f"file={parts.dom0() / 'disk'},if=virtio,format=raw,snapshot=on",
-        *_share("tree", TREE, readonly=True), *_share("parts", shared, readonly=True),
+        *_share("tree", TREE, readonly=True), *_share("parts", parts.guest(), readonly=True),
     ]  # fmt: skip
 
 

@@ -5,6 +5,7 @@ Each is built the first time that it is asked for; together that takes some minu
 
 from __future__ import annotations
 
+import functools
 import gzip
 import lzma
 import os
@@ -56,6 +57,7 @@ def check_tools() -> None:
     run(["apt-get", "-qq", "install", "--no-install-recommends", *missing])
 
 
+@functools.cache
 def _apt() -> debian.Apt:
     return debian.Apt(directory() / "apt")
 
@@ -84,7 +86,6 @@ def hypervisor(kind: str) -> Path:
             raise LabError("the hypervisor's configuration does not take memory paging")
         run(["make", "-C", "xen", f"-j{(os.cpu_count() or 1) + 1}"], cwd=tree)
         (tree / "xen" / "xen").rename(where / "xen")
-        shutil.copy(tree / "xen" / "xen-syms", where)
         shutil.rmtree(tree)
 
     ingredients = [debian.XEN_VERSION, PAGING_CONFIG] + ([PATCH] if kind == "populate-evicted" else [])
@@ -175,7 +176,7 @@ def initramfs() -> Path:
 
 
 def guest() -> Path:
-    """A folder with the guest's ``initramfs``, whose only program is ``guest/init.c``."""
+    """A folder with what a guest boots: ``vmlinux``, and ``initramfs``, whose only program is ``guest/init.c``."""
 
     def build(where: Path) -> None:
         root = where / "root"
@@ -184,8 +185,9 @@ def guest() -> Path:
         run(["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-pthread", "-o", str(root / "init"), source])
         _archive(root, where / "initramfs")
         shutil.rmtree(root)
+        shutil.copy(kernel() / "vmlinux", where)
 
-    return part("guest", fingerprint(Path(__file__), HERE / "guest/init.c"), build)
+    return part("guest", fingerprint(kernel().name, Path(__file__), HERE / "guest/init.c"), build)
 
 
 def backend() -> None:

@@ -18,7 +18,7 @@ CONFIG = """\
 type = "pvh"
 name = "{name}"
 kernel = "{parts}/vmlinux"
-ramdisk = "{parts}/guest-initramfs"
+ramdisk = "{parts}/initramfs"
 cmdline = "console=hvc0 mitigations=off nokaslr quiet panic=1 {options}"
 memory = {memory_mib}
 vcpus = 1

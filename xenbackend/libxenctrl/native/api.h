@@ -39,7 +39,7 @@ struct xen_pager {
 
 /* 0 where the hypervisor was built with memory paging, -ENOSYS where not.  Changes nothing. */
 int xen_probe_paging(struct xen_host *h, uint32_t domid);
-/* Undoes what it did when it fails. */
+/* Undoes what it did when it fails, but for the parameter that names the ring's gfn. */
 int xen_paging_enable(struct xen_host *h, uint32_t domid, struct xen_pager *out);
 /* Take note of an event (then the channel can fire again); tell Xen of responses. */
 int xen_event_take(struct xen_pager *pager);

@@ -212,7 +212,7 @@ int xen_populate_evicted(struct xen_host *h, uint32_t domid, const uint64_t *gfn
 
         memcpy(b->data, gfns + *done, batch * sizeof(*gfns));
         rc = paging_op(h, b, domid, XENMEM_paging_op_populate_evicted, b->data, batch);
-        *done += rc == -ENOSYS || rc == -ENODEV ? 0 : batch - b->op->gfn;   /* what is left over comes back */
+        *done += batch - b->op->gfn;    /* what is left over comes back; all of it, where nothing was begun */
     }
     pthread_mutex_unlock(&b->lock);
     return rc;
