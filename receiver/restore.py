@@ -22,11 +22,9 @@ class MemoryRestorer:
         """Raises ``XenError``."""
         if len(message.holes):
             self._make_holes(message.holes)
-        fresh = self._populate(message.pfns)
-        self._domain.write_pages(message.pfns, payload)
-        fresh = self._populate(message.zeros)
-        if not fresh.all():  # a new frame is zero already
-            self._domain.write_pages(message.zeros[~fresh], None)
+        for pfns, data in ((message.pfns, payload), (message.zeros, None)):
+            self._populate(pfns)
+            self._domain.write_pages(pfns, data)
 
     def evict(self, pfns: PfnArray) -> None:
         """Make the pfns absent: their contents will come after the handover.  Raises ``XenError``."""
@@ -37,15 +35,12 @@ class MemoryRestorer:
             self._evicted[batch] = True
             self._populated[batch] = False
 
-    def _populate(self, pfns: PfnArray) -> np.typing.NDArray[np.bool_]:
-        """Returns which of them were not there before.  A paged-out pfn becomes memory like a hole."""
-        fresh = ~self._populated[pfns]
-        if fresh.any():
-            new = pfns[fresh]
-            self._domain.populate(new)
-            self._populated[new] = True
-            self._evicted[new] = False
-        return fresh
+    def _populate(self, pfns: PfnArray) -> None:
+        """Those that are not there.  A paged-out pfn becomes memory like a hole."""
+        new = pfns[~self._populated[pfns]]
+        self._domain.populate(new)
+        self._populated[new] = True
+        self._evicted[new] = False
 
     def _make_holes(self, pfns: PfnArray) -> None:
         self._populate(pfns[self._evicted[pfns]])

@@ -35,7 +35,7 @@ from migrate.tasks import task_group
 from migrate.transport import STEP_TIMEOUT_S, LaneConnection, connect, run_in_thread, step_timeout
 from sender.backlog import Backlog
 from sender.faults import FaultServer
-from sender.reader import all_pfns, announce, batches_of, count_pages
+from sender.reader import announce, batches_of, count_pages, pinned, present
 from xenbackend.contract import PAGE_SIZE, Domain, DomainState, Hypervisor, PfnArray, XenError
 
 log = logging.getLogger(__name__)
@@ -99,6 +99,7 @@ class OutgoingMigration:
         self._scope = trio.CancelScope()
         self._cancel_reason = ""
         self._suspended = False
+        self._pinned = NO_PFNS
         self._domain: Domain
         self._push: LaneConnection | None = None
         self._pull: LaneConnection | None = None
@@ -202,7 +203,7 @@ class OutgoingMigration:
         self.progress.phase = "precopy"
         domain, stats = self._domain, self.statistics
         await trio.to_thread.run_sync(domain.log_dirty_enable)
-        to_send: PfnMask = await trio.to_thread.run_sync(domain.present, all_pfns(domain.nr_pfns))
+        to_send: PfnMask = await trio.to_thread.run_sync(present, domain)
         previous = remaining = int(np.count_nonzero(to_send))
         began = time.monotonic()
         decision = (
@@ -231,9 +232,10 @@ class OutgoingMigration:
             return kept_back, to_send
         # What will not be sent any more is evicted while the guest still runs, not in its downtime.
         await self._send_holes(to_send, to_send)
-        pinned = domain.pinned()
-        kept_back[pinned] = to_send[pinned]
-        to_send[pinned] = False
+        # So is the search for the pinned set, which may look into every page.
+        self._pinned = await trio.to_thread.run_sync(pinned, domain)
+        kept_back[self._pinned] = to_send[self._pinned]
+        to_send[self._pinned] = False
         for base, bitmap in windows(to_send):
             await self._say(m.Defer(base, bitmap))
         await self._say(m.Barrier(1))
@@ -321,9 +323,9 @@ class OutgoingMigration:
         changed = mask_from_bitmap(domain.log_dirty(clean=True), domain.nr_pfns) | unsent
         missing = changed | deferred
         await self._send_holes(changed, missing)
-        pinned = domain.pinned()
         if deferred.any() or not self._stop_and_copy_fits(int(np.count_nonzero(missing))):
-            now = pinned[missing[pinned]]
+            held = np.union1d(self._pinned, domain.pinned(from_mask(changed)))
+            now = held[missing[held]]
         else:
             now = from_mask(missing)
         missing[now] = False

@@ -9,7 +9,9 @@ import numpy as np
 from migrate.errors import MigrationError
 from migrate.messages import Pages
 from migrate.pfns import WINDOW_PFNS, PfnMask, from_mask
-from xenbackend.contract import MappedPages, PageStatus, PfnArray
+from xenbackend.contract import Domain, MappedPages, PageStatus, PfnArray
+
+PIECE_PFNS = 1 << 18
 
 
 def announce(pfns: PfnArray, mapped: MappedPages) -> Pages:
@@ -32,8 +34,20 @@ def count_pages(message: Pages) -> int:
     return len(message.pfns) + len(message.zeros)
 
 
-def all_pfns(nr_pfns: int) -> PfnArray:
-    return np.arange(nr_pfns, dtype=np.uint64)
+def all_pfns(nr_pfns: int) -> Iterator[PfnArray]:
+    """In pieces: of a large guest they would be gigabytes."""
+    for base in range(0, nr_pfns, PIECE_PFNS):
+        yield np.arange(base, min(base + PIECE_PFNS, nr_pfns), dtype=np.uint64)
+
+
+def present(domain: Domain) -> PfnMask:
+    """What is memory of a guest."""
+    return np.concatenate([domain.present(pfns) for pfns in all_pfns(domain.nr_pfns)])
+
+
+def pinned(domain: Domain) -> PfnArray:
+    """The pinned set of a whole guest."""
+    return np.concatenate([domain.pinned(pfns) for pfns in all_pfns(domain.nr_pfns)])
 
 
 def batches_of(mask: PfnMask, batch_pages: int) -> Iterator[PfnArray]:

@@ -182,7 +182,7 @@ async def test_a_pinned_frame_that_is_missing_kills_the_guest(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
     """Invariant 9."""
-    monkeypatch.setattr(SimulatedDomain, "pinned", lambda self: np.empty(0, dtype=np.uint64))
+    monkeypatch.setattr(SimulatedDomain, "pinned", lambda self, pfns: np.empty(0, dtype=np.uint64))
     outcome = await migrate(clean_hosts, busy(name))
     assert "register_vcpu_info" in str(outcome.error)
     assert outcome.migration.session.handed_over

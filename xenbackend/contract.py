@@ -143,6 +143,10 @@ class Domain(ABC):
     def close(self) -> None:
         """Give up mappings and references.  Can be called twice."""
 
+    @abstractmethod
+    def preflight(self) -> Preflight:
+        """Could this domain be paged here now?  Changes nothing."""
+
     # ---- running ----
     @abstractmethod
     def suspend(self) -> None:
@@ -156,8 +160,7 @@ class Domain(ABC):
     def start(self) -> None:
         """First run of a restored domain at this host.
 
-        Raises ``XenError`` (EINVAL) when the guest died of it, as it does where a frame that it registers
-        by number is paged out.
+        A guest dies of it where a frame that it registers by number is paged out.
         """
 
     @abstractmethod
@@ -204,24 +207,37 @@ class Domain(ABC):
 
     @abstractmethod
     def populate(self, pfns: PfnArray) -> None:
-        """Give holes and paged-out pfns a frame of zeros.  EINVAL where there is one."""
+        """Give holes and paged-out pfns a frame, of unknown contents.  EINVAL where there is one, or beyond what can be."""
 
     @abstractmethod
     def depopulate(self, pfns: PfnArray) -> None:
-        """Make populated pfns holes (XENMEM_decrease_reservation)."""
+        """Make holes of pfns that have a frame or are paged out (XENMEM_decrease_reservation).  EINVAL for a hole.
+
+        Of one that was paged out the pager is told by a drop request, if the ring has room.
+        """
 
     @abstractmethod
     def write_pages(self, pfns: PfnArray, pages: Buffer | None) -> None:
         """Write to populated pfns; ``None`` writes zeros.  ENOENT for one that is paged out."""
 
     @abstractmethod
-    def pinned(self) -> PfnArray:
-        """pfns that the hypervisor or dom0 takes by number and that must be present before the guest runs."""
+    def pinned(self, pfns: PfnArray) -> PfnArray:
+        """Those of the pfns that the hypervisor or dom0 takes by number, and that must be present before the guest runs.
+
+        May be more than there are, and is not less.  Of a domain that runs or is suspended.
+        """
 
     # ---- paging ----
     @abstractmethod
     def paging_enable(self) -> PagingRing:
         """Become the domain's pager.  EBUSY when it has one."""
+
+    @abstractmethod
+    def paging_attach(self) -> PagingRing:
+        """Become the successor of a pager that died; what it had not answered is asked again.
+
+        vCPUs that fault stand still until then.  ENODEV: the domain has no pager of ours; EBUSY: its pager lives.
+        """
 
     @abstractmethod
     def paging_disable(self) -> None:
@@ -261,8 +277,8 @@ class Hypervisor(ABC):
         """By name or domid.  Raises :class:`NoSuchDomainError`."""
 
     @abstractmethod
-    def preflight(self, config: DomainConfig, *, paging: bool) -> Preflight:
-        """Could this domain be built here now, and be paged?  Changes nothing."""
+    def preflight(self, config: DomainConfig | None, *, paging: bool) -> Preflight:
+        """Could this domain be built here now, and be paged?  Without one: any domain?  Changes nothing."""
 
     @abstractmethod
     def create_incoming(self, config: DomainConfig) -> Domain:

@@ -1,7 +1,8 @@
 """The pager's end of the paging ring: requests out, responses in, one for each.
 
 The same for every backend: the page has Xen's layout (``native/vm_event.h``), the event channel is a file
-descriptor that becomes readable.  Nothing here waits.
+descriptor that becomes readable.  Nothing here waits.  What is open is noted in the page itself, so that a pager that
+was killed can have a successor.
 """
 
 from __future__ import annotations
@@ -47,14 +48,22 @@ class PagingRequest(NamedTuple):
 class PagingRing:
     """``page`` is the shared page (anything with the buffer protocol, writable, 4096 bytes).
 
-    ``event_fd`` and ``notify_fd`` are the two directions of an event channel that consists of eventfds.
+    ``event_fd`` and ``notify_fd`` are the two directions of an event channel that consists of eventfds.  With ``resume``
+    this is the successor of a pager that has died, and the first :meth:`requests` begins with what that one had taken and
+    not answered; without, the ring was just enabled, and ``channel`` is noted for a successor.
+    Raises ``XenError`` (EPROTO) where there is no predecessor.
     """
 
-    def __init__(self, page: Any, event_fd: int, notify_fd: int):
+    def __init__(self, page: Any, event_fd: int, notify_fd: int, *, resume: bool = False, channel: int = 0):
         self._page = ffi.from_buffer(page, require_writable=True)
         self._state = ffi.new("struct ring_state *", {"page": self._page, "event_fd": event_fd, "notify_fd": notify_fd})
         self._batch = ffi.new("struct ring_request[]", VM_EVENT_SLOTS)
         self._event_fd = event_fd
+        self._inherited: list[PagingRequest] = []
+        if resume:
+            self._inherited = self._take(lib.ring_resume)
+        else:
+            lib.ring_begin(self._state, channel)
 
     def fileno(self) -> int:
         """Readable when there may be requests."""
@@ -62,21 +71,25 @@ class PagingRing:
 
     def requests(self) -> list[PagingRequest]:
         """Everything asked since the last call.  Raises ``XenError`` (EPROTO) for a corrupt ring."""
-        n: int = lib.ring_consume(self._state, self._batch)
+        inherited, self._inherited = self._inherited, []
+        return inherited + self._take(lib.ring_consume)
+
+    def _take(self, call: Any) -> list[PagingRequest]:
+        n: int = call(self._state, self._batch)
         if n < 0:
-            corrupt = "the ring is corrupt or of another interface version"
+            corrupt = "the ring is corrupt, of another interface version, or nobody's that we know"
             raise XenError("paging ring", -n, why=corrupt if -n == errno.EPROTO else "")
         batch = [self._batch[i] for i in range(n)]
         return [PagingRequest(r.gfn, r.vcpu_id, r.flags, r.paging_flags, r.p2mt) for r in batch]
 
     def respond(self, requests: Iterable[PagingRequest]) -> None:
-        """Answer requests; their vCPUs go on.  Raises ``XenError`` (EINVAL) for more answers than questions."""
+        """Answer requests; their vCPUs go on.  Raises ``XenError`` (EINVAL) for an answer that nobody waits for."""
         batch = list(requests)
         if not batch:
             return
         rc = lib.ring_respond(self._state, ffi.new("struct ring_request[]", batch), len(batch))
         if rc:
-            raise XenError("paging ring", -rc, why="more responses than requests" if -rc == errno.EINVAL else "")
+            raise XenError("paging ring", -rc, why="a response to no open request" if -rc == errno.EINVAL else "")
 
     def close(self) -> None:
         """Let go of the shared page; the ring itself stays as it is."""

@@ -14,11 +14,14 @@ from xenbackend.ring import PagingRequest, PagingRing
 class XenPagingRing(PagingRing):
     """``pager``: a ``struct xen_pager`` of an enabled ring."""
 
-    def __init__(self, pager: Any):
-        super().__init__(ffi.buffer(pager.ring_page, PAGE_SIZE), -1, -1)
+    def __init__(self, pager: Any, *, resume: bool):
+        page = ffi.buffer(pager.ring_page, PAGE_SIZE)
+        super().__init__(page, -1, -1, resume=resume, channel=pager.remote_port)
         self._pager = pager
         self._readable = select.poll()
         self._readable.register(pager.event_fd, select.POLLIN)
+        if resume:  # the dead one may have answered without telling
+            self._check(lib.xen_event_notify(pager))
 
     def fileno(self) -> int:
         fd: int = self._pager.event_fd

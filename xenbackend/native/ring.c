@@ -2,13 +2,83 @@
  * The pager's end of the paging ring.
  *
  * In C because the indices need memory barriers that Python cannot give: the
- * other end is a hypervisor on another CPU.  Keeps count so that no request can be
- * answered twice: see ring_respond().
+ * other end is a hypervisor on another CPU.  Every request is noted in the page until it is
+ * answered (struct pager_notes): no request is answered twice, and none is forgotten when the pager
+ * dies, at whatever instruction.  For that the notes are written in this order:
+ *
+ *   taking     the request as OPEN; then req_cons.        Killed between: it is taken again.
+ *   answering  the request as ANSWERED, with the number of its response; then the response; then rsp_prod, which
+ *              tells Xen; then the request as FREE.       Killed between: rsp_prod says whether it was answered.
  */
 #include <errno.h>
+#include <string.h>
 #include <unistd.h>
 #include "vm_event.h"
 #include "ring_api.h"
+
+#define STORE(to, value) __atomic_store_n(&(to), value, __ATOMIC_SEQ_CST)
+
+void ring_begin(struct ring_state *ring, uint32_t channel)
+{
+    struct pager_notes *notes = pager_notes(ring->page);
+
+    memset(notes, 0, sizeof(*notes));
+    notes->channel = channel;
+    notes->req_cons = ring->req_cons = ring->rsp_prod = ((struct vm_event_sring *)ring->page)->rsp_prod;
+    STORE(notes->magic, PAGER_NOTES_MAGIC);
+}
+
+static int notify(const struct ring_state *ring)
+{
+    const uint64_t one = 1;
+
+    return ring->notify_fd >= 0 && write(ring->notify_fd, &one, sizeof(one)) < 0 ? -errno : 0;
+}
+
+int ring_resume(struct ring_state *ring, struct ring_request *out)
+{
+    struct pager_notes *notes = pager_notes(ring->page);
+    int n = 0, rc;
+
+    if (notes->magic != PAGER_NOTES_MAGIC)
+        return -EPROTO;
+    rc = notify(ring);      /* of responses that the dead one had no time to tell of */
+    if (rc)
+        return rc;
+    ring->req_cons = notes->req_cons;
+    ring->rsp_prod = ((struct vm_event_sring *)ring->page)->rsp_prod;
+    for (int i = 0; i < VM_EVENT_SLOTS; i++) {
+        typeof(notes->request[0]) *r = &notes->request[i];
+
+        if (r->state == REQUEST_ANSWERED && (int32_t)(ring->rsp_prod - r->number) <= 0)
+            STORE(r->state, REQUEST_OPEN);          /* Xen was not told */
+        else if (r->state == REQUEST_ANSWERED)
+            STORE(r->state, REQUEST_FREE);
+        else if (r->state == REQUEST_OPEN && (int32_t)(r->number - ring->req_cons) >= 0)
+            STORE(r->state, REQUEST_FREE);          /* still to be taken */
+        if (r->state == REQUEST_OPEN)
+            out[n++] = (struct ring_request){ .gfn = r->gfn, .vcpu_id = r->vcpu_id, .flags = r->flags,
+                                              .paging_flags = r->paging_flags, .p2mt = r->p2mt };
+    }
+    return n;
+}
+
+static int note_request(struct pager_notes *notes, uint32_t number, const struct ring_request *request)
+{
+    for (int i = 0; i < VM_EVENT_SLOTS; i++)
+        if (notes->request[i].state == REQUEST_FREE) {
+            notes->request[i].number = number;
+            notes->request[i].gfn = request->gfn;
+            notes->request[i].vcpu_id = request->vcpu_id;
+            notes->request[i].flags = request->flags;
+            notes->request[i].paging_flags = request->paging_flags;
+            notes->request[i].p2mt = request->p2mt;
+            STORE(notes->request[i].state, REQUEST_OPEN);
+            STORE(notes->req_cons, number + 1);
+            return 0;
+        }
+    return -EPROTO;     /* more than there are slots */
+}
 
 int ring_consume(struct ring_state *ring, struct ring_request *out)
 {
@@ -29,34 +99,57 @@ int ring_consume(struct ring_state *ring, struct ring_request *out)
             if (req->version != VM_EVENT_INTERFACE_VERSION ||
                 req->reason != VM_EVENT_REASON_MEM_PAGING)
                 return -EPROTO;
-            out[n++] = (struct ring_request){
+            out[n] = (struct ring_request){
                 .gfn = req->gfn,
                 .vcpu_id = req->vcpu_id,
                 .flags = req->flags,
                 .paging_flags = req->paging_flags,
                 .p2mt = req->p2mt,
             };
+            if (note_request(pager_notes(sring), ring->req_cons, &out[n]))
+                return -EPROTO;
+            n++;
             ring->req_cons++;
         }
         /* Ask for an event at the next request, then look once more: one that came
          * in between has seen the old req_event and may not have raised it. */
-        __atomic_store_n(&sring->req_event, ring->req_cons + 1, __ATOMIC_SEQ_CST);
+        STORE(sring->req_event, ring->req_cons + 1);
         if (__atomic_load_n(&sring->req_prod, __ATOMIC_SEQ_CST) == ring->req_cons ||
             n == VM_EVENT_SLOTS)
             return n;
     }
 }
 
+/* Where an open request is noted that is no other answer's of the same batch, or -1. */
+static int find_request(const struct pager_notes *notes, const struct ring_request *answer, uint32_t taken)
+{
+    for (int i = 0; i < VM_EVENT_SLOTS; i++)
+        if (!(taken & 1u << i) && notes->request[i].state == REQUEST_OPEN && notes->request[i].gfn == answer->gfn &&
+            notes->request[i].vcpu_id == answer->vcpu_id && notes->request[i].paging_flags == answer->paging_flags)
+            return i;
+    return -1;
+}
+
 int ring_respond(struct ring_state *ring, const struct ring_request *answered, int n)
 {
     struct vm_event_sring *sring = ring->page;
-    const uint64_t one = 1;
+    struct pager_notes *notes = pager_notes(ring->page);
+    uint32_t taken = 0;
+    int at[VM_EVENT_SLOTS];
 
-    if (n < 0 || (uint32_t)n > ring->req_cons - ring->rsp_prod)
+    if (n < 0 || n > VM_EVENT_SLOTS)
         return -EINVAL;
+    for (int i = 0; i < n; i++) {
+        at[i] = find_request(notes, &answered[i], taken);
+        if (at[i] < 0)
+            return -EINVAL;
+        taken |= 1u << at[i];
+    }
     for (int i = 0; i < n; i++) {
         struct vm_event *rsp = vm_event_slot(sring, ring->rsp_prod + i);
 
+        STORE(notes->request[at[i]].number, ring->rsp_prod + i);
+        STORE(notes->request[at[i]].state, REQUEST_ANSWERED);
         memset(rsp, 0, sizeof(*rsp));
         rsp->version = VM_EVENT_INTERFACE_VERSION;
         rsp->flags = answered[i].flags;
@@ -67,8 +160,8 @@ int ring_respond(struct ring_state *ring, const struct ring_request *answered, i
         rsp->paging_flags = answered[i].paging_flags;
     }
     ring->rsp_prod += n;
-    __atomic_store_n(&sring->rsp_prod, ring->rsp_prod, __ATOMIC_SEQ_CST);
-    if (ring->notify_fd >= 0 && write(ring->notify_fd, &one, sizeof(one)) < 0)
-        return -errno;
-    return 0;
+    STORE(sring->rsp_prod, ring->rsp_prod);
+    for (int i = 0; i < n; i++)
+        STORE(notes->request[at[i]].state, REQUEST_FREE);
+    return notify(ring);
 }

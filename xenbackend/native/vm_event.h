@@ -49,6 +49,37 @@ _Static_assert(__builtin_offsetof(struct vm_event, gfn) == 24, "gfn offset");
 _Static_assert(__builtin_offsetof(struct vm_event, p2mt) == 32, "p2mt offset");
 _Static_assert(__builtin_offsetof(struct vm_event_sring, slot) == 64, "slot offset");
 
+/*
+ * The pager's notes, in the part of the page that neither Xen nor the ring uses: which requests are open.  They
+ * are here, and not in the pager's memory, so that a pager that is killed can have a successor.  The slots
+ * themselves do not tell: responses are put in another order than requests were, over requests that are still open.
+ */
+#define PAGER_NOTES_OFFSET 3584
+#define PAGER_NOTES_MAGIC 0x58505631u
+
+enum { REQUEST_FREE, REQUEST_OPEN, REQUEST_ANSWERED };
+
+struct pager_notes {
+    uint32_t magic;
+    uint32_t channel;            /* Xen's end of the event channel */
+    uint32_t req_cons;
+    uint32_t pad;
+    struct {
+        uint32_t state;
+        uint32_t number;         /* of the request; of the response, where ANSWERED */
+        uint64_t gfn;
+        uint32_t vcpu_id, flags, paging_flags, p2mt;
+    } request[VM_EVENT_SLOTS];
+};
+
+_Static_assert(sizeof(struct vm_event_sring) <= PAGER_NOTES_OFFSET, "the notes are behind the slots");
+_Static_assert(PAGER_NOTES_OFFSET + sizeof(struct pager_notes) <= 4096, "the notes are in the page");
+
+static inline struct pager_notes *pager_notes(void *page)
+{
+    return (struct pager_notes *)((uint8_t *)page + PAGER_NOTES_OFFSET);
+}
+
 static inline struct vm_event *vm_event_slot(struct vm_event_sring *ring, uint32_t index)
 {
     return &ring->slot[index % VM_EVENT_SLOTS];

@@ -42,6 +42,10 @@ def _pfns(pfns: PfnArray) -> Any:
     return ffi.from_buffer("uint64_t[]", np.ascontiguousarray(pfns, dtype=np.uint64))
 
 
+def _preflight(reply: dict[str, Any]) -> Preflight:
+    return Preflight(tuple(reply["problems"]), reply["populate_evicted"])
+
+
 def _pages(pages: Buffer | None, count: int) -> Any:
     if pages is None:
         return ffi.NULL
@@ -79,6 +83,9 @@ class SimulatedDomain(Domain):
             if fd >= 0:
                 os.close(fd)
         self._memory_fd, self._ring_fds = -1, []
+
+    def preflight(self) -> Preflight:
+        return _preflight(self._host.call("domain_preflight", domid=self.domid, client=self._host.client_id))
 
     def suspend(self) -> None:
         self._host.call("suspend", domid=self.domid)
@@ -132,26 +139,40 @@ class SimulatedDomain(Domain):
         self._batch("populate_physmap", lib.sim_populate, pfns)
 
     def depopulate(self, pfns: PfnArray) -> None:
-        self._batch("decrease_reservation", lib.sim_depopulate, pfns)
+        done = 0
+        while done < len(pfns):
+            try:
+                return self._batch("decrease_reservation", lib.sim_depopulate, pfns[done:])
+            except XenError as error:
+                done += error.done
+                if not np.isin(self.p2m_types(pfns[done : done + 1]), PAGING_TYPES)[0]:
+                    raise XenError(error.operation, error.errno, pfn=error.pfn, done=done) from error
+                self._host.call("drop", domid=self.domid, pfn=int(pfns[done]))
+                done += 1
+        return None
 
     def write_pages(self, pfns: PfnArray, pages: Buffer | None) -> None:
         self._batch("foreign write", lib.sim_write, pfns, _pages(pages, len(pfns)))
 
-    def pinned(self) -> PfnArray:
-        pfns = np.empty(min(self.nr_pfns, 65536), dtype=np.uint64)
-        n = lib.sim_pinned(self._map, ffi.from_buffer("uint64_t[]", pfns), len(pfns))
-        if n > len(pfns):
-            raise XenError("pinned set", errno.E2BIG, why=f"{n} pages are held by number")
-        return pfns[:n].copy()
+    def pinned(self, pfns: PfnArray) -> PfnArray:
+        held = np.empty(len(pfns), dtype=np.uint64)
+        n = lib.sim_pinned(self._map, _pfns(pfns), len(pfns), ffi.from_buffer("uint64_t[]", held))
+        return np.sort(held[:n])
 
     # ---- paging ----
     def paging_enable(self) -> PagingRing:
-        _reply, fds = self._host.call_fds("paging_enable", domid=self.domid)
+        return self._ring("paging_enable", resume=False)
+
+    def paging_attach(self) -> PagingRing:
+        return self._ring("paging_attach", resume=True)
+
+    def _ring(self, operation: str, *, resume: bool) -> PagingRing:
+        _reply, fds = self._host.call_fds(operation, domid=self.domid, client=self._host.client_id)
         ring_fd, request_fd, response_fd = fds
         page = mmap.mmap(ring_fd, PAGE_SIZE)
         os.close(ring_fd)
         self._ring_fds = [request_fd, response_fd]
-        return PagingRing(page, request_fd, response_fd)
+        return PagingRing(page, request_fd, response_fd, resume=resume)
 
     def paging_disable(self) -> None:
         self._host.call("paging_disable", domid=self.domid)
@@ -251,9 +272,8 @@ class SimulatedHypervisor(Hypervisor):
                 return SimulatedDomain(self, info.domid)
         raise NoSuchDomainError(domain)
 
-    def preflight(self, config: DomainConfig, *, paging: bool) -> Preflight:
-        reply = self.call("preflight", config=config.__dict__, paging=paging)
-        return Preflight(tuple(reply["problems"]), reply["populate_evicted"])
+    def preflight(self, config: DomainConfig | None, *, paging: bool) -> Preflight:
+        return _preflight(self.call("preflight", config=config and config.__dict__, paging=paging))
 
     def create_incoming(self, config: DomainConfig) -> SimulatedDomain:
         return SimulatedDomain(self, self.call("create_incoming", config=config.__dict__))

@@ -42,6 +42,8 @@ class HostedDomain:
         self.ever_ran = False
         self.suspended = False
         self.ring_fds: list[int] = []
+        self.pager = 0
+        """The client that serves the ring; 0: none, or it is gone."""
         self._ring_page: Any = None
         self.control_fd = os.memfd_create(f"domain-{domid}-control")
         self.memory_fd = os.memfd_create(f"domain-{domid}-memory")
@@ -241,6 +243,8 @@ class SimulatedHost:
         finally:
             for domain in self.domains.values():
                 lib.sim_repair(domain.map, client)
+                if domain.pager == client:
+                    domain.pager = 0
             self._clients.discard(client)
 
     async def _answer(self, client: int, data: bytes) -> tuple[dict[str, Any], list[int]]:
@@ -287,10 +291,11 @@ class SimulatedHost:
                 f"{max(free, 0) >> 20} MiB are free: make room or choose another host"
             )
             problems.append((errno.ENOMEM, text))
-        if paging and not self.paging:
-            text = "this hypervisor is built without memory paging: use --strategy precopy or another hypervisor"
-            problems.append((errno.ENODEV, text))
-        return problems
+        return problems + self._paging_problems(paging)
+
+    def _paging_problems(self, paging: bool) -> list[tuple[int, str]]:
+        text = "this hypervisor is built without memory paging: use --strategy precopy or another hypervisor"
+        return [(errno.ENOSYS, text)] if paging and not self.paging else []
 
     def _build(self, config: DomainConfig) -> HostedDomain:
         spec = GuestSpec.from_bytes(config.platform)
@@ -336,10 +341,20 @@ class SimulatedHost:
     def op_history(self) -> list[dict[str, Any]]:
         return [{**report, "vcpu": [{"count": v["count"]} for v in report["vcpu"]]} for report in self.gone]
 
-    def op_preflight(self, config: dict[str, Any], paging: bool) -> dict[str, Any]:
-        way = "none" if not self.paging else "native" if self.populate_evicted else "fallback"
-        problems = [text for _number, text in self._problems(DomainConfig(**config), paging)]
-        return {"problems": problems, "populate_evicted": way}
+    def op_preflight(self, config: dict[str, Any] | None, paging: bool) -> dict[str, Any]:
+        problems = self._problems(DomainConfig(**config), paging) if config else self._paging_problems(paging)
+        return {"problems": [text for _number, text in problems], "populate_evicted": self._way}
+
+    def op_domain_preflight(self, domid: int, client: int) -> dict[str, Any]:
+        domain = self._domain(domid)
+        problems = self._paging_problems(True)
+        if domain.ring_fds and domain.pager != client:
+            problems.append((errno.EBUSY, "its paging ring is in use by another pager: end that one first"))
+        return {"problems": [text for _number, text in problems], "populate_evicted": self._way}
+
+    @property
+    def _way(self) -> str:
+        return "none" if not self.paging else "native" if self.populate_evicted else "fallback"
 
     def op_attach(self, domid: int) -> Reply:
         domain = self._domain(domid)
@@ -383,10 +398,25 @@ class SimulatedHost:
         ffi.memmove(domain.map.dirty, bytes((domain.dom.nr_pfns + 63) // 64 * 8), (domain.dom.nr_pfns + 63) // 64 * 8)
         lib.sim_host_unpause(domain.native)
 
-    def op_paging_enable(self, domid: int) -> Reply:
+    def op_paging_enable(self, domid: int, client: int) -> Reply:
         if not self.paging:
-            raise XenError("mem_paging_enable", errno.ENODEV, why="this hypervisor is built without memory paging")
-        return None, self._domain(domid).paging_enable()
+            raise XenError("mem_paging_enable", errno.ENOSYS, why="this hypervisor is built without memory paging")
+        domain = self._domain(domid)
+        fds = domain.paging_enable()
+        domain.pager = client
+        return None, fds
+
+    def op_paging_attach(self, domid: int, client: int) -> Reply:
+        domain = self._domain(domid)
+        if not domain.ring_fds:
+            raise XenError("paging_attach", errno.ENODEV, why="the domain has no paging ring")
+        if domain.pager:
+            raise XenError("paging_attach", errno.EBUSY, why="the domain's pager lives")
+        domain.pager = client
+        return None, domain.ring_fds
+
+    def op_drop(self, domid: int, pfn: int) -> None:
+        lib.sim_host_drop(self._domain(domid).native, pfn)
 
     def op_paging_disable(self, domid: int) -> None:
         self._domain(domid).paging_disable()

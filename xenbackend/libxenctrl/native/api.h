@@ -1,56 +1,148 @@
-/* What Python sees of xen.c (this file is read by cffi as well).
+/* What Python sees of the C files beside this one (read by cffi as well).
  *
  * Calls return 0 (or a count) or -errno.  Batches stop at the first gfn that fails; *done is how many were
  * handled before it. */
 
 struct xen_host;
 
+/* ---- host.c ---- */
 int xen_host_open(struct xen_host **out);
 void xen_host_close(struct xen_host *h);
 
-struct xen_info {
-    uint64_t tot_pages, max_pages, paged_pages;
-    uint64_t nr_gfns;           /* one more than the highest gfn in use */
-    uint32_t vcpus;
-    uint32_t paused, shutdown, shutdown_reason, dying, hap;
+struct xen_facts {
+    uint64_t free_pages;
+    uint32_t dom0_hvm;          /* dom0 is no PV domain */
+    uint32_t hap;               /* the processors have nested page tables */
+    uint32_t paging;            /* the hypervisor is built with memory paging ... */
+    uint32_t populate_evicted;  /* ... and has our operations (xenbackend/hypervisor/) */
 };
+int xen_facts(struct xen_host *h, struct xen_facts *out);
 
-/* ---- life ---- */
+struct xen_info {
+    uint64_t tot_pages, max_pages, paged_pages, shared_info_gfn;
+    uint32_t domid, vcpus, hvm, hap, paused, dying;
+    uint32_t shutdown, shutdown_reason;     /* SHUTDOWN_* */
+    uint32_t emulation_flags, misc_flags, gpaddr_bits, pad;
+    uint8_t handle[16];
+};
 int xen_domain_info(struct xen_host *h, uint32_t domid, struct xen_info *out);
+int xen_domain_list(struct xen_host *h, uint32_t first_domid, struct xen_info *out, uint32_t most);
+/* One more than the highest gfn in use. */
+int xen_nr_gfns(struct xen_host *h, uint32_t domid, uint64_t *out);
+int xen_pod_entries(struct xen_host *h, uint32_t domid, uint64_t *out);
+
 int xen_pause(struct xen_host *h, uint32_t domid);
 int xen_unpause(struct xen_host *h, uint32_t domid);
+int xen_shutdown(struct xen_host *h, uint32_t domid, int reason);
+/* Of a suspended domain, with the hypercall that it suspended by returning "cancelled". */
+int xen_resume(struct xen_host *h, uint32_t domid);
+int xen_destroy(struct xen_host *h, uint32_t domid);
 
-/* ---- memory ---- */
-/* Foreign mapping of n gfns, one behind the other, read-only; errors[i] is 0 or an errno.  Touching a page
- * whose errors[i] is not 0 is a SIGBUS.  A gfn that is paged out is waited for: never from a pager's thread. */
-int xen_map(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, void **address, int *errors);
-int xen_unmap(struct xen_host *h, void *address, size_t n);
+/* xenstored.  Read returns the length of what is there (buffer holds up to size bytes of it). */
+int xen_store_read(struct xen_host *h, const char *path, char *buffer, uint32_t size);
+int xen_store_write(struct xen_host *h, const char *path, const char *value, uint32_t length);
+int xen_store_remove(struct xen_host *h, const char *path);
+/* Owned by owner; everyone who may_read may read. */
+int xen_store_permit(struct xen_host *h, const char *path, uint32_t owner, uint32_t may_read);
+int xen_store_introduce(struct xen_host *h, uint32_t domid, uint64_t gfn, uint32_t port);
+int xen_store_release(struct xen_host *h, uint32_t domid);
+int xen_store_resume(struct xen_host *h, uint32_t domid);
+
+/* ---- memory.c ---- */
+#define PAGE_DATA 0             /* numbers shared with xenbackend.contract.PageStatus */
+#define PAGE_ZERO 1
+#define PAGE_HOLE 2
+#define PAGE_PAGED 3
+#define PAGE_BROKEN 4
+
+/* What is there, without looking into it: PAGE_DATA, PAGE_HOLE, PAGE_PAGED (told from a hole only where the domain has a
+ * ring: without one nothing can be paged out), PAGE_BROKEN. */
+int xen_page_types(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, uint8_t *types);
+
+/* Memory mapped for reading. */
+struct xen_view {
+    void *address;
+    size_t pages;
+};
+struct xen_run {                /* neighbours in the view */
+    uint64_t first, pages;
+};
+/* Map what holds memory; status is a PAGE_* for each gfn, runs the DATA pages in order.  Returns how many runs. */
+long xen_map(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, uint8_t *status, struct xen_view *view,
+             struct xen_run *runs);
+int xen_unmap(struct xen_host *h, struct xen_view *view);
+
 int xen_set_max_pages(struct xen_host *h, uint32_t domid, uint64_t pages);
 int xen_populate(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, size_t *done);
 int xen_depopulate(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, size_t *done);
+int xen_write(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, const uint8_t *pages, size_t *done);
 
-/* ---- paging ---- */
+int xen_log_dirty_enable(struct xen_host *h, uint32_t domid);
+int xen_log_dirty_disable(struct xen_host *h, uint32_t domid);
+int xen_log_dirty(struct xen_host *h, uint32_t domid, int clean, uint8_t *bitmap, uint64_t nr_gfns);
+
+/* ---- pinned.c ---- */
+/* Those of the gfns that the hypervisor or another domain holds are put into out; returns how many. */
+long xen_pinned(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, uint64_t *out);
+/* The two ways that it knows, the first on a hypervisor with our patch (-ENOSYS), the second on any. */
+long xen_query_held(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, uint64_t *out);
+long xen_recognise_held(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, uint64_t *out);
+
+/* ---- paging.c ---- */
 struct xen_pager {
     void *ring_page;
-    uint32_t port;              /* the local end of the event channel */
+    uint64_t ring_gfn;
+    uint32_t remote_port;       /* Xen's end of the event channel, and ours */
+    uint32_t port;
     int event_fd;               /* readable when the channel has fired */
     void *evtchn;
 };
 
-/* 0 where the hypervisor was built with memory paging, -ENOSYS where not.  Changes nothing. */
-int xen_probe_paging(struct xen_host *h, uint32_t domid);
-/* Undoes what it did when it fails, but for the parameter that names the ring's gfn. */
-int xen_paging_enable(struct xen_host *h, uint32_t domid, struct xen_pager *out);
+/* 1, 0, or -errno.  Changes nothing. */
+int xen_has_ring(struct xen_host *h, uint32_t domid);
+/* spare_gfn: where the ring may be, if the domain has no place for it.  Undoes what it did when it fails, but for the
+ * parameter that names the ring's gfn. */
+int xen_paging_enable(struct xen_host *h, uint32_t domid, uint64_t spare_gfn, struct xen_pager *out);
+/* Of a ring whose pager has died.  -EBUSY: it has not. */
+int xen_paging_attach(struct xen_host *h, uint32_t domid, struct xen_pager *out);
 /* Take note of an event (then the channel can fire again); tell Xen of responses. */
 int xen_event_take(struct xen_pager *pager);
 int xen_event_notify(struct xen_pager *pager);
 int xen_paging_disable(struct xen_host *h, uint32_t domid, struct xen_pager *pager);
+/* As the process's end would: the ring stays. */
+void xen_pager_close(struct xen_host *h, struct xen_pager *pager);
 
-/* 0 where the hypervisor has the batched op, -ENOSYS where not; needs an enabled ring (-ENODEV). */
-int xen_probe_populate_evicted(struct xen_host *h, uint32_t domid);
 int xen_populate_evicted(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, size_t *done);
 /* The same by what every hypervisor with paging has: populate the holes, nominate, evict. */
 int xen_evict_one_by_one(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, size_t *done);
 
 /* XENMEM_paging_op_prep with a buffer; results[i] is 0 or -errno.  pages == NULL loads zeros. */
 int xen_load(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, const uint8_t *pages, int32_t *results);
+
+/* ---- state.c ---- */
+struct xen_tsc {
+    uint64_t elapsed_nsec;
+    uint32_t mode, khz, incarnation, pad;
+};
+int xen_tsc_get(struct xen_host *h, uint32_t domid, struct xen_tsc *out);
+int xen_tsc_set(struct xen_host *h, uint32_t domid, const struct xen_tsc *tsc);
+int xen_param_get(struct xen_host *h, uint32_t domid, uint32_t index, uint64_t *out);
+int xen_param_set(struct xen_host *h, uint32_t domid, uint32_t index, uint64_t value);
+/* Returns the size; with buffer == NULL the size that it needs. */
+int xen_hvm_context(struct xen_host *h, uint32_t domid, uint8_t *buffer, uint32_t size);
+int xen_set_hvm_context(struct xen_host *h, uint32_t domid, const uint8_t *buffer, uint32_t size);
+
+#define XEN_CPUID_LEAF_BYTES 24     /* xen_cpuid_leaf_t */
+#define XEN_MSR_ENTRY_BYTES 16      /* xen_msr_entry_t */
+int xen_cpu_policy_size(struct xen_host *h, uint32_t *leaves, uint32_t *msrs);
+int xen_cpu_policy(struct xen_host *h, uint32_t domid, uint8_t *leaves, uint32_t *nr_leaves, uint8_t *msrs, uint32_t *nr_msrs);
+int xen_set_cpu_policy(struct xen_host *h, uint32_t domid, const uint8_t *leaves, uint32_t nr_leaves, const uint8_t *msrs,
+                       uint32_t nr_msrs);
+
+/* An empty HVM or PVH domain, as info says. */
+int xen_create(struct xen_host *h, const struct xen_info *info, uint32_t *domid);
+int xen_paging_pool(struct xen_host *h, uint32_t domid, uint32_t mib);
+int xen_clear_page(struct xen_host *h, uint32_t domid, uint64_t gfn);
+/* A port that dom0 may bind to. */
+int xen_event_channel(struct xen_host *h, uint32_t domid);
+int xen_seed_grants(struct xen_host *h, uint32_t domid, uint64_t console_gfn, uint64_t store_gfn);

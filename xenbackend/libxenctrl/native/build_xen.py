@@ -12,18 +12,20 @@ HERE = Path(__file__).resolve().parent
 # setuptools wants source paths relative to the project's root.
 ROOT = HERE.parent.parent.parent
 SYSROOT = os.environ.get("XEN_SYSROOT", "")
-LIBRARIES = ["xenctrl", "xencall", "xenforeignmemory", "xenevtchn"]
+LIBRARIES = ["xenctrl", "xenguest", "xencall", "xendevicemodel", "xenforeignmemory", "xenevtchn", "xenstore"]
+SOURCES = ["host.c", "memory.c", "pinned.c", "paging.c", "state.c"]
+HEADERS = ["api.h", "internal.h", "../../native/vm_event.h"]
 
 ffi = FFI()
 ffi.cdef((HERE / "api.h").read_text())
 ffi.set_source(
     "xenbackend.libxenctrl._xen",
     '#include <stddef.h>\n#include <stdint.h>\n#include "api.h"',
-    sources=[str((HERE / "xen.c").relative_to(ROOT))],
+    sources=[str((HERE / name).relative_to(ROOT)) for name in SOURCES],
     include_dirs=[str(HERE.relative_to(ROOT))] + ([f"{SYSROOT}/usr/include"] if SYSROOT else []),
     library_dirs=[f"{SYSROOT}/usr/lib/x86_64-linux-gnu"] if SYSROOT else [],
     libraries=LIBRARIES,
-    depends=[str((HERE / "api.h").relative_to(ROOT))],
+    depends=[str((HERE / name).resolve().relative_to(ROOT)) for name in HEADERS],
     extra_compile_args=["-O2", "-std=gnu11", "-Wall", "-Wextra", "-Wno-sign-compare"],
     extra_link_args=["-pthread", "-Wl,--allow-shlib-undefined"],
 )

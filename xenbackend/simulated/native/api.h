@@ -117,7 +117,7 @@ int sim_nominate(struct sim_map *m, uint64_t pfn);
 int sim_evict(struct sim_map *m, uint64_t pfn);
 long sim_load(struct sim_map *m, const uint64_t *pfns, size_t n, const uint8_t *pages, int32_t *results);
 uint64_t sim_log_dirty(struct sim_map *m, uint64_t *bitmap, int clean);
-size_t sim_pinned(struct sim_map *m, uint64_t *pfns, size_t most);
+size_t sim_pinned(struct sim_map *m, const uint64_t *pfns, size_t n, uint64_t *held);
 int sim_set_page(struct sim_map *m, uint64_t pfn, int type, int refs, int type_count);
 
 /* ---- guest programs (program.c) ---- */
@@ -138,3 +138,4 @@ void sim_host_pause(struct sim_host_domain *h);     /* returns when no vCPU runs
 void sim_host_unpause(struct sim_host_domain *h);
 void sim_host_paging_enable(struct sim_host_domain *h, void *ring_page, int to_pager_fd, int from_pager_fd);
 int sim_host_paging_disable(struct sim_host_domain *h);
+void sim_host_drop(struct sim_host_domain *h, uint64_t pfn);  /* decrease_reservation of a pfn that is paged out */

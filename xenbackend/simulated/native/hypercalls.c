@@ -409,21 +409,18 @@ uint64_t sim_log_dirty(struct sim_map *m, uint64_t *bitmap, int clean)
     return dirty;
 }
 
-/* The pfns that somebody beside the guest's own mappings holds: what nominate would refuse. */
-size_t sim_pinned(struct sim_map *m, uint64_t *pfns, size_t most)
+/* Those of the pfns that somebody beside the guest's own mappings holds: what nominate would refuse. */
+size_t sim_pinned(struct sim_map *m, const uint64_t *pfns, size_t n, uint64_t *held)
 {
-    size_t n = 0;
+    size_t count = 0;
 
-    for (uint64_t pfn = 0; pfn < m->dom->nr_pfns; pfn++) {
-        uint32_t w = __atomic_load_n(&m->p2m[pfn], __ATOMIC_SEQ_CST);
+    for (size_t i = 0; i < n; i++) {
+        uint32_t w = pfns[i] < m->dom->nr_pfns ? __atomic_load_n(&m->p2m[pfns[i]], __ATOMIC_SEQ_CST) : P2M_HOLE;
 
-        if (is_ram(E_TYPE(w)) && (E_REFS(w) || E_TYPE_REFS(w))) {
-            if (n < most)
-                pfns[n] = pfn;
-            n++;
-        }
+        if (is_ram(E_TYPE(w)) && (E_REFS(w) || E_TYPE_REFS(w)))
+            held[count++] = pfns[i];
     }
-    return n;
+    return count;
 }
 
 /* For tests: put a page into a state that a real guest or host would bring about.  -1 leaves as it is. */

@@ -260,9 +260,8 @@ static void page_fault(struct host_vcpu *v, uint64_t pfn)
 }
 
 /* decrease_reservation of a page that may be paged out: the guest's balloon driver. */
-static void give_away(struct host_vcpu *v, uint64_t pfn)
+static void give_away(struct sim_host_domain *h, uint32_t vcpu, uint64_t pfn)
 {
-    struct sim_host_domain *h = v->h;
     struct sim_domain *d = h->m->dom;
     uint32_t w = entry_lock(h->m, pfn);
 
@@ -279,7 +278,7 @@ static void give_away(struct host_vcpu *v, uint64_t pfn)
          * never told, and finds out when it loads the page. */
         pthread_mutex_lock(&h->lock);
         if (h->ring && ring_slots_free(h))
-            ring_put(h, pfn, v->id, 0, E_TYPE(w), MEM_PAGING_DROP_PAGE);
+            ring_put(h, pfn, vcpu, 0, E_TYPE(w), MEM_PAGING_DROP_PAGE);
         else
             d->lost_drops++;
         pthread_mutex_unlock(&h->lock);
@@ -287,6 +286,8 @@ static void give_away(struct host_vcpu *v, uint64_t pfn)
         entry_unlock(h->m, pfn);
     }
 }
+
+void sim_host_drop(struct sim_host_domain *h, uint64_t pfn) { give_away(h, 0, pfn); }
 
 /* -------- the vCPU's loop -------- */
 
@@ -387,7 +388,7 @@ static void *vcpu_main(void *arg)
         if (period)
             next = next + 100000000 < now_ns() ? now_ns() : next + period;  /* catch up 0.1 s at most */
         if (v->id == 0 && sim_ballooned(p, arch->count + 1) > sim_ballooned(p, arch->count))
-            give_away(v, sim_balloon_pfn(p, d->nr_pfns, sim_ballooned(p, arch->count)));
+            give_away(v->h, v->id, sim_balloon_pfn(p, d->nr_pfns, sim_ballooned(p, arch->count)));
         if (!arch->first_instruction_ns)
             arch->first_instruction_ns = now_ns();
         __atomic_store_n(&arch->count, arch->count + 1, __ATOMIC_SEQ_CST);

@@ -1,0 +1,343 @@
+"""One domain of the real Xen: the contract's operations, batch by batch.
+
+Life and memory are hypercalls; suspending asks the guest, through xenstore, as libxl does.  A context is what
+libxc's migration stream has besides pages: HVM parameters, time, and the hypervisor's own context records.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import msgpack
+import numpy as np
+from numpy.typing import NDArray
+
+from xenbackend.contract import (
+    PAGE_SIZE,
+    Buffer,
+    Domain,
+    DomainConfig,
+    DomainInfo,
+    DomainState,
+    MappedPages,
+    NoSuchDomainError,
+    PageStatus,
+    PfnArray,
+    Preflight,
+    XenError,
+)
+from xenbackend.libxenctrl._xen import ffi, lib
+from xenbackend.libxenctrl.refusals import ENABLE_ERRORS, DomainFacts
+from xenbackend.libxenctrl.ring import XenPagingRing
+
+if TYPE_CHECKING:
+    from xenbackend.libxenctrl.empty import Plumbing
+    from xenbackend.libxenctrl.hypervisor import XenHypervisor
+
+SHUTDOWN_SUSPEND, SHUTDOWN_CRASH = 2, 3  # xen/include/public/sched.h
+NO_PFN = np.uint64(2**64 - 1)
+SUSPEND_TIMEOUT_S = 60.0
+"""As libxl gives a guest."""
+
+# xen/include/public/hvm/params.h
+HVM_PARAM_CALLBACK_IRQ = 0
+HVM_PARAM_STORE_PFN = 1
+HVM_PARAM_STORE_EVTCHN = 2
+HVM_PARAM_IOREQ_PFN = 5
+HVM_PARAM_BUFIOREQ_PFN = 6
+HVM_PARAM_VIRIDIAN = 9
+HVM_PARAM_IDENT_PT = 12
+HVM_PARAM_CONSOLE_PFN = 17
+HVM_PARAM_CONSOLE_EVTCHN = 18
+HVM_PARAM_ACPI_IOPORTS_LOCATION = 19
+HVM_PARAM_PAGING_RING_PFN = 27
+HVM_PARAM_MONITOR_RING_PFN = 28
+HVM_PARAM_SHARING_RING_PFN = 29
+HVM_PARAM_IOREQ_SERVER_PFN = 32
+HVM_PARAM_NR_IOREQ_SERVER_PAGES = 33
+HVM_PARAM_VM_GENERATION_ID_ADDR = 34
+HVM_PARAM_X87_FIP_WIDTH = 36
+HVM_PARAM_VM86_TSS_SIZED = 37
+HVM_PARAM_MCA_CAP = 38
+CONTEXT_PARAMS = (
+    HVM_PARAM_STORE_PFN, HVM_PARAM_IOREQ_PFN, HVM_PARAM_BUFIOREQ_PFN, HVM_PARAM_MONITOR_RING_PFN,
+    HVM_PARAM_SHARING_RING_PFN, HVM_PARAM_VM86_TSS_SIZED, HVM_PARAM_CONSOLE_PFN, HVM_PARAM_ACPI_IOPORTS_LOCATION,
+    HVM_PARAM_VIRIDIAN, HVM_PARAM_IDENT_PT, HVM_PARAM_VM_GENERATION_ID_ADDR, HVM_PARAM_IOREQ_SERVER_PFN,
+    HVM_PARAM_NR_IOREQ_SERVER_PAGES, HVM_PARAM_X87_FIP_WIDTH, HVM_PARAM_MCA_CAP,
+)  # fmt: skip
+"""What libxc's stream carries, but for the paging ring, which is each host's own."""
+RINGS_TO_CLEAR = (HVM_PARAM_STORE_PFN, HVM_PARAM_CONSOLE_PFN, HVM_PARAM_IOREQ_PFN, HVM_PARAM_BUFIOREQ_PFN)
+"""Pages whose contents are about connections that do not come along."""
+CONTEXT_FORMAT = "xen-hvm-context 1"
+
+
+def check(operation: str, rc: int) -> int:
+    """``rc``, where it is no error.  Raises ``XenError``."""
+    if rc < 0:
+        raise XenError(operation, -rc)
+    return rc
+
+
+def gfn_array(pfns: PfnArray) -> Any:
+    return ffi.from_buffer("uint64_t[]", np.ascontiguousarray(pfns, dtype=np.uint64))
+
+
+class XenMappedPages(MappedPages):
+    def __init__(self, host: Any, view: Any, status: NDArray[np.uint8], data: list[memoryview]):
+        super().__init__(status, data)
+        self._host, self._view = host, view
+
+    def __exit__(self, *_exception: object) -> None:
+        self.data = []
+        lib.xen_unmap(self._host, self._view)
+
+
+class XenDomain(Domain):
+    """``nr_pfns`` and ``plumbing``: of a domain that was just made to be restored into (``empty.py``)."""
+
+    def __init__(
+        self, hypervisor: XenHypervisor, domid: int, nr_pfns: int | None = None, plumbing: Plumbing | None = None
+    ):
+        self._hypervisor = hypervisor
+        self._host = hypervisor.native
+        self._plumbing = plumbing
+        self.domid = domid
+        if nr_pfns is None:
+            out = ffi.new("uint64_t *")
+            check("maximum_gpfn", lib.xen_nr_gfns(self._host, domid, out))
+            nr_pfns = int(out[0])
+        self.nr_pfns = nr_pfns
+        self._pager: Any = None
+        self._ring_pfn = 0
+
+    # ---- what it is ----
+    def native_info(self) -> Any:
+        """A ``struct xen_info``.  A domain that is being torn down is none any more, though its pages may still be mapped."""
+        info = ffi.new("struct xen_info *")
+        rc = lib.xen_domain_info(self._host, self.domid, info)
+        if rc == -errno.ESRCH or (rc == 0 and info.dying):
+            raise NoSuchDomainError(self.domid)
+        check("getdomaininfo", rc)
+        return info
+
+    def info(self) -> DomainInfo:
+        info = self._hypervisor.describe(self.native_info(), self.nr_pfns)
+        if self._plumbing is not None and info.state is DomainState.PAUSED:
+            return dataclasses.replace(info, state=DomainState.INCOMING)
+        return info
+
+    def config(self) -> DomainConfig:
+        return self._hypervisor.config_of(self)
+
+    def close(self) -> None:
+        if self._pager is not None:
+            lib.xen_pager_close(self._host, self._pager)
+            self._pager = None
+
+    def preflight(self) -> Preflight:
+        info, pod = self.native_info(), ffi.new("uint64_t *")
+        if info.hvm:
+            check("get_pod_target", lib.xen_pod_entries(self._host, self.domid, pod))
+        taken = self._pager is None and lib.xen_has_ring(self._host, self.domid) == 1
+        host = self._hypervisor.facts()
+        problems = host.problems() or DomainFacts(bool(info.hvm), bool(info.hap), int(pod[0]), taken).problems()
+        return Preflight(tuple(problems), host.way)
+
+    # ---- running ----
+    def suspend(self) -> None:
+        state = self.info().state
+        if state is not DomainState.RUNNING:
+            raise XenError("suspend", errno.EINVAL, why=f"the domain is {state.value}")
+        if not self.param(HVM_PARAM_CALLBACK_IRQ):  # no PV drivers, so nobody to ask
+            check("shutdown", lib.xen_shutdown(self._host, self.domid, SHUTDOWN_SUSPEND))
+        else:
+            self._hypervisor.store_write(f"/local/domain/{self.domid}/control/shutdown", "suspend")
+        deadline = time.monotonic() + SUSPEND_TIMEOUT_S
+        while True:
+            info = self.native_info()
+            if info.shutdown:
+                break
+            if time.monotonic() > deadline:
+                why = f"the guest does not suspend within {SUSPEND_TIMEOUT_S:g} s: has it Xen's suspend support?"
+                raise XenError("suspend", errno.ETIMEDOUT, why=why)
+            time.sleep(0.0005)
+        if info.shutdown_reason != SHUTDOWN_SUSPEND:
+            raise XenError("suspend", errno.EINVAL, why=f"the guest shut down instead (reason {info.shutdown_reason})")
+
+    def resume(self) -> None:
+        state = self.info().state
+        if state is not DomainState.SUSPENDED:
+            raise XenError("resume", errno.EINVAL, why=f"the domain is {state.value}, not suspended")
+        check("resumedomain", lib.xen_resume(self._host, self.domid))
+        self._hypervisor.store_resume(self.domid)
+
+    def start(self) -> None:
+        if self._plumbing is not None:
+            self._plumbing.introduce(self)
+            self._plumbing = None
+        self.unpause()
+
+    def pause(self) -> None:
+        check("pausedomain", lib.xen_pause(self._host, self.domid))
+
+    def unpause(self) -> None:
+        check("unpausedomain", lib.xen_unpause(self._host, self.domid))
+
+    def destroy(self) -> None:
+        self.native_info()
+        self.close()
+        self._hypervisor.destroy(self.domid)
+
+    def context(self) -> bytes:
+        if self.info().state is not DomainState.SUSPENDED:
+            raise XenError("context", errno.EINVAL, why="only a suspended domain has a context to take")
+        size = check("gethvmcontext", lib.xen_hvm_context(self._host, self.domid, ffi.NULL, 0))
+        buffer = bytearray(size)
+        size = check(
+            "gethvmcontext", lib.xen_hvm_context(self._host, self.domid, ffi.from_buffer("uint8_t[]", buffer), size)
+        )
+        tsc = ffi.new("struct xen_tsc *")
+        check("gettscinfo", lib.xen_tsc_get(self._host, self.domid, tsc))
+        params = {index: value for index in CONTEXT_PARAMS if (value := self.param(index))}
+        fields = [tsc.mode, tsc.elapsed_nsec, tsc.khz, tsc.incarnation]
+        return bytes(msgpack.packb([CONTEXT_FORMAT, params, fields, bytes(buffer[:size])]))
+
+    def set_context(self, context: bytes) -> None:
+        try:
+            form, params, (mode, elapsed, khz, incarnation), records = msgpack.unpackb(context, strict_map_key=False)
+            if form != CONTEXT_FORMAT or not set(params) <= set(CONTEXT_PARAMS):
+                raise ValueError
+            tsc = ffi.new(
+                "struct xen_tsc *", {"mode": mode, "elapsed_nsec": elapsed, "khz": khz, "incarnation": incarnation}
+            )
+            buffer = ffi.from_buffer("uint8_t[]", records)
+            values = {index: ffi.cast("uint64_t", value) for index, value in params.items()}
+        except (ValueError, TypeError, OverflowError, msgpack.UnpackException) as error:
+            raise XenError("set_context", errno.EINVAL, why="not a context of an HVM or PVH domain") from error
+        for index, value in values.items():
+            if index in RINGS_TO_CLEAR:
+                self.write_pages(np.array([int(value)], dtype=np.uint64), None)
+            check("hvm_param_set", lib.xen_param_set(self._host, self.domid, index, value))
+        check("settscinfo", lib.xen_tsc_set(self._host, self.domid, tsc))
+        if self._plumbing is not None:
+            self._plumbing.connect(self)
+        check("sethvmcontext", lib.xen_set_hvm_context(self._host, self.domid, buffer, len(records)))
+
+    def param(self, index: int) -> int:
+        out = ffi.new("uint64_t *")
+        check("hvm_param_get", lib.xen_param_get(self._host, self.domid, index, out))
+        return int(out[0])
+
+    # ---- log-dirty ----
+    def log_dirty_enable(self) -> None:
+        check("enable_logdirty", lib.xen_log_dirty_enable(self._host, self.domid))
+
+    def log_dirty_disable(self) -> None:
+        check("logdirty off", lib.xen_log_dirty_disable(self._host, self.domid))
+
+    def log_dirty(self, *, clean: bool) -> NDArray[np.uint8]:
+        bitmap = np.zeros((self.nr_pfns + 63) // 64 * 8, dtype=np.uint8)
+        into = ffi.from_buffer("uint8_t[]", bitmap)
+        check("logdirty", lib.xen_log_dirty(self._host, self.domid, clean, into, self.nr_pfns))
+        return bitmap
+
+    # ---- pages ----
+    def map_pages(self, pfns: PfnArray) -> MappedPages:
+        status = np.empty(len(pfns), dtype=np.uint8)
+        view, runs = ffi.new("struct xen_view *"), ffi.new("struct xen_run[]", len(pfns))
+        gfns, into = gfn_array(self._without_ring(pfns)), ffi.from_buffer("uint8_t[]", status)
+        n = check("map", lib.xen_map(self._host, self.domid, gfns, len(pfns), into, view, runs))
+        data: list[memoryview] = []
+        if n:
+            memory = memoryview(ffi.buffer(view.address, view.pages * PAGE_SIZE)).toreadonly()
+            data = [memory[run.first * PAGE_SIZE : (run.first + run.pages) * PAGE_SIZE] for run in runs[0:n]]
+        return XenMappedPages(self._host, view, status, data)
+
+    def _types(self, pfns: PfnArray) -> NDArray[np.uint8]:
+        types = np.empty(len(pfns), dtype=np.uint8)
+        gfns, into = gfn_array(self._without_ring(pfns)), ffi.from_buffer("uint8_t[]", types)
+        check("getpageframeinfo", lib.xen_page_types(self._host, self.domid, gfns, len(pfns), into))
+        return types
+
+    def _without_ring(self, pfns: PfnArray) -> PfnArray:
+        """The pager's page is no memory of the guest: a pfn that nobody has stands for it."""
+        return pfns if self._pager is None else np.where(pfns == self._ring_pfn, NO_PFN, pfns)
+
+    def present(self, pfns: PfnArray) -> NDArray[np.bool_]:
+        types = self._types(pfns)
+        there: NDArray[np.bool_] = (types == PageStatus.DATA) | (types == PageStatus.PAGED)
+        return there
+
+    def populate(self, pfns: PfnArray) -> None:
+        self._batch("populate_physmap", lib.xen_populate, pfns)
+
+    def depopulate(self, pfns: PfnArray) -> None:
+        self._batch("decrease_reservation", lib.xen_depopulate, pfns)
+
+    def write_pages(self, pfns: PfnArray, pages: Buffer | None) -> None:
+        self._batch("foreign write", lib.xen_write, pfns, self._pages(pages, len(pfns)))
+
+    def pinned(self, pfns: PfnArray) -> PfnArray:
+        out = np.empty(2 * len(pfns) + 1, dtype=np.uint64)
+        into = ffi.from_buffer("uint64_t[]", out)
+        n = check("pinned set", lib.xen_pinned(self._host, self.domid, gfn_array(pfns), len(pfns), into))
+        return np.sort(out[:n])
+
+    # ---- paging ----
+    def paging_enable(self) -> XenPagingRing:
+        pager = ffi.new("struct xen_pager *")
+        rc = lib.xen_paging_enable(self._host, self.domid, self.nr_pfns, pager)
+        if rc:
+            raise XenError("mem_paging_enable", -rc, why=ENABLE_ERRORS.get(-rc, ""))
+        return self._serve(pager, resume=False)
+
+    def paging_attach(self) -> XenPagingRing:
+        pager = ffi.new("struct xen_pager *")
+        rc = lib.xen_paging_attach(self._host, self.domid, pager)
+        if rc:
+            why = {errno.EBUSY: "its pager lives", errno.ENODEV: "it has no paging ring of ours"}.get(-rc, "")
+            raise XenError("paging_attach", -rc, why=why)
+        return self._serve(pager, resume=True)
+
+    def _serve(self, pager: Any, *, resume: bool) -> XenPagingRing:
+        self._pager, self._ring_pfn = pager, int(pager.ring_gfn)
+        return XenPagingRing(pager, resume=resume)
+
+    def paging_disable(self) -> None:
+        if self._pager is None:
+            raise XenError("mem_paging_disable", errno.ENODEV, why="this is not its pager")
+        check("mem_paging_disable", lib.xen_paging_disable(self._host, self.domid, self._pager))
+        self._pager = None
+
+    def populate_evicted(self, pfns: PfnArray) -> None:
+        self._batch("populate_evicted", lib.xen_populate_evicted, pfns)
+
+    def load(self, pfns: PfnArray, pages: Buffer | None) -> NDArray[np.int32]:
+        results = np.zeros(len(pfns), dtype=np.int32)
+        if len(pfns):
+            into = ffi.from_buffer("int32_t[]", results)
+            source = self._pages(pages, len(pfns))
+            check("mem_paging_load", lib.xen_load(self._host, self.domid, gfn_array(pfns), len(pfns), source, into))
+        return results
+
+    @staticmethod
+    def _pages(pages: Buffer | None, count: int) -> Any:
+        if pages is None:
+            return ffi.NULL
+        if len(pages) < count * PAGE_SIZE:
+            raise ValueError(f"{len(pages)} bytes are not {count} pages")
+        return ffi.from_buffer("uint8_t[]", pages)
+
+    def _batch(self, operation: str, call: Callable[..., int], pfns: PfnArray, *arguments: Any) -> None:
+        if not len(pfns):
+            return
+        done = ffi.new("size_t *")
+        rc = call(self._host, self.domid, gfn_array(pfns), len(pfns), *arguments, done)
+        if rc:
+            # A batch that was not begun (no ring, say) failed at no pfn.
+            pfn = None if rc == -errno.ENODEV else int(pfns[done[0]])
+            raise XenError(operation, -rc, pfn=pfn, done=int(done[0]))

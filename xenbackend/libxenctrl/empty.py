@@ -1,0 +1,155 @@
+"""The empty domain that a guest is restored into, where no toolstack makes one.
+
+With xl it is libxl that makes it, with its devices.  Here it has what every guest has: memory, vCPUs, xenstore and a
+console.  What it must be like is the ``platform`` of the source's ``DomainConfig``.
+"""
+
+from __future__ import annotations
+
+import errno
+import uuid
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgpack
+
+from xenbackend.contract import DomainConfig, XenError
+from xenbackend.libxenctrl._xen import ffi, lib
+from xenbackend.libxenctrl.domain import (
+    HVM_PARAM_CONSOLE_EVTCHN,
+    HVM_PARAM_CONSOLE_PFN,
+    HVM_PARAM_PAGING_RING_PFN,
+    HVM_PARAM_STORE_EVTCHN,
+    HVM_PARAM_STORE_PFN,
+    XenDomain,
+    check,
+)
+
+if TYPE_CHECKING:
+    from xenbackend.libxenctrl.hypervisor import XenHypervisor
+
+PLATFORM_FORMAT = "xen-platform 1"
+SPARE_PAGES = 256
+"""Beyond what the guest may own: the ring, as libxl leaves room for."""
+
+
+@dataclass(frozen=True)
+class Platform:
+    """What a domain is created with."""
+
+    hap: bool
+    emulation_flags: int
+    misc_flags: int
+    handle: bytes
+    """Its UUID."""
+    ring_pfn: int
+    """Where its memory map leaves room for a paging ring; 0: nowhere."""
+    leaves: bytes
+    msrs: bytes
+    """The CPU policy: ``xen_cpuid_leaf_t[]``, ``xen_msr_entry_t[]``."""
+
+    @classmethod
+    def of(cls, domain: XenDomain, host: Any) -> Platform:
+        info = domain.native_info()
+        nr = ffi.new("uint32_t[2]")
+        check("cpu policy", lib.xen_cpu_policy_size(host, nr, nr + 1))
+        leaves, msrs = bytearray(nr[0] * lib.XEN_CPUID_LEAF_BYTES), bytearray(nr[1] * lib.XEN_MSR_ENTRY_BYTES)
+        into = [ffi.from_buffer("uint8_t[]", buffer) for buffer in (leaves, msrs)]
+        check("cpu policy", lib.xen_cpu_policy(host, domain.domid, into[0], nr, into[1], nr + 1))
+        return cls(
+            bool(info.hap), info.emulation_flags, info.misc_flags, bytes(ffi.buffer(info.handle)),
+            domain.param(HVM_PARAM_PAGING_RING_PFN), bytes(leaves[: nr[0] * lib.XEN_CPUID_LEAF_BYTES]),
+            bytes(msrs[: nr[1] * lib.XEN_MSR_ENTRY_BYTES]),
+        )  # fmt: skip
+
+    def pack(self) -> bytes:
+        return bytes(msgpack.packb([PLATFORM_FORMAT, *self.__dict__.values()]))
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Platform:
+        """Raises ``XenError`` (EINVAL)."""
+        types = (bool, int, int, bytes, int, bytes, bytes)
+        try:
+            form, *fields = msgpack.unpackb(data)
+            if form != PLATFORM_FORMAT or not all(map(isinstance, fields, types)) or len(fields) != len(types):
+                raise ValueError
+            platform = cls(*fields)
+            if len(platform.handle) != 16 or not 0 <= platform.ring_pfn < 2**52:
+                raise ValueError
+        except (ValueError, TypeError, msgpack.UnpackException) as error:
+            raise XenError("create", errno.EINVAL, why="not the platform of an HVM or PVH domain") from error
+        return platform
+
+
+class Plumbing:
+    """xenstored's and the console's ends of a domain that no toolstack has made."""
+
+    def __init__(self, hypervisor: XenHypervisor, config: DomainConfig, platform: Platform):
+        self._hypervisor, self._config, self._platform = hypervisor, config, platform
+        self._ports: dict[int, int] = {}
+
+    def connect(self, domain: XenDomain) -> None:
+        """Event channels and grants, as the guest expects them.  The pages of the rings have to be present."""
+        host = self._hypervisor.native
+        for param in (HVM_PARAM_STORE_EVTCHN, HVM_PARAM_CONSOLE_EVTCHN):
+            self._ports[param] = check("evtchn_alloc_unbound", lib.xen_event_channel(host, domain.domid))
+            check("hvm_param_set", lib.xen_param_set(host, domain.domid, param, self._ports[param]))
+        console, store = domain.param(HVM_PARAM_CONSOLE_PFN), domain.param(HVM_PARAM_STORE_PFN)
+        check("gnttab seed", lib.xen_seed_grants(host, domain.domid, console, store))
+
+    def introduce(self, domain: XenDomain) -> None:
+        """Tell xenstored and the console's daemon."""
+        write, root = self._hypervisor.store_write, f"/local/domain/{domain.domid}"
+        handle = str(uuid.UUID(bytes=self._platform.handle))
+        console, store = domain.param(HVM_PARAM_CONSOLE_PFN), domain.param(HVM_PARAM_STORE_PFN)
+        memory_kib = self._config.max_pages * 4
+        write(f"/vm/{handle}/name", self._config.name)
+        for key, value in {
+            "vm": f"/vm/{handle}", "domid": domain.domid, "memory/static-max": memory_kib, "memory/target": memory_kib,
+            "control/platform-feature-multiprocessor-suspend": 1, "console/backend-id": 0, "console/limit": 1048576,
+            "console/type": "xenconsoled", "console/output": "pty", "console/tty": "", "console/ring-ref": console,
+            "console/port": self._ports[HVM_PARAM_CONSOLE_EVTCHN], "store/ring-ref": store,
+            "store/port": self._ports[HVM_PARAM_STORE_EVTCHN],
+        }.items():  # fmt: skip
+            write(f"{root}/{key}", str(value))
+        for key in ("control/shutdown", "device", "data"):
+            write(f"{root}/{key}", "")
+            self._hypervisor.store_permit(f"{root}/{key}", owner=domain.domid)
+        for key in ("", "/console", "/store", "/memory", "/control"):
+            self._hypervisor.store_permit(root + key, owner=0, may_read=domain.domid)
+        self._hypervisor.store_introduce(domain.domid, store, self._ports[HVM_PARAM_STORE_EVTCHN])
+
+
+def create(hypervisor: XenHypervisor, config: DomainConfig) -> XenDomain:
+    """Raises ``XenError``; leaves nothing over then."""
+    platform = Platform.unpack(config.platform)
+    host, domid = hypervisor.native, ffi.new("uint32_t *")
+    info = ffi.new(
+        "struct xen_info *",
+        {"vcpus": config.vcpus, "hap": platform.hap, "emulation_flags": platform.emulation_flags,
+         "misc_flags": platform.misc_flags, "handle": list(platform.handle)},
+    )  # fmt: skip
+    check("createdomain", lib.xen_create(host, info, domid))
+    made = int(domid[0])
+    try:
+        check("setmaxmem", lib.xen_set_max_pages(host, made, config.max_pages + SPARE_PAGES))
+        check("paging pool", lib.xen_paging_pool(host, made, paging_pool_mib(config)))
+        leaves, msrs = (ffi.from_buffer("uint8_t[]", data) for data in (platform.leaves, platform.msrs))
+        check(
+            "cpu policy",
+            lib.xen_set_cpu_policy(
+                host, made, leaves, len(leaves) // lib.XEN_CPUID_LEAF_BYTES, msrs, len(msrs) // lib.XEN_MSR_ENTRY_BYTES
+            ),
+        )
+        if platform.ring_pfn:
+            check("hvm_param_set", lib.xen_param_set(host, made, HVM_PARAM_PAGING_RING_PFN, platform.ring_pfn))
+        hypervisor.store_write(f"/local/domain/{made}/name", config.name)
+        return XenDomain(hypervisor, made, config.nr_pfns, Plumbing(hypervisor, config, platform))
+    except XenError:
+        hypervisor.destroy(made)
+        raise
+
+
+def paging_pool_mib(config: DomainConfig) -> int:
+    """For page tables, as libxl reckons: a MiB a vCPU, 8 KiB a MiB of memory; and for what is not in it, ring and holes."""
+    return config.vcpus + (config.max_pages >> 8) // 128 + 2

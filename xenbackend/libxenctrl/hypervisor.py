@@ -1,0 +1,149 @@
+"""One host's Xen, and its xenstored."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import shutil
+import subprocess
+from typing import Any
+
+from xenbackend.contract import (
+    PAGE_SIZE,
+    DomainConfig,
+    DomainInfo,
+    DomainState,
+    Hypervisor,
+    NoSuchDomainError,
+    Preflight,
+    XenError,
+)
+from xenbackend.libxenctrl import empty
+from xenbackend.libxenctrl._xen import ffi, lib
+from xenbackend.libxenctrl.domain import SHUTDOWN_CRASH, SHUTDOWN_SUSPEND, XenDomain, check
+from xenbackend.libxenctrl.refusals import HostFacts
+
+LIST_BATCH = 64
+XL_TIMEOUT_S = 60
+
+
+class XenHypervisor(Hypervisor):
+    """Raises ``XenError`` where there is no Xen, or this is not its dom0."""
+
+    def __init__(self) -> None:
+        out = ffi.new("struct xen_host **")
+        rc = lib.xen_host_open(out)
+        if rc:
+            raise XenError(
+                "Xen", -rc,
+                why=f"{XenError('', -rc).why}: this is no dom0 of a running Xen, or xenstored does not run, or one "
+                "must be root; without Xen, use --simulated SOCKET with a simulated host",
+            )  # fmt: skip
+        self.native: Any = out[0]
+
+    def close(self) -> None:
+        if self.native:
+            lib.xen_host_close(self.native)
+            self.native = ffi.NULL
+
+    # ---- domains ----
+    def domains(self) -> list[DomainInfo]:
+        found: list[DomainInfo] = []
+        batch, first = ffi.new("struct xen_info[]", LIST_BATCH), 0
+        while n := check("getdomaininfolist", lib.xen_domain_list(self.native, first, batch, LIST_BATCH)):
+            found += [self.describe(batch[i], 0) for i in range(n) if batch[i].domid and not batch[i].dying]
+            first = batch[n - 1].domid + 1
+        return found
+
+    def describe(self, info: Any, nr_pfns: int) -> DomainInfo:
+        """Of a ``struct xen_info``."""
+        state, reason = DomainState.PAUSED if info.paused else DomainState.RUNNING, ""
+        if info.shutdown and info.shutdown_reason == SHUTDOWN_SUSPEND:
+            state = DomainState.SUSPENDED
+        elif info.shutdown or info.dying:
+            state = DomainState.CRASHED
+            reason = "the guest crashed" if info.shutdown_reason == SHUTDOWN_CRASH else "the guest has shut down"
+        name = self.store_read(f"/local/domain/{info.domid}/name") or ""
+        return DomainInfo(info.domid, name, state, nr_pfns, info.tot_pages, info.vcpus, reason)
+
+    def open(self, domain: str | int) -> XenDomain:
+        for info in self.domains():
+            if domain in (info.name, info.domid, str(info.domid)):
+                return XenDomain(self, info.domid)
+        raise NoSuchDomainError(domain)
+
+    def config_of(self, domain: XenDomain) -> DomainConfig:
+        info = domain.native_info()
+        if not info.hvm:
+            raise XenError("config", errno.EINVAL, why="a PV guest cannot be migrated by this program")
+        name = self.store_read(f"/local/domain/{domain.domid}/name") or f"domain-{domain.domid}"
+        platform = empty.Platform.of(domain, self.native).pack()
+        return DomainConfig(name, domain.nr_pfns, info.max_pages, info.vcpus, platform)
+
+    # ---- what a host can take in ----
+    def facts(self) -> HostFacts:
+        facts = ffi.new("struct xen_facts *")
+        check("physinfo", lib.xen_facts(self.native, facts))
+        return HostFacts(
+            bool(facts.paging),
+            bool(facts.dom0_hvm),
+            bool(facts.hap),
+            bool(facts.populate_evicted),
+            int(facts.free_pages),
+        )
+
+    def preflight(self, config: DomainConfig | None, *, paging: bool) -> Preflight:
+        facts = self.facts()
+        problems = facts.problems() if paging else []
+        if config is not None:
+            if any(info.name == config.name for info in self.domains()):
+                problems.append(f"a domain named {config.name!r} is there already: rename or destroy it first")
+            needed = config.max_pages + empty.SPARE_PAGES + (empty.paging_pool_mib(config) << 8)
+            if needed > facts.free_pages:
+                problems.append(
+                    f"not enough memory: the guest needs {needed * PAGE_SIZE >> 20} MiB and "
+                    f"{facts.free_pages * PAGE_SIZE >> 20} MiB are free: make room or choose another host"
+                )
+        return Preflight(tuple(problems), facts.way)
+
+    def create_incoming(self, config: DomainConfig) -> XenDomain:
+        if any(info.name == config.name for info in self.domains()):
+            raise XenError("create", errno.EEXIST, why=f"a domain named {config.name!r} is there already")
+        if config.max_pages > self.facts().free_pages:
+            raise XenError("create", errno.ENOMEM, why="not enough memory")
+        return empty.create(self, config)
+
+    def destroy(self, domid: int) -> None:
+        """With xl where its devices are libxl's, otherwise by ourselves."""
+        xl = shutil.which("xl")
+        if xl and self.store_read(f"/libxl/{domid}") is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                subprocess.run([xl, "destroy", str(domid)], check=False, capture_output=True, timeout=XL_TIMEOUT_S)
+        rc = lib.xen_destroy(self.native, domid)
+        if rc not in (0, -errno.ESRCH):
+            raise XenError("destroydomain", -rc)
+        vm = self.store_read(f"/local/domain/{domid}/vm")
+        for path in (f"/local/domain/{domid}", *([vm] if vm else [])):
+            lib.xen_store_remove(self.native, path.encode())
+
+    # ---- xenstore ----
+    def store_read(self, path: str) -> str | None:
+        buffer = ffi.new("char[]", 4096)
+        length = lib.xen_store_read(self.native, path.encode(), buffer, len(buffer))
+        if length == -errno.ENOENT:
+            return None
+        return bytes(ffi.buffer(buffer, min(check("xenstore", length), len(buffer)))).decode(errors="replace")
+
+    def store_write(self, path: str, value: str) -> None:
+        data = value.encode()
+        check(f"xenstore {path}", lib.xen_store_write(self.native, path.encode(), data, len(data)))
+
+    def store_permit(self, path: str, *, owner: int, may_read: int | None = None) -> None:
+        rc = lib.xen_store_permit(self.native, path.encode(), owner, owner if may_read is None else may_read)
+        check(f"xenstore {path}", rc)
+
+    def store_introduce(self, domid: int, gfn: int, port: int) -> None:
+        check("xenstore introduce", lib.xen_store_introduce(self.native, domid, gfn, port))
+
+    def store_resume(self, domid: int) -> None:
+        check("xenstore resume", lib.xen_store_resume(self.native, domid))

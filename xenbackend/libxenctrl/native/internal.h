@@ -1,0 +1,57 @@
+/* What the C files share. */
+#ifndef XEN_POSTCOPY_INTERNAL_H
+#define XEN_POSTCOPY_INTERNAL_H
+
+#include <errno.h>
+#include <pthread.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <xencall.h>
+#include <xenctrl.h>
+#include <xendevicemodel.h>
+#include <xenevtchn.h>
+#include <xenforeignmemory.h>
+#include <xenstore.h>
+#include <xen/hvm/params.h>
+#include <xen/memory.h>
+#include "api.h"
+
+#define BUFFERS 4           /* threads that load or evict at once without waiting for each other */
+#define BATCH_GFNS 1024     /* of one hypercall (getpageframeinfo3 takes no more) */
+#define DATA_PAGES (BATCH_GFNS * sizeof(uint64_t) / XC_PAGE_SIZE)
+
+/* Memory that a hypercall may read and write, locked as the kernel wants it. */
+struct call_buffer {
+    pthread_mutex_t lock;
+    struct xen_mem_paging_op *op;       /* one page */
+    uint8_t *data;                      /* BATCH_GFNS gfns, or a page's contents */
+};
+
+struct xen_host {
+    xc_interface *xch;
+    xencall_handle *call;
+    xenforeignmemory_handle *fmem;
+    xendevicemodel_handle *dmod;
+    struct xs_handle *store;
+    uint32_t has_populate_evicted;
+    struct call_buffer buffer[BUFFERS];
+};
+
+struct call_buffer *take_buffer(struct xen_host *h);
+static inline void give_buffer(struct call_buffer *b) { pthread_mutex_unlock(&b->lock); }
+
+/* XENMEM_paging_op, on a buffer that the caller has taken. */
+int paging_op(struct xen_host *h, struct call_buffer *b, uint32_t domid, uint8_t op, const void *buffer, uint64_t gfn);
+
+/* Our own operations: xenbackend/hypervisor/populate-evicted.patch */
+#ifndef XENMEM_paging_op_populate_evicted
+#define XENMEM_paging_op_populate_evicted 3
+#define XENMEM_paging_op_query_held 4
+#endif
+
+static inline size_t batch_of(size_t left) { return left < BATCH_GFNS ? left : BATCH_GFNS; }
+
+#endif

@@ -1,0 +1,256 @@
+/*
+ * A domain's memory: what there is, mapped, populated, written, and which of it is dirty.
+ *
+ * Sources: tools/include/xenctrl.h, xenforeignmemory.h; xen/include/public/domctl.h (getpageframeinfo3,
+ * shadow_op), memory.h (Xen 4.17).
+ */
+#include "internal.h"
+
+/* libxenctrl exports it for its companions, and declares it in a header of its own. */
+int xc_get_pfn_type_batch(xc_interface *xch, uint32_t dom, unsigned int num, xen_pfn_t *arr);
+
+/* Is a gfn without memory paged out?  Loading it without a page fails with EINVAL then, and changes nothing. */
+static int tell_paged_from_hole(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, uint8_t *types)
+{
+    struct call_buffer *b = take_buffer(h);
+    int rc = 0;
+
+    for (size_t i = 0; i < n; i++) {
+        if (types[i] != PAGE_HOLE)
+            continue;
+        rc = paging_op(h, b, domid, XENMEM_paging_op_prep, NULL, gfns[i]);
+        if (rc == -EINVAL)
+            types[i] = PAGE_PAGED;
+        else if (rc == -ENODEV || rc == -ENOSYS)
+            break;      /* nothing of this domain is */
+    }
+    give_buffer(b);
+    return 0;
+}
+
+int xen_page_types(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, uint8_t *types)
+{
+    xen_pfn_t frames[BATCH_GFNS];
+
+    for (size_t done = 0; done < n; done += BATCH_GFNS) {
+        size_t batch = batch_of(n - done);
+
+        memcpy(frames, gfns + done, batch * sizeof(*gfns));
+        if (xc_get_pfn_type_batch(h->xch, domid, batch, frames))
+            return -errno;
+        for (size_t i = 0; i < batch; i++)
+            switch (frames[i] & XEN_DOMCTL_PFINFO_LTAB_MASK) {
+            case XEN_DOMCTL_PFINFO_XTAB:
+                types[done + i] = PAGE_HOLE;
+                break;
+            case XEN_DOMCTL_PFINFO_BROKEN:
+                types[done + i] = PAGE_BROKEN;
+                break;
+            default:
+                types[done + i] = PAGE_DATA;
+            }
+    }
+    return tell_paged_from_hole(h, domid, gfns, n, types);
+}
+
+static int page_is_zero(const uint8_t *page)
+{
+    const uint64_t *w = (const uint64_t *)page;
+
+    for (unsigned i = 0; i < XC_PAGE_SIZE / 8; i += 8)
+        if (w[i] | w[i + 1] | w[i + 2] | w[i + 3] | w[i + 4] | w[i + 5] | w[i + 6] | w[i + 7])
+            return 0;
+    return 1;
+}
+
+long xen_map(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, uint8_t *status, struct xen_view *view,
+             struct xen_run *runs)
+{
+    xen_pfn_t *frames = malloc((n + 1) * sizeof(*frames));
+    int *errors = malloc((n + 1) * sizeof(*errors));
+    size_t mapped = 0, at = 0;
+    long count = 0;
+    int rc = -ENOMEM;
+
+    *view = (struct xen_view){ 0 };
+    if (!frames || !errors)
+        goto out;
+    rc = xen_page_types(h, domid, gfns, n, status);
+    if (rc)
+        goto out;
+    for (size_t i = 0; i < n; i++)
+        if (status[i] == PAGE_DATA)
+            frames[mapped++] = gfns[i];
+    if (!mapped)
+        goto out;
+    /* A frame that is paged out since we looked is waited for; the library does that. */
+    view->address = xenforeignmemory_map(h->fmem, domid, PROT_READ, mapped, frames, errors);
+    if (!view->address) {
+        rc = -errno;
+        goto out;
+    }
+    view->pages = mapped;
+    for (size_t i = 0; i < n; i++) {
+        if (status[i] != PAGE_DATA)
+            continue;
+        if (errors[at])
+            status[i] = errors[at] == EINVAL || errors[at] == -EINVAL ? PAGE_HOLE : PAGE_BROKEN;
+        else if (page_is_zero((uint8_t *)view->address + at * XC_PAGE_SIZE))
+            status[i] = PAGE_ZERO;
+        else if (count && runs[count - 1].first + runs[count - 1].pages == at)
+            runs[count - 1].pages++;
+        else
+            runs[count++] = (struct xen_run){ .first = at, .pages = 1 };
+        at++;
+    }
+ out:
+    free(frames);
+    free(errors);
+    return rc ? rc : count;
+}
+
+int xen_unmap(struct xen_host *h, struct xen_view *view)
+{
+    int rc = view->pages && xenforeignmemory_unmap(h->fmem, view->address, view->pages) ? -errno : 0;
+
+    *view = (struct xen_view){ 0 };
+    return rc;
+}
+
+int xen_set_max_pages(struct xen_host *h, uint32_t domid, uint64_t pages)
+{
+    return xc_domain_setmaxmem(h->xch, domid, pages * (XC_PAGE_SIZE / 1024)) ? -errno : 0;
+}
+
+/* Why Xen did not populate a gfn: it only tells how many it did. */
+static int why_not_populated(struct xen_host *h, uint32_t domid, uint64_t gfn)
+{
+    struct xen_info info;
+    int rc = xen_domain_info(h, domid, &info);
+
+    return rc ? rc : info.gpaddr_bits && gfn >> (info.gpaddr_bits - XC_PAGE_SHIFT) ? -EINVAL : -ENOMEM;
+}
+
+/* Xen would put a second frame over one that is there, which then belongs to the domain and is nowhere.  So
+ * a batch ends before a gfn that has memory, and before one that it has already. */
+static size_t holes_ahead(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, int *rc)
+{
+    uint8_t types[BATCH_GFNS];
+
+    *rc = xen_page_types(h, domid, gfns, n, types);
+    for (size_t i = 0; !*rc && i < n; i++) {
+        if (types[i] == PAGE_DATA || types[i] == PAGE_BROKEN)
+            return i;
+        if (i && gfns[i] <= gfns[i - 1])    /* not ascending: look again from here */
+            return i;
+    }
+    return *rc ? 0 : n;
+}
+
+int xen_populate(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, size_t *done)
+{
+    for (*done = 0; *done < n;) {
+        int rc, put;
+        size_t batch = holes_ahead(h, domid, gfns + *done, batch_of(n - *done), &rc);
+
+        if (rc)
+            return rc;
+        if (!batch)
+            return -EINVAL;
+        put = xc_domain_populate_physmap(h->xch, domid, batch, 0, 0, (xen_pfn_t *)gfns + *done);
+        if (put < 0)
+            return -errno;
+        *done += put;
+        if ((size_t)put < batch)
+            return why_not_populated(h, domid, gfns[*done]);
+    }
+    return 0;
+}
+
+int xen_depopulate(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, size_t *done)
+{
+    for (*done = 0; *done < n;) {
+        size_t batch = batch_of(n - *done);
+        int taken = xc_domain_decrease_reservation(h->xch, domid, batch, 0, (xen_pfn_t *)gfns + *done);
+
+        if (taken < 0)
+            return -errno;
+        *done += taken;
+        if ((size_t)taken < batch)
+            return -EINVAL;
+    }
+    return 0;
+}
+
+int xen_write(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, const uint8_t *pages, size_t *done)
+{
+    uint8_t types[BATCH_GFNS];
+    int errors[BATCH_GFNS], rc = 0;
+
+    for (*done = 0; !rc && *done < n;) {
+        size_t batch = batch_of(n - *done), there = 0, good = 0;
+        uint8_t *to;
+
+        /* Mapping a frame that is paged out would wait for its pager, and that may be us. */
+        rc = xen_page_types(h, domid, gfns + *done, batch, types);
+        if (rc)
+            return rc;
+        while (there < batch && types[there] == PAGE_DATA)
+            there++;
+        if (there < batch)
+            rc = types[there] == PAGE_PAGED ? -ENOENT : -EINVAL;
+        if (!there)
+            return rc;
+        to = xenforeignmemory_map(h->fmem, domid, PROT_READ | PROT_WRITE, there, (xen_pfn_t *)gfns + *done, errors);
+        if (!to)
+            return -errno;
+        for (; good < there && !errors[good]; good++) {
+            if (pages)
+                memcpy(to + good * XC_PAGE_SIZE, pages + (*done + good) * XC_PAGE_SIZE, XC_PAGE_SIZE);
+            else
+                memset(to + good * XC_PAGE_SIZE, 0, XC_PAGE_SIZE);
+        }
+        if (good < there)
+            rc = -EINVAL;
+        xenforeignmemory_unmap(h->fmem, to, there);
+        *done += good;
+    }
+    return rc;
+}
+
+/* ---- log-dirty ---- */
+int xen_log_dirty_disable(struct xen_host *h, uint32_t domid)
+{
+    return xc_shadow_control(h->xch, domid, XEN_DOMCTL_SHADOW_OP_OFF, NULL, 0) < 0 ? -errno : 0;
+}
+
+int xen_log_dirty_enable(struct xen_host *h, uint32_t domid)
+{
+    if (xc_shadow_control(h->xch, domid, XEN_DOMCTL_SHADOW_OP_ENABLE_LOGDIRTY, NULL, 0) >= 0)
+        return 0;
+    if (errno != EINVAL)
+        return -errno;
+    /* On already, by a migration that died. */
+    if (xen_log_dirty_disable(h, domid))
+        return -errno;
+    return xc_shadow_control(h->xch, domid, XEN_DOMCTL_SHADOW_OP_ENABLE_LOGDIRTY, NULL, 0) < 0 ? -errno : 0;
+}
+
+int xen_log_dirty(struct xen_host *h, uint32_t domid, int clean, uint8_t *bitmap, uint64_t nr_gfns)
+{
+    DECLARE_HYPERCALL_BUFFER(uint8_t, buffer);
+    size_t bytes = (nr_gfns + 63) / 64 * 8, pages = (bytes + XC_PAGE_SIZE - 1) / XC_PAGE_SIZE;
+    int rc = 0;
+
+    buffer = xc_hypercall_buffer_alloc_pages(h->xch, buffer, pages);
+    if (!buffer)
+        return -ENOMEM;
+    memset(buffer, 0, bytes);
+    if (xc_logdirty_control(h->xch, domid, clean ? XEN_DOMCTL_SHADOW_OP_CLEAN : XEN_DOMCTL_SHADOW_OP_PEEK,
+                            HYPERCALL_BUFFER(buffer), nr_gfns, 0, NULL) < 0)
+        rc = -errno;
+    else
+        memcpy(bitmap, buffer, bytes);
+    xc_hypercall_buffer_free_pages(h->xch, buffer, pages);
+    return rc;
+}

@@ -1,0 +1,241 @@
+/*
+ * Memory paging: the ring, eviction, loading.
+ *
+ * libxenctrl takes a hypercall buffer anew for each page that it loads, which costs more than the call, and it
+ * does not know our operations.  So they are made here with xencall, on buffers that are kept.
+ *
+ * The ring's frame stays in the guest's physmap, read-only for the guest (p2m_ram_ro: its writes are discarded), so
+ * that it can be mapped again when its pager has died; Xen keeps the request slots, the pager its notes in
+ * the same page (xenbackend/native/vm_event.h).  Of the event channel Xen's end becomes unbound when the pager's process
+ * ends, and a successor binds to it anew.  So a pager can be killed at any time; faults wait in the ring meanwhile.
+ *
+ * Sources: xen/include/public/memory.h, hvm/params.h, hvm/dm_op.h; tools/include/xenctrl.h, xencall.h, xenevtchn.h;
+ * xen/common/vm_event.c, event_channel.c (Xen 4.17).
+ */
+#include "internal.h"
+#include "../../native/vm_event.h"
+
+int paging_op(struct xen_host *h, struct call_buffer *b, uint32_t domid, uint8_t op, const void *buffer, uint64_t gfn)
+{
+    memset(b->op, 0, sizeof(*b->op));
+    b->op->op = op;
+    b->op->domain = domid;
+    set_xen_guest_handle_raw(b->op->buffer, buffer);
+    b->op->gfn = gfn;
+    return xencall2(h->call, __HYPERVISOR_memory_op, XENMEM_paging_op, (uintptr_t)b->op) < 0 ? -errno : 0;
+}
+
+/* ---- pages ---- */
+static int evict_batch(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, size_t *done)
+{
+    struct call_buffer *b = take_buffer(h);
+    int rc = 0;
+
+    for (*done = 0; !rc && *done < n;) {
+        size_t batch = batch_of(n - *done);
+
+        memcpy(b->data, gfns + *done, batch * sizeof(*gfns));
+        rc = paging_op(h, b, domid, XENMEM_paging_op_populate_evicted, b->data, batch);
+        *done += batch - b->op->gfn;    /* what is left over comes back; all of it, where nothing was begun */
+    }
+    give_buffer(b);
+    return rc;
+}
+
+static int nominate_and_evict(struct xen_host *h, struct call_buffer *b, uint32_t domid, uint64_t gfn)
+{
+    int rc = paging_op(h, b, domid, XENMEM_paging_op_nominate, NULL, gfn);
+
+    return rc ? rc : paging_op(h, b, domid, XENMEM_paging_op_evict, NULL, gfn);
+}
+
+int xen_evict_one_by_one(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, size_t *done)
+{
+    struct call_buffer *b = take_buffer(h);
+    int rc = 0;
+
+    for (*done = 0; *done < n; ++*done) {
+        size_t populated;
+        uint8_t type;
+
+        rc = nominate_and_evict(h, b, domid, gfns[*done]);
+        if (rc == -EBUSY && !xen_page_types(h, domid, gfns + *done, 1, &type) && type == PAGE_HOLE) {
+            rc = xen_populate(h, domid, gfns + *done, 1, &populated);
+            if (!rc)
+                rc = nominate_and_evict(h, b, domid, gfns[*done]);
+        }
+        if (rc)
+            break;
+    }
+    give_buffer(b);
+    return rc;
+}
+
+int xen_populate_evicted(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, size_t *done)
+{
+    return (h->has_populate_evicted ? evict_batch : xen_evict_one_by_one)(h, domid, gfns, n, done);
+}
+
+int xen_load(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, const uint8_t *pages, int32_t *results)
+{
+    struct call_buffer *b = take_buffer(h);
+    int rc = 0;
+
+    if (!pages)
+        memset(b->data, 0, XC_PAGE_SIZE);
+    for (size_t i = 0; i < n && rc != -ENODEV; i++) {
+        if (pages)
+            memcpy(b->data, pages + i * XC_PAGE_SIZE, XC_PAGE_SIZE);
+        rc = results[i] = paging_op(h, b, domid, XENMEM_paging_op_prep, b->data, gfns[i]);
+    }
+    give_buffer(b);
+    return rc == -ENODEV ? rc : 0;
+}
+
+/* ---- the ring ---- */
+static int map_ring(struct xen_host *h, uint32_t domid, uint64_t gfn, void **page)
+{
+    xen_pfn_t frame = gfn;
+    int error;
+
+    *page = xenforeignmemory_map(h->fmem, domid, PROT_READ | PROT_WRITE, 1, &frame, &error);
+    if (*page && error) {
+        xenforeignmemory_unmap(h->fmem, *page, 1);
+        *page = NULL;
+        errno = abs(error);
+    }
+    return *page ? 0 : -errno;
+}
+
+static int bind_channel(uint32_t domid, struct xen_pager *pager)
+{
+    xenevtchn_handle *evtchn = xenevtchn_open(NULL, 0);
+    int port = evtchn ? xenevtchn_bind_interdomain(evtchn, domid, pager->remote_port) : -1;
+
+    if (port < 0) {
+        int rc = -errno;
+
+        if (evtchn)
+            xenevtchn_close(evtchn);
+        return rc;
+    }
+    pager->evtchn = evtchn;
+    pager->port = port;
+    pager->event_fd = xenevtchn_fd(evtchn);
+    return 0;
+}
+
+int xen_paging_enable(struct xen_host *h, uint32_t domid, uint64_t spare_gfn, struct xen_pager *out)
+{
+    struct xen_pager pager = { 0 };
+    xen_pfn_t frame;
+    uint8_t type;
+    int rc, populated = 0;
+
+    if (xc_hvm_param_get(h->xch, domid, HVM_PARAM_PAGING_RING_PFN, &pager.ring_gfn))
+        return -errno;
+    if (!pager.ring_gfn) {
+        pager.ring_gfn = spare_gfn;
+        if (xc_hvm_param_set(h->xch, domid, HVM_PARAM_PAGING_RING_PFN, spare_gfn))
+            return -errno;
+    }
+    frame = pager.ring_gfn;
+    rc = xen_page_types(h, domid, &pager.ring_gfn, 1, &type);
+    if (rc)
+        return rc;
+    if (type == PAGE_HOLE) {
+        if (xc_domain_populate_physmap_exact(h->xch, domid, 1, 0, 0, &frame))
+            return -errno;
+        populated = 1;
+    }
+    rc = map_ring(h, domid, pager.ring_gfn, &pager.ring_page);
+    if (rc)
+        goto depopulate;
+    if (xc_mem_paging_enable(h->xch, domid, &pager.remote_port)) {
+        rc = -errno;
+        goto unmap;
+    }
+    /* Xen has initialised the ring; now the guest is not to write to it any more. */
+    if (xendevicemodel_set_mem_type(h->dmod, domid, HVMMEM_ram_ro, pager.ring_gfn, 1)) {
+        rc = -errno;
+        goto disable;
+    }
+    rc = bind_channel(domid, &pager);
+    if (rc)
+        goto disable;
+    *out = pager;
+    return 0;
+
+ disable:
+    xc_mem_paging_disable(h->xch, domid);
+ unmap:
+    xenforeignmemory_unmap(h->fmem, pager.ring_page, 1);
+ depopulate:
+    if (populated)
+        xc_domain_decrease_reservation_exact(h->xch, domid, 1, 0, &frame);
+    return rc;
+}
+
+int xen_has_ring(struct xen_host *h, uint32_t domid)
+{
+    struct call_buffer *b = take_buffer(h);
+    int rc = paging_op(h, b, domid, XENMEM_paging_op_nominate, NULL, ~0ull);    /* no gfn has this number */
+
+    give_buffer(b);
+    return rc == -EBUSY ? 1 : rc == -ENODEV || rc == -ENOSYS ? 0 : rc;
+}
+
+int xen_paging_attach(struct xen_host *h, uint32_t domid, struct xen_pager *out)
+{
+    struct xen_pager pager = { 0 };
+    int rc = xen_has_ring(h, domid);
+
+    if (rc != 1)
+        return rc ? rc : -ENODEV;
+    if (xc_hvm_param_get(h->xch, domid, HVM_PARAM_PAGING_RING_PFN, &pager.ring_gfn))
+        return -errno;
+    rc = map_ring(h, domid, pager.ring_gfn, &pager.ring_page);
+    if (rc)
+        return rc == -EINVAL ? -ENODEV : rc;    /* a pager of another make takes its ring's frame away */
+    pager.remote_port = pager_notes(pager.ring_page)->channel;
+    rc = pager_notes(pager.ring_page)->magic == PAGER_NOTES_MAGIC ? bind_channel(domid, &pager) : -ENODEV;
+    if (rc) {
+        xenforeignmemory_unmap(h->fmem, pager.ring_page, 1);
+        return rc == -EINVAL ? -EBUSY : rc;     /* bound already: its pager lives */
+    }
+    *out = pager;
+    return 0;
+}
+
+int xen_event_take(struct xen_pager *pager)
+{
+    int port = xenevtchn_pending(pager->evtchn);
+
+    return port < 0 || xenevtchn_unmask(pager->evtchn, port) ? -errno : 0;
+}
+
+int xen_event_notify(struct xen_pager *pager)
+{
+    return xenevtchn_notify(pager->evtchn, pager->port) ? -errno : 0;
+}
+
+void xen_pager_close(struct xen_host *h, struct xen_pager *pager)
+{
+    if (!pager->ring_page)
+        return;
+    xenevtchn_close(pager->evtchn);
+    xenforeignmemory_unmap(h->fmem, pager->ring_page, 1);
+    pager->ring_page = NULL;
+}
+
+int xen_paging_disable(struct xen_host *h, uint32_t domid, struct xen_pager *pager)
+{
+    xen_pfn_t frame = pager->ring_gfn;
+
+    if (xc_mem_paging_disable(h->xch, domid))
+        return -errno;
+    xen_pager_close(h, pager);
+    /* The guest has no use for the frame; the next pager populates it again. */
+    xc_domain_decrease_reservation_exact(h->xch, domid, 1, 0, &frame);
+    return 0;
+}

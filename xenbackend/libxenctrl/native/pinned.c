@@ -1,0 +1,202 @@
+/*
+ * The pinned set: frames that the hypervisor or another domain knows by number.
+ *
+ * A guest that resumes tells Xen again where its vcpu_info and its event channel pages are, by gfn.  Xen
+ * does not page those in: it refuses, and Linux panics.  So they have to be present before the guest runs, and
+ * the host that it leaves has to know them.
+ *
+ * A hypervisor with our patch is asked.  Any other does not tell, so the pages are recognised by what Xen writes
+ * into them.  That may find more than there is (a page more is present early, which costs nothing much), and must
+ * not find less:
+ *
+ *   vcpu_info            has a time record, whose scale (tsc_to_system_mul, tsc_shift) is about the same for all vCPUs of
+ *                        a domain and unlike anything else.  The shared info page has it too, from before the
+ *                        guest moved its vcpu_info out of there.
+ *   event control block  of a vCPU (FIFO event channels): 16 heads of queues, then nothing.  Without a single
+ *                        event since the vCPU came up it is all zeros, and not recognised.
+ *   event array          words of flags (pending, masked, linked) and a port, most of them masked only.
+ *
+ * Added to these are the pages that HVM parameters name: xenstore's and the console's rings, the device model's.
+ *
+ * Sources: xen/include/public/xen.h (vcpu_info, shared_info), event_channel.h (FIFO ABI), hvm/params.h.
+ */
+#include "internal.h"
+#include <xen/event_channel.h>
+#include <xen/xen.h>
+
+long xen_query_held(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, uint64_t *out)
+{
+    struct call_buffer *b;
+    long count = 0;
+    int rc = 0;
+
+    if (!h->has_populate_evicted)
+        return -ENOSYS;
+    b = take_buffer(h);
+    for (size_t done = 0; !rc && done < n; done += BATCH_GFNS) {
+        size_t batch = batch_of(n - done);
+        const uint64_t *answer = (const uint64_t *)b->data;
+
+        memcpy(b->data, gfns + done, batch * sizeof(*gfns));
+        rc = paging_op(h, b, domid, XENMEM_paging_op_query_held, b->data, batch);
+        for (size_t i = 0; !rc && i < batch; i++)
+            if (answer[i] != ~0ull)
+                out[count++] = answer[i];
+    }
+    give_buffer(b);
+    return rc ? rc : count;
+}
+
+/* ---- recognition ---- */
+/* How fast time goes by: of a time record, in nanoseconds for 2^32 ticks of the TSC.  0: it is none. */
+static double time_scale(const vcpu_time_info_t *time)
+{
+    if (!time->tsc_to_system_mul || time->tsc_shift < -32 || time->tsc_shift > 32 || time->pad0 || time->pad1[0] ||
+        time->pad1[1])
+        return 0;
+    return time->tsc_shift < 0 ? (double)time->tsc_to_system_mul / (1ull << -time->tsc_shift) :
+                                 (double)time->tsc_to_system_mul * (1ull << time->tsc_shift);
+}
+
+static int domain_time_scale(struct xen_host *h, uint32_t domid, double *scale)
+{
+    struct xen_info info;
+    xen_pfn_t gfn;
+    shared_info_t *shared;
+    int error, rc = xen_domain_info(h, domid, &info);
+
+    if (rc)
+        return rc;
+    gfn = info.shared_info_gfn;
+    *scale = 0;
+    shared = xenforeignmemory_map(h->fmem, domid, PROT_READ, 1, &gfn, &error);
+    if (!shared)
+        return 0;       /* the guest has not mapped it: it has moved nothing out of it */
+    if (!error)
+        *scale = time_scale(&shared->vcpu_info[0].time);
+    xenforeignmemory_unmap(h->fmem, shared, 1);
+    return 0;
+}
+
+/* Xen calibrates the scale again now and then, so it is about the same. */
+static int has_vcpu_info(const uint64_t *page, double scale)
+{
+    for (unsigned i = 0; scale && i <= (XC_PAGE_SIZE - sizeof(vcpu_info_t)) / 8; i++) {
+        const vcpu_info_t *info = (const vcpu_info_t *)(page + i);
+        double found;
+
+        if (page[i] & ~0x0101ull)       /* evtchn_upcall_pending, evtchn_upcall_mask, padding */
+            continue;
+        found = time_scale(&info->time);
+        if (found > scale * 0.99 && found < scale * 1.01)
+            return 1;
+    }
+    return 0;
+}
+
+static int is_control_block(const uint64_t *page)
+{
+    const struct evtchn_fifo_control_block *block = (const void *)page;
+    uint32_t any = 0;
+
+    for (unsigned i = 0; i <= EVTCHN_FIFO_PRIORITY_MIN; i++) {
+        if (block->head[i] & ~((1u << EVTCHN_FIFO_LINK_BITS) - 1))
+            return 0;
+        any |= block->head[i];
+    }
+    if (!any || block->ready >> (EVTCHN_FIFO_PRIORITY_MIN + 1) || block->_rsvd)
+        return 0;
+    for (unsigned i = sizeof(*block) / 8; i < XC_PAGE_SIZE / 8; i++)
+        if (page[i])
+            return 0;
+    return 1;
+}
+
+static int is_event_array(const uint64_t *page)
+{
+    const uint32_t *word = (const uint32_t *)page;
+    const uint32_t masked = 1u << EVTCHN_FIFO_MASKED;
+    const uint32_t nothing = ~(1u << EVTCHN_FIFO_PENDING | masked | 1u << EVTCHN_FIFO_LINKED | 1u << EVTCHN_FIFO_BUSY |
+                               ((1u << EVTCHN_FIFO_LINK_BITS) - 1));
+    unsigned count = 0;
+
+    for (unsigned i = 0; i < XC_PAGE_SIZE / 4; i++) {
+        if (word[i] & nothing)
+            return 0;
+        count += !!(word[i] & masked);
+    }
+    return count > 0;
+}
+
+/* Gfns that parameters name: one each, but for the device model's, which are neighbours. */
+static int named_by_parameter(struct xen_host *h, uint32_t domid, uint64_t *named, unsigned most)
+{
+    static const int params[] = { HVM_PARAM_STORE_PFN, HVM_PARAM_CONSOLE_PFN, HVM_PARAM_IOREQ_PFN, HVM_PARAM_BUFIOREQ_PFN,
+                                  HVM_PARAM_IDENT_PT, HVM_PARAM_MONITOR_RING_PFN, HVM_PARAM_SHARING_RING_PFN };
+    uint64_t value, pages = 0;
+    unsigned count = 0;
+
+    for (unsigned i = 0; i < sizeof(params) / sizeof(*params); i++)
+        if (!xc_hvm_param_get(h->xch, domid, params[i], &value) && value)
+            named[count++] = params[i] == HVM_PARAM_IDENT_PT ? value >> XC_PAGE_SHIFT : value;
+    if (!xc_hvm_param_get(h->xch, domid, HVM_PARAM_VM86_TSS_SIZED, &value) && value)
+        named[count++] = (uint32_t)value >> XC_PAGE_SHIFT;
+    if (!xc_hvm_param_get(h->xch, domid, HVM_PARAM_NR_IOREQ_SERVER_PAGES, &pages) && pages &&
+        !xc_hvm_param_get(h->xch, domid, HVM_PARAM_IOREQ_SERVER_PFN, &value) && value)
+        for (uint64_t i = 0; i < pages && count < most; i++)
+            named[count++] = value + i;
+    return count;
+}
+
+long xen_recognise_held(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, uint64_t *out)
+{
+    uint8_t status[BATCH_GFNS];
+    struct xen_run runs[BATCH_GFNS];
+    struct xen_view view;
+    double scale;
+    long count = 0;
+    int rc = domain_time_scale(h, domid, &scale);
+
+    for (size_t done = 0; !rc && done < n; done += BATCH_GFNS) {
+        size_t batch = batch_of(n - done);
+        const uint64_t *page;
+        long found = xen_map(h, domid, gfns + done, batch, status, &view, runs);
+
+        if (found < 0)
+            rc = found;
+        page = view.address;
+        for (size_t i = 0; !rc && i < batch; i++) {
+            if (status[i] == PAGE_DATA && (has_vcpu_info(page, scale) || is_control_block(page) || is_event_array(page)))
+                out[count++] = gfns[done + i];
+            if (status[i] == PAGE_DATA || status[i] == PAGE_ZERO)
+                page += XC_PAGE_SIZE / 8;
+        }
+        xen_unmap(h, &view);
+    }
+    return rc ? rc : count;
+}
+
+static int contains(const uint64_t *gfns, size_t n, uint64_t gfn)
+{
+    for (size_t i = 0; i < n; i++)
+        if (gfns[i] == gfn)
+            return 1;
+    return 0;
+}
+
+long xen_pinned(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, uint64_t *out)
+{
+    uint64_t named[32];
+    unsigned nr_named = named_by_parameter(h, domid, named, sizeof(named) / sizeof(*named));
+    long count = xen_query_held(h, domid, gfns, n, out), found;
+
+    if (count == -ENOSYS)
+        count = xen_recognise_held(h, domid, gfns, n, out);
+    if (count < 0)
+        return count;
+    found = count;
+    for (size_t i = 0; i < n && nr_named; i++)
+        if (contains(named, nr_named, gfns[i]) && !contains(out, found, gfns[i]))
+            out[count++] = gfns[i];
+    return count;
+}

@@ -1,0 +1,72 @@
+"""Why postcopy is refused: one sentence for each reason, saying what to do.  Sans-IO.
+
+Xen's own reasons are the errors of XEN_DOMCTL_VM_EVENT_OP_PAGING (xen/common/vm_event.c); what can be found out without
+trying is found out before, so that nothing is touched.
+"""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+
+NO_PAGING = (
+    "this hypervisor is built without memory paging: build Xen with CONFIG_MEM_PAGING=y (see docs/hypervisor.md), "
+    "or migrate with --strategy precopy"
+)
+DOM0_NOT_PV = "dom0 is an HVM or PVH domain, and Xen lets only a PV dom0 page: boot Xen without dom0=pvh"
+NO_HAP_HOST = (
+    "this host's processors have no nested page tables (EPT or NPT), or they are off: turn them on in its firmware"
+)
+NOT_HVM = 'it is a PV guest: only PVH and HVM guests can be paged; set type="pvh" or migrate with --strategy precopy'
+NO_HAP = "it runs on shadow page tables: set hap=1 in its configuration and start it anew"
+POD = (
+    "populate-on-demand is active (it was started with memory below maxmem): wait until it has ballooned down, or set "
+    "memory equal to maxmem"
+)
+IOMMU = 'it uses the IOMMU: detach its PCI devices, and set passthrough="disabled" in its configuration'
+RING_TAKEN = "its paging ring is in use by another pager: end that one (xenpaging, or another migration) first"
+
+ENABLE_ERRORS = {
+    errno.ENOSYS: NO_PAGING,
+    errno.EOPNOTSUPP: DOM0_NOT_PV,
+    errno.ENODEV: NO_HAP,
+    errno.EMLINK: IOMMU,
+    errno.EXDEV: POD,
+    errno.EBUSY: RING_TAKEN,
+}
+"""What enabling a ring fails with."""
+
+
+@dataclass(frozen=True)
+class HostFacts:
+    paging: bool
+    dom0_hvm: bool
+    hap: bool
+    populate_evicted: bool
+    free_pages: int
+
+    def problems(self) -> list[str]:
+        """The first of them only, where it makes the others pointless."""
+        if not self.paging:
+            return [NO_PAGING]
+        found = ((self.dom0_hvm, DOM0_NOT_PV), (not self.hap, NO_HAP_HOST))
+        return [text for is_so, text in found if is_so]
+
+    @property
+    def way(self) -> str:
+        """How pages are made paged out: ``Preflight.populate_evicted``."""
+        return "none" if not self.paging else "native" if self.populate_evicted else "fallback"
+
+
+@dataclass(frozen=True)
+class DomainFacts:
+    hvm: bool
+    hap: bool
+    pod_entries: int
+    ring_taken: bool
+
+    def problems(self) -> list[str]:
+        if not self.hvm:
+            return [NOT_HVM]
+        found = ((not self.hap, NO_HAP), (self.pod_entries > 0, POD), (self.ring_taken, RING_TAKEN))
+        return [text for is_so, text in found if is_so]
