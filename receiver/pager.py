@@ -202,9 +202,12 @@ class Pager:
             assert self._ring is not None
             self._ring.respond([request for request, _since in verdict.answer])
             now = time.monotonic()
-            for request, since in verdict.answer:
-                if request.vcpu_waits:
-                    self._statistics.answered(request.vcpu, now - since)
+            # A vCPU may have asked several times for the same page: it stood still once.
+            stalls = {
+                (request.vcpu, request.pfn): since for request, since in reversed(verdict.answer) if request.vcpu_waits
+            }
+            for (vcpu, _pfn), since in stalls.items():
+                self._statistics.answered(vcpu, now - since)
         if len(verdict.loaded):
             self._unacknowledged.append(verdict.loaded)
         if len(verdict.dropped):

@@ -14,8 +14,12 @@ def open_hypervisor(simulated: Path | None) -> Hypervisor:
         from xenbackend.simulated.client import SimulatedHypervisor
 
         return SimulatedHypervisor(simulated)
-    raise XenError(
-        "Xen",
-        errno.ENOSYS,
-        why="this release has no libxenctrl backend yet; use --simulated SOCKET with a simulated host",
-    )
+    try:
+        from xenbackend.libxenctrl.hypervisor import XenHypervisor
+    except ImportError as error:
+        raise XenError(
+            "Xen", errno.ENOSYS,
+            why=f"the part that talks to Xen is not usable ({error}): install libxen-dev and gcc and then this program "
+            "again, which builds it; without Xen, use --simulated SOCKET with a simulated host",
+        ) from error  # fmt: skip
+    return XenHypervisor()

@@ -211,10 +211,7 @@ class Domain(ABC):
 
     @abstractmethod
     def depopulate(self, pfns: PfnArray) -> None:
-        """Make holes of pfns that have a frame or are paged out (XENMEM_decrease_reservation).  EINVAL for a hole.
-
-        Of one that was paged out the pager is told by a drop request, if the ring has room.
-        """
+        """Make populated pfns holes (XENMEM_decrease_reservation).  EINVAL for a hole, and for one that is paged out."""
 
     @abstractmethod
     def write_pages(self, pfns: PfnArray, pages: Buffer | None) -> None:

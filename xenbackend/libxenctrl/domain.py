@@ -137,6 +137,7 @@ class XenDomain(Domain):
         if self._pager is not None:
             lib.xen_pager_close(self._host, self._pager)
             self._pager = None
+        self._hypervisor.forget(self)
 
     def preflight(self) -> Preflight:
         info, pod = self.native_info(), ffi.new("uint64_t *")

@@ -43,7 +43,7 @@ class Platform:
     handle: bytes
     """Its UUID."""
     ring_pfn: int
-    """Where its memory map leaves room for a paging ring; 0: nowhere."""
+    """Where its memory map leaves room for a paging ring; 0: nowhere, so behind its memory."""
     leaves: bytes
     msrs: bytes
     """The CPU policy: ``xen_cpuid_leaf_t[]``, ``xen_msr_entry_t[]``."""
@@ -141,8 +141,8 @@ def create(hypervisor: XenHypervisor, config: DomainConfig) -> XenDomain:
                 host, made, leaves, len(leaves) // lib.XEN_CPUID_LEAF_BYTES, msrs, len(msrs) // lib.XEN_MSR_ENTRY_BYTES
             ),
         )
-        if platform.ring_pfn:
-            check("hvm_param_set", lib.xen_param_set(host, made, HVM_PARAM_PAGING_RING_PFN, platform.ring_pfn))
+        ring_pfn = platform.ring_pfn or config.nr_pfns
+        check("hvm_param_set", lib.xen_param_set(host, made, HVM_PARAM_PAGING_RING_PFN, ring_pfn))
         hypervisor.store_write(f"/local/domain/{made}/name", config.name)
         return XenDomain(hypervisor, made, config.nr_pfns, Plumbing(hypervisor, config, platform))
     except XenError:

@@ -40,9 +40,12 @@ class XenHypervisor(Hypervisor):
                 "must be root; without Xen, use --simulated SOCKET with a simulated host",
             )  # fmt: skip
         self.native: Any = out[0]
+        self._opened: set[XenDomain] = set()
 
     def close(self) -> None:
         if self.native:
+            for domain in list(self._opened):
+                domain.close()
             lib.xen_host_close(self.native)
             self.native = ffi.NULL
 
@@ -69,8 +72,16 @@ class XenHypervisor(Hypervisor):
     def open(self, domain: str | int) -> XenDomain:
         for info in self.domains():
             if domain in (info.name, info.domid, str(info.domid)):
-                return XenDomain(self, info.domid)
+                return self._remember(XenDomain(self, info.domid))
         raise NoSuchDomainError(domain)
+
+    def _remember(self, domain: XenDomain) -> XenDomain:
+        self._opened.add(domain)
+        return domain
+
+    def forget(self, domain: XenDomain) -> None:
+        """It has been closed."""
+        self._opened.discard(domain)
 
     def config_of(self, domain: XenDomain) -> DomainConfig:
         info = domain.native_info()
@@ -111,7 +122,7 @@ class XenHypervisor(Hypervisor):
             raise XenError("create", errno.EEXIST, why=f"a domain named {config.name!r} is there already")
         if config.max_pages > self.facts().free_pages:
             raise XenError("create", errno.ENOMEM, why="not enough memory")
-        return empty.create(self, config)
+        return self._remember(empty.create(self, config))
 
     def destroy(self, domid: int) -> None:
         """With xl where its devices are libxl's, otherwise by ourselves."""

@@ -20,11 +20,14 @@
 
 void ring_begin(struct ring_state *ring, uint32_t channel)
 {
+    struct vm_event_sring *sring = ring->page;
     struct pager_notes *notes = pager_notes(ring->page);
 
-    memset(notes, 0, sizeof(*notes));
+    /* SHARED_RING_INIT: Xen leaves it to us, and the page may be that of an earlier ring. */
+    memset(ring->page, 0, 4096);
+    sring->req_event = sring->rsp_event = 1;
+    ring->req_cons = ring->rsp_prod = 0;
     notes->channel = channel;
-    notes->req_cons = ring->req_cons = ring->rsp_prod = ((struct vm_event_sring *)ring->page)->rsp_prod;
     STORE(notes->magic, PAGER_NOTES_MAGIC);
 }
 

@@ -16,7 +16,7 @@ struct ring_state {
     int notify_fd;           /* consumed before requests are taken, written after responses are put */
 };
 
-/* The first pager of a ring that was just enabled.  channel: what its successor has to know of the event channel. */
+/* The first pager of a ring that was just enabled: makes it empty.  channel: what its successor has to know of the event channel. */
 void ring_begin(struct ring_state *ring, uint32_t channel);
 
 /* The successor of a pager that has died: takes up where it stopped.  Puts the requests that are open into out (up to 8)

@@ -139,17 +139,7 @@ class SimulatedDomain(Domain):
         self._batch("populate_physmap", lib.sim_populate, pfns)
 
     def depopulate(self, pfns: PfnArray) -> None:
-        done = 0
-        while done < len(pfns):
-            try:
-                return self._batch("decrease_reservation", lib.sim_depopulate, pfns[done:])
-            except XenError as error:
-                done += error.done
-                if not np.isin(self.p2m_types(pfns[done : done + 1]), PAGING_TYPES)[0]:
-                    raise XenError(error.operation, error.errno, pfn=error.pfn, done=done) from error
-                self._host.call("drop", domid=self.domid, pfn=int(pfns[done]))
-                done += 1
-        return None
+        self._batch("decrease_reservation", lib.sim_depopulate, pfns)
 
     def write_pages(self, pfns: PfnArray, pages: Buffer | None) -> None:
         self._batch("foreign write", lib.sim_write, pfns, _pages(pages, len(pfns)))

@@ -202,10 +202,13 @@ class HostedDomain:
 class SimulatedHost:
     """The request handlers; one object a host.  ``memory_bytes`` is what its domains share."""
 
-    def __init__(self, memory_bytes: int, *, populate_evicted: bool = True, paging: bool = True):
+    def __init__(
+        self, memory_bytes: int, *, populate_evicted: bool = True, paging: bool = True, drop_requests: bool = False
+    ):
         self.memory_bytes = memory_bytes
         self.populate_evicted = populate_evicted
         self.paging = paging
+        self.drop_requests = drop_requests
         self.domains: dict[int, HostedDomain] = {}
         self.gone: list[dict[str, Any]] = []
         self._next_domid = 1
@@ -312,6 +315,7 @@ class SimulatedHost:
         except BaseException:
             del self._claimed[domid]
             raise
+        domain.dom.drops = self.drop_requests
         self.domains[domid] = domain
         return domain
 
@@ -414,9 +418,6 @@ class SimulatedHost:
             raise XenError("paging_attach", errno.EBUSY, why="the domain's pager lives")
         domain.pager = client
         return None, domain.ring_fds
-
-    def op_drop(self, domid: int, pfn: int) -> None:
-        lib.sim_host_drop(self._domain(domid).native, pfn)
 
     def op_paging_disable(self, domid: int) -> None:
         self._domain(domid).paging_disable()

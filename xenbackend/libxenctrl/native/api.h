@@ -55,8 +55,7 @@ int xen_store_resume(struct xen_host *h, uint32_t domid);
 #define PAGE_PAGED 3
 #define PAGE_BROKEN 4
 
-/* What is there, without looking into it: PAGE_DATA, PAGE_HOLE, PAGE_PAGED (told from a hole only where the domain has a
- * ring: without one nothing can be paged out), PAGE_BROKEN. */
+/* What is there, without looking into it: PAGE_DATA, PAGE_HOLE, PAGE_PAGED, PAGE_BROKEN. */
 int xen_page_types(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, uint8_t *types);
 
 /* Memory mapped for reading. */

@@ -12,18 +12,16 @@ int xc_get_pfn_type_batch(xc_interface *xch, uint32_t dom, unsigned int num, xen
 /* Is a gfn without memory paged out?  Loading it without a page fails with EINVAL then, and changes nothing. */
 static int tell_paged_from_hole(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, uint8_t *types)
 {
-    struct call_buffer *b = take_buffer(h);
-    int rc = 0;
+    struct call_buffer *b;
+    struct xen_info info;
+    int rc = xen_domain_info(h, domid, &info);
 
-    for (size_t i = 0; i < n; i++) {
-        if (types[i] != PAGE_HOLE)
-            continue;
-        rc = paging_op(h, b, domid, XENMEM_paging_op_prep, NULL, gfns[i]);
-        if (rc == -EINVAL)
+    if (rc || !info.paged_pages)
+        return rc;
+    b = take_buffer(h);
+    for (size_t i = 0; i < n; i++)
+        if (types[i] == PAGE_HOLE && paging_op(h, b, domid, XENMEM_paging_op_prep, NULL, gfns[i]) == -EINVAL)
             types[i] = PAGE_PAGED;
-        else if (rc == -ENODEV || rc == -ENOSYS)
-            break;      /* nothing of this domain is */
-    }
     give_buffer(b);
     return 0;
 }

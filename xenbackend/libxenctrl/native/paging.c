@@ -155,7 +155,7 @@ int xen_paging_enable(struct xen_host *h, uint32_t domid, uint64_t spare_gfn, st
         rc = -errno;
         goto unmap;
     }
-    /* Xen has initialised the ring; now the guest is not to write to it any more. */
+    /* From now on the guest is not to write to it. */
     if (xendevicemodel_set_mem_type(h->dmod, domid, HVMMEM_ram_ro, pager.ring_gfn, 1)) {
         rc = -errno;
         goto disable;

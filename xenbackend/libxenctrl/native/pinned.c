@@ -48,10 +48,11 @@ long xen_query_held(struct xen_host *h, uint32_t domid, const uint64_t *gfns, si
 }
 
 /* ---- recognition ---- */
-/* How fast time goes by: of a time record, in nanoseconds for 2^32 ticks of the TSC.  0: it is none. */
+/* How fast time goes by: of a time record, in nanoseconds for 2^32 ticks of the TSC.  0: it is none.  Xen makes the factor
+ * such that its highest bit is set (set_time_scale() in xen/arch/x86/time.c). */
 static double time_scale(const vcpu_time_info_t *time)
 {
-    if (!time->tsc_to_system_mul || time->tsc_shift < -32 || time->tsc_shift > 32 || time->pad0 || time->pad1[0] ||
+    if (!(time->tsc_to_system_mul >> 31) || time->tsc_shift < -32 || time->tsc_shift > 32 || time->pad0 || time->pad1[0] ||
         time->pad1[1])
         return 0;
     return time->tsc_shift < 0 ? (double)time->tsc_to_system_mul / (1ull << -time->tsc_shift) :

@@ -74,6 +74,8 @@ struct sim_domain {
     uint32_t paging;
     uint32_t crash;
     uint32_t crash_vcpu;
+    uint32_t drops;            /* a paged-out page can be given away, and the pager is told */
+    uint32_t pad;
     uint64_t crash_pfn;
     uint64_t tot_pages;        /* frames that the domain owns */
     uint64_t paged_pages;
@@ -138,4 +140,3 @@ void sim_host_pause(struct sim_host_domain *h);     /* returns when no vCPU runs
 void sim_host_unpause(struct sim_host_domain *h);
 void sim_host_paging_enable(struct sim_host_domain *h, void *ring_page, int to_pager_fd, int from_pager_fd);
 int sim_host_paging_disable(struct sim_host_domain *h);
-void sim_host_drop(struct sim_host_domain *h, uint64_t pfn);  /* decrease_reservation of a pfn that is paged out */

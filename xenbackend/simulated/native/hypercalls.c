@@ -348,7 +348,7 @@ int sim_evict(struct sim_map *m, uint64_t pfn)
 }
 
 /* XENMEM_paging_op_prep with a buffer.  The page is there for the guest when this returns;
- * results[i] is 0, -ENOENT for a gfn that is not being paged (present, or a hole), -EINVAL.
+ * results[i] is 0, or -ENOENT for a gfn that is not being paged (present, a hole, or beyond what can be).
  * pages == NULL loads zeros.  Returns how many were loaded. */
 long sim_load(struct sim_map *m, const uint64_t *pfns, size_t n, const uint8_t *pages, int32_t *results)
 {
@@ -373,7 +373,7 @@ long sim_load(struct sim_map *m, const uint64_t *pfns, size_t n, const uint8_t *
             }
         }
         if (!run) {
-            results[i++] = first >= m->dom->nr_pfns ? -EINVAL : -ENOENT;
+            results[i++] = -ENOENT;
             continue;
         }
         if (pages)

@@ -1,0 +1,150 @@
+"""What the conformance suite needs of a backend besides the contract: guests, and somebody who holds their pages.
+
+:class:`SimulatedLab` is here; the real Xen's is ``tests/xenlab/dom0/lab.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+
+from migrate.loopback import World
+from migrate.pfns import NO_PFNS
+from tests.conftest import MIB, clear
+from xenbackend.contract import PAGE_SIZE, Domain, DomainConfig, Hypervisor, PfnArray
+from xenbackend.simulated.client import SimulatedDomain, SimulatedHypervisor
+from xenbackend.simulated.guest import GuestSpec
+
+
+class Lab(ABC):
+    """One host.  Everything that a test makes is gone when it ends, but for a guest that is as good as new."""
+
+    hypervisor: Hypervisor
+    beyond: int
+    """A pfn that no domain can have."""
+    attach: list[str]
+    """Arguments for ``tests/pager_process.py`` to find the host."""
+    enough: int
+    """Work that shows that a guest lives."""
+    still_s: float
+    """So long without work shows that it stands still."""
+
+    @abstractmethod
+    def guest(self) -> Domain:
+        """A guest that runs, writes its memory, and checks what it reads.  Without a ring."""
+
+    @abstractmethod
+    def config(self, nr_pfns: int = 1024) -> DomainConfig:
+        """Of an empty domain."""
+
+    def incoming(self, nr_pfns: int = 1024) -> Domain:
+        return self.hypervisor.create_incoming(self.config(nr_pfns))
+
+    @abstractmethod
+    def config_beside(self, source: Domain) -> DomainConfig:
+        """What the source is, under another name: to restore it on the same host."""
+
+    @abstractmethod
+    def another(self) -> Hypervisor:
+        """A handle of the same host as another process has it: what it holds goes when it is closed."""
+
+    @abstractmethod
+    def work(self, domain: Domain) -> int:
+        """How much the guest has done so far: the vCPU that has done least."""
+
+    def wait_for_work(self, domain: Domain, meanwhile: Callable[[], object] = lambda: None) -> None:
+        """Until the guest has done something more."""
+        before = self.work(domain)
+
+        def worked() -> bool:
+            meanwhile()
+            return self.work(domain) >= before + self.enough
+
+        until(worked, "the guest does nothing")
+
+    def stands_still(self, domain: Domain) -> bool:
+        """Whether a guest does nothing for a moment."""
+        time.sleep(self.still_s / 3)
+        before = self.work(domain)
+        time.sleep(self.still_s)
+        return self.work(domain) == before
+
+    @abstractmethod
+    def errors(self, domain: Domain) -> int:
+        """How often the guest read what it had not written."""
+
+    @abstractmethod
+    def toolstack_pages(self, domain: Domain) -> PfnArray:
+        """Pinned for dom0's sake (xenstore's and the console's rings), not for the guest's."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """After each test."""
+
+    @abstractmethod
+    def hold(self, domain: Domain, pfn: int) -> contextlib.AbstractContextManager[None]:
+        """Somebody has a reference to the page."""
+
+
+class SimulatedLab(Lab):
+    beyond = 2**40
+    enough, still_s = 100, 0.3
+
+    def __init__(self, world: World, name: str):
+        self._world, self._name, self._count = world, name, 0
+        self.simulated: SimulatedHypervisor = world.source
+        self.hypervisor = self.simulated
+        self.attach = ["--simulated", str(world.directory / "source.sock")]
+
+    def close(self) -> None:
+        clear(self._world)
+
+    def boot(self, memory: int = 4 * MIB, vcpus: int = 2, **options: object) -> SimulatedDomain:
+        """A guest of the kind that a test of the simulated host itself needs."""
+        spec = GuestSpec(self._name, memory, vcpus, **options)  # type: ignore[arg-type]
+        return self.simulated.create_guest(spec.to_bytes())
+
+    def empty(self) -> SimulatedDomain:
+        return self.simulated.create_incoming(self.config())
+
+    def guest(self) -> Domain:
+        return self.boot(workload="random", write_permille=500, working_set_bytes=2 * MIB)
+
+    def config(self, nr_pfns: int = 1024, vcpus: int = 1) -> DomainConfig:
+        self._count += 1
+        return GuestSpec(f"{self._name}-in{self._count}", nr_pfns * PAGE_SIZE, vcpus).domain_config()
+
+    def config_beside(self, source: Domain) -> DomainConfig:
+        spec = GuestSpec.from_bytes(source.config().platform)
+        self._count += 1
+        return GuestSpec(**{**spec.__dict__, "name": f"{spec.name}-in{self._count}"}).domain_config()
+
+    def another(self) -> Hypervisor:
+        return SimulatedHypervisor(self._world.directory / "source.sock")
+
+    def work(self, domain: Domain) -> int:
+        assert isinstance(domain, SimulatedDomain)
+        return int(min(vcpu["count"] for vcpu in domain.report()["vcpu"]))
+
+    def errors(self, domain: Domain) -> int:
+        assert isinstance(domain, SimulatedDomain)
+        return sum(vcpu["errors"] for vcpu in domain.report()["vcpu"])
+
+    def toolstack_pages(self, domain: Domain) -> PfnArray:
+        return NO_PFNS
+
+    @contextlib.contextmanager
+    def hold(self, domain: Domain, pfn: int) -> Iterator[None]:
+        assert isinstance(domain, SimulatedDomain)
+        domain.set_page(pfn, refs=1)
+        yield
+        domain.set_page(pfn, refs=0)
+
+
+def until(condition: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.005)

@@ -1,0 +1,224 @@
+"""The simulated host where it is more than the contract: many vCPUs, states that only a test brings about, its memory."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from migrate.loopback import World, loopback_world, wait_for_steps
+from migrate.pfns import from_mask, mask_from_bitmap
+from tests.conftest import MIB
+from tests.labs import SimulatedLab, until
+from tests.test_conformance import page, pfns, read, span
+from xenbackend.contract import PAGE_SIZE, DomainState, PageStatus, XenError
+from xenbackend.ring import VM_EVENT_SLOTS, PagingRequest, PagingRing
+from xenbackend.simulated._sim import lib
+from xenbackend.simulated.client import SimulatedDomain, SimulatedHypervisor
+
+
+@pytest.fixture
+def lab(hosts: World, name: str) -> Iterator[SimulatedLab]:
+    made = SimulatedLab(hosts, name)
+    yield made
+    made.close()
+
+
+def test_a_guest_whose_registered_frame_is_paged_out_dies_at_its_start(lab: SimulatedLab) -> None:
+    source, target = lab.boot(vcpus=1), lab.incoming()
+    source.suspend()
+    target.paging_enable()
+    target.populate_evicted(span(0, 1024))
+    target.set_context(source.context())
+    with pytest.raises(XenError, match="EINVAL"):
+        target.start()
+    assert target.info().state is DomainState.CRASHED
+    assert "register_vcpu_info" in target.info().reason
+
+
+def test_more_vcpus_than_slots_all_get_their_turn(lab: SimulatedLab) -> None:
+    vcpus = 12
+    source, target, ring = restored(lab, vcpus, workload="random")
+    target.start()
+    first = wait_for_requests(ring, VM_EVENT_SLOTS)
+    assert len(first) == VM_EVENT_SLOTS
+    assert len({request.vcpu for request in first}) == VM_EVENT_SLOTS
+    assert ring.requests() == []  # the other vCPUs wait for a slot
+    for request in first:
+        target.load(pfns(request.pfn), read(source, pfns(request.pfn))[1] or None)
+    ring.respond(first)
+    seen = {request.vcpu for request in first}
+    deadline = time.monotonic() + 20
+    while len(seen) < vcpus:
+        assert time.monotonic() < deadline
+        for request in wait_for_requests(ring, 1):
+            seen.add(request.vcpu)
+            target.load(pfns(request.pfn), read(source, pfns(request.pfn))[1] or None)
+            ring.respond([request])
+
+
+def test_a_ring_is_given_up_while_vcpus_are_about_to_ask(lab: SimulatedLab) -> None:
+    """Found by the soak: a vCPU had seen its page absent, then that was loaded and the ring disabled, and then it asked."""
+    domain = lab.boot(vcpus=2, workload="random", working_set_bytes=64 * PAGE_SIZE)
+    everything = span(0, 64)
+    for _ in range(200):
+        wait_for_steps(domain, 100)
+        ring = domain.paging_enable()
+        domain.suspend()
+        with domain.map_pages(everything) as mapped:
+            contents = b"".join(mapped.data)
+            data, zeros = everything[mapped.status == PageStatus.DATA], everything[mapped.status == PageStatus.ZERO]
+        domain.populate_evicted(everything)
+        domain.resume()
+        domain.load(data, contents)
+        domain.load(zeros, None)
+        domain.pause()
+        ring.respond(ring.requests())
+        domain.paging_disable()
+        domain.unpause()
+    wait_for_steps(domain, 100)
+    assert [vcpu["errors"] for vcpu in domain.report()["vcpu"]] == [0, 0]
+
+
+def test_a_page_given_away_while_paged_out_is_dropped_with_a_request_where_xen_does_so(name: str) -> None:
+    with loopback_world(256 * MIB, host_options=("--drop-requests",), daemons=False) as world:
+        lab = SimulatedLab(world, name)
+        source, target, ring = restored(
+            lab, 1, workload="sequential", working_set_bytes=PAGE_SIZE, balloon_pages=3, balloon_every=10**6,
+            host=world.destination,
+        )  # fmt: skip
+        target.start()
+        (request,) = wait_for_requests(ring, 1)
+        target.load(pfns(0), read(source, pfns(0))[1])
+        ring.respond([request])
+        drops = wait_for_requests(ring, 3)
+        assert all(drop.is_drop and not drop.vcpu_waits for drop in drops)
+        assert [drop.pfn for drop in drops] == [1022, 1021, 1020]
+        ring.respond(drops)
+        assert not target.present(pfns(1020, 1021, 1022)).any()
+        assert target.load(pfns(1020), page(1)).tolist() == [-errno.ENOENT]
+
+
+def test_a_guest_touches_what_it_gives_away(lab: SimulatedLab) -> None:
+    """As Linux does, whose balloon scrubs: Xen would refuse a page that is paged out."""
+    source, target, ring = restored(
+        lab, 1, workload="sequential", working_set_bytes=PAGE_SIZE, balloon_pages=1, balloon_every=10**6
+    )
+    target.start()
+    for pfn in (0, 1022):
+        requests = wait_for_requests(ring, 1)
+        assert all(request.pfn == pfn and request.vcpu_waits for request in requests)
+        target.load(pfns(pfn), read(source, pfns(pfn))[1] or None)
+        ring.respond(requests)
+    until(lambda: not target.present(pfns(1022))[0], "the page is not given away")
+
+
+def test_evicted_memory_is_given_back(lab: SimulatedLab) -> None:
+    domain = lab.empty()
+    domain.paging_enable()
+    domain.populate(span(0, 1024))
+    domain.write_pages(span(0, 1024), page(1) * 1024)
+    used = os.fstat(domain._memory_fd).st_blocks * 512
+    assert used == 1024 * PAGE_SIZE
+    domain.populate_evicted(span(0, 1024))
+    assert os.fstat(domain._memory_fd).st_blocks == 0
+
+
+def test_what_a_dead_process_held_is_free_again(lab: SimulatedLab, hosts: World) -> None:
+    """A daemon killed in the middle of a hypercall must not leave a vCPU spinning."""
+    domain = lab.empty()
+    ring = domain.paging_enable()
+    domain.populate_evicted(span(0, 8))
+    other = SimulatedHypervisor(hosts.directory / "source.sock")
+    theirs = other.open(domain.domid)
+    theirs._map.p2m[3] |= other.client_id << 24  # as in the middle of a load
+    theirs.close()
+    other.close()
+    deadline = time.monotonic() + 20
+    while domain._map.p2m[3] >> 24:
+        assert time.monotonic() < deadline
+    assert domain.load(pfns(3), page(9)).tolist() == [0]
+    ring.close()
+
+
+# ---- log-dirty ----
+def test_log_dirty_records_every_written_page_and_clean_starts_anew(lab: SimulatedLab) -> None:
+    domain = lab.boot(workload="sequential", working_set_bytes=64 * PAGE_SIZE)
+    domain.log_dirty_enable()
+    wait_for_steps(domain, 200)
+    domain.suspend()
+    peeked = domain.log_dirty(clean=False)
+    assert from_mask(mask_from_bitmap(peeked, domain.nr_pfns)).tolist() == list(range(64))
+    assert np.array_equal(domain.log_dirty(clean=True), peeked)
+    assert not domain.log_dirty(clean=True).any()
+    domain.resume()
+    wait_for_steps(domain, 200)
+    assert mask_from_bitmap(domain.log_dirty(clean=True), domain.nr_pfns)[:64].all()
+    domain.log_dirty_disable()
+    domain.log_dirty(clean=True)
+    wait_for_steps(domain, 200)
+    assert not domain.log_dirty(clean=True).any()
+
+
+UNEVICTABLE: dict[str, dict[str, int]] = {
+    "extra reference": {"refs": 1},
+    "type count": {"type_count": 1},
+    "mmio": {"p2m_type": lib.P2M_MMIO},
+    "broken": {"p2m_type": lib.P2M_BROKEN},
+}
+
+
+@pytest.mark.parametrize("why", UNEVICTABLE)
+def test_what_somebody_holds_is_not_evicted(lab: SimulatedLab, why: str) -> None:
+    domain = lab.boot(workload="idle", working_set_bytes=PAGE_SIZE)
+    domain.paging_enable()
+    domain.set_page(500, **UNEVICTABLE[why])
+    with pytest.raises(XenError) as info:
+        domain.populate_evicted(pfns(400, 401, 500, 501))
+    assert (info.value.errno, info.value.pfn, info.value.done) == (errno.EBUSY, 500, 2)
+    assert read(domain, pfns(400, 401, 501))[0][:2] == [PageStatus.PAGED] * 2
+    assert read(domain, pfns(501))[0] != [PageStatus.PAGED]
+
+
+def test_what_the_guest_registered_by_number_is_the_pinned_set(lab: SimulatedLab) -> None:
+    domain = lab.boot(vcpus=3)
+    assert domain.pinned(span(0, domain.nr_pfns)).tolist() == [1021, 1022, 1023]
+    domain.paging_enable()
+    with pytest.raises(XenError, match="EBUSY"):
+        domain.populate_evicted(domain.pinned(span(0, domain.nr_pfns)))
+
+
+def restored(
+    lab: SimulatedLab, vcpus: int, host: SimulatedHypervisor | None = None, **options: Any
+) -> tuple[SimulatedDomain, SimulatedDomain, PagingRing]:
+    """A guest that starts with all but its pinned set absent; returns source, target, ring."""
+    source = lab.boot(vcpus=vcpus, **options)
+    wait_for_steps(source, 10)
+    source.suspend()
+    target = (host or lab.simulated).create_incoming(lab.config_beside(source))
+    ring = target.paging_enable()
+    everything = span(0, source.nr_pfns)
+    there = everything[source.present(everything)]
+    pinned = source.pinned(everything)
+    target.populate(pinned)
+    for pfn in pinned:
+        target.write_pages(pfns(pfn), read(source, pfns(pfn))[1] or None)
+    target.populate_evicted(there[~np.isin(there, pinned)])
+    target.set_context(source.context())
+    return source, target, ring
+
+
+def wait_for_requests(ring: PagingRing, count: int, timeout_s: float = 20.0) -> list[PagingRequest]:
+    requests: list[PagingRequest] = []
+    deadline = time.monotonic() + timeout_s
+    while len(requests) < count:
+        select.select([ring], [], [], max(deadline - time.monotonic(), 0))
+        requests += ring.requests()
+        assert time.monotonic() < deadline, f"{len(requests)} of {count} requests"
+    return requests
