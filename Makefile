@@ -4,7 +4,7 @@ VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-NATIVE := $(wildcard xenbackend/native/*.[ch] xenbackend/native/*.py xenbackend/simulated/native/*.[ch] xenbackend/simulated/native/*.py)
+NATIVE := $(wildcard xenbackend/native/*.[ch] xenbackend/native/*.py xenbackend/*/native/*.[ch] xenbackend/*/native/*.py)
 
 .PHONY: all demo test check bench soak xenlab xenlab-bench lock clean
 

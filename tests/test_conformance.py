@@ -203,9 +203,10 @@ def test_a_name_is_used_once_and_memory_is_finite(lab: Lab) -> None:
     config = lab.config()
     assert lab.hypervisor.preflight(config, paging=True).problems == ()
     lab.hypervisor.create_incoming(config)
-    assert "named" in lab.hypervisor.preflight(config, paging=True).problems[0]
+    taken = dataclasses.replace(lab.config(), name=config.name)
+    assert "named" in lab.hypervisor.preflight(taken, paging=True).problems[0]
     with pytest.raises(XenError, match="EEXIST"):
-        lab.hypervisor.create_incoming(config)
+        lab.hypervisor.create_incoming(taken)
     huge = dataclasses.replace(lab.config(2**28), max_pages=2**28)
     assert "not enough memory" in lab.hypervisor.preflight(huge, paging=True).problems[0]
     with pytest.raises(XenError, match="ENOMEM"):
@@ -525,7 +526,7 @@ def test_a_vcpu_goes_on_only_when_it_was_answered(lab: Lab, folder: Path) -> Non
     *others, last = requests
     ring.respond(others)
     assert lab.stands_still(domain)  # the vCPU of the last one, that is
-    for answer in ([last, last], [last._replace(pfn=last.pfn + 1)], others[:1] + [last, last]):
+    for answer in ([last, last], [last._replace(pfn=last.pfn + 1)], [*others[:1], last, last]):
         with pytest.raises(XenError, match="no open request"):
             ring.respond(answer)
     assert lab.stands_still(domain)

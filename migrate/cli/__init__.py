@@ -19,6 +19,7 @@ COMMANDS = {
     "list": "migrations",
     "postcopy-now": "migrations",
     "cancel": "migrations",
+    "preflight": "preflight",
     "sender": "daemons",
     "receiver": "daemons",
     "simulated-host": "daemons",

@@ -112,7 +112,7 @@ class XenDomain(Domain):
             nr_pfns = int(out[0])
         self.nr_pfns = nr_pfns
         self._pager: Any = None
-        self._ring_pfn = 0
+        self._ring_pfn = self.param(HVM_PARAM_PAGING_RING_PFN) if self.native_info().hvm else 0
 
     # ---- what it is ----
     def native_info(self) -> Any:
@@ -144,9 +144,11 @@ class XenDomain(Domain):
         if info.hvm:
             check("get_pod_target", lib.xen_pod_entries(self._host, self.domid, pod))
         taken = self._pager is None and lib.xen_has_ring(self._host, self.domid) == 1
+        # Whether the IOMMU is on for it Xen does not tell, until it refuses to enable a ring.
+        devices = self._hypervisor.store_read(f"/libxl/{self.domid}/device/pci") is not None
         host = self._hypervisor.facts()
-        problems = host.problems() or DomainFacts(bool(info.hvm), bool(info.hap), int(pod[0]), taken).problems()
-        return Preflight(tuple(problems), host.way)
+        domain = DomainFacts(bool(info.hvm), bool(info.hap), int(pod[0]), devices, taken)
+        return Preflight(tuple(host.problems() or domain.problems()), host.way)
 
     # ---- running ----
     def suspend(self) -> None:
@@ -265,8 +267,11 @@ class XenDomain(Domain):
         return types
 
     def _without_ring(self, pfns: PfnArray) -> PfnArray:
-        """The pager's page is no memory of the guest: a pfn that nobody has stands for it."""
-        return pfns if self._pager is None else np.where(pfns == self._ring_pfn, NO_PFN, pfns)
+        """The page that is set aside for a ring is no memory of the guest, with a ring or without: each host has its own.
+
+        A pfn that nobody has stands for it.
+        """
+        return np.where(pfns == self._ring_pfn, NO_PFN, pfns) if self._ring_pfn else pfns
 
     def present(self, pfns: PfnArray) -> NDArray[np.bool_]:
         types = self._types(pfns)

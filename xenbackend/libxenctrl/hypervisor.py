@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import shutil
 import subprocess
@@ -107,8 +108,10 @@ class XenHypervisor(Hypervisor):
         facts = self.facts()
         problems = facts.problems() if paging else []
         if config is not None:
-            if any(info.name == config.name for info in self.domains()):
-                problems.append(f"a domain named {config.name!r} is there already: rename or destroy it first")
+            try:
+                self._name_for(config)
+            except XenError as error:
+                problems.append(error.why)
             needed = config.max_pages + empty.SPARE_PAGES + (empty.paging_pool_mib(config) << 8)
             if needed > facts.free_pages:
                 problems.append(
@@ -118,11 +121,27 @@ class XenHypervisor(Hypervisor):
         return Preflight(tuple(problems), facts.way)
 
     def create_incoming(self, config: DomainConfig) -> XenDomain:
-        if any(info.name == config.name for info in self.domains()):
-            raise XenError("create", errno.EEXIST, why=f"a domain named {config.name!r} is there already")
+        config = dataclasses.replace(config, name=self._name_for(config))
         if config.max_pages > self.facts().free_pages:
             raise XenError("create", errno.ENOMEM, why="not enough memory")
         return self._remember(empty.create(self, config))
+
+    def _name_for(self, config: DomainConfig) -> str:
+        """Its own; on the host that it comes from, where it is in use still, another, as xl does it.
+
+        Raises ``XenError`` (EEXIST) where that is another domain's.
+        """
+        handle = empty.Platform.unpack(config.platform).handle
+        names = {info.name: info.domid for info in self.domains()}
+        if config.name not in names:
+            return config.name
+        holder = ffi.new("struct xen_info *")
+        check("getdomaininfo", lib.xen_domain_info(self.native, names[config.name], holder))
+        beside = config.name + "--incoming"
+        if bytes(ffi.buffer(holder.handle)) != handle or beside in names:
+            why = f"a domain named {config.name!r} is there already: rename or destroy it first"
+            raise XenError("create", errno.EEXIST, why=why)
+        return beside
 
     def destroy(self, domid: int) -> None:
         """With xl where its devices are libxl's, otherwise by ourselves."""

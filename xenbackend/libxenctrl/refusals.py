@@ -63,10 +63,16 @@ class DomainFacts:
     hvm: bool
     hap: bool
     pod_entries: int
+    pci_devices: bool
     ring_taken: bool
 
     def problems(self) -> list[str]:
         if not self.hvm:
             return [NOT_HVM]
-        found = ((not self.hap, NO_HAP), (self.pod_entries > 0, POD), (self.ring_taken, RING_TAKEN))
+        found = (
+            (not self.hap, NO_HAP),
+            (self.pci_devices, IOMMU),
+            (self.pod_entries > 0, POD),
+            (self.ring_taken, RING_TAKEN),
+        )
         return [text for is_so, text in found if is_so]

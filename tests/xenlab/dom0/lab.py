@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ from xenbackend.libxenctrl.empty import Platform
 from xenbackend.libxenctrl.hypervisor import XenHypervisor
 
 XEN_X86_EMU_LAPIC = 1
+EMPTY_PLATFORM = Platform(True, XEN_X86_EMU_LAPIC, 0, bytes(16), 0, b"", b"")
+"""Of a PVH domain."""
 
 
 class XenLab(Lab):
@@ -66,7 +69,7 @@ class XenLab(Lab):
 
     def config(self, nr_pfns: int = 1024) -> DomainConfig:
         self._count += 1
-        platform = Platform(True, XEN_X86_EMU_LAPIC, 0, os.urandom(16), 0, b"", b"")
+        platform = dataclasses.replace(EMPTY_PLATFORM, handle=os.urandom(16))
         return DomainConfig(f"empty{self._count}", nr_pfns, nr_pfns, 1, platform.pack())
 
     def config_beside(self, source: Domain) -> DomainConfig:

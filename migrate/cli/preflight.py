@@ -1,0 +1,54 @@
+"""``preflight``: is this host, or a guest on it, fit for postcopy?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from migrate.cli.options import simulated_option
+
+WAYS = {
+    "native": "in batches (the hypervisor has populate_evicted)",
+    "fallback": "one by one (the hypervisor has no populate_evicted; xenbackend/hypervisor/ has it as a patch)",
+    "none": "not at all",
+}
+
+
+@click.command("preflight")
+@click.argument("domain", required=False)
+@simulated_option
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def preflight_command(domain: str | None, simulated: Path | None, as_json: bool) -> None:
+    """Could this host take guests in by postcopy?  With DOMAIN (a name or a domid): could that guest be paged here?
+
+    Changes nothing.  Exit status 0 when it could, 1 when not, with one line for each reason.  It is the destination of
+    a migration that has to be able to page; its source need not.
+    """
+    from xenbackend.choose import open_hypervisor
+
+    hypervisor = open_hypervisor(simulated)
+    try:
+        if domain is None:
+            found = hypervisor.preflight(None, paging=True)
+        else:
+            opened = hypervisor.open(domain)
+            found = opened.preflight()
+            opened.close()
+    finally:
+        hypervisor.close()
+    subject = "this host" if domain is None else f"domain {domain}"
+    if as_json:
+        click.echo(
+            json.dumps(
+                {"ready": not found.problems, "problems": found.problems, "populate_evicted": found.populate_evicted}
+            )
+        )
+    elif found.problems:
+        for problem in found.problems:
+            click.echo(f"{subject}: {problem}", err=True)
+    else:
+        click.echo(f"{subject}: ready; pages are evicted {WAYS[found.populate_evicted]}")
+    if found.problems:
+        raise SystemExit(1)

@@ -1,0 +1,178 @@
+"""What differs from one hypervisor to another, and what an administrator sees of it: run in dom0 by ``make xenlab``."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.labs import until
+from tests.test_conformance import memory_of, pfns, span
+from tests.xenlab.dom0.conftest import KIND
+from tests.xenlab.dom0.guests import Guest, guest
+from tests.xenlab.dom0.lab import EMPTY_PLATFORM
+from xenbackend.contract import DomainConfig, XenError
+from xenbackend.libxenctrl._xen import ffi, lib
+from xenbackend.libxenctrl.domain import HVM_PARAM_PAGING_RING_PFN, XenDomain, gfn_array
+from xenbackend.libxenctrl.hypervisor import XenHypervisor
+
+PAGING = pytest.mark.hypervisors("populate-evicted", "paging")
+
+
+@pytest.fixture
+def xen() -> Iterator[XenHypervisor]:
+    with contextlib.closing(XenHypervisor()) as made:
+        yield made
+
+
+def xen_postcopy(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "migrate.cli", *arguments], check=False, capture_output=True, text=True, timeout=120
+    )
+
+
+def empty(xen: XenHypervisor, *, hap: bool = True) -> XenDomain:
+    platform = dataclasses.replace(EMPTY_PLATFORM, hap=hap, handle=os.urandom(16))
+    return xen.create_incoming(DomainConfig("empty", 1024, 1024, 1, platform.pack()))
+
+
+@pytest.mark.hypervisors("debian")
+def test_without_paging_preflight_says_so_in_one_line_and_nothing_is_touched(xen: XenHypervisor) -> None:
+    told = xen_postcopy("preflight")
+    assert (told.returncode, told.stdout) == (1, "")
+    assert told.stderr.count("\n") == 1 and "built without memory paging" in told.stderr
+    assert "CONFIG_MEM_PAGING=y" in told.stderr
+    with guest("unpaged", paused=True) as made:
+        domain = xen.open(made.domid)
+        before = (domain.info(), domain.param(HVM_PARAM_PAGING_RING_PFN), memory_of(domain).tolist())
+        told = xen_postcopy("preflight", "unpaged")
+        assert told.returncode == 1 and "built without memory paging" in told.stderr
+        for call in (domain.paging_enable, domain.paging_attach, lambda: domain.populate_evicted(span(0x4000, 10))):
+            with pytest.raises(XenError) as info:
+                call()
+            assert info.value.errno in (errno.ENOSYS, errno.ENODEV)
+        assert before == (domain.info(), domain.param(HVM_PARAM_PAGING_RING_PFN), memory_of(domain).tolist())
+
+
+@PAGING
+def test_preflight_says_how_pages_are_evicted() -> None:
+    told = xen_postcopy("preflight")
+    assert told.returncode == 0, told.stderr
+    assert ("in batches" if KIND == "populate-evicted" else "one by one") in told.stdout
+
+
+@PAGING
+def test_what_xen_does_not_page_is_refused_before_it_is_tried(xen: XenHypervisor) -> None:
+    domain = empty(xen, hap=False)
+    (problem,) = domain.preflight().problems
+    assert "shadow page tables" in problem
+    with pytest.raises(XenError, match="shadow page tables"):
+        domain.paging_enable()
+    domain.destroy()
+    with guest("pod", extra="maxmem = 160\n", paused=True) as made:
+        domain = xen.open(made.domid)
+        (problem,) = domain.preflight().problems
+        assert "populate-on-demand" in problem
+        with pytest.raises(XenError, match="populate-on-demand"):
+            domain.paging_enable()
+        told = xen_postcopy("preflight", "pod")
+        assert told.returncode == 1 and "maxmem" in told.stderr
+    domain = empty(xen)
+    ring = domain.paging_enable()
+    other = xen.open(domain.domid)
+    (problem,) = other.preflight().problems
+    assert "another pager" in problem
+    ring.close()
+    domain.destroy()
+
+
+@PAGING
+def test_one_by_one_does_the_same(xen: XenHypervisor) -> None:
+    """On a hypervisor with populate_evicted as well: what the fallback does is what that does."""
+    domain = empty(xen)
+    domain.paging_enable()
+    domain.populate(span(0, 100))
+    done = ffi.new("size_t *")
+
+    def one_by_one(*gfns: int) -> tuple[int, int]:
+        rc = lib.xen_evict_one_by_one(xen.native, domain.domid, gfn_array(pfns(*gfns)), len(gfns), done)
+        return rc, done[0]
+
+    assert one_by_one(*range(50, 150)) == (0, 100)
+    assert domain.present(span(50, 100)).all()
+    assert one_by_one(10, 60, 20) == (-errno.EBUSY, 1)  # paged out already
+    assert one_by_one(200, 201, 200) == (-errno.EBUSY, 2)
+    assert not domain.load(span(50, 100), None).any()
+    assert domain.load(span(0, 1), None).tolist() == [-errno.ENOENT]
+    domain.destroy()
+
+
+@pytest.mark.hypervisors("populate-evicted")
+def test_the_pinned_set_is_recognised_where_xen_does_not_tell(xen: XenHypervisor) -> None:
+    """Everything that the patched hypervisor says is held, but for what a parameter names, of a guest that runs and suspended."""
+    with guest("pinned") as made:
+        made.wait_for_heartbeats(2)
+        domain = xen.open(made.domid)
+        there = memory_of(domain)
+
+        def found_by(call: object) -> set[int]:
+            out = np.empty(len(there), dtype=np.uint64)
+            into = ffi.from_buffer("uint64_t[]", out)
+            n = call(xen.native, domain.domid, gfn_array(there), len(there), into)  # type: ignore[operator]
+            assert n >= 0
+            return set(out[:n].tolist())
+
+        for _ in range(2):
+            held, recognised = found_by(lib.xen_query_held), found_by(lib.xen_recognise_held)
+            low = {pfn for pfn in held if pfn < 2**18}  # above are the rings that parameters name
+            print(f"held {sorted(map(hex, held))}, recognised {sorted(map(hex, recognised))}")
+            assert low and low <= recognised
+            assert len(recognised) < len(there) // 1000
+            assert held <= set(domain.pinned(there).tolist())
+            if domain.info().state.value == "running":
+                domain.suspend()
+
+
+@pytest.mark.parametrize("strategy", ["hybrid", "postcopy", "precopy"])
+def test_the_daemons_move_a_guest(xen: XenHypervisor, strategy: str, tmp_path: Path) -> None:
+    """Sender and receiver as processes, on one host: the guest leaves the domain that xl made for one that the receiver makes."""
+    sockets = {role: tmp_path / f"{role}.sock" for role in ("sender", "receiver")}
+    with guest("moving") as made, contextlib.ExitStack() as stack:
+        made.wait_for_heartbeats(2)
+        logs = {}
+        for role, options in (("receiver", ["--listen", "127.0.0.1:18013"]), ("sender", [])):
+            logs[role] = stack.enter_context((tmp_path / f"{role}.log").open("w+"))
+            process = subprocess.Popen(
+                [sys.executable, "-m", "migrate.cli", role, "--socket", str(sockets[role]), *options],
+                stdout=logs[role], stderr=subprocess.STDOUT,
+            )  # fmt: skip
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+        until(lambda: all(path.exists() for path in sockets.values()), "the daemons do not start")
+        told = xen_postcopy(
+            "migrate", "moving", "127.0.0.1:18013", "--strategy", strategy, "--socket", str(sockets["sender"])
+        )
+        print(told.stdout, told.stderr)
+        for log in logs.values():
+            log.seek(0)
+            print(log.read())
+        if KIND == "debian" and strategy != "precopy":
+            assert told.returncode == 1 and "built without memory paging" in told.stderr
+            made.wait_for_heartbeats(2)
+            return
+        assert told.returncode == 0
+        names = {info.name: info.domid for info in xen.domains()}
+        assert list(names) == ["moving--incoming"]
+        arrived = Guest("moving--incoming", names["moving--incoming"])
+        beats = arrived.wait_for_heartbeats(3)
+        assert [beat.errors for beat in beats] == [0] * len(beats)
+        assert beats[0].number > made.heartbeats()[0].number
+        xen.destroy(arrived.domid)
