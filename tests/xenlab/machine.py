@@ -67,7 +67,7 @@ def boot(hypervisor: str, command: str, *, timeout_s: float, keep: Path | None =
         [*arguments, "-serial", f"file:{console}", *_share("io", where, readonly=False)],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
-    watch = _Watch(console, where / "output", started, live)
+    watch = _Watch(hypervisor, console, where / "output", started, live)
     died, timed_out = "", False
     try:
         while not died and not timed_out and qemu.poll() is None:
@@ -125,8 +125,8 @@ def _share(tag: str, where: Path, *, readonly: bool) -> list[str]:
 class _Watch:
     """Says how far it is, and shows the command's output as it comes."""
 
-    def __init__(self, console: Path, output: Path, started: float, live: bool):
-        self._console, self._output, self._started, self._live = console, output, started, live
+    def __init__(self, name: str, console: Path, output: Path, started: float, live: bool):
+        self._name, self._console, self._output, self._started, self._live = name, console, output, started, live
         self._waiting = list(MILESTONES)
         self._shown = 0
 
@@ -134,7 +134,7 @@ class _Watch:
         """Why the machine need not be waited for any longer, or nothing."""
         text = self._console.read_text(errors="replace") if self._console.exists() else ""
         while self._waiting and self._waiting[0][0] in text:
-            say(f"{time.monotonic() - self._started:5.1f} s  {self._waiting.pop(0)[1]}")
+            say(f"{self._name}: {self._waiting.pop(0)[1]} ({time.monotonic() - self._started:.1f} s)")
         if self._live and self._output.exists():
             data = self._output.read_bytes()
             sys.stdout.write(data[self._shown :].decode(errors="replace"))

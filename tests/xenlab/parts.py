@@ -190,6 +190,15 @@ def guest() -> Path:
     return part("guest", fingerprint(kernel().name, Path(__file__), HERE / "guest/init.c"), build)
 
 
+def build() -> None:
+    """Everything."""
+    check_tools()
+    for kind in HYPERVISORS:
+        hypervisor(kind)
+    for one in (kernel, dom0, initramfs, guest, backend):
+        one()
+
+
 def backend() -> None:
     """The native half of ``xenbackend.libxenctrl``, in the working tree, compiled for the libraries that dom0 has."""
     root = HERE.parents[1]

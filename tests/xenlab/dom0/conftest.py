@@ -1,16 +1,21 @@
-"""In dom0: each test belongs on some of the hypervisors, and the others leave it out by name."""
+"""In dom0: each test belongs on some of the hypervisors, and the others leave it out.
+
+A test of the conformance suite belongs on the one with all operations; those marked ``eviction`` on the one without the batched
+operation as well.
+"""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
+HERE = Path(__file__).parent
 KIND = os.environ.get("LAB_HYPERVISOR", "")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "hypervisors(*kinds): where the test belongs")
     if not KIND:
         raise pytest.UsageError("these tests run in a dom0: make xenlab")
 
@@ -18,7 +23,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     def belongs(item: pytest.Item) -> bool:
         marker = item.get_closest_marker("hypervisors")
-        return marker is None or KIND in marker.args
+        if marker is not None:
+            return KIND in marker.args
+        if HERE in item.path.parents:
+            return True
+        return KIND == "populate-evicted" or (KIND == "paging" and item.get_closest_marker("eviction") is not None)
 
     elsewhere = [item for item in items if not belongs(item)]
     items[:] = [item for item in items if belongs(item)]

@@ -14,6 +14,8 @@ from pathlib import Path
 
 PARTS = Path("/mnt/parts")
 CONSOLES = Path("/var/log/xen")
+STEPS_PER_S = 3000
+"""Not all that it can: the emulated processor is shared with dom0."""
 MEMORY_MIB = 112
 """Enough for Debian's kernel, and little to copy."""
 # Without tsc_mode the guest meets an RDTSCP that the emulated Xen cannot emulate; cpus keeps it from the triple fault that
@@ -23,7 +25,7 @@ type = "pvh"
 name = "{name}"
 kernel = "{parts}/vmlinux"
 ramdisk = "{parts}/initramfs"
-cmdline = "console=hvc0 mitigations=off nokaslr quiet panic=1 {options}"
+cmdline = "console=hvc0 mitigations=off nokaslr quiet panic=1 rate={rate}"
 memory = {memory_mib}
 vcpus = 1
 cpus = "1"
@@ -80,11 +82,9 @@ def parts() -> Path:
     return near
 
 
-def create(
-    name: str, *, memory_mib: int = MEMORY_MIB, options: str = "", extra: str = "", paused: bool = False
-) -> Guest:
+def create(name: str, *, memory_mib: int = MEMORY_MIB, extra: str = "", paused: bool = False) -> Guest:
     config = Path(f"/tmp/{name}.cfg")
-    config.write_text(CONFIG.format(name=name, parts=parts(), memory_mib=memory_mib, options=options) + extra)
+    config.write_text(CONFIG.format(name=name, parts=parts(), memory_mib=memory_mib, rate=STEPS_PER_S) + extra)
     xl("create", *(["-p"] if paused else []), str(config))
     return Guest(name, int(xl("domid", name)))
 
@@ -95,10 +95,8 @@ def destroy(name: str) -> None:
 
 
 @contextlib.contextmanager
-def guest(
-    name: str, *, memory_mib: int = MEMORY_MIB, options: str = "", extra: str = "", paused: bool = False
-) -> Iterator[Guest]:
+def guest(name: str, *, memory_mib: int = MEMORY_MIB, extra: str = "", paused: bool = False) -> Iterator[Guest]:
     try:
-        yield create(name, memory_mib=memory_mib, options=options, extra=extra, paused=paused)
+        yield create(name, memory_mib=memory_mib, extra=extra, paused=paused)
     finally:
         destroy(name)

@@ -79,7 +79,8 @@ static int domain_time_scale(struct xen_host *h, uint32_t domid, double *scale)
     return 0;
 }
 
-/* Xen calibrates the scale again now and then, so it is about the same. */
+/* Xen calibrates the scale again now and then, with what error the machine's timers have (5% were seen under emulation): it
+ * is about the same. */
 static int has_vcpu_info(const uint64_t *page, double scale)
 {
     for (unsigned i = 0; scale && i <= (XC_PAGE_SIZE - sizeof(vcpu_info_t)) / 8; i++) {
@@ -89,7 +90,7 @@ static int has_vcpu_info(const uint64_t *page, double scale)
         if (page[i] & ~0x0101ull)       /* evtchn_upcall_pending, evtchn_upcall_mask, padding */
             continue;
         found = time_scale(&info->time);
-        if (found > scale * 0.99 && found < scale * 1.01)
+        if (found > scale * 0.75 && found < scale * 1.25 && !(info->time.system_time >> 60))
             return 1;
     }
     return 0;
