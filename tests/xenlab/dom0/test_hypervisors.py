@@ -144,21 +144,19 @@ def test_the_pinned_set_is_recognised_where_xen_does_not_tell(xen: XenHypervisor
                 domain.suspend()
 
 
-@pytest.mark.parametrize(
-    "strategy",
-    [pytest.param("hybrid", marks=pytest.mark.hypervisors("populate-evicted", "debian")),
-     pytest.param("postcopy", marks=pytest.mark.hypervisors("paging")),
-     pytest.param("precopy", marks=pytest.mark.hypervisors("debian"))],
-)  # fmt: skip
-def test_the_daemons_move_a_guest(xen: XenHypervisor, strategy: str, tmp_path: Path) -> None:
-    """Sender and receiver as processes, on one host: the guest leaves the domain that xl made for one that the receiver makes."""
+def test_the_daemons_move_a_guest(xen: XenHypervisor, tmp_path: Path) -> None:
+    """Sender and receiver as processes, on one host: the guest leaves the domain that xl made for one that the receiver makes.
+
+    Where there is no paging postcopy is refused and the guest goes on; precopy is possible there.
+    """
     with guest("moving") as made, daemons(tmp_path) as (sender, port):
         made.wait_for_heartbeats(2)
-        told = xen_postcopy("migrate", "moving", f"127.0.0.1:{port}", "--strategy", strategy, "--socket", str(sender))
-        if KIND == "debian" and strategy != "precopy":
+        migrate = ("migrate", "moving", f"127.0.0.1:{port}", "--socket", str(sender), "--strategy")
+        told = xen_postcopy(*migrate, "hybrid")
+        if KIND == "debian":
             assert told.returncode == 1 and "built without memory paging" in told.stderr
             made.wait_for_heartbeats(2)
-            return
+            told = xen_postcopy(*migrate, "precopy")
         print(told.stdout, told.stderr)
         assert told.returncode == 0
         names = {info.name: info.domid for info in xen.domains()}
