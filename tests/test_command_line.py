@@ -269,6 +269,23 @@ def test_daemons_refuse_a_place_that_is_taken(world: World) -> None:
     assert_refused(taken, "cannot listen")
 
 
+def test_preflight_of_a_host_and_of_a_guest(world: World, name: str) -> None:
+    boot(world, name)
+    host = ("--simulated", world.directory / "source.sock")
+    told = run("preflight", *host)
+    assert told.returncode == 0 and "ready; pages are evicted in batches" in told.stdout
+    told = run("preflight", name, *host, "--json")
+    assert json.loads(told.stdout) == {"ready": True, "problems": [], "populate_evicted": "native"}
+    assert_refused(run("preflight", "nobody", *host), "no such domain")
+    with loopback_world(64 * MIB, host_options=("--no-paging",), daemons=False) as unfit:
+        told = run("preflight", "--simulated", unfit.directory / "destination.sock")
+        assert_refused(told, "this host: this hypervisor is built without memory paging")
+
+
+def test_preflight_without_a_xen() -> None:
+    assert_refused(run("preflight"), "--simulated SOCKET")
+
+
 def test_help_teaches() -> None:
     top = run("--help").stdout
     for command in ("migrate", "list", "sender", "receiver", "simulated-host", "loopback"):

@@ -1,0 +1,170 @@
+"""The pager's end of the ring against a model of Xen's end, with pagers that die in between."""
+
+from __future__ import annotations
+
+import mmap
+import struct
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xenbackend.contract import PAGE_SIZE, XenError
+from xenbackend.ring import VM_EVENT_SLOTS, PagingRequest, PagingRing
+
+SLOTS, SLOT_BYTES = 64, 400
+NOTES, NOTE_BYTES = 3584, 32
+"""Layout of ``struct pager_notes`` (xenbackend/native/vm_event.h)."""
+FREE, OPEN, ANSWERED = range(3)
+
+
+class FrontEnd:
+    """Xen's end: it asks, and takes answers in the order in which they come."""
+
+    def __init__(self) -> None:
+        self.page = mmap.mmap(-1, PAGE_SIZE)
+        self.req_prod = self.rsp_cons = 0
+        self.answered: list[int] = []
+
+    def ask(self, pfn: int, vcpu: int = 0) -> bool:
+        if self.req_prod - self.rsp_cons >= VM_EVENT_SLOTS:
+            return False
+        event = struct.pack("<IIIIHHHHQII", 7, 1, 3, vcpu, 0, 0, 0, 0, pfn, 10, 0)
+        at = SLOTS + self.req_prod % VM_EVENT_SLOTS * SLOT_BYTES
+        self.page[at : at + SLOT_BYTES] = event.ljust(SLOT_BYTES, b"\0")
+        self.req_prod += 1
+        self.page[0:4] = struct.pack("<I", self.req_prod)
+        return True
+
+    def take_answers(self) -> None:
+        (rsp_prod,) = struct.unpack("<I", self.page[8:12])
+        assert rsp_prod <= self.req_prod
+        while self.rsp_cons < rsp_prod:
+            at = SLOTS + self.rsp_cons % VM_EVENT_SLOTS * SLOT_BYTES
+            self.answered.append(struct.unpack_from("<Q", self.page, at + 24)[0])
+            self.rsp_cons += 1
+
+    def note(self, index: int) -> tuple[int, ...]:
+        """state, number, pfn, vcpu, flags, paging_flags, p2m type"""
+        return struct.unpack_from("<IIQIIII", self.page, NOTES + 16 + index * NOTE_BYTES)
+
+    def set_note(self, index: int, state: int, number: int) -> None:
+        struct.pack_into("<II", self.page, NOTES + 16 + index * NOTE_BYTES, state, number)
+
+    def pager(self, *, resume: bool = False) -> PagingRing:
+        return PagingRing(self.page, -1, -1, resume=resume)
+
+
+STEP = st.one_of(
+    st.tuples(st.just("ask"), st.integers(0, 3)),
+    st.tuples(st.just("take"), st.just(0)),
+    st.tuples(st.just("answer"), st.integers(0, 255)),
+    st.tuples(st.just("xen"), st.just(0)),
+    st.tuples(st.just("die"), st.just(0)),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(STEP, max_size=80))
+def test_every_request_is_answered_once_whoever_dies(steps: list[tuple[str, int]]) -> None:
+    """pfns repeat, as duplicate requests do; answers come in any order and number."""
+    xen = FrontEnd()
+    ring = xen.pager()
+    asked: list[int] = []
+    open_requests: list[PagingRequest] = []
+    for step, choice in steps:
+        if step == "ask" and xen.ask(choice):
+            asked.append(choice)
+        elif step == "take":
+            open_requests += ring.requests()
+        elif step == "answer":
+            chosen = [request for i, request in enumerate(open_requests) if choice >> i & 1]
+            open_requests = [request for i, request in enumerate(open_requests) if not choice >> i & 1]
+            ring.respond(reversed(chosen))
+        elif step == "xen":
+            xen.take_answers()
+        else:
+            ring = xen.pager(resume=True)
+            open_requests = []  # its successor knows nothing but what is in the page
+    ring = xen.pager(resume=True)
+    while left := ring.requests():
+        ring.respond(left)
+        xen.take_answers()
+    xen.take_answers()
+    assert sorted(xen.answered) == sorted(asked)
+
+
+def test_killed_while_taking_a_request() -> None:
+    """It is noted, but not counted: it is taken again."""
+    xen = FrontEnd()
+    ring = xen.pager()
+    xen.ask(5)
+    xen.ask(6)
+    assert [request.pfn for request in ring.requests()] == [5, 6]
+    struct.pack_into("<I", xen.page, NOTES + 8, 1)  # req_cons as before the second
+    assert [request.pfn for request in xen.pager(resume=True).requests()] == [5, 6]
+
+
+@pytest.mark.parametrize(("published", "left"), [(False, [5, 6]), (True, [5])])
+def test_killed_while_answering(published: bool, left: list[int]) -> None:
+    """The second request's answer is the ring's first.  Whether Xen was told decides."""
+    xen = FrontEnd()
+    ring = xen.pager()
+    xen.ask(5)
+    xen.ask(6)
+    _first, second = ring.requests()
+    if published:
+        ring.respond([second])
+        assert xen.note(1)[0] == FREE
+    xen.set_note(1, ANSWERED, 0)
+    successor = xen.pager(resume=True)
+    inherited = successor.requests()
+    assert sorted(request.pfn for request in inherited) == left
+    successor.respond(inherited)
+    xen.take_answers()
+    assert sorted(xen.answered) == [5, 6]
+
+
+def test_killed_before_the_answer_was_marked() -> None:
+    """Only the number of the response stands there so far."""
+    xen = FrontEnd()
+    ring = xen.pager()
+    xen.ask(5)
+    ring.requests()
+    xen.set_note(0, OPEN, 0)
+    assert [request.pfn for request in xen.pager(resume=True).requests()] == [5]
+
+
+def test_indices_wrap_around() -> None:
+    xen = FrontEnd()
+    ring = xen.pager()
+    for turn in range(100):
+        for pfn in range(VM_EVENT_SLOTS):
+            assert xen.ask(pfn)
+        assert not xen.ask(99)
+        requests = ring.requests()
+        assert len(requests) == VM_EVENT_SLOTS
+        ring.respond(requests[::-1])
+        xen.take_answers()
+        if turn % 10 == 0:
+            ring = xen.pager(resume=True)
+            assert ring.requests() == []
+
+
+def test_a_page_that_is_no_ring_of_ours_has_no_successor() -> None:
+    with pytest.raises(XenError, match="EPROTO"):
+        FrontEnd().pager(resume=True)
+
+
+def test_a_corrupt_ring_is_said_to_be_so() -> None:
+    xen = FrontEnd()
+    ring = xen.pager()
+    xen.page[0:4] = struct.pack("<I", 9)
+    with pytest.raises(XenError, match="corrupt"):
+        ring.requests()
+    xen = FrontEnd()
+    ring = xen.pager()
+    xen.ask(1)
+    xen.page[SLOTS : SLOTS + 4] = struct.pack("<I", 8)  # another interface version
+    with pytest.raises(XenError, match="corrupt"):
+        ring.requests()
