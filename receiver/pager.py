@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import select
 import threading
 import time
@@ -29,6 +30,30 @@ from receiver.outstanding import OutstandingPages, Verdict
 from receiver.restore import select_pages
 from xenbackend.contract import Buffer, Domain, PfnArray, XenError
 from xenbackend.ring import PagingRing
+
+log = logging.getLogger(__name__)
+
+
+NO_MEMORY_RETRY_S = 0.05
+
+
+def load(domain: Domain, pfns: PfnArray, pages: Buffer | None) -> NDArray[np.int32]:
+    """As ``Domain.load``, but what comes back is 0 or ``-ENOENT`` only.
+
+    A host that has no memory just now is waited for: the guest stands still for a page, it does not lose it.
+    Raises ``XenError`` for what waiting does not help.
+    """
+    results = domain.load(pfns, pages)
+    if not np.count_nonzero(results):
+        return results
+    while np.count_nonzero(again := results == -errno.ENOMEM):
+        log.warning("no memory to load %d pages: trying again", np.count_nonzero(again))
+        time.sleep(NO_MEMORY_RETRY_S)
+        results[again] = domain.load(pfns[again], None if pages is None else select_pages(memoryview(pages), again))
+    failed = np.flatnonzero((results != 0) & (results != -errno.ENOENT))
+    if len(failed):
+        raise XenError("mem_paging_load", -int(results[failed[0]]), pfn=int(pfns[failed[0]]))
+    return results
 
 
 class Pager:
@@ -111,14 +136,14 @@ class Pager:
             assert isinstance(message, Pages)
             for pfns, pages in self._claim(message, payload):
                 self._statistics.pulled_pages += len(pfns)
-                self._finished(pfns, self._domain.load(pfns, pages))
+                self._finished(pfns, load(self._domain, pfns, pages))
         return True
 
     # ---- the push lane's thread ----
     def pushed(self, message: Pages, payload: memoryview) -> None:
         """Load a batch.  One acknowledgement is for several of them, and for what came over the pull lane meanwhile."""
         for pfns, pages in self._claim(message, payload):
-            self._finished(pfns, self._domain.load(pfns, pages))
+            self._finished(pfns, load(self._domain, pfns, pages))
         if sum(map(len, self._unacknowledged)) >= MAX_PFNS:
             self.acknowledge()
 

@@ -301,7 +301,7 @@ class OutgoingMigration:
     async def _send_holes(self, candidates: PfnMask, unsent: PfnMask) -> None:
         """Tell of those candidates that are no memory any more (ballooned), and take them out of ``unsent``."""
         pfns = from_mask(candidates)
-        gone = pfns[~self._domain.present(pfns)]
+        gone = pfns[~await trio.to_thread.run_sync(self._domain.present, pfns)]
         unsent[gone] = False
         for at in range(0, len(gone), m.MAX_PFNS):
             await self._say(m.Pages(NO_PFNS, holes=gone[at : at + m.MAX_PFNS]))
@@ -317,14 +317,14 @@ class OutgoingMigration:
         domain, stats = self._domain, self.statistics
         stats.suspended = time.monotonic()
         self._suspended = True
-        domain.suspend()
+        await trio.to_thread.run_sync(domain.suspend)  # a real guest is asked, and takes its time
         await self._say(m.Suspended())
         # Everything below is bounded by what changed since the last look, not by the size of the guest.
         changed = mask_from_bitmap(domain.log_dirty(clean=True), domain.nr_pfns) | unsent
         missing = changed | deferred
         await self._send_holes(changed, missing)
         if deferred.any() or not self._stop_and_copy_fits(int(np.count_nonzero(missing))):
-            held = np.union1d(self._pinned, domain.pinned(from_mask(changed)))
+            held = np.union1d(self._pinned, await trio.to_thread.run_sync(domain.pinned, from_mask(changed)))
             now = held[missing[held]]
         else:
             now = from_mask(missing)

@@ -75,6 +75,7 @@ class PagingRing:
         return inherited + self._take(lib.ring_consume)
 
     def _take(self, call: Any) -> list[PagingRequest]:
+        self._check_open()
         n: int = call(self._state, self._batch)
         if n < 0:
             corrupt = "the ring is corrupt, of another interface version, or nobody's that we know"
@@ -87,11 +88,16 @@ class PagingRing:
         batch = list(requests)
         if not batch:
             return
+        self._check_open()
         rc = lib.ring_respond(self._state, ffi.new("struct ring_request[]", batch), len(batch))
         if rc:
             raise XenError("paging ring", -rc, why="a response to no open request" if -rc == errno.EINVAL else "")
 
+    def _check_open(self) -> None:
+        if self._state.page == ffi.NULL:
+            raise XenError("paging ring", errno.ENODEV, why="it was given up")
+
     def close(self) -> None:
-        """Let go of the shared page; the ring itself stays as it is."""
+        """Let go of the shared page; the ring itself stays as it is.  Can be called twice."""
         self._state.page = ffi.NULL
         ffi.release(self._page)

@@ -112,6 +112,7 @@ class XenDomain(Domain):
             nr_pfns = int(out[0])
         self.nr_pfns = nr_pfns
         self._pager: Any = None
+        self._ring: XenPagingRing
         self._ring_pfn = self.param(HVM_PARAM_PAGING_RING_PFN) if self.native_info().hvm else 0
 
     # ---- what it is ----
@@ -135,6 +136,7 @@ class XenDomain(Domain):
 
     def close(self) -> None:
         if self._pager is not None:
+            self._ring.close()
             lib.xen_pager_close(self._host, self._pager)
             self._pager = None
         self._hypervisor.forget(self)
@@ -158,18 +160,22 @@ class XenDomain(Domain):
         if not self.param(HVM_PARAM_CALLBACK_IRQ):  # no PV drivers, so nobody to ask
             check("shutdown", lib.xen_shutdown(self._host, self.domid, SHUTDOWN_SUSPEND))
         else:
-            self._hypervisor.store_write(f"/local/domain/{self.domid}/control/shutdown", "suspend")
+            self._ask_to_suspend("suspend")
         deadline = time.monotonic() + SUSPEND_TIMEOUT_S
         while True:
             info = self.native_info()
             if info.shutdown:
                 break
             if time.monotonic() > deadline:
+                self._ask_to_suspend("")
                 why = f"the guest does not suspend within {SUSPEND_TIMEOUT_S:g} s: has it Xen's suspend support?"
                 raise XenError("suspend", errno.ETIMEDOUT, why=why)
             time.sleep(0.0005)
         if info.shutdown_reason != SHUTDOWN_SUSPEND:
             raise XenError("suspend", errno.EINVAL, why=f"the guest shut down instead (reason {info.shutdown_reason})")
+
+    def _ask_to_suspend(self, request: str) -> None:
+        self._hypervisor.store_write(f"/local/domain/{self.domid}/control/shutdown", request)
 
     def resume(self) -> None:
         state = self.info().state
@@ -311,12 +317,14 @@ class XenDomain(Domain):
 
     def _serve(self, pager: Any, *, resume: bool) -> XenPagingRing:
         self._pager, self._ring_pfn = pager, int(pager.ring_gfn)
-        return XenPagingRing(pager, resume=resume)
+        self._ring = XenPagingRing(pager, resume=resume)
+        return self._ring
 
     def paging_disable(self) -> None:
         if self._pager is None:
             raise XenError("mem_paging_disable", errno.ENODEV, why="this is not its pager")
         check("mem_paging_disable", lib.xen_paging_disable(self._host, self.domid, self._pager))
+        self._ring.close()
         self._pager = None
 
     def populate_evicted(self, pfns: PfnArray) -> None:
