@@ -1,0 +1,72 @@
+"""The stream that libxl passes from host to host, as far as a helper has to know it.  Sans-IO.
+
+An image header, a domain header, then records, each with type and length, the last of them END; whatever follows END is
+libxl's own.  Source: docs/specs/libxc-migration-stream.pandoc, version 3 (Xen 4.17).
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import NamedTuple
+
+IMAGE_HEADER = struct.Struct(">QIIHHI")
+DOMAIN_HEADER = struct.Struct("<IHHII")
+RECORD_HEADER = struct.Struct("<II")
+HEADER_BYTES = IMAGE_HEADER.size + DOMAIN_HEADER.size
+
+MARKER = 0xFFFFFFFFFFFFFFFF
+ID = 0x58454E46  # "XENF"
+VERSIONS = (2, 3)
+"""2 has no static data; both are restored by Xen 4.17."""
+
+REC_TYPE_END = 0x00000000
+REC_TYPE_STATIC_DATA_END = 0x00000010
+REC_TYPE_X86_CPUID_POLICY = 0x00000011
+REC_TYPE_X86_MSR_POLICY = 0x00000012
+REC_TYPE_OPTIONAL = 0x80000000
+REC_TYPE_POSTCOPY = 0x58505630
+"""Ours, and mandatory: a receiver without this helper fails there, instead of starting a guest without memory."""
+STATIC = (REC_TYPE_X86_CPUID_POLICY, REC_TYPE_X86_MSR_POLICY, REC_TYPE_STATIC_DATA_END)
+"""What may stand before the record that decides whose stream it is."""
+
+
+class ImageError(Exception):
+    """These bytes are no image that a helper of this version could restore."""
+
+
+class RecordHeader(NamedTuple):
+    type: int
+    length: int
+
+    @property
+    def padded(self) -> int:
+        """Bytes until the next record: bodies are padded to a multiple of 8."""
+        return self.length + 7 & ~7
+
+    @property
+    def is_static(self) -> bool:
+        return self.type in STATIC or bool(self.type & REC_TYPE_OPTIONAL)
+
+
+@dataclass(frozen=True)
+class Headers:
+    version: int
+    guest_type: int
+    """1: PV, 2: HVM and PVH."""
+    xen: tuple[int, int]
+
+
+def read_headers(data: bytes) -> Headers:
+    """Of the first :data:`HEADER_BYTES`.  Raises :class:`ImageError`."""
+    marker, magic, version, options, _reserved, _reserved2 = IMAGE_HEADER.unpack_from(data)
+    if (marker, magic) != (MARKER, ID):
+        raise ImageError("not an image of a Xen domain, or one of Xen 4.5 or older")
+    if version not in VERSIONS or options & 1:
+        raise ImageError(f"an image of version {version}, {'big' if options & 1 else 'little'} endian")
+    guest_type, _page_shift, _reserved, major, minor = DOMAIN_HEADER.unpack_from(data, IMAGE_HEADER.size)
+    return Headers(version, guest_type, (major, minor))
+
+
+def read_record_header(data: bytes) -> RecordHeader:
+    return RecordHeader(*RECORD_HEADER.unpack(data))

@@ -1,0 +1,223 @@
+"""The helper under xl, with a stock helper that only notes what it is given.  The lab has it under the real xl."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import struct
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from migrate.xl import image, protocol
+from migrate.xl.protocol import Level
+
+STOCK = """#!{python}
+import json, os, sys
+fd, stream = int(sys.argv[2]), b""
+while sys.argv[1] == "--restore-domain" and (more := os.read(fd, 65536)):
+    stream += more
+json.dump({{"arguments": sys.argv[1:], "stream": stream.hex()}}, open({note!r}, "w"))
+sys.exit(int(os.environ.get("STOCK_STATUS", 0)))
+"""
+HEADERS = image.IMAGE_HEADER.pack(image.MARKER, image.ID, 3, 0, 0, 0) + image.DOMAIN_HEADER.pack(2, 12, 0, 4, 17)
+
+
+def record(kind: int, body: bytes = b"") -> bytes:
+    return image.RECORD_HEADER.pack(kind, len(body)) + body + bytes(-len(body) % 8)
+
+
+CPU_POLICY = record(image.REC_TYPE_X86_CPUID_POLICY, b"leaves " * 7)
+STATIC_END = record(image.REC_TYPE_STATIC_DATA_END)
+PAGES = record(1, os.urandom(300_001))
+END = record(image.REC_TYPE_END)
+
+
+class Xl:
+    """libxl's side: starts the helper with its pipes."""
+
+    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch):
+        self.note = directory / "note"
+        program = directory / "libxl-save-helper"
+        program.write_text(STOCK.format(python=sys.executable, note=str(self.note)))
+        program.chmod(0o755)
+        monkeypatch.setenv("XEN_POSTCOPY_STOCK_HELPER", str(program))
+
+    def run(
+        self, mode: str, *numbers: int, stream: bytes = b"", answers: bytes = b"\0" * 4
+    ) -> tuple[int, bytes, bytes]:
+        """Status, what was said to libxl, what is left in the stream."""
+        reader, writer = os.pipe()
+        if mode == "--restore-domain":
+            numbers = (reader, *numbers)
+        helper = subprocess.Popen(
+            [sys.executable, "-m", "migrate.xl.helper", mode, *map(str, numbers)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=[reader, *numbers[:1]],
+        )  # fmt: skip
+        if not stream:
+            os.close(reader)
+        sending = threading.Thread(target=_send, args=(writer, stream), daemon=True)
+        sending.start()
+        said, complaints = helper.communicate(answers, timeout=60)
+        assert b"Traceback" not in complaints, complaints.decode()
+        left = b""
+        while stream and (more := os.read(reader, 65536)):
+            left += more
+        if stream:
+            os.close(reader)
+        return helper.returncode, said, left
+
+    def stock(self) -> tuple[list[str], bytes]:
+        """What the stock helper got: arguments, stream."""
+        noted = json.loads(self.note.read_text())
+        return noted["arguments"], bytes.fromhex(noted["stream"])
+
+    @property
+    def was_asked(self) -> bool:
+        return self.note.exists()
+
+
+def _send(writer: int, stream: bytes) -> None:
+    with os.fdopen(writer, "wb") as file:
+        file.write(stream)
+
+
+@pytest.fixture
+def xl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Xl:
+    monkeypatch.delenv("XEN_POSTCOPY", raising=False)
+    return Xl(tmp_path, monkeypatch)
+
+
+# ---- what is said to libxl ----
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (protocol.suspend(), "0200 0300"),
+        (protocol.switch_qemu_logdirty(5, True), "0a00 0700 05000000 01000000"),
+        (protocol.static_data_done(3), "0600 0800 03000000"),
+        (protocol.restore_results(0xFEFFC, 1), "1200 0900 fcef0f0000000000 0100000000000000"),
+        (protocol.complete(-1, 5), "0a00 0a00 ffffffff 05000000"),
+        (protocol.log(Level.ERROR, "no", context="c"), "1700 0100 08000000 ffffffff 02000000 6300 03000000 6e6f00"),
+        (protocol.progress("p", 1, 2, context="c"),
+         "1e00 0200 02000000 6300 02000000 7000 0100000000000000 0200000000000000"),
+    ],
+)  # fmt: skip
+def test_messages_are_packed_as_libxl_reads_them(message: bytes, expected: str) -> None:
+    assert message.hex() == expected.replace(" ", "")
+
+
+def test_a_long_text_fits_a_message() -> None:
+    message = protocol.log(Level.INFO, "x" * 100_000 + "\0")
+    assert struct.unpack_from("=H", message)[0] == len(message) - 2
+
+
+# ---- saving ----
+def test_a_live_migration_is_left_to_the_stock_helper_with_a_line(xl: Xl) -> None:
+    reader, writer = os.pipe()
+    status, said, _left = xl.run("--save-domain", writer, 11, 3, 1, 136, 0)
+    os.close(reader)
+    os.close(writer)
+    assert status == 0
+    assert xl.stock()[0] == ["--save-domain", str(writer), "11", "3", "1", "136", "0"]
+    assert b"using Xen's own live migration" in said
+    assert struct.unpack_from("=HHI", said)[1:] == (protocol.Message.LOG, Level.NOTICE)
+
+
+def test_require_fails_instead(xl: Xl, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XEN_POSTCOPY", "require")
+    reader, writer = os.pipe()
+    status, said, _left = xl.run("--save-domain", writer, 11, 3, 1, 136, 0)
+    os.close(reader)
+    os.close(writer)
+    assert status == 0 and not xl.was_asked
+    assert said.endswith(protocol.complete(-1, errno.EOPNOTSUPP)) and b"XEN_POSTCOPY=require" in said
+
+
+@pytest.mark.parametrize("why", ["off", "a file", "not live", "Remus"])
+def test_what_is_no_live_migration_is_left_to_it_without_a_word(
+    xl: Xl, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XEN_POSTCOPY", "off" if why == "off" else "require")
+    reader, writer = os.pipe()
+    with (tmp_path / "saved").open("wb") as file:
+        io_fd = file.fileno() if why == "a file" else writer
+        status, said, _left = xl.run("--save-domain", io_fd, 11, 3, int(why != "not live"), 136, int(why == "Remus"))
+    os.close(reader)
+    os.close(writer)
+    if why == "not live":
+        assert (status, said) == (0, b"")
+    assert (status, said, xl.was_asked) == (0, b"", True)
+
+
+def test_a_stock_helper_that_is_missing_is_said(xl: Xl, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XEN_POSTCOPY_STOCK_HELPER", "/nowhere/libxl-save-helper")
+    reader, writer = os.pipe()
+    _status, said, _left = xl.run("--save-domain", writer, 11, 3, 1, 136, 0)
+    os.close(reader)
+    os.close(writer)
+    assert b"cannot start /nowhere/libxl-save-helper" in said and said.endswith(protocol.complete(-1, errno.ENOENT))
+
+
+# ---- restoring ----
+RESTORE = (-1, 4, 1, 0, 2, 0, 768, 0)
+
+
+@pytest.mark.parametrize("static", [b"", STATIC_END, CPU_POLICY + record(0x80000001, b"optional") + STATIC_END])
+def test_an_ordinary_stream_reaches_the_stock_helper_whole_and_no_further(xl: Xl, static: bytes) -> None:
+    stream = HEADERS + static + PAGES + record(9, b"context") + END
+    status, said, left = xl.run("--restore-domain", *RESTORE, stream=stream + b"libxl's own records")
+    assert (status, said) == (0, b"")
+    arguments, got = xl.stock()
+    assert got == stream
+    assert left == b"libxl's own records"
+    assert arguments[0] == "--restore-domain" and arguments[2:] == [str(number) for number in RESTORE]
+
+
+def test_the_stock_helper_s_status_is_ours(xl: Xl, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STOCK_STATUS", "3")
+    assert xl.run("--restore-domain", *RESTORE, stream=HEADERS + PAGES + END)[0] == 3
+
+
+def test_a_stream_that_breaks_off_reaches_it_as_far_as_it_came(xl: Xl) -> None:
+    stream = HEADERS + STATIC_END + PAGES[:1000]
+    assert xl.run("--restore-domain", *RESTORE, stream=stream)[0] == 0
+    assert xl.stock()[1] == stream
+
+
+def test_a_stream_that_ends_before_it_is_anyone_s_is_an_error(xl: Xl) -> None:
+    status, said, _left = xl.run("--restore-domain", *RESTORE, stream=HEADERS[:30])
+    assert status == 0 and not xl.was_asked
+    assert b"the stream ends after 30 of 40 bytes" in said and said.endswith(protocol.complete(-1, errno.EPIPE))
+
+
+def test_what_is_no_image_is_the_stock_helper_s_to_refuse(xl: Xl) -> None:
+    xl.run("--restore-domain", *RESTORE, stream=b"x" * 100)
+    assert xl.stock()[1] == b"x" * image.HEADER_BYTES
+
+
+def test_a_postcopy_stream_is_never_restored_as_an_ordinary_one(xl: Xl) -> None:
+    stream = HEADERS + STATIC_END + record(image.REC_TYPE_POSTCOPY, b"session") + END
+    status, said, _left = xl.run("--restore-domain", *RESTORE, stream=stream)
+    assert status == 0 and not xl.was_asked
+    assert b"the sender wants postcopy" in said and said.endswith(protocol.complete(-1, errno.EOPNOTSUPP))
+
+
+def test_require_refuses_an_ordinary_stream(xl: Xl, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XEN_POSTCOPY", "require")
+    _status, said, _left = xl.run("--restore-domain", *RESTORE, stream=HEADERS + PAGES + END)
+    assert not xl.was_asked and said.endswith(protocol.complete(-1, errno.EOPNOTSUPP))
+
+
+# ---- by hand ----
+def test_it_explains_itself() -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "migrate.xl.helper", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    assert "LIBXL_SAVE_HELPER" in run("--help").stdout
+    wrong = run("--save-domain", "3")
+    assert wrong.returncode == 1 and "not the arguments that libxl gives" in wrong.stderr
