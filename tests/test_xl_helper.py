@@ -40,6 +40,8 @@ END = record(image.REC_TYPE_END)
 class Xl:
     """libxl's side: starts the helper with its pipes."""
 
+    given: tuple[int, ...]
+
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch):
         self.note = directory / "note"
         program = directory / "libxl-save-helper"
@@ -70,6 +72,16 @@ class Xl:
         if stream:
             os.close(reader)
         return helper.returncode, said, left
+
+    def save(self, *, io_fd: int | None = None, live: bool = True, stream_type: int = 0) -> tuple[int, bytes]:
+        """Status and what was said; into a pipe, unless told otherwise."""
+        reader, writer = os.pipe()
+        numbers = (writer if io_fd is None else io_fd, 11, 3, int(live), 136, stream_type)
+        self.given = numbers
+        status, said, _left = self.run("--save-domain", *numbers)
+        os.close(reader)
+        os.close(writer)
+        return status, said
 
     def stock(self) -> tuple[list[str], bytes]:
         """What the stock helper got: arguments, stream."""
@@ -117,22 +129,16 @@ def test_a_long_text_fits_a_message() -> None:
 
 # ---- saving ----
 def test_a_live_migration_is_left_to_the_stock_helper_with_a_line(xl: Xl) -> None:
-    reader, writer = os.pipe()
-    status, said, _left = xl.run("--save-domain", writer, 11, 3, 1, 136, 0)
-    os.close(reader)
-    os.close(writer)
+    status, said = xl.save()
     assert status == 0
-    assert xl.stock()[0] == ["--save-domain", str(writer), "11", "3", "1", "136", "0"]
+    assert xl.stock()[0] == ["--save-domain", *map(str, xl.given)]
     assert b"using Xen's own live migration" in said
     assert struct.unpack_from("=HHI", said)[1:] == (protocol.Message.LOG, Level.NOTICE)
 
 
 def test_require_fails_instead(xl: Xl, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XEN_POSTCOPY", "require")
-    reader, writer = os.pipe()
-    status, said, _left = xl.run("--save-domain", writer, 11, 3, 1, 136, 0)
-    os.close(reader)
-    os.close(writer)
+    status, said = xl.save()
     assert status == 0 and not xl.was_asked
     assert said.endswith(protocol.complete(-1, errno.EOPNOTSUPP)) and b"XEN_POSTCOPY=require" in said
 
@@ -142,23 +148,15 @@ def test_what_is_no_live_migration_is_left_to_it_without_a_word(
     xl: Xl, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XEN_POSTCOPY", "off" if why == "off" else "require")
-    reader, writer = os.pipe()
     with (tmp_path / "saved").open("wb") as file:
-        io_fd = file.fileno() if why == "a file" else writer
-        status, said, _left = xl.run("--save-domain", io_fd, 11, 3, int(why != "not live"), 136, int(why == "Remus"))
-    os.close(reader)
-    os.close(writer)
-    if why == "not live":
-        assert (status, said) == (0, b"")
+        io_fd = file.fileno() if why == "a file" else None
+        status, said = xl.save(io_fd=io_fd, live=why != "not live", stream_type=int(why == "Remus"))
     assert (status, said, xl.was_asked) == (0, b"", True)
 
 
 def test_a_stock_helper_that_is_missing_is_said(xl: Xl, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XEN_POSTCOPY_STOCK_HELPER", "/nowhere/libxl-save-helper")
-    reader, writer = os.pipe()
-    _status, said, _left = xl.run("--save-domain", writer, 11, 3, 1, 136, 0)
-    os.close(reader)
-    os.close(writer)
+    _status, said = xl.save()
     assert b"cannot start /nowhere/libxl-save-helper" in said and said.endswith(protocol.complete(-1, errno.ENOENT))
 
 
