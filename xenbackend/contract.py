@@ -113,6 +113,18 @@ class XenError(Exception):
         super().__init__(f"{operation}{where}: {self.why} ({name})")
 
 
+def batch_error(operation: str, error: int, pfns: PfnArray, done: int) -> XenError:
+    """Of a batch of which ``done`` were handled.  One that was not begun, having no ring, failed at no pfn."""
+    pfn = None if error == errno_module.ENODEV else int(pfns[done])
+    return XenError(operation, error, pfn=pfn, done=done)
+
+
+def check_pages(pages: Buffer, count: int) -> None:
+    """Raises ``ValueError`` where there are less: native code would read on behind them."""
+    if len(pages) < count * PAGE_SIZE:
+        raise ValueError(f"{len(pages)} bytes are not {count} pages")
+
+
 class NoSuchDomainError(XenError):
     def __init__(self, domain: str | int):
         super().__init__(f"domain {domain!r}", errno_module.ESRCH, why="there is no such domain on this host")

@@ -13,7 +13,6 @@ import errno
 import os
 import signal
 import stat
-import struct
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -148,7 +147,7 @@ class Restore:
 
     def run(self) -> Never:
         try:
-            image.read_headers(self._take(image.HEADER_BYTES))
+            image.check_headers(self._take(image.HEADER_BYTES))
             record = self._next()
             while record.is_static:
                 self._take(record.padded)
@@ -182,9 +181,8 @@ class Restore:
             fail(f"cannot start {program}: {error.strerror}", error.errno or 0)
         signal.signal(signal.SIGTERM, lambda *_: child.terminate())
         os.close(ours)
-        with contextlib.suppress(
-            BrokenPipeError, EOFError
-        ):  # it has ended early, or the stream has: it knows what to say
+        # It may end early, or the stream may: it knows what to say of that.
+        with contextlib.suppress(BrokenPipeError, EOFError):
             _write_all(theirs, bytes(self._read))
             while record is not None:
                 self._pump(theirs, record.padded)
@@ -231,7 +229,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except struct.error as error:
-        fail(f"internal error: {error}", errno.EINVAL)
+    main()

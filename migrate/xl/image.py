@@ -7,7 +7,6 @@ libxl's own.  Source: docs/specs/libxc-migration-stream.pandoc, version 3 (Xen 4
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from typing import NamedTuple
 
 IMAGE_HEADER = struct.Struct(">QIIHHI")
@@ -49,23 +48,13 @@ class RecordHeader(NamedTuple):
         return self.type in STATIC or bool(self.type & REC_TYPE_OPTIONAL)
 
 
-@dataclass(frozen=True)
-class Headers:
-    version: int
-    guest_type: int
-    """1: PV, 2: HVM and PVH."""
-    xen: tuple[int, int]
-
-
-def read_headers(data: bytes) -> Headers:
-    """Of the first :data:`HEADER_BYTES`.  Raises :class:`ImageError`."""
+def check_headers(data: bytes) -> None:
+    """The first :data:`HEADER_BYTES`.  Raises :class:`ImageError`."""
     marker, magic, version, options, _reserved, _reserved2 = IMAGE_HEADER.unpack_from(data)
     if (marker, magic) != (MARKER, ID):
         raise ImageError("not an image of a Xen domain, or one of Xen 4.5 or older")
     if version not in VERSIONS or options & 1:
         raise ImageError(f"an image of version {version}, {'big' if options & 1 else 'little'} endian")
-    guest_type, _page_shift, _reserved, major, minor = DOMAIN_HEADER.unpack_from(data, IMAGE_HEADER.size)
-    return Headers(version, guest_type, (major, minor))
 
 
 def read_record_header(data: bytes) -> RecordHeader:

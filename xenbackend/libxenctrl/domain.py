@@ -29,6 +29,8 @@ from xenbackend.contract import (
     PfnArray,
     Preflight,
     XenError,
+    batch_error,
+    check_pages,
 )
 from xenbackend.libxenctrl._xen import ffi, lib
 from xenbackend.libxenctrl.refusals import ENABLE_ERRORS, DomainFacts
@@ -342,8 +344,7 @@ class XenDomain(Domain):
     def _pages(pages: Buffer | None, count: int) -> Any:
         if pages is None:
             return ffi.NULL
-        if len(pages) < count * PAGE_SIZE:
-            raise ValueError(f"{len(pages)} bytes are not {count} pages")
+        check_pages(pages, count)
         return ffi.from_buffer("uint8_t[]", pages)
 
     def _batch(self, operation: str, call: Callable[..., int], pfns: PfnArray, *arguments: Any) -> None:
@@ -352,6 +353,4 @@ class XenDomain(Domain):
         done = ffi.new("size_t *")
         rc = call(self._host, self.domid, gfn_array(pfns), len(pfns), *arguments, done)
         if rc:
-            # A batch that was not begun (no ring, say) failed at no pfn.
-            pfn = None if rc == -errno.ENODEV else int(pfns[done[0]])
-            raise XenError(operation, -rc, pfn=pfn, done=int(done[0]))
+            raise batch_error(operation, -rc, pfns, int(done[0]))

@@ -64,7 +64,7 @@ class XenHypervisor(Hypervisor):
         state, reason = DomainState.PAUSED if info.paused else DomainState.RUNNING, ""
         if info.shutdown and info.shutdown_reason == SHUTDOWN_SUSPEND:
             state = DomainState.SUSPENDED
-        elif info.shutdown or info.dying:
+        elif info.shutdown:
             state = DomainState.CRASHED
             reason = "the guest crashed" if info.shutdown_reason == SHUTDOWN_CRASH else "the guest has shut down"
         name = self.store_read(f"/local/domain/{info.domid}/name") or ""

@@ -25,6 +25,8 @@ from xenbackend.contract import (
     PfnArray,
     Preflight,
     XenError,
+    batch_error,
+    check_pages,
 )
 from xenbackend.ring import PagingRing
 from xenbackend.simulated._sim import ffi, lib
@@ -49,8 +51,7 @@ def _preflight(reply: dict[str, Any]) -> Preflight:
 def _pages(pages: Buffer | None, count: int) -> Any:
     if pages is None:
         return ffi.NULL
-    if len(pages) < count * PAGE_SIZE:
-        raise ValueError(f"{len(pages)} bytes are not {count} pages")
+    check_pages(pages, count)
     return ffi.from_buffer("uint8_t[]", pages)
 
 
@@ -207,9 +208,7 @@ class SimulatedDomain(Domain):
         done = ffi.new("size_t *")
         rc = call(self._map, _pfns(pfns), len(pfns), *arguments, done)
         if rc:
-            # A batch that was not begun (no ring, say) failed at no pfn.
-            pfn = None if rc == -errno.ENODEV else int(pfns[done[0]])
-            raise XenError(operation, -rc, pfn=pfn, done=done[0])
+            raise batch_error(operation, -rc, pfns, int(done[0]))
 
     # ---- beyond the contract: for tests, verification and tools of the simulated host ----
     def set_page(self, pfn: int, *, p2m_type: int = -1, refs: int = -1, type_count: int = -1) -> None:

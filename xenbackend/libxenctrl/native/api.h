@@ -45,7 +45,6 @@ int xen_store_remove(struct xen_host *h, const char *path);
 /* Owned by owner; everyone who may_read may read. */
 int xen_store_permit(struct xen_host *h, const char *path, uint32_t owner, uint32_t may_read);
 int xen_store_introduce(struct xen_host *h, uint32_t domid, uint64_t gfn, uint32_t port);
-int xen_store_release(struct xen_host *h, uint32_t domid);
 int xen_store_resume(struct xen_host *h, uint32_t domid);
 
 /* ---- memory.c ---- */

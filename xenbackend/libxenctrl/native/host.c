@@ -193,5 +193,4 @@ int xen_store_introduce(struct xen_host *h, uint32_t domid, uint64_t gfn, uint32
     return xs_introduce_domain(h->store, domid, gfn, port) ? 0 : -errno;
 }
 
-int xen_store_release(struct xen_host *h, uint32_t domid) { return xs_release_domain(h->store, domid) ? 0 : -errno; }
 int xen_store_resume(struct xen_host *h, uint32_t domid) { return xs_resume_domain(h->store, domid) ? 0 : -errno; }

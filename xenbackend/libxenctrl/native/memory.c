@@ -14,8 +14,11 @@ static int tell_paged_from_hole(struct xen_host *h, uint32_t domid, const uint64
 {
     struct call_buffer *b;
     struct xen_info info;
-    int rc = xen_domain_info(h, domid, &info);
+    int rc;
 
+    if (!memchr(types, PAGE_HOLE, n))
+        return 0;
+    rc = xen_domain_info(h, domid, &info);
     if (rc || !info.paged_pages)
         return rc;
     b = take_buffer(h);

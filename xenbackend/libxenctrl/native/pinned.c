@@ -161,17 +161,24 @@ long xen_recognise_held(struct xen_host *h, uint32_t domid, const uint64_t *gfns
 
     for (size_t done = 0; !rc && done < n; done += BATCH_GFNS) {
         size_t batch = batch_of(n - done);
-        const uint64_t *page;
+        const struct xen_run *run = runs;
+        uint64_t of_run = 0;
         long found = xen_map(h, domid, gfns + done, batch, status, &view, runs);
 
         if (found < 0)
             rc = found;
-        page = view.address;
         for (size_t i = 0; !rc && i < batch; i++) {
-            if (status[i] == PAGE_DATA && (has_vcpu_info(page, scale) || is_control_block(page) || is_event_array(page)))
+            const uint64_t *page;
+
+            if (status[i] != PAGE_DATA)
+                continue;
+            page = (const uint64_t *)view.address + (run->first + of_run) * (XC_PAGE_SIZE / 8);
+            if (has_vcpu_info(page, scale) || is_control_block(page) || is_event_array(page))
                 out[count++] = gfns[done + i];
-            if (status[i] == PAGE_DATA || status[i] == PAGE_ZERO)
-                page += XC_PAGE_SIZE / 8;
+            if (++of_run == run->pages) {
+                run++;
+                of_run = 0;
+            }
         }
         xen_unmap(h, &view);
     }
