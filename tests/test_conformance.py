@@ -32,6 +32,7 @@ from xenbackend.contract import (
     NoSuchDomainError,
     PageStatus,
     PfnArray,
+    ToolstackPorts,
     XenError,
 )
 from xenbackend.ring import PagingRequest, PagingRing
@@ -688,6 +689,77 @@ def test_a_guest_is_restored_with_its_memory_absent(lab: Lab, folder: Path) -> N
     target.destroy()
     source.resume()
     lab.wait_for_work(source)
+
+
+# ---- pages that outlive their domain ----
+def test_held_pages_are_readable_when_the_domain_is_gone(lab: Lab) -> None:
+    domain = lab.incoming()
+    domain.populate(span(0, 40))
+    domain.write_pages(span(0, 40), b"".join(page(i) for i in range(40)))
+    domain.hold(span(0, 20))
+    domain.hold(pfns(7))  # again, as after a change
+    domain.release(span(0, 5))
+    with contextlib.closing(lab.hypervisor.open(domain.domid)) as toolstack:
+        toolstack.destroy()
+    with pytest.raises(NoSuchDomainError):
+        domain.info()
+    for which in (span(5, 15), pfns(7), pfns(6, 19)):
+        status, contents = read(domain, which)
+        assert status == [PageStatus.DATA] * len(which)
+        assert contents == b"".join(page(i) for i in which.tolist())
+    with domain.map_pages(span(8, 4)) as mapped:  # let go while somebody looks
+        domain.release(span(5, 15))
+        assert mapped.data[0][:1] == b"\x08"
+    domain.close()
+
+
+def test_zero_pages_and_holes_can_be_held(lab: Lab) -> None:
+    domain = lab.incoming()
+    domain.populate(span(0, 2))
+    domain.write_pages(span(0, 2), page(1) + bytes(PAGE_SIZE))
+    domain.hold(span(0, 3))
+    assert read(domain, span(0, 2))[0] == [PageStatus.DATA, PageStatus.ZERO]
+    assert read(domain, span(0, 3))[0] == [PageStatus.DATA, PageStatus.ZERO, PageStatus.HOLE]
+    domain.destroy()
+
+
+def test_holding_a_guest_s_memory_changes_nothing_for_it(lab: Lab) -> None:
+    """It goes on, is suspended, and goes on; what is held by ourselves is not pinned."""
+    domain = lab.guest()
+    there = memory_of(domain)
+    before = domain.pinned(there)
+    for _again in range(2):
+        domain.hold(there)
+        assert len(np.setdiff1d(domain.pinned(there), before)) < 20  # it lives, and may have registered some
+    lab.wait_for_work(domain)
+    domain.suspend()
+    domain.hold(there)
+    domain.resume()
+    lab.wait_for_work(domain)
+    domain.release(there)
+    assert lab.errors(domain) == 0
+    domain.close()
+
+
+# ---- a domain that a toolstack made ----
+def test_a_toolstack_s_domain_is_bound_to_be_restored_into(lab: Lab) -> None:
+    config = lab.config()
+    made = lab.hypervisor.create_incoming(config)
+    domain = lab.hypervisor.bind_incoming(made.domid, config, ToolstackPorts(1, 2))
+    assert domain.info().state is DomainState.INCOMING
+    assert not domain.preflight().problems
+    ring = domain.paging_enable()
+    domain.populate_evicted(span(0, 10))
+    assert not domain.load(span(0, 10), None).any()
+    domain.paging_disable()
+    ring.close()
+    domain.close()
+    with pytest.raises(XenError) as info:
+        lab.hypervisor.bind_incoming(made.domid, dataclasses.replace(config, vcpus=2), ToolstackPorts(1, 2))
+    assert info.value.errno == errno.EINVAL
+    made.destroy()
+    with pytest.raises(NoSuchDomainError):
+        lab.hypervisor.bind_incoming(made.domid, config, ToolstackPorts(1, 2))
 
 
 def test_a_guest_without_its_pinned_set_dies(lab: Lab, folder: Path) -> None:

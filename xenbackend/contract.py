@@ -65,6 +65,17 @@ class DomainConfig:
 
 
 @dataclass(frozen=True)
+class ToolstackPorts:
+    """Event channels that a toolstack has made for a domain which it lets us restore."""
+
+    store: int
+    console: int
+    store_domid: int = 0
+    """Where xenstored runs."""
+    console_domid: int = 0
+
+
+@dataclass(frozen=True)
 class DomainInfo:
     domid: int
     name: str
@@ -193,6 +204,10 @@ class Domain(ABC):
     def set_context(self, context: bytes) -> None:
         """Raises ``XenError`` (EINVAL) for bytes that are no context of such a domain."""
 
+    @abstractmethod
+    def toolstack_gfns(self) -> tuple[int, int]:
+        """Where the rings of xenstore and of the console are.  Of a domain that has its context."""
+
     # ---- log-dirty ----
     @abstractmethod
     def log_dirty_enable(self) -> None:
@@ -214,6 +229,18 @@ class Domain(ABC):
         """Look at pages without copying them.  The reference that this takes ends with the mapping."""
 
     @abstractmethod
+    def hold(self, pfns: PfnArray) -> None:
+        """Keep pages readable, with their contents, by ``map_pages`` of this handle, though the domain be destroyed.
+
+        Of a domain that runs or is suspended, and may go on.  What is at a pfn now is held: where the guest may have put
+        another frame there since (it is log-dirty then), hold it again.
+        """
+
+    @abstractmethod
+    def release(self, pfns: PfnArray) -> None:
+        """Held pfns are not needed any more.  What is left is released by ``close``."""
+
+    @abstractmethod
     def present(self, pfns: PfnArray) -> NDArray[np.bool_]:
         """Which of the pfns are memory of the domain: a frame, or one that is paged out."""
 
@@ -233,7 +260,8 @@ class Domain(ABC):
     def pinned(self, pfns: PfnArray) -> PfnArray:
         """Those of the pfns that the hypervisor or dom0 takes by number, and that must be present before the guest runs.
 
-        May be more than there are, and is not less.  Of a domain that runs or is suspended.
+        May be more than there are, and is not less.  Of a domain that runs or is suspended.  That this handle holds a
+        page does not count.
         """
 
     # ---- paging ----
@@ -292,3 +320,10 @@ class Hypervisor(ABC):
     @abstractmethod
     def create_incoming(self, config: DomainConfig) -> Domain:
         """An empty domain, all holes, to restore into.  EEXIST: its name is in use; ENOMEM."""
+
+    @abstractmethod
+    def bind_incoming(self, domid: int, config: DomainConfig, ports: ToolstackPorts) -> Domain:
+        """The empty domain that a toolstack made, to restore into; it is the toolstack's to start and to destroy.
+
+        Raises :class:`NoSuchDomainError`; ``XenError`` (EINVAL) where it is another kind of domain than ``config`` is of.
+        """

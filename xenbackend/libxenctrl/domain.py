@@ -33,11 +33,12 @@ from xenbackend.contract import (
     check_pages,
 )
 from xenbackend.libxenctrl._xen import ffi, lib
+from xenbackend.libxenctrl.held import HeldPages
 from xenbackend.libxenctrl.refusals import ENABLE_ERRORS, DomainFacts
 from xenbackend.libxenctrl.ring import XenPagingRing
 
 if TYPE_CHECKING:
-    from xenbackend.libxenctrl.empty import Plumbing
+    from xenbackend.libxenctrl.incoming import Plumbing
     from xenbackend.libxenctrl.hypervisor import XenHypervisor
 
 SHUTDOWN_SUSPEND, SHUTDOWN_CRASH = 2, 3  # xen/include/public/sched.h
@@ -89,17 +90,25 @@ def gfn_array(pfns: PfnArray) -> Any:
 
 
 class XenMappedPages(MappedPages):
-    def __init__(self, host: Any, view: Any, status: NDArray[np.uint8], data: list[memoryview]):
-        super().__init__(status, data)
-        self._host, self._view = host, view
+    """``pages``: where each is that has PAGE_DATA (``const void *[]``); ``done`` gives the mapping up."""
+
+    def __init__(self, pages: Any, status: NDArray[np.uint8], done: Callable[[], object]):
+        runs = ffi.new("struct xen_run[]", max(len(status), 1))
+        n = lib.xen_look(pages, len(status), ffi.from_buffer("uint8_t[]", status), runs)
+        super().__init__(status, [_memory(run.address, run.pages * PAGE_SIZE) for run in runs[0:n]])
+        self._done = done
 
     def __exit__(self, *_exception: object) -> None:
         self.data = []
-        lib.xen_unmap(self._host, self._view)
+        self._done()
+
+
+def _memory(address: Any, size: int) -> memoryview:
+    return memoryview(ffi.buffer(address, size)).toreadonly()
 
 
 class XenDomain(Domain):
-    """``nr_pfns`` and ``plumbing``: of a domain that was just made to be restored into (``empty.py``)."""
+    """``nr_pfns`` and ``plumbing``: of a domain that was just made to be restored into (``incoming.py``)."""
 
     def __init__(
         self, hypervisor: XenHypervisor, domid: int, nr_pfns: int | None = None, plumbing: Plumbing | None = None
@@ -113,6 +122,7 @@ class XenDomain(Domain):
             check("maximum_gpfn", lib.xen_nr_gfns(self._host, domid, out))
             nr_pfns = int(out[0])
         self.nr_pfns = nr_pfns
+        self._held: HeldPages | None = None
         self._pager: Any = None
         self._ring: XenPagingRing
         self._ring_pfn = self.param(HVM_PARAM_PAGING_RING_PFN) if self.native_info().hvm else 0
@@ -141,6 +151,8 @@ class XenDomain(Domain):
             self._ring.close()
             lib.xen_pager_close(self._host, self._pager)
             self._pager = None
+        if self._held is not None:
+            self._held.close()
         self._hypervisor.forget(self)
 
     def preflight(self) -> Preflight:
@@ -238,6 +250,9 @@ class XenDomain(Domain):
             self._plumbing.connect(self)
         check("sethvmcontext", lib.xen_set_hvm_context(self._host, self.domid, buffer, len(records)))
 
+    def toolstack_gfns(self) -> tuple[int, int]:
+        return self.param(HVM_PARAM_STORE_PFN), self.param(HVM_PARAM_CONSOLE_PFN)
+
     def param(self, index: int) -> int:
         out = ffi.new("uint64_t *")
         check("hvm_param_get", lib.xen_param_get(self._host, self.domid, index, out))
@@ -258,15 +273,24 @@ class XenDomain(Domain):
 
     # ---- pages ----
     def map_pages(self, pfns: PfnArray) -> MappedPages:
+        held = self._held
+        if held is not None and held.cover(pfns):
+            pages, used = held.use(pfns)
+            return XenMappedPages(pages, np.zeros(len(pfns), dtype=np.uint8), lambda: held.used(used))
         status = np.empty(len(pfns), dtype=np.uint8)
-        view, runs = ffi.new("struct xen_view *"), ffi.new("struct xen_run[]", len(pfns))
+        pages, view = ffi.new("const void *[]", max(len(pfns), 1)), ffi.new("struct xen_view *")
         gfns, into = gfn_array(self._without_ring(pfns)), ffi.from_buffer("uint8_t[]", status)
-        n = check("map", lib.xen_map(self._host, self.domid, gfns, len(pfns), into, view, runs))
-        data: list[memoryview] = []
-        if n:
-            memory = memoryview(ffi.buffer(view.address, view.pages * PAGE_SIZE)).toreadonly()
-            data = [memory[run.first * PAGE_SIZE : (run.first + run.pages) * PAGE_SIZE] for run in runs[0:n]]
-        return XenMappedPages(self._host, view, status, data)
+        check("map", lib.xen_map(self._host, self.domid, gfns, len(pfns), into, pages, view))
+        return XenMappedPages(pages, status, lambda: lib.xen_unmap(self._host, view))
+
+    def hold(self, pfns: PfnArray) -> None:
+        if self._held is None:
+            self._held = HeldPages(self._host, self.domid, self.nr_pfns)
+        check("map", self._held.add(pfns[pfns != self._ring_pfn]))
+
+    def release(self, pfns: PfnArray) -> None:
+        if self._held is not None:
+            self._held.release(pfns)
 
     def _types(self, pfns: PfnArray) -> NDArray[np.uint8]:
         types = np.empty(len(pfns), dtype=np.uint8)
@@ -297,8 +321,10 @@ class XenDomain(Domain):
 
     def pinned(self, pfns: PfnArray) -> PfnArray:
         out = np.empty(2 * len(pfns) + 1, dtype=np.uint64)
-        into = ffi.from_buffer("uint64_t[]", out)
-        n = check("pinned set", lib.xen_pinned(self._host, self.domid, gfn_array(pfns), len(pfns), into))
+        into, gfns = ffi.from_buffer("uint64_t[]", out), pfns
+        if self._held is not None:
+            gfns = pfns | self._held.holds(pfns).astype(np.uint64) << np.uint64(lib.HOLDS_SHIFT)
+        n = check("pinned set", lib.xen_pinned(self._host, self.domid, gfn_array(gfns), len(pfns), into))
         return np.sort(out[:n])
 
     # ---- paging ----

@@ -17,9 +17,10 @@ from xenbackend.contract import (
     Hypervisor,
     NoSuchDomainError,
     Preflight,
+    ToolstackPorts,
     XenError,
 )
-from xenbackend.libxenctrl import empty
+from xenbackend.libxenctrl import incoming
 from xenbackend.libxenctrl._xen import ffi, lib
 from xenbackend.libxenctrl.domain import SHUTDOWN_CRASH, SHUTDOWN_SUSPEND, XenDomain, check
 from xenbackend.libxenctrl.refusals import HostFacts
@@ -89,7 +90,7 @@ class XenHypervisor(Hypervisor):
         if not info.hvm:
             raise XenError("config", errno.EINVAL, why="a PV guest cannot be migrated by this program")
         name = self.store_read(f"/local/domain/{domain.domid}/name") or f"domain-{domain.domid}"
-        platform = empty.Platform.of(domain, self.native).pack()
+        platform = incoming.Platform.of(domain, self.native).pack()
         return DomainConfig(name, domain.nr_pfns, info.max_pages, info.vcpus, platform)
 
     # ---- what a host can take in ----
@@ -112,7 +113,7 @@ class XenHypervisor(Hypervisor):
                 self._name_for(config)
             except XenError as error:
                 problems.append(error.why)
-            needed = config.max_pages + empty.SPARE_PAGES + (empty.paging_pool_mib(config) << 8)
+            needed = config.max_pages + incoming.SPARE_PAGES + (incoming.paging_pool_mib(config) << 8)
             if needed > facts.free_pages:
                 problems.append(
                     f"not enough memory: the guest needs {needed * PAGE_SIZE >> 20} MiB and "
@@ -124,14 +125,17 @@ class XenHypervisor(Hypervisor):
         config = dataclasses.replace(config, name=self._name_for(config))
         if config.max_pages > self.facts().free_pages:
             raise XenError("create", errno.ENOMEM, why="not enough memory")
-        return self._remember(empty.create(self, config))
+        return self._remember(incoming.create(self, config))
+
+    def bind_incoming(self, domid: int, config: DomainConfig, ports: ToolstackPorts) -> XenDomain:
+        return self._remember(incoming.bind(self, domid, config, ports))
 
     def _name_for(self, config: DomainConfig) -> str:
         """Its own; on the host that it comes from, where it is in use still, another, as xl does it.
 
         Raises ``XenError`` (EEXIST) where that is another domain's.
         """
-        handle = empty.Platform.unpack(config.platform).handle
+        handle = incoming.Platform.unpack(config.platform).handle
         names = {info.name: info.domid for info in self.domains()}
         if config.name not in names:
             return config.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import mmap
 import os
@@ -24,6 +25,7 @@ from xenbackend.contract import (
     NoSuchDomainError,
     PfnArray,
     Preflight,
+    ToolstackPorts,
     XenError,
     batch_error,
     check_pages,
@@ -69,16 +71,25 @@ class SimulatedDomain(Domain):
         self.nr_pfns: int = self._map.dom.nr_pfns
         self._native_populate_evicted: bool = reply["populate_evicted"]
         self._ring_fds: list[int] = []
+        self._held: NDArray[np.uint8] | None = None
         self._memory = memoryview(ffi.buffer(self._map.memory, self.nr_pfns * PAGE_SIZE)).toreadonly()
 
     # ---- life ----
     def info(self) -> DomainInfo:
-        return domain_info(self._host.call("info", domid=self.domid))
+        try:
+            return domain_info(self._host.call("info", domid=self.domid))
+        except XenError as error:
+            if error.errno == errno.ESRCH:
+                raise NoSuchDomainError(self.domid) from error
+            raise
 
     def config(self) -> DomainConfig:
         return DomainConfig(**self._host.call("config", domid=self.domid))
 
     def close(self) -> None:
+        if self._held is not None:
+            self._held[:] = 0
+            self._held = None
         lib.sim_detach(self._map)
         for fd in (self._memory_fd, *self._ring_fds):
             if fd >= 0:
@@ -112,6 +123,9 @@ class SimulatedDomain(Domain):
     def set_context(self, context: bytes) -> None:
         self._host.call("set_context", domid=self.domid, context=context)
 
+    def toolstack_gfns(self) -> tuple[int, int]:
+        return 0, 1
+
     # ---- log-dirty ----
     def log_dirty_enable(self) -> None:
         self._host.call("log_dirty", domid=self.domid, enable=True)
@@ -132,6 +146,17 @@ class SimulatedDomain(Domain):
         memory = self._memory
         data = [memory[run.first * PAGE_SIZE : (run.first + run.pages) * PAGE_SIZE] for run in runs[0:n]]
         return MappedPages(status, data)
+
+    def hold(self, pfns: PfnArray) -> None:
+        if self._held is None:
+            _reply, (fd,) = self._host.call_fds("hold_map", domid=self.domid, client=self._host.client_id)
+            self._held = np.frombuffer(mmap.mmap(fd, self.nr_pfns), dtype=np.uint8)
+            os.close(fd)
+        self._held[pfns] = 1
+
+    def release(self, pfns: PfnArray) -> None:
+        if self._held is not None:
+            self._held[pfns] = 0
 
     def present(self, pfns: PfnArray) -> NDArray[np.bool_]:
         return np.isin(self.p2m_types(pfns), (*RAM_TYPES, *PAGING_TYPES))
@@ -266,6 +291,14 @@ class SimulatedHypervisor(Hypervisor):
 
     def create_incoming(self, config: DomainConfig) -> SimulatedDomain:
         return SimulatedDomain(self, self.call("create_incoming", config=config.__dict__))
+
+    def bind_incoming(self, domid: int, config: DomainConfig, ports: ToolstackPorts) -> SimulatedDomain:
+        domain = self.open(domid)
+        if domain.config() != dataclasses.replace(config, name=domain.config().name):
+            domain.close()
+            why = "the domain that the toolstack made is of another kind than the source"
+            raise XenError("bind", errno.EINVAL, why=why)
+        return domain
 
     # ---- beyond the contract ----
     def create_guest(self, spec: bytes) -> SimulatedDomain:

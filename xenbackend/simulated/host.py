@@ -44,6 +44,8 @@ class HostedDomain:
         self.ring_fds: list[int] = []
         self.pager = 0
         """The client that serves the ring; 0: none, or it is gone."""
+        self.hold_maps: dict[int, int] = {}
+        """By client, a memory file with a byte for each pfn: 1 where the client has it mapped for good."""
         self._ring_page: Any = None
         self.control_fd = os.memfd_create(f"domain-{domid}-control")
         self.memory_fd = os.memfd_create(f"domain-{domid}-memory")
@@ -190,8 +192,24 @@ class HostedDomain:
             os.close(fd)
         self.ring_fds = []
 
+    def hold_map(self, client: int) -> int:
+        if client not in self.hold_maps:
+            self.hold_maps[client] = os.memfd_create(f"domain-{self.domid}-held-{client}")
+            os.ftruncate(self.hold_maps[client], self.config.nr_pfns)
+        return self.hold_maps[client]
+
+    def drop_hold_map(self, client: int) -> None:
+        if client in self.hold_maps:
+            os.close(self.hold_maps.pop(client))
+
     def close(self) -> None:
+        """What nobody holds is gone, for those who are attached still as well."""
         lib.sim_host_free(self.native)
+        gone = np.ones(self.config.nr_pfns, dtype=np.bool_)
+        for client, fd in list(self.hold_maps.items()):
+            gone &= np.frombuffer(os.pread(fd, self.config.nr_pfns, 0), dtype=np.uint8) == 0
+            self.drop_hold_map(client)
+        self.p2m[gone] = lib.P2M_HOLE
         for fd in (*self.ring_fds, self.control_fd, self.memory_fd):
             os.close(fd)
         self.ring_fds = []
@@ -246,6 +264,7 @@ class SimulatedHost:
         finally:
             for domain in self.domains.values():
                 lib.sim_repair(domain.map, client)
+                domain.drop_hold_map(client)
                 if domain.pager == client:
                     domain.pager = 0
             self._clients.discard(client)
@@ -363,6 +382,9 @@ class SimulatedHost:
     def op_attach(self, domid: int) -> Reply:
         domain = self._domain(domid)
         return {"populate_evicted": self.populate_evicted}, [domain.control_fd, domain.memory_fd]
+
+    def op_hold_map(self, domid: int, client: int) -> Reply:
+        return None, [self._domain(domid).hold_map(client)]
 
     def op_info(self, domid: int) -> dict[str, Any]:
         return self._domain(domid).info()

@@ -21,7 +21,7 @@ from xenbackend.libxenctrl.domain import (
     HVM_PARAM_STORE_PFN,
     XenDomain,
 )
-from xenbackend.libxenctrl.empty import Platform
+from xenbackend.libxenctrl.incoming import Platform
 from xenbackend.libxenctrl.hypervisor import XenHypervisor
 
 XEN_X86_EMU_LAPIC = 1

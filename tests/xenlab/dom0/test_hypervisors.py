@@ -44,7 +44,7 @@ def xen_postcopy(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def empty(xen: XenHypervisor, *, hap: bool = True) -> XenDomain:
     platform = dataclasses.replace(EMPTY_PLATFORM, hap=hap, handle=os.urandom(16))
-    return xen.create_incoming(DomainConfig("empty", 1024, 1024, 1, platform.pack()))
+    return xen.create_incoming(DomainConfig("empty", 4096, 4096, 1, platform.pack()))
 
 
 @pytest.mark.hypervisors("debian")
@@ -142,6 +142,28 @@ def test_the_pinned_set_is_recognised_where_xen_does_not_tell(xen: XenHypervisor
             assert held <= set(domain.pinned(there).tolist())
             if domain.info().state.value == "running":
                 domain.suspend()
+
+
+def test_a_destroyed_domain_is_there_as_long_as_its_pages_are_held(xen: XenHypervisor) -> None:
+    domain = empty(xen)
+    domain.populate(span(0, 3000))
+    domain.hold(span(0, 3000))
+    with contextlib.closing(XenHypervisor()) as toolstack:
+        toolstack.destroy(domain.domid)
+
+    def pages_left() -> int | None:
+        info = ffi.new("struct xen_info *")
+        rc = lib.xen_domain_info(xen.native, domain.domid, info)
+        assert rc in (0, -errno.ESRCH) and (rc or info.dying)
+        return None if rc else int(info.tot_pages)
+
+    assert pages_left() == 3000
+    domain.release(span(0, 1500))  # one chunk, and half of the next
+    assert pages_left() == 3000 - 1024
+    domain.release(span(0, 2048))
+    assert pages_left() == 3000 - 2048
+    domain.close()
+    assert pages_left() is None
 
 
 def test_the_daemons_move_a_guest(xen: XenHypervisor, tmp_path: Path) -> None:

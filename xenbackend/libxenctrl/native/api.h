@@ -62,12 +62,15 @@ struct xen_view {
     void *address;
     size_t pages;
 };
-struct xen_run {                /* neighbours in the view */
-    uint64_t first, pages;
+/* Map what holds memory.  status is a PAGE_* for each gfn, pages where each is that has PAGE_DATA. */
+int xen_map(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, uint8_t *status, const void **pages,
+            struct xen_view *view);
+struct xen_run {                /* neighbours in memory */
+    const void *address;
+    uint64_t pages;
 };
-/* Map what holds memory; status is a PAGE_* for each gfn, runs the DATA pages in order.  Returns how many runs. */
-long xen_map(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, uint8_t *status, struct xen_view *view,
-             struct xen_run *runs);
+/* Look into mapped pages: of those with PAGE_DATA some become PAGE_ZERO, runs are the others.  Returns how many runs. */
+size_t xen_look(const void *const *pages, size_t n, uint8_t *status, struct xen_run *runs);
 int xen_unmap(struct xen_host *h, struct xen_view *view);
 
 int xen_set_max_pages(struct xen_host *h, uint32_t domid, uint64_t pages);
@@ -80,7 +83,9 @@ int xen_log_dirty_disable(struct xen_host *h, uint32_t domid);
 int xen_log_dirty(struct xen_host *h, uint32_t domid, int clean, uint8_t *bitmap, uint64_t nr_gfns);
 
 /* ---- pinned.c ---- */
-/* Those of the gfns that the hypervisor or another domain holds are put into out; returns how many. */
+/* Those of the gfns that the hypervisor or another domain holds are put into out; returns how many.  A gfn may have in its
+ * upper bits how often this process has mapped it, which does not count. */
+#define HOLDS_SHIFT 56
 long xen_pinned(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, uint64_t *out);
 /* The two ways that it knows, the first on a hypervisor with our patch (-ENOSYS), the second on any. */
 long xen_query_held(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, uint64_t *out);
@@ -143,4 +148,5 @@ int xen_paging_pool(struct xen_host *h, uint32_t domid, uint32_t mib);
 int xen_clear_page(struct xen_host *h, uint32_t domid, uint64_t gfn);
 /* A port that dom0 may bind to. */
 int xen_event_channel(struct xen_host *h, uint32_t domid);
-int xen_seed_grants(struct xen_host *h, uint32_t domid, uint64_t console_gfn, uint64_t store_gfn);
+int xen_seed_grants(struct xen_host *h, uint32_t domid, uint64_t console_gfn, uint64_t store_gfn, uint32_t console_domid,
+                    uint32_t store_domid);

@@ -64,13 +64,12 @@ static int page_is_zero(const uint8_t *page)
     return 1;
 }
 
-long xen_map(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, uint8_t *status, struct xen_view *view,
-             struct xen_run *runs)
+int xen_map(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, uint8_t *status, const void **pages,
+            struct xen_view *view)
 {
     xen_pfn_t *frames = malloc((n + 1) * sizeof(*frames));
     int *errors = malloc((n + 1) * sizeof(*errors));
     size_t mapped = 0, at = 0;
-    long count = 0;
     int rc = -ENOMEM;
 
     *view = (struct xen_view){ 0 };
@@ -91,23 +90,34 @@ long xen_map(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n,
         goto out;
     }
     view->pages = mapped;
-    for (size_t i = 0; i < n; i++) {
-        if (status[i] != PAGE_DATA)
-            continue;
-        if (errors[at])
-            status[i] = errors[at] == EINVAL || errors[at] == -EINVAL ? PAGE_HOLE : PAGE_BROKEN;
-        else if (page_is_zero((uint8_t *)view->address + at * XC_PAGE_SIZE))
-            status[i] = PAGE_ZERO;
-        else if (count && runs[count - 1].first + runs[count - 1].pages == at)
-            runs[count - 1].pages++;
-        else
-            runs[count++] = (struct xen_run){ .first = at, .pages = 1 };
-        at++;
-    }
+    for (size_t i = 0; i < n; i++)
+        if (status[i] == PAGE_DATA) {
+            pages[i] = (const uint8_t *)view->address + at * XC_PAGE_SIZE;
+            if (errors[at])
+                status[i] = errors[at] == EINVAL || errors[at] == -EINVAL ? PAGE_HOLE : PAGE_BROKEN;
+            at++;
+        }
  out:
     free(frames);
     free(errors);
-    return rc ? rc : count;
+    return rc;
+}
+
+size_t xen_look(const void *const *pages, size_t n, uint8_t *status, struct xen_run *runs)
+{
+    size_t count = 0;
+
+    for (size_t i = 0; i < n; i++) {
+        if (status[i] != PAGE_DATA)
+            continue;
+        if (page_is_zero(pages[i]))
+            status[i] = PAGE_ZERO;
+        else if (count && (const uint8_t *)runs[count - 1].address + runs[count - 1].pages * XC_PAGE_SIZE == pages[i])
+            runs[count - 1].pages++;
+        else
+            runs[count++] = (struct xen_run){ .address = pages[i], .pages = 1 };
+    }
+    return count;
 }
 
 int xen_unmap(struct xen_host *h, struct xen_view *view)

@@ -24,6 +24,8 @@
 #include <xen/event_channel.h>
 #include <xen/xen.h>
 
+#define GFN_MASK ((1ull << HOLDS_SHIFT) - 1)
+
 long xen_query_held(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, uint64_t *out)
 {
     struct call_buffer *b;
@@ -41,7 +43,7 @@ long xen_query_held(struct xen_host *h, uint32_t domid, const uint64_t *gfns, si
         rc = paging_op(h, b, domid, XENMEM_paging_op_query_held, b->data, batch);
         for (size_t i = 0; !rc && i < batch; i++)
             if (answer[i] != ~0ull)
-                out[count++] = answer[i];
+                out[count++] = answer[i] & GFN_MASK;
     }
     give_buffer(b);
     return rc ? rc : count;
@@ -152,8 +154,9 @@ static int named_by_parameter(struct xen_host *h, uint32_t domid, uint64_t *name
 
 long xen_recognise_held(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, uint64_t *out)
 {
+    uint64_t plain[BATCH_GFNS];
     uint8_t status[BATCH_GFNS];
-    struct xen_run runs[BATCH_GFNS];
+    const void *pages[BATCH_GFNS];
     struct xen_view view;
     double scale;
     long count = 0;
@@ -161,25 +164,14 @@ long xen_recognise_held(struct xen_host *h, uint32_t domid, const uint64_t *gfns
 
     for (size_t done = 0; !rc && done < n; done += BATCH_GFNS) {
         size_t batch = batch_of(n - done);
-        const struct xen_run *run = runs;
-        uint64_t of_run = 0;
-        long found = xen_map(h, domid, gfns + done, batch, status, &view, runs);
 
-        if (found < 0)
-            rc = found;
-        for (size_t i = 0; !rc && i < batch; i++) {
-            const uint64_t *page;
-
-            if (status[i] != PAGE_DATA)
-                continue;
-            page = (const uint64_t *)view.address + (run->first + of_run) * (XC_PAGE_SIZE / 8);
-            if (has_vcpu_info(page, scale) || is_control_block(page) || is_event_array(page))
-                out[count++] = gfns[done + i];
-            if (++of_run == run->pages) {
-                run++;
-                of_run = 0;
-            }
-        }
+        for (size_t i = 0; i < batch; i++)
+            plain[i] = gfns[done + i] & GFN_MASK;
+        rc = xen_map(h, domid, plain, batch, status, pages, &view);
+        for (size_t i = 0; !rc && i < batch; i++)
+            if (status[i] == PAGE_DATA &&
+                (has_vcpu_info(pages[i], scale) || is_control_block(pages[i]) || is_event_array(pages[i])))
+                out[count++] = plain[i];
         xen_unmap(h, &view);
     }
     return rc ? rc : count;
@@ -205,7 +197,7 @@ long xen_pinned(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t
         return count;
     found = count;
     for (size_t i = 0; i < n && nr_named; i++)
-        if (contains(named, nr_named, gfns[i]) && !contains(out, found, gfns[i]))
-            out[count++] = gfns[i];
+        if (contains(named, nr_named, gfns[i] & GFN_MASK) && !contains(out, found, gfns[i] & GFN_MASK))
+            out[count++] = gfns[i] & GFN_MASK;
     return count;
 }

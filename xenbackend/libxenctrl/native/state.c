@@ -113,7 +113,8 @@ int xen_event_channel(struct xen_host *h, uint32_t domid)
     return port < 0 ? -errno : port;
 }
 
-int xen_seed_grants(struct xen_host *h, uint32_t domid, uint64_t console_gfn, uint64_t store_gfn)
+int xen_seed_grants(struct xen_host *h, uint32_t domid, uint64_t console_gfn, uint64_t store_gfn, uint32_t console_domid,
+                    uint32_t store_domid)
 {
-    return xc_dom_gnttab_seed(h->xch, domid, 1, console_gfn, store_gfn, 0, 0) ? -errno : 0;
+    return xc_dom_gnttab_seed(h->xch, domid, 1, console_gfn, store_gfn, console_domid, store_domid) ? -errno : 0;
 }

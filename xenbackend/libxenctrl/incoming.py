@@ -1,7 +1,8 @@
-"""The empty domain that a guest is restored into, where no toolstack makes one.
+"""The empty domain that a guest is restored into.
 
-With xl it is libxl that makes it, with its devices.  Here it has what every guest has: memory, vCPUs, xenstore and a
-console.  What it must be like is the ``platform`` of the source's ``DomainConfig``.
+With xl it is libxl that makes it, with its devices, and lends it to us (:func:`bind`).  Otherwise we make it ourselves
+(:func:`create`), with what every guest has: memory, vCPUs, xenstore and a console.  What it must be like is the ``platform`` of the
+source's ``DomainConfig``.
 """
 
 from __future__ import annotations
@@ -13,14 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import msgpack
 
-from xenbackend.contract import DomainConfig, XenError
+from xenbackend.contract import DomainConfig, ToolstackPorts, XenError
 from xenbackend.libxenctrl._xen import ffi, lib
 from xenbackend.libxenctrl.domain import (
     HVM_PARAM_CONSOLE_EVTCHN,
-    HVM_PARAM_CONSOLE_PFN,
     HVM_PARAM_PAGING_RING_PFN,
     HVM_PARAM_STORE_EVTCHN,
-    HVM_PARAM_STORE_PFN,
     XenDomain,
     check,
 )
@@ -82,34 +81,52 @@ class Platform:
 
 
 class Plumbing:
-    """xenstored's and the console's ends of a domain that no toolstack has made."""
+    """xenstored's and the console's ends of a domain: those that a toolstack has made."""
 
-    def __init__(self, hypervisor: XenHypervisor, config: DomainConfig, platform: Platform):
-        self._hypervisor, self._config, self._platform = hypervisor, config, platform
-        self._ports: dict[int, int] = {}
+    def __init__(self, hypervisor: XenHypervisor, ports: ToolstackPorts):
+        self._hypervisor = hypervisor
+        self._ports = ports
 
     def connect(self, domain: XenDomain) -> None:
         """Event channels and grants, as the guest expects them.  The pages of the rings have to be present."""
-        host = self._hypervisor.native
-        for param in (HVM_PARAM_STORE_EVTCHN, HVM_PARAM_CONSOLE_EVTCHN):
-            self._ports[param] = check("evtchn_alloc_unbound", lib.xen_event_channel(host, domain.domid))
-            check("hvm_param_set", lib.xen_param_set(host, domain.domid, param, self._ports[param]))
-        console, store = domain.param(HVM_PARAM_CONSOLE_PFN), domain.param(HVM_PARAM_STORE_PFN)
-        check("gnttab seed", lib.xen_seed_grants(host, domain.domid, console, store))
+        host, ports = self._hypervisor.native, self._ports
+        for param, port in ((HVM_PARAM_STORE_EVTCHN, ports.store), (HVM_PARAM_CONSOLE_EVTCHN, ports.console)):
+            check("hvm_param_set", lib.xen_param_set(host, domain.domid, param, port))
+        store, console = domain.toolstack_gfns()
+        seeded = lib.xen_seed_grants(host, domain.domid, console, store, ports.console_domid, ports.store_domid)
+        check("gnttab seed", seeded)
 
     def introduce(self, domain: XenDomain) -> None:
-        """Tell xenstored and the console's daemon."""
+        """Tell xenstored and the console's daemon: the toolstack does."""
+
+
+class OwnPlumbing(Plumbing):
+    """Where no toolstack has made them."""
+
+    def __init__(self, hypervisor: XenHypervisor, config: DomainConfig, platform: Platform):
+        super().__init__(hypervisor, ToolstackPorts(0, 0))
+        self._config, self._platform = config, platform
+
+    def connect(self, domain: XenDomain) -> None:
+        store, console = (
+            check("evtchn_alloc_unbound", lib.xen_event_channel(self._hypervisor.native, domain.domid))
+            for _ in range(2)
+        )
+        self._ports = ToolstackPorts(store, console)
+        super().connect(domain)
+
+    def introduce(self, domain: XenDomain) -> None:
         write, root = self._hypervisor.store_write, f"/local/domain/{domain.domid}"
         handle = str(uuid.UUID(bytes=self._platform.handle))
-        console, store = domain.param(HVM_PARAM_CONSOLE_PFN), domain.param(HVM_PARAM_STORE_PFN)
+        store, console = domain.toolstack_gfns()
         memory_kib = self._config.max_pages * 4
         write(f"/vm/{handle}/name", self._config.name)
         for key, value in {
             "vm": f"/vm/{handle}", "domid": domain.domid, "memory/static-max": memory_kib, "memory/target": memory_kib,
             "control/platform-feature-multiprocessor-suspend": 1, "console/backend-id": 0, "console/limit": 1048576,
             "console/type": "xenconsoled", "console/output": "pty", "console/tty": "", "console/ring-ref": console,
-            "console/port": self._ports[HVM_PARAM_CONSOLE_EVTCHN], "store/ring-ref": store,
-            "store/port": self._ports[HVM_PARAM_STORE_EVTCHN],
+            "console/port": self._ports.console, "store/ring-ref": store,
+            "store/port": self._ports.store,
         }.items():  # fmt: skip
             write(f"{root}/{key}", str(value))
         for key in ("control/shutdown", "device", "data"):
@@ -117,7 +134,7 @@ class Plumbing:
             self._hypervisor.store_permit(f"{root}/{key}", owner=domain.domid)
         for key in ("", "/console", "/store", "/memory", "/control"):
             self._hypervisor.store_permit(root + key, owner=0, may_read=domain.domid)
-        self._hypervisor.store_introduce(domain.domid, store, self._ports[HVM_PARAM_STORE_EVTCHN])
+        self._hypervisor.store_introduce(domain.domid, store, self._ports.store)
 
 
 def create(hypervisor: XenHypervisor, config: DomainConfig) -> XenDomain:
@@ -134,20 +151,38 @@ def create(hypervisor: XenHypervisor, config: DomainConfig) -> XenDomain:
     try:
         check("setmaxmem", lib.xen_set_max_pages(host, made, config.max_pages + SPARE_PAGES))
         check("paging pool", lib.xen_paging_pool(host, made, paging_pool_mib(config)))
-        leaves, msrs = (ffi.from_buffer("uint8_t[]", data) for data in (platform.leaves, platform.msrs))
-        check(
-            "cpu policy",
-            lib.xen_set_cpu_policy(
-                host, made, leaves, len(leaves) // lib.XEN_CPUID_LEAF_BYTES, msrs, len(msrs) // lib.XEN_MSR_ENTRY_BYTES
-            ),
-        )
-        ring_pfn = platform.ring_pfn or config.nr_pfns
-        check("hvm_param_set", lib.xen_param_set(host, made, HVM_PARAM_PAGING_RING_PFN, ring_pfn))
+        _prepare(hypervisor, made, config, platform)
         hypervisor.store_write(f"/local/domain/{made}/name", config.name)
-        return XenDomain(hypervisor, made, config.nr_pfns, Plumbing(hypervisor, config, platform))
+        return XenDomain(hypervisor, made, config.nr_pfns, OwnPlumbing(hypervisor, config, platform))
     except XenError:
         hypervisor.destroy(made)
         raise
+
+
+def bind(hypervisor: XenHypervisor, domid: int, config: DomainConfig, ports: ToolstackPorts) -> XenDomain:
+    """Raises ``XenError``."""
+    platform = Platform.unpack(config.platform)
+    domain = XenDomain(hypervisor, domid, config.nr_pfns, Plumbing(hypervisor, ports))
+    info = domain.native_info()
+    if not info.hvm or info.vcpus != config.vcpus or info.emulation_flags != platform.emulation_flags:
+        why = "the domain that the toolstack made is of another kind than the source"
+        raise XenError("bind", errno.EINVAL, why=why)
+    _prepare(hypervisor, domid, config, platform)
+    return XenDomain(hypervisor, domid, config.nr_pfns, Plumbing(hypervisor, ports))
+
+
+def _prepare(hypervisor: XenHypervisor, domid: int, config: DomainConfig, platform: Platform) -> None:
+    """What is the source's to say of any domain: its CPU policy, and where a paging ring may be."""
+    host = hypervisor.native
+    leaves, msrs = (ffi.from_buffer("uint8_t[]", data) for data in (platform.leaves, platform.msrs))
+    check(
+        "cpu policy",
+        lib.xen_set_cpu_policy(
+            host, domid, leaves, len(leaves) // lib.XEN_CPUID_LEAF_BYTES, msrs, len(msrs) // lib.XEN_MSR_ENTRY_BYTES
+        ),
+    )
+    ring_pfn = platform.ring_pfn or config.nr_pfns
+    check("hvm_param_set", lib.xen_param_set(host, domid, HVM_PARAM_PAGING_RING_PFN, ring_pfn))
 
 
 def paging_pool_mib(config: DomainConfig) -> int:

@@ -1,0 +1,132 @@
+"""Pages of a domain that stay mapped, so that their contents outlive it.
+
+Xen keeps a frame as long as it is mapped somewhere, also when its domain has been destroyed: the domain then stays as a
+nameless remnant, and no new mapping of it can be made.  A page is found by its slot, a number of 32 bits; slots are mapped
+together in chunks, and a chunk is unmapped when none of its slots is needed and nobody looks at it.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xenbackend.contract import PAGE_SIZE, PageStatus, PfnArray
+from xenbackend.libxenctrl._xen import ffi, lib
+
+CHUNK_PAGES = 1024
+"""Of one mapping, and so of one hypercall; what is released page by page is given back in such pieces."""
+NONE = np.uint32(2**32 - 1)
+MAX_HOLDS = 255
+"""Times that one pfn can be held (HOLDS_SHIFT leaves 8 bits)."""
+
+
+@dataclass
+class _Chunk:
+    view: Any
+    pfns: NDArray[Any]
+    needed: int
+    """Of them not released."""
+    users: int = 0
+
+
+class HeldPages:
+    """Of a domain with so many pfns.  May be used by several threads."""
+
+    def __init__(self, host: Any, domid: int, nr_pfns: int):
+        self._host, self._domid = host, domid
+        self._slot = np.full(nr_pfns, NONE, dtype=np.uint32)
+        self._small = np.min_scalar_type(nr_pfns)
+        self._holds = np.zeros(nr_pfns, dtype=np.uint8)
+        self._chunks: dict[int, _Chunk] = {}
+        self._address = np.zeros(64, dtype=np.uint64)
+        """Of each chunk, by its number."""
+        self._count = 0
+        self._lock = threading.Lock()
+
+    def holds(self, pfns: PfnArray) -> NDArray[np.uint8]:
+        """How often each is mapped here."""
+        counts: NDArray[np.uint8] = self._holds[pfns]
+        return counts
+
+    def cover(self, pfns: PfnArray) -> bool:
+        return bool((self._slot[pfns] != NONE).all())
+
+    def add(self, pfns: PfnArray) -> int:
+        """Returns 0 or -errno."""
+        for at in range(0, len(pfns), CHUNK_PAGES):
+            batch = pfns[at : at + CHUNK_PAGES]
+            status = np.empty(len(batch), dtype=np.uint8)
+            pages, view = ffi.new("const void *[]", len(batch)), ffi.new("struct xen_view *")
+            gfns = ffi.from_buffer("uint64_t[]", np.ascontiguousarray(batch))
+            rc = lib.xen_map(
+                self._host, self._domid, gfns, len(batch), ffi.from_buffer("uint8_t[]", status), pages, view
+            )
+            if rc:
+                return int(rc)
+            there = status == PageStatus.DATA
+            addresses = np.frombuffer(ffi.buffer(pages), dtype=np.uint64)[there]
+            with self._lock:
+                self._forget(batch[self._slot[batch] != NONE])
+                if not len(addresses):
+                    continue
+                base = int(ffi.cast("uintptr_t", view.address))
+                number = self._new_chunk(base, _Chunk(view, batch[there].astype(self._small), len(addresses)))
+                slots = (addresses - np.uint64(base)) // PAGE_SIZE + np.uint64(number * CHUNK_PAGES)
+                self._slot[batch[there]] = slots.astype(np.uint32)
+                self._holds[batch[there]] += 1
+        return 0
+
+    def _new_chunk(self, address: int, chunk: _Chunk) -> int:
+        number, self._count = self._count, self._count + 1
+        if number == len(self._address):
+            self._address = np.concatenate((self._address, np.zeros_like(self._address)))
+        self._address[number] = address
+        self._chunks[number] = chunk
+        return number
+
+    def release(self, pfns: PfnArray) -> None:
+        """Those that are not held are passed over."""
+        with self._lock:
+            self._forget(pfns[self._slot[pfns] != NONE])
+
+    def use(self, pfns: PfnArray) -> tuple[Any, list[int]]:
+        """Where each of the pfns is (``const void *[]``), and what to tell :meth:`used` when they are not looked at any more."""
+        with self._lock:
+            slots = self._slot[pfns]
+            numbers = slots // CHUNK_PAGES
+            addresses = self._address[numbers] + (slots % CHUNK_PAGES).astype(np.uint64) * np.uint64(PAGE_SIZE)
+            used: list[int] = np.unique(numbers).tolist()
+            for number in used:
+                self._chunks[number].users += 1
+        return ffi.from_buffer("const void *[]", addresses), used
+
+    def used(self, numbers: list[int]) -> None:
+        with self._lock:
+            for number in numbers:
+                self._chunks[number].users -= 1
+                self._unmap_if_idle(number)
+
+    def close(self) -> None:
+        with self._lock:
+            for chunk in self._chunks.values():
+                lib.xen_unmap(self._host, chunk.view)
+            self._chunks.clear()
+            self._slot[:] = NONE
+
+    def _forget(self, pfns: PfnArray) -> None:
+        numbers, counts = np.unique(self._slot[pfns] // CHUNK_PAGES, return_counts=True)
+        self._slot[pfns] = NONE
+        for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
+            self._chunks[number].needed -= count
+            self._unmap_if_idle(number)
+
+    def _unmap_if_idle(self, number: int) -> None:
+        chunk = self._chunks[number]
+        if not chunk.needed and not chunk.users:
+            lib.xen_unmap(self._host, chunk.view)
+            self._holds[chunk.pfns] -= 1
+            del self._chunks[number]
