@@ -31,6 +31,7 @@ class ControlConnection:
     def __init__(self, stream: trio.SocketStream):
         self._stream = stream
         self._lines = _lines(stream)
+        self._answering = trio.Lock()
 
     async def request(self) -> Json | None:
         """The next line, or ``None`` when the client has gone.  Raises :class:`MigrationError` for garbage."""
@@ -46,7 +47,8 @@ class ControlConnection:
 
     async def answer(self, event: str, **fields: Any) -> None:
         """Raises ``trio.BrokenResourceError`` when the client has gone."""
-        await self._stream.send_all(json.dumps({"event": event, **fields}).encode() + b"\n")
+        async with self._answering:
+            await self._stream.send_all(json.dumps({"event": event, **fields}).encode() + b"\n")
 
 
 async def _lines(stream: trio.SocketStream) -> AsyncIterator[bytes]:

@@ -23,3 +23,7 @@ class PeerClosedError(MigrationError):
 
 class InterruptedMigrationError(MigrationError):
     """Ctrl-C; the text says what became of the migration."""
+
+
+class GuestEndedError(MigrationError):
+    """The guest was handed over, and then ended at the destination: nothing of it is needed any more."""

@@ -123,6 +123,8 @@ def loopback_world(memory_bytes: int, *, host_options: tuple[str, ...] = (), dae
             world.start(
                 "sender",
                 "sender",
+                "--listen",
+                "127.0.0.1:0",
                 "--socket",
                 str(world.sender_socket),
                 "--simulated",

@@ -130,7 +130,7 @@ class Message:
 # ---- both ends ----
 @dataclass(frozen=True, eq=False)
 class Hello(Message):
-    """First on every lane, from both ends; the sender, who connects, speaks first."""
+    """First on every lane, from both ends; the one that connects speaks first."""
 
     type = "hello"
     oldest: int = _uint(2**16, 1)
@@ -138,7 +138,7 @@ class Hello(Message):
     lane: str = _text(8)
     session: str = _text(64)
     token: bytes = _bytes(32)
-    """Push lane: empty.  Pull lane: what ``accepted`` gave."""
+    """Push lane: what the receiver was given by the toolstack, otherwise empty.  Pull lane: what ``accepted`` gave."""
     requires: tuple[str, ...] = _texts(32)
     """Capabilities without which this end will not talk."""
     offers: tuple[str, ...] = _texts(32)
@@ -210,6 +210,13 @@ class Context(Message):
     type = "context"
     data: bytes = _bytes(MAX_CONTEXT_CHUNK)
     last: bool = _flag()
+
+
+@dataclass(frozen=True, eq=False)
+class Entrust(Message):
+    """A toolstack is about to decide at which end the guest runs: be its pager, in case it is there."""
+
+    type = "entrust"
 
 
 @dataclass(frozen=True, eq=False)
@@ -303,6 +310,14 @@ class Complete(Message):
 
 
 @dataclass(frozen=True, eq=False)
+class Ended(Message):
+    """The guest, which had been handed over, is no more: nothing of it is wanted."""
+
+    type = "ended"
+    reason: str = _text()
+
+
+@dataclass(frozen=True, eq=False)
 class Failed(Message):
     """The receiver cannot go on.  Before the handover it has cleaned up, after it it keeps the guest as it is."""
 
@@ -322,8 +337,8 @@ class Fault(Message):
 TYPES: dict[str, type[Message]] = {
     cls.type: cls
     for cls in (
-        Hello, Offer, Pages, Defer, Barrier, Suspended, Missing, Context, Handover, Completed, Abort,
-        Accepted, Refused, Passed, Ready, Resumed, Loaded, Dropped, Report, Complete, Failed, Fault,
+        Hello, Offer, Pages, Defer, Barrier, Suspended, Missing, Context, Entrust, Handover, Completed, Abort,
+        Accepted, Refused, Passed, Ready, Resumed, Loaded, Dropped, Report, Complete, Ended, Failed, Fault,
     )
 }  # fmt: skip
 FIELDS: dict[type[Message], dict[str, Parser]] = {

@@ -5,17 +5,25 @@ Both ends keep a :class:`Session` and show it every message that they send or re
     HELLO --offer--> PREFLIGHT --accepted--> PRECOPY --suspended--> SWITCHOVER --handover--> POSTCOPY
           --complete--> COMPLETE --completed--> CLOSED
 
+Where a toolstack decides at which end the guest runs, there is a phase more:
+
+    SWITCHOVER --entrust--> DECISION --handover--> POSTCOPY
+
+In it the receiver is the pager already, of a guest that may run or not; neither end knows but by what it sees the toolstack do
+to the domain at its own host.
+
 The end that sends a message is in the next phase at once, the other when it arrives.  So an end may
 receive what its peer said while still in the phase before: ``RULES`` gives for each message the phases in which its
 speaker may send it, and a receiver allows in addition what was sent before the peer knew better.
 
 On top of the phases there are a few promises that only happen once, in order: context complete, then
-``ready``, then ``handover``, then ``resumed``.  After ``handover`` there is no way back: ``abort`` is not a word
+``ready``, then ``handover`` and ``resumed``.  After ``handover`` there is no way back: ``abort`` is not a word
 any more, and ``failed`` says only that the receiver, which keeps the guest, needs help.
 """
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -37,14 +45,17 @@ class Phase(IntEnum):
     PREFLIGHT = 1
     PRECOPY = 2
     SWITCHOVER = 3
-    POSTCOPY = 4
-    COMPLETE = 5
-    CLOSED = 6
-    FAILED = 7
+    DECISION = 4
+    POSTCOPY = 5
+    COMPLETE = 6
+    CLOSED = 7
+    FAILED = 8
 
 
 P = Phase
-BEFORE_HANDOVER = (P.HELLO, P.PREFLIGHT, P.PRECOPY, P.SWITCHOVER)
+BEFORE_HANDOVER = (P.HELLO, P.PREFLIGHT, P.PRECOPY, P.SWITCHOVER, P.DECISION)
+PAGING = (P.DECISION, P.POSTCOPY)
+"""The receiver is the pager."""
 
 
 @dataclass(frozen=True)
@@ -61,26 +72,28 @@ S, R = Role.SENDER, Role.RECEIVER
 RULES: dict[type[Message], Rule] = {
     m.Offer: Rule(S, (P.HELLO,), P.PREFLIGHT),
     # COMPLETE: a batch was being read while each of its pages was fetched by a fault.
-    m.Pages: Rule(S, (P.PRECOPY, P.SWITCHOVER, P.POSTCOPY, P.COMPLETE), lane=None),
+    m.Pages: Rule(S, (P.PRECOPY, P.SWITCHOVER, *PAGING, P.COMPLETE), lane=None),
     m.Defer: Rule(S, (P.PRECOPY,)),
     m.Barrier: Rule(S, (P.PRECOPY,)),
     m.Suspended: Rule(S, (P.PRECOPY,), P.SWITCHOVER),
     m.Missing: Rule(S, (P.SWITCHOVER,)),
     m.Context: Rule(S, (P.SWITCHOVER,)),
-    m.Handover: Rule(S, (P.SWITCHOVER,), P.POSTCOPY),
+    m.Entrust: Rule(S, (P.SWITCHOVER,), P.DECISION),
+    m.Handover: Rule(S, (P.SWITCHOVER, P.DECISION), P.POSTCOPY),
     m.Completed: Rule(S, (P.COMPLETE,), P.CLOSED),
     m.Abort: Rule(S, BEFORE_HANDOVER, P.FAILED),
     m.Accepted: Rule(R, (P.PREFLIGHT,), P.PRECOPY),
     m.Refused: Rule(R, (P.PREFLIGHT,), P.FAILED),
     m.Passed: Rule(R, (P.PRECOPY,)),
     m.Ready: Rule(R, (P.SWITCHOVER,)),
-    m.Resumed: Rule(R, (P.POSTCOPY,)),
-    m.Loaded: Rule(R, (P.POSTCOPY,)),
-    m.Dropped: Rule(R, (P.POSTCOPY,)),
-    m.Report: Rule(R, (P.POSTCOPY,)),
+    m.Resumed: Rule(R, PAGING),
+    m.Loaded: Rule(R, PAGING),
+    m.Dropped: Rule(R, PAGING),
+    m.Report: Rule(R, PAGING),
     m.Complete: Rule(R, (P.POSTCOPY,), P.COMPLETE),
+    m.Ended: Rule(R, (P.POSTCOPY, P.COMPLETE), P.CLOSED),
     m.Failed: Rule(R, (*BEFORE_HANDOVER, P.POSTCOPY, P.COMPLETE)),
-    m.Fault: Rule(R, (P.POSTCOPY,), lane=Lane.PULL),
+    m.Fault: Rule(R, PAGING, lane=Lane.PULL),
 }
 
 
@@ -105,7 +118,13 @@ class Session:
 
     @property
     def handed_over(self) -> bool:
+        """There is no way back."""
         return self.phase in (P.POSTCOPY, P.COMPLETE, P.CLOSED)
+
+    @property
+    def serving(self) -> bool:
+        """The guest may run at the destination, and what it misses is being fetched."""
+        return self.phase is P.DECISION or self.handed_over
 
     def sent(self, message: Message, lane: Lane) -> None:
         """To be called before sending.  Raises :class:`LocalProtocolError`."""
@@ -143,12 +162,12 @@ class Session:
 
     def _check(self, message: Message, lane: Lane) -> None:
         if isinstance(message, m.Pages):
-            if lane is Lane.PULL and not self.handed_over:
-                raise RemoteProtocolError("pages on the pull lane before the handover")
+            if lane is Lane.PULL and not self.serving:
+                raise RemoteProtocolError("pages on the pull lane before the switchover")
             for pfns in (message.pfns, message.zeros, message.holes):
                 self._bounded(message, pfns)
-            if self.handed_over and len(message.holes):
-                raise RemoteProtocolError("pages: holes after the handover")
+            if self.serving and len(message.holes):
+                raise RemoteProtocolError("pages: holes after the switchover")
         elif isinstance(message, (m.Fault, m.Loaded, m.Dropped)):
             self._bounded(message, message.pfns)
         elif isinstance(message, m.Offer):
@@ -171,8 +190,8 @@ class Session:
             self._after("ready", self._context_complete, "the context")
             self._once("ready", self._ready)
             self._ready = True
-        elif isinstance(message, m.Handover):
-            self._after("handover", self._ready, "ready")
+        elif isinstance(message, m.Entrust | m.Handover):
+            self._after(message.type, self._ready, "ready")
         elif isinstance(message, m.Resumed):
             self._once("resumed", self._resumed)
             self._resumed = True
@@ -205,6 +224,10 @@ class Session:
     def _after(name: str, condition: bool, what: str) -> None:
         if not condition:
             raise RemoteProtocolError(f"{name} before {what}")
+
+
+def new_id() -> str:
+    return uuid.uuid4().hex
 
 
 def negotiate(theirs: m.Hello) -> int:

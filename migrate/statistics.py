@@ -86,6 +86,8 @@ class SenderStatistics:
     memory_bytes: int = 0
     started: float = 0.0
     suspended: float = 0.0
+    """When that was asked for."""
+    stood_still: float = 0.0
     resumed: float = 0.0
     finished: float = 0.0
     rounds: int = 0

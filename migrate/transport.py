@@ -72,6 +72,14 @@ class LaneConnection:
     def fileno(self) -> int:
         return self._socket.fileno()
 
+    def peer(self) -> str:
+        """Address and port of the other end, for people."""
+        try:
+            host, port, *_ = self._socket.getpeername()
+        except (OSError, ValueError):
+            return ""
+        return f"{host}:{port}"
+
     # ---- blocking ----
     def send_blocking(self, message: Message, payload: Sequence[memoryview] = ()) -> int:
         """``payload``: the pieces of memory that its pages lie in; they are sent from there.
@@ -160,7 +168,7 @@ class LaneConnection:
                 raise MigrationError(f"the peer asked for a lane {message.lane!r}")
             return message
         raise MigrationError(
-            f"the peer said nothing for {CONNECT_TIMEOUT_S:g} s: is a xen-postcopy receiver listening there?"
+            f"the peer said nothing for {CONNECT_TIMEOUT_S:g} s: is it xen-postcopy that listens there?"
         )
 
     # ---- the end ----
@@ -257,11 +265,21 @@ async def connect(host: str, port: int) -> LaneConnection:
         raise MigrationError(f"no answer from {host}:{port} within {CONNECT_TIMEOUT_S:g} s") from None
     except OSError as error:
         causes: Sequence[BaseException] = getattr(error.__cause__, "exceptions", ()) or (error.__cause__ or error,)
-        why = getattr(causes[0], "strerror", None) or str(causes[0])
+        number = getattr(causes[0], "errno", None)
+        why = os.strerror(number) if number is not None and number > 0 else str(causes[0])
         raise MigrationError(
-            f"cannot reach a receiver at {host}:{port}: {why}; is `xen-postcopy receiver` running there?"
+            f"cannot reach {host}:{port}: {why}; is xen-postcopy running there, and listening on that address?"
         ) from error
     return LaneConnection.from_stream(stream)
+
+
+async def listen_tcp(host: str, port: int) -> tuple[list[trio.SocketListener], int]:
+    """Listeners and their port.  Raises :class:`MigrationError`."""
+    try:
+        listeners = await trio.open_tcp_listeners(port, host=host)
+    except OSError as error:
+        raise MigrationError(f"cannot listen at {host}:{port}: {error.strerror or error}") from error
+    return listeners, listeners[0].socket.getsockname()[1]
 
 
 def parse_address(text: str, default_port: int) -> tuple[str, int]:

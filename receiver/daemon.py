@@ -1,4 +1,7 @@
-"""The receiver daemon: a listener for lanes, a control socket, and the migrations that come in."""
+"""The receiver daemon: a listener for lanes, a control socket, and the migrations that come in.
+
+The lanes of a migration come to the listener; asked by xl's helper it dials them itself.
+"""
 
 from __future__ import annotations
 
@@ -8,47 +11,46 @@ from pathlib import Path
 
 import trio
 
-from migrate import control
+from migrate import control, lanes
+from migrate.config import Config
 from migrate.control import ControlConnection, Json
 from migrate.daemon import notify, until_stopped
 from migrate.errors import MigrationError
-from migrate.messages import Lane
-from migrate.session import hello, negotiate
-from migrate.transport import LaneConnection
-from receiver.migration import IncomingMigration
-from xenbackend.contract import Hypervisor, XenError
+from migrate.lanes import AwaitedLanes, DialledLanes
+from migrate.messages import Hello, Lane
+from migrate.transport import listen_tcp
+from receiver.migration import ENDED, IncomingMigration
+from receiver.toolstack import XlToolstack
+from xenbackend.contract import Hypervisor, ToolstackPorts
 
 log = logging.getLogger(__name__)
 
 MAX_MIGRATIONS = 1000
 KEPT = 100
 """Ended migrations that ``list`` still shows."""
-ENDED = ("completed", "failed", "refused")
 
 
 class ReceiverDaemon:
-    def __init__(self, hypervisor: Hypervisor, socket_path: Path, host: str, port: int):
+    def __init__(self, hypervisor: Hypervisor, socket_path: Path, config: Config):
         self._hypervisor = hypervisor
         self._socket_path = socket_path
-        self._address = (host, port)
+        self._address = config.receiver.listen
         self._migrations: dict[str, IncomingMigration] = {}
-        self._port = port
+        self._awaited: dict[str, AwaitedLanes] = {}
+        """By session."""
+        self._nursery: trio.Nursery
+        self._port = 0
 
     async def run(self) -> None:
         await until_stopped(self._serve, self._drain)
 
     async def _serve(self) -> None:
-        host, port = self._address
-        try:
-            listeners = await trio.open_tcp_listeners(port, host=host)
-        except OSError as error:
-            raise MigrationError(f"cannot listen at {host}:{port}: {error.strerror or error}") from error
-        self._port = listeners[0].socket.getsockname()[1]
-        async with trio.open_nursery() as nursery:
-            await nursery.start(control.serve, self._socket_path, self._handle)
-            await nursery.start(trio.serve_listeners, self._serve_lane, listeners)
-            notify(f"READY=1\nSTATUS=listening at {host}:{self._port}")
-            log.info("receiver listening at %s:%d, control socket %s", host, self._port, self._socket_path)
+        listeners, self._port = await listen_tcp(*self._address)
+        async with trio.open_nursery() as self._nursery:
+            await self._nursery.start(control.serve, self._socket_path, self._handle)
+            await self._nursery.start(trio.serve_listeners, self.serve_lane, listeners)
+            notify(f"READY=1\nSTATUS=listening at {self._address[0]}:{self._port}")
+            log.info("receiver listening at %s:%d, control socket %s", self._address[0], self._port, self._socket_path)
 
     async def _drain(self) -> None:
         for migration in self._migrations.values():
@@ -68,37 +70,59 @@ class ReceiverDaemon:
                 await connection.answer("result", migrations=[_line(m) for m in self._migrations.values()])
             case "status":
                 await connection.answer("result", port=self._port)
+            case "restore":
+                await self._restore(request, connection)
             case other:
                 raise MigrationError(f"unknown command {other!r}")
 
-    async def _serve_lane(self, stream: trio.SocketStream) -> None:
-        lane = LaneConnection.from_stream(stream)
-        try:
-            greeting = await lane.receive_hello()
-            await lane.send(hello(Lane(greeting.lane), greeting.session))
-            negotiate(greeting)
-            if greeting.lane == Lane.PULL.value:
-                await self._attach(greeting.session, greeting.token, lane).ended.wait()
-                return
-            if greeting.session in self._migrations or not greeting.session:
-                raise MigrationError("a session id that is in use")
-            if len(self._migrations) >= MAX_MIGRATIONS:
-                raise MigrationError("too many migrations")
-        except (MigrationError, XenError) as error:
-            log.warning("connection refused: %s", error)
-            lane.close()
-            return
-        migration = IncomingMigration(self._hypervisor, greeting.session, lane)
-        self._migrations[migration.id] = migration
-        await migration.run()
-        self._forget()
+    async def serve_lane(self, stream: trio.SocketStream) -> None:
+        await lanes.receive(stream, self._find_awaited)
 
-    def _attach(self, session: str, token: bytes, lane: LaneConnection) -> IncomingMigration:
-        migration = self._migrations.get(session)
-        if migration is None:
-            raise MigrationError("a pull lane for a session that is not here")
-        migration.attach_pull_lane(lane, token)
-        return migration
+    def _find_awaited(self, greeting: Hello) -> AwaitedLanes:
+        """A push lane begins a migration."""
+        if greeting.lane == Lane.PULL.value:
+            if greeting.session not in self._awaited:
+                raise MigrationError("a pull lane for a session that is not here")
+            return self._awaited[greeting.session]
+        self._check(greeting.session)
+        awaited = self._awaited[greeting.session] = AwaitedLanes()
+        self._start(IncomingMigration(self._hypervisor, greeting.session, awaited))
+        return awaited
+
+    async def _restore(self, request: Json, connection: ControlConnection) -> None:
+        """For xl's helper: the migration that xl's stream names."""
+        session, (host, port) = str(request["session"]), request["address"]
+        self._check(session)
+        dialled = DialledLanes((str(host), int(port)), session, bytes.fromhex(request["token"]))
+        toolstack = XlToolstack(int(request["domid"]), ToolstackPorts(**request["ports"]), connection)
+        migration = IncomingMigration(self._hypervisor, session, dialled, toolstack)
+        self._start(migration)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._listen_to_helper, migration, connection)
+            await toolstack.finished.wait()
+            nursery.cancel_scope.cancel()
+
+    async def _listen_to_helper(self, migration: IncomingMigration, connection: ControlConnection) -> None:
+        """It says something, or goes away, only to have us leave the domain alone."""
+        await connection.request()
+        migration.cancel()
+
+    def _check(self, session: str) -> None:
+        if session in self._migrations or not session:
+            raise MigrationError("a session id that is in use")
+        if len(self._migrations) >= MAX_MIGRATIONS:
+            raise MigrationError("too many migrations")
+
+    def _start(self, migration: IncomingMigration) -> None:
+        self._migrations[migration.id] = migration
+        self._nursery.start_soon(self._carry_out, migration)
+
+    async def _carry_out(self, migration: IncomingMigration) -> None:
+        await migration.run()
+        awaited = self._awaited.pop(migration.id, None)
+        if awaited is not None:
+            awaited.close()
+        self._forget()
 
     def _forget(self) -> None:
         ended = [m.id for m in self._migrations.values() if m.progress.phase in ENDED]
@@ -107,4 +131,4 @@ class ReceiverDaemon:
 
 
 def _line(migration: IncomingMigration) -> Json:
-    return {"id": migration.id, "direction": "incoming", **asdict(migration.progress)}
+    return {"id": migration.id, "direction": "incoming", "peer": migration.lanes.peer, **asdict(migration.progress)}

@@ -4,6 +4,9 @@ Before ``ready`` is said any failure takes everything back: the incoming domain 
 sender told why.  Once ``ready`` is said and the link breaks without a word, this end cannot know whether the guest was
 handed over: it holds still.  After ``handover`` the guest lives here: whatever fails, its
 ring stays enabled and its memory stays as it is (invariants 1 and 5).
+
+Where a toolstack decides whether the guest runs here, it is served from ``entrust`` on, and what the toolstack does to its domain
+tells what was decided: see :meth:`_follow_domain`.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ from dataclasses import dataclass
 import trio
 
 from migrate import messages as m
-from migrate.errors import MigrationError, PeerClosedError, ProtocolError, RemoteProtocolError
+from migrate.errors import GuestEndedError, MigrationError, PeerClosedError, ProtocolError, RemoteProtocolError
+from migrate.lanes import Lanes
 from migrate.messages import Lane
 from migrate.pfns import pfns_of_window
 from migrate.session import Role, Session
@@ -26,13 +30,20 @@ from migrate.transport import LaneConnection, run_in_thread, step_timeout
 from receiver.outstanding import OutstandingPages
 from receiver.pager import Pager
 from receiver.restore import MemoryRestorer
-from xenbackend.contract import Domain, DomainConfig, Hypervisor, XenError
+from receiver.toolstack import OwnToolstack, Toolstack
+from xenbackend.contract import Domain, DomainConfig, DomainState, Hypervisor, NoSuchDomainError, XenError
 from xenbackend.ring import PagingRing
 
 log = logging.getLogger(__name__)
 
 MAX_CONTEXT_BYTES = 64 * 1024 * 1024
 REPORT_EVERY_S = 0.25
+TOKEN_BYTES = 32
+LOOK_EVERY_S = 0.02
+"""At a domain that is about to run, ..."""
+LOOK_AGAIN_EVERY_S = 0.5
+"""... and at one that runs."""
+ENDED = ("completed", "failed", "refused")
 
 
 @dataclass
@@ -47,14 +58,15 @@ class IncomingProgress:
 
 
 class IncomingMigration:
-    def __init__(self, hypervisor: Hypervisor, migration_id: str, push: LaneConnection):
+    def __init__(self, hypervisor: Hypervisor, migration_id: str, lanes: Lanes, toolstack: Toolstack | None = None):
         self.id = migration_id
-        self.token = secrets.token_bytes(32)
+        self.lanes = lanes
         self.progress = IncomingProgress()
         self.session = Session(Role.RECEIVER)
         self.statistics = PagerStatistics()
         self._hypervisor = hypervisor
-        self._push = push
+        self._toolstack = toolstack or OwnToolstack()
+        self._push: LaneConnection | None = None
         self._pull: LaneConnection | None = None
         self._domain: Domain | None = None
         self._ring: PagingRing | None = None
@@ -63,22 +75,19 @@ class IncomingMigration:
         self._pager: Pager
         self._context = bytearray()
         self._said_ready = False
+        self._runs = trio.Event()
+        """The guest, here."""
+        self._handed_over = trio.Event()
         self._completed = False
         self._tasks: trio.Nursery
         self._scope = trio.CancelScope()
         self.ended = trio.Event()
 
     # ---- what others may ask ----
-    def attach_pull_lane(self, lane: LaneConnection, token: bytes) -> None:
-        """Raises :class:`ProtocolError` where the token is wrong or used."""
-        if not secrets.compare_digest(token, self.token) or self._pull is not None or self._domain is None:
-            raise ProtocolError("a pull lane with a wrong or used token")
-        self._pull = lane
-
     @property
     def needed(self) -> bool:
         """The guest lives by this process: it must not be stopped."""
-        return self._said_ready and self.progress.phase != "completed"
+        return self._said_ready and self.progress.phase not in ENDED
 
     def cancel(self) -> None:
         """Has no effect once :attr:`needed`."""
@@ -95,31 +104,36 @@ class IncomingMigration:
         except Exception as error:
             if not isinstance(error, MigrationError | XenError | OSError):
                 log.exception("%s: internal error", self.id)
-            with trio.CancelScope(shield=True):
-                await self._failed(error)
+            await self._failed(error)
         finally:
             self.ended.set()
-            self._push.close()
-            if self._pull is not None:
-                self._pull.close()
+            for lane in (self._push, self._pull):
+                if lane is not None:
+                    lane.close()
 
     async def _receive_migration(self) -> None:
+        self._push = push = await self.lanes.push()
         with step_timeout("the sender offered nothing"):
-            offer, _pages = await self._push.receive()
+            offer, _pages = await push.receive()
         self.session.received(offer, Lane.PUSH)
+        if isinstance(offer, m.Abort):
+            raise MigrationError(f"the sender gave up: {offer.reason}")
         if not isinstance(offer, m.Offer):
             raise RemoteProtocolError(f"{offer.type} instead of an offer")
-        refusal = self._prepare(offer)
+        refusal = await trio.to_thread.run_sync(self._prepare, offer)
         if refusal:
             self.progress.phase, self.progress.problem = "refused", refusal
             log.warning("%s: refused %s: %s", self.id, offer.name, refusal)
+            await self._discard(refusal)
             await self._say(m.Refused(m.printable(refusal)))
             return
-        await self._say(m.Accepted(self.statistics.populate_evicted, self.token))
+        token = secrets.token_bytes(TOKEN_BYTES)
+        await self._say(m.Accepted(self.statistics.populate_evicted, token))
+        self._pull = await self.lanes.pull(token)
         self.progress.phase = "precopy"
         async with task_group() as tasks:
             self._tasks = tasks
-            await run_in_thread(self._receive_push_lane, self._push.stop_receiving)
+            await run_in_thread(self._receive_push_lane, push.stop_receiving)
             tasks.cancel_scope.cancel()
         if not self._completed:
             raise MigrationError("the receiver is being stopped")
@@ -134,15 +148,14 @@ class IncomingMigration:
         self.progress.domain = offer.name
         config = DomainConfig(offer.name, offer.nr_pfns, offer.max_pages, offer.vcpus, offer.platform)
         try:
-            preflight = self._hypervisor.preflight(config, paging=offer.paging)
+            preflight = self._toolstack.preflight(self._hypervisor, config, paging=offer.paging)
             if preflight.problems:
                 return "; ".join(preflight.problems)
-            self._domain = self._hypervisor.create_incoming(config)
+            self._domain = self._toolstack.make(self._hypervisor, config)
             if offer.paging:
                 self._ring = self._domain.paging_enable()
                 self.statistics.populate_evicted = preflight.populate_evicted
         except XenError as error:
-            self._discard()
             return str(error)
         self._memory = MemoryRestorer(self._domain)
         self._pages = OutstandingPages(offer.nr_pfns)
@@ -154,11 +167,12 @@ class IncomingMigration:
 
         Pages are put in place here; what starts or ends something is the event loop's.
         """
+        assert self._push is not None
         while not self._completed:
             message, payload = self._push.receive_blocking()
             self.session.received(message, Lane.PUSH)
             match message:
-                case m.Pages() if self.session.handed_over:
+                case m.Pages() if self.session.serving:
                     self._pager.pushed(message, payload)
                 case m.Pages():
                     self._memory.pages(message, payload)
@@ -174,6 +188,8 @@ class IncomingMigration:
                     self._pages.add(pfns)
                 case m.Context():
                     self._take_context(message)
+                case m.Entrust():
+                    trio.from_thread.run(self._entrusted)
                 case m.Handover():
                     trio.from_thread.run_sync(self._take_over)
                 case m.Abort():
@@ -188,20 +204,40 @@ class IncomingMigration:
         self._context += message.data
         if not message.last:
             return
-        if self._pages.count and self._pull is None:
-            raise RemoteProtocolError("pages are missing and there is no pull lane to fetch them")
         self._domain.set_context(bytes(self._context))
         self._context.clear()
         self._said_ready = True
         self._say_blocking(m.Ready())
 
     def _say_blocking(self, message: m.Message) -> None:
+        assert self._push is not None
         self.session.sent(message, Lane.PUSH)
         self._push.send_blocking(message)
 
-    # ---- from the handover on ----
+    # ---- from the switchover on ----
+    async def _entrusted(self) -> None:
+        """xl is about to decide whether the guest runs here."""
+        assert self._domain is not None
+        if not self._toolstack.decides:
+            raise RemoteProtocolError("entrust: there is no toolstack here that would decide")
+        self._serve()
+        self.progress.phase = "deciding"
+        await self._toolstack.restored(self._domain)
+
     def _take_over(self) -> None:
-        """The guest is ours: run it, and serve it."""
+        """The guest is ours."""
+        assert self._domain is not None
+        self._handed_over.set()
+        self.progress.phase = "postcopy"
+        if self._toolstack.decides:
+            return
+        self._serve()
+        self._domain.start()
+        self._runs.set()
+        self._say_blocking(m.Resumed())
+
+    def _serve(self) -> None:
+        """Be the guest's pager."""
         assert self._domain is not None
         self._pager = Pager(
             self._domain,
@@ -212,15 +248,34 @@ class IncomingMigration:
             self.statistics,
             self._say_blocking,
         )
-        self.progress.phase = "postcopy"
-        self._tasks.start_soon(self._pager.serve)
-        self._domain.start()
-        self._say_blocking(m.Resumed())
-        self._tasks.start_soon(self._complete)
-        self._tasks.start_soon(self._report)
+        for task in (self._pager.serve, self._follow_domain, self._complete, self._report):
+            self._tasks.start_soon(task)
+
+    async def _follow_domain(self) -> None:
+        """Find out that the guest runs here, and that it has ended."""
+        while True:
+            state = await trio.to_thread.run_sync(self._state)
+            if state is None:
+                raise GuestEndedError(
+                    "its domain was destroyed" if self._runs.is_set() else "xl gave the guest up here"
+                )
+            if state is not DomainState.INCOMING and not self._runs.is_set():
+                self._runs.set()
+                await self._say(m.Resumed())
+            await trio.sleep(LOOK_AGAIN_EVERY_S if self._runs.is_set() else LOOK_EVERY_S)
+
+    def _state(self) -> DomainState | None:
+        """``None``: the domain is gone."""
+        assert self._domain is not None
+        try:
+            return self._domain.info().state
+        except NoSuchDomainError:
+            return None
 
     async def _complete(self) -> None:
         await self._pager.nothing_outstanding.wait()
+        await self._handed_over.wait()
+        await self._runs.wait()
         self.progress.phase = "completing"
         await trio.to_thread.run_sync(self._pager.acknowledge)
         await self._say(m.Complete(self._pager.summary()))
@@ -237,41 +292,73 @@ class IncomingMigration:
                 await self._pager.nothing_outstanding.wait()
 
     async def _say(self, message: m.Message) -> None:
+        assert self._push is not None
         self.session.sent(message, Lane.PUSH)
         await self._push.send(message)
 
     # ---- when it goes wrong ----
     async def _failed(self, error: Exception) -> None:
-        self.progress.problem = str(error)
+        progress = self.progress
+        answer: m.Message = m.Failed(m.printable(str(error)))
+        progress.problem = str(error)
         aborted = isinstance(error, MigrationError) and not isinstance(error, PeerClosedError | ProtocolError)
-        if self.session.handed_over:
-            self.progress.phase = "interrupted"
-            self.progress.problem += "; the guest is here and waits for its missing pages"
-            log.error("%s: %s after the handover: %s", self.id, self.progress.domain, error)
+        if self.session.serving and await self._is_gone():
+            reason = str(error) if isinstance(error, GuestEndedError) else "its domain was destroyed"
+            log.warning("%s: %s: %s", self.id, progress.domain, reason)
+            progress.phase, progress.problem = "failed", reason
+            self._release()
+            if self.session.handed_over:
+                answer = m.Ended(m.printable(reason))
+        elif self.session.handed_over or self._runs.is_set():
+            progress.phase = "interrupted"
+            progress.problem += "; the guest is here and waits for its missing pages"
+            log.error("%s: %s after the handover: %s", self.id, progress.domain, error)
         elif self._said_ready and not aborted:
-            self.progress.phase = "in doubt"
-            self.progress.problem += (
-                "; the sender may or may not have handed the guest over: it is kept, and does not run"
-            )
-            log.error("%s: %s before the handover: %s", self.id, self.progress.domain, self.progress.problem)
+            progress.phase = "in doubt"
+            progress.problem += "; the sender may or may not have handed the guest over: it is kept, and does not run"
+            log.error("%s: %s before the handover: %s", self.id, progress.domain, progress.problem)
+            if self._toolstack.decides:
+                await self._await_decision(error)
             return
         else:
-            self.progress.phase = "failed"
-            log.warning("%s: %s given up: %s", self.id, self.progress.domain or "migration", error)
-            await trio.to_thread.run_sync(self._discard)
-        with trio.move_on_after(2), contextlib.suppress(MigrationError):
-            await self._push.send(m.Failed(m.printable(str(error))))
+            progress.phase = "failed"
+            log.warning("%s: %s given up: %s", self.id, progress.domain or "migration", error)
+            with trio.CancelScope(shield=True):
+                await self._discard(str(error))
+        with trio.CancelScope(shield=True), trio.move_on_after(2), contextlib.suppress(MigrationError):
+            if self._push is not None:
+                await self._push.send(answer)
 
-    def _discard(self) -> None:
+    async def _await_decision(self, error: Exception) -> None:
+        """xl decides, though the link is lost: the guest runs here, or its domain goes away."""
+        while (state := await trio.to_thread.run_sync(self._state)) is DomainState.INCOMING:
+            await trio.sleep(LOOK_AGAIN_EVERY_S)
+        if state is None:
+            self.progress.phase, self.progress.problem = "failed", f"{error}; xl gave the guest up here"
+            self._release()
+        else:
+            self.progress.phase = "interrupted"
+            self.progress.problem = f"{error}; the guest is here and waits for its missing pages"
+
+    async def _is_gone(self) -> bool:
+        return self._domain is not None and await trio.to_thread.run_sync(self._state) is None
+
+    async def _discard(self, reason: str) -> None:
         """Nothing is left over."""
         if self._domain is None:
+            await self._toolstack.failed(reason)
             return
         try:
-            self._domain.destroy()
+            await self._toolstack.discard(self._domain, reason)
         except XenError as error:
             log.error("%s: %s is left over: %s", self.id, self.progress.domain, error)
             self.progress.problem += f"; and the incoming domain is left over: {error}"
+        self._release()
+
+    def _release(self) -> None:
+        """What we have of the domain."""
         if self._ring is not None:
             self._ring.close()
-        self._domain.close()
-        self._domain = None
+        if self._domain is not None:
+            self._domain.close()
+            self._domain = None

@@ -1,38 +1,53 @@
-"""The sender daemon: a control socket, and the migrations that it was asked for."""
+"""The sender daemon: a control socket, a listener for lanes, and the migrations that it was asked for.
+
+Asked by the command line it dials the receiver; asked by xl's helper it is dialled, since only xl's stream
+knows where the other end is, and that goes one way.
+"""
 
 from __future__ import annotations
 
+import base64
 import logging
+import secrets
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import trio
 
-from migrate import control
+from migrate import control, lanes
+from migrate.config import RECEIVER_PORT, Config, MigrationConfig, advertised
 from migrate.control import ControlConnection, Json
 from migrate.daemon import notify, until_stopped
 from migrate.errors import MigrationError
+from migrate.lanes import AwaitedLanes, DialledLanes
+from migrate.messages import Hello
 from migrate.policy import PolicyOptions, Strategy
+from migrate.session import new_id
 from migrate.tasks import root_cause
-from migrate.transport import parse_address
+from migrate.transport import listen_tcp, parse_address
 from sender.migration import MigrationOptions, OutgoingMigration
+from sender.toolstack import XlToolstack
 from xenbackend.contract import Hypervisor, XenError
 
 log = logging.getLogger(__name__)
 
-DEFAULT_PORT = 8013
 PROGRESS_EVERY_S = 0.2
 KEPT = 100
 """Ended migrations that ``list`` still shows."""
+TOKEN_BYTES = 32
 
 
 class SenderDaemon:
-    def __init__(self, hypervisor: Hypervisor, socket_path: Path):
+    def __init__(self, hypervisor: Hypervisor, socket_path: Path, config: Config):
         self._hypervisor = hypervisor
         self._socket_path = socket_path
+        self._config = config
+        self._port = 0
         self._migrations: dict[str, OutgoingMigration] = {}
         self._active: set[str] = set()
+        self._awaited: dict[str, AwaitedLanes] = {}
+        """By session."""
         self._nursery: trio.Nursery
         self._idle = trio.Event()
 
@@ -40,10 +55,14 @@ class SenderDaemon:
         await until_stopped(self._serve, self._drain)
 
     async def _serve(self) -> None:
+        listeners, self._port = await listen_tcp(*self._config.sender.listen)
         async with trio.open_nursery() as self._nursery:
             await self._nursery.start(control.serve, self._socket_path, self._handle)
+            await self._nursery.start(trio.serve_listeners, self._serve_lane, listeners)
             notify("READY=1\nSTATUS=waiting for migrations")
-            log.info("sender ready at %s", self._socket_path)
+            log.info(
+                "sender ready at %s, listening at %s:%d", self._socket_path, self._config.sender.listen[0], self._port
+            )
 
     async def _drain(self) -> None:
         for migration in self._running():
@@ -67,8 +86,12 @@ class SenderDaemon:
         match request["command"]:
             case "list":
                 await connection.answer("result", migrations=[_line(m) for m in self._migrations.values()])
+            case "status":
+                await connection.answer("result", port=self._port)
             case "migrate":
                 await self._migrate(request, connection)
+            case "save":
+                await self._save(request, connection)
             case "cancel":
                 self._find(request["migration"]).cancel("cancelled by the operator")
                 await connection.answer("result")
@@ -86,20 +109,17 @@ class SenderDaemon:
         return found[0]
 
     async def _migrate(self, request: Json, connection: ControlConnection) -> None:
-        domain, destination = str(request["domain"]), parse_address(str(request["destination"]), DEFAULT_PORT)
+        """For the command line."""
+        domain, destination = str(request["domain"]), parse_address(str(request["destination"]), RECEIVER_PORT)
         options = MigrationOptions(
             Strategy(request.get("strategy", "hybrid")),
             PolicyOptions(**request.get("policy", {})),
             request.get("bandwidth"),
         )
-        if any(m.domain_name == domain for m in self._running()):
-            raise MigrationError(f"domain {domain} is being migrated already: see `xen-postcopy list`")
-        migration = OutgoingMigration(self._hypervisor, domain, destination, options)
-        ended = trio.Event()
-        self._migrations[migration.id] = migration
-        self._active.add(migration.id)
-        # The migration is the daemon's, not the connection's: a client that goes away does not end it.
-        self._nursery.start_soon(self._carry_out, migration, ended)
+        session = new_id()
+        dialled = DialledLanes(destination, session)
+        migration = OutgoingMigration(session, self._hypervisor, domain, dialled, options)
+        ended = self._start(migration)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._listen, migration, connection)
@@ -113,6 +133,60 @@ class SenderDaemon:
         if migration.progress.phase != "completed":
             raise MigrationError(migration.progress.problem)
         await connection.answer("result", result=migration.result())
+
+    async def _save(self, request: Json, connection: ControlConnection) -> None:
+        """For xl's helper: the receiver is told by xl's stream where we are, and dials."""
+        with self._hypervisor.open(int(request["domid"])) as domain:
+            name, policy = domain.info().name, domain.cpu_policy()
+        session, token = new_id(), secrets.token_bytes(TOKEN_BYTES)
+        awaited = AwaitedLanes(token, timeout_s=self._config.sender.peer_timeout_s)
+        toolstack = XlToolstack(connection)
+        options = _options(self._config.migration, request)
+        migration = OutgoingMigration(
+            session, self._hypervisor, str(request["domid"]), awaited, options, toolstack=toolstack
+        )
+        migration.domain_name = name
+        host, port = advertised(self._config.sender, self._port)
+        await connection.answer(
+            "offer",
+            session=session,
+            address=[host, port],
+            token=token.hex(),
+            cpu_policy=[base64.b64encode(part).decode() for part in policy],
+        )
+        self._awaited[session] = awaited
+        self._start(migration)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._listen_to_helper, migration, toolstack)
+            while not toolstack.finished.is_set():
+                await connection.answer("progress", **_line(migration))
+                with trio.move_on_after(PROGRESS_EVERY_S):
+                    await toolstack.finished.wait()
+            nursery.cancel_scope.cancel()
+
+    async def _listen_to_helper(self, migration: OutgoingMigration, toolstack: XlToolstack) -> None:
+        await toolstack.listen()
+        if not toolstack.finished.is_set():
+            migration.cancel("xl, or its helper, has gone")
+
+    async def _serve_lane(self, stream: trio.SocketStream) -> None:
+        await lanes.receive(stream, self._find_awaited)
+
+    def _find_awaited(self, greeting: Hello) -> AwaitedLanes:
+        awaited = self._awaited.get(greeting.session)
+        if awaited is None:
+            raise MigrationError("a lane for a session that nobody awaits here")
+        return awaited
+
+    def _start(self, migration: OutgoingMigration) -> trio.Event:
+        """The migration is the daemon's, not the connection's: a client that goes away does not end it."""
+        if any(m.domain_name == migration.domain_name for m in self._running()):
+            raise MigrationError(f"domain {migration.domain_name} is being migrated already: see `xen-postcopy list`")
+        ended = trio.Event()
+        self._migrations[migration.id] = migration
+        self._active.add(migration.id)
+        self._nursery.start_soon(self._carry_out, migration, ended)
+        return ended
 
     async def _listen(self, migration: OutgoingMigration, connection: ControlConnection) -> None:
         """What the client says meanwhile."""
@@ -139,6 +213,9 @@ class SenderDaemon:
             log.exception("%s: %s: internal error", migration.id, migration.domain_name)
         finally:
             self._active.discard(migration.id)
+            awaited = self._awaited.pop(migration.id, None)
+            if awaited is not None:
+                awaited.close()
             ended.set()
             self._idle.set()
             self._forget()
@@ -154,8 +231,17 @@ def _line(migration: OutgoingMigration) -> dict[str, Any]:
         "id": migration.id,
         "direction": "outgoing",
         "domain": migration.domain_name,
-        "peer": ":".join(map(str, migration.destination)),
+        "peer": migration.lanes.peer,
         "strategy": migration.options.strategy.value,
         "handed_over": migration.session.handed_over,
         **asdict(migration.progress),
     }
+
+
+def _options(config: MigrationConfig, request: Json) -> MigrationOptions:
+    """Of a migration by xl: the configuration's, but for what its environment says."""
+    strategy = request.get("strategy") or config.strategy
+    try:
+        return MigrationOptions(Strategy(strategy), config.policy, config.bandwidth)
+    except ValueError:
+        raise MigrationError(f"strategy {strategy!r}: hybrid, postcopy or precopy") from None

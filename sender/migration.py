@@ -6,6 +6,9 @@ The order of things is in :meth:`OutgoingMigration.run`, one method a phase.  Tw
   at the source as if nothing had happened.
 - From then on nothing does: the domain stays suspended and its pages are kept until the receiver has confirmed
   each of them, whatever fails (invariants 1 and 6).
+
+Where a toolstack decides at which end the guest runs, there is a time between the two in which nobody here knows: the domain
+stays as it is, and its pages are kept, until the toolstack has resumed or destroyed it.
 """
 
 from __future__ import annotations
@@ -15,7 +18,6 @@ import json
 import logging
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,23 +27,26 @@ import trio
 
 from migrate import messages as m
 from migrate.bandwidth import BandwidthCap
-from migrate.errors import MigrationError, PeerClosedError, RemoteProtocolError
+from migrate.errors import GuestEndedError, MigrationError, PeerClosedError, RemoteProtocolError
+from migrate.lanes import Lanes
 from migrate.messages import Lane
 from migrate.pfns import NO_PFNS, PfnMask, from_mask, mask_from_bitmap, windows
 from migrate.policy import Decision, DefaultPolicy, Policy, PolicyOptions, PrecopyProgress, Strategy
-from migrate.session import Role, Session, hello, negotiate
+from migrate.session import Phase, Role, Session
 from migrate.statistics import SenderStatistics
 from migrate.tasks import task_group
-from migrate.transport import STEP_TIMEOUT_S, LaneConnection, connect, run_in_thread, step_timeout
+from migrate.transport import STEP_TIMEOUT_S, LaneConnection, run_in_thread, step_timeout
 from sender.backlog import Backlog
 from sender.faults import FaultServer
-from sender.reader import announce, batches_of, count_pages, pinned, present
+from sender.reader import announce, batches_of, count_pages, hold, pinned, present
+from sender.toolstack import OwnToolstack, Toolstack
 from xenbackend.contract import PAGE_SIZE, Domain, DomainState, Hypervisor, PfnArray, XenError
 
 log = logging.getLogger(__name__)
 
 BATCH_PAGES = 1024
 """Pages that are read, sent and loaded together: enough that Python's part of the work does not count."""
+MAX_DEFERRALS = 4
 CANCEL_GRACE_S = 2.0
 EXPLANATION_S = 1.0
 
@@ -73,24 +78,27 @@ class Progress:
 class _Signals:
     """What the receiver has told us so far."""
 
-    passed: trio.Event = field(default_factory=trio.Event)
+    passed: dict[int, trio.Event] = field(default_factory=dict)
     ready: trio.Event = field(default_factory=trio.Event)
     complete: trio.Event = field(default_factory=trio.Event)
 
 
 class OutgoingMigration:
+    """``session_id``: what ``lanes`` is for (:func:`migrate.session.new_id`)."""
+
     def __init__(
-        self, hypervisor: Hypervisor, domain: str, destination: tuple[str, int], options: MigrationOptions,
-        policy: Policy | None = None,
+        self, session_id: str, hypervisor: Hypervisor, domain: str, lanes: Lanes, options: MigrationOptions,
+        *, toolstack: Toolstack | None = None, policy: Policy | None = None,
     ):  # fmt: skip
-        self.id = uuid.uuid4().hex
+        self.id = session_id
         self.domain_name = domain
-        self.destination = destination
+        self.lanes = lanes
         self.options = options
         self.progress = Progress()
         self.statistics = SenderStatistics(strategy=options.strategy.value)
         self.receiver_statistics: dict[str, Any] = {}
         self.session = Session(Role.SENDER)
+        self._toolstack = toolstack or OwnToolstack()
         self._policy = policy or DefaultPolicy(options.strategy, options.policy)
         self._hypervisor = hypervisor
         self._cap = BandwidthCap(options.bandwidth_bytes_per_s)
@@ -98,6 +106,7 @@ class OutgoingMigration:
         self._postcopy_asked = False
         self._scope = trio.CancelScope()
         self._cancel_reason = ""
+        self._log_dirty = False
         self._suspended = False
         self._pinned = NO_PFNS
         self._domain: Domain
@@ -115,6 +124,8 @@ class OutgoingMigration:
 
     def cancel(self, reason: str) -> None:
         """Give up; the guest goes on here.  Raises :class:`MigrationError` after the handover."""
+        if self.session.phase is Phase.DECISION:
+            raise MigrationError("too late to cancel: it is for xl to decide now at which end the guest runs")
         if self.session.handed_over:
             raise MigrationError("too late to cancel: the guest runs at the destination, and its memory is following")
         self._cancel_reason = reason
@@ -136,24 +147,28 @@ class OutgoingMigration:
             if self._scope.cancelled_caught:
                 raise MigrationError(f"cancelled: {self._cancel_reason}")
         except BaseException as error:
-            with trio.CancelScope(shield=True):
-                if self.session.handed_over:
-                    self.progress.phase = "interrupted"
-                    self.progress.problem = f"{error}; the guest is at the destination, its missing pages are kept here"
-                else:
-                    self.progress.phase = "failed"
-                    self.progress.problem = str(error)
-                    await self._give_up(str(error))
+            await self._failed(error)
             raise
         finally:
-            for lane in (self._push, self._pull):
-                if lane is not None:
-                    lane.close()
-            self._domain.close()
-            self.statistics.bytes_sent = sum(lane.bytes_sent for lane in (self._push, self._pull) if lane)
+            self._close_lanes()
+            if not self.keeps_pages:
+                self._domain.close()
+
+    @property
+    def keeps_pages(self) -> bool:
+        """The guest lives at the destination, and some of its pages only here."""
+        return self.progress.phase == "interrupted"
+
+    def _close_lanes(self) -> None:
+        for lane in (self._push, self._pull):
+            if lane is not None:
+                self.statistics.bytes_sent += lane.bytes_sent
+                lane.close()
+        self._push = self._pull = None
 
     async def _migrate(self) -> None:
         info = self._domain.info()
+        self.domain_name = info.name or self.domain_name
         if info.state is not DomainState.RUNNING:
             raise MigrationError(f"domain {info.name} is {info.state.value}: only a running domain can be migrated")
         self.statistics.memory_bytes = info.tot_pages * PAGE_SIZE
@@ -164,8 +179,11 @@ class OutgoingMigration:
             missing, rest = await self._precopy()
             await self._switch_over(missing, rest)
             tasks.start_soon(self._serve_faults)
+            if self._toolstack.decides:
+                tasks.start_soon(self._follow_decision)
             await self._push_pages()
-            self.progress.phase = "completing"
+            if self.session.handed_over:
+                self.progress.phase = "completing"
             await self._signals.complete.wait()
             if self._backlog.unacknowledged:
                 raise RemoteProtocolError(f"complete, but {self._backlog.unacknowledged} pages were never confirmed")
@@ -174,13 +192,11 @@ class OutgoingMigration:
             self.statistics.finished = time.monotonic()
             tasks.cancel_scope.cancel()
         self.progress.phase = "completed"
-        await trio.to_thread.run_sync(self._domain.destroy)
+        await self._toolstack.finish(self._domain)
 
     async def _connect(self) -> None:
         """hello, preflight and the pull lane."""
-        self._push = await connect(*self.destination)
-        await self._push.send(hello(Lane.PUSH, self.id))
-        negotiate(await self._push.receive_hello())
+        self._push = await self.lanes.push()
         self.progress.phase = "preflight"
         config = self._domain.config()
         paging = self.options.strategy.pages_after_handover
@@ -192,17 +208,17 @@ class OutgoingMigration:
             raise MigrationError(f"the destination refuses: {answer.reason}")
         if not isinstance(answer, m.Accepted):
             raise RemoteProtocolError(f"{answer.type} instead of accepted or refused")
-        pull = await connect(*self.destination)
-        await pull.send(hello(Lane.PULL, self.id, answer.token))
-        negotiate(await pull.receive_hello())
-        self._pull = pull
+        self._pull = await self.lanes.pull(answer.token)
+        await self._toolstack.agreed()
 
     # ---- precopy ----
     async def _precopy(self) -> tuple[PfnMask, PfnMask]:
         """Returns two sets: what the receiver has been told to evict, and what else is known to be unsent."""
         self.progress.phase = "precopy"
         domain, stats = self._domain, self.statistics
+        self._log_dirty = True
         await trio.to_thread.run_sync(domain.log_dirty_enable)
+        await self._toolstack.track_device_model(True)
         to_send: PfnMask = await trio.to_thread.run_sync(present, domain)
         previous = remaining = int(np.count_nonzero(to_send))
         began = time.monotonic()
@@ -227,21 +243,50 @@ class OutgoingMigration:
             log.info("%s: round %d done, %d pages dirty, %s", self.id, stats.rounds, remaining, decision.value)
         if decision is Decision.ABORT:
             raise MigrationError("the policy gave up: the guest dirties memory faster than it can be sent")
-        kept_back = np.zeros(domain.nr_pfns, dtype=np.bool_)
         if decision is Decision.STOP_AND_COPY:
-            return kept_back, to_send
-        # What will not be sent any more is evicted while the guest still runs, not in its downtime.
-        await self._send_holes(to_send, to_send)
-        # So is the search for the pinned set, which may look into every page.
+            return np.zeros_like(to_send), to_send
+        return await self._defer(to_send)
+
+    async def _defer(self, unsent: PfnMask) -> tuple[PfnMask, PfnMask]:
+        """What will not be sent any more is dealt with while the guest still runs, not in its downtime.
+
+        That takes a while, in which the guest writes more: once again with that, as long as it becomes less.
+        """
+        domain = self._domain
+        deferred, kept_back = np.zeros_like(unsent), np.zeros_like(unsent)
+        # The search for the pinned set may look into every page.
         self._pinned = await trio.to_thread.run_sync(pinned, domain)
-        kept_back[self._pinned] = to_send[self._pinned]
-        to_send[self._pinned] = False
-        for base, bitmap in windows(to_send):
-            await self._say(m.Defer(base, bitmap))
-        await self._say(m.Barrier(1))
-        with step_timeout("the destination did not evict the unsent pages"):
-            await self._signals.passed.wait()
-        return to_send, kept_back
+        for number in range(1, MAX_DEFERRALS + 1):
+            count = int(np.count_nonzero(unsent))
+            await self._send_holes(unsent, unsent, deferred)
+            if number > 1:
+                more = await trio.to_thread.run_sync(domain.pinned, from_mask(unsent))
+                self._pinned = np.union1d(self._pinned, more)
+            kept_back[self._pinned] |= unsent[self._pinned]
+            unsent[self._pinned] = False
+            if self._toolstack.decides:
+                await trio.to_thread.run_sync(hold, domain, unsent)
+            for base, bitmap in windows(unsent):
+                await self._say(m.Defer(base, bitmap))
+            await self._barrier(number, "the destination did not evict the unsent pages")
+            deferred |= unsent
+            unsent = mask_from_bitmap(domain.log_dirty(clean=True), domain.nr_pfns)
+            left = int(np.count_nonzero(unsent))
+            log.info("%s: %d pages put off, %d written meanwhile", self.id, count, left)
+            if left <= self.options.policy.dirty_threshold or left > count / 2:
+                break
+        return deferred, kept_back | unsent
+
+    def _stop_log_dirty(self) -> None:
+        if self._log_dirty:
+            self._domain.log_dirty_disable()
+            self._log_dirty = False
+
+    async def _barrier(self, number: int, complaint: str) -> None:
+        passed = self._signals.passed[number] = trio.Event()
+        await self._say(m.Barrier(number))
+        with step_timeout(complaint):
+            await passed.wait()
 
     async def _send_round(self, to_send: PfnMask, total: int, previous: int, began: float) -> Decision:
         """Send the set, taking out of it what was sent, until it is empty or the policy decides otherwise."""
@@ -298,18 +343,19 @@ class OutgoingMigration:
         finally:
             cut_off.cancel()
 
-    async def _send_holes(self, candidates: PfnMask, unsent: PfnMask) -> None:
+    async def _send_holes(self, candidates: PfnMask, *unsent: PfnMask) -> None:
         """Tell of those candidates that are no memory any more (ballooned), and take them out of ``unsent``."""
         pfns = from_mask(candidates)
         gone = pfns[~await trio.to_thread.run_sync(self._domain.present, pfns)]
-        unsent[gone] = False
+        for mask in unsent:
+            mask[gone] = False
         for at in range(0, len(gone), m.MAX_PFNS):
             await self._say(m.Pages(NO_PFNS, holes=gone[at : at + m.MAX_PFNS]))
 
     @property
     def _standing_still(self) -> bool:
         """Between suspension and handover nothing is held back: it would be downtime."""
-        return self._suspended and not self.session.handed_over
+        return self._suspended and not self.session.serving
 
     # ---- switchover ----
     async def _switch_over(self, deferred: PfnMask, unsent: PfnMask) -> None:
@@ -317,7 +363,8 @@ class OutgoingMigration:
         domain, stats = self._domain, self.statistics
         stats.suspended = time.monotonic()
         self._suspended = True
-        await trio.to_thread.run_sync(domain.suspend)  # a real guest is asked, and takes its time
+        await self._toolstack.suspend(domain)
+        stats.stood_still = time.monotonic()
         await self._say(m.Suspended())
         # Everything below is bounded by what changed since the last look, not by the size of the guest.
         changed = mask_from_bitmap(domain.log_dirty(clean=True), domain.nr_pfns) | unsent
@@ -342,6 +389,11 @@ class OutgoingMigration:
         for at in range(0, len(context), m.MAX_CONTEXT_CHUNK):
             chunk = context[at : at + m.MAX_CONTEXT_CHUNK]
             await self._say(m.Context(chunk, at + len(chunk) == len(context)))
+        if self._toolstack.decides:
+            # What was written since it was held may be another frame now.
+            await trio.to_thread.run_sync(hold, domain, missing & changed)
+            await self._toolstack.track_device_model(False)
+            self._stop_log_dirty()
         with step_timeout("the guest was suspended, and the destination was not ready"):
             await self._signals.ready.wait()
         assert self._pull is not None
@@ -350,10 +402,21 @@ class OutgoingMigration:
         self.progress.pages_done, self.progress.pages_total = 0, stats.missing_pages
         self.progress.outstanding = stats.missing_pages
         await trio.lowlevel.checkpoint_if_cancelled()
-        # From here on the guest is the receiver's, even if this very message does not arrive.
         with trio.CancelScope(shield=True):
-            await self._say(m.Handover())
+            if self._toolstack.decides:
+                await self._say(m.Entrust())
+                await self._toolstack.switched_over()
+                self.progress.phase = "deciding"
+            else:
+                # From here on the guest is the receiver's, even if this very message does not arrive.
+                await self._say(m.Handover())
+                self.progress.phase = "postcopy"
+
+    async def _follow_decision(self) -> None:
+        if not await self._toolstack.decision(self._domain):
+            raise MigrationError("xl resumed the guest here")
         self.progress.phase = "postcopy"
+        await self._say(m.Handover())
 
     def _stop_and_copy_fits(self, dirty: int) -> bool:
         """Sending the rest now, instead of after the handover: always where there is no after."""
@@ -393,17 +456,19 @@ class OutgoingMigration:
             self.session.received(message, Lane.PUSH)
             match message:
                 case m.Passed():
-                    trio.from_thread.run_sync(self._signals.passed.set)
+                    trio.from_thread.run_sync(self._signals.passed[message.number].set)
                 case m.Ready():
                     trio.from_thread.run_sync(self._signals.ready.set)
                 case m.Resumed():
                     self.statistics.resumed = time.monotonic()
                 case m.Loaded():
                     self._backlog.loaded(message.pfns)
+                    self._domain.release(message.pfns)
                     self.progress.pages_done += len(message.pfns)
                     self.progress.outstanding = self._backlog.unacknowledged
                 case m.Dropped():
                     self._backlog.dropped(message.pfns)
+                    self._domain.release(message.pfns)
                     self.progress.outstanding = self._backlog.unacknowledged
                 case m.Report():
                     self.progress.faults, self.progress.latency_us = message.faults, message.latency_us
@@ -411,6 +476,8 @@ class OutgoingMigration:
                     self.receiver_statistics = _receiver_statistics(message.statistics)
                     trio.from_thread.run_sync(self._signals.complete.set)
                     return
+                case m.Ended():
+                    raise GuestEndedError(f"the guest ended at the destination: {message.reason}")
                 case m.Failed():
                     raise MigrationError(f"the destination cannot go on: {message.reason}")
 
@@ -420,21 +487,38 @@ class OutgoingMigration:
         with trio.move_on_after(STEP_TIMEOUT_S), contextlib.suppress(PeerClosedError):
             await self._push.receive()
 
-    # ---- the way back ----
+    # ---- when it goes wrong ----
+    async def _failed(self, error: BaseException) -> None:
+        progress, given_away = self.progress, self.session.handed_over
+        if self.session.phase is Phase.DECISION and not isinstance(error, trio.Cancelled):
+            progress.phase, progress.problem = "in doubt", f"{error}; xl has not said yet at which end the guest runs"
+            log.warning("%s: %s: %s", self.id, self.domain_name, progress.problem)
+            given_away = await self._toolstack.decision(self._domain)
+        if isinstance(error, GuestEndedError):
+            progress.phase, progress.problem = "failed", str(error)
+            await self._toolstack.finish(self._domain)
+        elif given_away:
+            progress.phase = "interrupted"
+            progress.problem = f"{error}; the guest is at the destination, its missing pages are kept here"
+        else:
+            progress.phase, progress.problem = "failed", str(error)
+            with trio.CancelScope(shield=True):
+                await self._give_up(str(error))
+
     async def _give_up(self, reason: str) -> None:
         """The guest goes on here; the receiver is told, if it can be."""
         log.warning("%s: migration of %s given up: %s", self.id, self.domain_name, reason)
-        try:
-            self._domain.log_dirty_disable()
-            if self._suspended and self._domain.info().state is DomainState.SUSPENDED:
-                self._domain.resume()
-        except XenError as error:
-            self.progress.problem += f"; and then: {error}"
-            log.error("%s: %s", self.id, error)
         if self._push is not None:
             with trio.move_on_after(2), contextlib.suppress(PeerClosedError):
                 # Where this fails it sees the connection end, which says the same.
                 await self._push.send(m.Abort(m.printable(reason)))
+        self._close_lanes()
+        try:
+            self._stop_log_dirty()
+            await self._toolstack.give_up(self._domain, reason, suspended=self._suspended)
+        except XenError as error:
+            self.progress.problem += f"; and then: {error}"
+            log.error("%s: %s", self.id, error)
 
 
 def _receiver_statistics(data: bytes) -> dict[str, Any]:

@@ -50,6 +50,12 @@ def pinned(domain: Domain) -> PfnArray:
     return np.concatenate([domain.pinned(pfns) for pfns in all_pfns(domain.nr_pfns)])
 
 
+def hold(domain: Domain, mask: PfnMask) -> None:
+    """Keep the pages of a set readable, whatever becomes of the domain."""
+    for base in range(0, len(mask), PIECE_PFNS):
+        domain.hold(from_mask(mask[base : base + PIECE_PFNS], base))
+
+
 def batches_of(mask: PfnMask, batch_pages: int) -> Iterator[PfnArray]:
     """The set in ascending batches, looked at window by window."""
     for base in range(0, len(mask), WINDOW_PFNS):

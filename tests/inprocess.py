@@ -10,9 +10,12 @@ from dataclasses import dataclass, field
 
 import trio
 
+from migrate.config import Config
 from migrate.errors import MigrationError
+from migrate.lanes import DialledLanes
 from migrate.loopback import World, verify_migrated, wait_for_steps
 from migrate.policy import PolicyOptions, Strategy
+from migrate.session import new_id
 from receiver.daemon import ReceiverDaemon
 from sender.migration import MigrationOptions, OutgoingMigration
 from xenbackend.contract import XenError
@@ -39,16 +42,16 @@ async def migrate(
     guest = world.source.create_guest(spec.to_bytes())
     await trio.to_thread.run_sync(wait_for_steps, guest, 100)
     guest.close()
-    receiver = ReceiverDaemon(world.destination, world.receiver_socket, "127.0.0.1", 0)
+    receiver = ReceiverDaemon(world.destination, world.receiver_socket, Config())
     # Slow enough that the guest touches pages before they are pushed, however busy the machine is.
     options = options or MigrationOptions(strategy, PolicyOptions(max_rounds=2), bandwidth_bytes_per_s=32 * 2**20)
     with trio.fail_after(timeout_s):
         async with trio.open_nursery() as nursery:
-            listeners = await nursery.start(
-                functools.partial(trio.serve_tcp, receiver._serve_lane, 0, host="127.0.0.1")
-            )
-            port = listeners[0].socket.getsockname()[1]
-            outcome = Outcome(OutgoingMigration(world.source, spec.name, ("127.0.0.1", port), options))
+            receiver._nursery = nursery
+            listeners = await nursery.start(functools.partial(trio.serve_tcp, receiver.serve_lane, 0, host="127.0.0.1"))
+            session = new_id()
+            lanes = DialledLanes(("127.0.0.1", listeners[0].socket.getsockname()[1]), session)
+            outcome = Outcome(OutgoingMigration(session, world.source, spec.name, lanes, options))
             outcome.receiver = receiver
             try:
                 await outcome.migration.run()

@@ -709,7 +709,7 @@ def test_held_pages_are_readable_when_the_domain_is_gone(lab: Lab) -> None:
         assert contents == b"".join(page(i) for i in which.tolist())
     with domain.map_pages(span(8, 4)) as mapped:  # let go while somebody looks
         domain.release(span(5, 15))
-        assert mapped.data[0][:1] == b"\x08"
+        assert bytes(mapped.data[0][:1]) == b"\x08"
     domain.close()
 
 

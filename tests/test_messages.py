@@ -23,6 +23,7 @@ EXAMPLES: list[m.Message] = [
     m.Suspended(),
     m.Missing(8, b"\x01"),
     m.Context(b"registers", True),
+    m.Entrust(),
     m.Handover(),
     m.Completed(),
     m.Abort("because"),
@@ -35,6 +36,7 @@ EXAMPLES: list[m.Message] = [
     m.Dropped(pfn_array([3])),
     m.Report(10, 20, 30),
     m.Complete(b"{}"),
+    m.Ended("it was destroyed"),
     m.Failed("help"),
     m.Fault(pfn_array([4])),
 ]

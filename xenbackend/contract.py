@@ -163,8 +163,18 @@ class Domain(ABC):
     def config(self) -> DomainConfig: ...
 
     @abstractmethod
+    def cpu_policy(self) -> tuple[bytes, bytes]:
+        """What its CPUs are, as libxc's stream has it: ``xen_cpuid_leaf_t[]``, ``xen_msr_entry_t[]``."""
+
+    @abstractmethod
     def close(self) -> None:
         """Give up mappings and references.  Can be called twice."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
 
     @abstractmethod
     def preflight(self) -> Preflight:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 import socket
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 import trio
 
-from migrate.cli.options import RECEIVER_SOCKET, SENDER_SOCKET, Size, simulated_option, socket_option
+from migrate.cli.options import RECEIVER_SOCKET, SENDER_SOCKET, F, Size, simulated_option, socket_option
+from migrate.config import CONFIG_FILE, RECEIVER_PORT, SENDER_PORT, load
 from migrate.tasks import root_cause
+from migrate.transport import parse_address
 
 verbose_option = click.option("-v", "--verbose", is_flag=True, help="Log more.")
 
@@ -27,12 +31,30 @@ def _run(verbose: bool, main: Any) -> None:
         raise root_cause(group) from None
 
 
+config_option = click.option(
+    "--config",
+    "config_path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help=f"The configuration.  Default: {CONFIG_FILE}, if there is one.",
+)
+
+
+def listen_option(default: str, who: str) -> Callable[[F], F]:
+    return click.option(
+        "--listen", metavar="HOST:PORT", help=f"Where {who} connect to; port 0: any free one.  Default: {default}."
+    )
+
+
 @click.command("sender")
+@listen_option("127.0.0.1:8014", "the receivers of xl's migrations")
 @socket_option(SENDER_SOCKET, "this daemon, to be made")
+@config_option
 @simulated_option
 @verbose_option
-def sender_command(socket_path: Path, simulated: Path | None, verbose: bool) -> None:
-    """The daemon at the source: serves `migrate` requests from its control socket.
+def sender_command(
+    listen: str | None, socket_path: Path, config_path: Path | None, simulated: Path | None, verbose: bool
+) -> None:
+    """The daemon at the source: migrates what `migrate` and xl's helper ask for at its control socket.
 
     SIGTERM gives up migrations before their handover (their guests go on here), waits for those after
     it, and ends; a second one ends it at once.
@@ -40,33 +62,33 @@ def sender_command(socket_path: Path, simulated: Path | None, verbose: bool) -> 
     from sender.daemon import SenderDaemon
     from xenbackend.choose import open_hypervisor
 
-    _run(verbose, SenderDaemon(open_hypervisor(simulated), socket_path).run)
+    config = load(config_path)
+    if listen is not None:
+        config = replace(config, sender=replace(config.sender, listen=parse_address(listen, SENDER_PORT)))
+    _run(verbose, SenderDaemon(open_hypervisor(simulated), socket_path, config).run)
 
 
 @click.command("receiver")
-@click.option(
-    "--listen",
-    default="127.0.0.1:8013",
-    show_default=True,
-    metavar="HOST:PORT",
-    help="Where senders connect to; port 0: any free one.",
-)
+@listen_option("127.0.0.1:8013", "senders")
 @socket_option(RECEIVER_SOCKET, "this daemon, to be made")
+@config_option
 @simulated_option
 @verbose_option
-def receiver_command(listen: str, socket_path: Path, simulated: Path | None, verbose: bool) -> None:
+def receiver_command(
+    listen: str | None, socket_path: Path, config_path: Path | None, simulated: Path | None, verbose: bool
+) -> None:
     """The daemon at the destination: takes guests in and serves their page faults.
 
     SIGTERM ends it when no guest depends on it any more; a second one ends it at once, and then vCPUs that
     touch a missing page stand still.
     """
-    from migrate.transport import parse_address
     from receiver.daemon import ReceiverDaemon
-    from sender.daemon import DEFAULT_PORT
     from xenbackend.choose import open_hypervisor
 
-    host, port = parse_address(listen, DEFAULT_PORT)
-    _run(verbose, ReceiverDaemon(open_hypervisor(simulated), socket_path, host, port).run)
+    config = load(config_path)
+    if listen is not None:
+        config = replace(config, receiver=replace(config.receiver, listen=parse_address(listen, RECEIVER_PORT)))
+    _run(verbose, ReceiverDaemon(open_hypervisor(simulated), socket_path, config).run)
 
 
 @click.command("simulated-host")

@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 
 import click
 
-from migrate.cli.options import Size, human_bytes
+from migrate.cli.options import Size
 from migrate.errors import MigrationError
+from migrate.units import human_bytes
 from xenbackend.contract import DomainState
 from xenbackend.simulated.client import SimulatedHypervisor
 from xenbackend.simulated.guest import WORKLOADS, GuestSpec, image_bytes

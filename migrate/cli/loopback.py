@@ -9,9 +9,10 @@ import click
 
 from migrate.cli.guests import guest_options, guest_spec
 from migrate.cli.migrations import follow_migration, summary, write_json
-from migrate.cli.options import human_bytes, migration_request, strategy_options
+from migrate.cli.options import migration_request, strategy_options
 from migrate.errors import MigrationError
 from migrate.loopback import loopback_world, verify_migrated, wait_for_steps
+from migrate.units import human_bytes
 
 GUEST = "guest"
 

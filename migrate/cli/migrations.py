@@ -80,7 +80,7 @@ def write_json(path: Path | None, result: dict[str, Any]) -> None:
 
 def summary(result: dict[str, Any]) -> str:
     """A migration in words."""
-    from migrate.cli.options import human_bytes
+    from migrate.units import human_bytes
 
     latency = result["fault_latency_us"]
     lines = [

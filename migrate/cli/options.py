@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,9 +10,9 @@ import click
 
 from migrate.control import RUN_DIRECTORY
 from migrate.policy import PolicyOptions
+from migrate.units import parse_size
 
 F = TypeVar("F", bound=Callable[..., Any])
-UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 SENDER_SOCKET = RUN_DIRECTORY / "sender.sock"
 RECEIVER_SOCKET = RUN_DIRECTORY / "receiver.sock"
 
@@ -24,24 +23,10 @@ class Size(click.ParamType[int]):
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", str(value).strip(), re.IGNORECASE)
-        if not match:
-            self.fail(
-                f"{value!r} is not a size: a number of bytes, or one with K, M, G or T, such as 512M",
-                param,
-                ctx,
-            )
-        return int(float(match[1]) * UNITS[match[2].upper()])
-
-
-def human_bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
+        try:
+            return parse_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 def socket_option(default: Path, whose: str) -> Callable[[F], F]:

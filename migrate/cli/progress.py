@@ -7,7 +7,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from migrate.cli.options import human_bytes
+from migrate.units import human_bytes
 
 PLAIN_EVERY_S = 5.0
 SHOWN = ("precopy", "switchover", "postcopy")

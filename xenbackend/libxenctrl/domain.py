@@ -38,8 +38,8 @@ from xenbackend.libxenctrl.refusals import ENABLE_ERRORS, DomainFacts
 from xenbackend.libxenctrl.ring import XenPagingRing
 
 if TYPE_CHECKING:
-    from xenbackend.libxenctrl.incoming import Plumbing
     from xenbackend.libxenctrl.hypervisor import XenHypervisor
+    from xenbackend.libxenctrl.incoming import Plumbing
 
 SHUTDOWN_SUSPEND, SHUTDOWN_CRASH = 2, 3  # xen/include/public/sched.h
 NO_PFN = np.uint64(2**64 - 1)
@@ -145,6 +145,14 @@ class XenDomain(Domain):
 
     def config(self) -> DomainConfig:
         return self._hypervisor.config_of(self)
+
+    def cpu_policy(self) -> tuple[bytes, bytes]:
+        nr = ffi.new("uint32_t[2]")
+        check("cpu policy", lib.xen_cpu_policy_size(self._host, nr, nr + 1))
+        leaves, msrs = bytearray(nr[0] * lib.XEN_CPUID_LEAF_BYTES), bytearray(nr[1] * lib.XEN_MSR_ENTRY_BYTES)
+        into = [ffi.from_buffer("uint8_t[]", buffer) for buffer in (leaves, msrs)]
+        check("cpu policy", lib.xen_cpu_policy(self._host, self.domid, into[0], nr, into[1], nr + 1))
+        return bytes(leaves[: nr[0] * lib.XEN_CPUID_LEAF_BYTES]), bytes(msrs[: nr[1] * lib.XEN_MSR_ENTRY_BYTES])
 
     def close(self) -> None:
         if self._pager is not None:

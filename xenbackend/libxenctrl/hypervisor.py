@@ -90,7 +90,7 @@ class XenHypervisor(Hypervisor):
         if not info.hvm:
             raise XenError("config", errno.EINVAL, why="a PV guest cannot be migrated by this program")
         name = self.store_read(f"/local/domain/{domain.domid}/name") or f"domain-{domain.domid}"
-        platform = incoming.Platform.of(domain, self.native).pack()
+        platform = incoming.Platform.of(domain).pack()
         return DomainConfig(name, domain.nr_pfns, info.max_pages, info.vcpus, platform)
 
     # ---- what a host can take in ----

@@ -1,8 +1,8 @@
 """The empty domain that a guest is restored into.
 
 With xl it is libxl that makes it, with its devices, and lends it to us (:func:`bind`).  Otherwise we make it ourselves
-(:func:`create`), with what every guest has: memory, vCPUs, xenstore and a console.  What it must be like is the ``platform`` of the
-source's ``DomainConfig``.
+(:func:`create`), with what every guest has: memory, vCPUs, xenstore and a console.  What it must be like is the
+``platform`` of the source's ``DomainConfig``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import uuid
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgpack
 
@@ -48,17 +48,11 @@ class Platform:
     """The CPU policy: ``xen_cpuid_leaf_t[]``, ``xen_msr_entry_t[]``."""
 
     @classmethod
-    def of(cls, domain: XenDomain, host: Any) -> Platform:
+    def of(cls, domain: XenDomain) -> Platform:
         info = domain.native_info()
-        nr = ffi.new("uint32_t[2]")
-        check("cpu policy", lib.xen_cpu_policy_size(host, nr, nr + 1))
-        leaves, msrs = bytearray(nr[0] * lib.XEN_CPUID_LEAF_BYTES), bytearray(nr[1] * lib.XEN_MSR_ENTRY_BYTES)
-        into = [ffi.from_buffer("uint8_t[]", buffer) for buffer in (leaves, msrs)]
-        check("cpu policy", lib.xen_cpu_policy(host, domain.domid, into[0], nr, into[1], nr + 1))
         return cls(
             bool(info.hap), info.emulation_flags, info.misc_flags, bytes(ffi.buffer(info.handle)),
-            domain.param(HVM_PARAM_PAGING_RING_PFN), bytes(leaves[: nr[0] * lib.XEN_CPUID_LEAF_BYTES]),
-            bytes(msrs[: nr[1] * lib.XEN_MSR_ENTRY_BYTES]),
+            domain.param(HVM_PARAM_PAGING_RING_PFN), *domain.cpu_policy(),
         )  # fmt: skip
 
     def pack(self) -> bytes:

@@ -86,6 +86,9 @@ class SimulatedDomain(Domain):
     def config(self) -> DomainConfig:
         return DomainConfig(**self._host.call("config", domid=self.domid))
 
+    def cpu_policy(self) -> tuple[bytes, bytes]:
+        return b"", b""
+
     def close(self) -> None:
         if self._held is not None:
             self._held[:] = 0

@@ -21,8 +21,8 @@ from xenbackend.libxenctrl.domain import (
     HVM_PARAM_STORE_PFN,
     XenDomain,
 )
-from xenbackend.libxenctrl.incoming import Platform
 from xenbackend.libxenctrl.hypervisor import XenHypervisor
+from xenbackend.libxenctrl.incoming import Platform
 
 XEN_X86_EMU_LAPIC = 1
 EMPTY_PLATFORM = Platform(True, XEN_X86_EMU_LAPIC, 0, bytes(16), 0, b"", b"")

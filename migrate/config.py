@@ -1,0 +1,207 @@
+"""The configuration of a host: one TOML file for both daemons, every key optional.
+
+Each section is a frozen dataclass, whose fields are the keys, with their defaults.  What is wrong is said with the file, the
+key and the reason; a key that nobody knows is wrong as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import socket
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from migrate.errors import MigrationError
+from migrate.policy import PolicyOptions, Strategy
+from migrate.transport import parse_address
+from migrate.units import parse_size
+
+CONFIG_FILE = Path("/etc/xen-postcopy/config.toml")
+RECEIVER_PORT = 8013
+SENDER_PORT = 8014
+PAGE_BYTES = 4096
+
+
+class ConfigError(MigrationError):
+    """Names file, key and reason."""
+
+
+Address = tuple[str, int]
+
+
+def _address(port: int) -> Callable[[Any], Address]:
+    def parse(value: Any) -> Address:
+        if not isinstance(value, str):
+            raise ValueError("an address in quotes: HOST, HOST:PORT or [IPV6]:PORT")
+        return parse_address(value, port)
+
+    return parse
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value.isprintable():
+        raise ValueError("text in quotes")
+    return value
+
+
+def _strategy(value: Any) -> Strategy:
+    try:
+        return Strategy(value)
+    except ValueError:
+        raise ValueError(f"one of {', '.join(strategy.value for strategy in Strategy)}") from None
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("true or false")
+    return value
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("a number")
+    return value
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int:
+        raise ValueError("a whole number")
+    return value
+
+
+def _seconds(value: Any) -> float:
+    if not 0 < _number(value) <= 3600:
+        raise ValueError("seconds: more than 0, at most 3600")
+    return float(value)
+
+
+def _bandwidth(value: Any) -> float:
+    """A page a second at least."""
+    rate = parse_size(value)
+    if rate < PAGE_BYTES:
+        raise ValueError(f"at least one page ({PAGE_BYTES} bytes) a second, or left out for no cap")
+    return float(rate)
+
+
+def _key(parse: Callable[[Any], Any], default: Any) -> Any:
+    return field(default=default, metadata={"parse": parse})
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    unencrypted: bool = _key(_flag, False)
+    """Listen on addresses that others can reach, though guests' memory crosses the network as it is."""
+
+
+@dataclass(frozen=True)
+class SenderConfig:
+    listen: Address = _key(_address(SENDER_PORT), ("127.0.0.1", SENDER_PORT))
+    """Where the receivers of xl's migrations connect to."""
+    address: str = _key(_text, "")
+    """What they dial; left out: where we listen, or this host's name where that is everywhere."""
+    peer_timeout_s: float = _key(_seconds, 10.0)
+    """How long to wait for them before xl's own live migration is used."""
+
+
+@dataclass(frozen=True)
+class ReceiverConfig:
+    listen: Address = _key(_address(RECEIVER_PORT), ("127.0.0.1", RECEIVER_PORT))
+    """Where senders connect to."""
+
+
+@dataclass(frozen=True)
+class MigrationConfig:
+    """Of xl's migrations; ``xen-postcopy migrate`` has options."""
+
+    strategy: Strategy = _key(_strategy, Strategy.HYBRID)
+    max_rounds: int = _key(_whole, PolicyOptions.max_rounds)
+    dirty_threshold: int = _key(_whole, PolicyOptions.dirty_threshold)
+    downtime_target_ms: float = _key(_number, PolicyOptions.downtime_target_ms)
+    bandwidth: float | None = _key(_bandwidth, None)
+    """Bytes a second for background copying."""
+
+    @property
+    def policy(self) -> PolicyOptions:
+        return PolicyOptions(self.max_rounds, self.dirty_threshold, self.downtime_target_ms)
+
+
+@dataclass(frozen=True)
+class Config:
+    network: NetworkConfig = NetworkConfig()
+    sender: SenderConfig = SenderConfig()
+    receiver: ReceiverConfig = ReceiverConfig()
+    migration: MigrationConfig = MigrationConfig()
+
+
+def load(path: Path | None) -> Config:
+    """``None``: :data:`CONFIG_FILE`, if there is one.  Raises :class:`ConfigError`."""
+    if path is None:
+        if not CONFIG_FILE.exists():
+            return Config()
+        path = CONFIG_FILE
+    try:
+        data = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return parse(data, str(path))
+
+
+def parse(data: dict[str, Any], source: str) -> Config:
+    """Raises :class:`ConfigError`."""
+    sections = {field.name: type(field.default) for field in dataclasses.fields(Config)}
+    made = {}
+    for name, values in data.items():
+        if name not in sections:
+            raise ConfigError(f"{source}: [{name}]: there is no such section; there are {', '.join(sections)}")
+        if not isinstance(values, dict):
+            raise ConfigError(f"{source}: {name}: a section, [{name}]")
+        made[name] = _section(sections[name], values, f"{source}: [{name}]")
+    config = Config(**made)
+    problem = config.migration.policy.problems()
+    if problem:
+        raise ConfigError(f"{source}: [migration] {problem.removeprefix('--')}")
+    for name, (host, _port) in (("sender", config.sender.listen), ("receiver", config.receiver.listen)):
+        if not config.network.unencrypted and not is_loopback(host):
+            raise ConfigError(
+                f"{source}: [{name}] listen: {host} can be reached by others, and connections are not encrypted: use a "
+                "loopback address, or allow it by unencrypted = true in [network]"
+            )
+    return config
+
+
+def _section(cls: Any, values: dict[str, Any], where: str) -> Any:
+    fields = {field.name: field.metadata["parse"] for field in dataclasses.fields(cls)}
+    parsed = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise ConfigError(f"{where} {key}: there is no such key; there are {', '.join(fields)}")
+        try:
+            parsed[key] = fields[key](value)
+        except (ValueError, MigrationError) as error:
+            raise ConfigError(f"{where} {key}: {value!r}: {error}") from None
+    return cls(**parsed)
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def advertised(sender: SenderConfig, port: int) -> Address:
+    """What a receiver dials to reach the sender that listens at ``port``."""
+    host = sender.listen[0]
+    if sender.address:
+        return parse_address(sender.address, port)
+    try:
+        everywhere = ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        everywhere = False
+    return (socket.getfqdn() if everywhere else host), port

@@ -1,0 +1,102 @@
+"""Whose the incoming domain is: who makes it, who lets it run, who ends it.
+
+:class:`OwnToolstack`: ours.  :class:`XlToolstack`: libxl has made it, with its devices, and lends it to us through our helper.
+When the helper has been told that everything is restored it ends, and libxl finishes its work; whether the guest then runs
+here is xl's decision, which shows in the domain: it is unpaused, or destroyed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import Protocol
+
+import trio
+
+from migrate.control import ControlConnection
+from xenbackend.contract import Domain, DomainConfig, Hypervisor, Preflight, ToolstackPorts, XenError
+
+log = logging.getLogger(__name__)
+
+
+class Toolstack(Protocol):
+    decides: bool
+    """Whether the guest runs here; otherwise the sender does."""
+
+    def preflight(self, hypervisor: Hypervisor, config: DomainConfig, *, paging: bool) -> Preflight:
+        """Raises ``XenError``."""
+
+    def make(self, hypervisor: Hypervisor, config: DomainConfig) -> Domain:
+        """The empty domain to restore into.  Raises ``XenError``."""
+
+    async def restored(self, domain: Domain) -> None:
+        """All but the missing pages is there, and these are served."""
+
+    async def discard(self, domain: Domain, reason: str) -> None:
+        """The guest does not come.  Raises ``XenError`` where something is left over."""
+
+    async def failed(self, reason: str) -> None:
+        """There is not even a domain."""
+
+
+class OwnToolstack:
+    decides = False
+
+    def preflight(self, hypervisor: Hypervisor, config: DomainConfig, *, paging: bool) -> Preflight:
+        return hypervisor.preflight(config, paging=paging)
+
+    def make(self, hypervisor: Hypervisor, config: DomainConfig) -> Domain:
+        return hypervisor.create_incoming(config)
+
+    async def restored(self, domain: Domain) -> None:
+        pass
+
+    async def discard(self, domain: Domain, reason: str) -> None:
+        await trio.to_thread.run_sync(domain.destroy)
+
+    async def failed(self, reason: str) -> None:
+        pass
+
+
+class XlToolstack:
+    """``helper``: the connection of the helper, after its request."""
+
+    decides = True
+
+    def __init__(self, domid: int, ports: ToolstackPorts, helper: ControlConnection):
+        self._domid, self._ports = domid, ports
+        self._helper = helper
+        self.finished = trio.Event()
+        """The helper has been told how it ended."""
+
+    def preflight(self, hypervisor: Hypervisor, config: DomainConfig, *, paging: bool) -> Preflight:
+        """Of the domain as libxl has made it; that there is memory for it libxl has seen to."""
+        with hypervisor.open(self._domid) as domain:
+            found = domain.preflight()
+        return found if paging else Preflight((), found.populate_evicted)
+
+    def make(self, hypervisor: Hypervisor, config: DomainConfig) -> Domain:
+        return hypervisor.bind_incoming(self._domid, config, self._ports)
+
+    async def restored(self, domain: Domain) -> None:
+        store_gfn, console_gfn = domain.toolstack_gfns()
+        await self._finish("result", store_gfn=store_gfn, console_gfn=console_gfn)
+
+    async def discard(self, domain: Domain, reason: str) -> None:
+        """libxl destroys it when the helper has failed; nothing of ours is to keep it from going."""
+        with contextlib.suppress(XenError):  # it had no ring, or is gone already
+            domain.paging_disable()
+        domain.close()
+        await self.failed(reason)
+
+    async def failed(self, reason: str) -> None:
+        await self._finish("error", message=reason)
+
+    async def _finish(self, event: str, **fields: object) -> None:
+        if self.finished.is_set():
+            return
+        try:
+            await self._helper.answer(event, **fields)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            log.debug("the helper has gone before it heard %s", event)
+        self.finished.set()

@@ -1,0 +1,153 @@
+"""Whose the source domain is: who suspends it, who lets it go on, who ends it.
+
+:class:`OwnToolstack`: nobody's but ours (``xen-postcopy migrate``).  :class:`XlToolstack`: xl's, which started our helper and
+through it does what we ask for.  When the destination is ready the helper ends, and then xl decides by an exchange with
+its other half at which end the guest runs.  What it decided shows in what it does to the domain: it destroys it,
+or resumes it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Protocol
+
+import trio
+
+from migrate.control import ControlConnection
+from migrate.errors import MigrationError
+from xenbackend.contract import Domain, DomainState, NoSuchDomainError
+
+log = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 0.02
+RESUME_TIMEOUT_S = 10.0
+"""How long xl may take to resume a guest whose migration has failed, before we do."""
+
+
+class Toolstack(Protocol):
+    decides: bool
+    """At which end the guest runs; otherwise we do."""
+
+    async def agreed(self) -> None:
+        """The destination takes the guest in: from here on it is ours to migrate."""
+
+    async def track_device_model(self, enable: bool) -> None:
+        """What the device model writes is to be log-dirty."""
+
+    async def suspend(self, domain: Domain) -> None:
+        """Raises :class:`MigrationError` or ``XenError`` where the guest does not."""
+
+    async def give_up(self, domain: Domain, reason: str, *, suspended: bool) -> None:
+        """The guest goes on here."""
+
+    async def switched_over(self) -> None:
+        """The destination has all but the missing pages, and is the guest's pager."""
+
+    async def decision(self, domain: Domain) -> bool:
+        """Wait until it is known: true where the guest is the destination's."""
+
+    async def finish(self, domain: Domain) -> None:
+        """Nothing of the source is needed any more."""
+
+
+class OwnToolstack:
+    decides = False
+
+    async def agreed(self) -> None:
+        pass
+
+    async def track_device_model(self, enable: bool) -> None:
+        pass
+
+    async def suspend(self, domain: Domain) -> None:
+        await trio.to_thread.run_sync(domain.suspend)  # a real guest is asked, and takes its time
+
+    async def give_up(self, domain: Domain, reason: str, *, suspended: bool) -> None:
+        if suspended and domain.info().state is DomainState.SUSPENDED:
+            domain.resume()
+
+    async def switched_over(self) -> None:
+        pass
+
+    async def decision(self, domain: Domain) -> bool:
+        return True
+
+    async def finish(self, domain: Domain) -> None:
+        await trio.to_thread.run_sync(domain.destroy)
+
+
+class XlToolstack:
+    """``helper``: the connection of the helper, after its request."""
+
+    decides = True
+
+    def __init__(self, helper: ControlConnection):
+        self._helper = helper
+        self._asking = trio.Lock()
+        self._answers, self._heard = trio.open_memory_channel[int](math.inf)
+        self._agreed = False
+        self.finished = trio.Event()
+        """The helper has been told how it ended."""
+
+    async def listen(self) -> None:
+        """Hear the helper's answers until it goes away."""
+        with self._answers:
+            while (answer := await self._helper.request()) is not None:
+                self._answers.send_nowait(int(answer["answer"]))
+
+    async def _ask(self, event: str, **fields: object) -> int:
+        async with self._asking:
+            try:
+                await self._helper.answer(event, **fields)
+                return await self._heard.receive()
+            except (trio.BrokenResourceError, trio.ClosedResourceError, trio.EndOfChannel):
+                raise MigrationError("xl, or its helper, has gone") from None
+
+    async def _tell(self, event: str, **fields: object) -> None:
+        try:
+            await self._helper.answer(event, **fields)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            log.debug("the helper has gone before it heard %s", event)
+
+    async def agreed(self) -> None:
+        await self._ask("agreed")
+        self._agreed = True
+
+    async def track_device_model(self, enable: bool) -> None:
+        if await self._ask("log_dirty", enable=enable):
+            raise MigrationError("xl could not have the device model record what it writes")
+
+    async def suspend(self, domain: Domain) -> None:
+        if await self._ask("suspend") != 1:
+            raise MigrationError("xl could not suspend the guest")
+
+    async def give_up(self, domain: Domain, reason: str, *, suspended: bool) -> None:
+        """xl resumes a guest that it has suspended; where it is not there to do it, we do."""
+        await self._tell("error" if self._agreed else "declined", message=reason)
+        self.finished.set()
+        if not suspended:
+            return
+        with trio.move_on_after(RESUME_TIMEOUT_S):
+            if not await self.decision(domain):
+                return
+        if domain.info().state is DomainState.SUSPENDED:
+            log.warning("xl has left %s suspended: resuming it", domain.info().name)
+            domain.resume()
+
+    async def switched_over(self) -> None:
+        await self._tell("result")
+        self.finished.set()
+
+    async def decision(self, domain: Domain) -> bool:
+        while True:
+            try:
+                info = await trio.to_thread.run_sync(domain.info)
+            except NoSuchDomainError:
+                return True
+            if info.state is not DomainState.SUSPENDED:
+                return False
+            await trio.sleep(LOOK_EVERY_S)
+
+    async def finish(self, domain: Domain) -> None:
+        """xl has destroyed it; it goes with the last of its pages."""
