@@ -1,28 +1,25 @@
-"""Control sockets: how the command line talks to a daemon on the same host.
-
-A Unix socket, mode 0600; each connection carries one request and its answers, a JSON object a line.  An answer has
-``event``: ``result`` or ``error`` end the exchange, ``progress`` may come before.  During a long request the client may
-send further lines (``{"command": "cancel"}``).
-"""
+"""Control sockets, the daemon's end; the other one is ``client.py``, which says what passes between them."""
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import json
+import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import trio
 
+from migrate.client import MAX_LINE, Json
 from migrate.errors import MigrationError
+from migrate.tasks import task_group
+from xenbackend.contract import XenError
 
-MAX_LINE = 1024 * 1024
-RUN_DIRECTORY = Path("/run/xen-postcopy")
-Json = dict[str, Any]
+log = logging.getLogger(__name__)
 
 
 class ControlConnection:
@@ -78,20 +75,30 @@ async def serve(
 
     async def exchange(stream: trio.SocketStream) -> None:
         connection = ControlConnection(stream)
-        try:
-            async with stream:
-                try:
-                    request = await connection.request()
-                    if request is not None:
-                        await handler(request, connection)
-                except (MigrationError, KeyError, TypeError, ValueError) as error:
-                    text = str(error) if isinstance(error, MigrationError) else f"bad request: {error!r}"
-                    await connection.answer("error", message=text)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            pass  # the client has gone; what it asked for goes on
+        async with stream:
+            try:
+                # What the client asked for goes on when it has gone.
+                with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                    await _answer(connection, handler)
+            except Exception:
+                log.exception("internal error in answering a request")
 
     async with listen_unix(path) as sock:
         await trio.serve_listeners(exchange, [trio.SocketListener(sock)], task_status=task_status)
+
+
+async def _answer(connection: ControlConnection, handler: Handler) -> None:
+    try:
+        request = await connection.request()
+        if request is not None:
+            async with task_group():  # of several errors the one that says most
+                await handler(request, connection)
+        return
+    except (MigrationError, XenError) as error:
+        text = str(error)
+    except (KeyError, TypeError, ValueError) as error:
+        text = f"bad request: {error!r}"
+    await connection.answer("error", message=text)
 
 
 @asynccontextmanager
@@ -125,50 +132,3 @@ async def listen_unix(
             yield sock
         finally:
             path.unlink(missing_ok=True)
-
-
-class ControlClient:
-    """The command line's end, blocking; a context manager.  Raises :class:`MigrationError` when there is no daemon."""
-
-    def __init__(self, path: Path):
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            self._socket.connect(os.fspath(path))
-        except OSError as error:
-            self._socket.close()
-            hint = "is the daemon running?" if error.errno in (errno.ENOENT, errno.ECONNREFUSED) else "are you root?"
-            raise MigrationError(f"no daemon at {path}: {error.strerror}; {hint}") from error
-        self._file = self._socket.makefile("rb")
-
-    def say(self, **request: Any) -> None:
-        try:
-            self._socket.sendall(json.dumps(request).encode() + b"\n")
-        except OSError as error:
-            raise MigrationError(f"the daemon has gone: {error.strerror}") from error
-
-    def answers(self) -> Iterator[Json]:
-        """Until a ``result``, which is the last.  Raises :class:`MigrationError` for an ``error``, and when it ends early."""
-        for line in self._file:
-            answer: Json = json.loads(line)
-            if answer["event"] == "error":
-                raise MigrationError(answer["message"])
-            yield answer
-            if answer["event"] == "result":
-                return
-        raise MigrationError("the daemon has gone in the middle of the request")
-
-    def call(self, **request: Any) -> Json:
-        """One request, its result."""
-        self.say(**request)
-        *_progress, result = self.answers()
-        return result
-
-    def close(self) -> None:
-        self._file.close()
-        self._socket.close()
-
-    def __enter__(self) -> ControlClient:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self.close()

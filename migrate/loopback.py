@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from migrate.control import ControlClient
+from migrate.client import ControlClient
 from migrate.errors import MigrationError
 from xenbackend.contract import DomainState
 from xenbackend.simulated.client import SimulatedDomain, SimulatedHypervisor
@@ -58,6 +58,10 @@ class World:
     @property
     def receiver_socket(self) -> Path:
         return self.directory / "receiver.sock"
+
+    @property
+    def config_file(self) -> Path:
+        return self.directory / "config.toml"
 
     def control(self, which: str = "sender") -> ControlClient:
         return ControlClient(self.directory / f"{which}.sock")
@@ -108,8 +112,10 @@ class World:
 
 
 @contextlib.contextmanager
-def loopback_world(memory_bytes: int, *, host_options: tuple[str, ...] = (), daemons: bool = True) -> Iterator[World]:
-    """Two hosts with so much memory each, a sender at the source, a receiver at the destination."""
+def loopback_world(
+    memory_bytes: int, *, host_options: tuple[str, ...] = (), daemons: bool = True, config: str = ""
+) -> Iterator[World]:
+    """Two hosts with so much memory each, a sender at the source, a receiver at the destination, configured alike."""
     directory = Path(tempfile.mkdtemp(prefix="xen-postcopy-"))
     world = World(directory)
     try:
@@ -119,12 +125,15 @@ def loopback_world(memory_bytes: int, *, host_options: tuple[str, ...] = (), dae
             world.start(name, "simulated-host", "--socket", str(path), "--memory", str(memory_bytes), *extra)
             setattr(world, name, SimulatedHypervisor(path))
         if daemons:
+            world.config_file.write_text(config)
             start_receiver(world)
             world.start(
                 "sender",
                 "sender",
                 "--listen",
                 "127.0.0.1:0",
+                "--config",
+                str(world.config_file),
                 "--socket",
                 str(world.sender_socket),
                 "--simulated",
@@ -149,7 +158,7 @@ def loopback_world(memory_bytes: int, *, host_options: tuple[str, ...] = (), dae
 def start_receiver(world: World) -> None:
     world.start(
         "receiver", "receiver", "--listen", "127.0.0.1:0", "--socket", str(world.receiver_socket),
-        "--simulated", str(world.directory / "destination.sock"),
+        "--config", str(world.config_file), "--simulated", str(world.directory / "destination.sock"),
     )  # fmt: skip
     world.port = world.ask("receiver", command="status")["port"]
 

@@ -12,12 +12,14 @@ from pathlib import Path
 import trio
 
 from migrate import control, lanes
+from migrate.client import Json
 from migrate.config import Config
-from migrate.control import ControlConnection, Json
+from migrate.control import ControlConnection
 from migrate.daemon import notify, until_stopped
 from migrate.errors import MigrationError
 from migrate.lanes import AwaitedLanes, DialledLanes
 from migrate.messages import Hello, Lane
+from migrate.tasks import task_group
 from migrate.transport import listen_tcp
 from receiver.migration import ENDED, IncomingMigration
 from receiver.toolstack import XlToolstack
@@ -97,10 +99,10 @@ class ReceiverDaemon:
         toolstack = XlToolstack(int(request["domid"]), ToolstackPorts(**request["ports"]), connection)
         migration = IncomingMigration(self._hypervisor, session, dialled, toolstack)
         self._start(migration)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._listen_to_helper, migration, connection)
+        async with task_group() as tasks:
+            tasks.start_soon(self._listen_to_helper, migration, connection)
             await toolstack.finished.wait()
-            nursery.cancel_scope.cancel()
+            tasks.cancel_scope.cancel()
 
     async def _listen_to_helper(self, migration: IncomingMigration, connection: ControlConnection) -> None:
         """It says something, or goes away, only to have us leave the domain alone."""

@@ -26,7 +26,7 @@ from migrate.pfns import pfns_of_window
 from migrate.session import Role, Session
 from migrate.statistics import PagerStatistics
 from migrate.tasks import task_group
-from migrate.transport import LaneConnection, run_in_thread, step_timeout
+from migrate.transport import EXPLANATION_S, LaneConnection, run_in_thread, step_timeout
 from receiver.outstanding import OutstandingPages
 from receiver.pager import Pager
 from receiver.restore import MemoryRestorer
@@ -248,8 +248,15 @@ class IncomingMigration:
             self.statistics,
             self._say_blocking,
         )
-        for task in (self._pager.serve, self._follow_domain, self._complete, self._report):
+        for task in (self._serve_faults, self._follow_domain, self._complete, self._report):
             self._tasks.start_soon(task)
+
+    async def _serve_faults(self) -> None:
+        try:
+            await self._pager.serve()
+        except PeerClosedError:
+            await trio.sleep(EXPLANATION_S)  # the push lane may say why
+            raise
 
     async def _follow_domain(self) -> None:
         """Find out that the guest runs here, and that it has ended."""

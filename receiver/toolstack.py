@@ -66,6 +66,7 @@ class XlToolstack:
     def __init__(self, domid: int, ports: ToolstackPorts, helper: ControlConnection):
         self._domid, self._ports = domid, ports
         self._helper = helper
+        self._finishing = False
         self.finished = trio.Event()
         """The helper has been told how it ended."""
 
@@ -93,8 +94,9 @@ class XlToolstack:
         await self._finish("error", message=reason)
 
     async def _finish(self, event: str, **fields: object) -> None:
-        if self.finished.is_set():
+        if self._finishing:
             return
+        self._finishing = True
         try:
             await self._helper.answer(event, **fields)
         except (trio.BrokenResourceError, trio.ClosedResourceError):

@@ -16,15 +16,16 @@ from typing import Any
 import trio
 
 from migrate import control, lanes
+from migrate.client import Json
 from migrate.config import RECEIVER_PORT, Config, MigrationConfig, advertised
-from migrate.control import ControlConnection, Json
+from migrate.control import ControlConnection
 from migrate.daemon import notify, until_stopped
 from migrate.errors import MigrationError
 from migrate.lanes import AwaitedLanes, DialledLanes
 from migrate.messages import Hello
 from migrate.policy import PolicyOptions, Strategy
 from migrate.session import new_id
-from migrate.tasks import root_cause
+from migrate.tasks import task_group
 from migrate.transport import listen_tcp, parse_address
 from sender.migration import MigrationOptions, OutgoingMigration
 from sender.toolstack import XlToolstack
@@ -120,16 +121,13 @@ class SenderDaemon:
         dialled = DialledLanes(destination, session)
         migration = OutgoingMigration(session, self._hypervisor, domain, dialled, options)
         ended = self._start(migration)
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._listen, migration, connection)
-                while not ended.is_set():
-                    await connection.answer("progress", **_line(migration))
-                    with trio.move_on_after(PROGRESS_EVERY_S):
-                        await ended.wait()
-                nursery.cancel_scope.cancel()
-        except BaseExceptionGroup as group:
-            raise root_cause(group) from None
+        async with task_group() as tasks:
+            tasks.start_soon(self._listen, migration, connection)
+            while not ended.is_set():
+                await connection.answer("progress", **_line(migration))
+                with trio.move_on_after(PROGRESS_EVERY_S):
+                    await ended.wait()
+            tasks.cancel_scope.cancel()
         if migration.progress.phase != "completed":
             raise MigrationError(migration.progress.problem)
         await connection.answer("result", result=migration.result())
@@ -156,17 +154,17 @@ class SenderDaemon:
         )
         self._awaited[session] = awaited
         self._start(migration)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._listen_to_helper, migration, toolstack)
+        async with task_group() as tasks:
+            tasks.start_soon(self._listen_to_helper, migration, toolstack)
             while not toolstack.finished.is_set():
                 await connection.answer("progress", **_line(migration))
                 with trio.move_on_after(PROGRESS_EVERY_S):
                     await toolstack.finished.wait()
-            nursery.cancel_scope.cancel()
+            tasks.cancel_scope.cancel()
 
     async def _listen_to_helper(self, migration: OutgoingMigration, toolstack: XlToolstack) -> None:
         await toolstack.listen()
-        if not toolstack.finished.is_set():
+        if not toolstack.finishing:
             migration.cancel("xl, or its helper, has gone")
 
     async def _serve_lane(self, stream: trio.SocketStream) -> None:

@@ -35,11 +35,11 @@ from migrate.policy import Decision, DefaultPolicy, Policy, PolicyOptions, Preco
 from migrate.session import Phase, Role, Session
 from migrate.statistics import SenderStatistics
 from migrate.tasks import task_group
-from migrate.transport import STEP_TIMEOUT_S, LaneConnection, run_in_thread, step_timeout
+from migrate.transport import EXPLANATION_S, STEP_TIMEOUT_S, LaneConnection, run_in_thread, step_timeout
 from sender.backlog import Backlog
 from sender.faults import FaultServer
 from sender.reader import announce, batches_of, count_pages, hold, pinned, present
-from sender.toolstack import OwnToolstack, Toolstack
+from sender.toolstack import OwnToolstack, ResumedHereError, Toolstack
 from xenbackend.contract import PAGE_SIZE, Domain, DomainState, Hypervisor, PfnArray, XenError
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,6 @@ BATCH_PAGES = 1024
 """Pages that are read, sent and loaded together: enough that Python's part of the work does not count."""
 MAX_DEFERRALS = 4
 CANCEL_GRACE_S = 2.0
-EXPLANATION_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -414,7 +413,7 @@ class OutgoingMigration:
 
     async def _follow_decision(self) -> None:
         if not await self._toolstack.decision(self._domain):
-            raise MigrationError("xl resumed the guest here")
+            raise ResumedHereError("xl resumed the guest here")
         self.progress.phase = "postcopy"
         await self._say(m.Handover())
 
@@ -490,7 +489,7 @@ class OutgoingMigration:
     # ---- when it goes wrong ----
     async def _failed(self, error: BaseException) -> None:
         progress, given_away = self.progress, self.session.handed_over
-        if self.session.phase is Phase.DECISION and not isinstance(error, trio.Cancelled):
+        if self.session.phase is Phase.DECISION and not isinstance(error, trio.Cancelled | ResumedHereError):
             progress.phase, progress.problem = "in doubt", f"{error}; xl has not said yet at which end the guest runs"
             log.warning("%s: %s: %s", self.id, self.domain_name, progress.problem)
             given_away = await self._toolstack.decision(self._domain)
@@ -501,9 +500,10 @@ class OutgoingMigration:
             progress.phase = "interrupted"
             progress.problem = f"{error}; the guest is at the destination, its missing pages are kept here"
         else:
-            progress.phase, progress.problem = "failed", str(error)
+            progress.problem = str(error)
             with trio.CancelScope(shield=True):
                 await self._give_up(str(error))
+            progress.phase = "failed"
 
     async def _give_up(self, reason: str) -> None:
         """The guest goes on here; the receiver is told, if it can be."""

@@ -21,8 +21,12 @@ from xenbackend.contract import Domain, DomainState, NoSuchDomainError
 log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 0.02
-RESUME_TIMEOUT_S = 10.0
+RESUME_TIMEOUT_S = 5.0
 """How long xl may take to resume a guest whose migration has failed, before we do."""
+
+
+class ResumedHereError(MigrationError):
+    """The toolstack has decided that the guest stays."""
 
 
 class Toolstack(Protocol):
@@ -87,8 +91,9 @@ class XlToolstack:
         self._asking = trio.Lock()
         self._answers, self._heard = trio.open_memory_channel[int](math.inf)
         self._agreed = False
+        self.finishing = False
         self.finished = trio.Event()
-        """The helper has been told how it ended."""
+        """The helper has been told how it ended: it need not be listened to."""
 
     async def listen(self) -> None:
         """Hear the helper's answers until it goes away."""
@@ -104,11 +109,13 @@ class XlToolstack:
             except (trio.BrokenResourceError, trio.ClosedResourceError, trio.EndOfChannel):
                 raise MigrationError("xl, or its helper, has gone") from None
 
-    async def _tell(self, event: str, **fields: object) -> None:
+    async def _finish(self, event: str, **fields: object) -> None:
+        self.finishing = True
         try:
             await self._helper.answer(event, **fields)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             log.debug("the helper has gone before it heard %s", event)
+        self.finished.set()
 
     async def agreed(self) -> None:
         await self._ask("agreed")
@@ -124,8 +131,7 @@ class XlToolstack:
 
     async def give_up(self, domain: Domain, reason: str, *, suspended: bool) -> None:
         """xl resumes a guest that it has suspended; where it is not there to do it, we do."""
-        await self._tell("error" if self._agreed else "declined", message=reason)
-        self.finished.set()
+        await self._finish("error" if self._agreed else "declined", message=reason)
         if not suspended:
             return
         with trio.move_on_after(RESUME_TIMEOUT_S):
@@ -136,8 +142,7 @@ class XlToolstack:
             domain.resume()
 
     async def switched_over(self) -> None:
-        await self._tell("result")
-        self.finished.set()
+        await self._finish("result")
 
     async def decision(self, domain: Domain) -> bool:
         while True:

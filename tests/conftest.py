@@ -28,7 +28,7 @@ def hosts() -> Iterator[World]:
 
 @pytest.fixture(scope="session")
 def _shared_world() -> Iterator[World]:
-    with loopback_world(2048 * MIB) as world:
+    with loopback_world(2048 * MIB, config="[sender]\npeer_timeout_s = 5\n") as world:
         yield world
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from migrate.control import ControlClient
+from migrate.client import ControlClient
 from migrate.errors import MigrationError
 from migrate.loopback import World, loopback_world, verify_migrated, wait_for_steps
 from tests.conftest import MIB

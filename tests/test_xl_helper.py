@@ -24,17 +24,13 @@ while sys.argv[1] == "--restore-domain" and (more := os.read(fd, 65536)):
 json.dump({{"arguments": sys.argv[1:], "stream": stream.hex()}}, open({note!r}, "w"))
 sys.exit(int(os.environ.get("STOCK_STATUS", 0)))
 """
-HEADERS = image.IMAGE_HEADER.pack(image.MARKER, image.ID, 3, 0, 0, 0) + image.DOMAIN_HEADER.pack(2, 12, 0, 4, 17)
+HEADERS = image.headers(4, 17)
 
 
-def record(kind: int, body: bytes = b"") -> bytes:
-    return image.RECORD_HEADER.pack(kind, len(body)) + body + bytes(-len(body) % 8)
-
-
-CPU_POLICY = record(image.REC_TYPE_X86_CPUID_POLICY, b"leaves " * 7)
-STATIC_END = record(image.REC_TYPE_STATIC_DATA_END)
-PAGES = record(1, os.urandom(300_001))
-END = record(image.REC_TYPE_END)
+CPU_POLICY = image.record(image.REC_TYPE_X86_CPUID_POLICY, b"leaves " * 7)
+STATIC_END = image.record(image.REC_TYPE_STATIC_DATA_END)
+PAGES = image.record(1, os.urandom(300_001))
+END = image.record(image.REC_TYPE_END)
 
 
 class Xl:
@@ -101,6 +97,8 @@ def _send(writer: int, stream: bytes) -> None:
 @pytest.fixture
 def xl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Xl:
     monkeypatch.delenv("XEN_POSTCOPY", raising=False)
+    monkeypatch.setenv("XEN_POSTCOPY_SENDER", "/nowhere")
+    monkeypatch.setenv("XEN_POSTCOPY_RECEIVER", "/nowhere")
     return Xl(tmp_path, monkeypatch)
 
 
@@ -128,11 +126,11 @@ def test_a_long_text_fits_a_message() -> None:
 
 
 # ---- saving ----
-def test_a_live_migration_is_left_to_the_stock_helper_with_a_line(xl: Xl) -> None:
+def test_without_a_daemon_a_live_migration_is_left_to_the_stock_helper_with_a_line(xl: Xl) -> None:
     status, said = xl.save()
     assert status == 0
     assert xl.stock()[0] == ["--save-domain", *map(str, xl.given)]
-    assert b"using Xen's own live migration" in said
+    assert b"no daemon at /nowhere" in said and b"using Xen's own live migration" in said
     assert struct.unpack_from("=HHI", said)[1:] == (protocol.Message.LOG, Level.NOTICE)
 
 
@@ -164,9 +162,9 @@ def test_a_stock_helper_that_is_missing_is_said(xl: Xl, monkeypatch: pytest.Monk
 RESTORE = (-1, 4, 1, 0, 2, 0, 768, 0)
 
 
-@pytest.mark.parametrize("static", [b"", STATIC_END, CPU_POLICY + record(0x80000001, b"optional") + STATIC_END])
+@pytest.mark.parametrize("static", [b"", STATIC_END, CPU_POLICY + image.record(0x80000001, b"optional") + STATIC_END])
 def test_an_ordinary_stream_reaches_the_stock_helper_whole_and_no_further(xl: Xl, static: bytes) -> None:
-    stream = HEADERS + static + PAGES + record(9, b"context") + END
+    stream = HEADERS + static + PAGES + image.record(9, b"context") + END
     status, said, left = xl.run("--restore-domain", *RESTORE, stream=stream + b"libxl's own records")
     assert (status, said) == (0, b"")
     arguments, got = xl.stock()
@@ -198,10 +196,12 @@ def test_what_is_no_image_is_the_stock_helper_s_to_refuse(xl: Xl) -> None:
 
 
 def test_a_postcopy_stream_is_never_restored_as_an_ordinary_one(xl: Xl) -> None:
-    stream = HEADERS + STATIC_END + record(image.REC_TYPE_POSTCOPY, b"session") + END
+    stream = HEADERS + STATIC_END + image.record(image.REC_TYPE_POSTCOPY, b"session") + END
     status, said, _left = xl.run("--restore-domain", *RESTORE, stream=stream)
     assert status == 0 and not xl.was_asked
-    assert b"the sender wants postcopy" in said and said.endswith(protocol.complete(-1, errno.EOPNOTSUPP))
+    assert b"the sender wants postcopy, but it made no offer" in said and said.endswith(
+        protocol.complete(-1, errno.EOPNOTSUPP)
+    )
 
 
 def test_require_refuses_an_ordinary_stream(xl: Xl, monkeypatch: pytest.MonkeyPatch) -> None:

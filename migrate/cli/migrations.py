@@ -18,7 +18,7 @@ from migrate.cli.options import (
     strategy_options,
 )
 from migrate.cli.progress import ProgressDisplay
-from migrate.control import ControlClient
+from migrate.client import ControlClient
 from migrate.errors import InterruptedMigrationError, MigrationError
 
 

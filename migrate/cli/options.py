@@ -8,13 +8,13 @@ from typing import Any, TypeVar
 
 import click
 
-from migrate.control import RUN_DIRECTORY
+from migrate import client
 from migrate.policy import PolicyOptions
 from migrate.units import parse_size
 
 F = TypeVar("F", bound=Callable[..., Any])
-SENDER_SOCKET = RUN_DIRECTORY / "sender.sock"
-RECEIVER_SOCKET = RUN_DIRECTORY / "receiver.sock"
+SENDER_SOCKET = Path(client.SENDER_SOCKET)
+RECEIVER_SOCKET = Path(client.RECEIVER_SOCKET)
 
 
 class Size(click.ParamType[int]):

@@ -6,12 +6,16 @@ libxl's own.  Source: docs/specs/libxc-migration-stream.pandoc, version 3 (Xen 4
 
 from __future__ import annotations
 
+import json
 import struct
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from migrate.errors import MigrationError
 
 IMAGE_HEADER = struct.Struct(">QIIHHI")
 DOMAIN_HEADER = struct.Struct("<IHHII")
 RECORD_HEADER = struct.Struct("<II")
+PAGE_SHIFT = 12
 HEADER_BYTES = IMAGE_HEADER.size + DOMAIN_HEADER.size
 
 MARKER = 0xFFFFFFFFFFFFFFFF
@@ -26,6 +30,9 @@ REC_TYPE_X86_MSR_POLICY = 0x00000012
 REC_TYPE_OPTIONAL = 0x80000000
 REC_TYPE_POSTCOPY = 0x58505630
 """Ours, and mandatory: a receiver without this helper fails there, instead of starting a guest without memory."""
+REC_TYPE_POSTCOPY_OFFER = REC_TYPE_OPTIONAL | REC_TYPE_POSTCOPY
+"""Ours, and passed over by a receiver without this helper."""
+DOMAIN_TYPE_HVM = 2
 STATIC = (REC_TYPE_X86_CPUID_POLICY, REC_TYPE_X86_MSR_POLICY, REC_TYPE_STATIC_DATA_END)
 """What may stand before the record that decides whose stream it is."""
 
@@ -46,6 +53,29 @@ class RecordHeader(NamedTuple):
     @property
     def is_static(self) -> bool:
         return self.type in STATIC or bool(self.type & REC_TYPE_OPTIONAL)
+
+
+def headers(xen_major: int, xen_minor: int) -> bytes:
+    """Of an HVM or PVH domain's image."""
+    return IMAGE_HEADER.pack(MARKER, ID, VERSIONS[-1], 0, 0, 0) + DOMAIN_HEADER.pack(
+        DOMAIN_TYPE_HVM, PAGE_SHIFT, 0, xen_major, xen_minor
+    )
+
+
+def record(kind: int, body: bytes = b"") -> bytes:
+    return RECORD_HEADER.pack(kind, len(body)) + body + bytes(-len(body) % 8)
+
+
+def parse_offer(body: bytes) -> dict[str, Any]:
+    """``session``, ``address`` (host, port), ``token`` (hexadecimal).  Raises :class:`MigrationError`."""
+    try:
+        offer = json.loads(body)
+        session, (host, port), token = offer["session"], offer["address"], offer["token"]
+        if not (isinstance(session, str) and isinstance(host, str) and type(port) is int and bytes.fromhex(token)):
+            raise ValueError
+    except (ValueError, KeyError, TypeError) as error:
+        raise MigrationError("the sender's offer is of another version of xen-postcopy") from error
+    return {"session": session, "address": [host, port], "token": token}
 
 
 def check_headers(data: bytes) -> None:

@@ -15,7 +15,7 @@ from typing import TextIO
 import numpy as np
 import pytest
 
-from migrate.control import ControlClient
+from migrate.client import ControlClient
 from migrate.errors import MigrationError
 from tests.labs import until
 from tests.test_conformance import memory_of, pfns, span

@@ -1,0 +1,104 @@
+"""libxl, which has started us: its arguments, and the conversation on standard output and input."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import NamedTuple, Never
+
+from migrate.xl import protocol
+from migrate.xl.protocol import Level
+
+ARGUMENTS = {"--save-domain": 6, "--restore-domain": 9}
+XCFLAGS_LIVE = 1
+INPUT, OUTPUT = 0, 1
+
+
+class Request(NamedTuple):
+    """What libxl asks for."""
+
+    mode: str
+    numbers: tuple[int, ...]
+
+    @property
+    def io_fd(self) -> int:
+        return self.numbers[0]
+
+    @property
+    def domid(self) -> int:
+        return self.numbers[2]
+
+    @property
+    def ports(self) -> dict[str, int]:
+        """Of a domain to be restored: its event channels, and who is at their other ends."""
+        return dict(zip(("store", "store_domid", "console", "console_domid"), self.numbers[3:7], strict=True))
+
+    @property
+    def saves(self) -> bool:
+        return self.mode == "--save-domain"
+
+    @property
+    def checkpointed(self) -> bool:
+        """Remus or COLO: streams that go on after END."""
+        return self.numbers[-1] != 0
+
+    @property
+    def live(self) -> bool:
+        return bool(self.numbers[3] & XCFLAGS_LIVE)
+
+    def arguments(self, io_fd: int) -> list[str]:
+        return [self.mode, *map(str, (io_fd, *self.numbers[1:]))]
+
+    @classmethod
+    def parse(cls, arguments: list[str]) -> Request:
+        """Raises :class:`ValueError`."""
+        mode, *rest = arguments or [""]
+        if len(rest) != ARGUMENTS.get(mode, -1):
+            raise ValueError("not the arguments that libxl gives")
+        return cls(mode, tuple(map(int, rest)))
+
+
+def say(message: bytes) -> None:
+    write_all(OUTPUT, message)
+
+
+def ask(message: bytes) -> int:
+    """What libxl answers.  Ends this process where libxl has gone."""
+    say(message)
+    try:
+        (answer,) = protocol.ANSWER.unpack(read_exactly(INPUT, protocol.ANSWER.size))
+    except EOFError:
+        sys.exit("xen-postcopy-xl-helper: libxl has gone")
+    return int(answer)
+
+
+def notice(text: str) -> None:
+    say(protocol.log(Level.NOTICE, text))
+
+
+def fail(reason: str, number: int) -> Never:
+    """As the stock helper ends when something goes wrong: it says so, is answered, and exits with 0."""
+    say(protocol.log(Level.ERROR, reason, errno=number))
+    ask(protocol.complete(-1, number))
+    sys.exit(0)
+
+
+def succeed() -> Never:
+    ask(protocol.complete(0, 0))
+    sys.exit(0)
+
+
+def read_exactly(fd: int, count: int) -> bytes:
+    """Raises :class:`EOFError`."""
+    data = b""
+    while len(data) < count:
+        more = os.read(fd, count - len(data))
+        if not more:
+            raise EOFError(f"the stream ends after {len(data)} of {count} bytes")
+        data += more
+    return data
+
+
+def write_all(fd: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(fd, data) :]

@@ -1,0 +1,107 @@
+"""A guest comes: read libxl's stream until it shows whose it is.
+
+An offer in it (``save.py``) is passed to the receiver daemon at once, which dials the sender and finds out whether this host can
+page the guest.  The next record says what came of it: a session that was agreed on, or an ordinary stream, which is the
+stock helper's.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from typing import Never
+
+from migrate.client import RECEIVER_SOCKET, ControlClient, Json
+from migrate.errors import MigrationError
+from migrate.xl import image, libxl, protocol, stock
+from migrate.xl.libxl import INPUT, Request, read_exactly
+
+
+def restore(request: Request) -> Never:
+    _Restoring(request).run()
+
+
+class _Restoring:
+    def __init__(self, request: Request):
+        self._request = request
+        self._read = bytearray()
+        self._session = ""
+        self._daemon: ControlClient | None = None
+        self._why_not = "it made no offer that this host could have taken up"
+
+    def _take(self, count: int) -> bytes:
+        data = read_exactly(self._request.io_fd, count)
+        self._read += data
+        return data
+
+    def _next(self) -> image.RecordHeader:
+        return image.read_record_header(self._take(image.RECORD_HEADER.size))
+
+    def run(self) -> Never:
+        try:
+            image.check_headers(self._take(image.HEADER_BYTES))
+            record = self._next()
+            while record.is_static:
+                body = self._take(record.padded)[: record.length]
+                if record.type == image.REC_TYPE_POSTCOPY_OFFER:
+                    self._take_up(body)
+                record = self._next()
+            if record.type == image.REC_TYPE_POSTCOPY:
+                self._take_in(record)
+        except image.ImageError:
+            stock.restore_rest(self._request, bytes(self._read), None)  # it has the better words for it
+        except (EOFError, OSError) as error:
+            libxl.fail(f"the migration's stream: {error}", errno.EPIPE)
+        self._leave(record)
+
+    def _take_up(self, body: bytes) -> None:
+        """An offer: the daemon is to try."""
+        try:
+            offer = image.parse_offer(body)
+            self._session = offer["session"]
+            daemon = ControlClient(os.environ.get("XEN_POSTCOPY_RECEIVER", RECEIVER_SOCKET))
+            daemon.say(command="restore", domid=self._request.domid, ports=self._request.ports, **offer)
+        except MigrationError as error:
+            self._why_not = str(error)
+        else:
+            self._daemon = daemon
+
+    def _leave(self, record: image.RecordHeader) -> Never:
+        """It is an ordinary stream; whatever the daemon has done to the domain is undone first."""
+        if os.environ.get("XEN_POSTCOPY") == "require":
+            libxl.fail("XEN_POSTCOPY=require, and the sender uses Xen's own live migration", errno.EOPNOTSUPP)
+        if self._daemon is not None:
+            try:
+                self._daemon.say(command="release")
+                self._await_result(self._daemon)
+            except MigrationError as error:
+                self._why_not = str(error)
+        if self._session:
+            libxl.notice(f"{self._why_not}: using Xen's own live migration")
+        stock.restore_rest(self._request, bytes(self._read), record)
+
+    def _take_in(self, record: image.RecordHeader) -> Never:
+        """The sender has agreed with our daemon on a session."""
+        session = self._take(record.padded)[: record.length].decode(errors="replace")
+        if self._daemon is None or session != self._session:
+            libxl.fail(f"the sender wants postcopy, but {self._why_not}", errno.EOPNOTSUPP)
+        if self._next().type != image.REC_TYPE_END:
+            libxl.fail("the migration's stream: records behind the session's", errno.EINVAL)
+        libxl.ask(protocol.static_data_done(0))
+        try:
+            result = self._await_result(self._daemon)
+        except MigrationError as error:
+            libxl.fail(str(error), errno.EIO)
+        libxl.say(protocol.restore_results(result["store_gfn"], result["console_gfn"]))
+        libxl.succeed()
+
+    def _await_result(self, daemon: ControlClient) -> Json:
+        """Raises :class:`MigrationError`."""
+        try:
+            while (answer := daemon.answer(INPUT)) is not None:
+                if answer["event"] == "result":
+                    return answer
+        except EOFError:
+            sys.exit("xen-postcopy-xl-helper: libxl has gone")
+        raise MigrationError("the receiver daemon has gone")

@@ -1,0 +1,102 @@
+"""A guest leaves: what libxl's stream has to say, and between the sender daemon and libxl.
+
+The stream begins as any other, and then makes an *offer*, in an optional record that the stock helper passes over: the sender
+daemon of this host, at such an address, could migrate the guest as such a session.  Whether there is somebody who takes it
+up shows when a receiver dials in.  If none does, or if it refuses, nothing is lost: the stock helper goes on with the same
+stream.  If one does, what follows are the static data, a *mandatory* record that names the session, and END.
+"""
+
+from __future__ import annotations
+
+import base64
+import errno
+import json
+import os
+import sys
+from typing import Never
+
+from migrate.client import SENDER_SOCKET, ControlClient, Json
+from migrate.errors import MigrationError
+from migrate.xl import image, libxl, protocol, stock
+from migrate.xl.libxl import INPUT, Request, write_all
+
+
+def save(request: Request) -> Never:
+    if os.isatty(request.io_fd):
+        sys.exit("xen-postcopy-xl-helper: a stream does not go to a terminal")
+    try:
+        daemon = ControlClient(os.environ.get("XEN_POSTCOPY_SENDER", SENDER_SOCKET))
+        daemon.say(command="save", domid=request.domid, strategy=os.environ.get("XEN_POSTCOPY_STRATEGY"))
+        offer = daemon.answer(INPUT)
+        if offer is None:
+            raise MigrationError("the daemon has gone")
+    except MigrationError as error:
+        stock.become(request, str(error))
+    except EOFError:
+        sys.exit("xen-postcopy-xl-helper: libxl has gone")
+    _Saving(request, daemon, offer).run()
+
+
+class _Saving:
+    def __init__(self, request: Request, daemon: ControlClient, offer: Json):
+        self._request = request
+        self._daemon = daemon
+        self._offer = offer
+        self._agreed = False
+
+    def run(self) -> Never:
+        headers = image.headers(*stock.xen_version())
+        body = {key: self._offer[key] for key in ("session", "address", "token")}
+        self._write(headers + image.record(image.REC_TYPE_POSTCOPY_OFFER, json.dumps(body).encode()))
+        try:
+            while (answer := self._daemon.answer(INPUT)) is not None:
+                self._follow(answer)
+        except MigrationError as error:
+            self._give_up(str(error))
+        except EOFError:
+            sys.exit("xen-postcopy-xl-helper: libxl has gone")
+        self._give_up("the sender daemon has gone")
+
+    def _follow(self, answer: Json) -> None:
+        """Do what the daemon says."""
+        match answer["event"]:
+            case "progress":
+                if answer["pages_total"]:
+                    doing = f"{answer['phase']}, round {answer['round']}" if answer["round"] else answer["phase"]
+                    libxl.say(protocol.progress(doing, answer["pages_done"], answer["pages_total"]))
+            case "declined":
+                stock.require(answer["message"])
+                stock.save_after_headers(self._request)
+            case "agreed":
+                self._agreed = True
+                self._write(self._rest())
+                self._daemon.say(answer=0)
+            case "log_dirty":
+                enable = bool(answer["enable"])
+                self._daemon.say(answer=libxl.ask(protocol.switch_qemu_logdirty(self._request.domid, enable)))
+            case "suspend":
+                self._daemon.say(answer=libxl.ask(protocol.suspend()))
+            case "result":
+                libxl.succeed()
+
+    def _give_up(self, reason: str) -> Never:
+        """Whatever was agreed on, the guest goes on here."""
+        libxl.fail(reason, errno.EIO)
+
+    def _rest(self) -> bytes:
+        leaves, msrs = map(base64.b64decode, self._offer["cpu_policy"])
+        return b"".join(
+            (
+                image.record(image.REC_TYPE_X86_CPUID_POLICY, leaves) if leaves else b"",
+                image.record(image.REC_TYPE_X86_MSR_POLICY, msrs) if msrs else b"",
+                image.record(image.REC_TYPE_STATIC_DATA_END),
+                image.record(image.REC_TYPE_POSTCOPY, self._offer["session"].encode()),
+                image.record(image.REC_TYPE_END),
+            )
+        )
+
+    def _write(self, data: bytes) -> None:
+        try:
+            write_all(self._request.io_fd, data)
+        except OSError as error:
+            libxl.fail(f"the migration's stream: {error.strerror}", error.errno or 0)

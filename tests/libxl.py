@@ -1,0 +1,161 @@
+"""libxl as a helper sees it, and the part of xl that comes after: what is scripted here is what the real ones do.
+
+:class:`Libxl` is one side: it starts the helper, answers it, and remembers what it said.  The lab has the real ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from migrate.xl.protocol import ANSWER, Message
+
+HELPER = [sys.executable, "-m", "migrate.xl.helper"]
+TIMEOUT_S = 60.0
+FIELDS = {
+    Message.LOG: "=II", Message.PROGRESS: "", Message.SUSPEND: "=", Message.SWITCH_QEMU_LOGDIRTY: "=II",
+    Message.STATIC_DATA_DONE: "=I", Message.RESTORE_RESULTS: "=QQ", Message.COMPLETE: "=ii",
+}  # fmt: skip
+"""Numbers at the beginning of a message."""
+NOT_ANSWERED = (Message.LOG, Message.PROGRESS, Message.RESTORE_RESULTS)
+
+
+@dataclass
+class Said:
+    kind: Message
+    numbers: tuple[int, ...]
+    texts: list[str]
+
+
+def parse(body: bytes) -> Said:
+    kind = Message(struct.unpack_from("=H", body)[0])
+    form = FIELDS[kind]
+    at = 2 + struct.calcsize(form)
+    numbers, texts = struct.unpack_from(form, body, 2), []
+    if kind in (Message.LOG, Message.PROGRESS):
+        for _ in range(2):
+            (length,) = struct.unpack_from("=I", body, at)
+            texts.append(body[at + 4 : at + 4 + length - 1].decode())
+            at += 4 + length
+    return Said(kind, numbers, texts)
+
+
+@dataclass
+class Libxl:
+    """``answers``: what is done for a message, and the answer; others are answered with 0."""
+
+    mode: str
+    io_fd: int
+    numbers: tuple[int, ...]
+    """The arguments after ``io_fd``."""
+    answers: dict[Message, Callable[[], int]] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    said: list[Said] = field(default_factory=list)
+    status: int | None = None
+    silent_at: Message | None = None
+    """Not answered: libxl is held up there, until :meth:`kill`."""
+
+    def start(self) -> None:
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("XEN_POSTCOPY")}
+        self.process = subprocess.Popen(
+            [*HELPER, self.mode, str(self.io_fd), *map(str, self.numbers)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=[self.io_fd],
+            env={**environment, **self.environment},
+        )  # fmt: skip
+        os.close(self.io_fd)
+        self._thread = threading.Thread(target=self._converse, daemon=True)
+        self._thread.start()
+
+    def _converse(self) -> None:
+        assert self.process.stdout is not None and self.process.stdin is not None
+        while head := self.process.stdout.read(2):
+            said = parse(self.process.stdout.read(struct.unpack("=H", head)[0]))
+            self.said.append(said)
+            if said.kind in NOT_ANSWERED:
+                continue
+            if said.kind is self.silent_at:
+                return
+            answer = self.answers.get(said.kind, lambda: 0)()
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.write(ANSWER.pack(answer))
+                self.process.stdin.flush()
+
+    def wait(self) -> int:
+        """Its status; what went wrong in the helper itself is raised."""
+        self._thread.join(TIMEOUT_S)
+        self.status = self.process.wait(TIMEOUT_S)
+        assert self.process.stderr is not None
+        complaints = self.process.stderr.read().decode()
+        assert "Traceback" not in complaints, complaints
+        self.close()
+        return self.status
+
+    def kill(self) -> None:
+        """As when xl dies; can be called whatever has become of it."""
+        if not hasattr(self, "process"):
+            os.close(self.io_fd)
+            return
+        self.process.kill()
+        self.process.wait(TIMEOUT_S)
+        self.close()
+
+    def close(self) -> None:
+        self._thread.join(TIMEOUT_S)
+        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
+            assert stream is not None
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
+
+    # ---- what was said ----
+    def of(self, kind: Message) -> list[Said]:
+        return [said for said in self.said if said.kind is kind]
+
+    @property
+    def result(self) -> tuple[int, ...]:
+        """Of ``complete``: 0 or -1, errno."""
+        (complete,) = self.of(Message.COMPLETE)
+        return complete.numbers
+
+    @property
+    def log(self) -> str:
+        return "\n".join(said.texts[1] for said in self.of(Message.LOG))
+
+
+STOCK = """#!{python}
+import os, struct, sys
+from pathlib import Path
+sys.path.insert(0, {tree!r})
+from migrate.xl import image, libxl, protocol, stock
+mode, io_fd = sys.argv[1], int(sys.argv[2])
+pages = image.record(1, bytes(range(256)) * 2000)
+stream = image.headers(*stock.xen_version()) + image.record(image.REC_TYPE_STATIC_DATA_END)
+stream += pages + image.record(image.REC_TYPE_END)
+if mode == "--save-domain":
+    libxl.write_all(io_fd, stream)
+else:
+    got, record = os.read(io_fd, image.HEADER_BYTES), None
+    while record is None or record.type != image.REC_TYPE_END:
+        head = libxl.read_exactly(io_fd, 8)
+        record = image.read_record_header(head)
+        body = libxl.read_exactly(io_fd, record.padded)
+        if not record.type & image.REC_TYPE_OPTIONAL:
+            got += head + body
+    libxl.say(protocol.restore_results(1, 2))
+    if got != stream:
+        libxl.fail("another stream", 5)
+libxl.ask(protocol.complete(0, 0))
+"""
+
+
+def write_stock_helper(path: Path) -> Path:
+    """A stock helper with a stream of its own, which it checks when it restores it."""
+    path.write_text(STOCK.format(python=sys.executable, tree=str(Path(__file__).parents[1])))
+    path.chmod(0o755)
+    return path

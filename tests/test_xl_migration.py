@@ -1,0 +1,272 @@
+"""Migrations as xl has them done: two helpers, two daemons, two simulated hosts, and a scripted libxl at each end.
+
+What xl does after its helpers (letting the guest run at one end and destroying it at the other) the tests do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from migrate.loopback import World, verify_migrated, wait_for_steps
+from migrate.xl import image
+from migrate.xl.protocol import Message
+from tests.conftest import MIB
+from tests.labs import until
+from tests.libxl import Libxl, write_stock_helper
+from xenbackend.contract import DomainState
+from xenbackend.simulated.client import SimulatedDomain
+from xenbackend.simulated.guest import GuestSpec
+
+LIVE = 1
+CBFLAGS_SAVE, CBFLAGS_RESTORE = 136, 768
+
+
+class Xl:
+    """``xl migrate``: its helpers run until they have ended; then the test decides."""
+
+    def __init__(self, world: World, spec: GuestSpec, directory: Path):
+        self.world, self.spec = world, spec
+        self.source = world.source.open(spec.name)
+        self.destination: SimulatedDomain = world.destination.create_incoming(spec.domain_config())
+        reader, writer = os.pipe()
+        stock = str(write_stock_helper(directory / "libxl-save-helper"))
+        sockets = {
+            "XEN_POSTCOPY_SENDER": str(world.sender_socket), "XEN_POSTCOPY_RECEIVER": str(world.receiver_socket),
+            "XEN_POSTCOPY_STOCK_HELPER": stock,
+        }  # fmt: skip
+        self.save = Libxl(
+            "--save-domain", writer, (-1, self.source.domid, LIVE, CBFLAGS_SAVE, 0), {Message.SUSPEND: self.suspend},
+            dict(sockets),
+        )  # fmt: skip
+        self.restore = Libxl(
+            "--restore-domain", reader, (-1, self.destination.domid, 1, 0, 2, 0, CBFLAGS_RESTORE, 0), {}, dict(sockets)
+        )
+
+    def suspend(self) -> int:
+        self.source.suspend()
+        return 1
+
+    def run(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What each helper reported as its result."""
+        self.start()
+        return self.wait()
+
+    def start(self) -> None:
+        self.restore.start()
+        self.save.start()
+
+    def wait(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        assert (self.save.wait(), self.restore.wait()) == (0, 0)
+        return self.save.result, self.restore.result
+
+    def go(self) -> None:
+        """The guest runs at the destination; the source is destroyed."""
+        self.destination.start()
+        self.source.destroy()
+
+    def stay(self) -> None:
+        """The destination is destroyed; the guest is resumed at the source, where it had been suspended."""
+        self.destination.destroy()
+        if self.source.info().state is DomainState.SUSPENDED:
+            self.source.resume()
+
+    def line(self, daemon: str) -> dict[str, Any]:
+        """What ``list`` has of the migration: the newest of a domain of this name."""
+        found = [
+            line for line in self.world.ask(daemon, command="list")["migrations"] if line["domain"] == self.spec.name
+        ]
+        return found[-1] if found else {"phase": "none", "problem": ""}
+
+    def wait_for(self, *phases: str) -> None:
+        """Until the sender's and the receiver's migrations are so."""
+
+        def reached() -> bool:
+            return [self.line(daemon)["phase"] for daemon in ("sender", "receiver")] == list(phases)
+
+        until(reached, f"{phases} is not reached: {self.line('sender')}, {self.line('receiver')}")
+
+    def close(self) -> None:
+        for helper in (self.save, self.restore):
+            helper.kill()
+        for domain in (self.source, self.destination):
+            domain.close()
+
+
+@pytest.fixture
+def xl(world: World, name: str, tmp_path: Path) -> Iterator[Xl]:
+    spec = GuestSpec(name, 16 * MIB, vcpus=2, workload="random")
+    domain = world.source.create_guest(spec.to_bytes())
+    wait_for_steps(domain, 200)
+    domain.close()
+    with contextlib.closing(Xl(world, spec, tmp_path)) as made:
+        yield made
+
+
+def check_stayed(xl: Xl) -> None:
+    """The guest is unharmed at the source, can be migrated again, and nothing is left at the destination."""
+    until(lambda: xl.source.info().state is DomainState.RUNNING, "the guest is not resumed")
+    wait_for_steps(xl.source, 200)
+    report = xl.source.report()
+    assert [vcpu["errors"] for vcpu in report["vcpu"]] == [0] * len(report["vcpu"])
+    xl.world.check_alive()
+    assert not [info for info in xl.world.destination.domains() if info.name == xl.spec.name]
+    xl.world.ask("sender", command="migrate", domain=xl.spec.name, destination=f"127.0.0.1:{xl.world.port}")
+    check_arrived(xl)
+
+
+def check_arrived(xl: Xl) -> None:
+    verification, _view = verify_migrated(xl.world, xl.spec)
+    assert verification.problems == []
+
+
+@pytest.mark.parametrize("strategy", ["hybrid", "postcopy", "precopy"])
+def test_a_guest_is_migrated(xl: Xl, strategy: str) -> None:
+    xl.save.environment["XEN_POSTCOPY_STRATEGY"] = strategy
+    assert xl.run() == ((0, 0), (0, 0))
+    xl.go()
+    xl.wait_for("completed", "completed")
+    check_arrived(xl)
+    assert [said.kind for said in xl.save.said if said.kind is not Message.PROGRESS] == [
+        Message.SWITCH_QEMU_LOGDIRTY, Message.SUSPEND, Message.SWITCH_QEMU_LOGDIRTY, Message.COMPLETE,
+    ]  # fmt: skip
+    assert [said.kind for said in xl.restore.said] == [
+        Message.STATIC_DATA_DONE, Message.RESTORE_RESULTS, Message.COMPLETE,
+    ]  # fmt: skip
+    assert xl.restore.of(Message.RESTORE_RESULTS)[0].numbers == xl.destination.toolstack_gfns()
+    assert xl.line("sender")["peer"].startswith("127.0.0.1:")
+
+
+def test_pages_are_served_long_after_the_source_is_gone(xl: Xl) -> None:
+    """The guest runs and faults on pages that only the mappings of the sender have still."""
+    xl.save.environment["XEN_POSTCOPY_STRATEGY"] = "postcopy"
+    assert xl.run() == ((0, 0), (0, 0))
+    xl.source.destroy()
+    xl.wait_for("postcopy", "postcopy")
+    xl.destination.start()
+    xl.wait_for("completed", "completed")
+    check_arrived(xl)
+
+
+def test_the_guest_may_run_before_its_source_is_gone(xl: Xl) -> None:
+    xl.save.environment["XEN_POSTCOPY_STRATEGY"] = "postcopy"
+    assert xl.run() == ((0, 0), (0, 0))
+    xl.destination.start()
+    wait_for_steps(xl.destination, 500)
+    assert xl.line("sender")["phase"] == "deciding"
+    xl.source.destroy()
+    xl.wait_for("completed", "completed")
+    check_arrived(xl)
+
+
+# ---- xl decides otherwise ----
+def test_xl_lets_the_guest_stay_after_the_helpers(xl: Xl) -> None:
+    assert xl.run() == ((0, 0), (0, 0))
+    xl.stay()
+    xl.wait_for("failed", "failed")
+    check_stayed(xl)
+
+
+def test_xl_resumes_the_source_before_it_destroys_the_destination(xl: Xl) -> None:
+    assert xl.run() == ((0, 0), (0, 0))
+    xl.source.resume()
+    xl.wait_for("failed", "failed")
+    xl.destination.destroy()
+    check_stayed(xl)
+
+
+@pytest.mark.parametrize("step", [Message.SWITCH_QEMU_LOGDIRTY, Message.SUSPEND])
+def test_the_saving_libxl_dies(xl: Xl, step: Message) -> None:
+    """Whatever it was about to do.  Nobody resumes the guest then but the daemon."""
+    xl.save.silent_at = step
+    xl.start()
+    until(lambda: bool(xl.save.of(step)), "the step is not reached")
+    if step is Message.SUSPEND:
+        xl.source.suspend()
+    xl.save.kill()
+    xl.restore.wait()
+    assert xl.restore.result[0] == -1
+    xl.destination.destroy()
+    xl.wait_for("failed", "failed")
+    check_stayed(xl)
+
+
+@pytest.mark.parametrize("step", [Message.STATIC_DATA_DONE])
+def test_the_restoring_libxl_dies(xl: Xl, step: Message) -> None:
+    xl.restore.silent_at = step
+    xl.start()
+    until(lambda: bool(xl.restore.of(step)), "the step is not reached")
+    xl.restore.kill()
+    xl.destination.destroy()
+    xl.save.wait()
+    assert xl.save.result[0] == -1
+    xl.wait_for("failed", "failed")
+    check_stayed(xl)
+
+
+def test_libxl_cannot_suspend_the_guest(xl: Xl) -> None:
+    xl.save.answers[Message.SUSPEND] = lambda: 0
+    assert [result for result, _errno in xl.run()] == [-1, -1]
+    assert "could not suspend" in xl.save.log
+    xl.stay()
+    check_stayed(xl)
+
+
+# ---- when it is not ours ----
+def assert_stock(xl: Xl, why: str) -> None:
+    assert xl.run() == ((0, 0), (0, 0))
+    assert why in xl.save.log + xl.restore.log
+    assert xl.restore.of(Message.RESTORE_RESULTS)[0].numbers == (1, 2)
+    xl.stay()
+    check_stayed(xl)
+
+
+def test_without_a_daemon_here_the_stock_helper_does_it(xl: Xl) -> None:
+    xl.save.environment["XEN_POSTCOPY_SENDER"] = "/nowhere"
+    assert_stock(xl, "no daemon at /nowhere")
+
+
+def test_without_a_daemon_there_the_stock_helper_does_it(xl: Xl) -> None:
+    xl.restore.environment["XEN_POSTCOPY_RECEIVER"] = "/nowhere"
+    assert_stock(xl, "no daemon at /nowhere")
+    assert "did not reach this end" in xl.save.log
+
+
+def test_where_only_the_sender_has_a_helper_the_stock_one_does_it(xl: Xl) -> None:
+    xl.restore.environment["XEN_POSTCOPY"] = "off"
+    assert_stock(xl, "did not reach this end")
+
+
+def test_a_host_that_refuses_leaves_it_to_the_stock_helper(xl: Xl) -> None:
+    """Its preflight does."""
+    ring = xl.destination.paging_enable()
+    assert xl.run() == ((0, 0), (0, 0))
+    assert "in use by another pager" in xl.save.log
+    xl.destination.paging_disable()
+    ring.close()
+    xl.stay()
+    check_stayed(xl)
+
+
+@pytest.mark.parametrize("side", ["save", "restore"])
+def test_require_fails_where_it_would_be_the_stock_helper_s(xl: Xl, side: str) -> None:
+    xl.save.environment["XEN_POSTCOPY_SENDER"] = "/nowhere"
+    getattr(xl, side).environment["XEN_POSTCOPY"] = "require"
+    xl.start()
+    failing = getattr(xl, side)
+    failing.wait()
+    assert failing.result[0] == -1 and "XEN_POSTCOPY=require" in failing.log
+    (xl.restore if side == "save" else xl.save).kill()
+    xl.stay()
+    check_stayed(xl)
+
+
+def test_what_a_stock_receiver_would_read_is_refused_there() -> None:
+    """The record that names the session is mandatory, the offer is not."""
+    assert not image.REC_TYPE_POSTCOPY & image.REC_TYPE_OPTIONAL
+    assert image.REC_TYPE_POSTCOPY_OFFER & image.REC_TYPE_OPTIONAL
