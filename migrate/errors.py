@@ -26,4 +26,4 @@ class InterruptedMigrationError(MigrationError):
 
 
 class GuestEndedError(MigrationError):
-    """The guest was handed over, and then ended at the destination: nothing of it is needed any more."""
+    """The guest ran at the destination, and ended there: nothing of it is needed any more."""

@@ -311,7 +311,7 @@ class Complete(Message):
 
 @dataclass(frozen=True, eq=False)
 class Ended(Message):
-    """The guest, which had been handed over, is no more: nothing of it is wanted."""
+    """The guest, which ran here, is no more: nothing of it is wanted."""
 
     type = "ended"
     reason: str = _text()
@@ -319,7 +319,8 @@ class Ended(Message):
 
 @dataclass(frozen=True, eq=False)
 class Failed(Message):
-    """The receiver cannot go on.  Before the handover it has cleaned up, after it it keeps the guest as it is."""
+    """The receiver cannot go on.  Before the handover it has cleaned up, and the guest never ran there; after it it keeps the
+    guest as it is."""
 
     type = "failed"
     reason: str = _text()

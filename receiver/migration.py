@@ -314,7 +314,7 @@ class IncomingMigration:
             log.warning("%s: %s: %s", self.id, progress.domain, reason)
             progress.phase, progress.problem = "failed", reason
             self._release()
-            if self.session.handed_over:
+            if self.session.handed_over or self._runs.is_set():
                 answer = m.Ended(m.printable(reason))
         elif self.session.handed_over or self._runs.is_set():
             progress.phase = "interrupted"

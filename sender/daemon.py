@@ -138,7 +138,7 @@ class SenderDaemon:
             name, policy = domain.info().name, domain.cpu_policy()
         session, token = new_id(), secrets.token_bytes(TOKEN_BYTES)
         awaited = AwaitedLanes(token, timeout_s=self._config.sender.peer_timeout_s)
-        toolstack = XlToolstack(connection)
+        toolstack = XlToolstack(name, connection)
         options = _options(self._config.migration, request)
         migration = OutgoingMigration(
             session, self._hypervisor, str(request["domid"]), awaited, options, toolstack=toolstack

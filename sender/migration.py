@@ -39,7 +39,7 @@ from migrate.transport import EXPLANATION_S, STEP_TIMEOUT_S, LaneConnection, run
 from sender.backlog import Backlog
 from sender.faults import FaultServer
 from sender.reader import announce, batches_of, count_pages, hold, pinned, present
-from sender.toolstack import OwnToolstack, ResumedHereError, Toolstack
+from sender.toolstack import XL_TIMEOUT_S, OwnToolstack, StaysHereError, Toolstack
 from xenbackend.contract import PAGE_SIZE, Domain, DomainState, Hypervisor, PfnArray, XenError
 
 log = logging.getLogger(__name__)
@@ -79,6 +79,7 @@ class _Signals:
 
     passed: dict[int, trio.Event] = field(default_factory=dict)
     ready: trio.Event = field(default_factory=trio.Event)
+    resumed: trio.Event = field(default_factory=trio.Event)
     complete: trio.Event = field(default_factory=trio.Event)
 
 
@@ -190,8 +191,8 @@ class OutgoingMigration:
             await self._push_lane_closed()
             self.statistics.finished = time.monotonic()
             tasks.cancel_scope.cancel()
-        self.progress.phase = "completed"
         await self._toolstack.finish(self._domain)
+        self.progress.phase = "completed"
 
     async def _connect(self) -> None:
         """hello, preflight and the pull lane."""
@@ -412,8 +413,20 @@ class OutgoingMigration:
                 self.progress.phase = "postcopy"
 
     async def _follow_decision(self) -> None:
-        if not await self._toolstack.decision(self._domain):
-            raise ResumedHereError("xl resumed the guest here")
+        """Seen here, or else as the receiver sees it."""
+        given_away = True
+        async with trio.open_nursery() as nursery:
+
+            async def believe_the_receiver() -> None:
+                await self._signals.resumed.wait()
+                await trio.sleep(XL_TIMEOUT_S)
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(believe_the_receiver)
+            given_away = await self._toolstack.decision(self._domain)
+            nursery.cancel_scope.cancel()
+        if not given_away:
+            raise StaysHereError("xl resumed the guest here")
         self.progress.phase = "postcopy"
         await self._say(m.Handover())
 
@@ -460,6 +473,7 @@ class OutgoingMigration:
                     trio.from_thread.run_sync(self._signals.ready.set)
                 case m.Resumed():
                     self.statistics.resumed = time.monotonic()
+                    trio.from_thread.run_sync(self._signals.resumed.set)
                 case m.Loaded():
                     self._backlog.loaded(message.pfns)
                     self._domain.release(message.pfns)
@@ -477,6 +491,8 @@ class OutgoingMigration:
                     return
                 case m.Ended():
                     raise GuestEndedError(f"the guest ended at the destination: {message.reason}")
+                case m.Failed() if self.session.phase is Phase.DECISION:
+                    raise StaysHereError(f"the destination has given the guest up: {message.reason}")
                 case m.Failed():
                     raise MigrationError(f"the destination cannot go on: {message.reason}")
 
@@ -489,13 +505,14 @@ class OutgoingMigration:
     # ---- when it goes wrong ----
     async def _failed(self, error: BaseException) -> None:
         progress, given_away = self.progress, self.session.handed_over
-        if self.session.phase is Phase.DECISION and not isinstance(error, trio.Cancelled | ResumedHereError):
+        if self.session.phase is Phase.DECISION and not isinstance(error, trio.Cancelled | StaysHereError):
             progress.phase, progress.problem = "in doubt", f"{error}; xl has not said yet at which end the guest runs"
             log.warning("%s: %s: %s", self.id, self.domain_name, progress.problem)
             given_away = await self._toolstack.decision(self._domain)
         if isinstance(error, GuestEndedError):
-            progress.phase, progress.problem = "failed", str(error)
+            progress.problem = str(error)
             await self._toolstack.finish(self._domain)
+            progress.phase = "failed"
         elif given_away:
             progress.phase = "interrupted"
             progress.problem = f"{error}; the guest is at the destination, its missing pages are kept here"

@@ -3,11 +3,13 @@
 :class:`OwnToolstack`: nobody's but ours (``xen-postcopy migrate``).  :class:`XlToolstack`: xl's, which started our helper and
 through it does what we ask for.  When the destination is ready the helper ends, and then xl decides by an exchange with
 its other half at which end the guest runs.  What it decided shows in what it does to the domain: it destroys it,
-or resumes it.
+or resumes it.  Where its exchange is cut it may do neither; then the receiver's word decides, which knows whether the guest
+runs there, or never will.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from typing import Protocol
@@ -21,12 +23,12 @@ from xenbackend.contract import Domain, DomainState, NoSuchDomainError
 log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 0.02
-RESUME_TIMEOUT_S = 5.0
-"""How long xl may take to resume a guest whose migration has failed, before we do."""
+XL_TIMEOUT_S = 5.0
+"""How long xl may take to do what the receiver knows it to have decided, before we do it."""
 
 
-class ResumedHereError(MigrationError):
-    """The toolstack has decided that the guest stays."""
+class StaysHereError(MigrationError):
+    """The toolstack has decided so, or the destination has given the guest up before it ran there."""
 
 
 class Toolstack(Protocol):
@@ -82,11 +84,12 @@ class OwnToolstack:
 
 
 class XlToolstack:
-    """``helper``: the connection of the helper, after its request."""
+    """``helper``: the connection of the helper, after its request.  ``name``: the domain's, which xl changes on the way."""
 
     decides = True
 
-    def __init__(self, helper: ControlConnection):
+    def __init__(self, name: str, helper: ControlConnection):
+        self._name = name
         self._helper = helper
         self._asking = trio.Lock()
         self._answers, self._heard = trio.open_memory_channel[int](math.inf)
@@ -134,11 +137,12 @@ class XlToolstack:
         await self._finish("error" if self._agreed else "declined", message=reason)
         if not suspended:
             return
-        with trio.move_on_after(RESUME_TIMEOUT_S):
+        with trio.move_on_after(XL_TIMEOUT_S):
             if not await self.decision(domain):
                 return
         if domain.info().state is DomainState.SUSPENDED:
-            log.warning("xl has left %s suspended: resuming it", domain.info().name)
+            log.warning("xl has left %s suspended: resuming it", self._name)
+            domain.rename(self._name)
             domain.resume()
 
     async def switched_over(self) -> None:
@@ -155,4 +159,9 @@ class XlToolstack:
             await trio.sleep(LOOK_EVERY_S)
 
     async def finish(self, domain: Domain) -> None:
-        """xl has destroyed it; it goes with the last of its pages."""
+        """xl has destroyed it, and it goes with the last of its pages; otherwise it goes now."""
+        with contextlib.suppress(NoSuchDomainError):
+            log.warning(
+                "xl has left %s suspended here, and it runs at the destination: destroying it", domain.info().name
+            )
+            await trio.to_thread.run_sync(domain.destroy)

@@ -19,7 +19,7 @@ from migrate.xl.protocol import Message
 from tests.conftest import MIB
 from tests.labs import until
 from tests.libxl import Libxl, write_stock_helper
-from xenbackend.contract import DomainState
+from xenbackend.contract import DomainState, NoSuchDomainError
 from xenbackend.simulated.client import SimulatedDomain
 from xenbackend.simulated.guest import GuestSpec
 
@@ -178,6 +178,37 @@ def test_xl_resumes_the_source_before_it_destroys_the_destination(xl: Xl) -> Non
     xl.wait_for("failed", "failed")
     xl.destination.destroy()
     check_stayed(xl)
+
+
+def test_xl_gives_up_at_the_destination_and_leaves_the_source_suspended(xl: Xl) -> None:
+    """Its exchange was cut before the word to go came through: "domain state is now undefined"."""
+    assert xl.run() == ((0, 0), (0, 0))
+    xl.source.rename(xl.spec.name + "--migratedaway")
+    xl.destination.destroy()
+    until(lambda: xl.source.info().state is DomainState.RUNNING, "the guest is not resumed")
+    assert xl.source.info().name == xl.spec.name
+    xl.wait_for("failed", "failed")
+    check_stayed(xl)
+
+
+def test_xl_runs_the_guest_at_the_destination_and_leaves_the_source_suspended(xl: Xl) -> None:
+    """Its exchange was cut after it: the same words."""
+    assert xl.run() == ((0, 0), (0, 0))
+    xl.destination.start()
+    xl.wait_for("completed", "completed")
+    with pytest.raises(NoSuchDomainError):
+        xl.source.info()
+    check_arrived(xl)
+
+
+def test_a_guest_that_is_destroyed_before_its_memory_has_come(xl: Xl) -> None:
+    xl.save.environment["XEN_POSTCOPY_STRATEGY"] = "postcopy"
+    assert xl.run() == ((0, 0), (0, 0))
+    xl.source.destroy()
+    xl.destination.destroy()
+    xl.wait_for("failed", "failed")
+    for daemon in ("sender", "receiver"):
+        assert "destroyed" in xl.line(daemon)["problem"] or "gave the guest up" in xl.line(daemon)["problem"]
 
 
 @pytest.mark.parametrize("step", [Message.SWITCH_QEMU_LOGDIRTY, Message.SUSPEND])

@@ -180,6 +180,9 @@ class Domain(ABC):
     def preflight(self) -> Preflight:
         """Could this domain be paged here now?  Changes nothing."""
 
+    @abstractmethod
+    def rename(self, name: str) -> None: ...
+
     # ---- running ----
     @abstractmethod
     def suspend(self) -> None:

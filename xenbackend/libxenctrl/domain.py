@@ -174,6 +174,9 @@ class XenDomain(Domain):
         domain = DomainFacts(bool(info.hvm), bool(info.hap), int(pod[0]), devices, taken)
         return Preflight(tuple(host.problems() or domain.problems()), host.way)
 
+    def rename(self, name: str) -> None:
+        self._hypervisor.rename(self.domid, name)
+
     # ---- running ----
     def suspend(self) -> None:
         state = self.info().state

@@ -149,16 +149,27 @@ class XenHypervisor(Hypervisor):
 
     def destroy(self, domid: int) -> None:
         """With xl where its devices are libxl's, otherwise by ourselves."""
-        xl = shutil.which("xl")
-        if xl and self.store_read(f"/libxl/{domid}") is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                subprocess.run([xl, "destroy", str(domid)], check=False, capture_output=True, timeout=XL_TIMEOUT_S)
+        self._xl(domid, "destroy", str(domid))
         rc = lib.xen_destroy(self.native, domid)
         if rc not in (0, -errno.ESRCH):
             raise XenError("destroydomain", -rc)
         vm = self.store_read(f"/local/domain/{domid}/vm")
         for path in (f"/local/domain/{domid}", *([vm] if vm else [])):
             lib.xen_store_remove(self.native, path.encode())
+
+    def rename(self, domid: int, name: str) -> None:
+        if not self._xl(domid, "rename", str(domid), name):
+            self.store_write(f"/local/domain/{domid}/name", name)
+
+    def _xl(self, domid: int, *arguments: str) -> bool:
+        """Of a domain that libxl has made: have it do its part as well."""
+        xl = shutil.which("xl")
+        if xl is None or self.store_read(f"/libxl/{domid}") is None:
+            return False
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            done = subprocess.run([xl, *arguments], check=False, capture_output=True, timeout=XL_TIMEOUT_S)
+            return done.returncode == 0
+        return False
 
     # ---- xenstore ----
     def store_read(self, path: str) -> str | None:

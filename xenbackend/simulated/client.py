@@ -102,6 +102,9 @@ class SimulatedDomain(Domain):
     def preflight(self) -> Preflight:
         return _preflight(self._host.call("domain_preflight", domid=self.domid, client=self._host.client_id))
 
+    def rename(self, name: str) -> None:
+        self._host.call("rename", domid=self.domid, name=name)
+
     def suspend(self) -> None:
         self._host.call("suspend", domid=self.domid)
 

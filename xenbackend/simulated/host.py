@@ -7,6 +7,7 @@ that it held are repaired, as a hypercall of a dying process is finished or undo
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import inspect
 import mmap
@@ -399,6 +400,10 @@ class SimulatedHost:
 
     def op_report(self, domid: int) -> dict[str, Any]:
         return self._domain(domid).report()
+
+    def op_rename(self, domid: int, name: str) -> None:
+        domain = self._domain(domid)
+        domain.config = dataclasses.replace(domain.config, name=name)
 
     def op_suspend(self, domid: int) -> None:
         self._domain(domid).suspend()
