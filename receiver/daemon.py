@@ -56,7 +56,7 @@ class ReceiverDaemon:
 
     async def _drain(self) -> None:
         for migration in self._migrations.values():
-            migration.cancel()
+            migration.cancel("the receiver is being stopped")
         while needed := [m for m in self._migrations.values() if m.needed]:
             for migration in needed:
                 log.warning(
@@ -106,8 +106,8 @@ class ReceiverDaemon:
 
     async def _listen_to_helper(self, migration: IncomingMigration, connection: ControlConnection) -> None:
         """It says something, or goes away, only to have us leave the domain alone."""
-        await connection.request()
-        migration.cancel()
+        request = await connection.request()
+        migration.cancel("xl has gone" if request is None else "xl's own live migration takes over")
 
     def _check(self, session: str) -> None:
         if session in self._migrations or not session:

@@ -81,6 +81,7 @@ class IncomingMigration:
         self._completed = False
         self._tasks: trio.Nursery
         self._scope = trio.CancelScope()
+        self._cancel_reason = ""
         self.ended = trio.Event()
 
     # ---- what others may ask ----
@@ -89,9 +90,10 @@ class IncomingMigration:
         """The guest lives by this process: it must not be stopped."""
         return self._said_ready and self.progress.phase not in ENDED
 
-    def cancel(self) -> None:
+    def cancel(self, reason: str) -> None:
         """Has no effect once :attr:`needed`."""
         if not self.needed:
+            self._cancel_reason = reason
             self._scope.cancel()
 
     # ---- the order of things ----
@@ -100,7 +102,7 @@ class IncomingMigration:
             with self._scope:
                 await self._receive_migration()
             if self._scope.cancelled_caught:
-                raise MigrationError("the receiver is being stopped")
+                raise MigrationError(self._cancel_reason)
         except Exception as error:
             if not isinstance(error, MigrationError | XenError | OSError):
                 log.exception("%s: internal error", self.id)
@@ -136,7 +138,7 @@ class IncomingMigration:
             await run_in_thread(self._receive_push_lane, push.stop_receiving)
             tasks.cancel_scope.cancel()
         if not self._completed:
-            raise MigrationError("the receiver is being stopped")
+            raise MigrationError(self._cancel_reason)
         await self._pager.finish()
         self.progress.phase, self.progress.outstanding = "completed", 0
         assert self._domain is not None

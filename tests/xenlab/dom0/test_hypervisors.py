@@ -10,16 +10,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 import pytest
 
-from migrate.client import ControlClient
-from migrate.errors import MigrationError
-from tests.labs import until
 from tests.test_conformance import memory_of, pfns, span
 from tests.xenlab.dom0.conftest import KIND
+from tests.xenlab.dom0.daemons import daemons
 from tests.xenlab.dom0.guests import Guest, guest
 from tests.xenlab.dom0.lab import EMPTY_PLATFORM
 from xenbackend.contract import DomainConfig, XenError
@@ -190,34 +187,3 @@ def test_the_daemons_move_a_guest(xen: XenHypervisor, tmp_path: Path) -> None:
             assert beats[0].number > made.heartbeats()[0].number
         finally:
             xen.destroy(arrived.domid)
-
-
-@contextlib.contextmanager
-def daemons(directory: Path) -> Iterator[tuple[Path, int]]:
-    """The sender's control socket, the receiver's port."""
-    with contextlib.ExitStack() as stack:
-        for role, options in (("receiver", ["--listen", "127.0.0.1:0"]), ("sender", [])):
-            log = stack.enter_context((directory / f"{role}.log").open("w+"))
-            process = subprocess.Popen(
-                [sys.executable, "-m", "migrate.cli", role, "--socket", str(directory / role), *options],
-                stdout=log, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-            stack.callback(_show, log)
-            stack.callback(process.wait)
-            stack.callback(process.kill)
-        ports: list[int] = []
-
-        def started() -> bool:
-            with contextlib.suppress(MigrationError):
-                ControlClient(directory / "sender").close()
-                with ControlClient(directory / "receiver") as client:
-                    ports.append(client.call(command="status")["port"])
-            return bool(ports)
-
-        until(started, "the daemons do not start", 100)
-        yield directory / "sender", ports[0]
-
-
-def _show(log: TextIO) -> None:
-    log.seek(0)
-    print(log.read())
