@@ -9,9 +9,12 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from typing import Protocol, TypeVar
 
 import trio
+
+from migrate.errors import MigrationError
 
 log = logging.getLogger(__name__)
 
@@ -49,3 +52,24 @@ async def _second_signal(signals: AsyncIterator[int], draining: trio.Nursery) ->
     await anext(aiter(signals))
     log.warning("stopped for the second time: not waiting any longer")
     draining.cancel_scope.cancel()
+
+
+class Named(Protocol):
+    id: str
+
+    @property
+    def domain_name(self) -> str: ...
+
+
+M = TypeVar("M", bound=Named)
+
+
+def find_migration(migrations: Iterable[M], name: str) -> M:
+    """By id, or its beginning, or else the last one of a domain of this name.  Raises :class:`MigrationError`."""
+    known = list(migrations)
+    found = [m for m in known if m.id.startswith(name)] if name else []
+    found = found or [m for m in known if m.domain_name == name][-1:]
+    if len(found) != 1:
+        which = f"more than one migration whose id begins with {name!r}" if found else f"no migration {name!r}"
+        raise MigrationError(f"there is {which} here: see `xen-postcopy list`")
+    return found[0]

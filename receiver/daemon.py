@@ -15,7 +15,7 @@ from migrate import control, lanes
 from migrate.client import Json
 from migrate.config import Config
 from migrate.control import ControlConnection
-from migrate.daemon import notify, until_stopped
+from migrate.daemon import find_migration, notify, until_stopped
 from migrate.errors import MigrationError
 from migrate.lanes import AwaitedLanes, DialledLanes
 from migrate.messages import Hello, Lane
@@ -70,6 +70,9 @@ class ReceiverDaemon:
         match request["command"]:
             case "list":
                 await connection.answer("result", migrations=[_line(m) for m in self._migrations.values()])
+            case "show":
+                migration = find_migration(self._migrations.values(), request["migration"])
+                await connection.answer("result", **_line(migration), details=migration.details())
             case "status":
                 await connection.answer("result", port=self._port)
             case "restore":

@@ -15,6 +15,7 @@ import contextlib
 import logging
 import secrets
 from dataclasses import dataclass
+from typing import Any
 
 import trio
 
@@ -39,7 +40,7 @@ log = logging.getLogger(__name__)
 MAX_CONTEXT_BYTES = 64 * 1024 * 1024
 REPORT_EVERY_S = 0.25
 TOKEN_BYTES = 32
-LOOK_EVERY_S = 0.02
+LOOK_EVERY_S = 0.05
 """At a domain that is about to run, ..."""
 LOOK_AGAIN_EVERY_S = 0.5
 """... and at one that runs."""
@@ -86,9 +87,17 @@ class IncomingMigration:
 
     # ---- what others may ask ----
     @property
+    def domain_name(self) -> str:
+        return self.progress.domain
+
+    @property
     def needed(self) -> bool:
         """The guest lives by this process: it must not be stopped."""
         return self._said_ready and self.progress.phase not in ENDED
+
+    def details(self) -> dict[str, Any]:
+        """What has been measured so far; see :meth:`PagerStatistics.summary`."""
+        return self.statistics.summary()
 
     def cancel(self, reason: str) -> None:
         """Has no effect once :attr:`needed`."""
@@ -277,7 +286,7 @@ class IncomingMigration:
         """``None``: the domain is gone."""
         assert self._domain is not None
         try:
-            return self._domain.info().state
+            return self._domain.state()
         except NoSuchDomainError:
             return None
 

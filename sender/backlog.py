@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
 from migrate.errors import RemoteProtocolError
 from migrate.pfns import PfnMask, from_mask, pfn_array
@@ -102,6 +103,11 @@ class Backlog:
                 raise RemoteProtocolError("dropped: a pfn that is not outstanding")
             self.unsent -= int(np.count_nonzero(states == UNSENT))
             self._done(pfns)
+
+    def is_done(self, pfns: PfnArray) -> NDArray[np.bool_]:
+        with self._lock:
+            done: NDArray[np.bool_] = self._state[pfns] == DONE
+        return done
 
     def _done(self, pfns: PfnArray) -> None:
         self._state[pfns] = DONE

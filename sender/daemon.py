@@ -19,7 +19,7 @@ from migrate import control, lanes
 from migrate.client import Json
 from migrate.config import RECEIVER_PORT, Config, MigrationConfig, advertised
 from migrate.control import ControlConnection
-from migrate.daemon import notify, until_stopped
+from migrate.daemon import find_migration, notify, until_stopped
 from migrate.errors import MigrationError
 from migrate.lanes import AwaitedLanes, DialledLanes
 from migrate.messages import Hello
@@ -87,6 +87,9 @@ class SenderDaemon:
         match request["command"]:
             case "list":
                 await connection.answer("result", migrations=[_line(m) for m in self._migrations.values()])
+            case "show":
+                migration = find_migration(self._migrations.values(), request["migration"])
+                await connection.answer("result", **_line(migration), details=migration.result())
             case "status":
                 await connection.answer("result", port=self._port)
             case "migrate":
@@ -94,20 +97,13 @@ class SenderDaemon:
             case "save":
                 await self._save(request, connection)
             case "cancel":
-                self._find(request["migration"]).cancel("cancelled by the operator")
+                find_migration(self._running(), request["migration"]).cancel("cancelled by the operator")
                 await connection.answer("result")
             case "postcopy-now":
-                self._find(request["migration"]).postcopy_now()
+                find_migration(self._running(), request["migration"]).postcopy_now()
                 await connection.answer("result")
             case other:
                 raise MigrationError(f"unknown command {other!r}")
-
-    def _find(self, name: str) -> OutgoingMigration:
-        """By id (or its beginning), or by the domain's name."""
-        found = [m for m in self._running() if m.id.startswith(name) or m.domain_name == name]
-        if len(found) != 1:
-            raise MigrationError(f"{'no' if not found else 'more than one'} migration {name!r} is under way")
-        return found[0]
 
     async def _migrate(self, request: Json, connection: ControlConnection) -> None:
         """For the command line."""

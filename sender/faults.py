@@ -11,8 +11,8 @@ from migrate.session import Phase, Session
 from migrate.statistics import SenderStatistics
 from migrate.transport import LaneConnection, run_in_thread
 from sender.backlog import Backlog
-from sender.reader import announce
-from xenbackend.contract import Domain
+from sender.reader import announce_missing
+from xenbackend.contract import Domain, PfnArray
 
 
 class FaultServer:
@@ -53,9 +53,14 @@ class FaultServer:
                 assert isinstance(message, Fault)
                 wanted = self._backlog.fault(message.pfns)
                 if len(wanted):
-                    with self._domain.map_pages(wanted) as mapped:
-                        pages = announce(wanted, mapped)
-                        self._session.sent(pages, Lane.PULL)
-                        self._pull.send_blocking(pages, mapped.data)
-                    self._statistics.pull_pages += len(wanted)
-                    self._statistics.pull_zero_pages += len(pages.zeros)
+                    self._answer(wanted)
+
+    def _answer(self, wanted: PfnArray) -> None:
+        with self._domain.map_pages(wanted) as mapped:
+            pages = announce_missing(wanted, mapped, self._backlog)
+            if pages is None:
+                return
+            self._session.sent(pages, Lane.PULL)
+            self._pull.send_blocking(pages, mapped.data)
+        self._statistics.pull_pages += len(wanted)
+        self._statistics.pull_zero_pages += len(pages.zeros)

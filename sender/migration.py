@@ -14,6 +14,7 @@ stays as it is, and its pages are kept, until the toolstack has resumed or destr
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import threading
@@ -24,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import trio
+from numpy.typing import NDArray
 
 from migrate import messages as m
 from migrate.bandwidth import BandwidthCap
@@ -38,7 +40,7 @@ from migrate.tasks import task_group
 from migrate.transport import EXPLANATION_S, STEP_TIMEOUT_S, LaneConnection, run_in_thread, step_timeout
 from sender.backlog import Backlog
 from sender.faults import FaultServer
-from sender.reader import announce, batches_of, count_pages, hold, pinned, present
+from sender.reader import announce, announce_missing, batches_of, count_pages, hold, pinned, present
 from sender.toolstack import XL_TIMEOUT_S, OwnToolstack, StaysHereError, Toolstack
 from xenbackend.contract import PAGE_SIZE, Domain, DomainState, Hypervisor, PfnArray, XenError
 
@@ -46,7 +48,11 @@ log = logging.getLogger(__name__)
 
 BATCH_PAGES = 1024
 """Pages that are read, sent and loaded together: enough that Python's part of the work does not count."""
-MAX_DEFERRALS = 4
+MAX_DEFERRALS = 8
+HOT_PAGES = 256
+"""That are sent with the guest standing still though it will be able to fetch them: a MiB, which is sent in less than a
+millisecond on most links, where each fault costs half of one."""
+WRITTEN_AT_LAST_LOOK = 0x80
 CANCEL_GRACE_S = 2.0
 
 
@@ -109,6 +115,7 @@ class OutgoingMigration:
         self._log_dirty = False
         self._suspended = False
         self._pinned = NO_PFNS
+        self._heat: NDArray[np.uint8]
         self._domain: Domain
         self._push: LaneConnection | None = None
         self._pull: LaneConnection | None = None
@@ -181,6 +188,8 @@ class OutgoingMigration:
             tasks.start_soon(self._serve_faults)
             if self._toolstack.decides:
                 tasks.start_soon(self._follow_decision)
+                # Until the guest runs nobody needs the pages, and libxl, which has to finish its work, needs the CPU.
+                await self._signals.resumed.wait()
             await self._push_pages()
             if self.session.handed_over:
                 self.progress.phase = "completing"
@@ -219,6 +228,7 @@ class OutgoingMigration:
         self._log_dirty = True
         await trio.to_thread.run_sync(domain.log_dirty_enable)
         await self._toolstack.track_device_model(True)
+        self._heat = np.zeros(domain.nr_pfns, dtype=np.uint8)
         to_send: PfnMask = await trio.to_thread.run_sync(present, domain)
         previous = remaining = int(np.count_nonzero(to_send))
         began = time.monotonic()
@@ -235,8 +245,7 @@ class OutgoingMigration:
                 remaining,
             )
             decision = await self._send_round(to_send, remaining, previous, began)
-            dirty = mask_from_bitmap(domain.log_dirty(clean=True), domain.nr_pfns)
-            to_send |= dirty
+            to_send |= self._look_at_dirty()
             previous, remaining = remaining, int(np.count_nonzero(to_send))
             if decision is Decision.CONTINUE:
                 decision = self._decide(stats.rounds, True, remaining, previous, began)
@@ -270,12 +279,28 @@ class OutgoingMigration:
                 await self._say(m.Defer(base, bitmap))
             await self._barrier(number, "the destination did not evict the unsent pages")
             deferred |= unsent
-            unsent = mask_from_bitmap(domain.log_dirty(clean=True), domain.nr_pfns)
+            unsent = self._look_at_dirty()
             left = int(np.count_nonzero(unsent))
             log.info("%s: %d pages put off, %d written meanwhile", self.id, count, left)
-            if left <= self.options.policy.dirty_threshold or left > count / 2:
+            if left <= self.options.policy.dirty_threshold or left > count * 0.9:
                 break
         return deferred, kept_back | unsent
+
+    def _look_at_dirty(self) -> PfnMask:
+        """What was written since the last look; of each page the last eight looks are remembered, the newest highest."""
+        dirty = mask_from_bitmap(self._domain.log_dirty(clean=True), self._domain.nr_pfns)
+        self._heat >>= 1
+        self._heat |= dirty.view(np.uint8) << 7
+        return dirty
+
+    def _hottest(self, written: PfnArray) -> PfnArray:
+        """Of the pages written since the last look, those that are written all the time: the guest needs them at once.
+
+        The kernel's own, mostly; each would be a fault before the guest does anything else.
+        """
+        heat = self._heat[written]
+        order = np.argsort(heat, kind="stable")[::-1][:HOT_PAGES]
+        return np.sort(written[order[heat[order] >= WRITTEN_AT_LAST_LOOK]])
 
     def _stop_log_dirty(self) -> None:
         if self._log_dirty:
@@ -320,7 +345,12 @@ class OutgoingMigration:
         def send_all() -> None:
             for pfns in batches:
                 with self._domain.map_pages(pfns) as mapped:
-                    message = announce(pfns, mapped)
+                    if not self.session.serving:
+                        message = announce(pfns, mapped)
+                    elif (missing := announce_missing(pfns, mapped, self._backlog)) is not None:
+                        message = missing
+                    else:
+                        continue
                     self.session.sent(message, Lane.PUSH)
                     size = push.send_blocking(message, mapped.data)
                 self.progress.bytes_sent += size
@@ -365,14 +395,17 @@ class OutgoingMigration:
         self._suspended = True
         await self._toolstack.suspend(domain)
         stats.stood_still = time.monotonic()
+        log.info("%s: suspended", self.id)
         await self._say(m.Suspended())
         # Everything below is bounded by what changed since the last look, not by the size of the guest.
-        changed = mask_from_bitmap(domain.log_dirty(clean=True), domain.nr_pfns) | unsent
+        written = mask_from_bitmap(domain.log_dirty(clean=True), domain.nr_pfns)
+        changed = written | unsent
         missing = changed | deferred
         await self._send_holes(changed, missing)
         if deferred.any() or not self._stop_and_copy_fits(int(np.count_nonzero(missing))):
-            held = np.union1d(self._pinned, await trio.to_thread.run_sync(domain.pinned, from_mask(changed)))
-            now = held[missing[held]]
+            held = await trio.to_thread.run_sync(domain.pinned, from_mask(changed))
+            now = functools.reduce(np.union1d, (self._pinned, held, self._hottest(from_mask(written))))
+            now = now[missing[now]]
         else:
             now = from_mask(missing)
         missing[now] = False
@@ -403,6 +436,9 @@ class OutgoingMigration:
         self.progress.outstanding = stats.missing_pages
         await trio.lowlevel.checkpoint_if_cancelled()
         with trio.CancelScope(shield=True):
+            log.info(
+                "%s: ready, %d pages in downtime, %d missing", self.id, stats.switchover_pages, stats.missing_pages
+            )
             if self._toolstack.decides:
                 await self._say(m.Entrust())
                 await self._toolstack.switched_over()
@@ -473,6 +509,12 @@ class OutgoingMigration:
                     trio.from_thread.run_sync(self._signals.ready.set)
                 case m.Resumed():
                     self.statistics.resumed = time.monotonic()
+                    log.info(
+                        "%s: %s runs at the destination, %.1f ms after",
+                        self.id,
+                        self.domain_name,
+                        self.statistics.downtime_s * 1000,
+                    )
                     trio.from_thread.run_sync(self._signals.resumed.set)
                 case m.Loaded():
                     self._backlog.loaded(message.pfns)

@@ -9,6 +9,7 @@ import numpy as np
 from migrate.errors import MigrationError
 from migrate.messages import Pages
 from migrate.pfns import WINDOW_PFNS, PfnMask, from_mask
+from sender.backlog import Backlog
 from xenbackend.contract import Domain, MappedPages, PageStatus, PfnArray
 
 PIECE_PFNS = 1 << 18
@@ -28,6 +29,22 @@ def announce(pfns: PfnArray, mapped: MappedPages) -> Pages:
     return Pages(
         pfns[status == PageStatus.DATA], zeros=pfns[status == PageStatus.ZERO], holes=pfns[status == PageStatus.HOLE]
     )
+
+
+def announce_missing(pfns: PfnArray, mapped: MappedPages, backlog: Backlog) -> Pages | None:
+    """The same after the switchover, without those pages that the receiver has loaded since they were chosen.
+
+    Their mapping may have been given up.  ``None``: it has them all.
+    """
+    message = announce(pfns, mapped)
+    if not len(message.holes):
+        return message
+    lost = message.holes[~backlog.is_done(message.holes)]
+    if len(lost):
+        raise MigrationError(
+            f"{len(lost)} missing pages of the guest are not held any more: pfn {int(lost[0]):#x}, ..."
+        )
+    return Pages(message.pfns, message.zeros) if count_pages(message) else None
 
 
 def count_pages(message: Pages) -> int:

@@ -22,7 +22,7 @@ from xenbackend.contract import Domain, DomainState, NoSuchDomainError
 
 log = logging.getLogger(__name__)
 
-LOOK_EVERY_S = 0.02
+LOOK_EVERY_S = 0.05
 XL_TIMEOUT_S = 5.0
 """How long xl may take to do what the receiver knows it to have decided, before we do it."""
 
@@ -70,7 +70,7 @@ class OwnToolstack:
         await trio.to_thread.run_sync(domain.suspend)  # a real guest is asked, and takes its time
 
     async def give_up(self, domain: Domain, reason: str, *, suspended: bool) -> None:
-        if suspended and domain.info().state is DomainState.SUSPENDED:
+        if suspended and domain.state() is DomainState.SUSPENDED:
             domain.resume()
 
     async def switched_over(self) -> None:
@@ -140,7 +140,7 @@ class XlToolstack:
         with trio.move_on_after(XL_TIMEOUT_S):
             if not await self.decision(domain):
                 return
-        if domain.info().state is DomainState.SUSPENDED:
+        if domain.state() is DomainState.SUSPENDED:
             log.warning("xl has left %s suspended: resuming it", self._name)
             domain.rename(self._name)
             domain.resume()
@@ -151,10 +151,10 @@ class XlToolstack:
     async def decision(self, domain: Domain) -> bool:
         while True:
             try:
-                info = await trio.to_thread.run_sync(domain.info)
+                state = await trio.to_thread.run_sync(domain.state)
             except NoSuchDomainError:
                 return True
-            if info.state is not DomainState.SUSPENDED:
+            if state is not DomainState.SUSPENDED:
                 return False
             await trio.sleep(LOOK_EVERY_S)
 

@@ -157,7 +157,12 @@ class Domain(ABC):
     nr_pfns: int
 
     @abstractmethod
-    def info(self) -> DomainInfo: ...
+    def info(self) -> DomainInfo:
+        """Raises :class:`NoSuchDomainError` when it has been destroyed."""
+
+    @abstractmethod
+    def state(self) -> DomainState:
+        """As in :meth:`info`, and cheap: it is asked many times a second."""
 
     @abstractmethod
     def config(self) -> DomainConfig: ...

@@ -6,6 +6,7 @@ libxc's migration stream has besides pages: HVM parameters, time, and the hyperv
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import time
@@ -85,6 +86,16 @@ def check(operation: str, rc: int) -> int:
     return rc
 
 
+def state_of(info: Any) -> tuple[DomainState, str]:
+    """Of a ``struct xen_info``: its state, and why it crashed."""
+    if info.shutdown and info.shutdown_reason == SHUTDOWN_SUSPEND:
+        return DomainState.SUSPENDED, ""
+    if info.shutdown:
+        crashed = info.shutdown_reason == SHUTDOWN_CRASH
+        return DomainState.CRASHED, "the guest crashed" if crashed else "the guest has shut down"
+    return DomainState.PAUSED if info.paused else DomainState.RUNNING, ""
+
+
 def gfn_array(pfns: PfnArray) -> Any:
     return ffi.from_buffer("uint64_t[]", np.ascontiguousarray(pfns, dtype=np.uint64))
 
@@ -138,10 +149,11 @@ class XenDomain(Domain):
         return info
 
     def info(self) -> DomainInfo:
-        info = self._hypervisor.describe(self.native_info(), self.nr_pfns)
-        if self._plumbing is not None and info.state is DomainState.PAUSED:
-            return dataclasses.replace(info, state=DomainState.INCOMING)
-        return info
+        return dataclasses.replace(self._hypervisor.describe(self.native_info(), self.nr_pfns), state=self.state())
+
+    def state(self) -> DomainState:
+        state, _reason = state_of(self.native_info())
+        return DomainState.INCOMING if self._plumbing is not None and state is DomainState.PAUSED else state
 
     def config(self) -> DomainConfig:
         return self._hypervisor.config_of(self)
@@ -179,7 +191,7 @@ class XenDomain(Domain):
 
     # ---- running ----
     def suspend(self) -> None:
-        state = self.info().state
+        state = self.state()
         if state is not DomainState.RUNNING:
             raise XenError("suspend", errno.EINVAL, why=f"the domain is {state.value}")
         if not self.param(HVM_PARAM_CALLBACK_IRQ):  # no PV drivers, so nobody to ask
@@ -203,7 +215,7 @@ class XenDomain(Domain):
         self._hypervisor.store_write(f"/local/domain/{self.domid}/control/shutdown", request)
 
     def resume(self) -> None:
-        state = self.info().state
+        state = self.state()
         if state is not DomainState.SUSPENDED:
             raise XenError("resume", errno.EINVAL, why=f"the domain is {state.value}, not suspended")
         check("resumedomain", lib.xen_resume(self._host, self.domid))
@@ -227,7 +239,7 @@ class XenDomain(Domain):
         self._hypervisor.destroy(self.domid)
 
     def context(self) -> bytes:
-        if self.info().state is not DomainState.SUSPENDED:
+        if self.state() is not DomainState.SUSPENDED:
             raise XenError("context", errno.EINVAL, why="only a suspended domain has a context to take")
         size = check("gethvmcontext", lib.xen_hvm_context(self._host, self.domid, ffi.NULL, 0))
         buffer = bytearray(size)
@@ -284,15 +296,39 @@ class XenDomain(Domain):
 
     # ---- pages ----
     def map_pages(self, pfns: PfnArray) -> MappedPages:
-        held = self._held
-        if held is not None and held.cover(pfns):
-            pages, used = held.use(pfns)
-            return XenMappedPages(pages, np.zeros(len(pfns), dtype=np.uint8), lambda: held.used(used))
-        status = np.empty(len(pfns), dtype=np.uint8)
-        pages, view = ffi.new("const void *[]", max(len(pfns), 1)), ffi.new("struct xen_view *")
+        status, addresses = np.zeros(len(pfns), dtype=np.uint8), np.zeros(len(pfns), dtype=np.uint64)
+        rest, done = np.ones(len(pfns), dtype=np.bool_), contextlib.ExitStack()
+        with contextlib.ExitStack() as failing:
+            failing.enter_context(done)
+            if self._held is not None:
+                there, used = self._held.use(pfns, addresses)
+                rest = ~there
+                done.callback(self._held.used, used)
+            if rest.any():
+                view = ffi.new("struct xen_view *")
+                status[rest], addresses[rest] = self._map(pfns[rest], view)
+                done.callback(lib.xen_unmap, self._host, view)
+            failing.pop_all()
+        return XenMappedPages(ffi.from_buffer("const void *[]", addresses), status, done.close)
+
+    def _map(self, pfns: PfnArray, view: Any) -> tuple[NDArray[np.uint8], NDArray[np.uint64]]:
+        """Status and address of each; all holes, where the domain is gone."""
+        status, addresses = np.empty(len(pfns), dtype=np.uint8), np.zeros(len(pfns), dtype=np.uint64)
         gfns, into = gfn_array(self._without_ring(pfns)), ffi.from_buffer("uint8_t[]", status)
-        check("map", lib.xen_map(self._host, self.domid, gfns, len(pfns), into, pages, view))
-        return XenMappedPages(pages, status, lambda: lib.xen_unmap(self._host, view))
+        pages = ffi.from_buffer("const void *[]", addresses)
+        rc = lib.xen_map(self._host, self.domid, gfns, len(pfns), into, pages, view)
+        if (rc or status.any()) and self._held is not None and self._is_gone():
+            lib.xen_unmap(self._host, view)
+            return np.full(len(pfns), PageStatus.HOLE, dtype=np.uint8), addresses
+        check("map", rc)
+        return status, addresses
+
+    def _is_gone(self) -> bool:
+        try:
+            self.native_info()
+        except NoSuchDomainError:
+            return True
+        return False
 
     def hold(self, pfns: PfnArray) -> None:
         if self._held is None:

@@ -52,9 +52,6 @@ class HeldPages:
         counts: NDArray[np.uint8] = self._holds[pfns]
         return counts
 
-    def cover(self, pfns: PfnArray) -> bool:
-        return bool((self._slot[pfns] != NONE).all())
-
     def add(self, pfns: PfnArray) -> int:
         """Returns 0 or -errno."""
         for at in range(0, len(pfns), CHUNK_PAGES):
@@ -93,16 +90,21 @@ class HeldPages:
         with self._lock:
             self._forget(pfns[self._slot[pfns] != NONE])
 
-    def use(self, pfns: PfnArray) -> tuple[Any, list[int]]:
-        """Where each of the pfns is (``const void *[]``), and what to tell :meth:`used` when they are not looked at any more."""
+    def use(self, pfns: PfnArray, addresses: NDArray[np.uint64]) -> tuple[NDArray[np.bool_], list[int]]:
+        """Put into ``addresses`` where each of the pfns is that is held.
+
+        Returns which those are, and what to tell :meth:`used` when they are not looked at any more.
+        """
         with self._lock:
             slots = self._slot[pfns]
+            there: NDArray[np.bool_] = slots != NONE
+            slots = slots[there]
             numbers = slots // CHUNK_PAGES
-            addresses = self._address[numbers] + (slots % CHUNK_PAGES).astype(np.uint64) * np.uint64(PAGE_SIZE)
+            addresses[there] = self._address[numbers] + (slots % CHUNK_PAGES).astype(np.uint64) * np.uint64(PAGE_SIZE)
             used: list[int] = np.unique(numbers).tolist()
             for number in used:
                 self._chunks[number].users += 1
-        return ffi.from_buffer("const void *[]", addresses), used
+        return there, used
 
     def used(self, numbers: list[int]) -> None:
         with self._lock:

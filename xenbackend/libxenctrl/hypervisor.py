@@ -13,7 +13,6 @@ from xenbackend.contract import (
     PAGE_SIZE,
     DomainConfig,
     DomainInfo,
-    DomainState,
     Hypervisor,
     NoSuchDomainError,
     Preflight,
@@ -22,7 +21,7 @@ from xenbackend.contract import (
 )
 from xenbackend.libxenctrl import incoming
 from xenbackend.libxenctrl._xen import ffi, lib
-from xenbackend.libxenctrl.domain import SHUTDOWN_CRASH, SHUTDOWN_SUSPEND, XenDomain, check
+from xenbackend.libxenctrl.domain import XenDomain, check, state_of
 from xenbackend.libxenctrl.refusals import HostFacts
 
 LIST_BATCH = 64
@@ -62,12 +61,7 @@ class XenHypervisor(Hypervisor):
 
     def describe(self, info: Any, nr_pfns: int) -> DomainInfo:
         """Of a ``struct xen_info``."""
-        state, reason = DomainState.PAUSED if info.paused else DomainState.RUNNING, ""
-        if info.shutdown and info.shutdown_reason == SHUTDOWN_SUSPEND:
-            state = DomainState.SUSPENDED
-        elif info.shutdown:
-            state = DomainState.CRASHED
-            reason = "the guest crashed" if info.shutdown_reason == SHUTDOWN_CRASH else "the guest has shut down"
+        state, reason = state_of(info)
         name = self.store_read(f"/local/domain/{info.domid}/name") or ""
         return DomainInfo(info.domid, name, state, nr_pfns, info.tot_pages, info.vcpus, reason)
 

@@ -83,6 +83,9 @@ class SimulatedDomain(Domain):
                 raise NoSuchDomainError(self.domid) from error
             raise
 
+    def state(self) -> DomainState:
+        return self.info().state
+
     def config(self) -> DomainConfig:
         return DomainConfig(**self._host.call("config", domid=self.domid))
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 PARTS = Path("/mnt/parts")
 CONSOLES = Path("/var/log/xen")
@@ -25,7 +26,7 @@ type = "pvh"
 name = "{name}"
 kernel = "{parts}/vmlinux"
 ramdisk = "{parts}/initramfs"
-cmdline = "console=hvc0 mitigations=off nokaslr quiet panic=1 rate={rate}"
+cmdline = "console=hvc0 mitigations=off nokaslr quiet panic=1 {options}"
 memory = {memory_mib}
 vcpus = 1
 cpus = "1"
@@ -82,9 +83,17 @@ def parts() -> Path:
     return near
 
 
-def create(name: str, *, memory_mib: int = MEMORY_MIB, extra: str = "", paused: bool = False) -> Guest:
+def create(
+    name: str,
+    *,
+    memory_mib: int = MEMORY_MIB,
+    extra: str = "",
+    paused: bool = False,
+    options: str = f"rate={STEPS_PER_S}",
+) -> Guest:
+    """``extra``: lines of its configuration; ``options``: what its program is told (``guest/init.c``)."""
     config = Path(f"/tmp/{name}.cfg")
-    config.write_text(CONFIG.format(name=name, parts=parts(), memory_mib=memory_mib, rate=STEPS_PER_S) + extra)
+    config.write_text(CONFIG.format(name=name, parts=parts(), memory_mib=memory_mib, options=options) + extra)
     xl("create", *(["-p"] if paused else []), str(config))
     return Guest(name, int(xl("domid", name)))
 
@@ -95,8 +104,9 @@ def destroy(name: str) -> None:
 
 
 @contextlib.contextmanager
-def guest(name: str, *, memory_mib: int = MEMORY_MIB, extra: str = "", paused: bool = False) -> Iterator[Guest]:
+def guest(name: str, **how: Any) -> Iterator[Guest]:
+    """As :func:`create`."""
     try:
-        yield create(name, memory_mib=memory_mib, extra=extra, paused=paused)
+        yield create(name, **how)
     finally:
         destroy(name)

@@ -1,0 +1,185 @@
+"""``xl migrate`` by postcopy against Xen's own, of a guest that dirties most of its memory as fast as it can.
+
+    make xenlab-xl-bench
+
+Run in dom0, alternately in the same boot.  Of each migration: the longest time without a heartbeat, as dom0 sees it on the
+guest's console; and the part of it that helpers and daemons cause, from libxl's answer to ``suspend`` until the restoring
+helper says ``complete``.  The rest is libxl's: it suspends the guest, and finishes the new domain.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from migrate.client import ControlClient
+from migrate.xl import stock
+from tests.labs import until
+from tests.xenlab.dom0.daemons import daemons
+from tests.xenlab.dom0.guests import HEARTBEAT, Guest, guest, xl
+
+TREE = Path(__file__).parents[3]
+NAME = "bench"
+TAP = """#!{python}
+# A helper, and a tap on what it says to libxl and hears: "time mode number" of each message and of each answer.
+import os, struct, subprocess, sys, threading, time
+child = subprocess.Popen([{helper!r}, *sys.argv[1:]], stdin=subprocess.PIPE, stdout=subprocess.PIPE, close_fds=False)
+def note(what):
+    with open({log!r}, "a") as log:
+        print(time.monotonic(), sys.argv[1], what, file=log)
+def answers():
+    while data := os.read(0, 4):
+        note("answer")
+        os.write(child.stdin.fileno(), data)
+threading.Thread(target=answers, daemon=True).start()
+while head := child.stdout.read(2):
+    body = child.stdout.read(struct.unpack("=H", head)[0])
+    number = struct.unpack_from("=H", body)[0]
+    if number not in (1, 2):
+        note(number)
+    os.write(1, head + body)
+os._exit(child.wait())
+"""
+SUSPEND, COMPLETE = "3", "10"
+
+
+@dataclass
+class Measured:
+    gap_s: float
+    ours_s: float
+    total_s: float
+
+
+class Console:
+    """When heartbeats come, from whichever console the guest has just now."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._seen = {name: len(self._read(name)) for name in self._names}
+
+    _names = (NAME, f"{NAME}--incoming")
+
+    def _read(self, name: str) -> list[str]:
+        return HEARTBEAT.findall(Guest(name, 0).console())
+
+    def _watch(self) -> None:
+        sizes: dict[str, int] = {}
+        while not self._stop.wait(0.005):
+            for name in self._names:
+                path = Path(f"/var/log/xen/guest-{name}.log")
+                size = path.stat().st_size if path.exists() else 0
+                if size != sizes.get(name, size):
+                    self.times.append(time.monotonic())
+                sizes[name] = size
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        self._thread.start()
+        yield
+        self._stop.set()
+        self._thread.join()
+
+    def longest_gap(self) -> float:
+        return max(b - a for a, b in zip(self.times, self.times[1:], strict=False))
+
+
+def tap(directory: Path, name: str, helper: str) -> tuple[Path, Path]:
+    program, log = directory / f"tap-{name}", directory / f"tap-{name}.log"
+    program.write_text(TAP.format(python=sys.executable, helper=helper, log=str(log)))
+    program.chmod(0o755)
+    return program, log
+
+
+def our_part(log: Path) -> float:
+    """From the answer to suspend to the restoring side's complete, of the last migration."""
+    lines = [line.split() for line in log.read_text().splitlines()]
+    saving = [(float(at), what) for at, mode, what in lines if mode == "--save-domain"]
+    asked = max(i for i, (_at, what) in enumerate(saving) if what == SUSPEND)
+    suspended = next(at for at, what in saving[asked:] if what == "answer")
+    complete = [float(at) for at, mode, what in lines if mode == "--restore-domain" and what == COMPLETE]
+    return complete[-1] - suspended
+
+
+def migrate(helper: Path, log: Path, environment: dict[str, str]) -> Measured:
+    log.unlink(missing_ok=True)
+    console = Console()
+    with console.watched():
+        time.sleep(2)
+        began = time.monotonic()
+        done = subprocess.run(
+            ["xl", "migrate", "-s", "", NAME, "xl migrate-receive"], check=False, capture_output=True, text=True,
+            env={**os.environ, "LIBXL_SAVE_HELPER": str(helper), **environment},
+        )  # fmt: skip
+        total = time.monotonic() - began
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        beats = len(console.times)
+        until(lambda: len(console.times) > beats + 20, "the guest has no heartbeat", 60)
+    return Measured(console.longest_gap(), our_part(log), total)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--memory", type=int, default=512, help="MiB")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    directory = Path("/tmp/xl-benchmark")
+    directory.mkdir()
+    helper = directory / "xen-postcopy-xl-helper"
+    helper.write_text(f'#!/bin/sh\ncd {TREE} && exec {sys.executable} -m migrate.xl.helper "$@"\n')
+    helper.chmod(0o755)
+    sockets = {"XEN_POSTCOPY_SENDER": str(directory / "sender"), "XEN_POSTCOPY_RECEIVER": str(directory / "receiver")}
+    kinds = {
+        "stock": (tap(directory, "stock", stock.program()), {}),
+        "hybrid": (tap(directory, "ours", str(helper)), {**sockets, "XEN_POSTCOPY": "require"}),
+    }
+    found: dict[str, list[Measured]] = {kind: [] for kind in kinds}
+    with guest(NAME, memory_mib=options.memory, options="beat=10 words=8") as made, daemons(directory):
+        made.wait_for_heartbeats(50, timeout_s=300)
+        for number in range(options.rounds):
+            for kind, ((program, log), environment) in kinds.items():
+                measured = migrate(program, log, environment)
+                found[kind].append(measured)
+                print(f"round {number + 1}, {kind}: {measured}", flush=True)
+                if kind != "stock":
+                    until(lambda: phase(directory) == "completed", "pages are missing still", 300)
+                time.sleep(3)
+        errors = [Guest(name, 0).heartbeats() for name in (NAME, f"{NAME}--incoming")]
+        assert all(beat.errors == 0 for beats in errors for beat in beats)
+        with ControlClient(directory / "receiver") as client:
+            print(client.call(command="show", migration=NAME))
+        with ControlClient(directory / "sender") as client:
+            print(client.call(command="show", migration=NAME))
+        print(f"the guest's errors: 0; domid now {xl('domid', NAME).strip()}")
+
+    def ratio(part: str) -> tuple[float, float, float]:
+        ours, theirs = (statistics.median(getattr(m, part) for m in found[kind]) for kind in ("hybrid", "stock"))
+        return ours / theirs, ours, theirs
+
+    for part, text in (
+        ("ours_s", "suspended to restored"),
+        ("gap_s", "longest without a heartbeat"),
+        ("total_s", "xl migrate"),
+    ):
+        quotient, ours, theirs = ratio(part)
+        print(f"{text:30} ratio {quotient:5.2f}   ours {ours:6.2f} s   stock {theirs:6.2f} s")
+
+
+def phase(directory: Path) -> str:
+    with ControlClient(directory / "sender") as client:
+        return str(client.call(command="list")["migrations"][-1]["phase"])
+
+
+if __name__ == "__main__":
+    main()
