@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := $(wildcard xenbackend/native/*.[ch] xenbackend/native/*.py xenbackend/*/native/*.[ch] xenbackend/*/native/*.py)
 
-.PHONY: all demo test check bench soak xenlab xenlab-bench lock clean
+.PHONY: all demo test check bench soak xenlab xenlab-bench xenlab-xl-bench deb lock clean
 
 all: $(STAMP)
 
@@ -47,6 +47,10 @@ xenlab: $(STAMP)
 # populate_evicted against one by one, on it.
 xenlab-bench: $(STAMP)
 	$(BIN)/python -m tests.xenlab --timeout 590 -- python3 -m tests.xenlab.dom0.evict_benchmark
+
+# xl migrate by postcopy against Xen's own, of a guest that writes as fast as it can.
+xenlab-xl-bench: $(STAMP)
+	$(BIN)/python -m tests.xenlab --memory 4608 --timeout 1500 -- python3 -m tests.xenlab.dom0.xl_benchmark
 
 lock:
 	rm -rf build/lock && $(PYTHON) -m venv build/lock && build/lock/bin/python -m pip install --quiet pip-tools

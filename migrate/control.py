@@ -15,6 +15,7 @@ from typing import Any
 import trio
 
 from migrate.client import MAX_LINE, Json
+from migrate.daemon import inherited_socket
 from migrate.errors import MigrationError
 from migrate.tasks import task_group
 from xenbackend.contract import XenError
@@ -71,7 +72,10 @@ Handler = Callable[[Json, ControlConnection], Awaitable[None]]
 async def serve(
     path: Path, handler: Handler, *, task_status: trio.TaskStatus[list[trio.SocketListener]] = trio.TASK_STATUS_IGNORED
 ) -> None:
-    """Serve until cancelled.  Raises :class:`MigrationError` when the socket cannot be had."""
+    """Serve until cancelled, at the socket that systemd has made, otherwise at one of our own.
+
+    Raises :class:`MigrationError` when it cannot be had.
+    """
 
     async def exchange(stream: trio.SocketStream) -> None:
         connection = ControlConnection(stream)
@@ -83,7 +87,12 @@ async def serve(
             except Exception:
                 log.exception("internal error in answering a request")
 
-    async with listen_unix(path) as sock:
+    inherited = inherited_socket()
+    async with contextlib.AsyncExitStack() as stack:
+        if inherited is not None:
+            sock = stack.enter_context(trio.socket.from_stdlib_socket(inherited))
+        else:
+            sock = await stack.enter_async_context(listen_unix(path))
         await trio.serve_listeners(exchange, [trio.SocketListener(sock)], task_status=task_status)
 
 

@@ -1,4 +1,4 @@
-"""What both daemons do alike: start, say that they are ready, stop."""
+"""What both daemons do alike: start, tell systemd (or whoever started them) how they are, stop."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from migrate.errors import MigrationError
 log = logging.getLogger(__name__)
 
 SWITCH_INTERVAL_S = 50e-6
+LISTEN_FDS_START = 3
+"""Of sd-daemon(3)."""
 
 
 def notify(state: str) -> None:
@@ -30,6 +32,25 @@ def notify(state: str) -> None:
         sock.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
 
 
+def inherited_socket() -> socket.socket | None:
+    """The listening socket that systemd has made for us, if it has: sd_listen_fds(3)."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or os.environ.get("LISTEN_FDS") != "1":
+        return None
+    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
+        os.environ.pop(name, None)
+    return socket.socket(fileno=LISTEN_FDS_START)
+
+
+async def _feed_watchdog() -> None:
+    """From the event loop: one that hangs is noticed.  sd_watchdog_enabled(3)."""
+    interval_us = os.environ.get("WATCHDOG_USEC")
+    if not interval_us or os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+        return
+    while True:
+        notify("WATCHDOG=1")
+        await trio.sleep(int(interval_us) / 1e6 / 3)
+
+
 async def until_stopped(serve: Callable[[], Awaitable[None]], drain: Callable[[], Awaitable[None]]) -> None:
     """Run ``serve`` until SIGTERM or SIGINT, then ``drain``; a second signal cuts that short."""
     # A thread that serves a fault waits this long at most for one that computes (default: 5 ms).
@@ -38,6 +59,7 @@ async def until_stopped(serve: Callable[[], Awaitable[None]], drain: Callable[[]
     gc.freeze()
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(_feed_watchdog)
             nursery.start_soon(serve)
             await anext(aiter(signals))
             notify("STOPPING=1")

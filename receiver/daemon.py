@@ -28,6 +28,7 @@ from xenbackend.contract import Hypervisor, ToolstackPorts
 log = logging.getLogger(__name__)
 
 MAX_MIGRATIONS = 1000
+DRAIN_EVERY_S = 1.0
 KEPT = 100
 """Ended migrations that ``list`` still shows."""
 
@@ -58,13 +59,10 @@ class ReceiverDaemon:
         for migration in self._migrations.values():
             migration.cancel("the receiver is being stopped")
         while needed := [m for m in self._migrations.values() if m.needed]:
-            for migration in needed:
-                log.warning(
-                    "waiting for %s: it runs here, and %d of its pages are missing still",
-                    migration.progress.domain,
-                    migration.progress.outstanding,
-                )
-            await trio.sleep(5)
+            waiting = [f"{m.progress.domain} ({m.progress.outstanding} pages missing)" for m in needed]
+            notify(f"STATUS=stopping, but guests that run here need their pager still: {', '.join(waiting)}")
+            log.warning("waiting for guests that run here: %s", ", ".join(waiting))
+            await trio.sleep(DRAIN_EVERY_S)
 
     async def _handle(self, request: Json, connection: ControlConnection) -> None:
         match request["command"]:

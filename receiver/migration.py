@@ -19,6 +19,7 @@ from typing import Any
 
 import trio
 
+from migrate import logs
 from migrate import messages as m
 from migrate.errors import GuestEndedError, MigrationError, PeerClosedError, ProtocolError, RemoteProtocolError
 from migrate.lanes import Lanes
@@ -107,6 +108,7 @@ class IncomingMigration:
 
     # ---- the order of things ----
     async def run(self) -> None:
+        logs.migration.set(self.id)
         try:
             with self._scope:
                 await self._receive_migration()
@@ -114,7 +116,7 @@ class IncomingMigration:
                 raise MigrationError(self._cancel_reason)
         except Exception as error:
             if not isinstance(error, MigrationError | XenError | OSError):
-                log.exception("%s: internal error", self.id)
+                log.exception("internal error")
             await self._failed(error)
         finally:
             self.ended.set()
@@ -134,7 +136,7 @@ class IncomingMigration:
         refusal = await trio.to_thread.run_sync(self._prepare, offer)
         if refusal:
             self.progress.phase, self.progress.problem = "refused", refusal
-            log.warning("%s: refused %s: %s", self.id, offer.name, refusal)
+            log.warning("refused %s: %s", offer.name, refusal)
             await self._discard(refusal)
             await self._say(m.Refused(m.printable(refusal)))
             return
@@ -152,7 +154,7 @@ class IncomingMigration:
         self.progress.phase, self.progress.outstanding = "completed", 0
         assert self._domain is not None
         self._domain.close()
-        log.info("%s: %s completed", self.id, self.progress.domain)
+        log.info("%s completed", self.progress.domain)
 
     def _prepare(self, offer: m.Offer) -> str | None:
         """Preflight, the incoming domain and its ring; returns why not."""
@@ -322,7 +324,7 @@ class IncomingMigration:
         aborted = isinstance(error, MigrationError) and not isinstance(error, PeerClosedError | ProtocolError)
         if self.session.serving and await self._is_gone():
             reason = str(error) if isinstance(error, GuestEndedError) else "its domain was destroyed"
-            log.warning("%s: %s: %s", self.id, progress.domain, reason)
+            log.warning("%s: %s", progress.domain, reason)
             progress.phase, progress.problem = "failed", reason
             self._release()
             if self.session.handed_over or self._runs.is_set():
@@ -330,17 +332,17 @@ class IncomingMigration:
         elif self.session.handed_over or self._runs.is_set():
             progress.phase = "interrupted"
             progress.problem += "; the guest is here and waits for its missing pages"
-            log.error("%s: %s after the handover: %s", self.id, progress.domain, error)
+            log.error("%s after the handover: %s", progress.domain, error)
         elif self._said_ready and not aborted:
             progress.phase = "in doubt"
             progress.problem += "; the sender may or may not have handed the guest over: it is kept, and does not run"
-            log.error("%s: %s before the handover: %s", self.id, progress.domain, progress.problem)
+            log.error("%s before the handover: %s", progress.domain, progress.problem)
             if self._toolstack.decides:
                 await self._await_decision(error)
             return
         else:
             progress.phase = "failed"
-            log.warning("%s: %s given up: %s", self.id, progress.domain or "migration", error)
+            log.warning("%s given up: %s", progress.domain or "migration", error)
             with trio.CancelScope(shield=True):
                 await self._discard(str(error))
         with trio.CancelScope(shield=True), trio.move_on_after(2), contextlib.suppress(MigrationError):
@@ -369,7 +371,7 @@ class IncomingMigration:
         try:
             await self._toolstack.discard(self._domain, reason)
         except XenError as error:
-            log.error("%s: %s is left over: %s", self.id, self.progress.domain, error)
+            log.error("%s is left over: %s", self.progress.domain, error)
             self.progress.problem += f"; and the incoming domain is left over: {error}"
         self._release()
 

@@ -7,6 +7,7 @@ knows where the other end is, and that goes one way.
 from __future__ import annotations
 
 import base64
+import contextlib
 import logging
 import secrets
 from dataclasses import asdict
@@ -34,6 +35,7 @@ from xenbackend.contract import Hypervisor, XenError
 log = logging.getLogger(__name__)
 
 PROGRESS_EVERY_S = 0.2
+DRAIN_EVERY_S = 1.0
 KEPT = 100
 """Ended migrations that ``list`` still shows."""
 TOKEN_BYTES = 32
@@ -67,17 +69,15 @@ class SenderDaemon:
 
     async def _drain(self) -> None:
         for migration in self._running():
-            try:
+            with contextlib.suppress(MigrationError):  # too late
                 migration.cancel("the sender is being stopped")
-            except MigrationError:
-                log.warning(
-                    "waiting for %s: %d pages are to be fetched",
-                    migration.domain_name,
-                    migration.progress.outstanding,
-                )
-        while self._active:
-            self._idle = trio.Event()
-            await self._idle.wait()
+        while running := [m for m in self._migrations.values() if m.id in self._active or m.holds_pages]:
+            waiting = [f"{m.domain_name} ({m.progress.phase}, {m.progress.outstanding} pages to go)" for m in running]
+            notify(f"STATUS=stopping, but guests elsewhere need their pages still: {', '.join(waiting)}")
+            log.warning("waiting for guests elsewhere: %s", ", ".join(waiting))
+            with trio.move_on_after(DRAIN_EVERY_S):
+                self._idle = trio.Event()
+                await self._idle.wait()
 
     def _running(self) -> list[OutgoingMigration]:
         return [self._migrations[migration_id] for migration_id in self._active]
@@ -201,10 +201,10 @@ class SenderDaemon:
             migration.progress.problem = migration.progress.problem or str(error)
             if migration.progress.phase not in ("failed", "interrupted"):
                 migration.progress.phase = "failed"
-            log.warning("%s: %s: %s", migration.id, migration.domain_name, migration.progress.problem)
+            log.warning("%s: %s", migration.domain_name, migration.progress.problem)
         except Exception as error:
             migration.progress.problem = f"internal error: {error!r}"
-            log.exception("%s: %s: internal error", migration.id, migration.domain_name)
+            log.exception("%s: internal error", migration.domain_name)
         finally:
             self._active.discard(migration.id)
             awaited = self._awaited.pop(migration.id, None)

@@ -27,6 +27,7 @@ import numpy as np
 import trio
 from numpy.typing import NDArray
 
+from migrate import logs
 from migrate import messages as m
 from migrate.bandwidth import BandwidthCap
 from migrate.errors import GuestEndedError, MigrationError, PeerClosedError, RemoteProtocolError
@@ -48,6 +49,8 @@ log = logging.getLogger(__name__)
 
 BATCH_PAGES = 1024
 """Pages that are read, sent and loaded together: enough that Python's part of the work does not count."""
+SMALL_BATCH_PAGES = 256
+"""The same while there are faults."""
 MAX_DEFERRALS = 8
 HOT_PAGES = 256
 """That are sent with the guest standing still though it will be able to fetch them: a MiB, which is sent in less than a
@@ -146,6 +149,7 @@ class OutgoingMigration:
     # ---- the order of things ----
     async def run(self) -> None:
         """Raises :class:`MigrationError` or ``XenError``; ``session.handed_over`` tells where the guest is then."""
+        logs.migration.set(self.id)
         self.statistics.started = time.monotonic()
         self._domain = self._hypervisor.open(self.domain_name)
         try:
@@ -165,6 +169,11 @@ class OutgoingMigration:
     def keeps_pages(self) -> bool:
         """The guest lives at the destination, and some of its pages only here."""
         return self.progress.phase == "interrupted"
+
+    @property
+    def holds_pages(self) -> bool:
+        """And the domain is gone: they live by this process."""
+        return self.keeps_pages and self._toolstack.decides
 
     def _close_lanes(self) -> None:
         for lane in (self._push, self._pull):
@@ -249,7 +258,7 @@ class OutgoingMigration:
             previous, remaining = remaining, int(np.count_nonzero(to_send))
             if decision is Decision.CONTINUE:
                 decision = self._decide(stats.rounds, True, remaining, previous, began)
-            log.info("%s: round %d done, %d pages dirty, %s", self.id, stats.rounds, remaining, decision.value)
+            log.info("round %d done, %d pages dirty, %s", stats.rounds, remaining, decision.value)
         if decision is Decision.ABORT:
             raise MigrationError("the policy gave up: the guest dirties memory faster than it can be sent")
         if decision is Decision.STOP_AND_COPY:
@@ -281,7 +290,7 @@ class OutgoingMigration:
             deferred |= unsent
             unsent = self._look_at_dirty()
             left = int(np.count_nonzero(unsent))
-            log.info("%s: %d pages put off, %d written meanwhile", self.id, count, left)
+            log.info("%d pages put off, %d written meanwhile", count, left)
             if left <= self.options.policy.dirty_threshold or left > count * 0.9:
                 break
         return deferred, kept_back | unsent
@@ -395,7 +404,7 @@ class OutgoingMigration:
         self._suspended = True
         await self._toolstack.suspend(domain)
         stats.stood_still = time.monotonic()
-        log.info("%s: suspended", self.id)
+        log.info("suspended")
         await self._say(m.Suspended())
         # Everything below is bounded by what changed since the last look, not by the size of the guest.
         written = mask_from_bitmap(domain.log_dirty(clean=True), domain.nr_pfns)
@@ -436,9 +445,7 @@ class OutgoingMigration:
         self.progress.outstanding = stats.missing_pages
         await trio.lowlevel.checkpoint_if_cancelled()
         with trio.CancelScope(shield=True):
-            log.info(
-                "%s: ready, %d pages in downtime, %d missing", self.id, stats.switchover_pages, stats.missing_pages
-            )
+            log.info("ready, %d pages in downtime, %d missing", stats.switchover_pages, stats.missing_pages)
             if self._toolstack.decides:
                 await self._say(m.Entrust())
                 await self._toolstack.switched_over()
@@ -481,7 +488,7 @@ class OutgoingMigration:
             self.statistics.push_bytes += len(message.pfns) * PAGE_SIZE
             return True
 
-        await self._send_batches(self._backlog.batches(BATCH_PAGES), sent)
+        await self._send_batches(self._backlog.batches(BATCH_PAGES, SMALL_BATCH_PAGES), sent)
 
     async def _serve_faults(self) -> None:
         try:
@@ -510,8 +517,7 @@ class OutgoingMigration:
                 case m.Resumed():
                     self.statistics.resumed = time.monotonic()
                     log.info(
-                        "%s: %s runs at the destination, %.1f ms after",
-                        self.id,
+                        "%s runs at the destination, %.1f ms after",
                         self.domain_name,
                         self.statistics.downtime_s * 1000,
                     )
@@ -549,7 +555,7 @@ class OutgoingMigration:
         progress, given_away = self.progress, self.session.handed_over
         if self.session.phase is Phase.DECISION and not isinstance(error, trio.Cancelled | StaysHereError):
             progress.phase, progress.problem = "in doubt", f"{error}; xl has not said yet at which end the guest runs"
-            log.warning("%s: %s: %s", self.id, self.domain_name, progress.problem)
+            log.warning("%s: %s", self.domain_name, progress.problem)
             given_away = await self._toolstack.decision(self._domain)
         if isinstance(error, GuestEndedError):
             progress.problem = str(error)
@@ -566,7 +572,7 @@ class OutgoingMigration:
 
     async def _give_up(self, reason: str) -> None:
         """The guest goes on here; the receiver is told, if it can be."""
-        log.warning("%s: migration of %s given up: %s", self.id, self.domain_name, reason)
+        log.warning("migration of %s given up: %s", self.domain_name, reason)
         if self._push is not None:
             with trio.move_on_after(2), contextlib.suppress(PeerClosedError):
                 # Where this fails it sees the connection end, which says the same.
@@ -577,7 +583,7 @@ class OutgoingMigration:
             await self._toolstack.give_up(self._domain, reason, suspended=self._suspended)
         except XenError as error:
             self.progress.problem += f"; and then: {error}"
-            log.error("%s: %s", self.id, error)
+            log.error("%s", error)
 
 
 def _receiver_statistics(data: bytes) -> dict[str, Any]:

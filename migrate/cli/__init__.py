@@ -17,6 +17,8 @@ from migrate import __version__
 COMMANDS = {
     "migrate": "migrations",
     "list": "migrations",
+    "show": "migrations",
+    "watch": "migrations",
     "postcopy-now": "migrations",
     "cancel": "migrations",
     "preflight": "preflight",

@@ -12,6 +12,7 @@ from typing import Any
 import click
 import trio
 
+from migrate import logs
 from migrate.cli.options import RECEIVER_SOCKET, SENDER_SOCKET, F, Size, simulated_option, socket_option
 from migrate.config import CONFIG_FILE, RECEIVER_PORT, SENDER_PORT, load
 from migrate.tasks import root_cause
@@ -21,10 +22,7 @@ verbose_option = click.option("-v", "--verbose", is_flag=True, help="Log more.")
 
 
 def _run(verbose: bool, main: Any) -> None:
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    logs.set_up(verbose=verbose)
     try:
         trio.run(main)
     except BaseExceptionGroup as group:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from migrate.cli.options import (
 from migrate.cli.progress import ProgressDisplay
 from migrate.client import ControlClient
 from migrate.errors import InterruptedMigrationError, MigrationError
+
+WATCH_EVERY_S = 0.5
 
 
 def follow_migration(client: ControlClient, request: dict[str, Any]) -> dict[str, Any]:
@@ -116,26 +120,31 @@ def migrate_command(domain: str, destination: str, json_path: Path | None, socke
     write_json(json_path, {"verified": None, **result})
 
 
-@click.command("list")
-@click.option(
+sockets_option = click.option(
     "--socket", "socket_paths", type=click.Path(path_type=Path), multiple=True, default=[SENDER_SOCKET, RECEIVER_SOCKET],
     show_default=True, help="Control socket of a daemon; may be given several times.",
 )  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
-def list_command(socket_paths: tuple[Path, ...], as_json: bool) -> None:
-    """The migrations of the daemons on this host, running and ended."""
-    lines: list[dict[str, Any]] = []
+
+
+def _ask_all(socket_paths: tuple[Path, ...], **request: Any) -> Iterator[dict[str, Any]]:
+    """The results of the daemons that answer; raises :class:`MigrationError` where none does."""
     problems: list[MigrationError] = []
     for path in socket_paths:
         try:
-            client = ControlClient(path)
+            with ControlClient(path) as client:
+                yield client.call(**request)
         except MigrationError as error:
             problems.append(error)
-            continue
-        with client:
-            lines += client.call(command="list")["migrations"]
     if len(problems) == len(socket_paths):
         raise problems[0]
+
+
+@click.command("list")
+@sockets_option
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def list_command(socket_paths: tuple[Path, ...], as_json: bool) -> None:
+    """The migrations of the daemons on this host, running and ended."""
+    lines = [line for answer in _ask_all(socket_paths, command="list") for line in answer["migrations"]]
     if as_json:
         click.echo(json.dumps(lines, indent=2))
         return
@@ -145,6 +154,52 @@ def list_command(socket_paths: tuple[Path, ...], as_json: bool) -> None:
             f"{line['id'][:8]:10}{line['domain']:20}{line['direction']:11}{line['phase']:13}"
             f"{line['outstanding']:>11}  {line['problem']}"
         )
+
+
+@click.command("show")
+@click.argument("migration")
+@sockets_option
+@click.option("--json", "as_json", is_flag=True, help="As JSON, with all that was measured.")
+def show_command(migration: str, socket_paths: tuple[Path, ...], as_json: bool) -> None:
+    """All about MIGRATION (its id, the beginning of it, or its domain's name), from the daemons on this host."""
+    found = []
+    for answer in _ask_all(socket_paths, command="show", migration=migration):
+        del answer["event"]
+        found.append(answer)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    for answer in found:
+        details = answer.pop("details")
+        for key, value in {**answer, **details}.items():
+            if isinstance(value, dict):
+                value = ", ".join(f"{k} {v}" for k, v in value.items() if not isinstance(v, dict))
+            if value not in ("", None):
+                click.echo(f"{key.replace('_', ' '):22} {value}")
+        click.echo()
+
+
+@click.command("watch")
+@click.argument("migration")
+@sockets_option
+def watch_command(migration: str, socket_paths: tuple[Path, ...]) -> None:
+    """Follow MIGRATION (its id, the beginning of it, or its domain's name) until it ends.
+
+    Exit status 0 when it was completed, 1 when not.  Ctrl-C ends the watching only.
+    """
+    display = ProgressDisplay(sys.stderr)
+    try:
+        while True:
+            line = next(_ask_all(socket_paths, command="show", migration=migration))
+            if line["phase"] in ("completed", "failed", "refused", "interrupted"):
+                break
+            display.show(line)
+            time.sleep(WATCH_EVERY_S)
+    finally:
+        display.close()
+    if line["phase"] != "completed":
+        raise MigrationError(f"{line['domain']}: {line['phase']}: {line['problem']}")
+    click.echo(f"{line['domain']}: completed")
 
 
 @click.command("postcopy-now")

@@ -10,8 +10,14 @@ from tqdm import tqdm
 from migrate.units import human_bytes
 
 PLAIN_EVERY_S = 5.0
-SHOWN = ("precopy", "switchover", "postcopy")
+SHOWN = ("precopy", "switchover", "deciding", "postcopy")
 """The others are over at once, or end in a message of their own."""
+
+
+NOTHING = {
+    "round": 0, "pages_done": 0, "pages_total": 0, "faults": 0, "latency_us": 0, "bytes_sent": 0, "handed_over": True,
+}  # fmt: skip
+"""What a receiver does not count."""
 
 
 class ProgressDisplay:
@@ -27,6 +33,7 @@ class ProgressDisplay:
         self._rate = 0.0
 
     def show(self, p: dict[str, Any]) -> None:
+        p = {**NOTHING, **p}
         self._measure(p["bytes_sent"])
         stage = (p["phase"], p["round"])
         if p["phase"] not in SHOWN:

@@ -54,6 +54,9 @@ def main() -> None:
     )
     parser.add_argument("--hypervisor", choices=parts.HYPERVISORS, default=parts.HYPERVISORS[0])
     parser.add_argument("--timeout", type=float, default=550.0, help="seconds for one machine (default 550)")
+    parser.add_argument(
+        "--memory", type=int, default=machine.MEMORY_MIB, help="MiB of one machine (default %(default)s)"
+    )
     parser.add_argument("--keep", type=Path, help=f"folder for results (default: a new one under {directory()}/runs)")
     parser.add_argument("--build", action="store_true", help="build every part, run nothing")
     parser.add_argument("--tests", action="store_true", help="run the lab's tests on each hypervisor")
@@ -68,7 +71,11 @@ def main() -> None:
         if not options.command:
             parser.error("a command, --build or --tests")
         result = machine.boot(
-            options.hypervisor, " ".join(options.command), timeout_s=options.timeout, keep=options.keep
+            options.hypervisor,
+            " ".join(options.command),
+            timeout_s=options.timeout,
+            keep=options.keep,
+            memory_mib=options.memory,
         )
     except LabError as error:
         sys.exit(f"xenlab: {error}")

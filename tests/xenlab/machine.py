@@ -45,7 +45,15 @@ class Result:
     seconds: float
 
 
-def boot(hypervisor: str, command: str, *, timeout_s: float, keep: Path | None = None, live: bool = True) -> Result:
+def boot(
+    hypervisor: str,
+    command: str,
+    *,
+    timeout_s: float,
+    keep: Path | None = None,
+    live: bool = True,
+    memory_mib: int = MEMORY_MIB,
+) -> Result:
     """Run a shell command in dom0, in the working tree (which is read-only there).
 
     ``keep``: where results go (default: a new folder under the cache's ``runs``).  Its output is shown as it comes
@@ -53,7 +61,7 @@ def boot(hypervisor: str, command: str, *, timeout_s: float, keep: Path | None =
     """
     parts.check_tools()
     parts.backend()
-    arguments = _qemu(hypervisor)
+    arguments = _qemu(hypervisor, memory_mib)
     where = keep or Path(tempfile.mkdtemp(prefix="run-", dir=_runs()))
     where.mkdir(parents=True, exist_ok=True)
     (where / "out").mkdir(exist_ok=True)
@@ -106,10 +114,10 @@ def _runs() -> Path:
     return runs
 
 
-def _qemu(hypervisor: str) -> list[str]:
+def _qemu(hypervisor: str, memory_mib: int) -> list[str]:
     modules = f"{parts.kernel() / 'vmlinuz'} {DOM0_OPTIONS},{parts.initramfs()}"
     return [
-        "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-smp", "2", "-m", str(MEMORY_MIB), "-cpu", CPU,
+        "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-smp", "2", "-m", str(memory_mib), "-cpu", CPU,
         "-display", "none", "-nodefaults", "-no-reboot", "-monitor", "none",
         "-kernel", str(parts.hypervisor(hypervisor)), "-append", XEN_OPTIONS, "-initrd", modules,
         "-drive", f"file={parts.dom0() / 'disk'},if=virtio,format=raw,snapshot=on",

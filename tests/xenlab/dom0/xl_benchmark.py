@@ -131,7 +131,7 @@ def migrate(helper: Path, log: Path, environment: dict[str, str]) -> Measured:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--memory", type=int, default=512, help="MiB")
+    parser.add_argument("--memory", type=int, default=1024, help="MiB")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     directory = Path("/tmp/xl-benchmark")
@@ -145,7 +145,10 @@ def main() -> None:
         "hybrid": (tap(directory, "ours", str(helper)), {**sockets, "XEN_POSTCOPY": "require"}),
     }
     found: dict[str, list[Measured]] = {kind: [] for kind in kinds}
-    with guest(NAME, memory_mib=options.memory, options="beat=10 words=8") as made, daemons(directory):
+    with (
+        guest(NAME, memory_mib=options.memory, options=f"beat=10 words=8 pages={options.memory * 200}") as made,
+        daemons(directory),
+    ):
         made.wait_for_heartbeats(50, timeout_s=300)
         for number in range(options.rounds):
             for kind, ((program, log), environment) in kinds.items():
