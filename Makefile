@@ -52,6 +52,10 @@ xenlab-bench: $(STAMP)
 xenlab-xl-bench: $(STAMP)
 	$(BIN)/python -m tests.xenlab --memory 4608 --timeout 1500 -- python3 -m tests.xenlab.dom0.xl_benchmark
 
+# A Debian package, in build/.
+deb: $(STAMP)
+	$(BIN)/python systemd/build_deb.py
+
 lock:
 	rm -rf build/lock && $(PYTHON) -m venv build/lock && build/lock/bin/python -m pip install --quiet pip-tools
 	build/lock/bin/pip-compile --quiet --generate-hashes --allow-unsafe --strip-extras --no-header --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --upgrade -o requirements.lock requirements.in
