@@ -95,9 +95,16 @@ def copy_distribution(distribution: metadata.Distribution, to: Path) -> None:
 def copy_ourselves(to: Path) -> None:
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     sources = [path for package in PACKAGES for path in (TREE / package).rglob("*.py")]
-    natives = [path for package in PACKAGES for path in (TREE / package).rglob(f"*{suffix}")]
+    natives = [
+        path
+        for package in PACKAGES
+        for path in (TREE / package).rglob("*.so")
+        if path.name.endswith((suffix, ".abi3.so"))
+    ]
     if not any(path.name.startswith("_xen.") for path in natives):
-        sys.exit("the part that talks to Xen is not compiled: apt install libxen-dev, and then: touch setup.py && make deb")
+        sys.exit(
+            "the part that talks to Xen is not compiled: apt install libxen-dev, and then: touch setup.py && make deb"
+        )
     for path in (*sources, *natives):
         target = to / path.relative_to(TREE)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +134,9 @@ def build(out: Path) -> Path:
     write(root / "usr/lib/tmpfiles.d/xen-postcopy.conf", (units / "xen-postcopy.tmpfiles").read_bytes())
     write(root / "etc/xen-postcopy/config.toml", (units / "config.toml").read_bytes())
     for page in (units / "man").iterdir():
-        write(root / f"usr/share/man/man{page.suffix[1:]}" / f"{page.name}.gz", gzip.compress(page.read_bytes(), mtime=0))
+        write(
+            root / f"usr/share/man/man{page.suffix[1:]}" / f"{page.name}.gz", gzip.compress(page.read_bytes(), mtime=0)
+        )
     for document in ("README.md", "CHANGELOG.md"):
         write(root / "usr/share/doc" / NAME / document, (TREE / document).read_bytes())
     write(root / "usr/share/doc" / NAME / "copyright", (TREE / "LICENSE").read_bytes())

@@ -31,7 +31,7 @@ def run_tests(timeout_s: float) -> int:
     parts.build()
     with ThreadPoolExecutor(MACHINES_AT_ONCE) as pool:
         running = {
-            kind: pool.submit(machine.boot, kind, PYTEST, timeout_s=timeout_s, live=False) for kind in parts.HYPERVISORS
+            kind: pool.submit(machine.boot, kind, PYTEST, timeout_s=timeout_s, live=False) for kind in parts.MACHINES
         }
         failed = []
         for kind, machine_run in running.items():
@@ -52,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tests.xenlab", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--hypervisor", choices=parts.HYPERVISORS, default=parts.HYPERVISORS[0])
+    parser.add_argument("--hypervisor", choices=parts.MACHINES, default=parts.HYPERVISORS[0])
     parser.add_argument("--timeout", type=float, default=550.0, help="seconds for one machine (default 550)")
     parser.add_argument(
         "--memory", type=int, default=machine.MEMORY_MIB, help="MiB of one machine (default %(default)s)"

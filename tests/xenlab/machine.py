@@ -61,6 +61,8 @@ def boot(
     """
     parts.check_tools()
     parts.backend()
+    if hypervisor == parts.SYSTEMD:
+        parts.package()
     arguments = _qemu(hypervisor, memory_mib)
     where = keep or Path(tempfile.mkdtemp(prefix="run-", dir=_runs()))
     where.mkdir(parents=True, exist_ok=True)
@@ -115,7 +117,8 @@ def _runs() -> Path:
 
 
 def _qemu(hypervisor: str, memory_mib: int) -> list[str]:
-    modules = f"{parts.kernel() / 'vmlinuz'} {DOM0_OPTIONS},{parts.initramfs()}"
+    options = f"{DOM0_OPTIONS} xenlab=systemd" if hypervisor == parts.SYSTEMD else DOM0_OPTIONS
+    modules = f"{parts.kernel() / 'vmlinuz'} {options},{parts.initramfs()}"
     return [
         "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-smp", "2", "-m", str(memory_mib), "-cpu", CPU,
         "-display", "none", "-nodefaults", "-no-reboot", "-monitor", "none",

@@ -21,11 +21,14 @@ PATCH = HERE.parents[1] / "xenbackend" / "hypervisor" / "populate-evicted.patch"
 
 HYPERVISORS = ("populate-evicted", "paging", "debian")
 """Memory paging and our hypercall; memory paging; what Debian ships, which has none."""
+SYSTEMD = "systemd"
+"""The first of them, with systemd in dom0, and our package."""
+MACHINES = (*HYPERVISORS, SYSTEMD)
 PAGING_CONFIG = "CONFIG_EXPERT=y\nCONFIG_UNSUPPORTED=y\nCONFIG_MEM_PAGING=y\n# CONFIG_LIVEPATCH is not set\n"
 
 DOM0_PACKAGES = (
     *("python3", "python3-cffi", "python3-ply"),  # python3-ply: cffi needs it, and debootstrap does not see that
-    *("iproute2", "kmod", "procps"),
+    *("iproute2", "kmod", "procps", "systemd-sysv"),
     *("xen-utils-4.17", "xenstore-utils", "libxen-dev"),
 )
 DISK_SIZE = "1500M"
@@ -70,7 +73,9 @@ def _xen_source() -> Path:
 
 
 def hypervisor(kind: str) -> Path:
-    """The unpacked multiboot image."""
+    """The unpacked multiboot image, of one of :data:`MACHINES`."""
+    if kind == SYSTEMD:
+        kind = HYPERVISORS[0]
     if kind == "debian":
         return part("hypervisor-debian", fingerprint(debian.XEN_VERSION), _unpack_hypervisor) / "xen"
 
@@ -190,12 +195,18 @@ def guest() -> Path:
     return part("guest", fingerprint(kernel().name, Path(__file__), HERE / "guest/init.c"), build)
 
 
+def package() -> None:
+    """Our Debian package, in the working tree."""
+    root = HERE.parents[1]
+    run([sys.executable, "systemd/build_deb.py", "--out", "build"], cwd=root)
+
+
 def build() -> None:
     """Everything."""
     check_tools()
     for kind in HYPERVISORS:
         hypervisor(kind)
-    for one in (kernel, dom0, initramfs, guest, backend):
+    for one in (kernel, dom0, initramfs, guest, backend, package):
         one()
 
 

@@ -22,16 +22,4 @@ until xenstore-read -s / >/dev/null 2>&1 || [ $tries -ge 100 ]; do
 done
 /usr/lib/xen-4.17/bin/xen-init-dom0
 xenconsoled --log=guest --log-dir=/var/log/xen
-echo "xenlab: toolstack is up"
-
-cd /mnt/tree
-export LAB_OUT=/mnt/io/out
-export PYTHONPATH=/mnt/tree:/mnt/tree/.venv/lib/python3.11/site-packages PYTHONDONTWRITEBYTECODE=1
-sh /mnt/io/command > /mnt/io/output 2>&1
-status=$?
-cp /var/log/xen/guest-*.log /mnt/io/out/ 2>/dev/null
-xl dmesg > /mnt/io/hypervisor.log 2>&1
-echo $status > /mnt/io/status
-sync
-echo o > /proc/sysrq-trigger
-sleep 60
+exec /bin/sh /mnt/tree/tests/xenlab/dom0/command.sh

@@ -19,6 +19,16 @@ for share in tree parts; do
     # Nobody changes them meanwhile, and each Python that starts reads a thousand files.
     /bin/busybox mount -t 9p -o ro,$options,cache=loose $share /root/mnt/$share
 done
+init="/bin/sh /mnt/tree/tests/xenlab/dom0/init.sh"
+if /bin/busybox grep -q xenlab=systemd /proc/cmdline; then
+    init=/lib/systemd/systemd
+    echo 'XENCONSOLED_ARGS="--log=guest --log-dir=/var/log/xen"' >> /root/etc/default/xen
+    /bin/busybox mkdir -p /root/var/log/xen
+    units=/root/etc/systemd/system
+    /bin/busybox cp /root/mnt/tree/tests/xenlab/dom0/xenlab.service $units/
+    /bin/busybox mkdir -p $units/multi-user.target.wants
+    /bin/busybox ln -sf ../xenlab.service $units/multi-user.target.wants/
+fi
 /bin/busybox mount --move /dev /root/dev
 /bin/busybox umount /proc /sys
-exec /bin/busybox switch_root /root /bin/sh /mnt/tree/tests/xenlab/dom0/init.sh
+exec /bin/busybox switch_root /root $init

@@ -1,0 +1,119 @@
+"""The package in a dom0 that runs systemd: install it, migrate with it, take it away.  Run in order."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.labs import until
+from tests.xenlab.dom0.guests import Guest, guest, xl
+
+pytestmark = pytest.mark.hypervisors("systemd")
+PACKAGE = next(Path("/mnt/tree/build").glob("*.deb"), None)
+UNITS = ("xen-postcopy-sender.service", "xen-postcopy-receiver.service")
+HELPER = "/usr/bin/xen-postcopy-xl-helper"
+
+
+def run(*command: str, ok: bool = True, **environment: str) -> str:
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "LAB"))}
+    done = subprocess.run(
+        command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240,
+        env={**clean, **environment},
+    )  # fmt: skip
+    assert done.returncode == 0 or not ok, f"{command}: {done.stdout}"
+    return done.stdout
+
+
+def property_of(unit: str, name: str) -> str:
+    return run("systemctl", "show", "--value", "-p", name, unit).strip()
+
+
+def wait_until_active() -> None:
+    for unit in UNITS:
+        until(lambda unit=unit: property_of(unit, "ActiveState") == "active", f"{unit} does not start", 90)  # type: ignore[misc]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def installed() -> None:
+    assert PACKAGE is not None
+    print(run("dpkg", "-i", str(PACKAGE)))
+    wait_until_active()
+
+
+def test_the_units_start_and_are_well_formed() -> None:
+    for unit in UNITS:
+        assert property_of(unit, "NotifyAccess") == "main"
+        assert "waiting for migrations" in (text := property_of(unit, "StatusText")) or "listening at" in text
+        print(run("systemd-analyze", "security", unit))
+    assert run("systemd-analyze", "--man=no", "verify", *UNITS, "xen-postcopy.target") == ""
+    assert "PHASE" in run("xen-postcopy", "list")
+    assert "ready" in run("xen-postcopy", "preflight")
+    assert "LIBXL_SAVE_HELPER" in run(HELPER, "--help")
+    assert Path("/run/xen-postcopy/sender.sock").stat().st_mode & 0o777 == 0o600
+
+
+def test_they_survive_a_restart() -> None:
+    pids = [property_of(unit, "MainPID") for unit in UNITS]
+    run("systemctl", "restart", *UNITS)
+    wait_until_active()
+    assert not set(pids) & {property_of(unit, "MainPID") for unit in UNITS}
+    assert "PHASE" in run("xen-postcopy", "list")
+
+
+def test_the_watchdog_is_fed() -> None:
+    for unit in UNITS:
+        fed = property_of(unit, "WatchdogTimestampMonotonic")
+        assert int(fed) > 0
+        until(lambda: property_of(unit, "WatchdogTimestampMonotonic") != fed, "the watchdog is not fed", 60)  # noqa: B023
+
+
+def test_a_wrong_configuration_is_said_with_file_key_and_reason() -> None:
+    config = Path("/etc/xen-postcopy/config.toml")
+    text = config.read_text()
+    try:
+        config.write_text('[sender]\nlisten = "0.0.0.0:8014"\n')
+        run("systemctl", "restart", UNITS[0], ok=False)
+        said = run("journalctl", "-u", UNITS[0], "-n", "20")
+        assert "/etc/xen-postcopy/config.toml: [sender] listen: 0.0.0.0 can be reached by others" in said
+    finally:
+        config.write_text(text)
+        run("systemctl", "reset-failed", UNITS[0], ok=False)
+        run("systemctl", "restart", UNITS[0])
+        wait_until_active()
+
+
+def test_xl_migrates_and_a_daemon_that_is_stopped_says_what_it_waits_for() -> None:
+    with guest("packaged") as made:
+        made.wait_for_heartbeats(2)
+        said = run(
+            "xl", "migrate", "-s", "", "packaged", "xl migrate-receive",
+            LIBXL_SAVE_HELPER=HELPER, XEN_POSTCOPY="require", XEN_POSTCOPY_STRATEGY="postcopy",
+        )  # fmt: skip
+        assert "Migration successful" in said
+        run("systemctl", "stop", "--no-block", UNITS[1])
+        until(
+            lambda: "need their pager" in property_of(UNITS[1], "StatusText"), "it does not say what it waits for", 60
+        )
+        assert "packaged" in property_of(UNITS[1], "StatusText")
+        until(lambda: property_of(UNITS[1], "ActiveState") == "inactive", "it does not end", 240)
+        arrived = Guest("packaged--incoming", int(xl("domid", "packaged")))
+        beats = arrived.wait_for_heartbeats(3)
+        assert [beat.errors for beat in beats] == [0] * len(beats)
+        (line,) = json.loads(run("xen-postcopy", "list", "--json", "--socket", "/run/xen-postcopy/sender.sock"))
+        assert line["phase"] == "completed"
+        told = run("journalctl", f"XEN_POSTCOPY_MIGRATION={line['id']}")
+        assert "runs at the destination" in told and "completed" in told
+        assert "completed" in run("xen-postcopy", "show", line["id"][:6])
+
+
+def test_it_is_taken_away() -> None:
+    run("systemctl", "start", "xen-postcopy.target")
+    wait_until_active()
+    run("dpkg", "--purge", "xen-postcopy")
+    assert not Path("/usr/bin/xen-postcopy").exists()
+    for unit in UNITS:
+        assert property_of(unit, "ActiveState") in ("inactive", "failed")
