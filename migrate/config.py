@@ -165,7 +165,8 @@ def parse(data: dict[str, Any], source: str) -> Config:
     config = Config(**made)
     problem = config.migration.policy.problems()
     if problem:
-        raise ConfigError(f"{source}: [migration] {problem.removeprefix('--')}")
+        key, _, reason = problem.removeprefix("--").partition(" ")
+        raise ConfigError(f"{source}: [migration] {key.replace('-', '_')} {reason}")
     for name, (host, _port) in (("sender", config.sender.listen), ("receiver", config.receiver.listen)):
         if not config.network.unencrypted and not is_loopback(host):
             raise ConfigError(

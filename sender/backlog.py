@@ -34,7 +34,6 @@ class Backlog:
         self.unsent = int(np.count_nonzero(missing))
         self.unacknowledged = self.unsent
         self._cursor = 0
-        self.faults = 0
         self._lock = threading.Lock()
 
     def next_batch(self, most: int) -> PfnArray:
@@ -64,16 +63,10 @@ class Backlog:
         self.unsent -= len(batch)
         return batch
 
-    def batches(self, most: int, fewest: int) -> Iterator[PfnArray]:
-        """All that is unsent, each batch chosen when it is asked for.
-
-        A fault waits for what is under way.  So while there are faults batches are small; they grow again when there are none.
-        """
-        size, faults = fewest, self.faults
-        while len(batch := self.next_batch(size)):
+    def batches(self, most: int) -> Iterator[PfnArray]:
+        """All that is unsent, each batch chosen when it is asked for."""
+        while len(batch := self.next_batch(most)):
             yield batch
-            size = min(size * 2, most) if self.faults == faults else fewest
-            faults = self.faults
 
     def fault(self, pfns: PfnArray) -> PfnArray:
         """vCPUs wait for these; returns those to send now.
@@ -82,7 +75,6 @@ class Backlog:
         """
         wanted = []
         with self._lock:
-            self.faults += 1
             for pfn in pfns.tolist():  # a few: element by element is quicker than array by array
                 state = self._state[pfn]
                 if state == NOT_OURS:

@@ -49,8 +49,6 @@ log = logging.getLogger(__name__)
 
 BATCH_PAGES = 1024
 """Pages that are read, sent and loaded together: enough that Python's part of the work does not count."""
-SMALL_BATCH_PAGES = 256
-"""The same while there are faults."""
 MAX_DEFERRALS = 8
 HOT_PAGES = 256
 """That are sent with the guest standing still though it will be able to fetch them: a MiB, which is sent in less than a
@@ -488,7 +486,7 @@ class OutgoingMigration:
             self.statistics.push_bytes += len(message.pfns) * PAGE_SIZE
             return True
 
-        await self._send_batches(self._backlog.batches(BATCH_PAGES, SMALL_BATCH_PAGES), sent)
+        await self._send_batches(self._backlog.batches(BATCH_PAGES), sent)
 
     async def _serve_faults(self) -> None:
         try:

@@ -28,20 +28,11 @@ def request(pfn: int, vcpu: int = 0, flags: int = 0) -> PagingRequest:
 
 
 class TestBacklog:
-    def test_batches_are_small_while_there_are_faults(self) -> None:
-        backlog = Backlog(mask(*range(1000), nr_pfns=1000))
-        sizes = []
-        for batch in backlog.batches(64, 8):
-            sizes.append(len(batch))
-            if len(sizes) in (3, 4):
-                backlog.fault(pfn_array([900 + len(sizes)]))
-        assert sizes[:8] == [8, 16, 32, 8, 8, 16, 32, 64]
-
     @given(st.sets(st.integers(0, 20_000), min_size=1), st.integers(1, 50))
     def test_every_page_is_pushed_once_in_ascending_batches(self, pfns: set[int], most: int) -> None:
         backlog = Backlog(mask(*pfns, nr_pfns=20_001))
         pushed: list[int] = []
-        for batch in backlog.batches(most, most):
+        for batch in backlog.batches(most):
             assert len(batch) <= most
             assert all(np.diff(batch) > 0)
             pushed += batch.tolist()
@@ -54,7 +45,7 @@ class TestBacklog:
         assert backlog.next_batch(4).tolist() == [0, 1, 2, 3]
         assert backlog.fault(pfn_array([40])).tolist() == [40]
         assert backlog.next_batch(3).tolist() == [41, 42, 43]
-        rest = [pfn for batch in backlog.batches(100, 100) for pfn in batch.tolist()]
+        rest = [pfn for batch in backlog.batches(100) for pfn in batch.tolist()]
         assert rest == [*range(44, NR), *range(4, 40)]
 
     def test_a_page_on_its_way_is_sent_again_for_a_fault_but_a_loaded_one_is_not(self) -> None:
@@ -76,7 +67,7 @@ class TestBacklog:
     def test_a_dropped_page_is_not_pushed(self) -> None:
         backlog = Backlog(mask(1, 2))
         backlog.dropped(pfn_array([1]))
-        assert [batch.tolist() for batch in backlog.batches(8, 8)] == [[2]]
+        assert [batch.tolist() for batch in backlog.batches(8)] == [[2]]
 
     def test_the_receiver_cannot_claim_what_is_not_so(self) -> None:
         backlog = Backlog(mask(1, 2))

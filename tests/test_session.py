@@ -46,6 +46,17 @@ STORY: list[tuple[Role, m.Message, Lane]] = [
 ]
 
 
+UNDER_XL = [
+    *STORY[: next(i for i, said in enumerate(STORY) if isinstance(said[1], m.Handover))],
+    (S, m.Entrust(), PUSH),
+]
+DECIDED = [
+    *UNDER_XL, (R, m.Fault(ONE), PULL), (S, m.Pages(ONE), PULL), (R, m.Resumed(), PUSH), (S, m.Pages(ONE), PUSH),
+    (R, m.Loaded(ONE), PUSH), (R, m.Report(0, 0, 0), PUSH), (S, m.Handover(), PUSH), (R, m.Complete(b"{}"), PUSH),
+    (S, m.Completed(), PUSH),
+]  # fmt: skip
+
+
 def play(story: list[tuple[Role, m.Message, Lane]]) -> dict[Role, Session]:
     ends = {S: Session(S), R: Session(R)}
     for speaker, message, lane in story:
@@ -58,6 +69,40 @@ def test_a_whole_migration_is_allowed() -> None:
     ends = play(STORY)
     assert ends[S].phase == ends[R].phase == Phase.CLOSED
     assert ends[S].handed_over
+
+
+def test_a_toolstack_may_decide_who_has_the_guest() -> None:
+    ends = play(UNDER_XL)
+    assert ends[S].phase == ends[R].phase == Phase.DECISION
+    assert ends[S].serving and not ends[S].handed_over
+    ends = play(DECIDED)
+    assert ends[S].phase == ends[R].phase == Phase.CLOSED
+    assert ends[R].handed_over
+
+
+@pytest.mark.parametrize(
+    ("speaker", "message"),
+    [(S, m.Abort("xl resumed it")), (R, m.Failed("xl destroyed it")), (R, m.Ended("it crashed"))],
+)
+def test_while_it_decides_each_end_may_say_what_it_sees(speaker: Role, message: m.Message) -> None:
+    play([*UNDER_XL, (speaker, message, PUSH)])
+
+
+@pytest.mark.parametrize(
+    ("story", "speaker", "message", "what"),
+    [
+        (STORY[:5], S, m.Entrust(), "entrust in phase precopy"),
+        (UNDER_XL, S, m.Entrust(), "entrust in phase decision"),
+        (UNDER_XL, R, m.Complete(b"{}"), "complete in phase decision"),
+        (UNDER_XL, S, m.Pages(ONE, holes=pfn_array([2])), "holes after the switchover"),
+        (DECIDED[:-2], S, m.Abort("no"), "abort in phase postcopy"),
+    ],
+)
+def test_but_nothing_else(
+    story: list[tuple[Role, m.Message, Lane]], speaker: Role, message: m.Message, what: str
+) -> None:
+    with pytest.raises(RemoteProtocolError, match=what):
+        play(story)[Role(1 - speaker)].received(message, PUSH)
 
 
 def test_every_message_has_its_rule() -> None:

@@ -1,0 +1,95 @@
+"""The configuration file: what it means, and what is said of a wrong one."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from migrate import config
+from migrate.config import Config, ConfigError, SenderConfig, advertised, load, parse
+from migrate.policy import Strategy
+
+TREE = Path(__file__).parents[1]
+
+
+def read(text: str) -> Config:
+    return parse(tomllib.loads(text), "config.toml")
+
+
+def test_everything_may_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "CONFIG_FILE", tmp_path / "nowhere")
+    assert load(None) == Config() == read("")
+
+
+def test_the_file_that_is_installed_names_every_key_with_its_default() -> None:
+    text = (TREE / "systemd/config.toml").read_text()
+    assert read(text) == Config()
+    uncommented = re.sub(r"(?m)^#(?=[\[a-z])", "", text).replace('bandwidth = "1G"', "")
+    assert read(uncommented) == Config()
+    manual = (TREE / "systemd/man/xen-postcopy.toml.5").read_text()
+    for section in ("network", "sender", "receiver", "migration"):
+        for key in getattr(Config(), section).__dataclass_fields__:
+            assert key in text and key in manual
+
+
+def test_what_is_given() -> None:
+    made = read("""
+        [network]
+        unencrypted = true
+        [sender]
+        listen = "[::]:9000"
+        [receiver]
+        listen = "10.0.0.1"
+        [migration]
+        strategy = "postcopy"
+        max_rounds = 3
+        bandwidth = "1.5M"
+    """)
+    assert made.sender.listen == ("::", 9000)
+    assert made.receiver.listen == ("10.0.0.1", 8013)
+    assert made.migration.strategy is Strategy.POSTCOPY
+    assert made.migration.policy.max_rounds == 3
+    assert made.migration.bandwidth == 1.5 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("[sendr]", "config.toml: [sendr]: there is no such section; there are network, sender, receiver, migration"),
+        ("sender = 1", "config.toml: sender: a section, [sender]"),
+        ("[sender]\nport = 1", "config.toml: [sender] port: there is no such key; there are listen, address"),
+        ("[sender]\nlisten = 8014", "config.toml: [sender] listen: 8014: an address in quotes"),
+        ('[sender]\nlisten = "host:x"', "config.toml: [sender] listen: 'host:x': address 'host:x': HOST, HOST:PORT"),
+        ('[receiver]\nlisten = "0.0.0.0"', "config.toml: [receiver] listen: 0.0.0.0 can be reached by others"),
+        ("[sender]\npeer_timeout_s = 0", "config.toml: [sender] peer_timeout_s: 0: seconds"),
+        ('[migration]\nstrategy = "fast"', "config.toml: [migration] strategy: 'fast': one of hybrid, postcopy"),
+        ("[migration]\nmax_rounds = 1.5", "config.toml: [migration] max_rounds: 1.5: a whole number"),
+        ("[migration]\nmax_rounds = 0", "config.toml: [migration] max_rounds 0: 1 to 1000"),
+        ('[migration]\nbandwidth = "1"', "config.toml: [migration] bandwidth: '1': at least one page"),
+        ('[network]\nunencrypted = "yes"', "config.toml: [network] unencrypted: 'yes': true or false"),
+    ],
+)
+def test_what_is_wrong_is_said_with_file_key_and_reason(text: str, what: str) -> None:
+    with pytest.raises(ConfigError) as info:
+        read(text)
+    assert what in str(info.value)
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nowhere: No such file"):
+        load(tmp_path / "nowhere")
+    broken = tmp_path / "broken"
+    broken.write_text("[sender\n")
+    with pytest.raises(ConfigError, match=r"broken: .*line 1"):
+        load(broken)
+
+
+def test_what_a_receiver_dials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.getfqdn", lambda: "host.example")
+    assert advertised(SenderConfig(("10.0.0.1", 0)), 99) == ("10.0.0.1", 99)
+    assert advertised(SenderConfig(("0.0.0.0", 0)), 99) == ("host.example", 99)
+    assert advertised(SenderConfig(("::", 0), "migration.example"), 99) == ("migration.example", 99)
+    assert advertised(SenderConfig(("::", 0), "migration.example:5"), 99) == ("migration.example", 5)
