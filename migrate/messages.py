@@ -311,16 +311,17 @@ class Complete(Message):
 
 @dataclass(frozen=True, eq=False)
 class Ended(Message):
-    """The guest, which ran here, is no more: nothing of it is wanted."""
+    """The guest's domain here is no more: nothing of it is wanted."""
 
     type = "ended"
+    ran: bool = _flag()
+    """It has run here: it must not be resumed anywhere else."""
     reason: str = _text()
 
 
 @dataclass(frozen=True, eq=False)
 class Failed(Message):
-    """The receiver cannot go on.  Before the handover it has cleaned up, and the guest never ran there; after it it keeps the
-    guest as it is."""
+    """The receiver cannot go on.  Before the handover it has cleaned up, after it it keeps the guest as it is."""
 
     type = "failed"
     reason: str = _text()

@@ -91,7 +91,7 @@ RULES: dict[type[Message], Rule] = {
     m.Dropped: Rule(R, PAGING),
     m.Report: Rule(R, PAGING),
     m.Complete: Rule(R, (P.POSTCOPY,), P.COMPLETE),
-    m.Ended: Rule(R, (*PAGING, P.COMPLETE), P.CLOSED),
+    m.Ended: Rule(R, (*PAGING, P.COMPLETE)),
     m.Failed: Rule(R, (*BEFORE_HANDOVER, P.POSTCOPY, P.COMPLETE)),
     m.Fault: Rule(R, PAGING, lane=Lane.PULL),
 }

@@ -327,8 +327,7 @@ class IncomingMigration:
             log.warning("%s: %s", progress.domain, reason)
             progress.phase, progress.problem = "failed", reason
             self._release()
-            if self.session.handed_over or self._runs.is_set():
-                answer = m.Ended(m.printable(reason))
+            answer = m.Ended(self._runs.is_set(), m.printable(reason))
         elif self.session.handed_over or self._runs.is_set():
             progress.phase = "interrupted"
             progress.problem += "; the guest is here and waits for its missing pages"
@@ -348,6 +347,8 @@ class IncomingMigration:
         with trio.CancelScope(shield=True), trio.move_on_after(2), contextlib.suppress(MigrationError):
             if self._push is not None:
                 await self._push.send(answer)
+                # What the sender says meanwhile is not read any more, and closing a connection then takes back what we said.
+                await trio.sleep(EXPLANATION_S)
 
     async def _await_decision(self, error: Exception) -> None:
         """xl decides, though the link is lost: the guest runs here, or its domain goes away."""

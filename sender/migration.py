@@ -535,10 +535,10 @@ class OutgoingMigration:
                     self.receiver_statistics = _receiver_statistics(message.statistics)
                     trio.from_thread.run_sync(self._signals.complete.set)
                     return
+                case m.Ended() if self.session.phase is Phase.DECISION and not message.ran:
+                    raise StaysHereError(f"the destination has given the guest up: {message.reason}")
                 case m.Ended():
                     raise GuestEndedError(f"the guest ended at the destination: {message.reason}")
-                case m.Failed() if self.session.phase is Phase.DECISION:
-                    raise StaysHereError(f"the destination has given the guest up: {message.reason}")
                 case m.Failed():
                     raise MigrationError(f"the destination cannot go on: {message.reason}")
 
@@ -551,15 +551,16 @@ class OutgoingMigration:
     # ---- when it goes wrong ----
     async def _failed(self, error: BaseException) -> None:
         progress, given_away = self.progress, self.session.handed_over
-        if self.session.phase is Phase.DECISION and not isinstance(error, trio.Cancelled | StaysHereError):
-            progress.phase, progress.problem = "in doubt", f"{error}; xl has not said yet at which end the guest runs"
-            log.warning("%s: %s", self.domain_name, progress.problem)
-            given_away = await self._toolstack.decision(self._domain)
         if isinstance(error, GuestEndedError):
             progress.problem = str(error)
             await self._toolstack.finish(self._domain)
             progress.phase = "failed"
-        elif given_away:
+            return
+        if self.session.phase is Phase.DECISION and not isinstance(error, trio.Cancelled | StaysHereError):
+            progress.phase, progress.problem = "in doubt", f"{error}; xl has not said yet at which end the guest runs"
+            log.warning("%s: %s", self.domain_name, progress.problem)
+            given_away = await self._toolstack.decision(self._domain)
+        if given_away:
             progress.phase = "interrupted"
             progress.problem = f"{error}; the guest is at the destination, its missing pages are kept here"
         else:

@@ -723,6 +723,17 @@ def test_zero_pages_and_holes_can_be_held(lab: Lab) -> None:
     domain.destroy()
 
 
+def test_what_is_not_here_cannot_be_held(lab: Lab) -> None:
+    domain = lab.incoming()
+    domain.paging_enable()
+    domain.populate(span(0, 4))
+    domain.populate_evicted(pfns(2))
+    with pytest.raises(XenError) as info:
+        domain.hold(span(0, 4))
+    assert info.value.errno == errno.EIO
+    domain.destroy()
+
+
 def test_holding_a_guest_s_memory_changes_nothing_for_it(lab: Lab) -> None:
     """It goes on, is suspended, and goes on; what is held by ourselves is not pinned."""
     domain = lab.guest()

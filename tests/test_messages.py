@@ -36,7 +36,7 @@ EXAMPLES: list[m.Message] = [
     m.Dropped(pfn_array([3])),
     m.Report(10, 20, 30),
     m.Complete(b"{}"),
-    m.Ended("it was destroyed"),
+    m.Ended(True, "it was destroyed"),
     m.Failed("help"),
     m.Fault(pfn_array([4])),
 ]

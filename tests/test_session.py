@@ -82,7 +82,7 @@ def test_a_toolstack_may_decide_who_has_the_guest() -> None:
 
 @pytest.mark.parametrize(
     ("speaker", "message"),
-    [(S, m.Abort("xl resumed it")), (R, m.Failed("xl destroyed it")), (R, m.Ended("it crashed"))],
+    [(S, m.Abort("xl resumed it")), (R, m.Ended(False, "xl destroyed it")), (R, m.Ended(True, "it crashed"))],
 )
 def test_while_it_decides_each_end_may_say_what_it_sees(speaker: Role, message: m.Message) -> None:
     play([*UNDER_XL, (speaker, message, PUSH)])

@@ -89,7 +89,10 @@ class Xl:
         def reached() -> bool:
             return [self.line(daemon)["phase"] for daemon in ("sender", "receiver")] == list(phases)
 
-        until(reached, f"{phases} is not reached: {self.line('sender')}, {self.line('receiver')}")
+        try:
+            until(reached, "", 30)
+        except AssertionError:
+            pytest.fail(f"{phases} is not reached: {self.line('sender')}, {self.line('receiver')}")
 
     def close(self) -> None:
         for helper in (self.save, self.restore):

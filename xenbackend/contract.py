@@ -251,7 +251,8 @@ class Domain(ABC):
         """Keep pages readable, with their contents, by ``map_pages`` of this handle, though the domain be destroyed.
 
         Of a domain that runs or is suspended, and may go on.  What is at a pfn now is held: where the guest may have put
-        another frame there since (it is log-dirty then), hold it again.
+        another frame there since (it is log-dirty then), hold it again.  Holes are passed over; EIO for a page whose contents
+        are not here.
         """
 
     @abstractmethod

@@ -333,7 +333,7 @@ class XenDomain(Domain):
     def hold(self, pfns: PfnArray) -> None:
         if self._held is None:
             self._held = HeldPages(self._host, self.domid, self.nr_pfns)
-        check("map", self._held.add(pfns[pfns != self._ring_pfn]))
+        check("hold", self._held.add(pfns[pfns != self._ring_pfn]))
 
     def release(self, pfns: PfnArray) -> None:
         if self._held is not None:

@@ -7,6 +7,7 @@ together in chunks, and a chunk is unmapped when none of its slots is needed and
 
 from __future__ import annotations
 
+import errno
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +54,7 @@ class HeldPages:
         return counts
 
     def add(self, pfns: PfnArray) -> int:
-        """Returns 0 or -errno."""
+        """Returns 0 or -errno; -EIO where a page is memory that cannot be read here.  Holes are passed over."""
         for at in range(0, len(pfns), CHUNK_PAGES):
             batch = pfns[at : at + CHUNK_PAGES]
             status = np.empty(len(batch), dtype=np.uint8)
@@ -62,8 +63,9 @@ class HeldPages:
             rc = lib.xen_map(
                 self._host, self._domid, gfns, len(batch), ffi.from_buffer("uint8_t[]", status), pages, view
             )
-            if rc:
-                return int(rc)
+            if rc or (status >= PageStatus.PAGED).any():
+                lib.xen_unmap(self._host, view)
+                return int(rc) or -errno.EIO
             there = status == PageStatus.DATA
             addresses = np.frombuffer(ffi.buffer(pages), dtype=np.uint64)[there]
             with self._lock:

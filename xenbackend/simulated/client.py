@@ -23,6 +23,7 @@ from xenbackend.contract import (
     Hypervisor,
     MappedPages,
     NoSuchDomainError,
+    PageStatus,
     PfnArray,
     Preflight,
     ToolstackPorts,
@@ -161,6 +162,9 @@ class SimulatedDomain(Domain):
             _reply, (fd,) = self._host.call_fds("hold_map", domid=self.domid, client=self._host.client_id)
             self._held = np.frombuffer(mmap.mmap(fd, self.nr_pfns), dtype=np.uint8)
             os.close(fd)
+        with self.map_pages(pfns) as mapped:
+            if (mapped.status >= PageStatus.PAGED).any():
+                raise XenError("hold", errno.EIO)
         self._held[pfns] = 1
 
     def release(self, pfns: PfnArray) -> None:
