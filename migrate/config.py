@@ -19,11 +19,11 @@ from migrate.errors import MigrationError
 from migrate.policy import PolicyOptions, Strategy
 from migrate.transport import parse_address
 from migrate.units import parse_size
+from xenbackend.contract import PAGE_SIZE
 
 CONFIG_FILE = Path("/etc/xen-postcopy/config.toml")
 RECEIVER_PORT = 8013
 SENDER_PORT = 8014
-PAGE_BYTES = 4096
 
 
 class ConfigError(MigrationError):
@@ -82,8 +82,8 @@ def _seconds(value: Any) -> float:
 def _bandwidth(value: Any) -> float:
     """A page a second at least."""
     rate = parse_size(value)
-    if rate < PAGE_BYTES:
-        raise ValueError(f"at least one page ({PAGE_BYTES} bytes) a second, or left out for no cap")
+    if rate < PAGE_SIZE:
+        raise ValueError(f"at least one page ({PAGE_SIZE} bytes) a second, or left out for no cap")
     return float(rate)
 
 

@@ -49,6 +49,26 @@ class ControlConnection:
             await self._stream.send_all(json.dumps({"event": event, **fields}).encode() + b"\n")
 
 
+class LastAnswer:
+    """What a client is told at the end, once.  It need not be listened to after that."""
+
+    def __init__(self, connection: ControlConnection):
+        self._connection = connection
+        self.begun = False
+        self.given = trio.Event()
+
+    async def give(self, event: str, **fields: Any) -> None:
+        """To a client that may have gone; after the first time nothing."""
+        if self.begun:
+            return
+        self.begun = True
+        try:
+            await self._connection.answer(event, **fields)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            log.debug("the client has gone before it heard %s", event)
+        self.given.set()
+
+
 async def _lines(stream: trio.SocketStream) -> AsyncIterator[bytes]:
     buffer = b""
     while True:

@@ -23,6 +23,7 @@ any more, and ``failed`` says only that the receiver, which keeps the guest, nee
 
 from __future__ import annotations
 
+import secrets
 import uuid
 from dataclasses import dataclass
 from enum import IntEnum
@@ -228,6 +229,11 @@ class Session:
 
 def new_id() -> str:
     return uuid.uuid4().hex
+
+
+def new_token() -> bytes:
+    """For one use, by one lane."""
+    return secrets.token_bytes(32)
 
 
 def negotiate(theirs: m.Hello) -> int:

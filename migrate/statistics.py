@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,7 +54,7 @@ class LatencyHistogram:
 
 @dataclass
 class PagerStatistics:
-    """The receiver's: what faults cost."""
+    """The receiver's: what faults cost.  Counted by the pager's threads, looked at by others."""
 
     latency: LatencyHistogram = field(default_factory=LatencyHistogram)
     vcpu_block_s: dict[int, float] = field(default_factory=dict)
@@ -63,15 +64,19 @@ class PagerStatistics:
     """Pages of the pull lane that came first."""
     dropped_pages: int = 0
     populate_evicted: str = ""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def answered(self, vcpu: int, seconds: float) -> None:
-        self.latency.record(seconds)
-        self.vcpu_block_s[vcpu] = self.vcpu_block_s.get(vcpu, 0.0) + seconds
+        with self._lock:
+            self.latency.record(seconds)
+            self.vcpu_block_s[vcpu] = self.vcpu_block_s.get(vcpu, 0.0) + seconds
 
     def summary(self) -> dict[str, Any]:
+        with self._lock:
+            latency, blocked = self.latency.summary(), sorted(self.vcpu_block_s.items())
         return {
-            "fault_latency_us": self.latency.summary(),
-            "vcpu_block_s": {str(vcpu): round(s, 6) for vcpu, s in sorted(self.vcpu_block_s.items())},
+            "fault_latency_us": latency,
+            "vcpu_block_s": {str(vcpu): round(s, 6) for vcpu, s in blocked},
             "pull": {"requests": self.requests, "pages": self.pulled_pages},
             "dropped_pages": self.dropped_pages,
             "populate_evicted": self.populate_evicted,
@@ -87,7 +92,6 @@ class SenderStatistics:
     started: float = 0.0
     suspended: float = 0.0
     """When that was asked for."""
-    stood_still: float = 0.0
     resumed: float = 0.0
     finished: float = 0.0
     rounds: int = 0

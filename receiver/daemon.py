@@ -102,7 +102,7 @@ class ReceiverDaemon:
         self._start(migration)
         async with task_group() as tasks:
             tasks.start_soon(self._listen_to_helper, migration, connection)
-            await toolstack.finished.wait()
+            await toolstack.last_answer.given.wait()
             tasks.cancel_scope.cancel()
 
     async def _listen_to_helper(self, migration: IncomingMigration, connection: ControlConnection) -> None:

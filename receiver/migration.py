@@ -12,8 +12,8 @@ tells what was decided: see :meth:`_follow_domain`.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
-import secrets
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from migrate.errors import GuestEndedError, MigrationError, PeerClosedError, Pro
 from migrate.lanes import Lanes
 from migrate.messages import Lane
 from migrate.pfns import pfns_of_window
-from migrate.session import Role, Session
+from migrate.session import Role, Session, new_token
 from migrate.statistics import PagerStatistics
 from migrate.tasks import task_group
 from migrate.transport import EXPLANATION_S, LaneConnection, run_in_thread, step_timeout
@@ -40,7 +40,6 @@ log = logging.getLogger(__name__)
 
 MAX_CONTEXT_BYTES = 64 * 1024 * 1024
 REPORT_EVERY_S = 0.25
-TOKEN_BYTES = 32
 LOOK_EVERY_S = 0.05
 """At a domain that is about to run, ..."""
 LOOK_AGAIN_EVERY_S = 0.5
@@ -140,7 +139,7 @@ class IncomingMigration:
             await self._discard(refusal)
             await self._say(m.Refused(m.printable(refusal)))
             return
-        token = secrets.token_bytes(TOKEN_BYTES)
+        token = new_token()
         await self._say(m.Accepted(self.statistics.populate_evicted, token))
         self._pull = await self.lanes.pull(token)
         self.progress.phase = "precopy"
@@ -298,7 +297,7 @@ class IncomingMigration:
         await self._runs.wait()
         self.progress.phase = "completing"
         await trio.to_thread.run_sync(self._pager.acknowledge)
-        await self._say(m.Complete(self._pager.summary()))
+        await self._say(m.Complete(json.dumps(self.details()).encode()))
 
     async def _report(self) -> None:
         while True:

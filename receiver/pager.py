@@ -9,7 +9,6 @@ or behind a batch.  The thread of the push lane brings pushed pages and acknowle
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import select
 import threading
@@ -166,11 +165,6 @@ class Pager:
         with self._lock:
             latency = self._statistics.latency
             return Report(self._pages.count, latency.count, int(latency.quantile(0.5))), self._pages.waiting
-
-    def summary(self) -> bytes:
-        """The statistics, as JSON."""
-        with self._lock:
-            return json.dumps(self._statistics.summary()).encode()
 
     async def finish(self) -> None:
         """Nothing is outstanding and the thread has ended: answer what is still in the ring and give it up.

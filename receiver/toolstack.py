@@ -8,15 +8,12 @@ here is xl's decision, which shows in the domain: it is unpaused, or destroyed.
 from __future__ import annotations
 
 import contextlib
-import logging
 from typing import Protocol
 
 import trio
 
-from migrate.control import ControlConnection
+from migrate.control import ControlConnection, LastAnswer
 from xenbackend.contract import Domain, DomainConfig, Hypervisor, Preflight, ToolstackPorts, XenError
-
-log = logging.getLogger(__name__)
 
 
 class Toolstack(Protocol):
@@ -65,10 +62,8 @@ class XlToolstack:
 
     def __init__(self, domid: int, ports: ToolstackPorts, helper: ControlConnection):
         self._domid, self._ports = domid, ports
-        self._helper = helper
-        self._finishing = False
-        self.finished = trio.Event()
-        """The helper has been told how it ended."""
+        self.last_answer = LastAnswer(helper)
+        """The helper is told how it ended."""
 
     def preflight(self, hypervisor: Hypervisor, config: DomainConfig, *, paging: bool) -> Preflight:
         """Of the domain as libxl has made it; that there is memory for it libxl has seen to."""
@@ -81,7 +76,7 @@ class XlToolstack:
 
     async def restored(self, domain: Domain) -> None:
         store_gfn, console_gfn = domain.toolstack_gfns()
-        await self._finish("result", store_gfn=store_gfn, console_gfn=console_gfn)
+        await self.last_answer.give("result", store_gfn=store_gfn, console_gfn=console_gfn)
 
     async def discard(self, domain: Domain, reason: str) -> None:
         """libxl destroys it when the helper has failed; nothing of ours is to keep it from going."""
@@ -91,14 +86,4 @@ class XlToolstack:
         await self.failed(reason)
 
     async def failed(self, reason: str) -> None:
-        await self._finish("error", message=reason)
-
-    async def _finish(self, event: str, **fields: object) -> None:
-        if self._finishing:
-            return
-        self._finishing = True
-        try:
-            await self._helper.answer(event, **fields)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            log.debug("the helper has gone before it heard %s", event)
-        self.finished.set()
+        await self.last_answer.give("error", message=reason)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import logging
-import secrets
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from migrate.errors import MigrationError
 from migrate.lanes import AwaitedLanes, DialledLanes
 from migrate.messages import Hello
 from migrate.policy import PolicyOptions, Strategy
-from migrate.session import new_id
+from migrate.session import new_id, new_token
 from migrate.tasks import task_group
 from migrate.transport import listen_tcp, parse_address
 from sender.migration import MigrationOptions, OutgoingMigration
@@ -38,7 +37,6 @@ PROGRESS_EVERY_S = 0.2
 DRAIN_EVERY_S = 1.0
 KEPT = 100
 """Ended migrations that ``list`` still shows."""
-TOKEN_BYTES = 32
 
 
 class SenderDaemon:
@@ -132,7 +130,7 @@ class SenderDaemon:
         """For xl's helper: the receiver is told by xl's stream where we are, and dials."""
         with self._hypervisor.open(int(request["domid"])) as domain:
             name, policy = domain.info().name, domain.cpu_policy()
-        session, token = new_id(), secrets.token_bytes(TOKEN_BYTES)
+        session, token = new_id(), new_token()
         awaited = AwaitedLanes(token, timeout_s=self._config.sender.peer_timeout_s)
         toolstack = XlToolstack(name, connection)
         options = _options(self._config.migration, request)
@@ -152,15 +150,15 @@ class SenderDaemon:
         self._start(migration)
         async with task_group() as tasks:
             tasks.start_soon(self._listen_to_helper, migration, toolstack)
-            while not toolstack.finished.is_set():
+            while not toolstack.last_answer.given.is_set():
                 await connection.answer("progress", **_line(migration))
                 with trio.move_on_after(PROGRESS_EVERY_S):
-                    await toolstack.finished.wait()
+                    await toolstack.last_answer.given.wait()
             tasks.cancel_scope.cancel()
 
     async def _listen_to_helper(self, migration: OutgoingMigration, toolstack: XlToolstack) -> None:
         await toolstack.listen()
-        if not toolstack.finishing:
+        if not toolstack.last_answer.begun:
             migration.cancel("xl, or its helper, has gone")
 
     async def _serve_lane(self, stream: trio.SocketStream) -> None:

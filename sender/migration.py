@@ -401,7 +401,6 @@ class OutgoingMigration:
         stats.suspended = time.monotonic()
         self._suspended = True
         await self._toolstack.suspend(domain)
-        stats.stood_still = time.monotonic()
         log.info("suspended")
         await self._say(m.Suspended())
         # Everything below is bounded by what changed since the last look, not by the size of the guest.
@@ -456,16 +455,16 @@ class OutgoingMigration:
     async def _follow_decision(self) -> None:
         """Seen here, or else as the receiver sees it."""
         given_away = True
-        async with trio.open_nursery() as nursery:
+        async with task_group() as tasks:
 
             async def believe_the_receiver() -> None:
                 await self._signals.resumed.wait()
                 await trio.sleep(XL_TIMEOUT_S)
-                nursery.cancel_scope.cancel()
+                tasks.cancel_scope.cancel()
 
-            nursery.start_soon(believe_the_receiver)
+            tasks.start_soon(believe_the_receiver)
             given_away = await self._toolstack.decision(self._domain)
-            nursery.cancel_scope.cancel()
+            tasks.cancel_scope.cancel()
         if not given_away:
             raise StaysHereError("xl resumed the guest here")
         self.progress.phase = "postcopy"

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import trio
 
-from migrate.control import ControlConnection
+from migrate.control import ControlConnection, LastAnswer
 from migrate.errors import MigrationError
 from xenbackend.contract import Domain, DomainState, NoSuchDomainError
 
@@ -94,9 +94,8 @@ class XlToolstack:
         self._asking = trio.Lock()
         self._answers, self._heard = trio.open_memory_channel[int](math.inf)
         self._agreed = False
-        self.finishing = False
-        self.finished = trio.Event()
-        """The helper has been told how it ended: it need not be listened to."""
+        self.last_answer = LastAnswer(helper)
+        """The helper is told how it ended."""
 
     async def listen(self) -> None:
         """Hear the helper's answers until it goes away."""
@@ -112,14 +111,6 @@ class XlToolstack:
             except (trio.BrokenResourceError, trio.ClosedResourceError, trio.EndOfChannel):
                 raise MigrationError("xl, or its helper, has gone") from None
 
-    async def _finish(self, event: str, **fields: object) -> None:
-        self.finishing = True
-        try:
-            await self._helper.answer(event, **fields)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            log.debug("the helper has gone before it heard %s", event)
-        self.finished.set()
-
     async def agreed(self) -> None:
         await self._ask("agreed")
         self._agreed = True
@@ -134,7 +125,7 @@ class XlToolstack:
 
     async def give_up(self, domain: Domain, reason: str, *, suspended: bool) -> None:
         """xl resumes a guest that it has suspended; where it is not there to do it, we do."""
-        await self._finish("error" if self._agreed else "declined", message=reason)
+        await self.last_answer.give("error" if self._agreed else "declined", message=reason)
         if not suspended:
             return
         with trio.move_on_after(XL_TIMEOUT_S):
@@ -146,7 +137,7 @@ class XlToolstack:
             domain.resume()
 
     async def switched_over(self) -> None:
-        await self._finish("result")
+        await self.last_answer.give("result")
 
     async def decision(self, domain: Domain) -> bool:
         while True:

@@ -129,8 +129,7 @@ class Libxl:
 
 
 STOCK = """#!{python}
-import os, struct, sys
-from pathlib import Path
+import os, sys
 sys.path.insert(0, {tree!r})
 from migrate.xl import image, libxl, protocol, stock
 mode, io_fd = sys.argv[1], int(sys.argv[2])

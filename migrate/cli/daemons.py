@@ -14,7 +14,7 @@ import trio
 
 from migrate import logs
 from migrate.cli.options import RECEIVER_SOCKET, SENDER_SOCKET, F, Size, simulated_option, socket_option
-from migrate.config import CONFIG_FILE, RECEIVER_PORT, SENDER_PORT, load
+from migrate.config import CONFIG_FILE, RECEIVER_PORT, SENDER_PORT, Address, ReceiverConfig, SenderConfig, load
 from migrate.tasks import root_cause
 from migrate.transport import parse_address
 
@@ -37,14 +37,15 @@ config_option = click.option(
 )
 
 
-def listen_option(default: str, who: str) -> Callable[[F], F]:
+def listen_option(default: Address, who: str) -> Callable[[F], F]:
+    at = "{}:{}".format(*default)
     return click.option(
-        "--listen", metavar="HOST:PORT", help=f"Where {who} connect to; port 0: any free one.  Default: {default}."
+        "--listen", metavar="HOST:PORT", help=f"Where {who} connect to; port 0: any free one.  Default: {at}."
     )
 
 
 @click.command("sender")
-@listen_option("127.0.0.1:8014", "the receivers of xl's migrations")
+@listen_option(SenderConfig.listen, "the receivers of xl's migrations")
 @socket_option(SENDER_SOCKET, "this daemon, to be made")
 @config_option
 @simulated_option
@@ -67,7 +68,7 @@ def sender_command(
 
 
 @click.command("receiver")
-@listen_option("127.0.0.1:8013", "senders")
+@listen_option(ReceiverConfig.listen, "senders")
 @socket_option(RECEIVER_SOCKET, "this daemon, to be made")
 @config_option
 @simulated_option

@@ -6,7 +6,6 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -126,17 +125,19 @@ sockets_option = click.option(
 )  # fmt: skip
 
 
-def _ask_all(socket_paths: tuple[Path, ...], **request: Any) -> Iterator[dict[str, Any]]:
+def _ask_all(socket_paths: tuple[Path, ...], **request: Any) -> list[dict[str, Any]]:
     """The results of the daemons that answer; raises :class:`MigrationError` where none does."""
     problems: list[MigrationError] = []
+    answers = []
     for path in socket_paths:
         try:
             with ControlClient(path) as client:
-                yield client.call(**request)
+                answers.append(client.call(**request))
         except MigrationError as error:
             problems.append(error)
-    if len(problems) == len(socket_paths):
+    if not answers:
         raise problems[0]
+    return answers
 
 
 @click.command("list")
@@ -190,7 +191,7 @@ def watch_command(migration: str, socket_paths: tuple[Path, ...]) -> None:
     display = ProgressDisplay(sys.stderr)
     try:
         while True:
-            line = next(_ask_all(socket_paths, command="show", migration=migration))
+            line = _ask_all(socket_paths, command="show", migration=migration)[0]
             if line["phase"] in ("completed", "failed", "refused", "interrupted"):
                 break
             display.show(line)

@@ -68,8 +68,13 @@ def ask(message: bytes) -> int:
     try:
         (answer,) = protocol.ANSWER.unpack(read_exactly(INPUT, protocol.ANSWER.size))
     except EOFError:
-        sys.exit("xen-postcopy-xl-helper: libxl has gone")
+        gone()
     return int(answer)
+
+
+def gone() -> Never:
+    """Nobody is there to be told more."""
+    sys.exit("xen-postcopy-xl-helper: libxl has gone")
 
 
 def notice(text: str) -> None:

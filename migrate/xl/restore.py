@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import sys
 from typing import Never
 
 from migrate.client import RECEIVER_SOCKET, ControlClient, Json
@@ -103,5 +102,5 @@ class _Restoring:
                 if answer["event"] == "result":
                     return answer
         except EOFError:
-            sys.exit("xen-postcopy-xl-helper: libxl has gone")
+            libxl.gone()
         raise MigrationError("the receiver daemon has gone")

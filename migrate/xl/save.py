@@ -33,7 +33,7 @@ def save(request: Request) -> Never:
     except MigrationError as error:
         stock.become(request, str(error))
     except EOFError:
-        sys.exit("xen-postcopy-xl-helper: libxl has gone")
+        libxl.gone()
     _Saving(request, daemon, offer).run()
 
 
@@ -42,7 +42,6 @@ class _Saving:
         self._request = request
         self._daemon = daemon
         self._offer = offer
-        self._agreed = False
 
     def run(self) -> Never:
         headers = image.headers(*stock.xen_version())
@@ -52,10 +51,10 @@ class _Saving:
             while (answer := self._daemon.answer(INPUT)) is not None:
                 self._follow(answer)
         except MigrationError as error:
-            self._give_up(str(error))
+            libxl.fail(str(error), errno.EIO)  # whatever was agreed on, the guest goes on here
         except EOFError:
-            sys.exit("xen-postcopy-xl-helper: libxl has gone")
-        self._give_up("the sender daemon has gone")
+            libxl.gone()
+        libxl.fail("the sender daemon has gone", errno.EIO)
 
     def _follow(self, answer: Json) -> None:
         """Do what the daemon says."""
@@ -68,7 +67,6 @@ class _Saving:
                 stock.require(answer["message"])
                 stock.save_after_headers(self._request)
             case "agreed":
-                self._agreed = True
                 self._write(self._rest())
                 self._daemon.say(answer=0)
             case "log_dirty":
@@ -78,10 +76,6 @@ class _Saving:
                 self._daemon.say(answer=libxl.ask(protocol.suspend()))
             case "result":
                 libxl.succeed()
-
-    def _give_up(self, reason: str) -> Never:
-        """Whatever was agreed on, the guest goes on here."""
-        libxl.fail(reason, errno.EIO)
 
     def _rest(self) -> bytes:
         leaves, msrs = map(base64.b64decode, self._offer["cpu_policy"])

@@ -149,10 +149,14 @@ class XenDomain(Domain):
         return info
 
     def info(self) -> DomainInfo:
-        return dataclasses.replace(self._hypervisor.describe(self.native_info(), self.nr_pfns), state=self.state())
+        info = self.native_info()
+        return dataclasses.replace(self._hypervisor.describe(info, self.nr_pfns), state=self._state(info))
 
     def state(self) -> DomainState:
-        state, _reason = state_of(self.native_info())
+        return self._state(self.native_info())
+
+    def _state(self, info: Any) -> DomainState:
+        state, _reason = state_of(info)
         return DomainState.INCOMING if self._plumbing is not None and state is DomainState.PAUSED else state
 
     def config(self) -> DomainConfig:

@@ -1,4 +1,4 @@
-"""Sender and receiver in dom0, as processes."""
+"""Sender and receiver in dom0, as processes, and the helper for libxl."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import TextIO
 from migrate.client import ControlClient
 from migrate.errors import MigrationError
 from tests.labs import until
+
+TREE = Path(__file__).parents[3]
 
 
 @contextlib.contextmanager
@@ -38,6 +40,14 @@ def daemons(directory: Path) -> Iterator[tuple[Path, int]]:
 
         until(started, "the daemons do not start", 100)
         yield directory / "sender", ports[0]
+
+
+def write_helper(directory: Path) -> Path:
+    """The helper of this tree, as a program that libxl can start."""
+    program = directory / "xen-postcopy-xl-helper"
+    program.write_text(f'#!/bin/sh\ncd {TREE} && exec {sys.executable} -m migrate.xl.helper "$@"\n')
+    program.chmod(0o755)
+    return program
 
 
 def _show(log: TextIO) -> None:

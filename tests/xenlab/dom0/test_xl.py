@@ -14,14 +14,13 @@ import pytest
 
 from migrate.client import ControlClient, Json
 from tests.labs import until
-from tests.xenlab.dom0.daemons import daemons
+from tests.xenlab.dom0.daemons import daemons, write_helper
 from tests.xenlab.dom0.guests import Guest, guest, xl
 from xenbackend.libxenctrl._xen import ffi, lib
 from xenbackend.libxenctrl.hypervisor import XenHypervisor
 
 # With other machines beside them some of these run out of their time: run by hand, LAB_XL=populate-evicted, until that is mended.
 PAGING = pytest.mark.hypervisors(os.environ.get("LAB_XL", "by hand"))
-TREE = Path(__file__).parents[3]
 CUTTER = """#!{python}
 # xl migrate-receive, and a wire cutter: passes on what it says and hears until the words come by, and then nothing more.
 import os, subprocess, sys, threading
@@ -57,11 +56,7 @@ class Host:
 
     @property
     def helper(self) -> Path:
-        program = self.directory / "xen-postcopy-xl-helper"
-        if not program.exists():
-            program.write_text(f'#!/bin/sh\ncd {TREE} && exec {sys.executable} -m migrate.xl.helper "$@"\n')
-            program.chmod(0o755)
-        return program
+        return write_helper(self.directory)
 
     def migrate(self, name: str, *, receive: str = "xl migrate-receive", **environment: str) -> str:
         """What xl said, if it migrated the guest; raises ``RuntimeError`` with it where not."""

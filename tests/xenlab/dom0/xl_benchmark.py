@@ -24,10 +24,9 @@ from pathlib import Path
 from migrate.client import ControlClient
 from migrate.xl import stock
 from tests.labs import until
-from tests.xenlab.dom0.daemons import daemons
-from tests.xenlab.dom0.guests import HEARTBEAT, Guest, guest, xl
+from tests.xenlab.dom0.daemons import daemons, write_helper
+from tests.xenlab.dom0.guests import Guest, guest, xl
 
-TREE = Path(__file__).parents[3]
 NAME = "bench"
 TAP = """#!{python}
 # A helper, and a tap on what it says to libxl and hears: "time mode number" of each message and of each answer.
@@ -66,12 +65,8 @@ class Console:
         self.times: list[float] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._seen = {name: len(self._read(name)) for name in self._names}
 
     _names = (NAME, f"{NAME}--incoming")
-
-    def _read(self, name: str) -> list[str]:
-        return HEARTBEAT.findall(Guest(name, 0).console())
 
     def _watch(self) -> None:
         sizes: dict[str, int] = {}
@@ -136,9 +131,7 @@ def main() -> None:
     options = parser.parse_args()
     directory = Path("/tmp/xl-benchmark")
     directory.mkdir()
-    helper = directory / "xen-postcopy-xl-helper"
-    helper.write_text(f'#!/bin/sh\ncd {TREE} && exec {sys.executable} -m migrate.xl.helper "$@"\n')
-    helper.chmod(0o755)
+    helper = write_helper(directory)
     sockets = {"XEN_POSTCOPY_SENDER": str(directory / "sender"), "XEN_POSTCOPY_RECEIVER": str(directory / "receiver")}
     kinds = {
         "stock": (tap(directory, "stock", stock.program()), {}),
