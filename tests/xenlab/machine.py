@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +25,7 @@ XEN_OPTIONS = (
     "console=com1 com1=115200,8n1 loglvl=all guest_loglvl=all spec-ctrl=no xpti=no mwait-idle=0 cpuidle=0 iommu=no "
     "watchdog=0 noreboot dom0_mem=1024M,max:1024M dom0_max_vcpus=1 dom0_vcpus_pin"
 )
-DOM0_OPTIONS = "console=hvc0 mitigations=off nokaslr quiet panic=1"
+DOM0_OPTIONS = "console=hvc0 mitigations=off nokaslr quiet panic=1 net.ifnames=0"
 MEMORY_MIB = 3072
 MILESTONES = (
     ("Xen version", "Xen boots"),
@@ -46,7 +48,7 @@ class Result:
 
 
 def boot(
-    hypervisor: str,
+    kind: str,
     command: str,
     *,
     timeout_s: float,
@@ -56,56 +58,89 @@ def boot(
 ) -> Result:
     """Run a shell command in dom0, in the working tree (which is read-only there).
 
-    ``keep``: where results go (default: a new folder under the cache's ``runs``).  Its output is shown as it comes
-    when ``live``.  Raises :class:`LabError` when the machine does not come to the command.
+    ``kind``: one of ``parts.MACHINES``.  ``keep``: where results go (default: a new folder under the cache's ``runs``).  Its
+    output is shown as it comes when ``live``.  Raises :class:`LabError` when the machine does not come to the command.
     """
     parts.check_tools()
     parts.backend()
-    if hypervisor == parts.SYSTEMD:
-        parts.package()
-    arguments = _qemu(hypervisor, memory_mib)
     where = keep or Path(tempfile.mkdtemp(prefix="run-", dir=_runs()))
-    where.mkdir(parents=True, exist_ok=True)
-    (where / "out").mkdir(exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        if kind != parts.HOSTS:
+            machine = stack.enter_context(_started(kind, where, command, _qemu(kind, memory_mib)))
+        else:
+            parts.package()
+            cable = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            machine, _other = (
+                stack.enter_context(
+                    _started(kind, to, _joining(number) + what, _qemu(kind, memory_mib) + _network_card(cable, number))
+                )
+                for number, (to, what) in enumerate(((where, command), (where / "host2", "sleep infinity")))
+            )
+        return machine.result(timeout_s, live)
+
+
+@contextlib.contextmanager
+def _started(kind: str, where: Path, command: str, qemu: list[str]) -> Iterator[_Machine]:
+    """It is gone with the context."""
+    (where / "out").mkdir(parents=True, exist_ok=True)
     for old in ("status", "output", "hypervisor.log"):
         (where / old).unlink(missing_ok=True)
-    (where / "command").write_text(f"export LAB_HYPERVISOR={hypervisor}\n{command}\n")
+    (where / "command").write_text(f"export LAB_HYPERVISOR={kind}\n{command}\n")
     console = where / "console.log"
-    say(f"booting ({hypervisor}); console in {console}")
-    started = time.monotonic()
-    qemu = subprocess.Popen(
-        [*arguments, "-serial", f"file:{console}", *_share("io", where, readonly=False)],
+    say(f"booting ({kind}); console in {console}")
+    process = subprocess.Popen(
+        [*qemu, "-serial", f"file:{console}", *_share("io", where, readonly=False)],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
-    watch = _Watch(hypervisor, console, where / "output", started, live)
-    died, timed_out = "", False
     try:
+        yield _Machine(kind, where, process)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+class _Machine:
+    def __init__(self, kind: str, where: Path, qemu: subprocess.Popen[bytes]):
+        self._kind, self._where, self._qemu = kind, where, qemu
+        self._console = where / "console.log"
+        self._started = time.monotonic()
+
+    def result(self, timeout_s: float, live: bool) -> Result:
+        """Wait for its command."""
+        where, qemu = self._where, self._qemu
+        watch = _Watch(self._kind, self._console, where / "output", self._started, live)
+        died, timed_out = "", False
         while not died and not timed_out and qemu.poll() is None:
             time.sleep(0.2)
             died = watch.look()
-            timed_out = time.monotonic() - started > timeout_s
-    finally:
+            timed_out = time.monotonic() - self._started > timeout_s
         if qemu.poll() is None:
             os.killpg(qemu.pid, signal.SIGKILL)
         qemu.wait()
         watch.look()
-    seconds = time.monotonic() - started
-    output = (where / "output").read_text(errors="replace") if (where / "output").exists() else ""
-    if (where / "status").exists():
-        status = int((where / "status").read_text())
-    elif (where / "output").exists() and timed_out:
-        status = 124
-    else:
-        assert qemu.stderr is not None
-        complaints = [
-            line for line in qemu.stderr.read().decode(errors="replace").splitlines() if "warning: TCG" not in line
-        ]
-        lines = console.read_text(errors="replace").splitlines() if console.exists() else []
-        last_words = "\n".join([*complaints[-10:], *[line for line in lines if line.strip()][-30:]])
-        why = died or (f"was given up after {timeout_s:g} s" if timed_out else "ended")
-        raise LabError(f"the machine {why} before the command was done; its last words:\n{last_words}")
-    say(f"{hypervisor}: exit status {status} after {seconds:.0f} s; results in {where}")
-    return Result(status, output, where / "out", console, seconds)
+        seconds = time.monotonic() - self._started
+        output = (where / "output").read_text(errors="replace") if (where / "output").exists() else ""
+        if (where / "status").exists():
+            status = int((where / "status").read_text())
+        elif (where / "output").exists() and timed_out:
+            status = 124
+        else:
+            why = died or (f"was given up after {timeout_s:g} s" if timed_out else "ended")
+            raise LabError(f"the machine {why} before the command was done; its last words:\n{self._last_words()}")
+        say(f"{self._kind}: exit status {status} after {seconds:.0f} s; results in {where}")
+        return Result(status, output, where / "out", self._console, seconds)
+
+    def _last_words(self) -> str:
+        assert self._qemu.stderr is not None
+        complaints = self._qemu.stderr.read().decode(errors="replace").splitlines()
+        lines = self._console.read_text(errors="replace").splitlines() if self._console.exists() else []
+        return "\n".join(
+            [
+                *[line for line in complaints if "warning: TCG" not in line][-10:],
+                *[line for line in lines if line.strip()][-30:],
+            ]
+        )
 
 
 def _runs() -> Path:
@@ -116,16 +151,29 @@ def _runs() -> Path:
     return runs
 
 
-def _qemu(hypervisor: str, memory_mib: int) -> list[str]:
-    options = f"{DOM0_OPTIONS} xenlab=systemd" if hypervisor == parts.SYSTEMD else DOM0_OPTIONS
+def _qemu(kind: str, memory_mib: int) -> list[str]:
+    options = f"{DOM0_OPTIONS} xenlab=systemd" if kind == parts.HOSTS else DOM0_OPTIONS
     modules = f"{parts.kernel() / 'vmlinuz'} {options},{parts.initramfs()}"
     return [
         "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-smp", "2", "-m", str(memory_mib), "-cpu", CPU,
         "-display", "none", "-nodefaults", "-no-reboot", "-monitor", "none",
-        "-kernel", str(parts.hypervisor(hypervisor)), "-append", XEN_OPTIONS, "-initrd", modules,
+        "-kernel", str(parts.hypervisor(kind)), "-append", XEN_OPTIONS, "-initrd", modules,
         "-drive", f"file={parts.dom0() / 'disk'},if=virtio,format=raw,snapshot=on",
         *_share("tree", TREE, readonly=True), *_share("parts", parts.guest(), readonly=True),
     ]  # fmt: skip
+
+
+def _network_card(cable: Path, number: int) -> list[str]:
+    """Of the first or the second of two hosts."""
+    here, there = (f"{end}.type=unix,{end}.path={cable}/{n}" for end, n in (("local", number), ("remote", 1 - number)))
+    card = f"virtio-net-pci,netdev=cable,mac=52:54:00:00:00:0{number + 1}"
+    return ["-netdev", f"dgram,id=cable,{here},{there}", "-device", card]
+
+
+def _joining(number: int) -> str:
+    """What it does before its command."""
+    name, address = parts.HOST_NAMES[number], parts.address(number)
+    return f"hostname {name}; ip address add {address}/24 dev eth0; ip link set eth0 up\n"
 
 
 def _share(tag: str, where: Path, *, readonly: bool) -> list[str]:

@@ -21,15 +21,17 @@ PATCH = HERE.parents[1] / "xenbackend" / "hypervisor" / "populate-evicted.patch"
 
 HYPERVISORS = ("populate-evicted", "paging", "debian")
 """Memory paging and our hypercall; memory paging; what Debian ships, which has none."""
-SYSTEMD = "systemd"
-"""The first of them, with systemd in dom0, and our package."""
-MACHINES = (*HYPERVISORS, SYSTEMD)
+HOSTS = "hosts"
+"""The first of them twice, on one network, with systemd in each dom0, and our package: the command runs in the first."""
+MACHINES = (*HYPERVISORS, HOSTS)
+HOST_NAMES = ("host1", "host2")
 PAGING_CONFIG = "CONFIG_EXPERT=y\nCONFIG_UNSUPPORTED=y\nCONFIG_MEM_PAGING=y\n# CONFIG_LIVEPATCH is not set\n"
 
 DOM0_PACKAGES = (
     *("python3", "python3-cffi", "python3-ply"),  # python3-ply: cffi needs it, and debootstrap does not see that
     *("iproute2", "kmod", "procps", "systemd-sysv"),
     *("xen-utils-4.17", "xenstore-utils", "libxen-dev"),
+    *("openssh-client", "openssh-server"),
 )
 DISK_SIZE = "1500M"
 LIBRARIES = ("usr/include/xen*", "usr/lib/x86_64-linux-gnu/libxen*.so*")
@@ -38,6 +40,7 @@ MODULES = (
     *("virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_blk"),
     *("crc16", "mbcache", "crc32c_generic", "libcrc32c", "jbd2", "ext4"),
     *("netfs", "fscache", "9pnet", "9pnet_virtio", "9p"),
+    *("failover", "net_failover", "virtio_net"),
     *("xen-privcmd", "xen-evtchn", "xen-gntdev", "xen-gntalloc", "xenfs"),
 )
 """In the order of their dependencies."""
@@ -74,7 +77,7 @@ def _xen_source() -> Path:
 
 def hypervisor(kind: str) -> Path:
     """The unpacked multiboot image, of one of :data:`MACHINES`."""
-    if kind == SYSTEMD:
+    if kind == HOSTS:
         kind = HYPERVISORS[0]
     if kind == "debian":
         return part("hypervisor-debian", fingerprint(debian.XEN_VERSION), _unpack_hypervisor) / "xen"
@@ -127,11 +130,29 @@ def dom0() -> Path:
         for folder in ("mnt/tree", "mnt/io", "mnt/parts"):
             (root / folder).mkdir(parents=True)
         shutil.rmtree(root / "var/cache/apt", ignore_errors=True)
+        _introduce_hosts(root)
         run(["mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", str(root), str(where / "disk"), DISK_SIZE])
         _keep_libraries(root, where / "sysroot")
         shutil.rmtree(root)
 
-    return part("dom0", fingerprint(debian.XEN_VERSION, DISK_SIZE, *LIBRARIES, *DOM0_PACKAGES), build)
+    return part("dom0", fingerprint(debian.XEN_VERSION, DISK_SIZE, *LIBRARIES, *DOM0_PACKAGES, *HOST_NAMES), build)
+
+
+def _introduce_hosts(root: Path) -> None:
+    """The hosts, which have one disk, know each other by name, and root may come by ssh from one to the other."""
+    names = "".join(f"{address(number)} {name}\n" for number, name in enumerate(HOST_NAMES))
+    (root / "etc/hosts").write_text(f"127.0.0.1 localhost\n{names}")
+    keys = root / "root/.ssh"
+    keys.mkdir(mode=0o700)
+    run(["chroot", str(root), "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", "/root/.ssh/id_ed25519"])
+    shutil.copy(keys / "id_ed25519.pub", keys / "authorized_keys")
+    host_key = (root / "etc/ssh/ssh_host_ed25519_key.pub").read_text()
+    (keys / "known_hosts").write_text(f"{','.join(HOST_NAMES)} {host_key}")
+
+
+def address(number: int) -> str:
+    """Of one of :data:`HOST_NAMES`."""
+    return f"10.77.0.{number + 1}"
 
 
 def _keep_libraries(root: Path, sysroot: Path) -> None:

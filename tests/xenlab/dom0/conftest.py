@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if marker is not None:
             return KIND in marker.args
         if HERE in item.path.parents:
-            return KIND != "systemd"
+            return KIND != "hosts"
         return KIND == "populate-evicted" or (KIND == "paging" and item.get_closest_marker("eviction") is not None)
 
     elsewhere = [item for item in items if not belongs(item)]

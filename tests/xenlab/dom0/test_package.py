@@ -3,45 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.labs import until
 from tests.xenlab.dom0.guests import Guest, guest, xl
+from tests.xenlab.dom0.package import CONFIG, HELPER, UNITS, Host
 
-pytestmark = pytest.mark.hypervisors("systemd")
-PACKAGE = next(Path("/mnt/tree/build").glob("*.deb"), None)
-UNITS = ("xen-postcopy-sender.service", "xen-postcopy-receiver.service")
-HELPER = "/usr/bin/xen-postcopy-xl-helper"
-
-
-def run(*command: str, ok: bool = True, **environment: str) -> str:
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "LAB"))}
-    done = subprocess.run(
-        command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240,
-        env={**clean, **environment},
-    )  # fmt: skip
-    assert done.returncode == 0 or not ok, f"{command}: {done.stdout}"
-    return done.stdout
-
-
-def property_of(unit: str, name: str) -> str:
-    return run("systemctl", "show", "--value", "-p", name, unit).strip()
-
-
-def wait_until_active() -> None:
-    for unit in UNITS:
-        until(lambda unit=unit: property_of(unit, "ActiveState") == "active", f"{unit} does not start", 90)  # type: ignore[misc]
+pytestmark = pytest.mark.hypervisors("hosts")
+HERE = Host()
+run, property_of, wait_until_active = HERE.run, HERE.unit_property, HERE.wait_until_active
 
 
 @pytest.fixture(scope="module", autouse=True)
 def installed() -> None:
-    assert PACKAGE is not None
-    print(run("dpkg", "-i", str(PACKAGE)))
-    wait_until_active()
+    HERE.install()
 
 
 def test_the_units_start_and_are_well_formed() -> None:
@@ -72,7 +49,7 @@ def test_the_watchdog_is_fed() -> None:
 
 
 def test_a_wrong_configuration_is_said_with_file_key_and_reason() -> None:
-    config = Path("/etc/xen-postcopy/config.toml")
+    config = Path(CONFIG)
     text = config.read_text()
     try:
         config.write_text('[sender]\nlisten = "0.0.0.0:8014"\n')
@@ -113,7 +90,7 @@ def test_xl_migrates_and_a_daemon_that_is_stopped_says_what_it_waits_for() -> No
 def test_it_is_taken_away() -> None:
     run("systemctl", "start", "xen-postcopy.target")
     wait_until_active()
-    run("dpkg", "--purge", "xen-postcopy")
+    HERE.purge()
     assert not Path("/usr/bin/xen-postcopy").exists()
     for unit in UNITS:
         assert property_of(unit, "ActiveState") in ("inactive", "failed")

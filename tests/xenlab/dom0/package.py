@@ -1,0 +1,55 @@
+"""Our Debian package in a dom0 that runs systemd, there and on other hosts."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.labs import until
+
+UNITS = ("xen-postcopy-sender.service", "xen-postcopy-receiver.service")
+HELPER = "/usr/bin/xen-postcopy-xl-helper"
+CONFIG = "/etc/xen-postcopy/config.toml"
+COMMAND_TIMEOUT_S = 240
+
+
+@dataclass(frozen=True)
+class Host:
+    """``name``: where to go by ssh; empty: here."""
+
+    name: str = ""
+
+    def run(self, *command: str, ok: bool = True, given: str | None = None, **environment: str) -> str:
+        """What it says; ``given``: its standard input."""
+        words = ["env", *(f"{key}={value}" for key, value in environment.items()), *command] if environment else command
+        clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "LAB"))}
+        done = subprocess.run(
+            ["ssh", self.name, shlex.join(words)] if self.name else words,
+            check=False, input=given or "", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            timeout=COMMAND_TIMEOUT_S, env=clean,
+        )  # fmt: skip
+        assert done.returncode == 0 or not ok, f"{self.name} {shlex.join(words)}: {done.stdout}"
+        return done.stdout
+
+    def unit_property(self, unit: str, name: str) -> str:
+        return self.run("systemctl", "show", "--value", "-p", name, unit).strip()
+
+    def wait_until_active(self) -> None:
+        def active() -> bool:
+            return all(self.unit_property(unit, "ActiveState") == "active" for unit in UNITS)
+
+        until(active, "the units do not start", 90)
+
+    def install(self) -> None:
+        package = next(Path("/mnt/tree/build").glob("*.deb"))
+        print(self.run("dpkg", "-i", str(package)))
+        self.wait_until_active()
+
+    def write(self, path: str, text: str) -> None:
+        self.run("tee", path, given=text)
+
+    def purge(self) -> None:
+        self.run("dpkg", "--purge", "xen-postcopy")
