@@ -143,7 +143,7 @@ def _introduce_hosts(root: Path) -> None:
     names = "".join(f"{address(number)} {name}\n" for number, name in enumerate(HOST_NAMES))
     (root / "etc/hosts").write_text(f"127.0.0.1 localhost\n{names}")
     keys = root / "root/.ssh"
-    keys.mkdir(mode=0o700)
+    keys.mkdir(mode=0o700, exist_ok=True)
     run(["chroot", str(root), "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", "/root/.ssh/id_ed25519"])
     shutil.copy(keys / "id_ed25519.pub", keys / "authorized_keys")
     host_key = (root / "etc/ssh/ssh_host_ed25519_key.pub").read_text()
