@@ -31,7 +31,7 @@ def run_tests(timeout_s: float) -> int:
     parts.build()
     with ThreadPoolExecutor(MACHINES_AT_ONCE) as pool:
         running = {
-            kind: pool.submit(machine.boot, kind, PYTEST, timeout_s=timeout_s, live=False) for kind in parts.HYPERVISORS
+            kind: pool.submit(machine.boot, kind, PYTEST, timeout_s=timeout_s, live=False) for kind in parts.MACHINES
         }
         failed = []
         for kind, machine_run in running.items():

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from migrate.pfns import pfn_array
-from tests.labs import Lab
+from tests.labs import Lab, until
 from tests.xenlab.dom0.guests import Guest, create
 from xenbackend.contract import Domain, DomainConfig, DomainState, PfnArray, XenError
+from xenbackend.libxenctrl._xen import ffi, lib
 from xenbackend.libxenctrl.domain import (
     HVM_PARAM_BUFIOREQ_PFN,
     HVM_PARAM_CONSOLE_PFN,
@@ -25,6 +26,7 @@ from xenbackend.libxenctrl.hypervisor import XenHypervisor
 from xenbackend.libxenctrl.incoming import Platform
 
 XEN_X86_EMU_LAPIC = 1
+REMNANTS_S = 30.0
 EMPTY_PLATFORM = Platform(True, XEN_X86_EMU_LAPIC, 0, bytes(16), 0, b"", b"")
 """Of a PVH domain."""
 
@@ -51,12 +53,15 @@ class XenLab(Lab):
 
     def close(self) -> None:
         """Whatever a test did: nothing is left but a guest that is as good as new."""
+        self.xen.close()
+        self.hypervisor = self.xen = XenHypervisor()
         if self._used and self._guest is not None and not self._is_well(self._guest):
             self._guest = None
         self._used = False
         for info in self.xen.domains():
             if self._guest is None or info.domid != self._guest.domid:
                 self.xen.destroy(info.domid)
+        until(lambda: not remnants(self.xen), "somebody holds pages of domains that are gone", REMNANTS_S)
 
     def _is_well(self, guest: Guest) -> bool:
         try:
@@ -104,3 +109,10 @@ class XenLab(Lab):
 @functools.cache
 def the_lab() -> XenLab:
     return XenLab()
+
+
+def remnants(xen: XenHypervisor) -> list[int]:
+    """Domains that are gone but for pages that somebody holds."""
+    info = ffi.new("struct xen_info[]", 256)
+    count = lib.xen_domain_list(xen.native, 1, info, len(info))
+    return [info[i].domid for i in range(count) if info[i].dying]

@@ -16,11 +16,11 @@ from migrate.client import ControlClient, Json
 from tests.labs import until
 from tests.xenlab.dom0.daemons import daemons, write_helper
 from tests.xenlab.dom0.guests import Guest, guest, xl
-from xenbackend.libxenctrl._xen import ffi, lib
+from tests.xenlab.dom0.lab import remnants
 from xenbackend.libxenctrl.hypervisor import XenHypervisor
 
-# With other machines beside them some of these run out of their time: run by hand, LAB_XL=populate-evicted, until that is mended.
-PAGING = pytest.mark.hypervisors(os.environ.get("LAB_XL", "by hand"))
+PAGING = pytest.mark.hypervisors("populate-evicted", "paging")
+PATCHED = pytest.mark.hypervisors("populate-evicted")
 CUTTER = """#!{python}
 # xl migrate-receive, and a wire cutter: passes on what it says and hears until the words come by, and then nothing more.
 import os, subprocess, sys, threading
@@ -95,22 +95,22 @@ class Host:
 
     def check_clean(self, name: str) -> None:
         """One domain of this name, and nothing that is left of another."""
-        info = ffi.new("struct xen_info[]", 64)
-
-        def remains() -> list[tuple[int, bool]]:
-            count = lib.xen_domain_list(self.xen.native, 1, info, 64)
-            return [(info[i].domid, bool(info[i].dying)) for i in range(count)]
-
         domid = int(xl("domid", name))
-        until(lambda: remains() == [(domid, False)], f"not only {domid} is there: {remains()}", 60)
+
+        def alone() -> bool:
+            return [info.domid for info in self.xen.domains()] == [domid] and not remnants(self.xen)
+
+        until(alone, "something is left of another domain", 60)
         with self.xen.open(domid) as domain:
             assert not domain.preflight().problems or not self.xen.facts().paging
 
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    """Without daemons."""
+    """Without daemons, and without guests of other tests."""
     with closing(XenHypervisor()) as xen:
+        for info in xen.domains():
+            xen.destroy(info.domid)
         yield Host(tmp_path_factory.mktemp("host"), xen)
 
 
@@ -146,7 +146,7 @@ def test_xl_migrates_by_postcopy_and_back(running: Host) -> None:
             check_heartbeat(now)
 
 
-@PAGING
+@PATCHED
 @pytest.mark.parametrize(
     ("direction", "words", "stays"),
     [("from", READY, True), ("to", GO, True), ("from", REPORT, False), ("to", "xen-postcopy-cut-nowhere", False)],
@@ -171,7 +171,7 @@ def test_the_guest_runs_in_one_place_wherever_xl_s_handshake_is_cut(
         check_heartbeat(made if stays else arrived("xl2"))
 
 
-@PAGING
+@PATCHED
 def test_a_receiver_that_dies_in_the_middle(running: Host) -> None:
     with guest("xl3") as made:
         made.wait_for_heartbeats(2)
@@ -185,7 +185,7 @@ def test_a_receiver_that_dies_in_the_middle(running: Host) -> None:
         check_heartbeat(made)
 
 
-@PAGING
+@PATCHED
 def test_where_the_other_host_has_no_helper_xl_s_own_migration_is_used(running: Host) -> None:
     with guest("xl4") as made:
         made.wait_for_heartbeats(2)
