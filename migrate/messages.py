@@ -25,6 +25,7 @@ MAX_PFN = 2**40
 MAX_PFNS = 8192
 """pfns in one list of one message."""
 MAX_FAULT_PFNS = 64
+MAX_AHEAD_PFNS = 1024
 MAX_CONTEXT_CHUNK = 128 * 1024
 MAX_TEXT = 1024
 CAPABILITIES: frozenset[str] = frozenset()
@@ -336,11 +337,19 @@ class Fault(Message):
     pfns: PfnArray = _pfns(MAX_FAULT_PFNS)
 
 
+@dataclass(frozen=True, eq=False)
+class Ahead(Message):
+    """vCPUs may need these next: those that have not been sent come on the same lane, behind what they wait for."""
+
+    type = "ahead"
+    pfns: PfnArray = _pfns(MAX_AHEAD_PFNS)
+
+
 TYPES: dict[str, type[Message]] = {
     cls.type: cls
     for cls in (
         Hello, Offer, Pages, Defer, Barrier, Suspended, Missing, Context, Entrust, Handover, Completed, Abort,
-        Accepted, Refused, Passed, Ready, Resumed, Loaded, Dropped, Report, Complete, Ended, Failed, Fault,
+        Accepted, Refused, Passed, Ready, Resumed, Loaded, Dropped, Report, Complete, Ended, Failed, Fault, Ahead,
     )
 }  # fmt: skip
 FIELDS: dict[type[Message], dict[str, Parser]] = {

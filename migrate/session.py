@@ -95,6 +95,7 @@ RULES: dict[type[Message], Rule] = {
     m.Ended: Rule(R, (*PAGING, P.COMPLETE)),
     m.Failed: Rule(R, (*BEFORE_HANDOVER, P.POSTCOPY, P.COMPLETE)),
     m.Fault: Rule(R, PAGING, lane=Lane.PULL),
+    m.Ahead: Rule(R, PAGING, lane=Lane.PULL),
 }
 
 
@@ -153,12 +154,12 @@ class Session:
     def _phases_of(self, rule: Rule, lane: Lane) -> tuple[Phase, ...]:
         """The speaker's own phases, and where it is the peer: those in which we may be ahead of it."""
         allowed = rule.phases
+        if lane is Lane.PULL and P.POSTCOPY in allowed:
+            allowed = (*allowed, P.COMPLETE, P.CLOSED)  # the lanes do not wait for each other, at no end
         if rule.speaker is self.role:
             return allowed
         if rule.speaker is Role.RECEIVER and P.PRECOPY in allowed:
             allowed = (*allowed, P.SWITCHOVER)  # passed, while we have suspended
-        if lane is Lane.PULL and P.POSTCOPY in allowed:
-            allowed = (*allowed, P.COMPLETE, P.CLOSED)  # the lanes do not wait for each other
         return allowed
 
     def _check(self, message: Message, lane: Lane) -> None:
@@ -169,7 +170,7 @@ class Session:
                 self._bounded(message, pfns)
             if self.serving and len(message.holes):
                 raise RemoteProtocolError("pages: holes after the switchover")
-        elif isinstance(message, (m.Fault, m.Loaded, m.Dropped)):
+        elif isinstance(message, (m.Fault, m.Ahead, m.Loaded, m.Dropped)):
             self._bounded(message, message.pfns)
         elif isinstance(message, m.Offer):
             self.nr_pfns = message.nr_pfns

@@ -60,6 +60,8 @@ class PagerStatistics:
     vcpu_block_s: dict[int, float] = field(default_factory=dict)
     requests: int = 0
     """Pages asked for over the pull lane."""
+    ahead_pages: int = 0
+    """Pages that were asked for before anybody needed them; the push may have been faster."""
     pulled_pages: int = 0
     """Pages of the pull lane that came first."""
     dropped_pages: int = 0
@@ -77,7 +79,7 @@ class PagerStatistics:
         return {
             "fault_latency_us": latency,
             "vcpu_block_s": {str(vcpu): round(s, 6) for vcpu, s in blocked},
-            "pull": {"requests": self.requests, "pages": self.pulled_pages},
+            "pull": {"requests": self.requests, "ahead": self.ahead_pages, "pages": self.pulled_pages},
             "dropped_pages": self.dropped_pages,
             "populate_evicted": self.populate_evicted,
         }

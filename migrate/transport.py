@@ -122,6 +122,10 @@ class LaneConnection:
         frame = self._decoder.next_frame()
         return None if frame is None else (parse(frame.header, len(frame.payload)), frame.payload)
 
+    def readable(self) -> bool:
+        """:meth:`fill` would not wait."""
+        return bool(self._readable.poll(0))
+
     def fill(self) -> None:
         """Wait for bytes, of a payload for all that it still lacks.  Raises :class:`PeerClosedError` at the end."""
         flags = 0

@@ -20,7 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from migrate.errors import RemoteProtocolError
+from migrate.messages import MAX_AHEAD_PFNS
 from migrate.pfns import NO_PFNS, pfn_array
+from receiver.readahead import ReadAhead, merged
 from xenbackend.contract import PfnArray
 from xenbackend.ring import PagingRequest
 
@@ -35,6 +37,8 @@ class Verdict:
     """Requests to respond to, each with the time at which it was made."""
     ask: PfnArray = field(default_factory=lambda: NO_PFNS)
     """pfns to fetch from the sender."""
+    touched: list[int] = field(default_factory=list)
+    """pfns that vCPUs needed, whether they are there by now or not."""
     dropped: PfnArray = field(default_factory=lambda: NO_PFNS)
     """pfns that the sender need not send."""
     loaded: PfnArray = field(default_factory=lambda: NO_PFNS)
@@ -45,6 +49,7 @@ class OutstandingPages:
     def __init__(self, nr_pfns: int):
         self._state = np.zeros(nr_pfns, dtype=np.uint8)
         self._waiting: dict[int, list[tuple[PagingRequest, float]]] = {}
+        self._read_ahead = ReadAhead(nr_pfns, self._outstanding)
         self.count = 0
 
     def add(self, pfns: PfnArray) -> None:
@@ -65,7 +70,9 @@ class OutstandingPages:
                     self._drop(pfn)
                     dropped.add(pfn)
                     verdict.answer += self._waiting.pop(pfn, [])
-            elif request.eviction_failed or state in (PRESENT, READY, DROPPED):
+                continue
+            verdict.touched.append(pfn)
+            if request.eviction_failed or state in (PRESENT, READY, DROPPED):
                 # The page is there, or came while the request was on its way; or it is gone, and the retry
                 # will show the guest why.
                 verdict.answer.append((request, now))
@@ -79,6 +86,17 @@ class OutstandingPages:
         if dropped:
             verdict.dropped = pfn_array(sorted(dropped))
         return verdict
+
+    def ahead(self, touched: list[int]) -> PfnArray:
+        """What to fetch before it is needed.  They stay outstanding: a fault for one asks for it as for any other."""
+        windows = [self._read_ahead.after(pfn) for pfn in dict.fromkeys(touched) if pfn < len(self._state)]
+        return merged(windows, MAX_AHEAD_PFNS)
+
+    def _outstanding(self, first: int, stop: int, step: int) -> PfnArray:
+        """Ascending, for whichever direction."""
+        states = self._state[first : stop if stop >= 0 else None : step]
+        found = first + step * np.flatnonzero(states == OUTSTANDING)
+        return (found if step > 0 else found[::-1]).astype(np.uint64)
 
     def claim(self, pfns: PfnArray) -> NDArray[np.bool_]:
         """Which of the pages that arrived are to be loaded; they are LOADING then.

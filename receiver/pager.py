@@ -20,7 +20,7 @@ import trio
 from numpy.typing import NDArray
 
 from migrate.errors import PeerClosedError
-from migrate.messages import MAX_PFNS, Dropped, Fault, Lane, Loaded, Message, Pages, Report
+from migrate.messages import MAX_PFNS, Ahead, Dropped, Fault, Lane, Loaded, Message, Pages, Report
 from migrate.pfns import NO_PFNS
 from migrate.session import Phase, Session
 from migrate.statistics import PagerStatistics
@@ -102,12 +102,17 @@ class Pager:
         poll.register(self._ring, select.POLLIN)
         poll.register(self._pull, select.POLLIN)
         ring_fd = self._ring.fileno()
-        while True:
-            for fd, _event in poll.poll():
-                if fd == ring_fd:
-                    self._handle_ring()
-                elif not self._handle_pull_lane():
-                    return
+        try:
+            while True:
+                for fd, _event in poll.poll():
+                    if fd == ring_fd:
+                        self._handle_ring()
+                    else:
+                        self._handle_pull_lane()
+        except PeerClosedError:
+            if not self._stopping and self._session.phase < Phase.COMPLETE:
+                raise
+            # The sender agreed, and the push lane is about to say so.
 
     def _handle_ring(self) -> None:
         assert self._ring is not None
@@ -115,20 +120,24 @@ class Pager:
             verdict = self._pages.requests(self._ring.requests(), time.monotonic())
             self._statistics.requests += len(verdict.ask)
             self._carry_out(verdict)
-        if len(verdict.ask) and self._pull is not None:
-            message = Fault(verdict.ask)
-            self._session.sent(message, Lane.PULL)
-            self._pull.send_blocking(message)
+        if self._pull is None:
+            return
+        if len(verdict.ask):
+            self._ask(Fault(verdict.ask))
+        # Only now: a vCPU waits.
+        ahead = self._pages.ahead(verdict.touched)
+        if len(ahead):
+            self._statistics.ahead_pages += len(ahead)
+            self._ask(Ahead(ahead))
 
-    def _handle_pull_lane(self) -> bool:
-        """False when the lane has ended, and may."""
+    def _ask(self, message: Message) -> None:
         assert self._pull is not None
-        try:
-            self._pull.fill()
-        except PeerClosedError:
-            if self._stopping or self._session.phase >= Phase.COMPLETE:
-                return False  # the sender agreed, and the push lane is about to say so
-            raise
+        self._session.sent(message, Lane.PULL)
+        self._pull.send_blocking(message)
+
+    def _handle_pull_lane(self) -> None:
+        assert self._pull is not None
+        self._pull.fill()
         while (received := self._pull.pending()) is not None:
             message, payload = received
             self._session.received(message, Lane.PULL)
@@ -136,7 +145,6 @@ class Pager:
             for pfns, pages in self._claim(message, payload):
                 self._statistics.pulled_pages += len(pfns)
                 self._finished(pfns, load(self._domain, pfns, pages))
-        return True
 
     # ---- the push lane's thread ----
     def pushed(self, message: Pages, payload: memoryview) -> None:

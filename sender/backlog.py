@@ -87,6 +87,16 @@ class Backlog:
                 wanted.append(pfn)
         return pfn_array(wanted) if len(wanted) < len(pfns) else pfns
 
+    def ahead(self, pfns: PfnArray) -> PfnArray:
+        """These may be needed soon: returns those to send, and the push goes on behind them."""
+        with self._lock:
+            wanted: PfnArray = pfns[self._state[pfns] == UNSENT]
+            if len(wanted):
+                self._state[wanted] = SENT
+                self.unsent -= len(wanted)
+                self._cursor = (int(wanted[-1]) + 1) % len(self._state)
+        return wanted
+
     def loaded(self, pfns: PfnArray) -> None:
         """Raises :class:`RemoteProtocolError` for a page that was not sent, or was acknowledged before."""
         with self._lock:

@@ -1,18 +1,24 @@
 """The fault server: a thread that waits for faults on the pull lane and answers each at once.
 
-It shares nothing with the event loop but the backlog, so that a fault never queues behind the push.
+It shares nothing with the event loop but the backlog, so that a fault never queues behind the push.  What the receiver
+reads ahead goes the same way, whenever no fault is waiting.
 """
 
 from __future__ import annotations
 
+from collections import deque
+
 from migrate.errors import PeerClosedError
-from migrate.messages import Fault, Lane
+from migrate.messages import Ahead, Fault, Lane
 from migrate.session import Phase, Session
 from migrate.statistics import SenderStatistics
 from migrate.transport import LaneConnection, run_in_thread
 from sender.backlog import Backlog
 from sender.reader import announce_missing
 from xenbackend.contract import Domain, PfnArray
+
+AHEAD_PIECE = 64
+"""Pages that are sent ahead at a time: a fault waits for them."""
 
 
 class FaultServer:
@@ -30,6 +36,7 @@ class FaultServer:
         self._statistics = statistics
         self._domain = domain
         self._stopping = False
+        self._ahead: deque[PfnArray] = deque()
 
     async def serve(self) -> None:
         """Until cancelled, or until the receiver, being done, has closed the lane."""
@@ -40,27 +47,38 @@ class FaultServer:
         self._pull.shut()
 
     def _serve(self) -> None:
-        while True:
-            try:
-                self._pull.fill()
-            except PeerClosedError:
-                if self._stopping or self._session.phase is Phase.CLOSED:
-                    return
+        try:
+            while True:
+                if not self._ahead or self._pull.readable():
+                    self._receive()
+                else:
+                    pfns = self._ahead.popleft()
+                    self._send(pfns[~self._backlog.is_done(pfns)])
+        except PeerClosedError:
+            if not self._stopping and self._session.phase is not Phase.CLOSED:
                 raise
-            while (received := self._pull.pending()) is not None:
-                message, _pages = received
-                self._session.received(message, Lane.PULL)
-                assert isinstance(message, Fault)
-                wanted = self._backlog.fault(message.pfns)
-                if len(wanted):
-                    self._answer(wanted)
 
-    def _answer(self, wanted: PfnArray) -> None:
-        with self._domain.map_pages(wanted) as mapped:
-            pages = announce_missing(wanted, mapped, self._backlog)
+    def _receive(self) -> None:
+        """What vCPUs wait for is sent at once, what they may need next is put off until nobody waits."""
+        self._pull.fill()
+        while (received := self._pull.pending()) is not None:
+            message, _pages = received
+            self._session.received(message, Lane.PULL)
+            if isinstance(message, Fault):
+                self._send(self._backlog.fault(message.pfns))
+            else:
+                assert isinstance(message, Ahead)
+                pfns = self._backlog.ahead(message.pfns)
+                self._ahead += (pfns[at : at + AHEAD_PIECE] for at in range(0, len(pfns), AHEAD_PIECE))
+
+    def _send(self, pfns: PfnArray) -> None:
+        if not len(pfns):
+            return
+        with self._domain.map_pages(pfns) as mapped:
+            pages = announce_missing(pfns, mapped, self._backlog)
             if pages is None:
                 return
             self._session.sent(pages, Lane.PULL)
             self._pull.send_blocking(pages, mapped.data)
-        self._statistics.pull_pages += len(wanted)
+        self._statistics.pull_pages += len(pfns)
         self._statistics.pull_zero_pages += len(pages.zeros)

@@ -228,7 +228,7 @@ def test_loopback_reports_and_writes_the_documented_keys(tmp_path: Path) -> None
     assert data["verified"] is True
     assert set(data["precopy"]) == {"rounds", "pages"}
     assert set(data["push"]) == {"pages", "bytes"}
-    assert set(data["pull"]) == {"requests", "pages"}
+    assert set(data["pull"]) == {"requests", "ahead", "pages"}
     assert set(data["fault_latency_us"]) == {"count", "mean", "p50", "p99", "max", "histogram"}
 
 

@@ -39,6 +39,7 @@ EXAMPLES: list[m.Message] = [
     m.Ended(True, "it was destroyed"),
     m.Failed("help"),
     m.Fault(pfn_array([4])),
+    m.Ahead(pfn_array([5, 6])),
 ]
 
 
