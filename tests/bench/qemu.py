@@ -1,0 +1,149 @@
+"""QEMU's postcopy, the peer: a guest under software emulation, moved over loopback from one process to another.
+
+The guest runs the lab's program (``tests/xenlab/guest/init.c``), which touches random pages as fast as it can, asks for the
+time at each step, and prints the longest one.  Requests, and for how long its vCPU was blocked, are what QEMU counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.labs import until
+from tests.xenlab import parts
+from tests.xenlab.cache import LabError
+
+BEAT_MS = 100
+HEARTBEAT = re.compile(r"heartbeat \d+ steps (\d+) errors (\d+) longest (\d+) ms")
+CAPABILITIES = ("postcopy-ram", "postcopy-preempt", "postcopy-blocktime")
+UNLIMITED = 1 << 40
+
+
+@dataclass(frozen=True)
+class QemuResult:
+    total_s: float
+    downtime_ms: float
+    requests: int
+    block_ms: float
+    """Of its one vCPU, all of it together."""
+    longest_ms: float
+    """As the guest saw it: between two steps, from the start of the migration on."""
+    idle_longest_ms: float
+    """The same while nobody migrated it."""
+
+
+class Qemu:
+    """One process; ``incoming``: it waits for a migration."""
+
+    def __init__(self, directory: Path, name: str, memory_mib: int, options: str, *, incoming: bool):
+        self._console = directory / f"{name}.console"
+        path = directory / f"{name}.qmp"
+        command = [
+            "qemu-system-x86_64", "-accel", "tcg", "-smp", "1", "-m", str(memory_mib), "-nodefaults", "-display", "none",
+            "-kernel", str(parts.kernel() / "vmlinuz"), "-initrd", str(parts.guest() / "initramfs"),
+            "-append", f"console=ttyS0 quiet mitigations=off {options}",
+            "-serial", f"file:{self._console}", "-qmp", f"unix:{path},server=on,wait=off",
+            *(("-incoming", "defer") if incoming else ()),
+        ]  # fmt: skip
+        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._qmp = socket.socket(socket.AF_UNIX)
+
+        def reached() -> bool:
+            with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+                self._qmp.connect(str(path))
+                return True
+            return False
+
+        until(reached, "QEMU does not start", 60)
+        self._lines = self._qmp.makefile("r")
+        self._lines.readline()
+        self("qmp_capabilities")
+
+    def __call__(self, command: str, **arguments: Any) -> Any:
+        self._qmp.sendall(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
+        while True:
+            answer = json.loads(self._lines.readline())
+            if "error" in answer:
+                raise RuntimeError(f"QEMU: {command}: {answer['error']['desc']}")
+            if "return" in answer:
+                return answer["return"]
+
+    def migration(self) -> dict[str, Any]:
+        found: dict[str, Any] = self("query-migrate")
+        return found
+
+    def heartbeats(self) -> list[tuple[int, int, int]]:
+        """Steps, errors, the longest step in ms."""
+        text = self._console.read_text(errors="replace") if self._console.exists() else ""
+        return [(int(a), int(b), int(c)) for a, b, c in HEARTBEAT.findall(text)]
+
+    def close(self) -> None:
+        self._qmp.close()
+        self.process.kill()
+        self.process.wait()
+
+
+@contextlib.contextmanager
+def pair(directory: Path, memory_mib: int, options: str) -> Iterator[tuple[Qemu, Qemu]]:
+    with contextlib.ExitStack() as stack:
+        source = Qemu(directory, "source", memory_mib, options, incoming=False)
+        stack.callback(source.close)
+        destination = Qemu(directory, "destination", memory_mib, options, incoming=True)
+        stack.callback(destination.close)
+        for end in (source, destination):
+            end("migrate-set-capabilities", capabilities=[{"capability": c, "state": True} for c in CAPABILITIES])
+            end("migrate-set-parameters", **{"max-bandwidth": UNLIMITED})
+        yield source, destination
+
+
+def migrate(directory: Path, memory_mib: int, touched_mib: int, *, rounds: bool) -> QemuResult:
+    """``rounds``: postcopy after the first round of precopy; otherwise at once."""
+    options = f"pages={touched_mib * 256} words=8 clock=1 beat={BEAT_MS}"
+    with pair(directory, memory_mib, options) as (source, destination):
+        until(lambda: len(source.heartbeats()) >= 20, "the guest has no heartbeat", 120)
+        idle = max(longest for _steps, _errors, longest in source.heartbeats()[-10:])
+        before = len(source.heartbeats())
+        destination("migrate-incoming", uri="tcp:127.0.0.1:0")
+        address = destination.migration()["socket-address"][0]
+        source("migrate", uri=f"tcp:127.0.0.1:{address['port']}")
+        if rounds:
+            wait_for(source, lambda info: info.get("ram", {}).get("dirty-sync-count", 0) >= 2)
+        wait_for(source, lambda info: info["status"] == "active")
+        source("migrate-start-postcopy")
+        wait_for(source, lambda info: info["status"] == "completed")
+        wait_for(destination, lambda info: info["status"] == "completed")
+        sent, taken = source.migration(), destination.migration()
+        until(lambda: len(destination.heartbeats()) >= 10, "the guest has no heartbeat", 60)
+        after = destination.heartbeats()
+        assert all(errors == 0 for _steps, errors, _longest in after)
+        longest = max(longest for _steps, _errors, longest in source.heartbeats()[before:] + after)
+        return QemuResult(
+            sent["total-time"] / 1000, sent["downtime"], sent["ram"]["postcopy-requests"],
+            sum(taken["postcopy-vcpu-blocktime"]), longest, idle,
+        )  # fmt: skip
+
+
+def wait_for(end: Qemu, reached: Callable[[dict[str, Any]], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not reached(info := end.migration()):
+        if info.get("status") in ("failed", "cancelled") or time.monotonic() > deadline:
+            raise RuntimeError(f"QEMU does not migrate: {info}")
+        time.sleep(0.002)
+
+
+def missing() -> str:
+    """Why it cannot be run here, or nothing."""
+    try:
+        parts.check_tools()
+        parts.guest()
+    except LabError as error:
+        return str(error)
+    return ""
