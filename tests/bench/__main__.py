@@ -7,7 +7,11 @@ What is measured against what:
     faults      2 vCPUs that touch random pages as fast as they can, against a C program's round trip of 64 bytes
                 out and 4 KiB back; "pager" is from the request's arrival to its answer, "vCPU" from the touch to the next
                 instruction
-    downtime    hybrid, a guest that dirties 1000 pages a second
+    downtime    hybrid, a guest that dirties 1000 pages a second; the same in 16 GiB
+    peers       QEMU, an emulated guest of 1 GiB that touches half of it, alternately with ours; CRIU, where it runs
+    patterns    what crosses the link, by what the guest does and its vCPUs
+    sizes       64 MiB to 16 GiB
+    links       with latency added: a fault against the round trip alone
     memory      anonymous memory of each daemon with a 4 GiB guest (its own pages are shared memory)
 
 Memory that the machine has never handed out, or has given back to its own hypervisor, costs several times as much at its first
@@ -17,16 +21,19 @@ touch; each run therefore touches as much memory as it needs beforehand.  No fig
 from __future__ import annotations
 
 import argparse
+import contextlib
 import mmap
 import statistics
 import subprocess
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from migrate.loopback import World, loopback_world, verify_migrated, wait_for_steps
+from tests.bench import qemu
 from xenbackend.simulated.guest import GuestSpec
 
 GIB = 2**30
@@ -59,18 +66,19 @@ class AnonymousMemory(threading.Thread):
         self.join()
 
 
-def migrate(spec: GuestSpec, **request: Any) -> dict[str, Any]:
-    """One verified migration in a world of its own."""
-    with loopback_world(spec.memory_bytes) as world:
+Link = Callable[[int], contextlib.AbstractContextManager[int]]
+
+
+def migrate(spec: GuestSpec, *, through: Link = contextlib.nullcontext, **request: Any) -> dict[str, Any]:
+    """One verified migration in a world of its own; ``through``: what is between the sender and the receiver's port."""
+    with loopback_world(spec.memory_bytes) as world, through(world.port) as port:
         guest = world.source.create_guest(spec.to_bytes())
         wait_for_steps(guest, 5 if spec.workload == "idle" else 500)
         guest.close()
-        warm(spec.memory_bytes + GIB // 2)
+        warm(min(spec.memory_bytes, 2 * GIB) + GIB // 2)
         memory = AnonymousMemory(world)
         memory.start()
-        answer = world.ask(
-            "sender", command="migrate", domain=spec.name, destination=f"127.0.0.1:{world.port}", **request
-        )
+        answer = world.ask("sender", command="migrate", domain=spec.name, destination=f"127.0.0.1:{port}", **request)
         memory.stop()
         result: dict[str, Any] = answer["result"]
         verification, result["guest"] = verify_migrated(world, spec)
@@ -84,11 +92,25 @@ class Limits:
 
     def __init__(self, directory: str):
         self._program = f"{directory}/limits"
-        subprocess.run(["gcc", "-O2", "-Wall", "-o", self._program, str(HERE / "limits.c")], check=True)
+        subprocess.run(["gcc", "-O2", "-Wall", "-pthread", "-o", self._program, str(HERE / "limits.c")], check=True)
 
     def run(self, *arguments: object) -> list[float]:
         out = subprocess.run([self._program, *map(str, arguments)], check=True, capture_output=True, text=True).stdout
         return [float(word) for word in out.split()]
+
+    @contextlib.contextmanager
+    def link(self, port: int, delay_ms: float) -> Iterator[int]:
+        """Another port, from which everything goes to this one, later."""
+        process = subprocess.Popen(
+            [self._program, "delay", str(port), str(delay_ms)], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        try:
+            yield int(process.stdout.readline())
+        finally:
+            process.kill()
+            process.wait()
+            process.stdout.close()
 
 
 def median(values: list[float]) -> float:
@@ -119,9 +141,10 @@ def bulk(limits: Limits, runs: int) -> None:
 def faults(limits: Limits, runs: int) -> None:
     for vcpus, bandwidth in ((1, 4 * 2**20), (1, None), (2, None)):
         spec = GuestSpec("guest", GIB // 32 if bandwidth else GIB, vcpus, "random")
-        round_trips, pager, pager_p99, guest, guest_p99, longest = [], [], [], [], [], []
+        round_trips, chains, pager, pager_p99, guest, guest_p99, longest = [], [], [], [], [], [], []
         for _ in range(runs):
             round_trips.append(limits.run("roundtrip", 10_000)[0])
+            chains.append(limits.run("chain", 10_000)[0])
             result = migrate(spec, strategy="postcopy", bandwidth=bandwidth)
             pager.append(result["fault_latency_us"]["p50"])
             pager_p99.append(result["fault_latency_us"]["p99"])
@@ -133,24 +156,114 @@ def faults(limits: Limits, runs: int) -> None:
         text = f"median {median(pager):.0f} us, 99% below {median(pager_p99):.0f} us"
         row(f"fault, pager, {where}", median(pager) / median(round_trips), text, limit)
         text = f"median {median(guest):.0f} us, 99% below {median(guest_p99):.0f} us, longest {median(longest) / 1000:.1f} ms"
-        row(f"fault, vCPU, {where}", median(guest) / median(round_trips), text, "")
+        limit = f"the same wake-ups in C: {median(chains):.0f} us"
+        row(f"fault, vCPU, {where}", median(guest) / median(round_trips), text, limit)
 
 
-def downtime(runs: int) -> None:
-    spec = GuestSpec("guest", GIB, 2, "random", rate=500)
-    results = [migrate(spec, strategy="hybrid") for _ in range(runs)]
-    times = [result["downtime_s"] * 1000 for result in results]
-    row("downtime, hybrid, 1000 dirty/s", None, f"{median(times):.1f} ms ({min(times):.1f} to {max(times):.1f})", "")
-    times = [migrate(GuestSpec("guest", GIB, 2, "random"), strategy="hybrid")["downtime_s"] * 1000 for _ in range(runs)]
-    row(
-        "downtime, hybrid, as fast as it can",
-        None,
-        f"{median(times):.1f} ms ({min(times):.1f} to {max(times):.1f})",
-        "",
-    )
+def downtime(_limits: Limits, runs: int) -> None:
+    def measure(what: str, spec: GuestSpec) -> float:
+        times = [migrate(spec, strategy="hybrid")["downtime_s"] * 1000 for _ in range(runs)]
+        row(f"downtime, hybrid, {what}", None, f"{median(times):.1f} ms ({min(times):.1f} to {max(times):.1f})", "")
+        return median(times)
+
+    small = measure("1000 dirty/s", GuestSpec("guest", GIB, 2, "random", rate=500))
+    measure("as fast as it can", GuestSpec("guest", GIB, 2, "random"))
+    # The same dirty set in sixteen times the memory, most of it zero: there is no more to be had.
+    spec = GuestSpec("guest", 16 * GIB, 2, "random", rate=500, working_set_bytes=GIB // 2, zero_permille=970)
+    large = measure("1000 dirty/s, 16 GiB", spec)
+    row("downtime, 16 GiB to 1 GiB", large / small, "", "")
 
 
-def memory() -> None:
+def peers(_limits: Limits, runs: int) -> None:
+    """QEMU's guest and ours: 1 GiB of which half is touched at random as fast as it can be, and half is zero."""
+    criu()
+    why = qemu.unavailable()
+    if why:
+        row("QEMU", None, "", f"does not run here: {why}")
+        return
+    spec = GuestSpec("guest", GIB, 1, "random", write_permille=750, zero_permille=500)
+    for strategy in ("postcopy", "hybrid"):
+        theirs, ours = [], []
+        for _ in range(runs):
+            with tempfile.TemporaryDirectory() as directory:
+                theirs.append(qemu.migrate(Path(directory), 1024, 512, rounds=strategy == "hybrid"))
+            ours.append(migrate(spec, strategy=strategy))
+
+        def compare(what: str, our: list[float], their: list[float], unit: str) -> None:
+            a, b = median(our), median(their)
+            row(f"{strategy}, {what}", a / b if b else None, f"{a:.4g} {unit}", f"QEMU: {b:.4g} {unit}")  # noqa: B023
+
+        compare("total time", [r["total_s"] for r in ours], [r.total_s for r in theirs], "s")
+        compare("downtime", [r["downtime_s"] * 1000 for r in ours], [r.downtime_ms for r in theirs], "ms")
+        compare("requests", [r["pull"]["requests"] for r in ours], [r.requests for r in theirs], "")
+        compare(
+            "blocked, a request",
+            [r["fault_latency_us"]["mean"] / 1000 for r in ours],
+            [r.block_ms / max(r.requests, 1) for r in theirs],
+            "ms",
+        )
+        compare(
+            "blocked in all", [sum(r["vcpu_block_s"].values()) * 1000 for r in ours], [r.block_ms for r in theirs], "ms"
+        )
+        compare("longest stall", [r["guest"]["max_us"] / 1000 for r in ours], [r.longest_ms for r in theirs], "ms")
+        idle = median([r.idle_longest_ms for r in theirs])
+        print(f"{'':43} QEMU's guest, emulated, stands still for {idle:.0f} ms at times when nobody migrates it")
+
+
+def criu() -> None:
+    """CRIU's lazy-pages, where this kernel lets it run at all."""
+    try:
+        check = subprocess.run(["criu", "check"], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        row("CRIU lazy-pages", None, "", "not installed")
+        return
+    why = next((line for line in check.stderr.splitlines() if "Error" in line), "it could run: nobody has measured it")
+    row("CRIU lazy-pages", None, "", why if check.returncode else "runs here, not measured")
+
+
+def patterns(_limits: Limits, runs: int) -> None:
+    """What crosses the link, by what the guest does."""
+    for workload in ("random", "sequential", "hotset", "stride"):
+        for vcpus in (1, 2, 8):
+            spec = GuestSpec("guest", GIB, vcpus, workload)
+            results = [migrate(spec, strategy="postcopy") for _ in range(runs)]
+            requests = median([r["pull"]["requests"] for r in results])
+            text = (
+                f"{requests:.0f} requests, {requests / spec.working_pages:.2%} of the working set; blocked "
+                f"{median([sum(r['vcpu_block_s'].values()) for r in results]) / vcpus:.2f} s a vCPU, longest "
+                f"{median([r['guest']['max_us'] for r in results]) / 1000:.1f} ms"
+            )
+            row(f"{workload}, {vcpus} vCPU{'s' * (vcpus > 1)}", None, text, "")
+
+
+def sizes(_limits: Limits, runs: int) -> None:
+    for memory_bytes, zero in ((64 * 2**20, 250), (GIB, 250), (16 * GIB, 970)):
+        touched = min(memory_bytes, GIB) // 2
+        spec = GuestSpec("guest", memory_bytes, 2, "random", zero_permille=zero, working_set_bytes=touched)
+        for strategy in ("hybrid", "postcopy"):
+            results = [migrate(spec, strategy=strategy) for _ in range(runs)]
+            total, down = (median([r[key] for r in results]) for key in ("total_s", "downtime_s"))
+            text = f"{total:.2f} s, downtime {down * 1000:.1f} ms"
+            row(f"{memory_bytes / GIB:g} GiB, {strategy}", None, text, f"{zero / 10:g}% of it zero")
+
+
+def links(limits: Limits, runs: int) -> None:
+    """A link with latency: what a fault costs beside the round trip."""
+    for delay_ms in (0.2, 1.0, 10.0):
+        for workload in ("random", "sequential", "stride"):
+            spec = GuestSpec("guest", GIB // 4, 2, workload)
+            results = []
+            for _ in range(runs):
+                results.append(migrate(spec, through=lambda port: limits.link(port, delay_ms), strategy="postcopy"))  # noqa: B023
+            p50 = median([r["fault_latency_us"]["p50"] for r in results])
+            text = (
+                f"median {p50 / 1000:.2f} ms, {median([r['pull']['requests'] for r in results]):.0f} requests, "
+                f"{median([r['total_s'] for r in results]):.2f} s in all"
+            )
+            row(f"{workload}, {delay_ms:g} ms each way", p50 / (2000 * delay_ms), text, "the round trip alone")
+
+
+def memory(_limits: Limits, _runs: int) -> None:
     for strategy in ("precopy", "hybrid", "postcopy"):
         result = migrate(GuestSpec("guest", 4 * GIB, 2, "random", zero_permille=500), strategy=strategy)
         peaks = ", ".join(f"{name} {peak / 2**20:.0f} MiB" for name, peak in result["daemon_memory"].items())
@@ -162,22 +275,27 @@ def main() -> None:
         prog="python -m tests.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--runs", type=int, default=5, help="of each kind (default 5)")
-    parser.add_argument("only", nargs="*", choices=["bulk", "faults", "downtime", "memory", []], help="some of them")
+    parser.add_argument("only", nargs="*", choices=[*SECTIONS, []], help="some of them")
     options = parser.parse_args()
-    only = options.only or ["bulk", "faults", "downtime", "memory"]
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as directory:
         limits = Limits(directory)
-        print(f"{'what':34} {'ratio':>7}  {'ours (median)':44} limit")
-        if "bulk" in only:
-            bulk(limits, options.runs)
-        if "faults" in only:
-            faults(limits, options.runs)
-        if "downtime" in only:
-            downtime(options.runs)
-        if "memory" in only:
-            memory()
+        print(f"{'what':34} {'ratio':>7}  {'ours (median)':44} against")
+        for name in options.only or SECTIONS:
+            SECTIONS[name](limits, options.runs)
     print(f"{options.runs} runs of each in {time.monotonic() - started:.0f} s; every migration verified")
+
+
+SECTIONS: dict[str, Callable[[Limits, int], None]] = {
+    "bulk": bulk,
+    "faults": faults,
+    "downtime": downtime,
+    "peers": peers,
+    "patterns": patterns,
+    "sizes": sizes,
+    "links": links,
+    "memory": memory,
+}
 
 
 if __name__ == "__main__":

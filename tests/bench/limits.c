@@ -3,6 +3,10 @@
  * daemons are set against.
  *
  *   limits roundtrip N      N requests of 64 bytes, each answered with 4 KiB: "p50_us p99_us"
+ *   limits chain N          the same behind the wake-ups of a fault: a vCPU's thread signals a pager's, which asks, and
+ *                           is signalled by it when the answer has come: "p50_us p99_us", as the vCPU sees it
+ *   limits delay PORT MS    not a limit, but a link: prints a port, and passes what comes there on to PORT, and back, MS
+ *                           milliseconds later each way
  *   limits bulk BYTES [CC]  BYTES one way in 4 MiB writes and reads: "bytes_per_s"; with congestion control CC
  *                           instead of the host's
  *   limits memcpy BYTES     copies between two 4 MiB buffers: "bytes_per_s"
@@ -11,10 +15,13 @@
  */
 #include <arpa/inet.h>
 #include <netinet/tcp.h>
+#include <poll.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -94,6 +101,137 @@ static int pair(pid_t *child, const char *congestion)
     return fd;
 }
 
+/* ---- chain ---- */
+static int to_pager, to_vcpu, lane;
+
+static void *pager(void *faults)
+{
+    struct pollfd fds[2] = { { .fd = to_pager, .events = POLLIN }, { .fd = lane, .events = POLLIN } };
+    uint64_t count = 1;
+
+    for (unsigned long left = *(unsigned long *)faults; left;) {
+        if (poll(fds, 2, -1) < 0)
+            die("poll");
+        if (fds[0].revents) {
+            if (read(to_pager, &count, sizeof(count)) < 0)
+                die("eventfd");
+            write_all(lane, REQUEST);
+        }
+        if (fds[1].revents) {
+            read_all(lane, ANSWER);
+            left--;
+            if (write(to_vcpu, &(uint64_t){ 1 }, sizeof(count)) < 0)
+                die("eventfd");
+        }
+    }
+    return NULL;
+}
+
+static void one_fault(void)
+{
+    uint64_t count = 1;
+
+    if (write(to_pager, &count, sizeof(count)) < 0 || read(to_vcpu, &count, sizeof(count)) < 0)
+        die("eventfd");
+}
+
+/* ---- delay: one thread reads a direction, another writes it when it is due ---- */
+#define PIECE (64 << 10)
+#define PIECES 4096
+
+struct pipe {
+    int from, to;
+    double delay;
+    unsigned long in, out;
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    struct { double due; ssize_t size; char *data; } pieces[PIECES];
+};
+
+static void *take(void *argument)
+{
+    struct pipe *pipe = argument;
+    ssize_t got;
+
+    do {
+        char *data = malloc(PIECE);
+
+        got = read(pipe->from, data, PIECE);
+        pthread_mutex_lock(&pipe->lock);
+        while (pipe->in - pipe->out == PIECES)
+            pthread_cond_wait(&pipe->changed, &pipe->lock);
+        pipe->pieces[pipe->in % PIECES].due = now() + pipe->delay;
+        pipe->pieces[pipe->in % PIECES].size = got;
+        pipe->pieces[pipe->in++ % PIECES].data = data;
+        pthread_cond_broadcast(&pipe->changed);
+        pthread_mutex_unlock(&pipe->lock);
+    } while (got > 0);
+    return NULL;
+}
+
+static void *give(void *argument)
+{
+    struct pipe *pipe = argument;
+
+    for (;;) {
+        pthread_mutex_lock(&pipe->lock);
+        while (pipe->in == pipe->out)
+            pthread_cond_wait(&pipe->changed, &pipe->lock);
+        double wait = pipe->pieces[pipe->out % PIECES].due - now();
+        ssize_t size = pipe->pieces[pipe->out % PIECES].size;
+        char *data = pipe->pieces[pipe->out % PIECES].data;
+
+        pthread_mutex_unlock(&pipe->lock);
+        if (wait > 0)
+            usleep(wait * 1e6);
+        for (ssize_t done = 0, put; done < size; done += put)
+            if ((put = send(pipe->to, data + done, size - done, MSG_NOSIGNAL)) < 0)
+                size = 0;
+        free(data);
+        if (size <= 0)
+            break;
+        pthread_mutex_lock(&pipe->lock);
+        pipe->out++;
+        pthread_cond_broadcast(&pipe->changed);
+        pthread_mutex_unlock(&pipe->lock);
+    }
+    shutdown(pipe->to, SHUT_WR);
+    return NULL;
+}
+
+static void delay(unsigned short port, double seconds)
+{
+    struct sockaddr_in address = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
+    socklen_t length = sizeof(address);
+    int listener = socket(AF_INET, SOCK_STREAM, 0), one = 1;
+
+    if (bind(listener, (void *)&address, sizeof(address)) || listen(listener, 8) ||
+        getsockname(listener, (void *)&address, &length))
+        die("listen");
+    printf("%d\n", ntohs(address.sin_port));
+    fflush(stdout);
+    for (;;) {
+        int here = accept(listener, NULL, NULL), there = socket(AF_INET, SOCK_STREAM, 0);
+
+        address.sin_port = htons(port);
+        if (here < 0 || connect(there, (void *)&address, sizeof(address)))
+            die("connect");
+        for (int way = 0; way < 2; way++) {
+            struct pipe *pipe = calloc(1, sizeof(*pipe));
+            pthread_t thread;
+
+            pipe->from = way ? there : here;
+            pipe->to = way ? here : there;
+            pipe->delay = seconds;
+            pthread_mutex_init(&pipe->lock, NULL);
+            pthread_cond_init(&pipe->changed, NULL);
+            setsockopt(pipe->to, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
+            pthread_create(&thread, NULL, take, pipe);
+            pthread_create(&thread, NULL, give, pipe);
+        }
+    }
+}
+
 int main(int argc, char **argv)
 {
     unsigned long n = argc >= 3 ? strtoul(argv[2], NULL, 10) : 0;
@@ -102,9 +240,11 @@ int main(int argc, char **argv)
     int fd;
 
     if (!n) {
-        fprintf(stderr, "usage: limits roundtrip N | bulk BYTES [CC] | memcpy BYTES\n");
+        fprintf(stderr, "usage: limits roundtrip N | chain N | delay PORT MS | bulk BYTES [CC] | memcpy BYTES\n");
         return 2;
     }
+    if (!strcmp(argv[1], "delay"))
+        delay(n, argc >= 4 ? strtod(argv[3], NULL) / 1e3 : 0);
     memset(buffer, 1, sizeof(buffer));
     memset(other, 2, sizeof(other));
     if (!strcmp(argv[1], "memcpy")) {
@@ -115,12 +255,24 @@ int main(int argc, char **argv)
         return 0;
     }
     fd = pair(&child, argv[3]);
-    if (!strcmp(argv[1], "roundtrip")) {
+    int chain = !strcmp(argv[1], "chain");
+
+    if (chain && child) {
+        pthread_t thread;
+
+        lane = fd;
+        to_pager = eventfd(0, 0);
+        to_vcpu = eventfd(0, 0);
+        pthread_create(&thread, NULL, pager, &n);
+    }
+    if (chain || !strcmp(argv[1], "roundtrip")) {
         double *times = calloc(n, sizeof(*times));
 
         for (unsigned long i = 0; i < n; i++) {
             start = now();
-            if (child) {
+            if (child && chain) {
+                one_fault();
+            } else if (child) {
                 write_all(fd, REQUEST);
                 read_all(fd, ANSWER);
             } else {

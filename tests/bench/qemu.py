@@ -139,7 +139,7 @@ def wait_for(end: Qemu, reached: Callable[[dict[str, Any]], bool]) -> None:
         time.sleep(0.002)
 
 
-def missing() -> str:
+def unavailable() -> str:
     """Why it cannot be run here, or nothing."""
     try:
         parts.check_tools()
