@@ -124,18 +124,21 @@ def row(what: str, ratio: float | None, ours: str, limit: str) -> None:
 def bulk(limits: Limits, runs: int) -> None:
     spec = GuestSpec("guest", GIB, 1, "idle", zero_permille=0)
     for strategy in ("precopy", "postcopy"):
-        ours, theirs, cubic = [], [], []
+        ours, theirs, cubic, into = [], [], [], []
         for _ in range(runs):
             theirs += limits.run("bulk", GIB)
             cubic += limits.run("bulk", GIB, "cubic")
+            warm(2 * GIB)
+            into += limits.run("into", GIB, "cubic")
             ours.append(GIB / migrate(spec, strategy=strategy)["total_s"])
         text = f"{median(ours) / 1e9:.2f} GB/s ({min(ours) / 1e9:.2f} to {max(ours) / 1e9:.2f})"
-        row(
-            f"bulk, {strategy}",
-            median(ours) / median(theirs),
-            text,
-            f"C over loopback: {median(theirs) / 1e9:.2f} GB/s ({median(cubic) / 1e9:.2f} with our congestion control)",
+        ours_median = median(ours)
+        limit = (
+            f"C over loopback: {median(theirs) / 1e9:.2f} GB/s ({median(cubic) / 1e9:.2f} with our congestion control)"
         )
+        row(f"bulk, {strategy}", ours_median / median(theirs), text, limit)
+        limit = f"C from memory into fresh memory: {median(into) / 1e9:.2f} GB/s"
+        row(f"bulk, {strategy}", ours_median / median(into), "", limit)
 
 
 def faults(limits: Limits, runs: int) -> None:

@@ -9,10 +9,13 @@
  *                           milliseconds later each way
  *   limits bulk BYTES [CC]  BYTES one way in 4 MiB writes and reads: "bytes_per_s"; with congestion control CC
  *                           instead of the host's
+ *   limits into BYTES CC    the same, from memory and into memory that are as large: the latter has never been used, as a
+ *                           guest's that arrives
  *   limits memcpy BYTES     copies between two 4 MiB buffers: "bytes_per_s"
  *
  * Two processes and one TCP connection over 127.0.0.1, as the daemons have.
  */
+#define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <netinet/tcp.h>
 #include <poll.h>
@@ -22,6 +25,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/mman.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -46,6 +50,10 @@ static void die(const char *what)
     exit(1);
 }
 
+/* Where the bytes of "into" come from or go to. */
+static int memory = -1;
+static char *source;
+
 static void read_all(int fd, size_t n)
 {
     for (size_t done = 0; done < n;) {
@@ -53,6 +61,8 @@ static void read_all(int fd, size_t n)
 
         if (got <= 0)
             die("read");
+        if (memory >= 0 && pwrite(memory, buffer + done % CHUNK, got, done) != got)
+            die("memory");
         done += got;
     }
 }
@@ -60,7 +70,7 @@ static void read_all(int fd, size_t n)
 static void write_all(int fd, size_t n)
 {
     for (size_t done = 0; done < n;) {
-        ssize_t put = write(fd, buffer, n - done < CHUNK ? n - done : CHUNK);
+        ssize_t put = write(fd, source ? source + done : buffer, n - done < CHUNK ? n - done : CHUNK);
 
         if (put <= 0)
             die("write");
@@ -240,7 +250,7 @@ int main(int argc, char **argv)
     int fd;
 
     if (!n) {
-        fprintf(stderr, "usage: limits roundtrip N | chain N | delay PORT MS | bulk BYTES [CC] | memcpy BYTES\n");
+        fprintf(stderr, "usage: limits roundtrip N | chain N | delay PORT MS | bulk BYTES [CC] | into BYTES CC | memcpy BYTES\n");
         return 2;
     }
     if (!strcmp(argv[1], "delay"))
@@ -286,11 +296,27 @@ int main(int argc, char **argv)
             printf("%.1f %.1f\n", times[n / 2], times[n * 99 / 100]);
         }
     } else {
+        if (!strcmp(argv[1], "into")) {
+            int file = memfd_create("memory", 0);
+
+            if (ftruncate(file, n))
+                die("memory");
+            if (child) {
+                source = mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+                memset(source, 1, n);
+                read_all(fd, 1);
+            } else {
+                write_all(fd, 1);
+                memory = file;
+            }
+        }
         start = now();
         if (child)
             write_all(fd, n);
         else
             read_all(fd, n);
+        memory = -1;
+        source = NULL;
         if (child) {
             read_all(fd, 1);
             printf("%.0f\n", n / (now() - start));
