@@ -150,7 +150,7 @@ class IncomingMigration:
         if not self._completed:
             raise MigrationError(self._cancel_reason)
         await self._pager.finish()
-        self.progress.phase, self.progress.outstanding = "completed", 0
+        self.progress.phase, self.progress.outstanding, self.progress.waiting = "completed", 0, 0
         assert self._domain is not None
         self._domain.close()
         log.info("%s completed", self.progress.domain)
