@@ -173,7 +173,7 @@ class Pages(Message):
 
 @dataclass(frozen=True, eq=False)
 class Defer(Message):
-    """A window of pfns that will not be sent before the switchover: to be evicted now."""
+    """A window of pfns to be evicted now: they are missing, unless ``pages`` say otherwise before the handover."""
 
     type = "defer"
     base: int = _uint(MAX_PFN)
@@ -197,11 +197,10 @@ class Suspended(Message):
 
 @dataclass(frozen=True, eq=False)
 class Missing(Message):
-    """A window of pfns whose contents come after the handover."""
+    """pfns whose contents come after the handover, besides those that were deferred."""
 
     type = "missing"
-    base: int = _uint(MAX_PFN)
-    bitmap: bytes = _bytes(WINDOW_PFNS // 8)
+    pfns: PfnArray = _pfns()
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,6 +3,8 @@
 In memory a set is a boolean array with one element per pfn, a list an ascending ``uint64`` array.  On the
 wire a short list is its little-endian 64-bit numbers; a set, which can be as large as the guest, goes as windows of
 a bitmap of which the empty ones are left out.
+
+With the guest standing still there is time for lists only: a pass over the set of a large guest is downtime.
 """
 
 from __future__ import annotations
@@ -31,6 +33,15 @@ NO_PFNS.flags.writeable = False
 def mask_from_bitmap(bitmap: NDArray[np.uint8], nr_pfns: int) -> PfnMask:
     """From Xen's bitmaps: least significant bit first."""
     return np.unpackbits(bitmap, count=nr_pfns, bitorder="little").view(np.bool_)
+
+
+def from_bitmap(bitmap: NDArray[np.uint8], nr_pfns: int) -> PfnArray:
+    """As :func:`mask_from_bitmap`, in a time that depends on how many bits are set: eight bytes are looked at together."""
+    words = np.flatnonzero(bitmap.view(np.uint64))
+    bits = np.unpackbits(bitmap.reshape(-1, 8)[words], axis=1, bitorder="little")
+    rows, columns = np.nonzero(bits)
+    pfns = (words[rows] * 64 + columns).astype(np.uint64)
+    return pfns[: np.searchsorted(pfns, nr_pfns)]
 
 
 def from_mask(mask: PfnMask, base: int = 0) -> PfnArray:

@@ -175,7 +175,11 @@ class Session:
         elif isinstance(message, m.Offer):
             self.nr_pfns = message.nr_pfns
             self.paging = message.paging
-        elif isinstance(message, m.Defer | m.Missing):
+        elif isinstance(message, m.Missing):
+            self._paged(message)
+            self._bounded(message, message.pfns)
+        elif isinstance(message, m.Defer):
+            self._paged(message)
             self._window(message)
         elif isinstance(message, m.Barrier):
             if message.number in self._barriers or len(self._barriers) >= 16:
@@ -206,9 +210,11 @@ class Session:
                 f"{message.type}: pfn {int(pfns[-1]):#x}, but the domain ends at {self.nr_pfns:#x}"
             )
 
-    def _window(self, message: m.Defer | m.Missing) -> None:
+    def _paged(self, message: Message) -> None:
         if not self.paging:
             raise RemoteProtocolError(f"{message.type}: this migration was offered without paging")
+
+    def _window(self, message: m.Defer) -> None:
         if message.base % 8 or not message.bitmap:
             raise RemoteProtocolError(f"{message.type}: a window begins at a multiple of 8 and is not empty")
         excess = message.base + len(message.bitmap) * 8 - self.nr_pfns

@@ -33,7 +33,7 @@ from receiver.outstanding import OutstandingPages
 from receiver.pager import Pager
 from receiver.restore import MemoryRestorer
 from receiver.toolstack import OwnToolstack, Toolstack
-from xenbackend.contract import Domain, DomainConfig, DomainState, Hypervisor, NoSuchDomainError, XenError
+from xenbackend.contract import Domain, DomainConfig, DomainState, Hypervisor, NoSuchDomainError, PfnArray, XenError
 from xenbackend.ring import PagingRing
 
 log = logging.getLogger(__name__)
@@ -188,16 +188,16 @@ class IncomingMigration:
                     self._pager.pushed(message, payload)
                 case m.Pages():
                     self._memory.pages(message, payload)
+                    for pfns in (message.pfns, message.zeros, message.holes):
+                        self._pages.remove(pfns)
                 case m.Defer():
-                    self._memory.evict(pfns_of_window(message.base, message.bitmap))
+                    self._miss(pfns_of_window(message.base, message.bitmap))
                 case m.Barrier():
                     self._say_blocking(m.Passed(message.number))
                 case m.Suspended():
                     self.progress.phase = "switchover"
                 case m.Missing():
-                    pfns = pfns_of_window(message.base, message.bitmap)
-                    self._memory.evict(pfns)
-                    self._pages.add(pfns)
+                    self._miss(message.pfns)
                 case m.Context():
                     self._take_context(message)
                 case m.Entrust():
@@ -208,6 +208,10 @@ class IncomingMigration:
                     raise MigrationError(f"the sender gave up: {message.reason}")
                 case m.Completed():
                     self._completed = True
+
+    def _miss(self, pfns: PfnArray) -> None:
+        self._memory.evict(pfns)
+        self._pages.add(pfns)
 
     def _take_context(self, message: m.Context) -> None:
         assert self._domain is not None

@@ -57,6 +57,13 @@ class OutstandingPages:
         self.count += int(np.count_nonzero(self._state[pfns] == PRESENT))
         self._state[pfns] = OUTSTANDING
 
+    def remove(self, pfns: PfnArray) -> None:
+        """These are not missing: they have come after all, or are no memory any more.  Before the guest runs only."""
+        if self.count:
+            missing = pfns[self._state[pfns] == OUTSTANDING]
+            self.count -= len(missing)
+            self._state[missing] = PRESENT
+
     def requests(self, requests: Iterable[PagingRequest], now: float) -> Verdict:
         """From the paging ring."""
         verdict = Verdict()

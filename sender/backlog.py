@@ -27,11 +27,11 @@ SCAN = 4096
 
 
 class Backlog:
-    """``missing``: the pfns that were announced as missing."""
+    """``missing``: the pfns that were announced as missing, ``count`` of them.  It belongs to this object from then on."""
 
-    def __init__(self, missing: PfnMask):
-        self._state = missing.astype(np.uint8)  # False: NOT_OURS, True: UNSENT
-        self.unsent = int(np.count_nonzero(missing))
+    def __init__(self, missing: PfnMask, count: int):
+        self._state = missing.view(np.uint8)  # False: NOT_OURS, True: UNSENT
+        self.unsent = count
         self.unacknowledged = self.unsent
         self._cursor = 0
         self._lock = threading.Lock()

@@ -33,7 +33,7 @@ from migrate.bandwidth import BandwidthCap
 from migrate.errors import GuestEndedError, MigrationError, PeerClosedError, RemoteProtocolError
 from migrate.lanes import Lanes
 from migrate.messages import Lane
-from migrate.pfns import NO_PFNS, PfnMask, from_mask, mask_from_bitmap, windows
+from migrate.pfns import NO_PFNS, PfnMask, from_bitmap, from_mask, mask_from_bitmap, windows
 from migrate.policy import Decision, DefaultPolicy, Policy, PolicyOptions, PrecopyProgress, Strategy
 from migrate.session import Phase, Role, Session
 from migrate.statistics import SenderStatistics
@@ -228,8 +228,8 @@ class OutgoingMigration:
         await self._toolstack.agreed()
 
     # ---- precopy ----
-    async def _precopy(self) -> tuple[PfnMask, PfnMask]:
-        """Returns two sets: what the receiver has been told to evict, and what else is known to be unsent."""
+    async def _precopy(self) -> tuple[PfnMask, PfnArray]:
+        """Returns what the receiver has been told to evict, and what else is known to be unsent."""
         self.progress.phase = "precopy"
         domain, stats = self._domain, self.statistics
         self._log_dirty = True
@@ -260,10 +260,10 @@ class OutgoingMigration:
         if decision is Decision.ABORT:
             raise MigrationError("the policy gave up: the guest dirties memory faster than it can be sent")
         if decision is Decision.STOP_AND_COPY:
-            return np.zeros_like(to_send), to_send
+            return np.zeros_like(to_send), from_mask(to_send)
         return await self._defer(to_send)
 
-    async def _defer(self, unsent: PfnMask) -> tuple[PfnMask, PfnMask]:
+    async def _defer(self, unsent: PfnMask) -> tuple[PfnMask, PfnArray]:
         """What will not be sent any more is dealt with while the guest still runs, not in its downtime.
 
         That takes a while, in which the guest writes more: once again with that, as long as it becomes less.
@@ -274,7 +274,8 @@ class OutgoingMigration:
         self._pinned = await trio.to_thread.run_sync(pinned, domain)
         for number in range(1, MAX_DEFERRALS + 1):
             count = int(np.count_nonzero(unsent))
-            await self._send_holes(unsent, unsent, deferred)
+            gone = await self._send_holes(from_mask(unsent))
+            unsent[gone] = deferred[gone] = False
             if number > 1:
                 more = await trio.to_thread.run_sync(domain.pinned, from_mask(unsent))
                 self._pinned = np.union1d(self._pinned, more)
@@ -291,7 +292,7 @@ class OutgoingMigration:
             log.info("%d pages put off, %d written meanwhile", count, left)
             if left <= self.options.policy.dirty_threshold or left > count * 0.9:
                 break
-        return deferred, kept_back | unsent
+        return deferred, from_mask(kept_back | unsent)
 
     def _look_at_dirty(self) -> PfnMask:
         """What was written since the last look; of each page the last eight looks are remembered, the newest highest."""
@@ -380,14 +381,12 @@ class OutgoingMigration:
         finally:
             cut_off.cancel()
 
-    async def _send_holes(self, candidates: PfnMask, *unsent: PfnMask) -> None:
-        """Tell of those candidates that are no memory any more (ballooned), and take them out of ``unsent``."""
-        pfns = from_mask(candidates)
+    async def _send_holes(self, pfns: PfnArray) -> PfnArray:
+        """Tell of those that are no memory any more (ballooned), and return them."""
         gone = pfns[~await trio.to_thread.run_sync(self._domain.present, pfns)]
-        for mask in unsent:
-            mask[gone] = False
         for at in range(0, len(gone), m.MAX_PFNS):
             await self._say(m.Pages(NO_PFNS, holes=gone[at : at + m.MAX_PFNS]))
+        return gone
 
     @property
     def _standing_still(self) -> bool:
@@ -395,48 +394,57 @@ class OutgoingMigration:
         return self._suspended and not self.session.serving
 
     # ---- switchover ----
-    async def _switch_over(self, deferred: PfnMask, unsent: PfnMask) -> None:
+    async def _switch_over(self, missing: PfnMask, unsent: PfnArray) -> None:
+        """``missing``: what has been deferred."""
         self.progress.phase = "switchover"
         domain, stats = self._domain, self.statistics
+        deferred = stats.missing_pages = int(np.count_nonzero(missing))
         stats.suspended = time.monotonic()
         self._suspended = True
         await self._toolstack.suspend(domain)
         log.info("suspended")
         await self._say(m.Suspended())
-        # Everything below is bounded by what changed since the last look, not by the size of the guest.
-        written = mask_from_bitmap(domain.log_dirty(clean=True), domain.nr_pfns)
-        changed = written | unsent
-        missing = changed | deferred
-        await self._send_holes(changed, missing)
-        if deferred.any() or not self._stop_and_copy_fits(int(np.count_nonzero(missing))):
-            held = await trio.to_thread.run_sync(domain.pinned, from_mask(changed))
-            now = functools.reduce(np.union1d, (self._pinned, held, self._hottest(from_mask(written))))
+        # Everything below takes as long as what changed since the last look is large, not the guest.
+        written = from_bitmap(domain.log_dirty(clean=True), domain.nr_pfns)
+        changed = np.union1d(written, unsent)
+        new = changed[~missing[changed]]
+
+        def are_missing(pfns: PfnArray, whether: bool) -> None:
+            missing[pfns] = whether
+            stats.missing_pages += len(pfns) if whether else -len(pfns)
+
+        are_missing(new, True)
+        are_missing(await self._send_holes(changed), False)
+        changed = changed[missing[changed]]
+        if deferred or not self._stop_and_copy_fits(stats.missing_pages):
+            held = await trio.to_thread.run_sync(domain.pinned, changed)
+            now = functools.reduce(np.union1d, (self._pinned, held, self._hottest(written)))
             now = now[missing[now]]
         else:
-            now = from_mask(missing)
-        missing[now] = False
+            now = changed
+        are_missing(now, False)
 
         def sent(_pfns: PfnArray, message: m.Pages) -> bool:
             stats.switchover_pages += count_pages(message)
             return True
 
         await self._send_batches((now[at : at + BATCH_PAGES] for at in range(0, len(now), BATCH_PAGES)), sent)
-        stats.missing_pages = int(np.count_nonzero(missing))
-        for base, bitmap in windows(missing):
-            await self._say(m.Missing(base, bitmap))
+        new = new[missing[new]]
+        for at in range(0, len(new), m.MAX_PFNS):
+            await self._say(m.Missing(new[at : at + m.MAX_PFNS]))
         context = domain.context()
         for at in range(0, len(context), m.MAX_CONTEXT_CHUNK):
             chunk = context[at : at + m.MAX_CONTEXT_CHUNK]
             await self._say(m.Context(chunk, at + len(chunk) == len(context)))
         if self._toolstack.decides:
             # What was written since it was held may be another frame now.
-            await trio.to_thread.run_sync(hold, domain, missing & changed)
+            await trio.to_thread.run_sync(domain.hold, changed[missing[changed]])
             await self._toolstack.track_device_model(False)
             self._stop_log_dirty()
         with step_timeout("the guest was suspended, and the destination was not ready"):
             await self._signals.ready.wait()
         assert self._pull is not None
-        self._backlog = Backlog(missing)
+        self._backlog = Backlog(missing, stats.missing_pages)
         self._faults = FaultServer(domain, self._pull, self.session, self._backlog, self.statistics)
         self.progress.pages_done, self.progress.pages_total = 0, stats.missing_pages
         self.progress.outstanding = stats.missing_pages

@@ -23,6 +23,10 @@ def mask(*pfns: int, nr_pfns: int = NR) -> np.typing.NDArray[np.bool_]:
     return result
 
 
+def backlog_of(*pfns: int, nr_pfns: int = NR) -> Backlog:
+    return Backlog(mask(*pfns, nr_pfns=nr_pfns), len(pfns))
+
+
 def request(pfn: int, vcpu: int = 0, flags: int = 0) -> PagingRequest:
     return PagingRequest(pfn, vcpu, 0 if flags & MEM_PAGING_DROP_PAGE else 1, flags, 10)
 
@@ -30,7 +34,7 @@ def request(pfn: int, vcpu: int = 0, flags: int = 0) -> PagingRequest:
 class TestBacklog:
     @given(st.sets(st.integers(0, 20_000), min_size=1), st.integers(1, 50))
     def test_every_page_is_pushed_once_in_ascending_batches(self, pfns: set[int], most: int) -> None:
-        backlog = Backlog(mask(*pfns, nr_pfns=20_001))
+        backlog = backlog_of(*pfns, nr_pfns=20_001)
         pushed: list[int] = []
         for batch in backlog.batches(most):
             assert len(batch) <= most
@@ -41,7 +45,7 @@ class TestBacklog:
         assert backlog.unacknowledged == len(pfns)
 
     def test_the_push_goes_on_from_the_page_that_was_faulted_on(self) -> None:
-        backlog = Backlog(mask(*range(NR)))
+        backlog = backlog_of(*range(NR))
         assert backlog.next_batch(4).tolist() == [0, 1, 2, 3]
         assert backlog.fault(pfn_array([40])).tolist() == [40]
         assert backlog.next_batch(3).tolist() == [41, 42, 43]
@@ -49,14 +53,14 @@ class TestBacklog:
         assert rest == [*range(44, NR), *range(4, 40)]
 
     def test_a_page_on_its_way_is_sent_again_for_a_fault_but_a_loaded_one_is_not(self) -> None:
-        backlog = Backlog(mask(1, 2))
+        backlog = backlog_of(1, 2)
         backlog.next_batch(2)
         assert backlog.fault(pfn_array([1, 2])).tolist() == [1, 2]
         backlog.loaded(pfn_array([1]))
         assert backlog.fault(pfn_array([1, 2])).tolist() == [2]
 
     def test_a_page_is_kept_until_it_is_acknowledged(self) -> None:
-        backlog = Backlog(mask(1, 2, 3))
+        backlog = backlog_of(1, 2, 3)
         backlog.next_batch(3)
         backlog.loaded(pfn_array([1]))
         assert backlog.unacknowledged == 2
@@ -65,12 +69,12 @@ class TestBacklog:
         assert backlog.unacknowledged == 0
 
     def test_a_dropped_page_is_not_pushed(self) -> None:
-        backlog = Backlog(mask(1, 2))
+        backlog = backlog_of(1, 2)
         backlog.dropped(pfn_array([1]))
         assert [batch.tolist() for batch in backlog.batches(8)] == [[2]]
 
     def test_the_receiver_cannot_claim_what_is_not_so(self) -> None:
-        backlog = Backlog(mask(1, 2))
+        backlog = backlog_of(1, 2)
         with pytest.raises(RemoteProtocolError, match="0x5 is not outstanding"):
             backlog.fault(pfn_array([5]))
         with pytest.raises(RemoteProtocolError, match="not on its way"):
@@ -104,6 +108,14 @@ class TestOutstandingPages:
         assert pages.waiting == 2
         assert self.load(pages, 5) == [first, second]
         assert pages.count == pages.waiting == 0
+
+    def test_what_comes_before_the_guest_runs_is_not_missing(self) -> None:
+        pages = self.pages(5, 6, 7)
+        pages.remove(pfn_array([4, 5]))
+        pages.remove(pfn_array([5]))
+        assert pages.count == 2
+        assert self.load(pages, 6, 7) == []
+        assert pages.count == 0
 
     def test_a_late_copy_is_ignored(self) -> None:
         pages = self.pages(5, 6)
@@ -167,7 +179,7 @@ class BothEnds(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         missing = range(0, NR, 2)
-        self.backlog = Backlog(mask(*missing))
+        self.backlog = backlog_of(*missing)
         self.pages = OutstandingPages(NR)
         self.pages.add(pfn_array(list(missing)))
         self.push: list[np.typing.NDArray[np.uint64]] = []

@@ -29,7 +29,7 @@ STORY: list[tuple[Role, m.Message, Lane]] = [
     (R, m.Passed(1), PUSH),
     (S, m.Suspended(), PUSH),
     (S, m.Pages(ONE, holes=pfn_array([3])), PUSH),
-    (S, m.Missing(0, b"\x04"), PUSH),
+    (S, m.Missing(pfn_array([2])), PUSH),
     (S, m.Context(b"a", False), PUSH),
     (S, m.Context(b"b", True), PUSH),
     (R, m.Ready(), PUSH),
