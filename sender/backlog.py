@@ -18,50 +18,78 @@ import numpy as np
 from numpy.typing import NDArray
 
 from migrate.errors import RemoteProtocolError
-from migrate.pfns import PfnMask, from_mask, pfn_array
+from migrate.pfns import NO_PFNS, PfnMask, from_mask, pfn_array
 from xenbackend.contract import PfnArray
 
 NOT_OURS, UNSENT, SENT, DONE = range(4)
-SCAN = 4096
-"""pfns that are looked at together for unsent ones."""
+BLOCK = 4096
+"""pfns that are looked at together for unsent ones, if there are any."""
 
 
 class Backlog:
-    """``missing``: the pfns that were announced as missing, ``count`` of them.  It belongs to this object from then on."""
+    """``missing``: the pfns that are announced as missing.  It belongs to this object from then on."""
 
-    def __init__(self, missing: PfnMask, count: int):
+    def __init__(self, missing: PfnMask):
         self._state = missing.view(np.uint8)  # False: NOT_OURS, True: UNSENT
-        self.unsent = count
+        self._left = np.array(
+            [np.count_nonzero(missing[at : at + BLOCK]) for at in range(0, len(missing), BLOCK)], dtype=np.int64
+        )
+        """Unsent ones of each block."""
+        self.unsent = int(self._left.sum())
         self.unacknowledged = self.unsent
         self._cursor = 0
         self._lock = threading.Lock()
 
+    # ---- before the handover ----
+    def are_missing(self, pfns: PfnArray) -> NDArray[np.bool_]:
+        missing: NDArray[np.bool_] = self._state[pfns] != NOT_OURS
+        return missing
+
+    def add(self, pfns: PfnArray) -> None:
+        """These, which are not among them, are missing as well."""
+        self._state[pfns] = UNSENT
+        self._count(pfns, 1)
+        self.unacknowledged = self.unsent
+
+    def remove(self, pfns: PfnArray) -> None:
+        """These, which are among them, are not: they have been sent, or are no memory any more."""
+        self._state[pfns] = NOT_OURS
+        self._count(pfns, -1)
+        self.unacknowledged = self.unsent
+
+    def _count(self, pfns: PfnArray, change: int) -> None:
+        blocks, counts = np.unique(pfns // BLOCK, return_counts=True)
+        self._left[blocks] += change * counts
+        self.unsent += change * len(pfns)
+
+    # ---- what is to be sent ----
     def next_batch(self, most: int) -> PfnArray:
         """Up to ``most`` pages to push, now SENT; empty when there are none left."""
         with self._lock:
-            return self._next_batch(most)
-
-    def _next_batch(self, most: int) -> PfnArray:
-        nr_pfns = len(self._state)
-        batch = np.empty(0, dtype=np.uint64)
-        if not self.unsent:
-            return batch
-        scanned = 0
-        while len(batch) < most and scanned <= nr_pfns:
-            end = min(self._cursor + SCAN, nr_pfns)
-            found = from_mask(self._state[self._cursor : end] == UNSENT, self._cursor)[: most - len(batch)]
-            batch = np.concatenate((batch, found))
-            scanned += end - self._cursor
-            if len(batch) == most:
-                end = int(batch[-1]) + 1
-            self._cursor = end
-            if end == nr_pfns:
+            if not self.unsent:
+                return NO_PFNS
+            batch = self._behind_the_cursor(most)
+            if not len(batch):
                 self._cursor = 0
-                if len(batch):
-                    break  # a batch is ascending: it does not go round the end
-        self._state[batch] = SENT
-        self.unsent -= len(batch)
+                batch = self._behind_the_cursor(most)
+            self._sent(batch)
+            self._cursor = (int(batch[-1]) + 1) % len(self._state)
         return batch
+
+    def _behind_the_cursor(self, most: int) -> PfnArray:
+        """Unsent ones up to the end: a batch is ascending."""
+        first, found, count = self._cursor // BLOCK, [], 0
+        for block in np.flatnonzero(self._left[first:])[:most].tolist():
+            at = max((first + block) * BLOCK, self._cursor)
+            found.append(from_mask(self._state[at : (first + block + 1) * BLOCK] == UNSENT, at)[: most - count])
+            count += len(found[-1])
+            if count == most:
+                break
+        return np.concatenate(found) if found else NO_PFNS
+
+    def _sent(self, pfns: PfnArray) -> None:
+        self._state[pfns] = SENT
+        self._count(pfns, -1)
 
     def batches(self, most: int) -> Iterator[PfnArray]:
         """All that is unsent, each batch chosen when it is asked for."""
@@ -81,8 +109,10 @@ class Backlog:
                     raise RemoteProtocolError(f"fault: pfn {pfn:#x} is not outstanding")
                 if state == DONE:
                     continue
-                self.unsent -= int(state == UNSENT)
-                self._state[pfn] = SENT
+                if state == UNSENT:
+                    self._state[pfn] = SENT
+                    self._left[pfn // BLOCK] -= 1
+                    self.unsent -= 1
                 self._cursor = (pfn + 1) % len(self._state)
                 wanted.append(pfn)
         return pfn_array(wanted) if len(wanted) < len(pfns) else pfns
@@ -92,8 +122,7 @@ class Backlog:
         with self._lock:
             wanted: PfnArray = pfns[self._state[pfns] == UNSENT]
             if len(wanted):
-                self._state[wanted] = SENT
-                self.unsent -= len(wanted)
+                self._sent(wanted)
                 self._cursor = (int(wanted[-1]) + 1) % len(self._state)
         return wanted
 
@@ -111,7 +140,7 @@ class Backlog:
             states = self._state[pfns]
             if np.any((states == NOT_OURS) | (states == DONE)):
                 raise RemoteProtocolError("dropped: a pfn that is not outstanding")
-            self.unsent -= int(np.count_nonzero(states == UNSENT))
+            self._count(pfns[states == UNSENT], -1)
             self._done(pfns)
 
     def is_done(self, pfns: PfnArray) -> NDArray[np.bool_]:

@@ -394,11 +394,10 @@ class OutgoingMigration:
         return self._suspended and not self.session.serving
 
     # ---- switchover ----
-    async def _switch_over(self, missing: PfnMask, unsent: PfnArray) -> None:
-        """``missing``: what has been deferred."""
+    async def _switch_over(self, deferred: PfnMask, unsent: PfnArray) -> None:
         self.progress.phase = "switchover"
         domain, stats = self._domain, self.statistics
-        deferred = stats.missing_pages = int(np.count_nonzero(missing))
+        missing = self._backlog = Backlog(deferred)
         stats.suspended = time.monotonic()
         self._suspended = True
         await self._toolstack.suspend(domain)
@@ -407,29 +406,26 @@ class OutgoingMigration:
         # Everything below takes as long as what changed since the last look is large, not the guest.
         written = from_bitmap(domain.log_dirty(clean=True), domain.nr_pfns)
         changed = np.union1d(written, unsent)
-        new = changed[~missing[changed]]
-
-        def are_missing(pfns: PfnArray, whether: bool) -> None:
-            missing[pfns] = whether
-            stats.missing_pages += len(pfns) if whether else -len(pfns)
-
-        are_missing(new, True)
-        are_missing(await self._send_holes(changed), False)
-        changed = changed[missing[changed]]
-        if deferred or not self._stop_and_copy_fits(stats.missing_pages):
+        gone = await self._send_holes(changed)
+        missing.remove(gone[missing.are_missing(gone)])
+        changed = np.setdiff1d(changed, gone, assume_unique=True)
+        new = changed[~missing.are_missing(changed)]
+        if missing.unsent or not self._stop_and_copy_fits(len(new)):
             held = await trio.to_thread.run_sync(domain.pinned, changed)
             now = functools.reduce(np.union1d, (self._pinned, held, self._hottest(written)))
-            now = now[missing[now]]
+            missing.add(new)
+            now = now[missing.are_missing(now)]
+            missing.remove(now)
         else:
-            now = changed
-        are_missing(now, False)
+            now = new
 
         def sent(_pfns: PfnArray, message: m.Pages) -> bool:
             stats.switchover_pages += count_pages(message)
             return True
 
         await self._send_batches((now[at : at + BATCH_PAGES] for at in range(0, len(now), BATCH_PAGES)), sent)
-        new = new[missing[new]]
+        stats.missing_pages = missing.unsent
+        new = new[missing.are_missing(new)]
         for at in range(0, len(new), m.MAX_PFNS):
             await self._say(m.Missing(new[at : at + m.MAX_PFNS]))
         context = domain.context()
@@ -438,13 +434,12 @@ class OutgoingMigration:
             await self._say(m.Context(chunk, at + len(chunk) == len(context)))
         if self._toolstack.decides:
             # What was written since it was held may be another frame now.
-            await trio.to_thread.run_sync(domain.hold, changed[missing[changed]])
+            await trio.to_thread.run_sync(domain.hold, changed[missing.are_missing(changed)])
             await self._toolstack.track_device_model(False)
             self._stop_log_dirty()
         with step_timeout("the guest was suspended, and the destination was not ready"):
             await self._signals.ready.wait()
         assert self._pull is not None
-        self._backlog = Backlog(missing, stats.missing_pages)
         self._faults = FaultServer(domain, self._pull, self.session, self._backlog, self.statistics)
         self.progress.pages_done, self.progress.pages_total = 0, stats.missing_pages
         self.progress.outstanding = stats.missing_pages

@@ -24,7 +24,7 @@ def mask(*pfns: int, nr_pfns: int = NR) -> np.typing.NDArray[np.bool_]:
 
 
 def backlog_of(*pfns: int, nr_pfns: int = NR) -> Backlog:
-    return Backlog(mask(*pfns, nr_pfns=nr_pfns), len(pfns))
+    return Backlog(mask(*pfns, nr_pfns=nr_pfns))
 
 
 def request(pfn: int, vcpu: int = 0, flags: int = 0) -> PagingRequest:
@@ -43,6 +43,14 @@ class TestBacklog:
         assert sorted(pushed) == sorted(pfns)
         assert backlog.unsent == 0
         assert backlog.unacknowledged == len(pfns)
+
+    def test_what_is_missing_changes_until_the_handover(self) -> None:
+        backlog = Backlog(mask(1, 2, 9000, nr_pfns=10_000))
+        backlog.remove(pfn_array([2]))
+        backlog.add(pfn_array([3, 5000]))
+        assert backlog.are_missing(pfn_array([1, 2, 3, 4])).tolist() == [True, False, True, False]
+        assert backlog.unsent == backlog.unacknowledged == 4
+        assert [batch.tolist() for batch in backlog.batches(3)] == [[1, 3, 5000], [9000]]
 
     def test_the_push_goes_on_from_the_page_that_was_faulted_on(self) -> None:
         backlog = backlog_of(*range(NR))

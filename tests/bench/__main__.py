@@ -11,6 +11,7 @@ What is measured against what:
     peers       QEMU, an emulated guest of 1 GiB that touches half of it, alternately with ours; CRIU, where it runs
     patterns    what crosses the link, by what the guest does and its vCPUs
     sizes       64 MiB to 16 GiB
+    scaling     structures and passes at 2^28 pfns, against 2^18
     links       with latency added: a fault against the round trip alone
     memory      anonymous memory of each daemon with a 4 GiB guest (its own pages are shared memory)
 
@@ -33,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from migrate.loopback import World, loopback_world, verify_migrated, wait_for_steps
-from tests.bench import qemu
+from tests.bench import qemu, scale
 from xenbackend.simulated.guest import GuestSpec
 
 GIB = 2**30
@@ -289,6 +290,18 @@ def main() -> None:
     print(f"{options.runs} runs of each in {time.monotonic() - started:.0f} s; every migration verified")
 
 
+def scaling(_limits: Limits, _runs: int) -> None:
+    """Once each: 2^28 pfns are 2 GiB of arrays."""
+    small, large = (scale.measure(1 << bits) for bits in (18, 28))
+    for what, ms in large.items():
+        row(
+            what,
+            ms / small[what],
+            f"{scale.describe(1 << 28)}: {ms:.2f} ms",
+            f"{scale.describe(1 << 18)}: {small[what]:.2f} ms",
+        )
+
+
 SECTIONS: dict[str, Callable[[Limits, int], None]] = {
     "bulk": bulk,
     "faults": faults,
@@ -298,6 +311,7 @@ SECTIONS: dict[str, Callable[[Limits, int], None]] = {
     "sizes": sizes,
     "links": links,
     "memory": memory,
+    "scaling": scaling,
 }
 
 
