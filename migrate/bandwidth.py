@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import threading
+
 
 class BandwidthCap:
-    """``bytes_per_s`` of ``None``: no cap."""
+    """``bytes_per_s`` of ``None``: no cap.  May be used by several threads."""
 
     def __init__(self, bytes_per_s: float | None, burst_s: float = 0.05):
         self._rate = bytes_per_s
         self._burst_s = burst_s
         self._free_at = 0.0
+        self._lock = threading.Lock()
 
     def spend(self, count: int, now: float) -> float:
         """Account for ``count`` bytes that were sent; returns the seconds to wait before sending more."""
         if self._rate is None:
             return 0.0
-        self._free_at = max(self._free_at, now - self._burst_s) + count / self._rate
-        return max(self._free_at - now, 0.0)
+        with self._lock:
+            self._free_at = max(self._free_at, now - self._burst_s) + count / self._rate
+            return max(self._free_at - now, 0.0)

@@ -6,8 +6,10 @@ reads ahead goes the same way, whenever no fault is waiting.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 
+from migrate.bandwidth import BandwidthCap
 from migrate.errors import PeerClosedError
 from migrate.messages import Ahead, Fault, Lane
 from migrate.session import Phase, Session
@@ -29,11 +31,13 @@ class FaultServer:
         session: Session,
         backlog: Backlog,
         statistics: SenderStatistics,
+        cap: BandwidthCap,
     ):
         self._pull = pull
         self._session = session
         self._backlog = backlog
         self._statistics = statistics
+        self._cap = cap
         self._domain = domain
         self._stopping = False
         self._ahead: deque[PfnArray] = deque()
@@ -53,7 +57,8 @@ class FaultServer:
                     self._receive()
                 else:
                     pfns = self._ahead.popleft()
-                    self._send(pfns[~self._backlog.is_done(pfns)])
+                    # Nobody waits for it yet: it counts as background copying, which has to wait instead.
+                    self._cap.spend(self._send(pfns[~self._backlog.is_done(pfns)]), time.monotonic())
         except PeerClosedError:
             if not self._stopping and self._session.phase is not Phase.CLOSED:
                 raise
@@ -71,14 +76,16 @@ class FaultServer:
                 pfns = self._backlog.ahead(message.pfns)
                 self._ahead += (pfns[at : at + AHEAD_PIECE] for at in range(0, len(pfns), AHEAD_PIECE))
 
-    def _send(self, pfns: PfnArray) -> None:
+    def _send(self, pfns: PfnArray) -> int:
+        """Returns the bytes that it took."""
         if not len(pfns):
-            return
+            return 0
         with self._domain.map_pages(pfns) as mapped:
             pages = announce_missing(pfns, mapped, self._backlog)
             if pages is None:
-                return
+                return 0
             self._session.sent(pages, Lane.PULL)
-            self._pull.send_blocking(pages, mapped.data)
+            size = self._pull.send_blocking(pages, mapped.data)
         self._statistics.pull_pages += len(pfns)
         self._statistics.pull_zero_pages += len(pages.zeros)
+        return size

@@ -440,7 +440,7 @@ class OutgoingMigration:
         with step_timeout("the guest was suspended, and the destination was not ready"):
             await self._signals.ready.wait()
         assert self._pull is not None
-        self._faults = FaultServer(domain, self._pull, self.session, self._backlog, self.statistics)
+        self._faults = FaultServer(domain, self._pull, self.session, self._backlog, self.statistics, self._cap)
         self.progress.pages_done, self.progress.pages_total = 0, stats.missing_pages
         self.progress.outstanding = stats.missing_pages
         await trio.lowlevel.checkpoint_if_cancelled()
