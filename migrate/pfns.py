@@ -35,6 +35,11 @@ def mask_from_bitmap(bitmap: NDArray[np.uint8], nr_pfns: int) -> PfnMask:
     return np.unpackbits(bitmap, count=nr_pfns, bitorder="little").view(np.bool_)
 
 
+def bitmap_of(mask: PfnMask) -> NDArray[np.uint8]:
+    """As Xen's: least significant bit first, whole words of eight bytes."""
+    return np.packbits(np.pad(mask, (0, -len(mask) % 64)), bitorder="little")
+
+
 def from_bitmap(bitmap: NDArray[np.uint8], nr_pfns: int) -> PfnArray:
     """As :func:`mask_from_bitmap`, in a time that depends on how many bits are set: eight bytes are looked at together."""
     words = np.flatnonzero(bitmap.view(np.uint64))

@@ -58,9 +58,11 @@ class Backlog:
         self.unacknowledged = self.unsent
 
     def _count(self, pfns: PfnArray, change: int) -> None:
-        blocks, counts = np.unique(pfns // BLOCK, return_counts=True)
-        self._left[blocks] += change * counts
-        self.unsent += change * len(pfns)
+        if len(pfns):
+            blocks = (pfns // BLOCK).astype(np.int64)
+            counts = np.bincount(blocks - blocks[0])
+            self._left[blocks[0] : blocks[0] + len(counts)] += change * counts
+            self.unsent += change * len(pfns)
 
     # ---- what is to be sent ----
     def next_batch(self, most: int) -> PfnArray:

@@ -33,7 +33,7 @@ from migrate.bandwidth import BandwidthCap
 from migrate.errors import GuestEndedError, MigrationError, PeerClosedError, RemoteProtocolError
 from migrate.lanes import Lanes
 from migrate.messages import Lane
-from migrate.pfns import NO_PFNS, PfnMask, from_bitmap, from_mask, mask_from_bitmap, windows
+from migrate.pfns import NO_PFNS, PfnMask, bitmap_of, from_bitmap, from_mask, mask_from_bitmap, windows
 from migrate.policy import Decision, DefaultPolicy, Policy, PolicyOptions, PrecopyProgress, Strategy
 from migrate.session import Phase, Role, Session
 from migrate.statistics import SenderStatistics
@@ -228,8 +228,8 @@ class OutgoingMigration:
         await self._toolstack.agreed()
 
     # ---- precopy ----
-    async def _precopy(self) -> tuple[PfnMask, PfnArray]:
-        """Returns what the receiver has been told to evict, and what else is known to be unsent."""
+    async def _precopy(self) -> tuple[PfnMask, NDArray[np.uint8]]:
+        """Returns what the receiver has been told to evict, and a bitmap of what else is known to be unsent."""
         self.progress.phase = "precopy"
         domain, stats = self._domain, self.statistics
         self._log_dirty = True
@@ -260,10 +260,10 @@ class OutgoingMigration:
         if decision is Decision.ABORT:
             raise MigrationError("the policy gave up: the guest dirties memory faster than it can be sent")
         if decision is Decision.STOP_AND_COPY:
-            return np.zeros_like(to_send), from_mask(to_send)
+            return np.zeros_like(to_send), bitmap_of(to_send)
         return await self._defer(to_send)
 
-    async def _defer(self, unsent: PfnMask) -> tuple[PfnMask, PfnArray]:
+    async def _defer(self, unsent: PfnMask) -> tuple[PfnMask, NDArray[np.uint8]]:
         """What will not be sent any more is dealt with while the guest still runs, not in its downtime.
 
         That takes a while, in which the guest writes more: once again with that, as long as it becomes less.
@@ -274,7 +274,7 @@ class OutgoingMigration:
         self._pinned = await trio.to_thread.run_sync(pinned, domain)
         for number in range(1, MAX_DEFERRALS + 1):
             count = int(np.count_nonzero(unsent))
-            gone = await self._send_holes(from_mask(unsent))
+            _there, gone = await self._send_holes(from_mask(unsent))
             unsent[gone] = deferred[gone] = False
             if number > 1:
                 more = await trio.to_thread.run_sync(domain.pinned, from_mask(unsent))
@@ -292,7 +292,7 @@ class OutgoingMigration:
             log.info("%d pages put off, %d written meanwhile", count, left)
             if left <= self.options.policy.dirty_threshold or left > count * 0.9:
                 break
-        return deferred, from_mask(kept_back | unsent)
+        return deferred, bitmap_of(kept_back | unsent)
 
     def _look_at_dirty(self) -> PfnMask:
         """What was written since the last look; of each page the last eight looks are remembered, the newest highest."""
@@ -381,12 +381,13 @@ class OutgoingMigration:
         finally:
             cut_off.cancel()
 
-    async def _send_holes(self, pfns: PfnArray) -> PfnArray:
-        """Tell of those that are no memory any more (ballooned), and return them."""
-        gone = pfns[~await trio.to_thread.run_sync(self._domain.present, pfns)]
+    async def _send_holes(self, pfns: PfnArray) -> tuple[PfnArray, PfnArray]:
+        """Tell of those that are no memory any more (ballooned); returns those that are, and those that are not."""
+        present = await trio.to_thread.run_sync(self._domain.present, pfns)
+        gone = pfns[~present]
         for at in range(0, len(gone), m.MAX_PFNS):
             await self._say(m.Pages(NO_PFNS, holes=gone[at : at + m.MAX_PFNS]))
-        return gone
+        return pfns[present], gone
 
     @property
     def _standing_still(self) -> bool:
@@ -394,7 +395,7 @@ class OutgoingMigration:
         return self._suspended and not self.session.serving
 
     # ---- switchover ----
-    async def _switch_over(self, deferred: PfnMask, unsent: PfnArray) -> None:
+    async def _switch_over(self, deferred: PfnMask, unsent: NDArray[np.uint8]) -> None:
         self.progress.phase = "switchover"
         domain, stats = self._domain, self.statistics
         missing = self._backlog = Backlog(deferred)
@@ -404,15 +405,16 @@ class OutgoingMigration:
         log.info("suspended")
         await self._say(m.Suspended())
         # Everything below takes as long as what changed since the last look is large, not the guest.
-        written = from_bitmap(domain.log_dirty(clean=True), domain.nr_pfns)
-        changed = np.union1d(written, unsent)
-        gone = await self._send_holes(changed)
+        # Nothing is sorted, since it may have written all that it has.
+        written = domain.log_dirty(clean=True)
+        changed, gone = await self._send_holes(from_bitmap(written | unsent, domain.nr_pfns))
         missing.remove(gone[missing.are_missing(gone)])
-        changed = np.setdiff1d(changed, gone, assume_unique=True)
         new = changed[~missing.are_missing(changed)]
         if missing.unsent or not self._stop_and_copy_fits(len(new)):
             held = await trio.to_thread.run_sync(domain.pinned, changed)
-            now = functools.reduce(np.union1d, (self._pinned, held, self._hottest(written)))
+            now = functools.reduce(
+                np.union1d, (self._pinned, held, self._hottest(from_bitmap(written, domain.nr_pfns)))
+            )
             missing.add(new)
             now = now[missing.are_missing(now)]
             missing.remove(now)

@@ -41,11 +41,12 @@ def measure(nr_pfns: int) -> dict[str, float]:
     backlog = Backlog(deferred)
 
     def stand_still() -> None:
-        changed = from_bitmap(bitmap, nr_pfns)
+        changed = from_bitmap(bitmap | unsent, nr_pfns)
         new = changed[~backlog.are_missing(changed)]
         backlog.add(new)
         backlog.remove(changed[:256])
 
+    unsent = np.zeros_like(bitmap)
     found["standing still"] = timed(stand_still)
     pages = OutstandingPages(nr_pfns)
     found["running: the receiver's account"] = (
