@@ -113,5 +113,5 @@ def merged(windows: list[PfnArray], most: int) -> PfnArray:
         return NO_PFNS
     if len(windows) == 1:
         return windows[0][:most]
-    merged: PfnArray = np.unique(np.concatenate(windows))[:most]
-    return merged
+    union: PfnArray = np.unique(np.concatenate(windows))
+    return union[:most]
