@@ -49,6 +49,12 @@ def from_bitmap(bitmap: NDArray[np.uint8], nr_pfns: int) -> PfnArray:
     return pfns[: np.searchsorted(pfns, nr_pfns)]
 
 
+def in_bitmap(bitmap: NDArray[np.uint8], pfns: PfnArray) -> PfnMask:
+    """Which of the pfns have their bit set."""
+    found: PfnMask = (bitmap[pfns // 8] >> (pfns % 8).astype(np.uint8) & 1).view(np.bool_)
+    return found
+
+
 def from_mask(mask: PfnMask, base: int = 0) -> PfnArray:
     return np.flatnonzero(mask).astype(np.uint64) + np.uint64(base)
 

@@ -33,7 +33,7 @@ from migrate.bandwidth import BandwidthCap
 from migrate.errors import GuestEndedError, MigrationError, PeerClosedError, RemoteProtocolError
 from migrate.lanes import Lanes
 from migrate.messages import Lane
-from migrate.pfns import NO_PFNS, PfnMask, bitmap_of, from_bitmap, from_mask, mask_from_bitmap, windows
+from migrate.pfns import NO_PFNS, PfnMask, bitmap_of, from_bitmap, from_mask, in_bitmap, mask_from_bitmap, windows
 from migrate.policy import Decision, DefaultPolicy, Policy, PolicyOptions, PrecopyProgress, Strategy
 from migrate.session import Phase, Role, Session
 from migrate.statistics import SenderStatistics
@@ -413,7 +413,7 @@ class OutgoingMigration:
         if missing.unsent or not self._stop_and_copy_fits(len(new)):
             held = await trio.to_thread.run_sync(domain.pinned, changed)
             now = functools.reduce(
-                np.union1d, (self._pinned, held, self._hottest(from_bitmap(written, domain.nr_pfns)))
+                np.union1d, (self._pinned, held, self._hottest(changed[in_bitmap(written, changed)]))
             )
             missing.add(new)
             now = now[missing.are_missing(now)]

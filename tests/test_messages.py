@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 
 from migrate import messages as m
 from migrate.errors import RemoteProtocolError
-from migrate.pfns import bitmap_of, from_bitmap, from_mask, mask_from_bitmap, pfn_array, pfns_of_window, windows
+from migrate.pfns import (
+    bitmap_of,
+    from_bitmap,
+    from_mask,
+    in_bitmap,
+    mask_from_bitmap,
+    pfn_array,
+    pfns_of_window,
+    windows,
+)
 
 EXAMPLES: list[m.Message] = [
     m.Hello(1, 1, "push", "abc", b"t", ("x",), ("y", "z"), "test"),
@@ -128,6 +137,7 @@ def test_a_set_of_pfns_survives_its_windows(pfns: set[int], nr_pfns: int) -> Non
     assert np.array_equal(from_mask(mask_from_bitmap(bitmap, nr_pfns)), from_mask(mask))
     assert np.array_equal(bitmap_of(mask)[: len(bitmap)], bitmap)
     assert np.array_equal(from_bitmap(bitmap_of(mask), nr_pfns), from_mask(mask))
+    assert np.array_equal(in_bitmap(bitmap_of(mask), np.arange(nr_pfns, dtype=np.uint64)), mask)
 
 
 def test_reasons_are_made_printable() -> None:

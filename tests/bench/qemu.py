@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import socket
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +18,9 @@ from typing import Any
 from tests.labs import until
 from tests.xenlab import parts
 from tests.xenlab.cache import LabError
+from tests.xenlab.dom0.guests import Heartbeat, heartbeats_in
 
 BEAT_MS = 100
-HEARTBEAT = re.compile(r"heartbeat \d+ steps (\d+) errors (\d+) longest (\d+) ms")
 CAPABILITIES = ("postcopy-ram", "postcopy-preempt", "postcopy-blocktime")
 UNLIMITED = 1 << 40
 
@@ -80,10 +78,8 @@ class Qemu:
         found: dict[str, Any] = self("query-migrate")
         return found
 
-    def heartbeats(self) -> list[tuple[int, int, int]]:
-        """Steps, errors, the longest step in ms."""
-        text = self._console.read_text(errors="replace") if self._console.exists() else ""
-        return [(int(a), int(b), int(c)) for a, b, c in HEARTBEAT.findall(text)]
+    def heartbeats(self) -> list[Heartbeat]:
+        return heartbeats_in(self._console.read_text(errors="replace") if self._console.exists() else "")
 
     def close(self) -> None:
         self._qmp.close()
@@ -109,7 +105,7 @@ def migrate(directory: Path, memory_mib: int, touched_mib: int, *, rounds: bool)
     options = f"pages={touched_mib * 256} words=8 clock=1 beat={BEAT_MS}"
     with pair(directory, memory_mib, options) as (source, destination):
         until(lambda: len(source.heartbeats()) >= 20, "the guest has no heartbeat", 120)
-        idle = max(longest for _steps, _errors, longest in source.heartbeats()[-10:])
+        idle = max(beat.longest_ms for beat in source.heartbeats()[-10:])
         before = len(source.heartbeats())
         destination("migrate-incoming", uri="tcp:127.0.0.1:0")
         address = destination.migration()["socket-address"][0]
@@ -123,8 +119,8 @@ def migrate(directory: Path, memory_mib: int, touched_mib: int, *, rounds: bool)
         sent, taken = source.migration(), destination.migration()
         until(lambda: len(destination.heartbeats()) >= 10, "the guest has no heartbeat", 60)
         after = destination.heartbeats()
-        assert all(errors == 0 for _steps, errors, _longest in after)
-        longest = max(longest for _steps, _errors, longest in source.heartbeats()[before:] + after)
+        assert all(beat.errors == 0 for beat in after)
+        longest = max(beat.longest_ms for beat in source.heartbeats()[before:] + after)
         return QemuResult(
             sent["total-time"] / 1000, sent["downtime"], sent["ram"]["postcopy-requests"],
             sum(taken["postcopy-vcpu-blocktime"]), longest, idle,
@@ -132,11 +128,13 @@ def migrate(directory: Path, memory_mib: int, touched_mib: int, *, rounds: bool)
 
 
 def wait_for(end: Qemu, reached: Callable[[dict[str, Any]], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not reached(info := end.migration()):
-        if info.get("status") in ("failed", "cancelled") or time.monotonic() > deadline:
+    def there() -> bool:
+        info = end.migration()
+        if info.get("status") in ("failed", "cancelled"):
             raise RuntimeError(f"QEMU does not migrate: {info}")
-        time.sleep(0.002)
+        return reached(info)
+
+    until(there, "QEMU does not migrate", 120)
 
 
 def unavailable() -> str:

@@ -45,6 +45,10 @@ class Heartbeat:
     longest_ms: int
 
 
+def heartbeats_in(console: str) -> list[Heartbeat]:
+    return [Heartbeat(*map(int, found)) for found in HEARTBEAT.findall(console)]
+
+
 @dataclass(frozen=True)
 class Guest:
     name: str
@@ -55,7 +59,7 @@ class Guest:
         return log.read_text(errors="replace") if log.exists() else ""
 
     def heartbeats(self) -> list[Heartbeat]:
-        return [Heartbeat(*map(int, found)) for found in HEARTBEAT.findall(self.console())]
+        return heartbeats_in(self.console())
 
     def wait_for_heartbeats(self, count: int, timeout_s: float = 120.0) -> list[Heartbeat]:
         """So many more than now.  Raises ``TimeoutError`` with the end of its console."""
