@@ -18,7 +18,11 @@ class RemoteProtocolError(ProtocolError):
 
 
 class PeerClosedError(MigrationError):
-    """The peer ended the connection where it should not."""
+    """The peer cannot be reached, says nothing, or ended the connection where it should not."""
+
+
+class RefusedError(PeerClosedError):
+    """The peer does not take this connection, and says why."""
 
 
 class InterruptedMigrationError(MigrationError):

@@ -4,11 +4,15 @@ Which end that is has nothing to do with who sends: asked for on the command lin
 receiver, which alone learns of the other, dials the sender.  Both ends ask a :class:`Lanes` for the push lane first, and for
 the pull lane when the preflight has given them the token for it.
 
+The same end dials when both are lost after the switchover, until it gets through; the other awaits it for as long.  An
+awaiting end that has not noticed yet learns it from the new lane.
+
 The one that dials says hello first.  Behind a daemon's listener :func:`receive` finds out which session a connection is for.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 from collections.abc import Callable
@@ -16,12 +20,16 @@ from typing import Protocol
 
 import trio
 
-from migrate.errors import MigrationError, ProtocolError
-from migrate.messages import Hello, Lane
-from migrate.session import hello, negotiate
-from migrate.transport import CONNECT_TIMEOUT_S, STEP_TIMEOUT_S, LaneConnection, connect
+from migrate.errors import MigrationError, PeerClosedError, ProtocolError, RefusedError
+from migrate.messages import Hello, Lane, Refused, printable
+from migrate.session import hello, negotiate, number_of_rejoin, rejoin_token
+from migrate.transport import CONNECT_TIMEOUT_S, EXPLANATION_S, STEP_TIMEOUT_S, LaneConnection, connect
 
 log = logging.getLogger(__name__)
+
+FIRST_RETRY_S = 0.1
+LAST_RETRY_S = 10.0
+"""Each attempt to dial again waits twice as long as the one before it, up to this, where no lane has held longer than that."""
 
 
 class Lanes(Protocol):
@@ -30,10 +38,22 @@ class Lanes(Protocol):
         """The other end, for people; empty where it is not known yet."""
 
     async def push(self) -> LaneConnection:
-        """Raises :class:`MigrationError` where it does not come about."""
+        """Raises :class:`PeerClosedError` where it does not come about, :class:`ProtocolError` where that cannot be."""
 
     async def pull(self, token: bytes) -> LaneConnection:
         """As :meth:`push`; ``token`` is what the receiver gave for it."""
+
+    def keep(self, key: bytes) -> None:
+        """From here on the session can be taken up again.  ``key``: the offer's."""
+
+    async def again(self, note: Callable[[str], None]) -> LaneConnection:
+        """A new push lane for a session that lost its lanes, once there is one; ``note`` hears meanwhile what keeps it.
+
+        Raises :class:`RefusedError`; asked again it waits before it tries.
+        """
+
+    def hurry(self) -> None:
+        """Whoever is in :meth:`again` need not wait for its next attempt."""
 
 
 class DialledLanes:
@@ -41,6 +61,11 @@ class DialledLanes:
 
     def __init__(self, address: tuple[str, int], session: str, token: bytes = b""):
         self._address, self._session, self._token = address, session, token
+        self._key = b""
+        self._rejoins = 0
+        self._pause_s = FIRST_RETRY_S
+        self._dialled_at = -LAST_RETRY_S
+        self._hurried = trio.Event()
 
     @property
     def peer(self) -> str:
@@ -51,6 +76,31 @@ class DialledLanes:
 
     async def pull(self, token: bytes) -> LaneConnection:
         return await self._dial(Lane.PULL, token)
+
+    def keep(self, key: bytes) -> None:
+        self._key = key
+
+    async def again(self, note: Callable[[str], None]) -> LaneConnection:
+        if trio.current_time() - self._dialled_at > self._pause_s:
+            self._pause_s = FIRST_RETRY_S
+        while True:
+            with trio.move_on_after(self._pause_s):
+                await self._hurried.wait()
+            self._hurried = trio.Event()
+            self._pause_s = min(self._pause_s * 2, LAST_RETRY_S)
+            self._rejoins += 1
+            try:
+                lane = await self._dial(Lane.PUSH, rejoin_token(self._key, self._rejoins))
+                self._dialled_at = trio.current_time()
+                return lane
+            except RefusedError:
+                raise
+            except MigrationError as error:
+                note(f"{error}; trying again in {self._pause_s:g} s")
+
+    def hurry(self) -> None:
+        self._pause_s = FIRST_RETRY_S
+        self._hurried.set()
 
     async def _dial(self, kind: Lane, token: bytes) -> LaneConnection:
         lane = await connect(*self._address)
@@ -64,22 +114,40 @@ class DialledLanes:
 
 
 class AwaitedLanes:
-    """``token``: what the push lane has to show.  Each lane comes once."""
+    """``token``: what the push lane has to show.  Each lane comes once, until it is asked for again."""
 
     def __init__(self, token: bytes = b"", *, timeout_s: float = STEP_TIMEOUT_S):
         self._timeout_s = timeout_s
         self._push, self._pull = _AwaitedLane(), _AwaitedLane()
         self._push.expect(token)
+        self._key = b""
+        self._rejoins = 0
         self.peer = ""
 
-    async def arrived(self, greeting: Hello, lane: LaneConnection) -> None:
+    async def welcome(self, greeting: Hello) -> None:
         """Raises :class:`ProtocolError` for a lane that is not awaited, or shows a wrong token."""
-        awaited = self._pull if greeting.lane == Lane.PULL.value else self._push
+        if greeting.lane == Lane.PUSH.value and self._key:
+            number = number_of_rejoin(self._key, greeting.token)
+            if number <= self._rejoins:
+                raise ProtocolError("a push lane for a session that goes on, with a wrong or used token")
+            self._rejoins = number
+            # The lanes that there are may look alive from here still.
+            self._push.end()
+            self._pull.end()
+            return
+        awaited = self._of(greeting)
         with trio.move_on_after(CONNECT_TIMEOUT_S):  # the token for it may be on its way still
             await awaited.expected.wait()
-        if not awaited.take(greeting.token, lane):
+        if not awaited.accepts(greeting.token):
             raise ProtocolError(f"a {greeting.lane} lane that nobody awaits, or with a wrong or used token")
+
+    def arrived(self, greeting: Hello, lane: LaneConnection) -> None:
+        """One that was welcome."""
+        self._of(greeting).come_with(lane)
         self.peer = lane.peer()
+
+    def _of(self, greeting: Hello) -> _AwaitedLane:
+        return self._pull if greeting.lane == Lane.PULL.value else self._push
 
     async def push(self) -> LaneConnection:
         return await self._come(self._push, "reach this end")
@@ -87,6 +155,19 @@ class AwaitedLanes:
     async def pull(self, token: bytes) -> LaneConnection:
         self._pull.expect(token)
         return await self._come(self._pull, "open its pull lane")
+
+    def keep(self, key: bytes) -> None:
+        self._key = key
+
+    async def again(self, note: Callable[[str], None]) -> LaneConnection:
+        note("waiting for the other end to come back")
+        while True:
+            await self._push.come.wait()
+            with contextlib.suppress(PeerClosedError):  # there is one that is newer still
+                return self._push.take()
+
+    def hurry(self) -> None:
+        pass
 
     def close(self) -> None:
         """No more lanes; one that came and was not asked for is closed."""
@@ -96,35 +177,55 @@ class AwaitedLanes:
     async def _come(self, awaited: _AwaitedLane, what: str) -> LaneConnection:
         with trio.move_on_after(self._timeout_s):
             await awaited.come.wait()
-        if awaited.lane is None:
-            raise MigrationError(f"the peer did not {what} within {self._timeout_s:g} s")
-        lane, awaited.lane = awaited.lane, None
-        return lane
+            return awaited.take()
+        raise PeerClosedError(f"the peer did not {what} within {self._timeout_s:g} s")
 
 
 class _AwaitedLane:
     def __init__(self) -> None:
         self.expected, self.come = trio.Event(), trio.Event()
-        self.lane: LaneConnection | None = None
+        self._lane: LaneConnection | None = None
+        self._taken: LaneConnection | None = None
         self._token: bytes | None = None
 
     def expect(self, token: bytes) -> None:
         self._token = token
         self.expected.set()
 
-    def take(self, token: bytes, lane: LaneConnection) -> bool:
+    def accepts(self, token: bytes) -> bool:
+        """Once."""
         if self._token is None or not secrets.compare_digest(token, self._token):
             return False
-        self._token, self.lane = None, lane
-        self.come.set()
+        self._token = None
         return True
+
+    def come_with(self, lane: LaneConnection) -> None:
+        self._lane = lane
+        self.come.set()
+
+    def take(self) -> LaneConnection:
+        if self._lane is None:
+            raise PeerClosedError("the peer has begun anew")
+        lane, self._taken, self._lane, self.come = self._lane, self._lane, None, trio.Event()
+        return lane
+
+    def end(self) -> None:
+        """Whoever uses it sees its end; another may come."""
+        if self._taken is not None:
+            self._taken.shut()
+        if self._lane is not None:
+            self._lane.close()
+        for event in (self.come, self.expected):
+            event.set()
+        self._lane, self._taken, self._token = None, None, None
+        self.come, self.expected = trio.Event(), trio.Event()
 
     def close(self) -> None:
         self._token = None
         self.expected.set()
-        if self.lane is not None:
-            self.lane.close()
-            self.lane = None
+        if self._lane is not None:
+            self._lane.close()
+            self._lane = None
 
 
 async def receive(stream: trio.SocketStream, find: Callable[[Hello], AwaitedLanes]) -> None:
@@ -132,11 +233,15 @@ async def receive(stream: trio.SocketStream, find: Callable[[Hello], AwaitedLane
     lane = LaneConnection.from_stream(stream)
     try:
         greeting = await lane.receive_hello()
-        await lane.send(hello(Lane(greeting.lane), greeting.session))
         negotiate(greeting)
-        await find(greeting).arrived(greeting, lane)
+        awaited = find(greeting)
+        await awaited.welcome(greeting)
+        await lane.send(hello(Lane(greeting.lane), greeting.session))
+        awaited.arrived(greeting, lane)
     except MigrationError as error:
-        log.warning("connection refused: %s", error)
+        log.warning("connection from %s refused: %s", lane.peer(), error)
+        with contextlib.suppress(MigrationError), trio.move_on_after(EXPLANATION_S):
+            await lane.send(Refused(printable(str(error))))
         lane.close()
     except BaseException:
         lane.close()

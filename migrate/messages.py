@@ -159,6 +159,8 @@ class Offer(Message):
     platform: bytes = _bytes(64 * 1024)
     paging: bool = _flag()
     """Postcopy is possible: the receiver must be able to page."""
+    key: bytes = _bytes(32)
+    """Who knows it can take the session up again when its lanes were lost."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,6 +226,13 @@ class Handover(Message):
     """The receiver owns the guest.  The source will never run it again."""
 
     type = "handover"
+
+
+@dataclass(frozen=True, eq=False)
+class Rejoin(Message):
+    """First on the lanes of a session that is taken up again: what is outstanding?"""
+
+    type = "rejoin"
 
 
 @dataclass(frozen=True, eq=False)
@@ -302,6 +311,26 @@ class Report(Message):
 
 
 @dataclass(frozen=True, eq=False)
+class Outstanding(Message):
+    """A window of pfns that the receiver still lacks; all others it has, or does not want."""
+
+    type = "outstanding"
+    base: int = _uint(MAX_PFN)
+    bitmap: bytes = _bytes(WINDOW_PFNS // 8)
+
+
+@dataclass(frozen=True, eq=False)
+class Rejoined(Message):
+    """That is all; and how far the receiver has come: what it did not hear is to be said again."""
+
+    type = "rejoined"
+    phase: str = _text(16)
+    """``switchover``, ``decision`` or ``postcopy``."""
+    token: bytes = _bytes(32)
+    """As in ``accepted``."""
+
+
+@dataclass(frozen=True, eq=False)
 class Complete(Message):
     """Nothing is outstanding at the receiver; its statistics, as JSON."""
 
@@ -347,8 +376,9 @@ class Ahead(Message):
 TYPES: dict[str, type[Message]] = {
     cls.type: cls
     for cls in (
-        Hello, Offer, Pages, Defer, Barrier, Suspended, Missing, Context, Entrust, Handover, Completed, Abort,
-        Accepted, Refused, Passed, Ready, Resumed, Loaded, Dropped, Report, Complete, Ended, Failed, Fault, Ahead,
+        Hello, Offer, Pages, Defer, Barrier, Suspended, Missing, Context, Entrust, Handover, Rejoin, Completed, Abort,
+        Accepted, Refused, Passed, Ready, Resumed, Loaded, Dropped, Report, Outstanding, Rejoined, Complete, Ended,
+        Failed, Fault, Ahead,
     )
 }  # fmt: skip
 FIELDS: dict[type[Message], dict[str, Parser]] = {

@@ -16,6 +16,13 @@ The end that sends a message is in the next phase at once, the other when it arr
 receive what its peer said while still in the phase before: ``RULES`` gives for each message the phases in which its
 speaker may send it, and a receiver allows in addition what was sent before the peer knew better.
 
+A session whose lanes were lost after ``ready`` is taken up again on new ones:
+
+    REJOIN --rejoined--> SWITCHOVER, DECISION or POSTCOPY, whichever the receiver has reached
+
+and what the receiver did not hear is said again from there.  What is outstanding the receiver alone says, in the same breath, so
+nothing needs to be known of what was on its way.
+
 On top of the phases there are a few promises that only happen once, in order: context complete, then
 ``ready``, then ``handover`` and ``resumed``.  After ``handover`` there is no way back: ``abort`` is not a word
 any more, and ``failed`` says only that the receiver, which keeps the guest, needs help.
@@ -23,6 +30,7 @@ any more, and ``failed`` says only that the receiver, which keeps the guest, nee
 
 from __future__ import annotations
 
+import hmac
 import secrets
 import uuid
 from dataclasses import dataclass
@@ -51,12 +59,15 @@ class Phase(IntEnum):
     COMPLETE = 6
     CLOSED = 7
     FAILED = 8
+    REJOIN = 9
 
 
 P = Phase
 BEFORE_HANDOVER = (P.HELLO, P.PREFLIGHT, P.PRECOPY, P.SWITCHOVER, P.DECISION)
 PAGING = (P.DECISION, P.POSTCOPY)
 """The receiver is the pager."""
+RECEIVER_AT = {"switchover": P.SWITCHOVER, "decision": P.DECISION, "postcopy": P.POSTCOPY}
+"""Of ``rejoined``."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +92,9 @@ RULES: dict[type[Message], Rule] = {
     m.Context: Rule(S, (P.SWITCHOVER,)),
     m.Entrust: Rule(S, (P.SWITCHOVER,), P.DECISION),
     m.Handover: Rule(S, (P.SWITCHOVER, P.DECISION), P.POSTCOPY),
-    m.Completed: Rule(S, (P.COMPLETE,), P.CLOSED),
-    m.Abort: Rule(S, BEFORE_HANDOVER, P.FAILED),
+    m.Rejoin: Rule(S, (P.REJOIN,)),
+    m.Completed: Rule(S, (P.COMPLETE, P.REJOIN), P.CLOSED),
+    m.Abort: Rule(S, (*BEFORE_HANDOVER, P.REJOIN), P.FAILED),
     m.Accepted: Rule(R, (P.PREFLIGHT,), P.PRECOPY),
     m.Refused: Rule(R, (P.PREFLIGHT,), P.FAILED),
     m.Passed: Rule(R, (P.PRECOPY,)),
@@ -91,9 +103,11 @@ RULES: dict[type[Message], Rule] = {
     m.Loaded: Rule(R, PAGING),
     m.Dropped: Rule(R, PAGING),
     m.Report: Rule(R, PAGING),
-    m.Complete: Rule(R, (P.POSTCOPY,), P.COMPLETE),
-    m.Ended: Rule(R, (*PAGING, P.COMPLETE)),
-    m.Failed: Rule(R, (*BEFORE_HANDOVER, P.POSTCOPY, P.COMPLETE)),
+    m.Outstanding: Rule(R, (P.REJOIN,)),
+    m.Rejoined: Rule(R, (P.REJOIN,)),
+    m.Complete: Rule(R, (P.POSTCOPY, P.REJOIN), P.COMPLETE),
+    m.Ended: Rule(R, (*PAGING, P.COMPLETE, P.REJOIN)),
+    m.Failed: Rule(R, (*BEFORE_HANDOVER, P.POSTCOPY, P.COMPLETE, P.REJOIN)),
     m.Fault: Rule(R, PAGING, lane=Lane.PULL),
     m.Ahead: Rule(R, PAGING, lane=Lane.PULL),
 }
@@ -111,6 +125,9 @@ class Session:
         self._context_complete = False
         self._ready = False
         self._resumed = False
+        self._asked_to_rejoin = False
+        self.handed_over = False
+        """There is no way back: ``handover`` was said, whether it arrived or not."""
         self._rules = {
             (message, lane): (rule, self._phases_of(rule, lane))
             for message, rule in RULES.items()
@@ -118,10 +135,17 @@ class Session:
             if rule.lane in (None, lane)
         }
 
+    def rejoin(self) -> None:
+        """On new lanes, after ``ready``: the old ones are lost, and whatever was on its way."""
+        self.phase = P.REJOIN
+        self._barriers.clear()
+        self._context_complete = self._ready = True
+        self._resumed = self._asked_to_rejoin = False
+
     @property
-    def handed_over(self) -> bool:
-        """There is no way back."""
-        return self.phase in (P.POSTCOPY, P.COMPLETE, P.CLOSED)
+    def resumed(self) -> bool:
+        """The sender was told, on these lanes, that the guest runs."""
+        return self._resumed
 
     @property
     def serving(self) -> bool:
@@ -198,11 +222,32 @@ class Session:
             self._ready = True
         elif isinstance(message, m.Entrust | m.Handover):
             self._after(message.type, self._ready, "ready")
+            self.handed_over = self.handed_over or isinstance(message, m.Handover)
+        elif isinstance(message, m.Abort):
+            if self.handed_over:
+                raise RemoteProtocolError("abort after the handover")
+        elif self.phase is P.REJOIN:
+            self._check_rejoining(message)
         elif isinstance(message, m.Resumed):
             self._once("resumed", self._resumed)
             self._resumed = True
         elif isinstance(message, m.Complete):
             self._after("complete", self._resumed, "resumed")
+
+    def _check_rejoining(self, message: Message) -> None:
+        if isinstance(message, m.Rejoin):
+            self._once("rejoin", self._asked_to_rejoin)
+            self._asked_to_rejoin = True
+        elif not isinstance(message, m.Completed):
+            self._after(message.type, self._asked_to_rejoin, "rejoin")
+        if isinstance(message, m.Outstanding):
+            self._paged(message)
+            self._window(message)
+        elif isinstance(message, m.Rejoined):
+            phase = RECEIVER_AT.get(message.phase)
+            if phase is None or (phase is P.POSTCOPY and not self.handed_over):
+                raise RemoteProtocolError(f"rejoined in phase {message.phase!r}")
+            self.phase = phase
 
     def _bounded(self, message: Message, pfns: PfnArray) -> None:
         if len(pfns) and int(pfns[-1]) >= self.nr_pfns:
@@ -214,7 +259,7 @@ class Session:
         if not self.paging:
             raise RemoteProtocolError(f"{message.type}: this migration was offered without paging")
 
-    def _window(self, message: m.Defer) -> None:
+    def _window(self, message: m.Defer | m.Outstanding) -> None:
         if message.base % 8 or not message.bitmap:
             raise RemoteProtocolError(f"{message.type}: a window begins at a multiple of 8 and is not empty")
         excess = message.base + len(message.bitmap) * 8 - self.nr_pfns
@@ -241,6 +286,18 @@ def new_id() -> str:
 def new_token() -> bytes:
     """For one use, by one lane."""
     return secrets.token_bytes(32)
+
+
+def rejoin_token(key: bytes, number: int) -> bytes:
+    """What a push lane shows to take a session up again for the ``number``-th time.  ``key``: the offer's."""
+    counted = number.to_bytes(4, "big")
+    return counted + hmac.digest(key, b"rejoin" + counted, "sha256")[:28]
+
+
+def number_of_rejoin(key: bytes, token: bytes) -> int:
+    """0: it is none."""
+    number = int.from_bytes(token[:4], "big")
+    return number if hmac.compare_digest(token, rejoin_token(key, number)) else 0
 
 
 def negotiate(theirs: m.Hello) -> int:

@@ -106,6 +106,8 @@ class SenderStatistics:
     pull_zero_pages: int = 0
     zero_pages: int = 0
     bytes_sent: int = 0
+    rejoins: int = 0
+    """How often the lanes were lost, and the session taken up again."""
 
     @property
     def downtime_s(self) -> float:
@@ -124,5 +126,6 @@ class SenderStatistics:
             "push": {"pages": self.push_pages, "bytes": self.push_bytes},
             "zero_pages": self.zero_pages + self.pull_zero_pages,
             "bytes_sent": self.bytes_sent,
+            "rejoins": self.rejoins,
             "throughput_bytes_per_s": round(pages * 4096 / total) if total > 0 else 0,
         }

@@ -1,4 +1,4 @@
-"""Groups of tasks whose first real error is the group's error."""
+"""Groups of tasks whose first real error is the group's error, and what an error means."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from migrate.errors import PeerClosedError
+from migrate.errors import LocalProtocolError, MigrationError, PeerClosedError, ProtocolError
+from xenbackend.contract import XenError
 
 
 def root_cause(error: BaseException) -> BaseException:
@@ -28,3 +29,13 @@ async def task_group() -> AsyncIterator[trio.Nursery]:
         if isinstance(group, ExceptionGroup) or group.split(trio.Cancelled)[1] is not None:
             raise root_cause(group) from None
         raise
+
+
+def is_bug(error: Exception) -> bool:
+    """Neither the hypervisor's nor the link's word, nor ours."""
+    return isinstance(error, LocalProtocolError) or not isinstance(error, MigrationError | XenError | OSError)
+
+
+def is_final(error: Exception) -> bool:
+    """After the handover: nothing comes of trying again.  Anything else may pass, and so may what is a bug here."""
+    return isinstance(error, MigrationError) and not isinstance(error, PeerClosedError | ProtocolError)

@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import trio
 
 from migrate import frames
-from migrate.errors import MigrationError, PeerClosedError
+from migrate.errors import MigrationError, PeerClosedError, RefusedError
 from migrate.frames import FrameDecoder
-from migrate.messages import Hello, Lane, Message, parse
+from migrate.messages import Hello, Lane, Message, Refused, parse
 from migrate.tasks import task_group
 
 CONNECT_TIMEOUT_S = 10.0
@@ -168,12 +168,14 @@ class LaneConnection:
     async def receive_hello(self) -> Hello:
         with trio.move_on_after(CONNECT_TIMEOUT_S):
             message, _pages = await self.receive()
+            if isinstance(message, Refused):
+                raise RefusedError(f"the peer refuses this connection: {message.reason}")
             if not isinstance(message, Hello):
                 raise MigrationError(f"the peer began with {message.type} instead of hello")
             if message.lane not in [lane.value for lane in Lane]:
                 raise MigrationError(f"the peer asked for a lane {message.lane!r}")
             return message
-        raise MigrationError(
+        raise PeerClosedError(
             f"the peer said nothing for {CONNECT_TIMEOUT_S:g} s: is it xen-postcopy that listens there?"
         )
 
@@ -216,11 +218,11 @@ def _split(buffers: list[memoryview]) -> Iterator[list[memoryview]]:
 
 @contextlib.contextmanager
 def step_timeout(complaint: str) -> Iterator[None]:
-    """A step that the peer has to take before the handover.  Raises :class:`MigrationError` when it takes too long."""
+    """A step that the peer has to take before the handover.  Raises :class:`PeerClosedError` when it takes too long."""
     with trio.move_on_after(STEP_TIMEOUT_S) as scope:
         yield
     if scope.cancelled_caught:
-        raise MigrationError(f"{complaint} within {STEP_TIMEOUT_S:g} s")
+        raise PeerClosedError(f"{complaint} within {STEP_TIMEOUT_S:g} s")
 
 
 async def run_in_thread(main: Callable[[], None], stop: Callable[[], None], *, urgent: bool = False) -> None:
@@ -263,17 +265,17 @@ async def run_in_thread(main: Callable[[], None], stop: Callable[[], None], *, u
 
 
 async def connect(host: str, port: int) -> LaneConnection:
-    """Raises :class:`MigrationError` where nobody answers."""
+    """Raises :class:`PeerClosedError` where nobody answers."""
     try:
         with trio.fail_after(CONNECT_TIMEOUT_S):
             stream = await trio.open_tcp_stream(host, port)
     except trio.TooSlowError:
-        raise MigrationError(f"no answer from {host}:{port} within {CONNECT_TIMEOUT_S:g} s") from None
+        raise PeerClosedError(f"no answer from {host}:{port} within {CONNECT_TIMEOUT_S:g} s") from None
     except OSError as error:
         causes: Sequence[BaseException] = getattr(error.__cause__, "exceptions", ()) or (error.__cause__ or error,)
         number = getattr(causes[0], "errno", None)
         why = os.strerror(number) if number is not None and number > 0 else str(causes[0])
-        raise MigrationError(
+        raise PeerClosedError(
             f"cannot reach {host}:{port}: {why}; is xen-postcopy running there, and listening on that address?"
         ) from error
     return LaneConnection.from_stream(stream)

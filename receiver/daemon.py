@@ -82,10 +82,10 @@ class ReceiverDaemon:
         await lanes.receive(stream, self._find_awaited)
 
     def _find_awaited(self, greeting: Hello) -> AwaitedLanes:
-        """A push lane begins a migration."""
-        if greeting.lane == Lane.PULL.value:
+        """A push lane without a token begins a migration."""
+        if greeting.lane == Lane.PULL.value or greeting.token:
             if greeting.session not in self._awaited:
-                raise MigrationError("a pull lane for a session that is not here")
+                raise MigrationError(f"a {greeting.lane} lane for a session that is not here, or not any more")
             return self._awaited[greeting.session]
         self._check(greeting.session)
         awaited = self._awaited[greeting.session] = AwaitedLanes()
@@ -122,6 +122,7 @@ class ReceiverDaemon:
 
     async def _carry_out(self, migration: IncomingMigration) -> None:
         await migration.run()
+        await migration.linger()
         awaited = self._awaited.pop(migration.id, None)
         if awaited is not None:
             awaited.close()

@@ -1,9 +1,12 @@
 """One incoming migration, from hello to completed.
 
 Before ``ready`` is said any failure takes everything back: the incoming domain is destroyed and the
-sender told why.  Once ``ready`` is said and the link breaks without a word, this end cannot know whether the guest was
+sender told why.  Once ``ready`` is said and the lanes are lost without a word, this end cannot know whether the guest was
 handed over: it holds still.  After ``handover`` the guest lives here: whatever fails, its
 ring stays enabled and its memory stays as it is (invariants 1 and 5).
+
+From ``ready`` on a session outlives its lanes: :meth:`_follow_sender` goes over one pair after the other.  What ends with
+a pair is in ``_lane_tasks``, what does not in ``_tasks``.
 
 Where a toolstack decides whether the guest runs here, it is served from ``entrust`` on, and what the toolstack does to its domain
 tells what was decided: see :meth:`_follow_domain`.
@@ -24,10 +27,10 @@ from migrate import messages as m
 from migrate.errors import GuestEndedError, MigrationError, PeerClosedError, ProtocolError, RemoteProtocolError
 from migrate.lanes import Lanes
 from migrate.messages import Lane
-from migrate.pfns import pfns_of_window
+from migrate.pfns import pfns_of_window, windows
 from migrate.session import Role, Session, new_token
 from migrate.statistics import PagerStatistics
-from migrate.tasks import task_group
+from migrate.tasks import is_bug, is_final, task_group
 from migrate.transport import EXPLANATION_S, LaneConnection, run_in_thread, step_timeout
 from receiver.outstanding import OutstandingPages
 from receiver.pager import Pager
@@ -44,6 +47,8 @@ LOOK_EVERY_S = 0.05
 """At a domain that is about to run, ..."""
 LOOK_AGAIN_EVERY_S = 0.5
 """... and at one that runs."""
+LINGER_S = 600.0
+"""How long a sender may be away that has not heard the end."""
 ENDED = ("completed", "failed", "refused")
 
 
@@ -73,14 +78,16 @@ class IncomingMigration:
         self._ring: PagingRing | None = None
         self._pages: OutstandingPages
         self._memory: MemoryRestorer
-        self._pager: Pager
+        self._pager: Pager | None = None
         self._context = bytearray()
         self._said_ready = False
         self._runs = trio.Event()
         """The guest, here."""
         self._handed_over = trio.Event()
         self._completed = False
+        self._last_word: m.Message | None = None
         self._tasks: trio.Nursery
+        self._lane_tasks: trio.Nursery
         self._scope = trio.CancelScope()
         self._cancel_reason = ""
         self.ended = trio.Event()
@@ -114,20 +121,41 @@ class IncomingMigration:
             if self._scope.cancelled_caught:
                 raise MigrationError(self._cancel_reason)
         except Exception as error:
-            if not isinstance(error, MigrationError | XenError | OSError):
+            if is_bug(error):
                 log.exception("internal error")
             await self._failed(error)
         finally:
             self.ended.set()
-            for lane in (self._push, self._pull):
-                if lane is not None:
-                    lane.close()
+            self._close_lanes()
+
+    def _close_lanes(self) -> None:
+        for lane in (self._push, self._pull):
+            if lane is not None:
+                lane.close()
+        self._push = self._pull = None
+
+    async def linger(self) -> None:
+        """Tell a sender that was cut off how it has ended, if it comes back."""
+        if self._last_word is None:
+            return
+        with trio.move_on_after(LINGER_S):
+            while True:
+                self._push = await self.lanes.again(log.debug)
+                self.session.rejoin()
+                try:
+                    if isinstance(await self._hear(), m.Rejoin):
+                        await self._say(self._last_word)
+                        await self._hear()
+                    return
+                except (PeerClosedError, RemoteProtocolError) as error:
+                    log.info("the sender has not been told yet how it ended: %s", error)
+                finally:
+                    self._close_lanes()
 
     async def _receive_migration(self) -> None:
-        self._push = push = await self.lanes.push()
+        self._push = await self.lanes.push()
         with step_timeout("the sender offered nothing"):
-            offer, _pages = await push.receive()
-        self.session.received(offer, Lane.PUSH)
+            offer = await self._hear()
         if isinstance(offer, m.Abort):
             raise MigrationError(f"the sender gave up: {offer.reason}")
         if not isinstance(offer, m.Offer):
@@ -142,18 +170,50 @@ class IncomingMigration:
         token = new_token()
         await self._say(m.Accepted(self.statistics.populate_evicted, token))
         self._pull = await self.lanes.pull(token)
+        self.lanes.keep(offer.key)
         self.progress.phase = "precopy"
-        async with task_group() as tasks:
-            self._tasks = tasks
-            await run_in_thread(self._receive_push_lane, push.stop_receiving)
-            tasks.cancel_scope.cancel()
-        if not self._completed:
-            raise MigrationError(self._cancel_reason)
+        async with task_group() as self._tasks:
+            await self._follow_sender()
+            self._tasks.cancel_scope.cancel()
+        await self._finish()
+
+    async def _follow_sender(self) -> None:
+        """Until all is done."""
+        while not self._completed:
+            try:
+                async with task_group() as self._lane_tasks:
+                    if self._pager is not None:
+                        self._serve_over_these_lanes(self._pager)
+                    assert self._push is not None
+                    await run_in_thread(self._receive_push_lane, self._push.stop_receiving)
+                    self._lane_tasks.cancel_scope.cancel()
+            except Exception as error:
+                if not self._said_ready or is_final(error):
+                    raise
+                if self._needs_nothing:
+                    log.info("nothing is missing any more, which the sender may not have heard: %s", error)
+                    return
+                await self._rejoin(error)
+
+    @property
+    def _needs_nothing(self) -> bool:
+        """Of the sender."""
+        return self.session.handed_over and self._runs.is_set() and not self._pages.count
+
+    async def _finish(self) -> None:
+        assert self._domain is not None and self._pager is not None
         await self._pager.finish()
+        if not self._completed:
+            self._last_word = self._complete_message()
         self.progress.phase, self.progress.outstanding, self.progress.waiting = "completed", 0, 0
-        assert self._domain is not None
         self._domain.close()
         log.info("%s completed", self.progress.domain)
+
+    async def _hear(self) -> m.Message:
+        assert self._push is not None
+        message, _pages = await self._push.receive()
+        self.session.received(message, Lane.PUSH)
+        return message
 
     def _prepare(self, offer: m.Offer) -> str | None:
         """Preflight, the incoming domain and its ring; returns why not."""
@@ -184,7 +244,7 @@ class IncomingMigration:
             message, payload = self._push.receive_blocking()
             self.session.received(message, Lane.PUSH)
             match message:
-                case m.Pages() if self.session.serving:
+                case m.Pages() if self._pager is not None:
                     self._pager.pushed(message, payload)
                 case m.Pages():
                     self._memory.pages(message, payload)
@@ -236,7 +296,8 @@ class IncomingMigration:
         assert self._domain is not None
         if not self._toolstack.decides:
             raise RemoteProtocolError("entrust: there is no toolstack here that would decide")
-        self._serve()
+        if self._pager is None:
+            self._serve()
         self.progress.phase = "deciding"
         await self._toolstack.restored(self._domain)
 
@@ -248,28 +309,27 @@ class IncomingMigration:
         if self._toolstack.decides:
             return
         self._serve()
-        self._domain.start()
+        try:
+            self._domain.start()
+        except XenError as error:
+            raise GuestEndedError(f"the guest could not be started: {error}") from error
         self._runs.set()
         self._say_blocking(m.Resumed())
 
     def _serve(self) -> None:
         """Be the guest's pager."""
         assert self._domain is not None
-        self._pager = Pager(
-            self._domain,
-            self._ring,
-            self._pull,
-            self.session,
-            self._pages,
-            self.statistics,
-            self._say_blocking,
-        )
-        for task in (self._serve_faults, self._follow_domain, self._complete, self._report):
-            self._tasks.start_soon(task)
+        self._pager = Pager(self._domain, self._ring, self.session, self._pages, self.statistics, self._say_blocking)
+        self._tasks.start_soon(self._follow_domain)
+        self._serve_over_these_lanes(self._pager)
 
-    async def _serve_faults(self) -> None:
+    def _serve_over_these_lanes(self, pager: Pager) -> None:
+        for task in (self._serve_faults, self._complete, self._report):
+            self._lane_tasks.start_soon(task, pager)
+
+    async def _serve_faults(self, pager: Pager) -> None:
         try:
-            await self._pager.serve()
+            await pager.serve(self._pull)
         except PeerClosedError:
             await trio.sleep(EXPLANATION_S)  # the push lane may say why
             raise
@@ -282,9 +342,8 @@ class IncomingMigration:
                 raise GuestEndedError(
                     "its domain was destroyed" if self._runs.is_set() else "xl gave the guest up here"
                 )
-            if state is not DomainState.INCOMING and not self._runs.is_set():
+            if state is not DomainState.INCOMING:
                 self._runs.set()
-                await self._say(m.Resumed())
             await trio.sleep(LOOK_AGAIN_EVERY_S if self._runs.is_set() else LOOK_EVERY_S)
 
     def _state(self) -> DomainState | None:
@@ -295,24 +354,86 @@ class IncomingMigration:
         except NoSuchDomainError:
             return None
 
-    async def _complete(self) -> None:
-        await self._pager.nothing_outstanding.wait()
-        await self._handed_over.wait()
+    async def _complete(self, pager: Pager) -> None:
+        """Say that the guest runs (where we start it ourselves that was said in the same breath), and then that all is done."""
         await self._runs.wait()
+        if not self.session.resumed:
+            await self._say(m.Resumed())
+        await pager.nothing_outstanding.wait()
+        await self._handed_over.wait()
         self.progress.phase = "completing"
-        await trio.to_thread.run_sync(self._pager.acknowledge)
-        await self._say(m.Complete(json.dumps(self.details()).encode()))
+        await trio.to_thread.run_sync(pager.acknowledge)
+        await self._say(self._complete_message())
 
-    async def _report(self) -> None:
+    def _complete_message(self) -> m.Message:
+        return m.Complete(json.dumps(self.details()).encode())
+
+    async def _report(self, pager: Pager) -> None:
         while True:
-            await trio.to_thread.run_sync(self._pager.acknowledge)
-            if self._pager.nothing_outstanding.is_set():
+            await trio.to_thread.run_sync(pager.acknowledge)
+            if pager.nothing_outstanding.is_set():
                 return
-            report, self.progress.waiting = self._pager.report()
+            report, self.progress.waiting = pager.report()
             self.progress.outstanding = report.outstanding
             await self._say(report)
             with trio.move_on_after(REPORT_EVERY_S):
-                await self._pager.nothing_outstanding.wait()
+                await pager.nothing_outstanding.wait()
+
+    # ---- when the lanes are lost ----
+    async def _rejoin(self, lost: Exception) -> None:
+        """The guest goes on as far as its pages allow, if it is here."""
+        self.progress.phase = "interrupted" if self._runs.is_set() or self.session.handed_over else "in doubt"
+        while True:
+            self._close_lanes()
+            self._note(str(lost))
+            log.warning("%s %s: %s", self.progress.domain, self.progress.phase, lost, exc_info=is_bug(lost))
+            try:
+                async with task_group() as tasks:
+                    if self._pager is not None:
+                        tasks.start_soon(self._pager.serve, None)
+                    elif self._toolstack.decides:
+                        tasks.start_soon(self._follow_domain)
+                    self._push = await self.lanes.again(self._note)
+                    tasks.cancel_scope.cancel()
+                await self._take_up_again()
+                break
+            except Exception as error:
+                if is_final(error):
+                    raise
+                lost = error
+        if self._pager is not None:
+            self.progress.phase = "postcopy" if self.session.handed_over else "deciding"
+        self.progress.problem = ""
+        log.info("%s: the sender is back, %d pages are missing", self.progress.domain, self._pages.count)
+
+    def _note(self, why: str) -> None:
+        if self.progress.phase == "in doubt":
+            state = "the sender may or may not have handed the guest over: it is kept, and does not run"
+        else:
+            state = "the guest is here and waits for its missing pages"
+        self.progress.problem = f"{why}; {state}"
+
+    async def _take_up_again(self) -> None:
+        self.session.rejoin()
+        with step_timeout("the sender said nothing"):
+            message = await self._hear()
+        match message:
+            case m.Rejoin():
+                pass
+            case m.Completed() if self._needs_nothing:
+                self._completed = True
+                return
+            case m.Abort():
+                raise MigrationError(f"the sender gave up: {message.reason}")
+            case _:
+                raise RemoteProtocolError(f"{message.type}, but {self._pages.count} pages are missing")
+        pages = self._pages if self._pager is None else self._pager
+        for base, bitmap in windows(await trio.to_thread.run_sync(pages.rejoin)):
+            await self._say(m.Outstanding(base, bitmap))
+        token = new_token()
+        reached = "postcopy" if self.session.handed_over else "switchover" if self._pager is None else "decision"
+        await self._say(m.Rejoined(reached, token))
+        self._pull = await self.lanes.pull(token)
 
     async def _say(self, message: m.Message) -> None:
         assert self._push is not None
@@ -325,12 +446,12 @@ class IncomingMigration:
         answer: m.Message = m.Failed(m.printable(str(error)))
         progress.problem = str(error)
         aborted = isinstance(error, MigrationError) and not isinstance(error, PeerClosedError | ProtocolError)
-        if self.session.serving and await self._is_gone():
+        if self._pager is not None and await self._is_gone():
             reason = str(error) if isinstance(error, GuestEndedError) else "its domain was destroyed"
             log.warning("%s: %s", progress.domain, reason)
             progress.phase, progress.problem = "failed", reason
             self._release()
-            answer = m.Ended(self._runs.is_set(), m.printable(reason))
+            answer = self._last_word = m.Ended(self._runs.is_set(), m.printable(reason))
         elif self.session.handed_over or self._runs.is_set():
             progress.phase = "interrupted"
             progress.problem += "; the guest is here and waits for its missing pages"
@@ -339,8 +460,6 @@ class IncomingMigration:
             progress.phase = "in doubt"
             progress.problem += "; the sender may or may not have handed the guest over: it is kept, and does not run"
             log.error("%s before the handover: %s", progress.domain, progress.problem)
-            if self._toolstack.decides:
-                await self._await_decision(error)
             return
         else:
             progress.phase = "failed"
@@ -350,19 +469,9 @@ class IncomingMigration:
         with trio.CancelScope(shield=True), trio.move_on_after(2), contextlib.suppress(MigrationError):
             if self._push is not None:
                 await self._push.send(answer)
+                self._last_word = None
                 # What the sender says meanwhile is not read any more, and closing a connection then takes back what we said.
                 await trio.sleep(EXPLANATION_S)
-
-    async def _await_decision(self, error: Exception) -> None:
-        """xl decides, though the link is lost: the guest runs here, or its domain goes away."""
-        while (state := await trio.to_thread.run_sync(self._state)) is DomainState.INCOMING:
-            await trio.sleep(LOOK_AGAIN_EVERY_S)
-        if state is None:
-            self.progress.phase, self.progress.problem = "failed", f"{error}; xl gave the guest up here"
-            self._release()
-        else:
-            self.progress.phase = "interrupted"
-            self.progress.problem = f"{error}; the guest is here and waits for its missing pages"
 
     async def _is_gone(self) -> bool:
         return self._domain is not None and await trio.to_thread.run_sync(self._state) is None

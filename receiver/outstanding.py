@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from migrate.errors import RemoteProtocolError
 from migrate.messages import MAX_AHEAD_PFNS
-from migrate.pfns import NO_PFNS, pfn_array
+from migrate.pfns import NO_PFNS, PfnMask, pfn_array
 from receiver.readahead import ReadAhead, merged
 from xenbackend.contract import PfnArray
 from xenbackend.ring import PagingRequest
@@ -93,6 +93,18 @@ class OutstandingPages:
         if dropped:
             verdict.dropped = pfn_array(sorted(dropped))
         return verdict
+
+    def rejoin(self) -> PfnMask:
+        """What is outstanding, now that the link was lost and nothing is on its way."""
+        failed = self._state == LOADING  # cut short: some of them may be there, which the next load finds out
+        self._state[failed] = OUTSTANDING
+        self._state[pfn_array(sorted(pfn for pfn in self._waiting if self._state[pfn] == OUTSTANDING))] = REQUESTED
+        outstanding: PfnMask = (self._state == OUTSTANDING) | (self._state == REQUESTED)
+        return outstanding
+
+    def requested(self) -> PfnArray:
+        """What vCPUs wait for."""
+        return pfn_array(sorted(pfn for pfn in self._waiting if self._state[pfn] == REQUESTED))
 
     def ahead(self, touched: list[int]) -> PfnArray:
         """What to fetch before it is needed.  They stay outstanding: a fault for one asks for it as for any other."""

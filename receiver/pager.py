@@ -1,15 +1,20 @@
-"""The pager: between the paging ring, the two lanes and the domain, from the handover on.
+"""The pager: between the paging ring, the two lanes and the domain, from the switchover on.
 
 Two threads meet here.  The *pager thread* waits for the ring and the pull lane and does nothing else: a
 fault's way through this process is wake, ask, wake, load, answer, and at no point does it queue behind the event loop
 or behind a batch.  The thread of the push lane brings pushed pages and acknowledges.  All decisions are
 :class:`OutstandingPages`', taken under one lock; pages are claimed under it and loaded outside of it.
+
+While there are no lanes the pager thread serves the ring alone: who waits for a page that is there goes on, the
+others' requests are kept.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
+import os
 import select
 import threading
 import time
@@ -20,8 +25,8 @@ import trio
 from numpy.typing import NDArray
 
 from migrate.errors import PeerClosedError
-from migrate.messages import MAX_PFNS, Ahead, Dropped, Fault, Lane, Loaded, Message, Pages, Report
-from migrate.pfns import NO_PFNS
+from migrate.messages import MAX_FAULT_PFNS, MAX_PFNS, Ahead, Dropped, Fault, Lane, Loaded, Message, Pages, Report
+from migrate.pfns import NO_PFNS, PfnMask
 from migrate.session import Phase, Session
 from migrate.statistics import PagerStatistics
 from migrate.transport import LaneConnection, run_in_thread
@@ -56,13 +61,12 @@ def load(domain: Domain, pfns: PfnArray, pages: Buffer | None) -> NDArray[np.int
 
 
 class Pager:
-    """``say`` sends on the push lane; ``pull`` may be missing where no page is."""
+    """``ring``: none where no page is missing.  ``say`` sends on the push lane."""
 
     def __init__(
         self,
         domain: Domain,
         ring: PagingRing | None,
-        pull: LaneConnection | None,
         session: Session,
         pages: OutstandingPages,
         statistics: PagerStatistics,
@@ -70,7 +74,8 @@ class Pager:
     ):
         self._domain = domain
         self._ring = ring
-        self._pull = pull
+        self._pull: LaneConnection | None = None
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._session = session
         self._pages = pages
         self._statistics = statistics
@@ -86,33 +91,52 @@ class Pager:
             self.nothing_outstanding.set()
 
     # ---- the pager thread ----
-    async def serve(self) -> None:
-        """Serve faults until cancelled.  Raises what went wrong."""
-        if self._ring is not None and self._pull is not None:
+    async def serve(self, pull: LaneConnection | None) -> None:
+        """Serve faults until cancelled, without lanes as far as that goes.  Raises what went wrong."""
+        if self._ring is not None:
+            self._pull = pull
+            self._stopping = False
             await run_in_thread(self._serve, self._stop, urgent=True)
 
     def _stop(self) -> None:
-        assert self._pull is not None
         self._stopping = True
-        self._pull.shut()
+        os.eventfd_write(self._wake_fd, 1)
+        if self._pull is not None:
+            self._pull.shut()
 
     def _serve(self) -> None:
-        assert self._ring is not None and self._pull is not None
+        assert self._ring is not None
         poll = select.poll()
+        poll.register(self._wake_fd, select.POLLIN)
         poll.register(self._ring, select.POLLIN)
-        poll.register(self._pull, select.POLLIN)
+        if self._pull is not None:
+            poll.register(self._pull, select.POLLIN)
         ring_fd = self._ring.fileno()
         try:
-            while True:
+            self._ask_again()
+            while not self._stopping:
                 for fd, _event in poll.poll():
                     if fd == ring_fd:
                         self._handle_ring()
-                    else:
+                    elif fd != self._wake_fd:
                         self._handle_pull_lane()
         except PeerClosedError:
             if not self._stopping and self._session.phase < Phase.COMPLETE:
                 raise
             # The sender agreed, and the push lane is about to say so.
+        finally:
+            self._drain_wake_fd()
+
+    def _drain_wake_fd(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wake_fd)
+
+    def _ask_again(self) -> None:
+        """For what vCPUs wait for since before these lanes."""
+        with self._lock:
+            requested = self._pages.requested()
+        for at in range(0, len(requested), MAX_FAULT_PFNS):
+            self._ask(Fault(requested[at : at + MAX_FAULT_PFNS]))
 
     def _handle_ring(self) -> None:
         assert self._ring is not None
@@ -120,18 +144,17 @@ class Pager:
             verdict = self._pages.requests(self._ring.requests(), time.monotonic())
             self._statistics.requests += len(verdict.ask)
             self._carry_out(verdict)
-        if self._pull is None:
-            return
         if len(verdict.ask):
             self._ask(Fault(verdict.ask))
         # Only now: a vCPU waits.
-        ahead = self._pages.ahead(verdict.touched)
+        ahead = self._pages.ahead(verdict.touched) if self._pull is not None else NO_PFNS
         if len(ahead):
             self._statistics.ahead_pages += len(ahead)
             self._ask(Ahead(ahead))
 
     def _ask(self, message: Message) -> None:
-        assert self._pull is not None
+        if self._pull is None:
+            return
         self._session.sent(message, Lane.PULL)
         self._pull.send_blocking(message)
 
@@ -168,6 +191,12 @@ class Pager:
                 for at in range(0, len(pfns), MAX_PFNS):
                     self._say(kind(pfns[at : at + MAX_PFNS]))
 
+    def rejoin(self) -> PfnMask:
+        """What is outstanding, for a sender that is to send it.  While nothing is served."""
+        with self._lock:
+            self._unacknowledged, self._dropped = [], []
+            return self._pages.rejoin()
+
     def report(self) -> tuple[Report, int]:
         """How it goes, and how many requests wait just now."""
         with self._lock:
@@ -179,6 +208,7 @@ class Pager:
 
         The guest stands still meanwhile: a vCPU may be about to ask for a page that was loaded a moment ago.
         """
+        self._pull = None
         if self._ring is not None:
             self._domain.pause()
             try:
@@ -201,9 +231,10 @@ class Pager:
                 return
 
     def close(self) -> None:
-        """Close the pull lane; the ring stays as it is."""
-        if self._pull is not None:
-            self._pull.close()
+        """The ring itself stays as it is."""
+        if self._wake_fd >= 0:
+            os.close(self._wake_fd)
+            self._wake_fd = -1
 
     # ---- either ----
     def _claim(self, message: Pages, payload: memoryview) -> Iterator[tuple[PfnArray, Buffer | None]]:

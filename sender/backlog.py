@@ -3,7 +3,8 @@ safe to be used by the event loop and the fault server's thread at once.
 
 Each goes ``UNSENT -> SENT -> DONE``; DONE when the receiver has it loaded, or does not want it any more.  A page
 is kept until then (invariant 6), so a SENT one can be sent again: when a vCPU waits for a page that is still
-somewhere among the pushed megabytes, it is sent once more on the pull lane and comes first.
+somewhere among the pushed megabytes, it is sent once more on the pull lane and comes first.  And when the link was lost, and with
+it whatever was on its way, the receiver says what it lacks: that is UNSENT again.
 
 Background pages go out in ascending order from a cursor which every fault moves: what the guest touched
 last says best what it touches next.
@@ -144,6 +145,22 @@ class Backlog:
                 raise RemoteProtocolError("dropped: a pfn that is not outstanding")
             self._count(pfns[states == UNSENT], -1)
             self._done(pfns)
+
+    def rejoin(self, outstanding: PfnMask) -> PfnArray:
+        """All that the receiver lacks; returns those that are DONE by that.
+
+        Raises :class:`RemoteProtocolError` where it lacks what it has confirmed, or was never missing.
+        """
+        with self._lock:
+            wrong = outstanding & ((self._state == NOT_OURS) | (self._state == DONE))
+            if wrong.any():
+                raise RemoteProtocolError(f"outstanding: pfn {int(np.argmax(wrong)):#x} is not outstanding")
+            done = from_mask(~outstanding & (self._state != NOT_OURS) & (self._state != DONE))
+            self._state[done] = DONE
+            self._state[outstanding] = UNSENT
+            self._left[:] = np.add.reduceat(outstanding, np.arange(0, len(outstanding), BLOCK), dtype=np.int64)
+            self.unsent = self.unacknowledged = int(self._left.sum())
+        return done
 
     def is_done(self, pfns: PfnArray) -> NDArray[np.bool_]:
         with self._lock:

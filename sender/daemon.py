@@ -205,12 +205,13 @@ class SenderDaemon:
             log.exception("%s: internal error", migration.domain_name)
         finally:
             self._active.discard(migration.id)
-            awaited = self._awaited.pop(migration.id, None)
-            if awaited is not None:
-                awaited.close()
             ended.set()
             self._idle.set()
             self._forget()
+        await migration.linger()
+        awaited = self._awaited.pop(migration.id, None)
+        if awaited is not None:
+            awaited.close()
 
     def _forget(self) -> None:
         ended = [m.id for m in self._migrations.values() if m.progress.phase in ("completed", "failed")]

@@ -5,7 +5,8 @@ The order of things is in :meth:`OutgoingMigration.run`, one method a phase.  Tw
 - Until ``handover`` is about to be sent, every way out leads through :meth:`_give_up`, which leaves the guest running
   at the source as if nothing had happened.
 - From then on nothing does: the domain stays suspended and its pages are kept until the receiver has confirmed
-  each of them, whatever fails (invariants 1 and 6).
+  each of them, whatever fails (invariants 1 and 6).  When the lanes are lost, the session is taken up again on others
+  (:meth:`OutgoingMigration._rejoin`).
 
 Where a toolstack decides at which end the guest runs, there is a time between the two in which nobody here knows: the domain
 stays as it is, and its pages are kept, until the toolstack has resumed or destroyed it.
@@ -21,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import trio
@@ -30,14 +31,24 @@ from numpy.typing import NDArray
 from migrate import logs
 from migrate import messages as m
 from migrate.bandwidth import BandwidthCap
-from migrate.errors import GuestEndedError, MigrationError, PeerClosedError, RemoteProtocolError
+from migrate.errors import GuestEndedError, MigrationError, PeerClosedError, RefusedError, RemoteProtocolError
 from migrate.lanes import Lanes
 from migrate.messages import Lane
-from migrate.pfns import NO_PFNS, PfnMask, bitmap_of, from_bitmap, from_mask, in_bitmap, mask_from_bitmap, windows
+from migrate.pfns import (
+    NO_PFNS,
+    PfnMask,
+    bitmap_of,
+    from_bitmap,
+    from_mask,
+    in_bitmap,
+    mask_from_bitmap,
+    pfns_of_window,
+    windows,
+)
 from migrate.policy import Decision, DefaultPolicy, Policy, PolicyOptions, PrecopyProgress, Strategy
-from migrate.session import Phase, Role, Session
+from migrate.session import Phase, Role, Session, new_token
 from migrate.statistics import SenderStatistics
-from migrate.tasks import task_group
+from migrate.tasks import is_bug, is_final, task_group
 from migrate.transport import EXPLANATION_S, STEP_TIMEOUT_S, LaneConnection, run_in_thread, step_timeout
 from sender.backlog import Backlog
 from sender.faults import FaultServer
@@ -121,7 +132,14 @@ class OutgoingMigration:
         self._push: LaneConnection | None = None
         self._pull: LaneConnection | None = None
         self._backlog: Backlog
-        self._faults: FaultServer
+        self._key = new_token()
+        self._given_away = trio.Event()
+        """A toolstack that decides has decided so."""
+        self._context_sent = False
+        """The receiver may be ready, and wait for the handover."""
+        self._entrusted = False
+        """The guest may be running at the destination."""
+        self._last_word: m.Message | None = None
 
     # ---- what others may ask ----
     def postcopy_now(self) -> None:
@@ -132,7 +150,7 @@ class OutgoingMigration:
 
     def cancel(self, reason: str) -> None:
         """Give up; the guest goes on here.  Raises :class:`MigrationError` after the handover."""
-        if self.session.phase is Phase.DECISION:
+        if self._entrusted and not self.session.handed_over:
             raise MigrationError("too late to cancel: it is for xl to decide now at which end the guest runs")
         if self.session.handed_over:
             raise MigrationError("too late to cancel: the guest runs at the destination, and its memory is following")
@@ -187,28 +205,51 @@ class OutgoingMigration:
             raise MigrationError(f"domain {info.name} is {info.state.value}: only a running domain can be migrated")
         self.statistics.memory_bytes = info.tot_pages * PAGE_SIZE
         await self._connect()
-        assert self._push is not None
-        async with task_group() as tasks:
-            tasks.start_soon(run_in_thread, self._receive_push_lane, self._push.stop_receiving)
-            missing, rest = await self._precopy()
-            await self._switch_over(missing, rest)
-            tasks.start_soon(self._serve_faults)
-            if self._toolstack.decides:
-                tasks.start_soon(self._follow_decision)
-                # Until the guest runs nobody needs the pages, and libxl, which has to finish its work, needs the CPU.
-                await self._signals.resumed.wait()
-            await self._push_pages()
-            if self.session.handed_over:
-                self.progress.phase = "completing"
-            await self._signals.complete.wait()
-            if self._backlog.unacknowledged:
-                raise RemoteProtocolError(f"complete, but {self._backlog.unacknowledged} pages were never confirmed")
-            await self._say(m.Completed())
-            await self._push_lane_closed()
-            self.statistics.finished = time.monotonic()
+        async with task_group() as tasks:  # what does not end with the lanes
+            await self._migrate_over_lanes(tasks)
             tasks.cancel_scope.cancel()
+        self.statistics.finished = time.monotonic()
         await self._toolstack.finish(self._domain)
         self.progress.phase = "completed"
+
+    async def _migrate_over_lanes(self, tasks: trio.Nursery) -> None:
+        """One pair after the other, from the switchover on."""
+        while True:
+            try:
+                assert self._push is not None
+                async with task_group() as lane_tasks:
+                    if not self._signals.complete.is_set():
+                        lane_tasks.start_soon(run_in_thread, self._receive_push_lane, self._push.stop_receiving)
+                    if not self._entrusted:
+                        await self._switch_over(*await self._precopy())
+                        if self._toolstack.decides:
+                            tasks.start_soon(self._follow_decision)
+                        await self._entrust()
+                    await self._feed(lane_tasks)
+                    lane_tasks.cancel_scope.cancel()
+                return
+            except Exception as error:
+                if not self._entrusted or is_final(error):
+                    raise
+                await self._rejoin(error)
+
+    async def _feed(self, lane_tasks: trio.Nursery) -> None:
+        """The destination with what it lacks."""
+        if self._pull is not None:
+            lane_tasks.start_soon(self._serve_faults, self._pull)
+        if self._toolstack.decides:
+            lane_tasks.start_soon(self._hand_over_when_decided)
+            # Until the guest runs nobody needs the pages, and libxl, which has to finish its work, needs the CPU.
+            await self._signals.resumed.wait()
+        await self._push_pages()
+        if self.session.handed_over:
+            self.progress.phase = "completing"
+        await self._signals.complete.wait()
+        if self._backlog.unacknowledged:
+            raise RemoteProtocolError(f"complete, but {self._backlog.unacknowledged} pages were never confirmed")
+        with contextlib.suppress(PeerClosedError):  # then it knows as much
+            await self._say(m.Completed())
+            await self._push_lane_closed()
 
     async def _connect(self) -> None:
         """hello, preflight and the pull lane."""
@@ -216,7 +257,9 @@ class OutgoingMigration:
         self.progress.phase = "preflight"
         config = self._domain.config()
         paging = self.options.strategy.pages_after_handover
-        await self._say(m.Offer(config.name, config.nr_pfns, config.max_pages, config.vcpus, config.platform, paging))
+        await self._say(
+            m.Offer(config.name, config.nr_pfns, config.max_pages, config.vcpus, config.platform, paging, self._key)
+        )
         with step_timeout("the destination did not answer the preflight"):
             answer, _pages = await self._push.receive()
         self.session.received(answer, Lane.PUSH)
@@ -225,6 +268,7 @@ class OutgoingMigration:
         if not isinstance(answer, m.Accepted):
             raise RemoteProtocolError(f"{answer.type} instead of accepted or refused")
         self._pull = await self.lanes.pull(answer.token)
+        self.lanes.keep(self._key)
         await self._toolstack.agreed()
 
     # ---- precopy ----
@@ -433,7 +477,8 @@ class OutgoingMigration:
         context = domain.context()
         for at in range(0, len(context), m.MAX_CONTEXT_CHUNK):
             chunk = context[at : at + m.MAX_CONTEXT_CHUNK]
-            await self._say(m.Context(chunk, at + len(chunk) == len(context)))
+            self._context_sent = at + len(chunk) == len(context)
+            await self._say(m.Context(chunk, self._context_sent))
         if self._toolstack.decides:
             # What was written since it was held may be another frame now.
             await trio.to_thread.run_sync(domain.hold, changed[missing.are_missing(changed)])
@@ -441,21 +486,24 @@ class OutgoingMigration:
             self._stop_log_dirty()
         with step_timeout("the guest was suspended, and the destination was not ready"):
             await self._signals.ready.wait()
-        assert self._pull is not None
-        self._faults = FaultServer(domain, self._pull, self.session, self._backlog, self.statistics, self._cap)
         self.progress.pages_done, self.progress.pages_total = 0, stats.missing_pages
         self.progress.outstanding = stats.missing_pages
+        log.info("ready, %d pages in downtime, %d missing", stats.switchover_pages, stats.missing_pages)
+
+    async def _entrust(self) -> None:
+        """Said is done, even where it does not arrive: it is said again then."""
         await trio.lowlevel.checkpoint_if_cancelled()
+        self._entrusted = True
+        self.progress.phase = "deciding" if self._toolstack.decides else "postcopy"
         with trio.CancelScope(shield=True):
-            log.info("ready, %d pages in downtime, %d missing", stats.switchover_pages, stats.missing_pages)
-            if self._toolstack.decides:
-                await self._say(m.Entrust())
-                await self._toolstack.switched_over()
-                self.progress.phase = "deciding"
-            else:
-                # From here on the guest is the receiver's, even if this very message does not arrive.
-                await self._say(m.Handover())
-                self.progress.phase = "postcopy"
+            await self._say_switched_over()
+
+    async def _say_switched_over(self) -> None:
+        if self._toolstack.decides:
+            await self._say(m.Entrust())
+            await self._toolstack.switched_over()
+        else:
+            await self._say(m.Handover())
 
     async def _follow_decision(self) -> None:
         """Seen here, or else as the receiver sees it."""
@@ -472,8 +520,13 @@ class OutgoingMigration:
             tasks.cancel_scope.cancel()
         if not given_away:
             raise StaysHereError("xl resumed the guest here")
-        self.progress.phase = "postcopy"
-        await self._say(m.Handover())
+        self._given_away.set()
+
+    async def _hand_over_when_decided(self) -> None:
+        await self._given_away.wait()
+        if self.session.phase is Phase.DECISION:
+            self.progress.phase = "postcopy"
+            await self._say(m.Handover())
 
     def _stop_and_copy_fits(self, dirty: int) -> bool:
         """Sending the rest now, instead of after the handover: always where there is no after."""
@@ -492,9 +545,10 @@ class OutgoingMigration:
 
         await self._send_batches(self._backlog.batches(BATCH_PAGES), sent)
 
-    async def _serve_faults(self) -> None:
+    async def _serve_faults(self, pull: LaneConnection) -> None:
+        server = FaultServer(self._domain, pull, self.session, self._backlog, self.statistics, self._cap)
         try:
-            await self._faults.serve()
+            await server.serve()
         except PeerClosedError:
             await trio.sleep(EXPLANATION_S)  # the push lane may say why
             raise
@@ -516,6 +570,8 @@ class OutgoingMigration:
                     trio.from_thread.run_sync(self._signals.passed[message.number].set)
                 case m.Ready():
                     trio.from_thread.run_sync(self._signals.ready.set)
+                case m.Resumed() if self._signals.resumed.is_set():
+                    pass
                 case m.Resumed():
                     self.statistics.resumed = time.monotonic()
                     log.info(
@@ -536,21 +592,88 @@ class OutgoingMigration:
                 case m.Report():
                     self.progress.faults, self.progress.latency_us = message.faults, message.latency_us
                 case m.Complete():
-                    self.receiver_statistics = _receiver_statistics(message.statistics)
-                    trio.from_thread.run_sync(self._signals.complete.set)
+                    trio.from_thread.run_sync(self._completed, message)
                     return
-                case m.Ended() if self.session.phase is Phase.DECISION and not message.ran:
-                    raise StaysHereError(f"the destination has given the guest up: {message.reason}")
-                case m.Ended():
-                    raise GuestEndedError(f"the guest ended at the destination: {message.reason}")
-                case m.Failed():
-                    raise MigrationError(f"the destination cannot go on: {message.reason}")
+                case m.Ended() | m.Failed():
+                    self._raise(message)
+
+    def _completed(self, message: m.Complete) -> None:
+        self.receiver_statistics = _receiver_statistics(message.statistics)
+        self._signals.resumed.set()
+        self._signals.complete.set()
+
+    def _raise(self, message: m.Ended | m.Failed) -> NoReturn:
+        """There is nothing more to come from the destination."""
+        if isinstance(message, m.Failed):
+            raise MigrationError(f"the destination cannot go on: {message.reason}")
+        if not self.session.handed_over and not message.ran:
+            raise StaysHereError(f"the destination has given the guest up: {message.reason}")
+        raise GuestEndedError(f"the guest ended at the destination: {message.reason}")
 
     async def _push_lane_closed(self) -> None:
         """The receiver closes first, when its ring is given up: nothing of ours is cut off on the way then."""
         assert self._push is not None
         with trio.move_on_after(STEP_TIMEOUT_S), contextlib.suppress(PeerClosedError):
             await self._push.receive()
+
+    async def _hear(self) -> m.Message:
+        """Where the thread does not."""
+        assert self._push is not None
+        message, _pages = await self._push.receive()
+        self.session.received(message, Lane.PUSH)
+        return message
+
+    # ---- when the lanes are lost ----
+    async def _rejoin(self, lost: Exception) -> None:
+        """Until the receiver is there again."""
+        self.progress.phase, before = "interrupted", self.progress.phase
+        while True:
+            self._close_lanes()
+            log.warning("%s: %s", self.domain_name, lost, exc_info=is_bug(lost))
+            self._note(str(lost))
+            try:
+                self._push = await self.lanes.again(self._note)
+                await self._take_up_again()
+                break
+            except Exception as error:
+                if is_final(error):
+                    raise
+                lost = error
+        self.statistics.rejoins += 1
+        self.progress.phase, self.progress.problem = before, ""
+        self.progress.outstanding = self._backlog.unacknowledged
+        log.info("%s: the destination is back, %d pages to go", self.domain_name, self._backlog.unacknowledged)
+
+    def _note(self, why: str) -> None:
+        state = (
+            "the guest is at the destination, its missing pages are kept here"
+            if self.session.handed_over or self._given_away.is_set()
+            else "xl has not said yet at which end the guest runs"
+        )
+        self.progress.problem = f"{why}; {state}"
+
+    async def _take_up_again(self) -> None:
+        """Find out what the receiver lacks, of pages and of what was said."""
+        self.session.rejoin()
+        await self._say(m.Rejoin())
+        outstanding = np.zeros(self._domain.nr_pfns, dtype=np.bool_)
+        with step_timeout("the destination did not say what it lacks"):
+            while isinstance(answer := await self._hear(), m.Outstanding):
+                outstanding[pfns_of_window(answer.base, answer.bitmap)] = True
+        match answer:
+            case m.Rejoined() | m.Complete():
+                done = await trio.to_thread.run_sync(self._backlog.rejoin, outstanding)
+                await trio.to_thread.run_sync(self._domain.release, done)
+            case m.Ended() | m.Failed():
+                self._raise(answer)
+            case _:
+                raise RemoteProtocolError(f"{answer.type} in answer to rejoin")
+        if isinstance(answer, m.Complete):
+            self._completed(answer)
+            return
+        self._pull = await self.lanes.pull(answer.token)
+        if self.session.phase is Phase.SWITCHOVER:
+            await self._say_switched_over()
 
     # ---- when it goes wrong ----
     async def _failed(self, error: BaseException) -> None:
@@ -560,7 +683,7 @@ class OutgoingMigration:
             await self._toolstack.finish(self._domain)
             progress.phase = "failed"
             return
-        if self.session.phase is Phase.DECISION and not isinstance(error, trio.Cancelled | StaysHereError):
+        if self._entrusted and not given_away and not isinstance(error, trio.Cancelled | StaysHereError):
             progress.phase, progress.problem = "in doubt", f"{error}; xl has not said yet at which end the guest runs"
             log.warning("%s: %s", self.domain_name, progress.problem)
             given_away = await self._toolstack.decision(self._domain)
@@ -573,13 +696,31 @@ class OutgoingMigration:
                 await self._give_up(str(error))
             progress.phase = "failed"
 
+    async def linger(self) -> None:
+        """Tell a receiver that was cut off, and holds the guest in readiness, that it stays here."""
+        while self._last_word is not None:
+            try:
+                self._push = await self.lanes.again(log.debug)
+                await self._push.send(self._last_word)
+                await self._push_lane_closed()
+                self._last_word = None
+            except RefusedError:  # it knows
+                return
+            except PeerClosedError as error:
+                log.info("%s: the destination has not been told yet that the guest stays: %s", self.domain_name, error)
+            finally:
+                self._close_lanes()
+
     async def _give_up(self, reason: str) -> None:
         """The guest goes on here; the receiver is told, if it can be."""
         log.warning("migration of %s given up: %s", self.domain_name, reason)
+        abort = m.Abort(m.printable(reason))
+        if self._context_sent:
+            self._last_word = abort
         if self._push is not None:
             with trio.move_on_after(2), contextlib.suppress(PeerClosedError):
-                # Where this fails it sees the connection end, which says the same.
-                await self._push.send(m.Abort(m.printable(reason)))
+                # Where this fails it sees the connection end, which says the same to one that is not ready.
+                await self._push.send(abort)
         self._close_lanes()
         try:
             self._stop_log_dirty()

@@ -6,6 +6,7 @@ The hosts are processes still, the lanes real TCP connections.
 from __future__ import annotations
 
 import functools
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 import trio
@@ -17,7 +18,9 @@ from migrate.loopback import World, verify_migrated, wait_for_steps
 from migrate.policy import PolicyOptions, Strategy
 from migrate.session import new_id
 from receiver.daemon import ReceiverDaemon
+from receiver.migration import IncomingMigration
 from sender.migration import MigrationOptions, OutgoingMigration
+from tests.links import Link, link
 from xenbackend.contract import XenError
 from xenbackend.simulated.guest import GuestSpec
 from xenbackend.simulated.verify import Verification
@@ -28,6 +31,15 @@ class Outcome:
     migration: OutgoingMigration
     error: Exception | None = None
     receiver: ReceiverDaemon = field(init=False)
+    connections: int = 0
+
+    @property
+    def incoming(self) -> IncomingMigration:
+        (migration,) = self.receiver._migrations.values()
+        return migration
+
+
+Meanwhile = Callable[[Outcome, Link], Awaitable[None]]
 
 
 async def migrate(
@@ -37,8 +49,13 @@ async def migrate(
     *,
     options: MigrationOptions | None = None,
     timeout_s: float = 30.0,
+    budgets: list[int | None] | None = None,
+    meanwhile: Meanwhile | None = None,
 ) -> Outcome:
-    """Boot the guest at the source and migrate it.  Its failure is in the outcome, not raised."""
+    """Boot the guest at the source and migrate it.  Its failure is in the outcome, not raised.
+
+    ``budgets``: of the link between them.  ``meanwhile`` is given the outcome, as it becomes, and that link.
+    """
     guest = world.source.create_guest(spec.to_bytes())
     await trio.to_thread.run_sync(wait_for_steps, guest, 100)
     guest.close()
@@ -50,15 +67,20 @@ async def migrate(
             receiver._nursery = nursery
             listeners = await nursery.start(functools.partial(trio.serve_tcp, receiver.serve_lane, 0, host="127.0.0.1"))
             session = new_id()
-            lanes = DialledLanes(("127.0.0.1", listeners[0].socket.getsockname()[1]), session)
+            between = await link(nursery, ("127.0.0.1", listeners[0].socket.getsockname()[1]), budgets)
+            lanes = DialledLanes(("127.0.0.1", between.port), session)
             outcome = Outcome(OutgoingMigration(session, world.source, spec.name, lanes, options))
             outcome.receiver = receiver
+            if meanwhile is not None:
+                nursery.start_soon(meanwhile, outcome, between)
             try:
                 await outcome.migration.run()
             except (MigrationError, XenError) as error:
                 outcome.error = error
+                nursery.start_soon(outcome.migration.linger)
             for incoming in receiver._migrations.values():
                 await incoming.ended.wait()
+            outcome.connections = between.connections
             nursery.cancel_scope.cancel()
     return outcome
 

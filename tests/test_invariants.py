@@ -9,9 +9,10 @@ import pytest
 import trio
 
 from migrate import messages as m
-from migrate.errors import MigrationError, PeerClosedError
+from migrate.errors import MigrationError
 from migrate.loopback import World
 from migrate.policy import Strategy
+from receiver.migration import IncomingMigration
 from receiver.outstanding import OutstandingPages, Verdict
 from receiver.pager import Pager
 from receiver.restore import MemoryRestorer
@@ -154,7 +155,8 @@ async def test_a_ring_that_is_disabled_early_is_noticed(clean_hosts: World, name
         start(self)
 
     monkeypatch.setattr(SimulatedDomain, "start", disable_and_start)
-    await migrate(clean_hosts, busy(name))
+    with pytest.raises(trio.TooSlowError):  # nothing can be loaded any more
+        await migrate(clean_hosts, busy(name), timeout_s=3)
     domain = clean_hosts.destination.open(name)
     with trio.fail_after(10):
         while domain.info().state is not DomainState.CRASHED:
@@ -191,11 +193,26 @@ async def test_a_pinned_frame_that_is_missing_kills_the_guest(
 
 
 async def test_a_completion_that_is_not_so_is_not_believed(clean_hosts: World, name: str, monkeypatch: Patch) -> None:
-    """Invariants 6 and 8: the receiver says complete, but never acknowledged."""
-    monkeypatch.setattr(Pager, "acknowledge", lambda self: None)
+    """Invariants 6 and 8: the receiver says complete while pages are missing.  The sender asks what it really lacks."""
+    complete = IncomingMigration._complete
+    lies: list[int] = []
+
+    async def lie(self: IncomingMigration, pager: Pager) -> None:
+        if lies:
+            await complete(self, pager)
+            return
+        lies.append(self._pages.count)
+        await self._handed_over.wait()
+        if not self.session.resumed:
+            await self._say(m.Resumed())
+        await self._say(self._complete_message())
+
+    monkeypatch.setattr(IncomingMigration, "_complete", lie)
     outcome = await migrate(clean_hosts, busy(name))
-    assert "never confirmed" in str(outcome.error)
-    assert clean_hosts.source.open(name).info().state is DomainState.SUSPENDED, "the source was let go"
+    assert lies[0] > 0
+    assert outcome.error is None
+    assert outcome.migration.statistics.rejoins >= 1
+    assert (await verification(clean_hosts, busy(name))).problems == []
 
 
 async def test_a_sender_that_loses_a_page_never_completes(clean_hosts: World, name: str, monkeypatch: Patch) -> None:
@@ -211,27 +228,6 @@ async def test_a_sender_that_loses_a_page_never_completes(clean_hosts: World, na
     with pytest.raises(trio.TooSlowError):
         await migrate(clean_hosts, busy(name, working_set_bytes=4 * MIB), timeout_s=3)
     assert clean_hosts.source.open(name).info().state is DomainState.SUSPENDED
-
-
-async def test_the_source_never_runs_again_after_the_handover(
-    clean_hosts: World, name: str, monkeypatch: Patch
-) -> None:
-    """Invariant 1: the link is cut the moment after."""
-
-    async def cut(self: OutgoingMigration) -> None:
-        assert self._push is not None
-        self._push.shut()
-        raise PeerClosedError("cut")
-
-    monkeypatch.setattr(OutgoingMigration, "_push_pages", cut)
-    outcome = await migrate(clean_hosts, busy(name))
-    assert outcome.error is not None
-    assert outcome.migration.progress.phase == "interrupted"
-    assert clean_hosts.source.open(name).info().state is DomainState.SUSPENDED
-    target = clean_hosts.destination.open(name)
-    assert target.info().state is DomainState.RUNNING, "invariant 5: the guest goes on as far as its pages allow"
-    with pytest.raises(MigrationError, match="too late"):
-        outcome.migration.cancel("second thoughts")
 
 
 @pytest.mark.parametrize("moment", ["_precopy", "_switch_over"])

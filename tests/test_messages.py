@@ -25,7 +25,7 @@ from migrate.pfns import (
 
 EXAMPLES: list[m.Message] = [
     m.Hello(1, 1, "push", "abc", b"t", ("x",), ("y", "z"), "test"),
-    m.Offer("guest", 1024, 1000, 2, b"config", True),
+    m.Offer("guest", 1024, 1000, 2, b"config", True, b"key"),
     m.Pages(pfn_array([1, 5]), pfn_array([2]), pfn_array([9])),
     m.Defer(0, b"\xff"),
     m.Barrier(7),
@@ -34,6 +34,7 @@ EXAMPLES: list[m.Message] = [
     m.Context(b"registers", True),
     m.Entrust(),
     m.Handover(),
+    m.Rejoin(),
     m.Completed(),
     m.Abort("because"),
     m.Accepted("native", b"token"),
@@ -44,6 +45,8 @@ EXAMPLES: list[m.Message] = [
     m.Loaded(pfn_array([1, 2])),
     m.Dropped(pfn_array([3])),
     m.Report(10, 20, 30),
+    m.Outstanding(0, b"\xff"),
+    m.Rejoined("postcopy", b"token"),
     m.Complete(b"{}"),
     m.Ended(True, "it was destroyed"),
     m.Failed("help"),

@@ -12,13 +12,13 @@ from migrate import messages as m
 from migrate.errors import LocalProtocolError, ProtocolError, RemoteProtocolError
 from migrate.messages import Lane
 from migrate.pfns import pfn_array
-from migrate.session import RULES, Phase, Role, Session, hello, negotiate
+from migrate.session import RULES, Phase, Role, Session, hello, negotiate, new_token, number_of_rejoin, rejoin_token
 from tests.test_messages import EXAMPLES
 
 S, R = Role.SENDER, Role.RECEIVER
 PUSH, PULL = Lane.PUSH, Lane.PULL
 ONE = pfn_array([1])
-OFFER = m.Offer("guest", 1024, 1024, 1, b"", True)
+OFFER = m.Offer("guest", 1024, 1024, 1, b"", True, b"key")
 
 STORY: list[tuple[Role, m.Message, Lane]] = [
     (S, OFFER, PUSH),
@@ -58,9 +58,20 @@ DECIDED = [
 ]  # fmt: skip
 
 
+LOST: tuple[Role, m.Message, Lane] = (S, m.Rejoin(), PUSH)
+"""Both have lost their lanes; this is the first thing that is said on the new ones."""
+
+
+def rejoined(reached: str) -> list[tuple[Role, m.Message, Lane]]:
+    return [LOST, (R, m.Outstanding(0, b"\x02"), PUSH), (R, m.Rejoined(reached, b"t"), PUSH)]
+
+
 def play(story: list[tuple[Role, m.Message, Lane]]) -> dict[Role, Session]:
     ends = {S: Session(S), R: Session(R)}
     for speaker, message, lane in story:
+        if message is LOST[1]:
+            for end in ends.values():
+                end.rejoin()
         ends[speaker].sent(message, lane)
         ends[Role(1 - speaker)].received(message, lane)
     return ends
@@ -170,6 +181,81 @@ def test_what_is_out_of_order_is_refused_at_both_ends(
         play(story)[speaker].sent(message, lane)
 
 
+@pytest.mark.parametrize("lost_after", [m.Handover, m.Resumed, m.Loaded, m.Complete])
+def test_a_session_goes_on_over_new_lanes(lost_after: type[m.Message]) -> None:
+    ends = play([*after(lost_after), *rejoined("postcopy"), *STORY[len(after(m.Handover)) :]])
+    assert ends[S].phase == ends[R].phase == Phase.CLOSED
+
+
+def test_what_the_receiver_did_not_hear_is_said_again() -> None:
+    ends = play(after(m.Ready))
+    ends[S].sent(m.Handover(), PUSH)  # and lost
+    assert ends[S].handed_over
+    for end in ends.values():
+        end.rejoin()
+    for speaker, message, lane in [*rejoined("switchover"), *STORY[len(after(m.Ready)) :]]:
+        ends[speaker].sent(message, lane)
+        ends[Role(1 - speaker)].received(message, lane)
+    assert ends[S].phase == ends[R].phase == Phase.CLOSED
+
+
+@pytest.mark.parametrize(
+    ("speaker", "message"),
+    [
+        (S, m.Completed()),
+        (R, m.Complete(b"{}")),
+        (R, m.Ended(True, "it was destroyed")),
+        (R, m.Failed("help")),
+    ],
+)
+def test_instead_of_rejoining_an_end_may_say_how_it_has_ended(speaker: Role, message: m.Message) -> None:
+    first = [LOST] if speaker is R else []
+    ends = play(after(m.Loaded))
+    for end in ends.values():
+        end.rejoin()
+    for who, what, lane in [*first, (speaker, message, PUSH)]:
+        ends[who].sent(what, lane)
+        ends[Role(1 - who)].received(what, lane)
+
+
+@pytest.mark.parametrize(
+    ("story", "speaker", "message", "why"),
+    [
+        ([*after(m.Loaded), LOST], S, m.Rejoin(), "a second time"),
+        ([*after(m.Loaded), LOST], S, m.Abort("no"), "abort after the handover"),
+        ([*after(m.Loaded), LOST], S, m.Handover(), "handover in phase rejoin"),
+        ([*after(m.Loaded), LOST], S, m.Pages(ONE), "pages in phase rejoin"),
+        ([*after(m.Loaded), LOST], R, m.Outstanding(1024, b"\x01"), "beyond"),
+        ([*after(m.Loaded), LOST], R, m.Rejoined("precopy", b""), "rejoined in phase 'precopy'"),
+        ([*after(m.Loaded), LOST], R, m.Loaded(ONE), "loaded in phase rejoin"),
+        ([*UNDER_XL, LOST], R, m.Rejoined("postcopy", b""), "rejoined in phase 'postcopy'"),
+        ([*after(m.Loaded), *rejoined("postcopy")], S, m.Handover(), "handover in phase postcopy"),
+        ([*after(m.Loaded), *rejoined("postcopy")], R, m.Complete(b"{}"), "complete before resumed"),
+        ([*after(m.Loaded), *rejoined("postcopy")], S, m.Abort("no"), "abort in phase postcopy"),
+    ],
+)
+def test_and_nothing_else(
+    story: list[tuple[Role, m.Message, Lane]], speaker: Role, message: m.Message, why: str
+) -> None:
+    with pytest.raises(RemoteProtocolError, match=why):
+        play(story)[Role(1 - speaker)].received(message, PUSH)
+
+
+def test_a_receiver_says_nothing_before_it_is_asked() -> None:
+    ends = play(after(m.Loaded))
+    ends[S].rejoin()
+    with pytest.raises(RemoteProtocolError, match="rejoined before rejoin"):
+        ends[S].received(m.Rejoined("postcopy", b""), PUSH)
+
+
+def test_only_who_has_the_key_can_rejoin_and_once() -> None:
+    key = new_token()
+    assert number_of_rejoin(key, rejoin_token(key, 3)) == 3
+    assert number_of_rejoin(new_token(), rejoin_token(key, 3)) == 0
+    forged = (4).to_bytes(4, "big") + rejoin_token(key, 3)[4:]
+    assert number_of_rejoin(key, forged) == number_of_rejoin(key, b"") == 0
+
+
 def test_messages_that_cross_are_allowed() -> None:
     """What the peer said before it could know that we had gone on."""
     sender = play(after(m.Barrier))[S]
@@ -183,7 +269,7 @@ def test_messages_that_cross_are_allowed() -> None:
 
 
 def test_without_paging_nothing_can_be_missing() -> None:
-    story = [(S, m.Offer("guest", 1024, 1024, 1, b"", False), PUSH), STORY[1]]
+    story = [(S, m.Offer("guest", 1024, 1024, 1, b"", False, b"key"), PUSH), STORY[1]]
     with pytest.raises(RemoteProtocolError, match="without paging"):
         play(story)[R].received(m.Defer(0, b"\x01"), PUSH)
 

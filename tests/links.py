@@ -1,0 +1,96 @@
+"""A link that can be cut: a relay between the two daemons, which passes bytes on for as long as it is told to."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+
+import trio
+
+PIECE = 65536
+NO_LINGER = struct.pack("ii", 1, 0)
+
+
+class Link:
+    """``budgets``: how many bytes each connection carries, in both directions together, before the link is cut.
+
+    The first connection is the push lane, the second the pull lane, then those of the next pair.  Without a budget (and when the
+    list is at its end) one carries everything.
+    """
+
+    def __init__(self, to: tuple[str, int], budgets: list[int | None] | None = None):
+        self._to = to
+        self._budgets = list(budgets or [])
+        self._streams: set[trio.SocketStream] = set()
+        self._lefts: set[trio.SocketStream] = set()
+        self.port = 0
+        self.connections = 0
+        self.is_up = True
+        self.was_cut = trio.Event()
+
+    async def carry(self, left: trio.SocketStream) -> None:
+        """One connection."""
+        self.connections += 1
+        budget = self._budgets.pop(0) if self._budgets else None
+        if not self.is_up:
+            _reset(left)
+            return
+        right = await trio.open_tcp_stream(*self._to)
+        self._streams |= {left, right}
+        self._lefts.add(left)
+        left_over = [budget]
+
+        async def pass_on(source: trio.SocketStream, to: trio.SocketStream) -> None:
+            with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                while data := await source.receive_some(PIECE):
+                    if left_over[0] is not None:
+                        data = data[: left_over[0]]
+                        left_over[0] -= len(data)
+                    await to.send_all(data)
+                    if left_over[0] == 0:
+                        self.cut()
+                await to.send_eof()
+
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(pass_on, left, right)
+                nursery.start_soon(pass_on, right, left)
+        finally:
+            self._streams -= {left, right}
+            self._lefts.discard(left)
+            for stream in (left, right):
+                stream.socket.close()
+
+    def cut(self) -> None:
+        """Every connection is reset."""
+        for stream in self._streams:
+            _reset(stream)
+        self._streams.clear()
+        self.was_cut.set()
+
+    def cut_left(self) -> None:
+        """Where they came from; the other end hears nothing of it, and nothing more."""
+        for stream in self._lefts:
+            _reset(stream)
+        self._lefts.clear()
+
+    def down(self) -> None:
+        """And no other comes about until :attr:`is_up` is set again."""
+        self.is_up = False
+        self.cut()
+
+
+def _reset(stream: trio.SocketStream) -> None:
+    with contextlib.suppress(OSError):
+        stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
+    stream.socket.close()
+
+
+async def link(nursery: trio.Nursery, to: tuple[str, int], budgets: list[int | None] | None = None) -> Link:
+    """One that carries until the nursery ends."""
+    made = Link(to, budgets)
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    made.port = listener.socket.getsockname()[1]
+    nursery.start_soon(trio.serve_listeners, made.carry, [listener])
+    return made

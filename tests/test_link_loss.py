@@ -1,0 +1,294 @@
+"""The link is lost: before the handover the guest stays at the source, after it at the destination; nothing else is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import pytest
+import trio
+
+from migrate import messages as m
+from migrate.errors import MigrationError
+from migrate.loopback import World
+from migrate.policy import Strategy
+from receiver.migration import IncomingMigration
+from sender.migration import OutgoingMigration
+from tests.conftest import MIB
+from tests.inprocess import Outcome, migrate, verification
+from tests.links import Link
+from tests.test_invariants import busy
+from xenbackend.contract import DomainState, NoSuchDomainError
+from xenbackend.simulated.client import SimulatedDomain
+
+Patch = pytest.MonkeyPatch
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    with trio.fail_after(timeout_s):
+        while not condition():
+            await trio.sleep(0.005)
+
+
+def steps(domain: SimulatedDomain) -> list[int]:
+    return [vcpu["count"] for vcpu in domain.report()["vcpu"]]
+
+
+def cut_when(monkeypatch: Patch, cls: type, said: type[m.Message], *, before: bool, down: bool = False) -> list[Link]:
+    """Cut the link the first time an end says this, before it is sent or after.  The link is to be put into the list."""
+    links: list[Link] = []
+    say, say_blocking = cls._say, getattr(cls, "_say_blocking", None)  # type: ignore[attr-defined]
+
+    def cut() -> None:
+        link = links.pop()
+        (link.down if down else link.cut)()
+
+    def cut_from_wherever() -> None:
+        cut() if trio.lowlevel.in_trio_run() else trio.from_thread.run_sync(cut)
+
+    async def say_and_cut(self: object, message: m.Message) -> None:
+        due = isinstance(message, said) and bool(links)
+        if due and before:
+            cut()
+        await say(self, message)
+        if due and not before:
+            cut()
+
+    monkeypatch.setattr(cls, "_say", say_and_cut)
+    if say_blocking is not None:
+
+        def say_blocking_and_cut(self: object, message: m.Message) -> None:
+            due = isinstance(message, said) and bool(links)
+            if due and before:
+                cut_from_wherever()
+            say_blocking(self, message)
+            if due and not before:
+                cut_from_wherever()
+
+        monkeypatch.setattr(cls, "_say_blocking", say_blocking_and_cut)
+    return links
+
+
+def watch(links: list[Link]) -> Callable[[Outcome, Link], Awaitable[None]]:
+    async def meanwhile(_outcome: Outcome, link: Link) -> None:
+        links.append(link)
+
+    return meanwhile
+
+
+@pytest.mark.parametrize("strategy", [Strategy.POSTCOPY, Strategy.HYBRID])
+@pytest.mark.parametrize("cuts", range(6))
+async def test_cut_anywhere_after_the_handover_nothing_is_lost(
+    clean_hosts: World, name: str, strategy: Strategy, cuts: int
+) -> None:
+    """The first pair of lanes carries it to the handover; then one after the other is cut, at any byte."""
+    cut_at = [3_000_001, 17, 900_000, 5_000_003, 12_345, 2_097_152]
+
+    async def meanwhile(outcome: Outcome, link: Link) -> None:
+        await until(lambda: outcome.migration.session.handed_over)
+        link.cut()
+
+    budgets: list[int | None] = [None, None]
+    for number in range(cuts):
+        at = cut_at[number]
+        budgets += [at, None] if number % 2 else [None, at // 50]
+    outcome = await migrate(clean_hosts, busy(name), strategy, budgets=budgets, meanwhile=meanwhile)
+    assert outcome.error is None
+    assert outcome.migration.statistics.rejoins >= 1
+    assert (await verification(clean_hosts, busy(name))).problems == []
+    assert [domain.name for domain in clean_hosts.source.domains()] == []
+
+
+@pytest.mark.parametrize(
+    ("cls", "said", "before"),
+    [
+        (OutgoingMigration, m.Handover, True),
+        (OutgoingMigration, m.Handover, False),
+        (IncomingMigration, m.Resumed, True),
+        (IncomingMigration, m.Resumed, False),
+        (IncomingMigration, m.Report, True),
+        (IncomingMigration, m.Loaded, True),
+        (IncomingMigration, m.Complete, True),
+        (IncomingMigration, m.Complete, False),
+        (OutgoingMigration, m.Rejoin, True),
+        (IncomingMigration, m.Outstanding, True),
+        (IncomingMigration, m.Rejoined, True),
+        (IncomingMigration, m.Rejoined, False),
+        (OutgoingMigration, m.Completed, True),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("strategy", [Strategy.POSTCOPY, Strategy.PRECOPY])
+async def test_cut_at_any_word_from_the_handover_on_the_guest_arrives(
+    clean_hosts: World,
+    name: str,
+    monkeypatch: Patch,
+    cls: type,
+    said: type[m.Message],
+    before: bool,
+    strategy: Strategy,
+) -> None:
+    if strategy is Strategy.PRECOPY and said in (m.Outstanding, m.Loaded, m.Report):
+        strategy = Strategy.HYBRID
+    links = cut_when(monkeypatch, cls, said, before=before)
+
+    async def meanwhile(outcome: Outcome, link: Link) -> None:
+        links.append(link)
+        if said in (m.Rejoin, m.Outstanding, m.Rejoined):  # which need a first cut
+            await until(lambda: outcome.migration.session.handed_over)
+            link.cut()
+
+    outcome = await migrate(clean_hosts, busy(name), strategy, meanwhile=meanwhile)
+    assert outcome.error is None
+    assert outcome.incoming.progress.phase == "completed"
+    assert (await verification(clean_hosts, busy(name))).problems == []
+    assert clean_hosts.source.domains() == []
+
+
+@pytest.mark.parametrize(
+    ("cls", "said", "before"),
+    [
+        (OutgoingMigration, m.Offer, True),
+        (IncomingMigration, m.Accepted, True),
+        (OutgoingMigration, m.Barrier, True),
+        (OutgoingMigration, m.Suspended, True),
+        (OutgoingMigration, m.Context, True),
+        (OutgoingMigration, m.Context, False),
+        (IncomingMigration, m.Ready, True),
+    ],
+)
+async def test_cut_before_the_handover_the_guest_stays_and_nothing_is_left_over(
+    clean_hosts: World, name: str, monkeypatch: Patch, cls: type, said: type[m.Message], before: bool
+) -> None:
+    links = cut_when(monkeypatch, cls, said, before=before)
+    outcome = await migrate(clean_hosts, busy(name), Strategy.HYBRID, meanwhile=watch(links))
+    assert outcome.error is not None
+    assert not outcome.migration.session.handed_over
+    source = clean_hosts.source.open(name)
+    before_steps = steps(source)
+    await until(lambda: all(now > then for now, then in zip(steps(source), before_steps, strict=True)))
+    assert clean_hosts.destination.domains() == []
+    source.close()
+
+
+async def test_the_receiver_is_ready_and_not_heard(clean_hosts: World, name: str, monkeypatch: Patch) -> None:
+    """It cannot know whether it has the guest, until the sender has got through to it."""
+    links = cut_when(monkeypatch, IncomingMigration, m.Ready, before=True, down=True)
+    in_doubt = trio.Event()
+
+    async def meanwhile(outcome: Outcome, link: Link) -> None:
+        links.append(link)
+        await link.was_cut.wait()
+        await until(lambda: outcome.incoming.progress.phase == "in doubt")
+        await until(lambda: outcome.migration.progress.phase == "failed")
+        assert clean_hosts.source.open(name).info().state is DomainState.RUNNING
+        assert clean_hosts.destination.open(name).info().state is DomainState.INCOMING
+        assert "may or may not have handed the guest over" in outcome.incoming.progress.problem
+        link.is_up = True
+        in_doubt.set()
+
+    outcome = await migrate(clean_hosts, busy(name), Strategy.HYBRID, meanwhile=meanwhile)
+    assert in_doubt.is_set()
+    assert outcome.incoming.progress.phase == "failed"
+    assert "the sender gave up" in outcome.incoming.progress.problem
+    assert clean_hosts.destination.domains() == []
+
+
+async def test_while_the_link_is_down_the_guest_goes_on_as_far_as_its_pages_allow(
+    clean_hosts: World, name: str
+) -> None:
+    """Invariants 1, 5 and 6."""
+    spec = busy(name, rate=2000, working_set_bytes=MIB)
+
+    async def meanwhile(outcome: Outcome, link: Link) -> None:
+        await until(lambda: outcome.migration.session.handed_over)
+        target = clean_hosts.destination.open(name)
+        await until(lambda: target.info().state is DomainState.RUNNING and min(steps(target)) > 0)
+        link.down()
+        await until(lambda: outcome.migration.progress.phase == outcome.incoming.progress.phase == "interrupted")
+        with pytest.raises(MigrationError, match="too late"):
+            outcome.migration.cancel("second thoughts")
+        assert clean_hosts.source.open(name).info().state is DomainState.SUSPENDED
+        assert target.info().state is DomainState.RUNNING
+        assert "cannot reach" in outcome.migration.progress.problem or "lost" in outcome.migration.progress.problem
+        assert "waits for its missing pages" in outcome.incoming.progress.problem
+        await until(lambda: link.connections > 3)  # it tries
+        link.is_up = True
+        outcome.migration.lanes.hurry()
+
+    outcome = await migrate(clean_hosts, spec, meanwhile=meanwhile)
+    assert outcome.error is None
+    assert outcome.migration.progress.problem == outcome.incoming.progress.problem == ""
+    assert (await verification(clean_hosts, spec)).problems == []
+
+
+async def test_one_end_alone_notices(clean_hosts: World, name: str) -> None:
+    """The other one's lanes look alive: it learns from the new ones."""
+
+    async def meanwhile(outcome: Outcome, link: Link) -> None:
+        await until(lambda: outcome.migration.session.handed_over)
+        link.cut_left()
+
+    outcome = await migrate(clean_hosts, busy(name), meanwhile=meanwhile)
+    assert outcome.error is None
+    assert outcome.migration.statistics.rejoins == 1
+    assert (await verification(clean_hosts, busy(name))).problems == []
+
+
+async def test_the_guest_ends_while_the_link_is_down(clean_hosts: World, name: str) -> None:
+    async def meanwhile(outcome: Outcome, link: Link) -> None:
+        await until(lambda: outcome.migration.session.handed_over)
+        target = clean_hosts.destination.open(name)
+        await until(lambda: target.info().state is DomainState.RUNNING)
+        link.down()
+        await until(lambda: outcome.incoming.progress.phase == "interrupted")
+        target.destroy()
+        await outcome.incoming.ended.wait()
+        assert outcome.migration.progress.phase == "interrupted"
+        link.is_up = True
+
+    outcome = await migrate(clean_hosts, busy(name), meanwhile=meanwhile)
+    assert "ended at the destination" in str(outcome.error)
+    with pytest.raises(NoSuchDomainError):
+        clean_hosts.source.open(name)
+
+
+async def test_garbage_on_a_lane_ends_the_lanes_and_not_the_migration(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
+    garbled: list[str] = []
+    loaded = m.Loaded.header
+
+    def garble(self: m.Loaded) -> dict[str, object]:
+        header = loaded(self)
+        if not garbled:
+            garbled.append("loaded")
+            header["pfns"] = b"not eight"
+        return header
+
+    monkeypatch.setattr(m.Loaded, "header", garble)
+    outcome = await migrate(clean_hosts, busy(name))
+    assert garbled and outcome.error is None
+    assert outcome.migration.statistics.rejoins == 1
+    assert (await verification(clean_hosts, busy(name))).problems == []
+
+
+async def test_nobody_else_takes_a_session_up(clean_hosts: World, name: str) -> None:
+    """Without the key of the session, or with a token that was used, a lane is refused, and says why."""
+    from migrate.errors import RefusedError
+    from migrate.lanes import DialledLanes
+
+    refusals: list[str] = []
+
+    async def meanwhile(outcome: Outcome, link: Link) -> None:
+        await until(lambda: outcome.migration.session.handed_over)
+        for key in (b"", b"guessed", b"another"):
+            thief = DialledLanes(("127.0.0.1", link.port), outcome.migration.id)
+            thief.keep(key)
+            try:
+                (await thief.again(refusals.append)).close()
+            except RefusedError as error:
+                refusals.append(str(error))
+
+    outcome = await migrate(clean_hosts, busy(name), meanwhile=meanwhile)
+    assert outcome.error is None
+    assert outcome.migration.statistics.rejoins == 0
+    assert len(refusals) == 3 and all("wrong or used token" in refusal for refusal in refusals)
