@@ -160,7 +160,6 @@ class AwaitedLanes:
         self._key = key
 
     async def again(self, note: Callable[[str], None]) -> LaneConnection:
-        note("waiting for the other end to come back")
         while True:
             await self._push.come.wait()
             with contextlib.suppress(PeerClosedError):  # there is one that is newer still

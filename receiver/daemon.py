@@ -75,6 +75,12 @@ class ReceiverDaemon:
                 await connection.answer("result", port=self._port)
             case "restore":
                 await self._restore(request, connection)
+            case "reconnect":
+                find_migration(self._migrations.values(), request["migration"]).lanes.hurry()
+                await connection.answer("result")
+            case "decide":
+                find_migration(self._migrations.values(), request["migration"]).decide(here=bool(request["here"]))
+                await connection.answer("result")
             case other:
                 raise MigrationError(f"unknown command {other!r}")
 

@@ -88,6 +88,7 @@ class IncomingMigration:
         self._last_word: m.Message | None = None
         self._tasks: trio.Nursery
         self._lane_tasks: trio.Nursery
+        self._offline_tasks: trio.Nursery
         self._scope = trio.CancelScope()
         self._cancel_reason = ""
         self.ended = trio.Event()
@@ -111,6 +112,22 @@ class IncomingMigration:
         if not self.needed:
             self._cancel_reason = reason
             self._scope.cancel()
+
+    def decide(self, *, here: bool) -> None:
+        """An operator's word, where the sender's does not come.  Raises :class:`MigrationError` where it is not called for."""
+        if self.progress.phase != "in doubt" or self._toolstack.decides:
+            raise MigrationError(f"there is nothing to decide here: {self.progress.domain} is {self.progress.phase}")
+        if not here:
+            self._said_ready = False
+            self.cancel("an operator has said that the guest is not to run here")
+            return
+        log.warning("%s: an operator has said that the guest is to run here", self.progress.domain)
+        self.session.handed_over = True
+        self._take_over()
+        assert self._pager is not None
+        self._offline_tasks.start_soon(self._pager.serve, None)
+        self.progress.phase = "interrupted"
+        self._note("started by an operator")
 
     # ---- the order of things ----
     async def run(self) -> None:
@@ -263,7 +280,7 @@ class IncomingMigration:
                 case m.Entrust():
                     trio.from_thread.run(self._entrusted)
                 case m.Handover():
-                    trio.from_thread.run_sync(self._take_over)
+                    trio.from_thread.run_sync(self._handed_to_us)
                 case m.Abort():
                     raise MigrationError(f"the sender gave up: {message.reason}")
                 case m.Completed():
@@ -297,9 +314,16 @@ class IncomingMigration:
         if not self._toolstack.decides:
             raise RemoteProtocolError("entrust: there is no toolstack here that would decide")
         if self._pager is None:
-            self._serve()
+            self._serve_over_these_lanes(self._serve())
         self.progress.phase = "deciding"
         await self._toolstack.restored(self._domain)
+
+    def _handed_to_us(self) -> None:
+        self._take_over()
+        if not self._toolstack.decides:
+            assert self._pager is not None
+            self._say_blocking(m.Resumed())
+            self._serve_over_these_lanes(self._pager)
 
     def _take_over(self) -> None:
         """The guest is ours."""
@@ -314,14 +338,13 @@ class IncomingMigration:
         except XenError as error:
             raise GuestEndedError(f"the guest could not be started: {error}") from error
         self._runs.set()
-        self._say_blocking(m.Resumed())
 
-    def _serve(self) -> None:
+    def _serve(self) -> Pager:
         """Be the guest's pager."""
         assert self._domain is not None
         self._pager = Pager(self._domain, self._ring, self.session, self._pages, self.statistics, self._say_blocking)
         self._tasks.start_soon(self._follow_domain)
-        self._serve_over_these_lanes(self._pager)
+        return self._pager
 
     def _serve_over_these_lanes(self, pager: Pager) -> None:
         for task in (self._serve_faults, self._complete, self._report):
@@ -388,13 +411,13 @@ class IncomingMigration:
             self._note(str(lost))
             log.warning("%s %s: %s", self.progress.domain, self.progress.phase, lost, exc_info=is_bug(lost))
             try:
-                async with task_group() as tasks:
+                async with task_group() as self._offline_tasks:
                     if self._pager is not None:
-                        tasks.start_soon(self._pager.serve, None)
+                        self._offline_tasks.start_soon(self._pager.serve, None)
                     elif self._toolstack.decides:
-                        tasks.start_soon(self._follow_domain)
+                        self._offline_tasks.start_soon(self._follow_domain)
                     self._push = await self.lanes.again(self._note)
-                    tasks.cancel_scope.cancel()
+                    self._offline_tasks.cancel_scope.cancel()
                 await self._take_up_again()
                 break
             except Exception as error:

@@ -100,6 +100,12 @@ class SenderDaemon:
             case "postcopy-now":
                 find_migration(self._running(), request["migration"]).postcopy_now()
                 await connection.answer("result")
+            case "reconnect":
+                find_migration(self._running(), request["migration"]).lanes.hurry()
+                await connection.answer("result")
+            case "decide":
+                find_migration(self._running(), request["migration"]).decide(here=bool(request["here"]))
+                await connection.answer("result")
             case other:
                 raise MigrationError(f"unknown command {other!r}")
 

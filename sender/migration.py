@@ -124,6 +124,7 @@ class OutgoingMigration:
         self._postcopy_asked = False
         self._scope = trio.CancelScope()
         self._cancel_reason = ""
+        self._verdict: MigrationError | None = None
         self._log_dirty = False
         self._suspended = False
         self._pinned = NO_PFNS
@@ -157,6 +158,20 @@ class OutgoingMigration:
         self._cancel_reason = reason
         self._scope.cancel()
 
+    def decide(self, *, here: bool) -> None:
+        """An operator's word, where the receiver's does not come: that the guest does not run there (and never will), or that
+        nothing of it is needed here.  Raises :class:`MigrationError` where it is not called for."""
+        if self.progress.phase != "interrupted" or not self.session.handed_over:
+            raise MigrationError(f"there is nothing to decide here: {self.domain_name} is {self.progress.phase}")
+        if here and self._toolstack.decides:
+            raise MigrationError("xl has destroyed the domain here: there is nothing that could go on")
+        self._verdict = (
+            StaysHereError("an operator has said that the guest does not run at the destination")
+            if here
+            else GuestEndedError("an operator has said that nothing of the guest is needed here")
+        )
+        self._scope.cancel()
+
     def result(self) -> dict[str, Any]:
         """The documented JSON keys; ``docs`` are in the README."""
         ours, theirs = self.statistics.summary(), self.receiver_statistics
@@ -172,7 +187,7 @@ class OutgoingMigration:
             with self._scope:
                 await self._migrate()
             if self._scope.cancelled_caught:
-                raise MigrationError(f"cancelled: {self._cancel_reason}")
+                raise self._verdict or MigrationError(f"cancelled: {self._cancel_reason}")
         except BaseException as error:
             await self._failed(error)
             raise
@@ -486,8 +501,8 @@ class OutgoingMigration:
             self._stop_log_dirty()
         with step_timeout("the guest was suspended, and the destination was not ready"):
             await self._signals.ready.wait()
-        self.progress.pages_done, self.progress.pages_total = 0, stats.missing_pages
-        self.progress.outstanding = stats.missing_pages
+        self.progress.pages_total = stats.missing_pages
+        self._count_down()
         log.info("ready, %d pages in downtime, %d missing", stats.switchover_pages, stats.missing_pages)
 
     async def _entrust(self) -> None:
@@ -583,12 +598,11 @@ class OutgoingMigration:
                 case m.Loaded():
                     self._backlog.loaded(message.pfns)
                     self._domain.release(message.pfns)
-                    self.progress.pages_done += len(message.pfns)
-                    self.progress.outstanding = self._backlog.unacknowledged
+                    self._count_down()
                 case m.Dropped():
                     self._backlog.dropped(message.pfns)
                     self._domain.release(message.pfns)
-                    self.progress.outstanding = self._backlog.unacknowledged
+                    self._count_down()
                 case m.Report():
                     self.progress.faults, self.progress.latency_us = message.faults, message.latency_us
                 case m.Complete():
@@ -609,6 +623,10 @@ class OutgoingMigration:
         if not self.session.handed_over and not message.ran:
             raise StaysHereError(f"the destination has given the guest up: {message.reason}")
         raise GuestEndedError(f"the guest ended at the destination: {message.reason}")
+
+    def _count_down(self) -> None:
+        self.progress.outstanding = self._backlog.unacknowledged
+        self.progress.pages_done = self.progress.pages_total - self.progress.outstanding
 
     async def _push_lane_closed(self) -> None:
         """The receiver closes first, when its ring is given up: nothing of ours is cut off on the way then."""
@@ -641,7 +659,7 @@ class OutgoingMigration:
                 lost = error
         self.statistics.rejoins += 1
         self.progress.phase, self.progress.problem = before, ""
-        self.progress.outstanding = self._backlog.unacknowledged
+        self._count_down()
         log.info("%s: the destination is back, %d pages to go", self.domain_name, self._backlog.unacknowledged)
 
     def _note(self, why: str) -> None:
@@ -677,7 +695,8 @@ class OutgoingMigration:
 
     # ---- when it goes wrong ----
     async def _failed(self, error: BaseException) -> None:
-        progress, given_away = self.progress, self.session.handed_over
+        progress = self.progress
+        given_away = self.session.handed_over and not isinstance(error, StaysHereError)
         if isinstance(error, GuestEndedError):
             progress.problem = str(error)
             await self._toolstack.finish(self._domain)

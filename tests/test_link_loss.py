@@ -292,3 +292,69 @@ async def test_nobody_else_takes_a_session_up(clean_hosts: World, name: str) -> 
     assert outcome.error is None
     assert outcome.migration.statistics.rejoins == 0
     assert len(refusals) == 3 and all("wrong or used token" in refusal for refusal in refusals)
+
+
+async def test_the_sender_never_comes_back_and_an_operator_lets_the_guest_run(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
+    """The handover was said and did not arrive: neither end can know by itself.  When the link is back it goes on."""
+    links = cut_when(monkeypatch, OutgoingMigration, m.Handover, before=True, down=True)
+    ran = trio.Event()
+
+    async def meanwhile(outcome: Outcome, link: Link) -> None:
+        links.append(link)
+        await link.was_cut.wait()
+        await until(lambda: outcome.incoming.progress.phase == "in doubt")
+        target = clean_hosts.destination.open(name)
+        assert target.info().state is DomainState.INCOMING
+        outcome.incoming.decide(here=True)
+        await until(lambda: target.info().state is DomainState.RUNNING)
+        assert outcome.incoming.progress.phase == "interrupted"
+        with pytest.raises(MigrationError, match="nothing to decide"):
+            outcome.incoming.decide(here=False)
+        ran.set()
+        link.is_up = True
+
+    outcome = await migrate(clean_hosts, busy(name), meanwhile=meanwhile)
+    assert ran.is_set()
+    assert outcome.error is None
+    assert (await verification(clean_hosts, busy(name))).problems == []
+
+
+async def test_the_destination_never_comes_back_and_an_operator_takes_the_guest_back(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
+    links = cut_when(monkeypatch, OutgoingMigration, m.Handover, before=True, down=True)
+
+    async def meanwhile(outcome: Outcome, link: Link) -> None:
+        links.append(link)
+        await link.was_cut.wait()
+        await until(lambda: outcome.migration.progress.phase == "interrupted")
+        await until(lambda: outcome.incoming.progress.phase == "in doubt")
+        outcome.migration.decide(here=True)
+        await until(lambda: clean_hosts.source.open(name).info().state is DomainState.RUNNING)
+        link.is_up = True  # and if it comes back after all, it is told
+
+    outcome = await migrate(clean_hosts, busy(name), meanwhile=meanwhile)
+    assert "an operator has said" in str(outcome.error)
+    assert outcome.incoming.progress.phase == "failed"
+    assert clean_hosts.destination.domains() == []
+
+
+async def test_an_operator_who_is_wrong_is_not_obeyed_by_a_guest_that_runs(clean_hosts: World, name: str) -> None:
+    """It said "here" at the source though the guest runs at the destination: that one is not destroyed by it."""
+
+    async def meanwhile(outcome: Outcome, link: Link) -> None:
+        await until(lambda: outcome.migration.session.handed_over)
+        target = clean_hosts.destination.open(name)
+        await until(lambda: target.info().state is DomainState.RUNNING)
+        link.down()
+        await until(lambda: outcome.migration.progress.phase == "interrupted")
+        outcome.migration.decide(here=True)
+        link.is_up = True
+        await until(lambda: "abort after the handover" in outcome.incoming.progress.problem)
+        assert target.info().state is DomainState.RUNNING
+        target.destroy()
+
+    outcome = await migrate(clean_hosts, busy(name), meanwhile=meanwhile)
+    assert "an operator has said" in str(outcome.error)

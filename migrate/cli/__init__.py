@@ -21,6 +21,8 @@ COMMANDS = {
     "watch": "migrations",
     "postcopy-now": "migrations",
     "cancel": "migrations",
+    "reconnect": "migrations",
+    "decide": "migrations",
     "preflight": "preflight",
     "sender": "daemons",
     "receiver": "daemons",

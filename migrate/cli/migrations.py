@@ -1,4 +1,4 @@
-"""``migrate``, ``list``, ``postcopy-now``, ``cancel``: what one asks of running daemons."""
+"""``migrate``, ``list``, ``postcopy-now``, ``cancel``, ``decide``, ...: what one asks of running daemons."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def watch_command(migration: str, socket_paths: tuple[Path, ...]) -> None:
     try:
         while True:
             line = _ask_all(socket_paths, command="show", migration=migration)[0]
-            if line["phase"] in ("completed", "failed", "refused", "interrupted"):
+            if line["phase"] in ("completed", "failed", "refused"):
                 break
             display.show(line)
             time.sleep(WATCH_EVERY_S)
@@ -219,3 +219,36 @@ def cancel_command(migration: str, socket_path: Path) -> None:
     """Take MIGRATION (its id or its domain's name) back, before its switchover: the guest goes on here."""
     with ControlClient(socket_path) as client:
         client.call(command="cancel", migration=migration)
+
+
+@click.command("reconnect")
+@click.argument("migration")
+@sockets_option
+def reconnect_command(migration: str, socket_paths: tuple[Path, ...]) -> None:
+    """Have MIGRATION, which was interrupted, try at once to reach the other host.
+
+    It tries by itself, after a pause that grows to ten seconds.
+    """
+    _ask_all(socket_paths, command="reconnect", migration=migration)
+
+
+@click.command("decide")
+@click.argument("migration")
+@click.argument("where", type=click.Choice(["here", "elsewhere"]))
+@sockets_option
+def decide_command(migration: str, where: str, socket_paths: tuple[Path, ...]) -> None:
+    """State where the guest of MIGRATION runs, when the other host never comes back.
+
+    After a lost link both hosts hold still until they have heard of each other: neither knows by itself what only the other can
+    tell.  With this you tell it instead.  Never say "here" at both: the guest would run twice, on the same disks.
+
+    At the source (`interrupted`): "here" resumes the guest there, as it was when it was suspended, so say it only
+    where the guest has not run at the destination, or what it did there may be lost; "elsewhere" destroys what is
+    left of it.
+
+    At the destination (`in doubt`): "here" lets the guest run; it stands still at pages that are missing until
+    the source is back.  "elsewhere" destroys what has arrived.
+    """
+    if len(_ask_all(socket_paths, command="show", migration=migration)) > 1:
+        raise MigrationError("both daemons on this host have this migration: say which by --socket")
+    _ask_all(socket_paths, command="decide", migration=migration, here=where == "here")

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from migrate.units import human_bytes
 
 PLAIN_EVERY_S = 5.0
-SHOWN = ("precopy", "switchover", "deciding", "postcopy")
+SHOWN = ("precopy", "switchover", "deciding", "postcopy", "interrupted", "in doubt")
 """The others are over at once, or end in a message of their own."""
 
 
@@ -75,6 +75,8 @@ class ProgressDisplay:
         return f"{p['domain']}: {p['phase']}" + (f", round {p['round']}" if p["phase"] == "precopy" else "")
 
     def _details(self, p: dict[str, Any]) -> str:
+        if p["problem"]:
+            return str(p["problem"])
         parts = [f"{human_bytes(self._rate)}/s"]
         if p["phase"] == "precopy":
             parts.append(f"{p['pages_done']} of {p['pages_total']} pages")
