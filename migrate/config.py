@@ -22,6 +22,7 @@ from migrate.units import parse_size
 from xenbackend.contract import PAGE_SIZE
 
 CONFIG_FILE = Path("/etc/xen-postcopy/config.toml")
+STATE_DIRECTORY = Path("/var/lib/xen-postcopy")
 RECEIVER_PORT = 8013
 SENDER_PORT = 8014
 

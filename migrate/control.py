@@ -52,15 +52,16 @@ class ControlConnection:
 class LastAnswer:
     """What a client is told at the end, once.  It need not be listened to after that."""
 
-    def __init__(self, connection: ControlConnection):
+    def __init__(self, connection: ControlConnection | None):
         self._connection = connection
-        self.begun = False
+        self.begun = connection is None
         self.given = trio.Event()
 
     async def give(self, event: str, **fields: Any) -> None:
         """To a client that may have gone; after the first time nothing."""
         if self.begun:
             return
+        assert self._connection is not None
         self.begun = True
         try:
             await self._connection.answer(event, **fields)

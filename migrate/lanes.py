@@ -15,8 +15,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import secrets
+import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import trio
 
@@ -36,6 +37,10 @@ class Lanes(Protocol):
     @property
     def peer(self) -> str:
         """The other end, for people; empty where it is not known yet."""
+
+    @property
+    def dials(self) -> tuple[str, int] | None:
+        """Whom; ``None``: it is dialled."""
 
     async def push(self) -> LaneConnection:
         """Raises :class:`PeerClosedError` where it does not come about, :class:`ProtocolError` where that cannot be."""
@@ -71,6 +76,10 @@ class DialledLanes:
     def peer(self) -> str:
         return "{}:{}".format(*self._address)
 
+    @property
+    def dials(self) -> tuple[str, int]:
+        return self._address
+
     async def push(self) -> LaneConnection:
         return await self._dial(Lane.PUSH, self._token)
 
@@ -88,7 +97,8 @@ class DialledLanes:
                 await self._hurried.wait()
             self._hurried = trio.Event()
             self._pause_s = min(self._pause_s * 2, LAST_RETRY_S)
-            self._rejoins += 1
+            # Larger than any before, also after one's predecessor's.
+            self._rejoins = max(self._rejoins + 1, int(time.time()))
             try:
                 lane = await self._dial(Lane.PUSH, rejoin_token(self._key, self._rejoins))
                 self._dialled_at = trio.current_time()
@@ -111,6 +121,15 @@ class DialledLanes:
             lane.close()
             raise
         return lane
+
+
+def rejoining(dials: list[Any] | None, session: str, awaited: dict[str, AwaitedLanes]) -> Lanes:
+    """For a session that a predecessor has left; where we are dialled it is put among the ``awaited``."""
+    if dials is not None:
+        host, port = dials
+        return DialledLanes((str(host), int(port)), session)
+    awaited[session] = AwaitedLanes()
+    return awaited[session]
 
 
 class AwaitedLanes:
@@ -140,6 +159,10 @@ class AwaitedLanes:
             await awaited.expected.wait()
         if not awaited.accepts(greeting.token):
             raise ProtocolError(f"a {greeting.lane} lane that nobody awaits, or with a wrong or used token")
+
+    @property
+    def dials(self) -> None:
+        return None
 
     def arrived(self, greeting: Hello, lane: LaneConnection) -> None:
         """One that was welcome."""

@@ -74,8 +74,9 @@ class World:
     def start(self, name: str, *arguments: str) -> Process:
         """Start ``xen-postcopy ARGUMENTS`` and wait until it is ready.  Raises :class:`MigrationError`."""
         log = self.directory / f"{name}.log"
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready, log.open("wb") as output:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready, log.open("ab") as output:
             notify_path = self.directory / f"{name}.notify"
+            notify_path.unlink(missing_ok=True)  # of one before it
             ready.bind(str(notify_path))
             popen = subprocess.Popen(
                 [sys.executable, "-m", "migrate.cli", *arguments],
@@ -127,18 +128,7 @@ def loopback_world(
         if daemons:
             world.config_file.write_text(config)
             start_receiver(world)
-            world.start(
-                "sender",
-                "sender",
-                "--listen",
-                "127.0.0.1:0",
-                "--config",
-                str(world.config_file),
-                "--socket",
-                str(world.sender_socket),
-                "--simulated",
-                str(directory / "source.sock"),
-            )
+            start_sender(world)
         yield world
     except MigrationError as error:
         for name in ("sender", "receiver"):
@@ -155,9 +145,16 @@ def loopback_world(
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def start_receiver(world: World) -> None:
+def start_sender(world: World, port: int = 0) -> None:
     world.start(
-        "receiver", "receiver", "--listen", "127.0.0.1:0", "--socket", str(world.receiver_socket),
+        "sender", "sender", "--listen", f"127.0.0.1:{port}", "--socket", str(world.sender_socket),
+        "--config", str(world.config_file), "--simulated", str(world.directory / "source.sock"),
+    )  # fmt: skip
+
+
+def start_receiver(world: World, port: int = 0) -> None:
+    world.start(
+        "receiver", "receiver", "--listen", f"127.0.0.1:{port}", "--socket", str(world.receiver_socket),
         "--config", str(world.config_file), "--simulated", str(world.directory / "destination.sock"),
     )  # fmt: skip
     world.port = world.ask("receiver", command="status")["port"]

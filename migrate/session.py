@@ -135,6 +135,13 @@ class Session:
             if rule.lane in (None, lane)
         }
 
+    @classmethod
+    def of_predecessor(cls, role: Role, nr_pfns: int, *, handed_over: bool) -> Session:
+        """Of a process that has died after ``ready``; to be rejoined."""
+        session = cls(role)
+        session.nr_pfns, session.paging, session.handed_over = nr_pfns, True, handed_over
+        return session
+
     def rejoin(self) -> None:
         """On new lanes, after ``ready``: the old ones are lost, and whatever was on its way."""
         self.phase = P.REJOIN

@@ -17,6 +17,7 @@ from migrate.config import Config
 from migrate.control import ControlConnection
 from migrate.daemon import find_migration, notify, until_stopped
 from migrate.errors import MigrationError
+from migrate.journal import Journal
 from migrate.lanes import AwaitedLanes, DialledLanes
 from migrate.messages import Hello, Lane
 from migrate.tasks import task_group
@@ -34,10 +35,11 @@ KEPT = 100
 
 
 class ReceiverDaemon:
-    def __init__(self, hypervisor: Hypervisor, socket_path: Path, config: Config):
+    def __init__(self, hypervisor: Hypervisor, socket_path: Path, config: Config, journal: Journal):
         self._hypervisor = hypervisor
         self._socket_path = socket_path
         self._address = config.receiver.listen
+        self._journal = journal
         self._migrations: dict[str, IncomingMigration] = {}
         self._awaited: dict[str, AwaitedLanes] = {}
         """By session."""
@@ -50,6 +52,11 @@ class ReceiverDaemon:
     async def _serve(self) -> None:
         listeners, self._port = await listen_tcp(*self._address)
         async with trio.open_nursery() as self._nursery:
+            for session, facts in self._journal.entries().items():
+                lanes_again = lanes.rejoining(facts["dials"], session, self._awaited)
+                self._start(
+                    IncomingMigration.of_predecessor(self._hypervisor, session, lanes_again, self._journal, facts)
+                )
             await self._nursery.start(control.serve, self._socket_path, self._handle)
             await self._nursery.start(trio.serve_listeners, self.serve_lane, listeners)
             notify(f"READY=1\nSTATUS=listening at {self._address[0]}:{self._port}")
@@ -95,7 +102,7 @@ class ReceiverDaemon:
             return self._awaited[greeting.session]
         self._check(greeting.session)
         awaited = self._awaited[greeting.session] = AwaitedLanes()
-        self._start(IncomingMigration(self._hypervisor, greeting.session, awaited))
+        self._start(IncomingMigration(self._hypervisor, greeting.session, awaited, self._journal))
         return awaited
 
     async def _restore(self, request: Json, connection: ControlConnection) -> None:
@@ -104,7 +111,7 @@ class ReceiverDaemon:
         self._check(session)
         dialled = DialledLanes((str(host), int(port)), session, bytes.fromhex(request["token"]))
         toolstack = XlToolstack(int(request["domid"]), ToolstackPorts(**request["ports"]), connection)
-        migration = IncomingMigration(self._hypervisor, session, dialled, toolstack)
+        migration = IncomingMigration(self._hypervisor, session, dialled, self._journal, toolstack)
         self._start(migration)
         async with task_group() as tasks:
             tasks.start_soon(self._listen_to_helper, migration, connection)

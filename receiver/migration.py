@@ -5,6 +5,8 @@ sender told why.  Once ``ready`` is said and the lanes are lost without a word, 
 handed over: it holds still.  After ``handover`` the guest lives here: whatever fails, its
 ring stays enabled and its memory stays as it is (invariants 1 and 5).
 
+What it owes it writes into the journal before it says so, for the daemon's successor (:meth:`IncomingMigration.of_predecessor`).
+
 From ``ready`` on a session outlives its lanes: :meth:`_follow_sender` goes over one pair after the other.  What ends with
 a pair is in ``_lane_tasks``, what does not in ``_tasks``.
 
@@ -15,8 +17,10 @@ tells what was decided: see :meth:`_follow_domain`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +29,10 @@ import trio
 from migrate import logs
 from migrate import messages as m
 from migrate.errors import GuestEndedError, MigrationError, PeerClosedError, ProtocolError, RemoteProtocolError
+from migrate.journal import Journal
 from migrate.lanes import Lanes
 from migrate.messages import Lane
-from migrate.pfns import pfns_of_window, windows
+from migrate.pfns import all_pfns, pfns_of_window, windows
 from migrate.session import Role, Session, new_token
 from migrate.statistics import PagerStatistics
 from migrate.tasks import is_bug, is_final, task_group
@@ -35,8 +40,17 @@ from migrate.transport import EXPLANATION_S, LaneConnection, run_in_thread, step
 from receiver.outstanding import OutstandingPages
 from receiver.pager import Pager
 from receiver.restore import MemoryRestorer
-from receiver.toolstack import OwnToolstack, Toolstack
-from xenbackend.contract import Domain, DomainConfig, DomainState, Hypervisor, NoSuchDomainError, PfnArray, XenError
+from receiver.toolstack import OwnToolstack, Toolstack, XlToolstack
+from xenbackend.contract import (
+    Domain,
+    DomainConfig,
+    DomainState,
+    Hypervisor,
+    NoSuchDomainError,
+    PfnArray,
+    ToolstackPorts,
+    XenError,
+)
 from xenbackend.ring import PagingRing
 
 log = logging.getLogger(__name__)
@@ -47,6 +61,7 @@ LOOK_EVERY_S = 0.05
 """At a domain that is about to run, ..."""
 LOOK_AGAIN_EVERY_S = 0.5
 """... and at one that runs."""
+ATTACH_TIMEOUT_S = 10.0
 LINGER_S = 600.0
 """How long a sender may be away that has not heard the end."""
 ENDED = ("completed", "failed", "refused")
@@ -64,8 +79,19 @@ class IncomingProgress:
 
 
 class IncomingMigration:
-    def __init__(self, hypervisor: Hypervisor, migration_id: str, lanes: Lanes, toolstack: Toolstack | None = None):
+    def __init__(
+        self,
+        hypervisor: Hypervisor,
+        migration_id: str,
+        lanes: Lanes,
+        journal: Journal,
+        toolstack: Toolstack | None = None,
+    ):
         self.id = migration_id
+        self._journal = journal
+        self._step = ""
+        """What the journal has last been told."""
+        self._offer: m.Offer
         self.lanes = lanes
         self.progress = IncomingProgress()
         self.session = Session(Role.RECEIVER)
@@ -75,6 +101,8 @@ class IncomingMigration:
         self._push: LaneConnection | None = None
         self._pull: LaneConnection | None = None
         self._domain: Domain | None = None
+        self._domid = -1
+        self._inherited = False
         self._ring: PagingRing | None = None
         self._pages: OutstandingPages
         self._memory: MemoryRestorer
@@ -92,6 +120,35 @@ class IncomingMigration:
         self._scope = trio.CancelScope()
         self._cancel_reason = ""
         self.ended = trio.Event()
+
+    @classmethod
+    def of_predecessor(
+        cls, hypervisor: Hypervisor, session_id: str, lanes: Lanes, journal: Journal, facts: dict[str, Any]
+    ) -> IncomingMigration:
+        """What a daemon has left that died, by its journal; ``lanes`` are for rejoining only."""
+        toolstack = XlToolstack(facts["domid"], ToolstackPorts(0, 0)) if facts["xl"] else None
+        migration = cls(hypervisor, session_id, lanes, journal, toolstack)
+        offer = {**facts["offer"], "platform": bytes.fromhex(facts["offer"]["platform"])}
+        migration._offer = m.Offer(**offer, key=bytes.fromhex(facts["key"]))
+        migration._step, migration._domid = facts["step"], facts["domid"]
+        migration._inherited = True
+        migration.progress.domain = offer["name"]
+        lanes.keep(migration._offer.key)
+        return migration
+
+    def _record(self, step: str) -> None:
+        """Raises :class:`MigrationError` where the journal cannot be written."""
+        offer = self._offer.header()
+        del offer["type"], offer["key"]
+        offer["platform"] = self._offer.platform.hex()
+        self._journal.write(
+            self.id,
+            {
+                "step": step, "domid": self._domid, "offer": offer, "key": self._offer.key.hex(),
+                "dials": self.lanes.dials, "xl": self._toolstack.decides,
+            },
+        )  # fmt: skip
+        self._step = step
 
     # ---- what others may ask ----
     @property
@@ -168,8 +225,22 @@ class IncomingMigration:
                     log.info("the sender has not been told yet how it ended: %s", error)
                 finally:
                     self._close_lanes()
+        self._journal.erase(self.id)
 
     async def _receive_migration(self) -> None:
+        if self._inherited:
+            await trio.to_thread.run_sync(self._inherit)
+        elif not await self._agree():
+            return
+        async with task_group() as self._tasks:
+            if self._step in ("entrusted", "taken over", "finishing"):
+                await self._serve_for_predecessor()
+            await self._follow_sender()
+            self._tasks.cancel_scope.cancel()
+        await self._finish()
+
+    async def _agree(self) -> bool:
+        """hello, preflight and the pull lane; false where it was refused."""
         self._push = await self.lanes.push()
         with step_timeout("the sender offered nothing"):
             offer = await self._hear()
@@ -183,21 +254,71 @@ class IncomingMigration:
             log.warning("refused %s: %s", offer.name, refusal)
             await self._discard(refusal)
             await self._say(m.Refused(m.printable(refusal)))
-            return
+            return False
         token = new_token()
         await self._say(m.Accepted(self.statistics.populate_evicted, token))
         self._pull = await self.lanes.pull(token)
         self.lanes.keep(offer.key)
         self.progress.phase = "precopy"
-        async with task_group() as self._tasks:
-            await self._follow_sender()
-            self._tasks.cancel_scope.cancel()
-        await self._finish()
+        return True
+
+    def _inherit(self) -> None:
+        """What a predecessor had."""
+        config = _config(self._offer)
+        if self._step in ("making", "made"):
+            with contextlib.suppress(NoSuchDomainError):
+                left = self._hypervisor.open(config.name if self._step == "making" else self._domid)
+                if self._step == "made" or left.state() is DomainState.INCOMING:
+                    self._domain = left
+            raise MigrationError("the receiver was ended before the guest had arrived")
+        self._said_ready = True
+        handed_over = self._step in ("taken over", "finishing")
+        self.session = Session.of_predecessor(Role.RECEIVER, self._offer.nr_pfns, handed_over=handed_over)
+        if handed_over:
+            self._handed_over.set()
+        try:
+            domain = self._hypervisor.reopen_incoming(self._domid, config, lent=self._toolstack.decides)
+        except NoSuchDomainError:
+            raise GuestEndedError("its domain was destroyed") from None
+        self._domain = domain
+        self._pages = OutstandingPages(self._offer.nr_pfns)
+        if self._offer.paging:
+            self._ring = self._attach(domain)
+            for pfns in all_pfns(domain.nr_pfns):
+                self._pages.add(pfns[domain.paged_out(pfns)])
+        log.warning(
+            "%s: taking up what was left here, %s, %d pages missing", config.name, self._step, self._pages.count
+        )
+
+    def _attach(self, domain: Domain) -> PagingRing | None:
+        deadline = time.monotonic() + ATTACH_TIMEOUT_S
+        while True:
+            try:
+                return domain.paging_attach()
+            except XenError as error:
+                if error.errno == errno.ENODEV and self._step == "finishing":
+                    return None
+                if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                    raise
+                time.sleep(LOOK_EVERY_S)  # the hypervisor has not seen yet that the one before us is dead
+
+    async def _serve_for_predecessor(self) -> None:
+        assert self._domain is not None
+        if self._step == "finishing":  # it may have left the guest paused
+            self._domain.unpause()
+        if await trio.to_thread.run_sync(self._state) is DomainState.INCOMING and self._step == "taken over":
+            self._take_over()
+        else:
+            self._serve()
+            if self._step != "entrusted":
+                self._runs.set()
 
     async def _follow_sender(self) -> None:
         """Until all is done."""
         while not self._completed:
             try:
+                if self._push is None:
+                    raise PeerClosedError("the receiver was started anew")
                 async with task_group() as self._lane_tasks:
                     if self._pager is not None:
                         self._serve_over_these_lanes(self._pager)
@@ -219,8 +340,11 @@ class IncomingMigration:
 
     async def _finish(self) -> None:
         assert self._domain is not None and self._pager is not None
+        self._record("finishing")
         await self._pager.finish()
-        if not self._completed:
+        if self._completed:
+            self._journal.erase(self.id)
+        else:
             self._last_word = self._complete_message()
         self.progress.phase, self.progress.outstanding, self.progress.waiting = "completed", 0, 0
         self._domain.close()
@@ -235,12 +359,15 @@ class IncomingMigration:
     def _prepare(self, offer: m.Offer) -> str | None:
         """Preflight, the incoming domain and its ring; returns why not."""
         self.progress.domain = offer.name
-        config = DomainConfig(offer.name, offer.nr_pfns, offer.max_pages, offer.vcpus, offer.platform)
+        config, self._offer = _config(offer), offer
         try:
             preflight = self._toolstack.preflight(self._hypervisor, config, paging=offer.paging)
             if preflight.problems:
                 return "; ".join(preflight.problems)
+            self._record("making")
             self._domain = self._toolstack.make(self._hypervisor, config)
+            self._domid = self._domain.domid
+            self._record("made")
             if offer.paging:
                 self._ring = self._domain.paging_enable()
                 self.statistics.populate_evicted = preflight.populate_evicted
@@ -299,6 +426,7 @@ class IncomingMigration:
             return
         self._domain.set_context(bytes(self._context))
         self._context.clear()
+        self._record("ready")
         self._said_ready = True
         self._say_blocking(m.Ready())
 
@@ -314,6 +442,7 @@ class IncomingMigration:
         if not self._toolstack.decides:
             raise RemoteProtocolError("entrust: there is no toolstack here that would decide")
         if self._pager is None:
+            self._record("entrusted")
             self._serve_over_these_lanes(self._serve())
         self.progress.phase = "deciding"
         await self._toolstack.restored(self._domain)
@@ -328,6 +457,7 @@ class IncomingMigration:
     def _take_over(self) -> None:
         """The guest is ours."""
         assert self._domain is not None
+        self._record("taken over")
         self._handed_over.set()
         self.progress.phase = "postcopy"
         if self._toolstack.decides:
@@ -469,7 +599,7 @@ class IncomingMigration:
         answer: m.Message = m.Failed(m.printable(str(error)))
         progress.problem = str(error)
         aborted = isinstance(error, MigrationError) and not isinstance(error, PeerClosedError | ProtocolError)
-        if self._pager is not None and await self._is_gone():
+        if self._said_ready and await self._is_gone():
             reason = str(error) if isinstance(error, GuestEndedError) else "its domain was destroyed"
             log.warning("%s: %s", progress.domain, reason)
             progress.phase, progress.problem = "failed", reason
@@ -493,19 +623,23 @@ class IncomingMigration:
             if self._push is not None:
                 await self._push.send(answer)
                 self._last_word = None
+                if progress.phase == "failed":
+                    self._journal.erase(self.id)
                 # What the sender says meanwhile is not read any more, and closing a connection then takes back what we said.
                 await trio.sleep(EXPLANATION_S)
 
     async def _is_gone(self) -> bool:
-        return self._domain is not None and await trio.to_thread.run_sync(self._state) is None
+        return self._domain is None or await trio.to_thread.run_sync(self._state) is None
 
     async def _discard(self, reason: str) -> None:
         """Nothing is left over."""
         if self._domain is None:
+            self._journal.erase(self.id)
             await self._toolstack.failed(reason)
             return
         try:
             await self._toolstack.discard(self._domain, reason)
+            self._journal.erase(self.id)
         except XenError as error:
             log.error("%s is left over: %s", self.progress.domain, error)
             self.progress.problem += f"; and the incoming domain is left over: {error}"
@@ -518,3 +652,7 @@ class IncomingMigration:
         if self._domain is not None:
             self._domain.close()
             self._domain = None
+
+
+def _config(offer: m.Offer) -> DomainConfig:
+    return DomainConfig(offer.name, offer.nr_pfns, offer.max_pages, offer.vcpus, offer.platform)

@@ -56,11 +56,11 @@ class OwnToolstack:
 
 
 class XlToolstack:
-    """``helper``: the connection of the helper, after its request."""
+    """``helper``: the connection of the helper, after its request; ``None``: it went away with our predecessor."""
 
     decides = True
 
-    def __init__(self, domid: int, ports: ToolstackPorts, helper: ControlConnection):
+    def __init__(self, domid: int, ports: ToolstackPorts, helper: ControlConnection | None = None):
         self._domid, self._ports = domid, ports
         self.last_answer = LastAnswer(helper)
         """The helper is told how it ended."""

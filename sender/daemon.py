@@ -21,6 +21,7 @@ from migrate.config import RECEIVER_PORT, Config, MigrationConfig, advertised
 from migrate.control import ControlConnection
 from migrate.daemon import find_migration, notify, until_stopped
 from migrate.errors import MigrationError
+from migrate.journal import Journal
 from migrate.lanes import AwaitedLanes, DialledLanes
 from migrate.messages import Hello
 from migrate.policy import PolicyOptions, Strategy
@@ -40,10 +41,11 @@ KEPT = 100
 
 
 class SenderDaemon:
-    def __init__(self, hypervisor: Hypervisor, socket_path: Path, config: Config):
+    def __init__(self, hypervisor: Hypervisor, socket_path: Path, config: Config, journal: Journal):
         self._hypervisor = hypervisor
         self._socket_path = socket_path
         self._config = config
+        self._journal = journal
         self._port = 0
         self._migrations: dict[str, OutgoingMigration] = {}
         self._active: set[str] = set()
@@ -58,6 +60,11 @@ class SenderDaemon:
     async def _serve(self) -> None:
         listeners, self._port = await listen_tcp(*self._config.sender.listen)
         async with trio.open_nursery() as self._nursery:
+            for session, facts in self._journal.entries().items():
+                lanes_again = lanes.rejoining(facts["dials"], session, self._awaited)
+                self._start(
+                    OutgoingMigration.of_predecessor(session, self._hypervisor, lanes_again, self._journal, facts)
+                )
             await self._nursery.start(control.serve, self._socket_path, self._handle)
             await self._nursery.start(trio.serve_listeners, self._serve_lane, listeners)
             notify("READY=1\nSTATUS=waiting for migrations")
@@ -119,7 +126,7 @@ class SenderDaemon:
         )
         session = new_id()
         dialled = DialledLanes(destination, session)
-        migration = OutgoingMigration(session, self._hypervisor, domain, dialled, options)
+        migration = OutgoingMigration(session, self._hypervisor, domain, dialled, options, self._journal)
         ended = self._start(migration)
         async with task_group() as tasks:
             tasks.start_soon(self._listen, migration, connection)
@@ -141,7 +148,7 @@ class SenderDaemon:
         toolstack = XlToolstack(name, connection)
         options = _options(self._config.migration, request)
         migration = OutgoingMigration(
-            session, self._hypervisor, str(request["domid"]), awaited, options, toolstack=toolstack
+            session, self._hypervisor, str(request["domid"]), awaited, options, self._journal, toolstack=toolstack
         )
         migration.domain_name = name
         host, port = advertised(self._config.sender, self._port)

@@ -8,6 +8,8 @@ The order of things is in :meth:`OutgoingMigration.run`, one method a phase.  Tw
   each of them, whatever fails (invariants 1 and 6).  When the lanes are lost, the session is taken up again on others
   (:meth:`OutgoingMigration._rejoin`).
 
+What it owes it writes into the journal before it says so, for the daemon's successor (:meth:`OutgoingMigration.of_predecessor`).
+
 Where a toolstack decides at which end the guest runs, there is a time between the two in which nobody here knows: the domain
 stays as it is, and its pages are kept, until the toolstack has resumed or destroyed it.
 """
@@ -20,7 +22,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -32,6 +34,7 @@ from migrate import logs
 from migrate import messages as m
 from migrate.bandwidth import BandwidthCap
 from migrate.errors import GuestEndedError, MigrationError, PeerClosedError, RefusedError, RemoteProtocolError
+from migrate.journal import Journal
 from migrate.lanes import Lanes
 from migrate.messages import Lane
 from migrate.pfns import (
@@ -53,8 +56,8 @@ from migrate.transport import EXPLANATION_S, STEP_TIMEOUT_S, LaneConnection, run
 from sender.backlog import Backlog
 from sender.faults import FaultServer
 from sender.reader import announce, announce_missing, batches_of, count_pages, hold, pinned, present
-from sender.toolstack import XL_TIMEOUT_S, OwnToolstack, StaysHereError, Toolstack
-from xenbackend.contract import PAGE_SIZE, Domain, DomainState, Hypervisor, PfnArray, XenError
+from sender.toolstack import XL_TIMEOUT_S, OwnToolstack, StaysHereError, Toolstack, XlToolstack
+from xenbackend.contract import PAGE_SIZE, Domain, DomainState, Hypervisor, NoSuchDomainError, PfnArray, XenError
 
 log = logging.getLogger(__name__)
 
@@ -106,10 +109,13 @@ class OutgoingMigration:
 
     def __init__(
         self, session_id: str, hypervisor: Hypervisor, domain: str, lanes: Lanes, options: MigrationOptions,
-        *, toolstack: Toolstack | None = None, policy: Policy | None = None,
+        journal: Journal, *, toolstack: Toolstack | None = None, policy: Policy | None = None,
     ):  # fmt: skip
         self.id = session_id
-        self.domain_name = domain
+        self._journal = journal
+        self._inherited = ""
+        """How far a predecessor had come."""
+        self._target = self.domain_name = domain
         self.lanes = lanes
         self.options = options
         self.progress = Progress()
@@ -141,6 +147,32 @@ class OutgoingMigration:
         self._entrusted = False
         """The guest may be running at the destination."""
         self._last_word: m.Message | None = None
+
+    @classmethod
+    def of_predecessor(
+        cls, session_id: str, hypervisor: Hypervisor, lanes: Lanes, journal: Journal, facts: dict[str, Any]
+    ) -> OutgoingMigration:
+        """What a daemon has left that died, by its journal; ``lanes`` are for rejoining only."""
+        toolstack = XlToolstack(facts["domain"]) if facts["xl"] else None
+        options = MigrationOptions(Strategy(facts["strategy"]), bandwidth_bytes_per_s=facts["bandwidth"])
+        migration = cls(session_id, hypervisor, str(facts["domid"]), lanes, options, journal, toolstack=toolstack)
+        migration.domain_name = facts["domain"]
+        migration._key = bytes.fromhex(facts["key"])
+        migration._inherited = facts["step"]
+        migration._context_sent = True  # for all we know
+        lanes.keep(migration._key)
+        return migration
+
+    def _record(self, step: str) -> None:
+        """Raises :class:`MigrationError` where the journal cannot be written."""
+        self._journal.write(
+            self.id,
+            {
+                "step": step, "domain": self.domain_name, "domid": self._domain.domid, "key": self._key.hex(),
+                "dials": self.lanes.dials, "xl": self._toolstack.decides, "strategy": self.options.strategy.value,
+                "bandwidth": self.options.bandwidth_bytes_per_s,
+            },
+        )  # fmt: skip
 
     # ---- what others may ask ----
     def postcopy_now(self) -> None:
@@ -182,10 +214,23 @@ class OutgoingMigration:
         """Raises :class:`MigrationError` or ``XenError``; ``session.handed_over`` tells where the guest is then."""
         logs.migration.set(self.id)
         self.statistics.started = time.monotonic()
-        self._domain = self._hypervisor.open(self.domain_name)
+        if self._inherited == "given up":
+            self._last_word = m.Abort("the guest stays at the source")
+            raise MigrationError("given up, before the sender was started anew")
+        try:
+            self._domain = self._hypervisor.open(self._target)
+        except NoSuchDomainError as error:
+            if not self._inherited:
+                raise
+            self._journal.erase(self.id)
+            lost = "the pages that it lacks are lost" if self._toolstack.decides else "it was destroyed"
+            raise MigrationError(f"{self.domain_name} is gone, and was here before the sender died: {lost}") from error
         try:
             with self._scope:
-                await self._migrate()
+                if self._inherited:
+                    await self._go_on_for_predecessor()
+                else:
+                    await self._migrate()
             if self._scope.cancelled_caught:
                 raise self._verdict or MigrationError(f"cancelled: {self._cancel_reason}")
         except BaseException as error:
@@ -213,6 +258,29 @@ class OutgoingMigration:
                 lane.close()
         self._push = self._pull = None
 
+    async def _go_on_for_predecessor(self) -> None:
+        if self._inherited == "begun":
+            self._log_dirty = self._suspended = True  # for all we know
+            raise MigrationError("the sender was ended in the middle of it")
+        self._entrusted = True
+        handed_over = self._inherited == "handed over"
+        self.session = Session.of_predecessor(Role.SENDER, self._domain.nr_pfns, handed_over=handed_over)
+        self.progress.phase = "postcopy" if handed_over else "deciding"
+        self._backlog = Backlog(np.zeros(self._domain.nr_pfns, dtype=np.bool_))
+        async with task_group() as tasks:
+            if self._toolstack.decides:
+                tasks.start_soon(self._follow_decision)
+            await self._rejoin(PeerClosedError("the sender was started anew"))
+            await self._migrate_over_lanes(tasks)
+            tasks.cancel_scope.cancel()
+        await self._finish()
+
+    async def _finish(self) -> None:
+        self.statistics.finished = time.monotonic()
+        await self._toolstack.finish(self._domain)
+        self._journal.erase(self.id)
+        self.progress.phase = "completed"
+
     async def _migrate(self) -> None:
         info = self._domain.info()
         self.domain_name = info.name or self.domain_name
@@ -223,9 +291,7 @@ class OutgoingMigration:
         async with task_group() as tasks:  # what does not end with the lanes
             await self._migrate_over_lanes(tasks)
             tasks.cancel_scope.cancel()
-        self.statistics.finished = time.monotonic()
-        await self._toolstack.finish(self._domain)
-        self.progress.phase = "completed"
+        await self._finish()
 
     async def _migrate_over_lanes(self, tasks: trio.Nursery) -> None:
         """One pair after the other, from the switchover on."""
@@ -291,6 +357,7 @@ class OutgoingMigration:
         """Returns what the receiver has been told to evict, and a bitmap of what else is known to be unsent."""
         self.progress.phase = "precopy"
         domain, stats = self._domain, self.statistics
+        self._record("begun")
         self._log_dirty = True
         await trio.to_thread.run_sync(domain.log_dirty_enable)
         await self._toolstack.track_device_model(True)
@@ -508,6 +575,7 @@ class OutgoingMigration:
     async def _entrust(self) -> None:
         """Said is done, even where it does not arrive: it is said again then."""
         await trio.lowlevel.checkpoint_if_cancelled()
+        self._record("deciding" if self._toolstack.decides else "handed over")
         self._entrusted = True
         self.progress.phase = "deciding" if self._toolstack.decides else "postcopy"
         with trio.CancelScope(shield=True):
@@ -535,6 +603,7 @@ class OutgoingMigration:
             tasks.cancel_scope.cancel()
         if not given_away:
             raise StaysHereError("xl resumed the guest here")
+        self._record("handed over")
         self._given_away.set()
 
     async def _hand_over_when_decided(self) -> None:
@@ -679,6 +748,8 @@ class OutgoingMigration:
             while isinstance(answer := await self._hear(), m.Outstanding):
                 outstanding[pfns_of_window(answer.base, answer.bitmap)] = True
         match answer:
+            case m.Rejoined() | m.Complete() if self._inherited:
+                await trio.to_thread.run_sync(self._inherit, outstanding)
             case m.Rejoined() | m.Complete():
                 done = await trio.to_thread.run_sync(self._backlog.rejoin, outstanding)
                 await trio.to_thread.run_sync(self._domain.release, done)
@@ -693,6 +764,14 @@ class OutgoingMigration:
         if self.session.phase is Phase.SWITCHOVER:
             await self._say_switched_over()
 
+    def _inherit(self, outstanding: PfnMask) -> None:
+        """What the predecessor had, the receiver tells."""
+        self._backlog = Backlog(outstanding)
+        self.statistics.missing_pages = self.progress.pages_total = self._backlog.unacknowledged
+        if self._toolstack.decides:
+            hold(self._domain, outstanding)
+        self._inherited = ""
+
     # ---- when it goes wrong ----
     async def _failed(self, error: BaseException) -> None:
         progress = self.progress
@@ -700,6 +779,7 @@ class OutgoingMigration:
         if isinstance(error, GuestEndedError):
             progress.problem = str(error)
             await self._toolstack.finish(self._domain)
+            self._journal.erase(self.id)
             progress.phase = "failed"
             return
         if self._entrusted and not given_away and not isinstance(error, trio.Cancelled | StaysHereError):
@@ -717,6 +797,8 @@ class OutgoingMigration:
 
     async def linger(self) -> None:
         """Tell a receiver that was cut off, and holds the guest in readiness, that it stays here."""
+        if self._last_word is None:
+            return
         while self._last_word is not None:
             try:
                 self._push = await self.lanes.again(log.debug)
@@ -724,11 +806,12 @@ class OutgoingMigration:
                 await self._push_lane_closed()
                 self._last_word = None
             except RefusedError:  # it knows
-                return
+                break
             except PeerClosedError as error:
                 log.info("%s: the destination has not been told yet that the guest stays: %s", self.domain_name, error)
             finally:
                 self._close_lanes()
+        self._journal.erase(self.id)
 
     async def _give_up(self, reason: str) -> None:
         """The guest goes on here; the receiver is told, if it can be."""
@@ -741,10 +824,22 @@ class OutgoingMigration:
                 # Where this fails it sees the connection end, which says the same to one that is not ready.
                 await self._push.send(abort)
         self._close_lanes()
-        try:
+        with self._reported():
             self._stop_log_dirty()
+        with self._reported():
             await self._toolstack.give_up(self._domain, reason, suspended=self._suspended)
-        except XenError as error:
+        with self._reported():
+            if self._context_sent:
+                self._record("given up")
+            else:
+                self._journal.erase(self.id)
+
+    @contextlib.contextmanager
+    def _reported(self) -> Iterator[None]:
+        """The rest is to be done all the same."""
+        try:
+            yield
+        except (MigrationError, XenError) as error:
             self.progress.problem += f"; and then: {error}"
             log.error("%s", error)
 

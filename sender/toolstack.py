@@ -84,11 +84,14 @@ class OwnToolstack:
 
 
 class XlToolstack:
-    """``helper``: the connection of the helper, after its request.  ``name``: the domain's, which xl changes on the way."""
+    """``helper``: the connection of the helper, after its request; ``None``: it went away with our predecessor.
+
+    ``name``: the domain's, which xl changes on the way.
+    """
 
     decides = True
 
-    def __init__(self, name: str, helper: ControlConnection):
+    def __init__(self, name: str, helper: ControlConnection | None = None):
         self._name = name
         self._helper = helper
         self._asking = trio.Lock()
@@ -99,11 +102,14 @@ class XlToolstack:
 
     async def listen(self) -> None:
         """Hear the helper's answers until it goes away."""
+        assert self._helper is not None
         with self._answers:
             while (answer := await self._helper.request()) is not None:
                 self._answers.send_nowait(int(answer["answer"]))
 
     async def _ask(self, event: str, **fields: object) -> int:
+        if self._helper is None:
+            raise MigrationError("xl's helper has gone")
         async with self._asking:
             try:
                 await self._helper.answer(event, **fields)

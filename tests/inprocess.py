@@ -13,6 +13,7 @@ import trio
 
 from migrate.config import Config
 from migrate.errors import MigrationError
+from migrate.journal import Journal
 from migrate.lanes import DialledLanes
 from migrate.loopback import World, verify_migrated, wait_for_steps
 from migrate.policy import PolicyOptions, Strategy
@@ -59,7 +60,8 @@ async def migrate(
     guest = world.source.create_guest(spec.to_bytes())
     await trio.to_thread.run_sync(wait_for_steps, guest, 100)
     guest.close()
-    receiver = ReceiverDaemon(world.destination, world.receiver_socket, Config())
+    journal = Journal(world.directory / "journal")
+    receiver = ReceiverDaemon(world.destination, world.receiver_socket, Config(), Journal(world.directory / "arrivals"))
     # Slow enough that the guest touches pages before they are pushed, however busy the machine is.
     options = options or MigrationOptions(strategy, PolicyOptions(max_rounds=2), bandwidth_bytes_per_s=32 * 2**20)
     with trio.fail_after(timeout_s):
@@ -69,7 +71,7 @@ async def migrate(
             session = new_id()
             between = await link(nursery, ("127.0.0.1", listeners[0].socket.getsockname()[1]), budgets)
             lanes = DialledLanes(("127.0.0.1", between.port), session)
-            outcome = Outcome(OutgoingMigration(session, world.source, spec.name, lanes, options))
+            outcome = Outcome(OutgoingMigration(session, world.source, spec.name, lanes, options, journal))
             outcome.receiver = receiver
             if meanwhile is not None:
                 nursery.start_soon(meanwhile, outcome, between)
@@ -82,6 +84,7 @@ async def migrate(
                 await incoming.ended.wait()
             outcome.connections = between.connections
             nursery.cancel_scope.cancel()
+    assert session not in journal.entries() or outcome.error is not None
     return outcome
 
 

@@ -312,6 +312,10 @@ class Domain(ABC):
         """
 
     @abstractmethod
+    def paged_out(self, pfns: PfnArray) -> NDArray[np.bool_]:
+        """Which of the pfns are memory of the domain whose contents are not here."""
+
+    @abstractmethod
     def load(self, pfns: PfnArray, pages: Buffer | None) -> NDArray[np.int32]:
         """Give paged-out pfns their contents (``None``: zeros): 0, or ``-ENOENT`` for a pfn that is not paged out.
 
@@ -339,6 +343,13 @@ class Hypervisor(ABC):
     @abstractmethod
     def create_incoming(self, config: DomainConfig) -> Domain:
         """An empty domain, all holes, to restore into.  EEXIST: its name is in use; ENOMEM."""
+
+    @abstractmethod
+    def reopen_incoming(self, domid: int, config: DomainConfig, *, lent: bool) -> Domain:
+        """One that a process which has died was restoring, or had started.  ``lent``: it is a toolstack's.
+
+        Raises :class:`NoSuchDomainError`.
+        """
 
     @abstractmethod
     def bind_incoming(self, domid: int, config: DomainConfig, ports: ToolstackPorts) -> Domain:

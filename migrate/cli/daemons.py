@@ -14,7 +14,16 @@ import trio
 
 from migrate import logs
 from migrate.cli.options import RECEIVER_SOCKET, SENDER_SOCKET, F, Size, simulated_option, socket_option
-from migrate.config import CONFIG_FILE, RECEIVER_PORT, SENDER_PORT, Address, ReceiverConfig, SenderConfig, load
+from migrate.config import (
+    CONFIG_FILE,
+    RECEIVER_PORT,
+    SENDER_PORT,
+    STATE_DIRECTORY,
+    Address,
+    ReceiverConfig,
+    SenderConfig,
+    load,
+)
 from migrate.tasks import root_cause
 from migrate.transport import parse_address
 
@@ -37,6 +46,18 @@ config_option = click.option(
 )
 
 
+state_option = click.option(
+    "--state",
+    type=click.Path(path_type=Path, file_okay=False),
+    help=f"Where the journal is, by which the next one goes on when this daemon is killed.  Default: {STATE_DIRECTORY}; "
+    "with --simulated beside that socket.",
+)
+
+
+def _state(state: Path | None, simulated: Path | None) -> Path:
+    return state or (STATE_DIRECTORY if simulated is None else simulated.with_name(simulated.name + ".state"))
+
+
 def listen_option(default: Address, who: str) -> Callable[[F], F]:
     at = "{}:{}".format(*default)
     return click.option(
@@ -48,46 +69,62 @@ def listen_option(default: Address, who: str) -> Callable[[F], F]:
 @listen_option(SenderConfig.listen, "the receivers of xl's migrations")
 @socket_option(SENDER_SOCKET, "this daemon, to be made")
 @config_option
+@state_option
 @simulated_option
 @verbose_option
 def sender_command(
-    listen: str | None, socket_path: Path, config_path: Path | None, simulated: Path | None, verbose: bool
+    listen: str | None,
+    socket_path: Path,
+    config_path: Path | None,
+    state: Path | None,
+    simulated: Path | None,
+    verbose: bool,
 ) -> None:
     """The daemon at the source: migrates what `migrate` and xl's helper ask for at its control socket.
 
     SIGTERM gives up migrations before their handover (their guests go on here), waits for those after
     it, and ends; a second one ends it at once.
     """
+    from migrate.journal import Journal
     from sender.daemon import SenderDaemon
     from xenbackend.choose import open_hypervisor
 
     config = load(config_path)
     if listen is not None:
         config = replace(config, sender=replace(config.sender, listen=parse_address(listen, SENDER_PORT)))
-    _run(verbose, SenderDaemon(open_hypervisor(simulated), socket_path, config).run)
+    journal = Journal(_state(state, simulated) / "sender")
+    _run(verbose, SenderDaemon(open_hypervisor(simulated), socket_path, config, journal).run)
 
 
 @click.command("receiver")
 @listen_option(ReceiverConfig.listen, "senders")
 @socket_option(RECEIVER_SOCKET, "this daemon, to be made")
 @config_option
+@state_option
 @simulated_option
 @verbose_option
 def receiver_command(
-    listen: str | None, socket_path: Path, config_path: Path | None, simulated: Path | None, verbose: bool
+    listen: str | None,
+    socket_path: Path,
+    config_path: Path | None,
+    state: Path | None,
+    simulated: Path | None,
+    verbose: bool,
 ) -> None:
     """The daemon at the destination: takes guests in and serves their page faults.
 
     SIGTERM ends it when no guest depends on it any more; a second one ends it at once, and then vCPUs that
     touch a missing page stand still.
     """
+    from migrate.journal import Journal
     from receiver.daemon import ReceiverDaemon
     from xenbackend.choose import open_hypervisor
 
     config = load(config_path)
     if listen is not None:
         config = replace(config, receiver=replace(config.receiver, listen=parse_address(listen, RECEIVER_PORT)))
-    _run(verbose, ReceiverDaemon(open_hypervisor(simulated), socket_path, config).run)
+    journal = Journal(_state(state, simulated) / "receiver")
+    _run(verbose, ReceiverDaemon(open_hypervisor(simulated), socket_path, config, journal).run)
 
 
 @click.command("simulated-host")

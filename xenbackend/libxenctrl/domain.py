@@ -361,6 +361,10 @@ class XenDomain(Domain):
         there: NDArray[np.bool_] = (types == PageStatus.DATA) | (types == PageStatus.PAGED)
         return there
 
+    def paged_out(self, pfns: PfnArray) -> NDArray[np.bool_]:
+        out: NDArray[np.bool_] = self._types(pfns) == PageStatus.PAGED
+        return out
+
     def populate(self, pfns: PfnArray) -> None:
         self._batch("populate_physmap", lib.xen_populate, pfns)
 

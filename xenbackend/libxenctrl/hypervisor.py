@@ -121,6 +121,9 @@ class XenHypervisor(Hypervisor):
             raise XenError("create", errno.ENOMEM, why="not enough memory")
         return self._remember(incoming.create(self, config))
 
+    def reopen_incoming(self, domid: int, config: DomainConfig, *, lent: bool) -> XenDomain:
+        return self._remember(incoming.reopen(self, domid, config, lent=lent))
+
     def bind_incoming(self, domid: int, config: DomainConfig, ports: ToolstackPorts) -> XenDomain:
         return self._remember(incoming.bind(self, domid, config, ports))
 

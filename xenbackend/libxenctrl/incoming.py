@@ -97,8 +97,10 @@ class Plumbing:
 class OwnPlumbing(Plumbing):
     """Where no toolstack has made them."""
 
-    def __init__(self, hypervisor: XenHypervisor, config: DomainConfig, platform: Platform):
-        super().__init__(hypervisor, ToolstackPorts(0, 0))
+    def __init__(
+        self, hypervisor: XenHypervisor, config: DomainConfig, platform: Platform, ports: ToolstackPorts | None = None
+    ):
+        super().__init__(hypervisor, ports or ToolstackPorts(0, 0))
         self._config, self._platform = config, platform
 
     def connect(self, domain: XenDomain) -> None:
@@ -163,6 +165,18 @@ def bind(hypervisor: XenHypervisor, domid: int, config: DomainConfig, ports: Too
         raise XenError("bind", errno.EINVAL, why=why)
     _prepare(hypervisor, domid, config, platform)
     return XenDomain(hypervisor, domid, config.nr_pfns, Plumbing(hypervisor, ports))
+
+
+def reopen(hypervisor: XenHypervisor, domid: int, config: DomainConfig, *, lent: bool) -> XenDomain:
+    """Raises ``XenError``."""
+    domain = XenDomain(hypervisor, domid, config.nr_pfns)
+    ports = ToolstackPorts(domain.param(HVM_PARAM_STORE_EVTCHN), domain.param(HVM_PARAM_CONSOLE_EVTCHN))
+    if lent:
+        return XenDomain(hypervisor, domid, config.nr_pfns, Plumbing(hypervisor, ports))
+    if hypervisor.store_read(f"/local/domain/{domid}/store/port") is not None:  # it has been introduced, and started
+        return domain
+    plumbing = OwnPlumbing(hypervisor, config, Platform.unpack(config.platform), ports)
+    return XenDomain(hypervisor, domid, config.nr_pfns, plumbing)
 
 
 def _prepare(hypervisor: XenHypervisor, domid: int, config: DomainConfig, platform: Platform) -> None:

@@ -174,6 +174,9 @@ class SimulatedDomain(Domain):
     def present(self, pfns: PfnArray) -> NDArray[np.bool_]:
         return np.isin(self.p2m_types(pfns), (*RAM_TYPES, *PAGING_TYPES))
 
+    def paged_out(self, pfns: PfnArray) -> NDArray[np.bool_]:
+        return np.isin(self.p2m_types(pfns), PAGING_TYPES)
+
     def populate(self, pfns: PfnArray) -> None:
         self._batch("populate_physmap", lib.sim_populate, pfns)
 
@@ -304,6 +307,9 @@ class SimulatedHypervisor(Hypervisor):
 
     def create_incoming(self, config: DomainConfig) -> SimulatedDomain:
         return SimulatedDomain(self, self.call("create_incoming", config=config.__dict__))
+
+    def reopen_incoming(self, domid: int, config: DomainConfig, *, lent: bool) -> SimulatedDomain:
+        return self.open(domid)
 
     def bind_incoming(self, domid: int, config: DomainConfig, ports: ToolstackPorts) -> SimulatedDomain:
         domain = self.open(domid)

@@ -1,0 +1,70 @@
+"""The journal: what a daemon has promised, so that its successor can keep it when it was killed.
+
+One small file a migration, written before the step that it promises, replaced as a whole, and erased when nothing is
+owed any more.  It is not synced: it is for a process that dies; with the host its domains are gone as well, and entries
+of an earlier boot are not taken up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from migrate.errors import MigrationError
+
+log = logging.getLogger(__name__)
+
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+SUFFIX = ".json"
+
+
+class Journal:
+    """In ``directory``, which is made.  Raises :class:`MigrationError` where that cannot be."""
+
+    def __init__(self, directory: Path):
+        self._directory = directory
+        self._boot = BOOT_ID.read_text().strip()
+        try:
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if not os.access(directory, os.W_OK):
+                raise PermissionError(0, "it cannot be written")
+        except OSError as error:
+            raise MigrationError(
+                f"state directory {directory}: {error.strerror}: choose another one by --state"
+            ) from error
+
+    def write(self, session: str, facts: dict[str, Any]) -> None:
+        """Of a migration, in place of what was there; ``facts`` as JSON can have them.  Raises :class:`MigrationError`."""
+        path = self._directory / (session + SUFFIX)
+        new = path.with_suffix(".new")
+        try:
+            # The key of the session is in it.
+            with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+                json.dump({"boot": self._boot, **facts}, file)
+            new.replace(path)
+        except OSError as error:
+            raise MigrationError(f"cannot write the journal {path}: {error.strerror}") from error
+
+    def erase(self, session: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            (self._directory / (session + SUFFIX)).unlink()
+
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """By session: what a predecessor has left.  One that cannot be read, or is of an earlier boot, is dropped and said so."""
+        found = {}
+        for path in sorted(self._directory.glob(f"*{SUFFIX}")):
+            try:
+                facts = json.loads(path.read_text())
+                if facts["boot"] != self._boot:
+                    log.warning("%s: the guest has gone with the host, which was started anew since", path)
+                    path.unlink()
+                    continue
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                log.error("%s: not a journal of ours: %r", path, error)
+                continue
+            found[path.name.removesuffix(SUFFIX)] = facts
+        return found

@@ -1,0 +1,168 @@
+"""A daemon is killed, at any instant, and started anew: the guest runs in exactly one place and loses nothing."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from migrate.errors import MigrationError
+from migrate.loopback import World, loopback_world, start_receiver, start_sender, verify_migrated, wait_for_steps
+from tests.conftest import MIB
+from xenbackend.contract import DomainState
+from xenbackend.simulated.guest import GuestSpec
+
+WAIT_S = 30.0
+ENDED = ("completed", "failed", "refused")
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    with loopback_world(256 * MIB) as made:
+        yield made
+
+
+def spec() -> GuestSpec:
+    return GuestSpec("guest", 32 * MIB, 2, workload="random", working_set_bytes=16 * MIB, zero_permille=100)
+
+
+def until(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.002)
+
+
+def lines(world: World, which: str) -> list[dict[str, Any]]:
+    try:
+        found: list[dict[str, Any]] = world.ask(which, command="list")["migrations"]
+    except MigrationError:
+        return []
+    return found
+
+
+def phase(world: World, which: str) -> str:
+    found = lines(world, which)
+    return str(found[-1]["phase"]) if found else ""
+
+
+def kill(world: World, which: str) -> None:
+    world.stop(which, signal.SIGKILL)
+
+
+def start_anew(world: World, which: str) -> None:
+    if which == "sender":
+        start_sender(world)
+    else:
+        start_receiver(world, world.port)
+
+
+def begin(world: World, strategy: str = "hybrid", bandwidth: float | None = 32 * MIB) -> None:
+    """A migration that does not end before we are through with it."""
+    guest = world.source.create_guest(spec().to_bytes())
+    wait_for_steps(guest, 100)
+    guest.close()
+    client = world.control("sender")
+    client.say(
+        command="migrate", domain="guest", destination=f"127.0.0.1:{world.port}", strategy=strategy, bandwidth=bandwidth,
+        policy={"max_rounds": 2},
+    )  # fmt: skip
+    client.answer()
+    client.close()
+
+
+def check(world: World) -> str:
+    """Wait for its end, and verify the guest where it is; returns that."""
+
+    def settled() -> bool:
+        ends = {which: phase(world, which) for which in ("sender", "receiver")}
+        return all(end in (*ENDED, "") for end in ends.values())
+
+    try:
+        until(settled, "it does not end")
+    except AssertionError as error:
+        told = {which: (lines(world, which), world.processes[which].tail()) for which in ("sender", "receiver")}
+        raise AssertionError(f"it does not end: {told}") from error
+    places = [
+        (which, info.state)
+        for which, host in (("source", world.source), ("destination", world.destination))
+        for info in host.domains()
+    ]
+    assert [state for _which, state in places] == [DomainState.RUNNING], places
+    (where, _state) = places[0]
+    if where == "destination":
+        verification, _view = verify_migrated(world, spec())
+        assert verification.problems == []
+    else:
+        domain = world.source.open("guest")
+        wait_for_steps(domain, 100)
+        report = domain.report()
+        assert [vcpu["errors"] for vcpu in report["vcpu"]] == [0, 0]
+        domain.close()
+    return where
+
+
+@pytest.mark.parametrize("which", ["sender", "receiver"])
+@pytest.mark.parametrize("strategy", ["hybrid", "postcopy"])
+def test_killed_in_postcopy_its_successor_goes_on(world: World, which: str, strategy: str) -> None:
+    begin(world, strategy)
+    for _ in range(3):
+        until(lambda: phase(world, "receiver") == "postcopy", "no postcopy")
+        outstanding = lines(world, "receiver")[-1]["outstanding"]
+        kill(world, which)
+        other = "receiver" if which == "sender" else "sender"
+        until(lambda: phase(world, other) == "interrupted", "it was not noticed")  # noqa: B023
+        start_anew(world, which)
+        if outstanding < 1000:
+            break
+    assert check(world) == "destination"
+
+
+def test_both_killed(world: World) -> None:
+    begin(world)
+    until(lambda: phase(world, "receiver") == "postcopy", "no postcopy")
+    kill(world, "sender")
+    kill(world, "receiver")
+    start_anew(world, "sender")
+    start_anew(world, "receiver")
+    assert check(world) == "destination"
+
+
+@pytest.mark.parametrize("which", ["sender", "receiver"])
+def test_killed_in_precopy_the_guest_stays(world: World, which: str) -> None:
+    begin(world, bandwidth=4 * MIB)
+    until(lambda: phase(world, "receiver") == phase(world, "sender") == "precopy", "no precopy")
+    kill(world, which)
+    start_anew(world, which)
+    assert check(world) == "source"
+    # and it can be migrated afterwards
+    with world.control("sender") as client:
+        result = client.call(command="migrate", domain="guest", destination=f"127.0.0.1:{world.port}")
+    assert result["result"]["domain"] == "guest"
+
+
+def test_the_guest_ends_while_its_pager_is_dead(world: World) -> None:
+    begin(world, "postcopy")
+    until(lambda: phase(world, "receiver") == "postcopy", "no postcopy")
+    kill(world, "receiver")
+    world.destination.open("guest").destroy()
+    start_anew(world, "receiver")
+    until(lambda: phase(world, "sender") == "failed", "the sender was not told")
+    assert "ended at the destination" in lines(world, "sender")[-1]["problem"]
+    assert world.source.domains() == []
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_killed_at_any_instant(world: World, seed: int) -> None:
+    random_ = random.Random(seed)
+    strategy, which = random_.choice(["hybrid", "postcopy", "precopy"]), random_.choice(["sender", "receiver"])
+    begin(world, strategy, bandwidth=random_.choice([None, 64 * MIB]))
+    time.sleep(random_.uniform(0, 0.6))
+    kill(world, which)
+    time.sleep(random_.choice([0, 0.3]))
+    start_anew(world, which)
+    check(world)
