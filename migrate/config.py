@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from migrate.errors import MigrationError
+from migrate.messages import CHECKSUMS
 from migrate.policy import PolicyOptions, Strategy
 from migrate.transport import parse_address
 from migrate.units import parse_size
@@ -96,6 +97,13 @@ def _key(parse: Callable[[Any], Any], default: Any) -> Any:
 class NetworkConfig:
     unencrypted: bool = _key(_flag, False)
     """Listen on addresses that others can reach, though guests' memory crosses the network as it is."""
+    checksums: bool = _key(_flag, False)
+    """Check each page from end to end (CRC-32), where TCP's checksum is not trusted."""
+
+    @property
+    def requires(self) -> tuple[str, ...]:
+        """Capabilities."""
+        return (CHECKSUMS,) if self.checksums else ()
 
 
 @dataclass(frozen=True)

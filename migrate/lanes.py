@@ -64,8 +64,9 @@ class Lanes(Protocol):
 class DialledLanes:
     """``token``: what the push lane has to show, where the other end has given us one."""
 
-    def __init__(self, address: tuple[str, int], session: str, token: bytes = b""):
+    def __init__(self, address: tuple[str, int], session: str, token: bytes = b"", *, requires: tuple[str, ...] = ()):
         self._address, self._session, self._token = address, session, token
+        self._requires = requires
         self._key = b""
         self._rejoins = 0
         self._pause_s = FIRST_RETRY_S
@@ -115,19 +116,24 @@ class DialledLanes:
     async def _dial(self, kind: Lane, token: bytes) -> LaneConnection:
         lane = await connect(*self._address)
         try:
-            await lane.send(hello(kind, self._session, token))
-            negotiate(await lane.receive_hello())
+            ours = hello(kind, self._session, token, requires=self._requires)
+            await lane.send(ours)
+            theirs = await lane.receive_hello()
+            negotiate(theirs)
+            lane.agree((ours, theirs))
         except BaseException:
             lane.close()
             raise
         return lane
 
 
-def rejoining(dials: list[Any] | None, session: str, awaited: dict[str, AwaitedLanes]) -> Lanes:
+def rejoining(
+    dials: list[Any] | None, session: str, awaited: dict[str, AwaitedLanes], requires: tuple[str, ...] = ()
+) -> Lanes:
     """For a session that a predecessor has left; where we are dialled it is put among the ``awaited``."""
     if dials is not None:
         host, port = dials
-        return DialledLanes((str(host), int(port)), session)
+        return DialledLanes((str(host), int(port)), session, requires=requires)
     awaited[session] = AwaitedLanes()
     return awaited[session]
 
@@ -250,7 +256,9 @@ class _AwaitedLane:
             self._lane = None
 
 
-async def receive(stream: trio.SocketStream, find: Callable[[Hello], AwaitedLanes]) -> None:
+async def receive(
+    stream: trio.SocketStream, find: Callable[[Hello], AwaitedLanes], requires: tuple[str, ...] = ()
+) -> None:
     """Take in a connection: ``find`` says whose it is, or raises :class:`MigrationError`."""
     lane = LaneConnection.from_stream(stream)
     try:
@@ -258,7 +266,9 @@ async def receive(stream: trio.SocketStream, find: Callable[[Hello], AwaitedLane
         negotiate(greeting)
         awaited = find(greeting)
         await awaited.welcome(greeting)
-        await lane.send(hello(Lane(greeting.lane), greeting.session))
+        ours = hello(Lane(greeting.lane), greeting.session, requires=requires)
+        await lane.send(ours)
+        lane.agree((ours, greeting))
         awaited.arrived(greeting, lane)
     except MigrationError as error:
         log.warning("connection from %s refused: %s", lane.peer(), error)

@@ -28,8 +28,9 @@ MAX_FAULT_PFNS = 64
 MAX_AHEAD_PFNS = 1024
 MAX_CONTEXT_CHUNK = 128 * 1024
 MAX_TEXT = 1024
-CAPABILITIES: frozenset[str] = frozenset()
-"""Extensions of the protocol that this end knows."""
+CHECKSUMS = "checksums"
+CAPABILITIES = frozenset({CHECKSUMS})
+"""What this end can do where one of both requires it."""
 
 
 class Lane(StrEnum):

@@ -18,7 +18,6 @@ from xenbackend.contract import PfnArray
 
 WINDOW_PFNS = 2**18
 """pfns in one window: 32 KiB of bitmap, 1 GiB of guest."""
-PIECE_PFNS = 1 << 18
 
 PfnMask = NDArray[np.bool_]
 
@@ -70,9 +69,3 @@ def windows(mask: PfnMask) -> Iterator[tuple[int, bytes]]:
 
 def pfns_of_window(base: int, bitmap: bytes) -> PfnArray:
     return from_mask(np.unpackbits(np.frombuffer(bitmap, dtype=np.uint8), bitorder="little").view(np.bool_), base)
-
-
-def all_pfns(nr_pfns: int) -> Iterator[PfnArray]:
-    """In pieces: of a large guest they would be gigabytes."""
-    for base in range(0, nr_pfns, PIECE_PFNS):
-        yield np.arange(base, min(base + PIECE_PFNS, nr_pfns), dtype=np.uint64)

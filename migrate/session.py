@@ -321,7 +321,7 @@ def negotiate(theirs: m.Hello) -> int:
     return version
 
 
-def hello(lane: Lane, session: str, token: bytes = b"") -> m.Hello:
+def hello(lane: Lane, session: str, token: bytes = b"", *, requires: tuple[str, ...] = ()) -> m.Hello:
     from migrate import __version__
 
     return m.Hello(
@@ -330,7 +330,7 @@ def hello(lane: Lane, session: str, token: bytes = b"") -> m.Hello:
         lane.value,
         session,
         token,
-        (),
+        requires,
         tuple(sorted(m.CAPABILITIES)),
         f"xen-postcopy {__version__}",
     )

@@ -22,7 +22,7 @@ import trio
 from migrate import frames
 from migrate.errors import MigrationError, PeerClosedError, RefusedError
 from migrate.frames import FrameDecoder
-from migrate.messages import Hello, Lane, Message, Refused, parse
+from migrate.messages import CHECKSUMS, Hello, Lane, Message, Refused, parse
 from migrate.tasks import task_group
 
 CONNECT_TIMEOUT_S = 10.0
@@ -80,6 +80,10 @@ class LaneConnection:
         stream.socket.close()
         return lane
 
+    def agree(self, greetings: Iterable[Hello]) -> None:
+        """What the hellos of both ends require is done from here on."""
+        self._decoder.checked = any(CHECKSUMS in greeting.requires for greeting in greetings)
+
     def fileno(self) -> int:
         return self._socket.fileno()
 
@@ -97,9 +101,10 @@ class LaneConnection:
 
         Returns the bytes that it took.  Raises :class:`PeerClosedError` when the connection is gone.
         """
-        payload_bytes = sum(map(len, payload))
-        head = frames.encode(message.header(), payload_bytes)
-        size = len(head) + payload_bytes
+        if self._decoder.checked and payload:
+            payload = [memoryview(b"".join(payload))]  # a running guest changes it between looking and sending
+        head = frames.encode(message.header(), payload, checked=self._decoder.checked)
+        size = len(head) + sum(map(len, payload))
         with self._sending:
             if self._cut_off:
                 raise PeerClosedError("the connection was lost while sending")

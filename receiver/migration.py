@@ -32,7 +32,7 @@ from migrate.errors import GuestEndedError, MigrationError, PeerClosedError, Pro
 from migrate.journal import Journal
 from migrate.lanes import Lanes
 from migrate.messages import Lane
-from migrate.pfns import all_pfns, pfns_of_window, windows
+from migrate.pfns import pfns_of_window, windows
 from migrate.session import Role, Session, new_token
 from migrate.statistics import PagerStatistics
 from migrate.tasks import is_bug, is_final, task_group
@@ -284,8 +284,7 @@ class IncomingMigration:
         self._pages = OutstandingPages(self._offer.nr_pfns)
         if self._offer.paging:
             self._ring = self._attach(domain)
-            for pfns in all_pfns(domain.nr_pfns):
-                self._pages.add(pfns[domain.paged_out(pfns)])
+            self._pages.add(domain.paged_out())
         log.warning(
             "%s: taking up what was left here, %s, %d pages missing", config.name, self._step, self._pages.count
         )

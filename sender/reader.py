@@ -8,9 +8,11 @@ import numpy as np
 
 from migrate.errors import MigrationError
 from migrate.messages import Pages
-from migrate.pfns import PIECE_PFNS, WINDOW_PFNS, PfnMask, all_pfns, from_mask
+from migrate.pfns import WINDOW_PFNS, PfnMask, from_mask
 from sender.backlog import Backlog
 from xenbackend.contract import Domain, MappedPages, PageStatus, PfnArray
+
+PIECE_PFNS = 1 << 18
 
 
 def announce(pfns: PfnArray, mapped: MappedPages) -> Pages:
@@ -47,6 +49,12 @@ def announce_missing(pfns: PfnArray, mapped: MappedPages, backlog: Backlog) -> P
 
 def count_pages(message: Pages) -> int:
     return len(message.pfns) + len(message.zeros)
+
+
+def all_pfns(nr_pfns: int) -> Iterator[PfnArray]:
+    """In pieces: of a large guest they would be gigabytes."""
+    for base in range(0, nr_pfns, PIECE_PFNS):
+        yield np.arange(base, min(base + PIECE_PFNS, nr_pfns), dtype=np.uint64)
 
 
 def present(domain: Domain) -> PfnMask:

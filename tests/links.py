@@ -1,14 +1,16 @@
-"""A link that can be cut: a relay between the two daemons, which passes bytes on for as long as it is told to."""
+"""A link that can be cut, and worse: a relay between the two daemons, which passes bytes on as it is told to."""
 
 from __future__ import annotations
 
 import contextlib
 import socket
 import struct
+from collections.abc import Callable
 
 import trio
 
 PIECE = 65536
+Damage = Callable[[bytes], bytes]
 NO_LINGER = struct.pack("ii", 1, 0)
 
 
@@ -28,6 +30,12 @@ class Link:
         self.connections = 0
         self.is_up = True
         self.was_cut = trio.Event()
+        self.delay_s = 0.0
+        """Of each piece."""
+        self.piece = PIECE
+        self._flowing = trio.Event()
+        self._flowing.set()
+        self._damage: Damage | None = None
 
     async def carry(self, left: trio.SocketStream) -> None:
         """One connection."""
@@ -43,7 +51,13 @@ class Link:
 
         async def pass_on(source: trio.SocketStream, to: trio.SocketStream) -> None:
             with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-                while data := await source.receive_some(PIECE):
+                while data := await source.receive_some(self.piece):
+                    await self._flowing.wait()
+                    if self.delay_s:
+                        await trio.sleep(self.delay_s)
+                    if self._damage is not None:
+                        damage, self._damage = self._damage, None
+                        data = damage(data)
                     if left_over[0] is not None:
                         data = data[: left_over[0]]
                         left_over[0] -= len(data)
@@ -61,6 +75,17 @@ class Link:
             self._lefts.discard(left)
             for stream in (left, right):
                 stream.socket.close()
+
+    def stop(self) -> None:
+        """Nothing comes through, and nobody is told; until :meth:`go`."""
+        self._flowing = trio.Event()
+
+    def go(self) -> None:
+        self._flowing.set()
+
+    def damage(self, how: Damage) -> None:
+        """The next piece that comes by, on whichever connection."""
+        self._damage = how
 
     def cut(self) -> None:
         """Every connection is reset."""

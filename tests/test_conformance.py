@@ -640,6 +640,10 @@ def test_a_pager_can_be_killed_and_has_a_successor(lab: Lab, folder: Path) -> No
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert lab.stands_still(domain)
+    put_out = np.load(contents.out)
+    still_out = domain.paged_out()
+    assert np.isin(still_out, put_out).all()
+    assert 0 < len(still_out) < len(put_out)
     for _ in range(2):
         with pager(lab, domain, contents, "--attach") as process:
             wait_for_line(process, lambda line: line == "served 20")

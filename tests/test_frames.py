@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import zlib
 from typing import Any
 
 import msgpack
@@ -31,20 +32,52 @@ def feed(decoder: FrameDecoder, data: bytes, piece: int = 2**30) -> list[tuple[d
     return out
 
 
+def frame(header: bytes, payload_bytes: int = 0, header_bytes: int | None = None) -> bytes:
+    """One whose checksums are right, whatever else it is."""
+    prefix = frames.PREFIX.pack(
+        frames.MAGIC, len(header) if header_bytes is None else header_bytes, payload_bytes, zlib.crc32(header)
+    )
+    return prefix + struct.pack("!I", zlib.crc32(prefix)) + header
+
+
 headers = st.dictionaries(
     st.text(max_size=10), st.one_of(st.integers(0, 2**63), st.text(max_size=20), st.binary(max_size=99)), max_size=9
 )
 pages = st.integers(0, 3).map(lambda n: bytes(range(1, n + 1)) * 4096)
 
 
-@given(st.lists(st.tuples(headers, pages), min_size=1, max_size=5), st.integers(1, 9000))
+def encoded(sent: list[tuple[dict[str, Any], bytes]], *, checked: bool) -> bytes:
+    return b"".join(frames.encode(header, [memoryview(payload)], checked=checked) + payload for header, payload in sent)
+
+
+@given(st.lists(st.tuples(headers, pages), min_size=1, max_size=5), st.integers(1, 9000), st.booleans())
 def test_frames_come_out_as_they_went_in_however_they_are_cut(
-    sent: list[tuple[dict[str, Any], bytes]], piece: int
+    sent: list[tuple[dict[str, Any], bytes]], piece: int, checked: bool
 ) -> None:
-    data = b"".join(frames.encode(header, len(payload)) + payload for header, payload in sent)
+    data = encoded(sent, checked=checked)
     decoder = FrameDecoder()
+    decoder.checked = checked
     assert feed(decoder, data, piece) == sent
     assert decoder.at_boundary()
+
+
+@given(st.lists(st.tuples(headers, pages), min_size=1, max_size=3), st.data())
+def test_no_frame_comes_out_of_a_damaged_one(sent: list[tuple[dict[str, Any], bytes]], data: st.DataObject) -> None:
+    """Any bit of it; what came before is whole."""
+    stream = bytearray(encoded(sent, checked=True))
+    bit = data.draw(st.integers(0, len(stream) * 8 - 1))
+    stream[bit // 8] ^= 1 << bit % 8
+    decoder = FrameDecoder()
+    decoder.checked = True
+    came: list[tuple[dict[str, Any], bytes]] = []
+
+    def feed_bytes() -> None:
+        for at in range(len(stream)):
+            came.extend(feed(decoder, bytes(stream[at : at + 1])))
+
+    with pytest.raises(RemoteProtocolError):  # and is not waited for
+        feed_bytes()
+    assert came == sent[: len(came)] and len(came) < len(sent)
 
 
 @given(st.binary(min_size=1, max_size=500))
@@ -60,7 +93,7 @@ def test_any_bytes_give_frames_or_a_protocol_error(data: bytes) -> None:
 @given(st.binary(min_size=1, max_size=200))
 def test_any_header_bytes_give_a_map_or_a_protocol_error(header: bytes) -> None:
     try:
-        feed(FrameDecoder(), frames.PREFIX.pack(frames.MAGIC, len(header), 0) + header)
+        feed(FrameDecoder(), frame(header))
     except RemoteProtocolError as error:
         assert "header" in str(error)
 
@@ -83,20 +116,20 @@ def test_garbage_is_refused_at_its_first_bytes() -> None:
 )
 def test_lengths_are_checked_before_memory_is_taken(header_bytes: int, payload_bytes: int, what: str) -> None:
     with pytest.raises(RemoteProtocolError, match=what):
-        feed(FrameDecoder(), struct.pack("!4sII", frames.MAGIC, header_bytes, payload_bytes))
+        feed(FrameDecoder(), frame(b"", payload_bytes, header_bytes))
 
 
 def test_deep_nesting_is_refused() -> None:
     header = b"\x91" * 60_000
     with pytest.raises(RemoteProtocolError):
-        feed(FrameDecoder(), frames.PREFIX.pack(frames.MAGIC, len(header), 0) + header)
+        feed(FrameDecoder(), frame(header))
 
 
 def test_what_the_decoder_would_refuse_is_not_encoded() -> None:
     with pytest.raises(LocalProtocolError):
         frames.encode({"x": bytes(frames.MAX_HEADER_BYTES)})
     with pytest.raises(LocalProtocolError):
-        frames.encode({}, 100)
+        frames.encode({}, [memoryview(bytes(100))])
 
 
 def test_a_payload_stays_while_the_next_frame_is_read() -> None:
@@ -104,7 +137,7 @@ def test_a_payload_stays_while_the_next_frame_is_read() -> None:
     decoder = FrameDecoder()
     first, second = b"a" * 4096, b"b" * 4096
     for payload in (first, second):
-        data = frames.encode({}, len(payload)) + payload
+        data = frames.encode({}, [memoryview(payload)]) + payload
         while data:
             wanted = decoder.wanted()
             n = min(len(wanted), len(data))
@@ -121,4 +154,4 @@ def test_a_payload_stays_while_the_next_frame_is_read() -> None:
 def test_a_header_must_be_a_map() -> None:
     header = msgpack.packb([1, 2])
     with pytest.raises(RemoteProtocolError, match="not a map"):
-        feed(FrameDecoder(), frames.PREFIX.pack(frames.MAGIC, len(header), 0) + header)
+        feed(FrameDecoder(), frame(header))

@@ -312,8 +312,8 @@ class Domain(ABC):
         """
 
     @abstractmethod
-    def paged_out(self, pfns: PfnArray) -> NDArray[np.bool_]:
-        """Which of the pfns are memory of the domain whose contents are not here."""
+    def paged_out(self) -> PfnArray:
+        """All pfns whose contents are not here.  For its pager, while it loads none."""
 
     @abstractmethod
     def load(self, pfns: PfnArray, pages: Buffer | None) -> NDArray[np.int32]:

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 SHUTDOWN_SUSPEND, SHUTDOWN_CRASH = 2, 3  # xen/include/public/sched.h
 NO_PFN = np.uint64(2**64 - 1)
+LOOK_PFNS = 1024
 SUSPEND_TIMEOUT_S = 60.0
 """As libxl gives a guest."""
 
@@ -361,9 +362,17 @@ class XenDomain(Domain):
         there: NDArray[np.bool_] = (types == PageStatus.DATA) | (types == PageStatus.PAGED)
         return there
 
-    def paged_out(self, pfns: PfnArray) -> NDArray[np.bool_]:
-        out: NDArray[np.bool_] = self._types(pfns) == PageStatus.PAGED
-        return out
+    def paged_out(self) -> PfnArray:
+        """Xen tells a paged-out pfn from a hole by a hypercall for each, but how many there are it tells at once: those that
+        there are lie before the holes, which may be millions."""
+        left, found = int(self.native_info().paged_pages), [np.empty(0, dtype=np.uint64)]
+        for base in range(0, self.nr_pfns, LOOK_PFNS):
+            if left <= 0:
+                break
+            pfns = np.arange(base, min(base + LOOK_PFNS, self.nr_pfns), dtype=np.uint64)
+            found.append(pfns[self._types(pfns) == PageStatus.PAGED])
+            left -= len(found[-1])
+        return np.concatenate(found)
 
     def populate(self, pfns: PfnArray) -> None:
         self._batch("populate_physmap", lib.xen_populate, pfns)

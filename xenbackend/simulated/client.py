@@ -36,6 +36,7 @@ from xenbackend.simulated._sim import ffi, lib
 from xenbackend.simulated.rpc import HostConnection
 
 RAM_TYPES = (lib.P2M_RAM_RW, lib.P2M_RAM_LOGDIRTY)
+LOOK_PFNS = 1 << 18
 PAGING_TYPES = (lib.P2M_RAM_PAGING_OUT, lib.P2M_RAM_PAGED, lib.P2M_RAM_PAGING_IN)
 
 
@@ -174,8 +175,12 @@ class SimulatedDomain(Domain):
     def present(self, pfns: PfnArray) -> NDArray[np.bool_]:
         return np.isin(self.p2m_types(pfns), (*RAM_TYPES, *PAGING_TYPES))
 
-    def paged_out(self, pfns: PfnArray) -> NDArray[np.bool_]:
-        return np.isin(self.p2m_types(pfns), PAGING_TYPES)
+    def paged_out(self) -> PfnArray:
+        found = [np.empty(0, dtype=np.uint64)]
+        for base in range(0, self.nr_pfns, LOOK_PFNS):
+            pfns = np.arange(base, min(base + LOOK_PFNS, self.nr_pfns), dtype=np.uint64)
+            found.append(pfns[np.isin(self.p2m_types(pfns), PAGING_TYPES)])
+        return np.concatenate(found)
 
     def populate(self, pfns: PfnArray) -> None:
         self._batch("populate_physmap", lib.sim_populate, pfns)

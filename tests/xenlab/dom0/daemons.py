@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
 
 from migrate.client import ControlClient
 from migrate.errors import MigrationError
@@ -16,30 +15,60 @@ from tests.labs import until
 TREE = Path(__file__).parents[3]
 
 
-@contextlib.contextmanager
-def daemons(directory: Path) -> Iterator[tuple[Path, int]]:
-    """The sender's control socket, the receiver's port."""
-    with contextlib.ExitStack() as stack:
-        for role in ("receiver", "sender"):
-            log = stack.enter_context((directory / f"{role}.log").open("w+"))
-            process = subprocess.Popen(
-                [sys.executable, "-m", "migrate.cli", role, "--socket", str(directory / role), "--listen", "127.0.0.1:0"],
+class Daemons:
+    """In ``directory``: their control sockets, logs and journals."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.ports = {"sender": 0, "receiver": 0}
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    @property
+    def port(self) -> int:
+        """The receiver's."""
+        return self.ports["receiver"]
+
+    def start(self, role: str) -> None:
+        """At the port that one before it had."""
+        socket, state = self.directory / role, self.directory / "state"
+        with (self.directory / f"{role}.log").open("a") as log:
+            self._processes[role] = subprocess.Popen(
+                [sys.executable, "-m", "migrate.cli", role, "--socket", str(socket), "--state", str(state),
+                 "--listen", f"127.0.0.1:{self.ports[role]}"],
                 stdout=log, stderr=subprocess.STDOUT,
             )  # fmt: skip
-            stack.callback(_show, log)
-            stack.callback(process.wait)
-            stack.callback(process.kill)
-        ports: list[int] = []
+        self.ports[role] = 0
 
         def started() -> bool:
-            with contextlib.suppress(MigrationError):
-                ControlClient(directory / "sender").close()
-                with ControlClient(directory / "receiver") as client:
-                    ports.append(client.call(command="status")["port"])
-            return bool(ports)
+            with contextlib.suppress(MigrationError), ControlClient(socket) as client:
+                self.ports[role] = client.call(command="status")["port"]
+            return bool(self.ports[role])
 
-        until(started, "the daemons do not start", 100)
-        yield directory / "sender", ports[0]
+        until(started, f"the {role} does not start", 100)
+
+    def kill(self, role: str) -> None:
+        process = self._processes.pop(role)
+        process.kill()
+        process.wait()
+
+    def phase(self, role: str) -> str:
+        """Of the last migration."""
+        with ControlClient(self.directory / role) as client:
+            lines = client.call(command="list")["migrations"]
+        return str(lines[-1]["phase"]) if lines else ""
+
+    def close(self) -> None:
+        for role in list(self._processes):
+            self.kill(role)
+            print((self.directory / f"{role}.log").read_text())
+
+
+@contextlib.contextmanager
+def daemons(directory: Path) -> Iterator[Daemons]:
+    with contextlib.closing(Daemons(directory)) as made:
+        for role in ("receiver", "sender"):
+            made.start(role)
+        yield made
 
 
 def write_helper(directory: Path) -> Path:
@@ -48,8 +77,3 @@ def write_helper(directory: Path) -> Path:
     program.write_text(f'#!/bin/sh\ncd {TREE} && exec {sys.executable} -m migrate.xl.helper "$@"\n')
     program.chmod(0o755)
     return program
-
-
-def _show(log: TextIO) -> None:
-    log.seek(0)
-    print(log.read())

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.labs import until
 from tests.test_conformance import memory_of, pfns, span
 from tests.xenlab.dom0.conftest import KIND
 from tests.xenlab.dom0.daemons import daemons
@@ -168,9 +169,10 @@ def test_the_daemons_move_a_guest(xen: XenHypervisor, tmp_path: Path) -> None:
 
     Where there is no paging postcopy is refused and the guest goes on; precopy is possible there.
     """
-    with guest("moving") as made, daemons(tmp_path) as (sender, port):
+    with guest("moving") as made, daemons(tmp_path) as running:
         made.wait_for_heartbeats(2)
-        migrate = ("migrate", "moving", f"127.0.0.1:{port}", "--socket", str(sender), "--strategy")
+        sender = str(tmp_path / "sender")
+        migrate = ("migrate", "moving", f"127.0.0.1:{running.port}", "--socket", sender, "--strategy")
         told = xen_postcopy(*migrate, "hybrid")
         if KIND == "debian":
             assert told.returncode == 1 and "built without memory paging" in told.stderr
@@ -185,5 +187,35 @@ def test_the_daemons_move_a_guest(xen: XenHypervisor, tmp_path: Path) -> None:
             beats = arrived.wait_for_heartbeats(3)
             assert [beat.errors for beat in beats] == [0] * len(beats)
             assert beats[0].number > made.heartbeats()[0].number
+        finally:
+            xen.destroy(arrived.domid)
+
+
+@PAGING
+def test_daemons_are_killed_in_postcopy_and_their_successors_go_on(xen: XenHypervisor, tmp_path: Path) -> None:
+    """The guest stands still at pages that are missing, and loses none."""
+    with guest("orphan") as made, daemons(tmp_path) as running:
+        made.wait_for_heartbeats(2)
+        # It breaks off when the sender is killed.
+        command = [sys.executable, "-m", "migrate.cli", "migrate", "orphan", f"127.0.0.1:{running.port}"]
+        options = ["--socket", str(tmp_path / "sender"), "--strategy", "postcopy", "--bandwidth", "2M"]
+        asked = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            for role, other in (("receiver", "sender"), ("sender", "receiver")):
+                until(lambda: running.phase("receiver") == "postcopy", "no postcopy", 60)
+                running.kill(role)
+                until(lambda: running.phase(other) == "interrupted", "it was not noticed", 60)  # noqa: B023
+                running.start(role)
+            until(lambda: running.phase("receiver") == running.phase("sender") == "completed", "it does not end", 120)
+        finally:
+            asked.kill()
+            asked.wait()
+        names = {info.name: info.domid for info in xen.domains()}
+        assert "orphan" not in names
+        arrived = Guest("orphan--incoming", names["orphan--incoming"])
+        try:
+            beats = arrived.wait_for_heartbeats(3)
+            assert [beat.errors for beat in beats] == [0] * len(beats)
+            assert not any((tmp_path / "state").rglob("*.json"))
         finally:
             xen.destroy(arrived.domid)

@@ -1,0 +1,336 @@
+"""Migrations to which something happens at a random instant: ``python -m tests.chaos``, or ``make chaos``.
+
+A trial is a random guest, strategy and bandwidth between two pairs of processes, over a relay, and one to three faults: a
+daemon killed or stopped, the link cut, silent, slow or damaging, a journal that cannot be written, pages that Xen does not let
+be evicted.  It ends with the guest running in exactly one place, verified byte for byte there.  A trial that fails is printed
+with its seed; ``--seed`` with ``--trials 1`` plays it again, as far as threads do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import trio
+
+from migrate.errors import MigrationError
+from migrate.loopback import World, loopback_world, start_receiver, start_sender, wait_for_steps
+from tests.links import Link, link
+from xenbackend.contract import DomainState, XenError
+from xenbackend.simulated.client import SimulatedHypervisor
+from xenbackend.simulated.guest import WORKLOADS, GuestSpec
+from xenbackend.simulated.verify import verify
+
+MIB = 2**20
+HOST_BYTES = 512 * MIB
+TRIALS_OF_A_WORLD = 25
+WINDOW_S = 0.7
+"""In which faults happen."""
+END_S = 90.0
+ENDED = ("completed", "failed", "refused", "")
+CONFIG = "[network]\nchecksums = true\n"
+
+
+class LostError(Exception):
+    """A trial that did not end as it must."""
+
+
+@dataclass
+class Trial:
+    """One of them; ``seed`` decides all that we can decide."""
+
+    seed: int
+    world: World
+    link: Link
+    faults: list[str] = field(default_factory=list)
+    killing: trio.Lock = field(default_factory=trio.Lock)
+    """One of these faults after the other."""
+
+    def __post_init__(self) -> None:
+        r = self.random = random.Random(self.seed)
+        memory = r.choice([4, 8, 16, 32, 64]) * MIB
+        self.spec = GuestSpec(
+            f"guest{self.seed}", memory, r.choice([1, 2, 4]), workload=r.choice(sorted(WORKLOADS)),
+            working_set_bytes=memory // r.choice([1, 2, 8]), write_permille=r.choice([0, 300, 1000]),
+            rate=r.choice([None, None, 2000]), zero_permille=r.choice([0, 250, 900]), seed=self.seed,
+        )  # fmt: skip
+        self.strategy = r.choice(["hybrid", "hybrid", "postcopy", "postcopy", "precopy"])
+        self.bandwidth = r.choice([None, 16 * MIB, 64 * MIB])
+
+    def __str__(self) -> str:
+        spec = self.spec
+        return (
+            f"seed {self.seed}: {spec.memory_bytes // MIB} MiB, {spec.vcpus} vCPUs, {spec.workload}, {self.strategy}, "
+            f"bandwidth {self.bandwidth}; {', '.join(self.faults)}"
+        )
+
+    # ---- the order of things ----
+    async def run(self) -> str:
+        """Where the guest was in the end.  Raises :class:`LostError`."""
+        await in_thread(self._begin)
+        async with trio.open_nursery() as nursery:
+            for _ in range(self.random.choice([1, 1, 2, 3])):
+                nursery.start_soon(self._happen, self.random.choice(FAULTS), self.random.uniform(0, WINDOW_S))
+        self.link.is_up, self.link.delay_s, self.link.piece = True, 0.0, 65536
+        self.link.go()
+        await self._settle()
+        where: str = await in_thread(self._verify)
+        return where
+
+    def _begin(self) -> None:
+        guest = self.world.source.create_guest(self.spec.to_bytes())
+        wait_for_steps(guest, 5 if self.spec.workload == "idle" else 50)
+        guest.close()
+        client = self.world.control("sender")
+        client.say(
+            command="migrate", domain=self.spec.name, destination=f"127.0.0.1:{self.link.port}", strategy=self.strategy,
+            bandwidth=self.bandwidth, policy={"max_rounds": 2},
+        )  # fmt: skip
+        client.answer()
+        client.close()
+
+    async def _happen(self, fault: Fault, after_s: float) -> None:
+        name, happen = fault
+        self.faults.append(f"{name} after {after_s:.3f} s")
+        await trio.sleep(after_s)
+        await happen(self)
+
+    async def _settle(self) -> None:
+        deadline = time.monotonic() + END_S
+        while True:
+            lines = [await in_thread(lines_of, self.world, which) for which in ("sender", "receiver")]
+            mine = [[line for line in found if line["domain"] == self.spec.name] for found in lines]
+            if all(line["phase"] in ENDED for found in mine for line in found):
+                return
+            if time.monotonic() > deadline:
+                raise LostError(f"it does not end: {mine}")
+            for which, found in zip(("sender", "receiver"), mine, strict=True):
+                for line in found:
+                    with contextlib.suppress(MigrationError):
+                        await in_thread(
+                            lambda w=which, i=line["id"]: self.world.ask(w, command="reconnect", migration=i)
+                        )
+            await trio.sleep(0.05)
+
+    def _places(self) -> list[tuple[str, SimulatedHypervisor, DomainState]]:
+        hosts = {"source": self.world.source, "destination": self.world.destination}
+        return [(w, h, i.state) for w, h in hosts.items() for i in h.domains() if i.name == self.spec.name]
+
+    def _verify(self) -> str:
+        deadline = time.monotonic() + 10  # what a sender that was killed has left is let go by its successor
+        while True:
+            places = self._places()
+            if [state for _where, _host, state in places] == [DomainState.RUNNING]:
+                break
+            if time.monotonic() > deadline:
+                raise LostError(f"it runs at {[(where, state.value) for where, _h, state in places]}")
+            time.sleep(0.02)
+        ((where, host, _state),) = places
+        domain = host.open(self.spec.name)
+        wait_for_steps(domain, 5 if self.spec.workload == "idle" else 50)
+        domain.suspend()
+        gone = [report for report in self.world.source.history() if report["name"] == self.spec.name]
+        positions = [vcpu["count"] for vcpu in gone[-1]["vcpu"]] if gone and where == "destination" else None
+        result = verify(domain, self.spec, source_positions=positions)
+        domain.destroy()
+        if result.problems:
+            raise LostError(f"at the {where}: {'; '.join(result.problems)}")
+        return where
+
+
+# ---- what may happen ----
+async def in_thread(call: Callable[..., Any], *arguments: Any) -> Any:
+    return await trio.to_thread.run_sync(call, *arguments)
+
+
+def start_anew(world: World, which: str) -> None:
+    if which == "sender":
+        start_sender(world)
+    else:
+        start_receiver(world, world.port)
+
+
+def lines_of(world: World, which: str) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = world.ask(which, command="list")["migrations"]
+    return lines
+
+
+async def kill(trial: Trial, *which: str) -> None:
+    async with trial.killing:
+        for name in which:
+            await in_thread(trial.world.stop, name, signal.SIGKILL)
+        await trio.sleep(trial.random.choice([0, 0.1, 0.5]))
+        for name in which:
+            await in_thread(start_anew, trial.world, name)
+
+
+async def halt(trial: Trial, which: str) -> None:
+    process = trial.world.processes.get(which)
+    if process is not None:
+        process.popen.send_signal(signal.SIGSTOP)
+        await trio.sleep(trial.random.uniform(0.05, 1))
+        process.popen.send_signal(signal.SIGCONT)
+
+
+async def cut(trial: Trial) -> None:
+    trial.link.cut()
+
+
+async def cut_one_end(trial: Trial) -> None:
+    trial.link.cut_left()
+
+
+async def down(trial: Trial) -> None:
+    trial.link.down()
+    await trio.sleep(trial.random.uniform(0.1, 1))
+    trial.link.is_up = True
+
+
+async def silence(trial: Trial) -> None:
+    """A link that says nothing any more, and is then found to be dead, or goes on."""
+    trial.link.stop()
+    await trio.sleep(trial.random.uniform(0.1, 1))
+    if trial.random.random() < 0.5:
+        trial.link.cut()
+    trial.link.go()
+
+
+async def delay(trial: Trial) -> None:
+    trial.link.delay_s = trial.random.uniform(0.001, 0.02)
+
+
+async def trickle(trial: Trial) -> None:
+    trial.link.piece, trial.link.delay_s = 500, 0.01
+    await trio.sleep(trial.random.uniform(0.1, 1))
+    trial.link.piece, trial.link.delay_s = 65536, 0.0
+
+
+async def flip_a_bit(trial: Trial) -> None:
+    def flip(data: bytes) -> bytes:
+        bit = trial.random.randrange(len(data) * 8)
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        return bytes(damaged)
+
+    trial.link.damage(flip)
+
+
+async def truncate(trial: Trial) -> None:
+    trial.link.damage(lambda data: data[: len(data) // 2])
+    await trio.sleep(0.02)
+    trial.link.cut()
+
+
+async def repeat(trial: Trial) -> None:
+    trial.link.damage(lambda data: data + data)
+
+
+async def swap(trial: Trial) -> None:
+    trial.link.damage(lambda data: data[len(data) // 2 :] + data[: len(data) // 2])
+
+
+async def full_disk(trial: Trial) -> None:
+    which = trial.random.choice(["source", "destination"])
+    state, away = trial.world.directory / f"{which}.sock.state", trial.world.directory / f"{which}.away"
+    with contextlib.suppress(OSError):
+        state.rename(away)
+        await trio.sleep(trial.random.uniform(0.05, 0.5))
+        away.rename(state)
+
+
+async def busy_pages(trial: Trial) -> None:
+    """Somebody has references to pages of the domain that comes into being."""
+
+    def hold() -> None:
+        with contextlib.suppress(XenError), trial.world.destination.open(trial.spec.name) as domain:
+            for pfn in np.random.default_rng(trial.seed).integers(0, domain.nr_pfns, 20).tolist():
+                with contextlib.suppress(XenError):
+                    if domain.state() is DomainState.INCOMING:
+                        domain.set_page(pfn, refs=1)
+
+    await in_thread(hold)
+
+
+Fault = tuple[str, Callable[[Trial], Awaitable[None]]]
+FAULTS: list[Fault] = [
+    ("sender killed", lambda trial: kill(trial, "sender")),
+    ("receiver killed", lambda trial: kill(trial, "receiver")),
+    ("both killed", lambda trial: kill(trial, "sender", "receiver")),
+    ("sender stopped", lambda trial: halt(trial, "sender")),
+    ("receiver stopped", lambda trial: halt(trial, "receiver")),
+    ("link cut", cut),
+    ("one end cut", cut_one_end),
+    ("link down", down),
+    ("link silent", silence),
+    ("delay", delay),
+    ("trickle", trickle),
+    ("bit flipped", flip_a_bit),
+    ("truncated", truncate),
+    ("repeated", repeat),
+    ("reordered", swap),
+    ("disk full", full_disk),
+    ("pages busy", busy_pages),
+]
+
+
+# ---- the campaign ----
+async def campaign(first: int, trials: int, *, quiet: bool) -> int:
+    """Returns how many have failed."""
+    places: Counter[str] = Counter()
+    happened: Counter[str] = Counter()
+    failed: list[int] = []
+    start, number = time.monotonic(), 0
+    while number < trials:
+        with loopback_world(HOST_BYTES, config=CONFIG) as world:
+            async with trio.open_nursery() as nursery:
+                relay = await link(nursery, ("127.0.0.1", world.port))
+                for seed in range(first + number, first + min(number + TRIALS_OF_A_WORLD, trials)):
+                    number += 1
+                    trial = Trial(seed, world, relay)
+                    try:
+                        where = await trial.run()
+                    except (LostError, MigrationError, XenError) as error:
+                        failed.append(seed)
+                        print(f"FAILED: {trial}\n  {error}", flush=True)
+                        for which in ("sender", "receiver"):
+                            if which in world.processes:
+                                print(f"--- {which} ---\n{world.processes[which].tail()}", flush=True)
+                        break  # what is left of it is not the next one's
+                    places[where] += 1
+                    happened.update(fault.split(" after ")[0] for fault in trial.faults)
+                    if not quiet:
+                        print(f"{trial}: {where}", flush=True)
+                nursery.cancel_scope.cancel()
+        print(
+            f"{number} trials in {time.monotonic() - start:.0f} s: {places['destination']} guests arrived, "
+            f"{places['source']} stayed, {len(failed)} lost",
+            flush=True,
+        )
+    print("what happened: " + ", ".join(f"{name} {count}" for name, count in sorted(happened.items())))
+    if failed:
+        print(f"failed seeds: {', '.join(map(str, failed))}")
+    return len(failed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=50, help="how many (default 50)")
+    parser.add_argument("--seed", type=int, help="of the first; the next ones count on (default: of the clock)")
+    parser.add_argument("--quiet", action="store_true", help="only the failures, and a line now and then")
+    options = parser.parse_args()
+    seed = options.seed if options.seed is not None else int(time.time()) % 10**6 * 1000
+    print(f"chaos: {options.trials} trials, the first with seed {seed}", flush=True)
+    sys.exit(1 if trio.run(lambda: campaign(seed, options.trials, quiet=options.quiet)) else 0)
+
+
+if __name__ == "__main__":
+    main()
