@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from migrate.errors import MigrationError
-from migrate.messages import CHECKSUMS
 from migrate.policy import PolicyOptions, Strategy
-from migrate.transport import parse_address
+from migrate.transport import SILENCE_S, Terms, parse_address
 from migrate.units import parse_size
 from xenbackend.contract import PAGE_SIZE
 
@@ -99,11 +98,12 @@ class NetworkConfig:
     """Listen on addresses that others can reach, though guests' memory crosses the network as it is."""
     checksums: bool = _key(_flag, False)
     """Check each page from end to end (CRC-32), where TCP's checksum is not trusted."""
+    silence_s: float = _key(_seconds, SILENCE_S)
+    """A peer that says nothing for so long is taken for dead."""
 
     @property
-    def requires(self) -> tuple[str, ...]:
-        """Capabilities."""
-        return (CHECKSUMS,) if self.checksums else ()
+    def terms(self) -> Terms:
+        return Terms(self.checksums, self.silence_s)
 
 
 @dataclass(frozen=True)

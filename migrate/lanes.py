@@ -24,7 +24,7 @@ import trio
 from migrate.errors import MigrationError, PeerClosedError, ProtocolError, RefusedError
 from migrate.messages import Hello, Lane, Refused, printable
 from migrate.session import hello, negotiate, number_of_rejoin, rejoin_token
-from migrate.transport import CONNECT_TIMEOUT_S, EXPLANATION_S, STEP_TIMEOUT_S, LaneConnection, connect
+from migrate.transport import CONNECT_TIMEOUT_S, EXPLANATION_S, STEP_TIMEOUT_S, LaneConnection, Terms, connect
 
 log = logging.getLogger(__name__)
 
@@ -64,9 +64,9 @@ class Lanes(Protocol):
 class DialledLanes:
     """``token``: what the push lane has to show, where the other end has given us one."""
 
-    def __init__(self, address: tuple[str, int], session: str, token: bytes = b"", *, requires: tuple[str, ...] = ()):
+    def __init__(self, address: tuple[str, int], session: str, terms: Terms, token: bytes = b""):
         self._address, self._session, self._token = address, session, token
-        self._requires = requires
+        self._terms = terms
         self._key = b""
         self._rejoins = 0
         self._pause_s = FIRST_RETRY_S
@@ -114,9 +114,9 @@ class DialledLanes:
         self._hurried.set()
 
     async def _dial(self, kind: Lane, token: bytes) -> LaneConnection:
-        lane = await connect(*self._address)
+        lane = await connect(*self._address, self._terms)
         try:
-            ours = hello(kind, self._session, token, requires=self._requires)
+            ours = hello(kind, self._session, token, requires=self._terms.requires)
             await lane.send(ours)
             theirs = await lane.receive_hello()
             negotiate(theirs)
@@ -127,13 +127,11 @@ class DialledLanes:
         return lane
 
 
-def rejoining(
-    dials: list[Any] | None, session: str, awaited: dict[str, AwaitedLanes], requires: tuple[str, ...] = ()
-) -> Lanes:
+def rejoining(dials: list[Any] | None, session: str, awaited: dict[str, AwaitedLanes], terms: Terms) -> Lanes:
     """For a session that a predecessor has left; where we are dialled it is put among the ``awaited``."""
     if dials is not None:
         host, port = dials
-        return DialledLanes((str(host), int(port)), session, requires=requires)
+        return DialledLanes((str(host), int(port)), session, terms)
     awaited[session] = AwaitedLanes()
     return awaited[session]
 
@@ -256,17 +254,15 @@ class _AwaitedLane:
             self._lane = None
 
 
-async def receive(
-    stream: trio.SocketStream, find: Callable[[Hello], AwaitedLanes], requires: tuple[str, ...] = ()
-) -> None:
+async def receive(stream: trio.SocketStream, find: Callable[[Hello], AwaitedLanes], terms: Terms) -> None:
     """Take in a connection: ``find`` says whose it is, or raises :class:`MigrationError`."""
-    lane = LaneConnection.from_stream(stream)
+    lane = LaneConnection.from_stream(stream, terms)
     try:
         greeting = await lane.receive_hello()
         negotiate(greeting)
         awaited = find(greeting)
         await awaited.welcome(greeting)
-        ours = hello(Lane(greeting.lane), greeting.session, requires=requires)
+        ours = hello(Lane(greeting.lane), greeting.session, requires=terms.requires)
         await lane.send(ours)
         lane.agree((ours, greeting))
         awaited.arrived(greeting, lane)

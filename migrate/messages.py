@@ -147,6 +147,13 @@ class Hello(Message):
     software: str = _text(64)
 
 
+@dataclass(frozen=True, eq=False)
+class Alive(Message):
+    """Nothing else was to be said.  The transport says and hears it; no session does."""
+
+    type = "alive"
+
+
 # ---- sender to receiver, push lane ----
 @dataclass(frozen=True, eq=False)
 class Offer(Message):
@@ -377,7 +384,7 @@ class Ahead(Message):
 TYPES: dict[str, type[Message]] = {
     cls.type: cls
     for cls in (
-        Hello, Offer, Pages, Defer, Barrier, Suspended, Missing, Context, Entrust, Handover, Rejoin, Completed, Abort,
+        Hello, Alive, Offer, Pages, Defer, Barrier, Suspended, Missing, Context, Entrust, Handover, Rejoin, Completed, Abort,
         Accepted, Refused, Passed, Ready, Resumed, Loaded, Dropped, Report, Outstanding, Rejoined, Complete, Ended,
         Failed, Fault, Ahead,
     )

@@ -15,14 +15,16 @@ import select
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import trio
 
 from migrate import frames
 from migrate.errors import MigrationError, PeerClosedError, RefusedError
 from migrate.frames import FrameDecoder
-from migrate.messages import CHECKSUMS, Hello, Lane, Message, Refused, parse
+from migrate.messages import CHECKSUMS, Alive, Hello, Lane, Message, Refused, parse
 from migrate.tasks import task_group
 
 CONNECT_TIMEOUT_S = 10.0
@@ -38,18 +40,32 @@ URGENT_NICE = -10
 PIECE_BYTES = 128 * 1024
 """Of one system call.  A kernel without preemption (Debian's servers, most dom0s) finishes it before it lets a thread that
 serves a fault run on that CPU: with 4 MiB the median fault was a tenth slower."""
-KEEPALIVE_S, KEEPALIVE_EVERY_S, KEEPALIVE_PROBES = 10, 5, 4
-"""A host that is away without a word is noticed after 30 s where nothing is said, ..."""
-UNACKNOWLEDGED_S = 60
-"""... and after this where it does not confirm what we send (TCP_USER_TIMEOUT)."""
+SILENCE_S = 30.0
+"""A peer that says nothing for so long is taken for dead."""
 IOV_MAX = 1024
 """Pieces of memory in one system call (sendmsg(2))."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """On which a host connects with others."""
+
+    checksums: bool = False
+    """Pages are to be checked from end to end."""
+    silence_s: float = SILENCE_S
+
+    @property
+    def requires(self) -> tuple[str, ...]:
+        return (CHECKSUMS,) if self.checksums else ()
 
 
 class LaneConnection:
     """Messages on one connected socket.  Several tasks or threads may send, one may receive."""
 
-    def __init__(self, sock: socket.socket):
+    def __init__(self, sock: socket.socket, terms: Terms):
+        self._terms = terms
+        self._heard_at = time.monotonic()
+        self._is_silent = False
         self._socket = sock
         self._socket.setblocking(True)
         self._readable = select.poll()
@@ -64,19 +80,14 @@ class LaneConnection:
         self._tcp = sock.family in (socket.AF_INET, socket.AF_INET6)
         if self._tcp:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_S)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_EVERY_S)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_S * 1000)
             with contextlib.suppress(OSError):  # not in this kernel, or not allowed: the host's own then
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, CONGESTION_CONTROL)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(STEP_TIMEOUT_S), 0))
 
     @classmethod
-    def from_stream(cls, stream: trio.SocketStream) -> LaneConnection:
+    def from_stream(cls, stream: trio.SocketStream, terms: Terms) -> LaneConnection:
         """Takes the connection over; the stream is closed."""
-        lane = cls(socket.socket(fileno=os.dup(stream.socket.fileno())))
+        lane = cls(socket.socket(fileno=os.dup(stream.socket.fileno())), terms)
         stream.socket.close()
         return lane
 
@@ -133,8 +144,11 @@ class LaneConnection:
 
     def pending(self) -> tuple[Message, memoryview] | None:
         """A message that is complete already."""
-        frame = self._decoder.next_frame()
-        return None if frame is None else (parse(frame.header, len(frame.payload)), frame.payload)
+        while (frame := self._decoder.next_frame()) is not None:
+            message = parse(frame.header, len(frame.payload))
+            if not isinstance(message, Alive):
+                return message, frame.payload
+        return None
 
     def readable(self) -> bool:
         """:meth:`fill` would not wait."""
@@ -154,6 +168,9 @@ class LaneConnection:
             count = self._socket.recv_into(wanted, len(wanted), flags)
         except OSError as error:
             raise PeerClosedError(f"the connection was lost: {error.strerror or error}") from error
+        self._heard_at = time.monotonic()
+        if self._is_silent:
+            raise PeerClosedError(f"the peer has said nothing for {self._terms.silence_s:g} s")
         if not count:
             where = "" if self._decoder.at_boundary() else " in the middle of a frame"
             raise PeerClosedError(f"the peer closed the connection{where}")
@@ -178,6 +195,23 @@ class LaneConnection:
         return await trio.to_thread.run_sync(
             self.receive_blocking, abandon_on_cancel=True, limiter=self._receive_limiter
         )
+
+    async def keep_alive(self) -> None:
+        """Say something from time to time, and end the connection when the peer does not.  Until cancelled.
+
+        The kernel's own probes are answered by a kernel: of a host whose daemon hangs, or of a box in between.
+        """
+        unread = select.poll()  # of our own: only one thread may wait in one
+        unread.register(self._socket, select.POLLIN)
+        while True:
+            await trio.sleep(self._terms.silence_s / 4)
+            if time.monotonic() - self._heard_at > self._terms.silence_s and not unread.poll(0):
+                self._is_silent = True
+                self.shut()
+                return
+            if not self._sending.locked():
+                with contextlib.suppress(PeerClosedError):  # whoever receives sees it
+                    await self.send(Alive())
 
     async def receive_hello(self) -> Hello:
         with trio.move_on_after(CONNECT_TIMEOUT_S):
@@ -278,7 +312,7 @@ async def run_in_thread(main: Callable[[], None], stop: Callable[[], None], *, u
                 stop()
 
 
-async def connect(host: str, port: int) -> LaneConnection:
+async def connect(host: str, port: int, terms: Terms) -> LaneConnection:
     """Raises :class:`PeerClosedError` where nobody answers."""
     try:
         with trio.fail_after(CONNECT_TIMEOUT_S):
@@ -292,7 +326,7 @@ async def connect(host: str, port: int) -> LaneConnection:
         raise PeerClosedError(
             f"cannot reach {host}:{port}: {why}; is xen-postcopy running there, and listening on that address?"
         ) from error
-    return LaneConnection.from_stream(stream)
+    return LaneConnection.from_stream(stream, terms)
 
 
 async def listen_tcp(host: str, port: int) -> tuple[list[trio.SocketListener], int]:

@@ -39,7 +39,7 @@ class ReceiverDaemon:
         self._hypervisor = hypervisor
         self._socket_path = socket_path
         self._address = config.receiver.listen
-        self._requires = config.network.requires
+        self._terms = config.network.terms
         self._journal = journal
         self._migrations: dict[str, IncomingMigration] = {}
         self._awaited: dict[str, AwaitedLanes] = {}
@@ -54,7 +54,7 @@ class ReceiverDaemon:
         listeners, self._port = await listen_tcp(*self._address)
         async with trio.open_nursery() as self._nursery:
             for session, facts in self._journal.entries().items():
-                lanes_again = lanes.rejoining(facts["dials"], session, self._awaited, self._requires)
+                lanes_again = lanes.rejoining(facts["dials"], session, self._awaited, self._terms)
                 self._start(
                     IncomingMigration.of_predecessor(self._hypervisor, session, lanes_again, self._journal, facts)
                 )
@@ -93,7 +93,7 @@ class ReceiverDaemon:
                 raise MigrationError(f"unknown command {other!r}")
 
     async def serve_lane(self, stream: trio.SocketStream) -> None:
-        await lanes.receive(stream, self._find_awaited, self._requires)
+        await lanes.receive(stream, self._find_awaited, self._terms)
 
     def _find_awaited(self, greeting: Hello) -> AwaitedLanes:
         """A push lane without a token begins a migration."""
@@ -111,7 +111,7 @@ class ReceiverDaemon:
         session, (host, port) = str(request["session"]), request["address"]
         self._check(session)
         token = bytes.fromhex(request["token"])
-        dialled = DialledLanes((str(host), int(port)), session, token, requires=self._requires)
+        dialled = DialledLanes((str(host), int(port)), session, self._terms, token)
         toolstack = XlToolstack(int(request["domid"]), ToolstackPorts(**request["ports"]), connection)
         migration = IncomingMigration(self._hypervisor, session, dialled, self._journal, toolstack)
         self._start(migration)

@@ -319,6 +319,9 @@ class IncomingMigration:
                 if self._push is None:
                     raise PeerClosedError("the receiver was started anew")
                 async with task_group() as self._lane_tasks:
+                    for lane in (self._push, self._pull):
+                        if lane is not None:
+                            self._lane_tasks.start_soon(lane.keep_alive)
                     if self._pager is not None:
                         self._serve_over_these_lanes(self._pager)
                     assert self._push is not None

@@ -299,6 +299,9 @@ class OutgoingMigration:
             try:
                 assert self._push is not None
                 async with task_group() as lane_tasks:
+                    for lane in (self._push, self._pull):
+                        if lane is not None:
+                            lane_tasks.start_soon(lane.keep_alive)
                     if not self._signals.complete.is_set():
                         lane_tasks.start_soon(run_in_thread, self._receive_push_lane, self._push.stop_receiving)
                     if not self._entrusted:

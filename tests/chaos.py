@@ -37,7 +37,7 @@ WINDOW_S = 0.7
 """In which faults happen."""
 END_S = 90.0
 ENDED = ("completed", "failed", "refused", "")
-CONFIG = "[network]\nchecksums = true\n"
+CONFIG = "[network]\nchecksums = true\nsilence_s = 3\n"
 
 
 class LostError(Exception):

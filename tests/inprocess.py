@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 
 import trio
 
-from migrate.config import Config
+from migrate.config import Config, NetworkConfig
 from migrate.errors import MigrationError
 from migrate.journal import Journal
 from migrate.lanes import DialledLanes
 from migrate.loopback import World, verify_migrated, wait_for_steps
 from migrate.policy import PolicyOptions, Strategy
 from migrate.session import new_id
+from migrate.transport import Terms
 from receiver.daemon import ReceiverDaemon
 from receiver.migration import IncomingMigration
 from sender.migration import MigrationOptions, OutgoingMigration
@@ -51,6 +52,7 @@ async def migrate(
     options: MigrationOptions | None = None,
     timeout_s: float = 30.0,
     budgets: list[int | None] | None = None,
+    terms: Terms = Terms(),
     meanwhile: Meanwhile | None = None,
 ) -> Outcome:
     """Boot the guest at the source and migrate it.  Its failure is in the outcome, not raised.
@@ -61,7 +63,8 @@ async def migrate(
     await trio.to_thread.run_sync(wait_for_steps, guest, 100)
     guest.close()
     journal = Journal(world.directory / "journal")
-    receiver = ReceiverDaemon(world.destination, world.receiver_socket, Config(), Journal(world.directory / "arrivals"))
+    config = Config(NetworkConfig(checksums=terms.checksums, silence_s=terms.silence_s))
+    receiver = ReceiverDaemon(world.destination, world.receiver_socket, config, Journal(world.directory / "arrivals"))
     # Slow enough that the guest touches pages before they are pushed, however busy the machine is.
     options = options or MigrationOptions(strategy, PolicyOptions(max_rounds=2), bandwidth_bytes_per_s=32 * 2**20)
     with trio.fail_after(timeout_s):
@@ -70,7 +73,7 @@ async def migrate(
             listeners = await nursery.start(functools.partial(trio.serve_tcp, receiver.serve_lane, 0, host="127.0.0.1"))
             session = new_id()
             between = await link(nursery, ("127.0.0.1", listeners[0].socket.getsockname()[1]), budgets)
-            lanes = DialledLanes(("127.0.0.1", between.port), session)
+            lanes = DialledLanes(("127.0.0.1", between.port), session, terms)
             outcome = Outcome(OutgoingMigration(session, world.source, spec.name, lanes, options, journal))
             outcome.receiver = receiver
             if meanwhile is not None:

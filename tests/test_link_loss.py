@@ -8,11 +8,13 @@ import pytest
 import trio
 
 from migrate import messages as m
-from migrate.errors import MigrationError
+from migrate.errors import MigrationError, RefusedError
+from migrate.lanes import DialledLanes
 from migrate.loopback import World
 from migrate.policy import Strategy
+from migrate.transport import Terms
 from receiver.migration import IncomingMigration
-from sender.migration import OutgoingMigration
+from sender.migration import MigrationOptions, OutgoingMigration
 from tests.conftest import MIB
 from tests.inprocess import Outcome, migrate, verification
 from tests.links import Link
@@ -273,15 +275,12 @@ async def test_garbage_on_a_lane_ends_the_lanes_and_not_the_migration(
 
 async def test_nobody_else_takes_a_session_up(clean_hosts: World, name: str) -> None:
     """Without the key of the session, or with a token that was used, a lane is refused, and says why."""
-    from migrate.errors import RefusedError
-    from migrate.lanes import DialledLanes
-
     refusals: list[str] = []
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
         await until(lambda: outcome.migration.session.handed_over)
         for key in (b"", b"guessed", b"another"):
-            thief = DialledLanes(("127.0.0.1", link.port), outcome.migration.id)
+            thief = DialledLanes(("127.0.0.1", link.port), outcome.migration.id, Terms())
             thief.keep(key)
             try:
                 (await thief.again(refusals.append)).close()
@@ -358,3 +357,46 @@ async def test_an_operator_who_is_wrong_is_not_obeyed_by_a_guest_that_runs(clean
 
     outcome = await migrate(clean_hosts, busy(name), meanwhile=meanwhile)
     assert "an operator has said" in str(outcome.error)
+
+
+@pytest.mark.parametrize("before_the_handover", [True, False])
+async def test_a_link_that_says_nothing_is_given_up(clean_hosts: World, name: str, before_the_handover: bool) -> None:
+    """Nobody closes a connection; each end finds out by itself."""
+    restored = trio.Event()
+
+    async def meanwhile(outcome: Outcome, link: Link) -> None:
+        if before_the_handover:
+            await until(lambda: outcome.migration.progress.phase == "precopy")
+        else:
+            await until(lambda: outcome.migration.session.handed_over)
+        link.stop()
+        if before_the_handover:
+            await until(lambda: outcome.migration.progress.phase == outcome.incoming.progress.phase == "failed")
+            assert "said nothing" in outcome.migration.progress.problem + outcome.incoming.progress.problem
+        else:
+            await until(lambda: outcome.migration.progress.phase == outcome.incoming.progress.phase == "interrupted")
+        link.go()
+        restored.set()
+
+    spec = busy(name, rate=1000) if before_the_handover else busy(name)
+    options = MigrationOptions(Strategy.HYBRID, bandwidth_bytes_per_s=4 * MIB) if before_the_handover else None
+    outcome = await migrate(clean_hosts, spec, terms=Terms(silence_s=0.4), meanwhile=meanwhile, options=options)
+    assert restored.is_set()
+    if before_the_handover:
+        assert clean_hosts.source.open(name).info().state is DomainState.RUNNING
+        assert clean_hosts.destination.domains() == []
+    else:
+        assert outcome.error is None
+        assert (await verification(clean_hosts, spec)).problems == []
+
+
+async def test_pages_are_checked_from_end_to_end(clean_hosts: World, name: str) -> None:
+    """One bit in the middle of a page."""
+
+    async def meanwhile(outcome: Outcome, link: Link) -> None:
+        await until(lambda: outcome.migration.session.handed_over)
+        link.damage(lambda data: data[:-100] + bytes([data[-100] ^ 1]) + data[-99:] if len(data) > 4096 else data)
+
+    outcome = await migrate(clean_hosts, busy(name), terms=Terms(checksums=True), meanwhile=meanwhile)
+    assert outcome.error is None
+    assert (await verification(clean_hosts, busy(name))).problems == []

@@ -25,6 +25,7 @@ from migrate.pfns import (
 
 EXAMPLES: list[m.Message] = [
     m.Hello(1, 1, "push", "abc", b"t", ("x",), ("y", "z"), "test"),
+    m.Alive(),
     m.Offer("guest", 1024, 1000, 2, b"config", True, b"key"),
     m.Pages(pfn_array([1, 5]), pfn_array([2]), pfn_array([9])),
     m.Defer(0, b"\xff"),

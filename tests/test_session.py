@@ -118,7 +118,7 @@ def test_but_nothing_else(
 
 
 def test_every_message_has_its_rule() -> None:
-    assert set(RULES) | {m.Hello} == set(m.TYPES.values())
+    assert set(RULES) | {m.Hello, m.Alive} == set(m.TYPES.values())
 
 
 @given(st.integers(0, len(STORY)), st.sampled_from(EXAMPLES), st.sampled_from([PUSH, PULL]), st.sampled_from([S, R]))

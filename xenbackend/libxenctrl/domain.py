@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import errno
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -363,16 +364,19 @@ class XenDomain(Domain):
         return there
 
     def paged_out(self) -> PfnArray:
-        """Xen tells a paged-out pfn from a hole by a hypercall for each, but how many there are it tells at once: those that
-        there are lie before the holes, which may be millions."""
+        """Xen tells a paged-out pfn from a hole by a hypercall for each, but how many there are it tells at once.
+
+        A guest's memory is at the lowest pfns, a few pages are at the highest; what is looked at last are the holes between
+        them, of which there may be a million.
+        """
         left, found = int(self.native_info().paged_pages), [np.empty(0, dtype=np.uint64)]
-        for base in range(0, self.nr_pfns, LOOK_PFNS):
-            if left <= 0:
-                break
+        pieces = deque(range(0, self.nr_pfns, LOOK_PFNS))
+        while pieces and left > 0:
+            base = pieces.popleft() if len(found) % 2 else pieces.pop()
             pfns = np.arange(base, min(base + LOOK_PFNS, self.nr_pfns), dtype=np.uint64)
             found.append(pfns[self._types(pfns) == PageStatus.PAGED])
             left -= len(found[-1])
-        return np.concatenate(found)
+        return np.sort(np.concatenate(found))
 
     def populate(self, pfns: PfnArray) -> None:
         self._batch("populate_physmap", lib.xen_populate, pfns)
