@@ -44,7 +44,11 @@ class Link:
         if not self.is_up:
             _reset(left)
             return
-        right = await trio.open_tcp_stream(*self._to)
+        try:
+            right = await trio.open_tcp_stream(*self._to)
+        except OSError:  # nobody is there just now
+            _reset(left)
+            return
         self._streams |= {left, right}
         self._lefts.add(left)
         left_over = [budget]
