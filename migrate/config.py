@@ -17,7 +17,8 @@ from typing import Any
 
 from migrate.errors import MigrationError
 from migrate.policy import PolicyOptions, Strategy
-from migrate.transport import SILENCE_S, Terms, parse_address
+from migrate.tls import Tls
+from migrate.transport import SILENCE_S, Terms, is_loopback, parse_address
 from migrate.units import parse_size
 from xenbackend.contract import PAGE_SIZE
 
@@ -47,6 +48,12 @@ def _text(value: Any) -> str:
     if not isinstance(value, str) or not value.isprintable():
         raise ValueError("text in quotes")
     return value
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
+        raise ValueError('a list of names, ["HOST", ...]')
+    return tuple(value)
 
 
 def _strategy(value: Any) -> Strategy:
@@ -101,9 +108,24 @@ class NetworkConfig:
     silence_s: float = _key(_seconds, SILENCE_S)
     """A peer that says nothing for so long is taken for dead."""
 
+
+@dataclass(frozen=True)
+class TlsConfig:
+    """All of them, or none."""
+
+    certificate: str = _key(_text, "")
+    """Of this host, PEM."""
+    key: str = _key(_text, "")
+    authority: str = _key(_text, "")
+    """Certificates of those that sign the peers'."""
+    peers: tuple[str, ...] = _key(_names, ())
+    """Names, of which a peer's certificate has to bear one."""
+
     @property
-    def terms(self) -> Terms:
-        return Terms(self.checksums, self.silence_s)
+    def files(self) -> Tls | None:
+        if not self.certificate:
+            return None
+        return Tls(Path(self.certificate), Path(self.key), Path(self.authority), self.peers)
 
 
 @dataclass(frozen=True)
@@ -141,9 +163,25 @@ class MigrationConfig:
 @dataclass(frozen=True)
 class Config:
     network: NetworkConfig = NetworkConfig()
+    tls: TlsConfig = TlsConfig()
     sender: SenderConfig = SenderConfig()
     receiver: ReceiverConfig = ReceiverConfig()
     migration: MigrationConfig = MigrationConfig()
+
+    def check_addresses(self) -> None:
+        """Raises :class:`ConfigError` where others could read along."""
+        for name, (host, _port) in (("sender", self.sender.listen), ("receiver", self.receiver.listen)):
+            if self.tls.files is None and not self.network.unencrypted and not is_loopback(host):
+                raise ConfigError(
+                    f"[{name}] listen: {host} can be reached by others, and connections are not encrypted: make a [tls] "
+                    "section, use a loopback address, or allow it by unencrypted = true in [network]"
+                )
+
+    @property
+    def terms(self) -> Terms:
+        """On which this host connects with others."""
+        network = self.network
+        return Terms(network.checksums, network.silence_s, self.tls.files, network.unencrypted)
 
 
 def load(path: Path | None) -> Config:
@@ -176,12 +214,20 @@ def parse(data: dict[str, Any], source: str) -> Config:
     if problem:
         key, _, reason = problem.removeprefix("--").partition(" ")
         raise ConfigError(f"{source}: [migration] {key.replace('-', '_')} {reason}")
-    for name, (host, _port) in (("sender", config.sender.listen), ("receiver", config.receiver.listen)):
-        if not config.network.unencrypted and not is_loopback(host):
-            raise ConfigError(
-                f"{source}: [{name}] listen: {host} can be reached by others, and connections are not encrypted: use a "
-                "loopback address, or allow it by unencrypted = true in [network]"
-            )
+    missing = [key for key, value in config.tls.__dict__.items() if not value]
+    if missing and len(missing) < len(config.tls.__dict__):
+        raise ConfigError(
+            f"{source}: [tls] {missing[0]}: it is missing; certificate, key, authority and peers go together"
+        )
+    if config.tls.files is not None:
+        try:
+            config.tls.files.check()
+        except MigrationError as error:
+            raise ConfigError(f"{source}: {error}") from None
+    try:
+        config.check_addresses()
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
     return config
 
 
@@ -196,13 +242,6 @@ def _section(cls: Any, values: dict[str, Any], where: str) -> Any:
         except (ValueError, MigrationError) as error:
             raise ConfigError(f"{where} {key}: {value!r}: {error}") from None
     return cls(**parsed)
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def advertised(sender: SenderConfig, port: int) -> Address:

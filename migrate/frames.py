@@ -28,6 +28,8 @@ MAGIC = b"XPC1"
 PREFIX = struct.Struct("!4sIII")
 PREFIX_CHECKSUM = struct.Struct("!I")
 PREFIX_BYTES = PREFIX.size + PREFIX_CHECKSUM.size
+TLS_BEGINNINGS = (b"\x15", b"\x16")
+"""Of an alert and of a handshake (RFC 8446, 5.1)."""
 MAX_HEADER_BYTES = 256 * 1024
 MAX_PAYLOAD_PAGES = 1024
 MAX_PAYLOAD_BYTES = MAX_PAYLOAD_PAGES * PAGE_SIZE
@@ -175,6 +177,10 @@ class FrameDecoder:
 
     def _check_magic(self) -> None:
         begun = bytes(self._small[self._start : min(self._end, self._start + len(MAGIC))])
+        if begun[:1] in TLS_BEGINNINGS:
+            raise RemoteProtocolError(
+                "the peer speaks TLS, and this end does not: make a [tls] section in its configuration"
+            )
         if not MAGIC.startswith(begun):
             raise RemoteProtocolError(
                 f"not a frame of xen-postcopy (it begins with {begun!r}): is that the right port?"

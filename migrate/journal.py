@@ -37,8 +37,11 @@ class Journal:
                 f"state directory {directory}: {error.strerror}: choose another one by --state"
             ) from error
 
-    def write(self, session: str, facts: dict[str, Any]) -> None:
-        """Of a migration, in place of what was there; ``facts`` as JSON can have them.  Raises :class:`MigrationError`."""
+    def write(self, session: str, facts: dict[str, Any], *, needed: bool = True) -> None:
+        """Of a migration, in place of what was there; ``facts`` as JSON can have them.
+
+        Raises :class:`MigrationError` where it cannot be written and is ``needed``.
+        """
         path = self._directory / (session + SUFFIX)
         new = path.with_suffix(".new")
         try:
@@ -47,7 +50,10 @@ class Journal:
                 json.dump({"boot": self._boot, **facts}, file)
             new.replace(path)
         except OSError as error:
-            raise MigrationError(f"cannot write the journal {path}: {error.strerror}") from error
+            problem = f"cannot write the journal {path}: {error.strerror}"
+            if needed:
+                raise MigrationError(problem) from error
+            log.error("%s: a successor of this daemon would not know how far it had come", problem)
 
     def erase(self, session: str) -> None:
         with contextlib.suppress(FileNotFoundError):

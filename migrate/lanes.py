@@ -118,13 +118,24 @@ class DialledLanes:
         try:
             ours = hello(kind, self._session, token, requires=self._terms.requires)
             await lane.send(ours)
-            theirs = await lane.receive_hello()
+            theirs = await self._answer(lane)
             negotiate(theirs)
             lane.agree((ours, theirs))
         except BaseException:
             lane.close()
             raise
         return lane
+
+    async def _answer(self, lane: LaneConnection) -> Hello:
+        try:
+            return await lane.receive_hello()
+        except RefusedError:
+            raise
+        except PeerClosedError as error:
+            if self._terms.tls is not None:
+                raise
+            hint = "has it a [tls] section in its configuration, and this host none?"
+            raise PeerClosedError(f"{error}, instead of an answer to hello: {hint}") from error
 
 
 def rejoining(dials: list[Any] | None, session: str, awaited: dict[str, AwaitedLanes], terms: Terms) -> Lanes:
@@ -256,7 +267,11 @@ class _AwaitedLane:
 
 async def receive(stream: trio.SocketStream, find: Callable[[Hello], AwaitedLanes], terms: Terms) -> None:
     """Take in a connection: ``find`` says whose it is, or raises :class:`MigrationError`."""
-    lane = LaneConnection.from_stream(stream, terms)
+    try:
+        lane = await LaneConnection.from_stream(stream, terms)
+    except PeerClosedError as error:
+        log.warning("connection refused: %s", error)
+        return
     try:
         greeting = await lane.receive_hello()
         negotiate(greeting)

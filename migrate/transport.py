@@ -10,6 +10,8 @@ waits for room where a non-blocking one comes back for each bit of it.
 from __future__ import annotations
 
 import contextlib
+import functools
+import ipaddress
 import os
 import select
 import socket
@@ -26,6 +28,7 @@ from migrate.errors import MigrationError, PeerClosedError, RefusedError
 from migrate.frames import FrameDecoder
 from migrate.messages import CHECKSUMS, Alive, Hello, Lane, Message, Refused, parse
 from migrate.tasks import task_group
+from migrate.tls import Tls, TlsSocket, explain
 
 CONNECT_TIMEOUT_S = 10.0
 STEP_TIMEOUT_S = 60.0
@@ -53,6 +56,9 @@ class Terms:
     checksums: bool = False
     """Pages are to be checked from end to end."""
     silence_s: float = SILENCE_S
+    tls: Tls | None = None
+    unencrypted: bool = False
+    """Without TLS also where others may listen."""
 
     @property
     def requires(self) -> tuple[str, ...]:
@@ -62,12 +68,12 @@ class Terms:
 class LaneConnection:
     """Messages on one connected socket.  Several tasks or threads may send, one may receive."""
 
-    def __init__(self, sock: socket.socket, terms: Terms):
+    def __init__(self, sock: socket.socket | TlsSocket, terms: Terms):
         self._terms = terms
         self._heard_at = time.monotonic()
         self._is_silent = False
         self._socket = sock
-        self._socket.setblocking(True)
+        self._tls = sock if isinstance(sock, TlsSocket) else None
         self._readable = select.poll()
         self._readable.register(sock, select.POLLIN)
         self._decoder = FrameDecoder()
@@ -82,14 +88,27 @@ class LaneConnection:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with contextlib.suppress(OSError):  # not in this kernel, or not allowed: the host's own then
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, CONGESTION_CONTROL)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(STEP_TIMEOUT_S), 0))
+        if isinstance(sock, TlsSocket):
+            sock.send_timeout(STEP_TIMEOUT_S)
+        else:
+            sock.setblocking(True)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(STEP_TIMEOUT_S), 0))
 
     @classmethod
-    def from_stream(cls, stream: trio.SocketStream, terms: Terms) -> LaneConnection:
-        """Takes the connection over; the stream is closed."""
-        lane = cls(socket.socket(fileno=os.dup(stream.socket.fileno())), terms)
+    async def from_stream(cls, stream: trio.SocketStream, terms: Terms, dialled: str | None = None) -> LaneConnection:
+        """Takes the connection over; the stream is closed.  ``dialled``: the host; ``None`` where we were.
+
+        Raises :class:`PeerClosedError` where TLS does not come about.
+        """
+        sock = socket.socket(fileno=os.dup(stream.socket.fileno()))
         stream.socket.close()
-        return lane
+        if terms.tls is None:
+            return cls(sock, terms)
+        shake = terms.tls.accepted if dialled is None else functools.partial(terms.tls.connected, host=dialled)
+        wrapped: TlsSocket
+        with trio.CancelScope(shield=True):  # it has a time limit
+            wrapped = await trio.to_thread.run_sync(functools.partial(shake, sock, timeout_s=CONNECT_TIMEOUT_S))
+        return cls(wrapped, terms)
 
     def agree(self, greetings: Iterable[Hello]) -> None:
         """What the hellos of both ends require is done from here on."""
@@ -123,6 +142,7 @@ class LaneConnection:
                 for group in _groups([memoryview(head), *payload], size):
                     sent = self._socket.sendmsg(group)
                     if sent < sum(map(len, group)):
+                        assert isinstance(self._socket, socket.socket)
                         self._socket.sendall(b"".join(group)[sent:])
             except OSError as error:
                 self._cut_off = True
@@ -136,7 +156,7 @@ class LaneConnection:
         """As :meth:`receive`."""
         with self._receiving:
             while (received := self.pending()) is None:
-                if not self._decoder.in_payload():
+                if not self._decoder.in_payload() and not self.buffered():
                     # Not in recv(): there every bit of room that opens for another thread's send would wake us.
                     self._readable.poll()
                 self.fill()
@@ -152,7 +172,11 @@ class LaneConnection:
 
     def readable(self) -> bool:
         """:meth:`fill` would not wait."""
-        return bool(self._readable.poll(0))
+        return self.buffered() or bool(self._readable.poll(0))
+
+    def buffered(self) -> bool:
+        """And so though there is nothing to be read from the descriptor."""
+        return self._tls is not None and self._tls.buffered()
 
     def fill(self) -> None:
         """Wait for bytes, of a payload for all that it still lacks.  Raises :class:`PeerClosedError` at the end."""
@@ -167,7 +191,7 @@ class LaneConnection:
         try:
             count = self._socket.recv_into(wanted, len(wanted), flags)
         except OSError as error:
-            raise PeerClosedError(f"the connection was lost: {error.strerror or error}") from error
+            raise PeerClosedError(f"the connection was lost: {explain(error)}") from error
         self._heard_at = time.monotonic()
         if self._is_silent:
             raise PeerClosedError(f"the peer has said nothing for {self._terms.silence_s:g} s")
@@ -313,7 +337,12 @@ async def run_in_thread(main: Callable[[], None], stop: Callable[[], None], *, u
 
 
 async def connect(host: str, port: int, terms: Terms) -> LaneConnection:
-    """Raises :class:`PeerClosedError` where nobody answers."""
+    """Raises :class:`PeerClosedError` where nobody answers, :class:`MigrationError` where it must not be."""
+    if terms.tls is None and not terms.unencrypted and not is_loopback(host):
+        raise MigrationError(
+            f"{host} is another host, and connections are not encrypted: make a [tls] section in the configuration, or allow "
+            "it by unencrypted = true in [network]"
+        )
     try:
         with trio.fail_after(CONNECT_TIMEOUT_S):
             stream = await trio.open_tcp_stream(host, port)
@@ -326,7 +355,14 @@ async def connect(host: str, port: int, terms: Terms) -> LaneConnection:
         raise PeerClosedError(
             f"cannot reach {host}:{port}: {why}; is xen-postcopy running there, and listening on that address?"
         ) from error
-    return LaneConnection.from_stream(stream, terms)
+    return await LaneConnection.from_stream(stream, terms, host)
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 async def listen_tcp(host: str, port: int) -> tuple[list[trio.SocketListener], int]:

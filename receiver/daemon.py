@@ -39,7 +39,7 @@ class ReceiverDaemon:
         self._hypervisor = hypervisor
         self._socket_path = socket_path
         self._address = config.receiver.listen
-        self._terms = config.network.terms
+        self._terms = config.terms
         self._journal = journal
         self._migrations: dict[str, IncomingMigration] = {}
         self._awaited: dict[str, AwaitedLanes] = {}

@@ -137,7 +137,7 @@ class IncomingMigration:
         return migration
 
     def _record(self, step: str) -> None:
-        """Raises :class:`MigrationError` where the journal cannot be written."""
+        """Raises :class:`MigrationError` where the journal cannot be written, and the guest can still stay where it is."""
         offer = self._offer.header()
         del offer["type"], offer["key"]
         offer["platform"] = self._offer.platform.hex()
@@ -147,6 +147,7 @@ class IncomingMigration:
                 "step": step, "domid": self._domid, "offer": offer, "key": self._offer.key.hex(),
                 "dials": self.lanes.dials, "xl": self._toolstack.decides,
             },
+            needed=not self._said_ready,
         )  # fmt: skip
         self._step = step
 

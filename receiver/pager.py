@@ -160,14 +160,17 @@ class Pager:
 
     def _handle_pull_lane(self) -> None:
         assert self._pull is not None
-        self._pull.fill()
-        while (received := self._pull.pending()) is not None:
-            message, payload = received
-            self._session.received(message, Lane.PULL)
-            assert isinstance(message, Pages)
-            for pfns, pages in self._claim(message, payload):
-                self._statistics.pulled_pages += len(pfns)
-                self._finished(pfns, load(self._domain, pfns, pages))
+        while True:
+            self._pull.fill()
+            while (received := self._pull.pending()) is not None:
+                message, payload = received
+                self._session.received(message, Lane.PULL)
+                assert isinstance(message, Pages)
+                for pfns, pages in self._claim(message, payload):
+                    self._statistics.pulled_pages += len(pfns)
+                    self._finished(pfns, load(self._domain, pfns, pages))
+            if not self._pull.buffered():
+                return
 
     # ---- the push lane's thread ----
     def pushed(self, message: Pages, payload: memoryview) -> None:

@@ -61,7 +61,7 @@ class SenderDaemon:
         listeners, self._port = await listen_tcp(*self._config.sender.listen)
         async with trio.open_nursery() as self._nursery:
             for session, facts in self._journal.entries().items():
-                lanes_again = lanes.rejoining(facts["dials"], session, self._awaited, self._config.network.terms)
+                lanes_again = lanes.rejoining(facts["dials"], session, self._awaited, self._config.terms)
                 self._start(
                     OutgoingMigration.of_predecessor(session, self._hypervisor, lanes_again, self._journal, facts)
                 )
@@ -125,7 +125,7 @@ class SenderDaemon:
             request.get("bandwidth"),
         )
         session = new_id()
-        dialled = DialledLanes(destination, session, self._config.network.terms)
+        dialled = DialledLanes(destination, session, self._config.terms)
         migration = OutgoingMigration(session, self._hypervisor, domain, dialled, options, self._journal)
         ended = self._start(migration)
         async with task_group() as tasks:
@@ -175,7 +175,7 @@ class SenderDaemon:
             migration.cancel("xl, or its helper, has gone")
 
     async def _serve_lane(self, stream: trio.SocketStream) -> None:
-        await lanes.receive(stream, self._find_awaited, self._config.network.terms)
+        await lanes.receive(stream, self._find_awaited, self._config.terms)
 
     def _find_awaited(self, greeting: Hello) -> AwaitedLanes:
         awaited = self._awaited.get(greeting.session)

@@ -164,7 +164,7 @@ class OutgoingMigration:
         return migration
 
     def _record(self, step: str) -> None:
-        """Raises :class:`MigrationError` where the journal cannot be written."""
+        """Raises :class:`MigrationError` where the journal cannot be written, and the guest can still stay here."""
         self._journal.write(
             self.id,
             {
@@ -172,6 +172,7 @@ class OutgoingMigration:
                 "dials": self.lanes.dials, "xl": self._toolstack.decides, "strategy": self.options.strategy.value,
                 "bandwidth": self.options.bandwidth_bytes_per_s,
             },
+            needed=not self._entrusted,
         )  # fmt: skip
 
     # ---- what others may ask ----

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import trio
 
-from migrate.config import Config, NetworkConfig
+from migrate.config import Config, NetworkConfig, TlsConfig
 from migrate.errors import MigrationError
 from migrate.journal import Journal
 from migrate.lanes import DialledLanes
 from migrate.loopback import World, verify_migrated, wait_for_steps
 from migrate.policy import PolicyOptions, Strategy
 from migrate.session import new_id
+from migrate.tls import Tls
 from migrate.transport import Terms
 from receiver.daemon import ReceiverDaemon
 from receiver.migration import IncomingMigration
@@ -53,6 +54,7 @@ async def migrate(
     timeout_s: float = 30.0,
     budgets: list[int | None] | None = None,
     terms: Terms = Terms(),
+    sender_tls: Tls | None = None,
     meanwhile: Meanwhile | None = None,
 ) -> Outcome:
     """Boot the guest at the source and migrate it.  Its failure is in the outcome, not raised.
@@ -63,7 +65,7 @@ async def migrate(
     await trio.to_thread.run_sync(wait_for_steps, guest, 100)
     guest.close()
     journal = Journal(world.directory / "journal")
-    config = Config(NetworkConfig(checksums=terms.checksums, silence_s=terms.silence_s))
+    config = Config(NetworkConfig(checksums=terms.checksums, silence_s=terms.silence_s), _tls_config(terms.tls))
     receiver = ReceiverDaemon(world.destination, world.receiver_socket, config, Journal(world.directory / "arrivals"))
     # Slow enough that the guest touches pages before they are pushed, however busy the machine is.
     options = options or MigrationOptions(strategy, PolicyOptions(max_rounds=2), bandwidth_bytes_per_s=32 * 2**20)
@@ -73,7 +75,7 @@ async def migrate(
             listeners = await nursery.start(functools.partial(trio.serve_tcp, receiver.serve_lane, 0, host="127.0.0.1"))
             session = new_id()
             between = await link(nursery, ("127.0.0.1", listeners[0].socket.getsockname()[1]), budgets)
-            lanes = DialledLanes(("127.0.0.1", between.port), session, terms)
+            lanes = DialledLanes(("127.0.0.1", between.port), session, replace(terms, tls=sender_tls))
             outcome = Outcome(OutgoingMigration(session, world.source, spec.name, lanes, options, journal))
             outcome.receiver = receiver
             if meanwhile is not None:
@@ -89,6 +91,10 @@ async def migrate(
             nursery.cancel_scope.cancel()
     assert session not in journal.entries() or outcome.error is not None
     return outcome
+
+
+def _tls_config(tls: Tls | None) -> TlsConfig:
+    return TlsConfig() if tls is None else TlsConfig(str(tls.certificate), str(tls.key), str(tls.authority), tls.peers)
 
 
 async def verification(world: World, spec: GuestSpec) -> Verification:

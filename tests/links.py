@@ -54,21 +54,31 @@ class Link:
         left_over = [budget]
 
         async def pass_on(source: trio.SocketStream, to: trio.SocketStream) -> None:
-            with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-                while data := await source.receive_some(self.piece):
-                    await self._flowing.wait()
-                    if self.delay_s:
-                        await trio.sleep(self.delay_s)
-                    if self._damage is not None:
-                        damage, self._damage = self._damage, None
-                        data = damage(data)
-                    if left_over[0] is not None:
-                        data = data[: left_over[0]]
-                        left_over[0] -= len(data)
-                    await to.send_all(data)
-                    if left_over[0] == 0:
-                        self.cut()
-                await to.send_eof()
+            try:
+                with contextlib.suppress(trio.ClosedResourceError):
+                    await copy(source, to)
+                with contextlib.suppress(trio.ClosedResourceError):
+                    while await source.receive_some(PIECE):
+                        pass  # the other end was cut, and this one does not know
+            except trio.BrokenResourceError:
+                for stream in (source, to):
+                    _reset(stream)
+
+        async def copy(source: trio.SocketStream, to: trio.SocketStream) -> None:
+            while data := await source.receive_some(self.piece):
+                await self._flowing.wait()
+                if self.delay_s:
+                    await trio.sleep(self.delay_s)
+                if self._damage is not None:
+                    damage, self._damage = self._damage, None
+                    data = damage(data)
+                if left_over[0] is not None:
+                    data = data[: left_over[0]]
+                    left_over[0] -= len(data)
+                await to.send_all(data)
+                if left_over[0] == 0:
+                    self.cut()
+            await to.send_eof()
 
         try:
             async with trio.open_nursery() as nursery:

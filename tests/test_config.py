@@ -30,7 +30,7 @@ def test_the_file_that_is_installed_names_every_key_with_its_default() -> None:
     uncommented = re.sub(r"(?m)^#(?=[\[a-z])", "", text).replace('bandwidth = "1G"', "")
     assert read(uncommented) == Config()
     manual = (TREE / "systemd/man/xen-postcopy.toml.5").read_text()
-    for section in ("network", "sender", "receiver", "migration"):
+    for section in ("network", "tls", "sender", "receiver", "migration"):
         for key in getattr(Config(), section).__dataclass_fields__:
             assert key in text and key in manual
 
@@ -58,7 +58,10 @@ def test_what_is_given() -> None:
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        ("[sendr]", "config.toml: [sendr]: there is no such section; there are network, sender, receiver, migration"),
+        (
+            "[sendr]",
+            "config.toml: [sendr]: there is no such section; there are network, tls, sender, receiver, migration",
+        ),
         ("sender = 1", "config.toml: sender: a section, [sender]"),
         ("[sender]\nport = 1", "config.toml: [sender] port: there is no such key; there are listen, address"),
         ("[sender]\nlisten = 8014", "config.toml: [sender] listen: 8014: an address in quotes"),
@@ -69,6 +72,12 @@ def test_what_is_given() -> None:
         ("[migration]\nmax_rounds = 1.5", "config.toml: [migration] max_rounds: 1.5: a whole number"),
         ("[migration]\nmax_rounds = 0", "config.toml: [migration] max_rounds 0: 1 to 1000"),
         ('[migration]\nbandwidth = "1"', "config.toml: [migration] bandwidth: '1': at least one page"),
+        ('[tls]\ncertificate = "a.pem"', "config.toml: [tls] key: it is missing"),
+        (
+            '[tls]\ncertificate = "/a.pem"\nkey = "/a.key"\nauthority = "/ca.pem"\npeers = ["b"]',
+            "config.toml: [tls] /a.pem, /a.key: No such file or directory",
+        ),
+        ('[tls]\npeers = "b"', "config.toml: [tls] peers: 'b': a list of names"),
         ('[network]\nunencrypted = "yes"', "config.toml: [network] unencrypted: 'yes': true or false"),
     ],
 )

@@ -60,7 +60,7 @@ def cli() -> None:
         xen-postcopy loopback --memory 1G --vcpus 2
 
     \b
-    Between two hosts:
+    Between two hosts, whose /etc/xen-postcopy/config.toml has a [tls] section (xen-postcopy.toml(5)):
         destination#  xen-postcopy receiver --listen 0.0.0.0:8013
         source#       xen-postcopy sender
         source#       xen-postcopy migrate DOMAIN DESTINATION

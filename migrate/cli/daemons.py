@@ -92,6 +92,7 @@ def sender_command(
     config = load(config_path)
     if listen is not None:
         config = replace(config, sender=replace(config.sender, listen=parse_address(listen, SENDER_PORT)))
+        config.check_addresses()
     journal = Journal(_state(state, simulated) / "sender")
     _run(verbose, SenderDaemon(open_hypervisor(simulated), socket_path, config, journal).run)
 
@@ -123,6 +124,7 @@ def receiver_command(
     config = load(config_path)
     if listen is not None:
         config = replace(config, receiver=replace(config.receiver, listen=parse_address(listen, RECEIVER_PORT)))
+        config.check_addresses()
     journal = Journal(_state(state, simulated) / "receiver")
     _run(verbose, ReceiverDaemon(open_hypervisor(simulated), socket_path, config, journal).run)
 

@@ -1,0 +1,205 @@
+"""Mutual TLS on the lanes: certificates of both ends, names checked, TLS 1.3.
+
+A lane's threads send and receive at once, and OpenSSL's connections are not made for that: :class:`TlsSocket` lets one
+thread at a time into it, never while it waits for the network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import ssl
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from migrate.errors import MigrationError, PeerClosedError
+
+EXPLANATION_S = 1.0
+MEANINGS = {
+    "TLSV13_ALERT_CERTIFICATE_REQUIRED": "the peer wants a certificate of ours, and has got none",
+    "TLSV1_ALERT_UNKNOWN_CA": "the peer does not trust the authority that has signed our certificate",
+    "SSLV3_ALERT_CERTIFICATE_EXPIRED": "the peer finds our certificate expired",
+    "SSLV3_ALERT_BAD_CERTIFICATE": "the peer finds our certificate bad",
+    "PEER_DID_NOT_RETURN_A_CERTIFICATE": "the peer has no certificate",
+    "WRONG_VERSION_NUMBER": "the peer does not speak TLS: has it a [tls] section in its configuration?",
+    "UNEXPECTED_EOF_WHILE_READING": "the peer has broken the TLS handshake off: does it speak TLS?",
+}
+"""By OpenSSL's reasons."""
+
+
+@dataclass(frozen=True)
+class Tls:
+    """What a host needs for it: ``certificate`` with its ``key`` for itself, and ``authority`` for its ``peers``."""
+
+    certificate: Path
+    key: Path
+    authority: Path
+    peers: tuple[str, ...]
+    """Names, of which the certificate of a peer has to bear one."""
+
+    def check(self) -> None:
+        """Raises :class:`MigrationError` where a file is not what it should be."""
+        for server_side in (True, False):
+            self._context(server_side=server_side)
+
+    def connected(self, sock: socket.socket, host: str, timeout_s: float) -> TlsSocket:
+        """As the end that has dialled ``host``.  Raises :class:`PeerClosedError` for a peer that is not to be trusted."""
+        return self._handshake(sock, host, timeout_s)
+
+    def accepted(self, sock: socket.socket, timeout_s: float) -> TlsSocket:
+        """As the end that was dialled."""
+        return self._handshake(sock, None, timeout_s)
+
+    def _handshake(self, sock: socket.socket, host: str | None, timeout_s: float) -> TlsSocket:
+        sock.settimeout(timeout_s)
+        wrapped = sock
+        try:
+            wrapped = self._context(server_side=host is None).wrap_socket(
+                sock, server_side=host is None, server_hostname=host, do_handshake_on_connect=False
+            )
+            wrapped.do_handshake()
+            self._check_names(wrapped)
+            return TlsSocket(wrapped)
+        except TimeoutError:
+            problem = f"the peer did not answer within {timeout_s:g} s: does it speak TLS?"
+        except OSError as error:
+            problem = explain(error)
+        except PeerClosedError as error:
+            problem = str(error)
+        _let_go(wrapped)
+        raise PeerClosedError(f"TLS: {problem}")
+
+    def _check_names(self, sock: ssl.SSLSocket) -> None:
+        certificate: dict[str, Any] = sock.getpeercert() or {}
+        names = {name for _kind, name in certificate.get("subjectAltName", ())}
+        if not names & set(self.peers):
+            raise PeerClosedError(
+                f"the peer's certificate is for {', '.join(sorted(names)) or 'nobody'}, and [tls] peers are "
+                f"{', '.join(self.peers)}"
+            )
+
+    def _context(self, *, server_side: bool) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.verify_mode = ssl.CERT_REQUIRED
+        try:
+            context.load_cert_chain(self.certificate, self.key)
+        except OSError as error:
+            raise MigrationError(f"[tls] {self.certificate}, {self.key}: {_why(error)}") from error
+        try:
+            context.load_verify_locations(self.authority)
+        except OSError as error:
+            raise MigrationError(f"[tls] {self.authority}: {_why(error)}") from error
+        return context
+
+
+def _let_go(sock: socket.socket) -> None:
+    """Close it such that the peer hears why: what it has sent, and nobody has read, would otherwise take that back."""
+    sock.settimeout(EXPLANATION_S)
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_WR)
+        while socket.socket.recv(sock, 65536):
+            pass
+    sock.close()
+
+
+def _why(error: OSError) -> str:
+    return (
+        f"not a certificate and its key: {error.reason}"
+        if isinstance(error, ssl.SSLError)
+        else error.strerror or str(error)
+    )
+
+
+def explain(error: OSError) -> str:
+    """For people."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"the peer's certificate is not accepted: {error.verify_message}"
+    if isinstance(error, ssl.SSLError):
+        reason = error.reason or str(error)
+        return MEANINGS.get(reason, reason.lower().replace("_", " "))
+    return error.strerror or str(error)
+
+
+class TlsSocket:
+    """What a lane needs of a socket.  One thread may send while another receives; all wait outside of the lock."""
+
+    def __init__(self, sock: ssl.SSLSocket):
+        sock.setblocking(False)
+        self._socket = sock
+        self._lock = threading.Lock()
+        self._send_timeout_s: float | None = None
+        self.family = sock.family
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def getpeername(self) -> tuple[str, int]:
+        host, port, *_ = self._socket.getpeername()
+        return host, port
+
+    def setsockopt(self, level: int, option: int, value: int | bytes) -> None:
+        self._socket.setsockopt(level, option, value)
+
+    def send_timeout(self, seconds: float) -> None:
+        self._send_timeout_s = seconds
+
+    def buffered(self) -> bool:
+        """Something can be received though the descriptor may not be readable."""
+        with self._lock:
+            return bool(self._socket.pending())
+
+    def recv_into(self, buffer: memoryview, size: int, flags: int = 0) -> int:
+        """Of ``flags`` MSG_WAITALL counts."""
+        received = 0
+        while True:
+            wait = select.POLLIN
+            try:
+                with self._lock:
+                    count = self._socket.recv_into(buffer[received:size])
+            except ssl.SSLWantReadError:
+                pass
+            except ssl.SSLWantWriteError:
+                wait = select.POLLOUT
+            else:
+                received += count
+                if not count or received == size or not flags & socket.MSG_WAITALL:
+                    return received
+                continue
+            self._wait_for(wait, None)
+
+    def sendmsg(self, buffers: Iterable[memoryview]) -> int:
+        """All of it.  Raises ``BlockingIOError`` where the peer takes nothing."""
+        sent = 0
+        for buffer in buffers:
+            at = 0
+            while at < len(buffer):
+                wait = select.POLLOUT
+                try:
+                    with self._lock:
+                        at += self._socket.send(buffer[at:])
+                    continue
+                except ssl.SSLWantReadError:
+                    wait = select.POLLIN
+                except ssl.SSLWantWriteError:
+                    pass
+                self._wait_for(wait, self._send_timeout_s)
+            sent += len(buffer)
+        return sent
+
+    def _wait_for(self, event: int, timeout_s: float | None) -> None:
+        poll = select.poll()
+        poll.register(self._socket, event)
+        if not poll.poll(None if timeout_s is None else timeout_s * 1000):
+            raise BlockingIOError
+
+    def shutdown(self, how: int) -> None:
+        """Of the connection underneath: the other threads find its end where they are."""
+        socket.socket.shutdown(self._socket, how)
+
+    def close(self) -> None:
+        self._socket.close()
