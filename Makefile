@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := $(wildcard xenbackend/native/*.[ch] xenbackend/native/*.py xenbackend/*/native/*.[ch] xenbackend/*/native/*.py)
 
-.PHONY: all demo test check bench soak xenlab xenlab-bench xenlab-xl-bench deb lock clean
+.PHONY: all demo test check bench soak chaos xenlab xenlab-bench xenlab-xl-bench deb lock clean
 
 all: $(STAMP)
 
@@ -39,6 +39,11 @@ bench: $(STAMP)
 SOAK_ROUNDS ?= 20
 soak: $(STAMP)
 	$(BIN)/python -m tests.soak --rounds $(SOAK_ROUNDS)
+
+# Faults of all kinds at random instants, of migrations by the dozen; CHAOS_SEED= plays a trial again.
+CHAOS_TRIALS ?= 50
+chaos: $(STAMP)
+	$(BIN)/python -m tests.chaos --trials $(CHAOS_TRIALS) $(if $(CHAOS_SEED),--seed $(CHAOS_SEED))
 
 # The real Xen, emulated: builds hypervisors and a dom0 the first time (minutes), boots each and runs tests/xenlab/dom0 in it.
 xenlab: $(STAMP)

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import socket
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -101,6 +102,8 @@ async def serve(
     async def exchange(stream: trio.SocketStream) -> None:
         connection = ControlConnection(stream)
         async with stream:
+            if not _may_ask(stream):
+                return
             try:
                 # What the client asked for goes on when it has gone.
                 with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
@@ -115,6 +118,15 @@ async def serve(
         else:
             sock = await stack.enter_async_context(listen_unix(path))
         await trio.serve_listeners(exchange, [trio.SocketListener(sock)], task_status=task_status)
+
+
+def _may_ask(stream: trio.SocketStream) -> bool:
+    """root, and who this daemon runs as, whatever became of the socket's mode."""
+    _pid, uid, _gid = struct.unpack("3i", stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    if uid in (0, os.geteuid()):
+        return True
+    log.warning("a request of user %d refused", uid)
+    return False
 
 
 async def _answer(connection: ControlConnection, handler: Handler) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
+import threading
 from collections.abc import Callable
 
 import trio
@@ -133,3 +134,34 @@ async def link(nursery: trio.Nursery, to: tuple[str, int], budgets: list[int | N
     made.port = listener.socket.getsockname()[1]
     nursery.start_soon(trio.serve_listeners, made.carry, [listener])
     return made
+
+
+class LinkInThread:
+    """A link for a test that has no event loop; a context manager."""
+
+    def __init__(self, to: tuple[str, int]):
+        self._to = to
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=trio.run, args=(self._run,))
+        self._token: trio.lowlevel.TrioToken
+        self._scope: trio.CancelScope
+        self.link: Link
+
+    async def _run(self) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+        async with trio.open_nursery() as nursery:
+            self.link = await link(nursery, self._to)
+            self._scope = nursery.cancel_scope
+            self._ready.set()
+
+    def __enter__(self) -> LinkInThread:
+        self._thread.start()
+        self._ready.wait()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        trio.from_thread.run_sync(self._scope.cancel, trio_token=self._token)
+        self._thread.join()
+
+    def do(self, what: Callable[[Link], None]) -> None:
+        trio.from_thread.run_sync(what, self.link, trio_token=self._token)

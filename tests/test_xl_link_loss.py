@@ -1,0 +1,134 @@
+"""Under xl the link is lost, or a daemon killed, while xl decides or after: the guest is where xl has put it, unharmed."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from migrate.loopback import loopback_world, start_receiver, start_sender, wait_for_steps
+from tests.conftest import MIB
+from tests.labs import until
+from tests.links import Link, LinkInThread
+from tests.test_xl_migration import Xl, check_arrived, check_stayed
+from xenbackend.contract import DomainState
+from xenbackend.simulated.guest import GuestSpec
+
+
+class CuttableXl(Xl):
+    relay: LinkInThread
+
+    def restart(self, which: str) -> None:
+        port = self.world.ask("sender", command="status")["port"]
+        self.world.stop(which, signal.SIGKILL)
+        if which == "sender":
+            start_sender(self.world, port)
+        else:
+            start_receiver(self.world, self.world.port)
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+@pytest.fixture
+def xl(tmp_path: Path) -> Iterator[CuttableXl]:
+    """Whose sender is reached over a link that can be cut."""
+    spec = GuestSpec("guest", 16 * MIB, vcpus=2, workload="random")
+    port = free_port()
+    with LinkInThread(("127.0.0.1", port)) as relay:
+        config = f'[sender]\nlisten = "127.0.0.1:{port}"\naddress = "127.0.0.1:{relay.link.port}"\n'
+        config += '[migration]\nstrategy = "postcopy"\nbandwidth = "16M"\n'
+        with loopback_world(256 * MIB, config=config) as world:
+            world.stop("sender")
+            start_sender(world, port)
+            domain = world.source.create_guest(spec.to_bytes())
+            wait_for_steps(domain, 200)
+            domain.close()
+            with contextlib.closing(CuttableXl(world, spec, tmp_path)) as made:
+                made.relay = relay
+                assert made.run() == ((0, 0), (0, 0))
+                made.wait_for("deciding", "deciding")
+                yield made
+
+
+def test_cut_while_xl_decides(xl: CuttableXl) -> None:
+    xl.relay.do(Link.cut)
+    xl.wait_for("deciding", "deciding")
+    xl.go()
+    xl.wait_for("completed", "completed")
+    check_arrived(xl)
+
+
+def test_down_while_xl_lets_it_run_at_the_destination(xl: CuttableXl) -> None:
+    """The guest runs without its pager's sender for a while."""
+    xl.relay.do(Link.down)
+    xl.wait_for("interrupted", "in doubt")
+    xl.go()
+    until(lambda: xl.destination.info().state is DomainState.RUNNING, "it does not run")
+    xl.relay.do(lambda link: setattr(link, "is_up", True))
+    xl.wait_for("completed", "completed")
+    check_arrived(xl)
+
+
+def test_down_while_xl_lets_it_stay(xl: CuttableXl) -> None:
+    xl.relay.do(Link.down)
+    xl.wait_for("interrupted", "in doubt")
+    xl.stay()
+    xl.wait_for("failed", "failed")
+    xl.relay.do(lambda link: setattr(link, "is_up", True))
+    check_stayed(xl)
+
+
+def test_cut_again_and_again_afterwards(xl: CuttableXl) -> None:
+    xl.go()
+    for _ in range(3):
+        until(lambda: xl.line("receiver")["phase"] in ("postcopy", "completed"), "no postcopy")
+        xl.relay.do(Link.cut)
+    xl.wait_for("completed", "completed")
+    check_arrived(xl)
+
+
+@pytest.mark.parametrize("which", ["sender", "receiver"])
+def test_killed_while_xl_decides(xl: CuttableXl, which: str) -> None:
+    """The successor of a sender takes the pages again that its predecessor's mappings held: the domain is there still."""
+    xl.restart(which)
+    xl.wait_for("deciding", "deciding")
+    xl.go()
+    xl.wait_for("completed", "completed")
+    check_arrived(xl)
+
+
+@pytest.mark.parametrize("which", ["sender", "receiver"])
+def test_killed_while_xl_decides_and_it_stays(xl: CuttableXl, which: str) -> None:
+    xl.restart(which)
+    xl.wait_for("deciding", "deciding")
+    xl.stay()
+    xl.wait_for("failed", "failed")
+    check_stayed(xl)
+
+
+def test_a_receiver_that_is_killed_afterwards(xl: CuttableXl) -> None:
+    xl.go()
+    xl.wait_for("postcopy", "postcopy")
+    xl.restart("receiver")
+    xl.wait_for("completed", "completed")
+    check_arrived(xl)
+
+
+def test_a_sender_that_is_killed_afterwards_takes_the_pages_with_it(xl: CuttableXl) -> None:
+    """What xl has destroyed lives by the sender's mappings alone.  It is said, and not called a success."""
+    xl.go()
+    xl.wait_for("postcopy", "postcopy")
+    xl.restart("sender")
+    until(lambda: xl.line("sender")["phase"] == "failed", "it is not said")
+    assert "the pages that it lacks are lost" in xl.line("sender")["problem"]
+    until(lambda: xl.line("receiver")["phase"] == "interrupted", "it is not noticed")
+    assert xl.line("receiver")["outstanding"] > 0
