@@ -1,0 +1,264 @@
+/*
+ * The handover and what follows it, between a sender and a receiver that may each be killed, over a link that may be lost.
+ *
+ * One page stands for all that are missing.  What a process knows is gone when it is killed; the journal and the domains
+ * are not.  Every step between two of these is a step of the model, so a kill may fall between any two.
+ *
+ * Checked (tests/model/check.py): the assertions, in every state; that no state is a dead end; and that
+ * where nothing can happen any more the guest runs in exactly one place, with its page, and nothing is left over.
+ * With MUTATION defined one of the rules is broken, and the checks must notice.
+ */
+#ifndef CUTS
+#define CUTS 3
+#endif
+#ifndef KILLS
+#define KILLS 3
+#endif
+#ifndef MUTATION
+#define MUTATION 0
+#endif
+
+#define NO_JOURNAL_BEFORE_HANDOVER   1
+#define START_BEFORE_HANDOVER        2
+#define RESUME_AFTER_HANDOVER        3
+#define LET_GO_BEFORE_ACKNOWLEDGED   4
+#define NOT_SENT_AGAIN               5
+#define NOT_TOLD_OF_GIVING_UP        6
+#define LOADS_A_SECOND_COPY          7
+#define FORGETS_READY                8
+
+mtype = { context, ready, handover, page, loaded, complete, completed, abort, rejoin, at_ready, at_own, refused };
+mtype = { NONE, BEGUN, HANDED, GIVEN_UP, MADE, READY, OWN, FINISHING };     /* journals */
+
+chan to_r = [4] of { mtype };
+chan to_s = [4] of { mtype };
+bool link;                      /* what is said arrives */
+bool s_lost, r_lost;            /* what an end has not noticed yet, or has */
+bool r_fresh;                   /* a connection that the receiver has not taken yet */
+bool s_dead, r_dead;
+byte cuts = CUTS, kills = KILLS;
+
+/* What outlives a process. */
+mtype s_journal = NONE, r_journal = NONE;
+bool s_runs = true;             /* the guest, at the source */
+bool r_runs;                    /* at the destination */
+bool s_page = true;             /* the source's domain, with its page, is there */
+bool r_domain, r_page;
+bool r_wrote;                   /* the guest has written to its page at the destination */
+bool s_over, r_over;            /* nothing is owed */
+
+inline cut() {
+    link = false; s_lost = true; r_lost = true; r_fresh = false;
+    do
+    :: nempty(to_r) -> to_r?_
+    :: nempty(to_s) -> to_s?_
+    :: empty(to_r) && empty(to_s) -> break
+    od;
+    skip
+}
+
+/* A connection with a token that is good for it.  A receiver that has older lanes lets go of them. */
+inline connect() { d_step { cut(); link = true; s_lost = false; r_lost = true; r_fresh = true } }
+
+inline s_says(what) { d_step { if :: link && !s_lost -> assert(nfull(to_r)); to_r!what :: else -> skip fi } }
+inline r_says(what) { d_step { if :: link && !r_lost -> assert(nfull(to_s)); to_s!what :: else -> skip fi } }
+
+inline r_takes_connection() { d_step { r_fresh -> r_fresh = false; r_lost = false } }
+
+/* ---- the sender ---- */
+inline give_up() {
+    s_says(abort);
+    s_runs = true;
+#if MUTATION == NOT_TOLD_OF_GIVING_UP
+    settled()
+#else
+    s_journal = GIVEN_UP
+#endif
+}
+
+inline settled() { d_step { s_journal = NONE; s_over = true } }
+
+inline let_go() { s_page = false; settled(); s_says(completed) }
+
+inline push() {
+    s_says(page);
+    if
+    :: s_says(page)     /* a vCPU asked for it while it was on its way */
+    :: true
+    fi
+}
+
+inline feed() {
+    do
+    :: to_s?loaded -> skip
+    :: to_s?complete -> let_go(); break
+    :: s_lost -> break
+    od
+}
+
+inline migrate() {
+    s_journal = BEGUN;
+    connect();
+    s_runs = false;
+    s_says(context);
+    if
+    :: to_s?ready ->
+#if MUTATION != NO_JOURNAL_BEFORE_HANDOVER
+        s_journal = HANDED;
+#endif
+        s_says(handover);
+        push();
+#if MUTATION == NO_JOURNAL_BEFORE_HANDOVER
+        s_journal = HANDED;
+#endif
+#if MUTATION == LET_GO_BEFORE_ACKNOWLEDGED
+        s_page = false;
+#endif
+        feed()
+    :: s_lost -> give_up()
+    :: true -> give_up()        /* cancelled, or the receiver has failed */
+    fi
+}
+
+inline take_up_again() {
+    connect();
+    s_says(rejoin);
+    if
+    :: to_s?at_ready -> s_says(handover); push(); feed()
+    :: to_s?at_own ->
+#if MUTATION != NOT_SENT_AGAIN
+        assert(s_page);
+        push();
+#endif
+        feed()
+    :: to_s?complete -> let_go()
+    :: to_s?refused -> skip
+    :: s_lost -> skip
+    fi
+}
+
+inline tell() {
+    connect();
+    s_says(abort);
+    if
+    :: to_s?refused -> settled()        /* it knows nothing of it, or has heard */
+    :: s_lost -> skip
+    fi
+}
+
+active proctype Sender()
+{
+    do
+    :: {
+        do
+        :: s_over -> (false)
+        :: !s_over && s_journal == NONE -> migrate()
+        :: s_journal == BEGUN && s_runs -> give_up()
+        :: s_journal == BEGUN && !s_runs -> give_up()
+        :: s_journal == HANDED && !s_page -> settled()      /* killed in between */
+        :: s_journal == HANDED && s_page ->
+#if MUTATION == RESUME_AFTER_HANDOVER
+            if :: give_up() :: take_up_again() fi
+#else
+            take_up_again()
+#endif
+        :: s_journal == GIVEN_UP -> tell()
+        od
+    } unless { s_dead -> d_step { s_dead = false; cut() } }
+    od
+}
+
+/* ---- the receiver ---- */
+inline discard() { r_domain = false; r_journal = NONE }
+
+inline own() {
+    r_journal = OWN;
+    r_runs = true
+}
+
+/* The page has come, for the first time or again. */
+inline load() {
+    if
+    :: !r_page -> r_page = true
+    :: else ->
+#if MUTATION == LOADS_A_SECOND_COPY
+        assert(!r_wrote);
+#endif
+        skip
+    fi;
+    r_wrote = true
+}
+
+inline prepare() {
+    r_journal = MADE;
+    r_domain = true;
+#if MUTATION == START_BEFORE_HANDOVER
+    own();
+#endif
+#if MUTATION != FORGETS_READY
+    r_journal = READY;
+#endif
+    r_says(ready)
+}
+
+active proctype Receiver()
+{
+    mtype heard;
+
+    do
+    :: {
+        if  /* by the journal, where it was killed */
+        :: r_journal == MADE -> discard()
+        :: r_journal == OWN && !r_runs -> r_runs = true
+        :: else -> skip
+        fi;
+        do
+        :: r_fresh -> r_takes_connection()
+        :: r_lost && !r_fresh && r_journal == MADE -> discard()
+        :: r_lost && !r_fresh && r_journal == OWN && r_page -> r_journal = FINISHING    /* the ring is given up */
+        :: d_step { !r_lost && nempty(to_r) -> to_r?heard };
+            if
+            :: heard == context && r_journal == NONE -> prepare()
+            :: heard == handover && r_journal == READY -> own()
+            :: heard == abort ->
+                assert(r_journal != OWN && r_journal != FINISHING);
+                if :: r_domain -> discard() :: else -> skip fi;
+                r_says(refused)
+            :: heard == page && r_journal == OWN -> load(); r_says(loaded); r_says(complete)
+            :: heard == rejoin && r_journal == READY -> r_says(at_ready)
+            :: heard == rejoin && r_journal == OWN && !r_page -> r_says(at_own)
+            :: heard == rejoin && r_journal == OWN && r_page -> r_says(complete)
+            :: heard == rejoin && r_journal == FINISHING -> r_says(complete)
+            :: heard == completed -> r_journal = NONE; r_over = true
+            :: else -> r_says(refused)
+            fi
+        od
+    } unless { r_dead -> d_step { r_dead = false; cut() } }
+    od
+}
+
+/* ---- what may happen to them ---- */
+active proctype Faults()
+{
+    do
+    :: d_step { cuts > 0 && link -> cuts--; cut() }
+    :: d_step { kills > 0 -> kills--; s_dead = true }
+    :: d_step { kills > 0 -> kills--; r_dead = true }
+    :: cuts == 0 && kills == 0 -> break
+    :: break
+    od
+}
+
+active proctype Watch()
+{
+    /* Nothing can happen any more. */
+    timeout ->
+    assert(s_runs + r_runs == 1);
+    assert(!r_runs || r_page);
+    assert(!r_runs || !s_page);
+    assert(!s_runs || (s_page && !r_domain));
+    assert(s_over)
+}
+
+ltl one_owner { [] !(s_runs && r_runs) }
+ltl no_page_is_lost { [] (s_page || r_page) }
