@@ -32,8 +32,8 @@ def search(directory: Path, *defines: str, claim: str | None = None) -> tuple[in
     options = () if claim else ("-DNOCLAIM",)
     run("gcc", "-O2", "-w", "-DSAFETY", "-DMEMLIM=3000", "-DCOLLAPSE", *options, "-o", "pan", "pan.c", cwd=directory)
     pan = subprocess.run(
-        ["./pan", f"-m{DEPTH}", "-E", *(("-N", claim) if claim else ())], cwd=directory, check=False, capture_output=True, text=True,
-        timeout=1200,
+        ["./pan", f"-m{DEPTH}", "-E", *(("-N", claim) if claim else ())],
+        cwd=directory, check=False, capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     said = pan.stdout + pan.stderr
     errors, states = re.search(r"errors: (\d+)", said), re.search(r"(\d+) states, stored", said)
