@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := $(wildcard xenbackend/native/*.[ch] xenbackend/native/*.py xenbackend/*/native/*.[ch] xenbackend/*/native/*.py)
 
-.PHONY: all demo test check bench soak chaos model xenlab xenlab-bench xenlab-xl-bench deb lock clean
+.PHONY: all demo test check bench soak chaos many model fuzz xenlab xenlab-bench xenlab-xl-bench deb lock clean
 
 all: $(STAMP)
 
@@ -45,10 +45,19 @@ CHAOS_TRIALS ?= 50
 chaos: $(STAMP)
 	$(BIN)/python -m tests.chaos --trials $(CHAOS_TRIALS) $(if $(CHAOS_SEED),--seed $(CHAOS_SEED))
 
+# A hundred at once and a thousand one after the other, through one pair of daemons.
+many: $(STAMP)
+	$(BIN)/python -m tests.many
+
 # A model checker goes through every state of the handover, and of what follows it.
 model: $(STAMP)
 	.ci/prepare $(PYTHON) spin
 	$(BIN)/python -m tests.model.check
+
+# What a peer may send, guided by coverage.
+FUZZ_SECONDS ?= 60
+fuzz: $(STAMP)
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
 
 # The real Xen, emulated: builds hypervisors and a dom0 the first time (minutes), boots each and runs tests/xenlab/dom0 in it.
 xenlab: $(STAMP)

@@ -258,7 +258,7 @@ class _AwaitedLane:
         self.come, self.expected = trio.Event(), trio.Event()
 
     def close(self) -> None:
-        self._token = None
+        self._token = self._taken = None
         self.expected.set()
         if self._lane is not None:
             self._lane.close()

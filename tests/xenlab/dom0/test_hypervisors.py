@@ -202,11 +202,11 @@ def test_daemons_are_killed_in_postcopy_and_their_successors_go_on(xen: XenHyper
         asked = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             for role, other in (("receiver", "sender"), ("sender", "receiver")):
-                until(lambda: running.phase("receiver") == "postcopy", "no postcopy", 60)
+                until(lambda: running.phase("receiver") == "postcopy", "no postcopy", 200)
                 running.kill(role)
                 until(lambda: running.phase(other) == "interrupted", "it was not noticed", 60)  # noqa: B023
                 running.start(role)
-            until(lambda: running.phase("receiver") == running.phase("sender") == "completed", "it does not end", 120)
+            until(lambda: running.phase("receiver") == running.phase("sender") == "completed", "it does not end", 200)
         finally:
             asked.kill()
             asked.wait()

@@ -1,0 +1,117 @@
+"""One input: see ``__main__.py``."""
+
+from __future__ import annotations
+
+import struct
+import sys
+import zlib
+
+import atheris
+import msgpack
+
+with atheris.instrument_imports(include=["migrate"]):
+    from migrate import frames
+    from migrate import messages as m
+    from migrate.errors import RemoteProtocolError
+    from migrate.messages import Lane, parse
+    from migrate.session import Role, negotiate
+
+from tests.test_messages import EXAMPLES
+from tests.test_session import DECIDED, STORY, UNDER_XL, play, rejoined
+
+STORIES = (STORY, DECIDED, UNDER_XL, [*STORY[:-4], *rejoined("postcopy")], [*UNDER_XL, *rejoined("decision")])
+
+
+def frame(header: bytes) -> bytes:
+    """With checksums that are right: guessing them is not what this is for."""
+    prefix = frames.PREFIX.pack(frames.MAGIC, len(header), 0, zlib.crc32(header))
+    return prefix + struct.pack("!I", zlib.crc32(prefix)) + header
+
+
+def decode(data: bytes) -> list[frames.Frame]:
+    decoder = frames.FrameDecoder()
+    found = []
+    view = memoryview(data)
+    while view:
+        wanted = decoder.wanted()
+        assert 0 < len(wanted) <= frames.MAX_PAYLOAD_BYTES
+        count = min(len(wanted), len(view))
+        wanted[:count] = view[:count]
+        decoder.filled(count)
+        view = view[count:]
+        while (received := decoder.next_frame()) is not None:
+            found.append(received)
+    return found
+
+
+def any_value(given: atheris.FuzzedDataProvider) -> object:
+    match given.ConsumeIntInRange(0, 7):
+        case 0:
+            return given.ConsumeInt(8)
+        case 1:
+            return given.ConsumeUnicodeNoSurrogates(given.ConsumeIntInRange(0, 80))
+        case 2:
+            return bool(given.ConsumeBool())
+        case 3:
+            return None
+        case 4:
+            return [given.ConsumeUnicodeNoSurrogates(8) for _ in range(given.ConsumeIntInRange(0, 40))]
+        case 5:  # pfns
+            return b"".join(
+                struct.pack("<Q", given.ConsumeIntInRange(0, 2000)) for _ in range(given.ConsumeIntInRange(0, 9))
+            )
+        case 6:
+            return given.ConsumeIntInRange(0, 5000)
+        case _:
+            return given.ConsumeBytes(given.ConsumeIntInRange(0, 200))
+
+
+def any_header(given: atheris.FuzzedDataProvider) -> bytes:
+    """Bytes as they come, or a message with some of its fields changed."""
+    if not given.ConsumeIntInRange(0, 9):
+        return bytes(given.ConsumeBytes(given.ConsumeIntInRange(1, 400)))
+    header = EXAMPLES[given.ConsumeIntInRange(0, len(EXAMPLES) - 1)].header()
+    for _ in range(given.ConsumeIntInRange(0, 2)):
+        field = sorted(header)[given.ConsumeIntInRange(0, len(header) - 1)]
+        if given.ConsumeIntInRange(0, 9):
+            header[field] = any_value(given)
+        else:
+            del header[field]
+            if not header:
+                break
+    try:
+        return bytes(msgpack.packb(header))
+    except OverflowError:
+        return b"\x80"
+
+
+def one_input(data: bytes) -> None:
+    given = atheris.FuzzedDataProvider(data)
+    story = STORIES[given.ConsumeIntInRange(0, len(STORIES) - 1)]
+    role = Role(given.ConsumeIntInRange(0, 1))
+    session = play(story[: given.ConsumeIntInRange(0, len(story))])[role]
+    if given.ConsumeBool():
+        try:
+            decode(given.ConsumeBytes(given.remaining_bytes()))
+        except RemoteProtocolError as error:
+            assert str(error)
+        return
+    try:
+        while given.remaining_bytes():
+            lane = Lane.PULL if given.ConsumeBool() else Lane.PUSH
+            for received in decode(frame(any_header(given))):
+                message = parse(received.header, len(received.payload))
+                if isinstance(message, m.Hello):
+                    try:
+                        negotiate(message)
+                    except Exception as error:
+                        assert type(error).__name__ == "ProtocolError"
+                    continue
+                session.received(message, lane)
+    except RemoteProtocolError as error:
+        assert str(error)
+
+
+if __name__ == "__main__":
+    atheris.Setup(sys.argv, one_input)
+    atheris.Fuzz()

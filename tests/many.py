@@ -1,0 +1,115 @@
+"""Many migrations through one pair of daemons, at once and one after the other: ``python -m tests.many``, or ``make many``.
+
+Each guest is verified byte for byte.  Printed is what the daemons hold of memory, descriptors and threads before and
+after; it ends with status 1 where a guest is not what it should be, or where descriptors or threads are left over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+from migrate.loopback import World, loopback_world, wait_for_steps
+from xenbackend.simulated.guest import GuestSpec
+from xenbackend.simulated.verify import verify
+
+MIB = 2**20
+SLACK = 8
+"""Descriptors and threads that a daemon may have more than before: trio keeps idle threads for ten seconds."""
+SETTLE_S = 30.0
+
+
+def spec(number: int) -> GuestSpec:
+    return GuestSpec(f"guest{number}", 2 * MIB, 1, workload="random", seed=number, rate=2000)
+
+
+def migrate(world: World, number: int, problems: list[str]) -> None:
+    guest = world.source.create_guest(spec(number).to_bytes())
+    wait_for_steps(guest, 20)
+    guest.close()
+    try:
+        strategy = ("hybrid", "postcopy", "precopy")[number % 3]
+        world.ask(
+            "sender",
+            command="migrate",
+            domain=f"guest{number}",
+            destination=f"127.0.0.1:{world.port}",
+            strategy=strategy,
+        )
+        target = world.destination.open(f"guest{number}")
+        wait_for_steps(target, 20)
+        target.suspend()
+        problems += [f"guest{number}: {problem}" for problem in verify(target, spec(number)).problems]
+        target.destroy()
+    except Exception as error:
+        problems.append(f"guest{number}: {error!r}")
+
+
+def holds(world: World, which: str) -> dict[str, int]:
+    process = Path(f"/proc/{world.processes[which].popen.pid}")
+    status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
+    return {
+        "MiB": int(status["VmRSS"].split()[0]) // 1024,
+        "descriptors": len(os.listdir(process / "fd")),
+        "threads": int(status["Threads"]),
+    }
+
+
+def settled(world: World, before: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+    """What they hold when nothing is going on any more."""
+    deadline = time.monotonic() + SETTLE_S
+    while True:
+        now = {which: holds(world, which) for which in before}
+        left = [n[what] - before[w][what] for w, n in now.items() for what in ("descriptors", "threads")]
+        if max(left) <= SLACK or time.monotonic() > deadline:
+            return now
+        time.sleep(0.5)
+
+
+def check(name: str, before: dict[str, dict[str, int]], after: dict[str, dict[str, int]], problems: list[str]) -> None:
+    for which in before:
+        print(
+            f"  {which}: "
+            + ", ".join(f"{what} {before[which][what]} -> {after[which][what]}" for what in before[which])
+        )
+        for what in ("descriptors", "threads"):
+            if after[which][what] > before[which][what] + SLACK:
+                problems.append(f"{name}: the {which} has {after[which][what]} {what}, before {before[which][what]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--at-once", type=int, default=100)
+    parser.add_argument("--one-by-one", type=int, default=1000)
+    options = parser.parse_args()
+    problems: list[str] = []
+    with loopback_world(1024 * MIB) as world:
+        for number in range(20):  # what is loaded on first use
+            migrate(world, number, problems)
+        before = settled(world, {which: holds(world, which) for which in ("sender", "receiver")})
+        start = time.monotonic()
+        threads = [threading.Thread(target=migrate, args=(world, 1000 + n, problems)) for n in range(options.at_once)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        print(f"{options.at_once} at once: {time.monotonic() - start:.1f} s, {len(problems)} problems", flush=True)
+        check("at once", before, settled(world, before), problems)
+        before, start = settled(world, before), time.monotonic()
+        for number in range(options.one_by_one):
+            migrate(world, 10_000 + number, problems)
+        print(
+            f"{options.one_by_one} one after the other: {time.monotonic() - start:.1f} s, {len(problems)} problems",
+            flush=True,
+        )
+        check("one by one", before, settled(world, before), problems)
+    if problems:
+        sys.exit("\n".join(problems[:20]))
+
+
+if __name__ == "__main__":
+    main()
