@@ -179,9 +179,12 @@ class IncomingMigration:
             self._said_ready = False
             self.cancel("an operator has said that the guest is not to run here")
             return
+        if self._step == "suspended":
+            raise MigrationError("it is not known whether all has come that the guest cannot run without")
         log.warning("%s: an operator has said that the guest is to run here", self.progress.domain)
         self.session.handed_over = True
         self._take_over()
+        self._record("taken over")
         assert self._pager is not None
         self._offline_tasks.start_soon(self._pager.serve, None)
         self.progress.phase = "interrupted"
@@ -272,16 +275,18 @@ class IncomingMigration:
                 if self._step == "made" or left.state() is DomainState.INCOMING:
                     self._domain = left
             raise MigrationError("the receiver was ended before the guest had arrived")
-        self._said_ready = True
+        self._said_ready = True  # for all we know
+        try:
+            domain = self._hypervisor.reopen_incoming(self._domid, config, lent=self._toolstack.decides)
+            if not self._toolstack.decides and domain.state() is not DomainState.INCOMING and self._step != "finishing":
+                self._step = "taken over"
+        except NoSuchDomainError:
+            raise GuestEndedError("its domain was destroyed") from None
+        self._domain = domain
         handed_over = self._step in ("taken over", "finishing")
         self.session = Session.of_predecessor(Role.RECEIVER, self._offer.nr_pfns, handed_over=handed_over)
         if handed_over:
             self._handed_over.set()
-        try:
-            domain = self._hypervisor.reopen_incoming(self._domid, config, lent=self._toolstack.decides)
-        except NoSuchDomainError:
-            raise GuestEndedError("its domain was destroyed") from None
-        self._domain = domain
         self._pages = OutstandingPages(self._offer.nr_pfns)
         if self._offer.paging:
             self._ring = self._attach(domain)
@@ -304,9 +309,11 @@ class IncomingMigration:
 
     async def _serve_for_predecessor(self) -> None:
         assert self._domain is not None
-        if self._step == "finishing":  # it may have left the guest paused
-            self._domain.unpause()
-        if await trio.to_thread.run_sync(self._state) is DomainState.INCOMING and self._step == "taken over":
+        state = await trio.to_thread.run_sync(self._state)
+        if self._step == "finishing" or (state is DomainState.PAUSED and not self._toolstack.decides):
+            with contextlib.suppress(XenError):  # it was about to start it, or to give up the ring; or it was not
+                self._domain.unpause()
+        if state is DomainState.INCOMING and self._step == "taken over":
             self._take_over()
         else:
             self._serve()
@@ -402,6 +409,7 @@ class IncomingMigration:
                 case m.Barrier():
                     self._say_blocking(m.Passed(message.number))
                 case m.Suspended():
+                    self._record("suspended")
                     self.progress.phase = "switchover"
                 case m.Missing():
                     self._miss(message.pfns)
@@ -429,9 +437,9 @@ class IncomingMigration:
             return
         self._domain.set_context(bytes(self._context))
         self._context.clear()
-        self._record("ready")
         self._said_ready = True
         self._say_blocking(m.Ready())
+        self._record("ready")  # what has been noted already is enough for the sender's word; this is for an operator's
 
     def _say_blocking(self, message: m.Message) -> None:
         assert self._push is not None
@@ -456,11 +464,11 @@ class IncomingMigration:
             assert self._pager is not None
             self._say_blocking(m.Resumed())
             self._serve_over_these_lanes(self._pager)
+        self._record("taken over")  # a successor sees it by the domain as well
 
     def _take_over(self) -> None:
         """The guest is ours."""
         assert self._domain is not None
-        self._record("taken over")
         self._handed_over.set()
         self.progress.phase = "postcopy"
         if self._toolstack.decides:
