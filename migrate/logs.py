@@ -8,11 +8,13 @@ migration's task, or in a thread that it started, inherits :data:`migration`.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
 import struct
 from contextvars import ContextVar
+from typing import Any
 
 JOURNAL_SOCKET = "/run/systemd/journal/socket"
 PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
@@ -61,6 +63,12 @@ def journal_entry(record: logging.LogRecord, message: str) -> bytes:
         elif data:
             entry += f"{name}=".encode() + data + b"\n"
     return entry
+
+
+def abnormal_end(domain: str, phase: str, reason: str, counters: dict[str, Any]) -> None:
+    """The one record that an end leaves which is not a completion: where it came to be, why, and what was counted."""
+    facts = json.dumps({"phase": phase, "reason": reason, **counters})
+    logging.getLogger(__name__).error("%s has not been migrated: %s", domain or "a guest", facts)
 
 
 def set_up(*, verbose: bool) -> None:

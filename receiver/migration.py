@@ -201,7 +201,9 @@ class IncomingMigration:
         except Exception as error:
             if is_bug(error):
                 log.exception("internal error")
+            phase = self.progress.phase
             await self._failed(error)
+            logs.abnormal_end(self.progress.domain, phase, self.progress.problem, self.details())
         finally:
             self.ended.set()
             self._close_lanes()

@@ -235,7 +235,9 @@ class OutgoingMigration:
             if self._scope.cancelled_caught:
                 raise self._verdict or MigrationError(f"cancelled: {self._cancel_reason}")
         except BaseException as error:
+            phase = self.progress.phase
             await self._failed(error)
+            logs.abnormal_end(self.domain_name, phase, self.progress.problem, self.result())
             raise
         finally:
             self._close_lanes()

@@ -158,12 +158,16 @@ async def test_cut_at_any_word_from_the_handover_on_the_guest_arrives(
     ],
 )
 async def test_cut_before_the_handover_the_guest_stays_and_nothing_is_left_over(
-    clean_hosts: World, name: str, monkeypatch: Patch, cls: type, said: type[m.Message], before: bool
-) -> None:
+    clean_hosts: World, name: str, monkeypatch: Patch, caplog: pytest.LogCaptureFixture,
+    cls: type, said: type[m.Message], before: bool,
+) -> None:  # fmt: skip
     links = cut_when(monkeypatch, cls, said, before=before)
     outcome = await migrate(clean_hosts, busy(name), Strategy.HYBRID, meanwhile=watch(links))
     assert outcome.error is not None
     assert not outcome.migration.session.handed_over
+    records = [record for record in caplog.messages if record.startswith(f"{name} has not been migrated: ")]
+    assert len(records) == 1 + (said is not m.Offer), "each end leaves one record"
+    assert all('"reason": "' in record and '"phase": "' in record for record in records)
     source = clean_hosts.source.open(name)
     before_steps = steps(source)
     await until(lambda: all(now > then for now, then in zip(steps(source), before_steps, strict=True)))
