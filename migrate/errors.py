@@ -25,6 +25,10 @@ class RefusedError(PeerClosedError):
     """The peer does not take this connection, and says why."""
 
 
+class UnknownSessionError(RefusedError):
+    """Because it has no such session, or not any more."""
+
+
 class InterruptedMigrationError(MigrationError):
     """Ctrl-C; the text says what became of the migration."""
 

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import trio
 
-from migrate.errors import MigrationError, PeerClosedError, ProtocolError, RefusedError
+from migrate.errors import MigrationError, PeerClosedError, ProtocolError, RefusedError, UnknownSessionError
 from migrate.messages import Hello, Lane, Refused, printable
 from migrate.session import hello, negotiate, number_of_rejoin, rejoin_token
 from migrate.transport import CONNECT_TIMEOUT_S, EXPLANATION_S, STEP_TIMEOUT_S, LaneConnection, Terms, connect
@@ -284,7 +284,7 @@ async def receive(stream: trio.SocketStream, find: Callable[[Hello], AwaitedLane
     except MigrationError as error:
         log.warning("connection from %s refused: %s", lane.peer(), error)
         with contextlib.suppress(MigrationError), trio.move_on_after(EXPLANATION_S):
-            await lane.send(Refused(printable(str(error))))
+            await lane.send(Refused(printable(str(error)), isinstance(error, UnknownSessionError)))
         lane.close()
     except BaseException:
         lane.close()

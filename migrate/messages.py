@@ -271,6 +271,8 @@ class Accepted(Message):
 class Refused(Message):
     type = "refused"
     reason: str = _text()
+    unknown: bool = _flag()
+    """There is no such session, or not any more."""
 
 
 @dataclass(frozen=True, eq=False)

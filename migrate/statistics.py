@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -114,7 +115,7 @@ class SenderStatistics:
         return max(self.resumed - self.suspended, 0.0)
 
     def summary(self) -> dict[str, Any]:
-        total = self.finished - self.started
+        total = (self.finished or time.monotonic()) - self.started if self.started else 0.0
         pages = self.precopy_pages + self.switchover_pages + self.push_pages + self.pull_pages
         return {
             "strategy": self.strategy,

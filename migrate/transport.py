@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import trio
 
 from migrate import frames
-from migrate.errors import MigrationError, PeerClosedError, RefusedError
+from migrate.errors import MigrationError, PeerClosedError, RefusedError, UnknownSessionError
 from migrate.frames import FrameDecoder
 from migrate.messages import CHECKSUMS, Alive, Hello, Lane, Message, Refused, parse
 from migrate.tasks import task_group
@@ -241,7 +241,8 @@ class LaneConnection:
         with trio.move_on_after(CONNECT_TIMEOUT_S):
             message, _pages = await self.receive()
             if isinstance(message, Refused):
-                raise RefusedError(f"the peer refuses this connection: {message.reason}")
+                why = UnknownSessionError if message.unknown else RefusedError
+                raise why(f"the peer refuses this connection: {message.reason}")
             if not isinstance(message, Hello):
                 raise MigrationError(f"the peer began with {message.type} instead of hello")
             if message.lane not in [lane.value for lane in Lane]:

@@ -16,7 +16,7 @@ from migrate.client import Json
 from migrate.config import Config
 from migrate.control import ControlConnection
 from migrate.daemon import find_migration, notify, until_stopped
-from migrate.errors import MigrationError
+from migrate.errors import MigrationError, UnknownSessionError
 from migrate.journal import Journal
 from migrate.lanes import AwaitedLanes, DialledLanes
 from migrate.messages import Hello, Lane
@@ -99,7 +99,7 @@ class ReceiverDaemon:
         """A push lane without a token begins a migration."""
         if greeting.lane == Lane.PULL.value or greeting.token:
             if greeting.session not in self._awaited:
-                raise MigrationError(f"a {greeting.lane} lane for a session that is not here, or not any more")
+                raise UnknownSessionError(f"a {greeting.lane} lane for a session that is not here, or not any more")
             return self._awaited[greeting.session]
         self._check(greeting.session)
         awaited = self._awaited[greeting.session] = AwaitedLanes()

@@ -259,7 +259,7 @@ class IncomingMigration:
             self.progress.phase, self.progress.problem = "refused", refusal
             log.warning("refused %s: %s", offer.name, refusal)
             await self._discard(refusal)
-            await self._say(m.Refused(m.printable(refusal)))
+            await self._say(m.Refused(m.printable(refusal), False))
             return False
         token = new_token()
         await self._say(m.Accepted(self.statistics.populate_evicted, token))

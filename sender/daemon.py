@@ -20,7 +20,7 @@ from migrate.client import Json
 from migrate.config import RECEIVER_PORT, Config, MigrationConfig, advertised
 from migrate.control import ControlConnection
 from migrate.daemon import find_migration, notify, until_stopped
-from migrate.errors import MigrationError
+from migrate.errors import MigrationError, UnknownSessionError
 from migrate.journal import Journal
 from migrate.lanes import AwaitedLanes, DialledLanes
 from migrate.messages import Hello
@@ -180,7 +180,7 @@ class SenderDaemon:
     def _find_awaited(self, greeting: Hello) -> AwaitedLanes:
         awaited = self._awaited.get(greeting.session)
         if awaited is None:
-            raise MigrationError("a lane for a session that nobody awaits here")
+            raise UnknownSessionError("a lane for a session that nobody awaits here")
         return awaited
 
     def _start(self, migration: OutgoingMigration) -> trio.Event:

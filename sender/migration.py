@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from migrate import logs
 from migrate import messages as m
 from migrate.bandwidth import BandwidthCap
-from migrate.errors import GuestEndedError, MigrationError, PeerClosedError, RefusedError, RemoteProtocolError
+from migrate.errors import GuestEndedError, MigrationError, PeerClosedError, RemoteProtocolError, UnknownSessionError
 from migrate.journal import Journal
 from migrate.lanes import Lanes
 from migrate.messages import Lane
@@ -265,6 +265,9 @@ class OutgoingMigration:
         if self._inherited == "begun":
             self._log_dirty = self._suspended = True  # for all we know
             raise MigrationError("the sender was ended in the middle of it")
+        if self._inherited == "completing":
+            await self._finish()
+            return
         self._entrusted = True
         handed_over = self._inherited == "handed over"
         self.session = Session.of_predecessor(Role.SENDER, self._domain.nr_pfns, handed_over=handed_over)
@@ -334,6 +337,7 @@ class OutgoingMigration:
         await self._signals.complete.wait()
         if self._backlog.unacknowledged:
             raise RemoteProtocolError(f"complete, but {self._backlog.unacknowledged} pages were never confirmed")
+        self._record("completing")  # from here on the receiver may forget
         with contextlib.suppress(PeerClosedError):  # then it knows as much
             await self._say(m.Completed())
             await self._push_lane_closed()
@@ -811,7 +815,7 @@ class OutgoingMigration:
                 await self._push.send(self._last_word)
                 await self._push_lane_closed()
                 self._last_word = None
-            except RefusedError:  # it knows
+            except UnknownSessionError:  # it knows
                 break
             except PeerClosedError as error:
                 log.info("%s: the destination has not been told yet that the guest stays: %s", self.domain_name, error)

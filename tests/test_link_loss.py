@@ -9,6 +9,7 @@ import trio
 
 from migrate import messages as m
 from migrate.errors import MigrationError, RefusedError
+from migrate.journal import Journal
 from migrate.lanes import DialledLanes
 from migrate.loopback import World
 from migrate.policy import Strategy
@@ -400,3 +401,45 @@ async def test_pages_are_checked_from_end_to_end(clean_hosts: World, name: str) 
     outcome = await migrate(clean_hosts, busy(name), terms=Terms(checksums=True), meanwhile=meanwhile)
     assert outcome.error is None
     assert (await verification(clean_hosts, busy(name))).problems == []
+
+
+async def test_the_word_that_the_guest_stays_is_damaged_on_its_way(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
+    """Found by chaos: being refused for that was taken for being known already, and the receiver stayed in doubt."""
+    links = cut_when(monkeypatch, IncomingMigration, m.Ready, before=True, down=True)
+
+    async def meanwhile(outcome: Outcome, link: Link) -> None:
+        links.append(link)
+        await link.was_cut.wait()
+        await until(lambda: outcome.incoming.progress.phase == "in doubt")
+        await until(lambda: outcome.migration.progress.phase == "failed")
+        link.damage(lambda data: data[:30] + bytes([data[30] ^ 1]) + data[31:])
+        link.is_up = True
+
+    outcome = await migrate(clean_hosts, busy(name), Strategy.HYBRID, meanwhile=meanwhile)
+    assert outcome.incoming.progress.phase == "failed"
+    assert clean_hosts.destination.domains() == []
+
+
+async def test_a_sender_that_ends_between_the_last_word_and_letting_go_has_a_successor_that_lets_go(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
+    """Found by killing at random: the receiver has forgotten the session by then, and rightly so."""
+    with monkeypatch.context() as patch:
+
+        async def killed(self: OutgoingMigration) -> None:
+            raise MigrationError("killed")
+
+        patch.setattr(OutgoingMigration, "_finish", killed)
+        outcome = await migrate(clean_hosts, busy(name))
+    assert outcome.incoming.progress.phase == "completed"
+    assert clean_hosts.source.open(name).info().state is DomainState.SUSPENDED
+    journal = Journal(clean_hosts.directory / "journal")
+    facts = journal.entries()[outcome.migration.id]
+    assert facts["step"] == "completing"
+    lanes = DialledLanes(("127.0.0.1", 1), outcome.migration.id, Terms())
+    successor = OutgoingMigration.of_predecessor(outcome.migration.id, clean_hosts.source, lanes, journal, facts)
+    await successor.run()
+    assert clean_hosts.source.domains() == []
+    assert outcome.migration.id not in journal.entries()

@@ -39,7 +39,7 @@ EXAMPLES: list[m.Message] = [
     m.Completed(),
     m.Abort("because"),
     m.Accepted("native", b"token"),
-    m.Refused("no"),
+    m.Refused("no", False),
     m.Passed(7),
     m.Ready(),
     m.Resumed(),
