@@ -256,9 +256,10 @@ class IncomingMigration:
             raise RemoteProtocolError(f"{offer.type} instead of an offer")
         refusal = await trio.to_thread.run_sync(self._prepare, offer)
         if refusal:
-            self.progress.phase, self.progress.problem = "refused", refusal
             log.warning("refused %s: %s", offer.name, refusal)
+            self.progress.problem = refusal
             await self._discard(refusal)
+            self.progress.phase = "refused"
             await self._say(m.Refused(m.printable(refusal), False))
             return False
         token = new_token()
@@ -628,10 +629,10 @@ class IncomingMigration:
             log.error("%s before the handover: %s", progress.domain, progress.problem)
             return
         else:
-            progress.phase = "failed"
             log.warning("%s given up: %s", progress.domain or "migration", error)
             with trio.CancelScope(shield=True):
                 await self._discard(str(error))
+            progress.phase = "failed"  # and nothing is left over by now
         with trio.CancelScope(shield=True), trio.move_on_after(2), contextlib.suppress(MigrationError):
             if self._push is not None:
                 await self._push.send(answer)
