@@ -64,6 +64,8 @@ LOOK_AGAIN_EVERY_S = 0.5
 ATTACH_TIMEOUT_S = 10.0
 LINGER_S = 600.0
 """How long a sender may be away that has not heard the end."""
+FINISHED_OR_FINISHING = ("taken over", "finishing")
+"""By a journal, the last entries of which may not have been written."""
 ENDED = ("completed", "failed", "refused")
 
 
@@ -304,7 +306,7 @@ class IncomingMigration:
             try:
                 return domain.paging_attach()
             except XenError as error:
-                if error.errno == errno.ENODEV and self._step == "finishing":
+                if error.errno == errno.ENODEV and self._step in FINISHED_OR_FINISHING and not len(domain.paged_out()):
                     return None
                 if error.errno != errno.EBUSY or time.monotonic() > deadline:
                     raise

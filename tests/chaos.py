@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import random
+import resource
 import signal
 import sys
 import time
@@ -239,12 +240,15 @@ async def swap(trial: Trial) -> None:
 
 
 async def full_disk(trial: Trial) -> None:
-    which = trial.random.choice(["source", "destination"])
-    state, away = trial.world.directory / f"{which}.sock.state", trial.world.directory / f"{which}.away"
-    with contextlib.suppress(OSError):
-        state.rename(away)
+    """What there is can be read, and nothing more be written: the journal's writes fail."""
+    process = trial.world.processes.get(trial.random.choice(["sender", "receiver"]))
+    if process is None:
+        return
+    _soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with contextlib.suppress(ProcessLookupError):  # it may be killed meanwhile
+        resource.prlimit(process.popen.pid, resource.RLIMIT_FSIZE, (0, hard))
         await trio.sleep(trial.random.uniform(0.05, 0.5))
-        away.rename(state)
+        resource.prlimit(process.popen.pid, resource.RLIMIT_FSIZE, (hard, hard))
 
 
 async def busy_pages(trial: Trial) -> None:
