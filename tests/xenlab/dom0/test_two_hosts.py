@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
-import trustme
 
 from migrate.client import Json
 from tests.labs import until
@@ -17,11 +16,8 @@ from tests.xenlab.parts import HOST_NAMES, address
 
 pytestmark = pytest.mark.hypervisors("hosts")
 CONFIGURATION = """\
-[tls]
-certificate = "/etc/xen-postcopy/host.pem"
-key = "/etc/xen-postcopy/host.key"
-authority = "/etc/xen-postcopy/authority.pem"
-peers = ["host1", "host2"]
+[network]
+unencrypted = true
 [sender]
 listen = "{address}"
 [receiver]
@@ -42,13 +38,8 @@ class GuestThere(Guest):
 def hosts() -> Iterator[Pair]:
     first, second = (Host(name) for name in HOST_NAMES)
     until(lambda: second.run("true", ok=False) == "", "the other host does not answer", 120)
-    authority = trustme.CA()
     for number, host in enumerate((first, second)):
         host.install()
-        certificate = authority.issue_cert(HOST_NAMES[number], address(number))
-        host.write("/etc/xen-postcopy/host.pem", b"".join(pem.bytes() for pem in certificate.cert_chain_pems).decode())
-        host.write("/etc/xen-postcopy/host.key", certificate.private_key_pem.bytes().decode())
-        host.write("/etc/xen-postcopy/authority.pem", authority.cert_pem.bytes().decode())
         host.write("/etc/environment", f"LIBXL_SAVE_HELPER={HELPER}\n")
         host.write(CONFIG, CONFIGURATION.format(address=address(number)))
         host.run("systemctl", "restart", "xen-postcopy.target")
