@@ -290,6 +290,11 @@ def new_id() -> str:
     return uuid.uuid4().hex
 
 
+def is_session_id(text: str) -> bool:
+    """Of a peer's making: it becomes the name of a file."""
+    return text.isascii() and text.isalnum()
+
+
 def new_token() -> bytes:
     """For one use, by one lane."""
     return secrets.token_bytes(32)

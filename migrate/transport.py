@@ -35,6 +35,8 @@ STEP_TIMEOUT_S = 60.0
 """How long a peer may take for a step before the handover (a preflight, an eviction), or to take bytes from us."""
 EXPLANATION_S = 1.0
 """When the pull lane has ended: how long to wait for the push lane to say why."""
+LINGER_S = 600.0
+"""How long a peer that dials may be away, and is told when it comes back how a migration has ended."""
 CONGESTION_CONTROL = b"cubic"
 """Linux's own default.  Where a host has BBR instead, that paces a sender which alternates between looking at pages and
 sending them, and keeps little in flight where the round trip is short: 1.6 GB/s over loopback where cubic moves 2.1."""

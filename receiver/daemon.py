@@ -20,6 +20,7 @@ from migrate.errors import MigrationError, UnknownSessionError
 from migrate.journal import Journal
 from migrate.lanes import AwaitedLanes, DialledLanes
 from migrate.messages import Hello, Lane
+from migrate.session import is_session_id
 from migrate.tasks import task_group
 from migrate.transport import listen_tcp
 from receiver.migration import ENDED, IncomingMigration
@@ -126,7 +127,9 @@ class ReceiverDaemon:
         migration.cancel("xl has gone" if request is None else "xl's own live migration takes over")
 
     def _check(self, session: str) -> None:
-        if session in self._migrations or not session:
+        if not is_session_id(session):
+            raise MigrationError("a session id is made of letters and digits")
+        if session in self._migrations:
             raise MigrationError("a session id that is in use")
         if len(self._migrations) >= MAX_MIGRATIONS:
             raise MigrationError("too many migrations")

@@ -28,7 +28,14 @@ import trio
 
 from migrate import logs
 from migrate import messages as m
-from migrate.errors import GuestEndedError, MigrationError, PeerClosedError, ProtocolError, RemoteProtocolError
+from migrate.errors import (
+    GuestEndedError,
+    MigrationError,
+    PeerClosedError,
+    ProtocolError,
+    RemoteProtocolError,
+    UnknownSessionError,
+)
 from migrate.journal import Journal
 from migrate.lanes import Lanes
 from migrate.messages import Lane
@@ -36,7 +43,7 @@ from migrate.pfns import pfns_of_window, windows
 from migrate.session import Role, Session, new_token
 from migrate.statistics import PagerStatistics
 from migrate.tasks import is_bug, is_final, task_group
-from migrate.transport import EXPLANATION_S, LaneConnection, run_in_thread, step_timeout
+from migrate.transport import EXPLANATION_S, LINGER_S, LaneConnection, run_in_thread, step_timeout
 from receiver.outstanding import OutstandingPages
 from receiver.pager import Pager
 from receiver.restore import MemoryRestorer
@@ -62,8 +69,6 @@ LOOK_EVERY_S = 0.05
 LOOK_AGAIN_EVERY_S = 0.5
 """... and at one that runs."""
 ATTACH_TIMEOUT_S = 10.0
-LINGER_S = 600.0
-"""How long a sender may be away that has not heard the end."""
 FINISHED_OR_FINISHING = ("taken over", "finishing")
 """By a journal, the last entries of which may not have been written."""
 ENDED = ("completed", "failed", "refused")
@@ -566,6 +571,10 @@ class IncomingMigration:
                     self._offline_tasks.cancel_scope.cancel()
                 await self._take_up_again()
                 break
+            except UnknownSessionError as error:
+                if self._pager is None:
+                    raise MigrationError("the sender has given up, and forgotten it") from error
+                lost = error
             except Exception as error:
                 if is_final(error):
                     raise
@@ -623,11 +632,11 @@ class IncomingMigration:
             answer = self._last_word = m.Ended(self._runs.is_set(), m.printable(reason))
         elif self.session.handed_over or self._runs.is_set():
             progress.phase = "interrupted"
-            progress.problem += "; the guest is here and waits for its missing pages"
+            self._note(str(error))
             log.error("%s after the handover: %s", progress.domain, error)
         elif self._said_ready and not aborted:
             progress.phase = "in doubt"
-            progress.problem += "; the sender may or may not have handed the guest over: it is kept, and does not run"
+            self._note(str(error))
             log.error("%s before the handover: %s", progress.domain, progress.problem)
             return
         else:
@@ -663,6 +672,8 @@ class IncomingMigration:
 
     def _release(self) -> None:
         """What we have of the domain."""
+        if self._pager is not None:
+            self._pager.close()
         if self._ring is not None:
             self._ring.close()
         if self._domain is not None:

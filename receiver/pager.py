@@ -125,11 +125,8 @@ class Pager:
                 raise
             # The sender agreed, and the push lane is about to say so.
         finally:
-            self._drain_wake_fd()
-
-    def _drain_wake_fd(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._wake_fd)
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._wake_fd)  # what stopped us does not stop the next one
 
     def _ask_again(self) -> None:
         """For what vCPUs wait for since before these lanes."""

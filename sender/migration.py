@@ -20,6 +20,7 @@ import contextlib
 import functools
 import json
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -52,7 +53,7 @@ from migrate.policy import Decision, DefaultPolicy, Policy, PolicyOptions, Preco
 from migrate.session import Phase, Role, Session, new_token
 from migrate.statistics import SenderStatistics
 from migrate.tasks import is_bug, is_final, task_group
-from migrate.transport import EXPLANATION_S, STEP_TIMEOUT_S, LaneConnection, run_in_thread, step_timeout
+from migrate.transport import EXPLANATION_S, LINGER_S, STEP_TIMEOUT_S, LaneConnection, run_in_thread, step_timeout
 from sender.backlog import Backlog
 from sender.faults import FaultServer
 from sender.reader import announce, announce_missing, batches_of, count_pages, hold, pinned, present
@@ -142,8 +143,8 @@ class OutgoingMigration:
         self._key = new_token()
         self._given_away = trio.Event()
         """A toolstack that decides has decided so."""
-        self._context_sent = False
-        """The receiver may be ready, and wait for the handover."""
+        self._may_be_ready = False
+        """The receiver, or what its successor makes of its journal: it may wait for the handover."""
         self._entrusted = False
         """The guest may be running at the destination."""
         self._last_word: m.Message | None = None
@@ -159,7 +160,7 @@ class OutgoingMigration:
         migration.domain_name = facts["domain"]
         migration._key = bytes.fromhex(facts["key"])
         migration._inherited = facts["step"]
-        migration._context_sent = True  # for all we know
+        migration._may_be_ready = True  # for all we know
         lanes.keep(migration._key)
         return migration
 
@@ -539,6 +540,7 @@ class OutgoingMigration:
         self._suspended = True
         await self._toolstack.suspend(domain)
         log.info("suspended")
+        self._may_be_ready = True
         await self._say(m.Suspended())
         # Everything below takes as long as what changed since the last look is large, not the guest.
         # Nothing is sorted, since it may have written all that it has.
@@ -569,8 +571,7 @@ class OutgoingMigration:
         context = domain.context()
         for at in range(0, len(context), m.MAX_CONTEXT_CHUNK):
             chunk = context[at : at + m.MAX_CONTEXT_CHUNK]
-            self._context_sent = at + len(chunk) == len(context)
-            await self._say(m.Context(chunk, self._context_sent))
+            await self._say(m.Context(chunk, at + len(chunk) == len(context)))
         if self._toolstack.decides:
             # What was written since it was held may be another frame now.
             await trio.to_thread.run_sync(domain.hold, changed[missing.are_missing(changed)])
@@ -809,25 +810,31 @@ class OutgoingMigration:
         """Tell a receiver that was cut off, and holds the guest in readiness, that it stays here."""
         if self._last_word is None:
             return
-        while self._last_word is not None:
-            try:
-                self._push = await self.lanes.again(log.debug)
-                await self._push.send(self._last_word)
-                await self._push_lane_closed()
-                self._last_word = None
-            except UnknownSessionError:  # it knows
-                break
-            except PeerClosedError as error:
-                log.info("%s: the destination has not been told yet that the guest stays: %s", self.domain_name, error)
-            finally:
-                self._close_lanes()
+        # One that dials us is told as much by our not knowing it any more.
+        with trio.move_on_after(math.inf if self.lanes.dials else LINGER_S):
+            while True:
+                try:
+                    self._push = await self.lanes.again(log.debug)
+                    await self._push.send(self._last_word)
+                    with step_timeout("the destination does not say that it has let the guest go"):
+                        answer, _pages = await self._push.receive()
+                    if isinstance(answer, m.Failed | m.Ended):
+                        break
+                except UnknownSessionError:  # it knows
+                    break
+                except PeerClosedError as error:
+                    log.info(
+                        "%s: the destination has not been told yet that the guest stays: %s", self.domain_name, error
+                    )
+                finally:
+                    self._close_lanes()
         self._journal.erase(self.id)
 
     async def _give_up(self, reason: str) -> None:
         """The guest goes on here; the receiver is told, if it can be."""
         log.warning("migration of %s given up: %s", self.domain_name, reason)
         abort = m.Abort(m.printable(reason))
-        if self._context_sent:
+        if self._may_be_ready:
             self._last_word = abort
         if self._push is not None:
             with trio.move_on_after(2), contextlib.suppress(PeerClosedError):
@@ -839,7 +846,7 @@ class OutgoingMigration:
         with self._reported():
             await self._toolstack.give_up(self._domain, reason, suspended=self._suspended)
         with self._reported():
-            if self._context_sent:
+            if self._may_be_ready:
                 self._record("given up")
             else:
                 self._journal.erase(self.id)

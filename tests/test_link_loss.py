@@ -8,7 +8,7 @@ import pytest
 import trio
 
 from migrate import messages as m
-from migrate.errors import MigrationError, RefusedError
+from migrate.errors import MigrationError, PeerClosedError, RefusedError
 from migrate.journal import Journal
 from migrate.lanes import DialledLanes
 from migrate.loopback import World
@@ -195,6 +195,35 @@ async def test_the_receiver_is_ready_and_not_heard(clean_hosts: World, name: str
     outcome = await migrate(clean_hosts, busy(name), Strategy.HYBRID, meanwhile=meanwhile)
     assert in_doubt.is_set()
     assert outcome.incoming.progress.phase == "failed"
+    assert "the sender gave up" in outcome.incoming.progress.problem
+    assert clean_hosts.destination.domains() == []
+
+
+async def test_a_receiver_that_may_be_ready_is_told_of_giving_up(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
+    """Found by chaos: its successor, going by its journal, takes it for ready from ``suspended`` on."""
+    links = cut_when(monkeypatch, OutgoingMigration, m.Suspended, before=False, down=True)
+    outcome = await migrate(clean_hosts, busy(name), meanwhile=watch(links))
+    assert outcome.error is not None
+    assert Journal(clean_hosts.directory / "journal").entries()[outcome.migration.id]["step"] == "given up"
+
+
+async def test_it_is_told_until_it_has_heard(clean_hosts: World, name: str, monkeypatch: Patch) -> None:
+    """A word that was sent need not have arrived."""
+    links = cut_when(monkeypatch, IncomingMigration, m.Ready, before=True)
+    take_up_again = IncomingMigration._take_up_again
+    deaf: list[str] = []
+
+    async def loses_it(self: IncomingMigration) -> None:
+        if not deaf:
+            deaf.append("once")
+            raise PeerClosedError("the connection was lost")
+        await take_up_again(self)
+
+    monkeypatch.setattr(IncomingMigration, "_take_up_again", loses_it)
+    outcome = await migrate(clean_hosts, busy(name), Strategy.HYBRID, meanwhile=watch(links))
+    assert deaf and outcome.error is not None
     assert "the sender gave up" in outcome.incoming.progress.problem
     assert clean_hosts.destination.domains() == []
 
@@ -443,3 +472,18 @@ async def test_a_sender_that_ends_between_the_last_word_and_letting_go_has_a_suc
     await successor.run()
     assert clean_hosts.source.domains() == []
     assert outcome.migration.id not in journal.entries()
+
+
+@pytest.mark.parametrize("session", ["../../elsewhere", "a/b", "a.b", ""])
+async def test_a_session_id_that_is_no_name_is_refused(clean_hosts: World, name: str, session: str) -> None:
+    """A peer chooses it, and it becomes the name of a file."""
+    refusals: list[str] = []
+
+    async def meanwhile(_outcome: Outcome, link: Link) -> None:
+        with pytest.raises(RefusedError) as info:
+            await DialledLanes(("127.0.0.1", link.port), session, Terms()).push()
+        refusals.append(str(info.value))
+
+    outcome = await migrate(clean_hosts, busy(name), meanwhile=meanwhile)
+    assert outcome.error is None
+    assert len(refusals) == 1 and "letters and digits" in refusals[0]

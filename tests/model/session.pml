@@ -26,8 +26,10 @@
 #define NOT_TOLD_OF_GIVING_UP        6
 #define LOADS_A_SECOND_COPY          7
 #define FORGETS_READY                8
+#define SILENT_BEFORE_CONTEXT        9
+#define BELIEVES_AN_ABORT_ARRIVED   10
 
-mtype = { context, ready, handover, page, loaded, complete, completed, abort, rejoin, at_ready, at_own, refused };
+mtype = { suspended, context, ready, handover, page, loaded, complete, completed, abort, rejoin, at_ready, at_own, refused };
 mtype = { NONE, BEGUN, HANDED, GIVEN_UP, MADE, READY, OWN, FINISHING };     /* journals */
 
 chan to_r = [4] of { mtype };
@@ -100,6 +102,13 @@ inline migrate() {
     s_journal = BEGUN;
     connect();
     s_runs = false;
+    s_says(suspended);
+#if MUTATION == SILENT_BEFORE_CONTEXT
+    if
+    :: s_lost -> s_runs = true; settled(); goto next
+    :: else -> skip
+    fi;
+#endif
     s_says(context);
     if
     :: to_s?ready ->
@@ -142,7 +151,11 @@ inline tell() {
     s_says(abort);
     if
     :: to_s?refused -> settled()        /* it knows nothing of it, or has heard */
+#if MUTATION == BELIEVES_AN_ABORT_ARRIVED
+    :: s_lost -> settled()
+#else
     :: s_lost -> skip
+#endif
     fi
 }
 
@@ -152,7 +165,7 @@ active proctype Sender()
     :: {
         do
         :: s_over -> (false)
-        :: !s_over && s_journal == NONE -> migrate()
+        :: !s_over && s_journal == NONE -> migrate(); next: skip
         :: s_journal == BEGUN && s_runs -> give_up()
         :: s_journal == BEGUN && !s_runs -> give_up()
         :: s_journal == HANDED && !s_page -> settled()      /* killed in between */
@@ -196,29 +209,32 @@ inline prepare() {
     own();
 #endif
 #if MUTATION != FORGETS_READY
-    r_journal = READY;
+    r_journal = READY
 #endif
-    r_says(ready)
 }
 
 active proctype Receiver()
 {
     mtype heard;
+    bool said_ready;
 
     do
     :: {
+        said_ready = false;
         if  /* by the journal, where it was killed */
         :: r_journal == MADE -> discard()
+        :: r_journal == READY -> said_ready = true     /* for all it knows */
         :: r_journal == OWN && !r_runs -> r_runs = true
         :: else -> skip
         fi;
         do
         :: r_fresh -> r_takes_connection()
-        :: r_lost && !r_fresh && r_journal == MADE -> discard()
+        :: r_lost && !r_fresh && (r_journal == MADE || (r_journal == READY && !said_ready)) -> discard()
         :: r_lost && !r_fresh && r_journal == OWN && r_page -> r_journal = FINISHING    /* the ring is given up */
         :: d_step { !r_lost && nempty(to_r) -> to_r?heard };
             if
-            :: heard == context && r_journal == NONE -> prepare()
+            :: heard == suspended && r_journal == NONE -> prepare()
+            :: heard == context && r_domain && !said_ready -> said_ready = true; r_says(ready)
             :: heard == handover && r_journal == READY -> own()
             :: heard == abort ->
                 assert(r_journal != OWN && r_journal != FINISHING);
