@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 SUFFIX = ".json"
+CHECKPOINT_SUFFIX = ".checkpoint"
 
 
 class Journal:
@@ -54,6 +55,10 @@ class Journal:
             if needed:
                 raise MigrationError(problem) from error
             log.error("%s: a successor of this daemon would not know how far it had come", problem)
+
+    def checkpoint(self, session: str) -> Path:
+        """Where one of the session's guest belongs."""
+        return self._directory / (session + CHECKPOINT_SUFFIX)
 
     def erase(self, session: str) -> None:
         with contextlib.suppress(FileNotFoundError):

@@ -27,6 +27,7 @@ MAX_PFNS = 8192
 MAX_FAULT_PFNS = 64
 MAX_AHEAD_PFNS = 1024
 MAX_CONTEXT_CHUNK = 128 * 1024
+MAX_CHECKPOINT_MS = 3_600_000
 MAX_TEXT = 1024
 CHECKSUMS = "checksums"
 CAPABILITIES = frozenset({CHECKSUMS})
@@ -169,6 +170,8 @@ class Offer(Message):
     """Postcopy is possible: the receiver must be able to page."""
     key: bytes = _bytes(32)
     """Who knows it can take the session up again when its lanes were lost."""
+    checkpoint_ms: int = _uint(MAX_CHECKPOINT_MS)
+    """How often the receiver is to send back what the guest has become, until completion; 0: never."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,6 +237,15 @@ class Handover(Message):
     """The receiver owns the guest.  The source will never run it again."""
 
     type = "handover"
+
+
+@dataclass(frozen=True, eq=False)
+class Kept(Message):
+    """The checkpoint is whole, and will do if the destination dies: another may be made."""
+
+    type = "kept"
+    problem: str = _text()
+    """Not empty: it is not kept, and no other would be."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -321,6 +333,22 @@ class Report(Message):
 
 
 @dataclass(frozen=True, eq=False)
+class Written(Pages):
+    """Of a checkpoint: pages that the guest has written at the destination, as :class:`Pages`."""
+
+    type = "written"
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint(Message):
+    """Of a checkpoint: a piece of the context that goes with what was ``written``.  The last makes it whole."""
+
+    type = "checkpoint"
+    data: bytes = _bytes(MAX_CONTEXT_CHUNK)
+    last: bool = _flag()
+
+
+@dataclass(frozen=True, eq=False)
 class Outstanding(Message):
     """A window of pfns that the receiver still lacks; all others it has, or does not want."""
 
@@ -386,9 +414,9 @@ class Ahead(Message):
 TYPES: dict[str, type[Message]] = {
     cls.type: cls
     for cls in (
-        Hello, Alive, Offer, Pages, Defer, Barrier, Suspended, Missing, Context, Entrust, Handover, Rejoin, Completed, Abort,
-        Accepted, Refused, Passed, Ready, Resumed, Loaded, Dropped, Report, Outstanding, Rejoined, Complete, Ended,
-        Failed, Fault, Ahead,
+        Hello, Alive, Offer, Pages, Defer, Barrier, Suspended, Missing, Context, Entrust, Handover, Kept, Rejoin, Completed,
+        Abort, Accepted, Refused, Passed, Ready, Resumed, Loaded, Dropped, Report, Written, Checkpoint, Outstanding, Rejoined,
+        Complete, Ended, Failed, Fault, Ahead,
     )
 }  # fmt: skip
 FIELDS: dict[type[Message], dict[str, Parser]] = {
@@ -416,7 +444,7 @@ def parse(header: dict[str, Any], payload_bytes: int = 0) -> Message:
     if isinstance(message, Pages):
         expected = len(message.pfns) * PAGE_SIZE
         if not expected and not len(message.zeros) and not len(message.holes):
-            raise RemoteProtocolError("pages: none")
+            raise RemoteProtocolError(f"{name}: none")
     if payload_bytes != expected:
         raise RemoteProtocolError(f"{name}: a payload of {payload_bytes} bytes where {expected} belong")
     return message

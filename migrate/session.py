@@ -92,6 +92,7 @@ RULES: dict[type[Message], Rule] = {
     m.Context: Rule(S, (P.SWITCHOVER,)),
     m.Entrust: Rule(S, (P.SWITCHOVER,), P.DECISION),
     m.Handover: Rule(S, (P.SWITCHOVER, P.DECISION), P.POSTCOPY),
+    m.Kept: Rule(S, (P.POSTCOPY,)),
     m.Rejoin: Rule(S, (P.REJOIN,)),
     m.Completed: Rule(S, (P.COMPLETE, P.REJOIN), P.CLOSED),
     m.Abort: Rule(S, (*BEFORE_HANDOVER, P.REJOIN), P.FAILED),
@@ -103,6 +104,8 @@ RULES: dict[type[Message], Rule] = {
     m.Loaded: Rule(R, PAGING),
     m.Dropped: Rule(R, PAGING),
     m.Report: Rule(R, PAGING),
+    m.Written: Rule(R, (P.POSTCOPY,)),
+    m.Checkpoint: Rule(R, (P.POSTCOPY,)),
     m.Outstanding: Rule(R, (P.REJOIN,)),
     m.Rejoined: Rule(R, (P.REJOIN,)),
     m.Complete: Rule(R, (P.POSTCOPY, P.REJOIN), P.COMPLETE),
@@ -121,6 +124,9 @@ class Session:
         self.phase = P.HELLO
         self.nr_pfns = 0
         self.paging = False
+        self.protected = False
+        """The receiver sends checkpoints back."""
+        self._checkpoint_whole = False
         self._barriers: set[int] = set()
         self._context_complete = False
         self._ready = False
@@ -136,10 +142,11 @@ class Session:
         }
 
     @classmethod
-    def of_predecessor(cls, role: Role, nr_pfns: int, *, handed_over: bool) -> Session:
+    def of_predecessor(cls, role: Role, nr_pfns: int, *, handed_over: bool, protected: bool) -> Session:
         """Of a process that has died after ``ready``; to be rejoined."""
         session = cls(role)
         session.nr_pfns, session.paging, session.handed_over = nr_pfns, True, handed_over
+        session.protected = protected
         return session
 
     def rejoin(self) -> None:
@@ -147,7 +154,7 @@ class Session:
         self.phase = P.REJOIN
         self._barriers.clear()
         self._context_complete = self._ready = True
-        self._resumed = self._asked_to_rejoin = False
+        self._resumed = self._asked_to_rejoin = self._checkpoint_whole = False
 
     @property
     def resumed(self) -> bool:
@@ -199,13 +206,22 @@ class Session:
                 raise RemoteProtocolError("pages on the pull lane before the switchover")
             for pfns in (message.pfns, message.zeros, message.holes):
                 self._bounded(message, pfns)
-            if self.serving and len(message.holes):
+            if isinstance(message, m.Written):
+                self._check_checkpoint(message)
+            elif self.serving and len(message.holes):
                 raise RemoteProtocolError("pages: holes after the switchover")
+        elif isinstance(message, m.Checkpoint):
+            self._check_checkpoint(message)
+            self._checkpoint_whole = message.last
+        elif isinstance(message, m.Kept):
+            self._after("kept", self._checkpoint_whole, "the checkpoint")
+            self._checkpoint_whole = False
         elif isinstance(message, (m.Fault, m.Ahead, m.Loaded, m.Dropped)):
             self._bounded(message, message.pfns)
         elif isinstance(message, m.Offer):
             self.nr_pfns = message.nr_pfns
             self.paging = message.paging
+            self.protected = message.checkpoint_ms > 0
         elif isinstance(message, m.Missing):
             self._paged(message)
             self._bounded(message, message.pfns)
@@ -255,6 +271,12 @@ class Session:
             if phase is None or (phase is P.POSTCOPY and not self.handed_over):
                 raise RemoteProtocolError(f"rejoined in phase {message.phase!r}")
             self.phase = phase
+
+    def _check_checkpoint(self, message: Message) -> None:
+        if not self.protected:
+            raise RemoteProtocolError(f"{message.type}: this migration was offered without checkpoints")
+        if self._checkpoint_whole:
+            raise RemoteProtocolError(f"{message.type} before the last checkpoint was kept")
 
     def _bounded(self, message: Message, pfns: PfnArray) -> None:
         if len(pfns) and int(pfns[-1]) >= self.nr_pfns:

@@ -67,12 +67,23 @@ class PagerStatistics:
     """Pages of the pull lane that came first."""
     dropped_pages: int = 0
     populate_evicted: str = ""
+    checkpoints: int = 0
+    """Kept by the source."""
+    checkpoint_pages: int = 0
+    checkpoint_pause_s: float = 0.0
+    """For which the guest stood still, in all."""
+    longest_pause_s: float = 0.0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def answered(self, vcpu: int, seconds: float) -> None:
         with self._lock:
             self.latency.record(seconds)
             self.vcpu_block_s[vcpu] = self.vcpu_block_s.get(vcpu, 0.0) + seconds
+
+    def stood_still(self, seconds: float) -> None:
+        """For a checkpoint."""
+        self.checkpoint_pause_s += seconds
+        self.longest_pause_s = max(self.longest_pause_s, seconds)
 
     def summary(self) -> dict[str, Any]:
         with self._lock:
@@ -83,6 +94,12 @@ class PagerStatistics:
             "pull": {"requests": self.requests, "ahead": self.ahead_pages, "pages": self.pulled_pages},
             "dropped_pages": self.dropped_pages,
             "populate_evicted": self.populate_evicted,
+            "checkpoints": {
+                "kept": self.checkpoints,
+                "pages": self.checkpoint_pages,
+                "pause_s": round(self.checkpoint_pause_s, 6),
+                "longest_pause_s": round(self.longest_pause_s, 6),
+            },
         }
 
 

@@ -21,6 +21,7 @@ import errno
 import json
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,7 @@ from migrate.session import Role, Session, new_token
 from migrate.statistics import PagerStatistics
 from migrate.tasks import is_bug, is_final, task_group
 from migrate.transport import EXPLANATION_S, LINGER_S, LaneConnection, run_in_thread, step_timeout
+from receiver.checkpoints import Checkpoints
 from receiver.outstanding import OutstandingPages
 from receiver.pager import Pager
 from receiver.restore import MemoryRestorer
@@ -114,6 +116,7 @@ class IncomingMigration:
         self._pages: OutstandingPages
         self._memory: MemoryRestorer
         self._pager: Pager | None = None
+        self._checkpoints: Checkpoints | None = None
         self._context = bytearray()
         self._said_ready = False
         self._runs = trio.Event()
@@ -294,7 +297,9 @@ class IncomingMigration:
             raise GuestEndedError("its domain was destroyed") from None
         self._domain = domain
         handed_over = self._step in ("taken over", "finishing")
-        self.session = Session.of_predecessor(Role.RECEIVER, self._offer.nr_pfns, handed_over=handed_over)
+        self.session = Session.of_predecessor(
+            Role.RECEIVER, self._offer.nr_pfns, handed_over=handed_over, protected=self._offer.checkpoint_ms > 0
+        )
         if handed_over:
             self._handed_over.set()
         self._pages = OutstandingPages(self._offer.nr_pfns)
@@ -327,6 +332,9 @@ class IncomingMigration:
             self._take_over()
         else:
             self._serve()
+            if self._offer.checkpoint_ms:
+                self._checkpoints = self._make_checkpoints(self._domain)
+                await trio.to_thread.run_sync(self._checkpoints.inherit)
             if self._step != "entrusted":
                 self._runs.set()
 
@@ -362,6 +370,8 @@ class IncomingMigration:
         assert self._domain is not None and self._pager is not None
         self._record("finishing")
         await self._pager.finish()
+        if self._checkpoints is not None:
+            await trio.to_thread.run_sync(self._domain.log_dirty_disable)
         if self._completed:
             self._journal.erase(self.id)
         else:
@@ -384,6 +394,8 @@ class IncomingMigration:
             preflight = self._toolstack.preflight(self._hypervisor, config, paging=offer.paging)
             if preflight.problems:
                 return "; ".join(preflight.problems)
+            if offer.checkpoint_ms and self._toolstack.decides:
+                return "a guest that xl migrates cannot be protected: xl destroys the source"
             self._record("making")
             self._domain = self._toolstack.make(self._hypervisor, config)
             self._domid = self._domain.domid
@@ -431,6 +443,8 @@ class IncomingMigration:
                     trio.from_thread.run_sync(self._handed_to_us)
                 case m.Abort():
                     raise MigrationError(f"the sender gave up: {message.reason}")
+                case m.Kept() if self._checkpoints is not None:
+                    trio.from_thread.run_sync(self._checkpoints.kept, message.problem)
                 case m.Completed():
                     self._completed = True
 
@@ -451,10 +465,10 @@ class IncomingMigration:
         self._say_blocking(m.Ready())
         self._record("ready")  # what has been noted already is enough for the sender's word; this is for an operator's
 
-    def _say_blocking(self, message: m.Message) -> None:
+    def _say_blocking(self, message: m.Message, payload: Sequence[memoryview] = ()) -> None:
         assert self._push is not None
         self.session.sent(message, Lane.PUSH)
-        self._push.send_blocking(message)
+        self._push.send_blocking(message, payload)
 
     # ---- from the switchover on ----
     async def _entrusted(self) -> None:
@@ -484,6 +498,9 @@ class IncomingMigration:
         if self._toolstack.decides:
             return
         self._serve()
+        if self._offer.checkpoint_ms:
+            self._checkpoints = self._make_checkpoints(self._domain)
+            self._checkpoints.begin()
         try:
             self._domain.start()
         except XenError as error:
@@ -497,9 +514,15 @@ class IncomingMigration:
         self._tasks.start_soon(self._follow_domain)
         return self._pager
 
+    def _make_checkpoints(self, domain: Domain) -> Checkpoints:
+        return Checkpoints(domain, self._offer.checkpoint_ms / 1000, self._say_blocking, self.statistics)
+
     def _serve_over_these_lanes(self, pager: Pager) -> None:
         for task in (self._serve_faults, self._complete, self._report):
             self._lane_tasks.start_soon(task, pager)
+        if self._checkpoints is not None:
+            assert self._push is not None
+            self._lane_tasks.start_soon(self._checkpoints.run, self._push.shut)
 
     async def _serve_faults(self, pager: Pager) -> None:
         try:
@@ -536,6 +559,8 @@ class IncomingMigration:
         await pager.nothing_outstanding.wait()
         await self._handed_over.wait()
         self.progress.phase = "completing"
+        if self._checkpoints is not None:
+            await self._checkpoints.end()
         await trio.to_thread.run_sync(pager.acknowledge)
         await self._say(self._complete_message())
 

@@ -123,6 +123,7 @@ class SenderDaemon:
             Strategy(request.get("strategy", "hybrid")),
             PolicyOptions(**request.get("policy", {})),
             request.get("bandwidth"),
+            request.get("checkpoint_every_s"),
         )
         session = new_id()
         dialled = DialledLanes(destination, session, self._config.terms)

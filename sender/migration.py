@@ -41,6 +41,7 @@ from migrate.messages import Lane
 from migrate.pfns import (
     NO_PFNS,
     PfnMask,
+    batches_of,
     bitmap_of,
     from_bitmap,
     from_mask,
@@ -55,8 +56,9 @@ from migrate.statistics import SenderStatistics
 from migrate.tasks import is_bug, is_final, task_group
 from migrate.transport import EXPLANATION_S, LINGER_S, STEP_TIMEOUT_S, LaneConnection, run_in_thread, step_timeout
 from sender.backlog import Backlog
+from sender.checkpoints import CheckpointStore
 from sender.faults import FaultServer
-from sender.reader import announce, announce_missing, batches_of, count_pages, hold, pinned, present
+from sender.reader import announce, announce_missing, count_pages, hold, pinned, present
 from sender.toolstack import XL_TIMEOUT_S, OwnToolstack, StaysHereError, Toolstack, XlToolstack
 from xenbackend.contract import PAGE_SIZE, Domain, DomainState, Hypervisor, NoSuchDomainError, PfnArray, XenError
 
@@ -65,6 +67,8 @@ log = logging.getLogger(__name__)
 BATCH_PAGES = 1024
 """Pages that are read, sent and loaded together: enough that Python's part of the work does not count."""
 MAX_DEFERRALS = 8
+GO_BACK_AGAIN_S = 5.0
+WENT_BACK = "the guest goes on here, as it was when the last checkpoint was made"
 HOT_PAGES = 256
 """That are sent with the guest standing still though it will be able to fetch them: a MiB, which is sent in less than a
 millisecond on most links, where each fault costs half of one."""
@@ -77,6 +81,12 @@ class MigrationOptions:
     strategy: Strategy = Strategy.HYBRID
     policy: PolicyOptions = PolicyOptions()
     bandwidth_bytes_per_s: float | None = None
+    checkpoint_every_s: float | None = None
+    """What the guest becomes at the destination is sent back, so that it survives that; ``None``: it is not."""
+
+    def __post_init__(self) -> None:
+        if self.checkpoint_every_s is not None and not self.strategy.pages_after_handover:
+            raise MigrationError("--strategy precopy has nothing to protect: there the guest arrives as a whole")
 
 
 @dataclass
@@ -92,6 +102,10 @@ class Progress:
     faults: int = 0
     latency_us: int = 0
     bytes_sent: int = 0
+    checkpoints: int = 0
+    """That have come back; the guest would go on here as it was at the last of them."""
+    checkpoint_at: float = 0.0
+    """When that came (seconds since 1970)."""
     problem: str = ""
 
 
@@ -140,6 +154,9 @@ class OutgoingMigration:
         self._push: LaneConnection | None = None
         self._pull: LaneConnection | None = None
         self._backlog: Backlog
+        self._checkpoints: CheckpointStore | None = None
+        self._successor: int | None = None
+        """The domid of the domain in which the guest goes on as it was at a checkpoint."""
         self._key = new_token()
         self._given_away = trio.Event()
         """A toolstack that decides has decided so."""
@@ -155,11 +172,15 @@ class OutgoingMigration:
     ) -> OutgoingMigration:
         """What a daemon has left that died, by its journal; ``lanes`` are for rejoining only."""
         toolstack = XlToolstack(facts["domain"]) if facts["xl"] else None
-        options = MigrationOptions(Strategy(facts["strategy"]), bandwidth_bytes_per_s=facts["bandwidth"])
+        options = MigrationOptions(
+            Strategy(facts["strategy"]),
+            bandwidth_bytes_per_s=facts["bandwidth"],
+            checkpoint_every_s=facts["checkpoints"],
+        )
         migration = cls(session_id, hypervisor, str(facts["domid"]), lanes, options, journal, toolstack=toolstack)
         migration.domain_name = facts["domain"]
         migration._key = bytes.fromhex(facts["key"])
-        migration._inherited = facts["step"]
+        migration._inherited, migration._successor = facts["step"], facts["successor"]
         migration._may_be_ready = True  # for all we know
         lanes.keep(migration._key)
         return migration
@@ -171,7 +192,8 @@ class OutgoingMigration:
             {
                 "step": step, "domain": self.domain_name, "domid": self._domain.domid, "key": self._key.hex(),
                 "dials": self.lanes.dials, "xl": self._toolstack.decides, "strategy": self.options.strategy.value,
-                "bandwidth": self.options.bandwidth_bytes_per_s,
+                "bandwidth": self.options.bandwidth_bytes_per_s, "checkpoints": self.options.checkpoint_every_s,
+                "successor": self._successor,
             },
             needed=not self._entrusted,
         )  # fmt: skip
@@ -225,8 +247,13 @@ class OutgoingMigration:
             if not self._inherited:
                 raise
             self._journal.erase(self.id)
+            if self._inherited == "going back":  # killed when all was done
+                self._journal.checkpoint(self.id).unlink(missing_ok=True)
+                raise StaysHereError(WENT_BACK) from error
             lost = "the pages that it lacks are lost" if self._toolstack.decides else "it was destroyed"
             raise MigrationError(f"{self.domain_name} is gone, and was here before the sender died: {lost}") from error
+        if self.options.checkpoint_every_s is not None:
+            self._checkpoints = CheckpointStore(self._journal.checkpoint(self.id), self._domain)
         try:
             with self._scope:
                 if self._inherited:
@@ -269,9 +296,16 @@ class OutgoingMigration:
         if self._inherited == "completing":
             await self._finish()
             return
+        if self._inherited == "going back":
+            raise StaysHereError(WENT_BACK)
         self._entrusted = True
         handed_over = self._inherited == "handed over"
-        self.session = Session.of_predecessor(Role.SENDER, self._domain.nr_pfns, handed_over=handed_over)
+        protected = self._checkpoints is not None
+        self.session = Session.of_predecessor(
+            Role.SENDER, self._domain.nr_pfns, handed_over=handed_over, protected=protected
+        )
+        if self._checkpoints is not None and self._checkpoints.exists:
+            await trio.to_thread.run_sync(self._checkpoints.apply)
         self.progress.phase = "postcopy" if handed_over else "deciding"
         self._backlog = Backlog(np.zeros(self._domain.nr_pfns, dtype=np.bool_))
         async with task_group() as tasks:
@@ -285,8 +319,14 @@ class OutgoingMigration:
     async def _finish(self) -> None:
         self.statistics.finished = time.monotonic()
         await self._toolstack.finish(self._domain)
-        self._journal.erase(self.id)
+        self._forget()
         self.progress.phase = "completed"
+
+    def _forget(self) -> None:
+        """Nothing is owed any more."""
+        self._journal.erase(self.id)
+        if self._checkpoints is not None:
+            self._checkpoints.close()
 
     async def _migrate(self) -> None:
         info = self._domain.info()
@@ -349,9 +389,12 @@ class OutgoingMigration:
         self.progress.phase = "preflight"
         config = self._domain.config()
         paging = self.options.strategy.pages_after_handover
+        checkpoint_ms = math.ceil((self.options.checkpoint_every_s or 0) * 1000)
         await self._say(
-            m.Offer(config.name, config.nr_pfns, config.max_pages, config.vcpus, config.platform, paging, self._key)
-        )
+            m.Offer(
+                config.name, config.nr_pfns, config.max_pages, config.vcpus, config.platform, paging, self._key, checkpoint_ms
+            )
+        )  # fmt: skip
         with step_timeout("the destination did not answer the preflight"):
             answer, _pages = await self._push.receive()
         self.session.received(answer, Lane.PUSH)
@@ -658,7 +701,7 @@ class OutgoingMigration:
         """In a thread, until the receiver says that nothing is outstanding."""
         assert self._push is not None
         while True:
-            message, _pages = self._push.receive_blocking()
+            message, payload = self._push.receive_blocking()
             self.session.received(message, Lane.PUSH)
             match message:
                 case m.Passed():
@@ -683,6 +726,8 @@ class OutgoingMigration:
                     self._backlog.dropped(message.pfns)
                     self._domain.release(message.pfns)
                     self._count_down()
+                case m.Written() | m.Checkpoint():
+                    self._take_checkpoint(message, payload)
                 case m.Report():
                     self.progress.faults, self.progress.latency_us = message.faults, message.latency_us
                 case m.Complete():
@@ -690,6 +735,23 @@ class OutgoingMigration:
                     return
                 case m.Ended() | m.Failed():
                     self._raise(message)
+
+    def _take_checkpoint(self, message: m.Written | m.Checkpoint, payload: memoryview) -> None:
+        assert self._checkpoints is not None and self._push is not None  # so says the session
+        problem = ""
+        try:
+            if not self._checkpoints.add(message, payload):
+                return
+            self.progress.checkpoints += 1
+            self.progress.checkpoint_at = time.time()
+        except RemoteProtocolError:
+            raise
+        except (MigrationError, XenError) as error:
+            problem = m.printable(str(error))
+            log.error("%s is not protected any more: %s", self.domain_name, error)
+        kept = m.Kept(problem)
+        self.session.sent(kept, Lane.PUSH)
+        self._push.send_blocking(kept)
 
     def _completed(self, message: m.Complete) -> None:
         self.receiver_statistics = _receiver_statistics(message.statistics)
@@ -753,6 +815,8 @@ class OutgoingMigration:
     async def _take_up_again(self) -> None:
         """Find out what the receiver lacks, of pages and of what was said."""
         self.session.rejoin()
+        if self._checkpoints is not None:
+            await trio.to_thread.run_sync(self._checkpoints.abandon)
         await self._say(m.Rejoin())
         outstanding = np.zeros(self._domain.nr_pfns, dtype=np.bool_)
         with step_timeout("the destination did not say what it lacks"):
@@ -790,7 +854,7 @@ class OutgoingMigration:
         if isinstance(error, GuestEndedError):
             progress.problem = str(error)
             await self._toolstack.finish(self._domain)
-            self._journal.erase(self.id)
+            self._forget()
             progress.phase = "failed"
             return
         if self._entrusted and not given_away and not isinstance(error, trio.Cancelled | StaysHereError):
@@ -844,12 +908,42 @@ class OutgoingMigration:
         with self._reported():
             self._stop_log_dirty()
         with self._reported():
-            await self._toolstack.give_up(self._domain, reason, suspended=self._suspended)
+            if self._checkpoints is not None and self._checkpoints.exists:
+                await self._go_back(self._checkpoints)
+            else:
+                await self._toolstack.give_up(self._domain, reason, suspended=self._suspended)
         with self._reported():
             if self._may_be_ready:
                 self._record("given up")
             else:
                 self._journal.erase(self.id)
+            if self._checkpoints is not None:
+                self._checkpoints.close()
+
+    async def _go_back(self, checkpoints: CheckpointStore) -> None:
+        """To the guest as it was when the last checkpoint was made, however long it takes."""
+        while True:
+            try:
+                domain = await trio.to_thread.run_sync(self._reincarnated)
+                await trio.to_thread.run_sync(checkpoints.go_back, domain)
+                break
+            except (MigrationError, XenError) as error:
+                self.progress.problem = f"cannot go back to the last checkpoint: {error}; trying again"
+                log.error("%s: %s", self.domain_name, self.progress.problem)
+                await trio.sleep(GO_BACK_AGAIN_S)
+        log.warning("%s goes on here, as it was at the last checkpoint", self.domain_name)
+        await self._toolstack.finish(self._domain)
+        self._domain, self.progress.problem = domain, WENT_BACK
+
+    def _reincarnated(self) -> Domain:
+        """The domain in which the guest is to go on."""
+        config = self._domain.config()
+        if self._successor is not None:
+            return self._hypervisor.reopen_incoming(self._successor, config, lent=False)
+        domain = self._hypervisor.create_incoming(config, instead_of=self._domain)
+        self._successor = domain.domid
+        self._record("going back")
+        return domain
 
     @contextlib.contextmanager
     def _reported(self) -> Iterator[None]:

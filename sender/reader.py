@@ -8,7 +8,7 @@ import numpy as np
 
 from migrate.errors import MigrationError
 from migrate.messages import Pages
-from migrate.pfns import WINDOW_PFNS, PfnMask, from_mask
+from migrate.pfns import PfnMask, from_mask
 from sender.backlog import Backlog
 from xenbackend.contract import Domain, MappedPages, PageStatus, PfnArray
 
@@ -71,11 +71,3 @@ def hold(domain: Domain, mask: PfnMask) -> None:
     """Keep the pages of a set readable, whatever becomes of the domain."""
     for base in range(0, len(mask), PIECE_PFNS):
         domain.hold(from_mask(mask[base : base + PIECE_PFNS], base))
-
-
-def batches_of(mask: PfnMask, batch_pages: int) -> Iterator[PfnArray]:
-    """The set in ascending batches, looked at window by window."""
-    for base in range(0, len(mask), WINDOW_PFNS):
-        pfns = from_mask(mask[base : base + WINDOW_PFNS], base)
-        for at in range(0, len(pfns), batch_pages):
-            yield pfns[at : at + batch_pages]

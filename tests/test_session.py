@@ -18,7 +18,7 @@ from tests.test_messages import EXAMPLES
 S, R = Role.SENDER, Role.RECEIVER
 PUSH, PULL = Lane.PUSH, Lane.PULL
 ONE = pfn_array([1])
-OFFER = m.Offer("guest", 1024, 1024, 1, b"", True, b"key")
+OFFER = m.Offer("guest", 1024, 1024, 1, b"", True, b"key", 0)
 
 STORY: list[tuple[Role, m.Message, Lane]] = [
     (S, OFFER, PUSH),
@@ -269,7 +269,7 @@ def test_messages_that_cross_are_allowed() -> None:
 
 
 def test_without_paging_nothing_can_be_missing() -> None:
-    story = [(S, m.Offer("guest", 1024, 1024, 1, b"", False, b"key"), PUSH), STORY[1]]
+    story = [(S, m.Offer("guest", 1024, 1024, 1, b"", False, b"key", 0), PUSH), STORY[1]]
     with pytest.raises(RemoteProtocolError, match="without paging"):
         play(story)[R].received(m.Defer(0, b"\x01"), PUSH)
 

@@ -341,8 +341,11 @@ class Hypervisor(ABC):
         """Could this domain be built here now, and be paged?  Without one: any domain?  Changes nothing."""
 
     @abstractmethod
-    def create_incoming(self, config: DomainConfig) -> Domain:
-        """An empty domain, all holes, to restore into.  EEXIST: its name is in use; ENOMEM."""
+    def create_incoming(self, config: DomainConfig, *, instead_of: Domain | None = None) -> Domain:
+        """An empty domain, all holes, to restore into.  EEXIST: its name is in use; ENOMEM.
+
+        ``instead_of``: one that is about to go, as far as its pages are moved over; neither its name nor its memory counts.
+        """
 
     @abstractmethod
     def reopen_incoming(self, domid: int, config: DomainConfig, *, lent: bool) -> Domain:

@@ -28,8 +28,10 @@ def loopback_command(json_path: Path | None, **options: Any) -> None:
     """
     strategy = {
         name: options.pop(name)
-        for name in ("strategy", "max_rounds", "dirty_threshold", "downtime_target", "bandwidth")
-    }
+        for name in (
+            "strategy", "max_rounds", "dirty_threshold", "downtime_target", "bandwidth", "protect", "checkpoint_every",
+        )
+    }  # fmt: skip
     request = migration_request(**strategy)
     spec = guest_spec(GUEST, **options)
     with loopback_world(spec.memory_bytes) as world:

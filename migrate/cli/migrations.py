@@ -98,6 +98,12 @@ def summary(result: dict[str, Any]) -> str:
             f"  {latency['count']} faults: median {latency['p50']:.0f} us, 99% below {latency['p99']:.0f} us, "
             f"longest {latency['max']:.0f} us"
         )
+    made = result["checkpoints"]
+    if made["kept"]:
+        lines.append(
+            f"  {made['kept']} checkpoints came back, {made['pages']} pages; the guest stood still for them "
+            f"{made['pause_s'] * 1000:.0f} ms in all, {made['longest_pause_s'] * 1000:.1f} ms at most"
+        )
     return "\n".join(lines)
 
 
@@ -242,9 +248,9 @@ def decide_command(migration: str, where: str, socket_paths: tuple[Path, ...]) -
     After a lost link both hosts hold still until they have heard of each other: neither knows by itself what only the other can
     tell.  With this you tell it instead.  Never say "here" at both: the guest would run twice, on the same disks.
 
-    At the source (`interrupted`): "here" resumes the guest there, as it was when it was suspended, so say it only
-    where the guest has not run at the destination, or what it did there may be lost; "elsewhere" destroys what is
-    left of it.
+    At the source (`interrupted`): "here" resumes the guest there, as it was when it was suspended, or, migrated with
+    --protect, as it was at the last checkpoint.  So say it only where the guest has not run at the destination, or what it
+    did there since may be lost; "elsewhere" destroys what is left of it.
 
     At the destination (`in doubt`): "here" lets the guest run; it stands still at pages that are missing until
     the source is back.  "elsewhere" destroys what has arrived.

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from migrate import client
+from migrate.messages import MAX_CHECKPOINT_MS
 from migrate.policy import PolicyOptions
 from migrate.units import parse_size
 
@@ -85,6 +86,20 @@ def strategy_options(function: F) -> F:
                 help="Cap for background copying; faults are not held back.",
             ),
             click.option(
+                "--protect",
+                is_flag=True,
+                help="Until all memory has arrived, have the destination send back what the guest writes there, so that the "
+                "guest can go on here if the destination dies: see `xen-postcopy decide`.",
+            ),
+            click.option(
+                "--checkpoint-every",
+                type=click.FloatRange(0.001, MAX_CHECKPOINT_MS / 1000),
+                default=1.0,
+                show_default=True,
+                metavar="SECONDS",
+                help="How often, with --protect; the guest is suspended for a moment each time.",
+            ),
+            click.option(
                 "--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the result there."
             ),
         )
@@ -94,14 +109,17 @@ def strategy_options(function: F) -> F:
 
 
 def migration_request(
-    strategy: str, max_rounds: int, dirty_threshold: int, downtime_target: float, bandwidth: int | None
-) -> dict[str, Any]:
+    strategy: str, max_rounds: int, dirty_threshold: int, downtime_target: float, bandwidth: int | None, protect: bool,
+    checkpoint_every: float,
+) -> dict[str, Any]:  # fmt: skip
     """The part of a ``migrate`` request that the strategy options make."""
     problem = PolicyOptions(max_rounds, dirty_threshold, downtime_target).problems()
     if problem:
         raise click.UsageError(problem)
     if bandwidth is not None and bandwidth < 4096:
         raise click.UsageError(f"--bandwidth {bandwidth}: at least one page (4096 bytes) a second, or none for no cap")
+    if protect and strategy == "precopy":
+        raise click.UsageError("--strategy precopy has nothing to protect: there the guest arrives as a whole")
     return {
         "strategy": strategy,
         "policy": {
@@ -110,4 +128,5 @@ def migration_request(
             "downtime_target_ms": downtime_target,
         },
         "bandwidth": bandwidth,
+        "checkpoint_every_s": checkpoint_every if protect else None,
     }

@@ -11,6 +11,7 @@ from typing import Any
 
 from xenbackend.contract import (
     PAGE_SIZE,
+    Domain,
     DomainConfig,
     DomainInfo,
     Hypervisor,
@@ -115,10 +116,11 @@ class XenHypervisor(Hypervisor):
                 )
         return Preflight(tuple(problems), facts.way)
 
-    def create_incoming(self, config: DomainConfig) -> XenDomain:
-        config = dataclasses.replace(config, name=self._name_for(config))
-        if config.max_pages > self.facts().free_pages:
-            raise XenError("create", errno.ENOMEM, why="not enough memory")
+    def create_incoming(self, config: DomainConfig, *, instead_of: Domain | None = None) -> XenDomain:
+        if instead_of is None:
+            config = dataclasses.replace(config, name=self._name_for(config))
+            if config.max_pages > self.facts().free_pages:
+                raise XenError("create", errno.ENOMEM, why="not enough memory")
         return self._remember(incoming.create(self, config))
 
     def reopen_incoming(self, domid: int, config: DomainConfig, *, lent: bool) -> XenDomain:

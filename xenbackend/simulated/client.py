@@ -310,8 +310,9 @@ class SimulatedHypervisor(Hypervisor):
     def preflight(self, config: DomainConfig | None, *, paging: bool) -> Preflight:
         return _preflight(self.call("preflight", config=config and config.__dict__, paging=paging))
 
-    def create_incoming(self, config: DomainConfig) -> SimulatedDomain:
-        return SimulatedDomain(self, self.call("create_incoming", config=config.__dict__))
+    def create_incoming(self, config: DomainConfig, *, instead_of: Domain | None = None) -> SimulatedDomain:
+        leaving = None if instead_of is None else instead_of.domid
+        return SimulatedDomain(self, self.call("create_incoming", config=config.__dict__, leaving=leaving))
 
     def reopen_incoming(self, domid: int, config: DomainConfig, *, lent: bool) -> SimulatedDomain:
         return self.open(domid)

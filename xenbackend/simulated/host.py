@@ -301,13 +301,13 @@ class SimulatedHost:
         return domain
 
     # ---- making and ending domains ----
-    def _problems(self, config: DomainConfig, paging: bool) -> list[tuple[int, str]]:
-        """Why this domain cannot be built here: errno, and what to do."""
+    def _problems(self, config: DomainConfig, paging: bool, leaving: int | None = None) -> list[tuple[int, str]]:
+        """Why this domain cannot be built here: errno, and what to do.  ``leaving``: a domid that does not count."""
         problems = []
-        if any(domain.config.name == config.name for domain in self.domains.values()):
+        if any(domain.config.name == config.name for domid, domain in self.domains.items() if domid != leaving):
             text = f"a domain named {config.name!r} is there already: rename or destroy it first"
             problems.append((errno.EEXIST, text))
-        free = self.memory_bytes - sum(self._claimed.values())
+        free = self.memory_bytes - sum(claimed for domid, claimed in self._claimed.items() if domid != leaving)
         if config.max_pages * PAGE_SIZE > free:
             text = (
                 f"not enough memory: the guest needs {config.max_pages * PAGE_SIZE >> 20} MiB and "
@@ -320,11 +320,11 @@ class SimulatedHost:
         text = "this hypervisor is built without memory paging: use --strategy precopy or another hypervisor"
         return [(errno.ENOSYS, text)] if paging and not self.paging else []
 
-    def _build(self, config: DomainConfig) -> HostedDomain:
+    def _build(self, config: DomainConfig, leaving: int | None = None) -> HostedDomain:
         spec = GuestSpec.from_bytes(config.platform)
         if (config.nr_pfns, config.vcpus) != (spec.nr_pfns, spec.vcpus) or config.max_pages > config.nr_pfns:
             raise XenError("create", errno.EINVAL, why="the configuration contradicts itself")
-        problems = self._problems(config, False)
+        problems = self._problems(config, False, leaving)
         if problems:
             number, text = problems[0]
             raise XenError("create", number, why=text)
@@ -346,8 +346,8 @@ class SimulatedHost:
         await trio.to_thread.run_sync(domain.boot)
         return domain.domid
 
-    def op_create_incoming(self, config: dict[str, Any]) -> int:
-        return self._build(DomainConfig(**config)).domid
+    def op_create_incoming(self, config: dict[str, Any], leaving: int | None) -> int:
+        return self._build(DomainConfig(**config), leaving).domid
 
     async def op_destroy(self, domid: int) -> None:
         """Nobody finds it from the first moment on; its memory takes a while to go."""

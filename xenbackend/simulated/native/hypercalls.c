@@ -385,7 +385,6 @@ long sim_load(struct sim_map *m, const uint64_t *pfns, size_t n, const uint8_t *
                 continue;
             }
             entry_set(m, first + k, P2M_RAM_RW, pages != NULL, 1);
-            mark_dirty(m, first + k);
             loaded++;
         }
         i += run;

@@ -1,0 +1,145 @@
+"""Checkpoints: what the guest has become here, sent back to the source until all its memory has come (``--protect``).
+
+A checkpoint is what the guest has written since the one before it, and its context.  While that is much, it is sent with the
+guest running, and what is written meanwhile follows; then the guest is suspended for as long as it takes to copy the
+rest, and what was copied is sent while it runs again: a slow link never holds it.  What was looked at and is not known
+to be kept by the source is owed, over lost lanes as well.
+
+What the guest has sent out or written to its disks is not held back until it is covered by a checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import trio
+
+from migrate import messages as m
+from migrate.pfns import PfnMask, batches_of, mask_from_bitmap
+from migrate.statistics import PagerStatistics
+from migrate.transport import run_in_thread
+from xenbackend.contract import Domain, DomainState, PageStatus, XenError
+
+log = logging.getLogger(__name__)
+
+BATCH_PAGES = 1024
+KINDS = (PageStatus.DATA, PageStatus.ZERO, PageStatus.HOLE)
+LIVE_PAGES = 4096
+"""From here on copying them would take longer than suspending: a first part is sent with the guest running."""
+NOT_PROTECTED = "the guest is not protected any more"
+MOST_STANDING_STILL = 0.1
+"""Of the time: where checkpoints take longer, there are fewer of them."""
+
+
+class Checkpoints:
+    """Of a domain that runs here.  ``say`` sends on the push lane, and blocks."""
+
+    def __init__(
+        self, domain: Domain, every_s: float, say: Callable[[m.Message, list[memoryview]], None], statistics: PagerStatistics
+    ):  # fmt: skip
+        self._domain = domain
+        self._every_s = every_s
+        self._say = say
+        self._statistics = statistics
+        self._owed: PfnMask = np.zeros(domain.nr_pfns, dtype=np.bool_)
+        self._making = trio.Lock()
+        self._kept = trio.Event()
+        self._ended = False
+
+    def begin(self) -> None:
+        """Before the guest runs: from here on what it writes is recorded."""
+        self._domain.log_dirty_enable()
+
+    def inherit(self) -> None:
+        """From a predecessor, of which it is not known what it had looked at: everything that is here is owed."""
+        self._domain.log_dirty_enable()
+        for pfns in batches_of(np.ones(self._domain.nr_pfns, dtype=np.bool_), BATCH_PAGES):
+            self._owed[pfns] = self._domain.present(pfns)
+        self._owed[self._domain.paged_out()] = False
+        if self._domain.state() is DomainState.SUSPENDED:  # it died in the middle of one
+            self._domain.resume()
+
+    async def run(self, stop: Callable[[], None]) -> None:
+        """One after the other, until cancelled; ``stop`` is to cut a sending thread short.
+
+        A guest that cannot be suspended goes on without.
+        """
+        pause_s = self._every_s
+        while True:
+            await trio.sleep(pause_s)
+            async with self._making:
+                if self._ended:
+                    return
+                self._kept = trio.Event()
+                began = self._statistics.checkpoint_pause_s
+                try:
+                    await run_in_thread(self._make, stop)
+                except XenError as error:
+                    log.error("%s: %s", NOT_PROTECTED, error)
+                    return
+                await self._kept.wait()
+            stood_still = self._statistics.checkpoint_pause_s - began
+            pause_s = max(self._every_s, stood_still / MOST_STANDING_STILL)
+
+    def kept(self, problem: str) -> None:
+        """The source says so, or that it cannot."""
+        if problem:
+            self._ended = True
+            log.error("%s: %s", NOT_PROTECTED, problem)
+        else:
+            self._owed[:] = False
+            self._statistics.checkpoints += 1
+        self._kept.set()
+
+    async def end(self) -> None:
+        """When this returns none is on its way, nor will be."""
+        self._ended = True
+        async with self._making:
+            pass
+
+    # ---- in a thread ----
+    def _make(self) -> None:
+        self._look()
+        rest = self._owed.copy()
+        if np.count_nonzero(rest) > LIVE_PAGES:
+            for message, pieces in self._written(rest):
+                self._say(message, pieces)
+            rest[:] = False
+        with self._standing_still():
+            rest |= self._look()
+            context = self._domain.context()
+            copies = [(message, b"".join(pieces)) for message, pieces in self._written(rest)]
+        while copies:
+            message, data = copies.pop()
+            self._say(message, [memoryview(data)] if data else [])
+        for at in range(0, len(context), m.MAX_CONTEXT_CHUNK):
+            chunk = context[at : at + m.MAX_CONTEXT_CHUNK]
+            self._say(m.Checkpoint(chunk, at + len(chunk) == len(context)), [])
+
+    def _look(self) -> PfnMask:
+        written = mask_from_bitmap(self._domain.log_dirty(clean=True), self._domain.nr_pfns)
+        self._owed |= written
+        return written
+
+    @contextlib.contextmanager
+    def _standing_still(self) -> Iterator[None]:
+        began = time.monotonic()
+        self._domain.suspend()
+        try:
+            yield
+        finally:
+            self._domain.resume()
+            self._statistics.stood_still(time.monotonic() - began)
+
+    def _written(self, pages: PfnMask) -> Iterator[tuple[m.Written, list[memoryview]]]:
+        """What to say of the set; the pieces are mapped until the next one is asked for."""
+        for pfns in batches_of(pages, BATCH_PAGES):
+            with self._domain.map_pages(pfns) as mapped:
+                data, zeros, holes = (pfns[mapped.status == kind] for kind in KINDS)
+                if len(data) + len(zeros) + len(holes):
+                    self._statistics.checkpoint_pages += len(pfns)
+                    yield m.Written(data, zeros, holes), mapped.data

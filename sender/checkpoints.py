@@ -1,0 +1,142 @@
+"""The checkpoints that the destination sends back (``--protect``), and the way back to the last of them.
+
+The suspended source domain has the guest's memory as it was at the switchover.  A checkpoint is what the guest has written
+since the one before it, and its context, all of one instant.  It is put down in a file as it comes, as the frames that it comes
+in, and counts when it is whole: the file gets its name then, and its pages are written into the source domain.  A sender
+that is killed in the middle of that has a successor that writes them once more.
+
+What a checkpoint has can never be a page that the destination still lacks: the guest has written it there.
+
+To go back, a new domain is made in place of the source's, as a receiver would make it, and the pages are moved over, some at a
+time, so that it takes no memory: a guest's own resume would only do for the instant of its suspension.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from migrate import frames
+from migrate import messages as m
+from migrate.errors import MigrationError, RemoteProtocolError
+from migrate.frames import FrameDecoder
+from migrate.pfns import batches_of
+from sender.reader import announce, present
+from xenbackend.contract import Domain, DomainState
+
+log = logging.getLogger(__name__)
+
+MAX_CONTEXT_BYTES = 64 * 1024 * 1024
+MOVED_PAGES = 1024
+"""At a time."""
+
+
+class CheckpointStore:
+    """Of one guest, in the file ``path``.  Calls block: run them in a thread."""
+
+    def __init__(self, path: Path, domain: Domain):
+        self._path, self._new_path = path, path.with_suffix(".new-checkpoint")
+        self._domain = domain
+        self._new: BinaryIO | None = None
+        self._context_bytes = 0
+        self._pages = 0
+        self.count = 0
+        """Whole ones, in this process."""
+        self.bytes = 0
+
+    @property
+    def exists(self) -> bool:
+        """There is one to go back to."""
+        return self._path.exists()
+
+    # ---- what comes ----
+    def add(self, message: m.Written | m.Checkpoint, payload: memoryview) -> bool:
+        """A piece; returns whether it was the last, and the checkpoint is kept.
+
+        Raises :class:`MigrationError` where it cannot be kept; the one before it is.
+        """
+        if isinstance(message, m.Written):
+            self._pages += len(message.pfns) + len(message.zeros) + len(message.holes)
+        else:
+            self._context_bytes += len(message.data)
+        if self._pages > 2 * self._domain.nr_pfns or self._context_bytes > MAX_CONTEXT_BYTES:
+            raise RemoteProtocolError("a checkpoint that is larger than the guest")
+        try:
+            if self._new is None:
+                self._new = self._new_path.open("wb")
+            # Checked: what comes back from a disk is not what was put there, now and then.
+            self._new.write(frames.encode(message.header(), [payload] if payload else (), checked=True))
+            self._new.write(payload)
+            self.bytes += len(payload)
+            if isinstance(message, m.Written) or not message.last:
+                return False
+            self._new.close()
+            self._make_room(self._new_path)
+            self._new_path.replace(self._path)
+        except OSError as error:
+            raise MigrationError(f"cannot keep a checkpoint in {self._new_path}: {error.strerror}") from error
+        self.abandon()
+        self.apply()
+        self.count += 1
+        return True
+
+    def abandon(self) -> None:
+        """What has come of one will not become whole."""
+        if self._new is not None:
+            self._new.close()
+            self._new = None
+        self._new_path.unlink(missing_ok=True)
+        self._pages = self._context_bytes = 0
+
+    def _make_room(self, path: Path) -> None:
+        """Frames for what was no memory at the switchover: all that can fail, before anything is changed."""
+        for message, _payload in _read(path):
+            if isinstance(message, m.Written):
+                for pfns in (message.pfns, message.zeros):
+                    self._domain.populate(pfns[~self._domain.present(pfns)])
+
+    def apply(self) -> None:
+        """Bring the source's memory to the last whole checkpoint.  Raises ``XenError``."""
+        for message, payload in _read(self._path):
+            if isinstance(message, m.Written):
+                self._domain.write_pages(message.pfns, payload)
+                self._domain.write_pages(message.zeros, None)
+                self._domain.depopulate(message.holes[self._domain.present(message.holes)])
+
+    # ---- what is left in the end ----
+    def close(self) -> None:
+        """It is not needed any more."""
+        self.abandon()
+        self._path.unlink(missing_ok=True)
+
+    def go_back(self, to: Domain) -> None:
+        """Make ``to``, an empty domain or one that this was begun with, the guest as it was, and let it run.
+
+        Raises ``XenError``, and can be tried again then.
+        """
+        if to.state() is DomainState.INCOMING:
+            for pfns in batches_of(present(self._domain), MOVED_PAGES):
+                with self._domain.map_pages(pfns) as mapped:
+                    message, data = announce(pfns, mapped), b"".join(mapped.data)
+                to.populate(pfns[~to.present(pfns)])
+                to.write_pages(message.pfns, data)
+                to.write_pages(message.zeros, None)
+                self._domain.depopulate(pfns)
+            pieces = [message.data for message, _payload in _read(self._path) if isinstance(message, m.Checkpoint)]
+            to.set_context(b"".join(pieces))
+            to.start()
+
+
+def _read(path: Path) -> Iterator[tuple[m.Message, memoryview]]:
+    """What :meth:`CheckpointStore.add` has written."""
+    decoder = FrameDecoder()
+    decoder.checked = True
+    with path.open("rb") as file:
+        while count := file.readinto(decoder.wanted()):
+            decoder.filled(count)
+            while (frame := decoder.next_frame()) is not None:
+                yield m.parse(frame.header, len(frame.payload)), frame.payload
+    if not decoder.at_boundary():
+        raise MigrationError(f"{path} ends in the middle of a checkpoint")

@@ -1,0 +1,352 @@
+"""``--protect``: the destination dies, and the guest goes on at the source as it was at the last checkpoint."""
+
+from __future__ import annotations
+
+import errno
+import random
+import signal
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import msgpack
+import pytest
+import trio
+
+from migrate.errors import MigrationError
+from migrate.journal import Journal
+from migrate.lanes import DialledLanes
+from migrate.loopback import World, loopback_world, start_sender, wait_for_steps
+from migrate.policy import PolicyOptions, Strategy
+from migrate.transport import Terms
+from receiver.checkpoints import Checkpoints
+from sender import migration as sender_migration
+from sender.checkpoints import CheckpointStore
+from sender.migration import MigrationOptions, OutgoingMigration
+from sender.toolstack import OwnToolstack, StaysHereError
+from tests.conftest import MIB
+from tests.inprocess import Outcome, migrate, verification
+from tests.links import Link
+from tests.test_daemon_death import kill, lines, until
+from tests.test_invariants import busy
+from tests.test_link_loss import until as until_async
+from xenbackend.contract import Domain, DomainState, XenError
+from xenbackend.simulated.client import SimulatedDomain, SimulatedHypervisor
+from xenbackend.simulated.guest import GuestSpec
+from xenbackend.simulated.verify import Verification, verify
+
+Patch = pytest.MonkeyPatch
+Meanwhile = Callable[[Outcome, Link], Awaitable[None]]
+EVERY_S = 0.02
+
+
+def options(strategy: Strategy = Strategy.POSTCOPY, **others: Any) -> MigrationOptions:
+    defaults = {"bandwidth_bytes_per_s": 16 * MIB, "checkpoint_every_s": EVERY_S}
+    return MigrationOptions(strategy, PolicyOptions(max_rounds=2), **{**defaults, **others})
+
+
+async def protected(
+    hosts: World, spec: GuestSpec, meanwhile: Meanwhile | None = None, with_options: MigrationOptions | None = None
+) -> Outcome:
+    return await migrate(hosts, spec, options=with_options or options(), meanwhile=meanwhile)
+
+
+def dies_after(count: int, hosts: World, *, decide: bool = True) -> Meanwhile:
+    """The destination is gone for good after so many checkpoints, and an operator says so."""
+
+    async def meanwhile(outcome: Outcome, link: Link) -> None:
+        await until_async(
+            lambda: outcome.migration.session.handed_over and outcome.incoming.progress.phase == "postcopy"
+        )
+        await until_async(lambda: outcome.migration.progress.checkpoints >= count)
+        link.down()
+        target = hosts.destination.open(outcome.migration.domain_name)
+        await trio.to_thread.run_sync(target.destroy)
+        await until_async(lambda: outcome.migration.progress.phase == "interrupted")
+        if decide:
+            outcome.migration.decide(here=True)
+
+    return meanwhile
+
+
+def verified_at_source(host: SimulatedHypervisor, spec: GuestSpec, before: list[int] | None = None) -> Verification:
+    """Of a guest that runs there."""
+    domain = host.open(spec.name)
+    assert domain.state() is DomainState.RUNNING
+    wait_for_steps(domain, 100)
+    domain.suspend()
+    result = verify(domain, spec, source_positions=before)
+    domain.close()
+    return result
+
+
+@pytest.mark.parametrize("strategy", [Strategy.POSTCOPY, Strategy.HYBRID])
+@pytest.mark.parametrize("workload", ["random", "hotset"])
+async def test_a_protected_guest_arrives_like_any_other(
+    clean_hosts: World, name: str, strategy: Strategy, workload: str
+) -> None:
+    spec = busy(name, workload=workload)
+    outcome = await protected(clean_hosts, spec, with_options=options(strategy))
+    assert outcome.error is None
+    result = outcome.migration.result()
+    assert result["checkpoints"]["kept"] >= 1
+    assert result["checkpoints"]["longest_pause_s"] > 0
+    assert (await verification(clean_hosts, spec)).problems == []
+    assert list((clean_hosts.directory / "journal").glob("*checkpoint*")) == []
+
+
+@pytest.mark.parametrize("strategy", [Strategy.POSTCOPY, Strategy.HYBRID])
+@pytest.mark.parametrize("count", [1, 3])
+async def test_the_destination_dies_and_the_guest_goes_on_here(
+    clean_hosts: World, name: str, strategy: Strategy, count: int
+) -> None:
+    spec, suspended = busy(name), list[int]()
+
+    async def meanwhile(outcome: Outcome, link: Link) -> None:
+        await until_async(lambda: outcome.migration.session.handed_over)
+        suspended.extend(vcpu["count"] for vcpu in clean_hosts.source.open(name).report()["vcpu"])
+        await dies_after(count, clean_hosts)(outcome, link)
+
+    outcome = await protected(clean_hosts, spec, meanwhile, options(strategy))
+    assert "an operator has said" in str(outcome.error)
+    assert outcome.migration.progress.problem == "the guest goes on here, as it was when the last checkpoint was made"
+    assert [info.name for info in clean_hosts.source.domains()] == [name]
+    (_old,) = [report for report in clean_hosts.source.history() if report["name"] == name]
+    assert verified_at_source(clean_hosts.source, spec, suspended).problems == []
+    assert list((clean_hosts.directory / "journal").glob("*checkpoint*")) == []
+
+
+async def test_it_goes_on_from_the_checkpoint_and_not_from_the_suspension(clean_hosts: World, name: str) -> None:
+    """What the guest did at the destination before the checkpoint is not lost."""
+    spec, positions = busy(name), list[list[int]]()
+    start = SimulatedDomain.start
+
+    def remember(self: SimulatedDomain) -> None:
+        positions.append([vcpu["count"] for vcpu in self.report()["vcpu"]])
+        start(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SimulatedDomain, "start", remember)
+        await protected(clean_hosts, spec, dies_after(2, clean_hosts))
+    at_the_handover, at_the_checkpoint = positions
+    assert all(then < now for then, now in zip(at_the_handover, at_the_checkpoint, strict=True))
+
+
+async def test_before_the_first_checkpoint_it_goes_on_from_the_suspension(clean_hosts: World, name: str) -> None:
+    outcome = await protected(clean_hosts, busy(name), dies_after(0, clean_hosts), options(checkpoint_every_s=60.0))
+    assert outcome.migration.progress.checkpoints == 0
+    assert verified_at_source(clean_hosts.source, busy(name)).problems == []
+
+
+@pytest.mark.parametrize("broken", ["look", "context", "write"])
+async def test_a_checkpoint_that_is_not_right_is_noticed(
+    clean_hosts: World, name: str, monkeypatch: Patch, broken: str
+) -> None:
+    """What these tests are worth."""
+    if broken == "look":
+        look = Checkpoints._look
+
+        def overlook(self: Checkpoints) -> Any:
+            found = look(self)
+            found[::2] = self._owed[::2] = False
+            return found
+
+        monkeypatch.setattr(Checkpoints, "_look", overlook)
+    elif broken == "context":
+        context = SimulatedDomain.context
+
+        def of_another_instant(self: SimulatedDomain) -> bytes:
+            vcpus = msgpack.unpackb(context(self))
+            for vcpu in vcpus if self._host is clean_hosts.destination else ():
+                vcpu[0] += 20
+            return bytes(msgpack.packb(vcpus))
+
+        monkeypatch.setattr(SimulatedDomain, "context", of_another_instant)
+    else:
+        monkeypatch.setattr(CheckpointStore, "apply", lambda self: None)
+    await protected(clean_hosts, busy(name), dies_after(3, clean_hosts))
+    problems = verified_at_source(clean_hosts.source, busy(name)).problems
+    assert "pages differ" in " ".join(problems) or "wrong values" in " ".join(problems)
+
+
+async def test_what_a_lost_link_took_along_comes_with_the_next_checkpoint(clean_hosts: World, name: str) -> None:
+    async def meanwhile(outcome: Outcome, link: Link) -> None:
+        for _ in range(4):
+            await until_async(lambda: outcome.migration.session.handed_over)
+            await trio.sleep(random.uniform(0.02, 0.08))
+            link.cut()
+            outcome.migration.lanes.hurry()
+        made = outcome.migration.progress.checkpoints
+        await until_async(lambda: outcome.migration.progress.phase == "postcopy")
+        await dies_after(made + 1, clean_hosts)(outcome, link)
+
+    outcome = await protected(clean_hosts, busy(name), meanwhile, options(bandwidth_bytes_per_s=4 * MIB))
+    assert outcome.migration.progress.problem.startswith("the guest goes on here")
+    assert verified_at_source(clean_hosts.source, busy(name)).problems == []
+
+
+async def test_a_checkpoint_that_cannot_be_kept_costs_the_protection_only(
+    clean_hosts: World, name: str, monkeypatch: Patch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(self: CheckpointStore, path: object) -> None:
+        raise XenError("populate_physmap", errno.ENOMEM)
+
+    monkeypatch.setattr(CheckpointStore, "_make_room", full)
+    outcome = await protected(clean_hosts, busy(name))
+    assert outcome.error is None
+    assert outcome.migration.progress.checkpoints == 0
+    assert sum("not protected any more" in message for message in caplog.messages) == 2, "once at each end"
+    assert (await verification(clean_hosts, busy(name))).problems == []
+
+
+async def test_a_guest_that_cannot_be_suspended_goes_on_unprotected(
+    clean_hosts: World, name: str, monkeypatch: Patch, caplog: pytest.LogCaptureFixture
+) -> None:
+    suspend = SimulatedDomain.suspend
+
+    def refuse(self: SimulatedDomain) -> None:
+        if self._host is not clean_hosts.source:
+            raise XenError("suspend", errno.ETIMEDOUT)
+        suspend(self)
+
+    monkeypatch.setattr(SimulatedDomain, "suspend", refuse)
+    outcome = await protected(clean_hosts, busy(name))
+    monkeypatch.undo()
+    assert outcome.error is None
+    assert any("not protected any more: suspend" in message for message in caplog.messages)
+    assert (await verification(clean_hosts, busy(name))).problems == []
+
+
+async def test_the_way_back_is_tried_until_it_is_there(clean_hosts: World, name: str, monkeypatch: Patch) -> None:
+    """In the middle of it the host has no memory; then it has."""
+    populate, failures = SimulatedDomain.populate, list[Domain]()
+
+    def now_and_then(self: SimulatedDomain, pfns: Any) -> None:
+        if self._host is clean_hosts.source and len(failures) < 3 and len(pfns) > 500:
+            failures.append(self)
+            populate(self, pfns[: len(pfns) // 2])
+            raise XenError("populate_physmap", errno.ENOMEM)
+        populate(self, pfns)
+
+    monkeypatch.setattr(sender_migration, "GO_BACK_AGAIN_S", 0.01)
+    monkeypatch.setattr(SimulatedDomain, "populate", now_and_then)
+    await protected(clean_hosts, busy(name), dies_after(2, clean_hosts))
+    assert len(failures) == 3
+    assert verified_at_source(clean_hosts.source, busy(name)).problems == []
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("at", ["made", "moving", "started", "let go"])
+async def test_a_sender_that_dies_on_the_way_back_has_a_successor(
+    clean_hosts: World, name: str, monkeypatch: Patch, at: str
+) -> None:
+    spec, journal = busy(name), Journal(clean_hosts.directory / "journal")
+    go_back, depopulate, finish = CheckpointStore.go_back, SimulatedDomain.depopulate, OwnToolstack.finish
+    moved: list[Any] = []
+
+    def go_back_and_die(self: CheckpointStore, to: Domain) -> None:
+        if at == "made":
+            raise Killed
+        go_back(self, to)
+        if at == "started":
+            raise Killed
+
+    def depopulate_and_die(self: SimulatedDomain, pfns: Any) -> None:
+        depopulate(self, pfns)
+        if len(pfns) > 500:
+            moved.append(pfns)
+            if at == "moving" and len(moved) == 2:
+                raise Killed
+
+    async def finish_and_die(self: OwnToolstack, domain: Domain) -> None:
+        await finish(self, domain)
+        if at == "let go":
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointStore, "go_back", go_back_and_die)
+        patch.setattr(SimulatedDomain, "depopulate", depopulate_and_die)
+        patch.setattr(OwnToolstack, "finish", finish_and_die)
+        with pytest.raises(BaseExceptionGroup):
+            await protected(clean_hosts, spec, dies_after(2, clean_hosts))
+    ((session, facts),) = [entry for entry in journal.entries().items() if entry[1]["domain"] == name]
+    lanes = DialledLanes(("127.0.0.1", 1), session, Terms())
+    successor = OutgoingMigration.of_predecessor(session, clean_hosts.source, lanes, journal, facts)
+    with pytest.raises(StaysHereError, match="as it was when the last checkpoint was made"):
+        await successor.run()
+    assert [info.state for info in clean_hosts.source.domains()] == [DomainState.RUNNING]
+    assert verified_at_source(clean_hosts.source, spec).problems == []
+    assert not journal.checkpoint(session).exists()
+
+
+def test_precopy_has_nothing_to_protect() -> None:
+    with pytest.raises(MigrationError, match="nothing to protect"):
+        options(Strategy.PRECOPY)
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    with loopback_world(256 * MIB) as made:
+        yield made
+
+
+def begin(world: World) -> GuestSpec:
+    spec = GuestSpec("guest", 32 * MIB, 2, workload="random", working_set_bytes=16 * MIB, zero_permille=100)
+    guest = world.source.create_guest(spec.to_bytes())
+    wait_for_steps(guest, 100)
+    guest.close()
+    client = world.control("sender")
+    client.say(
+        command="migrate", domain="guest", destination=f"127.0.0.1:{world.port}", strategy="postcopy",
+        bandwidth=4 * MIB, checkpoint_every_s=EVERY_S,
+    )  # fmt: skip
+    client.answer()
+    client.close()
+    return spec
+
+
+def the_destination_dies(world: World) -> None:
+    """Its host, with all that runs on it."""
+    kill(world, "receiver")
+    world.destination.close()
+    kill(world, "destination")
+
+
+def line(world: World) -> dict[str, Any]:
+    (found,) = lines(world, "sender")
+    return found
+
+
+def test_a_host_dies_and_an_operator_decides(world: World) -> None:
+    spec = begin(world)
+    until(lambda: line(world)["checkpoints"] >= 2, "no checkpoints")
+    the_destination_dies(world)
+    until(lambda: line(world)["phase"] == "interrupted", "it was not noticed")
+    assert "its missing pages are kept here" in line(world)["problem"]
+    world.ask("sender", command="decide", migration=line(world)["id"], here=True)
+    until(lambda: line(world)["phase"] == "failed", "it does not go on")
+    assert line(world)["problem"] == "the guest goes on here, as it was when the last checkpoint was made"
+    assert verified_at_source(world.source, spec).problems == []
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_sender_is_killed_at_any_instant_as_well(world: World, seed: int) -> None:
+    """While checkpoints are kept, and on the way back."""
+    random_ = random.Random(seed)
+    spec = begin(world)
+    until(lambda: line(world)["checkpoints"] >= 1, "no checkpoints")
+    time.sleep(random_.uniform(0, 0.1))
+    kill(world, "sender")
+    start_sender(world)
+    until(lambda: line(world)["phase"] in ("postcopy", "completing"), "it does not go on")
+    the_destination_dies(world)
+    until(lambda: line(world)["phase"] == "interrupted", "it was not noticed")
+    world.ask("sender", command="decide", migration=line(world)["id"], here=True)
+    time.sleep(random_.uniform(0, 0.06))
+    world.stop("sender", signal.SIGKILL)
+    start_sender(world)
+    until(lambda: [i.state for i in world.source.domains()] == [DomainState.RUNNING], "it does not run")
+    assert verified_at_source(world.source, spec).problems == []
