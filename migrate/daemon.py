@@ -6,6 +6,7 @@ import contextlib
 import gc
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -55,6 +56,9 @@ async def until_stopped(serve: Callable[[], Awaitable[None]], drain: Callable[[]
     """Run ``serve`` until SIGTERM or SIGINT, then ``drain``; a second signal cuts that short."""
     # A thread that serves a fault waits this long at most for one that computes (default: 5 ms).
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    # A descriptor more for each connection, though many come that mean nothing.
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     # What is loaded by now stays: the garbage collector, for which every thread waits, need not look at it again.
     gc.freeze()
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:

@@ -89,7 +89,7 @@ class FrameDecoder:
         self.checked = False
         """The payload is in the checksum."""
         self._checksums = (0, 0)  # of the frame being read: the one it came with, the one of what has come
-        self._small = bytearray(PREFIX_BYTES + MAX_HEADER_BYTES + READ_AHEAD_BYTES)
+        self._small = bytearray(PREFIX_BYTES + 2 * READ_AHEAD_BYTES)  # larger with the first header that is
         self._start = 0  # of what is unread in _small
         self._end = 0
         self._sizes: tuple[int, int] | None = None  # header and payload bytes of the frame being read
@@ -104,11 +104,14 @@ class FrameDecoder:
             assert self._sizes is not None
             return memoryview(self._pages)[self._pages_filled : self._sizes[1]]
         need = PREFIX_BYTES if self._sizes is None else self._sizes[0]
-        if self._start and self._start + need + READ_AHEAD_BYTES > len(self._small):
-            self._small[: self._end - self._start] = self._small[self._start : self._end]
-            self._start, self._end = 0, self._end - self._start
         if self._start == self._end:
             self._start = self._end = 0
+        if self._start + need + READ_AHEAD_BYTES > len(self._small):
+            unread = self._small[self._start : self._end]
+            if need + READ_AHEAD_BYTES > len(self._small):
+                self._small = bytearray(need + READ_AHEAD_BYTES)
+            self._small[: len(unread)] = unread
+            self._start, self._end = 0, len(unread)
         missing = max(need - (self._end - self._start), 1)
         return memoryview(self._small)[self._end : self._end + max(missing, READ_AHEAD_BYTES)]
 

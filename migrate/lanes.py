@@ -7,7 +7,7 @@ the pull lane when the preflight has given them the token for it.
 The same end dials when both are lost after the switchover, until it gets through; the other awaits it for as long.  An
 awaiting end that has not noticed yet learns it from the new lane.
 
-The one that dials says hello first.  Behind a daemon's listener :func:`receive` finds out which session a connection is for.
+The one that dials says hello first.  Behind a daemon's listener a :class:`Reception` finds out which session a connection is for.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import contextlib
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -28,6 +29,8 @@ from migrate.transport import CONNECT_TIMEOUT_S, EXPLANATION_S, STEP_TIMEOUT_S, 
 
 log = logging.getLogger(__name__)
 
+MAX_STRANGERS = 256
+"""Connections from one address that have not said yet what they are for: each has a thread, for ten seconds at most."""
 FIRST_RETRY_S = 0.1
 LAST_RETRY_S = 10.0
 """Each attempt to dial again waits twice as long as the one before it, up to this, where no lane has held longer than that."""
@@ -265,27 +268,51 @@ class _AwaitedLane:
             self._lane = None
 
 
-async def receive(stream: trio.SocketStream, find: Callable[[Hello], AwaitedLanes], terms: Terms) -> None:
-    """Take in a connection: ``find`` says whose it is, or raises :class:`MigrationError`."""
-    try:
-        lane = await LaneConnection.from_stream(stream, terms)
-    except PeerClosedError as error:
-        log.warning("connection refused: %s", error)
-        return
-    try:
-        greeting = await lane.receive_hello()
-        negotiate(greeting)
-        awaited = find(greeting)
-        await awaited.welcome(greeting)
-        ours = hello(Lane(greeting.lane), greeting.session, requires=terms.requires)
-        await lane.send(ours)
-        lane.agree((ours, greeting))
-        awaited.arrived(greeting, lane)
-    except MigrationError as error:
-        log.warning("connection from %s refused: %s", lane.peer(), error)
-        with contextlib.suppress(MigrationError), trio.move_on_after(EXPLANATION_S):
-            await lane.send(Refused(printable(str(error)), isinstance(error, UnknownSessionError)))
-        lane.close()
-    except BaseException:
-        lane.close()
-        raise
+class Reception:
+    """Behind a daemon's listener.  ``find`` says whose a connection is, or raises :class:`MigrationError`."""
+
+    def __init__(self, find: Callable[[Hello], AwaitedLanes], terms: Terms):
+        self._find, self._terms = find, terms
+        self._strangers: Counter[str] = Counter()
+        """By address."""
+
+    async def receive(self, stream: trio.SocketStream) -> None:
+        """Take in a connection."""
+        address = str(stream.socket.getpeername()[0]) if stream.socket.fileno() >= 0 else ""
+        if self._strangers[address] >= MAX_STRANGERS:
+            log.debug("connection from %s refused: too many that say nothing", address)
+            stream.socket.close()
+            return
+        self._strangers[address] += 1
+        if self._strangers[address] == MAX_STRANGERS:
+            log.warning("%d connections from %s have not said what they are for: no more", MAX_STRANGERS, address)
+        try:
+            await self._greet(stream)
+        finally:
+            self._strangers[address] -= 1
+            if not self._strangers[address]:
+                del self._strangers[address]
+
+    async def _greet(self, stream: trio.SocketStream) -> None:
+        try:
+            lane = await LaneConnection.from_stream(stream, self._terms)
+        except PeerClosedError as error:
+            log.warning("connection refused: %s", error)
+            return
+        try:
+            greeting = await lane.receive_hello()
+            negotiate(greeting)
+            awaited = self._find(greeting)
+            await awaited.welcome(greeting)
+            ours = hello(Lane(greeting.lane), greeting.session, requires=self._terms.requires)
+            await lane.send(ours)
+            lane.agree((ours, greeting))
+            awaited.arrived(greeting, lane)
+        except MigrationError as error:
+            log.warning("connection from %s refused: %s", lane.peer(), error)
+            with contextlib.suppress(MigrationError), trio.move_on_after(EXPLANATION_S):
+                await lane.send(Refused(printable(str(error)), isinstance(error, UnknownSessionError)))
+            lane.close()
+        except BaseException:
+            lane.close()
+            raise

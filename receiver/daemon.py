@@ -30,6 +30,8 @@ from xenbackend.contract import Hypervisor, ToolstackPorts
 log = logging.getLogger(__name__)
 
 MAX_MIGRATIONS = 1000
+MAX_WITHOUT_OFFER = 256
+"""Each has a thread, for a minute at most."""
 DRAIN_EVERY_S = 1.0
 KEPT = 100
 """Ended migrations that ``list`` still shows."""
@@ -45,6 +47,7 @@ class ReceiverDaemon:
         self._migrations: dict[str, IncomingMigration] = {}
         self._awaited: dict[str, AwaitedLanes] = {}
         """By session."""
+        self.reception = lanes.Reception(self._find_awaited, self._terms)
         self._nursery: trio.Nursery
         self._port = 0
 
@@ -60,7 +63,7 @@ class ReceiverDaemon:
                     IncomingMigration.of_predecessor(self._hypervisor, session, lanes_again, self._journal, facts)
                 )
             await self._nursery.start(control.serve, self._socket_path, self._handle)
-            await self._nursery.start(trio.serve_listeners, self.serve_lane, listeners)
+            await self._nursery.start(trio.serve_listeners, self.reception.receive, listeners)
             notify(f"READY=1\nSTATUS=listening at {self._address[0]}:{self._port}")
             log.info("receiver listening at %s:%d, control socket %s", self._address[0], self._port, self._socket_path)
 
@@ -92,9 +95,6 @@ class ReceiverDaemon:
                 await connection.answer("result")
             case other:
                 raise MigrationError(f"unknown command {other!r}")
-
-    async def serve_lane(self, stream: trio.SocketStream) -> None:
-        await lanes.receive(stream, self._find_awaited, self._terms)
 
     def _find_awaited(self, greeting: Hello) -> AwaitedLanes:
         """A push lane without a token begins a migration."""
@@ -133,6 +133,8 @@ class ReceiverDaemon:
             raise MigrationError("a session id that is in use")
         if len(self._migrations) >= MAX_MIGRATIONS:
             raise MigrationError("too many migrations")
+        if sum(not migration.domain_name for migration in self._migrations.values()) >= MAX_WITHOUT_OFFER:
+            raise MigrationError("too many sessions that have not offered a guest yet")
 
     def _start(self, migration: IncomingMigration) -> None:
         self._migrations[migration.id] = migration

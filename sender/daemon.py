@@ -66,7 +66,8 @@ class SenderDaemon:
                     OutgoingMigration.of_predecessor(session, self._hypervisor, lanes_again, self._journal, facts)
                 )
             await self._nursery.start(control.serve, self._socket_path, self._handle)
-            await self._nursery.start(trio.serve_listeners, self._serve_lane, listeners)
+            reception = lanes.Reception(self._find_awaited, self._config.terms)
+            await self._nursery.start(trio.serve_listeners, reception.receive, listeners)
             notify("READY=1\nSTATUS=waiting for migrations")
             log.info(
                 "sender ready at %s, listening at %s:%d", self._socket_path, self._config.sender.listen[0], self._port
@@ -174,9 +175,6 @@ class SenderDaemon:
         await toolstack.listen()
         if not toolstack.last_answer.begun:
             migration.cancel("xl, or its helper, has gone")
-
-    async def _serve_lane(self, stream: trio.SocketStream) -> None:
-        await lanes.receive(stream, self._find_awaited, self._config.terms)
 
     def _find_awaited(self, greeting: Hello) -> AwaitedLanes:
         awaited = self._awaited.get(greeting.session)

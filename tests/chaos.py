@@ -37,6 +37,8 @@ TRIALS_OF_A_WORLD = 25
 WINDOW_S = 0.7
 """In which faults happen."""
 END_S = 90.0
+ARRIVED = ("completing", "completed")
+"""Protected no more."""
 ENDED = ("completed", "failed", "refused", "")
 CONFIG = "[network]\nchecksums = true\nsilence_s = 3\n"
 
@@ -66,12 +68,14 @@ class Trial:
         )  # fmt: skip
         self.strategy = r.choice(["hybrid", "hybrid", "postcopy", "postcopy", "precopy"])
         self.bandwidth = r.choice([None, 16 * MIB, 64 * MIB])
+        self.checkpoint_every_s = r.choice([None, None, 0.02]) if self.strategy != "precopy" else None
+        self.destination_died = False
 
     def __str__(self) -> str:
         spec = self.spec
         return (
             f"seed {self.seed}: {spec.memory_bytes // MIB} MiB, {spec.vcpus} vCPUs, {spec.workload}, {self.strategy}, "
-            f"bandwidth {self.bandwidth}; {', '.join(self.faults)}"
+            f"bandwidth {self.bandwidth}, checkpoints {self.checkpoint_every_s}; {', '.join(self.faults)}"
         )
 
     # ---- the order of things ----
@@ -94,7 +98,7 @@ class Trial:
         client = self.world.control("sender")
         client.say(
             command="migrate", domain=self.spec.name, destination=f"127.0.0.1:{self.link.port}", strategy=self.strategy,
-            bandwidth=self.bandwidth, policy={"max_rounds": 2},
+            bandwidth=self.bandwidth, policy={"max_rounds": 2}, checkpoint_every_s=self.checkpoint_every_s,
         )  # fmt: skip
         client.answer()
         client.close()
@@ -117,10 +121,14 @@ class Trial:
             for which, found in zip(("sender", "receiver"), mine, strict=True):
                 for line in found:
                     with contextlib.suppress(MigrationError):
-                        await in_thread(
-                            lambda w=which, i=line["id"]: self.world.ask(w, command="reconnect", migration=i)
-                        )
+                        await in_thread(self._encourage, which, line["id"])
             await trio.sleep(0.05)
+
+    def _encourage(self, which: str, migration: str) -> None:
+        if self.destination_died and which == "sender":
+            with contextlib.suppress(MigrationError):  # it has not noticed yet
+                self.world.ask(which, command="decide", migration=migration, here=True)
+        self.world.ask(which, command="reconnect", migration=migration)
 
     def _places(self) -> list[tuple[str, SimulatedHypervisor, DomainState]]:
         hosts = {"source": self.world.source, "destination": self.world.destination}
@@ -172,6 +180,30 @@ async def kill(trial: Trial, *which: str) -> None:
         await trio.sleep(trial.random.choice([0, 0.1, 0.5]))
         for name in which:
             await in_thread(start_anew, trial.world, name)
+
+
+async def lose_destination(trial: Trial) -> None:
+    """With all that its host knew, of a guest that is protected against that; of another a kill."""
+    if trial.checkpoint_every_s is None:
+        await kill(trial, "receiver")
+        return
+
+    def die() -> None:
+        trial.world.stop("receiver", signal.SIGKILL)
+        if any(
+            line["phase"] in ARRIVED for line in lines_of(trial.world, "sender") if line["domain"] == trial.spec.name
+        ):
+            start_anew(trial.world, "receiver")
+            return
+        with contextlib.suppress(XenError), trial.world.destination.open(trial.spec.name) as domain:
+            domain.destroy()
+        for entry in (trial.world.directory / "destination.sock.state/receiver").iterdir():
+            entry.unlink()
+        start_anew(trial.world, "receiver")
+        trial.destination_died = True
+
+    async with trial.killing:
+        await in_thread(die)
 
 
 async def halt(trial: Trial, which: str) -> None:
@@ -269,6 +301,7 @@ FAULTS: list[Fault] = [
     ("sender killed", lambda trial: kill(trial, "sender")),
     ("receiver killed", lambda trial: kill(trial, "receiver")),
     ("both killed", lambda trial: kill(trial, "sender", "receiver")),
+    ("destination lost", lose_destination),
     ("sender stopped", lambda trial: halt(trial, "sender")),
     ("receiver stopped", lambda trial: halt(trial, "receiver")),
     ("link cut", cut),

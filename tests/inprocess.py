@@ -72,7 +72,9 @@ async def migrate(
     with trio.fail_after(timeout_s):
         async with trio.open_nursery() as nursery:
             receiver._nursery = nursery
-            listeners = await nursery.start(functools.partial(trio.serve_tcp, receiver.serve_lane, 0, host="127.0.0.1"))
+            listeners = await nursery.start(
+                functools.partial(trio.serve_tcp, receiver.reception.receive, 0, host="127.0.0.1")
+            )
             session = new_id()
             between = await link(nursery, ("127.0.0.1", listeners[0].socket.getsockname()[1]), budgets)
             lanes = DialledLanes(("127.0.0.1", between.port), session, replace(terms, tls=sender_tls))

@@ -296,6 +296,46 @@ def test_log_dirty_is_peeked_cleaned_and_ended(lab: Lab) -> None:
     lab.wait_for_work(domain)
 
 
+def test_a_page_that_is_loaded_is_not_written(lab: Lab) -> None:
+    """What a pager brings need not be sent back."""
+    domain = lab.incoming()
+    domain.populate(span(0, 64))
+    ring = domain.paging_enable()
+    domain.populate_evicted(span(0, 64))
+    domain.log_dirty_enable()
+    domain.log_dirty(clean=True)
+    assert not domain.load(span(0, 32), bytes(range(256)) * (32 * PAGE_SIZE // 256)).any()
+    assert not domain.load(span(32, 32), None).any()
+    assert not domain.log_dirty(clean=True).any()
+    domain.log_dirty_disable()
+    ring.close()
+
+
+def test_a_guest_moves_into_a_domain_that_takes_its_place(lab: Lab) -> None:
+    """Some pages at a time, as there may be no memory for two of it."""
+    source = lab.guest()
+    lab.wait_for_work(source)
+    source.suspend()
+    context, config, worked = source.context(), source.config(), lab.work(source)
+    target = lab.hypervisor.create_incoming(config, instead_of=source)
+    for at in range(0, len(there := memory_of(source)), BATCH):
+        batch = there[at : at + BATCH]
+        with source.map_pages(batch) as mapped:
+            status, data = mapped.status, b"".join(mapped.data)
+        target.populate(batch)
+        target.write_pages(batch[status == PageStatus.DATA], data)
+        target.write_pages(batch[status == PageStatus.ZERO], None)
+        source.depopulate(batch)
+    target.set_context(context)
+    target.start()
+    source.destroy()
+    assert [info.domid for info in lab.hypervisor.domains() if info.name == config.name] == [target.domid]
+    lab.wait_for_work(target)
+    assert lab.work(target) > worked
+    assert lab.errors(target) == 0
+    target.destroy()
+
+
 def test_no_write_escapes_log_dirty(lab: Lab, folder: Path) -> None:
     """Copy a running guest's pages as they get dirty: in the end the copy equals the memory.
 

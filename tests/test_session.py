@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -81,6 +82,45 @@ def test_a_whole_migration_is_allowed() -> None:
     ends = play(STORY)
     assert ends[S].phase == ends[R].phase == Phase.CLOSED
     assert ends[S].handed_over
+
+
+PROTECTED = [
+    (S, dataclasses.replace(OFFER, checkpoint_ms=1000), PUSH),
+    *STORY[1 : next(i for i, said in enumerate(STORY) if isinstance(said[1], m.Complete))],
+    (R, m.Written(ONE, holes=pfn_array([3])), PUSH), (R, m.Checkpoint(b"a", False), PUSH), (R, m.Checkpoint(b"b", True), PUSH),
+    (S, m.Kept(""), PUSH), (R, m.Written(ONE), PUSH), (R, m.Checkpoint(b"c", True), PUSH), (S, m.Kept(""), PUSH),
+    (R, m.Complete(b"{}"), PUSH), (S, m.Completed(), PUSH),
+]  # fmt: skip
+
+
+def test_a_guest_may_be_protected() -> None:
+    assert play(PROTECTED)[S].phase is Phase.CLOSED
+
+
+@pytest.mark.parametrize(
+    ("until", "said", "complaint"),
+    [
+        (m.Resumed, (R, m.Written(pfn_array([2000])), PUSH), "the domain ends at"),
+        (m.Ready, (R, m.Written(ONE), PUSH), "written in phase switchover"),
+        (m.Ready, (R, m.Checkpoint(b"", True), PUSH), "checkpoint in phase switchover"),
+        (m.Resumed, (S, m.Kept(""), PUSH), "kept before the checkpoint"),
+        (m.Resumed, (S, m.Written(ONE), PUSH), "written from the sender"),
+        (m.Checkpoint, (R, m.Written(ONE), PUSH), "written before the last checkpoint was kept"),
+        (m.Complete, (R, m.Written(ONE), PUSH), "written in phase complete"),
+    ],
+)
+def test_checkpoints_out_of_order(until: type[m.Message], said: tuple[Role, m.Message, Lane], complaint: str) -> None:
+    last = max(i for i, (_speaker, message, _lane) in enumerate(PROTECTED) if isinstance(message, until))
+    ends = play(PROTECTED[: last + 1])
+    with pytest.raises(RemoteProtocolError, match=complaint):
+        ends[Role(1 - said[0])].received(said[1], said[2])
+
+
+def test_checkpoints_that_were_not_agreed_on() -> None:
+    ends = play(STORY[: next(i for i, said in enumerate(STORY) if isinstance(said[1], m.Complete))])
+    for message in (m.Written(ONE), m.Checkpoint(b"", True)):
+        with pytest.raises(RemoteProtocolError, match="offered without checkpoints"):
+            ends[S].received(message, PUSH)
 
 
 def test_a_toolstack_may_decide_who_has_the_guest() -> None:

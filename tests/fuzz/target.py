@@ -17,9 +17,11 @@ with atheris.instrument_imports(include=["migrate"]):
     from migrate.session import Role, negotiate
 
 from tests.test_messages import EXAMPLES
-from tests.test_session import DECIDED, STORY, UNDER_XL, play, rejoined
+from tests.test_session import DECIDED, PROTECTED, STORY, UNDER_XL, play, rejoined
 
-STORIES = (STORY, DECIDED, UNDER_XL, [*STORY[:-4], *rejoined("postcopy")], [*UNDER_XL, *rejoined("decision")])
+STORIES = (
+    STORY, DECIDED, UNDER_XL, [*STORY[:-4], *rejoined("postcopy")], [*UNDER_XL, *rejoined("decision")], PROTECTED,
+)  # fmt: skip
 
 
 def frame(header: bytes) -> bytes:

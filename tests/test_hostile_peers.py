@@ -1,0 +1,374 @@
+"""Peers that mean harm: each is told what it did, memory stays bounded, and the other migrations of the daemon go on.
+
+Each test is such a peer, against the daemons as processes, while a guest is being migrated between them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import trio
+
+from migrate import messages as m
+from migrate.errors import MigrationError, PeerClosedError, RefusedError
+from migrate.lanes import MAX_STRANGERS, AwaitedLanes, DialledLanes, Reception
+from migrate.loopback import World, loopback_world, verify_migrated, wait_for_steps
+from migrate.messages import Lane
+from migrate.pfns import pfn_array
+from migrate.session import new_id, new_token
+from migrate.transport import LaneConnection, Terms
+from receiver.daemon import MAX_WITHOUT_OFFER
+from tests.conftest import MIB
+from tests.many import holds
+from tests.test_link_loss import until
+from xenbackend.simulated.client import SimulatedDomain
+from xenbackend.simulated.guest import GuestSpec
+
+MORE_MIB = 96
+"""That a daemon may take for what a peer does: threads and buffers of several hundred connections."""
+numbers = itertools.count(1)
+MISSING = np.arange(16, 64, dtype=np.uint64)
+
+
+@pytest.fixture(scope="module")
+def hosts_with_daemons() -> Iterator[World]:
+    with loopback_world(512 * MIB) as made:
+        yield made
+
+
+@pytest.fixture
+async def world(hosts_with_daemons: World) -> AsyncIterator[World]:
+    """A migration goes on during the test, and arrives."""
+    world = hosts_with_daemons
+    spec = GuestSpec(f"bystander{next(numbers)}", 16 * MIB, 2, workload="random", zero_permille=0, rate=2000)
+    guest = world.source.create_guest(spec.to_bytes())
+    await trio.to_thread.run_sync(wait_for_steps, guest, 50)
+    guest.close()
+    before = {which: holds(world, which)["MiB"] for which in ("sender", "receiver")}
+    errors: list[Exception] = []
+
+    def bystander() -> None:
+        try:
+            world.ask(
+                "sender", command="migrate", domain=spec.name, destination=f"127.0.0.1:{world.port}",
+                strategy="postcopy", bandwidth=6 * MIB,
+            )  # fmt: skip
+        except MigrationError as error:
+            errors.append(error)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.to_thread.run_sync, bystander)
+        await until(lambda: phase(world, "receiver", spec.name) == "postcopy")
+        yield world
+        more = {which: holds(world, which)["MiB"] - before[which] for which in before}
+        assert max(more.values()) < MORE_MIB, more
+    assert not errors
+    verification, _view = await trio.to_thread.run_sync(verify_migrated, world, spec)
+    assert verification.problems == []
+    world.check_alive()
+    world.destination.open(spec.name).destroy()
+
+
+def line(world: World, which: str, name: str) -> dict[str, Any]:
+    found = [line for line in world.ask(which, command="list")["migrations"] if line["domain"] == name]
+    return found[-1] if found else {"phase": "", "problem": ""}
+
+
+def phase(world: World, which: str, name: str) -> str:
+    return str(line(world, which, name)["phase"])
+
+
+# ---- a sender ----
+@dataclass
+class Sender:
+    """Of a guest that stands still; it says what it likes."""
+
+    world: World
+    guest: SimulatedDomain
+    name: str
+    push: LaneConnection
+    pull: LaneConnection
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def of_a_guest(cls, world: World) -> AsyncIterator[Sender]:
+        """Accepted, in precopy."""
+        spec = GuestSpec(f"guest{next(numbers)}", 4 * MIB, 1)
+        guest = world.source.create_guest(spec.to_bytes())
+        guest.suspend()
+        config = guest.config()
+        lanes = DialledLanes(("127.0.0.1", world.port), new_id(), Terms())
+        push = await lanes.push()
+        await push.send(
+            m.Offer(config.name, config.nr_pfns, config.max_pages, config.vcpus, config.platform, True, b"key", 0)
+        )
+        accepted, _pages = await push.receive()
+        assert isinstance(accepted, m.Accepted)
+        pull = await lanes.pull(accepted.token)
+        try:
+            yield cls(world, guest, spec.name, push, pull)
+        finally:
+            push.close()
+            pull.close()
+            with contextlib.suppress(MigrationError):
+                world.ask("receiver", command="decide", migration=spec.name, here=False)
+            guest.destroy()
+
+    async def hand_over(self) -> None:
+        """As it should be."""
+        everything = np.arange(self.guest.nr_pfns, dtype=np.uint64)
+        with self.guest.map_pages(everything) as mapped:
+            data = everything[mapped.status == 0]
+            await trio.to_thread.run_sync(
+                self.push.send_blocking, m.Pages(data, everything[mapped.status == 1]), mapped.data
+            )
+        for message in (m.Suspended(), m.Missing(MISSING), m.Context(self.guest.context(), True)):
+            await self.push.send(message)
+        assert isinstance((await self.push.receive())[0], m.Ready)
+        await self.push.send(m.Handover())
+        assert isinstance((await self.push.receive())[0], m.Resumed)
+
+
+PAGE = memoryview(bytes(4096))
+Said = list[tuple[Lane, m.Message, list[memoryview]]]
+
+
+def on_push(*messages: m.Message) -> Said:
+    return [(Lane.PUSH, message, []) for message in messages]
+
+
+async def say(peer: Sender | Receiver, said: Said) -> None:
+    for lane, message, payload in said:
+        connection = peer.push if lane is Lane.PUSH else peer.pull
+        with contextlib.suppress(PeerClosedError):  # it has heard enough
+            await trio.to_thread.run_sync(connection.send_blocking, message, payload)
+
+
+@pytest.mark.parametrize(
+    ("said", "complaint"),
+    [
+        (on_push(m.Handover()), "handover in phase precopy"),
+        (on_push(m.Offer("other", 8, 8, 1, b"", True, b"key", 0)), "offer in phase precopy"),
+        ([(Lane.PUSH, m.Pages(pfn_array([5000])), [PAGE])], "the domain ends at"),
+        ([(Lane.PULL, m.Pages(pfn_array([1])), [PAGE]), *on_push(m.Handover())], "handover in phase precopy"),
+        (on_push(m.Suspended(), m.Missing(pfn_array([2**30]))), "the domain ends at"),
+        (on_push(m.Suspended(), m.Context(b"junk", True)), "not a context of this domain"),
+        (on_push(m.Suspended(), *[m.Context(bytes(128 * 1024), False)] * 513), "context: more than"),
+        (on_push(m.Passed(7)), "passed from the sender"),
+        (on_push(m.Kept("")), "kept in phase precopy"),
+    ],
+)  # fmt: skip
+async def test_a_sender_before_the_handover(world: World, said: Said, complaint: str) -> None:
+    async with Sender.of_a_guest(world) as sender:
+        await say(sender, said)
+        await until(lambda: phase(world, "receiver", sender.name) == "failed")
+        assert complaint in line(world, "receiver", sender.name)["problem"]
+        assert sender.name not in [info.name for info in world.destination.domains()]
+        with contextlib.suppress(PeerClosedError):
+            while not isinstance(answer := (await sender.push.receive())[0], m.Failed):
+                pass
+            assert complaint in answer.reason
+
+
+@pytest.mark.parametrize(
+    ("said", "complaint"),
+    [
+        (on_push(m.Handover()), "handover in phase postcopy"),
+        (on_push(m.Completed()), "completed in phase postcopy"),
+        (on_push(m.Suspended()), "suspended in phase postcopy"),
+        (on_push(m.Abort("never mind")), "abort"),
+        ([(Lane.PUSH, m.Pages(pfn_array([200])), [PAGE])], "pfn 0xc8 was not announced as missing"),
+        ([(Lane.PULL, m.Pages(pfn_array([200])), [PAGE])], "pfn 0xc8 was not announced as missing"),
+        ([(Lane.PULL, m.Pages(pfn_array([5000])), [PAGE])], "the domain ends at"),
+        ([(Lane.PULL, m.Fault(pfn_array([20])), [])], "fault from the sender"),
+    ],
+)  # fmt: skip
+async def test_a_sender_after_the_handover(world: World, said: Said, complaint: str) -> None:
+    """Its guest is kept, with what has come of it."""
+    async with Sender.of_a_guest(world) as sender:
+        await sender.hand_over()
+        await say(sender, said)
+        await until(lambda: complaint in line(world, "receiver", sender.name)["problem"])
+        assert phase(world, "receiver", sender.name) == "interrupted"
+        target = world.destination.open(sender.name)
+        assert target.info().state.value == "running"
+        target.destroy()
+        await until(lambda: phase(world, "receiver", sender.name) == "failed")
+
+
+async def test_connections_that_say_nothing(world: World) -> None:
+    with contextlib.ExitStack() as stack:
+        connections = []
+        for _ in range(2 * MAX_STRANGERS):
+            with contextlib.suppress(OSError):
+                connection = stack.enter_context(socket.create_connection(("127.0.0.1", world.port), timeout=5))
+                connections.append(connection)
+        await until(lambda: "no more" in world.processes["receiver"].log.read_text())
+        assert holds(world, "receiver")["threads"] < MAX_STRANGERS + 100
+    await until(lambda: holds(world, "receiver")["descriptors"] < 100)
+
+
+async def test_sessions_that_offer_nothing(world: World) -> None:
+    refusals: list[str] = []
+    async with trio.open_nursery() as nursery:
+        for _ in range(MAX_WITHOUT_OFFER + 20):
+
+            async def begin() -> None:
+                try:
+                    lane = await DialledLanes(("127.0.0.1", world.port), new_id(), Terms()).push()
+                except RefusedError as error:
+                    refusals.append(str(error))
+                    return
+                nursery.start_soon(hold, lane)
+
+            await begin()
+        nursery.cancel_scope.cancel()
+    assert len(refusals) >= 20 and all("have not offered a guest yet" in refusal for refusal in refusals)
+
+
+async def hold(lane: LaneConnection) -> None:
+    try:
+        await trio.sleep_forever()
+    finally:
+        lane.close()
+
+
+# ---- a receiver ----
+@dataclass
+class Receiver:
+    """That accepts whatever it is offered, and then says what it likes."""
+
+    push: LaneConnection
+    pull: LaneConnection
+
+    async def hear(self, *kinds: type[m.Message]) -> m.Message:
+        while not isinstance(message := (await self.push.receive())[0], kinds):
+            if isinstance(message, m.Barrier):
+                await self.push.send(m.Passed(message.number))
+        return message
+
+
+async def receiver_of(
+    world: World, what: Callable[[Receiver], Awaitable[None]], *, after: Callable[[str], Awaitable[None]]
+) -> None:
+    """The sender is asked to migrate a guest to one that does ``what``; ``after`` is told the guest's name."""
+    spec = GuestSpec(f"guest{next(numbers)}", 4 * MIB, 1, workload="random", zero_permille=0)
+    guest = world.source.create_guest(spec.to_bytes())
+    awaited = AwaitedLanes()
+    async with trio.open_nursery() as nursery:
+        reception = Reception(lambda _greeting: awaited, Terms())
+        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        port = listener.socket.getsockname()[1]
+        nursery.start_soon(trio.serve_listeners, reception.receive, [listener])
+
+        def ask() -> None:
+            with contextlib.suppress(MigrationError):
+                client = world.control("sender")
+                client.say(command="migrate", domain=spec.name, destination=f"127.0.0.1:{port}", strategy="postcopy")
+                client.answer()
+                client.close()
+
+        nursery.start_soon(trio.to_thread.run_sync, ask)
+        push = await awaited.push()
+        assert isinstance((await push.receive())[0], m.Offer)
+        token = new_token()
+        await push.send(m.Accepted("native", token))
+        pull = await awaited.pull(token)
+        try:
+            with trio.move_on_after(30):
+                await what(Receiver(push, pull))
+            await after(spec.name)
+        finally:
+            push.close()
+            pull.close()
+            nursery.cancel_scope.cancel()
+    guest.destroy()
+
+
+@pytest.mark.parametrize(
+    ("said", "complaint"),
+    [
+        (on_push(m.Ready()), "ready in phase precopy"),
+        (on_push(m.Passed(99)), "there was no such barrier"),
+        (on_push(m.Loaded(pfn_array([1]))), "loaded in phase precopy"),
+        (on_push(m.Complete(b"{}")), "complete in phase precopy"),
+        (on_push(m.Written(pfn_array(), pfn_array([1]))), "written in phase precopy"),
+    ],
+)
+async def test_a_receiver_before_the_handover(world: World, said: Said, complaint: str) -> None:
+    async def what(receiver: Receiver) -> None:
+        await say(receiver, said)
+
+    async def after(name: str) -> None:
+        # In the middle of the switchover at the latest, whose word a few of these are.
+        await until(lambda: phase(world, "sender", name) == "failed")
+        assert complaint.split(" in phase")[0] in line(world, "sender", name)["problem"]
+        assert world.source.open(name).info().state.value == "running"
+
+    await receiver_of(world, what, after=after)
+
+
+@pytest.mark.parametrize(
+    ("said", "complaint"),
+    [
+        ([(Lane.PULL, m.Fault(pfn_array([5000])), [])], "the domain ends at"),
+        ([(Lane.PULL, m.Fault(pfn_array([1023])), [])], "pfn 0x3ff is not outstanding"),
+        (on_push(m.Loaded(pfn_array([1023]))), "pfn 0x3ff was not on its way"),
+        (on_push(m.Dropped(pfn_array([1023]))), "a pfn that is not outstanding"),
+        (on_push(m.Ready()), "ready in phase postcopy"),
+        (on_push(m.Written(pfn_array(), pfn_array([1]))), "offered without checkpoints"),
+        (on_push(m.Complete(b"{}")), "complete before resumed"),
+        (on_push(m.Resumed(), m.Resumed()), "resumed a second time"),
+        (on_push(m.Resumed(), m.Complete(b"{}")), "pages were never confirmed"),
+    ],
+)  # fmt: skip
+async def test_a_receiver_after_the_handover(world: World, said: Said, complaint: str) -> None:
+    """The guest's pages are kept, and it stays suspended."""
+
+    async def what(receiver: Receiver) -> None:
+        await receiver.hear(m.Context)
+        await receiver.push.send(m.Ready())
+        await receiver.hear(m.Handover)
+        await say(receiver, said)
+
+    async def after(name: str) -> None:
+        await until(lambda: complaint in line(world, "sender", name)["problem"])
+        assert phase(world, "sender", name) == "interrupted"
+        assert world.source.open(name).info().state.value == "suspended"
+        world.ask("sender", command="decide", migration=name, here=True)
+        await until(lambda: phase(world, "sender", name) == "failed")
+
+    await receiver_of(world, what, after=after)
+
+
+async def test_a_flood_of_faults_by_one_that_reads_nothing(world: World) -> None:
+    """Each is answered by a page, again and again; the answers wait in its own socket, and it is not asked for more."""
+
+    async def what(receiver: Receiver) -> None:
+        await receiver.hear(m.Context)
+        await receiver.push.send(m.Ready())
+        await receiver.hear(m.Handover)
+        await receiver.push.send(m.Resumed())
+        fault = m.Fault(np.arange(100, 164, dtype=np.uint64))
+
+        def flood() -> None:
+            for _ in range(200_000):
+                receiver.pull.send_blocking(fault)
+
+        with trio.move_on_after(3):
+            await trio.to_thread.run_sync(flood, abandon_on_cancel=True)
+        receiver.pull.close()
+
+    async def after(name: str) -> None:
+        await until(lambda: phase(world, "sender", name) == "interrupted")
+        world.ask("sender", command="decide", migration=name, here=True)
+        await until(lambda: phase(world, "sender", name) == "failed")
+
+    await receiver_of(world, what, after=after)
