@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import gc
 import os
 import select
 import signal
@@ -268,6 +269,23 @@ def test_a_context_of_something_else_is_refused(lab: Lab) -> None:
     for junk in (b"", b"\xc1", b"\x90", b"\x91\x94\xff\xff\xff\xff"):
         with pytest.raises(XenError, match="EINVAL"):
             domain.set_context(junk)
+
+
+def test_what_a_failed_call_was_given_can_be_collected(lab: Lab) -> None:
+    """Found by chaos: the collector stumbled over a memoryview, and the daemon died."""
+    domain = lab.incoming()
+
+    def fail() -> None:
+        lost = None
+        try:
+            domain.write_pages(span(0, 8), memoryview(bytearray(8 * PAGE_SIZE))[: 8 * PAGE_SIZE])
+        except XenError as error:
+            lost = error  # it knows this frame, and this frame it
+        assert lost is not None
+
+    for _ in range(3):
+        fail()
+        gc.collect()  # raises
 
 
 # ---- log-dirty ----

@@ -130,10 +130,15 @@ def batch_error(operation: str, error: int, pfns: PfnArray, done: int) -> XenErr
     return XenError(operation, error, pfn=pfn, done=done)
 
 
-def check_pages(pages: Buffer, count: int) -> None:
-    """Raises ``ValueError`` where there are less: native code would read on behind them."""
+def page_bytes(pages: Buffer, count: int) -> NDArray[np.uint8]:
+    """For native code.  Raises ``ValueError`` where there are less: it would read on behind them.
+
+    An array: a memoryview that native code has a hold of must not get into a reference cycle, as it does with the traceback
+    of a call that failed.  Python's garbage collector clears it nevertheless, and the process dies of it (CPython 3.11).
+    """
     if len(pages) < count * PAGE_SIZE:
         raise ValueError(f"{len(pages)} bytes are not {count} pages")
+    return np.frombuffer(pages, dtype=np.uint8)
 
 
 class NoSuchDomainError(XenError):

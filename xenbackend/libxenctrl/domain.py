@@ -32,7 +32,7 @@ from xenbackend.contract import (
     Preflight,
     XenError,
     batch_error,
-    check_pages,
+    page_bytes,
 )
 from xenbackend.libxenctrl._xen import ffi, lib
 from xenbackend.libxenctrl.held import HeldPages
@@ -438,8 +438,7 @@ class XenDomain(Domain):
     def _pages(pages: Buffer | None, count: int) -> Any:
         if pages is None:
             return ffi.NULL
-        check_pages(pages, count)
-        return ffi.from_buffer("uint8_t[]", pages)
+        return ffi.from_buffer("uint8_t[]", page_bytes(pages, count))
 
     def _batch(self, operation: str, call: Callable[..., int], pfns: PfnArray, *arguments: Any) -> None:
         if not len(pfns):

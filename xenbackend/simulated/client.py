@@ -29,7 +29,7 @@ from xenbackend.contract import (
     ToolstackPorts,
     XenError,
     batch_error,
-    check_pages,
+    page_bytes,
 )
 from xenbackend.ring import PagingRing
 from xenbackend.simulated._sim import ffi, lib
@@ -55,8 +55,7 @@ def _preflight(reply: dict[str, Any]) -> Preflight:
 def _pages(pages: Buffer | None, count: int) -> Any:
     if pages is None:
         return ffi.NULL
-    check_pages(pages, count)
-    return ffi.from_buffer("uint8_t[]", pages)
+    return ffi.from_buffer("uint8_t[]", page_bytes(pages, count))
 
 
 class SimulatedDomain(Domain):
