@@ -342,6 +342,9 @@ async def test_a_receiver_after_the_handover(world: World, said: Said, complaint
         await receiver.push.send(m.Ready())
         await receiver.hear(m.Handover)
         await say(receiver, said)
+        with contextlib.suppress(PeerClosedError):
+            while True:
+                await receiver.push.receive()
 
     async def after(name: str) -> None:
         await until(lambda: phase(world, "sender", name) == "interrupted")
