@@ -27,7 +27,7 @@ from migrate.errors import MigrationError
 from migrate.loopback import World, loopback_world, start_receiver, start_sender, wait_for_steps
 from tests.links import Link, link
 from xenbackend.contract import DomainState, XenError
-from xenbackend.simulated.client import SimulatedHypervisor
+from xenbackend.simulated.client import SimulatedDomain, SimulatedHypervisor
 from xenbackend.simulated.guest import WORKLOADS, GuestSpec
 from xenbackend.simulated.verify import verify
 
@@ -144,16 +144,19 @@ class Trial:
                 raise LostError(f"it runs at {[(where, state.value) for where, _h, state in places]}")
             time.sleep(0.02)
         ((where, host, _state),) = places
-        domain = host.open(self.spec.name)
+        with host.open(self.spec.name) as domain:
+            problems = self._verified(domain, where)
+            domain.destroy()
+        if problems:
+            raise LostError(f"at the {where}: {'; '.join(problems)}")
+        return where
+
+    def _verified(self, domain: SimulatedDomain, where: str) -> list[str]:
         wait_for_steps(domain, 5 if self.spec.workload == "idle" else 50)
         domain.suspend()
         gone = [report for report in self.world.source.history() if report["name"] == self.spec.name]
         positions = [vcpu["count"] for vcpu in gone[-1]["vcpu"]] if gone and where == "destination" else None
-        result = verify(domain, self.spec, source_positions=positions)
-        domain.destroy()
-        if result.problems:
-            raise LostError(f"at the {where}: {'; '.join(result.problems)}")
-        return where
+        return verify(domain, self.spec, source_positions=positions).problems
 
 
 # ---- what may happen ----

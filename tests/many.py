@@ -40,11 +40,11 @@ def migrate(world: World, number: int, problems: list[str]) -> None:
             destination=f"127.0.0.1:{world.port}",
             strategy=strategy,
         )
-        target = world.destination.open(f"guest{number}")
-        wait_for_steps(target, 20)
-        target.suspend()
-        problems += [f"guest{number}: {problem}" for problem in verify(target, spec(number)).problems]
-        target.destroy()
+        with world.destination.open(f"guest{number}") as target:
+            wait_for_steps(target, 20)
+            target.suspend()
+            problems += [f"guest{number}: {problem}" for problem in verify(target, spec(number)).problems]
+            target.destroy()
     except Exception as error:
         problems.append(f"guest{number}: {error!r}")
 
