@@ -13,6 +13,7 @@ What is measured against what:
     sizes       64 MiB to 16 GiB
     scaling     structures and passes at 2^28 pfns, against 2^18
     links       with latency added: a fault against the round trip alone
+    safety      what checksums, TLS and --protect cost, against a plain migration of the same guest
     memory      anonymous memory of each daemon with a 4 GiB guest (its own pages are shared memory)
 
 Memory that the machine has never handed out, or has given back to its own hypervisor, costs several times as much at its first
@@ -32,6 +33,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import trustme
 
 from migrate.loopback import World, loopback_world, verify_migrated, wait_for_steps
 from tests.bench import qemu, scale
@@ -70,9 +73,14 @@ class AnonymousMemory(threading.Thread):
 Link = Callable[[int], contextlib.AbstractContextManager[int]]
 
 
-def migrate(spec: GuestSpec, *, through: Link = contextlib.nullcontext, **request: Any) -> dict[str, Any]:
-    """One verified migration in a world of its own; ``through``: what is between the sender and the receiver's port."""
-    with loopback_world(spec.memory_bytes) as world, through(world.port) as port:
+def migrate(
+    spec: GuestSpec, *, through: Link = contextlib.nullcontext, config: str = "", **request: Any
+) -> dict[str, Any]:
+    """One verified migration in a world of its own.
+
+    ``through``: what is between the sender and the receiver's port; ``config``: of both daemons.
+    """
+    with loopback_world(spec.memory_bytes, config=config) as world, through(world.port) as port:
         guest = world.source.create_guest(spec.to_bytes())
         wait_for_steps(guest, 5 if spec.workload == "idle" else 500)
         guest.close()
@@ -267,6 +275,43 @@ def links(limits: Limits, runs: int) -> None:
             row(f"{workload}, {delay_ms:g} ms each way", p50 / (2000 * delay_ms), text, "the round trip alone")
 
 
+@contextlib.contextmanager
+def tls_config() -> Iterator[str]:
+    """With an authority and a certificate of its own."""
+    authority = trustme.CA()
+    certificate = authority.issue_cert("127.0.0.1")
+    with tempfile.TemporaryDirectory() as directory:
+        files = {name: f"{directory}/{name}" for name in ("certificate", "key", "authority")}
+        for pem in certificate.cert_chain_pems:
+            pem.write_to_path(files["certificate"], append=True)
+        certificate.private_key_pem.write_to_path(files["key"])
+        authority.cert_pem.write_to_path(files["authority"])
+        lines = [f'{name} = "{path}"' for name, path in files.items()]
+        yield "\n".join(["[tls]", *lines, 'peers = ["127.0.0.1"]\n'])
+
+
+def safety(_limits: Limits, runs: int) -> None:
+    spec = GuestSpec("guest", GIB, 2, "random")
+    with tls_config() as tls:
+        ways: dict[str, dict[str, Any]] = {
+            "plain": {}, "checksums": {"config": "[network]\nchecksums = true\n"}, "TLS": {"config": tls},
+            "--protect, every 0.25 s": {"checkpoint_every_s": 0.25},
+        }  # fmt: skip
+        results: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
+        for _ in range(runs):
+            for way, request in ways.items():
+                results[way].append(migrate(spec, strategy="hybrid", **request))
+    plain = median([r["total_s"] for r in results["plain"]])
+    for way, those in results.items():
+        total, down = (median([r[key] for r in those]) for key in ("total_s", "downtime_s"))
+        fault, longest = (median([r["guest"][key] for r in those]) for key in ("p50_us", "max_us"))
+        text = f"{total:.2f} s, downtime {down * 1000:.1f} ms, fault {fault:.0f} us, longest {longest / 1000:.1f} ms"
+        made = [r["checkpoints"] for r in those]
+        kept, pages, pause = (median([c[key] for c in made]) for key in ("kept", "pages", "longest_pause_s"))
+        protected = f"{kept:.0f} checkpoints, {pages:.0f} pages, longest pause {pause * 1000:.0f} ms" if kept else ""
+        row(f"hybrid, {way}", total / plain, text, protected)
+
+
 def memory(_limits: Limits, _runs: int) -> None:
     for strategy in ("precopy", "hybrid", "postcopy"):
         result = migrate(GuestSpec("guest", 4 * GIB, 2, "random", zero_permille=500), strategy=strategy)
@@ -310,6 +355,7 @@ SECTIONS: dict[str, Callable[[Limits, int], None]] = {
     "patterns": patterns,
     "sizes": sizes,
     "links": links,
+    "safety": safety,
     "memory": memory,
     "scaling": scaling,
 }

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from migrate.client import ControlClient
 from migrate.errors import MigrationError
@@ -40,8 +41,8 @@ class Daemons:
         self.ports[role] = 0
 
         def started() -> bool:
-            with contextlib.suppress(MigrationError), ControlClient(socket) as client:
-                self.ports[role] = client.call(command="status")["port"]
+            with contextlib.suppress(MigrationError):
+                self.ports[role] = self.ask(role, command="status")["port"]
             return bool(self.ports[role])
 
         until(started, f"the {role} does not start", 100)
@@ -51,11 +52,17 @@ class Daemons:
         process.kill()
         process.wait()
 
-    def phase(self, role: str) -> str:
-        """Of the last migration."""
+    def ask(self, role: str, **request: Any) -> dict[str, Any]:
         with ControlClient(self.directory / role) as client:
-            lines = client.call(command="list")["migrations"]
-        return str(lines[-1]["phase"]) if lines else ""
+            return client.call(**request)
+
+    def line(self, role: str) -> dict[str, Any]:
+        """The last migration's; empty where there was none."""
+        lines: list[dict[str, Any]] = self.ask(role, command="list")["migrations"]
+        return lines[-1] if lines else {}
+
+    def phase(self, role: str) -> str:
+        return str(self.line(role).get("phase", ""))
 
     def close(self) -> None:
         for role in list(self._processes):

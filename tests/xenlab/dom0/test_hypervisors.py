@@ -219,3 +219,31 @@ def test_daemons_are_killed_in_postcopy_and_their_successors_go_on(xen: XenHyper
             assert not any((tmp_path / "state").rglob("*.json"))
         finally:
             xen.destroy(arrived.domid)
+
+
+@PAGING
+def test_a_protected_guest_outlives_its_destination(xen: XenHypervisor, tmp_path: Path) -> None:
+    """It goes on at the source, in a new domain, as it was at the last checkpoint."""
+    with guest("phoenix") as made, daemons(tmp_path) as running:
+        made.wait_for_heartbeats(2)
+        command = [sys.executable, "-m", "migrate.cli", "migrate", "phoenix", f"127.0.0.1:{running.port}"]
+        options = ["--strategy", "postcopy", "--bandwidth", "1M", "--protect", "--checkpoint-every", "2"]
+        asked = subprocess.Popen([*command, *options, "--socket", str(tmp_path / "sender")])
+        try:
+            until(lambda: running.line("sender").get("checkpoints", 0) > 0, "no checkpoint", 250)
+            running.kill("receiver")
+            xen.destroy(next(info.domid for info in xen.domains() if info.name == "phoenix--incoming"))
+            until(lambda: running.phase("sender") == "interrupted", "it was not noticed", 60)
+            running.ask("sender", command="decide", migration="phoenix", here=True)
+            until(lambda: running.phase("sender") == "failed", "it does not go back", 120)
+        finally:
+            asked.kill()
+            asked.wait()
+        assert "as it was when the last checkpoint was made" in running.line("sender")["problem"]
+        (domid,) = (info.domid for info in xen.domains() if info.name.startswith("phoenix"))
+        assert domid != made.domid
+        try:
+            beats = Guest("phoenix", domid).wait_for_heartbeats(3)
+            assert [beat.errors for beat in beats] == [0] * len(beats)
+        finally:
+            xen.destroy(domid)
