@@ -275,7 +275,12 @@ def test_preflight_of_a_host_and_of_a_guest(world: World, name: str) -> None:
     told = run("preflight", *host)
     assert told.returncode == 0 and "ready; pages are evicted in batches" in told.stdout
     told = run("preflight", name, *host, "--json")
-    assert json.loads(told.stdout) == {"ready": True, "problems": [], "populate_evicted": "native"}
+    assert json.loads(told.stdout) == {
+        "ready": True,
+        "problems": [],
+        "populate_evicted": "native",
+        "limits": [],
+    }
     assert_refused(run("preflight", "nobody", *host), "no such domain")
     with loopback_world(64 * MIB, host_options=("--no-paging",), daemons=False) as unfit:
         told = run("preflight", "--simulated", unfit.directory / "destination.sock")

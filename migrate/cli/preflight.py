@@ -16,6 +16,12 @@ WAYS = {
 }
 
 
+UNDER_XL = (
+    "under xl: once xl has destroyed a guest's source, the pages that are still missing live by the source's sender alone; "
+    "if that is killed then they are lost (`systemctl stop` waits for them)"
+)
+
+
 @click.command("preflight")
 @click.argument("domain", required=False)
 @simulated_option
@@ -42,7 +48,12 @@ def preflight_command(domain: str | None, simulated: Path | None, as_json: bool)
     if as_json:
         click.echo(
             json.dumps(
-                {"ready": not found.problems, "problems": found.problems, "populate_evicted": found.populate_evicted}
+                {
+                    "ready": not found.problems,
+                    "problems": found.problems,
+                    "populate_evicted": found.populate_evicted,
+                    "limits": [] if simulated else [UNDER_XL],
+                }
             )
         )
     elif found.problems:
@@ -50,5 +61,7 @@ def preflight_command(domain: str | None, simulated: Path | None, as_json: bool)
             click.echo(f"{subject}: {problem}", err=True)
     else:
         click.echo(f"{subject}: ready; pages are evicted {WAYS[found.populate_evicted]}")
+        if simulated is None:
+            click.echo(UNDER_XL)
     if found.problems:
         raise SystemExit(1)

@@ -68,6 +68,7 @@ def test_preflight_says_how_pages_are_evicted() -> None:
     told = xen_postcopy("preflight")
     assert told.returncode == 0, told.stderr
     assert ("in batches" if KIND == "populate-evicted" else "one by one") in told.stdout
+    assert "under xl: once xl has destroyed" in told.stdout
 
 
 @PAGING
