@@ -48,27 +48,31 @@ class Checkpoints:
         self._owed: PfnMask = np.zeros(domain.nr_pfns, dtype=np.bool_)
         self._making = trio.Lock()
         self._kept = trio.Event()
-        self._ended = False
+        self._made = self._ended = self._inherited = False
 
-    def begin(self) -> None:
-        """Before the guest runs: from here on what it writes is recorded."""
-        self._domain.log_dirty_enable()
+    def begin(self, *, inherit: bool = False) -> bool:
+        """Before the guest runs: from here on what it writes is recorded.  Whether that can be.
 
-    def inherit(self) -> None:
-        """From a predecessor, of which it is not known what it had looked at: everything that is here is owed."""
-        self._domain.log_dirty_enable()
-        for pfns in batches_of(np.ones(self._domain.nr_pfns, dtype=np.bool_), BATCH_PAGES):
-            self._owed[pfns] = self._domain.present(pfns)
-        self._owed[self._domain.paged_out()] = False
-        if self._domain.state() is DomainState.SUSPENDED:  # it died in the middle of one
-            self._domain.resume()
+        ``inherit``: from a predecessor, of which it is not known what it had looked at: everything that is here is owed.
+        """
+        self._inherited = inherit
+        try:
+            self._domain.log_dirty_enable()
+            if inherit:
+                for pfns in batches_of(np.ones(self._domain.nr_pfns, dtype=np.bool_), BATCH_PAGES):
+                    self._owed[pfns] = self._domain.present(pfns)
+                self._owed[self._domain.paged_out()] = False
+        except XenError as error:
+            log.error("%s: %s", NOT_PROTECTED, error)
+            return False
+        return True
 
     async def run(self, stop: Callable[[], None]) -> None:
         """One after the other, until cancelled; ``stop`` is to cut a sending thread short.
 
         A guest that cannot be suspended goes on without.
         """
-        pause_s = self._every_s
+        pause_s = 0.0 if self._inherited else self._every_s
         while True:
             await trio.sleep(pause_s)
             async with self._making:
@@ -81,7 +85,8 @@ class Checkpoints:
                 except XenError as error:
                     log.error("%s: %s", NOT_PROTECTED, error)
                     return
-                await self._kept.wait()
+                if self._made:
+                    await self._kept.wait()
             stood_still = self._statistics.checkpoint_pause_s - began
             pause_s = max(self._every_s, stood_still / MOST_STANDING_STILL)
 
@@ -103,6 +108,12 @@ class Checkpoints:
 
     # ---- in a thread ----
     def _make(self) -> None:
+        self._made = False
+        state = self._domain.state()
+        if state is DomainState.SUSPENDED and self._inherited:  # one died in the middle of a checkpoint
+            self._domain.resume()
+        elif state is not DomainState.RUNNING:
+            return
         self._look()
         rest = self._owed.copy()
         if np.count_nonzero(rest) > LIVE_PAGES:
@@ -119,6 +130,7 @@ class Checkpoints:
         for at in range(0, len(context), m.MAX_CONTEXT_CHUNK):
             chunk = context[at : at + m.MAX_CONTEXT_CHUNK]
             self._say(m.Checkpoint(chunk, at + len(chunk) == len(context)), [])
+        self._made = True
 
     def _look(self) -> PfnMask:
         written = mask_from_bitmap(self._domain.log_dirty(clean=True), self._domain.nr_pfns)

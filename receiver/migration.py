@@ -332,9 +332,7 @@ class IncomingMigration:
             self._take_over()
         else:
             self._serve()
-            if self._offer.checkpoint_ms:
-                self._checkpoints = self._make_checkpoints(self._domain)
-                await trio.to_thread.run_sync(self._checkpoints.inherit)
+            await trio.to_thread.run_sync(self._protect, self._domain)
             if self._step != "entrusted":
                 self._runs.set()
 
@@ -498,9 +496,7 @@ class IncomingMigration:
         if self._toolstack.decides:
             return
         self._serve()
-        if self._offer.checkpoint_ms:
-            self._checkpoints = self._make_checkpoints(self._domain)
-            self._checkpoints.begin()
+        self._protect(self._domain)
         try:
             self._domain.start()
         except XenError as error:
@@ -514,8 +510,10 @@ class IncomingMigration:
         self._tasks.start_soon(self._follow_domain)
         return self._pager
 
-    def _make_checkpoints(self, domain: Domain) -> Checkpoints:
-        return Checkpoints(domain, self._offer.checkpoint_ms / 1000, self._say_blocking, self.statistics)
+    def _protect(self, domain: Domain) -> None:
+        if self._offer.checkpoint_ms:
+            made = Checkpoints(domain, self._offer.checkpoint_ms / 1000, self._say_blocking, self.statistics)
+            self._checkpoints = made if made.begin(inherit=self._inherited) else None
 
     def _serve_over_these_lanes(self, pager: Pager) -> None:
         for task in (self._serve_faults, self._complete, self._report):

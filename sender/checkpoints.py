@@ -14,6 +14,7 @@ time, so that it takes no memory: a guest's own resume would only do for the ins
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -64,8 +65,8 @@ class CheckpointStore:
         if self._pages > 2 * self._domain.nr_pfns or self._context_bytes > MAX_CONTEXT_BYTES:
             raise RemoteProtocolError("a checkpoint that is larger than the guest")
         try:
-            if self._new is None:
-                self._new = self._new_path.open("wb")
+            if self._new is None:  # guest memory: for nobody else's eyes
+                self._new = os.fdopen(os.open(self._new_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb")
             # Checked: what comes back from a disk is not what was put there, now and then.
             self._new.write(frames.encode(message.header(), [payload] if payload else (), checked=True))
             self._new.write(payload)
@@ -73,7 +74,7 @@ class CheckpointStore:
             if isinstance(message, m.Written) or not message.last:
                 return False
             self._new.close()
-            self._make_room(self._new_path)
+            self._make_room()
             self._new_path.replace(self._path)
         except OSError as error:
             raise MigrationError(f"cannot keep a checkpoint in {self._new_path}: {error.strerror}") from error
@@ -90,20 +91,23 @@ class CheckpointStore:
         self._new_path.unlink(missing_ok=True)
         self._pages = self._context_bytes = 0
 
-    def _make_room(self, path: Path) -> None:
-        """Frames for what was no memory at the switchover: all that can fail, before anything is changed."""
-        for message, _payload in _read(path):
+    def _make_room(self) -> None:
+        """Frames for what was no memory at the switchover, before anything is changed: there may be none."""
+        for message, _payload in _read(self._new_path):
             if isinstance(message, m.Written):
-                for pfns in (message.pfns, message.zeros):
-                    self._domain.populate(pfns[~self._domain.present(pfns)])
+                _populate(self._domain, message)
 
     def apply(self) -> None:
         """Bring the source's memory to the last whole checkpoint.  Raises ``XenError``."""
+        self._write_to(self._domain)
+
+    def _write_to(self, domain: Domain) -> None:
         for message, payload in _read(self._path):
             if isinstance(message, m.Written):
-                self._domain.write_pages(message.pfns, payload)
-                self._domain.write_pages(message.zeros, None)
-                self._domain.depopulate(message.holes[self._domain.present(message.holes)])
+                _populate(domain, message)
+                domain.write_pages(message.pfns, payload)
+                domain.write_pages(message.zeros, None)
+                domain.depopulate(message.holes[domain.present(message.holes)])
 
     # ---- what is left in the end ----
     def close(self) -> None:
@@ -124,9 +128,15 @@ class CheckpointStore:
                 to.write_pages(message.pfns, data)
                 to.write_pages(message.zeros, None)
                 self._domain.depopulate(pfns)
+            self._write_to(to)  # it may not have been applied to its end
             pieces = [message.data for message, _payload in _read(self._path) if isinstance(message, m.Checkpoint)]
             to.set_context(b"".join(pieces))
             to.start()
+
+
+def _populate(domain: Domain, message: m.Written) -> None:
+    for pfns in (message.pfns, message.zeros):
+        domain.populate(pfns[~domain.present(pfns)])
 
 
 def _read(path: Path) -> Iterator[tuple[m.Message, memoryview]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import logging
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,8 @@ class SenderDaemon:
 
 
 def _line(migration: OutgoingMigration) -> dict[str, Any]:
+    progress = asdict(migration.progress)
+    checkpoint_at = progress.pop("checkpoint_at")
     return {
         "id": migration.id,
         "direction": "outgoing",
@@ -239,7 +242,8 @@ def _line(migration: OutgoingMigration) -> dict[str, Any]:
         "peer": migration.lanes.peer,
         "strategy": migration.options.strategy.value,
         "handed_over": migration.session.handed_over,
-        **asdict(migration.progress),
+        "checkpoint_age_s": round(time.monotonic() - checkpoint_at, 1) if checkpoint_at else None,
+        **progress,
     }
 
 

@@ -105,7 +105,7 @@ class Progress:
     checkpoints: int = 0
     """That have come back; the guest would go on here as it was at the last of them."""
     checkpoint_at: float = 0.0
-    """When that came (seconds since 1970)."""
+    """When that came."""
     problem: str = ""
 
 
@@ -743,7 +743,7 @@ class OutgoingMigration:
             if not self._checkpoints.add(message, payload):
                 return
             self.progress.checkpoints += 1
-            self.progress.checkpoint_at = time.time()
+            self.progress.checkpoint_at = time.monotonic()
         except RemoteProtocolError:
             raise
         except (MigrationError, XenError) as error:

@@ -188,7 +188,7 @@ async def test_what_a_lost_link_took_along_comes_with_the_next_checkpoint(clean_
 async def test_a_checkpoint_that_cannot_be_kept_costs_the_protection_only(
     clean_hosts: World, name: str, monkeypatch: Patch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def full(self: CheckpointStore, path: object) -> None:
+    def full(self: CheckpointStore) -> None:
         raise XenError("populate_physmap", errno.ENOMEM)
 
     monkeypatch.setattr(CheckpointStore, "_make_room", full)
@@ -199,22 +199,46 @@ async def test_a_checkpoint_that_cannot_be_kept_costs_the_protection_only(
     assert (await verification(clean_hosts, busy(name))).problems == []
 
 
-async def test_a_guest_that_cannot_be_suspended_goes_on_unprotected(
-    clean_hosts: World, name: str, monkeypatch: Patch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("call", ["suspend", "log_dirty_enable"])
+async def test_a_guest_that_cannot_be_protected_goes_on_without(
+    clean_hosts: World, name: str, monkeypatch: Patch, caplog: pytest.LogCaptureFixture, call: str
 ) -> None:
-    suspend = SimulatedDomain.suspend
+    original = getattr(SimulatedDomain, call)
 
     def refuse(self: SimulatedDomain) -> None:
         if self._host is not clean_hosts.source:
-            raise XenError("suspend", errno.ETIMEDOUT)
-        suspend(self)
+            raise XenError(call, errno.ETIMEDOUT)
+        original(self)
 
-    monkeypatch.setattr(SimulatedDomain, "suspend", refuse)
+    monkeypatch.setattr(SimulatedDomain, call, refuse)
     outcome = await protected(clean_hosts, busy(name))
     monkeypatch.undo()
     assert outcome.error is None
-    assert any("not protected any more: suspend" in message for message in caplog.messages)
+    assert any(f"not protected any more: {call}" in message for message in caplog.messages)
     assert (await verification(clean_hosts, busy(name))).problems == []
+
+
+async def test_a_checkpoint_that_was_written_in_part_is_written_once_more(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
+    """It was whole: the guest goes on from it."""
+    write, failures = SimulatedDomain.write_pages, list[Domain]()
+
+    def fail_once(self: SimulatedDomain, pfns: Any, pages: Any) -> None:
+        if self._host is clean_hosts.source and not failures and len(pfns) > 1:
+            failures.append(self)
+            write(self, pfns[:1], pages)
+            raise XenError("foreign write", errno.EIO)
+        write(self, pfns, pages)
+
+    async def meanwhile(outcome: Outcome, link: Link) -> None:
+        await until_async(lambda: bool(failures))
+        await dies_after(0, clean_hosts)(outcome, link)
+
+    monkeypatch.setattr(SimulatedDomain, "write_pages", fail_once)
+    outcome = await protected(clean_hosts, busy(name), meanwhile)
+    assert outcome.migration.progress.problem.startswith("the guest goes on here")
+    assert verified_at_source(clean_hosts.source, busy(name)).problems == []
 
 
 async def test_the_way_back_is_tried_until_it_is_there(clean_hosts: World, name: str, monkeypatch: Patch) -> None:

@@ -82,7 +82,7 @@ class ProgressDisplay:
             parts.append(f"{p['pages_done']} of {p['pages_total']} pages")
         if p["handed_over"]:
             parts.append(f"{p['outstanding']} pages outstanding")
-            if p.get("checkpoints"):
-                parts.append(f"protected as of {time.time() - p['checkpoint_at']:.1f} s ago")
+            if p.get("checkpoint_age_s") is not None:
+                parts.append(f"protected as of {p['checkpoint_age_s']:.1f} s ago")
             parts.append(f"{p['faults']} faults" + (f" at {p['latency_us']} us" if p["faults"] else ""))
         return ", ".join(parts)
