@@ -18,6 +18,8 @@ from pathlib import Path
 
 CORPUS = Path(__file__).with_name("corpus")
 MAX_INPUT = 4096
+PIECE_S = 600
+"""Then a new process goes on: atheris keeps each number that it has seen compared."""
 
 
 def main() -> None:
@@ -30,12 +32,14 @@ def main() -> None:
     limits = [f"-max_len={MAX_INPUT}", "-rss_limit_mb=1024", "-timeout=10", "-print_final_stats=1"]
     with tempfile.TemporaryDirectory() as folder:
         if options.minimize:
-            command = [*target, "-merge=1", folder, str(CORPUS)]
+            commands = [[*target, "-merge=1", folder, str(CORPUS)]]
         else:
-            command = [*target, *limits, f"-max_total_time={options.seconds}", folder, str(CORPUS)]
-        status = subprocess.run(command, check=False).returncode
-        if status:
-            sys.exit(status)
+            pieces = [min(PIECE_S, options.seconds - at) for at in range(0, options.seconds, PIECE_S)]
+            commands = [[*target, *limits, f"-max_total_time={piece}", folder, str(CORPUS)] for piece in pieces]
+        for command in commands:
+            status = subprocess.run(command, check=False).returncode
+            if status:
+                sys.exit(status)
         found = sorted(Path(folder).iterdir())
         if options.minimize:
             for old in CORPUS.iterdir():
