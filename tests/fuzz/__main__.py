@@ -41,6 +41,8 @@ def main() -> None:
             if status:
                 sys.exit(status)
         found = sorted(Path(folder).iterdir())
+        if options.minimize and not found:
+            sys.exit("fuzz: nothing came of it; the corpus is as it was")
         if options.minimize:
             for old in CORPUS.iterdir():
                 old.unlink()

@@ -115,5 +115,6 @@ def one_input(data: bytes) -> None:
 
 
 if __name__ == "__main__":
-    atheris.Setup(sys.argv, one_input)
+    # What libFuzzer is to start where it merges.
+    atheris.Setup([f"{sys.executable} -m tests.fuzz.target", *sys.argv[1:]], one_input)
     atheris.Fuzz()
