@@ -278,7 +278,11 @@ class Reception:
 
     async def receive(self, stream: trio.SocketStream) -> None:
         """Take in a connection."""
-        address = str(stream.socket.getpeername()[0]) if stream.socket.fileno() >= 0 else ""
+        try:
+            address = str(stream.socket.getpeername()[0])
+        except OSError:  # it has gone again
+            stream.socket.close()
+            return
         if self._strangers[address] >= MAX_STRANGERS:
             log.debug("connection from %s refused: too many that say nothing", address)
             stream.socket.close()

@@ -6,6 +6,7 @@ Each test is such a peer, against the daemons as processes, while a guest is bei
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -26,6 +27,7 @@ from migrate.session import new_id, new_token
 from migrate.transport import LaneConnection, Terms
 from receiver.daemon import MAX_WITHOUT_OFFER
 from tests.conftest import MIB
+from tests.links import NO_LINGER
 from tests.many import holds
 from tests.test_link_loss import until
 from xenbackend.simulated.client import SimulatedDomain
@@ -44,10 +46,10 @@ def hosts_with_daemons() -> Iterator[World]:
 
 
 @pytest.fixture
-async def world(hosts_with_daemons: World) -> AsyncIterator[World]:
-    """A migration goes on during the test, and arrives."""
-    world = hosts_with_daemons
-    spec = GuestSpec(f"bystander{next(numbers)}", 16 * MIB, 2, workload="random", zero_permille=0, rate=2000)
+async def world(hosts_with_daemons: World, request: pytest.FixtureRequest) -> AsyncIterator[World]:
+    """A migration goes on during the test, and arrives.  A parameter says how many seconds it takes."""
+    world, seconds = hosts_with_daemons, getattr(request, "param", 1)
+    spec = GuestSpec(f"bystander{next(numbers)}", 8 * MIB, 2, workload="random", zero_permille=0, rate=2000)
     guest = world.source.create_guest(spec.to_bytes())
     await trio.to_thread.run_sync(wait_for_steps, guest, 50)
     guest.close()
@@ -58,13 +60,13 @@ async def world(hosts_with_daemons: World) -> AsyncIterator[World]:
         try:
             world.ask(
                 "sender", command="migrate", domain=spec.name, destination=f"127.0.0.1:{world.port}",
-                strategy="postcopy", bandwidth=6 * MIB,
+                strategy="postcopy", bandwidth=8 * MIB // seconds,
             )  # fmt: skip
         except MigrationError as error:
             errors.append(error)
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(trio.to_thread.run_sync, bystander)
+        nursery.start_soon(functools.partial(trio.to_thread.run_sync, bystander, abandon_on_cancel=True))
         await until(lambda: phase(world, "receiver", spec.name) == "postcopy")
         yield world
         more = {which: holds(world, which)["MiB"] - before[which] for which in before}
@@ -208,6 +210,7 @@ async def test_a_sender_after_the_handover(world: World, said: Said, complaint: 
         await until(lambda: phase(world, "receiver", sender.name) == "failed")
 
 
+@pytest.mark.parametrize("world", [3], indirect=True)
 async def test_connections_that_say_nothing(world: World) -> None:
     with contextlib.ExitStack() as stack:
         connections = []
@@ -220,6 +223,16 @@ async def test_connections_that_say_nothing(world: World) -> None:
     await until(lambda: holds(world, "receiver")["descriptors"] < 100)
 
 
+async def test_connections_that_are_reset_at_once(world: World) -> None:
+    for number in range(300):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", world.port), timeout=5) as connection:
+            if number % 2:
+                connection.send(b"XPC1")
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
+    world.check_alive()
+
+
+@pytest.mark.parametrize("world", [3], indirect=True)
 async def test_sessions_that_offer_nothing(world: World) -> None:
     refusals: list[str] = []
     async with trio.open_nursery() as nursery:
@@ -356,6 +369,7 @@ async def test_a_receiver_after_the_handover(world: World, said: Said, complaint
     await receiver_of(world, what, after=after)
 
 
+@pytest.mark.parametrize("world", [4], indirect=True)
 async def test_a_flood_of_faults_by_one_that_reads_nothing(world: World) -> None:
     """Each is answered by a page, again and again; the answers wait in its own socket, and it is not asked for more."""
 
