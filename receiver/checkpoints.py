@@ -22,7 +22,7 @@ from migrate import messages as m
 from migrate.pfns import PfnMask, batches_of, mask_from_bitmap
 from migrate.statistics import PagerStatistics
 from migrate.transport import run_in_thread
-from xenbackend.contract import Domain, DomainState, PageStatus, XenError
+from xenbackend.contract import PAGE_SIZE, Domain, DomainState, PageStatus, XenError
 
 log = logging.getLogger(__name__)
 
@@ -120,13 +120,14 @@ class Checkpoints:
             for message, pieces in self._written(rest):
                 self._say(message, pieces)
             rest[:] = False
+        expected = rest | mask_from_bitmap(self._domain.log_dirty(clean=False), self._domain.nr_pfns)
+        room = Room(int(np.count_nonzero(expected)))
         with self._standing_still():
             rest |= self._look()
             context = self._domain.context()
-            copies = [(message, b"".join(pieces)) for message, pieces in self._written(rest)]
-        while copies:
-            message, data = copies.pop()
-            self._say(message, [memoryview(data)] if data else [])
+            copies = [(message, room.take(pieces)) for message, pieces in self._written(rest)]
+        for message, copied in copies:
+            self._say(message, copied)
         for at in range(0, len(context), m.MAX_CONTEXT_CHUNK):
             chunk = context[at : at + m.MAX_CONTEXT_CHUNK]
             self._say(m.Checkpoint(chunk, at + len(chunk) == len(context)), [])
@@ -155,3 +156,24 @@ class Checkpoints:
                 if len(data) + len(zeros) + len(holes):
                     self._statistics.checkpoint_pages += len(pfns)
                     yield m.Written(data, zeros, holes), mapped.data
+
+
+class Room:
+    """For copies of about so many pages.  Memory costs most when it is touched first: that is before the guest stands still."""
+
+    def __init__(self, pages: int):
+        self._free = np.full((pages + pages // 4) * PAGE_SIZE, 1, dtype=np.uint8)
+
+    def take(self, pieces: list[memoryview]) -> list[memoryview]:
+        """A copy of pieces of memory."""
+        size = sum(map(len, pieces))
+        if not size:
+            return []
+        if size > len(self._free):
+            return [memoryview(b"".join(pieces))]
+        copy, self._free = self._free[:size], self._free[size:]
+        at = 0
+        for piece in pieces:
+            copy[at : at + len(piece)] = np.frombuffer(piece, dtype=np.uint8)
+            at += len(piece)
+        return [copy.data]
