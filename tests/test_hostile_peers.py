@@ -223,6 +223,18 @@ async def test_connections_that_say_nothing(world: World) -> None:
     await until(lambda: holds(world, "receiver")["descriptors"] < 100)
 
 
+async def test_a_byte_now_and_then() -> None:
+    """As silent as nothing, where it takes longer than ``silence_s`` for the next one."""
+    with loopback_world(64 * MIB, config="[network]\nsilence_s = 1\n") as world:
+        async with Sender.of_a_guest(world) as sender:
+            for byte in b"XPC1":
+                with contextlib.suppress(OSError):
+                    sender.push._socket.sendall(bytes([byte]))
+                await trio.sleep(1.5)
+            await until(lambda: phase(world, "receiver", sender.name) == "failed")
+            assert line(world, "receiver", sender.name)["problem"] == "the peer has said nothing for 1 s"
+
+
 async def test_connections_that_are_reset_at_once(world: World) -> None:
     for number in range(300):
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", world.port), timeout=5) as connection:
