@@ -130,6 +130,10 @@ class Trial:
                 self.world.ask(which, command="decide", migration=migration, here=True)
         self.world.ask(which, command="reconnect", migration=migration)
 
+    def phase(self, which: str) -> str:
+        mine = [line["phase"] for line in lines_of(self.world, which) if line["domain"] == self.spec.name]
+        return str(mine[-1]) if mine else ""
+
     def _places(self) -> list[tuple[str, SimulatedHypervisor, DomainState]]:
         hosts = {"source": self.world.source, "destination": self.world.destination}
         return [(w, h, i.state) for w, h in hosts.items() for i in h.domains() if i.name == self.spec.name]
@@ -140,6 +144,8 @@ class Trial:
             places = self._places()
             if [state for _where, _host, state in places] == [DomainState.RUNNING]:
                 break
+            if not places and self.destination_died and self.phase("sender") == "completed":
+                return "gone with its host"  # which died when all had come
             if time.monotonic() > deadline:
                 raise LostError(f"it runs at {[(where, state.value) for where, _h, state in places]}")
             time.sleep(0.02)
@@ -193,9 +199,7 @@ async def lose_destination(trial: Trial) -> None:
 
     def die() -> None:
         trial.world.stop("receiver", signal.SIGKILL)
-        if any(
-            line["phase"] in ARRIVED for line in lines_of(trial.world, "sender") if line["domain"] == trial.spec.name
-        ):
+        if trial.phase("sender") in ARRIVED:
             start_anew(trial.world, "receiver")
             return
         with contextlib.suppress(XenError), trial.world.destination.open(trial.spec.name) as domain:

@@ -229,7 +229,7 @@ async def test_a_byte_now_and_then() -> None:
         async with Sender.of_a_guest(world) as sender:
             for byte in b"XPC1":
                 with contextlib.suppress(OSError):
-                    sender.push._socket.sendall(bytes([byte]))
+                    sender.push._socket.sendmsg([memoryview(bytes([byte]))])
                 await trio.sleep(1.5)
             await until(lambda: phase(world, "receiver", sender.name) == "failed")
             assert line(world, "receiver", sender.name)["problem"] == "the peer has said nothing for 1 s"
