@@ -31,6 +31,7 @@ KINDS = (PageStatus.DATA, PageStatus.ZERO, PageStatus.HOLE)
 LIVE_PAGES = 4096
 """From here on copying them would take longer than suspending: a first part is sent with the guest running."""
 NOT_PROTECTED = "the guest is not protected any more"
+ATTEMPTS = 3
 MOST_STANDING_STILL = 0.1
 """Of the time: where checkpoints take longer, there are fewer of them."""
 
@@ -70,9 +71,10 @@ class Checkpoints:
     async def run(self, stop: Callable[[], None]) -> None:
         """One after the other, until cancelled; ``stop`` is to cut a sending thread short.
 
-        A guest that cannot be suspended goes on without.
+        A guest that cannot be suspended goes on without; one that misses much of its memory may only take its time.
         """
         pause_s = 0.0 if self._inherited else self._every_s
+        failures = 0
         while True:
             await trio.sleep(pause_s)
             async with self._making:
@@ -83,8 +85,13 @@ class Checkpoints:
                 try:
                     await run_in_thread(self._make, stop)
                 except XenError as error:
-                    log.error("%s: %s", NOT_PROTECTED, error)
-                    return
+                    failures += 1
+                    if failures == ATTEMPTS:
+                        log.error("%s: %s", NOT_PROTECTED, error)
+                        return
+                    log.warning("no checkpoint could be made, trying again: %s", error)
+                    continue
+                failures = 0
                 if self._made:
                     await self._kept.wait()
             stood_still = self._statistics.checkpoint_pause_s - began

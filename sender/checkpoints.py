@@ -30,6 +30,8 @@ from xenbackend.contract import Domain, DomainState
 log = logging.getLogger(__name__)
 
 MAX_CONTEXT_BYTES = 64 * 1024 * 1024
+MAX_COPIES = 4
+"""Of a page, in one checkpoint: with the guest running, as often as it is tried to suspend it, and one after that."""
 MOVED_PAGES = 1024
 """At a time."""
 
@@ -62,7 +64,7 @@ class CheckpointStore:
             self._pages += len(message.pfns) + len(message.zeros) + len(message.holes)
         else:
             self._context_bytes += len(message.data)
-        if self._pages > 2 * self._domain.nr_pfns or self._context_bytes > MAX_CONTEXT_BYTES:
+        if self._pages > MAX_COPIES * self._domain.nr_pfns or self._context_bytes > MAX_CONTEXT_BYTES:
             raise RemoteProtocolError("a checkpoint that is larger than the guest")
         try:
             if self._new is None:  # guest memory: for nobody else's eyes

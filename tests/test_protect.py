@@ -19,6 +19,7 @@ from migrate.lanes import DialledLanes
 from migrate.loopback import World, loopback_world, start_sender, wait_for_steps
 from migrate.policy import PolicyOptions, Strategy
 from migrate.transport import Terms
+from receiver import checkpoints
 from receiver.checkpoints import Checkpoints
 from sender import migration as sender_migration
 from sender.checkpoints import CheckpointStore
@@ -216,6 +217,24 @@ async def test_a_guest_that_cannot_be_protected_goes_on_without(
     assert outcome.error is None
     assert any(f"not protected any more: {call}" in message for message in caplog.messages)
     assert (await verification(clean_hosts, busy(name))).problems == []
+
+
+async def test_a_guest_that_takes_its_time_to_suspend_is_asked_again(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
+    suspend, refusals = SimulatedDomain.suspend, list[Domain]()
+
+    def refuse_twice(self: SimulatedDomain) -> None:
+        if self._host is not clean_hosts.source and len(refusals) < 2:
+            refusals.append(self)
+            raise XenError("suspend", errno.ETIMEDOUT)
+        suspend(self)
+
+    monkeypatch.setattr(SimulatedDomain, "suspend", refuse_twice)
+    monkeypatch.setattr(checkpoints, "LIVE_PAGES", 1)
+    await protected(clean_hosts, busy(name), dies_after(1, clean_hosts))
+    assert len(refusals) == 2
+    assert verified_at_source(clean_hosts.source, busy(name)).problems == []
 
 
 async def test_a_checkpoint_that_was_written_in_part_is_written_once_more(

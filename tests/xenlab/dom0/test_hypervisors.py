@@ -222,7 +222,7 @@ def test_daemons_are_killed_in_postcopy_and_their_successors_go_on(xen: XenHyper
             xen.destroy(arrived.domid)
 
 
-@PAGING
+@pytest.mark.hypervisors("populate-evicted")  # how pages were evicted has nothing to do with it
 def test_a_protected_guest_outlives_its_destination(xen: XenHypervisor, tmp_path: Path) -> None:
     """It goes on at the source, in a new domain, as it was at the last checkpoint."""
     with guest("phoenix") as made, daemons(tmp_path) as running:
