@@ -45,9 +45,6 @@ class CheckpointStore:
         self._new: BinaryIO | None = None
         self._context_bytes = 0
         self._pages = 0
-        self.count = 0
-        """Whole ones, in this process."""
-        self.bytes = 0
 
     @property
     def exists(self) -> bool:
@@ -72,7 +69,6 @@ class CheckpointStore:
             # Checked: what comes back from a disk is not what was put there, now and then.
             self._new.write(frames.encode(message.header(), [payload] if payload else (), checked=True))
             self._new.write(payload)
-            self.bytes += len(payload)
             if isinstance(message, m.Written) or not message.last:
                 return False
             self._new.close()
@@ -82,7 +78,6 @@ class CheckpointStore:
             raise MigrationError(f"cannot keep a checkpoint in {self._new_path}: {error.strerror}") from error
         self.abandon()
         self.apply()
-        self.count += 1
         return True
 
     def abandon(self) -> None:
