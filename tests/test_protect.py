@@ -29,7 +29,6 @@ from tests.conftest import MIB
 from tests.inprocess import Outcome, migrate, verification
 from tests.links import Link
 from tests.test_daemon_death import kill, lines, until
-from tests.test_invariants import busy
 from tests.test_link_loss import until as until_async
 from xenbackend.contract import Domain, DomainState, XenError
 from xenbackend.simulated.client import SimulatedDomain, SimulatedHypervisor
@@ -39,6 +38,12 @@ from xenbackend.simulated.verify import Verification, verify
 Patch = pytest.MonkeyPatch
 Meanwhile = Callable[[Outcome, Link], Awaitable[None]]
 EVERY_S = 0.02
+
+
+def busy(name: str, memory: int = 32 * MIB, **others: Any) -> GuestSpec:
+    """Slow enough that its memory does not come by faults, before anything could be sent back."""
+    defaults: dict[str, Any] = {"workload": "random", "working_set_bytes": 16 * MIB, "zero_permille": 0, "rate": 2000}
+    return GuestSpec(name, memory, 2, **{**defaults, **others})
 
 
 def options(strategy: Strategy = Strategy.POSTCOPY, **others: Any) -> MigrationOptions:
@@ -86,7 +91,7 @@ def verified_at_source(host: SimulatedHypervisor, spec: GuestSpec, before: list[
 async def test_a_protected_guest_arrives_like_any_other(
     clean_hosts: World, name: str, strategy: Strategy, workload: str
 ) -> None:
-    spec = busy(name, workload=workload)
+    spec = busy(name, workload=workload, rate=None)
     outcome = await protected(clean_hosts, spec, with_options=options(strategy))
     assert outcome.error is None
     result = outcome.migration.result()
@@ -181,9 +186,10 @@ async def test_what_a_lost_link_took_along_comes_with_the_next_checkpoint(clean_
         await until_async(lambda: outcome.migration.progress.phase == "postcopy")
         await dies_after(made + 1, clean_hosts)(outcome, link)
 
-    outcome = await protected(clean_hosts, busy(name), meanwhile, options(bandwidth_bytes_per_s=4 * MIB))
+    spec = busy(name, 64 * MIB)  # each new pair of lanes begins with four
+    outcome = await protected(clean_hosts, spec, meanwhile, options(bandwidth_bytes_per_s=4 * MIB))
     assert outcome.migration.progress.problem.startswith("the guest goes on here")
-    assert verified_at_source(clean_hosts.source, busy(name)).problems == []
+    assert verified_at_source(clean_hosts.source, spec).problems == []
 
 
 async def test_a_checkpoint_that_cannot_be_kept_costs_the_protection_only(
