@@ -84,7 +84,9 @@ class World:
                 stdout=output,
                 stderr=output,
                 env={**os.environ, "NOTIFY_SOCKET": str(notify_path)},
-                start_new_session=True,  # Ctrl-C is for us: we end them in order
+                # Ctrl-C is for us: we end them in order.  Not a session of their own: the kernel would share the CPUs out among
+                # sessions first (CONFIG_SCHED_AUTOGROUP), and what is more urgent in one process would wait for the others.
+                process_group=0,
             )
             process = self.processes[name] = Process(name, popen, log)
             ready.settimeout(0.2)

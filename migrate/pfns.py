@@ -59,6 +59,14 @@ def from_mask(mask: PfnMask, base: int = 0) -> PfnArray:
     return np.flatnonzero(mask).astype(np.uint64) + np.uint64(base)
 
 
+def runs(mask: PfnMask) -> list[list[int]]:
+    """[first, stop] of each run of true elements."""
+    if np.count_nonzero(mask) == len(mask):  # nearly always, and a vCPU may be waiting
+        return [[0, len(mask)]] if len(mask) else []
+    edges: list[list[int]] = np.flatnonzero(np.diff(mask, prepend=False, append=False)).reshape(-1, 2).tolist()
+    return edges
+
+
 def windows(mask: PfnMask) -> Iterator[tuple[int, bytes]]:
     """(first pfn, bitmap) of each window that is not empty."""
     for base in range(0, len(mask), WINDOW_PFNS):

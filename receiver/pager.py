@@ -26,13 +26,13 @@ from numpy.typing import NDArray
 
 from migrate.errors import PeerClosedError
 from migrate.messages import MAX_FAULT_PFNS, MAX_PFNS, Ahead, Dropped, Fault, Lane, Loaded, Message, Pages, Report
-from migrate.pfns import NO_PFNS, PfnMask
+from migrate.pfns import NO_PFNS, PfnMask, runs
 from migrate.session import Phase, Session
 from migrate.statistics import PagerStatistics
 from migrate.transport import LaneConnection, run_in_thread
 from receiver.outstanding import OutstandingPages, Verdict
 from receiver.restore import select_pages
-from xenbackend.contract import Buffer, Domain, PfnArray, XenError
+from xenbackend.contract import PAGE_SIZE, Buffer, Domain, PfnArray, XenError
 from xenbackend.ring import PagingRing
 
 log = logging.getLogger(__name__)
@@ -238,15 +238,12 @@ class Pager:
 
     # ---- either ----
     def _claim(self, message: Pages, payload: memoryview) -> Iterator[tuple[PfnArray, Buffer | None]]:
-        """What is to be loaded of a message, in up to two batches."""
+        """What is to be loaded of a message, from where it lies: pages that have come already are a few, and are left out."""
         with self._lock:
             wanted = self._pages.claim(message.pfns)
             zeros = message.zeros[self._pages.claim(message.zeros)] if len(message.zeros) else message.zeros
-        count = np.count_nonzero(wanted)
-        if 0 < count == len(wanted):
-            yield message.pfns, payload
-        elif count:
-            yield message.pfns[wanted], select_pages(payload, wanted)
+        for first, stop in runs(wanted):
+            yield message.pfns[first:stop], payload[first * PAGE_SIZE : stop * PAGE_SIZE]
         if len(zeros):
             yield zeros, None
 

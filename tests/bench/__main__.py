@@ -74,15 +74,16 @@ Link = Callable[[int], contextlib.AbstractContextManager[int]]
 
 
 def migrate(
-    spec: GuestSpec, *, through: Link = contextlib.nullcontext, config: str = "", **request: Any
+    spec: GuestSpec, *, steps: int = 500, through: Link = contextlib.nullcontext, config: str = "", **request: Any
 ) -> dict[str, Any]:
     """One verified migration in a world of its own.
 
-    ``through``: what is between the sender and the receiver's port; ``config``: of both daemons.
+    ``steps``: that each vCPU has done before; ``through``: what is between the sender and the receiver's port; ``config``: of
+    both daemons.
     """
     with loopback_world(spec.memory_bytes, config=config) as world, through(world.port) as port:
         guest = world.source.create_guest(spec.to_bytes())
-        wait_for_steps(guest, 5 if spec.workload == "idle" else 500)
+        wait_for_steps(guest, 5 if spec.workload == "idle" else steps)
         guest.close()
         warm(min(spec.memory_bytes, 2 * GIB) + GIB // 2)
         memory = AnonymousMemory(world)
@@ -187,19 +188,20 @@ def downtime(_limits: Limits, runs: int) -> None:
 
 
 def peers(_limits: Limits, runs: int) -> None:
-    """QEMU's guest and ours: 1 GiB of which half is touched at random as fast as it can be, and half is zero."""
+    """QEMU's guest and ours: 1 GiB of which half is written at random as fast as it can be, and half is zero."""
     criu()
     why = qemu.unavailable()
     if why:
         row("QEMU", None, "", f"does not run here: {why}")
         return
-    spec = GuestSpec("guest", GIB, 1, "random", write_permille=750, zero_permille=500)
+    spec = GuestSpec("guest", GIB, 1, "random", write_permille=750, zero_permille=1000)
+    written = 2 * spec.working_pages  # visits, after which each page has been written
     for strategy in ("postcopy", "hybrid"):
         theirs, ours = [], []
         for _ in range(runs):
             with tempfile.TemporaryDirectory() as directory:
                 theirs.append(qemu.migrate(Path(directory), 1024, 512, rounds=strategy == "hybrid"))
-            ours.append(migrate(spec, strategy=strategy))
+            ours.append(migrate(spec, steps=written, strategy=strategy))
 
         def compare(what: str, our: list[float], their: list[float], unit: str) -> None:
             a, b = median(our), median(their)

@@ -137,13 +137,18 @@ size_t sim_look(struct sim_map *m, const uint64_t *pfns, size_t n, uint8_t *stat
 
 #define RUN_PAGES 64       /* neighbours that are locked and written together */
 
-/* Fill frames that we hold.  Through the file, not the mapping: a page that is written as a whole need
- * not be zeroed by the kernel first, which makes a fresh one a third cheaper. */
+/* Fill frames that we hold.  Several through the file, not the mapping: a page that is written as a whole need
+ * not be zeroed by the kernel first, which makes a fresh one a third cheaper.  But writers of a file wait for each other, and
+ * a single page is one that a vCPU waits for. */
 static int fill_frames(struct sim_map *m, uint64_t pfn, uint64_t n, const uint8_t *pages)
 {
     size_t left = n * PAGE_BYTES;
     off_t at = pfn * PAGE_BYTES;
 
+    if (n == 1) {
+        memcpy(m->memory + at, pages, left);
+        return 0;
+    }
     while (left) {
         ssize_t put = pwrite(m->memory_fd, pages, left, at);
 
