@@ -114,7 +114,8 @@ class _Signals:
     """What the receiver has told us so far."""
 
     passed: dict[int, trio.Event] = field(default_factory=dict)
-    ready: trio.Event = field(default_factory=trio.Event)
+    ready: threading.Event = field(default_factory=threading.Event)
+    """Waited for in a thread; the others are not."""
     resumed: trio.Event = field(default_factory=trio.Event)
     complete: trio.Event = field(default_factory=trio.Event)
 
@@ -162,6 +163,9 @@ class OutgoingMigration:
         """A toolstack that decides has decided so."""
         self._may_be_ready = False
         """The receiver, or what its successor makes of its journal: it may wait for the handover."""
+        self._deciding = threading.Lock()
+        """At which end the guest goes on, while it is suspended: one of these two becomes true."""
+        self._stays = False
         self._entrusted = False
         """The guest may be running at the destination."""
         self._last_word: m.Message | None = None
@@ -207,9 +211,10 @@ class OutgoingMigration:
 
     def cancel(self, reason: str) -> None:
         """Give up; the guest goes on here.  Raises :class:`MigrationError` after the handover."""
-        if self._entrusted and not self.session.handed_over:
+        self._stay()
+        if self._entrusted and self._toolstack.decides and not self.session.handed_over:
             raise MigrationError("too late to cancel: it is for xl to decide now at which end the guest runs")
-        if self.session.handed_over:
+        if self._entrusted:
             raise MigrationError("too late to cancel: the guest runs at the destination, and its memory is following")
         self._cancel_reason = reason
         self._scope.cancel()
@@ -352,10 +357,7 @@ class OutgoingMigration:
                     if not self._signals.complete.is_set():
                         lane_tasks.start_soon(run_in_thread, self._receive_push_lane, self._push.stop_receiving)
                     if not self._entrusted:
-                        await self._switch_over(*await self._precopy())
-                        if self._toolstack.decides:
-                            tasks.start_soon(self._follow_decision)
-                        await self._entrust()
+                        await self._switch_over(tasks, *await self._precopy())
                     await self._feed(lane_tasks)
                     lane_tasks.cancel_scope.cancel()
                 return
@@ -414,7 +416,7 @@ class OutgoingMigration:
         self._record("begun")
         self._log_dirty = True
         await trio.to_thread.run_sync(domain.log_dirty_enable)
-        await self._toolstack.track_device_model(True)
+        await trio.to_thread.run_sync(self._toolstack.track_device_model, True)
         self._heat = np.zeros(domain.nr_pfns, dtype=np.uint8)
         to_send: PfnMask = await trio.to_thread.run_sync(present, domain)
         previous = remaining = int(np.count_nonzero(to_send))
@@ -440,6 +442,7 @@ class OutgoingMigration:
         if decision is Decision.ABORT:
             raise MigrationError("the policy gave up: the guest dirties memory faster than it can be sent")
         if decision is Decision.STOP_AND_COPY:
+            await self._barrier(0, "the destination did not take in what it was sent")  # or it does so in the downtime
             return np.zeros_like(to_send), bitmap_of(to_send)
         return await self._defer(to_send)
 
@@ -454,7 +457,7 @@ class OutgoingMigration:
         self._pinned = await trio.to_thread.run_sync(pinned, domain)
         for number in range(1, MAX_DEFERRALS + 1):
             count = int(np.count_nonzero(unsent))
-            _there, gone = await self._send_holes(from_mask(unsent))
+            _there, gone = await trio.to_thread.run_sync(self._send_holes, from_mask(unsent))
             unsent[gone] = deferred[gone] = False
             if number > 1:
                 more = await trio.to_thread.run_sync(domain.pinned, from_mask(unsent))
@@ -526,76 +529,92 @@ class OutgoingMigration:
         )
 
     async def _send_batches(self, batches: Iterable[PfnArray], sent: Callable[[PfnArray, m.Pages], bool]) -> None:
-        """Map and send in a thread; ``sent`` is told, there, of each batch and says whether to go on."""
+        """:meth:`_send_all` in a thread."""
+        stop = threading.Event()
+        await self._send_in_thread(functools.partial(self._send_all, batches, sent, stop), stop.set)
+
+    async def _send_in_thread(
+        self, send: Callable[[], None], stop: Callable[[], None], *, urgent: bool = False
+    ) -> None:
         assert self._push is not None
-        push, stop = self._push, threading.Event()
-
-        def send_all() -> None:
-            for pfns in batches:
-                with self._domain.map_pages(pfns) as mapped:
-                    if not self.session.serving:
-                        message = announce(pfns, mapped)
-                    elif (missing := announce_missing(pfns, mapped, self._backlog)) is not None:
-                        message = missing
-                    else:
-                        continue
-                    self.session.sent(message, Lane.PUSH)
-                    size = push.send_blocking(message, mapped.data)
-                self.progress.bytes_sent += size
-                self.statistics.zero_pages += len(message.zeros)
-                wait = self._cap.spend(size, time.monotonic())
-                if not sent(pfns, message) or stop.wait(0 if self._standing_still else wait):
-                    return
-
         # A peer that takes nothing would hold the thread in its send: after a moment it is cut off.
-        cut_off = threading.Timer(CANCEL_GRACE_S, push.shut)
+        cut_off = threading.Timer(CANCEL_GRACE_S, self._push.shut)
         cut_off.daemon = True
 
         def stop_sending() -> None:
-            if not stop.is_set():
-                stop.set()
-                cut_off.start()
+            stop()
+            cut_off.start()
 
         try:
-            await run_in_thread(send_all, stop_sending)
+            await run_in_thread(send, stop_sending, urgent=urgent)
         finally:
             cut_off.cancel()
 
-    async def _send_holes(self, pfns: PfnArray) -> tuple[PfnArray, PfnArray]:
+    def _send_all(
+        self,
+        batches: Iterable[PfnArray],
+        sent: Callable[[PfnArray, m.Pages], bool],
+        stop: threading.Event | None = None,
+    ) -> None:
+        """Map and send; ``sent`` is told of each batch and says whether to go on."""
+        assert self._push is not None
+        for pfns in batches:
+            with self._domain.map_pages(pfns) as mapped:
+                if not self.session.serving:
+                    message = announce(pfns, mapped)
+                elif (missing := announce_missing(pfns, mapped, self._backlog)) is not None:
+                    message = missing
+                else:
+                    continue
+                self.session.sent(message, Lane.PUSH)
+                size = self._push.send_blocking(message, mapped.data)
+            self.progress.bytes_sent += size
+            self.statistics.zero_pages += len(message.zeros)
+            wait = self._cap.spend(size, time.monotonic())
+            if not sent(pfns, message) or (stop is not None and stop.wait(wait)):
+                return
+
+    def _send_holes(self, pfns: PfnArray) -> tuple[PfnArray, PfnArray]:
         """Tell of those that are no memory any more (ballooned); returns those that are, and those that are not."""
-        present = await trio.to_thread.run_sync(self._domain.present, pfns)
+        present = self._domain.present(pfns)
         gone = pfns[~present]
         for at in range(0, len(gone), m.MAX_PFNS):
-            await self._say(m.Pages(NO_PFNS, holes=gone[at : at + m.MAX_PFNS]))
+            self._say_blocking(m.Pages(NO_PFNS, holes=gone[at : at + m.MAX_PFNS]))
         return pfns[present], gone
 
-    @property
-    def _standing_still(self) -> bool:
-        """Between suspension and handover nothing is held back: it would be downtime."""
-        return self._suspended and not self.session.serving
-
     # ---- switchover ----
-    async def _switch_over(self, deferred: PfnMask, unsent: NDArray[np.uint8]) -> None:
+    async def _switch_over(self, tasks: trio.Nursery, deferred: PfnMask, unsent: NDArray[np.uint8]) -> None:
         self.progress.phase = "switchover"
-        domain, stats = self._domain, self.statistics
-        missing = self._backlog = Backlog(deferred)
+        self._backlog = Backlog(deferred)
+        try:
+            await self._send_in_thread(functools.partial(self._hand_over, unsent), self._stay, urgent=True)
+            await trio.lowlevel.checkpoint_if_cancelled()
+        finally:
+            if self._entrusted and self._toolstack.decides:
+                tasks.start_soon(self._follow_decision)
+                with trio.CancelScope(shield=True):
+                    await self._toolstack.switched_over()
+
+    def _hand_over(self, unsent: NDArray[np.uint8]) -> None:
+        """All that the guest stands still for.  In one thread: going from one to another is a tenth of a millisecond each time.
+
+        It takes as long as what changed since the last look is large, not the guest.
+        Nothing is sorted, since it may have written all that it has.
+        """
+        domain, stats, missing = self._domain, self.statistics, self._backlog
         stats.suspended = time.monotonic()
         self._suspended = True
-        await self._toolstack.suspend(domain)
+        self._toolstack.suspend(domain)
         log.info("suspended")
         self._may_be_ready = True
-        await self._say(m.Suspended())
-        # Everything below takes as long as what changed since the last look is large, not the guest.
-        # Nothing is sorted, since it may have written all that it has.
+        self._say_blocking(m.Suspended())
         written = domain.log_dirty(clean=True)
-        changed, gone = await self._send_holes(from_bitmap(written | unsent, domain.nr_pfns))
+        changed, gone = self._send_holes(from_bitmap(written | unsent, domain.nr_pfns))
         missing.remove(gone[missing.are_missing(gone)])
         new = changed[~missing.are_missing(changed)]
         if missing.unsent or not self._stop_and_copy_fits(len(new)):
-            held = await trio.to_thread.run_sync(domain.pinned, changed)
-            now = functools.reduce(
-                np.union1d, (self._pinned, held, self._hottest(changed[in_bitmap(written, changed)]))
-            )
+            hot = self._hottest(changed[in_bitmap(written, changed)])
+            now = functools.reduce(np.union1d, (self._pinned, domain.pinned(changed), hot))
             missing.add(new)
             now = now[missing.are_missing(now)]
             missing.remove(now)
@@ -604,36 +623,48 @@ class OutgoingMigration:
 
         def sent(_pfns: PfnArray, message: m.Pages) -> bool:
             stats.switchover_pages += count_pages(message)
-            return True
+            return not self._stays
 
-        await self._send_batches((now[at : at + BATCH_PAGES] for at in range(0, len(now), BATCH_PAGES)), sent)
+        # Whatever the bandwidth cap: to hold it back would be downtime.
+        self._send_all((now[at : at + BATCH_PAGES] for at in range(0, len(now), BATCH_PAGES)), sent)
         stats.missing_pages = missing.unsent
         new = new[missing.are_missing(new)]
         for at in range(0, len(new), m.MAX_PFNS):
-            await self._say(m.Missing(new[at : at + m.MAX_PFNS]))
+            self._say_blocking(m.Missing(new[at : at + m.MAX_PFNS]))
         context = domain.context()
         for at in range(0, len(context), m.MAX_CONTEXT_CHUNK):
             chunk = context[at : at + m.MAX_CONTEXT_CHUNK]
-            await self._say(m.Context(chunk, at + len(chunk) == len(context)))
+            self._say_blocking(m.Context(chunk, at + len(chunk) == len(context)))
         if self._toolstack.decides:
             # What was written since it was held may be another frame now.
-            await trio.to_thread.run_sync(domain.hold, changed[missing.are_missing(changed)])
-            await self._toolstack.track_device_model(False)
+            domain.hold(changed[missing.are_missing(changed)])
+            self._toolstack.track_device_model(False)
             self._stop_log_dirty()
-        with step_timeout("the guest was suspended, and the destination was not ready"):
-            await self._signals.ready.wait()
+        if not self._signals.ready.wait(STEP_TIMEOUT_S):
+            raise PeerClosedError(
+                f"the guest stands still, and the destination was not ready within {STEP_TIMEOUT_S:g} s"
+            )
         self.progress.pages_total = stats.missing_pages
         self._count_down()
+        self._entrust()
         log.info("ready, %d pages in downtime, %d missing", stats.switchover_pages, stats.missing_pages)
 
-    async def _entrust(self) -> None:
+    def _stay(self) -> None:
+        """The guest goes on here, if it is not too late for that."""
+        with self._deciding:
+            self._stays = not self._entrusted
+        if self._stays:
+            self._signals.ready.set()  # nobody needs to wait for that any more
+
+    def _entrust(self) -> None:
         """Said is done, even where it does not arrive: it is said again then."""
-        await trio.lowlevel.checkpoint_if_cancelled()
-        self._record("deciding" if self._toolstack.decides else "handed over")
-        self._entrusted = True
+        with self._deciding:
+            if self._stays:
+                return
+            self._record("deciding" if self._toolstack.decides else "handed over")
+            self._entrusted = True
         self.progress.phase = "deciding" if self._toolstack.decides else "postcopy"
-        with trio.CancelScope(shield=True):
-            await self._say_switched_over()
+        self._say_blocking(m.Entrust() if self._toolstack.decides else m.Handover())
 
     async def _say_switched_over(self) -> None:
         if self._toolstack.decides:
@@ -697,6 +728,11 @@ class OutgoingMigration:
         self.session.sent(message, Lane.PUSH)
         await self._push.send(message)
 
+    def _say_blocking(self, message: m.Message) -> None:
+        assert self._push is not None
+        self.session.sent(message, Lane.PUSH)
+        self._push.send_blocking(message)
+
     def _receive_push_lane(self) -> None:
         """In a thread, until the receiver says that nothing is outstanding."""
         assert self._push is not None
@@ -707,7 +743,7 @@ class OutgoingMigration:
                 case m.Passed():
                     trio.from_thread.run_sync(self._signals.passed[message.number].set)
                 case m.Ready():
-                    trio.from_thread.run_sync(self._signals.ready.set)
+                    self._signals.ready.set()
                 case m.Resumed() if self._signals.resumed.is_set():
                     pass
                 case m.Resumed():
@@ -749,9 +785,7 @@ class OutgoingMigration:
         except (MigrationError, XenError) as error:
             problem = m.printable(str(error))
             log.error("%s is not protected any more: %s", self.domain_name, error)
-        kept = m.Kept(problem)
-        self.session.sent(kept, Lane.PUSH)
-        self._push.send_blocking(kept)
+        self._say_blocking(m.Kept(problem))
 
     def _completed(self, message: m.Complete) -> None:
         self.receiver_statistics = _receiver_statistics(message.statistics)

@@ -10,6 +10,7 @@ runs there, or never will.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 from typing import Protocol
@@ -38,10 +39,10 @@ class Toolstack(Protocol):
     async def agreed(self) -> None:
         """The destination takes the guest in: from here on it is ours to migrate."""
 
-    async def track_device_model(self, enable: bool) -> None:
-        """What the device model writes is to be log-dirty."""
+    def track_device_model(self, enable: bool) -> None:
+        """What the device model writes is to be log-dirty.  To be called in a thread of trio's, and so is :meth:`suspend`."""
 
-    async def suspend(self, domain: Domain) -> None:
+    def suspend(self, domain: Domain) -> None:
         """Raises :class:`MigrationError` or ``XenError`` where the guest does not."""
 
     async def give_up(self, domain: Domain, reason: str, *, suspended: bool) -> None:
@@ -63,11 +64,11 @@ class OwnToolstack:
     async def agreed(self) -> None:
         pass
 
-    async def track_device_model(self, enable: bool) -> None:
+    def track_device_model(self, enable: bool) -> None:
         pass
 
-    async def suspend(self, domain: Domain) -> None:
-        await trio.to_thread.run_sync(domain.suspend)  # a real guest is asked, and takes its time
+    def suspend(self, domain: Domain) -> None:
+        domain.suspend()
 
     async def give_up(self, domain: Domain, reason: str, *, suspended: bool) -> None:
         if suspended and domain.state() is DomainState.SUSPENDED:
@@ -121,12 +122,12 @@ class XlToolstack:
         await self._ask("agreed")
         self._agreed = True
 
-    async def track_device_model(self, enable: bool) -> None:
-        if await self._ask("log_dirty", enable=enable):
+    def track_device_model(self, enable: bool) -> None:
+        if trio.from_thread.run(functools.partial(self._ask, "log_dirty", enable=enable)):
             raise MigrationError("xl could not have the device model record what it writes")
 
-    async def suspend(self, domain: Domain) -> None:
-        if await self._ask("suspend") != 1:
+    def suspend(self, domain: Domain) -> None:
+        if trio.from_thread.run(self._ask, "suspend") != 1:
             raise MigrationError("xl could not suspend the guest")
 
     async def give_up(self, domain: Domain, reason: str, *, suspended: bool) -> None:

@@ -67,6 +67,8 @@ class HostedDomain:
         self.p2m = np.frombuffer(ffi.buffer(self.map.p2m, config.nr_pfns * 4), dtype=np.uint32)
         self.p2m[:] = lib.P2M_HOLE
         self.native = lib.sim_host_new(self.map)
+        if self.native == ffi.NULL:
+            raise XenError("create", errno.EAGAIN, why="no threads for its vCPUs")
 
     def boot(self) -> None:
         """All memory there, with the image in it; then the guest runs."""

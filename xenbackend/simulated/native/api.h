@@ -133,9 +133,9 @@ uint64_t sim_ballooned(const struct sim_program *program, uint64_t count);
 
 /* ---- vCPUs (vcpu.c): in the host's process only ---- */
 struct sim_host_domain;
-struct sim_host_domain *sim_host_new(struct sim_map *m);
+struct sim_host_domain *sim_host_new(struct sim_map *m);     /* its vCPUs paused; NULL: no threads for them */
 void sim_host_free(struct sim_host_domain *h);      /* ends the threads */
-int sim_host_resume_guest(struct sim_host_domain *h);   /* first run here: register vcpu_info, start vCPUs */
+int sim_host_resume_guest(struct sim_host_domain *h);   /* first run here: register vcpu_info */
 void sim_host_pause(struct sim_host_domain *h);     /* returns when no vCPU runs */
 void sim_host_unpause(struct sim_host_domain *h);
 void sim_host_paging_enable(struct sim_host_domain *h, void *ring_page, int to_pager_fd, int from_pager_fd);

@@ -409,27 +409,6 @@ static void *vcpu_main(void *arg)
 
 /* -------- what the host's process calls -------- */
 
-struct sim_host_domain *sim_host_new(struct sim_map *m)
-{
-    struct sim_host_domain *h = calloc(1, sizeof(*h));
-    pthread_condattr_t monotonic;
-
-    if (!h)
-        return NULL;
-    h->m = m;
-    h->pause = 1;               /* a new domain is paused, by its builder */
-    pthread_mutex_init(&h->lock, NULL);
-    pthread_cond_init(&h->settled, NULL);
-    pthread_condattr_init(&monotonic);
-    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
-    for (uint32_t i = 0; i < m->dom->nr_vcpus; i++) {
-        h->vcpu[i].h = h;
-        h->vcpu[i].id = i;
-        pthread_cond_init(&h->vcpu[i].wake, &monotonic);
-    }
-    return h;
-}
-
 static int vcpus_running(struct sim_host_domain *h)
 {
     int running = 0;
@@ -463,7 +442,6 @@ void sim_host_unpause(struct sim_host_domain *h)
 int sim_host_resume_guest(struct sim_host_domain *h)
 {
     struct sim_domain *d = h->m->dom;
-    sigset_t all, old;
 
     if (h->started)
         return 0;
@@ -481,18 +459,7 @@ int sim_host_resume_guest(struct sim_host_domain *h)
         d->vcpu[i].registered = 1;
         entry_unlock(h->m, pfn);
     }
-    sigfillset(&all);           /* signals are the Python threads' */
-    pthread_sigmask(SIG_SETMASK, &all, &old);
     h->started = 1;
-    for (uint32_t i = 0; i < d->nr_vcpus; i++) {
-        h->vcpu[i].state = VCPU_RUNNING;
-        if (pthread_create(&h->vcpu[i].thread, NULL, vcpu_main, &h->vcpu[i])) {
-            h->vcpu[i].state = VCPU_OFF;
-            pthread_sigmask(SIG_SETMASK, &old, NULL);
-            return -EAGAIN;
-        }
-    }
-    pthread_sigmask(SIG_SETMASK, &old, NULL);
     return 0;
 }
 
@@ -558,4 +525,38 @@ void sim_host_free(struct sim_host_domain *h)
             pthread_join(h->vcpu[i].thread, NULL);
     paging_disable(h);
     free(h);
+}
+
+struct sim_host_domain *sim_host_new(struct sim_map *m)
+{
+    struct sim_host_domain *h = calloc(1, sizeof(*h));
+    pthread_condattr_t monotonic;
+    sigset_t all, old;
+
+    if (!h)
+        return NULL;
+    h->m = m;
+    h->pause = 1;               /* a new domain is paused, by its builder */
+    pthread_mutex_init(&h->lock, NULL);
+    pthread_cond_init(&h->settled, NULL);
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    for (uint32_t i = 0; i < m->dom->nr_vcpus; i++) {
+        h->vcpu[i].h = h;
+        h->vcpu[i].id = i;
+        pthread_cond_init(&h->vcpu[i].wake, &monotonic);
+    }
+    sigfillset(&all);           /* signals are the Python threads' */
+    pthread_sigmask(SIG_SETMASK, &all, &old);
+    for (uint32_t i = 0; i < m->dom->nr_vcpus; i++) {
+        h->vcpu[i].state = VCPU_RUNNING;
+        if (pthread_create(&h->vcpu[i].thread, NULL, vcpu_main, &h->vcpu[i])) {
+            h->vcpu[i].state = VCPU_OFF;
+            sim_host_free(h);
+            h = NULL;
+            break;
+        }
+    }
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+    return h;
 }
