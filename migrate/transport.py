@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import trio
 
-from migrate import frames
+from migrate import frames, scheduling
 from migrate.errors import MigrationError, PeerClosedError, RefusedError, UnknownSessionError
 from migrate.frames import FrameDecoder
 from migrate.messages import CHECKSUMS, Alive, Hello, Lane, Message, Refused, parse
@@ -40,8 +40,6 @@ LINGER_S = 600.0
 CONGESTION_CONTROL = b"cubic"
 """Linux's own default.  Where a host has BBR instead, that paces a sender which alternates between looking at pages and
 sending them, and keeps little in flight where the round trip is short: 1.6 GB/s over loopback where cubic moves 2.1."""
-URGENT_NICE = -10
-"""Of the threads that serve faults."""
 PIECE_BYTES = 128 * 1024
 """Of one system call.  A kernel without preemption (Debian's servers, most dom0s) finishes it before it lets a thread that
 serves a fault run on that CPU: with 4 MiB the median fault was a tenth slower."""
@@ -303,23 +301,15 @@ def step_timeout(complaint: str) -> Iterator[None]:
 async def run_in_thread(main: Callable[[], None], stop: Callable[[], None], *, urgent: bool = False) -> None:
     """Run ``main`` in a thread of its own; ``stop`` makes it return, and is called when this task is cancelled.
 
-    ``urgent``: for faults, with a higher priority where the process may have it.  The others move pages in bulk, and tell the
-    scheduler that they need not run the moment they can (SCHED_BATCH): the median fault got a tenth faster.
+    ``urgent``: a vCPU waits for what it does; the others move pages in bulk.
     """
 
     def scheduled() -> None:
-        thread = threading.get_native_id()
-        with contextlib.suppress(PermissionError):
-            if urgent:
-                os.setpriority(os.PRIO_PROCESS, thread, URGENT_NICE)
-            else:
-                os.sched_setscheduler(thread, os.SCHED_BATCH, os.sched_param(0))
+        (scheduling.serve_faults if urgent else scheduling.move_bulk)()
         try:
             main()
         finally:
-            with contextlib.suppress(PermissionError):  # trio uses its threads again
-                os.setpriority(os.PRIO_PROCESS, thread, 0)
-                os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
+            scheduling.reset()  # trio uses its threads again
 
     ended = trio.Event()
     async with task_group() as tasks:
