@@ -627,6 +627,8 @@ class OutgoingMigration:
 
         # Whatever the bandwidth cap: to hold it back would be downtime.
         self._send_all((now[at : at + BATCH_PAGES] for at in range(0, len(now), BATCH_PAGES)), sent)
+        if self._stays:
+            return  # without the context the destination is not ready, whoever says what there
         stats.missing_pages = missing.unsent
         new = new[missing.are_missing(new)]
         for at in range(0, len(new), m.MAX_PFNS):

@@ -256,3 +256,31 @@ async def test_before_the_handover_any_failure_leaves_the_guest_at_the_source(
         while source.report()["vcpu"][0]["count"] == before:
             await trio.sleep(0.01)
     assert clean_hosts.destination.domains() == []
+
+
+@pytest.mark.parametrize("moment", ["suspended", "context", "handover"])
+async def test_cancelled_while_the_guest_is_suspended_it_goes_on_at_one_end(
+    clean_hosts: World, name: str, monkeypatch: Patch, moment: str
+) -> None:
+    """Invariant 1: until the handover it is not too late, and then it is."""
+    too_late: list[str] = []
+    say = OutgoingMigration._say_blocking
+
+    def cancel_at(self: OutgoingMigration, message: m.Message) -> None:
+        if message.type == moment:
+            try:
+                trio.from_thread.run_sync(self.cancel, "the test says so")
+            except MigrationError as error:
+                too_late.append(str(error))
+        say(self, message)
+
+    monkeypatch.setattr(OutgoingMigration, "_say_blocking", cancel_at)
+    spec = busy(name)
+    outcome = await migrate(clean_hosts, spec)
+    if moment == "handover":
+        assert outcome.error is None and "too late to cancel" in too_late[0]
+        assert (await verification(clean_hosts, spec)).ok
+        return
+    assert "the test says so" in str(outcome.error) and not too_late
+    assert clean_hosts.source.open(name).info().state is DomainState.RUNNING
+    assert clean_hosts.destination.domains() == []
