@@ -666,14 +666,10 @@ class OutgoingMigration:
             self._record("deciding" if self._toolstack.decides else "handed over")
             self._entrusted = True
         self.progress.phase = "deciding" if self._toolstack.decides else "postcopy"
-        self._say_blocking(m.Entrust() if self._toolstack.decides else m.Handover())
+        self._say_blocking(self._last_of_switchover())
 
-    async def _say_switched_over(self) -> None:
-        if self._toolstack.decides:
-            await self._say(m.Entrust())
-            await self._toolstack.switched_over()
-        else:
-            await self._say(m.Handover())
+    def _last_of_switchover(self) -> m.Message:
+        return m.Entrust() if self._toolstack.decides else m.Handover()
 
     async def _follow_decision(self) -> None:
         """Seen here, or else as the receiver sees it."""
@@ -873,7 +869,8 @@ class OutgoingMigration:
             return
         self._pull = await self.lanes.pull(answer.token)
         if self.session.phase is Phase.SWITCHOVER:
-            await self._say_switched_over()
+            await self._say(self._last_of_switchover())
+            await self._toolstack.switched_over()
 
     def _inherit(self, outstanding: PfnMask) -> None:
         """What the predecessor had, the receiver tells."""
