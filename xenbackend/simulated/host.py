@@ -7,12 +7,13 @@ that it held are repaired, as a hypercall of a dying process is finished or undo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
-import inspect
 import mmap
 import os
 import socket
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -222,7 +223,12 @@ class HostedDomain:
 
 
 class SimulatedHost:
-    """The request handlers; one object a host.  ``memory_bytes`` is what its domains share."""
+    """One object a host.  ``memory_bytes`` is what its domains share.
+
+    Each client has a thread, as each dom0 process that makes a hypercall is in the hypervisor itself: a guest stands still for
+    some of these requests, and a turn of an event loop takes longer than they do.  The handlers (``op_``, one a request) run
+    under one lock; one that takes a while returns the rest of its work, which is done without it.
+    """
 
     def __init__(
         self, memory_bytes: int, *, populate_evicted: bool = True, paging: bool = True, drop_requests: bool = False
@@ -236,9 +242,10 @@ class SimulatedHost:
         self._next_domid = 1
         self._claimed: dict[int, int] = {}
         self._clients: set[int] = set()
+        self._lock = threading.Lock()
 
     def close(self) -> None:
-        """End the guests."""
+        """End the guests.  While nobody is served."""
         for domain in self.domains.values():
             domain.close()
         self.domains.clear()
@@ -246,34 +253,47 @@ class SimulatedHost:
     # ---- clients ----
     async def serve(self, listener: trio.socket.SocketType) -> None:
         """``listener``: SOCK_SEQPACKET.  Until cancelled."""
-        async with trio.open_nursery() as nursery:
-            while True:
-                connection, _address = await listener.accept()
-                nursery.start_soon(self._serve_client, connection)
+        connections: set[socket.socket] = set()
 
-    async def _serve_client(self, connection: trio.socket.SocketType) -> None:
-        free = set(range(1, MAX_CLIENTS + 1)) - self._clients
-        client = min(free) if free else 0
-        self._clients.add(client)
-        try:
+        async def serve_client(connection: socket.socket) -> None:
+            connections.add(connection)
             with connection:
-                while data := await connection.recv(MAX_MESSAGE):
-                    answer, fds = await self._answer(client, data)
-                    ancillary = (
-                        [(socket.SOL_SOCKET, socket.SCM_RIGHTS, np.array(fds, dtype=np.int32).tobytes())] if fds else []
-                    )
-                    await connection.sendmsg([pack(answer)], ancillary)
+                await trio.to_thread.run_sync(self._serve_client, connection, limiter=trio.CapacityLimiter(1))
+                connections.discard(connection)
+
+        async with trio.open_nursery() as nursery:
+            try:
+                while True:
+                    accepted, _address = await listener.accept()
+                    connection = socket.socket(fileno=accepted.detach())
+                    connection.setblocking(True)
+                    nursery.start_soon(serve_client, connection)
+            finally:
+                for connection in connections:
+                    with contextlib.suppress(OSError):  # the client has gone
+                        connection.shutdown(socket.SHUT_RDWR)  # which ends its thread
+
+    def _serve_client(self, connection: socket.socket) -> None:
+        with self._lock:
+            free = set(range(1, MAX_CLIENTS + 1)) - self._clients
+            client = min(free) if free else 0
+            self._clients.add(client)
+        try:
+            while data := connection.recv(MAX_MESSAGE):
+                answer, fds = self._answer(client, data)
+                socket.send_fds(connection, [pack(answer)], fds)
         except OSError:
             pass  # the client is gone; the socket says so in more than one way
         finally:
-            for domain in self.domains.values():
-                lib.sim_repair(domain.map, client)
-                domain.drop_hold_map(client)
-                if domain.pager == client:
-                    domain.pager = 0
-            self._clients.discard(client)
+            with self._lock:
+                for domain in self.domains.values():
+                    lib.sim_repair(domain.map, client)
+                    domain.drop_hold_map(client)
+                    if domain.pager == client:
+                        domain.pager = 0
+                self._clients.discard(client)
 
-    async def _answer(self, client: int, data: bytes) -> tuple[dict[str, Any], list[int]]:
+    def _answer(self, client: int, data: bytes) -> tuple[dict[str, Any], list[int]]:
         operation = "request"
         try:
             request = unpack(data)
@@ -283,9 +303,10 @@ class SimulatedHost:
                     raise XenError("hello", errno.EUSERS, why="too many clients")
                 return {"ok": {"client": client}}, []
             handler: Callable[..., Any] = getattr(self, f"op_{operation}")
-            result = handler(**request)
-            if inspect.isawaitable(result):
-                result = await result
+            with self._lock:
+                result = handler(**request)
+            if callable(result):
+                result = result()
             result, fds = result if isinstance(result, tuple) else (result, [])
             assert len(fds) <= MAX_FDS
             return {"ok": result}, fds
@@ -341,17 +362,21 @@ class SimulatedHost:
         self.domains[domid] = domain
         return domain
 
-    async def op_create(self, spec: bytes) -> int:
+    def op_create(self, spec: bytes) -> Callable[[], int]:
         guest = GuestSpec.from_bytes(spec)
         guest.check_image()
         domain = self._build(guest.domain_config())
-        await trio.to_thread.run_sync(domain.boot)
-        return domain.domid
+
+        def boot() -> int:
+            domain.boot()
+            return domain.domid
+
+        return boot
 
     def op_create_incoming(self, config: dict[str, Any], leaving: int | None) -> int:
         return self._build(DomainConfig(**config), leaving).domid
 
-    async def op_destroy(self, domid: int) -> None:
+    def op_destroy(self, domid: int) -> Callable[[], None]:
         """Nobody finds it from the first moment on; its memory takes a while to go."""
         domain = self._domain(domid)
         del self.domains[domid]
@@ -359,11 +384,14 @@ class SimulatedHost:
         def end() -> None:
             if not domain.suspended:
                 lib.sim_host_pause(domain.native)
-            self.gone = [*self.gone[-99:], domain.report()]
+            report = domain.report()
+            with self._lock:
+                self.gone = [*self.gone[-99:], report]
             domain.close()
+            with self._lock:
+                del self._claimed[domid]
 
-        await trio.to_thread.run_sync(end)
-        del self._claimed[domid]
+        return end
 
     # ---- the rest, one method a request ----
     def op_list(self) -> list[dict[str, Any]]:
