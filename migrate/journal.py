@@ -1,13 +1,16 @@
 """The journal: what a daemon has promised, so that its successor can keep it when it was killed.
 
-One small file a migration, written before the step that it promises, replaced as a whole, and erased when nothing is
-owed any more.  It is not synced: it is for a process that dies; with the host its domains are gone as well, and entries
+One small file a migration, to which an entry is added before the step that it promises; the last one counts.  It is erased when
+nothing is owed any more.  An entry is one write to a file that is open already, since a guest stands still for some of
+them, and begins with the newline: what a full disk has cut off of the one before it stays on a line of its own.
+Nothing is synced: it is for a process that dies; with the host its domains are gone as well, and entries
 of an earlier boot are not taken up.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -28,6 +31,7 @@ class Journal:
 
     def __init__(self, directory: Path):
         self._directory = directory
+        self._files: dict[str, int] = {}
         self._boot = BOOT_ID.read_text().strip()
         try:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -39,17 +43,19 @@ class Journal:
             ) from error
 
     def write(self, session: str, facts: dict[str, Any], *, needed: bool = True) -> None:
-        """Of a migration, in place of what was there; ``facts`` as JSON can have them.
+        """Of a migration, instead of what was there; ``facts`` as JSON can have them.
 
         Raises :class:`MigrationError` where it cannot be written and is ``needed``.
         """
-        path = self._directory / (session + SUFFIX)
-        new = path.with_suffix(".new")
+        entry = ("\n" + json.dumps({"boot": self._boot, **facts})).encode()
+        path = self._path(session)
         try:
-            # The key of the session is in it.
-            with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-                json.dump({"boot": self._boot, **facts}, file)
-            new.replace(path)
+            if session not in self._files:
+                # The key of the session is in it.
+                flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+                self._files[session] = os.open(path, flags, 0o600)
+            if os.write(self._files[session], entry) < len(entry):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             problem = f"cannot write the journal {path}: {error.strerror}"
             if needed:
@@ -61,15 +67,20 @@ class Journal:
         return self._directory / (session + CHECKPOINT_SUFFIX)
 
     def erase(self, session: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            (self._directory / (session + SUFFIX)).unlink()
+        self._path(session).unlink(missing_ok=True)
+        if session in self._files:
+            os.close(self._files.pop(session))
 
     def entries(self) -> dict[str, dict[str, Any]]:
         """By session: what a predecessor has left.  One that cannot be read, or is of an earlier boot, is dropped and said so."""
         found = {}
         for path in sorted(self._directory.glob(f"*{SUFFIX}")):
             try:
-                facts = json.loads(path.read_text())
+                text = path.read_text()
+                if not text:  # it was made, and nothing promised
+                    path.unlink()
+                    continue
+                facts = _last_entry(text)
                 if facts["boot"] != self._boot:
                     log.warning("%s: the guest has gone with the host, which was started anew since", path)
                     path.unlink()
@@ -79,3 +90,14 @@ class Journal:
                 continue
             found[path.name.removesuffix(SUFFIX)] = facts
         return found
+
+    def _path(self, session: str) -> Path:
+        return self._directory / (session + SUFFIX)
+
+
+def _last_entry(text: str) -> Any:
+    """That was written in full.  Raises ``ValueError`` where there is none."""
+    for line in reversed(text.splitlines()):
+        with contextlib.suppress(ValueError):
+            return json.loads(line)
+    raise ValueError("no entry in it")
