@@ -25,11 +25,11 @@ URGENT_SLICE_NS = 100_000
 _libc = ctypes.CDLL(None)
 
 
-def serve_faults() -> None:
+def be_urgent() -> None:
     _set(os.SCHED_OTHER, URGENT_NICE, URGENT_SLICE_NS)
 
 
-def move_bulk() -> None:
+def be_bulk() -> None:
     _set(os.SCHED_BATCH, 0, 0)
 
 

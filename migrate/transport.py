@@ -301,11 +301,11 @@ def step_timeout(complaint: str) -> Iterator[None]:
 async def run_in_thread(main: Callable[[], None], stop: Callable[[], None], *, urgent: bool = False) -> None:
     """Run ``main`` in a thread of its own; ``stop`` makes it return, and is called when this task is cancelled.
 
-    ``urgent``: a vCPU waits for what it does; the others move pages in bulk.
+    ``urgent``: a guest waits for what it does; the others move pages in bulk.
     """
 
     def scheduled() -> None:
-        (scheduling.serve_faults if urgent else scheduling.move_bulk)()
+        (scheduling.be_urgent if urgent else scheduling.be_bulk)()
         try:
             main()
         finally:

@@ -27,7 +27,7 @@ from typing import Any
 
 import trio
 
-from migrate import logs
+from migrate import logs, scheduling
 from migrate import messages as m
 from migrate.errors import (
     GuestEndedError,
@@ -192,11 +192,10 @@ class IncomingMigration:
         if self._step == "suspended":
             raise MigrationError("it is not known whether all has come that the guest cannot run without")
         log.warning("%s: an operator has said that the guest is to run here", self.progress.domain)
+        self._start()
         self.session.handed_over = True
-        self._take_over()
+        self._offline_tasks.start_soon(self._started().serve, None)
         self._record("taken over")
-        assert self._pager is not None
-        self._offline_tasks.start_soon(self._pager.serve, None)
         self.progress.phase = "interrupted"
         self._note("started by an operator")
 
@@ -328,8 +327,9 @@ class IncomingMigration:
         if self._step == "finishing" or (state is DomainState.PAUSED and not self._toolstack.decides):
             with contextlib.suppress(XenError):  # it was about to start it, or to give up the ring; or it was not
                 self._domain.unpause()
-        if state is DomainState.INCOMING and self._step == "taken over":
-            self._take_over()
+        if state is DomainState.INCOMING and self._step == "taken over" and not self._toolstack.decides:
+            self._start()
+            self._started()
         else:
             self._serve()
             await trio.to_thread.run_sync(self._protect, self._domain)
@@ -429,6 +429,7 @@ class IncomingMigration:
                 case m.Barrier():
                     self._say_blocking(m.Passed(message.number))
                 case m.Suspended():
+                    scheduling.be_urgent()  # the guest stands still
                     self._record("suspended")
                     self.progress.phase = "switchover"
                 case m.Missing():
@@ -437,8 +438,10 @@ class IncomingMigration:
                     self._take_context(message)
                 case m.Entrust():
                     trio.from_thread.run(self._entrusted)
+                    scheduling.be_bulk()
                 case m.Handover():
-                    trio.from_thread.run_sync(self._handed_to_us)
+                    self._handed_to_us()
+                    scheduling.be_bulk()
                 case m.Abort():
                     raise MigrationError(f"the sender gave up: {message.reason}")
                 case m.Kept() if self._checkpoints is not None:
@@ -481,27 +484,34 @@ class IncomingMigration:
         await self._toolstack.restored(self._domain)
 
     def _handed_to_us(self) -> None:
-        self._take_over()
-        if not self._toolstack.decides:
-            assert self._pager is not None
-            self._say_blocking(m.Resumed())
-            self._serve_over_these_lanes(self._pager)
+        """In this thread until the guest runs: it stands still, and a turn of the event loop takes longer than all this."""
+        if self._toolstack.decides:
+            trio.from_thread.run_sync(self._taken_over)
+        else:
+            self._start()
+            try:
+                self._say_blocking(m.Resumed())
+            finally:  # it runs
+                trio.from_thread.run_sync(lambda: self._serve_over_these_lanes(self._started()))
         self._record("taken over")  # a successor sees it by the domain as well
 
-    def _take_over(self) -> None:
+    def _taken_over(self) -> None:
         """The guest is ours."""
-        assert self._domain is not None
         self._handed_over.set()
         self.progress.phase = "postcopy"
-        if self._toolstack.decides:
-            return
-        self._serve()
+
+    def _start(self) -> None:
+        assert self._domain is not None
         self._protect(self._domain)
         try:
             self._domain.start()
         except XenError as error:
             raise GuestEndedError(f"the guest could not be started: {error}") from error
+
+    def _started(self) -> Pager:
+        self._taken_over()
         self._runs.set()
+        return self._serve()
 
     def _serve(self) -> Pager:
         """Be the guest's pager."""

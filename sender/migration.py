@@ -533,9 +533,7 @@ class OutgoingMigration:
         stop = threading.Event()
         await self._send_in_thread(functools.partial(self._send_all, batches, sent, stop), stop.set)
 
-    async def _send_in_thread(
-        self, send: Callable[[], None], stop: Callable[[], None], *, urgent: bool = False
-    ) -> None:
+    async def _send_in_thread(self, send: Callable[[], None], stop: Callable[[], None]) -> None:
         assert self._push is not None
         # A peer that takes nothing would hold the thread in its send: after a moment it is cut off.
         cut_off = threading.Timer(CANCEL_GRACE_S, self._push.shut)
@@ -546,7 +544,7 @@ class OutgoingMigration:
             cut_off.start()
 
         try:
-            await run_in_thread(send, stop_sending, urgent=urgent)
+            await run_in_thread(send, stop_sending)
         finally:
             cut_off.cancel()
 
@@ -587,7 +585,7 @@ class OutgoingMigration:
         self.progress.phase = "switchover"
         self._backlog = Backlog(deferred)
         try:
-            await self._send_in_thread(functools.partial(self._hand_over, unsent), self._stay, urgent=True)
+            await self._send_in_thread(functools.partial(self._hand_over, unsent), self._stay)
             await trio.lowlevel.checkpoint_if_cancelled()
         finally:
             if self._entrusted and self._toolstack.decides:
