@@ -19,9 +19,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
-from migrate.pfns import NO_PFNS
+from migrate.pfns import NO_PFNS, union
 from xenbackend.contract import PfnArray
 
 FIRST_WINDOW = 4
@@ -111,7 +109,4 @@ def merged(windows: list[PfnArray], most: int) -> PfnArray:
     windows = [window for window in windows if len(window)]
     if not windows:
         return NO_PFNS
-    if len(windows) == 1:
-        return windows[0][:most]
-    union: PfnArray = np.unique(np.concatenate(windows))
-    return union[:most]
+    return (union(windows) if len(windows) > 1 else windows[0])[:most]

@@ -48,6 +48,7 @@ from migrate.pfns import (
     in_bitmap,
     mask_from_bitmap,
     pfns_of_window,
+    union,
     windows,
 )
 from migrate.policy import Decision, DefaultPolicy, Policy, PolicyOptions, PrecopyProgress, Strategy
@@ -461,7 +462,7 @@ class OutgoingMigration:
             unsent[gone] = deferred[gone] = False
             if number > 1:
                 more = await trio.to_thread.run_sync(domain.pinned, from_mask(unsent))
-                self._pinned = np.union1d(self._pinned, more)
+                self._pinned = union([self._pinned, more])
             kept_back[self._pinned] |= unsent[self._pinned]
             unsent[self._pinned] = False
             if self._toolstack.decides:
@@ -612,7 +613,7 @@ class OutgoingMigration:
         new = changed[~missing.are_missing(changed)]
         if missing.unsent or not self._stop_and_copy_fits(len(new)):
             hot = self._hottest(changed[in_bitmap(written, changed)])
-            now = functools.reduce(np.union1d, (self._pinned, domain.pinned(changed), hot))
+            now = union([self._pinned, domain.pinned(changed), hot])
             missing.add(new)
             now = now[missing.are_missing(now)]
             missing.remove(now)

@@ -222,6 +222,20 @@ def wait_until_gone(world: World, name: str) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_nothing_is_imported_during_a_migration(monkeypatch: pytest.MonkeyPatch, name: str, strategy: str) -> None:
+    """It would be in the downtime, or in a fault; 9 ms, once."""
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
+    with loopback_world(64 * MIB) as world:
+        logs = [world.directory / f"{daemon}.log" for daemon in ("sender", "receiver")]
+        at_start = [log.read_text() for log in logs]
+        assert all("import time:" in text for text in at_start)
+        boot(world, name, 32 * MIB, vcpus=2, workload="stride")
+        migrate(world, name, strategy=strategy)
+        for log, before in zip(logs, at_start, strict=True):
+            assert "import time:" not in log.read_text().removeprefix(before)
+
+
 def test_two_migrations_of_one_guest_do_not_meet(world: World, client: ControlClient, name: str) -> None:
     boot(world, name, workload="idle", zero_permille=0)
     client.say(command="migrate", domain=name, destination=f"127.0.0.1:{world.port}", bandwidth=8 * MIB)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import threading
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,7 +104,7 @@ class HeldPages:
             slots = slots[there]
             numbers = slots // CHUNK_PAGES
             addresses[there] = self._address[numbers] + (slots % CHUNK_PAGES).astype(np.uint64) * np.uint64(PAGE_SIZE)
-            used: list[int] = np.unique(numbers).tolist()
+            used: list[int] = sorted(set(numbers.tolist()))
             for number in used:
                 self._chunks[number].users += 1
         return there, used
@@ -122,9 +123,9 @@ class HeldPages:
             self._slot[:] = NONE
 
     def _forget(self, pfns: PfnArray) -> None:
-        numbers, counts = np.unique(self._slot[pfns] // CHUNK_PAGES, return_counts=True)
+        counts = Counter((self._slot[pfns] // CHUNK_PAGES).tolist())
         self._slot[pfns] = NONE
-        for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
+        for number, count in counts.items():
             self._chunks[number].needed -= count
             self._unmap_if_idle(number)
 

@@ -38,6 +38,8 @@ from xenbackend.simulated.rpc import HostConnection
 RAM_TYPES = (lib.P2M_RAM_RW, lib.P2M_RAM_LOGDIRTY)
 LOOK_PFNS = 1 << 18
 PAGING_TYPES = (lib.P2M_RAM_PAGING_OUT, lib.P2M_RAM_PAGED, lib.P2M_RAM_PAGING_IN)
+IS_PRESENT = np.isin(np.arange(256), (*RAM_TYPES, *PAGING_TYPES))
+"""By type: what the guest has, here or elsewhere."""
 
 
 def domain_info(fields: dict[str, Any]) -> DomainInfo:
@@ -172,7 +174,7 @@ class SimulatedDomain(Domain):
             self._held[pfns] = 0
 
     def present(self, pfns: PfnArray) -> NDArray[np.bool_]:
-        return np.isin(self.p2m_types(pfns), (*RAM_TYPES, *PAGING_TYPES))
+        return IS_PRESENT[self.p2m_types(pfns)]
 
     def paged_out(self) -> PfnArray:
         found = [np.empty(0, dtype=np.uint64)]
