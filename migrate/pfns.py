@@ -91,9 +91,13 @@ def pfns_of_window(base: int, bitmap: bytes) -> PfnArray:
     return from_mask(np.unpackbits(np.frombuffer(bitmap, dtype=np.uint8), bitorder="little").view(np.bool_), base)
 
 
+def pieces(pfns: PfnArray, most: int) -> Iterator[PfnArray]:
+    """A list as shorter ones."""
+    for at in range(0, len(pfns), most):
+        yield pfns[at : at + most]
+
+
 def batches_of(mask: PfnMask, batch_pages: int) -> Iterator[PfnArray]:
     """The set in ascending batches, looked at window by window."""
     for base in range(0, len(mask), WINDOW_PFNS):
-        pfns = from_mask(mask[base : base + WINDOW_PFNS], base)
-        for at in range(0, len(pfns), batch_pages):
-            yield pfns[at : at + batch_pages]
+        yield from pieces(from_mask(mask[base : base + WINDOW_PFNS], base), batch_pages)

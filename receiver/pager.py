@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from migrate.errors import PeerClosedError
 from migrate.messages import MAX_FAULT_PFNS, MAX_PFNS, Ahead, Dropped, Fault, Lane, Loaded, Message, Pages, Report
-from migrate.pfns import NO_PFNS, PfnMask, runs
+from migrate.pfns import NO_PFNS, PfnMask, pieces, runs
 from migrate.session import Phase, Session
 from migrate.statistics import PagerStatistics
 from migrate.transport import LaneConnection, run_in_thread
@@ -132,8 +132,8 @@ class Pager:
         """For what vCPUs wait for since before these lanes."""
         with self._lock:
             requested = self._pages.requested()
-        for at in range(0, len(requested), MAX_FAULT_PFNS):
-            self._ask(Fault(requested[at : at + MAX_FAULT_PFNS]))
+        for pfns in pieces(requested, MAX_FAULT_PFNS):
+            self._ask(Fault(pfns))
 
     def _handle_ring(self) -> None:
         assert self._ring is not None
@@ -187,9 +187,8 @@ class Pager:
                 loaded, self._unacknowledged = self._unacknowledged, []
                 dropped, self._dropped = self._dropped, []
             for kind, lists in ((Loaded, loaded), (Dropped, dropped)):
-                pfns = np.sort(np.concatenate(lists)) if lists else NO_PFNS
-                for at in range(0, len(pfns), MAX_PFNS):
-                    self._say(kind(pfns[at : at + MAX_PFNS]))
+                for pfns in pieces(np.sort(np.concatenate([NO_PFNS, *lists])), MAX_PFNS):
+                    self._say(kind(pfns))
 
     def rejoin(self) -> PfnMask:
         """What is outstanding, for a sender that is to send it.  While nothing is served."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from migrate.messages import Pages
+from migrate.pfns import pieces
 from xenbackend.contract import PAGE_SIZE, Domain, PfnArray
 
 EVICT_BATCH = 65536
@@ -28,9 +29,7 @@ class MemoryRestorer:
 
     def evict(self, pfns: PfnArray) -> None:
         """Make the pfns absent: their contents will come after the handover.  Raises ``XenError``."""
-        new = pfns[~self._evicted[pfns]]
-        for at in range(0, len(new), EVICT_BATCH):
-            batch = new[at : at + EVICT_BATCH]
+        for batch in pieces(pfns[~self._evicted[pfns]], EVICT_BATCH):
             self._domain.populate_evicted(batch)
             self._evicted[batch] = True
             self._populated[batch] = False

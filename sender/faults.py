@@ -12,6 +12,7 @@ from collections import deque
 from migrate.bandwidth import BandwidthCap
 from migrate.errors import PeerClosedError
 from migrate.messages import Ahead, Fault, Lane
+from migrate.pfns import pieces
 from migrate.session import Phase, Session
 from migrate.statistics import SenderStatistics
 from migrate.transport import LaneConnection, run_in_thread
@@ -74,7 +75,7 @@ class FaultServer:
             else:
                 assert isinstance(message, Ahead)
                 pfns = self._backlog.ahead(message.pfns)
-                self._ahead += (pfns[at : at + AHEAD_PIECE] for at in range(0, len(pfns), AHEAD_PIECE))
+                self._ahead += pieces(pfns, AHEAD_PIECE)
 
     def _send(self, pfns: PfnArray) -> int:
         """Returns the bytes that it took."""

@@ -48,6 +48,7 @@ from migrate.pfns import (
     in_bitmap,
     mask_from_bitmap,
     pfns_of_window,
+    pieces,
     union,
     windows,
 )
@@ -67,6 +68,8 @@ log = logging.getLogger(__name__)
 
 BATCH_PAGES = 1024
 """Pages that are read, sent and loaded together: enough that Python's part of the work does not count."""
+SWITCHOVER_BATCH_PAGES = 128
+"""The same while the guest stands still: there the destination had better begin at once."""
 MAX_DEFERRALS = 8
 GO_BACK_AGAIN_S = 5.0
 WENT_BACK = "the guest goes on here, as it was when the last checkpoint was made"
@@ -356,7 +359,10 @@ class OutgoingMigration:
                         if lane is not None:
                             lane_tasks.start_soon(lane.keep_alive)
                     if not self._signals.complete.is_set():
-                        lane_tasks.start_soon(run_in_thread, self._receive_push_lane, self._push.stop_receiving)
+                        hear = functools.partial(run_in_thread, self._receive_push_lane, self._push.stop_receiving)
+                        lane_tasks.start_soon(
+                            functools.partial(hear, urgent=True)
+                        )  # for some of it a guest stands still
                     if not self._entrusted:
                         await self._switch_over(tasks, *await self._precopy())
                     await self._feed(lane_tasks)
@@ -577,8 +583,8 @@ class OutgoingMigration:
         """Tell of those that are no memory any more (ballooned); returns those that are, and those that are not."""
         present = self._domain.present(pfns)
         gone = pfns[~present]
-        for at in range(0, len(gone), m.MAX_PFNS):
-            self._say_blocking(m.Pages(NO_PFNS, holes=gone[at : at + m.MAX_PFNS]))
+        for holes in pieces(gone, m.MAX_PFNS):
+            self._say_blocking(m.Pages(NO_PFNS, holes=holes))
         return pfns[present], gone
 
     # ---- switchover ----
@@ -625,13 +631,13 @@ class OutgoingMigration:
             return not self._stays
 
         # Whatever the bandwidth cap: to hold it back would be downtime.
-        self._send_all((now[at : at + BATCH_PAGES] for at in range(0, len(now), BATCH_PAGES)), sent)
+        self._send_all(pieces(now, SWITCHOVER_BATCH_PAGES), sent)
         if self._stays:
             return  # without the context the destination is not ready, whoever says what there
         stats.missing_pages = missing.unsent
         new = new[missing.are_missing(new)]
-        for at in range(0, len(new), m.MAX_PFNS):
-            self._say_blocking(m.Missing(new[at : at + m.MAX_PFNS]))
+        for pfns in pieces(new, m.MAX_PFNS):
+            self._say_blocking(m.Missing(pfns))
         context = domain.context()
         for at in range(0, len(context), m.MAX_CONTEXT_CHUNK):
             chunk = context[at : at + m.MAX_CONTEXT_CHUNK]
