@@ -456,14 +456,15 @@ class OutgoingMigration:
     async def _defer(self, unsent: PfnMask) -> tuple[PfnMask, NDArray[np.uint8]]:
         """What will not be sent any more is dealt with while the guest still runs, not in its downtime.
 
-        That takes a while, in which the guest writes more: once again with that, as long as it becomes less.
+        That takes a while, in which the guest writes more: once again with that, as long as there is less to evict
+        or to look at.  A guest that writes all that it has is looked at for a long time once only.
         """
         domain = self._domain
         deferred, kept_back = np.zeros_like(unsent), np.zeros_like(unsent)
         # The search for the pinned set may look into every page.
         self._pinned = await trio.to_thread.run_sync(pinned, domain)
+        to_look_at = to_evict = int(np.count_nonzero(unsent))
         for number in range(1, MAX_DEFERRALS + 1):
-            count = int(np.count_nonzero(unsent))
             _there, gone = await trio.to_thread.run_sync(self._send_holes, from_mask(unsent))
             unsent[gone] = deferred[gone] = False
             if number > 1:
@@ -473,14 +474,16 @@ class OutgoingMigration:
             unsent[self._pinned] = False
             if self._toolstack.decides:
                 await trio.to_thread.run_sync(hold, domain, unsent)
-            for base, bitmap in windows(unsent):
+            for base, bitmap in windows(unsent & ~deferred):
                 await self._say(m.Defer(base, bitmap))
             await self._barrier(number, "the destination did not evict the unsent pages")
             deferred |= unsent
             unsent = self._look_at_dirty()
-            left = int(np.count_nonzero(unsent))
-            log.info("%d pages put off, %d written meanwhile", count, left)
-            if left <= self.options.policy.dirty_threshold or left > count * 0.9:
+            looked_at, evicted = to_look_at, to_evict
+            to_look_at, to_evict = (int(np.count_nonzero(pages)) for pages in (unsent, unsent & ~deferred))
+            log.info("%d pages put off, %d written meanwhile, %d of them others", evicted, to_look_at, to_evict)
+            no_less = to_look_at >= looked_at * 0.9 and to_evict >= evicted * 0.9
+            if no_less or to_look_at <= self.options.policy.dirty_threshold:
                 break
         return deferred, bitmap_of(kept_back | unsent)
 
