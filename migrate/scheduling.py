@@ -1,10 +1,11 @@
-"""How the kernel schedules the calling thread, by what it does: faults before bulk.
+"""How the kernel schedules the calling thread, by what it does: what a guest waits for (faults, the switchover) before bulk.
 
 What moves pages in bulk tells the scheduler that it need not run the moment it can (SCHED_BATCH): the median fault got a tenth
 faster.  What serves faults has a higher priority, and asks for short time slices: since Linux 6.12 a thread that wakes up
 takes the CPU at once only from one whose slice is longer; otherwise it waits for the end of that, whatever their priorities
 (EEVDF, ``PREEMPT_SHORT`` in kernel/sched/features.h).  99% of faults beside a saturating push: below 2.7 ms instead of 3.2.
-Older kernels take no notice of slices.
+Older kernels take no notice of slices.  Two urgent threads do not make way for each other: at the switchover those that hear
+are urgent, not the one that goes on telling.
 
 Where the process may not, or the kernel is another's, nothing changes.
 """
