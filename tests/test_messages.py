@@ -20,6 +20,8 @@ from migrate.pfns import (
     mask_from_bitmap,
     pfn_array,
     pfns_of_window,
+    pieces,
+    union,
     windows,
 )
 
@@ -145,6 +147,15 @@ def test_a_set_of_pfns_survives_its_windows(pfns: set[int], nr_pfns: int) -> Non
     assert np.array_equal(bitmap_of(mask)[: len(bitmap)], bitmap)
     assert np.array_equal(from_bitmap(bitmap_of(mask), nr_pfns), from_mask(mask))
     assert np.array_equal(in_bitmap(bitmap_of(mask), np.arange(nr_pfns, dtype=np.uint64)), mask)
+
+
+@given(st.lists(st.lists(st.integers(0, 100)), min_size=1, max_size=4), st.integers(1, 7))
+def test_lists_are_united_and_cut_up(lists: list[list[int]], most: int) -> None:
+    united = union([pfn_array(pfns) for pfns in lists])
+    assert united.tolist() == sorted({pfn for pfns in lists for pfn in pfns})
+    cut = [piece.tolist() for piece in pieces(united, most)]
+    assert [pfn for piece in cut for pfn in piece] == united.tolist()
+    assert all(len(piece) == most for piece in cut[:-1])
 
 
 def test_reasons_are_made_printable() -> None:
