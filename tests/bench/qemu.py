@@ -29,6 +29,9 @@ UNLIMITED = 1 << 40
 class QemuResult:
     total_s: float
     downtime_ms: float
+    """By QEMU's own account, in whole ms: until its source has written the last of the state."""
+    standstill_ms: float
+    """By its events: from when the source has stopped the guest to when the destination has started it."""
     requests: int
     block_ms: float
     """Of its one vCPU, all of it together."""
@@ -61,6 +64,7 @@ class Qemu:
             return False
 
         until(reached, "QEMU does not start", 60)
+        self._events: dict[str, float] = {}
         self._lines = self._qmp.makefile("r")
         self._lines.readline()
         self("qmp_capabilities")
@@ -73,6 +77,14 @@ class Qemu:
                 raise RuntimeError(f"QEMU: {command}: {answer['error']['desc']}")
             if "return" in answer:
                 return answer["return"]
+            if "event" in answer:
+                at = answer["timestamp"]
+                self._events[answer["event"]] = at["seconds"] * 1000 + at["microseconds"] / 1000
+
+    def at(self, event: str) -> float:
+        """When it happened last, in ms of the host's clock."""
+        self.migration()  # what has happened is told before that is answered
+        return self._events[event]
 
     def migration(self) -> dict[str, Any]:
         found: dict[str, Any] = self("query-migrate")
@@ -122,8 +134,8 @@ def migrate(directory: Path, memory_mib: int, touched_mib: int, *, rounds: bool)
         assert all(beat.errors == 0 for beat in after)
         longest = max(beat.longest_ms for beat in source.heartbeats()[before:] + after)
         return QemuResult(
-            sent["total-time"] / 1000, sent["downtime"], sent["ram"]["postcopy-requests"],
-            sum(taken["postcopy-vcpu-blocktime"]), longest, idle,
+            sent["total-time"] / 1000, sent["downtime"], destination.at("RESUME") - source.at("STOP"),
+            sent["ram"]["postcopy-requests"], sum(taken["postcopy-vcpu-blocktime"]), longest, idle,
         )  # fmt: skip
 
 
