@@ -29,7 +29,8 @@ from migrate.policy import PolicyOptions, Strategy
 from migrate.session import new_id, new_token
 from migrate.tasks import task_group
 from migrate.transport import listen_tcp, parse_address
-from sender.migration import MigrationOptions, OutgoingMigration
+from sender.migration import OutgoingMigration
+from sender.options import MigrationOptions
 from sender.toolstack import XlToolstack
 from xenbackend.contract import Hypervisor, XenError
 

@@ -23,13 +23,12 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import numpy as np
 import trio
-from numpy.typing import NDArray
 
 from migrate import logs
 from migrate import messages as m
@@ -37,22 +36,15 @@ from migrate.bandwidth import BandwidthCap
 from migrate.errors import GuestEndedError, MigrationError, PeerClosedError, RemoteProtocolError, UnknownSessionError
 from migrate.journal import Journal
 from migrate.lanes import Lanes
-from migrate.messages import Lane
 from migrate.pfns import (
-    NO_PFNS,
     PfnMask,
-    batches_of,
-    bitmap_of,
     from_bitmap,
-    from_mask,
     in_bitmap,
-    mask_from_bitmap,
     pfns_of_window,
     pieces,
     union,
-    windows,
 )
-from migrate.policy import Decision, DefaultPolicy, Policy, PolicyOptions, PrecopyProgress, Strategy
+from migrate.policy import DefaultPolicy, Policy, Strategy
 from migrate.session import Phase, Role, Session, new_token
 from migrate.statistics import SenderStatistics
 from migrate.tasks import is_bug, is_final, task_group
@@ -60,64 +52,29 @@ from migrate.transport import EXPLANATION_S, LINGER_S, STEP_TIMEOUT_S, LaneConne
 from sender.backlog import Backlog
 from sender.checkpoints import CheckpointStore
 from sender.faults import FaultServer
-from sender.reader import announce, announce_missing, count_pages, hold, pinned, present
+from sender.options import MigrationOptions, Progress
+from sender.precopy import BATCH_PAGES, Precopy, Remainder
+from sender.push import PushLane
+from sender.reader import announce_missing, count_pages, hold
 from sender.toolstack import XL_TIMEOUT_S, OwnToolstack, StaysHereError, Toolstack, XlToolstack
+from sender.written import WrittenPages
 from xenbackend.contract import PAGE_SIZE, Domain, DomainState, Hypervisor, NoSuchDomainError, PfnArray, XenError
 
 log = logging.getLogger(__name__)
 
-BATCH_PAGES = 1024
-"""Pages that are read, sent and loaded together: enough that Python's part of the work does not count."""
 SWITCHOVER_BATCH_PAGES = 128
-"""The same while the guest stands still: there the destination had better begin at once."""
-MAX_DEFERRALS = 8
+"""Instead of :data:`BATCH_PAGES` while the guest stands still: there the destination had better begin at once."""
 GO_BACK_AGAIN_S = 5.0
 WENT_BACK = "the guest goes on here, as it was when the last checkpoint was made"
 HOT_PAGES = 256
 """That are sent with the guest standing still though it will be able to fetch them: a MiB, which is sent in less than a
 millisecond on most links, where each fault costs half of one."""
-WRITTEN_AT_LAST_LOOK = 0x80
-CANCEL_GRACE_S = 2.0
-
-
-@dataclass(frozen=True)
-class MigrationOptions:
-    strategy: Strategy = Strategy.HYBRID
-    policy: PolicyOptions = PolicyOptions()
-    bandwidth_bytes_per_s: float | None = None
-    checkpoint_every_s: float | None = None
-    """What the guest becomes at the destination is sent back, so that it survives that; ``None``: it is not."""
-
-    def __post_init__(self) -> None:
-        if self.checkpoint_every_s is not None and not self.strategy.pages_after_handover:
-            raise MigrationError("--strategy precopy has nothing to protect: there the guest arrives as a whole")
-
-
-@dataclass
-class Progress:
-    """What ``list`` and the progress display show."""
-
-    phase: str = "connecting"
-    round: int = 0
-    pages_done: int = 0
-    """Of the current round, or of the pages missing at the switchover."""
-    pages_total: int = 0
-    outstanding: int = 0
-    faults: int = 0
-    latency_us: int = 0
-    bytes_sent: int = 0
-    checkpoints: int = 0
-    """That have come back; the guest would go on here as it was at the last of them."""
-    checkpoint_at: float = 0.0
-    """When that came."""
-    problem: str = ""
 
 
 @dataclass
 class _Signals:
     """What the receiver has told us so far."""
 
-    passed: dict[int, trio.Event] = field(default_factory=dict)
     ready: threading.Event = field(default_factory=threading.Event)
     """Waited for in a thread; the others are not."""
     resumed: trio.Event = field(default_factory=trio.Event)
@@ -143,20 +100,23 @@ class OutgoingMigration:
         self.receiver_statistics: dict[str, Any] = {}
         self.session = Session(Role.SENDER)
         self._toolstack = toolstack or OwnToolstack()
-        self._policy = policy or DefaultPolicy(options.strategy, options.policy)
+        self._precopy = Precopy(
+            options,
+            policy or DefaultPolicy(options.strategy, options.policy),
+            self._toolstack,
+            self.progress,
+            self.statistics,
+        )
         self._hypervisor = hypervisor
         self._cap = BandwidthCap(options.bandwidth_bytes_per_s)
         self._signals = _Signals()
-        self._postcopy_asked = False
         self._scope = trio.CancelScope()
         self._cancel_reason = ""
         self._verdict: MigrationError | None = None
-        self._log_dirty = False
         self._suspended = False
-        self._pinned = NO_PFNS
-        self._heat: NDArray[np.uint8]
         self._domain: Domain
-        self._push: LaneConnection | None = None
+        self._written: WrittenPages
+        self._push: PushLane | None = None
         self._pull: LaneConnection | None = None
         self._backlog: Backlog
         self._checkpoints: CheckpointStore | None = None
@@ -211,7 +171,7 @@ class OutgoingMigration:
         """Raises :class:`MigrationError` where there is no postcopy to switch to."""
         if not self.options.strategy.pages_after_handover:
             raise MigrationError("this migration was started with --strategy precopy")
-        self._postcopy_asked = True
+        self._precopy.postcopy_asked = True
 
     def cancel(self, reason: str) -> None:
         """Give up; the guest goes on here.  Raises :class:`MigrationError` after the handover."""
@@ -261,6 +221,7 @@ class OutgoingMigration:
                 raise StaysHereError(WENT_BACK) from error
             lost = "the pages that it lacks are lost" if self._toolstack.decides else "it was destroyed"
             raise MigrationError(f"{self.domain_name} is gone, and was here before the sender died: {lost}") from error
+        self._written = WrittenPages(self._domain, enabled=self._inherited == "begun")
         if self.options.checkpoint_every_s is not None:
             self._checkpoints = CheckpointStore(self._journal.checkpoint(self.id), self._domain)
         try:
@@ -292,15 +253,21 @@ class OutgoingMigration:
         return self.keeps_pages and self._toolstack.decides
 
     def _close_lanes(self) -> None:
-        for lane in (self._push, self._pull):
-            if lane is not None:
-                self.statistics.bytes_sent += lane.bytes_sent
-                lane.close()
+        for connection in self._connections():
+            self.statistics.bytes_sent += connection.bytes_sent
+            connection.close()
         self._push = self._pull = None
+
+    def _connections(self) -> list[LaneConnection]:
+        push = None if self._push is None else self._push.connection
+        return [connection for connection in (push, self._pull) if connection is not None]
+
+    def _push_lane(self, connection: LaneConnection) -> PushLane:
+        return PushLane(connection, self.session, self._domain, self._cap, self.progress, self.statistics)
 
     async def _go_on_for_predecessor(self) -> None:
         if self._inherited == "begun":
-            self._log_dirty = self._suspended = True  # for all we know
+            self._suspended = True  # for all we know
             raise MigrationError("the sender was ended in the middle of it")
         if self._inherited == "completing":
             await self._finish()
@@ -355,16 +322,12 @@ class OutgoingMigration:
             try:
                 assert self._push is not None
                 async with task_group() as lane_tasks:
-                    for lane in (self._push, self._pull):
-                        if lane is not None:
-                            lane_tasks.start_soon(lane.keep_alive)
+                    for connection in self._connections():
+                        lane_tasks.start_soon(connection.keep_alive)
                     if not self._signals.complete.is_set():
-                        hear = functools.partial(run_in_thread, self._receive_push_lane, self._push.stop_receiving)
-                        lane_tasks.start_soon(
-                            functools.partial(hear, urgent=True)
-                        )  # for some of it a guest stands still
+                        lane_tasks.start_soon(self._hear, self._push)
                     if not self._entrusted:
-                        await self._switch_over(tasks, *await self._precopy())
+                        await self._switch_over(tasks, await self._copy_while_it_runs(self._push))
                     await self._feed(lane_tasks)
                     lane_tasks.cancel_scope.cancel()
                 return
@@ -372,6 +335,10 @@ class OutgoingMigration:
                 if not self._entrusted or is_final(error):
                     raise
                 await self._rejoin(error)
+
+    async def _hear(self, push: PushLane) -> None:
+        hear = functools.partial(self._receive_push_lane, push)
+        await run_in_thread(hear, push.connection.stop_receiving, urgent=True)  # for some of it a guest stands still
 
     async def _feed(self, lane_tasks: trio.Nursery) -> None:
         """The destination with what it lacks."""
@@ -388,25 +355,25 @@ class OutgoingMigration:
         if self._backlog.unacknowledged:
             raise RemoteProtocolError(f"complete, but {self._backlog.unacknowledged} pages were never confirmed")
         self._record("completing")  # from here on the receiver may forget
+        assert self._push is not None
         with contextlib.suppress(PeerClosedError):  # then it knows as much
-            await self._say(m.Completed())
+            await self._push.say(m.Completed())
             await self._push_lane_closed()
 
     async def _connect(self) -> None:
         """hello, preflight and the pull lane."""
-        self._push = await self.lanes.push()
+        self._push = self._push_lane(await self.lanes.push())
         self.progress.phase = "preflight"
         config = self._domain.config()
         paging = self.options.strategy.pages_after_handover
         checkpoint_ms = math.ceil((self.options.checkpoint_every_s or 0) * 1000)
-        await self._say(
+        await self._push.say(
             m.Offer(
                 config.name, config.nr_pfns, config.max_pages, config.vcpus, config.platform, paging, self._key, checkpoint_ms
             )
         )  # fmt: skip
         with step_timeout("the destination did not answer the preflight"):
-            answer, _pages = await self._push.receive()
-        self.session.received(answer, Lane.PUSH)
+            answer = await self._push.hear()
         if isinstance(answer, m.Refused | m.Failed):
             raise MigrationError(f"the destination refuses: {answer.reason}")
         if not isinstance(answer, m.Accepted):
@@ -416,186 +383,18 @@ class OutgoingMigration:
         await self._toolstack.agreed()
 
     # ---- precopy ----
-    async def _precopy(self) -> tuple[PfnMask, NDArray[np.uint8]]:
-        """Returns what the receiver has been told to evict, and a bitmap of what else is known to be unsent."""
+    async def _copy_while_it_runs(self, push: PushLane) -> Remainder:
         self.progress.phase = "precopy"
-        domain, stats = self._domain, self.statistics
         self._record("begun")
-        self._log_dirty = True
-        await trio.to_thread.run_sync(domain.log_dirty_enable)
-        await trio.to_thread.run_sync(self._toolstack.track_device_model, True)
-        self._heat = np.zeros(domain.nr_pfns, dtype=np.uint8)
-        to_send: PfnMask = await trio.to_thread.run_sync(present, domain)
-        previous = remaining = int(np.count_nonzero(to_send))
-        began = time.monotonic()
-        decision = (
-            self._decide(0, True, remaining, remaining, 0.0)
-            if self.options.strategy is Strategy.POSTCOPY
-            else Decision.CONTINUE
-        )
-        while decision is Decision.CONTINUE:
-            stats.rounds += 1
-            self.progress.round, self.progress.pages_done, self.progress.pages_total = (
-                stats.rounds,
-                0,
-                remaining,
-            )
-            decision = await self._send_round(to_send, remaining, previous, began)
-            to_send |= self._look_at_dirty()
-            previous, remaining = remaining, int(np.count_nonzero(to_send))
-            if decision is Decision.CONTINUE:
-                decision = self._decide(stats.rounds, True, remaining, previous, began)
-            log.info("round %d done, %d pages dirty, %s", stats.rounds, remaining, decision.value)
-        if decision is Decision.ABORT:
-            raise MigrationError("the policy gave up: the guest dirties memory faster than it can be sent")
-        if decision is Decision.STOP_AND_COPY:
-            await self._barrier(0, "the destination did not take in what it was sent")  # or it does so in the downtime
-            return np.zeros_like(to_send), bitmap_of(to_send)
-        return await self._defer(to_send)
-
-    async def _defer(self, unsent: PfnMask) -> tuple[PfnMask, NDArray[np.uint8]]:
-        """What will not be sent any more is dealt with while the guest still runs, not in its downtime.
-
-        That takes a while, in which the guest writes more: once again with that, as long as there is less to evict
-        or to look at.  A guest that writes all that it has is looked at for a long time once only.
-        """
-        domain = self._domain
-        deferred, kept_back = np.zeros_like(unsent), np.zeros_like(unsent)
-        # The search for the pinned set may look into every page.
-        self._pinned = await trio.to_thread.run_sync(pinned, domain)
-        to_look_at = to_evict = int(np.count_nonzero(unsent))
-        for number in range(1, MAX_DEFERRALS + 1):
-            _there, gone = await trio.to_thread.run_sync(self._send_holes, from_mask(unsent))
-            unsent[gone] = deferred[gone] = False
-            if number > 1:
-                more = await trio.to_thread.run_sync(domain.pinned, from_mask(unsent))
-                self._pinned = union([self._pinned, more])
-            kept_back[self._pinned] |= unsent[self._pinned]
-            unsent[self._pinned] = False
-            if self._toolstack.decides:
-                await trio.to_thread.run_sync(hold, domain, unsent)
-            for base, bitmap in windows(unsent & ~deferred):
-                await self._say(m.Defer(base, bitmap))
-            await self._barrier(number, "the destination did not evict the unsent pages")
-            deferred |= unsent
-            unsent = self._look_at_dirty()
-            looked_at, evicted = to_look_at, to_evict
-            to_look_at, to_evict = (int(np.count_nonzero(pages)) for pages in (unsent, unsent & ~deferred))
-            log.info("%d pages put off, %d written meanwhile, %d of them others", evicted, to_look_at, to_evict)
-            no_less = to_look_at >= looked_at * 0.9 and to_evict >= evicted * 0.9
-            if no_less or to_look_at <= self.options.policy.dirty_threshold:
-                break
-        return deferred, bitmap_of(kept_back | unsent)
-
-    def _look_at_dirty(self) -> PfnMask:
-        """What was written since the last look; of each page the last eight looks are remembered, the newest highest."""
-        dirty = mask_from_bitmap(self._domain.log_dirty(clean=True), self._domain.nr_pfns)
-        self._heat >>= 1
-        self._heat |= dirty.view(np.uint8) << 7
-        return dirty
-
-    def _hottest(self, written: PfnArray) -> PfnArray:
-        """Of the pages written since the last look, those that are written all the time: the guest needs them at once.
-
-        The kernel's own, mostly; each would be a fault before the guest does anything else.
-        """
-        heat = self._heat[written]
-        order = np.argsort(heat, kind="stable")[::-1][:HOT_PAGES]
-        return np.sort(written[order[heat[order] >= WRITTEN_AT_LAST_LOOK]])
-
-    def _stop_log_dirty(self) -> None:
-        if self._log_dirty:
-            self._domain.log_dirty_disable()
-            self._log_dirty = False
-
-    async def _barrier(self, number: int, complaint: str) -> None:
-        passed = self._signals.passed[number] = trio.Event()
-        await self._say(m.Barrier(number))
-        with step_timeout(complaint):
-            await passed.wait()
-
-    async def _send_round(self, to_send: PfnMask, total: int, previous: int, began: float) -> Decision:
-        """Send the set, taking out of it what was sent, until it is empty or the policy decides otherwise."""
-        left = total
-        decision = Decision.CONTINUE
-
-        def sent(pfns: PfnArray, message: m.Pages) -> bool:
-            nonlocal left, decision
-            to_send[pfns] = False
-            left -= len(pfns)
-            self.statistics.precopy_pages += count_pages(message)
-            self.progress.pages_done += len(pfns)
-            decision = self._decide(self.statistics.rounds, False, left, previous, began)
-            return decision is Decision.CONTINUE
-
-        await self._send_batches(batches_of(to_send, BATCH_PAGES), sent)
-        return decision
-
-    def _decide(self, round_number: int, finished: bool, dirty: int, previous: int, began: float) -> Decision:
-        elapsed = time.monotonic() - began
-        rate = self.progress.bytes_sent / elapsed if elapsed > 0 else 0.0
-        return self._policy.decide(
-            PrecopyProgress(round_number, finished, dirty, previous, rate, postcopy_asked=self._postcopy_asked)
-        )
-
-    async def _send_batches(self, batches: Iterable[PfnArray], sent: Callable[[PfnArray, m.Pages], bool]) -> None:
-        """:meth:`_send_all` in a thread."""
-        stop = threading.Event()
-        await self._send_in_thread(functools.partial(self._send_all, batches, sent, stop), stop.set)
-
-    async def _send_in_thread(self, send: Callable[[], None], stop: Callable[[], None]) -> None:
-        assert self._push is not None
-        # A peer that takes nothing would hold the thread in its send: after a moment it is cut off.
-        cut_off = threading.Timer(CANCEL_GRACE_S, self._push.shut)
-        cut_off.daemon = True
-
-        def stop_sending() -> None:
-            stop()
-            cut_off.start()
-
-        try:
-            await run_in_thread(send, stop_sending)
-        finally:
-            cut_off.cancel()
-
-    def _send_all(
-        self,
-        batches: Iterable[PfnArray],
-        sent: Callable[[PfnArray, m.Pages], bool],
-        stop: threading.Event | None = None,
-    ) -> None:
-        """Map and send; ``sent`` is told of each batch and says whether to go on."""
-        assert self._push is not None
-        for pfns in batches:
-            with self._domain.map_pages(pfns) as mapped:
-                if not self.session.serving:
-                    message = announce(pfns, mapped)
-                elif (missing := announce_missing(pfns, mapped, self._backlog)) is not None:
-                    message = missing
-                else:
-                    continue
-                self.session.sent(message, Lane.PUSH)
-                size = self._push.send_blocking(message, mapped.data)
-            self.progress.bytes_sent += size
-            self.statistics.zero_pages += len(message.zeros)
-            wait = self._cap.spend(size, time.monotonic())
-            if not sent(pfns, message) or (stop is not None and stop.wait(wait)):
-                return
-
-    def _send_holes(self, pfns: PfnArray) -> tuple[PfnArray, PfnArray]:
-        """Tell of those that are no memory any more (ballooned); returns those that are, and those that are not."""
-        present = self._domain.present(pfns)
-        gone = pfns[~present]
-        for holes in pieces(gone, m.MAX_PFNS):
-            self._say_blocking(m.Pages(NO_PFNS, holes=holes))
-        return pfns[present], gone
+        return await self._precopy.run(self._domain, push, self._written)
 
     # ---- switchover ----
-    async def _switch_over(self, tasks: trio.Nursery, deferred: PfnMask, unsent: NDArray[np.uint8]) -> None:
+    async def _switch_over(self, tasks: trio.Nursery, remainder: Remainder) -> None:
+        assert self._push is not None
         self.progress.phase = "switchover"
-        self._backlog = Backlog(deferred)
+        self._backlog = Backlog(remainder.deferred)
         try:
-            await self._send_in_thread(functools.partial(self._hand_over, unsent), self._stay)
+            await self._push.send_in_thread(functools.partial(self._hand_over, self._push, remainder), self._stay)
             await trio.lowlevel.checkpoint_if_cancelled()
         finally:
             if self._entrusted and self._toolstack.decides:
@@ -603,7 +402,7 @@ class OutgoingMigration:
                 with trio.CancelScope(shield=True):
                     await self._toolstack.switched_over()
 
-    def _hand_over(self, unsent: NDArray[np.uint8]) -> None:
+    def _hand_over(self, push: PushLane, remainder: Remainder) -> None:
         """All that the guest stands still for.  In one thread: going from one to another is a tenth of a millisecond each time.
 
         It takes as long as what changed since the last look is large, not the guest.
@@ -615,14 +414,14 @@ class OutgoingMigration:
         self._toolstack.suspend(domain)
         log.info("suspended")
         self._may_be_ready = True
-        self._say_blocking(m.Suspended())
-        written = domain.log_dirty(clean=True)
-        changed, gone = self._send_holes(from_bitmap(written | unsent, domain.nr_pfns))
+        push.say_blocking(m.Suspended())
+        written = self._written.last_look()
+        changed, gone = push.send_holes(from_bitmap(written | remainder.unsent, domain.nr_pfns))
         missing.remove(gone[missing.are_missing(gone)])
         new = changed[~missing.are_missing(changed)]
-        if missing.unsent or not self._stop_and_copy_fits(len(new)):
-            hot = self._hottest(changed[in_bitmap(written, changed)])
-            now = union([self._pinned, domain.pinned(changed), hot])
+        if missing.unsent or not self._precopy.stop_and_copy_fits(len(new)):
+            hot = self._written.hottest(changed[in_bitmap(written, changed)], HOT_PAGES)
+            now = union([remainder.pinned, domain.pinned(changed), hot])
             missing.add(new)
             now = now[missing.are_missing(now)]
             missing.remove(now)
@@ -634,29 +433,29 @@ class OutgoingMigration:
             return not self._stays
 
         # Whatever the bandwidth cap: to hold it back would be downtime.
-        self._send_all(pieces(now, SWITCHOVER_BATCH_PAGES), sent)
+        push.send_all(pieces(now, SWITCHOVER_BATCH_PAGES), sent)
         if self._stays:
             return  # without the context the destination is not ready, whoever says what there
         stats.missing_pages = missing.unsent
         new = new[missing.are_missing(new)]
         for pfns in pieces(new, m.MAX_PFNS):
-            self._say_blocking(m.Missing(pfns))
+            push.say_blocking(m.Missing(pfns))
         context = domain.context()
         for at in range(0, len(context), m.MAX_CONTEXT_CHUNK):
             chunk = context[at : at + m.MAX_CONTEXT_CHUNK]
-            self._say_blocking(m.Context(chunk, at + len(chunk) == len(context)))
+            push.say_blocking(m.Context(chunk, at + len(chunk) == len(context)))
         if self._toolstack.decides:
             # What was written since it was held may be another frame now.
             domain.hold(changed[missing.are_missing(changed)])
             self._toolstack.track_device_model(False)
-            self._stop_log_dirty()
+            self._written.disable()
         if not self._signals.ready.wait(STEP_TIMEOUT_S):
             raise PeerClosedError(
                 f"the guest stands still, and the destination was not ready within {STEP_TIMEOUT_S:g} s"
             )
         self.progress.pages_total = stats.missing_pages
         self._count_down()
-        self._entrust()
+        self._entrust(push)
         log.info("ready, %d pages in downtime, %d missing", stats.switchover_pages, stats.missing_pages)
 
     def _stay(self) -> None:
@@ -666,7 +465,7 @@ class OutgoingMigration:
         if self._stays:
             self._signals.ready.set()  # nobody needs to wait for that any more
 
-    def _entrust(self) -> None:
+    def _entrust(self, push: PushLane) -> None:
         """Said is done, even where it does not arrive: it is said again then."""
         with self._deciding:
             if self._stays:
@@ -674,7 +473,7 @@ class OutgoingMigration:
             self._record("deciding" if self._toolstack.decides else "handed over")
             self._entrusted = True
         self.progress.phase = "deciding" if self._toolstack.decides else "postcopy"
-        self._say_blocking(self._last_of_switchover())
+        push.say_blocking(self._last_of_switchover())
 
     def _last_of_switchover(self) -> m.Message:
         return m.Entrust() if self._toolstack.decides else m.Handover()
@@ -701,15 +500,8 @@ class OutgoingMigration:
         await self._given_away.wait()
         if self.session.phase is Phase.DECISION:
             self.progress.phase = "postcopy"
-            await self._say(m.Handover())
-
-    def _stop_and_copy_fits(self, dirty: int) -> bool:
-        """Sending the rest now, instead of after the handover: always where there is no after."""
-        if not self.options.strategy.pages_after_handover:
-            return True
-        return (
-            self._decide(self.statistics.rounds, True, dirty, dirty, self.statistics.started) is Decision.STOP_AND_COPY
-        )
+            assert self._push is not None
+            await self._push.say(m.Handover())
 
     # ---- postcopy ----
     async def _push_pages(self) -> None:
@@ -718,7 +510,9 @@ class OutgoingMigration:
             self.statistics.push_bytes += len(message.pfns) * PAGE_SIZE
             return True
 
-        await self._send_batches(self._backlog.batches(BATCH_PAGES), sent)
+        assert self._push is not None
+        announce = functools.partial(announce_missing, backlog=self._backlog)
+        await self._push.send_batches(self._backlog.batches(BATCH_PAGES), sent, announce)
 
     async def _serve_faults(self, pull: LaneConnection) -> None:
         server = FaultServer(self._domain, pull, self.session, self._backlog, self.statistics, self._cap)
@@ -729,25 +523,13 @@ class OutgoingMigration:
             raise
 
     # ---- the push lane ----
-    async def _say(self, message: m.Message) -> None:
-        assert self._push is not None
-        self.session.sent(message, Lane.PUSH)
-        await self._push.send(message)
-
-    def _say_blocking(self, message: m.Message) -> None:
-        assert self._push is not None
-        self.session.sent(message, Lane.PUSH)
-        self._push.send_blocking(message)
-
-    def _receive_push_lane(self) -> None:
+    def _receive_push_lane(self, push: PushLane) -> None:
         """In a thread, until the receiver says that nothing is outstanding."""
-        assert self._push is not None
         while True:
-            message, payload = self._push.receive_blocking()
-            self.session.received(message, Lane.PUSH)
+            message, payload = push.hear_blocking()
             match message:
                 case m.Passed():
-                    trio.from_thread.run_sync(self._signals.passed[message.number].set)
+                    trio.from_thread.run_sync(self._precopy.passed, message.number)
                 case m.Ready():
                     self._signals.ready.set()
                 case m.Resumed() if self._signals.resumed.is_set():
@@ -791,7 +573,7 @@ class OutgoingMigration:
         except (MigrationError, XenError) as error:
             problem = m.printable(str(error))
             log.error("%s is not protected any more: %s", self.domain_name, error)
-        self._say_blocking(m.Kept(problem))
+        self._push.say_blocking(m.Kept(problem))
 
     def _completed(self, message: m.Complete) -> None:
         self.receiver_statistics = _receiver_statistics(message.statistics)
@@ -814,14 +596,7 @@ class OutgoingMigration:
         """The receiver closes first, when its ring is given up: nothing of ours is cut off on the way then."""
         assert self._push is not None
         with trio.move_on_after(STEP_TIMEOUT_S), contextlib.suppress(PeerClosedError):
-            await self._push.receive()
-
-    async def _hear(self) -> m.Message:
-        """Where the thread does not."""
-        assert self._push is not None
-        message, _pages = await self._push.receive()
-        self.session.received(message, Lane.PUSH)
-        return message
+            await self._push.connection.receive()
 
     # ---- when the lanes are lost ----
     async def _rejoin(self, lost: Exception) -> None:
@@ -832,8 +607,8 @@ class OutgoingMigration:
             log.warning("%s: %s", self.domain_name, lost, exc_info=is_bug(lost))
             self._note(str(lost))
             try:
-                self._push = await self.lanes.again(self._note)
-                await self._take_up_again()
+                self._push = self._push_lane(await self.lanes.again(self._note))
+                await self._take_up_again(self._push)
                 break
             except Exception as error:
                 if is_final(error):
@@ -852,15 +627,15 @@ class OutgoingMigration:
         )
         self.progress.problem = f"{why}; {state}"
 
-    async def _take_up_again(self) -> None:
+    async def _take_up_again(self, push: PushLane) -> None:
         """Find out what the receiver lacks, of pages and of what was said."""
         self.session.rejoin()
         if self._checkpoints is not None:
             await trio.to_thread.run_sync(self._checkpoints.abandon)
-        await self._say(m.Rejoin())
+        await push.say(m.Rejoin())
         outstanding = np.zeros(self._domain.nr_pfns, dtype=np.bool_)
         with step_timeout("the destination did not say what it lacks"):
-            while isinstance(answer := await self._hear(), m.Outstanding):
+            while isinstance(answer := await push.hear(), m.Outstanding):
                 outstanding[pfns_of_window(answer.base, answer.bitmap)] = True
         match answer:
             case m.Rejoined() | m.Complete() if self._inherited:
@@ -877,7 +652,7 @@ class OutgoingMigration:
             return
         self._pull = await self.lanes.pull(answer.token)
         if self.session.phase is Phase.SWITCHOVER:
-            await self._say(self._last_of_switchover())
+            await push.say(self._last_of_switchover())
             await self._toolstack.switched_over()
 
     def _inherit(self, outstanding: PfnMask) -> None:
@@ -918,11 +693,12 @@ class OutgoingMigration:
         # One that dials us is told as much by our not knowing it any more.
         with trio.move_on_after(math.inf if self.lanes.dials else LINGER_S):
             while True:
+                connection = None
                 try:
-                    self._push = await self.lanes.again(log.debug)
-                    await self._push.send(self._last_word)
+                    connection = await self.lanes.again(log.debug)
+                    await connection.send(self._last_word)
                     with step_timeout("the destination does not say that it has let the guest go"):
-                        answer, _pages = await self._push.receive()
+                        answer, _pages = await connection.receive()
                     if isinstance(answer, m.Failed | m.Ended):
                         break
                 except UnknownSessionError:  # it knows
@@ -932,7 +708,8 @@ class OutgoingMigration:
                         "%s: the destination has not been told yet that the guest stays: %s", self.domain_name, error
                     )
                 finally:
-                    self._close_lanes()
+                    if connection is not None:
+                        connection.close()
         self._journal.erase(self.id)
 
     async def _give_up(self, reason: str) -> None:
@@ -944,10 +721,10 @@ class OutgoingMigration:
         if self._push is not None:
             with trio.move_on_after(2), contextlib.suppress(PeerClosedError):
                 # Where this fails it sees the connection end, which says the same to one that is not ready.
-                await self._push.send(abort)
+                await self._push.connection.send(abort)
         self._close_lanes()
         with self._reported():
-            self._stop_log_dirty()
+            self._written.disable()
         with self._reported():
             if self._checkpoints is not None and self._checkpoints.exists:
                 await self._go_back(self._checkpoints)

@@ -22,7 +22,8 @@ from migrate.tls import Tls
 from migrate.transport import Terms
 from receiver.daemon import ReceiverDaemon
 from receiver.migration import IncomingMigration
-from sender.migration import MigrationOptions, OutgoingMigration
+from sender.migration import OutgoingMigration
+from sender.options import MigrationOptions
 from tests.links import Link, link
 from xenbackend.contract import XenError
 from xenbackend.simulated.guest import GuestSpec

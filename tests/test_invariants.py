@@ -18,6 +18,8 @@ from receiver.pager import Pager
 from receiver.restore import MemoryRestorer
 from sender.backlog import Backlog
 from sender.migration import OutgoingMigration
+from sender.push import PushLane
+from sender.written import WrittenPages
 from tests.conftest import MIB
 from tests.inprocess import migrate, verification
 from xenbackend.contract import DomainState, PfnArray
@@ -45,8 +47,9 @@ async def test_a_receiver_that_answers_zeros_is_noticed(clean_hosts: World, name
     """Invariant 3."""
     load = SimulatedDomain.load
     monkeypatch.setattr(SimulatedDomain, "load", lambda self, pfns, pages: load(self, pfns, None))
-    await migrate(clean_hosts, busy(name))
-    problems = " ".join((await verification(clean_hosts, busy(name))).problems)
+    spec = busy(name, write_permille=0)  # one that writes has soon overwritten all damage
+    await migrate(clean_hosts, spec, Strategy.POSTCOPY)
+    problems = " ".join((await verification(clean_hosts, spec)).problems)
     assert "pages differ" in problems
     assert "wrong values while it ran" in problems
 
@@ -185,7 +188,7 @@ async def test_a_pinned_frame_that_is_missing_kills_the_guest(
 ) -> None:
     """Invariant 9."""
     monkeypatch.setattr(SimulatedDomain, "pinned", lambda self, pfns: np.empty(0, dtype=np.uint64))
-    monkeypatch.setattr(OutgoingMigration, "_hottest", lambda self, written: written[:0])  # which they may be, too
+    monkeypatch.setattr(WrittenPages, "hottest", lambda self, written, most: written[:0])  # which they may be, too
     outcome = await migrate(clean_hosts, busy(name))
     assert "register_vcpu_info" in str(outcome.error)
     assert outcome.migration.session.handed_over
@@ -230,7 +233,7 @@ async def test_a_sender_that_loses_a_page_never_completes(clean_hosts: World, na
     assert clean_hosts.source.open(name).info().state is DomainState.SUSPENDED
 
 
-@pytest.mark.parametrize("moment", ["_precopy", "_switch_over"])
+@pytest.mark.parametrize("moment", ["_copy_while_it_runs", "_switch_over"])
 async def test_before_the_handover_any_failure_leaves_the_guest_at_the_source(
     clean_hosts: World, name: str, monkeypatch: Patch, moment: str
 ) -> None:
@@ -238,12 +241,13 @@ async def test_before_the_handover_any_failure_leaves_the_guest_at_the_source(
     step = getattr(OutgoingMigration, moment)
 
     async def fail(self: OutgoingMigration, *arguments: Any) -> Any:
-        if moment == "_precopy":
+        if moment == "_copy_while_it_runs":
             await step(self, *arguments)
         else:
             self._suspended = True
             self._domain.suspend()
-            await self._say(m.Suspended())
+            assert self._push is not None
+            await self._push.say(m.Suspended())
         raise MigrationError("the test says so")
 
     monkeypatch.setattr(OutgoingMigration, moment, fail)
@@ -264,17 +268,23 @@ async def test_cancelled_while_the_guest_is_suspended_it_goes_on_at_one_end(
 ) -> None:
     """Invariant 1: until the handover it is not too late, and then it is."""
     too_late: list[str] = []
-    say = OutgoingMigration._say_blocking
+    migrations: list[OutgoingMigration] = []
+    hand_over, say = OutgoingMigration._hand_over, PushLane.say_blocking
 
-    def cancel_at(self: OutgoingMigration, message: m.Message) -> None:
+    def note(self: OutgoingMigration, *arguments: Any) -> None:
+        migrations.append(self)
+        hand_over(self, *arguments)
+
+    def cancel_at(self: PushLane, message: m.Message) -> None:
         if message.type == moment:
             try:
-                trio.from_thread.run_sync(self.cancel, "the test says so")
+                trio.from_thread.run_sync(migrations[0].cancel, "the test says so")
             except MigrationError as error:
                 too_late.append(str(error))
         say(self, message)
 
-    monkeypatch.setattr(OutgoingMigration, "_say_blocking", cancel_at)
+    monkeypatch.setattr(OutgoingMigration, "_hand_over", note)
+    monkeypatch.setattr(PushLane, "say_blocking", cancel_at)
     spec = busy(name)
     outcome = await migrate(clean_hosts, spec)
     if moment == "handover":

@@ -15,7 +15,9 @@ from migrate.loopback import World
 from migrate.policy import Strategy
 from migrate.transport import Terms
 from receiver.migration import IncomingMigration
-from sender.migration import MigrationOptions, OutgoingMigration
+from sender.migration import OutgoingMigration
+from sender.options import MigrationOptions
+from sender.push import PushLane
 from tests.conftest import MIB
 from tests.inprocess import Outcome, migrate, verification
 from tests.links import Link
@@ -47,7 +49,8 @@ async def goes_on_here_only(world: World, name: str) -> None:
 def cut_when(monkeypatch: Patch, cls: type, said: type[m.Message], *, before: bool, down: bool = False) -> list[Link]:
     """Cut the link the first time an end says this, before it is sent or after.  The link is to be put into the list."""
     links: list[Link] = []
-    say, say_blocking = cls._say, getattr(cls, "_say_blocking", None)  # type: ignore[attr-defined]
+    private = "" if cls is PushLane else "_"
+    say, say_blocking = getattr(cls, f"{private}say"), getattr(cls, f"{private}say_blocking")
 
     def cut() -> None:
         link = links.pop()
@@ -64,18 +67,17 @@ def cut_when(monkeypatch: Patch, cls: type, said: type[m.Message], *, before: bo
         if due and not before:
             cut()
 
-    monkeypatch.setattr(cls, "_say", say_and_cut)
-    if say_blocking is not None:
+    monkeypatch.setattr(cls, f"{private}say", say_and_cut)
 
-        def say_blocking_and_cut(self: object, message: m.Message) -> None:
-            due = isinstance(message, said) and bool(links)
-            if due and before:
-                cut_from_wherever()
-            say_blocking(self, message)
-            if due and not before:
-                cut_from_wherever()
+    def say_blocking_and_cut(self: object, message: m.Message) -> None:
+        due = isinstance(message, said) and bool(links)
+        if due and before:
+            cut_from_wherever()
+        say_blocking(self, message)
+        if due and not before:
+            cut_from_wherever()
 
-        monkeypatch.setattr(cls, "_say_blocking", say_blocking_and_cut)
+    monkeypatch.setattr(cls, f"{private}say_blocking", say_blocking_and_cut)
     return links
 
 
@@ -112,19 +114,19 @@ async def test_cut_anywhere_after_the_handover_nothing_is_lost(
 @pytest.mark.parametrize(
     ("cls", "said", "before"),
     [
-        (OutgoingMigration, m.Handover, True),
-        (OutgoingMigration, m.Handover, False),
+        (PushLane, m.Handover, True),
+        (PushLane, m.Handover, False),
         (IncomingMigration, m.Resumed, True),
         (IncomingMigration, m.Resumed, False),
         (IncomingMigration, m.Report, True),
         (IncomingMigration, m.Loaded, True),
         (IncomingMigration, m.Complete, True),
         (IncomingMigration, m.Complete, False),
-        (OutgoingMigration, m.Rejoin, True),
+        (PushLane, m.Rejoin, True),
         (IncomingMigration, m.Outstanding, True),
         (IncomingMigration, m.Rejoined, True),
         (IncomingMigration, m.Rejoined, False),
-        (OutgoingMigration, m.Completed, True),
+        (PushLane, m.Completed, True),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("strategy", [Strategy.POSTCOPY, Strategy.PRECOPY])
@@ -157,11 +159,11 @@ async def test_cut_at_any_word_from_the_handover_on_the_guest_arrives(
 @pytest.mark.parametrize(
     ("cls", "said"),
     [
-        (OutgoingMigration, m.Offer),
+        (PushLane, m.Offer),
         (IncomingMigration, m.Accepted),
-        (OutgoingMigration, m.Barrier),
-        (OutgoingMigration, m.Suspended),
-        (OutgoingMigration, m.Context),
+        (PushLane, m.Barrier),
+        (PushLane, m.Suspended),
+        (PushLane, m.Context),
         (IncomingMigration, m.Ready),
     ],
 )
@@ -183,7 +185,7 @@ async def test_cut_behind_the_context_the_guest_is_at_one_end(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
     """At which depends on what is quicker, ``ready`` or the cut."""
-    links = cut_when(monkeypatch, OutgoingMigration, m.Context, before=False)
+    links = cut_when(monkeypatch, PushLane, m.Context, before=False)
     outcome = await migrate(clean_hosts, busy(name), Strategy.HYBRID, meanwhile=watch(links))
     assert not links, "it was cut"
     if outcome.migration.session.handed_over:
@@ -222,7 +224,7 @@ async def test_a_receiver_that_may_be_ready_is_told_of_giving_up(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
     """Found by chaos: its successor, going by its journal, takes it for ready from ``suspended`` on."""
-    links = cut_when(monkeypatch, OutgoingMigration, m.Suspended, before=False, down=True)
+    links = cut_when(monkeypatch, PushLane, m.Suspended, before=False, down=True)
     outcome = await migrate(clean_hosts, busy(name), meanwhile=watch(links))
     assert outcome.error is not None
     assert Journal(clean_hosts.directory / "journal").entries()[outcome.migration.id]["step"] == "given up"
@@ -350,7 +352,7 @@ async def test_the_sender_never_comes_back_and_an_operator_lets_the_guest_run(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
     """The handover was said and did not arrive: neither end can know by itself.  When the link is back it goes on."""
-    links = cut_when(monkeypatch, OutgoingMigration, m.Handover, before=True, down=True)
+    links = cut_when(monkeypatch, PushLane, m.Handover, before=True, down=True)
     ran = trio.Event()
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
@@ -376,7 +378,7 @@ async def test_the_sender_never_comes_back_and_an_operator_lets_the_guest_run(
 async def test_the_destination_never_comes_back_and_an_operator_takes_the_guest_back(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
-    links = cut_when(monkeypatch, OutgoingMigration, m.Handover, before=True, down=True)
+    links = cut_when(monkeypatch, PushLane, m.Handover, before=True, down=True)
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
         links.append(link)

@@ -23,7 +23,8 @@ from receiver import checkpoints
 from receiver.checkpoints import Checkpoints
 from sender import migration as sender_migration
 from sender.checkpoints import CheckpointStore
-from sender.migration import MigrationOptions, OutgoingMigration
+from sender.migration import OutgoingMigration
+from sender.options import MigrationOptions
 from sender.toolstack import OwnToolstack, StaysHereError
 from tests.conftest import MIB
 from tests.inprocess import Outcome, migrate, verification

@@ -1,0 +1,41 @@
+"""What an administrator asks of a migration, and what it shows of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from migrate.errors import MigrationError
+from migrate.policy import PolicyOptions, Strategy
+
+
+@dataclass(frozen=True)
+class MigrationOptions:
+    strategy: Strategy = Strategy.HYBRID
+    policy: PolicyOptions = PolicyOptions()
+    bandwidth_bytes_per_s: float | None = None
+    checkpoint_every_s: float | None = None
+    """What the guest becomes at the destination is sent back, so that it survives that; ``None``: it is not."""
+
+    def __post_init__(self) -> None:
+        if self.checkpoint_every_s is not None and not self.strategy.pages_after_handover:
+            raise MigrationError("--strategy precopy has nothing to protect: there the guest arrives as a whole")
+
+
+@dataclass
+class Progress:
+    """What ``list`` and the progress display show."""
+
+    phase: str = "connecting"
+    round: int = 0
+    pages_done: int = 0
+    """Of the current round, or of the pages missing at the switchover."""
+    pages_total: int = 0
+    outstanding: int = 0
+    faults: int = 0
+    latency_us: int = 0
+    bytes_sent: int = 0
+    checkpoints: int = 0
+    """That have come back; the guest would go on here as it was at the last of them."""
+    checkpoint_at: float = 0.0
+    """When that came."""
+    problem: str = ""

@@ -1,0 +1,167 @@
+"""Precopy: rounds over what the guest has written, and putting off what will not be sent before the switchover."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import trio
+from numpy.typing import NDArray
+
+from migrate import messages as m
+from migrate.errors import MigrationError
+from migrate.pfns import NO_PFNS, PfnMask, batches_of, bitmap_of, from_mask, union, windows
+from migrate.policy import Decision, Policy, PrecopyProgress, Strategy
+from migrate.statistics import SenderStatistics
+from migrate.transport import step_timeout
+from sender.options import MigrationOptions, Progress
+from sender.push import PushLane
+from sender.reader import count_pages, hold, pinned, present
+from sender.toolstack import Toolstack
+from sender.written import WrittenPages
+from xenbackend.contract import Domain, PfnArray
+
+log = logging.getLogger(__name__)
+
+BATCH_PAGES = 1024
+"""Pages that are read, sent and loaded together: enough that Python's part of the work does not count."""
+MAX_DEFERRALS = 8
+
+
+@dataclass
+class Remainder:
+    """What precopy leaves to the switchover."""
+
+    deferred: PfnMask
+    """What the receiver has been told to evict."""
+    unsent: NDArray[np.uint8]
+    """What else is known to be unsent, as a bitmap."""
+    pinned: PfnArray
+    """The pinned set, as far as it is known."""
+
+
+class Precopy:
+    def __init__(
+        self,
+        options: MigrationOptions,
+        policy: Policy,
+        toolstack: Toolstack,
+        progress: Progress,
+        statistics: SenderStatistics,
+    ):
+        self._options = options
+        self._policy = policy
+        self._toolstack = toolstack
+        self._progress = progress
+        self._statistics = statistics
+        self.postcopy_asked = False
+        """By an administrator, instead of further rounds."""
+        self._passed: dict[int, trio.Event] = {}
+        self._domain: Domain
+        self._push: PushLane
+        self._written: WrittenPages
+
+    def passed(self, number: int) -> None:
+        """The receiver has done all that was said before this barrier."""
+        self._passed[number].set()
+
+    def stop_and_copy_fits(self, dirty: int) -> bool:
+        """Sending the rest now, instead of after the handover: always where there is no after."""
+        if not self._options.strategy.pages_after_handover:
+            return True
+        stats = self._statistics
+        return self._decide(stats.rounds, True, dirty, dirty, stats.started) is Decision.STOP_AND_COPY
+
+    async def run(self, domain: Domain, push: PushLane, written: WrittenPages) -> Remainder:
+        """Raises :class:`MigrationError` where the policy gives up."""
+        self._domain, self._push, self._written = domain, push, written
+        progress, stats = self._progress, self._statistics
+        await trio.to_thread.run_sync(written.enable)
+        await trio.to_thread.run_sync(self._toolstack.track_device_model, True)
+        to_send: PfnMask = await trio.to_thread.run_sync(present, domain)
+        previous = remaining = int(np.count_nonzero(to_send))
+        began = time.monotonic()
+        decision = Decision.CONTINUE
+        if self._options.strategy is Strategy.POSTCOPY:
+            decision = self._decide(0, True, remaining, remaining, 0.0)
+        while decision is Decision.CONTINUE:
+            stats.rounds += 1
+            progress.round, progress.pages_done, progress.pages_total = stats.rounds, 0, remaining
+            decision = await self._send_round(to_send, remaining, previous, began)
+            to_send |= written.look()
+            previous, remaining = remaining, int(np.count_nonzero(to_send))
+            if decision is Decision.CONTINUE:
+                decision = self._decide(stats.rounds, True, remaining, previous, began)
+            log.info("round %d done, %d pages dirty, %s", stats.rounds, remaining, decision.value)
+        if decision is Decision.ABORT:
+            raise MigrationError("the policy gave up: the guest dirties memory faster than it can be sent")
+        if decision is Decision.STOP_AND_COPY:
+            await self._barrier(0, "the destination did not take in what it was sent")  # or it does so in the downtime
+            return Remainder(np.zeros_like(to_send), bitmap_of(to_send), NO_PFNS)
+        return await self._defer(to_send)
+
+    async def _send_round(self, to_send: PfnMask, total: int, previous: int, began: float) -> Decision:
+        """Send the set, taking out of it what was sent, until it is empty or the policy decides otherwise."""
+        left = total
+        decision = Decision.CONTINUE
+
+        def sent(pfns: PfnArray, message: m.Pages) -> bool:
+            nonlocal left, decision
+            to_send[pfns] = False
+            left -= len(pfns)
+            self._statistics.precopy_pages += count_pages(message)
+            self._progress.pages_done += len(pfns)
+            decision = self._decide(self._statistics.rounds, False, left, previous, began)
+            return decision is Decision.CONTINUE
+
+        await self._push.send_batches(batches_of(to_send, BATCH_PAGES), sent)
+        return decision
+
+    def _decide(self, round_number: int, finished: bool, dirty: int, previous: int, began: float) -> Decision:
+        elapsed = time.monotonic() - began
+        rate = self._progress.bytes_sent / elapsed if elapsed > 0 else 0.0
+        return self._policy.decide(
+            PrecopyProgress(round_number, finished, dirty, previous, rate, postcopy_asked=self.postcopy_asked)
+        )
+
+    async def _defer(self, unsent: PfnMask) -> Remainder:
+        """What will not be sent any more is dealt with while the guest still runs, not in its downtime.
+
+        That takes a while, in which the guest writes more: once again with that, as long as there is less to evict
+        or to look at.  A guest that writes all that it has is looked at for a long time once only.
+        """
+        domain = self._domain
+        deferred, kept_back = np.zeros_like(unsent), np.zeros_like(unsent)
+        # The search for the pinned set may look into every page.
+        pinned_pfns = await trio.to_thread.run_sync(pinned, domain)
+        to_look_at = to_evict = int(np.count_nonzero(unsent))
+        for number in range(1, MAX_DEFERRALS + 1):
+            _there, gone = await trio.to_thread.run_sync(self._push.send_holes, from_mask(unsent))
+            unsent[gone] = deferred[gone] = False
+            if number > 1:
+                more = await trio.to_thread.run_sync(domain.pinned, from_mask(unsent))
+                pinned_pfns = union([pinned_pfns, more])
+            kept_back[pinned_pfns] |= unsent[pinned_pfns]
+            unsent[pinned_pfns] = False
+            if self._toolstack.decides:
+                await trio.to_thread.run_sync(hold, domain, unsent)
+            for base, bitmap in windows(unsent & ~deferred):
+                await self._push.say(m.Defer(base, bitmap))
+            await self._barrier(number, "the destination did not evict the unsent pages")
+            deferred |= unsent
+            unsent = self._written.look()
+            looked_at, evicted = to_look_at, to_evict
+            to_look_at, to_evict = (int(np.count_nonzero(pages)) for pages in (unsent, unsent & ~deferred))
+            log.info("%d pages put off, %d written meanwhile, %d of them others", evicted, to_look_at, to_evict)
+            no_less = to_look_at >= looked_at * 0.9 and to_evict >= evicted * 0.9
+            if no_less or to_look_at <= self._options.policy.dirty_threshold:
+                break
+        return Remainder(deferred, bitmap_of(kept_back | unsent), pinned_pfns)
+
+    async def _barrier(self, number: int, complaint: str) -> None:
+        passed = self._passed[number] = trio.Event()
+        await self._push.say(m.Barrier(number))
+        with step_timeout(complaint):
+            await passed.wait()

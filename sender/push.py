@@ -1,0 +1,118 @@
+"""The sender's end of the push lane: what is said on it, and batches of pages, sent from where they lie in the guest.
+
+Until the handover each message depends on those before it, so there is one order for words and pages; a thread sends the
+pages.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from collections.abc import Callable, Iterable
+
+from migrate import messages as m
+from migrate.bandwidth import BandwidthCap
+from migrate.messages import Lane
+from migrate.pfns import NO_PFNS, pieces
+from migrate.session import Session
+from migrate.statistics import SenderStatistics
+from migrate.transport import LaneConnection, run_in_thread
+from sender.options import Progress
+from sender.reader import announce
+from xenbackend.contract import Domain, MappedPages, PfnArray
+
+CANCEL_GRACE_S = 2.0
+
+Announce = Callable[[PfnArray, MappedPages], m.Pages | None]
+"""What to say of pages that are mapped; ``None``: nothing, they need not be sent."""
+Sent = Callable[[PfnArray, m.Pages], bool]
+"""Told of each batch that was sent; says whether to go on."""
+
+
+class PushLane:
+    """As long as its connection; the session is longer."""
+
+    def __init__(
+        self,
+        connection: LaneConnection,
+        session: Session,
+        domain: Domain,
+        cap: BandwidthCap,
+        progress: Progress,
+        statistics: SenderStatistics,
+    ):
+        self.connection = connection
+        self._session = session
+        self._domain = domain
+        self._cap = cap
+        self._progress = progress
+        self._statistics = statistics
+
+    # ---- words ----
+    async def say(self, message: m.Message) -> None:
+        self._session.sent(message, Lane.PUSH)
+        await self.connection.send(message)
+
+    def say_blocking(self, message: m.Message) -> None:
+        self._session.sent(message, Lane.PUSH)
+        self.connection.send_blocking(message)
+
+    async def hear(self) -> m.Message:
+        message, _pages = await self.connection.receive()
+        self._session.received(message, Lane.PUSH)
+        return message
+
+    def hear_blocking(self) -> tuple[m.Message, memoryview]:
+        message, payload = self.connection.receive_blocking()
+        self._session.received(message, Lane.PUSH)
+        return message, payload
+
+    # ---- pages ----
+    async def send_batches(self, batches: Iterable[PfnArray], sent: Sent, announce: Announce = announce) -> None:
+        """:meth:`send_all` in a thread."""
+        stop = threading.Event()
+        await self.send_in_thread(functools.partial(self.send_all, batches, sent, announce, stop), stop.set)
+
+    async def send_in_thread(self, send: Callable[[], None], stop: Callable[[], None]) -> None:
+        # A peer that takes nothing would hold the thread in its send: after a moment it is cut off.
+        cut_off = threading.Timer(CANCEL_GRACE_S, self.connection.shut)
+        cut_off.daemon = True
+
+        def stop_sending() -> None:
+            stop()
+            cut_off.start()
+
+        try:
+            await run_in_thread(send, stop_sending)
+        finally:
+            cut_off.cancel()
+
+    def send_all(
+        self,
+        batches: Iterable[PfnArray],
+        sent: Sent,
+        announce: Announce = announce,
+        stop: threading.Event | None = None,
+    ) -> None:
+        """Map and send, within the bandwidth cap where there is ``stop`` to wait for."""
+        for pfns in batches:
+            with self._domain.map_pages(pfns) as mapped:
+                message = announce(pfns, mapped)
+                if message is None:
+                    continue
+                self._session.sent(message, Lane.PUSH)
+                size = self.connection.send_blocking(message, mapped.data)
+            self._progress.bytes_sent += size
+            self._statistics.zero_pages += len(message.zeros)
+            wait = self._cap.spend(size, time.monotonic())
+            if not sent(pfns, message) or (stop is not None and stop.wait(wait)):
+                return
+
+    def send_holes(self, pfns: PfnArray) -> tuple[PfnArray, PfnArray]:
+        """Tell of those that are no memory any more (ballooned); returns those that are, and those that are not."""
+        present = self._domain.present(pfns)
+        gone = pfns[~present]
+        for holes in pieces(gone, m.MAX_PFNS):
+            self.say_blocking(m.Pages(NO_PFNS, holes=holes))
+        return pfns[present], gone
