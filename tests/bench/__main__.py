@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import mmap
 import statistics
 import subprocess
@@ -49,51 +50,53 @@ def warm(size: int) -> None:
     mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE).close()
 
 
-class AnonymousMemory(threading.Thread):
-    """The highest RssAnon of each daemon, in bytes, looked at every few milliseconds."""
+@contextlib.contextmanager
+def anonymous_memory(world: World, peaks: dict[str, int]) -> Iterator[None]:
+    """Keeps the highest RssAnon of each daemon, in bytes.  Looking every few milliseconds takes a twentieth of a CPU."""
+    pids = {name: world.processes[name].popen.pid for name in ("sender", "receiver")}
+    stopping = threading.Event()
 
-    def __init__(self, world: World):
-        super().__init__(daemon=True)
-        self._pids = {name: world.processes[name].popen.pid for name in ("sender", "receiver")}
-        self._stopping = threading.Event()
-        self.peak = dict.fromkeys(self._pids, 0)
-
-    def run(self) -> None:
-        while not self._stopping.wait(0.005):
-            for name, pid in self._pids.items():
+    def look() -> None:
+        while not stopping.wait(0.005):
+            for name, pid in pids.items():
                 for line in Path(f"/proc/{pid}/status").read_text().splitlines():
                     if line.startswith("RssAnon"):
-                        self.peak[name] = max(self.peak[name], int(line.split()[1]) * 1024)
+                        peaks[name] = max(peaks.get(name, 0), int(line.split()[1]) * 1024)
 
-    def stop(self) -> None:
-        self._stopping.set()
-        self.join()
+    looking = threading.Thread(target=look, daemon=True)
+    looking.start()
+    try:
+        yield
+    finally:
+        stopping.set()
+        looking.join()
 
 
 Link = Callable[[int], contextlib.AbstractContextManager[int]]
+Beside = Callable[[World], contextlib.AbstractContextManager[object]]
 
 
 def migrate(
-    spec: GuestSpec, *, steps: int = 500, through: Link = contextlib.nullcontext, config: str = "", **request: Any
-) -> dict[str, Any]:
+    spec: GuestSpec, *, steps: int = 500, through: Link = contextlib.nullcontext,
+    beside: Beside = contextlib.nullcontext, config: str = "", **request: Any,
+) -> dict[str, Any]:  # fmt: skip
     """One verified migration in a world of its own.
 
-    ``steps``: that each vCPU has done before; ``through``: what is between the sender and the receiver's port; ``config``: of
-    both daemons.
+    ``steps``: that each vCPU has done before; ``through``: what is between the sender and the receiver's port; ``beside``: what
+    goes on during the migration; ``config``: of both daemons.
     """
     with loopback_world(spec.memory_bytes, config=config) as world, through(world.port) as port:
         guest = world.source.create_guest(spec.to_bytes())
         wait_for_steps(guest, 5 if spec.workload == "idle" else steps)
         guest.close()
         warm(min(spec.memory_bytes, 2 * GIB) + GIB // 2)
-        memory = AnonymousMemory(world)
-        memory.start()
-        answer = world.ask("sender", command="migrate", domain=spec.name, destination=f"127.0.0.1:{port}", **request)
-        memory.stop()
+        with beside(world):
+            answer = world.ask(
+                "sender", command="migrate", domain=spec.name, destination=f"127.0.0.1:{port}", **request
+            )
         result: dict[str, Any] = answer["result"]
         verification, result["guest"] = verify_migrated(world, spec)
         assert verification.ok, verification.problems
-        result["daemon_memory"] = memory.peak
         return result
 
 
@@ -319,9 +322,14 @@ def safety(_limits: Limits, runs: int) -> None:
 
 def memory(_limits: Limits, _runs: int) -> None:
     for strategy in ("precopy", "hybrid", "postcopy"):
-        result = migrate(GuestSpec("guest", 4 * GIB, 2, "random", zero_permille=500), strategy=strategy)
-        peaks = ", ".join(f"{name} {peak / 2**20:.0f} MiB" for name, peak in result["daemon_memory"].items())
-        row(f"memory, 4 GiB guest, {strategy}", None, peaks, "")
+        peaks: dict[str, int] = {}
+        migrate(
+            GuestSpec("guest", 4 * GIB, 2, "random", zero_permille=500),
+            beside=functools.partial(anonymous_memory, peaks=peaks),
+            strategy=strategy,
+        )
+        text = ", ".join(f"{name} {peak / 2**20:.0f} MiB" for name, peak in peaks.items())
+        row(f"memory, 4 GiB guest, {strategy}", None, text, "")
 
 
 def main() -> None:
