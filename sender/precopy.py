@@ -138,7 +138,7 @@ class Precopy:
         pinned_pfns = await trio.to_thread.run_sync(pinned, domain)
         to_look_at = to_evict = int(np.count_nonzero(unsent))
         for number in range(1, MAX_DEFERRALS + 1):
-            _there, gone = await trio.to_thread.run_sync(self._push.send_holes, from_mask(unsent))
+            gone = await self._push.report_holes(from_mask(unsent))
             unsent[gone] = deferred[gone] = False
             if number > 1:
                 more = await trio.to_thread.run_sync(domain.pinned, from_mask(unsent))

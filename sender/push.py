@@ -75,6 +75,7 @@ class PushLane:
         await self.send_in_thread(functools.partial(self.send_all, batches, sent, announce, stop), stop.set)
 
     async def send_in_thread(self, send: Callable[[], None], stop: Callable[[], None]) -> None:
+        """When this is cancelled ``stop`` is called, which is to make ``send`` return."""
         # A peer that takes nothing would hold the thread in its send: after a moment it is cut off.
         cut_off = threading.Timer(CANCEL_GRACE_S, self.connection.shut)
         cut_off.daemon = True
@@ -108,6 +109,12 @@ class PushLane:
             wait = self._cap.spend(size, time.monotonic())
             if not sent(pfns, message) or (stop is not None and stop.wait(wait)):
                 return
+
+    async def report_holes(self, pfns: PfnArray) -> PfnArray:
+        """:meth:`send_holes` in a thread; returns those that are no memory."""
+        found: list[PfnArray] = []
+        await self.send_in_thread(lambda: found.append(self.send_holes(pfns)[1]), lambda: None)
+        return found[0]
 
     def send_holes(self, pfns: PfnArray) -> tuple[PfnArray, PfnArray]:
         """Tell of those that are no memory any more (ballooned); returns those that are, and those that are not."""

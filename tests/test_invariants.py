@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import trio
 
 from migrate import messages as m
-from migrate.errors import MigrationError
+from migrate.errors import MigrationError, PeerClosedError
 from migrate.loopback import World
 from migrate.policy import Strategy
 from receiver.migration import IncomingMigration
@@ -21,7 +22,8 @@ from sender.migration import OutgoingMigration
 from sender.push import PushLane
 from sender.written import WrittenPages
 from tests.conftest import MIB
-from tests.inprocess import migrate, verification
+from tests.inprocess import Outcome, migrate, verification
+from tests.links import Link
 from xenbackend.contract import DomainState, PfnArray
 from xenbackend.ring import PagingRequest, PagingRing
 from xenbackend.simulated.client import SimulatedDomain
@@ -260,6 +262,31 @@ async def test_before_the_handover_any_failure_leaves_the_guest_at_the_source(
         while source.report()["vcpu"][0]["count"] == before:
             await trio.sleep(0.01)
     assert clean_hosts.destination.domains() == []
+
+
+@pytest.mark.parametrize("sending", ["send_all", "send_holes"])
+async def test_cancelled_while_the_peer_takes_nothing_it_does_not_wait_for_that(
+    clean_hosts: World, name: str, monkeypatch: Patch, sending: str
+) -> None:
+    """Precopy: the connection is cut off after a moment."""
+    stuck = trio.Event()
+
+    def hang(self: PushLane, *arguments: Any) -> None:
+        trio.from_thread.run_sync(stuck.set)
+        ended = select.poll()
+        ended.register(self.connection, 0)  # POLLHUP
+        ended.poll(60_000)
+        raise PeerClosedError("the connection was lost while sending")
+
+    async def cancel(outcome: Outcome, _link: Link) -> None:
+        await stuck.wait()
+        outcome.migration.cancel("second thoughts")
+
+    monkeypatch.setattr(PushLane, sending, hang)
+    strategy = Strategy.PRECOPY if sending == "send_all" else Strategy.POSTCOPY
+    outcome = await migrate(clean_hosts, busy(name), strategy, meanwhile=cancel, timeout_s=20)
+    assert "second thoughts" in str(outcome.error)
+    assert clean_hosts.source.open(name).info().state is DomainState.RUNNING
 
 
 @pytest.mark.parametrize("moment", ["suspended", "context", "handover"])
