@@ -36,14 +36,7 @@ from migrate.bandwidth import BandwidthCap
 from migrate.errors import GuestEndedError, MigrationError, PeerClosedError, RemoteProtocolError, UnknownSessionError
 from migrate.journal import Journal
 from migrate.lanes import Lanes
-from migrate.pfns import (
-    PfnMask,
-    from_bitmap,
-    in_bitmap,
-    pfns_of_window,
-    pieces,
-    union,
-)
+from migrate.pfns import PfnMask, from_bitmap, in_bitmap, pfns_of_window, pieces, union
 from migrate.policy import DefaultPolicy, Policy, Strategy
 from migrate.session import Phase, Role, Session, new_token
 from migrate.statistics import SenderStatistics
@@ -53,8 +46,8 @@ from sender.backlog import Backlog
 from sender.checkpoints import CheckpointStore
 from sender.faults import FaultServer
 from sender.options import MigrationOptions, Progress
-from sender.precopy import BATCH_PAGES, Precopy, Remainder
-from sender.push import PushLane
+from sender.precopy import Precopy, Remainder
+from sender.push import BATCH_PAGES, PushLane
 from sender.reader import announce_missing, count_pages, hold
 from sender.toolstack import XL_TIMEOUT_S, OwnToolstack, StaysHereError, Toolstack, XlToolstack
 from sender.written import WrittenPages
@@ -327,8 +320,8 @@ class OutgoingMigration:
                     if not self._signals.complete.is_set():
                         lane_tasks.start_soon(self._hear, self._push)
                     if not self._entrusted:
-                        await self._switch_over(tasks, await self._copy_while_it_runs(self._push))
-                    await self._feed(lane_tasks)
+                        await self._switch_over(tasks, self._push, await self._copy_while_it_runs(self._push))
+                    await self._feed(lane_tasks, self._push)
                     lane_tasks.cancel_scope.cancel()
                 return
             except Exception as error:
@@ -340,25 +333,24 @@ class OutgoingMigration:
         hear = functools.partial(self._receive_push_lane, push)
         await run_in_thread(hear, push.connection.stop_receiving, urgent=True)  # for some of it a guest stands still
 
-    async def _feed(self, lane_tasks: trio.Nursery) -> None:
+    async def _feed(self, lane_tasks: trio.Nursery, push: PushLane) -> None:
         """The destination with what it lacks."""
         if self._pull is not None:
             lane_tasks.start_soon(self._serve_faults, self._pull)
         if self._toolstack.decides:
-            lane_tasks.start_soon(self._hand_over_when_decided)
+            lane_tasks.start_soon(self._hand_over_when_decided, push)
             # Until the guest runs nobody needs the pages, and libxl, which has to finish its work, needs the CPU.
             await self._signals.resumed.wait()
-        await self._push_pages()
+        await self._push_pages(push)
         if self.session.handed_over:
             self.progress.phase = "completing"
         await self._signals.complete.wait()
         if self._backlog.unacknowledged:
             raise RemoteProtocolError(f"complete, but {self._backlog.unacknowledged} pages were never confirmed")
         self._record("completing")  # from here on the receiver may forget
-        assert self._push is not None
         with contextlib.suppress(PeerClosedError):  # then it knows as much
-            await self._push.say(m.Completed())
-            await self._push_lane_closed()
+            await push.say(m.Completed())
+            await self._push_lane_closed(push)
 
     async def _connect(self) -> None:
         """hello, preflight and the pull lane."""
@@ -389,12 +381,11 @@ class OutgoingMigration:
         return await self._precopy.run(self._domain, push, self._written)
 
     # ---- switchover ----
-    async def _switch_over(self, tasks: trio.Nursery, remainder: Remainder) -> None:
-        assert self._push is not None
+    async def _switch_over(self, tasks: trio.Nursery, push: PushLane, remainder: Remainder) -> None:
         self.progress.phase = "switchover"
         self._backlog = Backlog(remainder.deferred)
         try:
-            await self._push.send_in_thread(functools.partial(self._hand_over, self._push, remainder), self._stay)
+            await push.send_in_thread(functools.partial(self._hand_over, push, remainder), self._stay)
             await trio.lowlevel.checkpoint_if_cancelled()
         finally:
             if self._entrusted and self._toolstack.decides:
@@ -496,23 +487,21 @@ class OutgoingMigration:
         self._record("handed over")
         self._given_away.set()
 
-    async def _hand_over_when_decided(self) -> None:
+    async def _hand_over_when_decided(self, push: PushLane) -> None:
         await self._given_away.wait()
         if self.session.phase is Phase.DECISION:
             self.progress.phase = "postcopy"
-            assert self._push is not None
-            await self._push.say(m.Handover())
+            await push.say(m.Handover())
 
     # ---- postcopy ----
-    async def _push_pages(self) -> None:
+    async def _push_pages(self, push: PushLane) -> None:
         def sent(_pfns: PfnArray, message: m.Pages) -> bool:
             self.statistics.push_pages += count_pages(message)
             self.statistics.push_bytes += len(message.pfns) * PAGE_SIZE
             return True
 
-        assert self._push is not None
         announce = functools.partial(announce_missing, backlog=self._backlog)
-        await self._push.send_batches(self._backlog.batches(BATCH_PAGES), sent, announce)
+        await push.send_batches(self._backlog.batches(BATCH_PAGES), sent, announce)
 
     async def _serve_faults(self, pull: LaneConnection) -> None:
         server = FaultServer(self._domain, pull, self.session, self._backlog, self.statistics, self._cap)
@@ -551,7 +540,7 @@ class OutgoingMigration:
                     self._domain.release(message.pfns)
                     self._count_down()
                 case m.Written() | m.Checkpoint():
-                    self._take_checkpoint(message, payload)
+                    self._take_checkpoint(push, message, payload)
                 case m.Report():
                     self.progress.faults, self.progress.latency_us = message.faults, message.latency_us
                 case m.Complete():
@@ -560,8 +549,8 @@ class OutgoingMigration:
                 case m.Ended() | m.Failed():
                     self._raise(message)
 
-    def _take_checkpoint(self, message: m.Written | m.Checkpoint, payload: memoryview) -> None:
-        assert self._checkpoints is not None and self._push is not None  # so says the session
+    def _take_checkpoint(self, push: PushLane, message: m.Written | m.Checkpoint, payload: memoryview) -> None:
+        assert self._checkpoints is not None  # so says the session
         problem = ""
         try:
             if not self._checkpoints.add(message, payload):
@@ -573,7 +562,7 @@ class OutgoingMigration:
         except (MigrationError, XenError) as error:
             problem = m.printable(str(error))
             log.error("%s is not protected any more: %s", self.domain_name, error)
-        self._push.say_blocking(m.Kept(problem))
+        push.say_blocking(m.Kept(problem))
 
     def _completed(self, message: m.Complete) -> None:
         self.receiver_statistics = _receiver_statistics(message.statistics)
@@ -592,11 +581,10 @@ class OutgoingMigration:
         self.progress.outstanding = self._backlog.unacknowledged
         self.progress.pages_done = self.progress.pages_total - self.progress.outstanding
 
-    async def _push_lane_closed(self) -> None:
+    async def _push_lane_closed(self, push: PushLane) -> None:
         """The receiver closes first, when its ring is given up: nothing of ours is cut off on the way then."""
-        assert self._push is not None
         with trio.move_on_after(STEP_TIMEOUT_S), contextlib.suppress(PeerClosedError):
-            await self._push.connection.receive()
+            await push.connection.receive()
 
     # ---- when the lanes are lost ----
     async def _rejoin(self, lost: Exception) -> None:

@@ -17,7 +17,7 @@ from migrate.policy import Decision, Policy, PrecopyProgress, Strategy
 from migrate.statistics import SenderStatistics
 from migrate.transport import step_timeout
 from sender.options import MigrationOptions, Progress
-from sender.push import PushLane
+from sender.push import BATCH_PAGES, PushLane
 from sender.reader import count_pages, hold, pinned, present
 from sender.toolstack import Toolstack
 from sender.written import WrittenPages
@@ -25,8 +25,6 @@ from xenbackend.contract import Domain, PfnArray
 
 log = logging.getLogger(__name__)
 
-BATCH_PAGES = 1024
-"""Pages that are read, sent and loaded together: enough that Python's part of the work does not count."""
 MAX_DEFERRALS = 8
 
 

@@ -22,7 +22,10 @@ from sender.options import Progress
 from sender.reader import announce
 from xenbackend.contract import Domain, MappedPages, PfnArray
 
+BATCH_PAGES = 1024
+"""Pages that are read, sent and loaded together: enough that Python's part of the work does not count."""
 CANCEL_GRACE_S = 2.0
+"""For a peer to take what is being sent to it, when that is to stop."""
 
 Announce = Callable[[PfnArray, MappedPages], m.Pages | None]
 """What to say of pages that are mapped; ``None``: nothing, they need not be sent."""
