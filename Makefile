@@ -4,7 +4,7 @@ VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-NATIVE := $(wildcard xenbackend/native/*.[ch] xenbackend/native/*.py xenbackend/*/native/*.[ch] xenbackend/*/native/*.py)
+NATIVE := $(wildcard migrate/native/*.[ch] migrate/native/*.py xenbackend/native/*.[ch] xenbackend/native/*.py xenbackend/*/native/*.[ch] xenbackend/*/native/*.py)
 
 .PHONY: all demo test check bench soak chaos many model fuzz xenlab xenlab-bench xenlab-xl-bench deb lock clean
 

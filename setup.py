@@ -32,7 +32,11 @@ def has_xen_headers() -> bool:
     return checked.returncode == 0
 
 
-modules = ["xenbackend/native/build_ring.py:ffi", "xenbackend/simulated/native/build_sim.py:ffi"]
+modules = [
+    "migrate/native/build_bulk.py:ffi",
+    "xenbackend/native/build_ring.py:ffi",
+    "xenbackend/simulated/native/build_sim.py:ffi",
+]
 if has_xen_headers():
     modules.append("xenbackend/libxenctrl/native/build_xen.py:ffi")
 

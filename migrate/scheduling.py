@@ -22,6 +22,8 @@ SCHED_ATTR = struct.Struct("=IIQiIQQQ")
 """``struct sched_attr`` (sched_setattr(2)): size, policy, flags, nice, priority, runtime (ns: the slice), deadline, period."""
 URGENT_NICE = -10
 URGENT_SLICE_NS = 100_000
+BULK_SLICE_NS = 200_000
+"""A slice of the CPU is what a thread that gives way is put back by (``native/bulk.c``)."""
 
 _libc = ctypes.CDLL(None)
 
@@ -31,7 +33,7 @@ def be_urgent() -> None:
 
 
 def be_bulk() -> None:
-    _set(os.SCHED_BATCH, 0, 0)
+    _set(os.SCHED_BATCH, 0, BULK_SLICE_NS)
 
 
 def reset() -> None:

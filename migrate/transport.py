@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import trio
 
-from migrate import frames, scheduling
+from migrate import bulk, frames, scheduling
 from migrate.errors import MigrationError, PeerClosedError, RefusedError, UnknownSessionError
 from migrate.frames import FrameDecoder
 from migrate.messages import CHECKSUMS, Alive, Hello, Lane, Message, Refused, parse
@@ -40,13 +40,12 @@ LINGER_S = 600.0
 CONGESTION_CONTROL = b"cubic"
 """Linux's own default.  Where a host has BBR instead, that paces a sender which alternates between looking at pages and
 sending them, and keeps little in flight where the round trip is short: 1.6 GB/s over loopback where cubic moves 2.1."""
-PIECE_BYTES = 128 * 1024
-"""Of one system call.  A kernel without preemption (Debian's servers, most dom0s) finishes it before it lets a thread that
-serves a fault run on that CPU: with 4 MiB the median fault was a tenth slower."""
+MANY_BYTES = 64 * 1024
+"""From here on in one call without the interpreter lock; to send a page by itself, preparing that would be most of the work."""
+HEARD_BYTES = 512 * 1024
+"""Received in one call: what a slow link carries well within ``SILENCE_S``."""
 SILENCE_S = 30.0
 """A peer that says nothing for so long is taken for dead."""
-IOV_MAX = 1024
-"""Pieces of memory in one system call (sendmsg(2))."""
 
 
 @dataclass(frozen=True)
@@ -139,11 +138,7 @@ class LaneConnection:
             if self._cut_off:
                 raise PeerClosedError("the connection was lost while sending")
             try:
-                for group in _groups([memoryview(head), *payload], size):
-                    sent = self._socket.sendmsg(group)
-                    if sent < sum(map(len, group)):
-                        assert isinstance(self._socket, socket.socket)
-                        self._socket.sendall(b"".join(group)[sent:])
+                self._send([memoryview(head), *payload], size)
             except OSError as error:
                 self._cut_off = True
                 if isinstance(error, BlockingIOError):
@@ -151,6 +146,17 @@ class LaneConnection:
                 raise PeerClosedError(f"the connection was lost while sending: {error.strerror or error}") from error
             self.bytes_sent += size
         return size
+
+    def _send(self, pieces: list[memoryview], size: int) -> None:
+        if self._tls is not None:
+            self._tls.sendmsg(pieces)
+        elif size < MANY_BYTES:
+            assert isinstance(self._socket, socket.socket)
+            sent = self._socket.sendmsg(pieces)
+            if sent < size:
+                self._socket.sendall(b"".join(pieces)[sent:])
+        elif error := bulk.send(self._socket.fileno(), pieces):
+            raise OSError(error, os.strerror(error))
 
     def receive_blocking(self) -> tuple[Message, memoryview]:
         """As :meth:`receive`."""
@@ -180,16 +186,9 @@ class LaneConnection:
 
     def fill(self) -> None:
         """Wait for bytes, of a payload for all that it still lacks.  Raises :class:`PeerClosedError` at the end."""
-        flags = 0
-        if self._decoder.in_payload():
-            flags = socket.MSG_WAITALL
-            if self._tcp:
-                # Because we acknowledge pages on this connection the kernel takes it for a dialogue and delays its
-                # own acknowledgements by 40 ms, for which a sender with a full window waits.  Not sticky: see tcp(7).
-                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
-        wanted = self._decoder.wanted()[:PIECE_BYTES]
+        wanted = self._decoder.wanted()[:HEARD_BYTES]
         try:
-            count = self._socket.recv_into(wanted, len(wanted), flags)
+            count = self._receive(wanted)
         except OSError as error:
             raise PeerClosedError(f"the connection was lost: {explain(error)}") from error
         self._heard_at = time.monotonic()
@@ -199,6 +198,18 @@ class LaneConnection:
             where = "" if self._decoder.at_boundary() else " in the middle of a frame"
             raise PeerClosedError(f"the peer closed the connection{where}")
         self._decoder.filled(count)
+
+    def _receive(self, wanted: memoryview) -> int:
+        if not self._decoder.in_payload():
+            return self._socket.recv_into(wanted, len(wanted))
+        if self._tls is not None:
+            if self._tcp:
+                self._tls.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)  # as native/bulk.c does, and why
+            return self._tls.recv_into(wanted, len(wanted), socket.MSG_WAITALL)
+        count = bulk.receive(self._socket.fileno(), wanted, is_tcp=self._tcp)
+        if count < 0:
+            raise OSError(-count, os.strerror(-count))
+        return count
 
     # ---- for the event loop ----
     async def send(self, message: Message) -> None:
@@ -267,26 +278,6 @@ class LaneConnection:
         self.shut()
         with self._sending, self._receiving:  # nobody is inside a call any more
             self._socket.close()
-
-
-def _groups(buffers: list[memoryview], size: int) -> Iterable[list[memoryview]]:
-    """What goes into one system call each."""
-    return (buffers,) if size <= PIECE_BYTES and len(buffers) <= IOV_MAX else _split(buffers)
-
-
-def _split(buffers: list[memoryview]) -> Iterator[list[memoryview]]:
-    group: list[memoryview] = []
-    room = PIECE_BYTES
-    for buffer in buffers:
-        at = 0
-        while at < len(buffer):
-            if not room or len(group) == IOV_MAX:
-                yield group
-                group, room = [], PIECE_BYTES
-            group.append(buffer[at : at + room])
-            at += len(group[-1])
-            room -= len(group[-1])
-    yield group
 
 
 @contextlib.contextmanager

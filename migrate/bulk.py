@@ -1,0 +1,23 @@
+"""Many pages through a blocking socket in one call, without the interpreter lock (``native/bulk.c``).
+
+What could not be done is returned, not raised: a traceback would keep what native code has a hold of (``page_bytes`` in
+``xenbackend/contract.py`` says what comes of that).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from migrate._bulk import ffi, lib
+
+
+def send(fd: int, pieces: Sequence[bytes | memoryview]) -> int:
+    """One behind the other.  Returns 0, or an errno: some of it may have gone then."""
+    buffers = [ffi.from_buffer(piece) for piece in pieces]
+    array = ffi.new("struct bulk_piece[]", [(buffer, len(buffer)) for buffer in buffers])
+    return -int(lib.bulk_send(fd, array, len(buffers)))
+
+
+def receive(fd: int, into: memoryview, *, is_tcp: bool) -> int:
+    """Until it is full or the connection ends.  Returns how many bytes, or a negative errno."""
+    return int(lib.bulk_receive(fd, ffi.from_buffer(into, require_writable=True), len(into), is_tcp))

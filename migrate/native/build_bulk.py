@@ -1,0 +1,20 @@
+"""Compiles what moves many pages through a socket (cffi, API mode) as ``migrate._bulk``."""
+
+from pathlib import Path
+
+from cffi import FFI
+
+HERE = Path(__file__).resolve().parent
+# setuptools wants source paths relative to the project's root.
+ROOT = HERE.parent.parent
+
+ffi = FFI()
+ffi.cdef((HERE / "bulk_api.h").read_text())
+ffi.set_source(
+    "migrate._bulk",
+    '#include <stddef.h>\n#include "bulk_api.h"',
+    sources=[str((HERE / "bulk.c").relative_to(ROOT))],
+    include_dirs=[str(HERE.relative_to(ROOT))],
+    depends=[str((HERE / "bulk_api.h").relative_to(ROOT))],
+    extra_compile_args=["-O2", "-std=gnu11", "-Wall", "-Wextra"],
+)

@@ -1,0 +1,12 @@
+/* What Python sees of bulk.c (this file is read by cffi as well). */
+
+struct bulk_piece {
+    const void *at;
+    size_t bytes;
+};
+
+/* Send pieces of memory, one behind the other, on a blocking socket.  Returns 0, or -errno; some of it may have gone then. */
+int bulk_send(int fd, const struct bulk_piece *pieces, size_t n);
+
+/* Receive bytes from a blocking socket, which is one of TCP or not.  Returns how many: fewer at the connection's end; or -errno. */
+long bulk_receive(int fd, void *into, size_t bytes, int is_tcp);
