@@ -37,8 +37,8 @@ TRIALS_OF_A_WORLD = 25
 WINDOW_S = 0.7
 """In which faults happen."""
 END_S = 90.0
-ARRIVED = ("completing", "completed")
-"""Protected no more."""
+ARRIVED = ("completing", "completed", "")
+"""Protected no more, or a sender that was killed after that, whose successor knows nothing of it."""
 ENDED = ("completed", "failed", "refused", "")
 CONFIG = "[network]\nchecksums = true\nsilence_s = 3\n"
 
