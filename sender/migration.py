@@ -407,7 +407,9 @@ class OutgoingMigration:
         self._may_be_ready = True
         push.say_blocking(m.Suspended())
         written = self._written.last_look()
-        changed, gone = push.send_holes(from_bitmap(written | remainder.unsent, domain.nr_pfns))
+        unsent = remainder.unsent
+        unsent |= written  # in place: memory that has yet to be mapped takes longer than the pass
+        changed, gone = push.send_holes(from_bitmap(unsent, domain.nr_pfns))
         missing.remove(gone[missing.are_missing(gone)])
         new = changed[~missing.are_missing(changed)]
         if missing.unsent or not self._precopy.stop_and_copy_fits(len(new)):

@@ -406,7 +406,9 @@ uint64_t sim_log_dirty(struct sim_map *m, uint64_t *bitmap, int clean)
 
     for (uint64_t i = 0; i < (m->dom->nr_pfns + 63) / 64; i++) {
         bitmap[i] = __atomic_load_n(&m->dirty[i], __ATOMIC_SEQ_CST);
-        if (clean && bitmap[i])
+        if (!bitmap[i])
+            continue;
+        if (clean)
             bitmap[i] = __atomic_exchange_n(&m->dirty[i], 0, __ATOMIC_SEQ_CST);
         dirty += __builtin_popcountll(bitmap[i]);
     }
