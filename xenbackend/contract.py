@@ -106,6 +106,20 @@ class MappedPages:
         """Nothing, where the whole memory is mapped for good."""
 
 
+@dataclass(frozen=True)
+class NativePages:
+    """How native code looks at one page of a domain, and loads it: addresses, as long as the :class:`Domain` is open.
+
+    ``look`` is ``int (void *domain, uint64_t pfn, const void **page)``, a :class:`PageStatus`, and where it is DATA the
+    page stays readable where it says; ``load`` is ``int (void *domain, uint64_t pfn, const void *page)``, one page's
+    :meth:`Domain.load`.
+    """
+
+    domain: int
+    look: int
+    load: int
+
+
 class XenError(Exception):
     """A hypercall failed.
 
@@ -326,6 +340,10 @@ class Domain(ABC):
 
         The guest sees the page when this returns.  A page that is there is never overwritten.
         """
+
+    def native_pages(self) -> NativePages | None:
+        """For ``migrate/faultpath.py``; ``None``: this backend has none, and faults are served without it."""
+        return None
 
 
 class Hypervisor(ABC):

@@ -45,6 +45,11 @@ class PagingRequest(NamedTuple):
         return bool(self.flags & VM_EVENT_FLAG_VCPU_PAUSED)
 
 
+def paging_request(native: Any) -> PagingRequest:
+    """Of a ``struct ring_request``."""
+    return PagingRequest(native.gfn, native.vcpu_id, native.flags, native.paging_flags, native.p2mt)
+
+
 class PagingRing:
     """``page`` is the shared page (anything with the buffer protocol, writable, 4096 bytes).
 
@@ -74,14 +79,27 @@ class PagingRing:
         inherited, self._inherited = self._inherited, []
         return inherited + self._take(lib.ring_consume)
 
+    def native(self) -> tuple[Any, Any, Any] | None:
+        """For native code in this object's stead: the ring's state, ``ring_consume`` and ``ring_respond``.
+
+        ``None`` where there is more to do than they do, or something to be taken here first.
+        """
+        if self._event_fd < 0 or self._inherited:
+            return None
+        return self._state, ffi.addressof(lib, "ring_consume"), ffi.addressof(lib, "ring_respond")
+
     def _take(self, call: Any) -> list[PagingRequest]:
         self._check_open()
         n: int = call(self._state, self._batch)
+        self.check(n)
+        return [paging_request(self._batch[i]) for i in range(n)]
+
+    @staticmethod
+    def check(n: int) -> None:
+        """What ``ring_consume`` returned.  Raises ``XenError``."""
         if n < 0:
             corrupt = "the ring is corrupt, of another interface version, or nobody's that we know"
             raise XenError("paging ring", -n, why=corrupt if -n == errno.EPROTO else "")
-        batch = [self._batch[i] for i in range(n)]
-        return [PagingRequest(r.gfn, r.vcpu_id, r.flags, r.paging_flags, r.p2mt) for r in batch]
 
     def respond(self, requests: Iterable[PagingRequest]) -> None:
         """Answer requests; their vCPUs go on.  Raises ``XenError`` (EINVAL) for an answer that nobody waits for."""

@@ -22,6 +22,7 @@ from xenbackend.contract import (
     DomainState,
     Hypervisor,
     MappedPages,
+    NativePages,
     NoSuchDomainError,
     PageStatus,
     PfnArray,
@@ -248,6 +249,10 @@ class SimulatedDomain(Domain):
             if rc < 0:
                 raise XenError("mem_paging_load", -rc)
         return results
+
+    def native_pages(self) -> NativePages:
+        domain, look, load = self._map, ffi.addressof(lib, "sim_look_at"), ffi.addressof(lib, "sim_load_at")
+        return NativePages(*(int(ffi.cast("uintptr_t", pointer)) for pointer in (domain, look, load)))
 
     def _batch(self, operation: str, call: Callable[..., int], pfns: PfnArray, *arguments: Any) -> None:
         if not len(pfns):

@@ -117,6 +117,8 @@ int sim_depopulate(struct sim_map *m, const uint64_t *pfns, size_t n, size_t *do
 int sim_populate_evicted(struct sim_map *m, const uint64_t *pfns, size_t n, size_t *done);
 int sim_nominate(struct sim_map *m, uint64_t pfn);
 int sim_evict(struct sim_map *m, uint64_t pfn);
+int sim_look_at(struct sim_map *m, uint64_t pfn, const void **page);
+int sim_load_at(struct sim_map *m, uint64_t pfn, const void *page);
 long sim_load(struct sim_map *m, const uint64_t *pfns, size_t n, const uint8_t *pages, int32_t *results);
 uint64_t sim_log_dirty(struct sim_map *m, uint64_t *bitmap, int clean);
 size_t sim_pinned(struct sim_map *m, const uint64_t *pfns, size_t n, uint64_t *held);

@@ -135,6 +135,13 @@ size_t sim_look(struct sim_map *m, const uint64_t *pfns, size_t n, uint8_t *stat
     return count;
 }
 
+/* Of one page, as sim_look(), and where it lies. */
+int sim_look_at(struct sim_map *m, uint64_t pfn, const void **page)
+{
+    *page = m->memory + pfn * PAGE_BYTES;
+    return page_status(m, pfn);
+}
+
 #define RUN_PAGES 64       /* neighbours that are locked and written together */
 
 /* Fill frames that we hold.  Several through the file, not the mapping: a page that is written as a whole need
@@ -397,6 +404,15 @@ long sim_load(struct sim_map *m, const uint64_t *pfns, size_t n, const uint8_t *
     __atomic_fetch_add(&m->dom->tot_pages, loaded, __ATOMIC_SEQ_CST);
     __atomic_fetch_sub(&m->dom->paged_pages, loaded, __ATOMIC_SEQ_CST);
     return loaded;
+}
+
+/* Of one page, as sim_load(): 0 or -errno. */
+int sim_load_at(struct sim_map *m, uint64_t pfn, const void *page)
+{
+    int32_t result = 0;
+    long rc = sim_load(m, &pfn, 1, page, &result);
+
+    return rc < 0 ? rc : result;
 }
 
 /* XEN_DOMCTL_SHADOW_OP_PEEK and _CLEAN; returns the number of dirty pages. */
