@@ -34,6 +34,7 @@ def has_xen_headers() -> bool:
 
 modules = [
     "migrate/native/build_bulk.py:ffi",
+    "migrate/native/build_fault.py:ffi",
     "xenbackend/native/build_ring.py:ffi",
     "xenbackend/simulated/native/build_sim.py:ffi",
 ]

@@ -20,11 +20,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import trio
 
 from migrate import bulk, frames, scheduling
 from migrate.errors import MigrationError, PeerClosedError, RefusedError, UnknownSessionError
+from migrate.faultpath import NativeLane, NativeLock
 from migrate.frames import FrameDecoder
 from migrate.messages import CHECKSUMS, Alive, Hello, Lane, Message, Refused, parse
 from migrate.tasks import task_group
@@ -76,7 +78,7 @@ class LaneConnection:
         self._readable = select.poll()
         self._readable.register(sock, select.POLLIN)
         self._decoder = FrameDecoder()
-        self._sending = threading.Lock()
+        self._sending = NativeLock()
         self._receiving = threading.Lock()
         self._send_limiter = trio.CapacityLimiter(1)
         self._receive_limiter = trio.CapacityLimiter(1)
@@ -140,10 +142,7 @@ class LaneConnection:
             try:
                 self._send([memoryview(head), *payload], size)
             except OSError as error:
-                self._cut_off = True
-                if isinstance(error, BlockingIOError):
-                    raise PeerClosedError(f"the peer has taken nothing for {STEP_TIMEOUT_S:g} s") from error
-                raise PeerClosedError(f"the connection was lost while sending: {error.strerror or error}") from error
+                self._not_sent(error)
             self.bytes_sent += size
         return size
 
@@ -188,9 +187,11 @@ class LaneConnection:
         """Wait for bytes, of a payload for all that it still lacks.  Raises :class:`PeerClosedError` at the end."""
         wanted = self._decoder.wanted()[:HEARD_BYTES]
         try:
-            count = self._receive(wanted)
+            self._received(self._receive(wanted))
         except OSError as error:
             raise PeerClosedError(f"the connection was lost: {explain(error)}") from error
+
+    def _received(self, count: int) -> None:
         self._heard_at = time.monotonic()
         if self._is_silent:
             raise PeerClosedError(f"the peer has said nothing for {self._terms.silence_s:g} s")
@@ -210,6 +211,36 @@ class LaneConnection:
         if count < 0:
             raise OSError(-count, os.strerror(-count))
         return count
+
+    # ---- native code in this object's stead (migrate/faultpath.py) ----
+    def native(self) -> NativeLane | None:
+        """``None`` where there is more between messages and the socket."""
+        if self._tls is not None or self._decoder.checked:
+            return None
+        return NativeLane(self._socket.fileno(), self._sending)
+
+    def vacant(self) -> memoryview | None:
+        """Where native code may receive, and report by :meth:`native_received`; ``None`` in the middle of a frame."""
+        return self._decoder.wanted() if self._decoder.at_boundary() else None
+
+    def native_received(self, count: int) -> None:
+        """What it has received and not dealt with; a negative errno.  As :meth:`fill`."""
+        if count < 0:
+            raise PeerClosedError(f"the connection was lost: {os.strerror(-count)}")
+        self._received(count)
+
+    def native_sent(self, count: int, error: int) -> None:
+        """And an errno, or 0.  Raises as :meth:`send_blocking`."""
+        with self._sending:
+            self.bytes_sent += count
+        if error:
+            self._not_sent(OSError(error, os.strerror(error)))
+
+    def _not_sent(self, error: OSError) -> NoReturn:
+        self._cut_off = True
+        if isinstance(error, BlockingIOError):
+            raise PeerClosedError(f"the peer has taken nothing for {STEP_TIMEOUT_S:g} s") from error
+        raise PeerClosedError(f"the connection was lost while sending: {error.strerror or error}") from error
 
     # ---- for the event loop ----
     async def send(self, message: Message) -> None:

@@ -48,9 +48,15 @@ class Verdict:
 class OutstandingPages:
     def __init__(self, nr_pfns: int):
         self._state = np.zeros(nr_pfns, dtype=np.uint8)
+        """Native code does some of the steps below (``migrate/native/fault.c``)."""
         self._waiting: dict[int, list[tuple[PagingRequest, float]]] = {}
         self._read_ahead = ReadAhead(nr_pfns, self._outstanding)
         self.count = 0
+
+    @property
+    def states(self) -> NDArray[np.uint8]:
+        """Of all pfns."""
+        return self._state
 
     def add(self, pfns: PfnArray) -> None:
         """These are missing.  Before the guest runs only."""
@@ -100,7 +106,12 @@ class OutstandingPages:
         self._state[failed] = OUTSTANDING
         self._state[pfn_array(sorted(pfn for pfn in self._waiting if self._state[pfn] == OUTSTANDING))] = REQUESTED
         outstanding: PfnMask = (self._state == OUTSTANDING) | (self._state == REQUESTED)
+        self.count = int(np.count_nonzero(outstanding))
         return outstanding
+
+    def adopt(self, request: PagingRequest, since: float) -> None:
+        """Of native code that waits no more: its page is REQUESTED."""
+        self._waiting.setdefault(request.pfn, []).append((request, since))
 
     def requested(self) -> PfnArray:
         """What vCPUs wait for."""

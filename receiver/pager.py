@@ -5,6 +5,9 @@ fault's way through this process is wake, ask, wake, load, answer, and at no poi
 or behind a batch.  The thread of the push lane brings pushed pages and acknowledges.  All decisions are
 :class:`OutstandingPages`', taken under one lock; pages are claimed under it and loaded outside of it.
 
+Nearly all faults are asked for and answered by native code before they get here (``migrate/faultpath.py``), in the
+pager thread too: this is what keeps the books then, and deals with the rest.
+
 While there are no lanes the pager thread serves the ring alone: who waits for a page that is there goes on, the
 others' requests are kept.
 """
@@ -24,7 +27,9 @@ import numpy as np
 import trio
 from numpy.typing import NDArray
 
+from migrate import faultpath
 from migrate.errors import PeerClosedError
+from migrate.faultpath import FirstResponder, NativeLock
 from migrate.messages import MAX_FAULT_PFNS, MAX_PFNS, Ahead, Dropped, Fault, Lane, Loaded, Message, Pages, Report
 from migrate.pfns import NO_PFNS, PfnMask, pieces, runs
 from migrate.session import Phase, Session
@@ -33,7 +38,7 @@ from migrate.transport import LaneConnection, run_in_thread
 from receiver.outstanding import OutstandingPages, Verdict
 from receiver.restore import select_pages
 from xenbackend.contract import PAGE_SIZE, Buffer, Domain, PfnArray, XenError
-from xenbackend.ring import PagingRing
+from xenbackend.ring import PagingRequest, PagingRing
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +85,8 @@ class Pager:
         self._pages = pages
         self._statistics = statistics
         self._say = say
-        self._lock = threading.Lock()
+        self._lock = NativeLock()
+        self._responder: FirstResponder | None = None
         self._stopping = False
         self._unacknowledged: list[PfnArray] = []
         self._dropped: list[PfnArray] = []
@@ -111,22 +117,81 @@ class Pager:
         poll.register(self._ring, select.POLLIN)
         if self._pull is not None:
             poll.register(self._pull, select.POLLIN)
-        ring_fd = self._ring.fileno()
         try:
             self._ask_again()
+            self._handle_ring()  # what a predecessor has left open, for one
+            self._responder = self._first_responder()
             while not self._stopping:
-                for fd, _event in poll.poll():
-                    if fd == ring_fd:
-                        self._handle_ring()
-                    elif fd != self._wake_fd:
-                        self._handle_pull_lane()
+                self._turn(poll)
         except PeerClosedError:
             if not self._stopping and self._session.phase < Phase.COMPLETE:
                 raise
             # The sender agreed, and the push lane is about to say so.
         finally:
+            self._dismiss()
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wake_fd)  # what stopped us does not stop the next one
+
+    def _turn(self, poll: select.poll) -> None:
+        """Wait for something, and deal with it."""
+        assert self._ring is not None
+        vacant = self._pull.vacant() if self._pull is not None else None
+        if self._responder is not None and vacant is not None:
+            self._respond(self._responder, vacant)
+            return
+        for fd, _event in poll.poll():
+            if fd == self._ring.fileno():
+                self._handle_ring()
+            elif fd != self._wake_fd:
+                self._handle_pull_lane()
+
+    def _first_responder(self) -> FirstResponder | None:
+        """Where nothing but memory is between a message and the domain."""
+        assert self._ring is not None
+        if self._pull is None or not self._session.serving:
+            return None
+        lane, pages, ring = self._pull.native(), self._domain.native_pages(), self._ring.native()
+        if lane is None or pages is None or ring is None:
+            return None
+        return FirstResponder(
+            lane,
+            pages,
+            ring,
+            wake_fd=self._wake_fd,
+            ring_fd=self._ring.fileno(),
+            lock=self._lock,
+            state=self._pages.states,
+        )
+
+    def _respond(self, responder: FirstResponder, vacant: memoryview) -> None:
+        """Let it deal with what it can, and keep the books."""
+        assert self._pull is not None
+        met = responder.wait(vacant)
+        if met < 0:
+            raise XenError("paging ring", -met)
+        if met & faultpath.LOADED:
+            pfns, results = responder.loaded()
+            self._statistics.pulled_pages += len(pfns)
+            self._finished(pfns, np.array(results, dtype=np.int32))
+        if met & faultpath.ASKED:
+            touched, asked, size, error = responder.asked()
+            self._statistics.requests += asked
+            self._pull.native_sent(size, error)
+            self._ask_ahead(touched)
+        if met & faultpath.RING:
+            requests = responder.requests
+            self._handle_requests(lambda: requests)
+        if met & faultpath.LANE:
+            self._pull.native_received(responder.received)
+            self._take_pages()
+
+    def _dismiss(self) -> None:
+        """Who waits there, waits here."""
+        with self._lock:
+            responder, self._responder = self._responder, None
+            if responder is not None:
+                for request, since in responder.waiting():
+                    self._pages.adopt(request, since)
 
     def _ask_again(self) -> None:
         """For what vCPUs wait for since before these lanes."""
@@ -137,14 +202,19 @@ class Pager:
 
     def _handle_ring(self) -> None:
         assert self._ring is not None
+        self._handle_requests(self._ring.requests)
+
+    def _handle_requests(self, take: Callable[[], list[PagingRequest]]) -> None:
         with self._lock:
-            verdict = self._pages.requests(self._ring.requests(), time.monotonic())
+            verdict = self._pages.requests(take(), time.monotonic())
             self._statistics.requests += len(verdict.ask)
             self._carry_out(verdict)
         if len(verdict.ask):
             self._ask(Fault(verdict.ask))
-        # Only now: a vCPU waits.
-        ahead = self._pages.ahead(verdict.touched) if self._pull is not None else NO_PFNS
+        self._ask_ahead(verdict.touched)  # only now: a vCPU waits
+
+    def _ask_ahead(self, touched: list[int]) -> None:
+        ahead = self._pages.ahead(touched) if self._pull is not None else NO_PFNS
         if len(ahead):
             self._statistics.ahead_pages += len(ahead)
             self._ask(Ahead(ahead))
@@ -159,15 +229,19 @@ class Pager:
         assert self._pull is not None
         while True:
             self._pull.fill()
-            while (received := self._pull.pending()) is not None:
-                message, payload = received
-                self._session.received(message, Lane.PULL)
-                assert isinstance(message, Pages)
-                for pfns, pages in self._claim(message, payload):
-                    self._statistics.pulled_pages += len(pfns)
-                    self._finished(pfns, load(self._domain, pfns, pages))
+            self._take_pages()
             if not self._pull.buffered():
                 return
+
+    def _take_pages(self) -> None:
+        assert self._pull is not None
+        while (received := self._pull.pending()) is not None:
+            message, payload = received
+            self._session.received(message, Lane.PULL)
+            assert isinstance(message, Pages)
+            for pfns, pages in self._claim(message, payload):
+                self._statistics.pulled_pages += len(pfns)
+                self._finished(pfns, load(self._domain, pfns, pages))
 
     # ---- the push lane's thread ----
     def pushed(self, message: Pages, payload: memoryview) -> None:
@@ -200,7 +274,8 @@ class Pager:
         """How it goes, and how many requests wait just now."""
         with self._lock:
             latency = self._statistics.latency
-            return Report(self._pages.count, latency.count, int(latency.quantile(0.5))), self._pages.waiting
+            waiting = self._pages.waiting + (self._responder.nr_waiting if self._responder is not None else 0)
+            return Report(self._pages.count, latency.count, int(latency.quantile(0.5))), waiting
 
     async def finish(self) -> None:
         """Nothing is outstanding and the thread has ended: answer what is still in the ring and give it up.
@@ -256,12 +331,12 @@ class Pager:
             assert self._ring is not None
             self._ring.respond([request for request, _since in verdict.answer])
             now = time.monotonic()
-            # A vCPU may have asked several times for the same page: it stood still once.
-            stalls = {
-                (request.vcpu, request.pfn): since for request, since in reversed(verdict.answer) if request.vcpu_waits
-            }
-            for (vcpu, _pfn), since in stalls.items():
-                self._statistics.answered(vcpu, now - since)
+            self._count([(request, now - since) for request, since in verdict.answer])
+        if self._responder is not None and (len(verdict.loaded) or len(verdict.dropped)):
+            failed = self._responder.answer()
+            if failed:
+                raise XenError("paging ring", -failed)
+            self._count(self._responder.answered())
         if len(verdict.loaded):
             self._unacknowledged.append(verdict.loaded)
         if len(verdict.dropped):
@@ -269,3 +344,9 @@ class Pager:
             self._statistics.dropped_pages += len(verdict.dropped)
         if self._pages.count == 0:
             self._token.run_sync_soon(self.nothing_outstanding.set, idempotent=True)
+
+    def _count(self, answered: list[tuple[PagingRequest, float]]) -> None:
+        """A vCPU may have asked several times for the same page: it stood still once."""
+        stalls = {(request.vcpu, request.pfn): stall for request, stall in reversed(answered) if request.vcpu_waits}
+        for (vcpu, _pfn), stall in stalls.items():
+            self._statistics.answered(vcpu, stall)

@@ -12,15 +12,15 @@ last says best what it touches next.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from migrate.errors import RemoteProtocolError
+from migrate.faultpath import FaultAnswerer, NativeLane, NativeLock
 from migrate.pfns import NO_PFNS, PfnMask, from_mask, pfn_array
-from xenbackend.contract import PfnArray
+from xenbackend.contract import NativePages, PfnArray
 
 NOT_OURS, UNSENT, SENT, DONE = range(4)
 BLOCK = 4096
@@ -36,10 +36,29 @@ class Backlog:
             [np.count_nonzero(missing[at : at + BLOCK]) for at in range(0, len(missing), BLOCK)], dtype=np.int64
         )
         """Unsent ones of each block."""
-        self.unsent = int(self._left.sum())
+        self._counts = np.array([self._left.sum(), 0], dtype=np.int64)  # unsent, cursor
         self.unacknowledged = self.unsent
-        self._cursor = 0
-        self._lock = threading.Lock()
+        self._lock = NativeLock()
+
+    @property
+    def unsent(self) -> int:
+        return int(self._counts[0])
+
+    @unsent.setter
+    def unsent(self, count: int) -> None:
+        self._counts[0] = count
+
+    @property
+    def _cursor(self) -> int:
+        return int(self._counts[1])
+
+    @_cursor.setter
+    def _cursor(self, pfn: int) -> None:
+        self._counts[1] = pfn
+
+    def answerer(self, lane: NativeLane, pages: NativePages) -> FaultAnswerer:
+        """What does :meth:`fault` in native code."""
+        return FaultAnswerer(lane, pages, (self._lock, self._state, self._left, self._counts))
 
     # ---- before the handover ----
     def are_missing(self, pfns: PfnArray) -> NDArray[np.bool_]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import select
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import trio
 
 from migrate import messages as m
+from migrate._fault import ffi
 from migrate.errors import MigrationError, PeerClosedError
 from migrate.loopback import World
 from migrate.policy import Strategy
@@ -24,7 +26,7 @@ from sender.written import WrittenPages
 from tests.conftest import MIB
 from tests.inprocess import Outcome, migrate, verification
 from tests.links import Link
-from xenbackend.contract import DomainState, PfnArray
+from xenbackend.contract import DomainState, NativePages, PfnArray
 from xenbackend.ring import PagingRequest, PagingRing
 from xenbackend.simulated.client import SimulatedDomain
 from xenbackend.simulated.guest import GuestSpec
@@ -51,6 +53,32 @@ async def test_a_receiver_that_answers_zeros_is_noticed(clean_hosts: World, name
     monkeypatch.setattr(SimulatedDomain, "load", lambda self, pfns, pages: load(self, pfns, None))
     spec = busy(name, write_permille=0)  # one that writes has soon overwritten all damage
     await migrate(clean_hosts, spec, Strategy.POSTCOPY)
+    problems = " ".join((await verification(clean_hosts, spec)).problems)
+    assert "pages differ" in problems
+    assert "wrong values while it ran" in problems
+
+
+async def test_a_receiver_that_answers_zeros_the_quick_way_is_noticed(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
+    """Invariant 3, in the way that nearly all faults go."""
+    loaded: list[int] = []
+    native_pages = SimulatedDomain.native_pages
+
+    def with_another_load(self: SimulatedDomain) -> NativePages:
+        @ffi.callback("int(void *, uint64_t, const void *)")  # type: ignore[untyped-decorator]
+        def load(_domain: Any, pfn: int, _page: Any) -> int:
+            loaded.append(pfn)
+            return int(self.load(np.array([pfn], dtype=np.uint64), None)[0])
+
+        kept.append(load)
+        return replace(native_pages(self), load=int(ffi.cast("uintptr_t", load)))
+
+    kept: list[Any] = []
+    monkeypatch.setattr(SimulatedDomain, "native_pages", with_another_load)
+    spec = busy(name, write_permille=0)
+    await migrate(clean_hosts, spec, Strategy.POSTCOPY)
+    assert loaded
     problems = " ".join((await verification(clean_hosts, spec)).problems)
     assert "pages differ" in problems
     assert "wrong values while it ran" in problems

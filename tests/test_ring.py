@@ -2,58 +2,15 @@
 
 from __future__ import annotations
 
-import mmap
 import struct
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xenbackend.contract import PAGE_SIZE, XenError
-from xenbackend.ring import VM_EVENT_SLOTS, PagingRequest, PagingRing
-
-SLOTS, SLOT_BYTES = 64, 400
-NOTES, NOTE_BYTES = 3584, 32
-"""Layout of ``struct pager_notes`` (xenbackend/native/vm_event.h)."""
-FREE, OPEN, ANSWERED = range(3)
-
-
-class FrontEnd:
-    """Xen's end: it asks, and takes answers in the order in which they come."""
-
-    def __init__(self) -> None:
-        self.page = mmap.mmap(-1, PAGE_SIZE)
-        self.req_prod = self.rsp_cons = 0
-        self.answered: list[int] = []
-
-    def ask(self, pfn: int, vcpu: int = 0) -> bool:
-        if self.req_prod - self.rsp_cons >= VM_EVENT_SLOTS:
-            return False
-        event = struct.pack("<IIIIHHHHQII", 7, 1, 3, vcpu, 0, 0, 0, 0, pfn, 10, 0)
-        at = SLOTS + self.req_prod % VM_EVENT_SLOTS * SLOT_BYTES
-        self.page[at : at + SLOT_BYTES] = event.ljust(SLOT_BYTES, b"\0")
-        self.req_prod += 1
-        self.page[0:4] = struct.pack("<I", self.req_prod)
-        return True
-
-    def take_answers(self) -> None:
-        (rsp_prod,) = struct.unpack("<I", self.page[8:12])
-        assert rsp_prod <= self.req_prod
-        while self.rsp_cons < rsp_prod:
-            at = SLOTS + self.rsp_cons % VM_EVENT_SLOTS * SLOT_BYTES
-            self.answered.append(struct.unpack_from("<Q", self.page, at + 24)[0])
-            self.rsp_cons += 1
-
-    def note(self, index: int) -> tuple[int, ...]:
-        """state, number, pfn, vcpu, flags, paging_flags, p2m type"""
-        return struct.unpack_from("<IIQIIII", self.page, NOTES + 16 + index * NOTE_BYTES)
-
-    def set_note(self, index: int, state: int, number: int) -> None:
-        struct.pack_into("<II", self.page, NOTES + 16 + index * NOTE_BYTES, state, number)
-
-    def pager(self, *, resume: bool = False) -> PagingRing:
-        return PagingRing(self.page, -1, -1, resume=resume)
-
+from tests.front_end import ANSWERED, FREE, NOTES, OPEN, SLOTS, FrontEnd
+from xenbackend.contract import XenError
+from xenbackend.ring import VM_EVENT_SLOTS, PagingRequest
 
 STEP = st.one_of(
     st.tuples(st.just("ask"), st.integers(0, 3)),
