@@ -16,7 +16,7 @@ from migrate._fault import ffi, lib
 from migrate.messages import Fault, Message, Pages
 from migrate.pfns import NO_PFNS, pfn_array
 from xenbackend.contract import PAGE_SIZE, NativePages, PfnArray
-from xenbackend.ring import PagingRequest, PagingRing, paging_request
+from xenbackend.ring import NativeRing, PagingRequest, PagingRing, paging_request
 
 STOPPED, RING, ASKED, LANE, LOADED = (
     lib.FAULT_STOPPED, lib.FAULT_RING, lib.FAULT_ASKED, lib.FAULT_LANE, lib.FAULT_LOADED,
@@ -70,10 +70,6 @@ def lane_of(into: Any, lane: NativeLane) -> None:
     into.fault, into.page, into.zero = FAULT[0], PAGE[0], ZERO[0]
 
 
-def function(kind: str, address: int) -> Any:
-    return ffi.cast(kind, address)
-
-
 class FaultAnswerer:
     """The sender's: what :class:`sender.faults.FaultServer` receives with.
 
@@ -85,7 +81,8 @@ class FaultAnswerer:
         self._native = native = ffi.new("struct fault_source *")
         lane_of(native.lane, lane)
         native.domain = ffi.cast("void *", pages.domain)
-        native.look = function("int (*)(void *, uint64_t, const void **)", pages.look)
+        native.look = ffi.cast("int (*)(void *, uint64_t, const void **)", pages.look)
+        native.looked = ffi.cast("void (*)(void *, const void *)", pages.looked)
         native.lock = self._lock.native
         native.state, native.nr_pfns = ffi.from_buffer("uint8_t[]", state), len(state)
         native.left = ffi.from_buffer("int64_t[]", left)
@@ -110,21 +107,22 @@ class FaultAnswerer:
 class FirstResponder:
     """The receiver's: what :class:`receiver.pager.Pager` waits with.
 
-    ``ring``: as of ``PagingRing.native``.  Requests that it has taken wait here until their pages are READY or DROPPED
-    in ``state``.
+    Requests that it has taken from the ring wait here until their pages are READY or DROPPED in ``state``.
     """
 
     def __init__(
-        self, lane: NativeLane, pages: NativePages, ring: tuple[Any, Any, Any], *, wake_fd: int, ring_fd: int,
+        self, lane: NativeLane, pages: NativePages, ring: NativeRing, *, wake_fd: int, ring_fd: int,
         lock: NativeLock, state: Any,
     ):  # fmt: skip
-        self._keep = lane, ring, lock, state
+        self._keep = lane, lock, state
         self._native = native = ffi.new("struct fault_pager *")
         lane_of(native.lane, lane)
         native.wake_fd, native.ring_fd = wake_fd, ring_fd
-        native.ring, native.consume, native.respond = ring
+        native.ring = ffi.cast("void *", ring.ring)
+        native.consume = ffi.cast("int (*)(void *, struct ring_request *)", ring.consume)
+        native.respond = ffi.cast("int (*)(void *, const struct ring_request *, int)", ring.respond)
         native.domain = ffi.cast("void *", pages.domain)
-        native.load = function("int (*)(void *, uint64_t, const void *)", pages.load)
+        native.load = ffi.cast("int (*)(void *, uint64_t, const void *)", pages.load)
         native.lock = lock.native
         native.state, native.nr_pfns = ffi.from_buffer("uint8_t[]", state), len(state)
 

@@ -151,7 +151,7 @@ class Pager:
         if self._pull is None or not self._session.serving:
             return None
         lane, pages, ring = self._pull.native(), self._domain.native_pages(), self._ring.native()
-        if lane is None or pages is None or ring is None:
+        if lane is None or pages is None or not pages.load or ring is None:
             return None
         return FirstResponder(
             lane,

@@ -45,7 +45,10 @@ class FaultServer:
         self._stopping = False
         self._ahead: deque[PfnArray] = deque()
         lane, pages = pull.native(), domain.native_pages()
-        self._answerer = backlog.answerer(lane, pages) if lane is not None and pages is not None else None
+        if lane is None or pages is None or not pages.look:
+            self._answerer = None
+        else:
+            self._answerer = backlog.answerer(lane, pages)
 
     async def serve(self) -> None:
         """Until cancelled, or until the receiver, being done, has closed the lane."""

@@ -7,6 +7,7 @@ somebody holds, ...).
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import errno
 import gc
@@ -169,6 +170,36 @@ def attach(host: Hypervisor, domid: int) -> Domain:
 
     until(attached, "the dead pager is not noticed")
     return domain
+
+
+class Native:
+    """A domain's pages as native code gets at them."""
+
+    def __init__(self, domain: Domain):
+        pages = domain.native_pages()
+        assert pages is not None
+        self._domain = pages.domain
+        pointer, pfn = ctypes.c_void_p, ctypes.c_uint64
+        self._look = ctypes.CFUNCTYPE(ctypes.c_int, pointer, pfn, ctypes.POINTER(pointer))(pages.look)
+        self._looked = ctypes.CFUNCTYPE(None, pointer, pointer)(pages.looked) if pages.looked else None
+        self._load = ctypes.CFUNCTYPE(ctypes.c_int, pointer, pfn, ctypes.c_char_p)(pages.load)
+
+    @contextlib.contextmanager
+    def looking(self, pfn: int) -> Iterator[tuple[int, int]]:
+        """Status and address."""
+        at = ctypes.c_void_p()
+        status = self._look(self._domain, pfn, at)
+        yield status, at.value or 0
+        if status == PageStatus.DATA and self._looked is not None:
+            self._looked(self._domain, at)
+
+    def look(self, pfn: int) -> tuple[int, bytes]:
+        with self.looking(pfn) as (status, address):
+            return status, ctypes.string_at(address, PAGE_SIZE) if status == PageStatus.DATA else b""
+
+    def load(self, pfn: int, contents: bytes | None) -> int:
+        result: int = self._load(self._domain, pfn, contents)
+        return result
 
 
 def wait_for_requests(ring: PagingRing) -> list[PagingRequest]:
@@ -435,6 +466,10 @@ def test_reading_says_what_a_pfn_is(lab: Lab) -> None:
     assert data == page(7)
     assert domain.present(which).tolist() == [True, True, False, True, False, False]
     assert read(domain, NO_PFNS) == ([], b"")
+    native = Native(domain)
+    assert [native.look(pfn) for pfn in which[:4].tolist()] == [
+        (status[0], b""), (status[1], page(7)), (status[2], b""), (status[3], b"")
+    ]  # fmt: skip
 
 
 def test_the_ring_s_own_page_is_no_memory_of_the_guest(lab: Lab) -> None:
@@ -529,6 +564,16 @@ def test_a_page_that_is_there_is_never_overwritten_by_a_load(lab: Lab) -> None:
     assert domain.load(pfns(3), page(2)).tolist() == [-errno.ENOENT]
     assert domain.load(pfns(9), page(2)).tolist() == [-errno.ENOENT]  # a hole
     assert read(domain, pfns(3)) == ([PageStatus.DATA], page(1))
+
+
+def test_native_code_loads_alike(lab: Lab) -> None:
+    domain = lab.incoming()
+    domain.paging_enable()
+    domain.populate_evicted(pfns(3, 4))
+    native = Native(domain)
+    assert [native.load(3, page(1)), native.load(4, None)] == [0, 0]
+    assert [native.load(3, page(2)), native.load(9, page(2))] == [-errno.ENOENT, -errno.ENOENT]
+    assert [native.look(3), native.look(4)] == [(PageStatus.DATA, page(1)), (PageStatus.ZERO, b"")]
 
 
 @pytest.mark.eviction
@@ -769,9 +814,13 @@ def test_held_pages_are_readable_when_the_domain_is_gone(lab: Lab) -> None:
         status, contents = read(domain, which)
         assert status == [PageStatus.DATA] * len(which)
         assert contents == b"".join(page(i) for i in which.tolist())
-    with domain.map_pages(span(8, 4)) as mapped:  # let go while somebody looks
+    native = Native(domain)
+    assert [native.look(pfn) for pfn in (7, 19)] == [(PageStatus.DATA, page(7)), (PageStatus.DATA, page(19))]
+    # Let go while somebody looks:
+    with domain.map_pages(span(8, 4)) as mapped, native.looking(6) as (_status, address):
         domain.release(span(5, 15))
         assert bytes(mapped.data[0][:1]) == b"\x08"
+        assert ctypes.string_at(address, PAGE_SIZE) == page(6)
     domain.close()
 
 

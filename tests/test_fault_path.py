@@ -122,6 +122,8 @@ class Memory:
         self._kept: list[Any] = [ffi.new("char[]", contents(pfn)) for pfn in range(NR)]
         self.loaded: dict[int, bytes] = {}
         self.given_away: set[int] = set()
+        self.looking: list[Any] = []
+        """Where pages lie that are being looked at."""
         self.refusals = 0
         """Loads that will fail for want of memory."""
 
@@ -158,14 +160,22 @@ class Memory:
         @ffi.callback("int(void *, uint64_t, const void **)")  # type: ignore[untyped-decorator]
         def look(_domain: Any, pfn: int, page: Any) -> int:
             page[0] = self._kept[pfn]
+            if pfn % 7 == 5:
+                return int(PageStatus.BROKEN)  # the general way sees about it
+            if not self.is_zero(pfn):
+                self.looking.append(page[0])
             return int(PageStatus.ZERO if self.is_zero(pfn) else PageStatus.DATA)
 
         @ffi.callback("int(void *, uint64_t, const void *)")  # type: ignore[untyped-decorator]
         def load(_domain: Any, pfn: int, page: Any) -> int:
             return self._load(pfn, None if page == ffi.NULL else memoryview(ffi.buffer(page, PAGE_SIZE)))
 
-        self._kept += [look, load]
-        return NativePages(0, *(int(ffi.cast("uintptr_t", function)) for function in (look, load)))
+        @ffi.callback("void(void *, const void *)")  # type: ignore[untyped-decorator]
+        def looked(_domain: Any, page: Any) -> None:
+            self.looking.remove(page)
+
+        self._kept += [look, looked, load]
+        return NativePages(0, *(int(ffi.cast("uintptr_t", function)) for function in (look, looked, load)))
 
 
 # ---- the sender ----
@@ -177,9 +187,10 @@ class Source:
         mask[list(missing)] = True
         self.backlog, self.statistics = Backlog(mask), SenderStatistics()
         self.lane = theirs
-        memory: Any = Memory(native=native)
+        self.memory = Memory(native=native)
+        domain: Any = self.memory
         self.server = FaultServer(
-            memory, ours, serving(Role.SENDER), self.backlog, self.statistics, BandwidthCap(None)
+            domain, ours, serving(Role.SENDER), self.backlog, self.statistics, BandwidthCap(None)
         )  # fmt: skip
 
     def ask(self, *messages: Message) -> None:
@@ -239,6 +250,7 @@ def sender_goes(missing: set[int], steps: list[tuple[str, list[int]]], *, native
             source.server._ahead.remove(NO_PFNS)
             seen += [source.answers(), source.state(), [pfns.tolist() for pfns in source.server._ahead]]
             source.server._ahead.clear()
+        assert not source.memory.looking
     return seen
 
 

@@ -111,12 +111,14 @@ class NativePages:
     """How native code looks at one page of a domain, and loads it: addresses, as long as the :class:`Domain` is open.
 
     ``look`` is ``int (void *domain, uint64_t pfn, const void **page)``, a :class:`PageStatus`, and where it is DATA the
-    page stays readable where it says; ``load`` is ``int (void *domain, uint64_t pfn, const void *page)``, one page's
-    :meth:`Domain.load`.
+    page can be read where it says until ``looked``, ``void (void *domain, const void *page)``, is called, if that is not 0;
+    ``load`` is ``int (void *domain, uint64_t pfn, const void *page)``, one page's :meth:`Domain.load`.  Any may be 0: this
+    backend does it the general way alone.
     """
 
     domain: int
     look: int
+    looked: int
     load: int
 
 
@@ -342,7 +344,7 @@ class Domain(ABC):
         """
 
     def native_pages(self) -> NativePages | None:
-        """For ``migrate/faultpath.py``; ``None``: this backend has none, and faults are served without it."""
+        """For ``migrate/faultpath.py``; ``None``: faults are served without it."""
         return None
 
 

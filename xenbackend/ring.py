@@ -50,6 +50,14 @@ def paging_request(native: Any) -> PagingRequest:
     return PagingRequest(native.gfn, native.vcpu_id, native.flags, native.paging_flags, native.p2mt)
 
 
+class NativeRing(NamedTuple):
+    """Addresses: of a ring, and of calls as ``ring_consume`` and ``ring_respond`` (``native/ring_api.h``)."""
+
+    ring: int
+    consume: int
+    respond: int
+
+
 class PagingRing:
     """``page`` is the shared page (anything with the buffer protocol, writable, 4096 bytes).
 
@@ -79,14 +87,12 @@ class PagingRing:
         inherited, self._inherited = self._inherited, []
         return inherited + self._take(lib.ring_consume)
 
-    def native(self) -> tuple[Any, Any, Any] | None:
-        """For native code in this object's stead: the ring's state, ``ring_consume`` and ``ring_respond``.
-
-        ``None`` where there is more to do than they do, or something to be taken here first.
-        """
-        if self._event_fd < 0 or self._inherited:
+    def native(self) -> NativeRing | None:
+        """For native code in this object's stead, as long as this exists; ``None`` where something is to be taken here first."""
+        if self._inherited:
             return None
-        return self._state, ffi.addressof(lib, "ring_consume"), ffi.addressof(lib, "ring_respond")
+        calls = ffi.addressof(lib, "ring_consume"), ffi.addressof(lib, "ring_respond")
+        return NativeRing(*(int(ffi.cast("uintptr_t", pointer)) for pointer in (self._state, *calls)))
 
     def _take(self, call: Any) -> list[PagingRequest]:
         self._check_open()

@@ -196,6 +196,7 @@ static int take(struct fault_source *s, struct wanted *wanted, int n)
     return all;
 }
 
+/* Returns how many, 0 where what has come is not faults alone. */
 static int read_faults(const struct fault_source *s, const uint8_t *buffer, long got, struct wanted *wanted)
 {
     uint32_t size = s->lane.fault.size;
@@ -205,18 +206,26 @@ static int read_faults(const struct fault_source *s, const uint8_t *buffer, long
         return 0;
     for (int i = 0; i < n; i++) {
         int64_t pfn = fault_frame_pfn(&s->lane.fault, buffer + i * size);
-        int status;
 
         if (pfn < 0 || (uint64_t)pfn >= s->nr_pfns)
             return 0;
         wanted[i] = (struct wanted){ .pfn = pfn };
-        status = s->look(s->domain, pfn, &wanted[i].page);
-        if (status == PAGE_ZERO)
-            wanted[i].page = NULL;
-        else if (status != PAGE_DATA)
-            return 0;
     }
     return n;
+}
+
+/* Returns 0 where one of them is neither data nor zeros. */
+static int look(const struct fault_source *s, struct wanted *wanted, int n)
+{
+    for (int i = 0; i < n; i++) {
+        int status = s->look(s->domain, wanted[i].pfn, &wanted[i].page);
+
+        if (status != PAGE_DATA)
+            wanted[i].page = NULL;
+        if (status != PAGE_DATA && status != PAGE_ZERO)
+            return 0;
+    }
+    return 1;
 }
 
 static int send_page(struct fault_source *s, const struct wanted *wanted)
@@ -238,13 +247,19 @@ long fault_serve(struct fault_source *s, void *buffer, size_t size, int wait)
     for (;;) {
         struct wanted wanted[FAULT_SLOTS];
         long got = receive(s->lane.fd, buffer, size, wait ? 0 : MSG_DONTWAIT);
-        int n = read_faults(s, buffer, got, wanted);
+        int n = read_faults(s, buffer, got, wanted), ours, failed = 0;
 
-        if (!n || !take(s, wanted, n))
+        if (!n)
             return got;
-        for (int i = 0; i < n; i++)
-            if (!wanted[i].skip && send_page(s, &wanted[i]))
-                return 0;
+        ours = look(s, wanted, n) && take(s, wanted, n);
+        for (int i = 0; i < n; i++) {
+            if (ours && !failed && !wanted[i].skip)
+                failed = send_page(s, &wanted[i]);
+            if (s->looked && wanted[i].page)
+                s->looked(s->domain, wanted[i].page);
+        }
+        if (!ours || failed)
+            return failed ? 0 : got;
     }
 }
 

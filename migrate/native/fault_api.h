@@ -35,6 +35,7 @@ struct fault_source {
     struct fault_lane lane;
     void *domain;           /* what look wants */
     int (*look)(void *domain, uint64_t pfn, const void **page);     /* a PageStatus */
+    void (*looked)(void *domain, const void *page);                 /* or NULL */
     struct fault_lock *lock;                        /* of what follows: struct Backlog's */
     uint8_t *state;
     uint64_t nr_pfns;
@@ -65,9 +66,9 @@ struct fault_pager {
     struct fault_lane lane;
     int wake_fd;
     int ring_fd;
-    struct ring_state *ring;                        /* and what is done with it (xenbackend/native/ring_api.h) */
-    int (*consume)(struct ring_state *ring, struct ring_request *out);
-    int (*respond)(struct ring_state *ring, const struct ring_request *answered, int n);
+    void *ring;                                     /* as xenbackend/native/ring_api.h */
+    int (*consume)(void *ring, struct ring_request *out);
+    int (*respond)(void *ring, const struct ring_request *answered, int n);
     void *domain;           /* what load wants */
     int (*load)(void *domain, uint64_t pfn, const void *page);      /* NULL: zeros.  0, or -errno */
     struct fault_lock *lock;                        /* of what follows: the pager's */

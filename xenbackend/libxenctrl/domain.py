@@ -26,6 +26,7 @@ from xenbackend.contract import (
     DomainInfo,
     DomainState,
     MappedPages,
+    NativePages,
     NoSuchDomainError,
     PageStatus,
     PfnArray,
@@ -433,6 +434,12 @@ class XenDomain(Domain):
             source = self._pages(pages, len(pfns))
             check("mem_paging_load", lib.xen_load(self._host, self.domid, gfn_array(pfns), len(pfns), source, into))
         return results
+
+    def native_pages(self) -> NativePages:
+        held = ffi.NULL if self._held is None else self._held.native
+        self._native = ffi.new("struct xen_domain *", [self._host, self.domid, self._ring_pfn, held])
+        calls = (ffi.addressof(lib, name) for name in ("xen_look_at", "xen_looked_at", "xen_load_at"))
+        return NativePages(*(int(ffi.cast("uintptr_t", pointer)) for pointer in (self._native, *calls)))
 
     @staticmethod
     def _pages(pages: Buffer | None, count: int) -> Any:

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from xenbackend.contract import PAGE_SIZE, PageStatus, PfnArray
 from xenbackend.libxenctrl._xen import ffi, lib
 
-CHUNK_PAGES = 1024
+CHUNK_PAGES: int = lib.CHUNK_PAGES
 """Of one mapping, and so of one hypercall; what is released page by page is given back in such pieces."""
-NONE = np.uint32(2**32 - 1)
+NONE = np.uint32(lib.NOT_HELD)
 MAX_HOLDS = 255
 """Times that one pfn can be held (HOLDS_SHIFT leaves 8 bits)."""
 
@@ -46,8 +46,17 @@ class HeldPages:
         self._chunks: dict[int, _Chunk] = {}
         self._address = np.zeros(64, dtype=np.uint64)
         """Of each chunk, by its number."""
+        self._outgrown: list[NDArray[np.uint64]] = []
         self._count = 0
+        self._idle: list[int] = []
+        """Chunks that nobody needs, of which native code might have been looking at a page."""
+        self.native = ffi.new("struct xen_held *", [self._pointer(self._slot), self._pointer(self._address), 0])
+        """For native code to look at pages."""
         self._lock = threading.Lock()
+
+    @staticmethod
+    def _pointer(array: NDArray[Any]) -> Any:
+        return ffi.cast("void *", array.ctypes.data)
 
     def holds(self, pfns: PfnArray) -> NDArray[np.uint8]:
         """How often each is mapped here."""
@@ -83,7 +92,9 @@ class HeldPages:
     def _new_chunk(self, address: int, chunk: _Chunk) -> int:
         number, self._count = self._count, self._count + 1
         if number == len(self._address):
+            self._outgrown.append(self._address)  # native code may be reading there
             self._address = np.concatenate((self._address, np.zeros_like(self._address)))
+            self.native.address = self._pointer(self._address)
         self._address[number] = address
         self._chunks[number] = chunk
         return number
@@ -120,9 +131,13 @@ class HeldPages:
             for chunk in self._chunks.values():
                 lib.xen_unmap(self._host, chunk.view)
             self._chunks.clear()
+            self._idle.clear()
             self._slot[:] = NONE
 
     def _forget(self, pfns: PfnArray) -> None:
+        idle, self._idle = self._idle, []
+        for number in idle:
+            self._unmap_if_idle(number)
         counts = Counter((self._slot[pfns] // CHUNK_PAGES).tolist())
         self._slot[pfns] = NONE
         for number, count in counts.items():
@@ -131,7 +146,11 @@ class HeldPages:
 
     def _unmap_if_idle(self, number: int) -> None:
         chunk = self._chunks[number]
-        if not chunk.needed and not chunk.users:
+        if chunk.needed or chunk.users:
+            return
+        if not lib.xen_held_idle(self.native):
+            self._idle.append(number)
+        else:
             lib.xen_unmap(self._host, chunk.view)
             self._holds[chunk.pfns] -= 1
             del self._chunks[number]

@@ -8,7 +8,7 @@ from typing import Any
 
 from xenbackend.contract import PAGE_SIZE, XenError
 from xenbackend.libxenctrl._xen import ffi, lib
-from xenbackend.ring import PagingRequest, PagingRing
+from xenbackend.ring import NativeRing, PagingRequest, PagingRing
 
 
 class XenPagingRing(PagingRing):
@@ -22,6 +22,18 @@ class XenPagingRing(PagingRing):
         self._readable.register(pager.event_fd, select.POLLIN)
         if resume:  # the dead one may have answered without telling
             self._check(lib.xen_event_notify(pager))
+
+    def native(self) -> NativeRing | None:
+        plain = super().native()
+        if plain is None:
+            return None
+        self._native = ffi.new("struct xen_ring *")
+        self._native.pager = self._pager
+        self._native.ring = ffi.cast("void *", plain.ring)
+        self._native.consume = ffi.cast("int (*)(void *, void *)", plain.consume)
+        self._native.respond = ffi.cast("int (*)(void *, const void *, int)", plain.respond)
+        calls = ffi.addressof(lib, "xen_ring_consume"), ffi.addressof(lib, "xen_ring_respond")
+        return NativeRing(*(int(ffi.cast("uintptr_t", pointer)) for pointer in (self._native, *calls)))
 
     def fileno(self) -> int:
         fd: int = self._pager.event_fd

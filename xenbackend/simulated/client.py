@@ -252,7 +252,7 @@ class SimulatedDomain(Domain):
 
     def native_pages(self) -> NativePages:
         domain, look, load = self._map, ffi.addressof(lib, "sim_look_at"), ffi.addressof(lib, "sim_load_at")
-        return NativePages(*(int(ffi.cast("uintptr_t", pointer)) for pointer in (domain, look, load)))
+        return NativePages(*(int(ffi.cast("uintptr_t", pointer)) for pointer in (domain, look, ffi.NULL, load)))
 
     def _batch(self, operation: str, call: Callable[..., int], pfns: PfnArray, *arguments: Any) -> None:
         if not len(pfns):

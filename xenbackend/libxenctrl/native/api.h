@@ -122,6 +122,39 @@ int xen_evict_one_by_one(struct xen_host *h, uint32_t domid, const uint64_t *gfn
 /* XENMEM_paging_op_prep with a buffer; results[i] is 0 or -errno.  pages == NULL loads zeros. */
 int xen_load(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, const uint8_t *pages, int32_t *results);
 
+/* ---- one_page.c ---- */
+/* For native code that serves faults: what struct NativePages in xenbackend/contract.py has, and NativeRing in ring.py. */
+struct xen_held {               /* pages that stay mapped (held.py) */
+    const uint32_t *slot;       /* of each gfn, or NOT_HELD */
+    const uint64_t *address;    /* of each chunk of CHUNK_PAGES slots */
+    uint32_t looking;           /* pages among them that are being looked at */
+};
+#define NOT_HELD 4294967295
+#define CHUNK_PAGES 1024
+/* After slots were made NOT_HELD, with a Python lock held: may they be unmapped? */
+int xen_held_idle(struct xen_held *held);
+
+struct xen_domain {
+    struct xen_host *host;
+    uint32_t domid;
+    uint64_t ring_gfn;          /* no memory of the guest, if it is not 0 */
+    struct xen_held *held;      /* or NULL */
+};
+/* Returns a PAGE_*.  PAGE_DATA: the page is mapped at *page until xen_looked_at. */
+int xen_look_at(struct xen_domain *d, uint64_t gfn, const void **page);
+void xen_looked_at(struct xen_domain *d, const void *page);
+/* Returns 0 or -errno. */
+int xen_load_at(struct xen_domain *d, uint64_t gfn, const void *page);
+
+struct xen_ring {
+    struct xen_pager *pager;
+    void *ring;                 /* with xenbackend/native/ring.c's calls, which tell nobody */
+    int (*consume)(void *ring, void *out);
+    int (*respond)(void *ring, const void *answered, int n);
+};
+int xen_ring_consume(struct xen_ring *r, void *out);
+int xen_ring_respond(struct xen_ring *r, const void *answered, int n);
+
 /* ---- state.c ---- */
 struct xen_tsc {
     uint64_t elapsed_nsec;
