@@ -71,23 +71,28 @@ def lane_of(into: Any, lane: NativeLane) -> None:
 
 
 class FaultAnswerer:
-    """The sender's: what :class:`sender.faults.FaultServer` receives with.
+    """The sender's: what :class:`sender.faults.FaultServer` receives with.  Until it is open it answers nothing."""
 
-    ``backlog``: its lock, the state of its pages, what is unsent of each block, and a pair of int64 (unsent, cursor).
-    """
+    def __init__(self, lane: NativeLane):
+        self._native = ffi.new("struct fault_source *")
+        lane_of(self._native.lane, lane)
 
-    def __init__(self, lane: NativeLane, pages: NativePages, backlog: tuple[NativeLock, Any, Any, Any]):
-        self._lock, state, left, counts = self._keep = backlog
-        self._native = native = ffi.new("struct fault_source *")
-        lane_of(native.lane, lane)
+    def open(self, pages: NativePages, backlog: tuple[NativeLock, Any, Any, Any]) -> None:
+        """The receiver may ask from here on.  Also while a thread is in :meth:`serve`.
+
+        ``backlog``: its lock, the state of its pages, what is unsent of each block, and a pair of int64 (unsent, cursor).
+        """
+        native = self._native
+        lock, state, left, counts = self._keep = backlog
         native.domain = ffi.cast("void *", pages.domain)
         native.look = ffi.cast("int (*)(void *, uint64_t, const void **)", pages.look)
         native.looked = ffi.cast("void (*)(void *, const void *)", pages.looked)
-        native.lock = self._lock.native
+        native.lock = lock.native
         native.state, native.nr_pfns = ffi.from_buffer("uint8_t[]", state), len(state)
         native.left = ffi.from_buffer("int64_t[]", left)
         unsent = ffi.from_buffer("int64_t[]", counts)
         native.unsent, native.cursor = unsent, unsent + 1
+        lib.fault_lane_open(ffi.addressof(native, "lane"))
 
     def serve(self, vacant: memoryview, *, wait: bool) -> int:
         """Answer faults until something else comes, or without ``wait`` as long as there are any.
@@ -125,6 +130,10 @@ class FirstResponder:
         native.load = ffi.cast("int (*)(void *, uint64_t, const void *)", pages.load)
         native.lock = lock.native
         native.state, native.nr_pfns = ffi.from_buffer("uint8_t[]", state), len(state)
+
+    def open(self) -> None:
+        """The guest may run from here on."""
+        lib.fault_lane_open(ffi.addressof(self._native, "lane"))
 
     def wait(self, vacant: memoryview) -> int:
         """Wait for something, deal with it where it is the usual.  Returns what it was, or a negative errno."""

@@ -116,6 +116,9 @@ class IncomingMigration:
         self._pages: OutstandingPages
         self._memory: MemoryRestorer
         self._pager: Pager | None = None
+        """The guest's, when it may run."""
+        self._stand_by: Pager | None = None
+        """What will be, with its thread: that takes milliseconds to start, and the guest faults at once."""
         self._checkpoints: Checkpoints | None = None
         self._context = bytearray()
         self._said_ready = False
@@ -338,6 +341,8 @@ class IncomingMigration:
 
     async def _follow_sender(self) -> None:
         """Until all is done."""
+        if self._stand_by is None:
+            self._stand_by = self._make_pager()
         while not self._completed:
             try:
                 if self._push is None:
@@ -346,8 +351,9 @@ class IncomingMigration:
                     for lane in (self._push, self._pull):
                         if lane is not None:
                             self._lane_tasks.start_soon(lane.keep_alive)
+                    self._lane_tasks.start_soon(self._serve_faults, self._stand_by)
                     if self._pager is not None:
-                        self._serve_over_these_lanes(self._pager)
+                        self._finish_over_these_lanes(self._pager)
                     assert self._push is not None
                     await run_in_thread(self._receive_push_lane, self._push.stop_receiving)
                     self._lane_tasks.cancel_scope.cancel()
@@ -479,7 +485,7 @@ class IncomingMigration:
             raise RemoteProtocolError("entrust: there is no toolstack here that would decide")
         if self._pager is None:
             self._record("entrusted")
-            self._serve_over_these_lanes(self._serve())
+            self._finish_over_these_lanes(self._serve())
         self.progress.phase = "deciding"
         await self._toolstack.restored(self._domain)
 
@@ -492,7 +498,7 @@ class IncomingMigration:
             try:
                 self._say_blocking(m.Resumed())
             finally:  # it runs
-                trio.from_thread.run_sync(lambda: self._serve_over_these_lanes(self._started()))
+                trio.from_thread.run_sync(lambda: self._finish_over_these_lanes(self._started()))
         self._record("taken over")  # a successor sees it by the domain as well
 
     def _taken_over(self) -> None:
@@ -503,6 +509,8 @@ class IncomingMigration:
     def _start(self) -> None:
         assert self._domain is not None
         self._protect(self._domain)
+        if self._stand_by is not None:
+            self._stand_by.begin()
         try:
             self._domain.start()
         except XenError as error:
@@ -515,18 +523,22 @@ class IncomingMigration:
 
     def _serve(self) -> Pager:
         """Be the guest's pager."""
-        assert self._domain is not None
-        self._pager = Pager(self._domain, self._ring, self.session, self._pages, self.statistics, self._say_blocking)
+        self._pager = self._stand_by = self._stand_by or self._make_pager()
+        self._pager.begin()
         self._tasks.start_soon(self._follow_domain)
         return self._pager
+
+    def _make_pager(self) -> Pager:
+        assert self._domain is not None
+        return Pager(self._domain, self._ring, self.session, self._pages, self.statistics, self._say_blocking)
 
     def _protect(self, domain: Domain) -> None:
         if self._offer.checkpoint_ms:
             made = Checkpoints(domain, self._offer.checkpoint_ms / 1000, self._say_blocking, self.statistics)
             self._checkpoints = made if made.begin(inherit=self._inherited) else None
 
-    def _serve_over_these_lanes(self, pager: Pager) -> None:
-        for task in (self._serve_faults, self._complete, self._report):
+    def _finish_over_these_lanes(self, pager: Pager) -> None:
+        for task in (self._complete, self._report):
             self._lane_tasks.start_soon(task, pager)
         if self._checkpoints is not None:
             assert self._push is not None
@@ -705,8 +717,8 @@ class IncomingMigration:
 
     def _release(self) -> None:
         """What we have of the domain."""
-        if self._pager is not None:
-            self._pager.close()
+        if self._stand_by is not None:
+            self._stand_by.close()
         if self._ring is not None:
             self._ring.close()
         if self._domain is not None:

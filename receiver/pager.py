@@ -87,14 +87,26 @@ class Pager:
         self._say = say
         self._lock = NativeLock()
         self._responder: FirstResponder | None = None
+        self._begun = False
         self._stopping = False
         self._unacknowledged: list[PfnArray] = []
         self._dropped: list[PfnArray] = []
         self._acknowledging = threading.Lock()
         self._token = trio.lowlevel.current_trio_token()
         self.nothing_outstanding = trio.Event()
-        if not pages.count:
-            self.nothing_outstanding.set()
+
+    def begin(self) -> None:
+        """The guest may run from here on, and what is missing is known."""
+        with self._lock:
+            self._begun = True
+            if self._responder is not None:
+                self._responder.open()
+            self._look_whether_all_is_there()
+
+    def _look_whether_all_is_there(self) -> None:
+        """Before the guest may run nobody knows what is missing."""
+        if self._begun and not self._pages.count:
+            self._token.run_sync_soon(self.nothing_outstanding.set, idempotent=True)
 
     # ---- the pager thread ----
     async def serve(self, pull: LaneConnection | None) -> None:
@@ -120,7 +132,7 @@ class Pager:
         try:
             self._ask_again()
             self._handle_ring()  # what a predecessor has left open, for one
-            self._responder = self._first_responder()
+            self._respond_first()
             while not self._stopping:
                 self._turn(poll)
         except PeerClosedError:
@@ -145,23 +157,21 @@ class Pager:
             elif fd != self._wake_fd:
                 self._handle_pull_lane()
 
-    def _first_responder(self) -> FirstResponder | None:
-        """Where nothing but memory is between a message and the domain."""
+    def _respond_first(self) -> None:
+        """Natively, where nothing but memory is between a message and the domain."""
         assert self._ring is not None
-        if self._pull is None or not self._session.serving:
-            return None
+        if self._pull is None:
+            return
         lane, pages, ring = self._pull.native(), self._domain.native_pages(), self._ring.native()
         if lane is None or pages is None or not pages.load or ring is None:
-            return None
-        return FirstResponder(
-            lane,
-            pages,
-            ring,
-            wake_fd=self._wake_fd,
-            ring_fd=self._ring.fileno(),
-            lock=self._lock,
-            state=self._pages.states,
-        )
+            return
+        responder = FirstResponder(
+            lane, pages, ring, wake_fd=self._wake_fd, ring_fd=self._ring.fileno(), lock=self._lock, state=self._pages.states
+        )  # fmt: skip
+        with self._lock:
+            self._responder = responder
+            if self._begun:
+                responder.open()
 
     def _respond(self, responder: FirstResponder, vacant: memoryview) -> None:
         """Let it deal with what it can, and keep the books."""
@@ -342,8 +352,7 @@ class Pager:
         if len(verdict.dropped):
             self._dropped.append(verdict.dropped)
             self._statistics.dropped_pages += len(verdict.dropped)
-        if self._pages.count == 0:
-            self._token.run_sync_soon(self.nothing_outstanding.set, idempotent=True)
+        self._look_whether_all_is_there()
 
     def _count(self, answered: list[tuple[PagingRequest, float]]) -> None:
         """A vCPU may have asked several times for the same page: it stood still once."""

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from migrate.errors import RemoteProtocolError
-from migrate.faultpath import FaultAnswerer, NativeLane, NativeLock
+from migrate.faultpath import FaultAnswerer, NativeLock
 from migrate.pfns import NO_PFNS, PfnMask, from_mask, pfn_array
 from xenbackend.contract import NativePages, PfnArray
 
@@ -56,9 +56,9 @@ class Backlog:
     def _cursor(self, pfn: int) -> None:
         self._counts[1] = pfn
 
-    def answerer(self, lane: NativeLane, pages: NativePages) -> FaultAnswerer:
-        """What does :meth:`fault` in native code."""
-        return FaultAnswerer(lane, pages, (self._lock, self._state, self._left, self._counts))
+    def open(self, answerer: FaultAnswerer, pages: NativePages) -> None:
+        """It does :meth:`fault` in native code from here on."""
+        answerer.open(pages, (self._lock, self._state, self._left, self._counts))
 
     # ---- before the handover ----
     def are_missing(self, pfns: PfnArray) -> NDArray[np.bool_]:

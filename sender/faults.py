@@ -13,6 +13,7 @@ from collections import deque
 
 from migrate.bandwidth import BandwidthCap
 from migrate.errors import PeerClosedError
+from migrate.faultpath import FaultAnswerer
 from migrate.messages import Ahead, Fault, Lane
 from migrate.pfns import pieces
 from migrate.session import Phase, Session
@@ -32,23 +33,26 @@ class FaultServer:
         domain: Domain,
         pull: LaneConnection,
         session: Session,
-        backlog: Backlog,
         statistics: SenderStatistics,
         cap: BandwidthCap,
     ):
         self._pull = pull
         self._session = session
-        self._backlog = backlog
+        self._backlog: Backlog
         self._statistics = statistics
         self._cap = cap
         self._domain = domain
         self._stopping = False
         self._ahead: deque[PfnArray] = deque()
-        lane, pages = pull.native(), domain.native_pages()
-        if lane is None or pages is None or not pages.look:
-            self._answerer = None
-        else:
-            self._answerer = backlog.answerer(lane, pages)
+        lane = pull.native()
+        self._answerer = None if lane is None else FaultAnswerer(lane)
+
+    def open(self, backlog: Backlog) -> None:
+        """The receiver may ask from here on, for these."""
+        self._backlog = backlog
+        pages = self._domain.native_pages()
+        if self._answerer is not None and pages is not None and pages.look:
+            backlog.open(self._answerer, pages)
 
     async def serve(self) -> None:
         """Until cancelled, or until the receiver, being done, has closed the lane."""
@@ -86,7 +90,7 @@ class FaultServer:
 
     def _fill(self) -> None:
         vacant = self._pull.vacant()
-        if self._answerer is None or vacant is None or not self._session.serving:
+        if self._answerer is None or vacant is None:
             self._pull.fill()
             return
         received = self._answerer.serve(vacant, wait=not self._ahead)

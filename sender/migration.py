@@ -112,6 +112,7 @@ class OutgoingMigration:
         self._push: PushLane | None = None
         self._pull: LaneConnection | None = None
         self._backlog: Backlog
+        self._faults: FaultServer | None = None
         self._checkpoints: CheckpointStore | None = None
         self._successor: int | None = None
         """The domid of the domain in which the guest goes on as it was at a checkpoint."""
@@ -319,7 +320,14 @@ class OutgoingMigration:
                         lane_tasks.start_soon(connection.keep_alive)
                     if not self._signals.complete.is_set():
                         lane_tasks.start_soon(self._hear, self._push)
-                    if not self._entrusted:
+                    if self._pull is not None:
+                        # From now on, though nobody may ask yet: a guest that has just been started over there
+                        # faults at once, and a thread takes milliseconds to start.
+                        self._faults = FaultServer(self._domain, self._pull, self.session, self.statistics, self._cap)
+                        lane_tasks.start_soon(self._serve_faults, self._faults)
+                    if self._entrusted:
+                        self._open_to_faults()
+                    else:
                         await self._switch_over(tasks, self._push, await self._copy_while_it_runs(self._push))
                     await self._feed(lane_tasks, self._push)
                     lane_tasks.cancel_scope.cancel()
@@ -335,8 +343,6 @@ class OutgoingMigration:
 
     async def _feed(self, lane_tasks: trio.Nursery, push: PushLane) -> None:
         """The destination with what it lacks."""
-        if self._pull is not None:
-            lane_tasks.start_soon(self._serve_faults, self._pull)
         if self._toolstack.decides:
             lane_tasks.start_soon(self._hand_over_when_decided, push)
             # Until the guest runs nobody needs the pages, and libxl, which has to finish its work, needs the CPU.
@@ -466,6 +472,7 @@ class OutgoingMigration:
             self._record("deciding" if self._toolstack.decides else "handed over")
             self._entrusted = True
         self.progress.phase = "deciding" if self._toolstack.decides else "postcopy"
+        self._open_to_faults()
         push.say_blocking(self._last_of_switchover())
 
     def _last_of_switchover(self) -> m.Message:
@@ -505,8 +512,11 @@ class OutgoingMigration:
         announce = functools.partial(announce_missing, backlog=self._backlog)
         await push.send_batches(self._backlog.batches(BATCH_PAGES), sent, announce)
 
-    async def _serve_faults(self, pull: LaneConnection) -> None:
-        server = FaultServer(self._domain, pull, self.session, self._backlog, self.statistics, self._cap)
+    def _open_to_faults(self) -> None:
+        if self._faults is not None:
+            self._faults.open(self._backlog)
+
+    async def _serve_faults(self, server: FaultServer) -> None:
         try:
             await server.serve()
         except PeerClosedError:

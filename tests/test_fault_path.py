@@ -78,11 +78,11 @@ def said(lane: LaneConnection) -> Iterator[tuple[Message, memoryview]]:
             yield received
 
 
-def serving(role: Role) -> Session:
+def session_at(role: Role, last: type[Message] = m.Resumed) -> Session:
     session = Session(role)
     for who, message, lane in STORY:
         (session.sent if who is role else session.received)(message, lane)
-        if isinstance(message, m.Resumed):
+        if isinstance(message, last):
             break
     return session
 
@@ -182,16 +182,25 @@ class Memory:
 class Source:
     """A fault server of so many missing pages, and a receiver's end of its lane."""
 
-    def __init__(self, ours: LaneConnection, theirs: LaneConnection, missing: set[int], *, native: bool):
+    def __init__(
+        self,
+        ours: LaneConnection,
+        theirs: LaneConnection,
+        missing: set[int],
+        *,
+        native: bool,
+        session: Session | None = None,
+    ):
         mask = np.zeros(NR, dtype=np.bool_)
         mask[list(missing)] = True
         self.backlog, self.statistics = Backlog(mask), SenderStatistics()
         self.lane = theirs
         self.memory = Memory(native=native)
         domain: Any = self.memory
-        self.server = FaultServer(
-            domain, ours, serving(Role.SENDER), self.backlog, self.statistics, BandwidthCap(None)
-        )  # fmt: skip
+        session = session or session_at(Role.SENDER)
+        self.server = FaultServer(domain, ours, session, self.statistics, BandwidthCap(None))
+        if session.serving:
+            self.server.open(self.backlog)
 
     def ask(self, *messages: Message) -> None:
         put(self.lane, *map(encoded, messages))
@@ -226,7 +235,7 @@ def sender_goes(missing: set[int], steps: list[tuple[str, list[int]]], *, native
     seen: list[object] = []
     with lanes() as (ours, theirs):
         source = Source(ours, theirs, missing, native=native)
-        assert (source.server._answerer is not None) == native
+        assert source.server._answerer is not None and source.server._answerer._native.lane.open == native
         for step, chosen in steps:
             pfns = pfn_array(sorted(set(chosen)))
             if step == "push":
@@ -292,11 +301,30 @@ def test_frames_in_pieces_are_put_together(piece: int) -> None:
         assert source.answers() == [(2, contents(2)), (1, contents(1))]
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_nobody_may_ask_before_the_handover(native: bool) -> None:
+    with lanes() as (ours, theirs):
+        session = session_at(Role.SENDER, m.Ready)
+        source = Source(ours, theirs, {1, 2}, native=native, session=session)
+        source.ask(Fault(pfn_array([1])))
+        with pytest.raises(RemoteProtocolError):
+            source.server._serve()
+        assert not source.answers() and source.backlog.unsent == 2
+
+
 # ---- the receiver ----
 class Destination:
     """A pager, a model of Xen at its ring and of the sender at its lane.  Each step is dealt with before the next."""
 
-    def __init__(self, ours: LaneConnection, theirs: LaneConnection, missing: set[int], *, native: bool):
+    def __init__(
+        self,
+        ours: LaneConnection,
+        theirs: LaneConnection,
+        missing: set[int],
+        *,
+        native: bool,
+        session: Session | None = None,
+    ):
         self.memory = Memory(native=native)
         self.xen = FrontEnd()
         self.event_fd, self.notify_fd = (os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2))
@@ -308,7 +336,7 @@ class Destination:
         domain: Any = self.memory
         ring = self.xen.pager(event_fd=self.event_fd, notify_fd=self.notify_fd)
         self.pager = Pager(
-            domain, ring, serving(Role.RECEIVER), self.pages, self.statistics, self.said.append
+            domain, ring, session or session_at(Role.RECEIVER), self.pages, self.statistics, self.said.append
         )  # fmt: skip
         self.asked: Counter[int] = Counter()
         self.requested: set[int] = set()
@@ -317,6 +345,8 @@ class Destination:
         self.poll.register(self.event_fd, select.POLLIN)
         self.poll.register(ours, select.POLLIN)
         self.begin()
+        if self.pager._session.serving:
+            self.pager.begin()
 
     def close(self) -> None:
         self.pager.close()
@@ -327,7 +357,7 @@ class Destination:
         """With these lanes."""
         self.pager._pull = self.ours
         self.pager._ask_again()
-        self.pager._responder = self.pager._first_responder()
+        self.pager._respond_first()
         self.hear()
 
     def end(self) -> None:
@@ -454,3 +484,14 @@ def test_the_receiver_loses_nothing(native: bool, missing: set[int], steps: list
                 assert seen == await receiver_goes(missing, steps, native=False)
 
         trio.run(run)
+
+
+async def test_no_page_is_taken_from_the_pull_lane_before_the_handover() -> None:
+    with lanes() as (ours, theirs):
+        session = session_at(Role.RECEIVER, m.Ready)
+        with contextlib.closing(Destination(ours, theirs, {1, 2}, native=True, session=session)) as end:
+            assert end.pager._responder is not None
+            put(theirs, encoded(Pages(pfn_array([1])), contents(1)))
+            with pytest.raises(RemoteProtocolError, match="before the switchover"):
+                end.turn()
+            assert not end.memory.loaded and end.pages.count == 2

@@ -119,6 +119,16 @@ void fault_frame_make(const struct fault_frame *kind, uint64_t pfn, uint8_t *fra
 }
 
 /* ---- the lane ---- */
+void fault_lane_open(struct fault_lane *lane)
+{
+    __atomic_store_n(&lane->open, 1, __ATOMIC_RELEASE);
+}
+
+static int is_open(const struct fault_lane *lane)
+{
+    return __atomic_load_n(&lane->open, __ATOMIC_ACQUIRE);
+}
+
 static long receive(int fd, void *buffer, size_t size, int flags)
 {
     for (;;) {
@@ -247,7 +257,7 @@ long fault_serve(struct fault_source *s, void *buffer, size_t size, int wait)
     for (;;) {
         struct wanted wanted[FAULT_SLOTS];
         long got = receive(s->lane.fd, buffer, size, wait ? 0 : MSG_DONTWAIT);
-        int n = read_faults(s, buffer, got, wanted), ours, failed = 0;
+        int n = is_open(&s->lane) ? read_faults(s, buffer, got, wanted) : 0, ours, failed = 0;
 
         if (!n)
             return got;
@@ -312,7 +322,7 @@ static int handle_ring(struct fault_pager *p)
 
     fault_lock_take(p->lock);       /* the notes of what is open are shared with whoever answers */
     p->nr_requests = p->consume(p->ring, p->requests);
-    if (p->nr_requests > 0)
+    if (p->nr_requests > 0 && is_open(&p->lane))
         n = wait_for(p, ask);
     fault_lock_give(p->lock);
     if (!p->nr_requests)
@@ -448,7 +458,7 @@ static int handle_lane(struct fault_pager *p, uint8_t *buffer, size_t size)
 
     p->received = complete(p, buffer, receive(p->lane.fd, buffer, size, 0), size);
     n = read_pages(p, buffer, p->received, arrived);
-    if (!n || !claim(p, arrived, n))
+    if (!n || !is_open(&p->lane) || !claim(p, arrived, n))
         return FAULT_LANE;
     for (int i = 0; i < n; i++) {
         int result;

@@ -24,11 +24,15 @@ void fault_frame_make(const struct fault_frame *kind, uint64_t pfn, uint8_t *fra
 /* Frames of which are read and answered, and the lane that they go over. */
 struct fault_lane {
     int fd;
+    int open;               /* faults are in order; until then whatever comes goes the general way, which refuses it */
     struct fault_lock *sending;
     struct fault_frame fault, page, zero;
     uint64_t sent;          /* bytes, since somebody has looked */
     int error;              /* errno of a send that failed */
 };
+
+/* After all else has been set; also while a thread waits for what comes. */
+void fault_lane_open(struct fault_lane *lane);
 
 /* ---- the sender ---- */
 struct fault_source {
