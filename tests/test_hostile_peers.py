@@ -164,7 +164,7 @@ async def say(peer: Sender | Receiver, said: Said) -> None:
         (on_push(m.Handover()), "handover in phase precopy"),
         (on_push(m.Offer("other", 8, 8, 1, b"", True, b"key", 0)), "offer in phase precopy"),
         ([(Lane.PUSH, m.Pages(pfn_array([5000])), [PAGE])], "the domain ends at"),
-        ([(Lane.PULL, m.Pages(pfn_array([1])), [PAGE]), *on_push(m.Handover())], "handover in phase precopy"),
+        ([(Lane.PULL, m.Pages(pfn_array([1])), [PAGE])], "pages on the pull lane before the switchover"),
         (on_push(m.Suspended(), m.Missing(pfn_array([2**30]))), "the domain ends at"),
         (on_push(m.Suspended(), m.Context(b"junk", True)), "not a context of this domain"),
         (on_push(m.Suspended(), *[m.Context(bytes(128 * 1024), False)] * 513), "context: more than"),
