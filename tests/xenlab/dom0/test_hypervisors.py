@@ -193,6 +193,7 @@ def test_the_daemons_move_a_guest(xen: XenHypervisor, tmp_path: Path) -> None:
 
 
 @PAGING
+@pytest.mark.timeout(800)  # its waits have limits of their own, and two emulated machines share a host
 def test_daemons_are_killed_in_postcopy_and_their_successors_go_on(xen: XenHypervisor, tmp_path: Path) -> None:
     """The guest stands still at pages that are missing, and loses none."""
     with guest("orphan") as made, daemons(tmp_path) as running:
