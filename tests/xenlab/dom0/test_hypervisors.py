@@ -193,7 +193,7 @@ def test_the_daemons_move_a_guest(xen: XenHypervisor, tmp_path: Path) -> None:
 
 
 @PAGING
-@pytest.mark.timeout(800)  # its waits have limits of their own, and two emulated machines share a host
+@pytest.mark.timeout(1500)  # its waits have limits of their own, and two emulated machines share a host
 def test_daemons_are_killed_in_postcopy_and_their_successors_go_on(xen: XenHypervisor, tmp_path: Path) -> None:
     """The guest stands still at pages that are missing, and loses none."""
     with guest("orphan") as made, daemons(tmp_path) as running:
@@ -204,11 +204,11 @@ def test_daemons_are_killed_in_postcopy_and_their_successors_go_on(xen: XenHyper
         asked = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             for role, other in (("receiver", "sender"), ("sender", "receiver")):
-                until(lambda: running.phase("receiver") == "postcopy", "no postcopy", 200)
+                until(lambda: running.phase("receiver") == "postcopy", "no postcopy", 500)
                 running.kill(role)
-                until(lambda: running.phase(other) == "interrupted", "it was not noticed", 60)  # noqa: B023
+                until(lambda: running.phase(other) == "interrupted", "it was not noticed", 120)  # noqa: B023
                 running.start(role)
-            until(lambda: running.phase("receiver") == running.phase("sender") == "completed", "it does not end", 200)
+            until(lambda: running.phase("receiver") == running.phase("sender") == "completed", "it does not end", 400)
         finally:
             asked.kill()
             asked.wait()
