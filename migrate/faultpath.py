@@ -18,9 +18,7 @@ from migrate.pfns import NO_PFNS, pfn_array
 from xenbackend.contract import PAGE_SIZE, NativePages, PfnArray
 from xenbackend.ring import NativeRing, PagingRequest, PagingRing, paging_request
 
-STOPPED, RING, ASKED, LANE, LOADED = (
-    lib.FAULT_STOPPED, lib.FAULT_RING, lib.FAULT_ASKED, lib.FAULT_LANE, lib.FAULT_LOADED,
-)  # fmt: skip
+RING, ASKED, LANE, LOADED = lib.FAULT_RING, lib.FAULT_ASKED, lib.FAULT_LANE, lib.FAULT_LOADED
 
 
 class NativeLock:

@@ -163,7 +163,7 @@ class Pager:
         if self._pull is None:
             return
         lane, pages, ring = self._pull.native(), self._domain.native_pages(), self._ring.native()
-        if lane is None or pages is None or not pages.load or ring is None:
+        if lane is None or pages is None or ring is None:
             return
         responder = FirstResponder(
             lane, pages, ring, wake_fd=self._wake_fd, ring_fd=self._ring.fileno(), lock=self._lock, state=self._pages.states

@@ -51,7 +51,7 @@ class FaultServer:
         """The receiver may ask from here on, for these."""
         self._backlog = backlog
         pages = self._domain.native_pages()
-        if self._answerer is not None and pages is not None and pages.look:
+        if self._answerer is not None and pages is not None:
             backlog.open(self._answerer, pages)
 
     async def serve(self) -> None:

@@ -112,8 +112,7 @@ class NativePages:
 
     ``look`` is ``int (void *domain, uint64_t pfn, const void **page)``, a :class:`PageStatus`, and where it is DATA the
     page can be read where it says until ``looked``, ``void (void *domain, const void *page)``, is called, if that is not 0;
-    ``load`` is ``int (void *domain, uint64_t pfn, const void *page)``, one page's :meth:`Domain.load`.  Any may be 0: this
-    backend does it the general way alone.
+    ``load`` is ``int (void *domain, uint64_t pfn, const void *page)``, one page's :meth:`Domain.load`.
     """
 
     domain: int

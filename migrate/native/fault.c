@@ -367,23 +367,40 @@ struct arrived {
     int wanted;
 };
 
-/* Returns how many pages the frames in the buffer bring, 0 where they are not all of this kind. */
-static int read_pages(const struct fault_pager *p, const uint8_t *buffer, long got, struct arrived *arrived)
+/* The rest of a page that has begun to come: where packets are small it comes in several.  Returns 0 where it does not come. */
+static int receive_up_to(int fd, uint8_t *buffer, long *got, long end)
 {
+    while (*got < end) {
+        long more = receive(fd, buffer + *got, end - *got, MSG_WAITALL);
+
+        if (more <= 0)
+            return 0;   /* whoever receives next sees why */
+        *got += more;
+    }
+    return 1;
+}
+
+/* Returns how many pages the frames in the buffer bring, all of the last one by then, or 0 where they are not all of this kind. */
+static int read_pages(const struct fault_pager *p, uint8_t *buffer, long *got, size_t size, struct arrived *arrived)
+{
+    const struct fault_lane *lane = &p->lane;
     int n = 0;
 
-    for (long at = 0; at < got; n++) {
-        const struct fault_lane *lane = &p->lane;
+    for (long at = 0; at < *got; n++) {
         int64_t pfn;
 
         if (n == FAULT_SLOTS)
             return 0;
-        if (got - at >= lane->page.size + PAGE_BYTES && (pfn = fault_frame_pfn(&lane->page, buffer + at)) >= 0) {
-            arrived[n] = (struct arrived){ .pfn = pfn, .page = buffer + at + lane->page.size };
+        if (*got - at >= lane->page.size && (pfn = fault_frame_pfn(&lane->page, buffer + at)) >= 0) {
+            const uint8_t *page = buffer + at + lane->page.size;
+
             at += lane->page.size + PAGE_BYTES;
-        } else if (got - at >= lane->zero.size && (pfn = fault_frame_pfn(&lane->zero, buffer + at)) >= 0) {
-            arrived[n] = (struct arrived){ .pfn = pfn };
+            if (at > (long)size || !receive_up_to(lane->fd, buffer, got, at))
+                return 0;
+            arrived[n] = (struct arrived){ .pfn = pfn, .page = page };
+        } else if (*got - at >= lane->zero.size && (pfn = fault_frame_pfn(&lane->zero, buffer + at)) >= 0) {
             at += lane->zero.size;
+            arrived[n] = (struct arrived){ .pfn = pfn };
         } else {
             return 0;
         }
@@ -421,43 +438,13 @@ static void unclaim(struct fault_pager *p, const struct arrived *arrived, int n)
     fault_lock_give(p->lock);
 }
 
-/* The rest of a page that has begun to come: where packets are small it comes in several.  Returns how much there is then. */
-static long complete(const struct fault_pager *p, uint8_t *buffer, long got, size_t size)
-{
-    const struct fault_lane *lane = &p->lane;
-
-    for (long at = 0; at < got;) {
-        if (got - at >= lane->page.size && fault_frame_pfn(&lane->page, buffer + at) >= 0) {
-            long end = at + lane->page.size + PAGE_BYTES;
-
-            if (end > (long)size)
-                break;
-            while (got < end) {
-                ssize_t more = recv(lane->fd, buffer + got, end - got, MSG_WAITALL);
-
-                if (more < 0 && errno == EINTR)
-                    continue;
-                if (more <= 0)
-                    return got;     /* whoever receives next sees the end */
-                got += more;
-            }
-            at = end;
-        } else if (got - at >= lane->zero.size && fault_frame_pfn(&lane->zero, buffer + at) >= 0) {
-            at += lane->zero.size;
-        } else {
-            break;
-        }
-    }
-    return got;
-}
-
 static int handle_lane(struct fault_pager *p, uint8_t *buffer, size_t size)
 {
     struct arrived arrived[FAULT_SLOTS];
     int n, rc = 0;
 
-    p->received = complete(p, buffer, receive(p->lane.fd, buffer, size, 0), size);
-    n = read_pages(p, buffer, p->received, arrived);
+    p->received = receive(p->lane.fd, buffer, size, 0);
+    n = read_pages(p, buffer, &p->received, size, arrived);
     if (!n || !is_open(&p->lane) || !claim(p, arrived, n))
         return FAULT_LANE;
     for (int i = 0; i < n; i++) {

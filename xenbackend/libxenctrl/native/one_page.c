@@ -6,7 +6,6 @@
 #include "internal.h"
 
 /* ---- pages ---- */
-
 /*
  * Python changes the slots under a lock of its own, which is not to be waited for here.  Whoever looks says so first and reads the
  * slot then; whoever unmaps empties the slots first and looks for him then.  One of the two sees the other.
