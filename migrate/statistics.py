@@ -129,7 +129,8 @@ class SenderStatistics:
 
     @property
     def downtime_s(self) -> float:
-        return max(self.resumed - self.suspended, 0.0)
+        """0 where a predecessor suspended the guest: when, died with it."""
+        return max(self.resumed - self.suspended, 0.0) if self.suspended else 0.0
 
     def summary(self) -> dict[str, Any]:
         total = (self.finished or time.monotonic()) - self.started if self.started else 0.0

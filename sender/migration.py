@@ -537,11 +537,10 @@ class OutgoingMigration:
                     pass
                 case m.Resumed():
                     self.statistics.resumed = time.monotonic()
-                    log.info(
-                        "%s runs at the destination, %.1f ms after",
-                        self.domain_name,
-                        self.statistics.downtime_s * 1000,
-                    )
+                    if self.statistics.suspended:
+                        log.info(
+                            "it runs at the destination, after a downtime of %.1f ms", self.statistics.downtime_s * 1000
+                        )
                     trio.from_thread.run_sync(self._signals.resumed.set)
                 case m.Loaded():
                     self._backlog.loaded(message.pfns)

@@ -57,6 +57,7 @@ class Precopy:
         self.postcopy_asked = False
         """By an administrator, instead of further rounds."""
         self._passed: dict[int, trio.Event] = {}
+        """The barriers, by their numbers."""
         self._domain: Domain
         self._push: PushLane
         self._written: WrittenPages
@@ -96,7 +97,7 @@ class Precopy:
         if decision is Decision.ABORT:
             raise MigrationError("the policy gave up: the guest dirties memory faster than it can be sent")
         if decision is Decision.STOP_AND_COPY:
-            await self._barrier(0, "the destination did not take in what it was sent")  # or it does so in the downtime
+            await self._put_off(np.zeros_like(to_send))  # what was sent is taken in now, not in the downtime
             return Remainder(np.zeros_like(to_send), bitmap_of(to_send), NO_PFNS)
         return await self._defer(to_send)
 
@@ -145,9 +146,7 @@ class Precopy:
             unsent[pinned_pfns] = False
             if self._toolstack.decides:
                 await trio.to_thread.run_sync(hold, domain, unsent)
-            for base, bitmap in windows(unsent & ~deferred):
-                await self._push.say(m.Defer(base, bitmap))
-            await self._barrier(number, "the destination did not evict the unsent pages")
+            await self._put_off(unsent & ~deferred)
             deferred |= unsent
             unsent = self._written.look()
             looked_at, evicted = to_look_at, to_evict
@@ -158,8 +157,23 @@ class Precopy:
                 break
         return Remainder(deferred, bitmap_of(kept_back | unsent), pinned_pfns)
 
-    async def _barrier(self, number: int, complaint: str) -> None:
+    async def _put_off(self, unsent: PfnMask) -> None:
+        """Where pages are evicted one by one those of a large guest take minutes: the limit is each window's."""
+        waiting_for = await self._barrier()
+        complaint = "the destination did not take in what it was sent"
+        for base, bitmap in windows(unsent):
+            await self._push.say(m.Defer(base, bitmap))
+            after = await self._barrier()
+            await self._wait_until_passed(waiting_for, complaint)
+            waiting_for, complaint = after, f"the destination did not evict the unsent pages from pfn {base:#x} on"
+        await self._wait_until_passed(waiting_for, complaint)
+
+    async def _barrier(self) -> trio.Event:
+        number = len(self._passed)
         passed = self._passed[number] = trio.Event()
         await self._push.say(m.Barrier(number))
+        return passed
+
+    async def _wait_until_passed(self, barrier: trio.Event, complaint: str) -> None:
         with step_timeout(complaint):
-            await passed.wait()
+            await barrier.wait()

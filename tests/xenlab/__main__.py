@@ -19,7 +19,10 @@ from pathlib import Path
 from tests.xenlab import machine, parts
 from tests.xenlab.cache import LabError, directory, say
 
-PYTEST = "python3 -m pytest -p no:cacheprovider --durations=5 -rA --show-capture=no tests/test_conformance.py tests/xenlab/dom0"
+PYTEST = (
+    "python3 -m pytest -p no:cacheprovider -o timeout=900 --durations=5 -rA --show-capture=no"
+    " tests/test_conformance.py tests/xenlab/dom0"
+)
 MACHINES_AT_ONCE = 2
 
 

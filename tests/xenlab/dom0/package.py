@@ -41,7 +41,7 @@ class Host:
         def active() -> bool:
             return all(self.unit_property(unit, "ActiveState") == "active" for unit in UNITS)
 
-        until(active, "the units do not start", 90)
+        until(active, "the units do not start", 240)
 
     def install(self) -> None:
         package = next(Path("/mnt/tree/build").glob("*.deb"))

@@ -60,7 +60,7 @@ def names(host: Host) -> list[str]:
 
 
 def wait_until_completed(pair: Pair) -> None:
-    until(lambda: all(migrations(host)[-1]["phase"] == "completed" for host in pair), "the pages do not all come", 120)
+    until(lambda: all(migrations(host)[-1]["phase"] == "completed" for host in pair), "the pages do not all come", 240)
 
 
 def check_arrived(name: str, source: Host, to: Host, console: str) -> None:

@@ -158,24 +158,29 @@ static size_t holes_ahead(struct xen_host *h, uint32_t domid, const uint64_t *gf
     return *rc ? 0 : n;
 }
 
+int populate_holes(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, size_t *done)
+{
+    int put = n ? xc_domain_populate_physmap(h->xch, domid, n, 0, 0, (xen_pfn_t *)gfns) : 0;
+
+    *done = put < 0 ? 0 : put;
+    return put < 0 ? -errno : *done < n ? why_not_populated(h, domid, gfns[*done]) : 0;
+}
+
 int xen_populate(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, size_t *done)
 {
-    for (*done = 0; *done < n;) {
-        int rc, put;
-        size_t batch = holes_ahead(h, domid, gfns + *done, batch_of(n - *done), &rc);
+    int rc = 0;
+
+    for (*done = 0; !rc && *done < n;) {
+        size_t put, batch = holes_ahead(h, domid, gfns + *done, batch_of(n - *done), &rc);
 
         if (rc)
             return rc;
         if (!batch)
             return -EINVAL;
-        put = xc_domain_populate_physmap(h->xch, domid, batch, 0, 0, (xen_pfn_t *)gfns + *done);
-        if (put < 0)
-            return -errno;
+        rc = populate_holes(h, domid, gfns + *done, batch, &put);
         *done += put;
-        if ((size_t)put < batch)
-            return why_not_populated(h, domid, gfns[*done]);
     }
-    return 0;
+    return rc;
 }
 
 int xen_depopulate(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, size_t *done)
