@@ -538,9 +538,8 @@ class OutgoingMigration:
                 case m.Resumed():
                     self.statistics.resumed = time.monotonic()
                     if self.statistics.suspended:
-                        log.info(
-                            "it runs at the destination, after a downtime of %.1f ms", self.statistics.downtime_s * 1000
-                        )
+                        downtime_ms = self.statistics.downtime_s * 1000
+                        log.info("%s runs at the destination, after %.1f ms of downtime", self.domain_name, downtime_ms)
                     trio.from_thread.run_sync(self._signals.resumed.set)
                 case m.Loaded():
                     self._backlog.loaded(message.pfns)

@@ -1,0 +1,94 @@
+"""What the sender waits for before the switchover, with a destination that is slow."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import trio
+import trio.testing
+
+from migrate import messages as m
+from migrate import pfns
+from migrate.errors import PeerClosedError
+from migrate.loopback import World
+from migrate.pfns import NO_PFNS, from_mask, pfns_of_window, union
+from migrate.policy import DefaultPolicy, PolicyOptions, Strategy
+from migrate.statistics import SenderStatistics
+from migrate.transport import STEP_TIMEOUT_S
+from sender.options import MigrationOptions, Progress
+from sender.precopy import Precopy, Remainder
+from sender.toolstack import OwnToolstack
+from sender.written import WrittenPages
+from tests.labs import SimulatedLab
+from xenbackend.contract import PfnArray
+
+NR_PFNS, WINDOW_PFNS = 1024, 128
+
+
+class SlowDestination:
+    """Behind a push lane: it does what it is told, ``seconds`` for each window of pages that are put off."""
+
+    def __init__(self, seconds: float):
+        self._seconds = seconds
+        self._in, self._out = trio.open_memory_channel[m.Message](math.inf)
+        self.evicted = NO_PFNS
+        self.barriers = self.most_barriers = 0
+
+    async def say(self, message: m.Message) -> None:
+        if isinstance(message, m.Barrier):
+            self.barriers += 1
+            self.most_barriers = max(self.most_barriers, self.barriers)
+        await self._in.send(message)
+
+    async def report_holes(self, _pfns: PfnArray) -> PfnArray:
+        return NO_PFNS
+
+    async def serve(self, precopy: Precopy) -> None:
+        async for message in self._out:
+            if isinstance(message, m.Defer):
+                await trio.sleep(self._seconds)
+                self.evicted = union([self.evicted, pfns_of_window(message.base, message.bitmap)])
+            elif isinstance(message, m.Barrier):
+                self.barriers -= 1
+                precopy.passed(message.number)
+
+
+@pytest.fixture
+def lab(world: World, name: str, monkeypatch: pytest.MonkeyPatch) -> SimulatedLab:
+    monkeypatch.setattr(pfns, "WINDOW_PFNS", WINDOW_PFNS)
+    return SimulatedLab(world, name)
+
+
+async def put_off(lab: SimulatedLab, destination: SlowDestination) -> Remainder:
+    options = MigrationOptions(Strategy.POSTCOPY)
+    policy = DefaultPolicy(Strategy.POSTCOPY, PolicyOptions())
+    precopy = Precopy(options, policy, OwnToolstack(), Progress(), SenderStatistics())
+    domain = lab.boot(NR_PFNS * 4096, vcpus=1, workload="idle")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(destination.serve, precopy)
+        remainder = await precopy.run(domain, destination, WrittenPages(domain))  # type: ignore[arg-type]
+        nursery.cancel_scope.cancel()
+    return remainder
+
+
+async def test_each_window_that_is_put_off_has_time(lab: SimulatedLab, autojump_clock: trio.testing.MockClock) -> None:
+    """Eviction takes as long as a guest is large; what is limited is that it goes on."""
+    destination = SlowDestination(STEP_TIMEOUT_S * 0.9)
+    remainder = await put_off(lab, destination)
+    assert trio.current_time() > STEP_TIMEOUT_S * 5
+    assert np.array_equal(from_mask(remainder.deferred), destination.evicted)
+    assert len(destination.evicted) > NR_PFNS / 2
+    assert destination.most_barriers == 2  # a peer allows for 16
+
+
+async def test_a_destination_that_does_not_evict_is_given_up(
+    lab: SimulatedLab, autojump_clock: trio.testing.MockClock
+) -> None:
+    with pytest.raises(BaseExceptionGroup) as raised:
+        await put_off(lab, SlowDestination(STEP_TIMEOUT_S * 1.1))
+    (error,) = raised.value.exceptions
+    assert isinstance(error, PeerClosedError) and "did not evict the unsent pages from pfn 0x0 on within 60 s" in str(
+        error
+    )
