@@ -56,7 +56,7 @@ def main() -> None:
         prog="python -m tests.xenlab", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--hypervisor", choices=parts.MACHINES, default=parts.HYPERVISORS[0])
-    parser.add_argument("--timeout", type=float, default=2400.0, help="seconds for one machine (default 2400)")
+    parser.add_argument("--timeout", type=float, default=3300.0, help="seconds for one machine (default 3300)")
     parser.add_argument(
         "--memory", type=int, default=machine.MEMORY_MIB, help="MiB of one machine (default %(default)s)"
     )
