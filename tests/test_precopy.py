@@ -22,7 +22,7 @@ from sender.precopy import Precopy, Remainder
 from sender.toolstack import OwnToolstack
 from sender.written import WrittenPages
 from tests.labs import SimulatedLab
-from xenbackend.contract import PfnArray
+from xenbackend.contract import PAGE_SIZE, PfnArray
 
 NR_PFNS, WINDOW_PFNS = 1024, 128
 
@@ -65,7 +65,7 @@ async def put_off(lab: SimulatedLab, destination: SlowDestination) -> Remainder:
     options = MigrationOptions(Strategy.POSTCOPY)
     policy = DefaultPolicy(Strategy.POSTCOPY, PolicyOptions())
     precopy = Precopy(options, policy, OwnToolstack(), Progress(), SenderStatistics())
-    domain = lab.boot(NR_PFNS * 4096, vcpus=1, workload="idle")
+    domain = lab.boot(NR_PFNS * PAGE_SIZE, vcpus=1, workload="idle")
     async with trio.open_nursery() as nursery:
         nursery.start_soon(destination.serve, precopy)
         remainder = await precopy.run(domain, destination, WrittenPages(domain))  # type: ignore[arg-type]
@@ -89,6 +89,5 @@ async def test_a_destination_that_does_not_evict_is_given_up(
     with pytest.raises(BaseExceptionGroup) as raised:
         await put_off(lab, SlowDestination(STEP_TIMEOUT_S * 1.1))
     (error,) = raised.value.exceptions
-    assert isinstance(error, PeerClosedError) and "did not evict the unsent pages from pfn 0x0 on within 60 s" in str(
-        error
-    )
+    assert isinstance(error, PeerClosedError)
+    assert "did not evict the unsent pages from pfn 0x0 on within 60 s" in str(error)

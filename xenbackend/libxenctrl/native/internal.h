@@ -43,10 +43,10 @@ struct xen_host {
 struct call_buffer *take_buffer(struct xen_host *h);
 static inline void give_buffer(struct call_buffer *b) { pthread_mutex_unlock(&b->lock); }
 
-/* XENMEM_paging_op, on a buffer that the caller has taken. */
 /* Of one batch, all known to be holes and none twice. */
 int populate_holes(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, size_t *done);
 
+/* XENMEM_paging_op, on a buffer that the caller has taken. */
 int paging_op(struct xen_host *h, struct call_buffer *b, uint32_t domid, uint8_t op, const void *buffer, uint64_t gfn);
 
 /* Our own operations: xenbackend/hypervisor/populate-evicted.patch */

@@ -51,11 +51,12 @@ static int nominate_and_evict(struct xen_host *h, struct call_buffer *b, uint32_
 
 /* Pages cannot be nominated before they are there.  A batch's holes get their memory in one call: looking, populating,
  * nominating and evicting page by page takes three times as long.  What could not be evicted then is a hole again. */
-static int evict_ascending(struct xen_host *h, struct call_buffer *b, uint32_t domid, const uint64_t *gfns, size_t n, size_t *done)
+static int evict_ascending(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, size_t *done)
 {
     uint8_t types[BATCH_GFNS];
     uint64_t holes[BATCH_GFNS];
     size_t nr_holes = 0, populated, evicted = 0, given_back;
+    struct call_buffer *b;
     int rc = xen_page_types(h, domid, gfns, n, types), not_populated;
 
     *done = 0;
@@ -65,19 +66,20 @@ static int evict_ascending(struct xen_host *h, struct call_buffer *b, uint32_t d
         if (types[i] == PAGE_HOLE)
             holes[nr_holes++] = gfns[i];
     not_populated = populate_holes(h, domid, holes, nr_holes, &populated);
+    b = take_buffer(h);
     for (; *done < n && (types[*done] != PAGE_HOLE || evicted < populated); ++*done) {
         rc = nominate_and_evict(h, b, domid, gfns[*done]);
         if (rc)
             break;
         evicted += types[*done] == PAGE_HOLE;
     }
+    give_buffer(b);
     xen_depopulate(h, domid, holes + evicted, populated - evicted, &given_back);
     return rc || *done ? rc : not_populated;    /* where some were evicted there is memory for others */
 }
 
 int xen_evict_one_by_one(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, size_t *done)
 {
-    struct call_buffer *b = take_buffer(h);
     int rc = 0;
 
     for (*done = 0; !rc && *done < n;) {
@@ -85,10 +87,9 @@ int xen_evict_one_by_one(struct xen_host *h, uint32_t domid, const uint64_t *gfn
 
         while (batch < most && gfns[*done + batch] > gfns[*done + batch - 1])
             batch++;
-        rc = evict_ascending(h, b, domid, gfns + *done, batch, &evicted);
+        rc = evict_ascending(h, domid, gfns + *done, batch, &evicted);
         *done += evicted;
     }
-    give_buffer(b);
     return rc;
 }
 
