@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 # make demo, make test: each does all its own set-up.  See README.md.
 
 VENV := .venv

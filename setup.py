@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Only what pyproject.toml cannot say: the native modules, compiled by cffi at install."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A cap on the bytes a second that background copying takes: a token bucket.  Time is an argument."""
 
 from __future__ import annotations

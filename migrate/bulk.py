@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Many pages through a blocking socket in one call, without the interpreter lock (``native/bulk.c``).
 
 What could not be done is returned, not raised: a traceback would keep what native code has a hold of (``page_bytes`` in

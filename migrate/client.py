@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Control sockets: how the command line, and xl's helper, talk to a daemon on the same host.
 
 A Unix socket, mode 0600; each connection carries one request and its answers, a JSON object a line.  An answer has

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The configuration of a host: one TOML file for both daemons, every key optional.
 
 Each section is a frozen dataclass, whose fields are the keys, with their defaults.  What is wrong is said with the file, the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Control sockets, the daemon's end; the other one is ``client.py``, which says what passes between them."""
 
 from __future__ import annotations

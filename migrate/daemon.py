@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What both daemons do alike: start, tell systemd (or whoever started them) how they are, stop."""
 
 from __future__ import annotations

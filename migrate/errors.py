@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The errors of a migration, by whose fault they are."""
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The quick way of a fault through both ends, in native code (``native/fault.c`` has the theory).
 
 Both ends put it before their general way: they let it receive and answer what it can, keep their books when it

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Frames: the codec of a lane.  Bytes in, frames out; no sockets, no clock.
 
 A frame is a prefix of 20 bytes (``XPC1``, header length, payload length, checksum of what follows, checksum of the prefix

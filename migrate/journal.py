@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The journal: what a daemon has promised, so that its successor can keep it when it was killed.
 
 One small file a migration, to which an entry is added before the step that it promises; the last one counts.  It is erased when

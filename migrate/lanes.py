@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """How the two lanes of a session come about: one end dials, the other awaits.
 
 Which end that is has nothing to do with who sends: asked for on the command line, the sender dials the receiver; under xl the

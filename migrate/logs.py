@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Logs: to systemd's journal with fields, where it is there, otherwise lines on standard error.
 
 Every line that is about a migration has its identifier, the same on both hosts, whoever writes it: whatever runs in a

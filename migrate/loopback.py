@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A whole world on one machine: two simulated hosts and two daemons, each a process of its own.
 
 For the ``loopback`` command, the tests and the benchmarks.  The processes tell by sd_notify(3) that they are ready, as

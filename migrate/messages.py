@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Messages: what frames say.  One class a message; its fields are its wire format.
 
 A message is a frozen dataclass whose fields carry their limits; :func:`parse` makes one of a frame's header or raises

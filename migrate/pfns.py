@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Sets and lists of pfns, in memory and on the wire.
 
 In memory a set is a boolean array with one element per pfn, a list an ascending ``uint64`` array.  On the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """When to stop precopying: the policy that the sender consults after every batch.  Sans-IO.
 
 A policy sees numbers and answers with a :class:`Decision`; it does nothing itself.  What it weighs: precopy is

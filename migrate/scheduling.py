@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """How the kernel schedules the calling thread, by what it does: what a guest waits for (faults, the switchover) before bulk.
 
 What moves pages in bulk tells the scheduler that it need not run the moment it can (SCHED_BATCH): the median fault got a tenth

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The session: which end may say what, and when.  Sans-IO: messages in, verdicts out.
 
 Both ends keep a :class:`Session` and show it every message that they send or receive.  The phases:

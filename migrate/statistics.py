@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What is counted during a migration, and the result that is written of it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Groups of tasks whose first real error is the group's error, and what an error means."""
 
 from __future__ import annotations

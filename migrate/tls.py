@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Mutual TLS on the lanes: certificates of both ends, names checked, TLS 1.3.
 
 A lane's threads send and receive at once, and OpenSSL's connections are not made for that: :class:`TlsSocket` lets one

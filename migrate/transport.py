@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Lanes over sockets: the thin layer of I/O around the codec.
 
 A lane blocks.  What moves pages (the push and the pull of either end) are plain loops in threads of their own

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Checkpoints: what the guest has become here, sent back to the source until all its memory has come (``--protect``).
 
 A checkpoint is what the guest has written since the one before it, and its context.  While that is much, it is sent with the

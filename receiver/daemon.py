@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The receiver daemon: a listener for lanes, a control socket, and the migrations that come in.
 
 The lanes of a migration come to the listener; asked by xl's helper it dials them itself.

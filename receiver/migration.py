@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """One incoming migration, from hello to completed.
 
 Before ``ready`` is said any failure takes everything back: the incoming domain is destroyed and the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The pages that are still to come, and the vCPUs that wait for them.  Sans-IO.
 
 Each missing pfn goes

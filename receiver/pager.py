@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The pager: between the paging ring, the two lanes and the domain, from the switchover on.
 
 Two threads meet here.  The *pager thread* waits for the ring and the pull lane and does nothing else: a

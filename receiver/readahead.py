@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What vCPUs are going to touch, guessed from the pages that they asked for.  Sans-IO.
 
 A fault is the only access that a pager sees, and where it has guessed right it sees none.  So a *stream* is not recognised by

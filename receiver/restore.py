@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Memory before the guest runs: precopied pages in, unsent and outdated ones out."""
 
 from __future__ import annotations

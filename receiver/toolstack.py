@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Whose the incoming domain is: who makes it, who lets it run, who ends it.
 
 :class:`OwnToolstack`: ours.  :class:`XlToolstack`: libxl has made it, with its devices, and lends it to us through our helper.

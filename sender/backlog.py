@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The pages that the destination lacks after the handover, as the sender sees them.  Sans-IO, and
 safe to be used by the event loop and the fault server's thread at once.
 

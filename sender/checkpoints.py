@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The checkpoints that the destination sends back (``--protect``), and the way back to the last of them.
 
 The suspended source domain has the guest's memory as it was at the switchover.  A checkpoint is what the guest has written

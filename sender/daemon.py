@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The sender daemon: a control socket, a listener for lanes, and the migrations that it was asked for.
 
 Asked by the command line it dials the receiver; asked by xl's helper it is dialled, since only xl's stream

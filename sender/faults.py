@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The fault server: a thread that waits for faults on the pull lane and answers each at once.
 
 It shares nothing with the event loop but the backlog, so that a fault never queues behind the push.  What the receiver

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """One outgoing migration, from hello to completed.
 
 The order of things is in :meth:`OutgoingMigration.run`, one method a phase.  Two rules hold it together:

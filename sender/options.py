@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What an administrator asks of a migration, and what it shows of itself."""
 
 from __future__ import annotations

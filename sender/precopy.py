@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Precopy: rounds over what the guest has written, and putting off what will not be sent before the switchover."""
 
 from __future__ import annotations

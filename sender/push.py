@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The sender's end of the push lane: what is said on it, and batches of pages, sent from where they lie in the guest.
 
 Until the handover each message depends on those before it, so there is one order for words and pages; a thread sends the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Pages of the source domain, and the messages that announce them."""
 
 from __future__ import annotations

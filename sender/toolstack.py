@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Whose the source domain is: who suspends it, who lets it go on, who ends it.
 
 :class:`OwnToolstack`: nobody's but ours (``xen-postcopy migrate``).  :class:`XlToolstack`: xl's, which started our helper and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What the guest writes while it is being copied: log-dirty, and of each page how it was at the last looks."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """``make deb``: a Debian package of this tree for the Xen that its native part was compiled for.
 
 Self-contained but for Python and Xen's libraries: what it needs from elsewhere is copied, as it was locked and installed in the

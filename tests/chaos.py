@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Migrations to which something happens at a random instant: ``python -m tests.chaos``, or ``make chaos``.
 
 A trial is a random guest, strategy and bandwidth between two pairs of processes, over a relay, and one to three faults: a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Fixtures: simulated hosts and daemons as real processes, shared by the tests of a run."""
 
 from __future__ import annotations

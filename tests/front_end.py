@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A model of Xen's end of the paging ring."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A migration with both daemons' code in the test's own process, so that a test can break parts of it.
 
 The hosts are processes still, the lanes real TCP connections.

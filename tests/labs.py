@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What the conformance suite needs of a backend besides the contract: guests, and somebody who holds their pages.
 
 :class:`SimulatedLab` is here; the real Xen's is ``tests/xenlab/dom0/lab.py``.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """libxl as a helper sees it, and the part of xl that comes after: what is scripted here is what the real ones do.
 
 :class:`Libxl` is one side: it starts the helper, answers it, and remembers what it said.  The lab has the real ones.

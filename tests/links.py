@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A link that can be cut, and worse: a relay between the two daemons, which passes bytes on as it is told to."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Many migrations through one pair of daemons, at once and one after the other: ``python -m tests.many``, or ``make many``.
 
 Each guest is verified byte for byte.  Printed is what the daemons hold of memory, descriptors and threads before and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A pager that serves a domain's faults from a file, in a process of its own, so that it can be killed.
 
 Prints ``ready`` when it has the ring, ``served N`` after each answer.  A line on its standard input lets it bring in what

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Every strategy with every workload, many times: ``python -m tests.soak``, or ``make soak``.
 
 Each run is a whole ``xen-postcopy loopback`` at full size, verified byte for byte.  Ends with status 1 at the first failure,

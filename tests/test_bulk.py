@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Batches through a socket by native code: every byte once and in order, however the kernel cuts them up, and the end told."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The program as a user runs it: what it says, how it exits, and that nothing is lost by a mistake."""
 
 from __future__ import annotations

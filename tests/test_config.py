@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The configuration file: what it means, and what is said of a wrong one."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What every backend must do: one suite, run with the simulated host here and with the real Xen in its dom0 (make xenlab).
 
 The tests use nothing but the contract and what a :class:`tests.labs.Lab` brings about (a running guest, a page that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What daemons have to do with systemd: sockets that it makes, its watchdog, its journal."""
 
 from __future__ import annotations

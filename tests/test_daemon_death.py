@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A daemon is killed, at any instant, and started anew: the guest runs in exactly one place and loses nothing."""
 
 from __future__ import annotations

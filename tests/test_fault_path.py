@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The quick way of a fault beside the general way: the same frames, the same decisions, and what it does not know it leaves."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The codec: whatever is put in comes out, and whatever is not a frame is refused before memory is taken."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Each invariant is broken on purpose, and the checks must notice.  A check that cannot fail is worth nothing."""
 
 from __future__ import annotations

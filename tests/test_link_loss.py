@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The link is lost: before the handover the guest stays at the source, after it at the destination; nothing else is lost."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Loading pages on a host that has no memory for a while: nothing is lost, and nothing is taken for given away."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Messages: every one survives the wire, and every field has its limits."""
 
 from __future__ import annotations

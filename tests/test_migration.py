@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Migrations from end to end: four processes, real sockets, a guest that really runs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The pages' state machines at both ends: nothing lost, nothing twice, every request answered once."""
 
 from __future__ import annotations

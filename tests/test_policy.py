@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The small sans-IO pieces around precopy: policy, bandwidth cap, statistics."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What the sender waits for before the switchover, with a destination that is slow."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """``--protect``: the destination dies, and the guest goes on at the source as it was at the last checkpoint."""
 
 from __future__ import annotations

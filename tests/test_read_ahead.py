@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What is fetched before it is asked for: by the pattern of the faults."""
 
 from __future__ import annotations

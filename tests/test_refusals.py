@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Why a host or a domain is refused, from what is known of it.  ``tests/xenlab`` has those that a real Xen can be brought to."""
 
 from __future__ import annotations

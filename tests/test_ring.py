@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The pager's end of the ring against a model of Xen's end, with pagers that die in between."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The simulated host where it is more than the contract: many vCPUs, states that only a test brings about, its memory."""
 
 from __future__ import annotations

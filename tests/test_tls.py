@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Mutual TLS on the lanes: what is not to be trusted is refused, each with its own message, and the guest stays."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The helper under xl, with a stock helper that only notes what it is given.  The lab has it under the real xl."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Under xl the link is lost, or a daemon killed, while xl decides or after: the guest is where xl has put it, unharmed."""
 
 from __future__ import annotations

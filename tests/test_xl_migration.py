@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Migrations as xl has them done: two helpers, two daemons, two simulated hosts, and a scripted libxl at each end.
 
 What xl does after its helpers (letting the guest run at one end and destroying it at the other) the tests do.

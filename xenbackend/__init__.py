@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The only place that knows Xen.
 
 ``contract`` says what a hypervisor has to offer; ``simulated`` is one that runs on any machine.

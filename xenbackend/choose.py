@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Which hypervisor a daemon works with."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The backend contract: what the daemons ask of a hypervisor, and nothing more.
 
 Calls are synchronous and may take a while, as hypercalls do; those that work on pages take batches and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The pager's end of the paging ring: requests out, responses in, one for each.
 
 The same for every backend: the page has Xen's layout (``native/vm_event.h``), the event channel is a file

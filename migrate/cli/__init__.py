@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The command line: ``xen-postcopy``.
 
 One file a group of commands; what a command needs is imported when it runs, so that ``--help`` is quick.

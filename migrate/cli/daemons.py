@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """``simulated-host``, ``sender``, ``receiver``: the long-running processes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """``simulated-guest``: guests of a simulated host, as ``xl`` handles those of a real one."""
 
 from __future__ import annotations

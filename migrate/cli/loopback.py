@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """``loopback``: a migration from beginning to end on this machine, and its verification."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """``migrate``, ``list``, ``postcopy-now``, ``cancel``, ``decide``, ...: what one asks of running daemons."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Option types and groups of options that several commands share."""
 
 from __future__ import annotations

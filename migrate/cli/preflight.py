@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """``preflight``: is this host, or a guest on it, fit for postcopy?"""
 
 from __future__ import annotations

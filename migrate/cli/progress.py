@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The progress of a migration: a live line on a terminal, a line per event elsewhere."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Compiles what moves many pages through a socket (cffi, API mode) as ``migrate._bulk``."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Compiles the quick way of a fault (cffi, API mode) as ``migrate._fault``."""
 
 import runpy

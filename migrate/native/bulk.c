@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * Many pages through a socket: what the push does all day, beside threads and vCPUs that a guest waits for.
  *

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
 /* What Python sees of bulk.c (this file is read by cffi as well). */
 
 struct bulk_piece {

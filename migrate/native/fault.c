@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * The quick way of a fault: what nearly every fault is, done without the interpreter, at both ends.
  *

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
 /* What Python sees of fault.c (this file is read by cffi as well). */
 
 /* ---- locks that both languages take: waited for without the interpreter lock ---- */

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Under xl: the program that libxl starts to save and restore domains, in place of its own.
 
     helper.py     the program, ``xen-postcopy-xl-helper``: whose work is it?

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """``xen-postcopy-xl-helper``: the program that libxl starts to save or restore a domain, when LIBXL_SAVE_HELPER names it.
 
 It does nothing by itself.  A live migration is the daemons' work: this program speaks with libxl for them, and writes and

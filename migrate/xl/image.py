@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The stream that libxl passes from host to host, as far as a helper has to know it.  Sans-IO.
 
 An image header, a domain header, then records, each with type and length, the last of them END; whatever follows END is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """libxl, which has started us: its arguments, and the conversation on standard output and input."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What a save helper says to libxl on its standard output, and the answers.  Sans-IO.
 
 A message is its length (16 bits), its number (16 bits) and its fields one after another, unaligned, in the host's byte

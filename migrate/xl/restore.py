@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A guest comes: read libxl's stream until it shows whose it is.
 
 An offer in it (``save.py``) is passed to the receiver daemon at once, which dials the sender and finds out whether this host can

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A guest leaves: what libxl's stream has to say, and between the sender daemon and libxl.
 
 The stream begins as any other, and then makes an *offer*, in an optional record that the stock helper passes over: the sender

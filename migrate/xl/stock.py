@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """libxl's own helper: where it is, and three ways to leave a domain to it.
 
 Before a byte of the stream has been written or read, we become it.  Otherwise it works on a pipe of our own: a saving one

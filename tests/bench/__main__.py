@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """``python -m tests.bench``: medians of alternating runs, ratios first.
 
 What is measured against what:

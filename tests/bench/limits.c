@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * What this machine's loopback can do, measured by a plain C program: the limits that the figures of the
  * daemons are set against.

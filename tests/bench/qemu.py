@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """QEMU's postcopy, the peer: a guest under software emulation, moved over loopback from one process to another.
 
 The guest runs the lab's program (``tests/xenlab/guest/init.c``), which touches random pages as fast as it can, asks for the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Every structure and every pass that depends on the number of pages, at the size of a terabyte, without its memory.
 
 Those of the time in which the guest stands still must not depend on it: they are measured with the same 5000 pages written.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Coverage-guided fuzzing of what a peer may send: ``python -m tests.fuzz --seconds 60``, or ``make fuzz``.
 
 An input is a point in the course of a session, an end, and frames for it.  Whatever they are: the codec gives messages or says

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """One input: see ``__main__.py``."""
 
 from __future__ import annotations

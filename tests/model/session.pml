@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * The handover and what follows it, between a sender and a receiver that may each be killed, over a link that may be lost.
  *

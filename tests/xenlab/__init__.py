@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A laboratory with a real Xen: hypervisor, dom0 and guests inside QEMU, under software emulation.
 
 Nothing of it is stubbed: the hypervisor is Debian's Xen 4.17, built from Debian's source package, dom0 is Debian's kernel and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """``python -m tests.xenlab [--hypervisor KIND] COMMAND...``: run a command in the dom0 of a real Xen.
 
 The command runs in the working tree, which is read-only there.  What it leaves in the folder $LAB_OUT comes back, with its

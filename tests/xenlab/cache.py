@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Parts are built once: by name and by what they are made of, under the user's cache folder."""
 
 from __future__ import annotations

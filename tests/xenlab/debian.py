@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Debian's packages, of the release that dom0 runs, without touching this machine's own package state.
 
 The mirror is the one that this machine's apt uses.  The release pocket alone is used: the security pocket

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """One emulated machine: boots Xen and dom0, runs one command there, brings back what came of it, and is gone."""
 
 from __future__ import annotations

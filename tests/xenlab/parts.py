@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What a machine is made of: hypervisor, kernel, dom0's disk, its initial RAM disk, and a guest.
 
 Each is built the first time that it is asked for; together that takes some minutes.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The real Xen, through libxenctrl and its companions.
 
 hypervisor.py   one host: its domains, its preflight

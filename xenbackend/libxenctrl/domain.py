@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """One domain of the real Xen: the contract's operations, batch by batch.
 
 Life and memory are hypercalls; suspending asks the guest, through xenstore, as libxl does.  A context is what

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Pages of a domain that stay mapped, so that their contents outlive it.
 
 Xen keeps a frame as long as it is mapped somewhere, also when its domain has been destroyed: the domain then stays as a

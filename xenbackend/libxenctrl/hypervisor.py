@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """One host's Xen, and its xenstored."""
 
 from __future__ import annotations

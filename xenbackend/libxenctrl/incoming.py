@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The empty domain that a guest is restored into.
 
 With xl it is libxl that makes it, with its devices, and lends it to us (:func:`bind`).  Otherwise we make it ourselves

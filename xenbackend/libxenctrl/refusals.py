@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Why postcopy is refused: one sentence for each reason, saying what to do.  Sans-IO.
 
 Xen's own reasons are the errors of XEN_DOMCTL_VM_EVENT_OP_PAGING (xen/common/vm_event.c); what can be found out without

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Compiles the paging ring's native half (cffi, API mode) as ``xenbackend._ring``."""
 
 from pathlib import Path

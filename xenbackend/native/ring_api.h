@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
 /* What Python sees of ring.c (this file is read by cffi as well). */
 
 struct ring_request {

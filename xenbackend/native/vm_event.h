@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * The paging ring's binary layout, as Xen 4.17 has it.
  *

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A simulated Xen that runs on any machine, as a process of its own.
 
 ``host`` is that process (domains, vCPU threads, the hypervisor's end of the paging ring); ``client`` is the

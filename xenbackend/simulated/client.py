@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The backend that daemons attach to a simulated host with: the contract, over shared memory."""
 
 from __future__ import annotations

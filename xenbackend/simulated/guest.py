@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Guests of the simulated host: memory, program, options.
 
 A guest's program is a pure function of its options and of how many steps each vCPU has done; see

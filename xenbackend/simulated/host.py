@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The simulated host: the process that stands for the hypervisor and its guests.
 
 It owns the domains (memory, p2m and log-dirty bitmap in memory files, vCPUs as native threads) and answers

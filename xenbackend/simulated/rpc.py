@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """How one attaches to a simulated host: msgpack maps over a Unix socket of whole messages (SOCK_SEQPACKET).
 
 A request is ``{"op": name, ...}``; an answer is ``{"ok": result}`` or ``{"error": text, "errno": n, ...}``, file descriptors

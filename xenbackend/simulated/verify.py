@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Was the guest's memory carried over, byte for byte?
 
 The verifier knows the guest's description from whoever booted it, not from the migration; from the domain it

@@ -1,4 +1,5 @@
 #!/bin/sh
+# SPDX-License-Identifier: GPL-2.0-or-later
 # With the toolstack up: the one command that this machine was booted for, and what is to come back of it.
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin:/usr/lib/xen-4.17/bin HOME=/root LANG=C.UTF-8
 echo "xenlab: toolstack is up"

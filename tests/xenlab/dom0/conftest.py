@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """In dom0: each test belongs on some of the hypervisors, and the others leave it out.
 
 A test of the conformance suite belongs on the one with all operations; those marked ``eviction`` on the one without the batched

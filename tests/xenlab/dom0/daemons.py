@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Sender and receiver in dom0, as processes, and the helper for libxl."""
 
 from __future__ import annotations

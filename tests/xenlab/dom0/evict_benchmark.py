@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The RFC's figure, on this machine: unpopulated gfns made paged out, in batches and one by one.
 
 Run in dom0 (``make xenlab-bench``).  The RFC had 8.535 s and 1.590 s for 512k gfns, a ratio of 5.4.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Guests for tests inside the lab: made with xl, gone with the context."""
 
 from __future__ import annotations

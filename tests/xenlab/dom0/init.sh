@@ -1,4 +1,5 @@
 #!/bin/sh
+# SPDX-License-Identifier: GPL-2.0-or-later
 # dom0's first process: the toolstack's daemons, then the one command that this machine was booted for.
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin:/usr/lib/xen-4.17/bin HOME=/root LANG=C.UTF-8
 mount -t proc proc /proc

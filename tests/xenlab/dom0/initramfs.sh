@@ -1,4 +1,5 @@
 #!/bin/busybox sh
+# SPDX-License-Identifier: GPL-2.0-or-later
 # From the kernel to dom0's disk.  The folders of the machine outside come over 9p: the working tree,
 # the parts, and "io", through which commands and their results pass.
 /bin/busybox mount -t proc proc /proc

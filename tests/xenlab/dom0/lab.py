@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The real Xen for the conformance suite: one guest for as many tests as leave it well, empty domains besides."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Our Debian package in a dom0 that runs systemd, there and on other hosts."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What differs from one hypervisor to another, and what an administrator sees of it: run in dom0 by ``make xenlab``."""
 
 from __future__ import annotations

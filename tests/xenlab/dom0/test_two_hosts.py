@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Two hosts on one network, each with our package: ``xl migrate GUEST HOST``, as an administrator types it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Unmodified xl with our helper and daemons: run in dom0 by ``make xenlab``.  Migrations are from dom0 to itself."""
 
 from __future__ import annotations

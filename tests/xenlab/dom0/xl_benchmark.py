@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """``xl migrate`` by postcopy against Xen's own, of a guest that dirties most of its memory as fast as it can.
 
     make xenlab-xl-bench

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * The guest's only program: fills memory with a known pattern, goes on writing to it, checks all that it reads,
  * and prints a heartbeat:

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
 /* What Python sees of the C files beside this one (read by cffi as well).
  *
  * Calls return 0 (or a count) or -errno.  Batches stop at the first gfn that fails; *done is how many were

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * One host's Xen: what it can do, its domains, their life, and xenstored.
  *

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
 /* What the C files share. */
 #ifndef XEN_POSTCOPY_INTERNAL_H
 #define XEN_POSTCOPY_INTERNAL_H

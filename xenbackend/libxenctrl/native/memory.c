@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * A domain's memory: what there is, mapped, populated, written, and which of it is dirty.
  *

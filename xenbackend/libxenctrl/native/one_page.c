@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * One page at a time, and the ring together with its event channel: for native code that serves faults without the
  * interpreter.

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * The pinned set: frames that the hypervisor or another domain knows by number.
  *

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * What a guest is besides its memory: vCPU and device context, parameters, time, CPU policy; and the empty
  * domain that takes all that in.

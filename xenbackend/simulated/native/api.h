@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
 /* The simulated hypervisor's shared structures and calls (read by cffi as well). */
 
 #define SIM_MAGIC 0x314d4953u          /* "SIM1" */

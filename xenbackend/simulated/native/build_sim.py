@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Compiles the simulated hypervisor (cffi, API mode) as ``xenbackend.simulated._sim``."""
 
 from pathlib import Path

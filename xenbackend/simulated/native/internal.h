@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * The p2m entry: one 32-bit word a pfn, changed only by atomic operations.
  *

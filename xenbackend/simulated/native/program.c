@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * Guest programs, and what a guest's memory must hold after any number of their steps.
  *

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * vCPUs: native threads that run a guest program against the simulated MMU, and the
  * hypervisor's end of the paging ring.
