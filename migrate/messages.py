@@ -19,6 +19,7 @@ import numpy as np
 from migrate.errors import RemoteProtocolError
 from migrate.frames import MAX_HEADER_BYTES, MAX_PAYLOAD_PAGES
 from migrate.pfns import NO_PFNS, WINDOW_PFNS
+from migrate.policy import MAX_CHECKPOINT_MS
 from xenbackend.contract import PAGE_SIZE, PfnArray
 
 PROTOCOL_VERSION = 1
@@ -28,7 +29,6 @@ MAX_PFNS = 8192
 MAX_FAULT_PFNS = 64
 MAX_AHEAD_PFNS = 1024
 MAX_CONTEXT_CHUNK = 128 * 1024
-MAX_CHECKPOINT_MS = 3_600_000
 MAX_TEXT = 1024
 CHECKSUMS = "checksums"
 CAPABILITIES = frozenset({CHECKSUMS})

@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
-from xenbackend.contract import PAGE_SIZE
+from xenbackend import PAGE_SIZE
+
+MAX_CHECKPOINT_MS = 3_600_000
+"""The longest time between two checkpoints that a sender may ask for."""
 
 
 class Decision(Enum):

@@ -310,6 +310,37 @@ def test_list(world: World, name: str) -> None:
     assert any(entry["domain"] == name for entry in json.loads(run("list", "--json", *sockets).stdout))
 
 
+CLIENT_COMMANDS = """
+import contextlib, sys
+from migrate.cli import cli
+from migrate.errors import MigrationError
+
+sender, receiver = sys.argv[1:]
+cli.main(["list", "--socket", sender, "--socket", receiver], standalone_mode=False)
+for command in (
+    ["show", "nobody"], ["watch", "nobody"], ["reconnect", "nobody"], ["decide", "nobody", "here"], ["cancel", "nobody"],
+    ["postcopy-now", "nobody"], ["migrate", "nobody", "localhost"],
+):
+    try:
+        cli.main([*command, "--socket", sender], standalone_mode=False)
+    except MigrationError as error:
+        assert "nobody" in str(error)
+    else:
+        sys.exit(f"{command} was not refused")
+print("imported:", *{"numpy", "trio", "msgpack", "cffi", "tqdm"} & set(sys.modules))
+"""
+
+
+def test_a_client_command_imports_only_what_it_needs(world: World) -> None:
+    """Each of these modules would make the command slower to start; most commands are run again and again."""
+    sockets = [str(world.sender_socket), str(world.receiver_socket)]
+    done = subprocess.run(
+        [sys.executable, "-c", CLIENT_COMMANDS, *sockets], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "imported:"
+
+
 # ---- Ctrl-C ----
 def interrupt_when(world: World, spec: GuestSpec, phase: str, *options: str) -> tuple[int, str]:
     """Press Ctrl-C when the migration is in a phase; returns status and what was said."""

@@ -4,3 +4,6 @@
 ``contract`` says what a hypervisor has to offer; ``simulated`` is one that runs on any machine.
 The paging ring (``ring``) is the same for all: Xen's binary layout.
 """
+
+PAGE_SIZE = 4096
+"""Bytes of a page (XC_PAGE_SIZE)."""

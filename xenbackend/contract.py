@@ -11,7 +11,6 @@ Names and meanings are Xen's (xen/include/public/memory.h, domctl.h, tools/inclu
 from __future__ import annotations
 
 import errno as errno_module
-import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import Enum, IntEnum
@@ -20,11 +19,12 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from xenbackend import PAGE_SIZE as PAGE_SIZE
+from xenbackend.errors import NoSuchDomainError as NoSuchDomainError
+from xenbackend.errors import XenError as XenError
+
 if TYPE_CHECKING:
     from xenbackend.ring import PagingRing
-
-PAGE_SIZE = 4096
-"""Bytes of a page (XC_PAGE_SIZE)."""
 
 PfnArray = NDArray[np.uint64]
 Buffer = bytes | bytearray | memoryview
@@ -122,24 +122,6 @@ class NativePages:
     load: int
 
 
-class XenError(Exception):
-    """A hypercall failed.
-
-    ``errno`` is Xen's; ``pfn`` the one it failed at, if any; ``done`` how many pfns of the batch, from its start,
-    were handled before.
-    """
-
-    def __init__(self, operation: str, errno: int, *, pfn: int | None = None, done: int = 0, why: str = ""):
-        self.operation = operation
-        self.errno = errno
-        self.pfn = pfn
-        self.done = done
-        self.why = why or os.strerror(errno)
-        name = errno_module.errorcode.get(errno, str(errno))
-        where = f" at pfn {pfn:#x}" if pfn is not None else ""
-        super().__init__(f"{operation}{where}: {self.why} ({name})")
-
-
 def batch_error(operation: str, error: int, pfns: PfnArray, done: int) -> XenError:
     """Of a batch of which ``done`` were handled.  One that was not begun, having no ring, failed at no pfn."""
     pfn = None if error == errno_module.ENODEV else int(pfns[done])
@@ -155,11 +137,6 @@ def page_bytes(pages: Buffer, count: int) -> NDArray[np.uint8]:
     if len(pages) < count * PAGE_SIZE:
         raise ValueError(f"{len(pages)} bytes are not {count} pages")
     return np.frombuffer(pages, dtype=np.uint8)
-
-
-class NoSuchDomainError(XenError):
-    def __init__(self, domain: str | int):
-        super().__init__(f"domain {domain!r}", errno_module.ESRCH, why="there is no such domain on this host")
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def cli() -> None:
 def main() -> None:
     """The entry point."""
     from migrate.errors import InterruptedMigrationError, MigrationError
-    from xenbackend.contract import XenError
+    from xenbackend.errors import XenError
 
     try:
         cli.main(standalone_mode=False)

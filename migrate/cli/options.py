@@ -10,8 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from migrate import client
-from migrate.messages import MAX_CHECKPOINT_MS
-from migrate.policy import PolicyOptions
+from migrate.policy import MAX_CHECKPOINT_MS, PolicyOptions
 from migrate.units import parse_size
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -6,8 +6,6 @@ from __future__ import annotations
 import time
 from typing import Any, TextIO
 
-from tqdm import tqdm
-
 from migrate.units import human_bytes
 
 PLAIN_EVERY_S = 5.0
@@ -52,6 +50,8 @@ class ProgressDisplay:
             self._bar = None
 
     def _show_bar(self, p: dict[str, Any], stage: tuple[str, int]) -> None:
+        from tqdm import tqdm
+
         if stage != self._stage:
             self.close()
             self._bar = tqdm(

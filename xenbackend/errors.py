@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The errors of a hypervisor.  This module imports no numpy: a command of the command line has to start fast."""
+
+from __future__ import annotations
+
+import errno as errno_module
+import os
+
+
+class XenError(Exception):
+    """A hypercall failed.
+
+    ``errno`` is Xen's; ``pfn`` the one it failed at, if any; ``done`` how many pfns of the batch, from its start,
+    were handled before.
+    """
+
+    def __init__(self, operation: str, errno: int, *, pfn: int | None = None, done: int = 0, why: str = ""):
+        self.operation = operation
+        self.errno = errno
+        self.pfn = pfn
+        self.done = done
+        self.why = why or os.strerror(errno)
+        name = errno_module.errorcode.get(errno, str(errno))
+        where = f" at pfn {pfn:#x}" if pfn is not None else ""
+        super().__init__(f"{operation}{where}: {self.why} ({name})")
+
+
+class NoSuchDomainError(XenError):
+    def __init__(self, domain: str | int):
+        super().__init__(f"domain {domain!r}", errno_module.ESRCH, why="there is no such domain on this host")
