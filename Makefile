@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := $(wildcard migrate/native/*.[ch] migrate/native/*.py xenbackend/native/*.[ch] xenbackend/native/*.py xenbackend/*/native/*.[ch] xenbackend/*/native/*.py)
 
-.PHONY: all demo test check bench soak chaos many model fuzz xenlab xenlab-bench xenlab-xl-bench deb lock clean
+.PHONY: all tools gate everything demo test check bench soak chaos many model fuzz xenlab xenlab-bench xenlab-xl-bench deb lock clean
 
 all: $(STAMP)
 
@@ -19,12 +19,22 @@ $(STAMP): requirements.lock pyproject.toml setup.py $(NATIVE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	touch $@
 
+# What a change must pass before it lands; ONLY= and SKIP= name stages.
+gate everything: $(STAMP)
+	$(BIN)/python -m tests.checks $@ $(ONLY:%=--only %) $(SKIP:%=--skip %)
+
+# The Debian packages that the checks need, installed one time before the stages run beside each other.
+tools: $(STAMP)
+	@.ci/prepare $(PYTHON) spin
+	$(BIN)/python -c 'from tests.xenlab.parts import check_tools; check_tools()'
+
 DEMO_MEMORY ?= 1G
 demo: $(STAMP)
 	$(BIN)/xen-postcopy loopback --memory $(DEMO_MEMORY) --vcpus 2 --workload random
 
+# JUNIT=FOLDER has the JUnit XML of the tests written there, here and elsewhere.
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(if $(JUNIT),--junitxml=$(JUNIT)/tests.xml)
 
 # Style and types.
 check: $(STAMP)
@@ -52,7 +62,7 @@ many: $(STAMP)
 
 # A model checker goes through every state of the handover, and of what follows it.
 model: $(STAMP)
-	.ci/prepare $(PYTHON) spin
+	@.ci/prepare $(PYTHON) spin
 	$(BIN)/python -m tests.model.check
 
 # What a peer may send, guided by coverage.
@@ -62,7 +72,7 @@ fuzz: $(STAMP)
 
 # The real Xen, emulated: builds hypervisors and a dom0 the first time (minutes), boots each and runs tests/xenlab/dom0 in it.
 xenlab: $(STAMP)
-	$(BIN)/python -m tests.xenlab --tests
+	$(BIN)/python -m tests.xenlab --tests $(XENLAB)
 
 # populate_evicted against one by one, on it.
 xenlab-bench: $(STAMP)

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Judges this tree: ``python -m tests.checks gate``, or ``make gate``; and ``everything``.
+
+``gate`` is what a change must pass before it lands; ``everything`` adds what takes hours, and is run
+before a release.  Stages run beside each other, as many as there are cores.  A table of stages and
+one of the slowest tests come last.  The record of ``everything`` is kept in ``docs/results``.
+
+Exit status: 0 if every stage passed, 1 if one failed, 2 for wrong options, 130 if interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from tests.checks.record import Record, tables
+from tests.checks.runner import Runner
+from tests.checks.stages import TIERS
+
+LOGS = Path("build/checks")
+RESULTS = Path("docs/results")
+
+
+def show(text: str) -> None:
+    print(f"[{datetime.now():%H:%M:%S}] {text}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.checks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("tier", choices=TIERS)
+    parser.add_argument("--only", action="append", metavar="STAGE", help="run this stage; can be repeated")
+    parser.add_argument("--skip", action="append", metavar="STAGE", default=[], help="leave this stage out")
+    parser.add_argument("--list", action="store_true", help="name the stages and run none")
+    parser.add_argument(
+        "--cores", type=int, default=len(os.sched_getaffinity(0)),
+        help="how many stages run beside each other (default: the machine's cores, %(default)s)",
+    )  # fmt: skip
+    options = parser.parse_args()
+    stages = TIERS[options.tier]
+    names = [stage.name for stage in stages]
+    for name in (*(options.only or ()), *options.skip):
+        if name not in names:
+            parser.error(f"no stage {name!r} in {options.tier}: there are {', '.join(names)}")
+    if options.cores < 1:
+        parser.error("--cores must be at least 1")
+    if options.list:
+        for stage in stages:
+            print(f"{stage.name:<14} {stage.subject}\n{'':<14}   {' '.join(stage.command)}")
+        return
+    chosen = [
+        stage for stage in stages
+        if stage.name not in options.skip and (options.only is None or stage.name in options.only)
+    ]  # fmt: skip
+    os.chdir(Path(__file__).parents[2])
+    shutil.rmtree(LOGS, ignore_errors=True)
+    LOGS.mkdir(parents=True)
+    record = Record(options.tier, datetime.now(UTC).isoformat(timespec="seconds"))
+    started = time.monotonic()
+    try:
+        outcomes = Runner(LOGS, cores=options.cores, show=show).run(chosen)
+    except KeyboardInterrupt:
+        print(f"interrupted; the logs so far are in {LOGS}", file=sys.stderr)
+        sys.exit(130)
+    seconds = time.monotonic() - started
+    whole = len(chosen) == len(stages)
+    path = (RESULTS if options.tier == "everything" and whole else LOGS) / record.name
+    record.write(path, outcomes, seconds)
+    print(f"\n{options.tier}: {seconds:.0f} s; the record is {path}, the logs are in {LOGS}\n")
+    print(tables(outcomes))
+    sys.exit(int(not all(outcome.passed for outcome in outcomes)))
+
+
+if __name__ == "__main__":
+    main()

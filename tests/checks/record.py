@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What came of a run: read from the stages' JUnit files, shown as tables, kept as one JSON record."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+SLOWEST = 20
+
+
+@dataclass(frozen=True)
+class TestResult:
+    """One test, as pytest's JUnit file has it."""
+
+    __test__ = False  # not a test of its own
+
+    name: str
+    result: str
+    """``passed``, ``failed``, ``error`` or ``skipped``."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one stage."""
+
+    name: str
+    command: str
+    status: int
+    """The exit status; negative for a signal."""
+    seconds: float
+    cpu_seconds: float
+    timed_out: bool
+    tests: tuple[TestResult, ...]
+
+    @property
+    def passed(self) -> bool:
+        return self.status == 0 and not self.timed_out
+
+    @property
+    def verdict(self) -> str:
+        if self.timed_out:
+            return "out of time"
+        return "passed" if self.passed else f"failed (exit status {self.status})"
+
+    def count(self, *results: str) -> int:
+        return sum(test.result in results for test in self.tests)
+
+
+def junit_results(directory: Path) -> tuple[TestResult, ...]:
+    """The tests of every JUnit file in a folder.
+
+    A file that is no whole XML document, as of a run that was killed, counts as one error.
+    """
+    found: list[TestResult] = []
+    for path in sorted(directory.glob("*.xml")):
+        try:
+            cases = list(ElementTree.parse(path).getroot().iter("testcase"))
+        except ElementTree.ParseError:
+            found.append(TestResult(path.name, "error", 0.0))
+            continue
+        # One stage may run the same test in several places, each with a file of its own.
+        place = f"{path.stem}: " if len(list(directory.glob("*.xml"))) > 1 else ""
+        for case in cases:
+            kinds = {child.tag for child in case}
+            result = next(
+                (
+                    name
+                    for tag, name in (("failure", "failed"), ("error", "error"), ("skipped", "skipped"))
+                    if tag in kinds
+                ),
+                "passed",
+            )
+            name = f"{case.get('classname', '')}::{case.get('name', '')}"
+            found.append(TestResult(place + name, result, float(case.get("time", "0"))))
+    return tuple(found)
+
+
+def _output(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout.strip()
+
+
+def _machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    cpuinfo = Path("/proc/cpuinfo").read_text()
+    models = [line.partition(":")[2].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
+    release = platform.freedesktop_os_release()
+    return {
+        "cpu": models[0] if models else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_mib": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20,
+        "system": release.get("PRETTY_NAME", ""),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "load_at_start": round(os.getloadavg()[0], 2),
+    }
+
+
+class Record:
+    """The whole run of a tier, from its beginning."""
+
+    def __init__(self, tier: str, started: str):
+        """``started``: the time of day in UTC, as ISO 8601 has it."""
+        self._head = {
+            "tier": tier,
+            "started": started,
+            "commit": _output("git", "rev-parse", "HEAD"),
+            "uncommitted_changes": bool(_output("git", "status", "--porcelain")),
+            "machine": _machine(),
+        }
+
+    @property
+    def name(self) -> str:
+        """Of its file: when, what, and of which commit."""
+        head = self._head
+        return f"{str(head['started'])[:10]}-{head['tier']}-{str(head['commit'])[:10]}.json"
+
+    def write(self, path: Path, outcomes: Sequence[Outcome], seconds: float) -> None:
+        """One line for each test, so that two records can be compared line by line."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        passed = all(outcome.passed for outcome in outcomes)
+        head = {**self._head, "passed": passed, "seconds": round(seconds, 1)}
+        lines = [json.dumps(head)[:-1] + ', "stages": [']
+        for number, outcome in enumerate(outcomes):
+            stage = asdict(outcome)
+            tests = stage.pop("tests")
+            lines.append(json.dumps(stage)[:-1] + ', "tests": [')
+            lines.append(",\n".join(json.dumps(list(test.values())) for test in tests))
+            lines.append("]}" + "," * (number + 1 < len(outcomes)))
+        lines.append("]}\n")
+        path.write_text("\n".join(line for line in lines if line))
+
+
+def tables(outcomes: Sequence[Outcome]) -> str:
+    """Stages in the order in which they ended, then the slowest tests, then how many passed."""
+    rows = [f"{'stage':<14} {'seconds':>8} {'CPU':>8} {'passed':>7} {'failed':>7} {'skipped':>8}  result"]
+    for one in outcomes:
+        rows.append(
+            f"{one.name:<14} {one.seconds:>8.1f} {one.cpu_seconds:>8.1f} {one.count('passed'):>7} "
+            f"{one.count('failed', 'error'):>7} {one.count('skipped'):>8}  {one.verdict}"
+        )
+    tests = [(test, one.name) for one in outcomes for test in one.tests]
+    tests.sort(key=lambda found: -found[0].seconds)
+    if tests:
+        rows += ["", f"The {min(SLOWEST, len(tests))} slowest tests:"]
+        rows += [f"{test.seconds:>8.1f} s  {stage}  {test.name}" for test, stage in tests[:SLOWEST]]
+    failed = [(test, stage) for test, stage in tests if test.result in ("failed", "error")]
+    if failed:
+        rows += ["", "Failed:", *(f"  {stage}  {test.name}" for test, stage in failed)]
+    counts = [
+        sum(one.count(*results) for one in outcomes) for results in (("passed",), ("failed", "error"), ("skipped",))
+    ]
+    # A stage that failed without a test that failed counts as one failure.
+    counts[1] += sum(not one.passed and not one.count("failed", "error") for one in outcomes)
+    rows += ["", "{} passed, {} failed, {} skipped".format(*counts)]
+    return "\n".join(rows)

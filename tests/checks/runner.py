@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Runs stages beside each other, as many as the machine has cores for, each with a log and a limit."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.checks.record import Outcome, junit_results
+from tests.checks.stages import Stage
+
+POLL_S = 0.1
+STILL_RUNNING_EVERY_S = 60.0
+LAST_LINES = 400
+"""Of the log of a stage that failed."""
+MARK = "XEN_POSTCOPY_STAGE"
+"""The environment variable by which everything that a stage started is found."""
+
+
+@dataclass
+class _Running:
+    stage: Stage
+    process: subprocess.Popen[bytes]
+    mark: str
+    log: Path
+    junit: Path
+    started: float
+    timed_out: bool = False
+
+    def kill(self) -> None:
+        """End all that the stage started, whatever group or session it is in by now."""
+        while pids := marked(self.mark):
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(POLL_S)
+
+    def ended(self) -> Outcome | None:
+        """The outcome, or None while the stage runs."""
+        seconds = time.monotonic() - self.started
+        if seconds > self.stage.limit_s and not self.timed_out:
+            self.timed_out = True
+            self.kill()
+        pid, status, usage = os.wait4(self.process.pid, os.WNOHANG)
+        if not pid:
+            return None
+        self.process.returncode = os.waitstatus_to_exitcode(status)
+        self.kill()  # what it left running
+        return Outcome(
+            self.stage.name,
+            " ".join(self.stage.command),
+            self.process.returncode,
+            round(seconds, 1),
+            round(usage.ru_utime + usage.ru_stime, 1),
+            self.timed_out,
+            junit_results(self.junit),
+        )
+
+
+def marked(mark: str) -> list[int]:
+    """The processes that have this mark in their environment and have not ended."""
+    wanted = f"{MARK}={mark}".encode()
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if wanted in (process / "environ").read_bytes().split(b"\0"):
+                found.append(int(process.name))
+    return found
+
+
+class Runner:
+    """Starts stages in their order.  ``directory`` gets a log and the JUnit files of each stage."""
+
+    def __init__(self, directory: Path, *, cores: int, show: Callable[[str], None]):
+        self._directory, self._cores, self._show = directory, cores, show
+        self._running: list[_Running] = []
+
+    def run(self, stages: Sequence[Stage]) -> list[Outcome]:
+        """The outcome of each stage, in the order in which they ended.
+
+        A stage that fails does not keep the others from running: a report of all of them is worth
+        more than the minutes.  An interruption (Ctrl-C) ends those that run and is raised again.
+        """
+        waiting, outcomes = list(stages), list[Outcome]()
+        shown = time.monotonic()
+        try:
+            while waiting or self._running:
+                while waiting and self._has_room_for(waiting[0]):
+                    self._start(waiting.pop(0))
+                for one in list(self._running):
+                    outcome = one.ended()
+                    if outcome is not None:
+                        self._running.remove(one)
+                        outcomes.append(outcome)
+                        self._report(outcome, one.log)
+                        shown = time.monotonic()
+                if time.monotonic() - shown > STILL_RUNNING_EVERY_S:
+                    shown = time.monotonic()
+                    self._show(
+                        "running: "
+                        + ", ".join(f"{one.stage.name} ({shown - one.started:.0f} s)" for one in self._running)
+                    )
+                time.sleep(POLL_S)
+        finally:
+            for one in self._running:
+                one.kill()
+                one.process.wait()
+        return outcomes
+
+    def _has_room_for(self, stage: Stage) -> bool:
+        busy = sum(min(one.stage.cores, self._cores) for one in self._running)
+        return busy + min(stage.cores, self._cores) <= self._cores
+
+    def _start(self, stage: Stage) -> None:
+        log, junit = self._directory / f"{stage.name}.log", self._directory / stage.name
+        junit.mkdir(parents=True)
+        self._show(f"{stage.name}: {' '.join(stage.command)}")
+        mark = f"{stage.name}-{os.getpid()}"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                stage.command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                env={**os.environ, "JUNIT": str(junit.resolve()), MARK: mark}, process_group=0,
+            )  # fmt: skip
+        self._running.append(_Running(stage, process, mark, log, junit, time.monotonic()))
+
+    def _report(self, outcome: Outcome, log: Path) -> None:
+        if not outcome.passed:
+            lines = log.read_text(errors="replace").splitlines()
+            self._show("\n".join([f"---- {outcome.name}: {log} ----", *lines[-LAST_LINES:], "----"]))
+        self._show(f"{outcome.name}: {outcome.verdict} after {outcome.seconds:.0f} s")

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The checks of a change, as stages: each one a target of the Makefile, with what it takes.
+
+The two tiers are lists of stages.  A stage that exists in both tiers does more in ``everything``:
+more trials, more machines, a longer search.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command.  It passes if its exit status is 0."""
+
+    name: str
+    subject: str
+    """What the stage checks, for ``--list``."""
+    command: tuple[str, ...]
+    """Its output goes to a log.  ``JUNIT`` names a folder for the JUnit XML of its tests."""
+    limit_s: float
+    """A stage that takes longer is killed, with all that it started, and has failed."""
+    cores: int = 1
+    """How many cores it keeps busy; a stage with all of the machine's cores runs alone."""
+
+
+ALONE = 99
+"""More cores than a machine has: such a stage measures time, or fills the machine by itself."""
+
+
+def _make(target: str, *settings: str) -> tuple[str, ...]:
+    return ("make", "--no-print-directory", target, *settings)
+
+
+TOOLS = Stage("tools", "Debian packages that the checks need are installed", _make("tools"), 600, cores=ALONE)
+TEST = Stage("test", "style, types, and every test", _make("test"), 1800)
+MODEL = Stage("model", "every state of the handover, and of ten mutations", _make("model"), 600)
+DEMO = Stage("demo", "the demo of the README", _make("demo", "DEMO_MEMORY=256M"), 300)
+
+GATE = (
+    TOOLS,
+    Stage("xenlab", "a real Xen: conformance, eviction, xl", _make("xenlab"), 4000),
+    TEST,
+    Stage("chaos", "faults at random instants", _make("chaos", "CHAOS_TRIALS=15"), 600),
+    MODEL,
+    Stage("fuzz", "what a peer may send", _make("fuzz", "FUZZ_SECONDS=60"), 300),
+    DEMO,
+)
+EVERYTHING = (
+    TOOLS,
+    TEST,
+    DEMO,
+    Stage("xenlab", "a real Xen: every machine and test", _make("xenlab"), 7200, cores=ALONE),
+    MODEL,
+    Stage("fuzz", "what a peer may send", _make("fuzz", "FUZZ_SECONDS=1800"), 3600),
+    Stage("chaos", "faults at random instants", _make("chaos", "CHAOS_TRIALS=500"), 7200, cores=ALONE),
+    Stage("many", "a hundred migrations at once, a thousand in turn", _make("many"), 1800, cores=ALONE),
+    Stage("soak", "every strategy and workload", _make("soak", "SOAK_ROUNDS=2"), 3600, cores=ALONE),
+    Stage("bench", "figures beside plain C and QEMU", _make("bench"), 7200, cores=ALONE),
+)
+TIERS = {"gate": GATE, "everything": EVERYTHING}
