@@ -10,7 +10,7 @@ Page bytes are never inside msgpack: they go from the socket to the buffer from
 which they are loaded without another copy.  For that the decoder does not take bytes but says where it wants
 them: fill :meth:`FrameDecoder.wanted`, report with :meth:`FrameDecoder.filled`.
 
-Every length is checked before memory is taken for it.
+Every length is checked before memory is taken for it (invariant 7).
 """
 
 from __future__ import annotations

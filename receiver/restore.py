@@ -29,7 +29,7 @@ class MemoryRestorer:
             self._domain.write_pages(pfns, data)
 
     def evict(self, pfns: PfnArray) -> None:
-        """Make the pfns absent: their contents will come after the handover.  Raises ``XenError``."""
+        """Make the pfns absent (invariant 3): their contents come after the handover.  Raises ``XenError``."""
         for batch in pieces(pfns[~self._evicted[pfns]], EVICT_BATCH):
             self._domain.populate_evicted(batch)
             self._evicted[batch] = True

@@ -353,6 +353,7 @@ class OutgoingMigration:
             self.progress.phase = "completing"
         await self._signals.complete.wait()
         if self._backlog.unacknowledged:
+            # Invariant 8: nothing is called a success that is none, whatever the receiver claims.
             raise RemoteProtocolError(f"complete, but {self._backlog.unacknowledged} pages were never confirmed")
         self._record("completing")  # from here on the receiver may forget
         with contextlib.suppress(PeerClosedError):  # then it knows as much

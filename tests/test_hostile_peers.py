@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Peers that mean harm: each is told what it did, memory stays bounded, and the other migrations of the daemon go on.
+"""Invariant 7: a hostile peer is told what it did, memory stays bounded, and the daemon's other migrations go on.
 
 Each test is such a peer, against the daemons as processes, while a guest is being migrated between them.
 """

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Each invariant is broken on purpose, and the checks must notice.  A check that cannot fail is worth nothing."""
+"""Each invariant (docs/invariants.md) is broken on purpose, and the checks must notice.
+
+A check that cannot fail is worth nothing.  Number 7 is broken in ``test_hostile_peers.py``.
+"""
 
 from __future__ import annotations
 
@@ -250,7 +253,7 @@ async def test_a_completion_that_is_not_so_is_not_believed(clean_hosts: World, n
 
 
 async def test_a_sender_that_loses_a_page_never_completes(clean_hosts: World, name: str, monkeypatch: Patch) -> None:
-    """Invariant 6: a page that is not sent keeps both ends waiting; nothing is called a success."""
+    """Invariants 6 and 8: a page that is not sent keeps both ends waiting; nothing is called a success."""
     next_batch = Backlog.next_batch
 
     def lose_one(self: Backlog, most: int) -> PfnArray:

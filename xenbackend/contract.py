@@ -275,7 +275,8 @@ class Domain(ABC):
 
     @abstractmethod
     def pinned(self, pfns: PfnArray) -> PfnArray:
-        """Those of the pfns that the hypervisor or dom0 takes by number, and that must be present before the guest runs.
+        """Those of the pfns that the hypervisor or dom0 takes by number, and that must be present before the guest runs
+        (invariant 9).
 
         May be more than there are, and is not less.  Of a domain that runs or is suspended.  That this handle holds a
         page does not count.

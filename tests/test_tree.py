@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What holds of the tree itself: licence lines, which folder imports which, and documents that name what there is."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import re
+import subprocess
+import tomllib
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+TREE = Path(__file__).parents[1]
+TAG, LICENCE = "SPDX-License-Identifier", "GPL-2.0-or-later"
+SOURCES = {
+    ".py",
+    ".pyi",
+    ".c",
+    ".h",
+    ".sh",
+    ".pml",
+    ".toml",
+    ".yaml",
+    ".yml",
+    ".service",
+    ".socket",
+    ".target",
+    ".tmpfiles",
+}
+
+
+@cache
+def files() -> list[Path]:
+    """Those that are part of the project, relative to it."""
+    with contextlib.suppress(FileNotFoundError):
+        command = ["git", "-C", str(TREE), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        listed = subprocess.run(command, capture_output=True, check=False)
+        if listed.returncode == 0:
+            found = [Path(name) for name in listed.stdout.decode().split("\0") if name]
+            return [path for path in found if (TREE / path).is_file()]
+    # A tree that was unpacked from an archive.
+    ignored = [".git", *(line.strip("/") for line in (TREE / ".gitignore").read_text().splitlines())]
+    found = [path.relative_to(TREE) for path in TREE.rglob("*") if path.is_file()]
+    return [path for path in found if not any(fnmatch(part, name) for part in path.parts for name in ignored)]
+
+
+def is_source(path: Path) -> bool:
+    """By its name, or by its first bytes where it has no suffix."""
+    if path.suffix in SOURCES or path.name == "Makefile":
+        return True
+    with (TREE / path).open("rb") as file:
+        return file.read(2) == b"#!"
+
+
+# ---- licences ----
+def test_every_source_file_names_its_licence() -> None:
+    """In one of its first lines, so that whoever copies one file alone has the terms."""
+    sources = [path for path in files() if is_source(path)]
+    assert len(sources) > 150  # the list is not empty for some other reason
+    without = [
+        str(path)
+        for path in sources
+        if f"{TAG}: {LICENCE}" not in "".join((TREE / path).read_text().splitlines(keepends=True)[:3])
+    ]
+    assert without == []
+
+
+def test_the_licence_of_all_other_files_is_stated_at_the_top() -> None:
+    (annotation,) = tomllib.loads((TREE / "REUSE.toml").read_text())["annotations"]
+    assert annotation["path"] == "**"
+    assert annotation[TAG] == LICENCE
+    assert "GNU GENERAL PUBLIC LICENSE" in (TREE / "LICENSE").read_text()
+
+
+# ---- which folder imports which ----
+MAY_IMPORT = {
+    "xenbackend": set[str](),
+    "migrate": {"xenbackend"},
+    "sender": {"migrate", "xenbackend"},
+    "receiver": {"migrate", "xenbackend"},
+}
+"""Beside itself and what is installed."""
+ALSO = {("migrate/cli/daemons.py", "sender"), ("migrate/cli/daemons.py", "receiver")}
+"""The command line starts the daemons."""
+XENBACKEND_FOR_DAEMONS = {"xenbackend.contract", "xenbackend.ring"}
+"""What is common to all backends: a daemon is given its backend and names none."""
+FOR_XL = {"migrate/client.py", "migrate/errors.py"} | {str(path) for path in files() if path.match("migrate/xl/*.py")}
+"""What xl's helper loads, which has to start fast: nothing that is installed."""
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Modules, wherever in the file they are imported."""
+    for node in ast.walk(ast.parse((TREE / path).read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{path}: a relative import"
+            # A module of a package, or a name in it: either is the package's.
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def ours() -> list[tuple[str, Path]]:
+    return [(path.parts[0], path) for path in files() if path.suffix == ".py" and path.parts[0] in MAY_IMPORT]
+
+
+def test_folders_import_in_one_direction() -> None:
+    wrong = [
+        f"{path} imports {module}"
+        for folder, path in ours()
+        for module in imports(path)
+        if (of := module.split(".")[0]) in {*MAY_IMPORT, "tests"} - {folder}
+        if of not in MAY_IMPORT[folder] and (str(path), of) not in ALSO
+    ]
+    assert wrong == []
+
+
+def test_daemons_know_no_backend_by_name() -> None:
+    wrong = [
+        f"{path} imports {module}"
+        for folder, path in ours()
+        if folder in ("sender", "receiver")
+        for module in imports(path)
+        if module.startswith("xenbackend.") and not module.startswith(tuple(XENBACKEND_FOR_DAEMONS))
+    ]
+    assert wrong == []
+
+
+def test_the_helper_under_xl_imports_nothing_that_is_installed() -> None:
+    assert len(FOR_XL) > 8
+    wrong = [
+        f"{path} imports {module}"
+        for path in sorted(FOR_XL)
+        for module in imports(Path(path))
+        if module.split(".")[0] in {"trio", "numpy", "msgpack", "cffi", "click", "tqdm"}
+        or (module.startswith("migrate.") and not module.startswith(("migrate.client", "migrate.errors", "migrate.xl")))
+    ]
+    assert wrong == []
+
+
+# ---- documents ----
+INVARIANTS = TREE / "docs/invariants.md"
+CITATION = re.compile(r"[Ii]nvariants?\s+(\d+(?:(?:,|\s+and)\s+\d+)*)")
+PLACE = re.compile(r"`([\w/.-]+\.(?:py|c|h|pml))(?:::([\w.]+))?`")
+NAMING = ("docs/invariants.md",)
+"""Documents that name places in the code as ``file`` or ``file::name``."""
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def test_invariants_are_cited_by_numbers_that_there_are() -> None:
+    stated = {int(number) for number in re.findall(r"^## (\d+)\. ", INVARIANTS.read_text(), re.MULTILINE)}
+    cited: dict[bool, set[int]] = {False: set(), True: set()}
+    for path in files():
+        if path.suffix not in (".py", ".c", ".h") or path.name == Path(__file__).name:
+            continue
+        for numbers in CITATION.findall((TREE / path).read_text()):
+            for number in map(int, re.findall(r"\d+", numbers)):
+                assert number in stated, f"{path}: invariant {number}"
+                cited[path.parts[0] == "tests"].add(number)
+    assert stated == set(range(1, 10))
+    assert cited == {False: stated, True: stated}, (
+        "each is cited by the code that keeps it and by a test that breaks it"
+    )
+
+
+@cache
+def definitions(path: Path) -> set[str]:
+    """Functions and classes, with those that they are in: ``Session._check``."""
+    text = (TREE / path).read_text()
+    if path.suffix != ".py":
+        return set(re.findall(r"^[\w][^\n;=]*?\b(\w+)\([^;]*?\)\s*\{", text, re.MULTILINE))
+    found = set()
+
+    def visit(node: ast.AST, prefix: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                found.add(prefix + child.name)
+                visit(child, f"{prefix}{child.name}.")
+
+    visit(ast.parse(text), "")
+    return found
+
+
+@pytest.mark.parametrize("document", NAMING)
+def test_documents_name_what_there_is(document: str) -> None:
+    places = PLACE.findall((TREE / document).read_text())
+    assert places
+    wrong = [
+        f"{path}::{name}" if name else path
+        for path, name in places
+        if not (TREE / path).is_file() or (name and name not in definitions(Path(path)))
+    ]
+    assert wrong == []
+
+
+def anchors(path: Path) -> set[str]:
+    """Of a document's headings, as forges make them."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    wrong = []
+    for path in (path for path in files() if path.suffix == ".md"):
+        for link in LINK.findall((TREE / path).read_text()):
+            if "://" in link:
+                continue
+            to, _, anchor = link.partition("#")
+            target = (TREE / path).parent / to if to else TREE / path
+            if not target.exists() or (anchor and anchor not in anchors(target)):
+                wrong.append(f"{path}: {link}")
+    assert wrong == []
