@@ -87,8 +87,8 @@ MAY_IMPORT = {
 """Beside itself and what is installed."""
 ALSO = {("migrate/cli/daemons.py", "sender"), ("migrate/cli/daemons.py", "receiver")}
 """The command line starts the daemons."""
-XENBACKEND_FOR_DAEMONS = {"xenbackend.contract", "xenbackend.ring"}
-"""What is common to all backends: a daemon is given its backend and names none."""
+BACKENDS = ("xenbackend.choose", "xenbackend.libxenctrl", "xenbackend.simulated")
+"""A daemon is given its backend and names none."""
 FOR_XL = {"migrate/client.py", "migrate/errors.py"} | {str(path) for path in files() if path.match("migrate/xl/*.py")}
 """What xl's helper loads, which has to start fast: nothing that is installed."""
 
@@ -125,7 +125,7 @@ def test_daemons_know_no_backend_by_name() -> None:
         for folder, path in ours()
         if folder in ("sender", "receiver")
         for module in imports(path)
-        if module.startswith("xenbackend.") and not module.startswith(tuple(XENBACKEND_FOR_DAEMONS))
+        if module.startswith(BACKENDS)
     ]
     assert wrong == []
 
@@ -146,7 +146,7 @@ def test_the_helper_under_xl_imports_nothing_that_is_installed() -> None:
 INVARIANTS = TREE / "docs/invariants.md"
 CITATION = re.compile(r"[Ii]nvariants?\s+(\d+(?:(?:,|\s+and)\s+\d+)*)")
 PLACE = re.compile(r"`([\w/.-]+\.(?:py|c|h|pml))(?:::([\w.]+))?`")
-NAMING = ("docs/invariants.md",)
+NAMING = ("docs/invariants.md", "CONTRIBUTING.md")
 """Documents that name places in the code as ``file`` or ``file::name``."""
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
@@ -195,6 +195,14 @@ def test_documents_name_what_there_is(document: str) -> None:
         if not (TREE / path).is_file() or (name and name not in definitions(Path(path)))
     ]
     assert wrong == []
+
+
+def test_documents_name_targets_that_make_has() -> None:
+    targets = set(re.findall(r"^([a-z][\w -]*):", (TREE / "Makefile").read_text(), re.MULTILINE))
+    known = {target for names in targets for target in names.split()}
+    for document in (path for path in files() if path.suffix == ".md"):
+        named = re.findall(r"(?:^    |`)make ([a-z][\w-]*)", (TREE / document).read_text(), re.MULTILINE)
+        assert {*named} <= known, f"{document}: {sorted({*named} - known)}"
 
 
 def anchors(path: Path) -> set[str]:
