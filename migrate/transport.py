@@ -109,7 +109,10 @@ class LaneConnection:
         shake = terms.tls.accepted if dialled is None else functools.partial(terms.tls.connected, host=dialled)
         wrapped: TlsSocket
         with trio.CancelScope(shield=True):  # it has a time limit
-            wrapped = await trio.to_thread.run_sync(functools.partial(shake, sock, timeout_s=CONNECT_TIMEOUT_S))
+            # With a limiter of its own: strangers that never shake hands would use up the threads that migrations wait for.
+            wrapped = await trio.to_thread.run_sync(
+                functools.partial(shake, sock, timeout_s=CONNECT_TIMEOUT_S), limiter=trio.CapacityLimiter(1)
+            )
         return cls(wrapped, terms)
 
     def agree(self, greetings: Iterable[Hello]) -> None:

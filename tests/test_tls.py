@@ -3,20 +3,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
+import trio
 import trustme
 
-from migrate.lanes import DialledLanes
+from migrate.errors import PeerClosedError
+from migrate.lanes import AwaitedLanes, DialledLanes, Reception
 from migrate.loopback import World
 from migrate.messages import Lane
 from migrate.session import hello
-from migrate.tls import Tls
+from migrate.tls import Tls, TlsSocket
 from migrate.transport import LaneConnection, Terms
 from tests.conftest import MIB
 from tests.inprocess import Outcome, migrate, verification
@@ -114,8 +118,6 @@ async def test_a_client_without_a_certificate_is_refused(
     said: list[str] = []
 
     async def meanwhile(_outcome: Outcome, link: Link) -> None:
-        import trio
-
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         AUTHORITY.configure_trust(context)
 
@@ -135,6 +137,40 @@ async def test_a_client_without_a_certificate_is_refused(
     assert outcome.error is None
     assert said == ["TLSV13_ALERT_CERTIFICATE_REQUIRED"]
     assert "the peer has no certificate" in caplog.text
+
+
+class NeverShaken(Tls):
+    """The peer connects and sends nothing."""
+
+    begun: ClassVar[list[socket.socket]] = []
+    over: ClassVar[threading.Event] = threading.Event()
+
+    def accepted(self, sock: socket.socket, timeout_s: float) -> TlsSocket:
+        self.begun.append(sock)
+        self.over.wait(timeout_s)
+        sock.close()
+        raise PeerClosedError("TLS: the peer did not answer")
+
+
+async def test_strangers_that_never_shake_hands_take_no_thread_from_migrations() -> None:
+    """Invariant 7.  Migrations wait for threads of trio's default limiter, which has 40."""
+    terms = Terms(tls=NeverShaken(Path(), Path(), Path(), ()))
+    reception = Reception(lambda _greeting: AwaitedLanes(), terms)
+    (listener,) = await trio.open_tcp_listeners(0, host=HOST)
+    port = listener.socket.getsockname()[1]
+    limiter = trio.to_thread.current_default_thread_limiter()
+    strangers = int(limiter.total_tokens) + 10
+    with contextlib.ExitStack() as connections:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.serve_listeners, reception.receive, [listener])
+            for _ in range(strangers):
+                connections.enter_context(socket.create_connection((HOST, port)))
+            try:
+                await until(lambda: len(NeverShaken.begun) == strangers)
+                assert limiter.borrowed_tokens == 0
+            finally:
+                NeverShaken.over.set()
+                nursery.cancel_scope.cancel()
 
 
 async def test_a_token_is_good_for_one_connection(
