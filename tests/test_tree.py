@@ -146,7 +146,7 @@ def test_the_helper_under_xl_imports_nothing_that_is_installed() -> None:
 INVARIANTS = TREE / "docs/invariants.md"
 CITATION = re.compile(r"[Ii]nvariants?\s+(\d+(?:(?:,|\s+and)\s+\d+)*)")
 PLACE = re.compile(r"`([\w/.-]+\.(?:py|c|h|pml))(?:::([\w.]+))?`")
-NAMING = ("docs/invariants.md", "CONTRIBUTING.md")
+NAMING = ("docs/invariants.md", "docs/threat-model.md", "CONTRIBUTING.md")
 """Documents that name places in the code as ``file`` or ``file::name``."""
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
@@ -169,7 +169,7 @@ def test_invariants_are_cited_by_numbers_that_there_are() -> None:
 
 @cache
 def definitions(path: Path) -> set[str]:
-    """Functions and classes, with those that they are in: ``Session._check``."""
+    """Functions and classes, with those that they are in (``Session._check``), and a module's constants."""
     text = (TREE / path).read_text()
     if path.suffix != ".py":
         return set(re.findall(r"^[\w][^\n;=]*?\b(\w+)\([^;]*?\)\s*\{", text, re.MULTILINE))
@@ -180,6 +180,9 @@ def definitions(path: Path) -> set[str]:
             if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 found.add(prefix + child.name)
                 visit(child, f"{prefix}{child.name}.")
+            elif not prefix and isinstance(child, ast.Assign | ast.AnnAssign):
+                targets = child.targets if isinstance(child, ast.Assign) else [child.target]
+                found.update(target.id for target in targets if isinstance(target, ast.Name))
 
     visit(ast.parse(text), "")
     return found
