@@ -318,13 +318,13 @@ from migrate.errors import MigrationError
 sender, receiver = sys.argv[1:]
 cli.main(["list", "--socket", sender, "--socket", receiver], standalone_mode=False)
 for command in (
-    ["show", "nobody"], ["watch", "nobody"], ["reconnect", "nobody"], ["decide", "nobody", "here"], ["cancel", "nobody"],
-    ["postcopy-now", "nobody"], ["migrate", "nobody", "localhost"],
+    ["show", "stranger"], ["watch", "stranger"], ["reconnect", "stranger"], ["decide", "stranger", "here"], ["cancel", "stranger"],
+    ["postcopy-now", "stranger"], ["migrate", "stranger", "localhost"],
 ):
     try:
         cli.main([*command, "--socket", sender], standalone_mode=False)
     except MigrationError as error:
-        assert "nobody" in str(error)
+        assert "stranger" in str(error)
     else:
         sys.exit(f"{command} was not refused")
 print("imported:", *{"numpy", "trio", "msgpack", "cffi", "tqdm"} & set(sys.modules))
