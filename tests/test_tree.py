@@ -208,6 +208,29 @@ def test_documents_name_targets_that_make_has() -> None:
         assert {*named} <= known, f"{document}: {sorted({*named} - known)}"
 
 
+def test_every_phase_that_an_operator_sees_is_explained() -> None:
+    """In the man page and in docs/reliability.md."""
+    phases = set()
+    for path in (Path("sender/migration.py"), Path("receiver/migration.py"), Path("sender/options.py")):
+        text = (TREE / path).read_text()
+        for assigned in re.findall(r"\bphase(?:: str)?(?:, [\w.]+)? = (.+)", text):
+            phases |= set(re.findall(r'"([a-z ]+)"', assigned.partition(", f")[0]))
+    assert {"precopy", "switchover", "interrupted", "in doubt", "refused"} <= phases
+    manual = (TREE / "systemd/man/xen-postcopy.8").read_text()
+    assert phases == set(re.findall(r"^\.B ([a-z ]+)$", manual.split(".SH PHASES")[1].split(".SH ")[0], re.M)) - {
+        "list", "show", "reconnect", "decide",
+    }  # fmt: skip
+    shown = (TREE / "docs/reliability.md").read_text().split("## What `list` shows")[1].split("\n## ")[0]
+    assert phases == set(re.findall(r"^\| `([a-z ]+)`", shown, re.M))
+
+
+def test_every_module_is_in_the_description_of_the_architecture() -> None:
+    described = (TREE / "docs/architecture.md").read_text()
+    modules = [path.name for _folder, path in ours() if len(path.parts) == 2 and path.name != "__init__.py"]
+    assert len(modules) > 40
+    assert [name for name in modules if f"`{name}`" not in described and f"/{name}`" not in described] == []
+
+
 def anchors(path: Path) -> set[str]:
     """Of a document's headings, as forges make them."""
     headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)

@@ -50,7 +50,7 @@ config_option = click.option(
 state_option = click.option(
     "--state",
     type=click.Path(path_type=Path, file_okay=False),
-    help=f"Where the journal is, by which the next one goes on when this daemon is killed.  Default: {STATE_DIRECTORY}; "
+    help=f"Directory for the journal, from which a restarted daemon resumes its migrations.  Default: {STATE_DIRECTORY}; "
     "with --simulated beside that socket.",
 )
 
