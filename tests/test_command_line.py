@@ -318,8 +318,8 @@ from migrate.errors import MigrationError
 sender, receiver = sys.argv[1:]
 cli.main(["list", "--socket", sender, "--socket", receiver], standalone_mode=False)
 for command in (
-    ["show", "stranger"], ["watch", "stranger"], ["reconnect", "stranger"], ["decide", "stranger", "here"], ["cancel", "stranger"],
-    ["postcopy-now", "stranger"], ["migrate", "stranger", "localhost"],
+    ["show", "stranger"], ["watch", "stranger"], ["reconnect", "stranger"], ["decide", "stranger", "here"],
+    ["cancel", "stranger"], ["postcopy-now", "stranger"], ["migrate", "stranger", "localhost"],
 ):
     try:
         cli.main([*command, "--socket", sender], standalone_mode=False)
