@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -41,6 +42,20 @@ class Journal:
         except OSError as error:
             raise MigrationError(
                 f"state directory {directory}: {error.strerror}: choose another one by --state"
+            ) from error
+
+    def own(self) -> None:
+        """Keep other daemons from this journal until this process ends.
+
+        Raises :class:`MigrationError` if another daemon owns it: its migrations would look like a dead predecessor's.
+        """
+        directory = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(directory)
+            raise MigrationError(
+                f"state directory {self._directory}: another daemon uses it: choose another one by --state"
             ) from error
 
     def write(self, session: str, facts: dict[str, Any], *, needed: bool = True) -> None:

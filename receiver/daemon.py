@@ -57,6 +57,7 @@ class ReceiverDaemon:
 
     async def _serve(self) -> None:
         listeners, self._port = await listen_tcp(*self._address)
+        self._journal.own()
         async with trio.open_nursery() as self._nursery:
             for session, facts in self._journal.entries().items():
                 lanes_again = lanes.rejoining(facts["dials"], session, self._awaited, self._terms)

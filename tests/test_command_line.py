@@ -260,14 +260,16 @@ def test_the_life_of_a_simulated_guest(world: World, name: str) -> None:
     assert name not in run("simulated-guest", "list", *host).stdout
 
 
-def test_daemons_refuse_a_place_that_is_taken(world: World) -> None:
-    host = world.directory / "source.sock"
+def test_daemons_refuse_a_place_that_is_taken(world: World, tmp_path: Path) -> None:
+    host, free = world.directory / "source.sock", tmp_path / "free.sock"
     assert_refused(run("simulated-host", "--socket", host), "listening there already")
-    assert "listening there already" in run("sender", "--socket", world.sender_socket, "--simulated", host).stderr
-    taken = run(
-        "receiver", "--listen", f"127.0.0.1:{world.port}", "--socket", world.directory / "x", "--simulated", host
+    any_port: list[str | Path] = ["sender", "--simulated", host, "--listen", "127.0.0.1:0"]
+    assert_refused(
+        run(*any_port, "--socket", world.sender_socket, "--state", tmp_path / "state"), "listening there already"
     )
-    assert_refused(taken, "cannot listen")
+    assert_refused(run(*any_port, "--socket", free), "another daemon uses it")
+    taken_port: list[str | Path] = ["receiver", "--simulated", host, "--listen", f"127.0.0.1:{world.port}"]
+    assert_refused(run(*taken_port, "--socket", free, "--state", tmp_path / "state"), "cannot listen")
 
 
 def test_preflight_of_a_host_and_of_a_guest(world: World, name: str) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -191,6 +193,22 @@ def test_the_guest_ends_while_its_pager_is_dead(world: World) -> None:
     until(lambda: phase(world, "sender") == "failed", "the sender was not told")
     assert "ended at the destination" in lines(world, "sender")[-1]["problem"]
     assert world.source.domains() == []
+
+
+@pytest.mark.parametrize("which", ["sender", "receiver"])
+def test_a_second_daemon_takes_up_nothing_of_one_that_runs(world: World, which: str, tmp_path: Path) -> None:
+    """A daemon that is started twice by mistake: the second one would take the first one's migrations for orphans."""
+    begin(world, bandwidth=4 * MIB)
+    until(lambda: phase(world, "receiver") == phase(world, "sender") == "precopy", "no precopy")
+    host = world.directory / ("source.sock" if which == "sender" else "destination.sock")
+    arguments = [which, "--listen", "127.0.0.1:0", "--socket", str(tmp_path / "second.sock"), "--simulated", str(host)]
+    second = subprocess.run(
+        [sys.executable, "-m", "migrate.cli", *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert second.returncode == 1
+    assert "another daemon" in second.stderr
+    world.ask("sender", command="postcopy-now", migration="guest")
+    assert check(world) == "destination"
 
 
 @pytest.mark.parametrize("seed", range(16))

@@ -147,8 +147,8 @@ def test_there_and_back_again(name: str) -> None:
             "--socket", str(there.directory / "back-receiver.sock"), "--simulated", str(there.directory / "source.sock"),
         )  # fmt: skip
         there.start(
-            "back-sender", "sender", "--socket", str(there.directory / "back-sender.sock"),
-            "--simulated", str(there.directory / "destination.sock"),
+            "back-sender", "sender", "--listen", "127.0.0.1:0",
+            "--socket", str(there.directory / "back-sender.sock"), "--simulated", str(there.directory / "destination.sock"),
         )  # fmt: skip
         port = there.ask("back-receiver", command="status")["port"]
         there.ask("back-sender", command="migrate", domain=name, destination=f"127.0.0.1:{port}")
