@@ -193,7 +193,7 @@ class OutgoingMigration:
         self._scope.cancel()
 
     def result(self) -> dict[str, Any]:
-        """The documented JSON keys; ``docs`` are in the README."""
+        """The JSON keys that docs/commands.md explains."""
         ours, theirs = self.statistics.summary(), self.receiver_statistics
         return {"id": self.id, "domain": self.domain_name, **ours, **theirs}
 
