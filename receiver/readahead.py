@@ -94,7 +94,7 @@ class ReadAhead:
         del self._streams[:-MAX_STREAMS]
         first, step = stream.next, stream.step
         stop = min(max(first + stream.window * SPAN * step, -1), self._nr_pfns)
-        if not 0 <= first < self._nr_pfns or first == stop:
+        if not 0 <= first < self._nr_pfns:
             return NO_PFNS
         pfns = self._missing(first, stop, step)
         if len(pfns) > stream.window:

@@ -62,6 +62,47 @@ def test_frames_come_out_as_they_went_in_however_they_are_cut(
     assert decoder.at_boundary()
 
 
+@pytest.mark.parametrize("checked", [False, True])
+@pytest.mark.parametrize("piece", [7, 5000, 2**30])
+def test_payloads_and_large_headers_follow_each_other_in_any_pieces(piece: int, checked: bool) -> None:
+    sent: list[tuple[dict[str, Any], bytes]] = [
+        ({"type": "pages"}, b"\x01" * 4096),
+        ({"type": "alive"}, b""),
+        ({"type": "context", "data": bytes(frames.MAX_HEADER_BYTES - 100)}, b""),
+        ({"type": "pages"}, b"\x02" * 8192),
+        *(({"type": "context", "data": bytes(50_000 + n)}, b"") for n in range(9)),
+        ({"type": "pages"}, b"\x03" * 4096),
+    ]
+    decoder = FrameDecoder()
+    decoder.checked = checked
+    assert feed(decoder, encoded(sent, checked=checked), piece) == sent
+    assert decoder.at_boundary()
+
+
+def test_the_decoder_reports_that_it_is_within_a_frame() -> None:
+    data = frames.encode({}, [memoryview(bytes(4096))]) + bytes(4096)
+    header_bytes = len(data) - 4096
+    decoder = FrameDecoder()
+    assert decoder.at_boundary() and not decoder.in_payload()
+    feed(decoder, data[:5])
+    assert not decoder.at_boundary() and not decoder.in_payload()
+    feed(decoder, data[5:header_bytes])
+    assert not decoder.at_boundary() and decoder.in_payload()
+    assert len(feed(decoder, data[header_bytes:])) == 1
+    assert decoder.at_boundary() and not decoder.in_payload()
+
+
+@pytest.mark.parametrize(("at", "checked"), [(5, True), (19, True), (25, True), (-1, True), (25, False)])
+def test_a_damaged_byte_is_named_as_damage(at: int, checked: bool) -> None:
+    """In a length, in a checksum, in the header, and in the payload if its checksum is agreed on."""
+    data = bytearray(encoded([({"type": "pages"}, bytes(4096))], checked=checked))
+    data[at] ^= 0x40
+    decoder = FrameDecoder()
+    decoder.checked = checked
+    with pytest.raises(RemoteProtocolError, match="damaged"):
+        feed(decoder, bytes(data))
+
+
 @given(st.lists(st.tuples(headers, pages), min_size=1, max_size=3), st.data())
 def test_no_frame_comes_out_of_a_damaged_one(sent: list[tuple[dict[str, Any], bytes]], data: st.DataObject) -> None:
     """Any bit of it; what came before is whole."""
@@ -102,6 +143,14 @@ def test_any_header_bytes_give_a_map_or_a_protocol_error(header: bytes) -> None:
 def test_garbage_is_refused_at_its_first_bytes() -> None:
     with pytest.raises(RemoteProtocolError, match="right port"):
         feed(FrameDecoder(), b"HT")
+    with pytest.raises(RemoteProtocolError, match="right port"):
+        feed(FrameDecoder(), b"XPC2" + bytes(100))
+
+
+@pytest.mark.parametrize("first", [b"\x15", b"\x16\x03\x01"])
+def test_a_peer_that_begins_with_tls_is_recognised(first: bytes) -> None:
+    with pytest.raises(RemoteProtocolError, match=r"\[tls\] section"):
+        feed(FrameDecoder(), first)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +171,7 @@ def test_lengths_are_checked_before_memory_is_taken(header_bytes: int, payload_b
 
 def test_deep_nesting_is_refused() -> None:
     header = b"\x91" * 60_000
-    with pytest.raises(RemoteProtocolError):
+    with pytest.raises(RemoteProtocolError, match="not msgpack"):
         feed(FrameDecoder(), frame(header))
 
 

@@ -13,18 +13,7 @@ from hypothesis import strategies as st
 
 from migrate import messages as m
 from migrate.errors import RemoteProtocolError
-from migrate.pfns import (
-    bitmap_of,
-    from_bitmap,
-    from_mask,
-    in_bitmap,
-    mask_from_bitmap,
-    pfn_array,
-    pfns_of_window,
-    pieces,
-    union,
-    windows,
-)
+from migrate.pfns import pfn_array
 
 EXAMPLES: list[m.Message] = [
     m.Hello(1, 1, "push", "abc", b"t", ("x",), ("y", "z"), "test"),
@@ -135,28 +124,6 @@ def test_any_field_values_give_a_message_or_a_protocol_error(example: m.Message,
     except RemoteProtocolError:
         return
     assert over_the_wire(parsed) == parsed
-
-
-@given(st.sets(st.integers(0, 600_000), max_size=30), st.integers(600_001, 700_000))
-def test_a_set_of_pfns_survives_its_windows(pfns: set[int], nr_pfns: int) -> None:
-    mask = np.zeros(nr_pfns, dtype=np.bool_)
-    mask[list(pfns)] = True
-    back = [int(pfn) for base, bitmap in windows(mask) for pfn in pfns_of_window(base, bitmap)]
-    assert back == sorted(pfns)
-    bitmap = np.packbits(mask, bitorder="little")
-    assert np.array_equal(from_mask(mask_from_bitmap(bitmap, nr_pfns)), from_mask(mask))
-    assert np.array_equal(bitmap_of(mask)[: len(bitmap)], bitmap)
-    assert np.array_equal(from_bitmap(bitmap_of(mask), nr_pfns), from_mask(mask))
-    assert np.array_equal(in_bitmap(bitmap_of(mask), np.arange(nr_pfns, dtype=np.uint64)), mask)
-
-
-@given(st.lists(st.lists(st.integers(0, 100)), min_size=1, max_size=4), st.integers(1, 7))
-def test_lists_are_united_and_cut_up(lists: list[list[int]], most: int) -> None:
-    united = union([pfn_array(pfns) for pfns in lists])
-    assert united.tolist() == sorted({pfn for pfns in lists for pfn in pfns})
-    cut = [piece.tolist() for piece in pieces(united, most)]
-    assert [pfn for piece in cut for pfn in piece] == united.tolist()
-    assert all(len(piece) == most for piece in cut[:-1])
 
 
 def test_reasons_are_made_printable() -> None:

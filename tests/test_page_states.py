@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from migrate.errors import RemoteProtocolError
-from migrate.pfns import pfn_array
-from receiver.outstanding import OutstandingPages
+from migrate.pfns import NO_PFNS, from_mask, pfn_array
+from receiver.outstanding import DROPPED, OUTSTANDING, PRESENT, READY, REQUESTED, OutstandingPages
 from sender.backlog import Backlog
 from xenbackend.ring import MEM_PAGING_DROP_PAGE, MEM_PAGING_EVICT_FAIL, PagingRequest
 
@@ -81,6 +81,43 @@ class TestBacklog:
         backlog = backlog_of(1, 2)
         backlog.dropped(pfn_array([1]))
         assert [batch.tolist() for batch in backlog.batches(8)] == [[2]]
+
+    def test_counts_hold_when_nothing_or_several_blocks_change(self) -> None:
+        backlog = backlog_of(1, 5000, 9000, nr_pfns=10_000)
+        backlog.remove(NO_PFNS)
+        backlog.add(NO_PFNS)
+        assert backlog.unsent == 3
+        backlog.remove(pfn_array([1, 9000]))
+        assert [batch.tolist() for batch in backlog.batches(8)] == [[5000]]
+
+    def test_what_is_read_ahead_is_sent_once_and_the_push_goes_on_behind_it(self) -> None:
+        backlog = backlog_of(*range(0, NR, 2))
+        backlog.fault(pfn_array([40]))
+        assert backlog.ahead(pfn_array([39, 40, 42, 44])).tolist() == [42, 44]
+        assert backlog.ahead(pfn_array([42, 44])).tolist() == []
+        assert backlog.next_batch(2).tolist() == [46, 48]
+        rest = [pfn for batch in backlog.batches(8) for pfn in batch.tolist()]
+        assert rest == [*range(50, NR, 2), *range(0, 40, 2)]
+
+    def test_after_a_lost_link_exactly_what_the_receiver_lacks_is_sent_again(self) -> None:
+        backlog = backlog_of(1, 2, 3, 4, 5000, nr_pfns=10_000)
+        backlog.next_batch(4)
+        backlog.loaded(pfn_array([1]))
+        assert backlog.is_done(pfn_array([1, 2])).tolist() == [True, False]
+        done = backlog.rejoin(mask(2, 4, 5000, nr_pfns=10_000))
+        assert done.tolist() == [3]  # it was loaded, and its acknowledgement lost
+        assert backlog.is_done(pfn_array([1, 2, 3])).tolist() == [True, False, True]
+        assert backlog.unsent == backlog.unacknowledged == 3
+        assert sorted(pfn for batch in backlog.batches(8) for pfn in batch.tolist()) == [2, 4, 5000]
+
+    def test_the_receiver_cannot_lack_what_it_has_confirmed_or_what_was_never_missing(self) -> None:
+        backlog = backlog_of(1, 2)
+        backlog.next_batch(2)
+        backlog.loaded(pfn_array([1]))
+        for pfn in (1, 9):
+            with pytest.raises(RemoteProtocolError, match=f"outstanding: pfn {pfn:#x}"):
+                backlog.rejoin(mask(2, pfn))
+        assert backlog.unacknowledged == 1
 
     def test_the_receiver_cannot_claim_what_is_not_so(self) -> None:
         backlog = backlog_of(1, 2)
@@ -176,6 +213,48 @@ class TestOutstandingPages:
         assert verdict.dropped.tolist() == [5]
         assert not len(verdict.loaded)
         assert pages.count == 0
+
+    def test_a_drop_of_a_page_that_is_there_is_answered_and_reported_to_nobody(self) -> None:
+        pages = self.pages(5)
+        self.load(pages, 5)
+        for pfn in (5, 7, NR + 5):
+            drop = request(pfn, flags=MEM_PAGING_DROP_PAGE)
+            verdict = pages.requests([drop], 0.0)
+            assert [answered for answered, _since in verdict.answer] == [drop]
+            assert not len(verdict.dropped)
+        assert pages.states[5] == READY and pages.states[7] == PRESENT
+
+    def test_pages_are_taken_off_a_list_that_is_empty(self) -> None:
+        pages = OutstandingPages(NR)
+        pages.remove(pfn_array([5]))
+        assert pages.count == 0
+        assert pages.claim(NO_PFNS).tolist() == []
+
+    def test_after_a_lost_link_vcpus_wait_on_and_interrupted_loads_are_outstanding(self) -> None:
+        pages = self.pages(1, 2, 3, 4, 5)
+        waiting = [request(2), request(4)]
+        pages.requests(waiting, 0.0)
+        self.load(pages, 1)
+        pages.claim(pfn_array([3, 4]))  # and the load never ends
+        pages.requests([request(5, flags=MEM_PAGING_DROP_PAGE)], 0.0)
+        assert from_mask(pages.rejoin()).tolist() == [2, 3, 4]
+        assert pages.count == 3
+        assert pages.requested().tolist() == [2, 4]
+        states = pages.states[[1, 2, 3, 4, 5]].tolist()
+        assert states == [READY, REQUESTED, OUTSTANDING, REQUESTED, DROPPED]
+        assert self.load(pages, 2, 3, 4) == waiting
+        assert pages.count == pages.waiting == 0
+
+    def test_a_request_that_native_code_took_is_answered_by_the_load(self) -> None:
+        pages = self.pages(5)
+        pages.states[5] = REQUESTED
+        pages.adopt(request(5), 1.5)
+        pages.adopt(request(5, vcpu=1), 2.5)
+        assert pages.requested().tolist() == [5]
+        pages.claim(pfn_array([5]))
+        assert pages.requested().tolist() == []
+        verdict = pages.finished(pfn_array([5]), np.zeros(1, dtype=np.int32))
+        assert verdict.answer == [(request(5), 1.5), (request(5, vcpu=1), 2.5)]
 
     def test_a_page_that_was_never_missing_is_refused(self) -> None:
         with pytest.raises(RemoteProtocolError, match="0x7 was not announced"):

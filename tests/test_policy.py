@@ -42,6 +42,18 @@ def test_senseless_options_are_named(options: PolicyOptions) -> None:
     assert str(options.problems()).startswith("--")
 
 
+def test_options_at_their_limits_are_accepted() -> None:
+    for options in (PolicyOptions(), PolicyOptions(1, 0, 0.001), PolicyOptions(1000, 10**9, 3_600_000)):
+        assert options.problems() is None
+
+
+def test_the_cap_waits_for_what_was_sent_beyond_it_and_for_no_more() -> None:
+    cap = BandwidthCap(1000.0)
+    assert cap.spend(10, 1000.0) == 0.0  # 10 ms: within what may be sent at once
+    assert cap.spend(990, 1000.0) == pytest.approx(0.95)
+    assert cap.spend(10, 2000.0) == 0.0  # an idle time later
+
+
 @given(st.lists(st.integers(1, 10**7), min_size=1, max_size=50), st.floats(1e3, 1e10))
 def test_the_cap_holds_on_any_sizes(sizes: list[int], rate: float) -> None:
     cap, now = BandwidthCap(rate), 1000.0

@@ -68,6 +68,29 @@ def test_a_stream_through_few_missing_pages() -> None:
     assert guest.faults <= 20000 / 5 * 0.02
 
 
+def fetched_ahead(missing: object, *touched: int) -> list[list[int]]:
+    """Of a guest that touches these, one after the other, before any page has come."""
+    pages = OutstandingPages(NR)
+    pages.add(pfn_array(missing))
+    return [pages.ahead([pfn]).tolist() for pfn in touched]
+
+
+def test_a_fault_within_the_window_that_is_on_its_way_doubles_the_next_window_only() -> None:
+    """As by a vCPU that was faster than the link: what was asked for is not asked for again."""
+    ahead = fetched_ahead(range(NR), 10, 11, 13)
+    assert ahead == [[], [12, 13, 14, 15], [*range(16, 24)]]
+
+
+@pytest.mark.parametrize("touched", [(NR - 2, NR - 1), (1, 0)])
+def test_a_stream_ends_at_the_end_of_memory(touched: tuple[int, int]) -> None:
+    assert fetched_ahead(range(NR), *touched) == [[], []]
+
+
+def test_a_window_in_which_nothing_is_missing_leaves_the_stream_where_it_was() -> None:
+    near_and_far = [*range(12), *range(1000, 1100)]
+    assert fetched_ahead(near_and_far, 10, 11, 12) == [[], [], []]
+
+
 def test_without_a_pattern_little_is_fetched_that_nobody_needs() -> None:
     guest = Guest(range(NR))
     generator = np.random.default_rng(1)

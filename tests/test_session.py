@@ -14,7 +14,19 @@ from migrate import messages as m
 from migrate.errors import LocalProtocolError, ProtocolError, RemoteProtocolError
 from migrate.messages import Lane
 from migrate.pfns import pfn_array
-from migrate.session import RULES, Phase, Role, Session, hello, negotiate, new_token, number_of_rejoin, rejoin_token
+from migrate.session import (
+    RULES,
+    Phase,
+    Role,
+    Session,
+    hello,
+    is_session_id,
+    negotiate,
+    new_id,
+    new_token,
+    number_of_rejoin,
+    rejoin_token,
+)
 from tests.test_messages import EXAMPLES
 
 S, R = Role.SENDER, Role.RECEIVER
@@ -289,6 +301,41 @@ def test_a_receiver_says_nothing_before_it_is_asked() -> None:
         ends[S].received(m.Rejoined("postcopy", b""), PUSH)
 
 
+@pytest.mark.parametrize("handed_over", [False, True])
+def test_a_restarted_sender_takes_up_the_session_of_its_predecessor(handed_over: bool) -> None:
+    sender = Session.of_predecessor(S, OFFER.nr_pfns, handed_over=handed_over, protected=False)
+    receiver = play(after(m.Resumed if handed_over else m.Ready))[R]
+    ends = {S: sender, R: receiver}
+    for end in ends.values():
+        end.rejoin()
+    assert sender.serving == handed_over
+    reached, spoken = ("postcopy", m.Handover) if handed_over else ("switchover", m.Ready)
+    for speaker, message, lane in [*rejoined(reached), *STORY[len(after(spoken)) :]]:
+        ends[speaker].sent(message, lane)
+        ends[Role(1 - speaker)].received(message, lane)
+    assert sender.resumed
+    assert sender.phase is receiver.phase is Phase.CLOSED
+
+
+@pytest.mark.parametrize("protected", [False, True])
+def test_a_predecessor_s_session_allows_checkpoints_only_if_agreed_on(protected: bool) -> None:
+    sender = Session.of_predecessor(S, OFFER.nr_pfns, handed_over=True, protected=protected)
+    sender.rejoin()
+    sender.sent(m.Rejoin(), PUSH)
+    sender.received(m.Rejoined("postcopy", b""), PUSH)
+    if protected:
+        sender.received(m.Written(ONE), PUSH)
+    else:
+        with pytest.raises(RemoteProtocolError, match="offered without checkpoints"):
+            sender.received(m.Written(ONE), PUSH)
+
+
+def test_the_number_of_a_session_can_name_a_file() -> None:
+    assert is_session_id(new_id()) and new_id() != new_id()
+    for forged in ("", "../etc/passwd", "a/b", "a.b", "a b", "\u0661"):
+        assert not is_session_id(forged)
+
+
 def test_only_who_has_the_key_can_rejoin_and_once() -> None:
     key = new_token()
     assert number_of_rejoin(key, rejoin_token(key, 3)) == 3
@@ -313,6 +360,26 @@ def test_without_paging_nothing_can_be_missing() -> None:
     story = [(S, m.Offer("guest", 1024, 1024, 1, b"", False, b"key", 0), PUSH), STORY[1]]
     with pytest.raises(RemoteProtocolError, match="without paging"):
         play(story)[R].received(m.Defer(0, b"\x01"), PUSH)
+
+
+@pytest.mark.parametrize(
+    ("nr_pfns", "base", "bitmap", "allowed"),
+    [
+        (1024, 1016, b"\xff", True),
+        (1020, 1016, b"\x0f", True),  # of the last byte only the bits below the end
+        (1020, 1016, b"\x10", False),
+        (1020, 1016, b"\x0f\x00", False),  # a byte that lies beyond the end as a whole
+        (1020, 1016, b"", False),
+    ],
+)
+def test_a_window_ends_where_the_domain_ends(nr_pfns: int, base: int, bitmap: bytes, allowed: bool) -> None:
+    story = [(S, dataclasses.replace(OFFER, nr_pfns=nr_pfns), PUSH), STORY[1]]
+    receiver = play(story)[R]
+    if allowed:
+        receiver.received(m.Defer(base, bitmap), PUSH)
+    else:
+        with pytest.raises(RemoteProtocolError, match="window"):
+            receiver.received(m.Defer(base, bitmap), PUSH)
 
 
 def test_versions_and_capabilities_are_negotiated() -> None:
