@@ -30,6 +30,8 @@ from xenbackend.simulated.verify import Verification, verify
 
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 10.0
+DRAIN_TIMEOUT_S = 0.5
+"""Guests end with their hosts, so their migrations are not waited for at the end."""
 
 
 @dataclass
@@ -143,8 +145,11 @@ def loopback_world(
             with contextlib.suppress(AttributeError):
                 getattr(world, name).close()
         for name in reversed(list(world.processes)):
-            # The guests end with their hosts: nothing is worth waiting for.
-            world.stop(name, signal.SIGKILL if name in ("sender", "receiver") else signal.SIGTERM)
+            popen = world.processes[name].popen
+            popen.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                popen.wait(DRAIN_TIMEOUT_S)
+            world.stop(name)  # a second signal ends a daemon that waits for its migrations
         shutil.rmtree(directory, ignore_errors=True)
 
 

@@ -35,6 +35,7 @@ def _make(target: str, *settings: str) -> tuple[str, ...]:
 
 TOOLS = Stage("tools", "Debian packages that the checks need are installed", _make("tools"), 600, cores=ALONE)
 TEST = Stage("test", "style, types, and every test", _make("test"), 1800)
+CORE = Stage("coverage-core", "every branch of the sans-IO core is tested", _make("coverage-core"), 600)
 MODEL = Stage("model", "every state of the handover, and of ten mutations", _make("model"), 600)
 DEMO = Stage("demo", "the demo of the README", _make("demo", "DEMO_MEMORY=256M"), 300)
 
@@ -44,12 +45,15 @@ GATE = (
     TEST,
     Stage("chaos", "faults at random instants", _make("chaos", "CHAOS_TRIALS=15"), 600),
     MODEL,
+    CORE,
     Stage("fuzz", "what a peer may send", _make("fuzz", "FUZZ_SECONDS=60"), 300),
     DEMO,
 )
 EVERYTHING = (
     TOOLS,
     TEST,
+    CORE,
+    Stage("coverage", "which code all tests together reach", _make("coverage"), 3600),
     DEMO,
     Stage("xenlab", "a real Xen: every machine and test", _make("xenlab"), 7200, cores=ALONE),
     MODEL,
