@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 MAX_STRANGERS = 256
 """Connections from one address that have not said yet what they are for: each has a thread, for ten seconds at most."""
+LOOK_EVERY_S = 0.1
+"""How often an end that awaits a lane looks whether the peer is still there."""
 FIRST_RETRY_S = 0.1
 LAST_RETRY_S = 10.0
 """Each attempt to dial again waits twice as long as the one before it, up to this, where no lane has held longer than that."""
@@ -196,7 +198,7 @@ class AwaitedLanes:
 
     async def pull(self, token: bytes) -> LaneConnection:
         self._pull.expect(token)
-        return await self._come(self._pull, "open its pull lane")
+        return await self._come(self._pull, "open its pull lane", beside=self._push.taken)
 
     def keep(self, key: bytes) -> None:
         self._key = key
@@ -215,10 +217,16 @@ class AwaitedLanes:
         for awaited in (self._push, self._pull):
             awaited.close()
 
-    async def _come(self, awaited: _AwaitedLane, what: str) -> LaneConnection:
+    async def _come(self, awaited: _AwaitedLane, what: str, *, beside: LaneConnection | None = None) -> LaneConnection:
+        """``beside``: the peer's other lane, whose end is not read by anybody meanwhile."""
+        come = awaited.come
         with trio.move_on_after(self._timeout_s):
-            await awaited.come.wait()
-            return awaited.take()
+            while True:
+                with trio.move_on_after(LOOK_EVERY_S):
+                    await come.wait()
+                    return awaited.take()
+                if beside is not None and beside.is_over():
+                    raise PeerClosedError(f"the peer closed the connection and did not {what}")
         raise PeerClosedError(f"the peer did not {what} within {self._timeout_s:g} s")
 
 
@@ -226,7 +234,7 @@ class _AwaitedLane:
     def __init__(self) -> None:
         self.expected, self.come = trio.Event(), trio.Event()
         self._lane: LaneConnection | None = None
-        self._taken: LaneConnection | None = None
+        self.taken: LaneConnection | None = None
         self._token: bytes | None = None
 
     def expect(self, token: bytes) -> None:
@@ -247,22 +255,22 @@ class _AwaitedLane:
     def take(self) -> LaneConnection:
         if self._lane is None:
             raise PeerClosedError("the peer has begun anew")
-        lane, self._taken, self._lane, self.come = self._lane, self._lane, None, trio.Event()
+        lane, self.taken, self._lane, self.come = self._lane, self._lane, None, trio.Event()
         return lane
 
     def end(self) -> None:
         """Whoever uses it sees its end; another may come."""
-        if self._taken is not None:
-            self._taken.shut()
+        if self.taken is not None:
+            self.taken.shut()
         if self._lane is not None:
             self._lane.close()
         for event in (self.come, self.expected):
             event.set()
-        self._lane, self._taken, self._token = None, None, None
+        self._lane, self.taken, self._token = None, None, None
         self.come, self.expected = trio.Event(), trio.Event()
 
     def close(self) -> None:
-        self._token = self._taken = None
+        self._token = self.taken = None
         self.expected.set()
         if self._lane is not None:
             self._lane.close()

@@ -299,6 +299,12 @@ class LaneConnection:
         )
 
     # ---- the end ----
+    def is_over(self) -> bool:
+        """The peer sends nothing more; what it has sent may be unread.  While nobody closes this end."""
+        ended = select.poll()
+        ended.register(self._socket, select.POLLRDHUP)
+        return bool(ended.poll(0))
+
     def stop_receiving(self) -> None:
         """Whoever receives here sees the end; sending goes on."""
         with contextlib.suppress(OSError):

@@ -245,6 +245,20 @@ async def test_connections_that_are_reset_at_once(world: World) -> None:
     world.check_alive()
 
 
+async def test_a_sender_that_ends_before_its_pull_lane(world: World) -> None:
+    """Its guest's memory at the destination is free again at once, not when the pull lane has been awaited in vain."""
+    spec = GuestSpec(f"guest{next(numbers)}", 4 * MIB)
+    name = spec.name
+    push = await DialledLanes(("127.0.0.1", world.port), new_id(), Terms()).push()
+    await push.send(m.Offer(name, spec.nr_pfns, spec.nr_pfns, 1, spec.to_bytes(), True, b"key", 0))
+    assert isinstance((await push.receive())[0], m.Accepted)
+    assert name in [info.name for info in world.destination.domains()]
+    push.close()
+    await until(lambda: phase(world, "receiver", name) == "failed")
+    assert line(world, "receiver", name)["problem"] == "the peer closed the connection and did not open its pull lane"
+    assert name not in [info.name for info in world.destination.domains()]
+
+
 @pytest.mark.parametrize("world", [3], indirect=True)
 async def test_sessions_that_offer_nothing(world: World) -> None:
     refusals: list[str] = []
