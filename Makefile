@@ -39,10 +39,11 @@ demo: $(STAMP)
 test: check
 	$(BIN)/python -m pytest $(if $(JUNIT),--junitxml=$(JUNIT)/tests.xml)
 
-# Style and types.
+# Style, spelling and types.
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/mypy
 
 # Every branch of the sans-IO core is reached by its own examples.  Properties are left out: which

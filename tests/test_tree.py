@@ -77,6 +77,39 @@ def test_the_licence_of_all_other_files_is_stated_at_the_top() -> None:
     assert "GNU GENERAL PUBLIC LICENSE" in (TREE / "LICENSE").read_text()
 
 
+# ---- white space ----
+NOT_TEXT = ("tests/fuzz/corpus/*", "*.patch")
+"""In which white space has a meaning."""
+MOST_COLUMNS = 100
+NOT_WRAPPED_YET = {"docs/performance.md", "docs/xenlab.md"}
+PROSE_TOO_LONG = re.compile(rf"(?=.{{{MOST_COLUMNS + 1}}})(?!\||    )(?:[-*] )?+\S+ +\S")
+"""A line that could be broken: no table, no code, more than one word."""
+
+
+def test_lines_end_where_their_text_ends() -> None:
+    """The last one with a newline, and nothing behind it."""
+    wrong = []
+    for path in files():
+        if any(path.match(pattern) for pattern in NOT_TEXT):
+            continue
+        text = (TREE / path).read_text()
+        wrong += [f"{path}:{n}" for n, line in enumerate(text.split("\n"), 1) if line != line.rstrip()]
+        if text and (not text.endswith("\n") or text.endswith("\n\n")):
+            wrong.append(f"{path}: its end")
+    assert wrong == []
+
+
+def test_documents_are_wrapped() -> None:
+    wrong = [
+        f"{path}:{n}"
+        for path in files()
+        if path.suffix == ".md" and str(path) not in NOT_WRAPPED_YET
+        for n, line in enumerate((TREE / path).read_text().splitlines(), 1)
+        if PROSE_TOO_LONG.match(line)
+    ]
+    assert wrong == []
+
+
 # ---- which folder imports which ----
 MAY_IMPORT = {
     "xenbackend": set[str](),
