@@ -5,8 +5,8 @@ What moves pages in bulk tells the scheduler that it need not run the moment it 
 faster.  What serves faults has a higher priority, and asks for short time slices: since Linux 6.12 a thread that wakes up
 takes the CPU at once only from one whose slice is longer; otherwise it waits for the end of that, whatever their priorities
 (EEVDF, ``PREEMPT_SHORT`` in kernel/sched/features.h).  99% of faults beside a saturating push: below 2.7 ms instead of 3.2.
-Older kernels take no notice of slices.  Two urgent threads do not make way for each other: at the switchover those that hear
-are urgent, not the one that goes on telling.
+Older kernels take no notice of slices.  Two urgent threads do not preempt each other, so during the switchover
+only the threads that receive are urgent.
 
 Where the process may not, or the kernel is another's, nothing changes.
 """
@@ -24,7 +24,7 @@ SCHED_ATTR = struct.Struct("=IIQiIQQQ")
 URGENT_NICE = -10
 URGENT_SLICE_NS = 100_000
 BULK_SLICE_NS = 200_000
-"""A slice of the CPU is what a thread that gives way is put back by (``native/bulk.c``)."""
+"""``sched_yield`` in ``native/bulk.c`` moves a thread back by one slice."""
 
 _libc = ctypes.CDLL(None)
 

@@ -33,7 +33,7 @@ async def task_group() -> AsyncIterator[trio.Nursery]:
 
 
 def is_bug(error: Exception) -> bool:
-    """Neither the hypervisor's nor the link's word, nor ours."""
+    """True for an error of the program itself: no failure of the hypervisor, of the link or of a migration."""
     return isinstance(error, LocalProtocolError) or not isinstance(error, MigrationError | XenError | OSError)
 
 

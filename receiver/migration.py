@@ -471,7 +471,8 @@ class IncomingMigration:
         self._context.clear()
         self._said_ready = True
         self._say_blocking(m.Ready())
-        self._record("ready")  # what has been noted already is enough for the sender's word; this is for an operator's
+        # "suspended" in the journal suffices to resume with the sender; "ready" also lets an operator start the guest.
+        self._record("ready")
 
     def _say_blocking(self, message: m.Message, payload: Sequence[memoryview] = ()) -> None:
         assert self._push is not None

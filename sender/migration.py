@@ -61,8 +61,8 @@ SWITCHOVER_BATCH_PAGES = 128
 GO_BACK_AGAIN_S = 5.0
 WENT_BACK = "the guest goes on here, as it was when the last checkpoint was made"
 HOT_PAGES = 256
-"""That are sent with the guest standing still though it will be able to fetch them: a MiB, which is sent in less than a
-millisecond on most links, where each fault costs half of one."""
+"""Frequently written pages that are sent during the downtime although the guest could fetch them later: 1 MiB takes
+less than a millisecond on most links, where each fault takes about half of one."""
 
 
 @dataclass

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.checks.stages import TIERS
+
 TREE = Path(__file__).parents[1]
 TAG, LICENCE = "SPDX-License-Identifier", "GPL-2.0-or-later"
 SOURCES = {
@@ -181,6 +183,7 @@ CITATION = re.compile(r"[Ii]nvariants?\s+(\d+(?:(?:,|\s+and)\s+\d+)*)")
 PLACE = re.compile(r"`([\w/.-]+\.(?:py|c|h|pml))(?:::([\w.]+))?`")
 NAMING = ("docs/invariants.md", "docs/threat-model.md", "CONTRIBUTING.md")
 """Documents that name places in the code as ``file`` or ``file::name``."""
+CONTRIBUTING = (TREE / "CONTRIBUTING.md").read_text()
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -262,6 +265,13 @@ def test_every_module_is_in_the_description_of_the_architecture() -> None:
     modules = [path.name for _folder, path in ours() if len(path.parts) == 2 and path.name != "__init__.py"]
     assert len(modules) > 40
     assert [name for name in modules if f"`{name}`" not in described and f"/{name}`" not in described] == []
+
+
+def test_the_table_of_checks_has_each_stage_where_it_runs() -> None:
+    rows = re.findall(r"^\|[^|]*\|[^|]*\| `make ([\w-]+)` \| *([^|]*?) *\| *([^|]*?) *\|$", CONTRIBUTING, re.MULTILINE)
+    for column, tier in ((1, "gate"), (2, "everything")):
+        run = {argument for stage in TIERS[tier] for argument in stage.command[2:3]} - {"tools"}
+        assert run | {"check"} == {row[0] for row in rows if row[column]}, f"{tier}; test runs check"
 
 
 def anchors(path: Path) -> set[str]:

@@ -129,7 +129,8 @@ def batch_error(operation: str, error: int, pfns: PfnArray, done: int) -> XenErr
 
 
 def page_bytes(pages: Buffer, count: int) -> NDArray[np.uint8]:
-    """For native code.  Raises ``ValueError`` where there are less: it would read on behind them.
+    """The pages as an array for native code.  Raises ``ValueError`` if the buffer has fewer than ``count`` pages, since native
+    code would read beyond its end.
 
     An array: a memoryview that native code has a hold of must not get into a reference cycle, as it does with the traceback
     of a call that failed.  Python's garbage collector clears it nevertheless, and the process dies of it (CPython 3.11).
