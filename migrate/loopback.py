@@ -16,10 +16,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from migrate.client import ControlClient
 from migrate.errors import MigrationError
@@ -48,6 +48,8 @@ class Process:
 class World:
     """The running processes; ``source`` and ``destination`` are attached to the two hosts."""
 
+    spawn: ClassVar[Callable[..., subprocess.Popen[bytes]]] = subprocess.Popen
+    """What starts the processes."""
     directory: Path
     processes: dict[str, Process] = field(default_factory=dict)
     source: SimulatedHypervisor = field(init=False)
@@ -81,7 +83,7 @@ class World:
             notify_path = self.directory / f"{name}.notify"
             notify_path.unlink(missing_ok=True)  # of one before it
             ready.bind(str(notify_path))
-            popen = subprocess.Popen(
+            popen = self.spawn(
                 [sys.executable, "-m", "migrate.cli", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,

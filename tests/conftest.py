@@ -10,11 +10,14 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from migrate.loopback import World, loopback_world
+from tests.support import zygote
 from xenbackend.simulated.client import SimulatedDomain
 from xenbackend.simulated.guest import GuestSpec
 
 # Run in the dom0 of an emulated machine: make xenlab.
 collect_ignore = [] if "LAB_HYPERVISOR" in os.environ else ["xenlab"]
+
+World.spawn = zygote.Popen
 
 MIB = 2**20
 _numbers = itertools.count(1)

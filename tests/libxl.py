@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from migrate.xl.protocol import ANSWER, Message
+from tests.support import zygote
 
 HELPER = [sys.executable, "-m", "migrate.xl.helper"]
 TIMEOUT_S = 60.0
@@ -65,7 +66,7 @@ class Libxl:
 
     def start(self) -> None:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("XEN_POSTCOPY")}
-        self.process = subprocess.Popen(
+        self.process = zygote.Popen[bytes](
             [*HELPER, self.mode, str(self.io_fd), *map(str, self.numbers)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=[self.io_fd],
             env={**environment, **self.environment},

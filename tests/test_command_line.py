@@ -25,6 +25,7 @@ from migrate import messages as m
 from migrate.loopback import World, loopback_world, verify_migrated, wait_for_steps
 from migrate.pfns import pfn_array
 from tests.conftest import MIB
+from tests.support import zygote
 from xenbackend.contract import DomainState
 from xenbackend.simulated.guest import GuestSpec
 
@@ -32,9 +33,7 @@ PROGRAM = [sys.executable, "-m", "migrate.cli"]
 
 
 def run(*arguments: str | Path, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*PROGRAM, *map(str, arguments)], capture_output=True, text=True, timeout=timeout_s, check=False
-    )
+    return zygote.run([*PROGRAM, *map(str, arguments)], timeout=timeout_s)
 
 
 def boot(world: World, name: str, memory: int = 4 * MIB, **options: Any) -> GuestSpec:
@@ -234,6 +233,7 @@ def test_loopback_reports_and_writes_the_documented_keys(tmp_path: Path) -> None
 
 
 def test_loopback_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Executed, and so are the daemons that the program starts: most other tests have the zygote fork theirs."""
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     subprocess.run(
         [*PROGRAM, "loopback", "--memory", "4M"], check=True, capture_output=True, env=environment, timeout=60
@@ -346,7 +346,7 @@ def test_a_client_command_imports_only_what_it_needs(world: World) -> None:
 # ---- Ctrl-C ----
 def interrupt_when(world: World, spec: GuestSpec, phase: str, *options: str) -> tuple[int, str]:
     """Press Ctrl-C when the migration is in a phase; returns status and what was said."""
-    process = subprocess.Popen(
+    process = zygote.Popen(
         [*PROGRAM, *request(world, spec.name, *options)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -388,7 +388,7 @@ def test_the_progress_is_live_on_a_terminal(world: World, name: str) -> None:
     boot(world, name, memory=16 * MIB, workload="idle", zero_permille=0)
     master, slave = pty.openpty()
     termios.tcsetwinsize(slave, (24, 100))
-    process = subprocess.Popen(
+    process = zygote.Popen(
         [*PROGRAM, *request(world, name, "--bandwidth", "16M")],
         stdout=subprocess.DEVNULL,
         stderr=slave,
@@ -409,7 +409,7 @@ def test_the_progress_is_live_on_a_terminal(world: World, name: str) -> None:
 def test_a_sender_that_is_stopped_takes_its_migrations_back(name: str) -> None:
     with loopback_world(64 * MIB) as world:
         spec = boot(world, name, memory=16 * MIB, workload="idle", zero_permille=0)
-        process = subprocess.Popen(
+        process = zygote.Popen(
             [*PROGRAM, *request(world, name, "--bandwidth", "4M")],
             stderr=subprocess.PIPE,
             text=True,

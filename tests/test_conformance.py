@@ -27,6 +27,7 @@ import pytest
 
 from migrate.pfns import NO_PFNS, from_mask, mask_from_bitmap, pfn_array
 from tests.labs import Lab, until
+from tests.support import zygote
 from xenbackend.contract import (
     PAGE_SIZE,
     Domain,
@@ -705,7 +706,7 @@ def test_pages_are_evicted_under_a_running_guest(lab: Lab, folder: Path) -> None
 def pager(lab: Lab, domain: Domain, contents: Contents, *options: str) -> Iterator[subprocess.Popen[str]]:
     """A pager in a process of its own."""
     command = [sys.executable, "-m", "tests.pager_process", *lab.attach, *options, str(domain.domid)]
-    process = subprocess.Popen(
+    process = zygote.Popen(
         [*command, str(contents.path), str(contents.out)], cwd=TREE,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip

@@ -18,6 +18,7 @@ from migrate.client import ControlClient
 from migrate.errors import MigrationError
 from migrate.logs import JournalHandler
 from migrate.loopback import World
+from tests.support import zygote
 
 TIMEOUT_S = 30.0
 AS_SYSTEMD = """
@@ -80,7 +81,7 @@ def test_show_and_watch(world: World, name: str) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         sockets = ("--socket", str(world.sender_socket), "--socket", str(world.receiver_socket))
         command = [sys.executable, "-m", "migrate.cli", *arguments, *sockets]
-        return subprocess.run(command, check=False, capture_output=True, text=True, timeout=TIMEOUT_S)
+        return zygote.run(command, timeout=TIMEOUT_S)
 
     boot(world, name)
     result = migrate(world, name)

@@ -16,6 +16,7 @@ import pytest
 
 from migrate.xl import image, protocol
 from migrate.xl.protocol import Level
+from tests.support import zygote
 
 STOCK = """#!{python}
 import json, os, sys
@@ -53,7 +54,7 @@ class Xl:
         reader, writer = os.pipe()
         if mode == "--restore-domain":
             numbers = (reader, *numbers)
-        helper = subprocess.Popen(
+        helper = zygote.Popen[bytes](
             [sys.executable, "-m", "migrate.xl.helper", mode, *map(str, numbers)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=[reader, *numbers[:1]],
         )  # fmt: skip

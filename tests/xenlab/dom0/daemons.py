@@ -13,6 +13,7 @@ from typing import Any
 from migrate.client import ControlClient
 from migrate.errors import MigrationError
 from tests.labs import until
+from tests.support import zygote
 
 TREE = Path(__file__).parents[3]
 
@@ -34,7 +35,7 @@ class Daemons:
         """At the port that one before it had."""
         socket, state = self.directory / role, self.directory / "state"
         with (self.directory / f"{role}.log").open("a") as log:
-            self._processes[role] = subprocess.Popen(
+            self._processes[role] = zygote.Popen[bytes](
                 [sys.executable, "-m", "migrate.cli", role, "--socket", str(socket), "--state", str(state),
                  "--listen", f"127.0.0.1:{self.ports[role]}"],
                 stdout=log, stderr=subprocess.STDOUT,

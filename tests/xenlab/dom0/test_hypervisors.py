@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from tests.labs import until
+from tests.support import zygote
 from tests.test_conformance import memory_of, pfns, span
 from tests.xenlab.dom0.conftest import KIND
 from tests.xenlab.dom0.daemons import daemons
@@ -36,9 +37,7 @@ def xen() -> Iterator[XenHypervisor]:
 
 
 def xen_postcopy(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "migrate.cli", *arguments], check=False, capture_output=True, text=True, timeout=120
-    )
+    return zygote.run([sys.executable, "-m", "migrate.cli", *arguments], timeout=120)
 
 
 def empty(xen: XenHypervisor, *, hap: bool = True) -> XenDomain:
@@ -204,7 +203,7 @@ def test_daemons_are_killed_in_postcopy_and_their_successors_go_on(xen: XenHyper
         # It breaks off when the sender is killed.
         command = [sys.executable, "-m", "migrate.cli", "migrate", "orphan", f"127.0.0.1:{running.port}"]
         options = ["--socket", str(tmp_path / "sender"), "--strategy", "postcopy", "--bandwidth", "2M"]
-        asked = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        asked = zygote.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             for role, other in (("receiver", "sender"), ("sender", "receiver")):
                 until(lambda: running.phase("receiver") == "postcopy", "no postcopy", 500)
@@ -233,7 +232,7 @@ def test_a_protected_guest_outlives_its_destination(xen: XenHypervisor, tmp_path
         made.wait_for_heartbeats(2)
         command = [sys.executable, "-m", "migrate.cli", "migrate", "phoenix", f"127.0.0.1:{running.port}"]
         options = ["--strategy", "postcopy", "--bandwidth", "1M", "--protect", "--checkpoint-every", "2"]
-        asked = subprocess.Popen([*command, *options, "--socket", str(tmp_path / "sender")])
+        asked = zygote.Popen([*command, *options, "--socket", str(tmp_path / "sender")])
         try:
             until(lambda: running.line("sender").get("checkpoints", 0) > 0, "no checkpoint", 250)
             running.kill("receiver")
