@@ -179,7 +179,6 @@ int xen_set_cpu_policy(struct xen_host *h, uint32_t domid, const uint8_t *leaves
 /* An empty HVM or PVH domain, as info says. */
 int xen_create(struct xen_host *h, const struct xen_info *info, uint32_t *domid);
 int xen_paging_pool(struct xen_host *h, uint32_t domid, uint32_t mib);
-int xen_clear_page(struct xen_host *h, uint32_t domid, uint64_t gfn);
 /* A port that dom0 may bind to. */
 int xen_event_channel(struct xen_host *h, uint32_t domid);
 int xen_seed_grants(struct xen_host *h, uint32_t domid, uint64_t console_gfn, uint64_t store_gfn, uint32_t console_domid,

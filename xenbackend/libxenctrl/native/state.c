@@ -102,11 +102,6 @@ int xen_paging_pool(struct xen_host *h, uint32_t domid, uint32_t mib)
     return xc_shadow_control(h->xch, domid, XEN_DOMCTL_SHADOW_OP_SET_ALLOCATION, &mb, 0) < 0 ? -errno : 0;
 }
 
-int xen_clear_page(struct xen_host *h, uint32_t domid, uint64_t gfn)
-{
-    return xc_clear_domain_page(h->xch, domid, gfn) ? -errno : 0;
-}
-
 int xen_event_channel(struct xen_host *h, uint32_t domid)
 {
     int port = xc_evtchn_alloc_unbound(h->xch, domid, 0);
