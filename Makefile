@@ -9,7 +9,7 @@ COMMA := ,
 SPACE := $(subst ,, )
 NATIVE := $(wildcard migrate/native/*.[ch] migrate/native/*.py xenbackend/native/*.[ch] xenbackend/native/*.py xenbackend/*/native/*.[ch] xenbackend/*/native/*.py)
 
-.PHONY: all tools gate everything demo test check coverage coverage-core bench soak chaos many model \
+.PHONY: all tools gate everything demo test check coverage coverage-core coverage-c bench soak chaos many model \
 	fuzz xenlab xenlab-bench xenlab-xl-bench deb lock clean
 
 all: $(STAMP)
@@ -67,6 +67,10 @@ coverage: $(STAMP)
 	$(call MEASURED,combine) --quiet
 	$(call MEASURED,json) --quiet -o $(or $(JUNIT),build/coverage/$@)/coverage.json
 	$(call MEASURED,report)
+
+# Which lines of the native modules their tests reach.
+coverage-c: $(STAMP)
+	$(BIN)/python -m tests.c_coverage
 
 # Figures: against plain C programs on this machine, medians, ratios first.
 bench: $(STAMP)

@@ -54,6 +54,7 @@ EVERYTHING = (
     TEST,
     CORE,
     Stage("coverage", "which code all tests together reach", _make("coverage"), 3600),
+    Stage("coverage-c", "which native code its tests reach", _make("coverage-c"), 1800),
     DEMO,
     Stage("xenlab", "a real Xen: every machine and test", _make("xenlab"), 7200, cores=ALONE),
     MODEL,
