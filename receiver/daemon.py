@@ -135,7 +135,8 @@ class ReceiverDaemon:
             raise MigrationError("a session id that is in use")
         if len(self._migrations) >= MAX_MIGRATIONS:
             raise MigrationError("too many migrations")
-        if sum(not migration.domain_name for migration in self._migrations.values()) >= MAX_WITHOUT_OFFER:
+        waiting = [m for m in self._migrations.values() if not m.domain_name and m.progress.phase not in ENDED]
+        if len(waiting) >= MAX_WITHOUT_OFFER:
             raise MigrationError("too many sessions that have not offered a guest yet")
 
     def _start(self, migration: IncomingMigration) -> None:
