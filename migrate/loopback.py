@@ -28,7 +28,7 @@ from xenbackend.simulated.client import SimulatedDomain, SimulatedHypervisor
 from xenbackend.simulated.guest import GuestSpec
 from xenbackend.simulated.verify import Verification, verify
 
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
 DRAIN_TIMEOUT_S = 0.5
 """Guests end with their hosts, so their migrations are not waited for at the end."""

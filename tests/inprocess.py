@@ -25,6 +25,7 @@ from receiver.daemon import ReceiverDaemon
 from receiver.migration import IncomingMigration
 from sender.migration import OutgoingMigration
 from sender.options import MigrationOptions
+from tests.conftest import WAIT_S
 from tests.links import Link, link
 from xenbackend.contract import XenError
 from xenbackend.simulated.guest import GuestSpec
@@ -53,7 +54,7 @@ async def migrate(
     strategy: Strategy = Strategy.POSTCOPY,
     *,
     options: MigrationOptions | None = None,
-    timeout_s: float = 30.0,
+    timeout_s: float = WAIT_S,
     budgets: list[int | None] | None = None,
     terms: Terms = Terms(),
     sender_tls: Tls | None = None,

@@ -24,7 +24,7 @@ from migrate import frames
 from migrate import messages as m
 from migrate.loopback import World, loopback_world, verify_migrated, wait_for_steps
 from migrate.pfns import pfn_array
-from tests.conftest import MIB
+from tests.conftest import MIB, WAIT_S
 from tests.support import zygote
 from xenbackend.contract import DomainState
 from xenbackend.simulated.guest import GuestSpec
@@ -66,7 +66,7 @@ def assert_unharmed(world: World, spec: GuestSpec) -> None:
     """The guest runs at the source, undamaged, and the destination is empty."""
     from xenbackend.simulated.verify import verify
 
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + WAIT_S
     while world.destination.domains():
         assert time.monotonic() < deadline, "left over at the destination"
         time.sleep(0.01)
@@ -361,7 +361,7 @@ def interrupt_when(world: World, spec: GuestSpec, phase: str, *options: str) -> 
             break
     with process:
         said += process.stderr.read()
-        return process.wait(30), said
+        return process.wait(WAIT_S), said
 
 
 def test_ctrl_c_before_the_switchover_takes_everything_back(world: World, name: str) -> None:
@@ -377,7 +377,7 @@ def test_ctrl_c_after_the_switchover_leaves_the_migration_to_the_daemons(world: 
     status, said = interrupt_when(world, spec, "postcopy", "--strategy", "postcopy", "--bandwidth", "8M")
     assert status == 130
     assert "goes on in the daemons" in said
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + WAIT_S
     while any(info.name == name for info in world.source.domains()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -399,7 +399,7 @@ def test_the_progress_is_live_on_a_terminal(world: World, name: str) -> None:
         while data := os.read(master, 4096):
             shown += data
     os.close(master)
-    assert process.wait(30) == 0
+    assert process.wait(WAIT_S) == 0
     assert b"precopy, round 1" in shown
     assert b"\r" in shown
     assert b"%" in shown
@@ -418,7 +418,7 @@ def test_a_sender_that_is_stopped_takes_its_migrations_back(name: str) -> None:
         assert any("precopy" in line for line in iter(process.stderr.readline, ""))
         world.stop("sender")
         process.stderr.close()
-        assert process.wait(30) == 1
+        assert process.wait(WAIT_S) == 1
         assert_unharmed(world, spec)
 
 

@@ -20,7 +20,7 @@ from migrate.logs import JournalHandler
 from migrate.loopback import World
 from tests.support import zygote
 
-TIMEOUT_S = 30.0
+TIMEOUT_S = 60.0
 AS_SYSTEMD = """
 import os, sys
 os.environ["LISTEN_PID"] = str(os.getpid())

@@ -17,11 +17,10 @@ import pytest
 from migrate.errors import MigrationError
 from migrate.journal import Journal
 from migrate.loopback import World, loopback_world, start_receiver, start_sender, verify_migrated, wait_for_steps
-from tests.conftest import MIB
+from tests.conftest import MIB, WAIT_S
 from xenbackend.contract import DomainState
 from xenbackend.simulated.guest import GuestSpec
 
-WAIT_S = 30.0
 ENDED = ("completed", "failed", "refused")
 
 
@@ -116,11 +115,12 @@ def check(world: World) -> str:
 def test_killed_in_postcopy_its_successor_goes_on(world: World, which: str, strategy: str) -> None:
     begin(world, strategy)
     for _ in range(3):
-        until(lambda: phase(world, "receiver") == "postcopy", "no postcopy")
+        # With so few pages left another postcopy may be over before it was seen.
+        until(lambda: phase(world, "receiver") in ("postcopy", "completed"), "no postcopy")
         outstanding = lines(world, "receiver")[-1]["outstanding"]
         kill(world, which)
         other = "receiver" if which == "sender" else "sender"
-        until(lambda: phase(world, other) == "interrupted", "it was not noticed")  # noqa: B023
+        until(lambda: phase(world, other) in ("interrupted", "completed"), "it was not noticed")  # noqa: B023
         start_anew(world, which)
         if outstanding < 1000:
             break
@@ -172,7 +172,7 @@ def test_an_entry_of_a_journal_was_cut_short(tmp_path: Path) -> None:
 
 def test_the_last_entry_of_a_journal_was_not_written(world: World) -> None:
     """Found by chaos: all had come, and the successor held the guest for one whose ring was lost."""
-    begin(world, "postcopy")
+    begin(world, "postcopy", bandwidth=8 * MIB)
     until(lambda: phase(world, "receiver") == "postcopy", "no postcopy")
     entries = list(world.directory.glob("destination.sock.state/receiver/*.json"))
     until(lambda: "taken over" in entries[0].read_text(), "it is not noted")
@@ -185,7 +185,7 @@ def test_the_last_entry_of_a_journal_was_not_written(world: World) -> None:
 
 
 def test_the_guest_ends_while_its_pager_is_dead(world: World) -> None:
-    begin(world, "postcopy")
+    begin(world, "postcopy", bandwidth=4 * MIB)
     until(lambda: phase(world, "receiver") == "postcopy", "no postcopy")
     kill(world, "receiver")
     world.destination.open("guest").destroy()

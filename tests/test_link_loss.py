@@ -19,7 +19,7 @@ from receiver.migration import IncomingMigration
 from sender.migration import OutgoingMigration
 from sender.options import MigrationOptions
 from sender.push import PushLane
-from tests.conftest import MIB
+from tests.conftest import MIB, WAIT_S
 from tests.inprocess import Outcome, migrate, verification
 from tests.links import Link
 from tests.test_invariants import busy
@@ -29,7 +29,7 @@ from xenbackend.simulated.client import SimulatedDomain
 Patch = pytest.MonkeyPatch
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+async def until(condition: Callable[[], bool], timeout_s: float = WAIT_S) -> None:
     with trio.fail_after(timeout_s):
         while not condition():
             await trio.sleep(0.005)
@@ -432,7 +432,7 @@ async def test_a_link_that_says_nothing_is_given_up(clean_hosts: World, name: st
 
     spec = busy(name, rate=1000) if before_the_handover else busy(name)
     options = MigrationOptions(Strategy.HYBRID, bandwidth_bytes_per_s=4 * MIB) if before_the_handover else None
-    outcome = await migrate(clean_hosts, spec, terms=Terms(silence_s=0.4), meanwhile=meanwhile, options=options)
+    outcome = await migrate(clean_hosts, spec, terms=Terms(silence_s=2), meanwhile=meanwhile, options=options)
     if before_the_handover:
         assert "said nothing" in str(outcome.error) + outcome.incoming.progress.problem
         assert clean_hosts.source.open(name).info().state is DomainState.RUNNING

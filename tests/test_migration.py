@@ -14,7 +14,7 @@ from migrate.client import ControlClient
 from migrate.errors import MigrationError
 from migrate.loopback import World, loopback_world, verify_migrated, wait_for_steps
 from sender.migration import HOT_PAGES
-from tests.conftest import MIB
+from tests.conftest import MIB, WAIT_S
 from xenbackend.contract import DomainState
 from xenbackend.simulated.guest import WORKLOADS, GuestSpec
 
@@ -217,7 +217,7 @@ def wait_until_gone(world: World, name: str) -> None:
     """The receiver hears of the end a moment later."""
     import time
 
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + WAIT_S
     while any(info.name == name for info in world.destination.domains()):
         assert time.monotonic() < deadline, "left over at the destination"
         time.sleep(0.01)

@@ -15,7 +15,7 @@ import pytest
 
 from migrate.loopback import World, loopback_world, wait_for_steps
 from migrate.pfns import from_mask, mask_from_bitmap
-from tests.conftest import MIB
+from tests.conftest import MIB, WAIT_S
 from tests.labs import SimulatedLab, until
 from tests.test_conformance import page, pfns, read, span
 from xenbackend.contract import PAGE_SIZE, DomainState, PageStatus, XenError
@@ -55,7 +55,7 @@ def test_more_vcpus_than_slots_all_get_their_turn(lab: SimulatedLab) -> None:
     answer(source, target, ring, first)
     # That each goes on is the claim, not that each asks: one that waits for a slot can be overtaken, on the real Xen as
     # well, until all pages of the working set are there.
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + WAIT_S
     while any(now <= then for now, then in zip(steps(target), before, strict=True)):
         assert time.monotonic() < deadline, f"{steps(target)} after {before}"
         select.select([ring], [], [], 0.01)
@@ -146,7 +146,7 @@ def test_what_a_dead_process_held_is_free_again(lab: SimulatedLab, hosts: World)
     theirs._map.p2m[3] |= other.client_id << 24  # as in the middle of a load
     theirs.close()
     other.close()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + WAIT_S
     while domain._map.p2m[3] >> 24:
         assert time.monotonic() < deadline
     assert domain.load(pfns(3), page(9)).tolist() == [0]
@@ -233,7 +233,7 @@ def answer(
         ring.respond([request])
 
 
-def wait_for_requests(ring: PagingRing, count: int, timeout_s: float = 20.0) -> list[PagingRequest]:
+def wait_for_requests(ring: PagingRing, count: int, timeout_s: float = WAIT_S) -> list[PagingRequest]:
     requests: list[PagingRequest] = []
     deadline = time.monotonic() + timeout_s
     while len(requests) < count:

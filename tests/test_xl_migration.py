@@ -26,6 +26,7 @@ from xenbackend.simulated.guest import GuestSpec
 
 LIVE = 1
 CBFLAGS_SAVE, CBFLAGS_RESTORE = 136, 768
+SHORT_OF_PATIENCE = "[sender]\npeer_timeout_s = 1\n"
 
 
 class Xl:
@@ -91,7 +92,7 @@ class Xl:
             return [self.line(daemon)["phase"] for daemon in ("sender", "receiver")] == list(phases)
 
         try:
-            until(reached, "", 30)
+            until(reached, "")
         except AssertionError:
             pytest.fail(f"{phases} is not reached: {self.line('sender')}, {self.line('receiver')}")
 
@@ -266,12 +267,14 @@ def test_without_a_daemon_here_the_stock_helper_does_it(xl: Xl) -> None:
     assert_stock(xl, "no daemon at /nowhere")
 
 
+@pytest.mark.parametrize("world", [SHORT_OF_PATIENCE], indirect=True)
 def test_without_a_daemon_there_the_stock_helper_does_it(xl: Xl) -> None:
     xl.restore.environment["XEN_POSTCOPY_RECEIVER"] = "/nowhere"
     assert_stock(xl, "no daemon at /nowhere")
     assert "did not reach this end" in xl.save.log
 
 
+@pytest.mark.parametrize("world", [SHORT_OF_PATIENCE], indirect=True)
 def test_where_only_the_sender_has_a_helper_the_stock_one_does_it(xl: Xl) -> None:
     xl.restore.environment["XEN_POSTCOPY"] = "off"
     assert_stock(xl, "did not reach this end")
