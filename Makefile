@@ -9,8 +9,8 @@ COMMA := ,
 SPACE := $(subst ,, )
 NATIVE := $(wildcard migrate/native/*.[ch] migrate/native/*.py xenbackend/native/*.[ch] xenbackend/native/*.py xenbackend/*/native/*.[ch] xenbackend/*/native/*.py)
 
-.PHONY: all tools gate everything demo test check coverage coverage-core coverage-c bench soak chaos many model \
-	fuzz xenlab xenlab-bench xenlab-xl-bench deb lock clean
+.PHONY: all tools gate everything demo test check coverage coverage-core coverage-c bench soak chaos many underload \
+	model fuzz xenlab xenlab-bench xenlab-xl-bench deb lock clean
 
 all: $(STAMP)
 
@@ -89,6 +89,11 @@ chaos: $(STAMP)
 # A hundred at once and a thousand one after the other, through one pair of daemons.
 many: $(STAMP)
 	$(BIN)/python -m tests.many
+
+# The tests on a busy machine: two copies at once, beside stress-ng.
+underload: $(STAMP)
+	-@.ci/prepare $(PYTHON) stress-ng
+	$(BIN)/python -m tests.underload $(if $(JUNIT),--junit $(JUNIT))
 
 # A model checker goes through every state of the handover, and of what follows it.
 model: $(STAMP)

@@ -62,6 +62,7 @@ EVERYTHING = (
     Stage("chaos", "faults at random instants", _make("chaos", "CHAOS_TRIALS=500"), 7200, cores=ALONE),
     Stage("many", "a hundred migrations at once, a thousand in turn", _make("many"), 1800, cores=ALONE),
     Stage("soak", "every strategy and workload", _make("soak", "SOAK_ROUNDS=2"), 3600, cores=ALONE),
+    Stage("underload", "every test on a busy machine", _make("underload"), 7200, cores=ALONE),
     Stage("bench", "figures beside plain C and QEMU", _make("bench"), 7200, cores=ALONE),
 )
 TIERS = {"gate": GATE, "everything": EVERYTHING}
