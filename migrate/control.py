@@ -30,20 +30,35 @@ class ControlConnection:
 
     def __init__(self, stream: trio.SocketStream):
         self._stream = stream
-        self._lines = _lines(stream)
+        self._buffer = b""
         self._answering = trio.Lock()
 
     async def request(self) -> Json | None:
         """The next line, or ``None`` when the client has gone.  Raises :class:`MigrationError` for garbage."""
-        async for line in self._lines:
+        line = await self._line()
+        if line is None:
+            return None
+        try:
+            request = json.loads(line)
+        except ValueError:
+            raise MigrationError("not a JSON object") from None
+        if not isinstance(request, dict):
+            raise MigrationError("not a JSON object")
+        return request
+
+    async def _line(self) -> bytes | None:
+        while b"\n" not in self._buffer:
+            if len(self._buffer) > MAX_LINE:
+                raise MigrationError("a line without end")
             try:
-                request = json.loads(line)
-            except ValueError:
-                raise MigrationError("not a JSON object") from None
-            if not isinstance(request, dict):
-                raise MigrationError("not a JSON object")
-            return request
-        return None
+                data = await self._stream.receive_some(65536)
+            except trio.BrokenResourceError:
+                return None
+            if not data:
+                return None
+            self._buffer += data
+        line, self._buffer = self._buffer.split(b"\n", 1)
+        return line
 
     async def answer(self, event: str, **fields: Any) -> None:
         """Raises ``trio.BrokenResourceError`` when the client has gone."""
@@ -70,23 +85,6 @@ class LastAnswer:
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             log.debug("the client has gone before it heard %s", event)
         self.given.set()
-
-
-async def _lines(stream: trio.SocketStream) -> AsyncIterator[bytes]:
-    buffer = b""
-    while True:
-        while b"\n" in buffer:
-            line, buffer = buffer.split(b"\n", 1)
-            yield line
-        if len(buffer) > MAX_LINE:
-            raise MigrationError("a line without end")
-        try:
-            data = await stream.receive_some(65536)
-        except trio.BrokenResourceError:
-            return
-        if not data:
-            return
-        buffer += data
 
 
 Handler = Callable[[Json, ControlConnection], Awaitable[None]]

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The control socket: what a client gets for a mistake, and what it gets if the daemon goes away."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import socket
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from migrate import control
+from migrate.client import MAX_LINE, ControlClient, Json
+from migrate.control import ControlConnection, LastAnswer
+from migrate.errors import MigrationError
+from migrate.tasks import task_group
+
+
+async def handle(request: Json, connection: ControlConnection) -> None:
+    match request["command"]:
+        case "refuse":
+            raise MigrationError("no such domain")
+        case "bug":
+            raise RuntimeError("a bug")
+        case _:
+            await connection.answer("result", echo=request["word"])
+
+
+async def ask(path: Path, client: Callable[[Path], Any]) -> Any:
+    """What a client in a thread returns, of a server at this path."""
+    with trio.fail_after(30):
+        async with task_group() as nursery:
+            await nursery.start(functools.partial(control.serve, path, handle))
+            try:
+                return await trio.to_thread.run_sync(client, path)
+            finally:
+                nursery.cancel_scope.cancel()
+
+
+def raw(data: bytes) -> Callable[[Path], bytes]:
+    """A client that sends these bytes and returns all that it is sent."""
+
+    def exchange(path: Path) -> bytes:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(20)
+            sock.connect(os.fspath(path))
+            sock.sendall(data)
+            sock.shutdown(socket.SHUT_WR)
+            return b"".join(iter(lambda: sock.recv(65536), b""))
+
+    return exchange
+
+
+def call(**request: Any) -> Callable[[Path], Json]:
+    def exchange(path: Path) -> Json:
+        with ControlClient(path) as client:
+            return client.call(**request)
+
+    return exchange
+
+
+async def test_a_request_is_answered_once(tmp_path: Path) -> None:
+    assert (await ask(tmp_path / "s", call(command="echo", word="x")))["echo"] == "x"
+
+
+@pytest.mark.parametrize(
+    ("sent", "message"),
+    [
+        (b"[1]\n", b"not a JSON object"),
+        (b"{\n", b"not a JSON object"),
+        (b"{}\n", b"bad request: KeyError('command')"),
+        (b'{"command": "echo"}\n', b"bad request: KeyError('word')"),
+        (b'{"command": "refuse"}\n', b"no such domain"),
+        (b"x" * (MAX_LINE + 1), b"a line without end"),
+    ],
+)
+async def test_a_bad_request_is_answered_with_an_error(tmp_path: Path, sent: bytes, message: bytes) -> None:
+    answer = await ask(tmp_path / "s", raw(sent))
+    assert answer.startswith(b'{"event": "error"') and message in answer
+
+
+async def test_a_client_that_leaves_without_a_request_is_not_answered(tmp_path: Path) -> None:
+    assert await ask(tmp_path / "s", raw(b"")) == b""
+    assert await ask(tmp_path / "s", raw(b'{"command": ')) == b""
+
+
+async def test_a_bug_ends_one_exchange_and_is_logged_with_its_traceback(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(MigrationError, match="gone in the middle"):
+        await ask(tmp_path / "s", call(command="bug"))
+    (record,) = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert record.exc_info is not None and isinstance(record.exc_info[1], RuntimeError)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+async def test_another_user_is_refused_whatever_the_mode_of_the_socket(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with tempfile.TemporaryDirectory() as directory, trio.fail_after(30):
+        path = Path(directory) / "s"
+        os.chmod(directory, 0o711)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(functools.partial(control.serve, path, handle))
+            path.chmod(0o666)
+            with socket.socket(socket.AF_UNIX) as client:
+                os.seteuid(65534)  # the server does not run before this is taken back
+                try:
+                    client.connect(os.fspath(path))
+                finally:
+                    os.seteuid(0)
+                client.settimeout(20)
+                assert await trio.to_thread.run_sync(client.recv, 4096) == b""
+            nursery.cancel_scope.cancel()
+    assert "a request of user 65534 refused" in caplog.text
+
+
+async def test_a_socket_that_somebody_listens_at_is_not_taken_over(tmp_path: Path) -> None:
+    def second(path: Path) -> str:
+        async def serve() -> None:
+            await control.serve(path, handle)
+
+        with pytest.raises(MigrationError) as caught:
+            trio.run(serve)
+        return str(caught.value)
+
+    assert "somebody is listening there already" in await ask(tmp_path / "s", second)
+
+
+async def test_a_socket_that_nobody_listens_at_any_more_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as old:
+        old.bind(os.fspath(path))
+    assert (await ask(path, call(command="echo", word="x")))["echo"] == "x"
+    assert not path.exists()
+
+
+async def test_the_last_answer_is_given_once_and_a_client_that_is_gone_does_no_harm() -> None:
+    ours, theirs = trio.socket.socketpair()
+    with theirs:
+        answer = LastAnswer(ControlConnection(trio.SocketStream(ours)))
+        await answer.give("result", status="completed")
+        await answer.give("result", status="failed")
+        assert await theirs.recv(4096) == b'{"event": "result", "status": "completed"}\n'
+        await answer.given.wait()
+        late = LastAnswer(ControlConnection(trio.SocketStream(ours)))
+    await late.give("error", message="too late")
+    assert late.given.is_set()
+    nobody = LastAnswer(None)
+    await nobody.give("result")
+    assert nobody.begun
+    ours.close()
+
+
+# ---- the client's end ----
+@pytest.fixture
+def daemon(tmp_path: Path) -> Any:
+    """A listening socket, and a client of it."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.fspath(tmp_path / "daemon"))
+        listener.listen()
+        with ControlClient(tmp_path / "daemon") as client:
+            theirs, _address = listener.accept()
+            with theirs:
+                yield client, theirs
+
+
+def test_no_daemon_is_an_error_that_asks_whether_it_runs(tmp_path: Path) -> None:
+    with pytest.raises(MigrationError, match="is the daemon running"):
+        ControlClient(tmp_path / "none")
+
+
+@pytest.mark.parametrize("part", [b"", b'{"event": "progress"}\n', b'{"event": "res'])
+def test_a_daemon_that_ends_before_the_result_is_an_error(
+    daemon: tuple[ControlClient, socket.socket], part: bytes
+) -> None:
+    client, theirs = daemon
+    theirs.sendall(part)
+    theirs.shutdown(socket.SHUT_WR)
+    with pytest.raises(MigrationError, match="gone in the middle of the request"):
+        client.call(command="list")
+
+
+def test_a_daemon_that_is_killed_before_it_reads_the_request_is_an_error(
+    daemon: tuple[ControlClient, socket.socket],
+) -> None:
+    """The kernel resets the connection, because the request was not read."""
+    client, theirs = daemon
+    client.say(command="list")
+    theirs.close()
+    assert client.answer() is None
+    with pytest.raises(MigrationError, match="the daemon has gone"):
+        client.say(command="cancel")
+
+
+def test_an_answer_is_waited_for_only_until_the_watched_descriptor_ends(
+    daemon: tuple[ControlClient, socket.socket],
+) -> None:
+    client, theirs = daemon
+    watched, other = socket.socketpair()
+    with watched:
+        theirs.sendall(b'{"event": "progress"}\n')
+        assert client.answer(watched.fileno()) == {"event": "progress"}
+        other.close()
+        with pytest.raises(EOFError):
+            client.answer(watched.fileno())
