@@ -23,8 +23,6 @@ from xenbackend.libxenctrl._xen import ffi, lib
 CHUNK_PAGES: int = lib.CHUNK_PAGES
 """Of one mapping, and so of one hypercall; what is released page by page is given back in such pieces."""
 NONE = np.uint32(lib.NOT_HELD)
-MAX_HOLDS = 255
-"""Times that one pfn can be held (HOLDS_SHIFT leaves 8 bits)."""
 
 
 @dataclass
