@@ -51,7 +51,7 @@ def transferred(pieces: list[bytes], chunks: list[int], *, buffers: int = 0) -> 
     return bytes(into)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.integers(1, 300_000), min_size=1, max_size=8),
     st.lists(st.integers(1, 700_000), min_size=1, max_size=3),

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import trio
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -264,7 +264,6 @@ def sender_goes(missing: set[int], steps: list[tuple[str, list[int]]], *, native
     return seen
 
 
-@settings(deadline=None)
 @given(st.sets(PFNS, min_size=NR - 3), st.lists(SENDER_STEP, max_size=12))
 def test_the_sender_does_the_same_either_way(missing: set[int], steps: list[tuple[str, list[int]]]) -> None:
     assert sender_goes(missing, steps, native=True) == sender_goes(missing, steps, native=False)
@@ -473,7 +472,6 @@ async def receiver_goes(missing: set[int], steps: list[tuple[str, Any]], *, nati
 
 
 @pytest.mark.parametrize("native", [True, False])
-@settings(deadline=None)
 @given(st.sets(PFNS, min_size=30), st.lists(RECEIVER_STEP, max_size=15))
 def test_the_receiver_loses_nothing(native: bool, missing: set[int], steps: list[tuple[str, Any]]) -> None:
     with pytest.MonkeyPatch.context() as patch:

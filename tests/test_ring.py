@@ -22,7 +22,7 @@ STEP = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(STEP, max_size=80))
 def test_every_request_is_answered_once_whoever_dies(steps: list[tuple[str, int]]) -> None:
     """pfns repeat, as duplicate requests do; answers come in any order and number."""
