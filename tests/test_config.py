@@ -12,6 +12,7 @@ import pytest
 from migrate import config
 from migrate.config import Config, ConfigError, SenderConfig, advertised, load, parse
 from migrate.policy import Strategy
+from migrate.units import human_bytes, parse_size
 
 TREE = Path(__file__).parents[1]
 
@@ -103,3 +104,25 @@ def test_what_a_receiver_dials(monkeypatch: pytest.MonkeyPatch) -> None:
     assert advertised(SenderConfig(("0.0.0.0", 0)), 99) == ("host.example", 99)
     assert advertised(SenderConfig(("::", 0), "migration.example"), 99) == ("migration.example", 99)
     assert advertised(SenderConfig(("::", 0), "migration.example:5"), 99) == ("migration.example", 5)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [(4096, 4096), ("4096", 4096), ("64K", 65536), ("1.5GiB", 3 * 2**29), (" 2 mib ", 2**21), ("1TB", 2**40)],
+)
+def test_sizes_are_read_as_people_write_them(text: object, count: int) -> None:
+    assert parse_size(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "M", "-1M", "1X", "1,5G", "0x10", True, None])
+def test_what_is_no_size_is_refused_with_an_example(text: object) -> None:
+    with pytest.raises(ValueError, match="such as 512M"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (3 * 2**29, "1.5 GiB"), (5 * 2**40, "5.0 TiB")],
+)
+def test_sizes_are_shown_in_the_unit_that_fits(count: int, text: str) -> None:
+    assert human_bytes(count) == text

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from migrate.errors import MigrationError
-from migrate.journal import Journal
 from migrate.loopback import World, loopback_world, start_receiver, start_sender, verify_migrated, wait_for_steps
 from tests.conftest import MIB, WAIT_S
 from xenbackend.contract import DomainState
@@ -148,26 +147,6 @@ def test_killed_in_precopy_the_guest_stays(world: World, which: str) -> None:
     with world.control("sender") as client:
         result = client.call(command="migrate", domain="guest", destination=f"127.0.0.1:{world.port}")
     assert result["result"]["domain"] == "guest"
-
-
-def test_an_entry_of_a_journal_was_cut_short(tmp_path: Path) -> None:
-    """By a full disk, at any byte: the one before it counts, and those after it again."""
-    journal = Journal(tmp_path)
-    path = tmp_path / "session.json"
-    journal.write("session", {"step": "first"})
-    kept = len(path.read_bytes())
-    journal.write("session", {"step": "second"})
-    whole = path.read_bytes()
-    for length in range(kept, len(whole)):
-        path.write_bytes(whole[:length])
-        assert Journal(tmp_path).entries()["session"]["step"] == "first"
-        Journal(tmp_path).write("session", {"step": "third"})
-        assert Journal(tmp_path).entries()["session"]["step"] == "third"
-    journal.erase("session")
-    assert not path.exists()
-    path.touch()
-    assert Journal(tmp_path).entries() == {}
-    assert not path.exists()
 
 
 def test_the_last_entry_of_a_journal_was_not_written(world: World) -> None:

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The journal as a successor finds it: what counts, what is dropped, and what is left to people."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from migrate.errors import MigrationError
+from migrate.journal import BOOT_ID, Journal
+
+BOOT = BOOT_ID.read_text().strip()
+
+
+def test_the_last_entry_that_is_whole_counts(tmp_path: Path) -> None:
+    """By a full disk, at any byte: the one before it counts, and those after it again."""
+    journal = Journal(tmp_path)
+    path = tmp_path / "session.json"
+    journal.write("session", {"step": "first"})
+    kept = len(path.read_bytes())
+    journal.write("session", {"step": "second"})
+    whole = path.read_bytes()
+    for length in range(kept, len(whole)):
+        path.write_bytes(whole[:length])
+        assert Journal(tmp_path).entries()["session"]["step"] == "first"
+        Journal(tmp_path).write("session", {"step": "third"})
+        assert Journal(tmp_path).entries()["session"]["step"] == "third"
+    journal.erase("session")
+    assert not path.exists()
+    path.touch()
+    assert Journal(tmp_path).entries() == {}
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("text", ["", '\n{"boot": "an earlier one", "step": "handed over"}'])
+def test_what_binds_nobody_is_dropped(tmp_path: Path, text: str) -> None:
+    """A file without an entry, and one of an earlier boot, whose guest ended with the host."""
+    path = tmp_path / "old.json"
+    path.write_text(text)
+    assert Journal(tmp_path).entries() == {}
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("text", ["\nnot JSON", "\n[1, 2]", '\n{"step": "begun"}', "\n5"])
+def test_what_cannot_be_understood_is_reported_and_left_for_people(
+    tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "strange.json"
+    path.write_text(text)
+    (tmp_path / "good.json").write_text("\n" + json.dumps({"boot": BOOT, "step": "begun"}))
+    assert list(Journal(tmp_path).entries()) == ["good"]
+    assert f"{path}: not a journal of ours" in caplog.text
+    assert path.read_text() == text
+
+
+def test_a_full_disk_fails_a_step_only_if_the_step_needs_its_entry(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "one.json").symlink_to("/dev/full")
+    journal = Journal(tmp_path)
+    with pytest.raises(MigrationError, match=r"cannot write the journal .*: No space left on device"):
+        journal.write("one", {"step": "begun"})
+    assert not caplog.records
+    journal.write("one", {"step": "begun"}, needed=False)
+    assert "would not know how far it had come" in caplog.text
+    journal.erase("one")
+
+
+def test_a_state_directory_that_cannot_be_made_is_named_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(MigrationError, match=r"state directory .*/file/state: .*--state"):
+        Journal(tmp_path / "file/state")
