@@ -1,39 +1,52 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One emulated machine: boots Xen and dom0, runs one command there, brings back what came of it, and is gone."""
+"""One emulated machine: Xen and a dom0, which runs one command and is gone.
+
+A machine boots once.  Its state is saved when dom0 waits for the command, and every later run
+begins with that state (:func:`_saved`).
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.xenlab import parts
-from tests.xenlab.cache import LabError, directory, say
+from tests.xenlab import parts, qemu
+from tests.xenlab.cache import LabError, directory, fingerprint, part, run, say
 
 TREE = Path(__file__).parents[2]
+NOT_IN_DOM0 = ("build", "docs", "tests/fuzz/corpus")
+"""Folders of the working tree that no command there needs; nor hidden ones."""
+PYTHON_FOLDERS = ("migrate", "receiver", "sender", "tests", "xenbackend")
 
-# Each flag that is masked stands for something that QEMU 7.2 or Xen under it gets wrong: docs/xenlab.md has the list.
-CPU = "EPYC,+svm,+npt,-monitor,-smap,-smep,-rdseed,-nrip-save,-avx,-avx2,-f16c,-fma,-xsave,-xsaveopt,-xsavec,-xgetbv1"
 XEN_OPTIONS = (
     "console=com1 com1=115200,8n1 loglvl=all guest_loglvl=all spec-ctrl=no xpti=no mwait-idle=0 cpuidle=0 iommu=no "
-    "watchdog=0 noreboot dom0_mem=1024M,max:1024M dom0_max_vcpus=1 dom0_vcpus_pin"
+    "watchdog=0 noreboot bootscrub=0 dom0_mem=1024M,max:1024M dom0_max_vcpus=1 dom0_vcpus_pin"
 )
 DOM0_OPTIONS = "console=hvc0 mitigations=off nokaslr quiet panic=1 net.ifnames=0"
+# A getty would read the line that is for the runner.
+SYSTEMD_OPTIONS = "xenlab=systemd systemd.mask=serial-getty@hvc0.service systemd.mask=getty@tty1.service"
 MEMORY_MIB = 3072
-MILESTONES = (
-    ("Xen version", "Xen boots"),
-    ("Dom0 has maximum", "dom0 boots"),
-    ("xenlab: toolstack is up", "the toolstack is up"),
-)
+READY, RUNS = "xenlab: the machine is ready", "xenlab: the command runs"
+"""As ``dom0/runner.py`` prints them."""
+BOOT_S, RESTORE_S = 600.0, 180.0
+"""Limits."""
 SIGNS_OF_DEATH = ("Hardware Dom0 crashed", "Panic on CPU")
+Command = str | Sequence[str]
+"""A shell command, or the arguments of pytest, which runs without being started."""
 
 
 @dataclass(frozen=True)
@@ -45,97 +58,240 @@ class Result:
     """What the command left in ``$LAB_OUT``; the consoles of guests."""
     console: Path
     """Of Xen and dom0."""
+    ready_s: float
+    """Seconds until the command ran."""
     seconds: float
+    """Seconds altogether."""
 
 
 def boot(
     kind: str,
-    command: str,
+    command: Command,
     *,
     timeout_s: float,
     keep: Path | None = None,
     live: bool = True,
     memory_mib: int = MEMORY_MIB,
 ) -> Result:
-    """Run a shell command in dom0, in the working tree (which is read-only there).
+    """Run a command in dom0, in a copy of the working tree (which is read-only there).
 
-    ``kind``: one of ``parts.MACHINES``.  ``keep``: where results go (default: a new folder under the cache's ``runs``).  Its
-    output is shown as it comes when ``live``.  Raises :class:`LabError` when the machine does not come to the command.
+    ``kind``: one of ``parts.MACHINES``.  ``keep``: where results go (default: a new folder under
+    the cache's ``runs``).  The command's output is shown as it comes when ``live``.  Raises
+    :class:`LabError` when the machine does not come to the command.
     """
     parts.check_tools()
     parts.backend()
     where = keep or Path(tempfile.mkdtemp(prefix="run-", dir=_runs()))
+    commands = [(where, command, "")]
+    if kind == parts.HOSTS:
+        parts.package()
+        other: Command = "sleep infinity"
+        commands = [(where, command, _joining(0)), (where / "host2", other, _joining(1))]
+    began = time.monotonic()
+    state = _saved(kind) if memory_mib == MEMORY_MIB else None
     with contextlib.ExitStack() as stack:
-        if kind != parts.HOSTS:
-            machine = stack.enter_context(_started(kind, where, command, _qemu(kind, memory_mib)))
-        else:
-            parts.package()
-            cable = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            machine, _other = (
-                stack.enter_context(
-                    _started(kind, to, _joining(number) + what, _qemu(kind, memory_mib) + _network_card(cable, number))
-                )
-                for number, (to, what) in enumerate(((where, command), (where / "host2", "sleep infinity")))
-            )
-        return machine.result(timeout_s, live)
+        cable = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="xenlab-")))
+
+        def start(state: Path | None) -> list[_Machine]:
+            machines = [
+                stack.enter_context(_Machine(kind, to, state, memory_mib, cable, number))
+                for number, (to, _, _) in enumerate(commands)
+            ]
+            for machine, (_, what, first) in zip(machines, commands, strict=True):
+                machine.begin(what, first)
+            return machines
+
+        try:
+            machine = start(state)[0]
+        except LabError as error:
+            if state is None:
+                raise
+            say(f"{kind}: the saved state in {state} is of no use, booting instead: {error}")
+            stack.close()
+            cable = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="xenlab-")))
+            machine = start(None)[0]
+        ready_s = time.monotonic() - began
+        say(f"{kind}: the command runs after {ready_s:.1f} s; console in {machine.console}")
+        status = machine.wait(timeout_s, live)
+    seconds = time.monotonic() - began
+    say(f"{kind}: exit status {status} after {seconds:.0f} s; results in {where}")
+    output = (where / "output").read_text(errors="replace") if (where / "output").exists() else ""
+    return Result(status, output, where / "out", machine.console, ready_s, seconds)
 
 
-@contextlib.contextmanager
-def _started(kind: str, where: Path, command: str, qemu: list[str]) -> Iterator[_Machine]:
-    """It is gone with the context."""
-    (where / "out").mkdir(parents=True, exist_ok=True)
-    for old in ("status", "output", "hypervisor.log"):
-        (where / old).unlink(missing_ok=True)
-    (where / "command").write_text(f"export LAB_HYPERVISOR={kind}\n{command}\n")
-    console = where / "console.log"
-    say(f"booting ({kind}); console in {console}")
-    process = subprocess.Popen(
-        [*qemu, "-serial", f"file:{console}", *_share("io", where, readonly=False)],
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
+def save_all(kinds: Iterable[str]) -> None:
+    """Save the state of machines, so that their runs need not."""
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(_saved, kinds))
+
+
+def _saved(kind: str) -> Path | None:
+    """A machine that booted and waits for its command: ``memory``, ``devices``, ``disk``.
+
+    None, with a line that gives the reason, where it cannot be saved.
+    """
+    command = _command(kind, MEMORY_MIB)
+    ingredients = " ".join(command).replace(str(directory()), "")
+    disks = parts.dom0().name, parts.packages().name
+    key = fingerprint(ingredients, *disks, qemu.version(), qemu.processor())
+
+    def save(where: Path) -> None:
+        base = os.path.relpath(parts.dom0() / "disk", where)
+        run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", str(where / "disk")])
+        with (
+            tempfile.TemporaryDirectory(prefix="xenlab-") as sockets,
+            _Machine(kind, where, where, MEMORY_MIB, Path(sockets), 0, saving=True) as machine,
+        ):
+            machine.boot()
+            machine.save()
+        run(["fallocate", "--dig-holes", str(where / "memory")])
+
     try:
-        yield _Machine(kind, where, process)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        return part(f"machine-{kind}", key, save)
+    except LabError as error:
+        say(f"{kind}: no state of it can be saved: {error}")
+        return None
 
 
-class _Machine:
-    def __init__(self, kind: str, where: Path, qemu: subprocess.Popen[bytes]):
-        self._kind, self._where, self._qemu = kind, where, qemu
-        self._console = where / "console.log"
-        self._started = time.monotonic()
+def _command(kind: str, memory_mib: int) -> list[str]:
+    """QEMU's, as far as it is the same for each machine of the kind."""
+    options = f"{DOM0_OPTIONS} {SYSTEMD_OPTIONS}" if kind == parts.HOSTS else DOM0_OPTIONS
+    modules = f"{parts.kernel() / 'vmlinuz'} {options},{parts.initramfs()}"
+    return [
+        qemu.PROGRAM, *qemu.acceleration(), "-smp", "2", "-m", str(memory_mib),
+        "-display", "none", "-nodefaults", "-no-reboot",
+        "-kernel", str(parts.hypervisor(kind)), "-append", XEN_OPTIONS, "-initrd", modules,
+    ]  # fmt: skip
 
-    def result(self, timeout_s: float, live: bool) -> Result:
-        """Wait for its command."""
-        where, qemu = self._where, self._qemu
-        watch = _Watch(self._kind, self._console, where / "output", self._started, live)
-        died, timed_out = "", False
-        while not died and not timed_out and qemu.poll() is None:
-            time.sleep(0.2)
-            died = watch.look()
-            timed_out = time.monotonic() - self._started > timeout_s
-        if qemu.poll() is None:
-            os.killpg(qemu.pid, signal.SIGKILL)
-        qemu.wait()
-        watch.look()
-        seconds = time.monotonic() - self._started
-        output = (where / "output").read_text(errors="replace") if (where / "output").exists() else ""
-        if (where / "status").exists():
-            status = int((where / "status").read_text())
-        elif (where / "output").exists() and timed_out:
-            status = 124
+
+class _Machine(contextlib.AbstractContextManager["_Machine"]):
+    """A QEMU, which is gone with the context."""
+
+    def __init__(
+        self,
+        kind: str,
+        where: Path,
+        state: Path | None,
+        memory_mib: int,
+        sockets: Path,
+        number: int,
+        *,
+        saving: bool = False,
+    ):
+        """``state``: where to begin, or, if ``saving``, where to save; ``number``: which of two hosts."""
+        self._kind, self._where, self._state, self._saving = kind, where, state, saving
+        self.console = where / "console.log"
+        self._monitor_at = sockets / f"monitor{number}"
+        self._console_at = sockets / f"console{number}"
+        (where / "out").mkdir(parents=True, exist_ok=True)
+        for old in ("status", "output", "hypervisor.log", "console.log"):
+            (where / old).unlink(missing_ok=True)
+        disk, form = (state / "disk", "qcow2") if state else (parts.dom0() / "disk", "raw")
+        snapshot = "off" if saving else "on"
+        command = [
+            *_command(kind, memory_mib),
+            "-drive", f"file={disk},if=virtio,format={form},snapshot={snapshot}",
+            "-drive", f"file={parts.packages() / 'disk'},if=virtio,format=raw,readonly=on",
+            *_share("io", where, readonly=False), *_share("parts", parts.guest(), readonly=True),
+            "-qmp", f"unix:{self._monitor_at},server=on,wait=off",
+            "-chardev", f"socket,id=com1,path={self._console_at},server=on,wait=off,logfile={self.console}",
+            "-serial", "chardev:com1",
+        ]  # fmt: skip
+        if kind == parts.HOSTS:
+            command += _network_card(sockets, number)
+        if state:
+            share = "on" if saving else "off"
+            memory = f"memory-backend-file,id=ram,mem-path={state / 'memory'},share={share},size={memory_mib}M"
+            command += ["-object", memory, "-machine", "memory-backend=ram"]
+        if state and not saving:
+            command += ["-incoming", "defer"]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        assert self._process.stderr is not None
+        self._process.stderr.close()
+
+    def boot(self) -> None:
+        """Until dom0 waits for a command.  Raises :class:`LabError` with the last words otherwise."""
+        self._wait_for(READY, BOOT_S)
+
+    def save(self) -> None:
+        """Stop, and save the state of everything but memory and disk, which are files already."""
+        assert self._state
+        with contextlib.closing(qemu.Monitor(self._monitor_at)) as monitor:
+            monitor("stop")
+            monitor.leave_memory_in_place()
+            monitor("migrate", uri=f"exec:cat > '{self._state / 'devices'}'")
+            monitor.wait_for_migration()
+            monitor("quit")
+        self._process.wait()
+
+    def begin(self, command: Command, first: str) -> None:
+        """Boot or go on, and start the command, after ``first``, a shell command."""
+        what = {"shell": command} if isinstance(command, str) else {"pytest": list(command)}
+        environment = {"LAB_HYPERVISOR": self._kind}
+        order = {"environment": environment, "first": first, **what}
+        (self._where / "command").write_text(json.dumps(order))
+        _pack_tree(self._where / "tree.tar")
+        if self._state:
+            with contextlib.closing(qemu.Monitor(self._monitor_at)) as monitor:
+                monitor.leave_memory_in_place()
+                monitor("migrate-incoming", uri=f"exec:cat '{self._state / 'devices'}'")
+                monitor.wait_for_migration()
+                monitor("cont")
         else:
-            why = died or (f"was given up after {timeout_s:g} s" if timed_out else "ended")
-            raise LabError(f"the machine {why} before the command was done; its last words:\n{self._last_words()}")
-        say(f"{self._kind}: exit status {status} after {seconds:.0f} s; results in {where}")
-        return Result(status, output, where / "out", self._console, seconds)
+            self.boot()
+        with socket.socket(socket.AF_UNIX) as console:
+            console.connect(str(self._console_at))
+            console.sendall(f"run {time.time():.3f} {secrets.token_hex(16)}\n".encode())
+            self._wait_for(RUNS, RESTORE_S)
+
+    def _wait_for(self, words: str, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while words not in (text := self._console_text()):
+            died = self._died(text) or (time.monotonic() > deadline and f"took over {timeout_s:g} s")
+            if died:
+                raise LabError(f"the machine {died} before the command ran; its last words:\n{self._last_words()}")
+            time.sleep(0.05)
+
+    def wait(self, timeout_s: float, live: bool) -> int:
+        """The exit status of the command; 124 when its time was up."""
+        status, output = self._where / "status", self._where / "output"
+        deadline, shown, died = time.monotonic() + timeout_s, 0, ""
+        while not died and not status.exists():
+            if time.monotonic() > deadline:
+                return 124
+            died = self._died(self._console_text())
+            time.sleep(0.1)
+            if live and output.exists():
+                data = output.read_bytes()
+                sys.stdout.write(data[shown:].decode(errors="replace"))
+                sys.stdout.flush()
+                shown = len(data)
+        if not status.exists():
+            raise LabError(f"the machine {died} before the command was done; its last words:\n{self._last_words()}")
+        return int(status.read_text())
+
+    def _console_text(self) -> str:
+        return self.console.read_text(errors="replace") if self.console.exists() else ""
+
+    def _died(self, console: str) -> str:
+        """Why the machine need not be waited for any longer, or nothing."""
+        if self._process.poll() is not None:
+            return "ended"
+        return next((f"died ({sign})" for sign in SIGNS_OF_DEATH if sign in console), "")
 
     def _last_words(self) -> str:
-        assert self._qemu.stderr is not None
-        complaints = self._qemu.stderr.read().decode(errors="replace").splitlines()
-        lines = self._console.read_text(errors="replace").splitlines() if self._console.exists() else []
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        assert self._process.stderr is not None
+        complaints = self._process.stderr.read().decode(errors="replace").splitlines()
+        lines = self._console_text().splitlines()
         return "\n".join(
             [
                 *[line for line in complaints if "warning: TCG" not in line][-10:],
@@ -144,60 +300,46 @@ class _Machine:
         )
 
 
+def _pack_tree(to: Path) -> None:
+    """The working tree as dom0 needs it, with byte code: one file, since each costs time over a shared folder."""
+    run([sys.executable, "-m", "compileall", "-q", *PYTHON_FOLDERS], cwd=TREE)
+
+    def wanted(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        hidden = any(name.startswith(".") for name in Path(member.name).parts)
+        return None if hidden or member.name in NOT_IN_DOM0 else member
+
+    with tarfile.open(to, "w") as archive:
+        for path in sorted(TREE.iterdir()):
+            archive.add(path, path.name, filter=wanted)
+        for path in (TREE / "build").glob("*.deb"):
+            archive.add(path, str(path.relative_to(TREE)))
+
+
 def _runs() -> Path:
     runs = directory() / "runs"
     runs.mkdir(parents=True, exist_ok=True)
-    for old in sorted(runs.iterdir(), key=lambda path: path.stat().st_mtime)[:-10]:
+    for old in sorted(runs.iterdir(), key=lambda path: path.stat().st_mtime)[:-30]:
         shutil.rmtree(old, ignore_errors=True)
     return runs
 
 
-def _qemu(kind: str, memory_mib: int) -> list[str]:
-    options = f"{DOM0_OPTIONS} xenlab=systemd" if kind == parts.HOSTS else DOM0_OPTIONS
-    modules = f"{parts.kernel() / 'vmlinuz'} {options},{parts.initramfs()}"
-    return [
-        "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-smp", "2", "-m", str(memory_mib), "-cpu", CPU,
-        "-display", "none", "-nodefaults", "-no-reboot", "-monitor", "none",
-        "-kernel", str(parts.hypervisor(kind)), "-append", XEN_OPTIONS, "-initrd", modules,
-        "-drive", f"file={parts.dom0() / 'disk'},if=virtio,format=raw,snapshot=on",
-        *_share("tree", TREE, readonly=True), *_share("parts", parts.guest(), readonly=True),
-    ]  # fmt: skip
-
-
-def _network_card(cable: Path, number: int) -> list[str]:
+def _network_card(sockets: Path, number: int) -> list[str]:
     """Of the first or the second of two hosts."""
-    here, there = (f"{end}.type=unix,{end}.path={cable}/{n}" for end, n in (("local", number), ("remote", 1 - number)))
-    card = f"virtio-net-pci,netdev=cable,mac=52:54:00:00:00:0{number + 1}"
-    return ["-netdev", f"dgram,id=cable,{here},{there}", "-device", card]
+    here, there = (
+        f"{end}.type=unix,{end}.path={sockets}/cable{n}" for end, n in (("local", number), ("remote", 1 - number))
+    )
+    return ["-netdev", f"dgram,id=cable,{here},{there}", "-device", "virtio-net-pci,netdev=cable"]
 
 
 def _joining(number: int) -> str:
-    """What it does before its command."""
+    """What a host does before its command.  Both begin with one state, so with one hardware address."""
     name, address = parts.HOST_NAMES[number], parts.address(number)
-    return f"hostname {name}; ip address add {address}/24 dev eth0; ip link set eth0 up\n"
+    return (
+        f"hostname {name}; ip link set eth0 address 52:54:00:00:01:0{number + 1}; "
+        f"ip address add {address}/24 dev eth0; ip link set eth0 up"
+    )
 
 
 def _share(tag: str, where: Path, *, readonly: bool) -> list[str]:
     option = f"local,path={where},mount_tag={tag},security_model=none,multidevs=remap" + ",readonly=on" * readonly
     return ["-virtfs", option]
-
-
-class _Watch:
-    """Says how far it is, and shows the command's output as it comes."""
-
-    def __init__(self, name: str, console: Path, output: Path, started: float, live: bool):
-        self._name, self._console, self._output, self._started, self._live = name, console, output, started, live
-        self._waiting = list(MILESTONES)
-        self._shown = 0
-
-    def look(self) -> str:
-        """Why the machine need not be waited for any longer, or nothing."""
-        text = self._console.read_text(errors="replace") if self._console.exists() else ""
-        while self._waiting and self._waiting[0][0] in text:
-            say(f"{self._name}: {self._waiting.pop(0)[1]} ({time.monotonic() - self._started:.1f} s)")
-        if self._live and self._output.exists():
-            data = self._output.read_bytes()
-            sys.stdout.write(data[self._shown :].decode(errors="replace"))
-            sys.stdout.flush()
-            self._shown = len(data)
-        return next((f"died ({sign})" for sign in SIGNS_OF_DEATH if sign in text), "")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a machine is made of: hypervisor, kernel, dom0's disk, its initial RAM disk, and a guest.
+"""What a machine is made of: hypervisor, kernel, dom0's disks, its initial RAM disk, and a guest.
 
 Each is built the first time that it is asked for; together that takes some minutes.
 """
@@ -12,6 +12,8 @@ import lzma
 import os
 import shutil
 import sys
+from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
 
 from tests.xenlab import debian
@@ -45,11 +47,14 @@ MODULES = (
     *("xen-privcmd", "xen-evtchn", "xen-gntdev", "xen-gntalloc", "xenfs"),
 )
 """In the order of their dependencies."""
+PROGRAMS = [HERE / "dom0" / name for name in ("init.sh", "runner.sh", "runner.py", "xenlab.service")]
+"""What dom0 starts before it has the working tree."""
+PYTHON_PACKAGES = ("pytest", "pytest-timeout", "pytest-trio", "trio", "msgpack", "cffi", "numpy", "click", "tqdm")
 
 TOOLS = {
     "apt-get": "apt", "debootstrap": "debootstrap", "mke2fs": "e2fsprogs", "cpio": "cpio", "gcc": "gcc", "make": "make",
     "flex": "flex", "bison": "bison", "patch": "patch", "dpkg-source": "dpkg-dev", "dpkg-deb": "dpkg",
-    "qemu-system-x86_64": "qemu-system-x86", "/bin/busybox": "busybox-static",
+    "qemu-system-x86_64": "qemu-system-x86", "qemu-img": "qemu-utils", "/bin/busybox": "busybox-static",
 }  # fmt: skip
 
 
@@ -128,7 +133,7 @@ def dom0() -> Path:
     def build(where: Path) -> None:
         root = where / "root"
         debian.debootstrap(root, DOM0_PACKAGES)
-        for folder in ("mnt/tree", "mnt/io", "mnt/parts"):
+        for folder in ("mnt/tree", "mnt/io", "mnt/parts", "mnt/packages"):
             (root / folder).mkdir(parents=True)
         shutil.rmtree(root / "var/cache/apt", ignore_errors=True)
         _introduce_hosts(root)
@@ -177,15 +182,17 @@ def _archive(root: Path, out: Path) -> None:
 
 
 def initramfs() -> Path:
-    """dom0's: loads modules, mounts the disk and the shared folders, goes on there."""
+    """dom0's: loads modules, mounts the disks, goes on there."""
 
     def build(where: Path) -> None:
         root = where / "root"
-        for folder in ("bin", "lib", "proc", "sys", "dev", "root"):
+        for folder in ("bin", "lib", "proc", "sys", "dev", "root", "xenlab"):
             (root / folder).mkdir(parents=True)
         shutil.copy("/bin/busybox", root / "bin/busybox")
         shutil.copy(HERE / "dom0/initramfs.sh", root / "init")
         (root / "init").chmod(0o755)
+        for program in PROGRAMS:
+            shutil.copy(program, root / "xenlab")
         modules = {path.stem.replace("-", "_"): path for path in kernel().glob("lib/modules/**/*.ko")}
         order = []
         for name in MODULES:
@@ -197,9 +204,44 @@ def initramfs() -> Path:
         _archive(root, where / "initramfs")
         shutil.rmtree(root)
 
-    return (
-        part("initramfs", fingerprint(kernel().name, Path(__file__), HERE / "dom0/initramfs.sh"), build) / "initramfs"
-    )
+    key = fingerprint(kernel().name, *MODULES, HERE / "dom0/initramfs.sh", *PROGRAMS)
+    return part("initramfs", key, build) / "initramfs"
+
+
+def packages() -> Path:
+    """``disk``: an ext4 image of the virtual environment's packages that dom0 needs, with those that they need."""
+
+    def build(where: Path) -> None:
+        root = where / "root"
+        for distribution in _distributions(PYTHON_PACKAGES):
+            for file in distribution.files or ():
+                to = (root / file).resolve()
+                if root in to.parents and (source := Path(str(distribution.locate_file(file)))).exists():
+                    to.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy2(source, to)
+        run(["mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", str(root), str(where / "disk"), "300M"])
+        shutil.rmtree(root)
+
+    key = fingerprint(*PYTHON_PACKAGES, HERE.parents[1] / "requirements.lock")
+    return part("packages", key, build)
+
+
+def _distributions(names: Iterable[str]) -> list[metadata.Distribution]:
+    """Those of these names, and those that they require."""
+    from packaging.requirements import Requirement
+
+    found: dict[str, metadata.Distribution] = {}
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        found[name] = metadata.distribution(name)
+        for line in found[name].requires or ():
+            requirement = Requirement(line)
+            if not requirement.marker or requirement.marker.evaluate({"extra": ""}):
+                waiting.append(requirement.name)
+    return list(found.values())
 
 
 def guest() -> Path:
@@ -228,7 +270,7 @@ def build() -> None:
     check_tools()
     for kind in HYPERVISORS:
         hypervisor(kind)
-    for one in (kernel, dom0, initramfs, guest, backend, package):
+    for one in (kernel, dom0, initramfs, packages, guest, backend, package):
         one()
 
 

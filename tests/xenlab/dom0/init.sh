@@ -1,6 +1,6 @@
 #!/bin/sh
 # SPDX-License-Identifier: GPL-2.0-or-later
-# dom0's first process: the toolstack's daemons, then the one command that this machine was booted for.
+# dom0's first process: starts the toolstack's daemons, then waits for the machine's one command.
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin:/usr/lib/xen-4.17/bin HOME=/root LANG=C.UTF-8
 mount -t proc proc /proc
 mount -t sysfs sys /sys
@@ -12,7 +12,6 @@ mkdir -p /dev/shm /dev/pts /run/xen /var/run/xen /var/log/xen /var/lib/xen/dump
 mount -t tmpfs tmpfs /dev/shm
 mount -t devpts devpts /dev/pts
 mount -t xenfs xenfs /proc/xen
-echo 1 > /proc/sys/kernel/sysrq
 ip link set lo up
 
 xenstored || echo "xenstored did not start"
@@ -23,4 +22,4 @@ until xenstore-read -s / >/dev/null 2>&1 || [ $tries -ge 100 ]; do
 done
 /usr/lib/xen-4.17/bin/xen-init-dom0
 xenconsoled --log=guest --log-dir=/var/log/xen
-exec /bin/sh /mnt/tree/tests/xenlab/dom0/command.sh
+exec /bin/sh /opt/xenlab/runner.sh
