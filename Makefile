@@ -107,7 +107,7 @@ fuzz: $(STAMP)
 
 # The real Xen, emulated: builds hypervisors and a dom0 the first time (minutes), boots each and runs tests/xenlab/dom0 in it.
 xenlab: $(STAMP)
-	$(BIN)/python -m tests.xenlab --tests $(XENLAB)
+	$(BIN)/python -m tests.xenlab --tests $(if $(JUNIT),--junit $(JUNIT)) $(XENLAB)
 
 # populate_evicted against one by one, on it.
 xenlab-bench: $(STAMP)

@@ -41,7 +41,7 @@ DEMO = Stage("demo", "the demo of the README", _make("demo", "DEMO_MEMORY=256M")
 
 GATE = (
     TOOLS,
-    Stage("xenlab", "a real Xen: conformance, eviction, xl", _make("xenlab"), 4000),
+    Stage("xenlab", "a real Xen: conformance, eviction, xl", _make("xenlab", "XENLAB=--gate"), 4000),
     TEST,
     Stage("chaos", "faults at random instants", _make("chaos", "CHAOS_TRIALS=15"), 600),
     MODEL,

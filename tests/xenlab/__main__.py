@@ -1,82 +1,158 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """``python -m tests.xenlab [--hypervisor KIND] COMMAND...``: run a command in the dom0 of a real Xen.
 
-The command runs in the working tree, which is read-only there.  What it leaves in the folder $LAB_OUT comes back, with its
-output and exit status, the consoles of guests, and the console of Xen and dom0.
+The command runs in a copy of the working tree, which is read-only there.  What it leaves in the
+folder $LAB_OUT comes back, with its output and exit status, the consoles of guests, and the
+console of Xen and dom0.
 
     python -m tests.xenlab xl info
     python -m tests.xenlab --hypervisor debian --keep /tmp/lab -- xl list
     python -m tests.xenlab --build
     python -m tests.xenlab --tests
+    python -m tests.xenlab --tests --gate --hypervisor paging --junit results
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
+from xml.etree import ElementTree
 
 from tests.xenlab import machine, parts
 from tests.xenlab.cache import LabError, directory, say
 
-PYTEST = (
-    "python3 -m pytest -p no:cacheprovider -o timeout=900 --durations=5 -rA --show-capture=no"
-    " tests/test_conformance.py tests/xenlab/dom0"
-)
+PYTEST = ("-o", "timeout=900", "--durations=5", "-rA", "--show-capture=no")
 MACHINES_AT_ONCE = 2
+CONFORMANCE, SCENARIOS = "tests/test_conformance.py", "tests/xenlab/dom0"
 
 
-def run_tests(timeout_s: float) -> int:
-    """Each test says on which hypervisors it belongs; returns the exit status.
+@dataclass(frozen=True)
+class Shard:
+    """Tests that one start of a machine runs; which of them belong there each test has itself."""
 
-    Two machines at a time: a test often waits for its guest.
+    kind: str
+    paths: tuple[str, ...] = (CONFORMANCE, SCENARIOS)
+    name: str = ""
+    in_gate: bool = True
+    """Whether any test of it is in the gate."""
+    seconds: float = 300.0
+    """How long it takes, where nothing is known of an earlier run."""
+
+    def __str__(self) -> str:
+        return f"{self.kind}-{self.name}" if self.name else self.kind
+
+
+SHARDS = (
+    Shard("populate-evicted", (CONFORMANCE,), "conformance", seconds=400),
+    Shard("populate-evicted", (SCENARIOS,), "scenarios", seconds=600),
+    Shard("paging"),
+    Shard("debian", (SCENARIOS,), seconds=150),
+    Shard(parts.HOSTS, (SCENARIOS,), in_gate=False, seconds=500),
+)
+
+
+def run_tests(kinds: Sequence[str], *, gate: bool, junit: Path | None, timeout_s: float) -> int:
+    """Run the tests of these machines, two machines at a time; returns the exit status.
+
+    The machine that took longest the last time begins.  ``junit``: a folder for pytest's XML of
+    each shard, and for the seconds that each took.
     """
     parts.build()
+    machine.save_all(kinds)
+    memory = directory() / ("seconds-gate.json" if gate else "seconds.json")
+    seconds: dict[str, float] = json.loads(memory.read_text()) if memory.exists() else {}
+    shards = [shard for shard in SHARDS if shard.kind in kinds and (shard.in_gate or not gate)]
+    shards.sort(key=lambda shard: -seconds.get(str(shard), shard.seconds))
+    failed = []
     with ThreadPoolExecutor(MACHINES_AT_ONCE) as pool:
-        running = {
-            kind: pool.submit(machine.boot, kind, PYTEST, timeout_s=timeout_s, live=False) for kind in parts.MACHINES
-        }
-        failed = []
-        for kind, machine_run in running.items():
+        running = {pool.submit(_run_shard, shard, gate, timeout_s): shard for shard in shards}
+        for done in as_completed(running):
+            shard = running[done]
             try:
-                result = machine_run.result()
+                result = done.result()
             except LabError as error:
-                say(f"{kind}: {error}")
-                failed.append(kind)
+                say(f"{shard}: {error}")
+                failed.append(str(shard))
+                if junit:
+                    write_junit(junit, shard, None, str(error))
                 continue
-            print(f"---- {kind} ----\n{result.output}", flush=True)
+            print(f"---- {shard} ----\n{result.output}", flush=True)
+            seconds[str(shard)] = round(result.seconds, 1)
             if result.status:
-                failed.append(kind)
+                failed.append(str(shard))
+            if junit:
+                write_junit(junit, shard, result, f"exit status {result.status}")
+    memory.write_text(json.dumps(seconds))
     say(f"tests failed on: {', '.join(failed)}" if failed else "all tests passed on every hypervisor")
     return int(bool(failed))
+
+
+def _run_shard(shard: Shard, gate: bool, timeout_s: float) -> machine.Result:
+    chosen = ("-m", "gate") if gate else ()
+    if SCENARIOS not in shard.paths:  # whose conftest.py chooses tests
+        chosen = ("-p", f"{SCENARIOS}.conftest".replace("/", "."), *chosen)
+    command = [*PYTEST, *chosen, "--junit-xml=$LAB_OUT/junit.xml", *shard.paths]
+    return machine.boot(shard.kind, command, timeout_s=timeout_s, live=False)
+
+
+def write_junit(folder: Path, shard: Shard, result: machine.Result | None, problem: str) -> None:
+    """pytest's XML, or in its place one with an error where the machine did not come to its end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    to = folder / f"xenlab-{shard}.xml"
+    if result and (result.out / "junit.xml").exists():
+        shutil.copy(result.out / "junit.xml", to)
+    else:
+        suite = ElementTree.Element("testsuite", name=str(shard), tests="1", errors="1")
+        case = ElementTree.SubElement(suite, "testcase", classname="tests.xenlab", name=str(shard), time="0")
+        ElementTree.SubElement(case, "error", message=problem.splitlines()[0]).text = problem
+        ElementTree.ElementTree(suite).write(to, encoding="unicode")
+    took = folder / "xenlab.json"
+    figures = json.loads(took.read_text()) if took.exists() else {}
+    if result:
+        ready_s = round(result.ready_s, 1)
+        figures[str(shard)] = {"ready_s": ready_s, "seconds": round(result.seconds, 1), "status": result.status}
+    took.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tests.xenlab", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--hypervisor", choices=parts.MACHINES, default=parts.HYPERVISORS[0])
+    parser.add_argument(
+        "--hypervisor", choices=parts.MACHINES, action="append",
+        help=f"where to run (default: {parts.HYPERVISORS[0]}; of the tests: all; may be given again for them)",
+    )  # fmt: skip
     parser.add_argument("--timeout", type=float, default=3300.0, help="seconds for one machine (default 3300)")
     parser.add_argument(
         "--memory", type=int, default=machine.MEMORY_MIB, help="MiB of one machine (default %(default)s)"
     )
     parser.add_argument("--keep", type=Path, help=f"folder for results (default: a new one under {directory()}/runs)")
-    parser.add_argument("--build", action="store_true", help="build every part, run nothing")
+    parser.add_argument("--build", action="store_true", help="build every part, save every machine, run nothing")
     parser.add_argument("--tests", action="store_true", help="run the lab's tests on each hypervisor")
+    parser.add_argument("--gate", action="store_true", help="of the tests those that every change must pass")
+    parser.add_argument("--junit", type=Path, help="folder for the tests' results as JUnit XML")
     parser.add_argument("command", nargs="*", help="a shell command; put -- before options of its own")
     options = parser.parse_args()
+    kinds = options.hypervisor or list(parts.MACHINES)
     try:
         if options.build:
             parts.build()
+            machine.save_all(kinds)
             return
         if options.tests:
-            sys.exit(run_tests(options.timeout))
+            sys.exit(run_tests(kinds, gate=options.gate, junit=options.junit, timeout_s=options.timeout))
         if not options.command:
             parser.error("a command, --build or --tests")
+        words = options.command
         result = machine.boot(
-            options.hypervisor,
-            " ".join(options.command),
+            kinds[0],
+            words[3:] if words[:3] == ["python3", "-m", "pytest"] else " ".join(words),
             timeout_s=options.timeout,
             keep=options.keep,
             memory_mib=options.memory,

@@ -2,7 +2,7 @@
 """In dom0: each test belongs on some of the hypervisors, and the others leave it out.
 
 A test of the conformance suite belongs on the one with all operations; those marked ``eviction`` on the one without the batched
-operation as well.
+operation as well.  The whole suite is part of the gate, and of the lab's own tests those marked ``gate``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("these tests run in a dom0: make xenlab")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     def belongs(item: pytest.Item) -> bool:
         marker = item.get_closest_marker("hypervisors")
@@ -33,3 +34,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     elsewhere = [item for item in items if not belongs(item)]
     items[:] = [item for item in items if belongs(item)]
     config.hook.pytest_deselected(items=elsewhere)
+    for item in items:
+        if HERE not in item.path.parents:
+            item.add_marker("gate")

@@ -45,6 +45,7 @@ def empty(xen: XenHypervisor, *, hap: bool = True) -> XenDomain:
     return xen.create_incoming(DomainConfig("empty", 4096, 4096, 1, platform.pack()))
 
 
+@pytest.mark.gate
 @pytest.mark.hypervisors("debian")
 def test_without_paging_preflight_says_so_in_one_line_and_nothing_is_touched(xen: XenHypervisor) -> None:
     told = xen_postcopy("preflight")
@@ -63,6 +64,7 @@ def test_without_paging_preflight_says_so_in_one_line_and_nothing_is_touched(xen
         assert before == (domain.info(), domain.param(HVM_PARAM_PAGING_RING_PFN), memory_of(domain).tolist())
 
 
+@pytest.mark.gate
 @PAGING
 def test_preflight_says_how_pages_are_evicted() -> None:
     told = xen_postcopy("preflight")
@@ -96,6 +98,7 @@ def test_what_xen_does_not_page_is_refused_before_it_is_tried(xen: XenHypervisor
     domain.destroy()
 
 
+@pytest.mark.gate
 @PAGING
 def test_one_by_one_does_the_same(xen: XenHypervisor) -> None:
     """On a hypervisor with populate_evicted as well: what the fallback does is what that does."""

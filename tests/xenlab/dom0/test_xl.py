@@ -131,6 +131,7 @@ def check_heartbeat(guest: Guest) -> None:
     assert [beat.errors for beat in beats] == [0] * len(beats)
 
 
+@pytest.mark.gate
 @PAGING
 def test_xl_migrates_by_postcopy_and_back(running: Host) -> None:
     """Both strategies, there and back: the heartbeat goes on, and nothing is left of the source."""

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The part of the lab that runs on the host."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from tests.xenlab import qemu
+from tests.xenlab.__main__ import SHARDS, write_junit
+
+LEAF_1, LEAF_EXTENDED = 0x00000001, 0x80000001
+
+
+def cpuid(*leaves: tuple[int, int]) -> bytes:
+    """A ``struct kvm_cpuid2`` with these leaves' ECX."""
+    entries = (struct.pack("10I", leaf, 0, 0, 0, 0, ecx, 0, 0, 0, 0) for leaf, ecx in leaves)
+    return struct.pack("2I", len(leaves), 0) + b"".join(entries) + bytes(40)
+
+
+@pytest.mark.parametrize(
+    ("leaves", "expected"),
+    [
+        ([(LEAF_1, 1 << 5)], True),
+        ([(LEAF_1, 0), (LEAF_EXTENDED, 1 << 2)], True),
+        ([(LEAF_1, 1 << 2), (LEAF_EXTENDED, 1 << 5)], False),
+        ([(7, 1 << 5 | 1 << 2)], False),
+        ([], False),
+    ],
+)
+def test_kvm_is_used_where_it_offers_guests_of_guests(leaves: list[tuple[int, int]], expected: bool) -> None:
+    assert qemu.nests(cpuid(*leaves)) == expected
+
+
+def test_a_host_without_kvm_emulates(tmp_path: Path) -> None:
+    assert not qemu.kvm_nests(tmp_path / "kvm")
+    (tmp_path / "kvm").touch()
+    assert not qemu.kvm_nests(tmp_path / "kvm")
+
+
+def test_a_machine_without_results_is_an_error(tmp_path: Path) -> None:
+    write_junit(tmp_path, SHARDS[0], None, "the machine died (Panic on CPU)\nlast words")
+    suite = ElementTree.parse(tmp_path / f"xenlab-{SHARDS[0]}.xml").getroot()
+    (case,) = suite.iter("testcase")
+    error = case.find("error")
+    assert error is not None and error.get("message") == "the machine died (Panic on CPU)"
