@@ -409,6 +409,7 @@ async def test_a_receiver_after_the_handover(world: World, said: Said, complaint
     await receiver_of(world, what, after=after)
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("world", [4], indirect=True)
 async def test_a_flood_of_faults_by_one_that_reads_nothing(world: World) -> None:
     """Each is answered by a page, again and again; the answers wait in its own socket, and it is not asked for more."""

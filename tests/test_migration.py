@@ -69,6 +69,7 @@ def test_every_strategy_with_every_workload(world: World, name: str, strategy: s
     assert result["populate_evicted"] == ("" if strategy == "precopy" else "native")
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("vcpus", [1, 9, 64])
 def test_any_number_of_vcpus(world: World, name: str, vcpus: int) -> None:
     """More vCPUs than the ring has slots, too."""
@@ -104,6 +105,7 @@ def test_zero_pages_are_sent_as_such(world: World, name: str) -> None:
     assert result["bytes_sent"] < spec.memory_bytes / 10
 
 
+@pytest.mark.serial
 def test_faults_are_not_held_back_by_the_bandwidth_cap(world: World, name: str) -> None:
     spec = boot(world, name, memory=8 * MIB, vcpus=2, zero_permille=0, working_set_bytes=8 * MIB)
     result = migrate(world, name, strategy="postcopy", bandwidth=2 * MIB)
@@ -117,6 +119,7 @@ def test_precopy_keeps_to_the_cap(world: World, name: str) -> None:
     assert result["total_s"] > 16 / 40 * 0.8  # 16 MiB at 40 MiB/s, less the burst
 
 
+@pytest.mark.serial
 def test_many_at_once_through_one_pair_of_daemons(world: World, name: str) -> None:
     specs = [boot(world, f"{name}-{i}", memory=8 * MIB, seed=i) for i in range(8)]
     results: dict[int, Any] = {}
