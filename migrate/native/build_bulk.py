@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Compiles what moves many pages through a socket (cffi, API mode) as ``migrate._bulk``."""
 
+import runpy
 from pathlib import Path
 
 from cffi import FFI
@@ -8,6 +9,7 @@ from cffi import FFI
 HERE = Path(__file__).resolve().parent
 # setuptools wants source paths relative to the project's root.
 ROOT = HERE.parent.parent
+FLAGS = runpy.run_path(str(ROOT / "xenbackend/native/flags.py"))["FLAGS"]
 
 ffi = FFI()
 ffi.cdef((HERE / "bulk_api.h").read_text())
@@ -17,5 +19,5 @@ ffi.set_source(
     sources=[str((HERE / "bulk.c").relative_to(ROOT))],
     include_dirs=[str(HERE.relative_to(ROOT))],
     depends=[str((HERE / "bulk_api.h").relative_to(ROOT))],
-    extra_compile_args=["-O2", "-std=gnu11", "-Wall", "-Wextra"],
+    extra_compile_args=FLAGS,
 )

@@ -9,6 +9,7 @@ from cffi import FFI
 HERE = Path(__file__).resolve().parent
 # setuptools wants source paths relative to the project's root.
 ROOT = HERE.parent.parent
+FLAGS = runpy.run_path(str(ROOT / "xenbackend/native/flags.py"))["FLAGS"]
 
 ffi = FFI()
 ffi.include(runpy.run_path(str(ROOT / "xenbackend/native/build_ring.py"))["ffi"])
@@ -19,5 +20,5 @@ ffi.set_source(
     sources=[str((HERE / "fault.c").relative_to(ROOT))],
     include_dirs=[str(HERE.relative_to(ROOT)), "xenbackend/native"],
     depends=[str((HERE / "fault_api.h").relative_to(ROOT)), "xenbackend/native/ring_api.h"],
-    extra_compile_args=["-O2", "-std=gnu11", "-Wall", "-Wextra"],
+    extra_compile_args=FLAGS,
 )

@@ -5,6 +5,7 @@
 """
 
 import os
+import runpy
 from pathlib import Path
 
 from cffi import FFI
@@ -16,6 +17,7 @@ SYSROOT = os.environ.get("XEN_SYSROOT", "")
 LIBRARIES = ["xenctrl", "xenguest", "xencall", "xendevicemodel", "xenforeignmemory", "xenevtchn", "xenstore"]
 SOURCES = ["host.c", "memory.c", "pinned.c", "paging.c", "one_page.c", "state.c"]
 HEADERS = ["api.h", "internal.h", "../../native/vm_event.h"]
+FLAGS = runpy.run_path(str(ROOT / "xenbackend/native/flags.py"))["FLAGS"]
 
 ffi = FFI()
 ffi.cdef((HERE / "api.h").read_text())
@@ -27,7 +29,7 @@ ffi.set_source(
     library_dirs=[f"{SYSROOT}/usr/lib/x86_64-linux-gnu"] if SYSROOT else [],
     libraries=LIBRARIES,
     depends=[str((HERE / name).resolve().relative_to(ROOT)) for name in HEADERS],
-    extra_compile_args=["-O2", "-std=gnu11", "-Wall", "-Wextra", "-Wno-sign-compare"],
+    extra_compile_args=FLAGS,
     extra_link_args=["-pthread", "-Wl,--allow-shlib-undefined"],
 )
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Compiles the simulated hypervisor (cffi, API mode) as ``xenbackend.simulated._sim``."""
 
+import runpy
 from pathlib import Path
 
 from cffi import FFI
@@ -8,6 +9,7 @@ from cffi import FFI
 HERE = Path(__file__).resolve().parent
 # setuptools wants source paths relative to the project's root.
 ROOT = HERE.parent.parent.parent
+FLAGS = runpy.run_path(str(ROOT / "xenbackend/native/flags.py"))["FLAGS"]
 
 ffi = FFI()
 ffi.cdef((HERE / "api.h").read_text())
@@ -17,6 +19,6 @@ ffi.set_source(
     sources=[str((HERE / name).relative_to(ROOT)) for name in ("hypercalls.c", "program.c", "vcpu.c")],
     include_dirs=[str(HERE.relative_to(ROOT))],
     depends=[str((HERE / name).relative_to(ROOT)) for name in ("api.h", "internal.h")],
-    extra_compile_args=["-O2", "-std=gnu11", "-Wall", "-Wextra", "-Wno-sign-compare"],
+    extra_compile_args=FLAGS,
     extra_link_args=["-pthread"],
 )
