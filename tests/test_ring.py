@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import struct
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.front_end import ANSWERED, FREE, NOTES, OPEN, SLOTS, FrontEnd
+from xenbackend._ring import ffi, lib
 from xenbackend.contract import XenError
 from xenbackend.ring import VM_EVENT_SLOTS, PagingRequest
 
@@ -126,3 +128,18 @@ def test_a_corrupt_ring_is_said_to_be_so() -> None:
     xen.page[SLOTS : SLOTS + 4] = struct.pack("<I", 8)  # another interface version
     with pytest.raises(XenError, match="corrupt"):
         ring.requests()
+
+
+def test_an_index_that_goes_back_is_corrupt() -> None:
+    """More requests than slots seem to be there.  The ninth has no place in the caller's memory."""
+    xen = FrontEnd()
+    xen.pager()
+    for pfn in range(VM_EVENT_SLOTS):
+        xen.ask(pfn)
+    state = ffi.new("struct ring_state *", {"page": ffi.from_buffer(xen.page), "event_fd": -1, "notify_fd": -1})
+    state.req_cons = VM_EVENT_SLOTS
+    xen.page[0:4] = struct.pack("<I", VM_EVENT_SLOTS // 2)
+    requests = ffi.new("struct ring_request[]", VM_EVENT_SLOTS + 1)
+    requests[VM_EVENT_SLOTS].gfn = 99
+    assert lib.ring_consume(state, requests) == -errno.EPROTO
+    assert requests[VM_EVENT_SLOTS].gfn == 99

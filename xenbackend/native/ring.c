@@ -100,6 +100,8 @@ int ring_consume(struct ring_state *ring, struct ring_request *out)
         while (ring->req_cons != prod) {
             struct vm_event *req = vm_event_slot(sring, ring->req_cons);
 
+            if (n == VM_EVENT_SLOTS)
+                return -EPROTO;     /* req_prod went back: it is behind what has been taken out */
             if (req->version != VM_EVENT_INTERFACE_VERSION ||
                 req->reason != VM_EVENT_REASON_MEM_PAGING)
                 return -EPROTO;
