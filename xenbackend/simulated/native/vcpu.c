@@ -32,12 +32,13 @@
 #define VCPU_NICE 10
 #define HYPERVISOR_NICE (-15)
 
-enum vcpu_state { VCPU_OFF, VCPU_RUNNING, VCPU_PARKED, VCPU_WAIT_PAGE, VCPU_WAIT_SLOT };
+enum vcpu_state { VCPU_RUNNING, VCPU_PARKED, VCPU_WAIT_PAGE, VCPU_WAIT_SLOT };
 
 struct host_vcpu {
     struct sim_host_domain *h;
     uint32_t id;
     pthread_t thread;
+    int has_thread;
     pthread_cond_t wake;
     enum vcpu_state state;      /* under h->lock */
     int event_pause;            /* a request of this vCPU is unanswered (vm_event pause count) */
@@ -91,7 +92,7 @@ static void wake_all(struct sim_host_domain *h)
         pthread_cond_signal(&h->vcpu[i].wake);
 }
 
-/* The guest dies; like a crashed domain it is kept for inspection, its vCPUs standing still. */
+/* The guest dies; like a crashed domain it is kept for inspection, its vCPUs standing still.  Locked. */
 static void crash(struct sim_host_domain *h, uint32_t vcpu, uint32_t reason, uint64_t pfn)
 {
     struct sim_domain *d = h->m->dom;
@@ -99,7 +100,7 @@ static void crash(struct sim_host_domain *h, uint32_t vcpu, uint32_t reason, uin
     if (!d->crash) {
         d->crash_vcpu = vcpu;
         d->crash_pfn = pfn;
-        d->crash = reason;
+        __atomic_store_n(&d->crash, reason, __ATOMIC_SEQ_CST);      /* last: other processes look at it */
     }
     __atomic_fetch_or(&h->pause, 0x80000000u, __ATOMIC_SEQ_CST);
 }
@@ -275,7 +276,8 @@ static void give_away(struct host_vcpu *v, uint64_t pfn)
     struct sim_domain *d = h->m->dom;
     uint32_t w;
 
-    while (!d->drops && is_paging(E_TYPE(__atomic_load_n(&h->m->p2m[pfn], __ATOMIC_SEQ_CST))) && !h->exiting && !d->crash)
+    while (!d->drops && is_paging(E_TYPE(__atomic_load_n(&h->m->p2m[pfn], __ATOMIC_SEQ_CST))) &&
+           !__atomic_load_n(&h->exiting, __ATOMIC_SEQ_CST) && !__atomic_load_n(&d->crash, __ATOMIC_SEQ_CST))
         page_fault(v, pfn);
     w = entry_lock(h->m, pfn);
 
@@ -327,11 +329,17 @@ static void idle_until(struct host_vcpu *v, uint64_t deadline)
     pthread_mutex_unlock(&h->lock);
 }
 
+static void crash_at(struct host_vcpu *v, uint64_t pfn)
+{
+    pthread_mutex_lock(&v->h->lock);
+    crash(v->h, v->id, CRASH_BAD_ACCESS, pfn);
+    pthread_mutex_unlock(&v->h->lock);
+}
+
 /* One access to memory; returns 0 when it has to be tried again. */
 static int access_page(struct host_vcpu *v, struct sim_access a)
 {
-    struct sim_host_domain *h = v->h;
-    struct sim_map *m = h->m;
+    struct sim_map *m = v->h->m;
     const struct sim_program *p = &m->dom->program;
     struct sim_vcpu *arch = &m->dom->vcpu[v->id];
     uint32_t w = __atomic_fetch_add(&m->p2m[a.pfn], E_ACCESS, __ATOMIC_SEQ_CST);
@@ -365,7 +373,7 @@ static int access_page(struct host_vcpu *v, struct sim_access a)
     else if (is_paging(E_TYPE(w)))
         page_fault(v, a.pfn);
     else
-        crash(h, v->id, CRASH_BAD_ACCESS, a.pfn);
+        crash_at(v, a.pfn);
     return 0;
 }
 
@@ -452,7 +460,9 @@ int sim_host_resume_guest(struct sim_host_domain *h)
 
         if (!is_ram(E_TYPE(w))) {
             entry_unlock(h->m, pfn);
+            pthread_mutex_lock(&h->lock);
             crash(h, i, CRASH_VCPU_INFO, pfn);
+            pthread_mutex_unlock(&h->lock);
             return -EINVAL;
         }
         if (!d->vcpu[i].registered)
@@ -522,7 +532,7 @@ void sim_host_free(struct sim_host_domain *h)
     wake_all(h);
     pthread_mutex_unlock(&h->lock);
     for (uint32_t i = 0; i < h->m->dom->nr_vcpus; i++)
-        if (h->vcpu[i].state != VCPU_OFF)
+        if (h->vcpu[i].has_thread)
             pthread_join(h->vcpu[i].thread, NULL);
     paging_disable(h);
     free(h);
@@ -551,8 +561,8 @@ struct sim_host_domain *sim_host_new(struct sim_map *m)
     pthread_sigmask(SIG_SETMASK, &all, &old);
     for (uint32_t i = 0; i < m->dom->nr_vcpus; i++) {
         h->vcpu[i].state = VCPU_RUNNING;
-        if (pthread_create(&h->vcpu[i].thread, NULL, vcpu_main, &h->vcpu[i])) {
-            h->vcpu[i].state = VCPU_OFF;
+        h->vcpu[i].has_thread = !pthread_create(&h->vcpu[i].thread, NULL, vcpu_main, &h->vcpu[i]);
+        if (!h->vcpu[i].has_thread) {
             sim_host_free(h);
             h = NULL;
             break;
