@@ -10,7 +10,7 @@ SPACE := $(subst ,, )
 NATIVE := $(wildcard migrate/native/*.[ch] migrate/native/*.py xenbackend/native/*.[ch] xenbackend/native/*.py xenbackend/*/native/*.[ch] xenbackend/*/native/*.py)
 
 .PHONY: all tools gate everything demo test check coverage coverage-core coverage-c bench soak chaos many underload \
-	model fuzz xenlab xenlab-bench xenlab-xl-bench deb lock clean
+	model warnings sanitize races fuzz xenlab xenlab-bench xenlab-xl-bench deb lock clean
 
 all: $(STAMP)
 
@@ -28,7 +28,7 @@ gate everything: $(STAMP)
 
 # The Debian packages that the checks need, installed one time before the stages run beside each other.
 tools: $(STAMP)
-	@.ci/prepare $(PYTHON) spin
+	@.ci/prepare $(PYTHON) spin clang libclang-rt-dev libxen-dev
 	$(BIN)/python -c 'from tests.xenlab.parts import check_tools; check_tools()'
 
 DEMO_MEMORY ?= 1G
@@ -103,10 +103,27 @@ model: $(STAMP)
 	@.ci/prepare $(PYTHON) spin
 	$(BIN)/python -m tests.model.check
 
-# What a peer may send, guided by coverage.
+# ---- the C files and what runs in them (docs/testing.md) ----
+# Warnings of two compilers, a static analyser.
+warnings: $(STAMP)
+	@.ci/prepare $(PYTHON) clang libxen-dev
+	$(BIN)/python -m tests.native.lint
+
+# AddressSanitizer and UndefinedBehaviorSanitizer; JUNIT= is a folder for a report of the tests.
+sanitize: $(STAMP)
+	$(BIN)/python -m tests.native.sanitize $(if $(JUNIT),--junitxml=$(abspath $(JUNIT))/sanitize.xml)
+
+# ThreadSanitizer.
+races: $(STAMP)
+	@.ci/prepare $(PYTHON) clang libclang-rt-dev libxen-dev
+	$(BIN)/python -m tests.native.races
+
+# What a peer may send and a ring may hold, guided by coverage: of the Python codec and of the C parsers.
 FUZZ_SECONDS ?= 60
 fuzz: $(STAMP)
+	@.ci/prepare $(PYTHON) clang libclang-rt-dev
 	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
+# ----
 
 # The real Xen, emulated: builds hypervisors and a dom0 the first time (minutes), boots each and runs tests/xenlab/dom0 in it.
 xenlab: $(STAMP)

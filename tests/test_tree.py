@@ -80,7 +80,7 @@ def test_the_licence_of_all_other_files_is_stated_at_the_top() -> None:
 
 
 # ---- white space ----
-NOT_TEXT = ("tests/fuzz/corpus/*", "*.patch")
+NOT_TEXT = ("tests/fuzz/corpus/*", "tests/fuzz/native/corpus/*/*", "*.patch")
 """In which white space has a meaning."""
 MOST_COLUMNS = 100
 NOT_WRAPPED_YET = {"docs/performance.md", "docs/xenlab.md"}

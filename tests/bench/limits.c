@@ -231,6 +231,8 @@ static void delay(unsigned short port, double seconds)
             struct pipe *pipe = calloc(1, sizeof(*pipe));
             pthread_t thread;
 
+            if (!pipe)
+                die("no memory");
             pipe->from = way ? there : here;
             pipe->to = way ? here : there;
             pipe->delay = seconds;
@@ -279,6 +281,8 @@ int main(int argc, char **argv)
     if (chain || !strcmp(argv[1], "roundtrip")) {
         double *times = calloc(n, sizeof(*times));
 
+        if (!times)
+            die("no memory");
         for (unsigned long i = 0; i < n; i++) {
             start = now();
             if (child && chain) {
@@ -296,6 +300,7 @@ int main(int argc, char **argv)
             qsort(times, n, sizeof(*times), compare);
             printf("%.1f %.1f\n", times[n / 2], times[n * 99 / 100]);
         }
+        free(times);
     } else {
         if (!strcmp(argv[1], "into")) {
             int file = memfd_create("memory", 0);

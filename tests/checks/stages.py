@@ -37,6 +37,9 @@ TOOLS = Stage("tools", "Debian packages that the checks need are installed", _ma
 TEST = Stage("test", "style, types, and every test", _make("test"), 1800)
 CORE = Stage("coverage-core", "every branch of the sans-IO core is tested", _make("coverage-core"), 600)
 MODEL = Stage("model", "every state of the handover, and of ten mutations", _make("model"), 600)
+WARNINGS = Stage("warnings", "errors in C that a compiler can see", _make("warnings"), 600)
+SANITIZE = Stage("sanitize", "memory errors in C", _make("sanitize"), 1200)
+RACES = Stage("races", "data races in C", _make("races"), 900, cores=2)
 DEMO = Stage("demo", "the demo of the README", _make("demo", "DEMO_MEMORY=256M"), 300)
 
 GATE = (
@@ -46,7 +49,10 @@ GATE = (
     Stage("chaos", "faults at random instants", _make("chaos", "CHAOS_TRIALS=15"), 600),
     MODEL,
     CORE,
-    Stage("fuzz", "what a peer may send", _make("fuzz", "FUZZ_SECONDS=60"), 300),
+    SANITIZE,
+    WARNINGS,
+    RACES,
+    Stage("fuzz", "what a peer may send and a ring may hold", _make("fuzz", "FUZZ_SECONDS=60"), 300),
     DEMO,
 )
 EVERYTHING = (
@@ -58,7 +64,10 @@ EVERYTHING = (
     DEMO,
     Stage("xenlab", "a real Xen: every machine and test", _make("xenlab"), 7200, cores=ALONE),
     MODEL,
-    Stage("fuzz", "what a peer may send", _make("fuzz", "FUZZ_SECONDS=1800"), 3600),
+    SANITIZE,
+    WARNINGS,
+    RACES,
+    Stage("fuzz", "what a peer may send and a ring may hold", _make("fuzz", "FUZZ_SECONDS=1800"), 3600),
     Stage("chaos", "faults at random instants", _make("chaos", "CHAOS_TRIALS=500"), 7200, cores=ALONE),
     Stage("many", "a hundred migrations at once, a thousand in turn", _make("many"), 1800, cores=ALONE),
     Stage("soak", "every strategy and workload", _make("soak", "SOAK_ROUNDS=2"), 3600, cores=ALONE),

@@ -86,7 +86,8 @@ int main(void)
     fd = open("/proc/cmdline", O_RDONLY);
     if (fd < 0 || read(fd, line, sizeof(line) - 1) < 0)
         printf("no command line\n");
-    close(fd);
+    if (fd >= 0)
+        close(fd);
     sysinfo(&info);
 
     uint64_t pages = option(line, "pages=", info.freeram * info.mem_unit / PAGE * 2 / 3);
@@ -99,6 +100,7 @@ int main(void)
 
     if (memory == MAP_FAILED || !writes) {
         printf("no memory for %lu pages\n", (unsigned long)pages);
+        free(writes);
         return 1;
     }
     for (uint64_t page = 0; page < pages; page++)

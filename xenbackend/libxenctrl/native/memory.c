@@ -68,8 +68,8 @@ static int page_is_zero(const uint8_t *page)
 int xen_map(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, uint8_t *status, const void **pages,
             struct xen_view *view)
 {
-    xen_pfn_t *frames = malloc((n + 1) * sizeof(*frames));
-    int *errors = malloc((n + 1) * sizeof(*errors));
+    xen_pfn_t *frames = calloc(n + 1, sizeof(*frames));
+    int *errors = calloc(n + 1, sizeof(*errors));
     size_t mapped = 0, at = 0;
     int rc = -ENOMEM;
 
@@ -212,6 +212,7 @@ int xen_write(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n
         rc = xen_page_types(h, domid, gfns + *done, batch, types);
         if (rc)
             return rc;
+        /* analyser: types is not written only where libxenctrl fails, and errno is not 0 then */
         while (there < batch && types[there] == PAGE_DATA)
             there++;
         if (there < batch)

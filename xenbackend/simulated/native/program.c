@@ -162,6 +162,7 @@ void sim_expected_visits(const struct sim_program *p, uint32_t vcpu, uint64_t co
     for (uint32_t s = 0; s < streams; s++) {
         uint64_t n = stream_pages(p, s);
         uint64_t steps = (count + streams - 1 - s) / streams;
+        /* analyser: n is not 0, each of nr_streams() has a page */
         uint64_t passes = steps / n, rest = steps % n;
 
         for (uint64_t i = 0; i < n; i++)

@@ -1,0 +1,482 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * A postcopy migration on the simulated hypervisor without Python, for ThreadSanitizer: the threads
+ * and locks of the daemons around fault.c, ring.c, bulk.c, hypercalls.c and vcpu.c.
+ *
+ *   vCPUs      run the guest at the destination, and fault
+ *   pager      ring -> fault -> page -> load -> ring (fault_wait), and what is not usual
+ *   server     fault -> page (fault_serve)
+ *   pusher     pages that nobody asks for, in batches
+ *   loader     loads these batches
+ *   evictor    when all pages have come, puts some back to the source, round by round; some
+ * evictions fail
+ *
+ * Each page must be what the guest's program has made of it then.  In the end the guest crashes.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <unistd.h>
+#include "kinds.h"
+#include "ring_api.h"
+#include "../../../migrate/native/bulk_api.h"
+#include "../../../migrate/native/fault_api.h"
+#include "../../../xenbackend/simulated/native/internal.h"
+
+#define VCPUS 3
+#define PAGES 512ull /* that the guest uses */
+#define BALLOON 64   /* more, which it gives away */
+#define MISSING (PAGES + BALLOON)
+#define NR_PFNS (MISSING + VCPUS)
+#define BATCH 8
+#define BUFFER_BYTES (64 << 10)
+#define ROUNDS 12
+#define EVICTIONS 200 /* that are tried in each */
+#define PING "ping"   /* no frame: each end leaves it to the caller */
+
+#define CHECK(what) ((what) ? (void)0 : fail(__LINE__, #what))
+
+enum { NOT_OURS, UNSENT, SENT, DONE }; /* as fault.c has them */
+enum { PRESENT, OUTSTANDING, REQUESTED, LOADING, READY, DROPPED };
+
+static void fail(int line, const char *what)
+{
+    fprintf(stderr, "migration.c:%d: not so: %s\n", line, what);
+    _exit(1);
+}
+
+static const struct sim_program program = {
+    .kind = PROGRAM_RANDOM,
+    .nr_vcpus = VCPUS,
+    .seed = 1,
+    .pages = PAGES,
+    .write_permille = 500,
+    .generated = 1,
+    .balloon_pages = BALLOON,
+    .balloon_every = 50,
+    .image_seed = 2,
+    .zero_permille = 200,
+};
+
+/* ---- the hosts ---- */
+static struct sim_map at_source, at_destination;
+
+static void make_domain(struct sim_map *m)
+{
+    int control = memfd_create("control", 0), memory = memfd_create("memory", 0);
+
+    CHECK(!ftruncate(control, sim_control_bytes(NR_PFNS)) &&
+          !ftruncate(memory, NR_PFNS * PAGE_BYTES));
+    CHECK(!sim_attach(m, control, memory, SIM_HOST_OWNER));
+    close(control);
+    m->dom->magic = SIM_MAGIC;
+    m->dom->nr_pfns = NR_PFNS;
+    m->dom->nr_vcpus = VCPUS;
+    m->dom->program = program;
+    for (uint64_t vcpu = 0; vcpu < VCPUS; vcpu++)
+        m->dom->vcpu[vcpu].vcpu_info_pfn = NR_PFNS - 1 - vcpu;
+    for (uint64_t pfn = 0; pfn < NR_PFNS; pfn++)
+        m->p2m[pfn] = P2M_HOLE;
+}
+
+/* The same memory for another process.  A second mapping would hide from ThreadSanitizer that it is
+ * the same. */
+static struct sim_map seen_by(const struct sim_map *m, uint32_t owner)
+{
+    struct sim_map other = *m;
+
+    other.owner = owner;
+    return other;
+}
+
+/* ---- the sender ---- */
+static struct fault_source source;
+static uint8_t source_state[NR_PFNS];
+static int64_t left[1], unsent, cursor;
+static struct sim_map server_map, pusher_map, loader_map, pager_map, evictor_map;
+static int push_from, push_to;
+static uint32_t stopping;
+static uint64_t pushed, loaded; /* batches: under source.lock, atomic */
+static uint32_t pongs;
+
+static int is_stopping(void) { return __atomic_load_n(&stopping, __ATOMIC_ACQUIRE); }
+
+static int look_at(void *domain, uint64_t pfn, const void **page)
+{
+    return sim_look_at(domain, pfn, page);
+}
+static int load_at(void *domain, uint64_t pfn, const void *page)
+{
+    return sim_load_at(domain, pfn, page);
+}
+static int consume(void *ring, struct ring_request *out) { return ring_consume(ring, out); }
+static int respond(void *ring, const struct ring_request *answers, int n)
+{
+    return ring_respond(ring, answers, n);
+}
+
+static void *server_main(void *arg)
+{
+    void *buffer = malloc(BUFFER_BYTES);
+    long got;
+
+    (void)arg;
+    CHECK(buffer);
+    while ((got = fault_serve(&source, buffer, BUFFER_BYTES, 1)) > 0) {
+        CHECK(got == sizeof(PING) && !memcmp(buffer, PING, sizeof(PING)));
+        CHECK(send(source.lane.fd, PING, sizeof(PING), MSG_NOSIGNAL) == sizeof(PING));
+    }
+    CHECK(got == 0); /* the connection's end */
+    free(buffer);
+    return NULL;
+}
+
+struct batch {
+    uint64_t n;
+    uint64_t pfns[BATCH];
+    uint8_t pages[BATCH][PAGE_BYTES];
+};
+
+static void *pusher_main(void *arg)
+{
+    struct batch *batch = malloc(sizeof(*batch));
+
+    (void)arg;
+    CHECK(batch);
+    while (!is_stopping()) {
+        struct bulk_piece piece = { batch, sizeof(*batch) };
+
+        batch->n = 0;
+        fault_lock_take(source.lock);
+        for (uint64_t tried = 0; tried < NR_PFNS && unsent && batch->n < BATCH; tried++) {
+            uint64_t pfn = cursor;
+
+            cursor = (cursor + 1) % NR_PFNS;
+            if (source_state[pfn] != UNSENT)
+                continue;
+            source_state[pfn] = SENT;
+            left[0]--;
+            unsent--;
+            batch->pfns[batch->n++] = pfn;
+        }
+        pushed += batch->n != 0;
+        fault_lock_give(source.lock);
+        for (uint64_t i = 0; i < batch->n; i++)
+            memcpy(batch->pages[i], pusher_map.memory + batch->pfns[i] * PAGE_BYTES, PAGE_BYTES);
+        if (batch->n)
+            CHECK(!bulk_send(push_from, &piece, 1));
+        usleep(2000); /* so that there are faults */
+    }
+    shutdown(push_from, SHUT_WR);
+    free(batch);
+    return NULL;
+}
+
+/* ---- the receiver ---- */
+static struct fault_pager pager;
+static struct ring_state ring;
+static uint8_t ring_page[PAGE_BYTES] __attribute__((aligned(PAGE_BYTES)));
+static uint8_t state[NR_PFNS];
+
+static void *loader_main(void *arg)
+{
+    struct batch *batch = malloc(sizeof(*batch));
+
+    (void)arg;
+    CHECK(batch);
+    while (bulk_receive(push_to, batch, sizeof(*batch), 0) == sizeof(*batch)) {
+        int32_t results[BATCH];
+        int wanted[BATCH];
+
+        fault_lock_take(pager.lock);
+        for (uint64_t i = 0; i < batch->n; i++) {
+            uint8_t *s = &state[batch->pfns[i]];
+
+            wanted[i] = *s == OUTSTANDING || *s == REQUESTED;
+            if (wanted[i])
+                *s = LOADING;
+        }
+        fault_lock_give(pager.lock);
+        for (uint64_t i = 0; i < batch->n; i++) {
+            if (!wanted[i])
+                continue;
+            CHECK(sim_load(&loader_map, &batch->pfns[i], 1, batch->pages[i], &results[i]) == 1);
+            fault_lock_take(pager.lock);
+            state[batch->pfns[i]] = READY;
+            CHECK(!fault_answer(&pager));
+            fault_lock_give(pager.lock);
+        }
+        __atomic_add_fetch(&loaded, 1, __ATOMIC_RELEASE);
+    }
+    free(batch);
+    return NULL;
+}
+
+/* What fault_wait leaves to its caller: requests for pages that are there, or on their way into
+ * memory. */
+static void unusual_requests(void)
+{
+    uint8_t frame[sizeof(pager.lane.fault.bytes)];
+
+    CHECK(pager.nr_requests > 0);
+    for (int i = 0; i < pager.nr_requests; i++) {
+        uint64_t pfn = pager.requests[i].gfn;
+        int ask;
+
+        fault_lock_take(pager.lock);
+        CHECK(pfn < NR_PFNS && pager.nr_waiting < FAULT_SLOTS);
+        ask = state[pfn] == OUTSTANDING;
+        if (ask)
+            state[pfn] = REQUESTED;
+        if (state[pfn] == PRESENT) {
+            CHECK(!ring_respond(&ring, &pager.requests[i], 1));
+        } else {
+            pager.waiting[pager.nr_waiting++].request = pager.requests[i];
+            CHECK(!fault_answer(&pager));
+        }
+        fault_lock_give(pager.lock);
+        if (ask) {
+            fault_frame_make(&pager.lane.fault, pfn, frame);
+            fault_lock_take(pager.lane.sending);
+            CHECK(send(pager.lane.fd, frame, pager.lane.fault.size, MSG_NOSIGNAL) ==
+                  (ssize_t)pager.lane.fault.size);
+            fault_lock_give(pager.lane.sending);
+        }
+    }
+}
+
+static void *pager_main(void *arg)
+{
+    void *buffer = malloc(BUFFER_BYTES);
+
+    (void)arg;
+    CHECK(buffer);
+    for (int rc = 0; !(rc & FAULT_STOPPED);) {
+        rc = fault_wait(&pager, buffer, BUFFER_BYTES);
+        CHECK(rc >= 0);
+        if (rc & FAULT_LANE) {
+            CHECK(pager.received == sizeof(PING) && !memcmp(buffer, PING, sizeof(PING)));
+            __atomic_add_fetch(&pongs, 1, __ATOMIC_RELEASE);
+        }
+        if (rc & FAULT_RING)
+            unusual_requests();
+        fault_lock_take(pager.lock);
+        pager.nr_answered = 0;
+        fault_lock_give(pager.lock);
+    }
+    free(buffer);
+    return NULL;
+}
+
+/* All pages are here, and no copy of any is on its way. */
+static void wait_for_all(uint32_t round)
+{
+    for (int all = 0; !all; usleep(1000)) {
+        uint64_t sent;
+
+        fault_lock_take(source.lock);
+        all = !unsent;
+        sent = pushed;
+        fault_lock_give(source.lock);
+        all = all && __atomic_load_n(&loaded, __ATOMIC_ACQUIRE) == sent;
+        fault_lock_take(pager.lock);
+        for (uint64_t pfn = 0; all && pfn < MISSING; pfn++)
+            all = state[pfn] == READY;
+        fault_lock_give(pager.lock);
+    }
+    fault_lock_take(source.lock);
+    memset(source_state, DONE, MISSING);
+    fault_lock_give(source.lock);
+    fault_lock_take(pager.lane.sending);
+    CHECK(send(pager.lane.fd, PING, sizeof(PING), MSG_NOSIGNAL) == sizeof(PING));
+    fault_lock_give(pager.lane.sending);
+    while (__atomic_load_n(&pongs, __ATOMIC_ACQUIRE) <= round)
+        usleep(1000);
+}
+
+/* Nominate, copy, evict.  Whoever touches the page in between has it back, and the eviction fails.
+ */
+static int put_back(uint64_t pfn, int slowly)
+{
+    uint64_t *from = (uint64_t *)(evictor_map.memory + pfn * PAGE_BYTES);
+    uint64_t *to = (uint64_t *)(at_source.memory + pfn * PAGE_BYTES);
+    int rc, once;
+
+    fault_lock_take(source.lock);
+    once = source_state[pfn] == DONE; /* not since all were here: a copy may be on its way */
+    fault_lock_give(source.lock);
+    if (!once)
+        return 0;
+    if (sim_nominate(&evictor_map, pfn))
+        return -1;
+    if (slowly)
+        usleep(300);
+    /* While the guest may write: then the page is not evicted, and this copy is of no use. */
+    for (unsigned i = 0; i < PAGE_BYTES / 8; i++)
+        to[i] = __atomic_load_n(&from[i], __ATOMIC_RELAXED);
+    fault_lock_take(pager.lock);
+    rc = sim_evict(&evictor_map, pfn);
+    if (!rc) {
+        fault_lock_take(source.lock);
+        source_state[pfn] = UNSENT;
+        left[0]++;
+        unsent++;
+        fault_lock_give(source.lock);
+        state[pfn] = OUTSTANDING;
+    }
+    fault_lock_give(pager.lock);
+    return rc;
+}
+
+static void *evictor_main(void *arg)
+{
+    uint64_t random = 1;
+    int failed = 0;
+
+    (void)arg;
+    for (uint32_t round = 0; round < ROUNDS; round++) {
+        wait_for_all(round);
+        for (int n = 0; n < EVICTIONS; n++) {
+            random = random * 6364136223846793005ull + 1442695040888963407ull;
+            failed += put_back((random >> 33) % PAGES, n % 8 == 0) != 0;
+        }
+    }
+    wait_for_all(ROUNDS);
+    printf("%d evictions, %d of them failed\n", ROUNDS * EVICTIONS, failed);
+    return NULL;
+}
+
+/* ---- all of it ---- */
+static void compare(void)
+{
+    uint64_t *visits = calloc(VCPUS * PAGES, sizeof(*visits)), steps = 0, differing = 0;
+    uint8_t *pages = malloc(PAGES * PAGE_BYTES), *differs = malloc(PAGES);
+
+    CHECK(visits && pages && differs);
+    for (uint32_t vcpu = 0; vcpu < VCPUS; vcpu++) {
+        CHECK(!at_destination.dom->vcpu[vcpu].errors);
+        steps += at_destination.dom->vcpu[vcpu].count;
+        sim_expected_visits(&program, vcpu, at_destination.dom->vcpu[vcpu].count,
+                            visits + vcpu * PAGES);
+    }
+    sim_image_pages(&program, 0, PAGES, pages);
+    sim_compare_pages(&program, 0, PAGES, visits, pages, at_destination.memory, differs);
+    for (uint64_t pfn = 0; pfn < PAGES; pfn++)
+        differing += differs[pfn];
+    printf("%lu steps, %lu pages differ\n", (unsigned long)steps, (unsigned long)differing);
+    CHECK(steps > PAGES && !differing);
+    CHECK(!at_destination.dom->crash && !at_destination.dom->spurious_responses &&
+          !at_destination.dom->premature_responses);
+    free(differs);
+    free(pages);
+    free(visits);
+}
+
+int main(void)
+{
+    static const struct fault_frame fault = FAULT_KIND, page = PAGE_KIND, zero = ZERO_KIND;
+    int to_pager = eventfd(0, EFD_NONBLOCK), from_pager = eventfd(0, EFD_NONBLOCK),
+        wake = eventfd(0, EFD_NONBLOCK);
+    int pull[2], push[2];
+    uint64_t pfns[NR_PFNS];
+    size_t done;
+    pthread_t server, pusher, loader, pager_thread, evictor;
+    struct sim_host_domain *host;
+
+    CHECK(!socketpair(AF_UNIX, SOCK_SEQPACKET, 0, pull) &&
+          !socketpair(AF_UNIX, SOCK_STREAM, 0, push));
+    make_domain(&at_source);
+    make_domain(&at_destination);
+    server_map = seen_by(&at_source, 1);
+    pusher_map = seen_by(&at_source, 2);
+    pager_map = seen_by(&at_destination, 1);
+    loader_map = seen_by(&at_destination, 2);
+    evictor_map = seen_by(&at_destination, 3);
+    for (uint64_t pfn = 0; pfn < NR_PFNS; pfn++) {
+        pfns[pfn] = pfn;
+        source_state[pfn] = pfn < MISSING ? UNSENT : NOT_OURS;
+        state[pfn] = pfn < MISSING ? OUTSTANDING : PRESENT;
+        at_source.p2m[pfn] = P2M_RAM_RW | E_TOUCHED;
+    }
+    left[0] = unsent = MISSING;
+    sim_generate_image(&at_source, 0, PAGES);
+
+    source = (struct fault_source){
+        .lane = { .fd = pull[0],
+                  .sending = fault_lock_new(),
+                  .fault = fault,
+                  .page = page,
+                  .zero = zero },
+        .domain = &server_map,
+        .look = look_at,
+        .lock = fault_lock_new(),
+        .state = source_state,
+        .nr_pfns = NR_PFNS,
+        .left = left,
+        .unsent = &unsent,
+        .cursor = &cursor,
+    };
+    pager = (struct fault_pager){
+        .lane = { .fd = pull[1],
+                  .sending = fault_lock_new(),
+                  .fault = fault,
+                  .page = page,
+                  .zero = zero },
+        .wake_fd = wake,
+        .ring_fd = to_pager,
+        .ring = &ring,
+        .consume = consume,
+        .respond = respond,
+        .domain = &pager_map,
+        .load = load_at,
+        .lock = fault_lock_new(),
+        .state = state,
+        .nr_pfns = NR_PFNS,
+    };
+    ring = (struct ring_state){ .page = ring_page, .event_fd = to_pager, .notify_fd = from_pager };
+    push_from = push[0];
+    push_to = push[1];
+
+    host = sim_host_new(&at_destination);
+    CHECK(host);
+    sim_host_paging_enable(host, ring_page, to_pager, from_pager);
+    ring_begin(&ring, 0);
+    CHECK(!sim_populate(&pager_map, pfns + MISSING, VCPUS, &done));
+    CHECK(!sim_populate_evicted(&pager_map, pfns, MISSING, &done));
+    pthread_create(&server, NULL, server_main, NULL);
+    pthread_create(&pager_thread, NULL, pager_main, NULL);
+    pthread_create(&loader, NULL, loader_main, NULL);
+    fault_lane_open(&source.lane); /* while they wait, as the daemons do */
+    fault_lane_open(&pager.lane);
+    CHECK(!sim_host_resume_guest(host));
+    sim_host_unpause(host);
+    pthread_create(&pusher, NULL, pusher_main, NULL);
+    pthread_create(&evictor, NULL, evictor_main, NULL);
+
+    pthread_join(evictor, NULL);
+    sim_host_pause(host);
+    __atomic_store_n(&stopping, 1, __ATOMIC_RELEASE);
+    pthread_join(pusher, NULL);
+    pthread_join(loader, NULL);
+    CHECK(write(wake, &(uint64_t){ 1 }, 8) == 8);
+    pthread_join(pager_thread, NULL);
+    shutdown(pull[1], SHUT_RDWR);
+    pthread_join(server, NULL);
+    compare();
+    /* Its memory is taken from it: all vCPUs crash the guest at once. */
+    sim_host_unpause(host);
+    CHECK(!sim_depopulate(&evictor_map, pfns, PAGES, &done) && done == PAGES);
+    while (!__atomic_load_n(&at_destination.dom->crash, __ATOMIC_ACQUIRE))
+        usleep(1000);
+    CHECK(!sim_host_paging_disable(host));
+    CHECK(at_destination.dom->crash == CRASH_BAD_ACCESS && at_destination.dom->crash_pfn < PAGES);
+    sim_host_free(host);
+    return 0;
+}
