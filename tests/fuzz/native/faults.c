@@ -221,6 +221,8 @@ static void prepare_lane(struct fault_lane *lane, uint8_t flags)
     if (flags & 2)
         fault_lane_open(lane);
     buffer_bytes = flags & 4 ? 16 << 10 : 1 + take_u32() % (10 << 10);
+    if (flags & 8)      /* hardly room for a page */
+        buffer_bytes = lane->page.size + PAGE_BYTES + 1 - take_byte() % 4;
     buffer = exactly(buffer_bytes);
 }
 

@@ -9,8 +9,9 @@
 #include "vm_event.h"
 
 #define RESUME 1
-#define SANE \
-    2 /* requests and notes as a working front end makes them; indices are the input's still */
+#define BEGIN 4
+/* Requests and notes as a working front end makes them; the indices are the input's still. */
+#define SANE 2
 
 static void make_sane(uint8_t *page)
 {
@@ -37,6 +38,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     flags = take_byte();
     ring.req_cons = take_u32();
     ring.rsp_prod = take_u32();
+    if (flags & BEGIN)
+        ring_begin(&ring, 1);
     for (int round = 0; round < 4; round++) {
         struct {
             uint16_t at;
