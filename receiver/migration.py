@@ -74,6 +74,7 @@ LOOK_AGAIN_EVERY_S = 0.5
 ATTACH_TIMEOUT_S = 10.0
 FINISHED_OR_FINISHING = ("taken over", "finishing")
 """By a journal, the last entries of which may not have been written."""
+NOT_HERE = "an operator has said that the guest is not to run here"
 ENDED = ("completed", "failed", "refused")
 
 
@@ -190,8 +191,9 @@ class IncomingMigration:
         if self.progress.phase != "in doubt" or self._toolstack.decides:
             raise MigrationError(f"there is nothing to decide here: {self.progress.domain} is {self.progress.phase}")
         if not here:
+            self._record("decided elsewhere")  # before the operator has the answer: a successor carries it out
             self._said_ready = False
-            self.cancel("an operator has said that the guest is not to run here")
+            self.cancel(NOT_HERE)
             return
         if self._step == "suspended":
             raise MigrationError("it is not known whether all has come that the guest cannot run without")
@@ -285,12 +287,13 @@ class IncomingMigration:
     def _inherit(self) -> None:
         """What a predecessor had."""
         config = _config(self._offer)
-        if self._step in ("making", "made"):
+        if self._step in ("making", "made", "decided elsewhere"):
             with contextlib.suppress(NoSuchDomainError):
                 left = self._hypervisor.open(config.name if self._step == "making" else self._domid)
-                if self._step == "made" or left.state() is DomainState.INCOMING:
+                if self._step != "making" or left.state() is DomainState.INCOMING:
                     self._domain = left
-            raise MigrationError("the receiver was ended before the guest had arrived")
+            not_arrived = "the receiver was ended before the guest had arrived"
+            raise MigrationError(NOT_HERE if self._step == "decided elsewhere" else not_arrived)
         self._said_ready = True  # for all we know
         try:
             domain = self._hypervisor.reopen_incoming(self._domid, config, lent=self._toolstack.decides)

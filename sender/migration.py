@@ -185,11 +185,9 @@ class OutgoingMigration:
             raise MigrationError(f"there is nothing to decide here: {self.domain_name} is {self.progress.phase}")
         if here and self._toolstack.decides:
             raise MigrationError("xl has destroyed the domain here: there is nothing that could go on")
-        self._verdict = (
-            StaysHereError("an operator has said that the guest does not run at the destination")
-            if here
-            else GuestEndedError("an operator has said that nothing of the guest is needed here")
-        )
+        step = "decided here" if here else "decided elsewhere"
+        self._record(step)  # before the operator has the answer: a successor carries the decision out
+        self._verdict = _decision(step)
         self._scope.cancel()
 
     def result(self) -> dict[str, Any]:
@@ -211,9 +209,9 @@ class OutgoingMigration:
             if not self._inherited:
                 raise
             self._journal.erase(self.id)
-            if self._inherited == "going back":  # killed when all was done
+            if self._inherited in ("going back", "decided elsewhere"):  # killed when all was done
                 self._journal.checkpoint(self.id).unlink(missing_ok=True)
-                raise StaysHereError(WENT_BACK) from error
+                raise _decision(self._inherited) or StaysHereError(WENT_BACK) from error
             lost = "the pages that it lacks are lost" if self._toolstack.decides else "it was destroyed"
             raise MigrationError(f"{self.domain_name} is gone, and was here before the sender died: {lost}") from error
         self._written = WrittenPages(self._domain, enabled=self._inherited == "begun")
@@ -269,6 +267,9 @@ class OutgoingMigration:
             return
         if self._inherited == "going back":
             raise StaysHereError(WENT_BACK)
+        if decision := _decision(self._inherited):
+            self._suspended = True
+            raise decision
         self._entrusted = True
         handed_over = self._inherited == "handed over"
         protected = self._checkpoints is not None
@@ -771,6 +772,16 @@ class OutgoingMigration:
         except (MigrationError, XenError) as error:
             self.progress.problem += f"; and then: {error}"
             log.error("%s", error)
+
+
+def _decision(step: str) -> MigrationError | None:
+    """What follows from an operator's decision that the journal has under this step."""
+    match step:
+        case "decided here":
+            return StaysHereError("an operator has said that the guest does not run at the destination")
+        case "decided elsewhere":
+            return GuestEndedError("an operator has said that nothing of the guest is needed here")
+    return None
 
 
 def _receiver_statistics(data: bytes) -> dict[str, Any]:

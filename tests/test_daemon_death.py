@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import signal
 import subprocess
@@ -188,6 +190,60 @@ def test_a_second_daemon_takes_up_nothing_of_one_that_runs(world: World, which: 
     assert "another daemon" in second.stderr
     world.ask("sender", command="postcopy-now", migration="guest")
     assert check(world) == "destination"
+
+
+def journal(world: World, which: str) -> Path:
+    host = "source" if which == "sender" else "destination"
+    (found,) = (world.directory / f"{host}.sock.state" / which).glob("*.json")
+    return found
+
+
+def note(world: World, which: str, step: str) -> None:
+    """What a daemon appends to its journal before it is killed."""
+    path = journal(world, which)
+    last = json.loads(path.read_text().splitlines()[-1])
+    with path.open("a") as file:
+        file.write("\n" + json.dumps({**last, "step": step}))
+
+
+@pytest.mark.parametrize("here", [True, False])
+@pytest.mark.parametrize("killed", [True, False])
+def test_an_operator_s_decision_outlives_the_sender(world: World, here: bool, killed: bool) -> None:
+    """The decision is in the journal before the operator has the answer, and a successor carries the decision out.
+
+    Found under load: the sender was killed behind its answer, and the guest was suspended for good.
+    """
+    begin(world, "postcopy", bandwidth=8 * MIB)
+    until(lambda: phase(world, "receiver") == "postcopy", "no postcopy")
+    kill(world, "receiver")
+    world.destination.open("guest").destroy()
+    until(lambda: phase(world, "sender") == "interrupted", "it was not noticed")
+    step = "decided here" if here else "decided elsewhere"
+    if killed:
+        kill(world, "sender")
+        note(world, "sender", step)
+        start_sender(world)
+    else:
+        kept = os.open(journal(world, "sender"), os.O_RDONLY)  # the file may have no name any more by then
+        world.ask("sender", command="decide", migration="guest", here=here)
+        written = os.pread(kept, 2**20, 0).decode()
+        os.close(kept)
+        assert step in [json.loads(entry)["step"] for entry in written.splitlines() if entry]
+    until(lambda: phase(world, "sender") == "failed", "the decision is not carried out")
+    assert "an operator has said" in lines(world, "sender")[-1]["problem"]
+    assert [info.state for info in world.source.domains()] == ([DomainState.RUNNING] if here else [])
+
+
+def test_a_guest_that_an_operator_let_go_is_destroyed_by_the_receiver_s_successor(world: World) -> None:
+    begin(world, "postcopy", bandwidth=8 * MIB)
+    until(lambda: phase(world, "receiver") == "postcopy", "no postcopy")
+    kill(world, "sender")
+    kill(world, "receiver")
+    note(world, "receiver", "decided elsewhere")
+    start_anew(world, "receiver")
+    until(lambda: phase(world, "receiver") == "failed", "the decision is not carried out")
+    assert "an operator has said" in lines(world, "receiver")[-1]["problem"]
+    assert world.destination.domains() == []
 
 
 @pytest.mark.parametrize("seed", range(16))
