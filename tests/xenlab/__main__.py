@@ -28,7 +28,6 @@ from tests.xenlab import machine, parts
 from tests.xenlab.cache import LabError, directory, say
 
 PYTEST = ("-o", "timeout=900", "--durations=5", "-rA", "--show-capture=no")
-MACHINES_AT_ONCE = 2
 CONFORMANCE, SCENARIOS = "tests/test_conformance.py", "tests/xenlab/dom0"
 
 
@@ -70,7 +69,7 @@ def run_tests(kinds: Sequence[str], *, gate: bool, junit: Path | None, timeout_s
     shards = [shard for shard in SHARDS if shard.kind in kinds and (shard.in_gate or not gate)]
     shards.sort(key=lambda shard: -seconds.get(str(shard), shard.seconds))
     failed = []
-    with ThreadPoolExecutor(MACHINES_AT_ONCE) as pool:
+    with ThreadPoolExecutor(machine.AT_ONCE) as pool:
         running = {pool.submit(_run_shard, shard, gate, timeout_s): shard for shard in shards}
         for done in as_completed(running):
             shard = running[done]

@@ -40,6 +40,8 @@ DOM0_OPTIONS = "console=hvc0 mitigations=off nokaslr quiet panic=1 net.ifnames=0
 # A getty would read the line that is for the runner.
 SYSTEMD_OPTIONS = "xenlab=systemd systemd.mask=serial-getty@hvc0.service systemd.mask=getty@tty1.service"
 MEMORY_MIB = 3072
+AT_ONCE = 2
+"""Machines: each takes one processor and its memory."""
 READY, RUNS = "xenlab: the machine is ready", "xenlab: the command runs"
 """As ``dom0/runner.py`` prints them."""
 BOOT_S, RESTORE_S = 600.0, 180.0
@@ -121,7 +123,7 @@ def boot(
 
 def save_all(kinds: Iterable[str]) -> None:
     """Save the state of machines, so that their runs need not."""
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(AT_ONCE) as pool:
         list(pool.map(_saved, kinds))
 
 
