@@ -33,8 +33,14 @@ class Lab(ABC):
     """So long without work shows that it stands still."""
 
     @abstractmethod
-    def guest(self) -> Domain:
-        """A guest that runs, writes its memory, and checks what it reads.  Without a ring."""
+    def guest(self, *, kernel: bool = False) -> Domain:
+        """A guest that runs, writes its memory, and checks what it reads.  Without a ring.
+
+        ``kernel``: one with the kernel of an operating system, which has told the hypervisor where
+        some of its pages are, and tells it again when it resumes.  A test asks for such a guest
+        where its subject is the pinned set or how a kernel suspends; any other test gets the
+        smallest guest that there is.
+        """
 
     @abstractmethod
     def config(self, nr_pfns: int = 1024) -> DomainConfig:
@@ -110,7 +116,7 @@ class SimulatedLab(Lab):
     def empty(self) -> SimulatedDomain:
         return self.simulated.create_incoming(self.config())
 
-    def guest(self) -> Domain:
+    def guest(self, *, kernel: bool = False) -> Domain:
         return self.boot(workload="random", write_permille=500, working_set_bytes=2 * MIB)
 
     def config(self, nr_pfns: int = 1024, vcpus: int = 1) -> DomainConfig:

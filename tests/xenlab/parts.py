@@ -51,6 +51,14 @@ PROGRAMS = [HERE / "dom0" / name for name in ("init.sh", "runner.sh", "runner.py
 """What dom0 starts before it has the working tree."""
 PYTHON_PACKAGES = ("pytest", "pytest-timeout", "pytest-trio", "trio", "msgpack", "cffi", "numpy", "click", "tqdm")
 
+FREESTANDING = (
+    *("-ffreestanding", "-nostdlib", "-no-pie", "-fno-pic", "-mno-red-zone", "-mgeneral-regs-only"),
+    *("-fno-stack-protector", "-fno-asynchronous-unwind-tables"),
+    "-fno-tree-loop-distribute-patterns",  # or gcc makes calls of memset, which nobody has
+    *("-Wl,-e,start", "-Wl,-Ttext-segment=0x100000", "-Wl,--build-id=none", "-Wl,-z,noexecstack"),
+)
+"""Of a program that is a guest's kernel."""
+
 TOOLS = {
     "apt-get": "apt", "debootstrap": "debootstrap", "mke2fs": "e2fsprogs", "cpio": "cpio", "gcc": "gcc", "make": "make",
     "flex": "flex", "bison": "bison", "patch": "patch", "dpkg-source": "dpkg-dev", "dpkg-deb": "dpkg",
@@ -245,18 +253,22 @@ def _distributions(names: Iterable[str]) -> list[metadata.Distribution]:
 
 
 def guest() -> Path:
-    """A folder with what a guest boots: ``vmlinux``, and ``initramfs``, whose only program is ``guest/init.c``."""
+    """A folder with what a guest boots: ``vmlinux`` and ``initramfs``, or ``stub``."""
+    folder = HERE / "guest"
 
     def build(where: Path) -> None:
         root = where / "root"
         (root / "dev").mkdir(parents=True)
-        source = str(HERE / "guest/init.c")
-        run(["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-pthread", "-o", str(root / "init"), source])
+        gcc = ["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-static"]
+        run([*gcc, "-pthread", "-o", str(root / "init"), str(folder / "init.c")])
         _archive(root, where / "initramfs")
         shutil.rmtree(root)
         shutil.copy(kernel() / "vmlinux", where)
+        sources = [str(folder / "entry.S"), str(folder / "stub.c")]
+        run([*gcc, *FREESTANDING, "-o", str(where / "stub"), *sources])
 
-    return part("guest", fingerprint(kernel().name, Path(__file__), HERE / "guest/init.c"), build)
+    ingredients: list[str | Path] = [kernel().name, Path(__file__), *sorted(folder.iterdir())]
+    return part("guest", fingerprint(*ingredients), build)
 
 
 def package() -> None:

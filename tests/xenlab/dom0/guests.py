@@ -18,16 +18,13 @@ PARTS = Path("/mnt/parts")
 CONSOLES = Path("/var/log/xen")
 STEPS_PER_S = 3000
 """Not all that it can: the emulated processor is shared with dom0."""
-MEMORY_MIB = 112
-"""Enough for Debian's kernel, and little to copy."""
 # Without tsc_mode the guest meets an RDTSCP that the emulated Xen cannot emulate; cpus keeps it from the triple fault that
 # migrating between the emulated processors brings about.
 CONFIG = """\
 type = "pvh"
 name = "{name}"
-kernel = "{parts}/vmlinux"
-ramdisk = "{parts}/initramfs"
-cmdline = "console=hvc0 mitigations=off nokaslr quiet panic=1 {options}"
+kernel = "{kernel}"
+cmdline = "{options}"
 memory = {memory_mib}
 vcpus = 1
 cpus = "1"
@@ -35,6 +32,22 @@ tsc_mode = "native"
 on_reboot = "destroy"
 on_crash = "preserve"
 """
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a guest boots, and with how much memory: enough, and little to copy."""
+
+    kernel: str
+    memory_mib: int
+    initramfs: str = ""
+    options: str = ""
+
+
+LINUX = Kind("vmlinux", 112, "initramfs", "console=hvc0 mitigations=off nokaslr quiet panic=1 ")
+"""Debian's kernel with one program (``guest/init.c``)."""
+STUB = Kind("stub", 4)
+"""No operating system (``guest/stub.c``)."""
 HEARTBEAT = re.compile(r"heartbeat (\d+) steps (\d+) errors (\d+) longest (\d+) ms")
 
 
@@ -81,24 +94,36 @@ def xl(*arguments: str) -> str:
 
 
 @functools.cache
-def parts() -> Path:
-    """Kernel and RAM disk in dom0's memory: the shared folder is slow."""
-    near = Path("/tmp/parts")
-    shutil.copytree(PARTS, near)
-    return near
+def near(name: str) -> Path:
+    """One of the parts, in dom0's memory: the shared folder is slow."""
+    copy = Path("/tmp/parts") / name
+    copy.parent.mkdir(exist_ok=True)
+    shutil.copy(PARTS / name, copy)
+    return copy
 
 
 def create(
     name: str,
+    kind: Kind = LINUX,
     *,
-    memory_mib: int = MEMORY_MIB,
+    memory_mib: int | None = None,
     extra: str = "",
     paused: bool = False,
     options: str = f"rate={STEPS_PER_S}",
 ) -> Guest:
-    """``extra``: lines of its configuration; ``options``: what its program is told (``guest/init.c``)."""
+    """``extra``: lines of its configuration; ``options``: what its program is told (see there)."""
     config = Path(f"/tmp/{name}.cfg")
-    config.write_text(CONFIG.format(name=name, parts=parts(), memory_mib=memory_mib, options=options) + extra)
+    if kind.initramfs:
+        extra += f'ramdisk = "{near(kind.initramfs)}"\n'
+    config.write_text(
+        CONFIG.format(
+            name=name,
+            kernel=near(kind.kernel),
+            memory_mib=memory_mib or kind.memory_mib,
+            options=kind.options + options,
+        )
+        + extra
+    )
     xl("create", *(["-p"] if paused else []), str(config))
     return Guest(name, int(xl("domid", name)))
 

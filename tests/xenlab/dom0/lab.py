@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The real Xen for the conformance suite: one guest for as many tests as leave it well, empty domains besides."""
+"""The real Xen for the conformance suite: one guest of a kind for as many tests as leave it well.
+
+There are empty domains besides.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import numpy as np
 
 from migrate.pfns import pfn_array
 from tests.labs import Lab, until
-from tests.xenlab.dom0.guests import Guest, create
+from tests.xenlab.dom0.guests import LINUX, STEPS_PER_S, STUB, Guest, Kind, create
 from xenbackend.contract import Domain, DomainConfig, DomainState, PfnArray, XenError
 from xenbackend.libxenctrl._xen import ffi, lib
 from xenbackend.libxenctrl.domain import (
@@ -28,39 +31,43 @@ from xenbackend.libxenctrl.incoming import Platform
 
 XEN_X86_EMU_LAPIC = 1
 REMNANTS_S = 30.0
+OPTIONS = f"rate={STEPS_PER_S} beat=100"
 EMPTY_PLATFORM = Platform(True, XEN_X86_EMU_LAPIC, 0, bytes(16), 0, b"", b"")
 """Of a PVH domain."""
 
 
 class XenLab(Lab):
     beyond = 1 << 45
-    enough, still_s = 2, 1.2  # heartbeats, of which there are two a second
+    enough, still_s = 2, 0.9  # heartbeats
 
     def __init__(self) -> None:
         self.xen = XenHypervisor()
         self.hypervisor = self.xen
         self.attach: list[str] = []
-        self._guest: Guest | None = None
-        self._used = False
+        self._guests: dict[Kind, Guest] = {}
+        self._used: set[Kind] = set()
         self._count = 0
 
-    def guest(self) -> Domain:
-        self._used = True
-        if self._guest is None:
+    def guest(self, *, kernel: bool = False) -> Domain:
+        kind = LINUX if kernel else STUB
+        self._used.add(kind)
+        if kind not in self._guests:
             self._count += 1
-            self._guest = create(f"guest{self._count}")
-            self._guest.wait_for_heartbeats(1)
-        return self.xen.open(self._guest.domid)
+            self._guests[kind] = create(f"guest{self._count}", kind, options=OPTIONS)
+            self._guests[kind].wait_for_heartbeats(1)
+        return self.xen.open(self._guests[kind].domid)
 
     def close(self) -> None:
-        """Whatever a test did: nothing is left but a guest that is as good as new."""
+        """Whatever a test did: nothing is left but guests that are as good as new."""
         self.xen.close()
         self.hypervisor = self.xen = XenHypervisor()
-        if self._used and self._guest is not None and not self._is_well(self._guest):
-            self._guest = None
-        self._used = False
+        for kind in self._used & set(self._guests):
+            if not self._is_well(self._guests[kind]):
+                del self._guests[kind]
+        self._used.clear()
+        kept = {guest.domid for guest in self._guests.values()}
         for info in self.xen.domains():
-            if self._guest is None or info.domid != self._guest.domid:
+            if info.domid not in kept:
                 self.xen.destroy(info.domid)
         until(lambda: not remnants(self.xen), "somebody holds pages of domains that are gone", REMNANTS_S)
 

@@ -1,16 +1,15 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The guest's only program: fills memory with a known pattern, goes on writing to it, checks all that it reads,
- * and prints a heartbeat:
+ * The only program of a guest with Linux: fills memory with a known pattern, goes on writing to
+ * it, checks all that it reads (pattern.h), and prints a heartbeat:
  *
  *     heartbeat N steps S errors E longest L ms
  *
- * Kernel command line: pages=N (what to fill; default: two thirds of what is free), rate=N (steps a second;
- * default: as fast as it can), beat=N (milliseconds from one heartbeat to the next; default: 500), words=N (of a page
- * that a step reads and writes; default: all 512), clock=1 (ask for the time at each step: of a few words a step takes less than
- * that, so it is asked for a hundred times a second otherwise).  A page's first word is its number and how often it was written, mixed; the program keeps the
- * count of each page apart, in pages that it fills as well, so a page that came back old, zeroed or as another one
- * shows.
+ * Kernel command line: pages=N (what to fill; default: two thirds of what is free), rate=N (steps
+ * a second; default: as fast as it can), beat=N (milliseconds from one heartbeat to the next;
+ * default: 500), words=N (of a page that a step reads and writes; default: all 512), clock=1 (ask
+ * for the time at each step: of a few words a step takes less than that, so it is asked for a
+ * hundred times a second otherwise).
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -27,19 +26,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#define PAGE 4096ul
-#define WORDS (PAGE / sizeof(uint64_t))
-
-static uint64_t mix(uint64_t x)
-{
-    x ^= x >> 33;
-    x *= 0xff51afd7ed558ccdull;
-    x ^= x >> 33;
-    x *= 0xc4ceb9fe1a85ec53ull;
-    return x ^ x >> 33;
-}
-
-static uint64_t word(uint64_t page, uint32_t writes, unsigned i) { return mix(page << 40 | (uint64_t)writes << 9 | i); }
+#include "pattern.h"
 
 static double now(void)
 {
@@ -68,7 +55,7 @@ int main(void)
 {
     char line[4096] = "";
     struct sysinfo info;
-    uint64_t steps = 0, errors = 0, beats = 0;
+    uint64_t beats = 0;
     double longest = 0, last, next;
     int fd;
 
@@ -90,23 +77,24 @@ int main(void)
         close(fd);
     sysinfo(&info);
 
-    uint64_t pages = option(line, "pages=", info.freeram * info.mem_unit / PAGE * 2 / 3);
+    struct memory memory = {
+        .pages = option(line, "pages=", info.freeram * info.mem_unit / PAGE * 2 / 3),
+        .used = option(line, "words=", WORDS),
+    };
     uint64_t rate = option(line, "rate=", 0);
     double beat = option(line, "beat=", 500) / 1e3;
-    unsigned words = option(line, "words=", WORDS);
-    int by_timer = words < WORDS && !option(line, "clock=", 0);
-    uint64_t *memory = mmap(NULL, pages * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    uint32_t *writes = calloc(pages, sizeof(*writes));
+    int by_timer = memory.used < WORDS && !option(line, "clock=", 0);
 
-    if (memory == MAP_FAILED || !writes) {
-        printf("no memory for %lu pages\n", (unsigned long)pages);
-        free(writes);
+    memory.words = mmap(NULL, memory.pages * PAGE, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    memory.writes = calloc(memory.pages, sizeof(*memory.writes));
+    if (memory.words == MAP_FAILED || !memory.writes) {
+        printf("no memory for %lu pages\n", (unsigned long)memory.pages);
+        free(memory.writes);
         return 1;
     }
-    for (uint64_t page = 0; page < pages; page++)
-        for (unsigned i = 0; i < WORDS; i++)
-            memory[page * WORDS + i] = word(page, 0, i);
-    printf("filled %lu pages\n", (unsigned long)pages);
+    fill(&memory);
+    printf("filled %lu pages\n", (unsigned long)memory.pages);
 
     struct itimerval timer = { .it_interval.tv_usec = 10000, .it_value.tv_usec = 10000 };
 
@@ -115,23 +103,13 @@ int main(void)
         setitimer(ITIMER_REAL, &timer, NULL);
     }
     last = next = now();
-    for (uint64_t order = 0;; order++) {
-        uint64_t page = mix(order) % pages, *at = memory + page * WORDS;
+    for (;;) {
         double t;
 
-        for (unsigned i = 0; i < words; i++)
-            if (at[i] != word(page, writes[page], i)) {
-                if (!errors++)
-                    printf("error: page %lu word %u is %lx\n", (unsigned long)page, i, (unsigned long)at[i]);
-                break;
-            }
-        if (order % 4 != 3) {       /* three writes to a read */
-            writes[page]++;
-            for (unsigned i = 0; i < words; i++)
-                at[i] = word(page, writes[page], i);
-        }
-        steps++;
-        if (rate && steps % (rate / 100 + 1) == 0)
+        if (step(&memory))
+            printf("error: word %lu is %lx\n", (unsigned long)memory.wrong_at,
+                   (unsigned long)memory.wrong);
+        if (rate && memory.steps % (rate / 100 + 1) == 0)
             usleep(10000);
         if (by_timer && !due)
             continue;
@@ -142,7 +120,7 @@ int main(void)
         last = t;
         if (t >= next) {
             printf("heartbeat %lu steps %lu errors %lu longest %.0f ms\n", (unsigned long)++beats,
-                   (unsigned long)steps, (unsigned long)errors, longest * 1000);
+                   (unsigned long)memory.steps, (unsigned long)memory.errors, longest * 1000);
             longest = 0;
             next = t + beat;
         }
