@@ -207,9 +207,10 @@ class _Machine(contextlib.AbstractContextManager["_Machine"]):
             command += ["-object", memory, "-machine", "memory-backend=ram"]
         if state and not saving:
             command += ["-incoming", "defer"]
-        # It dies with the thread that started it, and so with this process: setpriv is of Debian's essential util-linux.
+        # QEMU ends with the thread that started it, and so with this process.
         self._process = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", *command], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
+            ["setpriv", "--pdeathsig", "KILL", *command],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
 
     def __exit__(self, *_: object) -> None:

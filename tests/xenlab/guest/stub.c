@@ -319,6 +319,7 @@ static struct memory find_memory(const struct start_info *info)
     };
 }
 
+void run(const struct start_info *info); /* entry.S calls it */
 void run(const struct start_info *info)
 {
     const char *line = (const char *)info->command_line;
