@@ -110,10 +110,16 @@ def test_the_record_can_be_read_and_says_what_ran_where(tmp_path: Path) -> None:
     record = Record("everything", "2026-01-02T03:04:05+00:00")
     assert record.name.startswith("2026-01-02-everything-")
     record.write(tmp_path / "results" / record.name, list(outcomes.values()), 12.0)
-    read = json.loads((tmp_path / "results" / record.name).read_text())
+    path = tmp_path / "results" / record.name
+    read = json.loads(path.read_text())
     assert read["passed"] is False and read["seconds"] == 12.0
     assert {found["name"]: found["status"] for found in read["stages"]} == {"bad": 1, "good": 0}
     assert read["machine"]["cores"] > 0 and read["machine"]["cpu"]
+    shown = checks("show", str(path))
+    assert shown.returncode == 0 and tables(list(outcomes.values())) in shown.stdout
+    path.write_text("{}")
+    shown = checks("show", str(path))
+    assert shown.returncode == 1 and "is no record" in shown.stderr and "Traceback" not in shown.stderr
 
 
 def checks(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -3,7 +3,8 @@
 
 ``gate`` is what a change must pass before it lands; ``everything`` adds what takes hours, and is run
 before a release.  Stages run beside each other, as many as there are cores.  A table of stages and
-one of the slowest tests come last.  The record of ``everything`` is kept in ``docs/results``.
+one of the slowest tests come last.  The record of ``everything`` is kept in ``docs/results``;
+``show`` prints the tables of a record again.
 
 Exit status: 0 if every stage passed, 1 if one failed, 2 for wrong options, 130 if interrupted.
 """
@@ -18,7 +19,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tests.checks.record import Record, tables
+from tests.checks.record import Record, read, tables
 from tests.checks.runner import Runner
 from tests.checks.stages import TIERS
 
@@ -30,11 +31,27 @@ def show(text: str) -> None:
     print(f"[{datetime.now():%H:%M:%S}] {text}", flush=True)
 
 
+def show_record(path: Path | None) -> None:
+    """Print a record as its run printed it.  Ends with status 1 if there is none."""
+    try:
+        newest = max(RESULTS.glob("*.json"), default=None, key=lambda found: read(found)[0]["started"])
+        if path is None and newest is None:
+            sys.exit(f"there is no record in {RESULTS}: make everything makes one")
+        head, outcomes = read(path or newest or RESULTS)
+    except (OSError, ValueError) as error:
+        sys.exit(f"cannot show {path or RESULTS}: {error}")
+    machine, result = head["machine"], "passed" if head["passed"] else "failed"
+    print(f"{head['tier']} of {head['commit']}, {head['started']}, {head['seconds']:.0f} s: {result}")
+    print(f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}, Python {machine['python']}\n")
+    print(tables(outcomes))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tests.checks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("tier", choices=TIERS)
+    parser.add_argument("tier", choices=[*TIERS, "show"])
+    parser.add_argument("record", nargs="?", type=Path, help="what to show (default: the newest in docs/results)")
     parser.add_argument("--only", action="append", metavar="STAGE", help="run this stage; can be repeated")
     parser.add_argument("--skip", action="append", metavar="STAGE", default=[], help="leave this stage out")
     parser.add_argument("--list", action="store_true", help="name the stages and run none")
@@ -43,6 +60,12 @@ def main() -> None:
         help="how many stages run beside each other (default: the machine's cores, %(default)s)",
     )  # fmt: skip
     options = parser.parse_args()
+    os.chdir(Path(__file__).parents[2])
+    if options.tier == "show":
+        show_record(options.record)
+        return
+    if options.record is not None:
+        parser.error("a record can be shown, not run")
     stages = TIERS[options.tier]
     names = [stage.name for stage in stages]
     for name in (*(options.only or ()), *options.skip):
@@ -58,7 +81,6 @@ def main() -> None:
         stage for stage in stages
         if stage.name not in options.skip and (options.only is None or stage.name in options.only)
     ]  # fmt: skip
-    os.chdir(Path(__file__).parents[2])
     shutil.rmtree(LOGS, ignore_errors=True)
     LOGS.mkdir(parents=True)
     record = Record(options.tier, datetime.now(UTC).isoformat(timespec="seconds"))

@@ -143,6 +143,19 @@ class Record:
         path.write_text("\n".join(line for line in lines if line))
 
 
+def read(path: Path) -> tuple[dict[str, Any], list[Outcome]]:
+    """The head of a record, and its outcomes.  Raises ``OSError``, or ``ValueError`` if the file is no record."""
+    try:
+        head = json.loads(path.read_text())
+        outcomes = [
+            Outcome(**{**stage, "tests": tuple(TestResult(*test) for test in stage["tests"])})
+            for stage in head.pop("stages")
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no record of a tier: {error!r}") from error
+    return head, outcomes
+
+
 def tables(outcomes: Sequence[Outcome]) -> str:
     """Stages in the order in which they ended, then the slowest tests, then how many passed."""
     rows = [f"{'stage':<14} {'seconds':>8} {'CPU':>8} {'passed':>7} {'failed':>7} {'skipped':>8}  result"]
