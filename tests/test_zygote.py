@@ -57,13 +57,16 @@ def test_a_forked_process_finds_and_ends_as_an_executed_one(arguments: list[str]
     assert compare(*arguments, given="some\ntext") == status
 
 
-@pytest.mark.parametrize("option", ["process_group", "start_new_session", "env", "cwd", "pass_fds", "inherited"])
+@pytest.mark.parametrize(
+    "option", ["process_group", "start_new_session", "env", "no locale", "cwd", "pass_fds", "inherited"]
+)
 def test_an_option_means_the_same(option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
     cases: dict[str, dict[str, Any]] = {
         "process_group": {"process_group": 0},
         "start_new_session": {"start_new_session": True},
-        "env": {"env": {"PATH": os.environ["PATH"], "ONLY": "this"}},
+        "env": {"env": {**zygote.of_the_interpreter(os.environ), "ONLY": "this"}},
+        "no locale": {"env": {"PATH": os.environ["PATH"], "ONLY": "this"}},
         "cwd": {"cwd": zygote.TREE.parent, "env": {**os.environ, "PYTHONPATH": str(zygote.TREE)}},
         "pass_fds": {"pass_fds": [writer, reader]},
         "inherited": {},

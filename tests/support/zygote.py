@@ -59,7 +59,7 @@ class Popen(subprocess.Popen[AnyStr]):
         ends = (p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
         if (
             command[:2] != [sys.executable, "-m"]
-            or _of_the_interpreter(environment) != _of_the_interpreter(ENVIRONMENT)
+            or of_the_interpreter(environment) != of_the_interpreter(ENVIRONMENT)
             or any(option is not None for option in (executable, preexec_fn, gid, gids, uid))
             or (shell, close_fds, restore_signals, umask) != (False, True, True, -1)
         ):
@@ -98,9 +98,9 @@ def run(
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
-def _of_the_interpreter(environment: Any) -> dict[str, str]:
-    """The variables that an interpreter or its loader reads when it starts."""
-    return {key: value for key, value in environment.items() if key.startswith(("PYTHON", "LD_"))}
+def of_the_interpreter(environment: Any) -> dict[str, str]:
+    """The variables that an interpreter or its loader reads when it starts (and sets: LC_CTYPE, where no locale is)."""
+    return {key: value for key, value in environment.items() if key.startswith(("PYTHON", "LD_", "LC_", "LANG"))}
 
 
 def _umask() -> int:
