@@ -106,7 +106,7 @@ model: $(STAMP)
 # ---- the C files and what runs in them (docs/testing.md) ----
 # Warnings of two compilers, a static analyser.
 warnings: $(STAMP)
-	@.ci/prepare $(PYTHON) clang libxen-dev
+	@.ci/prepare $(PYTHON) clang libclang-rt-dev libxen-dev
 	$(BIN)/python -m tests.native.lint
 
 # AddressSanitizer and UndefinedBehaviorSanitizer; JUNIT= is a folder for a report of the tests.

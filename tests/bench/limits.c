@@ -93,7 +93,7 @@ static int pair(pid_t *child, const char *congestion)
     socklen_t length = sizeof(address);
     int listener = socket(AF_INET, SOCK_STREAM, 0), fd, one = 1;
 
-    if (bind(listener, (void *)&address, sizeof(address)) || listen(listener, 1) ||
+    if (listener < 0 || bind(listener, (void *)&address, sizeof(address)) || listen(listener, 1) ||
         getsockname(listener, (void *)&address, &length))
         die("listen");
     *child = fork();
@@ -103,7 +103,7 @@ static int pair(pid_t *child, const char *congestion)
         fd = accept(listener, NULL, NULL);
     } else {
         fd = socket(AF_INET, SOCK_STREAM, 0);
-        if (connect(fd, (void *)&address, sizeof(address)))
+        if (fd < 0 || connect(fd, (void *)&address, sizeof(address)))
             die("connect");
     }
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
@@ -216,7 +216,7 @@ static void delay(unsigned short port, double seconds)
     socklen_t length = sizeof(address);
     int listener = socket(AF_INET, SOCK_STREAM, 0), one = 1;
 
-    if (bind(listener, (void *)&address, sizeof(address)) || listen(listener, 8) ||
+    if (listener < 0 || bind(listener, (void *)&address, sizeof(address)) || listen(listener, 8) ||
         getsockname(listener, (void *)&address, &length))
         die("listen");
     printf("%d\n", ntohs(address.sin_port));
@@ -225,7 +225,7 @@ static void delay(unsigned short port, double seconds)
         int here = accept(listener, NULL, NULL), there = socket(AF_INET, SOCK_STREAM, 0);
 
         address.sin_port = htons(port);
-        if (here < 0 || connect(there, (void *)&address, sizeof(address)))
+        if (here < 0 || there < 0 || connect(there, (void *)&address, sizeof(address)))
             die("connect");
         for (int way = 0; way < 2; way++) {
             struct pipe *pipe = calloc(1, sizeof(*pipe));
