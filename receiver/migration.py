@@ -289,9 +289,10 @@ class IncomingMigration:
         config = _config(self._offer)
         if self._step in ("making", "made", "decided elsewhere"):
             with contextlib.suppress(NoSuchDomainError):
-                left = self._hypervisor.open(config.name if self._step == "making" else self._domid)
-                if self._step != "making" or left.state() is DomainState.INCOMING:
-                    self._domain = left
+                if self._step == "making":
+                    self._domain = next(iter(self._hypervisor.abandoned(config)), None)
+                else:
+                    self._domain = self._hypervisor.open(self._domid)
             not_arrived = "the receiver was ended before the guest had arrived"
             raise MigrationError(NOT_HERE if self._step == "decided elsewhere" else not_arrived)
         self._said_ready = True  # for all we know

@@ -759,6 +759,8 @@ class OutgoingMigration:
         config = self._domain.config()
         if self._successor is not None:
             return self._hypervisor.reopen_incoming(self._successor, config, lent=False)
+        for left in self._hypervisor.abandoned(config, instead_of=self._domain):
+            left.destroy()  # by a predecessor that died before the journal had the domain's number
         domain = self._hypervisor.create_incoming(config, instead_of=self._domain)
         self._successor = domain.domid
         self._record("going back")

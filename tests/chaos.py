@@ -71,6 +71,8 @@ class Trial:
         self.bandwidth = r.choice([None, 16 * MIB, 64 * MIB])
         self.checkpoint_every_s = r.choice([None, None, 0.02]) if self.strategy != "precopy" else None
         self.destination_died = False
+        self.kill_decided = r.choice([False, True])
+        """The sender is killed when it has answered an operator's decision."""
 
     def __str__(self) -> str:
         spec = self.spec
@@ -122,14 +124,20 @@ class Trial:
             for which, found in zip(("sender", "receiver"), mine, strict=True):
                 for line in found:
                     with contextlib.suppress(MigrationError):
-                        await in_thread(self._encourage, which, line["id"])
+                        decided = await in_thread(self._encourage, which, line["id"])
+                        if decided and self.kill_decided:
+                            self.kill_decided = False
+                            await self._happen(("sender killed", kill_sender), self.random.uniform(0, 0.06))
             await trio.sleep(0.05)
 
-    def _encourage(self, which: str, migration: str) -> None:
+    def _encourage(self, which: str, migration: str) -> bool:
+        """Do what an operator does.  Returns whether a decision was asked for, and taken."""
         if self.destination_died and which == "sender":
             with contextlib.suppress(MigrationError):  # it has not noticed yet
                 self.world.ask(which, command="decide", migration=migration, here=True)
+                return True
         self.world.ask(which, command="reconnect", migration=migration)
+        return False
 
     def phase(self, which: str) -> str:
         mine = [line["phase"] for line in lines_of(self.world, which) if line["domain"] == self.spec.name]
@@ -190,6 +198,10 @@ async def kill(trial: Trial, *which: str) -> None:
         await trio.sleep(trial.random.choice([0, 0.1, 0.5]))
         for name in which:
             await in_thread(start_anew, trial.world, name)
+
+
+async def kill_sender(trial: Trial) -> None:
+    await kill(trial, "sender")
 
 
 async def lose_destination(trial: Trial) -> None:
@@ -306,7 +318,7 @@ async def busy_pages(trial: Trial) -> None:
 
 Fault = tuple[str, Callable[[Trial], Awaitable[None]]]
 FAULTS: list[Fault] = [
-    ("sender killed", lambda trial: kill(trial, "sender")),
+    ("sender killed", kill_sender),
     ("receiver killed", lambda trial: kill(trial, "receiver")),
     ("both killed", lambda trial: kill(trial, "sender", "receiver")),
     ("destination lost", lose_destination),

@@ -259,6 +259,35 @@ def test_a_name_is_used_once_and_memory_is_finite(lab: Lab) -> None:
     assert "other" not in [info.name for info in lab.hypervisor.domains()]
 
 
+def test_a_domain_is_found_whose_maker_died_before_it_noted_the_number(lab: Lab) -> None:
+    config = lab.config()
+    assert lab.hypervisor.abandoned(config) == []
+    with contextlib.closing(lab.another()) as maker:
+        domid = maker.create_incoming(config).domid
+    assert lab.hypervisor.abandoned(lab.config()) == []
+    (left,) = lab.hypervisor.abandoned(config)
+    assert left.domid == domid
+    left.destroy()
+    assert lab.hypervisor.abandoned(config) == []
+
+
+def test_a_domain_that_takes_a_guest_s_place_is_found_as_well_and_the_guest_is_not(lab: Lab) -> None:
+    source = lab.guest()
+    config = source.config()
+    assert lab.hypervisor.abandoned(config, instead_of=source) == []
+    with contextlib.closing(lab.another()) as maker:
+        domid = maker.create_incoming(config, instead_of=maker.open(source.domid)).domid
+    for _again in range(2):
+        (left,) = lab.hypervisor.abandoned(config, instead_of=source)
+        assert left.domid == domid
+        source.pause()
+    left.destroy()
+    assert lab.hypervisor.abandoned(config, instead_of=source) == []
+    source.unpause()
+    source.unpause()
+    lab.wait_for_work(source)
+
+
 def test_preflight_says_how_pages_are_evicted(lab: Lab) -> None:
     preflight = lab.hypervisor.preflight(None, paging=True)
     assert preflight.problems == () and preflight.populate_evicted in ("native", "fallback")

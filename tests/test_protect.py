@@ -30,7 +30,7 @@ from sender.toolstack import OwnToolstack, StaysHereError
 from tests.conftest import MIB
 from tests.inprocess import Outcome, migrate, verification
 from tests.links import Link
-from tests.test_daemon_death import kill, lines, until
+from tests.test_daemon_death import kill, lines, note, until
 from tests.test_link_loss import until as until_async
 from xenbackend.contract import Domain, DomainState, XenError
 from xenbackend.simulated.client import SimulatedDomain, SimulatedHypervisor
@@ -382,6 +382,21 @@ def test_a_host_dies_and_an_operator_decides(world: World) -> None:
     world.ask("sender", command="decide", migration=line(world)["id"], here=True)
     until(lambda: line(world)["phase"] == "failed", "it does not go on")
     assert line(world)["problem"] == "the guest goes on here, as it was when the last checkpoint was made"
+    assert verified_at_source(world.source, spec).problems == []
+
+
+def test_a_domain_that_the_sender_made_and_did_not_note_is_replaced(world: World) -> None:
+    """Found under load: the sender was killed while the hypervisor made the domain in which the guest was to go on."""
+    spec = begin(world)
+    until(lambda: line(world)["checkpoints"] >= 1, "no checkpoints")
+    the_destination_dies(world)
+    until(lambda: line(world)["phase"] == "interrupted", "it was not noticed")
+    kill(world, "sender")
+    with world.source.open(spec.name) as suspended:
+        world.source.create_incoming(suspended.config(), instead_of=suspended).close()
+    note(world, "sender", "decided here")
+    start_sender(world)
+    until(lambda: [i.state for i in world.source.domains()] == [DomainState.RUNNING], "it does not run alone")
     assert verified_at_source(world.source, spec).problems == []
 
 

@@ -352,6 +352,14 @@ class Hypervisor(ABC):
         """
 
     @abstractmethod
+    def abandoned(self, config: DomainConfig, *, instead_of: Domain | None = None) -> list[Domain]:
+        """Domains that a call of :meth:`create_incoming` with these arguments has made and that never ran.
+
+        A process that dies behind the call has noted no domid of such a domain.  Call this where no other
+        migration of this guest to this host can be under way.
+        """
+
+    @abstractmethod
     def reopen_incoming(self, domid: int, config: DomainConfig, *, lent: bool) -> Domain:
         """One that a process which has died was restoring, or had started.  ``lent``: it is a toolstack's.
 

@@ -15,6 +15,7 @@ from xenbackend.contract import (
     Domain,
     DomainConfig,
     DomainInfo,
+    DomainState,
     Hypervisor,
     NoSuchDomainError,
     Preflight,
@@ -28,6 +29,11 @@ from xenbackend.libxenctrl.refusals import HostFacts
 
 LIST_BATCH = 64
 XL_TIMEOUT_S = 60
+
+
+def beside(config: DomainConfig) -> str:
+    """The name of an incoming domain on the host that its guest comes from, as xl has such names."""
+    return config.name + "--incoming"
 
 
 class XenHypervisor(Hypervisor):
@@ -124,6 +130,22 @@ class XenHypervisor(Hypervisor):
                 raise XenError("create", errno.ENOMEM, why="not enough memory")
         return self._remember(incoming.create(self, config))
 
+    def abandoned(self, config: DomainConfig, *, instead_of: Domain | None = None) -> list[Domain]:
+        """By the handle, which is the guest's: the domain has no name until :meth:`create_incoming` is nearly done."""
+        handle = incoming.Platform.unpack(config.platform).handle
+        names = ("", config.name) if instead_of is not None else ("", config.name, beside(config))
+        found: list[Domain] = []
+        for info in self.domains():
+            if info.state is not DomainState.PAUSED or info.name not in names:
+                continue
+            native = ffi.new("struct xen_info *")
+            if lib.xen_domain_info(self.native, info.domid, native) or bytes(ffi.buffer(native.handle)) != handle:
+                continue
+            started, libxl_s = f"/local/domain/{info.domid}/store/port", f"/libxl/{info.domid}"
+            if self.store_read(started) is None and self.store_read(libxl_s) is None:
+                found.append(self._remember(XenDomain(self, info.domid)))
+        return found
+
     def reopen_incoming(self, domid: int, config: DomainConfig, *, lent: bool) -> XenDomain:
         return self._remember(incoming.reopen(self, domid, config, lent=lent))
 
@@ -141,11 +163,10 @@ class XenHypervisor(Hypervisor):
             return config.name
         holder = ffi.new("struct xen_info *")
         check("getdomaininfo", lib.xen_domain_info(self.native, names[config.name], holder))
-        beside = config.name + "--incoming"
-        if bytes(ffi.buffer(holder.handle)) != handle or beside in names:
+        if bytes(ffi.buffer(holder.handle)) != handle or beside(config) in names:
             why = f"a domain named {config.name!r} is there already: rename or destroy it first"
             raise XenError("create", errno.EEXIST, why=why)
-        return beside
+        return beside(config)
 
     def destroy(self, domid: int) -> None:
         """With xl where its devices are libxl's, otherwise by ourselves."""

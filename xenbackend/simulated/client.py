@@ -321,6 +321,14 @@ class SimulatedHypervisor(Hypervisor):
         leaving = None if instead_of is None else instead_of.domid
         return SimulatedDomain(self, self.call("create_incoming", config=config.__dict__, leaving=leaving))
 
+    def abandoned(self, config: DomainConfig, *, instead_of: Domain | None = None) -> list[Domain]:
+        leaving = None if instead_of is None else instead_of.domid
+        return [
+            SimulatedDomain(self, info.domid)
+            for info in self.domains()
+            if (info.name, info.state) == (config.name, DomainState.INCOMING) and info.domid != leaving
+        ]
+
     def reopen_incoming(self, domid: int, config: DomainConfig, *, lent: bool) -> SimulatedDomain:
         return self.open(domid)
 
