@@ -39,8 +39,8 @@ demo: $(STAMP)
 # marked serial follow by themselves.  JUNIT=FOLDER has the JUnit XML written there, here and elsewhere.
 TEST_PROCESSES ?= $(shell expr $$(nproc) + 1)
 test: check
-	$(BIN)/python -m pytest -m "not serial" -n $(TEST_PROCESSES) --dist worksteal $(if $(JUNIT),--junitxml=$(JUNIT)/tests.xml)
-	$(BIN)/python -m pytest -m serial $(if $(JUNIT),--junitxml=$(JUNIT)/serial.xml)
+	$(BIN)/python -m pytest -m "not serial" -n $(TEST_PROCESSES) --dist worksteal $(if $(JUNIT),--junitxml="$(JUNIT)/tests.xml")
+	$(BIN)/python -m pytest -m serial $(if $(JUNIT),--junitxml="$(JUNIT)/serial.xml")
 
 # Style, spelling and types.
 check: $(STAMP)
@@ -66,9 +66,9 @@ coverage-core: $(STAMP)
 # Which product code all tests together reach, daemons and every other process included.
 coverage: $(STAMP)
 	rm -rf build/coverage/$@
-	$(MEASURE) $(if $(JUNIT),--junitxml=$(JUNIT)/tests.xml)
+	$(MEASURE) $(if $(JUNIT),--junitxml="$(JUNIT)/tests.xml")
 	$(call MEASURED,combine) --quiet
-	$(call MEASURED,json) --quiet -o $(or $(JUNIT),build/coverage/$@)/coverage.json
+	$(call MEASURED,json) --quiet -o "$(or $(JUNIT),build/coverage/$@)/coverage.json"
 	$(call MEASURED,report)
 
 # Which lines of the native modules their tests reach.
@@ -96,7 +96,7 @@ many: $(STAMP)
 # The tests on a busy machine: two copies at once, beside stress-ng.
 underload: $(STAMP)
 	-@.ci/prepare $(PYTHON) stress-ng
-	$(BIN)/python -m tests.underload $(if $(JUNIT),--junit $(JUNIT))
+	$(BIN)/python -m tests.underload $(if $(JUNIT),--junit "$(JUNIT)")
 
 # A model checker goes through every state of the handover, and of what follows it.
 model: $(STAMP)
@@ -111,7 +111,7 @@ warnings: $(STAMP)
 
 # AddressSanitizer and UndefinedBehaviorSanitizer; JUNIT= is a folder for a report of the tests.
 sanitize: $(STAMP)
-	$(BIN)/python -m tests.native.sanitize $(if $(JUNIT),--junitxml=$(abspath $(JUNIT))/sanitize.xml)
+	$(BIN)/python -m tests.native.sanitize $(if $(JUNIT),--junitxml="$$(realpath -m "$(JUNIT)")/sanitize.xml")
 
 # ThreadSanitizer.
 races: $(STAMP)
@@ -127,7 +127,7 @@ fuzz: $(STAMP)
 
 # The real Xen, emulated: builds hypervisors and a dom0 the first time (minutes), boots each and runs tests/xenlab/dom0 in it.
 xenlab: $(STAMP)
-	$(BIN)/python -m tests.xenlab --tests $(if $(JUNIT),--junit $(JUNIT)) $(XENLAB)
+	$(BIN)/python -m tests.xenlab --tests $(if $(JUNIT),--junit "$(JUNIT)") $(XENLAB)
 
 # populate_evicted against one by one, on it.
 xenlab-bench: $(STAMP)

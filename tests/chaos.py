@@ -27,6 +27,7 @@ import trio
 from migrate.errors import MigrationError
 from migrate.loopback import World, loopback_world, start_receiver, start_sender, wait_for_steps
 from tests.links import Link, link
+from tests.support import zygote
 from xenbackend.contract import DomainState, XenError
 from xenbackend.simulated.client import SimulatedDomain, SimulatedHypervisor
 from xenbackend.simulated.guest import WORKLOADS, GuestSpec
@@ -384,6 +385,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, help="of the first; the next ones count on (default: of the clock)")
     parser.add_argument("--quiet", action="store_true", help="only the failures, and a line now and then")
     options = parser.parse_args()
+    World.spawn = zygote.Popen  # so that no process outlives this one
     seed = options.seed if options.seed is not None else int(time.time()) % 10**6 * 1000
     print(f"chaos: {options.trials} trials, the first with seed {seed}", flush=True)
     sys.exit(1 if trio.run(lambda: campaign(seed, options.trials, quiet=options.quiet)) else 0)

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from migrate.loopback import World, loopback_world, wait_for_steps
+from tests.support import zygote
 from xenbackend.simulated.guest import GuestSpec
 from xenbackend.simulated.verify import verify
 
@@ -87,6 +88,7 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=100)
     parser.add_argument("--one-by-one", type=int, default=1000)
     options = parser.parse_args()
+    World.spawn = zygote.Popen  # so that no process outlives this one
     problems: list[str] = []
     with loopback_world(1024 * MIB) as world:
         for number in range(20):  # what is loaded on first use

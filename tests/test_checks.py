@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.checks.record import Outcome, Record, TestResult, junit_results, tables
-from tests.checks.runner import Runner, marked
+from tests.checks.runner import MARK, Runner, end_orphans, marks
 from tests.checks.stages import TIERS, Stage
+from tests.labs import until
 
 TREE = Path(__file__).parents[1]
 JUNIT = """<testsuites><testsuite>
@@ -24,8 +26,8 @@ JUNIT = """<testsuites><testsuite>
 </testsuite></testsuites>"""
 
 
-def stage(name: str, script: str, *, limit_s: float = 60, cores: int = 1) -> Stage:
-    return Stage(name, "a stage of this test", ("sh", "-c", script), limit_s, cores)
+def stage(name: str, script: str, *, limit_s: float = 60, cores: int = 1, has_tests: bool = False) -> Stage:
+    return Stage(name, "a stage of this test", ("sh", "-c", script), limit_s, cores, has_tests)
 
 
 def run(tmp_path: Path, *stages: Stage, cores: int = 2) -> tuple[dict[str, Outcome], str]:
@@ -51,7 +53,7 @@ def test_a_stage_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path:
     outcomes, _shown = run(tmp_path, stage("slow", script, limit_s=1))
     assert outcomes["slow"].timed_out and not outcomes["slow"].passed
     assert (tmp_path / "started").exists()
-    assert marked(f"slow-{os.getpid()}") == []
+    assert [mark for mark in marks().values() if mark.startswith("slow ")] == []
 
 
 def test_what_a_stage_leaves_running_is_ended(tmp_path: Path) -> None:
@@ -101,8 +103,93 @@ def test_a_torn_junit_file_is_an_error_and_two_files_are_told_apart(tmp_path: Pa
 
 
 def test_a_stage_that_fails_without_a_test_is_counted(tmp_path: Path) -> None:
-    outcome = Outcome("fuzz", "make fuzz", 77, 1.0, 1.0, False, ())
+    outcome = Outcome("fuzz", "make fuzz", 77, 1.0, 1.0, False, False, ())
     assert tables([outcome]).endswith("0 passed, 1 failed, 0 skipped")
+
+
+@pytest.mark.parametrize(
+    ("script", "verdict"),
+    [
+        ("cp {0}/xml $JUNIT/results.xml", "failed (tests failed, though the exit status is 0)"),
+        ("head -c 100 {0}/xml > $JUNIT/results.xml", "failed (tests failed, though the exit status is 0)"),
+        ("echo '<testcase time=\"1,2\"/>' > $JUNIT/results.xml", "failed (tests failed, though the exit status is 0)"),
+        ("mkdir $JUNIT/results.xml", "failed (tests failed, though the exit status is 0)"),
+        ("true", "failed (no test has passed)"),
+        ("rmdir $JUNIT", "failed (no test has passed)"),
+        ("rm {0}/tested.log; exit 1", "failed (exit status 1)"),
+        ("printf '\\033[2J%0300000d' 0; exit 1", "failed (exit status 1)"),
+        ("kill -9 $$", "failed (exit status -9)"),
+    ],
+)
+def test_a_stage_that_only_looks_good_has_failed(tmp_path: Path, script: str, verdict: str) -> None:
+    (tmp_path / "xml").write_text(JUNIT)
+    outcomes, shown = run(tmp_path, stage("tested", script.format(tmp_path), has_tests=True), stage("other", "true"))
+    assert outcomes["tested"].verdict == verdict
+    assert outcomes["other"].passed
+    assert "\033" not in shown and len(shown) < 100_000
+
+
+def test_a_stage_that_cannot_be_started_has_failed_and_the_others_run(tmp_path: Path) -> None:
+    outcomes, _shown = run(tmp_path, Stage("none", "no program", ("/nonexistent",), 60), stage("other", "true"))
+    assert not outcomes["none"].passed and outcomes["other"].passed
+
+
+def test_what_a_killed_runner_has_left_is_ended_by_the_next(tmp_path: Path) -> None:
+    """And nothing of one that runs."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    ours = marks_of_this_process(tmp_path)
+    orphan, other = (
+        subprocess.Popen(["sleep", "600"], env={**os.environ, MARK: f"stage {runner}"})
+        for runner in (f"{gone.pid} 1", ours)
+    )
+    try:
+        end_orphans()
+        assert orphan.wait(60) == -9
+        assert other.poll() is None
+    finally:
+        for process in (orphan, other):
+            process.kill()
+            process.wait()
+
+
+def marks_of_this_process(tmp_path: Path) -> str:
+    """The second part of the marks that a runner of this process gives."""
+    run(tmp_path, stage("marked", f"echo $XEN_POSTCOPY_STAGE > {tmp_path}/mark"))
+    return (tmp_path / "mark").read_text().strip().partition(" ")[2]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_stages_as_well(tmp_path: Path, number: signal.Signals) -> None:
+    """Twice, as from somebody who is impatient."""
+    program = tmp_path / "make"
+    program.write_text(f"#!/bin/sh\nsetsid sleep 600 & echo $! > {tmp_path}/$2.pid; sleep 600\n")
+    program.chmod(0o755)
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tree / "tests").symlink_to(TREE / "tests")
+    script = "\n".join([
+        "import pathlib, sys",
+        f"sys.path.insert(0, {str(TREE)!r})",
+        "import tests.checks.__main__ as checks",
+        f"checks.TREE = pathlib.Path({str(tree)!r})",
+        "sys.argv = ['checks', 'gate', '--only', 'model', '--only', 'demo']",
+        "checks.main()",
+    ])  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=TREE, text=True,
+    )  # fmt: skip
+    pids = [tmp_path / f"{name}.pid" for name in ("model", "demo")]
+    until(lambda: all(pid.exists() and pid.read_text().strip() for pid in pids), "the stages do not start")
+    process.send_signal(number)
+    process.send_signal(number)
+    _out, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, error
+    assert "interrupted" in error and "Traceback" not in error
+    for pid in pids:
+        stat = Path(f"/proc/{pid.read_text().strip()}/stat")
+        assert not stat.exists() or " Z " in stat.read_text()
 
 
 def test_the_record_can_be_read_and_says_what_ran_where(tmp_path: Path) -> None:
@@ -136,9 +223,11 @@ def test_each_stage_is_a_target_of_the_makefile(tier: str) -> None:
         assert dry.returncode == 0, dry.stderr
 
 
-def test_a_stage_that_does_not_exist_is_refused() -> None:
+def test_a_stage_that_does_not_exist_is_refused_and_no_stage_at_all() -> None:
     done = checks("gate", "--only", "tset")
     assert done.returncode == 2 and "no stage 'tset'" in done.stderr
+    done = checks("gate", "--only", "demo", "--skip", "demo")
+    assert done.returncode == 2 and "leave no stage" in done.stderr
 
 
 def test_everything_has_each_stage_of_the_gate() -> None:

@@ -29,6 +29,8 @@ from tests.checks.record import junit_results
 
 BURNERS_PER_CORE = 4
 WRITERS = 2
+WITH_PARENT = ("setpriv", "--pdeathsig")
+"""And a signal, which a process gets when this process is killed."""
 LAST_LINES = 400
 """Of the output of a copy that failed."""
 
@@ -41,7 +43,7 @@ def load(burners: int, directory: Path) -> Iterator[subprocess.Popen[bytes] | No
         yield None
         return
     burning = subprocess.Popen(
-        ["stress-ng", "--quiet", "--cpu", str(burners), "--hdd", str(WRITERS), "--hdd-bytes", "64M",
+        [*WITH_PARENT, "TERM", "stress-ng", "--quiet", "--cpu", str(burners), "--hdd", str(WRITERS), "--hdd-bytes", "64M",
          "--temp-path", str(directory)],
         stdin=subprocess.DEVNULL,
     )  # fmt: skip
@@ -58,14 +60,8 @@ def run(copies: int, junit: Path, tests: Sequence[str]) -> list[int]:
     running = list[subprocess.Popen[bytes]]()
     try:
         for log in logs:
-            command = [
-                sys.executable,
-                "-m",
-                "pytest",
-                "-p",
-                "no:cacheprovider",
-                f"--junitxml={log.with_suffix('.xml')}",
-            ]
+            command = [*WITH_PARENT, "KILL", sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+            command.append(f"--junitxml={log.with_suffix('.xml')}")
             with log.open("wb") as output:
                 running.append(
                     subprocess.Popen(

@@ -6,23 +6,27 @@ before a release.  Stages run beside each other, as many as there are cores.  A 
 one of the slowest tests come last.  The record of ``everything`` is kept in ``docs/results``;
 ``show`` prints the tables of a record again.
 
-Exit status: 0 if every stage passed, 1 if one failed, 2 for wrong options, 130 if interrupted.
+Exit status: 0 if every stage passed, 1 if one failed, 2 for wrong options, 130 if interrupted, and 128 + N
+if ended by signal N.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import shutil
+import signal
 import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 
 from tests.checks.record import Record, read, tables
-from tests.checks.runner import Runner
+from tests.checks.runner import Runner, end_orphans
 from tests.checks.stages import TIERS
 
+TREE = Path(__file__).parents[2]
 LOGS = Path("build/checks")
 RESULTS = Path("docs/results")
 
@@ -60,7 +64,7 @@ def main() -> None:
         help="how many stages run beside each other (default: the machine's cores, %(default)s)",
     )  # fmt: skip
     options = parser.parse_args()
-    os.chdir(Path(__file__).parents[2])
+    os.chdir(TREE)
     if options.tier == "show":
         show_record(options.record)
         return
@@ -81,21 +85,36 @@ def main() -> None:
         stage for stage in stages
         if stage.name not in options.skip and (options.only is None or stage.name in options.only)
     ]  # fmt: skip
+    if not chosen:
+        parser.error("--only and --skip leave no stage")
+    LOGS.parent.mkdir(exist_ok=True)
+    lock = (LOGS.parent / ".checks.lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        sys.exit("another run of these checks is under way in this tree: wait for its end, or use another clone")
+    end_orphans()
     shutil.rmtree(LOGS, ignore_errors=True)
     LOGS.mkdir(parents=True)
     record = Record(options.tier, datetime.now(UTC).isoformat(timespec="seconds"))
     started = time.monotonic()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _frame: sys.exit(128 + number))
     try:
         outcomes = Runner(LOGS, cores=options.cores, show=show).run(chosen)
-    except KeyboardInterrupt:
+    except SystemExit:
         print(f"interrupted; the logs so far are in {LOGS}", file=sys.stderr)
-        sys.exit(130)
+        raise
     seconds = time.monotonic() - started
+    print(f"\n{options.tier}: {seconds:.0f} s; the logs are in {LOGS}\n")
+    print(tables(outcomes), flush=True)
     whole = len(chosen) == len(stages)
     path = (RESULTS if options.tier == "everything" and whole else LOGS) / record.name
-    record.write(path, outcomes, seconds)
-    print(f"\n{options.tier}: {seconds:.0f} s; the record is {path}, the logs are in {LOGS}\n")
-    print(tables(outcomes))
+    try:
+        record.write(path, outcomes, seconds)
+    except OSError as error:
+        sys.exit(f"cannot write the record {path}: {error.strerror}")
+    print(f"record: {path}", file=sys.stderr)
     sys.exit(int(not all(outcome.passed for outcome in outcomes)))
 
 

@@ -39,17 +39,24 @@ class Outcome:
     seconds: float
     cpu_seconds: float
     timed_out: bool
+    has_tests: bool
     tests: tuple[TestResult, ...]
 
     @property
     def passed(self) -> bool:
-        return self.status == 0 and not self.timed_out
+        return self.verdict == "passed"
 
     @property
     def verdict(self) -> str:
         if self.timed_out:
             return "out of time"
-        return "passed" if self.passed else f"failed (exit status {self.status})"
+        if self.status:
+            return f"failed (exit status {self.status})"
+        if self.count("failed", "error"):
+            return "failed (tests failed, though the exit status is 0)"
+        if self.has_tests and not self.count("passed"):
+            return "failed (no test has passed)"
+        return "passed"
 
     def count(self, *results: str) -> int:
         return sum(test.result in results for test in self.tests)
@@ -58,30 +65,26 @@ class Outcome:
 def junit_results(directory: Path) -> tuple[TestResult, ...]:
     """The tests of every JUnit file in a folder.
 
-    A file that is no whole XML document, as of a run that was killed, counts as one error.
+    A file that cannot be read as one, as that of a run that was killed, counts as one error.
     """
     found: list[TestResult] = []
-    for path in sorted(directory.glob("*.xml")):
-        try:
-            cases = list(ElementTree.parse(path).getroot().iter("testcase"))
-        except ElementTree.ParseError:
-            found.append(TestResult(path.name, "error", 0.0))
-            continue
+    paths = sorted(directory.glob("*.xml"))
+    for path in paths:
         # One stage may run the same test in several places, each with a file of its own.
-        place = f"{path.stem}: " if len(list(directory.glob("*.xml"))) > 1 else ""
-        for case in cases:
-            kinds = {child.tag for child in case}
-            result = next(
-                (
-                    name
-                    for tag, name in (("failure", "failed"), ("error", "error"), ("skipped", "skipped"))
-                    if tag in kinds
-                ),
-                "passed",
-            )
-            name = f"{case.get('classname', '')}::{case.get('name', '')}"
-            found.append(TestResult(place + name, result, float(case.get("time", "0"))))
+        place = f"{path.stem}: " if len(paths) > 1 else ""
+        try:
+            found += [_result(place, case) for case in ElementTree.parse(path).getroot().iter("testcase")]
+        except (ElementTree.ParseError, ValueError, LookupError, OSError):
+            found.append(TestResult(path.name, "error", 0.0))
     return tuple(found)
+
+
+def _result(place: str, case: ElementTree.Element) -> TestResult:
+    kinds = {child.tag for child in case}
+    words = (("failure", "failed"), ("error", "error"), ("skipped", "skipped"))
+    result = next((word for tag, word in words if tag in kinds), "passed")
+    name = f"{place}{case.get('classname', '')}::{case.get('name', '')}"
+    return TestResult(name, result, float(case.get("time", "0")))
 
 
 def _output(*command: str) -> str:

@@ -17,10 +17,11 @@ from tests.checks.stages import Stage
 
 POLL_S = 0.1
 STILL_RUNNING_EVERY_S = 60.0
-LAST_LINES = 400
-"""Of the log of a stage that failed."""
+LAST_BYTES = 64 * 1024
+"""Of the log of a stage that failed, which may be of any size."""
 MARK = "XEN_POSTCOPY_STAGE"
-"""The environment variable by which everything that a stage started is found."""
+"""The environment variable by which everything that a stage started is found: the stage, the runner, and
+the runner's start."""
 
 
 @dataclass
@@ -35,7 +36,7 @@ class _Running:
 
     def kill(self) -> None:
         """End all that the stage started, whatever group or session it is in by now."""
-        while pids := marked(self.mark):
+        while pids := [pid for pid, mark in marks().items() if mark == self.mark]:
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -59,19 +60,42 @@ class _Running:
             round(seconds, 1),
             round(usage.ru_utime + usage.ru_stime, 1),
             self.timed_out,
+            self.stage.has_tests,
             junit_results(self.junit),
         )
 
 
-def marked(mark: str) -> list[int]:
-    """The processes that have this mark in their environment and have not ended."""
-    wanted = f"{MARK}={mark}".encode()
-    found = []
+def marks() -> dict[int, str]:
+    """The processes of stages, of whichever runner, that have not ended."""
+    found = {}
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if wanted in (process / "environ").read_bytes().split(b"\0"):
-                found.append(int(process.name))
+            for entry in (process / "environ").read_bytes().split(b"\0"):
+                if entry.startswith(MARK.encode() + b"="):
+                    found[int(process.name)] = entry.decode(errors="replace").partition("=")[2]
     return found
+
+
+def _identity(pid: int) -> str:
+    """A process, told apart from a later one with its number by the time of its start; empty if it has ended."""
+    try:
+        return f"{pid} {Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]}"
+    except OSError:
+        return ""
+
+
+def end_orphans() -> None:
+    """End what runners have left that were killed themselves."""
+    for pid, mark in marks().items():
+        runner = mark.partition(" ")[2]
+        if runner and _identity(int(runner.split()[0])) != runner:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _printable(text: str) -> str:
+    """Without what would drive a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 class Runner:
@@ -80,6 +104,7 @@ class Runner:
     def __init__(self, directory: Path, *, cores: int, show: Callable[[str], None]):
         self._directory, self._cores, self._show = directory, cores, show
         self._running: list[_Running] = []
+        self._runner = _identity(os.getpid())
 
     def run(self, stages: Sequence[Stage]) -> list[Outcome]:
         """The outcome of each stage, in the order in which they ended.
@@ -92,7 +117,8 @@ class Runner:
         try:
             while waiting or self._running:
                 while waiting and self._has_room_for(waiting[0]):
-                    self._start(waiting.pop(0))
+                    failed = self._start(waiting.pop(0))
+                    outcomes += [failed] if failed else []
                 for one in list(self._running):
                     outcome = one.ended()
                     if outcome is not None:
@@ -108,6 +134,9 @@ class Runner:
                     )
                 time.sleep(POLL_S)
         finally:
+            if self._running:  # interrupted: a second interruption must not keep the rest running
+                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                    signal.signal(number, signal.SIG_IGN)
             for one in self._running:
                 one.kill()
                 one.process.wait()
@@ -117,20 +146,36 @@ class Runner:
         busy = sum(min(one.stage.cores, self._cores) for one in self._running)
         return busy + min(stage.cores, self._cores) <= self._cores
 
-    def _start(self, stage: Stage) -> None:
+    def _start(self, stage: Stage) -> Outcome | None:
+        """Returns the outcome of a stage that cannot be started."""
         log, junit = self._directory / f"{stage.name}.log", self._directory / stage.name
+        command = " ".join(stage.command)
         junit.mkdir(parents=True)
-        self._show(f"{stage.name}: {' '.join(stage.command)}")
-        mark = f"{stage.name}-{os.getpid()}"
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                stage.command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                env={**os.environ, "JUNIT": str(junit.resolve()), MARK: mark}, process_group=0,
-            )  # fmt: skip
+        self._show(f"{stage.name}: {command}")
+        mark = f"{stage.name} {self._runner}"
+        try:
+            with log.open("wb") as output:
+                process = subprocess.Popen(
+                    stage.command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                    env={**os.environ, "JUNIT": str(junit.resolve()), MARK: mark}, process_group=0,
+                )  # fmt: skip
+        except OSError as error:
+            self._show(f"{stage.name}: cannot be started: {error}")
+            return Outcome(stage.name, command, 127, 0.0, 0.0, False, stage.has_tests, ())
         self._running.append(_Running(stage, process, mark, log, junit, time.monotonic()))
+        return None
 
     def _report(self, outcome: Outcome, log: Path) -> None:
         if not outcome.passed:
-            lines = log.read_text(errors="replace").splitlines()
-            self._show("\n".join([f"---- {outcome.name}: {log} ----", *lines[-LAST_LINES:], "----"]))
+            self._show(f"---- {outcome.name}: {log} ----\n{_end_of(log)}\n----")
         self._show(f"{outcome.name}: {outcome.verdict} after {outcome.seconds:.0f} s")
+
+
+def _end_of(log: Path) -> str:
+    try:
+        with log.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - LAST_BYTES))
+            return _printable(file.read().decode(errors="replace"))
+    except OSError as error:
+        return f"the log cannot be read: {error.strerror}"

@@ -139,6 +139,8 @@ def dom0() -> Path:
     """``disk``: an ext4 image of Debian with the toolstack; used as a snapshot, never written.  ``sysroot``: libxen-dev."""
 
     def build(where: Path) -> None:
+        if os.geteuid():
+            raise LabError("the disk of dom0 is made with debootstrap, which needs root: run the lab as root")
         root = where / "root"
         debian.debootstrap(root, DOM0_PACKAGES)
         for folder in ("mnt/tree", "mnt/io", "mnt/parts", "mnt/packages"):
@@ -280,9 +282,10 @@ def package() -> None:
 def build() -> None:
     """Everything."""
     check_tools()
+    dom0()  # first: it needs root
     for kind in HYPERVISORS:
         hypervisor(kind)
-    for one in (kernel, dom0, initramfs, packages, guest, backend, package):
+    for one in (kernel, initramfs, packages, guest, backend, package):
         one()
 
 
