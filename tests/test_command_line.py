@@ -181,12 +181,29 @@ def test_senseless_migration_options(options: list[str], what: str) -> None:
     assert_refused(run("migrate", "guest", "there", *options), what, status=2)
 
 
-def test_a_result_that_cannot_be_written_is_an_error(world: World, name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", [("migrate", "guest", "there"), ("loopback", "--memory", "4M")], ids=lambda c: c[0])
+def test_a_result_that_could_not_be_written_is_refused_before_the_migration(
+    command: tuple[str, ...], tmp_path: Path
+) -> None:
+    missing = tmp_path / "none" / "result.json"
+    result = run(*command, "--json", missing)
+    assert_refused(result, "does not exist or is not writable", status=2)
+    assert result.stdout == ""
+    assert_refused(run(*command, "--json", tmp_path), "is a directory", status=2)
+
+
+def test_a_result_that_is_not_written_does_not_hide_the_migration(world: World, name: str) -> None:
     spec = boot(world, name)
-    result = migrate(world, name, "--json", str(tmp_path / "none" / "result.json"))
-    assert result.returncode == 1
-    assert "cannot write" in result.stderr
+    result = migrate(world, name, "--json", "/dev/full")
+    assert_refused(result, "the migration is completed, but its result cannot be written to /dev/full: No space")
+    assert f"{name} migrated" in result.stdout
     assert verify_migrated(world, spec)[0].problems == []
+
+
+def test_a_result_that_is_not_written_does_not_hide_the_verification() -> None:
+    result = run("loopback", "--memory", "4M", "--json", "/dev/full")
+    assert_refused(result, "cannot be written to /dev/full")
+    assert "verified: all 1024 pages" in result.stdout
 
 
 # ---- loopback and guests ----

@@ -54,9 +54,12 @@ def loopback_command(json_path: Path | None, **options: Any) -> None:
             f"  as the guest saw it: {guest_view['faults']} faults, median {guest_view['p50_us']:.0f} us, longest "
             f"{guest_view['max_us'] / 1000:.1f} ms"
         )
+    if verification.ok:
+        click.echo(
+            f"verified: all {verification.pages} pages are what the guest wrote, and the guest runs at the destination"
+        )
+    else:
+        click.echo("damaged: " + "; ".join(verification.problems))
     write_json(json_path, result)
     if not verification.ok:
-        raise MigrationError("the guest was damaged: " + "; ".join(verification.problems))
-    click.echo(
-        f"verified: all {verification.pages} pages are what the guest wrote, at the destination, and it goes on running there"
-    )
+        raise MigrationError("the guest was damaged")

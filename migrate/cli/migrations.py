@@ -78,7 +78,7 @@ def write_json(path: Path | None, result: dict[str, Any]) -> None:
         path.write_text(json.dumps(result, indent=2) + "\n")
     except OSError as error:
         raise MigrationError(
-            f"cannot write {path}: {error.strerror}; the migration itself went as told above"
+            f"the migration is completed, but its result cannot be written to {path}: {error.strerror}"
         ) from error
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +29,19 @@ class Size(click.ParamType[int]):
             return parse_size(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
+
+
+class ResultFile(click.Path):
+    """A file that can be written; one that cannot is refused before the migration and not after it."""
+
+    def __init__(self) -> None:
+        super().__init__(dir_okay=False, writable=True, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(super().convert(value, param, ctx))  # type: ignore[arg-type]
+        if not path.exists() and not os.access(path.parent, os.W_OK | os.X_OK):
+            self.fail(f"Directory {str(path.parent)!r} does not exist or is not writable.", param, ctx)
+        return path
 
 
 def socket_option(default: Path, whose: str) -> Callable[[F], F]:
@@ -99,9 +113,7 @@ def strategy_options(function: F) -> F:
                 metavar="SECONDS",
                 help="How often, with --protect; the guest is suspended for a moment each time.",
             ),
-            click.option(
-                "--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the result there."
-            ),
+            click.option("--json", "json_path", type=ResultFile(), help="Write the result there."),
         )
     ):
         function = option(function)
