@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -50,10 +52,65 @@ EXAMPLES: list[m.Message] = [
     m.Ahead(pfn_array([5, 6])),
 ]
 
+VERSION_1 = {
+    "hello": "oldest newest lane session token requires offers software",
+    "alive": "",
+    "offer": "name nr_pfns max_pages vcpus platform paging key checkpoint_ms",
+    "pages": "pfns zeros holes",
+    "defer": "base bitmap",
+    "barrier": "number",
+    "suspended": "",
+    "missing": "pfns",
+    "context": "data last",
+    "entrust": "",
+    "handover": "",
+    "kept": "problem",
+    "rejoin": "",
+    "completed": "",
+    "abort": "reason",
+    "accepted": "populate_evicted token",
+    "refused": "reason unknown",
+    "passed": "number",
+    "ready": "",
+    "resumed": "",
+    "loaded": "pfns",
+    "dropped": "pfns",
+    "report": "outstanding faults latency_us",
+    "written": "pfns zeros holes",
+    "checkpoint": "data last",
+    "outstanding": "base bitmap",
+    "rejoined": "phase token",
+    "complete": "statistics",
+    "ended": "ran reason",
+    "failed": "reason",
+    "fault": "pfns",
+    "ahead": "pfns",
+}
+"""Each message of the protocol's version 1, with its fields."""
+PROTOCOL = (Path(__file__).parents[1] / "docs/protocol.md").read_text()
+
 
 def over_the_wire(message: m.Message) -> m.Message:
     payload_bytes = len(message.pfns) * 4096 if isinstance(message, m.Pages) else 0
     return m.parse(msgpack.unpackb(msgpack.packb(message.header())), payload_bytes)
+
+
+def test_the_messages_are_those_of_the_protocol_s_version() -> None:
+    assert m.PROTOCOL_VERSION == 1, "Add the messages of the new version to the table, or replace those of version 1."
+    assert {name: " ".join(m.FIELDS[cls]) for name, cls in m.TYPES.items()} == VERSION_1, (
+        "A receiver of version 1 refuses a message or field that it does not have.  So what is added needs a capability in "
+        '`hello`, or a new PROTOCOL_VERSION: see CONTRIBUTING.md, "Changing the protocol".  Then change docs/protocol.md, '
+        "and VERSION_1 in this file."
+    )
+
+
+@pytest.mark.parametrize("name", m.TYPES)
+def test_the_protocol_s_document_describes_each_message_and_its_fields(name: str) -> None:
+    """Where a row of a table, or a paragraph, begins with the message's name."""
+    described = re.findall(rf"^(?:\| )?`{name}`.*?(?=\n\||\n\n)", PROTOCOL, re.MULTILINE | re.DOTALL)
+    assert described, f"docs/protocol.md has no row or paragraph that begins with `{name}`: describe the message there."
+    missing = [field for field in m.FIELDS[m.TYPES[name]] if f"`{field}`" not in "".join(described)]
+    assert missing == [], f"docs/protocol.md does not name these fields of `{name}`: describe them in its row."
 
 
 def test_the_examples_cover_every_message() -> None:
