@@ -116,6 +116,27 @@ def test_a_page_that_is_no_ring_of_ours_has_no_successor() -> None:
         FrontEnd().pager(resume=True)
 
 
+def test_native_code_waits_until_inherited_requests_are_taken() -> None:
+    xen = FrontEnd()
+    dies = xen.pager()
+    assert xen.ask(7)
+    assert [request.pfn for request in dies.requests()] == [7]
+    successor = xen.pager(resume=True)
+    assert successor.native() is None
+    assert [request.pfn for request in successor.requests()] == [7]
+    assert successor.native() is not None
+
+
+def test_a_ring_that_was_given_up_is_not_used() -> None:
+    ring = FrontEnd().pager()
+    ring.close()
+    ring.close()
+    with pytest.raises(XenError, match="it was given up"):
+        ring.requests()
+    with pytest.raises(XenError, match="it was given up"):
+        ring.respond([PagingRequest(1, 0, 0, 0, 0)])
+
+
 def test_a_corrupt_ring_is_said_to_be_so() -> None:
     xen = FrontEnd()
     ring = xen.pager()

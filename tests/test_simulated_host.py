@@ -8,6 +8,7 @@ import os
 import select
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,14 @@ import pytest
 
 from migrate.loopback import World, loopback_world, wait_for_steps
 from migrate.pfns import from_mask, mask_from_bitmap
-from tests.conftest import MIB, WAIT_S
+from tests.conftest import MIB, WAIT_S, Boot
 from tests.labs import SimulatedLab, until
 from tests.test_conformance import page, pfns, read, span
 from xenbackend.contract import PAGE_SIZE, DomainState, PageStatus, XenError
 from xenbackend.ring import VM_EVENT_SLOTS, PagingRequest, PagingRing
 from xenbackend.simulated._sim import lib
 from xenbackend.simulated.client import SimulatedDomain, SimulatedHypervisor
+from xenbackend.simulated.verify import verify
 
 
 @pytest.fixture
@@ -198,6 +200,58 @@ def test_what_the_guest_registered_by_number_is_the_pinned_set(lab: SimulatedLab
     domain.paging_enable()
     with pytest.raises(XenError, match="EBUSY"):
         domain.populate_evicted(domain.pinned(span(0, domain.nr_pfns)))
+
+
+# ---- what is reported of damage, and of wrong requests ----
+def test_a_guest_that_runs_is_not_verified(boot: Boot) -> None:
+    spec, domain = boot()
+    assert verify(domain, spec).problems == ["the guest is running"]
+
+
+def test_a_guest_that_went_back_is_reported(boot: Boot) -> None:
+    spec, domain = boot()
+    wait_for_steps(domain, 5)
+    domain.suspend()
+    (count,) = steps(domain)
+    assert verify(domain, spec, source_positions=[count]).problems == []
+    problems = verify(domain, spec, source_positions=[count + 1]).problems
+    assert problems == [f"vCPU 0 went back from step {count + 1} to {count}"]
+
+
+def test_the_first_pages_that_differ_are_listed(boot: Boot) -> None:
+    spec, domain = boot()
+    domain.suspend()
+    domain.write_pages(span(600, 6), page(1) * 6)
+    (problem,) = verify(domain, spec).problems
+    assert problem.startswith("6 of 1024 pages differ from what the guest wrote (0 still paged out)")
+    assert problem.endswith("pfns 0x258, 0x259, 0x25a, 0x25b, 0x25c, ...")
+
+
+def test_a_crash_is_reported_with_the_pages_that_are_still_out(boot: Boot) -> None:
+    spec, domain = boot(workload="sequential", working_set_bytes=PAGE_SIZE)
+    ring = domain.paging_enable()
+    domain.populate_evicted(pfns(0, 600))
+    domain.paging_disable()
+    ring.close()
+    until(lambda: domain.state() is DomainState.CRASHED, "the guest does not crash")
+    crash, pages = verify(domain, spec).problems
+    assert crash == ("the guest is crashed vCPU 0 touched paged-out pfn 0x0 and nobody serves the paging ring")
+    assert pages.startswith("2 of 1024 pages differ from what the guest wrote (2 still paged out)")
+
+
+def test_a_host_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(XenError, match="is `xen-postcopy simulated-host` running there"):
+        SimulatedHypervisor(tmp_path / "none.sock")
+
+
+def test_a_host_refuses_what_is_no_request_and_goes_on(lab: SimulatedLab) -> None:
+    with pytest.raises(XenError, match="bad request"):
+        lab.simulated.call("dance")
+    with pytest.raises(XenError, match="bad request"):
+        lab.simulated.call("info", wrong=1)
+    with pytest.raises(XenError, match="not the description of a simulated guest"):
+        lab.simulated.create_guest(b"\x80")
+    assert isinstance(lab.simulated.domains(), list)
 
 
 def restored(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pty
 import struct
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from migrate.errors import MigrationError
 from migrate.xl import image, protocol
 from migrate.xl.protocol import Level
 from tests.support import zygote
@@ -212,7 +214,31 @@ def test_require_refuses_an_ordinary_stream(xl: Xl, monkeypatch: pytest.MonkeyPa
     assert not xl.was_asked and said.endswith(protocol.complete(-1, errno.EOPNOTSUPP))
 
 
+def test_a_libxl_that_goes_instead_of_answering_ends_the_helper(xl: Xl) -> None:
+    assert xl.run("--restore-domain", *RESTORE, stream=HEADERS[:30], answers=b"")[0] == 1
+
+
+@pytest.mark.parametrize("body", [b"{", b"{}", b"[]", b'{"session": "s", "address": ["h", "1"], "token": "00"}'])
+def test_an_offer_of_another_version_is_named(body: bytes) -> None:
+    with pytest.raises(MigrationError, match="another version of xen-postcopy"):
+        image.parse_offer(body)
+
+
+def test_an_image_of_another_version_is_no_image_of_ours() -> None:
+    other = bytearray(HEADERS)
+    struct.pack_into(">I", other, 12, 9)
+    with pytest.raises(image.ImageError, match="version 9"):
+        image.check_headers(bytes(other))
+
+
 # ---- by hand ----
+def test_a_stream_does_not_go_to_a_terminal(xl: Xl) -> None:
+    ours, terminal = pty.openpty()
+    assert xl.save(io_fd=terminal) == (1, b"")
+    os.close(ours)
+    os.close(terminal)
+
+
 def test_it_explains_itself() -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "migrate.xl.helper", *arguments]
