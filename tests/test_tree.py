@@ -69,7 +69,7 @@ def test_every_source_file_names_its_licence() -> None:
         for path in sources
         if f"{TAG}: {LICENCE}" not in "".join((TREE / path).read_text().splitlines(keepends=True)[:3])
     ]
-    assert without == []
+    assert without == [], f"Begin these files with `{TAG}: {LICENCE}` in a comment."
 
 
 def test_the_licence_of_all_other_files_is_stated_at_the_top() -> None:
@@ -98,7 +98,7 @@ def test_lines_end_where_their_text_ends() -> None:
         wrong += [f"{path}:{n}" for n, line in enumerate(text.split("\n"), 1) if line != line.rstrip()]
         if text and (not text.endswith("\n") or text.endswith("\n\n")):
             wrong.append(f"{path}: its end")
-    assert wrong == []
+    assert wrong == [], "Remove white space at the end of lines; end a file with one newline."
 
 
 def test_documents_are_wrapped() -> None:
@@ -109,7 +109,7 @@ def test_documents_are_wrapped() -> None:
         for n, line in enumerate((TREE / path).read_text().splitlines(), 1)
         if PROSE_TOO_LONG.match(line)
     ]
-    assert wrong == []
+    assert wrong == [], f"Wrap these lines at {MOST_COLUMNS} columns."
 
 
 # ---- which folder imports which ----
@@ -233,7 +233,7 @@ def test_documents_name_what_there_is(document: str) -> None:
         for path, name in places
         if not (TREE / path).is_file() or (name and name not in definitions(Path(path)))
     ]
-    assert wrong == []
+    assert wrong == [], f"{document} names these places, which do not exist: name their successors."
 
 
 def test_documents_name_targets_that_make_has() -> None:
@@ -264,7 +264,8 @@ def test_every_module_is_in_the_description_of_the_architecture() -> None:
     described = (TREE / "docs/architecture.md").read_text()
     modules = [path.name for _folder, path in ours() if len(path.parts) == 2 and path.name != "__init__.py"]
     assert len(modules) > 40
-    assert [name for name in modules if f"`{name}`" not in described and f"/{name}`" not in described] == []
+    missing = [name for name in modules if f"`{name}`" not in described and f"/{name}`" not in described]
+    assert missing == [], "Describe these modules in docs/architecture.md."
 
 
 def test_the_table_of_checks_has_each_stage_where_it_runs() -> None:
@@ -290,4 +291,4 @@ def test_links_between_documents_lead_somewhere() -> None:
             target = (TREE / path).parent / to if to else TREE / path
             if not target.exists() or (anchor and anchor not in anchors(target)):
                 wrong.append(f"{path}: {link}")
-    assert wrong == []
+    assert wrong == [], "Mend these links: the file or heading does not exist."
