@@ -87,7 +87,7 @@ VERSION_1 = {
     "ahead": "pfns",
 }
 """Each message of the protocol's version 1, with its fields."""
-PROTOCOL = (Path(__file__).parents[1] / "docs/protocol.md").read_text()
+PROTOCOL = Path(__file__).parents[1] / "docs/protocol.md"
 
 
 def over_the_wire(message: m.Message) -> m.Message:
@@ -107,7 +107,7 @@ def test_the_messages_are_those_of_the_protocol_s_version() -> None:
 @pytest.mark.parametrize("name", m.TYPES)
 def test_the_protocol_s_document_describes_each_message_and_its_fields(name: str) -> None:
     """Where a row of a table, or a paragraph, begins with the message's name."""
-    described = re.findall(rf"^(?:\| )?`{name}`.*?(?=\n\||\n\n)", PROTOCOL, re.MULTILINE | re.DOTALL)
+    described = re.findall(rf"^(?:\| )?`{name}`.*?(?=\n\||\n\n)", PROTOCOL.read_text(), re.MULTILINE | re.DOTALL)
     assert described, f"docs/protocol.md has no row or paragraph that begins with `{name}`: describe the message there."
     missing = [field for field in m.FIELDS[m.TYPES[name]] if f"`{field}`" not in "".join(described)]
     assert missing == [], f"docs/protocol.md does not name these fields of `{name}`: describe them in its row."

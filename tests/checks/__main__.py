@@ -29,6 +29,14 @@ from tests.checks.stages import TIERS
 TREE = Path(__file__).parents[2]
 LOGS = Path("build/checks")
 RESULTS = Path("docs/results")
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def end(number: int, _frame: object) -> None:
+    """End with the stages.  A second signal does not keep any of them running."""
+    for each in ENDING:
+        signal.signal(each, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 def show(text: str) -> None:
@@ -98,8 +106,8 @@ def main() -> None:
     LOGS.mkdir(parents=True)
     record = Record(options.tier, datetime.now(UTC).isoformat(timespec="seconds"))
     started = time.monotonic()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _frame: sys.exit(128 + number))
+    for number in ENDING:
+        signal.signal(number, end)
     try:
         outcomes = Runner(LOGS, cores=options.cores, show=show).run(chosen)
     except SystemExit:

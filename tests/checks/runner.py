@@ -134,9 +134,6 @@ class Runner:
                     )
                 time.sleep(POLL_S)
         finally:
-            if self._running:  # interrupted: a second interruption must not keep the rest running
-                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                    signal.signal(number, signal.SIG_IGN)
             for one in self._running:
                 one.kill()
                 one.process.wait()
