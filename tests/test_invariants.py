@@ -270,6 +270,7 @@ async def test_a_sender_that_loses_a_page_never_completes(clean_hosts: World, na
         return kept
 
     monkeypatch.setattr(Backlog, "next_batch", lose_one)
+    ended: list[Outcome] = []
     with trio.CancelScope() as scope:
 
         async def meanwhile(outcome: Outcome, _link: Link) -> None:
@@ -278,8 +279,8 @@ async def test_a_sender_that_loses_a_page_never_completes(clean_hosts: World, na
             await trio.sleep(0.5)  # for it to complete all the same
             scope.cancel()
 
-        await migrate(clean_hosts, busy(name, working_set_bytes=4 * MIB), meanwhile=meanwhile)
-    assert scope.cancelled_caught
+        ended.append(await migrate(clean_hosts, busy(name, working_set_bytes=4 * MIB), meanwhile=meanwhile))
+    assert scope.cancelled_caught, f"the migration ended, with {ended[0].error!r}"
     assert clean_hosts.source.open(name).info().state is DomainState.SUSPENDED
 
 

@@ -32,13 +32,6 @@ RESULTS = Path("docs/results")
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def end(number: int, _frame: object) -> None:
-    """End with the stages.  A second signal does not keep any of them running."""
-    for each in ENDING:
-        signal.signal(each, signal.SIG_IGN)
-    sys.exit(128 + number)
-
-
 def show(text: str) -> None:
     print(f"[{datetime.now():%H:%M:%S}] {text}", flush=True)
 
@@ -106,10 +99,15 @@ def main() -> None:
     LOGS.mkdir(parents=True)
     record = Record(options.tier, datetime.now(UTC).isoformat(timespec="seconds"))
     started = time.monotonic()
+    runner = Runner(LOGS, cores=options.cores, show=show)
+
+    def end(number: int, _frame: object) -> None:
+        runner.interrupted_by = number  # raised here, it could fall between the start of a stage and its record
+
     for number in ENDING:
         signal.signal(number, end)
     try:
-        outcomes = Runner(LOGS, cores=options.cores, show=show).run(chosen)
+        outcomes = runner.run(chosen)
     except SystemExit:
         print(f"interrupted; the logs so far are in {LOGS}", file=sys.stderr)
         raise

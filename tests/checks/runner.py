@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -103,6 +104,8 @@ class Runner:
 
     def __init__(self, directory: Path, *, cores: int, show: Callable[[str], None]):
         self._directory, self._cores, self._show = directory, cores, show
+        self.interrupted_by = 0
+        """The signal that a handler has set: the stages are ended, and the run with exit status 128 + signal."""
         self._running: list[_Running] = []
         self._runner = _identity(os.getpid())
 
@@ -110,12 +113,14 @@ class Runner:
         """The outcome of each stage, in the order in which they ended.
 
         A stage that fails does not keep the others from running: a report of all of them is worth
-        more than the minutes.  An interruption (Ctrl-C) ends those that run and is raised again.
+        more than the minutes.  An interruption ends those that run: see ``interrupted_by``.
         """
         waiting, outcomes = list(stages), list[Outcome]()
         shown = time.monotonic()
         try:
             while waiting or self._running:
+                if self.interrupted_by:
+                    sys.exit(128 + self.interrupted_by)
                 while waiting and self._has_room_for(waiting[0]):
                     failed = self._start(waiting.pop(0))
                     outcomes += [failed] if failed else []
