@@ -68,10 +68,10 @@ coverage-core: $(STAMP)
 LIBXENCTRL := xenbackend/libxenctrl/*
 coverage: $(STAMP)
 	rm -rf build/coverage/$@
-	$(MEASURE) -m "not serial" -n $(TEST_PROCESSES) --dist worksteal $(if $(JUNIT),--junitxml=$(JUNIT)/tests.xml)
-	$(MEASURE) -m serial $(if $(JUNIT),--junitxml=$(JUNIT)/serial.xml)
+	$(MEASURE) -m "not serial" -n $(TEST_PROCESSES) --dist worksteal $(if $(JUNIT),--junitxml="$(JUNIT)/tests.xml")
+	$(MEASURE) -m serial $(if $(JUNIT),--junitxml="$(JUNIT)/serial.xml")
 	$(call MEASURED,combine) --quiet
-	$(call MEASURED,json) --quiet -o $(or $(JUNIT),build/coverage/$@)/coverage.json
+	$(call MEASURED,json) --quiet -o "$(or $(JUNIT),build/coverage/$@)/coverage.json"
 	$(call MEASURED,report) --include='$(LIBXENCTRL)'
 	$(call MEASURED,report) --omit='*/native/build_*.py,$(LIBXENCTRL)'
 
