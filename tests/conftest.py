@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import pytest
 
@@ -31,7 +31,24 @@ MIB = 2**20
 WAIT_S = 50.0
 """For a condition, on the slowest machine.  Less than ``STEP_TIMEOUT_S``: a wait that only a time limit of the daemons ends
 is a failure."""
+LOG_LINES = 40
+"""How many last lines of each process's log a failed test prints."""
 _numbers = itertools.count(1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Add the end of the logs of a test's hosts and daemons to the report of its failure."""
+    report = yield
+    if report.failed:
+        for world in (value for value in getattr(item, "funcargs", {}).values() if isinstance(value, World)):
+            for name, process in world.processes.items():
+                lines = process.log.read_text(errors="replace").splitlines()[-LOG_LINES:]
+                if lines:
+                    report.sections.append((f"log of {name}, its last lines", "\n".join(lines)))
+    return report
 
 
 @pytest.fixture(scope="session")
