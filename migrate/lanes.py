@@ -17,8 +17,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Protocol
 
 import trio
@@ -30,8 +29,11 @@ from migrate.transport import CONNECT_TIMEOUT_S, EXPLANATION_S, STEP_TIMEOUT_S, 
 
 log = logging.getLogger(__name__)
 
-MAX_STRANGERS = 256
-"""Connections from one address that have not said yet what they are for: each has a thread, for ten seconds at most."""
+MAX_STRANGERS = 1024
+"""Connections that have not said yet what they are for, each for some ten seconds at most: behind these the oldest ends."""
+MAX_STRANGERS_OF_ADDRESS = 256
+"""Likewise of those from one address."""
+WARN_EVERY_S = 60.0
 LOOK_EVERY_S = 0.1
 """How often an end that awaits a lane looks whether the peer is still there."""
 FIRST_RETRY_S = 0.1
@@ -282,8 +284,11 @@ class Reception:
 
     def __init__(self, find: Callable[[Hello], AwaitedLanes], terms: Terms):
         self._find, self._terms = find, terms
-        self._strangers: Counter[str] = Counter()
-        """By address."""
+        self._strangers: dict[trio.CancelScope, str] = {}
+        """With their addresses, the oldest first, ..."""
+        self._of_address: dict[str, dict[trio.CancelScope, None]] = {}
+        """... and likewise those of each address."""
+        self._warned_at = -WARN_EVERY_S
 
     async def receive(self, stream: trio.SocketStream) -> None:
         """Take in a connection."""
@@ -292,19 +297,37 @@ class Reception:
         except OSError:  # it has gone again
             stream.socket.close()
             return
-        if self._strangers[address] >= MAX_STRANGERS:
-            log.debug("connection from %s refused: too many that say nothing", address)
-            stream.socket.close()
+        self._make_room(address)
+        with stream.socket, trio.CancelScope() as stranger:
+            self._strangers[stranger] = address
+            self._of_address.setdefault(address, {})[stranger] = None
+            try:
+                await self._greet(stream)
+            finally:
+                self._forget(stranger)
+
+    def _make_room(self, address: str) -> None:
+        """For one from this address.  The oldest ends: a peer says hello at once, however many others say nothing."""
+        if len(self._of_address.get(address, ())) >= MAX_STRANGERS_OF_ADDRESS:
+            crowd: Collection[trio.CancelScope] = self._of_address[address]
+            where = f" from {address}"
+        elif len(self._strangers) >= MAX_STRANGERS:
+            crowd, where = self._strangers, ""
+        else:
             return
-        self._strangers[address] += 1
-        if self._strangers[address] == MAX_STRANGERS:
-            log.warning("%d connections from %s have not said what they are for: no more", MAX_STRANGERS, address)
-        try:
-            await self._greet(stream)
-        finally:
-            self._strangers[address] -= 1
-            if not self._strangers[address]:
-                del self._strangers[address]
+        if trio.current_time() - self._warned_at > WARN_EVERY_S:
+            self._warned_at = trio.current_time()
+            log.warning("%d connections%s have not said what they are for: the oldest are ended", len(crowd), where)
+        oldest = next(iter(crowd))
+        self._forget(oldest)
+        oldest.cancel()
+
+    def _forget(self, stranger: trio.CancelScope) -> None:
+        address = self._strangers.pop(stranger, None)
+        if address is not None:
+            del self._of_address[address][stranger]
+            if not self._of_address[address]:
+                del self._of_address[address]
 
     async def _greet(self, stream: trio.SocketStream) -> None:
         try:

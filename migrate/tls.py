@@ -8,18 +8,24 @@ thread at a time into it, never while it waits for the network.
 from __future__ import annotations
 
 import contextlib
+import functools
 import select
 import socket
 import ssl
 import threading
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import trio
+
 from migrate.errors import MigrationError, PeerClosedError
 
 EXPLANATION_S = 1.0
+"""How long a connection that is refused is kept, in all, for the peer to receive the reason."""
+STRANGERS = trio.CapacityLimiter(2)
+"""Threads for the cryptography of handshakes with whoever connects.  To wait for the network takes none."""
 MEANINGS = {
     "TLSV13_ALERT_CERTIFICATE_REQUIRED": "the peer wants a certificate of ours, and has got none",
     "TLSV1_ALERT_UNKNOWN_CA": "the peer does not trust the authority that has signed our certificate",
@@ -47,31 +53,45 @@ class Tls:
         for server_side in (True, False):
             self._context(server_side=server_side)
 
-    def connected(self, sock: socket.socket, host: str, timeout_s: float) -> TlsSocket:
+    async def connected(self, sock: socket.socket, host: str, timeout_s: float) -> TlsSocket:
         """As the end that has dialled ``host``.  Raises :class:`PeerClosedError` for a peer that is not to be trusted."""
-        return self._handshake(sock, host, timeout_s)
+        return await self._handshake(sock, host, timeout_s)
 
-    def accepted(self, sock: socket.socket, timeout_s: float) -> TlsSocket:
+    async def accepted(self, sock: socket.socket, timeout_s: float) -> TlsSocket:
         """As the end that was dialled."""
-        return self._handshake(sock, None, timeout_s)
+        return await self._handshake(sock, None, timeout_s)
 
-    def _handshake(self, sock: socket.socket, host: str | None, timeout_s: float) -> TlsSocket:
-        sock.settimeout(timeout_s)
-        wrapped = sock
-        try:
+    async def _handshake(self, sock: socket.socket, host: str | None, timeout_s: float) -> TlsSocket:
+        """The socket is closed if no connection comes about."""
+        sock.setblocking(False)
+        limiter = STRANGERS if host is None else trio.CapacityLimiter(1)
+        in_thread = functools.partial(trio.to_thread.run_sync, limiter=limiter)
+        ends: list[socket.socket] = [sock]
+
+        def wrap() -> ssl.SSLSocket:
             wrapped = self._context(server_side=host is None).wrap_socket(
                 sock, server_side=host is None, server_hostname=host, do_handshake_on_connect=False
             )
-            wrapped.do_handshake()
-            self._check_names(wrapped)
-            return TlsSocket(wrapped)
-        except TimeoutError:
+            ends.append(wrapped)
+            return wrapped
+
+        try:
+            with trio.fail_after(timeout_s):
+                wrapped = await in_thread(wrap)
+                while (wait := await in_thread(_step, wrapped)) is not None:
+                    await wait(wrapped)
+                self._check_names(wrapped)
+                return TlsSocket(wrapped)
+        except trio.TooSlowError:
             problem = f"the peer did not answer within {timeout_s:g} s: does it speak TLS?"
         except OSError as error:
             problem = explain(error)
         except PeerClosedError as error:
             problem = str(error)
-        _let_go(wrapped)
+        except BaseException:
+            ends[-1].close()
+            raise
+        await _refuse(ends[-1])
         raise PeerClosedError(f"TLS: {problem}")
 
     def _check_names(self, sock: ssl.SSLSocket) -> None:
@@ -98,14 +118,31 @@ class Tls:
         return context
 
 
-def _let_go(sock: socket.socket) -> None:
-    """Close it such that the peer hears why: what it has sent, and nobody has read, would otherwise take that back."""
-    sock.settimeout(EXPLANATION_S)
-    with contextlib.suppress(OSError):
-        socket.socket.shutdown(sock, socket.SHUT_WR)
-        while socket.socket.recv(sock, 65536):
-            pass
-    sock.close()
+def _step(sock: ssl.SSLSocket) -> Callable[[socket.socket], Awaitable[None]] | None:
+    """Continue the handshake; returns what to wait for, ``None`` when the handshake is done."""
+    try:
+        sock.do_handshake()
+    except ssl.SSLWantReadError:
+        return trio.lowlevel.wait_readable
+    except ssl.SSLWantWriteError:
+        return trio.lowlevel.wait_writable
+    return None
+
+
+async def _refuse(sock: socket.socket) -> None:
+    """Close the connection after the peer has had time to receive the reason.
+
+    A connection that is closed while bytes of the peer are unread is reset, and the reason is lost with the reset.
+    """
+    try:
+        with contextlib.suppress(OSError), trio.move_on_after(EXPLANATION_S, shield=True):
+            socket.socket.shutdown(sock, socket.SHUT_WR)
+            while True:
+                await trio.lowlevel.wait_readable(sock)
+                if not socket.socket.recv(sock, 65536):
+                    break
+    finally:
+        sock.close()
 
 
 def _why(error: OSError) -> str:
@@ -155,7 +192,7 @@ class TlsSocket:
             return bool(self._socket.pending())
 
     def recv_into(self, buffer: memoryview, size: int, flags: int = 0) -> int:
-        """Of ``flags`` MSG_WAITALL counts."""
+        """Of ``flags`` MSG_WAITALL and MSG_DONTWAIT count."""
         received = 0
         while True:
             wait = select.POLLIN
@@ -171,6 +208,8 @@ class TlsSocket:
                 if not count or received == size or not flags & socket.MSG_WAITALL:
                     return received
                 continue
+            if flags & socket.MSG_DONTWAIT:
+                raise BlockingIOError
             self._wait_for(wait, None)
 
     def sendmsg(self, buffers: Iterable[memoryview]) -> int:

@@ -11,7 +11,6 @@ waits for room where a non-blocking one comes back for each bit of it.
 from __future__ import annotations
 
 import contextlib
-import functools
 import ipaddress
 import os
 import select
@@ -106,14 +105,9 @@ class LaneConnection:
         stream.socket.close()
         if terms.tls is None:
             return cls(sock, terms)
-        shake = terms.tls.accepted if dialled is None else functools.partial(terms.tls.connected, host=dialled)
-        wrapped: TlsSocket
-        with trio.CancelScope(shield=True):  # it has a time limit
-            # With a limiter of its own: strangers that never shake hands would use up the threads that migrations wait for.
-            wrapped = await trio.to_thread.run_sync(
-                functools.partial(shake, sock, timeout_s=CONNECT_TIMEOUT_S), limiter=trio.CapacityLimiter(1)
-            )
-        return cls(wrapped, terms)
+        if dialled is None:
+            return cls(await terms.tls.accepted(sock, CONNECT_TIMEOUT_S), terms)
+        return cls(await terms.tls.connected(sock, dialled, CONNECT_TIMEOUT_S), terms)
 
     def agree(self, greetings: Iterable[Hello]) -> None:
         """What the hellos of both ends require is done from here on."""
@@ -285,7 +279,7 @@ class LaneConnection:
 
     async def receive_hello(self) -> Hello:
         with trio.move_on_after(CONNECT_TIMEOUT_S):
-            message, _pages = await self.receive()
+            message = await self._first_message()
             if isinstance(message, Refused):
                 why = UnknownSessionError if message.unknown else RefusedError
                 raise why(f"the peer refuses this connection: {message.reason}")
@@ -298,12 +292,32 @@ class LaneConnection:
             f"the peer said nothing for {CONNECT_TIMEOUT_S:g} s: is it xen-postcopy that listens there?"
         )
 
+    async def _first_message(self) -> Message:
+        """Received without a thread: many may connect that never send a message."""
+        while (received := self.pending()) is None:
+            if self._decoder.in_payload():
+                raise MigrationError("the peer began with pages instead of hello")
+            await trio.lowlevel.checkpoint()
+            wanted = self._decoder.wanted()
+            try:
+                count = self._socket.recv_into(wanted, len(wanted), socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(self._socket.fileno())
+            except OSError as error:
+                raise PeerClosedError(f"the connection was lost: {explain(error)}") from error
+            else:
+                self._received(count)
+        return received[0]
+
     # ---- the end ----
-    def is_over(self) -> bool:
-        """The peer sends nothing more; what it has sent may be unread.  While nobody closes this end."""
+    def is_over(self, wait_s: float = 0) -> bool:
+        """The connection has ended, at either end, or ends within ``wait_s``; what the peer has sent may be unread.
+
+        While nobody closes this end.
+        """
         ended = select.poll()
         ended.register(self._socket, select.POLLRDHUP)
-        return bool(ended.poll(0))
+        return bool(ended.poll(wait_s * 1000))
 
     def stop_receiving(self) -> None:
         """Whoever receives here sees the end; sending goes on."""

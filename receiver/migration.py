@@ -75,6 +75,7 @@ ATTACH_TIMEOUT_S = 10.0
 FINISHED_OR_FINISHING = ("taken over", "finishing")
 """By a journal, the last entries of which may not have been written."""
 NOT_HERE = "an operator has said that the guest is not to run here"
+NO_MEMORY = "this host has no memory for pages that have arrived, and vCPUs wait for them: make room on this host"
 ENDED = ("completed", "failed", "refused")
 
 
@@ -430,7 +431,7 @@ class IncomingMigration:
             self.session.received(message, Lane.PUSH)
             match message:
                 case m.Pages() if self._pager is not None:
-                    self._pager.pushed(message, payload)
+                    self._pager.pushed(message, payload, self._push.is_over)
                 case m.Pages():
                     self._memory.pages(message, payload)
                     for pfns in (message.pfns, message.zeros, message.holes):
@@ -600,6 +601,8 @@ class IncomingMigration:
                 return
             report, self.progress.waiting = pager.report()
             self.progress.outstanding = report.outstanding
+            if pager.short_of_memory or self.progress.problem == NO_MEMORY:
+                self.progress.problem = NO_MEMORY if pager.short_of_memory else ""
             await self._say(report)
             with trio.move_on_after(REPORT_EVERY_S):
                 await pager.nothing_outstanding.wait()

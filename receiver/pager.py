@@ -44,26 +44,43 @@ from xenbackend.ring import PagingRequest, PagingRing
 log = logging.getLogger(__name__)
 
 
-NO_MEMORY_RETRY_S = 0.05
+FIRST_RETRY_S, LAST_RETRY_S = 0.05, 2.0
+"""Between two attempts to load pages for which the host has no memory; each pause is twice as long as the one before it."""
+LOG_EVERY_S = 60.0
 
 
 def load(domain: Domain, pfns: PfnArray, pages: Buffer | None) -> NDArray[np.int32]:
-    """As ``Domain.load``, but what comes back is 0 or ``-ENOENT`` only.
-
-    A host that has no memory just now is waited for: the guest stands still for a page, it does not lose it.
-    Raises ``XenError`` for what waiting does not help.
-    """
+    """As ``Domain.load``.  Raises ``XenError`` for what neither is a page given away nor passes by waiting."""
     results = domain.load(pfns, pages)
-    if not np.count_nonzero(results):
-        return results
-    while np.count_nonzero(again := results == -errno.ENOMEM):
-        log.warning("no memory to load %d pages: trying again", np.count_nonzero(again))
-        time.sleep(NO_MEMORY_RETRY_S)
-        results[again] = domain.load(pfns[again], None if pages is None else select_pages(memoryview(pages), again))
-    failed = np.flatnonzero((results != 0) & (results != -errno.ENOENT))
-    if len(failed):
-        raise XenError("mem_paging_load", -int(results[failed[0]]), pfn=int(pfns[failed[0]]))
+    if np.count_nonzero(results):
+        failed = np.flatnonzero(~np.isin(results, (0, -errno.ENOENT, -errno.ENOMEM)))
+        if len(failed):
+            raise XenError("mem_paging_load", -int(results[failed[0]]), pfn=int(pfns[failed[0]]))
     return results
+
+
+class Shortage:
+    """How one thread waits while the host has no memory for pages that have arrived."""
+
+    def __init__(self) -> None:
+        self.pages = 0
+        """That wait for memory."""
+        self._pause_s = 0.0
+        self._logged_at = -LOG_EVERY_S
+
+    def pause(self, pages: int) -> float:
+        """So many pages wait: returns the seconds until the next attempt."""
+        now = time.monotonic()
+        if not self.pages and now - self._logged_at >= LOG_EVERY_S:
+            self._logged_at = now
+            log.warning("the host has no memory for %d pages that have arrived: trying again until it has", pages)
+        self.pages = pages
+        self._pause_s = min(max(2 * self._pause_s, FIRST_RETRY_S), LAST_RETRY_S)
+        return self._pause_s
+
+    def over(self) -> None:
+        """No page waits any more."""
+        self.pages, self._pause_s = 0, 0.0
 
 
 class Pager:
@@ -90,6 +107,10 @@ class Pager:
         self._responder: FirstResponder | None = None
         self._begun = False
         self._stopping = False
+        self._held: list[tuple[PfnArray, bytes | None]] = []
+        """Pages of the pull lane that wait for memory: what vCPUs ask for, and little more."""
+        self._try_at = 0.0
+        self._pull_shortage, self._push_shortage = Shortage(), Shortage()
         self._unacknowledged: list[PfnArray] = []
         self._dropped: list[PfnArray] = []
         self._acknowledging = threading.Lock()
@@ -115,6 +136,8 @@ class Pager:
         if self._ring is not None:
             self._pull = pull
             self._stopping = False
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._wake_fd)  # what stopped the one before this, perhaps when its thread had ended
             await run_in_thread(self._serve, self._stop, urgent=True)
 
     def _stop(self) -> None:
@@ -133,6 +156,8 @@ class Pager:
         try:
             self._ask_again()
             self._handle_ring()  # what a predecessor has left open, for one
+            if self._pull is not None:
+                self._take_what_has_come()
             self._respond_first()
             while not self._stopping:
                 self._turn(poll)
@@ -142,21 +167,24 @@ class Pager:
             # The sender agreed, and the push lane is about to say so.
         finally:
             self._dismiss()
-            with contextlib.suppress(BlockingIOError):
-                os.eventfd_read(self._wake_fd)  # what stopped us does not stop the next one
+            self._held.clear()  # the sender has them still
+            self._pull_shortage.over()
 
     def _turn(self, poll: select.poll) -> None:
         """Wait for something, and deal with it."""
         assert self._ring is not None
         vacant = self._pull.vacant() if self._pull is not None else None
-        if self._responder is not None and vacant is not None:
+        if self._responder is not None and vacant is not None and not self._held:
             self._respond(self._responder, vacant)
             return
-        for fd, _event in poll.poll():
+        wait_ms = max(self._try_at - time.monotonic(), 0) * 1000 if self._held else None
+        for fd, _event in poll.poll(wait_ms):
             if fd == self._ring.fileno():
                 self._handle_ring()
             elif fd != self._wake_fd:
                 self._handle_pull_lane()
+        if self._held and time.monotonic() >= self._try_at:
+            self._load_held()
 
     def _respond_first(self) -> None:
         """Natively, where nothing but memory is between a message and the domain."""
@@ -225,7 +253,7 @@ class Pager:
         self._ask_ahead(verdict.touched)  # only now: a vCPU waits
 
     def _ask_ahead(self, touched: list[int]) -> None:
-        ahead = self._pages.ahead(touched) if self._pull is not None else NO_PFNS
+        ahead = self._pages.ahead(touched) if self._pull is not None and not self._held else NO_PFNS
         if len(ahead):
             self._statistics.ahead_pages += len(ahead)
             self._ask(Ahead(ahead))
@@ -238,11 +266,15 @@ class Pager:
 
     def _handle_pull_lane(self) -> None:
         assert self._pull is not None
-        while True:
+        self._pull.fill()
+        self._take_what_has_come()
+
+    def _take_what_has_come(self) -> None:
+        assert self._pull is not None
+        self._take_pages()
+        while self._pull.buffered():
             self._pull.fill()
             self._take_pages()
-            if not self._pull.buffered():
-                return
 
     def _take_pages(self) -> None:
         assert self._pull is not None
@@ -252,13 +284,43 @@ class Pager:
             assert isinstance(message, Pages)
             for pfns, pages in self._claim(message, payload):
                 self._statistics.pulled_pages += len(pfns)
-                self._finished(pfns, load(self._domain, pfns, pages))
+                short, kept = self._load(pfns, pages)
+                if len(short):
+                    self._hold(short, None if kept is None else bytes(kept))
+
+    def _hold(self, pfns: PfnArray, pages: bytes | None) -> None:
+        """There is no memory for these: meanwhile others' requests are served."""
+        if not self._held:
+            self._try_at = time.monotonic() + self._pull_shortage.pause(len(pfns))
+        self._held.append((pfns, pages))
+
+    def _load_held(self) -> None:
+        held, self._held = self._held, []
+        for pfns, pages in held:
+            short, kept = self._load(pfns, pages)
+            if len(short):
+                self._held.append((short, None if kept is None else bytes(kept)))
+        if self._held:
+            self._try_at = time.monotonic() + self._pull_shortage.pause(sum(len(pfns) for pfns, _pages in self._held))
+        else:
+            self._pull_shortage.over()
 
     # ---- the push lane's thread ----
-    def pushed(self, message: Pages, payload: memoryview) -> None:
-        """Load a batch.  One acknowledgement is for several of them, and for what came over the pull lane meanwhile."""
+    def pushed(self, message: Pages, payload: memoryview, ends_within: Callable[[float], bool]) -> None:
+        """Load a batch.  One acknowledgement is for several of them, and for what came over the pull lane meanwhile.
+
+        While there is no memory for the batch, no other is received.  ``ends_within``: whether the lane ends within so many
+        seconds.  Raises :class:`PeerClosedError` if the lane ends first; what is not loaded is outstanding still.
+        """
         for pfns, pages in self._claim(message, payload):
-            self._finished(pfns, load(self._domain, pfns, pages))
+            pfns, pages = self._load(pfns, pages)
+            while len(pfns):
+                if ends_within(self._push_shortage.pause(len(pfns))):
+                    self._push_shortage.over()
+                    raise PeerClosedError("the connection has ended while pages waited for memory")
+                pfns, pages = self._load(pfns, pages)
+            if self._push_shortage.pages:
+                self._push_shortage.over()
         if sum(map(len, self._unacknowledged)) >= MAX_PFNS:
             self.acknowledge()
 
@@ -321,7 +383,21 @@ class Pager:
             os.close(self._wake_fd)
             self._wake_fd = -1
 
+    @property
+    def short_of_memory(self) -> int:
+        """Pages that have arrived and for which the host has no memory."""
+        return self._pull_shortage.pages + self._push_shortage.pages
+
     # ---- either ----
+    def _load(self, pfns: PfnArray, pages: Buffer | None) -> tuple[PfnArray, Buffer | None]:
+        """Returns those for which there is no memory just now: they are still claimed."""
+        results = load(self._domain, pfns, pages)
+        if not np.count_nonzero(short := results == -errno.ENOMEM):
+            self._finished(pfns, results)
+            return NO_PFNS, None
+        self._finished(pfns[~short], results[~short])
+        return pfns[short], None if pages is None else select_pages(memoryview(pages), short)
+
     def _claim(self, message: Pages, payload: memoryview) -> Iterator[tuple[PfnArray, Buffer | None]]:
         """What is to be loaded of a message, from where it lies: pages that have come already are a few, and are left out."""
         with self._lock:

@@ -65,6 +65,7 @@ class FaultServer:
 
     def _serve(self) -> None:
         try:
+            self._answer()  # what has come in one packet with the hello
             while True:
                 if not self._ahead or self._pull.readable():
                     self._receive()
@@ -77,8 +78,11 @@ class FaultServer:
                 raise
 
     def _receive(self) -> None:
-        """What vCPUs wait for is sent at once, what they may need next is put off until nobody waits."""
         self._fill()
+        self._answer()
+
+    def _answer(self) -> None:
+        """What vCPUs wait for is sent at once, what they may need next is put off until nobody waits."""
         while (received := self._pull.pending()) is not None:
             message, _pages = received
             self._session.received(message, Lane.PULL)

@@ -28,9 +28,9 @@ from migrate._fault import ffi, lib
 from migrate.bandwidth import BandwidthCap
 from migrate.errors import PeerClosedError, RemoteProtocolError
 from migrate.faultpath import FAULT, PAGE, ZERO
-from migrate.messages import MAX_PFN, Ahead, Fault, Message, Pages
+from migrate.messages import MAX_PFN, Ahead, Fault, Lane, Message, Pages
 from migrate.pfns import NO_PFNS, pfn_array
-from migrate.session import Role, Session
+from migrate.session import Role, Session, hello
 from migrate.statistics import PagerStatistics, SenderStatistics
 from migrate.transport import LaneConnection, Terms
 from receiver import pager as pager_module
@@ -39,6 +39,7 @@ from receiver.pager import Pager
 from sender.backlog import SENT, Backlog
 from sender.faults import FaultServer
 from tests.front_end import FrontEnd
+from tests.test_link_loss import until
 from tests.test_session import STORY
 from xenbackend.contract import PAGE_SIZE, Buffer, NativePages, PageStatus, PfnArray
 from xenbackend.ring import MEM_PAGING_DROP_PAGE
@@ -127,6 +128,8 @@ class Memory:
         """Where pages lie that are being looked at."""
         self.refusals = 0
         """Loads that will fail for want of memory."""
+        self.no_frames: set[int] = set()
+        """pfns for which there is no memory."""
 
     @staticmethod
     def is_zero(pfn: int) -> bool:
@@ -147,6 +150,8 @@ class Memory:
     def _load(self, pfn: int, page: memoryview | None) -> int:
         if self.refusals:
             self.refusals -= 1
+            return -errno.ENOMEM
+        if pfn in self.no_frames:
             return -errno.ENOMEM
         if pfn in self.given_away:
             return -errno.ENOENT
@@ -269,6 +274,30 @@ def test_the_sender_does_the_same_either_way(missing: set[int], steps: list[tupl
     assert sender_goes(missing, steps, native=True) == sender_goes(missing, steps, native=False)
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_the_sender_answers_what_came_in_one_packet_with_the_hello(native: bool) -> None:
+    with lanes() as (ours, theirs):
+        source = Source(ours, theirs, {1, 2}, native=native)
+        put(theirs, encoded(hello(Lane.PULL, "s")), encoded(Fault(pfn_array([1]))))
+        trio.run(ours.receive_hello)
+        theirs._socket.shutdown(socket.SHUT_WR)
+        with pytest.raises(PeerClosedError, match=r"closed the connection$"):
+            source.server._serve()
+        assert source.answers() == [(1, contents(1))]
+
+
+@pytest.mark.parametrize("native", [True, False])
+async def test_the_sender_does_not_wait_for_more_than_a_fault_behind_the_hello(native: bool) -> None:
+    with lanes() as (ours, theirs):
+        source = Source(ours, theirs, {1, 2}, native=native)
+        put(theirs, encoded(hello(Lane.PULL, "s")), encoded(Fault(pfn_array([1]))))
+        await ours.receive_hello()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(source.server.serve)
+            await until(theirs.readable)
+            nursery.cancel_scope.cancel()
+
+
 def test_the_sender_hears_the_end() -> None:
     with lanes() as (ours, theirs):
         source = Source(ours, theirs, {1, 2}, native=True)
@@ -366,7 +395,7 @@ class Destination:
 
     def turn(self) -> None:
         """What has happened is dealt with."""
-        while self.poll.poll(0):
+        while self.poll.poll(0) or self.pager.short_of_memory:
             self.pager._turn(self.poll)
         self.xen.take_answers()
         self.hear()
@@ -407,7 +436,9 @@ class Destination:
 
     def push(self, pfns: list[int]) -> None:
         data, zeros = ([pfn for pfn in pfns if Memory.is_zero(pfn) == zero] for zero in (False, True))
-        self.pager.pushed(Pages(pfn_array(data), pfn_array(zeros)), memoryview(b"".join(map(contents, data))))
+        self.pager.pushed(
+            Pages(pfn_array(data), pfn_array(zeros)), memoryview(b"".join(map(contents, data))), lambda _s: False
+        )
         self.xen.take_answers()
 
 
@@ -475,7 +506,8 @@ async def receiver_goes(missing: set[int], steps: list[tuple[str, Any]], *, nati
 @given(st.sets(PFNS, min_size=30), st.lists(RECEIVER_STEP, max_size=15))
 def test_the_receiver_loses_nothing(native: bool, missing: set[int], steps: list[tuple[str, Any]]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pager_module, "NO_MEMORY_RETRY_S", 0)
+        patch.setattr(pager_module, "FIRST_RETRY_S", 0)
+        patch.setattr(pager_module, "LAST_RETRY_S", 0)
 
         async def run() -> None:
             seen = await receiver_goes(missing, steps, native=native)

@@ -20,7 +20,7 @@ import trio
 
 from migrate import messages as m
 from migrate.errors import MigrationError, PeerClosedError, RefusedError
-from migrate.lanes import MAX_STRANGERS, AwaitedLanes, DialledLanes, Reception
+from migrate.lanes import MAX_STRANGERS_OF_ADDRESS, AwaitedLanes, DialledLanes, Reception
 from migrate.loopback import World, loopback_world, verify_migrated, wait_for_steps
 from migrate.messages import Lane
 from migrate.pfns import pfn_array
@@ -218,12 +218,14 @@ async def test_a_sender_after_the_handover(world: World, said: Said, complaint: 
 async def test_connections_that_say_nothing(world: World) -> None:
     with contextlib.ExitStack() as stack:
         connections = []
-        for _ in range(2 * MAX_STRANGERS):
+        for _ in range(2 * MAX_STRANGERS_OF_ADDRESS):
             with contextlib.suppress(OSError):
                 connection = stack.enter_context(socket.create_connection(("127.0.0.1", world.port), timeout=5))
                 connections.append(connection)
-        await until(lambda: "no more" in world.processes["receiver"].log.read_text())
-        assert holds(world, "receiver")["threads"] < MAX_STRANGERS + 100
+        await until(lambda: "the oldest are ended" in world.processes["receiver"].log.read_text())
+        held = holds(world, "receiver")
+        assert held["threads"] < 50
+        assert held["descriptors"] < MAX_STRANGERS_OF_ADDRESS + 100
     await until(lambda: holds(world, "receiver")["descriptors"] < 100)
 
 

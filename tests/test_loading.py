@@ -1,17 +1,34 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Loading pages on a host that has no memory for a while: nothing is lost, and nothing is taken for given away."""
+"""Loading pages on a host that has no memory for a while: no page is lost or taken for one given away, and nothing else waits."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import logging
 
 import numpy as np
 import pytest
+import trio
 from numpy.typing import NDArray
 
+from migrate import messages as m
+from migrate.errors import PeerClosedError
+from migrate.loopback import World
 from migrate.pfns import pfn_array
+from migrate.policy import Strategy
 from receiver import pager
-from xenbackend.contract import PAGE_SIZE, Buffer, PfnArray, XenError
+from receiver.migration import NO_MEMORY
+from receiver.outstanding import LOADING, OUTSTANDING
+from sender.options import MigrationOptions
+from tests.conftest import MIB
+from tests.inprocess import Outcome, migrate, verification
+from tests.links import Link
+from tests.test_fault_path import Destination, contents, encoded, lanes, put
+from tests.test_invariants import busy
+from tests.test_link_loss import until
+from xenbackend.contract import PAGE_SIZE, Buffer, NativePages, PfnArray, XenError
+from xenbackend.simulated.client import SimulatedDomain
 
 
 class ShortOfMemory:
@@ -36,19 +53,43 @@ class ShortOfMemory:
         return results
 
 
-@pytest.fixture(autouse=True)
-def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pager, "NO_MEMORY_RETRY_S", 0)
-
-
 @pytest.mark.parametrize("zeros", [False, True])
-def test_pages_are_loaded_as_soon_as_there_is_memory(zeros: bool) -> None:
-    domain = ShortOfMemory(3, gone={12})
-    pfns = pfn_array(range(10, 20))
-    pages = None if zeros else memoryview(b"".join(bytes([pfn]) * PAGE_SIZE for pfn in range(10, 20)))
-    results = pager.load(domain, pfns, pages)  # type: ignore[arg-type]
-    assert results.tolist() == [0, 0, -errno.ENOENT, 0, 0, 0, 0, 0, 0, 0]
-    assert domain.loaded == {pfn: b"" if zeros else bytes([pfn]) * PAGE_SIZE for pfn in range(10, 20) if pfn != 12}
+async def test_pushed_pages_are_loaded_as_soon_as_there_is_memory(
+    zeros: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    waited: list[float] = []
+
+    def goes_on(seconds: float) -> bool:
+        waited.append(seconds)
+        return False
+
+    with (
+        lanes() as (ours, theirs),
+        contextlib.closing(Destination(ours, theirs, set(range(10, 20)), native=False)) as end,
+    ):
+        domain = ShortOfMemory(1, gone={12})
+        end.pager._domain = domain  # type: ignore[assignment]
+        pfns, none = pfn_array(range(10, 20)), pfn_array()
+        pages = b"".join(bytes([pfn]) * PAGE_SIZE for pfn in range(10, 20))
+        message, payload = (m.Pages(none, pfns), b"") if zeros else (m.Pages(pfns), pages)
+        end.pager.pushed(message, memoryview(payload), goes_on)
+        assert domain.loaded == {pfn: b"" if zeros else bytes([pfn]) * PAGE_SIZE for pfn in range(10, 20) if pfn != 12}
+        end.pager.acknowledge()
+        assert [(said.type, len(said.pfns)) for said in end.said] == [("loaded", 9), ("dropped", 1)]
+        assert not end.pager.short_of_memory
+    assert waited[:4] == [0.05, 0.1, 0.2, 0.4] and waited[-1] == pager.LAST_RETRY_S
+    assert len([record for record in caplog.records if record.levelno == logging.WARNING]) == 1
+
+
+async def test_waiting_for_memory_ends_with_the_lane() -> None:
+    with lanes() as (ours, theirs), contextlib.closing(Destination(ours, theirs, {10, 11}, native=False)) as end:
+        end.pager._domain = ShortOfMemory(0)  # type: ignore[assignment]
+        theirs.shut()
+        with pytest.raises(PeerClosedError, match="waited for memory"):
+            end.pager.pushed(m.Pages(pfn_array([10]), pfn_array([11])), memoryview(bytes(PAGE_SIZE)), ours.is_over)
+        assert [end.pages.states[pfn] for pfn in (10, 11)] == [LOADING, LOADING]
+        assert np.flatnonzero(end.pager.rejoin()).tolist() == [10, 11]
+        assert end.pages.states[10] == OUTSTANDING
 
 
 def test_what_waiting_does_not_help_is_an_error() -> None:
@@ -56,3 +97,97 @@ def test_what_waiting_does_not_help_is_an_error() -> None:
     domain.error = errno.EFAULT
     with pytest.raises(XenError, match=r"pfn 0x7.*EFAULT"):
         pager.load(domain, pfn_array([5, 6, 7]), None)  # type: ignore[arg-type]
+
+
+def answered(end: Destination) -> list[int]:
+    """So far."""
+    end.xen.take_answers()
+    return end.xen.answered
+
+
+@pytest.mark.parametrize("native", [False, True])
+async def test_others_are_served_meanwhile_and_the_thread_can_be_stopped(native: bool) -> None:
+    with lanes() as (ours, theirs), contextlib.closing(Destination(ours, theirs, {1, 2, 4}, native=native)) as end:
+        end.memory.no_frames = {1}
+        turns, turn = 0, end.pager._turn
+
+        def counted(poll: object) -> None:
+            nonlocal turns
+            turns += 1
+            turn(poll)  # type: ignore[arg-type]
+
+        end.pager._turn = counted  # type: ignore[method-assign]
+        end.end()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(end.pager.serve, ours)
+            end.touch(1, vcpu=0)
+            put(theirs, encoded(m.Pages(pfn_array([1])), contents(1)))
+            await until(lambda: end.pager.short_of_memory == 1)
+            for pfn, vcpu in ((2, 1), (30, 2)):  # the one is missing, the other is there
+                end.touch(pfn, vcpu)
+            put(theirs, encoded(m.Pages(pfn_array([2])), contents(2)))
+            await until(lambda: sorted(answered(end)) == [2, 30])
+            assert turns < 100
+            end.memory.no_frames = set()
+            await until(lambda: 1 in answered(end))
+            end.memory.no_frames = {4}
+            put(theirs, encoded(m.Pages(pfn_array([4])), contents(4)))
+            await until(lambda: end.pager.short_of_memory == 1)
+            nursery.cancel_scope.cancel()
+        assert sorted(end.memory.loaded) == [1, 2]
+        assert np.flatnonzero(end.pager.rejoin()).tolist() == [4]
+
+
+async def test_a_pager_that_is_stopped_when_its_thread_has_ended_does_not_disturb_the_next() -> None:
+    """The event loop learns of a thread's end later than that happens."""
+    with lanes() as (ours, theirs), contextlib.closing(Destination(ours, theirs, {1}, native=True)) as end:
+        end.end()
+        end.pager._stop()
+        turns, turn = 0, end.pager._turn
+
+        def counted(poll: object) -> None:
+            nonlocal turns
+            turns += 1
+            turn(poll)  # type: ignore[arg-type]
+
+        end.pager._turn = counted  # type: ignore[method-assign]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(end.pager.serve, None)
+            for _ in range(5):
+                end.touch(30, 0)
+                await until(lambda: 30 in answered(end))
+                end.xen.answered.clear()
+            nursery.cancel_scope.cancel()
+        assert turns < 50
+
+
+async def test_a_lost_link_is_noticed_while_there_is_no_memory(
+    clean_hosts: World, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And taken up again; the pages are lost to nobody, and go where they belong when there is memory."""
+    load, full = SimulatedDomain.load, False
+
+    def short(self: SimulatedDomain, pfns: PfnArray, pages: Buffer | None) -> NDArray[np.int32]:
+        return np.full(len(pfns), -errno.ENOMEM, dtype=np.int32) if full else load(self, pfns, pages)
+
+    def no_native_pages(_self: SimulatedDomain) -> NativePages | None:
+        return None
+
+    monkeypatch.setattr(SimulatedDomain, "load", short)
+    monkeypatch.setattr(SimulatedDomain, "native_pages", no_native_pages)
+
+    async def meanwhile(outcome: Outcome, link: Link) -> None:
+        nonlocal full
+        await until(lambda: outcome.migration.session.handed_over and outcome.incoming.progress.phase == "postcopy")
+        full = True
+        await until(lambda: outcome.incoming.progress.problem == NO_MEMORY)
+        link.cut()
+        await until(lambda: outcome.migration.statistics.rejoins == 1)
+        await until(lambda: outcome.incoming.progress.problem == NO_MEMORY)
+        full = False
+
+    options = MigrationOptions(Strategy.POSTCOPY, bandwidth_bytes_per_s=8 * MIB)
+    outcome = await migrate(clean_hosts, busy(name), options=options, meanwhile=meanwhile)
+    assert outcome.error is None
+    assert outcome.incoming.progress.problem == ""
+    assert (await verification(clean_hosts, busy(name))).problems == []

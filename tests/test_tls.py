@@ -5,24 +5,24 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import trio
 import trustme
 
-from migrate.errors import PeerClosedError
+from migrate import lanes, tls
 from migrate.lanes import AwaitedLanes, DialledLanes, Reception
 from migrate.loopback import World
 from migrate.messages import Lane
 from migrate.session import hello
-from migrate.tls import Tls, TlsSocket
+from migrate.tls import STRANGERS, Tls
 from migrate.transport import LaneConnection, Terms
-from tests.conftest import MIB
+from tests.conftest import MIB, WAIT_S
 from tests.inprocess import Outcome, migrate, verification
 from tests.links import Link
 from tests.test_invariants import busy
@@ -139,38 +139,71 @@ async def test_a_client_without_a_certificate_is_refused(
     assert "the peer has no certificate" in caplog.text
 
 
-class NeverShaken(Tls):
-    """The peer connects and sends nothing."""
-
-    begun: ClassVar[list[socket.socket]] = []
-    over: ClassVar[threading.Event] = threading.Event()
-
-    def accepted(self, sock: socket.socket, timeout_s: float) -> TlsSocket:
-        self.begun.append(sock)
-        self.over.wait(timeout_s)
-        sock.close()
-        raise PeerClosedError("TLS: the peer did not answer")
+async def receive(reception: Reception, nursery: trio.Nursery) -> int:
+    """Run a listener before ``reception``; returns its port."""
+    listeners = await nursery.start(functools.partial(trio.serve_tcp, reception.receive, 0, host=HOST))
+    return int(listeners[0].socket.getsockname()[1])
 
 
-async def test_strangers_that_never_shake_hands_take_no_thread_from_migrations() -> None:
-    """Invariant 7.  Migrations wait for threads of trio's default limiter, which has 40."""
-    terms = Terms(tls=NeverShaken(Path(), Path(), Path(), ()))
-    reception = Reception(lambda _greeting: AwaitedLanes(), terms)
-    (listener,) = await trio.open_tcp_listeners(0, host=HOST)
-    port = listener.socket.getsockname()[1]
-    limiter = trio.to_thread.current_default_thread_limiter()
-    strangers = int(limiter.total_tokens) + 10
+@pytest.mark.parametrize("beginning", [b"", b"\x16"], ids=["nothing", "the beginning of a handshake"])
+async def test_strangers_that_never_shake_hands_take_no_threads(files: Callable[..., Tls], beginning: bytes) -> None:
+    """Invariant 7: none of those that migrations wait for, and none of their own."""
+    strangers = 50
+    reception = Reception(lambda _greeting: AwaitedLanes(), Terms(tls=files()))
+    limiter, threads = trio.to_thread.current_default_thread_limiter(), threading.active_count()
     with contextlib.ExitStack() as connections:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(trio.serve_listeners, reception.receive, [listener])
+            port = await receive(reception, nursery)
             for _ in range(strangers):
-                connections.enter_context(socket.create_connection((HOST, port)))
-            try:
-                await until(lambda: len(NeverShaken.begun) == strangers)
-                assert limiter.borrowed_tokens == 0
-            finally:
-                NeverShaken.over.set()
-                nursery.cancel_scope.cancel()
+                connections.enter_context(socket.create_connection((HOST, port))).send(beginning)
+            await until(lambda: len(reception._strangers) == strangers and not STRANGERS.borrowed_tokens)
+            assert limiter.borrowed_tokens == 0
+            assert threading.active_count() < threads + strangers
+            nursery.cancel_scope.cancel()
+
+
+async def test_a_stranger_that_is_refused_and_still_sends_is_kept_no_longer(
+    files: Callable[..., Tls], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time for the reason to arrive is limited in all, not from one byte to the next."""
+    monkeypatch.setattr(tls, "EXPLANATION_S", 0.2)
+    reception = Reception(lambda _greeting: AwaitedLanes(), Terms(tls=files()))
+    async with trio.open_nursery() as nursery:
+        stranger = await trio.open_tcp_stream(HOST, await receive(reception, nursery))
+        await stranger.send_all(b"GET / HTTP/1.0\r\n\r\n")
+        with trio.fail_after(WAIT_S), contextlib.suppress(trio.BrokenResourceError):
+            while True:
+                await stranger.send_all(b"x")
+                await trio.sleep(0.05)
+        await stranger.aclose()
+        assert reception._strangers == {}
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("crowd", ["MAX_STRANGERS", "MAX_STRANGERS_OF_ADDRESS"])
+async def test_behind_a_crowd_of_strangers_a_peer_is_received(
+    files: Callable[..., Tls], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, crowd: str
+) -> None:
+    """Those that have been silent for longest are ended, from one address or from many."""
+    monkeypatch.setattr(lanes, crowd, 5)
+    awaited = AwaitedLanes()
+    reception = Reception(lambda _greeting: awaited, Terms(tls=files()))
+    async with trio.open_nursery() as nursery:
+        port = await receive(reception, nursery)
+        strangers = []
+        for number in range(12):
+            stranger = await trio.open_tcp_stream(HOST, port, local_address=f"127.0.0.{number % 2 + 1}")
+            strangers.append(stranger)
+        lane = await DialledLanes((HOST, port), "s", Terms(tls=files())).push()
+        await until(awaited._push.come.is_set)
+        with trio.fail_after(WAIT_S), contextlib.suppress(trio.BrokenResourceError):
+            assert await strangers[0].receive_some(1) == b""
+        assert "have not said what they are for: the oldest are ended" in caplog.text
+        lane.close()
+        awaited.close()
+        for stranger in strangers:
+            await stranger.aclose()
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_token_is_good_for_one_connection(
@@ -179,7 +212,6 @@ async def test_a_token_is_good_for_one_connection(
     """Of the pull lane; the one of a push lane that rejoins is tested with the links."""
     refused: list[str] = []
     dial = DialledLanes._dial
-    tls = files()
 
     async def dial_twice(self: DialledLanes, kind: Lane, token: bytes) -> LaneConnection:
         lane = await dial(self, kind, token)
@@ -191,24 +223,23 @@ async def test_a_token_is_good_for_one_connection(
         return lane
 
     monkeypatch.setattr(DialledLanes, "_dial", dial_twice)
-    outcome = await migrate(clean_hosts, busy(name), terms=Terms(tls=tls), sender_tls=files())
+    outcome = await migrate(clean_hosts, busy(name), terms=Terms(tls=files()), sender_tls=files())
     assert outcome.error is None
     assert len(refused) == 1 and "wrong or used token" in refused[0]
 
 
-def test_both_directions_at_once(files: Callable[..., Tls]) -> None:
+async def test_both_directions_at_once(files: Callable[..., Tls]) -> None:
     """As the lanes' threads do: 32 MiB each way, each page checked."""
     ours, theirs = socket.socketpair(socket.AF_UNIX)
-    tls = files()
+    made = files()
     ends: list[LaneConnection] = []
 
-    def accept() -> None:
-        ends.append(LaneConnection(tls.accepted(theirs, 10), Terms(checksums=True, tls=tls)))
+    async def accept() -> None:
+        ends.append(LaneConnection(await made.accepted(theirs, 10), Terms(checksums=True, tls=made)))
 
-    accepting = threading.Thread(target=accept)
-    accepting.start()
-    ends.append(LaneConnection(tls.connected(ours, HOST, 10), Terms(checksums=True, tls=tls)))
-    accepting.join()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(accept)
+        ends.append(LaneConnection(await made.connected(ours, HOST, 10), Terms(checksums=True, tls=made)))
     greeting = hello(Lane.PUSH, "s", requires=("checksums",))
     from migrate.messages import Pages
     from migrate.pfns import pfn_array
@@ -220,7 +251,7 @@ def test_both_directions_at_once(files: Callable[..., Tls]) -> None:
         for _ in range(16):
             end.send_blocking(Pages(pfn_array(range(512))), [pages])
 
-    def receive(end: LaneConnection) -> None:
+    def take(end: LaneConnection) -> None:
         try:
             for _ in range(16):
                 _message, payload = end.receive_blocking()
@@ -228,7 +259,7 @@ def test_both_directions_at_once(files: Callable[..., Tls]) -> None:
         except BaseException as error:
             failed.append(error)
 
-    threads = [threading.Thread(target=work, args=(end,)) for end in ends for work in (send, receive)]
+    threads = [threading.Thread(target=work, args=(end,)) for end in ends for work in (send, take)]
     for end in ends:
         end.agree([greeting])
     for thread in threads:

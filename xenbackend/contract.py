@@ -317,7 +317,8 @@ class Domain(ABC):
 
     @abstractmethod
     def load(self, pfns: PfnArray, pages: Buffer | None) -> NDArray[np.int32]:
-        """Give paged-out pfns their contents (``None``: zeros): 0, or ``-ENOENT`` for a pfn that is not paged out.
+        """Give paged-out pfns their contents (``None``: zeros): 0, or ``-ENOENT`` for a pfn that is not paged out, or
+        ``-ENOMEM`` while the host has no memory for it.
 
         The guest sees the page when this returns.  A page that is there is never overwritten.
         """
