@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 
 import trio
 
-from migrate.errors import MigrationError
+from migrate.errors import MigrationError, UnknownMigrationError
 
 log = logging.getLogger(__name__)
 
@@ -81,22 +81,40 @@ async def _second_signal(signals: AsyncIterator[int], draining: trio.Nursery) ->
     draining.cancel_scope.cancel()
 
 
+LEAST_OF_AN_ID = 8
+"""Characters, as ``list`` shows them."""
+
+
 class Named(Protocol):
     id: str
 
     @property
     def domain_name(self) -> str: ...
 
+    @property
+    def has_ended(self) -> bool:
+        """Nothing more comes of it."""
+
 
 M = TypeVar("M", bound=Named)
 
 
 def find_migration(migrations: Iterable[M], name: str) -> M:
-    """By id, or its beginning, or else the last one of a domain of this name.  Raises :class:`MigrationError`."""
+    """By its domain's name, or by its id or the first characters of that, of which there must be so many that no name is taken
+    for them.  Of several migrations of one domain the one that goes on counts, else the newest.
+
+    Raises :class:`MigrationError`.
+    """
     known = list(migrations)
-    found = [m for m in known if m.id.startswith(name)] if name else []
-    found = found or [m for m in known if m.domain_name == name][-1:]
-    if len(found) != 1:
-        which = f"more than one migration whose id begins with {name!r}" if found else f"no migration {name!r}"
-        raise MigrationError(f"there is {which} here: see `xen-postcopy list`")
-    return found[0]
+    named = [m for m in known if m.domain_name == name and name]
+    found = [m for m in named if not m.has_ended] or named[-1:]
+    found += [m for m in known if len(name) >= LEAST_OF_AN_ID and m.id.startswith(name) and m not in found]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        ids = ", ".join(m.id[:LEAST_OF_AN_ID] for m in found)
+        raise MigrationError(f"there is more than one migration {name!r} here: name it by one of these ids: {ids}")
+    why = ""
+    if name and any(m.id.startswith(name) for m in known):
+        why = f" (of an id the first {LEAST_OF_AN_ID} characters are needed)"
+    raise UnknownMigrationError(f"there is no migration {name!r} here{why}: see `xen-postcopy list`")

@@ -30,6 +30,10 @@ class UnknownSessionError(RefusedError):
     """Because it has no such session, or not any more."""
 
 
+class UnknownMigrationError(MigrationError):
+    """The daemon that was asked has no such migration; another may have."""
+
+
 class InterruptedMigrationError(MigrationError):
     """Ctrl-C; the text says what became of the migration."""
 

@@ -152,7 +152,7 @@ class ReceiverDaemon:
         self._forget()
 
     def _forget(self) -> None:
-        ended = [m.id for m in self._migrations.values() if m.progress.phase in ENDED]
+        ended = [m.id for m in self._migrations.values() if m.has_ended]
         for migration_id in ended[:-KEPT]:
             del self._migrations[migration_id]
 

@@ -114,6 +114,8 @@ class IncomingMigration:
         self._pull: LaneConnection | None = None
         self._domain: Domain | None = None
         self._domid = -1
+        self._handle: bytes | None = None
+        """``None``: there is no domain yet, or it was noted by a release that did not note handles."""
         self._inherited = False
         self._ring: PagingRing | None = None
         self._pages: OutstandingPages
@@ -147,6 +149,7 @@ class IncomingMigration:
         offer = {**facts["offer"], "platform": bytes.fromhex(facts["offer"]["platform"])}
         migration._offer = m.Offer(**offer, key=bytes.fromhex(facts["key"]))
         migration._step, migration._domid = facts["step"], facts["domid"]
+        migration._handle = bytes.fromhex(handle) if (handle := facts.get("handle")) else None
         migration._inherited = True
         migration.progress.domain = offer["name"]
         lanes.keep(migration._offer.key)
@@ -160,7 +163,8 @@ class IncomingMigration:
         self._journal.write(
             self.id,
             {
-                "step": step, "domid": self._domid, "offer": offer, "key": self._offer.key.hex(),
+                "step": step, "domid": self._domid, "handle": self._handle and self._handle.hex(), "offer": offer,
+                "key": self._offer.key.hex(),
                 "dials": self.lanes.dials, "xl": self._toolstack.decides,
             },
             needed=not self._said_ready,
@@ -171,6 +175,11 @@ class IncomingMigration:
     @property
     def domain_name(self) -> str:
         return self.progress.domain
+
+    @property
+    def has_ended(self) -> bool:
+        """Nothing more comes of it."""
+        return self.progress.phase in ENDED
 
     @property
     def needed(self) -> bool:
@@ -293,12 +302,14 @@ class IncomingMigration:
                 if self._step == "making":
                     self._domain = next(iter(self._hypervisor.abandoned(config)), None)
                 else:
-                    self._domain = self._hypervisor.open(self._domid)
+                    self._domain = self._hypervisor.open(self._domid, self._handle)
             not_arrived = "the receiver was ended before the guest had arrived"
             raise MigrationError(NOT_HERE if self._step == "decided elsewhere" else not_arrived)
         self._said_ready = True  # for all we know
         try:
-            domain = self._hypervisor.reopen_incoming(self._domid, config, lent=self._toolstack.decides)
+            domain = self._hypervisor.reopen_incoming(
+                self._domid, config, lent=self._toolstack.decides, handle=self._handle
+            )
             if not self._toolstack.decides and domain.state() is not DomainState.INCOMING and self._step != "finishing":
                 self._step = "taken over"
         except NoSuchDomainError:
@@ -408,7 +419,7 @@ class IncomingMigration:
                 return "a guest that xl migrates cannot be protected: xl destroys the source"
             self._record("making")
             self._domain = self._toolstack.make(self._hypervisor, config)
-            self._domid = self._domain.domid
+            self._domid, self._handle = self._domain.domid, self._domain.handle
             self._record("made")
             if offer.paging:
                 self._ring = self._domain.paging_enable()

@@ -33,7 +33,7 @@ from migrate.transport import listen_tcp, parse_address
 from sender.migration import OutgoingMigration
 from sender.options import MigrationOptions
 from sender.toolstack import XlToolstack
-from xenbackend.contract import Hypervisor, XenError
+from xenbackend.contract import Hypervisor, XenError, find_domain
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +123,9 @@ class SenderDaemon:
 
     async def _migrate(self, request: Json, connection: ControlConnection) -> None:
         """For the command line."""
-        domain, destination = str(request["domain"]), parse_address(str(request["destination"]), RECEIVER_PORT)
+        destination = parse_address(str(request["destination"]), RECEIVER_PORT)
+        domains = await trio.to_thread.run_sync(self._hypervisor.domains)
+        domain = find_domain(domains, str(request["domain"])).id
         options = MigrationOptions(
             Strategy(request.get("strategy", "hybrid")),
             PolicyOptions(**request.get("policy", {})),
@@ -148,15 +150,14 @@ class SenderDaemon:
     async def _save(self, request: Json, connection: ControlConnection) -> None:
         """For xl's helper: the receiver is told by xl's stream where we are, and dials."""
         with self._hypervisor.open(int(request["domid"])) as domain:
-            name, policy = domain.info().name, domain.cpu_policy()
+            target, policy = domain.info().id, domain.cpu_policy()
         session, token = new_id(), new_token()
         awaited = AwaitedLanes(token, timeout_s=self._config.sender.peer_timeout_s)
-        toolstack = XlToolstack(name, connection)
+        toolstack = XlToolstack(target.name, connection)
         options = _options(self._config.migration, request)
         migration = OutgoingMigration(
-            session, self._hypervisor, str(request["domid"]), awaited, options, self._journal, toolstack=toolstack
+            session, self._hypervisor, target, awaited, options, self._journal, toolstack=toolstack
         )
-        migration.domain_name = name
         host, port = advertised(self._config.sender, self._port)
         await connection.answer(
             "offer",
@@ -188,7 +189,7 @@ class SenderDaemon:
 
     def _start(self, migration: OutgoingMigration) -> trio.Event:
         """The migration is the daemon's, not the connection's: a client that goes away does not end it."""
-        if any(m.domain_name == migration.domain_name for m in self._running()):
+        if any(m.target == migration.target for m in self._running()):
             raise MigrationError(f"domain {migration.domain_name} is being migrated already: see `xen-postcopy list`")
         ended = trio.Event()
         self._migrations[migration.id] = migration
@@ -230,7 +231,7 @@ class SenderDaemon:
             awaited.close()
 
     def _forget(self) -> None:
-        ended = [m.id for m in self._migrations.values() if m.progress.phase in ("completed", "failed")]
+        ended = [m.id for m in self._migrations.values() if m.has_ended]
         for migration_id in ended[:-KEPT]:
             del self._migrations[migration_id]
 

@@ -52,7 +52,16 @@ from sender.push import BATCH_PAGES, PushLane
 from sender.reader import announce_missing, count_pages, hold
 from sender.toolstack import XL_TIMEOUT_S, OwnToolstack, StaysHereError, Toolstack, XlToolstack
 from sender.written import WrittenPages
-from xenbackend.contract import PAGE_SIZE, Domain, DomainState, Hypervisor, NoSuchDomainError, PfnArray, XenError
+from xenbackend.contract import (
+    PAGE_SIZE,
+    Domain,
+    DomainId,
+    DomainState,
+    Hypervisor,
+    NoSuchDomainError,
+    PfnArray,
+    XenError,
+)
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +69,7 @@ SWITCHOVER_BATCH_PAGES = 128
 """Instead of :data:`BATCH_PAGES` while the guest stands still: there the destination had better begin at once."""
 GO_BACK_AGAIN_S = 5.0
 WENT_BACK = "the guest goes on here, as it was when the last checkpoint was made"
+ENDED = ("completed", "failed")
 HOT_PAGES = 256
 """Frequently written pages that are sent during the downtime although the guest could fetch them later: 1 MiB takes
 less than a millisecond on most links, where each fault takes about half of one."""
@@ -79,14 +89,15 @@ class OutgoingMigration:
     """``session_id``: what ``lanes`` is for (:func:`migrate.session.new_id`)."""
 
     def __init__(
-        self, session_id: str, hypervisor: Hypervisor, domain: str, lanes: Lanes, options: MigrationOptions,
+        self, session_id: str, hypervisor: Hypervisor, domain: DomainId, lanes: Lanes, options: MigrationOptions,
         journal: Journal, *, toolstack: Toolstack | None = None, policy: Policy | None = None,
     ):  # fmt: skip
         self.id = session_id
         self._journal = journal
         self._inherited = ""
         """How far a predecessor had come."""
-        self._target = self.domain_name = domain
+        self.target = domain
+        self.domain_name = domain.name
         self.lanes = lanes
         self.options = options
         self.progress = Progress()
@@ -140,8 +151,9 @@ class OutgoingMigration:
             bandwidth_bytes_per_s=facts["bandwidth"],
             checkpoint_every_s=facts["checkpoints"],
         )
-        migration = cls(session_id, hypervisor, str(facts["domid"]), lanes, options, journal, toolstack=toolstack)
-        migration.domain_name = facts["domain"]
+        handle = facts.get("handle")  # a release before this one did not note handles
+        domain = DomainId(facts["domid"], None if handle is None else bytes.fromhex(handle), facts["domain"])
+        migration = cls(session_id, hypervisor, domain, lanes, options, journal, toolstack=toolstack)
         migration._key = bytes.fromhex(facts["key"])
         migration._inherited, migration._successor = facts["step"], facts["successor"]
         migration._may_be_ready = True  # for all we know
@@ -153,7 +165,8 @@ class OutgoingMigration:
         self._journal.write(
             self.id,
             {
-                "step": step, "domain": self.domain_name, "domid": self._domain.domid, "key": self._key.hex(),
+                "step": step, "domain": self.domain_name, "domid": self._domain.domid,
+                "handle": self._domain.handle.hex(), "key": self._key.hex(),
                 "dials": self.lanes.dials, "xl": self._toolstack.decides, "strategy": self.options.strategy.value,
                 "bandwidth": self.options.bandwidth_bytes_per_s, "checkpoints": self.options.checkpoint_every_s,
                 "successor": self._successor,
@@ -204,7 +217,7 @@ class OutgoingMigration:
             self._last_word = m.Abort("the guest stays at the source")
             raise MigrationError("given up, before the sender was started anew")
         try:
-            self._domain = self._hypervisor.open(self._target)
+            self._domain = self._hypervisor.open(self.target.domid, self.target.handle)
         except NoSuchDomainError as error:
             if not self._inherited:
                 raise
@@ -234,6 +247,11 @@ class OutgoingMigration:
             self._close_lanes()
             if not self.keeps_pages:
                 self._domain.close()
+
+    @property
+    def has_ended(self) -> bool:
+        """Nothing more comes of it."""
+        return self.progress.phase in ENDED
 
     @property
     def keeps_pages(self) -> bool:
@@ -758,7 +776,8 @@ class OutgoingMigration:
         """The domain in which the guest is to go on."""
         config = self._domain.config()
         if self._successor is not None:
-            return self._hypervisor.reopen_incoming(self._successor, config, lent=False)
+            # A guest keeps its UUID, so the domain that takes its place has the same one.
+            return self._hypervisor.reopen_incoming(self._successor, config, lent=False, handle=self._domain.handle)
         for left in self._hypervisor.abandoned(config, instead_of=self._domain):
             left.destroy()  # by a predecessor that died before the journal had the domain's number
         domain = self._hypervisor.create_incoming(config, instead_of=self._domain)

@@ -27,7 +27,7 @@ from sender.migration import OutgoingMigration
 from sender.options import MigrationOptions
 from tests.conftest import WAIT_S
 from tests.links import Link, link
-from xenbackend.contract import XenError
+from xenbackend.contract import XenError, find_domain
 from xenbackend.simulated.guest import GuestSpec
 from xenbackend.simulated.verify import Verification
 
@@ -81,7 +81,8 @@ async def migrate(
             session = new_id()
             between = await link(nursery, ("127.0.0.1", listeners[0].socket.getsockname()[1]), budgets)
             lanes = DialledLanes(("127.0.0.1", between.port), session, replace(terms, tls=sender_tls))
-            outcome = Outcome(OutgoingMigration(session, world.source, spec.name, lanes, options, journal))
+            target = find_domain(world.source.domains(), spec.name).id
+            outcome = Outcome(OutgoingMigration(session, world.source, target, lanes, options, journal))
             outcome.receiver = receiver
             if meanwhile is not None:
                 nursery.start_soon(meanwhile, outcome, between)

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from xenbackend.contract import (
     PfnArray,
     ToolstackPorts,
     XenError,
+    find_domain,
 )
 from xenbackend.ring import PagingRequest, PagingRing
 
@@ -229,17 +231,34 @@ def test_domains_are_found_by_name_and_number(lab: Lab) -> None:
     info = domain.info()
     assert (info.state, info.tot_pages, domain.nr_pfns) == (DomainState.INCOMING, 0, 1024)
     assert info.domid in [found.domid for found in lab.hypervisor.domains()]
-    for key in (info.name, info.domid, str(info.domid)):
-        found = lab.hypervisor.open(key)
-        assert (found.info().name, found.info().domid) == (info.name, info.domid)
-        found.close()
-        found.close()
+    for text in (info.name, str(info.domid), str(uuid.UUID(bytes=info.handle))):
+        assert find_domain(lab.hypervisor.domains(), text).id == info.id
     with pytest.raises(NoSuchDomainError, match="no such domain"):
-        lab.hypervisor.open("nobody")
+        find_domain(lab.hypervisor.domains(), "nobody")
+    for handle in (None, info.handle):
+        found = lab.hypervisor.open(info.domid, handle)
+        assert (found.info().name, found.info().domid, found.handle) == (info.name, info.domid, info.handle)
+        found.close()
+        found.close()
+    with pytest.raises(NoSuchDomainError, match="another domain has this number now"):
+        lab.hypervisor.open(info.domid, bytes(16))
+    with pytest.raises(NoSuchDomainError, match="another domain has this number now"):
+        lab.hypervisor.reopen_incoming(info.domid, domain.config(), lent=False, handle=bytes(16))
+    with pytest.raises(NoSuchDomainError, match="no such domain"):
+        lab.hypervisor.open(max(found.domid for found in lab.hypervisor.domains()) + 1)
     domain.destroy()
     with pytest.raises(XenError, match="ESRCH"):
         domain.info()
     assert info.domid not in [found.domid for found in lab.hypervisor.domains()]
+
+
+def test_a_guest_has_the_same_handle_wherever_it_is_restored(lab: Lab) -> None:
+    source = lab.guest()
+    assert any(source.handle)
+    for config, same in ((lab.config_beside(source), True), (lab.config(), False)):
+        target = lab.hypervisor.create_incoming(config)
+        assert (target.handle == source.handle) == same
+        target.destroy()
 
 
 def test_a_name_is_used_once_and_memory_is_finite(lab: Lab) -> None:

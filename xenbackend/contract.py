@@ -11,8 +11,10 @@ Names and meanings are Xen's (xen/include/public/memory.h, domctl.h, tools/inclu
 from __future__ import annotations
 
 import errno as errno_module
+import uuid
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from enum import Enum, IntEnum
 from typing import TYPE_CHECKING, Self
 
@@ -77,6 +79,17 @@ class ToolstackPorts:
 
 
 @dataclass(frozen=True)
+class DomainId:
+    """Which domain is meant, from the moment it was found on."""
+
+    domid: int
+    handle: bytes | None
+    """``None``: it was noted by a release that did not note handles."""
+    name: str = dataclass_field(compare=False)
+    """For people."""
+
+
+@dataclass(frozen=True)
 class DomainInfo:
     domid: int
     name: str
@@ -86,6 +99,14 @@ class DomainInfo:
     vcpus: int
     reason: str = ""
     """Why it crashed."""
+    handle: bytes = bytes(16)
+    """Its UUID (``xen_domain_handle_t``).  A domid is used again for another domain, a handle is not."""
+    paged_pages: int = 0
+    """Pages whose contents are not here."""
+
+    @property
+    def id(self) -> DomainId:
+        return DomainId(self.domid, self.handle, self.name)
 
 
 class MappedPages:
@@ -153,6 +174,8 @@ class Domain(ABC):
     """A handle to one domain.  Closing it leaves the domain as it is."""
 
     domid: int
+    handle: bytes
+    """As it was when the domain was opened.  Where another domain has its number now, this one is gone."""
     nr_pfns: int
 
     @abstractmethod
@@ -338,8 +361,12 @@ class Hypervisor(ABC):
     def domains(self) -> list[DomainInfo]: ...
 
     @abstractmethod
-    def open(self, domain: str | int) -> Domain:
-        """By name or domid.  Raises :class:`NoSuchDomainError`."""
+    def open(self, domid: int, handle: bytes | None = None) -> Domain:
+        """A domain by its number, which is never looked up as a name: see :func:`find_domain`.
+
+        ``handle``: what the domain had when its number was noted; ``None``: that was not noted.  Raises
+        :class:`NoSuchDomainError`, and so it does where another domain has this number now.
+        """
 
     @abstractmethod
     def preflight(self, config: DomainConfig | None, *, paging: bool) -> Preflight:
@@ -361,10 +388,10 @@ class Hypervisor(ABC):
         """
 
     @abstractmethod
-    def reopen_incoming(self, domid: int, config: DomainConfig, *, lent: bool) -> Domain:
+    def reopen_incoming(self, domid: int, config: DomainConfig, *, lent: bool, handle: bytes | None = None) -> Domain:
         """One that a process which has died was restoring, or had started.  ``lent``: it is a toolstack's.
 
-        Raises :class:`NoSuchDomainError`.
+        ``handle`` and errors: as in :meth:`open`.
         """
 
     @abstractmethod
@@ -373,3 +400,33 @@ class Hypervisor(ABC):
 
         Raises :class:`NoSuchDomainError`; ``XenError`` (EINVAL) where it is another kind of domain than ``config`` is of.
         """
+
+
+def find_domain(domains: list[DomainInfo], text: str) -> DomainInfo:
+    """Which domain a person means, by its number, its name or its UUID; to be asked once for each request.
+
+    A text of digits is a number, as it is for xl.  Raises ``XenError``: ESRCH where there is no such domain, EEXIST where the
+    text fits more than one.
+    """
+    named = [info for info in domains if info.name == text and text]
+    if text.isascii() and text.isdigit():
+        numbered = [info for info in domains if str(info.domid) == text]
+        others = [info for info in named if info not in numbered]
+        if others:
+            fits = " and ".join([f"the number of {info.name!r}" for info in numbered] + [_as_a_name(i) for i in others])
+            why = f"that is {fits}: use a name, number or UUID that fits one domain only"
+            raise XenError(f"domain {text!r}", errno_module.EEXIST, why=why)
+        named = numbered
+    if not named:
+        named = [info for info in domains if str(uuid.UUID(bytes=info.handle)) == text.lower()]
+    if not named:
+        raise NoSuchDomainError(text)
+    if len(named) > 1:
+        numbers = ", ".join(str(info.domid) for info in named)
+        why = f"there is more than one such domain: name it by one of these numbers: {numbers}"
+        raise XenError(f"domain {text!r}", errno_module.EEXIST, why=why)
+    return named[0]
+
+
+def _as_a_name(info: DomainInfo) -> str:
+    return f"the name of the domain with the number {info.domid} and the UUID {uuid.UUID(bytes=info.handle)}"

@@ -26,5 +26,11 @@ class XenError(Exception):
 
 
 class NoSuchDomainError(XenError):
-    def __init__(self, domain: str | int):
-        super().__init__(f"domain {domain!r}", errno_module.ESRCH, why="there is no such domain on this host")
+    def __init__(self, domain: str | int, why: str = "there is no such domain on this host"):
+        super().__init__(f"domain {domain!r}", errno_module.ESRCH, why=why)
+
+
+def check_handle(domid: int, found: bytes, expected: bytes | None) -> None:
+    """Raises :class:`NoSuchDomainError` where the domain with this number is not the one that was meant."""
+    if expected is not None and found != expected:
+        raise NoSuchDomainError(domid, "another domain has this number now; the one that was meant is gone")

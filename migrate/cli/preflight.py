@@ -34,13 +34,15 @@ def preflight_command(domain: str | None, simulated: Path | None, as_json: bool)
     a migration that has to be able to page; its source need not.
     """
     from xenbackend.choose import open_hypervisor
+    from xenbackend.contract import find_domain
 
     hypervisor = open_hypervisor(simulated)
     try:
         if domain is None:
             found = hypervisor.preflight(None, paging=True)
         else:
-            opened = hypervisor.open(domain)
+            named = find_domain(hypervisor.domains(), domain)
+            opened = hypervisor.open(named.domid, named.handle)
             found = opened.preflight()
             opened.close()
     finally:

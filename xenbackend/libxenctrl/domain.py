@@ -36,6 +36,7 @@ from xenbackend.contract import (
     batch_error,
     page_bytes,
 )
+from xenbackend.errors import check_handle
 from xenbackend.libxenctrl._xen import ffi, lib
 from xenbackend.libxenctrl.held import HeldPages
 from xenbackend.libxenctrl.refusals import ENABLE_ERRORS, DomainFacts
@@ -132,6 +133,7 @@ class XenDomain(Domain):
         self._host = hypervisor.native
         self._plumbing = plumbing
         self.domid = domid
+        self.handle = bytes(ffi.buffer(self._native_info().handle))
         if nr_pfns is None:
             out = ffi.new("uint64_t *")
             check("maximum_gpfn", lib.xen_nr_gfns(self._host, domid, out))
@@ -145,6 +147,11 @@ class XenDomain(Domain):
     # ---- what it is ----
     def native_info(self) -> Any:
         """A ``struct xen_info``.  A domain that is being torn down is none any more, though its pages may still be mapped."""
+        info = self._native_info()
+        check_handle(self.domid, bytes(ffi.buffer(info.handle)), self.handle)
+        return info
+
+    def _native_info(self) -> Any:
         info = ffi.new("struct xen_info *")
         rc = lib.xen_domain_info(self._host, self.domid, info)
         if rc == -errno.ESRCH or (rc == 0 and info.dying):

@@ -22,12 +22,14 @@ from xenbackend.contract import (
     ToolstackPorts,
     XenError,
 )
+from xenbackend.errors import check_handle
 from xenbackend.libxenctrl import incoming
 from xenbackend.libxenctrl._xen import ffi, lib
 from xenbackend.libxenctrl.domain import XenDomain, check, state_of
 from xenbackend.libxenctrl.refusals import HostFacts
 
 LIST_BATCH = 64
+FIRST_RESERVED_DOMID = 0x7FF0  # xen/include/public/xen.h
 XL_TIMEOUT_S = 60
 
 
@@ -71,13 +73,17 @@ class XenHypervisor(Hypervisor):
         """Of a ``struct xen_info``."""
         state, reason = state_of(info)
         name = self.store_read(f"/local/domain/{info.domid}/name") or ""
-        return DomainInfo(info.domid, name, state, nr_pfns, info.tot_pages, info.vcpus, reason)
+        handle = bytes(ffi.buffer(info.handle))
+        return DomainInfo(
+            info.domid, name, state, nr_pfns, info.tot_pages, info.vcpus, reason, handle, info.paged_pages
+        )
 
-    def open(self, domain: str | int) -> XenDomain:
-        for info in self.domains():
-            if domain in (info.name, info.domid, str(info.domid)):
-                return self._remember(XenDomain(self, info.domid))
-        raise NoSuchDomainError(domain)
+    def open(self, domid: int, handle: bytes | None = None) -> XenDomain:
+        if not 0 < domid < FIRST_RESERVED_DOMID:
+            raise NoSuchDomainError(domid)
+        domain = XenDomain(self, domid)
+        check_handle(domid, domain.handle, handle)
+        return self._remember(domain)
 
     def _remember(self, domain: XenDomain) -> XenDomain:
         self._opened.add(domain)
@@ -136,17 +142,17 @@ class XenHypervisor(Hypervisor):
         names = ("", config.name) if instead_of is not None else ("", config.name, beside(config))
         found: list[Domain] = []
         for info in self.domains():
-            if info.state is not DomainState.PAUSED or info.name not in names:
-                continue
-            native = ffi.new("struct xen_info *")
-            if lib.xen_domain_info(self.native, info.domid, native) or bytes(ffi.buffer(native.handle)) != handle:
+            if info.state is not DomainState.PAUSED or info.name not in names or info.handle != handle:
                 continue
             started, libxl_s = f"/local/domain/{info.domid}/store/port", f"/libxl/{info.domid}"
             if self.store_read(started) is None and self.store_read(libxl_s) is None:
                 found.append(self._remember(XenDomain(self, info.domid)))
         return found
 
-    def reopen_incoming(self, domid: int, config: DomainConfig, *, lent: bool) -> XenDomain:
+    def reopen_incoming(
+        self, domid: int, config: DomainConfig, *, lent: bool, handle: bytes | None = None
+    ) -> XenDomain:
+        self.open(domid, handle).close()
         return self._remember(incoming.reopen(self, domid, config, lent=lent))
 
     def bind_incoming(self, domid: int, config: DomainConfig, ports: ToolstackPorts) -> XenDomain:
@@ -158,12 +164,10 @@ class XenHypervisor(Hypervisor):
         Raises ``XenError`` (EEXIST) where that is another domain's.
         """
         handle = incoming.Platform.unpack(config.platform).handle
-        names = {info.name: info.domid for info in self.domains()}
-        if config.name not in names:
+        handles = {info.name: info.handle for info in self.domains()}
+        if config.name not in handles:
             return config.name
-        holder = ffi.new("struct xen_info *")
-        check("getdomaininfo", lib.xen_domain_info(self.native, names[config.name], holder))
-        if bytes(ffi.buffer(holder.handle)) != handle or beside(config) in names:
+        if handles[config.name] != handle or beside(config) in handles:
             why = f"a domain named {config.name!r} is there already: rename or destroy it first"
             raise XenError("create", errno.EEXIST, why=why)
         return beside(config)

@@ -33,8 +33,10 @@ from xenbackend.contract import (
     batch_error,
     page_bytes,
 )
+from xenbackend.errors import check_handle
 from xenbackend.ring import PagingRing
 from xenbackend.simulated._sim import ffi, lib
+from xenbackend.simulated.guest import GuestSpec
 from xenbackend.simulated.rpc import HostConnection
 
 RAM_TYPES = (lib.P2M_RAM_RW, lib.P2M_RAM_LOGDIRTY)
@@ -56,6 +58,12 @@ def _preflight(reply: dict[str, Any]) -> Preflight:
     return Preflight(tuple(reply["problems"]), reply["populate_evicted"])
 
 
+def _kind(config: DomainConfig) -> DomainConfig:
+    """What a domain is, whatever its name and its UUID."""
+    spec = dataclasses.replace(GuestSpec.from_bytes(config.platform), handle=b"")
+    return dataclasses.replace(config, name="", platform=spec.to_bytes())
+
+
 def _pages(pages: Buffer | None, count: int) -> Any:
     if pages is None:
         return ffi.NULL
@@ -63,9 +71,11 @@ def _pages(pages: Buffer | None, count: int) -> Any:
 
 
 class SimulatedDomain(Domain):
-    def __init__(self, host: SimulatedHypervisor, domid: int):
+    def __init__(self, host: SimulatedHypervisor, domid: int, handle: bytes | None = None):
         self._host = host
         self.domid = domid
+        self.handle = domain_info(host.call("info", domid=domid)).handle
+        check_handle(domid, self.handle, handle)
         reply, fds = host.call_fds("attach", domid=domid)
         control_fd, self._memory_fd = fds
         self._map = ffi.new("struct sim_map *")
@@ -82,11 +92,13 @@ class SimulatedDomain(Domain):
     # ---- life ----
     def info(self) -> DomainInfo:
         try:
-            return domain_info(self._host.call("info", domid=self.domid))
+            info = domain_info(self._host.call("info", domid=self.domid))
         except XenError as error:
             if error.errno == errno.ESRCH:
                 raise NoSuchDomainError(self.domid) from error
             raise
+        check_handle(self.domid, info.handle, self.handle)
+        return info
 
     def state(self) -> DomainState:
         return self.info().state
@@ -129,6 +141,7 @@ class SimulatedDomain(Domain):
         self._host.call("unpause", domid=self.domid)
 
     def destroy(self) -> None:
+        self.info()
         self._host.call("destroy", domid=self.domid)
 
     def context(self) -> bytes:
@@ -308,11 +321,12 @@ class SimulatedHypervisor(Hypervisor):
     def domains(self) -> list[DomainInfo]:
         return [domain_info(fields) for fields in self.call("list")]
 
-    def open(self, domain: str | int) -> SimulatedDomain:
+    def open(self, domid: int | str, handle: bytes | None = None) -> SimulatedDomain:
+        """Beyond the contract, for tests and tools of the simulated host: a text is a name, and never a number."""
         for info in self.domains():
-            if domain in (info.name, info.domid, str(info.domid)):
-                return SimulatedDomain(self, info.domid)
-        raise NoSuchDomainError(domain)
+            if domid == (info.name if isinstance(domid, str) else info.domid):
+                return SimulatedDomain(self, info.domid, handle)
+        raise NoSuchDomainError(domid)
 
     def preflight(self, config: DomainConfig | None, *, paging: bool) -> Preflight:
         return _preflight(self.call("preflight", config=config and config.__dict__, paging=paging))
@@ -329,21 +343,23 @@ class SimulatedHypervisor(Hypervisor):
             if (info.name, info.state) == (config.name, DomainState.INCOMING) and info.domid != leaving
         ]
 
-    def reopen_incoming(self, domid: int, config: DomainConfig, *, lent: bool) -> SimulatedDomain:
-        return self.open(domid)
+    def reopen_incoming(
+        self, domid: int, config: DomainConfig, *, lent: bool, handle: bytes | None = None
+    ) -> SimulatedDomain:
+        return self.open(domid, handle)
 
     def bind_incoming(self, domid: int, config: DomainConfig, ports: ToolstackPorts) -> SimulatedDomain:
         domain = self.open(domid)
-        if domain.config() != dataclasses.replace(config, name=domain.config().name):
+        if _kind(domain.config()) != _kind(config):
             domain.close()
             why = "the domain that the toolstack made is of another kind than the source"
             raise XenError("bind", errno.EINVAL, why=why)
         return domain
 
     # ---- beyond the contract ----
-    def create_guest(self, spec: bytes) -> SimulatedDomain:
-        """Boot a guest (a ``GuestSpec``'s bytes)."""
-        return SimulatedDomain(self, self.call("create", spec=spec))
+    def create_guest(self, spec: bytes, *, domid: int | None = None) -> SimulatedDomain:
+        """Boot a guest (a ``GuestSpec``'s bytes); ``domid``: of a domain that is gone."""
+        return SimulatedDomain(self, self.call("create", spec=spec, domid=domid))
 
     def history(self) -> list[dict[str, Any]]:
         """The last reports of domains that are gone."""

@@ -54,6 +54,8 @@ class GuestSpec:
     balloon_pages: int = 0
     balloon_every: int = 100
     seed: int = 1
+    handle: bytes = b""
+    """Its UUID; empty: the host gives it one when it boots."""
 
     def __post_init__(self) -> None:
         def require(ok: bool, message: str) -> None:
@@ -86,6 +88,7 @@ class GuestSpec:
             "ballooning: pages at least 0, one after every 1 or more accesses",
         )
         require(0 <= self.seed < 2**63, "a seed is 0 to 2^63 - 1")
+        require(len(self.handle) in (0, 16), "a UUID has 16 bytes")
         if self.working_set_bytes is not None:
             require(
                 self.working_set_bytes <= self.memory_bytes,
@@ -146,8 +149,8 @@ class GuestSpec:
                 raise GuestOptionError("not the description of a simulated guest")
             for field in fields(cls):
                 value = options[field.name]
-                kinds = (str,) if str(field.type).startswith("str") else (int,)
-                if not (isinstance(value, kinds) or (value is None and "None" in str(field.type))):
+                kind = {"str": str, "bytes": bytes}.get(str(field.type).split(" ")[0], int)
+                if not (isinstance(value, kind) or (value is None and "None" in str(field.type))):
                     raise GuestOptionError(f"not the description of a simulated guest: {field.name}")
             return cls(**options)
         except (ValueError, msgpack.UnpackException) as error:

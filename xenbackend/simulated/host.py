@@ -41,6 +41,7 @@ class HostedDomain:
 
     def __init__(self, domid: int, spec: GuestSpec, config: DomainConfig):
         self.domid = domid
+        self.handle = spec.handle
         self.spec = spec
         self.config = config
         self.ever_ran = False
@@ -129,6 +130,8 @@ class HostedDomain:
             "tot_pages": self.dom.tot_pages,
             "vcpus": self.dom.nr_vcpus,
             "reason": self.reason,
+            "handle": self.handle,
+            "paged_pages": self.dom.paged_pages,
         }
 
     def context(self) -> bytes:
@@ -172,7 +175,6 @@ class HostedDomain:
         return {
             **self.info(),
             "vcpu": vcpus,
-            "paged_pages": self.dom.paged_pages,
             "spurious_responses": self.dom.spurious_responses,
             "premature_responses": self.dom.premature_responses,
             "lost_drops": self.dom.lost_drops,
@@ -344,15 +346,21 @@ class SimulatedHost:
         text = "this hypervisor is built without memory paging: use --strategy precopy or another hypervisor"
         return [(errno.ENOSYS, text)] if paging and not self.paging else []
 
-    def _build(self, config: DomainConfig, leaving: int | None = None) -> HostedDomain:
+    def _build(self, config: DomainConfig, leaving: int | None = None, wanted_domid: int | None = None) -> HostedDomain:
         spec = GuestSpec.from_bytes(config.platform)
+        if not spec.handle:
+            spec = dataclasses.replace(spec, handle=os.urandom(16))
+            config = dataclasses.replace(config, platform=spec.to_bytes())
         if (config.nr_pfns, config.vcpus) != (spec.nr_pfns, spec.vcpus) or config.max_pages > config.nr_pfns:
             raise XenError("create", errno.EINVAL, why="the configuration contradicts itself")
         problems = self._problems(config, False, leaving)
         if problems:
             number, text = problems[0]
             raise XenError("create", number, why=text)
-        domid, self._next_domid = self._next_domid, self._next_domid + 1
+        domid = self._next_domid if wanted_domid is None else wanted_domid
+        if domid in self.domains:
+            raise XenError("create", errno.EEXIST, why=f"there is a domain {domid} already")
+        self._next_domid = max(self._next_domid, domid + 1)
         self._claimed[domid] = config.max_pages * PAGE_SIZE
         try:
             domain = HostedDomain(domid, spec, config)
@@ -363,10 +371,10 @@ class SimulatedHost:
         self.domains[domid] = domain
         return domain
 
-    def op_create(self, spec: bytes) -> Callable[[], int]:
+    def op_create(self, spec: bytes, domid: int | None = None) -> Callable[[], int]:
         guest = GuestSpec.from_bytes(spec)
         guest.check_image()
-        domain = self._build(guest.domain_config())
+        domain = self._build(guest.domain_config(), wanted_domid=domid)
 
         def boot() -> int:
             domain.boot()
