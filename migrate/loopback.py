@@ -121,7 +121,12 @@ class World:
 
 @contextlib.contextmanager
 def loopback_world(
-    memory_bytes: int, *, host_options: tuple[str, ...] = (), daemons: bool = True, config: str = ""
+    memory_bytes: int,
+    *,
+    host_options: tuple[str, ...] = (),
+    source_options: tuple[str, ...] = (),
+    daemons: bool = True,
+    config: str = "",
 ) -> Iterator[World]:
     """Two hosts with so much memory each, a sender at the source, a receiver at the destination, configured alike."""
     directory = Path(tempfile.mkdtemp(prefix="xen-postcopy-"))
@@ -129,7 +134,7 @@ def loopback_world(
     try:
         for name in ("source", "destination"):
             path = directory / f"{name}.sock"
-            extra = host_options if name == "destination" else ()
+            extra = host_options if name == "destination" else source_options
             world.start(name, "simulated-host", "--socket", str(path), "--memory", str(memory_bytes), *extra)
             setattr(world, name, SimulatedHypervisor(path))
         if daemons:

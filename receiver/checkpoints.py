@@ -48,6 +48,8 @@ class Checkpoints:
         self._say = say
         self._statistics = statistics
         self._owed: PfnMask = np.zeros(domain.nr_pfns, dtype=np.bool_)
+        self._memory_pages = 0
+        """That the guest had at the last look, here or elsewhere."""
         self._making = trio.Lock()
         self._kept = trio.Event()
         self._made = self._ended = self._inherited = False
@@ -60,10 +62,9 @@ class Checkpoints:
         self._inherited = inherit
         try:
             self._domain.log_dirty_enable()
+            self._memory_pages = self._count_memory()
             if inherit:
-                for pfns in batches_of(np.ones(self._domain.nr_pfns, dtype=np.bool_), BATCH_PAGES):
-                    self._owed[pfns] = self._domain.present(pfns)
-                self._owed[self._domain.paged_out()] = False
+                self._owe_all()
         except XenError as error:
             log.error("%s: %s", NOT_PROTECTED, error)
             return False
@@ -142,9 +143,25 @@ class Checkpoints:
         self._made = True
 
     def _look(self) -> PfnMask:
+        # Several times: of a page that is being loaded both counts are not changed together.
+        counts = [self._count_memory() for _ in range(3)]
         written = mask_from_bitmap(self._domain.log_dirty(clean=True), self._domain.nr_pfns)
         self._owed |= written
+        if self._memory_pages not in counts:
+            # The balloon has moved, which log-dirty does not record.
+            self._memory_pages = counts[-1]
+            self._owe_all()
+            return self._owed.copy()
         return written
+
+    def _count_memory(self) -> int:
+        frames = self._domain.reservation()
+        return frames.tot_pages + frames.paged_pages
+
+    def _owe_all(self) -> None:
+        """Everything that is here, and the holes."""
+        self._owed[:] = True
+        self._owed[self._domain.paged_out()] = False
 
     @contextlib.contextmanager
     def _standing_still(self) -> Iterator[None]:

@@ -51,7 +51,7 @@ from sender.precopy import Precopy, Remainder
 from sender.push import BATCH_PAGES, PushLane
 from sender.reader import announce_missing, count_pages, hold
 from sender.toolstack import XL_TIMEOUT_S, OwnToolstack, StaysHereError, Toolstack, XlToolstack
-from sender.written import WrittenPages
+from sender.written import WrittenPages, limit_of
 from xenbackend.contract import (
     PAGE_SIZE,
     Domain,
@@ -96,6 +96,8 @@ class OutgoingMigration:
         self._journal = journal
         self._inherited = ""
         """How far a predecessor had come."""
+        self._max_pages = 0
+        """The domain's limit, which is another one while the guest is copied; 0: not known, and not to be restored."""
         self.target = domain
         self.domain_name = domain.name
         self.lanes = lanes
@@ -156,6 +158,7 @@ class OutgoingMigration:
         migration = cls(session_id, hypervisor, domain, lanes, options, journal, toolstack=toolstack)
         migration._key = bytes.fromhex(facts["key"])
         migration._inherited, migration._successor = facts["step"], facts["successor"]
+        migration._max_pages = facts.get("max_pages", 0)
         migration._may_be_ready = True  # for all we know
         lanes.keep(migration._key)
         return migration
@@ -169,7 +172,7 @@ class OutgoingMigration:
                 "handle": self._domain.handle.hex(), "key": self._key.hex(),
                 "dials": self.lanes.dials, "xl": self._toolstack.decides, "strategy": self.options.strategy.value,
                 "bandwidth": self.options.bandwidth_bytes_per_s, "checkpoints": self.options.checkpoint_every_s,
-                "successor": self._successor,
+                "successor": self._successor, "max_pages": self._max_pages,
             },
             needed=not self._entrusted,
         )  # fmt: skip
@@ -227,7 +230,7 @@ class OutgoingMigration:
                 raise _decision(self._inherited) or StaysHereError(WENT_BACK) from error
             lost = "the pages that it lacks are lost" if self._toolstack.decides else "it was destroyed"
             raise MigrationError(f"{self.domain_name} is gone, and was here before the sender died: {lost}") from error
-        self._written = WrittenPages(self._domain, enabled=self._inherited == "begun")
+        self._written = WrittenPages(self._domain, self._max_pages, enabled=self._inherited == "begun")
         if self.options.checkpoint_every_s is not None:
             self._checkpoints = CheckpointStore(self._journal.checkpoint(self.id), self._domain)
         try:
@@ -404,6 +407,7 @@ class OutgoingMigration:
     # ---- precopy ----
     async def _copy_while_it_runs(self, push: PushLane) -> Remainder:
         self.progress.phase = "precopy"
+        self._written.max_pages = self._max_pages = limit_of(self._domain)
         self._record("begun")
         return await self._precopy.run(self._domain, push, self._written)
 

@@ -19,7 +19,7 @@ from migrate.statistics import SenderStatistics
 from migrate.transport import step_timeout
 from sender.options import MigrationOptions, Progress
 from sender.push import BATCH_PAGES, PushLane
-from sender.reader import count_pages, hold, pinned, present
+from sender.reader import count_pages, hold, pinned
 from sender.toolstack import Toolstack
 from sender.written import WrittenPages
 from xenbackend.contract import Domain, PfnArray
@@ -80,7 +80,7 @@ class Precopy:
         progress, stats = self._progress, self._statistics
         await trio.to_thread.run_sync(written.enable)
         await trio.to_thread.run_sync(self._toolstack.track_device_model, True)
-        to_send: PfnMask = await trio.to_thread.run_sync(present, domain)
+        to_send: PfnMask = await trio.to_thread.run_sync(written.memory)
         previous = remaining = int(np.count_nonzero(to_send))
         began = time.monotonic()
         decision = Decision.CONTINUE

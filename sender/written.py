@@ -1,46 +1,87 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the guest writes while it is being copied: log-dirty, and of each page how it was at the last looks."""
+"""What changes in a guest while it is being copied: log-dirty, of each page how it was at the last looks, and the balloon.
+
+Log-dirty does not have it all.  Up to Xen 4.18 a pfn that loses its frame or gets another one is not recorded, and
+neither are writes to the new frame until the next look (Xen commit 98fccdf0ac).  Nothing but a search of the whole physmap
+finds such a pfn, and a pfn that was given away and taken back in between is not found at all.  So no frame can be added while
+the guest is copied: the domain may have fewer frames than it has, and its balloon tries again when the migration has
+ended.  It can give frames away still; then it has fewer, which is seen at once, and the physmap is searched.
+
+An administrator may set another limit meanwhile (``xl mem-set``, ``xl mem-max``).  At the next look the limit is found
+to be another one.  From then on the balloon is held again, and every page counts as written.
+"""
 
 from __future__ import annotations
+
+import logging
 
 import numpy as np
 from numpy.typing import NDArray
 
-from migrate.pfns import PfnMask, mask_from_bitmap
+from migrate.pfns import PfnMask, bitmap_of, mask_from_bitmap
+from sender.reader import present
 from xenbackend.contract import Domain, PfnArray
 
+log = logging.getLogger(__name__)
+
 WRITTEN_AT_LAST_LOOK = 0x80
+NO_FURTHER = 1
+"""How many frames a domain may have that is to get none: fewer than any has, and no limit that somebody would set."""
+
+
+def limit_of(domain: Domain) -> int:
+    """How many frames a domain may have, when it is not being copied."""
+    frames = domain.reservation()
+    # A sender that was killed may have left it so, without a successor.
+    return frames.tot_pages if frames.max_pages == NO_FURTHER else frames.max_pages
 
 
 class WrittenPages:
-    """``enabled``: log-dirty may be, by a predecessor."""
+    """``max_pages``: the domain's own limit.  ``enabled``: log-dirty may be, by a predecessor."""
 
-    def __init__(self, domain: Domain, *, enabled: bool = False):
+    def __init__(self, domain: Domain, max_pages: int, *, enabled: bool = False):
         self._domain = domain
+        self.max_pages = max_pages
         self._enabled = enabled
         self._heat = np.zeros(0, dtype=np.uint8)
+        self._present: PfnMask
+        self._tot_pages = 0
 
     def enable(self) -> None:
         self._enabled = True  # or half so, when this fails
+        self._hold_balloon()
         self._domain.log_dirty_enable()
         self._heat = np.zeros(self._domain.nr_pfns, dtype=np.uint8)
+
+    def memory(self) -> PfnMask:
+        """All that is to be copied: what is memory of the guest.  When everything that writes to it is recorded."""
+        self._tot_pages = self._domain.reservation().tot_pages
+        self._present = present(self._domain)
+        return self._present.copy()
 
     def disable(self) -> None:
         """If it is enabled."""
         if self._enabled:
+            self._let_balloon_go()
             self._domain.log_dirty_disable()
             self._enabled = False
 
     def look(self) -> PfnMask:
         """What was written since the last look; of each page the last eight looks are remembered, the newest highest."""
-        written = mask_from_bitmap(self._domain.log_dirty(clean=True), self._domain.nr_pfns)
+        bitmap, moved = self._look()
+        written = mask_from_bitmap(bitmap, self._domain.nr_pfns)
         self._heat >>= 1
         self._heat |= written.view(np.uint8) << 7
-        return written
+        return written if moved is None else written | moved
 
     def last_look(self) -> NDArray[np.uint8]:
-        """The same with the guest standing still, as a bitmap: nothing takes as long as the guest is large then."""
-        return self._domain.log_dirty(clean=True)
+        """The same with the guest standing still, as a bitmap: nothing takes as long as the guest is large then, unless its
+        balloon has moved since the last look."""
+        bitmap, moved = self._look()
+        self._let_balloon_go()
+        if moved is not None:
+            bitmap[: (len(moved) + 63) // 64 * 8] |= bitmap_of(moved)
+        return bitmap
 
     def hottest(self, written: PfnArray, most: int) -> PfnArray:
         """Of the pages written since the last look, those that are written all the time: the guest needs them at once.
@@ -50,3 +91,26 @@ class WrittenPages:
         heat = self._heat[written]
         order = np.argsort(heat, kind="stable")[::-1][:most]
         return np.sort(written[order[heat[order] >= WRITTEN_AT_LAST_LOOK]])
+
+    def _look(self) -> tuple[NDArray[np.uint8], PfnMask | None]:
+        """Log-dirty, and which other pages may have changed, if any."""
+        frames = self._domain.reservation()
+        came = frames.max_pages != NO_FURTHER
+        if came:
+            log.warning("the guest's maximum memory was changed: all of its memory counts as written")
+            self.max_pages = frames.max_pages
+            self._hold_balloon()
+        # After that: what is written to frames that came until now is recorded from here on.
+        bitmap = self._domain.log_dirty(clean=True)
+        if not came and frames.tot_pages == self._tot_pages:
+            return bitmap, None
+        before = self._present
+        self._tot_pages, self._present = frames.tot_pages, present(self._domain)
+        return bitmap, before | self._present if came else before & ~self._present
+
+    def _hold_balloon(self) -> None:
+        self._domain.set_max_pages(NO_FURTHER)
+
+    def _let_balloon_go(self) -> None:
+        if self.max_pages and self._domain.reservation().max_pages == NO_FURTHER:
+            self._domain.set_max_pages(self.max_pages)

@@ -18,7 +18,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,12 @@ class Trial:
         self.strategy = r.choice(["hybrid", "hybrid", "postcopy", "postcopy", "precopy"])
         self.bandwidth = r.choice([None, 16 * MIB, 64 * MIB])
         self.checkpoint_every_s = r.choice([None, None, 0.02]) if self.strategy != "precopy" else None
+        if r.random() < 0.5:
+            pages = min(200, (self.spec.nr_pfns - self.spec.working_pages) // 2)
+            every = 1 if self.spec.workload == "idle" else r.choice([5, 50])
+            # Of a page that comes back between two checkpoints nobody knows (docs/reliability.md).
+            back = self.checkpoint_every_s is None
+            self.spec = replace(self.spec, balloon_pages=pages, balloon_every=every, balloon_back=back)
         self.destination_died = False
         self.kill_decided = r.choice([False, True])
         """The sender is killed when it has answered an operator's decision."""
@@ -79,6 +85,7 @@ class Trial:
         spec = self.spec
         return (
             f"seed {self.seed}: {spec.memory_bytes // MIB} MiB, {spec.vcpus} vCPUs, {spec.workload}, {self.strategy}, "
+            f"balloon of {spec.balloon_pages} pages, "
             f"bandwidth {self.bandwidth}, checkpoints {self.checkpoint_every_s}; {', '.join(self.faults)}"
         )
 
@@ -317,6 +324,18 @@ async def busy_pages(trial: Trial) -> None:
     await in_thread(hold)
 
 
+async def set_memory(trial: Trial) -> None:
+    """``xl mem-set``: the balloon, which is held, moves until that is noticed."""
+
+    def lift() -> None:
+        with contextlib.suppress(XenError), trial.world.source.open(trial.spec.name) as domain:
+            domain.set_max_pages(domain.nr_pfns)
+
+    for _ in range(trial.random.choice([1, 5])):
+        await in_thread(lift)
+        await trio.sleep(trial.random.uniform(0, 0.05))
+
+
 Fault = tuple[str, Callable[[Trial], Awaitable[None]]]
 FAULTS: list[Fault] = [
     ("sender killed", kill_sender),
@@ -337,6 +356,7 @@ FAULTS: list[Fault] = [
     ("reordered", swap),
     ("disk full", full_disk),
     ("pages busy", busy_pages),
+    ("memory set", set_memory),
 ]
 
 

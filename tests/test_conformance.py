@@ -413,6 +413,36 @@ def test_a_page_that_is_loaded_is_not_written(lab: Lab) -> None:
     ring.close()
 
 
+def test_a_frame_that_comes_is_not_log_dirty(lab: Lab) -> None:
+    """And neither is one that goes: what the sender does because of that would not be needed otherwise."""
+    domain = lab.incoming()
+    domain.populate(span(0, 64))
+    domain.log_dirty_enable()
+    domain.log_dirty(clean=True)
+    domain.depopulate(span(0, 16))
+    domain.populate(span(0, 8))
+    assert not domain.log_dirty(clean=True).any()
+    domain.log_dirty_disable()
+
+
+def test_a_domain_gets_no_frame_beyond_its_limit(lab: Lab) -> None:
+    """One that has more keeps what it has."""
+    domain = lab.incoming()
+    domain.populate(span(0, 64))
+    frames = domain.reservation()
+    assert frames.tot_pages == 64 and frames.max_pages >= 64 and frames.paged_pages == 0
+    domain.set_max_pages(1)
+    domain.depopulate(span(60, 4))
+    assert domain.reservation()[:2] == (60, 1)
+    with pytest.raises(XenError) as raised:
+        domain.populate(span(60, 1))
+    assert raised.value.errno == errno.ENOMEM
+    assert domain.present(span(0, 64)).sum() == 60
+    domain.set_max_pages(frames.max_pages)
+    domain.populate(span(60, 4))
+    assert domain.reservation() == frames
+
+
 def test_a_guest_moves_into_a_domain_that_takes_its_place(lab: Lab) -> None:
     """Some pages at a time, as there may be no memory for two of it."""
     source = lab.guest()

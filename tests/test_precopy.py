@@ -69,7 +69,7 @@ async def put_off(lab: SimulatedLab, destination: SlowDestination) -> Remainder:
     domain = lab.boot(NR_PFNS * PAGE_SIZE, vcpus=1, workload="idle")
     async with trio.open_nursery() as nursery:
         nursery.start_soon(destination.serve, precopy)
-        remainder = await precopy.run(domain, destination, WrittenPages(domain))  # type: ignore[arg-type]
+        remainder = await precopy.run(domain, destination, WrittenPages(domain, NR_PFNS))  # type: ignore[arg-type]
         nursery.cancel_scope.cancel()
     return remainder
 

@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from enum import Enum, IntEnum
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,6 +107,16 @@ class DomainInfo:
     @property
     def id(self) -> DomainId:
         return DomainId(self.domid, self.handle, self.name)
+
+
+class Reservation(NamedTuple):
+    """Frames of a domain: those that it has, and how many it may have."""
+
+    tot_pages: int
+    """Counts a frame for as long as anything refers to the frame, so also one that is held and was given away."""
+    max_pages: int
+    paged_pages: int
+    """What is paged out: no frames."""
 
 
 class MappedPages:
@@ -210,6 +220,18 @@ class Domain(ABC):
     @abstractmethod
     def rename(self, name: str) -> None: ...
 
+    @abstractmethod
+    def reservation(self) -> Reservation: ...
+
+    @abstractmethod
+    def set_max_pages(self, pages: int) -> None:
+        """How many frames the domain may have (XEN_DOMCTL_max_mem).
+
+        A domain that has more keeps them, and gets no further one: its own requests for memory fail, and so does
+        :meth:`populate` (ENOMEM).  A request that was under way before has taken effect when the log-dirty bitmap has been
+        read, or been enabled, next.
+        """
+
     # ---- running ----
     @abstractmethod
     def suspend(self) -> None:
@@ -251,7 +273,11 @@ class Domain(ABC):
     # ---- log-dirty ----
     @abstractmethod
     def log_dirty_enable(self) -> None:
-        """From here on every written page is recorded.  No page counts as dirty yet."""
+        """From here on every written page is recorded.  No page counts as dirty yet.
+
+        A pfn that loses its frame, or gets one, is not recorded by Xen 4.17 and 4.18, and neither is what is written to
+        the new frame until :meth:`log_dirty` cleans the record.
+        """
 
     @abstractmethod
     def log_dirty_disable(self) -> None: ...

@@ -142,9 +142,10 @@ def receiver_command(
 @click.option("--no-populate-evicted", is_flag=True, help="A hypervisor without the batched hypercall.")
 @click.option("--no-paging", is_flag=True, help="A hypervisor built without memory paging.")
 @click.option("--drop-requests", is_flag=True, help="One that lets go of paged-out pages, which Xen 4.17 does not.")
+@click.option("--track-physmap", is_flag=True, help="One that logs given and taken pages, which Xen 4.17 does not.")
 @verbose_option
 def simulated_host_command(
-    socket_path: Path, memory: int, no_populate_evicted: bool, no_paging: bool, drop_requests: bool, verbose: bool
+    socket_path: Path, memory: int, no_populate_evicted: bool, no_paging: bool, verbose: bool, **behaviour: bool
 ) -> None:
     """A simulated Xen: a process that holds guests with memory, vCPUs and paging rings."""
     from migrate.control import listen_unix
@@ -153,9 +154,7 @@ def simulated_host_command(
 
     if memory < 4096:
         raise click.UsageError("--memory: at least a page (4096)")
-    host = SimulatedHost(
-        memory, populate_evicted=not no_populate_evicted, paging=not no_paging, drop_requests=drop_requests
-    )
+    host = SimulatedHost(memory, populate_evicted=not no_populate_evicted, paging=not no_paging, **behaviour)
 
     async def serve() -> None:
         async with listen_unix(socket_path, socket.SOCK_SEQPACKET) as listener:

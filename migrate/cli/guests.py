@@ -65,6 +65,9 @@ def guest_options(function: F) -> F:
             click.option(
                 "--balloon", type=Size(), default=0, help="Memory that the guest gives away bit by bit while it runs."
             ),
+            click.option(
+                "--balloon-back", is_flag=True, help="It takes that memory back then, gives it away again, and so on."
+            ),
             click.option("--seed", type=int, default=1, show_default=True, help="Of the memory and of the accesses."),
         )
     ):
@@ -74,7 +77,7 @@ def guest_options(function: F) -> F:
 
 def guest_spec(
     name: str, memory: int | None, vcpus: int, workload: str, working_set: int | None, write_share: float, rate: int | None,
-    stride: int, image: str | None, zero_share: float, balloon: int, seed: int,
+    stride: int, image: str | None, zero_share: float, balloon: int, balloon_back: bool, seed: int,
 ) -> GuestSpec:  # fmt: skip
     """Raises :class:`GuestOptionError`."""
     if image is not None:
@@ -82,7 +85,7 @@ def guest_spec(
         memory = memory or image_bytes(image)
     spec = GuestSpec(
         name, DEFAULT_MEMORY if memory is None else memory, vcpus, workload, working_set, round(write_share * 1000), rate, stride,
-        image, round(zero_share * 1000), balloon // 4096, seed=seed,
+        image, round(zero_share * 1000), balloon // 4096, balloon_back=balloon_back, seed=seed,
     )  # fmt: skip
     spec.check_image()
     return spec

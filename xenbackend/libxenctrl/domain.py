@@ -32,6 +32,7 @@ from xenbackend.contract import (
     PageStatus,
     PfnArray,
     Preflight,
+    Reservation,
     XenError,
     batch_error,
     page_bytes,
@@ -203,6 +204,13 @@ class XenDomain(Domain):
 
     def rename(self, name: str) -> None:
         self._hypervisor.rename(self.domid, name)
+
+    def reservation(self) -> Reservation:
+        info = self.native_info()
+        return Reservation(int(info.tot_pages), int(info.max_pages), int(info.paged_pages))
+
+    def set_max_pages(self, pages: int) -> None:
+        check("setmaxmem", lib.xen_set_max_pages(self._host, self.domid, pages))
 
     # ---- running ----
     def suspend(self) -> None:

@@ -99,7 +99,9 @@ class XenHypervisor(Hypervisor):
             raise XenError("config", errno.EINVAL, why="a PV guest cannot be migrated by this program")
         name = self.store_read(f"/local/domain/{domain.domid}/name") or f"domain-{domain.domid}"
         platform = incoming.Platform.of(domain).pack()
-        return DomainConfig(name, domain.nr_pfns, info.max_pages, info.vcpus, platform)
+        # After ``xl mem-set`` downwards a domain may have more for a while than it may get.
+        most = max(info.max_pages, info.tot_pages)
+        return DomainConfig(name, domain.nr_pfns, most, info.vcpus, platform)
 
     # ---- what a host can take in ----
     def facts(self) -> HostFacts:

@@ -28,6 +28,7 @@ from xenbackend.contract import (
     PageStatus,
     PfnArray,
     Preflight,
+    Reservation,
     ToolstackPorts,
     XenError,
     batch_error,
@@ -124,6 +125,16 @@ class SimulatedDomain(Domain):
 
     def rename(self, name: str) -> None:
         self._host.call("rename", domid=self.domid, name=name)
+
+    def reservation(self) -> Reservation:
+        dom = self._map.dom
+        return Reservation(dom.tot_pages, dom.max_pages, dom.paged_pages)
+
+    def set_max_pages(self, pages: int) -> None:
+        if pages >= self._map.dom.max_pages:
+            self._map.dom.max_pages = pages
+        else:
+            self._host.call("set_max_pages", domid=self.domid, pages=pages)
 
     def suspend(self) -> None:
         self._host.call("suspend", domid=self.domid)

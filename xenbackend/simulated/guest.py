@@ -53,6 +53,8 @@ class GuestSpec:
     """Share of zero pages in a generated image."""
     balloon_pages: int = 0
     balloon_every: int = 100
+    balloon_back: bool = False
+    """The pages that were given away are taken back, given away again, and so on."""
     seed: int = 1
     handle: bytes = b""
     """Its UUID; empty: the host gives it one when it boots."""
@@ -132,6 +134,7 @@ class GuestSpec:
         program.rate = self.rate or (IDLE_RATE if self.workload == "idle" else 0)
         program.balloon_pages = self.balloon_pages
         program.balloon_every = self.balloon_every
+        program.balloon_back = self.balloon_back
         program.image_seed = self.seed ^ 0x1A6E
         program.zero_permille = self.zero_permille
         return program
@@ -149,7 +152,7 @@ class GuestSpec:
                 raise GuestOptionError("not the description of a simulated guest")
             for field in fields(cls):
                 value = options[field.name]
-                kind = {"str": str, "bytes": bytes}.get(str(field.type).split(" ")[0], int)
+                kind = {"str": str, "bytes": bytes, "bool": bool}.get(str(field.type).split(" ")[0], int)
                 if not (isinstance(value, kind) or (value is None and "None" in str(field.type))):
                     raise GuestOptionError(f"not the description of a simulated guest: {field.name}")
             return cls(**options)

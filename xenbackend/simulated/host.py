@@ -64,6 +64,7 @@ class HostedDomain:
         self.dom.magic = lib.SIM_MAGIC
         self.dom.nr_pfns = config.nr_pfns
         self.dom.nr_vcpus = config.vcpus
+        self.dom.max_pages = config.max_pages
         self.dom.program = spec.program()[0]
         for vcpu in range(config.vcpus):
             self.dom.vcpu[vcpu].vcpu_info_pfn = config.nr_pfns - 1 - vcpu
@@ -138,11 +139,12 @@ class HostedDomain:
         if not self.suspended:
             raise XenError("context", errno.EINVAL, why="only a suspended domain has a context to take")
         vcpus = [self.dom.vcpu[v] for v in range(self.dom.nr_vcpus)]
-        return bytes(msgpack.packb([[v.count, v.errors, v.first_error_pfn, v.vcpu_info_pfn] for v in vcpus]))
+        state = [[v.count, v.errors, v.first_error_pfn, v.vcpu_info_pfn] for v in vcpus]
+        return bytes(msgpack.packb([state, self.dom.balloon_steps]))
 
     def set_context(self, context: bytes) -> None:
         try:
-            vcpus = msgpack.unpackb(context)
+            vcpus, balloon_steps = msgpack.unpackb(context)
             if self.ever_ran or len(vcpus) != self.dom.nr_vcpus:
                 raise ValueError
             for vcpu, (count, errors, first_error_pfn, vcpu_info_pfn) in enumerate(vcpus):
@@ -151,6 +153,7 @@ class HostedDomain:
                 arch = self.dom.vcpu[vcpu]
                 arch.count, arch.errors = count, errors
                 arch.first_error_pfn, arch.vcpu_info_pfn = first_error_pfn, vcpu_info_pfn
+            self.dom.balloon_steps = balloon_steps
         except (ValueError, TypeError, OverflowError, msgpack.UnpackException) as error:
             raise XenError("set_context", errno.EINVAL, why="not a context of this domain") from error
 
@@ -178,6 +181,8 @@ class HostedDomain:
             "spurious_responses": self.dom.spurious_responses,
             "premature_responses": self.dom.premature_responses,
             "lost_drops": self.dom.lost_drops,
+            "balloon_steps": self.dom.balloon_steps,
+            "overlaid": self.dom.overlaid,
         }
 
     def paging_enable(self) -> list[int]:
@@ -234,12 +239,19 @@ class SimulatedHost:
     """
 
     def __init__(
-        self, memory_bytes: int, *, populate_evicted: bool = True, paging: bool = True, drop_requests: bool = False
+        self,
+        memory_bytes: int,
+        *,
+        populate_evicted: bool = True,
+        paging: bool = True,
+        drop_requests: bool = False,
+        track_physmap: bool = False,
     ):
         self.memory_bytes = memory_bytes
         self.populate_evicted = populate_evicted
         self.paging = paging
         self.drop_requests = drop_requests
+        self.track_physmap = track_physmap
         self.domains: dict[int, HostedDomain] = {}
         self.gone: list[dict[str, Any]] = []
         self._next_domid = 1
@@ -368,6 +380,7 @@ class SimulatedHost:
             del self._claimed[domid]
             raise
         domain.dom.drops = self.drop_requests
+        domain.dom.tracks_physmap = self.track_physmap
         self.domains[domid] = domain
         return domain
 
@@ -470,7 +483,16 @@ class SimulatedHost:
         domain = self._domain(domid)
         lib.sim_host_pause(domain.native)
         domain.dom.log_dirty = enable
-        ffi.memmove(domain.map.dirty, bytes((domain.dom.nr_pfns + 63) // 64 * 8), (domain.dom.nr_pfns + 63) // 64 * 8)
+        bitmap_bytes = (domain.dom.nr_pfns + 63) // 64 * 8
+        for bitmap in (domain.map.dirty, domain.map.untracked):
+            ffi.memmove(bitmap, bytes(bitmap_bytes), bitmap_bytes)
+        lib.sim_host_unpause(domain.native)
+
+    def op_set_max_pages(self, domid: int, pages: int) -> None:
+        """The domain stands still for the change, so that no frame is under way."""
+        domain = self._domain(domid)
+        lib.sim_host_pause(domain.native)
+        domain.dom.max_pages = pages
         lib.sim_host_unpause(domain.native)
 
     def op_paging_enable(self, domid: int, client: int) -> Reply:

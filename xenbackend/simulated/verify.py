@@ -2,7 +2,7 @@
 """Was the guest's memory carried over, byte for byte?
 
 The verifier knows the guest's description from whoever booted it, not from the migration; from the domain it
-takes only the vCPUs' positions, which must be at or beyond those at which the source stopped.  From
+takes only the positions of the vCPUs, which must be at or beyond those at which the source stopped, and of the balloon.  From
 image, program and positions it computes all memory anew and compares it with the memory file's bytes.
 """
 
@@ -57,18 +57,25 @@ def verify(domain: SimulatedDomain, spec: GuestSpec, *, source_positions: list[i
     for count in ("spurious_responses", "premature_responses"):
         if report[count]:
             result.problems.append(f"{report[count]} {count.replace('_', ' ')} on the paging ring")
-    _compare_memory(domain, spec, positions, result)
+    if report["overlaid"]:
+        result.problems.append(f"the balloon took {report['overlaid']} pages back where there was memory still")
+    _compare_memory(domain, spec, positions, report["balloon_steps"], result)
     return result
 
 
-def _compare_memory(domain: SimulatedDomain, spec: GuestSpec, positions: list[int], result: Verification) -> None:
+def _compare_memory(
+    domain: SimulatedDomain, spec: GuestSpec, positions: list[int], balloon_steps: int, result: Verification
+) -> None:
     program = spec.program()
     visits = np.zeros((spec.vcpus, spec.working_pages), dtype=np.uint64)
     for vcpu, count in enumerate(positions):
         lib.sim_expected_visits(program, vcpu, count, ffi.from_buffer("uint64_t[]", visits[vcpu]))
     holes = np.zeros(spec.nr_pfns, dtype=np.bool_)
-    for number in range(lib.sim_ballooned(program, positions[0])):
-        holes[lib.sim_balloon_pfn(program, spec.nr_pfns, number)] = True
+    taken = np.zeros(spec.nr_pfns, dtype=np.uint64)
+    for number in range(spec.balloon_pages):
+        pfn = lib.sim_balloon_pfn(program, spec.nr_pfns, number)
+        taken[pfn] = lib.sim_balloon_taken(program, balloon_steps, number)
+        holes[pfn] = lib.sim_balloon_given(program, balloon_steps, number) > taken[pfn]
 
     expected = np.zeros(WINDOW_PAGES * PAGE_SIZE, dtype=np.uint8)
     actual = np.zeros(WINDOW_PAGES * PAGE_SIZE, dtype=np.uint8)
@@ -93,6 +100,7 @@ def _compare_memory(domain: SimulatedDomain, spec: GuestSpec, positions: list[in
                 first,
                 n,
                 ffi.from_buffer("uint64_t[]", visits),
+                ffi.from_buffer("uint64_t[]", taken[first : first + n]),
                 ffi.from_buffer("uint8_t[]", expected),
                 ffi.from_buffer("uint8_t[]", actual),
                 ffi.from_buffer("uint8_t[]", differs),

@@ -50,7 +50,7 @@ struct sim_program {
     uint64_t balloon_every;    /* ... one after each so many of its accesses */
     uint64_t image_seed;
     uint32_t zero_permille;    /* share of zero pages of a generated image */
-    uint32_t pad;
+    uint32_t balloon_back;     /* taken back when all were given away, and so on */
 };
 
 struct sim_vcpu {
@@ -76,9 +76,13 @@ struct sim_domain {
     uint32_t crash;
     uint32_t crash_vcpu;
     uint32_t drops;            /* a paged-out page can be given away, and the pager is told */
-    uint32_t pad;
+    uint32_t tracks_physmap;   /* a pfn that loses or gets a frame is log-dirty (Xen 4.19.5, 4.20.3, 4.21.1) */
     uint64_t crash_pfn;
     uint64_t tot_pages;        /* frames that the domain owns */
+    uint64_t max_pages;        /* frames that it may own: one that has more keeps them */
+    uint64_t untracked;        /* whether a frame came since log-dirty was cleaned (and tracks_physmap is off) */
+    uint64_t balloon_steps;    /* pages that vCPU 0 has given away or taken back: part of the guest's context */
+    uint64_t overlaid;         /* frames that the guest got where there was memory still */
     uint64_t paged_pages;
     uint64_t spurious_responses;   /* to a vCPU that did not wait */
     uint64_t premature_responses;  /* before the page was there or dropped */
@@ -92,6 +96,7 @@ struct sim_map {
     struct sim_domain *dom;
     uint32_t *p2m;
     uint64_t *dirty;
+    uint64_t *untracked;        /* pfns whose writes are not recorded until log-dirty is cleaned */
     uint8_t *memory;
     int memory_fd;
     uint32_t owner;
@@ -130,9 +135,11 @@ void sim_generate_image(struct sim_map *m, uint64_t from, uint64_t n);
 void sim_image_pages(const struct sim_program *program, uint64_t from, uint64_t n, uint8_t *pages);
 void sim_expected_visits(const struct sim_program *program, uint32_t vcpu, uint64_t count, uint64_t *visits);
 void sim_compare_pages(const struct sim_program *program, uint64_t from, uint64_t n, const uint64_t *visits,
-                       uint8_t *pages, const uint8_t *actual, uint8_t *differs);
+                       const uint64_t *taken, uint8_t *pages, const uint8_t *actual, uint8_t *differs);
 uint64_t sim_balloon_pfn(const struct sim_program *program, uint64_t nr_pfns, uint64_t number);
-uint64_t sim_ballooned(const struct sim_program *program, uint64_t count);
+uint64_t sim_balloon_due(const struct sim_program *program, uint64_t count);
+uint64_t sim_balloon_given(const struct sim_program *program, uint64_t steps, uint64_t number);
+uint64_t sim_balloon_taken(const struct sim_program *program, uint64_t steps, uint64_t number);
 
 /* ---- vCPUs (vcpu.c): in the host's process only ---- */
 struct sim_host_domain;

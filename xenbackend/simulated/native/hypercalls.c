@@ -25,7 +25,7 @@ static uint64_t round_page(uint64_t bytes) { return (bytes + PAGE_BYTES - 1) & ~
 
 uint64_t sim_control_bytes(uint64_t nr_pfns)
 {
-    return SIM_HEADER_BYTES + round_page(nr_pfns * 4) + round_page((nr_pfns + 63) / 64 * 8);
+    return SIM_HEADER_BYTES + round_page(nr_pfns * 4) + 2 * round_page((nr_pfns + 63) / 64 * 8);
 }
 
 int sim_attach(struct sim_map *m, int control_fd, int memory_fd, uint32_t owner)
@@ -51,6 +51,7 @@ int sim_attach(struct sim_map *m, int control_fd, int memory_fd, uint32_t owner)
     m->dom = (struct sim_domain *)base;
     m->p2m = (uint32_t *)(base + SIM_HEADER_BYTES);
     m->dirty = (uint64_t *)(base + SIM_HEADER_BYTES + round_page(nr_pfns * 4));
+    m->untracked = (uint64_t *)((uint8_t *)m->dirty + round_page((nr_pfns + 63) / 64 * 8));
     m->memory_fd = memory_fd;
     m->owner = owner;
     m->control_bytes = control.st_size;
@@ -227,9 +228,13 @@ int sim_populate(struct sim_map *m, const uint64_t *pfns, size_t n, size_t *done
             entry_unlock(m, pfn);
             return -EINVAL;
         }
-        __atomic_fetch_add(&m->dom->tot_pages, 1, __ATOMIC_SEQ_CST);
+        if (!get_frame(m)) {
+            entry_unlock(m, pfn);
+            return -ENOMEM;
+        }
         if (E_TYPE(w) == P2M_RAM_PAGED)
             __atomic_fetch_sub(&m->dom->paged_pages, 1, __ATOMIC_SEQ_CST);
+        physmap_changed(m, pfn, 1);
         entry_set(m, pfn, P2M_RAM_RW, 0, 1);
     }
     return 0;
@@ -261,7 +266,7 @@ int sim_depopulate(struct sim_map *m, const uint64_t *pfns, size_t n, size_t *do
         entry_set(m, pfn, P2M_HOLE, 0, 0);
         sim_free_frames(m, pfn, 1);
         __atomic_fetch_sub(&m->dom->tot_pages, 1, __ATOMIC_SEQ_CST);
-        mark_dirty(m, pfn);
+        physmap_changed(m, pfn, 0);
         entry_unlock(m, pfn);
     }
     return 0;
@@ -429,6 +434,9 @@ uint64_t sim_log_dirty(struct sim_map *m, uint64_t *bitmap, int clean)
             bitmap[i] = __atomic_exchange_n(&m->dirty[i], 0, __ATOMIC_SEQ_CST);
         dirty += __builtin_popcountll(bitmap[i]);
     }
+    if (clean && __atomic_exchange_n(&m->dom->untracked, 0, __ATOMIC_SEQ_CST))
+        for (uint64_t i = 0; i < (m->dom->nr_pfns + 63) / 64; i++)
+            __atomic_store_n(&m->untracked[i], 0, __ATOMIC_SEQ_CST);
     return dirty;
 }
 

@@ -80,8 +80,36 @@ static inline void entry_unlock(struct sim_map *m, uint64_t pfn)
 
 static inline void mark_dirty(struct sim_map *m, uint64_t pfn)
 {
-    if (__atomic_load_n(&m->dom->log_dirty, __ATOMIC_SEQ_CST))
-        __atomic_fetch_or(&m->dirty[pfn / 64], 1ull << (pfn % 64), __ATOMIC_SEQ_CST);
+    if (!__atomic_load_n(&m->dom->log_dirty, __ATOMIC_SEQ_CST))
+        return;
+    if (__atomic_load_n(&m->dom->untracked, __ATOMIC_SEQ_CST) &&
+        __atomic_load_n(&m->untracked[pfn / 64], __ATOMIC_SEQ_CST) >> (pfn % 64) & 1)
+        return;
+    __atomic_fetch_or(&m->dirty[pfn / 64], 1ull << (pfn % 64), __ATOMIC_SEQ_CST);
+}
+
+/* A pfn has lost its frame, or has got one.  Up to Xen 4.18 that is not log-dirty, and what is written to a new
+ * frame is not recorded until the bitmap is cleaned: its entry is p2m_ram_rw until then (guest_physmap_add_page()). */
+static inline void physmap_changed(struct sim_map *m, uint64_t pfn, int got)
+{
+    if (m->dom->tracks_physmap) {
+        mark_dirty(m, pfn);
+    } else if (got && __atomic_load_n(&m->dom->log_dirty, __ATOMIC_SEQ_CST)) {
+        __atomic_fetch_or(&m->untracked[pfn / 64], 1ull << (pfn % 64), __ATOMIC_SEQ_CST);
+        __atomic_store_n(&m->dom->untracked, 1, __ATOMIC_SEQ_CST);
+    }
+}
+
+/* alloc_domheap_pages() and assign_pages(): false where the domain may own no further frame. */
+static inline int get_frame(struct sim_map *m)
+{
+    uint64_t now = __atomic_load_n(&m->dom->tot_pages, __ATOMIC_SEQ_CST);
+
+    do {
+        if (now >= __atomic_load_n(&m->dom->max_pages, __ATOMIC_SEQ_CST))
+            return 0;
+    } while (!__atomic_compare_exchange_n(&m->dom->tot_pages, &now, now + 1, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST));
+    return 1;
 }
 
 int sim_free_frames(struct sim_map *m, uint64_t pfn, uint64_t n);
@@ -96,5 +124,7 @@ uint64_t sim_writes(const struct sim_program *p, uint32_t vcpu, uint64_t pfn, ui
 uint32_t sim_word(const struct sim_program *p, uint32_t vcpu, uint64_t pfn, uint64_t write);
 uint64_t sim_value(const struct sim_program *p, uint32_t vcpu, uint64_t pfn, uint64_t write);
 uint64_t sim_image_word(const struct sim_program *p, uint64_t pfn, uint32_t word);
+uint64_t sim_taken_word(const struct sim_program *p, uint64_t pfn, uint64_t taken, uint32_t word);
+int sim_balloon_gives(const struct sim_program *p, uint64_t step, uint64_t *number);
 
 #endif

@@ -19,6 +19,9 @@
  * The words of a page are dealt out to the vCPUs (word w belongs to vCPU w mod nr_vcpus), so
  * writers never race for a word, and each vCPU writes its words of a page in turn.
  * A write is a read-modify-write: it checks the word that it wrote last in that page.
+ *
+ * The balloon is a count of steps.  With balloon_back, 2 * balloon_pages of them give all pages away and take
+ * them back, the last one first.  A page that was taken back is filled with values of its own.
  */
 #include <string.h>
 #include "internal.h"
@@ -124,6 +127,12 @@ uint64_t sim_value(const struct sim_program *p, uint32_t vcpu, uint64_t pfn, uin
     return mix64(mix64(p->seed + pfn * 64 + vcpu) + write);
 }
 
+/* What the guest writes into a page that its balloon took back for the n-th time. */
+uint64_t sim_taken_word(const struct sim_program *p, uint64_t pfn, uint64_t taken, uint32_t word)
+{
+    return mix64(mix64(p->seed ^ pfn << 16 ^ taken) + word);
+}
+
 uint64_t sim_image_word(const struct sim_program *p, uint64_t pfn, uint32_t word)
 {
     if (mix64(p->image_seed ^ pfn) % 1000 < p->zero_permille)
@@ -184,13 +193,17 @@ static void overlay(const struct sim_program *p, uint64_t pfn, const uint64_t *v
 }
 
 /* pages[] holds the image's pages [from, from + n) and then what the guest must have there;
- * differs[i] says whether actual[] does not. */
+ * differs[i] says whether actual[] does not.  taken[i]: how often the balloon took the page back. */
 void sim_compare_pages(const struct sim_program *p, uint64_t from, uint64_t n, const uint64_t *visits,
-                       uint8_t *pages, const uint8_t *actual, uint8_t *differs)
+                       const uint64_t *taken, uint8_t *pages, const uint8_t *actual, uint8_t *differs)
 {
     for (uint64_t i = 0; i < n; i++) {
+        uint64_t *page = (uint64_t *)(pages + i * PAGE_BYTES);
+
         if (from + i < p->pages)
-            overlay(p, from + i, visits, (uint64_t *)(pages + i * PAGE_BYTES));
+            overlay(p, from + i, visits, page);
+        for (uint32_t w = 0; taken[i] && w < WORDS; w++)
+            page[w] = sim_taken_word(p, from + i, taken[i], w);
         differs[i] = memcmp(pages + i * PAGE_BYTES, actual + i * PAGE_BYTES, PAGE_BYTES) != 0;
     }
 }
@@ -201,9 +214,30 @@ uint64_t sim_balloon_pfn(const struct sim_program *p, uint64_t nr_pfns, uint64_t
     return nr_pfns - 1 - p->nr_vcpus - number;
 }
 
-uint64_t sim_ballooned(const struct sim_program *p, uint64_t count)
+/* How many steps of the balloon are due after so many accesses of vCPU 0. */
+uint64_t sim_balloon_due(const struct sim_program *p, uint64_t count)
 {
-    uint64_t n = p->balloon_every ? count / p->balloon_every : 0;
+    uint64_t n = p->balloon_every && p->balloon_pages ? count / p->balloon_every : 0;
 
-    return n < p->balloon_pages ? n : p->balloon_pages;
+    return p->balloon_back || n < p->balloon_pages ? n : p->balloon_pages;
+}
+
+/* Does this step give a page away?  Which one? */
+int sim_balloon_gives(const struct sim_program *p, uint64_t step, uint64_t *number)
+{
+    uint64_t of_both = step % (2 * p->balloon_pages);
+
+    *number = of_both < p->balloon_pages ? of_both : 2 * p->balloon_pages - 1 - of_both;
+    return of_both < p->balloon_pages;
+}
+
+/* How often a page was given away, and taken back, by the first steps. */
+uint64_t sim_balloon_given(const struct sim_program *p, uint64_t steps, uint64_t number)
+{
+    return steps / (2 * p->balloon_pages) + (number < steps % (2 * p->balloon_pages));
+}
+
+uint64_t sim_balloon_taken(const struct sim_program *p, uint64_t steps, uint64_t number)
+{
+    return steps / (2 * p->balloon_pages) + (number >= 2 * p->balloon_pages - steps % (2 * p->balloon_pages));
 }

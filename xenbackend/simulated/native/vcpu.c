@@ -6,7 +6,7 @@
  * A vCPU runs one access after the other.  Between two it can be paused; while it waits for a page or for
  * a slot in the ring it counts as not running, and when the answer comes it looks
  * first whether it is paused, as a real one does.  An access is done entirely or not at all, so `count` is
- * all that a vCPU's context has to hold.
+ * all that a vCPU's context has to hold, and so is a step of the balloon, which vCPU 0 moves.
  *
  * Log-dirty is marked *after* the write and before the access is over.  A page cleaned between the two is marked
  * again; marked before, the write could land behind the copy and be lost.
@@ -267,25 +267,49 @@ static void page_fault(struct host_vcpu *v, uint64_t pfn)
     note_stall(stats, now_ns() - start);
 }
 
+static void crash_at(struct host_vcpu *v, uint64_t pfn)
+{
+    pthread_mutex_lock(&v->h->lock);
+    crash(v->h, v->id, CRASH_BAD_ACCESS, pfn);
+    pthread_mutex_unlock(&v->h->lock);
+}
+
+/* The guest has looked at a page that its balloon gives away: it must hold what was written there. */
+static void check_page(struct host_vcpu *v, uint64_t pfn, uint64_t number)
+{
+    struct sim_domain *d = v->h->m->dom;
+    uint64_t taken = sim_balloon_taken(&d->program, d->balloon_steps, number);
+    const uint64_t *words = (const uint64_t *)(v->h->m->memory + pfn * PAGE_BYTES);
+    int wrong = 0;
+
+    if (!taken && !d->program.generated)
+        return;
+    for (uint32_t w = 0; w < PAGE_BYTES / 8; w++)
+        wrong |= words[w] != (taken ? sim_taken_word(&d->program, pfn, taken, w) : sim_image_word(&d->program, pfn, w));
+    if (wrong && !d->vcpu[v->id].errors++)
+        d->vcpu[v->id].first_error_pfn = pfn;
+}
+
 /* The guest's balloon driver: decrease_reservation of a page.  Xen 4.17.5 refuses one that is paged out (EILSEQ,
  * p2m_remove_entry()), and Linux scrubs pages that it gives away, which brings them in first.  With ``drops`` it is as
- * the interface has it: the page is let go of, and the pager told. */
-static void give_away(struct host_vcpu *v, uint64_t pfn)
+ * the interface has it: the page is let go of, and the pager told.  Returns 0 where it has to be tried again. */
+static int give_away(struct host_vcpu *v, uint64_t pfn, uint64_t number)
 {
     struct sim_host_domain *h = v->h;
     struct sim_domain *d = h->m->dom;
-    uint32_t w;
+    uint32_t w = entry_lock(h->m, pfn);
 
-    while (!d->drops && is_paging(E_TYPE(__atomic_load_n(&h->m->p2m[pfn], __ATOMIC_SEQ_CST))) &&
-           !__atomic_load_n(&h->exiting, __ATOMIC_SEQ_CST) && !__atomic_load_n(&d->crash, __ATOMIC_SEQ_CST))
+    if (!d->drops && is_paging(E_TYPE(w))) {
+        entry_unlock(h->m, pfn);
         page_fault(v, pfn);
-    w = entry_lock(h->m, pfn);
-
+        return 0;
+    }
     if (is_ram(E_TYPE(w)) || E_TYPE(w) == P2M_RAM_PAGING_OUT) {
+        check_page(v, pfn, number);
         entry_set(h->m, pfn, P2M_HOLE, 0, 0);
         sim_free_frames(h->m, pfn, 1);
         __atomic_fetch_sub(&d->tot_pages, 1, __ATOMIC_SEQ_CST);
-        mark_dirty(h->m, pfn);
+        physmap_changed(h->m, pfn, 0);
         entry_unlock(h->m, pfn);
     } else if (is_paging(E_TYPE(w))) {
         entry_set(h->m, pfn, P2M_HOLE, 0, 1);
@@ -300,7 +324,49 @@ static void give_away(struct host_vcpu *v, uint64_t pfn)
         pthread_mutex_unlock(&h->lock);
     } else {
         entry_unlock(h->m, pfn);
+        crash_at(v, pfn);
+        return 0;
     }
+    return 1;
+}
+
+/* And populate_physmap.  Xen puts the frame over whatever is there; a frame that was there is lost to the domain.
+ * Returns 0 where the domain may own no further frame: as Linux does, the guest tries again later. */
+static int take_back(struct host_vcpu *v, uint64_t pfn, uint64_t number)
+{
+    struct sim_map *m = v->h->m;
+    struct sim_domain *d = m->dom;
+    uint64_t taken = sim_balloon_taken(&d->program, d->balloon_steps + 1, number);
+    uint64_t *words = (uint64_t *)(m->memory + pfn * PAGE_BYTES);
+    uint32_t w;
+
+    if (!get_frame(m))
+        return 0;
+    w = entry_lock(m, pfn);
+    d->overlaid += E_TYPE(w) != P2M_HOLE;
+    if (is_paging(E_TYPE(w)) && E_TYPE(w) != P2M_RAM_PAGING_OUT)
+        __atomic_fetch_sub(&d->paged_pages, 1, __ATOMIC_SEQ_CST);
+    entry_set(m, pfn, P2M_RAM_RW, 1, 0);
+    physmap_changed(m, pfn, 1);
+    for (uint32_t i = 0; i < PAGE_BYTES / 8; i++)
+        __atomic_store_n(&words[i], sim_taken_word(&d->program, pfn, taken, i), __ATOMIC_RELAXED);
+    mark_dirty(m, pfn);
+    entry_unlock(m, pfn);
+    return 1;
+}
+
+/* The next step of the balloon, where it is due.  It is done entirely or not at all; returns 0 if not yet. */
+static int move_balloon(struct host_vcpu *v)
+{
+    struct sim_domain *d = v->h->m->dom;
+    uint64_t number, pfn;
+    int gives = sim_balloon_gives(&d->program, d->balloon_steps, &number);
+
+    pfn = sim_balloon_pfn(&d->program, d->nr_pfns, number);
+    if (!(gives ? give_away(v, pfn, number) : take_back(v, pfn, number)))
+        return !gives;
+    __atomic_store_n(&d->balloon_steps, d->balloon_steps + 1, __ATOMIC_SEQ_CST);
+    return 1;
 }
 
 /* -------- the vCPU's loop -------- */
@@ -327,13 +393,6 @@ static void idle_until(struct host_vcpu *v, uint64_t deadline)
     if (!stopping(h) && !h->exiting)
         pthread_cond_timedwait(&v->wake, &h->lock, &t);
     pthread_mutex_unlock(&h->lock);
-}
-
-static void crash_at(struct host_vcpu *v, uint64_t pfn)
-{
-    pthread_mutex_lock(&v->h->lock);
-    crash(v->h, v->id, CRASH_BAD_ACCESS, pfn);
-    pthread_mutex_unlock(&v->h->lock);
 }
 
 /* One access to memory; returns 0 when it has to be tried again. */
@@ -394,6 +453,8 @@ static void *vcpu_main(void *arg)
             park(v);
             continue;
         }
+        if (v->id == 0 && d->balloon_steps < sim_balloon_due(p, arch->count) && !move_balloon(v))
+            continue;
         if (period) {
             uint64_t now = now_ns();
 
@@ -407,8 +468,6 @@ static void *vcpu_main(void *arg)
             continue;       /* tried again, after a pause if there is one */
         if (period)
             next = next + 100000000 < now_ns() ? now_ns() : next + period;  /* catch up 0.1 s at most */
-        if (v->id == 0 && sim_ballooned(p, arch->count + 1) > sim_ballooned(p, arch->count))
-            give_away(v, sim_balloon_pfn(p, d->nr_pfns, sim_ballooned(p, arch->count)));
         if (!arch->first_instruction_ns)
             arch->first_instruction_ns = now_ns();
         __atomic_store_n(&arch->count, arch->count + 1, __ATOMIC_SEQ_CST);
