@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import math
 import os
 import resource
 import signal
@@ -57,6 +58,8 @@ async def until_stopped(serve: Callable[[], Awaitable[None]], drain: Callable[[]
     """Run ``serve`` until SIGTERM or SIGINT, then ``drain``; a second signal cuts that short."""
     # A thread that serves a fault waits this long at most for one that computes (default: 5 ms).
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    # Their number is that of migrations: a host that is slow for many guests does not hold up the others' threads.
+    trio.to_thread.current_default_thread_limiter().total_tokens = math.inf
     # A descriptor more for each connection, though many come that mean nothing.
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -93,7 +93,7 @@ class ReceiverDaemon:
                 find_migration(self._migrations.values(), request["migration"]).lanes.hurry()
                 await connection.answer("result")
             case "decide":
-                find_migration(self._migrations.values(), request["migration"]).decide(here=bool(request["here"]))
+                await find_migration(self._migrations.values(), request["migration"]).decide(here=bool(request["here"]))
                 await connection.answer("result")
             case other:
                 raise MigrationError(f"unknown command {other!r}")

@@ -135,6 +135,8 @@ class IncomingMigration:
         self._tasks: trio.Nursery
         self._lane_tasks: trio.Nursery
         self._offline_tasks: trio.Nursery
+        self._deciding = trio.Lock()
+        """An operator decides; a sender that is back waits for that."""
         self._scope = trio.CancelScope()
         self._cancel_reason = ""
         self.ended = trio.Event()
@@ -196,22 +198,32 @@ class IncomingMigration:
             self._cancel_reason = reason
             self._scope.cancel()
 
-    def decide(self, *, here: bool) -> None:
+    async def decide(self, *, here: bool) -> None:
         """An operator's word, where the sender's does not come.  Raises :class:`MigrationError` where it is not called for."""
+        async with self._deciding:
+            await self._decide(here=here)
+
+    async def _decide(self, *, here: bool) -> None:
         if self.progress.phase != "in doubt" or self._toolstack.decides:
             raise MigrationError(f"there is nothing to decide here: {self.progress.domain} is {self.progress.phase}")
+        if self._push is not None:
+            raise MigrationError(
+                f"the sender of {self.progress.domain} is back and is being asked: see `xen-postcopy list`"
+            )
         if not here:
-            self._record("decided elsewhere")  # before the operator has the answer: a successor carries it out
+            await trio.to_thread.run_sync(
+                self._record, "decided elsewhere"
+            )  # before the operator has the answer: a successor carries it out
             self._said_ready = False
             self.cancel(NOT_HERE)
             return
         if self._step == "suspended":
             raise MigrationError("it is not known whether all has come that the guest cannot run without")
         log.warning("%s: an operator has said that the guest is to run here", self.progress.domain)
-        self._start()
+        await trio.to_thread.run_sync(self._start)
         self.session.handed_over = True
         self._offline_tasks.start_soon(self._started().serve, None)
-        self._record("taken over")
+        await trio.to_thread.run_sync(self._record, "taken over")
         self.progress.phase = "interrupted"
         self._note("started by an operator")
 
@@ -256,7 +268,7 @@ class IncomingMigration:
                     log.info("the sender has not been told yet how it ended: %s", error)
                 finally:
                     self._close_lanes()
-        self._journal.erase(self.id)
+        await trio.to_thread.run_sync(self._journal.erase, self.id)
 
     async def _receive_migration(self) -> None:
         if self._inherited:
@@ -346,9 +358,9 @@ class IncomingMigration:
         state = await trio.to_thread.run_sync(self._state)
         if self._step == "finishing" or (state is DomainState.PAUSED and not self._toolstack.decides):
             with contextlib.suppress(XenError):  # it was about to start it, or to give up the ring; or it was not
-                self._domain.unpause()
+                await trio.to_thread.run_sync(self._domain.unpause)
         if state is DomainState.INCOMING and self._step == "taken over" and not self._toolstack.decides:
-            self._start()
+            await trio.to_thread.run_sync(self._start)
             self._started()
         else:
             self._serve()
@@ -389,16 +401,16 @@ class IncomingMigration:
 
     async def _finish(self) -> None:
         assert self._domain is not None and self._pager is not None
-        self._record("finishing")
+        await trio.to_thread.run_sync(self._record, "finishing")
         await self._pager.finish()
         if self._checkpoints is not None:
             await trio.to_thread.run_sync(self._domain.log_dirty_disable)
         if self._completed:
-            self._journal.erase(self.id)
+            await trio.to_thread.run_sync(self._journal.erase, self.id)
         else:
             self._last_word = self._complete_message()
         self.progress.phase, self.progress.outstanding, self.progress.waiting = "completed", 0, 0
-        self._domain.close()
+        await trio.to_thread.run_sync(self._domain.close)
         log.info("%s completed", self.progress.domain)
 
     async def _hear(self) -> m.Message:
@@ -502,7 +514,7 @@ class IncomingMigration:
         if not self._toolstack.decides:
             raise RemoteProtocolError("entrust: there is no toolstack here that would decide")
         if self._pager is None:
-            self._record("entrusted")
+            await trio.to_thread.run_sync(self._record, "entrusted")
             self._finish_over_these_lanes(self._serve())
         self.progress.phase = "deciding"
         await self._toolstack.restored(self._domain)
@@ -633,7 +645,8 @@ class IncomingMigration:
                     elif self._toolstack.decides:
                         self._offline_tasks.start_soon(self._follow_domain)
                     self._push = await self.lanes.again(self._note)
-                    self._offline_tasks.cancel_scope.cancel()
+                    async with self._deciding:
+                        self._offline_tasks.cancel_scope.cancel()
                 await self._take_up_again()
                 break
             except UnknownSessionError as error:
@@ -693,7 +706,7 @@ class IncomingMigration:
             reason = str(error) if isinstance(error, GuestEndedError) else "its domain was destroyed"
             log.warning("%s: %s", progress.domain, reason)
             progress.phase, progress.problem = "failed", reason
-            self._release()
+            await trio.to_thread.run_sync(self._release)
             answer = self._last_word = m.Ended(self._runs.is_set(), m.printable(reason))
         elif self.session.handed_over or self._runs.is_set():
             progress.phase = "interrupted"
@@ -714,7 +727,7 @@ class IncomingMigration:
                 await self._push.send(answer)
                 self._last_word = None
                 if progress.phase == "failed":
-                    self._journal.erase(self.id)
+                    await trio.to_thread.run_sync(self._journal.erase, self.id)
                 # What the sender says meanwhile is not read any more, and closing a connection then takes back what we said.
                 await trio.sleep(EXPLANATION_S)
 
@@ -724,16 +737,16 @@ class IncomingMigration:
     async def _discard(self, reason: str) -> None:
         """Nothing is left over."""
         if self._domain is None:
-            self._journal.erase(self.id)
+            await trio.to_thread.run_sync(self._journal.erase, self.id)
             await self._toolstack.failed(reason)
             return
         try:
             await self._toolstack.discard(self._domain, reason)
-            self._journal.erase(self.id)
+            await trio.to_thread.run_sync(self._journal.erase, self.id)
         except XenError as error:
             log.error("%s is left over: %s", self.progress.domain, error)
             self.progress.problem += f"; and the incoming domain is left over: {error}"
-        self._release()
+        await trio.to_thread.run_sync(self._release)
 
     def _release(self) -> None:
         """What we have of the domain."""

@@ -357,25 +357,26 @@ class Pager:
         """
         self._pull = None
         if self._ring is not None:
-            self._domain.pause()
+            await trio.to_thread.run_sync(self._domain.pause)
             try:
-                await self._give_up(self._ring)
+                while not await trio.to_thread.run_sync(self._give_up, self._ring):
+                    await trio.sleep(0.001)  # vCPUs that waited for a slot are on their way to find their page present
             finally:
-                self._domain.unpause()
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(self._domain.unpause)
         self.close()
 
-    async def _give_up(self, ring: PagingRing) -> None:
-        while True:
-            self._handle_ring()
-            try:
-                self._domain.paging_disable()
-            except XenError as error:
-                if error.errno != errno.EBUSY:
-                    raise
-                await trio.sleep(0.001)  # vCPUs that waited for a slot are on their way to find their page present
-            else:
-                ring.close()
-                return
+    def _give_up(self, ring: PagingRing) -> bool:
+        """False where it is to be tried again."""
+        self._handle_ring()
+        try:
+            self._domain.paging_disable()
+        except XenError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            return False
+        ring.close()
+        return True
 
     def close(self) -> None:
         """The ring itself stays as it is."""

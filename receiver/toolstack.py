@@ -76,14 +76,14 @@ class XlToolstack:
         return hypervisor.bind_incoming(self._domid, config, self._ports)
 
     async def restored(self, domain: Domain) -> None:
-        store_gfn, console_gfn = domain.toolstack_gfns()
+        store_gfn, console_gfn = await trio.to_thread.run_sync(domain.toolstack_gfns)
         await self.last_answer.give("result", store_gfn=store_gfn, console_gfn=console_gfn)
 
     async def discard(self, domain: Domain, reason: str) -> None:
         """libxl destroys it when the helper has failed; nothing of ours is to keep it from going."""
         with contextlib.suppress(XenError):  # it had no ring, or is gone already
-            domain.paging_disable()
-        domain.close()
+            await trio.to_thread.run_sync(domain.paging_disable)
+        await trio.to_thread.run_sync(domain.close)
         await self.failed(reason)
 
     async def failed(self, reason: str) -> None:

@@ -47,7 +47,6 @@ class CheckpointStore:
         self._context_bytes = 0
         self._pages = 0
 
-    @property
     def exists(self) -> bool:
         """There is one to go back to."""
         return self._path.exists()

@@ -33,7 +33,7 @@ from migrate.transport import listen_tcp, parse_address
 from sender.migration import OutgoingMigration
 from sender.options import MigrationOptions
 from sender.toolstack import XlToolstack
-from xenbackend.contract import Hypervisor, XenError, find_domain
+from xenbackend.contract import DomainId, Hypervisor, XenError, find_domain
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class SenderDaemon:
                 find_migration(self._running(), request["migration"]).lanes.hurry()
                 await connection.answer("result")
             case "decide":
-                find_migration(self._running(), request["migration"]).decide(here=bool(request["here"]))
+                await find_migration(self._running(), request["migration"]).decide(here=bool(request["here"]))
                 await connection.answer("result")
             case other:
                 raise MigrationError(f"unknown command {other!r}")
@@ -149,8 +149,7 @@ class SenderDaemon:
 
     async def _save(self, request: Json, connection: ControlConnection) -> None:
         """For xl's helper: the receiver is told by xl's stream where we are, and dials."""
-        with self._hypervisor.open(int(request["domid"])) as domain:
-            target, policy = domain.info().id, domain.cpu_policy()
+        target, policy = await trio.to_thread.run_sync(self._look_at, int(request["domid"]))
         session, token = new_id(), new_token()
         awaited = AwaitedLanes(token, timeout_s=self._config.sender.peer_timeout_s)
         toolstack = XlToolstack(target.name, connection)
@@ -158,7 +157,8 @@ class SenderDaemon:
         migration = OutgoingMigration(
             session, self._hypervisor, target, awaited, options, self._journal, toolstack=toolstack
         )
-        host, port = advertised(self._config.sender, self._port)
+        # It may ask a name server.
+        host, port = await trio.to_thread.run_sync(advertised, self._config.sender, self._port)
         await connection.answer(
             "offer",
             session=session,
@@ -175,6 +175,11 @@ class SenderDaemon:
                 with trio.move_on_after(PROGRESS_EVERY_S):
                     await toolstack.last_answer.given.wait()
             tasks.cancel_scope.cancel()
+
+    def _look_at(self, domid: int) -> tuple[DomainId, tuple[bytes, bytes]]:
+        """Which domain it is, and its CPU policy."""
+        with self._hypervisor.open(domid) as domain:
+            return domain.info().id, domain.cpu_policy()
 
     async def _listen_to_helper(self, migration: OutgoingMigration, toolstack: XlToolstack) -> None:
         await toolstack.listen()

@@ -120,6 +120,10 @@ class OutgoingMigration:
         self._scope = trio.CancelScope()
         self._cancel_reason = ""
         self._verdict: MigrationError | None = None
+        self._decision = ""
+        """An operator's, as the journal has it."""
+        self._decided = trio.Event()
+        """The journal has it, or it came too late."""
         self._suspended = False
         self._domain: Domain
         self._written: WrittenPages
@@ -194,17 +198,17 @@ class OutgoingMigration:
         self._cancel_reason = reason
         self._scope.cancel()
 
-    def decide(self, *, here: bool) -> None:
+    async def decide(self, *, here: bool) -> None:
         """An operator's word, where the receiver's does not come: that the guest does not run there (and never will), or that
         nothing of it is needed here.  Raises :class:`MigrationError` where it is not called for."""
         if self.progress.phase != "interrupted" or not self.session.handed_over:
             raise MigrationError(f"there is nothing to decide here: {self.domain_name} is {self.progress.phase}")
         if here and self._toolstack.decides:
             raise MigrationError("xl has destroyed the domain here: there is nothing that could go on")
-        step = "decided here" if here else "decided elsewhere"
-        self._record(step)  # before the operator has the answer: a successor carries the decision out
-        self._verdict = _decision(step)
+        self._decision = "decided here" if here else "decided elsewhere"
+        self._verdict = _decision(self._decision)
         self._scope.cancel()
+        await self._decided.wait()
 
     def result(self) -> dict[str, Any]:
         """The JSON keys that docs/commands.md explains."""
@@ -220,13 +224,14 @@ class OutgoingMigration:
             self._last_word = m.Abort("the guest stays at the source")
             raise MigrationError("given up, before the sender was started anew")
         try:
-            self._domain = self._hypervisor.open(self.target.domid, self.target.handle)
+            self._domain = await trio.to_thread.run_sync(self._hypervisor.open, self.target.domid, self.target.handle)
         except NoSuchDomainError as error:
             if not self._inherited:
                 raise
-            self._journal.erase(self.id)
+            await trio.to_thread.run_sync(self._journal.erase, self.id)
             if self._inherited in ("going back", "decided elsewhere"):  # killed when all was done
-                self._journal.checkpoint(self.id).unlink(missing_ok=True)
+                left = self._journal.checkpoint(self.id)
+                await trio.to_thread.run_sync(functools.partial(left.unlink, missing_ok=True))
                 raise _decision(self._inherited) or StaysHereError(WENT_BACK) from error
             lost = "the pages that it lacks are lost" if self._toolstack.decides else "it was destroyed"
             raise MigrationError(f"{self.domain_name} is gone, and was here before the sender died: {lost}") from error
@@ -240,6 +245,9 @@ class OutgoingMigration:
                 else:
                     await self._migrate()
             if self._scope.cancelled_caught:
+                if self._decision:  # before the operator has the answer: a successor carries the decision out
+                    await trio.to_thread.run_sync(self._record, self._decision)
+                    self._decided.set()
                 raise self._verdict or MigrationError(f"cancelled: {self._cancel_reason}")
         except BaseException as error:
             phase = self.progress.phase
@@ -247,9 +255,11 @@ class OutgoingMigration:
             logs.abnormal_end(self.domain_name, phase, self.progress.problem, self.result())
             raise
         finally:
+            self._decided.set()
             self._close_lanes()
             if not self.keeps_pages:
-                self._domain.close()
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(self._domain.close)
 
     @property
     def has_ended(self) -> bool:
@@ -297,7 +307,7 @@ class OutgoingMigration:
         self.session = Session.of_predecessor(
             Role.SENDER, self._domain.nr_pfns, handed_over=handed_over, protected=protected
         )
-        if self._checkpoints is not None and self._checkpoints.exists:
+        if self._checkpoints is not None and await trio.to_thread.run_sync(self._checkpoints.exists):
             await trio.to_thread.run_sync(self._checkpoints.apply)
         self.progress.phase = "postcopy" if handed_over else "deciding"
         self._backlog = Backlog(np.zeros(self._domain.nr_pfns, dtype=np.bool_))
@@ -312,7 +322,7 @@ class OutgoingMigration:
     async def _finish(self) -> None:
         self.statistics.finished = time.monotonic()
         await self._toolstack.finish(self._domain)
-        self._forget()
+        await trio.to_thread.run_sync(self._forget)
         self.progress.phase = "completed"
 
     def _forget(self) -> None:
@@ -322,7 +332,7 @@ class OutgoingMigration:
             self._checkpoints.close()
 
     async def _migrate(self) -> None:
-        info = self._domain.info()
+        info = await trio.to_thread.run_sync(self._domain.info)
         self.domain_name = info.name or self.domain_name
         if info.state is not DomainState.RUNNING:
             raise MigrationError(f"domain {info.name} is {info.state.value}: only a running domain can be migrated")
@@ -377,7 +387,7 @@ class OutgoingMigration:
         if self._backlog.unacknowledged:
             # Invariant 8: nothing is called a success that is none, whatever the receiver claims.
             raise RemoteProtocolError(f"complete, but {self._backlog.unacknowledged} pages were never confirmed")
-        self._record("completing")  # from here on the receiver may forget
+        await trio.to_thread.run_sync(self._record, "completing")  # from here on the receiver may forget
         with contextlib.suppress(PeerClosedError):  # then it knows as much
             await push.say(m.Completed())
             await self._push_lane_closed(push)
@@ -386,7 +396,7 @@ class OutgoingMigration:
         """hello, preflight and the pull lane."""
         self._push = self._push_lane(await self.lanes.push())
         self.progress.phase = "preflight"
-        config = self._domain.config()
+        config = await trio.to_thread.run_sync(self._domain.config)
         paging = self.options.strategy.pages_after_handover
         checkpoint_ms = math.ceil((self.options.checkpoint_every_s or 0) * 1000)
         await self._push.say(
@@ -407,8 +417,8 @@ class OutgoingMigration:
     # ---- precopy ----
     async def _copy_while_it_runs(self, push: PushLane) -> Remainder:
         self.progress.phase = "precopy"
-        self._written.max_pages = self._max_pages = limit_of(self._domain)
-        self._record("begun")
+        self._written.max_pages = self._max_pages = await trio.to_thread.run_sync(limit_of, self._domain)
+        await trio.to_thread.run_sync(self._record, "begun")
         return await self._precopy.run(self._domain, push, self._written)
 
     # ---- switchover ----
@@ -518,7 +528,7 @@ class OutgoingMigration:
             tasks.cancel_scope.cancel()
         if not given_away:
             raise StaysHereError("xl resumed the guest here")
-        self._record("handed over")
+        await trio.to_thread.run_sync(self._record, "handed over")
         self._given_away.set()
 
     async def _hand_over_when_decided(self, push: PushLane) -> None:
@@ -693,7 +703,7 @@ class OutgoingMigration:
         if isinstance(error, GuestEndedError):
             progress.problem = str(error)
             await self._toolstack.finish(self._domain)
-            self._forget()
+            await trio.to_thread.run_sync(self._forget)
             progress.phase = "failed"
             return
         if self._entrusted and not given_away and not isinstance(error, trio.Cancelled | StaysHereError):
@@ -733,7 +743,7 @@ class OutgoingMigration:
                 finally:
                     if connection is not None:
                         connection.close()
-        self._journal.erase(self.id)
+        await trio.to_thread.run_sync(self._journal.erase, self.id)
 
     async def _give_up(self, reason: str) -> None:
         """The guest goes on here; the receiver is told, if it can be."""
@@ -747,19 +757,19 @@ class OutgoingMigration:
                 await self._push.connection.send(abort)
         self._close_lanes()
         with self._reported():
-            self._written.disable()
+            await trio.to_thread.run_sync(self._written.disable)
         with self._reported():
-            if self._checkpoints is not None and self._checkpoints.exists:
+            if self._checkpoints is not None and await trio.to_thread.run_sync(self._checkpoints.exists):
                 await self._go_back(self._checkpoints)
             else:
                 await self._toolstack.give_up(self._domain, reason, suspended=self._suspended)
         with self._reported():
             if self._may_be_ready:
-                self._record("given up")
+                await trio.to_thread.run_sync(self._record, "given up")
             else:
-                self._journal.erase(self.id)
+                await trio.to_thread.run_sync(self._journal.erase, self.id)
             if self._checkpoints is not None:
-                self._checkpoints.close()
+                await trio.to_thread.run_sync(self._checkpoints.close)
 
     async def _go_back(self, checkpoints: CheckpointStore) -> None:
         """To the guest as it was when the last checkpoint was made, however long it takes."""

@@ -90,7 +90,7 @@ class Precopy:
             stats.rounds += 1
             progress.round, progress.pages_done, progress.pages_total = stats.rounds, 0, remaining
             decision = await self._send_round(to_send, remaining, previous, began)
-            to_send |= written.look()
+            to_send |= await trio.to_thread.run_sync(written.look)
             previous, remaining = remaining, int(np.count_nonzero(to_send))
             if decision is Decision.CONTINUE:
                 decision = self._decide(stats.rounds, True, remaining, previous, began)
@@ -138,10 +138,10 @@ class Precopy:
         pinned_pfns = await trio.to_thread.run_sync(pinned, domain)
         to_look_at = to_evict = int(np.count_nonzero(unsent))
         for number in range(1, MAX_DEFERRALS + 1):
-            gone = await self._push.report_holes(from_mask(unsent))
+            gone = await self._push.report_holes(await trio.to_thread.run_sync(from_mask, unsent))
             unsent[gone] = deferred[gone] = False
             if number > 1:
-                more = await trio.to_thread.run_sync(domain.pinned, from_mask(unsent))
+                more = await trio.to_thread.run_sync(lambda pages: domain.pinned(from_mask(pages)), unsent)
                 pinned_pfns = union([pinned_pfns, more])
             kept_back[pinned_pfns] |= unsent[pinned_pfns]
             unsent[pinned_pfns] = False
@@ -149,7 +149,7 @@ class Precopy:
                 await trio.to_thread.run_sync(hold, domain, unsent)
             await self._put_off(unsent & ~deferred)
             deferred |= unsent
-            unsent = self._written.look()
+            unsent = await trio.to_thread.run_sync(self._written.look)
             looked_at, evicted = to_look_at, to_evict
             to_look_at, to_evict = (int(np.count_nonzero(pages)) for pages in (unsent, unsent & ~deferred))
             log.info("%d pages put off, %d written meanwhile, %d of them others", evicted, to_look_at, to_evict)

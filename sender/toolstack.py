@@ -59,6 +59,15 @@ class Toolstack(Protocol):
         """Nothing of the source is needed any more."""
 
 
+def _resume(domain: Domain, name: str = "") -> None:
+    """If nobody has.  ``name``: the one that xl has changed."""
+    if domain.state() is DomainState.SUSPENDED:
+        if name:
+            log.warning("xl has left %s suspended: resuming it", name)
+            domain.rename(name)
+        domain.resume()
+
+
 class OwnToolstack:
     decides = False
 
@@ -72,8 +81,8 @@ class OwnToolstack:
         domain.suspend()
 
     async def give_up(self, domain: Domain, reason: str, *, suspended: bool) -> None:
-        if suspended and domain.state() is DomainState.SUSPENDED:
-            domain.resume()
+        if suspended:
+            await trio.to_thread.run_sync(_resume, domain)
 
     async def switched_over(self) -> None:
         pass
@@ -139,10 +148,7 @@ class XlToolstack:
         with trio.move_on_after(XL_TIMEOUT_S):
             if not await self.decision(domain):
                 return
-        if domain.state() is DomainState.SUSPENDED:
-            log.warning("xl has left %s suspended: resuming it", self._name)
-            domain.rename(self._name)
-            domain.resume()
+        await trio.to_thread.run_sync(_resume, domain, self._name)
 
     async def switched_over(self) -> None:
         await self.last_answer.give("result")
@@ -160,7 +166,6 @@ class XlToolstack:
     async def finish(self, domain: Domain) -> None:
         """xl has destroyed it, and it goes with the last of its pages; otherwise it goes now."""
         with contextlib.suppress(NoSuchDomainError):
-            log.warning(
-                "xl has left %s suspended here, and it runs at the destination: destroying it", domain.info().name
-            )
+            info = await trio.to_thread.run_sync(domain.info)
+            log.warning("xl has left %s suspended here, and it runs at the destination: destroying it", info.name)
             await trio.to_thread.run_sync(domain.destroy)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterator
 import pytest
 
 from migrate.loopback import World, loopback_world
-from tests.support import zygote
+from tests.support import event_loop, zygote
 from xenbackend.simulated.client import SimulatedDomain
 from xenbackend.simulated.guest import GuestSpec
 
@@ -26,6 +26,7 @@ else:
     settings.load_profile("no deadline")
 
 World.spawn = zygote.Popen
+event_loop.install()
 
 MIB = 2**20
 WAIT_S = 50.0

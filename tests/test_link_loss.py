@@ -362,11 +362,11 @@ async def test_the_sender_never_comes_back_and_an_operator_lets_the_guest_run(
         await until(lambda: outcome.incoming.progress.phase == "in doubt")
         target = clean_hosts.destination.open(name)
         assert target.info().state is DomainState.INCOMING
-        outcome.incoming.decide(here=True)
+        await outcome.incoming.decide(here=True)
         await until(lambda: target.info().state is DomainState.RUNNING)
         assert outcome.incoming.progress.phase == "interrupted"
         with pytest.raises(MigrationError, match="nothing to decide"):
-            outcome.incoming.decide(here=False)
+            await outcome.incoming.decide(here=False)
         ran.set()
         link.is_up = True
 
@@ -386,7 +386,7 @@ async def test_the_destination_never_comes_back_and_an_operator_takes_the_guest_
         await link.was_cut.wait()
         await until(lambda: outcome.migration.progress.phase == "interrupted")
         await until(lambda: outcome.incoming.progress.phase == "in doubt")
-        outcome.migration.decide(here=True)
+        await outcome.migration.decide(here=True)
         await until(lambda: clean_hosts.source.open(name).info().state is DomainState.RUNNING)
         link.is_up = True  # and if it comes back after all, it is told
 
@@ -405,7 +405,7 @@ async def test_an_operator_who_is_wrong_is_not_obeyed_by_a_guest_that_runs(clean
         await until(lambda: target.info().state is DomainState.RUNNING)
         link.down()
         await until(lambda: outcome.migration.progress.phase == "interrupted")
-        outcome.migration.decide(here=True)
+        await outcome.migration.decide(here=True)
         link.is_up = True
         await until(lambda: "abort after the handover" in outcome.incoming.progress.problem)
         assert target.info().state is DomainState.RUNNING

@@ -73,7 +73,7 @@ def dies_after(count: int, hosts: World, *, decide: bool = True) -> Meanwhile:
         await trio.to_thread.run_sync(target.destroy)
         await until_async(lambda: outcome.migration.progress.phase == "interrupted")
         if decide:
-            outcome.migration.decide(here=True)
+            await outcome.migration.decide(here=True)
 
     return meanwhile
 

@@ -33,6 +33,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, AnyStr
 
+from tests.support import event_loop
+
 TREE = Path(__file__).parents[2]
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 MAX_REQUEST, MAX_FDS = 1 << 20, 250
@@ -223,6 +225,7 @@ def main() -> None:
         except ImportError:
             if "libxenctrl" not in module:  # which is built where Xen's libraries are
                 raise
+    event_loop.install()
     del os.environ["OPENBLAS_NUM_THREADS"]
     threads = os.listdir("/proc/self/task")
     if len(threads) > 1:

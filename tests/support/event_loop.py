@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""No call that may block is made in the event loop's thread, in any test.
+
+A hypervisor may take seconds for a call (the end of a large domain, a busy host), and so may a disk, a name server or xl.
+While the event loop waits for one, every other guest of the daemon waits as well.  No clock notices: on a test's machine
+these calls are quick.  So :func:`install` has such a call raise :class:`BlockingCallError` where it is made: methods of the
+backends, of the journal and of checkpoints, by wrapping them; files, names and processes, by Python's audit events.
+
+Only calls by the product's own code count.  A test may call what it likes from its own loop.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import trio
+
+TREE = Path(__file__).parents[2]
+PRODUCT = tuple(str(TREE / folder) + os.sep for folder in ("migrate", "sender", "receiver"))
+BETWEEN = (
+    str(TREE / "xenbackend") + os.sep,
+    str(TREE / "migrate/journal.py"),
+    os.path.dirname(os.__file__) + os.sep,
+    __file__,
+)
+"""Files whose calls are somebody else's: those of their callers."""
+NOT_BY_DAEMONS = tuple(str(TREE / "migrate" / name) for name in ("cli/", "xl/", "loopback.py", "client.py"))
+AT_START = ("listen_unix", "_serve", "_take_up", "__init__")
+"""Functions that run while nothing is served yet."""
+EVENTS = {
+    "open", "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.listdir", "os.scandir", "os.truncate", "os.utime",
+    "fcntl.flock", "socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr", "socket.getnameinfo",
+    "subprocess.Popen", "shutil.rmtree", "time.sleep",
+}  # fmt: skip
+CODE = (".py", ".pyc", ".so")
+"""Modules that are imported late."""
+QUICK = {"native_pages", "fileno", "checkpoint"}
+"""Methods that only look at this process."""
+
+
+class BlockingCallError(BaseException):
+    """The product made a call that may block in the event loop's thread."""
+
+
+def _product_frame(frame: FrameType | None) -> FrameType | None:
+    """Who of the product has called, if that was the product."""
+    while frame is not None and frame.f_code.co_filename.startswith(BETWEEN):
+        frame = frame.f_back
+    if frame is None or not frame.f_code.co_filename.startswith(PRODUCT):
+        return None
+    if frame.f_code.co_filename.startswith(NOT_BY_DAEMONS) or frame.f_code.co_name in AT_START:
+        return None
+    return frame
+
+
+def _check(what: str) -> None:
+    if not trio.lowlevel.in_trio_run():
+        return
+    frame = _product_frame(sys._getframe(2))
+    if frame is None:
+        return
+    text = f"{what} in the event loop, by {frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})"
+    raise BlockingCallError(text)
+
+
+def _watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*arguments: Any, **options: Any) -> Any:
+        _check(name)
+        return function(*arguments, **options)
+
+    return call
+
+
+def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+    if event in EVENTS and not (event == "open" and str(arguments[0]).endswith(CODE)):
+        _check(f"{event} {arguments[0]!r}")
+
+
+def watch(*classes: type) -> None:
+    """Have the methods of these classes raise :class:`BlockingCallError` in the event loop's thread."""
+    for cls in classes:
+        for name, function in list(vars(cls).items()):
+            if callable(function) and not name.startswith("_") and name not in QUICK and not isinstance(function, type):
+                setattr(cls, name, _watched(f"{cls.__name__}.{name}", function))
+
+
+def install() -> None:
+    """In this process, for as long as it runs."""
+    from migrate.journal import Journal
+    from sender.checkpoints import CheckpointStore
+    from xenbackend.simulated.client import SimulatedDomain, SimulatedHypervisor
+
+    watch(SimulatedHypervisor, SimulatedDomain, Journal, CheckpointStore)
+    sys.addaudithook(_audit)
