@@ -34,6 +34,10 @@ class UnknownMigrationError(MigrationError):
     """The daemon that was asked has no such migration; another may have."""
 
 
+class PagesLostError(MigrationError):
+    """The missing pages of a guest exist nowhere any more."""
+
+
 class InterruptedMigrationError(MigrationError):
     """Ctrl-C; the text says what became of the migration."""
 

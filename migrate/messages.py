@@ -31,8 +31,12 @@ MAX_AHEAD_PFNS = 1024
 MAX_CONTEXT_CHUNK = 128 * 1024
 MAX_TEXT = 1024
 CHECKSUMS = "checksums"
-CAPABILITIES = frozenset({CHECKSUMS})
-"""What this end can do where one of both requires it."""
+PAUSED = "paused"
+"""``complete`` without ``resumed``: a toolstack has left the guest paused, and all its memory has come."""
+LOST = "lost"
+"""The message."""
+CAPABILITIES = frozenset({CHECKSUMS, PAUSED, LOST})
+"""What this end can do where one of both requires it, or both offer it."""
 
 
 class Lane(StrEnum):
@@ -271,6 +275,14 @@ class Abort(Message):
     reason: str = _text()
 
 
+@dataclass(frozen=True, eq=False)
+class Lost(Message):
+    """The missing pages of the guest exist nowhere any more."""
+
+    type = "lost"
+    reason: str = _text()
+
+
 # ---- receiver to sender, push lane ----
 @dataclass(frozen=True, eq=False)
 class Accepted(Message):
@@ -416,8 +428,8 @@ TYPES: dict[str, type[Message]] = {
     cls.type: cls
     for cls in (
         Hello, Alive, Offer, Pages, Defer, Barrier, Suspended, Missing, Context, Entrust, Handover, Kept, Rejoin, Completed,
-        Abort, Accepted, Refused, Passed, Ready, Resumed, Loaded, Dropped, Report, Written, Checkpoint, Outstanding, Rejoined,
-        Complete, Ended, Failed, Fault, Ahead,
+        Abort, Lost, Accepted, Refused, Passed, Ready, Resumed, Loaded, Dropped, Report, Written, Checkpoint, Outstanding,
+        Rejoined, Complete, Ended, Failed, Fault, Ahead,
     )
 }  # fmt: skip
 FIELDS: dict[type[Message], dict[str, Parser]] = {

@@ -97,6 +97,7 @@ RULES: dict[type[Message], Rule] = {
     m.Rejoin: Rule(S, (P.REJOIN,)),
     m.Completed: Rule(S, (P.COMPLETE, P.REJOIN), P.CLOSED),
     m.Abort: Rule(S, (*BEFORE_HANDOVER, P.REJOIN), P.FAILED),
+    m.Lost: Rule(S, (P.REJOIN,), P.FAILED),
     m.Accepted: Rule(R, (P.PREFLIGHT,), P.PRECOPY),
     m.Refused: Rule(R, (P.PREFLIGHT,), P.FAILED),
     m.Passed: Rule(R, (P.PRECOPY,)),
@@ -135,6 +136,8 @@ class Session:
         self._asked_to_rejoin = False
         self.handed_over = False
         """There is no way back: ``handover`` was said, whether it arrived or not."""
+        self._entrusted = False
+        """A toolstack starts the guest, and may leave it paused."""
         self._rules = {
             (message, lane): (rule, self._phases_of(rule, lane))
             for message, rule in RULES.items()
@@ -143,11 +146,13 @@ class Session:
         }
 
     @classmethod
-    def of_predecessor(cls, role: Role, nr_pfns: int, *, handed_over: bool, protected: bool) -> Session:
+    def of_predecessor(
+        cls, role: Role, nr_pfns: int, *, handed_over: bool, protected: bool, entrusted: bool
+    ) -> Session:
         """Of a process that has died after ``ready``; to be rejoined."""
         session = cls(role)
         session.nr_pfns, session.paging, session.handed_over = nr_pfns, True, handed_over
-        session.protected = protected
+        session.protected, session._entrusted = protected, entrusted
         return session
 
     def rejoin(self) -> None:
@@ -247,6 +252,7 @@ class Session:
         elif isinstance(message, m.Entrust | m.Handover):
             self._after(message.type, self._ready, "ready")
             self.handed_over = self.handed_over or isinstance(message, m.Handover)
+            self._entrusted = self._entrusted or isinstance(message, m.Entrust)
         elif isinstance(message, m.Abort):
             if self.handed_over:
                 raise RemoteProtocolError("abort after the handover")
@@ -256,13 +262,13 @@ class Session:
             self._once("resumed", self._resumed)
             self._resumed = True
         elif isinstance(message, m.Complete):
-            self._after("complete", self._resumed, "resumed")
+            self._after("complete", self._resumed or self._entrusted, "resumed")
 
     def _check_rejoining(self, message: Message) -> None:
         if isinstance(message, m.Rejoin):
             self._once("rejoin", self._asked_to_rejoin)
             self._asked_to_rejoin = True
-        elif not isinstance(message, m.Completed):
+        elif not isinstance(message, m.Completed | m.Lost):
             self._after(message.type, self._asked_to_rejoin, "rejoin")
         if isinstance(message, m.Outstanding):
             self._paged(message)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import trio
@@ -30,6 +30,18 @@ async def task_group() -> AsyncIterator[trio.Nursery]:
         if isinstance(group, ExceptionGroup) or group.split(trio.Cancelled)[1] is not None:
             raise root_cause(group) from None
         raise
+
+
+async def first(*waits: Callable[[], Awaitable[object]]) -> None:
+    """Wait until one of them is over; the others are cancelled."""
+
+    async def wait_for(one: Callable[[], Awaitable[object]]) -> None:
+        await one()
+        tasks.cancel_scope.cancel()
+
+    async with task_group() as tasks:
+        for one in waits:
+            tasks.start_soon(wait_for, one)
 
 
 def is_bug(error: Exception) -> bool:

@@ -83,6 +83,7 @@ class LaneConnection:
         self._send_limiter = trio.CapacityLimiter(1)
         self._receive_limiter = trio.CapacityLimiter(1)
         self._cut_off = False
+        self.capabilities: frozenset[str] = frozenset()
         self.bytes_sent = 0
         self._tcp = sock.family in (socket.AF_INET, socket.AF_INET6)
         if self._tcp:
@@ -110,8 +111,10 @@ class LaneConnection:
         return cls(await terms.tls.connected(sock, dialled, CONNECT_TIMEOUT_S), terms)
 
     def agree(self, greetings: Iterable[Hello]) -> None:
-        """What the hellos of both ends require is done from here on."""
-        self._decoder.checked = any(CHECKSUMS in greeting.requires for greeting in greetings)
+        """What the hellos of both ends require is done from here on, and what both offer may be."""
+        both = list(greetings)
+        self._decoder.checked = any(CHECKSUMS in greeting.requires for greeting in both)
+        self.capabilities = frozenset.intersection(*(frozenset(greeting.offers) for greeting in both))
 
     def fileno(self) -> int:
         return self._socket.fileno()

@@ -24,7 +24,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import trio
 
@@ -33,6 +33,7 @@ from migrate import messages as m
 from migrate.errors import (
     GuestEndedError,
     MigrationError,
+    PagesLostError,
     PeerClosedError,
     ProtocolError,
     RemoteProtocolError,
@@ -44,7 +45,7 @@ from migrate.messages import Lane
 from migrate.pfns import pfns_of_window, windows
 from migrate.session import Role, Session, new_token
 from migrate.statistics import PagerStatistics
-from migrate.tasks import is_bug, is_final, task_group
+from migrate.tasks import first, is_bug, is_final, task_group
 from migrate.transport import EXPLANATION_S, LINGER_S, LaneConnection, run_in_thread, step_timeout
 from receiver.checkpoints import Checkpoints
 from receiver.outstanding import OutstandingPages
@@ -276,8 +277,10 @@ class IncomingMigration:
         elif not await self._agree():
             return
         async with task_group() as self._tasks:
-            if self._step in ("entrusted", "taken over", "finishing"):
+            if self._step in ("entrusted", "taken over", "finishing", "lost"):
                 await self._serve_for_predecessor()
+                if self._step == "lost":
+                    await self._go_on_without("the sender was killed")
             await self._follow_sender()
             self._tasks.cancel_scope.cancel()
         await self._finish()
@@ -327,10 +330,11 @@ class IncomingMigration:
         except NoSuchDomainError:
             raise GuestEndedError("its domain was destroyed") from None
         self._domain = domain
-        handed_over = self._step in ("taken over", "finishing")
+        handed_over = self._step in ("taken over", "finishing", "lost")
         self.session = Session.of_predecessor(
-            Role.RECEIVER, self._offer.nr_pfns, handed_over=handed_over, protected=self._offer.checkpoint_ms > 0
-        )
+            Role.RECEIVER, self._offer.nr_pfns, handed_over=handed_over, protected=self._offer.checkpoint_ms > 0,
+            entrusted=self._toolstack.decides,
+        )  # fmt: skip
         if handed_over:
             self._handed_over.set()
         self._pages = OutstandingPages(self._offer.nr_pfns)
@@ -397,7 +401,8 @@ class IncomingMigration:
     @property
     def _needs_nothing(self) -> bool:
         """Of the sender."""
-        return self.session.handed_over and self._runs.is_set() and not self._pages.count
+        ours = self._runs.is_set() or self._toolstack.decides
+        return self.session.handed_over and ours and not self._pages.count
 
     async def _finish(self) -> None:
         assert self._domain is not None and self._pager is not None
@@ -602,12 +607,25 @@ class IncomingMigration:
             return None
 
     async def _complete(self, pager: Pager) -> None:
-        """Say that the guest runs (where we start it ourselves that was said in the same breath), and then that all is done."""
-        await self._runs.wait()
-        if not self.session.resumed:
+        """Say that the guest runs (where we start it ourselves that was said in the same breath), and then that all is done.
+
+        A toolstack may leave the guest paused for as long as it likes: its memory comes all the same.
+        """
+
+        async def all_is_here() -> None:
+            await pager.nothing_outstanding.wait()
+            await self._handed_over.wait()
+
+        assert self._push is not None
+        if self._toolstack.decides and m.PAUSED in self._push.capabilities:
+            await first(self._runs.wait, all_is_here)
+            if await trio.to_thread.run_sync(self._state) not in (None, DomainState.INCOMING):
+                self._runs.set()
+        else:
+            await self._runs.wait()
+        if self._runs.is_set() and not self.session.resumed:
             await self._say(m.Resumed())
-        await pager.nothing_outstanding.wait()
-        await self._handed_over.wait()
+        await all_is_here()
         self.progress.phase = "completing"
         if self._checkpoints is not None:
             await self._checkpoints.end()
@@ -649,6 +667,8 @@ class IncomingMigration:
                         self._offline_tasks.cancel_scope.cancel()
                 await self._take_up_again()
                 break
+            except PagesLostError as error:
+                await self._go_on_without(str(error))
             except UnknownSessionError as error:
                 if self._pager is None:
                     raise MigrationError("the sender has given up, and forgotten it") from error
@@ -661,6 +681,22 @@ class IncomingMigration:
             self.progress.phase = "postcopy" if self.session.handed_over else "deciding"
         self.progress.problem = ""
         log.info("%s: the sender is back, %d pages are missing", self.progress.domain, self._pages.count)
+
+    async def _go_on_without(self, reason: str) -> NoReturn:
+        """No more pages will come: serve the guest as far as those go that it has, until somebody destroys it."""
+        if self._pager is None:
+            raise MigrationError(reason)
+        await trio.to_thread.run_sync(self._record, "lost")
+        self._close_lanes()
+        name, count = self.progress.domain, self._pages.count
+        self.progress.phase = "lost"
+        what_to_do = f"destroy it (xl destroy {name}) and start it anew"
+        self.progress.problem = f"{reason}; {name} lacks {count} pages that exist nowhere any more: {what_to_do}"
+        log.error("%s: %s", name, self.progress.problem)
+        async with task_group() as self._offline_tasks:
+            self._offline_tasks.start_soon(self._pager.serve, None)
+            await trio.sleep_forever()
+        raise AssertionError  # it is cancelled, or _follow_domain ends all
 
     def _note(self, why: str) -> None:
         if self.progress.phase == "in doubt":
@@ -681,6 +717,15 @@ class IncomingMigration:
                 return
             case m.Abort():
                 raise MigrationError(f"the sender gave up: {message.reason}")
+            case m.Lost():
+                assert self._push is not None
+                with contextlib.suppress(PeerClosedError):
+                    await self._push.send(m.Failed("told"))
+                    await trio.sleep(EXPLANATION_S)
+                if self._needs_nothing:
+                    self._completed = True
+                    return
+                raise PagesLostError(message.reason)
             case _:
                 raise RemoteProtocolError(f"{message.type}, but {self._pages.count} pages are missing")
         pages = self._pages if self._pager is None else self._pager

@@ -41,7 +41,7 @@ from migrate.pfns import PfnMask, from_bitmap, in_bitmap, pfns_of_window, pieces
 from migrate.policy import DefaultPolicy, Policy, Strategy
 from migrate.session import Phase, Role, Session, new_token
 from migrate.statistics import SenderStatistics
-from migrate.tasks import is_bug, is_final, task_group
+from migrate.tasks import first, is_bug, is_final, task_group
 from migrate.transport import EXPLANATION_S, LINGER_S, STEP_TIMEOUT_S, LaneConnection, run_in_thread, step_timeout
 from sender.backlog import Backlog
 from sender.checkpoints import CheckpointStore
@@ -228,13 +228,20 @@ class OutgoingMigration:
         except NoSuchDomainError as error:
             if not self._inherited:
                 raise
+            gone = f"{self.domain_name} is gone, and was here before the sender died"
+            if self._inherited in ("deciding", "handed over"):
+                # The journal stays until the destination has been told.
+                self._last_word = m.Lost(m.printable(f"{gone}: the pages that it lacks at the destination are lost"))
+                raise MigrationError(self._last_word.reason) from error
             await trio.to_thread.run_sync(self._journal.erase, self.id)
-            if self._inherited in ("going back", "decided elsewhere"):  # killed when all was done
+            if self._inherited == "completing":  # killed when all was done
+                self.progress.phase = "completed"
+                return
+            if self._inherited in ("going back", "decided elsewhere"):  # likewise
                 left = self._journal.checkpoint(self.id)
                 await trio.to_thread.run_sync(functools.partial(left.unlink, missing_ok=True))
                 raise _decision(self._inherited) or StaysHereError(WENT_BACK) from error
-            lost = "the pages that it lacks are lost" if self._toolstack.decides else "it was destroyed"
-            raise MigrationError(f"{self.domain_name} is gone, and was here before the sender died: {lost}") from error
+            raise MigrationError(f"{gone}: it was destroyed") from error
         self._written = WrittenPages(self._domain, self._max_pages, enabled=self._inherited == "begun")
         if self.options.checkpoint_every_s is not None:
             self._checkpoints = CheckpointStore(self._journal.checkpoint(self.id), self._domain)
@@ -305,8 +312,9 @@ class OutgoingMigration:
         handed_over = self._inherited == "handed over"
         protected = self._checkpoints is not None
         self.session = Session.of_predecessor(
-            Role.SENDER, self._domain.nr_pfns, handed_over=handed_over, protected=protected
-        )
+            Role.SENDER, self._domain.nr_pfns, handed_over=handed_over, protected=protected,
+            entrusted=self._toolstack.decides,
+        )  # fmt: skip
         if self._checkpoints is not None and await trio.to_thread.run_sync(self._checkpoints.exists):
             await trio.to_thread.run_sync(self._checkpoints.apply)
         self.progress.phase = "postcopy" if handed_over else "deciding"
@@ -378,8 +386,9 @@ class OutgoingMigration:
         """The destination with what it lacks."""
         if self._toolstack.decides:
             lane_tasks.start_soon(self._hand_over_when_decided, push)
-            # Until the guest runs nobody needs the pages, and libxl, which has to finish its work, needs the CPU.
-            await self._signals.resumed.wait()
+            # Until xl has decided nobody needs the pages, and libxl, which has to finish its work, needs the CPU.  Where the
+            # guest is left paused (``xl migrate -p``) its memory follows all the same: it may be for long.
+            await first(self._signals.resumed.wait, self._given_away.wait)
         await self._push_pages(push)
         if self.session.handed_over:
             self.progress.phase = "completing"
@@ -720,15 +729,21 @@ class OutgoingMigration:
             progress.phase = "failed"
 
     async def linger(self) -> None:
-        """Tell a receiver that was cut off, and holds the guest in readiness, that it stays here."""
+        """Tell a receiver that was cut off, and holds the guest in readiness, that it stays here; or that its pages are lost."""
         if self._last_word is None:
             return
-        # One that dials us is told as much by our not knowing it any more.
-        with trio.move_on_after(math.inf if self.lanes.dials else LINGER_S):
+        lost = isinstance(self._last_word, m.Lost)
+        # One that dials us is told as much by our not knowing it any more, but for what is lost.
+        with trio.move_on_after(math.inf if self.lanes.dials or lost else LINGER_S):
             while True:
                 connection = None
                 try:
                     connection = await self.lanes.again(log.debug)
+                    if lost and m.LOST not in connection.capabilities:
+                        log.warning(
+                            "%s: the release at the destination cannot be told: destroy it there", self.domain_name
+                        )
+                        break
                     await connection.send(self._last_word)
                     with step_timeout("the destination does not say that it has let the guest go"):
                         answer, _pages = await connection.receive()
@@ -737,9 +752,7 @@ class OutgoingMigration:
                 except UnknownSessionError:  # it knows
                     break
                 except PeerClosedError as error:
-                    log.info(
-                        "%s: the destination has not been told yet that the guest stays: %s", self.domain_name, error
-                    )
+                    log.info("%s: the destination has not been told yet how it ended: %s", self.domain_name, error)
                 finally:
                     if connection is not None:
                         connection.close()

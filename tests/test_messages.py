@@ -48,6 +48,7 @@ EXAMPLES: list[m.Message] = [
     m.Complete(b"{}"),
     m.Ended(True, "it was destroyed"),
     m.Failed("help"),
+    m.Lost("gone with the sender"),
     m.Fault(pfn_array([4])),
     m.Ahead(pfn_array([5, 6])),
 ]
@@ -85,6 +86,7 @@ VERSION_1 = {
     "failed": "reason",
     "fault": "pfns",
     "ahead": "pfns",
+    "lost": "reason",  # with the capability of that name
 }
 """Each message of the protocol's version 1, with its fields."""
 PROTOCOL = Path(__file__).parents[1] / "docs/protocol.md"

@@ -145,6 +145,12 @@ def test_a_toolstack_may_decide_who_has_the_guest() -> None:
     assert ends[R].handed_over
 
 
+def test_a_toolstack_may_leave_the_guest_paused() -> None:
+    """All of its memory has come, and it was never said to run."""
+    ends = play([said for said in DECIDED if not isinstance(said[1], m.Resumed)])
+    assert ends[S].phase == ends[R].phase == Phase.CLOSED
+
+
 @pytest.mark.parametrize(
     ("speaker", "message"),
     [(S, m.Abort("xl resumed it")), (R, m.Ended(False, "xl destroyed it")), (R, m.Ended(True, "it crashed"))],
@@ -168,6 +174,19 @@ def test_but_nothing_else(
 ) -> None:
     with pytest.raises(RemoteProtocolError, match=what):
         play(story)[Role(1 - speaker)].received(message, PUSH)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_sender_may_say_on_new_lanes_that_the_pages_are_lost(asked: bool) -> None:
+    ends = play([*STORY[: STORY.index(next(said for said in STORY if isinstance(said[1], m.Handover))) + 1]])
+    for end in ends.values():
+        end.rejoin()
+    if asked:
+        ends[R].received(m.Rejoin(), PUSH)
+    ends[R].received(m.Lost("gone"), PUSH)
+    assert ends[R].phase is Phase.FAILED
+    with pytest.raises(RemoteProtocolError, match="lost in phase postcopy"):
+        play(after(m.Resumed))[R].received(m.Lost("gone"), PUSH)
 
 
 def test_every_message_has_its_rule() -> None:
@@ -303,7 +322,7 @@ def test_a_receiver_says_nothing_before_it_is_asked() -> None:
 
 @pytest.mark.parametrize("handed_over", [False, True])
 def test_a_restarted_sender_takes_up_the_session_of_its_predecessor(handed_over: bool) -> None:
-    sender = Session.of_predecessor(S, OFFER.nr_pfns, handed_over=handed_over, protected=False)
+    sender = Session.of_predecessor(S, OFFER.nr_pfns, handed_over=handed_over, protected=False, entrusted=False)
     receiver = play(after(m.Resumed if handed_over else m.Ready))[R]
     ends = {S: sender, R: receiver}
     for end in ends.values():
@@ -319,7 +338,7 @@ def test_a_restarted_sender_takes_up_the_session_of_its_predecessor(handed_over:
 
 @pytest.mark.parametrize("protected", [False, True])
 def test_a_predecessor_s_session_allows_checkpoints_only_if_agreed_on(protected: bool) -> None:
-    sender = Session.of_predecessor(S, OFFER.nr_pfns, handed_over=True, protected=protected)
+    sender = Session.of_predecessor(S, OFFER.nr_pfns, handed_over=True, protected=protected, entrusted=False)
     sender.rejoin()
     sender.sent(m.Rejoin(), PUSH)
     sender.received(m.Rejoined("postcopy", b""), PUSH)

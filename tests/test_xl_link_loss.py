@@ -124,12 +124,28 @@ def test_a_receiver_that_is_killed_afterwards(xl: CuttableXl) -> None:
     check_arrived(xl)
 
 
-def test_a_sender_that_is_killed_afterwards_takes_the_pages_with_it(xl: CuttableXl) -> None:
-    """What xl has destroyed lives by the sender's mappings alone.  It is said, and not called a success."""
+@pytest.mark.parametrize("again", ["", "sender", "receiver"])
+def test_a_sender_that_is_killed_afterwards_takes_the_pages_with_it(xl: CuttableXl, again: str) -> None:
+    """What xl has destroyed lives by the sender's mappings alone.  It is said at both ends, and not called a success."""
     xl.go()
     xl.wait_for("postcopy", "postcopy")
+    if again == "sender":  # before it can have told
+        xl.relay.do(Link.down)
     xl.restart("sender")
     until(lambda: xl.line("sender")["phase"] == "failed", "it is not said")
-    assert "the pages that it lacks are lost" in xl.line("sender")["problem"]
-    until(lambda: xl.line("receiver")["phase"] == "interrupted", "it is not noticed")
-    assert xl.line("receiver")["outstanding"] > 0
+    assert "the pages that it lacks at the destination are lost" in xl.line("sender")["problem"]
+    if again == "sender":
+        xl.restart("sender")
+        xl.relay.do(lambda link: setattr(link, "is_up", True))
+        xl.world.ask("receiver", command="reconnect", migration=xl.spec.name)
+    until(lambda: xl.line("receiver")["phase"] == "lost", "it is not told")
+    if again == "receiver":
+        xl.restart("receiver")
+        until(lambda: xl.line("receiver")["phase"] == "lost", "its successor does not know")
+    line = xl.line("receiver")
+    assert "pages that exist nowhere any more: destroy it (xl destroy" in line["problem"]
+    xl.world.check_alive()
+    xl.destination.destroy()
+    until(lambda: xl.line("receiver")["phase"] == "failed", "it is not noticed")
+    if again == "sender":
+        until(lambda: not list((xl.world.directory / "source.sock.state/sender").iterdir()), "it is owed still")

@@ -158,6 +158,19 @@ def test_pages_are_served_long_after_the_source_is_gone(xl: Xl) -> None:
     check_arrived(xl)
 
 
+@pytest.mark.parametrize("strategy", ["hybrid", "postcopy", "precopy"])
+def test_a_guest_that_is_left_paused_gets_its_memory(xl: Xl, strategy: str) -> None:
+    """``xl migrate -p``: whoever unpauses it may come much later, and its pages would live by one process until then."""
+    xl.save.environment["XEN_POSTCOPY_STRATEGY"] = strategy
+    assert xl.run() == ((0, 0), (0, 0))
+    xl.source.destroy()
+    xl.wait_for("completed", "completed")
+    assert xl.destination.info().state is DomainState.INCOMING
+    assert not len(xl.destination.paged_out())
+    xl.destination.start()
+    check_arrived(xl)
+
+
 def test_the_guest_may_run_before_its_source_is_gone(xl: Xl) -> None:
     xl.save.environment["XEN_POSTCOPY_STRATEGY"] = "postcopy"
     assert xl.run() == ((0, 0), (0, 0))
