@@ -19,24 +19,32 @@ from collections.abc import Iterator
 from typing import Any
 
 from migrate.errors import MigrationError
+from xenbackend.unix import connect_unix
 
 MAX_LINE = 1024 * 1024
 RUN_DIRECTORY = "/run/xen-postcopy"
 SENDER_SOCKET = f"{RUN_DIRECTORY}/sender.sock"
 RECEIVER_SOCKET = f"{RUN_DIRECTORY}/receiver.sock"
+RUNNING = "is the daemon running?"
+STARTING_S = 3.0
+"""For which the command line waits for a daemon that was started beside it."""
 Json = dict[str, Any]
 
 
 class ControlClient:
-    """Blocking; a context manager.  Raises :class:`MigrationError` when there is no daemon."""
+    """Blocking; a context manager.  Raises :class:`MigrationError` when there is no daemon.
 
-    def __init__(self, path: str | os.PathLike[str]):
+    ``wait_s``: how long to wait for one that has just been started.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, wait_s: float = 0):
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self._socket.connect(os.fspath(path))
+            connect_unix(self._socket, path, wait_s)
         except OSError as error:
             self._socket.close()
-            hint = "is the daemon running?" if error.errno in (errno.ENOENT, errno.ECONNREFUSED) else "are you root?"
+            hints = {errno.ENOENT: RUNNING, errno.ECONNREFUSED: RUNNING, errno.EACCES: "are you root?"}
+            hint = hints.get(error.errno or 0, "is this the path of its control socket?")
             raise MigrationError(f"no daemon at {path}: {error.strerror}; {hint}") from error
         self._buffer = b""
 

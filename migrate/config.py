@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
+import os
 import socket
+import stat
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,6 +27,7 @@ from xenbackend.contract import PAGE_SIZE
 
 CONFIG_FILE = Path("/etc/xen-postcopy/config.toml")
 STATE_DIRECTORY = Path("/var/lib/xen-postcopy")
+MAX_BYTES = 1024 * 1024
 RECEIVER_PORT = 8013
 SENDER_PORT = 8014
 
@@ -192,12 +195,23 @@ def load(path: Path | None) -> Config:
             return Config()
         path = CONFIG_FILE
     try:
-        data = tomllib.loads(path.read_text())
+        data = tomllib.loads(_text_of(path))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
     return parse(data, str(path))
+
+
+def _text_of(path: Path) -> str:
+    """Of a regular file of a size that a configuration may have: a device has no end, and a FIFO no beginning."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), encoding="utf-8") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ConfigError(f"{path}: this is not a file with a configuration")
+        if status.st_size > MAX_BYTES:
+            raise ConfigError(f"{path}: {status.st_size} bytes are more than a configuration has ({MAX_BYTES})")
+        return file.read()
 
 
 def parse(data: dict[str, Any], source: str) -> Config:

@@ -21,6 +21,7 @@ from migrate.daemon import inherited_socket
 from migrate.errors import MigrationError
 from migrate.tasks import task_group
 from xenbackend.contract import XenError
+from xenbackend.unix import socket_path
 
 log = logging.getLogger(__name__)
 
@@ -153,17 +154,18 @@ async def listen_unix(
     sock = trio.socket.socket(socket.AF_UNIX, kind)
     with sock:
         try:
+            name = socket_path(path)
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
             if path.is_socket():
                 with socket.socket(socket.AF_UNIX, kind) as probe:
                     try:
-                        probe.connect(os.fspath(path))
+                        probe.connect(name)
                         raise MigrationError(f"socket {path}: somebody is listening there already")
                     except ConnectionRefusedError:
                         path.unlink()
             old = os.umask(0o177)
             try:
-                await sock.bind(os.fspath(path))
+                await sock.bind(name)
             finally:
                 os.umask(old)
         except OSError as error:

@@ -12,6 +12,7 @@ import resource
 import signal
 import socket
 import sys
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Protocol, TypeVar
 
@@ -22,6 +23,8 @@ from migrate.errors import MigrationError, UnknownMigrationError
 log = logging.getLogger(__name__)
 
 SWITCH_INTERVAL_S = 50e-6
+OWNED = "XEN_POSTCOPY_OWNED"
+"""Set for a process that is to end with the one that has started it."""
 LISTEN_FDS_START = 3
 """Of sd-daemon(3)."""
 
@@ -33,6 +36,21 @@ def notify(state: str) -> None:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
         sock.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
+
+
+def end_with_owner() -> None:
+    """If this process has an owner, end when that ends, however it does: standard input is a pipe of the owner's alone.
+
+    Not by ``PR_SET_PDEATHSIG``, which counts from the thread that has started this process.
+    """
+
+    def wait() -> None:
+        while os.read(0, 4096):
+            pass
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if os.environ.pop(OWNED, None):
+        threading.Thread(target=wait, daemon=True, name="owner").start()
 
 
 def inherited_socket() -> socket.socket | None:

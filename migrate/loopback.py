@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from migrate.client import ControlClient
+from migrate.daemon import OWNED
 from migrate.errors import MigrationError
 from xenbackend.contract import DomainState
 from xenbackend.simulated.client import SimulatedDomain, SimulatedHypervisor
 from xenbackend.simulated.guest import GuestSpec
 from xenbackend.simulated.verify import Verification, verify
+from xenbackend.unix import socket_path
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
@@ -51,6 +53,8 @@ class World:
     spawn: ClassVar[Callable[..., subprocess.Popen[bytes]]] = subprocess.Popen
     """What starts the processes."""
     directory: Path
+    owner: int
+    """The reading end of a pipe whose other end is this process's alone: the processes end with it."""
     processes: dict[str, Process] = field(default_factory=dict)
     source: SimulatedHypervisor = field(init=False)
     destination: SimulatedHypervisor = field(init=False)
@@ -85,10 +89,10 @@ class World:
             ready.bind(str(notify_path))
             popen = self.spawn(
                 [sys.executable, "-m", "migrate.cli", *arguments],
-                stdin=subprocess.DEVNULL,
+                stdin=self.owner,
                 stdout=output,
                 stderr=output,
-                env={**os.environ, "NOTIFY_SOCKET": str(notify_path)},
+                env={**os.environ, "NOTIFY_SOCKET": str(notify_path), OWNED: "1"},
                 # Ctrl-C is for us: we end them in order.  Not a session of their own: the kernel would share the CPUs out among
                 # sessions first (CONFIG_SCHED_AUTOGROUP), and what is more urgent in one process would wait for the others.
                 process_group=0,
@@ -130,8 +134,14 @@ def loopback_world(
 ) -> Iterator[World]:
     """Two hosts with so much memory each, a sender at the source, a receiver at the destination, configured alike."""
     directory = Path(tempfile.mkdtemp(prefix="xen-postcopy-"))
-    world = World(directory)
+    owner, alive = os.pipe()
+    world = World(directory, owner)
     try:
+        for name in ("source.sock", "destination.notify"):
+            try:
+                socket_path(directory / name)
+            except OSError as error:
+                raise MigrationError(f"{directory}: {error.strerror} (see TMPDIR)") from error
         for name in ("source", "destination"):
             path = directory / f"{name}.sock"
             extra = host_options if name == "destination" else source_options
@@ -157,6 +167,8 @@ def loopback_world(
             with contextlib.suppress(subprocess.TimeoutExpired):
                 popen.wait(DRAIN_TIMEOUT_S)
             world.stop(name)  # a second signal ends a daemon that waits for its migrations
+        for fd in (owner, alive):
+            os.close(fd)
         shutil.rmtree(directory, ignore_errors=True)
 
 

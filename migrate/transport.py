@@ -31,6 +31,7 @@ from migrate.frames import FrameDecoder
 from migrate.messages import CHECKSUMS, Alive, Hello, Lane, Message, Refused, parse
 from migrate.tasks import task_group
 from migrate.tls import Tls, TlsSocket, explain
+from migrate.units import shortened
 
 CONNECT_TIMEOUT_S = 10.0
 STEP_TIMEOUT_S = 60.0
@@ -417,11 +418,40 @@ async def listen_tcp(host: str, port: int) -> tuple[list[trio.SocketListener], i
 
 
 def parse_address(text: str, default_port: int) -> tuple[str, int]:
-    """``host``, ``host:port``, ``[v6]:port``.  Raises :class:`MigrationError`."""
-    host, colon, port = text.rpartition(":")
-    if not colon or (":" in host and not host.startswith("[")):
-        host, port = text, str(default_port)
-    host = host.strip("[]")
-    if not host or not port.isdigit() or int(port) > 65535:
-        raise MigrationError(f"address {text!r}: HOST, HOST:PORT or [IPV6]:PORT")
+    """``host``, ``host:port``, ``v6``, ``[v6]``, ``[v6]:port``.  Raises :class:`MigrationError`."""
+
+    def wrong(why: str) -> MigrationError:
+        return MigrationError(f"address {shortened(text)!r}: HOST, HOST:PORT or [IPV6]:PORT; {why}")
+
+    if text.startswith("["):
+        host, bracket, rest = text[1:].partition("]")
+        if not bracket:
+            raise wrong("a bracket is not closed")
+        if ":" not in host:
+            raise wrong("brackets are for IPv6 addresses")
+        colon, port = rest[:1], rest[1:]
+        if colon not in ("", ":"):
+            raise wrong("between bracket and port belongs a colon")
+    elif text.count(":") > 1:  # an IPv6 address by itself
+        host, colon, port = text, "", ""
+    else:
+        host, colon, port = text.partition(":")
+    if not colon:
+        port = str(default_port)
+    if not host:
+        raise wrong("the host is missing")
+    if not (port.isascii() and port.isdigit() and len(port) <= 5 and int(port) <= 65535):
+        raise wrong("a port is a number of at most 65535")
+    if ":" in host:
+        try:
+            ipaddress.IPv6Address(host)
+        except ValueError:
+            raise wrong("this is no IPv6 address") from None
+    elif "[" in host or "]" in host or not host.isprintable() or " " in host:
+        raise wrong("this is no name of a host")
+    else:
+        try:
+            host.encode("idna")
+        except UnicodeError:
+            raise wrong("this is no name of a host") from None
     return host, int(port)

@@ -6,17 +6,36 @@ from __future__ import annotations
 import re
 from typing import Any
 
+MAX_SIZE = 2**63 - 1
+MAX_SHOWN = 80
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def parse_size(value: Any) -> int:
     """Bytes: ``4096``, ``64K``, ``512M``, ``1G``, ``1.5GiB``.  Raises :class:`ValueError`."""
     if type(value) is int:
-        return value
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", str(value).strip(), re.IGNORECASE)
-    if not match:
-        raise ValueError(f"{value!r} is not a size: a number of bytes, or one with K, M, G or T, such as 512M")
-    return int(float(match[1]) * UNITS[match[2].upper()])
+        size: float = value
+    else:
+        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(?:i?B)?", str(value).strip(), re.IGNORECASE)
+        if not match:
+            raise ValueError(
+                f"{shortened(value)!r} is not a size: a number of bytes, or one with K, M, G or T, such as 512M"
+            )
+        size = float(match[1]) * UNITS[match[2].upper()]
+    if not 0 <= size <= MAX_SIZE:
+        raise ValueError(f"{shortened(value)!r} is not a size that there can be")
+    return int(size)
+
+
+def shortened(value: Any) -> str:
+    """A user's text, for a message."""
+    text = str(value)
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
+
+
+def printable(text: str) -> str:
+    """For a terminal: what is neither printable nor the end of a line could move its cursor, or worse."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def human_bytes(count: float) -> str:

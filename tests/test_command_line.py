@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import pty
+import shutil
 import signal
 import socket
 import subprocess
@@ -187,7 +188,7 @@ def test_a_result_that_could_not_be_written_is_refused_before_the_migration(
 ) -> None:
     missing = tmp_path / "none" / "result.json"
     result = run(*command, "--json", missing)
-    assert_refused(result, "does not exist or is not writable", status=2)
+    assert_refused(result, "cannot be written: No such file or directory", status=2)
     assert result.stdout == ""
     assert_refused(run(*command, "--json", tmp_path), "is a directory", status=2)
 
@@ -454,3 +455,67 @@ def test_a_killed_sender_leaves_the_guest_where_it_was(name: str) -> None:
                     break
             world.stop("sender", signal.SIGKILL)
         assert_unharmed(world, spec)
+
+
+# ---- ends ----
+def children(pid: int) -> set[int]:
+    """Of a process, without those that have ended."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+            if int(parent) == pid and state != "Z":
+                found.add(int(path.parent.name))
+    return found
+
+
+def runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=lambda sig: sig.name)
+def test_loopback_leaves_no_process_behind(sig: signal.Signals) -> None:
+    options = ["--memory", "8M", "--rate", "100", "--bandwidth", "64K"]
+    process: subprocess.Popen[bytes] = zygote.Popen([*PROGRAM, "loopback", *options], stderr=subprocess.PIPE)
+    with process:
+        assert process.stderr is not None
+        while b"postcopy" not in (line := process.stderr.readline()):
+            assert line
+        started = children(process.pid)
+        assert len(started) == 4
+        folders = {
+            Path(os.fsdecode(part)).parent for pid in started for part in command(pid) if b"xen-postcopy-" in part
+        }
+        process.send_signal(sig)
+        assert process.wait(WAIT_S) == (-sig if sig is signal.SIGKILL else 128 + sig)
+    deadline = time.monotonic() + WAIT_S
+    while any(map(runs, started)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert folders
+    for folder in folders:
+        assert folder.exists() == (sig is signal.SIGKILL)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def command(pid: int) -> list[bytes]:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+
+
+def test_a_daemon_that_is_just_starting_is_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "sender.sock"
+    listener = socket.socket(socket.AF_UNIX)
+    with zygote.Popen([*PROGRAM, "cancel", "x", "--socket", path], stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(0.5)  # the command looks for the socket first, or else the test shows nothing
+        listener.bind(os.fspath(path))
+        listener.listen()
+        listener.settimeout(WAIT_S)
+        connection, _address = listener.accept()
+        with connection, listener:
+            connection.recv(4096)
+            connection.sendall(b'{"event": "error", "message": "here it is"}\n')
+        _out, err = process.communicate(timeout=WAIT_S)
+    assert (process.returncode, err) == (1, "xen-postcopy: here it is\n")

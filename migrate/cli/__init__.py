@@ -8,7 +8,9 @@ interruption 130.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import sys
 
 import click
@@ -70,6 +72,7 @@ def cli() -> None:
 
 def main() -> None:
     """The entry point."""
+    from migrate.cli.text import echo
     from migrate.errors import InterruptedMigrationError, MigrationError
     from xenbackend.errors import XenError
 
@@ -79,19 +82,22 @@ def main() -> None:
         click.echo("interrupted", err=True)
         sys.exit(130)
     except InterruptedMigrationError as error:
-        click.echo(f"xen-postcopy: {error}", err=True)
+        echo(f"xen-postcopy: {error}", err=True)
         sys.exit(130)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        error.show()
+        text = io.StringIO()
+        error.show(text)
+        echo(text.getvalue().rstrip("\n"), err=True)
         sys.exit(error.exit_code)
-    except (MigrationError, XenError, ValueError, BrokenPipeError) as error:
+    except (MigrationError, XenError, ValueError, OSError) as error:
         if isinstance(error, ValueError) and type(error).__name__ != "GuestOptionError":
             raise
-        for note in getattr(error, "__notes__", ()):
-            click.echo(note, err=True)
-        click.echo(f"xen-postcopy: {error}", err=True)
+        with contextlib.suppress(OSError):  # of a terminal that has been closed, for one
+            for note in getattr(error, "__notes__", ()):
+                echo(note, err=True)
+            echo(f"xen-postcopy: {error}", err=True)
         sys.exit(1)
 
 

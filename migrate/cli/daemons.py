@@ -25,6 +25,7 @@ from migrate.config import (
     SenderConfig,
     load,
 )
+from migrate.daemon import end_with_owner
 from migrate.tasks import root_cause
 from migrate.transport import parse_address
 
@@ -32,6 +33,7 @@ verbose_option = click.option("-v", "--verbose", is_flag=True, help="Log more.")
 
 
 def _run(verbose: bool, main: Any) -> None:
+    end_with_owner()
     logs.set_up(verbose=verbose)
     try:
         trio.run(main)

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 import click
 
-from migrate.cli.options import Size
+from migrate.cli.options import Number, Size, WholeNumber
+from migrate.cli.text import echo
 from migrate.errors import MigrationError
 from migrate.units import human_bytes
 from xenbackend.contract import DomainState
@@ -26,7 +27,7 @@ def guest_options(function: F) -> F:
     for option in reversed(
         (
             click.option("--memory", type=Size(), help="Default: the image's size, or 256M."),
-            click.option("--vcpus", type=int, default=1, show_default=True, help="1 to 64."),
+            click.option("--vcpus", type=WholeNumber(), default=1, show_default=True, help="1 to 64."),
             click.option(
                 "--workload",
                 type=click.Choice(list(WORKLOADS)),
@@ -37,15 +38,15 @@ def guest_options(function: F) -> F:
             click.option("--working-set", type=Size(), help="How much of its memory it touches.  Default: half."),
             click.option(
                 "--write-share",
-                type=click.FloatRange(0, 1),
+                type=Number(0, 1),
                 default=1.0,
                 show_default=True,
                 help="Share of the accesses that write.",
             ),
-            click.option("--rate", type=int, help="Accesses a second and vCPU.  Default: as many as it can."),
+            click.option("--rate", type=WholeNumber(), help="Accesses a second and vCPU.  Default: as many as it can."),
             click.option(
                 "--stride",
-                type=int,
+                type=WholeNumber(),
                 default=16,
                 show_default=True,
                 help="Pages between accesses of the stride workload.",
@@ -57,7 +58,7 @@ def guest_options(function: F) -> F:
             ),
             click.option(
                 "--zero-share",
-                type=click.FloatRange(0, 1),
+                type=Number(0, 1),
                 default=0.25,
                 show_default=True,
                 help="Share of zero pages in generated memory.",
@@ -68,7 +69,9 @@ def guest_options(function: F) -> F:
             click.option(
                 "--balloon-back", is_flag=True, help="It takes that memory back then, gives it away again, and so on."
             ),
-            click.option("--seed", type=int, default=1, show_default=True, help="Of the memory and of the accesses."),
+            click.option(
+                "--seed", type=WholeNumber(), default=1, show_default=True, help="Of the memory and of the accesses."
+            ),
         )
     ):
         function = option(function)
@@ -109,16 +112,17 @@ def create(name: str, host_path: Path, **options: Any) -> None:
     """Boot a guest."""
     spec = guest_spec(name, **options)
     domain = SimulatedHypervisor(host_path).create_guest(spec.to_bytes())
-    click.echo(f"{name}: domain {domain.domid}, {human_bytes(spec.memory_bytes)}, {spec.vcpus} vCPUs, {spec.workload}")
+    echo(f"{name}: domain {domain.domid}, {human_bytes(spec.memory_bytes)}, {spec.vcpus} vCPUs, {spec.workload}")
 
 
 @simulated_guest_command.command("list")
 @host_option
 def list_guests(host_path: Path) -> None:
     """The host's domains."""
-    click.echo(f"{'ID':>5} {'NAME':20}{'MEMORY':>12} {'VCPUS':>5} STATE")
-    for info in SimulatedHypervisor(host_path).domains():
-        click.echo(
+    domains = SimulatedHypervisor(host_path).domains()
+    echo(f"{'ID':>5} {'NAME':20}{'MEMORY':>12} {'VCPUS':>5} STATE")
+    for info in domains:
+        echo(
             f"{info.domid:>5} {info.name:20}{human_bytes(info.tot_pages * 4096):>12} {info.vcpus:>5} "
             f"{info.state.value} {info.reason}".rstrip()
         )
@@ -142,7 +146,7 @@ def verify_guest(name: str, host_path: Path) -> None:
             domain.resume()
     if not result.ok:
         raise MigrationError(f"{name}: " + "; ".join(result.problems))
-    click.echo(f"{name}: {result.pages} pages are what the guest wrote")
+    echo(f"{name}: {result.pages} pages are what the guest wrote")
 
 
 @simulated_guest_command.command("destroy")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,28 @@ import click
 from migrate.cli.guests import guest_options, guest_spec
 from migrate.cli.migrations import follow_migration, summary, write_json
 from migrate.cli.options import migration_request, strategy_options
+from migrate.cli.text import echo
 from migrate.errors import MigrationError
 from migrate.loopback import loopback_world, verify_migrated, wait_for_steps
 from migrate.units import human_bytes
+from xenbackend.simulated.guest import GuestSpec, available_bytes
 
 GUEST = "guest"
+
+
+def check_memory(spec: GuestSpec) -> None:
+    """Raises :class:`MigrationError` where this machine has not enough: the kernel would end some process of its choice."""
+    needed, available = 2 * spec.content_bytes, available_bytes()
+    if needed > available:
+        raise MigrationError(
+            f"a guest of {human_bytes(spec.memory_bytes)} takes up to {human_bytes(needed)} at its two hosts together, and "
+            f"this machine has {human_bytes(available)} available: choose a smaller --memory"
+        )
+
+
+def _end(number: int, _frame: object) -> None:
+    """What was started is ended, and its files are removed, on the way out."""
+    raise SystemExit(128 + number)
 
 
 @click.command("loopback")
@@ -35,8 +53,12 @@ def loopback_command(json_path: Path | None, **options: Any) -> None:
     }  # fmt: skip
     request = migration_request(**strategy)
     spec = guest_spec(GUEST, **options)
+    check_memory(spec)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, _end)
     with loopback_world(spec.memory_bytes) as world:
-        click.echo(
+        echo(
             f"booting a guest: {human_bytes(spec.memory_bytes)}, {spec.vcpus} vCPUs, {spec.workload} over "
             f"{human_bytes(spec.working_pages * 4096)}"
         )
@@ -48,18 +70,18 @@ def loopback_command(json_path: Path | None, **options: Any) -> None:
         verification, guest_view = verify_migrated(world, spec)
         world.check_alive()
     result = {"verified": verification.ok, **result, "guest": guest_view}
-    click.echo(summary(result))
+    echo(summary(result))
     if guest_view["faults"]:
-        click.echo(
+        echo(
             f"  as the guest saw it: {guest_view['faults']} faults, median {guest_view['p50_us']:.0f} us, longest "
             f"{guest_view['max_us'] / 1000:.1f} ms"
         )
     if verification.ok:
-        click.echo(
+        echo(
             f"verified: all {verification.pages} pages are what the guest wrote, and the guest runs at the destination"
         )
     else:
-        click.echo("damaged: " + "; ".join(verification.problems))
+        echo("damaged: " + "; ".join(verification.problems))
     write_json(json_path, result)
     if not verification.ok:
         raise MigrationError("the guest was damaged")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import sys
@@ -20,7 +21,8 @@ from migrate.cli.options import (
     strategy_options,
 )
 from migrate.cli.progress import ProgressDisplay
-from migrate.client import ControlClient
+from migrate.cli.text import echo
+from migrate.client import STARTING_S, ControlClient
 from migrate.errors import InterruptedMigrationError, MigrationError
 
 WATCH_EVERY_S = 0.5
@@ -120,9 +122,9 @@ def migrate_command(domain: str, destination: str, json_path: Path | None, socke
     migration cannot be taken back and goes on without this command.
     """
     request = {"domain": domain, "destination": destination, **migration_request(**options)}
-    with ControlClient(socket_path) as client:
+    with ControlClient(socket_path, wait_s=STARTING_S) as client:
         result = follow_migration(client, request)
-    click.echo(summary(result))
+    echo(summary(result))
     write_json(json_path, {"verified": None, **result})
 
 
@@ -136,9 +138,15 @@ def _ask_all(socket_paths: tuple[Path, ...], **request: Any) -> list[dict[str, A
     """The results of the daemons that answer; raises :class:`MigrationError` where none does."""
     problems: list[MigrationError] = []
     answers = []
+    clients = []
     for path in socket_paths:
+        with contextlib.suppress(MigrationError):  # many hosts have one of them
+            clients.append(ControlClient(path))
+    if not clients:
+        clients.append(ControlClient(socket_paths[0], wait_s=STARTING_S))
+    for client in clients:
         try:
-            with ControlClient(path) as client:
+            with client:
                 answers.append(client.call(**request))
         except MigrationError as error:
             problems.append(error)
@@ -154,11 +162,11 @@ def list_command(socket_paths: tuple[Path, ...], as_json: bool) -> None:
     """The migrations of the daemons on this host, running and ended."""
     lines = [line for answer in _ask_all(socket_paths, command="list") for line in answer["migrations"]]
     if as_json:
-        click.echo(json.dumps(lines, indent=2))
+        echo(json.dumps(lines, indent=2))
         return
-    click.echo(f"{'ID':10}{'DOMAIN':20}{'DIRECTION':11}{'PHASE':13}{'OUTSTANDING':>11}  PROBLEM")
+    echo(f"{'ID':10}{'DOMAIN':20}{'DIRECTION':11}{'PHASE':13}{'OUTSTANDING':>11}  PROBLEM")
     for line in lines:
-        click.echo(
+        echo(
             f"{line['id'][:8]:10}{line['domain']:20}{line['direction']:11}{line['phase']:13}"
             f"{line['outstanding']:>11}  {line['problem']}"
         )
@@ -175,7 +183,7 @@ def show_command(migration: str, socket_paths: tuple[Path, ...], as_json: bool) 
         del answer["event"]
         found.append(answer)
     if as_json:
-        click.echo(json.dumps(found, indent=2))
+        echo(json.dumps(found, indent=2))
         return
     for answer in found:
         details = answer.pop("details")
@@ -183,8 +191,8 @@ def show_command(migration: str, socket_paths: tuple[Path, ...], as_json: bool) 
             if isinstance(value, dict):
                 value = ", ".join(f"{k} {v}" for k, v in value.items() if not isinstance(v, dict))
             if value not in ("", None):
-                click.echo(f"{key.replace('_', ' '):22} {value}")
-        click.echo()
+                echo(f"{key.replace('_', ' '):22} {value}")
+        echo("")
 
 
 @click.command("watch")
@@ -207,7 +215,7 @@ def watch_command(migration: str, socket_paths: tuple[Path, ...]) -> None:
         display.close()
     if line["phase"] != "completed":
         raise MigrationError(f"{line['domain']}: {line['phase']}: {line['problem']}")
-    click.echo(f"{line['domain']}: completed")
+    echo(f"{line['domain']}: completed")
 
 
 @click.command("postcopy-now")
@@ -215,7 +223,7 @@ def watch_command(migration: str, socket_paths: tuple[Path, ...]) -> None:
 @socket_option(SENDER_SOCKET, "the local sender")
 def postcopy_now_command(migration: str, socket_path: Path) -> None:
     """End the precopy of MIGRATION (its id or its domain's name) and switch over now."""
-    with ControlClient(socket_path) as client:
+    with ControlClient(socket_path, wait_s=STARTING_S) as client:
         client.call(command="postcopy-now", migration=migration)
 
 
@@ -224,7 +232,7 @@ def postcopy_now_command(migration: str, socket_path: Path) -> None:
 @socket_option(SENDER_SOCKET, "the local sender")
 def cancel_command(migration: str, socket_path: Path) -> None:
     """Take MIGRATION (its id or its domain's name) back, before its switchover: the guest goes on here."""
-    with ControlClient(socket_path) as client:
+    with ControlClient(socket_path, wait_s=STARTING_S) as client:
         client.call(command="cancel", migration=migration)
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import click
 
 from migrate import client
 from migrate.policy import MAX_CHECKPOINT_MS, PolicyOptions
-from migrate.units import parse_size
+from migrate.units import parse_size, shortened
 
 F = TypeVar("F", bound=Callable[..., Any])
 SENDER_SOCKET = Path(client.SENDER_SOCKET)
@@ -31,16 +32,59 @@ class Size(click.ParamType[int]):
             self.fail(str(error), param, ctx)
 
 
+class Number(click.ParamType[float]):
+    """A number within bounds; what is no number (``nan``) is within none."""
+
+    name = "number"
+
+    def __init__(self, least: float, most: float):
+        self._least, self._most = least, most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            number = float(value)
+        except (ValueError, OverflowError):
+            number = math.nan
+        if not self._least <= number <= self._most:
+            self.fail(f"{shortened(value)!r} is not a number from {self._least:g} to {self._most:g}.", param, ctx)
+        return number
+
+
+class WholeNumber(click.ParamType[int]):
+    """Likewise, without a fraction.  64 bits are enough for anything that is counted here."""
+
+    name = "integer"
+
+    def __init__(self, least: int = -(2**63), most: int = 2**63 - 1):
+        self._least, self._most = least, most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            number = int(value)
+        except ValueError:  # it has too many digits, for one
+            self.fail(f"{shortened(value)!r} is not a valid integer.", param, ctx)
+        if not self._least <= number <= self._most:
+            self.fail(f"{shortened(value)!r} is not a number from {self._least} to {self._most}.", param, ctx)
+        return number
+
+
 class ResultFile(click.Path):
     """A file that can be written; one that cannot is refused before the migration and not after it."""
 
     def __init__(self) -> None:
-        super().__init__(dir_okay=False, writable=True, path_type=Path)
+        super().__init__(dir_okay=False, path_type=Path)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         path = Path(super().convert(value, param, ctx))  # type: ignore[arg-type]
-        if not path.exists() and not os.access(path.parent, os.W_OK | os.X_OK):
-            self.fail(f"Directory {str(path.parent)!r} does not exist or is not writable.", param, ctx)
+        if path.is_fifo():  # whose reader may come later
+            return path
+        is_new = not os.path.lexists(path)
+        try:
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666))
+            if is_new:
+                path.unlink()
+        except OSError as error:
+            self.fail(f"File {str(path)!r} cannot be written: {error.strerror}.", param, ctx)
         return path
 
 
@@ -72,14 +116,14 @@ def strategy_options(function: F) -> F:
             ),
             click.option(
                 "--max-rounds",
-                type=int,
+                type=WholeNumber(),
                 default=defaults.max_rounds,
                 show_default=True,
                 help="Rounds of precopy at most.",
             ),
             click.option(
                 "--dirty-threshold",
-                type=int,
+                type=WholeNumber(),
                 default=defaults.dirty_threshold,
                 show_default=True,
                 metavar="PAGES",
@@ -107,7 +151,7 @@ def strategy_options(function: F) -> F:
             ),
             click.option(
                 "--checkpoint-every",
-                type=click.FloatRange(0.001, MAX_CHECKPOINT_MS / 1000),
+                type=Number(0.001, MAX_CHECKPOINT_MS / 1000),
                 default=1.0,
                 show_default=True,
                 metavar="SECONDS",

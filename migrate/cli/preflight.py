@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from migrate.cli.options import simulated_option
+from migrate.cli.text import echo
 
 WAYS = {
     "native": "in batches (the hypervisor has populate_evicted)",
@@ -49,7 +50,7 @@ def preflight_command(domain: str | None, simulated: Path | None, as_json: bool)
         hypervisor.close()
     subject = "this host" if domain is None else f"domain {domain}"
     if as_json:
-        click.echo(
+        echo(
             json.dumps(
                 {
                     "ready": not found.problems,
@@ -61,10 +62,10 @@ def preflight_command(domain: str | None, simulated: Path | None, as_json: bool)
         )
     elif found.problems:
         for problem in found.problems:
-            click.echo(f"{subject}: {problem}", err=True)
+            echo(f"{subject}: {problem}", err=True)
     else:
-        click.echo(f"{subject}: ready; pages are evicted {WAYS[found.populate_evicted]}")
+        echo(f"{subject}: ready; pages are evicted {WAYS[found.populate_evicted]}")
         if simulated is None:
-            click.echo(UNDER_XL)
+            echo(UNDER_XL)
     if found.problems:
         raise SystemExit(1)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from typing import Any, TextIO
 
-from migrate.units import human_bytes
+from migrate.units import human_bytes, printable
 
 PLAIN_EVERY_S = 5.0
 SHOWN = ("precopy", "switchover", "deciding", "postcopy", "interrupted", "in doubt")
@@ -41,7 +41,7 @@ class ProgressDisplay:
             self._show_bar(p, stage)
         elif stage != self._stage or time.monotonic() - self._last_line > PLAIN_EVERY_S:
             self._last_line = time.monotonic()
-            print(f"{self._title(p)}: {self._details(p)}", file=self._stream, flush=True)
+            print(printable(f"{self._title(p)}: {self._details(p)}"), file=self._stream, flush=True)
         self._stage = stage
 
     def close(self) -> None:
@@ -55,14 +55,14 @@ class ProgressDisplay:
         if stage != self._stage:
             self.close()
             self._bar = tqdm(
-                desc=self._title(p),
+                desc=printable(self._title(p)),
                 total=p["pages_total"] or None, file=self._stream, leave=False, unit=" pages", dynamic_ncols=True,
                 bar_format="{desc} {bar:20} {percentage:3.0f}%{postfix}" if p["pages_total"] else "{desc}{postfix}",
             )  # fmt: skip
         self._bar.total = p["pages_total"] or None
         self._bar.n = min(p["pages_done"], p["pages_total"]) if p["pages_total"] else 0
-        self._bar.set_description_str(self._title(p), refresh=False)
-        self._bar.set_postfix_str(self._details(p), refresh=True)
+        self._bar.set_description_str(printable(self._title(p)), refresh=False)
+        self._bar.set_postfix_str(printable(self._details(p)), refresh=True)
 
     def _measure(self, bytes_sent: int) -> None:
         now = time.monotonic()

@@ -7,8 +7,12 @@ A guest's program is a pure function of its options and of how many steps each v
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import stat
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -79,14 +83,14 @@ class GuestSpec:
         )
         require(self.workload in WORKLOADS, f"unknown workload {self.workload!r}: one of {', '.join(WORKLOADS)}")
         require(
-            self.rate is None or self.rate >= 1,
+            self.rate is None or 1 <= self.rate < 2**63,
             f"a rate of {self.rate} accesses a second: at least 1, or none for as fast as it can",
         )
         require(0 <= self.write_permille <= 1000, "the share of writes is 0 to 1")
         require(0 <= self.zero_permille <= 1000, "the share of zero pages is 0 to 1")
-        require(self.stride_pages >= 1, f"a stride of {self.stride_pages} pages: at least 1")
+        require(1 <= self.stride_pages <= MAX_MEMORY_BYTES, f"a stride of {self.stride_pages} pages: at least 1")
         require(
-            self.balloon_pages >= 0 and self.balloon_every >= 1,
+            0 <= self.balloon_pages <= MAX_MEMORY_BYTES and 1 <= self.balloon_every < 2**31,
             "ballooning: pages at least 0, one after every 1 or more accesses",
         )
         require(0 <= self.seed < 2**63, "a seed is 0 to 2^63 - 1")
@@ -110,6 +114,17 @@ class GuestSpec:
     def working_pages(self) -> int:
         """Pages of the working set."""
         return (self.working_set_bytes or self.memory_bytes // 2) // PAGE_SIZE
+
+    @property
+    def content_bytes(self) -> int:
+        """Memory of its host that the guest takes at most: zero pages that it never writes take none."""
+        begins = (
+            image_bytes(self.image)
+            if self.image is not None
+            else self.memory_bytes * (1000 - self.zero_permille) // 1000
+        )
+        written = self.working_pages * PAGE_SIZE if self.write_permille else 0
+        return min(begins + written, self.memory_bytes)
 
     def check_image(self) -> None:
         """Raises :class:`GuestOptionError` for an image that cannot be loaded."""
@@ -163,12 +178,32 @@ class GuestSpec:
         return DomainConfig(self.name, self.nr_pfns, self.nr_pfns, self.vcpus, self.to_bytes())
 
 
+def available_bytes() -> int:
+    """Memory that processes can still have: of this machine, and of the control group where that has a limit."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(lines["MemAvailable"].split()[0]) * 1024
+    with contextlib.suppress(OSError, ValueError, StopIteration, KeyError):
+        groups = Path("/proc/self/cgroup").read_text().splitlines()
+        group = Path("/sys/fs/cgroup") / next(line for line in groups if line.startswith("0::"))[3:].lstrip("/")
+        limit = int((group / "memory.max").read_text())  # "max" is no number
+        used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        available = min(available, limit - int(used["anon"]) - int(used["shmem"]))
+    return max(available, 0)
+
+
 def image_bytes(path: str) -> int:
     """Size of a memory image.  Raises :class:`GuestOptionError` unless it is whole pages."""
     try:
-        size = os.stat(path).st_size
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise GuestOptionError(f"image {path} is not a regular file: copy what it has into one")
+        if not os.access(path, os.R_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise GuestOptionError(f"image {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise GuestOptionError(f"image {path!r}: {error}") from error
+    size = status.st_size
     if size == 0 or size % PAGE_SIZE:
         raise GuestOptionError(
             f"image {path} has {size} bytes: a memory image is a multiple of {PAGE_SIZE} "

@@ -24,7 +24,7 @@ import trio
 
 from xenbackend.contract import PAGE_SIZE, DomainConfig, DomainState, XenError
 from xenbackend.simulated._sim import ffi, lib
-from xenbackend.simulated.guest import GuestOptionError, GuestSpec
+from xenbackend.simulated.guest import GuestOptionError, GuestSpec, available_bytes
 from xenbackend.simulated.rpc import MAX_FDS, MAX_MESSAGE, pack, unpack
 
 MAX_CLIENTS: int = lib.SIM_HOST_OWNER - 1
@@ -387,6 +387,10 @@ class SimulatedHost:
     def op_create(self, spec: bytes, domid: int | None = None) -> Callable[[], int]:
         guest = GuestSpec.from_bytes(spec)
         guest.check_image()
+        available = available_bytes()
+        if guest.content_bytes > available:
+            why = f"the guest takes up to {guest.content_bytes >> 20} MiB, and this machine has {available >> 20} MiB available"
+            raise XenError("create", errno.ENOMEM, why=f"{why}: make it smaller")
         domain = self._build(guest.domain_config(), wanted_domid=domid)
 
         def boot() -> int:

@@ -14,10 +14,13 @@ from typing import Any
 
 import msgpack
 
-from xenbackend.contract import XenError
+from xenbackend.errors import XenError
+from xenbackend.unix import connect_unix
 
 MAX_MESSAGE = 128 * 1024
 MAX_FDS = 4
+STARTING_S = 3.0
+"""For which a host that has just been started is waited for."""
 
 
 def pack(message: dict[str, Any]) -> bytes:
@@ -38,13 +41,13 @@ class HostConnection:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.settimeout(60)
         try:
-            self._socket.connect(os.fspath(path))
+            connect_unix(self._socket, path, STARTING_S)
         except OSError as error:
             self._socket.close()
             raise XenError(
                 f"simulated host at {os.fspath(path)}",
                 error.errno or 0,
-                why=f"{error.strerror}: is `xen-postcopy simulated-host` running there?",
+                why=f"{error.strerror}; is `xen-postcopy simulated-host` running there?",
             ) from error
         self.client_id: int = self.call("hello")["client"]
 

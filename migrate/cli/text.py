@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What commands print.  Names and reasons come from guests, peers and options, and a terminal obeys control characters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from migrate.units import printable
+
+
+def echo(text: Any, *, err: bool = False) -> None:
+    click.echo(printable(str(text)) if text else "", err=err)

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Paths of Unix sockets, and connecting to one whose owner is just starting."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import time
+
+MAX_PATH_BYTES = 107
+"""sockaddr_un(7), without the null byte at its end."""
+AGAIN_S = 0.05
+
+
+def socket_path(path: str | os.PathLike[str]) -> str:
+    """``path``, if a socket can have it.  Raises ``OSError``, whose ``strerror`` says why not."""
+    text = os.fspath(path)
+    size = len(os.fsencode(text))
+    if size > MAX_PATH_BYTES:
+        why = f"the path has {size} bytes, and a socket's has at most {MAX_PATH_BYTES}: choose a shorter one"
+        raise OSError(errno.ENAMETOOLONG, why)
+    if not text or "\0" in text:
+        raise OSError(errno.EINVAL, "this is no path of a socket")
+    return text
+
+
+def connect_unix(sock: socket.socket, path: str | os.PathLike[str], wait_s: float) -> None:
+    """Connect; while nobody listens there, for at most ``wait_s`` seconds, try again.  Raises ``OSError``."""
+    deadline = time.monotonic() + wait_s
+    name = socket_path(path)
+    while True:
+        try:
+            sock.connect(name)
+            return
+        except (FileNotFoundError, ConnectionRefusedError):
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(AGAIN_S)
