@@ -254,3 +254,43 @@ def test_a_protected_guest_outlives_its_destination(xen: XenHypervisor, tmp_path
             assert [beat.errors for beat in beats] == [0] * len(beats)
         finally:
             xen.destroy(domid)
+
+
+@pytest.mark.hypervisors("populate-evicted")
+def test_a_guest_that_is_destroyed_leaves_its_neighbour_alone(xen: XenHypervisor, tmp_path: Path) -> None:
+    """Two guests arrive at once, and neither is migrated twice.  The destination of one is destroyed."""
+    names = ("doomed", "spared")
+    with contextlib.ExitStack() as stack:
+        made = [stack.enter_context(guest(name)) for name in names]
+        running = stack.enter_context(daemons(tmp_path))
+        socket = ("--socket", str(tmp_path / "sender"))
+        for one in made:
+            one.wait_for_heartbeats(2)
+        for name in names:
+            command = ["migrate", name, f"127.0.0.1:{running.port}", *socket, "--bandwidth", "1M"]
+            asked = zygote.Popen[bytes]([sys.executable, "-m", "migrate.cli", *command])
+            stack.callback(asked.wait)
+            stack.callback(asked.kill)
+
+        def phase(role: str, name: str) -> str:
+            lines = running.ask(role, command="list")["migrations"]
+            return str(next((line["phase"] for line in lines if line["domain"] == name), ""))
+
+        for name, one in zip(names, made, strict=True):
+            until(lambda: phase("sender", name) == "precopy", "no precopy", 120)  # noqa: B023
+            for again in (name, str(one.domid)):
+                told = xen_postcopy("migrate", again, f"127.0.0.1:{running.port}", *socket)
+                assert told.returncode == 1 and "migrated already" in told.stderr
+        for name in names:
+            assert xen_postcopy("postcopy-now", name, *socket).returncode == 0
+            until(lambda: phase("receiver", name) == "postcopy", "no postcopy", 500)  # noqa: B023
+        domids = {info.name: info.domid for info in xen.domains()}
+        spared = Guest("spared--incoming", domids["spared--incoming"])
+        stack.callback(xen.destroy, spared.domid)
+        xen.destroy(domids["doomed--incoming"])
+        for role in ("receiver", "sender"):
+            until(lambda: phase(role, "doomed") == "failed", "not noticed", 120)  # noqa: B023
+            until(lambda: phase(role, "spared") == "completed", "it does not end", 600)  # noqa: B023
+        beats = spared.wait_for_heartbeats(3)
+        assert [beat.errors for beat in beats] == [0] * len(beats)
+        assert not {info.name for info in xen.domains()} & {*names, "doomed--incoming"}
