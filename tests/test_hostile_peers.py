@@ -321,7 +321,19 @@ async def receiver_of(
     """The sender is asked to migrate a guest to one that does ``what``; ``after`` is told the guest's name."""
     spec = GuestSpec(f"guest{next(numbers)}", 4 * MIB, 1, workload="random", zero_permille=0)
     guest = world.source.create_guest(spec.to_bytes())
-    awaited = AwaitedLanes()
+    # The sender dials again when its lanes are closed: what comes by then is closed as well.
+    with contextlib.closing(AwaitedLanes()) as awaited:
+        await _receive_of(world, spec, awaited, what, after)
+    guest.destroy()
+
+
+async def _receive_of(
+    world: World,
+    spec: GuestSpec,
+    awaited: AwaitedLanes,
+    what: Callable[[Receiver], Awaitable[None]],
+    after: Callable[[str], Awaitable[None]],
+) -> None:
     async with trio.open_nursery() as nursery:
         reception = Reception(lambda _greeting: awaited, Terms())
         (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
@@ -349,7 +361,6 @@ async def receiver_of(
             push.close()
             pull.close()
             nursery.cancel_scope.cancel()
-    guest.destroy()
 
 
 @pytest.mark.parametrize(

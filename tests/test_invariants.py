@@ -7,6 +7,7 @@ A check that cannot fail is worth nothing.  Number 7 is broken in ``test_hostile
 from __future__ import annotations
 
 import select
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -151,7 +152,14 @@ async def test_a_second_response_is_noticed(clean_hosts: World, name: str, monke
 
     monkeypatch.setattr(PagingRing, "respond", respond_to_the_wrong_one)
     spec = busy(name)
-    await migrate(clean_hosts, spec)
+
+    async def hold_the_push(outcome: Outcome, _link: Link) -> None:
+        """On a busy machine all pages may arrive before a vCPU runs, and no vCPU asks for one."""
+        while not mixed_up:
+            outcome.migration._cap.spend(4 * MIB, time.monotonic())
+            await trio.sleep(0.05)
+
+    await migrate(clean_hosts, spec, meanwhile=hold_the_push)
     assert mixed_up
     assert await signs_of_a_wrong_answer(clean_hosts, spec)
 

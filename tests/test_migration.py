@@ -75,7 +75,7 @@ def test_any_number_of_vcpus(world: World, name: str, vcpus: int) -> None:
     """More vCPUs than the ring has slots, too."""
     spec = boot(world, name, vcpus=vcpus, write_permille=500)
     # Slow enough that the vCPUs meet absent pages: on a busy machine all of it is pushed before the first one runs.
-    result = migrate(world, name, strategy="postcopy", bandwidth=50 * MIB)
+    result = migrate(world, name, strategy="postcopy", bandwidth=10 * MIB)
     view = check(world, spec)
     assert view["faults"] > 0
     assert sum(result["vcpu_block_s"].values()) > 0
