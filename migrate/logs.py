@@ -69,7 +69,9 @@ def journal_entry(record: logging.LogRecord, message: str) -> bytes:
 def abnormal_end(domain: str, phase: str, reason: str, counters: dict[str, Any]) -> None:
     """The one record that an end leaves which is not a completion: where it came to be, why, and what was counted."""
     facts = json.dumps({"phase": phase, "reason": reason, **counters})
-    logging.getLogger(__name__).error("%s has not been migrated: %s", domain or "a guest", facts)
+    logging.getLogger(__name__).error(
+        "the migration of %s has ended without completing: %s", domain or "a guest", facts
+    )
 
 
 def set_up(*, verbose: bool) -> None:

@@ -34,6 +34,9 @@ MAX_MIGRATIONS = 1000
 MAX_WITHOUT_OFFER = 256
 """Each has a thread, for a minute at most."""
 DRAIN_EVERY_S = 1.0
+PROGRESS_EVERY_S = 0.2
+PATIENCE_S = 60.0
+"""So long nothing of a guest's missing memory may come for one who waits for all of it."""
 KEPT = 100
 """Ended migrations that ``list`` still shows."""
 
@@ -89,6 +92,8 @@ class ReceiverDaemon:
                 await connection.answer("result", port=self._port)
             case "restore":
                 await self._restore(request, connection)
+            case "await-memory":
+                await self._await_memory(int(request["domid"]), connection)
             case "reconnect":
                 find_migration(self._migrations.values(), request["migration"]).lanes.hurry()
                 await connection.answer("result")
@@ -122,6 +127,32 @@ class ReceiverDaemon:
             tasks.start_soon(self._listen_to_helper, migration, connection)
             await toolstack.last_answer.given.wait()
             tasks.cancel_scope.cancel()
+
+    async def _await_memory(self, domid: int, connection: ControlConnection) -> None:
+        """For xl's helper, which is to save a domain: until nothing is missing of it.
+
+        Raises :class:`MigrationError` where that is not to be expected.
+        """
+        for migration in [m for m in self._migrations.values() if m.domid == domid and not m.has_ended]:
+            least = before = migration.missing
+            patience_ends = trio.current_time() + PATIENCE_S
+            while not migration.has_ended and migration.domid == domid:
+                missing = migration.missing
+                if migration.progress.phase == "lost":
+                    raise MigrationError(migration.progress.problem)
+                if missing < least:
+                    least, patience_ends = missing, trio.current_time() + PATIENCE_S
+                if trio.current_time() > patience_ends:
+                    if not missing:
+                        break
+                    raise MigrationError(
+                        f"{missing} pages of {migration.domain_name} have still to come, and none has come for "
+                        f"{PATIENCE_S:g} s: try again when they have (xen-postcopy list)"
+                    )
+                await connection.answer("progress", arrived=before - missing, missing=before)
+                with trio.move_on_after(PROGRESS_EVERY_S):
+                    await migration.ended.wait()
+        await connection.answer("result")
 
     async def _listen_to_helper(self, migration: IncomingMigration, connection: ControlConnection) -> None:
         """It says something, or goes away, only to have us leave the domain alone."""

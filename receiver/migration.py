@@ -185,6 +185,16 @@ class IncomingMigration:
         return self.progress.phase in ENDED
 
     @property
+    def domid(self) -> int:
+        """-1 before there is a domain."""
+        return self._domid
+
+    @property
+    def missing(self) -> int:
+        """Pages of the guest that are still to come."""
+        return self._pages.count if self._said_ready else 0
+
+    @property
     def needed(self) -> bool:
         """The guest lives by this process: it must not be stopped."""
         return self._said_ready and self.progress.phase not in ENDED
@@ -749,10 +759,17 @@ class IncomingMigration:
         aborted = isinstance(error, MigrationError) and not isinstance(error, PeerClosedError | ProtocolError)
         if self._said_ready and await self._is_gone():
             reason = str(error) if isinstance(error, GuestEndedError) else "its domain was destroyed"
+            answer = m.Ended(self._runs.is_set(), m.printable(reason))
+            if self.session.handed_over and self.missing and await self._ended_suspended():
+                reason += (
+                    f" while it was suspended and {self.missing} pages were missing: "
+                    "an image or a copy that was made of it then lacks them"
+                )
+                answer = m.Failed(m.printable(reason))  # so that the sender keeps them
             log.warning("%s: %s", progress.domain, reason)
             progress.phase, progress.problem = "failed", reason
             await trio.to_thread.run_sync(self._release)
-            answer = self._last_word = m.Ended(self._runs.is_set(), m.printable(reason))
+            self._last_word = answer
         elif self.session.handed_over or self._runs.is_set():
             progress.phase = "interrupted"
             self._note(str(error))
@@ -778,6 +795,10 @@ class IncomingMigration:
 
     async def _is_gone(self) -> bool:
         return self._domain is None or await trio.to_thread.run_sync(self._state) is None
+
+    async def _ended_suspended(self) -> bool:
+        """As one does that was saved, or migrated to a third host."""
+        return self._domain is not None and await trio.to_thread.run_sync(self._domain.ended_suspended)
 
     async def _discard(self, reason: str) -> None:
         """Nothing is left over."""

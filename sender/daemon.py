@@ -116,7 +116,9 @@ class SenderDaemon:
                 find_migration(self._running(), request["migration"]).lanes.hurry()
                 await connection.answer("result")
             case "decide":
-                await find_migration(self._running(), request["migration"]).decide(here=bool(request["here"]))
+                # Also one that has ended with an error, whose pages are kept.
+                migration = find_migration(self._migrations.values(), request["migration"])
+                await migration.decide(here=bool(request["here"]))
                 await connection.answer("result")
             case other:
                 raise MigrationError(f"unknown command {other!r}")

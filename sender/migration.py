@@ -123,6 +123,8 @@ class OutgoingMigration:
         self._decision = ""
         """An operator's, as the journal has it."""
         self._decided = trio.Event()
+        self._over = False
+        """:meth:`run` has ended."""
         """The journal has it, or it came too late."""
         self._suspended = False
         self._domain: Domain
@@ -205,10 +207,23 @@ class OutgoingMigration:
             raise MigrationError(f"there is nothing to decide here: {self.domain_name} is {self.progress.phase}")
         if here and self._toolstack.decides:
             raise MigrationError("xl has destroyed the domain here: there is nothing that could go on")
-        self._decision = "decided here" if here else "decided elsewhere"
-        self._verdict = _decision(self._decision)
+        decision = "decided here" if here else "decided elsewhere"
+        if self._over:
+            await self._carry_out(decision)
+            return
+        self._decision = decision
+        self._verdict = _decision(decision)
         self._scope.cancel()
         await self._decided.wait()
+
+    async def _carry_out(self, decision: str) -> None:
+        """After an error that nothing comes of trying again, and that has ended :meth:`run`."""
+        verdict = _decision(decision)
+        assert verdict is not None
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(self._record, decision)
+            await self._failed(verdict)
+            await trio.to_thread.run_sync(self._domain.close)
 
     def result(self) -> dict[str, Any]:
         """The JSON keys that docs/commands.md explains."""
@@ -262,6 +277,7 @@ class OutgoingMigration:
             logs.abnormal_end(self.domain_name, phase, self.progress.problem, self.result())
             raise
         finally:
+            self._over = True
             self._decided.set()
             self._close_lanes()
             if not self.keeps_pages:
@@ -721,7 +737,10 @@ class OutgoingMigration:
             given_away = await self._toolstack.decision(self._domain)
         if given_away:
             progress.phase = "interrupted"
-            progress.problem = f"{error}; the guest is at the destination, its missing pages are kept here"
+            decide = f"xen-postcopy decide {self.domain_name}"
+            progress.problem = (
+                f"{error}; it was handed over, and its missing pages are kept here until you decide ({decide})"
+            )
         else:
             progress.problem = str(error)
             with trio.CancelScope(shield=True):

@@ -176,7 +176,8 @@ async def test_cut_before_the_handover_the_guest_stays_and_nothing_is_left_over(
     outcome = await migrate(clean_hosts, busy(name), Strategy.HYBRID, meanwhile=watch(links))
     assert outcome.error is not None
     assert not outcome.migration.session.handed_over
-    records = [record for record in caplog.messages if record.startswith(f"{name} has not been migrated: ")]
+    begins = f"the migration of {name} has ended without completing: "
+    records = [record for record in caplog.messages if record.startswith(begins)]
     assert len(records) == 1 + (said is not m.Offer), "each end leaves one record"
     assert all('"reason": "' in record and '"phase": "' in record for record in records)
     await goes_on_here_only(clean_hosts, name)
@@ -276,6 +277,32 @@ async def test_while_the_link_is_down_the_guest_goes_on_as_far_as_its_pages_allo
     assert outcome.error is None
     assert outcome.migration.progress.problem == outcome.incoming.progress.problem == ""
     assert (await verification(clean_hosts, spec)).problems == []
+
+
+@pytest.mark.parametrize("here", [True, False])
+async def test_a_guest_that_is_saved_while_pages_are_missing(clean_hosts: World, name: str, here: bool) -> None:
+    """By a program that knows nothing of them: the image has holes, so the source keeps what it has until an operator decides."""
+
+    async def meanwhile(outcome: Outcome, _link: Link) -> None:
+        await until(lambda: outcome.migration.session.handed_over)
+        with clean_hosts.destination.open(name) as target:
+            await until(lambda: target.state() is DomainState.RUNNING)
+            target.suspend()
+            target.destroy()
+
+    outcome = await migrate(clean_hosts, busy(name), meanwhile=meanwhile)
+    assert isinstance(outcome.error, MigrationError)
+    progress = outcome.migration.progress
+    assert progress.phase == "interrupted" and outcome.incoming.progress.phase == "failed"
+    for problem in (progress.problem, outcome.incoming.progress.problem):
+        assert "pages were missing: an image or a copy that was made of it then lacks them" in problem
+    assert clean_hosts.source.open(name).state() is DomainState.SUSPENDED
+    await outcome.migration.decide(here=here)
+    assert progress.phase == "failed"
+    if here:
+        await goes_on_here_only(clean_hosts, name)
+    else:
+        assert clean_hosts.source.domains() == []
 
 
 async def test_one_end_alone_notices(clean_hosts: World, name: str) -> None:

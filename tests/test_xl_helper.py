@@ -162,6 +162,33 @@ def test_a_stock_helper_that_is_missing_is_said(xl: Xl, monkeypatch: pytest.Monk
     assert b"cannot start /nowhere/libxl-save-helper" in said and said.endswith(protocol.complete(-1, errno.ENOENT))
 
 
+@pytest.mark.parametrize("mode", ["--save-domain", "--restore-domain"])
+def test_a_libxl_that_was_killed_ends_the_helper_with_one_line(xl: Xl, mode: str) -> None:
+    """Nobody reads any more what is said."""
+    for_libxl, said = os.pipe()
+    os.close(for_libxl)
+    reader, writer = os.pipe()
+    os.close(writer)
+    numbers = (reader, 11, 3, 1, 136, 0) if mode == "--save-domain" else (reader, *RESTORE)
+    helper = zygote.Popen[bytes](
+        [sys.executable, "-m", "migrate.xl.helper", mode, *map(str, numbers)],
+        stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.PIPE, pass_fds=[reader],
+    )  # fmt: skip
+    os.close(said)
+    os.close(reader)
+    _said, complaints = helper.communicate(timeout=60)
+    assert helper.returncode == 1
+    assert complaints.decode().splitlines() == ["xen-postcopy-xl-helper: libxl has gone"]
+
+
+def test_an_error_of_the_helper_itself_is_said_to_libxl(xl: Xl) -> None:
+    command = [sys.executable, "-m", "migrate.xl.helper", "--save-domain", "99", "11", "3", "1", "136", "0"]
+    done = subprocess.run(command, input=b"\0" * 4, capture_output=True, timeout=60, check=False)
+    said = done.stdout
+    assert (done.returncode, done.stderr) == (0, b"") and not xl.was_asked
+    assert b"an error of xen-postcopy-xl-helper itself" in said and said.endswith(protocol.complete(-1, errno.EIO))
+
+
 # ---- restoring ----
 RESTORE = (-1, 4, 1, 0, 2, 0, 768, 0)
 

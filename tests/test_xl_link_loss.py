@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from migrate.errors import MigrationError
 from migrate.loopback import loopback_world, start_receiver, start_sender, wait_for_steps
 from tests.conftest import MIB
 from tests.labs import until
@@ -144,6 +145,8 @@ def test_a_sender_that_is_killed_afterwards_takes_the_pages_with_it(xl: Cuttable
         until(lambda: xl.line("receiver")["phase"] == "lost", "its successor does not know")
     line = xl.line("receiver")
     assert "pages that exist nowhere any more: destroy it (xl destroy" in line["problem"]
+    with pytest.raises(MigrationError, match="exist nowhere any more"):  # so that it is not saved with holes
+        xl.world.ask("receiver", command="await-memory", domid=xl.destination.domid)
     xl.world.check_alive()
     xl.destination.destroy()
     until(lambda: xl.line("receiver")["phase"] == "failed", "it is not noticed")

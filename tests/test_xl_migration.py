@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from migrate.errors import MigrationError
 from migrate.loopback import World, verify_migrated, wait_for_steps
 from migrate.xl import image
 from migrate.xl.protocol import Message
@@ -180,6 +181,59 @@ def test_the_guest_may_run_before_its_source_is_gone(xl: Xl) -> None:
     xl.source.destroy()
     xl.wait_for("completed", "completed")
     check_arrived(xl)
+
+
+# ---- the guest is saved, or sent on, while memory is missing ----
+SLOW = '[migration]\nstrategy = "postcopy"\nbandwidth = "8M"\n'
+
+
+def save_at_destination(xl: Xl, io_fd: int, *, live: bool, **environment: str) -> Libxl:
+    numbers = (-1, xl.destination.domid, int(live), CBFLAGS_SAVE, 0)
+    helper = Libxl("--save-domain", os.dup(io_fd), numbers, {}, {**xl.save.environment, **environment})
+    helper.environment["XEN_POSTCOPY_SENDER"] = "/nowhere"
+    helper.start()
+    return helper
+
+
+@pytest.mark.parametrize("world", [SLOW], indirect=True)
+@pytest.mark.parametrize("how", ["to a file", "off", "onward"])
+def test_a_guest_that_lacks_pages_is_saved_when_it_has_them(xl: Xl, tmp_path: Path, how: str) -> None:
+    """libxc takes missing pages for holes, and says nothing."""
+    assert xl.run() == ((0, 0), (0, 0))
+    xl.go()
+    xl.wait_for("postcopy", "postcopy")
+    assert len(xl.destination.paged_out())
+    with (tmp_path / "image").open("wb") as file:
+        how_to = {"XEN_POSTCOPY": "off"} if how == "off" else {}
+        helper = save_at_destination(xl, file.fileno(), live=how == "onward", **how_to)
+        until(lambda: bool(helper.of(Message.PROGRESS)), "it says nothing")
+        assert not file.tell()
+        assert helper.wait() == 0
+    assert helper.result == (0, 0)
+    assert "waiting for its memory to arrive" in helper.of(Message.PROGRESS)[0].texts
+    assert not len(xl.destination.paged_out())
+    assert (tmp_path / "image").stat().st_size
+    xl.wait_for("completed", "completed")
+    check_arrived(xl)
+
+
+@pytest.mark.parametrize("world", [SLOW], indirect=True)
+def test_the_pages_of_a_guest_that_another_program_saved_are_kept(xl: Xl) -> None:
+    """libvirt, or xl without our helper: the image has holes, and its maker has destroyed the guest."""
+    assert xl.run() == ((0, 0), (0, 0))
+    xl.go()
+    xl.wait_for("postcopy", "postcopy")
+    xl.destination.suspend()
+    xl.destination.destroy()
+    for daemon, phase in (("sender", "interrupted"), ("receiver", "failed")):
+        lacks = "an image or a copy that was made of it then lacks them"
+        until(lambda daemon=daemon, lacks=lacks: lacks in xl.line(daemon)["problem"], "it is not said")  # type: ignore[misc]
+        assert xl.line(daemon)["phase"] == phase
+    assert "xen-postcopy decide" in xl.line("sender")["problem"]
+    with pytest.raises(MigrationError, match="xl has destroyed the domain here"):
+        xl.world.ask("sender", command="decide", migration=xl.spec.name, here=True)
+    xl.world.ask("sender", command="decide", migration=xl.spec.name, here=False)
+    xl.wait_for("failed", "failed")
 
 
 # ---- xl decides otherwise ----

@@ -259,6 +259,13 @@ class Domain(ABC):
     def destroy(self) -> None: ...
 
     @abstractmethod
+    def ended_suspended(self) -> bool:
+        """Of a domain that is gone: whether it was suspended when it was destroyed, as one is that was saved or migrated.
+
+        False where nothing is known of it any more.
+        """
+
+    @abstractmethod
     def context(self) -> bytes:
         """vCPU and device context of a suspended domain; opaque."""
 

@@ -7,12 +7,13 @@ reads what libxl's stream has to carry.  Everything else is the stock helper's, 
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import stat
 import sys
 
-from migrate.xl import stock
+from migrate.xl import libxl, stock
 from migrate.xl.libxl import Request
 
 USAGE = """\
@@ -28,6 +29,8 @@ both hosts:
 Live migrations are then done by the daemons of the two hosts, by postcopy.  Where that is not possible (no daemon
 here or there, a host or a guest that cannot be paged) Xen's own live migration is used, with a line that says why.
 
+A guest of which memory is still to come from another host is waited for before it is saved or migrated.
+
 XEN_POSTCOPY=off        hand everything to the stock helper, without a word
 XEN_POSTCOPY=require    fail where a migration would be handed to it
 XEN_POSTCOPY_STRATEGY   hybrid, postcopy or precopy (otherwise as the sender is configured)
@@ -39,8 +42,14 @@ XEN_POSTCOPY_STOCK_HELPER
 
 
 def main() -> None:
-    """The entry point."""
-    arguments = sys.argv[1:]
+    """The entry point: whatever happens, libxl has an answer or the user one line."""
+    try:
+        _help(sys.argv[1:])
+    except Exception as error:
+        libxl.fail(f"an error of xen-postcopy-xl-helper itself: {error!r}", errno.EIO)
+
+
+def _help(arguments: list[str]) -> None:
     if arguments in (["--help"], ["-h"]):
         print(USAGE, end="")
         return
@@ -50,6 +59,10 @@ def main() -> None:
         sys.exit(f"xen-postcopy-xl-helper: {error}\n{USAGE}")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # end as the stock helper does; the daemon notices
     to_file = stat.S_ISREG(os.fstat(request.io_fd).st_mode)
+    if request.saves:
+        from migrate.xl.save import wait_for_memory
+
+        wait_for_memory(request)
     if os.environ.get("XEN_POSTCOPY") == "off" or to_file or request.checkpointed:
         stock.become(request, None)
     if not request.saves:

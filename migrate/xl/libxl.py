@@ -60,7 +60,11 @@ class Request(NamedTuple):
 
 
 def say(message: bytes) -> None:
-    write_all(OUTPUT, message)
+    """Ends this process where libxl has gone."""
+    try:
+        write_all(OUTPUT, message)
+    except OSError:
+        gone()
 
 
 def ask(message: bytes) -> int:
@@ -68,7 +72,7 @@ def ask(message: bytes) -> int:
     say(message)
     try:
         (answer,) = protocol.ANSWER.unpack(read_exactly(INPUT, protocol.ANSWER.size))
-    except EOFError:
+    except (EOFError, OSError):
         gone()
     return int(answer)
 

@@ -16,10 +16,50 @@ import os
 import sys
 from typing import Never
 
-from migrate.client import SENDER_SOCKET, ControlClient, Json
+from migrate.client import RECEIVER_SOCKET, SENDER_SOCKET, ControlClient, Json
 from migrate.errors import MigrationError
 from migrate.xl import image, libxl, protocol, stock
 from migrate.xl.libxl import INPUT, Request, write_all
+
+
+def wait_for_memory(request: Request) -> None:
+    """Until nothing is missing of a guest that has come here by postcopy: libxc takes what is missing for holes.
+
+    Ends this process where that is not to be expected.
+    """
+    path = os.environ.get("XEN_POSTCOPY_RECEIVER", RECEIVER_SOCKET)
+    try:
+        daemon = ControlClient(path)
+    except MigrationError:
+        return  # nobody is the guest's pager
+    try:
+        daemon.say(command="await-memory", domid=request.domid)
+        while (answer := daemon.answer(INPUT)) is not None:
+            if answer["event"] == "result":
+                return
+            libxl.say(protocol.progress("waiting for its memory to arrive", answer["arrived"], answer["missing"]))
+    except MigrationError as error:
+        if "unknown command" not in str(error):
+            libxl.fail(str(error), errno.EBUSY)
+        _ask_older_receiver(path)
+        return
+    except EOFError:
+        libxl.gone()
+    finally:
+        daemon.close()
+    libxl.fail("the receiver daemon has gone, and memory of the guest may be missing: try again", errno.EBUSY)
+
+
+def _ask_older_receiver(path: str) -> None:
+    """One that was started before this release was installed does not say whose memory is missing."""
+    try:
+        with ControlClient(path) as daemon:
+            lines = daemon.call(command="list")["migrations"]
+    except MigrationError as error:
+        libxl.fail(str(error), errno.EBUSY)
+    if under_way := [line["domain"] for line in lines if line["phase"] not in ("completed", "failed", "refused")]:
+        guests = ", ".join(under_way)
+        libxl.fail(f"memory of a guest may have still to come ({guests}): try again when it has", errno.EBUSY)
 
 
 def save(request: Request) -> Never:

@@ -256,6 +256,12 @@ class XenDomain(Domain):
     def unpause(self) -> None:
         check("unpausedomain", lib.xen_unpause(self._host, self.domid))
 
+    def ended_suspended(self) -> bool:
+        """A remnant tells, which there is as long as somebody maps a page of the domain: its pager does."""
+        info = ffi.new("struct xen_info *")
+        rc = lib.xen_domain_info(self._host, self.domid, info)
+        return rc == 0 and bool(info.dying) and state_of(info)[0] is DomainState.SUSPENDED
+
     def destroy(self) -> None:
         self.native_info()
         self.close()

@@ -151,6 +151,9 @@ class SimulatedDomain(Domain):
     def unpause(self) -> None:
         self._host.call("unpause", domid=self.domid)
 
+    def ended_suspended(self) -> bool:
+        return bool(self._map.dom.ended_suspended)
+
     def destroy(self) -> None:
         self.info()
         self._host.call("destroy", domid=self.domid)

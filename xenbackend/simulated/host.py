@@ -405,6 +405,7 @@ class SimulatedHost:
     def op_destroy(self, domid: int) -> Callable[[], None]:
         """Nobody finds it from the first moment on; its memory takes a while to go."""
         domain = self._domain(domid)
+        domain.dom.ended_suspended = domain.suspended
         del self.domains[domid]
 
         def end() -> None:

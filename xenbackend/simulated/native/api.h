@@ -82,6 +82,7 @@ struct sim_domain {
     uint64_t max_pages;        /* frames that it may own: one that has more keeps them */
     uint64_t untracked;        /* whether a frame came since log-dirty was cleaned (and tracks_physmap is off) */
     uint64_t balloon_steps;    /* pages that vCPU 0 has given away or taken back: part of the guest's context */
+    uint64_t ended_suspended;  /* it was suspended when it was destroyed */
     uint64_t overlaid;         /* frames that the guest got where there was memory still */
     uint64_t paged_pages;
     uint64_t spurious_responses;   /* to a vCPU that did not wait */

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Whoever is to save a guest waits until its memory has come, as long as some comes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from migrate.config import Config
+from migrate.errors import MigrationError
+from migrate.journal import Journal
+from receiver.daemon import PATIENCE_S, ReceiverDaemon
+from receiver.migration import IncomingProgress
+from xenbackend.contract import Hypervisor
+
+
+@dataclass
+class Incoming:
+    """A migration, as far as a daemon that is asked looks at one."""
+
+    domid: int
+    missing: int
+    domain_name: str = "web"
+    has_ended: bool = False
+    ended: trio.Event = field(default_factory=trio.Event)
+    progress: IncomingProgress = field(default_factory=lambda: IncomingProgress("web", "postcopy"))
+
+
+class Client:
+    def __init__(self) -> None:
+        self.answers: list[tuple[str, dict[str, Any]]] = []
+
+    async def answer(self, event: str, **fields: Any) -> None:
+        self.answers.append((event, fields))
+
+
+async def asked(tmp_path: Path, *migrations: Incoming, domid: int = 7) -> Client:
+    daemon = ReceiverDaemon(Hypervisor, tmp_path / "socket", Config(), Journal(tmp_path / "state"))  # type: ignore[arg-type]
+    daemon._migrations = {str(number): m for number, m in enumerate(migrations)}  # type: ignore[misc]
+    client = Client()
+    await daemon._handle({"command": "await-memory", "domid": domid}, client)  # type: ignore[arg-type]
+    return client
+
+
+@pytest.mark.parametrize("migrations", [(), (Incoming(8, 5),), (Incoming(7, 5, has_ended=True),)])
+async def test_a_domain_of_which_nothing_is_missing_is_not_waited_for(
+    tmp_path: Path, migrations: tuple[Incoming, ...]
+) -> None:
+    assert (await asked(tmp_path, *migrations)).answers == [("result", {})]
+
+
+async def test_as_long_as_memory_comes_there_is_no_limit(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    migration = Incoming(7, 10)
+
+    async def arrive() -> None:
+        while migration.missing:
+            await trio.sleep(PATIENCE_S * 0.9)
+            migration.missing -= 1
+        migration.has_ended = True
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(arrive)
+        answers = (await asked(tmp_path, migration)).answers
+    assert answers[-1] == ("result", {})
+    assert answers[0] == ("progress", {"arrived": 0, "missing": 10})
+    assert trio.current_time() > 8 * PATIENCE_S
+
+
+async def test_where_none_comes_it_is_refused(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    with pytest.raises(MigrationError, match="3 pages of web have still to come, and none has come for 60 s"):
+        await asked(tmp_path, Incoming(7, 3))
+
+
+async def test_a_paused_guest_with_all_its_memory_can_be_saved(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """A sender of an older release does not end before the guest runs."""
+    assert (await asked(tmp_path, Incoming(7, 0))).answers[-1] == ("result", {})
