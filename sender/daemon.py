@@ -154,7 +154,7 @@ class SenderDaemon:
         target, policy = await trio.to_thread.run_sync(self._look_at, int(request["domid"]))
         session, token = new_id(), new_token()
         awaited = AwaitedLanes(token, timeout_s=self._config.sender.peer_timeout_s)
-        toolstack = XlToolstack(target.name, connection)
+        toolstack = XlToolstack(target.name, connection, int(request.get("xl", 0)))
         options = _options(self._config.migration, request)
         migration = OutgoingMigration(
             session, self._hypervisor, target, awaited, options, self._journal, toolstack=toolstack

@@ -50,7 +50,7 @@ from sender.options import MigrationOptions, Progress
 from sender.precopy import Precopy, Remainder
 from sender.push import BATCH_PAGES, PushLane
 from sender.reader import announce_missing, count_pages, hold
-from sender.toolstack import XL_TIMEOUT_S, OwnToolstack, StaysHereError, Toolstack, XlToolstack
+from sender.toolstack import OwnToolstack, StaysHereError, Toolstack, XlToolstack
 from sender.written import WrittenPages, limit_of
 from xenbackend.contract import (
     PAGE_SIZE,
@@ -278,6 +278,7 @@ class OutgoingMigration:
             raise
         finally:
             self._over = True
+            self._toolstack.close()
             self._decided.set()
             self._close_lanes()
             if not self.keeps_pages:
@@ -545,7 +546,7 @@ class OutgoingMigration:
 
             async def believe_the_receiver() -> None:
                 await self._signals.resumed.wait()
-                await trio.sleep(XL_TIMEOUT_S)
+                await self._toolstack.has_left()
                 tasks.cancel_scope.cancel()
 
             tasks.start_soon(believe_the_receiver)

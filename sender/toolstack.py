@@ -14,19 +14,26 @@ import contextlib
 import functools
 import logging
 import math
+import os
 from typing import Protocol
 
 import trio
 
 from migrate.control import ControlConnection, LastAnswer
 from migrate.errors import MigrationError
+from migrate.tasks import first
 from xenbackend.contract import Domain, DomainState, NoSuchDomainError
 
 log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 0.05
 XL_TIMEOUT_S = 5.0
-"""How long xl may take to do what the receiver knows it to have decided, before we do it."""
+"""How long xl may take to resume a guest that runs nowhere, before we do it."""
+XL_PATIENCE_S = 300.0
+"""How long it may take to destroy the domain of a guest that runs at the destination: hotplug scripts can take half a minute
+each, and nobody waits.  Whoever started the helper may also be a daemon, which never ends."""
+UNKNOWN_XL_S = 60.0
+"""The same, where it is not known whether xl still runs."""
 
 
 class StaysHereError(MigrationError):
@@ -55,8 +62,14 @@ class Toolstack(Protocol):
     async def decision(self, domain: Domain) -> bool:
         """Wait until it is known: true where the guest is the destination's."""
 
+    async def has_left(self) -> None:
+        """Wait until it does nothing more about the domain."""
+
     async def finish(self, domain: Domain) -> None:
         """Nothing of the source is needed any more."""
+
+    def close(self) -> None:
+        """Can be called twice."""
 
 
 def _resume(domain: Domain, name: str = "") -> None:
@@ -90,24 +103,35 @@ class OwnToolstack:
     async def decision(self, domain: Domain) -> bool:
         return True
 
+    async def has_left(self) -> None:
+        pass
+
     async def finish(self, domain: Domain) -> None:
         await trio.to_thread.run_sync(domain.destroy)
+
+    def close(self) -> None:
+        pass
 
 
 class XlToolstack:
     """``helper``: the connection of the helper, after its request; ``None``: it went away with our predecessor.
 
-    ``name``: the domain's, which xl changes on the way.
+    ``name``: the domain's, which xl changes on the way.  ``xl``: the process that started the helper; 0: not known.
     """
 
     decides = True
 
-    def __init__(self, name: str, helper: ControlConnection | None = None):
+    def __init__(self, name: str, helper: ControlConnection | None = None, xl: int = 0):
         self._name = name
         self._helper = helper
         self._asking = trio.Lock()
         self._answers, self._heard = trio.open_memory_channel[int](math.inf)
         self._agreed = False
+        self._xl: int | None = None
+        """A descriptor of that process (pidfd), so that no other is taken for it later."""
+        if xl > 1:  # 1: it was dead already, and the helper init's
+            with contextlib.suppress(OSError):
+                self._xl = os.pidfd_open(xl)
         self.last_answer = LastAnswer(helper)
         """The helper is told how it ended."""
 
@@ -146,8 +170,10 @@ class XlToolstack:
         if not suspended:
             return
         with trio.move_on_after(XL_TIMEOUT_S):
-            if not await self.decision(domain):
-                return
+            if self._xl is None:
+                await self.decision(domain)
+            else:
+                await first(functools.partial(self.decision, domain), self.has_left)
         await trio.to_thread.run_sync(_resume, domain, self._name)
 
     async def switched_over(self) -> None:
@@ -163,9 +189,24 @@ class XlToolstack:
                 return False
             await trio.sleep(LOOK_EVERY_S)
 
+    async def has_left(self) -> None:
+        """Its process has ended: then what it has not done it never will."""
+        with trio.move_on_after(XL_PATIENCE_S if self._xl is not None else UNKNOWN_XL_S):
+            if self._xl is None:
+                await trio.sleep_forever()
+            else:
+                await trio.lowlevel.wait_readable(self._xl)
+
+    def close(self) -> None:
+        if self._xl is not None:
+            os.close(self._xl)
+            self._xl = None
+
     async def finish(self, domain: Domain) -> None:
-        """xl has destroyed it, and it goes with the last of its pages; otherwise it goes now."""
+        """xl has destroyed it, and it goes with the last of its pages; otherwise it goes when xl has ended."""
         with contextlib.suppress(NoSuchDomainError):
+            await trio.to_thread.run_sync(domain.state)
+            await self.has_left()
             info = await trio.to_thread.run_sync(domain.info)
             log.warning("xl has left %s suspended here, and it runs at the destination: destroying it", info.name)
             await trio.to_thread.run_sync(domain.destroy)

@@ -61,13 +61,16 @@ class Libxl:
     environment: dict[str, str] = field(default_factory=dict)
     said: list[Said] = field(default_factory=list)
     status: int | None = None
+    ends_with_helper: bool = False
+    """xl: its process ends when the helper has ended.  Otherwise it is the test's, which goes on."""
     silent_at: Message | None = None
     """Not answered: libxl is held up there, until :meth:`kill`."""
 
     def start(self) -> None:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("XEN_POSTCOPY")}
+        xl = ["sh", "-c", '"$@"; exit $?', "xl"] if self.ends_with_helper else []
         self.process = zygote.Popen[bytes](
-            [*HELPER, self.mode, str(self.io_fd), *map(str, self.numbers)],
+            [*xl, *HELPER, self.mode, str(self.io_fd), *map(str, self.numbers)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=[self.io_fd],
             env={**environment, **self.environment},
         )  # fmt: skip

@@ -183,6 +183,18 @@ def test_the_guest_may_run_before_its_source_is_gone(xl: Xl) -> None:
     check_arrived(xl)
 
 
+def test_an_xl_that_takes_long_to_destroy_the_source_is_left_to_it(xl: Xl) -> None:
+    """Its hotplug scripts do; the guest runs, and its pages come meanwhile."""
+    assert xl.run() == ((0, 0), (0, 0))
+    xl.destination.start()
+    until(lambda: not len(xl.destination.paged_out()), "no pages come")
+    assert xl.source.info().state is DomainState.SUSPENDED
+    assert xl.line("sender")["phase"] == "deciding"
+    xl.source.destroy()
+    xl.wait_for("completed", "completed")
+    check_arrived(xl)
+
+
 # ---- the guest is saved, or sent on, while memory is missing ----
 SLOW = '[migration]\nstrategy = "postcopy"\nbandwidth = "8M"\n'
 
@@ -264,7 +276,8 @@ def test_xl_gives_up_at_the_destination_and_leaves_the_source_suspended(xl: Xl) 
 
 
 def test_xl_runs_the_guest_at_the_destination_and_leaves_the_source_suspended(xl: Xl) -> None:
-    """Its exchange was cut after it: the same words."""
+    """Its exchange was cut after it: the same words, and it ends."""
+    xl.save.ends_with_helper = True
     assert xl.run() == ((0, 0), (0, 0))
     xl.destination.start()
     xl.wait_for("completed", "completed")

@@ -67,7 +67,8 @@ def save(request: Request) -> Never:
         sys.exit("xen-postcopy-xl-helper: a stream does not go to a terminal")
     try:
         daemon = ControlClient(os.environ.get("XEN_POSTCOPY_SENDER", SENDER_SOCKET))
-        daemon.say(command="save", domid=request.domid, strategy=os.environ.get("XEN_POSTCOPY_STRATEGY"))
+        strategy = os.environ.get("XEN_POSTCOPY_STRATEGY")
+        daemon.say(command="save", domid=request.domid, strategy=strategy, xl=os.getppid())
         offer = daemon.answer(INPUT)
         if offer is None:
             raise MigrationError("the daemon has gone")
