@@ -38,6 +38,10 @@ class PagesLostError(MigrationError):
     """The missing pages of a guest exist nowhere any more."""
 
 
+class OccupiedError(MigrationError):
+    """Somebody else is at work on the domain: nobody may touch it now."""
+
+
 class InterruptedMigrationError(MigrationError):
     """Ctrl-C; the text says what became of the migration."""
 

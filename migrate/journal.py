@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 SUFFIX = ".json"
 CHECKPOINT_SUFFIX = ".checkpoint"
+STOPPED_SUFFIX = ".stopped"
 
 
 class Journal:
@@ -82,7 +83,15 @@ class Journal:
         """Where one of the session's guest belongs."""
         return self._directory / (session + CHECKPOINT_SUFFIX)
 
+    def stopped(self, session: str) -> Path:
+        """A file that is there while the daemon has the session's guest stand still for a moment; made before, removed after it.
+
+        So a successor knows whose doing that is, and lets no guest go on that somebody else has stopped.
+        """
+        return self._directory / (session + STOPPED_SUFFIX)
+
     def erase(self, session: str) -> None:
+        self.stopped(session).unlink(missing_ok=True)
         self._path(session).unlink(missing_ok=True)
         if session in self._files:
             os.close(self._files.pop(session))

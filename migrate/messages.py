@@ -35,7 +35,9 @@ PAUSED = "paused"
 """``complete`` without ``resumed``: a toolstack has left the guest paused, and all its memory has come."""
 LOST = "lost"
 """The message."""
-CAPABILITIES = frozenset({CHECKSUMS, PAUSED, LOST})
+UNPROTECTED = "unprotected"
+"""The message."""
+CAPABILITIES = frozenset({CHECKSUMS, PAUSED, LOST, UNPROTECTED})
 """What this end can do where one of both requires it, or both offer it."""
 
 
@@ -362,6 +364,14 @@ class Checkpoint(Message):
 
 
 @dataclass(frozen=True, eq=False)
+class Unprotected(Message):
+    """No further checkpoints are made; what was kept last stays good.  To a peer that offers :data:`UNPROTECTED`."""
+
+    type = "unprotected"
+    reason: str = _text()
+
+
+@dataclass(frozen=True, eq=False)
 class Outstanding(Message):
     """A window of pfns that the receiver still lacks; all others it has, or does not want."""
 
@@ -428,8 +438,8 @@ TYPES: dict[str, type[Message]] = {
     cls.type: cls
     for cls in (
         Hello, Alive, Offer, Pages, Defer, Barrier, Suspended, Missing, Context, Entrust, Handover, Kept, Rejoin, Completed,
-        Abort, Lost, Accepted, Refused, Passed, Ready, Resumed, Loaded, Dropped, Report, Written, Checkpoint, Outstanding,
-        Rejoined, Complete, Ended, Failed, Fault, Ahead,
+        Abort, Lost, Accepted, Refused, Passed, Ready, Resumed, Loaded, Dropped, Report, Written, Checkpoint, Unprotected,
+        Outstanding, Rejoined, Complete, Ended, Failed, Fault, Ahead,
     )
 }  # fmt: skip
 FIELDS: dict[type[Message], dict[str, Parser]] = {

@@ -108,6 +108,7 @@ RULES: dict[type[Message], Rule] = {
     m.Report: Rule(R, PAGING),
     m.Written: Rule(R, (P.POSTCOPY,)),
     m.Checkpoint: Rule(R, (P.POSTCOPY,)),
+    m.Unprotected: Rule(R, (P.POSTCOPY, P.COMPLETE)),
     m.Outstanding: Rule(R, (P.REJOIN,)),
     m.Rejoined: Rule(R, (P.REJOIN,)),
     m.Complete: Rule(R, (P.POSTCOPY, P.REJOIN), P.COMPLETE),
@@ -219,6 +220,9 @@ class Session:
         elif isinstance(message, m.Checkpoint):
             self._check_checkpoint(message)
             self._checkpoint_whole = message.last
+        elif isinstance(message, m.Unprotected):
+            if not self.protected:
+                raise RemoteProtocolError(f"{message.type}: this migration was offered without checkpoints")
         elif isinstance(message, m.Kept):
             self._after("kept", self._checkpoint_whole, "the checkpoint")
             self._checkpoint_whole = False

@@ -12,9 +12,11 @@ What the guest has sent out or written to its disks is not held back until it is
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import trio
@@ -37,13 +39,22 @@ MOST_STANDING_STILL = 0.1
 """Of the time: where checkpoints take longer, there are fewer of them."""
 
 
+class LogDirtyLostError(Exception):
+    """Log-dirty is not ours any more: what is read of it is worth nothing."""
+
+
 class Checkpoints:
     """Of a domain that runs here.  ``say`` sends on the push lane, and blocks."""
 
     def __init__(
-        self, domain: Domain, every_s: float, say: Callable[[m.Message, list[memoryview]], None], statistics: PagerStatistics
+        self, domain: Domain, every_s: float, say: Callable[[m.Message, list[memoryview]], None], statistics: PagerStatistics,
+        stopped: Path, lost: Callable[[str], None],
     ):  # fmt: skip
+        """``stopped``: see :meth:`Journal.stopped`.  ``lost`` is told, in a thread, why there are no further ones."""
         self._domain = domain
+        self._stopped = stopped
+        self._lost = lost
+        self.log_dirty_is_ours = False
         self._every_s = every_s
         self._say = say
         self._statistics = statistics
@@ -53,22 +64,33 @@ class Checkpoints:
         self._making = trio.Lock()
         self._kept = trio.Event()
         self._made = self._ended = self._inherited = False
+        self._problem = ""
+        """Why the source could not keep one."""
 
-    def begin(self, *, inherit: bool = False) -> bool:
-        """Before the guest runs: from here on what it writes is recorded.  Whether that can be.
+    def begin(self, *, inherit: bool = False) -> None:
+        """Before the guest runs: from here on what it writes is recorded.  Raises ``XenError`` where that cannot be.
 
-        ``inherit``: from a predecessor, of which it is not known what it had looked at: everything that is here is owed.
+        ``inherit``: from a predecessor, whose log-dirty it is, if it is on.  It is not known what that had looked at:
+        everything that is here is owed.
         """
         self._inherited = inherit
+        if inherit and self._domain.log_dirty_is_on():
+            self._domain.log_dirty_disable()
+        self._domain.log_dirty_enable()
+        self.log_dirty_is_ours = True
         try:
-            self._domain.log_dirty_enable()
             self._memory_pages = self._count_memory()
             if inherit:
                 self._owe_all()
-        except XenError as error:
-            log.error("%s: %s", NOT_PROTECTED, error)
-            return False
-        return True
+        except XenError:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Log-dirty goes off, if it is ours."""
+        if self.log_dirty_is_ours:
+            self.log_dirty_is_ours = False
+            self._domain.log_dirty_disable()
 
     async def run(self, stop: Callable[[], None]) -> None:
         """One after the other, until cancelled; ``stop`` is to cut a sending thread short.
@@ -86,28 +108,36 @@ class Checkpoints:
                 began = self._statistics.checkpoint_pause_s
                 try:
                     await run_in_thread(self._make, stop)
+                except LogDirtyLostError as error:
+                    await self._end(str(error))
+                    return
                 except XenError as error:
                     failures += 1
                     if failures == ATTEMPTS:
-                        log.error("%s: %s", NOT_PROTECTED, error)
+                        await self._end(str(error))
                         return
                     log.warning("no checkpoint could be made, trying again: %s", error)
                     continue
                 failures = 0
                 if self._made:
                     await self._kept.wait()
+                if self._problem:
+                    await self._end(self._problem)
+                    return
             stood_still = self._statistics.checkpoint_pause_s - began
             pause_s = max(self._every_s, stood_still / MOST_STANDING_STILL)
 
     def kept(self, problem: str) -> None:
         """The source says so, or that it cannot."""
-        if problem:
-            self._ended = True
-            log.error("%s: %s", NOT_PROTECTED, problem)
-        else:
+        self._problem = problem
+        if not problem:
             self._owed[:] = False
             self._statistics.checkpoints += 1
         self._kept.set()
+
+    async def _end(self, problem: str) -> None:
+        self._ended = True
+        await trio.to_thread.run_sync(self._lost, problem)
 
     async def end(self) -> None:
         """When this returns none is on its way, nor will be."""
@@ -119,8 +149,9 @@ class Checkpoints:
     def _make(self) -> None:
         self._made = False
         state = self._domain.state()
-        if state is DomainState.SUSPENDED and self._inherited:  # one died in the middle of a checkpoint
+        if state is DomainState.SUSPENDED and self._stopped.exists():  # it was to go on after a checkpoint
             self._domain.resume()
+            self._stopped.unlink(missing_ok=True)
         elif state is not DomainState.RUNNING:
             return
         self._look()
@@ -146,6 +177,11 @@ class Checkpoints:
         # Several times: of a page that is being loaded both counts are not changed together.
         counts = [self._count_memory() for _ in range(3)]
         written = mask_from_bitmap(self._domain.log_dirty(clean=True), self._domain.nr_pfns)
+        if not self._domain.log_dirty_is_on():
+            self.log_dirty_is_ours = False
+            raise LogDirtyLostError(
+                "somebody has switched its log-dirty off, so that it is not known what the guest has written since"
+            )
         self._owed |= written
         if self._memory_pages not in counts:
             # The balloon has moved, which log-dirty does not record.
@@ -166,11 +202,12 @@ class Checkpoints:
     @contextlib.contextmanager
     def _standing_still(self) -> Iterator[None]:
         began = time.monotonic()
-        self._domain.suspend()
+        suspend(self._domain, self._stopped)
         try:
             yield
         finally:
             self._domain.resume()
+            self._stopped.unlink(missing_ok=True)
             self._statistics.stood_still(time.monotonic() - began)
 
     def _written(self, pages: PfnMask) -> Iterator[tuple[m.Written, list[memoryview]]]:
@@ -181,6 +218,27 @@ class Checkpoints:
                 if len(data) + len(zeros) + len(holes):
                     self._statistics.checkpoint_pages += len(pfns)
                     yield m.Written(data, zeros, holes), mapped.data
+
+
+def suspend(domain: Domain, stopped: Path) -> None:
+    """For a moment.  Raises ``XenError``; where that says that the guest did not run, it is somebody else who has stopped it."""
+    mark(stopped)
+    try:
+        domain.suspend()
+    except XenError as error:
+        if error.errno == errno.EINVAL:
+            stopped.unlink(missing_ok=True)
+        raise
+
+
+def mark(stopped: Path) -> None:
+    """Raises ``XenError``: what a successor could not undo is not begun."""
+    try:
+        stopped.touch(0o600)
+    except OSError as error:
+        raise XenError(
+            "suspend", error.errno or errno.EIO, why=f"cannot note it in {stopped}: {error.strerror}"
+        ) from error
 
 
 class Room:

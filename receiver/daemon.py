@@ -7,6 +7,7 @@ The lanes of a migration come to the listener; asked by xl's helper it dials the
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -121,6 +122,11 @@ class ReceiverDaemon:
         token = bytes.fromhex(request["token"])
         dialled = DialledLanes((str(host), int(port)), session, self._terms, token)
         toolstack = XlToolstack(int(request["domid"]), ToolstackPorts(**request["ports"]), connection)
+        taken = [m for m in self._migrations.values() if m.domid == toolstack.lends and not m.has_ended]
+        if taken:
+            raise MigrationError(
+                f"domain {toolstack.lends} is being restored already: migration {taken[0].id[:8]} of {taken[0].domain_name}"
+            )
         migration = IncomingMigration(self._hypervisor, session, dialled, self._journal, toolstack)
         self._start(migration)
         async with task_group() as tasks:
@@ -171,8 +177,12 @@ class ReceiverDaemon:
             raise MigrationError("too many sessions that have not offered a guest yet")
 
     def _start(self, migration: IncomingMigration) -> None:
+        migration.others = self._others(migration)
         self._migrations[migration.id] = migration
         self._nursery.start_soon(self._carry_out, migration)
+
+    def _others(self, migration: IncomingMigration) -> Callable[[], list[IncomingMigration]]:
+        return lambda: [other for other in self._migrations.values() if other is not migration]
 
     async def _carry_out(self, migration: IncomingMigration) -> None:
         await migration.run()

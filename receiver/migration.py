@@ -19,11 +19,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import trio
@@ -47,7 +49,7 @@ from migrate.session import Role, Session, new_token
 from migrate.statistics import PagerStatistics
 from migrate.tasks import first, is_bug, is_final, task_group
 from migrate.transport import EXPLANATION_S, LINGER_S, LaneConnection, run_in_thread, step_timeout
-from receiver.checkpoints import Checkpoints
+from receiver.checkpoints import NOT_PROTECTED, Checkpoints, mark
 from receiver.outstanding import OutstandingPages
 from receiver.pager import Pager
 from receiver.restore import MemoryRestorer
@@ -88,6 +90,8 @@ class IncomingProgress:
     phase: str = "preflight"
     outstanding: int = 0
     waiting: int = 0
+    unprotected: str = ""
+    """Why there are no further checkpoints, though they were asked for."""
     problem: str = ""
 
 
@@ -102,8 +106,10 @@ class IncomingMigration:
     ):
         self.id = migration_id
         self._journal = journal
-        self._step = ""
-        """What the journal has last been told."""
+        self._step = self._noted = ""
+        """What the journal has last been told, by us and by a predecessor."""
+        self.others: Callable[[], Iterable[IncomingMigration]] = tuple
+        """The daemon's."""
         self._offer: m.Offer
         self.lanes = lanes
         self.progress = IncomingProgress()
@@ -114,7 +120,7 @@ class IncomingMigration:
         self._push: LaneConnection | None = None
         self._pull: LaneConnection | None = None
         self._domain: Domain | None = None
-        self._domid = -1
+        self._domid = self._toolstack.lends
         self._handle: bytes | None = None
         """``None``: there is no domain yet, or it was noted by a release that did not note handles."""
         self._inherited = False
@@ -153,8 +159,9 @@ class IncomingMigration:
         migration._offer = m.Offer(**offer, key=bytes.fromhex(facts["key"]))
         migration._step, migration._domid = facts["step"], facts["domid"]
         migration._handle = bytes.fromhex(handle) if (handle := facts.get("handle")) else None
-        migration._inherited = True
+        migration._inherited, migration._noted = True, facts["step"]
         migration.progress.domain = offer["name"]
+        migration.progress.unprotected = facts.get("unprotected", "")
         lanes.keep(migration._offer.key)
         return migration
 
@@ -167,7 +174,7 @@ class IncomingMigration:
             self.id,
             {
                 "step": step, "domid": self._domid, "handle": self._handle and self._handle.hex(), "offer": offer,
-                "key": self._offer.key.hex(),
+                "key": self._offer.key.hex(), "unprotected": self.progress.unprotected,
                 "dials": self.lanes.dials, "xl": self._toolstack.decides,
             },
             needed=not self._said_ready,
@@ -304,7 +311,16 @@ class IncomingMigration:
             raise MigrationError(f"the sender gave up: {offer.reason}")
         if not isinstance(offer, m.Offer):
             raise RemoteProtocolError(f"{offer.type} instead of an offer")
-        refusal = await trio.to_thread.run_sync(self._prepare, offer)
+        coming = [other for other in self.others() if other.domain_name == offer.name and not other.has_ended]
+        self.progress.domain = offer.name
+        if coming:
+            refusal: str | None = (
+                f"a guest named {offer.name!r} is incoming already, as migration {coming[0].id[:8]}, "
+                f"which is {coming[0].progress.phase}: wait until that has ended"
+            )
+            self._offer = offer
+        else:
+            refusal = await trio.to_thread.run_sync(self._prepare, offer)
         if refusal:
             log.warning("refused %s: %s", offer.name, refusal)
             self.progress.problem = refusal
@@ -370,9 +386,7 @@ class IncomingMigration:
     async def _serve_for_predecessor(self) -> None:
         assert self._domain is not None
         state = await trio.to_thread.run_sync(self._state)
-        if self._step == "finishing" or (state is DomainState.PAUSED and not self._toolstack.decides):
-            with contextlib.suppress(XenError):  # it was about to start it, or to give up the ring; or it was not
-                await trio.to_thread.run_sync(self._domain.unpause)
+        await trio.to_thread.run_sync(self._undo_stop, state)
         if state is DomainState.INCOMING and self._step == "taken over" and not self._toolstack.decides:
             await trio.to_thread.run_sync(self._start)
             self._started()
@@ -381,6 +395,30 @@ class IncomingMigration:
             await trio.to_thread.run_sync(self._protect, self._domain)
             if self._step != "entrusted":
                 self._runs.set()
+
+    def _note_stop(self) -> None:
+        with contextlib.suppress(XenError):  # it is too late to leave it
+            mark(self._stopped)
+
+    def _undo_stop(self, state: DomainState | None) -> None:
+        assert self._domain is not None
+        if self._was_stopped_by_us(state):
+            with contextlib.suppress(XenError):  # or it was about to stop it
+                (self._domain.resume if state is DomainState.SUSPENDED else self._domain.unpause)()
+            self._stopped.unlink(missing_ok=True)
+
+    def _was_stopped_by_us(self, state: DomainState | None) -> bool:
+        """By a predecessor, in the middle of a checkpoint, of giving up the ring, or of starting the guest."""
+        if self._handle is None and self._noted == "finishing":
+            return True  # it was of a release that noted only this
+        just_started = self._noted not in FINISHED_OR_FINISHING or self._handle is None
+        if state is DomainState.PAUSED and just_started and not self._toolstack.decides:
+            return True
+        return self._stopped.exists()
+
+    @property
+    def _stopped(self) -> Path:
+        return self._journal.stopped(self.id)
 
     async def _follow_sender(self) -> None:
         """Until all is done."""
@@ -417,9 +455,11 @@ class IncomingMigration:
     async def _finish(self) -> None:
         assert self._domain is not None and self._pager is not None
         await trio.to_thread.run_sync(self._record, "finishing")
+        await trio.to_thread.run_sync(self._note_stop)
         await self._pager.finish()
+        await trio.to_thread.run_sync(functools.partial(self._stopped.unlink, missing_ok=True))
         if self._checkpoints is not None:
-            await trio.to_thread.run_sync(self._domain.log_dirty_disable)
+            await trio.to_thread.run_sync(self._checkpoints.stop)
         if self._completed:
             await trio.to_thread.run_sync(self._journal.erase, self.id)
         else:
@@ -436,7 +476,6 @@ class IncomingMigration:
 
     def _prepare(self, offer: m.Offer) -> str | None:
         """Preflight, the incoming domain and its ring; returns why not."""
-        self.progress.domain = offer.name
         config, self._offer = _config(offer), offer
         try:
             preflight = self._toolstack.preflight(self._hypervisor, config, paging=offer.paging)
@@ -578,16 +617,38 @@ class IncomingMigration:
         return Pager(self._domain, self._ring, self.session, self._pages, self.statistics, self._say_blocking)
 
     def _protect(self, domain: Domain) -> None:
-        if self._offer.checkpoint_ms:
-            made = Checkpoints(domain, self._offer.checkpoint_ms / 1000, self._say_blocking, self.statistics)
-            self._checkpoints = made if made.begin(inherit=self._inherited) else None
+        """In a thread."""
+        if not self._offer.checkpoint_ms or self._checkpoints is not None or self.progress.unprotected:
+            return
+        every_s = self._offer.checkpoint_ms / 1000
+        made = Checkpoints(
+            domain, every_s, self._say_blocking, self.statistics, self._stopped, self._protection_is_lost
+        )
+        try:
+            made.begin(inherit=self._inherited)
+            self._checkpoints = made
+        except XenError as error:
+            self._protection_is_lost(str(error))
+
+    def _protection_is_lost(self, problem: str) -> None:
+        log.error("%s: %s: %s", self.progress.domain, NOT_PROTECTED, problem)
+        self.progress.unprotected = problem
+        self._record(self._step)
 
     def _finish_over_these_lanes(self, pager: Pager) -> None:
         for task in (self._complete, self._report):
             self._lane_tasks.start_soon(task, pager)
-        if self._checkpoints is not None:
-            assert self._push is not None
-            self._lane_tasks.start_soon(self._checkpoints.run, self._push.shut)
+        if self._offer.checkpoint_ms:
+            self._lane_tasks.start_soon(self._send_checkpoints)
+
+    async def _send_checkpoints(self) -> None:
+        """Or why there are none."""
+        assert self._push is not None
+        await self._handed_over.wait()
+        if self._checkpoints is not None and not self.progress.unprotected:
+            await self._checkpoints.run(self._push.shut)
+        if self.progress.unprotected and m.UNPROTECTED in self._push.capabilities:
+            await self._say(m.Unprotected(m.printable(self.progress.unprotected)))
 
     async def _serve_faults(self, pager: Pager) -> None:
         try:

@@ -20,6 +20,8 @@ from xenbackend.contract import Domain, DomainConfig, Hypervisor, Preflight, Too
 class Toolstack(Protocol):
     decides: bool
     """Whether the guest runs here; otherwise the sender does."""
+    lends: int
+    """The domid of the domain that it has made; -1: we make it."""
 
     def preflight(self, hypervisor: Hypervisor, config: DomainConfig, *, paging: bool) -> Preflight:
         """Raises ``XenError``."""
@@ -38,7 +40,7 @@ class Toolstack(Protocol):
 
 
 class OwnToolstack:
-    decides = False
+    decides, lends = False, -1
 
     def preflight(self, hypervisor: Hypervisor, config: DomainConfig, *, paging: bool) -> Preflight:
         return hypervisor.preflight(config, paging=paging)
@@ -62,18 +64,18 @@ class XlToolstack:
     decides = True
 
     def __init__(self, domid: int, ports: ToolstackPorts, helper: ControlConnection | None = None):
-        self._domid, self._ports = domid, ports
+        self.lends, self._ports = domid, ports
         self.last_answer = LastAnswer(helper)
         """The helper is told how it ended."""
 
     def preflight(self, hypervisor: Hypervisor, config: DomainConfig, *, paging: bool) -> Preflight:
         """Of the domain as libxl has made it; that there is memory for it libxl has seen to."""
-        with hypervisor.open(self._domid) as domain:
+        with hypervisor.open(self.lends) as domain:
             found = domain.preflight()
         return found if paging else Preflight((), found.populate_evicted)
 
     def make(self, hypervisor: Hypervisor, config: DomainConfig) -> Domain:
-        return hypervisor.bind_incoming(self._domid, config, self._ports)
+        return hypervisor.bind_incoming(self.lends, config, self._ports)
 
     async def restored(self, domain: Domain) -> None:
         store_gfn, console_gfn = await trio.to_thread.run_sync(domain.toolstack_gfns)

@@ -22,7 +22,7 @@ from migrate.client import Json
 from migrate.config import RECEIVER_PORT, Config, MigrationConfig, advertised
 from migrate.control import ControlConnection
 from migrate.daemon import find_migration, notify, until_stopped
-from migrate.errors import MigrationError, UnknownSessionError
+from migrate.errors import MigrationError, OccupiedError, UnknownSessionError
 from migrate.journal import Journal
 from migrate.lanes import AwaitedLanes, DialledLanes
 from migrate.messages import Hello
@@ -30,7 +30,7 @@ from migrate.policy import PolicyOptions, Strategy
 from migrate.session import new_id, new_token
 from migrate.tasks import task_group
 from migrate.transport import listen_tcp, parse_address
-from sender.migration import OutgoingMigration
+from sender.migration import OutgoingMigration, check_free
 from sender.options import MigrationOptions
 from sender.toolstack import XlToolstack
 from xenbackend.contract import DomainId, Hypervisor, XenError, find_domain
@@ -133,6 +133,7 @@ class SenderDaemon:
             PolicyOptions(**request.get("policy", {})),
             request.get("bandwidth"),
             request.get("checkpoint_every_s"),
+            bool(request.get("take_log_dirty")),
         )
         session = new_id()
         dialled = DialledLanes(destination, session, self._config.terms)
@@ -151,7 +152,13 @@ class SenderDaemon:
 
     async def _save(self, request: Json, connection: ControlConnection) -> None:
         """For xl's helper: the receiver is told by xl's stream where we are, and dials."""
-        target, policy = await trio.to_thread.run_sync(self._look_at, int(request["domid"]))
+        try:
+            target, policy = await trio.to_thread.run_sync(self._look_at, int(request["domid"]))
+            self._check_one(target)
+        except OccupiedError as error:
+            # Xen's own live migration may not touch it either.
+            await connection.answer("refused", message=str(error))
+            return
         session, token = new_id(), new_token()
         awaited = AwaitedLanes(token, timeout_s=self._config.sender.peer_timeout_s)
         toolstack = XlToolstack(target.name, connection, int(request.get("xl", 0)))
@@ -179,8 +186,9 @@ class SenderDaemon:
             tasks.cancel_scope.cancel()
 
     def _look_at(self, domid: int) -> tuple[DomainId, tuple[bytes, bytes]]:
-        """Which domain it is, and its CPU policy."""
+        """Which domain it is, and its CPU policy.  Raises as :func:`check_free` does."""
         with self._hypervisor.open(domid) as domain:
+            check_free(domain, MigrationOptions())
             return domain.info().id, domain.cpu_policy()
 
     async def _listen_to_helper(self, migration: OutgoingMigration, toolstack: XlToolstack) -> None:
@@ -196,13 +204,17 @@ class SenderDaemon:
 
     def _start(self, migration: OutgoingMigration) -> trio.Event:
         """The migration is the daemon's, not the connection's: a client that goes away does not end it."""
-        if any(m.target == migration.target for m in self._running()):
-            raise MigrationError(f"domain {migration.domain_name} is being migrated already: see `xen-postcopy list`")
+        self._check_one(migration.target)
         ended = trio.Event()
         self._migrations[migration.id] = migration
         self._active.add(migration.id)
         self._nursery.start_soon(self._carry_out, migration, ended)
         return ended
+
+    def _check_one(self, domain: DomainId) -> None:
+        """Raises :class:`MigrationError` where the domain is under way."""
+        if any(m.target.domid == domain.domid for m in self._running()):
+            raise OccupiedError(f"domain {domain.name} is being migrated already: see `xen-postcopy list`")
 
     async def _listen(self, migration: OutgoingMigration, connection: ControlConnection) -> None:
         """What the client says meanwhile."""

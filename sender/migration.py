@@ -18,6 +18,7 @@ stays as it is, and its pages are kept, until the toolstack has resumed or destr
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import logging
@@ -34,7 +35,14 @@ import trio
 from migrate import logs
 from migrate import messages as m
 from migrate.bandwidth import BandwidthCap
-from migrate.errors import GuestEndedError, MigrationError, PeerClosedError, RemoteProtocolError, UnknownSessionError
+from migrate.errors import (
+    GuestEndedError,
+    MigrationError,
+    OccupiedError,
+    PeerClosedError,
+    RemoteProtocolError,
+    UnknownSessionError,
+)
 from migrate.journal import Journal
 from migrate.lanes import Lanes
 from migrate.pfns import PfnMask, from_bitmap, in_bitmap, pfns_of_window, pieces, union
@@ -70,6 +78,8 @@ SWITCHOVER_BATCH_PAGES = 128
 GO_BACK_AGAIN_S = 5.0
 WENT_BACK = "the guest goes on here, as it was when the last checkpoint was made"
 ENDED = ("completed", "failed")
+LOGGING = ("begun", "suspending")
+"""Steps in the journal before the handover: log-dirty may be on."""
 HOT_PAGES = 256
 """Frequently written pages that are sent during the downtime although the guest could fetch them later: 1 MiB takes
 less than a millisecond on most links, where each fault takes about half of one."""
@@ -166,6 +176,8 @@ class OutgoingMigration:
         migration._inherited, migration._successor = facts["step"], facts["successor"]
         migration._max_pages = facts.get("max_pages", 0)
         migration._may_be_ready = True  # for all we know
+        # A release that did not note handles did not note the step before the suspension either.
+        migration._suspended = facts["step"] != "begun" or handle is None
         lanes.keep(migration._key)
         return migration
 
@@ -257,7 +269,8 @@ class OutgoingMigration:
                 await trio.to_thread.run_sync(functools.partial(left.unlink, missing_ok=True))
                 raise _decision(self._inherited) or StaysHereError(WENT_BACK) from error
             raise MigrationError(f"{gone}: it was destroyed") from error
-        self._written = WrittenPages(self._domain, self._max_pages, enabled=self._inherited == "begun")
+        logging = LOGGING if self._toolstack.decides else (*LOGGING, "handed over", "decided here")
+        self._written = WrittenPages(self._domain, self._max_pages, enabled=self._inherited in logging)
         if self.options.checkpoint_every_s is not None:
             self._checkpoints = CheckpointStore(self._journal.checkpoint(self.id), self._domain)
         try:
@@ -314,8 +327,7 @@ class OutgoingMigration:
         return PushLane(connection, self.session, self._domain, self._cap, self.progress, self.statistics)
 
     async def _go_on_for_predecessor(self) -> None:
-        if self._inherited == "begun":
-            self._suspended = True  # for all we know
+        if self._inherited in LOGGING:
             raise MigrationError("the sender was ended in the middle of it")
         if self._inherited == "completing":
             await self._finish()
@@ -323,7 +335,6 @@ class OutgoingMigration:
         if self._inherited == "going back":
             raise StaysHereError(WENT_BACK)
         if decision := _decision(self._inherited):
-            self._suspended = True
             raise decision
         self._entrusted = True
         handed_over = self._inherited == "handed over"
@@ -359,8 +370,7 @@ class OutgoingMigration:
     async def _migrate(self) -> None:
         info = await trio.to_thread.run_sync(self._domain.info)
         self.domain_name = info.name or self.domain_name
-        if info.state is not DomainState.RUNNING:
-            raise MigrationError(f"domain {info.name} is {info.state.value}: only a running domain can be migrated")
+        await trio.to_thread.run_sync(functools.partial(check_free, self._domain, self.options))
         self.statistics.memory_bytes = info.tot_pages * PAGE_SIZE
         await self._connect()
         async with task_group() as tasks:  # what does not end with the lanes
@@ -467,9 +477,16 @@ class OutgoingMigration:
         Nothing is sorted, since it may have written all that it has.
         """
         domain, stats, missing = self._domain, self.statistics, self._backlog
+        if (state := domain.state()) is not DomainState.RUNNING:
+            raise MigrationError(f"{self.domain_name} is {state.value}, which somebody else has brought about")
+        self._record("suspending")
         stats.suspended = time.monotonic()
         self._suspended = True
-        self._toolstack.suspend(domain)
+        try:
+            self._toolstack.suspend(domain)
+        except XenError as error:
+            self._suspended = error.errno != errno.EINVAL  # which says that it did not run
+            raise
         log.info("suspended")
         self._may_be_ready = True
         push.say_blocking(m.Suspended())
@@ -612,6 +629,8 @@ class OutgoingMigration:
                     self._count_down()
                 case m.Written() | m.Checkpoint():
                     self._take_checkpoint(push, message, payload)
+                case m.Unprotected():
+                    self._unprotected(message.reason)
                 case m.Report():
                     self.progress.faults, self.progress.latency_us = message.faults, message.latency_us
                 case m.Complete():
@@ -632,8 +651,14 @@ class OutgoingMigration:
             raise
         except (MigrationError, XenError) as error:
             problem = m.printable(str(error))
-            log.error("%s is not protected any more: %s", self.domain_name, error)
+            self._unprotected(problem)
         push.say_blocking(m.Kept(problem))
+
+    def _unprotected(self, problem: str) -> None:
+        """What was kept last stays good."""
+        if not self.progress.unprotected:
+            log.error("%s is not protected any more: %s", self.domain_name, problem)
+            self.progress.unprotected = problem
 
     def _completed(self, message: m.Complete) -> None:
         self.receiver_statistics = _receiver_statistics(message.statistics)
@@ -840,6 +865,33 @@ class OutgoingMigration:
         except (MigrationError, XenError) as error:
             self.progress.problem += f"; and then: {error}"
             log.error("%s", error)
+
+
+def check_free(domain: Domain, options: MigrationOptions) -> None:
+    """Raises :class:`MigrationError` for a domain that cannot be migrated as it is, :class:`OccupiedError` where somebody else is
+    at work on it, in this daemon or in another program.
+    """
+    info = domain.info()
+    if info.paged_pages or domain.has_pager():
+        raise OccupiedError(
+            f"{info.name} has a pager, and {info.paged_pages} of its pages are not here: wait until "
+            "the migration that brings them is completed, which `xen-postcopy list` shows"
+        )
+    if info.state is DomainState.SUSPENDED:
+        raise OccupiedError(
+            f"{info.name} is suspended: only a running guest can be migrated; who migrates or saves it now, "
+            "`xen-postcopy list` may show"
+        )
+    if info.state is not DomainState.RUNNING:
+        raise MigrationError(f"{info.name} is {info.state.value}: only a running guest can be migrated")
+    if domain.log_dirty_is_on():
+        if not options.take_log_dirty:
+            raise OccupiedError(
+                f"log-dirty is on for {info.name}: somebody migrates, saves or protects it, or died "
+                "when doing so; if nobody does any more, `xen-postcopy migrate --take-log-dirty` (or "
+                "`XEN_POSTCOPY=off xl migrate`) switches it off first"
+            )
+        domain.log_dirty_disable()
 
 
 def _decision(step: str) -> MigrationError | None:

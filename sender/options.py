@@ -16,6 +16,8 @@ class MigrationOptions:
     bandwidth_bytes_per_s: float | None = None
     checkpoint_every_s: float | None = None
     """What the guest becomes at the destination is sent back, so that it survives that; ``None``: it is not."""
+    take_log_dirty: bool = False
+    """Where log-dirty is on, an administrator says that nobody uses it any more."""
 
     def __post_init__(self) -> None:
         if self.checkpoint_every_s is not None and not self.strategy.pages_after_handover:
@@ -39,4 +41,6 @@ class Progress:
     """That have come back; the guest would go on here as it was at the last of them."""
     checkpoint_at: float = 0.0
     """When that came."""
+    unprotected: str = ""
+    """Why there are no further checkpoints, though they were asked for."""
     problem: str = ""

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What changes in a guest while it is being copied: log-dirty, of each page how it was at the last looks, and the balloon.
 
+Log-dirty has one user.  Each look makes sure that it is on still: where somebody has switched it off, the record looks as if
+nothing had been written.
+
 Log-dirty does not have it all.  Up to Xen 4.18 a pfn that loses its frame or gets another one is not recorded, and
 neither are writes to the new frame until the next look (Xen commit 98fccdf0ac).  Nothing but a search of the whole physmap
 finds such a pfn, and a pfn that was given away and taken back in between is not found at all.  So no frame can be added while
@@ -13,14 +16,16 @@ to be another one.  From then on the balloon is held again, and every page count
 
 from __future__ import annotations
 
+import errno
 import logging
 
 import numpy as np
 from numpy.typing import NDArray
 
+from migrate.errors import MigrationError
 from migrate.pfns import PfnMask, bitmap_of, mask_from_bitmap
 from sender.reader import present
-from xenbackend.contract import Domain, PfnArray
+from xenbackend.contract import Domain, PfnArray, XenError
 
 log = logging.getLogger(__name__)
 
@@ -37,20 +42,27 @@ def limit_of(domain: Domain) -> int:
 
 
 class WrittenPages:
-    """``max_pages``: the domain's own limit.  ``enabled``: log-dirty may be, by a predecessor."""
+    """``max_pages``: the domain's own limit.  ``enabled``: log-dirty may be, by a predecessor.  It is nobody else's then: to a
+    second user Xen refuses it."""
 
     def __init__(self, domain: Domain, max_pages: int, *, enabled: bool = False):
         self._domain = domain
         self.max_pages = max_pages
-        self._enabled = enabled
+        self._enabled = self._holds_balloon = enabled
         self._heat = np.zeros(0, dtype=np.uint8)
         self._present: PfnMask
         self._tot_pages = 0
 
     def enable(self) -> None:
-        self._enabled = True  # or half so, when this fails
+        try:
+            self._domain.log_dirty_enable()
+        except XenError as error:
+            self._enabled = error.errno != errno.EBUSY  # otherwise it may be half so
+            raise
+        self._enabled = self._holds_balloon = True
         self._hold_balloon()
-        self._domain.log_dirty_enable()
+        # Of a frame that came in between the writes are recorded from now on; all memory is still to be copied.
+        self._domain.log_dirty(clean=True)
         self._heat = np.zeros(self._domain.nr_pfns, dtype=np.uint8)
 
     def memory(self) -> PfnMask:
@@ -61,8 +73,10 @@ class WrittenPages:
 
     def disable(self) -> None:
         """If it is enabled."""
-        if self._enabled:
+        if self._holds_balloon:
             self._let_balloon_go()
+            self._holds_balloon = False
+        if self._enabled:
             self._domain.log_dirty_disable()
             self._enabled = False
 
@@ -102,6 +116,12 @@ class WrittenPages:
             self._hold_balloon()
         # After that: what is written to frames that came until now is recorded from here on.
         bitmap = self._domain.log_dirty(clean=True)
+        if not self._domain.log_dirty_is_on():
+            self._enabled = False
+            raise MigrationError(
+                "somebody has switched log-dirty off, so that it is not known what the guest has written: "
+                "end what else migrates or saves this guest, and migrate it again"
+            )
         if not came and frames.tot_pages == self._tot_pages:
             return bitmap, None
         before = self._present

@@ -390,12 +390,46 @@ def test_log_dirty_is_peeked_cleaned_and_ended(lab: Lab) -> None:
     lab.wait_for_work(domain)
     assert len(dirty(clean=True)) > 0
     domain.log_dirty_disable()
+    lab.wait_for_work(domain)
+
+
+def test_log_dirty_is_refused_to_a_second_user_and_stays_the_first_one_s(lab: Lab) -> None:
+    """Whoever relies on it can see that it is on, though not whose it is."""
+    domain = lab.guest()
+    other = lab.hypervisor.open(domain.domid)
+    assert not domain.log_dirty_is_on() and not other.log_dirty_is_on()
     domain.log_dirty_enable()
-    domain.log_dirty_enable()  # where a migration died that had enabled it
+    for _again in range(2):
+        with pytest.raises(XenError, match="log-dirty is on already") as refused:
+            other.log_dirty_enable()
+        assert refused.value.errno == errno.EBUSY
+        assert domain.log_dirty_is_on() and other.log_dirty_is_on()
     lab.wait_for_work(domain)
-    assert len(dirty(clean=True)) > 0
+    assert domain.log_dirty(clean=True).any()
     domain.log_dirty_disable()
+    assert not domain.log_dirty_is_on() and not other.log_dirty_is_on()
     lab.wait_for_work(domain)
+    domain.log_dirty_enable()  # asking has not left it on, or off
+    lab.wait_for_work(domain)
+    assert domain.log_dirty(clean=True).any()
+    domain.log_dirty_disable()
+    other.close()
+
+
+def test_a_domain_with_a_ring_has_a_pager_whoever_asks(lab: Lab) -> None:
+    domain = lab.incoming()
+    other = lab.hypervisor.open(domain.domid)
+    assert not other.has_pager()
+    ring = domain.paging_enable()
+    domain.populate_evicted(span(0, 8))
+    assert domain.has_pager() and other.has_pager()
+    assert other.info().paged_pages == 8
+    assert not domain.load(span(0, 8), None).any()
+    domain.paging_disable()
+    ring.close()
+    assert not domain.has_pager() and not other.has_pager()
+    assert other.info().paged_pages == 0
+    other.close()
 
 
 def test_a_page_that_is_loaded_is_not_written(lab: Lab) -> None:

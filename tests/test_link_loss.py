@@ -370,7 +370,10 @@ async def test_nobody_else_takes_a_session_up(clean_hosts: World, name: str) -> 
             except RefusedError as error:
                 refusals.append(str(error))
 
-    outcome = await migrate(clean_hosts, busy(name), meanwhile=meanwhile)
+    # Its memory takes longer to come than the thief takes.
+    slow = MigrationOptions(Strategy.POSTCOPY, bandwidth_bytes_per_s=4 * MIB)
+    spec = busy(name, rate=2000, working_set_bytes=MIB)
+    outcome = await migrate(clean_hosts, spec, options=slow, meanwhile=meanwhile)
     assert outcome.error is None
     assert outcome.migration.statistics.rejoins == 0
     assert len(refusals) == 3 and all("wrong or used token" in refusal for refusal in refusals)

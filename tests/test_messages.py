@@ -43,6 +43,7 @@ EXAMPLES: list[m.Message] = [
     m.Report(10, 20, 30),
     m.Written(pfn_array([1, 5]), pfn_array([2]), pfn_array([9])),
     m.Checkpoint(b"registers", True),
+    m.Unprotected("somebody has switched its log-dirty off"),
     m.Outstanding(0, b"\xff"),
     m.Rejoined("postcopy", b"token"),
     m.Complete(b"{}"),
@@ -87,6 +88,7 @@ VERSION_1 = {
     "fault": "pfns",
     "ahead": "pfns",
     "lost": "reason",  # with the capability of that name
+    "unprotected": "reason",  # likewise
 }
 """Each message of the protocol's version 1, with its fields."""
 PROTOCOL = Path(__file__).parents[1] / "docs/protocol.md"

@@ -102,7 +102,7 @@ PROTECTED = [
     *STORY[1 : next(i for i, said in enumerate(STORY) if isinstance(said[1], m.Complete))],
     (R, m.Written(ONE, holes=pfn_array([3])), PUSH), (R, m.Checkpoint(b"a", False), PUSH), (R, m.Checkpoint(b"b", True), PUSH),
     (S, m.Kept(""), PUSH), (R, m.Written(ONE), PUSH), (R, m.Checkpoint(b"c", True), PUSH), (S, m.Kept(""), PUSH),
-    (R, m.Complete(b"{}"), PUSH), (S, m.Completed(), PUSH),
+    (R, m.Unprotected("no log-dirty"), PUSH), (R, m.Complete(b"{}"), PUSH), (S, m.Completed(), PUSH),
 ]  # fmt: skip
 
 
@@ -131,7 +131,7 @@ def test_checkpoints_out_of_order(until: type[m.Message], said: tuple[Role, m.Me
 
 def test_checkpoints_that_were_not_agreed_on() -> None:
     ends = play(STORY[: next(i for i, said in enumerate(STORY) if isinstance(said[1], m.Complete))])
-    for message in (m.Written(ONE), m.Checkpoint(b"", True)):
+    for message in (m.Written(ONE), m.Checkpoint(b"", True), m.Unprotected("")):
         with pytest.raises(RemoteProtocolError, match="offered without checkpoints"):
             ends[S].received(message, PUSH)
 

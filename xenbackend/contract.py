@@ -28,6 +28,7 @@ from xenbackend.errors import XenError as XenError
 if TYPE_CHECKING:
     from xenbackend.ring import PagingRing
 
+LOG_DIRTY_IS_ON = "log-dirty is on already: somebody migrates, saves or protects the guest"
 PfnArray = NDArray[np.uint64]
 Buffer = bytes | bytearray | memoryview
 
@@ -282,12 +283,21 @@ class Domain(ABC):
     def log_dirty_enable(self) -> None:
         """From here on every written page is recorded.  No page counts as dirty yet.
 
+        EBUSY where log-dirty is on already: it is somebody's, who would miss what another one takes.
+
         A pfn that loses its frame, or gets one, is not recorded by Xen 4.17 and 4.18, and neither is what is written to
         the new frame until :meth:`log_dirty` cleans the record.
         """
 
     @abstractmethod
-    def log_dirty_disable(self) -> None: ...
+    def log_dirty_disable(self) -> None:
+        """For whoever has enabled it."""
+
+    @abstractmethod
+    def log_dirty_is_on(self) -> bool:
+        """Changes nothing.  A record of log-dirty that was switched off meanwhile lacks what was written then, and looks like any
+        other: ask this after the record was taken.
+        """
 
     @abstractmethod
     def log_dirty(self, *, clean: bool) -> NDArray[np.uint8]:
@@ -340,6 +350,10 @@ class Domain(ABC):
         """
 
     # ---- paging ----
+    @abstractmethod
+    def has_pager(self) -> bool:
+        """There is a paging ring, whoever serves it, or nobody."""
+
     @abstractmethod
     def paging_enable(self) -> PagingRing:
         """Become the domain's pager.  EBUSY when it has one."""

@@ -114,14 +114,23 @@ def summary(result: dict[str, Any]) -> str:
 @click.argument("domain")
 @click.argument("destination")
 @strategy_options
+@click.option(
+    "--take-log-dirty",
+    is_flag=True,
+    help="Where log-dirty is on for DOMAIN, switch it off first: only if no other program uses it any more.",
+)
 @socket_option(SENDER_SOCKET, "the local sender")
-def migrate_command(domain: str, destination: str, json_path: Path | None, socket_path: Path, **options: Any) -> None:
-    """Migrate DOMAIN (a name or a domid) to the receiver at DESTINATION (HOST or HOST:PORT).
+def migrate_command(
+    domain: str, destination: str, json_path: Path | None, take_log_dirty: bool, socket_path: Path, **options: Any
+) -> None:
+    """Migrate DOMAIN (a name, a domid or a UUID) to the receiver at DESTINATION (HOST or HOST:PORT).
 
     Ctrl-C before the switchover takes everything back, and the guest goes on here.  After it the
     migration cannot be taken back and goes on without this command.
     """
-    request = {"domain": domain, "destination": destination, **migration_request(**options)}
+    request = {
+        "domain": domain, "destination": destination, "take_log_dirty": take_log_dirty, **migration_request(**options),
+    }  # fmt: skip
     with ControlClient(socket_path, wait_s=STARTING_S) as client:
         result = follow_migration(client, request)
     echo(summary(result))

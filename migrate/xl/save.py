@@ -76,6 +76,8 @@ def save(request: Request) -> Never:
         stock.become(request, str(error))
     except EOFError:
         libxl.gone()
+    if offer["event"] == "refused":
+        libxl.fail(offer["message"], errno.EBUSY)
     _Saving(request, daemon, offer).run()
 
 

@@ -40,7 +40,7 @@ EVENTS = {
 }  # fmt: skip
 CODE = (".py", ".pyc", ".so")
 """Modules that are imported late."""
-QUICK = {"native_pages", "fileno", "checkpoint"}
+QUICK = {"native_pages", "fileno", "checkpoint", "stopped"}
 """Methods that only look at this process."""
 
 

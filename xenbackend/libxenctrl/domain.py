@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xenbackend.contract import (
+    LOG_DIRTY_IS_ON,
     PAGE_SIZE,
     Buffer,
     Domain,
@@ -312,10 +313,15 @@ class XenDomain(Domain):
 
     # ---- log-dirty ----
     def log_dirty_enable(self) -> None:
-        check("enable_logdirty", lib.xen_log_dirty_enable(self._host, self.domid))
+        rc = lib.xen_log_dirty_enable(self._host, self.domid)
+        if rc:
+            raise XenError("enable_logdirty", -rc, why=LOG_DIRTY_IS_ON if rc == -errno.EBUSY else "")
 
     def log_dirty_disable(self) -> None:
         check("logdirty off", lib.xen_log_dirty_disable(self._host, self.domid))
+
+    def log_dirty_is_on(self) -> bool:
+        return check("logdirty", lib.xen_log_dirty_is_on(self._host, self.domid)) == 1
 
     def log_dirty(self, *, clean: bool) -> NDArray[np.uint8]:
         bitmap = np.zeros((self.nr_pfns + 63) // 64 * 8, dtype=np.uint8)
@@ -419,6 +425,9 @@ class XenDomain(Domain):
         return np.sort(out[:n])
 
     # ---- paging ----
+    def has_pager(self) -> bool:
+        return check("paging ring", lib.xen_has_ring(self._host, self.domid)) == 1
+
     def paging_enable(self) -> XenPagingRing:
         pager = ffi.new("struct xen_pager *")
         rc = lib.xen_paging_enable(self._host, self.domid, self.nr_pfns, pager)

@@ -174,6 +174,9 @@ class SimulatedDomain(Domain):
     def log_dirty_disable(self) -> None:
         self._host.call("log_dirty", domid=self.domid, enable=False)
 
+    def log_dirty_is_on(self) -> bool:
+        return bool(self._map.dom.log_dirty)
+
     def log_dirty(self, *, clean: bool) -> NDArray[np.uint8]:
         bitmap = np.empty((self.nr_pfns + 63) // 64 * 8, dtype=np.uint8)
         lib.sim_log_dirty(self._map, ffi.from_buffer("uint64_t[]", bitmap), clean)
@@ -227,6 +230,9 @@ class SimulatedDomain(Domain):
         return np.sort(held[:n])
 
     # ---- paging ----
+    def has_pager(self) -> bool:
+        return bool(self._host.call("has_pager", domid=self.domid))
+
     def paging_enable(self) -> PagingRing:
         return self._ring("paging_enable", resume=False)
 

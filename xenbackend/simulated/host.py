@@ -22,7 +22,7 @@ import msgpack
 import numpy as np
 import trio
 
-from xenbackend.contract import PAGE_SIZE, DomainConfig, DomainState, XenError
+from xenbackend.contract import LOG_DIRTY_IS_ON, PAGE_SIZE, DomainConfig, DomainState, XenError
 from xenbackend.simulated._sim import ffi, lib
 from xenbackend.simulated.guest import GuestOptionError, GuestSpec, available_bytes
 from xenbackend.simulated.rpc import MAX_FDS, MAX_MESSAGE, pack, unpack
@@ -46,6 +46,8 @@ class HostedDomain:
         self.config = config
         self.ever_ran = False
         self.suspended = False
+        self.paused = 0
+        """How often, by clients."""
         self.ring_fds: list[int] = []
         self.pager = 0
         """The client that serves the ring; 0: none, or it is gone."""
@@ -98,7 +100,7 @@ class HostedDomain:
             raise XenError("start", -rc, why=self.reason)
 
     def suspend(self) -> None:
-        if self.suspended or self.dom.crash or not self.ever_ran:
+        if self.state is not DomainState.RUNNING:
             raise XenError("suspend", errno.EINVAL, why=f"the domain is {self.state.value}")
         lib.sim_host_pause(self.native)
         self.suspended = True
@@ -115,7 +117,9 @@ class HostedDomain:
             return DomainState.CRASHED
         if self.suspended:
             return DomainState.SUSPENDED
-        return DomainState.RUNNING if self.ever_ran else DomainState.INCOMING
+        if not self.ever_ran:
+            return DomainState.INCOMING
+        return DomainState.PAUSED if self.paused else DomainState.RUNNING
 
     @property
     def reason(self) -> str:
@@ -469,10 +473,16 @@ class SimulatedHost:
         self._domain(domid).resume()
 
     def op_pause(self, domid: int) -> None:
-        lib.sim_host_pause(self._domain(domid).native)
+        domain = self._domain(domid)
+        lib.sim_host_pause(domain.native)
+        domain.paused += 1
 
     def op_unpause(self, domid: int) -> None:
-        lib.sim_host_unpause(self._domain(domid).native)
+        domain = self._domain(domid)
+        if not domain.paused:
+            raise XenError("unpause", errno.EINVAL, why="the domain is not paused")
+        domain.paused -= 1
+        lib.sim_host_unpause(domain.native)
 
     def op_start(self, domid: int) -> None:
         self._domain(domid).start()
@@ -486,6 +496,8 @@ class SimulatedHost:
     def op_log_dirty(self, domid: int, enable: bool) -> None:
         """The domain stands still for the change, so that no write is under way between off and on."""
         domain = self._domain(domid)
+        if enable and domain.dom.log_dirty:
+            raise XenError("enable_logdirty", errno.EBUSY, why=LOG_DIRTY_IS_ON)
         lib.sim_host_pause(domain.native)
         domain.dom.log_dirty = enable
         bitmap_bytes = (domain.dom.nr_pfns + 63) // 64 * 8
@@ -499,6 +511,9 @@ class SimulatedHost:
         lib.sim_host_pause(domain.native)
         domain.dom.max_pages = pages
         lib.sim_host_unpause(domain.native)
+
+    def op_has_pager(self, domid: int) -> bool:
+        return bool(self._domain(domid).ring_fds)
 
     def op_paging_enable(self, domid: int, client: int) -> Reply:
         if not self.paging:

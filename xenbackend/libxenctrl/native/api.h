@@ -79,8 +79,11 @@ int xen_populate(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_
 int xen_depopulate(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, size_t *done);
 int xen_write(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, const uint8_t *pages, size_t *done);
 
+/* -EBUSY: it is on. */
 int xen_log_dirty_enable(struct xen_host *h, uint32_t domid);
 int xen_log_dirty_disable(struct xen_host *h, uint32_t domid);
+/* 1, 0, or -errno. */
+int xen_log_dirty_is_on(struct xen_host *h, uint32_t domid);
 int xen_log_dirty(struct xen_host *h, uint32_t domid, int clean, uint8_t *bitmap, uint64_t nr_gfns);
 
 /* ---- pinned.c ---- */

@@ -246,12 +246,16 @@ int xen_log_dirty_enable(struct xen_host *h, uint32_t domid)
 {
     if (xc_shadow_control(h->xch, domid, XEN_DOMCTL_SHADOW_OP_ENABLE_LOGDIRTY, NULL, 0) >= 0)
         return 0;
-    if (errno != EINVAL)
-        return -errno;
-    /* On already, by a migration that died. */
-    if (xen_log_dirty_disable(h, domid))
-        return -errno;
-    return xc_shadow_control(h->xch, domid, XEN_DOMCTL_SHADOW_OP_ENABLE_LOGDIRTY, NULL, 0) < 0 ? -errno : 0;
+    /* paging_log_dirty_enable() has EINVAL for a domain whose log-dirty is on.  Whose it is Xen does not know. */
+    return errno == EINVAL ? -EBUSY : -errno;
+}
+
+/* Xen does not tell, but for refusing to switch it on a second time. */
+int xen_log_dirty_is_on(struct xen_host *h, uint32_t domid)
+{
+    int rc = xen_log_dirty_enable(h, domid);
+
+    return rc ? rc == -EBUSY ? 1 : rc : xen_log_dirty_disable(h, domid);
 }
 
 int xen_log_dirty(struct xen_host *h, uint32_t domid, int clean, uint8_t *bitmap, uint64_t nr_gfns)
