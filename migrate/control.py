@@ -17,7 +17,7 @@ from typing import Any
 import trio
 
 from migrate.client import MAX_LINE, Json
-from migrate.daemon import inherited_socket
+from migrate.daemon import inherited_socket, serve_connections
 from migrate.errors import MigrationError
 from migrate.tasks import task_group
 from xenbackend.contract import XenError
@@ -41,7 +41,7 @@ class ControlConnection:
             return None
         try:
             request = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise MigrationError("not a JSON object") from None
         if not isinstance(request, dict):
             raise MigrationError("not a JSON object")
@@ -104,12 +104,9 @@ async def serve(
         async with stream:
             if not _may_ask(stream):
                 return
-            try:
-                # What the client asked for goes on when it has gone.
-                with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-                    await _answer(connection, handler)
-            except Exception:
-                log.exception("internal error in answering a request")
+            # What the client asked for goes on when it has gone.
+            with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                await _answer(connection, handler)
 
     inherited = inherited_socket()
     async with contextlib.AsyncExitStack() as stack:
@@ -117,7 +114,7 @@ async def serve(
             sock = stack.enter_context(trio.socket.from_stdlib_socket(inherited))
         else:
             sock = await stack.enter_async_context(listen_unix(path))
-        await trio.serve_listeners(exchange, [trio.SocketListener(sock)], task_status=task_status)
+        await serve_connections("a request", exchange, [trio.SocketListener(sock)], task_status=task_status)
 
 
 def _may_ask(stream: trio.SocketStream) -> bool:
@@ -140,6 +137,9 @@ async def _answer(connection: ControlConnection, handler: Handler) -> None:
         text = str(error)
     except (KeyError, TypeError, ValueError) as error:
         text = f"bad request: {error!r}"
+    except Exception as error:
+        log.exception("internal error in answering a request")
+        text = f"internal error, which the daemon's log has: {error!r}"
     await connection.answer("error", message=text)
 
 

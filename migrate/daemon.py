@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import logging
 import math
@@ -19,6 +20,7 @@ from typing import Protocol, TypeVar
 import trio
 
 from migrate.errors import MigrationError, UnknownMigrationError
+from migrate.tasks import isolated
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +29,29 @@ OWNED = "XEN_POSTCOPY_OWNED"
 """Set for a process that is to end with the one that has started it."""
 LISTEN_FDS_START = 3
 """Of sd-daemon(3)."""
+ACCEPT_AGAIN_S = 0.1
+STRANGERS_SHARE = 0.75
+"""Of the descriptors.  What is left over is for migrations that run, their journals, and requests at the control socket."""
+COMPLAIN_EVERY_S = 60.0
+"""How often one complaint is logged that could be made for each connection."""
+
+
+class Complaint:
+    """A complaint that is logged the first time, and then once in :data:`COMPLAIN_EVERY_S`."""
+
+    def __init__(self) -> None:
+        self._logged_at = -math.inf
+
+    def log(self, text: str, *arguments: object) -> None:
+        if trio.current_time() - self._logged_at >= COMPLAIN_EVERY_S:
+            self._logged_at = trio.current_time()
+            log.error(text, *arguments)
+
+
+@functools.cache
+def _notify_socket() -> socket.socket:
+    """Made once: there may be no descriptor for another one later, and a watchdog that is not fed ends the daemon."""
+    return socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 
 
 def notify(state: str) -> None:
@@ -34,8 +59,9 @@ def notify(state: str) -> None:
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
-        sock.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
+    with contextlib.suppress(OSError):  # nobody receives any more, or not fast enough
+        path = "\0" + address[1:] if address.startswith("@") else address
+        _notify_socket().sendto(state.encode(), socket.MSG_DONTWAIT, path)
 
 
 def end_with_owner() -> None:
@@ -100,6 +126,49 @@ async def _second_signal(signals: AsyncIterator[int], draining: trio.Nursery) ->
     await anext(aiter(signals))
     log.warning("stopped for the second time: not waiting any longer")
     draining.cancel_scope.cancel()
+
+
+async def serve_connections(
+    what: str,
+    handle: Callable[[trio.SocketStream], Awaitable[None]],
+    listeners: list[trio.SocketListener],
+    *,
+    from_strangers: bool = False,
+    task_status: trio.TaskStatus[list[trio.SocketListener]] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Handle each connection in a task of its own, until cancelled.  No connection, and no failure to accept one, ends this.
+
+    ``what``: a connection, for the log.  Those ``from_strangers`` get no more than :data:`STRANGERS_SHARE` of the descriptors.
+    """
+    exhausted = Complaint()
+    share = STRANGERS_SHARE if from_strangers else 1.0
+
+    async def accept(listener: trio.SocketListener) -> None:
+        async with listener:
+            while True:
+                try:
+                    stream = await listener.accept()
+                except Exception as error:
+                    exhausted.log("%s cannot be accepted: %s; trying again until it can", what, error)
+                    await trio.sleep(ACCEPT_AGAIN_S)
+                    continue
+                # The kernel gives the lowest number that is free.
+                if stream.socket.fileno() >= resource.getrlimit(resource.RLIMIT_NOFILE)[0] * share:
+                    exhausted.log("%s is refused: the descriptors that are left are for migrations that run", what)
+                    stream.socket.close()
+                    continue
+                tasks.start_soon(isolated, what, handle_and_close, stream)
+
+    async def handle_and_close(stream: trio.SocketStream) -> None:
+        try:
+            await handle(stream)
+        finally:
+            stream.socket.close()
+
+    async with trio.open_nursery() as tasks:
+        for listener in listeners:
+            tasks.start_soon(accept, listener)
+        task_status.started(listeners)
 
 
 LEAST_OF_AN_ID = 8

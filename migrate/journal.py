@@ -30,15 +30,20 @@ STOPPED_SUFFIX = ".stopped"
 
 
 class Journal:
-    """In ``directory``, which is made.  Raises :class:`MigrationError` where that cannot be."""
+    """In ``directory``, which is made.  Raises :class:`MigrationError` where that cannot be.
+
+    What a read-only one has can be taken up still; a new migration fails at its first entry.
+    """
 
     def __init__(self, directory: Path):
         self._directory = directory
         self._files: dict[str, int] = {}
+        self._not_understood: set[str] = set()
         self._boot = BOOT_ID.read_text().strip()
         try:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if not os.access(directory, os.W_OK):
+            self._read_only = bool(os.statvfs(directory).f_flag & os.ST_RDONLY)
+            if not self._read_only and not os.access(directory, os.W_OK):
                 raise PermissionError(0, "it cannot be written")
         except OSError as error:
             raise MigrationError(
@@ -50,6 +55,8 @@ class Journal:
 
         Raises :class:`MigrationError` if another daemon owns it: its migrations would look like a dead predecessor's.
         """
+        if self._read_only:
+            log.error("state directory %s is on a read-only file system: new migrations are refused", self._directory)
         directory = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -91,30 +98,49 @@ class Journal:
         return self._directory / (session + STOPPED_SUFFIX)
 
     def erase(self, session: str) -> None:
-        self.stopped(session).unlink(missing_ok=True)
-        self._path(session).unlink(missing_ok=True)
+        """If that fails, a successor takes the migration up again, and finds that there is nothing left to do."""
+        for path in (self.stopped(session), self._path(session)):
+            try:
+                if path.exists():  # a read-only file system does not say that there is nothing
+                    path.unlink()
+            except OSError as error:
+                log.error("cannot erase %s of a migration that has ended: %s", path, error.strerror)
         if session in self._files:
             os.close(self._files.pop(session))
 
     def entries(self) -> dict[str, dict[str, Any]]:
-        """By session: what a predecessor has left.  One that cannot be read, or is of an earlier boot, is dropped and said so."""
+        """By session: what a predecessor has left, but for what is of an earlier boot or not understood."""
         found = {}
         for path in sorted(self._directory.glob(f"*{SUFFIX}")):
+            session = path.name.removesuffix(SUFFIX)
             try:
                 text = path.read_text()
                 if not text:  # it was made, and nothing promised
-                    path.unlink()
+                    self.erase(session)
                     continue
                 facts = _last_entry(text)
                 if facts["boot"] != self._boot:
                     log.warning("%s: the guest has gone with the host, which was started anew since", path)
-                    path.unlink()
+                    self.erase(session)
                     continue
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                log.error("%s: not a journal of ours: %r", path, error)
+            except Exception as error:
+                self.leave(session, error)
                 continue
-            found[path.name.removesuffix(SUFFIX)] = facts
+            found[session] = facts
         return found
+
+    def leave(self, session: str, why: Exception) -> None:
+        """An entry with which this release cannot do anything is left to people, and to a release that can."""
+        self._not_understood.add(session)
+        log.error(
+            "%s: not a journal of ours, or of another release: %r; if a guest of this host waits for this migration, start the "
+            "release that wrote the file, otherwise remove the file", self._path(session), why,
+        )  # fmt: skip
+
+    def check_understood(self, session: str) -> None:
+        """Raises :class:`MigrationError` for a session of which nobody may conclude that it has ended."""
+        if session in self._not_understood:
+            raise MigrationError("the journal of that session here is not understood: see the log of this daemon")
 
     def _path(self, session: str) -> Path:
         return self._directory / (session + SUFFIX)
@@ -123,6 +149,6 @@ class Journal:
 def _last_entry(text: str) -> Any:
     """That was written in full.  Raises ``ValueError`` where there is none."""
     for line in reversed(text.splitlines()):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             return json.loads(line)
     raise ValueError("no entry in it")

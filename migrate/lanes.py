@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import secrets
 import time
 from collections.abc import Callable, Collection
@@ -78,7 +79,8 @@ class DialledLanes:
         self._key = b""
         self._rejoins = 0
         self._pause_s = FIRST_RETRY_S
-        self._dialled_at = -LAST_RETRY_S
+        self._dialled_at = math.inf
+        """When the last lane came about, until it is found lost."""
         self._hurried = trio.Event()
 
     @property
@@ -101,6 +103,7 @@ class DialledLanes:
     async def again(self, note: Callable[[str], None]) -> LaneConnection:
         if trio.current_time() - self._dialled_at > self._pause_s:
             self._pause_s = FIRST_RETRY_S
+        self._dialled_at = math.inf
         while True:
             with trio.move_on_after(self._pause_s):
                 await self._hurried.wait()
@@ -332,7 +335,7 @@ class Reception:
     async def _greet(self, stream: trio.SocketStream) -> None:
         try:
             lane = await LaneConnection.from_stream(stream, self._terms)
-        except PeerClosedError as error:
+        except (MigrationError, OSError) as error:
             log.warning("connection refused: %s", error)
             return
         try:
@@ -344,11 +347,13 @@ class Reception:
             await lane.send(ours)
             lane.agree((ours, greeting))
             awaited.arrived(greeting, lane)
-        except MigrationError as error:
+        except (MigrationError, OSError) as error:
             log.warning("connection from %s refused: %s", lane.peer(), error)
-            with contextlib.suppress(MigrationError), trio.move_on_after(EXPLANATION_S):
-                await lane.send(Refused(printable(str(error)), isinstance(error, UnknownSessionError)))
-            lane.close()
+            try:
+                with contextlib.suppress(MigrationError), trio.move_on_after(EXPLANATION_S):
+                    await lane.send(Refused(printable(str(error)), isinstance(error, UnknownSessionError)))
+            finally:
+                lane.close()
         except BaseException:
             lane.close()
             raise

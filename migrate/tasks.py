@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Groups of tasks whose first real error is the group's error, and what an error means."""
+"""Groups of tasks whose first real error is the group's error, tasks whose errors end nothing else, and what an error means."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import TypeVarTuple
 
 import trio
 
 from migrate.errors import LocalProtocolError, MigrationError, PeerClosedError, ProtocolError
 from xenbackend.contract import XenError
+
+log = logging.getLogger(__name__)
+
+Arguments = TypeVarTuple("Arguments")
 
 
 def root_cause(error: BaseException) -> BaseException:
@@ -42,6 +48,27 @@ async def first(*waits: Callable[[], Awaitable[object]]) -> None:
     async with task_group() as tasks:
         for one in waits:
             tasks.start_soon(wait_for, one)
+
+
+async def isolated(what: str, work: Callable[[*Arguments], Awaitable[object]], *arguments: *Arguments) -> None:
+    """Do ``work``, whose errors end nothing but itself: an error that gets here is logged with its traceback.
+
+    Each task that a daemon starts for one connection or one migration runs in here.
+    """
+    try:
+        await work(*arguments)
+    except Exception as error:
+        _report(what, error)
+    except BaseExceptionGroup as group:
+        errors, others = group.split(Exception)
+        if errors is not None:
+            _report(what, errors)
+        if others is not None:
+            raise others from None
+
+
+def _report(what: str, error: BaseException) -> None:
+    log.error("internal error in %s, which is given up; all else goes on", what, exc_info=error)
 
 
 def is_bug(error: Exception) -> bool:

@@ -103,8 +103,7 @@ class LaneConnection:
 
         Raises :class:`PeerClosedError` where TLS does not come about.
         """
-        sock = socket.socket(fileno=os.dup(stream.socket.fileno()))
-        stream.socket.close()
+        sock = socket.socket(fileno=stream.socket.detach())  # no copy of it: there may be no descriptor for that
         if terms.tls is None:
             return cls(sock, terms)
         if dialled is None:

@@ -6,10 +6,12 @@ The lanes of a migration come to the listener; asked by xl's helper it dials the
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import trio
 
@@ -17,13 +19,13 @@ from migrate import control, lanes
 from migrate.client import Json
 from migrate.config import Config
 from migrate.control import ControlConnection
-from migrate.daemon import find_migration, notify, until_stopped
+from migrate.daemon import find_migration, notify, serve_connections, until_stopped
 from migrate.errors import MigrationError, UnknownSessionError
 from migrate.journal import Journal
 from migrate.lanes import AwaitedLanes, DialledLanes
 from migrate.messages import Hello, Lane
 from migrate.session import is_session_id
-from migrate.tasks import task_group
+from migrate.tasks import isolated, task_group
 from migrate.transport import listen_tcp
 from receiver.migration import ENDED, IncomingMigration
 from receiver.toolstack import XlToolstack
@@ -64,14 +66,21 @@ class ReceiverDaemon:
         self._journal.own()
         async with trio.open_nursery() as self._nursery:
             for session, facts in self._journal.entries().items():
-                lanes_again = lanes.rejoining(facts["dials"], session, self._awaited, self._terms)
-                self._start(
-                    IncomingMigration.of_predecessor(self._hypervisor, session, lanes_again, self._journal, facts)
-                )
+                try:
+                    self._take_up(session, facts)
+                except Exception as error:
+                    self._awaited.pop(session, None)
+                    self._journal.leave(session, error)
             await self._nursery.start(control.serve, self._socket_path, self._handle)
-            await self._nursery.start(trio.serve_listeners, self.reception.receive, listeners)
+            serve = functools.partial(serve_connections, from_strangers=True)
+            await self._nursery.start(serve, "a connection", self.reception.receive, listeners)
             notify(f"READY=1\nSTATUS=listening at {self._address[0]}:{self._port}")
             log.info("receiver listening at %s:%d, control socket %s", self._address[0], self._port, self._socket_path)
+
+    def _take_up(self, session: str, facts: dict[str, Any]) -> None:
+        """What a predecessor has left."""
+        lanes_again = lanes.rejoining(facts["dials"], session, self._awaited, self._terms)
+        self._start(IncomingMigration.of_predecessor(self._hypervisor, session, lanes_again, self._journal, facts))
 
     async def _drain(self) -> None:
         for migration in self._migrations.values():
@@ -107,6 +116,7 @@ class ReceiverDaemon:
     def _find_awaited(self, greeting: Hello) -> AwaitedLanes:
         """A push lane without a token begins a migration."""
         if greeting.lane == Lane.PULL.value or greeting.token:
+            self._journal.check_understood(greeting.session)
             if greeting.session not in self._awaited:
                 raise UnknownSessionError(f"a {greeting.lane} lane for a session that is not here, or not any more")
             return self._awaited[greeting.session]
@@ -185,8 +195,9 @@ class ReceiverDaemon:
         return lambda: [other for other in self._migrations.values() if other is not migration]
 
     async def _carry_out(self, migration: IncomingMigration) -> None:
-        await migration.run()
-        await migration.linger()
+        about = f"the migration of {migration.domain_name or 'a guest'}"
+        await isolated(about, migration.run)
+        await isolated(f"the end of {about}", migration.linger)
         awaited = self._awaited.pop(migration.id, None)
         if awaited is not None:
             awaited.close()

@@ -275,15 +275,17 @@ class IncomingMigration:
             return
         with trio.move_on_after(LINGER_S):
             while True:
-                self._push = await self.lanes.again(log.debug)
-                self.session.rejoin()
                 try:
+                    self._push = await self.lanes.again(log.debug)
+                    self.session.rejoin()
                     if isinstance(await self._hear(), m.Rejoin):
                         await self._say(self._last_word)
                         await self._hear()
-                    return
-                except (PeerClosedError, RemoteProtocolError) as error:
-                    log.info("the sender has not been told yet how it ended: %s", error)
+                    break
+                except UnknownSessionError:  # it knows
+                    break
+                except Exception as error:
+                    log.info("the sender has not been told yet how it ended: %s", error, exc_info=is_bug(error))
                 finally:
                     self._close_lanes()
         await trio.to_thread.run_sync(self._journal.erase, self.id)
@@ -490,7 +492,7 @@ class IncomingMigration:
             if offer.paging:
                 self._ring = self._domain.paging_enable()
                 self.statistics.populate_evicted = preflight.populate_evicted
-        except XenError as error:
+        except (XenError, MigrationError) as error:
             return str(error)
         self._memory = MemoryRestorer(self._domain)
         self._pages = OutstandingPages(offer.nr_pfns)

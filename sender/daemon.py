@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import logging
 import time
 from dataclasses import asdict
@@ -21,14 +22,14 @@ from migrate import control, lanes
 from migrate.client import Json
 from migrate.config import RECEIVER_PORT, Config, MigrationConfig, advertised
 from migrate.control import ControlConnection
-from migrate.daemon import find_migration, notify, until_stopped
+from migrate.daemon import find_migration, notify, serve_connections, until_stopped
 from migrate.errors import MigrationError, OccupiedError, UnknownSessionError
 from migrate.journal import Journal
 from migrate.lanes import AwaitedLanes, DialledLanes
 from migrate.messages import Hello
 from migrate.policy import PolicyOptions, Strategy
 from migrate.session import new_id, new_token
-from migrate.tasks import task_group
+from migrate.tasks import isolated, task_group
 from migrate.transport import listen_tcp, parse_address
 from sender.migration import OutgoingMigration, check_free
 from sender.options import MigrationOptions
@@ -65,17 +66,24 @@ class SenderDaemon:
         self._journal.own()
         async with trio.open_nursery() as self._nursery:
             for session, facts in self._journal.entries().items():
-                lanes_again = lanes.rejoining(facts["dials"], session, self._awaited, self._config.terms)
-                self._start(
-                    OutgoingMigration.of_predecessor(session, self._hypervisor, lanes_again, self._journal, facts)
-                )
+                try:
+                    self._take_up(session, facts)
+                except Exception as error:
+                    self._awaited.pop(session, None)
+                    self._journal.leave(session, error)
             await self._nursery.start(control.serve, self._socket_path, self._handle)
             reception = lanes.Reception(self._find_awaited, self._config.terms)
-            await self._nursery.start(trio.serve_listeners, reception.receive, listeners)
+            serve = functools.partial(serve_connections, from_strangers=True)
+            await self._nursery.start(serve, "a connection", reception.receive, listeners)
             notify("READY=1\nSTATUS=waiting for migrations")
             log.info(
                 "sender ready at %s, listening at %s:%d", self._socket_path, self._config.sender.listen[0], self._port
             )
+
+    def _take_up(self, session: str, facts: dict[str, Any]) -> None:
+        """What a predecessor has left."""
+        lanes_again = lanes.rejoining(facts["dials"], session, self._awaited, self._config.terms)
+        self._start(OutgoingMigration.of_predecessor(session, self._hypervisor, lanes_again, self._journal, facts))
 
     async def _drain(self) -> None:
         for migration in self._running():
@@ -199,6 +207,7 @@ class SenderDaemon:
     def _find_awaited(self, greeting: Hello) -> AwaitedLanes:
         awaited = self._awaited.get(greeting.session)
         if awaited is None:
+            self._journal.check_understood(greeting.session)
             raise UnknownSessionError("a lane for a session that nobody awaits here")
         return awaited
 
@@ -244,7 +253,7 @@ class SenderDaemon:
             ended.set()
             self._idle.set()
             self._forget()
-        await migration.linger()
+        await isolated(f"the end of the migration of {migration.domain_name}", migration.linger)
         awaited = self._awaited.pop(migration.id, None)
         if awaited is not None:
             awaited.close()

@@ -796,8 +796,9 @@ class OutgoingMigration:
                         break
                 except UnknownSessionError:  # it knows
                     break
-                except PeerClosedError as error:
-                    log.info("%s: the destination has not been told yet how it ended: %s", self.domain_name, error)
+                except Exception as error:
+                    about = "%s: the destination has not been told yet how it ended: %s"
+                    log.info(about, self.domain_name, error, exc_info=is_bug(error))
                 finally:
                     if connection is not None:
                         connection.close()

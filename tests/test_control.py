@@ -93,7 +93,7 @@ async def test_a_client_that_leaves_without_a_request_is_not_answered(tmp_path: 
 async def test_a_bug_ends_one_exchange_and_is_logged_with_its_traceback(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(MigrationError, match="gone in the middle"):
+    with pytest.raises(MigrationError, match="internal error, which the daemon's log has"):
         await ask(tmp_path / "s", call(command="bug"))
     (record,) = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert record.exc_info is not None and isinstance(record.exc_info[1], RuntimeError)

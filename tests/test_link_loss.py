@@ -365,6 +365,7 @@ async def test_nobody_else_takes_a_session_up(clean_hosts: World, name: str) -> 
         for key in (b"", b"guessed", b"another"):
             thief = DialledLanes(("127.0.0.1", link.port), outcome.migration.id, Terms())
             thief.keep(key)
+            thief.hurry()  # the migration does not wait for it
             try:
                 (await thief.again(refusals.append)).close()
             except RefusedError as error:

@@ -40,7 +40,7 @@ EVENTS = {
 }  # fmt: skip
 CODE = (".py", ".pyc", ".so")
 """Modules that are imported late."""
-QUICK = {"native_pages", "fileno", "checkpoint", "stopped"}
+QUICK = {"native_pages", "fileno", "checkpoint", "stopped", "check_understood", "leave"}
 """Methods that only look at this process."""
 
 

@@ -1,0 +1,377 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Nothing that happens in one connection, one migration or one ended migration ends a daemon."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import json
+import logging
+import os
+import resource
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import trio
+import trio.testing
+
+from migrate import daemon as daemons
+from migrate import messages as m
+from migrate.config import Config
+from migrate.daemon import serve_connections
+from migrate.errors import MigrationError, PeerClosedError, RefusedError, RemoteProtocolError, UnknownSessionError
+from migrate.journal import BOOT_ID, Journal
+from migrate.lanes import LAST_RETRY_S, DialledLanes
+from migrate.loopback import World, loopback_world, start_receiver, start_sender, verify_migrated, wait_for_steps
+from migrate.messages import Lane
+from migrate.tasks import isolated
+from migrate.transport import LaneConnection, Terms
+from receiver.daemon import ReceiverDaemon
+from receiver.migration import IncomingMigration
+from sender.daemon import SenderDaemon
+from sender.migration import OutgoingMigration
+from tests.conftest import MIB
+from tests.test_link_loss import until
+from xenbackend.contract import Hypervisor
+from xenbackend.simulated.guest import GuestSpec
+
+BUGS = [
+    KeyError("a bug"),
+    TypeError("a bug"),
+    OSError(errno.EMFILE, "no descriptor"),
+    AssertionError(),
+    RecursionError(),
+]
+
+
+# ---- tasks ----
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: type(bug).__name__)
+async def test_a_task_s_error_is_logged_with_its_traceback_and_ends_no_other(
+    bug: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fail() -> None:
+        raise bug
+
+    async def fail_in_a_group() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fail)
+            nursery.start_soon(trio.sleep_forever)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(isolated, "one", fail)
+        nursery.start_soon(isolated, "another", fail_in_a_group)
+    assert [record.exc_info is not None for record in caplog.records] == [True, True]
+    assert "internal error in one, which is given up" in caplog.text
+
+
+async def test_a_task_that_is_cancelled_while_it_fails_is_both_logged_and_cancelled(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def fail_when_cancelled() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            raise KeyError("a bug")
+
+    async def work() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fail_when_cancelled)
+            nursery.start_soon(trio.sleep_forever)
+
+    with trio.CancelScope() as scope:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(isolated, "one", work)
+            await trio.testing.wait_all_tasks_blocked()
+            scope.cancel()
+    assert scope.cancelled_caught
+    assert "a bug" in caplog.text
+
+
+class Faltering:
+    """A listener that fails as it is told to, and then has one connection."""
+
+    def __init__(self, *errors: Exception):
+        self._errors = list(errors)
+        self._stream, self.peer = trio.socket.socketpair()
+
+    async def accept(self) -> trio.SocketStream:
+        await trio.lowlevel.checkpoint()
+        if self._errors:
+            raise self._errors.pop(0)
+        if self._stream.fileno() < 0:
+            await trio.sleep_forever()
+        return trio.SocketStream(self._stream)
+
+    async def __aenter__(self) -> Faltering:
+        return self
+
+    async def __aexit__(self, *_error: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("from_strangers", [False, True])
+async def test_connections_are_accepted_again_after_any_error_and_it_is_logged_once(
+    from_strangers: bool, caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock
+) -> None:
+    listener = Faltering(*(OSError(number, os.strerror(number)) for number in (errno.EMFILE, errno.EIO)), *BUGS)
+    handled = trio.Event()
+
+    async def handle(stream: trio.SocketStream) -> None:
+        handled.set()
+        raise KeyError("a bug")
+
+    async with trio.open_nursery() as nursery:
+        listeners = cast("list[trio.SocketListener]", [listener])
+        serve: Callable[..., Awaitable[None]] = serve_connections
+        nursery.start_soon(lambda: serve("a connection", handle, listeners, from_strangers=from_strangers))
+        await handled.wait()
+        assert await listener.peer.recv(1) == b""  # closed, whatever its handler did
+        nursery.cancel_scope.cancel()
+    assert [r.getMessage().split(":")[0] for r in caplog.records if r.name == "migrate.daemon"] == [
+        "a connection cannot be accepted"
+    ]
+    listener.peer.close()
+
+
+def test_without_a_descriptor_the_watchdog_is_fed_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    daemons.notify("READY=1")  # nobody listens
+
+    def exhausted(*_arguments: object) -> socket.socket:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
+        told.bind(str(tmp_path / "notify"))
+        monkeypatch.setattr(socket, "socket", exhausted)
+        daemons.notify("WATCHDOG=1")
+        assert told.recv(100) == b"WATCHDOG=1"
+        daemons._notify_socket().close()
+        daemons._notify_socket.cache_clear()
+        daemons.notify("WATCHDOG=1")  # is not sent, and ends nothing
+
+
+# ---- migrations that have ended ----
+class Ends:
+    """Lanes whose other end is told in vain, each time for another reason, and at last is not needed any more."""
+
+    dials = ("peer", 1)
+    peer = "peer"
+
+    def __init__(self, errors: list[Exception]):
+        self.errors = errors
+
+    async def again(self, note: object) -> LaneConnection:
+        await trio.lowlevel.checkpoint()
+        raise self.errors.pop(0)
+
+    def keep(self, key: bytes) -> None:
+        pass
+
+
+@pytest.mark.parametrize("which", ["sender", "receiver"])
+async def test_whatever_the_peer_of_an_ended_migration_does_it_is_tried_until_it_knows(
+    which: str, tmp_path: Path
+) -> None:
+    journal = Journal(tmp_path)
+    refusals = [PeerClosedError("gone"), RefusedError("no"), RemoteProtocolError("damaged"), *BUGS]
+    lanes = cast(Any, Ends([*refusals, UnknownSessionError("never heard of it")]))
+    hypervisor = cast(Hypervisor, None)
+    migration: Any = IncomingMigration(hypervisor, "session", lanes, journal)
+    if which == "sender":
+        # By whatever names its guest: it is not asked for any more.
+        migration = OutgoingMigration.__new__(OutgoingMigration)
+        migration.id, migration.lanes, migration._journal, migration.domain_name = "session", lanes, journal, "guest"
+    migration._last_word = m.Abort("never mind")
+    journal.write("session", {"step": "given up"})
+    await migration.linger()
+    assert lanes.errors == []
+    assert journal.entries() == {}
+
+
+@pytest.mark.parametrize("which", ["sender", "receiver"])
+async def test_a_daemon_goes_on_when_a_migration_fails_in_every_way(
+    which: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    hypervisor, journal = cast(Hypervisor, None), Journal(tmp_path)
+    daemon: Any = (SenderDaemon if which == "sender" else ReceiverDaemon)(
+        hypervisor, tmp_path / "socket", Config(), journal
+    )
+
+    class Failing:
+        id, domain_name, session = "session", "guest", None
+
+        class Progress:
+            phase, problem, domain = "postcopy", "", "guest"
+
+        progress = Progress()
+        has_ended = False
+
+        async def run(self) -> None:
+            raise KeyError("the run's bug")
+
+        async def linger(self) -> None:
+            raise TypeError("the linger's bug")
+
+    migration = Failing()
+    daemon._migrations["session"] = migration
+    await daemon._carry_out(migration, *([trio.Event()] if which == "sender" else []))
+    assert "the run's bug" in caplog.text and "the linger's bug" in caplog.text
+    assert all(record.exc_info for record in caplog.records if record.levelno >= logging.ERROR)
+
+
+async def test_a_peer_that_refuses_is_dialled_ever_less_often(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    """And a lane that held longer than the pause begins anew."""
+    lanes, dialled = DialledLanes(("peer", 1), "session", Terms(), b""), list[float]()
+    answer: Exception | None = RefusedError("not now")
+
+    async def dial(_self: DialledLanes, _kind: Lane, _token: bytes) -> LaneConnection:
+        await trio.lowlevel.checkpoint()
+        dialled.append(trio.current_time())
+        if answer is not None:
+            raise answer
+        return cast(LaneConnection, None)
+
+    monkeypatch.setattr(DialledLanes, "_dial", dial)
+    for _ in range(20):
+        with pytest.raises(RefusedError):
+            await lanes.again(lambda _note: None)
+    pauses = [after - before for before, after in itertools.pairwise(dialled)]
+    assert pauses == pytest.approx(sorted(pauses))
+    assert pauses[-1] == pytest.approx(LAST_RETRY_S)
+    answer = None
+    await lanes.again(lambda _note: None)
+    await lanes.again(lambda _note: None)  # lost at once
+    assert dialled[-1] - dialled[-2] == pytest.approx(LAST_RETRY_S)
+    await trio.sleep(2 * LAST_RETRY_S)
+    lost = trio.current_time()
+    await lanes.again(lambda _note: None)
+    assert dialled[-1] - lost < 1
+
+
+# ---- what a daemon finds at its start ----
+ENTRIES = {
+    "garbage": "\n\x00\x00\x00",
+    "of another form": '\n{"boot": "BOOT", "phase": 7}',
+    "of other types": '\n{"boot": "BOOT", "dials": 5, "step": [], "domid": "x", "offer": 1, "key": 2, "xl": 0, "domain": 3}',
+    "deep": "\n" + "[" * 100_000,
+}
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    with loopback_world(256 * MIB) as made:
+        yield made
+
+
+async def test_an_entry_of_another_release_is_left_and_its_session_is_not_called_unknown(world: World) -> None:
+    """A peer that is told that a session is unknown lets go of what it keeps for it."""
+    files = []
+    for which, start in (("sender", start_sender), ("receiver", start_receiver)):
+        world.stop(which)
+        state = world.directory / f"{'source' if which == 'sender' else 'destination'}.sock.state" / which
+        for number, text in enumerate(ENTRIES.values()):
+            files.append(state / f"session{number}.json")
+            files[-1].write_text(text.replace("BOOT", BOOT_ID.read_text().strip()))
+        start(world)
+        port = world.ask(which, command="status")["port"]
+        for number in range(len(ENTRIES)):
+            lanes = DialledLanes(("127.0.0.1", port), f"session{number}", Terms(), b"token")
+            with pytest.raises(RefusedError, match="the journal of that session here is not understood") as caught:
+                await lanes.push()
+            assert not isinstance(caught.value, UnknownSessionError)
+        assert world.ask(which, command="list")["migrations"] == []
+    await migrates(world)
+    assert all(path.exists() for path in files)
+
+
+async def migrates(world: World, name: str = "another") -> None:
+    """Another guest, as if nothing had happened."""
+    spec = GuestSpec(name, 4 * MIB, 1, workload="random")
+    world.source.create_guest(spec.to_bytes()).close()
+
+    def migrate() -> None:
+        world.ask("sender", command="migrate", domain=name, destination=f"127.0.0.1:{world.port}", strategy="postcopy")
+
+    await trio.to_thread.run_sync(migrate)
+    verification, _view = await trio.to_thread.run_sync(verify_migrated, world, spec)
+    assert verification.problems == []
+    world.check_alive()
+
+
+def test_a_read_only_state_directory_refuses_new_entries_and_fails_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = Journal(tmp_path)
+    before.write("kept", {"step": "handed over"})
+    before.write("stale", {"step": "begun"})
+    (tmp_path / "stale.json").write_text('\n{"boot": "an earlier one"}')
+
+    def refuse(*_arguments: object, **_options: object) -> int:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    opened = os.open
+
+    def open_only_to_read(path: Path, flags: int, *arguments: Any, **options: Any) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR):
+            refuse()
+        return opened(path, flags, *arguments, **options)
+
+    status = os.statvfs_result((4096, 4096, 1, 1, 1, 1, 1, 1, os.ST_RDONLY, 255))
+    monkeypatch.setattr(os, "statvfs", lambda _path: status)
+    monkeypatch.setattr(os, "access", lambda _path, _mode: False)
+    monkeypatch.setattr(os, "open", open_only_to_read)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    journal = Journal(tmp_path)
+    journal.own()
+    assert "is on a read-only file system: new migrations are refused" in caplog.text
+    assert journal.entries()["kept"]["step"] == "handed over"
+    with pytest.raises(MigrationError, match="Read-only file system"):
+        journal.write("new", {"step": "begun"})
+    journal.write("kept", {"step": "completing"}, needed=False)
+    journal.erase("new")
+    caplog.clear()
+    journal.erase("kept")
+    assert "cannot erase" in caplog.text
+    assert json.loads((tmp_path / "kept.json").read_text())["step"] == "handed over"
+
+
+async def test_descriptors_used_up_by_strangers_are_not_missed_by_migrations(world: World) -> None:
+    spec = GuestSpec("bystander", 8 * MIB, 2, workload="random", zero_permille=0, rate=2000)
+    guest = world.source.create_guest(spec.to_bytes())
+    await trio.to_thread.run_sync(wait_for_steps, guest, 50)
+    guest.close()
+    client = world.control("sender")
+    client.say(
+        command="migrate", domain="bystander", destination=f"127.0.0.1:{world.port}", strategy="postcopy",
+        bandwidth=4 * MIB,
+    )  # fmt: skip
+    client.answer()
+
+    def phase() -> str:
+        lines = world.ask("receiver", command="list")["migrations"]
+        return str(lines[0]["phase"]) if lines else ""
+
+    await until(lambda: phase() == "postcopy")
+    pid = world.processes["receiver"].popen.pid
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (200, 200))
+    with contextlib.ExitStack() as stack:
+        for number in range(400):
+            with contextlib.suppress(OSError):
+                stranger = stack.enter_context(socket.socket())
+                stranger.bind((f"127.0.1.{number % 200 + 1}", 0))
+                stranger.settimeout(5)
+                stranger.connect(("127.0.0.1", world.port))
+        await until(lambda: "a connection is refused: the descriptors" in world.processes["receiver"].log.read_text())
+        assert phase() in ("postcopy", "completing", "completed")  # a request is answered meanwhile
+        await until(lambda: phase() == "completed")
+    client.close()
+    verification, _view = await trio.to_thread.run_sync(verify_migrated, world, spec)
+    assert verification.problems == []
+    assert world.processes["receiver"].log.read_text().count("a connection is refused: the descriptors") == 1
+    await migrates(world)
