@@ -134,6 +134,8 @@ class IncomingMigration:
         self._checkpoints: Checkpoints | None = None
         self._context = bytearray()
         self._said_ready = False
+        self._lacked = 0
+        """Pages, when another program than this one suspended the guest."""
         self._runs = trio.Event()
         """The guest, here."""
         self._handed_over = trio.Event()
@@ -452,7 +454,7 @@ class IncomingMigration:
     def _needs_nothing(self) -> bool:
         """Of the sender."""
         ours = self._runs.is_set() or self._toolstack.decides
-        return self.session.handed_over and ours and not self._pages.count
+        return self.session.handed_over and ours and not self._pages.count and not self._lacked
 
     async def _finish(self) -> None:
         assert self._domain is not None and self._pager is not None
@@ -462,6 +464,8 @@ class IncomingMigration:
         await trio.to_thread.run_sync(functools.partial(self._stopped.unlink, missing_ok=True))
         if self._checkpoints is not None:
             await trio.to_thread.run_sync(self._checkpoints.stop)
+        if not self._inherited and self._memory.limit:
+            await trio.to_thread.run_sync(self._domain.set_max_pages, self._memory.limit)
         if self._completed:
             await trio.to_thread.run_sync(self._journal.erase, self.id)
         else:
@@ -553,6 +557,7 @@ class IncomingMigration:
             return
         self._domain.set_context(bytes(self._context))
         self._context.clear()
+        self._memory.make_room(self._pages.count)
         self._said_ready = True
         self._say_blocking(m.Ready())
         # "suspended" in the journal suffices to resume with the sender; "ready" also lets an operator start the guest.
@@ -669,7 +674,22 @@ class IncomingMigration:
                 )
             if state is not DomainState.INCOMING:
                 self._runs.set()
+            if self._checkpoints is None:
+                self._note_whether_it_is_saved(state is DomainState.SUSPENDED)
             await trio.sleep(LOOK_AGAIN_EVERY_S if self._runs.is_set() else LOOK_EVERY_S)
+
+    def _note_whether_it_is_saved(self, suspended: bool) -> None:
+        """By a program that knows nothing of missing pages, and that may read them before they have come."""
+        assert self._pager is not None
+        if suspended and not self._lacked and self.missing:
+            self._lacked, self._pager.holds_back = self.missing, True
+            about = (
+                "%s was suspended by another program while %d pages are missing: an image that is made now lacks them"
+            )
+            log.error(about, self.progress.domain, self._lacked)
+        elif not suspended and self._lacked:
+            log.warning("%s runs again, and its pages come", self.progress.domain)
+            self._lacked, self._pager.holds_back = 0, False
 
     def _state(self) -> DomainState | None:
         """``None``: the domain is gone."""
@@ -699,6 +719,8 @@ class IncomingMigration:
         if self._runs.is_set() and not self.session.resumed:
             await self._say(m.Resumed())
         await all_is_here()
+        while self._lacked:
+            await trio.sleep(LOOK_AGAIN_EVERY_S)
         self.progress.phase = "completing"
         if self._checkpoints is not None:
             await self._checkpoints.end()
@@ -823,9 +845,10 @@ class IncomingMigration:
         if self._said_ready and await self._is_gone():
             reason = str(error) if isinstance(error, GuestEndedError) else "its domain was destroyed"
             answer = m.Ended(self._runs.is_set(), m.printable(reason))
-            if self.session.handed_over and self.missing and await self._ended_suspended():
+            lacked = self._lacked or (self.missing if await self._ended_suspended() else 0)
+            if self.session.handed_over and lacked:
                 reason += (
-                    f" while it was suspended and {self.missing} pages were missing: "
+                    f" after it had been suspended while {lacked} pages were missing: "
                     "an image or a copy that was made of it then lacks them"
                 )
                 answer = m.Failed(m.printable(reason))  # so that the sender keeps them

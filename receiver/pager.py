@@ -114,6 +114,8 @@ class Pager:
         self._unacknowledged: list[PfnArray] = []
         self._dropped: list[PfnArray] = []
         self._acknowledging = threading.Lock()
+        self.holds_back = False
+        """Nothing is acknowledged, so that the sender keeps what was missing."""
         self._token = trio.lowlevel.current_trio_token()
         self.nothing_outstanding = trio.Event()
 
@@ -329,6 +331,8 @@ class Pager:
 
         When this returns all of it has been said, by whichever thread: ``complete`` may follow.
         """
+        if self.holds_back:
+            return
         with self._acknowledging:
             with self._lock:
                 loaded, self._unacknowledged = self._unacknowledged, []

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import errno
+
 import numpy as np
 
 from migrate.messages import Pages
 from migrate.pfns import pieces
-from xenbackend.contract import PAGE_SIZE, Domain, PfnArray
+from xenbackend.contract import PAGE_SIZE, Domain, PfnArray, XenError
 
 EVICT_BATCH = 65536
 
@@ -19,6 +21,8 @@ class MemoryRestorer:
         self._domain = domain
         self._populated = np.zeros(domain.nr_pfns, dtype=np.bool_)
         self._evicted = np.zeros(domain.nr_pfns, dtype=np.bool_)
+        self.limit = 0
+        """Of frames, that the domain had; 0: it has it."""
 
     def pages(self, message: Pages, payload: memoryview) -> None:
         """Raises ``XenError``."""
@@ -27,6 +31,18 @@ class MemoryRestorer:
         for pfns, data in ((message.pfns, payload), (message.zeros, None)):
             self._populate(pfns)
             self._domain.write_pages(pfns, data)
+
+    def make_room(self, more: int) -> bool:
+        """Let the domain have so many frames more, if it may not; returns whether that was needed.
+
+        Its limit is from before the guest was copied, and the guest may have grown since (``xl mem-set``).
+        """
+        frames = self._domain.reservation()
+        if frames.tot_pages + more <= frames.max_pages:
+            return False
+        self.limit = self.limit or frames.max_pages
+        self._domain.set_max_pages(frames.tot_pages + more)
+        return True
 
     def evict(self, pfns: PfnArray) -> None:
         """Make the pfns absent (invariant 3): their contents come after the handover.  Raises ``XenError``."""
@@ -38,7 +54,13 @@ class MemoryRestorer:
     def _populate(self, pfns: PfnArray) -> None:
         """Those that are not there.  A paged-out pfn becomes memory like a hole."""
         new = pfns[~self._populated[pfns]]
-        self._domain.populate(new)
+        try:
+            self._domain.populate(new)
+        except XenError as error:
+            rest = new[error.done :]
+            if error.errno != errno.ENOMEM or not self.make_room(len(rest)):
+                raise
+            self._domain.populate(rest)
         self._populated[new] = True
         self._evicted[new] = False
 

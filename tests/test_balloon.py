@@ -6,6 +6,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -247,3 +248,25 @@ def test_no_frame_is_under_way_when_the_limit_is_set(clean_hosts: World, name: s
         thread.join()
         another.close()
         guest.close()
+
+
+@pytest.mark.parametrize("strategy", list(Strategy))
+async def test_a_guest_that_has_grown_finds_room_at_the_destination(
+    clean_hosts: World, name: str, monkeypatch: Patch, strategy: Strategy
+) -> None:
+    """The limit of the domain there is from before: pages would be refused, or never be loaded."""
+    make = SimulatedHypervisor.create_incoming
+    less = 100
+
+    def make_smaller(self: SimulatedHypervisor, *arguments: Any, **others: Any) -> SimulatedDomain:
+        domain = make(self, *arguments, **others)
+        domain.set_max_pages(domain.nr_pfns - less)
+        return domain
+
+    monkeypatch.setattr(SimulatedHypervisor, "create_incoming", make_smaller)
+    spec = ballooning(name, balloon_pages=0)
+    outcome = await migrate(clean_hosts, spec, strategy)
+    assert outcome.error is None
+    assert (await verification(clean_hosts, spec)).problems == []
+    with clean_hosts.destination.open(name) as domain:
+        assert domain.reservation()[:2] == (spec.nr_pfns, spec.nr_pfns - less)

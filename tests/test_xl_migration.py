@@ -230,12 +230,19 @@ def test_a_guest_that_lacks_pages_is_saved_when_it_has_them(xl: Xl, tmp_path: Pa
 
 
 @pytest.mark.parametrize("world", [SLOW], indirect=True)
-def test_the_pages_of_a_guest_that_another_program_saved_are_kept(xl: Xl) -> None:
-    """libvirt, or xl without our helper: the image has holes, and its maker has destroyed the guest."""
+@pytest.mark.parametrize("slowly", [False, True])
+def test_the_pages_of_a_guest_that_another_program_saved_are_kept(xl: Xl, slowly: bool) -> None:
+    """libvirt, or xl without our helper: the image has holes, and its maker has destroyed the guest.
+
+    Also where the pages came while the image was written: which of them it has nobody knows.
+    """
     assert xl.run() == ((0, 0), (0, 0))
     xl.go()
     xl.wait_for("postcopy", "postcopy")
     xl.destination.suspend()
+    if slowly:
+        until(lambda: not len(xl.destination.paged_out()), "the pages do not come")
+        assert xl.line("sender")["outstanding"]
     xl.destination.destroy()
     for daemon, phase in (("sender", "interrupted"), ("receiver", "failed")):
         lacks = "an image or a copy that was made of it then lacks them"
@@ -246,6 +253,19 @@ def test_the_pages_of_a_guest_that_another_program_saved_are_kept(xl: Xl) -> Non
         xl.world.ask("sender", command="decide", migration=xl.spec.name, here=True)
     xl.world.ask("sender", command="decide", migration=xl.spec.name, here=False)
     xl.wait_for("failed", "failed")
+
+
+@pytest.mark.parametrize("world", [SLOW], indirect=True)
+def test_a_guest_that_was_suspended_for_a_while_arrives(xl: Xl) -> None:
+    """``xl save -c``, or a save that failed."""
+    assert xl.run() == ((0, 0), (0, 0))
+    xl.go()
+    xl.wait_for("postcopy", "postcopy")
+    xl.destination.suspend()
+    until(lambda: not len(xl.destination.paged_out()), "the pages do not come")
+    xl.destination.resume()
+    xl.wait_for("completed", "completed")
+    check_arrived(xl)
 
 
 # ---- xl decides otherwise ----

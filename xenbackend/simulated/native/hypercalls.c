@@ -377,7 +377,7 @@ long sim_load(struct sim_map *m, const uint64_t *pfns, size_t n, const uint8_t *
         return -ENODEV;
     while (i < n) {
         uint64_t first = pfns[i], run = 0;
-        int rc = 0;
+        int rc = 0, missed = -ENOENT;
 
         for (; run < RUN_PAGES && i + run < n && pfns[i + run] == first + run; run++) {
             uint32_t w;
@@ -389,9 +389,14 @@ long sim_load(struct sim_map *m, const uint64_t *pfns, size_t n, const uint8_t *
                 entry_unlock(m, first + run);
                 break;
             }
+            if (!get_frame(m)) {
+                entry_unlock(m, first + run);
+                missed = -ENOMEM;
+                break;
+            }
         }
         if (!run) {
-            results[i++] = -ENOENT;
+            results[i++] = missed;
             continue;
         }
         if (pages)
@@ -399,6 +404,7 @@ long sim_load(struct sim_map *m, const uint64_t *pfns, size_t n, const uint8_t *
         for (uint64_t k = 0; k < run; k++) {
             results[i + k] = rc;
             if (rc) {
+                __atomic_fetch_sub(&m->dom->tot_pages, 1, __ATOMIC_SEQ_CST);
                 entry_unlock(m, first + k);
                 continue;
             }
@@ -407,7 +413,6 @@ long sim_load(struct sim_map *m, const uint64_t *pfns, size_t n, const uint8_t *
         }
         i += run;
     }
-    __atomic_fetch_add(&m->dom->tot_pages, loaded, __ATOMIC_SEQ_CST);
     __atomic_fetch_sub(&m->dom->paged_pages, loaded, __ATOMIC_SEQ_CST);
     return loaded;
 }
