@@ -52,7 +52,7 @@ from migrate.transport import EXPLANATION_S, LINGER_S, LaneConnection, run_in_th
 from receiver.checkpoints import NOT_PROTECTED, Checkpoints, mark
 from receiver.outstanding import OutstandingPages
 from receiver.pager import Pager
-from receiver.restore import MemoryRestorer
+from receiver.restore import FrameLimit, MemoryRestorer
 from receiver.toolstack import OwnToolstack, Toolstack, XlToolstack
 from xenbackend.contract import (
     Domain,
@@ -127,6 +127,7 @@ class IncomingMigration:
         self._ring: PagingRing | None = None
         self._pages: OutstandingPages
         self._memory: MemoryRestorer
+        self._limit: FrameLimit
         self._pager: Pager | None = None
         """The guest's, when it may run."""
         self._stand_by: Pager | None = None
@@ -360,6 +361,7 @@ class IncomingMigration:
         except NoSuchDomainError:
             raise GuestEndedError("its domain was destroyed") from None
         self._domain = domain
+        self._limit = FrameLimit(domain)
         handed_over = self._step in ("taken over", "finishing", "lost")
         self.session = Session.of_predecessor(
             Role.RECEIVER, self._offer.nr_pfns, handed_over=handed_over, protected=self._offer.checkpoint_ms > 0,
@@ -464,8 +466,7 @@ class IncomingMigration:
         await trio.to_thread.run_sync(functools.partial(self._stopped.unlink, missing_ok=True))
         if self._checkpoints is not None:
             await trio.to_thread.run_sync(self._checkpoints.stop)
-        if not self._inherited and self._memory.limit:
-            await trio.to_thread.run_sync(self._domain.set_max_pages, self._memory.limit)
+        await trio.to_thread.run_sync(self._limit.give_back)
         if self._completed:
             await trio.to_thread.run_sync(self._journal.erase, self.id)
         else:
@@ -498,7 +499,8 @@ class IncomingMigration:
                 self.statistics.populate_evicted = preflight.populate_evicted
         except (XenError, MigrationError) as error:
             return str(error)
-        self._memory = MemoryRestorer(self._domain)
+        self._limit = FrameLimit(self._domain)
+        self._memory = MemoryRestorer(self._domain, self._limit)
         self._pages = OutstandingPages(offer.nr_pfns)
         return None
 
@@ -557,7 +559,7 @@ class IncomingMigration:
             return
         self._domain.set_context(bytes(self._context))
         self._context.clear()
-        self._memory.make_room(self._pages.count)
+        self._limit.make_room(self._pages.count)
         self._said_ready = True
         self._say_blocking(m.Ready())
         # "suspended" in the journal suffices to resume with the sender; "ready" also lets an operator start the guest.
@@ -621,7 +623,8 @@ class IncomingMigration:
 
     def _make_pager(self) -> Pager:
         assert self._domain is not None
-        return Pager(self._domain, self._ring, self.session, self._pages, self.statistics, self._say_blocking)
+        say, make_room = self._say_blocking, self._limit.make_room
+        return Pager(self._domain, self._ring, self.session, self._pages, self.statistics, say, make_room)
 
     def _protect(self, domain: Domain) -> None:
         """In a thread."""

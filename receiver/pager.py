@@ -49,9 +49,17 @@ FIRST_RETRY_S, LAST_RETRY_S = 0.05, 2.0
 LOG_EVERY_S = 60.0
 
 
-def load(domain: Domain, pfns: PfnArray, pages: Buffer | None) -> NDArray[np.int32]:
-    """As ``Domain.load``.  Raises ``XenError`` for what neither is a page given away nor passes by waiting."""
+def load(
+    domain: Domain, pfns: PfnArray, pages: Buffer | None, make_room: Callable[[int], bool] = lambda _pages: False
+) -> NDArray[np.int32]:
+    """As ``Domain.load``.  Raises ``XenError`` for what neither is a page given away nor passes by waiting.
+
+    ``make_room``: lets the domain have so many pages more, and returns whether it may not have had them before.
+    """
     results = domain.load(pfns, pages)
+    if np.count_nonzero(short := results == -errno.ENOMEM) and make_room(int(np.count_nonzero(short))):
+        wanted = None if pages is None else select_pages(memoryview(pages), short)
+        results[short] = domain.load(pfns[short], wanted)
     if np.count_nonzero(results):
         failed = np.flatnonzero(~np.isin(results, (0, -errno.ENOENT, -errno.ENOMEM)))
         if len(failed):
@@ -94,8 +102,10 @@ class Pager:
         pages: OutstandingPages,
         statistics: PagerStatistics,
         say: Callable[[Message], object],
+        make_room: Callable[[int], bool] = lambda _pages: False,
     ):
         self._domain = domain
+        self._make_room = make_room
         self._ring = ring
         self._pull: LaneConnection | None = None
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -396,7 +406,7 @@ class Pager:
     # ---- either ----
     def _load(self, pfns: PfnArray, pages: Buffer | None) -> tuple[PfnArray, Buffer | None]:
         """Returns those for which there is no memory just now: they are still claimed."""
-        results = load(self._domain, pfns, pages)
+        results = load(self._domain, pfns, pages, self._make_room)
         if not np.count_nonzero(short := results == -errno.ENOMEM):
             self._finished(pfns, results)
             return NO_PFNS, None

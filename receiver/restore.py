@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 
 import numpy as np
 
@@ -14,15 +15,46 @@ from xenbackend.contract import PAGE_SIZE, Domain, PfnArray, XenError
 EVICT_BATCH = 65536
 
 
-class MemoryRestorer:
-    """Keeps what each pfn of an incoming domain is.  Calls block: run them in a thread."""
+class FrameLimit:
+    """How many frames the domain may have, until all of the guest's memory is there.
+
+    The limit is from before the guest was copied, and the guest may have grown since; or it was lowered while pages are missing
+    (``xl mem-set``), which the guest cannot follow before it has the pages that it is to give away.
+    """
 
     def __init__(self, domain: Domain):
         self._domain = domain
+        self._found = self._set = 0
+        """The toolstack's, and ours; 0: none."""
+        self._lock = threading.Lock()
+
+    def make_room(self, more: int) -> bool:
+        """Let the domain have so many frames more, and what is missing, if it may not; returns whether that was needed."""
+        with self._lock:
+            frames = self._domain.reservation()
+            if frames.tot_pages + more <= frames.max_pages:
+                return False
+            if frames.max_pages != self._set:
+                self._found = frames.max_pages
+            self._set = frames.tot_pages + max(more, frames.paged_pages)
+            self._domain.set_max_pages(self._set)
+            return True
+
+    def give_back(self) -> None:
+        """Where the toolstack has set none since.  A domain that has more frames keeps them."""
+        with self._lock:
+            if self._set and self._domain.reservation().max_pages == self._set:
+                self._domain.set_max_pages(self._found)
+
+
+class MemoryRestorer:
+    """Keeps what each pfn of an incoming domain is.  Calls block: run them in a thread."""
+
+    def __init__(self, domain: Domain, limit: FrameLimit):
+        self._domain = domain
+        self._limit = limit
         self._populated = np.zeros(domain.nr_pfns, dtype=np.bool_)
         self._evicted = np.zeros(domain.nr_pfns, dtype=np.bool_)
-        self.limit = 0
-        """Of frames, that the domain had; 0: it has it."""
 
     def pages(self, message: Pages, payload: memoryview) -> None:
         """Raises ``XenError``."""
@@ -31,18 +63,6 @@ class MemoryRestorer:
         for pfns, data in ((message.pfns, payload), (message.zeros, None)):
             self._populate(pfns)
             self._domain.write_pages(pfns, data)
-
-    def make_room(self, more: int) -> bool:
-        """Let the domain have so many frames more, if it may not; returns whether that was needed.
-
-        Its limit is from before the guest was copied, and the guest may have grown since (``xl mem-set``).
-        """
-        frames = self._domain.reservation()
-        if frames.tot_pages + more <= frames.max_pages:
-            return False
-        self.limit = self.limit or frames.max_pages
-        self._domain.set_max_pages(frames.tot_pages + more)
-        return True
 
     def evict(self, pfns: PfnArray) -> None:
         """Make the pfns absent (invariant 3): their contents come after the handover.  Raises ``XenError``."""
@@ -58,7 +78,7 @@ class MemoryRestorer:
             self._domain.populate(new)
         except XenError as error:
             rest = new[error.done :]
-            if error.errno != errno.ENOMEM or not self.make_room(len(rest)):
+            if error.errno != errno.ENOMEM or not self._limit.make_room(len(rest)):
                 raise
             self._domain.populate(rest)
         self._populated[new] = True

@@ -270,3 +270,25 @@ async def test_a_guest_that_has_grown_finds_room_at_the_destination(
     assert (await verification(clean_hosts, spec)).problems == []
     with clean_hosts.destination.open(name) as domain:
         assert domain.reservation()[:2] == (spec.nr_pfns, spec.nr_pfns - less)
+
+
+@pytest.mark.parametrize("strategy", [Strategy.POSTCOPY, Strategy.HYBRID])
+async def test_a_limit_that_is_lowered_while_pages_are_missing_holds_when_they_have_come(
+    clean_hosts: World, name: str, strategy: Strategy
+) -> None:
+    """``xl mem-set`` downwards: the guest cannot give away what has not come, and so its vCPUs waited for good."""
+    spec = ballooning(name, balloon_pages=0)
+    lower = spec.nr_pfns - 500
+
+    async def change(outcome: Outcome, _link: Link) -> None:
+        while not outcome.migration.session.handed_over:
+            await trio.sleep(0.005)
+        with clean_hosts.destination.open(name) as domain:
+            domain.set_max_pages(lower)
+            assert len(domain.paged_out())
+
+    outcome = await migrate(clean_hosts, spec, strategy, meanwhile=change)
+    assert outcome.error is None
+    with clean_hosts.destination.open(name) as domain:
+        assert domain.reservation().max_pages == lower
+    assert (await verification(clean_hosts, spec)).problems == []
