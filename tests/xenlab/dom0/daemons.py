@@ -21,8 +21,10 @@ TREE = Path(__file__).parents[3]
 class Daemons:
     """In ``directory``: their control sockets, logs and journals."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, config: str = ""):
         self.directory = directory
+        self._config = directory / "config.toml"
+        self._config.write_text(config)
         self.ports = {"sender": 0, "receiver": 0}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -37,7 +39,7 @@ class Daemons:
         with (self.directory / f"{role}.log").open("a") as log:
             self._processes[role] = zygote.Popen[bytes](
                 [sys.executable, "-m", "migrate.cli", role, "--socket", str(socket), "--state", str(state),
-                 "--listen", f"127.0.0.1:{self.ports[role]}"],
+                 "--listen", f"127.0.0.1:{self.ports[role]}", "--config", str(self._config)],
                 stdout=log, stderr=subprocess.STDOUT,
             )  # fmt: skip
         self.ports[role] = 0
@@ -73,8 +75,9 @@ class Daemons:
 
 
 @contextlib.contextmanager
-def daemons(directory: Path) -> Iterator[Daemons]:
-    with contextlib.closing(Daemons(directory)) as made:
+def daemons(directory: Path, config: str = "") -> Iterator[Daemons]:
+    """``config``: what their configuration file has."""
+    with contextlib.closing(Daemons(directory, config)) as made:
         for role in ("receiver", "sender"):
             made.start(role)
         yield made

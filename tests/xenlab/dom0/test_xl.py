@@ -4,20 +4,26 @@
 from __future__ import annotations
 
 import os
+import re
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from migrate.client import ControlClient, Json
 from tests.labs import until
 from tests.xenlab.dom0.daemons import daemons, write_helper
-from tests.xenlab.dom0.guests import Guest, guest, xl
+from tests.xenlab.dom0.guests import STEPS_PER_S, Guest, guest, xl
 from tests.xenlab.dom0.lab import remnants
+from xenbackend.contract import PAGE_SIZE, PageStatus, PfnArray
 from xenbackend.libxenctrl.hypervisor import XenHypervisor
 
 PAGING = pytest.mark.hypervisors("populate-evicted", "paging")
@@ -75,6 +81,19 @@ class Host:
             raise RuntimeError(done.stdout)
         return done.stdout
 
+    def save(self, name: str, to: Path, *, with_helper: bool = True) -> None:
+        """``xl save``.  Raises ``RuntimeError`` with what it said."""
+        environment = {**os.environ, "XEN_POSTCOPY_RECEIVER": str(self.directory / "receiver")}
+        if with_helper:
+            environment["LIBXL_SAVE_HELPER"] = str(self.helper)
+        done = subprocess.run(
+            ["xl", "save", name, str(to)], check=False, text=True, timeout=240, env=environment,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        print(done.stdout)
+        if done.returncode:
+            raise RuntimeError(done.stdout)
+
     def cutter(self, direction: str, words: str) -> str:
         program = self.directory / "cutter"
         program.write_text(CUTTER.format(python=sys.executable))
@@ -119,6 +138,13 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
 def running(host: Host) -> Iterator[Host]:
     with daemons(host.directory):
         yield host
+
+
+@pytest.fixture
+def slow(host: Host, tmp_path: Path) -> Iterator[Host]:
+    """So slow that there is time to do something in each phase."""
+    with daemons(tmp_path, '[migration]\nbandwidth = "8M"\n'):
+        yield Host(tmp_path, host.xen)
 
 
 def arrived(name: str) -> Guest:
@@ -234,3 +260,132 @@ def test_the_stock_helper_does_what_ours_leaves_to_it(host: Host, tmp_path: Path
             done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120, env=environment)
             assert done.returncode == 0, done.stderr
         made.wait_for_heartbeats(2)
+
+
+# ---- what is done to a guest while it is migrated ----
+def tot_pages(host: Host, name: str) -> int:
+    with host.xen.open(int(xl("domid", name))) as domain:
+        return domain.reservation().tot_pages
+
+
+def set_memory(host: Host, name: str, mib: int) -> None:
+    """And wait until the guest has followed, but for what it cannot spare or must not have."""
+    before = tot_pages(host, name)
+    xl("mem-set", name, str(mib))
+    half_way = (before + (mib << 8)) / 2
+
+    def followed() -> bool:
+        now = tot_pages(host, name)
+        return now > half_way if half_way > before else now < half_way
+
+    until(followed, f"its memory does not become {mib} MiB", 60)
+
+
+def grown(guest: Guest) -> list[int]:
+    return [int(pages) for pages in re.findall(r"grown to (\d+) pages", guest.console())]
+
+
+@PATCHED
+def test_the_balloon_moves_in_each_phase(slow: Host) -> None:
+    """Up while it is copied, of which Xen 4.17 records nothing; down and up while pages are missing."""
+    with guest("xl7", options=f"rate={STEPS_PER_S} pages=5000 grow=9000") as made:
+        made.wait_for_heartbeats(2)
+        set_memory(slow, "xl7", 80)
+        made.wait_for_heartbeats(2)
+        with ThreadPoolExecutor() as pool:
+            migrating = pool.submit(slow.migrate, "xl7", XEN_POSTCOPY_STRATEGY="hybrid")
+            until(
+                lambda: any(line["phase"] == "precopy" and line["pages_done"] for line in slow.lines("sender")), "", 60
+            )
+            set_memory(slow, "xl7", 100)
+            until(lambda: bool(grown(made)), "the guest does not use what it got", 60)
+            assert slow.lines("sender")[-1]["phase"] == "precopy"
+            assert "Migration successful" in migrating.result()
+        now = arrived("xl7")
+        check_heartbeat(now)
+        slow.wait_for("completed")
+        set_memory(slow, "xl7", 108)
+        check_heartbeat(now)
+        assert "Migration successful" in slow.migrate("xl7", XEN_POSTCOPY_STRATEGY="postcopy")
+        now = arrived("xl7")
+        slow.wait_for("postcopy")
+        for mib in (96, 106):
+            xl("mem-set", "xl7", str(mib))
+            now.wait_for_heartbeats(2)
+        check_heartbeat(now)
+        slow.wait_for("completed")
+        check_heartbeat(now)
+        slow.check_clean("xl7")
+
+
+@PATCHED
+def test_a_guest_that_is_saved_while_pages_are_missing(slow: Host, tmp_path: Path) -> None:
+    """xl waits until it has them; restored, it goes on without an error."""
+    with guest("xl8") as made:
+        made.wait_for_heartbeats(2)
+        slow.migrate("xl8", XEN_POSTCOPY_STRATEGY="postcopy")
+        slow.wait_for("postcopy")
+        slow.save("xl8", tmp_path / "image")
+        slow.wait_for("completed")
+        xl("restore", str(tmp_path / "image"))
+        check_heartbeat(made)  # whose console has its name again
+
+
+@PATCHED
+def test_the_pages_of_a_guest_that_is_saved_without_the_helper_are_kept(slow: Host, tmp_path: Path) -> None:
+    with guest("xl9") as made:
+        made.wait_for_heartbeats(2)
+        slow.migrate("xl9", XEN_POSTCOPY_STRATEGY="postcopy")
+        slow.wait_for("postcopy")
+        slow.save("xl9", tmp_path / "image", with_helper=False)
+        lacks = "an image or a copy that was made of it then lacks them"
+        for daemon, phase in (("sender", "interrupted"), ("receiver", "failed")):
+            until(lambda daemon=daemon: lacks in slow.lines(daemon)[-1]["problem"], "it is not said", 60)  # type: ignore[misc]
+            assert slow.lines(daemon)[-1]["phase"] == phase
+        assert remnants(slow.xen)
+        with ControlClient(slow.directory / "sender") as client:
+            client.call(command="decide", migration="xl9", here=False)
+        until(lambda: not remnants(slow.xen), "something is held still", 60)
+
+
+@PATCHED
+def test_a_core_of_a_guest_that_lacks_pages_has_them(slow: Host, tmp_path: Path) -> None:
+    """Xen asks the receiver for what xl maps."""
+    with guest("xl10") as made:
+        made.wait_for_heartbeats(2)
+        slow.migrate("xl10", XEN_POSTCOPY_STRATEGY="postcopy")
+        slow.wait_for("postcopy")
+        xl("dump-core", "xl10", str(tmp_path / "core"))
+        slow.wait_for("completed")
+        check_heartbeat(arrived("xl10"))
+        pfns, pages = core_pages(tmp_path / "core")
+        with slow.xen.open(int(xl("domid", "xl10"))) as domain:
+            domain.pause()
+            same = 0
+            for at in range(0, len(pfns), 1024):
+                with domain.map_pages(pfns[at : at + 1024]) as mapped:
+                    there = np.zeros((len(mapped.status), PAGE_SIZE), dtype=np.uint8)
+                    if mapped.data:
+                        data = np.frombuffer(b"".join(mapped.data), dtype=np.uint8).reshape(-1, PAGE_SIZE)
+                        there[mapped.status == PageStatus.DATA] = data
+                same += int((there == pages[at : at + 1024]).all(axis=1).sum())
+            domain.unpause()
+        assert same > len(pfns) / 2, "what the guest has not written since differs from its memory"
+
+
+def core_pages(path: Path) -> tuple[PfnArray, NDArray[np.uint8]]:
+    """What ``xl dump-core`` has written: sections ``.xen_pfn`` and ``.xen_pages`` of an ELF file."""
+    data = np.memmap(path, dtype=np.uint8, mode="r")
+    (table,) = struct.unpack_from("<Q", data.data, 0x28)
+    size, count, names = struct.unpack_from("<HHH", data.data, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", data.data, table + size * number) for number in range(count)]
+    texts = sections[names][4]
+
+    def section(name: str) -> NDArray[np.uint8]:
+        for at, _kind, _flags, _address, offset, length in sections:
+            end = texts + at + len(name)
+            if bytes(data[texts + at : end + 1]) == name.encode() + b"\0":
+                return data[offset : offset + length]
+        raise KeyError(name)
+
+    return section(".xen_pfn").view(np.uint64), section(".xen_pages").reshape(-1, PAGE_SIZE)

@@ -9,7 +9,8 @@
  * a second; default: as fast as it can), beat=N (milliseconds from one heartbeat to the next;
  * default: 500), words=N (of a page that a step reads and writes; default: all 512), clock=1 (ask
  * for the time at each step: of a few words a step takes less than that, so it is asked for a
- * hundred times a second otherwise).
+ * hundred times a second otherwise), grow=N (pages: when the balloon has brought memory, take up to
+ * so many more, fill them as well, and print "grown to N pages").
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -41,6 +42,26 @@ static unsigned long option(const char *line, const char *name, unsigned long ot
     const char *at = strstr(line, name);
 
     return at ? strtoul(at + strlen(name), NULL, 0) : otherwise;
+}
+
+/* Three quarters of what the balloon has brought since memory was least. */
+static void grow(struct memory *memory, uint64_t first, uint64_t most)
+{
+    static unsigned long least = ~0ul;
+    struct sysinfo info;
+    uint64_t before = memory->pages, wanted;
+
+    sysinfo(&info);
+    if (info.totalram * info.mem_unit < least)
+        least = info.totalram * info.mem_unit;
+    wanted = first + (info.totalram * info.mem_unit - least) / PAGE * 3 / 4;
+    if (wanted > first + most)
+        wanted = first + most;
+    if (wanted <= before || info.freeram * info.mem_unit < 2 * (wanted - before) * PAGE / 3)
+        return;
+    memory->pages = wanted;
+    fill(memory, before);
+    printf("grown to %lu pages\n", (unsigned long)wanted);
 }
 
 static volatile sig_atomic_t due;
@@ -81,19 +102,19 @@ int main(void)
         .pages = option(line, "pages=", info.freeram * info.mem_unit / PAGE * 2 / 3),
         .used = option(line, "words=", WORDS),
     };
-    uint64_t rate = option(line, "rate=", 0);
+    uint64_t rate = option(line, "rate=", 0), first = memory.pages, most = option(line, "grow=", 0);
     double beat = option(line, "beat=", 500) / 1e3;
     int by_timer = memory.used < WORDS && !option(line, "clock=", 0);
 
-    memory.words = mmap(NULL, memory.pages * PAGE, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    memory.writes = calloc(memory.pages, sizeof(*memory.writes));
+    memory.words = mmap(NULL, (first + most) * PAGE, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    memory.writes = calloc(first + most, sizeof(*memory.writes));
     if (memory.words == MAP_FAILED || !memory.writes) {
         printf("no memory for %lu pages\n", (unsigned long)memory.pages);
         free(memory.writes);
         return 1;
     }
-    fill(&memory);
+    fill(&memory, 0);
     printf("filled %lu pages\n", (unsigned long)memory.pages);
 
     struct itimerval timer = { .it_interval.tv_usec = 10000, .it_value.tv_usec = 10000 };
@@ -123,6 +144,8 @@ int main(void)
                    (unsigned long)memory.steps, (unsigned long)memory.errors, longest * 1000);
             longest = 0;
             next = t + beat;
+            if (most)
+                grow(&memory, first, most);
         }
     }
 }

@@ -33,9 +33,9 @@ static uint64_t word(uint64_t page, uint32_t writes, unsigned i)
     return mix(page << 40 | (uint64_t)writes << 9 | i);
 }
 
-static void fill(const struct memory *memory)
+static void fill(const struct memory *memory, uint64_t from)
 {
-    for (uint64_t page = 0; page < memory->pages; page++) {
+    for (uint64_t page = from; page < memory->pages; page++) {
         memory->writes[page] = 0;
         for (unsigned i = 0; i < WORDS; i++)
             memory->words[page * WORDS + i] = word(page, 0, i);

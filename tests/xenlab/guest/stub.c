@@ -329,7 +329,7 @@ void run(const struct start_info *info)
     struct memory memory = find_memory(info);
 
     find_hypercalls();
-    fill(&memory);
+    fill(&memory, 0);
     connect();
     last = next = now();
     for (;;) {
