@@ -101,8 +101,15 @@ def run(
 
 
 def of_the_interpreter(environment: Any) -> dict[str, str]:
-    """The variables that an interpreter or its loader reads when it starts (and sets: LC_CTYPE, where no locale is)."""
-    return {key: value for key, value in environment.items() if key.startswith(("PYTHON", "LD_", "LC_", "LANG"))}
+    """The variables that an interpreter or its loader reads when it starts (and sets: LC_CTYPE, where no locale is).
+
+    coverage.py installs itself, and its handler of SIGTERM, when it finds its own.
+    """
+    return {
+        key: value
+        for key, value in environment.items()
+        if key.startswith(("PYTHON", "COVERAGE_", "LD_", "LC_", "LANG"))
+    }
 
 
 def _umask() -> int:
