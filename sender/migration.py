@@ -452,9 +452,9 @@ class OutgoingMigration:
 
     # ---- precopy ----
     async def _copy_while_it_runs(self, push: PushLane) -> Remainder:
-        self.progress.phase = "precopy"
         self._written.max_pages = self._max_pages = await trio.to_thread.run_sync(limit_of, self._domain)
         await trio.to_thread.run_sync(self._record, "begun")
+        self.progress.phase = "precopy"
         return await self._precopy.run(self._domain, push, self._written)
 
     # ---- switchover ----

@@ -58,7 +58,7 @@ state_option = click.option(
 
 
 def _state(state: Path | None, simulated: Path | None) -> Path:
-    return state or (STATE_DIRECTORY if simulated is None else simulated.with_name(simulated.name + ".state"))
+    return state or (STATE_DIRECTORY if simulated is None else Path(f"{simulated}.state"))
 
 
 def listen_option(default: Address, who: str) -> Callable[[F], F]:
