@@ -8,6 +8,7 @@ key and the reason; a key that nobody knows is wrong as well.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import ipaddress
 import os
 import socket
@@ -125,8 +126,9 @@ class TlsConfig:
     peers: tuple[str, ...] = _key(_names, ())
     """Names, of which a peer's certificate has to bear one."""
 
-    @property
+    @functools.cached_property
     def files(self) -> Tls | None:
+        """One for all connections: it keeps the last good contents of the files."""
         if not self.certificate:
             return None
         return Tls(Path(self.certificate), Path(self.key), Path(self.authority), self.peers)
@@ -229,8 +231,9 @@ def parse(data: dict[str, Any], source: str) -> Config:
     if problem:
         key, _, reason = problem.removeprefix("--").partition(" ")
         raise ConfigError(f"{source}: [migration] {key.replace('-', '_')} {reason}")
-    missing = [key for key, value in config.tls.__dict__.items() if not value]
-    if missing and len(missing) < len(config.tls.__dict__):
+    keys = [field.name for field in dataclasses.fields(config.tls)]
+    missing = [key for key in keys if not getattr(config.tls, key)]
+    if missing and len(missing) < len(keys):
         raise ConfigError(
             f"{source}: [tls] {missing[0]}: it is missing; certificate, key, authority and peers go together"
         )

@@ -137,6 +137,8 @@ async def _answer(connection: ControlConnection, handler: Handler) -> None:
         text = str(error)
     except (KeyError, TypeError, ValueError) as error:
         text = f"bad request: {error!r}"
+    except (trio.BrokenResourceError, trio.ClosedResourceError):
+        raise
     except Exception as error:
         log.exception("internal error in answering a request")
         text = f"internal error, which the daemon's log has: {error!r}"

@@ -9,15 +9,20 @@ migration's task, or in a thread that it started, inherits :data:`migration`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import select
 import socket
 import struct
 from contextvars import ContextVar
 from typing import Any
 
 JOURNAL_SOCKET = "/run/systemd/journal/socket"
+STDERR = 2
+MOST_BYTES = 128 * 1024
+"""Of a record: the kernel takes no larger datagram."""
 PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 """syslog(3)'s."""
 
@@ -31,19 +36,44 @@ class _WithMigration(logging.Filter):
         return True
 
 
+class OneLine(logging.Formatter):
+    """What a message quotes, a name or a peer's reason, starts no line of its own and moves no cursor."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        if not record.message.isprintable():
+            record.message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in record.message)
+        return super().formatMessage(record)
+
+
 class JournalHandler(logging.Handler):
-    """systemd's native protocol: <https://systemd.io/JOURNAL_NATIVE_PROTOCOL/>."""
+    """systemd's native protocol: <https://systemd.io/JOURNAL_NATIVE_PROTOCOL/>.
+
+    A record that the journal does not take at once is lost: the caller may be the event loop.
+    """
 
     def __init__(self, path: str = JOURNAL_SOCKET):
         super().__init__()
+        self._path = path
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.connect(path)
+        self._socket.setblocking(False)
 
     def emit(self, record: logging.LogRecord) -> None:
-        try:
-            self._socket.send(journal_entry(record, self.format(record)))
-        except OSError:
-            self.handleError(record)
+        with contextlib.suppress(OSError):
+            self._socket.sendto(journal_entry(record, self.format(record))[:MOST_BYTES], self._path)
+
+
+class LineHandler(logging.Handler):
+    """Lines on standard error.  A line that nobody takes at once is lost: a pipe may be full, a terminal stopped."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = (self.format(record) + "\n").encode(errors="backslashreplace")
+        takes = select.poll()
+        takes.register(STDERR, select.POLLOUT)
+        with contextlib.suppress(OSError):
+            for at in range(0, len(line), select.PIPE_BUF):  # for so much there is room if there is any
+                if not takes.poll(0):
+                    return
+                os.write(STDERR, line[at : at + select.PIPE_BUF])
 
 
 def journal_entry(record: logging.LogRecord, message: str) -> bytes:
@@ -78,9 +108,9 @@ def set_up(*, verbose: bool) -> None:
     handler: logging.Handler
     if "JOURNAL_STREAM" in os.environ and os.path.exists(JOURNAL_SOCKET):
         handler = JournalHandler()
-        handler.setFormatter(logging.Formatter("%(about)s%(message)s"))
+        handler.setFormatter(OneLine("%(about)s%(message)s"))
     else:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(about)s%(message)s"))
+        handler = LineHandler()
+        handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(name)s: %(about)s%(message)s"))
     handler.addFilter(_WithMigration())
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler])

@@ -98,9 +98,9 @@ def _texts(most: int, **kwargs: Any) -> Any:
         if (
             not isinstance(value, list)
             or len(value) > most
-            or not all(isinstance(v, str) and len(v) <= 64 for v in value)
+            or not all(isinstance(v, str) and len(v) <= 64 and v.isprintable() for v in value)
         ):
-            raise _Invalid(f"a list of at most {most} names")
+            raise _Invalid(f"a list of at most {most} printable names")
         return tuple(value)
 
     return _wire(parse, **kwargs)

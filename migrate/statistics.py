@@ -10,6 +10,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from migrate.messages import printable
+
 SUBBUCKETS = 32
 """Buckets to each power of two: a quantile is off by 3% at most, in bounded memory."""
 
@@ -52,6 +54,47 @@ class LatencyHistogram:
             "max": round(self.max_us, 1),
             "histogram": {str(power): powers[power] for power in sorted(powers)},
         }
+
+
+_COUNT, _NUMBER, _WORD = "count", "number", "word"
+_PEERS: dict[str, Any] = {
+    "fault_latency_us": {
+        "count": _COUNT, "mean": _NUMBER, "p50": _NUMBER, "p99": _NUMBER, "max": _NUMBER, "histogram": {None: _COUNT},
+    },
+    "vcpu_block_s": {None: _NUMBER},
+    "pull": {"requests": _COUNT, "ahead": _COUNT, "pages": _COUNT},
+    "dropped_pages": _COUNT,
+    "populate_evicted": _WORD,
+    "checkpoints": {"kept": _COUNT, "pages": _COUNT, "pause_s": _NUMBER, "longest_pause_s": _NUMBER},
+}  # fmt: skip
+"""The keys of :meth:`PagerStatistics.summary`; under ``None`` any number as a key."""
+_MOST_KEYS = 512
+
+
+def from_peer(told: object) -> dict[str, Any]:
+    """What a peer says that its pager has counted, in the form of :meth:`PagerStatistics.summary`, whatever it says.
+
+    A key that is not known is left out; a value that is missing, or is not what it should be, is 0.
+    """
+    found: dict[str, Any] = _checked(told, _PEERS)
+    return found
+
+
+def _checked(told: object, form: Any) -> Any:
+    if isinstance(form, dict):
+        given = told if isinstance(told, dict) else {}
+        if None in form:
+            numbers = [
+                key for key in given if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 20
+            ]
+            return {key: _checked(given[key], form[None]) for key in numbers[:_MOST_KEYS]}
+        return {key: _checked(given.get(key), inner) for key, inner in form.items()}
+    if form == _WORD:
+        return printable(told)[:16] if isinstance(told, str) else ""
+    is_number = isinstance(told, int | float) and not isinstance(told, bool)
+    if not is_number or not 0 <= told < 2**63:  # type: ignore[operator]
+        return 0
+    return told if form == _NUMBER else int(told)  # type: ignore[call-overload]
 
 
 @dataclass

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import select
 import socket
 import ssl
 import threading
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import trio
 
 from migrate.errors import MigrationError, PeerClosedError
+from migrate.messages import printable
+
+log = logging.getLogger(__name__)
 
 EXPLANATION_S = 1.0
 """How long a connection that is refused is kept, in all, for the peer to receive the reason."""
@@ -38,6 +42,24 @@ MEANINGS = {
 """By OpenSSL's reasons."""
 
 
+class _Kept:
+    """The last good contents of the files, and the state of the files that were last tried."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.state: list[object] = []
+        self.contexts: tuple[ssl.SSLContext, ssl.SSLContext] | None = None
+
+
+def _state(path: Path) -> object:
+    """Another one after each change of the file."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        return error.errno
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 @dataclass(frozen=True)
 class Tls:
     """What a host needs for it: ``certificate`` with its ``key`` for itself, and ``authority`` for its ``peers``."""
@@ -47,11 +69,11 @@ class Tls:
     authority: Path
     peers: tuple[str, ...]
     """Names, of which the certificate of a peer has to bear one."""
+    _kept: _Kept = field(default_factory=_Kept, init=False, repr=False, compare=False)
 
     def check(self) -> None:
         """Raises :class:`MigrationError` where a file is not what it should be."""
-        for server_side in (True, False):
-            self._context(server_side=server_side)
+        self._contexts()
 
     async def connected(self, sock: socket.socket, host: str, timeout_s: float) -> TlsSocket:
         """As the end that has dialled ``host``.  Raises :class:`PeerClosedError` for a peer that is not to be trusted."""
@@ -69,7 +91,8 @@ class Tls:
         ends: list[socket.socket] = [sock]
 
         def wrap() -> ssl.SSLSocket:
-            wrapped = self._context(server_side=host is None).wrap_socket(
+            server, client = self._contexts()
+            wrapped = (server if host is None else client).wrap_socket(
                 sock, server_side=host is None, server_hostname=host, do_handshake_on_connect=False
             )
             ends.append(wrapped)
@@ -86,8 +109,10 @@ class Tls:
             problem = f"the peer did not answer within {timeout_s:g} s: does it speak TLS?"
         except OSError as error:
             problem = explain(error)
-        except PeerClosedError as error:
+        except MigrationError as error:
             problem = str(error)
+        except ValueError as error:  # a certificate, or a host, whose names are not text
+            problem = f"a name cannot be read: {error}"
         except BaseException:
             ends[-1].close()
             raise
@@ -96,24 +121,44 @@ class Tls:
 
     def _check_names(self, sock: ssl.SSLSocket) -> None:
         certificate: dict[str, Any] = sock.getpeercert() or {}
-        names = {name for _kind, name in certificate.get("subjectAltName", ())}
+        # A directory name is a tuple of tuples.
+        names = {name for _kind, name in certificate.get("subjectAltName", ()) if isinstance(name, str)}
         if not names & set(self.peers):
             raise PeerClosedError(
-                f"the peer's certificate is for {', '.join(sorted(names)) or 'nobody'}, and [tls] peers are "
+                f"the peer's certificate is for {printable(', '.join(sorted(names))) or 'nobody'}, and [tls] peers are "
                 f"{', '.join(self.peers)}"
             )
+
+    def _contexts(self) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+        """For the end that is dialled and the end that dials, of the files as they are now.
+
+        While files that have changed since do not go together, or cannot be read, the last good ones are used.
+        Raises :class:`MigrationError` where there have been none yet.
+        """
+        kept = self._kept
+        with kept.lock:
+            state = [_state(path) for path in (self.certificate, self.key, self.authority)]
+            if kept.contexts is None or state != kept.state:
+                try:
+                    kept.contexts = self._context(server_side=True), self._context(server_side=False)
+                except MigrationError as error:
+                    if kept.contexts is None:
+                        raise
+                    log.error("%s: the last files that were good are used on", error)
+                kept.state = state
+            return kept.contexts
 
     def _context(self, *, server_side: bool) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.verify_mode = ssl.CERT_REQUIRED
         try:
-            context.load_cert_chain(self.certificate, self.key)
-        except OSError as error:
+            context.load_cert_chain(self.certificate, self.key, password=lambda: b"")  # nobody is there to type one
+        except (OSError, ValueError) as error:
             raise MigrationError(f"[tls] {self.certificate}, {self.key}: {_why(error)}") from error
         try:
             context.load_verify_locations(self.authority)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise MigrationError(f"[tls] {self.authority}: {_why(error)}") from error
         return context
 
@@ -145,12 +190,10 @@ async def _refuse(sock: socket.socket) -> None:
         sock.close()
 
 
-def _why(error: OSError) -> str:
-    return (
-        f"not a certificate and its key: {error.reason}"
-        if isinstance(error, ssl.SSLError)
-        else error.strerror or str(error)
-    )
+def _why(error: OSError | ValueError) -> str:
+    if isinstance(error, ssl.SSLError):
+        return f"not a certificate and its key: {error.reason}"
+    return getattr(error, "strerror", None) or str(error)
 
 
 def explain(error: OSError) -> str:

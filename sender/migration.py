@@ -48,7 +48,7 @@ from migrate.lanes import Lanes
 from migrate.pfns import PfnMask, from_bitmap, in_bitmap, pfns_of_window, pieces, union
 from migrate.policy import DefaultPolicy, Policy, Strategy
 from migrate.session import Phase, Role, Session, new_token
-from migrate.statistics import SenderStatistics
+from migrate.statistics import SenderStatistics, from_peer
 from migrate.tasks import first, is_bug, is_final, task_group
 from migrate.transport import EXPLANATION_S, LINGER_S, STEP_TIMEOUT_S, LaneConnection, run_in_thread, step_timeout
 from sender.backlog import Backlog
@@ -240,7 +240,7 @@ class OutgoingMigration:
     def result(self) -> dict[str, Any]:
         """The JSON keys that docs/commands.md explains."""
         ours, theirs = self.statistics.summary(), self.receiver_statistics
-        return {"id": self.id, "domain": self.domain_name, **ours, **theirs}
+        return {**theirs, "id": self.id, "domain": self.domain_name, **ours}
 
     # ---- the order of things ----
     async def run(self) -> None:
@@ -906,11 +906,8 @@ def _decision(step: str) -> MigrationError | None:
 
 
 def _receiver_statistics(data: bytes) -> dict[str, Any]:
-    """The receiver's summary; its content is the peer's word and only shown."""
+    """The receiver's summary: the peer's word, which decides nothing here."""
     try:
-        statistics = json.loads(data)
-    except ValueError as error:
+        return from_peer(json.loads(data))
+    except (ValueError, RecursionError) as error:
         raise RemoteProtocolError(f"complete: statistics are not JSON: {error}") from error
-    if not isinstance(statistics, dict):
-        raise RemoteProtocolError("complete: statistics are not a map")
-    return statistics

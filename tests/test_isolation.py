@@ -20,20 +20,23 @@ import trio
 import trio.testing
 
 from migrate import daemon as daemons
+from migrate import logs
 from migrate import messages as m
 from migrate.config import Config
 from migrate.daemon import serve_connections
 from migrate.errors import MigrationError, PeerClosedError, RefusedError, RemoteProtocolError, UnknownSessionError
 from migrate.journal import BOOT_ID, Journal
 from migrate.lanes import LAST_RETRY_S, DialledLanes
+from migrate.logs import JournalHandler, LineHandler, OneLine
 from migrate.loopback import World, loopback_world, start_receiver, start_sender, verify_migrated, wait_for_steps
 from migrate.messages import Lane
+from migrate.statistics import PagerStatistics, from_peer
 from migrate.tasks import isolated
 from migrate.transport import LaneConnection, Terms
 from receiver.daemon import ReceiverDaemon
 from receiver.migration import IncomingMigration
 from sender.daemon import SenderDaemon
-from sender.migration import OutgoingMigration
+from sender.migration import OutgoingMigration, _receiver_statistics
 from tests.conftest import MIB
 from tests.test_link_loss import until
 from xenbackend.contract import Hypervisor
@@ -375,3 +378,68 @@ async def test_descriptors_used_up_by_strangers_are_not_missed_by_migrations(wor
     assert verification.problems == []
     assert world.processes["receiver"].log.read_text().count("a connection is refused: the descriptors") == 1
     await migrates(world)
+
+
+# ---- what a peer says ----
+def test_what_a_peer_counted_is_taken_by_key_and_type() -> None:
+    ours = PagerStatistics()
+    ours.answered(1, 0.001)
+    ours.populate_evicted = "native"
+    assert from_peer(json.loads(json.dumps(ours.summary()))) == ours.summary()
+    nothing = from_peer({})
+    assert nothing.keys() == ours.summary().keys() and nothing["fault_latency_us"]["count"] == 0
+    lies = {
+        "domain": "\x1b[31mweb", "downtime_s": 0, "id": "x", "pull": [], "dropped_pages": -1, "vcpu_block_s": {"\x1b": 1, "0": 2},
+        "populate_evicted": "\x1b]0;x\x07" * 9, "checkpoints": {"kept": True, "pages": 1e400, "pause_s": float("nan")},
+        "fault_latency_us": {"count": "9", "p50": None, "max": 2**63, "mean": 1.5, "histogram": {str(n): 1 for n in range(9999)}},
+    }  # fmt: skip
+    found = from_peer(lies)
+    assert found.keys() == nothing.keys()
+    assert found["vcpu_block_s"] == {"0": 2}
+    assert found["populate_evicted"].isprintable() and len(found["populate_evicted"]) == 16
+    assert found["checkpoints"] == nothing["checkpoints"] and found["pull"] == nothing["pull"]
+    histogram = found["fault_latency_us"].pop("histogram")
+    assert (
+        found["fault_latency_us"] == {"count": 0, "mean": 1.5, "p50": 0, "p99": 0, "max": 0} and len(histogram) == 512
+    )
+    others: tuple[object, ...] = (None, [], 5, "x")
+    for told in others:
+        assert from_peer(told) == nothing
+
+
+@pytest.mark.parametrize("data", [b"[" * 60_000, b"\xff", b"9" * 5000 + b"x"])
+def test_statistics_that_are_not_json_are_the_peer_s_error(data: bytes) -> None:
+    with pytest.raises(RemoteProtocolError, match="statistics are not JSON"):
+        _receiver_statistics(data)
+
+
+# ---- logs ----
+def record(text: str) -> logging.LogRecord:
+    made = logging.LogRecord("pager", logging.WARNING, "pager.py", 7, "guest %s", (text,), None)
+    made.about = ""
+    return made
+
+
+def test_a_name_in_a_log_makes_no_line_of_its_own() -> None:
+    line = OneLine("%(about)s%(message)s").format(record("web\nERROR: forged \x1b[31m\u202e"))
+    assert line == r"guest web\nERROR: forged \x1b[31m\u202e"
+
+
+def test_a_log_that_nobody_reads_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    monkeypatch.setattr(logs, "STDERR", writer)
+    handler = LineHandler()
+    for _ in range(100):
+        handler.handle(record("x" * 10_000))
+    os.close(reader)
+    handler.handle(record("into a closed pipe"))
+    os.close(writer)
+    handler.handle(record("to a closed descriptor"))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
+        journal.bind(str(tmp_path / "journal"))
+        to_journal = JournalHandler(str(tmp_path / "journal"))
+        for _ in range(1000):
+            to_journal.handle(record("x" * 1_000))
+        to_journal.handle(record("x" * 1_000_000))
+    to_journal.handle(record("nobody is there"))
+    to_journal._socket.close()

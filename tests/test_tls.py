@@ -6,21 +6,26 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
+import re
+import shutil
 import socket
+import ssl
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 import trio
 import trustme
 
 from migrate import lanes, tls
+from migrate.errors import MigrationError, PeerClosedError
 from migrate.lanes import AwaitedLanes, DialledLanes, Reception
 from migrate.loopback import World
 from migrate.messages import Lane
 from migrate.session import hello
-from migrate.tls import STRANGERS, Tls
+from migrate.tls import STRANGERS, Tls, TlsSocket
 from migrate.transport import LaneConnection, Terms
 from tests.conftest import MIB, WAIT_S
 from tests.inprocess import Outcome, migrate, verification
@@ -113,8 +118,6 @@ async def test_who_is_not_to_be_trusted_is_refused(
 async def test_a_client_without_a_certificate_is_refused(
     clean_hosts: World, name: str, files: Callable[..., Tls], caplog: pytest.LogCaptureFixture
 ) -> None:
-    import ssl
-
     said: list[str] = []
 
     async def meanwhile(_outcome: Outcome, link: Link) -> None:
@@ -271,3 +274,66 @@ async def test_both_directions_at_once(files: Callable[..., Tls]) -> None:
     assert MIB * 32 < ends[0].bytes_sent < MIB * 33
     for end in ends:
         end.close()
+
+
+class Peer:
+    """The certificate of one that has shaken hands."""
+
+    def __init__(self, *names: object):
+        self._names = names
+
+    def getpeercert(self) -> dict[str, object]:
+        return {"subjectAltName": self._names} if self._names else {}
+
+
+@pytest.mark.parametrize(
+    ("names", "complaint"),
+    [
+        ((), "is for nobody"),
+        ((("DirName", ((("commonName", "host"),),)),), "is for nobody"),
+        ((("URI", "spiffe://host"), ("othername", "<unsupported>")), "is for <unsupported>, spiffe://host"),
+        ((("DNS", "h\x1b]0;x\x07\u202est"), ("IP Address", "10.0.0.1")), "is for 10.0.0.1, h ]0;x  st,"),
+        ((("DNS", "höst"),), "is for höst"),
+    ],
+)
+def test_a_certificate_may_bear_names_of_any_kind(
+    files: Callable[..., Tls], names: tuple[object, ...], complaint: str
+) -> None:
+    tls = files()
+    with pytest.raises(PeerClosedError, match=re.escape(complaint)):
+        tls._check_names(cast(ssl.SSLSocket, Peer(*names)))
+    tls._check_names(cast(ssl.SSLSocket, Peer(*names, ("IP Address", HOST))))
+
+
+async def test_files_are_renewed_while_connections_come(
+    files: Callable[..., Tls], caplog: pytest.LogCaptureFixture
+) -> None:
+    """While they do not go together, or one is missing, the last good ones are used, and that is logged once."""
+    tls, new = files(), files(signed_by=ANOTHER, trusts=ANOTHER)
+
+    async def connect(trusts: Tls) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX)
+        ends: list[TlsSocket] = []
+
+        async def accept() -> None:
+            ends.append(await tls.accepted(theirs, WAIT_S))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(accept)
+            ends.append(await trusts.connected(ours, HOST, WAIT_S))
+        for end in ends:
+            end.close()
+
+    peer = files()
+    await connect(peer)
+    shutil.copy(new.key, tls.key)
+    await connect(peer)
+    await connect(peer)
+    assert caplog.text.count("the last files that were good are used on") == 1
+    tls.authority.unlink()
+    await connect(peer)
+    shutil.copy(new.authority, tls.authority)
+    shutil.copy(new.certificate, tls.certificate)
+    await connect(files(signed_by=ANOTHER, trusts=ANOTHER))
+    with pytest.raises(MigrationError):
+        Tls(tls.certificate, peer.key, tls.authority, ()).check()  # there are no good ones yet
