@@ -75,6 +75,8 @@ LOOK_EVERY_S = 0.05
 LOOK_AGAIN_EVERY_S = 0.5
 """... and at one that runs."""
 ATTACH_TIMEOUT_S = 10.0
+CARRY_ON_AGAIN_S = 0.5
+"""After an error that is not the link's."""
 FINISHED_OR_FINISHING = ("taken over", "finishing")
 """By a journal, the last entries of which may not have been written."""
 NOT_HERE = "an operator has said that the guest is not to run here"
@@ -298,14 +300,38 @@ class IncomingMigration:
             await trio.to_thread.run_sync(self._inherit)
         elif not await self._agree():
             return
-        async with task_group() as self._tasks:
-            if self._step in ("entrusted", "taken over", "finishing", "lost"):
-                await self._serve_for_predecessor()
-                if self._step == "lost":
-                    await self._go_on_without("the sender was killed")
-            await self._follow_sender()
-            self._tasks.cancel_scope.cancel()
+        said = ""
+        while True:
+            try:
+                async with task_group() as self._tasks:
+                    await self._carry_on()
+                    self._tasks.cancel_scope.cancel()
+                break
+            except Exception as error:
+                if not self._is_here or isinstance(error, GuestEndedError):
+                    raise
+                if str(error) != said:
+                    said = str(error)
+                    log.error("%s after the handover: %s", self.progress.domain, error, exc_info=is_bug(error))
+            self._close_lanes()
+            self.progress.phase = "interrupted"
+            self._note(said)
+            await trio.sleep(CARRY_ON_AGAIN_S)
         await self._finish()
+
+    @property
+    def _is_here(self) -> bool:
+        """The guest lives by this pager: nothing but its own end is a reason to stop."""
+        return self._pager is not None and (self.session.handed_over or self._runs.is_set())
+
+    async def _carry_on(self) -> None:
+        if self._pager is not None:  # something failed since
+            self._tasks.start_soon(self._follow_domain)
+        elif self._step in ("entrusted", "taken over", "finishing", "lost"):
+            await self._serve_for_predecessor()
+            if self._step == "lost":
+                await self._go_on_without("the sender was killed")
+        await self._follow_sender()
 
     async def _agree(self) -> bool:
         """hello, preflight and the pull lane; false where it was refused."""
@@ -775,6 +801,8 @@ class IncomingMigration:
                 if is_final(error):
                     raise
                 lost = error
+                if not isinstance(error, PeerClosedError | ProtocolError):
+                    await trio.sleep(CARRY_ON_AGAIN_S)
         if self._pager is not None:
             self.progress.phase = "postcopy" if self.session.handed_over else "deciding"
         self.progress.problem = ""

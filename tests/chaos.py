@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import random
 import resource
 import signal
@@ -24,8 +25,12 @@ from typing import Any
 import numpy as np
 import trio
 
+from migrate import messages as m
 from migrate.errors import MigrationError
+from migrate.lanes import DialledLanes
 from migrate.loopback import World, loopback_world, start_receiver, start_sender, wait_for_steps
+from migrate.session import new_id
+from migrate.transport import Terms
 from tests.links import Link, link
 from tests.support import zygote
 from xenbackend.contract import DomainState, XenError
@@ -100,6 +105,9 @@ class Trial:
         self.link.go()
         await self._settle()
         where: str = await in_thread(self._verify)
+        self.world.check_alive()
+        if where != "destination" and all(fault.startswith("hostile peer") for fault in self.faults):
+            raise LostError(f"a peer of another guest kept it at the {where}")
         return where
 
     def _begin(self) -> None:
@@ -311,6 +319,42 @@ async def full_disk(trial: Trial) -> None:
         resource.prlimit(process.popen.pid, resource.RLIMIT_FSIZE, (hard, hard))
 
 
+async def few_descriptors(trial: Trial) -> None:
+    """A daemon has no more than it has open."""
+    process = trial.world.processes.get(trial.random.choice(["sender", "receiver"]))
+    if process is None:
+        return
+    with contextlib.suppress(OSError):  # it may be killed meanwhile
+        pid = process.popen.pid
+        _soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(
+            pid, resource.RLIMIT_NOFILE, (len(os.listdir(f"/proc/{pid}/fd")) + trial.random.randrange(4), hard)
+        )
+        await trio.sleep(trial.random.uniform(0.05, 0.5))
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (hard, hard))
+
+
+async def hostile_peer(trial: Trial) -> None:
+    """Others connect to the receiver and send garbage, a hello and garbage, an offer and garbage, or bytes now and then."""
+    for _ in range(20):
+        with contextlib.suppress(MigrationError, OSError, trio.BrokenResourceError), trio.move_on_after(0.3):
+            if trial.random.random() < 0.5:
+                async with await trio.open_tcp_stream("127.0.0.1", trial.world.port) as stream:
+                    for _ in range(5):
+                        await stream.send_all(trial.random.randbytes(trial.random.choice([1, 20, 65536])))
+                        await trio.sleep(trial.random.choice([0, 0.05]))
+                continue
+            lane = await DialledLanes(("127.0.0.1", trial.world.port), new_id(), Terms()).push()
+            try:
+                if trial.random.random() < 0.5:
+                    spec = GuestSpec("hostile", MIB)
+                    await lane.send(m.Offer("hostile", spec.nr_pfns, spec.nr_pfns, 1, spec.to_bytes(), True, b"key", 0))
+                lane._socket.sendmsg([memoryview(b"XPC1" + trial.random.randbytes(200))])
+                await lane.receive()
+            finally:
+                lane.close()
+
+
 async def busy_pages(trial: Trial) -> None:
     """Somebody has references to pages of the domain that comes into being."""
 
@@ -356,6 +400,8 @@ FAULTS: list[Fault] = [
     ("reordered", swap),
     ("disk full", full_disk),
     ("pages busy", busy_pages),
+    ("few descriptors", few_descriptors),
+    ("hostile peer", hostile_peer),
     ("memory set", set_memory),
 ]
 

@@ -37,9 +37,11 @@ from receiver.daemon import ReceiverDaemon
 from receiver.migration import IncomingMigration
 from sender.daemon import SenderDaemon
 from sender.migration import OutgoingMigration, _receiver_statistics
+from tests import inprocess
 from tests.conftest import MIB
+from tests.test_invariants import busy
 from tests.test_link_loss import until
-from xenbackend.contract import Hypervisor
+from xenbackend.contract import Hypervisor, XenError
 from xenbackend.simulated.guest import GuestSpec
 
 BUGS = [
@@ -378,6 +380,26 @@ async def test_descriptors_used_up_by_strangers_are_not_missed_by_migrations(wor
     assert verification.problems == []
     assert world.processes["receiver"].log.read_text().count("a connection is refused: the descriptors") == 1
     await migrates(world)
+
+
+@pytest.mark.parametrize("error", [KeyError("a bug"), XenError("getdomaininfo", errno.EAGAIN), MigrationError("no")])
+async def test_an_error_after_the_handover_ends_neither_the_pager_nor_the_migration(
+    clean_hosts: World, name: str, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    follow, failed = IncomingMigration._follow_domain, list[str]()
+
+    async def fail_once(self: IncomingMigration) -> None:
+        if not failed:
+            await self._handed_over.wait()
+            failed.append(name)
+            raise error
+        await follow(self)
+
+    monkeypatch.setattr(IncomingMigration, "_follow_domain", fail_once)
+    outcome = await inprocess.migrate(clean_hosts, busy(name))
+    assert failed and outcome.error is None
+    assert outcome.migration.statistics.rejoins == 1
+    assert (await inprocess.verification(clean_hosts, busy(name))).problems == []
 
 
 # ---- what a peer says ----
