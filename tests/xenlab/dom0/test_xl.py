@@ -285,7 +285,7 @@ def grown(guest: Guest) -> list[int]:
     return [int(pages) for pages in re.findall(r"grown to (\d+) pages", guest.console())]
 
 
-@PATCHED
+@PAGING
 def test_the_balloon_moves_in_each_phase(slow: Host) -> None:
     """Up while it is copied, of which Xen 4.17 records nothing; down and up while pages are missing."""
     with guest("xl7", options=f"rate={STEPS_PER_S} pages=5000 grow=9000") as made:
@@ -318,7 +318,7 @@ def test_the_balloon_moves_in_each_phase(slow: Host) -> None:
         slow.check_clean("xl7")
 
 
-@PATCHED
+@PAGING
 def test_a_guest_that_is_saved_while_pages_are_missing(slow: Host, tmp_path: Path) -> None:
     """xl waits until it has them; restored, it goes on without an error."""
     with guest("xl8") as made:
