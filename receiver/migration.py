@@ -703,7 +703,7 @@ class IncomingMigration:
                 )
             if state is not DomainState.INCOMING:
                 self._runs.set()
-            if self._checkpoints is None:
+            if not self._offer.checkpoint_ms:  # which suspend it as well
                 self._note_whether_it_is_saved(state is DomainState.SUSPENDED)
             await trio.sleep(LOOK_AGAIN_EVERY_S if self._runs.is_set() else LOOK_EVERY_S)
 
