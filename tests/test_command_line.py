@@ -479,7 +479,7 @@ def runs(pid: int) -> bool:
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=lambda sig: sig.name)
 def test_loopback_leaves_no_process_behind(sig: signal.Signals) -> None:
-    options = ["--memory", "8M", "--rate", "100", "--bandwidth", "64K"]
+    options = ["--memory", "8M", "--rate", "100", "--bandwidth", "64K", "--strategy", "postcopy"]
     process: subprocess.Popen[bytes] = zygote.Popen([*PROGRAM, "loopback", *options], stderr=subprocess.PIPE)
     with process:
         assert process.stderr is not None
