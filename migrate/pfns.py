@@ -20,7 +20,26 @@ from xenbackend.contract import PfnArray
 WINDOW_PFNS = 2**18
 """pfns in one window: 32 KiB of bitmap, 1 GiB of guest."""
 
+MOST_PFNS_OF_SMALL = 2**22
+"""16 GiB of guest-physical addresses: memory behind the hole for devices begins at 4 GiB, however small a guest is."""
+MOST_PFNS_A_PAGE = 16
+"""pfns a page of memory: guests leave holes."""
+
 PfnMask = NDArray[np.bool_]
+
+
+def sparseness(nr_pfns: int, max_pages: int) -> str:
+    """Why no set of a guest's pfns is made, if its memory is too sparse; otherwise empty.
+
+    A daemon has several bytes for each pfn below the highest one, which the guest chooses by where it maps a page.
+    """
+    most = max(MOST_PFNS_OF_SMALL, MOST_PFNS_A_PAGE * max_pages)
+    if nr_pfns <= most:
+        return ""
+    return (
+        f"the guest's memory is too sparse: its highest pfn is {nr_pfns - 1:#x}, and with {max_pages} pages it may be "
+        f"{most - 1:#x} at most"
+    )
 
 
 def pfn_array(values: object = ()) -> PfnArray:

@@ -3,7 +3,8 @@
 
 A checkpoint is what the guest has written since the one before it, and its context.  While that is much, it is sent with the
 guest running, and what is written meanwhile follows; then the guest is suspended for as long as it takes to copy the
-rest, and what was copied is sent while it runs again: a slow link never holds it.  What was looked at and is not known
+rest, and what was copied is sent while it runs again: a slow link holds it only where that is more
+than ``MAX_COPIED_PAGES``.  What was looked at and is not known
 to be kept by the source is owed, over lost lanes as well.
 
 What the guest has sent out or written to its disks is not held back until it is covered by a checkpoint.
@@ -33,6 +34,9 @@ BATCH_PAGES = 1024
 KINDS = (PageStatus.DATA, PageStatus.ZERO, PageStatus.HOLE)
 LIVE_PAGES = 4096
 """From here on copying them would take longer than suspending: a first part is sent with the guest running."""
+SPARE_PAGES = 1024
+MAX_COPIED_PAGES = 32768
+"""Copied at a time: over a slow link a guest may have written all of its memory since the last look."""
 NOT_PROTECTED = "the guest is not protected any more"
 ATTEMPTS = 3
 MOST_STANDING_STILL = 0.1
@@ -162,10 +166,16 @@ class Checkpoints:
             rest[:] = False
         expected = rest | mask_from_bitmap(self._domain.log_dirty(clean=False), self._domain.nr_pfns)
         room = Room(int(np.count_nonzero(expected)))
+        copies = []
         with self._standing_still():
             rest |= self._look()
             context = self._domain.context()
-            copies = [(message, room.take(pieces)) for message, pieces in self._written(rest)]
+            for message, pieces in self._written(rest):
+                copied = room.take(pieces)
+                if copied is None:
+                    self._say(message, pieces)  # the guest is suspended for longer, and dom0 keeps its memory
+                else:
+                    copies.append((message, copied))
         for message, copied in copies:
             self._say(message, copied)
         for at in range(0, len(context), m.MAX_CONTEXT_CHUNK):
@@ -245,15 +255,15 @@ class Room:
     """For copies of about so many pages.  Memory costs most when it is touched first: that is before the guest stands still."""
 
     def __init__(self, pages: int):
-        self._free = np.full((pages + pages // 4) * PAGE_SIZE, 1, dtype=np.uint8)
+        self._free = np.full(min(pages + pages // 4 + SPARE_PAGES, MAX_COPIED_PAGES) * PAGE_SIZE, 1, dtype=np.uint8)
 
-    def take(self, pieces: list[memoryview]) -> list[memoryview]:
-        """A copy of pieces of memory."""
+    def take(self, pieces: list[memoryview]) -> list[memoryview] | None:
+        """A copy of pieces of memory; ``None`` where there is no room for it."""
         size = sum(map(len, pieces))
         if not size:
             return []
         if size > len(self._free):
-            return [memoryview(b"".join(pieces))]
+            return None
         copy, self._free = self._free[:size], self._free[size:]
         at = 0
         for piece in pieces:

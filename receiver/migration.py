@@ -44,7 +44,7 @@ from migrate.errors import (
 from migrate.journal import Journal
 from migrate.lanes import Lanes
 from migrate.messages import Lane
-from migrate.pfns import pfns_of_window, windows
+from migrate.pfns import pfns_of_window, sparseness, windows
 from migrate.session import Role, Session, new_token
 from migrate.statistics import PagerStatistics
 from migrate.tasks import first, is_bug, is_final, task_group
@@ -267,6 +267,15 @@ class IncomingMigration:
         finally:
             self.ended.set()
             self._close_lanes()
+            if self.has_ended:
+                self._give_back()
+
+    def _give_back(self) -> None:
+        """What is as large as the guest: ``list`` shows this migration for long after its end."""
+        self._pager = self._stand_by = self._checkpoints = self._domain = self._ring = None
+        self._context.clear()
+        for large in ("_pages", "_memory"):
+            self.__dict__.pop(large, None)
 
     def _close_lanes(self) -> None:
         for lane in (self._push, self._pull):
@@ -511,6 +520,8 @@ class IncomingMigration:
         """Preflight, the incoming domain and its ring; returns why not."""
         config, self._offer = _config(offer), offer
         try:
+            if problem := sparseness(offer.nr_pfns, offer.max_pages):
+                return problem
             preflight = self._toolstack.preflight(self._hypervisor, config, paging=offer.paging)
             if preflight.problems:
                 return "; ".join(preflight.problems)
@@ -520,6 +531,8 @@ class IncomingMigration:
             self._domain = self._toolstack.make(self._hypervisor, config)
             self._domid, self._handle = self._domain.domid, self._domain.handle
             self._record("made")
+            if problem := sparseness(offer.nr_pfns, self._domain.config().max_pages):
+                return problem  # of a domain that xl has made
             if offer.paging:
                 self._ring = self._domain.paging_enable()
                 self.statistics.populate_evicted = preflight.populate_evicted

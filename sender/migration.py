@@ -45,7 +45,7 @@ from migrate.errors import (
 )
 from migrate.journal import Journal
 from migrate.lanes import Lanes
-from migrate.pfns import PfnMask, from_bitmap, in_bitmap, pfns_of_window, pieces, union
+from migrate.pfns import PfnMask, from_bitmap, in_bitmap, pfns_of_window, pieces, sparseness, union
 from migrate.policy import DefaultPolicy, Policy, Strategy
 from migrate.session import Phase, Role, Session, new_token
 from migrate.statistics import SenderStatistics, from_peer
@@ -297,6 +297,7 @@ class OutgoingMigration:
             if not self.keeps_pages:
                 with trio.CancelScope(shield=True):
                     await trio.to_thread.run_sync(self._domain.close)
+                self._give_back()
 
     @property
     def has_ended(self) -> bool:
@@ -312,6 +313,13 @@ class OutgoingMigration:
     def holds_pages(self) -> bool:
         """And the domain is gone: they live by this process."""
         return self.keeps_pages and self._toolstack.decides
+
+    def _give_back(self) -> None:
+        """What is as large as the guest: ``list`` shows this migration for long after its end."""
+        self._faults = self._checkpoints = None
+        self._precopy.give_back()
+        for large in ("_backlog", "_written"):
+            self.__dict__.pop(large, None)
 
     def _close_lanes(self) -> None:
         for connection in self._connections():
@@ -433,6 +441,8 @@ class OutgoingMigration:
         self._push = self._push_lane(await self.lanes.push())
         self.progress.phase = "preflight"
         config = await trio.to_thread.run_sync(self._domain.config)
+        if problem := sparseness(config.nr_pfns, config.max_pages):
+            raise MigrationError(problem)
         paging = self.options.strategy.pages_after_handover
         checkpoint_ms = math.ceil((self.options.checkpoint_every_s or 0) * 1000)
         await self._push.say(

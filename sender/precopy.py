@@ -67,6 +67,11 @@ class Precopy:
         """The receiver has done all that was said before this barrier."""
         self._passed[number].set()
 
+    def give_back(self) -> None:
+        """What is as large as the guest, when the migration has ended."""
+        for large in ("_domain", "_push", "_written"):
+            self.__dict__.pop(large, None)
+
     def stop_and_copy_fits(self, dirty: int) -> bool:
         """Sending the rest now, instead of after the handover: always where there is no after."""
         if not self._options.strategy.pages_after_handover:

@@ -449,3 +449,13 @@ async def test_a_flood_of_faults_by_one_that_reads_nothing(world: World) -> None
         await until(lambda: phase(world, "sender", name) == "failed")
 
     await receiver_of(world, what, after=after)
+
+
+async def test_an_offer_of_sparse_memory_takes_no_memory_here(world: World) -> None:
+    """A set of all pfns below the highest one would be as large as that."""
+    spec = GuestSpec(f"guest{next(numbers)}", 4 * MIB)
+    push = await DialledLanes(("127.0.0.1", world.port), new_id(), Terms()).push()
+    await push.send(m.Offer(spec.name, 2**36, spec.nr_pfns, 1, spec.to_bytes(), True, b"key", 0))
+    answer, _pages = await push.receive()
+    assert isinstance(answer, m.Refused) and "the guest's memory is too sparse" in answer.reason
+    push.close()

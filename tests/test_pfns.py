@@ -21,6 +21,7 @@ from migrate.pfns import (
     pfns_of_window,
     pieces,
     runs,
+    sparseness,
     union,
     windows,
 )
@@ -95,3 +96,12 @@ def test_lists_in_any_order_with_repetitions_are_united(lists: list[list[int]]) 
 
 def test_a_mask_is_moved_by_its_base() -> None:
     assert from_mask(mask_of([0, 3], 8), 4096).tolist() == [4096, 4099]
+
+
+def test_memory_may_be_sparse_up_to_a_bound() -> None:
+    gib = 2**18
+    assert sparseness(2**20, 256 * 256) == ""  # a small guest with something behind the hole at 4 GiB
+    assert sparseness(70 * gib, 64 * gib) == ""
+    assert sparseness(2**22, 1) == ""
+    assert "0x400000, and with 1 pages it may be 0x3fffff at most" in sparseness(2**22 + 1, 1)
+    assert "too sparse" in sparseness(2**36, 64 * gib)

@@ -21,7 +21,7 @@ from migrate.loopback import World, loopback_world, start_sender, wait_for_steps
 from migrate.policy import PolicyOptions, Strategy
 from migrate.transport import Terms
 from receiver import checkpoints
-from receiver.checkpoints import Checkpoints
+from receiver.checkpoints import Checkpoints, Room
 from sender import migration as sender_migration
 from sender.checkpoints import CheckpointStore
 from sender.migration import OutgoingMigration
@@ -452,3 +452,24 @@ def test_the_sender_is_killed_at_any_instant_as_well(world: World, seed: int) ->
     start_sender(world)
     until(lambda: [i.state for i in world.source.domains()] == [DomainState.RUNNING], "it does not run")
     assert verified_at_source(world.source, spec).problems == []
+
+
+async def test_a_checkpoint_copies_no_more_than_there_is_room_for(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
+    """The rest is sent from where it lies, with the guest suspended: dom0's memory is not used up over a slow link."""
+    taken: list[bool] = []
+    take = Room.take
+
+    def counted(self: Room, pieces: list[memoryview]) -> list[memoryview] | None:
+        copied = take(self, pieces)
+        taken.append(copied is not None)
+        return copied
+
+    monkeypatch.setattr(Room, "take", counted)
+    monkeypatch.setattr(checkpoints, "MAX_COPIED_PAGES", 64)
+    monkeypatch.setattr(checkpoints, "BATCH_PAGES", 32)
+    spec = busy(name)
+    await protected(clean_hosts, spec, dies_after(2, clean_hosts))
+    assert {True, False} <= set(taken)
+    assert verified_at_source(clean_hosts.source, spec).problems == []

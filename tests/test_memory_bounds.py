@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a daemon keeps in memory is bounded by the memory of its guests, and given back when a migration has ended."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from types import FunctionType, ModuleType
+
+import numpy as np
+import pytest
+
+from migrate.journal import Journal
+from migrate.loopback import World
+from migrate.policy import Strategy
+from tests.conftest import MIB
+from tests.inprocess import Outcome, migrate
+from tests.links import Link
+from tests.test_link_loss import until
+from xenbackend.contract import Domain, DomainState, Hypervisor
+from xenbackend.simulated.client import SimulatedDomain
+from xenbackend.simulated.guest import GuestSpec
+
+
+def held_by(thing: object) -> int:
+    """Bytes of arrays and buffers that are kept for this object's sake alone."""
+    seen, found, to_look_at = set[int](), 0, [thing]
+    others = (type, ModuleType, FunctionType, World, Hypervisor, Domain, Journal)
+    while to_look_at:
+        one = to_look_at.pop()
+        if (
+            id(one) in seen
+            or isinstance(one, others)
+            or type(one).__module__.startswith(("trio", "logging", "_thread"))
+        ):
+            continue
+        seen.add(id(one))
+        if isinstance(one, np.ndarray):
+            found += one.nbytes
+        elif isinstance(one, bytes | bytearray):
+            found += len(one)
+        to_look_at += gc.get_referents(one)
+    return found
+
+
+@pytest.mark.parametrize("strategy", list(Strategy))
+async def test_an_ended_migration_keeps_nothing_as_large_as_its_guest(
+    clean_hosts: World, name: str, strategy: Strategy
+) -> None:
+    """``list`` shows a hundred of them at each end."""
+    running = list[int]()
+
+    async def meanwhile(outcome: Outcome, _link: Link) -> None:
+        await until(lambda: outcome.migration.progress.phase in ("precopy", "switchover", "postcopy", "completed"))
+        running.append(held_by(outcome.migration))
+
+    spec = GuestSpec(name, 64 * MIB, workload="idle", zero_permille=1000)
+    outcome = await migrate(clean_hosts, spec, strategy, meanwhile=meanwhile)
+    assert outcome.error is None
+    assert running[0] > spec.nr_pfns  # it would be noticed
+    assert held_by(outcome.migration) < spec.nr_pfns
+    assert held_by(outcome.incoming) < spec.nr_pfns
+    assert outcome.migration.result()["memory_bytes"] == spec.memory_bytes
+
+
+async def test_a_guest_whose_memory_is_too_sparse_is_refused_here(
+    clean_hosts: World, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = SimulatedDomain.config
+    monkeypatch.setattr(SimulatedDomain, "config", lambda self: replace(config(self), nr_pfns=2**36))
+    outcome = await migrate(clean_hosts, GuestSpec(name, 4 * MIB))
+    assert "the guest's memory is too sparse" in str(outcome.error)
+    assert clean_hosts.source.open(name).state() is DomainState.RUNNING
