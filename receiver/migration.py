@@ -499,6 +499,8 @@ class IncomingMigration:
         await trio.to_thread.run_sync(self._note_stop)
         await self._pager.finish()
         await trio.to_thread.run_sync(functools.partial(self._stopped.unlink, missing_ok=True))
+        with contextlib.suppress(NoSuchDomainError):  # the guest has ended since
+            await trio.to_thread.run_sync(self._domain.reserve, 0)
         if self._checkpoints is not None:
             await trio.to_thread.run_sync(self._checkpoints.stop)
         await trio.to_thread.run_sync(self._limit.give_back)
@@ -539,7 +541,7 @@ class IncomingMigration:
         except (XenError, MigrationError) as error:
             return str(error)
         self._limit = FrameLimit(self._domain)
-        self._memory = MemoryRestorer(self._domain, self._limit)
+        self._memory = MemoryRestorer(self._domain, self._limit, offer.max_pages)
         self._pages = OutstandingPages(offer.nr_pfns)
         return None
 

@@ -50,9 +50,10 @@ class FrameLimit:
 class MemoryRestorer:
     """Keeps what each pfn of an incoming domain is.  Calls block: run them in a thread."""
 
-    def __init__(self, domain: Domain, limit: FrameLimit):
+    def __init__(self, domain: Domain, limit: FrameLimit, max_pages: int):
         self._domain = domain
         self._limit = limit
+        self._max_pages = max_pages
         self._populated = np.zeros(domain.nr_pfns, dtype=np.bool_)
         self._evicted = np.zeros(domain.nr_pfns, dtype=np.bool_)
 
@@ -66,10 +67,14 @@ class MemoryRestorer:
 
     def evict(self, pfns: PfnArray) -> None:
         """Make the pfns absent (invariant 3): their contents come after the handover.  Raises ``XenError``."""
+        freed = 0
         for batch in pieces(pfns[~self._evicted[pfns]], EVICT_BATCH):
             self._domain.populate_evicted(batch)
+            freed += int(np.count_nonzero(self._populated[batch]))
             self._evicted[batch] = True
             self._populated[batch] = False
+        if freed:
+            self._domain.reserve(self._max_pages)  # nobody else is to take what they need again
 
     def _populate(self, pfns: PfnArray) -> None:
         """Those that are not there.  A paged-out pfn becomes memory like a hole."""

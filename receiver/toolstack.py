@@ -75,7 +75,13 @@ class XlToolstack:
         return found if paging else Preflight((), found.populate_evicted)
 
     def make(self, hypervisor: Hypervisor, config: DomainConfig) -> Domain:
-        return hypervisor.bind_incoming(self.lends, config, self._ports)
+        domain = hypervisor.bind_incoming(self.lends, config, self._ports)
+        try:
+            domain.reserve(config.max_pages)
+        except XenError:
+            domain.close()
+            raise
+        return domain
 
     async def restored(self, domain: Domain) -> None:
         store_gfn, console_gfn = await trio.to_thread.run_sync(domain.toolstack_gfns)

@@ -278,6 +278,36 @@ def test_a_name_is_used_once_and_memory_is_finite(lab: Lab) -> None:
     assert "other" not in [info.name for info in lab.hypervisor.domains()]
 
 
+def free_pages(lab: Lab) -> int:
+    """What a guest may have at most for its preflight to find enough memory."""
+    config, least, most = lab.config(), 1, 2**28
+    while most - least > 1:
+        pages = (least + most) // 2
+        problems = lab.hypervisor.preflight(dataclasses.replace(config, max_pages=pages), paging=True).problems
+        least, most = (least, pages) if any("not enough memory" in text for text in problems) else (pages, most)
+    return least
+
+
+def test_memory_that_is_to_arrive_is_reserved_until_it_is_given_back(lab: Lab) -> None:
+    noise, before = 200, free_pages(lab)
+    target = lab.incoming()
+    reserved = free_pages(lab)
+    assert before - reserved > 1024 - noise
+    target.populate(pfn_array(range(512)))
+    assert abs(free_pages(lab) - reserved) < noise  # it is taken from what was reserved
+    target.depopulate(pfn_array(range(512)))
+    target.reserve(1024)
+    assert abs(free_pages(lab) - reserved) < noise
+    target.reserve(0)
+    assert free_pages(lab) - reserved > 1024 - noise
+    hog = lab.incoming(free_pages(lab) - noise)
+    with pytest.raises(XenError, match="ENOMEM"):
+        target.reserve(1024)
+    hog.destroy()
+    target.reserve(1024)
+    target.destroy()
+
+
 def test_a_domain_is_found_whose_maker_died_before_it_noted_the_number(lab: Lab) -> None:
     config = lab.config()
     assert lab.hypervisor.abandoned(config) == []

@@ -329,6 +329,14 @@ class Domain(ABC):
         """Which of the pfns are memory of the domain: a frame, or one that is paged out."""
 
     @abstractmethod
+    def reserve(self, pages: int) -> None:
+        """Keep memory of the host free for this domain, so that it can have so many pages, those that it has included.
+
+        In place of what was reserved before; 0: nothing any more.  What is populated or loaded is taken from it, and what is
+        freed does not come back to it.  Raises ``XenError`` (ENOMEM) where the host has not as much.
+        """
+
+    @abstractmethod
     def populate(self, pfns: PfnArray) -> None:
         """Give holes and paged-out pfns a frame, of unknown contents.  EINVAL where there is one, or beyond what can be."""
 
@@ -422,6 +430,8 @@ class Hypervisor(ABC):
     @abstractmethod
     def create_incoming(self, config: DomainConfig, *, instead_of: Domain | None = None) -> Domain:
         """An empty domain, all holes, to restore into.  EEXIST: its name is in use; ENOMEM.
+
+        ``config.max_pages`` are reserved for it.
 
         ``instead_of``: one that is about to go, as far as its pages are moved over; neither its name nor its memory counts.
         """

@@ -407,6 +407,9 @@ class XenDomain(Domain):
             left -= len(found[-1])
         return np.sort(np.concatenate(found))
 
+    def reserve(self, pages: int) -> None:
+        check("claim_pages", lib.xen_claim(self._host, self.domid, pages))
+
     def populate(self, pfns: PfnArray) -> None:
         self._batch("populate_physmap", lib.xen_populate, pfns)
 

@@ -136,7 +136,7 @@ class XenHypervisor(Hypervisor):
             config = dataclasses.replace(config, name=self._name_for(config))
             if config.max_pages > self.facts().free_pages:
                 raise XenError("create", errno.ENOMEM, why="not enough memory")
-        return self._remember(incoming.create(self, config))
+        return self._remember(incoming.create(self, config, reserve=instead_of is None))
 
     def abandoned(self, config: DomainConfig, *, instead_of: Domain | None = None) -> list[Domain]:
         """By the handle, which is the guest's: the domain has no name until :meth:`create_incoming` is nearly done."""

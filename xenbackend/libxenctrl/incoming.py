@@ -134,7 +134,7 @@ class OwnPlumbing(Plumbing):
         self._hypervisor.store_introduce(domain.domid, store, self._ports.store)
 
 
-def create(hypervisor: XenHypervisor, config: DomainConfig) -> XenDomain:
+def create(hypervisor: XenHypervisor, config: DomainConfig, *, reserve: bool) -> XenDomain:
     """Raises ``XenError``; leaves nothing over then."""
     platform = Platform.unpack(config.platform)
     host, domid = hypervisor.native, ffi.new("uint32_t *")
@@ -148,6 +148,8 @@ def create(hypervisor: XenHypervisor, config: DomainConfig) -> XenDomain:
     try:
         check("setmaxmem", lib.xen_set_max_pages(host, made, config.max_pages + SPARE_PAGES))
         check("paging pool", lib.xen_paging_pool(host, made, paging_pool_mib(config)))
+        if reserve:
+            check("claim_pages", lib.xen_claim(host, made, config.max_pages))
         _prepare(hypervisor, made, config, platform)
         hypervisor.store_write(f"/local/domain/{made}/name", config.name)
         return XenDomain(hypervisor, made, config.nr_pfns, OwnPlumbing(hypervisor, config, platform))

@@ -215,6 +215,9 @@ class SimulatedDomain(Domain):
             found.append(pfns[np.isin(self.p2m_types(pfns), PAGING_TYPES)])
         return np.concatenate(found)
 
+    def reserve(self, pages: int) -> None:
+        self._host.call("reserve", domid=self.domid, pages=pages)
+
     def populate(self, pfns: PfnArray) -> None:
         self._batch("populate_physmap", lib.sim_populate, pfns)
 

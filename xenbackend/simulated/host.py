@@ -260,6 +260,7 @@ class SimulatedHost:
         self.gone: list[dict[str, Any]] = []
         self._next_domid = 1
         self._claimed: dict[int, int] = {}
+        """Bytes that each domain may have, whatever it has."""
         self._clients: set[int] = set()
         self._lock = threading.Lock()
 
@@ -343,13 +344,22 @@ class SimulatedHost:
         return domain
 
     # ---- making and ending domains ----
+    def _free(self, leaving: int | None = None) -> int:
+        """Bytes that no domain has or has reserved."""
+        taken = 0
+        for domid, claimed in self._claimed.items():
+            domain = self.domains.get(domid)  # ``None``: it is being made, or being ended
+            has = domain.dom.tot_pages * PAGE_SIZE if domain is not None else 0
+            taken += max(claimed, has) if domid != leaving else 0
+        return self.memory_bytes - taken
+
     def _problems(self, config: DomainConfig, paging: bool, leaving: int | None = None) -> list[tuple[int, str]]:
         """Why this domain cannot be built here: errno, and what to do.  ``leaving``: a domid that does not count."""
         problems = []
         if any(domain.config.name == config.name for domid, domain in self.domains.items() if domid != leaving):
             text = f"a domain named {config.name!r} is there already: rename or destroy it first"
             problems.append((errno.EEXIST, text))
-        free = self.memory_bytes - sum(claimed for domid, claimed in self._claimed.items() if domid != leaving)
+        free = self._free(leaving)
         if config.max_pages * PAGE_SIZE > free:
             text = (
                 f"not enough memory: the guest needs {config.max_pages * PAGE_SIZE >> 20} MiB and "
@@ -514,6 +524,13 @@ class SimulatedHost:
 
     def op_has_pager(self, domid: int) -> bool:
         return bool(self._domain(domid).ring_fds)
+
+    def op_reserve(self, domid: int, pages: int) -> None:
+        domain = self._domain(domid)
+        more = max(pages - domain.dom.tot_pages, 0) * PAGE_SIZE
+        if more > self._free(leaving=domid) - domain.dom.tot_pages * PAGE_SIZE:
+            raise XenError("claim_pages", errno.ENOMEM, why="not enough memory")
+        self._claimed[domid] = pages * PAGE_SIZE
 
     def op_paging_enable(self, domid: int, client: int) -> Reply:
         if not self.paging:

@@ -75,6 +75,8 @@ size_t xen_look(const void *const *pages, size_t n, uint8_t *status, struct xen_
 int xen_unmap(struct xen_host *h, struct xen_view *view);
 
 int xen_set_max_pages(struct xen_host *h, uint32_t domid, uint64_t pages);
+/* In place of the claim that there is.  A domain that has so many already needs none. */
+int xen_claim(struct xen_host *h, uint32_t domid, uint64_t pages);
 int xen_populate(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, size_t *done);
 int xen_depopulate(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, size_t *done);
 int xen_write(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, const uint8_t *pages, size_t *done);

@@ -81,7 +81,7 @@ int xen_facts(struct xen_host *h, struct xen_facts *out)
 
     if (xc_physinfo(h->xch, &phys) || xc_domain_getinfolist(h->xch, 0, 1, &dom0) < 0)
         return -errno;
-    *out = (struct xen_facts){ .free_pages = phys.free_pages, .dom0_hvm = !!(dom0.flags & XEN_DOMINF_hvm_guest),
+    *out = (struct xen_facts){ .free_pages = phys.free_pages - phys.outstanding_pages, .dom0_hvm = !!(dom0.flags & XEN_DOMINF_hvm_guest),
                                .hap = !!(phys.capabilities & XEN_SYSCTL_PHYSCAP_hap) };
     b = take_buffer(h);
     /* Of no domain: ESRCH, unless the hypervisor does not know the hypercall at all. */

@@ -134,6 +134,21 @@ int xen_set_max_pages(struct xen_host *h, uint32_t domid, uint64_t pages)
     return xc_domain_setmaxmem(h->xch, domid, pages * (XC_PAGE_SIZE / 1024)) ? -errno : 0;
 }
 
+int xen_claim(struct xen_host *h, uint32_t domid, uint64_t pages)
+{
+    struct xen_info info;
+    int rc = xen_domain_info(h, domid, &info);
+
+    if (rc)
+        return rc;
+    /* A domain has one claim: the old one goes first (domain_set_outstanding_pages() in xen/common/page_alloc.c). */
+    if (xc_domain_claim_pages(h->xch, domid, 0))
+        return -errno;
+    if (pages > info.max_pages)
+        pages = info.max_pages;
+    return pages > info.tot_pages && xc_domain_claim_pages(h->xch, domid, pages) ? -errno : 0;
+}
+
 /* Why Xen did not populate a gfn: it only tells how many it did. */
 static int why_not_populated(struct xen_host *h, uint32_t domid, uint64_t gfn)
 {
