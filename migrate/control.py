@@ -25,6 +25,10 @@ from xenbackend.unix import socket_path
 
 log = logging.getLogger(__name__)
 
+MAX_CONNECTIONS = 1000
+REQUEST_TIMEOUT_S = 10.0
+"""For a client to say what it wants."""
+
 
 class ControlConnection:
     """The daemon's end of one exchange."""
@@ -99,14 +103,25 @@ async def serve(
     Raises :class:`MigrationError` when it cannot be had.
     """
 
+    served = 0
+
     async def exchange(stream: trio.SocketStream) -> None:
+        nonlocal served
         connection = ControlConnection(stream)
         async with stream:
             if not _may_ask(stream):
                 return
-            # What the client asked for goes on when it has gone.
-            with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-                await _answer(connection, handler)
+            if served >= MAX_CONNECTIONS:
+                with trio.move_on_after(REQUEST_TIMEOUT_S), contextlib.suppress(trio.BrokenResourceError):
+                    await connection.answer("error", message=f"{served} requests are being answered: try again later")
+                return
+            served += 1
+            try:
+                # What the client asked for goes on when it has gone.
+                with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                    await _answer(connection, handler)
+            finally:
+                served -= 1
 
     inherited = inherited_socket()
     async with contextlib.AsyncExitStack() as stack:
@@ -128,7 +143,11 @@ def _may_ask(stream: trio.SocketStream) -> bool:
 
 async def _answer(connection: ControlConnection, handler: Handler) -> None:
     try:
-        request = await connection.request()
+        request = None
+        with trio.move_on_after(REQUEST_TIMEOUT_S) as waiting:
+            request = await connection.request()
+        if waiting.cancelled_caught:
+            raise MigrationError(f"no request came within {REQUEST_TIMEOUT_S:g} s")
         if request is not None:
             async with task_group():  # of several errors the one that says most
                 await handler(request, connection)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Sizes as people write them."""
+"""Sizes as people write them, text as people read it, and pauses that grow."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 MAX_SIZE = 2**63 - 1
@@ -44,3 +45,11 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
+
+
+def pauses(first_s: float, last_s: float) -> Iterator[float]:
+    """Between looks at something: each a little longer, so that what comes late is seen late by a twentieth at most."""
+    pause_s = first_s
+    while True:
+        yield pause_s
+        pause_s = min(pause_s * 1.05, last_s)

@@ -49,6 +49,7 @@ from migrate.session import Role, Session, new_token
 from migrate.statistics import PagerStatistics
 from migrate.tasks import first, is_bug, is_final, task_group
 from migrate.transport import EXPLANATION_S, LINGER_S, LaneConnection, run_in_thread, step_timeout
+from migrate.units import pauses
 from receiver.checkpoints import NOT_PROTECTED, Checkpoints, mark
 from receiver.outstanding import OutstandingPages
 from receiver.pager import Pager
@@ -73,7 +74,9 @@ REPORT_EVERY_S = 0.25
 LOOK_EVERY_S = 0.05
 """At a domain that is about to run, ..."""
 LOOK_AGAIN_EVERY_S = 0.5
-"""... and at one that runs."""
+"""... and at one that runs, ..."""
+LOOK_AT_LAST_EVERY_S = 2.0
+"""... if nothing comes of it for long."""
 ATTACH_TIMEOUT_S = 10.0
 CARRY_ON_AGAIN_S = 0.5
 """After an error that is not the link's."""
@@ -710,6 +713,7 @@ class IncomingMigration:
 
     async def _follow_domain(self) -> None:
         """Find out that the guest runs here, and that it has ended."""
+        began = pauses(LOOK_EVERY_S, LOOK_AT_LAST_EVERY_S)
         while True:
             state = await trio.to_thread.run_sync(self._state)
             if state is None:
@@ -720,7 +724,7 @@ class IncomingMigration:
                 self._runs.set()
             if not self._offer.checkpoint_ms:  # which suspend it as well
                 self._note_whether_it_is_saved(state is DomainState.SUSPENDED)
-            await trio.sleep(LOOK_AGAIN_EVERY_S if self._runs.is_set() else LOOK_EVERY_S)
+            await trio.sleep(LOOK_AGAIN_EVERY_S if self._runs.is_set() else next(began))
 
     def _note_whether_it_is_saved(self, suspended: bool) -> None:
         """By a program that knows nothing of missing pages, and that may read them before they have come."""

@@ -38,7 +38,7 @@ from xenbackend.contract import DomainId, Hypervisor, XenError, find_domain
 
 log = logging.getLogger(__name__)
 
-PROGRESS_EVERY_S = 0.2
+PROGRESS_EVERY_S, IDLE_EVERY_S = 0.2, 2.0
 DRAIN_EVERY_S = 1.0
 KEPT = 100
 """Ended migrations that ``list`` still shows."""
@@ -151,7 +151,9 @@ class SenderDaemon:
             tasks.start_soon(self._listen, migration, connection)
             while not ended.is_set():
                 await connection.answer("progress", **_line(migration))
-                with trio.move_on_after(PROGRESS_EVERY_S):
+                with trio.move_on_after(
+                    PROGRESS_EVERY_S if migration.progress.phase != "interrupted" else IDLE_EVERY_S
+                ):
                     await ended.wait()
             tasks.cancel_scope.cancel()
         if migration.progress.phase != "completed":

@@ -6,7 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from migrate.errors import MigrationError
-from migrate.policy import PolicyOptions, Strategy
+from migrate.policy import MAX_CHECKPOINT_MS, PolicyOptions, Strategy
+from migrate.units import MAX_SIZE
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,14 @@ class MigrationOptions:
     """Where log-dirty is on, an administrator says that nobody uses it any more."""
 
     def __post_init__(self) -> None:
+        """Raises :class:`MigrationError`: a request may come from another program than ours."""
+        if problem := self.policy.problems():
+            raise MigrationError(problem)
+        cap, every_s = self.bandwidth_bytes_per_s, self.checkpoint_every_s
+        if cap is not None and not 0 < cap <= MAX_SIZE:
+            raise MigrationError(f"bandwidth {cap}: more than 0 bytes a second, or none for no cap")
+        if every_s is not None and not 0.001 <= every_s <= MAX_CHECKPOINT_MS / 1000:
+            raise MigrationError(f"checkpoints every {every_s} s: 0.001 s to {MAX_CHECKPOINT_MS / 1000:g} s")
         if self.checkpoint_every_s is not None and not self.strategy.pages_after_handover:
             raise MigrationError("--strategy precopy has nothing to protect: there the guest arrives as a whole")
 

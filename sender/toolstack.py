@@ -22,11 +22,13 @@ import trio
 from migrate.control import ControlConnection, LastAnswer
 from migrate.errors import MigrationError
 from migrate.tasks import first
+from migrate.units import pauses
 from xenbackend.contract import Domain, DomainState, NoSuchDomainError
 
 log = logging.getLogger(__name__)
 
-LOOK_EVERY_S = 0.05
+LOOK_EVERY_S, LOOK_AT_LAST_EVERY_S = 0.05, 2.0
+"""At what xl does: mostly in a moment, now and then not before an administrator looks."""
 XL_TIMEOUT_S = 5.0
 """How long xl may take to resume a guest that runs nowhere, before we do it."""
 XL_PATIENCE_S = 300.0
@@ -180,14 +182,15 @@ class XlToolstack:
         await self.last_answer.give("result")
 
     async def decision(self, domain: Domain) -> bool:
-        while True:
+        for pause_s in pauses(LOOK_EVERY_S, LOOK_AT_LAST_EVERY_S):
             try:
                 state = await trio.to_thread.run_sync(domain.state)
             except NoSuchDomainError:
-                return True
+                break
             if state is not DomainState.SUSPENDED:
                 return False
-            await trio.sleep(LOOK_EVERY_S)
+            await trio.sleep(pause_s)
+        return True
 
     async def has_left(self) -> None:
         """Its process has ended: then what it has not done it never will."""

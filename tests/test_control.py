@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -28,6 +29,9 @@ async def handle(request: Json, connection: ControlConnection) -> None:
             raise MigrationError("no such domain")
         case "bug":
             raise RuntimeError("a bug")
+        case "stay":
+            await connection.answer("progress")
+            await connection.request()
         case _:
             await connection.answer("result", echo=request["word"])
 
@@ -210,3 +214,32 @@ def test_an_answer_is_waited_for_only_until_the_watched_descriptor_ends(
         other.close()
         with pytest.raises(EOFError):
             client.answer(watched.fileno())
+
+
+async def test_a_client_that_says_nothing_is_sent_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "REQUEST_TIMEOUT_S", 0.05)
+
+    def exchange(path: Path) -> bytes:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(20)
+            sock.connect(os.fspath(path))
+            return b"".join(iter(lambda: sock.recv(65536), b""))
+
+    assert b"no request came within 0.05 s" in await ask(tmp_path / "s", exchange)
+
+
+async def test_clients_are_limited_in_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "MAX_CONNECTIONS", 2)
+
+    def exchange(path: Path) -> Json:
+        with ControlClient(path) as one, ControlClient(path) as two:
+            for client in (one, two):
+                client.say(command="stay")
+                assert client.answer() is not None
+            with pytest.raises(MigrationError, match="2 requests are being answered"):
+                call(command="echo", word="x")(path)
+        while True:  # it may not have noticed yet that they have gone
+            with contextlib.suppress(MigrationError):
+                return call(command="echo", word="x")(path)
+
+    assert (await ask(tmp_path / "s", exchange))["echo"] == "x"
