@@ -73,10 +73,10 @@ MAX_CONTEXT_BYTES = 64 * 1024 * 1024
 REPORT_EVERY_S = 0.25
 LOOK_EVERY_S = 0.05
 """At a domain that is about to run, ..."""
-LOOK_AGAIN_EVERY_S = 0.5
-"""... and at one that runs, ..."""
 LOOK_AT_LAST_EVERY_S = 2.0
-"""... if nothing comes of it for long."""
+"""... ever less often if it does not, ..."""
+LOOK_AGAIN_EVERY_S = 0.5
+"""... and at one that runs."""
 ATTACH_TIMEOUT_S = 10.0
 CARRY_ON_AGAIN_S = 0.5
 """After an error that is not the link's."""

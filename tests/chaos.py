@@ -3,8 +3,8 @@
 
 A trial is a random guest, strategy and bandwidth between two pairs of processes, over a relay, and one to three faults: a
 daemon killed or stopped, the link cut, silent, slow or damaging, a journal that cannot be written, pages that Xen does not let
-be evicted.  It ends with the guest running in exactly one place, verified byte for byte there.  A trial that fails is printed
-with its seed; ``--seed`` with ``--trials 1`` plays it again, as far as threads do.
+be evicted, a destination without memory.  It ends with the guest running in exactly one place, verified byte for byte there.
+A trial that fails is printed with its seed; ``--seed`` with ``--trials 1`` plays it again, as far as threads do.
 """
 
 from __future__ import annotations
@@ -380,6 +380,18 @@ async def set_memory(trial: Trial) -> None:
         await trio.sleep(trial.random.uniform(0, 0.05))
 
 
+async def use_memory_up(trial: Trial) -> None:
+    """Xen gives the domain that comes into being no frame more for a while: for other guests there is nothing left."""
+
+    def limit(pages: int | None) -> None:
+        with contextlib.suppress(XenError), trial.world.destination.open(trial.spec.name) as domain:
+            domain.set_max_pages(domain.reservation().tot_pages if pages is None else pages)
+
+    await in_thread(limit, None)
+    await trio.sleep(trial.random.uniform(0.1, 1))
+    await in_thread(limit, trial.spec.nr_pfns)
+
+
 Fault = tuple[str, Callable[[Trial], Awaitable[None]]]
 FAULTS: list[Fault] = [
     ("sender killed", kill_sender),
@@ -402,6 +414,7 @@ FAULTS: list[Fault] = [
     ("pages busy", busy_pages),
     ("few descriptors", few_descriptors),
     ("hostile peer", hostile_peer),
+    ("memory used up", use_memory_up),
     ("memory set", set_memory),
 ]
 

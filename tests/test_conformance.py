@@ -308,6 +308,23 @@ def test_memory_that_is_to_arrive_is_reserved_until_it_is_given_back(lab: Lab) -
     target.destroy()
 
 
+def test_without_memory_a_page_waits_and_the_others_are_loaded(lab: Lab) -> None:
+    target = lab.incoming()
+    with contextlib.closing(target.paging_enable()):
+        pfns = pfn_array(range(8))
+        target.populate_evicted(pfns)
+        most = target.reservation().max_pages
+        target.set_max_pages(target.reservation().tot_pages + 3)
+        page = bytes(range(256)) * 16
+        results = target.load(pfns, memoryview(page * 8))
+        assert results.tolist() == [0] * 3 + [-errno.ENOMEM] * 5
+        target.set_max_pages(most)
+        assert target.load(pfns[3:], memoryview(page * 5)).tolist() == [0] * 5
+        with target.map_pages(pfns) as mapped:
+            assert b"".join(mapped.data) == page * 8
+    target.destroy()
+
+
 def test_a_domain_is_found_whose_maker_died_before_it_noted_the_number(lab: Lab) -> None:
     config = lab.config()
     assert lab.hypervisor.abandoned(config) == []
