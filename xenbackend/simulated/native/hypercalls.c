@@ -389,7 +389,8 @@ long sim_load(struct sim_map *m, const uint64_t *pfns, size_t n, const uint8_t *
                 entry_unlock(m, first + run);
                 break;
             }
-            if (!get_frame(m)) {
+            if (__atomic_load_n(&m->dom->tot_pages, __ATOMIC_SEQ_CST) + run >=
+                __atomic_load_n(&m->dom->max_pages, __ATOMIC_SEQ_CST)) {
                 entry_unlock(m, first + run);
                 missed = -ENOMEM;
                 break;
@@ -404,11 +405,12 @@ long sim_load(struct sim_map *m, const uint64_t *pfns, size_t n, const uint8_t *
         for (uint64_t k = 0; k < run; k++) {
             results[i + k] = rc;
             if (rc) {
-                __atomic_fetch_sub(&m->dom->tot_pages, 1, __ATOMIC_SEQ_CST);
                 entry_unlock(m, first + k);
                 continue;
             }
             entry_set(m, first + k, P2M_RAM_RW, pages != NULL, 1);
+            /* Behind it: a client that is killed in the middle of a load must take no frame with it. */
+            __atomic_fetch_add(&m->dom->tot_pages, 1, __ATOMIC_SEQ_CST);
             loaded++;
         }
         i += run;
