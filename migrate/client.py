@@ -18,7 +18,7 @@ import socket
 from collections.abc import Iterator
 from typing import Any
 
-from migrate.errors import MigrationError
+from migrate.errors import MigrationError, UnknownMigrationError
 from xenbackend.unix import connect_unix
 
 MAX_LINE = 1024 * 1024
@@ -74,7 +74,7 @@ class ControlClient:
         line, self._buffer = self._buffer.split(b"\n", 1)
         answer: Json = json.loads(line)
         if answer["event"] == "error":
-            raise MigrationError(answer["message"])
+            raise (UnknownMigrationError if answer.get("unknown") else MigrationError)(answer["message"])
         return answer
 
     def answers(self) -> Iterator[Json]:

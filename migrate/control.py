@@ -18,7 +18,7 @@ import trio
 
 from migrate.client import MAX_LINE, Json
 from migrate.daemon import inherited_socket, serve_connections
-from migrate.errors import MigrationError
+from migrate.errors import MigrationError, UnknownMigrationError
 from migrate.tasks import task_group
 from xenbackend.contract import XenError
 from xenbackend.unix import socket_path
@@ -151,6 +151,9 @@ async def _answer(connection: ControlConnection, handler: Handler) -> None:
         if request is not None:
             async with task_group():  # of several errors the one that says most
                 await handler(request, connection)
+        return
+    except UnknownMigrationError as error:
+        await connection.answer("error", message=str(error), unknown=True)
         return
     except (MigrationError, XenError) as error:
         text = str(error)

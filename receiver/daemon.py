@@ -97,7 +97,9 @@ class ReceiverDaemon:
                 await connection.answer("result", migrations=[_line(m) for m in self._migrations.values()])
             case "show":
                 migration = find_migration(self._migrations.values(), request["migration"])
-                await connection.answer("result", **_line(migration), details=migration.details())
+                await connection.answer(
+                    "result", **_line(migration), details=migration.details(), known=migration.known_of_peer
+                )
             case "status":
                 await connection.answer("result", port=self._port)
             case "restore":
@@ -105,11 +107,17 @@ class ReceiverDaemon:
             case "await-memory":
                 await self._await_memory(int(request["domid"]), connection)
             case "reconnect":
-                find_migration(self._migrations.values(), request["migration"]).lanes.hurry()
+                find_migration(self._migrations.values(), request["migration"]).reconnect()
                 await connection.answer("result")
             case "decide":
                 await find_migration(self._migrations.values(), request["migration"]).decide(here=bool(request["here"]))
                 await connection.answer("result")
+            case "cancel":
+                find_migration(self._migrations.values(), request["migration"]).ask_to_cancel()
+                await connection.answer("result")
+            case "postcopy-now":
+                migration = find_migration(self._migrations.values(), request["migration"])
+                raise MigrationError(f"{migration.domain_name} is incoming: ask the sender at its source for that")
             case other:
                 raise MigrationError(f"unknown command {other!r}")
 

@@ -40,6 +40,7 @@ from migrate.errors import (
     ProtocolError,
     RemoteProtocolError,
     UnknownSessionError,
+    ended,
 )
 from migrate.journal import Journal
 from migrate.lanes import Lanes
@@ -80,6 +81,9 @@ LOOK_AGAIN_EVERY_S = 0.5
 ATTACH_TIMEOUT_S = 10.0
 CARRY_ON_AGAIN_S = 0.5
 """After an error that is not the link's."""
+FIRST_START_AGAIN_S = 0.1
+LAST_START_AGAIN_S = 5.0
+"""Each attempt to start a guest again waits twice as long as the one before it, up to this."""
 FINISHED_OR_FINISHING = ("taken over", "finishing")
 """By a journal, the last entries of which may not have been written."""
 NOT_HERE = "an operator has said that the guest is not to run here"
@@ -142,6 +146,8 @@ class IncomingMigration:
         self._said_ready = False
         self._lacked = 0
         """Pages, when another program than this one suspended the guest."""
+        self._not_started = ""
+        """Why the guest, which is ours, does not run yet."""
         self._runs = trio.Event()
         """The guest, here."""
         self._handed_over = trio.Event()
@@ -154,6 +160,7 @@ class IncomingMigration:
         """An operator decides; a sender that is back waits for that."""
         self._scope = trio.CancelScope()
         self._cancel_reason = ""
+        self._decided_elsewhere = False
         self.ended = trio.Event()
 
     @classmethod
@@ -194,6 +201,49 @@ class IncomingMigration:
     def domain_name(self) -> str:
         return self.progress.domain
 
+    def ask_to_cancel(self) -> None:
+        """For an operator.  Raises :class:`MigrationError` where it is too late."""
+        name, phase = self.progress.domain, self.progress.phase
+        if self.has_ended:
+            raise MigrationError(self.ending("cancel"))
+        if not self._said_ready:
+            self.cancel("cancelled by the operator of the destination")
+        elif phase == "in doubt":
+            raise MigrationError(
+                f"too late to cancel: {name} may have been handed over; `xen-postcopy decide` settles it"
+            )
+        else:
+            raise MigrationError(
+                f"too late to cancel: {name} is the destination's; to end it, destroy it (xl destroy {name})"
+            )
+
+    @property
+    def known_of_peer(self) -> str:
+        """For whoever decides."""
+        if self.progress.phase == "in doubt":
+            return "the source may have handed the guest over, or have it running; it has not been in touch since it was cut off"
+        return (
+            "the source has handed the guest over"
+            if self.session.handed_over
+            else "the source has not handed the guest over"
+        )
+
+    def reconnect(self) -> None:
+        """Raises :class:`MigrationError` where there is nobody whom this end would dial."""
+        if self.has_ended:
+            raise MigrationError(self.ending("reconnect"))
+        if self.progress.phase not in ("interrupted", "in doubt"):
+            raise MigrationError(f"there is nothing to reconnect: {self.progress.domain} is {self.progress.phase}")
+        if self.lanes.dials is None:
+            raise MigrationError(
+                f"the source dials, and tries by itself: ask its sender to reconnect {self.progress.domain}"
+            )
+        self.lanes.hurry()
+
+    def ending(self, asked: str) -> str:
+        """Why there is nothing left to be asked for."""
+        return ended(self.progress.domain, self.progress.phase, self.progress.problem, asked)
+
     @property
     def has_ended(self) -> bool:
         """Nothing more comes of it."""
@@ -230,25 +280,45 @@ class IncomingMigration:
             await self._decide(here=here)
 
     async def _decide(self, *, here: bool) -> None:
-        if self.progress.phase != "in doubt" or self._toolstack.decides:
-            raise MigrationError(f"there is nothing to decide here: {self.progress.domain} is {self.progress.phase}")
-        if self._push is not None:
+        name, phase = self.progress.domain, self.progress.phase
+        if self.has_ended:
+            raise MigrationError(self.ending("decide"))
+        if not self._said_ready:
             raise MigrationError(
-                f"the sender of {self.progress.domain} is back and is being asked: see `xen-postcopy list`"
+                f"there is nothing to decide: the migration of {name} is {phase}, and the guest runs at the source"
             )
+        if self._toolstack.decides:
+            raise MigrationError(
+                f"there is nothing to decide here: xl does, and the daemon follows what xl does to {name}; xl can destroy it"
+            )
+        if self._runs.is_set():
+            raise MigrationError(
+                f"there is nothing to decide: {name} runs here; to end it, destroy it (xl destroy {name})"
+            )
+        if here and self._not_started:
+            raise MigrationError(f"there is nothing to decide: {name} belongs here already, and {self._not_started}")
+        if phase != "in doubt" and not self._not_started:
+            raise MigrationError(f"there is nothing to decide here: both ends are in touch, and {name} is {phase}")
+        if phase == "in doubt" and self._push is not None:
+            raise MigrationError(f"the sender of {name} is back and is being asked: see `xen-postcopy list`")
         if not here:
-            await trio.to_thread.run_sync(
-                self._record, "decided elsewhere"
-            )  # before the operator has the answer: a successor carries it out
-            self._said_ready = False
+            # Before the operator has the answer: a successor carries it out.
+            await trio.to_thread.run_sync(self._record, "decided elsewhere")
+            self._said_ready, self._decided_elsewhere = False, True
             self.cancel(NOT_HERE)
             return
         if self._step == "suspended":
             raise MigrationError("it is not known whether all has come that the guest cannot run without")
-        log.warning("%s: an operator has said that the guest is to run here", self.progress.domain)
-        await trio.to_thread.run_sync(self._start)
+        if self._stand_by is None:
+            raise MigrationError(f"{name} cannot be started yet: {self.progress.problem}")
+        log.warning("%s: an operator has said that the guest is to run here", name)
         self.session.handed_over = True
-        self._offline_tasks.start_soon(self._started().serve, None)
+        try:
+            await trio.to_thread.run_sync(self._start)
+            pager = self._started()
+        except XenError as error:
+            pager = self._start_later(error)
+        self._offline_tasks.start_soon(pager.serve, None)
         await trio.to_thread.run_sync(self._record, "taken over")
         self.progress.phase = "interrupted"
         self._note("started by an operator")
@@ -309,7 +379,7 @@ class IncomingMigration:
 
     async def _receive_migration(self) -> None:
         if self._inherited:
-            await trio.to_thread.run_sync(self._inherit)
+            await self._keep_inheriting()
         elif not await self._agree():
             return
         said = ""
@@ -378,6 +448,21 @@ class IncomingMigration:
         self.progress.phase = "precopy"
         return True
 
+    async def _keep_inheriting(self) -> None:
+        """A guest waits for us, so that what fails is tried again."""
+        while True:
+            try:
+                await trio.to_thread.run_sync(self._inherit)
+                break
+            except XenError as error:
+                if not self._said_ready:
+                    raise
+                self.progress.phase = "interrupted" if self.session.handed_over else "in doubt"
+                self.progress.problem = f"what was left here cannot be taken up yet: {error}; trying again"
+                log.error("%s: %s", self.progress.domain, self.progress.problem)
+                await trio.sleep(LAST_START_AGAIN_S)
+        self.progress.problem = ""
+
     def _inherit(self) -> None:
         """What a predecessor had."""
         config = _config(self._offer)
@@ -432,8 +517,11 @@ class IncomingMigration:
         state = await trio.to_thread.run_sync(self._state)
         await trio.to_thread.run_sync(self._undo_stop, state)
         if state is DomainState.INCOMING and self._step == "taken over" and not self._toolstack.decides:
-            await trio.to_thread.run_sync(self._start)
-            self._started()
+            try:
+                await trio.to_thread.run_sync(self._start)
+                self._started()
+            except XenError as error:
+                self._start_later(error)
         else:
             self._serve()
             await trio.to_thread.run_sync(self._protect, self._domain)
@@ -455,7 +543,7 @@ class IncomingMigration:
         """By a predecessor, in the middle of a checkpoint, of giving up the ring, or of starting the guest."""
         if self._handle is None and self._noted == "finishing":
             return True  # it was of a release that noted only this
-        just_started = self._noted not in FINISHED_OR_FINISHING or self._handle is None
+        just_started = self._noted not in (*FINISHED_OR_FINISHING, "lost") or self._handle is None
         if state is DomainState.PAUSED and just_started and not self._toolstack.decides:
             return True
         return self._stopped.exists()
@@ -500,7 +588,15 @@ class IncomingMigration:
         assert self._domain is not None and self._pager is not None
         await trio.to_thread.run_sync(self._record, "finishing")
         await trio.to_thread.run_sync(self._note_stop)
-        await self._pager.finish()
+        while True:
+            try:
+                await self._pager.finish()
+                break
+            except XenError as error:
+                self.progress.problem = f"all memory has come, but the ring cannot be given up: {error}; trying again"
+                log.error("%s: %s", self.progress.domain, self.progress.problem)
+                await trio.sleep(LAST_START_AGAIN_S)
+        self.progress.problem = ""
         await trio.to_thread.run_sync(functools.partial(self._stopped.unlink, missing_ok=True))
         with contextlib.suppress(NoSuchDomainError):  # the guest has ended since
             await trio.to_thread.run_sync(self._domain.reserve, 0)
@@ -631,7 +727,13 @@ class IncomingMigration:
         if self._toolstack.decides:
             trio.from_thread.run_sync(self._taken_over)
         else:
-            self._start()
+            try:
+                self._start()
+            except XenError as error:
+                start_later = functools.partial(self._start_later, error)
+                self._record("taken over")  # a successor is to start it
+                trio.from_thread.run_sync(lambda: self._finish_over_these_lanes(start_later()))
+                return
             try:
                 self._say_blocking(m.Resumed())
             finally:  # it runs
@@ -644,6 +746,7 @@ class IncomingMigration:
         self.progress.phase = "postcopy"
 
     def _start(self) -> None:
+        """Raises ``XenError`` where the guest may start yet, :class:`GuestEndedError` where it never will."""
         assert self._domain is not None
         self._protect(self._domain)
         if self._stand_by is not None:
@@ -651,7 +754,35 @@ class IncomingMigration:
         try:
             self._domain.start()
         except XenError as error:
-            raise GuestEndedError(f"the guest could not be started: {error}") from error
+            if self._state() in (None, DomainState.CRASHED):
+                raise GuestEndedError(f"the guest could not be started: {error}") from error
+            raise
+
+    def _start_later(self, error: XenError) -> Pager:
+        """The guest is ours, and its memory comes meanwhile."""
+        self._taken_over()
+        pager = self._serve()
+        self._tasks.start_soon(self._keep_starting, error)
+        return pager
+
+    async def _keep_starting(self, error: XenError) -> None:
+        """What has failed may pass: the hypervisor or xenstored was busy, or there was no memory."""
+        pause_s = FIRST_START_AGAIN_S
+        while True:
+            self._not_started = f"the guest cannot be started yet ({error}), which is tried again and again"
+            self.progress.problem = self._not_started
+            log.warning("%s: %s", self.progress.domain, self._not_started)
+            await trio.sleep(pause_s)
+            pause_s = min(pause_s * 2, LAST_START_AGAIN_S)
+            async with self._deciding:
+                try:
+                    await trio.to_thread.run_sync(self._start)
+                    break
+                except XenError as again:
+                    error = again
+        log.info("%s runs after all", self.progress.domain)
+        self._not_started = self.progress.problem = ""
+        self._runs.set()
 
     def _started(self) -> Pager:
         self._taken_over()
@@ -715,7 +846,12 @@ class IncomingMigration:
         """Find out that the guest runs here, and that it has ended."""
         began = pauses(LOOK_EVERY_S, LOOK_AT_LAST_EVERY_S)
         while True:
-            state = await trio.to_thread.run_sync(self._state)
+            try:
+                state = await trio.to_thread.run_sync(self._state)
+            except XenError as error:  # that may pass
+                log.warning("%s: its state is not known: %s", self.progress.domain, error)
+                await trio.sleep(LOOK_AGAIN_EVERY_S)
+                continue
             if state is None:
                 raise GuestEndedError(
                     "its domain was destroyed" if self._runs.is_set() else "xl gave the guest up here"
@@ -824,7 +960,7 @@ class IncomingMigration:
                     await trio.sleep(CARRY_ON_AGAIN_S)
         if self._pager is not None:
             self.progress.phase = "postcopy" if self.session.handed_over else "deciding"
-        self.progress.problem = ""
+        self.progress.problem = self._not_started
         log.info("%s: the sender is back, %d pages are missing", self.progress.domain, self._pages.count)
 
     async def _go_on_without(self, reason: str) -> NoReturn:
@@ -847,7 +983,7 @@ class IncomingMigration:
         if self.progress.phase == "in doubt":
             state = "the sender may or may not have handed the guest over: it is kept, and does not run"
         else:
-            state = "the guest is here and waits for its missing pages"
+            state = self._not_started or "the guest is here and waits for its missing pages"
         self.progress.problem = f"{why}; {state}"
 
     async def _take_up_again(self) -> None:
@@ -906,7 +1042,7 @@ class IncomingMigration:
             progress.phase, progress.problem = "failed", reason
             await trio.to_thread.run_sync(self._release)
             self._last_word = answer
-        elif self.session.handed_over or self._runs.is_set():
+        elif (self.session.handed_over or self._runs.is_set()) and not self._decided_elsewhere:
             progress.phase = "interrupted"
             self._note(str(error))
             log.error("%s after the handover: %s", progress.domain, error)

@@ -107,7 +107,9 @@ class SenderDaemon:
                 await connection.answer("result", migrations=[_line(m) for m in self._migrations.values()])
             case "show":
                 migration = find_migration(self._migrations.values(), request["migration"])
-                await connection.answer("result", **_line(migration), details=migration.result())
+                await connection.answer(
+                    "result", **_line(migration), details=migration.result(), known=migration.known_of_peer
+                )
             case "status":
                 await connection.answer("result", port=self._port)
             case "migrate":
@@ -115,18 +117,18 @@ class SenderDaemon:
             case "save":
                 await self._save(request, connection)
             case "cancel":
-                find_migration(self._running(), request["migration"]).cancel("cancelled by the operator")
+                find_migration(self._migrations.values(), request["migration"]).ask_to_cancel()
                 await connection.answer("result")
             case "postcopy-now":
-                find_migration(self._running(), request["migration"]).postcopy_now()
+                find_migration(self._migrations.values(), request["migration"]).postcopy_now()
                 await connection.answer("result")
             case "reconnect":
-                find_migration(self._running(), request["migration"]).lanes.hurry()
+                find_migration(self._migrations.values(), request["migration"]).reconnect()
                 await connection.answer("result")
             case "decide":
                 # Also one that has ended with an error, whose pages are kept.
                 migration = find_migration(self._migrations.values(), request["migration"])
-                await migration.decide(here=bool(request["here"]))
+                await migration.decide(here=bool(request["here"]), force=bool(request.get("force")))
                 await connection.answer("result")
             case other:
                 raise MigrationError(f"unknown command {other!r}")

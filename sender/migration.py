@@ -42,6 +42,7 @@ from migrate.errors import (
     PeerClosedError,
     RemoteProtocolError,
     UnknownSessionError,
+    ended,
 )
 from migrate.journal import Journal
 from migrate.lanes import Lanes
@@ -157,6 +158,10 @@ class OutgoingMigration:
         self._entrusted = False
         """The guest may be running at the destination."""
         self._last_word: m.Message | None = None
+        self._ran = False
+        """The receiver has reported that the guest runs there."""
+        self._lost_at = 0.0
+        """When the receiver was last in touch."""
 
     @classmethod
     def of_predecessor(
@@ -175,6 +180,7 @@ class OutgoingMigration:
         migration._key = bytes.fromhex(facts["key"])
         migration._inherited, migration._successor = facts["step"], facts["successor"]
         migration._max_pages = facts.get("max_pages", 0)
+        migration._ran = facts.get("ran", False)
         migration._may_be_ready = True  # for all we know
         # A release that did not note handles did not note the step before the suspension either.
         migration._suspended = facts["step"] != "begun" or handle is None
@@ -190,7 +196,7 @@ class OutgoingMigration:
                 "handle": self._domain.handle.hex(), "key": self._key.hex(),
                 "dials": self.lanes.dials, "xl": self._toolstack.decides, "strategy": self.options.strategy.value,
                 "bandwidth": self.options.bandwidth_bytes_per_s, "checkpoints": self.options.checkpoint_every_s,
-                "successor": self._successor, "max_pages": self._max_pages,
+                "successor": self._successor, "ran": self._ran, "max_pages": self._max_pages,
             },
             needed=not self._entrusted,
         )  # fmt: skip
@@ -198,8 +204,12 @@ class OutgoingMigration:
     # ---- what others may ask ----
     def postcopy_now(self) -> None:
         """Raises :class:`MigrationError` where there is no postcopy to switch to."""
+        if self.has_ended:
+            raise MigrationError(ended(self.domain_name, self.progress.phase, self.progress.problem, "switch over"))
         if not self.options.strategy.pages_after_handover:
             raise MigrationError("this migration was started with --strategy precopy")
+        if self._suspended:
+            raise MigrationError(f"{self.domain_name} is past its precopy: it is {self.progress.phase}")
         self._precopy.postcopy_asked = True
 
     def cancel(self, reason: str) -> None:
@@ -212,13 +222,50 @@ class OutgoingMigration:
         self._cancel_reason = reason
         self._scope.cancel()
 
-    async def decide(self, *, here: bool) -> None:
+    def reconnect(self) -> None:
+        """Raises :class:`MigrationError` where there is nobody to reach, or nobody whom this end would dial."""
+        name, phase = self.domain_name, self.progress.phase
+        if self.has_ended and self._last_word is None:
+            raise MigrationError(ended(name, phase, self.progress.problem, "reconnect"))
+        if self._over and not self.has_ended:
+            raise MigrationError(f"nothing comes of that: {self.progress.problem}")
+        if not self.has_ended and phase != "interrupted":
+            raise MigrationError(f"there is nothing to reconnect: the migration of {name} is {phase}")
+        if self.lanes.dials is None:
+            raise MigrationError(f"the destination dials, and tries by itself: ask its receiver to reconnect {name}")
+        self.lanes.hurry()
+
+    def ask_to_cancel(self) -> None:
+        """For an operator.  Raises :class:`MigrationError` where it is too late."""
+        if self.has_ended:
+            raise MigrationError(ended(self.domain_name, self.progress.phase, self.progress.problem, "cancel"))
+        try:
+            self.cancel("cancelled by the operator")
+        except MigrationError as error:
+            if self.progress.phase == "interrupted" and self.session.handed_over:
+                raise MigrationError(f"{error}; if the other host never comes back: `xen-postcopy decide`") from None
+            raise
+
+    @property
+    def known_of_peer(self) -> str:
+        """For whoever decides."""
+        ran = self._ran
+        known = [f"the destination {'has' if ran else 'has not'} reported that {self.domain_name} runs there"]
+        if self._signals.complete.is_set():
+            known.append("it has reported that all memory has arrived")
+        elif self.progress.outstanding:
+            known.append(f"when it was last heard of, {self.progress.outstanding} pages were missing there")
+        if self._lost_at:
+            known.append(f"it was last in touch {time.monotonic() - self._lost_at:.0f} s ago")
+        if self.progress.checkpoint_at:
+            known.append(f"the last checkpoint came {time.monotonic() - self.progress.checkpoint_at:.0f} s ago")
+        return "; ".join(known)
+
+    async def decide(self, *, here: bool, force: bool = False) -> None:
         """An operator's word, where the receiver's does not come: that the guest does not run there (and never will), or that
-        nothing of it is needed here.  Raises :class:`MigrationError` where it is not called for."""
-        if self.progress.phase != "interrupted" or not self.session.handed_over:
-            raise MigrationError(f"there is nothing to decide here: {self.domain_name} is {self.progress.phase}")
-        if here and self._toolstack.decides:
-            raise MigrationError("xl has destroyed the domain here: there is nothing that could go on")
+        nothing of it is needed here.  Raises :class:`MigrationError` where it is not called for, or is known to be wrong and not
+        forced."""
+        self._check_decision(here=here, force=force)
         decision = "decided here" if here else "decided elsewhere"
         if self._over:
             await self._carry_out(decision)
@@ -227,6 +274,34 @@ class OutgoingMigration:
         self._verdict = _decision(decision)
         self._scope.cancel()
         await self._decided.wait()
+
+    def _check_decision(self, *, here: bool, force: bool) -> None:
+        name, phase = self.domain_name, self.progress.phase
+        if self.has_ended:
+            raise MigrationError(ended(name, phase, self.progress.problem, "decide"))
+        if not self._entrusted:
+            raise MigrationError(
+                f"there is nothing to decide: the migration of {name} is {phase}, and the guest runs here; "
+                "`xen-postcopy cancel` takes it back"
+            )
+        if not self.session.handed_over:
+            raise MigrationError(f"there is nothing to decide here: xl does, and has not yet; {name} is {phase}")
+        if self._decision:
+            raise MigrationError(
+                f"that was {self._decision} already, which is being carried out: see `xen-postcopy list`"
+            )
+        if phase != "interrupted":
+            raise MigrationError(f"there is nothing to decide here: both ends are in touch, and {name} is {phase}")
+        if here and self._toolstack.decides:
+            raise MigrationError(
+                "xl has destroyed the domain here: there is nothing that could go on; "
+                "`xen-postcopy decide ... elsewhere` lets its pages go"
+            )
+        if here and self._ran and self._checkpoints is None and not force:
+            raise MigrationError(
+                f"{self.known_of_peer}: here it would go on as it was when it was suspended, and run twice if it still runs "
+                f"there; if it does not, and what it did there may be lost: --force; to let it go here: `elsewhere`"
+            )
 
     async def _carry_out(self, decision: str) -> None:
         """After an error that nothing comes of trying again, and that has ended :meth:`run`."""
@@ -365,9 +440,23 @@ class OutgoingMigration:
 
     async def _finish(self) -> None:
         self.statistics.finished = time.monotonic()
-        await self._toolstack.finish(self._domain)
+        await self._let_source_go()
         await trio.to_thread.run_sync(self._forget)
         self.progress.phase = "completed"
+
+    async def _let_source_go(self) -> None:
+        """However long it takes: what fails may pass."""
+        while True:
+            try:
+                await self._toolstack.finish(self._domain)
+                break
+            except NoSuchDomainError:  # somebody else has done it
+                break
+            except XenError as error:
+                self.progress.problem = f"the source cannot be destroyed: {error}; trying again"
+                log.error("%s: %s", self.domain_name, self.progress.problem)
+                await trio.sleep(GO_BACK_AGAIN_S)
+        self.progress.problem = ""
 
     def _forget(self) -> None:
         """Nothing is owed any more."""
@@ -628,6 +717,9 @@ class OutgoingMigration:
                     if self.statistics.suspended:
                         downtime_ms = self.statistics.downtime_s * 1000
                         log.info("%s runs at the destination, after %.1f ms of downtime", self.domain_name, downtime_ms)
+                    self._ran = True
+                    if not self._toolstack.decides:
+                        self._record("handed over")  # for a successor's operator
                     trio.from_thread.run_sync(self._signals.resumed.set)
                 case m.Loaded():
                     self._backlog.loaded(message.pfns)
@@ -696,6 +788,7 @@ class OutgoingMigration:
     async def _rejoin(self, lost: Exception) -> None:
         """Until the receiver is there again."""
         self.progress.phase, before = "interrupted", self.progress.phase
+        self._lost_at = time.monotonic()
         while True:
             self._close_lanes()
             log.warning("%s: %s", self.domain_name, lost, exc_info=is_bug(lost))
@@ -709,7 +802,7 @@ class OutgoingMigration:
                     raise
                 lost = error
         self.statistics.rejoins += 1
-        self.progress.phase, self.progress.problem = before, ""
+        self.progress.phase, self.progress.problem, self._lost_at = before, "", 0.0
         self._count_down()
         log.info("%s: the destination is back, %d pages to go", self.domain_name, self._backlog.unacknowledged)
 
@@ -762,8 +855,8 @@ class OutgoingMigration:
         progress = self.progress
         given_away = self.session.handed_over and not isinstance(error, StaysHereError)
         if isinstance(error, GuestEndedError):
+            await self._let_source_go()
             progress.problem = str(error)
-            await self._toolstack.finish(self._domain)
             await trio.to_thread.run_sync(self._forget)
             progress.phase = "failed"
             return

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,22 +12,22 @@ from migrate.errors import MigrationError
 from migrate.messages import Pages
 from migrate.pfns import PfnMask, from_mask
 from sender.backlog import Backlog
-from xenbackend.contract import Domain, MappedPages, PageStatus, PfnArray
+from xenbackend.contract import Domain, MappedPages, PageStatus, PfnArray, XenError
 
 PIECE_PFNS = 1 << 18
 
 
 def announce(pfns: PfnArray, mapped: MappedPages) -> Pages:
-    """The message whose payload is ``mapped.data``.  Raises :class:`MigrationError` for pages that cannot be read here."""
+    """The message whose payload is ``mapped.data``.  Raises ``XenError`` for pages that cannot be read now."""
     status = mapped.status
     if not np.count_nonzero(status):  # PageStatus.DATA throughout
         return Pages(pfns)
     unreadable = pfns[status >= PageStatus.PAGED]
     if len(unreadable):
-        raise MigrationError(
-            f"{len(unreadable)} pages of the guest cannot be read (the first is pfn {int(unreadable[0]):#x}): "
-            "they are paged out or broken at this host; stop its pager first"
-        )
+        raise XenError(
+            "map", errno.EAGAIN, pfn=int(unreadable[0]),
+            why=f"{len(unreadable)} pages of the guest cannot be read: they are paged out or broken at this host; stop its pager",
+        )  # fmt: skip
     return Pages(
         pfns[status == PageStatus.DATA], zeros=pfns[status == PageStatus.ZERO], holes=pfns[status == PageStatus.HOLE]
     )

@@ -23,7 +23,7 @@ from migrate.control import ControlConnection, LastAnswer
 from migrate.errors import MigrationError
 from migrate.tasks import first
 from migrate.units import pauses
-from xenbackend.contract import Domain, DomainState, NoSuchDomainError
+from xenbackend.contract import Domain, DomainState, NoSuchDomainError, XenError
 
 log = logging.getLogger(__name__)
 
@@ -187,6 +187,10 @@ class XlToolstack:
                 state = await trio.to_thread.run_sync(domain.state)
             except NoSuchDomainError:
                 break
+            except XenError as error:  # that may pass
+                log.warning("%s: its state is not known: %s", self._name, error)
+                await trio.sleep(pause_s)
+                continue
             if state is not DomainState.SUSPENDED:
                 return False
             await trio.sleep(pause_s)

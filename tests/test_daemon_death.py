@@ -225,7 +225,7 @@ def test_an_operator_s_decision_outlives_the_sender(world: World, here: bool, ki
         start_sender(world)
     else:
         kept = os.open(journal(world, "sender"), os.O_RDONLY)  # the file may have no name any more by then
-        world.ask("sender", command="decide", migration="guest", here=here)
+        world.ask("sender", command="decide", migration="guest", here=here, force=True)
         written = os.pread(kept, 2**20, 0).decode()
         os.close(kept)
         assert step in [json.loads(entry)["step"] for entry in written.splitlines() if entry]

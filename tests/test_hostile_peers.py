@@ -416,7 +416,7 @@ async def test_a_receiver_after_the_handover(world: World, said: Said, complaint
         await until(lambda: phase(world, "sender", name) == "interrupted")
         assert logged(world, "sender", name, complaint)
         assert world.source.open(name).info().state.value == "suspended"
-        world.ask("sender", command="decide", migration=name, here=True)
+        world.ask("sender", command="decide", migration=name, here=True, force=True)
         await until(lambda: phase(world, "sender", name) == "failed")
 
     await receiver_of(world, what, after=after)
@@ -445,7 +445,7 @@ async def test_a_flood_of_faults_by_one_that_reads_nothing(world: World) -> None
 
     async def after(name: str) -> None:
         await until(lambda: phase(world, "sender", name) == "interrupted")
-        world.ask("sender", command="decide", migration=name, here=True)
+        world.ask("sender", command="decide", migration=name, here=True, force=True)
         await until(lambda: phase(world, "sender", name) == "failed")
 
     await receiver_of(world, what, after=after)

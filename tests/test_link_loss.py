@@ -436,7 +436,9 @@ async def test_an_operator_who_is_wrong_is_not_obeyed_by_a_guest_that_runs(clean
         await until(lambda: target.info().state is DomainState.RUNNING)
         link.down()
         await until(lambda: outcome.migration.progress.phase == "interrupted")
-        await outcome.migration.decide(here=True)
+        with pytest.raises(MigrationError, match=r"has reported that .* runs there.*--force"):
+            await outcome.migration.decide(here=True)
+        await outcome.migration.decide(here=True, force=True)
         link.is_up = True
         await until(lambda: "abort after the handover" in outcome.incoming.progress.problem)
         assert target.info().state is DomainState.RUNNING

@@ -23,9 +23,10 @@ from migrate.cli.options import (
 from migrate.cli.progress import ProgressDisplay
 from migrate.cli.text import echo
 from migrate.client import STARTING_S, ControlClient
-from migrate.errors import InterruptedMigrationError, MigrationError
+from migrate.errors import InterruptedMigrationError, MigrationError, UnknownMigrationError
 
 WATCH_EVERY_S = 0.5
+ENDED = ("completed", "failed", "refused")
 
 
 def follow_migration(client: ControlClient, request: dict[str, Any]) -> dict[str, Any]:
@@ -159,9 +160,14 @@ def _ask_all(socket_paths: tuple[Path, ...], **request: Any) -> list[dict[str, A
                 answers.append(client.call(**request))
         except MigrationError as error:
             problems.append(error)
-    if not answers:
-        raise problems[0]
+    if not answers:  # the daemon that has the migration says most
+        raise next((p for p in problems if not isinstance(p, UnknownMigrationError)), problems[0])
     return answers
+
+
+def unprotected(line: dict[str, Any]) -> str:
+    """Why a guest is not protected any more, if it was to be."""
+    return line.get("unprotected", "") and f"not protected any more: {line['unprotected']}"
 
 
 @click.command("list")
@@ -177,7 +183,7 @@ def list_command(socket_paths: tuple[Path, ...], as_json: bool) -> None:
     for line in lines:
         echo(
             f"{line['id'][:8]:10}{line['domain']:20}{line['direction']:11}{line['phase']:13}"
-            f"{line['outstanding']:>11}  {line['problem']}"
+            f"{line['outstanding']:>11}  {line['problem'] or unprotected(line)}"
         )
 
 
@@ -216,7 +222,7 @@ def watch_command(migration: str, socket_paths: tuple[Path, ...]) -> None:
     try:
         while True:
             line = _ask_all(socket_paths, command="show", migration=migration)[0]
-            if line["phase"] in ("completed", "failed", "refused"):
+            if line["phase"] in ENDED:
                 break
             display.show(line)
             time.sleep(WATCH_EVERY_S)
@@ -238,11 +244,10 @@ def postcopy_now_command(migration: str, socket_path: Path) -> None:
 
 @click.command("cancel")
 @click.argument("migration")
-@socket_option(SENDER_SOCKET, "the local sender")
-def cancel_command(migration: str, socket_path: Path) -> None:
-    """Take MIGRATION (its id or its domain's name) back, before its switchover: the guest goes on here."""
-    with ControlClient(socket_path, wait_s=STARTING_S) as client:
-        client.call(command="cancel", migration=migration)
+@sockets_option
+def cancel_command(migration: str, socket_paths: tuple[Path, ...]) -> None:
+    """Take MIGRATION (its id or its domain's name) back, before its switchover: the guest goes on at its source."""
+    _ask_all(socket_paths, command="cancel", migration=migration)
 
 
 @click.command("reconnect")
@@ -259,8 +264,10 @@ def reconnect_command(migration: str, socket_paths: tuple[Path, ...]) -> None:
 @click.command("decide")
 @click.argument("migration")
 @click.argument("where", type=click.Choice(["here", "elsewhere"]))
+@click.option("--yes", is_flag=True, help="Do not ask.  Needed where there is no terminal.")
+@click.option("--force", is_flag=True, help="Also against what the other host has reported.")
 @sockets_option
-def decide_command(migration: str, where: str, socket_paths: tuple[Path, ...]) -> None:
+def decide_command(migration: str, where: str, yes: bool, force: bool, socket_paths: tuple[Path, ...]) -> None:
     """State where the guest of MIGRATION runs, when the other host never comes back.
 
     After a lost link both hosts hold still until they have heard of each other: neither knows by itself what only the other can
@@ -273,6 +280,17 @@ def decide_command(migration: str, where: str, socket_paths: tuple[Path, ...]) -
     At the destination (`in doubt`): "here" lets the guest run; it stands still at pages that are missing until
     the source is back.  "elsewhere" destroys what has arrived.
     """
-    if len(_ask_all(socket_paths, command="show", migration=migration)) > 1:
+    shown = _ask_all(socket_paths, command="show", migration=migration)
+    under_way = [line for line in shown if line["phase"] not in ENDED]
+    if len(under_way) > 1:
         raise MigrationError("both daemons on this host have this migration: say which by --socket")
-    _ask_all(socket_paths, command="decide", migration=migration, here=where == "here")
+    for line in under_way:
+        echo(f"{line['domain']} ({line['direction']}, {line['phase']}): {line['problem'] or 'no problem'}")
+        echo(f"known of the other end: {line.get('known', 'nothing')}")
+        if not yes and not sys.stdin.isatty():
+            raise MigrationError(
+                "this is asked for at a terminal, and there is none: --yes decides without being asked"
+            )
+        if not yes:
+            click.confirm(f"Decide that {line['domain']} runs {where}?", abort=True)
+    _ask_all(socket_paths, command="decide", migration=(under_way or shown)[0]["id"], here=where == "here", force=force)

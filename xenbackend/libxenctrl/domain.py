@@ -248,8 +248,8 @@ class XenDomain(Domain):
     def start(self) -> None:
         if self._plumbing is not None:
             self._plumbing.introduce(self)
-            self._plumbing = None
         self.unpause()
+        self._plumbing = None
 
     def pause(self) -> None:
         check("pausedomain", lib.xen_pause(self._host, self.domid))

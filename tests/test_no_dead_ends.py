@@ -1,0 +1,366 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""In each state that ``list`` can show a command acts, or the answer is what to do instead; what may pass is tried again."""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+import pytest
+
+from migrate import messages as m
+from migrate.errors import MigrationError, UnknownMigrationError
+from migrate.loopback import World, start_receiver, start_sender
+from migrate.policy import Strategy
+from receiver import migration as receiver_migration
+from receiver.migration import IncomingMigration
+from receiver.pager import Pager
+from sender import migration as sender_migration
+from sender.options import MigrationOptions
+from tests.conftest import MIB
+from tests.inprocess import Outcome, migrate, verification
+from tests.links import Link
+from tests.support import zygote
+from tests.test_command_line import PROGRAM
+from tests.test_daemon_death import kill, lines, phase, until, world
+from tests.test_identity import begin, boot, copying, states
+from tests.test_link_loss import cut_when, goes_on_here_only
+from tests.test_link_loss import until as until_async
+from tests.test_protect import busy
+from xenbackend.contract import DomainState, XenError
+from xenbackend.simulated.client import SimulatedDomain
+
+__all__ = ["world"]
+Patch = pytest.MonkeyPatch
+COMMANDS = ("reconnect", "cancel", "decide here", "decide elsewhere", "postcopy-now")
+SLOW = MigrationOptions(Strategy.POSTCOPY, bandwidth_bytes_per_s=16 * MIB)
+
+
+# ---- errors that may pass ----
+def fails(patch: Patch, call: str, *, times: int, where: str = "") -> list[str]:
+    """The first calls fail; returns a list that has their names when they have."""
+    original, failed = getattr(SimulatedDomain, call), list[str]()
+
+    def fail_first(self: SimulatedDomain, *arguments: Any, **options: Any) -> Any:
+        if len(failed) < times:
+            failed.append(call)
+            raise XenError(call, errno.EBUSY)
+        return original(self, *arguments, **options)
+
+    patch.setattr(SimulatedDomain, call, fail_first)
+    return failed
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(receiver_migration, "FIRST_START_AGAIN_S", 0.01)
+    monkeypatch.setattr(receiver_migration, "LAST_START_AGAIN_S", 0.02)
+    monkeypatch.setattr(sender_migration, "GO_BACK_AGAIN_S", 0.01)
+
+
+@pytest.mark.parametrize("strategy", [Strategy.POSTCOPY, Strategy.PRECOPY])
+@pytest.mark.parametrize("cut", [True, False])
+async def test_a_guest_that_cannot_be_started_yet_is_started_later(
+    clean_hosts: World, name: str, monkeypatch: Patch, strategy: Strategy, cut: bool
+) -> None:
+    failed = fails(monkeypatch, "start", times=5)
+
+    async def meanwhile(outcome: Outcome, link: Link) -> None:
+        await until_async(lambda: bool(failed))
+        if cut:
+            link.cut()
+
+    outcome = await migrate(clean_hosts, busy(name), strategy, meanwhile=meanwhile)
+    assert outcome.error is None and len(failed) == 5
+    assert outcome.incoming.progress.problem == ""
+    assert (await verification(clean_hosts, busy(name))).problems == []
+
+
+async def test_a_guest_that_never_starts_can_be_given_back(clean_hosts: World, name: str, monkeypatch: Patch) -> None:
+    """An operator decides at the destination, where the guest has not run, and then at the source."""
+    failed = fails(monkeypatch, "start", times=10**6)
+
+    async def meanwhile(outcome: Outcome, link: Link) -> None:
+        await until_async(lambda: len(failed) > 2)
+        incoming, migration = outcome.incoming, outcome.migration
+        assert "cannot be started yet" in incoming.progress.problem
+        with pytest.raises(MigrationError, match="belongs here already"):
+            await incoming.decide(here=True)
+        with pytest.raises(MigrationError, match="both ends are in touch"):
+            await migration.decide(here=True)
+        await incoming.decide(here=False)
+        await until_async(lambda: incoming.progress.phase == "failed")
+        await until_async(lambda: migration.progress.phase == "interrupted" and migration._over)
+        assert "not to run here" in migration.progress.problem and "decide" in migration.progress.problem
+        with pytest.raises(MigrationError, match="nothing comes of that"):
+            migration.reconnect()
+        await migration.decide(here=True)
+        assert migration.progress.phase == "failed"
+
+    outcome = await migrate(clean_hosts, busy(name), meanwhile=meanwhile)
+    assert outcome.error is not None
+    monkeypatch.undo()
+    await goes_on_here_only(clean_hosts, name)
+
+
+async def test_a_guest_that_is_gone_when_it_is_to_be_started_is_not_started_for_ever(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
+    def vanish(self: SimulatedDomain) -> None:
+        self.destroy()
+        raise XenError("start", errno.ESRCH)
+
+    monkeypatch.setattr(SimulatedDomain, "start", vanish)
+    outcome = await migrate(clean_hosts, busy(name))
+    assert "ended at the destination" in str(outcome.error)
+    assert outcome.incoming.progress.phase == "failed"
+
+
+async def test_a_source_that_cannot_be_destroyed_yet_is_destroyed_later(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
+    failed = fails(monkeypatch, "destroy", times=3)
+    outcome = await migrate(clean_hosts, busy(name))
+    assert outcome.error is None and len(failed) == 3
+    assert outcome.migration.progress.problem == "" and clean_hosts.source.domains() == []
+    assert (await verification(clean_hosts, busy(name))).problems == []
+
+
+async def test_a_ring_that_cannot_be_given_up_yet_is_given_up_later(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
+    finish, failed = Pager.finish, list[Pager]()
+
+    async def fail_first(self: Pager) -> None:
+        if len(failed) < 3:
+            failed.append(self)
+            raise XenError("mem_paging_disable", errno.ENOMEM)
+        await finish(self)
+
+    monkeypatch.setattr(Pager, "finish", fail_first)
+    outcome = await migrate(clean_hosts, busy(name))
+    assert outcome.error is None and len(failed) == 3
+    assert outcome.incoming.progress.phase == "completed" and outcome.incoming.progress.problem == ""
+    with clean_hosts.destination.open(name) as guest:
+        assert not guest.has_pager()
+    assert (await verification(clean_hosts, busy(name))).problems == []
+
+
+async def test_a_page_that_cannot_be_read_yet_is_read_later(clean_hosts: World, name: str, monkeypatch: Patch) -> None:
+    """At the source, after the handover."""
+    failed: list[str] = []
+    look = SimulatedDomain.map_pages
+
+    def fail_first(self: SimulatedDomain, pfns: Any) -> Any:
+        suspended = self._host is clean_hosts.source and self.state() is DomainState.SUSPENDED
+        if suspended and outcome_of[0].migration.session.handed_over and len(failed) < 3:
+            failed.append("map")
+            raise XenError("map", errno.EAGAIN)
+        return look(self, pfns)
+
+    outcome_of: list[Outcome] = []
+
+    async def meanwhile(outcome: Outcome, link: Link) -> None:
+        outcome_of.append(outcome)
+        monkeypatch.setattr(SimulatedDomain, "map_pages", fail_first)
+
+    outcome = await migrate(clean_hosts, busy(name), options=SLOW, meanwhile=meanwhile)
+    assert outcome.error is None and failed
+    assert outcome.migration.statistics.rejoins >= 1
+    assert (await verification(clean_hosts, busy(name))).problems == []
+
+
+async def test_a_state_that_is_not_known_for_a_moment_ends_nothing(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
+    state, failed = SimulatedDomain.state, list[str]()
+
+    def fail_now_and_then(self: SimulatedDomain) -> DomainState:
+        if self._host is clean_hosts.destination and len(failed) < 2:
+            failed.append("state")
+            raise XenError("info", errno.EAGAIN)
+        return state(self)
+
+    async def meanwhile(outcome: Outcome, link: Link) -> None:
+        await until_async(lambda: outcome.migration.session.handed_over)
+        monkeypatch.setattr(SimulatedDomain, "state", fail_now_and_then)
+
+    outcome = await migrate(clean_hosts, busy(name), options=SLOW, meanwhile=meanwhile)
+    assert outcome.error is None and outcome.migration.statistics.rejoins == 0
+    assert (await verification(clean_hosts, busy(name))).problems == []
+
+
+# ---- each command in each state ----
+def ask(world: World, which: str, what: str, name: str = "guest", **more: Any) -> str:
+    """``acts``, or the answer."""
+    word, _space, where = what.partition(" ")
+    arguments = {"here": where == "here"} if where else {}
+    try:
+        world.ask(which, command=word, migration=name, **arguments, **more)
+    except MigrationError as error:
+        assert not isinstance(error, UnknownMigrationError)
+        return str(error)
+    return "acts"
+
+
+def answers(world: World, which: str, expected: dict[str, str], **more: Any) -> None:
+    """What is not expected to act is expected to say this."""
+    assert world.ask(which, command="show", migration="guest")["known"]
+    for what, answer in expected.items():
+        found = ask(world, which, what, **more)
+        assert answer in found, (which, phase(world, which), what, found)
+
+
+def precopy(world: World) -> None:
+    begin(world, "guest", strategy="precopy")
+    until(lambda: copying(world) and phase(world, "receiver") == "precopy", "no precopy")
+
+
+def postcopy(world: World) -> None:
+    begin(world, "guest", bandwidth=MIB // 2)
+    until(lambda: phase(world, "sender") == phase(world, "receiver") == "postcopy", "no postcopy")
+
+
+def interrupted(world: World, lost: str) -> None:
+    postcopy(world)
+    kill(world, lost)
+    until(lambda: phase(world, "receiver" if lost == "sender" else "sender") == "interrupted", "it is not noticed")
+
+
+@pytest.mark.parametrize("which", ["sender", "receiver"])
+def test_in_precopy(world: World, which: str) -> None:
+    boot(world)
+    precopy(world)
+    runs = "the guest runs here" if which == "sender" else "the guest runs at the source"
+    switch = "--strategy precopy" if which == "sender" else "ask the sender at its source"
+    answers(
+        world, which,
+        {"reconnect": "nothing to reconnect", "decide here": runs, "decide elsewhere": runs, "postcopy-now": switch,
+         "cancel": "acts"},
+    )  # fmt: skip
+    until(lambda: phase(world, "sender") == phase(world, "receiver") == "failed", "it is not cancelled")
+    assert states(world, "guest") == {"source": ["running"], "destination": []}
+    for end in ("sender", "receiver"):
+        answers(
+            world, end, {"cancel": "has ended (failed", "decide here": "has ended", "decide elsewhere": "has ended"}
+        )
+
+
+@pytest.mark.parametrize("which", ["sender", "receiver"])
+def test_in_postcopy(world: World, which: str) -> None:
+    boot(world)
+    postcopy(world)
+    nothing = "both ends are in touch" if which == "sender" else "guest runs here; to end it, destroy it"
+    switch = "past its precopy" if which == "sender" else "ask the sender at its source"
+    answers(
+        world, which,
+        {"reconnect": "nothing to reconnect", "cancel": "too late to cancel", "decide here": nothing,
+         "decide elsewhere": nothing, "postcopy-now": switch},
+    )  # fmt: skip
+
+
+def test_interrupted_at_the_source(world: World) -> None:
+    boot(world)
+    interrupted(world, "receiver")
+    answers(
+        world, "sender",
+        {"reconnect": "acts", "cancel": "`xen-postcopy decide`", "decide here": "has reported that guest runs there",
+         "postcopy-now": "past its precopy"},
+    )  # fmt: skip
+    world.destination.open("guest").destroy()
+    answers(world, "sender", {"decide here": "acts"}, force=True)
+    until(lambda: phase(world, "sender") == "failed", "it is not carried out")
+    assert states(world, "guest") == {"source": ["running"], "destination": []}
+    start_receiver(world, world.port)
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_a_successor_s_operator_is_told_what_the_destination_has_reported(world: World, again: bool) -> None:
+    boot(world)
+    interrupted(world, "receiver")
+    if again:
+        kill(world, "sender")
+        start_sender(world)
+        until(lambda: phase(world, "sender") == "interrupted", "it is not taken up")
+    answers(world, "sender", {"decide here": "has reported that guest runs there"})
+    answers(world, "sender", {"decide elsewhere": "acts"})
+    until(lambda: phase(world, "sender") == "failed", "it is not carried out")
+    assert world.source.domains() == []
+
+
+def test_interrupted_at_the_destination(world: World) -> None:
+    boot(world)
+    interrupted(world, "sender")
+    destroy = "to end it, destroy it (xl destroy guest)"
+    answers(
+        world, "receiver",
+        {"reconnect": "the source dials, and tries by itself", "cancel": destroy, "decide here": destroy,
+         "decide elsewhere": destroy},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("which", ["sender", "receiver"])
+def test_when_it_has_ended(world: World, which: str) -> None:
+    boot(world)
+    begin(world, "guest", bandwidth=256 * MIB)
+    until(lambda: phase(world, "sender") == phase(world, "receiver") == "completed", "it does not complete")
+    expected = dict.fromkeys(COMMANDS, "has ended (completed)")
+    if which == "receiver":
+        expected["postcopy-now"] = "ask the sender at its source"
+    answers(world, which, expected)
+
+
+async def test_in_doubt_at_the_destination(clean_hosts: World, name: str, monkeypatch: Patch) -> None:
+    """It is ready, and does not know whose the guest is."""
+    links = cut_when(monkeypatch, IncomingMigration, m.Ready, before=True, down=True)
+
+    async def meanwhile(outcome: Outcome, link: Link) -> None:
+        links.append(link)
+        await link.was_cut.wait()
+        await until_async(lambda: outcome.incoming.progress.phase == "in doubt")
+        incoming = outcome.incoming
+        assert "may have handed the guest over" in incoming.known_of_peer
+        with pytest.raises(MigrationError, match="`xen-postcopy decide` settles it"):
+            incoming.ask_to_cancel()
+        with pytest.raises(MigrationError, match="the source dials"):
+            incoming.reconnect()
+        await until_async(lambda: outcome.migration.progress.phase == "failed")
+        outcome.migration.reconnect()  # to tell the destination
+        await incoming.decide(here=False)
+        await until_async(lambda: incoming.progress.phase == "failed")
+
+    await migrate(clean_hosts, busy(name), Strategy.HYBRID, meanwhile=meanwhile)
+    await goes_on_here_only(clean_hosts, name)
+
+
+# ---- the command line ----
+def test_a_decision_without_a_terminal_needs_yes(world: World) -> None:
+    boot(world)
+    interrupted(world, "receiver")
+    world.destination.open("guest").destroy()
+    sockets = ("--socket", str(world.sender_socket), "--socket", str(world.directory / "nobody.sock"))
+
+    def decide(*more: str) -> Any:
+        return zygote.run([*PROGRAM, "decide", "guest", "here", *more, *sockets], timeout=60)
+
+    without = decide()
+    assert without.returncode == 1 and "--yes decides without being asked" in without.stderr
+    assert "known of the other end: the destination has reported that guest runs there" in without.stdout
+    refused = decide("--yes")
+    assert refused.returncode == 1 and "--force" in refused.stderr
+    assert phase(world, "sender") == "interrupted"
+    assert decide("--yes", "--force").returncode == 0
+    until(lambda: phase(world, "sender") == "failed", "it is not carried out")
+    ended = decide("--yes")
+    assert ended.returncode == 1 and "has ended" in ended.stderr
+
+
+def test_cancel_reaches_either_end(world: World) -> None:
+    """The answer is of the daemon that has the migration."""
+    boot(world)
+    postcopy(world)
+    for first, second in (("sender", "receiver"), ("receiver", "sender")):
+        sockets = [str(world.directory / f"{which}.sock") for which in (first, second)]
+        done = zygote.run([*PROGRAM, "cancel", "guest", "--socket", sockets[0], "--socket", sockets[1]], timeout=60)
+        assert done.returncode == 1 and "too late to cancel" in done.stderr
+    assert lines(world, "sender")[-1]["phase"] == "postcopy"
