@@ -43,6 +43,10 @@ class PagesLostError(MigrationError):
     """The missing pages of a guest exist nowhere any more."""
 
 
+class RecalledError(MigrationError):
+    """The guest runs here, and an operator has it run at its source."""
+
+
 class OccupiedError(MigrationError):
     """Somebody else is at work on the domain: nobody may touch it now."""
 

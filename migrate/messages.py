@@ -37,7 +37,9 @@ LOST = "lost"
 """The message."""
 UNPROTECTED = "unprotected"
 """The message."""
-CAPABILITIES = frozenset({CHECKSUMS, PAUSED, LOST, UNPROTECTED})
+RECALL = "recall"
+"""The message."""
+CAPABILITIES = frozenset({CHECKSUMS, PAUSED, LOST, UNPROTECTED, RECALL})
 """What this end can do where one of both requires it, or both offer it."""
 
 
@@ -285,6 +287,14 @@ class Lost(Message):
     reason: str = _text()
 
 
+@dataclass(frozen=True, eq=False)
+class Recall(Message):
+    """An operator has decided, though the guest was handed over, that it goes on at the source: it must not run here any more."""
+
+    type = "recall"
+    reason: str = _text()
+
+
 # ---- receiver to sender, push lane ----
 @dataclass(frozen=True, eq=False)
 class Accepted(Message):
@@ -438,7 +448,7 @@ TYPES: dict[str, type[Message]] = {
     cls.type: cls
     for cls in (
         Hello, Alive, Offer, Pages, Defer, Barrier, Suspended, Missing, Context, Entrust, Handover, Kept, Rejoin, Completed,
-        Abort, Lost, Accepted, Refused, Passed, Ready, Resumed, Loaded, Dropped, Report, Written, Checkpoint, Unprotected,
+        Abort, Lost, Recall, Accepted, Refused, Passed, Ready, Resumed, Loaded, Dropped, Report, Written, Checkpoint, Unprotected,
         Outstanding, Rejoined, Complete, Ended, Failed, Fault, Ahead,
     )
 }  # fmt: skip

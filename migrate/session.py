@@ -98,6 +98,7 @@ RULES: dict[type[Message], Rule] = {
     m.Completed: Rule(S, (P.COMPLETE, P.REJOIN), P.CLOSED),
     m.Abort: Rule(S, (*BEFORE_HANDOVER, P.REJOIN), P.FAILED),
     m.Lost: Rule(S, (P.REJOIN,), P.FAILED),
+    m.Recall: Rule(S, (P.REJOIN,), P.FAILED),
     m.Accepted: Rule(R, (P.PREFLIGHT,), P.PRECOPY),
     m.Refused: Rule(R, (P.PREFLIGHT,), P.FAILED),
     m.Passed: Rule(R, (P.PRECOPY,)),
@@ -137,6 +138,8 @@ class Session:
         self._asked_to_rejoin = False
         self.handed_over = False
         """There is no way back: ``handover`` was said, whether it arrived or not."""
+        self.decided = False
+        """At the receiver: it was not said, but an operator has decided so."""
         self._entrusted = False
         """A toolstack starts the guest, and may leave it paused."""
         self._rules = {
@@ -258,7 +261,7 @@ class Session:
             self.handed_over = self.handed_over or isinstance(message, m.Handover)
             self._entrusted = self._entrusted or isinstance(message, m.Entrust)
         elif isinstance(message, m.Abort):
-            if self.handed_over:
+            if self.handed_over and not self.decided:
                 raise RemoteProtocolError("abort after the handover")
         elif self.phase is P.REJOIN:
             self._check_rejoining(message)
@@ -272,7 +275,7 @@ class Session:
         if isinstance(message, m.Rejoin):
             self._once("rejoin", self._asked_to_rejoin)
             self._asked_to_rejoin = True
-        elif not isinstance(message, m.Completed | m.Lost):
+        elif not isinstance(message, m.Completed | m.Lost | m.Recall):
             self._after(message.type, self._asked_to_rejoin, "rejoin")
         if isinstance(message, m.Outstanding):
             self._paged(message)

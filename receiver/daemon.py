@@ -110,7 +110,8 @@ class ReceiverDaemon:
                 find_migration(self._migrations.values(), request["migration"]).reconnect()
                 await connection.answer("result")
             case "decide":
-                await find_migration(self._migrations.values(), request["migration"]).decide(here=bool(request["here"]))
+                migration = find_migration(self._migrations.values(), request["migration"])
+                await migration.decide(here=bool(request["here"]), force=bool(request.get("force")))
                 await connection.answer("result")
             case "cancel":
                 find_migration(self._migrations.values(), request["migration"]).ask_to_cancel()

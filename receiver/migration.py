@@ -38,6 +38,7 @@ from migrate.errors import (
     PagesLostError,
     PeerClosedError,
     ProtocolError,
+    RecalledError,
     RemoteProtocolError,
     UnknownSessionError,
     ended,
@@ -146,6 +147,8 @@ class IncomingMigration:
         self._said_ready = False
         self._lacked = 0
         """Pages, when another program than this one suspended the guest."""
+        self._released = trio.Event()
+        """What was held goes on."""
         self._not_started = ""
         """Why the guest, which is ours, does not run yet."""
         self._runs = trio.Event()
@@ -160,7 +163,8 @@ class IncomingMigration:
         """An operator decides; a sender that is back waits for that."""
         self._scope = trio.CancelScope()
         self._cancel_reason = ""
-        self._decided_elsewhere = False
+        self._decided = self._decided_elsewhere = False
+        """By an operator: here, to a predecessor; and not here."""
         self.ended = trio.Event()
 
     @classmethod
@@ -175,6 +179,7 @@ class IncomingMigration:
         migration._step, migration._domid = facts["step"], facts["domid"]
         migration._handle = bytes.fromhex(handle) if (handle := facts.get("handle")) else None
         migration._inherited, migration._noted = True, facts["step"]
+        migration._decided = facts.get("decided", False)
         migration.progress.domain = offer["name"]
         migration.progress.unprotected = facts.get("unprotected", "")
         lanes.keep(migration._offer.key)
@@ -189,7 +194,7 @@ class IncomingMigration:
             self.id,
             {
                 "step": step, "domid": self._domid, "handle": self._handle and self._handle.hex(), "offer": offer,
-                "key": self._offer.key.hex(), "unprotected": self.progress.unprotected,
+                "key": self._offer.key.hex(), "unprotected": self.progress.unprotected, "decided": self.session.decided,
                 "dials": self.lanes.dials, "xl": self._toolstack.decides,
             },
             needed=not self._said_ready,
@@ -274,12 +279,12 @@ class IncomingMigration:
             self._cancel_reason = reason
             self._scope.cancel()
 
-    async def decide(self, *, here: bool) -> None:
+    async def decide(self, *, here: bool, force: bool = False) -> None:
         """An operator's word, where the sender's does not come.  Raises :class:`MigrationError` where it is not called for."""
         async with self._deciding:
-            await self._decide(here=here)
+            await self._decide(here=here, force=force)
 
-    async def _decide(self, *, here: bool) -> None:
+    async def _decide(self, *, here: bool, force: bool) -> None:
         name, phase = self.progress.domain, self.progress.phase
         if self.has_ended:
             raise MigrationError(self.ending("decide"))
@@ -291,13 +296,20 @@ class IncomingMigration:
             raise MigrationError(
                 f"there is nothing to decide here: xl does, and the daemon follows what xl does to {name}; xl can destroy it"
             )
-        if self._runs.is_set():
+        if phase == "held" and here and not force:
+            raise MigrationError(
+                f"{self.progress.problem}: --force, if you are certain that it does not run at its source"
+            )
+        if phase == "held" and here:
+            self._released.set()
+            return
+        if self._runs.is_set() and phase != "held":
             raise MigrationError(
                 f"there is nothing to decide: {name} runs here; to end it, destroy it (xl destroy {name})"
             )
         if here and self._not_started:
             raise MigrationError(f"there is nothing to decide: {name} belongs here already, and {self._not_started}")
-        if phase != "in doubt" and not self._not_started:
+        if phase not in ("in doubt", "held") and not self._not_started:
             raise MigrationError(f"there is nothing to decide here: both ends are in touch, and {name} is {phase}")
         if phase == "in doubt" and self._push is not None:
             raise MigrationError(f"the sender of {name} is back and is being asked: see `xen-postcopy list`")
@@ -312,7 +324,7 @@ class IncomingMigration:
         if self._stand_by is None:
             raise MigrationError(f"{name} cannot be started yet: {self.progress.problem}")
         log.warning("%s: an operator has said that the guest is to run here", name)
-        self.session.handed_over = True
+        self.session.handed_over = self.session.decided = True
         try:
             await trio.to_thread.run_sync(self._start)
             pager = self._started()
@@ -365,7 +377,11 @@ class IncomingMigration:
                 try:
                     self._push = await self.lanes.again(log.debug)
                     self.session.rejoin()
-                    if isinstance(await self._hear(), m.Rejoin):
+                    message = await self._hear()
+                    if isinstance(message, m.Recall):
+                        await self._tell_that_it_was_heard()
+                        await trio.to_thread.run_sync(self._hold_completed, message.reason)
+                    if isinstance(message, m.Rejoin):
                         await self._say(self._last_word)
                         await self._hear()
                     break
@@ -376,6 +392,17 @@ class IncomingMigration:
                 finally:
                     self._close_lanes()
         await trio.to_thread.run_sync(self._journal.erase, self.id)
+
+    def _hold_completed(self, reason: str) -> None:
+        """It is all here, and runs at the source as well."""
+        with contextlib.suppress(NoSuchDomainError), self._hypervisor.open(self._domid, self._handle) as domain:
+            domain.pause()
+            name = self.progress.domain
+            self.progress.phase = "failed"
+            self.progress.problem = (
+                f"{reason}; so {name} is paused here: destroy it (xl destroy), or unpause it (xl unpause)"
+            )
+            log.error("%s: %s", name, self.progress.problem)
 
     async def _receive_migration(self) -> None:
         if self._inherited:
@@ -404,13 +431,18 @@ class IncomingMigration:
     @property
     def _is_here(self) -> bool:
         """The guest lives by this pager: nothing but its own end is a reason to stop."""
-        return self._pager is not None and (self.session.handed_over or self._runs.is_set())
+        ours = self.session.handed_over or self._runs.is_set()
+        return self._pager is not None and ours and not self._decided_elsewhere
 
     async def _carry_on(self) -> None:
         if self._pager is not None:  # something failed since
             self._tasks.start_soon(self._follow_domain)
-        elif self._step in ("entrusted", "taken over", "finishing", "lost"):
+            if self._not_started:
+                self._tasks.start_soon(self._keep_starting, XenError("start", errno.EAGAIN))
+        elif self._step in ("entrusted", "taken over", "finishing", "lost", "held"):
             await self._serve_for_predecessor()
+            if self._step == "held":
+                await self._hold("an operator has decided at the source that it runs there")
             if self._step == "lost":
                 await self._go_on_without("the sender was killed")
         await self._follow_sender()
@@ -485,11 +517,12 @@ class IncomingMigration:
             raise GuestEndedError("its domain was destroyed") from None
         self._domain = domain
         self._limit = FrameLimit(domain)
-        handed_over = self._step in ("taken over", "finishing", "lost")
+        handed_over = self._step in ("taken over", "finishing", "lost", "held")
         self.session = Session.of_predecessor(
             Role.RECEIVER, self._offer.nr_pfns, handed_over=handed_over, protected=self._offer.checkpoint_ms > 0,
             entrusted=self._toolstack.decides,
         )  # fmt: skip
+        self.session.decided = self._decided
         if handed_over:
             self._handed_over.set()
         self._pages = OutstandingPages(self._offer.nr_pfns)
@@ -543,7 +576,7 @@ class IncomingMigration:
         """By a predecessor, in the middle of a checkpoint, of giving up the ring, or of starting the guest."""
         if self._handle is None and self._noted == "finishing":
             return True  # it was of a release that noted only this
-        just_started = self._noted not in (*FINISHED_OR_FINISHING, "lost") or self._handle is None
+        just_started = self._noted not in (*FINISHED_OR_FINISHING, "lost", "held") or self._handle is None
         if state is DomainState.PAUSED and just_started and not self._toolstack.decides:
             return True
         return self._stopped.exists()
@@ -948,6 +981,8 @@ class IncomingMigration:
                 break
             except PagesLostError as error:
                 await self._go_on_without(str(error))
+            except RecalledError as error:
+                await self._hold(str(error))
             except UnknownSessionError as error:
                 if self._pager is None:
                     raise MigrationError("the sender has given up, and forgotten it") from error
@@ -979,6 +1014,29 @@ class IncomingMigration:
             await trio.sleep_forever()
         raise AssertionError  # it is cancelled, or _follow_domain ends all
 
+    async def _hold(self, reason: str) -> NoReturn:
+        """Two owners would run the guest: this one stands still, until somebody destroys it or an operator decides anew."""
+        assert self._domain is not None and self._pager is not None
+        name = self.progress.domain
+        self._close_lanes()
+        self.progress.phase = "held"
+        self.progress.problem = (
+            f"{reason}; so {name} is paused here: `xen-postcopy decide {name} elsewhere` destroys it, "
+            f"`xen-postcopy decide {name} here --force` has it go on"
+        )
+        log.error("%s: %s", name, self.progress.problem)
+        await trio.to_thread.run_sync(self._record, "held")
+        if await trio.to_thread.run_sync(self._state) is not DomainState.PAUSED:  # by a predecessor
+            await trio.to_thread.run_sync(self._domain.pause)
+        async with task_group() as self._offline_tasks:
+            self._offline_tasks.start_soon(self._pager.serve, None)
+            await self._released.wait()
+            await trio.to_thread.run_sync(self._domain.unpause)
+            self._offline_tasks.cancel_scope.cancel()
+        await self._go_on_without(
+            "the source has taken the guest back, and an operator has decided that it goes on here"
+        )
+
     def _note(self, why: str) -> None:
         if self.progress.phase == "in doubt":
             state = "the sender may or may not have handed the guest over: it is kept, and does not run"
@@ -996,13 +1054,19 @@ class IncomingMigration:
             case m.Completed() if self._needs_nothing:
                 self._completed = True
                 return
+            case m.Abort() if self.session.decided and self._runs.is_set():
+                await self._tell_that_it_was_heard()
+                raise RecalledError(f"the source had not handed it over, and has it run: {message.reason}")
             case m.Abort():
                 raise MigrationError(f"the sender gave up: {message.reason}")
+            case m.Recall():
+                await self._tell_that_it_was_heard()
+                if self._runs.is_set():
+                    raise RecalledError(message.reason)
+                self._said_ready, self._decided_elsewhere = False, True
+                raise MigrationError(message.reason)
             case m.Lost():
-                assert self._push is not None
-                with contextlib.suppress(PeerClosedError):
-                    await self._push.send(m.Failed("told"))
-                    await trio.sleep(EXPLANATION_S)
+                await self._tell_that_it_was_heard()
                 if self._needs_nothing:
                     self._completed = True
                     return
@@ -1016,6 +1080,12 @@ class IncomingMigration:
         reached = "postcopy" if self.session.handed_over else "switchover" if self._pager is None else "decision"
         await self._say(m.Rejoined(reached, token))
         self._pull = await self.lanes.pull(token)
+
+    async def _tell_that_it_was_heard(self) -> None:
+        assert self._push is not None
+        with contextlib.suppress(PeerClosedError):
+            await self._push.send(m.Failed("told"))
+            await trio.sleep(EXPLANATION_S)
 
     async def _say(self, message: m.Message) -> None:
         assert self._push is not None

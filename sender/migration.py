@@ -158,6 +158,8 @@ class OutgoingMigration:
         self._entrusted = False
         """The guest may be running at the destination."""
         self._last_word: m.Message | None = None
+        self._recall = False
+        """An operator has the guest go on here, though it was handed over."""
         self._ran = False
         """The receiver has reported that the guest runs there."""
         self._lost_at = 0.0
@@ -180,7 +182,7 @@ class OutgoingMigration:
         migration._key = bytes.fromhex(facts["key"])
         migration._inherited, migration._successor = facts["step"], facts["successor"]
         migration._max_pages = facts.get("max_pages", 0)
-        migration._ran = facts.get("ran", False)
+        migration._ran, migration._recall = facts.get("ran", False), facts.get("recall", False)
         migration._may_be_ready = True  # for all we know
         # A release that did not note handles did not note the step before the suspension either.
         migration._suspended = facts["step"] != "begun" or handle is None
@@ -196,7 +198,7 @@ class OutgoingMigration:
                 "handle": self._domain.handle.hex(), "key": self._key.hex(),
                 "dials": self.lanes.dials, "xl": self._toolstack.decides, "strategy": self.options.strategy.value,
                 "bandwidth": self.options.bandwidth_bytes_per_s, "checkpoints": self.options.checkpoint_every_s,
-                "successor": self._successor, "ran": self._ran, "max_pages": self._max_pages,
+                "successor": self._successor, "ran": self._ran, "recall": self._recall, "max_pages": self._max_pages,
             },
             needed=not self._entrusted,
         )  # fmt: skip
@@ -297,7 +299,8 @@ class OutgoingMigration:
                 "xl has destroyed the domain here: there is nothing that could go on; "
                 "`xen-postcopy decide ... elsewhere` lets its pages go"
             )
-        if here and self._ran and self._checkpoints is None and not force:
+        # One that has reported that it cannot go on does not have it run.
+        if here and self._ran and self._checkpoints is None and not self._over and not force:
             raise MigrationError(
                 f"{self.known_of_peer}: here it would go on as it was when it was suspended, and run twice if it still runs "
                 f"there; if it does not, and what it did there may be lost: --force; to let it go here: `elsewhere`"
@@ -892,12 +895,20 @@ class OutgoingMigration:
                             "%s: the release at the destination cannot be told: destroy it there", self.domain_name
                         )
                         break
-                    await connection.send(self._last_word)
+                    recall = self._recall and m.RECALL in connection.capabilities
+                    reason = f"an operator has decided at the source that {self.domain_name} runs there"
+                    await connection.send(m.Recall(m.printable(reason)) if recall else self._last_word)
                     with step_timeout("the destination does not say that it has let the guest go"):
                         answer, _pages = await connection.receive()
                     if isinstance(answer, m.Failed | m.Ended):
                         break
                 except UnknownSessionError:  # it knows
+                    if self._recall:
+                        warning = (
+                            "the destination has forgotten the migration: make sure that the guest does not run there"
+                        )
+                        self.progress.problem += f"; {warning}"
+                        log.error("%s: %s", self.domain_name, warning)
                     break
                 except Exception as error:
                     about = "%s: the destination has not been told yet how it ended: %s"
@@ -911,6 +922,7 @@ class OutgoingMigration:
         """The guest goes on here; the receiver is told, if it can be."""
         log.warning("migration of %s given up: %s", self.domain_name, reason)
         abort = m.Abort(m.printable(reason))
+        self._recall = self.session.handed_over or self._inherited in ("decided here", "going back")
         if self._may_be_ready:
             self._last_word = abort
         if self._push is not None:

@@ -27,6 +27,7 @@ from xenbackend.contract import DomainState, NoSuchDomainError
 from xenbackend.simulated.client import SimulatedDomain
 
 Patch = pytest.MonkeyPatch
+SLOWLY = MigrationOptions(Strategy.POSTCOPY, bandwidth_bytes_per_s=MIB)
 
 
 async def until(condition: Callable[[], bool], timeout_s: float = WAIT_S) -> None:
@@ -427,25 +428,67 @@ async def test_the_destination_never_comes_back_and_an_operator_takes_the_guest_
     assert clean_hosts.destination.domains() == []
 
 
-async def test_an_operator_who_is_wrong_is_not_obeyed_by_a_guest_that_runs(clean_hosts: World, name: str) -> None:
-    """It said "here" at the source though the guest runs at the destination: that one is not destroyed by it."""
+@pytest.mark.parametrize("then", ["elsewhere", "here"])
+async def test_a_guest_that_an_operator_has_decided_against_stands_still_when_the_link_is_back(
+    clean_hosts: World, name: str, then: str
+) -> None:
+    """It is not destroyed: an operator may have been wrong, and says which of the two is to go on."""
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
         await until(lambda: outcome.migration.session.handed_over)
         target = clean_hosts.destination.open(name)
         await until(lambda: target.info().state is DomainState.RUNNING)
+        await until(lambda: outcome.migration._ran)
         link.down()
         await until(lambda: outcome.migration.progress.phase == "interrupted")
         with pytest.raises(MigrationError, match=r"has reported that .* runs there.*--force"):
             await outcome.migration.decide(here=True)
         await outcome.migration.decide(here=True, force=True)
+        await until(lambda: clean_hosts.source.open(name).info().state is DomainState.RUNNING)
         link.is_up = True
-        await until(lambda: "abort after the handover" in outcome.incoming.progress.problem)
-        assert target.info().state is DomainState.RUNNING
-        target.destroy()
+        incoming = outcome.incoming
+        await until(lambda: incoming.progress.phase == "held")
+        await until(lambda: target.info().state is DomainState.PAUSED)
+        assert "an operator has decided at the source" in incoming.progress.problem
+        if then == "here":
+            with pytest.raises(MigrationError, match="--force, if you are certain"):
+                await incoming.decide(here=True)
+            await incoming.decide(here=True, force=True)
+            await until(lambda: target.info().state is DomainState.RUNNING)
+            await until(lambda: incoming.progress.phase == "lost")
+            target.destroy()
+        else:
+            await incoming.decide(here=False)
+        await until(lambda: incoming.progress.phase == "failed")
 
-    outcome = await migrate(clean_hosts, busy(name), meanwhile=meanwhile)
+    outcome = await migrate(clean_hosts, busy(name), options=SLOWLY, meanwhile=meanwhile)
     assert "an operator has said" in str(outcome.error)
+    await goes_on_here_only(clean_hosts, name)
+
+
+async def test_a_guest_that_was_not_handed_over_stands_still_though_an_operator_has_started_it(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
+    """The operator of the destination was wrong: the source had given up, and has the guest run."""
+    links = cut_when(monkeypatch, IncomingMigration, m.Ready, before=True, down=True)
+
+    async def meanwhile(outcome: Outcome, link: Link) -> None:
+        links.append(link)
+        await link.was_cut.wait()
+        await until(lambda: outcome.incoming.progress.phase == "in doubt")
+        await until(lambda: outcome.migration.progress.phase == "failed")
+        outcome.incoming._step = "ready"  # as where its word was lost a moment later
+        await outcome.incoming.decide(here=True)
+        target = clean_hosts.destination.open(name)
+        await until(lambda: target.info().state is DomainState.RUNNING)
+        link.is_up = True
+        await until(lambda: outcome.incoming.progress.phase == "held")
+        await until(lambda: target.info().state is DomainState.PAUSED)
+        await outcome.incoming.decide(here=False)
+
+    outcome = await migrate(clean_hosts, busy(name), options=SLOWLY, meanwhile=meanwhile)
+    assert outcome.incoming.progress.phase == "failed"
+    await goes_on_here_only(clean_hosts, name)
 
 
 @pytest.mark.parametrize("before_the_handover", [True, False])

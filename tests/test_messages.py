@@ -50,6 +50,7 @@ EXAMPLES: list[m.Message] = [
     m.Ended(True, "it was destroyed"),
     m.Failed("help"),
     m.Lost("gone with the sender"),
+    m.Recall("an operator has decided so"),
     m.Fault(pfn_array([4])),
     m.Ahead(pfn_array([5, 6])),
 ]
@@ -89,6 +90,7 @@ VERSION_1 = {
     "ahead": "pfns",
     "lost": "reason",  # with the capability of that name
     "unprotected": "reason",  # likewise
+    "recall": "reason",  # likewise
 }
 """Each message of the protocol's version 1, with its fields."""
 PROTOCOL = Path(__file__).parents[1] / "docs/protocol.md"
