@@ -433,6 +433,7 @@ async def campaign(first: int, trials: int, *, quiet: bool) -> int:
                 for seed in range(first + number, first + min(number + TRIALS_OF_A_WORLD, trials)):
                     number += 1
                     trial = Trial(seed, world, relay)
+                    relay.damage(None)  # nothing may have come by to be damaged in the trial before
                     try:
                         where = await trial.run()
                     except (LostError, MigrationError, XenError) as error:

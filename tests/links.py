@@ -99,8 +99,8 @@ class Link:
     def go(self) -> None:
         self._flowing.set()
 
-    def damage(self, how: Damage) -> None:
-        """The next piece that comes by, on whichever connection."""
+    def damage(self, how: Damage | None) -> None:
+        """The next piece that comes by, on whichever connection; ``None``: none."""
         self._damage = how
 
     def cut(self) -> None:

@@ -190,6 +190,7 @@ async def test_whatever_the_peer_of_an_ended_migration_does_it_is_tried_until_it
         # By whatever names its guest: it is not asked for any more.
         migration = OutgoingMigration.__new__(OutgoingMigration)
         migration.id, migration.lanes, migration._journal, migration.domain_name = "session", lanes, journal, "guest"
+        migration._recall = False
     migration._last_word = m.Abort("never mind")
     journal.write("session", {"step": "given up"})
     await migration.linger()
