@@ -128,7 +128,10 @@ class SenderDaemon:
             case "decide":
                 # Also one that has ended with an error, whose pages are kept.
                 migration = find_migration(self._migrations.values(), request["migration"])
+                runs = migration.id in self._active
                 await migration.decide(here=bool(request["here"]), force=bool(request.get("force")))
+                if not runs:
+                    self._nursery.start_soon(self._end, migration)
                 await connection.answer("result")
             case other:
                 raise MigrationError(f"unknown command {other!r}")
@@ -164,31 +167,36 @@ class SenderDaemon:
 
     async def _save(self, request: Json, connection: ControlConnection) -> None:
         """For xl's helper: the receiver is told by xl's stream where we are, and dials."""
+        session, token = new_id(), new_token()
+        awaited = AwaitedLanes(token, timeout_s=self._config.sender.peer_timeout_s)
+        options = _options(self._config.migration, request)
+        # It may ask a name server.
+        host, port = await trio.to_thread.run_sync(advertised, self._config.sender, self._port)
         try:
             target, policy = await trio.to_thread.run_sync(self._look_at, int(request["domid"]))
-            self._check_one(target)
+            toolstack = XlToolstack(target.name, connection, int(request.get("xl", 0)))
+            migration = OutgoingMigration(
+                session, self._hypervisor, target, awaited, options, self._journal, toolstack=toolstack
+            )
+            self._admit(migration)
         except OccupiedError as error:
             # Xen's own live migration may not touch it either.
             await connection.answer("refused", message=str(error))
             return
-        session, token = new_id(), new_token()
-        awaited = AwaitedLanes(token, timeout_s=self._config.sender.peer_timeout_s)
-        toolstack = XlToolstack(target.name, connection, int(request.get("xl", 0)))
-        options = _options(self._config.migration, request)
-        migration = OutgoingMigration(
-            session, self._hypervisor, target, awaited, options, self._journal, toolstack=toolstack
-        )
-        # It may ask a name server.
-        host, port = await trio.to_thread.run_sync(advertised, self._config.sender, self._port)
-        await connection.answer(
-            "offer",
-            session=session,
-            address=[host, port],
-            token=token.hex(),
-            cpu_policy=[base64.b64encode(part).decode() for part in policy],
-        )
+        try:
+            await connection.answer(
+                "offer",
+                session=session,
+                address=[host, port],
+                token=token.hex(),
+                cpu_policy=[base64.b64encode(part).decode() for part in policy],
+            )
+        except BaseException:
+            self._active.discard(session)
+            del self._migrations[session]
+            raise
         self._awaited[session] = awaited
-        self._start(migration)
+        self._begin(migration)
         async with task_group() as tasks:
             tasks.start_soon(self._listen_to_helper, migration, toolstack)
             while not toolstack.last_answer.given.is_set():
@@ -217,10 +225,18 @@ class SenderDaemon:
 
     def _start(self, migration: OutgoingMigration) -> trio.Event:
         """The migration is the daemon's, not the connection's: a client that goes away does not end it."""
+        self._admit(migration)
+        return self._begin(migration)
+
+    def _admit(self, migration: OutgoingMigration) -> None:
+        """From here on there is no other of its domain.  Raises :class:`OccupiedError` where there is one."""
         self._check_one(migration.target)
-        ended = trio.Event()
         self._migrations[migration.id] = migration
         self._active.add(migration.id)
+
+    def _begin(self, migration: OutgoingMigration) -> trio.Event:
+        """Returns what is set when the migration has ended."""
+        ended = trio.Event()
         self._nursery.start_soon(self._carry_out, migration, ended)
         return ended
 
@@ -257,6 +273,10 @@ class SenderDaemon:
             ended.set()
             self._idle.set()
             self._forget()
+        await self._end(migration)
+
+    async def _end(self, migration: OutgoingMigration) -> None:
+        """Bring the destination the outcome."""
         await isolated(f"the end of the migration of {migration.domain_name}", migration.linger)
         awaited = self._awaited.pop(migration.id, None)
         if awaited is not None:

@@ -267,15 +267,24 @@ class OutgoingMigration:
         """An operator's word, where the receiver's does not come: that the guest does not run there (and never will), or that
         nothing of it is needed here.  Raises :class:`MigrationError` where it is not called for, or is known to be wrong and not
         forced."""
-        self._check_decision(here=here, force=force)
+        can_go_back = await trio.to_thread.run_sync(self._can_go_back)
+        self._check_decision(here=here, force=force or can_go_back)
         decision = "decided here" if here else "decided elsewhere"
+        self._decision = decision  # from here on another decision is refused
         if self._over:
-            await self._carry_out(decision)
+            try:
+                await self._carry_out(decision)
+            except BaseException:
+                self._decision = ""  # and can be tried again
+                raise
             return
-        self._decision = decision
         self._verdict = _decision(decision)
         self._scope.cancel()
         await self._decided.wait()
+
+    def _can_go_back(self) -> bool:
+        """There is a checkpoint, and it is not an old one: the guest was protected to the end.  In a thread."""
+        return self._checkpoints is not None and self._checkpoints.exists() and not self.progress.unprotected
 
     def _check_decision(self, *, here: bool, force: bool) -> None:
         name, phase = self.domain_name, self.progress.phase
@@ -299,8 +308,9 @@ class OutgoingMigration:
                 "xl has destroyed the domain here: there is nothing that could go on; "
                 "`xen-postcopy decide ... elsewhere` lets its pages go"
             )
-        # One that has reported that it cannot go on does not have it run.
-        if here and self._ran and self._checkpoints is None and not self._over and not force:
+        # A final answer proves nothing: a receiver with another state directory does not have the session,
+        # and the guest runs there all the same.
+        if here and self._ran and not force:
             raise MigrationError(
                 f"{self.known_of_peer}: here it would go on as it was when it was suspended, and run twice if it still runs "
                 f"there; if it does not, and what it did there may be lost: --force; to let it go here: `elsewhere`"
@@ -314,6 +324,7 @@ class OutgoingMigration:
             await trio.to_thread.run_sync(self._record, decision)
             await self._failed(verdict)
             await trio.to_thread.run_sync(self._domain.close)
+        self._give_back()
 
     def result(self) -> dict[str, Any]:
         """The JSON keys that docs/commands.md explains."""

@@ -7,6 +7,7 @@ import errno
 from typing import Any
 
 import pytest
+import trio
 
 from migrate import messages as m
 from migrate.errors import MigrationError, UnknownMigrationError
@@ -101,6 +102,34 @@ async def test_a_guest_that_never_starts_can_be_given_back(clean_hosts: World, n
     assert outcome.error is not None
     monkeypatch.undo()
     await goes_on_here_only(clean_hosts, name)
+
+
+async def test_of_two_decisions_at_once_one_is_carried_out(clean_hosts: World, name: str, monkeypatch: Patch) -> None:
+    """The destination has given a final answer; both decisions would take effect, and the guest be gone."""
+    failed = fails(monkeypatch, "start", times=10**6)
+    answers = dict[bool, str]()
+
+    async def meanwhile(outcome: Outcome, _link: Link) -> None:
+        await until_async(lambda: len(failed) > 2)
+        await outcome.incoming.decide(here=False)
+        await until_async(lambda: outcome.migration._over)
+
+        async def decide(here: bool) -> None:
+            try:
+                await outcome.migration.decide(here=here)
+                answers[here] = "acts"
+            except MigrationError as error:
+                answers[here] = str(error)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(decide, True)
+            nursery.start_soon(decide, False)
+
+    await migrate(clean_hosts, busy(name), meanwhile=meanwhile)
+    monkeypatch.undo()
+    (here,) = [here for here, answer in answers.items() if answer == "acts"]
+    assert "already" in answers[not here]
+    assert [info.name for info in clean_hosts.source.domains()] == ([name] if here else [])
 
 
 async def test_a_guest_that_is_gone_when_it_is_to_be_started_is_not_started_for_ever(
@@ -271,6 +300,17 @@ def test_interrupted_at_the_source(world: World) -> None:
     answers(world, "sender", {"decide here": "acts"}, force=True)
     until(lambda: phase(world, "sender") == "failed", "it is not carried out")
     assert states(world, "guest") == {"source": ["running"], "destination": []}
+    start_receiver(world, world.port)
+
+
+def test_a_guest_without_a_checkpoint_is_not_protected_yet(world: World) -> None:
+    boot(world)
+    begin(world, "guest", bandwidth=MIB // 2, checkpoint_every_s=3600)
+    until(lambda: phase(world, "sender") == phase(world, "receiver") == "postcopy", "no postcopy")
+    kill(world, "receiver")
+    until(lambda: phase(world, "sender") == "interrupted", "it is not noticed")
+    answers(world, "sender", {"decide here": "has reported that guest runs there"})
+    assert states(world, "guest") == {"source": ["suspended"], "destination": ["running"]}
     start_receiver(world, world.port)
 
 

@@ -228,7 +228,7 @@ async def test_protection_whose_log_dirty_is_taken_ends_and_both_ends_report_it(
             assert other.log_dirty_is_on()
         assert outcome.migration.progress.checkpoints == kept
         if back:
-            await dies_after(0, clean_hosts)(outcome, link)
+            await dies_after(0, clean_hosts, force=True)(outcome, link)
         else:
             outcome.migration._cap = type(outcome.migration._cap)(None)
             link.cut()

@@ -60,8 +60,11 @@ async def protected(
     return await migrate(hosts, spec, options=with_options or options(), meanwhile=meanwhile)
 
 
-def dies_after(count: int, hosts: World, *, decide: bool = True) -> Meanwhile:
-    """The destination is gone for good after so many checkpoints, and an operator says so."""
+def dies_after(count: int, hosts: World, *, decide: bool = True, force: bool = False) -> Meanwhile:
+    """The destination is gone for good after so many checkpoints, and an operator says so.
+
+    ``force``: where that cannot be the end of a guest that was protected to its end.
+    """
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
         await until_async(
@@ -73,7 +76,7 @@ def dies_after(count: int, hosts: World, *, decide: bool = True) -> Meanwhile:
         await trio.to_thread.run_sync(target.destroy)
         await until_async(lambda: outcome.migration.progress.phase == "interrupted")
         if decide:
-            await outcome.migration.decide(here=True)
+            await outcome.migration.decide(here=True, force=force)
 
     return meanwhile
 
@@ -172,7 +175,9 @@ async def test_it_goes_on_from_the_checkpoint_and_not_from_the_suspension(clean_
 
 
 async def test_before_the_first_checkpoint_it_goes_on_from_the_suspension(clean_hosts: World, name: str) -> None:
-    outcome = await protected(clean_hosts, busy(name), dies_after(0, clean_hosts), options(checkpoint_every_s=60.0))
+    outcome = await protected(
+        clean_hosts, busy(name), dies_after(0, clean_hosts, force=True), options(checkpoint_every_s=60.0)
+    )
     assert outcome.migration.progress.checkpoints == 0
     assert verified_at_source(clean_hosts.source, busy(name)).problems == []
 
@@ -296,7 +301,7 @@ async def test_a_checkpoint_that_was_written_in_part_is_written_once_more(
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
         await until_async(lambda: bool(failures))
-        await dies_after(0, clean_hosts)(outcome, link)
+        await dies_after(0, clean_hosts, force=True)(outcome, link)
 
     monkeypatch.setattr(SimulatedDomain, "write_pages", fail_once)
     outcome = await protected(clean_hosts, busy(name), meanwhile)
@@ -470,6 +475,11 @@ async def test_a_checkpoint_copies_no_more_than_there_is_room_for(
     monkeypatch.setattr(checkpoints, "MAX_COPIED_PAGES", 64)
     monkeypatch.setattr(checkpoints, "BATCH_PAGES", 32)
     spec = busy(name)
-    await protected(clean_hosts, spec, dies_after(2, clean_hosts))
-    assert {True, False} <= set(taken)
+
+    async def meanwhile(outcome: Outcome, link: Link) -> None:
+        await moves_at_the_destination(outcome, clean_hosts, 1)
+        await until_async(lambda: {True, False} <= set(taken))
+        await dies_after(outcome.migration.progress.checkpoints + 1, clean_hosts)(outcome, link)
+
+    await protected(clean_hosts, spec, meanwhile, options(checkpoint_every_s=0.1))
     assert verified_at_source(clean_hosts.source, spec).problems == []
