@@ -27,7 +27,9 @@ def test_the_units_start_and_are_well_formed() -> None:
         assert property_of(unit, "NotifyAccess") == "main"
         assert "waiting for migrations" in (text := property_of(unit, "StatusText")) or "listening at" in text
         print(run("systemd-analyze", "security", unit))
-    assert run("systemd-analyze", "--man=no", "verify", *UNITS, "xen-postcopy.target") == ""
+    found = run("systemd-analyze", "--man=no", "verify", *UNITS, "xen-postcopy.target").splitlines()
+    newer = ("'RestartSteps'", "'RestartMaxDelaySec'")  # of systemd 254; Debian 12 has 252
+    assert [line for line in found if not any(key in line for key in newer)] == []
     assert "PHASE" in run("xen-postcopy", "list")
     assert "ready" in run("xen-postcopy", "preflight")
     assert "LIBXL_SAVE_HELPER" in run(HELPER, "--help")
@@ -85,7 +87,7 @@ def test_xl_migrates_and_a_daemon_that_is_stopped_says_what_it_waits_for() -> No
         assert line["phase"] == "completed"
         told = run("journalctl", f"XEN_POSTCOPY_MIGRATION={line['id']}")
         assert "runs at the destination" in told and "completed" in told
-        assert "completed" in run("xen-postcopy", "show", line["id"][:6])
+        assert "completed" in run("xen-postcopy", "show", line["id"][:8])
 
 
 def test_it_is_taken_away() -> None:
