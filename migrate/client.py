@@ -26,8 +26,8 @@ RUN_DIRECTORY = "/run/xen-postcopy"
 SENDER_SOCKET = f"{RUN_DIRECTORY}/sender.sock"
 RECEIVER_SOCKET = f"{RUN_DIRECTORY}/receiver.sock"
 RUNNING = "is the daemon running?"
-STARTING_S = 3.0
-"""For which the command line waits for a daemon that was started beside it."""
+ENDED = ("completed", "failed", "refused")
+"""Phases of a migration that has ended."""
 Json = dict[str, Any]
 
 

@@ -20,6 +20,7 @@ from typing import Protocol, TypeVar
 import trio
 
 from migrate.errors import MigrationError, UnknownMigrationError
+from migrate.logs import Complaint
 from migrate.tasks import isolated
 
 log = logging.getLogger(__name__)
@@ -32,20 +33,6 @@ LISTEN_FDS_START = 3
 ACCEPT_AGAIN_S = 0.1
 STRANGERS_SHARE = 0.75
 """Of the descriptors.  What is left over is for migrations that run, their journals, and requests at the control socket."""
-COMPLAIN_EVERY_S = 60.0
-"""How often one complaint is logged that could be made for each connection."""
-
-
-class Complaint:
-    """A complaint that is logged the first time, and then once in :data:`COMPLAIN_EVERY_S`."""
-
-    def __init__(self) -> None:
-        self._logged_at = -math.inf
-
-    def log(self, text: str, *arguments: object) -> None:
-        if trio.current_time() - self._logged_at >= COMPLAIN_EVERY_S:
-            self._logged_at = trio.current_time()
-            log.error(text, *arguments)
 
 
 @functools.cache
@@ -140,7 +127,7 @@ async def serve_connections(
 
     ``what``: a connection, for the log.  Those ``from_strangers`` get no more than :data:`STRANGERS_SHARE` of the descriptors.
     """
-    exhausted = Complaint()
+    exhausted = Complaint(log.error)
     share = STRANGERS_SHARE if from_strangers else 1.0
 
     async def accept(listener: trio.SocketListener) -> None:
@@ -184,6 +171,11 @@ class Named(Protocol):
     @property
     def has_ended(self) -> bool:
         """Nothing more comes of it."""
+
+
+def ended(name: str, phase: str, problem: str, asked: str) -> str:
+    """What is answered where a migration has ended that something is asked of."""
+    return f"the migration of {name} has ended ({phase}{problem and ': '}{problem}): there is nothing to {asked}"
 
 
 M = TypeVar("M", bound=Named)

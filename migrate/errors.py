@@ -30,11 +30,6 @@ class UnknownSessionError(RefusedError):
     """Because it has no such session, or not any more."""
 
 
-def ended(name: str, phase: str, problem: str, asked: str) -> str:
-    """What is answered where a migration has ended that something is asked of."""
-    return f"the migration of {name} has ended ({phase}{problem and ': '}{problem}): there is nothing to {asked}"
-
-
 class UnknownMigrationError(MigrationError):
     """The daemon that was asked has no such migration; another may have."""
 

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import trio
 
 from migrate.errors import MigrationError, PeerClosedError, ProtocolError, RefusedError, UnknownSessionError
+from migrate.logs import Complaint
 from migrate.messages import Hello, Lane, Refused, printable
 from migrate.session import hello, negotiate, number_of_rejoin, rejoin_token
 from migrate.transport import CONNECT_TIMEOUT_S, EXPLANATION_S, STEP_TIMEOUT_S, LaneConnection, Terms, connect
@@ -34,7 +35,6 @@ MAX_STRANGERS = 1024
 """Connections that have not said yet what they are for, each for some ten seconds at most: behind these the oldest ends."""
 MAX_STRANGERS_OF_ADDRESS = 256
 """Likewise of those from one address."""
-WARN_EVERY_S = 60.0
 LOOK_EVERY_S = 0.1
 """How often an end that awaits a lane looks whether the peer is still there."""
 FIRST_RETRY_S = 0.1
@@ -291,7 +291,7 @@ class Reception:
         """With their addresses, the oldest first, ..."""
         self._of_address: dict[str, dict[trio.CancelScope, None]] = {}
         """... and likewise those of each address."""
-        self._warned_at = -WARN_EVERY_S
+        self._crowded = Complaint(log.warning)
 
     async def receive(self, stream: trio.SocketStream) -> None:
         """Take in a connection."""
@@ -318,9 +318,7 @@ class Reception:
             crowd, where = self._strangers, ""
         else:
             return
-        if trio.current_time() - self._warned_at > WARN_EVERY_S:
-            self._warned_at = trio.current_time()
-            log.warning("%d connections%s have not said what they are for: the oldest are ended", len(crowd), where)
+        self._crowded.log("%d connections%s have not said what they are for: the oldest are ended", len(crowd), where)
         oldest = next(iter(crowd))
         self._forget(oldest)
         oldest.cancel()

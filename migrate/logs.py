@@ -16,6 +16,8 @@ import os
 import select
 import socket
 import struct
+import time
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -23,6 +25,8 @@ JOURNAL_SOCKET = "/run/systemd/journal/socket"
 STDERR = 2
 MOST_BYTES = 128 * 1024
 """Of a record: the kernel takes no larger datagram."""
+COMPLAIN_EVERY_S = 60.0
+"""How often one :class:`Complaint` is logged."""
 PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 """syslog(3)'s."""
 
@@ -94,6 +98,22 @@ def journal_entry(record: logging.LogRecord, message: str) -> bytes:
         elif data:
             entry += f"{name}=".encode() + data + b"\n"
     return entry
+
+
+class Complaint:
+    """A message for which a cause may come again and again: it is logged the first time, and then once in
+    :data:`COMPLAIN_EVERY_S`.
+    """
+
+    def __init__(self, log: Callable[..., None]):
+        self._log = log
+        self._logged_at = -COMPLAIN_EVERY_S
+
+    def log(self, text: str, *arguments: object) -> None:
+        now = time.monotonic()
+        if now - self._logged_at >= COMPLAIN_EVERY_S:
+            self._logged_at = now
+            self._log(text, *arguments)
 
 
 def abnormal_end(domain: str, phase: str, reason: str, counters: dict[str, Any]) -> None:

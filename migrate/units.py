@@ -47,9 +47,12 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
-def pauses(first_s: float, last_s: float) -> Iterator[float]:
-    """Between looks at something: each a little longer, so that what comes late is seen late by a twentieth at most."""
+def pauses(first_s: float, last_s: float, *, growth: float = 1.05) -> Iterator[float]:
+    """Pauses between looks at something, or between attempts; each is ``growth`` times the one before it, up to ``last_s``.
+
+    With the default, what comes late is seen late by a twentieth of its time at most.
+    """
     pause_s = first_s
     while True:
         yield pause_s
-        pause_s = min(pause_s * 1.05, last_s)
+        pause_s = min(pause_s * growth, last_s)

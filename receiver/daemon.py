@@ -27,7 +27,7 @@ from migrate.messages import Hello, Lane
 from migrate.session import is_session_id
 from migrate.tasks import isolated, task_group
 from migrate.transport import listen_tcp
-from receiver.migration import ENDED, IncomingMigration
+from receiver.migration import IncomingMigration
 from receiver.toolstack import XlToolstack
 from xenbackend.contract import Hypervisor, ToolstackPorts
 
@@ -191,7 +191,7 @@ class ReceiverDaemon:
             raise MigrationError("a session id that is in use")
         if len(self._migrations) >= MAX_MIGRATIONS:
             raise MigrationError("too many migrations")
-        waiting = [m for m in self._migrations.values() if not m.domain_name and m.progress.phase not in ENDED]
+        waiting = [m for m in self._migrations.values() if not m.domain_name and not m.has_ended]
         if len(waiting) >= MAX_WITHOUT_OFFER:
             raise MigrationError("too many sessions that have not offered a guest yet")
 

@@ -32,6 +32,8 @@ import trio
 
 from migrate import logs, scheduling
 from migrate import messages as m
+from migrate.client import ENDED
+from migrate.daemon import ended
 from migrate.errors import (
     GuestEndedError,
     MigrationError,
@@ -41,7 +43,6 @@ from migrate.errors import (
     RecalledError,
     RemoteProtocolError,
     UnknownSessionError,
-    ended,
 )
 from migrate.journal import Journal
 from migrate.lanes import Lanes
@@ -89,7 +90,6 @@ FINISHED_OR_FINISHING = ("taken over", "finishing")
 """By a journal, the last entries of which may not have been written."""
 NOT_HERE = "an operator has said that the guest is not to run here"
 NO_MEMORY = "this host has no memory for pages that have arrived, and vCPUs wait for them: make room on this host"
-ENDED = ("completed", "failed", "refused")
 
 
 @dataclass
@@ -800,13 +800,11 @@ class IncomingMigration:
 
     async def _keep_starting(self, error: XenError) -> None:
         """What has failed may pass: the hypervisor or xenstored was busy, or there was no memory."""
-        pause_s = FIRST_START_AGAIN_S
-        while True:
+        for pause_s in pauses(FIRST_START_AGAIN_S, LAST_START_AGAIN_S, growth=2):
             self._not_started = f"the guest cannot be started yet ({error}), which is tried again and again"
             self.progress.problem = self._not_started
             log.warning("%s: %s", self.progress.domain, self._not_started)
             await trio.sleep(pause_s)
-            pause_s = min(pause_s * 2, LAST_START_AGAIN_S)
             async with self._deciding:
                 try:
                     await trio.to_thread.run_sync(self._start)

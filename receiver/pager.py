@@ -31,11 +31,13 @@ from numpy.typing import NDArray
 from migrate import faultpath
 from migrate.errors import PeerClosedError
 from migrate.faultpath import FirstResponder, NativeLock
+from migrate.logs import Complaint
 from migrate.messages import MAX_FAULT_PFNS, MAX_PFNS, Ahead, Dropped, Fault, Lane, Loaded, Message, Pages, Report
 from migrate.pfns import NO_PFNS, PfnMask, pieces, runs
 from migrate.session import Phase, Session
 from migrate.statistics import PagerStatistics
 from migrate.transport import LaneConnection, run_in_thread
+from migrate.units import pauses
 from receiver.outstanding import OutstandingPages, Verdict
 from receiver.restore import select_pages
 from xenbackend.contract import PAGE_SIZE, Buffer, Domain, PfnArray, XenError
@@ -46,7 +48,6 @@ log = logging.getLogger(__name__)
 
 FIRST_RETRY_S, LAST_RETRY_S = 0.05, 2.0
 """Between two attempts to load pages for which the host has no memory; each pause is twice as long as the one before it."""
-LOG_EVERY_S = 60.0
 
 
 def load(
@@ -67,28 +68,31 @@ def load(
     return results
 
 
+def _retries() -> Iterator[float]:
+    return pauses(FIRST_RETRY_S, LAST_RETRY_S, growth=2)
+
+
 class Shortage:
     """How one thread waits while the host has no memory for pages that have arrived."""
 
     def __init__(self) -> None:
         self.pages = 0
         """That wait for memory."""
-        self._pause_s = 0.0
-        self._logged_at = -LOG_EVERY_S
+        self._pauses = _retries()
+        self._complaint = Complaint(log.warning)
 
     def pause(self, pages: int) -> float:
         """So many pages wait: returns the seconds until the next attempt."""
-        now = time.monotonic()
-        if not self.pages and now - self._logged_at >= LOG_EVERY_S:
-            self._logged_at = now
-            log.warning("the host has no memory for %d pages that have arrived: trying again until it has", pages)
+        if not self.pages:
+            self._complaint.log(
+                "the host has no memory for %d pages that have arrived: trying again until it has", pages
+            )
         self.pages = pages
-        self._pause_s = min(max(2 * self._pause_s, FIRST_RETRY_S), LAST_RETRY_S)
-        return self._pause_s
+        return next(self._pauses)
 
     def over(self) -> None:
         """No page waits any more."""
-        self.pages, self._pause_s = 0, 0.0
+        self.pages, self._pauses = 0, _retries()
 
 
 class Pager:

@@ -229,8 +229,10 @@ class SenderDaemon:
         return self._begin(migration)
 
     def _admit(self, migration: OutgoingMigration) -> None:
-        """From here on there is no other of its domain.  Raises :class:`OccupiedError` where there is one."""
-        self._check_one(migration.target)
+        """From here on no other migration of the domain begins.  Raises :class:`OccupiedError` if one is under way."""
+        domain = migration.target
+        if any(m.target.domid == domain.domid for m in self._running()):
+            raise OccupiedError(f"domain {domain.name} is being migrated already: see `xen-postcopy list`")
         self._migrations[migration.id] = migration
         self._active.add(migration.id)
 
@@ -239,11 +241,6 @@ class SenderDaemon:
         ended = trio.Event()
         self._nursery.start_soon(self._carry_out, migration, ended)
         return ended
-
-    def _check_one(self, domain: DomainId) -> None:
-        """Raises :class:`MigrationError` where the domain is under way."""
-        if any(m.target.domid == domain.domid for m in self._running()):
-            raise OccupiedError(f"domain {domain.name} is being migrated already: see `xen-postcopy list`")
 
     async def _listen(self, migration: OutgoingMigration, connection: ControlConnection) -> None:
         """What the client says meanwhile."""

@@ -35,6 +35,8 @@ import trio
 from migrate import logs
 from migrate import messages as m
 from migrate.bandwidth import BandwidthCap
+from migrate.client import ENDED
+from migrate.daemon import ended
 from migrate.errors import (
     GuestEndedError,
     MigrationError,
@@ -42,7 +44,6 @@ from migrate.errors import (
     PeerClosedError,
     RemoteProtocolError,
     UnknownSessionError,
-    ended,
 )
 from migrate.journal import Journal
 from migrate.lanes import Lanes
@@ -78,7 +79,6 @@ SWITCHOVER_BATCH_PAGES = 128
 """Instead of :data:`BATCH_PAGES` while the guest stands still: there the destination had better begin at once."""
 GO_BACK_AGAIN_S = 5.0
 WENT_BACK = "the guest goes on here, as it was when the last checkpoint was made"
-ENDED = ("completed", "failed")
 LOGGING = ("begun", "suspending")
 """Steps in the journal before the handover: log-dirty may be on."""
 HOT_PAGES = 256
@@ -134,9 +134,9 @@ class OutgoingMigration:
         self._decision = ""
         """An operator's, as the journal has it."""
         self._decided = trio.Event()
+        """The journal has the decision, or the decision came too late."""
         self._over = False
         """:meth:`run` has ended."""
-        """The journal has it, or it came too late."""
         self._suspended = False
         self._domain: Domain
         self._written: WrittenPages
@@ -268,7 +268,7 @@ class OutgoingMigration:
         nothing of it is needed here.  Raises :class:`MigrationError` where it is not called for, or is known to be wrong and not
         forced."""
         can_go_back = await trio.to_thread.run_sync(self._can_go_back)
-        self._check_decision(here=here, force=force or can_go_back)
+        self._check_decision(here=here, certain=force or can_go_back)
         decision = "decided here" if here else "decided elsewhere"
         self._decision = decision  # from here on another decision is refused
         if self._over:
@@ -286,7 +286,8 @@ class OutgoingMigration:
         """There is a checkpoint, and it is not an old one: the guest was protected to the end.  In a thread."""
         return self._checkpoints is not None and self._checkpoints.exists() and not self.progress.unprotected
 
-    def _check_decision(self, *, here: bool, force: bool) -> None:
+    def _check_decision(self, *, here: bool, certain: bool) -> None:
+        """``certain``: to go on here is right even if the guest has run at the destination."""
         name, phase = self.domain_name, self.progress.phase
         if self.has_ended:
             raise MigrationError(ended(name, phase, self.progress.problem, "decide"))
@@ -310,7 +311,7 @@ class OutgoingMigration:
             )
         # A final answer proves nothing: a receiver with another state directory does not have the session,
         # and the guest runs there all the same.
-        if here and self._ran and not force:
+        if here and self._ran and not certain:
             raise MigrationError(
                 f"{self.known_of_peer}: here it would go on as it was when it was suspended, and run twice if it still runs "
                 f"there; if it does not, and what it did there may be lost: --force; to let it go here: `elsewhere`"

@@ -38,7 +38,7 @@ SLOW = MigrationOptions(Strategy.POSTCOPY, bandwidth_bytes_per_s=16 * MIB)
 
 
 # ---- errors that may pass ----
-def fails(patch: Patch, call: str, *, times: int, where: str = "") -> list[str]:
+def fails(patch: Patch, call: str, *, times: int) -> list[str]:
     """The first calls fail; returns a list that has their names when they have."""
     original, failed = getattr(SimulatedDomain, call), list[str]()
 

@@ -36,6 +36,7 @@ from xenbackend.simulated.guest import GuestSpec
 
 __all__ = ["world", "xl"]
 Patch = pytest.MonkeyPatch
+SLOW_HYBRID = MigrationOptions(Strategy.HYBRID, bandwidth_bytes_per_s=16 * MIB)
 
 
 def refused(world: World, domain: str, complaint: str, which: str = "sender", **more: Any) -> None:
@@ -177,8 +178,7 @@ async def test_log_dirty_that_is_switched_off_in_precopy_ends_the_migration(clea
         with clean_hosts.source.open(name) as other:
             other.log_dirty_disable()
 
-    slow = MigrationOptions(Strategy.HYBRID, bandwidth_bytes_per_s=16 * MIB)
-    outcome = await migrate(clean_hosts, busy(name), options=slow, meanwhile=meanwhile)
+    outcome = await migrate(clean_hosts, busy(name), options=SLOW_HYBRID, meanwhile=meanwhile)
     assert "somebody has switched log-dirty off" in str(outcome.error)
     assert verified_at_source(clean_hosts.source, busy(name)).problems == []
     assert clean_hosts.destination.domains() == []
@@ -252,8 +252,7 @@ async def test_a_guest_that_somebody_else_suspends_meanwhile_stays_suspended(cle
         with clean_hosts.source.open(name) as other:
             other.suspend()
 
-    slow = MigrationOptions(Strategy.HYBRID, bandwidth_bytes_per_s=16 * MIB)
-    outcome = await migrate(clean_hosts, busy(name), options=slow, meanwhile=meanwhile)
+    outcome = await migrate(clean_hosts, busy(name), options=SLOW_HYBRID, meanwhile=meanwhile)
     assert "is suspended, which somebody else has brought about" in str(outcome.error)
     with clean_hosts.source.open(name) as guest:
         assert guest.state() is DomainState.SUSPENDED and not guest.log_dirty_is_on()

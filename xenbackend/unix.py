@@ -10,6 +10,8 @@ import time
 
 MAX_PATH_BYTES = 107
 """sockaddr_un(7), without the null byte at its end."""
+STARTING_S = 3.0
+"""How long to wait for a process that was started beside this one and does not listen yet."""
 AGAIN_S = 0.05
 
 

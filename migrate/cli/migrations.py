@@ -22,11 +22,11 @@ from migrate.cli.options import (
 )
 from migrate.cli.progress import ProgressDisplay
 from migrate.cli.text import echo
-from migrate.client import STARTING_S, ControlClient
+from migrate.client import ENDED, ControlClient
 from migrate.errors import InterruptedMigrationError, MigrationError, UnknownMigrationError
+from xenbackend.unix import STARTING_S
 
 WATCH_EVERY_S = 0.5
-ENDED = ("completed", "failed", "refused")
 
 
 def follow_migration(client: ControlClient, request: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import os
 import sys
 from typing import Never
 
-from migrate.client import RECEIVER_SOCKET, SENDER_SOCKET, ControlClient, Json
+from migrate.client import ENDED, RECEIVER_SOCKET, SENDER_SOCKET, ControlClient, Json
 from migrate.errors import MigrationError
 from migrate.xl import image, libxl, protocol, stock
 from migrate.xl.libxl import INPUT, Request, write_all
@@ -57,7 +57,7 @@ def _ask_older_receiver(path: str) -> None:
             lines = daemon.call(command="list")["migrations"]
     except MigrationError as error:
         libxl.fail(str(error), errno.EBUSY)
-    if under_way := [line["domain"] for line in lines if line["phase"] not in ("completed", "failed", "refused")]:
+    if under_way := [line["domain"] for line in lines if line["phase"] not in ENDED]:
         guests = ", ".join(under_way)
         libxl.fail(f"memory of a guest may have still to come ({guests}): try again when it has", errno.EBUSY)
 

@@ -15,12 +15,10 @@ from typing import Any
 import msgpack
 
 from xenbackend.errors import XenError
-from xenbackend.unix import connect_unix
+from xenbackend.unix import STARTING_S, connect_unix
 
 MAX_MESSAGE = 128 * 1024
 MAX_FDS = 4
-STARTING_S = 3.0
-"""For which a host that has just been started is waited for."""
 
 
 def pack(message: dict[str, Any]) -> bytes:

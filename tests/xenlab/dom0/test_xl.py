@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,33 +66,37 @@ class Host:
         return write_helper(self.directory)
 
     def migrate(self, name: str, *, receive: str = "xl migrate-receive", **environment: str) -> str:
-        """What xl said, if it migrated the guest; raises ``RuntimeError`` with it where not."""
-        done = subprocess.run(
-            ["xl", "migrate", "-s", "", name, receive], check=False, text=True, timeout=240,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env={
-                **os.environ, "LIBXL_SAVE_HELPER": str(self.helper), "XEN_POSTCOPY": "require",
-                "XEN_POSTCOPY_SENDER": str(self.directory / "sender"),
-                "XEN_POSTCOPY_RECEIVER": str(self.directory / "receiver"), **environment,
+        """The output of ``xl migrate``.  Raises ``RuntimeError`` with the output if the command fails."""
+        return self._run(
+            "xl", "migrate", "-s", "", name, receive,
+            **{
+                "LIBXL_SAVE_HELPER": str(self.helper), "XEN_POSTCOPY": "require",
+                "XEN_POSTCOPY_SENDER": str(self.directory / "sender"), **environment,
             },
+        )  # fmt: skip
+
+    def save(self, name: str, to: Path, *, with_helper: bool = True) -> None:
+        """``xl save``.  Raises ``RuntimeError`` with the output if the command fails."""
+        self._run("xl", "save", name, str(to), **({"LIBXL_SAVE_HELPER": str(self.helper)} if with_helper else {}))
+
+    def _run(self, *command: str, **environment: str) -> str:
+        done = subprocess.run(
+            command, check=False, text=True, timeout=240, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env={**os.environ, "XEN_POSTCOPY_RECEIVER": str(self.directory / "receiver"), **environment},
         )  # fmt: skip
         print(done.stdout)
         if done.returncode:
             raise RuntimeError(done.stdout)
         return done.stdout
 
-    def save(self, name: str, to: Path, *, with_helper: bool = True) -> None:
-        """``xl save``.  Raises ``RuntimeError`` with what it said."""
-        environment = {**os.environ, "XEN_POSTCOPY_RECEIVER": str(self.directory / "receiver")}
-        if with_helper:
-            environment["LIBXL_SAVE_HELPER"] = str(self.helper)
-        done = subprocess.run(
-            ["xl", "save", name, str(to)], check=False, text=True, timeout=240, env=environment,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        print(done.stdout)
-        if done.returncode:
-            raise RuntimeError(done.stdout)
+    @contextmanager
+    def lacking_pages(self, name: str) -> Iterator[Guest]:
+        """A guest that runs, was migrated by postcopy, and whose pages are still to come."""
+        with guest(name) as made:
+            made.wait_for_heartbeats(2)
+            self.migrate(name, XEN_POSTCOPY_STRATEGY="postcopy")
+            self.wait_for("postcopy")
+            yield made
 
     def cutter(self, direction: str, words: str) -> str:
         program = self.directory / "cutter"
@@ -321,10 +325,7 @@ def test_the_balloon_moves_in_each_phase(slow: Host) -> None:
 @PAGING
 def test_a_guest_that_is_saved_while_pages_are_missing(slow: Host, tmp_path: Path) -> None:
     """xl waits until it has them; restored, it goes on without an error."""
-    with guest("xl8") as made:
-        made.wait_for_heartbeats(2)
-        slow.migrate("xl8", XEN_POSTCOPY_STRATEGY="postcopy")
-        slow.wait_for("postcopy")
+    with slow.lacking_pages("xl8") as made:
         slow.save("xl8", tmp_path / "image")
         slow.wait_for("completed")
         xl("restore", str(tmp_path / "image"))
@@ -333,10 +334,7 @@ def test_a_guest_that_is_saved_while_pages_are_missing(slow: Host, tmp_path: Pat
 
 @PATCHED
 def test_the_pages_of_a_guest_that_is_saved_without_the_helper_are_kept(slow: Host, tmp_path: Path) -> None:
-    with guest("xl9") as made:
-        made.wait_for_heartbeats(2)
-        slow.migrate("xl9", XEN_POSTCOPY_STRATEGY="postcopy")
-        slow.wait_for("postcopy")
+    with slow.lacking_pages("xl9"):
         slow.save("xl9", tmp_path / "image", with_helper=False)
         lacks = "an image or a copy that was made of it then lacks them"
         for daemon, phase in (("sender", "interrupted"), ("receiver", "failed")):
@@ -351,10 +349,7 @@ def test_the_pages_of_a_guest_that_is_saved_without_the_helper_are_kept(slow: Ho
 @PATCHED
 def test_a_core_of_a_guest_that_lacks_pages_has_them(slow: Host, tmp_path: Path) -> None:
     """Xen asks the receiver for what xl maps."""
-    with guest("xl10") as made:
-        made.wait_for_heartbeats(2)
-        slow.migrate("xl10", XEN_POSTCOPY_STRATEGY="postcopy")
-        slow.wait_for("postcopy")
+    with slow.lacking_pages("xl10"):
         xl("dump-core", "xl10", str(tmp_path / "core"))
         slow.wait_for("completed")
         check_heartbeat(arrived("xl10"))
