@@ -206,7 +206,9 @@ def load(path: Path | None) -> Config:
 
 
 def _text_of(path: Path) -> str:
-    """Of a regular file of a size that a configuration may have: a device has no end, and a FIFO no beginning."""
+    """Read a regular file that is no larger than a configuration can be.  A device has no end, and
+    opening a FIFO waits for a writer.
+    """
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), encoding="utf-8") as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):

@@ -32,12 +32,16 @@ LISTEN_FDS_START = 3
 """Of sd-daemon(3)."""
 ACCEPT_AGAIN_S = 0.1
 STRANGERS_SHARE = 0.75
-"""Of the descriptors.  What is left over is for migrations that run, their journals, and requests at the control socket."""
+"""The share of the descriptors that strangers may use.  The rest is for migrations that run, their
+journals, and requests at the control socket.
+"""
 
 
 @functools.cache
 def _notify_socket() -> socket.socket:
-    """Made once: there may be no descriptor for another one later, and a watchdog that is not fed ends the daemon."""
+    """One socket for the life of the process.  Later there may be no free descriptor, and systemd
+    ends a daemon that does not feed its watchdog.
+    """
     return socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 
 
@@ -52,9 +56,11 @@ def notify(state: str) -> None:
 
 
 def end_with_owner() -> None:
-    """If this process has an owner, end when that ends, however it does: standard input is a pipe of the owner's alone.
+    """End this process when its owner ends, if the process has an owner.  Standard input is then a
+    pipe whose other end only the owner has.
 
-    Not by ``PR_SET_PDEATHSIG``, which counts from the thread that has started this process.
+    ``PR_SET_PDEATHSIG`` does not serve here: the kernel sends that signal when the thread ends that
+    started this process.
     """
 
     def wait() -> None:
@@ -89,7 +95,8 @@ async def until_stopped(serve: Callable[[], Awaitable[None]], drain: Callable[[]
     """Run ``serve`` until SIGTERM or SIGINT, then ``drain``; a second signal cuts that short."""
     # A thread that serves a fault waits this long at most for one that computes (default: 5 ms).
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    # Their number is that of migrations: a host that is slow for many guests does not hold up the others' threads.
+    # As many threads as migrations need: a host that is slow for many guests does not hold up the
+    # threads of other guests.
     trio.to_thread.current_default_thread_limiter().total_tokens = math.inf
     # A descriptor more for each connection, though many come that mean nothing.
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -123,9 +130,11 @@ async def serve_connections(
     from_strangers: bool = False,
     task_status: trio.TaskStatus[list[trio.SocketListener]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Handle each connection in a task of its own, until cancelled.  No connection, and no failure to accept one, ends this.
+    """Handle each connection in a task of its own, until cancelled.  Neither an error of a
+    connection nor a failure to accept one ends this function.
 
-    ``what``: a connection, for the log.  Those ``from_strangers`` get no more than :data:`STRANGERS_SHARE` of the descriptors.
+    ``what`` names a connection in the log.  Connections ``from_strangers`` get at most
+    :data:`STRANGERS_SHARE` of the descriptors.
     """
     exhausted = Complaint(log.error)
     share = STRANGERS_SHARE if from_strangers else 1.0
@@ -182,8 +191,9 @@ M = TypeVar("M", bound=Named)
 
 
 def find_migration(migrations: Iterable[M], name: str) -> M:
-    """By its domain's name, or by its id or the first characters of that, of which there must be so many that no name is taken
-    for them.  Of several migrations of one domain the one that goes on counts, else the newest.
+    """Find a migration by its domain's name, its id, or the first characters of its id.  Eight
+    characters are needed, so that no name of a guest is taken for an id.  Of several migrations of
+    one domain the function returns the one that has not ended, or else the newest.
 
     Raises :class:`MigrationError`.
     """

@@ -39,11 +39,11 @@ class PagesLostError(MigrationError):
 
 
 class RecalledError(MigrationError):
-    """The guest runs here, and an operator has it run at its source."""
+    """The guest runs here, and an operator has decided that it runs at its source."""
 
 
 class OccupiedError(MigrationError):
-    """Somebody else is at work on the domain: nobody may touch it now."""
+    """Another migration or another program is at work on the domain, which must not be touched now."""
 
 
 class InterruptedMigrationError(MigrationError):

@@ -91,14 +91,19 @@ class Journal:
         return self._directory / (session + CHECKPOINT_SUFFIX)
 
     def stopped(self, session: str) -> Path:
-        """A file that is there while the daemon has the session's guest stand still for a moment; made before, removed after it.
+        """The path of a file that exists while the daemon itself has stopped the session's guest.
+        The daemon makes the file before it stops the guest, and removes the file after it has
+        resumed the guest.
 
-        So a successor knows whose doing that is, and lets no guest go on that somebody else has stopped.
+        By this file a successor knows that it may resume the guest.  A guest that somebody else has
+        stopped stays stopped.
         """
         return self._directory / (session + STOPPED_SUFFIX)
 
     def erase(self, session: str) -> None:
-        """If that fails, a successor takes the migration up again, and finds that there is nothing left to do."""
+        """Remove the session's entry.  If that fails, a successor takes the migration up again and
+        finds nothing left to do.
+        """
         for path in (self.stopped(session), self._path(session)):
             try:
                 if path.exists():  # a read-only file system does not say that there is nothing
@@ -109,7 +114,9 @@ class Journal:
             os.close(self._files.pop(session))
 
     def entries(self) -> dict[str, dict[str, Any]]:
-        """By session: what a predecessor has left, but for what is of an earlier boot or not understood."""
+        """What a predecessor has left, by session.  Entries of an earlier boot, and entries that
+        cannot be read, are left out.
+        """
         found = {}
         for path in sorted(self._directory.glob(f"*{SUFFIX}")):
             session = path.name.removesuffix(SUFFIX)
@@ -130,7 +137,9 @@ class Journal:
         return found
 
     def leave(self, session: str, why: Exception) -> None:
-        """An entry with which this release cannot do anything is left to people, and to a release that can."""
+        """Keep an entry that this release cannot use.  A person, or a release that can read the
+        entry, deals with it.
+        """
         self._not_understood.add(session)
         log.error(
             "%s: not a journal of ours, or of another release: %r; if a guest of this host waits for this migration, start the "
@@ -138,7 +147,9 @@ class Journal:
         )  # fmt: skip
 
     def check_understood(self, session: str) -> None:
-        """Raises :class:`MigrationError` for a session of which nobody may conclude that it has ended."""
+        """Raises :class:`MigrationError` for a session whose entry was kept by :meth:`leave`.
+        Whether that session has ended is not known.
+        """
         if session in self._not_understood:
             raise MigrationError("the journal of that session here is not understood: see the log of this daemon")
 

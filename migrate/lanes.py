@@ -32,7 +32,9 @@ from migrate.transport import CONNECT_TIMEOUT_S, EXPLANATION_S, STEP_TIMEOUT_S, 
 log = logging.getLogger(__name__)
 
 MAX_STRANGERS = 1024
-"""Connections that have not said yet what they are for, each for some ten seconds at most: behind these the oldest ends."""
+"""The number of connections that have not sent a hello yet.  Each has about ten seconds; beyond
+this number the oldest connection is closed.
+"""
 MAX_STRANGERS_OF_ADDRESS = 256
 """Likewise of those from one address."""
 LOOK_EVERY_S = 0.1
@@ -310,7 +312,10 @@ class Reception:
                 self._forget(stranger)
 
     def _make_room(self, address: str) -> None:
-        """For one from this address.  The oldest ends: a peer says hello at once, however many others say nothing."""
+        """Make room for one more connection from this address: close the oldest connection without
+        a hello.  A peer sends its hello at once, so a crowd of silent connections does not keep a
+        peer out.
+        """
         if len(self._of_address.get(address, ())) >= MAX_STRANGERS_OF_ADDRESS:
             crowd: Collection[trio.CancelScope] = self._of_address[address]
             where = f" from {address}"

@@ -41,7 +41,9 @@ class _WithMigration(logging.Filter):
 
 
 class OneLine(logging.Formatter):
-    """What a message quotes, a name or a peer's reason, starts no line of its own and moves no cursor."""
+    """Formats each message as one line.  A name or a reason that a message quotes can neither begin
+    a new line nor move the cursor.
+    """
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         if not record.message.isprintable():
@@ -67,14 +69,17 @@ class JournalHandler(logging.Handler):
 
 
 class LineHandler(logging.Handler):
-    """Lines on standard error.  A line that nobody takes at once is lost: a pipe may be full, a terminal stopped."""
+    """Writes lines to standard error.  A line is dropped if it cannot be written at once, because a
+    pipe may be full and a terminal may be stopped.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         line = (self.format(record) + "\n").encode(errors="backslashreplace")
         takes = select.poll()
         takes.register(STDERR, select.POLLOUT)
         with contextlib.suppress(OSError):
-            for at in range(0, len(line), select.PIPE_BUF):  # for so much there is room if there is any
+            # A pipe that can be written takes so many bytes at once.
+            for at in range(0, len(line), select.PIPE_BUF):
                 if not takes.poll(0):
                     return
                 os.write(STDERR, line[at : at + select.PIPE_BUF])
@@ -101,8 +106,8 @@ def journal_entry(record: logging.LogRecord, message: str) -> bytes:
 
 
 class Complaint:
-    """A message for which a cause may come again and again: it is logged the first time, and then once in
-    :data:`COMPLAIN_EVERY_S`.
+    """A log message whose cause may occur again and again.  The message is logged the first time,
+    and then at most once in :data:`COMPLAIN_EVERY_S`.
     """
 
     def __init__(self, log: Callable[..., None]):

@@ -54,7 +54,9 @@ class World:
     """What starts the processes."""
     directory: Path
     owner: int
-    """The reading end of a pipe whose other end is this process's alone: the processes end with it."""
+    """The reading end of a pipe whose writing end only this process has.  The processes that it
+    starts end when this process ends.
+    """
     processes: dict[str, Process] = field(default_factory=dict)
     source: SimulatedHypervisor = field(init=False)
     destination: SimulatedHypervisor = field(init=False)

@@ -32,7 +32,9 @@ MAX_CONTEXT_CHUNK = 128 * 1024
 MAX_TEXT = 1024
 CHECKSUMS = "checksums"
 PAUSED = "paused"
-"""``complete`` without ``resumed``: a toolstack has left the guest paused, and all its memory has come."""
+"""Allows ``complete`` without ``resumed``: a toolstack has left the guest paused, and all its
+memory has arrived.
+"""
 LOST = "lost"
 """The message."""
 UNPROTECTED = "unprotected"
@@ -289,7 +291,9 @@ class Lost(Message):
 
 @dataclass(frozen=True, eq=False)
 class Recall(Message):
-    """An operator has decided, though the guest was handed over, that it goes on at the source: it must not run here any more."""
+    """An operator has decided that the guest continues at the source, although it was handed over.
+    The guest must not run at the destination any more.
+    """
 
     type = "recall"
     reason: str = _text()
@@ -375,7 +379,9 @@ class Checkpoint(Message):
 
 @dataclass(frozen=True, eq=False)
 class Unprotected(Message):
-    """No further checkpoints are made; what was kept last stays good.  To a peer that offers :data:`UNPROTECTED`."""
+    """No further checkpoints follow; the last kept checkpoint stays valid.  Sent only to a peer
+    that offers :data:`UNPROTECTED`.
+    """
 
     type = "unprotected"
     reason: str = _text()

@@ -21,7 +21,9 @@ WINDOW_PFNS = 2**18
 """pfns in one window: 32 KiB of bitmap, 1 GiB of guest."""
 
 MOST_PFNS_OF_SMALL = 2**22
-"""16 GiB of guest-physical addresses: memory behind the hole for devices begins at 4 GiB, however small a guest is."""
+"""16 GiB of guest-physical addresses.  Memory above the hole for devices begins at 4 GiB, however
+small the guest is.
+"""
 MOST_PFNS_A_PAGE = 16
 """pfns a page of memory: guests leave holes."""
 
@@ -29,9 +31,10 @@ PfnMask = NDArray[np.bool_]
 
 
 def sparseness(nr_pfns: int, max_pages: int) -> str:
-    """Why no set of a guest's pfns is made, if its memory is too sparse; otherwise empty.
+    """Why the guest's memory is too sparse to be migrated; empty if it is not.
 
-    A daemon has several bytes for each pfn below the highest one, which the guest chooses by where it maps a page.
+    A daemon needs several bytes for each pfn up to the highest one.  The guest chooses the highest
+    pfn by where it maps a page.
     """
     most = max(MOST_PFNS_OF_SMALL, MOST_PFNS_A_PAGE * max_pages)
     if nr_pfns <= most:

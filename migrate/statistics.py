@@ -72,9 +72,10 @@ _MOST_KEYS = 512
 
 
 def from_peer(told: object) -> dict[str, Any]:
-    """What a peer says that its pager has counted, in the form of :meth:`PagerStatistics.summary`, whatever it says.
+    """The peer's counters in the form of :meth:`PagerStatistics.summary`, whatever the peer has
+    sent.
 
-    A key that is not known is left out; a value that is missing, or is not what it should be, is 0.
+    Unknown keys are left out.  A value that is missing or of the wrong type is 0.
     """
     found: dict[str, Any] = _checked(told, _PEERS)
     return found

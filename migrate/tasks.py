@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Groups of tasks whose first real error is the group's error, tasks whose errors end nothing else, and what an error means."""
+"""Task groups that raise one error, tasks whose errors end nothing else, and the kinds of errors."""
 
 from __future__ import annotations
 
@@ -51,9 +51,10 @@ async def first(*waits: Callable[[], Awaitable[object]]) -> None:
 
 
 async def isolated(what: str, work: Callable[[*Arguments], Awaitable[object]], *arguments: *Arguments) -> None:
-    """Do ``work``, whose errors end nothing but itself: an error that gets here is logged with its traceback.
+    """Do ``work``.  An error that ``work`` raises is logged with its traceback and ends nothing
+    else.
 
-    Each task that a daemon starts for one connection or one migration runs in here.
+    A daemon runs each task for one connection or one migration in this function.
     """
     try:
         await work(*arguments)

@@ -29,7 +29,9 @@ log = logging.getLogger(__name__)
 EXPLANATION_S = 1.0
 """How long a connection that is refused is kept, in all, for the peer to receive the reason."""
 STRANGERS = trio.CapacityLimiter(2)
-"""Threads for the cryptography of handshakes with whoever connects.  To wait for the network takes none."""
+"""Threads for the cryptography of handshakes with strangers.  Waiting for the network takes no
+thread.
+"""
 MEANINGS = {
     "TLSV13_ALERT_CERTIFICATE_REQUIRED": "the peer wants a certificate of ours, and has got none",
     "TLSV1_ALERT_UNKNOWN_CA": "the peer does not trust the authority that has signed our certificate",
@@ -130,10 +132,11 @@ class Tls:
             )
 
     def _contexts(self) -> tuple[ssl.SSLContext, ssl.SSLContext]:
-        """For the end that is dialled and the end that dials, of the files as they are now.
+        """The contexts for the end that is dialled and for the end that dials, made of the present
+        files.
 
-        While files that have changed since do not go together, or cannot be read, the last good ones are used.
-        Raises :class:`MigrationError` where there have been none yet.
+        If the files have changed and do not fit together, or cannot be read, the last good contexts
+        are returned.  Raises :class:`MigrationError` if there have been none.
         """
         kept = self._kept
         with kept.lock:
@@ -153,7 +156,8 @@ class Tls:
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.verify_mode = ssl.CERT_REQUIRED
         try:
-            context.load_cert_chain(self.certificate, self.key, password=lambda: b"")  # nobody is there to type one
+            # No passphrase: nobody could type one.
+            context.load_cert_chain(self.certificate, self.key, password=lambda: b"")
         except (OSError, ValueError) as error:
             raise MigrationError(f"[tls] {self.certificate}, {self.key}: {_why(error)}") from error
         try:
@@ -177,7 +181,8 @@ def _step(sock: ssl.SSLSocket) -> Callable[[socket.socket], Awaitable[None]] | N
 async def _refuse(sock: socket.socket) -> None:
     """Close the connection after the peer has had time to receive the reason.
 
-    A connection that is closed while bytes of the peer are unread is reset, and the reason is lost with the reset.
+    If a connection is closed while bytes from the peer are unread, the kernel resets the
+    connection.  The peer then loses the reason.
     """
     try:
         with contextlib.suppress(OSError), trio.move_on_after(EXPLANATION_S, shield=True):

@@ -103,7 +103,8 @@ class LaneConnection:
 
         Raises :class:`PeerClosedError` where TLS does not come about.
         """
-        sock = socket.socket(fileno=stream.socket.detach())  # no copy of it: there may be no descriptor for that
+        # The descriptor itself, since there may be none left for a copy.
+        sock = socket.socket(fileno=stream.socket.detach())
         if terms.tls is None:
             return cls(sock, terms)
         if dialled is None:
@@ -314,9 +315,10 @@ class LaneConnection:
 
     # ---- the end ----
     def is_over(self, wait_s: float = 0) -> bool:
-        """The connection has ended, at either end, or ends within ``wait_s``; what the peer has sent may be unread.
+        """True if the connection has ended at either end, or ends within ``wait_s``.  Bytes from
+        the peer may still be unread.
 
-        While nobody closes this end.
+        Nobody may close this end meanwhile.
         """
         ended = select.poll()
         ended.register(self._socket, select.POLLRDHUP)

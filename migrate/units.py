@@ -35,7 +35,9 @@ def shortened(value: Any) -> str:
 
 
 def printable(text: str) -> str:
-    """For a terminal: what is neither printable nor the end of a line could move its cursor, or worse."""
+    """``text`` for a terminal.  Every character that is neither printable nor a line feed is
+    replaced, because a control character could move the cursor.
+    """
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
@@ -48,9 +50,11 @@ def human_bytes(count: float) -> str:
 
 
 def pauses(first_s: float, last_s: float, *, growth: float = 1.05) -> Iterator[float]:
-    """Pauses between looks at something, or between attempts; each is ``growth`` times the one before it, up to ``last_s``.
+    """Pauses between looks at something, or between attempts.  Each pause is ``growth`` times the
+    one before it, up to ``last_s``.
 
-    With the default, what comes late is seen late by a twentieth of its time at most.
+    With the default growth an event is noticed late by at most a twentieth of the time that it
+    took.
     """
     pause_s = first_s
     while True:

@@ -36,7 +36,9 @@ LIVE_PAGES = 4096
 """From here on copying them would take longer than suspending: a first part is sent with the guest running."""
 SPARE_PAGES = 1024
 MAX_COPIED_PAGES = 32768
-"""Copied at a time: over a slow link a guest may have written all of its memory since the last look."""
+"""The most pages that a checkpoint copies.  Over a slow link the guest may write all its memory
+between two looks.
+"""
 NOT_PROTECTED = "the guest is not protected any more"
 ATTEMPTS = 3
 MOST_STANDING_STILL = 0.1
@@ -54,7 +56,9 @@ class Checkpoints:
         self, domain: Domain, every_s: float, say: Callable[[m.Message, list[memoryview]], None], statistics: PagerStatistics,
         stopped: Path, lost: Callable[[str], None],
     ):  # fmt: skip
-        """``stopped``: see :meth:`Journal.stopped`.  ``lost`` is told, in a thread, why there are no further ones."""
+        """``stopped``: see :meth:`Journal.stopped`.  ``lost`` is called in a thread, with the
+        reason, when no further checkpoints can be made.
+        """
         self._domain = domain
         self._stopped = stopped
         self._lost = lost
@@ -72,10 +76,11 @@ class Checkpoints:
         """Why the source could not keep one."""
 
     def begin(self, *, inherit: bool = False) -> None:
-        """Before the guest runs: from here on what it writes is recorded.  Raises ``XenError`` where that cannot be.
+        """Begin to record what the guest writes, before the guest runs.  Raises ``XenError`` if
+        log-dirty cannot be enabled.
 
-        ``inherit``: from a predecessor, whose log-dirty it is, if it is on.  It is not known what that had looked at:
-        everything that is here is owed.
+        ``inherit``: log-dirty may be on, and then a predecessor enabled it.  What the predecessor
+        had looked at is not known, so every present page is sent again.
         """
         self._inherited = inherit
         if inherit and self._domain.log_dirty_is_on():
@@ -153,7 +158,8 @@ class Checkpoints:
     def _make(self) -> None:
         self._made = False
         state = self._domain.state()
-        if state is DomainState.SUSPENDED and self._stopped.exists():  # it was to go on after a checkpoint
+        # Suspended for a checkpoint, and not resumed since.
+        if state is DomainState.SUSPENDED and self._stopped.exists():
             self._domain.resume()
             self._stopped.unlink(missing_ok=True)
         elif state is not DomainState.RUNNING:
@@ -173,7 +179,8 @@ class Checkpoints:
             for message, pieces in self._written(rest):
                 copied = room.take(pieces)
                 if copied is None:
-                    self._say(message, pieces)  # the guest is suspended for longer, and dom0 keeps its memory
+                    # The guest is suspended for longer, and dom0 does not run out of memory.
+                    self._say(message, pieces)
                 else:
                     copies.append((message, copied))
         for message, copied in copies:
@@ -231,7 +238,9 @@ class Checkpoints:
 
 
 def suspend(domain: Domain, stopped: Path) -> None:
-    """For a moment.  Raises ``XenError``; where that says that the guest did not run, it is somebody else who has stopped it."""
+    """Suspend the guest for a moment.  Raises ``XenError``; EINVAL means that the guest was not
+    running, so somebody else has stopped it.
+    """
     mark(stopped)
     try:
         domain.suspend()

@@ -116,8 +116,10 @@ class IncomingMigration:
     ):
         self.id = migration_id
         self._journal = journal
-        self._step = self._noted = ""
-        """What the journal has last been told, by us and by a predecessor."""
+        self._step = ""
+        """The last step in the journal."""
+        self._noted = ""
+        """The last step that a predecessor wrote into the journal."""
         self.others: Callable[[], Iterable[IncomingMigration]] = tuple
         """The daemon's."""
         self._offer: m.Offer
@@ -132,7 +134,9 @@ class IncomingMigration:
         self._domain: Domain | None = None
         self._domid = self._toolstack.lends
         self._handle: bytes | None = None
-        """``None``: there is no domain yet, or it was noted by a release that did not note handles."""
+        """``None`` if there is no domain yet, or if an earlier release wrote the journal, which had
+        no handles.
+        """
         self._inherited = False
         self._ring: PagingRing | None = None
         self._pages: OutstandingPages
@@ -163,8 +167,10 @@ class IncomingMigration:
         """An operator decides; a sender that is back waits for that."""
         self._scope = trio.CancelScope()
         self._cancel_reason = ""
-        self._decided = self._decided_elsewhere = False
-        """By an operator: here, to a predecessor; and not here."""
+        self._decided = False
+        """An operator told a predecessor that the guest is to run here."""
+        self._decided_elsewhere = False
+        """An operator, or the source, has decided that the guest is not to run here."""
         self.ended = trio.Event()
 
     @classmethod
@@ -573,7 +579,9 @@ class IncomingMigration:
             self._stopped.unlink(missing_ok=True)
 
     def _was_stopped_by_us(self, state: DomainState | None) -> bool:
-        """By a predecessor, in the middle of a checkpoint, of giving up the ring, or of starting the guest."""
+        """True if a predecessor stopped the guest: for a checkpoint, to give the ring up, or to
+        start the guest.
+        """
         if self._handle is None and self._noted == "finishing":
             return True  # it was of a release that noted only this
         just_started = self._noted not in (*FINISHED_OR_FINISHING, "lost", "held") or self._handle is None
@@ -779,7 +787,9 @@ class IncomingMigration:
         self.progress.phase = "postcopy"
 
     def _start(self) -> None:
-        """Raises ``XenError`` where the guest may start yet, :class:`GuestEndedError` where it never will."""
+        """Start the guest.  Raises ``XenError`` if a later attempt may succeed, and
+        :class:`GuestEndedError` if none can.
+        """
         assert self._domain is not None
         self._protect(self._domain)
         if self._stand_by is not None:
@@ -799,7 +809,9 @@ class IncomingMigration:
         return pager
 
     async def _keep_starting(self, error: XenError) -> None:
-        """What has failed may pass: the hypervisor or xenstored was busy, or there was no memory."""
+        """Try to start the guest until an attempt succeeds.  The hypervisor or xenstored may have
+        been busy, or memory may have been short.
+        """
         for pause_s in pauses(FIRST_START_AGAIN_S, LAST_START_AGAIN_S, growth=2):
             self._not_started = f"the guest cannot be started yet ({error}), which is tried again and again"
             self.progress.problem = self._not_started
@@ -894,7 +906,9 @@ class IncomingMigration:
             await trio.sleep(LOOK_AGAIN_EVERY_S if self._runs.is_set() else next(began))
 
     def _note_whether_it_is_saved(self, suspended: bool) -> None:
-        """By a program that knows nothing of missing pages, and that may read them before they have come."""
+        """Note that another program has suspended the guest.  Such a program may save the guest
+        before its missing pages have arrived.
+        """
         assert self._pager is not None
         if suspended and not self._lacked and self.missing:
             self._lacked, self._pager.holds_back = self.missing, True
@@ -915,9 +929,10 @@ class IncomingMigration:
             return None
 
     async def _complete(self, pager: Pager) -> None:
-        """Say that the guest runs (where we start it ourselves that was said in the same breath), and then that all is done.
+        """Send ``resumed`` when the guest runs, unless :meth:`_handed_to_us` has sent it, and
+        ``complete`` when all pages have arrived.
 
-        A toolstack may leave the guest paused for as long as it likes: its memory comes all the same.
+        A toolstack may leave the guest paused for any time.  Its memory arrives nevertheless.
         """
 
         async def all_is_here() -> None:
@@ -997,7 +1012,9 @@ class IncomingMigration:
         log.info("%s: the sender is back, %d pages are missing", self.progress.domain, self._pages.count)
 
     async def _go_on_without(self, reason: str) -> NoReturn:
-        """No more pages will come: serve the guest as far as those go that it has, until somebody destroys it."""
+        """Serve the guest with the pages that are here, until somebody destroys it.  The missing
+        pages exist nowhere any more.
+        """
         if self._pager is None:
             raise MigrationError(reason)
         await trio.to_thread.run_sync(self._record, "lost")
@@ -1013,7 +1030,9 @@ class IncomingMigration:
         raise AssertionError  # it is cancelled, or _follow_domain ends all
 
     async def _hold(self, reason: str) -> NoReturn:
-        """Two owners would run the guest: this one stands still, until somebody destroys it or an operator decides anew."""
+        """Keep the guest paused, because it runs at the source as well, until somebody destroys it
+        or an operator decides again.
+        """
         assert self._domain is not None and self._pager is not None
         name = self.progress.domain
         self._close_lanes()

@@ -47,15 +47,19 @@ log = logging.getLogger(__name__)
 
 
 FIRST_RETRY_S, LAST_RETRY_S = 0.05, 2.0
-"""Between two attempts to load pages for which the host has no memory; each pause is twice as long as the one before it."""
+"""The first and the longest pause between attempts to load pages for which the host has no memory.
+Each pause is twice as long as the one before it.
+"""
 
 
 def load(
     domain: Domain, pfns: PfnArray, pages: Buffer | None, make_room: Callable[[int], bool] = lambda _pages: False
 ) -> NDArray[np.int32]:
-    """As ``Domain.load``.  Raises ``XenError`` for what neither is a page given away nor passes by waiting.
+    """As ``Domain.load``.  Raises ``XenError`` for an error that neither means a page given away
+    nor can pass.
 
-    ``make_room``: lets the domain have so many pages more, and returns whether it may not have had them before.
+    ``make_room`` raises the domain's limit by a number of pages.  It returns whether the limit was
+    too low.
     """
     results = domain.load(pfns, pages)
     if np.count_nonzero(short := results == -errno.ENOMEM) and make_room(int(np.count_nonzero(short))):
@@ -153,7 +157,8 @@ class Pager:
             self._pull = pull
             self._stopping = False
             with contextlib.suppress(BlockingIOError):
-                os.eventfd_read(self._wake_fd)  # what stopped the one before this, perhaps when its thread had ended
+                # The last thread may have been told to stop after it had ended.
+                os.eventfd_read(self._wake_fd)
             await run_in_thread(self._serve, self._stop, urgent=True)
 
     def _stop(self) -> None:
@@ -323,10 +328,12 @@ class Pager:
 
     # ---- the push lane's thread ----
     def pushed(self, message: Pages, payload: memoryview, ends_within: Callable[[float], bool]) -> None:
-        """Load a batch.  One acknowledgement is for several of them, and for what came over the pull lane meanwhile.
+        """Load a batch.  One acknowledgement covers several batches, and pages that came over the
+        pull lane meanwhile.
 
-        While there is no memory for the batch, no other is received.  ``ends_within``: whether the lane ends within so many
-        seconds.  Raises :class:`PeerClosedError` if the lane ends first; what is not loaded is outstanding still.
+        While the host has no memory for this batch, no other batch is received.  ``ends_within``
+        returns whether the lane ends within a number of seconds.  Raises :class:`PeerClosedError`
+        if the lane ends first; pages that were not loaded stay outstanding.
         """
         for pfns, pages in self._claim(message, payload):
             pfns, pages = self._load(pfns, pages)

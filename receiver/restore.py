@@ -16,10 +16,11 @@ EVICT_BATCH = 65536
 
 
 class FrameLimit:
-    """How many frames the domain may have, until all of the guest's memory is there.
+    """The number of frames that the domain may have, until all of the guest's memory is here.
 
-    The limit is from before the guest was copied, and the guest may have grown since; or it was lowered while pages are missing
-    (``xl mem-set``), which the guest cannot follow before it has the pages that it is to give away.
+    The domain was made with the limit from before the copy.  The guest may have grown since, or
+    ``xl mem-set`` may have lowered the limit.  The guest cannot follow a lower limit before it has
+    the pages that it is to give away.
     """
 
     def __init__(self, domain: Domain):
@@ -29,7 +30,9 @@ class FrameLimit:
         self._lock = threading.Lock()
 
     def make_room(self, more: int) -> bool:
-        """Let the domain have so many frames more, and what is missing, if it may not; returns whether that was needed."""
+        """Raise the limit so that the domain can have ``more`` frames, and the frames of its
+        missing pages.  Returns whether the limit was too low.
+        """
         with self._lock:
             frames = self._domain.reservation()
             if frames.tot_pages + more <= frames.max_pages:

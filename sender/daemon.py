@@ -229,7 +229,9 @@ class SenderDaemon:
         return self._begin(migration)
 
     def _admit(self, migration: OutgoingMigration) -> None:
-        """From here on no other migration of the domain begins.  Raises :class:`OccupiedError` if one is under way."""
+        """Admit the migration, and no other migration of its domain.  Raises :class:`OccupiedError`
+        if one is under way.
+        """
         domain = migration.target
         if any(m.target.domid == domain.domid for m in self._running()):
             raise OccupiedError(f"domain {domain.name} is being migrated already: see `xen-postcopy list`")
@@ -273,7 +275,7 @@ class SenderDaemon:
         await self._end(migration)
 
     async def _end(self, migration: OutgoingMigration) -> None:
-        """Bring the destination the outcome."""
+        """Send the destination the outcome, if it has not been sent."""
         await isolated(f"the end of the migration of {migration.domain_name}", migration.linger)
         awaited = self._awaited.pop(migration.id, None)
         if awaited is not None:

@@ -82,7 +82,9 @@ class FaultServer:
         self._answer()
 
     def _answer(self) -> None:
-        """What vCPUs wait for is sent at once, what they may need next is put off until nobody waits."""
+        """Send at once the pages for which vCPUs wait.  Pages that a vCPU may need next are sent
+        when no vCPU waits.
+        """
         while (received := self._pull.pending()) is not None:
             message, _pages = received
             self._session.received(message, Lane.PULL)

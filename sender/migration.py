@@ -108,7 +108,9 @@ class OutgoingMigration:
         self._inherited = ""
         """How far a predecessor had come."""
         self._max_pages = 0
-        """The domain's limit, which is another one while the guest is copied; 0: not known, and not to be restored."""
+        """The domain's own limit of frames, which is another one while the guest is copied.  0: the
+        limit is not known and is not restored.
+        """
         self.target = domain
         self.domain_name = domain.name
         self.lanes = lanes
@@ -225,7 +227,9 @@ class OutgoingMigration:
         self._scope.cancel()
 
     def reconnect(self) -> None:
-        """Raises :class:`MigrationError` where there is nobody to reach, or nobody whom this end would dial."""
+        """Dial the destination at once.  Raises :class:`MigrationError` if no peer is wanted, or if
+        the destination dials.
+        """
         name, phase = self.domain_name, self.progress.phase
         if self.has_ended and self._last_word is None:
             raise MigrationError(ended(name, phase, self.progress.problem, "reconnect"))
@@ -264,9 +268,12 @@ class OutgoingMigration:
         return "; ".join(known)
 
     async def decide(self, *, here: bool, force: bool = False) -> None:
-        """An operator's word, where the receiver's does not come: that the guest does not run there (and never will), or that
-        nothing of it is needed here.  Raises :class:`MigrationError` where it is not called for, or is known to be wrong and not
-        forced."""
+        """Carry out an operator's decision, where the receiver cannot be reached: the guest does
+        not run there and never will (``here``), or nothing of the guest is needed at the source.
+
+        Raises :class:`MigrationError` if there is nothing to decide, or if the decision is known to
+        be wrong and not forced.
+        """
         can_go_back = await trio.to_thread.run_sync(self._can_go_back)
         self._check_decision(here=here, certain=force or can_go_back)
         decision = "decided here" if here else "decided elsewhere"
@@ -283,7 +290,7 @@ class OutgoingMigration:
         await self._decided.wait()
 
     def _can_go_back(self) -> bool:
-        """There is a checkpoint, and it is not an old one: the guest was protected to the end.  In a thread."""
+        """True if the guest was protected to the end and a checkpoint exists.  Called in a thread."""
         return self._checkpoints is not None and self._checkpoints.exists() and not self.progress.unprotected
 
     def _check_decision(self, *, here: bool, certain: bool) -> None:
@@ -309,8 +316,8 @@ class OutgoingMigration:
                 "xl has destroyed the domain here: there is nothing that could go on; "
                 "`xen-postcopy decide ... elsewhere` lets its pages go"
             )
-        # A final answer proves nothing: a receiver with another state directory does not have the session,
-        # and the guest runs there all the same.
+        # A final answer proves nothing.  A receiver with another state directory does not have the
+        # session, and the guest may run there nevertheless.
         if here and self._ran and not certain:
             raise MigrationError(
                 f"{self.known_of_peer}: here it would go on as it was when it was suspended, and run twice if it still runs "
@@ -370,7 +377,8 @@ class OutgoingMigration:
                 else:
                     await self._migrate()
             if self._scope.cancelled_caught:
-                if self._decision:  # before the operator has the answer: a successor carries the decision out
+                if self._decision:
+                    # Noted before the operator has the answer, so that a successor carries it out.
                     await trio.to_thread.run_sync(self._record, self._decision)
                     self._decided.set()
                 raise self._verdict or MigrationError(f"cancelled: {self._cancel_reason}")
@@ -525,8 +533,9 @@ class OutgoingMigration:
         """The destination with what it lacks."""
         if self._toolstack.decides:
             lane_tasks.start_soon(self._hand_over_when_decided, push)
-            # Until xl has decided nobody needs the pages, and libxl, which has to finish its work, needs the CPU.  Where the
-            # guest is left paused (``xl migrate -p``) its memory follows all the same: it may be for long.
+            # Until xl has decided, nobody needs the pages, and libxl needs the CPU to finish its work.
+            # xl may then leave the guest paused for long (``xl migrate -p``); its memory follows
+            # nevertheless.
             await first(self._signals.resumed.wait, self._given_away.wait)
         await self._push_pages(push)
         if self.session.handed_over:
@@ -535,7 +544,8 @@ class OutgoingMigration:
         if self._backlog.unacknowledged:
             # Invariant 8: nothing is called a success that is none, whatever the receiver claims.
             raise RemoteProtocolError(f"complete, but {self._backlog.unacknowledged} pages were never confirmed")
-        await trio.to_thread.run_sync(self._record, "completing")  # from here on the receiver may forget
+        # From here on the receiver may forget the session.
+        await trio.to_thread.run_sync(self._record, "completing")
         with contextlib.suppress(PeerClosedError):  # then it knows as much
             await push.say(m.Completed())
             await self._push_lane_closed(push)
@@ -892,7 +902,9 @@ class OutgoingMigration:
             progress.phase = "failed"
 
     async def linger(self) -> None:
-        """Tell a receiver that was cut off, and holds the guest in readiness, that it stays here; or that its pages are lost."""
+        """Send the last word to a receiver that was cut off: the guest stays at the source, or its
+        missing pages are lost.
+        """
         if self._last_word is None:
             return
         lost = isinstance(self._last_word, m.Lost)
@@ -996,8 +1008,8 @@ class OutgoingMigration:
 
 
 def check_free(domain: Domain, options: MigrationOptions) -> None:
-    """Raises :class:`MigrationError` for a domain that cannot be migrated as it is, :class:`OccupiedError` where somebody else is
-    at work on it, in this daemon or in another program.
+    """Raises :class:`MigrationError` for a domain that cannot be migrated as it is.  Raises
+    :class:`OccupiedError` if another migration or another program is at work on the domain.
     """
     info = domain.info()
     if info.paged_pages or domain.has_pager():

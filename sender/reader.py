@@ -18,7 +18,9 @@ PIECE_PFNS = 1 << 18
 
 
 def announce(pfns: PfnArray, mapped: MappedPages) -> Pages:
-    """The message whose payload is ``mapped.data``.  Raises ``XenError`` for pages that cannot be read now."""
+    """The message whose payload is ``mapped.data``.  Raises ``XenError`` if a page cannot be read
+    now.
+    """
     status = mapped.status
     if not np.count_nonzero(status):  # PageStatus.DATA throughout
         return Pages(pfns)

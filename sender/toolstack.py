@@ -32,8 +32,10 @@ LOOK_EVERY_S, LOOK_AT_LAST_EVERY_S = 0.05, 2.0
 XL_TIMEOUT_S = 5.0
 """How long xl may take to resume a guest that runs nowhere, before we do it."""
 XL_PATIENCE_S = 300.0
-"""How long it may take to destroy the domain of a guest that runs at the destination: hotplug scripts can take half a minute
-each, and nobody waits.  Whoever started the helper may also be a daemon, which never ends."""
+"""How long xl may take to destroy the domain of a guest that runs at the destination.  One hotplug
+script can take half a minute, and nobody waits for xl.  The program that started the helper may
+also be a daemon, which never ends.
+"""
 UNKNOWN_XL_S = 60.0
 """The same, where it is not known whether xl still runs."""
 
@@ -116,9 +118,11 @@ class OwnToolstack:
 
 
 class XlToolstack:
-    """``helper``: the connection of the helper, after its request; ``None``: it went away with our predecessor.
+    """``helper``: the connection of the helper, after its request; ``None``: the helper of a
+    predecessor.
 
-    ``name``: the domain's, which xl changes on the way.  ``xl``: the process that started the helper; 0: not known.
+    ``name``: the domain's name, which xl changes on the way.  ``xl``: the process that started the
+    helper; 0: the process is not known.
     """
 
     decides = True
@@ -210,7 +214,9 @@ class XlToolstack:
             self._xl = None
 
     async def finish(self, domain: Domain) -> None:
-        """xl has destroyed it, and it goes with the last of its pages; otherwise it goes when xl has ended."""
+        """Destroy the domain if xl has ended and left the domain.  Usually xl has destroyed the
+        domain, which then goes with the last of its pages.
+        """
         with contextlib.suppress(NoSuchDomainError):
             await trio.to_thread.run_sync(domain.state)
             await self.has_left()

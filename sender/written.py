@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What changes in a guest while it is being copied: log-dirty, of each page how it was at the last looks, and the balloon.
+"""What changes in a guest while the guest is copied: its writes, as log-dirty records them, and its
+balloon.
 
-Log-dirty has one user.  Each look makes sure that it is on still: where somebody has switched it off, the record looks as if
-nothing had been written.
+Log-dirty has one user.  Each look checks that log-dirty is still on.  If somebody has switched it
+off, the record looks as if the guest had written nothing.
 
-Log-dirty does not have it all.  Up to Xen 4.18 a pfn that loses its frame or gets another one is not recorded, and
-neither are writes to the new frame until the next look (Xen commit 98fccdf0ac).  Nothing but a search of the whole physmap
-finds such a pfn, and a pfn that was given away and taken back in between is not found at all.  So no frame can be added while
-the guest is copied: the domain may have fewer frames than it has, and its balloon tries again when the migration has
-ended.  It can give frames away still; then it has fewer, which is seen at once, and the physmap is searched.
+Log-dirty does not record the balloon.  Up to Xen 4.18 a pfn that loses its frame or gets another
+frame is not recorded.  Writes to the new frame are not recorded until the next look (Xen commit
+98fccdf0ac).  A search of the whole physmap finds a pfn without a frame, but no pfn that was given
+away and taken back between two looks.
 
-An administrator may set another limit meanwhile (``xl mem-set``, ``xl mem-max``).  At the next look the limit is found
-to be another one.  From then on the balloon is held again, and every page counts as written.
+So the guest can get no frame while it is copied.  The sender sets the domain's maximum below what
+the domain has, and the balloon driver tries again after the migration.  The guest can still give
+frames away.  Its number of frames is smaller then, and the sender searches the physmap.
+
+An administrator may set another maximum meanwhile (``xl mem-set``, ``xl mem-max``).  The next look
+finds the other maximum, sets its own again, and counts every page as written.
 """
 
 from __future__ import annotations
@@ -31,7 +35,9 @@ log = logging.getLogger(__name__)
 
 WRITTEN_AT_LAST_LOOK = 0x80
 NO_FURTHER = 1
-"""How many frames a domain may have that is to get none: fewer than any has, and no limit that somebody would set."""
+"""The maximum for a domain that is to get no frame: fewer frames than any domain has, and a number
+that nobody else would set.
+"""
 
 
 def limit_of(domain: Domain) -> int:
@@ -42,8 +48,9 @@ def limit_of(domain: Domain) -> int:
 
 
 class WrittenPages:
-    """``max_pages``: the domain's own limit.  ``enabled``: log-dirty may be, by a predecessor.  It is nobody else's then: to a
-    second user Xen refuses it."""
+    """``max_pages``: the domain's own limit.  ``enabled``: log-dirty may be on, and then a
+    predecessor enabled it, since Xen refuses a second user.
+    """
 
     def __init__(self, domain: Domain, max_pages: int, *, enabled: bool = False):
         self._domain = domain
@@ -61,12 +68,15 @@ class WrittenPages:
             raise
         self._enabled = self._holds_balloon = True
         self._hold_balloon()
-        # Of a frame that came in between the writes are recorded from now on; all memory is still to be copied.
+        # Writes to a frame that has come meanwhile are recorded from now on.  All memory is still to be
+        # copied.
         self._domain.log_dirty(clean=True)
         self._heat = np.zeros(self._domain.nr_pfns, dtype=np.uint8)
 
     def memory(self) -> PfnMask:
-        """All that is to be copied: what is memory of the guest.  When everything that writes to it is recorded."""
+        """Everything that is to be copied: each pfn that has memory.  Called when every writer is
+        recorded.
+        """
         self._tot_pages = self._domain.reservation().tot_pages
         self._present = present(self._domain)
         return self._present.copy()
@@ -89,8 +99,9 @@ class WrittenPages:
         return written if moved is None else written | moved
 
     def last_look(self) -> NDArray[np.uint8]:
-        """The same with the guest standing still, as a bitmap: nothing takes as long as the guest is large then, unless its
-        balloon has moved since the last look."""
+        """As :meth:`look`, of a suspended guest, as a bitmap.  No step takes time in proportion to
+        the guest, unless the balloon has moved since the last look.
+        """
         bitmap, moved = self._look()
         self._let_balloon_go()
         if moved is not None:

@@ -101,7 +101,9 @@ class DomainInfo:
     reason: str = ""
     """Why it crashed."""
     handle: bytes = bytes(16)
-    """Its UUID (``xen_domain_handle_t``).  A domid is used again for another domain, a handle is not."""
+    """The domain's UUID (``xen_domain_handle_t``).  Xen uses a domid again for another domain, but
+    not a handle.
+    """
     paged_pages: int = 0
     """Pages whose contents are not here."""
 
@@ -114,7 +116,9 @@ class Reservation(NamedTuple):
     """Frames of a domain: those that it has, and how many it may have."""
 
     tot_pages: int
-    """Counts a frame for as long as anything refers to the frame, so also one that is held and was given away."""
+    """The frames that the domain owns.  A frame that is held and was given away counts until
+    nothing refers to the frame.
+    """
     max_pages: int
     paged_pages: int
     """What is paged out: no frames."""
@@ -186,7 +190,9 @@ class Domain(ABC):
 
     domid: int
     handle: bytes
-    """As it was when the domain was opened.  Where another domain has its number now, this one is gone."""
+    """The domain's handle at the time when it was opened.  If another domain has the domid now,
+    this domain is gone.
+    """
     nr_pfns: int
 
     @abstractmethod
@@ -226,11 +232,11 @@ class Domain(ABC):
 
     @abstractmethod
     def set_max_pages(self, pages: int) -> None:
-        """How many frames the domain may have (XEN_DOMCTL_max_mem).
+        """Set the number of frames that the domain may have (XEN_DOMCTL_max_mem).
 
-        A domain that has more keeps them, and gets no further one: its own requests for memory fail, and so does
-        :meth:`populate` (ENOMEM).  A request that was under way before has taken effect when the log-dirty bitmap has been
-        read, or been enabled, next.
+        A domain that has more frames keeps them and gets no further frame: its own requests for
+        memory fail, and so does :meth:`populate` (ENOMEM).  An earlier request that was under way
+        has taken effect when log-dirty is next enabled or read.
         """
 
     # ---- running ----
@@ -261,9 +267,10 @@ class Domain(ABC):
 
     @abstractmethod
     def ended_suspended(self) -> bool:
-        """Of a domain that is gone: whether it was suspended when it was destroyed, as one is that was saved or migrated.
+        """True if the domain, which is gone, was suspended when it was destroyed.  A domain that
+        was saved or migrated ends so.
 
-        False where nothing is known of it any more.
+        False if nothing is known of the domain any more.
         """
 
     @abstractmethod
@@ -281,12 +288,13 @@ class Domain(ABC):
     # ---- log-dirty ----
     @abstractmethod
     def log_dirty_enable(self) -> None:
-        """From here on every written page is recorded.  No page counts as dirty yet.
+        """Record every written page from now on.  No page counts as dirty yet.
 
-        EBUSY where log-dirty is on already: it is somebody's, who would miss what another one takes.
+        EBUSY if log-dirty is on.  Its user would miss the pages that a second user takes out of the
+        record.
 
-        A pfn that loses its frame, or gets one, is not recorded by Xen 4.17 and 4.18, and neither is what is written to
-        the new frame until :meth:`log_dirty` cleans the record.
+        Xen 4.17 and 4.18 do not record that a pfn loses or gets a frame.  They do not record writes
+        to a new frame until :meth:`log_dirty` cleans the record.
         """
 
     @abstractmethod
@@ -295,8 +303,10 @@ class Domain(ABC):
 
     @abstractmethod
     def log_dirty_is_on(self) -> bool:
-        """Changes nothing.  A record of log-dirty that was switched off meanwhile lacks what was written then, and looks like any
-        other: ask this after the record was taken.
+        """True if log-dirty is on.  Changes nothing.
+
+        If log-dirty was off for a while, the record lacks what was written then, and nothing in the
+        record shows that.  Therefore call this method after the record was taken.
         """
 
     @abstractmethod
@@ -330,10 +340,12 @@ class Domain(ABC):
 
     @abstractmethod
     def reserve(self, pages: int) -> None:
-        """Keep memory of the host free for this domain, so that it can have so many pages, those that it has included.
+        """Reserve memory of the host, so that this domain can have ``pages`` pages in all, counting
+        those that it has.
 
-        In place of what was reserved before; 0: nothing any more.  What is populated or loaded is taken from it, and what is
-        freed does not come back to it.  Raises ``XenError`` (ENOMEM) where the host has not as much.
+        The reservation replaces an earlier one; 0 ends it.  Populating and loading use the
+        reservation up, and freed memory does not return to it.  Raises ``XenError`` (ENOMEM) if the
+        host has too little memory.
         """
 
     @abstractmethod
@@ -395,10 +407,11 @@ class Domain(ABC):
 
     @abstractmethod
     def load(self, pfns: PfnArray, pages: Buffer | None) -> NDArray[np.int32]:
-        """Give paged-out pfns their contents (``None``: zeros): 0, or ``-ENOENT`` for a pfn that is not paged out, or
-        ``-ENOMEM`` while the host has no memory for it.
+        """Give paged-out pfns their contents (``None``: zeros).  Returns for each pfn 0,
+        ``-ENOENT`` if the pfn is not paged out, or ``-ENOMEM`` while the host has no memory for it.
 
-        The guest sees the page when this returns.  A page that is there is never overwritten.
+        The guest sees the page when this method returns.  A page that is present is never
+        overwritten.
         """
 
     def native_pages(self) -> NativePages | None:
@@ -417,10 +430,11 @@ class Hypervisor(ABC):
 
     @abstractmethod
     def open(self, domid: int, handle: bytes | None = None) -> Domain:
-        """A domain by its number, which is never looked up as a name: see :func:`find_domain`.
+        """Open a domain by its number.  A number is never looked up as a name: see
+        :func:`find_domain`.
 
-        ``handle``: what the domain had when its number was noted; ``None``: that was not noted.  Raises
-        :class:`NoSuchDomainError`, and so it does where another domain has this number now.
+        ``handle``: the handle that was noted with the number; ``None`` if none was noted.  Raises
+        :class:`NoSuchDomainError`, also if another domain has this number now.
         """
 
     @abstractmethod
@@ -438,9 +452,9 @@ class Hypervisor(ABC):
 
     @abstractmethod
     def abandoned(self, config: DomainConfig, *, instead_of: Domain | None = None) -> list[Domain]:
-        """Domains that a call of :meth:`create_incoming` with these arguments has made and that never ran.
+        """Domains that :meth:`create_incoming` has made with these arguments and that never ran.
 
-        A process that dies behind the call has noted no domid of such a domain.  Call this where no other
+        A process that died after that call had not noted the domid.  Call this method when no other
         migration of this guest to this host can be under way.
         """
 
@@ -460,10 +474,10 @@ class Hypervisor(ABC):
 
 
 def find_domain(domains: list[DomainInfo], text: str) -> DomainInfo:
-    """Which domain a person means, by its number, its name or its UUID; to be asked once for each request.
+    """The domain that a person means by a number, a name or a UUID.  Called once for each request.
 
-    A text of digits is a number, as it is for xl.  Raises ``XenError``: ESRCH where there is no such domain, EEXIST where the
-    text fits more than one.
+    A text of digits is a number, as in xl.  Raises ``XenError``: ESRCH if there is no such domain,
+    EEXIST if the text fits more than one domain.
     """
     named = [info for info in domains if info.name == text and text]
     if text.isascii() and text.isdigit():

@@ -31,6 +31,8 @@ class NoSuchDomainError(XenError):
 
 
 def check_handle(domid: int, found: bytes, expected: bytes | None) -> None:
-    """Raises :class:`NoSuchDomainError` where the domain with this number is not the one that was meant."""
+    """Raises :class:`NoSuchDomainError` if the domain with this number has another handle than
+    expected.
+    """
     if expected is not None and found != expected:
         raise NoSuchDomainError(domid, "another domain has this number now; the one that was meant is gone")

@@ -28,7 +28,7 @@ def socket_path(path: str | os.PathLike[str]) -> str:
 
 
 def connect_unix(sock: socket.socket, path: str | os.PathLike[str], wait_s: float) -> None:
-    """Connect; while nobody listens there, for at most ``wait_s`` seconds, try again.  Raises ``OSError``."""
+    """Connect.  If nobody listens, try again for at most ``wait_s`` seconds.  Raises ``OSError``."""
     deadline = time.monotonic() + wait_s
     name = socket_path(path)
     while True:

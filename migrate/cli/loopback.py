@@ -22,7 +22,9 @@ GUEST = "guest"
 
 
 def check_memory(spec: GuestSpec) -> None:
-    """Raises :class:`MigrationError` where this machine has not enough: the kernel would end some process of its choice."""
+    """Raises :class:`MigrationError` if this machine has too little memory.  Otherwise the kernel
+    would kill a process to make room.
+    """
     needed, available = 2 * spec.content_bytes, available_bytes()
     if needed > available:
         raise MigrationError(

@@ -69,7 +69,7 @@ class WholeNumber(click.ParamType[int]):
 
 
 class ResultFile(click.Path):
-    """A file that can be written; one that cannot is refused before the migration and not after it."""
+    """A file for the result.  A path that cannot be written is refused before the migration begins."""
 
     def __init__(self) -> None:
         super().__init__(dir_okay=False, path_type=Path)

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What commands print.  Names and reasons come from guests, peers and options, and a terminal obeys control characters."""
+"""What commands print, without control characters.
+
+Names and reasons come from guests, peers and options.  A terminal obeys the control characters that
+such a text contains.
+"""
 
 from __future__ import annotations
 

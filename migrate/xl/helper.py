@@ -21,15 +21,17 @@ usage: xen-postcopy-xl-helper --save-domain IO_FD RECV_FD DOMID XCFLAGS CBFLAGS 
        xen-postcopy-xl-helper --restore-domain IO_FD SEND_BACK_FD DOMID STORE_EVTCHN STORE_DOMID
                               CONSOLE_EVTCHN CONSOLE_DOMID CBFLAGS STREAM_TYPE
 
-libxl starts this program in place of its own libxl-save-helper when the environment of xl names it, at
-both hosts:
+libxl starts this program in place of its own libxl-save-helper when the environment of xl names it,
+at both hosts:
 
     LIBXL_SAVE_HELPER=/usr/bin/xen-postcopy-xl-helper xl migrate GUEST HOST
 
-Live migrations are then done by the daemons of the two hosts, by postcopy.  Where that is not possible (no daemon
-here or there, a host or a guest that cannot be paged) Xen's own live migration is used, with a line that says why.
+Live migrations are then done by the daemons of the two hosts, by postcopy.  Where that is not
+possible (no daemon here or there, a host or a guest that cannot be paged) Xen's own live migration
+is used, with a line that says why.
 
-A guest of which memory is still to come from another host is waited for before it is saved or migrated.
+If memory of a guest is still to come from another host, this program waits for the memory before
+the guest is saved or migrated.
 
 XEN_POSTCOPY=off        hand everything to the stock helper, without a word
 XEN_POSTCOPY=require    fail where a migration would be handed to it

@@ -23,9 +23,10 @@ from migrate.xl.libxl import INPUT, Request, write_all
 
 
 def wait_for_memory(request: Request) -> None:
-    """Until nothing is missing of a guest that has come here by postcopy: libxc takes what is missing for holes.
+    """Wait until a guest that has come here by postcopy has all its pages.  libxc would save a
+    missing page as a hole.
 
-    Ends this process where that is not to be expected.
+    Ends this process if the pages cannot be expected to arrive.
     """
     path = os.environ.get("XEN_POSTCOPY_RECEIVER", RECEIVER_SOCKET)
     try:
@@ -51,7 +52,9 @@ def wait_for_memory(request: Request) -> None:
 
 
 def _ask_older_receiver(path: str) -> None:
-    """One that was started before this release was installed does not say whose memory is missing."""
+    """Ask a receiver of an earlier release, which is still running.  That release does not answer
+    which guest lacks pages.
+    """
     try:
         with ControlClient(path) as daemon:
             lines = daemon.call(command="list")["migrations"]

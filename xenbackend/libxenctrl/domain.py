@@ -258,7 +258,9 @@ class XenDomain(Domain):
         check("unpausedomain", lib.xen_unpause(self._host, self.domid))
 
     def ended_suspended(self) -> bool:
-        """A remnant tells, which there is as long as somebody maps a page of the domain: its pager does."""
+        """As the contract says.  A remnant of the domain answers this as long as a process maps one
+        of its pages, as the domain's pager does.
+        """
         info = ffi.new("struct xen_info *")
         rc = lib.xen_domain_info(self._host, self.domid, info)
         return rc == 0 and bool(info.dying) and state_of(info)[0] is DomainState.SUSPENDED

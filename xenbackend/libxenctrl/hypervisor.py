@@ -34,7 +34,9 @@ XL_TIMEOUT_S = 60
 
 
 def beside(config: DomainConfig) -> str:
-    """The name of an incoming domain on the host that its guest comes from, as xl has such names."""
+    """The name of an incoming domain on the host that the guest comes from.  xl uses the same
+    suffix.
+    """
     return config.name + "--incoming"
 
 
@@ -139,7 +141,9 @@ class XenHypervisor(Hypervisor):
         return self._remember(incoming.create(self, config, reserve=instead_of is None))
 
     def abandoned(self, config: DomainConfig, *, instead_of: Domain | None = None) -> list[Domain]:
-        """By the handle, which is the guest's: the domain has no name until :meth:`create_incoming` is nearly done."""
+        """Found by the handle, which is the guest's.  The domain gets its name at the end of
+        :meth:`create_incoming`.
+        """
         handle = incoming.Platform.unpack(config.platform).handle
         names = ("", config.name) if instead_of is not None else ("", config.name, beside(config))
         found: list[Domain] = []

@@ -345,7 +345,9 @@ class SimulatedHypervisor(Hypervisor):
         return [domain_info(fields) for fields in self.call("list")]
 
     def open(self, domid: int | str, handle: bytes | None = None) -> SimulatedDomain:
-        """Beyond the contract, for tests and tools of the simulated host: a text is a name, and never a number."""
+        """Open a domain by its number or, beyond the contract, by its name.  Tests and tools of the
+        simulated host use names; a text is never a number.
+        """
         for info in self.domains():
             if domid == (info.name if isinstance(domid, str) else info.domid):
                 return SimulatedDomain(self, info.domid, handle)

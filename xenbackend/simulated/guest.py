@@ -117,7 +117,9 @@ class GuestSpec:
 
     @property
     def content_bytes(self) -> int:
-        """Memory of its host that the guest takes at most: zero pages that it never writes take none."""
+        """The most memory that the guest takes of its host.  Zero pages that the guest never writes
+        take none.
+        """
         begins = (
             image_bytes(self.image)
             if self.image is not None
@@ -179,7 +181,7 @@ class GuestSpec:
 
 
 def available_bytes() -> int:
-    """Memory that processes can still have: of this machine, and of the control group where that has a limit."""
+    """The memory that processes can still have, on this machine and in this control group."""
     lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(lines["MemAvailable"].split()[0]) * 1024
     with contextlib.suppress(OSError, ValueError, StopIteration, KeyError):

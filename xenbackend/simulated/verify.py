@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Was the guest's memory carried over, byte for byte?
 
-The verifier knows the guest's description from whoever booted it, not from the migration; from the domain it
-takes only the positions of the vCPUs, which must be at or beyond those at which the source stopped, and of the balloon.  From
-image, program and positions it computes all memory anew and compares it with the memory file's bytes.
+The verifier takes the guest's description from the program that booted the guest, not from the
+migration.  From the domain it takes only the positions of the vCPUs and of the balloon.  The vCPUs
+must be at or beyond the positions at which the source stopped them.  The verifier computes all
+memory from image, program and positions, and compares the result with the memory file.
 """
 
 from __future__ import annotations
