@@ -83,6 +83,8 @@ LOOK_AGAIN_EVERY_S = 0.5
 ATTACH_TIMEOUT_S = 10.0
 CARRY_ON_AGAIN_S = 0.5
 """After an error that is not the link's."""
+UNDOING_S = 2.0
+"""How long an offer waits for the end of another migration of a guest of the same name, which may be being undone."""
 FIRST_START_AGAIN_S = 0.1
 LAST_START_AGAIN_S = 5.0
 """Each attempt to start a guest again waits twice as long as the one before it, up to this."""
@@ -464,6 +466,12 @@ class IncomingMigration:
             raise RemoteProtocolError(f"{offer.type} instead of an offer")
         coming = [other for other in self.others() if other.domain_name == offer.name and not other.has_ended]
         self.progress.domain = offer.name
+        # One that was cancelled a moment ago is still being undone.
+        with trio.move_on_after(UNDOING_S):
+            for other in coming:
+                if not other.needed:
+                    await other.ended.wait()
+        coming = [other for other in coming if not other.has_ended]
         if coming:
             refusal: str | None = (
                 f"a guest named {offer.name!r} is incoming already, as migration {coming[0].id[:8]}, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 from collections.abc import Callable, Generator, Iterator
 
 import pytest
@@ -27,6 +28,9 @@ else:
 
 World.spawn = zygote.Popen
 event_loop.install()
+# A run in the background of a shell, or under nohup, inherits signals that are ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 MIB = 2**20
 WAIT_S = 50.0

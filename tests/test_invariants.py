@@ -220,18 +220,29 @@ async def test_a_ring_that_is_disabled_early_is_noticed(clean_hosts: World, name
 
 async def test_a_dirty_page_that_is_forgotten_is_noticed(clean_hosts: World, name: str, monkeypatch: Patch) -> None:
     """Invariant 2: the last look at log-dirty is lost."""
-    log_dirty = SimulatedDomain.log_dirty
+    log_dirty, suspend = SimulatedDomain.log_dirty, SimulatedDomain.suspend
 
     def forget(self: SimulatedDomain, *, clean: bool) -> Any:
         bitmap = log_dirty(self, clean=clean)
         return bitmap * 0 if self.info().state is DomainState.SUSPENDED else bitmap
 
+    def suspend_after_writes(self: SimulatedDomain) -> None:
+        """Suspend the guest when there is something to forget, however quick the last round was."""
+        deadline = time.monotonic() + WAIT_S
+        while self.log_dirty_is_on() and np.count_nonzero(log_dirty(self, clean=False)) < 16:
+            assert time.monotonic() < deadline, "the guest does not write"
+            time.sleep(0.001)
+        suspend(self)
+
     monkeypatch.setattr(SimulatedDomain, "log_dirty", forget)
+    monkeypatch.setattr(SimulatedDomain, "suspend", suspend_after_writes)
     # Slow enough that most of what it dirties in the last moment was clean before.
     spec = busy(name, rate=5000, working_set_bytes=12 * MIB)
     outcome = await migrate(clean_hosts, spec, Strategy.PRECOPY)
     assert outcome.error is None
-    assert "pages differ" in " ".join((await verification(clean_hosts, spec)).problems)
+    # The guest can have visited every page again; then it has read the old values itself.
+    problems = " ".join((await verification(clean_hosts, spec)).problems)
+    assert "pages differ" in problems or "wrong values while it ran" in problems
 
 
 async def test_a_pinned_frame_that_is_missing_kills_the_guest(

@@ -38,6 +38,9 @@ EVENTS = {
     "fcntl.flock", "socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr", "socket.getnameinfo",
     "subprocess.Popen", "shutil.rmtree", "time.sleep",
 }  # fmt: skip
+AUDITS = "coverage" not in sys.modules
+"""``sys.settrace`` of Python 3.11 refuses to work in two threads at once, and raises an audit event half way:
+a hook in Python lets another thread run there, whose tracer coverage then cannot set."""
 CODE = (".py", ".pyc", ".so")
 """Modules that are imported late."""
 QUICK = {"native_pages", "fileno", "checkpoint", "stopped", "check_understood", "leave"}
@@ -98,4 +101,5 @@ def install() -> None:
     from xenbackend.simulated.client import SimulatedDomain, SimulatedHypervisor
 
     watch(SimulatedHypervisor, SimulatedDomain, Journal, CheckpointStore)
-    sys.addaudithook(_audit)
+    if AUDITS:
+        sys.addaudithook(_audit)
