@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 COMMA := ,
 SPACE := $(subst ,, )
-NATIVE := $(wildcard migrate/native/*.[ch] migrate/native/*.py xenbackend/native/*.[ch] xenbackend/native/*.py xenbackend/*/native/*.[ch] xenbackend/*/native/*.py)
+NATIVE := $(wildcard migrate/*/native/*.[ch] migrate/*/native/*.py xenbackend/native/*.[ch] xenbackend/native/*.py xenbackend/*/native/*.[ch] xenbackend/*/native/*.py)
 
 .PHONY: all tools gate everything demo test check coverage coverage-core coverage-c bench soak chaos many underload \
 	model warnings sanitize races fuzz xenlab xenlab-bench xenlab-xl-bench deb lock clean
@@ -51,15 +51,15 @@ check: $(STAMP)
 
 # Every branch of the sans-IO core is reached by its own examples.  Properties are left out: which
 # branches a random search reaches differs from run to run.
-CORE := migrate/bandwidth.py migrate/frames.py migrate/messages.py migrate/pfns.py migrate/policy.py \
-	migrate/session.py sender/backlog.py receiver/outstanding.py receiver/readahead.py
+CORE := sender/bandwidth.py migrate/protocol/frames.py migrate/protocol/messages.py migrate/protocol/pfns.py sender/policy.py \
+	migrate/protocol/session.py sender/backlog.py receiver/outstanding.py receiver/readahead.py
 CORE_TESTS := fault_path frames messages page_states pfns policy read_ahead session
 MEASURE = $(BIN)/coverage run --data-file=build/coverage/$@/data -m pytest
 MEASURED = $(BIN)/coverage $(1) --data-file=build/coverage/$@/data
 coverage-core: $(STAMP)
 	@ls $(CORE) > /dev/null
 	rm -rf build/coverage/$@
-	$(MEASURE) --quiet -m "not hypothesis" $(CORE_TESTS:%=tests/test_%.py)
+	$(MEASURE) --quiet -m "not hypothesis" $(CORE_TESTS:%=tests/unit/test_%.py)
 	$(call MEASURED,combine) --quiet
 	$(call MEASURED,report) --include=$(subst $(SPACE),$(COMMA),$(strip $(CORE))) --fail-under=100
 
@@ -77,7 +77,7 @@ coverage: $(STAMP)
 
 # Which lines of the native modules their tests reach.
 coverage-c: $(STAMP)
-	$(BIN)/python -m tests.c_coverage
+	$(BIN)/python -m tests.native.coverage
 
 # Figures: against plain C programs on this machine, medians, ratios first.
 bench: $(STAMP)
@@ -86,26 +86,26 @@ bench: $(STAMP)
 # Every strategy and workload, many times over, at full size.
 SOAK_ROUNDS ?= 20
 soak: $(STAMP)
-	$(BIN)/python -m tests.soak --rounds $(SOAK_ROUNDS)
+	$(BIN)/python -m tests.campaigns.soak --rounds $(SOAK_ROUNDS)
 
 # Faults of all kinds at random instants, of migrations by the dozen; CHAOS_SEED= plays a trial again.
 CHAOS_TRIALS ?= 50
 chaos: $(STAMP)
-	$(BIN)/python -m tests.chaos --trials $(CHAOS_TRIALS) $(if $(CHAOS_SEED),--seed $(CHAOS_SEED))
+	$(BIN)/python -m tests.campaigns.chaos --trials $(CHAOS_TRIALS) $(if $(CHAOS_SEED),--seed $(CHAOS_SEED))
 
 # A hundred at once and a thousand one after the other, through one pair of daemons.
 many: $(STAMP)
-	$(BIN)/python -m tests.many
+	$(BIN)/python -m tests.campaigns.many
 
 # The tests on a busy machine: two copies at once, beside stress-ng.
 underload: $(STAMP)
 	-@.ci/prepare $(PYTHON) stress-ng
-	$(BIN)/python -m tests.underload $(if $(JUNIT),--junit "$(JUNIT)")
+	$(BIN)/python -m tests.campaigns.underload $(if $(JUNIT),--junit "$(JUNIT)")
 
 # A model checker goes through every state of the handover, and of what follows it.
 model: $(STAMP)
 	@.ci/prepare $(PYTHON) spin
-	$(BIN)/python -m tests.model.check
+	$(BIN)/python -m tests.campaigns.model.check
 
 # ---- the C files and what runs in them (docs/testing.md) ----
 # Warnings of two compilers, a static analyser.
@@ -126,7 +126,7 @@ races: $(STAMP)
 FUZZ_SECONDS ?= 60
 fuzz: $(STAMP)
 	@.ci/prepare $(PYTHON) clang libclang-rt-dev
-	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
+	$(BIN)/python -m tests.campaigns.fuzz --seconds $(FUZZ_SECONDS)
 # ----
 
 # The real Xen, emulated: builds hypervisors and a dom0 the first time (minutes), boots each and runs tests/xenlab/dom0 in it.

@@ -34,8 +34,8 @@ def has_xen_headers() -> bool:
 
 
 modules = [
-    "migrate/native/build_bulk.py:ffi",
-    "migrate/native/build_fault.py:ffi",
+    "migrate/lanes/native/build_bulk.py:ffi",
+    "migrate/fastpath/native/build_fault.py:ffi",
     "xenbackend/native/build_ring.py:ffi",
     "xenbackend/simulated/native/build_sim.py:ffi",
 ]

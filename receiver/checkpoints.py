@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 import trio
 
-from migrate import messages as m
-from migrate.pfns import PfnMask, batches_of, mask_from_bitmap
-from migrate.statistics import PagerStatistics
-from migrate.transport import run_in_thread
+from migrate.lanes.connection import run_in_thread
+from migrate.protocol import messages as m
+from migrate.protocol.pfns import PfnMask, batches_of, mask_from_bitmap
+from receiver.statistics import PagerStatistics
 from xenbackend.contract import PAGE_SIZE, Domain, DomainState, PageStatus, XenError
 
 log = logging.getLogger(__name__)

@@ -15,18 +15,19 @@ from typing import Any
 
 import trio
 
-from migrate import control, lanes
-from migrate.client import Json
-from migrate.config import Config
-from migrate.control import ControlConnection
-from migrate.daemon import find_migration, notify, serve_connections, until_stopped
+from migrate.control import server as control
+from migrate.control.client import Json
+from migrate.control.server import ControlConnection
 from migrate.errors import MigrationError, UnknownSessionError
-from migrate.journal import Journal
-from migrate.lanes import AwaitedLanes, DialledLanes
-from migrate.messages import Hello, Lane
-from migrate.session import is_session_id
+from migrate.lanes import pairs as lanes
+from migrate.lanes.connection import listen_tcp
+from migrate.lanes.pairs import AwaitedLanes, DialledLanes
+from migrate.protocol.messages import Hello, Lane
+from migrate.protocol.session import is_session_id
+from migrate.service.config import Config
+from migrate.service.journal import Journal
+from migrate.service.lifecycle import find_migration, notify, serve_connections, until_stopped
 from migrate.tasks import isolated, task_group
-from migrate.transport import listen_tcp
 from receiver.migration import IncomingMigration
 from receiver.toolstack import XlToolstack
 from xenbackend.contract import Hypervisor, ToolstackPorts

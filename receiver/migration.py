@@ -30,10 +30,8 @@ from typing import Any, NoReturn
 
 import trio
 
-from migrate import logs, scheduling
-from migrate import messages as m
-from migrate.client import ENDED
-from migrate.daemon import ended
+from migrate import logs
+from migrate.control.client import ENDED
 from migrate.errors import (
     GuestEndedError,
     MigrationError,
@@ -44,19 +42,22 @@ from migrate.errors import (
     RemoteProtocolError,
     UnknownSessionError,
 )
-from migrate.journal import Journal
-from migrate.lanes import Lanes
-from migrate.messages import Lane
-from migrate.pfns import pfns_of_window, sparseness, windows
-from migrate.session import Role, Session, new_token
-from migrate.statistics import PagerStatistics
+from migrate.lanes import scheduling
+from migrate.lanes.connection import EXPLANATION_S, LINGER_S, LaneConnection, run_in_thread, step_timeout
+from migrate.lanes.pairs import Lanes
+from migrate.protocol import messages as m
+from migrate.protocol.messages import Lane
+from migrate.protocol.pfns import pfns_of_window, sparseness, windows
+from migrate.protocol.session import Role, Session, new_token
+from migrate.service.journal import Journal
+from migrate.service.lifecycle import ended
 from migrate.tasks import first, is_bug, is_final, task_group
-from migrate.transport import EXPLANATION_S, LINGER_S, LaneConnection, run_in_thread, step_timeout
 from migrate.units import pauses
 from receiver.checkpoints import NOT_PROTECTED, Checkpoints, mark
 from receiver.outstanding import OutstandingPages
 from receiver.pager import Pager
 from receiver.restore import FrameLimit, MemoryRestorer
+from receiver.statistics import PagerStatistics
 from receiver.toolstack import OwnToolstack, Toolstack, XlToolstack
 from xenbackend.contract import (
     Domain,

@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from migrate.errors import RemoteProtocolError
-from migrate.messages import MAX_AHEAD_PFNS
-from migrate.pfns import NO_PFNS, PfnMask, pfn_array
+from migrate.protocol.messages import MAX_AHEAD_PFNS
+from migrate.protocol.pfns import NO_PFNS, PfnMask, pfn_array
 from receiver.readahead import ReadAhead, merged
 from xenbackend.contract import PfnArray
 from xenbackend.ring import PagingRequest
@@ -49,7 +49,7 @@ class Verdict:
 class OutstandingPages:
     def __init__(self, nr_pfns: int):
         self._state = np.zeros(nr_pfns, dtype=np.uint8)
-        """Native code does some of the steps below (``migrate/native/fault.c``)."""
+        """Native code does some of the steps below (``migrate/fastpath/native/fault.c``)."""
         self._waiting: dict[int, list[tuple[PagingRequest, float]]] = {}
         self._read_ahead = ReadAhead(nr_pfns, self._outstanding)
         self.count = 0

@@ -6,7 +6,7 @@ fault's way through this process is wake, ask, wake, load, answer, and at no poi
 or behind a batch.  The thread of the push lane brings pushed pages and acknowledges.  All decisions are
 :class:`OutstandingPages`', taken under one lock; pages are claimed under it and loaded outside of it.
 
-Nearly all faults are asked for and answered by native code before they get here (``migrate/faultpath.py``), in the
+Nearly all faults are asked for and answered by native code before they get here (``migrate/fastpath/api.py``), in the
 pager thread too: this is what keeps the books then, and deals with the rest.
 
 While there are no lanes the pager thread serves the ring alone: who waits for a page that is there goes on, the
@@ -28,18 +28,29 @@ import numpy as np
 import trio
 from numpy.typing import NDArray
 
-from migrate import faultpath
 from migrate.errors import PeerClosedError
-from migrate.faultpath import FirstResponder, NativeLock
+from migrate.fastpath import api as faultpath
+from migrate.fastpath.api import FirstResponder, NativeLock
+from migrate.lanes.connection import LaneConnection, run_in_thread
 from migrate.logs import Complaint
-from migrate.messages import MAX_FAULT_PFNS, MAX_PFNS, Ahead, Dropped, Fault, Lane, Loaded, Message, Pages, Report
-from migrate.pfns import NO_PFNS, PfnMask, pieces, runs
-from migrate.session import Phase, Session
-from migrate.statistics import PagerStatistics
-from migrate.transport import LaneConnection, run_in_thread
+from migrate.protocol.messages import (
+    MAX_FAULT_PFNS,
+    MAX_PFNS,
+    Ahead,
+    Dropped,
+    Fault,
+    Lane,
+    Loaded,
+    Message,
+    Pages,
+    Report,
+)
+from migrate.protocol.pfns import NO_PFNS, PfnMask, pieces, runs
+from migrate.protocol.session import Phase, Session
 from migrate.units import pauses
 from receiver.outstanding import OutstandingPages, Verdict
 from receiver.restore import select_pages
+from receiver.statistics import PagerStatistics
 from xenbackend.contract import PAGE_SIZE, Buffer, Domain, PfnArray, XenError
 from xenbackend.ring import PagingRequest, PagingRing
 

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from migrate.pfns import NO_PFNS, union
+from migrate.protocol.pfns import NO_PFNS, union
 from xenbackend.contract import PfnArray
 
 FIRST_WINDOW = 4

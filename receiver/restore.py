@@ -8,8 +8,8 @@ import threading
 
 import numpy as np
 
-from migrate.messages import Pages
-from migrate.pfns import pieces
+from migrate.protocol.messages import Pages
+from migrate.protocol.pfns import pieces
 from xenbackend.contract import PAGE_SIZE, Domain, PfnArray, XenError
 
 EVICT_BATCH = 65536

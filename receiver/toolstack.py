@@ -13,7 +13,7 @@ from typing import Protocol
 
 import trio
 
-from migrate.control import ControlConnection, LastAnswer
+from migrate.control.server import ControlConnection, LastAnswer
 from xenbackend.contract import Domain, DomainConfig, Hypervisor, Preflight, ToolstackPorts, XenError
 
 

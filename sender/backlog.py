@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from migrate.errors import RemoteProtocolError
-from migrate.faultpath import FaultAnswerer, NativeLock
-from migrate.pfns import NO_PFNS, PfnMask, from_mask, pfn_array
+from migrate.fastpath.api import FaultAnswerer, NativeLock
+from migrate.protocol.pfns import NO_PFNS, PfnMask, from_mask, pfn_array
 from xenbackend.contract import NativePages, PfnArray
 
 NOT_OURS, UNSENT, SENT, DONE = range(4)

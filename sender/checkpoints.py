@@ -20,12 +20,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from migrate import frames
-from migrate import messages as m
 from migrate.errors import MigrationError, RemoteProtocolError
-from migrate.frames import FrameDecoder
-from migrate.pfns import batches_of
-from sender.reader import announce, present
+from migrate.protocol import frames
+from migrate.protocol import messages as m
+from migrate.protocol.frames import FrameDecoder
+from migrate.protocol.pfns import batches_of
+from sender.source_pages import announce, present
 from xenbackend.contract import Domain, DomainState
 
 log = logging.getLogger(__name__)

@@ -18,21 +18,21 @@ from typing import Any
 
 import trio
 
-from migrate import control, lanes
-from migrate.client import Json
-from migrate.config import RECEIVER_PORT, Config, MigrationConfig, advertised
-from migrate.control import ControlConnection
-from migrate.daemon import find_migration, notify, serve_connections, until_stopped
+from migrate.control import server as control
+from migrate.control.client import Json
+from migrate.control.server import ControlConnection
 from migrate.errors import MigrationError, OccupiedError, UnknownSessionError
-from migrate.journal import Journal
-from migrate.lanes import AwaitedLanes, DialledLanes
-from migrate.messages import Hello
-from migrate.policy import PolicyOptions, Strategy
-from migrate.session import new_id, new_token
+from migrate.lanes import pairs as lanes
+from migrate.lanes.connection import listen_tcp, parse_address
+from migrate.lanes.pairs import AwaitedLanes, DialledLanes
+from migrate.options import MigrationOptions, PolicyOptions, Strategy
+from migrate.protocol.messages import Hello
+from migrate.protocol.session import new_id, new_token
+from migrate.service.config import RECEIVER_PORT, Config, MigrationConfig, advertised
+from migrate.service.journal import Journal
+from migrate.service.lifecycle import find_migration, notify, serve_connections, until_stopped
 from migrate.tasks import isolated, task_group
-from migrate.transport import listen_tcp, parse_address
 from sender.migration import OutgoingMigration, check_free
-from sender.options import MigrationOptions
 from sender.toolstack import XlToolstack
 from xenbackend.contract import DomainId, Hypervisor, XenError, find_domain
 

@@ -27,8 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from migrate.errors import MigrationError
-from migrate.pfns import PfnMask, bitmap_of, mask_from_bitmap
-from sender.reader import present
+from migrate.protocol.pfns import PfnMask, bitmap_of, mask_from_bitmap
+from sender.source_pages import present
 from xenbackend.contract import Domain, PfnArray, XenError
 
 log = logging.getLogger(__name__)

@@ -3,7 +3,7 @@
 
 It shares nothing with the event loop but the backlog, so that a fault never queues behind the push.  What the receiver
 reads ahead goes the same way, whenever no fault is waiting.  Nearly all faults are answered by native code before they get here
-(``migrate/faultpath.py``).
+(``migrate/fastpath/api.py``).
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import errno
 import time
 from collections import deque
 
-from migrate.bandwidth import BandwidthCap
 from migrate.errors import PeerClosedError
-from migrate.faultpath import FaultAnswerer
-from migrate.messages import Ahead, Fault, Lane
-from migrate.pfns import pieces
-from migrate.session import Phase, Session
-from migrate.statistics import SenderStatistics
-from migrate.transport import LaneConnection, run_in_thread
+from migrate.fastpath.api import FaultAnswerer
+from migrate.lanes.connection import LaneConnection, run_in_thread
+from migrate.protocol.messages import Ahead, Fault, Lane
+from migrate.protocol.pfns import pieces
+from migrate.protocol.session import Phase, Session
 from sender.backlog import Backlog
-from sender.reader import announce_missing
+from sender.bandwidth import BandwidthCap
+from sender.source_pages import announce_missing
+from sender.statistics import SenderStatistics
 from xenbackend.contract import Domain, PfnArray
 
 AHEAD_PIECE = 64

@@ -33,10 +33,7 @@ import numpy as np
 import trio
 
 from migrate import logs
-from migrate import messages as m
-from migrate.bandwidth import BandwidthCap
-from migrate.client import ENDED
-from migrate.daemon import ended
+from migrate.control.client import ENDED
 from migrate.errors import (
     GuestEndedError,
     MigrationError,
@@ -45,23 +42,34 @@ from migrate.errors import (
     RemoteProtocolError,
     UnknownSessionError,
 )
-from migrate.journal import Journal
-from migrate.lanes import Lanes
-from migrate.pfns import PfnMask, from_bitmap, in_bitmap, pfns_of_window, pieces, sparseness, union
-from migrate.policy import DefaultPolicy, Policy, Strategy
-from migrate.session import Phase, Role, Session, new_token
-from migrate.statistics import SenderStatistics, from_peer
+from migrate.lanes.connection import (
+    EXPLANATION_S,
+    LINGER_S,
+    STEP_TIMEOUT_S,
+    LaneConnection,
+    run_in_thread,
+    step_timeout,
+)
+from migrate.lanes.pairs import Lanes
+from migrate.options import MigrationOptions, Strategy
+from migrate.protocol import messages as m
+from migrate.protocol.pfns import PfnMask, from_bitmap, in_bitmap, pfns_of_window, pieces, sparseness, union
+from migrate.protocol.session import Phase, Role, Session, new_token
+from migrate.service.journal import Journal
+from migrate.service.lifecycle import ended
 from migrate.tasks import first, is_bug, is_final, task_group
-from migrate.transport import EXPLANATION_S, LINGER_S, STEP_TIMEOUT_S, LaneConnection, run_in_thread, step_timeout
 from sender.backlog import Backlog
+from sender.bandwidth import BandwidthCap
 from sender.checkpoints import CheckpointStore
+from sender.dirty import WrittenPages, limit_of
 from sender.faults import FaultServer
-from sender.options import MigrationOptions, Progress
+from sender.policy import DefaultPolicy, Policy
 from sender.precopy import Precopy, Remainder
+from sender.progress import Progress
 from sender.push import BATCH_PAGES, PushLane
-from sender.reader import announce_missing, count_pages, hold
+from sender.source_pages import announce_missing, count_pages, hold
+from sender.statistics import SenderStatistics, from_peer
 from sender.toolstack import OwnToolstack, StaysHereError, Toolstack, XlToolstack
-from sender.written import WrittenPages, limit_of
 from xenbackend.contract import (
     PAGE_SIZE,
     Domain,
@@ -97,7 +105,7 @@ class _Signals:
 
 
 class OutgoingMigration:
-    """``session_id``: what ``lanes`` is for (:func:`migrate.session.new_id`)."""
+    """``session_id``: what ``lanes`` is for (:func:`migrate.protocol.session.new_id`)."""
 
     def __init__(
         self, session_id: str, hypervisor: Hypervisor, domain: DomainId, lanes: Lanes, options: MigrationOptions,

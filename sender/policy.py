@@ -13,10 +13,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+from migrate.options import PolicyOptions, Strategy
 from xenbackend import PAGE_SIZE
-
-MAX_CHECKPOINT_MS = 3_600_000
-"""The longest time between two checkpoints that a sender may ask for."""
 
 
 class Decision(Enum):
@@ -24,36 +22,6 @@ class Decision(Enum):
     STOP_AND_COPY = "stop-and-copy"
     POSTCOPY = "postcopy"
     ABORT = "abort"
-
-
-class Strategy(Enum):
-    HYBRID = "hybrid"
-    POSTCOPY = "postcopy"
-    PRECOPY = "precopy"
-
-    @property
-    def pages_after_handover(self) -> bool:
-        """The receiver has to be able to page."""
-        return self is not Strategy.PRECOPY
-
-
-@dataclass(frozen=True)
-class PolicyOptions:
-    max_rounds: int = 5
-    """Rounds after which precopy ends (libxl's default for xl migrate is 5)."""
-    dirty_threshold: int = 50
-    """Dirty pages at or below which the rest is sent with the guest standing still (Xen: 50)."""
-    downtime_target_ms: float = 20.0
-    """Likewise, when the rest can be sent in this time."""
-
-    def problems(self) -> str | None:
-        if not 1 <= self.max_rounds <= 1000:
-            return f"--max-rounds {self.max_rounds}: 1 to 1000"
-        if self.dirty_threshold < 0:
-            return f"--dirty-threshold {self.dirty_threshold}: at least 0"
-        if not 0 < self.downtime_target_ms <= 3_600_000:
-            return f"--downtime-target {self.downtime_target_ms}: more than 0 milliseconds, at most an hour"
-        return None
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,18 @@ import numpy as np
 import trio
 from numpy.typing import NDArray
 
-from migrate import messages as m
 from migrate.errors import MigrationError
-from migrate.pfns import NO_PFNS, PfnMask, batches_of, bitmap_of, from_mask, union, windows
-from migrate.policy import Decision, Policy, PrecopyProgress, Strategy
-from migrate.statistics import SenderStatistics
-from migrate.transport import step_timeout
-from sender.options import MigrationOptions, Progress
+from migrate.lanes.connection import step_timeout
+from migrate.options import MigrationOptions, Strategy
+from migrate.protocol import messages as m
+from migrate.protocol.pfns import NO_PFNS, PfnMask, batches_of, bitmap_of, from_mask, union, windows
+from sender.dirty import WrittenPages
+from sender.policy import Decision, Policy, PrecopyProgress
+from sender.progress import Progress
 from sender.push import BATCH_PAGES, PushLane
-from sender.reader import count_pages, hold, pinned
+from sender.source_pages import count_pages, hold, pinned
+from sender.statistics import SenderStatistics
 from sender.toolstack import Toolstack
-from sender.written import WrittenPages
 from xenbackend.contract import Domain, PfnArray
 
 log = logging.getLogger(__name__)

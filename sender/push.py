@@ -12,15 +12,15 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
-from migrate import messages as m
-from migrate.bandwidth import BandwidthCap
-from migrate.messages import Lane
-from migrate.pfns import NO_PFNS, pieces
-from migrate.session import Session
-from migrate.statistics import SenderStatistics
-from migrate.transport import LaneConnection, run_in_thread
-from sender.options import Progress
-from sender.reader import announce
+from migrate.lanes.connection import LaneConnection, run_in_thread
+from migrate.protocol import messages as m
+from migrate.protocol.messages import Lane
+from migrate.protocol.pfns import NO_PFNS, pieces
+from migrate.protocol.session import Session
+from sender.bandwidth import BandwidthCap
+from sender.progress import Progress
+from sender.source_pages import announce
+from sender.statistics import SenderStatistics
 from xenbackend.contract import Domain, MappedPages, PfnArray
 
 BATCH_PAGES = 1024

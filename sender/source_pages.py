@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from migrate.errors import MigrationError
-from migrate.messages import Pages
-from migrate.pfns import PfnMask, from_mask
+from migrate.protocol.messages import Pages
+from migrate.protocol.pfns import PfnMask, from_mask
 from sender.backlog import Backlog
 from xenbackend.contract import Domain, MappedPages, PageStatus, PfnArray, XenError
 

@@ -19,7 +19,7 @@ from typing import Protocol
 
 import trio
 
-from migrate.control import ControlConnection, LastAnswer
+from migrate.control.server import ControlConnection, LastAnswer
 from migrate.errors import MigrationError
 from migrate.tasks import first
 from migrate.units import pauses

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterator
 
 import pytest
 
-from migrate.loopback import World, loopback_world
+from migrate.cli.world import World, loopback_world
 from tests.support import event_loop, zygote
 from xenbackend.simulated.client import SimulatedDomain
 from xenbackend.simulated.guest import GuestSpec

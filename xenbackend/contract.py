@@ -415,7 +415,7 @@ class Domain(ABC):
         """
 
     def native_pages(self) -> NativePages | None:
-        """For ``migrate/faultpath.py``; ``None``: faults are served without it."""
+        """For ``migrate/fastpath/api.py``; ``None``: faults are served without it."""
         return None
 
 

@@ -15,7 +15,8 @@ import trio
 
 from migrate import logs
 from migrate.cli.options import RECEIVER_SOCKET, SENDER_SOCKET, F, Size, simulated_option, socket_option
-from migrate.config import (
+from migrate.lanes.connection import parse_address
+from migrate.service.config import (
     CONFIG_FILE,
     RECEIVER_PORT,
     SENDER_PORT,
@@ -25,9 +26,8 @@ from migrate.config import (
     SenderConfig,
     load,
 )
-from migrate.daemon import end_with_owner
+from migrate.service.lifecycle import end_with_owner
 from migrate.tasks import root_cause
-from migrate.transport import parse_address
 
 verbose_option = click.option("-v", "--verbose", is_flag=True, help="Log more.")
 
@@ -88,7 +88,7 @@ def sender_command(
     SIGTERM gives up migrations before their handover (their guests go on here), waits for those after
     it, and ends; a second one ends it at once.
     """
-    from migrate.journal import Journal
+    from migrate.service.journal import Journal
     from sender.daemon import SenderDaemon
     from xenbackend.choose import open_hypervisor
 
@@ -120,7 +120,7 @@ def receiver_command(
     SIGTERM ends it when no guest depends on it any more; a second one ends it at once, and then vCPUs that
     touch a missing page stand still.
     """
-    from migrate.journal import Journal
+    from migrate.service.journal import Journal
     from receiver.daemon import ReceiverDaemon
     from xenbackend.choose import open_hypervisor
 
@@ -150,8 +150,8 @@ def simulated_host_command(
     socket_path: Path, memory: int, no_populate_evicted: bool, no_paging: bool, verbose: bool, **behaviour: bool
 ) -> None:
     """A simulated Xen: a process that holds guests with memory, vCPUs and paging rings."""
-    from migrate.control import listen_unix
-    from migrate.daemon import notify, until_stopped
+    from migrate.control.server import listen_unix
+    from migrate.service.lifecycle import notify, until_stopped
     from xenbackend.simulated.host import SimulatedHost
 
     if memory < 4096:

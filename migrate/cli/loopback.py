@@ -13,8 +13,8 @@ from migrate.cli.guests import guest_options, guest_spec
 from migrate.cli.migrations import follow_migration, summary, write_json
 from migrate.cli.options import migration_request, strategy_options
 from migrate.cli.text import echo
+from migrate.cli.world import loopback_world, verify_migrated, wait_for_steps
 from migrate.errors import MigrationError
-from migrate.loopback import loopback_world, verify_migrated, wait_for_steps
 from migrate.units import human_bytes
 from xenbackend.simulated.guest import GuestSpec, available_bytes
 

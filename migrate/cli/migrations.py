@@ -22,7 +22,7 @@ from migrate.cli.options import (
 )
 from migrate.cli.progress import ProgressDisplay
 from migrate.cli.text import echo
-from migrate.client import ENDED, ControlClient
+from migrate.control.client import ENDED, ControlClient
 from migrate.errors import InterruptedMigrationError, MigrationError, UnknownMigrationError
 from xenbackend.unix import STARTING_S
 

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 import click
 
-from migrate import client
-from migrate.policy import MAX_CHECKPOINT_MS, PolicyOptions
+from migrate.control import client
+from migrate.options import MAX_CHECKPOINT_MS, PolicyOptions
 from migrate.units import parse_size, shortened
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from migrate.client import ControlClient
-from migrate.daemon import OWNED
+from migrate.control.client import ControlClient
 from migrate.errors import MigrationError
+from migrate.service.lifecycle import OWNED
 from xenbackend.contract import DomainState
 from xenbackend.simulated.client import SimulatedDomain, SimulatedHypervisor
 from xenbackend.simulated.guest import GuestSpec

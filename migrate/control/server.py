@@ -16,9 +16,9 @@ from typing import Any
 
 import trio
 
-from migrate.client import MAX_LINE, Json
-from migrate.daemon import inherited_socket, serve_connections
+from migrate.control.client import MAX_LINE, Json
 from migrate.errors import MigrationError, UnknownMigrationError
+from migrate.service.lifecycle import inherited_socket, serve_connections
 from migrate.tasks import task_group
 from xenbackend.contract import XenError
 from xenbackend.unix import socket_path

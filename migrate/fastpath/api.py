@@ -12,10 +12,10 @@ import struct
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from migrate import frames
-from migrate._fault import ffi, lib
-from migrate.messages import Fault, Message, Pages
-from migrate.pfns import NO_PFNS, pfn_array
+from migrate.fastpath._fault import ffi, lib
+from migrate.protocol import frames
+from migrate.protocol.messages import Fault, Message, Pages
+from migrate.protocol.pfns import NO_PFNS, pfn_array
 from xenbackend.contract import PAGE_SIZE, NativePages, PfnArray
 from xenbackend.ring import NativeRing, PagingRequest, PagingRing, paging_request
 

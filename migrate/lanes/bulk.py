@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from migrate._bulk import ffi, lib
+from migrate.lanes._bulk import ffi, lib
 
 
 def send(fd: int, pieces: Sequence[bytes | memoryview]) -> int:

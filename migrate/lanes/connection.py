@@ -24,13 +24,14 @@ from typing import NoReturn
 
 import trio
 
-from migrate import bulk, frames, scheduling
 from migrate.errors import MigrationError, PeerClosedError, RefusedError, UnknownSessionError
-from migrate.faultpath import NativeLane, NativeLock
-from migrate.frames import FrameDecoder
-from migrate.messages import CHECKSUMS, Alive, Hello, Lane, Message, Refused, parse
+from migrate.fastpath.api import NativeLane, NativeLock
+from migrate.lanes import bulk, scheduling
+from migrate.lanes.tls import Tls, TlsSocket, explain
+from migrate.protocol import frames
+from migrate.protocol.frames import FrameDecoder
+from migrate.protocol.messages import CHECKSUMS, Alive, Hello, Lane, Message, Refused, parse
 from migrate.tasks import task_group
-from migrate.tls import Tls, TlsSocket, explain
 from migrate.units import shortened
 
 CONNECT_TIMEOUT_S = 10.0
@@ -214,7 +215,7 @@ class LaneConnection:
             raise OSError(-count, os.strerror(-count))
         return count
 
-    # ---- native code in this object's stead (migrate/faultpath.py) ----
+    # ---- native code in this object's stead (migrate/fastpath/api.py) ----
     def native(self) -> NativeLane | None:
         """``None`` where there is more between messages and the socket."""
         if self._tls is not None or self._decoder.checked:

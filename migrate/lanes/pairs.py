@@ -24,10 +24,10 @@ from typing import Any, Protocol
 import trio
 
 from migrate.errors import MigrationError, PeerClosedError, ProtocolError, RefusedError, UnknownSessionError
+from migrate.lanes.connection import CONNECT_TIMEOUT_S, EXPLANATION_S, STEP_TIMEOUT_S, LaneConnection, Terms, connect
 from migrate.logs import Complaint
-from migrate.messages import Hello, Lane, Refused, printable
-from migrate.session import hello, negotiate, number_of_rejoin, rejoin_token
-from migrate.transport import CONNECT_TIMEOUT_S, EXPLANATION_S, STEP_TIMEOUT_S, LaneConnection, Terms, connect
+from migrate.protocol.messages import Hello, Lane, Refused, printable
+from migrate.protocol.session import hello, negotiate, number_of_rejoin, rejoin_token
 
 log = logging.getLogger(__name__)
 

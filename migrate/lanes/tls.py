@@ -22,7 +22,7 @@ from typing import Any
 import trio
 
 from migrate.errors import MigrationError, PeerClosedError
-from migrate.messages import printable
+from migrate.protocol.messages import printable
 
 log = logging.getLogger(__name__)
 

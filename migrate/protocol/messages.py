@@ -3,7 +3,7 @@
 
 A message is a frozen dataclass whose fields carry their limits; :func:`parse` makes one of a frame's header or raises
 :class:`RemoteProtocolError` naming the field.  ``docs/protocol.md`` says what each means and when it may be sent;
-:mod:`migrate.session` enforces the when.
+:mod:`migrate.protocol.session` enforces the when.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from migrate.errors import RemoteProtocolError
-from migrate.frames import MAX_HEADER_BYTES, MAX_PAYLOAD_PAGES
-from migrate.pfns import NO_PFNS, WINDOW_PFNS
-from migrate.policy import MAX_CHECKPOINT_MS
+from migrate.options import MAX_CHECKPOINT_MS
+from migrate.protocol.frames import MAX_HEADER_BYTES, MAX_PAYLOAD_PAGES
+from migrate.protocol.pfns import NO_PFNS, WINDOW_PFNS
 from xenbackend.contract import PAGE_SIZE, PfnArray
 
 PROTOCOL_VERSION = 1

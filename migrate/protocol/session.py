@@ -39,9 +39,9 @@ from enum import IntEnum
 
 import numpy as np
 
-from migrate import messages as m
 from migrate.errors import LocalProtocolError, ProtocolError, RemoteProtocolError
-from migrate.messages import Lane, Message
+from migrate.protocol import messages as m
+from migrate.protocol.messages import Lane, Message
 from xenbackend.contract import PfnArray
 
 

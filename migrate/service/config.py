@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from migrate.errors import MigrationError
-from migrate.policy import PolicyOptions, Strategy
-from migrate.tls import Tls
-from migrate.transport import SILENCE_S, Terms, is_loopback, parse_address
+from migrate.lanes.connection import SILENCE_S, Terms, is_loopback, parse_address
+from migrate.lanes.tls import Tls
+from migrate.options import PolicyOptions, Strategy
 from migrate.units import parse_size
 from xenbackend.contract import PAGE_SIZE
 

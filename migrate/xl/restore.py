@@ -12,7 +12,7 @@ import errno
 import os
 from typing import Never
 
-from migrate.client import RECEIVER_SOCKET, ControlClient, Json
+from migrate.control.client import RECEIVER_SOCKET, ControlClient, Json
 from migrate.errors import MigrationError
 from migrate.xl import image, libxl, protocol, stock
 from migrate.xl.libxl import INPUT, Request, read_exactly

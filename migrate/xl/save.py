@@ -16,7 +16,7 @@ import os
 import sys
 from typing import Never
 
-from migrate.client import ENDED, RECEIVER_SOCKET, SENDER_SOCKET, ControlClient, Json
+from migrate.control.client import ENDED, RECEIVER_SOCKET, SENDER_SOCKET, ControlClient, Json
 from migrate.errors import MigrationError
 from migrate.xl import image, libxl, protocol, stock
 from migrate.xl.libxl import INPUT, Request, write_all

@@ -38,7 +38,7 @@ from typing import Any
 
 import trustme
 
-from migrate.loopback import World, loopback_world, verify_migrated, wait_for_steps
+from migrate.cli.world import World, loopback_world, verify_migrated, wait_for_steps
 from tests.bench import qemu, scale
 from xenbackend.simulated.guest import GuestSpec
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.labs import until
+from tests.support.labs import until
 from tests.xenlab import parts
 from tests.xenlab.cache import LabError
 from tests.xenlab.dom0.guests import Heartbeat, heartbeats_in

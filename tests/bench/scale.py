@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from migrate.pfns import from_bitmap, mask_from_bitmap, windows
+from migrate.protocol.pfns import from_bitmap, mask_from_bitmap, windows
 from receiver.outstanding import OutstandingPages
 from sender.backlog import Backlog
 from xenbackend.contract import PAGE_SIZE

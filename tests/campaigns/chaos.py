@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Migrations to which something happens at a random instant: ``python -m tests.chaos``, or ``make chaos``.
+"""Migrations to which something happens at a random instant: ``python -m tests.campaigns.chaos``, or ``make chaos``.
 
 A trial is a random guest, strategy and bandwidth between two pairs of processes, over a relay, and one to three faults: a
 daemon killed or stopped, the link cut, silent, slow or damaging, a journal that cannot be written, pages that Xen does not let
@@ -25,14 +25,14 @@ from typing import Any
 import numpy as np
 import trio
 
-from migrate import messages as m
+from migrate.cli.world import World, loopback_world, start_receiver, start_sender, wait_for_steps
 from migrate.errors import MigrationError
-from migrate.lanes import DialledLanes
-from migrate.loopback import World, loopback_world, start_receiver, start_sender, wait_for_steps
-from migrate.session import new_id
-from migrate.transport import Terms
-from tests.links import Link, link
+from migrate.lanes.connection import Terms
+from migrate.lanes.pairs import DialledLanes
+from migrate.protocol import messages as m
+from migrate.protocol.session import new_id
 from tests.support import zygote
+from tests.support.links import Link, link
 from xenbackend.contract import DomainState, XenError
 from xenbackend.simulated.client import SimulatedDomain, SimulatedHypervisor
 from xenbackend.simulated.guest import WORKLOADS, GuestSpec

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Many migrations through one pair of daemons, at once and one after the other: ``python -m tests.many``, or ``make many``.
+"""Many migrations through one pair of daemons, at once and one after the other: ``make many``.
 
 Each guest is verified byte for byte.  Printed is what the daemons hold of memory, descriptors and threads before and
 after; it ends with status 1 where a guest is not what it should be, or where descriptors or threads are left over.
@@ -14,7 +14,7 @@ import threading
 import time
 from pathlib import Path
 
-from migrate.loopback import World, loopback_world, wait_for_steps
+from migrate.cli.world import World, loopback_world, wait_for_steps
 from tests.support import zygote
 from xenbackend.simulated.guest import GuestSpec
 from xenbackend.simulated.verify import verify

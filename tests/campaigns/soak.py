@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Every strategy with every workload, many times: ``python -m tests.soak``, or ``make soak``.
+"""Every strategy with every workload, many times: ``python -m tests.campaigns.soak``, or ``make soak``.
 
 Each run is a whole ``xen-postcopy loopback`` at full size, verified byte for byte.  Ends with status 1 at the first failure,
 which it shows.

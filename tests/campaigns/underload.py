@@ -6,8 +6,8 @@ A test that passes alone and fails here assumes that something is quick, or that
 Two copies of the tests run at once, so that a fixed port or a fixed path is used twice.  Beside
 them stress-ng, if it is installed, keeps the CPUs and the disk busy.
 
-    python -m tests.underload                                      # all tests
-    python -m tests.underload --copies 6 -- tests/test_tls.py -x   # any arguments of pytest
+    python -m tests.campaigns.underload                                      # all tests
+    python -m tests.campaigns.underload --copies 6 -- tests/component/test_tls.py -x   # any arguments of pytest
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ def run(copies: int, junit: Path, tests: Sequence[str]) -> list[int]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.underload", description="Run the tests on a busy machine.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.campaigns.underload", description="Run the tests on a busy machine."
+    )
     parser.add_argument("--copies", type=int, default=2, help="how many at once (default: 2)")
     parser.add_argument(
         "--burners",

@@ -13,18 +13,17 @@ import pytest
 import trio
 from numpy.typing import NDArray
 
+from migrate.cli.world import World, loopback_world, start_sender, wait_for_steps
 from migrate.errors import MigrationError
-from migrate.loopback import World, loopback_world, start_sender, wait_for_steps
-from migrate.pfns import PfnMask
-from migrate.policy import PolicyOptions, Strategy
-from sender import written
-from sender.options import MigrationOptions
+from migrate.options import MigrationOptions, PolicyOptions, Strategy
+from migrate.protocol.pfns import PfnMask
+from sender import dirty as written
+from sender.dirty import NO_FURTHER, WrittenPages
 from sender.toolstack import OwnToolstack
-from sender.written import NO_FURTHER, WrittenPages
 from tests.conftest import MIB, WAIT_S
-from tests.inprocess import Outcome, migrate, verification
-from tests.labs import until
-from tests.links import Link
+from tests.support.inprocess import Outcome, migrate, verification
+from tests.support.labs import until
+from tests.support.links import Link
 from xenbackend.contract import Domain, DomainState
 from xenbackend.simulated.client import SimulatedDomain, SimulatedHypervisor
 from xenbackend.simulated.guest import GuestSpec

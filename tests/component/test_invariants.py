@@ -16,22 +16,22 @@ import numpy as np
 import pytest
 import trio
 
-from migrate import messages as m
-from migrate._fault import ffi
+from migrate.cli.world import World
 from migrate.errors import MigrationError, PeerClosedError
-from migrate.loopback import World
-from migrate.policy import Strategy
+from migrate.fastpath._fault import ffi
+from migrate.options import Strategy
+from migrate.protocol import messages as m
 from receiver.migration import IncomingMigration
 from receiver.outstanding import OutstandingPages, Verdict
 from receiver.pager import Pager
 from receiver.restore import MemoryRestorer
 from sender.backlog import Backlog
+from sender.dirty import WrittenPages
 from sender.migration import OutgoingMigration
 from sender.push import PushLane
-from sender.written import WrittenPages
 from tests.conftest import MIB, WAIT_S
-from tests.inprocess import Outcome, migrate, verification
-from tests.links import Link
+from tests.support.inprocess import Outcome, migrate, verification
+from tests.support.links import Link
 from xenbackend.contract import DomainState, NativePages, PfnArray
 from xenbackend.ring import PagingRequest, PagingRing
 from xenbackend.simulated.client import SimulatedDomain

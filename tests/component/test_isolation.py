@@ -19,28 +19,29 @@ import pytest
 import trio
 import trio.testing
 
-from migrate import daemon as daemons
 from migrate import logs
-from migrate import messages as m
-from migrate.config import Config
-from migrate.daemon import serve_connections
+from migrate.cli.world import World, loopback_world, start_receiver, start_sender, verify_migrated, wait_for_steps
 from migrate.errors import MigrationError, PeerClosedError, RefusedError, RemoteProtocolError, UnknownSessionError
-from migrate.journal import BOOT_ID, Journal
-from migrate.lanes import LAST_RETRY_S, DialledLanes
+from migrate.lanes.connection import LaneConnection, Terms
+from migrate.lanes.pairs import LAST_RETRY_S, DialledLanes
 from migrate.logs import JournalHandler, LineHandler, OneLine
-from migrate.loopback import World, loopback_world, start_receiver, start_sender, verify_migrated, wait_for_steps
-from migrate.messages import Lane
-from migrate.statistics import PagerStatistics, from_peer
+from migrate.protocol import messages as m
+from migrate.protocol.messages import Lane
+from migrate.service import lifecycle as daemons
+from migrate.service.config import Config
+from migrate.service.journal import BOOT_ID, Journal
+from migrate.service.lifecycle import serve_connections
 from migrate.tasks import isolated
-from migrate.transport import LaneConnection, Terms
 from receiver.daemon import ReceiverDaemon
 from receiver.migration import IncomingMigration
+from receiver.statistics import PagerStatistics
 from sender.daemon import SenderDaemon
 from sender.migration import OutgoingMigration, _receiver_statistics
-from tests import inprocess
+from sender.statistics import from_peer
+from tests.component.test_invariants import busy
+from tests.component.test_link_loss import until
 from tests.conftest import MIB
-from tests.test_invariants import busy
-from tests.test_link_loss import until
+from tests.support import inprocess
 from xenbackend.contract import Hypervisor, XenError
 from xenbackend.simulated.guest import GuestSpec
 
@@ -136,7 +137,7 @@ async def test_connections_are_accepted_again_after_any_error_and_it_is_logged_o
         await handled.wait()
         assert await listener.peer.recv(1) == b""  # closed, whatever its handler did
         nursery.cancel_scope.cancel()
-    assert [r.getMessage().split(":")[0] for r in caplog.records if r.name == "migrate.daemon"] == [
+    assert [r.getMessage().split(":")[0] for r in caplog.records if r.name == "migrate.service.lifecycle"] == [
         "a connection cannot be accepted"
     ]
     listener.peer.close()

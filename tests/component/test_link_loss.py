@@ -8,21 +8,20 @@ from collections.abc import Awaitable, Callable
 import pytest
 import trio
 
-from migrate import messages as m
+from migrate.cli.world import World
 from migrate.errors import MigrationError, PeerClosedError, RefusedError
-from migrate.journal import Journal
-from migrate.lanes import DialledLanes
-from migrate.loopback import World
-from migrate.policy import Strategy
-from migrate.transport import Terms
+from migrate.lanes.connection import Terms
+from migrate.lanes.pairs import DialledLanes
+from migrate.options import MigrationOptions, Strategy
+from migrate.protocol import messages as m
+from migrate.service.journal import Journal
 from receiver.migration import IncomingMigration
 from sender.migration import OutgoingMigration
-from sender.options import MigrationOptions
 from sender.push import PushLane
+from tests.component.test_invariants import busy
 from tests.conftest import MIB, WAIT_S
-from tests.inprocess import Outcome, migrate, verification
-from tests.links import Link
-from tests.test_invariants import busy
+from tests.support.inprocess import Outcome, migrate, verification
+from tests.support.links import Link
 from xenbackend.contract import DomainState, NoSuchDomainError
 from xenbackend.simulated.client import SimulatedDomain
 

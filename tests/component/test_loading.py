@@ -14,21 +14,20 @@ import pytest
 import trio
 from numpy.typing import NDArray
 
-from migrate import messages as m
+from migrate.cli.world import World
 from migrate.errors import PeerClosedError
-from migrate.loopback import World
-from migrate.pfns import pfn_array
-from migrate.policy import Strategy
+from migrate.options import MigrationOptions, Strategy
+from migrate.protocol import messages as m
+from migrate.protocol.pfns import pfn_array
 from receiver import pager
 from receiver.migration import NO_MEMORY
 from receiver.outstanding import LOADING, OUTSTANDING
-from sender.options import MigrationOptions
+from tests.component.test_invariants import busy
+from tests.component.test_link_loss import until
 from tests.conftest import MIB
-from tests.inprocess import Outcome, migrate, verification
-from tests.links import Link
-from tests.test_fault_path import Destination, contents, encoded, lanes, put
-from tests.test_invariants import busy
-from tests.test_link_loss import until
+from tests.support.inprocess import Outcome, migrate, verification
+from tests.support.links import Link
+from tests.unit.test_fault_path import Destination, contents, encoded, lanes, put
 from xenbackend.contract import PAGE_SIZE, Buffer, NativePages, PfnArray, XenError
 from xenbackend.simulated.client import SimulatedDomain
 

@@ -10,13 +10,13 @@ from types import FunctionType, ModuleType
 import numpy as np
 import pytest
 
-from migrate.journal import Journal
-from migrate.loopback import World
-from migrate.policy import Strategy
+from migrate.cli.world import World
+from migrate.options import Strategy
+from migrate.service.journal import Journal
+from tests.component.test_link_loss import until
 from tests.conftest import MIB
-from tests.inprocess import Outcome, migrate
-from tests.links import Link
-from tests.test_link_loss import until
+from tests.support.inprocess import Outcome, migrate
+from tests.support.links import Link
 from xenbackend.contract import Domain, DomainState, Hypervisor
 from xenbackend.simulated.client import SimulatedDomain
 from xenbackend.simulated.guest import GuestSpec

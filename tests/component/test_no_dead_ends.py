@@ -9,25 +9,24 @@ from typing import Any
 import pytest
 import trio
 
-from migrate import messages as m
+from migrate.cli.world import World, start_receiver, start_sender
 from migrate.errors import MigrationError, UnknownMigrationError
-from migrate.loopback import World, start_receiver, start_sender
-from migrate.policy import Strategy
+from migrate.options import MigrationOptions, Strategy
+from migrate.protocol import messages as m
 from receiver import migration as receiver_migration
 from receiver.migration import IncomingMigration
 from receiver.pager import Pager
 from sender import migration as sender_migration
-from sender.options import MigrationOptions
+from tests.component.test_link_loss import cut_when, goes_on_here_only
+from tests.component.test_link_loss import until as until_async
+from tests.component.test_protect import busy
 from tests.conftest import MIB
-from tests.inprocess import Outcome, migrate, verification
-from tests.links import Link
 from tests.support import zygote
-from tests.test_command_line import PROGRAM
-from tests.test_daemon_death import kill, lines, phase, until, world
-from tests.test_identity import begin, boot, copying, states
-from tests.test_link_loss import cut_when, goes_on_here_only
-from tests.test_link_loss import until as until_async
-from tests.test_protect import busy
+from tests.support.inprocess import Outcome, migrate, verification
+from tests.support.links import Link
+from tests.system.test_command_line import PROGRAM
+from tests.system.test_daemon_death import kill, lines, phase, until, world
+from tests.system.test_identity import begin, boot, copying, states
 from xenbackend.contract import DomainState, XenError
 from xenbackend.simulated.client import SimulatedDomain
 

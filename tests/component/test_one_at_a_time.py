@@ -12,24 +12,23 @@ from typing import Any
 import pytest
 import trio
 
+from migrate.cli.world import World, start_receiver, start_sender, verify_migrated, wait_for_steps
 from migrate.errors import MigrationError
-from migrate.journal import Journal
-from migrate.lanes import DialledLanes
-from migrate.loopback import World, start_receiver, start_sender, verify_migrated, wait_for_steps
-from migrate.policy import Strategy
-from migrate.transport import Terms
+from migrate.lanes.connection import Terms
+from migrate.lanes.pairs import DialledLanes
+from migrate.options import MigrationOptions, Strategy
+from migrate.service.journal import Journal
 from receiver.checkpoints import suspend
 from sender.migration import OutgoingMigration
-from sender.options import MigrationOptions
 from sender.toolstack import OwnToolstack
+from tests.component.test_link_loss import until as until_async
+from tests.component.test_protect import busy, dies_after, options, protected, verified_at_source
 from tests.conftest import MIB
-from tests.inprocess import Outcome, migrate, verification
-from tests.links import Link
-from tests.test_daemon_death import kill, lines, phase, until, world
-from tests.test_identity import SLOW, begin, boot, copying, states
-from tests.test_link_loss import until as until_async
-from tests.test_protect import busy, dies_after, options, protected, verified_at_source
-from tests.test_xl_migration import Xl, xl
+from tests.support.inprocess import Outcome, migrate, verification
+from tests.support.links import Link
+from tests.system.test_daemon_death import kill, lines, phase, until, world
+from tests.system.test_identity import SLOW, begin, boot, copying, states
+from tests.system.test_xl_migration import Xl, xl
 from xenbackend.contract import Domain, DomainState, XenError
 from xenbackend.simulated.client import SimulatedDomain
 from xenbackend.simulated.guest import GuestSpec

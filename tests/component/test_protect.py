@@ -14,25 +14,24 @@ import msgpack
 import pytest
 import trio
 
+from migrate.cli.world import World, loopback_world, start_sender, wait_for_steps
 from migrate.errors import MigrationError
-from migrate.journal import Journal
-from migrate.lanes import DialledLanes
-from migrate.loopback import World, loopback_world, start_sender, wait_for_steps
-from migrate.policy import PolicyOptions, Strategy
-from migrate.transport import Terms
+from migrate.lanes.connection import Terms
+from migrate.lanes.pairs import DialledLanes
+from migrate.options import MigrationOptions, PolicyOptions, Strategy
+from migrate.service.journal import Journal
 from receiver import checkpoints
 from receiver.checkpoints import Checkpoints, Room
 from sender import migration as sender_migration
 from sender.checkpoints import CheckpointStore
 from sender.migration import OutgoingMigration
-from sender.options import MigrationOptions
 from sender.toolstack import OwnToolstack, StaysHereError
+from tests.component.test_link_loss import steps
+from tests.component.test_link_loss import until as until_async
 from tests.conftest import MIB
-from tests.inprocess import Outcome, migrate, verification
-from tests.links import Link
-from tests.test_daemon_death import kill, lines, note, until
-from tests.test_link_loss import steps
-from tests.test_link_loss import until as until_async
+from tests.support.inprocess import Outcome, migrate, verification
+from tests.support.links import Link
+from tests.system.test_daemon_death import kill, lines, note, until
 from xenbackend.contract import Domain, DomainState, XenError
 from xenbackend.simulated.client import SimulatedDomain, SimulatedHypervisor
 from xenbackend.simulated.guest import GuestSpec

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from migrate.loopback import World, loopback_world, wait_for_steps
-from migrate.pfns import from_mask, mask_from_bitmap
+from migrate.cli.world import World, loopback_world, wait_for_steps
+from migrate.protocol.pfns import from_mask, mask_from_bitmap
+from tests.conformance.test_conformance import page, pfns, read, span
 from tests.conftest import MIB, WAIT_S, Boot
-from tests.labs import SimulatedLab, until
-from tests.test_conformance import page, pfns, read, span
+from tests.support.labs import SimulatedLab, until
 from xenbackend.contract import PAGE_SIZE, DomainState, PageStatus, XenError
 from xenbackend.ring import VM_EVENT_SLOTS, PagingRequest, PagingRing
 from xenbackend.simulated._sim import lib

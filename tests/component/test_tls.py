@@ -19,19 +19,20 @@ import pytest
 import trio
 import trustme
 
-from migrate import lanes, tls
+from migrate.cli.world import World
 from migrate.errors import MigrationError, PeerClosedError
-from migrate.lanes import AwaitedLanes, DialledLanes, Reception
-from migrate.loopback import World
-from migrate.messages import Lane
-from migrate.session import hello
-from migrate.tls import STRANGERS, Tls, TlsSocket
-from migrate.transport import LaneConnection, Terms
+from migrate.lanes import pairs as lanes
+from migrate.lanes import tls
+from migrate.lanes.connection import LaneConnection, Terms
+from migrate.lanes.pairs import AwaitedLanes, DialledLanes, Reception
+from migrate.lanes.tls import STRANGERS, Tls, TlsSocket
+from migrate.protocol.messages import Lane
+from migrate.protocol.session import hello
+from tests.component.test_invariants import busy
+from tests.component.test_link_loss import until
 from tests.conftest import MIB, WAIT_S
-from tests.inprocess import Outcome, migrate, verification
-from tests.links import Link
-from tests.test_invariants import busy
-from tests.test_link_loss import until
+from tests.support.inprocess import Outcome, migrate, verification
+from tests.support.links import Link
 from xenbackend.contract import DomainState
 
 AUTHORITY, ANOTHER = trustme.CA(), trustme.CA()
@@ -244,8 +245,8 @@ async def test_both_directions_at_once(files: Callable[..., Tls]) -> None:
         nursery.start_soon(accept)
         ends.append(LaneConnection(await made.connected(ours, HOST, 10), Terms(checksums=True, tls=made)))
     greeting = hello(Lane.PUSH, "s", requires=("checksums",))
-    from migrate.messages import Pages
-    from migrate.pfns import pfn_array
+    from migrate.protocol.messages import Pages
+    from migrate.protocol.pfns import pfn_array
 
     pages = memoryview(bytes(range(256)) * 16 * 512)
     failed: list[BaseException] = []

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from migrate.cli.world import loopback_world, start_receiver, start_sender, wait_for_steps
 from migrate.errors import MigrationError
-from migrate.loopback import loopback_world, start_receiver, start_sender, wait_for_steps
 from tests.conftest import MIB
-from tests.labs import until
-from tests.links import Link, LinkInThread
-from tests.test_xl_migration import Xl, check_arrived, check_stayed
+from tests.support.labs import until
+from tests.support.links import Link, LinkInThread
+from tests.system.test_xl_migration import Xl, check_arrived, check_stayed
 from xenbackend.contract import DomainState
 from xenbackend.simulated.guest import GuestSpec
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What every backend must do: one suite, run with the simulated host here and with the real Xen in its dom0 (make xenlab).
 
-The tests use nothing but the contract and what a :class:`tests.labs.Lab` brings about (a running guest, a page that
+The tests use nothing but the contract and what a :class:`tests.support.labs.Lab` brings about (a running guest, a page that
 somebody holds, ...).
 """
 
@@ -26,9 +26,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from migrate.pfns import NO_PFNS, from_mask, mask_from_bitmap, pfn_array
-from tests.labs import Lab, until
+from migrate.protocol.pfns import NO_PFNS, from_mask, mask_from_bitmap, pfn_array
 from tests.support import zygote
+from tests.support.labs import Lab, until
 from xenbackend.contract import (
     PAGE_SIZE,
     Domain,
@@ -43,7 +43,7 @@ from xenbackend.contract import (
 )
 from xenbackend.ring import PagingRequest, PagingRing
 
-TREE = Path(__file__).parents[1]
+TREE = Path(__file__).parents[2]
 BATCH = 1024
 SPECIAL_PFNS = 16384
 WAIT_S = 60.0
@@ -58,7 +58,7 @@ def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
         yield made
         made.close()
     else:
-        from tests.labs import SimulatedLab
+        from tests.support.labs import SimulatedLab
 
         made = SimulatedLab(request.getfixturevalue("hosts"), request.getfixturevalue("name"))
         yield made
@@ -868,7 +868,7 @@ def test_pages_are_evicted_under_a_running_guest(lab: Lab, folder: Path) -> None
 @contextlib.contextmanager
 def pager(lab: Lab, domain: Domain, contents: Contents, *options: str) -> Iterator[subprocess.Popen[str]]:
     """A pager in a process of its own."""
-    command = [sys.executable, "-m", "tests.pager_process", *lab.attach, *options, str(domain.domid)]
+    command = [sys.executable, "-m", "tests.support.pager_process", *lab.attach, *options, str(domain.domid)]
     process = zygote.Popen(
         [*command, str(contents.path), str(contents.out)], cwd=TREE,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,

@@ -15,12 +15,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-TREE = Path(__file__).parents[1]
+TREE = Path(__file__).parents[2]
 COPY = TREE / "build/coverage/c"
 OBJECTS = "objects"
 FOLDERS = ("migrate", "sender", "receiver", "xenbackend", "tests")
 FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
-TESTS = ("ring", "bulk", "fault_path", "loading", "simulated_host", "conformance", "migration")
+TESTS = (
+    "unit/test_ring.py",
+    "unit/test_bulk.py",
+    "unit/test_fault_path.py",
+    "component/test_loading.py",
+    "component/test_simulated_host.py",
+    "conformance/test_conformance.py",
+    "system/test_migration.py",
+)
 ELSEWHERE = "xenbackend/libxenctrl"
 
 
@@ -39,7 +47,7 @@ def build() -> None:
 
 def test() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    command += [f"tests/test_{name}.py" for name in TESTS]
+    command += [f"tests/{name}" for name in TESTS]
     subprocess.run(command, cwd=COPY, env={**os.environ, "PYTHONPATH": str(COPY)}, check=True)
 
 

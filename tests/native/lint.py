@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 
-from tests.fuzz.native.build import write_kinds
+from tests.campaigns.fuzz.native.build import write_kinds
 from tests.native.c_files import FLAGS, INCLUDE, ROOT, c_files, in_parallel, run_all
 
 WARNINGS = [
@@ -81,7 +81,7 @@ def main() -> None:
         for path in files
         for compiler in ("gcc", "clang")
     )
-    checks = ("tests/fuzz/", "tests/native/")
+    checks = ("tests/campaigns/fuzz/", "tests/native/")
     for findings in in_parallel(analyse, [path for path in files if not path.startswith(checks)]):
         failed += len(findings)
         print(*findings, sep="\n", end="")

@@ -13,14 +13,14 @@ import os
 import subprocess
 import sys
 
-from tests.fuzz.native.build import write_kinds
+from tests.campaigns.fuzz.native.build import write_kinds
 from tests.native.c_files import BUILD, INCLUDE, run_all
 
 SIMULATED = [f"xenbackend/simulated/native/{name}.c" for name in ("hypercalls", "program", "vcpu")]
 PROGRAMS = {
     "migration": [
-        "migrate/native/bulk.c",
-        "migrate/native/fault.c",
+        "migrate/lanes/native/bulk.c",
+        "migrate/fastpath/native/fault.c",
         "xenbackend/native/ring.c",
         *SIMULATED,
     ],

@@ -32,9 +32,16 @@ PARTS = (
     "README.md",
     "LICENSE",
 )
-TESTS = ("ring", "bulk", "page_states", "loading", "fault_path", "conformance")
+TESTS = (
+    "unit/test_ring.py",
+    "unit/test_bulk.py",
+    "unit/test_page_states.py",
+    "component/test_loading.py",
+    "unit/test_fault_path.py",
+    "conformance/test_conformance.py",
+)
 """test_frames.py runs no native code; the frames of native code are in test_fault_path.py."""
-MODULES = ("migrate._bulk", "migrate._fault", "xenbackend._ring", "xenbackend.simulated._sim")
+MODULES = ("migrate.lanes._bulk", "migrate.fastpath._fault", "xenbackend._ring", "xenbackend.simulated._sim")
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g"
 LOOPBACK = [
     "-m",
@@ -115,7 +122,7 @@ def main() -> None:
     for report in reports():
         report.unlink()
 
-    tests = [f"tests/test_{name}.py" for name in TESTS]
+    tests = [f"tests/{name}" for name in TESTS]
     pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
     status = python(*pytest, *sys.argv[1:], *tests).returncode
     status = python(*LOOPBACK).returncode or status

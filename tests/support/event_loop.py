@@ -25,7 +25,7 @@ TREE = Path(__file__).parents[2]
 PRODUCT = tuple(str(TREE / folder) + os.sep for folder in ("migrate", "sender", "receiver"))
 BETWEEN = (
     str(TREE / "xenbackend") + os.sep,
-    str(TREE / "migrate/journal.py"),
+    str(TREE / "migrate/service/journal.py"),
     os.path.dirname(os.__file__) + os.sep,
     __file__,
 )
@@ -96,7 +96,7 @@ def watch(*classes: type) -> None:
 
 def install() -> None:
     """In this process, for as long as it runs."""
-    from migrate.journal import Journal
+    from migrate.service.journal import Journal
     from sender.checkpoints import CheckpointStore
     from xenbackend.simulated.client import SimulatedDomain, SimulatedHypervisor
 

@@ -12,21 +12,20 @@ from dataclasses import dataclass, field, replace
 
 import trio
 
-from migrate.config import Config, NetworkConfig, TlsConfig
+from migrate.cli.world import World, verify_migrated, wait_for_steps
 from migrate.errors import MigrationError
-from migrate.journal import Journal
-from migrate.lanes import DialledLanes
-from migrate.loopback import World, verify_migrated, wait_for_steps
-from migrate.policy import PolicyOptions, Strategy
-from migrate.session import new_id
-from migrate.tls import Tls
-from migrate.transport import Terms
+from migrate.lanes.connection import Terms
+from migrate.lanes.pairs import DialledLanes
+from migrate.lanes.tls import Tls
+from migrate.options import MigrationOptions, PolicyOptions, Strategy
+from migrate.protocol.session import new_id
+from migrate.service.config import Config, NetworkConfig, TlsConfig
+from migrate.service.journal import Journal
 from receiver.daemon import ReceiverDaemon
 from receiver.migration import IncomingMigration
 from sender.migration import OutgoingMigration
-from sender.options import MigrationOptions
 from tests.conftest import WAIT_S
-from tests.links import Link, link
+from tests.support.links import Link, link
 from xenbackend.contract import XenError, find_domain
 from xenbackend.simulated.guest import GuestSpec
 from xenbackend.simulated.verify import Verification

@@ -11,8 +11,8 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 
-from migrate.loopback import World
-from migrate.pfns import NO_PFNS
+from migrate.cli.world import World
+from migrate.protocol.pfns import NO_PFNS
 from tests.conftest import MIB, clear
 from xenbackend.contract import PAGE_SIZE, Domain, DomainConfig, Hypervisor, PfnArray
 from xenbackend.simulated.client import SimulatedDomain, SimulatedHypervisor
@@ -26,7 +26,7 @@ class Lab(ABC):
     beyond: int
     """A pfn that no domain can have."""
     attach: list[str]
-    """Arguments for ``tests/pager_process.py`` to find the host."""
+    """Arguments for ``tests/support/pager_process.py`` to find the host."""
     enough: int
     """Work that shows that a guest lives."""
     still_s: float

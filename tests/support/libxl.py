@@ -160,6 +160,6 @@ libxl.ask(protocol.complete(0, 0))
 
 def write_stock_helper(path: Path) -> Path:
     """A stock helper with a stream of its own, which it checks when it restores it."""
-    path.write_text(STOCK.format(python=sys.executable, tree=str(Path(__file__).parents[1])))
+    path.write_text(STOCK.format(python=sys.executable, tree=str(Path(__file__).parents[2])))
     path.chmod(0o755)
     return path

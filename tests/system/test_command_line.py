@@ -22,10 +22,10 @@ from typing import Any
 
 import pytest
 
-from migrate import frames
-from migrate import messages as m
-from migrate.loopback import World, loopback_world, verify_migrated, wait_for_steps
-from migrate.pfns import pfn_array
+from migrate.cli.world import World, loopback_world, verify_migrated, wait_for_steps
+from migrate.protocol import frames
+from migrate.protocol import messages as m
+from migrate.protocol.pfns import pfn_array
 from tests.conftest import MIB, WAIT_S
 from tests.support import zygote
 from xenbackend.contract import DomainState
@@ -240,7 +240,7 @@ def test_loopback_reports_and_writes_the_documented_keys(tmp_path: Path) -> None
     assert result.returncode == 0, result.stderr
     assert "verified: all 2048 pages" in result.stdout
     data = json.loads(path.read_text())
-    documented = (Path(__file__).parent.parent / "docs/commands.md").read_text()
+    documented = (Path(__file__).parents[2] / "docs/commands.md").read_text()
     for key in (
         "verified", "strategy", "memory_bytes", "total_s", "downtime_s", "precopy", "push", "pull", "zero_pages",
         "fault_latency_us", "vcpu_block_s", "throughput_bytes_per_s",

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from migrate import logs
-from migrate.client import ControlClient
+from migrate.cli.world import World
+from migrate.control.client import ControlClient
 from migrate.errors import MigrationError
 from migrate.logs import JournalHandler
-from migrate.loopback import World
 from tests.support import zygote
 
 TIMEOUT_S = 60.0
@@ -76,7 +76,7 @@ def test_a_record_in_the_journal_has_its_migration(tmp_path: Path) -> None:
 
 
 def test_show_and_watch(world: World, name: str) -> None:
-    from tests.test_migration import boot, migrate
+    from tests.system.test_migration import boot, migrate
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         sockets = ("--socket", str(world.sender_socket), "--socket", str(world.receiver_socket))

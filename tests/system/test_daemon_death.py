@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
+from migrate.cli.world import World, loopback_world, start_receiver, start_sender, verify_migrated, wait_for_steps
 from migrate.errors import MigrationError
-from migrate.loopback import World, loopback_world, start_receiver, start_sender, verify_migrated, wait_for_steps
 from tests.conftest import MIB, WAIT_S
 from xenbackend.contract import DomainState
 from xenbackend.simulated.guest import GuestSpec

@@ -18,19 +18,19 @@ import numpy as np
 import pytest
 import trio
 
-from migrate import messages as m
+from migrate.cli.world import World, loopback_world, verify_migrated, wait_for_steps
 from migrate.errors import MigrationError, PeerClosedError, RefusedError
-from migrate.lanes import MAX_STRANGERS_OF_ADDRESS, AwaitedLanes, DialledLanes, Reception
-from migrate.loopback import World, loopback_world, verify_migrated, wait_for_steps
-from migrate.messages import Lane
-from migrate.pfns import pfn_array
-from migrate.session import new_id, new_token
-from migrate.transport import LaneConnection, Terms
+from migrate.lanes.connection import LaneConnection, Terms
+from migrate.lanes.pairs import MAX_STRANGERS_OF_ADDRESS, AwaitedLanes, DialledLanes, Reception
+from migrate.protocol import messages as m
+from migrate.protocol.messages import Lane
+from migrate.protocol.pfns import pfn_array
+from migrate.protocol.session import new_id, new_token
 from receiver.daemon import MAX_WITHOUT_OFFER
+from tests.campaigns.many import holds
+from tests.component.test_link_loss import until
 from tests.conftest import MIB
-from tests.links import NO_LINGER
-from tests.many import holds
-from tests.test_link_loss import until
+from tests.support.links import NO_LINGER
 from xenbackend.simulated.client import SimulatedDomain
 from xenbackend.simulated.guest import GuestSpec
 

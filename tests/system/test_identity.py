@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from migrate.daemon import find_migration
+from migrate.cli.world import World, start_receiver, start_sender, verify_migrated, wait_for_steps
 from migrate.errors import MigrationError, UnknownMigrationError
-from migrate.loopback import World, start_receiver, start_sender, verify_migrated, wait_for_steps
+from migrate.service.lifecycle import find_migration
 from tests.conftest import MIB
-from tests.test_daemon_death import journal, kill, lines, phase, until, world
+from tests.system.test_daemon_death import journal, kill, lines, phase, until, world
 from xenbackend.contract import DomainInfo, DomainState, NoSuchDomainError, XenError, find_domain
 from xenbackend.simulated.guest import GuestSpec
 

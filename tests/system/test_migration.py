@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from migrate.client import ControlClient
+from migrate.cli.world import World, loopback_world, verify_migrated, wait_for_steps
+from migrate.control.client import ControlClient
 from migrate.errors import MigrationError
-from migrate.loopback import World, loopback_world, verify_migrated, wait_for_steps
 from sender.migration import HOT_PAGES
 from tests.conftest import MIB
 from xenbackend.contract import DomainState

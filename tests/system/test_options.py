@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from migrate import cli
 from migrate.errors import MigrationError
-from migrate.transport import parse_address
+from migrate.lanes.connection import parse_address
 from migrate.units import parse_size
 
 NUMBERS = (

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
+from migrate.cli.world import World, verify_migrated, wait_for_steps
 from migrate.errors import MigrationError
-from migrate.loopback import World, verify_migrated, wait_for_steps
 from migrate.xl import image
 from migrate.xl.protocol import Message
 from tests.conftest import MIB
-from tests.labs import until
-from tests.libxl import Libxl, write_stock_helper
+from tests.support.labs import until
+from tests.support.libxl import Libxl, write_stock_helper
 from xenbackend.contract import DomainState, NoSuchDomainError
 from xenbackend.simulated.client import SimulatedDomain
 from xenbackend.simulated.guest import GuestSpec

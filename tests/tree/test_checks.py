@@ -15,9 +15,9 @@ import pytest
 from tests.checks.record import Outcome, Record, TestResult, junit_results, tables
 from tests.checks.runner import MARK, Runner, end_orphans, marks
 from tests.checks.stages import TIERS, Stage
-from tests.labs import until
+from tests.support.labs import until
 
-TREE = Path(__file__).parents[1]
+TREE = Path(__file__).parents[2]
 JUNIT = """<testsuites><testsuite>
 <testcase classname="tests.test_a" name="test_good" time="1.5"/>
 <testcase classname="tests.test_a" name="test_bad" time="0.5"><failure message="no">why</failure></testcase>

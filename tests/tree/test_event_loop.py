@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from migrate.config import SenderConfig, advertised, load
+from migrate.service.config import SenderConfig, advertised, load
 from sender.toolstack import _resume
 from tests.conftest import Boot
 from tests.support.event_loop import AUDITS, BlockingCallError

@@ -11,9 +11,9 @@ import pytest
 import trio
 import trio.testing
 
-from migrate.config import Config
 from migrate.errors import MigrationError
-from migrate.journal import Journal
+from migrate.service.config import Config
+from migrate.service.journal import Journal
 from receiver.daemon import PATIENCE_S, ReceiverDaemon
 from receiver.migration import IncomingProgress
 from xenbackend.contract import Hypervisor

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from migrate import bulk
+from migrate.lanes import bulk
 
 
 @contextlib.contextmanager

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from migrate import config
-from migrate.config import Config, ConfigError, SenderConfig, advertised, load, parse
-from migrate.policy import Strategy
+from migrate.options import Strategy
+from migrate.service import config
+from migrate.service.config import Config, ConfigError, SenderConfig, advertised, load, parse
 from migrate.units import human_bytes, parse_size
 
-TREE = Path(__file__).parents[1]
+TREE = Path(__file__).parents[2]
 
 
 def read(text: str) -> Config:

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import trio
 
-from migrate import control
-from migrate.client import MAX_LINE, ControlClient, Json
-from migrate.control import ControlConnection, LastAnswer
+from migrate.control import server as control
+from migrate.control.client import MAX_LINE, ControlClient, Json
+from migrate.control.server import ControlConnection, LastAnswer
 from migrate.errors import MigrationError
 from migrate.tasks import task_group
 

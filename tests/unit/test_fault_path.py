@@ -22,25 +22,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from migrate import frames
-from migrate import messages as m
-from migrate._fault import ffi, lib
-from migrate.bandwidth import BandwidthCap
 from migrate.errors import PeerClosedError, RemoteProtocolError
-from migrate.faultpath import FAULT, PAGE, ZERO
-from migrate.messages import MAX_PFN, Ahead, Fault, Lane, Message, Pages
-from migrate.pfns import NO_PFNS, pfn_array
-from migrate.session import Role, Session, hello
-from migrate.statistics import PagerStatistics, SenderStatistics
-from migrate.transport import LaneConnection, Terms
+from migrate.fastpath._fault import ffi, lib
+from migrate.fastpath.api import FAULT, PAGE, ZERO
+from migrate.lanes.connection import LaneConnection, Terms
+from migrate.protocol import frames
+from migrate.protocol import messages as m
+from migrate.protocol.messages import MAX_PFN, Ahead, Fault, Lane, Message, Pages
+from migrate.protocol.pfns import NO_PFNS, pfn_array
+from migrate.protocol.session import Role, Session, hello
 from receiver import pager as pager_module
 from receiver.outstanding import DROPPED, OUTSTANDING, READY, OutstandingPages
 from receiver.pager import Pager
+from receiver.statistics import PagerStatistics
 from sender.backlog import SENT, Backlog
+from sender.bandwidth import BandwidthCap
 from sender.faults import FaultServer
-from tests.front_end import FrontEnd
-from tests.test_link_loss import until
-from tests.test_session import STORY
+from sender.statistics import SenderStatistics
+from tests.component.test_link_loss import until
+from tests.support.front_end import FrontEnd
+from tests.unit.test_session import STORY
 from xenbackend.contract import PAGE_SIZE, Buffer, NativePages, PageStatus, PfnArray
 from xenbackend.ring import MEM_PAGING_DROP_PAGE
 

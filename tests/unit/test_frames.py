@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from migrate import frames
 from migrate.errors import LocalProtocolError, RemoteProtocolError
-from migrate.frames import FrameDecoder
+from migrate.protocol import frames
+from migrate.protocol.frames import FrameDecoder
 
 
 def feed(decoder: FrameDecoder, data: bytes, piece: int = 2**30) -> list[tuple[dict[str, Any], bytes]]:

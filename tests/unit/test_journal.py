@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from migrate.errors import MigrationError
-from migrate.journal import BOOT_ID, Journal
+from migrate.service.journal import BOOT_ID, Journal
 
 BOOT = BOOT_ID.read_text().strip()
 

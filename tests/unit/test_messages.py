@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from migrate import messages as m
 from migrate.errors import RemoteProtocolError
-from migrate.pfns import pfn_array
+from migrate.protocol import messages as m
+from migrate.protocol.pfns import pfn_array
 
 EXAMPLES: list[m.Message] = [
     m.Hello(1, 1, "push", "abc", b"t", ("x",), ("y", "z"), "test"),
@@ -93,7 +93,7 @@ VERSION_1 = {
     "recall": "reason",  # likewise
 }
 """Each message of the protocol's version 1, with its fields."""
-PROTOCOL = Path(__file__).parents[1] / "docs/protocol.md"
+PROTOCOL = Path(__file__).parents[2] / "docs/protocol.md"
 
 
 def over_the_wire(message: m.Message) -> m.Message:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from migrate.errors import RemoteProtocolError
-from migrate.pfns import NO_PFNS, from_mask, pfn_array
+from migrate.protocol.pfns import NO_PFNS, from_mask, pfn_array
 from receiver.outstanding import DROPPED, OUTSTANDING, PRESENT, READY, REQUESTED, OutstandingPages
 from sender.backlog import Backlog
 from xenbackend.ring import MEM_PAGING_DROP_PAGE, MEM_PAGING_EVICT_FAIL, PagingRequest

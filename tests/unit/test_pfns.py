@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from migrate.pfns import (
+from migrate.protocol.pfns import (
     WINDOW_PFNS,
     PfnMask,
     batches_of,

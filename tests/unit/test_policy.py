@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from migrate.bandwidth import BandwidthCap
-from migrate.policy import Decision, DefaultPolicy, PolicyOptions, PrecopyProgress, Strategy
-from migrate.statistics import LatencyHistogram
+from migrate.options import PolicyOptions, Strategy
+from receiver.statistics import LatencyHistogram
+from sender.bandwidth import BandwidthCap
+from sender.policy import Decision, DefaultPolicy, PrecopyProgress
 
 C, STOP, POST = Decision.CONTINUE, Decision.STOP_AND_COPY, Decision.POSTCOPY
 GB = 1e9

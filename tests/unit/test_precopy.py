@@ -10,19 +10,20 @@ import pytest
 import trio
 import trio.testing
 
-from migrate import messages as m
-from migrate import pfns
+from migrate.cli.world import World
 from migrate.errors import PeerClosedError
-from migrate.loopback import World
-from migrate.pfns import NO_PFNS, from_mask, pfns_of_window, union
-from migrate.policy import DefaultPolicy, PolicyOptions, Strategy
-from migrate.statistics import SenderStatistics
-from migrate.transport import STEP_TIMEOUT_S
-from sender.options import MigrationOptions, Progress
+from migrate.lanes.connection import STEP_TIMEOUT_S
+from migrate.options import MigrationOptions, PolicyOptions, Strategy
+from migrate.protocol import messages as m
+from migrate.protocol import pfns
+from migrate.protocol.pfns import NO_PFNS, from_mask, pfns_of_window, union
+from sender.dirty import WrittenPages
+from sender.policy import DefaultPolicy
 from sender.precopy import Precopy, Remainder
+from sender.progress import Progress
+from sender.statistics import SenderStatistics
 from sender.toolstack import OwnToolstack
-from sender.written import WrittenPages
-from tests.labs import SimulatedLab
+from tests.support.labs import SimulatedLab
 from xenbackend.contract import PAGE_SIZE, PfnArray
 
 NR_PFNS, WINDOW_PFNS = 1024, 128

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from migrate.pfns import pfn_array
+from migrate.protocol.pfns import pfn_array
 from receiver.outstanding import OutstandingPages
 from receiver.readahead import FIRST_WINDOW, MAX_WINDOW
-from tests.test_page_states import request
+from tests.unit.test_page_states import request
 
 NR = 1 << 16
 

@@ -11,8 +11,8 @@ import pytest
 
 from xenbackend.choose import open_hypervisor
 from xenbackend.contract import XenError
-from xenbackend.libxenctrl import refusals
-from xenbackend.libxenctrl.refusals import DomainFacts, HostFacts
+from xenbackend.libxenctrl import preflight as refusals
+from xenbackend.libxenctrl.preflight import DomainFacts, HostFacts
 
 FIT_HOST = HostFacts(paging=True, dom0_hvm=False, hap=True, populate_evicted=True, free_pages=1)
 FIT_DOMAIN = DomainFacts(hvm=True, hap=True, pod_entries=0, pci_devices=False, ring_taken=False)

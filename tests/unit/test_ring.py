@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.front_end import ANSWERED, FREE, NOTES, OPEN, SLOTS, FrontEnd
+from tests.support.front_end import ANSWERED, FREE, NOTES, OPEN, SLOTS, FrontEnd
 from xenbackend._ring import ffi, lib
 from xenbackend.contract import XenError
 from xenbackend.ring import VM_EVENT_SLOTS, PagingRequest

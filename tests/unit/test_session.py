@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from migrate import messages as m
 from migrate.errors import LocalProtocolError, ProtocolError, RemoteProtocolError
-from migrate.messages import Lane
-from migrate.pfns import pfn_array
-from migrate.session import (
+from migrate.protocol import messages as m
+from migrate.protocol.messages import Lane
+from migrate.protocol.pfns import pfn_array
+from migrate.protocol.session import (
     RULES,
     Phase,
     Role,
@@ -27,7 +27,7 @@ from migrate.session import (
     number_of_rejoin,
     rejoin_token,
 )
-from tests.test_messages import EXAMPLES
+from tests.unit.test_messages import EXAMPLES
 
 S, R = Role.SENDER, Role.RECEIVER
 PUSH, PULL = Lane.PUSH, Lane.PULL

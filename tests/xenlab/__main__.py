@@ -28,7 +28,7 @@ from tests.xenlab import machine, parts
 from tests.xenlab.cache import LabError, directory, say
 
 PYTEST = ("-o", "timeout=900", "--durations=5", "-rA", "--show-capture=no")
-CONFORMANCE, SCENARIOS = "tests/test_conformance.py", "tests/xenlab/dom0"
+CONFORMANCE, SCENARIOS = "tests/conformance/test_conformance.py", "tests/xenlab/dom0"
 
 
 @dataclass(frozen=True)

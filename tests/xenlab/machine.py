@@ -28,7 +28,7 @@ from tests.xenlab import parts, qemu
 from tests.xenlab.cache import LabError, directory, fingerprint, part, run, say
 
 TREE = Path(__file__).parents[2]
-NOT_IN_DOM0 = ("build", "docs", "tests/fuzz/corpus")
+NOT_IN_DOM0 = ("build", "docs", "tests/campaigns/fuzz/corpus")
 """Folders of the working tree that no command there needs; nor hidden ones."""
 PYTHON_FOLDERS = ("migrate", "receiver", "sender", "tests", "xenbackend")
 

@@ -41,12 +41,12 @@ from xenbackend.contract import (
 from xenbackend.errors import check_handle
 from xenbackend.libxenctrl._xen import ffi, lib
 from xenbackend.libxenctrl.held import HeldPages
-from xenbackend.libxenctrl.refusals import ENABLE_ERRORS, DomainFacts
+from xenbackend.libxenctrl.preflight import ENABLE_ERRORS, DomainFacts
 from xenbackend.libxenctrl.ring import XenPagingRing
 
 if TYPE_CHECKING:
+    from xenbackend.libxenctrl.builder import Plumbing
     from xenbackend.libxenctrl.hypervisor import XenHypervisor
-    from xenbackend.libxenctrl.incoming import Plumbing
 
 SHUTDOWN_SUSPEND, SHUTDOWN_CRASH = 2, 3  # xen/include/public/sched.h
 NO_PFN = np.uint64(2**64 - 1)

@@ -23,10 +23,10 @@ from xenbackend.contract import (
     XenError,
 )
 from xenbackend.errors import check_handle
-from xenbackend.libxenctrl import incoming
+from xenbackend.libxenctrl import builder as incoming
 from xenbackend.libxenctrl._xen import ffi, lib
 from xenbackend.libxenctrl.domain import XenDomain, check, state_of
-from xenbackend.libxenctrl.refusals import HostFacts
+from xenbackend.libxenctrl.preflight import HostFacts
 
 LIST_BATCH = 64
 FIRST_RESERVED_DOMID = 0x7FF0  # xen/include/public/xen.h

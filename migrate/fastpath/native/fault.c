@@ -62,7 +62,7 @@ int fault_lock_is_taken(struct fault_lock *lock)
     return 0;
 }
 
-/* ---- frames (migrate/frames.py) ---- */
+/* ---- frames (migrate/protocol/frames.py) ---- */
 #define HEADER_SUM_AT 12
 #define PREFIX_SUM_AT 16
 #define HEADER_AT 20

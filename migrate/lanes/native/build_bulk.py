@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Compiles what moves many pages through a socket (cffi, API mode) as ``migrate._bulk``."""
+"""Compiles what moves many pages through a socket (cffi, API mode) as ``migrate.lanes._bulk``."""
 
 import runpy
 from pathlib import Path
@@ -8,13 +8,13 @@ from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 # setuptools wants source paths relative to the project's root.
-ROOT = HERE.parent.parent
+ROOT = HERE.parents[2]
 FLAGS = runpy.run_path(str(ROOT / "xenbackend/native/flags.py"))["FLAGS"]
 
 ffi = FFI()
 ffi.cdef((HERE / "bulk_api.h").read_text())
 ffi.set_source(
-    "migrate._bulk",
+    "migrate.lanes._bulk",
     '#include <stddef.h>\n#include "bulk_api.h"',
     sources=[str((HERE / "bulk.c").relative_to(ROOT))],
     include_dirs=[str(HERE.relative_to(ROOT))],

@@ -23,10 +23,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.fuzz.native import build
+from tests.campaigns.fuzz.native import build
 
 CORPUS = Path(__file__).with_name("corpus")
-KEPT = Path(__file__).resolve().parents[2] / "build/fuzz"
+KEPT = Path(__file__).resolve().parents[3] / "build/fuzz"
 MAX_INPUT = 4096
 PIECE_S = 600
 """Then a new process goes on: atheris keeps each number that it has seen compared."""
@@ -95,7 +95,7 @@ def main() -> None:
     rest = max(1, options.seconds - each * len(targets))
     fuzz(
         "session",
-        [sys.executable, "-m", "tests.fuzz.target"],
+        [sys.executable, "-m", "tests.campaigns.fuzz.target"],
         CORPUS,
         rest,
         minimize=options.minimize,

@@ -11,14 +11,14 @@ import atheris
 import msgpack
 
 with atheris.instrument_imports(include=["migrate"]):
-    from migrate import frames
-    from migrate import messages as m
     from migrate.errors import RemoteProtocolError
-    from migrate.messages import Lane, parse
-    from migrate.session import Role, negotiate
+    from migrate.protocol import frames
+    from migrate.protocol import messages as m
+    from migrate.protocol.messages import Lane, parse
+    from migrate.protocol.session import Role, negotiate
 
-from tests.test_messages import EXAMPLES
-from tests.test_session import DECIDED, PROTECTED, STORY, UNDER_XL, play, rejoined
+from tests.unit.test_messages import EXAMPLES
+from tests.unit.test_session import DECIDED, PROTECTED, STORY, UNDER_XL, play, rejoined
 
 STORIES = (
     STORY, DECIDED, UNDER_XL, [*STORY[:-4], *rejoined("postcopy")], [*UNDER_XL, *rejoined("decision")], PROTECTED,
@@ -117,5 +117,5 @@ def one_input(data: bytes) -> None:
 
 if __name__ == "__main__":
     # What libFuzzer is to start where it merges.
-    atheris.Setup([f"{sys.executable} -m tests.fuzz.target", *sys.argv[1:]], one_input)
+    atheris.Setup([f"{sys.executable} -m tests.campaigns.fuzz.target", *sys.argv[1:]], one_input)
     atheris.Fuzz()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Spin goes through every state of the model of the handover; each mutation of the model must make it fail.
 
-``python -m tests.model.check``, or ``make model``.  Needs Debian's package spin, and gcc.
+``python -m tests.campaigns.model.check``, or ``make model``.  Needs Debian's package spin, and gcc.
 A mutation is searched until one property notices the mutation.
 """
 

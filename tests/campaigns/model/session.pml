@@ -5,7 +5,7 @@
  * One page stands for all that are missing.  What a process knows is gone when it is killed; the journal and the domains
  * are not.  Every step between two of these is a step of the model, so a kill may fall between any two.
  *
- * Checked (tests/model/check.py): the assertions, in every state; that no state is a dead end; and that
+ * Checked (tests/campaigns/model/check.py): the assertions, in every state; that no state is a dead end; and that
  * where nothing can happen any more the guest runs in exactly one place, with its page, and nothing is left over.
  * With MUTATION defined one of the rules is broken, and the checks must notice.
  */

@@ -26,8 +26,8 @@
 #include <unistd.h>
 #include "kinds.h"
 #include "ring_api.h"
-#include "../../../migrate/native/bulk_api.h"
-#include "../../../migrate/native/fault_api.h"
+#include "../../../migrate/lanes/native/bulk_api.h"
+#include "../../../migrate/fastpath/native/fault_api.h"
 #include "../../../xenbackend/simulated/native/internal.h"
 
 #define VCPUS 3

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from migrate.client import ControlClient
+from migrate.control.client import ControlClient
 from migrate.errors import MigrationError
-from tests.labs import until
 from tests.support import zygote
+from tests.support.labs import until
 
 TREE = Path(__file__).parents[3]
 

@@ -14,11 +14,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from migrate.pfns import pfn_array
-from tests.labs import Lab, until
+from migrate.protocol.pfns import pfn_array
+from tests.support.labs import Lab, until
 from tests.xenlab.dom0.guests import LINUX, STEPS_PER_S, STUB, Guest, Kind, create
 from xenbackend.contract import Domain, DomainConfig, DomainState, PfnArray, XenError
 from xenbackend.libxenctrl._xen import ffi, lib
+from xenbackend.libxenctrl.builder import Platform
 from xenbackend.libxenctrl.domain import (
     HVM_PARAM_BUFIOREQ_PFN,
     HVM_PARAM_CONSOLE_PFN,
@@ -27,7 +28,6 @@ from xenbackend.libxenctrl.domain import (
     XenDomain,
 )
 from xenbackend.libxenctrl.hypervisor import XenHypervisor
-from xenbackend.libxenctrl.incoming import Platform
 
 XEN_X86_EMU_LAPIC = 1
 REMNANTS_S = 30.0

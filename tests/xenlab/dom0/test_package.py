@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.labs import until
+from tests.support.labs import until
 from tests.xenlab.dom0.guests import Guest, guest, xl
 from tests.xenlab.dom0.package import CONFIG, HELPER, UNITS, Host
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from migrate.client import Json
-from tests.labs import until
+from migrate.control.client import Json
+from tests.support.labs import until
 from tests.xenlab.dom0.guests import CONSOLES, Guest, guest
 from tests.xenlab.dom0.package import CONFIG, HELPER, Host
 from tests.xenlab.parts import HOST_NAMES, address

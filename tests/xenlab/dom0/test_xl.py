@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from migrate.client import ControlClient, Json
-from tests.labs import until
+from migrate.control.client import ControlClient, Json
+from tests.support.labs import until
 from tests.xenlab.dom0.daemons import daemons, write_helper
 from tests.xenlab.dom0.guests import STEPS_PER_S, Guest, guest, xl
 from tests.xenlab.dom0.lab import remnants

@@ -22,9 +22,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from migrate.client import ControlClient
+from migrate.control.client import ControlClient
 from migrate.xl import stock
-from tests.labs import until
+from tests.support.labs import until
 from tests.xenlab.dom0.daemons import daemons, write_helper
 from tests.xenlab.dom0.guests import Guest, guest, xl
 

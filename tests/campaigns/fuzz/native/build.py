@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from migrate.faultpath import FAULT, PAGE, ZERO
+from migrate.fastpath.api import FAULT, PAGE, ZERO
 from tests.native.c_files import FUZZ, INCLUDE, run_all
 
 HERE = Path(__file__).parent

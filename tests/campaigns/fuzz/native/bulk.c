@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* Many pages through a socket (migrate/native/bulk.c): pieces of any size over a connection that
+/* Many pages through a socket (migrate/lanes/native/bulk.c): pieces of any size over a connection that
  * takes and gives as it likes. */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -13,7 +13,7 @@ static ssize_t fuzzed_recv(int fd, void *buffer, size_t size, int flags);
 #define sendmsg fuzzed_sendmsg
 #define recv fuzzed_recv
 #define sched_yield() ((void)0)
-#include "../../../migrate/native/bulk.c"
+#include "../../../../migrate/lanes/native/bulk.c"
 
 static uint8_t *stream;
 static size_t stream_at, stream_bytes;

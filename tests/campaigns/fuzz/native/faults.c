@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The quick way of a fault at both ends (migrate/native/fault.c): what a peer sends on the pull
+ * The quick way of a fault at both ends (migrate/fastpath/native/fault.c): what a peer sends on the pull
  * lane, in packets of any size, and what the ring and the hypervisor answer meanwhile.
  *
  * Checksums keep a fuzzer from making frames by chance, so the input says what frames to make, of
@@ -19,7 +19,7 @@ static int fuzzed_poll(struct pollfd *fds, nfds_t n, int timeout);
 #define recv fuzzed_recv
 #define sendmsg fuzzed_sendmsg
 #define poll fuzzed_poll
-#include "../../../migrate/native/fault.c"
+#include "../../../../migrate/fastpath/native/fault.c"
 #include "kinds.h"
 
 #define STREAM_BYTES (64 << 10)

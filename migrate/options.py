@@ -1,13 +1,48 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What an administrator asks of a migration, and what it shows of itself."""
+"""What an administrator asks of a migration, wherever the request is made: the command line, the
+configuration, the control socket.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 from migrate.errors import MigrationError
-from migrate.policy import MAX_CHECKPOINT_MS, PolicyOptions, Strategy
 from migrate.units import MAX_SIZE
+
+MAX_CHECKPOINT_MS = 3_600_000
+"""The longest time between two checkpoints that a sender may ask for."""
+
+
+class Strategy(Enum):
+    HYBRID = "hybrid"
+    POSTCOPY = "postcopy"
+    PRECOPY = "precopy"
+
+    @property
+    def pages_after_handover(self) -> bool:
+        """The receiver has to be able to page."""
+        return self is not Strategy.PRECOPY
+
+
+@dataclass(frozen=True)
+class PolicyOptions:
+    max_rounds: int = 5
+    """Rounds after which precopy ends (libxl's default for xl migrate is 5)."""
+    dirty_threshold: int = 50
+    """Dirty pages at or below which the rest is sent with the guest standing still (Xen: 50)."""
+    downtime_target_ms: float = 20.0
+    """Likewise, when the rest can be sent in this time."""
+
+    def problems(self) -> str | None:
+        if not 1 <= self.max_rounds <= 1000:
+            return f"--max-rounds {self.max_rounds}: 1 to 1000"
+        if self.dirty_threshold < 0:
+            return f"--dirty-threshold {self.dirty_threshold}: at least 0"
+        if not 0 < self.downtime_target_ms <= 3_600_000:
+            return f"--downtime-target {self.downtime_target_ms}: more than 0 milliseconds, at most an hour"
+        return None
 
 
 @dataclass(frozen=True)
@@ -31,25 +66,3 @@ class MigrationOptions:
             raise MigrationError(f"checkpoints every {every_s} s: 0.001 s to {MAX_CHECKPOINT_MS / 1000:g} s")
         if self.checkpoint_every_s is not None and not self.strategy.pages_after_handover:
             raise MigrationError("--strategy precopy has nothing to protect: there the guest arrives as a whole")
-
-
-@dataclass
-class Progress:
-    """What ``list`` and the progress display show."""
-
-    phase: str = "connecting"
-    round: int = 0
-    pages_done: int = 0
-    """Of the current round, or of the pages missing at the switchover."""
-    pages_total: int = 0
-    outstanding: int = 0
-    faults: int = 0
-    latency_us: int = 0
-    bytes_sent: int = 0
-    checkpoints: int = 0
-    """That have come back; the guest would go on here as it was at the last of them."""
-    checkpoint_at: float = 0.0
-    """When that came."""
-    unprotected: str = ""
-    """Why there are no further checkpoints, though they were asked for."""
-    problem: str = ""

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a migration shows of itself, to `list` and to the display of its progress."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Progress:
+    """What ``list`` and the progress display show."""
+
+    phase: str = "connecting"
+    round: int = 0
+    pages_done: int = 0
+    """Of the current round, or of the pages missing at the switchover."""
+    pages_total: int = 0
+    outstanding: int = 0
+    faults: int = 0
+    latency_us: int = 0
+    bytes_sent: int = 0
+    checkpoints: int = 0
+    """That have come back; the guest would go on here as it was at the last of them."""
+    checkpoint_at: float = 0.0
+    """When that came."""
+    unprotected: str = ""
+    """Why there are no further checkpoints, though they were asked for."""
+    problem: str = ""

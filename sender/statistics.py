@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What was sent and when, and the receiver's counters as the sender accepts them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from migrate.protocol.messages import printable
+
+_COUNT, _NUMBER, _WORD = "count", "number", "word"
+_PEERS: dict[str, Any] = {
+    "fault_latency_us": {
+        "count": _COUNT, "mean": _NUMBER, "p50": _NUMBER, "p99": _NUMBER, "max": _NUMBER, "histogram": {None: _COUNT},
+    },
+    "vcpu_block_s": {None: _NUMBER},
+    "pull": {"requests": _COUNT, "ahead": _COUNT, "pages": _COUNT},
+    "dropped_pages": _COUNT,
+    "populate_evicted": _WORD,
+    "checkpoints": {"kept": _COUNT, "pages": _COUNT, "pause_s": _NUMBER, "longest_pause_s": _NUMBER},
+}  # fmt: skip
+"""The keys of ``PagerStatistics.summary`` (``receiver/statistics.py``); under ``None`` any number as a key."""
+_MOST_KEYS = 512
+
+
+def from_peer(told: object) -> dict[str, Any]:
+    """The peer's counters in the form of ``PagerStatistics.summary`` (``receiver/statistics.py``), whatever the peer has
+    sent.
+
+    Unknown keys are left out.  A value that is missing or of the wrong type is 0.
+    """
+    found: dict[str, Any] = _checked(told, _PEERS)
+    return found
+
+
+def _checked(told: object, form: Any) -> Any:
+    if isinstance(form, dict):
+        given = told if isinstance(told, dict) else {}
+        if None in form:
+            numbers = [
+                key for key in given if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 20
+            ]
+            return {key: _checked(given[key], form[None]) for key in numbers[:_MOST_KEYS]}
+        return {key: _checked(given.get(key), inner) for key, inner in form.items()}
+    if form == _WORD:
+        return printable(told)[:16] if isinstance(told, str) else ""
+    is_number = isinstance(told, int | float) and not isinstance(told, bool)
+    if not is_number or not 0 <= told < 2**63:  # type: ignore[operator]
+        return 0
+    return told if form == _NUMBER else int(told)  # type: ignore[call-overload]
+
+
+@dataclass
+class SenderStatistics:
+    """The sender's: what was sent, and when."""
+
+    strategy: str = ""
+    memory_bytes: int = 0
+    started: float = 0.0
+    suspended: float = 0.0
+    """When that was asked for."""
+    resumed: float = 0.0
+    finished: float = 0.0
+    rounds: int = 0
+    precopy_pages: int = 0
+    switchover_pages: int = 0
+    missing_pages: int = 0
+    push_pages: int = 0
+    push_bytes: int = 0
+    pull_pages: int = 0
+    pull_zero_pages: int = 0
+    zero_pages: int = 0
+    bytes_sent: int = 0
+    rejoins: int = 0
+    """How often the lanes were lost, and the session taken up again."""
+
+    @property
+    def downtime_s(self) -> float:
+        """0 where a predecessor suspended the guest: when, died with it."""
+        return max(self.resumed - self.suspended, 0.0) if self.suspended else 0.0
+
+    def summary(self) -> dict[str, Any]:
+        total = (self.finished or time.monotonic()) - self.started if self.started else 0.0
+        pages = self.precopy_pages + self.switchover_pages + self.push_pages + self.pull_pages
+        return {
+            "strategy": self.strategy,
+            "memory_bytes": self.memory_bytes,
+            "total_s": round(total, 6),
+            "downtime_s": round(self.downtime_s, 6),
+            "precopy": {"rounds": self.rounds, "pages": self.precopy_pages},
+            "switchover": {"pages": self.switchover_pages, "missing_pages": self.missing_pages},
+            "push": {"pages": self.push_pages, "bytes": self.push_bytes},
+            "zero_pages": self.zero_pages + self.pull_zero_pages,
+            "bytes_sent": self.bytes_sent,
+            "rejoins": self.rejoins,
+            "throughput_bytes_per_s": round(pages * 4096 / total) if total > 0 else 0,
+        }
