@@ -19,9 +19,10 @@ from migrate.control import server as control
 from migrate.control.client import Json
 from migrate.control.server import ControlConnection
 from migrate.errors import MigrationError, UnknownSessionError
-from migrate.lanes import pairs as lanes
+from migrate.lanes.accept import AwaitedLanes, Reception
 from migrate.lanes.connection import listen_tcp
-from migrate.lanes.pairs import AwaitedLanes, DialledLanes
+from migrate.lanes.dial import DialledLanes
+from migrate.lanes.pairs import rejoining
 from migrate.protocol.messages import Hello, Lane
 from migrate.protocol.session import is_session_id
 from migrate.service.config import Config
@@ -55,7 +56,7 @@ class ReceiverDaemon:
         self._migrations: dict[str, IncomingMigration] = {}
         self._awaited: dict[str, AwaitedLanes] = {}
         """By session."""
-        self.reception = lanes.Reception(self._find_awaited, self._terms)
+        self.reception = Reception(self._find_awaited, self._terms)
         self._nursery: trio.Nursery
         self._port = 0
 
@@ -80,7 +81,7 @@ class ReceiverDaemon:
 
     def _take_up(self, session: str, facts: dict[str, Any]) -> None:
         """What a predecessor has left."""
-        lanes_again = lanes.rejoining(facts["dials"], session, self._awaited, self._terms)
+        lanes_again = rejoining(facts["dials"], session, self._awaited, self._terms)
         self._start(IncomingMigration.of_predecessor(self._hypervisor, session, lanes_again, self._journal, facts))
 
     async def _drain(self) -> None:

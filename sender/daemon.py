@@ -22,9 +22,10 @@ from migrate.control import server as control
 from migrate.control.client import Json
 from migrate.control.server import ControlConnection
 from migrate.errors import MigrationError, OccupiedError, UnknownSessionError
-from migrate.lanes import pairs as lanes
+from migrate.lanes.accept import AwaitedLanes, Reception
 from migrate.lanes.connection import listen_tcp, parse_address
-from migrate.lanes.pairs import AwaitedLanes, DialledLanes
+from migrate.lanes.dial import DialledLanes
+from migrate.lanes.pairs import rejoining
 from migrate.options import MigrationOptions, PolicyOptions, Strategy
 from migrate.protocol.messages import Hello
 from migrate.protocol.session import new_id, new_token
@@ -72,7 +73,7 @@ class SenderDaemon:
                     self._awaited.pop(session, None)
                     self._journal.leave(session, error)
             await self._nursery.start(control.serve, self._socket_path, self._handle)
-            reception = lanes.Reception(self._find_awaited, self._config.terms)
+            reception = Reception(self._find_awaited, self._config.terms)
             serve = functools.partial(serve_connections, from_strangers=True)
             await self._nursery.start(serve, "a connection", reception.receive, listeners)
             notify("READY=1\nSTATUS=waiting for migrations")
@@ -82,7 +83,7 @@ class SenderDaemon:
 
     def _take_up(self, session: str, facts: dict[str, Any]) -> None:
         """What a predecessor has left."""
-        lanes_again = lanes.rejoining(facts["dials"], session, self._awaited, self._config.terms)
+        lanes_again = rejoining(facts["dials"], session, self._awaited, self._config.terms)
         self._start(OutgoingMigration.of_predecessor(session, self._hypervisor, lanes_again, self._journal, facts))
 
     async def _drain(self) -> None:

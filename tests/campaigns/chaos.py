@@ -28,7 +28,7 @@ import trio
 from migrate.cli.world import World, loopback_world, start_receiver, start_sender, wait_for_steps
 from migrate.errors import MigrationError
 from migrate.lanes.connection import Terms
-from migrate.lanes.pairs import DialledLanes
+from migrate.lanes.dial import DialledLanes
 from migrate.protocol import messages as m
 from migrate.protocol.session import new_id
 from tests.support import zygote

@@ -23,7 +23,7 @@ from migrate import logs
 from migrate.cli.world import World, loopback_world, start_receiver, start_sender, verify_migrated, wait_for_steps
 from migrate.errors import MigrationError, PeerClosedError, RefusedError, RemoteProtocolError, UnknownSessionError
 from migrate.lanes.connection import LaneConnection, Terms
-from migrate.lanes.pairs import LAST_RETRY_S, DialledLanes
+from migrate.lanes.dial import LAST_RETRY_S, DialledLanes
 from migrate.logs import JournalHandler, LineHandler, OneLine
 from migrate.protocol import messages as m
 from migrate.protocol.messages import Lane

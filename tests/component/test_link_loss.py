@@ -11,7 +11,7 @@ import trio
 from migrate.cli.world import World
 from migrate.errors import MigrationError, PeerClosedError, RefusedError
 from migrate.lanes.connection import Terms
-from migrate.lanes.pairs import DialledLanes
+from migrate.lanes.dial import DialledLanes
 from migrate.options import MigrationOptions, Strategy
 from migrate.protocol import messages as m
 from migrate.service.journal import Journal

@@ -15,7 +15,7 @@ import trio
 from migrate.cli.world import World, start_receiver, start_sender, verify_migrated, wait_for_steps
 from migrate.errors import MigrationError
 from migrate.lanes.connection import Terms
-from migrate.lanes.pairs import DialledLanes
+from migrate.lanes.dial import DialledLanes
 from migrate.options import MigrationOptions, Strategy
 from migrate.service.journal import Journal
 from receiver.checkpoints import suspend

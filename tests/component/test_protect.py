@@ -17,7 +17,7 @@ import trio
 from migrate.cli.world import World, loopback_world, start_sender, wait_for_steps
 from migrate.errors import MigrationError
 from migrate.lanes.connection import Terms
-from migrate.lanes.pairs import DialledLanes
+from migrate.lanes.dial import DialledLanes
 from migrate.options import MigrationOptions, PolicyOptions, Strategy
 from migrate.service.journal import Journal
 from receiver import checkpoints

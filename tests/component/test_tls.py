@@ -23,8 +23,9 @@ from migrate.cli.world import World
 from migrate.errors import MigrationError, PeerClosedError
 from migrate.lanes import pairs as lanes
 from migrate.lanes import tls
+from migrate.lanes.accept import AwaitedLanes, Reception
 from migrate.lanes.connection import LaneConnection, Terms
-from migrate.lanes.pairs import AwaitedLanes, DialledLanes, Reception
+from migrate.lanes.dial import DialledLanes
 from migrate.lanes.tls import STRANGERS, Tls, TlsSocket
 from migrate.protocol.messages import Lane
 from migrate.protocol.session import hello

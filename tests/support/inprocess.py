@@ -15,7 +15,7 @@ import trio
 from migrate.cli.world import World, verify_migrated, wait_for_steps
 from migrate.errors import MigrationError
 from migrate.lanes.connection import Terms
-from migrate.lanes.pairs import DialledLanes
+from migrate.lanes.dial import DialledLanes
 from migrate.lanes.tls import Tls
 from migrate.options import MigrationOptions, PolicyOptions, Strategy
 from migrate.protocol.session import new_id

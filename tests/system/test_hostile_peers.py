@@ -20,8 +20,9 @@ import trio
 
 from migrate.cli.world import World, loopback_world, verify_migrated, wait_for_steps
 from migrate.errors import MigrationError, PeerClosedError, RefusedError
+from migrate.lanes.accept import MAX_STRANGERS_OF_ADDRESS, AwaitedLanes, Reception
 from migrate.lanes.connection import LaneConnection, Terms
-from migrate.lanes.pairs import MAX_STRANGERS_OF_ADDRESS, AwaitedLanes, DialledLanes, Reception
+from migrate.lanes.dial import DialledLanes
 from migrate.protocol import messages as m
 from migrate.protocol.messages import Lane
 from migrate.protocol.pfns import pfn_array

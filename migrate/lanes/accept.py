@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The end that is dialled: the lanes of a session are awaited, and a listener finds out which session a connection is for.
+
+The peer sends its hello first.  An awaiting end that has not noticed the loss of its lanes yet learns of the loss
+from the new lane.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import secrets
+from collections.abc import Callable, Collection
+
+import trio
+
+from migrate.errors import MigrationError, PeerClosedError, ProtocolError, UnknownSessionError
+from migrate.lanes.connection import CONNECT_TIMEOUT_S, EXPLANATION_S, STEP_TIMEOUT_S, LaneConnection, Terms
+from migrate.logs import Complaint
+from migrate.protocol.messages import Hello, Lane, Refused, printable
+from migrate.protocol.session import hello, negotiate, number_of_rejoin
+
+log = logging.getLogger(__name__)
+
+MAX_STRANGERS = 1024
+"""The number of connections that have not sent a hello yet.  Each has about ten seconds; beyond
+this number the oldest connection is closed.
+"""
+MAX_STRANGERS_OF_ADDRESS = 256
+"""Likewise of those from one address."""
+LOOK_EVERY_S = 0.1
+"""How often an end that awaits a lane looks whether the peer is still there."""
+
+
+class AwaitedLanes:
+    """``token``: what the push lane has to show.  Each lane comes once, until it is asked for again."""
+
+    def __init__(self, token: bytes = b"", *, timeout_s: float = STEP_TIMEOUT_S):
+        self._timeout_s = timeout_s
+        self._push, self._pull = _AwaitedLane(), _AwaitedLane()
+        self._push.expect(token)
+        self._key = b""
+        self._rejoins = 0
+        self.peer = ""
+
+    async def welcome(self, greeting: Hello) -> None:
+        """Raises :class:`ProtocolError` for a lane that is not awaited, or shows a wrong token."""
+        if greeting.lane == Lane.PUSH.value and self._key:
+            number = number_of_rejoin(self._key, greeting.token)
+            if number <= self._rejoins:
+                raise ProtocolError("a push lane for a session that goes on, with a wrong or used token")
+            self._rejoins = number
+            # The lanes that there are may look alive from here still.
+            self._push.end()
+            self._pull.end()
+            return
+        awaited = self._of(greeting)
+        with trio.move_on_after(CONNECT_TIMEOUT_S):  # the token for it may be on its way still
+            await awaited.expected.wait()
+        if not awaited.accepts(greeting.token):
+            raise ProtocolError(f"a {greeting.lane} lane that nobody awaits, or with a wrong or used token")
+
+    @property
+    def dials(self) -> None:
+        return None
+
+    def arrived(self, greeting: Hello, lane: LaneConnection) -> None:
+        """One that was welcome."""
+        self._of(greeting).come_with(lane)
+        self.peer = lane.peer()
+
+    def _of(self, greeting: Hello) -> _AwaitedLane:
+        return self._pull if greeting.lane == Lane.PULL.value else self._push
+
+    async def push(self) -> LaneConnection:
+        return await self._come(self._push, "reach this end")
+
+    async def pull(self, token: bytes) -> LaneConnection:
+        self._pull.expect(token)
+        return await self._come(self._pull, "open its pull lane", beside=self._push.taken)
+
+    def keep(self, key: bytes) -> None:
+        self._key = key
+
+    async def again(self, note: Callable[[str], None]) -> LaneConnection:
+        while True:
+            await self._push.come.wait()
+            with contextlib.suppress(PeerClosedError):  # there is one that is newer still
+                return self._push.take()
+
+    def hurry(self) -> None:
+        pass
+
+    def close(self) -> None:
+        """No more lanes; one that came and was not asked for is closed."""
+        for awaited in (self._push, self._pull):
+            awaited.close()
+
+    async def _come(self, awaited: _AwaitedLane, what: str, *, beside: LaneConnection | None = None) -> LaneConnection:
+        """``beside``: the peer's other lane, whose end is not read by anybody meanwhile."""
+        come = awaited.come
+        with trio.move_on_after(self._timeout_s):
+            while True:
+                with trio.move_on_after(LOOK_EVERY_S):
+                    await come.wait()
+                    return awaited.take()
+                if beside is not None and beside.is_over():
+                    raise PeerClosedError(f"the peer closed the connection and did not {what}")
+        raise PeerClosedError(f"the peer did not {what} within {self._timeout_s:g} s")
+
+
+class _AwaitedLane:
+    def __init__(self) -> None:
+        self.expected, self.come = trio.Event(), trio.Event()
+        self._lane: LaneConnection | None = None
+        self.taken: LaneConnection | None = None
+        self._token: bytes | None = None
+
+    def expect(self, token: bytes) -> None:
+        self._token = token
+        self.expected.set()
+
+    def accepts(self, token: bytes) -> bool:
+        """Once."""
+        if self._token is None or not secrets.compare_digest(token, self._token):
+            return False
+        self._token = None
+        return True
+
+    def come_with(self, lane: LaneConnection) -> None:
+        self._lane = lane
+        self.come.set()
+
+    def take(self) -> LaneConnection:
+        if self._lane is None:
+            raise PeerClosedError("the peer has begun anew")
+        lane, self.taken, self._lane, self.come = self._lane, self._lane, None, trio.Event()
+        return lane
+
+    def end(self) -> None:
+        """Whoever uses it sees its end; another may come."""
+        if self.taken is not None:
+            self.taken.shut()
+        if self._lane is not None:
+            self._lane.close()
+        for event in (self.come, self.expected):
+            event.set()
+        self._lane, self.taken, self._token = None, None, None
+        self.come, self.expected = trio.Event(), trio.Event()
+
+    def close(self) -> None:
+        self._token = self.taken = None
+        self.expected.set()
+        if self._lane is not None:
+            self._lane.close()
+            self._lane = None
+
+
+class Reception:
+    """Behind a daemon's listener.  ``find`` says whose a connection is, or raises :class:`MigrationError`."""
+
+    def __init__(self, find: Callable[[Hello], AwaitedLanes], terms: Terms):
+        self._find, self._terms = find, terms
+        self._strangers: dict[trio.CancelScope, str] = {}
+        """With their addresses, the oldest first, ..."""
+        self._of_address: dict[str, dict[trio.CancelScope, None]] = {}
+        """... and likewise those of each address."""
+        self._crowded = Complaint(log.warning)
+
+    async def receive(self, stream: trio.SocketStream) -> None:
+        """Take in a connection."""
+        try:
+            address = str(stream.socket.getpeername()[0])
+        except OSError:  # it has gone again
+            stream.socket.close()
+            return
+        self._make_room(address)
+        with stream.socket, trio.CancelScope() as stranger:
+            self._strangers[stranger] = address
+            self._of_address.setdefault(address, {})[stranger] = None
+            try:
+                await self._greet(stream)
+            finally:
+                self._forget(stranger)
+
+    def _make_room(self, address: str) -> None:
+        """Make room for one more connection from this address: close the oldest connection without
+        a hello.  A peer sends its hello at once, so a crowd of silent connections does not keep a
+        peer out.
+        """
+        if len(self._of_address.get(address, ())) >= MAX_STRANGERS_OF_ADDRESS:
+            crowd: Collection[trio.CancelScope] = self._of_address[address]
+            where = f" from {address}"
+        elif len(self._strangers) >= MAX_STRANGERS:
+            crowd, where = self._strangers, ""
+        else:
+            return
+        self._crowded.log("%d connections%s have not said what they are for: the oldest are ended", len(crowd), where)
+        oldest = next(iter(crowd))
+        self._forget(oldest)
+        oldest.cancel()
+
+    def _forget(self, stranger: trio.CancelScope) -> None:
+        address = self._strangers.pop(stranger, None)
+        if address is not None:
+            del self._of_address[address][stranger]
+            if not self._of_address[address]:
+                del self._of_address[address]
+
+    async def _greet(self, stream: trio.SocketStream) -> None:
+        try:
+            lane = await LaneConnection.from_stream(stream, self._terms)
+        except (MigrationError, OSError) as error:
+            log.warning("connection refused: %s", error)
+            return
+        try:
+            greeting = await lane.receive_hello()
+            negotiate(greeting)
+            awaited = self._find(greeting)
+            await awaited.welcome(greeting)
+            ours = hello(Lane(greeting.lane), greeting.session, requires=self._terms.requires)
+            await lane.send(ours)
+            lane.agree((ours, greeting))
+            awaited.arrived(greeting, lane)
+        except (MigrationError, OSError) as error:
+            log.warning("connection from %s refused: %s", lane.peer(), error)
+            try:
+                with contextlib.suppress(MigrationError), trio.move_on_after(EXPLANATION_S):
+                    await lane.send(Refused(printable(str(error)), isinstance(error, UnknownSessionError)))
+            finally:
+                lane.close()
+        except BaseException:
+            lane.close()
+            raise
