@@ -18,20 +18,20 @@ import click
 from migrate import __version__
 
 COMMANDS = {
-    "migrate": "migrations",
-    "list": "migrations",
-    "show": "migrations",
-    "watch": "migrations",
-    "postcopy-now": "migrations",
-    "cancel": "migrations",
-    "reconnect": "migrations",
-    "decide": "migrations",
-    "preflight": "preflight",
-    "sender": "daemons",
-    "receiver": "daemons",
-    "simulated-host": "daemons",
-    "simulated-guest": "guests",
-    "loopback": "loopback",
+    "migrate": "migrate.cli.migrations",
+    "list": "migrate.cli.migrations",
+    "show": "migrate.cli.migrations",
+    "watch": "migrate.cli.migrations",
+    "postcopy-now": "migrate.cli.migrations",
+    "cancel": "migrate.cli.migrations",
+    "reconnect": "migrate.cli.migrations",
+    "decide": "migrate.cli.migrations",
+    "preflight": "migrate.cli.preflight",
+    "sender": "sender.command",
+    "receiver": "receiver.command",
+    "simulated-host": "migrate.cli.daemons",
+    "simulated-guest": "migrate.cli.guests",
+    "loopback": "migrate.cli.loopback",
 }
 
 
@@ -44,7 +44,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        module = importlib.import_module(f"migrate.cli.{COMMANDS[name]}")
+        module = importlib.import_module(COMMANDS[name])
         command: click.Command = getattr(module, name.replace("-", "_") + "_command")
         return command
 

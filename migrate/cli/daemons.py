@@ -1,38 +1,43 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``simulated-host``, ``sender``, ``receiver``: the long-running processes."""
+"""``simulated-host``, and what the commands ``sender`` and ``receiver`` share: the long-running processes."""
 
 from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import click
 import trio
 
 from migrate import logs
-from migrate.cli.options import RECEIVER_SOCKET, SENDER_SOCKET, F, Size, simulated_option, socket_option
+from migrate.cli.options import F, Size, simulated_option, socket_option
 from migrate.lanes.connection import parse_address
 from migrate.service.config import (
     CONFIG_FILE,
-    RECEIVER_PORT,
-    SENDER_PORT,
     STATE_DIRECTORY,
     Address,
-    ReceiverConfig,
-    SenderConfig,
+    Config,
     load,
 )
+from migrate.service.journal import Journal
 from migrate.service.lifecycle import end_with_owner
 from migrate.tasks import root_cause
+from xenbackend.choose import open_hypervisor
+from xenbackend.contract import Hypervisor
+
+
+class Daemon(Protocol):
+    async def run(self) -> None: ...
+
 
 verbose_option = click.option("-v", "--verbose", is_flag=True, help="Log more.")
 
 
-def _run(verbose: bool, main: Any) -> None:
+def run(main: Callable[[], Awaitable[None]], *, verbose: bool) -> None:
     end_with_owner()
     logs.set_up(verbose=verbose)
     try:
@@ -57,25 +62,33 @@ state_option = click.option(
 )
 
 
-def _state(state: Path | None, simulated: Path | None) -> Path:
-    return state or (STATE_DIRECTORY if simulated is None else Path(f"{simulated}.state"))
+def daemon_options(listen: Address, who: str, socket_path: Path) -> Callable[[F], F]:
+    """The options of :func:`run_daemon`.  ``listen``: where the daemon listens by default, for ``who``."""
+    at = "{}:{}".format(*listen)
+    options = [
+        click.option(
+            "--listen", metavar="HOST:PORT", help=f"Where {who} connect to; port 0: any free one.  Default: {at}."
+        ),
+        socket_option(socket_path, "this daemon, to be made"),
+        config_option,
+        state_option,
+        simulated_option,
+        verbose_option,
+    ]
+
+    def decorate(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
 
 
-def listen_option(default: Address, who: str) -> Callable[[F], F]:
-    at = "{}:{}".format(*default)
-    return click.option(
-        "--listen", metavar="HOST:PORT", help=f"Where {who} connect to; port 0: any free one.  Default: {at}."
-    )
-
-
-@click.command("sender")
-@listen_option(SenderConfig.listen, "the receivers of xl's migrations")
-@socket_option(SENDER_SOCKET, "this daemon, to be made")
-@config_option
-@state_option
-@simulated_option
-@verbose_option
-def sender_command(
+def run_daemon(
+    end: str,
+    default_port: int,
+    make: Callable[[Hypervisor, Path, Config, Journal], Daemon],
+    *,
     listen: str | None,
     socket_path: Path,
     config_path: Path | None,
@@ -83,53 +96,14 @@ def sender_command(
     simulated: Path | None,
     verbose: bool,
 ) -> None:
-    """The daemon at the source: migrates what `migrate` and xl's helper ask for at its control socket.
-
-    SIGTERM gives up migrations before their handover (their guests go on here), waits for those after
-    it, and ends; a second one ends it at once.
-    """
-    from migrate.service.journal import Journal
-    from sender.daemon import SenderDaemon
-    from xenbackend.choose import open_hypervisor
-
+    """Run the daemon that ``make`` makes until it ends.  ``end``: ``sender`` or ``receiver``."""
     config = load(config_path)
     if listen is not None:
-        config = replace(config, sender=replace(config.sender, listen=parse_address(listen, SENDER_PORT)))
+        section = replace(getattr(config, end), listen=parse_address(listen, default_port))
+        config = replace(config, **{end: section})
         config.check_addresses()
-    journal = Journal(_state(state, simulated) / "sender")
-    _run(verbose, SenderDaemon(open_hypervisor(simulated), socket_path, config, journal).run)
-
-
-@click.command("receiver")
-@listen_option(ReceiverConfig.listen, "senders")
-@socket_option(RECEIVER_SOCKET, "this daemon, to be made")
-@config_option
-@state_option
-@simulated_option
-@verbose_option
-def receiver_command(
-    listen: str | None,
-    socket_path: Path,
-    config_path: Path | None,
-    state: Path | None,
-    simulated: Path | None,
-    verbose: bool,
-) -> None:
-    """The daemon at the destination: takes guests in and serves their page faults.
-
-    SIGTERM ends it when no guest depends on it any more; a second one ends it at once, and then vCPUs that
-    touch a missing page stand still.
-    """
-    from migrate.service.journal import Journal
-    from receiver.daemon import ReceiverDaemon
-    from xenbackend.choose import open_hypervisor
-
-    config = load(config_path)
-    if listen is not None:
-        config = replace(config, receiver=replace(config.receiver, listen=parse_address(listen, RECEIVER_PORT)))
-        config.check_addresses()
-    journal = Journal(_state(state, simulated) / "receiver")
-    _run(verbose, ReceiverDaemon(open_hypervisor(simulated), socket_path, config, journal).run)
+    directory = state or (STATE_DIRECTORY if simulated is None else Path(f"{simulated}.state"))
+    run(make(open_hypervisor(simulated), socket_path, config, Journal(directory / end)).run, verbose=verbose)
 
 
 @click.command("simulated-host")
@@ -170,4 +144,4 @@ def simulated_host_command(
         finally:
             host.close()
 
-    _run(verbose, main)
+    run(main, verbose=verbose)

@@ -21,8 +21,7 @@ import trustme
 
 from migrate.cli.world import World
 from migrate.errors import MigrationError, PeerClosedError
-from migrate.lanes import pairs as lanes
-from migrate.lanes import tls
+from migrate.lanes import accept, tls
 from migrate.lanes.accept import AwaitedLanes, Reception
 from migrate.lanes.connection import LaneConnection, Terms
 from migrate.lanes.dial import DialledLanes
@@ -190,7 +189,7 @@ async def test_behind_a_crowd_of_strangers_a_peer_is_received(
     files: Callable[..., Tls], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, crowd: str
 ) -> None:
     """Those that have been silent for longest are ended, from one address or from many."""
-    monkeypatch.setattr(lanes, crowd, 5)
+    monkeypatch.setattr(accept, crowd, 5)
     awaited = AwaitedLanes()
     reception = Reception(lambda _greeting: awaited, Terms(tls=files()))
     async with trio.open_nursery() as nursery:

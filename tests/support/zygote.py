@@ -41,7 +41,7 @@ MAX_REQUEST, MAX_FDS = 1 << 20, 250
 ANSWER_TIMEOUT_S = 60.0
 PRELOADED = (
     "migrate.cli.daemons", "migrate.cli.guests", "migrate.cli.loopback", "migrate.cli.migrations", "migrate.cli.preflight",
-    "migrate.service.journal", "migrate.xl.restore", "migrate.xl.save", "receiver.daemon", "sender.daemon",
+    "migrate.service.journal", "migrate.xl.restore", "migrate.xl.save", "receiver.command", "sender.command",
     "xenbackend.simulated.client", "xenbackend.simulated.host", "xenbackend.libxenctrl.hypervisor",
 )  # fmt: skip
 _libc = ctypes.CDLL(None)

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``xen-postcopy receiver``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from migrate.cli.daemons import daemon_options, run_daemon
+from migrate.cli.options import RECEIVER_SOCKET
+from migrate.service.config import RECEIVER_PORT, ReceiverConfig
+from receiver.daemon import ReceiverDaemon
+
+
+@click.command("receiver")
+@daemon_options(ReceiverConfig.listen, "senders", RECEIVER_SOCKET)
+def receiver_command(**options: Any) -> None:
+    """The daemon at the destination: takes guests in and serves their page faults.
+
+    SIGTERM ends it when no guest depends on it any more; a second one ends it at once, and then vCPUs that
+    touch a missing page stand still.
+    """
+    run_daemon("receiver", RECEIVER_PORT, ReceiverDaemon, **options)
