@@ -339,6 +339,9 @@ class IncomingMigration:
             pager = self._started()
         except XenError as error:
             pager = self._start_later(error)
+        except GuestEndedError as error:
+            self._offline_tasks.start_soon(_end_with, error)
+            raise
         self._offline_tasks.start_soon(pager.serve, None)
         await trio.to_thread.run_sync(self._record, "taken over")
         self.progress.phase = "interrupted"
@@ -807,7 +810,8 @@ class IncomingMigration:
             self._domain.start()
         except XenError as error:
             if self._state() in (None, DomainState.CRASHED):
-                raise GuestEndedError(f"the guest could not be started: {error}") from error
+                name = self.progress.domain
+                raise GuestEndedError(f"{name} ended when it was to be started here: {error}") from error
             raise
 
     def _start_later(self, error: XenError) -> Pager:
@@ -1124,10 +1128,14 @@ class IncomingMigration:
         answer: m.Message = m.Failed(m.printable(str(error)))
         progress.problem = str(error)
         aborted = isinstance(error, MigrationError) and not isinstance(error, PeerClosedError | ProtocolError)
-        if self._said_ready and await self._is_gone():
+        gone = self._said_ready and await self._is_gone()
+        if gone or isinstance(error, GuestEndedError):
             reason = str(error) if isinstance(error, GuestEndedError) else "its domain was destroyed"
             answer = m.Ended(self._runs.is_set(), m.printable(reason))
-            lacked = self._lacked or (self.missing if await self._ended_suspended() else 0)
+            if not gone:  # the guest crashed at its start: the source has all that it was
+                reason += f"; its domain is kept here: to end it, destroy it (xl destroy {progress.domain})"
+                answer = m.Failed(m.printable(reason))
+            lacked = self._lacked or (self.missing if gone and await self._ended_suspended() else 0)
             if self.session.handed_over and lacked:
                 reason += (
                     f" after it had been suspended while {lacked} pages were missing: "
@@ -1162,7 +1170,13 @@ class IncomingMigration:
                 await trio.sleep(EXPLANATION_S)
 
     async def _is_gone(self) -> bool:
-        return self._domain is None or await trio.to_thread.run_sync(self._state) is None
+        while self._domain is not None:
+            try:
+                return await trio.to_thread.run_sync(self._state) is None
+            except XenError as error:  # that may pass
+                log.warning("%s: its state is not known: %s", self.progress.domain, error)
+                await trio.sleep(LOOK_AGAIN_EVERY_S)
+        return True
 
     async def _ended_suspended(self) -> bool:
         """As one does that was saved, or migrated to a third host."""
@@ -1191,6 +1205,11 @@ class IncomingMigration:
         if self._domain is not None:
             self._domain.close()
             self._domain = None
+
+
+async def _end_with(error: Exception) -> NoReturn:
+    """End a task group."""
+    raise error
 
 
 def _config(offer: m.Offer) -> DomainConfig:

@@ -144,6 +144,50 @@ async def test_a_guest_that_is_gone_when_it_is_to_be_started_is_not_started_for_
     assert outcome.incoming.progress.phase == "failed"
 
 
+@pytest.mark.parametrize("left", ["nothing", "a crashed domain"])
+async def test_a_guest_that_ends_when_an_operator_starts_it_has_ended(
+    clean_hosts: World, name: str, monkeypatch: Patch, left: str
+) -> None:
+    """The operator has an answer, and the migration an end that the journal agrees with."""
+    links = cut_when(monkeypatch, IncomingMigration, m.Ready, before=True, down=True)
+    state = SimulatedDomain.state
+
+    def fail(self: SimulatedDomain) -> None:
+        if left == "nothing":
+            self.destroy()
+        else:
+            monkeypatch.setattr(SimulatedDomain, "state", lambda _self: DomainState.CRASHED)
+        raise XenError("start", errno.EINVAL)
+
+    monkeypatch.setattr(SimulatedDomain, "start", fail)
+
+    async def meanwhile(outcome: Outcome, link: Link) -> None:
+        links.append(link)
+        await link.was_cut.wait()
+        await until_async(lambda: outcome.incoming.progress.phase == "in doubt")
+        await until_async(lambda: outcome.migration.progress.phase == "failed")
+        outcome.incoming._step = "ready"  # as where its word was lost a moment later
+        incoming = outcome.incoming
+        with pytest.raises(MigrationError, match=f"{name} ended when it was to be started here"):
+            await incoming.decide(here=True)
+        await incoming.ended.wait()
+        monkeypatch.setattr(SimulatedDomain, "state", state)
+        assert incoming.progress.phase == "failed"
+        assert "ended when it was to be started" in incoming.progress.problem
+        assert ("xl destroy" in incoming.progress.problem) is (left != "nothing")
+        with pytest.raises(MigrationError, match="has ended"):
+            await incoming.decide(here=True)
+        link.is_up = True
+        outcome.migration.reconnect()
+        await until_async(lambda: incoming.id not in incoming._journal.entries())
+
+    outcome = await migrate(clean_hosts, busy(name), Strategy.HYBRID, meanwhile=meanwhile)
+    assert outcome.error is not None
+    source = clean_hosts.source.open(name)
+    assert source.state() is DomainState.RUNNING
+    source.close()
+
+
 async def test_a_source_that_cannot_be_destroyed_yet_is_destroyed_later(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
