@@ -22,6 +22,7 @@ import errno
 import functools
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -384,15 +385,17 @@ class IncomingMigration:
         """Tell a sender that was cut off how it has ended, if it comes back."""
         if self._last_word is None:
             return
-        with trio.move_on_after(LINGER_S):
+        with trio.move_on_after(LINGER_S) as limit:
             while True:
                 try:
                     self._push = await self.lanes.again(log.debug)
                     self.session.rejoin()
                     message = await self._hear()
                     if isinstance(message, m.Recall):
+                        limit.deadline = math.inf
+                        cannot = f"{message.reason}, and {self.progress.domain} cannot be paused here"
+                        await self._persist(functools.partial(self._hold_completed, message.reason), cannot)
                         await self._tell_that_it_was_heard()
-                        await trio.to_thread.run_sync(self._hold_completed, message.reason)
                     if isinstance(message, m.Rejoin):
                         await self._say(self._last_word)
                         await self._hear()
@@ -453,10 +456,10 @@ class IncomingMigration:
                 self._tasks.start_soon(self._keep_starting, XenError("start", errno.EAGAIN))
         elif self._step in ("entrusted", "taken over", "finishing", "lost", "held"):
             await self._serve_for_predecessor()
-            if self._step == "held":
-                await self._hold("an operator has decided at the source that it runs there")
-            if self._step == "lost":
-                await self._go_on_without("the sender was killed")
+        if self._step == "held":
+            await self._hold("an operator has decided at the source that it runs there")
+        if self._step == "lost":
+            await self._go_on_without("the source has nothing of the guest any more")
         await self._follow_sender()
 
     async def _agree(self) -> bool:
@@ -1047,25 +1050,50 @@ class IncomingMigration:
         or an operator decides again.
         """
         assert self._domain is not None and self._pager is not None
-        name = self.progress.domain
-        self._close_lanes()
-        self.progress.phase = "held"
-        self.progress.problem = (
-            f"{reason}; so {name} is paused here: `xen-postcopy decide {name} elsewhere` destroys it, "
-            f"`xen-postcopy decide {name} here --force` has it go on"
+        domain, name = self._domain, self.progress.domain
+        what_to_do = (
+            f"`xen-postcopy decide {name} elsewhere` destroys it, `xen-postcopy decide {name} here --force` has it go on"
         )
-        log.error("%s: %s", name, self.progress.problem)
-        await trio.to_thread.run_sync(self._record, "held")
-        if await trio.to_thread.run_sync(self._state) is not DomainState.PAUSED:  # by a predecessor
-            await trio.to_thread.run_sync(self._domain.pause)
+        await trio.to_thread.run_sync(self._record, "held")  # before the source has the answer
         async with task_group() as self._offline_tasks:
+            if self._push is not None:
+                self._offline_tasks.start_soon(self._answer_and_leave)
             self._offline_tasks.start_soon(self._pager.serve, None)
+
+            def pause(paused: bool) -> None:
+                if (self._state() is DomainState.PAUSED) is not paused:  # as by a predecessor
+                    (domain.pause if paused else domain.unpause)()
+
+            self.progress.phase, self.progress.problem = "held", f"{reason}; so {name} is being paused here"
+            cannot = f"{reason}, and {name} cannot be paused here"
+            persist = functools.partial(self._persist, functools.partial(pause, True), cannot, what_to_do)
+            await first(persist, self._released.wait)
+            self.progress.problem = f"{reason}; so {name} is paused here: {what_to_do}"
+            log.error("%s: %s", name, self.progress.problem)
             await self._released.wait()
-            await trio.to_thread.run_sync(self._domain.unpause)
+            cannot = f"{name} is to go on here, and cannot be unpaused"
+            await self._persist(functools.partial(pause, False), cannot)
             self._offline_tasks.cancel_scope.cancel()
         await self._go_on_without(
             "the source has taken the guest back, and an operator has decided that it goes on here"
         )
+
+    async def _persist(self, call: Callable[[], None], what: str, what_to_do: str = "") -> None:
+        """Make a call to the hypervisor in a thread until an attempt succeeds."""
+        for pause_s in pauses(FIRST_START_AGAIN_S, LAST_START_AGAIN_S, growth=2):
+            try:
+                await trio.to_thread.run_sync(call)
+                return
+            except XenError as error:
+                self.progress.problem = f"{what} ({error}), which is tried again and again"
+                if what_to_do:
+                    self.progress.problem += f": {what_to_do}"
+                log.error("%s: %s", self.progress.domain, self.progress.problem)
+                await trio.sleep(pause_s)
+
+    async def _answer_and_leave(self) -> None:
+        await self._tell_that_it_was_heard()
+        self._close_lanes()
 
     def _note(self, why: str) -> None:
         if self.progress.phase == "in doubt":
@@ -1085,14 +1113,13 @@ class IncomingMigration:
                 self._completed = True
                 return
             case m.Abort() if self.session.decided and self._runs.is_set():
-                await self._tell_that_it_was_heard()
                 raise RecalledError(f"the source had not handed it over, and has it run: {message.reason}")
             case m.Abort():
                 raise MigrationError(f"the sender gave up: {message.reason}")
             case m.Recall():
-                await self._tell_that_it_was_heard()
                 if self._runs.is_set():
                     raise RecalledError(message.reason)
+                await self._tell_that_it_was_heard()
                 self._said_ready, self._decided_elsewhere = False, True
                 raise MigrationError(message.reason)
             case m.Lost():

@@ -188,6 +188,76 @@ async def test_a_guest_that_ends_when_an_operator_starts_it_has_ended(
     source.close()
 
 
+@pytest.mark.parametrize("call", ["pause", "unpause", "state"])
+async def test_a_guest_that_cannot_be_paused_yet_is_paused_later(
+    clean_hosts: World, name: str, monkeypatch: Patch, call: str
+) -> None:
+    """An operator has the guest go on at its source, where it was wrongly given up; the source has
+    its answer, and in the end the guest runs at one end only.
+    """
+    failed = list[str]()
+
+    async def meanwhile(outcome: Outcome, link: Link) -> None:
+        nonlocal failed
+        await until_async(lambda: outcome.migration._ran)
+        target = clean_hosts.destination.open(name)
+        link.down()
+        await until_async(lambda: outcome.migration.progress.phase == "interrupted")
+        await outcome.migration.decide(here=True, force=True)
+        incoming = outcome.incoming
+        if call == "pause":
+            failed = fails(monkeypatch, call, times=5)
+        link.is_up = True
+        if call == "state":
+            await until_async(lambda: incoming.progress.phase == "held")
+            failed = fails(monkeypatch, call, times=5)
+        await until_async(lambda: "is paused here" in incoming.progress.problem)
+        await until_async(lambda: target.info().state is DomainState.PAUSED)
+        await until_async(lambda: outcome.migration.id not in outcome.migration._journal.entries())
+        if call == "unpause":
+            failed = fails(monkeypatch, call, times=5)
+        await incoming.decide(here=True, force=True)
+        await until_async(lambda: incoming.progress.phase == "lost")
+        assert target.info().state is DomainState.RUNNING
+        target.destroy()
+        await until_async(lambda: incoming.progress.phase == "failed")
+
+    outcome = await migrate(clean_hosts, busy(name), options=SLOW, meanwhile=meanwhile)
+    assert len(failed) == 5
+    assert "an operator has said" in str(outcome.error)
+    await goes_on_here_only(clean_hosts, name)
+
+
+async def test_a_guest_whose_memory_has_all_come_is_paused_later(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
+    """Likewise where the migration is completed at the destination, and the source never learned it."""
+    links = cut_when(monkeypatch, IncomingMigration, m.Complete, before=True, down=True)
+    failed = list[str]()
+
+    async def meanwhile(outcome: Outcome, link: Link) -> None:
+        nonlocal failed
+        links.append(link)
+        await link.was_cut.wait()
+        await outcome.incoming.ended.wait()
+        assert outcome.incoming.progress.phase == "completed"
+        outcome.incoming.ended = end = trio.Event()  # for which the migration waits below
+        await until_async(lambda: outcome.migration.progress.phase == "interrupted")
+        failed = fails(monkeypatch, "pause", times=5)
+        await outcome.migration.decide(here=True, force=True)
+        link.is_up = True
+        target = clean_hosts.destination.open(name)
+        await until_async(lambda: target.info().state is DomainState.PAUSED)
+        await until_async(lambda: outcome.incoming.progress.phase == "failed")
+        await until_async(lambda: outcome.migration.id not in outcome.migration._journal.entries())
+        target.destroy()
+        end.set()
+
+    await migrate(clean_hosts, busy(name), meanwhile=meanwhile)
+    assert len(failed) == 5
+    await goes_on_here_only(clean_hosts, name)
+
+
 async def test_a_source_that_cannot_be_destroyed_yet_is_destroyed_later(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
