@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 
 BATCH_PAGES = 1024
 KINDS = (PageStatus.DATA, PageStatus.ZERO, PageStatus.HOLE)
+SUSPENDS_LATE_S = 60.0
+"""So long a guest may take to suspend when it was asked to."""
 LIVE_PAGES = 4096
 """From here on copying them would take longer than suspending: a first part is sent with the guest running."""
 SPARE_PAGES = 1024
@@ -74,6 +77,10 @@ class Checkpoints:
         self._made = self._ended = self._inherited = False
         self._problem = ""
         """Why the source could not keep one."""
+        self._suspending = threading.Lock()
+        """Whoever has it may suspend or resume the guest."""
+        self._suspends_until = 0.0
+        """A guest that was asked to suspend, and did not in time, may still do so."""
 
     def begin(self, *, inherit: bool = False) -> None:
         """Begin to record what the guest writes, before the guest runs.  Raises ``XenError`` if
@@ -157,12 +164,8 @@ class Checkpoints:
     # ---- in a thread ----
     def _make(self) -> None:
         self._made = False
-        state = self._domain.state()
-        # Suspended for a checkpoint, and not resumed since.
-        if state is DomainState.SUSPENDED and self._stopped.exists():
-            self._domain.resume()
-            self._stopped.unlink(missing_ok=True)
-        elif state is not DomainState.RUNNING:
+        self.let_go_on()
+        if self._domain.state() is not DomainState.RUNNING:
             return
         self._look()
         rest = self._owed.copy()
@@ -218,14 +221,43 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _standing_still(self) -> Iterator[None]:
-        began = time.monotonic()
-        suspend(self._domain, self._stopped)
+        with self._suspending:
+            began = time.monotonic()
+            try:
+                suspend(self._domain, self._stopped)
+            except XenError:
+                self._suspends_until = began + SUSPENDS_LATE_S
+                raise
+            try:
+                yield
+            finally:
+                try:
+                    self._resume()
+                except XenError as error:  # what was copied is good all the same
+                    log.error("%s; trying again until it does", error)
+                self._statistics.stood_still(time.monotonic() - began)
+
+    def _resume(self) -> None:
+        self._domain.resume()
+        self._stopped.unlink(missing_ok=True)
+
+    def let_go_on(self) -> None:
+        """Resume a guest that stands still for a checkpoint that is over: it could not be resumed
+        then, or was suspended late.  To be called from time to time, whether there are lanes or
+        not.  Raises ``XenError`` where a later call may succeed.
+        """
+        if not self._suspending.acquire(blocking=False):
+            return  # one is being made
         try:
-            yield
+            if not self._stopped.exists():
+                return
+            if self._domain.state() is DomainState.SUSPENDED:
+                self._resume()
+            elif time.monotonic() > self._suspends_until:
+                # It will not be suspended by us any more, and may be by somebody else.
+                self._stopped.unlink(missing_ok=True)
         finally:
-            self._domain.resume()
-            self._stopped.unlink(missing_ok=True)
-            self._statistics.stood_still(time.monotonic() - began)
+            self._suspending.release()
 
     def _written(self, pages: PfnMask) -> Iterator[tuple[m.Written, list[memoryview]]]:
         """What to say of the set; the pieces are mapped until the next one is asked for."""

@@ -907,8 +907,10 @@ class IncomingMigration:
         while True:
             try:
                 state = await trio.to_thread.run_sync(self._state)
+                if self._checkpoints is not None and state is not None:
+                    await trio.to_thread.run_sync(self._checkpoints.let_go_on)
             except XenError as error:  # that may pass
-                log.warning("%s: its state is not known: %s", self.progress.domain, error)
+                log.warning("%s: its state is not known, or it cannot go on: %s", self.progress.domain, error)
                 await trio.sleep(LOOK_AGAIN_EVERY_S)
                 continue
             if state is None:

@@ -21,6 +21,7 @@ from migrate.lanes.dial import DialledLanes
 from migrate.options import MigrationOptions, PolicyOptions, Strategy
 from migrate.service.journal import Journal
 from receiver import checkpoints
+from receiver import migration as receiver_migration
 from receiver.checkpoints import Checkpoints, Room
 from sender import migration as sender_migration
 from sender.checkpoints import CheckpointStore
@@ -283,6 +284,41 @@ async def test_a_guest_that_takes_its_time_to_suspend_is_asked_again(
     await protected(clean_hosts, busy(name), dies_after(1, clean_hosts))
     assert len(refusals) == 2
     assert verified_at_source(clean_hosts.source, busy(name)).problems == []
+
+
+@pytest.mark.parametrize("link_lost", [True, False])
+async def test_a_guest_that_cannot_be_resumed_yet_is_resumed_later(
+    clean_hosts: World, name: str, monkeypatch: Patch, link_lost: bool
+) -> None:
+    """It stands still for no longer than the error lasts, and is protected still."""
+    resume, refusals = SimulatedDomain.resume, list[Domain]()
+
+    def refuse(self: SimulatedDomain) -> None:
+        if self._host is not clean_hosts.source and len(refusals) < 5:
+            refusals.append(self)
+            raise XenError("resume", errno.EBUSY)
+        resume(self)
+
+    monkeypatch.setattr(receiver_migration, "LOOK_AGAIN_EVERY_S", 0.02)
+    monkeypatch.setattr(SimulatedDomain, "resume", refuse)
+
+    async def meanwhile(outcome: Outcome, link: Link) -> None:
+        await until_async(lambda: bool(refusals))
+        if link_lost:
+            link.down()
+        await until_async(lambda: len(refusals) == 5)
+        target = clean_hosts.destination.open(name)
+        before = steps(target)
+        await until_async(lambda: has_moved(before, steps(target)))
+        target.close()
+        link.is_up = True
+        if not link_lost:
+            at_least = outcome.migration.progress.checkpoints + 1
+            await until_async(lambda: outcome.migration.progress.checkpoints >= at_least)
+
+    outcome = await protected(clean_hosts, busy(name), meanwhile)
+    assert outcome.error is None and not outcome.migration.progress.unprotected
+    assert (await verification(clean_hosts, busy(name))).problems == []
 
 
 async def test_a_checkpoint_that_was_written_in_part_is_written_once_more(
