@@ -27,7 +27,7 @@ from migrate.protocol.messages import Hello, Lane
 from migrate.protocol.session import is_session_id
 from migrate.service.config import Config
 from migrate.service.journal import Journal
-from migrate.service.lifecycle import find_migration, notify, serve_connections, until_stopped
+from migrate.service.lifecycle import STOPPING, find_migration, notify, serve_connections, until_stopped
 from migrate.tasks import isolated, task_group
 from receiver.migration import IncomingMigration
 from receiver.toolstack import XlToolstack
@@ -38,7 +38,6 @@ log = logging.getLogger(__name__)
 MAX_MIGRATIONS = 1000
 MAX_WITHOUT_OFFER = 256
 """Each has a thread, for a minute at most."""
-DRAIN_EVERY_S = 1.0
 PROGRESS_EVERY_S = 0.2
 PATIENCE_S = 60.0
 """So long nothing of a guest's missing memory may come for one who waits for all of it."""
@@ -59,6 +58,7 @@ class ReceiverDaemon:
         self.reception = Reception(self._find_awaited, self._terms)
         self._nursery: trio.Nursery
         self._port = 0
+        self._stopping = False
 
     async def run(self) -> None:
         await until_stopped(self._serve, self._drain)
@@ -84,14 +84,17 @@ class ReceiverDaemon:
         lanes_again = rejoining(facts["dials"], session, self._awaited, self._terms)
         self._start(IncomingMigration.of_predecessor(self._hypervisor, session, lanes_again, self._journal, facts))
 
-    async def _drain(self) -> None:
-        for migration in self._migrations.values():
-            migration.cancel("the receiver is being stopped")
-        while needed := [m for m in self._migrations.values() if m.needed]:
-            waiting = [f"{m.progress.domain} ({m.progress.outstanding} pages missing)" for m in needed]
-            notify(f"STATUS=stopping, but guests that run here need their pager still: {', '.join(waiting)}")
-            log.warning("waiting for guests that run here: %s", ", ".join(waiting))
-            await trio.sleep(DRAIN_EVERY_S)
+    async def _drain(self) -> bool:
+        if not self._stopping:
+            self._stopping = True
+            for migration in self._migrations.values():
+                migration.cancel("the receiver is being stopped")
+        needed = [m for m in self._migrations.values() if m.needed]
+        if needed:
+            waiting = ", ".join(f"{m.progress.domain} ({m.progress.outstanding} pages missing)" for m in needed)
+            notify(f"STATUS=stopping, but guests that run here need their pager still: {waiting}")
+            log.warning("waiting for guests that run here: %s", waiting)
+        return bool(needed)
 
     async def _handle(self, request: Json, connection: ControlConnection) -> None:
         match request["command"]:
@@ -187,6 +190,8 @@ class ReceiverDaemon:
         migration.cancel("xl has gone" if request is None else "xl's own live migration takes over")
 
     def _check(self, session: str) -> None:
+        if self._stopping:
+            raise MigrationError(STOPPING)
         if not is_session_id(session):
             raise MigrationError("a session id is made of letters and digits")
         if session in self._migrations:

@@ -1053,9 +1053,7 @@ class IncomingMigration:
         """
         assert self._domain is not None and self._pager is not None
         domain, name = self._domain, self.progress.domain
-        what_to_do = (
-            f"`xen-postcopy decide {name} elsewhere` destroys it, `xen-postcopy decide {name} here --force` has it go on"
-        )
+        what_to_do = f"`xen-postcopy decide {name} elsewhere` destroys it, `xen-postcopy decide {name} here --force` has it go on"
         await trio.to_thread.run_sync(self._record, "held")  # before the source has the answer
         async with task_group() as self._offline_tasks:
             if self._push is not None:

@@ -31,7 +31,7 @@ from migrate.protocol.messages import Hello
 from migrate.protocol.session import new_id, new_token
 from migrate.service.config import RECEIVER_PORT, Config, MigrationConfig, advertised
 from migrate.service.journal import Journal
-from migrate.service.lifecycle import find_migration, notify, serve_connections, until_stopped
+from migrate.service.lifecycle import STOPPING, find_migration, notify, serve_connections, until_stopped
 from migrate.tasks import isolated, task_group
 from sender.migration import OutgoingMigration, check_free
 from sender.toolstack import XlToolstack
@@ -40,7 +40,6 @@ from xenbackend.contract import DomainId, Hypervisor, XenError, find_domain
 log = logging.getLogger(__name__)
 
 PROGRESS_EVERY_S, IDLE_EVERY_S = 0.2, 2.0
-DRAIN_EVERY_S = 1.0
 KEPT = 100
 """Ended migrations that ``list`` still shows."""
 
@@ -57,7 +56,7 @@ class SenderDaemon:
         self._awaited: dict[str, AwaitedLanes] = {}
         """By session."""
         self._nursery: trio.Nursery
-        self._idle = trio.Event()
+        self._stopping = False
 
     async def run(self) -> None:
         await until_stopped(self._serve, self._drain)
@@ -86,17 +85,20 @@ class SenderDaemon:
         lanes_again = rejoining(facts["dials"], session, self._awaited, self._config.terms)
         self._start(OutgoingMigration.of_predecessor(session, self._hypervisor, lanes_again, self._journal, facts))
 
-    async def _drain(self) -> None:
-        for migration in self._running():
-            with contextlib.suppress(MigrationError):  # too late
-                migration.cancel("the sender is being stopped")
-        while running := [m for m in self._migrations.values() if m.id in self._active or m.holds_pages]:
-            waiting = [f"{m.domain_name} ({m.progress.phase}, {m.progress.outstanding} pages to go)" for m in running]
-            notify(f"STATUS=stopping, but guests elsewhere need their pages still: {', '.join(waiting)}")
-            log.warning("waiting for guests elsewhere: %s", ", ".join(waiting))
-            with trio.move_on_after(DRAIN_EVERY_S):
-                self._idle = trio.Event()
-                await self._idle.wait()
+    async def _drain(self) -> bool:
+        if not self._stopping:
+            self._stopping = True
+            for migration in self._running():
+                with contextlib.suppress(MigrationError):  # too late
+                    migration.cancel("the sender is being stopped")
+        needed = [m for m in self._migrations.values() if m.id in self._active or m.holds_pages]
+        if needed:
+            waiting = ", ".join(
+                f"{m.domain_name} ({m.progress.phase}, {m.progress.outstanding} pages to go)" for m in needed
+            )
+            notify(f"STATUS=stopping, but guests elsewhere need their pages still: {waiting}")
+            log.warning("waiting for guests elsewhere: %s", waiting)
+        return bool(needed)
 
     def _running(self) -> list[OutgoingMigration]:
         return [self._migrations[migration_id] for migration_id in self._active]
@@ -233,6 +235,8 @@ class SenderDaemon:
         """Admit the migration, and no other migration of its domain.  Raises :class:`OccupiedError`
         if one is under way.
         """
+        if self._stopping:
+            raise MigrationError(STOPPING)
         domain = migration.target
         if any(m.target.domid == domain.domid for m in self._running()):
             raise OccupiedError(f"domain {domain.name} is being migrated already: see `xen-postcopy list`")
@@ -271,7 +275,6 @@ class SenderDaemon:
         finally:
             self._active.discard(migration.id)
             ended.set()
-            self._idle.set()
             self._forget()
         await self._end(migration)
 

@@ -31,6 +31,11 @@ OWNED = "XEN_POSTCOPY_OWNED"
 LISTEN_FDS_START = 3
 """Of sd-daemon(3)."""
 ACCEPT_AGAIN_S = 0.1
+DRAIN_EVERY_S = 1.0
+STOPPING = (
+    "this daemon is being stopped, and serves only the guests that need it still: try again when it was started anew"
+)
+"""For who asks for a new migration."""
 STRANGERS_SHARE = 0.75
 """The share of the descriptors that strangers may use.  The rest is for migrations that run, their
 journals, and requests at the control socket.
@@ -91,8 +96,10 @@ async def _feed_watchdog() -> None:
         await trio.sleep(int(interval_us) / 1e6 / 3)
 
 
-async def until_stopped(serve: Callable[[], Awaitable[None]], drain: Callable[[], Awaitable[None]]) -> None:
-    """Run ``serve`` until SIGTERM or SIGINT, then ``drain``; a second signal cuts that short."""
+async def until_stopped(serve: Callable[[], Awaitable[None]], drain: Callable[[], Awaitable[bool]]) -> None:
+    """Run ``serve`` until SIGTERM or SIGINT, and then for as long as ``drain`` returns that guests
+    need this daemon.  A second signal cuts that short.
+    """
     # A thread that serves a fault waits this long at most for one that computes (default: 5 ms).
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     # As many threads as migrations need: a host that is slow for many guests does not hold up the
@@ -111,9 +118,19 @@ async def until_stopped(serve: Callable[[], Awaitable[None]], drain: Callable[[]
             notify("STOPPING=1")
             async with trio.open_nursery() as draining:
                 draining.start_soon(_second_signal, signals, draining)
-                await drain()
+                while await _is_needed(drain):
+                    await trio.sleep(DRAIN_EVERY_S)
                 draining.cancel_scope.cancel()
             nursery.cancel_scope.cancel()
+
+
+async def _is_needed(drain: Callable[[], Awaitable[bool]]) -> bool:
+    """After an error: for all that is known."""
+    try:
+        return await drain()
+    except Exception:
+        log.exception("internal error in stopping: this daemon goes on, because guests may need it")
+        return True
 
 
 async def _second_signal(signals: AsyncIterator[int], draining: trio.Nursery) -> None:

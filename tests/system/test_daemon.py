@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -12,13 +14,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import trio
 
 from migrate import logs
-from migrate.cli.world import World
+from migrate.cli.world import World, loopback_world, verify_migrated
 from migrate.control.client import ControlClient
 from migrate.errors import MigrationError
 from migrate.logs import JournalHandler
+from migrate.service import lifecycle
+from tests.conftest import MIB, WAIT_S
 from tests.support import zygote
+from tests.system.test_daemon_death import phase, until
+from tests.system.test_identity import begin, boot
+from xenbackend.contract import DomainState
 
 TIMEOUT_S = 60.0
 AS_SYSTEMD = """
@@ -94,3 +102,49 @@ def test_show_and_watch(world: World, name: str) -> None:
     assert unknown.returncode == 1 and "no migration 'unheard-of'" in unknown.stderr
     with pytest.raises(MigrationError, match="no migration"):
         world.ask("receiver", command="show", migration="")
+
+
+@pytest.mark.parametrize("which", ["sender", "receiver"])
+def test_a_daemon_that_is_being_stopped_serves_its_guests_and_takes_on_no_other(which: str) -> None:
+    with loopback_world(256 * MIB) as world:
+        guest, other = boot(world), boot(world, "other")
+        begin(world, "guest", bandwidth=4 * MIB)
+        until(lambda: phase(world, "receiver") == "postcopy", "no postcopy")
+        stopping = world.processes[which]
+        stopping.popen.send_signal(signal.SIGTERM)
+        until(lambda: "waiting for guests" in stopping.log.read_text(), "it does not stop")
+        with pytest.raises(MigrationError, match="is being stopped, and serves only the guests that need it"):
+            world.ask("sender", command="migrate", domain="other", destination=f"127.0.0.1:{world.port}")
+        assert phase(world, which) == "postcopy"
+        assert stopping.popen.wait(WAIT_S) == 0
+        verification, _view = verify_migrated(world, guest)
+        assert verification.problems == []
+        assert [(info.name, info.state) for info in world.source.domains()] == [(other.name, DomainState.RUNNING)]
+
+
+async def test_an_error_in_stopping_ends_no_daemon_that_a_guest_needs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers: list[bool | Exception] = [True, KeyError("a bug"), True, False]
+    monkeypatch.setattr(lifecycle, "DRAIN_EVERY_S", 0.001)
+    for module, setting in ((sys, "setswitchinterval"), (gc, "freeze"), (resource, "setrlimit")):
+        monkeypatch.setattr(module, setting, lambda *_arguments: None)
+    limiter = trio.to_thread.current_default_thread_limiter()
+
+    async def serve() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        await trio.sleep_forever()
+
+    async def drain() -> bool:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    tokens = limiter.total_tokens
+    with trio.fail_after(WAIT_S):
+        await lifecycle.until_stopped(serve, drain)
+    limiter.total_tokens = tokens
+    assert answers == []
+    (record,) = [record for record in caplog.records if record.exc_info]
+    assert "guests may need it" in record.getMessage()
