@@ -11,7 +11,7 @@ from typing import TypeVarTuple
 import trio
 
 from migrate.errors import LocalProtocolError, MigrationError, PeerClosedError, ProtocolError
-from xenbackend.contract import XenError
+from xenbackend.errors import XenError
 
 log = logging.getLogger(__name__)
 

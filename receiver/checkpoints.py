@@ -27,7 +27,9 @@ from migrate.lanes.connection import run_in_thread
 from migrate.protocol import messages as m
 from migrate.protocol.pfns import PfnMask, batches_of, mask_from_bitmap
 from receiver.statistics import PagerStatistics
-from xenbackend.contract import PAGE_SIZE, Domain, DomainState, PageStatus, XenError
+from xenbackend.contract import Domain, DomainState
+from xenbackend.errors import XenError
+from xenbackend.pages import PAGE_SIZE, PageStatus
 
 log = logging.getLogger(__name__)
 

@@ -60,16 +60,9 @@ from receiver.pager import Pager
 from receiver.restore import FrameLimit, MemoryRestorer
 from receiver.statistics import PagerStatistics
 from receiver.toolstack import OwnToolstack, Toolstack, XlToolstack
-from xenbackend.contract import (
-    Domain,
-    DomainConfig,
-    DomainState,
-    Hypervisor,
-    NoSuchDomainError,
-    PfnArray,
-    ToolstackPorts,
-    XenError,
-)
+from xenbackend.contract import Domain, DomainConfig, DomainState, Hypervisor, ToolstackPorts
+from xenbackend.errors import NoSuchDomainError, XenError
+from xenbackend.pages import PfnArray
 from xenbackend.ring import PagingRing
 
 log = logging.getLogger(__name__)

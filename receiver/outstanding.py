@@ -24,7 +24,7 @@ from migrate.errors import RemoteProtocolError
 from migrate.protocol.messages import MAX_AHEAD_PFNS
 from migrate.protocol.pfns import NO_PFNS, PfnMask, pfn_array
 from receiver.readahead import ReadAhead, merged
-from xenbackend.contract import PfnArray
+from xenbackend.pages import PfnArray
 from xenbackend.ring import PagingRequest
 
 PRESENT, OUTSTANDING, REQUESTED, LOADING, READY, DROPPED = range(6)  # in this order: code below compares

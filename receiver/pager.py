@@ -51,7 +51,9 @@ from migrate.units import pauses
 from receiver.outstanding import OutstandingPages, Verdict
 from receiver.restore import select_pages
 from receiver.statistics import PagerStatistics
-from xenbackend.contract import PAGE_SIZE, Buffer, Domain, PfnArray, XenError
+from xenbackend.contract import Domain
+from xenbackend.errors import XenError
+from xenbackend.pages import PAGE_SIZE, Buffer, PfnArray
 from xenbackend.ring import PagingRequest, PagingRing
 
 log = logging.getLogger(__name__)

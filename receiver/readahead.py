@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from migrate.protocol.pfns import NO_PFNS, union
-from xenbackend.contract import PfnArray
+from xenbackend.pages import PfnArray
 
 FIRST_WINDOW = 4
 MAX_WINDOW = 64

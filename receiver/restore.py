@@ -10,7 +10,9 @@ import numpy as np
 
 from migrate.protocol.messages import Pages
 from migrate.protocol.pfns import pieces
-from xenbackend.contract import PAGE_SIZE, Domain, PfnArray, XenError
+from xenbackend.contract import Domain
+from xenbackend.errors import XenError
+from xenbackend.pages import PAGE_SIZE, PfnArray
 
 EVICT_BATCH = 65536
 

@@ -14,7 +14,8 @@ from typing import Protocol
 import trio
 
 from migrate.control.server import ControlConnection, LastAnswer
-from xenbackend.contract import Domain, DomainConfig, Hypervisor, Preflight, ToolstackPorts, XenError
+from xenbackend.contract import Domain, DomainConfig, Hypervisor, Preflight, ToolstackPorts
+from xenbackend.errors import XenError
 
 
 class Toolstack(Protocol):

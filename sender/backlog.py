@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from migrate.errors import RemoteProtocolError
 from migrate.fastpath.api import FaultAnswerer, NativeLock
 from migrate.protocol.pfns import NO_PFNS, PfnMask, from_mask, pfn_array
-from xenbackend.contract import NativePages, PfnArray
+from xenbackend.pages import NativePages, PfnArray
 
 NOT_OURS, UNSENT, SENT, DONE = range(4)
 BLOCK = 4096

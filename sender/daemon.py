@@ -35,7 +35,8 @@ from migrate.service.lifecycle import STOPPING, find_migration, notify, serve_co
 from migrate.tasks import isolated, task_group
 from sender.migration import OutgoingMigration, check_free
 from sender.toolstack import XlToolstack
-from xenbackend.contract import DomainId, Hypervisor, XenError, find_domain
+from xenbackend.contract import DomainId, Hypervisor, find_domain
+from xenbackend.errors import XenError
 
 log = logging.getLogger(__name__)
 

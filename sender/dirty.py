@@ -29,7 +29,9 @@ from numpy.typing import NDArray
 from migrate.errors import MigrationError
 from migrate.protocol.pfns import PfnMask, bitmap_of, mask_from_bitmap
 from sender.source_pages import present
-from xenbackend.contract import Domain, PfnArray, XenError
+from xenbackend.contract import Domain
+from xenbackend.errors import XenError
+from xenbackend.pages import PfnArray
 
 log = logging.getLogger(__name__)
 

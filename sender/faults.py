@@ -22,7 +22,8 @@ from sender.backlog import Backlog
 from sender.bandwidth import BandwidthCap
 from sender.source_pages import announce_missing
 from sender.statistics import SenderStatistics
-from xenbackend.contract import Domain, PfnArray
+from xenbackend.contract import Domain
+from xenbackend.pages import PfnArray
 
 AHEAD_PIECE = 64
 """Pages that are sent ahead at a time: a fault waits for them."""

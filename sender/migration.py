@@ -70,16 +70,9 @@ from sender.push import BATCH_PAGES, PushLane
 from sender.source_pages import announce_missing, count_pages, hold
 from sender.statistics import SenderStatistics, from_peer
 from sender.toolstack import OwnToolstack, StaysHereError, Toolstack, XlToolstack
-from xenbackend.contract import (
-    PAGE_SIZE,
-    Domain,
-    DomainId,
-    DomainState,
-    Hypervisor,
-    NoSuchDomainError,
-    PfnArray,
-    XenError,
-)
+from xenbackend.contract import Domain, DomainId, DomainState, Hypervisor
+from xenbackend.errors import NoSuchDomainError, XenError
+from xenbackend.pages import PAGE_SIZE, PfnArray
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from enum import Enum
 from typing import Protocol
 
 from migrate.options import PolicyOptions, Strategy
-from xenbackend import PAGE_SIZE
+from xenbackend.pages import PAGE_SIZE
 
 
 class Decision(Enum):

@@ -23,7 +23,8 @@ from sender.push import BATCH_PAGES, PushLane
 from sender.source_pages import count_pages, hold, pinned
 from sender.statistics import SenderStatistics
 from sender.toolstack import Toolstack
-from xenbackend.contract import Domain, PfnArray
+from xenbackend.contract import Domain
+from xenbackend.pages import PfnArray
 
 log = logging.getLogger(__name__)
 

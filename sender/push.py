@@ -21,7 +21,8 @@ from sender.bandwidth import BandwidthCap
 from sender.progress import Progress
 from sender.source_pages import announce
 from sender.statistics import SenderStatistics
-from xenbackend.contract import Domain, MappedPages, PfnArray
+from xenbackend.contract import Domain
+from xenbackend.pages import MappedPages, PfnArray
 
 BATCH_PAGES = 1024
 """Pages that are read, sent and loaded together: enough that Python's part of the work does not count."""

@@ -12,7 +12,9 @@ from migrate.errors import MigrationError
 from migrate.protocol.messages import Pages
 from migrate.protocol.pfns import PfnMask, from_mask
 from sender.backlog import Backlog
-from xenbackend.contract import Domain, MappedPages, PageStatus, PfnArray, XenError
+from xenbackend.contract import Domain
+from xenbackend.errors import XenError
+from xenbackend.pages import MappedPages, PageStatus, PfnArray
 
 PIECE_PFNS = 1 << 18
 

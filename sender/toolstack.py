@@ -23,7 +23,8 @@ from migrate.control.server import ControlConnection, LastAnswer
 from migrate.errors import MigrationError
 from migrate.tasks import first
 from migrate.units import pauses
-from xenbackend.contract import Domain, DomainState, NoSuchDomainError, XenError
+from xenbackend.contract import Domain, DomainState
+from xenbackend.errors import NoSuchDomainError, XenError
 
 log = logging.getLogger(__name__)
 

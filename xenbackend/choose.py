@@ -6,7 +6,8 @@ from __future__ import annotations
 import errno
 from pathlib import Path
 
-from xenbackend.contract import Hypervisor, XenError
+from xenbackend.contract import Hypervisor
+from xenbackend.errors import XenError
 
 
 def open_hypervisor(simulated: Path | None) -> Hypervisor:

@@ -15,34 +15,17 @@ import uuid
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
-from enum import Enum, IntEnum
-from typing import TYPE_CHECKING, NamedTuple, Self
+from enum import Enum
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from xenbackend import PAGE_SIZE as PAGE_SIZE
-from xenbackend.errors import NoSuchDomainError as NoSuchDomainError
-from xenbackend.errors import XenError as XenError
-
-if TYPE_CHECKING:
-    from xenbackend.ring import PagingRing
+from xenbackend.errors import NoSuchDomainError, XenError
+from xenbackend.pages import Buffer, MappedPages, NativePages, PfnArray
+from xenbackend.ring import PagingRing
 
 LOG_DIRTY_IS_ON = "log-dirty is on already: somebody migrates, saves or protects the guest"
-PfnArray = NDArray[np.uint64]
-Buffer = bytes | bytearray | memoryview
-
-
-class PageStatus(IntEnum):
-    """What :meth:`Domain.map_pages` found at a pfn."""
-
-    DATA = 0
-    ZERO = 1
-    HOLE = 2
-    """No frame, or one that is not memory (mmio)."""
-    PAGED = 3
-    """Paged out, at this host: its contents are elsewhere."""
-    BROKEN = 4
 
 
 class DomainState(Enum):
@@ -122,58 +105,6 @@ class Reservation(NamedTuple):
     max_pages: int
     paged_pages: int
     """What is paged out: no frames."""
-
-
-class MappedPages:
-    """Pages of a domain, to be read where they are; a context manager that gives the mapping up.
-
-    ``status`` has a :class:`PageStatus` per pfn, ``data`` the DATA pages, in order: as few pieces of memory
-    as they lie in, each of whole pages.  A running guest writes to them meanwhile.  Nothing of ``data`` may be touched
-    after the end.
-    """
-
-    def __init__(self, status: NDArray[np.uint8], data: list[memoryview]):
-        self.status = status
-        self.data = data
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        """Nothing, where the whole memory is mapped for good."""
-
-
-@dataclass(frozen=True)
-class NativePages:
-    """How native code looks at one page of a domain, and loads it: addresses, as long as the :class:`Domain` is open.
-
-    ``look`` is ``int (void *domain, uint64_t pfn, const void **page)``, a :class:`PageStatus`, and where it is DATA the
-    page can be read where it says until ``looked``, ``void (void *domain, const void *page)``, is called, if that is not 0;
-    ``load`` is ``int (void *domain, uint64_t pfn, const void *page)``, one page's :meth:`Domain.load`.
-    """
-
-    domain: int
-    look: int
-    looked: int
-    load: int
-
-
-def batch_error(operation: str, error: int, pfns: PfnArray, done: int) -> XenError:
-    """Of a batch of which ``done`` were handled.  One that was not begun, having no ring, failed at no pfn."""
-    pfn = None if error == errno_module.ENODEV else int(pfns[done])
-    return XenError(operation, error, pfn=pfn, done=done)
-
-
-def page_bytes(pages: Buffer, count: int) -> NDArray[np.uint8]:
-    """The pages as an array for native code.  Raises ``ValueError`` if the buffer has fewer than ``count`` pages, since native
-    code would read beyond its end.
-
-    An array: a memoryview that native code has a hold of must not get into a reference cycle, as it does with the traceback
-    of a call that failed.  Python's garbage collector clears it nevertheless, and the process dies of it (CPython 3.11).
-    """
-    if len(pages) < count * PAGE_SIZE:
-        raise ValueError(f"{len(pages)} bytes are not {count} pages")
-    return np.frombuffer(pages, dtype=np.uint8)
 
 
 @dataclass(frozen=True)

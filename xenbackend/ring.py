@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from xenbackend._ring import ffi, lib
-from xenbackend.contract import XenError
+from xenbackend.errors import XenError
 
 VM_EVENT_FLAG_VCPU_PAUSED = 1
 MEM_PAGING_DROP_PAGE = 1

@@ -20,7 +20,7 @@ from migrate.control.client import MAX_LINE, Json
 from migrate.errors import MigrationError, UnknownMigrationError
 from migrate.service.lifecycle import inherited_socket, serve_connections
 from migrate.tasks import task_group
-from xenbackend.contract import XenError
+from xenbackend.errors import XenError
 from xenbackend.unix import socket_path
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from migrate.fastpath._fault import ffi, lib
 from migrate.protocol import frames
 from migrate.protocol.messages import Fault, Message, Pages
 from migrate.protocol.pfns import NO_PFNS, pfn_array
-from xenbackend.contract import PAGE_SIZE, NativePages, PfnArray
+from xenbackend.pages import PAGE_SIZE, NativePages, PfnArray
 from xenbackend.ring import NativeRing, PagingRequest, PagingRing, paging_request
 
 RING, ASKED, LANE, LOADED = lib.FAULT_RING, lib.FAULT_ASKED, lib.FAULT_LANE, lib.FAULT_LOADED

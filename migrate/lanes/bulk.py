@@ -2,7 +2,7 @@
 """Many pages through a blocking socket in one call, without the interpreter lock (``native/bulk.c``).
 
 What could not be done is returned, not raised: a traceback would keep what native code has a hold of (``page_bytes`` in
-``xenbackend/contract.py`` says what comes of that).
+``xenbackend/pages.py`` says what comes of that).
 """
 
 from __future__ import annotations

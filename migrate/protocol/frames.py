@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import msgpack
 
 from migrate.errors import LocalProtocolError, RemoteProtocolError
-from xenbackend.contract import PAGE_SIZE, Buffer
+from xenbackend.pages import PAGE_SIZE, Buffer
 
 MAGIC = b"XPC1"
 PREFIX = struct.Struct("!4sIII")

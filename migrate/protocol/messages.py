@@ -20,7 +20,7 @@ from migrate.errors import RemoteProtocolError
 from migrate.options import MAX_CHECKPOINT_MS
 from migrate.protocol.frames import MAX_HEADER_BYTES, MAX_PAYLOAD_PAGES
 from migrate.protocol.pfns import NO_PFNS, WINDOW_PFNS
-from xenbackend.contract import PAGE_SIZE, PfnArray
+from xenbackend.pages import PAGE_SIZE, PfnArray
 
 PROTOCOL_VERSION = 1
 MAX_PFN = 2**40

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from xenbackend.contract import PfnArray
+from xenbackend.pages import PfnArray
 
 WINDOW_PFNS = 2**18
 """pfns in one window: 32 KiB of bitmap, 1 GiB of guest."""

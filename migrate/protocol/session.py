@@ -42,7 +42,7 @@ import numpy as np
 from migrate.errors import LocalProtocolError, ProtocolError, RemoteProtocolError
 from migrate.protocol import messages as m
 from migrate.protocol.messages import Lane, Message
-from xenbackend.contract import PfnArray
+from xenbackend.pages import PfnArray
 
 
 class Role(IntEnum):

@@ -24,7 +24,7 @@ from migrate.lanes.connection import SILENCE_S, Terms, is_loopback, parse_addres
 from migrate.lanes.tls import Tls
 from migrate.options import PolicyOptions, Strategy
 from migrate.units import parse_size
-from xenbackend.contract import PAGE_SIZE
+from xenbackend.pages import PAGE_SIZE
 
 CONFIG_FILE = Path("/etc/xen-postcopy/config.toml")
 STATE_DIRECTORY = Path("/var/lib/xen-postcopy")

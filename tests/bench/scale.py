@@ -14,7 +14,7 @@ import numpy as np
 from migrate.protocol.pfns import from_bitmap, mask_from_bitmap, windows
 from receiver.outstanding import OutstandingPages
 from sender.backlog import Backlog
-from xenbackend.contract import PAGE_SIZE
+from xenbackend.pages import PAGE_SIZE
 
 WRITTEN = 5000
 BATCHES = 200

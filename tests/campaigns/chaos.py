@@ -33,7 +33,8 @@ from migrate.protocol import messages as m
 from migrate.protocol.session import new_id
 from tests.support import zygote
 from tests.support.links import Link, link
-from xenbackend.contract import DomainState, XenError
+from xenbackend.contract import DomainState
+from xenbackend.errors import XenError
 from xenbackend.simulated.client import SimulatedDomain, SimulatedHypervisor
 from xenbackend.simulated.guest import WORKLOADS, GuestSpec
 from xenbackend.simulated.verify import verify

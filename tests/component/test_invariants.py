@@ -32,7 +32,8 @@ from sender.push import PushLane
 from tests.conftest import MIB, WAIT_S
 from tests.support.inprocess import Outcome, migrate, verification
 from tests.support.links import Link
-from xenbackend.contract import DomainState, NativePages, PfnArray
+from xenbackend.contract import DomainState
+from xenbackend.pages import NativePages, PfnArray
 from xenbackend.ring import PagingRequest, PagingRing
 from xenbackend.simulated.client import SimulatedDomain
 from xenbackend.simulated.guest import GuestSpec

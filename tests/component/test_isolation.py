@@ -42,7 +42,8 @@ from tests.component.test_invariants import busy
 from tests.component.test_link_loss import until
 from tests.conftest import MIB
 from tests.support import inprocess
-from xenbackend.contract import Hypervisor, XenError
+from xenbackend.contract import Hypervisor
+from xenbackend.errors import XenError
 from xenbackend.simulated.guest import GuestSpec
 
 BUGS = [

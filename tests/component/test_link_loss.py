@@ -22,7 +22,8 @@ from tests.component.test_invariants import busy
 from tests.conftest import MIB, WAIT_S
 from tests.support.inprocess import Outcome, migrate, verification
 from tests.support.links import Link
-from xenbackend.contract import DomainState, NoSuchDomainError
+from xenbackend.contract import DomainState
+from xenbackend.errors import NoSuchDomainError
 from xenbackend.simulated.client import SimulatedDomain
 
 Patch = pytest.MonkeyPatch

@@ -28,7 +28,8 @@ from tests.conftest import MIB
 from tests.support.inprocess import Outcome, migrate, verification
 from tests.support.links import Link
 from tests.unit.test_fault_path import Destination, contents, encoded, lanes, put
-from xenbackend.contract import PAGE_SIZE, Buffer, NativePages, PfnArray, XenError
+from xenbackend.errors import XenError
+from xenbackend.pages import PAGE_SIZE, Buffer, NativePages, PfnArray
 from xenbackend.simulated.client import SimulatedDomain
 
 

@@ -27,7 +27,8 @@ from tests.support.links import Link
 from tests.system.test_command_line import PROGRAM
 from tests.system.test_daemon_death import kill, lines, phase, until, world
 from tests.system.test_identity import begin, boot, copying, states
-from xenbackend.contract import DomainState, XenError
+from xenbackend.contract import DomainState
+from xenbackend.errors import XenError
 from xenbackend.simulated.client import SimulatedDomain
 
 __all__ = ["world"]

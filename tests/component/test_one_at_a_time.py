@@ -29,7 +29,8 @@ from tests.support.links import Link
 from tests.system.test_daemon_death import kill, lines, phase, until, world
 from tests.system.test_identity import SLOW, begin, boot, copying, states
 from tests.system.test_xl_migration import Xl, xl
-from xenbackend.contract import Domain, DomainState, XenError
+from xenbackend.contract import Domain, DomainState
+from xenbackend.errors import XenError
 from xenbackend.simulated.client import SimulatedDomain
 from xenbackend.simulated.guest import GuestSpec
 

@@ -33,7 +33,8 @@ from tests.conftest import MIB
 from tests.support.inprocess import Outcome, migrate, verification
 from tests.support.links import Link
 from tests.system.test_daemon_death import kill, lines, note, until
-from xenbackend.contract import Domain, DomainState, XenError
+from xenbackend.contract import Domain, DomainState
+from xenbackend.errors import XenError
 from xenbackend.simulated.client import SimulatedDomain, SimulatedHypervisor
 from xenbackend.simulated.guest import GuestSpec
 from xenbackend.simulated.verify import Verification, verify

@@ -19,7 +19,9 @@ from migrate.protocol.pfns import from_mask, mask_from_bitmap
 from tests.conformance.test_conformance import page, pfns, read, span
 from tests.conftest import MIB, WAIT_S, Boot
 from tests.support.labs import SimulatedLab, until
-from xenbackend.contract import PAGE_SIZE, DomainState, PageStatus, XenError
+from xenbackend.contract import DomainState
+from xenbackend.errors import XenError
+from xenbackend.pages import PAGE_SIZE, PageStatus
 from xenbackend.ring import VM_EVENT_SLOTS, PagingRequest, PagingRing
 from xenbackend.simulated._sim import lib
 from xenbackend.simulated.client import SimulatedDomain, SimulatedHypervisor

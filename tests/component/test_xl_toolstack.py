@@ -12,7 +12,8 @@ import trio.testing
 
 from sender.toolstack import UNKNOWN_XL_S, XL_PATIENCE_S, XlToolstack
 from tests.support import zygote
-from xenbackend.contract import Domain, DomainState, NoSuchDomainError
+from xenbackend.contract import Domain, DomainState
+from xenbackend.errors import NoSuchDomainError
 
 
 class Suspended:

@@ -29,18 +29,9 @@ import pytest
 from migrate.protocol.pfns import NO_PFNS, from_mask, mask_from_bitmap, pfn_array
 from tests.support import zygote
 from tests.support.labs import Lab, until
-from xenbackend.contract import (
-    PAGE_SIZE,
-    Domain,
-    DomainState,
-    Hypervisor,
-    NoSuchDomainError,
-    PageStatus,
-    PfnArray,
-    ToolstackPorts,
-    XenError,
-    find_domain,
-)
+from xenbackend.contract import Domain, DomainState, Hypervisor, ToolstackPorts, find_domain
+from xenbackend.errors import NoSuchDomainError, XenError
+from xenbackend.pages import PAGE_SIZE, PageStatus, PfnArray
 from xenbackend.ring import PagingRequest, PagingRing
 
 TREE = Path(__file__).parents[2]

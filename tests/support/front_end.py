@@ -6,7 +6,7 @@ from __future__ import annotations
 import mmap
 import struct
 
-from xenbackend.contract import PAGE_SIZE
+from xenbackend.pages import PAGE_SIZE
 from xenbackend.ring import VM_EVENT_SLOTS, PagingRing
 
 SLOTS, SLOT_BYTES = 64, 400

@@ -26,7 +26,8 @@ from receiver.migration import IncomingMigration
 from sender.migration import OutgoingMigration
 from tests.conftest import WAIT_S
 from tests.support.links import Link, link
-from xenbackend.contract import XenError, find_domain
+from xenbackend.contract import find_domain
+from xenbackend.errors import XenError
 from xenbackend.simulated.guest import GuestSpec
 from xenbackend.simulated.verify import Verification
 

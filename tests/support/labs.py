@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 from migrate.cli.world import World
 from migrate.protocol.pfns import NO_PFNS
 from tests.conftest import MIB, clear
-from xenbackend.contract import PAGE_SIZE, Domain, DomainConfig, Hypervisor, PfnArray
+from xenbackend.contract import Domain, DomainConfig, Hypervisor
+from xenbackend.pages import PAGE_SIZE, PfnArray
 from xenbackend.simulated.client import SimulatedDomain, SimulatedHypervisor
 from xenbackend.simulated.guest import GuestSpec
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from xenbackend.choose import open_hypervisor
-from xenbackend.contract import PAGE_SIZE
+from xenbackend.pages import PAGE_SIZE
 
 
 def main() -> None:

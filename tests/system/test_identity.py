@@ -17,7 +17,8 @@ from migrate.errors import MigrationError, UnknownMigrationError
 from migrate.service.lifecycle import find_migration
 from tests.conftest import MIB
 from tests.system.test_daemon_death import journal, kill, lines, phase, until, world
-from xenbackend.contract import DomainInfo, DomainState, NoSuchDomainError, XenError, find_domain
+from xenbackend.contract import DomainInfo, DomainState, find_domain
+from xenbackend.errors import NoSuchDomainError, XenError
 from xenbackend.simulated.guest import GuestSpec
 
 __all__ = ["world"]

@@ -21,7 +21,8 @@ from migrate.xl.protocol import Message
 from tests.conftest import MIB
 from tests.support.labs import until
 from tests.support.libxl import Libxl, write_stock_helper
-from xenbackend.contract import DomainState, NoSuchDomainError
+from xenbackend.contract import DomainState
+from xenbackend.errors import NoSuchDomainError
 from xenbackend.simulated.client import SimulatedDomain
 from xenbackend.simulated.guest import GuestSpec
 

@@ -42,7 +42,7 @@ from sender.statistics import SenderStatistics
 from tests.component.test_link_loss import until
 from tests.support.front_end import FrontEnd
 from tests.unit.test_session import STORY
-from xenbackend.contract import PAGE_SIZE, Buffer, NativePages, PageStatus, PfnArray
+from xenbackend.pages import PAGE_SIZE, Buffer, NativePages, PageStatus, PfnArray
 from xenbackend.ring import MEM_PAGING_DROP_PAGE
 
 NR = 48

@@ -24,7 +24,7 @@ from sender.progress import Progress
 from sender.statistics import SenderStatistics
 from sender.toolstack import OwnToolstack
 from tests.support.labs import SimulatedLab
-from xenbackend.contract import PAGE_SIZE, PfnArray
+from xenbackend.pages import PAGE_SIZE, PfnArray
 
 NR_PFNS, WINDOW_PFNS = 1024, 128
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from xenbackend.choose import open_hypervisor
-from xenbackend.contract import XenError
+from xenbackend.errors import XenError
 from xenbackend.libxenctrl import preflight as refusals
 from xenbackend.libxenctrl.preflight import DomainFacts, HostFacts
 

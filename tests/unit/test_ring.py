@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.support.front_end import ANSWERED, FREE, NOTES, OPEN, SLOTS, FrontEnd
 from xenbackend._ring import ffi, lib
-from xenbackend.contract import XenError
+from xenbackend.errors import XenError
 from xenbackend.ring import VM_EVENT_SLOTS, PagingRequest
 
 STEP = st.one_of(

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 import msgpack
 
-from xenbackend.contract import DomainConfig, ToolstackPorts, XenError
+from xenbackend.contract import DomainConfig, ToolstackPorts
+from xenbackend.errors import XenError
 from xenbackend.libxenctrl._xen import ffi, lib
 from xenbackend.libxenctrl.domain import (
     HVM_PARAM_CONSOLE_EVTCHN,

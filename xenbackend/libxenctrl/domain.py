@@ -19,30 +19,13 @@ import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
-from xenbackend.contract import (
-    LOG_DIRTY_IS_ON,
-    PAGE_SIZE,
-    Buffer,
-    Domain,
-    DomainConfig,
-    DomainInfo,
-    DomainState,
-    MappedPages,
-    NativePages,
-    NoSuchDomainError,
-    PageStatus,
-    PfnArray,
-    Preflight,
-    Reservation,
-    XenError,
-    batch_error,
-    page_bytes,
-)
-from xenbackend.errors import check_handle
+from xenbackend.contract import LOG_DIRTY_IS_ON, Domain, DomainConfig, DomainInfo, DomainState, Preflight, Reservation
+from xenbackend.errors import NoSuchDomainError, XenError, check_handle
 from xenbackend.libxenctrl._xen import ffi, lib
 from xenbackend.libxenctrl.held import HeldPages
 from xenbackend.libxenctrl.preflight import ENABLE_ERRORS, DomainFacts
 from xenbackend.libxenctrl.ring import XenPagingRing
+from xenbackend.pages import PAGE_SIZE, Buffer, MappedPages, NativePages, PageStatus, PfnArray, batch_error, page_bytes
 
 if TYPE_CHECKING:
     from xenbackend.libxenctrl.builder import Plumbing

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xenbackend.contract import PAGE_SIZE, PageStatus, PfnArray
 from xenbackend.libxenctrl._xen import ffi, lib
+from xenbackend.pages import PAGE_SIZE, PageStatus, PfnArray
 
 CHUNK_PAGES: int = lib.CHUNK_PAGES
 """Of one mapping, and so of one hypercall; what is released page by page is given back in such pieces."""

@@ -10,23 +10,13 @@ import shutil
 import subprocess
 from typing import Any
 
-from xenbackend.contract import (
-    PAGE_SIZE,
-    Domain,
-    DomainConfig,
-    DomainInfo,
-    DomainState,
-    Hypervisor,
-    NoSuchDomainError,
-    Preflight,
-    ToolstackPorts,
-    XenError,
-)
-from xenbackend.errors import check_handle
+from xenbackend.contract import Domain, DomainConfig, DomainInfo, DomainState, Hypervisor, Preflight, ToolstackPorts
+from xenbackend.errors import NoSuchDomainError, XenError, check_handle
 from xenbackend.libxenctrl import builder as incoming
 from xenbackend.libxenctrl._xen import ffi, lib
 from xenbackend.libxenctrl.domain import XenDomain, check, state_of
 from xenbackend.libxenctrl.preflight import HostFacts
+from xenbackend.pages import PAGE_SIZE
 
 LIST_BATCH = 64
 FIRST_RESERVED_DOMID = 0x7FF0  # xen/include/public/xen.h

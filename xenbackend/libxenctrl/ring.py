@@ -7,8 +7,9 @@ import select
 from collections.abc import Iterable
 from typing import Any
 
-from xenbackend.contract import PAGE_SIZE, XenError
+from xenbackend.errors import XenError
 from xenbackend.libxenctrl._xen import ffi, lib
+from xenbackend.pages import PAGE_SIZE
 from xenbackend.ring import NativeRing, PagingRequest, PagingRing
 
 

@@ -15,26 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xenbackend.contract import (
-    PAGE_SIZE,
-    Buffer,
     Domain,
     DomainConfig,
     DomainInfo,
     DomainState,
     Hypervisor,
-    MappedPages,
-    NativePages,
-    NoSuchDomainError,
-    PageStatus,
-    PfnArray,
     Preflight,
     Reservation,
     ToolstackPorts,
-    XenError,
-    batch_error,
-    page_bytes,
 )
-from xenbackend.errors import check_handle
+from xenbackend.errors import NoSuchDomainError, XenError, check_handle
+from xenbackend.pages import PAGE_SIZE, Buffer, MappedPages, NativePages, PageStatus, PfnArray, batch_error, page_bytes
 from xenbackend.ring import PagingRing
 from xenbackend.simulated._sim import ffi, lib
 from xenbackend.simulated.guest import GuestSpec

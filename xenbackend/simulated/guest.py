@@ -17,7 +17,8 @@ from typing import Any
 
 import msgpack
 
-from xenbackend.contract import PAGE_SIZE, DomainConfig
+from xenbackend.contract import DomainConfig
+from xenbackend.pages import PAGE_SIZE
 from xenbackend.simulated._sim import ffi, lib
 
 WORKLOADS = {

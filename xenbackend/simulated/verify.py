@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from xenbackend.contract import PAGE_SIZE, DomainState, PfnArray
+from xenbackend.contract import DomainState
+from xenbackend.pages import PAGE_SIZE, PfnArray
 from xenbackend.simulated._sim import ffi, lib
 from xenbackend.simulated.client import PAGING_TYPES, RAM_TYPES, SimulatedDomain
 from xenbackend.simulated.guest import GuestSpec

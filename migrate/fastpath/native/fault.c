@@ -174,7 +174,7 @@ static int send_all(struct fault_lane *lane, struct iovec *vector, size_t n)
 /* ---- the sender ---- */
 enum { NOT_OURS, UNSENT, SENT, DONE };      /* sender/backlog.py */
 #define BLOCK 4096
-enum { PAGE_DATA, PAGE_ZERO };              /* PageStatus in xenbackend/contract.py */
+enum { PAGE_DATA, PAGE_ZERO };              /* PageStatus in xenbackend/pages.py */
 
 struct wanted {
     uint64_t pfn;

@@ -15,7 +15,8 @@ from collections.abc import Callable
 import numpy as np
 
 from tests.xenlab.dom0.lab import EMPTY_PLATFORM
-from xenbackend.contract import DomainConfig, XenError
+from xenbackend.contract import DomainConfig
+from xenbackend.errors import XenError
 from xenbackend.libxenctrl._xen import ffi, lib
 from xenbackend.libxenctrl.domain import XenDomain, gfn_array
 from xenbackend.libxenctrl.hypervisor import XenHypervisor

@@ -17,7 +17,8 @@ import numpy as np
 from migrate.protocol.pfns import pfn_array
 from tests.support.labs import Lab, until
 from tests.xenlab.dom0.guests import LINUX, STEPS_PER_S, STUB, Guest, Kind, create
-from xenbackend.contract import Domain, DomainConfig, DomainState, PfnArray, XenError
+from xenbackend.contract import Domain, DomainConfig, DomainState
+from xenbackend.errors import XenError
 from xenbackend.libxenctrl._xen import ffi, lib
 from xenbackend.libxenctrl.builder import Platform
 from xenbackend.libxenctrl.domain import (
@@ -28,6 +29,7 @@ from xenbackend.libxenctrl.domain import (
     XenDomain,
 )
 from xenbackend.libxenctrl.hypervisor import XenHypervisor
+from xenbackend.pages import PfnArray
 
 XEN_X86_EMU_LAPIC = 1
 REMNANTS_S = 30.0

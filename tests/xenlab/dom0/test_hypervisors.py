@@ -22,7 +22,8 @@ from tests.xenlab.dom0.conftest import KIND
 from tests.xenlab.dom0.daemons import daemons
 from tests.xenlab.dom0.guests import Guest, guest
 from tests.xenlab.dom0.lab import EMPTY_PLATFORM
-from xenbackend.contract import DomainConfig, XenError
+from xenbackend.contract import DomainConfig
+from xenbackend.errors import XenError
 from xenbackend.libxenctrl._xen import ffi, lib
 from xenbackend.libxenctrl.domain import HVM_PARAM_PAGING_RING_PFN, XenDomain, gfn_array
 from xenbackend.libxenctrl.hypervisor import XenHypervisor

@@ -23,8 +23,8 @@ from tests.support.labs import until
 from tests.xenlab.dom0.daemons import daemons, write_helper
 from tests.xenlab.dom0.guests import STEPS_PER_S, Guest, guest, xl
 from tests.xenlab.dom0.lab import remnants
-from xenbackend.contract import PAGE_SIZE, PageStatus, PfnArray
 from xenbackend.libxenctrl.hypervisor import XenHypervisor
+from xenbackend.pages import PAGE_SIZE, PageStatus, PfnArray
 
 PAGING = pytest.mark.hypervisors("populate-evicted", "paging")
 PATCHED = pytest.mark.hypervisors("populate-evicted")

@@ -49,7 +49,7 @@ int xen_store_introduce(struct xen_host *h, uint32_t domid, uint64_t gfn, uint32
 int xen_store_resume(struct xen_host *h, uint32_t domid);
 
 /* ---- memory.c ---- */
-#define PAGE_DATA 0             /* numbers shared with xenbackend.contract.PageStatus */
+#define PAGE_DATA 0             /* numbers shared with xenbackend.pages.PageStatus */
 #define PAGE_ZERO 1
 #define PAGE_HOLE 2
 #define PAGE_PAGED 3
@@ -129,7 +129,7 @@ int xen_evict_one_by_one(struct xen_host *h, uint32_t domid, const uint64_t *gfn
 int xen_load(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, const uint8_t *pages, int32_t *results);
 
 /* ---- one_page.c ---- */
-/* For native code that serves faults: what struct NativePages in xenbackend/contract.py has, and NativeRing in ring.py. */
+/* For native code that serves faults: what struct NativePages in xenbackend/pages.py has, and NativeRing in ring.py. */
 struct xen_held {               /* pages that stay mapped (held.py) */
     const uint32_t *slot;       /* of each gfn, or NOT_HELD */
     const uint64_t *address;    /* of each chunk of CHUNK_PAGES slots */

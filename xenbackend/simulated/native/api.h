@@ -18,7 +18,7 @@
 #define P2M_RAM_PAGING_IN 11
 #define P2M_BROKEN 13
 
-/* what sim_look() found at a pfn; numbers shared with xenbackend.contract.PageStatus */
+/* what sim_look() found at a pfn; numbers shared with xenbackend.pages.PageStatus */
 #define PAGE_DATA 0
 #define PAGE_ZERO 1
 #define PAGE_HOLE 2
