@@ -57,7 +57,7 @@ class JournalHandler(logging.Handler):
     A record that the journal does not take at once is lost: the caller may be the event loop.
     """
 
-    def __init__(self, path: str = JOURNAL_SOCKET):
+    def __init__(self, path: str):
         super().__init__()
         self._path = path
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -132,7 +132,7 @@ def abnormal_end(domain: str, phase: str, reason: str, counters: dict[str, Any])
 def set_up(*, verbose: bool) -> None:
     handler: logging.Handler
     if "JOURNAL_STREAM" in os.environ and os.path.exists(JOURNAL_SOCKET):
-        handler = JournalHandler()
+        handler = JournalHandler(JOURNAL_SOCKET)
         handler.setFormatter(OneLine("%(about)s%(message)s"))
     else:
         handler = LineHandler()

@@ -25,6 +25,10 @@ class XenError(Exception):
         super().__init__(f"{operation}{where}: {self.why} ({name})")
 
 
+class GuestOptionError(ValueError):
+    """An option of a simulated guest that makes no sense; the text says which and why."""
+
+
 class NoSuchDomainError(XenError):
     def __init__(self, domain: str | int, why: str = "there is no such domain on this host"):
         super().__init__(f"domain {domain!r}", errno_module.ESRCH, why=why)

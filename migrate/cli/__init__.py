@@ -74,7 +74,7 @@ def main() -> None:
     """The entry point."""
     from migrate.cli.text import echo
     from migrate.errors import InterruptedMigrationError, MigrationError
-    from xenbackend.errors import XenError
+    from xenbackend.errors import GuestOptionError, XenError
 
     try:
         cli.main(standalone_mode=False)
@@ -84,16 +84,12 @@ def main() -> None:
     except InterruptedMigrationError as error:
         echo(f"xen-postcopy: {error}", err=True)
         sys.exit(130)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
     except click.ClickException as error:
         text = io.StringIO()
         error.show(text)
         echo(text.getvalue().rstrip("\n"), err=True)
         sys.exit(error.exit_code)
-    except (MigrationError, XenError, ValueError, OSError) as error:
-        if isinstance(error, ValueError) and type(error).__name__ != "GuestOptionError":
-            raise
+    except (MigrationError, XenError, GuestOptionError, OSError) as error:
         with contextlib.suppress(OSError):  # of a terminal that has been closed, for one
             for note in getattr(error, "__notes__", ()):
                 echo(note, err=True)

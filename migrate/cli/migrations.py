@@ -36,6 +36,7 @@ def follow_migration(client: ControlClient, request: dict[str, Any]) -> dict[str
     :class:`InterruptedMigrationError`.
     """
     interrupted = False
+    result: dict[str, Any] = {}
 
     def on_interrupt(_signal: int, _frame: object) -> None:
         nonlocal interrupted
@@ -59,8 +60,7 @@ def follow_migration(client: ControlClient, request: dict[str, Any]) -> dict[str
                         f"{answer['message']}\nThe migration goes on in the daemons; `xen-postcopy list` shows it."
                     )
                 case "result":
-                    result: dict[str, Any] = answer["result"]
-                    return result
+                    result = answer["result"]
     except InterruptedMigrationError:
         raise
     except MigrationError as error:
@@ -70,7 +70,7 @@ def follow_migration(client: ControlClient, request: dict[str, Any]) -> dict[str
     finally:
         signal.signal(signal.SIGINT, previous)
         display.close()
-    raise MigrationError("the daemon ended the request without a result")
+    return result
 
 
 def write_json(path: Path | None, result: dict[str, Any]) -> None:

@@ -32,6 +32,7 @@ STRANGERS = trio.CapacityLimiter(2)
 """Threads for the cryptography of handshakes with strangers.  Waiting for the network takes no
 thread.
 """
+WANTED = (ssl.SSLWantReadError, ssl.SSLWantWriteError)
 MEANINGS = {
     "TLSV13_ALERT_CERTIFICATE_REQUIRED": "the peer wants a certificate of ours, and has got none",
     "TLSV1_ALERT_UNKNOWN_CA": "the peer does not trust the authority that has signed our certificate",
@@ -171,11 +172,16 @@ def _step(sock: ssl.SSLSocket) -> Callable[[socket.socket], Awaitable[None]] | N
     """Continue the handshake; returns what to wait for, ``None`` when the handshake is done."""
     try:
         sock.do_handshake()
-    except ssl.SSLWantReadError:
-        return trio.lowlevel.wait_readable
-    except ssl.SSLWantWriteError:
-        return trio.lowlevel.wait_writable
+    except WANTED as error:
+        return trio.lowlevel.wait_writable if _event(error) == select.POLLOUT else trio.lowlevel.wait_readable
     return None
+
+
+def _event(wanted: ssl.SSLError) -> int:
+    """What has to happen to the socket before a call can be repeated: TLS may have to send in order
+    to receive, and to receive in order to send.
+    """
+    return select.POLLOUT if isinstance(wanted, ssl.SSLWantWriteError) else select.POLLIN
 
 
 async def _refuse(sock: socket.socket) -> None:
@@ -243,14 +249,11 @@ class TlsSocket:
         """Of ``flags`` MSG_WAITALL and MSG_DONTWAIT count."""
         received = 0
         while True:
-            wait = select.POLLIN
             try:
                 with self._lock:
                     count = self._socket.recv_into(buffer[received:size])
-            except ssl.SSLWantReadError:
-                pass
-            except ssl.SSLWantWriteError:
-                wait = select.POLLOUT
+            except WANTED as error:
+                wait = _event(error)
             else:
                 received += count
                 if not count or received == size or not flags & socket.MSG_WAITALL:
@@ -266,16 +269,11 @@ class TlsSocket:
         for buffer in buffers:
             at = 0
             while at < len(buffer):
-                wait = select.POLLOUT
                 try:
                     with self._lock:
                         at += self._socket.send(buffer[at:])
-                    continue
-                except ssl.SSLWantReadError:
-                    wait = select.POLLIN
-                except ssl.SSLWantWriteError:
-                    pass
-                self._wait_for(wait, self._send_timeout_s)
+                except WANTED as error:
+                    self._wait_for(_event(error), self._send_timeout_s)
             sent += len(buffer)
         return sent
 

@@ -38,12 +38,14 @@ from xenbackend.ring import PagingRequest, PagingRing
 from xenbackend.simulated.client import SimulatedDomain
 from xenbackend.simulated.guest import GuestSpec
 
+RATE = 5000
+"""Accesses a second and vCPU.  As fast as they can, vCPUs take the processor from all that is tested."""
 Patch = pytest.MonkeyPatch
 
 
 def busy(name: str, **options: object) -> GuestSpec:
     """A guest that goes over all its memory again and again: it touches pages that are not there, and reads damage soon."""
-    defaults: dict[str, object] = {"vcpus": 2, "working_set_bytes": 16 * MIB, "zero_permille": 0}
+    defaults: dict[str, object] = {"vcpus": 2, "working_set_bytes": 16 * MIB, "zero_permille": 0, "rate": RATE}
     return GuestSpec(name, 16 * MIB, **{**defaults, **options})  # type: ignore[arg-type]
 
 

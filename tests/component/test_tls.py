@@ -338,3 +338,5 @@ async def test_files_are_renewed_while_connections_come(
     await connect(files(signed_by=ANOTHER, trusts=ANOTHER))
     with pytest.raises(MigrationError):
         Tls(tls.certificate, peer.key, tls.authority, ()).check()  # there are no good ones yet
+    with pytest.raises(MigrationError, match=r"\[tls\] .*nowhere: No such file"):
+        Tls(peer.certificate, peer.key, tls.authority.with_name("nowhere"), ()).check()

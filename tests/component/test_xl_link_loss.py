@@ -43,7 +43,7 @@ def free_port() -> int:
 @pytest.fixture
 def xl(tmp_path: Path) -> Iterator[CuttableXl]:
     """Whose sender is reached over a link that can be cut."""
-    spec = GuestSpec("guest", 16 * MIB, vcpus=2, workload="random")
+    spec = GuestSpec("guest", 16 * MIB, vcpus=2, workload="random", rate=5000)
     port = free_port()
     with LinkInThread(("127.0.0.1", port)) as relay:
         config = f'[sender]\nlisten = "127.0.0.1:{port}"\naddress = "127.0.0.1:{relay.link.port}"\n'

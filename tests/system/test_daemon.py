@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import os
 import resource
@@ -83,6 +84,37 @@ def test_a_record_in_the_journal_has_its_migration(tmp_path: Path) -> None:
     assert b"\nPRIORITY=4\n" in entry and b"\nXEN_POSTCOPY_MIGRATION=abc\n" in entry and b"CODE_LINE=7\n" in entry
 
 
+def test_a_daemon_that_systemd_starts_logs_to_its_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each record then has its fields; a line on standard error has none."""
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    monkeypatch.setattr(logs, "JOURNAL_SOCKET", str(tmp_path / "journal"))
+    monkeypatch.setenv("JOURNAL_STREAM", "8:9")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
+        journal.bind(str(tmp_path / "journal"))
+        journal.settimeout(TIMEOUT_S)
+        logs.set_up(verbose=False)
+        (handler,) = logging.getLogger().handlers
+        assert isinstance(handler, JournalHandler)
+        logging.getLogger("receiver").warning("two\nlines")
+        assert b"MESSAGE=two\\nlines\n" in journal.recv(4096)
+        handler._socket.close()
+
+
+def test_a_host_that_is_started_by_hand_needs_nobody_to_report_to(tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "NOTIFY_SOCKET"}
+    command = [sys.executable, "-m", "migrate.cli", "simulated-host", "--socket", str(tmp_path / "host.sock")]
+    with zygote.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as host:
+        assert host.stderr is not None and "simulated host ready" in host.stderr.readline()
+        host.send_signal(signal.SIGTERM)
+        assert host.wait(TIMEOUT_S) == 0
+
+
+@pytest.mark.parametrize("which", ["sender", "receiver"])
+def test_a_command_of_another_release_is_refused_by_name(world: World, which: str) -> None:
+    with pytest.raises(MigrationError, match="unknown command 'teleport'"):
+        world.ask(which, command="teleport")
+
+
 def test_show_and_watch(world: World, name: str) -> None:
     from tests.system.test_migration import boot, migrate
 
@@ -96,6 +128,7 @@ def test_show_and_watch(world: World, name: str) -> None:
     shown = run("show", result["id"][:8])
     assert shown.returncode == 0 and "outgoing" in shown.stdout and "incoming" in shown.stdout
     assert "fault latency us" in shown.stdout
+    assert [found["id"] for found in json.loads(run("show", name, "--json").stdout)] == [result["id"]] * 2
     watched = run("watch", name)
     assert (watched.returncode, watched.stdout) == (0, f"{name}: completed\n")
     unknown = run("show", "unheard-of")

@@ -32,7 +32,7 @@ def world() -> Iterator[World]:
 
 
 def spec() -> GuestSpec:
-    return GuestSpec("guest", 32 * MIB, 2, workload="random", working_set_bytes=16 * MIB, zero_permille=100)
+    return GuestSpec("guest", 32 * MIB, 2, workload="random", working_set_bytes=16 * MIB, zero_permille=100, rate=5000)
 
 
 def until(condition: Callable[[], object], what: str) -> None:

@@ -137,8 +137,13 @@ def test_any_options_give_an_exit_status(words: list[str]) -> None:
         (["receiver", "--config", "/dev/zero"], 1, "not a file with a configuration"),
         (["receiver", "--config", "fifo"], 1, "not a file with a configuration"),
         (["receiver", "--listen", "[::1"], 1, "a bracket is not closed"),
+        (["receiver", "--listen", "[host]"], 1, "brackets are for IPv6 addresses"),
         (["receiver", "--listen", "host:65536"], 1, "a port is a number of at most 65535"),
         (["migrate", "\x1b[31m", "host", "--socket", "none\x1b[0m"], 1, "none\ufffd[0m"),
+        (["migrate", "guest", "host", "--json", "fifo", "--socket", "none"], 1, "is the daemon running?"),
+        (["migrate", "guest", "host", "--strategy", "precopy", "--protect"], 2, "has nothing to protect"),
+        (["simulated-host", "--socket", "s", "--memory", "1"], 2, "--memory: at least a page"),
+        (["dance"], 2, "No such command 'dance'"),
         (["migrate", "guest", "host", "--strategy", "\x1b[31m"], 2, r"'\x1b[31m' is not one of"),
     ],
 )  # fmt: skip

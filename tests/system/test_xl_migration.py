@@ -107,7 +107,7 @@ class Xl:
 
 @pytest.fixture
 def xl(world: World, name: str, tmp_path: Path) -> Iterator[Xl]:
-    spec = GuestSpec(name, 16 * MIB, vcpus=2, workload="random")
+    spec = GuestSpec(name, 16 * MIB, vcpus=2, workload="random", rate=5000)
     domain = world.source.create_guest(spec.to_bytes())
     wait_for_steps(domain, 200)
     domain.close()

@@ -24,6 +24,9 @@ def read(text: str) -> Config:
 def test_everything_may_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "CONFIG_FILE", tmp_path / "nowhere")
     assert load(None) == Config() == read("")
+    monkeypatch.setattr(config, "CONFIG_FILE", tmp_path / "config.toml")
+    (tmp_path / "config.toml").write_text("[migration]\nmax_rounds = 3\n")
+    assert load(None) == read("[migration]\nmax_rounds = 3")
 
 
 def test_the_file_that_is_installed_names_every_key_with_its_default() -> None:
@@ -79,6 +82,8 @@ def test_what_is_given() -> None:
             '[tls]\ncertificate = "/a.pem"\nkey = "/a.key"\nauthority = "/ca.pem"\npeers = ["b"]',
             "config.toml: [tls] /a.pem, /a.key: No such file or directory",
         ),
+        ("[tls]\ncertificate = 1", "config.toml: [tls] certificate: 1: text in quotes"),
+        ("[migration]\ndowntime_target_ms = true", "config.toml: [migration] downtime_target_ms: True: a number"),
         ('[tls]\npeers = "b"', "config.toml: [tls] peers: 'b': a list of names"),
         ('[network]\nunencrypted = "yes"', "config.toml: [network] unencrypted: 'yes': true or false"),
     ],
@@ -101,6 +106,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
 def test_what_a_receiver_dials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.getfqdn", lambda: "host.example")
     assert advertised(SenderConfig(("10.0.0.1", 0)), 99) == ("10.0.0.1", 99)
+    assert advertised(SenderConfig(("source.example", 0)), 99) == ("source.example", 99)
     assert advertised(SenderConfig(("0.0.0.0", 0)), 99) == ("host.example", 99)
     assert advertised(SenderConfig(("::", 0), "migration.example"), 99) == ("migration.example", 99)
     assert advertised(SenderConfig(("::", 0), "migration.example:5"), 99) == ("migration.example", 5)

@@ -137,6 +137,13 @@ async def test_a_socket_that_somebody_listens_at_is_not_taken_over(tmp_path: Pat
     assert "somebody is listening there already" in await ask(tmp_path / "s", second)
 
 
+async def test_a_place_where_no_socket_can_be_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path, why in ((tmp_path / "file", "Address already in use"), (tmp_path / "n\0ull", "no path of a socket")):
+        with pytest.raises(MigrationError, match=why):
+            await ask(path, call(command="echo"))
+
+
 async def test_a_socket_that_nobody_listens_at_any_more_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "s"
     with socket.socket(socket.AF_UNIX) as old:
@@ -178,6 +185,12 @@ def daemon(tmp_path: Path) -> Any:
 def test_no_daemon_is_an_error_that_asks_whether_it_runs(tmp_path: Path) -> None:
     with pytest.raises(MigrationError, match="is the daemon running"):
         ControlClient(tmp_path / "none")
+
+
+@pytest.mark.parametrize("path", ["", "s" * 108])
+def test_what_is_no_path_of_a_socket_is_refused(path: str) -> None:
+    with pytest.raises(MigrationError, match="is this the path of its control socket"):
+        ControlClient(path)
 
 
 @pytest.mark.parametrize("part", [b"", b'{"event": "progress"}\n', b'{"event": "res'])

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,28 @@ def test_a_full_disk_fails_a_step_only_if_the_step_needs_its_entry(
     journal.write("one", {"step": "begun"}, needed=False)
     assert "would not know how far it had come" in caplog.text
     journal.erase("one")
+
+
+def test_an_entry_that_the_disk_takes_a_part_of_is_not_written(tmp_path: Path) -> None:
+    """The disk has room for a few bytes more."""
+    journal = Journal(tmp_path)
+    journal.write("one", {"step": "first"})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "one.json").stat().st_size + 9, hard))
+    try:
+        with pytest.raises(MigrationError, match=r"cannot write the journal .*: No space left on device"):
+            journal.write("one", {"step": "second"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert Journal(tmp_path).entries()["one"]["step"] == "first"
+    journal.write("one", {"step": "third"})
+    assert Journal(tmp_path).entries()["one"]["step"] == "third"
+
+
+def test_a_state_directory_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # for root every directory can be
+    with pytest.raises(MigrationError, match=r"state directory .*: it cannot be written: choose another one"):
+        Journal(tmp_path)
 
 
 def test_a_state_directory_that_cannot_be_made_is_named_with_the_remedy(tmp_path: Path) -> None:

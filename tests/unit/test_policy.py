@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from migrate.options import PolicyOptions, Strategy
+from migrate.errors import MigrationError
+from migrate.options import MigrationOptions, PolicyOptions, Strategy
 from receiver.statistics import LatencyHistogram
 from sender.bandwidth import BandwidthCap
 from sender.policy import Decision, DefaultPolicy, PrecopyProgress
@@ -41,6 +42,16 @@ def test_decisions(strategy: Strategy, progress: PrecopyProgress, decision: Deci
 )
 def test_senseless_options_are_named(options: PolicyOptions) -> None:
     assert str(options.problems()).startswith("--")
+
+
+def test_a_request_of_another_program_is_held_to_the_same_limits() -> None:
+    for what, options in {
+        "--max-rounds 0": {"policy": PolicyOptions(max_rounds=0)}, "bandwidth 0": {"bandwidth_bytes_per_s": 0},
+        "checkpoints every 1e-06 s": {"checkpoint_every_s": 1e-6},
+        "nothing to protect": {"strategy": Strategy.PRECOPY, "checkpoint_every_s": 1.0},
+    }.items():  # fmt: skip
+        with pytest.raises(MigrationError, match=what):
+            MigrationOptions(**options)  # type: ignore[arg-type]
 
 
 def test_options_at_their_limits_are_accepted() -> None:

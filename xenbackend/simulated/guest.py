@@ -18,6 +18,7 @@ from typing import Any
 import msgpack
 
 from xenbackend.contract import DomainConfig
+from xenbackend.errors import GuestOptionError
 from xenbackend.pages import PAGE_SIZE
 from xenbackend.simulated._sim import ffi, lib
 
@@ -32,10 +33,6 @@ IDLE_RATE = 50
 """Accesses a second and vCPU of the mostly idle guest."""
 MAX_VCPUS: int = lib.SIM_MAX_VCPUS
 MAX_MEMORY_BYTES = 2**40
-
-
-class GuestOptionError(ValueError):
-    """An option that makes no sense; the text says which and why."""
 
 
 @dataclass(frozen=True)

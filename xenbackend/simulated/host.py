@@ -23,10 +23,10 @@ import numpy as np
 import trio
 
 from xenbackend.contract import LOG_DIRTY_IS_ON, DomainConfig, DomainState
-from xenbackend.errors import XenError
+from xenbackend.errors import GuestOptionError, XenError
 from xenbackend.pages import PAGE_SIZE
 from xenbackend.simulated._sim import ffi, lib
-from xenbackend.simulated.guest import GuestOptionError, GuestSpec, available_bytes
+from xenbackend.simulated.guest import GuestSpec, available_bytes
 from xenbackend.simulated.rpc import MAX_FDS, MAX_MESSAGE, pack, unpack
 
 MAX_CLIENTS: int = lib.SIM_HOST_OWNER - 1

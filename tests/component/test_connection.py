@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""How a lane begins, and how a lane ends whose peer takes nothing: each with its own message."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import trio
+
+from migrate.errors import MigrationError, PeerClosedError
+from migrate.lanes import connection as transport
+from migrate.lanes.connection import LaneConnection, Terms, connect
+from migrate.lanes.tls import Tls
+from migrate.protocol import frames
+from migrate.protocol import messages as m
+from migrate.protocol.messages import Lane
+from migrate.protocol.session import hello
+from tests.component.test_tls import HOST, files
+
+__all__ = ["files"]
+PAGES = memoryview(bytes(512 * 4096))
+
+
+@contextlib.asynccontextmanager
+async def ends(tls: Tls | None = None) -> AsyncIterator[tuple[LaneConnection, LaneConnection]]:
+    """Both ends of a lane."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX)
+    made: list[LaneConnection] = []
+
+    async def accept() -> None:
+        made.append(LaneConnection(theirs if tls is None else await tls.accepted(theirs, 10), Terms(tls=tls)))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(accept)
+        dialled = LaneConnection(ours if tls is None else await tls.connected(ours, HOST, 10), Terms(tls=tls))
+    with contextlib.closing(dialled), contextlib.closing(made[0]):
+        yield dialled, made[0]
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+async def test_a_peer_that_takes_nothing_is_given_up(
+    encrypted: bool, files: Callable[..., Tls], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lane is not used again: a part of a frame may have been sent."""
+    monkeypatch.setattr(transport, "STEP_TIMEOUT_S", 1)
+    message = m.Pages(np.arange(512, dtype=np.uint64))
+    async with ends(files() if encrypted else None) as (ours, _theirs):
+        with pytest.raises(PeerClosedError, match="the peer has taken nothing for 1 s"):
+            await trio.to_thread.run_sync(ours.send_blocking, message, [PAGES])
+        with pytest.raises(PeerClosedError, match="the connection was lost while sending"):
+            ours.send_blocking(m.Alive())
+
+
+@pytest.mark.parametrize(
+    ("said", "complaint"),
+    [
+        (frames.encode(m.Ready().header()), "the peer began with ready instead of hello"),
+        (frames.encode(replace(hello(Lane.PUSH, "s"), lane="pish").header()), "the peer asked for a lane 'pish'"),
+        (frames.encode(m.Pages(np.arange(512, dtype=np.uint64)).header(), [PAGES]), "began with pages"),
+        (b"", "the peer said nothing for 0.1 s: is it xen-postcopy that listens there?"),
+    ],
+)
+async def test_what_is_no_hello_is_refused(said: bytes, complaint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "CONNECT_TIMEOUT_S", 10 if said else 0.1)
+    async with ends() as (ours, theirs):
+        ours._socket.send(said)  # type: ignore[union-attr]
+        with pytest.raises(MigrationError, match=complaint):
+            await theirs.receive_hello()
+
+
+async def test_a_host_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose queue of connections is full, and takes no more."""
+    monkeypatch.setattr(transport, "CONNECT_TIMEOUT_S", 0.1)
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server((HOST, 0), backlog=0))
+        port = listener.getsockname()[1]
+
+        async def fill() -> None:
+            for _ in range(10):
+                stack.enter_context(contextlib.closing(await connect(HOST, port, Terms())))
+
+        with pytest.raises(PeerClosedError, match=f"no answer from {HOST}:{port} within"):
+            await fill()
+
+
+async def test_a_peer_that_does_not_shake_hands_is_given_up(files: Callable[..., Tls]) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX)
+    with theirs, pytest.raises(PeerClosedError, match=r"did not answer within 0.1 s: does it speak TLS"):
+        await files().connected(ours, HOST, 0.1)
+
+
+async def test_another_host_is_not_reached_without_encryption() -> None:
+    with pytest.raises(MigrationError, match=r"192.0.2.1 is another host, and connections are not encrypted"):
+        await connect("192.0.2.1", 1, Terms())
