@@ -81,7 +81,8 @@ class ReceiverDaemon:
 
     def _take_up(self, session: str, facts: dict[str, Any]) -> None:
         """What a predecessor has left."""
-        lanes_again = rejoining(facts["dials"], session, self._awaited, self._terms)
+        lanes_again = rejoining(session, facts, self._awaited, self._terms)
+        self._journal.write(session, {**facts, "rejoins": lanes_again.rejoins}, needed=False)
         self._start(IncomingMigration.of_predecessor(self._hypervisor, session, lanes_again, self._journal, facts))
 
     async def _drain(self) -> bool:

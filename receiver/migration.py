@@ -198,7 +198,7 @@ class IncomingMigration:
             {
                 "step": step, "domid": self._domid, "handle": self._handle and self._handle.hex(), "offer": offer,
                 "key": self._offer.key.hex(), "unprotected": self.progress.unprotected, "decided": self.session.decided,
-                "dials": self.lanes.dials, "xl": self._toolstack.decides,
+                "dials": self.lanes.dials, "rejoins": self.lanes.rejoins, "xl": self._toolstack.decides,
             },
             needed=not self._said_ready,
         )  # fmt: skip

@@ -83,7 +83,8 @@ class SenderDaemon:
 
     def _take_up(self, session: str, facts: dict[str, Any]) -> None:
         """What a predecessor has left."""
-        lanes_again = rejoining(facts["dials"], session, self._awaited, self._config.terms)
+        lanes_again = rejoining(session, facts, self._awaited, self._config.terms)
+        self._journal.write(session, {**facts, "rejoins": lanes_again.rejoins}, needed=False)
         self._start(OutgoingMigration.of_predecessor(session, self._hypervisor, lanes_again, self._journal, facts))
 
     async def _drain(self) -> bool:

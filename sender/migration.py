@@ -199,7 +199,8 @@ class OutgoingMigration:
             {
                 "step": step, "domain": self.domain_name, "domid": self._domain.domid,
                 "handle": self._domain.handle.hex(), "key": self._key.hex(),
-                "dials": self.lanes.dials, "xl": self._toolstack.decides, "strategy": self.options.strategy.value,
+                "dials": self.lanes.dials, "rejoins": self.lanes.rejoins,
+                "xl": self._toolstack.decides, "strategy": self.options.strategy.value,
                 "bandwidth": self.options.bandwidth_bytes_per_s, "checkpoints": self.options.checkpoint_every_s,
                 "successor": self._successor, "ran": self._ran, "recall": self._recall, "max_pages": self._max_pages,
             },

@@ -41,7 +41,7 @@ class AwaitedLanes:
         self._push.expect(token)
         self._key = b""
         self._rejoins = 0
-        self.peer = ""
+        self.peer, self.rejoins = "", 0
 
     async def welcome(self, greeting: Hello) -> None:
         """Raises :class:`ProtocolError` for a lane that is not awaited, or shows a wrong token."""

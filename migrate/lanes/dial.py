@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 
 import trio
@@ -19,14 +18,27 @@ LAST_RETRY_S = 10.0
 """Each attempt to dial again waits twice as long as the one before it, up to this, where no lane has held longer than that."""
 
 
-class DialledLanes:
-    """``token``: what the push lane has to show, where the other end has given us one."""
+REJOINS_OF_ONE_LIFE = 2**20
+"""The most attempts that one daemon makes to take one session up again: 120 days of them.  Its
+successor counts from there.
+"""
+MAX_REJOINS = 2**32 - 1
+"""A token has four bytes for the number."""
 
-    def __init__(self, address: tuple[str, int], session: str, terms: Terms, token: bytes = b""):
+
+class DialledLanes:
+    """``token``: what the push lane has to show, where the other end has given us one.
+
+    Each attempt to take the session up again has a larger number than any before it, because the
+    other end takes a number once.  ``rejoins`` is the number from which this daemon counts.  The
+    clock has no part in that: an administrator may set it back.
+    """
+
+    def __init__(self, address: tuple[str, int], session: str, terms: Terms, token: bytes = b"", *, rejoins: int = 0):
         self._address, self._session, self._token = address, session, token
         self._terms = terms
         self._key = b""
-        self._rejoins = 0
+        self.rejoins = self._rejoins = rejoins
         self._pause_s = FIRST_RETRY_S
         self._dialled_at = math.inf
         """When the last lane came about, until it is found lost."""
@@ -58,8 +70,7 @@ class DialledLanes:
                 await self._hurried.wait()
             self._hurried = trio.Event()
             self._pause_s = min(self._pause_s * 2, LAST_RETRY_S)
-            # Larger than any before, also after one's predecessor's.
-            self._rejoins = max(self._rejoins + 1, int(time.time()))
+            self._rejoins = min(self._rejoins + 1, MAX_REJOINS)
             try:
                 lane = await self._dial(Lane.PUSH, rejoin_token(self._key, self._rejoins))
                 self._dialled_at = trio.current_time()

@@ -10,12 +10,13 @@ The same end dials when both lanes are lost after the switchover.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from migrate.lanes.accept import AwaitedLanes
 from migrate.lanes.connection import LaneConnection, Terms
-from migrate.lanes.dial import DialledLanes
+from migrate.lanes.dial import REJOINS_OF_ONE_LIFE, DialledLanes
 
 
 class Lanes(Protocol):
@@ -26,6 +27,9 @@ class Lanes(Protocol):
     @property
     def dials(self) -> tuple[str, int] | None:
         """Whom; ``None``: it is dialled."""
+
+    rejoins: int
+    """See :class:`DialledLanes`."""
 
     async def push(self) -> LaneConnection:
         """Raises :class:`PeerClosedError` where it does not come about, :class:`ProtocolError` where that cannot be."""
@@ -46,10 +50,14 @@ class Lanes(Protocol):
         """Whoever is in :meth:`again` need not wait for its next attempt."""
 
 
-def rejoining(dials: list[Any] | None, session: str, awaited: dict[str, AwaitedLanes], terms: Terms) -> Lanes:
-    """For a session that a predecessor has left; where we are dialled it is put among the ``awaited``."""
-    if dials is not None:
-        host, port = dials
-        return DialledLanes((str(host), int(port)), session, terms)
-    awaited[session] = AwaitedLanes()
-    return awaited[session]
+def rejoining(session: str, facts: dict[str, Any], awaited: dict[str, AwaitedLanes], terms: Terms) -> Lanes:
+    """For a session that a predecessor has left with these facts in the journal; where we are
+    dialled it is put among the ``awaited``.  The caller notes ``rejoins`` in the journal.
+    """
+    if facts["dials"] is None:
+        awaited[session] = AwaitedLanes()
+        return awaited[session]
+    host, port = facts["dials"]
+    # Releases that did not note it counted from the clock.
+    rejoins = int(facts["rejoins"]) + REJOINS_OF_ONE_LIFE if "rejoins" in facts else int(time.time())
+    return DialledLanes((str(host), int(port)), session, terms, rejoins=rejoins)

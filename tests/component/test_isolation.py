@@ -22,11 +22,14 @@ import trio.testing
 from migrate import logs
 from migrate.cli.world import World, loopback_world, start_receiver, start_sender, verify_migrated, wait_for_steps
 from migrate.errors import MigrationError, PeerClosedError, RefusedError, RemoteProtocolError, UnknownSessionError
+from migrate.lanes.accept import AwaitedLanes
 from migrate.lanes.connection import LaneConnection, Terms
 from migrate.lanes.dial import LAST_RETRY_S, DialledLanes
+from migrate.lanes.pairs import rejoining
 from migrate.logs import JournalHandler, LineHandler, OneLine
 from migrate.protocol import messages as m
 from migrate.protocol.messages import Lane
+from migrate.protocol.session import hello, number_of_rejoin, rejoin_token
 from migrate.service import lifecycle as daemons
 from migrate.service.config import Config
 from migrate.service.journal import BOOT_ID, Journal
@@ -165,7 +168,7 @@ def test_without_a_descriptor_the_watchdog_is_fed_all_the_same(tmp_path: Path, m
 class Ends:
     """Lanes whose other end is told in vain, each time for another reason, and at last is not needed any more."""
 
-    dials = ("peer", 1)
+    dials, rejoins = ("peer", 1), 0
     peer = "peer"
 
     def __init__(self, errors: list[Exception]):
@@ -229,6 +232,34 @@ async def test_a_daemon_goes_on_when_a_migration_fails_in_every_way(
     await daemon._carry_out(migration, *([trio.Event()] if which == "sender" else []))
     assert "the run's bug" in caplog.text and "the linger's bug" in caplog.text
     assert all(record.exc_info for record in caplog.records if record.levelno >= logging.ERROR)
+
+
+@pytest.mark.parametrize("noted", [True, False])
+async def test_a_successor_is_received_though_the_clock_went_back(
+    monkeypatch: pytest.MonkeyPatch, noted: bool, autojump_clock: trio.testing.MockClock
+) -> None:
+    """``noted``: in the journal.  Earlier releases noted nothing, and took their numbers from the clock."""
+    key, numbers = b"k" * 32, list[int]()
+    awaited = AwaitedLanes()
+    awaited.keep(key)
+
+    async def dial(_self: DialledLanes, kind: Lane, token: bytes) -> LaneConnection:
+        numbers.append(number_of_rejoin(key, token))
+        await awaited.welcome(hello(kind, "session", token))
+        return cast(LaneConnection, None)
+
+    monkeypatch.setattr(DialledLanes, "_dial", dial)
+    facts: dict[str, Any] = {"dials": ["peer", 1], **({"rejoins": 0} if noted else {})}
+    if not noted:  # its last number
+        await awaited.welcome(hello(Lane.PUSH, "session", rejoin_token(key, 1_790_000_000)))
+    for now in (1_790_000_100, 1_790_000_000, 0):
+        monkeypatch.setattr("time.time", lambda now=now: now)
+        lanes = rejoining("session", facts, {}, Terms())
+        lanes.keep(key)
+        for _ in range(3):
+            await lanes.again(lambda _note: None)
+        facts["rejoins"] = lanes.rejoins
+    assert numbers == sorted(set(numbers)) and len(numbers) == 9
 
 
 async def test_a_peer_that_refuses_is_dialled_ever_less_often(

@@ -18,6 +18,7 @@ import pytest
 
 from migrate.cli.world import World, loopback_world, start_receiver, start_sender, verify_migrated, wait_for_steps
 from migrate.errors import MigrationError
+from migrate.lanes.dial import REJOINS_OF_ONE_LIFE
 from tests.conftest import MIB, WAIT_S
 from xenbackend.contract import DomainState
 from xenbackend.simulated.guest import GuestSpec
@@ -126,6 +127,20 @@ def test_killed_in_postcopy_its_successor_goes_on(world: World, which: str, stra
         if outstanding < 1000:
             break
     assert check(world) == "destination"
+
+
+def test_each_successor_counts_its_attempts_from_another_number(world: World) -> None:
+    """The receiver takes a number once, and a clock may go back."""
+    begin(world, "postcopy", bandwidth=2 * MIB)
+    until(lambda: phase(world, "receiver") == "postcopy", "no postcopy")
+    numbers = []
+    for _ in range(3):
+        kill(world, "sender")
+        until(lambda: phase(world, "receiver") == "interrupted", "it was not noticed")
+        start_anew(world, "sender")
+        until(lambda: phase(world, "receiver") == "postcopy", "the successor is not received")
+        numbers.append(json.loads(journal(world, "sender").read_text().splitlines()[-1])["rejoins"])
+    assert numbers == [REJOINS_OF_ONE_LIFE * life for life in (1, 2, 3)]
 
 
 def test_both_killed(world: World) -> None:
