@@ -46,6 +46,16 @@ class OccupiedError(MigrationError):
     """Another migration or another program is at work on the domain, which must not be touched now."""
 
 
+class UsedUpError(OSError):
+    """This host has no thread or no memory left for the daemon, which may pass."""
+
+    def __str__(self) -> str:
+        return (
+            "this host lets the daemon have no further thread or memory: see TasksMax= and MemoryMax= of its unit, "
+            "and what else runs here"
+        )
+
+
 class InterruptedMigrationError(MigrationError):
     """Ctrl-C; the text says what became of the migration."""
 

@@ -3,19 +3,25 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import TypeVarTuple
+from typing import TypeVar, TypeVarTuple
 
 import trio
 
-from migrate.errors import LocalProtocolError, MigrationError, PeerClosedError, ProtocolError
+from migrate.errors import LocalProtocolError, MigrationError, PeerClosedError, ProtocolError, UsedUpError
+from migrate.logs import Complaint
 from xenbackend.errors import XenError
 
 log = logging.getLogger(__name__)
 
 Arguments = TypeVarTuple("Arguments")
+Result = TypeVar("Result")
+AGAIN_S = 0.5
+"""Between attempts to start a thread."""
+_used_up = Complaint(log.error)
 
 
 def root_cause(error: BaseException) -> BaseException:
@@ -34,8 +40,30 @@ async def task_group() -> AsyncIterator[trio.Nursery]:
             yield nursery
     except BaseExceptionGroup as group:
         if isinstance(group, ExceptionGroup) or group.split(trio.Cancelled)[1] is not None:
-            raise root_cause(group) from None
+            cause = root_cause(group)
+            if is_used_up(cause):
+                raise UsedUpError from cause
+            raise cause from None
         raise
+
+
+async def as_soon_as_threads_start(work: Callable[[], Awaitable[Result]]) -> Result:
+    """Do ``work``, on which a guest depends.  If this host lets the daemon start no thread, do it
+    once more, until it does; all of ``work`` can be done twice.
+    """
+    while True:
+        try:
+            return await work()
+        except (RuntimeError, MemoryError, UsedUpError) as error:
+            if not is_used_up(error):
+                raise
+            _used_up.log("%s; trying again until it does", UsedUpError())
+            await trio.sleep(AGAIN_S)
+
+
+async def in_thread(call: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
+    """Make a call, on which a guest depends, in a thread, as soon as one can be started."""
+    return await as_soon_as_threads_start(functools.partial(trio.to_thread.run_sync, call, *arguments))
 
 
 async def first(*waits: Callable[[], Awaitable[object]]) -> None:
@@ -69,11 +97,24 @@ async def isolated(what: str, work: Callable[[*Arguments], Awaitable[object]], *
 
 
 def _report(what: str, error: BaseException) -> None:
+    if is_used_up(root_cause(error)):
+        log.error("%s is given up: %s", what, UsedUpError())
+        return
     log.error("internal error in %s, which is given up; all else goes on", what, exc_info=error)
 
 
+def is_used_up(error: BaseException) -> bool:
+    """True where the host had no thread or no memory for us."""
+    no_thread = isinstance(error, RuntimeError) and "can't start new thread" in str(error)
+    return no_thread or isinstance(error, MemoryError | UsedUpError)
+
+
 def is_bug(error: Exception) -> bool:
-    """True for an error of the program itself: no failure of the hypervisor, of the link or of a migration."""
+    """True for an error of the program itself: no failure of the hypervisor, of the link, of a
+    migration or of this host.
+    """
+    if is_used_up(error):
+        return False
     return isinstance(error, LocalProtocolError) or not isinstance(error, MigrationError | XenError | OSError)
 
 

@@ -52,7 +52,7 @@ from migrate.protocol.pfns import pfns_of_window, sparseness, windows
 from migrate.protocol.session import Role, Session, new_token
 from migrate.service.journal import Journal
 from migrate.service.lifecycle import ended
-from migrate.tasks import first, is_bug, is_final, task_group
+from migrate.tasks import as_soon_as_threads_start, first, in_thread, is_bug, is_final, task_group
 from migrate.units import pauses
 from receiver.checkpoints import NOT_PROTECTED, Checkpoints, mark
 from receiver.outstanding import OutstandingPages
@@ -353,7 +353,7 @@ class IncomingMigration:
             if is_bug(error):
                 log.exception("internal error")
             phase = self.progress.phase
-            await self._failed(error)
+            await as_soon_as_threads_start(functools.partial(self._failed, error))
             logs.abnormal_end(self.progress.domain, phase, self.progress.problem, self.details())
         finally:
             self.ended.set()
@@ -414,7 +414,7 @@ class IncomingMigration:
 
     async def _receive_migration(self) -> None:
         if self._inherited:
-            await self._keep_inheriting()
+            await as_soon_as_threads_start(self._keep_inheriting)
         elif not await self._agree():
             return
         said = ""
@@ -635,8 +635,8 @@ class IncomingMigration:
 
     async def _finish(self) -> None:
         assert self._domain is not None and self._pager is not None
-        await trio.to_thread.run_sync(self._record, "finishing")
-        await trio.to_thread.run_sync(self._note_stop)
+        await in_thread(self._record, "finishing")
+        await in_thread(self._note_stop)
         while True:
             try:
                 await self._pager.finish()
@@ -646,18 +646,18 @@ class IncomingMigration:
                 log.error("%s: %s", self.progress.domain, self.progress.problem)
                 await trio.sleep(LAST_START_AGAIN_S)
         self.progress.problem = ""
-        await trio.to_thread.run_sync(functools.partial(self._stopped.unlink, missing_ok=True))
+        await in_thread(functools.partial(self._stopped.unlink, missing_ok=True))
         with contextlib.suppress(NoSuchDomainError):  # the guest has ended since
-            await trio.to_thread.run_sync(self._domain.reserve, 0)
+            await in_thread(self._domain.reserve, 0)
         if self._checkpoints is not None:
-            await trio.to_thread.run_sync(self._checkpoints.stop)
-        await trio.to_thread.run_sync(self._limit.give_back)
+            await in_thread(self._checkpoints.stop)
+        await in_thread(self._limit.give_back)
         if self._completed:
-            await trio.to_thread.run_sync(self._journal.erase, self.id)
+            await in_thread(self._journal.erase, self.id)
         else:
             self._last_word = self._complete_message()
         self.progress.phase, self.progress.outstanding, self.progress.waiting = "completed", 0, 0
-        await trio.to_thread.run_sync(self._domain.close)
+        await in_thread(self._domain.close)
         log.info("%s completed", self.progress.domain)
 
     async def _hear(self) -> m.Message:
@@ -902,7 +902,7 @@ class IncomingMigration:
                 state = await trio.to_thread.run_sync(self._state)
                 if self._checkpoints is not None and state is not None:
                     await trio.to_thread.run_sync(self._checkpoints.let_go_on)
-            except XenError as error:  # that may pass
+            except (XenError, RuntimeError) as error:  # that may pass
                 log.warning("%s: its state is not known, or it cannot go on: %s", self.progress.domain, error)
                 await trio.sleep(LOOK_AGAIN_EVERY_S)
                 continue

@@ -47,12 +47,13 @@ from migrate.protocol.messages import (
 )
 from migrate.protocol.pfns import NO_PFNS, PfnMask, pieces, runs
 from migrate.protocol.session import Phase, Session
+from migrate.tasks import in_thread
 from migrate.units import pauses
 from receiver.outstanding import OutstandingPages, Verdict
 from receiver.restore import select_pages
 from receiver.statistics import PagerStatistics
 from xenbackend.contract import Domain
-from xenbackend.errors import XenError
+from xenbackend.errors import NoSuchDomainError, XenError
 from xenbackend.pages import PAGE_SIZE, Buffer, PfnArray
 from xenbackend.ring import PagingRequest, PagingRing
 
@@ -395,14 +396,26 @@ class Pager:
         """
         self._pull = None
         if self._ring is not None:
-            await trio.to_thread.run_sync(self._domain.pause)
+            await in_thread(self._domain.pause)
             try:
-                while not await trio.to_thread.run_sync(self._give_up, self._ring):
+                while not await in_thread(self._give_up, self._ring):
                     await trio.sleep(0.001)  # vCPUs that waited for a slot are on their way to find their page present
             finally:
+                await self._unpause()
+        self.close()
+
+    async def _unpause(self) -> None:
+        """Pauses are counted, so one that is not taken back would hold the guest for ever."""
+        for pause_s in _retries():
+            try:
                 with trio.CancelScope(shield=True):
                     await trio.to_thread.run_sync(self._domain.unpause)
-        self.close()
+                return
+            except NoSuchDomainError:
+                return
+            except (XenError, RuntimeError) as error:
+                log.error("%s; trying again until the guest goes on", error)
+                await trio.sleep(pause_s)
 
     def _give_up(self, ring: PagingRing) -> bool:
         """False where it is to be tried again."""

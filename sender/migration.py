@@ -57,7 +57,7 @@ from migrate.protocol.pfns import PfnMask, from_bitmap, in_bitmap, pfns_of_windo
 from migrate.protocol.session import Phase, Role, Session, new_token
 from migrate.service.journal import Journal
 from migrate.service.lifecycle import ended
-from migrate.tasks import first, is_bug, is_final, task_group
+from migrate.tasks import as_soon_as_threads_start, first, in_thread, is_bug, is_final, task_group
 from sender.backlog import Backlog
 from sender.bandwidth import BandwidthCap
 from sender.checkpoints import CheckpointStore
@@ -350,7 +350,7 @@ class OutgoingMigration:
             self._last_word = m.Abort("the guest stays at the source")
             raise MigrationError("given up, before the sender was started anew")
         try:
-            self._domain = await trio.to_thread.run_sync(self._hypervisor.open, self.target.domid, self.target.handle)
+            self._domain = await as_soon_as_threads_start(self._open)
         except NoSuchDomainError as error:
             if not self._inherited:
                 raise
@@ -386,7 +386,7 @@ class OutgoingMigration:
                 raise self._verdict or MigrationError(f"cancelled: {self._cancel_reason}")
         except BaseException as error:
             phase = self.progress.phase
-            await self._failed(error)
+            await as_soon_as_threads_start(functools.partial(self._failed, error))
             logs.abnormal_end(self.domain_name, phase, self.progress.problem, self.result())
             raise
         finally:
@@ -398,6 +398,20 @@ class OutgoingMigration:
                 with trio.CancelScope(shield=True):
                     await trio.to_thread.run_sync(self._domain.close)
                 self._give_back()
+
+    async def _open(self) -> Domain:
+        """Raises ``XenError``; if a guest elsewhere may need this domain's pages, only if it is gone."""
+        while True:
+            try:
+                return await trio.to_thread.run_sync(self._hypervisor.open, self.target.domid, self.target.handle)
+            except NoSuchDomainError:
+                raise
+            except XenError as error:
+                if not self._inherited:
+                    raise
+                self.progress.problem = f"what was left here cannot be taken up yet: {error}; trying again"
+                log.error("%s: %s", self.domain_name, self.progress.problem)
+                await trio.sleep(GO_BACK_AGAIN_S)
 
     @property
     def has_ended(self) -> bool:
@@ -466,14 +480,14 @@ class OutgoingMigration:
     async def _finish(self) -> None:
         self.statistics.finished = time.monotonic()
         await self._let_source_go()
-        await trio.to_thread.run_sync(self._forget)
+        await in_thread(self._forget)
         self.progress.phase = "completed"
 
     async def _let_source_go(self) -> None:
         """However long it takes: what fails may pass."""
         while True:
             try:
-                await self._toolstack.finish(self._domain)
+                await as_soon_as_threads_start(functools.partial(self._toolstack.finish, self._domain))
                 break
             except NoSuchDomainError:  # somebody else has done it
                 break
@@ -547,7 +561,7 @@ class OutgoingMigration:
             # Invariant 8: nothing is called a success that is none, whatever the receiver claims.
             raise RemoteProtocolError(f"complete, but {self._backlog.unacknowledged} pages were never confirmed")
         # From here on the receiver may forget the session.
-        await trio.to_thread.run_sync(self._record, "completing")
+        await in_thread(self._record, "completing")
         with contextlib.suppress(PeerClosedError):  # then it knows as much
             await push.say(m.Completed())
             await self._push_lane_closed(push)

@@ -19,7 +19,7 @@ import pytest
 import trio
 import trio.testing
 
-from migrate import logs
+from migrate import logs, tasks
 from migrate.cli.world import World, loopback_world, start_receiver, start_sender, verify_migrated, wait_for_steps
 from migrate.errors import MigrationError, PeerClosedError, RefusedError, RemoteProtocolError, UnknownSessionError
 from migrate.lanes.accept import AwaitedLanes
@@ -35,6 +35,7 @@ from migrate.service.config import Config
 from migrate.service.journal import BOOT_ID, Journal
 from migrate.service.lifecycle import serve_connections
 from migrate.tasks import isolated
+from receiver import migration as receiver_migration
 from receiver.daemon import ReceiverDaemon
 from receiver.migration import IncomingMigration
 from receiver.statistics import PagerStatistics
@@ -499,3 +500,91 @@ def test_a_log_that_nobody_reads_holds_nobody_up(tmp_path: Path, monkeypatch: py
         to_journal.handle(record("x" * 1_000_000))
     to_journal.handle(record("nobody is there"))
     to_journal._socket.close()
+
+
+def no_threads(patch: pytest.MonkeyPatch, *, times: int) -> list[object]:
+    """The first threads cannot be started; returns a list of those that could not."""
+    original, failed = trio.to_thread.run_sync, list[object]()
+
+    async def start(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        if len(failed) < times:
+            failed.append(call)
+            raise RuntimeError("can't start new thread")
+        return await original(call, *arguments, **options)
+
+    patch.setattr(trio.to_thread, "run_sync", start)
+    return failed
+
+
+async def test_a_host_without_threads_is_named_and_waited_for(
+    clean_hosts: World, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A guest depends on the daemons: what needs a thread is done when there is one."""
+    monkeypatch.setattr(tasks, "AGAIN_S", 0.01)
+    monkeypatch.setattr(receiver_migration, "CARRY_ON_AGAIN_S", 0.01)
+    failed = list[object]()
+
+    async def meanwhile(outcome: inprocess.Outcome, _link: object) -> None:
+        nonlocal failed
+        await until(lambda: outcome.migration._ran)
+        failed = no_threads(monkeypatch, times=30)
+
+    outcome = await inprocess.migrate(clean_hosts, busy(name), meanwhile=meanwhile)
+    assert outcome.error is None and len(failed) == 30
+    assert (await inprocess.verification(clean_hosts, busy(name))).problems == []
+    assert "internal error" not in caplog.text and "Traceback" not in caplog.text
+
+
+async def test_what_a_guest_depends_on_is_done_as_soon_as_a_thread_starts(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tasks, "AGAIN_S", 0.01)
+    failed = no_threads(monkeypatch, times=3)
+
+    async def work() -> int:
+        return await trio.to_thread.run_sync(os.getpid)
+
+    await isolated("a connection", work)
+    assert "a connection is given up: this host lets the daemon have no further thread" in caplog.text
+    assert not any(record.exc_info for record in caplog.records)
+    assert await tasks.as_soon_as_threads_start(work) == os.getpid() and len(failed) == 3
+    with pytest.raises(RuntimeError, match="another"):
+        await tasks.as_soon_as_threads_start(fail_otherwise)
+
+
+async def fail_otherwise() -> None:
+    raise RuntimeError("another")
+
+
+@pytest.mark.parametrize("end", ["sender", "receiver"])
+async def test_a_successor_takes_a_guest_up_when_it_can(
+    clean_hosts: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, end: str
+) -> None:
+    """Neither is its journal erased, nor the guest given up, because a thread could not be started
+    at first.
+    """
+    for module, pause in ((tasks, "AGAIN_S"), (receiver_migration, "LAST_START_AGAIN_S")):
+        monkeypatch.setattr(module, pause, 0.01)
+    journal, reached = Journal(tmp_path), list[str]()
+
+    def reach(*_arguments: object) -> None:
+        reached.append("reached")
+        raise MigrationError("reached")
+
+    facts: dict[str, Any] = {"xl": False, "step": "taken over", "domid": 9, "key": "00", "dials": None}
+    lanes = cast(Any, Ends([]))
+    migration: IncomingMigration | OutgoingMigration
+    if end == "receiver":
+        offer = m.Offer("guest", 64, 64, 1, b"", True, bytes(32), 0).header()
+        del offer["type"], offer["key"]
+        facts["offer"] = {**offer, "platform": ""}
+        migration = IncomingMigration.of_predecessor(clean_hosts.destination, "session", lanes, journal, facts)
+        monkeypatch.setattr(IncomingMigration, "_inherit", reach)
+    else:
+        facts |= {"strategy": "postcopy", "bandwidth": None, "checkpoints": None, "domain": "guest", "successor": None}
+        migration = OutgoingMigration.of_predecessor("session", clean_hosts.source, lanes, journal, facts)
+        monkeypatch.setattr(type(clean_hosts.source), "open", reach)
+    failed = no_threads(monkeypatch, times=3)
+    with contextlib.suppress(MigrationError):
+        await migration.run()
+    assert reached and len(failed) == 3

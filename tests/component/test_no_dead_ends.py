@@ -289,6 +289,16 @@ async def test_a_ring_that_cannot_be_given_up_yet_is_given_up_later(
     assert (await verification(clean_hosts, busy(name))).problems == []
 
 
+async def test_a_guest_that_cannot_be_unpaused_when_its_ring_is_given_up_is_unpaused_later(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
+    failed = fails(monkeypatch, "unpause", times=3)
+    outcome = await migrate(clean_hosts, busy(name))
+    assert outcome.error is None and len(failed) == 3
+    assert clean_hosts.destination.open(name).info().state is DomainState.RUNNING
+    assert (await verification(clean_hosts, busy(name))).problems == []
+
+
 async def test_a_page_that_cannot_be_read_yet_is_read_later(clean_hosts: World, name: str, monkeypatch: Patch) -> None:
     """At the source, after the handover."""
     failed: list[str] = []

@@ -21,6 +21,7 @@ from migrate.options import MigrationOptions, PolicyOptions, Strategy
 from migrate.protocol.session import new_id
 from migrate.service.config import Config, NetworkConfig, TlsConfig
 from migrate.service.journal import Journal
+from migrate.tasks import isolated
 from receiver.daemon import ReceiverDaemon
 from receiver.migration import IncomingMigration
 from sender.migration import OutgoingMigration
@@ -75,9 +76,11 @@ async def migrate(
     with trio.fail_after(timeout_s):
         async with trio.open_nursery() as nursery:
             receiver._nursery = nursery
-            listeners = await nursery.start(
-                functools.partial(trio.serve_tcp, receiver.reception.receive, 0, host="127.0.0.1")
-            )
+
+            async def receive(stream: trio.SocketStream) -> None:
+                await isolated("a connection", receiver.reception.receive, stream)
+
+            listeners = await nursery.start(functools.partial(trio.serve_tcp, receive, 0, host="127.0.0.1"))
             session = new_id()
             between = await link(nursery, ("127.0.0.1", listeners[0].socket.getsockname()[1]), budgets)
             lanes = DialledLanes(("127.0.0.1", between.port), session, replace(terms, tls=sender_tls))
