@@ -82,7 +82,7 @@ async def isolated(what: str, work: Callable[[*Arguments], Awaitable[object]], *
     """Do ``work``.  An error that ``work`` raises is logged with its traceback and ends nothing
     else.
 
-    A daemon runs each task for one connection or one migration in this function.
+    A daemon runs each task for one connection or one migration in this function (invariant 10).
     """
     try:
         await work(*arguments)

@@ -18,6 +18,8 @@ from typing import Any, cast
 import pytest
 import trio
 import trio.testing
+from hypothesis import given
+from hypothesis import strategies as st
 
 from migrate import logs, tasks
 from migrate.cli.world import World, loopback_world, start_receiver, start_sender, verify_migrated, wait_for_steps
@@ -462,6 +464,41 @@ def test_what_a_peer_counted_is_taken_by_key_and_type() -> None:
     others: tuple[object, ...] = (None, [], 5, "x")
     for told in others:
         assert from_peer(told) == nothing
+
+
+numbers = st.integers() | st.floats() | st.booleans()
+words = st.text(max_size=30) | st.sampled_from(["\x1b]0;x\x07", "\n", "0", "9" * 30, "\u202e"])
+anything: st.SearchStrategy[Any] = st.recursive(
+    st.none() | numbers | words,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
+    max_leaves=8,
+)
+COUNTED = ("fault_latency_us", "vcpu_block_s", "pull", "dropped_pages", "populate_evicted", "checkpoints")
+told_by_peer = st.dictionaries(st.sampled_from(COUNTED) | words, anything, max_size=8)
+
+
+def leaves(value: object) -> Iterator[object]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from (key, *leaves(inner))
+    else:
+        yield value
+
+
+@given(told_by_peer | anything)
+def test_whatever_a_peer_counted_is_checked_before_anybody_sees_it(told: object) -> None:
+    """Invariant 10: it is for a terminal, a log and JSON."""
+    try:
+        found = _receiver_statistics(json.dumps(told).encode())
+    except RemoteProtocolError:
+        return
+    assert found.keys() == set(COUNTED)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    for leaf in leaves(found):
+        if isinstance(leaf, str):
+            assert leaf.isprintable() and len(leaf) < 20
+        else:
+            assert isinstance(leaf, int | float) and not isinstance(leaf, bool) and 0 <= leaf < 2**63
 
 
 @pytest.mark.parametrize("data", [b"[" * 60_000, b"\xff", b"9" * 5000 + b"x"])

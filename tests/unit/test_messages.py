@@ -189,5 +189,21 @@ def test_any_field_values_give_a_message_or_a_protocol_error(example: m.Message,
     assert over_the_wire(parsed) == parsed
 
 
+@given(st.sampled_from(EXAMPLES), st.text(min_size=1) | st.sampled_from(["\x1b[31m", "a\nb", "\u202eevil", "x" * 5000]))
+def test_no_text_of_a_peer_is_unprintable(example: m.Message, text: str) -> None:
+    """Invariant 10.  A name or a reason reaches a terminal and a log."""
+    header = {
+        key: text if isinstance(value, str) and key != "type" else [text] if isinstance(value, list | tuple) else value
+        for key, value in example.header().items()
+    }
+    try:
+        parsed = m.parse(header)
+    except RemoteProtocolError as error:
+        assert str(error).isprintable()
+        return
+    assert header == example.header() or (text.isprintable() and len(text) <= m.MAX_TEXT)
+    assert all(value.isprintable() for value in vars(parsed).values() if isinstance(value, str))
+
+
 def test_reasons_are_made_printable() -> None:
     assert m.printable("a\nb\x00" + "x" * 5000) == "a b " + "x" * (m.MAX_TEXT - 4)

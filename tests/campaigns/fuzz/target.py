@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import sys
 import zlib
@@ -17,6 +18,7 @@ with atheris.instrument_imports(include=["migrate"]):
     from migrate.protocol.messages import Lane, parse
     from migrate.protocol.session import Role, negotiate
 
+from sender.statistics import from_peer
 from tests.unit.test_messages import EXAMPLES
 from tests.unit.test_session import DECIDED, PROTECTED, STORY, UNDER_XL, play, rejoined
 
@@ -88,6 +90,18 @@ def any_header(given: atheris.FuzzedDataProvider) -> bytes:
         return b"\x80"
 
 
+def check_texts(message: m.Message) -> None:
+    """What a peer sends may reach a terminal, a log and JSON."""
+    for value in vars(message).values():
+        for text in value if isinstance(value, tuple) else (value,):
+            assert not isinstance(text, str) or (text.isprintable() and len(text) <= m.MAX_TEXT)
+    if isinstance(message, m.Complete):
+        try:
+            json.dumps(from_peer(json.loads(message.statistics)), allow_nan=False)
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+            return  # refused by whoever receives it
+
+
 def one_input(data: bytes) -> None:
     given = atheris.FuzzedDataProvider(data)
     story = STORIES[given.ConsumeIntInRange(0, len(STORIES) - 1)]
@@ -104,6 +118,7 @@ def one_input(data: bytes) -> None:
             lane = Lane.PULL if given.ConsumeBool() else Lane.PUSH
             for received in decode(frame(any_header(given))):
                 message = parse(received.header, len(received.payload))
+                check_texts(message)
                 if isinstance(message, m.Hello):
                     try:
                         negotiate(message)

@@ -2,6 +2,8 @@
 /*
  * The handover and what follows it, between a sender and a receiver that may each be killed, over a link that may be lost.
  *
+ * An operator may decide once, while the link is down, that the guest goes on at the source: the destination then stops it.
+ *
  * One page stands for all that are missing.  What a process knows is gone when it is killed; the journal and the domains
  * are not.  Every step between two of these is a step of the model, so a kill may fall between any two.
  *
@@ -29,9 +31,14 @@
 #define FORGETS_READY                8
 #define SILENT_BEFORE_CONTEXT        9
 #define BELIEVES_AN_ABORT_ARRIVED   10
+#define ABORTS_WHAT_WAS_HANDED_OVER 11
+#define ANSWERS_BEFORE_HELD_IS_NOTED 12
+#define SUCCESSOR_LETS_HELD_RUN     13
+#define FORGETS_TO_RECALL           14
+#define HOLDS_NOTHING_THAT_IS_WHOLE 15
 
-mtype = { suspended, context, ready, handover, page, loaded, complete, completed, abort, rejoin, at_ready, at_own, refused };
-mtype = { NONE, BEGUN, HANDED, GIVEN_UP, MADE, READY, OWN, FINISHING };     /* journals */
+mtype = { suspended, context, ready, handover, page, loaded, complete, completed, abort, rejoin, at_ready, at_own, refused, recall };
+mtype = { NONE, BEGUN, HANDED, GIVEN_UP, DECIDED, RECALLING, MADE, READY, OWN, FINISHING, HELD };   /* journals */
 
 chan to_r = [4] of { mtype };
 chan to_s = [4] of { mtype };
@@ -49,6 +56,7 @@ bool s_page = true;             /* the source's domain, with its page, is there 
 bool r_domain, r_page;
 bool r_wrote;                   /* the guest has written to its page at the destination */
 bool s_over, r_over;            /* nothing is owed */
+bool decided;                   /* an operator has had the guest go on at the source, rightly or wrongly */
 
 inline cut() {
     link = false; s_lost = true; r_lost = true; r_fresh = false;
@@ -147,9 +155,26 @@ inline take_up_again() {
     fi
 }
 
+/* "decide here": the receiver may have the guest run, and cannot be reached. */
+inline decide() {
+    s_runs = true;
+#if MUTATION == FORGETS_TO_RECALL
+    settled()
+#else
+    s_journal = RECALLING
+#endif
+}
+
 inline tell() {
     connect();
+#if MUTATION == ABORTS_WHAT_WAS_HANDED_OVER
     s_says(abort);
+#else
+    if
+    :: s_journal == RECALLING -> s_says(recall)
+    :: else -> s_says(abort)
+    fi;
+#endif
     if
     :: to_s?refused -> settled()        /* it knows nothing of it, or has heard */
 #if MUTATION == BELIEVES_AN_ABORT_ARRIVED
@@ -176,7 +201,9 @@ active proctype Sender()
 #else
             take_up_again()
 #endif
-        :: s_journal == GIVEN_UP -> tell()
+        :: d_step { s_journal == HANDED && s_page && s_lost && !decided -> decided = true; s_journal = DECIDED }
+        :: s_journal == DECIDED -> decide()
+        :: s_journal == GIVEN_UP || s_journal == RECALLING -> tell()
         od
     } unless { s_dead -> d_step { s_dead = false; cut() } }
     od
@@ -188,6 +215,16 @@ inline discard() { r_domain = false; r_journal = NONE }
 inline own() {
     r_journal = OWN;
     r_runs = true
+}
+
+/* It runs at the source as well, and stands still here until an operator decides again. */
+inline hold() {
+#if MUTATION == ANSWERS_BEFORE_HELD_IS_NOTED
+    r_says(refused);
+#endif
+    r_journal = HELD;
+    r_runs = false;
+    r_says(refused)
 }
 
 /* The page has come, for the first time or again. */
@@ -226,6 +263,9 @@ active proctype Receiver()
         :: r_journal == MADE -> discard()
         :: r_journal == READY -> said_ready = true     /* for all it knows */
         :: r_journal == OWN && !r_runs -> r_runs = true
+#if MUTATION != SUCCESSOR_LETS_HELD_RUN
+        :: r_journal == HELD && r_runs -> r_runs = false
+#endif
         :: else -> skip
         fi;
         do
@@ -241,6 +281,11 @@ active proctype Receiver()
                 assert(r_journal != OWN && r_journal != FINISHING);
                 if :: r_domain -> discard() :: else -> skip fi;
                 r_says(refused)
+            :: heard == recall && r_journal == OWN -> hold()
+#if MUTATION != HOLDS_NOTHING_THAT_IS_WHOLE
+            :: heard == recall && r_journal == FINISHING -> hold()
+#endif
+            :: heard == recall && r_journal == READY -> discard(); r_says(refused)
             :: heard == page && r_journal == OWN -> load(); r_says(loaded); r_says(complete)
             :: heard == rejoin && r_journal == READY -> r_says(at_ready)
             :: heard == rejoin && r_journal == OWN && !r_page -> r_says(at_own)
@@ -273,9 +318,9 @@ active proctype Watch()
     assert(s_runs + r_runs == 1);
     assert(!r_runs || r_page);
     assert(!r_runs || !s_page);
-    assert(!s_runs || (s_page && !r_domain));
+    assert(!s_runs || (s_page && (!r_domain || r_journal == HELD)));
     assert(s_over)
 }
 
-ltl one_owner { [] !(s_runs && r_runs) }
+ltl one_owner { [] (decided || !(s_runs && r_runs)) }
 ltl no_page_is_lost { [] (s_page || r_page) }
