@@ -146,12 +146,12 @@ class Checkpoints:
             pause_s = max(self._every_s, stood_still / MOST_STANDING_STILL)
 
     def kept(self, problem: str) -> None:
-        """The source says so, or that it cannot."""
+        """The source says so, or that it cannot.  In a thread."""
         self._problem = problem
         if not problem:
             self._owed[:] = False
             self._statistics.checkpoints += 1
-        self._kept.set()
+        trio.from_thread.run_sync(self._kept.set)
 
     async def _end(self, problem: str) -> None:
         self._ended = True

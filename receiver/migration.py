@@ -731,7 +731,7 @@ class IncomingMigration:
                 case m.Abort():
                     raise MigrationError(f"the sender gave up: {message.reason}")
                 case m.Kept() if self._checkpoints is not None:
-                    trio.from_thread.run_sync(self._checkpoints.kept, message.problem)
+                    self._checkpoints.kept(message.problem)
                 case m.Completed():
                     self._completed = True
 

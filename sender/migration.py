@@ -468,7 +468,8 @@ class OutgoingMigration:
         if self._checkpoints is not None and await trio.to_thread.run_sync(self._checkpoints.exists):
             await trio.to_thread.run_sync(self._checkpoints.apply)
         self.progress.phase = "postcopy" if handed_over else "deciding"
-        self._backlog = Backlog(np.zeros(self._domain.nr_pfns, dtype=np.bool_))
+        nothing = np.zeros(self._domain.nr_pfns, dtype=np.bool_)
+        self._backlog = await in_thread(Backlog, nothing)
         async with task_group() as tasks:
             if self._toolstack.decides:
                 tasks.start_soon(self._follow_decision)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +42,12 @@ class Remainder:
     """What else is known to be unsent, as a bitmap."""
     pinned: PfnArray
     """The pinned set, as far as it is known."""
+
+
+def _counted(get: Callable[[], PfnMask]) -> tuple[PfnMask, int]:
+    """A set and its size.  In a thread."""
+    pages = get()
+    return pages, int(np.count_nonzero(pages))
 
 
 class Precopy:
@@ -87,8 +94,8 @@ class Precopy:
         progress, stats = self._progress, self._statistics
         await trio.to_thread.run_sync(written.enable)
         await trio.to_thread.run_sync(self._toolstack.track_device_model, True)
-        to_send: PfnMask = await trio.to_thread.run_sync(written.memory)
-        previous = remaining = int(np.count_nonzero(to_send))
+        to_send, remaining = await trio.to_thread.run_sync(_counted, written.memory)
+        previous = remaining
         began = time.monotonic()
         decision = Decision.CONTINUE
         if self._options.strategy is Strategy.POSTCOPY:
@@ -97,17 +104,21 @@ class Precopy:
             stats.rounds += 1
             progress.round, progress.pages_done, progress.pages_total = stats.rounds, 0, remaining
             decision = await self._send_round(to_send, remaining, previous, began)
-            to_send |= await trio.to_thread.run_sync(written.look)
-            previous, remaining = remaining, int(np.count_nonzero(to_send))
+            previous, remaining = remaining, await trio.to_thread.run_sync(self._look_after_round, to_send)
             if decision is Decision.CONTINUE:
                 decision = self._decide(stats.rounds, True, remaining, previous, began)
             log.info("round %d done, %d pages dirty, %s", stats.rounds, remaining, decision.value)
         if decision is Decision.ABORT:
             raise MigrationError("the policy gave up: the guest dirties memory faster than it can be sent")
         if decision is Decision.STOP_AND_COPY:
-            await self._put_off(np.zeros_like(to_send))  # what was sent is taken in now, not in the downtime
-            return Remainder(np.zeros_like(to_send), bitmap_of(to_send), NO_PFNS)
+            nothing = await trio.to_thread.run_sync(np.zeros_like, to_send)
+            await self._put_off(nothing)  # what was sent is taken in now, not in the downtime
+            return Remainder(nothing, await trio.to_thread.run_sync(bitmap_of, to_send), NO_PFNS)
         return await self._defer(to_send)
+
+    def _look_after_round(self, to_send: PfnMask) -> int:
+        to_send |= self._written.look()
+        return int(np.count_nonzero(to_send))
 
     async def _send_round(self, to_send: PfnMask, total: int, previous: int, began: float) -> Decision:
         """Send the set, taking out of it what was sent, until it is empty or the policy decides otherwise."""
@@ -138,32 +149,46 @@ class Precopy:
 
         That takes a while, in which the guest writes more: once again with that, as long as there is less to evict
         or to look at.  A guest that writes all that it has is looked at for a long time once only.
+
+        Every step over a set is made in a thread: of a large guest one takes a second.
         """
         domain = self._domain
-        deferred, kept_back = np.zeros_like(unsent), np.zeros_like(unsent)
+        deferred, kept_back = [await trio.to_thread.run_sync(np.zeros_like, unsent) for _ in range(2)]
         # The search for the pinned set may look into every page.
         pinned_pfns = await trio.to_thread.run_sync(pinned, domain)
-        to_look_at = to_evict = int(np.count_nonzero(unsent))
-        for number in range(1, MAX_DEFERRALS + 1):
-            gone = await self._push.report_holes(await trio.to_thread.run_sync(from_mask, unsent))
+        first = True
+
+        def keep_back() -> PfnMask:
+            """Returns what is to be put off."""
+            nonlocal pinned_pfns
             unsent[gone] = deferred[gone] = False
-            if number > 1:
-                more = await trio.to_thread.run_sync(lambda pages: domain.pinned(from_mask(pages)), unsent)
-                pinned_pfns = union([pinned_pfns, more])
+            if not first:
+                pinned_pfns = union([pinned_pfns, domain.pinned(from_mask(unsent))])
             kept_back[pinned_pfns] |= unsent[pinned_pfns]
             unsent[pinned_pfns] = False
             if self._toolstack.decides:
-                await trio.to_thread.run_sync(hold, domain, unsent)
-            await self._put_off(unsent & ~deferred)
-            deferred |= unsent
-            unsent = await trio.to_thread.run_sync(self._written.look)
-            looked_at, evicted = to_look_at, to_evict
-            to_look_at, to_evict = (int(np.count_nonzero(pages)) for pages in (unsent, unsent & ~deferred))
+                hold(domain, unsent)
+            others: PfnMask = unsent & ~deferred
+            np.logical_or(deferred, unsent, out=deferred)
+            return others
+
+        def look() -> tuple[PfnMask, int, int]:
+            """What was written, and the numbers of pages to look at and to evict for it."""
+            written, count = _counted(self._written.look)
+            return written, count, int(np.count_nonzero(written & ~deferred))
+
+        _, to_look_at = await trio.to_thread.run_sync(_counted, lambda: unsent)
+        to_evict = to_look_at
+        for _number in range(MAX_DEFERRALS):
+            gone = await self._push.report_holes(await trio.to_thread.run_sync(from_mask, unsent))
+            await self._put_off(await trio.to_thread.run_sync(keep_back))
+            first, looked_at, evicted = False, to_look_at, to_evict
+            unsent, to_look_at, to_evict = await trio.to_thread.run_sync(look)
             log.info("%d pages put off, %d written meanwhile, %d of them others", evicted, to_look_at, to_evict)
             no_less = to_look_at >= looked_at * 0.9 and to_evict >= evicted * 0.9
             if no_less or to_look_at <= self._options.policy.dirty_threshold:
                 break
-        return Remainder(deferred, bitmap_of(kept_back | unsent), pinned_pfns)
+        return Remainder(deferred, await trio.to_thread.run_sync(lambda: bitmap_of(kept_back | unsent)), pinned_pfns)
 
     async def _put_off(self, unsent: PfnMask) -> None:
         """Where pages are evicted one by one those of a large guest take minutes: the limit is each window's."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -93,3 +94,40 @@ async def test_a_destination_that_does_not_evict_is_given_up(
     (error,) = raised.value.exceptions
     assert isinstance(error, PeerClosedError)
     assert "did not evict the unsent pages from pfn 0x0 on within 60 s" in str(error)
+
+
+class Watched(np.ndarray[Any, np.dtype[np.bool_]]):
+    """A set that notes which steps over all of it are made in the event loop."""
+
+    in_event_loop: ClassVar[list[str]] = []
+
+    def _note(self, step: str, values: tuple[Any, ...]) -> None:
+        if trio.lowlevel.in_trio_run() and any(getattr(value, "size", 0) >= NR_PFNS for value in values):
+            self.in_event_loop.append(step)
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, out: Any = None, **options: Any) -> Any:
+        self._note(ufunc.__name__, inputs)
+        plain = [np.asarray(value) for value in inputs]
+        if out is not None:
+            options["out"] = tuple(np.asarray(value) for value in out)
+        result = getattr(ufunc, method)(*plain, **options)
+        return result.view(Watched) if out is None and isinstance(result, np.ndarray) else result
+
+    def __array_function__(self, function: Any, types: Any, arguments: Any, options: Any) -> Any:
+        self._note(function.__name__, arguments)
+        return super().__array_function__(function, types, arguments, options)
+
+
+async def test_no_step_over_all_of_a_guest_is_made_in_the_event_loop(
+    lab: SimulatedLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a large guest such a step takes a second, in which the loop serves no other guest."""
+    for method in ("memory", "look"):
+        original = getattr(WrittenPages, method)
+        monkeypatch.setattr(WrittenPages, method, lambda self, original=original: original(self).view(Watched))
+    monkeypatch.setattr(Watched, "in_event_loop", [])
+    remainder = await put_off(lab, SlowDestination(0))
+    assert Watched.in_event_loop == []
+    assert np.count_nonzero(remainder.deferred.view(np.ndarray)) > NR_PFNS / 2
+    _ = remainder.deferred & remainder.deferred
+    assert Watched.in_event_loop == ["bitwise_and"]  # it is watched to the end
