@@ -118,6 +118,8 @@ def _end_with(child: subprocess.Popen[bytes]) -> Never:
     """As it does."""
     status = child.wait()
     if status < 0:
+        with contextlib.suppress(OSError):  # SIGKILL has no other
+            signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     sys.exit(status)
 

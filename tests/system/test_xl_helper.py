@@ -3,22 +3,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import pty
+import signal
+import socket
 import struct
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from migrate.errors import MigrationError
-from migrate.xl import image, protocol
+from migrate.xl import image, protocol, stock
 from migrate.xl.protocol import Level
 from tests.support import zygote
+from tests.support.libxl import Libxl
 
 STOCK = """#!{python}
 import json, os, sys
@@ -26,7 +31,10 @@ fd, stream = int(sys.argv[2]), b""
 while sys.argv[1] == "--restore-domain" and (more := os.read(fd, 65536)):
     stream += more
 json.dump({{"arguments": sys.argv[1:], "stream": stream.hex()}}, open({note!r}, "w"))
-sys.exit(int(os.environ.get("STOCK_STATUS", 0)))
+status = int(os.environ.get("STOCK_STATUS", 0))
+if status < 0:
+    os.kill(os.getpid(), -status)
+sys.exit(status)
 """
 HEADERS = image.headers(4, 17)
 
@@ -35,6 +43,7 @@ CPU_POLICY = image.record(image.REC_TYPE_X86_CPUID_POLICY, b"leaves " * 7)
 STATIC_END = image.record(image.REC_TYPE_STATIC_DATA_END)
 PAGES = image.record(1, os.urandom(300_001))
 END = image.record(image.REC_TYPE_END)
+RESTORE = (-1, 4, 1, 0, 2, 0, 768, 0)
 
 
 class Xl:
@@ -189,10 +198,130 @@ def test_an_error_of_the_helper_itself_is_said_to_libxl(xl: Xl) -> None:
     assert b"an error of xen-postcopy-xl-helper itself" in said and said.endswith(protocol.complete(-1, errno.EIO))
 
 
+# ---- a daemon that does not do what it should ----
+@contextlib.contextmanager
+def daemon(path: Path, *answers: bytes) -> Iterator[list[bytes]]:
+    """One that gives each connection its answer, in turn, and goes; returns what it was asked."""
+    asked: list[bytes] = []
+
+    def serve() -> None:
+        for answer in answers:
+            connection, _address = listener.accept()
+            with connection:
+                asked.append(connection.recv(65536))
+                connection.sendall(answer)
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        listener.settimeout(60)
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield asked
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+UNKNOWN = b'{"event": "error", "message": "unknown command \'await-memory\'"}\n'
+COMING = b'{"event": "result", "migrations": [{"domain": "web", "phase": "postcopy"}]}\n'
+ARRIVED = b'{"event": "result", "migrations": [{"domain": "web", "phase": "completed"}]}\n'
+
+
+def converse(
+    tmp_path: Path, mode: str, io_fd: int, numbers: tuple[int, ...], *answers: bytes, **environment: str
+) -> Libxl:
+    """What the helper and a libxl that answers it have said, with such a daemon."""
+    sockets = dict.fromkeys(("XEN_POSTCOPY_SENDER", "XEN_POSTCOPY_RECEIVER"), str(tmp_path / "daemon"))
+    stock = {"XEN_POSTCOPY_STOCK_HELPER": os.environ["XEN_POSTCOPY_STOCK_HELPER"]}
+    libxl = Libxl(mode, io_fd, numbers, {}, {**sockets, **stock, **environment})
+    with daemon(tmp_path / "daemon", *answers):
+        libxl.start()
+        assert libxl.wait() == 0
+    return libxl
+
+
+def save(tmp_path: Path, *answers: bytes, io_fd: int = -1, **environment: str) -> Libxl:
+    reader, writer = os.pipe()
+    libxl = converse(
+        tmp_path, "--save-domain", io_fd if io_fd >= 0 else os.dup(writer), (-1, 3, 1, 136, 0), *answers, **environment
+    )
+    os.close(reader)
+    os.close(writer)
+    return libxl
+
+
+@pytest.mark.parametrize(
+    ("answers", "refusal"),
+    [
+        ([b'{"event": "progress", "arrived": 1, "missing": 2}\n'], "the receiver daemon has gone, and memory of the"),
+        ([UNKNOWN, COMING], "memory of a guest may have still to come (web): try again when it has"),
+        ([UNKNOWN, UNKNOWN], "unknown command"),
+        ([UNKNOWN, ARRIVED], ""),
+    ],
+    ids=["gone", "older, coming", "older, refuses", "older, arrived"],
+)
+def test_a_guest_is_saved_only_where_its_memory_has_come(
+    xl: Xl, tmp_path: Path, answers: list[bytes], refusal: str
+) -> None:
+    """A receiver of an earlier release answers only what is under way."""
+    libxl = save(tmp_path, *answers, XEN_POSTCOPY="off")
+    assert refusal in libxl.log and xl.was_asked == (not refusal)
+    assert [said.numbers for said in libxl.of(protocol.Message.COMPLETE)] == ([(-1, errno.EBUSY)] if refusal else [])
+
+
+OFFER = b'{"event": "offer", "session": "s", "address": ["h", 1], "token": "00", "cpu_policy": ["", ""]}\n'
+DECLINED = b'{"event": "declined", "message": "no"}\n'
+NOTHING_MISSING = b'{"event": "result"}\n'
+
+
+def test_a_sender_that_goes_before_its_offer_leaves_it_to_the_stock_helper(xl: Xl, tmp_path: Path) -> None:
+    libxl = save(tmp_path, NOTHING_MISSING, b"")
+    assert xl.was_asked and "the daemon has gone: using Xen's own live migration" in libxl.log
+
+
+def test_a_sender_that_goes_after_its_offer_fails_the_migration(xl: Xl, tmp_path: Path) -> None:
+    libxl = save(tmp_path, NOTHING_MISSING, OFFER)
+    assert not xl.was_asked and "the sender daemon has gone" in libxl.log and libxl.result == (-1, errno.EIO)
+
+
+def test_a_stream_that_nobody_reads_fails_the_migration(xl: Xl, tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    libxl = save(tmp_path, NOTHING_MISSING, OFFER, io_fd=writer)
+    assert "the migration's stream: Broken pipe" in libxl.log and libxl.result == (-1, errno.EPIPE)
+
+
+def test_a_stock_helper_that_is_missing_after_the_headers_is_said(xl: Xl, tmp_path: Path) -> None:
+    libxl = save(tmp_path, NOTHING_MISSING, OFFER + DECLINED, XEN_POSTCOPY_STOCK_HELPER="/nowhere/libxl-save-helper")
+    assert "cannot start /nowhere/libxl-save-helper" in libxl.log and libxl.result == (-1, errno.ENOENT)
+
+
+def offered(session: bytes, behind: bytes) -> bytes:
+    """A stream of a sender that has agreed on this session."""
+    offer = b'{"session": "s", "address": ["h", 1], "token": "00"}'
+    beginning = HEADERS + image.record(image.REC_TYPE_POSTCOPY_OFFER, offer) + STATIC_END
+    return beginning + image.record(image.REC_TYPE_POSTCOPY, session) + behind
+
+
+@pytest.mark.parametrize(
+    ("stream", "complaint", "number"),
+    [
+        (offered(b"s", END), "the receiver daemon has gone", errno.EIO),
+        (offered(b"s", image.record(1, b"page")), "records behind the session's", errno.EINVAL),
+        (offered(b"t", END), "the sender wants postcopy", errno.EOPNOTSUPP),
+    ],
+    ids=["gone", "more records", "another session"],
+)
+def test_a_postcopy_stream_that_cannot_be_taken_in_fails(
+    xl: Xl, tmp_path: Path, stream: bytes, complaint: str, number: int
+) -> None:
+    reader, writer = os.pipe()
+    _send(writer, stream)
+    libxl = converse(tmp_path, "--restore-domain", reader, RESTORE, b"")
+    assert not xl.was_asked and complaint in libxl.log and libxl.result == (-1, number)
+
+
 # ---- restoring ----
-RESTORE = (-1, 4, 1, 0, 2, 0, 768, 0)
-
-
 @pytest.mark.parametrize("static", [b"", STATIC_END, CPU_POLICY + image.record(0x80000001, b"optional") + STATIC_END])
 def test_an_ordinary_stream_reaches_the_stock_helper_whole_and_no_further(xl: Xl, static: bytes) -> None:
     stream = HEADERS + static + PAGES + image.record(9, b"context") + END
@@ -207,6 +336,24 @@ def test_an_ordinary_stream_reaches_the_stock_helper_whole_and_no_further(xl: Xl
 def test_the_stock_helper_s_status_is_ours(xl: Xl, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STOCK_STATUS", "3")
     assert xl.run("--restore-domain", *RESTORE, stream=HEADERS + PAGES + END)[0] == 3
+
+
+def test_the_stock_helper_s_death_is_ours(xl: Xl, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STOCK_STATUS", str(-signal.SIGTERM))
+    assert xl.run("--restore-domain", *RESTORE, stream=HEADERS + PAGES + END)[0] == -signal.SIGTERM
+
+
+def test_the_stock_helper_of_the_xen_that_runs_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XEN_POSTCOPY_STOCK_HELPER", raising=False)
+    monkeypatch.setattr(stock, "VERSION", str(tmp_path))
+    monkeypatch.setattr(stock, "PLACES", (f"{tmp_path}/none", f"{tmp_path}/xen-{{version}}/bin"))
+    assert stock.xen_version() == (0, 0) and stock.program() == "libxl-save-helper"
+    (tmp_path / "major").write_text("4\n")
+    (tmp_path / "minor").write_text("17\n")
+    helper = tmp_path / "xen-4.17/bin/libxl-save-helper"
+    helper.parent.mkdir(parents=True)
+    helper.touch()
+    assert stock.program() == str(helper)
 
 
 def test_a_stream_that_breaks_off_reaches_it_as_far_as_it_came(xl: Xl) -> None:
