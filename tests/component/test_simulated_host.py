@@ -3,18 +3,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import select
+import signal
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import numpy as np
 import pytest
 
-from migrate.cli.world import World, loopback_world, wait_for_steps
+from migrate.cli import world as cli_world
+from migrate.cli.world import World, loopback_world, verify_migrated, wait_for_steps
+from migrate.errors import MigrationError
 from migrate.protocol.pfns import from_mask, mask_from_bitmap
 from tests.conformance.test_conformance import page, pfns, read, span
 from tests.conftest import MIB, WAIT_S, Boot
@@ -25,6 +31,7 @@ from xenbackend.pages import PAGE_SIZE, PageStatus
 from xenbackend.ring import VM_EVENT_SLOTS, PagingRequest, PagingRing
 from xenbackend.simulated._sim import lib
 from xenbackend.simulated.client import SimulatedDomain, SimulatedHypervisor
+from xenbackend.simulated.guest import GuestSpec
 from xenbackend.simulated.verify import verify
 
 
@@ -256,6 +263,82 @@ def test_a_host_refuses_what_is_no_request_and_goes_on(lab: SimulatedLab) -> Non
     with pytest.raises(XenError, match="not the description of a simulated guest"):
         lab.simulated.create_guest(b"\x80")
     assert isinstance(lab.simulated.domains(), list)
+
+
+def test_a_host_refuses_what_contradicts_itself(lab: SimulatedLab) -> None:
+    host, spec = lab.simulated, GuestSpec("contradictory", 4 * MIB)
+    options = {**dataclasses.asdict(spec), "vcpus": "two"}
+    with pytest.raises(XenError, match="not the description of a simulated guest: vcpus"):
+        host.create_guest(msgpack.packb(options))
+    config = dataclasses.replace(spec.domain_config(), nr_pfns=8)
+    with pytest.raises(XenError, match="the configuration contradicts itself"):
+        host.create_incoming(config)
+    guest = lab.boot(vcpus=1)
+    with pytest.raises(XenError, match=f"there is a domain {guest.domid} already"):
+        host.call("create", spec=spec.to_bytes(), domid=guest.domid)
+    with pytest.raises(XenError, match="the domain is not paused"):
+        guest.unpause()
+    with pytest.raises(XenError, match="EINVAL"):
+        guest.set_page(2**40, refs=1)
+    target = lab.incoming()
+    guest.suspend()
+    [[vcpu, *_more], balloon] = msgpack.unpackb(guest.context())
+    for context in ([[vcpu, vcpu, vcpu], balloon], [[[*vcpu[:3], 2**40]] * 2, balloon]):
+        with pytest.raises(XenError, match="not a context of this domain"):
+            target.set_context(msgpack.packb(context))
+    assert [info.domid for info in host.domains()] == [guest.domid, target.domid]
+
+
+def test_a_host_that_has_no_room_for_the_contents_of_a_guest_refuses_it(lab: SimulatedLab) -> None:
+    with pytest.raises(XenError, match=r"this machine has .* MiB available: make it smaller"):
+        lab.simulated.create_guest(GuestSpec("large", 2**40, zero_permille=0).to_bytes())
+
+
+def test_a_host_that_is_gone_is_an_error() -> None:
+    """At the next call the kernel reports that nobody is there; a call under way just ends."""
+    with loopback_world(8 * MIB, daemons=False) as world:
+        world.processes["source"].popen.kill()
+        world.processes["source"].popen.wait()
+        with pytest.raises(XenError, match="the simulated host"):
+            world.source.domains()
+        with pytest.raises(MigrationError, match="source ended with status -9"):
+            world.check_alive()
+
+
+def test_a_world_ends_whatever_its_processes_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is stopped does not end when it is asked to."""
+    monkeypatch.setattr(cli_world, "DRAIN_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(cli_world, "STOP_TIMEOUT_S", 0.1)
+    with loopback_world(8 * MIB, daemons=False) as world:
+        source = world.processes["source"].popen
+        source.send_signal(signal.SIGSTOP)
+    assert source.returncode == -signal.SIGKILL
+    assert not world.directory.exists()
+
+
+def test_a_world_that_does_not_come_up_shows_the_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        pytest.raises(MigrationError, match=r"(?s)receiver did not start:.*there is no such section") as info,
+        loopback_world(8 * MIB, config="[nonsense]"),
+    ):
+        pass
+    assert "--- receiver ---" in info.value.__notes__[0]
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("d" * 100)))
+    (tmp_path / ("d" * 100)).mkdir()
+    with pytest.raises(MigrationError, match=r"choose a shorter one \(see TMPDIR\)"), loopback_world(8 * MIB):
+        pass
+
+
+def test_a_guest_that_runs_at_both_ends_is_reported(hosts: World, name: str) -> None:
+    spec = GuestSpec(name, 4 * MIB)
+    ends = [host.create_guest(spec.to_bytes()) for host in (hosts.source, hosts.destination)]
+    with pytest.raises(MigrationError, match="did not do 1000000000000 steps within 0 s"):
+        wait_for_steps(ends[0], 10**12, timeout_s=0)
+    problems = verify_migrated(hosts, spec)[0].problems
+    assert problems == ["the source domain was not let go", "the domain is still at the source"]
+    for domain in ends:
+        domain.destroy()
+        domain.close()
 
 
 def restored(
