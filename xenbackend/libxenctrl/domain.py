@@ -13,7 +13,7 @@ import errno
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgpack
 import numpy as np
@@ -23,67 +23,27 @@ from xenbackend.contract import LOG_DIRTY_IS_ON, Domain, DomainConfig, DomainInf
 from xenbackend.errors import NoSuchDomainError, XenError, check_handle
 from xenbackend.libxenctrl._xen import ffi, lib
 from xenbackend.libxenctrl.held import HeldPages
+from xenbackend.libxenctrl.host import SHUTDOWN_SUSPEND, XenHost, check, state_of
+from xenbackend.libxenctrl.params import (
+    CONTEXT_PARAMS,
+    HVM_PARAM_CALLBACK_IRQ,
+    HVM_PARAM_CONSOLE_PFN,
+    HVM_PARAM_PAGING_RING_PFN,
+    HVM_PARAM_STORE_PFN,
+    RINGS_TO_CLEAR,
+)
+from xenbackend.libxenctrl.platform import Platform
 from xenbackend.libxenctrl.preflight import ENABLE_ERRORS, DomainFacts
 from xenbackend.libxenctrl.ring import XenPagingRing
+from xenbackend.libxenctrl.wiring import Wiring
 from xenbackend.pages import PAGE_SIZE, Buffer, MappedPages, NativePages, PageStatus, PfnArray, batch_error, page_bytes
 
-if TYPE_CHECKING:
-    from xenbackend.libxenctrl.builder import Plumbing
-    from xenbackend.libxenctrl.hypervisor import XenHypervisor
-
-SHUTDOWN_SUSPEND, SHUTDOWN_CRASH = 2, 3  # xen/include/public/sched.h
 NO_PFN = np.uint64(2**64 - 1)
 LOOK_PFNS = 1024
 SUSPEND_TIMEOUT_S = 60.0
 """As libxl gives a guest."""
 
-# xen/include/public/hvm/params.h
-HVM_PARAM_CALLBACK_IRQ = 0
-HVM_PARAM_STORE_PFN = 1
-HVM_PARAM_STORE_EVTCHN = 2
-HVM_PARAM_IOREQ_PFN = 5
-HVM_PARAM_BUFIOREQ_PFN = 6
-HVM_PARAM_VIRIDIAN = 9
-HVM_PARAM_IDENT_PT = 12
-HVM_PARAM_CONSOLE_PFN = 17
-HVM_PARAM_CONSOLE_EVTCHN = 18
-HVM_PARAM_ACPI_IOPORTS_LOCATION = 19
-HVM_PARAM_PAGING_RING_PFN = 27
-HVM_PARAM_MONITOR_RING_PFN = 28
-HVM_PARAM_SHARING_RING_PFN = 29
-HVM_PARAM_IOREQ_SERVER_PFN = 32
-HVM_PARAM_NR_IOREQ_SERVER_PAGES = 33
-HVM_PARAM_VM_GENERATION_ID_ADDR = 34
-HVM_PARAM_X87_FIP_WIDTH = 36
-HVM_PARAM_VM86_TSS_SIZED = 37
-HVM_PARAM_MCA_CAP = 38
-CONTEXT_PARAMS = (
-    HVM_PARAM_STORE_PFN, HVM_PARAM_IOREQ_PFN, HVM_PARAM_BUFIOREQ_PFN, HVM_PARAM_MONITOR_RING_PFN,
-    HVM_PARAM_SHARING_RING_PFN, HVM_PARAM_VM86_TSS_SIZED, HVM_PARAM_CONSOLE_PFN, HVM_PARAM_ACPI_IOPORTS_LOCATION,
-    HVM_PARAM_VIRIDIAN, HVM_PARAM_IDENT_PT, HVM_PARAM_VM_GENERATION_ID_ADDR, HVM_PARAM_IOREQ_SERVER_PFN,
-    HVM_PARAM_NR_IOREQ_SERVER_PAGES, HVM_PARAM_X87_FIP_WIDTH, HVM_PARAM_MCA_CAP,
-)  # fmt: skip
-"""What libxc's stream carries, but for the paging ring, which is each host's own."""
-RINGS_TO_CLEAR = (HVM_PARAM_STORE_PFN, HVM_PARAM_CONSOLE_PFN, HVM_PARAM_IOREQ_PFN, HVM_PARAM_BUFIOREQ_PFN)
-"""Pages whose contents are about connections that do not come along."""
 CONTEXT_FORMAT = "xen-hvm-context 1"
-
-
-def check(operation: str, rc: int) -> int:
-    """``rc``, where it is no error.  Raises ``XenError``."""
-    if rc < 0:
-        raise XenError(operation, -rc)
-    return rc
-
-
-def state_of(info: Any) -> tuple[DomainState, str]:
-    """Of a ``struct xen_info``: its state, and why it crashed."""
-    if info.shutdown and info.shutdown_reason == SHUTDOWN_SUSPEND:
-        return DomainState.SUSPENDED, ""
-    if info.shutdown:
-        crashed = info.shutdown_reason == SHUTDOWN_CRASH
-        return DomainState.CRASHED, "the guest crashed" if crashed else "the guest has shut down"
-    return DomainState.PAUSED if info.paused else DomainState.RUNNING, ""
 
 
 def gfn_array(pfns: PfnArray) -> Any:
@@ -109,25 +69,24 @@ def _memory(address: Any, size: int) -> memoryview:
 
 
 class XenDomain(Domain):
-    """``nr_pfns`` and ``plumbing``: of a domain that was just made to be restored into (``incoming.py``)."""
+    """``nr_pfns`` and ``wiring``: of a domain that was just made to be restored into (``builder.py``)."""
 
-    def __init__(
-        self, hypervisor: XenHypervisor, domid: int, nr_pfns: int | None = None, plumbing: Plumbing | None = None
-    ):
-        self._hypervisor = hypervisor
-        self._host = hypervisor.native
-        self._plumbing = plumbing
+    def __init__(self, host: XenHost, domid: int, nr_pfns: int | None = None, wiring: Wiring | None = None):
+        self._host = host
+        self._xen = host.native
+        self._wiring = wiring
         self.domid = domid
         self.handle = bytes(ffi.buffer(self._native_info().handle))
         if nr_pfns is None:
             out = ffi.new("uint64_t *")
-            check("maximum_gpfn", lib.xen_nr_gfns(self._host, domid, out))
+            check("maximum_gpfn", lib.xen_nr_gfns(self._xen, domid, out))
             nr_pfns = int(out[0])
         self.nr_pfns = nr_pfns
         self._held: HeldPages | None = None
         self._pager: Any = None
         self._ring: XenPagingRing
         self._ring_pfn = self.param(HVM_PARAM_PAGING_RING_PFN) if self.native_info().hvm else 0
+        host.opened.add(self)
 
     # ---- what it is ----
     def native_info(self) -> Any:
@@ -138,7 +97,7 @@ class XenDomain(Domain):
 
     def _native_info(self) -> Any:
         info = ffi.new("struct xen_info *")
-        rc = lib.xen_domain_info(self._host, self.domid, info)
+        rc = lib.xen_domain_info(self._xen, self.domid, info)
         if rc == -errno.ESRCH or (rc == 0 and info.dying):
             raise NoSuchDomainError(self.domid)
         check("getdomaininfo", rc)
@@ -146,55 +105,65 @@ class XenDomain(Domain):
 
     def info(self) -> DomainInfo:
         info = self.native_info()
-        return dataclasses.replace(self._hypervisor.describe(info, self.nr_pfns), state=self._state(info))
+        return dataclasses.replace(self._host.describe(info, self.nr_pfns), state=self._state(info))
 
     def state(self) -> DomainState:
         return self._state(self.native_info())
 
     def _state(self, info: Any) -> DomainState:
         state, _reason = state_of(info)
-        return DomainState.INCOMING if self._plumbing is not None and state is DomainState.PAUSED else state
+        return DomainState.INCOMING if self._wiring is not None and state is DomainState.PAUSED else state
 
     def config(self) -> DomainConfig:
-        return self._hypervisor.config_of(self)
+        info = self.native_info()
+        if not info.hvm:
+            raise XenError("config", errno.EINVAL, why="a PV guest cannot be migrated by this program")
+        name = self._host.store_read(f"/local/domain/{self.domid}/name") or f"domain-{self.domid}"
+        platform = Platform(
+            bool(info.hap), info.emulation_flags, info.misc_flags, bytes(ffi.buffer(info.handle)),
+            self.param(HVM_PARAM_PAGING_RING_PFN), *self.cpu_policy(),
+        )  # fmt: skip
+        # After ``xl mem-set`` downwards a domain may have more for a while than it may get.
+        most = max(info.max_pages, info.tot_pages)
+        return DomainConfig(name, self.nr_pfns, most, info.vcpus, platform.pack())
 
     def cpu_policy(self) -> tuple[bytes, bytes]:
         nr = ffi.new("uint32_t[2]")
-        check("cpu policy", lib.xen_cpu_policy_size(self._host, nr, nr + 1))
+        check("cpu policy", lib.xen_cpu_policy_size(self._xen, nr, nr + 1))
         leaves, msrs = bytearray(nr[0] * lib.XEN_CPUID_LEAF_BYTES), bytearray(nr[1] * lib.XEN_MSR_ENTRY_BYTES)
         into = [ffi.from_buffer("uint8_t[]", buffer) for buffer in (leaves, msrs)]
-        check("cpu policy", lib.xen_cpu_policy(self._host, self.domid, into[0], nr, into[1], nr + 1))
+        check("cpu policy", lib.xen_cpu_policy(self._xen, self.domid, into[0], nr, into[1], nr + 1))
         return bytes(leaves[: nr[0] * lib.XEN_CPUID_LEAF_BYTES]), bytes(msrs[: nr[1] * lib.XEN_MSR_ENTRY_BYTES])
 
     def close(self) -> None:
         if self._pager is not None:
             self._ring.close()
-            lib.xen_pager_close(self._host, self._pager)
+            lib.xen_pager_close(self._xen, self._pager)
             self._pager = None
         if self._held is not None:
             self._held.close()
-        self._hypervisor.forget(self)
+        self._host.opened.discard(self)
 
     def preflight(self) -> Preflight:
         info, pod = self.native_info(), ffi.new("uint64_t *")
         if info.hvm:
-            check("get_pod_target", lib.xen_pod_entries(self._host, self.domid, pod))
-        taken = self._pager is None and lib.xen_has_ring(self._host, self.domid) == 1
+            check("get_pod_target", lib.xen_pod_entries(self._xen, self.domid, pod))
+        taken = self._pager is None and lib.xen_has_ring(self._xen, self.domid) == 1
         # Whether the IOMMU is on for it Xen does not tell, until it refuses to enable a ring.
-        devices = self._hypervisor.store_read(f"/libxl/{self.domid}/device/pci") is not None
-        host = self._hypervisor.facts()
+        devices = self._host.store_read(f"/libxl/{self.domid}/device/pci") is not None
+        host = self._host.facts()
         domain = DomainFacts(bool(info.hvm), bool(info.hap), int(pod[0]), devices, taken)
         return Preflight(tuple(host.problems() or domain.problems()), host.way)
 
     def rename(self, name: str) -> None:
-        self._hypervisor.rename(self.domid, name)
+        self._host.rename(self.domid, name)
 
     def reservation(self) -> Reservation:
         info = self.native_info()
         return Reservation(int(info.tot_pages), int(info.max_pages), int(info.paged_pages))
 
     def set_max_pages(self, pages: int) -> None:
-        check("setmaxmem", lib.xen_set_max_pages(self._host, self.domid, pages))
+        check("setmaxmem", lib.xen_set_max_pages(self._xen, self.domid, pages))
 
     # ---- running ----
     def suspend(self) -> None:
@@ -202,7 +171,7 @@ class XenDomain(Domain):
         if state is not DomainState.RUNNING:
             raise XenError("suspend", errno.EINVAL, why=f"the domain is {state.value}")
         if not self.param(HVM_PARAM_CALLBACK_IRQ):  # no PV drivers, so nobody to ask
-            check("shutdown", lib.xen_shutdown(self._host, self.domid, SHUTDOWN_SUSPEND))
+            check("shutdown", lib.xen_shutdown(self._xen, self.domid, SHUTDOWN_SUSPEND))
         else:
             self._ask_to_suspend("suspend")
         deadline = time.monotonic() + SUSPEND_TIMEOUT_S
@@ -219,50 +188,50 @@ class XenDomain(Domain):
             raise XenError("suspend", errno.EINVAL, why=f"the guest shut down instead (reason {info.shutdown_reason})")
 
     def _ask_to_suspend(self, request: str) -> None:
-        self._hypervisor.store_write(f"/local/domain/{self.domid}/control/shutdown", request)
+        self._host.store_write(f"/local/domain/{self.domid}/control/shutdown", request)
 
     def resume(self) -> None:
         state = self.state()
         if state is not DomainState.SUSPENDED:
             raise XenError("resume", errno.EINVAL, why=f"the domain is {state.value}, not suspended")
-        check("resumedomain", lib.xen_resume(self._host, self.domid))
-        self._hypervisor.store_resume(self.domid)
+        check("resumedomain", lib.xen_resume(self._xen, self.domid))
+        self._host.store_resume(self.domid)
 
     def start(self) -> None:
-        if self._plumbing is not None:
-            self._plumbing.introduce(self)
+        if self._wiring is not None:
+            self._wiring.introduce(self.domid, *self.toolstack_gfns())
         self.unpause()
-        self._plumbing = None
+        self._wiring = None
 
     def pause(self) -> None:
-        check("pausedomain", lib.xen_pause(self._host, self.domid))
+        check("pausedomain", lib.xen_pause(self._xen, self.domid))
 
     def unpause(self) -> None:
-        check("unpausedomain", lib.xen_unpause(self._host, self.domid))
+        check("unpausedomain", lib.xen_unpause(self._xen, self.domid))
 
     def ended_suspended(self) -> bool:
         """As the contract says.  A remnant of the domain answers this as long as a process maps one
         of its pages, as the domain's pager does.
         """
         info = ffi.new("struct xen_info *")
-        rc = lib.xen_domain_info(self._host, self.domid, info)
+        rc = lib.xen_domain_info(self._xen, self.domid, info)
         return rc == 0 and bool(info.dying) and state_of(info)[0] is DomainState.SUSPENDED
 
     def destroy(self) -> None:
         self.native_info()
         self.close()
-        self._hypervisor.destroy(self.domid)
+        self._host.destroy(self.domid)
 
     def context(self) -> bytes:
         if self.state() is not DomainState.SUSPENDED:
             raise XenError("context", errno.EINVAL, why="only a suspended domain has a context to take")
-        size = check("gethvmcontext", lib.xen_hvm_context(self._host, self.domid, ffi.NULL, 0))
+        size = check("gethvmcontext", lib.xen_hvm_context(self._xen, self.domid, ffi.NULL, 0))
         buffer = bytearray(size)
         size = check(
-            "gethvmcontext", lib.xen_hvm_context(self._host, self.domid, ffi.from_buffer("uint8_t[]", buffer), size)
+            "gethvmcontext", lib.xen_hvm_context(self._xen, self.domid, ffi.from_buffer("uint8_t[]", buffer), size)
         )
         tsc = ffi.new("struct xen_tsc *")
-        check("gettscinfo", lib.xen_tsc_get(self._host, self.domid, tsc))
+        check("gettscinfo", lib.xen_tsc_get(self._xen, self.domid, tsc))
         params = {index: value for index in CONTEXT_PARAMS if (value := self.param(index))}
         fields = [tsc.mode, tsc.elapsed_nsec, tsc.khz, tsc.incarnation]
         return bytes(msgpack.packb([CONTEXT_FORMAT, params, fields, bytes(buffer[:size])]))
@@ -282,36 +251,36 @@ class XenDomain(Domain):
         for index, value in values.items():
             if index in RINGS_TO_CLEAR:
                 self.write_pages(np.array([int(value)], dtype=np.uint64), None)
-            check("hvm_param_set", lib.xen_param_set(self._host, self.domid, index, value))
-        check("settscinfo", lib.xen_tsc_set(self._host, self.domid, tsc))
-        if self._plumbing is not None:
-            self._plumbing.connect(self)
-        check("sethvmcontext", lib.xen_set_hvm_context(self._host, self.domid, buffer, len(records)))
+            check("hvm_param_set", lib.xen_param_set(self._xen, self.domid, index, value))
+        check("settscinfo", lib.xen_tsc_set(self._xen, self.domid, tsc))
+        if self._wiring is not None:
+            self._wiring.connect(self.domid, *self.toolstack_gfns())
+        check("sethvmcontext", lib.xen_set_hvm_context(self._xen, self.domid, buffer, len(records)))
 
     def toolstack_gfns(self) -> tuple[int, int]:
         return self.param(HVM_PARAM_STORE_PFN), self.param(HVM_PARAM_CONSOLE_PFN)
 
     def param(self, index: int) -> int:
         out = ffi.new("uint64_t *")
-        check("hvm_param_get", lib.xen_param_get(self._host, self.domid, index, out))
+        check("hvm_param_get", lib.xen_param_get(self._xen, self.domid, index, out))
         return int(out[0])
 
     # ---- log-dirty ----
     def log_dirty_enable(self) -> None:
-        rc = lib.xen_log_dirty_enable(self._host, self.domid)
+        rc = lib.xen_log_dirty_enable(self._xen, self.domid)
         if rc:
             raise XenError("enable_logdirty", -rc, why=LOG_DIRTY_IS_ON if rc == -errno.EBUSY else "")
 
     def log_dirty_disable(self) -> None:
-        check("logdirty off", lib.xen_log_dirty_disable(self._host, self.domid))
+        check("logdirty off", lib.xen_log_dirty_disable(self._xen, self.domid))
 
     def log_dirty_is_on(self) -> bool:
-        return check("logdirty", lib.xen_log_dirty_is_on(self._host, self.domid)) == 1
+        return check("logdirty", lib.xen_log_dirty_is_on(self._xen, self.domid)) == 1
 
     def log_dirty(self, *, clean: bool) -> NDArray[np.uint8]:
         bitmap = np.zeros((self.nr_pfns + 63) // 64 * 8, dtype=np.uint8)
         into = ffi.from_buffer("uint8_t[]", bitmap)
-        check("logdirty", lib.xen_log_dirty(self._host, self.domid, clean, into, self.nr_pfns))
+        check("logdirty", lib.xen_log_dirty(self._xen, self.domid, clean, into, self.nr_pfns))
         return bitmap
 
     # ---- pages ----
@@ -327,7 +296,7 @@ class XenDomain(Domain):
             if rest.any():
                 view = ffi.new("struct xen_view *")
                 status[rest], addresses[rest] = self._map(pfns[rest], view)
-                done.callback(lib.xen_unmap, self._host, view)
+                done.callback(lib.xen_unmap, self._xen, view)
             failing.pop_all()
         return XenMappedPages(ffi.from_buffer("const void *[]", addresses), status, done.close)
 
@@ -336,9 +305,9 @@ class XenDomain(Domain):
         status, addresses = np.empty(len(pfns), dtype=np.uint8), np.zeros(len(pfns), dtype=np.uint64)
         gfns, into = gfn_array(self._without_ring(pfns)), ffi.from_buffer("uint8_t[]", status)
         pages = ffi.from_buffer("const void *[]", addresses)
-        rc = lib.xen_map(self._host, self.domid, gfns, len(pfns), into, pages, view)
+        rc = lib.xen_map(self._xen, self.domid, gfns, len(pfns), into, pages, view)
         if (rc or status.any()) and self._held is not None and self._is_gone():
-            lib.xen_unmap(self._host, view)
+            lib.xen_unmap(self._xen, view)
             return np.full(len(pfns), PageStatus.HOLE, dtype=np.uint8), addresses
         check("map", rc)
         return status, addresses
@@ -352,7 +321,7 @@ class XenDomain(Domain):
 
     def hold(self, pfns: PfnArray) -> None:
         if self._held is None:
-            self._held = HeldPages(self._host, self.domid, self.nr_pfns)
+            self._held = HeldPages(self._xen, self.domid, self.nr_pfns)
         check("hold", self._held.add(pfns[pfns != self._ring_pfn]))
 
     def release(self, pfns: PfnArray) -> None:
@@ -362,7 +331,7 @@ class XenDomain(Domain):
     def _types(self, pfns: PfnArray) -> NDArray[np.uint8]:
         types = np.empty(len(pfns), dtype=np.uint8)
         gfns, into = gfn_array(self._without_ring(pfns)), ffi.from_buffer("uint8_t[]", types)
-        check("getpageframeinfo", lib.xen_page_types(self._host, self.domid, gfns, len(pfns), into))
+        check("getpageframeinfo", lib.xen_page_types(self._xen, self.domid, gfns, len(pfns), into))
         return types
 
     def _without_ring(self, pfns: PfnArray) -> PfnArray:
@@ -393,7 +362,7 @@ class XenDomain(Domain):
         return np.sort(np.concatenate(found))
 
     def reserve(self, pages: int) -> None:
-        check("claim_pages", lib.xen_claim(self._host, self.domid, pages))
+        check("claim_pages", lib.xen_claim(self._xen, self.domid, pages))
 
     def populate(self, pfns: PfnArray) -> None:
         self._batch("populate_physmap", lib.xen_populate, pfns)
@@ -409,23 +378,23 @@ class XenDomain(Domain):
         into, gfns = ffi.from_buffer("uint64_t[]", out), pfns
         if self._held is not None:
             gfns = pfns | self._held.holds(pfns).astype(np.uint64) << np.uint64(lib.HOLDS_SHIFT)
-        n = check("pinned set", lib.xen_pinned(self._host, self.domid, gfn_array(gfns), len(pfns), into))
+        n = check("pinned set", lib.xen_pinned(self._xen, self.domid, gfn_array(gfns), len(pfns), into))
         return np.sort(out[:n])
 
     # ---- paging ----
     def has_pager(self) -> bool:
-        return check("paging ring", lib.xen_has_ring(self._host, self.domid)) == 1
+        return check("paging ring", lib.xen_has_ring(self._xen, self.domid)) == 1
 
     def paging_enable(self) -> XenPagingRing:
         pager = ffi.new("struct xen_pager *")
-        rc = lib.xen_paging_enable(self._host, self.domid, self.nr_pfns, pager)
+        rc = lib.xen_paging_enable(self._xen, self.domid, self.nr_pfns, pager)
         if rc:
             raise XenError("mem_paging_enable", -rc, why=ENABLE_ERRORS.get(-rc, ""))
         return self._serve(pager, resume=False)
 
     def paging_attach(self) -> XenPagingRing:
         pager = ffi.new("struct xen_pager *")
-        rc = lib.xen_paging_attach(self._host, self.domid, pager)
+        rc = lib.xen_paging_attach(self._xen, self.domid, pager)
         if rc:
             why = {errno.EBUSY: "its pager lives", errno.ENODEV: "it has no paging ring of ours"}.get(-rc, "")
             raise XenError("paging_attach", -rc, why=why)
@@ -439,7 +408,7 @@ class XenDomain(Domain):
     def paging_disable(self) -> None:
         if self._pager is None:
             raise XenError("mem_paging_disable", errno.ENODEV, why="this is not its pager")
-        check("mem_paging_disable", lib.xen_paging_disable(self._host, self.domid, self._pager))
+        check("mem_paging_disable", lib.xen_paging_disable(self._xen, self.domid, self._pager))
         self._ring.close()
         self._pager = None
 
@@ -451,12 +420,12 @@ class XenDomain(Domain):
         if len(pfns):
             into = ffi.from_buffer("int32_t[]", results)
             source = self._pages(pages, len(pfns))
-            check("mem_paging_load", lib.xen_load(self._host, self.domid, gfn_array(pfns), len(pfns), source, into))
+            check("mem_paging_load", lib.xen_load(self._xen, self.domid, gfn_array(pfns), len(pfns), source, into))
         return results
 
     def native_pages(self) -> NativePages:
         held = ffi.NULL if self._held is None else self._held.native
-        self._native = ffi.new("struct xen_domain *", [self._host, self.domid, self._ring_pfn, held])
+        self._native = ffi.new("struct xen_domain *", [self._xen, self.domid, self._ring_pfn, held])
         calls = (ffi.addressof(lib, name) for name in ("xen_look_at", "xen_looked_at", "xen_load_at"))
         return NativePages(*(int(ffi.cast("uintptr_t", pointer)) for pointer in (self._native, *calls)))
 
@@ -470,6 +439,6 @@ class XenDomain(Domain):
         if not len(pfns):
             return
         done = ffi.new("size_t *")
-        rc = call(self._host, self.domid, gfn_array(pfns), len(pfns), *arguments, done)
+        rc = call(self._xen, self.domid, gfn_array(pfns), len(pfns), *arguments, done)
         if rc:
             raise batch_error(operation, -rc, pfns, int(done[0]))

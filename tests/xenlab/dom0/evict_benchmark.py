@@ -26,7 +26,7 @@ def seconds(call: Callable[..., int], domain: XenDomain, xen: XenHypervisor, fir
     gfns = np.arange(first, first + count, dtype=np.uint64)
     done = ffi.new("size_t *")
     began = time.monotonic()
-    rc = call(xen.native, domain.domid, gfn_array(gfns), count, done)
+    rc = call(xen.host.native, domain.domid, gfn_array(gfns), count, done)
     took = time.monotonic() - began
     if rc:
         raise XenError("evict", -rc, pfn=first + done[0])

@@ -20,15 +20,15 @@ from tests.xenlab.dom0.guests import LINUX, STEPS_PER_S, STUB, Guest, Kind, crea
 from xenbackend.contract import Domain, DomainConfig, DomainState
 from xenbackend.errors import XenError
 from xenbackend.libxenctrl._xen import ffi, lib
-from xenbackend.libxenctrl.builder import Platform
-from xenbackend.libxenctrl.domain import (
+from xenbackend.libxenctrl.domain import XenDomain
+from xenbackend.libxenctrl.hypervisor import XenHypervisor
+from xenbackend.libxenctrl.params import (
     HVM_PARAM_BUFIOREQ_PFN,
     HVM_PARAM_CONSOLE_PFN,
     HVM_PARAM_IOREQ_PFN,
     HVM_PARAM_STORE_PFN,
-    XenDomain,
 )
-from xenbackend.libxenctrl.hypervisor import XenHypervisor
+from xenbackend.libxenctrl.platform import Platform
 from xenbackend.pages import PfnArray
 
 XEN_X86_EMU_LAPIC = 1
@@ -70,7 +70,7 @@ class XenLab(Lab):
         kept = {guest.domid for guest in self._guests.values()}
         for info in self.xen.domains():
             if info.domid not in kept:
-                self.xen.destroy(info.domid)
+                self.xen.host.destroy(info.domid)
         until(lambda: not remnants(self.xen), "somebody holds pages of domains that are gone", REMNANTS_S)
 
     def _is_well(self, guest: Guest) -> bool:
@@ -124,5 +124,5 @@ def the_lab() -> XenLab:
 def remnants(xen: XenHypervisor) -> list[int]:
     """Domains that are gone but for pages that somebody holds."""
     info = ffi.new("struct xen_info[]", 256)
-    count = lib.xen_domain_list(xen.native, 1, info, len(info))
+    count = lib.xen_domain_list(xen.host.native, 1, info, len(info))
     return [info[i].domid for i in range(count) if info[i].dying]

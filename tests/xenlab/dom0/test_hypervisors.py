@@ -25,8 +25,9 @@ from tests.xenlab.dom0.lab import EMPTY_PLATFORM
 from xenbackend.contract import DomainConfig
 from xenbackend.errors import XenError
 from xenbackend.libxenctrl._xen import ffi, lib
-from xenbackend.libxenctrl.domain import HVM_PARAM_PAGING_RING_PFN, XenDomain, gfn_array
+from xenbackend.libxenctrl.domain import XenDomain, gfn_array
 from xenbackend.libxenctrl.hypervisor import XenHypervisor
+from xenbackend.libxenctrl.params import HVM_PARAM_PAGING_RING_PFN
 
 PAGING = pytest.mark.hypervisors("populate-evicted", "paging")
 
@@ -109,7 +110,7 @@ def test_one_by_one_does_the_same(xen: XenHypervisor) -> None:
     done = ffi.new("size_t *")
 
     def one_by_one(*gfns: int) -> tuple[int, int]:
-        rc = lib.xen_evict_one_by_one(xen.native, domain.domid, gfn_array(pfns(*gfns)), len(gfns), done)
+        rc = lib.xen_evict_one_by_one(xen.host.native, domain.domid, gfn_array(pfns(*gfns)), len(gfns), done)
         return rc, done[0]
 
     assert one_by_one(*range(50, 150)) == (0, 100)
@@ -135,7 +136,7 @@ def test_the_pinned_set_is_recognised_where_xen_does_not_tell(xen: XenHypervisor
         def found_by(call: object) -> set[int]:
             out = np.empty(len(there), dtype=np.uint64)
             into = ffi.from_buffer("uint64_t[]", out)
-            n = call(xen.native, domain.domid, gfn_array(there), len(there), into)  # type: ignore[operator]
+            n = call(xen.host.native, domain.domid, gfn_array(there), len(there), into)  # type: ignore[operator]
             assert n >= 0
             return set(out[:n].tolist())
 
@@ -155,11 +156,11 @@ def test_a_destroyed_domain_is_there_as_long_as_its_pages_are_held(xen: XenHyper
     domain.populate(span(0, 3000))
     domain.hold(span(0, 3000))
     with contextlib.closing(XenHypervisor()) as toolstack:
-        toolstack.destroy(domain.domid)
+        toolstack.host.destroy(domain.domid)
 
     def pages_left() -> int | None:
         info = ffi.new("struct xen_info *")
-        rc = lib.xen_domain_info(xen.native, domain.domid, info)
+        rc = lib.xen_domain_info(xen.host.native, domain.domid, info)
         assert rc in (0, -errno.ESRCH) and (rc or info.dying)
         return None if rc else int(info.tot_pages)
 
@@ -196,7 +197,7 @@ def test_the_daemons_move_a_guest(xen: XenHypervisor, tmp_path: Path) -> None:
             assert [beat.errors for beat in beats] == [0] * len(beats)
             assert beats[0].number > made.heartbeats()[0].number
         finally:
-            xen.destroy(arrived.domid)
+            xen.host.destroy(arrived.domid)
 
 
 @PAGING
@@ -226,7 +227,7 @@ def test_daemons_are_killed_in_postcopy_and_their_successors_go_on(xen: XenHyper
             assert [beat.errors for beat in beats] == [0] * len(beats)
             assert not any((tmp_path / "state").rglob("*.json"))
         finally:
-            xen.destroy(arrived.domid)
+            xen.host.destroy(arrived.domid)
 
 
 @pytest.mark.hypervisors("populate-evicted")  # how pages were evicted has nothing to do with it
@@ -240,7 +241,7 @@ def test_a_protected_guest_outlives_its_destination(xen: XenHypervisor, tmp_path
         try:
             until(lambda: running.line("sender").get("checkpoints", 0) > 0, "no checkpoint", 250)
             running.kill("receiver")
-            xen.destroy(next(info.domid for info in xen.domains() if info.name == "phoenix--incoming"))
+            xen.host.destroy(next(info.domid for info in xen.domains() if info.name == "phoenix--incoming"))
             until(lambda: running.phase("sender") == "interrupted", "it was not noticed", 60)
             running.ask("sender", command="decide", migration="phoenix", here=True)
             until(lambda: running.phase("sender") == "failed", "it does not go back", 120)
@@ -254,7 +255,7 @@ def test_a_protected_guest_outlives_its_destination(xen: XenHypervisor, tmp_path
             beats = Guest("phoenix", domid).wait_for_heartbeats(3)
             assert [beat.errors for beat in beats] == [0] * len(beats)
         finally:
-            xen.destroy(domid)
+            xen.host.destroy(domid)
 
 
 @pytest.mark.hypervisors("populate-evicted")
@@ -287,8 +288,8 @@ def test_a_guest_that_is_destroyed_leaves_its_neighbour_alone(xen: XenHypervisor
             until(lambda: phase("receiver", name) == "postcopy", "no postcopy", 500)  # noqa: B023
         domids = {info.name: info.domid for info in xen.domains()}
         spared = Guest("spared--incoming", domids["spared--incoming"])
-        stack.callback(xen.destroy, spared.domid)
-        xen.destroy(domids["doomed--incoming"])
+        stack.callback(xen.host.destroy, spared.domid)
+        xen.host.destroy(domids["doomed--incoming"])
         for role in ("receiver", "sender"):
             until(lambda: phase(role, "doomed") == "failed", "not noticed", 120)  # noqa: B023
             until(lambda: phase(role, "spared") == "completed", "it does not end", 600)  # noqa: B023

@@ -126,7 +126,7 @@ class Host:
 
         until(alone, "something is left of another domain", 60)
         with self.xen.open(domid) as domain:
-            assert not domain.preflight().problems or not self.xen.facts().paging
+            assert not domain.preflight().problems or not self.xen.host.facts().paging
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     """Without daemons, and without guests of other tests."""
     with closing(XenHypervisor()) as xen:
         for info in xen.domains():
-            xen.destroy(info.domid)
+            xen.host.destroy(info.domid)
         yield Host(tmp_path_factory.mktemp("host"), xen)
 
 

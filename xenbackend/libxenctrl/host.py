@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The handle of one host's Xen: what the host can do, which domains there are, and xenstored.
+
+This module is the ground of the folder.  A domain is given its host, and a host has no domain's class.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import shutil
+import subprocess
+from typing import Any
+
+from xenbackend.contract import Domain, DomainInfo, DomainState
+from xenbackend.errors import XenError
+from xenbackend.libxenctrl._xen import ffi, lib
+from xenbackend.libxenctrl.preflight import HostFacts
+
+LIST_BATCH = 64
+SHUTDOWN_SUSPEND, SHUTDOWN_CRASH = 2, 3  # xen/include/public/sched.h
+XL_TIMEOUT_S = 60
+
+
+def check(operation: str, rc: int) -> int:
+    """``rc``, where it is no error.  Raises ``XenError``."""
+    if rc < 0:
+        raise XenError(operation, -rc)
+    return rc
+
+
+def state_of(info: Any) -> tuple[DomainState, str]:
+    """Of a ``struct xen_info``: its state, and why it crashed."""
+    if info.shutdown and info.shutdown_reason == SHUTDOWN_SUSPEND:
+        return DomainState.SUSPENDED, ""
+    if info.shutdown:
+        crashed = info.shutdown_reason == SHUTDOWN_CRASH
+        return DomainState.CRASHED, "the guest crashed" if crashed else "the guest has shut down"
+    return DomainState.PAUSED if info.paused else DomainState.RUNNING, ""
+
+
+class XenHost:
+    """Raises ``XenError`` where there is no Xen, or this is not its dom0."""
+
+    def __init__(self) -> None:
+        out = ffi.new("struct xen_host **")
+        rc = lib.xen_host_open(out)
+        if rc:
+            raise XenError(
+                "Xen", -rc,
+                why=f"{XenError('', -rc).why}: this is no dom0 of a running Xen, or xenstored does not run, or one "
+                "must be root; without Xen, use --simulated SOCKET with a simulated host",
+            )  # fmt: skip
+        self.native: Any = out[0]
+        self.opened: set[Domain] = set()
+        """Domains that are closed before the handle is.  A domain adds itself when it is opened, and removes itself when it
+        is closed.
+        """
+
+    def close(self) -> None:
+        if self.native:
+            for domain in list(self.opened):
+                domain.close()
+            lib.xen_host_close(self.native)
+            self.native = ffi.NULL
+
+    # ---- domains ----
+    def domains(self) -> list[DomainInfo]:
+        found: list[DomainInfo] = []
+        batch, first = ffi.new("struct xen_info[]", LIST_BATCH), 0
+        while n := check("getdomaininfolist", lib.xen_domain_list(self.native, first, batch, LIST_BATCH)):
+            found += [self.describe(batch[i], 0) for i in range(n) if batch[i].domid and not batch[i].dying]
+            first = batch[n - 1].domid + 1
+        return found
+
+    def describe(self, info: Any, nr_pfns: int) -> DomainInfo:
+        """Of a ``struct xen_info``."""
+        state, reason = state_of(info)
+        name = self.store_read(f"/local/domain/{info.domid}/name") or ""
+        handle = bytes(ffi.buffer(info.handle))
+        return DomainInfo(
+            info.domid, name, state, nr_pfns, info.tot_pages, info.vcpus, reason, handle, info.paged_pages
+        )
+
+    def destroy(self, domid: int) -> None:
+        """With xl where its devices are libxl's, otherwise by ourselves."""
+        self._xl(domid, "destroy", str(domid))
+        rc = lib.xen_destroy(self.native, domid)
+        if rc not in (0, -errno.ESRCH):
+            raise XenError("destroydomain", -rc)
+        vm = self.store_read(f"/local/domain/{domid}/vm")
+        for path in (f"/local/domain/{domid}", *([vm] if vm else [])):
+            lib.xen_store_remove(self.native, path.encode())
+
+    def rename(self, domid: int, name: str) -> None:
+        if not self._xl(domid, "rename", str(domid), name):
+            self.store_write(f"/local/domain/{domid}/name", name)
+
+    def _xl(self, domid: int, *arguments: str) -> bool:
+        """Of a domain that libxl has made: have it do its part as well."""
+        xl = shutil.which("xl")
+        if xl is None or self.store_read(f"/libxl/{domid}") is None:
+            return False
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            done = subprocess.run([xl, *arguments], check=False, capture_output=True, timeout=XL_TIMEOUT_S)
+            return done.returncode == 0
+        return False
+
+    # ---- what the host can do ----
+    def facts(self) -> HostFacts:
+        facts = ffi.new("struct xen_facts *")
+        check("physinfo", lib.xen_facts(self.native, facts))
+        return HostFacts(
+            bool(facts.paging),
+            bool(facts.dom0_hvm),
+            bool(facts.hap),
+            bool(facts.populate_evicted),
+            int(facts.free_pages),
+        )
+
+    # ---- xenstore ----
+    def store_read(self, path: str) -> str | None:
+        buffer = ffi.new("char[]", 4096)
+        length = lib.xen_store_read(self.native, path.encode(), buffer, len(buffer))
+        if length == -errno.ENOENT:
+            return None
+        return bytes(ffi.buffer(buffer, min(check("xenstore", length), len(buffer)))).decode(errors="replace")
+
+    def store_write(self, path: str, value: str) -> None:
+        data = value.encode()
+        check(f"xenstore {path}", lib.xen_store_write(self.native, path.encode(), data, len(data)))
+
+    def store_permit(self, path: str, *, owner: int, may_read: int | None = None) -> None:
+        rc = lib.xen_store_permit(self.native, path.encode(), owner, owner if may_read is None else may_read)
+        check(f"xenstore {path}", rc)
+
+    def store_introduce(self, domid: int, gfn: int, port: int) -> None:
+        check("xenstore introduce", lib.xen_store_introduce(self.native, domid, gfn, port))
+
+    def store_resume(self, domid: int) -> None:
+        check("xenstore resume", lib.xen_store_resume(self.native, domid))

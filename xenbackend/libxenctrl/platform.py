@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a domain is created with, as the two ends of a migration exchange it: ``DomainConfig.platform``."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+
+import msgpack
+
+from xenbackend.errors import XenError
+
+PLATFORM_FORMAT = "xen-platform 1"
+
+
+@dataclass(frozen=True)
+class Platform:
+    """What a domain is created with."""
+
+    hap: bool
+    emulation_flags: int
+    misc_flags: int
+    handle: bytes
+    """Its UUID."""
+    ring_pfn: int
+    """Where its memory map leaves room for a paging ring; 0: nowhere, so behind its memory."""
+    leaves: bytes
+    msrs: bytes
+    """The CPU policy: ``xen_cpuid_leaf_t[]``, ``xen_msr_entry_t[]``."""
+
+    def pack(self) -> bytes:
+        return bytes(msgpack.packb([PLATFORM_FORMAT, *self.__dict__.values()]))
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Platform:
+        """Raises ``XenError`` (EINVAL)."""
+        types = (bool, int, int, bytes, int, bytes, bytes)
+        try:
+            form, *fields = msgpack.unpackb(data)
+            if form != PLATFORM_FORMAT or not all(map(isinstance, fields, types)) or len(fields) != len(types):
+                raise ValueError
+            platform = cls(*fields)
+            if len(platform.handle) != 16 or not 0 <= platform.ring_pfn < 2**52:
+                raise ValueError
+        except (ValueError, TypeError, msgpack.UnpackException) as error:
+            raise XenError("create", errno.EINVAL, why="not the platform of an HVM or PVH domain") from error
+        return platform
