@@ -15,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent.parent
 SYSROOT = os.environ.get("XEN_SYSROOT", "")
 LIBRARIES = ["xenctrl", "xenguest", "xencall", "xendevicemodel", "xenforeignmemory", "xenevtchn", "xenstore"]
-SOURCES = ["host.c", "memory.c", "pinned.c", "paging.c", "one_page.c", "state.c"]
+SOURCES = ["call.c", "host.c", "memory.c", "pinned.c", "paging.c", "one_page.c", "state.c"]
 HEADERS = ["api.h", "internal.h", "../../native/vm_event.h"]
 FLAGS = runpy.run_path(str(ROOT / "xenbackend/native/flags.py"))["FLAGS"]
 

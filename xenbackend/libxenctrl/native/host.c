@@ -9,13 +9,7 @@
 
 void xen_host_close(struct xen_host *h)
 {
-    for (int i = 0; i < BUFFERS; i++) {
-        if (h->buffer[i].op)
-            xencall_free_buffer_pages(h->call, h->buffer[i].op, 1);
-        if (h->buffer[i].data)
-            xencall_free_buffer_pages(h->call, h->buffer[i].data, DATA_PAGES);
-        pthread_mutex_destroy(&h->buffer[i].lock);
-    }
+    free_buffers(h);
     if (h->store)
         xs_close(h->store);
     if (h->dmod)
@@ -33,25 +27,16 @@ int xen_host_open(struct xen_host **out)
 {
     struct xen_host *h = calloc(1, sizeof(*h));
     struct xen_facts facts;
-    int rc = 0;
+    int rc;
 
     if (!h)
         return -ENOMEM;
-    for (int i = 0; i < BUFFERS; i++)
-        pthread_mutex_init(&h->buffer[i].lock, NULL);
     h->xch = xc_interface_open(NULL, NULL, 0);
     h->call = h->xch ? xencall_open(NULL, 0) : NULL;
     h->fmem = h->call ? xenforeignmemory_open(NULL, 0) : NULL;
     h->dmod = h->fmem ? xendevicemodel_open(NULL, 0) : NULL;
     h->store = h->dmod ? xs_open(0) : NULL;
-    if (!h->store)
-        rc = errno ? -errno : -ENODEV;
-    for (int i = 0; !rc && i < BUFFERS; i++) {
-        h->buffer[i].op = xencall_alloc_buffer_pages(h->call, 1);
-        h->buffer[i].data = xencall_alloc_buffer_pages(h->call, DATA_PAGES);
-        if (!h->buffer[i].op || !h->buffer[i].data)
-            rc = -ENOMEM;
-    }
+    rc = h->store ? make_buffers(h) : errno ? -errno : -ENODEV;
     if (!rc)
         rc = xen_facts(h, &facts);
     if (rc) {
@@ -61,15 +46,6 @@ int xen_host_open(struct xen_host **out)
     h->has_populate_evicted = facts.populate_evicted;
     *out = h;
     return 0;
-}
-
-struct call_buffer *take_buffer(struct xen_host *h)
-{
-    for (int i = 0; i < BUFFERS; i++)
-        if (!pthread_mutex_trylock(&h->buffer[i].lock))
-            return &h->buffer[i];
-    pthread_mutex_lock(&h->buffer[0].lock);
-    return &h->buffer[0];
 }
 
 int xen_facts(struct xen_host *h, struct xen_facts *out)

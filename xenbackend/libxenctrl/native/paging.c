@@ -2,29 +2,16 @@
 /*
  * Memory paging: the ring, eviction, loading.
  *
- * libxenctrl takes a hypercall buffer anew for each page that it loads, which costs more than the call, and it
- * does not know our operations.  So they are made here with xencall, on buffers that are kept.
- *
  * The ring's frame stays in the guest's physmap, read-only for the guest (p2m_ram_ro: its writes are discarded), so
  * that it can be mapped again when its pager has died; Xen keeps the request slots, the pager its notes in
  * the same page (xenbackend/native/vm_event.h).  Of the event channel Xen's end becomes unbound when the pager's process
  * ends, and a successor binds to it anew.  So a pager can be killed at any time; faults wait in the ring meanwhile.
  *
- * Sources: xen/include/public/memory.h, hvm/params.h, hvm/dm_op.h; tools/include/xenctrl.h, xencall.h, xenevtchn.h;
+ * Sources: xen/include/public/memory.h, hvm/params.h, hvm/dm_op.h; tools/include/xenctrl.h, xenevtchn.h;
  * xen/common/vm_event.c, event_channel.c (Xen 4.17).
  */
 #include "internal.h"
 #include "../../native/vm_event.h"
-
-int paging_op(struct xen_host *h, struct call_buffer *b, uint32_t domid, uint8_t op, const void *buffer, uint64_t gfn)
-{
-    memset(b->op, 0, sizeof(*b->op));
-    b->op->op = op;
-    b->op->domain = domid;
-    set_xen_guest_handle_raw(b->op->buffer, buffer);
-    b->op->gfn = gfn;
-    return xencall2(h->call, __HYPERVISOR_memory_op, XENMEM_paging_op, (uintptr_t)b->op) < 0 ? -errno : 0;
-}
 
 /* ---- pages ---- */
 static int evict_batch(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, size_t *done)
