@@ -16,7 +16,8 @@ import sys
 from tests.campaigns.fuzz.native.build import write_kinds
 from tests.native.c_files import BUILD, INCLUDE, run_all
 
-SIMULATED = [f"xenbackend/simulated/native/{name}.c" for name in ("hypercalls", "program", "vcpu")]
+SIMULATED_FILES = ("hypercalls", "program", "pause", "paging", "balloon", "vcpu")
+SIMULATED = [f"xenbackend/simulated/native/{name}.c" for name in SIMULATED_FILES]
 PROGRAMS = {
     "migration": [
         "migrate/lanes/native/bulk.c",

@@ -142,7 +142,7 @@ uint64_t sim_balloon_due(const struct sim_program *program, uint64_t count);
 uint64_t sim_balloon_given(const struct sim_program *program, uint64_t steps, uint64_t number);
 uint64_t sim_balloon_taken(const struct sim_program *program, uint64_t steps, uint64_t number);
 
-/* ---- vCPUs (vcpu.c): in the host's process only ---- */
+/* ---- vCPUs (vcpu.c, pause.c) and paging (paging.c): in the host's process only ---- */
 struct sim_host_domain;
 struct sim_host_domain *sim_host_new(struct sim_map *m);     /* its vCPUs paused; NULL: no threads for them */
 void sim_host_free(struct sim_host_domain *h);      /* ends the threads */

@@ -1,0 +1,99 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * What the host's process has of a domain: vCPU threads, and the hypervisor's end of the paging ring.
+ *
+ * Each C file calls earlier ones only: pause.c, paging.c, balloon.c, vcpu.c.
+ */
+#ifndef SIM_HOST_H
+#define SIM_HOST_H
+
+#include <errno.h>
+#include <pthread.h>
+#include <time.h>
+#include <unistd.h>
+#include "internal.h"
+#include "../../native/vm_event.h"
+
+enum vcpu_state { VCPU_RUNNING, VCPU_PARKED, VCPU_WAIT_PAGE, VCPU_WAIT_SLOT };
+
+struct host_vcpu {
+    struct sim_host_domain *h;
+    uint32_t id;
+    pthread_t thread;
+    int has_thread;
+    pthread_cond_t wake;
+    enum vcpu_state state;      /* under h->lock */
+    int event_pause;            /* a request of this vCPU is unanswered (vm_event pause count) */
+};
+
+struct sim_host_domain {
+    struct sim_map *m;
+    pthread_mutex_t lock;
+    pthread_cond_t settled;     /* some vCPU changed its state: for who waits in pause */
+    uint32_t pause;             /* read without the lock by running vCPUs */
+    int exiting;
+    int started;
+    struct host_vcpu vcpu[SIM_MAX_VCPUS];
+
+    struct vm_event_sring *ring;    /* NULL: paging is off */
+    uint32_t req_prod, rsp_cons;    /* the front end's private indices */
+    int to_pager_fd, from_pager_fd, stop_fd;
+    pthread_t responder;
+};
+
+static inline uint64_t now_ns(void)
+{
+    struct timespec t;
+
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000000000ull + t.tv_nsec;
+}
+
+static inline void wake_fd(int fd)
+{
+    uint64_t one = 1;
+
+    while (write(fd, &one, sizeof(one)) < 0 && errno == EINTR)
+        ;
+}
+
+static inline int stopping(struct sim_host_domain *h)
+{
+    return __atomic_load_n(&h->pause, __ATOMIC_SEQ_CST) != 0;
+}
+
+static inline void set_state(struct host_vcpu *v, enum vcpu_state state)
+{
+    v->state = state;
+    pthread_cond_broadcast(&v->h->settled);
+}
+
+static inline void wake_all(struct sim_host_domain *h)
+{
+    for (uint32_t i = 0; i < h->m->dom->nr_vcpus; i++)
+        pthread_cond_signal(&h->vcpu[i].wake);
+}
+
+/* ---- pause.c ---- */
+/* The guest dies; like a crashed domain it is kept for inspection, its vCPUs standing still.  Locked. */
+void crash(struct sim_host_domain *h, uint32_t vcpu, uint32_t reason, uint64_t pfn);
+/* The vCPU has touched what is no memory. */
+void crash_at(struct host_vcpu *v, uint64_t pfn);
+
+/* ---- paging.c: the front end of the paging ring; ring_ under h->lock ---- */
+static inline int ring_slots_free(struct sim_host_domain *h)
+{
+    return VM_EVENT_SLOTS - (h->req_prod - h->rsp_cons);
+}
+
+void ring_put(struct sim_host_domain *h, uint64_t pfn, uint32_t vcpu, uint32_t flags, uint32_t type, uint32_t paging_flags);
+/* p2m_mem_paging_populate(): tell the pager, and stand still until it has answered. */
+void page_fault(struct host_vcpu *v, uint64_t pfn);
+/* XEN_VM_EVENT_DISABLE, of a domain whose vCPUs stand still. */
+int paging_disable(struct sim_host_domain *h);
+
+/* ---- balloon.c ---- */
+/* The next step of the balloon, where it is due.  It is done entirely or not at all; returns 0 if not yet. */
+int move_balloon(struct host_vcpu *v);
+
+#endif
