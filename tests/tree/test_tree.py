@@ -176,6 +176,37 @@ def test_folders_import_in_one_direction() -> None:
     assert wrong == []
 
 
+def import_graph() -> dict[str, set[str]]:
+    """Which of our modules imports which, wherever in the file: in functions and for the type checker too."""
+    modules = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path for _folder, path in ours()}
+    graph = {}
+    for module, path in modules.items():
+        # What is imported is a module, or a name in one.
+        names = {name if name in modules else name.rpartition(".")[0] for name in imports(path)}
+        graph[module] = (names & set(modules)) - {module}
+    return graph
+
+
+def in_circles(graph: dict[str, set[str]]) -> dict[str, set[str]]:
+    """What is left of a graph without the modules that import nothing or that nobody imports, again and again.
+
+    Nothing is left if there is no circle.
+    """
+    while True:
+        imported = set().union(*graph.values())
+        outside = {module for module, needs in graph.items() if not needs or module not in imported}
+        if not outside:
+            return graph
+        graph = {module: needs - outside for module, needs in graph.items() if module not in outside}
+
+
+def test_modules_do_not_import_each_other_in_circles() -> None:
+    graph = import_graph()
+    assert len(graph) > 90 and sum(map(len, graph.values())) > 300
+    assert in_circles({"a": {"b", "d"}, "b": {"c"}, "c": {"b"}, "d": set()}) == {"b": {"c"}, "c": {"b"}}
+    assert in_circles(graph) == {}, "Move what these modules need of each other into a module below them."
+
+
 def test_daemons_know_no_backend_by_name() -> None:
     wrong = [
         f"{path} imports {module}"
@@ -200,6 +231,53 @@ def test_the_helper_under_xl_imports_nothing_that_is_installed() -> None:
         )
     ]
     assert wrong == []
+
+
+# ---- how long a file and a function may be ----
+MOST_LINES = 500
+MOST_LINES_OF_A_FUNCTION = 60
+LONGER = {"receiver/migration.py", "sender/migration.py"}
+"""Files that are too long still, with the functions in them.  This list may only become shorter."""
+
+
+def product() -> dict[str, str]:
+    """The text of each file of Python or C."""
+    found = [path for path in files() if path.suffix in (".py", ".c", ".h") and path.parts[0] in FOLDERS]
+    return {str(path): (TREE / path).read_text() for path in found}
+
+
+def functions(path: str, text: str) -> dict[str, int]:
+    """How many lines each function has."""
+    if path.endswith(".py"):
+        nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+        return {f"{path}:{node.lineno} {node.name}": (node.end_lineno or 0) - node.lineno + 1 for node in nodes}
+    # A function in C: from the line before its first bracket to its last one, both alone at the margin.
+    found, start, before = {}, 0, ""
+    for number, line in enumerate(text.splitlines(), 1):
+        if line == "{":
+            start, name = number, before
+        elif line == "}" and start:
+            found[f"{path}:{start} {name}"] = number - start + 2
+            start = 0
+        before = line
+    return found
+
+
+def test_files_are_short_enough_to_be_read() -> None:
+    lines = {path: text.count("\n") for path, text in product().items()}
+    assert len(lines) > 110
+    too_long = {path for path, n in lines.items() if n > MOST_LINES}
+    assert too_long <= LONGER, f"Cut these files by subject: at most {MOST_LINES} lines."
+    assert too_long >= LONGER, "Remove the files that are short now from LONGER."
+
+
+def test_functions_are_short_enough_to_be_read() -> None:
+    lines = {
+        name: n for path, text in product().items() if path not in LONGER for name, n in functions(path, text).items()
+    }
+    assert len([name for name in lines if ".c:" in name]) > 150 and len(lines) > 1200
+    too_long = {name: n for name, n in lines.items() if n > MOST_LINES_OF_A_FUNCTION}
+    assert too_long == {}, f"Cut these functions: at most {MOST_LINES_OF_A_FUNCTION} lines."
 
 
 # ---- documents ----
