@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import errno
+import os
+import pty
+import subprocess
 from typing import Any
 
 import pytest
@@ -528,3 +531,32 @@ def test_cancel_reaches_either_end(world: World) -> None:
         done = zygote.run([*PROGRAM, "cancel", "guest", "--socket", sockets[0], "--socket", sockets[1]], timeout=60)
         assert done.returncode == 1 and "too late to cancel" in done.stderr
     assert lines(world, "sender")[-1]["phase"] == "postcopy"
+    at_both = zygote.run(
+        [*PROGRAM, "decide", "guest", "here", "--socket", sockets[0], "--socket", sockets[1]], timeout=60
+    )
+    assert at_both.returncode == 1 and "say which by --socket" in at_both.stderr
+
+
+def test_a_migration_is_watched_until_it_ends(world: World) -> None:
+    boot(world)
+    interrupted(world, "receiver")
+    with zygote.Popen(
+        [*PROGRAM, "watch", "guest", "--socket", str(world.sender_socket)], stderr=subprocess.PIPE, text=True
+    ) as watching:
+        assert watching.stderr is not None and "guest: interrupted: " in watching.stderr.readline()
+        decided_at_a_terminal(world, "n", 130, "interrupted")
+        decided_at_a_terminal(world, "y", 0, "")
+        _out, err = watching.communicate(timeout=60)
+    assert watching.returncode == 1 and "xen-postcopy: guest: failed" in err
+
+
+def decided_at_a_terminal(world: World, answer: str, status: int, said: str) -> None:
+    ours, terminal = pty.openpty()
+    os.write(ours, answer.encode() + b"\n")
+    command = [*PROGRAM, "decide", "guest", "elsewhere", "--socket", str(world.sender_socket)]
+    with zygote.Popen(command, stdin=terminal, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as deciding:
+        out, err = deciding.communicate(timeout=60)
+    os.close(ours)
+    os.close(terminal)
+    assert deciding.returncode == status, err
+    assert "Decide that guest runs elsewhere?" in out + err and said in err

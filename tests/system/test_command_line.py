@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 
 from migrate.cli.world import World, loopback_world, verify_migrated, wait_for_steps
+from migrate.errors import MigrationError
 from migrate.protocol import frames
 from migrate.protocol import messages as m
 from migrate.protocol.pfns import pfn_array
@@ -254,6 +255,39 @@ def test_loopback_reports_and_writes_the_documented_keys(tmp_path: Path) -> None
     assert set(data["fault_latency_us"]) == {"count", "mean", "p50", "p99", "max", "histogram"}
 
 
+def test_a_guest_that_was_damaged_is_reported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from migrate.cli import loopback
+
+    def damage(world: World, spec: GuestSpec) -> Any:
+        domain = world.destination.open(spec.name)
+        domain.suspend()
+        domain.write_pages(pfn_array([700]), b"x" * 4096)
+        domain.resume()
+        domain.close()
+        return verify_migrated(world, spec)
+
+    monkeypatch.setattr(loopback, "verify_migrated", damage)
+    with pytest.raises(MigrationError, match="the guest was damaged"):
+        loopback.loopback_command.main(["--memory", "4M", "--rate", "2000"], standalone_mode=False)
+    assert "damaged: 1 of 1024 pages differ" in capsys.readouterr().out
+
+
+def test_a_loopback_whose_sender_dies_shows_its_log() -> None:
+    options = ["--memory", "8M", "--rate", "100", "--bandwidth", "64K", "--strategy", "postcopy"]
+    with zygote.Popen([*PROGRAM, "loopback", *options], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        while "postcopy" not in (line := process.stderr.readline()):
+            assert line
+        for pid in children(process.pid):
+            if b"sender" in command(pid):
+                os.kill(pid, signal.SIGKILL)
+        _out, err = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 1
+    assert "--- sender ---" in err and "sender ready" in err and "gone in the middle of the request" in err
+
+
 def test_loopback_leaves_nothing_behind() -> None:
     """Executed, and so are the daemons that the program starts: most other tests have the zygote fork theirs."""
     with tempfile.TemporaryDirectory() as place:  # a short path: sockets are made there
@@ -426,6 +460,32 @@ def test_the_progress_is_live_on_a_terminal(world: World, name: str) -> None:
     assert b"precopy, round 1" in shown
     assert b"\r" in shown
     assert b"%" in shown
+
+
+def test_a_second_ctrl_c_waits_no_longer(tmp_path: Path) -> None:
+    """For a daemon that does not answer."""
+    path = tmp_path / "sender.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.fspath(path))
+        listener.listen()
+        listener.settimeout(WAIT_S)
+        command = [*PROGRAM, "migrate", "guest", "host", "--socket", str(path)]
+        with zygote.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            connection, _address = listener.accept()
+            with connection:
+                assert b'"migrate"' in connection.recv(4096)
+                connection.sendall(json.dumps({"event": "progress", **PROGRESS}).encode() + b"\n")
+                assert process.stderr is not None and "protected as of 1.5 s ago" in process.stderr.readline()
+                process.send_signal(signal.SIGINT)
+                assert b'"cancel"' in connection.recv(4096)
+                process.send_signal(signal.SIGINT)
+                _out, err = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 130 and "not waiting any longer" in err
+
+
+PROGRESS = {
+    "domain": "guest", "phase": "postcopy", "problem": "", "outstanding": 7, "checkpoint_age_s": 1.5, "handed_over": True,
+}  # fmt: skip
 
 
 # ---- stopping daemons ----
