@@ -24,7 +24,8 @@ class Link:
     """
 
     def __init__(self, to: tuple[str, int], budgets: list[int | None] | None = None):
-        self._to = to
+        self.to = to
+        """Where the next connection leads."""
         self._budgets = list(budgets or [])
         self._streams: set[trio.SocketStream] = set()
         self._lefts: set[trio.SocketStream] = set()
@@ -47,7 +48,7 @@ class Link:
             _reset(left)
             return
         try:
-            right = await trio.open_tcp_stream(*self._to)
+            right = await trio.open_tcp_stream(*self.to)
         except OSError:  # nobody is there just now
             _reset(left)
             return

@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One trial: a guest, its migration, what happens to them, and the end that the guest must have."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import trio
+
+from migrate.cli.world import verify_migrated, wait_for_steps
+from migrate.control.client import ENDED, ControlClient
+from migrate.errors import MigrationError
+from migrate.tasks import task_group
+from tests.campaigns.chaos.world import ChaosWorld, LostError
+from tests.support.links import PIECE, Link
+from xenbackend.contract import DomainState
+from xenbackend.errors import NoSuchDomainError
+from xenbackend.simulated.client import SimulatedDomain, SimulatedHypervisor
+from xenbackend.simulated.guest import WORKLOADS, GuestSpec
+from xenbackend.simulated.verify import verify
+
+MIB = 2**20
+WINDOW_S = 0.7
+"""In which faults happen."""
+END_S = 90.0
+ANSWER_S = 40.0
+"""For an answer of a daemon that is not stopped, on a busy machine."""
+DESTROYED_S = 3.0
+"""After this an operator destroys what is left of a guest that was destroyed at one end."""
+ARRIVED = ("completing", "completed")
+BESIDE = 0.3
+"""The share of trials in which another guest is migrated at the same time and must not notice."""
+
+T = TypeVar("T")
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What may happen."""
+
+    name: str
+    happen: Callable[[Trial], Awaitable[None]]
+    notices: str = "all"
+    """Who may notice: ``all`` guests of a daemon, this ``guest``, or ``nobody``."""
+    tls: bool = False
+    """It can happen only where the link is encrypted."""
+
+
+@dataclass
+class Trial:
+    """``seed`` decides all that we can decide."""
+
+    seed: int
+    world: ChaosWorld
+    link: Link
+    faults: list[str] = field(default_factory=list)
+    killing: trio.Lock = field(default_factory=trio.Lock)
+    """Held while a daemon is killed, stopped, or asked for something: one of these after the other.
+    """
+    destination_died: bool = False
+    destroyed: bool = False
+    """Somebody has destroyed the guest, at one end at least."""
+    cancelled: set[str] = field(default_factory=set)
+    """Migrations that a daemon has agreed to cancel."""
+    again: list[str] = field(default_factory=list)
+    """Which daemons have begun another migration of the guest."""
+
+    def __post_init__(self) -> None:
+        r = self.random = random.Random(self.seed)
+        memory = r.choice([4, 8, 16, 32, 64]) * MIB
+        self.spec = GuestSpec(
+            f"guest{self.seed}", memory, r.choice([1, 2, 4]), workload=r.choice(sorted(WORKLOADS)),
+            working_set_bytes=memory // r.choice([1, 2, 8]), write_permille=r.choice([0, 300, 1000]),
+            rate=r.choice([None, None, 2000]), zero_permille=r.choice([0, 250, 900]), seed=self.seed,
+        )  # fmt: skip
+        self.strategy = r.choice(["hybrid", "hybrid", "postcopy", "postcopy", "precopy"])
+        self.bandwidth = r.choice([None, 16 * MIB, 64 * MIB])
+        self.checkpoint_every_s = r.choice([None, None, 0.02]) if self.strategy != "precopy" else None
+        if r.random() < 0.5:
+            pages = min(200, (self.spec.nr_pfns - self.spec.working_pages) // 2)
+            every = 1 if self.spec.workload == "idle" else r.choice([5, 50])
+            # Of a page that comes back between two checkpoints nobody knows (docs/reliability.md).
+            back = self.checkpoint_every_s is None
+            self.spec = replace(self.spec, balloon_pages=pages, balloon_every=every, balloon_back=back)
+        self.kill_decided = r.choice([False, True])
+        """The sender is killed when it has answered an operator's decision."""
+        self.beside = None
+        if r.random() < BESIDE:
+            self.beside = GuestSpec(f"beside{self.seed}", 8 * MIB, workload="random", seed=self.seed)
+        self.id = ""
+        """Of the first migration."""
+
+    def __str__(self) -> str:
+        spec = self.spec
+        return (
+            f"seed {self.seed}: {spec.memory_bytes // MIB} MiB, {spec.vcpus} vCPUs, {spec.workload}, {self.strategy}, "
+            f"balloon of {spec.balloon_pages} pages, bandwidth {self.bandwidth}, checkpoints {self.checkpoint_every_s}, "
+            f"{'TLS' if self.world.tls else 'no TLS'}, {'another guest beside' if self.beside else 'alone'}; "
+            f"{', '.join(self.faults)}"
+        )
+
+    # ---- the order of things ----
+    async def run(self, faults: list[Fault]) -> str:
+        """Where the guest was in the end.  Raises :class:`LostError`."""
+        possible = [
+            f for f in faults if (self.world.tls or not f.tls) and not (self.beside is not None and f.notices == "all")
+        ]
+        self.chosen = [self.random.choice(possible) for _ in range(self.random.choice([1, 1, 2, 3]))]
+        beside = await in_thread(self._begin_beside)
+        await in_thread(self._begin)
+        async with task_group() as tasks:
+            for fault in self.chosen:
+                tasks.start_soon(self.happen, fault, self.random.uniform(0, WINDOW_S))
+        self.link.is_up, self.link.delay_s, self.link.piece = True, 0.0, PIECE
+        self.link.to = ("127.0.0.1", self.world.port)
+        self.link.go()
+        await self._settle()
+        where: str = await in_thread(self._verify)
+        await in_thread(self._check_outcome, where)
+        if beside is not None:
+            await in_thread(self._verify_beside, beside)
+        self.world.check()
+        return where
+
+    @property
+    def nobody_may_notice(self) -> bool:
+        return all(fault.notices == "nobody" for fault in self.chosen)
+
+    def migration(self, domain: str, port: int) -> dict[str, Any]:
+        """The request for a migration as this trial's, of the guest by this name to this receiver."""
+        return {
+            "command": "migrate", "domain": domain, "destination": f"127.0.0.1:{port}", "strategy": self.strategy,
+            "bandwidth": self.bandwidth, "policy": {"max_rounds": 2}, "checkpoint_every_s": self.checkpoint_every_s,
+        }  # fmt: skip
+
+    def _begin(self) -> None:
+        guest = self.world.source.create_guest(self.spec.to_bytes())
+        wait_for_steps(guest, 5 if self.spec.workload == "idle" else 50)
+        guest.close()
+        with self.world.control("sender") as client:
+            client.say(**self.migration(self.spec.name, self.link.port))
+            answer = client.answer()
+        assert answer is not None
+        self.id = answer["id"]
+
+    def _begin_beside(self) -> ControlClient | None:
+        if self.beside is None:
+            return None
+        self.world.source.create_guest(self.beside.to_bytes()).close()
+        client = self.world.control("sender")
+        client.say(
+            command="migrate", domain=self.beside.name, destination=f"127.0.0.1:{self.world.port}",
+            strategy=self.random.choice(["hybrid", "postcopy"]), bandwidth=8 * MIB, policy={"max_rounds": 2},
+        )  # fmt: skip
+        return client
+
+    async def happen(self, fault: Fault, after_s: float) -> None:
+        self.faults.append(f"{fault.name} after {after_s:.3f} s")
+        await trio.sleep(after_s)
+        await fault.happen(self)
+
+    async def answered(self, call: Callable[..., T], *arguments: Any) -> T:
+        """What a daemon answers.  Raises :class:`LostError` if it does not."""
+        with trio.move_on_after(ANSWER_S):
+            return await trio.to_thread.run_sync(call, *arguments, abandon_on_cancel=True)
+        raise LostError(f"no answer within {ANSWER_S:g} s: {getattr(call, '__name__', call)} {arguments}")
+
+    # ---- what the daemons show ----
+    def lines(self, which: str) -> list[Line]:
+        """Of this guest's migrations there."""
+        found: list[Line] = self.world.ask(which, command="list")["migrations"]
+        return [line for line in found if line["domain"] == self.spec.name]
+
+    def line(self, which: str) -> Line | None:
+        """Of the first migration."""
+        return next((line for line in self.lines(which) if line["id"] == self.id), None)
+
+    def has_arrived(self) -> bool:
+        """Protected no more, or a sender that was killed after that, whose successor knows nothing
+        of it.
+        """
+        lines = self.lines("sender")
+        return not lines or any(line["phase"] in ARRIVED for line in lines)
+
+    # ---- the end ----
+    async def _settle(self) -> None:
+        began = time.monotonic()
+        while True:
+            mine = {which: await self.answered(self.lines, which) for which in self.world.daemons}
+            if all(line["phase"] in ENDED for lines in mine.values() for line in lines):
+                return
+            waited_s = time.monotonic() - began
+            if waited_s > END_S:
+                raise LostError(f"it does not end: {mine}")
+            if self.destroyed and waited_s > DESTROYED_S:
+                for host in (self.world.source, self.world.destination):
+                    await in_thread(destroy, host, self.spec.name)
+            for which, lines in mine.items():
+                for line in lines:
+                    with contextlib.suppress(MigrationError):
+                        decided = await self.answered(self._encourage, which, line["id"])
+                        if decided and self.kill_decided:
+                            self.kill_decided = False
+                            await trio.sleep(self.random.uniform(0, 0.06))
+                            self.faults.append("sender killed after the decision")
+                            await self.kill("sender")
+            await trio.sleep(0.05)
+
+    def _encourage(self, which: str, migration: str) -> bool:
+        """Do what an operator does.  Returns whether a decision was asked for, and taken."""
+        if self.destination_died and which == "sender":
+            with contextlib.suppress(MigrationError):  # it has not noticed yet
+                self.world.ask(which, command="decide", migration=migration, here=True)
+                return True
+        if self.destroyed and which == "sender":
+            with contextlib.suppress(MigrationError):  # what is destroyed here is missing there
+                self.world.ask(which, command="decide", migration=migration, here=False)
+        self.world.ask(which, command="reconnect", migration=migration)
+        return False
+
+    async def kill(self, *which: str) -> None:
+        async with self.killing:
+            for name in which:
+                await in_thread(self.world.kill, name)
+            await trio.sleep(self.random.choice([0, 0.1, 0.5]))
+            for name in which:
+                await in_thread(self.world.start_anew, name)
+
+    def _places(self) -> list[tuple[str, SimulatedHypervisor, DomainState]]:
+        hosts = {"source": self.world.source, "destination": self.world.destination}
+        return [(w, h, i.state) for w, h in hosts.items() for i in h.domains() if i.name == self.spec.name]
+
+    def _verify(self) -> str:
+        deadline = time.monotonic() + 10  # what a sender that was killed has left is let go by its successor
+        while True:
+            places = self._places()
+            if [state for _where, _host, state in places] == [DomainState.RUNNING]:
+                break
+            if not places and self.destroyed:
+                return "destroyed"
+            if not places and self.destination_died and self.has_arrived():
+                return "gone with its host"  # which died when all had come
+            if time.monotonic() > deadline:
+                raise LostError(f"it runs at {[(where, state.value) for where, _h, state in places]}")
+            time.sleep(0.02)
+        ((where, host, _state),) = places
+        with host.open(self.spec.name) as domain:
+            problems = self._verified(domain, where)
+            domain.destroy()
+        if problems:
+            raise LostError(f"at the {where}: {'; '.join(problems)}")
+        return where
+
+    def _verified(self, domain: SimulatedDomain, where: str) -> list[str]:
+        wait_for_steps(domain, 5 if self.spec.workload == "idle" else 50)
+        domain.suspend()
+        gone = [report for report in self.world.source.history() if report["name"] == self.spec.name]
+        came = where == "destination" and "onward" not in self.again
+        positions = [vcpu["count"] for vcpu in gone[-1]["vcpu"]] if gone and came else None
+        return verify(domain, self.spec, source_positions=positions).problems
+
+    def _check_outcome(self, where: str) -> None:
+        """What was agreed is so, and what must not be noticed was not."""
+        lines = {which: self.line(which) for which in ("sender", "receiver")}
+        for which, line in lines.items():
+            if line is not None and line["phase"] == "completed" and self.id in self.cancelled:
+                raise LostError(f"it was cancelled, and is completed at the {which}")
+        if self.id in self.cancelled and not self.again and where not in ("source", "destroyed"):
+            raise LostError(f"it was cancelled, and the guest is at the {where}")
+        if not self.nobody_may_notice or self.cancelled or self.again:
+            return
+        if where != "destination":
+            raise LostError(f"what must not be noticed kept it at the {where}")
+        for which, line in lines.items():
+            if line is not None and line["unprotected"]:
+                raise LostError(f"what must not be noticed ended its protection at the {which}: {line['unprotected']}")
+
+    def _verify_beside(self, client: ControlClient) -> None:
+        """The other guest has arrived, whole, over the lanes that it began with."""
+        assert self.beside is not None
+        with client:
+            try:
+                *_progress, last = client.answers()
+            except MigrationError as error:
+                raise LostError(f"the other guest did not arrive: {error}") from error
+        if last["result"]["rejoins"]:
+            raise LostError(f"the other guest lost its lanes {last['result']['rejoins']} times")
+        verification, _view = verify_migrated(self.world, self.beside)
+        if verification.problems:
+            raise LostError(f"the other guest: {'; '.join(verification.problems)}")
+        destroy(self.world.destination, self.beside.name)
+
+
+async def in_thread(call: Callable[..., T], *arguments: Any) -> T:
+    return await trio.to_thread.run_sync(call, *arguments)
+
+
+def destroy(host: SimulatedHypervisor, name: str) -> None:
+    """If it is there."""
+    with contextlib.suppress(NoSuchDomainError), host.open(name) as domain:
+        domain.destroy()

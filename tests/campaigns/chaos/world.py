@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The hosts and daemons of a campaign.  Some have certificates; a fault may start further daemons;
+what the daemons log is read."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import re
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import trustme
+
+from migrate.cli.world import World, loopback_world, start_receiver, start_sender
+from migrate.lanes.connection import Terms
+from migrate.lanes.tls import Tls
+
+HOST = "127.0.0.1"
+CONFIG = "[network]\nchecksums = true\nsilence_s = 3\n"
+COMPLAINTS = re.compile(r"internal error|Traceback \(most recent call last\)")
+"""In a daemon's log: a fault of the daemon itself."""
+BESIDES = {"second": "destination", "onward": "destination", "homeward": "source"}
+"""Further daemons, and the hosts that they are at."""
+PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAPABILITY_VERSION = 24, 1, 0x20080522
+
+
+class LostError(Exception):
+    """A trial that did not end as it must."""
+
+
+@dataclass
+class ChaosWorld(World):
+    authority: trustme.CA | None = None
+    """Whose certificates the daemons have, if they have any."""
+    ports: dict[str, int] = field(default_factory=dict)
+    """Of the further daemons."""
+    _read: dict[str, int] = field(default_factory=dict)
+    """How much of each log was looked at."""
+
+    @property
+    def tls(self) -> bool:
+        return self.authority is not None
+
+    @property
+    def daemons(self) -> list[str]:
+        return [name for name in self.processes if name not in ("source", "destination")]
+
+    def state(self, which: str) -> Path:
+        """A daemon's journal."""
+        match which:
+            case "sender":
+                return self.directory / "source.sock.state/sender"
+            case "receiver":
+                return self.directory / "destination.sock.state/receiver"
+        return self.directory / f"{which}.state" / ("sender" if which == "onward" else "receiver")
+
+    # ---- daemons ----
+    def kill(self, which: str) -> None:
+        """Raises :class:`LostError` if it has ended before."""
+        self.check_alive_of(which)
+        self.stop(which, signal.SIGKILL)
+
+    def start_anew(self, which: str) -> None:
+        match which:
+            case "sender":
+                start_sender(self)
+            case "receiver":
+                start_receiver(self, self.port)
+            case _:
+                self.start_beside(which)
+
+    def start_beside(self, which: str) -> None:
+        """One of :data:`BESIDES`, unless it is there."""
+        if which in self.processes:
+            return
+        self.start(
+            which, self.state(which).name, "--listen", f"{HOST}:{self.ports.get(which, 0)}",
+            "--socket", str(self.directory / f"{which}.sock"), "--config", str(self.config_file),
+            "--state", str(self.state(which).parent), "--simulated", str(self.directory / f"{BESIDES[which]}.sock"),
+        )  # fmt: skip
+        self.ports[which] = self.ask(which, command="status")["port"]
+
+    def check_alive_of(self, which: str) -> None:
+        process = self.processes[which]
+        if process.popen.poll() is not None:
+            raise LostError(f"{which} ended by itself, with status {process.popen.returncode}:\n{process.tail()}")
+
+    def check(self) -> None:
+        """Raises :class:`LostError` if a process has ended, or a daemon has logged a fault of its
+        own.
+        """
+        for which in self.processes:
+            self.check_alive_of(which)
+        for which in self.daemons:
+            log = self.processes[which].log.read_text(errors="replace")
+            new, self._read[which] = log[self._read.get(which, 0) :], len(log)
+            if found := COMPLAINTS.search(new):
+                raise LostError(f"{which} logged a fault of its own:\n{new[max(0, found.start() - 500) :][:4000]}")
+
+    # ---- certificates ----
+    @property
+    def terms(self) -> Terms:
+        """Those of a peer that has a certificate as well, if the daemons want one."""
+        if not self.tls:
+            return Terms()
+        certificate, key, authority = (self.directory / name for name in ("certificate", "key", "authority"))
+        return Terms(tls=Tls(certificate, key, authority, (HOST,)))
+
+    def renewed(self) -> dict[Path, bytes]:
+        """A new certificate and its key, and where they belong."""
+        assert self.authority is not None
+        issued = self.authority.issue_cert(HOST)
+        chain = b"".join(pem.bytes() for pem in issued.cert_chain_pems)
+        return {self.directory / "certificate": chain, self.directory / "key": issued.private_key_pem.bytes()}
+
+
+@contextlib.contextmanager
+def chaos_world(memory_bytes: int, *, tls: bool) -> Iterator[ChaosWorld]:
+    with loopback_world(memory_bytes, daemons=False) as hosts:
+        world = ChaosWorld(hosts.directory, hosts.owner, hosts.processes)
+        world.source, world.destination = hosts.source, hosts.destination
+        config = CONFIG
+        if tls:
+            world.authority = trustme.CA()
+            world.authority.cert_pem.write_to_path(world.directory / "authority")
+            for path, text in world.renewed().items():
+                path.write_bytes(text)
+            files = "".join(f'{part} = "{world.directory / part}"\n' for part in ("certificate", "key", "authority"))
+            config += f'[tls]\n{files}peers = ["{HOST}"]\n'
+        world.config_file.write_text(config)
+        start_receiver(world)
+        start_sender(world)
+        yield world
+
+
+def respect_modes() -> None:
+    """Have this process, and the processes that it starts, respect the modes of files even as root.
+    A directory without write permission is then read-only for daemons.
+    """
+    libc = ctypes.CDLL(None)
+    header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0)
+    data = (ctypes.c_uint32 * 6)()  # effective, permitted and inheritable ones, 32 in each word
+    libc.prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, 0, 0, 0)
+    if libc.capget(header, data) == 0:
+        for word in range(3):
+            data[word] &= ~(1 << CAP_DAC_OVERRIDE)
+        libc.capset(header, data)
