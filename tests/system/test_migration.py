@@ -177,12 +177,18 @@ def test_a_hypervisor_without_paging_takes_precopy_only(name: str) -> None:
         check(world, spec)
 
 
-def test_postcopy_starts_when_somebody_says_so(world: World, client: ControlClient, name: str) -> None:
+@pytest.mark.parametrize("by_the_same_client", [True, False])
+def test_postcopy_starts_when_somebody_says_so(
+    world: World, client: ControlClient, name: str, by_the_same_client: bool
+) -> None:
     spec = boot(world, name, zero_permille=0, workload="idle")
     client.say(command="migrate", domain=name, destination=f"127.0.0.1:{world.port}", bandwidth=4 * MIB)
     for answer in client.answers():
         if answer["event"] == "progress" and answer["phase"] == "precopy" and answer["pages_done"]:
-            world.ask("sender", command="postcopy-now", migration=name)
+            if by_the_same_client:
+                client.say(command="postcopy-now")
+            else:
+                world.ask("sender", command="postcopy-now", migration=name)
             break
     (*_rest, last) = client.answers()
     assert last["result"]["switchover"]["missing_pages"] > spec.nr_pfns / 4

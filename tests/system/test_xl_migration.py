@@ -368,6 +368,11 @@ def test_without_a_daemon_here_the_stock_helper_does_it(xl: Xl) -> None:
     assert_stock(xl, "no daemon at /nowhere")
 
 
+def test_a_strategy_that_there_is_not_leaves_it_to_the_stock_helper(xl: Xl) -> None:
+    xl.save.environment["XEN_POSTCOPY_STRATEGY"] = "teleport"
+    assert_stock(xl, "strategy 'teleport': hybrid, postcopy or precopy")
+
+
 @pytest.mark.parametrize("world", [SHORT_OF_PATIENCE], indirect=True)
 def test_without_a_daemon_there_the_stock_helper_does_it(xl: Xl) -> None:
     xl.restore.environment["XEN_POSTCOPY_RECEIVER"] = "/nowhere"

@@ -9,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from migrate.errors import RemoteProtocolError
+from migrate.errors import MigrationError, RemoteProtocolError
 from migrate.protocol.pfns import NO_PFNS, from_mask, pfn_array
 from receiver.outstanding import DROPPED, OUTSTANDING, PRESENT, READY, REQUESTED, OutstandingPages
 from sender.backlog import Backlog
+from sender.source_pages import announce_missing
+from xenbackend.pages import MappedPages, PageStatus
 from xenbackend.ring import MEM_PAGING_DROP_PAGE, MEM_PAGING_EVICT_FAIL, PagingRequest
 
 NR = 64
@@ -353,3 +355,22 @@ class BothEnds(RuleBasedStateMachine):
 
 
 TestBothEnds = BothEnds.TestCase
+
+
+# ---- pages whose mapping was given up ----
+def test_pages_that_have_arrived_meanwhile_are_not_sent_again() -> None:
+    """Their mapping is given up as soon as the receiver has loaded them, and then there is a hole."""
+    backlog, pfns = backlog_of(1, 2, 3), pfn_array([1, 2, 3])
+    backlog.rejoin(mask(1))
+    mapped = MappedPages(
+        np.array([PageStatus.DATA, PageStatus.HOLE, PageStatus.HOLE], np.uint8), [memoryview(bytes(4096))]
+    )
+    message = announce_missing(pfns, mapped, backlog)
+    assert message is not None and message.pfns.tolist() == [1] and not len(message.holes)
+    assert announce_missing(pfns[1:], MappedPages(mapped.status[1:], []), backlog) is None
+
+
+def test_a_page_that_is_missing_and_not_held_any_more_is_an_error() -> None:
+    mapped = MappedPages(np.array([PageStatus.HOLE], np.uint8), [])
+    with pytest.raises(MigrationError, match="1 missing pages of the guest are not held any more: pfn 0x2"):
+        announce_missing(pfn_array([2]), mapped, backlog_of(2))
