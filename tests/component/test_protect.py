@@ -308,10 +308,9 @@ async def test_a_guest_that_cannot_be_resumed_yet_is_resumed_later(
         if link_lost:
             link.down()
         await until_async(lambda: len(refusals) == 5)
-        target = clean_hosts.destination.open(name)
-        before = steps(target)
-        await until_async(lambda: has_moved(before, steps(target)))
-        target.close()
+        # Without a link a vCPU may stand at a page that is missing: it need not make a step.
+        with clean_hosts.destination.open(name) as target:
+            await until_async(lambda: target.state() is DomainState.RUNNING)
         link.is_up = True
         if not link_lost:
             at_least = outcome.migration.progress.checkpoints + 1
