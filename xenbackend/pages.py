@@ -34,9 +34,9 @@ class PageStatus(IntEnum):
 class MappedPages:
     """Pages of a domain, to be read where they are; a context manager that gives the mapping up.
 
-    ``status`` has a :class:`PageStatus` per pfn, ``data`` the DATA pages, in order: as few pieces of memory
-    as they lie in, each of whole pages.  A running guest writes to them meanwhile.  Nothing of ``data`` may be touched
-    after the end.
+    ``status`` has a :class:`PageStatus` for each pfn.  ``data`` has the DATA pages in their order, in
+    as few pieces of memory as possible, each of whole pages.  A running guest writes to the pages
+    meanwhile.  Nothing of ``data`` may be touched after the end.
     """
 
     def __init__(self, status: NDArray[np.uint8], data: list[memoryview]):
@@ -52,10 +52,13 @@ class MappedPages:
 
 @dataclass(frozen=True)
 class NativePages:
-    """How native code looks at one page of a domain, and loads it: addresses, as long as the ``Domain`` is open.
+    """Addresses of the calls by which native code looks at one page of a domain and loads one page.
 
-    ``look`` is ``int (void *domain, uint64_t pfn, const void **page)``, a :class:`PageStatus`, and where it is DATA the
-    page can be read where it says until ``looked``, ``void (void *domain, const void *page)``, is called, if that is not 0;
+    They are valid as long as the ``Domain`` is open.
+
+    ``look`` is ``int (void *domain, uint64_t pfn, const void **page)`` and returns a
+    :class:`PageStatus`.  A DATA page can be read at ``*page`` until ``looked`` is called.
+    ``looked`` is ``void (void *domain, const void *page)``; 0: there is nothing to call.
     ``load`` is ``int (void *domain, uint64_t pfn, const void *page)``, one page's ``Domain.load``.
     """
 
@@ -66,17 +69,23 @@ class NativePages:
 
 
 def batch_error(operation: str, number: int, pfns: PfnArray, done: int) -> XenError:
-    """Of a batch of which ``done`` were handled.  One that was not begun, having no ring, failed at no pfn."""
+    """The error of a batch that stopped after ``done`` pfns.
+
+    A batch that was not begun, because there is no ring, failed at no pfn.
+    """
     pfn = None if number == errno.ENODEV else int(pfns[done])
     return XenError(operation, number, pfn=pfn, done=done)
 
 
 def page_bytes(pages: Buffer, count: int) -> NDArray[np.uint8]:
-    """The pages as an array for native code.  Raises ``ValueError`` if the buffer has fewer than ``count`` pages, since native
-    code would read beyond its end.
+    """The pages as an array for native code.
 
-    An array: a memoryview that native code has a hold of must not get into a reference cycle, as it does with the traceback
-    of a call that failed.  Python's garbage collector clears it nevertheless, and the process dies of it (CPython 3.11).
+    Raises ``ValueError`` if the buffer has fewer than ``count`` pages, because native code would
+    read beyond its end.
+
+    A memoryview would not do.  The traceback of a failed call puts the memoryview into a reference
+    cycle.  Python's garbage collector then clears it although native code still has its buffer, and
+    the process dies (CPython 3.11).
     """
     if len(pages) < count * PAGE_SIZE:
         raise ValueError(f"{len(pages)} bytes are not {count} pages")

@@ -177,7 +177,7 @@ def test_folders_import_in_one_direction() -> None:
 
 
 def import_graph() -> dict[str, set[str]]:
-    """Which of our modules imports which, wherever in the file: in functions and for the type checker too."""
+    """Which of our modules each module imports, also in functions and for the type checker."""
     modules = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path for _folder, path in ours()}
     graph = {}
     for module, path in modules.items():
@@ -188,7 +188,7 @@ def import_graph() -> dict[str, set[str]]:
 
 
 def in_circles(graph: dict[str, set[str]]) -> dict[str, set[str]]:
-    """What is left of a graph without the modules that import nothing or that nobody imports, again and again.
+    """The graph without modules that import nothing or that nobody imports, taken away repeatedly.
 
     Nothing is left if there is no circle.
     """
@@ -251,7 +251,7 @@ def functions(path: str, text: str) -> dict[str, int]:
     if path.endswith(".py"):
         nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
         return {f"{path}:{node.lineno} {node.name}": (node.end_lineno or 0) - node.lineno + 1 for node in nodes}
-    # A function in C: from the line before its first bracket to its last one, both alone at the margin.
+    # In C a function's first and last bracket stand alone at the margin.
     found, start, before = {}, 0, ""
     for number, line in enumerate(text.splitlines(), 1):
         if line == "{":

@@ -69,7 +69,7 @@ def _memory(address: Any, size: int) -> memoryview:
 
 
 class XenDomain(Domain):
-    """``nr_pfns`` and ``wiring``: of a domain that was just made to be restored into (``builder.py``)."""
+    """``nr_pfns`` and ``wiring`` are given for a domain that is restored into (``builder.py``)."""
 
     def __init__(self, host: XenHost, domid: int, nr_pfns: int | None = None, wiring: Wiring | None = None):
         self._host = host

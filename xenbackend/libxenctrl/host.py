@@ -53,8 +53,8 @@ class XenHost:
             )  # fmt: skip
         self.native: Any = out[0]
         self.opened: set[Domain] = set()
-        """Domains that are closed before the handle is.  A domain adds itself when it is opened, and removes itself when it
-        is closed.
+        """Domains that are closed before the handle is.  A domain adds itself when it is opened,
+        and removes itself when it is closed.
         """
 
     def close(self) -> None:

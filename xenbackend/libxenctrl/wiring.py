@@ -20,8 +20,9 @@ class Wiring:
         self._ports = ports
 
     def connect(self, domid: int, store: int, console: int) -> None:
-        """Event channels and grants, as the guest expects them; ``store`` and ``console`` are the gfns of the rings, whose
-        pages have to be present.
+        """Give the domain the event channels and grants that the guest expects.
+
+        ``store`` and ``console`` are the gfns of the rings, whose pages have to be present.
         """
         host, ports = self._host.native, self._ports
         for param, port in ((HVM_PARAM_STORE_EVTCHN, ports.store), (HVM_PARAM_CONSOLE_EVTCHN, ports.console)):
@@ -30,7 +31,7 @@ class Wiring:
         check("gnttab seed", seeded)
 
     def introduce(self, domid: int, store: int, console: int) -> None:
-        """Tell xenstored and the console's daemon: the toolstack does."""
+        """Make the domain known to xenstored and to the console's daemon: the toolstack does."""
 
 
 class OwnWiring(Wiring):

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A domain as the simulated host has it: memory, p2m and log-dirty bitmap in memory files, vCPUs as native threads."""
+"""A domain as the simulated host has it.
+
+Its memory, its p2m and its log-dirty bitmap are in memory files; its vCPUs are native threads.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ class HostedDomain:
         self.pager = 0
         """The client that serves the ring; 0: none, or it is gone."""
         self.hold_maps: dict[int, int] = {}
-        """By client, a memory file with a byte for each pfn: 1 where the client has it mapped for good."""
+        """By client, a memory file with a byte for each pfn: 1 if the client holds the page."""
         self._ring_page: Any = None
         self.control_fd = os.memfd_create(f"domain-{domid}-control")
         self.memory_fd = os.memfd_create(f"domain-{domid}-memory")
@@ -150,7 +153,9 @@ class HostedDomain:
             raise XenError("set_context", errno.EINVAL, why="not a context of this domain") from error
 
     def report(self) -> dict[str, Any]:
-        """What the guest has counted: positions, errors, its stalls (8 buckets to each power of two of microseconds)."""
+        """What the guest has counted: positions, errors, and its stalls, in 8 buckets to each power
+        of two of microseconds.
+        """
         vcpus = []
         for v in range(self.dom.nr_vcpus):
             arch = self.dom.vcpu[v]

@@ -153,8 +153,9 @@ void page_fault(struct host_vcpu *v, uint64_t pfn)
     }
     v->event_pause = 1;
     ring_put(h, pfn, v->id, VM_EVENT_FLAG_VCPU_PAUSED, type, flags);
-    /* On the real Xen a vCPU asks for one page up to six times while its page tables are out: its own access, then the
-     * hypervisor's to what it keeps up to date for the vCPU.  Each is to be answered before the vCPU goes on. */
+    /* On the real Xen a vCPU asks for one page up to six times while its page tables are out: by its
+     * own access, then by the hypervisor's accesses to what it keeps up to date for the vCPU.  All
+     * requests have to be answered before the vCPU goes on. */
     for (uint64_t more = stats->faults < 16 ? stats->faults % 7 : 0; !flags && more && ring_slots_free(h); more--) {
         v->event_pause++;
         ring_put(h, pfn, v->id, VM_EVENT_FLAG_VCPU_PAUSED, P2M_RAM_PAGING_IN, 0);
