@@ -26,7 +26,7 @@ void xen_host_close(struct xen_host *h)
 int xen_host_open(struct xen_host **out)
 {
     struct xen_host *h = calloc(1, sizeof(*h));
-    struct xen_facts facts;
+    struct xen_facts facts = { 0 };
     int rc;
 
     if (!h)
