@@ -14,6 +14,8 @@ time, so that it takes no memory: a guest's own resume would only do for the ins
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import os
 from collections.abc import Iterator
@@ -27,6 +29,7 @@ from migrate.protocol.frames import FrameDecoder
 from migrate.protocol.pfns import batches_of
 from sender.source_pages import announce, present
 from xenbackend.contract import Domain, DomainState
+from xenbackend.errors import XenError
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +40,20 @@ MOVED_PAGES = 1024
 """At a time."""
 
 
+MARGIN_BYTES = 64 * 1024 * 1024
+"""The room that checkpoints leave free in their file system: the journals of all migrations are
+written there, ...
+"""
+MARGIN_SHARE = 8
+"""... or this part of a small one."""
+
+
+def _room(path: Path) -> tuple[int, int]:
+    """The bytes that are free in a file system, and all of its bytes."""
+    found = os.statvfs(path)
+    return found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
+
+
 class CheckpointStore:
     """Of one guest, in the file ``path``.  Calls block: run them in a thread."""
 
@@ -44,8 +61,9 @@ class CheckpointStore:
         self._path, self._new_path = path, path.with_suffix(".new-checkpoint")
         self._domain = domain
         self._new: BinaryIO | None = None
-        self._context_bytes = 0
-        self._pages = 0
+        self._context_bytes = self._pages = 0
+        self._problem = ""
+        """Why the one that comes cannot be kept."""
 
     def exists(self) -> bool:
         """There is one to go back to."""
@@ -55,8 +73,9 @@ class CheckpointStore:
     def add(self, message: m.Written | m.Checkpoint, payload: memoryview) -> bool:
         """A piece; returns whether it was the last, and the checkpoint is kept.
 
-        Raises :class:`MigrationError` where it cannot be kept; the one before it is.
+        Raises :class:`MigrationError` at the last one where it cannot be kept; the one before it is.
         """
+        last = isinstance(message, m.Checkpoint) and message.last
         if isinstance(message, m.Written):
             self._pages += len(message.pfns) + len(message.zeros) + len(message.holes)
         else:
@@ -64,29 +83,50 @@ class CheckpointStore:
         if self._pages > MAX_COPIES * self._domain.nr_pfns or self._context_bytes > MAX_CONTEXT_BYTES:
             raise RemoteProtocolError("a checkpoint that is larger than the guest")
         try:
-            if self._new is None:  # guest memory: for nobody else's eyes
-                self._new = os.fdopen(os.open(self._new_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb")
-            # Checked: what comes back from a disk is not what was put there, now and then.
-            self._new.write(frames.encode(message.header(), [payload] if payload else (), checked=True))
-            self._new.write(payload)
-            if isinstance(message, m.Written) or not message.last:
-                return False
-            self._new.close()
-            self._make_room()
-            self._new_path.replace(self._path)
+            if not self._problem:
+                self._write(message, payload)
+                if last and self._new is not None:
+                    self._new.close()
+                    self._make_room()
+                    self._new_path.replace(self._path)
         except OSError as error:
-            raise MigrationError(f"cannot keep a checkpoint in {self._new_path}: {error.strerror}") from error
+            self._problem = f"cannot keep a checkpoint in {self._new_path}: {error.strerror}"
+            self._remove()  # others need the room
+        except XenError:
+            self.abandon()
+            raise
+        if not last:
+            return False
+        problem = self._problem
         self.abandon()
+        if problem:
+            raise MigrationError(problem)
         self.apply()
         return True
 
+    def _write(self, message: m.Written | m.Checkpoint, payload: memoryview) -> None:
+        """Raises ``OSError``, also where a migration could not write its journal afterwards."""
+        if self._new is None:  # guest memory: for nobody else's eyes
+            self._new = os.fdopen(os.open(self._new_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb")
+        left, size = _room(self._new_path)
+        if left - len(payload) < (margin := min(MARGIN_BYTES, size // MARGIN_SHARE)):
+            raise OSError(errno.ENOSPC, f"the last {margin >> 20} MiB of its file system are kept free for the journal")
+        # Checked: what comes back from a disk is not what was put there, now and then.
+        self._new.write(frames.encode(message.header(), [payload] if payload else (), checked=True))
+        self._new.write(payload)
+
     def abandon(self) -> None:
         """What has come of one will not become whole."""
+        self._remove()
+        self._pages = self._context_bytes = 0
+        self._problem = ""
+
+    def _remove(self) -> None:
         if self._new is not None:
-            self._new.close()
+            with contextlib.suppress(OSError):  # of what was not written yet
+                self._new.close()
             self._new = None
         self._new_path.unlink(missing_ok=True)
-        self._pages = self._context_bytes = 0
 
     def _make_room(self) -> None:
         """Frames for what was no memory at the switchover, before anything is changed: there may be none."""

@@ -8,6 +8,7 @@ import random
 import signal
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -23,6 +24,7 @@ from migrate.service.journal import Journal
 from receiver import checkpoints
 from receiver import migration as receiver_migration
 from receiver.checkpoints import Checkpoints, Room
+from sender import checkpoints as sender_checkpoints
 from sender import migration as sender_migration
 from sender.checkpoints import CheckpointStore
 from sender.migration import OutgoingMigration
@@ -247,6 +249,33 @@ async def test_a_checkpoint_that_cannot_be_kept_costs_the_protection_only(
     assert outcome.error is None
     assert outcome.migration.progress.checkpoints == 0
     assert sum("not protected any more" in message for message in caplog.messages) == 2, "once at each end"
+    assert (await verification(clean_hosts, busy(name))).problems == []
+
+
+@pytest.mark.parametrize("in_the_middle", [True, False])
+async def test_checkpoints_leave_room_for_the_journal(
+    clean_hosts: World, name: str, monkeypatch: Patch, in_the_middle: bool
+) -> None:
+    """One that would fill the state directory is not kept, and what has come of it gives its room
+    back at once.  The guest goes on without protection.
+    """
+    looks = 0
+    size = 16 * sender_checkpoints.MARGIN_BYTES
+
+    def fills(path: Path) -> tuple[int, int]:
+        nonlocal looks
+        looks += 1
+        free = sender_checkpoints.MARGIN_BYTES
+        return (free if looks > 3 or not in_the_middle else size), size
+
+    monkeypatch.setattr(sender_checkpoints, "_room", fills)
+    monkeypatch.setattr(checkpoints, "LIVE_PAGES", 1)
+    monkeypatch.setattr(checkpoints, "BATCH_PAGES", 8)
+    outcome = await protected(clean_hosts, busy(name))
+    assert outcome.error is None and outcome.migration.statistics.rejoins == 0
+    assert outcome.migration.progress.checkpoints == 0
+    assert "64 MiB of its file system are kept free for the journal" in outcome.migration.progress.unprotected
+    assert list((clean_hosts.directory / "journal").glob("*checkpoint*")) == []
     assert (await verification(clean_hosts, busy(name))).problems == []
 
 
