@@ -23,6 +23,7 @@ import functools
 import json
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -139,6 +140,9 @@ class IncomingMigration:
         self._pages: OutstandingPages
         self._memory: MemoryRestorer
         self._limit: FrameLimit
+        self._raised = (0, 0)
+        """See :class:`FrameLimit`."""
+        self._recording = threading.Lock()
         self._pager: Pager | None = None
         """The guest's, when it may run."""
         self._stand_by: Pager | None = None
@@ -183,6 +187,8 @@ class IncomingMigration:
         migration._handle = bytes.fromhex(handle) if (handle := facts.get("handle")) else None
         migration._inherited, migration._noted = True, facts["step"]
         migration._decided = facts.get("decided", False)
+        found, raised = facts.get("raised", (0, 0))  # earlier releases did not note it
+        migration._raised = (int(found), int(raised))
         migration.progress.domain = offer["name"]
         migration.progress.unprotected = facts.get("unprotected", "")
         lanes.keep(migration._offer.key)
@@ -190,6 +196,11 @@ class IncomingMigration:
 
     def _record(self, step: str) -> None:
         """Raises :class:`MigrationError` where the journal cannot be written, and the guest can still stay where it is."""
+        with self._recording:
+            self._write(step)
+            self._step = step
+
+    def _write(self, step: str) -> None:
         offer = self._offer.header()
         del offer["type"], offer["key"]
         offer["platform"] = self._offer.platform.hex()
@@ -199,10 +210,19 @@ class IncomingMigration:
                 "step": step, "domid": self._domid, "handle": self._handle and self._handle.hex(), "offer": offer,
                 "key": self._offer.key.hex(), "unprotected": self.progress.unprotected, "decided": self.session.decided,
                 "dials": self.lanes.dials, "rejoins": self.lanes.rejoins, "xl": self._toolstack.decides,
+                "raised": self._raised,
             },
             needed=not self._said_ready,
         )  # fmt: skip
-        self._step = step
+
+    def _record_again(self) -> None:
+        """Another fact about the step that was recorded last."""
+        with self._recording:
+            self._write(self._step)
+
+    def _note_raised(self, raised: tuple[int, int]) -> None:
+        self._raised = raised
+        self._record_again()
 
     # ---- what others may ask ----
     @property
@@ -530,7 +550,7 @@ class IncomingMigration:
         except NoSuchDomainError:
             raise GuestEndedError("its domain was destroyed") from None
         self._domain = domain
-        self._limit = FrameLimit(domain)
+        self._limit = FrameLimit(domain, self._raised, self._note_raised)
         handed_over = self._step in ("taken over", "finishing", "lost", "held")
         self.session = Session.of_predecessor(
             Role.RECEIVER, self._offer.nr_pfns, handed_over=handed_over, protected=self._offer.checkpoint_ms > 0,
@@ -688,7 +708,7 @@ class IncomingMigration:
                 self.statistics.populate_evicted = preflight.populate_evicted
         except (XenError, MigrationError) as error:
             return str(error)
-        self._limit = FrameLimit(self._domain)
+        self._limit = FrameLimit(self._domain, self._raised, self._note_raised)
         self._memory = MemoryRestorer(self._domain, self._limit, offer.max_pages)
         self._pages = OutstandingPages(offer.nr_pfns)
         return None
@@ -870,7 +890,7 @@ class IncomingMigration:
     def _protection_is_lost(self, problem: str) -> None:
         log.error("%s: %s: %s", self.progress.domain, NOT_PROTECTED, problem)
         self.progress.unprotected = problem
-        self._record(self._step)
+        self._record_again()
 
     def _finish_over_these_lanes(self, pager: Pager) -> None:
         for task in (self._complete, self._report):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import threading
+from collections.abc import Callable
 
 import numpy as np
 
@@ -23,12 +24,15 @@ class FrameLimit:
     The domain was made with the limit from before the copy.  The guest may have grown since, or
     ``xl mem-set`` may have lowered the limit.  The guest cannot follow a lower limit before it has
     the pages that it is to give away.
+
+    ``raised``: the toolstack's limit and ours, as a predecessor noted them; 0: none.  ``note`` is
+    called with them before a limit is set, and may raise ``MigrationError``.
     """
 
-    def __init__(self, domain: Domain):
+    def __init__(self, domain: Domain, raised: tuple[int, int], note: Callable[[tuple[int, int]], None]):
         self._domain = domain
-        self._found = self._set = 0
-        """The toolstack's, and ours; 0: none."""
+        self._found, self._set = raised
+        self._note = note
         self._lock = threading.Lock()
 
     def make_room(self, more: int) -> bool:
@@ -42,6 +46,7 @@ class FrameLimit:
             if frames.max_pages != self._set:
                 self._found = frames.max_pages
             self._set = frames.tot_pages + max(more, frames.paged_pages)
+            self._note((self._found, self._set))
             self._domain.set_max_pages(self._set)
             return True
 

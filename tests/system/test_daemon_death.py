@@ -143,6 +143,27 @@ def test_each_successor_counts_its_attempts_from_another_number(world: World) ->
     assert numbers == [REJOINS_OF_ONE_LIFE * life for life in (1, 2, 3)]
 
 
+@pytest.mark.parametrize("noted", [True, False])
+def test_a_limit_that_a_killed_receiver_has_raised_is_given_back_by_its_successor(world: World, noted: bool) -> None:
+    """``xl mem-set`` downwards while pages are missing.  Earlier releases noted no limit."""
+    begin(world, "postcopy", bandwidth=8 * MIB)
+    until(lambda: phase(world, "receiver") == "postcopy", "no postcopy")
+    with world.destination.open("guest") as guest:
+        lower = guest.nr_pfns - 500
+        guest.set_max_pages(lower)
+        until(lambda: guest.reservation().max_pages > lower, "the limit is not raised")
+        assert guest.reservation().paged_pages
+        kill(world, "receiver")
+        if not noted:
+            path = journal(world, "receiver")
+            last = json.loads(path.read_text().splitlines()[-1])
+            del last["raised"]
+            path.write_text(json.dumps(last))
+        start_anew(world, "receiver")
+        assert check(world) == "destination"
+        assert (guest.reservation().max_pages == lower) is noted
+
+
 def test_both_killed(world: World) -> None:
     begin(world)
     until(lambda: phase(world, "receiver") == "postcopy", "no postcopy")
