@@ -349,7 +349,7 @@ class IncomingMigration:
         log.warning("%s: an operator has said that the guest is to run here", name)
         self.session.handed_over = self.session.decided = True
         try:
-            await trio.to_thread.run_sync(self._start)
+            await in_thread(self._start)
             pager = self._started()
         except XenError as error:
             pager = self._start_later(error)
@@ -585,7 +585,7 @@ class IncomingMigration:
         await trio.to_thread.run_sync(self._undo_stop, state)
         if state is DomainState.INCOMING and self._step == "taken over" and not self._toolstack.decides:
             try:
-                await trio.to_thread.run_sync(self._start)
+                await in_thread(self._start)
                 self._started()
             except XenError as error:
                 self._start_later(error)
@@ -818,17 +818,31 @@ class IncomingMigration:
         """Start the guest.  Raises ``XenError`` if a later attempt may succeed, and
         :class:`GuestEndedError` if none can.
         """
-        assert self._domain is not None
-        self._protect(self._domain)
-        if self._stand_by is not None:
-            self._stand_by.begin()
         try:
-            self._domain.start()
+            self._try_to_start()
         except XenError as error:
-            if self._state() in (None, DomainState.CRASHED):
+            state = self._state()
+            if state is DomainState.RUNNING:
+                return  # the error came after that
+            if state in (None, DomainState.CRASHED):
                 name = self.progress.domain
                 raise GuestEndedError(f"{name} ended when it was to be started here: {error}") from error
             raise
+
+    def _try_to_start(self) -> None:
+        """Raises ``XenError`` for any error.  The guest is ours, so none is a reason to give it up."""
+        assert self._domain is not None
+        try:
+            self._protect(self._domain)
+            if self._stand_by is not None:
+                self._stand_by.begin()
+            self._domain.start()
+        except XenError:
+            raise
+        except Exception as error:
+            if is_bug(error):
+                log.exception("internal error")
+            raise XenError("start", errno.EAGAIN, why=repr(error)) from error
 
     def _start_later(self, error: XenError) -> Pager:
         """The guest is ours, and its memory comes meanwhile."""
@@ -848,7 +862,7 @@ class IncomingMigration:
             await trio.sleep(pause_s)
             async with self._deciding:
                 try:
-                    await trio.to_thread.run_sync(self._start)
+                    await in_thread(self._start)
                     break
                 except XenError as again:
                     error = again

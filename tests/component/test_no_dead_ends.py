@@ -80,6 +80,28 @@ async def test_a_guest_that_cannot_be_started_yet_is_started_later(
     assert (await verification(clean_hosts, busy(name))).problems == []
 
 
+@pytest.mark.parametrize("error", [KeyError("a bug"), MemoryError(), OSError(errno.EMFILE, "no descriptor")])
+async def test_a_guest_is_started_later_whatever_the_error_was(
+    clean_hosts: World, name: str, monkeypatch: Patch, error: Exception
+) -> None:
+    """Nothing is a reason to leave a guest that was handed over without its start."""
+    start, failed = SimulatedDomain.start, list[str]()
+
+    def fail_first(self: SimulatedDomain) -> None:
+        if len(failed) < 3:
+            failed.append("start")
+            raise error
+        start(self)
+        if len(failed) < 4:  # and once behind the start
+            failed.append("started")
+            raise error
+
+    monkeypatch.setattr(SimulatedDomain, "start", fail_first)
+    outcome = await migrate(clean_hosts, busy(name))
+    assert outcome.error is None and len(failed) == 4
+    assert (await verification(clean_hosts, busy(name))).problems == []
+
+
 async def test_a_guest_that_never_starts_can_be_given_back(clean_hosts: World, name: str, monkeypatch: Patch) -> None:
     """An operator decides at the destination, where the guest has not run, and then at the source."""
     failed = fails(monkeypatch, "start", times=10**6)
