@@ -31,7 +31,13 @@ def wait_for_memory(request: Request) -> None:
     path = os.environ.get("XEN_POSTCOPY_RECEIVER", RECEIVER_SOCKET)
     try:
         daemon = ControlClient(path)
-    except MigrationError:
+    except MigrationError as error:
+        if isinstance(error.__cause__, ConnectionRefusedError):  # one that is stopped removes its socket
+            libxl.fail(
+                f"the receiver daemon of this host was killed, and memory of the guest may have still to come: start "
+                f"the receiver again; if no guest has come to this host, remove {path}",
+                errno.EBUSY,
+            )
         return  # nobody is the guest's pager
     try:
         daemon.say(command="await-memory", domid=request.domid)

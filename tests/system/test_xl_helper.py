@@ -165,6 +165,26 @@ def test_what_is_no_live_migration_is_left_to_it_without_a_word(
     assert (status, said, xl.was_asked) == (0, b"", True)
 
 
+@pytest.mark.parametrize("live", [True, False])
+def test_no_guest_is_saved_while_a_killed_receiver_has_no_successor(
+    xl: Xl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, live: bool
+) -> None:
+    """The guest may lack pages, and an image would have holes instead.  Only the socket is left of
+    the receiver.
+    """
+    path = tmp_path / "receiver.sock"
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        listening.listen()
+    monkeypatch.setenv("XEN_POSTCOPY_RECEIVER", str(path))
+    status, said = xl.save(live=live)
+    assert status == 0 and not xl.was_asked
+    assert b"the receiver daemon of this host was killed" in said and said.endswith(protocol.complete(-1, errno.EBUSY))
+    path.unlink()
+    status, _said = xl.save(live=live)
+    assert status == 0 and xl.was_asked
+
+
 def test_a_stock_helper_that_is_missing_is_said(xl: Xl, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XEN_POSTCOPY_STOCK_HELPER", "/nowhere/libxl-save-helper")
     _status, said = xl.save()
