@@ -8,6 +8,7 @@ they would tell systemd; they are ended with the context.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -30,6 +31,9 @@ from xenbackend.simulated.guest import GuestSpec
 from xenbackend.simulated.verify import Verification, verify
 from xenbackend.unix import socket_path
 
+DIRECTORY_PREFIX = "xen-postcopy-"
+LOCKED = "locked"
+"""An empty file in a directory that its process has locked."""
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
 DRAIN_TIMEOUT_S = 0.5
@@ -125,6 +129,27 @@ class World:
             process.popen.wait()
 
 
+def _lock(directory: Path) -> int:
+    """Lock a directory until the descriptor is closed, or this process ends.  Raises ``OSError``."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _remove_left_over() -> None:
+    """Remove the directories of processes that were killed: the lock that each held is free."""
+    for marker in Path(tempfile.gettempdir()).glob(f"{DIRECTORY_PREFIX}*/{LOCKED}"):
+        with contextlib.suppress(OSError):
+            if marker.parent.stat().st_uid == os.geteuid():
+                fd = _lock(marker.parent)
+                shutil.rmtree(marker.parent, ignore_errors=True)
+                os.close(fd)
+
+
 @contextlib.contextmanager
 def loopback_world(
     memory_bytes: int,
@@ -135,7 +160,10 @@ def loopback_world(
     config: str = "",
 ) -> Iterator[World]:
     """Two hosts with so much memory each, a sender at the source, a receiver at the destination, configured alike."""
-    directory = Path(tempfile.mkdtemp(prefix="xen-postcopy-"))
+    _remove_left_over()
+    directory = Path(tempfile.mkdtemp(prefix=DIRECTORY_PREFIX))
+    locked = _lock(directory)
+    (directory / LOCKED).touch()
     owner, alive = os.pipe()
     world = World(directory, owner)
     try:
@@ -172,6 +200,7 @@ def loopback_world(
         for fd in (owner, alive):
             os.close(fd)
         shutil.rmtree(directory, ignore_errors=True)
+        os.close(locked)
 
 
 def start_sender(world: World, port: int = 0) -> None:

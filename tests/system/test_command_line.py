@@ -558,8 +558,36 @@ def test_loopback_leaves_no_process_behind(sig: signal.Signals) -> None:
         time.sleep(0.01)
     assert folders
     for folder in folders:
-        assert folder.exists() == (sig is signal.SIGKILL)
+        assert not folder.exists() or sig is signal.SIGKILL
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_the_next_loopback_removes_what_a_killed_one_has_left() -> None:
+    """And nothing of one that runs."""
+    with tempfile.TemporaryDirectory() as place:  # a short path: sockets are made there
+        environment = {**os.environ, "TMPDIR": place}
+        options = ["--memory", "8M", "--rate", "100", "--bandwidth", "64K", "--strategy", "postcopy"]
+        running = [
+            subprocess.Popen([*PROGRAM, "loopback", *options], env=environment, stderr=subprocess.PIPE)
+            for _ in range(2)
+        ]
+        for process in running:
+            assert process.stderr is not None
+            while b"postcopy" not in (line := process.stderr.readline()):
+                assert line
+        folders = set(Path(place).iterdir())
+        assert len(folders) == 2
+        killed, other = running
+        killed.kill()
+        killed.communicate()
+        subprocess.run(
+            [*PROGRAM, "loopback", "--memory", "4M"], check=True, capture_output=True, env=environment, timeout=60
+        )
+        (left,) = Path(place).iterdir()
+        assert other.poll() is None and left in folders
+        other.terminate()
+        other.communicate()
+        assert list(Path(place).iterdir()) == []
 
 
 def command(pid: int) -> list[bytes]:
