@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import resource
 import select
 import signal
 import tempfile
@@ -40,6 +41,23 @@ def lab(hosts: World, name: str) -> Iterator[SimulatedLab]:
     made = SimulatedLab(hosts, name)
     yield made
     made.close()
+
+
+def test_descriptors_that_do_not_fit_are_an_error_and_none_is_kept(boot: Boot, clean_hosts: World) -> None:
+    """Found by chaos: the receiver took the first of three, and its own error for a bug."""
+    _spec, guest = boot()
+    only = os.dup(0)  # the lowest number that is free
+    os.close(only)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (only + 1, hard))
+    try:
+        with pytest.raises(XenError, match="no descriptor left") as error:
+            clean_hosts.source.open(guest.domid)
+        assert error.value.errno == errno.EMFILE
+        os.close(os.dup(0))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    clean_hosts.source.open(guest.domid).close()
 
 
 def test_a_guest_whose_registered_frame_is_paged_out_dies_at_its_start(lab: SimulatedLab) -> None:

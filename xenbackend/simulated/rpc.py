@@ -59,11 +59,16 @@ class HostConnection:
         """Raises ``XenError`` as the host said it, or with ENOTCONN when the host is gone."""
         try:
             self._socket.send(pack({"op": op, **arguments}))
-            data, fds, _flags, _address = socket.recv_fds(self._socket, MAX_MESSAGE, MAX_FDS)
+            data, fds, flags, _address = socket.recv_fds(self._socket, MAX_MESSAGE, MAX_FDS)
         except OSError as error:
             raise XenError(op, error.errno or 0, why=f"the simulated host does not answer: {error}") from error
         if not data:
             raise XenError(op, errno.ENOTCONN, why="the simulated host is gone")
+        if flags & socket.MSG_CTRUNC:
+            for fd in fds:
+                os.close(fd)
+            why = "this process has no descriptor left for what the simulated host sends"
+            raise XenError(op, errno.EMFILE, why=why)
         answer = unpack(data)
         if "error" in answer:
             raise XenError(answer["operation"], answer["errno"], why=answer["error"])
