@@ -168,6 +168,8 @@ class IncomingMigration:
         """An operator decides; a sender that is back waits for that."""
         self._scope = trio.CancelScope()
         self._cancel_reason = ""
+        self._becoming_ready = threading.Lock()
+        """It is cancelled, or it becomes ready: never both."""
         self._decided = False
         """An operator told a predecessor that the guest is to run here."""
         self._decided_elsewhere = False
@@ -234,16 +236,15 @@ class IncomingMigration:
         name, phase = self.progress.domain, self.progress.phase
         if self.has_ended:
             raise MigrationError(self.ending("cancel"))
-        if not self._said_ready:
-            self.cancel("cancelled by the operator of the destination")
-        elif phase == "in doubt":
+        if self._take_back("cancelled by the operator of the destination"):
+            return
+        if phase == "in doubt":
             raise MigrationError(
                 f"too late to cancel: {name} may have been handed over; `xen-postcopy decide` settles it"
             )
-        else:
-            raise MigrationError(
-                f"too late to cancel: {name} is the destination's; to end it, destroy it (xl destroy {name})"
-            )
+        raise MigrationError(
+            f"too late to cancel: {name} is the destination's; to end it, destroy it (xl destroy {name})"
+        )
 
     @property
     def known_of_peer(self) -> str:
@@ -298,9 +299,17 @@ class IncomingMigration:
 
     def cancel(self, reason: str) -> None:
         """Has no effect once :attr:`needed`."""
-        if not self.needed:
+        self._take_back(reason)
+
+    def _take_back(self, reason: str) -> bool:
+        """Returns whether the migration is taken back: from then on it does not become ready."""
+        with self._becoming_ready:
+            # What a predecessor has left ends by itself, or is needed.
+            if self.needed or (self._inherited and not self._said_ready and not self._decided_elsewhere):
+                return False
             self._cancel_reason = reason
-            self._scope.cancel()
+        self._scope.cancel()
+        return True
 
     async def decide(self, *, here: bool, force: bool = False) -> None:
         """An operator's word, where the sender's does not come.  Raises :class:`MigrationError` where it is not called for."""
@@ -769,7 +778,10 @@ class IncomingMigration:
         self._domain.set_context(bytes(self._context))
         self._context.clear()
         self._limit.make_room(self._pages.count)
-        self._said_ready = True
+        with self._becoming_ready:
+            if self._cancel_reason:
+                raise MigrationError(self._cancel_reason)
+            self._said_ready = True
         self._say_blocking(m.Ready())
         # "suspended" in the journal suffices to resume with the sender; "ready" also lets an operator start the guest.
         self._record("ready")

@@ -368,6 +368,29 @@ async def test_a_state_that_is_not_known_for_a_moment_ends_nothing(
     assert (await verification(clean_hosts, busy(name))).problems == []
 
 
+@pytest.mark.parametrize("strategy", [Strategy.POSTCOPY, Strategy.PRECOPY])
+async def test_what_is_cancelled_at_the_destination_does_not_become_ready(
+    clean_hosts: World, name: str, monkeypatch: Patch, strategy: Strategy
+) -> None:
+    """Found by chaos: the thread of the push lane said ready all the same, and nobody had the guest."""
+    set_context, outcomes = SimulatedDomain.set_context, list[Outcome]()
+
+    def cancel_meanwhile(self: SimulatedDomain, context: bytes) -> None:
+        set_context(self, context)
+        trio.from_thread.run_sync(outcomes[0].incoming.ask_to_cancel)
+
+    monkeypatch.setattr(SimulatedDomain, "set_context", cancel_meanwhile)
+
+    async def meanwhile(outcome: Outcome, _link: Link) -> None:
+        outcomes.append(outcome)
+        await until_async(lambda: outcome.migration.progress.phase == "failed")
+
+    outcome = await migrate(clean_hosts, busy(name), strategy, meanwhile=meanwhile)
+    assert outcome.incoming.progress.problem == "cancelled by the operator of the destination"
+    assert not outcome.migration.session.handed_over
+    await goes_on_here_only(clean_hosts, name)
+
+
 # ---- each command in each state ----
 def ask(world: World, which: str, what: str, name: str = "guest", **more: Any) -> str:
     """``acts``, or the answer."""
