@@ -84,6 +84,14 @@ UNDOING_S = 2.0
 FIRST_START_AGAIN_S = 0.1
 LAST_START_AGAIN_S = 5.0
 """Each attempt to start a guest again waits twice as long as the one before it, up to this."""
+INHERITED = {
+    "making": "precopy", "made": "precopy", "suspended": "in doubt", "ready": "in doubt", "entrusted": "deciding",
+    "taken over": "interrupted", "finishing": "completing", "lost": "lost", "held": "held",
+    "decided elsewhere": "in doubt",
+}  # fmt: skip
+"""The phase that is shown of a predecessor's migration until it is taken up, by the step in the journal."""
+NOT_READY = ("making", "made", "decided elsewhere")
+"""Steps in the journal of a guest that does not need this end."""
 FINISHED_OR_FINISHING = ("taken over", "finishing")
 """By a journal, the last entries of which may not have been written."""
 NOT_HERE = "an operator has said that the guest is not to run here"
@@ -185,10 +193,12 @@ class IncomingMigration:
         migration = cls(hypervisor, session_id, lanes, journal, toolstack)
         offer = {**facts["offer"], "platform": bytes.fromhex(facts["offer"]["platform"])}
         migration._offer = m.Offer(**offer, key=bytes.fromhex(facts["key"]))
-        migration._step, migration._domid = facts["step"], facts["domid"]
+        step = facts["step"]
+        migration._step, migration._domid = step, facts["domid"]
         migration._handle = bytes.fromhex(handle) if (handle := facts.get("handle")) else None
-        migration._inherited, migration._noted = True, facts["step"]
+        migration._inherited, migration._noted = True, step
         migration._decided = facts.get("decided", False)
+        migration.progress.phase = INHERITED[step]
         found, raised = facts.get("raised", (0, 0))  # earlier releases did not note it
         migration._raised = (int(found), int(raised))
         migration.progress.domain = offer["name"]
@@ -236,6 +246,7 @@ class IncomingMigration:
         name, phase = self.progress.domain, self.progress.phase
         if self.has_ended:
             raise MigrationError(self.ending("cancel"))
+        self._check_taken_up()
         if self._take_back("cancelled by the operator of the destination"):
             return
         if phase == "in doubt":
@@ -245,6 +256,14 @@ class IncomingMigration:
         raise MigrationError(
             f"too late to cancel: {name} is the destination's; to end it, destroy it (xl destroy {name})"
         )
+
+    def _check_taken_up(self) -> None:
+        """Raises :class:`MigrationError` while this process is still finding out what its predecessor has left."""
+        if self._inherited and self._domain is None:
+            problem = f": {self.progress.problem}" if self.progress.problem else ""
+            raise MigrationError(
+                f"what a killed receiver has left of {self.progress.domain} is being taken up{problem}; ask again in a moment"
+            )
 
     @property
     def known_of_peer(self) -> str:
@@ -291,7 +310,8 @@ class IncomingMigration:
     @property
     def needed(self) -> bool:
         """The guest lives by this process: it must not be stopped."""
-        return self._said_ready and self.progress.phase not in ENDED
+        inherited = self._inherited and self._step not in NOT_READY
+        return (self._said_ready or inherited) and self.progress.phase not in ENDED
 
     def details(self) -> dict[str, Any]:
         """What has been measured so far; see :meth:`PagerStatistics.summary`."""
@@ -305,7 +325,7 @@ class IncomingMigration:
         """Returns whether the migration is taken back: from then on it does not become ready."""
         with self._becoming_ready:
             # What a predecessor has left ends by itself, or is needed.
-            if self.needed or (self._inherited and not self._said_ready and not self._decided_elsewhere):
+            if self.needed or (self._inherited and not self._decided_elsewhere):
                 return False
             self._cancel_reason = reason
         self._scope.cancel()
@@ -320,6 +340,7 @@ class IncomingMigration:
         name, phase = self.progress.domain, self.progress.phase
         if self.has_ended:
             raise MigrationError(self.ending("decide"))
+        self._check_taken_up()
         if not self._said_ready:
             raise MigrationError(
                 f"there is nothing to decide: the migration of {name} is {phase}, and the guest runs at the source"
@@ -541,7 +562,7 @@ class IncomingMigration:
     def _inherit(self) -> None:
         """What a predecessor had."""
         config = _config(self._offer)
-        if self._step in ("making", "made", "decided elsewhere"):
+        if self._step in NOT_READY:
             with contextlib.suppress(NoSuchDomainError):
                 if self._step == "making":
                     self._domain = next(iter(self._hypervisor.abandoned(config)), None)

@@ -126,7 +126,7 @@ class CheckpointStore:
             with contextlib.suppress(OSError):  # of what was not written yet
                 self._new.close()
             self._new = None
-        self._new_path.unlink(missing_ok=True)
+        remove(self._new_path)
 
     def _make_room(self) -> None:
         """Frames for what was no memory at the switchover, before anything is changed: there may be none."""
@@ -150,7 +150,7 @@ class CheckpointStore:
     def close(self) -> None:
         """It is not needed any more."""
         self.abandon()
-        self._path.unlink(missing_ok=True)
+        remove(self._path)
 
     def go_back(self, to: Domain) -> None:
         """Make ``to``, an empty domain or one that this was begun with, the guest as it was, and let it run.
@@ -187,3 +187,12 @@ def _read(path: Path) -> Iterator[tuple[m.Message, memoryview]]:
                 yield m.parse(frame.header, len(frame.payload)), frame.payload
     if not decoder.at_boundary():
         raise MigrationError(f"{path} ends in the middle of a checkpoint")
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint that is not needed any more.  A directory that cannot be written is no reason to end a migration
+    in another way: then the file stays, and the log has its name."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        log.error("cannot remove %s, which is not needed any more: %s", path, error.strerror)

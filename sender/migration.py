@@ -60,7 +60,7 @@ from migrate.service.lifecycle import ended
 from migrate.tasks import as_soon_as_threads_start, first, in_thread, is_bug, is_final, task_group
 from sender.backlog import Backlog
 from sender.bandwidth import BandwidthCap
-from sender.checkpoints import CheckpointStore
+from sender.checkpoints import CheckpointStore, remove
 from sender.dirty import WrittenPages, limit_of
 from sender.faults import FaultServer
 from sender.policy import DefaultPolicy, Policy
@@ -82,6 +82,12 @@ GO_BACK_AGAIN_S = 5.0
 WENT_BACK = "the guest goes on here, as it was when the last checkpoint was made"
 LOGGING = ("begun", "suspending")
 """Steps in the journal before the handover: log-dirty may be on."""
+INHERITED = {
+    "begun": "precopy", "suspending": "switchover", "deciding": "deciding", "handed over": "interrupted",
+    "completing": "completing", "going back": "interrupted", "decided here": "interrupted",
+    "decided elsewhere": "interrupted", "given up": "connecting",
+}  # fmt: skip
+"""The phase that is shown of a predecessor's migration until it is taken up, by the step in the journal."""
 HOT_PAGES = 256
 """Frequently written pages that are sent during the downtime although the guest could fetch them later: 1 MiB takes
 less than a millisecond on most links, where each fault takes about half of one."""
@@ -187,6 +193,13 @@ class OutgoingMigration:
         migration._max_pages = facts.get("max_pages", 0)
         migration._ran, migration._recall = facts.get("ran", False), facts.get("recall", False)
         migration._may_be_ready = True  # for all we know
+        # Whoever asks before the migration is taken up has the answer that follows from the journal.
+        step = facts["step"]
+        migration.progress.phase = INHERITED[step]
+        migration._entrusted = step not in (*LOGGING, "given up")
+        migration.session.handed_over = migration._entrusted and step != "deciding"
+        if step in ("going back", "decided here", "decided elsewhere"):
+            migration._decision = "decided here" if step == "going back" else step
         # A release that did not note handles did not note the step before the suspension either.
         migration._suspended = facts["step"] != "begun" or handle is None
         lanes.keep(migration._key)
@@ -354,6 +367,7 @@ class OutgoingMigration:
         except NoSuchDomainError as error:
             if not self._inherited:
                 raise
+            self.progress.phase = "failed"
             gone = f"{self.domain_name} is gone, and was here before the sender died"
             if self._inherited in ("deciding", "handed over"):
                 # The journal stays until the destination has been told.
@@ -365,7 +379,7 @@ class OutgoingMigration:
                 return
             if self._inherited in ("going back", "decided elsewhere"):  # likewise
                 left = self._journal.checkpoint(self.id)
-                await trio.to_thread.run_sync(functools.partial(left.unlink, missing_ok=True))
+                await trio.to_thread.run_sync(remove, left)
                 raise _decision(self._inherited) or StaysHereError(WENT_BACK) from error
             raise MigrationError(f"{gone}: it was destroyed") from error
         logging = LOGGING if self._toolstack.decides else (*LOGGING, "handed over", "decided here")
@@ -458,7 +472,6 @@ class OutgoingMigration:
             raise StaysHereError(WENT_BACK)
         if decision := _decision(self._inherited):
             raise decision
-        self._entrusted = True
         handed_over = self._inherited == "handed over"
         protected = self._checkpoints is not None
         self.session = Session.of_predecessor(

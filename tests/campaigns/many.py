@@ -8,14 +8,13 @@ after; it ends with status 1 where a guest is not what it should be, or where de
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import threading
 import time
-from pathlib import Path
 
 from migrate.cli.world import World, loopback_world, wait_for_steps
 from tests.support import zygote
+from tests.support.resources import holds
 from xenbackend.simulated.guest import GuestSpec
 from xenbackend.simulated.verify import verify
 
@@ -49,16 +48,6 @@ def migrate(world: World, number: int, problems: list[str]) -> None:
             target.destroy()
     except Exception as error:
         problems.append(f"guest{number}: {error!r}")
-
-
-def holds(world: World, which: str) -> dict[str, int]:
-    process = Path(f"/proc/{world.processes[which].popen.pid}")
-    status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
-    return {
-        "MiB": int(status["VmRSS"].split()[0]) // 1024,
-        "descriptors": len(os.listdir(process / "fd")),
-        "threads": int(status["Threads"]),
-    }
 
 
 def settled(world: World, before: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:

@@ -20,7 +20,7 @@ from migrate.protocol import frames
 from migrate.protocol import messages as m
 from migrate.protocol.messages import Lane
 from migrate.protocol.session import hello
-from tests.component.test_tls import HOST, files
+from tests.support.certificates import HOST, files
 
 __all__ = ["files"]
 PAGES = memoryview(bytes(512 * 4096))

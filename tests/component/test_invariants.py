@@ -30,6 +30,7 @@ from sender.dirty import WrittenPages
 from sender.migration import OutgoingMigration
 from sender.push import PushLane
 from tests.conftest import MIB, WAIT_S
+from tests.support.guests import busy
 from tests.support.inprocess import Outcome, migrate, verification
 from tests.support.links import Link
 from xenbackend.contract import DomainState
@@ -38,15 +39,7 @@ from xenbackend.ring import PagingRequest, PagingRing
 from xenbackend.simulated.client import SimulatedDomain
 from xenbackend.simulated.guest import GuestSpec
 
-RATE = 5000
-"""Accesses a second and vCPU.  As fast as they can, vCPUs take the processor from all that is tested."""
 Patch = pytest.MonkeyPatch
-
-
-def busy(name: str, **options: object) -> GuestSpec:
-    """A guest that goes over all its memory again and again: it touches pages that are not there, and reads damage soon."""
-    defaults: dict[str, object] = {"vcpus": 2, "working_set_bytes": 16 * MIB, "zero_permille": 0, "rate": RATE}
-    return GuestSpec(name, 16 * MIB, **{**defaults, **options})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("strategy", list(Strategy))

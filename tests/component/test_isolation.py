@@ -44,10 +44,10 @@ from receiver.statistics import PagerStatistics
 from sender.daemon import SenderDaemon
 from sender.migration import OutgoingMigration, _receiver_statistics
 from sender.statistics import from_peer
-from tests.component.test_invariants import busy
-from tests.component.test_link_loss import until
 from tests.conftest import MIB
 from tests.support import inprocess
+from tests.support.guests import busy
+from tests.support.waiting import until_async as until
 from xenbackend.contract import Hypervisor
 from xenbackend.errors import XenError
 from xenbackend.simulated.guest import GuestSpec
@@ -618,7 +618,14 @@ async def test_a_successor_takes_a_guest_up_when_it_can(
         migration = IncomingMigration.of_predecessor(clean_hosts.destination, "session", lanes, journal, facts)
         monkeypatch.setattr(IncomingMigration, "_inherit", reach)
     else:
-        facts |= {"strategy": "postcopy", "bandwidth": None, "checkpoints": None, "domain": "guest", "successor": None}
+        facts |= {
+            "step": "handed over",
+            "strategy": "postcopy",
+            "bandwidth": None,
+            "checkpoints": None,
+            "domain": "guest",
+            "successor": None,
+        }
         migration = OutgoingMigration.of_predecessor("session", clean_hosts.source, lanes, journal, facts)
         monkeypatch.setattr(type(clean_hosts.source), "open", reach)
     failed = no_threads(monkeypatch, times=3)

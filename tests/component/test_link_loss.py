@@ -18,69 +18,15 @@ from migrate.service.journal import Journal
 from receiver.migration import IncomingMigration
 from sender.migration import OutgoingMigration
 from sender.push import PushLane
-from tests.component.test_invariants import busy
-from tests.conftest import MIB, WAIT_S
+from tests.conftest import MIB
+from tests.support.guests import busy, goes_on_here_only, steps
 from tests.support.inprocess import Outcome, migrate, verification
-from tests.support.links import Link
+from tests.support.links import Link, Patch, cut_when
+from tests.support.waiting import until_async as until
 from xenbackend.contract import DomainState
 from xenbackend.errors import NoSuchDomainError
-from xenbackend.simulated.client import SimulatedDomain
 
-Patch = pytest.MonkeyPatch
 SLOWLY = MigrationOptions(Strategy.POSTCOPY, bandwidth_bytes_per_s=MIB)
-
-
-async def until(condition: Callable[[], bool], timeout_s: float = WAIT_S) -> None:
-    with trio.fail_after(timeout_s):
-        while not condition():
-            await trio.sleep(0.005)
-
-
-def steps(domain: SimulatedDomain) -> list[int]:
-    return [vcpu["count"] for vcpu in domain.report()["vcpu"]]
-
-
-async def goes_on_here_only(world: World, name: str) -> None:
-    source = world.source.open(name)
-    before = steps(source)
-    await until(lambda: all(now > then for now, then in zip(steps(source), before, strict=True)))
-    assert world.destination.domains() == []
-    source.close()
-
-
-def cut_when(monkeypatch: Patch, cls: type, said: type[m.Message], *, before: bool, down: bool = False) -> list[Link]:
-    """Cut the link the first time an end says this, before it is sent or after.  The link is to be put into the list."""
-    links: list[Link] = []
-    private = "" if cls is PushLane else "_"
-    say, say_blocking = getattr(cls, f"{private}say"), getattr(cls, f"{private}say_blocking")
-
-    def cut() -> None:
-        link = links.pop()
-        (link.down if down else link.cut)()
-
-    def cut_from_wherever() -> None:
-        cut() if trio.lowlevel.in_trio_run() else trio.from_thread.run_sync(cut)
-
-    async def say_and_cut(self: object, message: m.Message) -> None:
-        due = isinstance(message, said) and bool(links)
-        if due and before:
-            cut()
-        await say(self, message)
-        if due and not before:
-            cut()
-
-    monkeypatch.setattr(cls, f"{private}say", say_and_cut)
-
-    def say_blocking_and_cut(self: object, message: m.Message) -> None:
-        due = isinstance(message, said) and bool(links)
-        if due and before:
-            cut_from_wherever()
-        say_blocking(self, message)
-        if due and not before:
-            cut_from_wherever()
-
-    monkeypatch.setattr(cls, f"{private}say_blocking", say_blocking_and_cut)
-    return links
 
 
 def watch(links: list[Link]) -> Callable[[Outcome, Link], Awaitable[None]]:

@@ -22,12 +22,12 @@ from migrate.protocol.pfns import pfn_array
 from receiver import pager
 from receiver.migration import NO_MEMORY
 from receiver.outstanding import LOADING, OUTSTANDING
-from tests.component.test_invariants import busy
-from tests.component.test_link_loss import until
 from tests.conftest import MIB
+from tests.support.faults import Destination, contents, encoded, lanes, put
+from tests.support.guests import busy
 from tests.support.inprocess import Outcome, migrate, verification
 from tests.support.links import Link
-from tests.unit.test_fault_path import Destination, contents, encoded, lanes, put
+from tests.support.waiting import until_async as until
 from xenbackend.errors import XenError
 from xenbackend.pages import PAGE_SIZE, Buffer, NativePages, PfnArray
 from xenbackend.simulated.client import SimulatedDomain

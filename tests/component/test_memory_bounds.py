@@ -13,10 +13,10 @@ import pytest
 from migrate.cli.world import World
 from migrate.options import Strategy
 from migrate.service.journal import Journal
-from tests.component.test_link_loss import until
 from tests.conftest import MIB
 from tests.support.inprocess import Outcome, migrate
 from tests.support.links import Link
+from tests.support.waiting import until_async as until
 from xenbackend.contract import Domain, DomainState, Hypervisor
 from xenbackend.simulated.client import SimulatedDomain
 from xenbackend.simulated.guest import GuestSpec

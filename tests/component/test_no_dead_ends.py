@@ -20,16 +20,15 @@ from receiver import migration as receiver_migration
 from receiver.migration import IncomingMigration
 from receiver.pager import Pager
 from sender import migration as sender_migration
-from tests.component.test_link_loss import cut_when, goes_on_here_only
-from tests.component.test_link_loss import until as until_async
-from tests.component.test_protect import busy
 from tests.conftest import MIB
 from tests.support import zygote
+from tests.support.commands import PROGRAM
+from tests.support.daemons import begin, boot, copying, kill, lines, phase, states, world
+from tests.support.guests import goes_on_here_only
 from tests.support.inprocess import Outcome, migrate, verification
-from tests.support.links import Link
-from tests.system.test_command_line import PROGRAM
-from tests.system.test_daemon_death import kill, lines, phase, until, world
-from tests.system.test_identity import begin, boot, copying, states
+from tests.support.links import Link, cut_when
+from tests.support.protected import slow_guest as busy
+from tests.support.waiting import until, until_async
 from xenbackend.contract import DomainState
 from xenbackend.errors import XenError
 from xenbackend.simulated.client import SimulatedDomain

@@ -21,14 +21,14 @@ from migrate.service.journal import Journal
 from receiver.checkpoints import suspend
 from sender.migration import OutgoingMigration
 from sender.toolstack import OwnToolstack
-from tests.component.test_link_loss import until as until_async
-from tests.component.test_protect import busy, dies_after, options, protected, verified_at_source
 from tests.conftest import MIB
+from tests.support.daemons import SLOW, begin, boot, copying, kill, lines, phase, states, world
 from tests.support.inprocess import Outcome, migrate, verification
 from tests.support.links import Link
-from tests.system.test_daemon_death import kill, lines, phase, until, world
-from tests.system.test_identity import SLOW, begin, boot, copying, states
-from tests.system.test_xl_migration import Xl, xl
+from tests.support.protected import dies_after, options, protected, verified_at_source
+from tests.support.protected import slow_guest as busy
+from tests.support.waiting import until, until_async
+from tests.support.xl import Xl, xl
 from xenbackend.contract import Domain, DomainState
 from xenbackend.errors import XenError
 from xenbackend.simulated.client import SimulatedDomain

@@ -7,7 +7,7 @@ import errno
 import random
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from migrate.cli.world import World, loopback_world, start_sender, wait_for_step
 from migrate.errors import MigrationError
 from migrate.lanes.connection import Terms
 from migrate.lanes.dial import DialledLanes
-from migrate.options import MigrationOptions, PolicyOptions, Strategy
+from migrate.options import Strategy
 from migrate.service.journal import Journal
 from receiver import checkpoints
 from receiver import migration as receiver_migration
@@ -29,70 +29,20 @@ from sender import migration as sender_migration
 from sender.checkpoints import CheckpointStore
 from sender.migration import OutgoingMigration
 from sender.toolstack import OwnToolstack, StaysHereError
-from tests.component.test_link_loss import steps
-from tests.component.test_link_loss import until as until_async
 from tests.conftest import MIB
-from tests.support.inprocess import Outcome, migrate, verification
+from tests.support.daemons import kill, lines, note
+from tests.support.guests import steps
+from tests.support.inprocess import Outcome, verification
 from tests.support.links import Link
-from tests.system.test_daemon_death import kill, lines, note, until
+from tests.support.protected import EVERY_S, dies_after, options, protected, verified_at_source
+from tests.support.protected import slow_guest as busy
+from tests.support.waiting import until, until_async
 from xenbackend.contract import Domain, DomainState
 from xenbackend.errors import XenError
-from xenbackend.simulated.client import SimulatedDomain, SimulatedHypervisor
+from xenbackend.simulated.client import SimulatedDomain
 from xenbackend.simulated.guest import GuestSpec
-from xenbackend.simulated.verify import Verification, verify
 
 Patch = pytest.MonkeyPatch
-Meanwhile = Callable[[Outcome, Link], Awaitable[None]]
-EVERY_S = 0.02
-
-
-def busy(name: str, memory: int = 32 * MIB, **others: Any) -> GuestSpec:
-    """Slow enough that its memory does not come by faults, before anything could be sent back."""
-    defaults: dict[str, Any] = {"workload": "random", "working_set_bytes": 16 * MIB, "zero_permille": 0, "rate": 2000}
-    return GuestSpec(name, memory, 2, **{**defaults, **others})
-
-
-def options(strategy: Strategy = Strategy.POSTCOPY, **others: Any) -> MigrationOptions:
-    defaults = {"bandwidth_bytes_per_s": 16 * MIB, "checkpoint_every_s": EVERY_S}
-    return MigrationOptions(strategy, PolicyOptions(max_rounds=2), **{**defaults, **others})
-
-
-async def protected(
-    hosts: World, spec: GuestSpec, meanwhile: Meanwhile | None = None, with_options: MigrationOptions | None = None
-) -> Outcome:
-    return await migrate(hosts, spec, options=with_options or options(), meanwhile=meanwhile)
-
-
-def dies_after(count: int, hosts: World, *, decide: bool = True, force: bool = False) -> Meanwhile:
-    """The destination is gone for good after so many checkpoints, and an operator says so.
-
-    ``force``: where that cannot be the end of a guest that was protected to its end.
-    """
-
-    async def meanwhile(outcome: Outcome, link: Link) -> None:
-        await until_async(
-            lambda: outcome.migration.session.handed_over and outcome.incoming.progress.phase == "postcopy"
-        )
-        await until_async(lambda: outcome.migration.progress.checkpoints >= count)
-        link.down()
-        target = hosts.destination.open(outcome.migration.domain_name)
-        await trio.to_thread.run_sync(target.destroy)
-        await until_async(lambda: outcome.migration.progress.phase == "interrupted")
-        if decide:
-            await outcome.migration.decide(here=True, force=force)
-
-    return meanwhile
-
-
-def verified_at_source(host: SimulatedHypervisor, spec: GuestSpec, before: list[int] | None = None) -> Verification:
-    """Of a guest that runs there."""
-    domain = host.open(spec.name)
-    assert domain.state() is DomainState.RUNNING
-    wait_for_steps(domain, 100)
-    domain.suspend()
-    result = verify(domain, spec, source_positions=before)
-    domain.close()
-    return result
 
 
 @pytest.mark.parametrize("strategy", [Strategy.POSTCOPY, Strategy.HYBRID])

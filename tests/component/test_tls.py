@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import functools
 import re
 import shutil
@@ -12,12 +11,10 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import cast
 
 import pytest
 import trio
-import trustme
 
 from migrate.cli.world import World
 from migrate.errors import MigrationError, PeerClosedError
@@ -28,43 +25,15 @@ from migrate.lanes.dial import DialledLanes
 from migrate.lanes.tls import STRANGERS, Tls, TlsSocket
 from migrate.protocol.messages import Lane
 from migrate.protocol.session import hello
-from tests.component.test_invariants import busy
-from tests.component.test_link_loss import until
 from tests.conftest import MIB, WAIT_S
+from tests.support.certificates import ANOTHER, AUTHORITY, HOST, files
+from tests.support.guests import busy
 from tests.support.inprocess import Outcome, migrate, verification
 from tests.support.links import Link
+from tests.support.waiting import until_async as until
 from xenbackend.contract import DomainState
 
-AUTHORITY, ANOTHER = trustme.CA(), trustme.CA()
-LONG_AGO = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
-HOST = "127.0.0.1"
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> Callable[..., Tls]:
-    made = 0
-
-    def make(
-        *names: str, signed_by: trustme.CA = AUTHORITY, trusts: trustme.CA = AUTHORITY, expired: bool = False,
-        peers: tuple[str, ...] = (HOST,),
-    ) -> Tls:  # fmt: skip
-        nonlocal made
-        made += 1
-        folder = tmp_path / str(made)
-        folder.mkdir()
-        names = names or (HOST,)
-        certificate = (
-            signed_by.issue_cert(*names, not_before=LONG_AGO, not_after=LONG_AGO + datetime.timedelta(days=1))
-            if expired
-            else signed_by.issue_cert(*names)
-        )
-        for pem in certificate.cert_chain_pems:
-            pem.write_to_path(folder / "certificate", append=True)
-        certificate.private_key_pem.write_to_path(folder / "key")
-        trusts.cert_pem.write_to_path(folder / "authority")
-        return Tls(folder / "certificate", folder / "key", folder / "authority", peers)
-
-    return make
+__all__ = ["files"]
 
 
 @pytest.mark.parametrize("checksums", [False, True])

@@ -16,7 +16,7 @@ from migrate.errors import MigrationError
 from tests.conftest import MIB
 from tests.support.labs import until
 from tests.support.links import Link, LinkInThread
-from tests.system.test_xl_migration import Xl, check_arrived, check_stayed
+from tests.support.xl import Xl, check_arrived, check_stayed
 from xenbackend.contract import DomainState
 from xenbackend.simulated.guest import GuestSpec
 

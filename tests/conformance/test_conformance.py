@@ -29,6 +29,7 @@ import pytest
 from migrate.protocol.pfns import NO_PFNS, from_mask, mask_from_bitmap, pfn_array
 from tests.support import zygote
 from tests.support.labs import Lab, until
+from tests.support.pages import memory_of, page, pfns, read, span
 from xenbackend.contract import Domain, DomainState, Hypervisor, ToolstackPorts, find_domain
 from xenbackend.errors import NoSuchDomainError, XenError
 from xenbackend.pages import PAGE_SIZE, PageStatus, PfnArray
@@ -36,7 +37,6 @@ from xenbackend.ring import PagingRequest, PagingRing
 
 TREE = Path(__file__).parents[2]
 BATCH = 1024
-SPECIAL_PFNS = 16384
 WAIT_S = 60.0
 
 
@@ -63,30 +63,6 @@ def folder() -> Iterator[Path]:
         yield Path(name)
         for path in Path(name).rglob("contents"):
             os.truncate(path, 0)
-
-
-def pfns(*values: int) -> PfnArray:
-    return pfn_array(values)
-
-
-def span(first: int, count: int) -> PfnArray:
-    return np.arange(first, first + count, dtype=np.uint64)
-
-
-def read(domain: Domain, which: PfnArray) -> tuple[list[int], bytes]:
-    with domain.map_pages(which) as mapped:
-        return mapped.status.tolist(), b"".join(mapped.data)
-
-
-def page(fill: int) -> bytes:
-    return bytes([fill]) * PAGE_SIZE
-
-
-def memory_of(domain: Domain) -> PfnArray:
-    """At the lowest pfns, and a few pages at the highest; the hole between them is large."""
-    low, high = domain.config().max_pages, max(domain.nr_pfns - SPECIAL_PFNS, 0)
-    where = np.union1d(span(0, min(low, domain.nr_pfns)), span(high, domain.nr_pfns - high))
-    return where[domain.present(where)]
 
 
 class Contents:

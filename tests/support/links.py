@@ -9,7 +9,11 @@ import struct
 import threading
 from collections.abc import Callable
 
+import pytest
 import trio
+
+from migrate.protocol import messages as m
+from sender.push import PushLane
 
 PIECE = 65536
 Damage = Callable[[bytes], bytes]
@@ -167,3 +171,41 @@ class LinkInThread:
 
     def do(self, what: Callable[[Link], None]) -> None:
         trio.from_thread.run_sync(what, self.link, trio_token=self._token)
+
+
+Patch = pytest.MonkeyPatch
+
+
+def cut_when(monkeypatch: Patch, cls: type, said: type[m.Message], *, before: bool, down: bool = False) -> list[Link]:
+    """Cut the link the first time an end says this, before it is sent or after.  The link is to be put into the list."""
+    links: list[Link] = []
+    private = "" if cls is PushLane else "_"
+    say, say_blocking = getattr(cls, f"{private}say"), getattr(cls, f"{private}say_blocking")
+
+    def cut() -> None:
+        link = links.pop()
+        (link.down if down else link.cut)()
+
+    def cut_from_wherever() -> None:
+        cut() if trio.lowlevel.in_trio_run() else trio.from_thread.run_sync(cut)
+
+    async def say_and_cut(self: object, message: m.Message) -> None:
+        due = isinstance(message, said) and bool(links)
+        if due and before:
+            cut()
+        await say(self, message)
+        if due and not before:
+            cut()
+
+    monkeypatch.setattr(cls, f"{private}say", say_and_cut)
+
+    def say_blocking_and_cut(self: object, message: m.Message) -> None:
+        due = isinstance(message, said) and bool(links)
+        if due and before:
+            cut_from_wherever()
+        say_blocking(self, message)
+        if due and not before:
+            cut_from_wherever()
+
+    monkeypatch.setattr(cls, f"{private}say_blocking", say_blocking_and_cut)
+    return links

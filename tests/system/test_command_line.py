@@ -29,10 +29,9 @@ from migrate.protocol import messages as m
 from migrate.protocol.pfns import pfn_array
 from tests.conftest import MIB, WAIT_S
 from tests.support import zygote
+from tests.support.commands import PROGRAM
 from xenbackend.contract import DomainState
 from xenbackend.simulated.guest import GuestSpec
-
-PROGRAM = [sys.executable, "-m", "migrate.cli"]
 
 
 def run(*arguments: str | Path, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:

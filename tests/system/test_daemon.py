@@ -25,8 +25,8 @@ from migrate.logs import JournalHandler
 from migrate.service import lifecycle
 from tests.conftest import MIB, WAIT_S
 from tests.support import zygote
-from tests.system.test_daemon_death import phase, until
-from tests.system.test_identity import begin, boot
+from tests.support.daemons import begin, boot, phase
+from tests.support.waiting import until
 from xenbackend.contract import DomainState
 
 TIMEOUT_S = 60.0
@@ -116,15 +116,14 @@ def test_a_command_of_another_release_is_refused_by_name(world: World, which: st
 
 
 def test_show_and_watch(world: World, name: str) -> None:
-    from tests.system.test_migration import boot, migrate
-
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         sockets = ("--socket", str(world.sender_socket), "--socket", str(world.receiver_socket))
         command = [sys.executable, "-m", "migrate.cli", *arguments, *sockets]
         return zygote.run(command, timeout=TIMEOUT_S)
 
     boot(world, name)
-    result = migrate(world, name)
+    answer = world.ask("sender", command="migrate", domain=name, destination=f"127.0.0.1:{world.port}")
+    result = answer["result"]
     shown = run("show", result["id"][:8])
     assert shown.returncode == 0 and "outgoing" in shown.stdout and "incoming" in shown.stdout
     assert "fault latency us" in shown.stdout

@@ -6,58 +6,28 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from migrate.cli.world import World, loopback_world, start_receiver, start_sender, verify_migrated, wait_for_steps
-from migrate.errors import MigrationError
+from migrate.cli.world import World, start_receiver, start_sender, verify_migrated, wait_for_steps
 from migrate.lanes.dial import REJOINS_OF_ONE_LIFE
-from tests.conftest import MIB, WAIT_S
+from tests.conftest import MIB
+from tests.support.daemons import journal, kill, lines, note, phase, world
+from tests.support.waiting import until
 from xenbackend.contract import DomainState
 from xenbackend.simulated.guest import GuestSpec
+
+__all__ = ["world"]
 
 ENDED = ("completed", "failed", "refused")
 
 
-@pytest.fixture
-def world() -> Iterator[World]:
-    with loopback_world(256 * MIB) as made:
-        yield made
-
-
 def spec() -> GuestSpec:
     return GuestSpec("guest", 32 * MIB, 2, workload="random", working_set_bytes=16 * MIB, zero_permille=100, rate=5000)
-
-
-def until(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.002)
-
-
-def lines(world: World, which: str) -> list[dict[str, Any]]:
-    try:
-        found: list[dict[str, Any]] = world.ask(which, command="list")["migrations"]
-    except MigrationError:
-        return []
-    return found
-
-
-def phase(world: World, which: str) -> str:
-    found = lines(world, which)
-    return str(found[-1]["phase"]) if found else ""
-
-
-def kill(world: World, which: str) -> None:
-    world.stop(which, signal.SIGKILL)
 
 
 def start_anew(world: World, which: str) -> None:
@@ -226,20 +196,6 @@ def test_a_second_daemon_takes_up_nothing_of_one_that_runs(world: World, which: 
     assert "another daemon" in second.stderr
     world.ask("sender", command="postcopy-now", migration="guest")
     assert check(world) == "destination"
-
-
-def journal(world: World, which: str) -> Path:
-    host = "source" if which == "sender" else "destination"
-    (found,) = (world.directory / f"{host}.sock.state" / which).glob("*.json")
-    return found
-
-
-def note(world: World, which: str, step: str) -> None:
-    """What a daemon appends to its journal before it is killed."""
-    path = journal(world, which)
-    last = json.loads(path.read_text().splitlines()[-1])
-    with path.open("a") as file:
-        file.write("\n" + json.dumps({**last, "step": step}))
 
 
 @pytest.mark.parametrize("here", [True, False])

@@ -28,10 +28,10 @@ from migrate.protocol.messages import Lane
 from migrate.protocol.pfns import pfn_array
 from migrate.protocol.session import new_id, new_token
 from receiver.daemon import MAX_WITHOUT_OFFER
-from tests.campaigns.many import holds
-from tests.component.test_link_loss import until
 from tests.conftest import MIB
 from tests.support.links import NO_LINGER
+from tests.support.resources import holds
+from tests.support.waiting import until_async as until
 from xenbackend.simulated.client import SimulatedDomain
 from xenbackend.simulated.guest import GuestSpec
 

@@ -8,7 +8,6 @@ import json
 import signal
 import uuid
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 
@@ -16,13 +15,13 @@ from migrate.cli.world import World, start_receiver, start_sender, verify_migrat
 from migrate.errors import MigrationError, UnknownMigrationError
 from migrate.service.lifecycle import find_migration
 from tests.conftest import MIB
-from tests.system.test_daemon_death import journal, kill, lines, phase, until, world
+from tests.support.daemons import begin, boot, copying, journal, kill, lines, phase, states, world
+from tests.support.waiting import until
 from xenbackend.contract import DomainInfo, DomainState, find_domain
 from xenbackend.errors import NoSuchDomainError, XenError
 from xenbackend.simulated.guest import GuestSpec
 
 __all__ = ["world"]
-SLOW = 4 * MIB
 
 
 # ---- which domain ----
@@ -99,32 +98,6 @@ def test_a_name_that_is_also_an_id_fits_two_migrations() -> None:
 
 
 # ---- daemons ----
-def boot(world: World, name: str = "guest", *, domid: int | None = None, **options: Any) -> GuestSpec:
-    defaults: dict[str, Any] = {"workload": "random", "working_set_bytes": 8 * MIB, "zero_permille": 0, "rate": 2000}
-    spec = GuestSpec(name, 16 * MIB, 2, **{**defaults, **options})
-    with world.source.create_guest(spec.to_bytes(), domid=domid) as guest:
-        wait_for_steps(guest, 20)
-    return spec
-
-
-def begin(world: World, domain: str, which: str = "sender", bandwidth: int = SLOW, **options: Any) -> None:
-    """A migration that goes on without us."""
-    with world.control(which) as client:
-        client.say(
-            command="migrate", domain=domain, destination=f"127.0.0.1:{world.port}", bandwidth=bandwidth,
-            **{"strategy": "postcopy", **options},
-        )  # fmt: skip
-        client.answer()
-
-
-def copying(world: World) -> bool:
-    """In precopy, with what a successor has to know in the journal."""
-    return bool(lines(world, "sender")[-1]["round"])
-
-
-def states(world: World, name: str) -> dict[str, list[str]]:
-    hosts = {"source": world.source, "destination": world.destination}
-    return {which: [i.state.value for i in host.domains() if i.name == name] for which, host in hosts.items()}
 
 
 def test_the_successor_of_a_sender_takes_no_guest_for_another_by_its_name(world: World) -> None:

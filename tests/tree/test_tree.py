@@ -280,6 +280,18 @@ def test_functions_are_short_enough_to_be_read() -> None:
     assert too_long == {}, f"Cut these functions: at most {MOST_LINES_OF_A_FUNCTION} lines."
 
 
+def test_no_test_imports_a_test() -> None:
+    """What several tests need is in ``tests/support``."""
+    tests = [path for path in files() if path.parts[0] == "tests" and path.suffix == ".py"]
+    wrong = [
+        f"{path} imports {module}"
+        for path in tests
+        for module in imports(path)
+        if re.match(r"tests\..*\btest_\w+\.", module)
+    ]
+    assert wrong == []
+
+
 # ---- documents ----
 INVARIANTS = TREE / "docs/invariants.md"
 CITATION = re.compile(r"[Ii]nvariants?\s+(\d+(?:(?:,|\s+and)\s+\d+)*)")

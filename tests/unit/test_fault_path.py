@@ -4,15 +4,9 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
-import select
 import socket
-import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,74 +14,27 @@ import pytest
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from migrate.errors import PeerClosedError, RemoteProtocolError
 from migrate.fastpath._fault import ffi, lib
 from migrate.fastpath.api import FAULT, PAGE, ZERO
-from migrate.lanes.connection import LaneConnection, Terms
-from migrate.protocol import frames
+from migrate.lanes.connection import LaneConnection
 from migrate.protocol import messages as m
 from migrate.protocol.messages import MAX_PFN, Ahead, Fault, Lane, Message, Pages
 from migrate.protocol.pfns import NO_PFNS, pfn_array
 from migrate.protocol.session import Role, Session, hello
 from receiver import pager as pager_module
-from receiver.outstanding import DROPPED, OUTSTANDING, READY, OutstandingPages
-from receiver.pager import Pager
-from receiver.statistics import PagerStatistics
+from receiver.outstanding import DROPPED, READY
 from sender.backlog import SENT, Backlog
 from sender.bandwidth import BandwidthCap
 from sender.faults import FaultServer
 from sender.statistics import SenderStatistics
-from tests.component.test_link_loss import until
-from tests.support.front_end import FrontEnd
-from tests.unit.test_session import STORY
-from xenbackend.pages import PAGE_SIZE, Buffer, NativePages, PageStatus, PfnArray
+from tests.support.faults import NR, Destination, Memory, contents, encoded, lanes, put, said, session_at
+from tests.support.waiting import until_async as until
+from xenbackend.pages import PAGE_SIZE, PfnArray
 from xenbackend.ring import MEM_PAGING_DROP_PAGE
 
-NR = 48
 PFNS = st.integers(0, NR - 1)
-
-
-def contents(pfn: int) -> bytes:
-    return bytes([pfn % 255 + 1]) * PAGE_SIZE
-
-
-def encoded(message: Message, *pages: bytes) -> bytes:
-    return frames.encode(message.header(), [memoryview(page) for page in pages]) + b"".join(pages)
-
-
-@contextlib.contextmanager
-def lanes() -> Iterator[tuple[LaneConnection, LaneConnection]]:
-    ours, theirs = (LaneConnection(sock, Terms()) for sock in socket.socketpair())
-    try:
-        yield ours, theirs
-    finally:
-        ours.close()
-        theirs.close()
-
-
-def put(lane: LaneConnection, *data: bytes) -> None:
-    """In one packet."""
-    assert isinstance(lane._socket, socket.socket)
-    lane._socket.sendall(b"".join(data))
-
-
-def said(lane: LaneConnection) -> Iterator[tuple[Message, memoryview]]:
-    """All that has come, which is whole."""
-    while lane.readable():
-        lane.fill()
-        while (received := lane.pending()) is not None:
-            yield received
-
-
-def session_at(role: Role, last: type[Message] = m.Resumed) -> Session:
-    session = Session(role)
-    for who, message, lane in STORY:
-        (session.sent if who is role else session.received)(message, lane)
-        if isinstance(message, last):
-            break
-    return session
 
 
 class TestFrames:
@@ -115,74 +62,6 @@ class TestFrames:
         assert lib.fault_frame_pfn(native, ffi.new("uint8_t[]", bytes(damaged))) == -1
         others = [other for other, _encode in self.KINDS if other is not native]
         assert all(lib.fault_frame_pfn(other, ffi.new("uint8_t[]", encode(pfn_array([pfn])))) == -1 for other in others)
-
-
-class Memory:
-    """A domain in this process: with ``contents``, and zeros in every third page, or with what is loaded."""
-
-    def __init__(self, *, native: bool):
-        self._native = native
-        self._kept: list[Any] = [ffi.new("char[]", contents(pfn)) for pfn in range(NR)]
-        self.loaded: dict[int, bytes] = {}
-        self.given_away: set[int] = set()
-        self.looking: list[Any] = []
-        """Where pages lie that are being looked at."""
-        self.refusals = 0
-        """Loads that will fail for want of memory."""
-        self.no_frames: set[int] = set()
-        """pfns for which there is no memory."""
-
-    @staticmethod
-    def is_zero(pfn: int) -> bool:
-        return pfn % 3 == 0
-
-    def map_pages(self, pfns: PfnArray) -> Any:
-        wanted = pfns.tolist()
-        statuses = [PageStatus.ZERO if self.is_zero(pfn) else PageStatus.DATA for pfn in wanted]
-        data = [memoryview(contents(pfn)) for pfn in wanted if not self.is_zero(pfn)]
-        return contextlib.nullcontext(SimpleNamespace(status=np.array(statuses, dtype=np.uint8), data=data))
-
-    def load(self, pfns: PfnArray, pages: Buffer | None) -> NDArray[np.int32]:
-        views = [
-            None if pages is None else memoryview(pages)[i * PAGE_SIZE : (i + 1) * PAGE_SIZE] for i in range(len(pfns))
-        ]
-        return np.array([self._load(pfn, view) for pfn, view in zip(pfns.tolist(), views, strict=True)], dtype=np.int32)
-
-    def _load(self, pfn: int, page: memoryview | None) -> int:
-        if self.refusals:
-            self.refusals -= 1
-            return -errno.ENOMEM
-        if pfn in self.no_frames:
-            return -errno.ENOMEM
-        if pfn in self.given_away:
-            return -errno.ENOENT
-        assert pfn not in self.loaded, f"page {pfn} is loaded twice"
-        self.loaded[pfn] = bytes(PAGE_SIZE) if page is None else bytes(page)
-        return 0
-
-    def native_pages(self) -> NativePages | None:
-        if not self._native:
-            return None
-
-        @ffi.callback("int(void *, uint64_t, const void **)")  # type: ignore[untyped-decorator]
-        def look(_domain: Any, pfn: int, page: Any) -> int:
-            page[0] = self._kept[pfn]
-            if pfn % 7 == 5:
-                return int(PageStatus.BROKEN)  # the general way sees about it
-            if not self.is_zero(pfn):
-                self.looking.append(page[0])
-            return int(PageStatus.ZERO if self.is_zero(pfn) else PageStatus.DATA)
-
-        @ffi.callback("int(void *, uint64_t, const void *)")  # type: ignore[untyped-decorator]
-        def load(_domain: Any, pfn: int, page: Any) -> int:
-            return self._load(pfn, None if page == ffi.NULL else memoryview(ffi.buffer(page, PAGE_SIZE)))
-
-        @ffi.callback("void(void *, const void *)")  # type: ignore[untyped-decorator]
-        def looked(_domain: Any, page: Any) -> None:
-            self.looking.remove(page)
-
-        self._kept += [look, looked, load]
-        return NativePages(0, *(int(ffi.cast("uintptr_t", function)) for function in (look, looked, load)))
 
 
 # ---- the sender ----
@@ -343,104 +222,6 @@ def test_nobody_may_ask_before_the_handover(native: bool) -> None:
 
 
 # ---- the receiver ----
-class Destination:
-    """A pager, a model of Xen at its ring and of the sender at its lane.  Each step is dealt with before the next."""
-
-    def __init__(
-        self,
-        ours: LaneConnection,
-        theirs: LaneConnection,
-        missing: set[int],
-        *,
-        native: bool,
-        session: Session | None = None,
-    ):
-        self.memory = Memory(native=native)
-        self.xen = FrontEnd()
-        self.event_fd, self.notify_fd = (os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2))
-        self.pages = OutstandingPages(NR)
-        self.pages.add(pfn_array(sorted(missing)))
-        self.said: list[Any] = []
-        self.statistics = PagerStatistics()
-        self.ours, self.theirs = ours, theirs
-        domain: Any = self.memory
-        ring = self.xen.pager(event_fd=self.event_fd, notify_fd=self.notify_fd)
-        self.pager = Pager(
-            domain, ring, session or session_at(Role.RECEIVER), self.pages, self.statistics, self.said.append
-        )  # fmt: skip
-        self.asked: Counter[int] = Counter()
-        self.requested: set[int] = set()
-        """Of the sender, which has not answered yet."""
-        self.poll = select.poll()
-        self.poll.register(self.event_fd, select.POLLIN)
-        self.poll.register(ours, select.POLLIN)
-        self.begin()
-        if self.pager._session.serving:
-            self.pager.begin()
-
-    def close(self) -> None:
-        self.pager.close()
-        os.close(self.event_fd)
-        os.close(self.notify_fd)
-
-    def begin(self) -> None:
-        """With these lanes."""
-        self.pager._pull = self.ours
-        self.pager._ask_again()
-        self.pager._respond_first()
-        self.hear()
-
-    def end(self) -> None:
-        self.pager._dismiss()
-        self.pager.rejoin()
-
-    def turn(self) -> None:
-        """What has happened is dealt with."""
-        while self.poll.poll(0) or self.pager.short_of_memory:
-            self.pager._turn(self.poll)
-        self.xen.take_answers()
-        self.hear()
-        for pfn in self.asked - Counter(self.xen.answered):
-            assert OUTSTANDING <= self.pages.states[pfn] < READY, "it waits for what is there"
-
-    def hear(self) -> None:
-        for message, _payload in said(self.theirs):
-            if isinstance(message, Fault):
-                self.requested |= set(message.pfns.tolist())
-
-    def touch(self, pfn: int, vcpu: int, flags: int = 0) -> None:
-        if self.xen.ask(pfn, vcpu, flags):
-            self.asked[pfn] += 1
-            os.eventfd_write(self.event_fd, 1)
-
-    def answer(self, pfns: list[int], piece: int) -> None:
-        """The sender's, for a page each, in packets of so many bytes."""
-        data = b"".join(
-            encoded(Pages(NO_PFNS, pfn_array([pfn])))
-            if Memory.is_zero(pfn)
-            else encoded(Pages(pfn_array([pfn])), contents(pfn))
-            for pfn in pfns
-        )
-        self.requested -= set(pfns)
-
-        def send() -> None:
-            for at in range(0, len(data), piece):
-                put(self.theirs, data[at : at + piece])
-                time.sleep(0.0001)  # so that it is seen
-
-        sender = threading.Thread(target=send)
-        sender.start()
-        while sender.is_alive():
-            self.turn()
-        sender.join()
-        self.turn()
-
-    def push(self, pfns: list[int]) -> None:
-        data, zeros = ([pfn for pfn in pfns if Memory.is_zero(pfn) == zero] for zero in (False, True))
-        self.pager.pushed(
-            Pages(pfn_array(data), pfn_array(zeros)), memoryview(b"".join(map(contents, data))), lambda _s: False
-        )
-        self.xen.take_answers()
 
 
 RECEIVER_STEP = st.one_of(

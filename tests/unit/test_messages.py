@@ -16,44 +16,7 @@ from hypothesis import strategies as st
 from migrate.errors import RemoteProtocolError
 from migrate.protocol import messages as m
 from migrate.protocol.pfns import pfn_array
-
-EXAMPLES: list[m.Message] = [
-    m.Hello(1, 1, "push", "abc", b"t", ("x",), ("y", "z"), "test"),
-    m.Alive(),
-    m.Offer("guest", 1024, 1000, 2, b"config", True, b"key", 1000),
-    m.Pages(pfn_array([1, 5]), pfn_array([2]), pfn_array([9])),
-    m.Defer(0, b"\xff"),
-    m.Barrier(7),
-    m.Suspended(),
-    m.Missing(pfn_array([8])),
-    m.Context(b"registers", True),
-    m.Entrust(),
-    m.Handover(),
-    m.Kept(""),
-    m.Rejoin(),
-    m.Completed(),
-    m.Abort("because"),
-    m.Accepted("native", b"token"),
-    m.Refused("no", False),
-    m.Passed(7),
-    m.Ready(),
-    m.Resumed(),
-    m.Loaded(pfn_array([1, 2])),
-    m.Dropped(pfn_array([3])),
-    m.Report(10, 20, 30),
-    m.Written(pfn_array([1, 5]), pfn_array([2]), pfn_array([9])),
-    m.Checkpoint(b"registers", True),
-    m.Unprotected("somebody has switched its log-dirty off"),
-    m.Outstanding(0, b"\xff"),
-    m.Rejoined("postcopy", b"token"),
-    m.Complete(b"{}"),
-    m.Ended(True, "it was destroyed"),
-    m.Failed("help"),
-    m.Lost("gone with the sender"),
-    m.Recall("an operator has decided so"),
-    m.Fault(pfn_array([4])),
-    m.Ahead(pfn_array([5, 6])),
-]
+from tests.support.stories import EXAMPLES
 
 VERSION_1 = {
     "hello": "oldest newest lane session token requires offers software",

@@ -14,6 +14,7 @@ from migrate.protocol.pfns import NO_PFNS, from_mask, pfn_array
 from receiver.outstanding import DROPPED, OUTSTANDING, PRESENT, READY, REQUESTED, OutstandingPages
 from sender.backlog import Backlog
 from sender.source_pages import announce_missing
+from tests.support.requests import request
 from xenbackend.pages import MappedPages, PageStatus
 from xenbackend.ring import MEM_PAGING_DROP_PAGE, MEM_PAGING_EVICT_FAIL, PagingRequest
 
@@ -28,10 +29,6 @@ def mask(*pfns: int, nr_pfns: int = NR) -> np.typing.NDArray[np.bool_]:
 
 def backlog_of(*pfns: int, nr_pfns: int = NR) -> Backlog:
     return Backlog(mask(*pfns, nr_pfns=nr_pfns))
-
-
-def request(pfn: int, vcpu: int = 0, flags: int = 0) -> PagingRequest:
-    return PagingRequest(pfn, vcpu, 0 if flags & MEM_PAGING_DROP_PAGE else 1, flags, 10)
 
 
 class TestBacklog:

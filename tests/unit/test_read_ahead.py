@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from migrate.protocol.pfns import pfn_array
 from receiver.outstanding import OutstandingPages
 from receiver.readahead import FIRST_WINDOW, MAX_WINDOW
-from tests.unit.test_page_states import request
+from tests.support.requests import request
 
 NR = 1 << 16
 

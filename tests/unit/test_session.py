@@ -27,83 +27,28 @@ from migrate.protocol.session import (
     number_of_rejoin,
     rejoin_token,
 )
-from tests.unit.test_messages import EXAMPLES
-
-S, R = Role.SENDER, Role.RECEIVER
-PUSH, PULL = Lane.PUSH, Lane.PULL
-ONE = pfn_array([1])
-OFFER = m.Offer("guest", 1024, 1024, 1, b"", True, b"key", 0)
-
-STORY: list[tuple[Role, m.Message, Lane]] = [
-    (S, OFFER, PUSH),
-    (R, m.Accepted("native", b"t"), PUSH),
-    (S, m.Pages(ONE), PUSH),
-    (S, m.Defer(0, b"\x02"), PUSH),
-    (S, m.Barrier(1), PUSH),
-    (R, m.Passed(1), PUSH),
-    (S, m.Suspended(), PUSH),
-    (S, m.Pages(ONE, holes=pfn_array([3])), PUSH),
-    (S, m.Missing(pfn_array([2])), PUSH),
-    (S, m.Context(b"a", False), PUSH),
-    (S, m.Context(b"b", True), PUSH),
-    (R, m.Ready(), PUSH),
-    (S, m.Handover(), PUSH),
-    (R, m.Resumed(), PUSH),
-    (R, m.Fault(ONE), PULL),
-    (R, m.Ahead(ONE), PULL),
-    (S, m.Pages(ONE), PULL),
-    (S, m.Pages(ONE), PUSH),
-    (R, m.Loaded(ONE), PUSH),
-    (R, m.Dropped(ONE), PUSH),
-    (R, m.Report(0, 0, 0), PUSH),
-    (R, m.Complete(b"{}"), PUSH),
-    (S, m.Completed(), PUSH),
-]
-
-
-UNDER_XL = [
-    *STORY[: next(i for i, said in enumerate(STORY) if isinstance(said[1], m.Handover))],
-    (S, m.Entrust(), PUSH),
-]
-DECIDED = [
-    *UNDER_XL, (R, m.Fault(ONE), PULL), (S, m.Pages(ONE), PULL), (R, m.Resumed(), PUSH), (S, m.Pages(ONE), PUSH),
-    (R, m.Loaded(ONE), PUSH), (R, m.Report(0, 0, 0), PUSH), (S, m.Handover(), PUSH), (R, m.Complete(b"{}"), PUSH),
-    (S, m.Completed(), PUSH),
-]  # fmt: skip
-
-
-LOST: tuple[Role, m.Message, Lane] = (S, m.Rejoin(), PUSH)
-"""Both have lost their lanes; this is the first thing that is said on the new ones."""
-
-
-def rejoined(reached: str) -> list[tuple[Role, m.Message, Lane]]:
-    return [LOST, (R, m.Outstanding(0, b"\x02"), PUSH), (R, m.Rejoined(reached, b"t"), PUSH)]
-
-
-def play(story: list[tuple[Role, m.Message, Lane]]) -> dict[Role, Session]:
-    ends = {S: Session(S), R: Session(R)}
-    for speaker, message, lane in story:
-        if message is LOST[1]:
-            for end in ends.values():
-                end.rejoin()
-        ends[speaker].sent(message, lane)
-        ends[Role(1 - speaker)].received(message, lane)
-    return ends
+from tests.support.stories import (
+    DECIDED,
+    EXAMPLES,
+    LOST,
+    OFFER,
+    ONE,
+    PROTECTED,
+    PULL,
+    PUSH,
+    STORY,
+    UNDER_XL,
+    R,
+    S,
+    play,
+    rejoined,
+)
 
 
 def test_a_whole_migration_is_allowed() -> None:
     ends = play(STORY)
     assert ends[S].phase == ends[R].phase == Phase.CLOSED
     assert ends[S].handed_over
-
-
-PROTECTED = [
-    (S, dataclasses.replace(OFFER, checkpoint_ms=1000), PUSH),
-    *STORY[1 : next(i for i, said in enumerate(STORY) if isinstance(said[1], m.Complete))],
-    (R, m.Written(ONE, holes=pfn_array([3])), PUSH), (R, m.Checkpoint(b"a", False), PUSH), (R, m.Checkpoint(b"b", True), PUSH),
-    (S, m.Kept(""), PUSH), (R, m.Written(ONE), PUSH), (R, m.Checkpoint(b"c", True), PUSH), (S, m.Kept(""), PUSH),
-    (R, m.Unprotected("no log-dirty"), PUSH), (R, m.Complete(b"{}"), PUSH), (S, m.Completed(), PUSH),
-]  # fmt: skip
 
 
 def test_a_guest_may_be_protected() -> None:

@@ -135,7 +135,8 @@ async def full_disk(trial: Trial) -> None:
 
 async def few_descriptors(trial: Trial) -> None:
     """A daemon has no more than it has open."""
-    process = trial.world.processes.get(trial.random.choice(["sender", "receiver"]))
+    async with trial.killing:  # one that is starting needs more
+        process = trial.world.processes.get(trial.random.choice(["sender", "receiver"]))
     if process is None:
         return
     with contextlib.suppress(OSError):  # it may be killed meanwhile

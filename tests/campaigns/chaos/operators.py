@@ -41,11 +41,13 @@ ANSWERS = {
     },
     ("sender", END): ENDING,
     ("receiver", BEFORE): {
-        "reconnect": "nothing to reconnect", "cancel": ACTS, "decide": "runs at the source",
+        "reconnect": "nothing to reconnect", "cancel": "acts|being taken up",
+        "decide": "runs at the source|being taken up",
         "postcopy-now": "ask the sender",
     },
     ("receiver", AFTER): {
-        "reconnect": "nothing to reconnect|the source dials", "cancel": "too late", "decide": "nothing to decide",
+        "reconnect": "nothing to reconnect|the source dials", "cancel": "too late|being taken up",
+        "decide": "nothing to decide|being taken up",
         "postcopy-now": "ask the sender",
     },
     ("receiver", END): {**ENDING, "postcopy-now": "ask the sender"},

@@ -215,9 +215,10 @@ class Trial:
     def _encourage(self, which: str, migration: str) -> bool:
         """Do what an operator does.  Returns whether a decision was asked for, and taken."""
         if self.destination_died and which == "sender":
-            with contextlib.suppress(MigrationError):  # it has not noticed yet
-                self.world.ask(which, command="decide", migration=migration, here=True)
-                return True
+            for force in (False, True):  # without a checkpoint the guest may only go on by force
+                with contextlib.suppress(MigrationError):  # it has not noticed yet
+                    self.world.ask(which, command="decide", migration=migration, here=True, force=force)
+                    return True
         if self.destroyed and which == "sender":
             with contextlib.suppress(MigrationError):  # what is destroyed here is missing there
                 self.world.ask(which, command="decide", migration=migration, here=False)

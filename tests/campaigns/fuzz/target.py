@@ -19,8 +19,7 @@ with atheris.instrument_imports(include=["migrate"]):
     from migrate.protocol.session import Role, negotiate
 
 from sender.statistics import from_peer
-from tests.unit.test_messages import EXAMPLES
-from tests.unit.test_session import DECIDED, PROTECTED, STORY, UNDER_XL, play, rejoined
+from tests.support.stories import DECIDED, EXAMPLES, PROTECTED, STORY, UNDER_XL, play, rejoined
 
 STORIES = (
     STORY, DECIDED, UNDER_XL, [*STORY[:-4], *rejoined("postcopy")], [*UNDER_XL, *rejoined("decision")], PROTECTED,

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conformance.test_conformance import memory_of, pfns, span
 from tests.support import zygote
 from tests.support.labs import until
+from tests.support.pages import memory_of, pfns, span
 from tests.xenlab.dom0.conftest import KIND
 from tests.xenlab.dom0.daemons import daemons
 from tests.xenlab.dom0.guests import Guest, guest

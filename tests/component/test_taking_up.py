@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Between the start of a daemon and the moment at which it has taken up what its predecessor has left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from migrate.cli.world import World
+from migrate.errors import MigrationError
+from migrate.protocol import messages as m
+from migrate.service.journal import Journal
+from receiver.migration import IncomingMigration
+from sender.migration import OutgoingMigration
+
+
+def left_by_a_sender(hosts: World, tmp_path: Path, step: str) -> OutgoingMigration:
+    """By the journal of a sender, whose domain the hypervisor has not found yet."""
+    facts = {
+        "step": step, "xl": False, "domid": 9, "handle": "09" * 16, "domain": "guest", "key": "00", "dials": None,
+        "strategy": "postcopy", "bandwidth": None, "checkpoints": None, "successor": None,
+    }  # fmt: skip
+    return OutgoingMigration.of_predecessor("session", hosts.source, cast(Any, Ends()), Journal(tmp_path), facts)
+
+
+class Ends:
+    """Lanes that nobody uses."""
+
+    dials = None
+    peer = ""
+
+    def keep(self, key: bytes) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("step", "phase"),
+    [("deciding", "deciding"), ("handed over", "interrupted"), ("completing", "completing"),
+     ("going back", "interrupted"), ("decided here", "interrupted"), ("decided elsewhere", "interrupted")],
+)  # fmt: skip
+async def test_what_was_handed_over_is_not_cancelled_before_it_is_taken_up(
+    clean_hosts: World, tmp_path: Path, step: str, phase: str
+) -> None:
+    """The successor of a sender can be asked, or stopped, before the hypervisor has found the domain: to resume the guest
+    here would make a second one."""
+    left = left_by_a_sender(clean_hosts, tmp_path, step)
+    assert left.progress.phase == phase
+    for cancel in (left.ask_to_cancel, lambda: left.cancel("the sender is being stopped")):
+        with pytest.raises(MigrationError, match="too late"):
+            cancel()
+    if step != "handed over":
+        with pytest.raises(MigrationError, match=r"already|nothing to decide"):
+            await left.decide(here=False)
+
+
+@pytest.mark.parametrize("step", ["begun", "suspending"])
+async def test_what_was_not_handed_over_can_be_cancelled_before_it_is_taken_up(
+    clean_hosts: World, tmp_path: Path, step: str
+) -> None:
+    left_by_a_sender(clean_hosts, tmp_path, step).ask_to_cancel()
+
+
+@pytest.mark.parametrize(
+    ("step", "phase", "needed"),
+    [("made", "precopy", False), ("suspended", "in doubt", True), ("ready", "in doubt", True),
+     ("taken over", "interrupted", True), ("finishing", "completing", True), ("lost", "lost", True), ("held", "held", True)],
+)  # fmt: skip
+async def test_a_receiver_s_successor_asks_to_wait_until_it_has_taken_up_what_was_left(
+    clean_hosts: World, tmp_path: Path, step: str, phase: str, needed: bool
+) -> None:
+    """Nothing is decided about a guest that has not been looked at, and a guest that needs a pager keeps the daemon up."""
+    offer = m.Offer("guest", 64, 64, 1, b"", True, bytes(32), 0).header()
+    del offer["type"], offer["key"]
+    facts = {"step": step, "xl": False, "domid": 9, "key": "00", "dials": None, "offer": {**offer, "platform": ""}}
+    lanes = cast(Any, Ends())
+    left = IncomingMigration.of_predecessor(clean_hosts.destination, "session", lanes, Journal(tmp_path), facts)
+    assert (left.progress.phase, left.needed) == (phase, needed)
+    with pytest.raises(MigrationError, match="being taken up"):
+        left.ask_to_cancel()
+    for here in (True, False):
+        with pytest.raises(MigrationError, match="being taken up"):
+            await left.decide(here=here)

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Daemons as processes: a pair for one test, what they show, and their death."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from migrate.cli.world import World, loopback_world, wait_for_steps
+from migrate.errors import MigrationError
+from tests.conftest import MIB
+from xenbackend.simulated.guest import GuestSpec
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    with loopback_world(256 * MIB) as made:
+        yield made
+
+
+def lines(world: World, which: str) -> list[dict[str, Any]]:
+    try:
+        found: list[dict[str, Any]] = world.ask(which, command="list")["migrations"]
+    except MigrationError:
+        return []
+    return found
+
+
+def phase(world: World, which: str) -> str:
+    found = lines(world, which)
+    return str(found[-1]["phase"]) if found else ""
+
+
+def kill(world: World, which: str) -> None:
+    world.stop(which, signal.SIGKILL)
+
+
+def journal(world: World, which: str) -> Path:
+    host = "source" if which == "sender" else "destination"
+    (found,) = (world.directory / f"{host}.sock.state" / which).glob("*.json")
+    return found
+
+
+def note(world: World, which: str, step: str) -> None:
+    """What a daemon appends to its journal before it is killed."""
+    path = journal(world, which)
+    last = json.loads(path.read_text().splitlines()[-1])
+    with path.open("a") as file:
+        file.write("\n" + json.dumps({**last, "step": step}))
+
+
+SLOW = 4 * MIB
+
+
+def boot(world: World, name: str = "guest", *, domid: int | None = None, **options: Any) -> GuestSpec:
+    defaults: dict[str, Any] = {"workload": "random", "working_set_bytes": 8 * MIB, "zero_permille": 0, "rate": 2000}
+    spec = GuestSpec(name, 16 * MIB, 2, **{**defaults, **options})
+    with world.source.create_guest(spec.to_bytes(), domid=domid) as guest:
+        wait_for_steps(guest, 20)
+    return spec
+
+
+def begin(world: World, domain: str, which: str = "sender", bandwidth: int = SLOW, **options: Any) -> None:
+    """A migration that goes on without us."""
+    with world.control(which) as client:
+        client.say(
+            command="migrate", domain=domain, destination=f"127.0.0.1:{world.port}", bandwidth=bandwidth,
+            **{"strategy": "postcopy", **options},
+        )  # fmt: skip
+        client.answer()
+
+
+def copying(world: World) -> bool:
+    """In precopy, with what a successor has to know in the journal."""
+    return bool(lines(world, "sender")[-1]["round"])
+
+
+def states(world: World, name: str) -> dict[str, list[str]]:
+    hosts = {"source": world.source, "destination": world.destination}
+    return {which: [i.state.value for i in host.domains() if i.name == name] for which, host in hosts.items()}
