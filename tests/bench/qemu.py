@@ -64,7 +64,7 @@ class Qemu:
                 return True
             return False
 
-        until(reached, "QEMU does not start", 60)
+        until(reached, "QEMU does not start", 300)
         self._events: dict[str, float] = {}
         self._lines = self._qmp.makefile("r")
         self._lines.readline()
@@ -130,7 +130,7 @@ def migrate(directory: Path, memory_mib: int, touched_mib: int, *, rounds: bool)
         wait_for(source, lambda info: info["status"] == "completed")
         wait_for(destination, lambda info: info["status"] == "completed")
         sent, taken = source.migration(), destination.migration()
-        until(lambda: len(destination.heartbeats()) >= 10, "the guest has no heartbeat", 60)
+        until(lambda: len(destination.heartbeats()) >= 10, "the guest has no heartbeat", 300)
         after = destination.heartbeats()
         assert all(beat.errors == 0 for beat in after)
         longest = max(beat.longest_ms for beat in source.heartbeats()[before:] + after)

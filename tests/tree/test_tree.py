@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from migrate import __version__
 from tests.checks.stages import TIERS
 
 TREE = Path(__file__).parents[2]
@@ -388,6 +389,11 @@ def test_the_table_of_checks_has_each_stage_where_it_runs() -> None:
     for column, tier in ((1, "gate"), (2, "everything")):
         run = {argument for stage in TIERS[tier] for argument in stage.command[2:3]} - {"tools"}
         assert run | {"check"} == {row[0] for row in rows if row[column]}, f"{tier}; test runs check"
+
+
+def test_the_version_has_an_entry_in_the_changelog() -> None:
+    newest = re.search(r"^## \[(.+?)\]", (TREE / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest and newest[1] == __version__
 
 
 def anchors(path: Path) -> set[str]:
