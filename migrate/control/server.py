@@ -195,7 +195,20 @@ async def listen_unix(
         except OSError as error:
             raise MigrationError(f"socket {path}: {error.strerror or error}") from error
         sock.listen(64)
+        ours = _identity(path)
         try:
             yield sock
         finally:
-            path.unlink(missing_ok=True)
+            if ours is not None and _identity(path) == ours:
+                path.unlink(missing_ok=True)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which file is at ``path``.  If the socket there was removed, another process may have made
+    one of its own.
+    """
+    try:
+        status = path.lstat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino

@@ -152,6 +152,18 @@ async def test_a_socket_that_nobody_listens_at_any_more_is_replaced(tmp_path: Pa
     assert not path.exists()
 
 
+async def test_a_socket_that_another_daemon_has_made_meanwhile_is_left(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as successor:
+
+        def replace(path: Path) -> None:
+            path.unlink()
+            successor.bind(os.fspath(path))
+
+        await ask(path, replace)
+        assert path.is_socket()
+
+
 async def test_the_last_answer_is_given_once_and_a_client_that_is_gone_does_no_harm() -> None:
     ours, theirs = trio.socket.socketpair()
     with theirs:
