@@ -18,7 +18,8 @@ from receiver.daemon import ReceiverDaemon
 def receiver_command(**options: Any) -> None:
     """The daemon at the destination: takes guests in and serves their page faults.
 
-    SIGTERM ends it when no guest depends on it any more; a second one ends it at once, and then vCPUs that
-    touch a missing page stand still.
+    SIGTERM ends the receiver when no guest depends on the receiver any more.  A second SIGTERM ends
+    the receiver at once, and then vCPUs that touch a missing page stand still.  SIGHUP ends the
+    receiver like SIGTERM, but a further SIGHUP does nothing.
     """
     run_daemon("receiver", RECEIVER_PORT, ReceiverDaemon, **options)

@@ -19,6 +19,6 @@ def sender_command(**options: Any) -> None:
     """The daemon at the source: migrates what `migrate` and xl's helper ask for at its control socket.
 
     SIGTERM gives up migrations before their handover (their guests go on here), waits for those after
-    it, and ends; a second one ends it at once.
+    it, and ends; a second one ends it at once.  SIGHUP does the same, but a further SIGHUP does nothing.
     """
     run_daemon("sender", SENDER_PORT, SenderDaemon, **options)

@@ -32,6 +32,10 @@ LISTEN_FDS_START = 3
 """Of sd-daemon(3)."""
 ACCEPT_AGAIN_S = 0.1
 DRAIN_EVERY_S = 1.0
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""A terminal that closes sends SIGHUP, perhaps more than once.  No terminal may end the pager of a
+guest, so a further SIGHUP does not cut the draining short.
+"""
 STOPPING = (
     "this daemon is being stopped, and serves only the guests that need it still: try again when it was started anew"
 )
@@ -97,8 +101,8 @@ async def _feed_watchdog() -> None:
 
 
 async def until_stopped(serve: Callable[[], Awaitable[None]], drain: Callable[[], Awaitable[bool]]) -> None:
-    """Run ``serve`` until SIGTERM or SIGINT, and then for as long as ``drain`` returns that guests
-    need this daemon.  A second signal cuts that short.
+    """Run ``serve`` until one of :data:`STOP_SIGNALS`, and then for as long as ``drain`` returns
+    that guests need this daemon.  A second signal cuts that short, if the signal is not SIGHUP.
     """
     # A thread that serves a fault waits this long at most for one that computes (default: 5 ms).
     sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -110,7 +114,9 @@ async def until_stopped(serve: Callable[[], Awaitable[None]], drain: Callable[[]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     # What is loaded by now stays: the garbage collector, for which every thread waits, need not look at it again.
     gc.freeze()
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    # As nohup(1) has left them.
+    heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    with trio.open_signal_receiver(*heeded) as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_feed_watchdog)
             nursery.start_soon(serve)
@@ -134,7 +140,9 @@ async def _is_needed(drain: Callable[[], Awaitable[bool]]) -> bool:
 
 
 async def _second_signal(signals: AsyncIterator[int], draining: trio.Nursery) -> None:
-    await anext(aiter(signals))
+    async for number in signals:
+        if number != signal.SIGHUP:
+            break
     log.warning("stopped for the second time: not waiting any longer")
     draining.cancel_scope.cancel()
 

@@ -136,22 +136,45 @@ def test_show_and_watch(world: World, name: str) -> None:
         world.ask("receiver", command="show", migration="")
 
 
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGHUP], ids=lambda stop: stop.name)
 @pytest.mark.parametrize("which", ["sender", "receiver"])
-def test_a_daemon_that_is_being_stopped_serves_its_guests_and_takes_on_no_other(which: str) -> None:
+def test_a_daemon_that_is_being_stopped_serves_its_guests_and_takes_on_no_other(
+    which: str, stop: signal.Signals
+) -> None:
     with loopback_world(256 * MIB) as world:
         guest, other = boot(world), boot(world, "other")
         begin(world, "guest", bandwidth=4 * MIB)
         until(lambda: phase(world, "receiver") == "postcopy", "no postcopy")
         stopping = world.processes[which]
-        stopping.popen.send_signal(signal.SIGTERM)
+        stopping.popen.send_signal(stop)
         until(lambda: "waiting for guests" in stopping.log.read_text(), "it does not stop")
+        stopping.popen.send_signal(signal.SIGHUP)  # of a terminal, which cuts nothing short
         with pytest.raises(MigrationError, match="is being stopped, and serves only the guests that need it"):
             world.ask("sender", command="migrate", domain="other", destination=f"127.0.0.1:{world.port}")
         assert phase(world, which) == "postcopy"
         assert stopping.popen.wait(WAIT_S) == 0
+        assert "stopped for the second time" not in stopping.log.read_text()
         verification, _view = verify_migrated(world, guest)
         assert verification.problems == []
         assert [(info.name, info.state) for info in world.source.domains()] == [(other.name, DomainState.RUNNING)]
+
+
+def test_a_daemon_under_nohup_outlives_its_terminal(tmp_path: Path) -> None:
+    with loopback_world(64 * MIB, daemons=False) as world:
+        socket_path = tmp_path / "s"
+        command = [sys.executable, "-m", "migrate.cli", "receiver", "--listen", "127.0.0.1:0"]
+        command += ["--socket", str(socket_path), "--simulated", str(world.directory / "destination.sock")]
+        ignoring = ["env", "--ignore-signal=HUP", *command]
+        with subprocess.Popen(ignoring, stderr=subprocess.PIPE, text=True) as daemon:
+            try:
+                assert daemon.stderr is not None and "receiver listening" in daemon.stderr.readline()
+                daemon.send_signal(signal.SIGHUP)
+                with ControlClient(socket_path) as client:
+                    assert client.call(command="list")["migrations"] == []
+                daemon.terminate()
+                assert daemon.wait(TIMEOUT_S) == 0
+            finally:
+                daemon.kill()
 
 
 async def test_an_error_in_stopping_ends_no_daemon_that_a_guest_needs(
