@@ -50,6 +50,12 @@ HEARD_BYTES = 512 * 1024
 """Received in one call: what a slow link carries well within ``SILENCE_S``."""
 SILENCE_S = 30.0
 """A peer that says nothing for so long is taken for dead."""
+ALIVE_EVERY_S = 1.0
+"""The longest pause between two messages on a lane.  The pause does not follow from ``silence_s``
+alone, because the peer may have a shorter one.
+"""
+LEAST_SILENCE_S = 3 * ALIVE_EVERY_S
+"""The least ``silence_s`` that a host can have: a message that comes late is not yet silence."""
 
 
 @dataclass(frozen=True)
@@ -273,7 +279,7 @@ class LaneConnection:
         unread = select.poll()  # of our own: only one thread may wait in one
         unread.register(self._socket, select.POLLIN)
         while True:
-            await trio.sleep(self._terms.silence_s / 4)
+            await trio.sleep(min(self._terms.silence_s / 4, ALIVE_EVERY_S))
             if time.monotonic() - self._heard_at > self._terms.silence_s and not unread.poll(0):
                 self._is_silent = True
                 self.shut()

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from migrate.errors import MigrationError
-from migrate.lanes.connection import SILENCE_S, Terms, is_loopback, parse_address
+from migrate.lanes.connection import LEAST_SILENCE_S, SILENCE_S, Terms, is_loopback, parse_address
 from migrate.lanes.tls import Tls
 from migrate.options import PolicyOptions, Strategy
 from migrate.units import parse_size
@@ -92,6 +92,12 @@ def _seconds(value: Any) -> float:
     return float(value)
 
 
+def _silence(value: Any) -> float:
+    if not LEAST_SILENCE_S <= _number(value) <= 3600:
+        raise ValueError(f"seconds: at least {LEAST_SILENCE_S:g}, at most 3600")
+    return float(value)
+
+
 def _bandwidth(value: Any) -> float:
     """A page a second at least."""
     rate = parse_size(value)
@@ -110,8 +116,8 @@ class NetworkConfig:
     """Listen on addresses that others can reach, though guests' memory crosses the network as it is."""
     checksums: bool = _key(_flag, False)
     """Check each page from end to end (CRC-32), where TCP's checksum is not trusted."""
-    silence_s: float = _key(_seconds, SILENCE_S)
-    """A peer that says nothing for so long is taken for dead."""
+    silence_s: float = _key(_silence, SILENCE_S)
+    """A peer that says nothing for so long is taken for dead.  The peer may have another value."""
 
 
 @dataclass(frozen=True)

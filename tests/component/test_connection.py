@@ -27,17 +27,18 @@ PAGES = memoryview(bytes(512 * 4096))
 
 
 @contextlib.asynccontextmanager
-async def ends(tls: Tls | None = None) -> AsyncIterator[tuple[LaneConnection, LaneConnection]]:
+async def ends(tls: Tls | None = None, terms: Terms = Terms()) -> AsyncIterator[tuple[LaneConnection, LaneConnection]]:
     """Both ends of a lane."""
     ours, theirs = socket.socketpair(socket.AF_UNIX)
     made: list[LaneConnection] = []
+    terms = replace(terms, tls=tls)
 
     async def accept() -> None:
-        made.append(LaneConnection(theirs if tls is None else await tls.accepted(theirs, 10), Terms(tls=tls)))
+        made.append(LaneConnection(theirs if tls is None else await tls.accepted(theirs, 10), terms))
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(accept)
-        dialled = LaneConnection(ours if tls is None else await tls.connected(ours, HOST, 10), Terms(tls=tls))
+        dialled = LaneConnection(ours if tls is None else await tls.connected(ours, HOST, 10), terms)
     with contextlib.closing(dialled), contextlib.closing(made[0]):
         yield dialled, made[0]
 
@@ -71,6 +72,16 @@ async def test_what_is_no_hello_is_refused(said: bytes, complaint: str, monkeypa
         ours._socket.send(said)  # type: ignore[union-attr]
         with pytest.raises(MigrationError, match=complaint):
             await theirs.receive_hello()
+
+
+async def test_an_end_sends_often_enough_for_a_peer_with_a_shorter_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "ALIVE_EVERY_S", 0.01)
+    async with ends(terms=Terms(silence_s=3600)) as (ours, _theirs), trio.open_nursery() as nursery:
+        nursery.start_soon(ours.keep_alive)
+        with trio.fail_after(60):
+            while ours.bytes_sent < 3 * len(frames.encode(m.Alive().header())):
+                await trio.sleep(0.01)
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_host_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

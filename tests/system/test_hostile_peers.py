@@ -232,14 +232,14 @@ async def test_connections_that_say_nothing(world: World) -> None:
 
 async def test_a_byte_now_and_then() -> None:
     """As silent as nothing, where it takes longer than ``silence_s`` for the next one."""
-    with loopback_world(64 * MIB, config="[network]\nsilence_s = 1\n") as world:
+    with loopback_world(64 * MIB, config="[network]\nsilence_s = 3\n") as world:
         async with Sender.of_a_guest(world) as sender:
             for byte in b"XPC1":
                 with contextlib.suppress(OSError):
                     sender.push._socket.sendmsg([memoryview(bytes([byte]))])
-                await trio.sleep(1.5)
+                await trio.sleep(3.5)
             await until(lambda: phase(world, "receiver", sender.name) == "failed")
-            assert line(world, "receiver", sender.name)["problem"] == "the peer has said nothing for 1 s"
+            assert line(world, "receiver", sender.name)["problem"] == "the peer has said nothing for 3 s"
 
 
 async def test_connections_that_are_reset_at_once(world: World) -> None:

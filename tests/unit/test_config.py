@@ -73,6 +73,7 @@ def test_what_is_given() -> None:
         ('[sender]\nlisten = "host:x"', "config.toml: [sender] listen: 'host:x': address 'host:x': HOST, HOST:PORT"),
         ('[receiver]\nlisten = "0.0.0.0"', "config.toml: [receiver] listen: 0.0.0.0 can be reached by others"),
         ("[sender]\npeer_timeout_s = 0", "config.toml: [sender] peer_timeout_s: 0: seconds"),
+        ("[network]\nsilence_s = 2", "config.toml: [network] silence_s: 2: seconds: at least 3, at most 3600"),
         ('[migration]\nstrategy = "fast"', "config.toml: [migration] strategy: 'fast': one of hybrid, postcopy"),
         ("[migration]\nmax_rounds = 1.5", "config.toml: [migration] max_rounds: 1.5: a whole number"),
         ("[migration]\nmax_rounds = 0", "config.toml: [migration] max_rounds 0: 1 to 1000"),
