@@ -86,7 +86,7 @@ LAST_START_AGAIN_S = 5.0
 """Each attempt to start a guest again waits twice as long as the one before it, up to this."""
 INHERITED = {
     "making": "precopy", "made": "precopy", "suspended": "in doubt", "ready": "in doubt", "entrusted": "deciding",
-    "taken over": "interrupted", "finishing": "completing", "lost": "lost", "held": "held",
+    "taken over": "interrupted", "finishing": "completing", "lost": "interrupted", "held": "interrupted",
     "decided elsewhere": "in doubt",
 }  # fmt: skip
 """The phase that is shown of a predecessor's migration until it is taken up, by the step in the journal."""
