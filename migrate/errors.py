@@ -34,6 +34,10 @@ class UnknownMigrationError(MigrationError):
     """The daemon that was asked has no such migration; another may have."""
 
 
+class SilentDaemonError(MigrationError):
+    """The daemon that was asked does not answer."""
+
+
 class PagesLostError(MigrationError):
     """The missing pages of a guest exist nowhere any more."""
 

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import signal
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,13 @@ from migrate.cli.options import (
 )
 from migrate.cli.progress import ProgressDisplay
 from migrate.cli.text import echo
-from migrate.control.client import ENDED, ControlClient
-from migrate.errors import InterruptedMigrationError, MigrationError, UnknownMigrationError
+from migrate.control.client import ANSWER_S, ENDED, ControlClient
+from migrate.errors import (
+    InterruptedMigrationError,
+    MigrationError,
+    SilentDaemonError,
+    UnknownMigrationError,
+)
 from xenbackend.unix import STARTING_S
 
 WATCH_EVERY_S = 0.5
@@ -144,24 +149,53 @@ sockets_option = click.option(
 )  # fmt: skip
 
 
-def _ask_all(socket_paths: tuple[Path, ...], **request: Any) -> list[dict[str, Any]]:
-    """The results of the daemons that answer; raises :class:`MigrationError` where none does."""
+@dataclass
+class Answers:
+    """What several daemons have answered to one request."""
+
+    results: list[dict[str, Any]] = field(default_factory=list)
+    sockets: tuple[Path, ...] = ()
+    """Of the daemons whose results these are."""
+    silent: list[SilentDaemonError] = field(default_factory=list)
+
+    def check_complete(self) -> None:
+        """Raises :class:`SilentDaemonError` if a daemon has not answered."""
+        if self.silent:
+            raise SilentDaemonError("\n".join(map(str, self.silent)))
+
+
+def _ask_all(socket_paths: tuple[Path, ...], *, answer_s: float | None = None, **request: Any) -> Answers:
+    """Ask the daemons that run.  Raises :class:`MigrationError` if none has a result.
+
+    ``answer_s``: how long each may take, :data:`ANSWER_S` by default, 0 for no limit.
+    """
+    answer_s = ANSWER_S if answer_s is None else answer_s
     problems: list[MigrationError] = []
-    answers = []
+    answers = Answers()
     clients = []
     for path in socket_paths:
-        with contextlib.suppress(MigrationError):  # many hosts have one of them
-            clients.append(ControlClient(path))
-    if not clients:
-        clients.append(ControlClient(socket_paths[0], wait_s=STARTING_S))
-    for client in clients:
+        try:
+            clients.append((path, ControlClient(path, answer_s=answer_s)))
+        except SilentDaemonError as error:
+            answers.silent.append(error)
+        except MigrationError:
+            pass  # many hosts have one of them
+    if not clients and not answers.silent:
+        path = socket_paths[0]
+        clients.append((path, ControlClient(path, wait_s=STARTING_S, answer_s=answer_s)))
+    for path, client in clients:
         try:
             with client:
-                answers.append(client.call(**request))
+                answers.results.append(client.call(**request))
+                answers.sockets += (path,)
+        except SilentDaemonError as error:
+            answers.silent.append(error)
         except MigrationError as error:
             problems.append(error)
-    if not answers:  # the daemon that has the migration says most
-        raise next((p for p in problems if not isinstance(p, UnknownMigrationError)), problems[0])
+    if not answers.results:
+        # The daemon that has the migration says most; one that is silent may have it.
+        answering = [p for p in problems if not isinstance(p, UnknownMigrationError)]
+        raise [*answering, *answers.silent, *problems][0]
     return answers
 
 
@@ -175,9 +209,11 @@ def unprotected(line: dict[str, Any]) -> str:
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def list_command(socket_paths: tuple[Path, ...], as_json: bool) -> None:
     """The migrations of the daemons on this host, running and ended."""
-    lines = [line for answer in _ask_all(socket_paths, command="list") for line in answer["migrations"]]
+    answers = _ask_all(socket_paths, command="list")
+    lines = [line for answer in answers.results for line in answer["migrations"]]
     if as_json:
         echo(json.dumps(lines, indent=2))
+        answers.check_complete()
         return
     echo(f"{'ID':10}{'DOMAIN':20}{'DIRECTION':11}{'PHASE':13}{'OUTSTANDING':>11}  PROBLEM")
     for line in lines:
@@ -185,6 +221,7 @@ def list_command(socket_paths: tuple[Path, ...], as_json: bool) -> None:
             f"{line['id'][:8]:10}{line['domain']:20}{line['direction']:11}{line['phase']:13}"
             f"{line['outstanding']:>11}  {line['problem'] or unprotected(line)}"
         )
+    answers.check_complete()
 
 
 @click.command("show")
@@ -194,11 +231,13 @@ def list_command(socket_paths: tuple[Path, ...], as_json: bool) -> None:
 def show_command(migration: str, socket_paths: tuple[Path, ...], as_json: bool) -> None:
     """All about MIGRATION (its id, the beginning of it, or its domain's name), from the daemons on this host."""
     found = []
-    for answer in _ask_all(socket_paths, command="show", migration=migration):
+    answers = _ask_all(socket_paths, command="show", migration=migration)
+    for answer in answers.results:
         del answer["event"]
         found.append(answer)
     if as_json:
         echo(json.dumps(found, indent=2))
+        answers.check_complete()
         return
     for answer in found:
         details = answer.pop("details")
@@ -208,6 +247,7 @@ def show_command(migration: str, socket_paths: tuple[Path, ...], as_json: bool) 
             if value not in ("", None):
                 echo(f"{key.replace('_', ' '):22} {value}")
         echo("")
+    answers.check_complete()
 
 
 @click.command("watch")
@@ -219,9 +259,16 @@ def watch_command(migration: str, socket_paths: tuple[Path, ...]) -> None:
     Exit status 0 when it was completed, 1 when not.  Ctrl-C ends the watching only.
     """
     display = ProgressDisplay(sys.stderr)
+    silent: list[SilentDaemonError] = []
     try:
         while True:
-            line = _ask_all(socket_paths, command="show", migration=migration)[0]
+            answers = _ask_all(socket_paths, command="show", migration=migration)
+            if answers.silent:
+                for error in answers.silent:
+                    echo(f"xen-postcopy: {error}", err=True)
+                silent += answers.silent
+                socket_paths = answers.sockets  # only who answers is asked further
+            line = answers.results[0]
             if line["phase"] in ENDED:
                 break
             display.show(line)
@@ -231,6 +278,8 @@ def watch_command(migration: str, socket_paths: tuple[Path, ...]) -> None:
     if line["phase"] != "completed":
         raise MigrationError(f"{line['domain']}: {line['phase']}: {line['problem']}")
     echo(f"{line['domain']}: completed")
+    if silent:
+        raise MigrationError("another daemon on this host did not answer, and may have something else to report")
 
 
 @click.command("postcopy-now")
@@ -238,7 +287,7 @@ def watch_command(migration: str, socket_paths: tuple[Path, ...]) -> None:
 @socket_option(SENDER_SOCKET, "the local sender")
 def postcopy_now_command(migration: str, socket_path: Path) -> None:
     """End the precopy of MIGRATION (its id or its domain's name) and switch over now."""
-    with ControlClient(socket_path, wait_s=STARTING_S) as client:
+    with ControlClient(socket_path, wait_s=STARTING_S, answer_s=ANSWER_S) as client:
         client.call(command="postcopy-now", migration=migration)
 
 
@@ -247,7 +296,7 @@ def postcopy_now_command(migration: str, socket_path: Path) -> None:
 @sockets_option
 def cancel_command(migration: str, socket_paths: tuple[Path, ...]) -> None:
     """Take MIGRATION (its id or its domain's name) back, before its switchover: the guest goes on at its source."""
-    _ask_all(socket_paths, command="cancel", migration=migration)
+    _ask_all(socket_paths, command="cancel", migration=migration).check_complete()
 
 
 @click.command("reconnect")
@@ -258,7 +307,7 @@ def reconnect_command(migration: str, socket_paths: tuple[Path, ...]) -> None:
 
     It tries by itself, after a pause that grows to ten seconds.
     """
-    _ask_all(socket_paths, command="reconnect", migration=migration)
+    _ask_all(socket_paths, command="reconnect", migration=migration).check_complete()
 
 
 @click.command("decide")
@@ -280,7 +329,10 @@ def decide_command(migration: str, where: str, yes: bool, force: bool, socket_pa
     At the destination (`in doubt`): "here" lets the guest run; it stands still at pages that are missing until
     the source is back.  "elsewhere" destroys what has arrived.
     """
-    shown = _ask_all(socket_paths, command="show", migration=migration)
+    answers = _ask_all(socket_paths, command="show", migration=migration)
+    for error in answers.silent:
+        echo(f"xen-postcopy: {error}", err=True)
+    shown = answers.results
     under_way = [line for line in shown if line["phase"] not in ENDED]
     if len(under_way) > 1:
         raise MigrationError("both daemons on this host have this migration: say which by --socket")
@@ -293,4 +345,7 @@ def decide_command(migration: str, where: str, yes: bool, force: bool, socket_pa
             )
         if not yes:
             click.confirm(f"Decide that {line['domain']} runs {where}?", abort=True)
-    _ask_all(socket_paths, command="decide", migration=(under_way or shown)[0]["id"], here=where == "here", force=force)
+    _ask_all(
+        answers.sockets, answer_s=0, command="decide", migration=(under_way or shown)[0]["id"], here=where == "here",
+        force=force,
+    )  # fmt: skip

@@ -15,10 +15,11 @@ import json
 import os
 import select
 import socket
+import struct
 from collections.abc import Iterator
 from typing import Any
 
-from migrate.errors import MigrationError, UnknownMigrationError
+from migrate.errors import MigrationError, SilentDaemonError, UnknownMigrationError
 from xenbackend.unix import connect_unix
 
 MAX_LINE = 1024 * 1024
@@ -26,6 +27,8 @@ RUN_DIRECTORY = "/run/xen-postcopy"
 SENDER_SOCKET = f"{RUN_DIRECTORY}/sender.sock"
 RECEIVER_SOCKET = f"{RUN_DIRECTORY}/receiver.sock"
 RUNNING = "is the daemon running?"
+ANSWER_S = 5.0
+"""How long a daemon may take for an answer that needs nothing but the daemon."""
 ENDED = ("completed", "failed", "refused")
 """Phases of a migration that has ended."""
 Json = dict[str, Any]
@@ -34,13 +37,22 @@ Json = dict[str, Any]
 class ControlClient:
     """Blocking; a context manager.  Raises :class:`MigrationError` when there is no daemon.
 
-    ``wait_s``: how long to wait for one that has just been started.
+    ``wait_s``: how long to wait for one that has just been started.  ``answer_s``: how long each
+    answer may take, 0 for no limit; :class:`SilentDaemonError` is raised after that time.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, wait_s: float = 0):
+    def __init__(self, path: str | os.PathLike[str], *, wait_s: float = 0, answer_s: float = 0):
+        self.path = path
+        self._answer_s = answer_s
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        limit = struct.pack("ll", int(answer_s), int(answer_s % 1 * 1e6))
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):  # connect() waits in a full queue, too
+            self._socket.setsockopt(socket.SOL_SOCKET, option, limit)
         try:
             connect_unix(self._socket, path, wait_s)
+        except BlockingIOError:
+            self._socket.close()
+            raise self._silent() from None
         except OSError as error:
             self._socket.close()
             hints = {errno.ENOENT: RUNNING, errno.ECONNREFUSED: RUNNING, errno.EACCES: "are you root?"}
@@ -51,6 +63,8 @@ class ControlClient:
     def say(self, **request: Any) -> None:
         try:
             self._socket.sendall(json.dumps(request).encode() + b"\n")
+        except BlockingIOError:
+            raise self._silent() from None
         except OSError as error:
             raise MigrationError(f"the daemon has gone: {error.strerror}") from error
 
@@ -66,6 +80,8 @@ class ControlClient:
                     raise EOFError
             try:
                 data = self._socket.recv(65536)
+            except BlockingIOError:
+                raise self._silent() from None
             except OSError:
                 data = b""
             if not data:
@@ -84,6 +100,12 @@ class ControlClient:
             if answer["event"] == "result":
                 return
         raise MigrationError("the daemon has gone in the middle of the request")
+
+    def _silent(self) -> SilentDaemonError:
+        return SilentDaemonError(
+            f"the daemon at {self.path} has not answered for {self._answer_s:g} s: see whether it is stopped or hangs "
+            "(systemctl status), and start it again if it hangs; it then takes up its migrations"
+        )
 
     def call(self, **request: Any) -> Json:
         """One request, its result."""

@@ -15,11 +15,13 @@ from typing import Any
 
 import pytest
 import trio
+from click.testing import CliRunner, Result
 
+from migrate.cli import cli, migrations
 from migrate.control import server as control
 from migrate.control.client import MAX_LINE, ControlClient, Json
 from migrate.control.server import ControlConnection, LastAnswer
-from migrate.errors import MigrationError
+from migrate.errors import MigrationError, SilentDaemonError
 from migrate.tasks import task_group
 
 
@@ -239,6 +241,53 @@ def test_an_answer_is_waited_for_only_until_the_watched_descriptor_ends(
         other.close()
         with pytest.raises(EOFError):
             client.answer(watched.fileno())
+
+
+LINE = {"id": "0123456789", "domain": "guest", "direction": "incoming", "phase": "completed", "outstanding": 0}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["list"], "01234567  guest"),
+        (["list", "--json"], '"guest"'),
+        (["show", "guest"], "guest"),
+        (["show", "guest", "--json"], '"guest"'),
+        (["watch", "guest"], "guest: completed"),
+    ],
+)
+@pytest.mark.parametrize("queue_is_full", [False, True])
+async def test_a_daemon_that_hangs_is_named_and_hides_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], shown: str, queue_is_full: bool
+) -> None:
+    monkeypatch.setattr(migrations, "ANSWER_S", 1.5)
+    hanging, other = tmp_path / "hanging", tmp_path / "other"
+
+    async def answer(request: Json, connection: ControlConnection) -> None:
+        line = {**LINE, "problem": ""}
+        await connection.answer(
+            "result", **({"migrations": [line]} if request["command"] == "list" else line), details={}
+        )
+
+    def run(*sockets: Path) -> Result:
+        options = [text for path in sockets for text in ("--socket", str(path))]
+        return CliRunner().invoke(cli, [*arguments, *options])
+
+    with contextlib.ExitStack() as stack, trio.fail_after(60):
+        listening = stack.enter_context(socket.socket(socket.AF_UNIX))
+        listening.bind(os.fspath(hanging))
+        listening.listen(0)
+        if queue_is_full:
+            stack.enter_context(socket.socket(socket.AF_UNIX)).connect(os.fspath(hanging))
+        async with task_group() as nursery:
+            await nursery.start(functools.partial(control.serve, other, answer))
+            result = await trio.to_thread.run_sync(run, hanging, other)
+            nursery.cancel_scope.cancel()
+        assert shown in result.stdout and result.exit_code != 0
+        named = f"{result.exception} {result.stderr}"
+        assert f"the daemon at {hanging} has not answered for 1.5 s" in named
+        alone = await trio.to_thread.run_sync(run, hanging)
+        assert isinstance(alone.exception, SilentDaemonError) and str(hanging) in str(alone.exception)
 
 
 async def test_a_client_that_says_nothing_is_sent_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
