@@ -65,7 +65,8 @@ async def test_what_was_not_handed_over_can_be_cancelled_before_it_is_taken_up(
 @pytest.mark.parametrize(
     ("step", "phase", "needed"),
     [("made", "precopy", False), ("suspended", "in doubt", True), ("ready", "in doubt", True),
-     ("taken over", "interrupted", True), ("finishing", "completing", True), ("lost", "interrupted", True), ("held", "interrupted", True)],
+     ("taken over", "interrupted", True), ("finishing", "completing", True), ("lost", "interrupted", True),
+     ("held", "interrupted", True)],
 )  # fmt: skip
 async def test_a_receiver_s_successor_asks_to_wait_until_it_has_taken_up_what_was_left(
     clean_hosts: World, tmp_path: Path, step: str, phase: str, needed: bool
