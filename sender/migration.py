@@ -290,7 +290,13 @@ class OutgoingMigration:
         be wrong and not forced.
         """
         can_go_back = await trio.to_thread.run_sync(self._can_go_back)
+        gone = await trio.to_thread.run_sync(self._is_gone)
         self._check_decision(here=here, certain=force or can_go_back)
+        if here and gone:
+            raise MigrationError(
+                f"the domain of {self.domain_name} does not exist here any more: there is nothing that could go on; "
+                "`xen-postcopy decide ... elsewhere` ends the migration"
+            )
         decision = "decided here" if here else "decided elsewhere"
         self._decision = decision  # from here on another decision is refused
         if self._over:
@@ -303,6 +309,27 @@ class OutgoingMigration:
         self._verdict = _decision(decision)
         self._scope.cancel()
         await self._decided.wait()
+
+    def _is_gone(self) -> bool:
+        """True if somebody has destroyed the source domain.  Called in a thread."""
+        domain: Domain | None = self.__dict__.get("_domain")  # not opened yet: nothing is known
+        try:
+            if domain is not None:
+                domain.state()
+        except NoSuchDomainError:
+            return True
+        except XenError as error:
+            log.warning("%s: the state of its domain is not known: %s", self.domain_name, error)
+        return False
+
+    async def _is_lost(self) -> bool:
+        """True if pages that the destination may lack have gone with the source domain.
+
+        Where a toolstack decides, the toolstack destroys the domain, and this process holds the pages.
+        """
+        if self._toolstack.decides or not (self._inherited or self._backlog.unacknowledged):
+            return False
+        return await in_thread(self._is_gone)
 
     def _can_go_back(self) -> bool:
         """True if the guest was protected to the end and a checkpoint exists.  Called in a thread."""
@@ -371,8 +398,7 @@ class OutgoingMigration:
             gone = f"{self.domain_name} is gone, and was here before the sender died"
             if self._inherited in ("deciding", "handed over"):
                 # The journal stays until the destination has been told.
-                self._last_word = m.Lost(m.printable(f"{gone}: the pages that it lacks at the destination are lost"))
-                raise MigrationError(self._last_word.reason) from error
+                raise MigrationError(self._lose(gone)) from error
             await trio.to_thread.run_sync(self._journal.erase, self.id)
             if self._inherited == "completing":  # killed when all was done
                 self.progress.phase = "completed"
@@ -551,7 +577,7 @@ class OutgoingMigration:
                     lane_tasks.cancel_scope.cancel()
                 return
             except Exception as error:
-                if not self._entrusted or is_final(error):
+                if not self._entrusted or is_final(error) or await self._is_lost():
                     raise
                 await self._rejoin(error)
 
@@ -853,7 +879,7 @@ class OutgoingMigration:
                 await self._take_up_again(self._push)
                 break
             except Exception as error:
-                if is_final(error):
+                if is_final(error) or await self._is_lost():
                     raise
                 lost = error
         self.statistics.rejoins += 1
@@ -919,7 +945,11 @@ class OutgoingMigration:
             progress.phase, progress.problem = "in doubt", f"{error}; xl has not said yet at which end the guest runs"
             log.warning("%s: %s", self.domain_name, progress.problem)
             given_away = await self._toolstack.decision(self._domain)
-        if given_away:
+        if given_away and not isinstance(error, trio.Cancelled) and await self._is_lost():
+            progress.problem = self._lose(f"the domain of {self.domain_name} was destroyed at the source")
+            log.error("%s: %s", self.domain_name, progress.problem)
+            progress.phase = "failed"
+        elif given_away:
             progress.phase = "interrupted"
             decide = f"xen-postcopy decide {self.domain_name}"
             progress.problem = (
@@ -930,6 +960,12 @@ class OutgoingMigration:
             with trio.CancelScope(shield=True):
                 await self._give_up(str(error))
             progress.phase = "failed"
+
+    def _lose(self, gone: str) -> str:
+        """The reason, which the destination is sent as well.  The journal stays until the destination has the reason."""
+        lost = m.Lost(m.printable(f"{gone}: the pages that it lacks at the destination are lost"))
+        self._last_word = lost
+        return lost.reason
 
     async def linger(self) -> None:
         """Send the last word to a receiver that was cut off: the guest stays at the source, or its

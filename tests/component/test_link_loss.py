@@ -534,3 +534,35 @@ async def test_a_session_id_that_is_no_name_is_refused(clean_hosts: World, name:
     outcome = await migrate(clean_hosts, busy(name), meanwhile=meanwhile)
     assert outcome.error is None
     assert len(refusals) == 1 and "letters and digits" in refusals[0]
+
+
+@pytest.mark.parametrize("when", ["both ends are in touch", "the link is down", "an operator can decide"])
+async def test_a_source_that_is_destroyed_takes_the_missing_pages_with_it(
+    clean_hosts: World, name: str, when: str
+) -> None:
+    """Both ends report the loss, and no operator can have the guest go on where there is no domain."""
+
+    async def meanwhile(outcome: Outcome, link: Link) -> None:
+        migration = outcome.migration
+        await until(lambda: migration._ran)
+        target = clean_hosts.destination.open(name)
+        if when != "both ends are in touch":
+            link.down()
+            await until(lambda: migration.progress.phase == "interrupted")
+        clean_hosts.source.open(name).destroy()
+        if when == "an operator can decide":
+            with pytest.raises(MigrationError, match="does not exist here any more"):
+                await migration.decide(here=True, force=True)
+        link.is_up = True
+        await until(lambda: outcome.incoming.progress.phase == "lost")
+        await until(lambda: migration.id not in migration._journal.entries())
+        assert "exist nowhere any more" in outcome.incoming.progress.problem
+        assert "the pages that it lacks at the destination are lost" in migration.progress.problem
+        assert migration.progress.phase == "failed"
+        for here in (True, False):
+            with pytest.raises(MigrationError, match="failed"):
+                await migration.decide(here=here, force=True)
+        assert target.info().state is DomainState.RUNNING
+        target.destroy()
+
+    await migrate(clean_hosts, busy(name), options=SLOWLY, meanwhile=meanwhile)
