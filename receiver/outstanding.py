@@ -7,9 +7,12 @@ Each missing pfn goes
     OUTSTANDING -> LOADING -> READY                     it was pushed before anyone asked
     any of the first three -> DROPPED                   the guest gave it away
 
-A page is *claimed* before it is loaded, so one that comes twice, pushed and pulled, is loaded once; the later
-copy is ignored, whenever it comes: the guest may have written since (invariant 2).  Every request leaves here
-exactly once, as an answer (invariant 4).
+A page is *claimed* before it is loaded, so a page that comes twice, pushed and pulled, is loaded
+once.  The later copy is ignored, whenever it comes: the guest may have written since (invariant 2).
+Every request leaves here exactly once, as an answer (invariant 4).
+
+The steps that requests and pages take are in C, for the fast path as well
+(``migrate/fastpath/page_states.py``), and so is the table of who waits.
 """
 
 from __future__ import annotations
@@ -21,20 +24,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from migrate.errors import RemoteProtocolError
+from migrate.fastpath.page_states import (
+    LOADING,
+    OUTSTANDING,
+    PRESENT,
+    REQUESTED,
+    DestinationPages,
+    Waiting,
+)
 from migrate.protocol.messages import MAX_AHEAD_PFNS
-from migrate.protocol.pfns import NO_PFNS, PfnMask, pfn_array
+from migrate.protocol.pfns import NO_PFNS, PfnMask
 from receiver.readahead import ReadAhead, merged
 from xenbackend.pages import PfnArray
 from xenbackend.ring import PagingRequest
-
-PRESENT, OUTSTANDING, REQUESTED, LOADING, READY, DROPPED = range(6)  # in this order: code below compares
 
 
 @dataclass
 class Verdict:
     """What is to be done now."""
 
-    answer: list[tuple[PagingRequest, float]] = field(default_factory=list)
+    answer: list[Waiting] = field(default_factory=list)
     """Requests to respond to, each with the time at which it was made."""
     ask: PfnArray = field(default_factory=lambda: NO_PFNS)
     """pfns to fetch from the sender."""
@@ -48,15 +57,15 @@ class Verdict:
 
 class OutstandingPages:
     def __init__(self, nr_pfns: int):
-        self._state = np.zeros(nr_pfns, dtype=np.uint8)
-        """Native code does some of the steps below (``migrate/fastpath/native/fault.c``)."""
-        self._waiting: dict[int, list[tuple[PagingRequest, float]]] = {}
+        self.pages = DestinationPages(nr_pfns)
+        self._state = self.pages.state
         self._read_ahead = ReadAhead(nr_pfns, self._outstanding)
         self.count = 0
+        """The number of pages that are missing, or whose arrival was not accounted for yet."""
 
     @property
     def states(self) -> NDArray[np.uint8]:
-        """Of all pfns."""
+        """The state of each pfn."""
         return self._state
 
     def add(self, pfns: PfnArray) -> None:
@@ -72,51 +81,27 @@ class OutstandingPages:
             self._state[missing] = PRESENT
 
     def requests(self, requests: Iterable[PagingRequest], now: float) -> Verdict:
-        """From the paging ring."""
-        verdict = Verdict()
-        ask, dropped = set(), set()
-        for request in requests:
-            pfn = request.pfn
-            state = int(self._state[pfn]) if pfn < len(self._state) else PRESENT
-            if request.is_drop:
-                verdict.answer.append((request, now))
-                if state in (OUTSTANDING, REQUESTED):
-                    self._drop(pfn)
-                    dropped.add(pfn)
-                    verdict.answer += self._waiting.pop(pfn, [])
-                continue
-            verdict.touched.append(pfn)
-            if request.eviction_failed or state in (PRESENT, READY, DROPPED):
-                # The page is there, or came while the request was on its way; or it is gone, and the retry
-                # will show the guest why.
-                verdict.answer.append((request, now))
-            else:
-                self._waiting.setdefault(pfn, []).append((request, now))
-                if state == OUTSTANDING:
-                    self._state[pfn] = REQUESTED
-                    ask.add(pfn)
-        if ask:
-            verdict.ask = pfn_array(sorted(ask - dropped))
-        if dropped:
-            verdict.dropped = pfn_array(sorted(dropped))
-        return verdict
+        """The paging ring has these.  Raises ``XenError`` if they are more than a ring can hold."""
+        actions = self.pages.requests(list(requests), now)
+        self.count -= len(actions.dropped)
+        return Verdict(
+            answer=actions.answer,
+            ask=np.sort(actions.ask),
+            touched=actions.touched,
+            dropped=np.sort(actions.dropped),
+        )
 
     def rejoin(self) -> PfnMask:
         """What is outstanding, now that the link was lost and nothing is on its way."""
-        failed = self._state == LOADING  # cut short: some of them may be there, which the next load finds out
-        self._state[failed] = OUTSTANDING
-        self._state[pfn_array(sorted(pfn for pfn in self._waiting if self._state[pfn] == OUTSTANDING))] = REQUESTED
+        # Loads that were cut short: some pages may be there, and the next load finds that out.
+        self.pages.unclaim(np.flatnonzero(self._state == LOADING).astype(np.uint64))
         outstanding: PfnMask = (self._state == OUTSTANDING) | (self._state == REQUESTED)
         self.count = int(np.count_nonzero(outstanding))
         return outstanding
 
-    def adopt(self, request: PagingRequest, since: float) -> None:
-        """Of native code that waits no more: its page is REQUESTED."""
-        self._waiting.setdefault(request.pfn, []).append((request, since))
-
     def requested(self) -> PfnArray:
         """What vCPUs wait for."""
-        return pfn_array(sorted(pfn for pfn in self._waiting if self._state[pfn] == REQUESTED))
+        return self.pages.requested()
 
     def ahead(self, touched: list[int]) -> PfnArray:
         """What to fetch before it is needed.  They stay outstanding: a fault for one asks for it as for any other."""
@@ -134,35 +119,30 @@ class OutstandingPages:
 
         Raises :class:`RemoteProtocolError` for a page that was never missing.
         """
-        if not len(pfns):
-            return np.zeros(0, dtype=np.bool_)
-        states = self._state[pfns]
-        if np.count_nonzero(states) < len(states):  # PRESENT
-            raise RemoteProtocolError(f"pages: pfn {int(pfns[states == PRESENT][0]):#x} was not announced as missing")
-        wanted: NDArray[np.bool_] = states <= REQUESTED
-        self._state[pfns[wanted]] = LOADING
+        wanted, wrong = self.pages.claim(pfns)
+        if wrong is not None:
+            raise RemoteProtocolError(f"pages: pfn {wrong:#x} was not announced as missing")
         return wanted
 
     def finished(self, pfns: PfnArray, results: NDArray[np.int32]) -> Verdict:
         """Claimed pages were loaded, or could not be because the guest gave them away meanwhile.
 
-        A drop request can be lost when the ring is full; ENOENT at the load is then the only sign of it.
+        A drop request can be lost when the ring is full.  ENOENT at the load is then the only sign
+        of it.
         """
-        verdict = Verdict(loaded=pfns)
-        self._state[pfns] = READY
-        if np.count_nonzero(results):
-            verdict.loaded, verdict.dropped = pfns[results == 0], pfns[results != 0]
-            self._state[verdict.dropped] = DROPPED
-        self.count -= len(pfns)
-        for pfn in [pfn for pfn in self._waiting if self._state[pfn] >= READY]:
-            verdict.answer += self._waiting.pop(pfn)
+        answer = self.pages.finish(pfns, results)
+        verdict = self.accounted(pfns, results)
+        verdict.answer = answer
         return verdict
+
+    def accounted(self, pfns: PfnArray, results: NDArray[np.int32]) -> Verdict:
+        """Native code has finished these.  They count as missing until the sender can be told."""
+        self.count -= len(pfns)
+        if not np.count_nonzero(results):
+            return Verdict(loaded=pfns)
+        return Verdict(loaded=pfns[results == 0], dropped=pfns[results != 0])
 
     @property
     def waiting(self) -> int:
         """Requests that are unanswered."""
-        return sum(len(requests) for requests in self._waiting.values())
-
-    def _drop(self, pfn: int) -> None:
-        self._state[pfn] = DROPPED
-        self.count -= 1
+        return self.pages.nr_waiting

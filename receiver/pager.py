@@ -6,8 +6,9 @@ fault's way through this process is wake, ask, wake, load, answer, and at no poi
 or behind a batch.  The thread of the push lane brings pushed pages and acknowledges.  All decisions are
 :class:`OutstandingPages`', taken under one lock; pages are claimed under it and loaded outside of it.
 
-Nearly all faults are asked for and answered by native code before they get here (``migrate/fastpath/api.py``), in the
-pager thread too: this is what keeps the books then, and deals with the rest.
+Nearly all faults take the fast path, in native code and in the pager thread
+(``migrate/fastpath/api.py``).  This module does the accounting afterwards, and is the slow path for
+the rest.
 
 While there are no lanes the pager thread serves the ring alone: who waits for a page that is there goes on, the
 others' requests are kept.
@@ -29,8 +30,8 @@ import trio
 from numpy.typing import NDArray
 
 from migrate.errors import PeerClosedError
-from migrate.fastpath import api as faultpath
-from migrate.fastpath.api import FirstResponder, NativeLock
+from migrate.fastpath import api as fastpath
+from migrate.fastpath.api import NativePager
 from migrate.lanes.connection import LaneConnection, run_in_thread
 from migrate.logs import Complaint
 from migrate.protocol.messages import (
@@ -135,8 +136,8 @@ class Pager:
         self._pages = pages
         self._statistics = statistics
         self._say = say
-        self._lock = NativeLock()
-        self._responder: FirstResponder | None = None
+        self._lock = pages.pages.lock
+        self._native: NativePager | None = None
         self._begun = False
         self._stopping = False
         self._held: list[tuple[PfnArray, bytes | None]] = []
@@ -155,8 +156,8 @@ class Pager:
         """The guest may run from here on, and what is missing is known."""
         with self._lock:
             self._begun = True
-            if self._responder is not None:
-                self._responder.open()
+            if self._native is not None:
+                self._native.open()
             self._look_whether_all_is_there()
 
     def _look_whether_all_is_there(self) -> None:
@@ -193,7 +194,7 @@ class Pager:
             self._handle_ring()  # what a predecessor has left open, for one
             if self._pull is not None:
                 self._take_what_has_come()
-            self._respond_first()
+            self._prepare_fast_path()
             while not self._stopping:
                 self._turn(poll)
         except PeerClosedError:
@@ -201,7 +202,7 @@ class Pager:
                 raise
             # The sender agreed, and the push lane is about to say so.
         finally:
-            self._dismiss()
+            self._leave_fast_path()
             self._held.clear()  # the sender has them still
             self._pull_shortage.over()
 
@@ -209,8 +210,8 @@ class Pager:
         """Wait for something, and deal with it."""
         assert self._ring is not None
         vacant = self._pull.vacant() if self._pull is not None else None
-        if self._responder is not None and vacant is not None and not self._held:
-            self._respond(self._responder, vacant)
+        if self._native is not None and vacant is not None and not self._held:
+            self._turn_natively(self._native, vacant)
             return
         wait_ms = max(self._try_at - time.monotonic(), 0) * 1000 if self._held else None
         for fd, _event in poll.poll(wait_ms):
@@ -221,51 +222,59 @@ class Pager:
         if self._held and time.monotonic() >= self._try_at:
             self._load_held()
 
-    def _respond_first(self) -> None:
-        """Natively, where nothing but memory is between a message and the domain."""
+    def _prepare_fast_path(self) -> None:
+        """If nothing but memory is between a message and the domain."""
         assert self._ring is not None
         if self._pull is None:
             return
-        lane, pages, ring = self._pull.native(), self._domain.native_pages(), self._ring.native()
-        if lane is None or pages is None or ring is None:
+        lane, domain, ring = self._pull.native(), self._domain.native_pages(), self._ring.native()
+        if lane is None or domain is None or ring is None:
             return
-        responder = FirstResponder(
-            lane, pages, ring, wake_fd=self._wake_fd, ring_fd=self._ring.fileno(), lock=self._lock, state=self._pages.states
-        )  # fmt: skip
+        native = NativePager(
+            lane,
+            domain,
+            ring,
+            self._pages.pages,
+            wake_fd=self._wake_fd,
+            ring_fd=self._ring.fileno(),
+        )
         with self._lock:
-            self._responder = responder
+            self._native = native
             if self._begun:
-                responder.open()
+                native.open()
 
-    def _respond(self, responder: FirstResponder, vacant: memoryview) -> None:
-        """Let it deal with what it can, and keep the books."""
+    def _turn_natively(self, native: NativePager, vacant: memoryview) -> None:
+        """Let native code deal with what it can, and account for that."""
         assert self._pull is not None
-        met = responder.wait(vacant)
+        met = native.wait(vacant)
         if met < 0:
             raise XenError("paging ring", -met)
-        if met & faultpath.LOADED:
-            pfns, results = responder.loaded()
-            self._statistics.pulled_pages += len(pfns)
-            self._finished(pfns, np.array(results, dtype=np.int32))
-        if met & faultpath.ASKED:
-            touched, asked, size, error = responder.asked()
+        if native.has_results:  # seldom after a request, and its page may be here in a moment
+            self._account(native, pulled=bool(met & fastpath.LOADED))
+        if met & fastpath.ASKED:
+            touched, asked, size, error = native.asked()
             self._statistics.requests += asked
             self._pull.native_sent(size, error)
             self._ask_ahead(touched)
-        if met & faultpath.RING:
-            requests = responder.requests
+        if met & fastpath.RING:
+            requests = native.requests
             self._handle_requests(lambda: requests)
-        if met & faultpath.LANE:
-            self._pull.native_received(responder.received)
+        if met & fastpath.LANE:
+            self._pull.native_received(native.received)
             self._take_pages()
 
-    def _dismiss(self) -> None:
-        """Who waits there, waits here."""
+    def _account(self, native: NativePager, *, pulled: bool) -> None:
+        """For pages that native code has loaded or dropped, and requests that it has answered."""
+        (pfns, results), answered = native.finished(), native.answered()
+        if pulled:
+            self._statistics.pulled_pages += len(pfns)
         with self._lock:
-            responder, self._responder = self._responder, None
-            if responder is not None:
-                for request, since in responder.waiting():
-                    self._pages.adopt(request, since)
+            self._count(answered)
+            self._carry_out(self._pages.accounted(pfns, results))
+
+    def _leave_fast_path(self) -> None:
+        with self._lock:
+            self._native = None
 
     def _ask_again(self) -> None:
         """For what vCPUs wait for since before these lanes."""
@@ -386,8 +395,8 @@ class Pager:
         """How it goes, and how many requests wait just now."""
         with self._lock:
             latency = self._statistics.latency
-            waiting = self._pages.waiting + (self._responder.nr_waiting if self._responder is not None else 0)
-            return Report(self._pages.count, latency.count, int(latency.quantile(0.5))), waiting
+            report = Report(self._pages.count, latency.count, int(latency.quantile(0.5)))
+            return report, self._pages.waiting
 
     async def finish(self) -> None:
         """Nothing is outstanding and the thread has ended: answer what is still in the ring and give it up.
@@ -471,11 +480,6 @@ class Pager:
             self._ring.respond([request for request, _since in verdict.answer])
             now = time.monotonic()
             self._count([(request, now - since) for request, since in verdict.answer])
-        if self._responder is not None and (len(verdict.loaded) or len(verdict.dropped)):
-            failed = self._responder.answer()
-            if failed:
-                raise XenError("paging ring", -failed)
-            self._count(self._responder.answered())
         if len(verdict.loaded):
             self._unacknowledged.append(verdict.loaded)
         if len(verdict.dropped):

@@ -2,13 +2,17 @@
 """The pages that the destination lacks after the handover, as the sender sees them.  Sans-IO, and
 safe to be used by the event loop and the fault server's thread at once.
 
-Each goes ``UNSENT -> SENT -> DONE``; DONE when the receiver has it loaded, or does not want it any more.  A page
-is kept until then (invariant 6), so a SENT one can be sent again: when a vCPU waits for a page that is still
-somewhere among the pushed megabytes, it is sent once more on the pull lane and comes first.  And when the link was lost, and with
-it whatever was on its way, the receiver says what it lacks: that is UNSENT again.
+Each page goes ``UNSENT -> SENT -> DONE``.  A page is DONE when the receiver has loaded it or does
+not want it any more, and is kept until then (invariant 6).  So a SENT page can be sent again: if a
+vCPU waits for a page that is still among the pushed megabytes, the page is sent once more on the
+pull lane and arrives first.  When the link was lost, and with it whatever was on its way, the
+receiver states what it lacks, and those pages are UNSENT again.
 
-Background pages go out in ascending order from a cursor which every fault moves: what the guest touched
-last says best what it touches next.
+Pages are pushed in ascending order from a cursor, which every fault moves: the page that the guest
+touched last is the best guess at what it touches next.
+
+The steps that faults take are in C, for the fast path as well
+(``migrate/fastpath/page_states.py``).
 """
 
 from __future__ import annotations
@@ -19,47 +23,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from migrate.errors import RemoteProtocolError
-from migrate.fastpath.api import FaultAnswerer, NativeLock
-from migrate.protocol.pfns import NO_PFNS, PfnMask, from_mask, pfn_array
-from xenbackend.pages import NativePages, PfnArray
-
-NOT_OURS, UNSENT, SENT, DONE = range(4)
-BLOCK = 4096
-"""pfns that are looked at together for unsent ones, if there are any."""
+from migrate.fastpath.page_states import BLOCK, DONE, NOT_OURS, SENT, UNSENT, SourcePages
+from migrate.protocol.pfns import NO_PFNS, PfnMask, from_mask
+from xenbackend.pages import PfnArray
 
 
 class Backlog:
     """``missing``: the pfns that are announced as missing.  It belongs to this object from then on."""
 
     def __init__(self, missing: PfnMask):
-        self._state = missing.view(np.uint8)  # False: NOT_OURS, True: UNSENT
-        self._left = np.array(
-            [np.count_nonzero(missing[at : at + BLOCK]) for at in range(0, len(missing), BLOCK)], dtype=np.int64
-        )
-        """Unsent ones of each block."""
-        self._counts = np.array([self._left.sum(), 0], dtype=np.int64)  # unsent, cursor
+        self.pages = SourcePages(missing)
+        self._state, self._left, self._lock = self.pages.state, self.pages.left, self.pages.lock
         self.unacknowledged = self.unsent
-        self._lock = NativeLock()
 
     @property
     def unsent(self) -> int:
-        return int(self._counts[0])
-
-    @unsent.setter
-    def unsent(self, count: int) -> None:
-        self._counts[0] = count
-
-    @property
-    def _cursor(self) -> int:
-        return int(self._counts[1])
-
-    @_cursor.setter
-    def _cursor(self, pfn: int) -> None:
-        self._counts[1] = pfn
-
-    def open(self, answerer: FaultAnswerer, pages: NativePages) -> None:
-        """It does :meth:`fault` in native code from here on."""
-        answerer.open(pages, (self._lock, self._state, self._left, self._counts))
+        return self.pages.unsent
 
     # ---- before the handover ----
     def are_missing(self, pfns: PfnArray) -> NDArray[np.bool_]:
@@ -83,7 +62,7 @@ class Backlog:
             blocks = (pfns // BLOCK).astype(np.int64)
             counts = np.bincount(blocks - blocks[0])
             self._left[blocks[0] : blocks[0] + len(counts)] += change * counts
-            self.unsent += change * len(pfns)
+            self.pages.unsent += change * len(pfns)
 
     # ---- what is to be sent ----
     def next_batch(self, most: int) -> PfnArray:
@@ -93,26 +72,22 @@ class Backlog:
                 return NO_PFNS
             batch = self._behind_the_cursor(most)
             if not len(batch):
-                self._cursor = 0
+                self.pages.cursor = 0
                 batch = self._behind_the_cursor(most)
-            self._sent(batch)
-            self._cursor = (int(batch[-1]) + 1) % len(self._state)
+            self.pages.sent(batch)
         return batch
 
     def _behind_the_cursor(self, most: int) -> PfnArray:
         """Unsent ones up to the end: a batch is ascending."""
-        first, found, count = self._cursor // BLOCK, [], 0
+        cursor = self.pages.cursor
+        first, found, count = cursor // BLOCK, [], 0
         for block in np.flatnonzero(self._left[first:])[:most].tolist():
-            at = max((first + block) * BLOCK, self._cursor)
+            at = max((first + block) * BLOCK, cursor)
             found.append(from_mask(self._state[at : (first + block + 1) * BLOCK] == UNSENT, at)[: most - count])
             count += len(found[-1])
             if count == most:
                 break
         return np.concatenate(found) if found else NO_PFNS
-
-    def _sent(self, pfns: PfnArray) -> None:
-        self._state[pfns] = SENT
-        self._count(pfns, -1)
 
     def batches(self, most: int) -> Iterator[PfnArray]:
         """All that is unsent, each batch chosen when it is asked for."""
@@ -120,33 +95,22 @@ class Backlog:
             yield batch
 
     def fault(self, pfns: PfnArray) -> PfnArray:
-        """vCPUs wait for these; returns those to send now.
+        """vCPUs wait for these pages.  Returns those to send now.
 
-        One that is DONE had crossed the fault.  Raises :class:`RemoteProtocolError` for a pfn that was never missing.
+        A page that is DONE had been acknowledged before the fault arrived.  Raises
+        :class:`RemoteProtocolError` for a pfn that was never missing.
         """
-        wanted = []
         with self._lock:
-            for pfn in pfns.tolist():  # a few: element by element is quicker than array by array
-                state = self._state[pfn]
-                if state == NOT_OURS:
-                    raise RemoteProtocolError(f"fault: pfn {pfn:#x} is not outstanding")
-                if state == DONE:
-                    continue
-                if state == UNSENT:
-                    self._state[pfn] = SENT
-                    self._left[pfn // BLOCK] -= 1
-                    self.unsent -= 1
-                self._cursor = (pfn + 1) % len(self._state)
-                wanted.append(pfn)
-        return pfn_array(wanted) if len(wanted) < len(pfns) else pfns
+            wanted, wrong = self.pages.fault(pfns)
+        if wrong is not None:
+            raise RemoteProtocolError(f"fault: pfn {wrong:#x} is not outstanding")
+        return pfns[wanted]
 
     def ahead(self, pfns: PfnArray) -> PfnArray:
         """These may be needed soon: returns those to send, and the push goes on behind them."""
         with self._lock:
             wanted: PfnArray = pfns[self._state[pfns] == UNSENT]
-            if len(wanted):
-                self._sent(wanted)
-                self._cursor = (int(wanted[-1]) + 1) % len(self._state)
+            self.pages.sent(wanted)
         return wanted
 
     def loaded(self, pfns: PfnArray) -> None:
@@ -179,7 +143,7 @@ class Backlog:
             self._state[done] = DONE
             self._state[outstanding] = UNSENT
             self._left[:] = np.add.reduceat(outstanding, np.arange(0, len(outstanding), BLOCK), dtype=np.int64)
-            self.unsent = self.unacknowledged = int(self._left.sum())
+            self.pages.unsent = self.unacknowledged = int(self._left.sum())
         return done
 
     def is_done(self, pfns: PfnArray) -> NDArray[np.bool_]:

@@ -13,7 +13,7 @@ import time
 from collections import deque
 
 from migrate.errors import PeerClosedError
-from migrate.fastpath.api import FaultAnswerer
+from migrate.fastpath.api import NativeFaultServer
 from migrate.lanes.connection import LaneConnection, run_in_thread
 from migrate.protocol.messages import Ahead, Fault, Lane
 from migrate.protocol.pfns import pieces
@@ -47,14 +47,14 @@ class FaultServer:
         self._stopping = False
         self._ahead: deque[PfnArray] = deque()
         lane = pull.native()
-        self._answerer = None if lane is None else FaultAnswerer(lane)
+        self._native = None if lane is None else NativeFaultServer(lane)
 
     def open(self, backlog: Backlog) -> None:
         """The receiver may ask from here on, for these."""
         self._backlog = backlog
         pages = self._domain.native_pages()
-        if self._answerer is not None and pages is not None:
-            backlog.open(self._answerer, pages)
+        if self._native is not None and pages is not None:
+            self._native.open(pages, backlog.pages)
 
     async def serve(self) -> None:
         """Until cancelled, or until the receiver, being done, has closed the lane."""
@@ -98,11 +98,11 @@ class FaultServer:
 
     def _fill(self) -> None:
         vacant = self._pull.vacant()
-        if self._answerer is None or vacant is None:
+        if self._native is None or vacant is None:
             self._pull.fill()
             return
-        received = self._answerer.serve(vacant, wait=not self._ahead)
-        pages, zeros, size, error = self._answerer.sent()
+        received = self._native.serve(vacant, wait=not self._ahead)
+        pages, zeros, size, error = self._native.sent()
         self._statistics.pull_pages += pages
         self._statistics.pull_zero_pages += zeros
         self._pull.native_sent(size, error)

@@ -25,7 +25,8 @@ from typing import NoReturn
 import trio
 
 from migrate.errors import MigrationError, PeerClosedError, RefusedError, UnknownSessionError
-from migrate.fastpath.api import NativeLane, NativeLock
+from migrate.fastpath.api import NativeLane
+from migrate.fastpath.lock import NativeLock
 from migrate.lanes import bulk, scheduling
 from migrate.lanes.tls import Tls, TlsSocket, explain
 from migrate.protocol import frames

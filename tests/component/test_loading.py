@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from migrate.cli.world import World
 from migrate.errors import PeerClosedError
+from migrate.fastpath.page_states import LOADING, OUTSTANDING
 from migrate.options import MigrationOptions, Strategy
 from migrate.protocol import messages as m
 from migrate.protocol.pfns import pfn_array
 from receiver import pager
 from receiver.migration import NO_MEMORY
-from receiver.outstanding import LOADING, OUTSTANDING
 from tests.conftest import MIB
 from tests.support.faults import Destination, contents, encoded, lanes, put
 from tests.support.guests import busy

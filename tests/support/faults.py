@@ -19,13 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from migrate.fastpath._fault import ffi
+from migrate.fastpath.page_states import OUTSTANDING, READY
 from migrate.lanes.connection import LaneConnection, Terms
 from migrate.protocol import frames
 from migrate.protocol import messages as m
 from migrate.protocol.messages import Fault, Message, Pages
 from migrate.protocol.pfns import NO_PFNS, pfn_array
 from migrate.protocol.session import Role, Session
-from receiver.outstanding import OUTSTANDING, READY, OutstandingPages
+from receiver.outstanding import OutstandingPages
 from receiver.pager import Pager
 from receiver.statistics import PagerStatistics
 from tests.support.front_end import FrontEnd
@@ -127,7 +128,7 @@ class Memory:
         def look(_domain: Any, pfn: int, page: Any) -> int:
             page[0] = self._kept[pfn]
             if pfn % 7 == 5:
-                return int(PageStatus.BROKEN)  # the general way sees about it
+                return int(PageStatus.BROKEN)  # the slow path decides about it
             if not self.is_zero(pfn):
                 self.looking.append(page[0])
             return int(PageStatus.ZERO if self.is_zero(pfn) else PageStatus.DATA)
@@ -188,11 +189,11 @@ class Destination:
         """With these lanes."""
         self.pager._pull = self.ours
         self.pager._ask_again()
-        self.pager._respond_first()
+        self.pager._prepare_fast_path()
         self.hear()
 
     def end(self) -> None:
-        self.pager._dismiss()
+        self.pager._leave_fast_path()
         self.pager.rejoin()
 
     def turn(self) -> None:

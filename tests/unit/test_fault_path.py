@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The quick way of a fault beside the general way: the same frames, the same decisions, and what it does not know it leaves."""
+"""The fast path of a fault beside the slow path: the same frames, and the same decisions.  What the
+fast path does not handle it leaves unchanged.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,14 @@ from hypothesis import strategies as st
 from migrate.errors import PeerClosedError, RemoteProtocolError
 from migrate.fastpath._fault import ffi, lib
 from migrate.fastpath.api import FAULT, PAGE, ZERO
+from migrate.fastpath.page_states import DROPPED, READY, SENT
 from migrate.lanes.connection import LaneConnection
 from migrate.protocol import messages as m
 from migrate.protocol.messages import MAX_PFN, Ahead, Fault, Lane, Message, Pages
 from migrate.protocol.pfns import NO_PFNS, pfn_array
 from migrate.protocol.session import Role, Session, hello
 from receiver import pager as pager_module
-from receiver.outstanding import DROPPED, READY
-from sender.backlog import SENT, Backlog
+from sender.backlog import Backlog
 from sender.bandwidth import BandwidthCap
 from sender.faults import FaultServer
 from sender.statistics import SenderStatistics
@@ -102,7 +104,7 @@ class Source:
     def state(self) -> tuple[object, ...]:
         backlog, counted = self.backlog, self.statistics
         return (
-            backlog._state.tolist(), backlog._left.tolist(), backlog.unsent, backlog._cursor, backlog.unacknowledged,
+            backlog._state.tolist(), backlog._left.tolist(), backlog.unsent, backlog.pages.cursor, backlog.unacknowledged,
             counted.pull_pages, counted.pull_zero_pages,
         )  # fmt: skip
 
@@ -121,7 +123,7 @@ def sender_goes(missing: set[int], steps: list[tuple[str, list[int]]], *, native
     seen: list[object] = []
     with lanes() as (ours, theirs):
         source = Source(ours, theirs, missing, native=native)
-        assert source.server._answerer is not None and source.server._answerer._native.lane.open == native
+        assert source.server._native is not None and source.server._native._native.lane.open == native
         for step, chosen in steps:
             pfns = pfn_array(sorted(set(chosen)))
             if step == "push":
@@ -237,7 +239,7 @@ RECEIVER_STEP = st.one_of(
 
 async def receiver_goes(missing: set[int], steps: list[tuple[str, Any]], *, native: bool) -> object:
     with lanes() as (ours, theirs), contextlib.closing(Destination(ours, theirs, missing, native=native)) as end:
-        assert (end.pager._responder is not None) == native
+        assert (end.pager._native is not None) == native
         given_away = set()
         for step, chosen in steps:
             if step == "touch":
@@ -261,7 +263,7 @@ async def receiver_goes(missing: set[int], steps: list[tuple[str, Any]], *, nati
                 end.end()
                 end.begin()
         _report, waiting = end.pager.report()
-        end.pager._dismiss()
+        end.pager._leave_fast_path()
         assert waiting == end.pages.waiting == sum(end.asked.values()) - len(end.xen.answered)
         end.begin()
         for batch in np.array_split(sorted(missing), 5):
@@ -303,7 +305,7 @@ async def test_no_page_is_taken_from_the_pull_lane_before_the_handover() -> None
     with lanes() as (ours, theirs):
         session = session_at(Role.RECEIVER, m.Ready)
         with contextlib.closing(Destination(ours, theirs, {1, 2}, native=True, session=session)) as end:
-            assert end.pager._responder is not None
+            assert end.pager._native is not None
             put(theirs, encoded(Pages(pfn_array([1])), contents(1)))
             with pytest.raises(RemoteProtocolError, match="before the switchover"):
                 end.turn()

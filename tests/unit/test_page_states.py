@@ -10,13 +10,20 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from migrate.errors import MigrationError, RemoteProtocolError
+from migrate.fastpath.page_states import DROPPED, OUTSTANDING, PRESENT, READY, REQUESTED
 from migrate.protocol.pfns import NO_PFNS, from_mask, pfn_array
-from receiver.outstanding import DROPPED, OUTSTANDING, PRESENT, READY, REQUESTED, OutstandingPages
+from receiver.outstanding import OutstandingPages
 from sender.backlog import Backlog
 from sender.source_pages import announce_missing
 from tests.support.requests import request
+from xenbackend.errors import XenError
 from xenbackend.pages import MappedPages, PageStatus
-from xenbackend.ring import MEM_PAGING_DROP_PAGE, MEM_PAGING_EVICT_FAIL, PagingRequest
+from xenbackend.ring import (
+    MEM_PAGING_DROP_PAGE,
+    MEM_PAGING_EVICT_FAIL,
+    VM_EVENT_SLOTS,
+    PagingRequest,
+)
 
 NR = 64
 
@@ -120,8 +127,10 @@ class TestBacklog:
 
     def test_the_receiver_cannot_claim_what_is_not_so(self) -> None:
         backlog = backlog_of(1, 2)
-        with pytest.raises(RemoteProtocolError, match="0x5 is not outstanding"):
-            backlog.fault(pfn_array([5]))
+        for pfn in (5, NR):
+            with pytest.raises(RemoteProtocolError, match=f"{pfn:#x} is not outstanding"):
+                backlog.fault(pfn_array([1, pfn]))
+        assert backlog.unsent == 2
         with pytest.raises(RemoteProtocolError, match="not on its way"):
             backlog.loaded(pfn_array([1]))  # was never sent
         backlog.fault(pfn_array([1]))
@@ -244,20 +253,44 @@ class TestOutstandingPages:
         assert self.load(pages, 2, 3, 4) == waiting
         assert pages.count == pages.waiting == 0
 
-    def test_a_request_that_native_code_took_is_answered_by_the_load(self) -> None:
-        pages = self.pages(5)
-        pages.states[5] = REQUESTED
-        pages.adopt(request(5), 1.5)
-        pages.adopt(request(5, vcpu=1), 2.5)
-        assert pages.requested().tolist() == [5]
+    def test_each_request_is_answered_with_the_time_at_which_it_was_made(self) -> None:
+        pages = self.pages(5, 6)
+        pages.requests([request(5), request(6)], 1.5)
+        pages.requests([request(5, vcpu=1)], 2.5)
+        assert pages.requested().tolist() == [5, 6]
         pages.claim(pfn_array([5]))
-        assert pages.requested().tolist() == []
+        assert pages.requested().tolist() == [6]
         verdict = pages.finished(pfn_array([5]), np.zeros(1, dtype=np.int32))
         assert verdict.answer == [(request(5), 1.5), (request(5, vcpu=1), 2.5)]
+        assert pages.waiting == 1
+
+    def test_as_many_requests_wait_as_a_ring_has_slots_and_one_more_changes_nothing(self) -> None:
+        pages = self.pages(*range(NR))
+        first = [request(pfn) for pfn in range(VM_EVENT_SLOTS - 1)]
+        pages.requests(first, 0.0)
+        with pytest.raises(XenError, match="the ring is corrupt"):
+            pages.requests([request(20), request(21)], 0.0)
+        assert pages.waiting == VM_EVENT_SLOTS - 1
+        assert pages.states[20] == pages.states[21] == OUTSTANDING
+        pages.requests([request(20)], 0.0)
+        with pytest.raises(XenError, match="the ring is corrupt"):
+            pages.requests([request(20, vcpu=1)], 0.0)
+        assert self.load(pages, *range(NR)) == [*first, request(20)]
+
+    def test_a_load_that_was_given_up_is_asked_for_only_if_a_vcpu_waits(self) -> None:
+        pages = self.pages(1, 2)
+        pages.requests([request(1)], 0.0)
+        pages.claim(pfn_array([1, 2]))
+        pages.pages.unclaim(pfn_array([1, 2]))
+        assert pages.states[[1, 2]].tolist() == [REQUESTED, OUTSTANDING]
+        assert pages.requests([request(2)], 0.0).ask.tolist() == [2]
 
     def test_a_page_that_was_never_missing_is_refused(self) -> None:
-        with pytest.raises(RemoteProtocolError, match="0x7 was not announced"):
-            self.pages(5).claim(pfn_array([7]))
+        pages = self.pages(5)
+        for pfn in (7, NR):
+            with pytest.raises(RemoteProtocolError, match=f"{pfn:#x} was not announced"):
+                pages.claim(pfn_array([5, pfn]))
+        assert pages.states[5] == OUTSTANDING
 
 
 class BothEnds(RuleBasedStateMachine):
@@ -293,7 +326,7 @@ class BothEnds(RuleBasedStateMachine):
 
     @rule(pfn=st.integers(0, NR - 1), vcpu=st.integers(0, 3))
     def touch(self, pfn: int, vcpu: int) -> None:
-        if pfn not in self.gone and pfn not in self.loads:
+        if pfn not in self.gone and pfn not in self.loads and len(self.open) < VM_EVENT_SLOTS:
             self.take([request(pfn, vcpu)])
 
     @rule(pfn=st.integers(0, NR // 2 - 1), told=st.booleans())
@@ -301,7 +334,7 @@ class BothEnds(RuleBasedStateMachine):
         pfn *= 2
         if pfn in self.loads or pfn in self.gone or any(r.pfn == pfn for r in self.open):
             return
-        if told:
+        if told and len(self.open) < VM_EVENT_SLOTS:
             self.take([request(pfn, flags=MEM_PAGING_DROP_PAGE)])
         else:
             self.gone.add(pfn)  # the ring was full

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Compiles the quick way of a fault (cffi, API mode) as ``migrate.fastpath._fault``."""
+"""Compiles the fast path of a fault (cffi, API mode) as ``migrate.fastpath._fault``."""
 
 import runpy
 from pathlib import Path
@@ -9,16 +9,22 @@ from cffi import FFI
 HERE = Path(__file__).resolve().parent
 # setuptools wants source paths relative to the project's root.
 ROOT = HERE.parents[2]
+FOLDER = HERE.relative_to(ROOT)
 FLAGS = runpy.run_path(str(ROOT / "xenbackend/native/flags.py"))["FLAGS"]
+SOURCES = ("lock", "frame", "lane", "source", "destination")
+SEEN_BY_PYTHON = ("page_states.h", "fault_api.h")
+RING = "xenbackend/native"
 
 ffi = FFI()
-ffi.include(runpy.run_path(str(ROOT / "xenbackend/native/build_ring.py"))["ffi"])
-ffi.cdef((HERE / "fault_api.h").read_text())
+ffi.include(runpy.run_path(str(ROOT / RING / "build_ring.py"))["ffi"])
+for header in SEEN_BY_PYTHON:
+    ffi.cdef((HERE / header).read_text())
 ffi.set_source(
     "migrate.fastpath._fault",
-    '#include <stddef.h>\n#include <stdint.h>\n#include "ring_api.h"\n#include "fault_api.h"',
-    sources=[str((HERE / "fault.c").relative_to(ROOT))],
-    include_dirs=[str(HERE.relative_to(ROOT)), "xenbackend/native"],
-    depends=[str((HERE / "fault_api.h").relative_to(ROOT)), "xenbackend/native/ring_api.h"],
+    '#include "internal.h"',
+    sources=[str(FOLDER / f"{name}.c") for name in SOURCES],
+    include_dirs=[str(FOLDER), RING],
+    depends=[str(FOLDER / name) for name in (*SEEN_BY_PYTHON, "internal.h")]
+    + [f"{RING}/ring_api.h", f"{RING}/vm_event.h"],
     extra_compile_args=FLAGS,
 )

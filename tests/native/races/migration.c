@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * A postcopy migration on the simulated hypervisor without Python, for ThreadSanitizer: the threads
- * and locks of the daemons around fault.c, ring.c, bulk.c, hypercalls.c and vcpu.c.
+ * and locks of the daemons around the fast path, ring.c, bulk.c, hypercalls.c and vcpu.c.
  *
  *   vCPUs      run the guest at the destination, and fault
  *   pager      ring -> fault -> page -> load -> ring (fault_wait), and what is not usual
@@ -27,6 +27,7 @@
 #include "kinds.h"
 #include "ring_api.h"
 #include "../../../migrate/lanes/native/bulk_api.h"
+#include "../../../migrate/fastpath/native/page_states.h"
 #include "../../../migrate/fastpath/native/fault_api.h"
 #include "../../../xenbackend/simulated/native/internal.h"
 
@@ -42,9 +43,6 @@
 #define PING "ping"   /* no frame: each end leaves it to the caller */
 
 #define CHECK(what) ((what) ? (void)0 : fail(__LINE__, #what))
-
-enum { NOT_OURS, UNSENT, SENT, DONE }; /* as fault.c has them */
-enum { PRESENT, OUTSTANDING, REQUESTED, LOADING, READY, DROPPED };
 
 static void fail(int line, const char *what)
 {
@@ -98,12 +96,13 @@ static struct sim_map seen_by(const struct sim_map *m, uint32_t owner)
 
 /* ---- the sender ---- */
 static struct fault_source source;
+static struct source_pages backlog;
 static uint8_t source_state[NR_PFNS];
-static int64_t left[1], unsent, cursor;
+static int64_t left[1];
 static struct sim_map server_map, pusher_map, loader_map, pager_map, evictor_map;
 static int push_from, push_to;
 static uint32_t stopping;
-static uint64_t pushed, loaded; /* batches: under source.lock, atomic */
+static uint64_t pushed, loaded; /* batches: under backlog.lock, atomic */
 static uint32_t pongs;
 
 static int is_stopping(void) { return __atomic_load_n(&stopping, __ATOMIC_ACQUIRE); }
@@ -160,20 +159,16 @@ static void *pusher_main(void *arg)
         struct bulk_piece piece = { batch, sizeof(*batch) };
 
         batch->n = 0;
-        fault_lock_take(source.lock);
-        for (uint64_t tried = 0; tried < NR_PFNS && unsent && batch->n < BATCH; tried++) {
-            uint64_t pfn = cursor;
+        fault_lock_take(backlog.lock);
+        for (uint64_t tried = 0; tried < NR_PFNS && backlog.unsent && batch->n < BATCH; tried++) {
+            uint64_t pfn = (backlog.cursor + tried) % NR_PFNS;
 
-            cursor = (cursor + 1) % NR_PFNS;
-            if (source_state[pfn] != UNSENT)
-                continue;
-            source_state[pfn] = SENT;
-            left[0]--;
-            unsent--;
-            batch->pfns[batch->n++] = pfn;
+            if (source_state[pfn] == PAGE_UNSENT)
+                batch->pfns[batch->n++] = pfn;
         }
+        source_sent(&backlog, batch->pfns, batch->n);
         pushed += batch->n != 0;
-        fault_lock_give(source.lock);
+        fault_lock_give(backlog.lock);
         for (uint64_t i = 0; i < batch->n; i++)
             memcpy(batch->pages[i], pusher_map.memory + batch->pfns[i] * PAGE_BYTES, PAGE_BYTES);
         if (batch->n)
@@ -187,9 +182,21 @@ static void *pusher_main(void *arg)
 
 /* ---- the receiver ---- */
 static struct fault_pager pager;
+static struct destination_pages outstanding;
 static struct ring_state ring;
 static uint8_t ring_page[PAGE_BYTES] __attribute__((aligned(PAGE_BYTES)));
 static uint8_t state[NR_PFNS];
+
+/* Under the lock, as in Python. */
+static void answer(const struct page_actions *actions)
+{
+    struct ring_request answers[FAULT_SLOTS];
+
+    for (uint32_t i = 0; i < actions->nr_answers; i++)
+        answers[i] = actions->answer[i].request;
+    if (actions->nr_answers)
+        CHECK(!respond(&ring, answers, actions->nr_answers));
+}
 
 static void *loader_main(void *arg)
 {
@@ -198,64 +205,27 @@ static void *loader_main(void *arg)
     (void)arg;
     CHECK(batch);
     while (bulk_receive(push_to, batch, sizeof(*batch), 0) == sizeof(*batch)) {
-        int32_t results[BATCH];
-        int wanted[BATCH];
+        struct page_actions actions;
+        uint8_t wanted[BATCH];
 
-        fault_lock_take(pager.lock);
+        fault_lock_take(outstanding.lock);
+        CHECK(destination_claim(&outstanding, batch->pfns, batch->n, wanted) == batch->n);
+        fault_lock_give(outstanding.lock);
         for (uint64_t i = 0; i < batch->n; i++) {
-            uint8_t *s = &state[batch->pfns[i]];
+            int32_t result;
 
-            wanted[i] = *s == OUTSTANDING || *s == REQUESTED;
-            if (wanted[i])
-                *s = LOADING;
-        }
-        fault_lock_give(pager.lock);
-        for (uint64_t i = 0; i < batch->n; i++) {
             if (!wanted[i])
                 continue;
-            CHECK(sim_load(&loader_map, &batch->pfns[i], 1, batch->pages[i], &results[i]) == 1);
-            fault_lock_take(pager.lock);
-            state[batch->pfns[i]] = READY;
-            CHECK(!fault_answer(&pager));
-            fault_lock_give(pager.lock);
+            CHECK(sim_load(&loader_map, &batch->pfns[i], 1, batch->pages[i], &result) == 1);
+            fault_lock_take(outstanding.lock);
+            destination_finish(&outstanding, &batch->pfns[i], &result, 1, &actions);
+            answer(&actions);
+            fault_lock_give(outstanding.lock);
         }
         __atomic_add_fetch(&loaded, 1, __ATOMIC_RELEASE);
     }
     free(batch);
     return NULL;
-}
-
-/* What fault_wait leaves to its caller: requests for pages that are there, or on their way into
- * memory. */
-static void unusual_requests(void)
-{
-    uint8_t frame[sizeof(pager.lane.fault.bytes)];
-
-    CHECK(pager.nr_requests > 0);
-    for (int i = 0; i < pager.nr_requests; i++) {
-        uint64_t pfn = pager.requests[i].gfn;
-        int ask;
-
-        fault_lock_take(pager.lock);
-        CHECK(pfn < NR_PFNS && pager.nr_waiting < FAULT_SLOTS);
-        ask = state[pfn] == OUTSTANDING;
-        if (ask)
-            state[pfn] = REQUESTED;
-        if (state[pfn] == PRESENT) {
-            CHECK(!respond(&ring, &pager.requests[i], 1));
-        } else {
-            pager.waiting[pager.nr_waiting++].request = pager.requests[i];
-            CHECK(!fault_answer(&pager));
-        }
-        fault_lock_give(pager.lock);
-        if (ask) {
-            fault_frame_make(&pager.lane.fault, pfn, frame);
-            fault_lock_take(pager.lane.sending);
-            CHECK(send(pager.lane.fd, frame, pager.lane.fault.size, MSG_NOSIGNAL) ==
-                  (ssize_t)pager.lane.fault.size);
-            fault_lock_give(pager.lane.sending);
-        }
-    }
 }
 
 static void *pager_main(void *arg)
@@ -271,11 +241,7 @@ static void *pager_main(void *arg)
             CHECK(pager.received == sizeof(PING) && !memcmp(buffer, PING, sizeof(PING)));
             __atomic_add_fetch(&pongs, 1, __ATOMIC_RELEASE);
         }
-        if (rc & FAULT_RING)
-            unusual_requests();
-        fault_lock_take(pager.lock);
-        pager.nr_answered = 0;
-        fault_lock_give(pager.lock);
+        CHECK(!(rc & FAULT_RING));
     }
     free(buffer);
     return NULL;
@@ -287,19 +253,19 @@ static void wait_for_all(uint32_t round)
     for (int all = 0; !all; usleep(1000)) {
         uint64_t sent;
 
-        fault_lock_take(source.lock);
-        all = !unsent;
+        fault_lock_take(backlog.lock);
+        all = !backlog.unsent;
         sent = pushed;
-        fault_lock_give(source.lock);
+        fault_lock_give(backlog.lock);
         all = all && __atomic_load_n(&loaded, __ATOMIC_ACQUIRE) == sent;
-        fault_lock_take(pager.lock);
+        fault_lock_take(outstanding.lock);
         for (uint64_t pfn = 0; all && pfn < MISSING; pfn++)
-            all = state[pfn] == READY;
-        fault_lock_give(pager.lock);
+            all = state[pfn] == PAGE_READY;
+        fault_lock_give(outstanding.lock);
     }
-    fault_lock_take(source.lock);
-    memset(source_state, DONE, MISSING);
-    fault_lock_give(source.lock);
+    fault_lock_take(backlog.lock);
+    memset(source_state, PAGE_DONE, MISSING);
+    fault_lock_give(backlog.lock);
     fault_lock_take(pager.lane.sending);
     CHECK(send(pager.lane.fd, PING, sizeof(PING), MSG_NOSIGNAL) == sizeof(PING));
     fault_lock_give(pager.lane.sending);
@@ -315,9 +281,9 @@ static int put_back(uint64_t pfn, int slowly)
     uint64_t *to = (uint64_t *)(at_source.memory + pfn * PAGE_BYTES);
     int rc, once;
 
-    fault_lock_take(source.lock);
-    once = source_state[pfn] == DONE; /* not since all were here: a copy may be on its way */
-    fault_lock_give(source.lock);
+    fault_lock_take(backlog.lock);
+    once = source_state[pfn] == PAGE_DONE; /* not since all were here: a copy may be on its way */
+    fault_lock_give(backlog.lock);
     if (!once)
         return 0;
     if (sim_nominate(&evictor_map, pfn))
@@ -327,17 +293,17 @@ static int put_back(uint64_t pfn, int slowly)
     /* While the guest may write: then the page is not evicted, and this copy is of no use. */
     for (unsigned i = 0; i < PAGE_BYTES / 8; i++)
         to[i] = __atomic_load_n(&from[i], __ATOMIC_RELAXED);
-    fault_lock_take(pager.lock);
+    fault_lock_take(outstanding.lock);
     rc = sim_evict(&evictor_map, pfn);
     if (!rc) {
-        fault_lock_take(source.lock);
-        source_state[pfn] = UNSENT;
+        fault_lock_take(backlog.lock);
+        source_state[pfn] = PAGE_UNSENT;
         left[0]++;
-        unsent++;
-        fault_lock_give(source.lock);
-        state[pfn] = OUTSTANDING;
+        backlog.unsent++;
+        fault_lock_give(backlog.lock);
+        state[pfn] = PAGE_OUTSTANDING;
     }
-    fault_lock_give(pager.lock);
+    fault_lock_give(outstanding.lock);
     return rc;
 }
 
@@ -409,13 +375,20 @@ int main(void)
     evictor_map = seen_by(&at_destination, 3);
     for (uint64_t pfn = 0; pfn < NR_PFNS; pfn++) {
         pfns[pfn] = pfn;
-        source_state[pfn] = pfn < MISSING ? UNSENT : NOT_OURS;
-        state[pfn] = pfn < MISSING ? OUTSTANDING : PRESENT;
+        source_state[pfn] = pfn < MISSING ? PAGE_UNSENT : PAGE_NOT_OURS;
+        state[pfn] = pfn < MISSING ? PAGE_OUTSTANDING : PAGE_PRESENT;
         at_source.p2m[pfn] = P2M_RAM_RW | E_TOUCHED;
     }
-    left[0] = unsent = MISSING;
+    left[0] = MISSING;
     sim_generate_image(&at_source, 0, MISSING);
 
+    backlog = (struct source_pages){
+        .lock = fault_lock_new(),
+        .state = source_state,
+        .nr_pfns = NR_PFNS,
+        .left = left,
+        .unsent = MISSING,
+    };
     source = (struct fault_source){
         .lane = { .fd = pull[0],
                   .sending = fault_lock_new(),
@@ -424,12 +397,12 @@ int main(void)
                   .zero = zero },
         .domain = &server_map,
         .look = look_at,
+        .pages = &backlog,
+    };
+    outstanding = (struct destination_pages){
         .lock = fault_lock_new(),
-        .state = source_state,
+        .state = state,
         .nr_pfns = NR_PFNS,
-        .left = left,
-        .unsent = &unsent,
-        .cursor = &cursor,
     };
     pager = (struct fault_pager){
         .lane = { .fd = pull[1],
@@ -444,9 +417,7 @@ int main(void)
         .respond = respond,
         .domain = &pager_map,
         .load = load_at,
-        .lock = fault_lock_new(),
-        .state = state,
-        .nr_pfns = NR_PFNS,
+        .pages = &outstanding,
     };
     ring = (struct ring_state){ .page = ring_page, .event_fd = to_pager, .notify_fd = from_pager };
     push_from = push[0];

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The quick way of a fault at both ends (migrate/fastpath/native/fault.c): what a peer sends on the pull
+ * The fast path of a fault at both ends (migrate/fastpath/native): what a peer sends on the pull
  * lane, in packets of any size, and what the ring and the hypervisor answer meanwhile.
  *
  * Checksums keep a fuzzer from making frames by chance, so the input says what frames to make, of
@@ -19,7 +19,11 @@ static int fuzzed_poll(struct pollfd *fds, nfds_t n, int timeout);
 #define recv fuzzed_recv
 #define sendmsg fuzzed_sendmsg
 #define poll fuzzed_poll
-#include "../../../../migrate/fastpath/native/fault.c"
+#include "../../../../migrate/fastpath/native/lock.c"
+#include "../../../../migrate/fastpath/native/frame.c"
+#include "../../../../migrate/fastpath/native/lane.c"
+#include "../../../../migrate/fastpath/native/source.c"
+#include "../../../../migrate/fastpath/native/destination.c"
 #include "kinds.h"
 
 #define STREAM_BYTES (64 << 10)
@@ -141,7 +145,7 @@ static int look_at(void *domain, uint64_t pfn, const void **page)
 {
     int status = pfn % 5 == 4 ? 4 : pfn % 2 ? PAGE_DATA : PAGE_ZERO;
 
-    CHECK(pfn < ((struct fault_source *)domain)->nr_pfns);
+    CHECK(pfn < ((struct fault_source *)domain)->pages->nr_pfns);
     *page = memory_page;
     looking += status == PAGE_DATA;
     return status;
@@ -158,7 +162,7 @@ static int load(void *domain, uint64_t pfn, const void *page)
     struct fault_pager *p = domain;
     uint8_t result = take_byte();
 
-    CHECK(pfn < p->nr_pfns && p->state[pfn] == LOADING);
+    CHECK(pfn < p->pages->nr_pfns && p->pages->state[pfn] == PAGE_LOADING);
     if (page)
         CHECK(!memcmp(page, page, PAGE_BYTES));
     if (result == 1)
@@ -180,19 +184,24 @@ static int consume(void *ring, struct ring_request *out)
     if (n > (int)(FAULT_SLOTS - (asked - answered)))
         n = FAULT_SLOTS - (asked - answered);
     for (int i = 0; i < n; i++)
-        out[i] = (struct ring_request){ .gfn = take_byte() % (p->nr_pfns + 1),
-                                        .paging_flags = take_byte() == 1 };
+        out[i] = (struct ring_request){ .gfn = take_byte() % (p->pages->nr_pfns + 1),
+                                        .paging_flags = take_byte() % 8 };
     asked += n;
     return n;
 }
 
+/* The page is there or gone, unless the request needs no page. */
 static int respond(void *ring, const struct ring_request *answers, int n)
 {
     struct fault_pager *p = ring;
 
     CHECK(n > 0 && n <= FAULT_SLOTS);
-    for (int i = 0; i < n; i++)
-        CHECK(answers[i].gfn < p->nr_pfns && p->state[answers[i].gfn] >= READY);
+    for (int i = 0; i < n; i++) {
+        int state = state_of(p->pages, answers[i].gfn);
+
+        CHECK(state == PAGE_PRESENT || state >= PAGE_READY ||
+              answers[i].paging_flags & (MEM_PAGING_DROP_PAGE | MEM_PAGING_EVICT_FAIL));
+    }
     answered += n;
     CHECK(answered <= asked);
     return take_byte() == 1 ? -EPROTO : 0;
@@ -229,21 +238,20 @@ static void prepare_lane(struct fault_lane *lane, uint8_t flags)
 static void serve(uint8_t flags)
 {
     uint64_t nr_pfns = 1 + take_byte() % MOST_PFNS;
-    struct fault_source s = { .look = look_at, .looked = looked_at, .nr_pfns = nr_pfns };
-    int64_t unsent = 0, left = 0, cursor = 0;
+    struct source_pages pages = { .nr_pfns = nr_pfns };
+    struct fault_source s = { .look = look_at, .looked = looked_at, .pages = &pages };
+    int64_t left;
 
     prepare_lane(&s.lane, flags);
     s.domain = &s;
-    s.lock = fault_lock_new();
-    s.state = exactly(nr_pfns);
+    pages.lock = fault_lock_new();
+    pages.state = exactly(nr_pfns);
     for (uint64_t i = 0; i < nr_pfns; i++) {
-        s.state[i] = take_byte() % 4;
-        unsent += s.state[i] == UNSENT;
+        pages.state[i] = take_byte() % 4;
+        pages.unsent += pages.state[i] == PAGE_UNSENT;
     }
-    left = unsent;
-    s.left = &left;
-    s.unsent = &unsent;
-    s.cursor = &cursor;
+    left = pages.unsent;
+    pages.left = &left;
     memory_page = exactly(PAGE_BYTES);
     looking = 0;
     for (int turns = 0; turns < 8; turns++) {
@@ -253,45 +261,50 @@ static void serve(uint8_t flags)
         CHECK(!looking);
         CHECK(got <= (long)buffer_bytes);
         for (uint64_t i = 0; i < nr_pfns; i++)
-            counted += s.state[i] == UNSENT;
-        CHECK(counted == unsent && counted == left && cursor >= 0 && (uint64_t)cursor < nr_pfns);
+            counted += pages.state[i] == PAGE_UNSENT;
+        CHECK(counted == pages.unsent && counted == left && pages.cursor < nr_pfns);
         if (got <= 0)
             break;
     }
     free(memory_page);
-    free(s.state);
-    fault_lock_free(s.lock);
+    free(pages.state);
+    fault_lock_free(pages.lock);
     fault_lock_free(s.lane.sending);
 }
 
 static void wait_for_pages(uint8_t flags)
 {
     struct fault_pager *p = exactly(sizeof(*p));
+    struct destination_pages *pages = exactly(sizeof(*pages));
 
     prepare_lane(&p->lane, flags);
     p->ring = p->domain = p;
     p->consume = consume;
     p->respond = respond;
     p->load = load;
-    p->lock = fault_lock_new();
-    p->nr_pfns = 1 + take_byte() % MOST_PFNS;
-    p->state = exactly(p->nr_pfns);
-    for (uint64_t i = 0; i < p->nr_pfns; i++)
-        p->state[i] = take_byte() % 3;
+    p->pages = pages;
+    pages->lock = fault_lock_new();
+    pages->nr_pfns = 1 + take_byte() % MOST_PFNS;
+    pages->state = exactly(pages->nr_pfns);
+    for (uint64_t i = 0; i < pages->nr_pfns; i++)
+        pages->state[i] = take_byte() % 3;
     memset(loads, 0, sizeof(loads));
     asked = answered = 0;
     for (int turns = 0; turns < 16; turns++) {
         int rc = fault_wait(p, buffer, buffer_bytes);
 
-        CHECK(p->nr_loaded <= FAULT_SLOTS && p->nr_waiting <= FAULT_SLOTS &&
+        CHECK(p->nr_finished <= FAULT_SLOTS && p->nr_answered <= FAULT_SLOTS &&
               p->received <= (long)buffer_bytes);
-        p->nr_answered = 0; /* somebody has looked */
+        CHECK(rc < 0 || rc & FAULT_RING || pages->nr_waiting == asked - answered);
+        for (uint32_t i = 0; i < pages->nr_waiting; i++) /* nobody waits for what is there */
+            CHECK(pages->state[pages->waiting[i].request.gfn] == PAGE_REQUESTED);
         if (rc < 0 || rc & (FAULT_STOPPED | FAULT_RING) || (rc & FAULT_LANE && p->received <= 0))
             break;
     }
-    free(p->state);
-    fault_lock_free(p->lock);
+    free(pages->state);
+    fault_lock_free(pages->lock);
     fault_lock_free(p->lane.sending);
+    free(pages);
     free(p);
 }
 

@@ -1,0 +1,48 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * The fast path of a fault: what nearly every fault needs, at both ends, without Python.
+ *
+ *   receiver   ring -> a page that is outstanding -> "fault" on the pull lane     destination.c
+ *   sender     "fault" on the pull lane -> the page, from where it lies           source.c
+ *   receiver   "pages" on the pull lane -> load -> answer in the ring             destination.c
+ *
+ * A vCPU is stopped during all of that, and the caches are cold: what takes Python 8 us in a loop
+ * takes 45 us once every millisecond.  So Python does its accounting afterwards, when the request
+ * or the answer is on its way.
+ *
+ * The slow path, in Python, takes everything else.  A call that meets something else hands back
+ * what it has received, unchanged.  "Else" is whatever is not byte for byte a frame about one page
+ * as our own codec makes it, several pages in one message, pages that were never missing, and
+ * errors.  So this code contains no msgpack.  Both paths do the same steps from one state of a page
+ * to the next (page_states.h).
+ */
+#ifndef XEN_POSTCOPY_FASTPATH_INTERNAL_H
+#define XEN_POSTCOPY_FASTPATH_INTERNAL_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/uio.h>
+#include "ring_api.h"
+#include "page_states.h"
+#include "fault_api.h"
+
+#define PAGE_BYTES 4096
+
+/* ---- frame.c: the layout of a frame's prefix (migrate/protocol/frames.py) ---- */
+#define HEADER_SUM_AT 12
+#define PREFIX_SUM_AT 16
+#define HEADER_AT 20
+
+/* ---- lane.c ---- */
+int lane_is_open(const struct fault_lane *lane);
+
+/* Returns the number of bytes, 0 at the connection's end, or -errno. */
+long lane_receive(int fd, void *buffer, size_t size, int flags);
+
+/* Receives until *got is end.  Returns 0 if the connection ends before that. */
+int lane_receive_up_to(int fd, uint8_t *buffer, long *got, long end);
+
+/* Returns 0, or -1 with lane->error set. */
+int lane_send(struct fault_lane *lane, struct iovec *vector, size_t n);
+
+#endif
