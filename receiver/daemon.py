@@ -92,6 +92,8 @@ class ReceiverDaemon:
                 migration.cancel("the receiver is being stopped")
         needed = [m for m in self._migrations.values() if m.needed]
         if needed:
+            for migration in needed:
+                migration.count()
             waiting = ", ".join(f"{m.progress.domain} ({m.progress.outstanding} pages missing)" for m in needed)
             notify(f"STATUS=stopping, but guests that run here need their pager still: {waiting}")
             log.warning("waiting for guests that run here: %s", waiting)
@@ -227,4 +229,5 @@ class ReceiverDaemon:
 
 
 def _line(migration: IncomingMigration) -> Json:
+    migration.count()
     return {"id": migration.id, "direction": "incoming", "peer": migration.lanes.peer, **asdict(migration.progress)}

@@ -307,6 +307,12 @@ class IncomingMigration:
         """Pages of the guest that are still to come."""
         return self._pages.count if self._said_ready else 0
 
+    def count(self) -> None:
+        """Bring what ``list`` shows up to date.  While no sender is connected nothing else does."""
+        if self._pager is not None and not self.has_ended:
+            report, self.progress.waiting = self._pager.report()
+            self.progress.outstanding = report.outstanding
+
     @property
     def needed(self) -> bool:
         """The guest lives by this process: it must not be stopped."""
@@ -593,6 +599,7 @@ class IncomingMigration:
         if self._offer.paging:
             self._ring = self._attach(domain)
             self._pages.add(domain.paged_out())
+        self.progress.outstanding = self._pages.count
         log.warning(
             "%s: taking up what was left here, %s, %d pages missing", config.name, self._step, self._pages.count
         )

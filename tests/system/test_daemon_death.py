@@ -144,6 +144,19 @@ def test_both_killed(world: World) -> None:
     assert check(world) == "destination"
 
 
+def test_a_receiver_s_successor_counts_what_is_missing_without_a_sender(world: World) -> None:
+    begin(world, "postcopy", bandwidth=8 * MIB)
+    until(lambda: phase(world, "receiver") == "postcopy", "no postcopy")
+    kill(world, "sender")
+    kill(world, "receiver")
+    start_anew(world, "receiver")
+    until(lambda: lines(world, "receiver")[-1]["waiting"] > 0, "no vCPU is shown to wait for a page")
+    (line,) = lines(world, "receiver")
+    assert line["phase"] == "interrupted" and line["outstanding"] > 0
+    start_anew(world, "sender")
+    assert check(world) == "destination"
+
+
 @pytest.mark.parametrize("which", ["sender", "receiver"])
 def test_killed_in_precopy_the_guest_stays(world: World, which: str) -> None:
     begin(world, bandwidth=4 * MIB)
