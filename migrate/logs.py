@@ -107,17 +107,18 @@ def journal_entry(record: logging.LogRecord, message: str) -> bytes:
 
 class Complaint:
     """A log message whose cause may occur again and again.  The message is logged the first time,
-    and then at most once in :data:`COMPLAIN_EVERY_S`.
+    and then at most once in :data:`COMPLAIN_EVERY_S`, or when ``about`` is another than before.
     """
 
     def __init__(self, log: Callable[..., None]):
         self._log = log
         self._logged_at = -COMPLAIN_EVERY_S
+        self._about: object = None
 
-    def log(self, text: str, *arguments: object) -> None:
+    def log(self, text: str, *arguments: object, about: object = None) -> None:
         now = time.monotonic()
-        if now - self._logged_at >= COMPLAIN_EVERY_S:
-            self._logged_at = now
+        if now - self._logged_at >= COMPLAIN_EVERY_S or about != self._about:
+            self._logged_at, self._about = now, about
             self._log(text, *arguments)
 
 

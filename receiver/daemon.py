@@ -23,6 +23,7 @@ from migrate.lanes.accept import AwaitedLanes, Reception
 from migrate.lanes.connection import listen_tcp
 from migrate.lanes.dial import DialledLanes
 from migrate.lanes.pairs import rejoining
+from migrate.logs import Complaint
 from migrate.protocol.messages import Hello, Lane
 from migrate.protocol.session import is_session_id
 from migrate.service.config import Config
@@ -59,6 +60,7 @@ class ReceiverDaemon:
         self._nursery: trio.Nursery
         self._port = 0
         self._stopping = False
+        self._waiting = Complaint(log.warning)
 
     async def run(self) -> None:
         await until_stopped(self._serve, self._drain)
@@ -96,7 +98,7 @@ class ReceiverDaemon:
                 migration.count()
             waiting = ", ".join(f"{m.progress.domain} ({m.progress.outstanding} pages missing)" for m in needed)
             notify(f"STATUS=stopping, but guests that run here need their pager still: {waiting}")
-            log.warning("waiting for guests that run here: %s", waiting)
+            self._waiting.log("waiting for guests that run here: %s", waiting, about=[m.id for m in needed])
         return bool(needed)
 
     async def _handle(self, request: Json, connection: ControlConnection) -> None:

@@ -47,6 +47,7 @@ from migrate.errors import (
 from migrate.lanes import scheduling
 from migrate.lanes.connection import EXPLANATION_S, LINGER_S, LaneConnection, run_in_thread, step_timeout
 from migrate.lanes.pairs import Lanes
+from migrate.logs import Complaint
 from migrate.protocol import messages as m
 from migrate.protocol.messages import Lane
 from migrate.protocol.pfns import pfns_of_window, sparseness, windows
@@ -971,13 +972,14 @@ class IncomingMigration:
     async def _follow_domain(self) -> None:
         """Find out that the guest runs here, and that it has ended."""
         began = pauses(LOOK_EVERY_S, LOOK_AT_LAST_EVERY_S)
+        complaint = Complaint(log.warning)
         while True:
             try:
                 state = await trio.to_thread.run_sync(self._state)
                 if self._checkpoints is not None and state is not None:
                     await trio.to_thread.run_sync(self._checkpoints.let_go_on)
             except (XenError, RuntimeError) as error:  # that may pass
-                log.warning("%s: its state is not known, or it cannot go on: %s", self.progress.domain, error)
+                complaint.log("%s: its state is not known, or it cannot go on: %s", self.progress.domain, error)
                 await trio.sleep(LOOK_AGAIN_EVERY_S)
                 continue
             if state is None:
@@ -1264,11 +1266,12 @@ class IncomingMigration:
                 await trio.sleep(EXPLANATION_S)
 
     async def _is_gone(self) -> bool:
+        complaint = Complaint(log.warning)
         while self._domain is not None:
             try:
                 return await trio.to_thread.run_sync(self._state) is None
             except XenError as error:  # that may pass
-                log.warning("%s: its state is not known: %s", self.progress.domain, error)
+                complaint.log("%s: its state is not known: %s", self.progress.domain, error)
                 await trio.sleep(LOOK_AGAIN_EVERY_S)
         return True
 

@@ -26,6 +26,7 @@ from migrate.lanes.accept import AwaitedLanes, Reception
 from migrate.lanes.connection import listen_tcp, parse_address
 from migrate.lanes.dial import DialledLanes
 from migrate.lanes.pairs import rejoining
+from migrate.logs import Complaint
 from migrate.options import MigrationOptions, PolicyOptions, Strategy
 from migrate.protocol.messages import Hello
 from migrate.protocol.session import new_id, new_token
@@ -58,6 +59,7 @@ class SenderDaemon:
         """By session."""
         self._nursery: trio.Nursery
         self._stopping = False
+        self._waiting = Complaint(log.warning)
 
     async def run(self) -> None:
         await until_stopped(self._serve, self._drain)
@@ -99,7 +101,7 @@ class SenderDaemon:
                 f"{m.domain_name} ({m.progress.phase}, {m.progress.outstanding} pages to go)" for m in needed
             )
             notify(f"STATUS=stopping, but guests elsewhere need their pages still: {waiting}")
-            log.warning("waiting for guests elsewhere: %s", waiting)
+            self._waiting.log("waiting for guests elsewhere: %s", waiting, about=[m.id for m in needed])
         return bool(needed)
 
     def _running(self) -> list[OutgoingMigration]:

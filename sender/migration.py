@@ -402,6 +402,7 @@ class OutgoingMigration:
             await trio.to_thread.run_sync(self._journal.erase, self.id)
             if self._inherited == "completing":  # killed when all was done
                 self.progress.phase = "completed"
+                log.info("%s completed", self.domain_name)
                 return
             if self._inherited in ("going back", "decided elsewhere"):  # likewise
                 left = self._journal.checkpoint(self.id)
@@ -522,6 +523,7 @@ class OutgoingMigration:
         await self._let_source_go()
         await in_thread(self._forget)
         self.progress.phase = "completed"
+        log.info("%s completed", self.domain_name)
 
     async def _let_source_go(self) -> None:
         """However long it takes: what fails may pass."""

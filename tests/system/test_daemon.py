@@ -13,6 +13,8 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 import trio
@@ -23,6 +25,10 @@ from migrate.control.client import ControlClient
 from migrate.errors import MigrationError
 from migrate.logs import JournalHandler
 from migrate.service import lifecycle
+from migrate.service.config import Config
+from migrate.service.journal import Journal
+from receiver.daemon import ReceiverDaemon
+from sender.daemon import SenderDaemon
 from tests.conftest import MIB, WAIT_S
 from tests.support import zygote
 from tests.support.daemons import begin, boot, phase
@@ -130,6 +136,8 @@ def test_show_and_watch(world: World, name: str) -> None:
     assert [found["id"] for found in json.loads(run("show", name, "--json").stdout)] == [result["id"]] * 2
     watched = run("watch", name)
     assert (watched.returncode, watched.stdout) == (0, f"{name}: completed\n")
+    for which in ("sender", "receiver"):
+        assert f"{result['id']}: {name} completed\n" in world.processes[which].log.read_text()
     unknown = run("show", "unheard-of")
     assert unknown.returncode == 1 and "no migration 'unheard-of'" in unknown.stderr
     with pytest.raises(MigrationError, match="no migration"):
@@ -157,6 +165,29 @@ def test_a_daemon_that_is_being_stopped_serves_its_guests_and_takes_on_no_other(
         verification, _view = verify_migrated(world, guest)
         assert verification.problems == []
         assert [(info.name, info.state) for info in world.source.domains()] == [(other.name, DomainState.RUNNING)]
+
+
+@pytest.mark.parametrize("which", ["sender", "receiver"])
+async def test_a_daemon_that_is_being_stopped_logs_for_whom_it_waits_once(
+    which: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    daemon: Any = (SenderDaemon if which == "sender" else ReceiverDaemon)(
+        cast(Any, None), tmp_path / "s", Config(), Journal(tmp_path / which)
+    )
+
+    def wait_for(name: str) -> None:
+        guest = Mock(id=name, domain_name=name, needed=True, holds_pages=True)
+        guest.progress = Mock(domain=name, phase="postcopy", outstanding=9)
+        daemon._migrations[name] = guest
+
+    wait_for("one")
+    for outstanding in (9, 8, 7):
+        daemon._migrations["one"].progress.outstanding = outstanding
+        assert await daemon._drain()
+    wait_for("two")
+    assert await daemon._drain() and await daemon._drain()
+    logged = [text for text in caplog.messages if "waiting for guests" in text]
+    assert len(logged) == 2 and "one" in logged[0] and "two" in logged[1]
 
 
 def test_a_daemon_under_nohup_outlives_its_terminal(tmp_path: Path) -> None:
