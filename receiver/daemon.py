@@ -84,8 +84,9 @@ class ReceiverDaemon:
     def _take_up(self, session: str, facts: dict[str, Any]) -> None:
         """What a predecessor has left."""
         lanes_again = rejoining(session, facts, self._awaited, self._terms)
+        migration = IncomingMigration.of_predecessor(self._hypervisor, session, lanes_again, self._journal, facts)
         self._journal.write(session, {**facts, "rejoins": lanes_again.rejoins}, needed=False)
-        self._start(IncomingMigration.of_predecessor(self._hypervisor, session, lanes_again, self._journal, facts))
+        self._start(migration)
 
     async def _drain(self) -> bool:
         if not self._stopping:

@@ -52,7 +52,7 @@ from migrate.protocol import messages as m
 from migrate.protocol.messages import Lane
 from migrate.protocol.pfns import pfns_of_window, sparseness, windows
 from migrate.protocol.session import Role, Session, new_token
-from migrate.service.journal import Journal
+from migrate.service.journal import Journal, check_facts
 from migrate.service.lifecycle import ended
 from migrate.tasks import as_soon_as_threads_start, first, in_thread, is_bug, is_final, task_group
 from migrate.units import pauses
@@ -91,6 +91,10 @@ INHERITED = {
     "decided elsewhere": "in doubt",
 }  # fmt: skip
 """The phase that is shown of a predecessor's migration until it is taken up, by the step in the journal."""
+FACTS: dict[str, tuple[type, ...]] = {"offer": (dict,), "unprotected": (str,), "decided": (bool,), "raised": (list,)}
+"""What this end notes in the journal besides the facts that both ends note."""
+NOT_ALWAYS_NOTED = ("handle", "rejoins", "unprotected", "decided", "raised")
+"""An earlier release did not."""
 NOT_READY = ("making", "made", "decided elsewhere")
 """Steps in the journal of a guest that does not need this end."""
 FINISHED_OR_FINISHING = ("taken over", "finishing")
@@ -189,11 +193,17 @@ class IncomingMigration:
     def of_predecessor(
         cls, hypervisor: Hypervisor, session_id: str, lanes: Lanes, journal: Journal, facts: dict[str, Any]
     ) -> IncomingMigration:
-        """What a daemon has left that died, by its journal; ``lanes`` are for rejoining only."""
+        """What a daemon has left that died, by its journal; ``lanes`` are for rejoining only.
+
+        Raises ``ValueError`` or :class:`MigrationError` for an entry that this release must not act on.
+        """
+        check_facts(facts, INHERITED, FACTS, NOT_ALWAYS_NOTED)
         toolstack = XlToolstack(facts["domid"], ToolstackPorts(0, 0)) if facts["xl"] else None
         migration = cls(hypervisor, session_id, lanes, journal, toolstack)
-        offer = {**facts["offer"], "platform": bytes.fromhex(facts["offer"]["platform"])}
-        migration._offer = m.Offer(**offer, key=bytes.fromhex(facts["key"]))
+        platform, key = bytes.fromhex(facts["offer"]["platform"]), bytes.fromhex(facts["key"])
+        offer = m.parse({**facts["offer"], "type": m.Offer.type, "platform": platform, "key": key})
+        assert isinstance(offer, m.Offer)
+        migration._offer = offer
         step = facts["step"]
         migration._step, migration._domid = step, facts["domid"]
         migration._handle = bytes.fromhex(handle) if (handle := facts.get("handle")) else None
@@ -202,7 +212,7 @@ class IncomingMigration:
         migration.progress.phase = INHERITED[step]
         found, raised = facts.get("raised", (0, 0))  # earlier releases did not note it
         migration._raised = (int(found), int(raised))
-        migration.progress.domain = offer["name"]
+        migration.progress.domain = offer.name
         migration.progress.unprotected = facts.get("unprotected", "")
         lanes.keep(migration._offer.key)
         return migration

@@ -86,8 +86,9 @@ class SenderDaemon:
     def _take_up(self, session: str, facts: dict[str, Any]) -> None:
         """What a predecessor has left."""
         lanes_again = rejoining(session, facts, self._awaited, self._config.terms)
+        migration = OutgoingMigration.of_predecessor(session, self._hypervisor, lanes_again, self._journal, facts)
         self._journal.write(session, {**facts, "rejoins": lanes_again.rejoins}, needed=False)
-        self._start(OutgoingMigration.of_predecessor(session, self._hypervisor, lanes_again, self._journal, facts))
+        self._start(migration)
 
     async def _drain(self) -> bool:
         if not self._stopping:

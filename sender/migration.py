@@ -55,7 +55,7 @@ from migrate.options import MigrationOptions, Strategy
 from migrate.protocol import messages as m
 from migrate.protocol.pfns import PfnMask, from_bitmap, in_bitmap, pfns_of_window, pieces, sparseness, union
 from migrate.protocol.session import Phase, Role, Session, new_token
-from migrate.service.journal import Journal
+from migrate.service.journal import Journal, check_facts
 from migrate.service.lifecycle import ended
 from migrate.tasks import as_soon_as_threads_start, first, in_thread, is_bug, is_final, task_group
 from sender.backlog import Backlog
@@ -88,6 +88,14 @@ INHERITED = {
     "decided elsewhere": "interrupted", "given up": "connecting",
 }  # fmt: skip
 """The phase that is shown of a predecessor's migration until it is taken up, by the step in the journal."""
+NUMBER_OR_NONE = (int, float, type(None))
+FACTS: dict[str, tuple[type, ...]] = {
+    "domain": (str,), "strategy": (str,), "bandwidth": NUMBER_OR_NONE, "checkpoints": NUMBER_OR_NONE,
+    "successor": (int, type(None)), "ran": (bool,), "recall": (bool,), "max_pages": (int,),
+}  # fmt: skip
+"""What this end notes in the journal besides the facts that both ends note."""
+NOT_ALWAYS_NOTED = ("handle", "rejoins", "ran", "recall", "max_pages")
+"""An earlier release did not."""
 HOT_PAGES = 256
 """Frequently written pages that are sent during the downtime although the guest could fetch them later: 1 MiB takes
 less than a millisecond on most links, where each fault takes about half of one."""
@@ -178,7 +186,11 @@ class OutgoingMigration:
     def of_predecessor(
         cls, session_id: str, hypervisor: Hypervisor, lanes: Lanes, journal: Journal, facts: dict[str, Any]
     ) -> OutgoingMigration:
-        """What a daemon has left that died, by its journal; ``lanes`` are for rejoining only."""
+        """What a daemon has left that died, by its journal; ``lanes`` are for rejoining only.
+
+        Raises ``ValueError`` or :class:`MigrationError` for an entry that this release must not act on.
+        """
+        check_facts(facts, INHERITED, FACTS, NOT_ALWAYS_NOTED)
         toolstack = XlToolstack(facts["domain"]) if facts["xl"] else None
         options = MigrationOptions(
             Strategy(facts["strategy"]),

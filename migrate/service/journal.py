@@ -16,6 +16,7 @@ import fcntl
 import json
 import logging
 import os
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,16 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 SUFFIX = ".json"
 CHECKPOINT_SUFFIX = ".checkpoint"
 STOPPED_SUFFIX = ".stopped"
+NEW_SUFFIX = ".new"
+"""A file whose first entry is not written yet: nothing depends on the file."""
+NONE = type(None)
+FACTS: dict[str, tuple[type, ...]] = {
+    "step": (str,), "domid": (int,), "handle": (str, NONE), "key": (str,), "dials": (list, NONE), "rejoins": (int,),
+    "xl": (bool,),
+}  # fmt: skip
+"""The facts that both ends note, with the types of their values."""
+MAX_DOMID = 0x7FFF
+HANDLE_DIGITS = 32
 
 
 class Journal:
@@ -75,9 +86,10 @@ class Journal:
         path = self._path(session)
         try:
             if session not in self._files:
-                # The key of the session is in it.
-                flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-                self._files[session] = os.open(path, flags, 0o600)
+                if not path.exists():
+                    self._files[session] = _make(path, entry)
+                    return
+                self._files[session] = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
             if os.write(self._files[session], entry) < len(entry):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
@@ -118,14 +130,13 @@ class Journal:
         cannot be read, are left out.
         """
         found = {}
+        for path in self._directory.glob(f"*{NEW_SUFFIX}"):
+            with contextlib.suppress(OSError):  # no entry is in a file of this name
+                path.unlink()
         for path in sorted(self._directory.glob(f"*{SUFFIX}")):
             session = path.name.removesuffix(SUFFIX)
             try:
-                text = path.read_text()
-                if not text:  # it was made, and nothing promised
-                    self.erase(session)
-                    continue
-                facts = _last_entry(text)
+                facts = _last_entry(path.read_text())
                 if facts["boot"] != self._boot:
                     log.warning("%s: the guest has gone with the host, which was started anew since", path)
                     self.erase(session)
@@ -155,6 +166,57 @@ class Journal:
 
     def _path(self, session: str) -> Path:
         return self._directory / (session + SUFFIX)
+
+
+def _make(path: Path, entry: bytes) -> int:
+    """A file with its first entry.  The file has its name from then on, so that an empty one is a damaged one.
+
+    Returns a descriptor for the entries that follow.  Raises ``OSError``.
+    """
+    new = path.with_suffix(NEW_SUFFIX)
+    # Nobody else may read the key of the session.
+    file = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        if os.write(file, entry) < len(entry):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        new.rename(path)
+    except BaseException:
+        os.close(file)
+        new.unlink(missing_ok=True)
+        raise
+    return file
+
+
+def check_facts(
+    facts: dict[str, Any], steps: Container[str], types: dict[str, tuple[type, ...]], optional: Container[str]
+) -> None:
+    """``types``: of the facts that this end alone notes.  ``optional``: what an earlier release did not note.
+
+    Raises ``ValueError`` for an entry that this release must not act on: a step of another release, or a value
+    that no release has written.
+    """
+    for name, allowed in (FACTS | types).items():
+        if name not in facts and name in optional:
+            continue
+        if name not in facts:
+            raise ValueError(f"{name} is missing")
+        if type(facts[name]) not in allowed:
+            raise ValueError(f"{name} cannot be {facts[name]!r}")
+    if facts["step"] not in steps:
+        raise ValueError(f"this release does not have the step {facts['step']!r}")
+    if not -1 <= facts["domid"] <= MAX_DOMID:
+        raise ValueError(f"domid cannot be {facts['domid']}")
+    if facts["dials"] is not None and not _is_address(facts["dials"]):
+        raise ValueError(f"dials cannot be {facts['dials']!r}")
+    if not bytes.fromhex(facts["key"]):
+        raise ValueError("key is empty")
+    handle = facts.get("handle")
+    if handle and len(bytes.fromhex(handle)) * 2 != HANDLE_DIGITS:
+        raise ValueError(f"handle cannot be {handle!r}")
+
+
+def _is_address(value: list[Any]) -> bool:
+    return [type(part) for part in value] == [str, int] and 0 < value[1] < 2**16
 
 
 def _last_entry(text: str) -> Any:

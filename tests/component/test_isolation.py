@@ -297,12 +297,39 @@ async def test_a_peer_that_refuses_is_dialled_ever_less_often(
 
 
 # ---- what a daemon finds at its start ----
-ENTRIES = {
+ENTRIES: dict[str, str | dict[str, Any]] = {
     "garbage": "\n\x00\x00\x00",
     "of another form": '\n{"boot": "BOOT", "phase": 7}',
     "of other types": '\n{"boot": "BOOT", "dials": 5, "step": [], "domid": "x", "offer": 1, "key": 2, "xl": 0, "domain": 3}',
     "deep": "\n" + "[" * 100_000,
+    "empty": "",
+    "of another step": {"step": "warming"},
+    "of a strange domid": {"domid": "x"},
+    "of a domid too large": {"domid": 10**30},
+    "of a handle too short": {"handle": "0909"},
+    "without a key": {"key": ""},
+    "of a strange address": {"dials": ["nowhere", 99999999]},
 }
+FACTS: dict[str, dict[str, Any]] = {
+    "sender": {
+        "step": "handed over", "xl": False, "domid": 9, "handle": "09" * 16, "domain": "guest", "key": "00",
+        "dials": None, "strategy": "postcopy", "bandwidth": None, "checkpoints": None, "successor": None,
+    },
+    "receiver": {
+        "step": "taken over", "xl": False, "domid": 9, "handle": "09" * 16, "key": "00", "dials": None,
+        "offer": {
+            "name": "guest", "nr_pfns": 64, "max_pages": 64, "vcpus": 1, "platform": "", "paging": True,
+            "checkpoint_ms": 0,
+        },
+    },
+}  # fmt: skip
+
+
+def entry(which: str, text: str | dict[str, Any]) -> str:
+    """``text``: or what differs from a good entry."""
+    if isinstance(text, str):
+        return text.replace("BOOT", BOOT_ID.read_text().strip())
+    return "\n" + json.dumps({"boot": BOOT_ID.read_text().strip(), **FACTS[which], **text})
 
 
 @pytest.fixture
@@ -313,13 +340,14 @@ def world() -> Iterator[World]:
 
 async def test_an_entry_of_another_release_is_left_and_its_session_is_not_called_unknown(world: World) -> None:
     """A peer that is told that a session is unknown lets go of what it keeps for it."""
-    files = []
+    files = {}
     for which, start in (("sender", start_sender), ("receiver", start_receiver)):
         world.stop(which)
         state = world.directory / f"{'source' if which == 'sender' else 'destination'}.sock.state" / which
         for number, text in enumerate(ENTRIES.values()):
-            files.append(state / f"session{number}.json")
-            files[-1].write_text(text.replace("BOOT", BOOT_ID.read_text().strip()))
+            path = state / f"session{number}.json"
+            files[path] = entry(which, text)
+            path.write_text(files[path])
         start(world)
         port = world.ask(which, command="status")["port"]
         for number in range(len(ENTRIES)):
@@ -329,7 +357,31 @@ async def test_an_entry_of_another_release_is_left_and_its_session_is_not_called
             assert not isinstance(caught.value, UnknownSessionError)
         assert world.ask(which, command="list")["migrations"] == []
     await migrates(world)
-    assert all(path.exists() for path in files)
+    assert {path: path.read_text() for path in files} == files
+    for which in ("sender", "receiver"):
+        assert "this release does not have the step 'warming'" in (world.directory / f"{which}.log").read_text()
+
+
+@pytest.mark.parametrize("which", ["sender", "receiver"])
+async def test_a_value_that_no_release_has_written_is_not_acted_on(
+    which: str, clean_hosts: World, tmp_path: Path
+) -> None:
+    """To take a strange domid for one of a domain that has gone would give up what a guest needs."""
+
+    def take_up(facts: dict[str, Any]) -> None:
+        journal, lanes = Journal(tmp_path), cast(Any, Ends([]))
+        if which == "sender":
+            OutgoingMigration.of_predecessor("session", clean_hosts.source, lanes, journal, facts)
+        else:
+            IncomingMigration.of_predecessor(clean_hosts.destination, "session", lanes, journal, facts)
+
+    good = FACTS[which]
+    take_up(good)
+    for name in good:
+        with pytest.raises((ValueError, MigrationError)):
+            take_up({**good, name: b"neither"})
+        with pytest.raises((ValueError, MigrationError)):
+            take_up({key: value for key, value in good.items() if key != name and name != "handle"})
 
 
 async def migrates(world: World, name: str = "another") -> None:
