@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The errors of a migration, by whose fault they are."""
 
+from __future__ import annotations
+
+from typing import Any
+
 
 class MigrationError(Exception):
     """A migration could not be done; the text says why and what to do."""
@@ -32,6 +36,17 @@ class UnknownSessionError(RefusedError):
 
 class UnknownMigrationError(MigrationError):
     """The daemon that was asked has no such migration; another may have."""
+
+
+class DaemonGoneError(MigrationError):
+    """The daemon has ended in the middle of a request."""
+
+    progress: dict[str, Any] | None = None
+    """The last that the daemon has reported of a migration."""
+
+
+class UnattendedMigrationError(MigrationError):
+    """The sender has ended during a migration.  The text says what is known of the guest; the command's exit status is 3."""
 
 
 class SilentDaemonError(MigrationError):

@@ -3,7 +3,7 @@
 
 One file a group of commands; what a command needs is imported when it runs, so that ``--help`` is quick.
 Errors that a user can do something about are one line on standard error and exit status 1; wrong options 2; an
-interruption 130.
+interruption 130; a sender that ended during a migration 3.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def cli() -> None:
 def main() -> None:
     """The entry point."""
     from migrate.cli.text import echo
-    from migrate.errors import InterruptedMigrationError, MigrationError
+    from migrate.errors import InterruptedMigrationError, MigrationError, UnattendedMigrationError
     from xenbackend.errors import GuestOptionError, XenError
 
     try:
@@ -94,7 +94,7 @@ def main() -> None:
             for note in getattr(error, "__notes__", ()):
                 echo(note, err=True)
             echo(f"xen-postcopy: {error}", err=True)
-        sys.exit(1)
+        sys.exit(3 if isinstance(error, UnattendedMigrationError) else 1)
 
 
 if __name__ == "__main__":

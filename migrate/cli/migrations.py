@@ -24,14 +24,20 @@ from migrate.cli.progress import ProgressDisplay
 from migrate.cli.text import echo
 from migrate.control.client import ANSWER_S, ENDED, ControlClient
 from migrate.errors import (
+    DaemonGoneError,
     InterruptedMigrationError,
     MigrationError,
     SilentDaemonError,
+    UnattendedMigrationError,
     UnknownMigrationError,
 )
 from xenbackend.unix import STARTING_S
 
 WATCH_EVERY_S = 0.5
+
+
+KNOWN = ("id", "domain", "peer", "strategy", "phase", "handed_over", "outstanding", "problem")
+"""What ``--json`` has of a migration whose sender has ended."""
 
 
 def follow_migration(client: ControlClient, request: dict[str, Any]) -> dict[str, Any]:
@@ -42,6 +48,7 @@ def follow_migration(client: ControlClient, request: dict[str, Any]) -> dict[str
     """
     interrupted = False
     result: dict[str, Any] = {}
+    last: dict[str, Any] | None = None
 
     def on_interrupt(_signal: int, _frame: object) -> None:
         nonlocal interrupted
@@ -59,6 +66,7 @@ def follow_migration(client: ControlClient, request: dict[str, Any]) -> dict[str
         for answer in client.answers():
             match answer["event"]:
                 case "progress":
+                    last = answer
                     display.show(answer)
                 case "notice":
                     raise InterruptedMigrationError(
@@ -67,6 +75,9 @@ def follow_migration(client: ControlClient, request: dict[str, Any]) -> dict[str
                 case "result":
                     result = answer["result"]
     except InterruptedMigrationError:
+        raise
+    except DaemonGoneError as error:
+        error.progress = last
         raise
     except MigrationError as error:
         if interrupted:
@@ -78,16 +89,40 @@ def follow_migration(client: ControlClient, request: dict[str, Any]) -> dict[str
     return result
 
 
-def write_json(path: Path | None, result: dict[str, Any]) -> None:
-    """Raises :class:`MigrationError` where it cannot be written."""
+def unattended(progress: dict[str, Any], json_path: Path | None) -> UnattendedMigrationError:
+    """What is known of a migration whose sender has ended, and what to do."""
+    name, start = progress["domain"], "start the sender again (systemctl start xen-postcopy-sender)"
+    follow = f"xen-postcopy watch {progress['id'][:8]}"
+    if progress["handed_over"]:
+        what_now = (
+            f"{name} runs at the destination ({progress['peer']}), and this host keeps the {progress['outstanding']} pages "
+            f"that it lacks there: {start}, which sends them; `{follow}` follows the migration"
+        )
+    else:
+        what_now = (
+            f"{name} is on this host, unless it was handed over in the moment after that: {start}, which takes up what was "
+            f"left; `xen-postcopy list` then shows where {name} runs, and `{follow}` follows the migration"
+        )
+    error = UnattendedMigrationError(
+        f"the sender has ended during the migration of {name}, whose last known phase is {progress['phase']}; {what_now}"
+    )
+    try:
+        write_json(json_path, {"verified": None, **{key: progress.get(key) for key in KNOWN}}, "what is known")
+    except MigrationError as unwritten:
+        error.add_note(f"xen-postcopy: {unwritten}")
+    return error
+
+
+def write_json(
+    path: Path | None, result: dict[str, Any], what: str = "the migration is completed, but its result"
+) -> None:
+    """Raises :class:`MigrationError`, which begins with ``what``, if the file cannot be written."""
     if path is None:
         return
     try:
         path.write_text(json.dumps(result, indent=2) + "\n")
     except OSError as error:
-        raise MigrationError(
-            f"the migration is completed, but its result cannot be written to {path}: {error.strerror}"
-        ) from error
+        raise MigrationError(f"{what} cannot be written to {path}: {error.strerror}") from error
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -138,7 +173,12 @@ def migrate_command(
         "domain": domain, "destination": destination, "take_log_dirty": take_log_dirty, **migration_request(**options),
     }  # fmt: skip
     with ControlClient(socket_path, wait_s=STARTING_S) as client:
-        result = follow_migration(client, request)
+        try:
+            result = follow_migration(client, request)
+        except DaemonGoneError as error:
+            if error.progress is None:
+                raise
+            raise unattended(error.progress, json_path) from error
     echo(summary(result))
     write_json(json_path, {"verified": None, **result})
 

@@ -19,7 +19,7 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
-from migrate.errors import MigrationError, SilentDaemonError, UnknownMigrationError
+from migrate.errors import DaemonGoneError, MigrationError, SilentDaemonError, UnknownMigrationError
 from xenbackend.unix import connect_unix
 
 MAX_LINE = 1024 * 1024
@@ -66,7 +66,7 @@ class ControlClient:
         except BlockingIOError:
             raise self._silent() from None
         except OSError as error:
-            raise MigrationError(f"the daemon has gone: {error.strerror}") from error
+            raise DaemonGoneError(f"the daemon has gone: {error.strerror}") from error
 
     def answer(self, watched_fd: int | None = None) -> Json | None:
         """The next one; ``None`` at the end.
@@ -99,7 +99,7 @@ class ControlClient:
             yield answer
             if answer["event"] == "result":
                 return
-        raise MigrationError("the daemon has gone in the middle of the request")
+        raise DaemonGoneError("the daemon has gone in the middle of the request")
 
     def _silent(self) -> SilentDaemonError:
         return SilentDaemonError(

@@ -15,7 +15,9 @@ import pytest
 
 from migrate.cli.world import World, start_receiver, start_sender, verify_migrated, wait_for_steps
 from migrate.lanes.dial import REJOINS_OF_ONE_LIFE
-from tests.conftest import MIB
+from tests.conftest import MIB, WAIT_S
+from tests.support import zygote
+from tests.support.commands import PROGRAM
 from tests.support.daemons import journal, kill, lines, note, phase, world
 from tests.support.waiting import until
 from xenbackend.contract import DomainState
@@ -155,6 +157,30 @@ def test_a_receiver_s_successor_counts_what_is_missing_without_a_sender(world: W
     assert line["phase"] == "interrupted" and line["outstanding"] > 0
     start_anew(world, "sender")
     assert check(world) == "destination"
+
+
+@pytest.mark.parametrize("wanted", ["precopy", "postcopy"])
+def test_migrate_reports_what_is_known_when_the_sender_dies(world: World, tmp_path: Path, wanted: str) -> None:
+    guest = world.source.create_guest(spec().to_bytes())
+    wait_for_steps(guest, 100)
+    guest.close()
+    written = tmp_path / "result.json"
+    command = [
+        *PROGRAM, "migrate", "guest", f"127.0.0.1:{world.port}", "--socket", str(world.sender_socket), "--bandwidth", "2M",
+        "--strategy", "hybrid" if wanted == "precopy" else "postcopy", "--json", str(written),
+    ]  # fmt: skip
+    with zygote.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        while f"guest: {wanted}" not in (line := process.stderr.readline()):
+            assert line
+        (before,) = lines(world, "sender")
+        kill(world, "sender")
+        _out, err = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 3
+    assert f"last known phase is {wanted}" in err and f"xen-postcopy watch {before['id'][:8]}" in err
+    assert ("runs at the destination" in err) is (wanted == "postcopy")
+    result = json.loads(written.read_text())
+    assert (result["phase"], result["handed_over"], result["verified"]) == (wanted, wanted == "postcopy", None)
 
 
 @pytest.mark.parametrize("which", ["sender", "receiver"])
