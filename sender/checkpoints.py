@@ -6,6 +6,10 @@ since the one before it, and its context, all of one instant.  It is put down in
 in, and counts when it is whole: the file gets its name then, and its pages are written into the source domain.  A sender
 that is killed in the middle of that has a successor that writes them once more.
 
+From the first of these pages on, the source domain has the memory of no instant without the file: its own resume would let it
+go on with the registers of one instant and the memory of another.  The journal has a note of that before the first page is
+written.  A file that is damaged or gone then leaves nothing that could go on at the source.
+
 What a checkpoint has can never be a page that the destination still lacks: the guest has written it there.
 
 To go back, a new domain is made in place of the source's, as a receiver would make it, and the pages are moved over, some at a
@@ -18,7 +22,7 @@ import contextlib
 import errno
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -55,19 +59,30 @@ def _room(path: Path) -> tuple[int, int]:
 
 
 class CheckpointStore:
-    """Of one guest, in the file ``path``.  Calls block: run them in a thread."""
+    """Of one guest, in the file ``path``.  Calls block: run them in a thread.
 
-    def __init__(self, path: Path, domain: Domain):
+    ``applying`` is called before a checkpoint is written into the domain, and notes that where a
+    successor finds the note.  It raises :class:`MigrationError` where it cannot; then nothing is written.
+    """
+
+    def __init__(self, path: Path, domain: Domain, applying: Callable[[], None]):
         self._path, self._new_path = path, path.with_suffix(".new-checkpoint")
-        self._domain = domain
+        self._domain, self._applying = domain, applying
         self._new: BinaryIO | None = None
         self._context_bytes = self._pages = 0
         self._problem = ""
         """Why the one that comes cannot be kept."""
+        self._incomplete = ""
+        """Why the domain may lack pages of the last checkpoint, which no later one has."""
 
     def exists(self) -> bool:
-        """There is one to go back to."""
-        return self._path.exists()
+        """A file is there, which may be damaged."""
+        return os.path.lexists(self._path)
+
+    def check(self) -> None:
+        """Read the whole of the last checkpoint.  Raises :class:`MigrationError` if nobody can go back to it."""
+        for _piece in _read(self._path):
+            pass
 
     # ---- what comes ----
     def add(self, message: m.Written | m.Checkpoint, payload: memoryview) -> bool:
@@ -83,7 +98,7 @@ class CheckpointStore:
         if self._pages > MAX_COPIES * self._domain.nr_pfns or self._context_bytes > MAX_CONTEXT_BYTES:
             raise RemoteProtocolError("a checkpoint that is larger than the guest")
         try:
-            if not self._problem:
+            if not self._problem and not self._incomplete:
                 self._write(message, payload)
                 if last and self._new is not None:
                     self._new.close()
@@ -97,7 +112,7 @@ class CheckpointStore:
             raise
         if not last:
             return False
-        problem = self._problem
+        problem = self._problem or self._incomplete
         self.abandon()
         if problem:
             raise MigrationError(problem)
@@ -135,8 +150,28 @@ class CheckpointStore:
                 _populate(self._domain, message)
 
     def apply(self) -> None:
-        """Bring the source's memory to the last whole checkpoint.  Raises ``XenError``."""
-        self._write_to(self._domain)
+        """Bring the source's memory to the last whole checkpoint.
+
+        Raises ``XenError`` or :class:`MigrationError`; no further checkpoint is kept then.
+        """
+        try:
+            self._applying()
+            self._write_to(self._domain)
+        except (MigrationError, XenError, OSError) as error:
+            self._cannot_apply(error)
+            raise
+
+    def apply_again(self) -> None:
+        """As :meth:`apply`, for a predecessor, which may have done so in part.  A file that is not right changes nothing."""
+        try:
+            self.check()
+        except MigrationError as error:
+            self._cannot_apply(error)
+            raise
+        self.apply()
+
+    def _cannot_apply(self, error: Exception) -> None:
+        self._incomplete = f"the last checkpoint is not in the memory of the source: {error}"
 
     def _write_to(self, domain: Domain) -> None:
         for message, payload in _read(self._path):
@@ -155,9 +190,10 @@ class CheckpointStore:
     def go_back(self, to: Domain) -> None:
         """Make ``to``, an empty domain or one that this was begun with, the guest as it was, and let it run.
 
-        Raises ``XenError``, and can be tried again then.
+        Raises ``XenError`` or :class:`MigrationError`, and can be tried again then.
         """
         if to.state() is DomainState.INCOMING:
+            self.check()  # before a page is moved
             for pfns in batches_of(present(self._domain), MOVED_PAGES):
                 with self._domain.map_pages(pfns) as mapped:
                     message, data = announce(pfns, mapped), b"".join(mapped.data)
@@ -177,16 +213,26 @@ def _populate(domain: Domain, message: m.Written) -> None:
 
 
 def _read(path: Path) -> Iterator[tuple[m.Message, memoryview]]:
-    """What :meth:`CheckpointStore.add` has written."""
+    """What :meth:`CheckpointStore.add` has written.  Raises :class:`MigrationError` at the first
+    piece that is not right.
+    """
     decoder = FrameDecoder()
     decoder.checked = True
-    with path.open("rb") as file:
-        while count := file.readinto(decoder.wanted()):
-            decoder.filled(count)
-            while (frame := decoder.next_frame()) is not None:
-                yield m.parse(frame.header, len(frame.payload)), frame.payload
-    if not decoder.at_boundary():
-        raise MigrationError(f"{path} ends in the middle of a checkpoint")
+    whole = False
+    try:
+        with path.open("rb") as file:
+            while count := file.readinto(decoder.wanted()):
+                decoder.filled(count)
+                while (frame := decoder.next_frame()) is not None:
+                    message = m.parse(frame.header, len(frame.payload))
+                    whole = isinstance(message, m.Checkpoint) and message.last
+                    yield message, frame.payload
+    except OSError as error:
+        raise MigrationError(f"the checkpoint {path} cannot be read: {error.strerror}") from error
+    except RemoteProtocolError as error:
+        raise MigrationError(f"the checkpoint {path} is damaged: {error}") from error
+    if not whole or not decoder.at_boundary():
+        raise MigrationError(f"the checkpoint {path} is damaged: it ends in the middle")
 
 
 def remove(path: Path) -> None:

@@ -152,6 +152,12 @@ class OutgoingMigration:
         """An operator's, as the journal has it."""
         self._decided = trio.Event()
         """The journal has the decision, or the decision came too late."""
+        self._stuck = False
+        """The guest was to go on here, and at least one attempt has failed."""
+        self._otherwise = trio.Event()
+        """An operator has then decided that nothing of the guest is needed here."""
+        self._went = trio.Event()
+        """The attempts have ended in either way."""
         self._over = False
         """:meth:`run` has ended."""
         self._suspended = False
@@ -164,6 +170,10 @@ class OutgoingMigration:
         self._checkpoints: CheckpointStore | None = None
         self._successor: int | None = None
         """The domid of the domain in which the guest goes on as it was at a checkpoint."""
+        self._applied = False
+        """The source domain has pages of a checkpoint, or has lost pages to the successor: the guest
+        cannot be resumed in the source domain.
+        """
         self._key = new_token()
         self._given_away = trio.Event()
         """A toolstack that decides has decided so."""
@@ -203,6 +213,9 @@ class OutgoingMigration:
         migration._key = bytes.fromhex(facts["key"])
         migration._inherited, migration._successor = facts["step"], facts["successor"]
         migration._max_pages = facts.get("max_pages", 0)
+        # A release that did not note this has applied the checkpoint that is there.
+        there = facts["step"] == "going back" or journal.checkpoint(session_id).exists()
+        migration._applied = facts.get("applied", there)
         migration._ran, migration._recall = facts.get("ran", False), facts.get("recall", False)
         migration._may_be_ready = True  # for all we know
         # Whoever asks before the migration is taken up has the answer that follows from the journal.
@@ -217,8 +230,10 @@ class OutgoingMigration:
         lanes.keep(migration._key)
         return migration
 
-    def _record(self, step: str) -> None:
-        """Raises :class:`MigrationError` where the journal cannot be written, and the guest can still stay here."""
+    def _record(self, step: str, *, needed: bool = False) -> None:
+        """Raises :class:`MigrationError` where the journal cannot be written, and the entry is
+        ``needed`` or the guest can still stay here.
+        """
         self._journal.write(
             self.id,
             {
@@ -228,8 +243,9 @@ class OutgoingMigration:
                 "xl": self._toolstack.decides, "strategy": self.options.strategy.value,
                 "bandwidth": self.options.bandwidth_bytes_per_s, "checkpoints": self.options.checkpoint_every_s,
                 "successor": self._successor, "ran": self._ran, "recall": self._recall, "max_pages": self._max_pages,
+                "applied": self._applied,
             },
-            needed=not self._entrusted,
+            needed=needed or not self._entrusted,
         )  # fmt: skip
 
     # ---- what others may ask ----
@@ -301,14 +317,21 @@ class OutgoingMigration:
         Raises :class:`MigrationError` if there is nothing to decide, or if the decision is known to
         be wrong and not forced.
         """
-        can_go_back = await trio.to_thread.run_sync(self._can_go_back)
+        obstacle = await trio.to_thread.run_sync(self._no_way_back) if here else ""
+        can_go_back = not obstacle and await trio.to_thread.run_sync(self._can_go_back)
         gone = await trio.to_thread.run_sync(self._is_gone)
-        self._check_decision(here=here, certain=force or can_go_back)
+        self._check_decision(here=here, certain=force or can_go_back, obstacle=obstacle)
         if here and gone:
             raise MigrationError(
                 f"the domain of {self.domain_name} does not exist here any more: there is nothing that could go on; "
                 "`xen-postcopy decide ... elsewhere` ends the migration"
             )
+        if self._stuck:
+            self._otherwise.set()
+            await self._went.wait()
+            if self._decision != "decided elsewhere":
+                raise MigrationError(f"too late: in the meantime {self.domain_name} went on here")
+            return
         decision = "decided here" if here else "decided elsewhere"
         self._decision = decision  # from here on another decision is refused
         if self._over:
@@ -344,11 +367,17 @@ class OutgoingMigration:
         return await in_thread(self._is_gone)
 
     def _can_go_back(self) -> bool:
-        """True if the guest was protected to the end and a checkpoint exists.  Called in a thread."""
-        return self._checkpoints is not None and self._checkpoints.exists() and not self.progress.unprotected
+        """True if the guest was protected to the end and its last checkpoint can be read.  Called in a thread."""
+        return self._checkpoints is not None and not self.progress.unprotected and not _unreadable(self._checkpoints)
 
-    def _check_decision(self, *, here: bool, certain: bool) -> None:
-        """``certain``: to go on here is right even if the guest has run at the destination."""
+    def _no_way_back(self) -> str:
+        """Why the guest cannot go on here at all; empty if it can.  Called in a thread."""
+        return _unreadable(self._checkpoints) if self._applied and self._checkpoints is not None else ""
+
+    def _check_decision(self, *, here: bool, certain: bool, obstacle: str = "") -> None:
+        """``certain``: to go on here is right even if the guest has run at the destination.
+        ``obstacle``: why it is impossible to go on here.
+        """
         name, phase = self.domain_name, self.progress.phase
         if self.has_ended:
             raise MigrationError(ended(name, phase, self.progress.problem, "decide"))
@@ -359,9 +388,9 @@ class OutgoingMigration:
             )
         if not self.session.handed_over:
             raise MigrationError(f"there is nothing to decide here: xl does, and has not yet; {name} is {phase}")
-        if self._decision:
+        if here if self._stuck else self._decision:
             raise MigrationError(
-                f"that was {self._decision} already, which is being carried out: see `xen-postcopy list`"
+                f"that was {self._decision or 'decided here'} already, which is being carried out: see `xen-postcopy list`"
             )
         if phase != "interrupted":
             raise MigrationError(f"there is nothing to decide here: both ends are in touch, and {name} is {phase}")
@@ -369,6 +398,12 @@ class OutgoingMigration:
             raise MigrationError(
                 "xl has destroyed the domain here: there is nothing that could go on; "
                 "`xen-postcopy decide ... elsewhere` lets its pages go"
+            )
+        if here and obstacle:
+            raise MigrationError(
+                f"{name} cannot go on here, with --force neither: {obstacle}; without it the memory here is that of "
+                "no instant, because checkpoints were written into it; the guest goes on where it is as soon as the "
+                f"destination is back; if the guest is lost: `xen-postcopy decide {name} elsewhere` lets its pages go"
             )
         # A final answer proves nothing.  A receiver with another state directory does not have the
         # session, and the guest may run there nevertheless.
@@ -424,7 +459,7 @@ class OutgoingMigration:
         logging = LOGGING if self._toolstack.decides else (*LOGGING, "handed over", "decided here")
         self._written = WrittenPages(self._domain, self._max_pages, enabled=self._inherited in logging)
         if self.options.checkpoint_every_s is not None:
-            self._checkpoints = CheckpointStore(self._journal.checkpoint(self.id), self._domain)
+            self._checkpoints = CheckpointStore(self._journal.checkpoint(self.id), self._domain, self._applying)
         try:
             with self._scope:
                 if self._inherited:
@@ -517,8 +552,8 @@ class OutgoingMigration:
             Role.SENDER, self._domain.nr_pfns, handed_over=handed_over, protected=protected,
             entrusted=self._toolstack.decides,
         )  # fmt: skip
-        if self._checkpoints is not None and await trio.to_thread.run_sync(self._checkpoints.exists):
-            await trio.to_thread.run_sync(self._checkpoints.apply)
+        if self._checkpoints is not None:
+            await trio.to_thread.run_sync(self._take_up_checkpoint, self._checkpoints)
         self.progress.phase = "postcopy" if handed_over else "deciding"
         nothing = np.zeros(self._domain.nr_pfns, dtype=np.bool_)
         self._backlog = await in_thread(Backlog, nothing)
@@ -541,6 +576,7 @@ class OutgoingMigration:
         """However long it takes: what fails may pass."""
         while True:
             try:
+                await as_soon_as_threads_start(self._let_successor_go)
                 await as_soon_as_threads_start(functools.partial(self._toolstack.finish, self._domain))
                 break
             except NoSuchDomainError:  # somebody else has done it
@@ -550,6 +586,16 @@ class OutgoingMigration:
                 log.error("%s: %s", self.domain_name, self.progress.problem)
                 await trio.sleep(GO_BACK_AGAIN_S)
         self.progress.problem = ""
+
+    async def _let_successor_go(self) -> None:
+        """The domain that was made to go back to a checkpoint, if the guest never ran in it."""
+        if self._successor is None:
+            return
+        with contextlib.suppress(NoSuchDomainError):
+            successor = await trio.to_thread.run_sync(self._reincarnated)
+            if await trio.to_thread.run_sync(successor.state) is DomainState.INCOMING:
+                await trio.to_thread.run_sync(successor.destroy)
+        self._successor = None
 
     def _forget(self) -> None:
         """Nothing is owed any more."""
@@ -846,10 +892,29 @@ class OutgoingMigration:
             self.progress.checkpoint_at = time.monotonic()
         except RemoteProtocolError:
             raise
-        except (MigrationError, XenError) as error:
+        except (MigrationError, XenError, OSError) as error:
             problem = m.printable(str(error))
             self._unprotected(problem)
         push.say_blocking(m.Kept(problem))
+
+    def _applying(self) -> None:
+        """Note that a resume in the source domain is impossible from now on.  Raises :class:`MigrationError`."""
+        if not self._applied:
+            self._applied = True
+            try:
+                self._record(self._inherited or "handed over", needed=True)
+            except MigrationError:
+                self._applied = False
+                raise
+
+    def _take_up_checkpoint(self, checkpoints: CheckpointStore) -> None:
+        """A predecessor's.  Without the checkpoint the guest is not protected; its pages are here still."""
+        if not self._applied and not checkpoints.exists():
+            return
+        try:
+            checkpoints.apply_again()
+        except (MigrationError, XenError, OSError) as error:
+            self._unprotected(m.printable(str(error)))
 
     def _unprotected(self, problem: str) -> None:
         """What was kept last stays good."""
@@ -950,10 +1015,7 @@ class OutgoingMigration:
         progress = self.progress
         given_away = self.session.handed_over and not isinstance(error, StaysHereError)
         if isinstance(error, GuestEndedError):
-            await self._let_source_go()
-            progress.problem = str(error)
-            await trio.to_thread.run_sync(self._forget)
-            progress.phase = "failed"
+            await self._guest_ended(error)
             return
         if self._entrusted and not given_away and not isinstance(error, trio.Cancelled | StaysHereError):
             progress.phase, progress.problem = "in doubt", f"{error}; xl has not said yet at which end the guest runs"
@@ -972,8 +1034,18 @@ class OutgoingMigration:
         else:
             progress.problem = str(error)
             with trio.CancelScope(shield=True):
-                await self._give_up(str(error))
+                try:
+                    await self._give_up(str(error))
+                except GuestEndedError as otherwise:
+                    await self._guest_ended(otherwise)
             progress.phase = "failed"
+
+    async def _guest_ended(self, error: GuestEndedError) -> None:
+        """Nothing of the guest is needed here any more."""
+        await self._let_source_go()
+        self.progress.problem = str(error)
+        await trio.to_thread.run_sync(self._forget)
+        self.progress.phase = "failed"
 
     def _lose(self, gone: str) -> str:
         """The reason, which the destination is sent as well.  The journal stays until the destination has the reason."""
@@ -1037,7 +1109,9 @@ class OutgoingMigration:
         with self._reported():
             await trio.to_thread.run_sync(self._written.disable)
         with self._reported():
-            if self._checkpoints is not None and await trio.to_thread.run_sync(self._checkpoints.exists):
+            if self._checkpoints is not None and (
+                self._applied or not await trio.to_thread.run_sync(_unreadable, self._checkpoints)
+            ):
                 await self._go_back(self._checkpoints)
             else:
                 await self._toolstack.give_up(self._domain, reason, suspended=self._suspended)
@@ -1050,19 +1124,40 @@ class OutgoingMigration:
                 await trio.to_thread.run_sync(self._checkpoints.close)
 
     async def _go_back(self, checkpoints: CheckpointStore) -> None:
-        """To the guest as it was when the last checkpoint was made, however long it takes."""
+        """To the guest as it was when the last checkpoint was made, however long it takes.
+
+        Raises :class:`GuestEndedError` if an operator decides otherwise after a failed attempt.
+        """
         while True:
             try:
                 domain = await trio.to_thread.run_sync(self._reincarnated)
                 await trio.to_thread.run_sync(checkpoints.go_back, domain)
                 break
-            except (MigrationError, XenError) as error:
-                self.progress.problem = f"cannot go back to the last checkpoint: {error}; trying again"
+            except (MigrationError, XenError, OSError) as error:
+                self.progress.problem = (
+                    f"cannot go back to the last checkpoint: {error}; trying again; to let the guest go here instead: "
+                    f"`xen-postcopy decide {self.domain_name} elsewhere`"
+                )
                 log.error("%s: %s", self.domain_name, self.progress.problem)
-                await trio.sleep(GO_BACK_AGAIN_S)
+                self._stuck = True
+                with trio.move_on_after(GO_BACK_AGAIN_S):
+                    await self._otherwise.wait()
+                if self._otherwise.is_set():
+                    await self._decide_otherwise()
+        self._stuck = False
+        self._went.set()
         log.warning("%s goes on here, as it was at the last checkpoint", self.domain_name)
         await self._toolstack.finish(self._domain)
         self._domain, self.progress.problem = domain, WENT_BACK
+
+    async def _decide_otherwise(self) -> NoReturn:
+        self._decision = "decided elsewhere"
+        self._last_word, self._recall = None, False  # the guest may run at the destination
+        await trio.to_thread.run_sync(self._record, self._decision)
+        verdict = _decision(self._decision)
+        assert verdict is not None
+        self._went.set()
+        raise verdict
 
     def _reincarnated(self) -> Domain:
         """The domain in which the guest is to go on."""
@@ -1073,7 +1168,7 @@ class OutgoingMigration:
         for left in self._hypervisor.abandoned(config, instead_of=self._domain):
             left.destroy()  # by a predecessor that died before the journal had the domain's number
         domain = self._hypervisor.create_incoming(config, instead_of=self._domain)
-        self._successor = domain.domid
+        self._successor, self._applied = domain.domid, True
         self._record("going back")
         return domain
 
@@ -1082,6 +1177,8 @@ class OutgoingMigration:
         """The rest is to be done all the same."""
         try:
             yield
+        except GuestEndedError:
+            raise
         except (MigrationError, XenError) as error:
             self.progress.problem += f"; and then: {error}"
             log.error("%s", error)
@@ -1122,6 +1219,15 @@ def _decision(step: str) -> MigrationError | None:
         case "decided elsewhere":
             return GuestEndedError("an operator has said that nothing of the guest is needed here")
     return None
+
+
+def _unreadable(checkpoints: CheckpointStore) -> str:
+    """Why nobody can go back to the last checkpoint; empty if that is possible."""
+    try:
+        checkpoints.check()
+    except MigrationError as error:
+        return str(error)
+    return ""
 
 
 def _receiver_statistics(data: bytes) -> dict[str, Any]:
