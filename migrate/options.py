@@ -10,6 +10,7 @@ from enum import Enum
 
 from migrate.errors import MigrationError
 from migrate.units import MAX_SIZE
+from xenbackend.pages import PAGE_SIZE
 
 MAX_CHECKPOINT_MS = 3_600_000
 """The longest time between two checkpoints that a sender may ask for."""
@@ -36,10 +37,10 @@ class PolicyOptions:
     """Likewise, when the rest can be sent in this time."""
 
     def problems(self) -> str | None:
-        if not 1 <= self.max_rounds <= 1000:
-            return f"--max-rounds {self.max_rounds}: 1 to 1000"
-        if self.dirty_threshold < 0:
-            return f"--dirty-threshold {self.dirty_threshold}: at least 0"
+        if type(self.max_rounds) is not int or not 1 <= self.max_rounds <= 1000:
+            return f"--max-rounds {self.max_rounds}: a whole number, 1 to 1000"
+        if type(self.dirty_threshold) is not int or self.dirty_threshold < 0:
+            return f"--dirty-threshold {self.dirty_threshold}: a whole number, at least 0"
         if not 0 < self.downtime_target_ms <= 3_600_000:
             return f"--downtime-target {self.downtime_target_ms}: more than 0 milliseconds, at most an hour"
         return None
@@ -60,8 +61,8 @@ class MigrationOptions:
         if problem := self.policy.problems():
             raise MigrationError(problem)
         cap, every_s = self.bandwidth_bytes_per_s, self.checkpoint_every_s
-        if cap is not None and not 0 < cap <= MAX_SIZE:
-            raise MigrationError(f"bandwidth {cap}: more than 0 bytes a second, or none for no cap")
+        if cap is not None and not PAGE_SIZE <= cap <= MAX_SIZE:
+            raise MigrationError(f"bandwidth {cap}: at least one page ({PAGE_SIZE} bytes) a second, or none for no cap")
         if every_s is not None and not 0.001 <= every_s <= MAX_CHECKPOINT_MS / 1000:
             raise MigrationError(f"checkpoints every {every_s} s: 0.001 s to {MAX_CHECKPOINT_MS / 1000:g} s")
         if self.checkpoint_every_s is not None and not self.strategy.pages_after_handover:

@@ -204,7 +204,8 @@ class OutgoingMigration:
         toolstack = XlToolstack(facts["domain"]) if facts["xl"] else None
         options = MigrationOptions(
             Strategy(facts["strategy"]),
-            bandwidth_bytes_per_s=facts["bandwidth"],
+            # An earlier release accepted less than a page a second.
+            bandwidth_bytes_per_s=None if facts["bandwidth"] is None else max(facts["bandwidth"], PAGE_SIZE),
             checkpoint_every_s=facts["checkpoints"],
         )
         handle = facts.get("handle")  # a release before this one did not note handles

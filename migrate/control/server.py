@@ -157,7 +157,7 @@ async def _answer(connection: ControlConnection, handler: Handler) -> None:
         return
     except (MigrationError, XenError) as error:
         text = str(error)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         text = f"bad request: {error!r}"
     except (trio.BrokenResourceError, trio.ClosedResourceError):
         raise

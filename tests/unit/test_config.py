@@ -76,7 +76,7 @@ def test_what_is_given() -> None:
         ("[network]\nsilence_s = 2", "config.toml: [network] silence_s: 2: seconds: at least 3, at most 3600"),
         ('[migration]\nstrategy = "fast"', "config.toml: [migration] strategy: 'fast': one of hybrid, postcopy"),
         ("[migration]\nmax_rounds = 1.5", "config.toml: [migration] max_rounds: 1.5: a whole number"),
-        ("[migration]\nmax_rounds = 0", "config.toml: [migration] max_rounds 0: 1 to 1000"),
+        ("[migration]\nmax_rounds = 0", "config.toml: [migration] max_rounds 0: a whole number, 1 to 1000"),
         ('[migration]\nbandwidth = "1"', "config.toml: [migration] bandwidth: '1': at least one page"),
         ('[tls]\ncertificate = "a.pem"', "config.toml: [tls] key: it is missing"),
         (

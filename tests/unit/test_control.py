@@ -31,6 +31,8 @@ async def handle(request: Json, connection: ControlConnection) -> None:
             raise MigrationError("no such domain")
         case "bug":
             raise RuntimeError("a bug")
+        case "number":
+            await connection.answer("result", number=int(request["domid"]))
         case "stay":
             await connection.answer("progress")
             await connection.request()
@@ -83,6 +85,8 @@ async def test_a_request_is_answered_once(tmp_path: Path) -> None:
         (b"{}\n", b"bad request: KeyError('command')"),
         (b'{"command": "echo"}\n', b"bad request: KeyError('word')"),
         (b'{"command": "refuse"}\n', b"no such domain"),
+        (b'{"command": "number", "domid": 1e999}\n', b"bad request: OverflowError"),
+        (b'{"command": "number", "domid": NaN}\n', b"bad request: ValueError"),
         (b"x" * (MAX_LINE + 1), b"a line without end"),
     ],
 )
