@@ -130,6 +130,8 @@ class ReceiverDaemon:
             case "postcopy-now":
                 migration = find_migration(self._migrations.values(), request["migration"])
                 raise MigrationError(f"{migration.domain_name} is incoming: ask the sender at its source for that")
+            case "migrate" | "save" as other:
+                raise MigrationError(f"this is the receiver's socket; `{other}` needs the sender's")
             case other:
                 raise MigrationError(f"unknown command {other!r}")
 

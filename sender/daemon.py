@@ -141,6 +141,8 @@ class SenderDaemon:
                 if not runs:
                     self._nursery.start_soon(self._end, migration)
                 await connection.answer("result")
+            case "restore" | "await-memory" as other:
+                raise MigrationError(f"this is the sender's socket; `{other}` needs the receiver's")
             case other:
                 raise MigrationError(f"unknown command {other!r}")
 

@@ -89,7 +89,10 @@ def main() -> None:
         error.show(text)
         echo(text.getvalue().rstrip("\n"), err=True)
         sys.exit(error.exit_code)
-    except (MigrationError, XenError, GuestOptionError, OSError) as error:
+    except GuestOptionError as error:
+        echo(f"xen-postcopy: {error}", err=True)
+        sys.exit(2)
+    except (MigrationError, XenError, OSError) as error:
         with contextlib.suppress(OSError):  # of a terminal that has been closed, for one
             for note in getattr(error, "__notes__", ()):
                 echo(note, err=True)

@@ -14,7 +14,7 @@ import click
 import trio
 
 from migrate import logs
-from migrate.cli.options import F, Size, simulated_option, socket_option
+from migrate.cli.options import F, HostPort, Size, simulated_option, socket_option
 from migrate.lanes.connection import parse_address
 from migrate.service.config import (
     CONFIG_FILE,
@@ -67,7 +67,10 @@ def daemon_options(listen: Address, who: str, socket_path: Path) -> Callable[[F]
     at = "{}:{}".format(*listen)
     options = [
         click.option(
-            "--listen", metavar="HOST:PORT", help=f"Where {who} connect to; port 0: any free one.  Default: {at}."
+            "--listen",
+            type=HostPort(),
+            metavar="HOST:PORT",
+            help=f"Where {who} connect to; port 0: any free one.  Default: {at}.",
         ),
         socket_option(socket_path, "this daemon, to be made"),
         config_option,

@@ -16,6 +16,7 @@ import click
 from migrate.cli.options import (
     RECEIVER_SOCKET,
     SENDER_SOCKET,
+    HostPort,
     migration_request,
     socket_option,
     strategy_options,
@@ -153,7 +154,7 @@ def summary(result: dict[str, Any]) -> str:
 
 @click.command("migrate")
 @click.argument("domain")
-@click.argument("destination")
+@click.argument("destination", type=HostPort())
 @strategy_options
 @click.option(
     "--take-log-dirty",

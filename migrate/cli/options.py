@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from migrate.control import client
+from migrate.errors import MigrationError
 from migrate.options import MAX_CHECKPOINT_MS, PolicyOptions
 from migrate.units import parse_size, shortened
 
@@ -66,6 +67,24 @@ class WholeNumber(click.ParamType[int]):
         if not self._least <= number <= self._most:
             self.fail(f"{shortened(value)!r} is not a number from {self._least} to {self._most}.", param, ctx)
         return number
+
+
+class HostPort(click.ParamType[str]):
+    """``HOST``, ``HOST:PORT`` or ``[IPV6]:PORT``, as text."""
+
+    name = "address"
+
+    def __init__(self, default_port: int = 0):
+        self._default_port = default_port
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from migrate.lanes.connection import parse_address
+
+        try:
+            parse_address(value, self._default_port)
+        except MigrationError as error:
+            self.fail(f"{error}.", param, ctx)
+        return str(value)
 
 
 class ResultFile(click.Path):

@@ -449,6 +449,8 @@ def parse_address(text: str, default_port: int) -> tuple[str, int]:
         port = str(default_port)
     if not host:
         raise wrong("the host is missing")
+    if not colon and host.isascii() and host.isdigit():
+        raise wrong("this is a port, or no host at all")
     if not (port.isascii() and port.isdigit() and len(port) <= 5 and int(port) <= 65535):
         raise wrong("a port is a number of at most 65535")
     if ":" in host:

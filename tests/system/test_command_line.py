@@ -225,13 +225,13 @@ def test_a_result_that_is_not_written_does_not_hide_the_verification() -> None:
     ],
 )
 def test_senseless_guests(options: list[str], what: str) -> None:
-    assert_refused(run("loopback", *options), what)
+    assert_refused(run("loopback", *options), what, status=2)
 
 
 def test_an_image_larger_than_the_memory(tmp_path: Path) -> None:
     image = tmp_path / "image"
     image.write_bytes(bytes(8 * MIB))
-    assert_refused(run("loopback", "--image", image, "--memory", "4M"), "more than the guest's memory")
+    assert_refused(run("loopback", "--image", image, "--memory", "4M"), "more than the guest's memory", status=2)
 
 
 def test_loopback_reports_and_writes_the_documented_keys(tmp_path: Path) -> None:

@@ -121,6 +121,14 @@ def test_a_command_of_another_release_is_refused_by_name(world: World, which: st
         world.ask(which, command="teleport")
 
 
+@pytest.mark.parametrize(
+    ("which", "command", "other"), [("receiver", "migrate", "sender"), ("sender", "restore", "receiver")]
+)
+def test_a_request_to_the_wrong_daemon_names_the_right_one(world: World, which: str, command: str, other: str) -> None:
+    with pytest.raises(MigrationError, match=f"this is the {which}'s socket; `{command}` needs the {other}'s"):
+        world.ask(which, command=command)
+
+
 def test_show_and_watch(world: World, name: str) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         sockets = ("--socket", str(world.sender_socket), "--socket", str(world.receiver_socket))
