@@ -336,7 +336,7 @@ def postcopy_now_command(migration: str, socket_path: Path) -> None:
 @click.argument("migration")
 @sockets_option
 def cancel_command(migration: str, socket_paths: tuple[Path, ...]) -> None:
-    """Take MIGRATION (its id or its domain's name) back, before its switchover: the guest goes on at its source."""
+    """Cancel MIGRATION (its id or its domain's name) before its switchover.  The guest continues at its source."""
     _ask_all(socket_paths, command="cancel", migration=migration).check_complete()
 
 
@@ -346,7 +346,7 @@ def cancel_command(migration: str, socket_paths: tuple[Path, ...]) -> None:
 def reconnect_command(migration: str, socket_paths: tuple[Path, ...]) -> None:
     """Have MIGRATION, which was interrupted, try at once to reach the other host.
 
-    It tries by itself, after a pause that grows to ten seconds.
+    Without this command the daemon tries after a pause, which grows to ten seconds.
     """
     _ask_all(socket_paths, command="reconnect", migration=migration).check_complete()
 
@@ -360,14 +360,15 @@ def reconnect_command(migration: str, socket_paths: tuple[Path, ...]) -> None:
 def decide_command(migration: str, where: str, yes: bool, force: bool, socket_paths: tuple[Path, ...]) -> None:
     """State where the guest of MIGRATION runs, when the other host never comes back.
 
-    After a lost link both hosts hold still until they have heard of each other: neither knows by itself what only the other can
-    tell.  With this you tell it instead.  Never say "here" at both: the guest would run twice, on the same disks.
+    After the link was lost each host waits for the other, because only the other host has the facts
+    that this host lacks.  This command states the facts instead.  Never state "here" at both hosts: the
+    guest would run twice, on the same disks.
 
-    At the source (`interrupted`): "here" resumes the guest there, as it was when it was suspended, or, migrated with
-    --protect, as it was at the last checkpoint.  So say it only where the guest has not run at the destination, or what it
-    did there since may be lost; "elsewhere" destroys what is left of it.
+    At the source (`interrupted`): "here" resumes the guest in the state in which the guest was suspended,
+    or, after `migrate --protect`, in the state of the last checkpoint.  What the guest has done at the
+    destination since then is lost.  "elsewhere" destroys what is left of the guest here.
 
-    At the destination (`in doubt`): "here" lets the guest run; it stands still at pages that are missing until
+    At the destination (`in doubt`): "here" lets the guest run; vCPUs that touch a missing page wait until
     the source is back.  "elsewhere" destroys what has arrived.
     """
     answers = _ask_all(socket_paths, command="show", migration=migration)

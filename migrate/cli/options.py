@@ -146,7 +146,7 @@ def strategy_options(function: F) -> F:
                 default=defaults.dirty_threshold,
                 show_default=True,
                 metavar="PAGES",
-                help="With this many dirty pages or fewer, send the rest with the guest standing still.",
+                help="With this many dirty pages or fewer, send the rest while the guest is suspended.",
             ),
             click.option(
                 "--downtime-target",

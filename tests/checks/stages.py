@@ -38,7 +38,7 @@ def _make(target: str, *settings: str) -> tuple[str, ...]:
 TOOLS = Stage("tools", "Debian packages that the checks need are installed", _make("tools"), 600, cores=ALONE)
 TEST = Stage("test", "style, types, and every test", _make("test"), 1800, has_tests=True)
 CORE = Stage("coverage-core", "every branch of the sans-IO core is tested", _make("coverage-core"), 600)
-MODEL = Stage("model", "every state of the handover, and of ten mutations", _make("model"), 600)
+MODEL = Stage("model", "every state of the handover, and each mutation", _make("model"), 600)
 WARNINGS = Stage("warnings", "errors in C that a compiler can see", _make("warnings"), 600)
 SANITIZE = Stage("sanitize", "memory errors in C", _make("sanitize"), 1200, has_tests=True)
 RACES = Stage("races", "data races in C", _make("races"), 900)

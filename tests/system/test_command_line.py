@@ -97,7 +97,7 @@ def test_an_unreachable_destination(world: World, name: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     assert_refused(migrate(world, name, to=f"127.0.0.1:{port}"), "Connection refused; is xen-postcopy running there")
-    assert_refused(migrate(world, name, to="127.0.0.1:http"), "HOST:PORT")
+    assert_refused(migrate(world, name, to="127.0.0.1:http"), "HOST:PORT", status=2)
     assert_unharmed(world, spec)
 
 
