@@ -8,7 +8,6 @@ import random
 import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -20,6 +19,7 @@ from migrate.errors import MigrationError
 from migrate.lanes.connection import Terms
 from migrate.lanes.dial import DialledLanes
 from migrate.options import Strategy
+from migrate.protocol import messages as m
 from migrate.service.journal import Journal
 from receiver import checkpoints
 from receiver import migration as receiver_migration
@@ -209,16 +209,16 @@ async def test_checkpoints_leave_room_for_the_journal(
     """One that would fill the state directory is not kept, and what has come of it gives its room
     back at once.  The guest goes on without protection.
     """
-    looks = 0
     size = 16 * sender_checkpoints.MARGIN_BYTES
+    write, is_full = CheckpointStore._write, not in_the_middle
 
-    def fills(path: Path) -> tuple[int, int]:
-        nonlocal looks
-        looks += 1
-        free = sender_checkpoints.MARGIN_BYTES
-        return (free if looks > 3 or not in_the_middle else size), size
+    def fills(self: CheckpointStore, message: m.Written | m.Checkpoint, payload: memoryview) -> None:
+        nonlocal is_full
+        is_full = not in_the_middle or isinstance(message, m.Checkpoint)  # which comes last, and always
+        write(self, message, payload)
 
-    monkeypatch.setattr(sender_checkpoints, "_room", fills)
+    monkeypatch.setattr(CheckpointStore, "_write", fills)
+    monkeypatch.setattr(sender_checkpoints, "_room", lambda _path: (0 if is_full else size, size))
     monkeypatch.setattr(checkpoints, "LIVE_PAGES", 1)
     monkeypatch.setattr(checkpoints, "BATCH_PAGES", 8)
     outcome = await protected(clean_hosts, busy(name))
