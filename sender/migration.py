@@ -92,9 +92,10 @@ NUMBER_OR_NONE = (int, float, type(None))
 FACTS: dict[str, tuple[type, ...]] = {
     "domain": (str,), "strategy": (str,), "bandwidth": NUMBER_OR_NONE, "checkpoints": NUMBER_OR_NONE,
     "successor": (int, type(None)), "ran": (bool,), "recall": (bool,), "max_pages": (int,),
+    "applied": (bool,),
 }  # fmt: skip
 """What this end notes in the journal besides the facts that both ends note."""
-NOT_ALWAYS_NOTED = ("handle", "rejoins", "ran", "recall", "max_pages")
+NOT_ALWAYS_NOTED = ("handle", "rejoins", "ran", "recall", "max_pages", "applied")
 """An earlier release did not."""
 HOT_PAGES = 256
 """Frequently written pages that are sent during the downtime although the guest could fetch them later: 1 MiB takes
