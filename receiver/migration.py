@@ -451,10 +451,10 @@ class IncomingMigration:
                     self._push = await self.lanes.again(log.debug)
                     self.session.rejoin()
                     message = await self._hear()
-                    if isinstance(message, m.Recall):
+                    if reason := self._runs_at_the_source(message):
                         limit.deadline = math.inf
-                        cannot = f"{message.reason}, and {self.progress.domain} cannot be paused here"
-                        await self._persist(functools.partial(self._hold_completed, message.reason), cannot)
+                        cannot = f"{reason}, and {self.progress.domain} cannot be paused here"
+                        await self._persist(functools.partial(self._hold_completed, reason), cannot)
                         await self._tell_that_it_was_heard()
                     if isinstance(message, m.Rejoin):
                         await self._say(self._last_word)
@@ -467,6 +467,15 @@ class IncomingMigration:
                 finally:
                     self._close_lanes()
         await trio.to_thread.run_sync(self._journal.erase, self.id)
+
+    def _runs_at_the_source(self, message: m.Message) -> str:
+        """Why the guest runs at the source though this end has it; empty if the message is not about that."""
+        match message:
+            case m.Recall():
+                return message.reason
+            case m.Abort() if self.session.handed_over and not self._toolstack.decides:
+                return f"the source had not handed it over, and has it run: {message.reason}"
+        return ""
 
     def _hold_completed(self, reason: str) -> None:
         """It is all here, and runs at the source as well."""
@@ -1191,16 +1200,14 @@ class IncomingMigration:
             case m.Completed() if self._needs_nothing:
                 self._completed = True
                 return
-            case m.Abort() if self.session.decided and self._runs.is_set():
-                raise RecalledError(f"the source had not handed it over, and has it run: {message.reason}")
-            case m.Abort():
-                raise MigrationError(f"the sender gave up: {message.reason}")
-            case m.Recall():
+            case m.Abort() | m.Recall() if reason := self._runs_at_the_source(message):
                 if self._runs.is_set():
-                    raise RecalledError(message.reason)
+                    raise RecalledError(reason)
                 await self._tell_that_it_was_heard()
                 self._said_ready, self._decided_elsewhere = False, True
-                raise MigrationError(message.reason)
+                raise MigrationError(reason)
+            case m.Abort() if not self.session.handed_over:
+                raise MigrationError(f"the sender gave up: {message.reason}")
             case m.Lost():
                 await self._tell_that_it_was_heard()
                 if self._needs_nothing:

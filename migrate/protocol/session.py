@@ -25,8 +25,9 @@ and what the receiver did not hear is said again from there.  What is outstandin
 nothing needs to be known of what was on its way.
 
 On top of the phases there are a few promises that only happen once, in order: context complete, then
-``ready``, then ``handover`` and ``resumed``.  After ``handover`` there is no way back: ``abort`` is not a word
-any more, and ``failed`` says only that the receiver, which keeps the guest, needs help.
+``ready``, then ``handover`` and ``resumed``.  After ``handover`` there is no way back: ``failed`` says only that
+the receiver, which keeps the guest, needs help, and ``abort`` is not a word any more.  The exception is the first
+message on new lanes: a sender whose journal has lost the handover aborts, and its guest runs.
 """
 
 from __future__ import annotations
@@ -261,8 +262,7 @@ class Session:
             self.handed_over = self.handed_over or isinstance(message, m.Handover)
             self._entrusted = self._entrusted or isinstance(message, m.Entrust)
         elif isinstance(message, m.Abort):
-            if self.handed_over and not self.decided:
-                raise RemoteProtocolError("abort after the handover")
+            self._check_abort()
         elif self.phase is P.REJOIN:
             self._check_rejoining(message)
         elif isinstance(message, m.Resumed):
@@ -270,6 +270,12 @@ class Session:
             self._resumed = True
         elif isinstance(message, m.Complete):
             self._after("complete", self._resumed or self._entrusted, "resumed")
+
+    def _check_abort(self) -> None:
+        # Instead of ``rejoin`` a receiver hears it also from a sender whose journal has lost the handover.
+        lost = self.role is Role.RECEIVER and not self._asked_to_rejoin
+        if self.handed_over and not self.decided and not lost:
+            raise RemoteProtocolError("abort after the handover")
 
     def _check_rejoining(self, message: Message) -> None:
         if isinstance(message, m.Rejoin):

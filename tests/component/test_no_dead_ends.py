@@ -23,7 +23,7 @@ from sender import migration as sender_migration
 from tests.conftest import MIB
 from tests.support import zygote
 from tests.support.commands import PROGRAM
-from tests.support.daemons import begin, boot, copying, kill, lines, phase, states, world
+from tests.support.daemons import begin, boot, copying, kill, lines, note, phase, states, world
 from tests.support.guests import goes_on_here_only
 from tests.support.inprocess import Outcome, migrate, verification
 from tests.support.links import Link, cut_when
@@ -253,10 +253,14 @@ async def test_a_guest_that_cannot_be_paused_yet_is_paused_later(
     await goes_on_here_only(clean_hosts, name)
 
 
+@pytest.mark.parametrize("word", ["recall", "abort"])
 async def test_a_guest_whose_memory_has_all_come_is_paused_later(
-    clean_hosts: World, name: str, monkeypatch: Patch
+    clean_hosts: World, name: str, monkeypatch: Patch, word: str
 ) -> None:
-    """Likewise where the migration is completed at the destination, and the source never learned it."""
+    """Likewise where the migration is completed at the destination, and the source never learned it.
+
+    ``abort`` comes from a sender whose journal has lost the handover.
+    """
     links = cut_when(monkeypatch, IncomingMigration, m.Complete, before=True, down=True)
     failed = list[str]()
 
@@ -270,6 +274,8 @@ async def test_a_guest_whose_memory_has_all_come_is_paused_later(
         await until_async(lambda: outcome.migration.progress.phase == "interrupted")
         failed = fails(monkeypatch, "pause", times=5)
         await outcome.migration.decide(here=True, force=True)
+        await until_async(lambda: outcome.migration.progress.phase == "failed")
+        outcome.migration._recall = word == "recall"
         link.is_up = True
         target = clean_hosts.destination.open(name)
         await until_async(lambda: target.info().state is DomainState.PAUSED)
@@ -472,6 +478,25 @@ def test_interrupted_at_the_source(world: World) -> None:
     until(lambda: phase(world, "sender") == "failed", "it is not carried out")
     assert states(world, "guest") == {"source": ["running"], "destination": []}
     start_receiver(world, world.port)
+
+
+@pytest.mark.parametrize("here", [False, True])
+def test_a_sender_whose_journal_has_lost_the_handover_has_the_destination_hold_the_guest(
+    world: World, here: bool
+) -> None:
+    """Its successor resumes the guest, which runs at the destination as well."""
+    boot(world)
+    interrupted(world, "sender")
+    note(world, "sender", "suspending")
+    start_sender(world)
+    until(lambda: phase(world, "receiver") == "held", "it is not held")
+    both = {"source": ["running"], "destination": ["paused"]}
+    until(lambda: states(world, "guest") == both, "it is not paused")
+    (line,) = lines(world, "receiver")
+    assert "the source had not handed it over, and has it run" in line["problem"]
+    world.ask("receiver", command="decide", migration="guest", here=here, force=here)
+    then = {"source": ["running"], "destination": ["running"] if here else []}
+    until(lambda: states(world, "guest") == then, "it is not carried out")
 
 
 def test_a_guest_without_a_checkpoint_is_not_protected_yet(world: World) -> None:

@@ -235,6 +235,17 @@ def test_instead_of_rejoining_an_end_may_say_how_it_has_ended(speaker: Role, mes
         ends[Role(1 - who)].received(what, lane)
 
 
+def test_a_sender_whose_journal_has_lost_the_handover_may_abort_on_new_lanes() -> None:
+    """The receiver has proof of two owners.  No sender says so that has sent the handover."""
+    ends = play(after(m.Loaded))
+    for end in ends.values():
+        end.rejoin()
+    with pytest.raises(LocalProtocolError, match="abort after the handover"):
+        ends[S].sent(m.Abort("no"), PUSH)
+    ends[R].received(m.Abort("no"), PUSH)
+    assert ends[R].phase is Phase.FAILED
+
+
 @pytest.mark.parametrize(
     ("story", "speaker", "message", "why"),
     [
