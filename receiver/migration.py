@@ -718,17 +718,19 @@ class IncomingMigration:
             try:
                 await self._pager.finish()
                 break
+            except NoSuchDomainError:  # the guest has ended since
+                break
             except XenError as error:
                 self.progress.problem = f"all memory has come, but the ring cannot be given up: {error}; trying again"
                 log.error("%s: %s", self.progress.domain, self.progress.problem)
                 await trio.sleep(LAST_START_AGAIN_S)
         self.progress.problem = ""
         await in_thread(functools.partial(self._stopped.unlink, missing_ok=True))
-        with contextlib.suppress(NoSuchDomainError):  # the guest has ended since
+        with contextlib.suppress(NoSuchDomainError):
             await in_thread(self._domain.reserve, 0)
-        if self._checkpoints is not None:
-            await in_thread(self._checkpoints.stop)
-        await in_thread(self._limit.give_back)
+            if self._checkpoints is not None:
+                await in_thread(self._checkpoints.stop)
+            await in_thread(self._limit.give_back)
         if self._completed:
             await in_thread(self._journal.erase, self.id)
         else:

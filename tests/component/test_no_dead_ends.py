@@ -629,3 +629,19 @@ def decided_at_a_terminal(world: World, answer: str, status: int, said: str) -> 
     os.close(terminal)
     assert deciding.returncode == status, err
     assert "Decide that guest runs elsewhere?" in out + err and said in err
+
+
+async def test_a_guest_that_is_destroyed_when_all_has_come_ends_its_migration(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
+    """The ring of a domain that is gone is given up by that, and not tried again for ever."""
+    finish = Pager.finish
+
+    async def destroyed(self: Pager) -> None:
+        await trio.to_thread.run_sync(clean_hosts.destination.open(name).destroy)
+        await finish(self)
+
+    monkeypatch.setattr(Pager, "finish", destroyed)
+    outcome = await migrate(clean_hosts, busy(name), options=SLOW)
+    assert outcome.error is None
+    assert outcome.incoming.has_ended  # "completed", or "failed" if the end of the domain was seen first
