@@ -10,8 +10,9 @@ from enum import Enum
 
 from migrate.errors import MigrationError
 from migrate.units import MAX_SIZE
-from xenbackend.pages import PAGE_SIZE
 
+LEAST_BANDWIDTH = 4096
+"""A page a second.  ``PAGE_SIZE`` is not imported: commands load this module, and no numpy."""
 MAX_CHECKPOINT_MS = 3_600_000
 """The longest time between two checkpoints that a sender may ask for."""
 
@@ -61,8 +62,10 @@ class MigrationOptions:
         if problem := self.policy.problems():
             raise MigrationError(problem)
         cap, every_s = self.bandwidth_bytes_per_s, self.checkpoint_every_s
-        if cap is not None and not PAGE_SIZE <= cap <= MAX_SIZE:
-            raise MigrationError(f"bandwidth {cap}: at least one page ({PAGE_SIZE} bytes) a second, or none for no cap")
+        if cap is not None and not LEAST_BANDWIDTH <= cap <= MAX_SIZE:
+            raise MigrationError(
+                f"bandwidth {cap}: at least one page ({LEAST_BANDWIDTH} bytes) a second, or none for no cap"
+            )
         if every_s is not None and not 0.001 <= every_s <= MAX_CHECKPOINT_MS / 1000:
             raise MigrationError(f"checkpoints every {every_s} s: 0.001 s to {MAX_CHECKPOINT_MS / 1000:g} s")
         if self.checkpoint_every_s is not None and not self.strategy.pages_after_handover:

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Iterator
 from typing import Any
+
+from migrate.errors import MigrationError
 
 MAX_SIZE = 2**63 - 1
 MAX_SHOWN = 80
@@ -60,3 +63,45 @@ def pauses(first_s: float, last_s: float, *, growth: float = 1.05) -> Iterator[f
     while True:
         yield pause_s
         pause_s = min(pause_s * growth, last_s)
+
+
+def parse_address(text: str, default_port: int) -> tuple[str, int]:
+    """``host``, ``host:port``, ``v6``, ``[v6]``, ``[v6]:port``.  Raises :class:`MigrationError`."""
+
+    def wrong(why: str) -> MigrationError:
+        return MigrationError(f"address {shortened(text)!r}: HOST, HOST:PORT or [IPV6]:PORT; {why}")
+
+    if text.startswith("["):
+        host, bracket, rest = text[1:].partition("]")
+        if not bracket:
+            raise wrong("a bracket is not closed")
+        if ":" not in host:
+            raise wrong("brackets are for IPv6 addresses")
+        colon, port = rest[:1], rest[1:]
+        if colon not in ("", ":"):
+            raise wrong("between bracket and port belongs a colon")
+    elif text.count(":") > 1:  # an IPv6 address by itself
+        host, colon, port = text, "", ""
+    else:
+        host, colon, port = text.partition(":")
+    if not colon:
+        port = str(default_port)
+    if not host:
+        raise wrong("the host is missing")
+    if not colon and host.isascii() and host.isdigit():
+        raise wrong("this is a port, or no host at all")
+    if not (port.isascii() and port.isdigit() and len(port) <= 5 and int(port) <= 65535):
+        raise wrong("a port is a number of at most 65535")
+    if ":" in host:
+        try:
+            ipaddress.IPv6Address(host)
+        except ValueError:
+            raise wrong("this is no IPv6 address") from None
+    elif "[" in host or "]" in host or not host.isprintable() or " " in host:
+        raise wrong("this is no name of a host")
+    else:
+        try:
+            host.encode("idna")
+        except UnicodeError:
+            raise wrong("this is no name of a host") from None
+    return host, int(port)

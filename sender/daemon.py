@@ -23,7 +23,7 @@ from migrate.control.client import Json
 from migrate.control.server import ControlConnection
 from migrate.errors import MigrationError, OccupiedError, UnknownSessionError
 from migrate.lanes.accept import AwaitedLanes, Reception
-from migrate.lanes.connection import listen_tcp, parse_address
+from migrate.lanes.connection import listen_tcp
 from migrate.lanes.dial import DialledLanes
 from migrate.lanes.pairs import rejoining
 from migrate.logs import Complaint
@@ -34,6 +34,7 @@ from migrate.service.config import RECEIVER_PORT, Config, MigrationConfig, adver
 from migrate.service.journal import Journal
 from migrate.service.lifecycle import STOPPING, find_migration, notify, serve_connections, until_stopped
 from migrate.tasks import isolated, task_group
+from migrate.units import parse_address
 from sender.migration import OutgoingMigration, check_free
 from sender.toolstack import XlToolstack
 from xenbackend.contract import DomainId, Hypervisor, find_domain

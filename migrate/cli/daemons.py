@@ -15,7 +15,6 @@ import trio
 
 from migrate import logs
 from migrate.cli.options import F, HostPort, Size, simulated_option, socket_option
-from migrate.lanes.connection import parse_address
 from migrate.service.config import (
     CONFIG_FILE,
     STATE_DIRECTORY,
@@ -26,6 +25,7 @@ from migrate.service.config import (
 from migrate.service.journal import Journal
 from migrate.service.lifecycle import end_with_owner
 from migrate.tasks import root_cause
+from migrate.units import parse_address
 from xenbackend.choose import open_hypervisor
 from xenbackend.contract import Hypervisor
 

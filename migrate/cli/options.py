@@ -14,7 +14,7 @@ import click
 from migrate.control import client
 from migrate.errors import MigrationError
 from migrate.options import MAX_CHECKPOINT_MS, PolicyOptions
-from migrate.units import parse_size, shortened
+from migrate.units import parse_address, parse_size, shortened
 
 F = TypeVar("F", bound=Callable[..., Any])
 SENDER_SOCKET = Path(client.SENDER_SOCKET)
@@ -78,8 +78,6 @@ class HostPort(click.ParamType[str]):
         self._default_port = default_port
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        from migrate.lanes.connection import parse_address
-
         try:
             parse_address(value, self._default_port)
         except MigrationError as error:

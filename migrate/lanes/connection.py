@@ -33,7 +33,6 @@ from migrate.protocol import frames
 from migrate.protocol.frames import FrameDecoder
 from migrate.protocol.messages import CHECKSUMS, Alive, Hello, Lane, Message, Refused, parse
 from migrate.tasks import task_group
-from migrate.units import shortened
 
 CONNECT_TIMEOUT_S = 10.0
 STEP_TIMEOUT_S = 60.0
@@ -424,45 +423,3 @@ async def listen_tcp(host: str, port: int) -> tuple[list[trio.SocketListener], i
     except OSError as error:
         raise MigrationError(f"cannot listen at {host}:{port}: {error.strerror or error}") from error
     return listeners, listeners[0].socket.getsockname()[1]
-
-
-def parse_address(text: str, default_port: int) -> tuple[str, int]:
-    """``host``, ``host:port``, ``v6``, ``[v6]``, ``[v6]:port``.  Raises :class:`MigrationError`."""
-
-    def wrong(why: str) -> MigrationError:
-        return MigrationError(f"address {shortened(text)!r}: HOST, HOST:PORT or [IPV6]:PORT; {why}")
-
-    if text.startswith("["):
-        host, bracket, rest = text[1:].partition("]")
-        if not bracket:
-            raise wrong("a bracket is not closed")
-        if ":" not in host:
-            raise wrong("brackets are for IPv6 addresses")
-        colon, port = rest[:1], rest[1:]
-        if colon not in ("", ":"):
-            raise wrong("between bracket and port belongs a colon")
-    elif text.count(":") > 1:  # an IPv6 address by itself
-        host, colon, port = text, "", ""
-    else:
-        host, colon, port = text.partition(":")
-    if not colon:
-        port = str(default_port)
-    if not host:
-        raise wrong("the host is missing")
-    if not colon and host.isascii() and host.isdigit():
-        raise wrong("this is a port, or no host at all")
-    if not (port.isascii() and port.isdigit() and len(port) <= 5 and int(port) <= 65535):
-        raise wrong("a port is a number of at most 65535")
-    if ":" in host:
-        try:
-            ipaddress.IPv6Address(host)
-        except ValueError:
-            raise wrong("this is no IPv6 address") from None
-    elif "[" in host or "]" in host or not host.isprintable() or " " in host:
-        raise wrong("this is no name of a host")
-    else:
-        try:
-            host.encode("idna")
-        except UnicodeError:
-            raise wrong("this is no name of a host") from None
-    return host, int(port)

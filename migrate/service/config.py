@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from migrate.errors import MigrationError
-from migrate.lanes.connection import LEAST_SILENCE_S, SILENCE_S, Terms, is_loopback, parse_address
+from migrate.lanes.connection import LEAST_SILENCE_S, SILENCE_S, Terms, is_loopback
 from migrate.lanes.tls import Tls
 from migrate.options import PolicyOptions, Strategy
-from migrate.units import parse_size
+from migrate.units import parse_address, parse_size
 from xenbackend.pages import PAGE_SIZE
 
 CONFIG_FILE = Path("/etc/xen-postcopy/config.toml")

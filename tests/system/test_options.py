@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 
 from migrate import cli
 from migrate.errors import MigrationError
-from migrate.lanes.connection import parse_address
-from migrate.units import parse_size
+from migrate.units import parse_address, parse_size
 
 NUMBERS = (
     "0", "-0", "1", "-1", "2", "0.5", "64", "65", "1000", "4096", "nan", "-nan", "inf", "-inf", "1e400", "1e-400", "0x10", "1_0",
