@@ -114,15 +114,16 @@ async def test_a_guest_that_never_starts_can_be_given_back(clean_hosts: World, n
         with pytest.raises(MigrationError, match="both ends are in touch"):
             await migration.decide(here=True)
         await incoming.decide(here=False)
-        await until_async(lambda: incoming.progress.phase == "failed")
-        await until_async(lambda: migration.progress.phase == "interrupted" and migration._over)
-        assert "not to run here" in migration.progress.problem and "decide" in migration.progress.problem
-        with pytest.raises(MigrationError, match="nothing comes of that"):
-            migration.reconnect()
-        await migration.decide(here=True)
-        assert migration.progress.phase == "failed"
 
     outcome = await migrate(clean_hosts, busy(name), meanwhile=meanwhile)
+    migration = outcome.migration
+    assert outcome.incoming.progress.phase == "failed"
+    assert migration.progress.phase == "interrupted"
+    assert "not to run here" in migration.progress.problem and "decide" in migration.progress.problem
+    with pytest.raises(MigrationError, match="nothing comes of that"):
+        migration.reconnect()
+    await migration.decide(here=True)
+    assert migration.progress.phase == "failed"
     assert outcome.error is not None
     monkeypatch.undo()
     await goes_on_here_only(clean_hosts, name)
@@ -136,20 +137,20 @@ async def test_of_two_decisions_at_once_one_is_carried_out(clean_hosts: World, n
     async def meanwhile(outcome: Outcome, _link: Link) -> None:
         await until_async(lambda: len(failed) > 2)
         await outcome.incoming.decide(here=False)
-        await until_async(lambda: outcome.migration._over)
 
-        async def decide(here: bool) -> None:
-            try:
-                await outcome.migration.decide(here=here)
-                answers[here] = "acts"
-            except MigrationError as error:
-                answers[here] = str(error)
+    outcome = await migrate(clean_hosts, busy(name), meanwhile=meanwhile)
 
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(decide, True)
-            nursery.start_soon(decide, False)
+    async def decide(here: bool) -> None:
+        try:
+            await outcome.migration.decide(here=here)
+            answers[here] = "acts"
+        except MigrationError as error:
+            answers[here] = str(error)
 
-    await migrate(clean_hosts, busy(name), meanwhile=meanwhile)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(decide, True)
+        nursery.start_soon(decide, False)
+
     monkeypatch.undo()
     (here,) = [here for here, answer in answers.items() if answer == "acts"]
     assert "already" in answers[not here]
