@@ -31,6 +31,7 @@ from migrate.protocol import frames
 from migrate.protocol import messages as m
 from migrate.protocol.frames import FrameDecoder
 from migrate.protocol.pfns import batches_of
+from migrate.service.journal import remove
 from sender.source_pages import announce, present
 from xenbackend.contract import Domain, DomainState
 from xenbackend.errors import XenError
@@ -233,12 +234,3 @@ def _read(path: Path) -> Iterator[tuple[m.Message, memoryview]]:
         raise MigrationError(f"the checkpoint {path} is damaged: {error}") from error
     if not whole or not decoder.at_boundary():
         raise MigrationError(f"the checkpoint {path} is damaged: it ends in the middle")
-
-
-def remove(path: Path) -> None:
-    """Remove a checkpoint that is not needed any more.  A directory that cannot be written is no reason to end a migration
-    in another way: then the file stays, and the log has its name."""
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        log.error("cannot remove %s, which is not needed any more: %s", path, error.strerror)

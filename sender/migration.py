@@ -51,16 +51,16 @@ from migrate.lanes.connection import (
     step_timeout,
 )
 from migrate.lanes.pairs import Lanes
-from migrate.options import MigrationOptions, Strategy
+from migrate.options import LEAST_BANDWIDTH, MigrationOptions, Strategy
 from migrate.protocol import messages as m
 from migrate.protocol.pfns import PfnMask, from_bitmap, in_bitmap, pfns_of_window, pieces, sparseness, union
 from migrate.protocol.session import Phase, Role, Session, new_token
-from migrate.service.journal import Journal, check_facts
+from migrate.service.journal import Journal, check_facts, remove
 from migrate.service.lifecycle import ended
 from migrate.tasks import as_soon_as_threads_start, first, in_thread, is_bug, is_final, task_group
 from sender.backlog import Backlog
 from sender.bandwidth import BandwidthCap
-from sender.checkpoints import CheckpointStore, remove
+from sender.checkpoints import CheckpointStore
 from sender.dirty import WrittenPages, limit_of
 from sender.faults import FaultServer
 from sender.policy import DefaultPolicy, Policy
@@ -206,7 +206,7 @@ class OutgoingMigration:
         options = MigrationOptions(
             Strategy(facts["strategy"]),
             # An earlier release accepted less than a page a second.
-            bandwidth_bytes_per_s=None if facts["bandwidth"] is None else max(facts["bandwidth"], PAGE_SIZE),
+            bandwidth_bytes_per_s=None if facts["bandwidth"] is None else max(facts["bandwidth"], LEAST_BANDWIDTH),
             checkpoint_every_s=facts["checkpoints"],
         )
         handle = facts.get("handle")  # a release before this one did not note handles
@@ -319,10 +319,9 @@ class OutgoingMigration:
         Raises :class:`MigrationError` if there is nothing to decide, or if the decision is known to
         be wrong and not forced.
         """
-        obstacle = await trio.to_thread.run_sync(self._no_way_back) if here else ""
-        can_go_back = not obstacle and await trio.to_thread.run_sync(self._can_go_back)
+        certain, obstacle = await trio.to_thread.run_sync(self._way_back) if here else (False, "")
         gone = await trio.to_thread.run_sync(self._is_gone)
-        self._check_decision(here=here, certain=force or can_go_back, obstacle=obstacle)
+        self._check_decision(here=here, certain=force or certain, obstacle=obstacle)
         if here and gone:
             raise MigrationError(
                 f"the domain of {self.domain_name} does not exist here any more: there is nothing that could go on; "
@@ -368,13 +367,14 @@ class OutgoingMigration:
             return False
         return await in_thread(self._is_gone)
 
-    def _can_go_back(self) -> bool:
-        """True if the guest was protected to the end and its last checkpoint can be read.  Called in a thread."""
-        return self._checkpoints is not None and not self.progress.unprotected and not _unreadable(self._checkpoints)
-
-    def _no_way_back(self) -> str:
-        """Why the guest cannot go on here at all; empty if it can.  Called in a thread."""
-        return _unreadable(self._checkpoints) if self._applied and self._checkpoints is not None else ""
+    def _way_back(self) -> tuple[bool, str]:
+        """Whether the guest was protected to the end and its last checkpoint can be read, and why the
+        guest cannot go on here at all (empty if it can).  Called in a thread.
+        """
+        if self._checkpoints is None:
+            return False, ""
+        problem = _unreadable(self._checkpoints)
+        return not problem and not self.progress.unprotected, problem if self._applied else ""
 
     def _check_decision(self, *, here: bool, certain: bool, obstacle: str = "") -> None:
         """``certain``: to go on here is right even if the guest has run at the destination.
@@ -548,7 +548,7 @@ class OutgoingMigration:
             raise StaysHereError(WENT_BACK)
         if decision := _decision(self._inherited):
             raise decision
-        handed_over = self._inherited == "handed over"
+        handed_over = self.session.handed_over
         protected = self._checkpoints is not None
         self.session = Session.of_predecessor(
             Role.SENDER, self._domain.nr_pfns, handed_over=handed_over, protected=protected,

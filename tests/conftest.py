@@ -33,9 +33,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 MIB = 2**20
-WAIT_S = 50.0
-"""For a condition, on the slowest machine.  Less than ``STEP_TIMEOUT_S``: a wait that only a time limit of the daemons ends
-is a failure."""
 LOG_LINES = 40
 """How many last lines of each process's log a failed test prints."""
 _numbers = itertools.count(1)

@@ -13,7 +13,7 @@ import click
 
 from migrate.control import client
 from migrate.errors import MigrationError
-from migrate.options import MAX_CHECKPOINT_MS, PolicyOptions
+from migrate.options import LEAST_BANDWIDTH, MAX_CHECKPOINT_MS, PolicyOptions
 from migrate.units import parse_address, parse_size, shortened
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -189,8 +189,10 @@ def migration_request(
     problem = PolicyOptions(max_rounds, dirty_threshold, downtime_target).problems()
     if problem:
         raise click.UsageError(problem)
-    if bandwidth is not None and bandwidth < 4096:
-        raise click.UsageError(f"--bandwidth {bandwidth}: at least one page (4096 bytes) a second, or none for no cap")
+    if bandwidth is not None and bandwidth < LEAST_BANDWIDTH:
+        raise click.UsageError(
+            f"--bandwidth {bandwidth}: at least one page ({LEAST_BANDWIDTH} bytes) a second, or none for no cap"
+        )
     if protect and strategy == "precopy":
         raise click.UsageError("--strategy precopy has nothing to protect: there the guest arrives as a whole")
     return {

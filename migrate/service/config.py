@@ -22,9 +22,8 @@ from typing import Any
 from migrate.errors import MigrationError
 from migrate.lanes.connection import LEAST_SILENCE_S, SILENCE_S, Terms, is_loopback
 from migrate.lanes.tls import Tls
-from migrate.options import PolicyOptions, Strategy
+from migrate.options import LEAST_BANDWIDTH, PolicyOptions, Strategy
 from migrate.units import parse_address, parse_size
-from xenbackend.pages import PAGE_SIZE
 
 CONFIG_FILE = Path("/etc/xen-postcopy/config.toml")
 STATE_DIRECTORY = Path("/var/lib/xen-postcopy")
@@ -101,8 +100,8 @@ def _silence(value: Any) -> float:
 def _bandwidth(value: Any) -> float:
     """A page a second at least."""
     rate = parse_size(value)
-    if rate < PAGE_SIZE:
-        raise ValueError(f"at least one page ({PAGE_SIZE} bytes) a second, or left out for no cap")
+    if rate < LEAST_BANDWIDTH:
+        raise ValueError(f"at least one page ({LEAST_BANDWIDTH} bytes) a second, or left out for no cap")
     return float(rate)
 
 

@@ -117,11 +117,7 @@ class Journal:
         finds nothing left to do.
         """
         for path in (self.stopped(session), self._path(session)):
-            try:
-                if path.exists():  # a read-only file system does not say that there is nothing
-                    path.unlink()
-            except OSError as error:
-                log.error("cannot erase %s of a migration that has ended: %s", path, error.strerror)
+            remove(path)
         if session in self._files:
             os.close(self._files.pop(session))
 
@@ -166,6 +162,17 @@ class Journal:
 
     def _path(self, session: str) -> Path:
         return self._directory / (session + SUFFIX)
+
+
+def remove(path: Path) -> None:
+    """Remove a file of the state directory that nothing depends on any more.  If that fails, the file
+    stays, the log names the file, and the migration ends as it would have ended otherwise.
+    """
+    try:
+        if os.path.lexists(path):  # a read-only file system reports the same error for a file that is not there
+            path.unlink()
+    except OSError as error:
+        log.error("cannot erase %s, which is not needed any more: %s", path, error.strerror)
 
 
 def _make(path: Path, entry: bytes) -> int:

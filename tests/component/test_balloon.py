@@ -20,10 +20,11 @@ from migrate.protocol.pfns import PfnMask
 from sender import dirty as written
 from sender.dirty import NO_FURTHER, WrittenPages
 from sender.toolstack import OwnToolstack
-from tests.conftest import MIB, WAIT_S
+from tests.conftest import MIB
 from tests.support.inprocess import Outcome, migrate, verification
 from tests.support.labs import until
 from tests.support.links import Link
+from tests.support.waiting import WAIT_S
 from xenbackend.contract import Domain, DomainState
 from xenbackend.simulated.client import SimulatedDomain, SimulatedHypervisor
 from xenbackend.simulated.guest import GuestSpec

@@ -29,10 +29,11 @@ from sender.backlog import Backlog
 from sender.dirty import WrittenPages
 from sender.migration import OutgoingMigration
 from sender.push import PushLane
-from tests.conftest import MIB, WAIT_S
+from tests.conftest import MIB
 from tests.support.guests import busy
 from tests.support.inprocess import Outcome, migrate, verification
 from tests.support.links import Link
+from tests.support.waiting import WAIT_S
 from xenbackend.contract import DomainState
 from xenbackend.pages import NativePages, PfnArray
 from xenbackend.ring import PagingRequest, PagingRing

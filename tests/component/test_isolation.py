@@ -47,6 +47,7 @@ from sender.statistics import from_peer
 from tests.conftest import MIB
 from tests.support import inprocess
 from tests.support.guests import busy
+from tests.support.left import left_by_a_receiver, left_by_a_sender
 from tests.support.waiting import until_async as until
 from xenbackend.contract import Hypervisor
 from xenbackend.errors import XenError
@@ -660,25 +661,12 @@ async def test_a_successor_takes_a_guest_up_when_it_can(
         reached.append("reached")
         raise MigrationError("reached")
 
-    facts: dict[str, Any] = {"xl": False, "step": "taken over", "domid": 9, "key": "00", "dials": None}
-    lanes = cast(Any, Ends([]))
     migration: IncomingMigration | OutgoingMigration
     if end == "receiver":
-        offer = m.Offer("guest", 64, 64, 1, b"", True, bytes(32), 0).header()
-        del offer["type"], offer["key"]
-        facts["offer"] = {**offer, "platform": ""}
-        migration = IncomingMigration.of_predecessor(clean_hosts.destination, "session", lanes, journal, facts)
+        migration = left_by_a_receiver(clean_hosts.destination, journal, "taken over")
         monkeypatch.setattr(IncomingMigration, "_inherit", reach)
     else:
-        facts |= {
-            "step": "handed over",
-            "strategy": "postcopy",
-            "bandwidth": None,
-            "checkpoints": None,
-            "domain": "guest",
-            "successor": None,
-        }
-        migration = OutgoingMigration.of_predecessor("session", clean_hosts.source, lanes, journal, facts)
+        migration = left_by_a_sender(clean_hosts.source, journal, "handed over")
         monkeypatch.setattr(type(clean_hosts.source), "open", reach)
     failed = no_threads(monkeypatch, times=3)
     with contextlib.suppress(MigrationError):

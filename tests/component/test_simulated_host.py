@@ -23,9 +23,10 @@ from migrate.cli import world as cli_world
 from migrate.cli.world import World, loopback_world, verify_migrated, wait_for_steps
 from migrate.errors import MigrationError
 from migrate.protocol.pfns import from_mask, mask_from_bitmap
-from tests.conftest import MIB, WAIT_S, Boot
+from tests.conftest import MIB, Boot
 from tests.support.labs import SimulatedLab, until
 from tests.support.pages import page, pfns, read, span
+from tests.support.waiting import WAIT_S
 from xenbackend.contract import DomainState
 from xenbackend.errors import XenError
 from xenbackend.pages import PAGE_SIZE, PageStatus

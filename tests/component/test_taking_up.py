@@ -4,35 +4,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
 
 import pytest
 
 from migrate.cli.world import World
 from migrate.errors import MigrationError
-from migrate.protocol import messages as m
 from migrate.service.journal import Journal
-from receiver.migration import IncomingMigration
-from sender.migration import OutgoingMigration
-
-
-def left_by_a_sender(hosts: World, tmp_path: Path, step: str) -> OutgoingMigration:
-    """By the journal of a sender, whose domain the hypervisor has not found yet."""
-    facts = {
-        "step": step, "xl": False, "domid": 9, "handle": "09" * 16, "domain": "guest", "key": "00", "dials": None,
-        "strategy": "postcopy", "bandwidth": None, "checkpoints": None, "successor": None,
-    }  # fmt: skip
-    return OutgoingMigration.of_predecessor("session", hosts.source, cast(Any, Ends()), Journal(tmp_path), facts)
-
-
-class Ends:
-    """Lanes that nobody uses."""
-
-    dials = None
-    peer = ""
-
-    def keep(self, key: bytes) -> None:
-        pass
+from tests.support.left import left_by_a_receiver, left_by_a_sender
 
 
 @pytest.mark.parametrize(
@@ -45,7 +23,7 @@ async def test_what_was_handed_over_is_not_cancelled_before_it_is_taken_up(
 ) -> None:
     """The successor of a sender can be asked, or stopped, before the hypervisor has found the domain: to resume the guest
     here would make a second one."""
-    left = left_by_a_sender(clean_hosts, tmp_path, step)
+    left = left_by_a_sender(clean_hosts.source, Journal(tmp_path), step)
     assert left.progress.phase == phase
     for cancel in (left.ask_to_cancel, lambda: left.cancel("the sender is being stopped")):
         with pytest.raises(MigrationError, match="too late"):
@@ -59,7 +37,7 @@ async def test_what_was_handed_over_is_not_cancelled_before_it_is_taken_up(
 async def test_what_was_not_handed_over_can_be_cancelled_before_it_is_taken_up(
     clean_hosts: World, tmp_path: Path, step: str
 ) -> None:
-    left_by_a_sender(clean_hosts, tmp_path, step).ask_to_cancel()
+    left_by_a_sender(clean_hosts.source, Journal(tmp_path), step).ask_to_cancel()
 
 
 @pytest.mark.parametrize(
@@ -72,11 +50,7 @@ async def test_a_receiver_s_successor_asks_to_wait_until_it_has_taken_up_what_wa
     clean_hosts: World, tmp_path: Path, step: str, phase: str, needed: bool
 ) -> None:
     """Nothing is decided about a guest that has not been looked at, and a guest that needs a pager keeps the daemon up."""
-    offer = m.Offer("guest", 64, 64, 1, b"", True, bytes(32), 0).header()
-    del offer["type"], offer["key"]
-    facts = {"step": step, "xl": False, "domid": 9, "key": "00", "dials": None, "offer": {**offer, "platform": ""}}
-    lanes = cast(Any, Ends())
-    left = IncomingMigration.of_predecessor(clean_hosts.destination, "session", lanes, Journal(tmp_path), facts)
+    left = left_by_a_receiver(clean_hosts.destination, Journal(tmp_path), step)
     assert (left.progress.phase, left.needed) == (phase, needed)
     with pytest.raises(MigrationError, match="being taken up"):
         left.ask_to_cancel()

@@ -25,11 +25,12 @@ from migrate.lanes.dial import DialledLanes
 from migrate.lanes.tls import STRANGERS, Tls, TlsSocket
 from migrate.protocol.messages import Lane
 from migrate.protocol.session import hello
-from tests.conftest import MIB, WAIT_S
+from tests.conftest import MIB
 from tests.support.certificates import ANOTHER, AUTHORITY, HOST, files
 from tests.support.guests import busy
 from tests.support.inprocess import Outcome, migrate, verification
 from tests.support.links import Link
+from tests.support.waiting import WAIT_S
 from tests.support.waiting import until_async as until
 from xenbackend.contract import DomainState
 

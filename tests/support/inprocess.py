@@ -25,8 +25,8 @@ from migrate.tasks import isolated
 from receiver.daemon import ReceiverDaemon
 from receiver.migration import IncomingMigration
 from sender.migration import OutgoingMigration
-from tests.conftest import WAIT_S
 from tests.support.links import Link, link
+from tests.support.waiting import WAIT_S
 from xenbackend.contract import find_domain
 from xenbackend.errors import XenError
 from xenbackend.simulated.guest import GuestSpec

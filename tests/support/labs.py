@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from migrate.cli.world import World
 from migrate.protocol.pfns import NO_PFNS
 from tests.conftest import MIB, clear
+from tests.support import waiting
 from xenbackend.contract import Domain, DomainConfig, Hypervisor
 from xenbackend.pages import PAGE_SIZE, PfnArray
 from xenbackend.simulated.client import SimulatedDomain, SimulatedHypervisor
@@ -151,8 +152,9 @@ class SimulatedLab(Lab):
         domain.set_page(pfn, refs=0)
 
 
-def until(condition: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.005)
+LAB_WAIT_S = 60.0
+
+
+def until(condition: Callable[[], object], what: str, timeout_s: float = LAB_WAIT_S) -> None:
+    """As :func:`tests.support.waiting.until`, for a hypervisor that may be emulated."""
+    waiting.until(condition, what, timeout_s)

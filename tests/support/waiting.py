@@ -8,7 +8,9 @@ from collections.abc import Callable
 
 import trio
 
-from tests.conftest import WAIT_S
+WAIT_S = 50.0
+"""For a condition, on the slowest machine.  Less than ``STEP_TIMEOUT_S``: a wait that only a time limit of the daemons ends
+is a failure."""
 
 
 async def until_async(condition: Callable[[], bool], timeout_s: float = WAIT_S) -> None:
@@ -17,8 +19,9 @@ async def until_async(condition: Callable[[], bool], timeout_s: float = WAIT_S) 
             await trio.sleep(0.005)
 
 
-def until(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + WAIT_S
+def until(condition: Callable[[], object], what: str, timeout_s: float = WAIT_S) -> None:
+    """``what``: the failure that an assertion names when the time has passed."""
+    deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.002)

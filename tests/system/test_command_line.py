@@ -27,9 +27,10 @@ from migrate.errors import MigrationError
 from migrate.protocol import frames
 from migrate.protocol import messages as m
 from migrate.protocol.pfns import pfn_array
-from tests.conftest import MIB, WAIT_S
+from tests.conftest import MIB
 from tests.support import zygote
 from tests.support.commands import PROGRAM
+from tests.support.waiting import WAIT_S
 from xenbackend.contract import DomainState
 from xenbackend.simulated.guest import GuestSpec
 

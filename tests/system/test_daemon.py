@@ -29,10 +29,10 @@ from migrate.service.config import Config
 from migrate.service.journal import Journal
 from receiver.daemon import ReceiverDaemon
 from sender.daemon import SenderDaemon
-from tests.conftest import MIB, WAIT_S
+from tests.conftest import MIB
 from tests.support import zygote
 from tests.support.daemons import begin, boot, phase
-from tests.support.waiting import until
+from tests.support.waiting import WAIT_S, until
 from xenbackend.contract import DomainState
 
 TIMEOUT_S = 60.0

@@ -15,11 +15,11 @@ import pytest
 
 from migrate.cli.world import World, start_receiver, start_sender, verify_migrated, wait_for_steps
 from migrate.lanes.dial import REJOINS_OF_ONE_LIFE
-from tests.conftest import MIB, WAIT_S
+from tests.conftest import MIB
 from tests.support import zygote
 from tests.support.commands import PROGRAM
 from tests.support.daemons import journal, kill, lines, note, phase, world
-from tests.support.waiting import until
+from tests.support.waiting import WAIT_S, until
 from xenbackend.contract import DomainState
 from xenbackend.simulated.guest import GuestSpec
 

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Migrations that a killed daemon has left, by its journal, before the successor has found their domains."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from migrate.protocol import messages as m
+from migrate.service.journal import Journal
+from receiver.migration import IncomingMigration
+from sender.migration import OutgoingMigration
+from xenbackend.contract import Hypervisor
+
+SESSION, NAME, DOMID = "session", "guest", 9
+
+
+class NoLanes:
+    """Lanes that nobody uses."""
+
+    dials, rejoins = None, 0
+    peer = ""
+
+    def keep(self, key: bytes) -> None:
+        pass
+
+
+FACTS: dict[str, Any] = {"xl": False, "domid": DOMID, "handle": "09" * 16, "key": "00", "dials": None, "rejoins": 0}
+
+
+def left_by_a_sender(host: Hypervisor, journal: Journal, step: str) -> OutgoingMigration:
+    facts = {
+        **FACTS, "step": step, "domain": NAME, "strategy": "postcopy", "bandwidth": None, "checkpoints": None,
+        "successor": None,
+    }  # fmt: skip
+    return OutgoingMigration.of_predecessor(SESSION, host, cast(Any, NoLanes()), journal, facts)
+
+
+def left_by_a_receiver(host: Hypervisor, journal: Journal, step: str) -> IncomingMigration:
+    offer = m.Offer(NAME, 64, 64, 1, b"", True, bytes(32), 0).header()
+    del offer["type"], offer["key"]
+    facts = {**FACTS, "step": step, "offer": {**offer, "platform": ""}}
+    return IncomingMigration.of_predecessor(host, SESSION, cast(Any, NoLanes()), journal, facts)
