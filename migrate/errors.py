@@ -46,7 +46,9 @@ class DaemonGoneError(MigrationError):
 
 
 class UnattendedMigrationError(MigrationError):
-    """The sender has ended during a migration.  The text says what is known of the guest; the command's exit status is 3."""
+    """The sender has ended during a migration.  The text says what is known of the guest; the
+    command's exit status is 3.
+    """
 
 
 class SilentDaemonError(MigrationError):

@@ -53,9 +53,11 @@ class MigrationOptions:
     policy: PolicyOptions = PolicyOptions()
     bandwidth_bytes_per_s: float | None = None
     checkpoint_every_s: float | None = None
-    """What the guest becomes at the destination is sent back, so that it survives that; ``None``: it is not."""
+    """What the guest becomes at the destination is sent back, so that it survives that; ``None``:
+    it is not.
+    """
     take_log_dirty: bool = False
-    """Where log-dirty is on, an administrator says that nobody uses it any more."""
+    """If log-dirty is on, take it: an administrator has found that no program uses it any more."""
 
     def __post_init__(self) -> None:
         """Raises :class:`MigrationError`: a request may come from another program than ours."""

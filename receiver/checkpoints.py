@@ -146,7 +146,9 @@ class Checkpoints:
             pause_s = max(self._every_s, stood_still / MOST_STANDING_STILL)
 
     def kept(self, problem: str) -> None:
-        """The source says so, or that it cannot.  In a thread."""
+        """The source has kept the last checkpoint, or has refused it for this ``problem``.  Called
+        in a thread.
+        """
         self._problem = problem
         if not problem:
             self._owed[:] = False

@@ -269,7 +269,9 @@ class IncomingMigration:
         )
 
     def _check_taken_up(self) -> None:
-        """Raises :class:`MigrationError` while this process is still finding out what its predecessor has left."""
+        """Raises :class:`MigrationError` while this process is still finding out what its
+        predecessor has left.
+        """
         if self._inherited and self._domain is None:
             problem = f": {self.progress.problem}" if self.progress.problem else ""
             raise MigrationError(
@@ -469,7 +471,9 @@ class IncomingMigration:
         await trio.to_thread.run_sync(self._journal.erase, self.id)
 
     def _runs_at_the_source(self, message: m.Message) -> str:
-        """Why the guest runs at the source though this end has it; empty if the message is not about that."""
+        """Why the guest runs at the source though this end has it; empty if the message is not
+        about that.
+        """
         match message:
             case m.Recall():
                 return message.reason

@@ -81,7 +81,9 @@ class CheckpointStore:
         return os.path.lexists(self._path)
 
     def check(self) -> None:
-        """Read the whole of the last checkpoint.  Raises :class:`MigrationError` if nobody can go back to it."""
+        """Read the whole of the last checkpoint.  Raises :class:`MigrationError` if nobody can go
+        back to it.
+        """
         for _piece in _read(self._path):
             pass
 
@@ -163,7 +165,9 @@ class CheckpointStore:
             raise
 
     def apply_again(self) -> None:
-        """As :meth:`apply`, for a predecessor, which may have done so in part.  A file that is not right changes nothing."""
+        """As :meth:`apply`, for a predecessor, which may have done so in part.  A file that is not
+        right changes nothing.
+        """
         try:
             self.check()
         except MigrationError as error:

@@ -16,7 +16,8 @@ from sender.daemon import SenderDaemon
 @click.command("sender")
 @daemon_options(SenderConfig.listen, "the receivers of xl's migrations", SENDER_SOCKET)
 def sender_command(**options: Any) -> None:
-    """The daemon at the source: migrates what `migrate` and xl's helper ask for at its control socket.
+    """The daemon at the source: migrates what `migrate` and xl's helper ask for at its control
+    socket.
 
     SIGTERM gives up migrations before their handover (their guests go on here), waits for those after
     it, and ends; a second one ends it at once.  SIGHUP does the same, but a further SIGHUP does nothing.

@@ -70,8 +70,8 @@ class WrittenPages:
             raise
         self._enabled = self._holds_balloon = True
         self._hold_balloon()
-        # Writes to a frame that has come meanwhile are recorded from now on.  All memory is still to be
-        # copied.
+        # Writes to a frame that has come meanwhile are recorded from now on.  All memory is still
+        # to be copied.
         self._domain.log_dirty(clean=True)
         self._heat = np.zeros(self._domain.nr_pfns, dtype=np.uint8)
 

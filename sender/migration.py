@@ -220,7 +220,8 @@ class OutgoingMigration:
         migration._applied = facts.get("applied", there)
         migration._ran, migration._recall = facts.get("ran", False), facts.get("recall", False)
         migration._may_be_ready = True  # for all we know
-        # Whoever asks before the migration is taken up has the answer that follows from the journal.
+        # Whoever asks before the migration is taken up has the answer that follows from the
+        # journal.
         step = facts["step"]
         migration.progress.phase = INHERITED[step]
         migration._entrusted = step not in (*LOGGING, "given up")
@@ -411,8 +412,8 @@ class OutgoingMigration:
         # session, and the guest may run there nevertheless.
         if here and self._ran and not certain:
             raise MigrationError(
-                f"{self.known_of_peer}: here it would go on as it was when it was suspended, and run twice if it still runs "
-                f"there; if it does not, and what it did there may be lost: --force; to let it go here: `elsewhere`"
+                f"{self.known_of_peer}: if it still runs there, it would run twice; if it does not, it would continue here "
+                f"from its suspension, without what it did there: --force; `elsewhere` destroys what is left of it here"
             )
 
     async def _carry_out(self, decision: str) -> None:
@@ -490,7 +491,9 @@ class OutgoingMigration:
                 self._give_back()
 
     async def _open(self) -> Domain:
-        """Raises ``XenError``; if a guest elsewhere may need this domain's pages, only if it is gone."""
+        """Raises ``XenError``; if a guest elsewhere may need this domain's pages, only if it is
+        gone.
+        """
         while True:
             try:
                 return await trio.to_thread.run_sync(self._hypervisor.open, self.target.domid, self.target.handle)
@@ -651,9 +654,9 @@ class OutgoingMigration:
         """The destination with what it lacks."""
         if self._toolstack.decides:
             lane_tasks.start_soon(self._hand_over_when_decided, push)
-            # Until xl has decided, nobody needs the pages, and libxl needs the CPU to finish its work.
-            # xl may then leave the guest paused for long (``xl migrate -p``); its memory follows
-            # nevertheless.
+            # Until xl has decided, nobody needs the pages, and libxl needs the CPU to finish its
+            # work. xl may then leave the guest paused for long (``xl migrate -p``); its memory
+            # follows nevertheless.
             await first(self._signals.resumed.wait, self._given_away.wait)
         await self._push_pages(push)
         if self.session.handed_over:
@@ -900,7 +903,9 @@ class OutgoingMigration:
         push.say_blocking(m.Kept(problem))
 
     def _applying(self) -> None:
-        """Note that a resume in the source domain is impossible from now on.  Raises :class:`MigrationError`."""
+        """Note that a resume in the source domain is impossible from now on.  Raises
+        :class:`MigrationError`.
+        """
         if not self._applied:
             self._applied = True
             try:
@@ -910,7 +915,9 @@ class OutgoingMigration:
                 raise
 
     def _take_up_checkpoint(self, checkpoints: CheckpointStore) -> None:
-        """A predecessor's.  Without the checkpoint the guest is not protected; its pages are here still."""
+        """A predecessor's.  Without the checkpoint the guest is not protected; its pages are here
+        still.
+        """
         if not self._applied and not checkpoints.exists():
             return
         try:
@@ -1050,7 +1057,9 @@ class OutgoingMigration:
         self.progress.phase = "failed"
 
     def _lose(self, gone: str) -> str:
-        """The reason, which the destination is sent as well.  The journal stays until the destination has the reason."""
+        """The reason, which the destination is sent as well.  The journal stays until the
+        destination has the reason.
+        """
         lost = m.Lost(m.printable(f"{gone}: the pages that it lacks at the destination are lost"))
         self._last_word = lost
         return lost.reason

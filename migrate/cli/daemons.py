@@ -63,7 +63,9 @@ state_option = click.option(
 
 
 def daemon_options(listen: Address, who: str, socket_path: Path) -> Callable[[F], F]:
-    """The options of :func:`run_daemon`.  ``listen``: where the daemon listens by default, for ``who``."""
+    """The options of :func:`run_daemon`.  ``listen``: where the daemon listens by default, for
+    ``who``.
+    """
     at = "{}:{}".format(*listen)
     options = [
         click.option(

@@ -336,7 +336,9 @@ def postcopy_now_command(migration: str, socket_path: Path) -> None:
 @click.argument("migration")
 @sockets_option
 def cancel_command(migration: str, socket_paths: tuple[Path, ...]) -> None:
-    """Cancel MIGRATION (its id or its domain's name) before its switchover.  The guest continues at its source."""
+    """Cancel MIGRATION (its id or its domain's name) before its switchover.  The guest continues at
+    its source.
+    """
     _ask_all(socket_paths, command="cancel", migration=migration).check_complete()
 
 

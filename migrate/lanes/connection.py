@@ -49,7 +49,7 @@ MANY_BYTES = 64 * 1024
 HEARD_BYTES = 512 * 1024
 """Received in one call: what a slow link carries well within ``SILENCE_S``."""
 SILENCE_S = 30.0
-"""A peer that says nothing for so long is taken for dead."""
+"""A peer that sends nothing for this time is treated as dead."""
 ALIVE_EVERY_S = 1.0
 """The longest pause between two messages on a lane.  The pause does not follow from ``silence_s``
 alone, because the peer may have a shorter one.

@@ -32,7 +32,9 @@ class Lanes(Protocol):
     """See :class:`DialledLanes`."""
 
     async def push(self) -> LaneConnection:
-        """Raises :class:`PeerClosedError` where it does not come about, :class:`ProtocolError` where that cannot be."""
+        """Raises :class:`PeerClosedError` where it does not come about, :class:`ProtocolError`
+        where that cannot be.
+        """
 
     async def pull(self, token: bytes) -> LaneConnection:
         """As :meth:`push`; ``token`` is what the receiver gave for it."""
@@ -41,9 +43,10 @@ class Lanes(Protocol):
         """From here on the session can be taken up again.  ``key``: the offer's."""
 
     async def again(self, note: Callable[[str], None]) -> LaneConnection:
-        """A new push lane for a session that lost its lanes, once there is one; ``note`` hears meanwhile what keeps it.
+        """Wait for a new push lane of a session that lost its lanes.  ``note`` is called with the
+        reason of each failure in the meantime.
 
-        Raises :class:`RefusedError`; asked again it waits before it tries.
+        Raises :class:`RefusedError`.  The next call waits before it dials.
         """
 
     def hurry(self) -> None:

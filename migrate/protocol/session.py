@@ -272,7 +272,7 @@ class Session:
             self._after("complete", self._resumed or self._entrusted, "resumed")
 
     def _check_abort(self) -> None:
-        # Instead of ``rejoin`` a receiver hears it also from a sender whose journal has lost the handover.
+        # A sender whose journal has lost the handover sends ``abort`` instead of ``rejoin``.
         lost = self.role is Role.RECEIVER and not self._asked_to_rejoin
         if self.handed_over and not self.decided and not lost:
             raise RemoteProtocolError("abort after the handover")

@@ -116,7 +116,7 @@ class NetworkConfig:
     checksums: bool = _key(_flag, False)
     """Check each page from end to end (CRC-32), where TCP's checksum is not trusted."""
     silence_s: float = _key(_silence, SILENCE_S)
-    """A peer that says nothing for so long is taken for dead.  The peer may have another value."""
+    """A peer that sends nothing for this time is treated as dead.  The two hosts may have different values."""
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,8 @@ def remove(path: Path) -> None:
 
 
 def _make(path: Path, entry: bytes) -> int:
-    """A file with its first entry.  The file has its name from then on, so that an empty one is a damaged one.
+    """A file with its first entry.  The file has its name from then on, so that an empty one is a
+    damaged one.
 
     Returns a descriptor for the entries that follow.  Raises ``OSError``.
     """
@@ -197,7 +198,8 @@ def _make(path: Path, entry: bytes) -> int:
 def check_facts(
     facts: dict[str, Any], steps: Container[str], types: dict[str, tuple[type, ...]], optional: Container[str]
 ) -> None:
-    """``types``: of the facts that this end alone notes.  ``optional``: what an earlier release did not note.
+    """``types``: of the facts that this end alone notes.  ``optional``: what an earlier release did
+    not note.
 
     Raises ``ValueError`` for an entry that this release must not act on: a step of another release, or a value
     that no release has written.

@@ -66,7 +66,9 @@ def checkpoint_file(hosts: World) -> Path:
 
 @pytest.fixture
 def hosts(clean_hosts: World) -> Iterator[World]:
-    """Other tests use them too, and a daemon removes no directory that is in the place of a checkpoint."""
+    """Other tests use them too, and a daemon removes no directory that is in the place of a
+    checkpoint.
+    """
     yield clean_hosts
     for left in (clean_hosts.directory / "journal").glob("*.checkpoint"):
         left.rmdir()

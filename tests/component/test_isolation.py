@@ -242,7 +242,9 @@ async def test_a_daemon_goes_on_when_a_migration_fails_in_every_way(
 async def test_a_successor_is_received_though_the_clock_went_back(
     monkeypatch: pytest.MonkeyPatch, noted: bool, autojump_clock: trio.testing.MockClock
 ) -> None:
-    """``noted``: in the journal.  Earlier releases noted nothing, and took their numbers from the clock."""
+    """``noted``: in the journal.  Earlier releases noted nothing, and took their numbers from the
+    clock.
+    """
     key, numbers = b"k" * 32, list[int]()
     awaited = AwaitedLanes()
     awaited.keep(key)

@@ -130,7 +130,9 @@ async def test_a_guest_that_never_starts_can_be_given_back(clean_hosts: World, n
 
 
 async def test_of_two_decisions_at_once_one_is_carried_out(clean_hosts: World, name: str, monkeypatch: Patch) -> None:
-    """The destination has given a final answer; both decisions would take effect, and the guest be gone."""
+    """The destination has given a final answer; both decisions would take effect, and the guest be
+    gone.
+    """
     failed = fails(monkeypatch, "start", times=10**6)
     answers = dict[bool, str]()
 
@@ -258,7 +260,8 @@ async def test_a_guest_that_cannot_be_paused_yet_is_paused_later(
 async def test_a_guest_whose_memory_has_all_come_is_paused_later(
     clean_hosts: World, name: str, monkeypatch: Patch, word: str
 ) -> None:
-    """Likewise where the migration is completed at the destination, and the source never learned it.
+    """Likewise where the migration is completed at the destination, and the source never learned
+    it.
 
     ``abort`` comes from a sender whose journal has lost the handover.
     """
@@ -378,7 +381,9 @@ async def test_a_state_that_is_not_known_for_a_moment_ends_nothing(
 async def test_what_is_cancelled_at_the_destination_does_not_become_ready(
     clean_hosts: World, name: str, monkeypatch: Patch, strategy: Strategy
 ) -> None:
-    """Found by chaos: the thread of the push lane said ready all the same, and nobody had the guest."""
+    """Found by chaos: the thread of the push lane said ready all the same, and nobody had the
+    guest.
+    """
     set_context, outcomes = SimulatedDomain.set_context, list[Outcome]()
 
     def cancel_meanwhile(self: SimulatedDomain, context: bytes) -> None:

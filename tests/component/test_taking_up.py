@@ -49,7 +49,9 @@ async def test_what_was_not_handed_over_can_be_cancelled_before_it_is_taken_up(
 async def test_a_receiver_s_successor_asks_to_wait_until_it_has_taken_up_what_was_left(
     clean_hosts: World, tmp_path: Path, step: str, phase: str, needed: bool
 ) -> None:
-    """Nothing is decided about a guest that has not been looked at, and a guest that needs a pager keeps the daemon up."""
+    """Nothing is decided about a guest that has not been looked at, and a guest that needs a pager
+    keeps the daemon up.
+    """
     left = left_by_a_receiver(clean_hosts.destination, Journal(tmp_path), step)
     assert (left.progress.phase, left.needed) == (phase, needed)
     with pytest.raises(MigrationError, match="being taken up"):

@@ -78,7 +78,9 @@ def session_at(role: Role, last: type[Message] = m.Resumed) -> Session:
 
 
 class Memory:
-    """A domain in this process: with ``contents``, and zeros in every third page, or with what is loaded."""
+    """A domain in this process: with ``contents``, and zeros in every third page, or with what is
+    loaded.
+    """
 
     def __init__(self, *, native: bool):
         self._native = native
@@ -146,7 +148,9 @@ class Memory:
 
 
 class Destination:
-    """A pager, a model of Xen at its ring and of the sender at its lane.  Each step is dealt with before the next."""
+    """A pager, a model of Xen at its ring and of the sender at its lane.  Each step is dealt with
+    before the next.
+    """
 
     def __init__(
         self,

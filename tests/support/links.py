@@ -177,7 +177,9 @@ Patch = pytest.MonkeyPatch
 
 
 def cut_when(monkeypatch: Patch, cls: type, said: type[m.Message], *, before: bool, down: bool = False) -> list[Link]:
-    """Cut the link the first time an end says this, before it is sent or after.  The link is to be put into the list."""
+    """Cut the link the first time an end says this, before it is sent or after.  The link is to be
+    put into the list.
+    """
     links: list[Link] = []
     private = "" if cls is PushLane else "_"
     say, say_blocking = getattr(cls, f"{private}say"), getattr(cls, f"{private}say_blocking")

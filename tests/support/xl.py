@@ -73,7 +73,9 @@ class Xl:
         self.source.destroy()
 
     def stay(self) -> None:
-        """The destination is destroyed; the guest is resumed at the source, where it had been suspended."""
+        """The destination is destroyed; the guest is resumed at the source, where it had been
+        suspended.
+        """
         self.destination.destroy()
         if self.source.info().state is DomainState.SUSPENDED:
             self.source.resume()
@@ -114,7 +116,9 @@ def xl(world: World, name: str, tmp_path: Path) -> Iterator[Xl]:
 
 
 def check_stayed(xl: Xl) -> None:
-    """The guest is unharmed at the source, can be migrated again, and nothing is left at the destination."""
+    """The guest is unharmed at the source, can be migrated again, and nothing is left at the
+    destination.
+    """
     until(lambda: xl.source.info().state is DomainState.RUNNING, "the guest is not resumed")
     wait_for_steps(xl.source, 200)
     report = xl.source.report()

@@ -37,7 +37,9 @@ def test_the_last_entry_that_is_whole_counts(tmp_path: Path) -> None:
     ("name", "text"), [("one.new", '\n{"step":'), ("one.json", '\n{"boot": "an earlier one", "step": "handed over"}')]
 )
 def test_what_binds_nobody_is_dropped(tmp_path: Path, name: str, text: str) -> None:
-    """A file whose first entry is not whole, and one of an earlier boot, whose guest ended with the host."""
+    """A file whose first entry is not whole, and one of an earlier boot, whose guest ended with the
+    host.
+    """
     path = tmp_path / name
     path.write_text(text)
     assert Journal(tmp_path).entries() == {}

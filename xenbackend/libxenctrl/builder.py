@@ -91,5 +91,7 @@ def _prepare(host: XenHost, domid: int, config: DomainConfig, platform: Platform
 
 
 def paging_pool_mib(config: DomainConfig) -> int:
-    """For page tables, as libxl reckons: a MiB a vCPU, 8 KiB a MiB of memory; and for what is not in it, ring and holes."""
+    """For page tables, as libxl reckons: a MiB a vCPU, 8 KiB a MiB of memory; and for what is not
+    in it, ring and holes.
+    """
     return config.vcpus + (config.max_pages >> 8) // 128 + 2

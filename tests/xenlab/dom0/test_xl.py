@@ -66,7 +66,9 @@ class Host:
         return write_helper(self.directory)
 
     def migrate(self, name: str, *, receive: str = "xl migrate-receive", **environment: str) -> str:
-        """The output of ``xl migrate``.  Raises ``RuntimeError`` with the output if the command fails."""
+        """The output of ``xl migrate``.  Raises ``RuntimeError`` with the output if the command
+        fails.
+        """
         return self._run(
             "xl", "migrate", "-s", "", name, receive,
             **{
