@@ -17,7 +17,6 @@ from xenbackend.errors import XenError
 
 VM_EVENT_FLAG_VCPU_PAUSED = 1
 MEM_PAGING_DROP_PAGE = 1
-MEM_PAGING_EVICT_FAIL = 2
 VM_EVENT_SLOTS = 8
 """Requests that can be open at once (4 KiB ring, 400-byte events)."""
 
@@ -35,11 +34,6 @@ class PagingRequest(NamedTuple):
     def is_drop(self) -> bool:
         """The guest gave the page away; nobody waits."""
         return bool(self.paging_flags & MEM_PAGING_DROP_PAGE)
-
-    @property
-    def eviction_failed(self) -> bool:
-        """The page was touched between nomination and eviction and is still there."""
-        return bool(self.paging_flags & MEM_PAGING_EVICT_FAIL)
 
     @property
     def vcpu_waits(self) -> bool:

@@ -18,14 +18,11 @@ from sender.source_pages import announce_missing
 from tests.support.requests import request
 from xenbackend.errors import XenError
 from xenbackend.pages import MappedPages, PageStatus
-from xenbackend.ring import (
-    MEM_PAGING_DROP_PAGE,
-    MEM_PAGING_EVICT_FAIL,
-    VM_EVENT_SLOTS,
-    PagingRequest,
-)
+from xenbackend.ring import MEM_PAGING_DROP_PAGE, VM_EVENT_SLOTS, PagingRequest
 
 NR = 64
+MEM_PAGING_EVICT_FAIL = 2
+"""In ``paging_flags``: the page was touched between nomination and eviction (xen/vm_event.h)."""
 
 
 def mask(*pfns: int, nr_pfns: int = NR) -> np.typing.NDArray[np.bool_]:
@@ -196,6 +193,13 @@ class TestOutstandingPages:
         self.load(pages, 5)
         for late in (request(5), request(7), request(NR + 5), request(5, flags=MEM_PAGING_EVICT_FAIL)):
             assert [answered for answered, _since in pages.requests([late], 0.0).answer] == [late]
+
+    def test_a_request_from_before_the_eviction_waits_for_the_page(self) -> None:
+        """The hypervisor set the flag while the page was nominated; the page was evicted since."""
+        pages = self.pages(5)
+        verdict = pages.requests([request(5, flags=MEM_PAGING_EVICT_FAIL)], 0.0)
+        assert not verdict.answer
+        assert verdict.ask.tolist() == [5]
 
     def test_a_drop_answers_itself_and_whoever_waits(self) -> None:
         pages = self.pages(5, 6)
