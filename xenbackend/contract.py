@@ -21,7 +21,7 @@ from typing import NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from xenbackend.errors import NoSuchDomainError, XenError
+from xenbackend.errors import XenError, no_such_domain
 from xenbackend.pages import Buffer, MappedPages, NativePages, PfnArray
 from xenbackend.ring import PagingRing
 
@@ -422,7 +422,7 @@ def find_domain(domains: list[DomainInfo], text: str) -> DomainInfo:
     if not named:
         named = [info for info in domains if str(uuid.UUID(bytes=info.handle)) == text.lower()]
     if not named:
-        raise NoSuchDomainError(text)
+        raise no_such_domain(text)
     if len(named) > 1:
         numbers = ", ".join(str(info.domid) for info in named)
         why = f"there is more than one such domain: name it by one of these numbers: {numbers}"

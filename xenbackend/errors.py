@@ -10,9 +10,13 @@ import os
 class XenError(Exception):
     """A hypercall failed.
 
-    ``errno`` is Xen's; ``pfn`` the one it failed at, if any; ``done`` how many pfns of the batch, from its start,
-    were handled before.
+    ``errno`` is Xen's; ``pfn`` the one it failed at, if any; ``done`` how many pfns of the batch,
+    from its start, were handled before.  With ESRCH the error is a :class:`NoSuchDomainError`,
+    whichever call failed: the class follows the number, as that of an ``OSError`` does.
     """
+
+    def __new__(cls, _operation: str, errno: int, **_more: object) -> XenError:
+        return super().__new__(NoSuchDomainError if cls is XenError and errno == errno_module.ESRCH else cls)
 
     def __init__(self, operation: str, errno: int, *, pfn: int | None = None, done: int = 0, why: str = ""):
         self.operation = operation
@@ -30,8 +34,12 @@ class GuestOptionError(ValueError):
 
 
 class NoSuchDomainError(XenError):
-    def __init__(self, domain: str | int, why: str = "there is no such domain on this host"):
-        super().__init__(f"domain {domain!r}", errno_module.ESRCH, why=why)
+    """The domain has been destroyed, or was never there; ``errno`` is ESRCH."""
+
+
+def no_such_domain(domain: str | int, why: str = "there is no such domain on this host") -> XenError:
+    """The error of a domain, by its name or its domid, that is not found."""
+    return XenError(f"domain {domain!r}", errno_module.ESRCH, why=why)
 
 
 def check_handle(domid: int, found: bytes, expected: bytes | None) -> None:
@@ -39,4 +47,4 @@ def check_handle(domid: int, found: bytes, expected: bytes | None) -> None:
     expected.
     """
     if expected is not None and found != expected:
-        raise NoSuchDomainError(domid, "another domain has this number now; the one that was meant is gone")
+        raise no_such_domain(domid, "another domain has this number now; the one that was meant is gone")

@@ -13,7 +13,7 @@ import trio.testing
 from sender.toolstack import UNKNOWN_XL_S, XL_PATIENCE_S, XlToolstack
 from tests.support import zygote
 from xenbackend.contract import Domain, DomainState
-from xenbackend.errors import NoSuchDomainError
+from xenbackend.errors import no_such_domain
 
 
 class Suspended:
@@ -24,7 +24,7 @@ class Suspended:
 
     def state(self) -> DomainState:
         if self.destroyed_by:
-            raise NoSuchDomainError(1)
+            raise no_such_domain(1)
         return DomainState.SUSPENDED
 
     def info(self) -> Suspended:

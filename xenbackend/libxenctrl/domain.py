@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xenbackend.contract import LOG_DIRTY_IS_ON, Domain, DomainConfig, DomainInfo, DomainState, Preflight, Reservation
-from xenbackend.errors import NoSuchDomainError, XenError, check_handle
+from xenbackend.errors import NoSuchDomainError, XenError, check_handle, no_such_domain
 from xenbackend.libxenctrl._xen import ffi, lib
 from xenbackend.libxenctrl.held import HeldPages
 from xenbackend.libxenctrl.host import SHUTDOWN_SUSPEND, XenHost, check, state_of
@@ -99,7 +99,7 @@ class XenDomain(Domain):
         info = ffi.new("struct xen_info *")
         rc = lib.xen_domain_info(self._xen, self.domid, info)
         if rc == -errno.ESRCH or (rc == 0 and info.dying):
-            raise NoSuchDomainError(self.domid)
+            raise no_such_domain(self.domid)
         check("getdomaininfo", rc)
         return info
 

@@ -7,7 +7,7 @@ import dataclasses
 import errno
 
 from xenbackend.contract import Domain, DomainConfig, DomainInfo, DomainState, Hypervisor, Preflight, ToolstackPorts
-from xenbackend.errors import NoSuchDomainError, XenError, check_handle
+from xenbackend.errors import NoSuchDomainError, XenError, check_handle, no_such_domain
 from xenbackend.libxenctrl import builder
 from xenbackend.libxenctrl.domain import XenDomain
 from xenbackend.libxenctrl.host import XenHost
@@ -39,7 +39,7 @@ class XenHypervisor(Hypervisor):
 
     def open(self, domid: int, handle: bytes | None = None) -> XenDomain:
         if not 0 < domid < FIRST_RESERVED_DOMID:
-            raise NoSuchDomainError(domid)
+            raise no_such_domain(domid)
         domain = XenDomain(self.host, domid)
         try:
             check_handle(domid, domain.handle, handle)

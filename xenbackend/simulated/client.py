@@ -24,7 +24,7 @@ from xenbackend.contract import (
     Reservation,
     ToolstackPorts,
 )
-from xenbackend.errors import NoSuchDomainError, XenError, check_handle
+from xenbackend.errors import XenError, check_handle, no_such_domain
 from xenbackend.pages import PAGE_SIZE, Buffer, MappedPages, NativePages, PageStatus, PfnArray, batch_error, page_bytes
 from xenbackend.ring import PagingRing
 from xenbackend.simulated._sim import ffi, lib
@@ -87,7 +87,7 @@ class SimulatedDomain(Domain):
             info = domain_info(self._host.call("info", domid=self.domid))
         except XenError as error:
             if error.errno == errno.ESRCH:
-                raise NoSuchDomainError(self.domid) from error
+                raise no_such_domain(self.domid) from error
             raise
         check_handle(self.domid, info.handle, self.handle)
         return info
@@ -342,7 +342,7 @@ class SimulatedHypervisor(Hypervisor):
         for info in self.domains():
             if domid == (info.name if isinstance(domid, str) else info.domid):
                 return SimulatedDomain(self, info.domid, handle)
-        raise NoSuchDomainError(domid)
+        raise no_such_domain(domid)
 
     def preflight(self, config: DomainConfig | None, *, paging: bool) -> Preflight:
         return _preflight(self.call("preflight", config=config and config.__dict__, paging=paging))

@@ -20,7 +20,7 @@ from typing import Any
 import trio
 
 from xenbackend.contract import LOG_DIRTY_IS_ON, DomainConfig
-from xenbackend.errors import GuestOptionError, XenError
+from xenbackend.errors import GuestOptionError, XenError, no_such_domain
 from xenbackend.pages import PAGE_SIZE
 from xenbackend.simulated._sim import ffi, lib
 from xenbackend.simulated.guest import GuestSpec, available_bytes
@@ -137,7 +137,7 @@ class SimulatedHost:
     def _domain(self, domid: int) -> HostedDomain:
         domain = self.domains.get(domid)
         if domain is None:
-            raise XenError(f"domain {domid}", errno.ESRCH, why="there is no such domain on this host")
+            raise no_such_domain(domid)
         return domain
 
     # ---- making and ending domains ----
