@@ -559,13 +559,13 @@ class OutgoingMigration:
         )  # fmt: skip
         if self._checkpoints is not None:
             await trio.to_thread.run_sync(self._take_up_checkpoint, self._checkpoints)
-        self.progress.phase = "postcopy" if handed_over else "deciding"
         nothing = np.zeros(self._domain.nr_pfns, dtype=np.bool_)
         self._backlog = await in_thread(Backlog, nothing)
         async with task_group() as tasks:
             if self._toolstack.decides:
                 tasks.start_soon(self._follow_decision)
-            await self._rejoin(PeerClosedError("the sender was started anew"))
+            then = "postcopy" if handed_over else "deciding"
+            await self._rejoin(PeerClosedError("the sender was started anew"), then)
             await self._migrate_over_lanes(tasks)
             tasks.cancel_scope.cancel()
         await self._finish()
@@ -644,7 +644,7 @@ class OutgoingMigration:
             except Exception as error:
                 if not self._entrusted or is_final(error) or await self._is_lost():
                     raise
-                await self._rejoin(error)
+                await self._rejoin(error, self.progress.phase)
 
     async def _hear(self, push: PushLane) -> None:
         hear = functools.partial(self._receive_push_lane, push)
@@ -954,9 +954,9 @@ class OutgoingMigration:
             await push.connection.receive()
 
     # ---- when the lanes are lost ----
-    async def _rejoin(self, lost: Exception) -> None:
-        """Until the receiver is there again."""
-        self.progress.phase, before = "interrupted", self.progress.phase
+    async def _rejoin(self, lost: Exception, then: str) -> None:
+        """Until the receiver is there again; ``then`` is the phase that follows."""
+        self.progress.phase = "interrupted"
         self._lost_at = time.monotonic()
         while True:
             self._close_lanes()
@@ -971,7 +971,7 @@ class OutgoingMigration:
                     raise
                 lost = error
         self.statistics.rejoins += 1
-        self.progress.phase, self.progress.problem, self._lost_at = before, "", 0.0
+        self.progress.phase, self.progress.problem, self._lost_at = then, "", 0.0
         self._count_down()
         log.info("%s: the destination is back, %d pages to go", self.domain_name, self._backlog.unacknowledged)
 
