@@ -25,7 +25,9 @@ def has_xen_headers() -> bool:
     if sysroot := os.environ.get("XEN_SYSROOT"):
         compiler.append(f"-I{sysroot}/usr/include")
     try:
-        checked = subprocess.run(compiler, input=program, text=True, capture_output=True, check=False)
+        checked = subprocess.run(
+            compiler, input=program, text=True, capture_output=True, check=False
+        )
     except OSError:
         return False
     if checked.returncode:

@@ -27,7 +27,13 @@ MOST_BYTES = 128 * 1024
 """Of a record: the kernel takes no larger datagram."""
 COMPLAIN_EVERY_S = 60.0
 """How often one :class:`Complaint` is logged."""
-PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
+PRIORITIES = {
+    logging.DEBUG: 7,
+    logging.INFO: 6,
+    logging.WARNING: 4,
+    logging.ERROR: 3,
+    logging.CRITICAL: 2,
+}
 """syslog(3)'s."""
 
 migration: ContextVar[str] = ContextVar("migration", default="")
@@ -47,7 +53,9 @@ class OneLine(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         if not record.message.isprintable():
-            record.message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in record.message)
+            record.message = "".join(
+                c if c.isprintable() else repr(c)[1:-1] for c in record.message
+            )
         return super().formatMessage(record)
 
 

@@ -69,6 +69,10 @@ class MigrationOptions:
                 f"bandwidth {cap}: at least one page ({LEAST_BANDWIDTH} bytes) a second, or none for no cap"
             )
         if every_s is not None and not 0.001 <= every_s <= MAX_CHECKPOINT_MS / 1000:
-            raise MigrationError(f"checkpoints every {every_s} s: 0.001 s to {MAX_CHECKPOINT_MS / 1000:g} s")
+            raise MigrationError(
+                f"checkpoints every {every_s} s: 0.001 s to {MAX_CHECKPOINT_MS / 1000:g} s"
+            )
         if self.checkpoint_every_s is not None and not self.strategy.pages_after_handover:
-            raise MigrationError("--strategy precopy has nothing to protect: there the guest arrives as a whole")
+            raise MigrationError(
+                "--strategy precopy has nothing to protect: there the guest arrives as a whole"
+            )

@@ -11,7 +11,13 @@ from typing import TypeVar, TypeVarTuple
 
 import trio
 
-from migrate.errors import LocalProtocolError, MigrationError, PeerClosedError, ProtocolError, UsedUpError
+from migrate.errors import (
+    LocalProtocolError,
+    MigrationError,
+    PeerClosedError,
+    ProtocolError,
+    UsedUpError,
+)
 from migrate.logs import Complaint
 from xenbackend.errors import XenError
 
@@ -28,7 +34,9 @@ def root_cause(error: BaseException) -> BaseException:
     """Of several errors in a group, the one that says most: a lost connection is often another's consequence."""
     while isinstance(error, BaseExceptionGroup):
         inner = [root_cause(e) for e in error.exceptions]
-        error = next((e for e in inner if not isinstance(e, PeerClosedError | trio.Cancelled)), inner[0])
+        error = next(
+            (e for e in inner if not isinstance(e, PeerClosedError | trio.Cancelled)), inner[0]
+        )
     return error
 
 
@@ -63,7 +71,9 @@ async def as_soon_as_threads_start(work: Callable[[], Awaitable[Result]]) -> Res
 
 async def in_thread(call: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
     """Make a call, on which a guest depends, in a thread, as soon as one can be started."""
-    return await as_soon_as_threads_start(functools.partial(trio.to_thread.run_sync, call, *arguments))
+    return await as_soon_as_threads_start(
+        functools.partial(trio.to_thread.run_sync, call, *arguments)
+    )
 
 
 async def first(*waits: Callable[[], Awaitable[object]]) -> None:
@@ -78,7 +88,9 @@ async def first(*waits: Callable[[], Awaitable[object]]) -> None:
             tasks.start_soon(wait_for, one)
 
 
-async def isolated(what: str, work: Callable[[*Arguments], Awaitable[object]], *arguments: *Arguments) -> None:
+async def isolated(
+    what: str, work: Callable[[*Arguments], Awaitable[object]], *arguments: *Arguments
+) -> None:
     """Do ``work``.  An error that ``work`` raises is logged with its traceback and ends nothing
     else.
 
@@ -115,9 +127,13 @@ def is_bug(error: Exception) -> bool:
     """
     if is_used_up(error):
         return False
-    return isinstance(error, LocalProtocolError) or not isinstance(error, MigrationError | XenError | OSError)
+    return isinstance(error, LocalProtocolError) or not isinstance(
+        error, MigrationError | XenError | OSError
+    )
 
 
 def is_final(error: Exception) -> bool:
     """After the handover: nothing comes of trying again.  Anything else may pass, and so may what is a bug here."""
-    return isinstance(error, MigrationError) and not isinstance(error, PeerClosedError | ProtocolError)
+    return isinstance(error, MigrationError) and not isinstance(
+        error, PeerClosedError | ProtocolError
+    )

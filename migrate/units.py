@@ -20,7 +20,9 @@ def parse_size(value: Any) -> int:
     if type(value) is int:
         size: float = value
     else:
-        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(?:i?B)?", str(value).strip(), re.IGNORECASE)
+        match = re.fullmatch(
+            r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(?:i?B)?", str(value).strip(), re.IGNORECASE
+        )
         if not match:
             raise ValueError(
                 f"{shortened(value)!r} is not a size: a number of bytes, or one with K, M, G or T, such as 512M"

@@ -177,7 +177,9 @@ class Checkpoints:
             for message, pieces in self._written(rest):
                 self._say(message, pieces)
             rest[:] = False
-        expected = rest | mask_from_bitmap(self._domain.log_dirty(clean=False), self._domain.nr_pfns)
+        expected = rest | mask_from_bitmap(
+            self._domain.log_dirty(clean=False), self._domain.nr_pfns
+        )
         room = Room(int(np.count_nonzero(expected)))
         copies = []
         with self._standing_still():
@@ -292,7 +294,9 @@ def mark(stopped: Path) -> None:
         stopped.touch(0o600)
     except OSError as error:
         raise XenError(
-            "suspend", error.errno or errno.EIO, why=f"cannot note it in {stopped}: {error.strerror}"
+            "suspend",
+            error.errno or errno.EIO,
+            why=f"cannot note it in {stopped}: {error.strerror}",
         ) from error
 
 
@@ -300,7 +304,9 @@ class Room:
     """For copies of about so many pages.  Memory costs most when it is touched first: that is before the guest stands still."""
 
     def __init__(self, pages: int):
-        self._free = np.full(min(pages + pages // 4 + SPARE_PAGES, MAX_COPIED_PAGES) * PAGE_SIZE, 1, dtype=np.uint8)
+        self._free = np.full(
+            min(pages + pages // 4 + SPARE_PAGES, MAX_COPIED_PAGES) * PAGE_SIZE, 1, dtype=np.uint8
+        )
 
     def take(self, pieces: list[memoryview]) -> list[memoryview] | None:
         """A copy of pieces of memory; ``None`` where there is no room for it."""

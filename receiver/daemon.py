@@ -28,7 +28,13 @@ from migrate.protocol.messages import Hello, Lane
 from migrate.protocol.session import is_session_id
 from migrate.service.config import Config
 from migrate.service.journal import Journal
-from migrate.service.lifecycle import STOPPING, find_migration, notify, serve_connections, until_stopped
+from migrate.service.lifecycle import (
+    STOPPING,
+    find_migration,
+    notify,
+    serve_connections,
+    until_stopped,
+)
 from migrate.tasks import isolated, task_group
 from receiver.migration import IncomingMigration
 from receiver.toolstack import XlToolstack
@@ -79,12 +85,19 @@ class ReceiverDaemon:
             serve = functools.partial(serve_connections, from_strangers=True)
             await self._nursery.start(serve, "a connection", self.reception.receive, listeners)
             notify(f"READY=1\nSTATUS=listening at {self._address[0]}:{self._port}")
-            log.info("receiver listening at %s:%d, control socket %s", self._address[0], self._port, self._socket_path)
+            log.info(
+                "receiver listening at %s:%d, control socket %s",
+                self._address[0],
+                self._port,
+                self._socket_path,
+            )
 
     def _take_up(self, session: str, facts: dict[str, Any]) -> None:
         """What a predecessor has left."""
         lanes_again = rejoining(session, facts, self._awaited, self._terms)
-        migration = IncomingMigration.of_predecessor(self._hypervisor, session, lanes_again, self._journal, facts)
+        migration = IncomingMigration.of_predecessor(
+            self._hypervisor, session, lanes_again, self._journal, facts
+        )
         self._journal.write(session, {**facts, "rejoins": lanes_again.rejoins}, needed=False)
         self._start(migration)
 
@@ -97,19 +110,28 @@ class ReceiverDaemon:
         if needed:
             for migration in needed:
                 migration.count()
-            waiting = ", ".join(f"{m.progress.domain} ({m.progress.outstanding} pages missing)" for m in needed)
+            waiting = ", ".join(
+                f"{m.progress.domain} ({m.progress.outstanding} pages missing)" for m in needed
+            )
             notify(f"STATUS=stopping, but guests that run here need their pager still: {waiting}")
-            self._waiting.log("waiting for guests that run here: %s", waiting, about=[m.id for m in needed])
+            self._waiting.log(
+                "waiting for guests that run here: %s", waiting, about=[m.id for m in needed]
+            )
         return bool(needed)
 
     async def _handle(self, request: Json, connection: ControlConnection) -> None:
         match request["command"]:
             case "list":
-                await connection.answer("result", migrations=[_line(m) for m in self._migrations.values()])
+                await connection.answer(
+                    "result", migrations=[_line(m) for m in self._migrations.values()]
+                )
             case "show":
                 migration = find_migration(self._migrations.values(), request["migration"])
                 await connection.answer(
-                    "result", **_line(migration), details=migration.details(), known=migration.known_of_peer
+                    "result",
+                    **_line(migration),
+                    details=migration.details(),
+                    known=migration.known_of_peer,
                 )
             case "status":
                 await connection.answer("result", port=self._port)
@@ -129,7 +151,9 @@ class ReceiverDaemon:
                 await connection.answer("result")
             case "postcopy-now":
                 migration = find_migration(self._migrations.values(), request["migration"])
-                raise MigrationError(f"{migration.domain_name} is incoming: ask the sender at its source for that")
+                raise MigrationError(
+                    f"{migration.domain_name} is incoming: ask the sender at its source for that"
+                )
             case "migrate" | "save" as other:
                 raise MigrationError(f"this is the receiver's socket; `{other}` needs the sender's")
             case other:
@@ -140,7 +164,9 @@ class ReceiverDaemon:
         if greeting.lane == Lane.PULL.value or greeting.token:
             self._journal.check_understood(greeting.session)
             if greeting.session not in self._awaited:
-                raise UnknownSessionError(f"a {greeting.lane} lane for a session that is not here, or not any more")
+                raise UnknownSessionError(
+                    f"a {greeting.lane} lane for a session that is not here, or not any more"
+                )
             return self._awaited[greeting.session]
         self._check(greeting.session)
         awaited = self._awaited[greeting.session] = AwaitedLanes()
@@ -153,8 +179,12 @@ class ReceiverDaemon:
         self._check(session)
         token = bytes.fromhex(request["token"])
         dialled = DialledLanes((str(host), int(port)), session, self._terms, token)
-        toolstack = XlToolstack(int(request["domid"]), ToolstackPorts(**request["ports"]), connection)
-        taken = [m for m in self._migrations.values() if m.domid == toolstack.lends and not m.has_ended]
+        toolstack = XlToolstack(
+            int(request["domid"]), ToolstackPorts(**request["ports"]), connection
+        )
+        taken = [
+            m for m in self._migrations.values() if m.domid == toolstack.lends and not m.has_ended
+        ]
         if taken:
             raise MigrationError(
                 f"domain {toolstack.lends} is being restored already: migration {taken[0].id[:8]} of {taken[0].domain_name}"
@@ -171,7 +201,9 @@ class ReceiverDaemon:
 
         Raises :class:`MigrationError` where that is not to be expected.
         """
-        for migration in [m for m in self._migrations.values() if m.domid == domid and not m.has_ended]:
+        for migration in [
+            m for m in self._migrations.values() if m.domid == domid and not m.has_ended
+        ]:
             least = before = migration.missing
             patience_ends = trio.current_time() + PATIENCE_S
             while not migration.has_ended and migration.domid == domid:
@@ -192,7 +224,9 @@ class ReceiverDaemon:
                     await migration.ended.wait()
         await connection.answer("result")
 
-    async def _listen_to_helper(self, migration: IncomingMigration, connection: ControlConnection) -> None:
+    async def _listen_to_helper(
+        self, migration: IncomingMigration, connection: ControlConnection
+    ) -> None:
         """It says something, or goes away, only to have us leave the domain alone."""
         request = await connection.request()
         migration.cancel("xl has gone" if request is None else "xl's own live migration takes over")
@@ -235,4 +269,9 @@ class ReceiverDaemon:
 
 def _line(migration: IncomingMigration) -> Json:
     migration.count()
-    return {"id": migration.id, "direction": "incoming", "peer": migration.lanes.peer, **asdict(migration.progress)}
+    return {
+        "id": migration.id,
+        "direction": "incoming",
+        "peer": migration.lanes.peer,
+        **asdict(migration.progress),
+    }

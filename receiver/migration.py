@@ -45,7 +45,13 @@ from migrate.errors import (
     UnknownSessionError,
 )
 from migrate.lanes import scheduling
-from migrate.lanes.connection import EXPLANATION_S, LINGER_S, LaneConnection, run_in_thread, step_timeout
+from migrate.lanes.connection import (
+    EXPLANATION_S,
+    LINGER_S,
+    LaneConnection,
+    run_in_thread,
+    step_timeout,
+)
 from migrate.lanes.pairs import Lanes
 from migrate.logs import Complaint
 from migrate.protocol import messages as m
@@ -91,7 +97,12 @@ INHERITED = {
     "decided elsewhere": "in doubt",
 }  # fmt: skip
 """The phase that is shown of a predecessor's migration until it is taken up, by the step in the journal."""
-FACTS: dict[str, tuple[type, ...]] = {"offer": (dict,), "unprotected": (str,), "decided": (bool,), "raised": (list,)}
+FACTS: dict[str, tuple[type, ...]] = {
+    "offer": (dict,),
+    "unprotected": (str,),
+    "decided": (bool,),
+    "raised": (list,),
+}
 """What this end notes in the journal besides the facts that both ends note."""
 NOT_ALWAYS_NOTED = ("handle", "rejoins", "unprotected", "decided", "raised")
 """An earlier release did not."""
@@ -191,7 +202,12 @@ class IncomingMigration:
 
     @classmethod
     def of_predecessor(
-        cls, hypervisor: Hypervisor, session_id: str, lanes: Lanes, journal: Journal, facts: dict[str, Any]
+        cls,
+        hypervisor: Hypervisor,
+        session_id: str,
+        lanes: Lanes,
+        journal: Journal,
+        facts: dict[str, Any],
     ) -> IncomingMigration:
         """What a daemon has left that died, by its journal; ``lanes`` are for rejoining only.
 
@@ -294,7 +310,9 @@ class IncomingMigration:
         if self.has_ended:
             raise MigrationError(self.ending("reconnect"))
         if self.progress.phase not in ("interrupted", "in doubt"):
-            raise MigrationError(f"there is nothing to reconnect: {self.progress.domain} is {self.progress.phase}")
+            raise MigrationError(
+                f"there is nothing to reconnect: {self.progress.domain} is {self.progress.phase}"
+            )
         if self.lanes.dials is None:
             raise MigrationError(
                 f"the source dials, and tries by itself: ask its sender to reconnect {self.progress.domain}"
@@ -380,11 +398,17 @@ class IncomingMigration:
                 f"there is nothing to decide: {name} runs here; to end it, destroy it (xl destroy {name})"
             )
         if here and self._not_started:
-            raise MigrationError(f"there is nothing to decide: {name} belongs here already, and {self._not_started}")
+            raise MigrationError(
+                f"there is nothing to decide: {name} belongs here already, and {self._not_started}"
+            )
         if phase not in ("in doubt", "held") and not self._not_started:
-            raise MigrationError(f"there is nothing to decide here: both ends are in touch, and {name} is {phase}")
+            raise MigrationError(
+                f"there is nothing to decide here: both ends are in touch, and {name} is {phase}"
+            )
         if phase == "in doubt" and self._push is not None:
-            raise MigrationError(f"the sender of {name} is back and is being asked: see `xen-postcopy list`")
+            raise MigrationError(
+                f"the sender of {name} is back and is being asked: see `xen-postcopy list`"
+            )
         if not here:
             # Before the operator has the answer: a successor carries it out.
             await trio.to_thread.run_sync(self._record, "decided elsewhere")
@@ -392,7 +416,9 @@ class IncomingMigration:
             self.cancel(NOT_HERE)
             return
         if self._step == "suspended":
-            raise MigrationError("it is not known whether all has come that the guest cannot run without")
+            raise MigrationError(
+                "it is not known whether all has come that the guest cannot run without"
+            )
         if self._stand_by is None:
             raise MigrationError(f"{name} cannot be started yet: {self.progress.problem}")
         log.warning("%s: an operator has said that the guest is to run here", name)
@@ -465,7 +491,11 @@ class IncomingMigration:
                 except UnknownSessionError:  # it knows
                     break
                 except Exception as error:
-                    log.info("the sender has not been told yet how it ended: %s", error, exc_info=is_bug(error))
+                    log.info(
+                        "the sender has not been told yet how it ended: %s",
+                        error,
+                        exc_info=is_bug(error),
+                    )
                 finally:
                     self._close_lanes()
         await trio.to_thread.run_sync(self._journal.erase, self.id)
@@ -483,13 +513,14 @@ class IncomingMigration:
 
     def _hold_completed(self, reason: str) -> None:
         """It is all here, and runs at the source as well."""
-        with contextlib.suppress(NoSuchDomainError), self._hypervisor.open(self._domid, self._handle) as domain:
+        with (
+            contextlib.suppress(NoSuchDomainError),
+            self._hypervisor.open(self._domid, self._handle) as domain,
+        ):
             domain.pause()
             name = self.progress.domain
             self.progress.phase = "failed"
-            self.progress.problem = (
-                f"{reason}; so {name} is paused here: destroy it (xl destroy), or unpause it (xl unpause)"
-            )
+            self.progress.problem = f"{reason}; so {name} is paused here: destroy it (xl destroy), or unpause it (xl unpause)"
             log.error("%s: %s", name, self.progress.problem)
 
     async def _receive_migration(self) -> None:
@@ -509,7 +540,12 @@ class IncomingMigration:
                     raise
                 if str(error) != said:
                     said = str(error)
-                    log.error("%s after the handover: %s", self.progress.domain, error, exc_info=is_bug(error))
+                    log.error(
+                        "%s after the handover: %s",
+                        self.progress.domain,
+                        error,
+                        exc_info=is_bug(error),
+                    )
             self._close_lanes()
             self.progress.phase = "interrupted"
             self._note(said)
@@ -544,7 +580,11 @@ class IncomingMigration:
             raise MigrationError(f"the sender gave up: {offer.reason}")
         if not isinstance(offer, m.Offer):
             raise RemoteProtocolError(f"{offer.type} instead of an offer")
-        coming = [other for other in self.others() if other.domain_name == offer.name and not other.has_ended]
+        coming = [
+            other
+            for other in self.others()
+            if other.domain_name == offer.name and not other.has_ended
+        ]
         self.progress.domain = offer.name
         # One that was cancelled a moment ago is still being undone.
         with trio.move_on_after(UNDOING_S):
@@ -584,7 +624,9 @@ class IncomingMigration:
                 if not self._said_ready:
                     raise
                 self.progress.phase = "interrupted" if self.session.handed_over else "in doubt"
-                self.progress.problem = f"what was left here cannot be taken up yet: {error}; trying again"
+                self.progress.problem = (
+                    f"what was left here cannot be taken up yet: {error}; trying again"
+                )
                 log.error("%s: %s", self.progress.domain, self.progress.problem)
                 await trio.sleep(LAST_START_AGAIN_S)
         self.progress.problem = ""
@@ -605,7 +647,11 @@ class IncomingMigration:
             domain = self._hypervisor.reopen_incoming(
                 self._domid, config, lent=self._toolstack.decides, handle=self._handle
             )
-            if not self._toolstack.decides and domain.state() is not DomainState.INCOMING and self._step != "finishing":
+            if (
+                not self._toolstack.decides
+                and domain.state() is not DomainState.INCOMING
+                and self._step != "finishing"
+            ):
                 self._step = "taken over"
         except NoSuchDomainError:
             raise GuestEndedError("its domain was destroyed") from None
@@ -625,7 +671,10 @@ class IncomingMigration:
             self._pages.add(domain.paged_out())
         self.progress.outstanding = self._pages.count
         log.warning(
-            "%s: taking up what was left here, %s, %d pages missing", config.name, self._step, self._pages.count
+            "%s: taking up what was left here, %s, %d pages missing",
+            config.name,
+            self._step,
+            self._pages.count,
         )
 
     def _attach(self, domain: Domain) -> PagingRing | None:
@@ -634,17 +683,27 @@ class IncomingMigration:
             try:
                 return domain.paging_attach()
             except XenError as error:
-                if error.errno == errno.ENODEV and self._step in FINISHED_OR_FINISHING and not len(domain.paged_out()):
+                if (
+                    error.errno == errno.ENODEV
+                    and self._step in FINISHED_OR_FINISHING
+                    and not len(domain.paged_out())
+                ):
                     return None
                 if error.errno != errno.EBUSY or time.monotonic() > deadline:
                     raise
-                time.sleep(LOOK_EVERY_S)  # the hypervisor has not seen yet that the one before us is dead
+                time.sleep(
+                    LOOK_EVERY_S
+                )  # the hypervisor has not seen yet that the one before us is dead
 
     async def _serve_for_predecessor(self) -> None:
         assert self._domain is not None
         state = await trio.to_thread.run_sync(self._state)
         await trio.to_thread.run_sync(self._undo_stop, state)
-        if state is DomainState.INCOMING and self._step == "taken over" and not self._toolstack.decides:
+        if (
+            state is DomainState.INCOMING
+            and self._step == "taken over"
+            and not self._toolstack.decides
+        ):
             try:
                 await in_thread(self._start)
                 self._started()
@@ -673,7 +732,9 @@ class IncomingMigration:
         """
         if self._handle is None and self._noted == "finishing":
             return True  # it was of a release that noted only this
-        just_started = self._noted not in (*FINISHED_OR_FINISHING, "lost", "held") or self._handle is None
+        just_started = (
+            self._noted not in (*FINISHED_OR_FINISHING, "lost", "held") or self._handle is None
+        )
         if state is DomainState.PAUSED and just_started and not self._toolstack.decides:
             return True
         return self._stopped.exists()
@@ -704,7 +765,10 @@ class IncomingMigration:
                 if not self._said_ready or is_final(error):
                     raise
                 if self._needs_nothing:
-                    log.info("nothing is missing any more, which the sender may not have heard: %s", error)
+                    log.info(
+                        "nothing is missing any more, which the sender may not have heard: %s",
+                        error,
+                    )
                     return
                 await self._rejoin(error)
 
@@ -725,7 +789,9 @@ class IncomingMigration:
             except NoSuchDomainError:  # the guest has ended since
                 break
             except XenError as error:
-                self.progress.problem = f"all memory has come, but the ring cannot be given up: {error}; trying again"
+                self.progress.problem = (
+                    f"all memory has come, but the ring cannot be given up: {error}; trying again"
+                )
                 log.error("%s: %s", self.progress.domain, self.progress.problem)
                 await trio.sleep(LAST_START_AGAIN_S)
         self.progress.problem = ""
@@ -892,7 +958,9 @@ class IncomingMigration:
                 return  # the error came after that
             if state in (None, DomainState.CRASHED):
                 name = self.progress.domain
-                raise GuestEndedError(f"{name} ended when it was to be started here: {error}") from error
+                raise GuestEndedError(
+                    f"{name} ended when it was to be started here: {error}"
+                ) from error
             raise
 
     def _try_to_start(self) -> None:
@@ -922,7 +990,9 @@ class IncomingMigration:
         been busy, or memory may have been short.
         """
         for pause_s in pauses(FIRST_START_AGAIN_S, LAST_START_AGAIN_S, growth=2):
-            self._not_started = f"the guest cannot be started yet ({error}), which is tried again and again"
+            self._not_started = (
+                f"the guest cannot be started yet ({error}), which is tried again and again"
+            )
             self.progress.problem = self._not_started
             log.warning("%s: %s", self.progress.domain, self._not_started)
             await trio.sleep(pause_s)
@@ -951,15 +1021,26 @@ class IncomingMigration:
     def _make_pager(self) -> Pager:
         assert self._domain is not None
         say, make_room = self._say_blocking, self._limit.make_room
-        return Pager(self._domain, self._ring, self.session, self._pages, self.statistics, say, make_room)
+        return Pager(
+            self._domain, self._ring, self.session, self._pages, self.statistics, say, make_room
+        )
 
     def _protect(self, domain: Domain) -> None:
         """In a thread."""
-        if not self._offer.checkpoint_ms or self._checkpoints is not None or self.progress.unprotected:
+        if (
+            not self._offer.checkpoint_ms
+            or self._checkpoints is not None
+            or self.progress.unprotected
+        ):
             return
         every_s = self._offer.checkpoint_ms / 1000
         made = Checkpoints(
-            domain, every_s, self._say_blocking, self.statistics, self._stopped, self._protection_is_lost
+            domain,
+            every_s,
+            self._say_blocking,
+            self.statistics,
+            self._stopped,
+            self._protection_is_lost,
         )
         try:
             made.begin(inherit=self._inherited)
@@ -1004,12 +1085,18 @@ class IncomingMigration:
                 if self._checkpoints is not None and state is not None:
                     await trio.to_thread.run_sync(self._checkpoints.let_go_on)
             except (XenError, RuntimeError) as error:  # that may pass
-                complaint.log("%s: its state is not known, or it cannot go on: %s", self.progress.domain, error)
+                complaint.log(
+                    "%s: its state is not known, or it cannot go on: %s",
+                    self.progress.domain,
+                    error,
+                )
                 await trio.sleep(LOOK_AGAIN_EVERY_S)
                 continue
             if state is None:
                 raise GuestEndedError(
-                    "its domain was destroyed" if self._runs.is_set() else "xl gave the guest up here"
+                    "its domain was destroyed"
+                    if self._runs.is_set()
+                    else "xl gave the guest up here"
                 )
             if state is not DomainState.INCOMING:
                 self._runs.set()
@@ -1024,9 +1111,7 @@ class IncomingMigration:
         assert self._pager is not None
         if suspended and not self._lacked and self.missing:
             self._lacked, self._pager.holds_back = self.missing, True
-            about = (
-                "%s was suspended by another program while %d pages are missing: an image that is made now lacks them"
-            )
+            about = "%s was suspended by another program while %d pages are missing: an image that is made now lacks them"
             log.error(about, self.progress.domain, self._lacked)
         elif not suspended and self._lacked:
             log.warning("%s runs again, and its pages come", self.progress.domain)
@@ -1088,11 +1173,15 @@ class IncomingMigration:
     # ---- when the lanes are lost ----
     async def _rejoin(self, lost: Exception) -> None:
         """The guest goes on as far as its pages allow, if it is here."""
-        self.progress.phase = "interrupted" if self._runs.is_set() or self.session.handed_over else "in doubt"
+        self.progress.phase = (
+            "interrupted" if self._runs.is_set() or self.session.handed_over else "in doubt"
+        )
         while True:
             self._close_lanes()
             self._note(str(lost))
-            log.warning("%s %s: %s", self.progress.domain, self.progress.phase, lost, exc_info=is_bug(lost))
+            log.warning(
+                "%s %s: %s", self.progress.domain, self.progress.phase, lost, exc_info=is_bug(lost)
+            )
             try:
                 async with task_group() as self._offline_tasks:
                     if self._pager is not None:
@@ -1121,7 +1210,9 @@ class IncomingMigration:
         if self._pager is not None:
             self.progress.phase = "postcopy" if self.session.handed_over else "deciding"
         self.progress.problem = self._not_started
-        log.info("%s: the sender is back, %d pages are missing", self.progress.domain, self._pages.count)
+        log.info(
+            "%s: the sender is back, %d pages are missing", self.progress.domain, self._pages.count
+        )
 
     async def _go_on_without(self, reason: str) -> NoReturn:
         """Serve the guest with the pages that are here, until somebody destroys it.  The missing
@@ -1134,7 +1225,9 @@ class IncomingMigration:
         name, count = self.progress.domain, self._pages.count
         self.progress.phase = "lost"
         what_to_do = f"destroy it (xl destroy {name}) and start it anew"
-        self.progress.problem = f"{reason}; {name} lacks {count} pages that exist nowhere any more: {what_to_do}"
+        self.progress.problem = (
+            f"{reason}; {name} lacks {count} pages that exist nowhere any more: {what_to_do}"
+        )
         log.error("%s: %s", name, self.progress.problem)
         async with task_group() as self._offline_tasks:
             self._offline_tasks.start_soon(self._pager.serve, None)
@@ -1158,9 +1251,14 @@ class IncomingMigration:
                 if (self._state() is DomainState.PAUSED) is not paused:  # as by a predecessor
                     (domain.pause if paused else domain.unpause)()
 
-            self.progress.phase, self.progress.problem = "held", f"{reason}; so {name} is being paused here"
+            self.progress.phase, self.progress.problem = (
+                "held",
+                f"{reason}; so {name} is being paused here",
+            )
             cannot = f"{reason}, and {name} cannot be paused here"
-            persist = functools.partial(self._persist, functools.partial(pause, True), cannot, what_to_do)
+            persist = functools.partial(
+                self._persist, functools.partial(pause, True), cannot, what_to_do
+            )
             await first(persist, self._released.wait)
             self.progress.problem = f"{reason}; so {name} is paused here: {what_to_do}"
             log.error("%s: %s", name, self.progress.problem)
@@ -1191,7 +1289,9 @@ class IncomingMigration:
 
     def _note(self, why: str) -> None:
         if self.progress.phase == "in doubt":
-            state = "the sender may or may not have handed the guest over: it is kept, and does not run"
+            state = (
+                "the sender may or may not have handed the guest over: it is kept, and does not run"
+            )
         else:
             state = self._not_started or "the guest is here and waits for its missing pages"
         self.progress.problem = f"{why}; {state}"
@@ -1221,12 +1321,20 @@ class IncomingMigration:
                     return
                 raise PagesLostError(message.reason)
             case _:
-                raise RemoteProtocolError(f"{message.type}, but {self._pages.count} pages are missing")
+                raise RemoteProtocolError(
+                    f"{message.type}, but {self._pages.count} pages are missing"
+                )
         pages = self._pages if self._pager is None else self._pager
         for base, bitmap in windows(await trio.to_thread.run_sync(pages.rejoin)):
             await self._say(m.Outstanding(base, bitmap))
         token = new_token()
-        reached = "postcopy" if self.session.handed_over else "switchover" if self._pager is None else "decision"
+        reached = (
+            "postcopy"
+            if self.session.handed_over
+            else "switchover"
+            if self._pager is None
+            else "decision"
+        )
         await self._say(m.Rejoined(reached, token))
         self._pull = await self.lanes.pull(token)
 
@@ -1246,10 +1354,14 @@ class IncomingMigration:
         progress = self.progress
         answer: m.Message = m.Failed(m.printable(str(error)))
         progress.problem = str(error)
-        aborted = isinstance(error, MigrationError) and not isinstance(error, PeerClosedError | ProtocolError)
+        aborted = isinstance(error, MigrationError) and not isinstance(
+            error, PeerClosedError | ProtocolError
+        )
         gone = self._said_ready and await self._is_gone()
         if gone or isinstance(error, GuestEndedError):
-            reason = str(error) if isinstance(error, GuestEndedError) else "its domain was destroyed"
+            reason = (
+                str(error) if isinstance(error, GuestEndedError) else "its domain was destroyed"
+            )
             answer = m.Ended(self._runs.is_set(), m.printable(reason))
             if not gone:  # the guest crashed at its start: the source has all that it was
                 reason += f"; its domain is kept here: to end it, destroy it (xl destroy {progress.domain})"
@@ -1279,7 +1391,11 @@ class IncomingMigration:
             with trio.CancelScope(shield=True):
                 await self._discard(str(error))
             progress.phase = "failed"  # and nothing is left over by now
-        with trio.CancelScope(shield=True), trio.move_on_after(2), contextlib.suppress(MigrationError):
+        with (
+            trio.CancelScope(shield=True),
+            trio.move_on_after(2),
+            contextlib.suppress(MigrationError),
+        ):
             if self._push is not None:
                 await self._push.send(answer)
                 self._last_word = None
@@ -1300,7 +1416,9 @@ class IncomingMigration:
 
     async def _ended_suspended(self) -> bool:
         """As one does that was saved, or migrated to a third host."""
-        return self._domain is not None and await trio.to_thread.run_sync(self._domain.ended_suspended)
+        return self._domain is not None and await trio.to_thread.run_sync(
+            self._domain.ended_suspended
+        )
 
     async def _discard(self, reason: str) -> None:
         """Nothing is left over."""

@@ -105,7 +105,9 @@ class OutstandingPages:
 
     def ahead(self, touched: list[int]) -> PfnArray:
         """What to fetch before it is needed.  They stay outstanding: a fault for one asks for it as for any other."""
-        windows = [self._read_ahead.after(pfn) for pfn in dict.fromkeys(touched) if pfn < len(self._state)]
+        windows = [
+            self._read_ahead.after(pfn) for pfn in dict.fromkeys(touched) if pfn < len(self._state)
+        ]
         return merged(windows, MAX_AHEAD_PFNS)
 
     def _outstanding(self, first: int, stop: int, step: int) -> PfnArray:

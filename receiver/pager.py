@@ -68,7 +68,10 @@ Each pause is twice as long as the one before it.
 
 
 def load(
-    domain: Domain, pfns: PfnArray, pages: Buffer | None, make_room: Callable[[int], bool] = lambda _pages: False
+    domain: Domain,
+    pfns: PfnArray,
+    pages: Buffer | None,
+    make_room: Callable[[int], bool] = lambda _pages: False,
 ) -> NDArray[np.int32]:
     """As ``Domain.load``.  Raises ``XenError`` for an error that neither means a page given away
     nor can pass.
@@ -77,7 +80,9 @@ def load(
     too low.
     """
     results = domain.load(pfns, pages)
-    if np.count_nonzero(short := results == -errno.ENOMEM) and make_room(int(np.count_nonzero(short))):
+    if np.count_nonzero(short := results == -errno.ENOMEM) and make_room(
+        int(np.count_nonzero(short))
+    ):
         wanted = None if pages is None else select_pages(memoryview(pages), short)
         results[short] = domain.load(pfns[short], wanted)
     if np.count_nonzero(results):
@@ -104,7 +109,8 @@ class Shortage:
         """So many pages wait: returns the seconds until the next attempt."""
         if not self.pages:
             self._complaint.log(
-                "the host has no memory for %d pages that have arrived: trying again until it has", pages
+                "the host has no memory for %d pages that have arrived: trying again until it has",
+                pages,
             )
         self.pages = pages
         return next(self._pauses)
@@ -345,12 +351,16 @@ class Pager:
             if len(short):
                 self._held.append((short, None if kept is None else bytes(kept)))
         if self._held:
-            self._try_at = time.monotonic() + self._pull_shortage.pause(sum(len(pfns) for pfns, _pages in self._held))
+            self._try_at = time.monotonic() + self._pull_shortage.pause(
+                sum(len(pfns) for pfns, _pages in self._held)
+            )
         else:
             self._pull_shortage.over()
 
     # ---- the push lane's thread ----
-    def pushed(self, message: Pages, payload: memoryview, ends_within: Callable[[float], bool]) -> None:
+    def pushed(
+        self, message: Pages, payload: memoryview, ends_within: Callable[[float], bool]
+    ) -> None:
         """Load a batch.  One acknowledgement covers several batches, and pages that came over the
         pull lane meanwhile.
 
@@ -408,7 +418,9 @@ class Pager:
             await in_thread(self._domain.pause)
             try:
                 while not await in_thread(self._give_up, self._ring):
-                    await trio.sleep(0.001)  # vCPUs that waited for a slot are on their way to find their page present
+                    await trio.sleep(
+                        0.001
+                    )  # vCPUs that waited for a slot are on their way to find their page present
             finally:
                 await self._unpause()
         self.close()
@@ -459,11 +471,17 @@ class Pager:
         self._finished(pfns[~short], results[~short])
         return pfns[short], None if pages is None else select_pages(memoryview(pages), short)
 
-    def _claim(self, message: Pages, payload: memoryview) -> Iterator[tuple[PfnArray, Buffer | None]]:
+    def _claim(
+        self, message: Pages, payload: memoryview
+    ) -> Iterator[tuple[PfnArray, Buffer | None]]:
         """What is to be loaded of a message, from where it lies: pages that have come already are a few, and are left out."""
         with self._lock:
             wanted = self._pages.claim(message.pfns)
-            zeros = message.zeros[self._pages.claim(message.zeros)] if len(message.zeros) else message.zeros
+            zeros = (
+                message.zeros[self._pages.claim(message.zeros)]
+                if len(message.zeros)
+                else message.zeros
+            )
         for first, stop in runs(wanted):
             yield message.pfns[first:stop], payload[first * PAGE_SIZE : stop * PAGE_SIZE]
         if len(zeros):
@@ -489,6 +507,10 @@ class Pager:
 
     def _count(self, answered: list[tuple[PagingRequest, float]]) -> None:
         """A vCPU may have asked several times for the same page: it stood still once."""
-        stalls = {(request.vcpu, request.pfn): stall for request, stall in reversed(answered) if request.vcpu_waits}
+        stalls = {
+            (request.vcpu, request.pfn): stall
+            for request, stall in reversed(answered)
+            if request.vcpu_waits
+        }
         for (vcpu, _pfn), stall in stalls.items():
             self._statistics.answered(vcpu, stall)

@@ -29,7 +29,9 @@ class FrameLimit:
     called with them before a limit is set, and may raise ``MigrationError``.
     """
 
-    def __init__(self, domain: Domain, raised: tuple[int, int], note: Callable[[tuple[int, int]], None]):
+    def __init__(
+        self, domain: Domain, raised: tuple[int, int], note: Callable[[tuple[int, int]], None]
+    ):
         self._domain = domain
         self._found, self._set = raised
         self._note = note

@@ -91,7 +91,11 @@ class PagerStatistics:
         return {
             "fault_latency_us": latency,
             "vcpu_block_s": {str(vcpu): round(s, 6) for vcpu, s in blocked},
-            "pull": {"requests": self.requests, "ahead": self.ahead_pages, "pages": self.pulled_pages},
+            "pull": {
+                "requests": self.requests,
+                "ahead": self.ahead_pages,
+                "pages": self.pulled_pages,
+            },
             "dropped_pages": self.dropped_pages,
             "populate_evicted": self.populate_evicted,
             "checkpoints": {

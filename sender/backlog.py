@@ -83,7 +83,11 @@ class Backlog:
         first, found, count = cursor // BLOCK, [], 0
         for block in np.flatnonzero(self._left[first:])[:most].tolist():
             at = max((first + block) * BLOCK, cursor)
-            found.append(from_mask(self._state[at : (first + block + 1) * BLOCK] == UNSENT, at)[: most - count])
+            found.append(
+                from_mask(self._state[at : (first + block + 1) * BLOCK] == UNSENT, at)[
+                    : most - count
+                ]
+            )
             count += len(found[-1])
             if count == most:
                 break
@@ -118,7 +122,9 @@ class Backlog:
         with self._lock:
             states = self._state[pfns]
             if np.any(states != SENT):
-                raise RemoteProtocolError(f"loaded: pfn {int(pfns[states != SENT][0]):#x} was not on its way")
+                raise RemoteProtocolError(
+                    f"loaded: pfn {int(pfns[states != SENT][0]):#x} was not on its way"
+                )
             self._done(pfns)
 
     def dropped(self, pfns: PfnArray) -> None:
@@ -138,11 +144,15 @@ class Backlog:
         with self._lock:
             wrong = outstanding & ((self._state == NOT_OURS) | (self._state == DONE))
             if wrong.any():
-                raise RemoteProtocolError(f"outstanding: pfn {int(np.argmax(wrong)):#x} is not outstanding")
+                raise RemoteProtocolError(
+                    f"outstanding: pfn {int(np.argmax(wrong)):#x} is not outstanding"
+                )
             done = from_mask(~outstanding & (self._state != NOT_OURS) & (self._state != DONE))
             self._state[done] = DONE
             self._state[outstanding] = UNSENT
-            self._left[:] = np.add.reduceat(outstanding, np.arange(0, len(outstanding), BLOCK), dtype=np.int64)
+            self._left[:] = np.add.reduceat(
+                outstanding, np.arange(0, len(outstanding), BLOCK), dtype=np.int64
+            )
             self.pages.unsent = self.unacknowledged = int(self._left.sum())
         return done
 

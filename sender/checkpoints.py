@@ -98,7 +98,10 @@ class CheckpointStore:
             self._pages += len(message.pfns) + len(message.zeros) + len(message.holes)
         else:
             self._context_bytes += len(message.data)
-        if self._pages > MAX_COPIES * self._domain.nr_pfns or self._context_bytes > MAX_CONTEXT_BYTES:
+        if (
+            self._pages > MAX_COPIES * self._domain.nr_pfns
+            or self._context_bytes > MAX_CONTEXT_BYTES
+        ):
             raise RemoteProtocolError("a checkpoint that is larger than the guest")
         try:
             if not self._problem and not self._incomplete:
@@ -125,10 +128,15 @@ class CheckpointStore:
     def _write(self, message: m.Written | m.Checkpoint, payload: memoryview) -> None:
         """Raises ``OSError``, also where a migration could not write its journal afterwards."""
         if self._new is None:  # guest memory: for nobody else's eyes
-            self._new = os.fdopen(os.open(self._new_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb")
+            self._new = os.fdopen(
+                os.open(self._new_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb"
+            )
         left, size = _room(self._new_path)
         if left - len(payload) < (margin := min(MARGIN_BYTES, size // MARGIN_SHARE)):
-            raise OSError(errno.ENOSPC, f"the last {margin >> 20} MiB of its file system are kept free for the journal")
+            raise OSError(
+                errno.ENOSPC,
+                f"the last {margin >> 20} MiB of its file system are kept free for the journal",
+            )
         # Checked: what comes back from a disk is not what was put there, now and then.
         self._new.write(frames.encode(message.header(), [payload] if payload else (), checked=True))
         self._new.write(payload)
@@ -207,7 +215,11 @@ class CheckpointStore:
                 to.write_pages(message.zeros, None)
                 self._domain.depopulate(pfns)
             self._write_to(to)  # it may not have been applied to its end
-            pieces = [message.data for message, _payload in _read(self._path) if isinstance(message, m.Checkpoint)]
+            pieces = [
+                message.data
+                for message, _payload in _read(self._path)
+                if isinstance(message, m.Checkpoint)
+            ]
             to.set_context(b"".join(pieces))
             to.start()
 

@@ -32,7 +32,13 @@ from migrate.protocol.messages import Hello
 from migrate.protocol.session import new_id, new_token
 from migrate.service.config import RECEIVER_PORT, Config, MigrationConfig, advertised
 from migrate.service.journal import Journal
-from migrate.service.lifecycle import STOPPING, find_migration, notify, serve_connections, until_stopped
+from migrate.service.lifecycle import (
+    STOPPING,
+    find_migration,
+    notify,
+    serve_connections,
+    until_stopped,
+)
 from migrate.tasks import isolated, task_group
 from migrate.units import parse_address
 from sender.migration import OutgoingMigration, check_free
@@ -81,13 +87,18 @@ class SenderDaemon:
             await self._nursery.start(serve, "a connection", reception.receive, listeners)
             notify("READY=1\nSTATUS=waiting for migrations")
             log.info(
-                "sender ready at %s, listening at %s:%d", self._socket_path, self._config.sender.listen[0], self._port
+                "sender ready at %s, listening at %s:%d",
+                self._socket_path,
+                self._config.sender.listen[0],
+                self._port,
             )
 
     def _take_up(self, session: str, facts: dict[str, Any]) -> None:
         """What a predecessor has left."""
         lanes_again = rejoining(session, facts, self._awaited, self._config.terms)
-        migration = OutgoingMigration.of_predecessor(session, self._hypervisor, lanes_again, self._journal, facts)
+        migration = OutgoingMigration.of_predecessor(
+            session, self._hypervisor, lanes_again, self._journal, facts
+        )
         self._journal.write(session, {**facts, "rejoins": lanes_again.rejoins}, needed=False)
         self._start(migration)
 
@@ -100,10 +111,13 @@ class SenderDaemon:
         needed = [m for m in self._migrations.values() if m.id in self._active or m.holds_pages]
         if needed:
             waiting = ", ".join(
-                f"{m.domain_name} ({m.progress.phase}, {m.progress.outstanding} pages to go)" for m in needed
+                f"{m.domain_name} ({m.progress.phase}, {m.progress.outstanding} pages to go)"
+                for m in needed
             )
             notify(f"STATUS=stopping, but guests elsewhere need their pages still: {waiting}")
-            self._waiting.log("waiting for guests elsewhere: %s", waiting, about=[m.id for m in needed])
+            self._waiting.log(
+                "waiting for guests elsewhere: %s", waiting, about=[m.id for m in needed]
+            )
         return bool(needed)
 
     def _running(self) -> list[OutgoingMigration]:
@@ -113,11 +127,16 @@ class SenderDaemon:
     async def _handle(self, request: Json, connection: ControlConnection) -> None:
         match request["command"]:
             case "list":
-                await connection.answer("result", migrations=[_line(m) for m in self._migrations.values()])
+                await connection.answer(
+                    "result", migrations=[_line(m) for m in self._migrations.values()]
+                )
             case "show":
                 migration = find_migration(self._migrations.values(), request["migration"])
                 await connection.answer(
-                    "result", **_line(migration), details=migration.result(), known=migration.known_of_peer
+                    "result",
+                    **_line(migration),
+                    details=migration.result(),
+                    known=migration.known_of_peer,
                 )
             case "status":
                 await connection.answer("result", port=self._port)
@@ -161,7 +180,9 @@ class SenderDaemon:
         )
         session = new_id()
         dialled = DialledLanes(destination, session, self._config.terms)
-        migration = OutgoingMigration(session, self._hypervisor, domain, dialled, options, self._journal)
+        migration = OutgoingMigration(
+            session, self._hypervisor, domain, dialled, options, self._journal
+        )
         ended = self._start(migration)
         async with task_group() as tasks:
             tasks.start_soon(self._listen, migration, connection)
@@ -187,7 +208,13 @@ class SenderDaemon:
             target, policy = await trio.to_thread.run_sync(self._look_at, int(request["domid"]))
             toolstack = XlToolstack(target.name, connection, int(request.get("xl", 0)))
             migration = OutgoingMigration(
-                session, self._hypervisor, target, awaited, options, self._journal, toolstack=toolstack
+                session,
+                self._hypervisor,
+                target,
+                awaited,
+                options,
+                self._journal,
+                toolstack=toolstack,
             )
             self._admit(migration)
         except OccupiedError as error:
@@ -247,7 +274,9 @@ class SenderDaemon:
             raise MigrationError(STOPPING)
         domain = migration.target
         if any(m.target.domid == domain.domid for m in self._running()):
-            raise OccupiedError(f"domain {domain.name} is being migrated already: see `xen-postcopy list`")
+            raise OccupiedError(
+                f"domain {domain.name} is being migrated already: see `xen-postcopy list`"
+            )
         self._migrations[migration.id] = migration
         self._active.add(migration.id)
 

@@ -124,7 +124,9 @@ class WrittenPages:
         frames = self._domain.reservation()
         came = frames.max_pages != NO_FURTHER
         if came:
-            log.warning("the guest's maximum memory was changed: all of its memory counts as written")
+            log.warning(
+                "the guest's maximum memory was changed: all of its memory counts as written"
+            )
             self.max_pages = frames.max_pages
             self._hold_balloon()
         # After that: what is written to frames that came until now is recorded from here on.

@@ -73,7 +73,9 @@ class FaultServer:
                 else:
                     pfns = self._ahead.popleft()
                     # Nobody waits for it yet: it counts as background copying, which has to wait instead.
-                    self._cap.spend(self._send(pfns[~self._backlog.is_done(pfns)]), time.monotonic())
+                    self._cap.spend(
+                        self._send(pfns[~self._backlog.is_done(pfns)]), time.monotonic()
+                    )
         except PeerClosedError:
             if not self._stopping and self._session.phase is not Phase.CLOSED:
                 raise

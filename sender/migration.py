@@ -53,7 +53,15 @@ from migrate.lanes.connection import (
 from migrate.lanes.pairs import Lanes
 from migrate.options import LEAST_BANDWIDTH, MigrationOptions, Strategy
 from migrate.protocol import messages as m
-from migrate.protocol.pfns import PfnMask, from_bitmap, in_bitmap, pfns_of_window, pieces, sparseness, union
+from migrate.protocol.pfns import (
+    PfnMask,
+    from_bitmap,
+    in_bitmap,
+    pfns_of_window,
+    pieces,
+    sparseness,
+    union,
+)
 from migrate.protocol.session import Phase, Role, Session, new_token
 from migrate.service.journal import Journal, check_facts, remove
 from migrate.service.lifecycle import ended
@@ -195,7 +203,12 @@ class OutgoingMigration:
 
     @classmethod
     def of_predecessor(
-        cls, session_id: str, hypervisor: Hypervisor, lanes: Lanes, journal: Journal, facts: dict[str, Any]
+        cls,
+        session_id: str,
+        hypervisor: Hypervisor,
+        lanes: Lanes,
+        journal: Journal,
+        facts: dict[str, Any],
     ) -> OutgoingMigration:
         """What a daemon has left that died, by its journal; ``lanes`` are for rejoining only.
 
@@ -206,12 +219,18 @@ class OutgoingMigration:
         options = MigrationOptions(
             Strategy(facts["strategy"]),
             # An earlier release accepted less than a page a second.
-            bandwidth_bytes_per_s=None if facts["bandwidth"] is None else max(facts["bandwidth"], LEAST_BANDWIDTH),
+            bandwidth_bytes_per_s=None
+            if facts["bandwidth"] is None
+            else max(facts["bandwidth"], LEAST_BANDWIDTH),
             checkpoint_every_s=facts["checkpoints"],
         )
         handle = facts.get("handle")  # a release before this one did not note handles
-        domain = DomainId(facts["domid"], None if handle is None else bytes.fromhex(handle), facts["domain"])
-        migration = cls(session_id, hypervisor, domain, lanes, options, journal, toolstack=toolstack)
+        domain = DomainId(
+            facts["domid"], None if handle is None else bytes.fromhex(handle), facts["domain"]
+        )
+        migration = cls(
+            session_id, hypervisor, domain, lanes, options, journal, toolstack=toolstack
+        )
         migration._key = bytes.fromhex(facts["key"])
         migration._inherited, migration._successor = facts["step"], facts["successor"]
         migration._max_pages = facts.get("max_pages", 0)
@@ -255,20 +274,28 @@ class OutgoingMigration:
     def postcopy_now(self) -> None:
         """Raises :class:`MigrationError` where there is no postcopy to switch to."""
         if self.has_ended:
-            raise MigrationError(ended(self.domain_name, self.progress.phase, self.progress.problem, "switch over"))
+            raise MigrationError(
+                ended(self.domain_name, self.progress.phase, self.progress.problem, "switch over")
+            )
         if not self.options.strategy.pages_after_handover:
             raise MigrationError("this migration was started with --strategy precopy")
         if self._suspended:
-            raise MigrationError(f"{self.domain_name} is past its precopy: it is {self.progress.phase}")
+            raise MigrationError(
+                f"{self.domain_name} is past its precopy: it is {self.progress.phase}"
+            )
         self._precopy.postcopy_asked = True
 
     def cancel(self, reason: str) -> None:
         """Give up; the guest goes on here.  Raises :class:`MigrationError` after the handover."""
         self._stay()
         if self._entrusted and self._toolstack.decides and not self.session.handed_over:
-            raise MigrationError("too late to cancel: it is for xl to decide now at which end the guest runs")
+            raise MigrationError(
+                "too late to cancel: it is for xl to decide now at which end the guest runs"
+            )
         if self._entrusted:
-            raise MigrationError("too late to cancel: the guest runs at the destination, and its memory is following")
+            raise MigrationError(
+                "too late to cancel: the guest runs at the destination, and its memory is following"
+            )
         self._cancel_reason = reason
         self._scope.cancel()
 
@@ -282,35 +309,49 @@ class OutgoingMigration:
         if self._over and not self.has_ended:
             raise MigrationError(f"nothing comes of that: {self.progress.problem}")
         if not self.has_ended and phase != "interrupted":
-            raise MigrationError(f"there is nothing to reconnect: the migration of {name} is {phase}")
+            raise MigrationError(
+                f"there is nothing to reconnect: the migration of {name} is {phase}"
+            )
         if self.lanes.dials is None:
-            raise MigrationError(f"the destination dials, and tries by itself: ask its receiver to reconnect {name}")
+            raise MigrationError(
+                f"the destination dials, and tries by itself: ask its receiver to reconnect {name}"
+            )
         self.lanes.hurry()
 
     def ask_to_cancel(self) -> None:
         """For an operator.  Raises :class:`MigrationError` where it is too late."""
         if self.has_ended:
-            raise MigrationError(ended(self.domain_name, self.progress.phase, self.progress.problem, "cancel"))
+            raise MigrationError(
+                ended(self.domain_name, self.progress.phase, self.progress.problem, "cancel")
+            )
         try:
             self.cancel("cancelled by the operator")
         except MigrationError as error:
             if self.progress.phase == "interrupted" and self.session.handed_over:
-                raise MigrationError(f"{error}; if the other host never comes back: `xen-postcopy decide`") from None
+                raise MigrationError(
+                    f"{error}; if the other host never comes back: `xen-postcopy decide`"
+                ) from None
             raise
 
     @property
     def known_of_peer(self) -> str:
         """For whoever decides."""
         ran = self._ran
-        known = [f"the destination {'has' if ran else 'has not'} reported that {self.domain_name} runs there"]
+        known = [
+            f"the destination {'has' if ran else 'has not'} reported that {self.domain_name} runs there"
+        ]
         if self._signals.complete.is_set():
             known.append("it has reported that all memory has arrived")
         elif self.progress.outstanding:
-            known.append(f"when it was last heard of, {self.progress.outstanding} pages were missing there")
+            known.append(
+                f"when it was last heard of, {self.progress.outstanding} pages were missing there"
+            )
         if self._lost_at:
             known.append(f"it was last in touch {time.monotonic() - self._lost_at:.0f} s ago")
         if self.progress.checkpoint_at:
-            known.append(f"the last checkpoint came {time.monotonic() - self.progress.checkpoint_at:.0f} s ago")
+            known.append(
+                f"the last checkpoint came {time.monotonic() - self.progress.checkpoint_at:.0f} s ago"
+            )
         return "; ".join(known)
 
     async def decide(self, *, here: bool, force: bool = False) -> None:
@@ -390,13 +431,17 @@ class OutgoingMigration:
                 "`xen-postcopy cancel` takes it back"
             )
         if not self.session.handed_over:
-            raise MigrationError(f"there is nothing to decide here: xl does, and has not yet; {name} is {phase}")
+            raise MigrationError(
+                f"there is nothing to decide here: xl does, and has not yet; {name} is {phase}"
+            )
         if here if self._stuck else self._decision:
             raise MigrationError(
                 f"that was {self._decision or 'decided here'} already, which is being carried out: see `xen-postcopy list`"
             )
         if phase != "interrupted":
-            raise MigrationError(f"there is nothing to decide here: both ends are in touch, and {name} is {phase}")
+            raise MigrationError(
+                f"there is nothing to decide here: both ends are in touch, and {name} is {phase}"
+            )
         if here and self._toolstack.decides:
             raise MigrationError(
                 "xl has destroyed the domain here: there is nothing that could go on; "
@@ -460,9 +505,13 @@ class OutgoingMigration:
                 raise _decision(self._inherited) or StaysHereError(WENT_BACK) from error
             raise MigrationError(f"{gone}: it was destroyed") from error
         logging = LOGGING if self._toolstack.decides else (*LOGGING, "handed over", "decided here")
-        self._written = WrittenPages(self._domain, self._max_pages, enabled=self._inherited in logging)
+        self._written = WrittenPages(
+            self._domain, self._max_pages, enabled=self._inherited in logging
+        )
         if self.options.checkpoint_every_s is not None:
-            self._checkpoints = CheckpointStore(self._journal.checkpoint(self.id), self._domain, self._applying)
+            self._checkpoints = CheckpointStore(
+                self._journal.checkpoint(self.id), self._domain, self._applying
+            )
         try:
             with self._scope:
                 if self._inherited:
@@ -496,13 +545,17 @@ class OutgoingMigration:
         """
         while True:
             try:
-                return await trio.to_thread.run_sync(self._hypervisor.open, self.target.domid, self.target.handle)
+                return await trio.to_thread.run_sync(
+                    self._hypervisor.open, self.target.domid, self.target.handle
+                )
             except NoSuchDomainError:
                 raise
             except XenError as error:
                 if not self._inherited:
                     raise
-                self.progress.problem = f"what was left here cannot be taken up yet: {error}; trying again"
+                self.progress.problem = (
+                    f"what was left here cannot be taken up yet: {error}; trying again"
+                )
                 log.error("%s: %s", self.domain_name, self.progress.problem)
                 await trio.sleep(GO_BACK_AGAIN_S)
 
@@ -539,7 +592,9 @@ class OutgoingMigration:
         return [connection for connection in (push, self._pull) if connection is not None]
 
     def _push_lane(self, connection: LaneConnection) -> PushLane:
-        return PushLane(connection, self.session, self._domain, self._cap, self.progress, self.statistics)
+        return PushLane(
+            connection, self.session, self._domain, self._cap, self.progress, self.statistics
+        )
 
     async def _go_on_for_predecessor(self) -> None:
         if self._inherited in LOGGING:
@@ -582,7 +637,9 @@ class OutgoingMigration:
         while True:
             try:
                 await as_soon_as_threads_start(self._let_successor_go)
-                await as_soon_as_threads_start(functools.partial(self._toolstack.finish, self._domain))
+                await as_soon_as_threads_start(
+                    functools.partial(self._toolstack.finish, self._domain)
+                )
                 break
             except NoSuchDomainError:  # somebody else has done it
                 break
@@ -632,12 +689,16 @@ class OutgoingMigration:
                     if self._pull is not None:
                         # From now on, though nobody may ask yet: a guest that has just been started over there
                         # faults at once, and a thread takes milliseconds to start.
-                        self._faults = FaultServer(self._domain, self._pull, self.session, self.statistics, self._cap)
+                        self._faults = FaultServer(
+                            self._domain, self._pull, self.session, self.statistics, self._cap
+                        )
                         lane_tasks.start_soon(self._serve_faults, self._faults)
                     if self._entrusted:
                         self._open_to_faults()
                     else:
-                        await self._switch_over(tasks, self._push, await self._copy_while_it_runs(self._push))
+                        await self._switch_over(
+                            tasks, self._push, await self._copy_while_it_runs(self._push)
+                        )
                     await self._feed(lane_tasks, self._push)
                     lane_tasks.cancel_scope.cancel()
                 return
@@ -648,7 +709,9 @@ class OutgoingMigration:
 
     async def _hear(self, push: PushLane) -> None:
         hear = functools.partial(self._receive_push_lane, push)
-        await run_in_thread(hear, push.connection.stop_receiving, urgent=True)  # for some of it a guest stands still
+        await run_in_thread(
+            hear, push.connection.stop_receiving, urgent=True
+        )  # for some of it a guest stands still
 
     async def _feed(self, lane_tasks: trio.Nursery, push: PushLane) -> None:
         """The destination with what it lacks."""
@@ -664,7 +727,9 @@ class OutgoingMigration:
         await self._signals.complete.wait()
         if self._backlog.unacknowledged:
             # Invariant 8: nothing is called a success that is none, whatever the receiver claims.
-            raise RemoteProtocolError(f"complete, but {self._backlog.unacknowledged} pages were never confirmed")
+            raise RemoteProtocolError(
+                f"complete, but {self._backlog.unacknowledged} pages were never confirmed"
+            )
         # From here on the receiver may forget the session.
         await in_thread(self._record, "completing")
         with contextlib.suppress(PeerClosedError):  # then it knows as much
@@ -697,7 +762,9 @@ class OutgoingMigration:
 
     # ---- precopy ----
     async def _copy_while_it_runs(self, push: PushLane) -> Remainder:
-        self._written.max_pages = self._max_pages = await trio.to_thread.run_sync(limit_of, self._domain)
+        self._written.max_pages = self._max_pages = await trio.to_thread.run_sync(
+            limit_of, self._domain
+        )
         await trio.to_thread.run_sync(self._record, "begun")
         self.progress.phase = "precopy"
         return await self._precopy.run(self._domain, push, self._written)
@@ -707,7 +774,9 @@ class OutgoingMigration:
         self.progress.phase = "switchover"
         self._backlog = Backlog(remainder.deferred)
         try:
-            await push.send_in_thread(functools.partial(self._hand_over, push, remainder), self._stay)
+            await push.send_in_thread(
+                functools.partial(self._hand_over, push, remainder), self._stay
+            )
             await trio.lowlevel.checkpoint_if_cancelled()
         finally:
             if self._entrusted and self._toolstack.decides:
@@ -723,7 +792,9 @@ class OutgoingMigration:
         """
         domain, stats, missing = self._domain, self.statistics, self._backlog
         if (state := domain.state()) is not DomainState.RUNNING:
-            raise MigrationError(f"{self.domain_name} is {state.value}, which somebody else has brought about")
+            raise MigrationError(
+                f"{self.domain_name} is {state.value}, which somebody else has brought about"
+            )
         self._record("suspending")
         stats.suspended = time.monotonic()
         self._suspended = True
@@ -778,7 +849,9 @@ class OutgoingMigration:
         self.progress.pages_total = stats.missing_pages
         self._count_down()
         self._entrust(push)
-        log.info("ready, %d pages in downtime, %d missing", stats.switchover_pages, stats.missing_pages)
+        log.info(
+            "ready, %d pages in downtime, %d missing", stats.switchover_pages, stats.missing_pages
+        )
 
     def _stay(self) -> None:
         """The guest goes on here, if it is not too late for that."""
@@ -862,7 +935,11 @@ class OutgoingMigration:
                     self.statistics.resumed = time.monotonic()
                     if self.statistics.suspended:
                         downtime_ms = self.statistics.downtime_s * 1000
-                        log.info("%s runs at the destination, after %.1f ms of downtime", self.domain_name, downtime_ms)
+                        log.info(
+                            "%s runs at the destination, after %.1f ms of downtime",
+                            self.domain_name,
+                            downtime_ms,
+                        )
                     self._ran = True
                     if not self._toolstack.decides:
                         self._record("handed over")  # for a successor's operator
@@ -880,14 +957,19 @@ class OutgoingMigration:
                 case m.Unprotected():
                     self._unprotected(message.reason)
                 case m.Report():
-                    self.progress.faults, self.progress.latency_us = message.faults, message.latency_us
+                    self.progress.faults, self.progress.latency_us = (
+                        message.faults,
+                        message.latency_us,
+                    )
                 case m.Complete():
                     trio.from_thread.run_sync(self._completed, message)
                     return
                 case m.Ended() | m.Failed():
                     self._raise(message)
 
-    def _take_checkpoint(self, push: PushLane, message: m.Written | m.Checkpoint, payload: memoryview) -> None:
+    def _take_checkpoint(
+        self, push: PushLane, message: m.Written | m.Checkpoint, payload: memoryview
+    ) -> None:
         assert self._checkpoints is not None  # so says the session
         problem = ""
         try:
@@ -973,7 +1055,11 @@ class OutgoingMigration:
         self.statistics.rejoins += 1
         self.progress.phase, self.progress.problem, self._lost_at = then, "", 0.0
         self._count_down()
-        log.info("%s: the destination is back, %d pages to go", self.domain_name, self._backlog.unacknowledged)
+        log.info(
+            "%s: the destination is back, %d pages to go",
+            self.domain_name,
+            self._backlog.unacknowledged,
+        )
 
     def _note(self, why: str) -> None:
         state = (
@@ -1026,20 +1112,27 @@ class OutgoingMigration:
         if isinstance(error, GuestEndedError):
             await self._guest_ended(error)
             return
-        if self._entrusted and not given_away and not isinstance(error, trio.Cancelled | StaysHereError):
-            progress.phase, progress.problem = "in doubt", f"{error}; xl has not said yet at which end the guest runs"
+        if (
+            self._entrusted
+            and not given_away
+            and not isinstance(error, trio.Cancelled | StaysHereError)
+        ):
+            progress.phase, progress.problem = (
+                "in doubt",
+                f"{error}; xl has not said yet at which end the guest runs",
+            )
             log.warning("%s: %s", self.domain_name, progress.problem)
             given_away = await self._toolstack.decision(self._domain)
         if given_away and not isinstance(error, trio.Cancelled) and await self._is_lost():
-            progress.problem = self._lose(f"the domain of {self.domain_name} was destroyed at the source")
+            progress.problem = self._lose(
+                f"the domain of {self.domain_name} was destroyed at the source"
+            )
             log.error("%s: %s", self.domain_name, progress.problem)
             progress.phase = "failed"
         elif given_away:
             progress.phase = "interrupted"
             decide = f"xen-postcopy decide {self.domain_name}"
-            progress.problem = (
-                f"{error}; it was handed over, and its missing pages are kept here until you decide ({decide})"
-            )
+            progress.problem = f"{error}; it was handed over, and its missing pages are kept here until you decide ({decide})"
         else:
             progress.problem = str(error)
             with trio.CancelScope(shield=True):
@@ -1079,21 +1172,24 @@ class OutgoingMigration:
                     connection = await self.lanes.again(log.debug)
                     if lost and m.LOST not in connection.capabilities:
                         log.warning(
-                            "%s: the release at the destination cannot be told: destroy it there", self.domain_name
+                            "%s: the release at the destination cannot be told: destroy it there",
+                            self.domain_name,
                         )
                         break
                     recall = self._recall and m.RECALL in connection.capabilities
-                    reason = f"an operator has decided at the source that {self.domain_name} runs there"
-                    await connection.send(m.Recall(m.printable(reason)) if recall else self._last_word)
+                    reason = (
+                        f"an operator has decided at the source that {self.domain_name} runs there"
+                    )
+                    await connection.send(
+                        m.Recall(m.printable(reason)) if recall else self._last_word
+                    )
                     with step_timeout("the destination does not say that it has let the guest go"):
                         answer, _pages = await connection.receive()
                     if isinstance(answer, m.Failed | m.Ended):
                         break
                 except UnknownSessionError:  # it knows
                     if self._recall:
-                        warning = (
-                            "the destination has forgotten the migration: make sure that the guest does not run there"
-                        )
+                        warning = "the destination has forgotten the migration: make sure that the guest does not run there"
                         self.progress.problem += f"; {warning}"
                         log.error("%s: %s", self.domain_name, warning)
                     break
@@ -1175,7 +1271,9 @@ class OutgoingMigration:
         config = self._domain.config()
         if self._successor is not None:
             # A guest keeps its UUID, so the domain that takes its place has the same one.
-            return self._hypervisor.reopen_incoming(self._successor, config, lent=False, handle=self._domain.handle)
+            return self._hypervisor.reopen_incoming(
+                self._successor, config, lent=False, handle=self._domain.handle
+            )
         for left in self._hypervisor.abandoned(config, instead_of=self._domain):
             left.destroy()  # by a predecessor that died before the journal had the domain's number
         domain = self._hypervisor.create_incoming(config, instead_of=self._domain)
@@ -1211,7 +1309,9 @@ def check_free(domain: Domain, options: MigrationOptions) -> None:
             "`xen-postcopy list` may show"
         )
     if info.state is not DomainState.RUNNING:
-        raise MigrationError(f"{info.name} is {info.state.value}: only a running guest can be migrated")
+        raise MigrationError(
+            f"{info.name} is {info.state.value}: only a running guest can be migrated"
+        )
     if domain.log_dirty_is_on():
         if not options.take_log_dirty:
             raise OccupiedError(
@@ -1226,7 +1326,9 @@ def _decision(step: str) -> MigrationError | None:
     """What follows from an operator's decision that the journal has under this step."""
     match step:
         case "decided here":
-            return StaysHereError("an operator has said that the guest does not run at the destination")
+            return StaysHereError(
+                "an operator has said that the guest does not run at the destination"
+            )
         case "decided elsewhere":
             return GuestEndedError("an operator has said that nothing of the guest is needed here")
     return None

@@ -43,7 +43,11 @@ class PrecopyProgress:
     @property
     def stop_and_copy_ms(self) -> float:
         """How long sending the dirty pages would take."""
-        return self.dirty_pages * PAGE_SIZE / self.bytes_per_s * 1000 if self.bytes_per_s else float("inf")
+        return (
+            self.dirty_pages * PAGE_SIZE / self.bytes_per_s * 1000
+            if self.bytes_per_s
+            else float("inf")
+        )
 
 
 class Policy(Protocol):

@@ -86,7 +86,9 @@ class Precopy:
         if not self._options.strategy.pages_after_handover:
             return True
         stats = self._statistics
-        return self._decide(stats.rounds, True, dirty, dirty, stats.started) is Decision.STOP_AND_COPY
+        return (
+            self._decide(stats.rounds, True, dirty, dirty, stats.started) is Decision.STOP_AND_COPY
+        )
 
     async def run(self, domain: Domain, push: PushLane, written: WrittenPages) -> Remainder:
         """Raises :class:`MigrationError` where the policy gives up."""
@@ -104,12 +106,17 @@ class Precopy:
             stats.rounds += 1
             progress.round, progress.pages_done, progress.pages_total = stats.rounds, 0, remaining
             decision = await self._send_round(to_send, remaining, previous, began)
-            previous, remaining = remaining, await trio.to_thread.run_sync(self._look_after_round, to_send)
+            previous, remaining = (
+                remaining,
+                await trio.to_thread.run_sync(self._look_after_round, to_send),
+            )
             if decision is Decision.CONTINUE:
                 decision = self._decide(stats.rounds, True, remaining, previous, began)
             log.info("round %d done, %d pages dirty, %s", stats.rounds, remaining, decision.value)
         if decision is Decision.ABORT:
-            raise MigrationError("the policy gave up: the guest dirties memory faster than it can be sent")
+            raise MigrationError(
+                "the policy gave up: the guest dirties memory faster than it can be sent"
+            )
         if decision is Decision.STOP_AND_COPY:
             nothing = await trio.to_thread.run_sync(np.zeros_like, to_send)
             await self._put_off(nothing)  # what was sent is taken in now, not in the downtime
@@ -120,7 +127,9 @@ class Precopy:
         to_send |= self._written.look()
         return int(np.count_nonzero(to_send))
 
-    async def _send_round(self, to_send: PfnMask, total: int, previous: int, began: float) -> Decision:
+    async def _send_round(
+        self, to_send: PfnMask, total: int, previous: int, began: float
+    ) -> Decision:
         """Send the set, taking out of it what was sent, until it is empty or the policy decides otherwise."""
         left = total
         decision = Decision.CONTINUE
@@ -137,11 +146,15 @@ class Precopy:
         await self._push.send_batches(batches_of(to_send, BATCH_PAGES), sent)
         return decision
 
-    def _decide(self, round_number: int, finished: bool, dirty: int, previous: int, began: float) -> Decision:
+    def _decide(
+        self, round_number: int, finished: bool, dirty: int, previous: int, began: float
+    ) -> Decision:
         elapsed = time.monotonic() - began
         rate = self._progress.bytes_sent / elapsed if elapsed > 0 else 0.0
         return self._policy.decide(
-            PrecopyProgress(round_number, finished, dirty, previous, rate, postcopy_asked=self.postcopy_asked)
+            PrecopyProgress(
+                round_number, finished, dirty, previous, rate, postcopy_asked=self.postcopy_asked
+            )
         )
 
     async def _defer(self, unsent: PfnMask) -> Remainder:
@@ -153,7 +166,9 @@ class Precopy:
         Every step over a set is made in a thread: of a large guest one takes a second.
         """
         domain = self._domain
-        deferred, kept_back = [await trio.to_thread.run_sync(np.zeros_like, unsent) for _ in range(2)]
+        deferred, kept_back = [
+            await trio.to_thread.run_sync(np.zeros_like, unsent) for _ in range(2)
+        ]
         # The search for the pinned set may look into every page.
         pinned_pfns = await trio.to_thread.run_sync(pinned, domain)
         first = True
@@ -184,11 +199,20 @@ class Precopy:
             await self._put_off(await trio.to_thread.run_sync(keep_back))
             first, looked_at, evicted = False, to_look_at, to_evict
             unsent, to_look_at, to_evict = await trio.to_thread.run_sync(look)
-            log.info("%d pages put off, %d written meanwhile, %d of them others", evicted, to_look_at, to_evict)
+            log.info(
+                "%d pages put off, %d written meanwhile, %d of them others",
+                evicted,
+                to_look_at,
+                to_evict,
+            )
             no_less = to_look_at >= looked_at * 0.9 and to_evict >= evicted * 0.9
             if no_less or to_look_at <= self._options.policy.dirty_threshold:
                 break
-        return Remainder(deferred, await trio.to_thread.run_sync(lambda: bitmap_of(kept_back | unsent)), pinned_pfns)
+        return Remainder(
+            deferred,
+            await trio.to_thread.run_sync(lambda: bitmap_of(kept_back | unsent)),
+            pinned_pfns,
+        )
 
     async def _put_off(self, unsent: PfnMask) -> None:
         """Where pages are evicted one by one those of a large guest take minutes: the limit is each window's."""
@@ -198,7 +222,10 @@ class Precopy:
             await self._push.say(m.Defer(base, bitmap))
             after = await self._barrier()
             await self._wait_until_passed(waiting_for, complaint)
-            waiting_for, complaint = after, f"the destination did not evict the unsent pages from pfn {base:#x} on"
+            waiting_for, complaint = (
+                after,
+                f"the destination did not evict the unsent pages from pfn {base:#x} on",
+            )
         await self._wait_until_passed(waiting_for, complaint)
 
     async def _barrier(self) -> trio.Event:

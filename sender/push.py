@@ -74,10 +74,14 @@ class PushLane:
         return message, payload
 
     # ---- pages ----
-    async def send_batches(self, batches: Iterable[PfnArray], sent: Sent, announce: Announce = announce) -> None:
+    async def send_batches(
+        self, batches: Iterable[PfnArray], sent: Sent, announce: Announce = announce
+    ) -> None:
         """:meth:`send_all` in a thread."""
         stop = threading.Event()
-        await self.send_in_thread(functools.partial(self.send_all, batches, sent, announce, stop), stop.set)
+        await self.send_in_thread(
+            functools.partial(self.send_all, batches, sent, announce, stop), stop.set
+        )
 
     async def send_in_thread(self, send: Callable[[], None], stop: Callable[[], None]) -> None:
         """When this is cancelled ``stop`` is called, which is to make ``send`` return."""

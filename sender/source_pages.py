@@ -33,7 +33,9 @@ def announce(pfns: PfnArray, mapped: MappedPages) -> Pages:
             why=f"{len(unreadable)} pages of the guest cannot be read: they are paged out or broken at this host; stop its pager",
         )  # fmt: skip
     return Pages(
-        pfns[status == PageStatus.DATA], zeros=pfns[status == PageStatus.ZERO], holes=pfns[status == PageStatus.HOLE]
+        pfns[status == PageStatus.DATA],
+        zeros=pfns[status == PageStatus.ZERO],
+        holes=pfns[status == PageStatus.HOLE],
     )
 
 

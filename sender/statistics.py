@@ -39,7 +39,9 @@ def _checked(told: object, form: Any) -> Any:
         given = told if isinstance(told, dict) else {}
         if None in form:
             numbers = [
-                key for key in given if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 20
+                key
+                for key in given
+                if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 20
             ]
             return {key: _checked(given[key], form[None]) for key in numbers[:_MOST_KEYS]}
         return {key: _checked(given.get(key), inner) for key, inner in form.items()}

@@ -222,5 +222,8 @@ class XlToolstack:
             await trio.to_thread.run_sync(domain.state)
             await self.has_left()
             info = await trio.to_thread.run_sync(domain.info)
-            log.warning("xl has left %s suspended here, and it runs at the destination: destroying it", info.name)
+            log.warning(
+                "xl has left %s suspended here, and it runs at the destination: destroying it",
+                info.name,
+            )
             await trio.to_thread.run_sync(domain.destroy)

@@ -68,7 +68,9 @@ fi
 """
 
 
-def needed(name: str, found: dict[str, metadata.Distribution] | None = None) -> dict[str, metadata.Distribution]:
+def needed(
+    name: str, found: dict[str, metadata.Distribution] | None = None
+) -> dict[str, metadata.Distribution]:
     """The installed distributions that one depends on, without it."""
     found = {} if found is None else found
     for requirement in metadata.requires(name) or ():
@@ -132,26 +134,45 @@ def build(out: Path) -> Path:
     units = TREE / "systemd"
     for unit in (*units.glob("*.service"), *units.glob("*.socket"), *units.glob("*.target")):
         write(root / "lib/systemd/system" / unit.name, unit.read_bytes())
-    write(root / "usr/lib/tmpfiles.d/xen-postcopy.conf", (units / "xen-postcopy.tmpfiles").read_bytes())
+    write(
+        root / "usr/lib/tmpfiles.d/xen-postcopy.conf",
+        (units / "xen-postcopy.tmpfiles").read_bytes(),
+    )
     write(root / "etc/xen-postcopy/config.toml", (units / "config.toml").read_bytes())
     for page in (units / "man").iterdir():
         write(
-            root / f"usr/share/man/man{page.suffix[1:]}" / f"{page.name}.gz", gzip.compress(page.read_bytes(), mtime=0)
+            root / f"usr/share/man/man{page.suffix[1:]}" / f"{page.name}.gz",
+            gzip.compress(page.read_bytes(), mtime=0),
         )
     for document in ("README.md", "CHANGELOG.md"):
         write(root / "usr/share/doc" / NAME / document, (TREE / document).read_bytes())
     write(root / "usr/share/doc" / NAME / "copyright", (TREE / "LICENSE").read_bytes())
-    compile_all = [sys.executable, "-m", "compileall", "-q", "-s", str(root), "-p", "/", str(library)]
+    compile_all = [
+        sys.executable,
+        "-m",
+        "compileall",
+        "-q",
+        "-s",
+        str(root),
+        "-p",
+        "/",
+        str(library),
+    ]
     subprocess.run(compile_all, check=True)
     size = sum(path.stat().st_size for path in root.rglob("*") if path.is_file()) // 1024
-    control = CONTROL.format(name=NAME, version=version, size=size, libraries=", ".join(XEN_LIBRARIES))
+    control = CONTROL.format(
+        name=NAME, version=version, size=size, libraries=", ".join(XEN_LIBRARIES)
+    )
     write(root / "DEBIAN/control", control)
     write(root / "DEBIAN/conffiles", "/etc/xen-postcopy/config.toml\n")
     write(root / "DEBIAN/postinst", POSTINST, 0o755)
     write(root / "DEBIAN/prerm", PRERM, 0o755)
     out.mkdir(parents=True, exist_ok=True)
     package = out / f"{NAME}_{version}_amd64.deb"
-    subprocess.run(["dpkg-deb", "--root-owner-group", "-Zxz", "-z1", "--build", str(root), str(package)], check=True)
+    subprocess.run(
+        ["dpkg-deb", "--root-owner-group", "-Zxz", "-z1", "--build", str(root), str(package)],
+        check=True,
+    )
     return package
 
 

@@ -20,7 +20,9 @@ if "LAB_HYPERVISOR" in os.environ:
 else:
     from hypothesis import settings
 
-    collect_ignore = ["xenlab"]  # The tests of the lab run in the dom0 of an emulated machine: make xenlab.
+    collect_ignore = [
+        "xenlab"
+    ]  # The tests of the lab run in the dom0 of an emulated machine: make xenlab.
     # By default Hypothesis fails a test whose example takes longer than 200 ms, as each does now and then on a
     # busy machine, and calls the example's data inconsistent when the second run is quicker.
     settings.register_profile("no deadline", settings(), deadline=None)
@@ -45,7 +47,9 @@ def pytest_runtest_makereport(
     """Add the end of the logs of a test's hosts and daemons to the report of its failure."""
     report = yield
     if report.failed:
-        for world in (value for value in getattr(item, "funcargs", {}).values() if isinstance(value, World)):
+        for world in (
+            value for value in getattr(item, "funcargs", {}).values() if isinstance(value, World)
+        ):
             for name, process in world.processes.items():
                 lines = process.log.read_text(errors="replace").splitlines()[-LOG_LINES:]
                 if lines:

@@ -390,7 +390,9 @@ class Hypervisor(ABC):
         """
 
     @abstractmethod
-    def reopen_incoming(self, domid: int, config: DomainConfig, *, lent: bool, handle: bytes | None = None) -> Domain:
+    def reopen_incoming(
+        self, domid: int, config: DomainConfig, *, lent: bool, handle: bytes | None = None
+    ) -> Domain:
         """One that a process which has died was restoring, or had started.  ``lent``: it is a toolstack's.
 
         ``handle`` and errors: as in :meth:`open`.
@@ -415,7 +417,10 @@ def find_domain(domains: list[DomainInfo], text: str) -> DomainInfo:
         numbered = [info for info in domains if str(info.domid) == text]
         others = [info for info in named if info not in numbered]
         if others:
-            fits = " and ".join([f"the number of {info.name!r}" for info in numbered] + [_as_a_name(i) for i in others])
+            fits = " and ".join(
+                [f"the number of {info.name!r}" for info in numbered]
+                + [_as_a_name(i) for i in others]
+            )
             why = f"that is {fits}: use a name, number or UUID that fits one domain only"
             raise XenError(f"domain {text!r}", errno_module.EEXIST, why=why)
         named = numbered

@@ -16,9 +16,13 @@ class XenError(Exception):
     """
 
     def __new__(cls, _operation: str, errno: int, **_more: object) -> XenError:
-        return super().__new__(NoSuchDomainError if cls is XenError and errno == errno_module.ESRCH else cls)
+        return super().__new__(
+            NoSuchDomainError if cls is XenError and errno == errno_module.ESRCH else cls
+        )
 
-    def __init__(self, operation: str, errno: int, *, pfn: int | None = None, done: int = 0, why: str = ""):
+    def __init__(
+        self, operation: str, errno: int, *, pfn: int | None = None, done: int = 0, why: str = ""
+    ):
         self.operation = operation
         self.errno = errno
         self.pfn = pfn
@@ -37,7 +41,9 @@ class NoSuchDomainError(XenError):
     """The domain has been destroyed, or was never there; ``errno`` is ESRCH."""
 
 
-def no_such_domain(domain: str | int, why: str = "there is no such domain on this host") -> XenError:
+def no_such_domain(
+    domain: str | int, why: str = "there is no such domain on this host"
+) -> XenError:
     """The error of a domain, by its name or its domid, that is not found."""
     return XenError(f"domain {domain!r}", errno_module.ESRCH, why=why)
 
@@ -47,4 +53,6 @@ def check_handle(domid: int, found: bytes, expected: bytes | None) -> None:
     expected.
     """
     if expected is not None and found != expected:
-        raise no_such_domain(domid, "another domain has this number now; the one that was meant is gone")
+        raise no_such_domain(
+            domid, "another domain has this number now; the one that was meant is gone"
+        )

@@ -62,9 +62,14 @@ class PagingRing:
     Raises ``XenError`` (EPROTO) where there is no predecessor.
     """
 
-    def __init__(self, page: Any, event_fd: int, notify_fd: int, *, resume: bool = False, channel: int = 0):
+    def __init__(
+        self, page: Any, event_fd: int, notify_fd: int, *, resume: bool = False, channel: int = 0
+    ):
         self._page = ffi.from_buffer(page, require_writable=True)
-        self._state = ffi.new("struct ring_state *", {"page": self._page, "event_fd": event_fd, "notify_fd": notify_fd})
+        self._state = ffi.new(
+            "struct ring_state *",
+            {"page": self._page, "event_fd": event_fd, "notify_fd": notify_fd},
+        )
         self._batch = ffi.new("struct ring_request[]", VM_EVENT_SLOTS)
         self._event_fd = event_fd
         self._inherited: list[PagingRequest] = []
@@ -87,7 +92,9 @@ class PagingRing:
         if self._inherited:
             return None
         calls = ffi.addressof(lib, "ring_consume"), ffi.addressof(lib, "ring_respond")
-        return NativeRing(*(int(ffi.cast("uintptr_t", pointer)) for pointer in (self._state, *calls)))
+        return NativeRing(
+            *(int(ffi.cast("uintptr_t", pointer)) for pointer in (self._state, *calls))
+        )
 
     def _take(self, call: Any) -> list[PagingRequest]:
         self._check_open()
@@ -110,7 +117,11 @@ class PagingRing:
         self._check_open()
         rc = lib.ring_respond(self._state, ffi.new("struct ring_request[]", batch), len(batch))
         if rc:
-            raise XenError("paging ring", -rc, why="a response to no open request" if -rc == errno.EINVAL else "")
+            raise XenError(
+                "paging ring",
+                -rc,
+                why="a response to no open request" if -rc == errno.EINVAL else "",
+            )
 
     def _check_open(self) -> None:
         if self._state.page == ffi.NULL:

@@ -108,7 +108,10 @@ def run_daemon(
         config = replace(config, **{end: section})
         config.check_addresses()
     directory = state or (STATE_DIRECTORY if simulated is None else Path(f"{simulated}.state"))
-    run(make(open_hypervisor(simulated), socket_path, config, Journal(directory / end)).run, verbose=verbose)
+    run(
+        make(open_hypervisor(simulated), socket_path, config, Journal(directory / end)).run,
+        verbose=verbose,
+    )
 
 
 @click.command("simulated-host")
@@ -119,14 +122,31 @@ def run_daemon(
     required=True,
     help="Where daemons and `simulated-guest` attach.",
 )
-@click.option("--memory", type=Size(), default="8G", show_default=True, help="Memory that its guests share.")
-@click.option("--no-populate-evicted", is_flag=True, help="A hypervisor without the batched hypercall.")
+@click.option(
+    "--memory", type=Size(), default="8G", show_default=True, help="Memory that its guests share."
+)
+@click.option(
+    "--no-populate-evicted", is_flag=True, help="A hypervisor without the batched hypercall."
+)
 @click.option("--no-paging", is_flag=True, help="A hypervisor built without memory paging.")
-@click.option("--drop-requests", is_flag=True, help="One that lets go of paged-out pages, which Xen 4.17 does not.")
-@click.option("--track-physmap", is_flag=True, help="One that logs given and taken pages, which Xen 4.17 does not.")
+@click.option(
+    "--drop-requests",
+    is_flag=True,
+    help="One that lets go of paged-out pages, which Xen 4.17 does not.",
+)
+@click.option(
+    "--track-physmap",
+    is_flag=True,
+    help="One that logs given and taken pages, which Xen 4.17 does not.",
+)
 @verbose_option
 def simulated_host_command(
-    socket_path: Path, memory: int, no_populate_evicted: bool, no_paging: bool, verbose: bool, **behaviour: bool
+    socket_path: Path,
+    memory: int,
+    no_populate_evicted: bool,
+    no_paging: bool,
+    verbose: bool,
+    **behaviour: bool,
 ) -> None:
     """A simulated Xen: a process that holds guests with memory, vCPUs and paging rings."""
     from migrate.control.server import listen_unix
@@ -135,7 +155,9 @@ def simulated_host_command(
 
     if memory < 4096:
         raise click.UsageError("--memory: at least a page (4096)")
-    host = SimulatedHost(memory, populate_evicted=not no_populate_evicted, paging=not no_paging, **behaviour)
+    host = SimulatedHost(
+        memory, populate_evicted=not no_populate_evicted, paging=not no_paging, **behaviour
+    )
 
     async def serve() -> None:
         async with listen_unix(socket_path, socket.SOCK_SEQPACKET) as listener:

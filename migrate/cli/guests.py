@@ -27,7 +27,9 @@ def guest_options(function: F) -> F:
     for option in reversed(
         (
             click.option("--memory", type=Size(), help="Default: the image's size, or 256M."),
-            click.option("--vcpus", type=WholeNumber(), default=1, show_default=True, help="1 to 64."),
+            click.option(
+                "--vcpus", type=WholeNumber(), default=1, show_default=True, help="1 to 64."
+            ),
             click.option(
                 "--workload",
                 type=click.Choice(list(WORKLOADS)),
@@ -35,7 +37,11 @@ def guest_options(function: F) -> F:
                 show_default=True,
                 help="Which pages the guest touches in what order; hotset: by Zipf's law; idle: few.",
             ),
-            click.option("--working-set", type=Size(), help="How much of its memory it touches.  Default: half."),
+            click.option(
+                "--working-set",
+                type=Size(),
+                help="How much of its memory it touches.  Default: half.",
+            ),
             click.option(
                 "--write-share",
                 type=Number(0, 1),
@@ -43,7 +49,11 @@ def guest_options(function: F) -> F:
                 show_default=True,
                 help="Share of the accesses that write.",
             ),
-            click.option("--rate", type=WholeNumber(), help="Accesses a second and vCPU.  Default: as many as it can."),
+            click.option(
+                "--rate",
+                type=WholeNumber(),
+                help="Accesses a second and vCPU.  Default: as many as it can.",
+            ),
             click.option(
                 "--stride",
                 type=WholeNumber(),
@@ -64,13 +74,22 @@ def guest_options(function: F) -> F:
                 help="Share of zero pages in generated memory.",
             ),
             click.option(
-                "--balloon", type=Size(), default=0, help="Memory that the guest gives away bit by bit while it runs."
+                "--balloon",
+                type=Size(),
+                default=0,
+                help="Memory that the guest gives away bit by bit while it runs.",
             ),
             click.option(
-                "--balloon-back", is_flag=True, help="It takes that memory back then, gives it away again, and so on."
+                "--balloon-back",
+                is_flag=True,
+                help="It takes that memory back then, gives it away again, and so on.",
             ),
             click.option(
-                "--seed", type=WholeNumber(), default=1, show_default=True, help="Of the memory and of the accesses."
+                "--seed",
+                type=WholeNumber(),
+                default=1,
+                show_default=True,
+                help="Of the memory and of the accesses.",
             ),
         )
     ):
@@ -100,7 +119,11 @@ def simulated_guest_command() -> None:
 
 
 host_option = click.option(
-    "--host", "host_path", type=click.Path(path_type=Path), required=True, help="The simulated host's socket."
+    "--host",
+    "host_path",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="The simulated host's socket.",
 )
 
 
@@ -112,7 +135,9 @@ def create(name: str, host_path: Path, **options: Any) -> None:
     """Boot a guest."""
     spec = guest_spec(name, **options)
     domain = SimulatedHypervisor(host_path).create_guest(spec.to_bytes())
-    echo(f"{name}: domain {domain.domid}, {human_bytes(spec.memory_bytes)}, {spec.vcpus} vCPUs, {spec.workload}")
+    echo(
+        f"{name}: domain {domain.domid}, {human_bytes(spec.memory_bytes)}, {spec.vcpus} vCPUs, {spec.workload}"
+    )
 
 
 @simulated_guest_command.command("list")

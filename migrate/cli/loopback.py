@@ -68,7 +68,9 @@ def loopback_command(json_path: Path | None, **options: Any) -> None:
         wait_for_steps(guest, 5 if spec.workload == "idle" else min(1000, spec.rate or 1000))
         guest.close()
         with world.control() as client:
-            result = follow_migration(client, {"domain": GUEST, "destination": f"127.0.0.1:{world.port}", **request})
+            result = follow_migration(
+                client, {"domain": GUEST, "destination": f"127.0.0.1:{world.port}", **request}
+            )
         verification, guest_view = verify_migrated(world, spec)
         world.check_alive()
     result = {"verified": verification.ok, **result, "guest": guest_view}

@@ -108,14 +108,20 @@ def unattended(progress: dict[str, Any], json_path: Path | None) -> UnattendedMi
         f"the sender has ended during the migration of {name}, whose last known phase is {progress['phase']}; {what_now}"
     )
     try:
-        write_json(json_path, {"verified": None, **{key: progress.get(key) for key in KNOWN}}, "what is known")
+        write_json(
+            json_path,
+            {"verified": None, **{key: progress.get(key) for key in KNOWN}},
+            "what is known",
+        )
     except MigrationError as unwritten:
         error.add_note(f"xen-postcopy: {unwritten}")
     return error
 
 
 def write_json(
-    path: Path | None, result: dict[str, Any], what: str = "the migration is completed, but its result"
+    path: Path | None,
+    result: dict[str, Any],
+    what: str = "the migration is completed, but its result",
 ) -> None:
     """Raises :class:`MigrationError`, which begins with ``what``, if the file cannot be written."""
     if path is None:
@@ -163,7 +169,12 @@ def summary(result: dict[str, Any]) -> str:
 )
 @socket_option(SENDER_SOCKET, "the local sender")
 def migrate_command(
-    domain: str, destination: str, json_path: Path | None, take_log_dirty: bool, socket_path: Path, **options: Any
+    domain: str,
+    destination: str,
+    json_path: Path | None,
+    take_log_dirty: bool,
+    socket_path: Path,
+    **options: Any,
 ) -> None:
     """Migrate DOMAIN (a name, a domid or a UUID) to the receiver at DESTINATION (HOST or HOST:PORT).
 
@@ -205,7 +216,9 @@ class Answers:
             raise SilentDaemonError("\n".join(map(str, self.silent)))
 
 
-def _ask_all(socket_paths: tuple[Path, ...], *, answer_s: float | None = None, **request: Any) -> Answers:
+def _ask_all(
+    socket_paths: tuple[Path, ...], *, answer_s: float | None = None, **request: Any
+) -> Answers:
     """Ask the daemons that run.  Raises :class:`MigrationError` if none has a result.
 
     ``answer_s``: how long each may take, :data:`ANSWER_S` by default, 0 for no limit.
@@ -320,7 +333,9 @@ def watch_command(migration: str, socket_paths: tuple[Path, ...]) -> None:
         raise MigrationError(f"{line['domain']}: {line['phase']}: {line['problem']}")
     echo(f"{line['domain']}: completed")
     if silent:
-        raise MigrationError("another daemon on this host did not answer, and may have something else to report")
+        raise MigrationError(
+            "another daemon on this host did not answer, and may have something else to report"
+        )
 
 
 @click.command("postcopy-now")
@@ -359,7 +374,9 @@ def reconnect_command(migration: str, socket_paths: tuple[Path, ...]) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask.  Needed where there is no terminal.")
 @click.option("--force", is_flag=True, help="Also against what the other host has reported.")
 @sockets_option
-def decide_command(migration: str, where: str, yes: bool, force: bool, socket_paths: tuple[Path, ...]) -> None:
+def decide_command(
+    migration: str, where: str, yes: bool, force: bool, socket_paths: tuple[Path, ...]
+) -> None:
     """State where the guest of MIGRATION runs, when the other host never comes back.
 
     After the link was lost each host waits for the other, because only the other host has the facts
@@ -381,7 +398,9 @@ def decide_command(migration: str, where: str, yes: bool, force: bool, socket_pa
     if len(under_way) > 1:
         raise MigrationError("both daemons on this host have this migration: say which by --socket")
     for line in under_way:
-        echo(f"{line['domain']} ({line['direction']}, {line['phase']}): {line['problem'] or 'no problem'}")
+        echo(
+            f"{line['domain']} ({line['direction']}, {line['phase']}): {line['problem'] or 'no problem'}"
+        )
         echo(f"known of the other end: {line.get('known', 'nothing')}")
         if not yes and not sys.stdin.isatty():
             raise MigrationError(

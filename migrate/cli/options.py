@@ -41,13 +41,19 @@ class Number(click.ParamType[float]):
     def __init__(self, least: float, most: float):
         self._least, self._most = least, most
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
         try:
             number = float(value)
         except (ValueError, OverflowError):
             number = math.nan
         if not self._least <= number <= self._most:
-            self.fail(f"{shortened(value)!r} is not a number from {self._least:g} to {self._most:g}.", param, ctx)
+            self.fail(
+                f"{shortened(value)!r} is not a number from {self._least:g} to {self._most:g}.",
+                param,
+                ctx,
+            )
         return number
 
 
@@ -65,7 +71,11 @@ class WholeNumber(click.ParamType[int]):
         except ValueError:  # it has too many digits, for one
             self.fail(f"{shortened(value)!r} is not a valid integer.", param, ctx)
         if not self._least <= number <= self._most:
-            self.fail(f"{shortened(value)!r} is not a number from {self._least} to {self._most}.", param, ctx)
+            self.fail(
+                f"{shortened(value)!r} is not a number from {self._least} to {self._most}.",
+                param,
+                ctx,
+            )
         return number
 
 
@@ -194,7 +204,9 @@ def migration_request(
             f"--bandwidth {bandwidth}: at least one page ({LEAST_BANDWIDTH} bytes) a second, or none for no cap"
         )
     if protect and strategy == "precopy":
-        raise click.UsageError("--strategy precopy has nothing to protect: there the guest arrives as a whole")
+        raise click.UsageError(
+            "--strategy precopy has nothing to protect: there the guest arrives as a whole"
+        )
     return {
         "strategy": strategy,
         "policy": {

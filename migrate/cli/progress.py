@@ -73,7 +73,9 @@ class ProgressDisplay:
 
     @staticmethod
     def _title(p: dict[str, Any]) -> str:
-        return f"{p['domain']}: {p['phase']}" + (f", round {p['round']}" if p["phase"] == "precopy" else "")
+        return f"{p['domain']}: {p['phase']}" + (
+            f", round {p['round']}" if p["phase"] == "precopy" else ""
+        )
 
     def _details(self, p: dict[str, Any]) -> str:
         if p["problem"]:
@@ -85,5 +87,7 @@ class ProgressDisplay:
             parts.append(f"{p['outstanding']} pages outstanding")
             if p.get("checkpoint_age_s") is not None:
                 parts.append(f"protected as of {p['checkpoint_age_s']:.1f} s ago")
-            parts.append(f"{p['faults']} faults" + (f" at {p['latency_us']} us" if p["faults"] else ""))
+            parts.append(
+                f"{p['faults']} faults" + (f" at {p['latency_us']} us" if p["faults"] else "")
+            )
         return ", ".join(parts)

@@ -117,7 +117,9 @@ class World:
         """Raises :class:`MigrationError` when a process has ended."""
         for process in self.processes.values():
             if process.popen.poll() is not None:
-                raise MigrationError(f"{process.name} ended with status {process.popen.returncode}:\n{process.tail()}")
+                raise MigrationError(
+                    f"{process.name} ended with status {process.popen.returncode}:\n{process.tail()}"
+                )
 
     def stop(self, name: str, sig: int = signal.SIGTERM) -> None:
         process = self.processes.pop(name)
@@ -175,7 +177,9 @@ def loopback_world(
         for name in ("source", "destination"):
             path = directory / f"{name}.sock"
             extra = host_options if name == "destination" else source_options
-            world.start(name, "simulated-host", "--socket", str(path), "--memory", str(memory_bytes), *extra)
+            world.start(
+                name, "simulated-host", "--socket", str(path), "--memory", str(memory_bytes), *extra
+            )
             setattr(world, name, SimulatedHypervisor(path))
         if daemons:
             world.config_file.write_text(config)
@@ -224,7 +228,10 @@ def wait_for_steps(domain: SimulatedDomain, steps: int, timeout_s: float = 60.0)
     deadline = time.monotonic() + timeout_s
     while True:
         report = domain.report()
-        if all(vcpu["count"] >= before + steps for vcpu, before in zip(report["vcpu"], start, strict=True)):
+        if all(
+            vcpu["count"] >= before + steps
+            for vcpu, before in zip(report["vcpu"], start, strict=True)
+        ):
             return
         if report["state"] != DomainState.RUNNING.value:
             raise MigrationError(f"the guest is {report['state']}: {report['reason']}")
@@ -239,7 +246,11 @@ def verify_migrated(world: World, spec: GuestSpec) -> tuple[Verification, dict[s
     wait_for_steps(domain, 5 if spec.workload == "idle" else min(100, spec.rate or 100))
     domain.suspend()
     gone = [report for report in world.source.history() if report["name"] == spec.name]
-    result = verify(domain, spec, source_positions=[vcpu["count"] for vcpu in gone[-1]["vcpu"]] if gone else None)
+    result = verify(
+        domain,
+        spec,
+        source_positions=[vcpu["count"] for vcpu in gone[-1]["vcpu"]] if gone else None,
+    )
     if not gone:
         result.problems.append("the source domain was not let go")
     if any(info.name == spec.name for info in world.source.domains()):
@@ -270,7 +281,9 @@ def guest_view(report: dict[str, Any]) -> dict[str, Any]:
         "p50_us": quantile(0.5),
         "p99_us": quantile(0.99),
         "max_us": max(vcpu["max_block_ns"] for vcpu in report["vcpu"]) / 1000,
-        "mean_us": round(sum(vcpu["block_ns"] for vcpu in report["vcpu"]) / 1000 / total, 1) if total else 0.0,
+        "mean_us": round(sum(vcpu["block_ns"] for vcpu in report["vcpu"]) / 1000 / total, 1)
+        if total
+        else 0.0,
         "block_s": [vcpu["block_ns"] / 1e9 for vcpu in report["vcpu"]],
         "steps": [vcpu["count"] for vcpu in report["vcpu"]],
     }

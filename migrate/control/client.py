@@ -46,7 +46,10 @@ class ControlClient:
         self._answer_s = answer_s
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         limit = struct.pack("ll", int(answer_s), int(answer_s % 1 * 1e6))
-        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):  # connect() waits in a full queue, too
+        for option in (
+            socket.SO_RCVTIMEO,
+            socket.SO_SNDTIMEO,
+        ):  # connect() waits in a full queue, too
             self._socket.setsockopt(socket.SOL_SOCKET, option, limit)
         try:
             connect_unix(self._socket, path, wait_s)
@@ -55,7 +58,11 @@ class ControlClient:
             raise self._silent() from None
         except OSError as error:
             self._socket.close()
-            hints = {errno.ENOENT: RUNNING, errno.ECONNREFUSED: RUNNING, errno.EACCES: "are you root?"}
+            hints = {
+                errno.ENOENT: RUNNING,
+                errno.ECONNREFUSED: RUNNING,
+                errno.EACCES: "are you root?",
+            }
             hint = hints.get(error.errno or 0, "is this the path of its control socket?")
             raise MigrationError(f"no daemon at {path}: {error.strerror}; {hint}") from error
         self._buffer = b""
@@ -90,7 +97,9 @@ class ControlClient:
         line, self._buffer = self._buffer.split(b"\n", 1)
         answer: Json = json.loads(line)
         if answer["event"] == "error":
-            raise (UnknownMigrationError if answer.get("unknown") else MigrationError)(answer["message"])
+            raise (UnknownMigrationError if answer.get("unknown") else MigrationError)(
+                answer["message"]
+            )
         return answer
 
     def answers(self) -> Iterator[Json]:

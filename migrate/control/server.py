@@ -96,7 +96,10 @@ Handler = Callable[[Json, ControlConnection], Awaitable[None]]
 
 
 async def serve(
-    path: Path, handler: Handler, *, task_status: trio.TaskStatus[list[trio.SocketListener]] = trio.TASK_STATUS_IGNORED
+    path: Path,
+    handler: Handler,
+    *,
+    task_status: trio.TaskStatus[list[trio.SocketListener]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve until cancelled, at the socket that systemd has made, otherwise at one of our own.
 
@@ -112,8 +115,13 @@ async def serve(
             if not _may_ask(stream):
                 return
             if served >= MAX_CONNECTIONS:
-                with trio.move_on_after(REQUEST_TIMEOUT_S), contextlib.suppress(trio.BrokenResourceError):
-                    await connection.answer("error", message=f"{served} requests are being answered: try again later")
+                with (
+                    trio.move_on_after(REQUEST_TIMEOUT_S),
+                    contextlib.suppress(trio.BrokenResourceError),
+                ):
+                    await connection.answer(
+                        "error", message=f"{served} requests are being answered: try again later"
+                    )
                 return
             served += 1
             try:
@@ -129,12 +137,16 @@ async def serve(
             sock = stack.enter_context(trio.socket.from_stdlib_socket(inherited))
         else:
             sock = await stack.enter_async_context(listen_unix(path))
-        await serve_connections("a request", exchange, [trio.SocketListener(sock)], task_status=task_status)
+        await serve_connections(
+            "a request", exchange, [trio.SocketListener(sock)], task_status=task_status
+        )
 
 
 def _may_ask(stream: trio.SocketStream) -> bool:
     """root, and who this daemon runs as, whatever became of the socket's mode."""
-    _pid, uid, _gid = struct.unpack("3i", stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    _pid, uid, _gid = struct.unpack(
+        "3i", stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    )
     if uid in (0, os.geteuid()):
         return True
     log.warning("a request of user %d refused", uid)

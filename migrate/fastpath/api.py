@@ -44,7 +44,11 @@ def _kind(message: Message, pages: int = 0) -> Any:
 
 _SOME_PFN = 0x5A5A5A5A5A
 _SOME_PFNS = pfn_array([_SOME_PFN])
-FAULT, PAGE, ZERO = _kind(Fault(_SOME_PFNS)), _kind(Pages(_SOME_PFNS), 1), _kind(Pages(NO_PFNS, _SOME_PFNS))
+FAULT, PAGE, ZERO = (
+    _kind(Fault(_SOME_PFNS)),
+    _kind(Pages(_SOME_PFNS), 1),
+    _kind(Pages(NO_PFNS, _SOME_PFNS)),
+)
 
 
 def lane_of(into: Any, lane: NativeLane) -> None:

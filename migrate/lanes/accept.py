@@ -15,7 +15,13 @@ from collections.abc import Callable, Collection
 import trio
 
 from migrate.errors import MigrationError, PeerClosedError, ProtocolError, UnknownSessionError
-from migrate.lanes.connection import CONNECT_TIMEOUT_S, EXPLANATION_S, STEP_TIMEOUT_S, LaneConnection, Terms
+from migrate.lanes.connection import (
+    CONNECT_TIMEOUT_S,
+    EXPLANATION_S,
+    STEP_TIMEOUT_S,
+    LaneConnection,
+    Terms,
+)
 from migrate.logs import Complaint
 from migrate.protocol.messages import Hello, Lane, Refused, printable
 from migrate.protocol.session import hello, negotiate, number_of_rejoin
@@ -48,7 +54,9 @@ class AwaitedLanes:
         if greeting.lane == Lane.PUSH.value and self._key:
             number = number_of_rejoin(self._key, greeting.token)
             if number <= self._rejoins:
-                raise ProtocolError("a push lane for a session that goes on, with a wrong or used token")
+                raise ProtocolError(
+                    "a push lane for a session that goes on, with a wrong or used token"
+                )
             self._rejoins = number
             # The lanes that there are may look alive from here still.
             self._push.end()
@@ -58,7 +66,9 @@ class AwaitedLanes:
         with trio.move_on_after(CONNECT_TIMEOUT_S):  # the token for it may be on its way still
             await awaited.expected.wait()
         if not awaited.accepts(greeting.token):
-            raise ProtocolError(f"a {greeting.lane} lane that nobody awaits, or with a wrong or used token")
+            raise ProtocolError(
+                f"a {greeting.lane} lane that nobody awaits, or with a wrong or used token"
+            )
 
     @property
     def dials(self) -> None:
@@ -96,7 +106,9 @@ class AwaitedLanes:
         for awaited in (self._push, self._pull):
             awaited.close()
 
-    async def _come(self, awaited: _AwaitedLane, what: str, *, beside: LaneConnection | None = None) -> LaneConnection:
+    async def _come(
+        self, awaited: _AwaitedLane, what: str, *, beside: LaneConnection | None = None
+    ) -> LaneConnection:
         """``beside``: the peer's other lane, whose end is not read by anybody meanwhile."""
         come = awaited.come
         with trio.move_on_after(self._timeout_s):
@@ -195,7 +207,11 @@ class Reception:
             crowd, where = self._strangers, ""
         else:
             return
-        self._crowded.log("%d connections%s have not said what they are for: the oldest are ended", len(crowd), where)
+        self._crowded.log(
+            "%d connections%s have not said what they are for: the oldest are ended",
+            len(crowd),
+            where,
+        )
         oldest = next(iter(crowd))
         self._forget(oldest)
         oldest.cancel()
@@ -226,7 +242,9 @@ class Reception:
             log.warning("connection from %s refused: %s", lane.peer(), error)
             try:
                 with contextlib.suppress(MigrationError), trio.move_on_after(EXPLANATION_S):
-                    await lane.send(Refused(printable(str(error)), isinstance(error, UnknownSessionError)))
+                    await lane.send(
+                        Refused(printable(str(error)), isinstance(error, UnknownSessionError))
+                    )
             finally:
                 lane.close()
         except BaseException:

@@ -21,4 +21,6 @@ def send(fd: int, pieces: Sequence[bytes | memoryview]) -> int:
 
 def receive(fd: int, into: memoryview, *, is_tcp: bool) -> int:
     """Until it is full or the connection ends.  Returns how many bytes, or a negative errno."""
-    return int(lib.bulk_receive(fd, ffi.from_buffer(into, require_writable=True), len(into), is_tcp))
+    return int(
+        lib.bulk_receive(fd, ffi.from_buffer(into, require_writable=True), len(into), is_tcp)
+    )

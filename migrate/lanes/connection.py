@@ -96,16 +96,22 @@ class LaneConnection:
         self._tcp = sock.family in (socket.AF_INET, socket.AF_INET6)
         if self._tcp:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            with contextlib.suppress(OSError):  # not in this kernel, or not allowed: the host's own then
+            with contextlib.suppress(
+                OSError
+            ):  # not in this kernel, or not allowed: the host's own then
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, CONGESTION_CONTROL)
         if isinstance(sock, TlsSocket):
             sock.send_timeout(STEP_TIMEOUT_S)
         else:
             sock.setblocking(True)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(STEP_TIMEOUT_S), 0))
+            sock.setsockopt(
+                socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(STEP_TIMEOUT_S), 0)
+            )
 
     @classmethod
-    async def from_stream(cls, stream: trio.SocketStream, terms: Terms, dialled: str | None = None) -> LaneConnection:
+    async def from_stream(
+        cls, stream: trio.SocketStream, terms: Terms, dialled: str | None = None
+    ) -> LaneConnection:
         """Takes the connection over; the stream is closed.  ``dialled``: the host; ``None`` where we were.
 
         Raises :class:`PeerClosedError` where TLS does not come about.
@@ -122,7 +128,9 @@ class LaneConnection:
         """What the hellos of both ends require is done from here on, and what both offer may be."""
         both = list(greetings)
         self._decoder.checked = any(CHECKSUMS in greeting.requires for greeting in both)
-        self.capabilities = frozenset.intersection(*(frozenset(greeting.offers) for greeting in both))
+        self.capabilities = frozenset.intersection(
+            *(frozenset(greeting.offers) for greeting in both)
+        )
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -142,7 +150,9 @@ class LaneConnection:
         Returns the bytes that it took.  Raises :class:`PeerClosedError` when the connection is gone.
         """
         if self._decoder.checked and payload:
-            payload = [memoryview(b"".join(payload))]  # a running guest changes it between looking and sending
+            payload = [
+                memoryview(b"".join(payload))
+            ]  # a running guest changes it between looking and sending
         head = frames.encode(message.header(), payload, checked=self._decoder.checked)
         size = len(head) + sum(map(len, payload))
         with self._sending:
@@ -214,7 +224,9 @@ class LaneConnection:
             return self._socket.recv_into(wanted, len(wanted))
         if self._tls is not None:
             if self._tcp:
-                self._tls.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)  # as native/bulk.c does, and why
+                self._tls.setsockopt(
+                    socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1
+                )  # as native/bulk.c does, and why
             return self._tls.recv_into(wanted, len(wanted), socket.MSG_WAITALL)
         count = bulk.receive(self._socket.fileno(), wanted, is_tcp=self._tcp)
         if count < 0:
@@ -249,7 +261,9 @@ class LaneConnection:
         self._cut_off = True
         if isinstance(error, BlockingIOError):
             raise PeerClosedError(f"the peer has taken nothing for {STEP_TIMEOUT_S:g} s") from error
-        raise PeerClosedError(f"the connection was lost while sending: {error.strerror or error}") from error
+        raise PeerClosedError(
+            f"the connection was lost while sending: {error.strerror or error}"
+        ) from error
 
     # ---- for the event loop ----
     async def send(self, message: Message) -> None:
@@ -356,7 +370,9 @@ def step_timeout(complaint: str) -> Iterator[None]:
         raise PeerClosedError(f"{complaint} within {STEP_TIMEOUT_S:g} s")
 
 
-async def run_in_thread(main: Callable[[], None], stop: Callable[[], None], *, urgent: bool = False) -> None:
+async def run_in_thread(
+    main: Callable[[], None], stop: Callable[[], None], *, urgent: bool = False
+) -> None:
     """Run ``main`` in a thread of its own; ``stop`` makes it return, and is called when this task is cancelled.
 
     ``urgent``: a guest waits for what it does; the others move pages in bulk.
@@ -398,9 +414,13 @@ async def connect(host: str, port: int, terms: Terms) -> LaneConnection:
         with trio.fail_after(CONNECT_TIMEOUT_S):
             stream = await trio.open_tcp_stream(host, port)
     except trio.TooSlowError:
-        raise PeerClosedError(f"no answer from {host}:{port} within {CONNECT_TIMEOUT_S:g} s") from None
+        raise PeerClosedError(
+            f"no answer from {host}:{port} within {CONNECT_TIMEOUT_S:g} s"
+        ) from None
     except OSError as error:
-        causes: Sequence[BaseException] = getattr(error.__cause__, "exceptions", ()) or (error.__cause__ or error,)
+        causes: Sequence[BaseException] = getattr(error.__cause__, "exceptions", ()) or (
+            error.__cause__ or error,
+        )
         number = getattr(causes[0], "errno", None)
         why = os.strerror(number) if number is not None and number > 0 else str(causes[0])
         raise PeerClosedError(
@@ -421,5 +441,7 @@ async def listen_tcp(host: str, port: int) -> tuple[list[trio.SocketListener], i
     try:
         listeners = await trio.open_tcp_listeners(port, host=host)
     except OSError as error:
-        raise MigrationError(f"cannot listen at {host}:{port}: {error.strerror or error}") from error
+        raise MigrationError(
+            f"cannot listen at {host}:{port}: {error.strerror or error}"
+        ) from error
     return listeners, listeners[0].socket.getsockname()[1]

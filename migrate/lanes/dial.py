@@ -34,7 +34,15 @@ class DialledLanes:
     clock has no part in that: an administrator may set it back.
     """
 
-    def __init__(self, address: tuple[str, int], session: str, terms: Terms, token: bytes = b"", *, rejoins: int = 0):
+    def __init__(
+        self,
+        address: tuple[str, int],
+        session: str,
+        terms: Terms,
+        token: bytes = b"",
+        *,
+        rejoins: int = 0,
+    ):
         self._address, self._session, self._token = address, session, token
         self._terms = terms
         self._key = b""

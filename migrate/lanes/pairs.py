@@ -53,7 +53,9 @@ class Lanes(Protocol):
         """Whoever is in :meth:`again` need not wait for its next attempt."""
 
 
-def rejoining(session: str, facts: dict[str, Any], awaited: dict[str, AwaitedLanes], terms: Terms) -> Lanes:
+def rejoining(
+    session: str, facts: dict[str, Any], awaited: dict[str, AwaitedLanes], terms: Terms
+) -> Lanes:
     """For a session that a predecessor has left with these facts in the journal; where we are
     dialled it is put among the ``awaited``.  The caller notes ``rejoins`` in the journal.
     """
@@ -62,5 +64,7 @@ def rejoining(session: str, facts: dict[str, Any], awaited: dict[str, AwaitedLan
         return awaited[session]
     host, port = facts["dials"]
     # Releases that did not note it counted from the clock.
-    rejoins = int(facts["rejoins"]) + REJOINS_OF_ONE_LIFE if "rejoins" in facts else int(time.time())
+    rejoins = (
+        int(facts["rejoins"]) + REJOINS_OF_ONE_LIFE if "rejoins" in facts else int(time.time())
+    )
     return DialledLanes((str(host), int(port)), session, terms, rejoins=rejoins)

@@ -86,7 +86,9 @@ class Tls:
         """As the end that was dialled."""
         return await self._handshake(sock, None, timeout_s)
 
-    async def _handshake(self, sock: socket.socket, host: str | None, timeout_s: float) -> TlsSocket:
+    async def _handshake(
+        self, sock: socket.socket, host: str | None, timeout_s: float
+    ) -> TlsSocket:
         """The socket is closed if no connection comes about."""
         sock.setblocking(False)
         limiter = STRANGERS if host is None else trio.CapacityLimiter(1)
@@ -125,7 +127,9 @@ class Tls:
     def _check_names(self, sock: ssl.SSLSocket) -> None:
         certificate: dict[str, Any] = sock.getpeercert() or {}
         # A directory name is a tuple of tuples.
-        names = {name for _kind, name in certificate.get("subjectAltName", ()) if isinstance(name, str)}
+        names = {
+            name for _kind, name in certificate.get("subjectAltName", ()) if isinstance(name, str)
+        }
         if not names & set(self.peers):
             raise PeerClosedError(
                 f"the peer's certificate is for {printable(', '.join(sorted(names))) or 'nobody'}, and [tls] peers are "
@@ -144,7 +148,10 @@ class Tls:
             state = [_state(path) for path in (self.certificate, self.key, self.authority)]
             if kept.contexts is None or state != kept.state:
                 try:
-                    kept.contexts = self._context(server_side=True), self._context(server_side=False)
+                    kept.contexts = (
+                        self._context(server_side=True),
+                        self._context(server_side=False),
+                    )
                 except MigrationError as error:
                     if kept.contexts is None:
                         raise
@@ -153,7 +160,9 @@ class Tls:
             return kept.contexts
 
     def _context(self, *, server_side: bool) -> ssl.SSLContext:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
+        context = ssl.SSLContext(
+            ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT
+        )
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.verify_mode = ssl.CERT_REQUIRED
         try:
@@ -173,7 +182,11 @@ def _step(sock: ssl.SSLSocket) -> Callable[[socket.socket], Awaitable[None]] | N
     try:
         sock.do_handshake()
     except WANTED as error:
-        return trio.lowlevel.wait_writable if _event(error) == select.POLLOUT else trio.lowlevel.wait_readable
+        return (
+            trio.lowlevel.wait_writable
+            if _event(error) == select.POLLOUT
+            else trio.lowlevel.wait_readable
+        )
     return None
 
 

@@ -46,7 +46,9 @@ class Frame(NamedTuple):
     """Whole pages.  Valid while the next frame is being read, until that one is complete and a further one begins."""
 
 
-def encode(header: dict[str, Any], payload: Sequence[memoryview] = (), *, checked: bool = False) -> bytes:
+def encode(
+    header: dict[str, Any], payload: Sequence[memoryview] = (), *, checked: bool = False
+) -> bytes:
     """The bytes that go before the payload; the payload itself follows as it is.
 
     Where it is ``checked`` it must not change meanwhile.
@@ -56,7 +58,9 @@ def encode(header: dict[str, Any], payload: Sequence[memoryview] = (), *, checke
     if len(packed) > MAX_HEADER_BYTES:
         raise LocalProtocolError(f"header of {len(packed)} bytes, more than {MAX_HEADER_BYTES}")
     if payload_bytes > MAX_PAYLOAD_BYTES or payload_bytes % PAGE_SIZE:
-        raise LocalProtocolError(f"payload of {payload_bytes} bytes: whole pages, at most {MAX_PAYLOAD_PAGES}")
+        raise LocalProtocolError(
+            f"payload of {payload_bytes} bytes: whole pages, at most {MAX_PAYLOAD_PAGES}"
+        )
     checksum = zlib.crc32(packed)
     if checked:
         for piece in payload:
@@ -77,7 +81,9 @@ def _parse_header(data: Buffer) -> dict[str, Any]:
             max_ext_len=0,
         )
     except (ValueError, msgpack.UnpackException, RecursionError) as error:
-        raise RemoteProtocolError(f"a frame's header is not msgpack: {error or type(error).__name__}") from error
+        raise RemoteProtocolError(
+            f"a frame's header is not msgpack: {error or type(error).__name__}"
+        ) from error
     if not isinstance(header, dict):
         raise RemoteProtocolError("a frame's header is not a map")
     return header
@@ -89,11 +95,18 @@ class FrameDecoder:
     def __init__(self) -> None:
         self.checked = False
         """The payload is in the checksum."""
-        self._checksums = (0, 0)  # of the frame being read: the one it came with, the one of what has come
-        self._small = bytearray(PREFIX_BYTES + 2 * READ_AHEAD_BYTES)  # larger with the first header that is
+        self._checksums = (
+            0,
+            0,
+        )  # of the frame being read: the one it came with, the one of what has come
+        self._small = bytearray(
+            PREFIX_BYTES + 2 * READ_AHEAD_BYTES
+        )  # larger with the first header that is
         self._start = 0  # of what is unread in _small
         self._end = 0
-        self._sizes: tuple[int, int] | None = None  # header and payload bytes of the frame being read
+        self._sizes: tuple[int, int] | None = (
+            None  # header and payload bytes of the frame being read
+        )
         self._header: dict[str, Any] | None = None
         # Two, in turn: a payload can be loaded while the next is received.
         self._pages, self._other_pages = bytearray(), bytearray()
@@ -195,11 +208,16 @@ class FrameDecoder:
         if magic != MAGIC:
             self._check_magic()
         (expected,) = PREFIX_CHECKSUM.unpack_from(self._small, self._start + PREFIX.size)
-        self._checksums = (expected, zlib.crc32(memoryview(self._small)[self._start : self._start + PREFIX.size]))
+        self._checksums = (
+            expected,
+            zlib.crc32(memoryview(self._small)[self._start : self._start + PREFIX.size]),
+        )
         self._check()
         self._checksums = (checksum, 0)
         if not 0 < header_bytes <= MAX_HEADER_BYTES:
-            raise RemoteProtocolError(f"a header of {header_bytes} bytes: 1 to {MAX_HEADER_BYTES} are allowed")
+            raise RemoteProtocolError(
+                f"a header of {header_bytes} bytes: 1 to {MAX_HEADER_BYTES} are allowed"
+            )
         if payload_bytes > MAX_PAYLOAD_BYTES or payload_bytes % PAGE_SIZE:
             raise RemoteProtocolError(
                 f"a payload of {payload_bytes} bytes: whole pages, at most {MAX_PAYLOAD_PAGES}, are allowed"

@@ -132,7 +132,11 @@ class Message:
         header: dict[str, Any] = {"type": self.type}
         for name in FIELDS[type(self)]:
             value = getattr(self, name)
-            header[name] = value.astype("<u8", copy=False).tobytes() if isinstance(value, np.ndarray) else value
+            header[name] = (
+                value.astype("<u8", copy=False).tobytes()
+                if isinstance(value, np.ndarray)
+                else value
+            )
         return header
 
     def __eq__(self, other: object) -> bool:
@@ -459,7 +463,8 @@ TYPES: dict[str, type[Message]] = {
     )
 }  # fmt: skip
 FIELDS: dict[type[Message], dict[str, Parser]] = {
-    cls: {field.name: field.metadata["parse"] for field in dataclasses.fields(cls)} for cls in TYPES.values()
+    cls: {field.name: field.metadata["parse"] for field in dataclasses.fields(cls)}
+    for cls in TYPES.values()
 }
 
 
@@ -485,7 +490,9 @@ def parse(header: dict[str, Any], payload_bytes: int = 0) -> Message:
         if not expected and not len(message.zeros) and not len(message.holes):
             raise RemoteProtocolError(f"{name}: none")
     if payload_bytes != expected:
-        raise RemoteProtocolError(f"{name}: a payload of {payload_bytes} bytes where {expected} belong")
+        raise RemoteProtocolError(
+            f"{name}: a payload of {payload_bytes} bytes where {expected} belong"
+        )
     return message
 
 

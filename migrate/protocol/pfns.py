@@ -66,8 +66,12 @@ def bitmap_of(mask: PfnMask) -> NDArray[np.uint8]:
 def from_bitmap(bitmap: NDArray[np.uint8], nr_pfns: int) -> PfnArray:
     """As :func:`mask_from_bitmap`, in a time that depends on how many bits are set: eight bytes are looked at together."""
     words = bitmap.view(np.uint64)
-    found = np.flatnonzero(words != 0)  # in a sixth of the time that it takes without the comparison
-    bits = np.flatnonzero(np.unpackbits(words[found].view(np.uint8), bitorder="little").view(np.bool_))
+    found = np.flatnonzero(
+        words != 0
+    )  # in a sixth of the time that it takes without the comparison
+    bits = np.flatnonzero(
+        np.unpackbits(words[found].view(np.uint8), bitorder="little").view(np.bool_)
+    )
     pfns = (found[bits >> 6] << 6 | bits & 63).view(np.uint64)
     within: PfnArray = pfns[: np.searchsorted(pfns, np.uint64(nr_pfns))]
     return within
@@ -98,7 +102,9 @@ def runs(mask: PfnMask) -> list[list[int]]:
     """[first, stop] of each run of true elements."""
     if np.count_nonzero(mask) == len(mask):  # nearly always, and a vCPU may be waiting
         return [[0, len(mask)]] if len(mask) else []
-    edges: list[list[int]] = np.flatnonzero(np.diff(mask, prepend=False, append=False)).reshape(-1, 2).tolist()
+    edges: list[list[int]] = (
+        np.flatnonzero(np.diff(mask, prepend=False, append=False)).reshape(-1, 2).tolist()
+    )
     return edges
 
 
@@ -111,7 +117,9 @@ def windows(mask: PfnMask) -> Iterator[tuple[int, bytes]]:
 
 
 def pfns_of_window(base: int, bitmap: bytes) -> PfnArray:
-    return from_mask(np.unpackbits(np.frombuffer(bitmap, dtype=np.uint8), bitorder="little").view(np.bool_), base)
+    return from_mask(
+        np.unpackbits(np.frombuffer(bitmap, dtype=np.uint8), bitorder="little").view(np.bool_), base
+    )
 
 
 def pieces(pfns: PfnArray, most: int) -> Iterator[PfnArray]:

@@ -204,7 +204,11 @@ class Session:
         """The speaker's own phases, and where it is the peer: those in which we may be ahead of it."""
         allowed = rule.phases
         if lane is Lane.PULL and P.POSTCOPY in allowed:
-            allowed = (*allowed, P.COMPLETE, P.CLOSED)  # the lanes do not wait for each other, at no end
+            allowed = (
+                *allowed,
+                P.COMPLETE,
+                P.CLOSED,
+            )  # the lanes do not wait for each other, at no end
         if rule.speaker is self.role:
             return allowed
         if rule.speaker is Role.RECEIVER and P.PRECOPY in allowed:
@@ -226,7 +230,9 @@ class Session:
             self._checkpoint_whole = message.last
         elif isinstance(message, m.Unprotected):
             if not self.protected:
-                raise RemoteProtocolError(f"{message.type}: this migration was offered without checkpoints")
+                raise RemoteProtocolError(
+                    f"{message.type}: this migration was offered without checkpoints"
+                )
         elif isinstance(message, m.Kept):
             self._after("kept", self._checkpoint_whole, "the checkpoint")
             self._checkpoint_whole = False
@@ -294,7 +300,9 @@ class Session:
 
     def _check_checkpoint(self, message: Message) -> None:
         if not self.protected:
-            raise RemoteProtocolError(f"{message.type}: this migration was offered without checkpoints")
+            raise RemoteProtocolError(
+                f"{message.type}: this migration was offered without checkpoints"
+            )
         if self._checkpoint_whole:
             raise RemoteProtocolError(f"{message.type} before the last checkpoint was kept")
 
@@ -310,12 +318,18 @@ class Session:
 
     def _window(self, message: m.Defer | m.Outstanding) -> None:
         if message.base % 8 or not message.bitmap:
-            raise RemoteProtocolError(f"{message.type}: a window begins at a multiple of 8 and is not empty")
+            raise RemoteProtocolError(
+                f"{message.type}: a window begins at a multiple of 8 and is not empty"
+            )
         excess = message.base + len(message.bitmap) * 8 - self.nr_pfns
         if excess > 0:
-            beyond = np.unpackbits(np.frombuffer(message.bitmap, dtype=np.uint8), bitorder="little")[-excess:]
+            beyond = np.unpackbits(
+                np.frombuffer(message.bitmap, dtype=np.uint8), bitorder="little"
+            )[-excess:]
             if excess >= 8 or beyond.any():
-                raise RemoteProtocolError(f"{message.type}: a window beyond the domain's end at {self.nr_pfns:#x}")
+                raise RemoteProtocolError(
+                    f"{message.type}: a window beyond the domain's end at {self.nr_pfns:#x}"
+                )
 
     @staticmethod
     def _once(name: str, already: bool) -> None:
@@ -364,11 +378,15 @@ def negotiate(theirs: m.Hello) -> int:
         )
     unknown = set(theirs.requires) - m.CAPABILITIES
     if unknown:
-        raise ProtocolError(f"the peer requires capabilities that this end does not have: {', '.join(sorted(unknown))}")
+        raise ProtocolError(
+            f"the peer requires capabilities that this end does not have: {', '.join(sorted(unknown))}"
+        )
     return version
 
 
-def hello(lane: Lane, session: str, token: bytes = b"", *, requires: tuple[str, ...] = ()) -> m.Hello:
+def hello(
+    lane: Lane, session: str, token: bytes = b"", *, requires: tuple[str, ...] = ()
+) -> m.Hello:
     from migrate import __version__
 
     return m.Hello(

@@ -101,7 +101,9 @@ def _bandwidth(value: Any) -> float:
     """A page a second at least."""
     rate = parse_size(value)
     if rate < LEAST_BANDWIDTH:
-        raise ValueError(f"at least one page ({LEAST_BANDWIDTH} bytes) a second, or left out for no cap")
+        raise ValueError(
+            f"at least one page ({LEAST_BANDWIDTH} bytes) a second, or left out for no cap"
+        )
     return float(rate)
 
 
@@ -181,7 +183,10 @@ class Config:
 
     def check_addresses(self) -> None:
         """Raises :class:`ConfigError` where others could read along."""
-        for name, (host, _port) in (("sender", self.sender.listen), ("receiver", self.receiver.listen)):
+        for name, (host, _port) in (
+            ("sender", self.sender.listen),
+            ("receiver", self.receiver.listen),
+        ):
             if self.tls.files is None and not self.network.unencrypted and not is_loopback(host):
                 raise ConfigError(
                     f"[{name}] listen: {host} can be reached by others, and connections are not encrypted: make a [tls] "
@@ -219,7 +224,9 @@ def _text_of(path: Path) -> str:
         if not stat.S_ISREG(status.st_mode):
             raise ConfigError(f"{path}: this is not a file with a configuration")
         if status.st_size > MAX_BYTES:
-            raise ConfigError(f"{path}: {status.st_size} bytes are more than a configuration has ({MAX_BYTES})")
+            raise ConfigError(
+                f"{path}: {status.st_size} bytes are more than a configuration has ({MAX_BYTES})"
+            )
         return file.read()
 
 
@@ -229,7 +236,9 @@ def parse(data: dict[str, Any], source: str) -> Config:
     made = {}
     for name, values in data.items():
         if name not in sections:
-            raise ConfigError(f"{source}: [{name}]: there is no such section; there are {', '.join(sections)}")
+            raise ConfigError(
+                f"{source}: [{name}]: there is no such section; there are {', '.join(sections)}"
+            )
         if not isinstance(values, dict):
             raise ConfigError(f"{source}: {name}: a section, [{name}]")
         made[name] = _section(sections[name], values, f"{source}: [{name}]")

@@ -67,7 +67,10 @@ class Journal:
         Raises :class:`MigrationError` if another daemon owns it: its migrations would look like a dead predecessor's.
         """
         if self._read_only:
-            log.error("state directory %s is on a read-only file system: new migrations are refused", self._directory)
+            log.error(
+                "state directory %s is on a read-only file system: new migrations are refused",
+                self._directory,
+            )
         directory = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -134,7 +137,9 @@ class Journal:
             try:
                 facts = _last_entry(path.read_text())
                 if facts["boot"] != self._boot:
-                    log.warning("%s: the guest has gone with the host, which was started anew since", path)
+                    log.warning(
+                        "%s: the guest has gone with the host, which was started anew since", path
+                    )
                     self.erase(session)
                     continue
             except Exception as error:
@@ -158,7 +163,9 @@ class Journal:
         Whether that session has ended is not known.
         """
         if session in self._not_understood:
-            raise MigrationError("the journal of that session here is not understood: see the log of this daemon")
+            raise MigrationError(
+                "the journal of that session here is not understood: see the log of this daemon"
+            )
 
     def _path(self, session: str) -> Path:
         return self._directory / (session + SUFFIX)
@@ -169,7 +176,9 @@ def remove(path: Path) -> None:
     stays, the log names the file, and the migration ends as it would have ended otherwise.
     """
     try:
-        if os.path.lexists(path):  # a read-only file system reports the same error for a file that is not there
+        if os.path.lexists(
+            path
+        ):  # a read-only file system reports the same error for a file that is not there
             path.unlink()
     except OSError as error:
         log.error("cannot erase %s, which is not needed any more: %s", path, error.strerror)
@@ -196,7 +205,10 @@ def _make(path: Path, entry: bytes) -> int:
 
 
 def check_facts(
-    facts: dict[str, Any], steps: Container[str], types: dict[str, tuple[type, ...]], optional: Container[str]
+    facts: dict[str, Any],
+    steps: Container[str],
+    types: dict[str, tuple[type, ...]],
+    optional: Container[str],
 ) -> None:
     """``types``: of the facts that this end alone notes.  ``optional``: what an earlier release did
     not note.

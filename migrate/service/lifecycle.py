@@ -36,9 +36,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """A terminal that closes sends SIGHUP, perhaps more than once.  No terminal may end the pager of a
 guest, so a further SIGHUP does not cut the draining short.
 """
-STOPPING = (
-    "this daemon is being stopped, and serves only the guests that need it still: try again when it was started anew"
-)
+STOPPING = "this daemon is being stopped, and serves only the guests that need it still: try again when it was started anew"
 """For who asks for a new migration."""
 STRANGERS_SHARE = 0.75
 """The share of the descriptors that strangers may use.  The rest is for migrations that run, their
@@ -100,7 +98,9 @@ async def _feed_watchdog() -> None:
         await trio.sleep(int(interval_us) / 1e6 / 3)
 
 
-async def until_stopped(serve: Callable[[], Awaitable[None]], drain: Callable[[], Awaitable[bool]]) -> None:
+async def until_stopped(
+    serve: Callable[[], Awaitable[None]], drain: Callable[[], Awaitable[bool]]
+) -> None:
     """Run ``serve`` until one of :data:`STOP_SIGNALS`, and then for as long as ``drain`` returns
     that guests need this daemon.  A second signal cuts that short, if the signal is not SIGHUP.
     """
@@ -170,12 +170,17 @@ async def serve_connections(
                 try:
                     stream = await listener.accept()
                 except Exception as error:
-                    exhausted.log("%s cannot be accepted: %s; trying again until it can", what, error)
+                    exhausted.log(
+                        "%s cannot be accepted: %s; trying again until it can", what, error
+                    )
                     await trio.sleep(ACCEPT_AGAIN_S)
                     continue
                 # The kernel gives the lowest number that is free.
                 if stream.socket.fileno() >= resource.getrlimit(resource.RLIMIT_NOFILE)[0] * share:
-                    exhausted.log("%s is refused: the descriptors that are left are for migrations that run", what)
+                    exhausted.log(
+                        "%s is refused: the descriptors that are left are for migrations that run",
+                        what,
+                    )
                     stream.socket.close()
                     continue
                 tasks.start_soon(isolated, what, handle_and_close, stream)
@@ -225,13 +230,19 @@ def find_migration(migrations: Iterable[M], name: str) -> M:
     known = list(migrations)
     named = [m for m in known if m.domain_name == name and name]
     found = [m for m in named if not m.has_ended] or named[-1:]
-    found += [m for m in known if len(name) >= LEAST_OF_AN_ID and m.id.startswith(name) and m not in found]
+    found += [
+        m for m in known if len(name) >= LEAST_OF_AN_ID and m.id.startswith(name) and m not in found
+    ]
     if len(found) == 1:
         return found[0]
     if found:
         ids = ", ".join(m.id[:LEAST_OF_AN_ID] for m in found)
-        raise MigrationError(f"there is more than one migration {name!r} here: name it by one of these ids: {ids}")
+        raise MigrationError(
+            f"there is more than one migration {name!r} here: name it by one of these ids: {ids}"
+        )
     why = ""
     if name and any(m.id.startswith(name) for m in known):
         why = f" (of an id the first {LEAST_OF_AN_ID} characters are needed)"
-    raise UnknownMigrationError(f"there is no migration {name!r} here{why}: see `xen-postcopy list`")
+    raise UnknownMigrationError(
+        f"there is no migration {name!r} here{why}: see `xen-postcopy list`"
+    )

@@ -72,7 +72,12 @@ def parse_offer(body: bytes) -> dict[str, Any]:
     try:
         offer = json.loads(body)
         session, (host, port), token = offer["session"], offer["address"], offer["token"]
-        if not (isinstance(session, str) and isinstance(host, str) and type(port) is int and bytes.fromhex(token)):
+        if not (
+            isinstance(session, str)
+            and isinstance(host, str)
+            and type(port) is int
+            and bytes.fromhex(token)
+        ):
             raise ValueError
     except (ValueError, KeyError, TypeError) as error:
         raise MigrationError("the sender's offer is of another version of xen-postcopy") from error
@@ -85,7 +90,9 @@ def check_headers(data: bytes) -> None:
     if (marker, magic) != (MARKER, ID):
         raise ImageError("not an image of a Xen domain, or one of Xen 4.5 or older")
     if version not in VERSIONS or options & 1:
-        raise ImageError(f"an image of version {version}, {'big' if options & 1 else 'little'} endian")
+        raise ImageError(
+            f"an image of version {version}, {'big' if options & 1 else 'little'} endian"
+        )
 
 
 def read_record_header(data: bytes) -> RecordHeader:

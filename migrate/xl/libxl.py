@@ -32,7 +32,11 @@ class Request(NamedTuple):
     @property
     def ports(self) -> dict[str, int]:
         """Of a domain to be restored: its event channels, and who is at their other ends."""
-        return dict(zip(("store", "store_domid", "console", "console_domid"), self.numbers[3:7], strict=True))
+        return dict(
+            zip(
+                ("store", "store_domid", "console", "console_domid"), self.numbers[3:7], strict=True
+            )
+        )
 
     @property
     def saves(self) -> bool:

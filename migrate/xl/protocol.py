@@ -49,12 +49,17 @@ def _string(text: str) -> bytes:
 
 def log(level: Level, text: str, *, context: str = "xen-postcopy", errno: int = -1) -> bytes:
     """A line for xl to show; ``errno`` -1: none.  Not answered."""
-    return _message(Message.LOG, struct.pack("=II", level, errno & 0xFFFFFFFF) + _string(context) + _string(text))
+    return _message(
+        Message.LOG,
+        struct.pack("=II", level, errno & 0xFFFFFFFF) + _string(context) + _string(text),
+    )
 
 
 def progress(doing: str, done: int, total: int, *, context: str = "xen-postcopy") -> bytes:
     """Not answered."""
-    return _message(Message.PROGRESS, _string(context) + _string(doing) + struct.pack("=QQ", done, total))
+    return _message(
+        Message.PROGRESS, _string(context) + _string(doing) + struct.pack("=QQ", done, total)
+    )
 
 
 def suspend() -> bytes:

@@ -50,7 +50,9 @@ class _Restoring:
             if record.type == image.REC_TYPE_POSTCOPY:
                 self._take_in(record)
         except image.ImageError:
-            stock.restore_rest(self._request, bytes(self._read), None)  # it has the better words for it
+            stock.restore_rest(
+                self._request, bytes(self._read), None
+            )  # it has the better words for it
         except (EOFError, OSError) as error:
             libxl.fail(f"the migration's stream: {error}", errno.EPIPE)
         self._leave(record)
@@ -61,7 +63,9 @@ class _Restoring:
             offer = image.parse_offer(body)
             self._session = offer["session"]
             daemon = ControlClient(os.environ.get("XEN_POSTCOPY_RECEIVER", RECEIVER_SOCKET))
-            daemon.say(command="restore", domid=self._request.domid, ports=self._request.ports, **offer)
+            daemon.say(
+                command="restore", domid=self._request.domid, ports=self._request.ports, **offer
+            )
         except MigrationError as error:
             self._why_not = str(error)
         else:
@@ -70,7 +74,10 @@ class _Restoring:
     def _leave(self, record: image.RecordHeader) -> Never:
         """It is an ordinary stream; whatever the daemon has done to the domain is undone first."""
         if os.environ.get("XEN_POSTCOPY") == "require":
-            libxl.fail("XEN_POSTCOPY=require, and the sender uses Xen's own live migration", errno.EOPNOTSUPP)
+            libxl.fail(
+                "XEN_POSTCOPY=require, and the sender uses Xen's own live migration",
+                errno.EOPNOTSUPP,
+            )
         if self._daemon is not None:
             try:
                 self._daemon.say(command="release")

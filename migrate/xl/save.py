@@ -32,7 +32,9 @@ def wait_for_memory(request: Request) -> None:
     try:
         daemon = ControlClient(path)
     except MigrationError as error:
-        if isinstance(error.__cause__, ConnectionRefusedError):  # one that is stopped removes its socket
+        if isinstance(
+            error.__cause__, ConnectionRefusedError
+        ):  # one that is stopped removes its socket
             libxl.fail(
                 f"the receiver daemon of this host was killed, and memory of the guest may have still to come: start "
                 f"the receiver again; if no guest has come to this host, remove {path}",
@@ -44,7 +46,11 @@ def wait_for_memory(request: Request) -> None:
         while (answer := daemon.answer(INPUT)) is not None:
             if answer["event"] == "result":
                 return
-            libxl.say(protocol.progress("waiting for its memory to arrive", answer["arrived"], answer["missing"]))
+            libxl.say(
+                protocol.progress(
+                    "waiting for its memory to arrive", answer["arrived"], answer["missing"]
+                )
+            )
     except MigrationError as error:
         if "unknown command" not in str(error):
             libxl.fail(str(error), errno.EBUSY)
@@ -54,7 +60,10 @@ def wait_for_memory(request: Request) -> None:
         libxl.gone()
     finally:
         daemon.close()
-    libxl.fail("the receiver daemon has gone, and memory of the guest may be missing: try again", errno.EBUSY)
+    libxl.fail(
+        "the receiver daemon has gone, and memory of the guest may be missing: try again",
+        errno.EBUSY,
+    )
 
 
 def _ask_older_receiver(path: str) -> None:
@@ -68,7 +77,10 @@ def _ask_older_receiver(path: str) -> None:
         libxl.fail(str(error), errno.EBUSY)
     if under_way := [line["domain"] for line in lines if line["phase"] not in ENDED]:
         guests = ", ".join(under_way)
-        libxl.fail(f"memory of a guest may have still to come ({guests}): try again when it has", errno.EBUSY)
+        libxl.fail(
+            f"memory of a guest may have still to come ({guests}): try again when it has",
+            errno.EBUSY,
+        )
 
 
 def save(request: Request) -> Never:
@@ -99,7 +111,9 @@ class _Saving:
     def run(self) -> Never:
         headers = image.headers(*stock.xen_version())
         body = {key: self._offer[key] for key in ("session", "address", "token")}
-        self._write(headers + image.record(image.REC_TYPE_POSTCOPY_OFFER, json.dumps(body).encode()))
+        self._write(
+            headers + image.record(image.REC_TYPE_POSTCOPY_OFFER, json.dumps(body).encode())
+        )
         try:
             while (answer := self._daemon.answer(INPUT)) is not None:
                 self._follow(answer)
@@ -114,7 +128,11 @@ class _Saving:
         match answer["event"]:
             case "progress":
                 if answer["pages_total"]:
-                    doing = f"{answer['phase']}, round {answer['round']}" if answer["round"] else answer["phase"]
+                    doing = (
+                        f"{answer['phase']}, round {answer['round']}"
+                        if answer["round"]
+                        else answer["phase"]
+                    )
                     libxl.say(protocol.progress(doing, answer["pages_done"], answer["pages_total"]))
             case "declined":
                 stock.require(answer["message"])
@@ -124,7 +142,9 @@ class _Saving:
                 self._daemon.say(answer=0)
             case "log_dirty":
                 enable = bool(answer["enable"])
-                self._daemon.say(answer=libxl.ask(protocol.switch_qemu_logdirty(self._request.domid, enable)))
+                self._daemon.say(
+                    answer=libxl.ask(protocol.switch_qemu_logdirty(self._request.domid, enable))
+                )
             case "suspend":
                 self._daemon.say(answer=libxl.ask(protocol.suspend()))
             case "result":

@@ -22,7 +22,12 @@ if TYPE_CHECKING:
     import subprocess
 
 SPLICE_BYTES = 1 << 20
-PLACES = ("/usr/lib/xen-{version}/bin", "/usr/libexec/xen/bin", "/usr/lib/xen/bin", "/usr/local/lib/xen/bin")
+PLACES = (
+    "/usr/lib/xen-{version}/bin",
+    "/usr/libexec/xen/bin",
+    "/usr/lib/xen/bin",
+    "/usr/local/lib/xen/bin",
+)
 VERSION = "/sys/hypervisor/version"
 
 
@@ -105,7 +110,8 @@ def _start(request: Request, io_fd: int) -> subprocess.Popen[bytes]:
     helper = program()
     try:
         child = subprocess.Popen(
-            [helper, *request.arguments(io_fd)], pass_fds=[fd for fd in (io_fd, request.numbers[1]) if fd >= 0]
+            [helper, *request.arguments(io_fd)],
+            pass_fds=[fd for fd in (io_fd, request.numbers[1]) if fd >= 0],
         )
     except OSError as error:
         libxl.fail(f"cannot start {helper}: {error.strerror}", error.errno or 0)

@@ -93,7 +93,11 @@ def migrate(
         warm(min(spec.memory_bytes, 2 * GIB) + GIB // 2)
         with beside(world):
             answer = world.ask(
-                "sender", command="migrate", domain=spec.name, destination=f"127.0.0.1:{port}", **request
+                "sender",
+                command="migrate",
+                domain=spec.name,
+                destination=f"127.0.0.1:{port}",
+                **request,
             )
         result: dict[str, Any] = answer["result"]
         verification, result["guest"] = verify_migrated(world, spec)
@@ -106,10 +110,15 @@ class Limits:
 
     def __init__(self, directory: str):
         self._program = f"{directory}/limits"
-        subprocess.run(["gcc", "-O2", "-Wall", "-pthread", "-o", self._program, str(HERE / "limits.c")], check=True)
+        subprocess.run(
+            ["gcc", "-O2", "-Wall", "-pthread", "-o", self._program, str(HERE / "limits.c")],
+            check=True,
+        )
 
     def run(self, *arguments: object) -> list[float]:
-        out = subprocess.run([self._program, *map(str, arguments)], check=True, capture_output=True, text=True).stdout
+        out = subprocess.run(
+            [self._program, *map(str, arguments)], check=True, capture_output=True, text=True
+        ).stdout
         return [float(word) for word in out.split()]
 
     @contextlib.contextmanager
@@ -132,7 +141,9 @@ def median(values: list[float]) -> float:
 
 
 def row(what: str, ratio: float | None, ours: str, limit: str) -> None:
-    print(f"{what:34} {f'{ratio:.2f}' if ratio is not None else '':>7}  {ours:44} {limit}", flush=True)
+    print(
+        f"{what:34} {f'{ratio:.2f}' if ratio is not None else '':>7}  {ours:44} {limit}", flush=True
+    )
 
 
 def bulk(limits: Limits, runs: int) -> None:
@@ -147,9 +158,7 @@ def bulk(limits: Limits, runs: int) -> None:
             ours.append(GIB / migrate(spec, strategy=strategy)["total_s"])
         ours_median = median(ours)
         text = f"{ours_median / 1e9:.2f} GB/s ({min(ours) / 1e9:.2f} to {max(ours) / 1e9:.2f})"
-        limit = (
-            f"C over loopback: {median(theirs) / 1e9:.2f} GB/s ({median(cubic) / 1e9:.2f} with our congestion control)"
-        )
+        limit = f"C over loopback: {median(theirs) / 1e9:.2f} GB/s ({median(cubic) / 1e9:.2f} with our congestion control)"
         row(f"bulk, {strategy}", ours_median / median(theirs), text, limit)
         limit = f"C from memory into fresh memory: {median(into) / 1e9:.2f} GB/s"
         row(f"bulk, {strategy}", ours_median / median(into), "", limit)
@@ -158,7 +167,15 @@ def bulk(limits: Limits, runs: int) -> None:
 def faults(limits: Limits, runs: int) -> None:
     for vcpus, bandwidth in ((1, 4 * 2**20), (1, None), (2, None)):
         spec = GuestSpec("guest", GIB // 32 if bandwidth else GIB, vcpus, "random")
-        round_trips, chains, pager, pager_p99, guest, guest_p99, longest = [], [], [], [], [], [], []
+        round_trips, chains, pager, pager_p99, guest, guest_p99, longest = (
+            [],
+            [],
+            [],
+            [],
+            [],
+            [],
+            [],
+        )
         for _ in range(runs):
             round_trips.append(limits.run("roundtrip", 10_000)[0])
             chains.append(limits.run("chain", 10_000)[0])
@@ -180,7 +197,12 @@ def faults(limits: Limits, runs: int) -> None:
 def downtime(_limits: Limits, runs: int) -> None:
     def measure(what: str, spec: GuestSpec) -> float:
         times = [migrate(spec, strategy="hybrid")["downtime_s"] * 1000 for _ in range(runs)]
-        row(f"downtime, hybrid, {what}", None, f"{median(times):.1f} ms ({min(times):.1f} to {max(times):.1f})", "")
+        row(
+            f"downtime, hybrid, {what}",
+            None,
+            f"{median(times):.1f} ms ({min(times):.1f} to {max(times):.1f})",
+            "",
+        )
         return median(times)
 
     measure("1000 dirty/s", GuestSpec("guest", GIB, 2, "random", rate=500))
@@ -188,7 +210,9 @@ def downtime(_limits: Limits, runs: int) -> None:
     # The same dirty set: these pages, however long a round takes.  Most of 16 GiB is zero: there is no more to be had.
     dirty: dict[str, Any] = {"rate": 500, "working_set_bytes": 256 * 4096}
     small = measure("256 dirty", GuestSpec("guest", GIB, 2, "random", **dirty))
-    large = measure("256 dirty, 16 GiB", GuestSpec("guest", 16 * GIB, 2, "random", zero_permille=970, **dirty))
+    large = measure(
+        "256 dirty, 16 GiB", GuestSpec("guest", 16 * GIB, 2, "random", zero_permille=970, **dirty)
+    )
     row("downtime, 16 GiB to 1 GiB", large / small, "", "")
 
 
@@ -210,10 +234,20 @@ def peers(_limits: Limits, runs: int) -> None:
 
         def compare(what: str, our: list[float], their: list[float], unit: str) -> None:
             a, b = median(our), median(their)
-            row(f"{strategy}, {what}", a / b if b else None, f"{a:.4g} {unit}", f"QEMU: {b:.4g} {unit}")  # noqa: B023
+            row(
+                f"{strategy}, {what}",
+                a / b if b else None,
+                f"{a:.4g} {unit}",
+                f"QEMU: {b:.4g} {unit}",
+            )  # noqa: B023
 
         compare("total time", [r["total_s"] for r in ours], [r.total_s for r in theirs], "s")
-        compare("downtime", [r["downtime_s"] * 1000 for r in ours], [r.standstill_ms for r in theirs], "ms")
+        compare(
+            "downtime",
+            [r["downtime_s"] * 1000 for r in ours],
+            [r.standstill_ms for r in theirs],
+            "ms",
+        )
         compare("requests", [r["pull"]["requests"] for r in ours], [r.requests for r in theirs], "")
         compare(
             "blocked, a request",
@@ -222,13 +256,25 @@ def peers(_limits: Limits, runs: int) -> None:
             "ms",
         )
         compare(
-            "blocked in all", [sum(r["vcpu_block_s"].values()) * 1000 for r in ours], [r.block_ms for r in theirs], "ms"
+            "blocked in all",
+            [sum(r["vcpu_block_s"].values()) * 1000 for r in ours],
+            [r.block_ms for r in theirs],
+            "ms",
         )
-        compare("longest stall", [r["guest"]["max_us"] / 1000 for r in ours], [r.longest_ms for r in theirs], "ms")
+        compare(
+            "longest stall",
+            [r["guest"]["max_us"] / 1000 for r in ours],
+            [r.longest_ms for r in theirs],
+            "ms",
+        )
         own = median([r.downtime_ms for r in theirs])
-        print(f"{'':43} QEMU's is from its event STOP to its event RESUME; by its own account, {own:.0f} ms")
+        print(
+            f"{'':43} QEMU's is from its event STOP to its event RESUME; by its own account, {own:.0f} ms"
+        )
         idle = median([r.idle_longest_ms for r in theirs])
-        print(f"{'':43} QEMU's guest, emulated, stands still for {idle:.0f} ms at times when nobody migrates it")
+        print(
+            f"{'':43} QEMU's guest, emulated, stands still for {idle:.0f} ms at times when nobody migrates it"
+        )
 
 
 def criu() -> None:
@@ -238,8 +284,15 @@ def criu() -> None:
     except FileNotFoundError:
         row("CRIU lazy-pages", None, "", "not installed")
         return
-    errors = [line for line in check.stderr.splitlines() if "Error" in line and "exited" not in line]
-    row("CRIU lazy-pages", None, "", " ".join(errors[:1]) if check.returncode else "runs here, not measured")
+    errors = [
+        line for line in check.stderr.splitlines() if "Error" in line and "exited" not in line
+    ]
+    row(
+        "CRIU lazy-pages",
+        None,
+        "",
+        " ".join(errors[:1]) if check.returncode else "runs here, not measured",
+    )
 
 
 def patterns(_limits: Limits, runs: int) -> None:
@@ -260,7 +313,9 @@ def patterns(_limits: Limits, runs: int) -> None:
 def sizes(_limits: Limits, runs: int) -> None:
     for memory_bytes, zero in ((64 * 2**20, 250), (GIB, 250), (16 * GIB, 970)):
         touched = min(memory_bytes, GIB) // 2
-        spec = GuestSpec("guest", memory_bytes, 2, "random", zero_permille=zero, working_set_bytes=touched)
+        spec = GuestSpec(
+            "guest", memory_bytes, 2, "random", zero_permille=zero, working_set_bytes=touched
+        )
         for strategy in ("hybrid", "postcopy"):
             results = [migrate(spec, strategy=strategy) for _ in range(runs)]
             total, down = (median([r[key] for r in results]) for key in ("total_s", "downtime_s"))
@@ -275,13 +330,22 @@ def links(limits: Limits, runs: int) -> None:
             spec = GuestSpec("guest", GIB // 4, 2, workload)
             results = []
             for _ in range(runs):
-                results.append(migrate(spec, through=lambda port: limits.link(port, delay_ms), strategy="postcopy"))  # noqa: B023
+                results.append(
+                    migrate(
+                        spec, through=lambda port: limits.link(port, delay_ms), strategy="postcopy"
+                    )
+                )  # noqa: B023
             p50 = median([r["fault_latency_us"]["p50"] for r in results])
             text = (
                 f"median {p50 / 1000:.2f} ms, {median([r['pull']['requests'] for r in results]):.0f} requests, "
                 f"{median([r['total_s'] for r in results]):.2f} s in all"
             )
-            row(f"{workload}, {delay_ms:g} ms each way", p50 / (2000 * delay_ms), text, "the round trip alone")
+            row(
+                f"{workload}, {delay_ms:g} ms each way",
+                p50 / (2000 * delay_ms),
+                text,
+                "the round trip alone",
+            )
 
 
 @contextlib.contextmanager
@@ -316,8 +380,14 @@ def safety(_limits: Limits, runs: int) -> None:
         fault, longest = (median([r["guest"][key] for r in those]) for key in ("p50_us", "max_us"))
         text = f"{total:.2f} s, downtime {down * 1000:.1f} ms, fault {fault:.0f} us, longest {longest / 1000:.1f} ms"
         made = [r["checkpoints"] for r in those]
-        kept, pages, pause = (median([c[key] for c in made]) for key in ("kept", "pages", "longest_pause_s"))
-        protected = f"{kept:.0f} checkpoints, {pages:.0f} pages, longest pause {pause * 1000:.0f} ms" if kept else ""
+        kept, pages, pause = (
+            median([c[key] for c in made]) for key in ("kept", "pages", "longest_pause_s")
+        )
+        protected = (
+            f"{kept:.0f} checkpoints, {pages:.0f} pages, longest pause {pause * 1000:.0f} ms"
+            if kept
+            else ""
+        )
         row(f"hybrid, {way}", total / plain, text, protected)
 
 
@@ -335,7 +405,9 @@ def memory(_limits: Limits, _runs: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tests.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--runs", type=int, default=5, help="of each kind (default 5)")
     parser.add_argument("only", nargs="*", choices=[*SECTIONS, []], help="some of them")
@@ -346,7 +418,9 @@ def main() -> None:
         print(f"{'what':34} {'ratio':>7}  {'ours (median)':44} against")
         for name in options.only or SECTIONS:
             SECTIONS[name](limits, options.runs)
-    print(f"{options.runs} runs of each in {time.monotonic() - started:.0f} s; every migration verified")
+    print(
+        f"{options.runs} runs of each in {time.monotonic() - started:.0f} s; every migration verified"
+    )
 
 
 def scaling(_limits: Limits, _runs: int) -> None:

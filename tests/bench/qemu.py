@@ -45,7 +45,9 @@ class QemuResult:
 class Qemu:
     """One process; ``incoming``: it waits for a migration."""
 
-    def __init__(self, directory: Path, name: str, memory_mib: int, options: str, *, incoming: bool):
+    def __init__(
+        self, directory: Path, name: str, memory_mib: int, options: str, *, incoming: bool
+    ):
         self._console = directory / f"{name}.console"
         path = directory / f"{name}.qmp"
         command = [
@@ -55,7 +57,9 @@ class Qemu:
             "-serial", f"file:{self._console}", "-qmp", f"unix:{path},server=on,wait=off",
             *(("-incoming", "defer") if incoming else ()),
         ]  # fmt: skip
-        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         self._qmp = socket.socket(socket.AF_UNIX)
 
         def reached() -> bool:
@@ -92,7 +96,9 @@ class Qemu:
         return found
 
     def heartbeats(self) -> list[Heartbeat]:
-        return heartbeats_in(self._console.read_text(errors="replace") if self._console.exists() else "")
+        return heartbeats_in(
+            self._console.read_text(errors="replace") if self._console.exists() else ""
+        )
 
     def close(self) -> None:
         self._qmp.close()
@@ -108,7 +114,10 @@ def pair(directory: Path, memory_mib: int, options: str) -> Iterator[tuple[Qemu,
         destination = Qemu(directory, "destination", memory_mib, options, incoming=True)
         stack.callback(destination.close)
         for end in (source, destination):
-            end("migrate-set-capabilities", capabilities=[{"capability": c, "state": True} for c in CAPABILITIES])
+            end(
+                "migrate-set-capabilities",
+                capabilities=[{"capability": c, "state": True} for c in CAPABILITIES],
+            )
             end("migrate-set-parameters", **{"max-bandwidth": UNLIMITED})
         yield source, destination
 

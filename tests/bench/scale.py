@@ -37,7 +37,9 @@ def measure(nr_pfns: int) -> dict[str, float]:
 
     deferred = np.ones(nr_pfns, dtype=np.bool_)
     found["running: a look at what was written"] = timed(lambda: mask_from_bitmap(bitmap, nr_pfns))
-    found["running: what is put off, as messages"] = timed(lambda: sum(len(bits) for _base, bits in windows(deferred)))
+    found["running: what is put off, as messages"] = timed(
+        lambda: sum(len(bits) for _base, bits in windows(deferred))
+    )
     found["running: the sender's account"] = timed(lambda: Backlog(deferred))
     backlog = Backlog(deferred)
 

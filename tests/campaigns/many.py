@@ -44,7 +44,9 @@ def migrate(world: World, number: int, problems: list[str]) -> None:
         with world.destination.open(f"guest{number}") as target:
             wait_for_steps(target, 20)
             target.suspend()
-            problems += [f"guest{number}: {problem}" for problem in verify(target, spec(number)).problems]
+            problems += [
+                f"guest{number}: {problem}" for problem in verify(target, spec(number)).problems
+            ]
             target.destroy()
     except Exception as error:
         problems.append(f"guest{number}: {error!r}")
@@ -55,25 +57,38 @@ def settled(world: World, before: dict[str, dict[str, int]]) -> dict[str, dict[s
     deadline = time.monotonic() + SETTLE_S
     while True:
         now = {which: holds(world, which) for which in before}
-        left = [n[what] - before[w][what] for w, n in now.items() for what in ("descriptors", "threads")]
+        left = [
+            n[what] - before[w][what] for w, n in now.items() for what in ("descriptors", "threads")
+        ]
         if max(left) <= SLACK or time.monotonic() > deadline:
             return now
         time.sleep(0.5)
 
 
-def check(name: str, before: dict[str, dict[str, int]], after: dict[str, dict[str, int]], problems: list[str]) -> None:
+def check(
+    name: str,
+    before: dict[str, dict[str, int]],
+    after: dict[str, dict[str, int]],
+    problems: list[str],
+) -> None:
     for which in before:
         print(
             f"  {which}: "
-            + ", ".join(f"{what} {before[which][what]} -> {after[which][what]}" for what in before[which])
+            + ", ".join(
+                f"{what} {before[which][what]} -> {after[which][what]}" for what in before[which]
+            )
         )
         for what in ("descriptors", "threads"):
             if after[which][what] > before[which][what] + SLACK:
-                problems.append(f"{name}: the {which} has {after[which][what]} {what}, before {before[which][what]}")
+                problems.append(
+                    f"{name}: the {which} has {after[which][what]} {what}, before {before[which][what]}"
+                )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--at-once", type=int, default=100)
     parser.add_argument("--one-by-one", type=int, default=1000)
     options = parser.parse_args()
@@ -84,12 +99,18 @@ def main() -> None:
             migrate(world, number, problems)
         before = settled(world, {which: holds(world, which) for which in ("sender", "receiver")})
         start = time.monotonic()
-        threads = [threading.Thread(target=migrate, args=(world, 1000 + n, problems)) for n in range(options.at_once)]
+        threads = [
+            threading.Thread(target=migrate, args=(world, 1000 + n, problems))
+            for n in range(options.at_once)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        print(f"{options.at_once} at once: {time.monotonic() - start:.1f} s, {len(problems)} problems", flush=True)
+        print(
+            f"{options.at_once} at once: {time.monotonic() - start:.1f} s, {len(problems)} problems",
+            flush=True,
+        )
         check("at once", before, settled(world, before), problems)
         before, start = settled(world, before), time.monotonic()
         for number in range(options.one_by_one):

@@ -18,8 +18,12 @@ WORKLOADS = ("random", "sequential", "hotset", "stride", "idle")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20, help="how often each pair is run (default 20)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=20, help="how often each pair is run (default 20)"
+    )
     parser.add_argument("--memory", default="1G", help="of the guest (default 1G)")
     parser.add_argument("--vcpus", default="2")
     options = parser.parse_args()
@@ -39,12 +43,19 @@ def main() -> None:
                 ),
                 *("--strategy", strategy, "--workload", workload, "--seed", str(round_number)),
             ]
-            result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+            result = subprocess.run(
+                command, capture_output=True, text=True, timeout=600, check=False
+            )
             if result.returncode or "verified: all" not in result.stdout:
-                print(f"FAILED after {done} good runs: {' '.join(command[2:])}\n{result.stdout}{result.stderr}")
+                print(
+                    f"FAILED after {done} good runs: {' '.join(command[2:])}\n{result.stdout}{result.stderr}"
+                )
                 sys.exit(1)
             done += 1
-        print(f"round {round_number}: {done} migrations verified in {time.monotonic() - start:.0f} s", flush=True)
+        print(
+            f"round {round_number}: {done} migrations verified in {time.monotonic() - start:.0f} s",
+            flush=True,
+        )
     print(f"{done} passed, 0 failed")
 
 

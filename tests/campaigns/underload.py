@@ -60,7 +60,15 @@ def run(copies: int, junit: Path, tests: Sequence[str]) -> list[int]:
     running = list[subprocess.Popen[bytes]]()
     try:
         for log in logs:
-            command = [*WITH_PARENT, "KILL", sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+            command = [
+                *WITH_PARENT,
+                "KILL",
+                sys.executable,
+                "-m",
+                "pytest",
+                "-p",
+                "no:cacheprovider",
+            ]
             command.append(f"--junitxml={log.with_suffix('.xml')}")
             with log.open("wb") as output:
                 running.append(
@@ -95,7 +103,9 @@ def main() -> int:
         default=BURNERS_PER_CORE * len(os.sched_getaffinity(0)),
         help=f"processes that compute (default: {BURNERS_PER_CORE} for each core)",
     )
-    parser.add_argument("--junit", type=Path, metavar="FOLDER", help="keep the JUnit XML and output of each copy")
+    parser.add_argument(
+        "--junit", type=Path, metavar="FOLDER", help="keep the JUnit XML and output of each copy"
+    )
     parser.add_argument("tests", nargs="*", help="arguments of pytest (default: all tests)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="underload-") as scratch:
@@ -107,7 +117,9 @@ def main() -> int:
             average = os.getloadavg()[0]
         # A test fails now and then: that is one line, with the number of copies that it failed in.
         failed = Counter(
-            re.sub(r"^copy-\d+: ", "", test.name) for test in junit_results(junit) if test.result in ("failed", "error")
+            re.sub(r"^copy-\d+: ", "", test.name)
+            for test in junit_results(junit)
+            if test.result in ("failed", "error")
         )
     for name, count in sorted(failed.items()):
         print(f"failed in {count} of {options.copies}: {name}")

@@ -39,26 +39,40 @@ def show(text: str) -> None:
 def show_record(path: Path | None) -> None:
     """Print a record as its run printed it.  Ends with status 1 if there is none."""
     try:
-        newest = max(RESULTS.glob("*.json"), default=None, key=lambda found: read(found)[0]["started"])
+        newest = max(
+            RESULTS.glob("*.json"), default=None, key=lambda found: read(found)[0]["started"]
+        )
         if path is None and newest is None:
             sys.exit(f"there is no record in {RESULTS}: make everything makes one")
         head, outcomes = read(path or newest or RESULTS)
     except (OSError, ValueError) as error:
         sys.exit(f"cannot show {path or RESULTS}: {error}")
     machine, result = head["machine"], "passed" if head["passed"] else "failed"
-    print(f"{head['tier']} of {head['commit']}, {head['started']}, {head['seconds']:.0f} s: {result}")
-    print(f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}, Python {machine['python']}\n")
+    print(
+        f"{head['tier']} of {head['commit']}, {head['started']}, {head['seconds']:.0f} s: {result}"
+    )
+    print(
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}, Python {machine['python']}\n"
+    )
     print(tables(outcomes))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.checks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tests.checks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("tier", choices=[*TIERS, "show"])
-    parser.add_argument("record", nargs="?", type=Path, help="what to show (default: the newest in docs/results)")
-    parser.add_argument("--only", action="append", metavar="STAGE", help="run this stage; can be repeated")
-    parser.add_argument("--skip", action="append", metavar="STAGE", default=[], help="leave this stage out")
+    parser.add_argument(
+        "record", nargs="?", type=Path, help="what to show (default: the newest in docs/results)"
+    )
+    parser.add_argument(
+        "--only", action="append", metavar="STAGE", help="run this stage; can be repeated"
+    )
+    parser.add_argument(
+        "--skip", action="append", metavar="STAGE", default=[], help="leave this stage out"
+    )
     parser.add_argument("--list", action="store_true", help="name the stages and run none")
     parser.add_argument(
         "--cores", type=int, default=len(os.sched_getaffinity(0)),
@@ -93,7 +107,9 @@ def main() -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        sys.exit("another run of these checks is under way in this tree: wait for its end, or use another clone")
+        sys.exit(
+            "another run of these checks is under way in this tree: wait for its end, or use another clone"
+        )
     end_orphans()
     shutil.rmtree(LOGS, ignore_errors=True)
     LOGS.mkdir(parents=True)
@@ -102,7 +118,9 @@ def main() -> None:
     runner = Runner(LOGS, cores=options.cores, show=show)
 
     def end(number: int, _frame: object) -> None:
-        runner.interrupted_by = number  # raised here, it could fall between the start of a stage and its record
+        runner.interrupted_by = (
+            number  # raised here, it could fall between the start of a stage and its record
+        )
 
     for number in ENDING:
         signal.signal(number, end)

@@ -73,7 +73,9 @@ def junit_results(directory: Path) -> tuple[TestResult, ...]:
         # One stage may run the same test in several places, each with a file of its own.
         place = f"{path.stem}: " if len(paths) > 1 else ""
         try:
-            found += [_result(place, case) for case in ElementTree.parse(path).getroot().iter("testcase")]
+            found += [
+                _result(place, case) for case in ElementTree.parse(path).getroot().iter("testcase")
+            ]
         except (ElementTree.ParseError, ValueError, LookupError, OSError):
             found.append(TestResult(path.name, "error", 0.0))
     return tuple(found)
@@ -98,7 +100,11 @@ def _output(*command: str) -> str:
 def _machine() -> dict[str, Any]:
     """What the figures depend on."""
     cpuinfo = Path("/proc/cpuinfo").read_text()
-    models = [line.partition(":")[2].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
+    models = [
+        line.partition(":")[2].strip()
+        for line in cpuinfo.splitlines()
+        if line.startswith("model name")
+    ]
     release = platform.freedesktop_os_release()
     return {
         "cpu": models[0] if models else platform.machine(),
@@ -161,7 +167,9 @@ def read(path: Path) -> tuple[dict[str, Any], list[Outcome]]:
 
 def tables(outcomes: Sequence[Outcome]) -> str:
     """Stages in the order in which they ended, then the slowest tests, then how many passed."""
-    rows = [f"{'stage':<14} {'seconds':>8} {'CPU':>8} {'passed':>7} {'failed':>7} {'skipped':>8}  result"]
+    rows = [
+        f"{'stage':<14} {'seconds':>8} {'CPU':>8} {'passed':>7} {'failed':>7} {'skipped':>8}  result"
+    ]
     for one in outcomes:
         rows.append(
             f"{one.name:<14} {one.seconds:>8.1f} {one.cpu_seconds:>8.1f} {one.count('passed'):>7} "
@@ -176,7 +184,8 @@ def tables(outcomes: Sequence[Outcome]) -> str:
     if failed:
         rows += ["", "Failed:", *(f"  {stage}  {test.name}" for test, stage in failed)]
     counts = [
-        sum(one.count(*results) for one in outcomes) for results in (("passed",), ("failed", "error"), ("skipped",))
+        sum(one.count(*results) for one in outcomes)
+        for results in (("passed",), ("failed", "error"), ("skipped",))
     ]
     # A stage that failed without a test that failed counts as one failure.
     counts[1] += sum(not one.passed and not one.count("failed", "error") for one in outcomes)

@@ -96,7 +96,9 @@ def end_orphans() -> None:
 
 def _printable(text: str) -> str:
     """Without what would drive a terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
 
 
 class Runner:
@@ -135,7 +137,10 @@ class Runner:
                     shown = time.monotonic()
                     self._show(
                         "running: "
-                        + ", ".join(f"{one.stage.name} ({shown - one.started:.0f} s)" for one in self._running)
+                        + ", ".join(
+                            f"{one.stage.name} ({shown - one.started:.0f} s)"
+                            for one in self._running
+                        )
                     )
                 time.sleep(POLL_S)
         finally:

@@ -35,9 +35,13 @@ def _make(target: str, *settings: str) -> tuple[str, ...]:
     return ("make", "--no-print-directory", target, *settings)
 
 
-TOOLS = Stage("tools", "Debian packages that the checks need are installed", _make("tools"), 600, cores=ALONE)
+TOOLS = Stage(
+    "tools", "Debian packages that the checks need are installed", _make("tools"), 600, cores=ALONE
+)
 TEST = Stage("test", "style, types, and every test", _make("test"), 1800, has_tests=True)
-CORE = Stage("coverage-core", "every branch of the sans-IO core is tested", _make("coverage-core"), 600)
+CORE = Stage(
+    "coverage-core", "every branch of the sans-IO core is tested", _make("coverage-core"), 600
+)
 MODEL = Stage("model", "every state of the handover, and each mutation", _make("model"), 600)
 WARNINGS = Stage("warnings", "errors in C that a compiler can see", _make("warnings"), 600)
 SANITIZE = Stage("sanitize", "memory errors in C", _make("sanitize"), 1200, has_tests=True)
@@ -46,7 +50,13 @@ DEMO = Stage("demo", "the demo of the README", _make("demo", "DEMO_MEMORY=256M")
 
 GATE = (
     TOOLS,
-    Stage("xenlab", "a real Xen: conformance, eviction, xl", _make("xenlab", "XENLAB=--gate"), 4000, has_tests=True),
+    Stage(
+        "xenlab",
+        "a real Xen: conformance, eviction, xl",
+        _make("xenlab", "XENLAB=--gate"),
+        4000,
+        has_tests=True,
+    ),
     TEST,
     Stage("chaos", "faults at random instants", _make("chaos", "CHAOS_TRIALS=30"), 600),
     MODEL,
@@ -54,7 +64,9 @@ GATE = (
     SANITIZE,
     WARNINGS,
     RACES,
-    Stage("fuzz", "what a peer may send and a ring may hold", _make("fuzz", "FUZZ_SECONDS=60"), 300),
+    Stage(
+        "fuzz", "what a peer may send and a ring may hold", _make("fuzz", "FUZZ_SECONDS=60"), 300
+    ),
     DEMO,
 )
 EVERYTHING = (
@@ -64,9 +76,13 @@ EVERYTHING = (
     # Then the longest first, so that the cores end together.
     Stage("xenlab", "a real Xen: every machine and test", _make("xenlab"), 7200, has_tests=True),
     Stage("underload", "every test on a busy machine", _make("underload"), 7200, has_tests=True),
-    Stage("fuzz", "what a peer may send and a ring may hold", _make("fuzz", "FUZZ_SECONDS=900"), 3600),
+    Stage(
+        "fuzz", "what a peer may send and a ring may hold", _make("fuzz", "FUZZ_SECONDS=900"), 3600
+    ),
     Stage("chaos", "faults at random instants", _make("chaos", "CHAOS_TRIALS=500"), 7200),
-    Stage("coverage", "which code all tests together reach", _make("coverage"), 3600, has_tests=True),
+    Stage(
+        "coverage", "which code all tests together reach", _make("coverage"), 3600, has_tests=True
+    ),
     Stage("many", "a hundred migrations at once, a thousand in turn", _make("many"), 1800),
     TEST,
     Stage("soak", "every strategy and workload", _make("soak", "SOAK_ROUNDS=2"), 3600),

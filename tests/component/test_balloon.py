@@ -98,7 +98,11 @@ async def test_a_guest_gives_memory_away_in_every_phase(
 
     def give(domain: Domain) -> None:
         before = balloon_steps(domain)
-        until(lambda: balloon_steps(domain) >= min(before + 40, spec.balloon_pages), "nothing is given away", WAIT_S)
+        until(
+            lambda: balloon_steps(domain) >= min(before + 40, spec.balloon_pages),
+            "nothing is given away",
+            WAIT_S,
+        )
 
     before_each_look(monkeypatch, give)
     outcome = await migrate(clean_hosts, spec, strategy)
@@ -118,7 +122,9 @@ async def test_the_balloon_is_held_while_a_guest_is_copied(clean_hosts: World, n
                 await trio.sleep(0.01)
 
     # So slow that the balloon would be down and up again.
-    options = MigrationOptions(Strategy.HYBRID, PolicyOptions(max_rounds=2), bandwidth_bytes_per_s=16 * MIB)
+    options = MigrationOptions(
+        Strategy.HYBRID, PolicyOptions(max_rounds=2), bandwidth_bytes_per_s=16 * MIB
+    )
     outcome = await migrate(clean_hosts, spec, options=options, meanwhile=watch)
     assert outcome.error is None
     held = [steps for limit, steps in seen if limit == NO_FURTHER]
@@ -136,7 +142,9 @@ async def test_a_page_that_is_taken_back_unseen_is_noticed(
     """Invariant 2."""
     if broken == "not looked for":
         before_each_look(monkeypatch, lambda domain: let_balloon_move(domain, PAGES // 2))
-        monkeypatch.setattr(WrittenPages, "_look", lambda self: (self._domain.log_dirty(clean=True), None))
+        monkeypatch.setattr(
+            WrittenPages, "_look", lambda self: (self._domain.log_dirty(clean=True), None)
+        )
     else:  # down and up again between two looks: the same number of frames, at the same places
         set_max_pages = SimulatedDomain.set_max_pages
         told: dict[SimulatedDomain, int] = {}
@@ -155,7 +163,11 @@ async def test_a_page_that_is_taken_back_unseen_is_noticed(
 
         def around(domain: Domain) -> None:
             steps = balloon_steps(domain) // (2 * PAGES) + 2
-            until(lambda: balloon_steps(domain) // (2 * PAGES) >= steps, "the balloon does not move", WAIT_S)
+            until(
+                lambda: balloon_steps(domain) // (2 * PAGES) >= steps,
+                "the balloon does not move",
+                WAIT_S,
+            )
 
         before_each_look(monkeypatch, around)
     await migrate(clean_hosts, ballooning(name), Strategy.PRECOPY)
@@ -163,10 +175,14 @@ async def test_a_page_that_is_taken_back_unseen_is_noticed(
         problems = " ".join((await verification(clean_hosts, ballooning(name))).problems)
     except MigrationError as error:  # that it met the page before it could be looked at
         problems = str(error)
-    assert "pages differ" in problems or "wrong values" in problems or "which is no memory" in problems
+    assert (
+        "pages differ" in problems or "wrong values" in problems or "which is no memory" in problems
+    )
 
 
-async def test_a_migration_that_fails_leaves_the_limit_as_it_was(clean_hosts: World, name: str) -> None:
+async def test_a_migration_that_fails_leaves_the_limit_as_it_was(
+    clean_hosts: World, name: str
+) -> None:
     async def cancel(outcome: Outcome, _link: Link) -> None:
         with clean_hosts.source.open(name) as domain:
             while domain.reservation().max_pages != NO_FURTHER:
@@ -193,7 +209,9 @@ async def test_a_limit_that_somebody_sets_meanwhile_stays(clean_hosts: World, na
                 await trio.sleep(0.005)
         outcome.migration.cancel("by the test")
 
-    options = MigrationOptions(Strategy.PRECOPY, PolicyOptions(max_rounds=1000), bandwidth_bytes_per_s=64 * MIB)
+    options = MigrationOptions(
+        Strategy.PRECOPY, PolicyOptions(max_rounds=1000), bandwidth_bytes_per_s=64 * MIB
+    )
     await migrate(clean_hosts, spec, options=options, meanwhile=change)
     with clean_hosts.source.open(name) as domain:
         assert domain.reservation().max_pages == spec.nr_pfns - 5
@@ -205,7 +223,9 @@ def test_the_successor_of_a_killed_sender_lets_the_balloon_go(name: str) -> None
         guest = world.source.create_guest(spec.to_bytes())
         wait_for_steps(guest, 100)
         with world.control("sender") as client:
-            client.say(command="migrate", domain=name, destination=f"127.0.0.1:{world.port}", bandwidth=MIB)
+            client.say(
+                command="migrate", domain=name, destination=f"127.0.0.1:{world.port}", bandwidth=MIB
+            )
             client.answer()
             until(lambda: guest.reservation().max_pages == NO_FURTHER, "the balloon is not held")
             world.stop("sender", signal.SIGKILL)

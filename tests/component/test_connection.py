@@ -27,18 +27,24 @@ PAGES = memoryview(bytes(512 * 4096))
 
 
 @contextlib.asynccontextmanager
-async def ends(tls: Tls | None = None, terms: Terms = Terms()) -> AsyncIterator[tuple[LaneConnection, LaneConnection]]:
+async def ends(
+    tls: Tls | None = None, terms: Terms = Terms()
+) -> AsyncIterator[tuple[LaneConnection, LaneConnection]]:
     """Both ends of a lane."""
     ours, theirs = socket.socketpair(socket.AF_UNIX)
     made: list[LaneConnection] = []
     terms = replace(terms, tls=tls)
 
     async def accept() -> None:
-        made.append(LaneConnection(theirs if tls is None else await tls.accepted(theirs, 10), terms))
+        made.append(
+            LaneConnection(theirs if tls is None else await tls.accepted(theirs, 10), terms)
+        )
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(accept)
-        dialled = LaneConnection(ours if tls is None else await tls.connected(ours, HOST, 10), terms)
+        dialled = LaneConnection(
+            ours if tls is None else await tls.connected(ours, HOST, 10), terms
+        )
     with contextlib.closing(dialled), contextlib.closing(made[0]):
         yield dialled, made[0]
 
@@ -61,12 +67,20 @@ async def test_a_peer_that_takes_nothing_is_given_up(
     ("said", "complaint"),
     [
         (frames.encode(m.Ready().header()), "the peer began with ready instead of hello"),
-        (frames.encode(replace(hello(Lane.PUSH, "s"), lane="pish").header()), "the peer asked for a lane 'pish'"),
-        (frames.encode(m.Pages(np.arange(512, dtype=np.uint64)).header(), [PAGES]), "began with pages"),
+        (
+            frames.encode(replace(hello(Lane.PUSH, "s"), lane="pish").header()),
+            "the peer asked for a lane 'pish'",
+        ),
+        (
+            frames.encode(m.Pages(np.arange(512, dtype=np.uint64)).header(), [PAGES]),
+            "began with pages",
+        ),
         (b"", "the peer said nothing for 0.1 s: is it xen-postcopy that listens there?"),
     ],
 )
-async def test_what_is_no_hello_is_refused(said: bytes, complaint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_is_no_hello_is_refused(
+    said: bytes, complaint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(transport, "CONNECT_TIMEOUT_S", 10 if said else 0.1)
     async with ends() as (ours, theirs):
         ours._socket.send(said)  # type: ignore[union-attr]
@@ -74,7 +88,9 @@ async def test_what_is_no_hello_is_refused(said: bytes, complaint: str, monkeypa
             await theirs.receive_hello()
 
 
-async def test_an_end_sends_often_enough_for_a_peer_with_a_shorter_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_end_sends_often_enough_for_a_peer_with_a_shorter_patience(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(transport, "ALIVE_EVERY_S", 0.01)
     async with ends(terms=Terms(silence_s=3600)) as (ours, _theirs), trio.open_nursery() as nursery:
         nursery.start_soon(ours.keep_alive)
@@ -101,10 +117,15 @@ async def test_a_host_that_does_not_answer_is_given_up(monkeypatch: pytest.Monke
 
 async def test_a_peer_that_does_not_shake_hands_is_given_up(files: Callable[..., Tls]) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX)
-    with theirs, pytest.raises(PeerClosedError, match=r"did not answer within 0.1 s: does it speak TLS"):
+    with (
+        theirs,
+        pytest.raises(PeerClosedError, match=r"did not answer within 0.1 s: does it speak TLS"),
+    ):
         await files().connected(ours, HOST, 0.1)
 
 
 async def test_another_host_is_not_reached_without_encryption() -> None:
-    with pytest.raises(MigrationError, match=r"192.0.2.1 is another host, and connections are not encrypted"):
+    with pytest.raises(
+        MigrationError, match=r"192.0.2.1 is another host, and connections are not encrypted"
+    ):
         await connect("192.0.2.1", 1, Terms())

@@ -84,7 +84,9 @@ async def test_a_guest_never_goes_on_without_the_checkpoint_that_was_applied(
         await dies_after(2, hosts, decide=False)(outcome, link)
         damage(checkpoint_file(hosts))
         for force in (False, True):
-            with pytest.raises(MigrationError, match="cannot go on here, with --force neither: the checkpoint"):
+            with pytest.raises(
+                MigrationError, match="cannot go on here, with --force neither: the checkpoint"
+            ):
                 await outcome.migration.decide(here=True, force=force)
         assert [info.state for info in hosts.source.domains()] == [DomainState.SUSPENDED]
         await outcome.migration.decide(here=False)
@@ -101,11 +103,15 @@ async def test_a_successor_remembers_that_a_checkpoint_was_applied(hosts: World,
         journal = Journal(hosts.directory / "journal")
         facts = journal.entries()[outcome.migration.id]
         lanes = DialledLanes(("127.0.0.1", 1), outcome.migration.id, Terms())
-        successor = OutgoingMigration.of_predecessor(outcome.migration.id, hosts.source, lanes, journal, facts)
+        successor = OutgoingMigration.of_predecessor(
+            outcome.migration.id, hosts.source, lanes, journal, facts
+        )
         async with trio.open_nursery() as nursery:
             run = nursery.start_soon
             run(ignoring_the_end, successor)
-            await until_async(lambda: bool(successor.progress.unprotected and successor.progress.problem))
+            await until_async(
+                lambda: bool(successor.progress.unprotected and successor.progress.problem)
+            )
             with pytest.raises(MigrationError, match="cannot go on here, with --force neither"):
                 await successor.decide(here=True, force=True)
             nursery.cancel_scope.cancel()
@@ -142,7 +148,9 @@ async def test_a_decision_that_cannot_be_carried_out_can_be_taken_otherwise(
         monkeypatch.setattr(CheckpointStore, "go_back", damaged_by_then)
         monkeypatch.setattr(SimulatedDomain, "depopulate", noted)
         await migration.decide(here=True)
-        await until_async(lambda: migration.progress.problem.startswith("cannot go back to the last checkpoint"))
+        await until_async(
+            lambda: migration.progress.problem.startswith("cannot go back to the last checkpoint")
+        )
         assert "decide" in migration.progress.problem and migration.progress.phase == "interrupted"
         with pytest.raises(MigrationError, match="decided here already"):
             await migration.decide(here=True, force=True)
@@ -157,7 +165,9 @@ async def test_a_decision_that_cannot_be_carried_out_can_be_taken_otherwise(
     assert list((hosts.directory / "journal").glob(f"{outcome.migration.id}.json")) == []
 
 
-async def test_a_way_back_that_fails_can_still_succeed(hosts: World, name: str, monkeypatch: Patch) -> None:
+async def test_a_way_back_that_fails_can_still_succeed(
+    hosts: World, name: str, monkeypatch: Patch
+) -> None:
     """An error of the file system passes, and the guest goes on."""
     go_back, failures = CheckpointStore.go_back, list[Domain]()
 
@@ -199,9 +209,19 @@ async def test_a_checkpoint_that_the_journal_cannot_note_is_not_applied(
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, truncate, replace_by_directory])
-def test_a_checkpoint_that_cannot_be_read_costs_the_protection_only(damage: Callable[[Path], None]) -> None:
+def test_a_checkpoint_that_cannot_be_read_costs_the_protection_only(
+    damage: Callable[[Path], None],
+) -> None:
     """The sender's successor reports that, joins the receiver again, and all memory arrives."""
-    spec = GuestSpec("guest", 32 * MIB, 2, workload="random", working_set_bytes=16 * MIB, zero_permille=100, rate=2000)
+    spec = GuestSpec(
+        "guest",
+        32 * MIB,
+        2,
+        workload="random",
+        working_set_bytes=16 * MIB,
+        zero_permille=100,
+        rate=2000,
+    )
     with loopback_world(256 * MIB) as world:
         with world.source.create_guest(spec.to_bytes()) as guest:
             wait_for_steps(guest, 100)
@@ -217,7 +237,10 @@ def test_a_checkpoint_that_cannot_be_read_costs_the_protection_only(damage: Call
         (path,) = world.directory.glob("**/*.checkpoint")
         damage(path)
         start_sender(world)
-        until(lambda: lines(world, "sender")[0]["phase"] == "completed", "the migration is not completed")
+        until(
+            lambda: lines(world, "sender")[0]["phase"] == "completed",
+            "the migration is not completed",
+        )
         line = lines(world, "sender")[0]
         assert "the checkpoint" in line["unprotected"] and str(path) in line["unprotected"]
         assert line["checkpoints"] == 0, "a later checkpoint lacks what the damaged one had"

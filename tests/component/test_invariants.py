@@ -44,13 +44,17 @@ Patch = pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("strategy", list(Strategy))
-async def test_nothing_is_noticed_when_nothing_is_broken(clean_hosts: World, name: str, strategy: Strategy) -> None:
+async def test_nothing_is_noticed_when_nothing_is_broken(
+    clean_hosts: World, name: str, strategy: Strategy
+) -> None:
     outcome = await migrate(clean_hosts, busy(name), strategy)
     assert outcome.error is None
     assert (await verification(clean_hosts, busy(name))).problems == []
 
 
-async def test_a_receiver_that_answers_zeros_is_noticed(clean_hosts: World, name: str, monkeypatch: Patch) -> None:
+async def test_a_receiver_that_answers_zeros_is_noticed(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
     """Invariant 3."""
     load = SimulatedDomain.load
     monkeypatch.setattr(SimulatedDomain, "load", lambda self, pfns, pages: load(self, pfns, None))
@@ -87,14 +91,20 @@ async def test_a_receiver_that_answers_zeros_on_the_fast_path_is_noticed(
     assert "wrong values while it ran" in problems
 
 
-async def test_pages_that_are_not_marked_missing_are_noticed(clean_hosts: World, name: str, monkeypatch: Patch) -> None:
+async def test_pages_that_are_not_marked_missing_are_noticed(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
     """Invariant 3: the receiver leaves old contents (here zeros) in place of outstanding pages."""
     monkeypatch.setattr(MemoryRestorer, "evict", lambda self, pfns: self._populate(pfns))
     await migrate(clean_hosts, busy(name))
-    assert "wrong values while it ran" in " ".join((await verification(clean_hosts, busy(name))).problems)
+    assert "wrong values while it ran" in " ".join(
+        (await verification(clean_hosts, busy(name))).problems
+    )
 
 
-async def test_a_stale_page_that_comes_late_is_noticed(clean_hosts: World, name: str, monkeypatch: Patch) -> None:
+async def test_a_stale_page_that_comes_late_is_noticed(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
     """Invariant 2: pages that the guest has written since are overwritten with what was sent."""
     kept: list[tuple[PfnArray, bytes]] = []
     load, finish = SimulatedDomain.load, Pager.finish
@@ -117,7 +127,9 @@ async def test_a_stale_page_that_comes_late_is_noticed(clean_hosts: World, name:
     assert "wrong values while it ran" in problems or "pages differ" in problems
 
 
-async def test_a_second_load_is_kept_from_doing_harm(clean_hosts: World, name: str, monkeypatch: Patch) -> None:
+async def test_a_second_load_is_kept_from_doing_harm(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
     """Invariant 2 holds even against a pager that claims nothing: the hypervisor does not load a present page."""
 
     def claim_all(self: OutstandingPages, pfns: PfnArray) -> Any:
@@ -135,7 +147,9 @@ async def test_a_second_load_is_kept_from_doing_harm(clean_hosts: World, name: s
     assert (await verification(clean_hosts, busy(name))).problems == []
 
 
-async def test_a_second_response_is_noticed(clean_hosts: World, name: str, monkeypatch: Patch) -> None:
+async def test_a_second_response_is_noticed(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
     """Invariant 4: what another vCPU is still owed goes to one that has its answer."""
     respond = PagingRing.respond
     mixed_up: list[PagingRequest] = []
@@ -170,11 +184,15 @@ async def signs_of_a_wrong_answer(world: World, spec: GuestSpec) -> str:
     await trio.sleep(0.2)
     stuck = [v for v, vcpu in enumerate(domain.report()["vcpu"]) if vcpu["count"] == counts[v]]
     domain.close()
-    spurious = f"{report['spurious_responses']} spurious responses" if report["spurious_responses"] else ""
+    spurious = (
+        f"{report['spurious_responses']} spurious responses" if report["spurious_responses"] else ""
+    )
     return spurious + (f" vCPUs {stuck} stand still" if stuck else "")
 
 
-async def test_a_response_before_the_page_is_noticed(clean_hosts: World, name: str, monkeypatch: Patch) -> None:
+async def test_a_response_before_the_page_is_noticed(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
     """Invariant 4, on the slow path."""
     requests = OutstandingPages.requests
 
@@ -191,7 +209,9 @@ async def test_a_response_before_the_page_is_noticed(clean_hosts: World, name: s
     assert "premature responses" in " ".join((await verification(clean_hosts, busy(name))).problems)
 
 
-async def test_a_ring_that_is_disabled_early_is_noticed(clean_hosts: World, name: str, monkeypatch: Patch) -> None:
+async def test_a_ring_that_is_disabled_early_is_noticed(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
     """Invariant 5."""
     start = SimulatedDomain.start
 
@@ -217,7 +237,9 @@ async def test_a_ring_that_is_disabled_early_is_noticed(clean_hosts: World, name
     assert "nobody serves the paging ring" in domain.info().reason
 
 
-async def test_a_dirty_page_that_is_forgotten_is_noticed(clean_hosts: World, name: str, monkeypatch: Patch) -> None:
+async def test_a_dirty_page_that_is_forgotten_is_noticed(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
     """Invariant 2: the last look at log-dirty is lost."""
     log_dirty, suspend = SimulatedDomain.log_dirty, SimulatedDomain.suspend
 
@@ -249,14 +271,18 @@ async def test_a_pinned_frame_that_is_missing_kills_the_guest(
 ) -> None:
     """Invariant 9."""
     monkeypatch.setattr(SimulatedDomain, "pinned", lambda self, pfns: np.empty(0, dtype=np.uint64))
-    monkeypatch.setattr(WrittenPages, "hottest", lambda self, written, most: written[:0])  # which they may be, too
+    monkeypatch.setattr(
+        WrittenPages, "hottest", lambda self, written, most: written[:0]
+    )  # which they may be, too
     outcome = await migrate(clean_hosts, busy(name))
     assert "register_vcpu_info" in str(outcome.error)
     assert outcome.migration.session.handed_over
     assert clean_hosts.destination.open(name).info().state is DomainState.CRASHED
 
 
-async def test_a_completion_that_is_not_so_is_not_believed(clean_hosts: World, name: str, monkeypatch: Patch) -> None:
+async def test_a_completion_that_is_not_so_is_not_believed(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
     """Invariants 6 and 8: the receiver says complete while pages are missing.  The sender asks what it really lacks."""
     complete = IncomingMigration._complete
     lies: list[int] = []
@@ -279,7 +305,9 @@ async def test_a_completion_that_is_not_so_is_not_believed(clean_hosts: World, n
     assert (await verification(clean_hosts, busy(name))).problems == []
 
 
-async def test_a_sender_that_loses_a_page_never_completes(clean_hosts: World, name: str, monkeypatch: Patch) -> None:
+async def test_a_sender_that_loses_a_page_never_completes(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
     """Invariants 6 and 8: a page that is not sent keeps both ends waiting; nothing is called a success.
 
     The page is lost among the pushed pages and among those that are read ahead: the guest does not touch
@@ -300,12 +328,17 @@ async def test_a_sender_that_loses_a_page_never_completes(clean_hosts: World, na
     with trio.CancelScope() as scope:
 
         async def meanwhile(outcome: Outcome, _link: Link) -> None:
-            while not (outcome.migration.session.handed_over and outcome.migration.progress.outstanding == 1):
+            while not (
+                outcome.migration.session.handed_over
+                and outcome.migration.progress.outstanding == 1
+            ):
                 await trio.sleep(0.01)
             await trio.sleep(0.5)  # for it to complete all the same
             scope.cancel()
 
-        ended.append(await migrate(clean_hosts, busy(name, working_set_bytes=4 * MIB), meanwhile=meanwhile))
+        ended.append(
+            await migrate(clean_hosts, busy(name, working_set_bytes=4 * MIB), meanwhile=meanwhile)
+        )
     assert scope.cancelled_caught, f"the migration ended, with {ended[0].error!r}"
     assert clean_hosts.source.open(name).info().state is DomainState.SUSPENDED
 

@@ -22,8 +22,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from migrate import logs, tasks
-from migrate.cli.world import World, loopback_world, start_receiver, start_sender, verify_migrated, wait_for_steps
-from migrate.errors import MigrationError, PeerClosedError, RefusedError, RemoteProtocolError, UnknownSessionError
+from migrate.cli.world import (
+    World,
+    loopback_world,
+    start_receiver,
+    start_sender,
+    verify_migrated,
+    wait_for_steps,
+)
+from migrate.errors import (
+    MigrationError,
+    PeerClosedError,
+    RefusedError,
+    RemoteProtocolError,
+    UnknownSessionError,
+)
 from migrate.lanes.accept import AwaitedLanes
 from migrate.lanes.connection import LaneConnection, Terms
 from migrate.lanes.dial import LAST_RETRY_S, DialledLanes
@@ -131,7 +144,9 @@ class Faltering:
 async def test_connections_are_accepted_again_after_any_error_and_it_is_logged_once(
     from_strangers: bool, caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock
 ) -> None:
-    listener = Faltering(*(OSError(number, os.strerror(number)) for number in (errno.EMFILE, errno.EIO)), *BUGS)
+    listener = Faltering(
+        *(OSError(number, os.strerror(number)) for number in (errno.EMFILE, errno.EIO)), *BUGS
+    )
     handled = trio.Event()
 
     async def handle(stream: trio.SocketStream) -> None:
@@ -141,17 +156,23 @@ async def test_connections_are_accepted_again_after_any_error_and_it_is_logged_o
     async with trio.open_nursery() as nursery:
         listeners = cast("list[trio.SocketListener]", [listener])
         serve: Callable[..., Awaitable[None]] = serve_connections
-        nursery.start_soon(lambda: serve("a connection", handle, listeners, from_strangers=from_strangers))
+        nursery.start_soon(
+            lambda: serve("a connection", handle, listeners, from_strangers=from_strangers)
+        )
         await handled.wait()
         assert await listener.peer.recv(1) == b""  # closed, whatever its handler did
         nursery.cancel_scope.cancel()
-    assert [r.getMessage().split(":")[0] for r in caplog.records if r.name == "migrate.service.lifecycle"] == [
-        "a connection cannot be accepted"
-    ]
+    assert [
+        r.getMessage().split(":")[0]
+        for r in caplog.records
+        if r.name == "migrate.service.lifecycle"
+    ] == ["a connection cannot be accepted"]
     listener.peer.close()
 
 
-def test_without_a_descriptor_the_watchdog_is_fed_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_descriptor_the_watchdog_is_fed_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
     daemons.notify("READY=1")  # nobody listens
 
@@ -198,7 +219,12 @@ async def test_whatever_the_peer_of_an_ended_migration_does_it_is_tried_until_it
     if which == "sender":
         # By whatever names its guest: it is not asked for any more.
         migration = OutgoingMigration.__new__(OutgoingMigration)
-        migration.id, migration.lanes, migration._journal, migration.domain_name = "session", lanes, journal, "guest"
+        migration.id, migration.lanes, migration._journal, migration.domain_name = (
+            "session",
+            lanes,
+            journal,
+            "guest",
+        )
         migration._recall = False
     migration._last_word = m.Abort("never mind")
     journal.write("session", {"step": "given up"})
@@ -341,12 +367,18 @@ def world() -> Iterator[World]:
         yield made
 
 
-async def test_an_entry_of_another_release_is_left_and_its_session_is_not_called_unknown(world: World) -> None:
+async def test_an_entry_of_another_release_is_left_and_its_session_is_not_called_unknown(
+    world: World,
+) -> None:
     """A peer that is told that a session is unknown lets go of what it keeps for it."""
     files = {}
     for which, start in (("sender", start_sender), ("receiver", start_receiver)):
         world.stop(which)
-        state = world.directory / f"{'source' if which == 'sender' else 'destination'}.sock.state" / which
+        state = (
+            world.directory
+            / f"{'source' if which == 'sender' else 'destination'}.sock.state"
+            / which
+        )
         for number, text in enumerate(ENTRIES.values()):
             path = state / f"session{number}.json"
             files[path] = entry(which, text)
@@ -355,14 +387,19 @@ async def test_an_entry_of_another_release_is_left_and_its_session_is_not_called
         port = world.ask(which, command="status")["port"]
         for number in range(len(ENTRIES)):
             lanes = DialledLanes(("127.0.0.1", port), f"session{number}", Terms(), b"token")
-            with pytest.raises(RefusedError, match="the journal of that session here is not understood") as caught:
+            with pytest.raises(
+                RefusedError, match="the journal of that session here is not understood"
+            ) as caught:
                 await lanes.push()
             assert not isinstance(caught.value, UnknownSessionError)
         assert world.ask(which, command="list")["migrations"] == []
     await migrates(world)
     assert {path: path.read_text() for path in files} == files
     for which in ("sender", "receiver"):
-        assert "this release does not have the step 'warming'" in (world.directory / f"{which}.log").read_text()
+        assert (
+            "this release does not have the step 'warming'"
+            in (world.directory / f"{which}.log").read_text()
+        )
 
 
 @pytest.mark.parametrize("which", ["sender", "receiver"])
@@ -376,7 +413,9 @@ async def test_a_value_that_no_release_has_written_is_not_acted_on(
         if which == "sender":
             OutgoingMigration.of_predecessor("session", clean_hosts.source, lanes, journal, facts)
         else:
-            IncomingMigration.of_predecessor(clean_hosts.destination, "session", lanes, journal, facts)
+            IncomingMigration.of_predecessor(
+                clean_hosts.destination, "session", lanes, journal, facts
+            )
 
     good = FACTS[which]
     take_up(good)
@@ -393,7 +432,13 @@ async def migrates(world: World, name: str = "another") -> None:
     world.source.create_guest(spec.to_bytes()).close()
 
     def migrate() -> None:
-        world.ask("sender", command="migrate", domain=name, destination=f"127.0.0.1:{world.port}", strategy="postcopy")
+        world.ask(
+            "sender",
+            command="migrate",
+            domain=name,
+            destination=f"127.0.0.1:{world.port}",
+            strategy="postcopy",
+        )
 
     await trio.to_thread.run_sync(migrate)
     verification, _view = await trio.to_thread.run_sync(verify_migrated, world, spec)
@@ -464,17 +509,29 @@ async def test_descriptors_used_up_by_strangers_are_not_missed_by_migrations(wor
                 stranger.bind((f"127.0.1.{number % 200 + 1}", 0))
                 stranger.settimeout(5)
                 stranger.connect(("127.0.0.1", world.port))
-        await until(lambda: "a connection is refused: the descriptors" in world.processes["receiver"].log.read_text())
+        await until(
+            lambda: (
+                "a connection is refused: the descriptors"
+                in world.processes["receiver"].log.read_text()
+            )
+        )
         assert phase() in ("postcopy", "completing", "completed")  # a request is answered meanwhile
         await until(lambda: phase() == "completed")
     client.close()
     verification, _view = await trio.to_thread.run_sync(verify_migrated, world, spec)
     assert verification.problems == []
-    assert world.processes["receiver"].log.read_text().count("a connection is refused: the descriptors") == 1
+    assert (
+        world.processes["receiver"]
+        .log.read_text()
+        .count("a connection is refused: the descriptors")
+        == 1
+    )
     await migrates(world)
 
 
-@pytest.mark.parametrize("error", [KeyError("a bug"), XenError("getdomaininfo", errno.EAGAIN), MigrationError("no")])
+@pytest.mark.parametrize(
+    "error", [KeyError("a bug"), XenError("getdomaininfo", errno.EAGAIN), MigrationError("no")]
+)
 async def test_an_error_after_the_handover_ends_neither_the_pager_nor_the_migration(
     clean_hosts: World, name: str, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
@@ -514,7 +571,8 @@ def test_what_a_peer_counted_is_taken_by_key_and_type() -> None:
     assert found["checkpoints"] == nothing["checkpoints"] and found["pull"] == nothing["pull"]
     histogram = found["fault_latency_us"].pop("histogram")
     assert (
-        found["fault_latency_us"] == {"count": 0, "mean": 1.5, "p50": 0, "p99": 0, "max": 0} and len(histogram) == 512
+        found["fault_latency_us"] == {"count": 0, "mean": 1.5, "p50": 0, "p99": 0, "max": 0}
+        and len(histogram) == 512
     )
     others: tuple[object, ...] = (None, [], 5, "x")
     for told in others:
@@ -528,7 +586,14 @@ anything: st.SearchStrategy[Any] = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
     max_leaves=8,
 )
-COUNTED = ("fault_latency_us", "vcpu_block_s", "pull", "dropped_pages", "populate_evicted", "checkpoints")
+COUNTED = (
+    "fault_latency_us",
+    "vcpu_block_s",
+    "pull",
+    "dropped_pages",
+    "populate_evicted",
+    "checkpoints",
+)
 told_by_peer = st.dictionaries(st.sampled_from(COUNTED) | words, anything, max_size=8)
 
 
@@ -553,7 +618,9 @@ def test_whatever_a_peer_counted_is_checked_before_anybody_sees_it(told: object)
         if isinstance(leaf, str):
             assert leaf.isprintable() and len(leaf) < 20
         else:
-            assert isinstance(leaf, int | float) and not isinstance(leaf, bool) and 0 <= leaf < 2**63
+            assert (
+                isinstance(leaf, int | float) and not isinstance(leaf, bool) and 0 <= leaf < 2**63
+            )
 
 
 @pytest.mark.parametrize("data", [b"[" * 60_000, b"\xff", b"9" * 5000 + b"x"])
@@ -574,7 +641,9 @@ def test_a_name_in_a_log_makes_no_line_of_its_own() -> None:
     assert line == r"guest web\nERROR: forged \x1b[31m\u202e"
 
 
-def test_a_log_that_nobody_reads_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_that_nobody_reads_holds_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reader, writer = os.pipe()
     monkeypatch.setattr(logs, "STDERR", writer)
     handler = LineHandler()
@@ -637,7 +706,9 @@ async def test_what_a_guest_depends_on_is_done_as_soon_as_a_thread_starts(
         return await trio.to_thread.run_sync(os.getpid)
 
     await isolated("a connection", work)
-    assert "a connection is given up: this host lets the daemon have no further thread" in caplog.text
+    assert (
+        "a connection is given up: this host lets the daemon have no further thread" in caplog.text
+    )
     assert not any(record.exc_info for record in caplog.records)
     assert await tasks.as_soon_as_threads_start(work) == os.getpid() and len(failed) == 3
     with pytest.raises(RuntimeError, match="another"):

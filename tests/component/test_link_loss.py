@@ -146,7 +146,9 @@ async def test_cut_behind_the_context_the_guest_is_at_one_end(
         await goes_on_here_only(clean_hosts, name)
 
 
-async def test_the_receiver_is_ready_and_not_heard(clean_hosts: World, name: str, monkeypatch: Patch) -> None:
+async def test_the_receiver_is_ready_and_not_heard(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
     """It cannot know whether it has the guest, until the sender has got through to it."""
     links = cut_when(monkeypatch, IncomingMigration, m.Ready, before=True, down=True)
     in_doubt = trio.Event()
@@ -176,10 +178,15 @@ async def test_a_receiver_that_may_be_ready_is_told_of_giving_up(
     links = cut_when(monkeypatch, PushLane, m.Suspended, before=False, down=True)
     outcome = await migrate(clean_hosts, busy(name), meanwhile=watch(links))
     assert outcome.error is not None
-    assert Journal(clean_hosts.directory / "journal").entries()[outcome.migration.id]["step"] == "given up"
+    assert (
+        Journal(clean_hosts.directory / "journal").entries()[outcome.migration.id]["step"]
+        == "given up"
+    )
 
 
-async def test_it_is_told_until_it_has_heard(clean_hosts: World, name: str, monkeypatch: Patch) -> None:
+async def test_it_is_told_until_it_has_heard(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
     """A word that was sent need not have arrived."""
     links = cut_when(monkeypatch, IncomingMigration, m.Ready, before=True)
     take_up_again = IncomingMigration._take_up_again
@@ -209,7 +216,11 @@ async def test_while_the_link_is_down_the_guest_goes_on_as_far_as_its_pages_allo
         target = clean_hosts.destination.open(name)
         await until(lambda: target.info().state is DomainState.RUNNING and min(steps(target)) > 0)
         link.down()
-        await until(lambda: outcome.migration.progress.phase == outcome.incoming.progress.phase == "interrupted")
+        await until(
+            lambda: (
+                outcome.migration.progress.phase == outcome.incoming.progress.phase == "interrupted"
+            )
+        )
         with pytest.raises(MigrationError, match="too late"):
             outcome.migration.cancel("second thoughts")
         assert clean_hosts.source.open(name).info().state is DomainState.SUSPENDED
@@ -227,7 +238,9 @@ async def test_while_the_link_is_down_the_guest_goes_on_as_far_as_its_pages_allo
 
 
 @pytest.mark.parametrize("here", [True, False])
-async def test_a_guest_that_is_saved_while_pages_are_missing(clean_hosts: World, name: str, here: bool) -> None:
+async def test_a_guest_that_is_saved_while_pages_are_missing(
+    clean_hosts: World, name: str, here: bool
+) -> None:
     """By a program that knows nothing of them: the image has holes, so the source keeps what it has until an operator decides."""
 
     async def meanwhile(outcome: Outcome, _link: Link) -> None:
@@ -242,7 +255,9 @@ async def test_a_guest_that_is_saved_while_pages_are_missing(clean_hosts: World,
     progress = outcome.migration.progress
     assert progress.phase == "interrupted" and outcome.incoming.progress.phase == "failed"
     for problem in (progress.problem, outcome.incoming.progress.problem):
-        assert "pages were missing: an image or a copy that was made of it then lacks them" in problem
+        assert (
+            "pages were missing: an image or a copy that was made of it then lacks them" in problem
+        )
     assert clean_hosts.source.open(name).state() is DomainState.SUSPENDED
     if here:  # a copy of it may run somewhere else
         with pytest.raises(MigrationError, match="--force"):
@@ -441,7 +456,9 @@ async def test_a_guest_that_was_not_handed_over_stands_still_though_an_operator_
 
 
 @pytest.mark.parametrize("before_the_handover", [True, False])
-async def test_a_link_that_says_nothing_is_given_up(clean_hosts: World, name: str, before_the_handover: bool) -> None:
+async def test_a_link_that_says_nothing_is_given_up(
+    clean_hosts: World, name: str, before_the_handover: bool
+) -> None:
     """Nobody closes a connection; each end finds out by itself."""
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
@@ -452,12 +469,20 @@ async def test_a_link_that_says_nothing_is_given_up(clean_hosts: World, name: st
         await until(lambda: outcome.migration.session.handed_over)
         link.stop()
         await until(lambda: outcome.migration.progress.phase == "interrupted")
-        await until(lambda: outcome.incoming.progress.phase in ("interrupted", "in doubt"))  # with the word on its way
+        await until(
+            lambda: outcome.incoming.progress.phase in ("interrupted", "in doubt")
+        )  # with the word on its way
         link.go()
 
     spec = busy(name, rate=1000) if before_the_handover else busy(name)
-    options = MigrationOptions(Strategy.HYBRID, bandwidth_bytes_per_s=4 * MIB) if before_the_handover else None
-    outcome = await migrate(clean_hosts, spec, terms=Terms(silence_s=2), meanwhile=meanwhile, options=options)
+    options = (
+        MigrationOptions(Strategy.HYBRID, bandwidth_bytes_per_s=4 * MIB)
+        if before_the_handover
+        else None
+    )
+    outcome = await migrate(
+        clean_hosts, spec, terms=Terms(silence_s=2), meanwhile=meanwhile, options=options
+    )
     if before_the_handover:
         assert "said nothing" in str(outcome.error) + outcome.incoming.progress.problem
         assert clean_hosts.source.open(name).info().state is DomainState.RUNNING
@@ -472,9 +497,15 @@ async def test_pages_are_checked_from_end_to_end(clean_hosts: World, name: str) 
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
         await until(lambda: outcome.migration.session.handed_over)
-        link.damage(lambda data: data[:-100] + bytes([data[-100] ^ 1]) + data[-99:] if len(data) > 4096 else data)
+        link.damage(
+            lambda data: (
+                data[:-100] + bytes([data[-100] ^ 1]) + data[-99:] if len(data) > 4096 else data
+            )
+        )
 
-    outcome = await migrate(clean_hosts, busy(name), terms=Terms(checksums=True), meanwhile=meanwhile)
+    outcome = await migrate(
+        clean_hosts, busy(name), terms=Terms(checksums=True), meanwhile=meanwhile
+    )
     assert outcome.error is None
     assert (await verification(clean_hosts, busy(name))).problems == []
 
@@ -515,14 +546,18 @@ async def test_a_sender_that_ends_between_the_last_word_and_letting_go_has_a_suc
     facts = journal.entries()[outcome.migration.id]
     assert facts["step"] == "completing"
     lanes = DialledLanes(("127.0.0.1", 1), outcome.migration.id, Terms())
-    successor = OutgoingMigration.of_predecessor(outcome.migration.id, clean_hosts.source, lanes, journal, facts)
+    successor = OutgoingMigration.of_predecessor(
+        outcome.migration.id, clean_hosts.source, lanes, journal, facts
+    )
     await successor.run()
     assert clean_hosts.source.domains() == []
     assert outcome.migration.id not in journal.entries()
 
 
 @pytest.mark.parametrize("session", ["../../elsewhere", "a/b", "a.b", ""])
-async def test_a_session_id_that_is_no_name_is_refused(clean_hosts: World, name: str, session: str) -> None:
+async def test_a_session_id_that_is_no_name_is_refused(
+    clean_hosts: World, name: str, session: str
+) -> None:
     """A peer chooses it, and it becomes the name of a file."""
     refusals: list[str] = []
 
@@ -536,7 +571,9 @@ async def test_a_session_id_that_is_no_name_is_refused(clean_hosts: World, name:
     assert len(refusals) == 1 and "letters and digits" in refusals[0]
 
 
-@pytest.mark.parametrize("when", ["both ends are in touch", "the link is down", "an operator can decide"])
+@pytest.mark.parametrize(
+    "when", ["both ends are in touch", "the link is down", "an operator can decide"]
+)
 async def test_a_source_that_is_destroyed_takes_the_missing_pages_with_it(
     clean_hosts: World, name: str, when: str
 ) -> None:

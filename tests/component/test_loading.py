@@ -51,7 +51,9 @@ class ShortOfMemory:
             else:
                 assert pfn not in self.loaded
                 left -= 1
-                self.loaded[pfn] = bytes(pages[i * PAGE_SIZE : (i + 1) * PAGE_SIZE]) if pages is not None else b""
+                self.loaded[pfn] = (
+                    bytes(pages[i * PAGE_SIZE : (i + 1) * PAGE_SIZE]) if pages is not None else b""
+                )
         return results
 
 
@@ -75,7 +77,9 @@ async def test_pushed_pages_are_loaded_as_soon_as_there_is_memory(
         pages = b"".join(bytes([pfn]) * PAGE_SIZE for pfn in range(10, 20))
         message, payload = (m.Pages(none, pfns), b"") if zeros else (m.Pages(pfns), pages)
         end.pager.pushed(message, memoryview(payload), goes_on)
-        assert domain.loaded == {pfn: b"" if zeros else bytes([pfn]) * PAGE_SIZE for pfn in range(10, 20) if pfn != 12}
+        assert domain.loaded == {
+            pfn: b"" if zeros else bytes([pfn]) * PAGE_SIZE for pfn in range(10, 20) if pfn != 12
+        }
         end.pager.acknowledge()
         assert [(said.type, len(said.pfns)) for said in end.said] == [("loaded", 9), ("dropped", 1)]
         assert not end.pager.short_of_memory
@@ -84,11 +88,18 @@ async def test_pushed_pages_are_loaded_as_soon_as_there_is_memory(
 
 
 async def test_waiting_for_memory_ends_with_the_lane() -> None:
-    with lanes() as (ours, theirs), contextlib.closing(Destination(ours, theirs, {10, 11}, native=False)) as end:
+    with (
+        lanes() as (ours, theirs),
+        contextlib.closing(Destination(ours, theirs, {10, 11}, native=False)) as end,
+    ):
         end.pager._domain = ShortOfMemory(0)  # type: ignore[assignment]
         theirs.shut()
         with pytest.raises(PeerClosedError, match="waited for memory"):
-            end.pager.pushed(m.Pages(pfn_array([10]), pfn_array([11])), memoryview(bytes(PAGE_SIZE)), ours.is_over)
+            end.pager.pushed(
+                m.Pages(pfn_array([10]), pfn_array([11])),
+                memoryview(bytes(PAGE_SIZE)),
+                ours.is_over,
+            )
         assert [end.pages.states[pfn] for pfn in (10, 11)] == [LOADING, LOADING]
         assert np.flatnonzero(end.pager.rejoin()).tolist() == [10, 11]
         assert end.pages.states[10] == OUTSTANDING
@@ -122,7 +133,10 @@ def counted_turns(end: Destination) -> Callable[[], int]:
 
 @pytest.mark.parametrize("native", [False, True])
 async def test_others_are_served_meanwhile_and_the_thread_can_be_stopped(native: bool) -> None:
-    with lanes() as (ours, theirs), contextlib.closing(Destination(ours, theirs, {1, 2, 4}, native=native)) as end:
+    with (
+        lanes() as (ours, theirs),
+        contextlib.closing(Destination(ours, theirs, {1, 2, 4}, native=native)) as end,
+    ):
         end.memory.no_frames = {1}
         turns = counted_turns(end)
         end.end()
@@ -146,9 +160,14 @@ async def test_others_are_served_meanwhile_and_the_thread_can_be_stopped(native:
         assert np.flatnonzero(end.pager.rejoin()).tolist() == [4]
 
 
-async def test_a_pager_that_is_stopped_when_its_thread_has_ended_does_not_disturb_the_next() -> None:
+async def test_a_pager_that_is_stopped_when_its_thread_has_ended_does_not_disturb_the_next() -> (
+    None
+):
     """The event loop learns of a thread's end later than that happens."""
-    with lanes() as (ours, theirs), contextlib.closing(Destination(ours, theirs, {1}, native=True)) as end:
+    with (
+        lanes() as (ours, theirs),
+        contextlib.closing(Destination(ours, theirs, {1}, native=True)) as end,
+    ):
         end.end()
         end.pager._stop()
         turns = counted_turns(end)
@@ -169,7 +188,9 @@ async def test_a_lost_link_is_noticed_while_there_is_no_memory(
     load, full = SimulatedDomain.load, False
 
     def short(self: SimulatedDomain, pfns: PfnArray, pages: Buffer | None) -> NDArray[np.int32]:
-        return np.full(len(pfns), -errno.ENOMEM, dtype=np.int32) if full else load(self, pfns, pages)
+        return (
+            np.full(len(pfns), -errno.ENOMEM, dtype=np.int32) if full else load(self, pfns, pages)
+        )
 
     def no_native_pages(_self: SimulatedDomain) -> NativePages | None:
         return None
@@ -179,7 +200,12 @@ async def test_a_lost_link_is_noticed_while_there_is_no_memory(
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
         nonlocal full
-        await until(lambda: outcome.migration.session.handed_over and outcome.incoming.progress.phase == "postcopy")
+        await until(
+            lambda: (
+                outcome.migration.session.handed_over
+                and outcome.incoming.progress.phase == "postcopy"
+            )
+        )
         full = True
         await until(lambda: outcome.incoming.progress.problem == NO_MEMORY)
         link.cut()

@@ -51,7 +51,12 @@ async def test_an_ended_migration_keeps_nothing_as_large_as_its_guest(
     running = list[int]()
 
     async def meanwhile(outcome: Outcome, _link: Link) -> None:
-        await until(lambda: outcome.migration.progress.phase in ("precopy", "switchover", "postcopy", "completed"))
+        await until(
+            lambda: (
+                outcome.migration.progress.phase
+                in ("precopy", "switchover", "postcopy", "completed")
+            )
+        )
         running.append(held_by(outcome.migration))
 
     spec = GuestSpec(name, 64 * MIB, workload="idle", zero_permille=1000)
@@ -67,7 +72,9 @@ async def test_a_guest_whose_memory_is_too_sparse_is_refused_here(
     clean_hosts: World, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = SimulatedDomain.config
-    monkeypatch.setattr(SimulatedDomain, "config", lambda self: replace(config(self), nr_pfns=2**36))
+    monkeypatch.setattr(
+        SimulatedDomain, "config", lambda self: replace(config(self), nr_pfns=2**36)
+    )
     outcome = await migrate(clean_hosts, GuestSpec(name, 4 * MIB))
     assert "the guest's memory is too sparse" in str(outcome.error)
     assert clean_hosts.source.open(name).state() is DomainState.RUNNING

@@ -81,7 +81,9 @@ async def test_a_guest_that_cannot_be_started_yet_is_started_later(
     assert (await verification(clean_hosts, busy(name))).problems == []
 
 
-@pytest.mark.parametrize("error", [KeyError("a bug"), MemoryError(), OSError(errno.EMFILE, "no descriptor")])
+@pytest.mark.parametrize(
+    "error", [KeyError("a bug"), MemoryError(), OSError(errno.EMFILE, "no descriptor")]
+)
 async def test_a_guest_is_started_later_whatever_the_error_was(
     clean_hosts: World, name: str, monkeypatch: Patch, error: Exception
 ) -> None:
@@ -103,7 +105,9 @@ async def test_a_guest_is_started_later_whatever_the_error_was(
     assert (await verification(clean_hosts, busy(name))).problems == []
 
 
-async def test_a_guest_that_never_starts_can_be_given_back(clean_hosts: World, name: str, monkeypatch: Patch) -> None:
+async def test_a_guest_that_never_starts_can_be_given_back(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
     """An operator decides at the destination, where the guest has not run, and then at the source."""
     failed = fails(monkeypatch, "start", times=10**6)
 
@@ -121,7 +125,9 @@ async def test_a_guest_that_never_starts_can_be_given_back(clean_hosts: World, n
     migration = outcome.migration
     assert outcome.incoming.progress.phase == "failed"
     assert migration.progress.phase == "interrupted"
-    assert "not to run here" in migration.progress.problem and "decide" in migration.progress.problem
+    assert (
+        "not to run here" in migration.progress.problem and "decide" in migration.progress.problem
+    )
     with pytest.raises(MigrationError, match="nothing comes of that"):
         migration.reconnect()
     await migration.decide(here=True)
@@ -131,7 +137,9 @@ async def test_a_guest_that_never_starts_can_be_given_back(clean_hosts: World, n
     await goes_on_here_only(clean_hosts, name)
 
 
-async def test_of_two_decisions_at_once_one_is_carried_out(clean_hosts: World, name: str, monkeypatch: Patch) -> None:
+async def test_of_two_decisions_at_once_one_is_carried_out(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
     """The destination has given a final answer; both decisions would take effect, and the guest be
     gone.
     """
@@ -319,7 +327,9 @@ async def test_a_ring_that_cannot_be_given_up_yet_is_given_up_later(
     monkeypatch.setattr(Pager, "finish", fail_first)
     outcome = await migrate(clean_hosts, busy(name))
     assert outcome.error is None and len(failed) == 3
-    assert outcome.incoming.progress.phase == "completed" and outcome.incoming.progress.problem == ""
+    assert (
+        outcome.incoming.progress.phase == "completed" and outcome.incoming.progress.problem == ""
+    )
     with clean_hosts.destination.open(name) as guest:
         assert not guest.has_pager()
     assert (await verification(clean_hosts, busy(name))).problems == []
@@ -335,7 +345,9 @@ async def test_a_guest_that_cannot_be_unpaused_when_its_ring_is_given_up_is_unpa
     assert (await verification(clean_hosts, busy(name))).problems == []
 
 
-async def test_a_page_that_cannot_be_read_yet_is_read_later(clean_hosts: World, name: str, monkeypatch: Patch) -> None:
+async def test_a_page_that_cannot_be_read_yet_is_read_later(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
     """At the source, after the handover."""
     failed: list[str] = []
     look = SimulatedDomain.map_pages
@@ -438,7 +450,10 @@ def postcopy(world: World) -> None:
 def interrupted(world: World, lost: str) -> None:
     postcopy(world)
     kill(world, lost)
-    until(lambda: phase(world, "receiver" if lost == "sender" else "sender") == "interrupted", "it is not noticed")
+    until(
+        lambda: phase(world, "receiver" if lost == "sender" else "sender") == "interrupted",
+        "it is not noticed",
+    )
 
 
 @pytest.mark.parametrize("which", ["sender", "receiver"])
@@ -452,11 +467,20 @@ def test_in_precopy(world: World, which: str) -> None:
         {"reconnect": "nothing to reconnect", "decide here": runs, "decide elsewhere": runs, "postcopy-now": switch,
          "cancel": "acts"},
     )  # fmt: skip
-    until(lambda: phase(world, "sender") == phase(world, "receiver") == "failed", "it is not cancelled")
+    until(
+        lambda: phase(world, "sender") == phase(world, "receiver") == "failed",
+        "it is not cancelled",
+    )
     assert states(world, "guest") == {"source": ["running"], "destination": []}
     for end in ("sender", "receiver"):
         answers(
-            world, end, {"cancel": "has ended (failed", "decide here": "has ended", "decide elsewhere": "has ended"}
+            world,
+            end,
+            {
+                "cancel": "has ended (failed",
+                "decide here": "has ended",
+                "decide elsewhere": "has ended",
+            },
         )
 
 
@@ -464,7 +488,9 @@ def test_in_precopy(world: World, which: str) -> None:
 def test_in_postcopy(world: World, which: str) -> None:
     boot(world)
     postcopy(world)
-    nothing = "both ends are in touch" if which == "sender" else "guest runs here; to end it, destroy it"
+    nothing = (
+        "both ends are in touch" if which == "sender" else "guest runs here; to end it, destroy it"
+    )
     switch = "past its precopy" if which == "sender" else "ask the sender at its source"
     answers(
         world, which,
@@ -519,7 +545,9 @@ def test_a_guest_without_a_checkpoint_is_not_protected_yet(world: World) -> None
 
 
 @pytest.mark.parametrize("again", [True, False])
-def test_a_successor_s_operator_is_told_what_the_destination_has_reported(world: World, again: bool) -> None:
+def test_a_successor_s_operator_is_told_what_the_destination_has_reported(
+    world: World, again: bool
+) -> None:
     boot(world)
     interrupted(world, "receiver")
     if again:
@@ -547,14 +575,19 @@ def test_interrupted_at_the_destination(world: World) -> None:
 def test_when_it_has_ended(world: World, which: str) -> None:
     boot(world)
     begin(world, "guest", bandwidth=256 * MIB)
-    until(lambda: phase(world, "sender") == phase(world, "receiver") == "completed", "it does not complete")
+    until(
+        lambda: phase(world, "sender") == phase(world, "receiver") == "completed",
+        "it does not complete",
+    )
     expected = dict.fromkeys(COMMANDS, "has ended (completed)")
     if which == "receiver":
         expected["postcopy-now"] = "ask the sender at its source"
     answers(world, which, expected)
 
 
-async def test_in_doubt_at_the_destination(clean_hosts: World, name: str, monkeypatch: Patch) -> None:
+async def test_in_doubt_at_the_destination(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
     """It is ready, and does not know whose the guest is."""
     links = cut_when(monkeypatch, IncomingMigration, m.Ready, before=True, down=True)
 
@@ -582,14 +615,22 @@ def test_a_decision_without_a_terminal_needs_yes(world: World) -> None:
     boot(world)
     interrupted(world, "receiver")
     world.destination.open("guest").destroy()
-    sockets = ("--socket", str(world.sender_socket), "--socket", str(world.directory / "nobody.sock"))
+    sockets = (
+        "--socket",
+        str(world.sender_socket),
+        "--socket",
+        str(world.directory / "nobody.sock"),
+    )
 
     def decide(*more: str) -> Any:
         return zygote.run([*PROGRAM, "decide", "guest", "here", *more, *sockets], timeout=60)
 
     without = decide()
     assert without.returncode == 1 and "--yes decides without being asked" in without.stderr
-    assert "known of the other end: the destination has reported that guest runs there" in without.stdout
+    assert (
+        "known of the other end: the destination has reported that guest runs there"
+        in without.stdout
+    )
     refused = decide("--yes")
     assert refused.returncode == 1 and "--force" in refused.stderr
     assert phase(world, "sender") == "interrupted"
@@ -605,11 +646,15 @@ def test_cancel_reaches_either_end(world: World) -> None:
     postcopy(world)
     for first, second in (("sender", "receiver"), ("receiver", "sender")):
         sockets = [str(world.directory / f"{which}.sock") for which in (first, second)]
-        done = zygote.run([*PROGRAM, "cancel", "guest", "--socket", sockets[0], "--socket", sockets[1]], timeout=60)
+        done = zygote.run(
+            [*PROGRAM, "cancel", "guest", "--socket", sockets[0], "--socket", sockets[1]],
+            timeout=60,
+        )
         assert done.returncode == 1 and "too late to cancel" in done.stderr
     assert lines(world, "sender")[-1]["phase"] == "postcopy"
     at_both = zygote.run(
-        [*PROGRAM, "decide", "guest", "here", "--socket", sockets[0], "--socket", sockets[1]], timeout=60
+        [*PROGRAM, "decide", "guest", "here", "--socket", sockets[0], "--socket", sockets[1]],
+        timeout=60,
     )
     assert at_both.returncode == 1 and "say which by --socket" in at_both.stderr
 
@@ -618,7 +663,9 @@ def test_a_migration_is_watched_until_it_ends(world: World) -> None:
     boot(world)
     interrupted(world, "receiver")
     with zygote.Popen(
-        [*PROGRAM, "watch", "guest", "--socket", str(world.sender_socket)], stderr=subprocess.PIPE, text=True
+        [*PROGRAM, "watch", "guest", "--socket", str(world.sender_socket)],
+        stderr=subprocess.PIPE,
+        text=True,
     ) as watching:
         assert watching.stderr is not None and "guest: interrupted: " in watching.stderr.readline()
         decided_at_a_terminal(world, "n", 130, "interrupted")
@@ -631,7 +678,9 @@ def decided_at_a_terminal(world: World, answer: str, status: int, said: str) -> 
     ours, terminal = pty.openpty()
     os.write(ours, answer.encode() + b"\n")
     command = [*PROGRAM, "decide", "guest", "elsewhere", "--socket", str(world.sender_socket)]
-    with zygote.Popen(command, stdin=terminal, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as deciding:
+    with zygote.Popen(
+        command, stdin=terminal, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as deciding:
         out, err = deciding.communicate(timeout=60)
     os.close(ours)
     os.close(terminal)
@@ -639,7 +688,9 @@ def decided_at_a_terminal(world: World, answer: str, status: int, said: str) -> 
     assert "Decide that guest runs elsewhere?" in out + err and said in err
 
 
-@pytest.mark.parametrize("instant", ["finish", "_give_up"], ids=["before the pause", "while paused"])
+@pytest.mark.parametrize(
+    "instant", ["finish", "_give_up"], ids=["before the pause", "while paused"]
+)
 async def test_a_guest_that_is_destroyed_when_all_has_come_ends_its_migration(
     clean_hosts: World, name: str, monkeypatch: Patch, instant: str
 ) -> None:
@@ -654,4 +705,6 @@ async def test_a_guest_that_is_destroyed_when_all_has_come_ends_its_migration(
     monkeypatch.setattr(Pager, instant, destroyed)
     outcome = await migrate(clean_hosts, busy(name), options=SLOW)
     assert outcome.error is None
-    assert outcome.incoming.has_ended  # "completed", or "failed" if the end of the domain was seen first
+    assert (
+        outcome.incoming.has_ended
+    )  # "completed", or "failed" if the end of the domain was seen first

@@ -45,14 +45,19 @@ def refused(world: World, domain: str, complaint: str, which: str = "sender", **
 
 
 def arrives(world: World, spec: GuestSpec) -> None:
-    until(lambda: phase(world, "sender") == phase(world, "receiver") == "completed", "it does not complete")
+    until(
+        lambda: phase(world, "sender") == phase(world, "receiver") == "completed",
+        "it does not complete",
+    )
     result, _view = verify_migrated(world, spec)
     assert result.problems == []
 
 
 # ---- one migration ----
 @pytest.mark.parametrize("strategy", ["precopy", "postcopy"])
-def test_a_guest_that_is_under_way_is_refused_by_whatever_it_is_named(world: World, strategy: str) -> None:
+def test_a_guest_that_is_under_way_is_refused_by_whatever_it_is_named(
+    world: World, strategy: str
+) -> None:
     spec = boot(world)
     (there,) = world.source.domains()
     begin(world, "guest", strategy=strategy)
@@ -80,7 +85,9 @@ def sender_there(world: World) -> str:
 
 
 @pytest.mark.parametrize("protect", [True, False])
-def test_a_guest_whose_memory_has_not_arrived_goes_nowhere_else(world: World, protect: bool) -> None:
+def test_a_guest_whose_memory_has_not_arrived_goes_nowhere_else(
+    world: World, protect: bool
+) -> None:
     """Neither its pager nor its log-dirty is touched."""
     spec, onward = boot(world), sender_there(world)
     begin(world, "guest", bandwidth=SLOW // 2, checkpoint_every_s=0.02 if protect else None)
@@ -120,7 +127,9 @@ def test_a_domain_is_restored_into_once(xl: Xl) -> None:
 
 
 @pytest.mark.parametrize("why", ["log-dirty", "pager", "suspended"])
-def test_xl_does_not_migrate_a_guest_that_somebody_else_is_at_work_on(xl: Xl, why: str, tmp_path: Path) -> None:
+def test_xl_does_not_migrate_a_guest_that_somebody_else_is_at_work_on(
+    xl: Xl, why: str, tmp_path: Path
+) -> None:
     """Nor does the stock helper, which takes log-dirty from whoever has it."""
     ring = None
     match why:
@@ -133,7 +142,9 @@ def test_xl_does_not_migrate_a_guest_that_somebody_else_is_at_work_on(xl: Xl, wh
     xl.save.start()
     xl.save.wait()
     assert xl.save.result == (-1, errno.EBUSY)
-    assert {"log-dirty": "log-dirty is on", "pager": "has a pager", "suspended": "is suspended"}[why] in xl.save.log
+    assert {"log-dirty": "log-dirty is on", "pager": "has a pager", "suspended": "is suspended"}[
+        why
+    ] in xl.save.log
     assert xl.world.ask("sender", command="list")["migrations"] == []
     assert xl.source.log_dirty_is_on() == (why == "log-dirty")
     if ring is not None:
@@ -152,10 +163,15 @@ def test_log_dirty_that_nobody_owns_is_refused_and_can_be_taken(world: World) ->
 
 
 @pytest.mark.parametrize("decided", [True, False])
-def test_a_sender_s_own_log_dirty_is_switched_off_by_its_successor(world: World, decided: bool) -> None:
+def test_a_sender_s_own_log_dirty_is_switched_off_by_its_successor(
+    world: World, decided: bool
+) -> None:
     boot(world)
     begin(world, "guest", strategy="postcopy" if decided else "precopy")
-    until(lambda: phase(world, "receiver") == "postcopy" if decided else copying(world), "it does not begin")
+    until(
+        lambda: phase(world, "receiver") == "postcopy" if decided else copying(world),
+        "it does not begin",
+    )
     kill(world, "sender")
     if decided:
         kill(world, "receiver")
@@ -170,7 +186,9 @@ def test_a_sender_s_own_log_dirty_is_switched_off_by_its_successor(world: World,
         wait_for_steps(guest, 50)
 
 
-async def test_log_dirty_that_is_switched_off_in_precopy_ends_the_migration(clean_hosts: World, name: str) -> None:
+async def test_log_dirty_that_is_switched_off_in_precopy_ends_the_migration(
+    clean_hosts: World, name: str
+) -> None:
     """The record of it would lack what the guest has written since, and look like any other."""
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
@@ -234,7 +252,9 @@ async def test_protection_whose_log_dirty_is_taken_ends_and_both_ends_report_it(
             link.cut()
 
     outcome = await protected(clean_hosts, spec, meanwhile)
-    assert sum("not protected any more" in message for message in caplog.messages) == 2, "once at each end"
+    assert sum("not protected any more" in message for message in caplog.messages) == 2, (
+        "once at each end"
+    )
     if back:
         assert "as it was when the last checkpoint was made" in outcome.migration.progress.problem
         assert verified_at_source(clean_hosts.source, spec).problems == []
@@ -242,11 +262,15 @@ async def test_protection_whose_log_dirty_is_taken_ends_and_both_ends_report_it(
         assert outcome.error is None
         assert (await verification(clean_hosts, spec)).problems == []
         with clean_hosts.destination.open(name) as other:
-            assert other.log_dirty_is_on(), "it was not switched off by a migration that did not own it any more"
+            assert other.log_dirty_is_on(), (
+                "it was not switched off by a migration that did not own it any more"
+            )
 
 
 # ---- nothing is undone but what a migration has done ----
-async def test_a_guest_that_somebody_else_suspends_meanwhile_stays_suspended(clean_hosts: World, name: str) -> None:
+async def test_a_guest_that_somebody_else_suspends_meanwhile_stays_suspended(
+    clean_hosts: World, name: str
+) -> None:
     async def meanwhile(outcome: Outcome, link: Link) -> None:
         await until_async(lambda: outcome.migration.progress.round == 1)
         with clean_hosts.source.open(name) as other:
@@ -305,12 +329,16 @@ async def test_a_successor_resumes_the_guest_that_its_predecessor_has_suspended(
         with pytest.raises(BaseExceptionGroup):
             await migrate(clean_hosts, busy(name))
     journal = Journal(clean_hosts.directory / "journal")
-    ((session, facts),) = [entry for entry in journal.entries().items() if entry[1]["domain"] == name]
+    ((session, facts),) = [
+        entry for entry in journal.entries().items() if entry[1]["domain"] == name
+    ]
     assert facts["step"] == "suspending"
     with clean_hosts.source.open(name) as guest:
         assert guest.state() is DomainState.SUSPENDED
         lanes = DialledLanes(("127.0.0.1", 1), session, Terms())
-        successor = OutgoingMigration.of_predecessor(session, clean_hosts.source, lanes, journal, facts)
+        successor = OutgoingMigration.of_predecessor(
+            session, clean_hosts.source, lanes, journal, facts
+        )
         with pytest.raises(MigrationError, match="ended in the middle of it"):
             await successor.run()
         assert guest.state() is DomainState.RUNNING and not guest.log_dirty_is_on()

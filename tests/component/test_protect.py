@@ -83,7 +83,10 @@ async def test_the_destination_dies_and_the_guest_goes_on_here(
 
     outcome = await protected(clean_hosts, spec, meanwhile, options(strategy))
     assert "an operator has said" in str(outcome.error)
-    assert outcome.migration.progress.problem == "the guest goes on here, as it was when the last checkpoint was made"
+    assert (
+        outcome.migration.progress.problem
+        == "the guest goes on here, as it was when the last checkpoint was made"
+    )
     assert [info.name for info in clean_hosts.source.domains()] == [name]
     (_old,) = [report for report in clean_hosts.source.history() if report["name"] == name]
     assert verified_at_source(clean_hosts.source, spec, suspended).problems == []
@@ -107,7 +110,9 @@ async def moves_at_the_destination(outcome: Outcome, hosts: World, least: int) -
     await until_async(lambda: has_moved(before, steps(arrived), least))
 
 
-async def test_it_goes_on_from_the_checkpoint_and_not_from_the_suspension(clean_hosts: World, name: str) -> None:
+async def test_it_goes_on_from_the_checkpoint_and_not_from_the_suspension(
+    clean_hosts: World, name: str
+) -> None:
     """What the guest did at the destination before the checkpoint is not lost."""
     spec, positions = busy(name), list[list[int]]()
     start = SimulatedDomain.start
@@ -127,9 +132,14 @@ async def test_it_goes_on_from_the_checkpoint_and_not_from_the_suspension(clean_
     assert has_moved(at_the_handover, at_the_checkpoint)
 
 
-async def test_before_the_first_checkpoint_it_goes_on_from_the_suspension(clean_hosts: World, name: str) -> None:
+async def test_before_the_first_checkpoint_it_goes_on_from_the_suspension(
+    clean_hosts: World, name: str
+) -> None:
     outcome = await protected(
-        clean_hosts, busy(name), dies_after(0, clean_hosts, force=True), options(checkpoint_every_s=60.0)
+        clean_hosts,
+        busy(name),
+        dies_after(0, clean_hosts, force=True),
+        options(checkpoint_every_s=60.0),
     )
     assert outcome.migration.progress.checkpoints == 0
     assert verified_at_source(clean_hosts.source, busy(name)).problems == []
@@ -171,7 +181,9 @@ async def test_a_checkpoint_that_is_not_right_is_noticed(
     assert "pages differ" in " ".join(problems) or "wrong values" in " ".join(problems)
 
 
-async def test_what_a_lost_link_took_along_comes_with_the_next_checkpoint(clean_hosts: World, name: str) -> None:
+async def test_what_a_lost_link_took_along_comes_with_the_next_checkpoint(
+    clean_hosts: World, name: str
+) -> None:
     async def meanwhile(outcome: Outcome, link: Link) -> None:
         for _ in range(4):
             await until_async(lambda: outcome.migration.session.handed_over)
@@ -198,7 +210,9 @@ async def test_a_checkpoint_that_cannot_be_kept_costs_the_protection_only(
     outcome = await protected(clean_hosts, busy(name))
     assert outcome.error is None
     assert outcome.migration.progress.checkpoints == 0
-    assert sum("not protected any more" in message for message in caplog.messages) == 2, "once at each end"
+    assert sum("not protected any more" in message for message in caplog.messages) == 2, (
+        "once at each end"
+    )
     assert (await verification(clean_hosts, busy(name))).problems == []
 
 
@@ -212,9 +226,13 @@ async def test_checkpoints_leave_room_for_the_journal(
     size = 16 * sender_checkpoints.MARGIN_BYTES
     write, is_full = CheckpointStore._write, not in_the_middle
 
-    def fills(self: CheckpointStore, message: m.Written | m.Checkpoint, payload: memoryview) -> None:
+    def fills(
+        self: CheckpointStore, message: m.Written | m.Checkpoint, payload: memoryview
+    ) -> None:
         nonlocal is_full
-        is_full = not in_the_middle or isinstance(message, m.Checkpoint)  # which comes last, and always
+        is_full = not in_the_middle or isinstance(
+            message, m.Checkpoint
+        )  # which comes last, and always
         write(self, message, payload)
 
     monkeypatch.setattr(CheckpointStore, "_write", fills)
@@ -224,7 +242,10 @@ async def test_checkpoints_leave_room_for_the_journal(
     outcome = await protected(clean_hosts, busy(name))
     assert outcome.error is None and outcome.migration.statistics.rejoins == 0
     assert outcome.migration.progress.checkpoints == 0
-    assert "64 MiB of its file system are kept free for the journal" in outcome.migration.progress.unprotected
+    assert (
+        "64 MiB of its file system are kept free for the journal"
+        in outcome.migration.progress.unprotected
+    )
     assert list((clean_hosts.directory / "journal").glob("*checkpoint*")) == []
     assert (await verification(clean_hosts, busy(name))).problems == []
 
@@ -323,7 +344,9 @@ async def test_a_checkpoint_that_was_written_in_part_is_written_once_more(
     assert verified_at_source(clean_hosts.source, busy(name)).problems == []
 
 
-async def test_the_way_back_is_tried_until_it_is_there(clean_hosts: World, name: str, monkeypatch: Patch) -> None:
+async def test_the_way_back_is_tried_until_it_is_there(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
     """In the middle of it the host has no memory; then it has."""
     populate, failures = SimulatedDomain.populate, list[Domain]()
 
@@ -350,7 +373,11 @@ async def test_a_sender_that_dies_on_the_way_back_has_a_successor(
     clean_hosts: World, name: str, monkeypatch: Patch, at: str
 ) -> None:
     spec, journal = busy(name), Journal(clean_hosts.directory / "journal")
-    go_back, depopulate, finish = CheckpointStore.go_back, SimulatedDomain.depopulate, OwnToolstack.finish
+    go_back, depopulate, finish = (
+        CheckpointStore.go_back,
+        SimulatedDomain.depopulate,
+        OwnToolstack.finish,
+    )
     moved: list[Any] = []
 
     def go_back_and_die(self: CheckpointStore, to: Domain) -> None:
@@ -378,7 +405,9 @@ async def test_a_sender_that_dies_on_the_way_back_has_a_successor(
         patch.setattr(OwnToolstack, "finish", finish_and_die)
         with pytest.raises(BaseExceptionGroup):
             await protected(clean_hosts, spec, dies_after(2, clean_hosts))
-    ((session, facts),) = [entry for entry in journal.entries().items() if entry[1]["domain"] == name]
+    ((session, facts),) = [
+        entry for entry in journal.entries().items() if entry[1]["domain"] == name
+    ]
     lanes = DialledLanes(("127.0.0.1", 1), session, Terms())
     successor = OutgoingMigration.of_predecessor(session, clean_hosts.source, lanes, journal, facts)
     with pytest.raises(StaysHereError, match="as it was when the last checkpoint was made"):
@@ -400,7 +429,9 @@ def world() -> Iterator[World]:
 
 
 def begin(world: World) -> GuestSpec:
-    spec = GuestSpec("guest", 32 * MIB, 2, workload="random", working_set_bytes=16 * MIB, zero_permille=100)
+    spec = GuestSpec(
+        "guest", 32 * MIB, 2, workload="random", working_set_bytes=16 * MIB, zero_permille=100
+    )
     guest = world.source.create_guest(spec.to_bytes())
     wait_for_steps(guest, 100)
     guest.close()
@@ -434,7 +465,10 @@ def test_a_host_dies_and_an_operator_decides(world: World) -> None:
     assert "its missing pages are kept here" in line(world)["problem"]
     world.ask("sender", command="decide", migration=line(world)["id"], here=True)
     until(lambda: line(world)["phase"] == "failed", "it does not go on")
-    assert line(world)["problem"] == "the guest goes on here, as it was when the last checkpoint was made"
+    assert (
+        line(world)["problem"]
+        == "the guest goes on here, as it was when the last checkpoint was made"
+    )
     assert verified_at_source(world.source, spec).problems == []
 
 
@@ -449,7 +483,10 @@ def test_a_domain_that_the_sender_made_and_did_not_note_is_replaced(world: World
         world.source.create_incoming(suspended.config(), instead_of=suspended).close()
     note(world, "sender", "decided here")
     start_sender(world)
-    until(lambda: [i.state for i in world.source.domains()] == [DomainState.RUNNING], "it does not run alone")
+    until(
+        lambda: [i.state for i in world.source.domains()] == [DomainState.RUNNING],
+        "it does not run alone",
+    )
     assert verified_at_source(world.source, spec).problems == []
 
 
@@ -469,7 +506,10 @@ def test_the_sender_is_killed_at_any_instant_as_well(world: World, seed: int) ->
     time.sleep(random_.uniform(0, 0.06))
     world.stop("sender", signal.SIGKILL)
     start_sender(world)
-    until(lambda: [i.state for i in world.source.domains()] == [DomainState.RUNNING], "it does not run")
+    until(
+        lambda: [i.state for i in world.source.domains()] == [DomainState.RUNNING],
+        "it does not run",
+    )
     assert verified_at_source(world.source, spec).problems == []
 
 

@@ -44,7 +44,9 @@ def lab(hosts: World, name: str) -> Iterator[SimulatedLab]:
     made.close()
 
 
-def test_descriptors_that_do_not_fit_are_an_error_and_none_is_kept(boot: Boot, clean_hosts: World) -> None:
+def test_descriptors_that_do_not_fit_are_an_error_and_none_is_kept(
+    boot: Boot, clean_hosts: World
+) -> None:
     """Found by chaos: the receiver took the first of three, and its own error for a bug."""
     _spec, guest = boot()
     only = os.dup(0)  # the lowest number that is free
@@ -102,7 +104,10 @@ def test_a_ring_is_given_up_while_vcpus_are_about_to_ask(lab: SimulatedLab) -> N
         domain.suspend()
         with domain.map_pages(everything) as mapped:
             contents = b"".join(mapped.data)
-            data, zeros = everything[mapped.status == PageStatus.DATA], everything[mapped.status == PageStatus.ZERO]
+            data, zeros = (
+                everything[mapped.status == PageStatus.DATA],
+                everything[mapped.status == PageStatus.ZERO],
+            )
         domain.populate_evicted(everything)
         domain.resume()
         domain.load(data, contents)
@@ -115,7 +120,9 @@ def test_a_ring_is_given_up_while_vcpus_are_about_to_ask(lab: SimulatedLab) -> N
     assert [vcpu["errors"] for vcpu in domain.report()["vcpu"]] == [0, 0]
 
 
-def test_a_page_given_away_while_paged_out_is_dropped_with_a_request_where_xen_does_so(name: str) -> None:
+def test_a_page_given_away_while_paged_out_is_dropped_with_a_request_where_xen_does_so(
+    name: str,
+) -> None:
     with loopback_world(256 * MIB, host_options=("--drop-requests",), daemons=False) as world:
         lab = SimulatedLab(world, name)
         source, target, ring = restored(
@@ -137,7 +144,12 @@ def test_a_page_given_away_while_paged_out_is_dropped_with_a_request_where_xen_d
 def test_a_guest_touches_what_it_gives_away(lab: SimulatedLab) -> None:
     """As Linux does, whose balloon scrubs: Xen would refuse a page that is paged out."""
     source, target, ring = restored(
-        lab, 1, workload="sequential", working_set_bytes=PAGE_SIZE, balloon_pages=1, balloon_every=10**6
+        lab,
+        1,
+        workload="sequential",
+        working_set_bytes=PAGE_SIZE,
+        balloon_pages=1,
+        balloon_every=10**6,
     )
     target.start()
     asked = set()
@@ -251,7 +263,9 @@ def test_the_first_pages_that_differ_are_listed(boot: Boot) -> None:
     domain.suspend()
     domain.write_pages(span(600, 6), page(1) * 6)
     (problem,) = verify(domain, spec).problems
-    assert problem.startswith("6 of 1024 pages differ from what the guest wrote (0 still paged out)")
+    assert problem.startswith(
+        "6 of 1024 pages differ from what the guest wrote (0 still paged out)"
+    )
     assert problem.endswith("pfns 0x258, 0x259, 0x25a, 0x25b, 0x25c, ...")
 
 
@@ -265,7 +279,9 @@ def test_a_crash_is_reported_with_the_pages_that_are_still_out(boot: Boot) -> No
     ring.close()
     until(lambda: domain.state() is DomainState.CRASHED, "the guest does not crash")
     crash, pages = verify(domain, spec).problems
-    assert crash == ("the guest is crashed vCPU 0 touched paged-out pfn 0x0 and nobody serves the paging ring")
+    assert crash == (
+        "the guest is crashed vCPU 0 touched paged-out pfn 0x0 and nobody serves the paging ring"
+    )
     assert pages.startswith("2 of 1024 pages differ from what the guest wrote (2 still paged out)")
 
 
@@ -335,16 +351,23 @@ def test_a_world_ends_whatever_its_processes_do(monkeypatch: pytest.MonkeyPatch)
     assert not world.directory.exists()
 
 
-def test_a_world_that_does_not_come_up_shows_the_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_world_that_does_not_come_up_shows_the_logs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with (
-        pytest.raises(MigrationError, match=r"(?s)receiver did not start:.*there is no such section") as info,
+        pytest.raises(
+            MigrationError, match=r"(?s)receiver did not start:.*there is no such section"
+        ) as info,
         loopback_world(8 * MIB, config="[nonsense]"),
     ):
         pass
     assert "--- receiver ---" in info.value.__notes__[0]
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("d" * 100)))
     (tmp_path / ("d" * 100)).mkdir()
-    with pytest.raises(MigrationError, match=r"choose a shorter one \(see TMPDIR\)"), loopback_world(8 * MIB):
+    with (
+        pytest.raises(MigrationError, match=r"choose a shorter one \(see TMPDIR\)"),
+        loopback_world(8 * MIB),
+    ):
         pass
 
 
@@ -386,14 +409,19 @@ def steps(domain: SimulatedDomain) -> list[int]:
 
 
 def answer(
-    source: SimulatedDomain, target: SimulatedDomain, ring: PagingRing, requests: Iterable[PagingRequest]
+    source: SimulatedDomain,
+    target: SimulatedDomain,
+    ring: PagingRing,
+    requests: Iterable[PagingRequest],
 ) -> None:
     for request in requests:
         target.load(pfns(request.pfn), read(source, pfns(request.pfn))[1] or None)
         ring.respond([request])
 
 
-def wait_for_requests(ring: PagingRing, count: int, timeout_s: float = WAIT_S) -> list[PagingRequest]:
+def wait_for_requests(
+    ring: PagingRing, count: int, timeout_s: float = WAIT_S
+) -> list[PagingRequest]:
     requests: list[PagingRequest] = []
     deadline = time.monotonic() + timeout_s
     while len(requests) < count:

@@ -46,7 +46,11 @@ async def test_a_guest_is_migrated_and_its_link_is_cut(
         link.cut()
 
     outcome = await migrate(
-        clean_hosts, busy(name), terms=Terms(checksums, tls=files()), sender_tls=files(), meanwhile=meanwhile
+        clean_hosts,
+        busy(name),
+        terms=Terms(checksums, tls=files()),
+        sender_tls=files(),
+        meanwhile=meanwhile,
     )
     assert outcome.error is None
     assert outcome.migration.statistics.rejoins == 1
@@ -78,7 +82,9 @@ async def test_who_is_not_to_be_trusted_is_refused(
         how = dict(how)
         return files(*how.pop("names", ()), **how)  # type: ignore[misc]
 
-    outcome = await migrate(clean_hosts, busy(name), terms=Terms(tls=made(receiver)), sender_tls=made(sender))
+    outcome = await migrate(
+        clean_hosts, busy(name), terms=Terms(tls=made(receiver)), sender_tls=made(sender)
+    )
     assert outcome.error is not None
     assert sender_is_told in str(outcome.error)
     assert receiver_says in caplog.text
@@ -107,7 +113,9 @@ async def test_a_client_without_a_certificate_is_refused(
 
         await trio.to_thread.run_sync(call)
 
-    outcome = await migrate(clean_hosts, busy(name), terms=Terms(tls=files()), sender_tls=files(), meanwhile=meanwhile)
+    outcome = await migrate(
+        clean_hosts, busy(name), terms=Terms(tls=files()), sender_tls=files(), meanwhile=meanwhile
+    )
     assert outcome.error is None
     assert said == ["TLSV13_ALERT_CERTIFICATE_REQUIRED"]
     assert "the peer has no certificate" in caplog.text
@@ -115,12 +123,18 @@ async def test_a_client_without_a_certificate_is_refused(
 
 async def receive(reception: Reception, nursery: trio.Nursery) -> int:
     """Run a listener before ``reception``; returns its port."""
-    listeners = await nursery.start(functools.partial(trio.serve_tcp, reception.receive, 0, host=HOST))
+    listeners = await nursery.start(
+        functools.partial(trio.serve_tcp, reception.receive, 0, host=HOST)
+    )
     return int(listeners[0].socket.getsockname()[1])
 
 
-@pytest.mark.parametrize("beginning", [b"", b"\x16"], ids=["nothing", "the beginning of a handshake"])
-async def test_strangers_that_never_shake_hands_take_no_threads(files: Callable[..., Tls], beginning: bytes) -> None:
+@pytest.mark.parametrize(
+    "beginning", [b"", b"\x16"], ids=["nothing", "the beginning of a handshake"]
+)
+async def test_strangers_that_never_shake_hands_take_no_threads(
+    files: Callable[..., Tls], beginning: bytes
+) -> None:
     """Invariant 7: none of those that migrations wait for, and none of their own."""
     strangers = 50
     reception = Reception(lambda _greeting: AwaitedLanes(), Terms(tls=files()))
@@ -130,7 +144,9 @@ async def test_strangers_that_never_shake_hands_take_no_threads(files: Callable[
             port = await receive(reception, nursery)
             for _ in range(strangers):
                 connections.enter_context(socket.create_connection((HOST, port))).send(beginning)
-            await until(lambda: len(reception._strangers) == strangers and not STRANGERS.borrowed_tokens)
+            await until(
+                lambda: len(reception._strangers) == strangers and not STRANGERS.borrowed_tokens
+            )
             assert limiter.borrowed_tokens == 0
             assert threading.active_count() < threads + strangers
             nursery.cancel_scope.cancel()
@@ -156,7 +172,10 @@ async def test_a_stranger_that_is_refused_and_still_sends_is_kept_no_longer(
 
 @pytest.mark.parametrize("crowd", ["MAX_STRANGERS", "MAX_STRANGERS_OF_ADDRESS"])
 async def test_behind_a_crowd_of_strangers_a_peer_is_received(
-    files: Callable[..., Tls], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, crowd: str
+    files: Callable[..., Tls],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    crowd: str,
 ) -> None:
     """Those that have been silent for longest are ended, from one address or from many."""
     monkeypatch.setattr(accept, crowd, 5)
@@ -166,7 +185,9 @@ async def test_behind_a_crowd_of_strangers_a_peer_is_received(
         port = await receive(reception, nursery)
         strangers = []
         for number in range(12):
-            stranger = await trio.open_tcp_stream(HOST, port, local_address=f"127.0.0.{number % 2 + 1}")
+            stranger = await trio.open_tcp_stream(
+                HOST, port, local_address=f"127.0.0.{number % 2 + 1}"
+            )
             strangers.append(stranger)
         lane = await DialledLanes((HOST, port), "s", Terms(tls=files())).push()
         await until(awaited._push.come.is_set)
@@ -209,11 +230,15 @@ async def test_both_directions_at_once(files: Callable[..., Tls]) -> None:
     ends: list[LaneConnection] = []
 
     async def accept() -> None:
-        ends.append(LaneConnection(await made.accepted(theirs, 10), Terms(checksums=True, tls=made)))
+        ends.append(
+            LaneConnection(await made.accepted(theirs, 10), Terms(checksums=True, tls=made))
+        )
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(accept)
-        ends.append(LaneConnection(await made.connected(ours, HOST, 10), Terms(checksums=True, tls=made)))
+        ends.append(
+            LaneConnection(await made.connected(ours, HOST, 10), Terms(checksums=True, tls=made))
+        )
     greeting = hello(Lane.PUSH, "s", requires=("checksums",))
     from migrate.protocol.messages import Pages
     from migrate.protocol.pfns import pfn_array
@@ -262,8 +287,14 @@ class Peer:
     [
         ((), "is for nobody"),
         ((("DirName", ((("commonName", "host"),),)),), "is for nobody"),
-        ((("URI", "spiffe://host"), ("othername", "<unsupported>")), "is for <unsupported>, spiffe://host"),
-        ((("DNS", "h\x1b]0;x\x07\u202est"), ("IP Address", "10.0.0.1")), "is for 10.0.0.1, h ]0;x  st,"),
+        (
+            (("URI", "spiffe://host"), ("othername", "<unsupported>")),
+            "is for <unsupported>, spiffe://host",
+        ),
+        (
+            (("DNS", "h\x1b]0;x\x07\u202est"), ("IP Address", "10.0.0.1")),
+            "is for 10.0.0.1, h ]0;x  st,",
+        ),
         ((("DNS", "höst"),), "is for höst"),
     ],
 )

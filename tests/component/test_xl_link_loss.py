@@ -126,7 +126,9 @@ def test_a_receiver_that_is_killed_afterwards(xl: CuttableXl) -> None:
 
 
 @pytest.mark.parametrize("again", ["", "sender", "receiver"])
-def test_a_sender_that_is_killed_afterwards_takes_the_pages_with_it(xl: CuttableXl, again: str) -> None:
+def test_a_sender_that_is_killed_afterwards_takes_the_pages_with_it(
+    xl: CuttableXl, again: str
+) -> None:
     """What xl has destroyed lives by the sender's mappings alone.  It is said at both ends, and not called a success."""
     xl.go()
     xl.wait_for("postcopy", "postcopy")
@@ -142,13 +144,21 @@ def test_a_sender_that_is_killed_afterwards_takes_the_pages_with_it(xl: Cuttable
     until(lambda: xl.line("receiver")["phase"] == "lost", "it is not told")
     if again == "receiver":
         xl.restart("receiver")
-        until(lambda: "exist nowhere any more" in xl.line("receiver")["problem"], "its successor does not know")
+        until(
+            lambda: "exist nowhere any more" in xl.line("receiver")["problem"],
+            "its successor does not know",
+        )
     line = xl.line("receiver")
     assert "pages that exist nowhere any more: destroy it (xl destroy" in line["problem"]
-    with pytest.raises(MigrationError, match="exist nowhere any more"):  # so that it is not saved with holes
+    with pytest.raises(
+        MigrationError, match="exist nowhere any more"
+    ):  # so that it is not saved with holes
         xl.world.ask("receiver", command="await-memory", domid=xl.destination.domid)
     xl.world.check_alive()
     xl.destination.destroy()
     until(lambda: xl.line("receiver")["phase"] == "failed", "it is not noticed")
     if again == "sender":
-        until(lambda: not list((xl.world.directory / "source.sock.state/sender").iterdir()), "it is owed still")
+        until(
+            lambda: not list((xl.world.directory / "source.sock.state/sender").iterdir()),
+            "it is owed still",
+        )

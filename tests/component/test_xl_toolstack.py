@@ -72,7 +72,9 @@ async def test_a_domain_is_left_to_an_xl_that_is_still_at_it(
     assert domain.destroyed_by == "xl"
 
 
-async def test_what_an_xl_leaves_that_has_ended_is_destroyed_at_once(xl: subprocess.Popen[bytes]) -> None:
+async def test_what_an_xl_leaves_that_has_ended_is_destroyed_at_once(
+    xl: subprocess.Popen[bytes],
+) -> None:
     domain = Suspended()
     with trio.fail_after(50):
         async with trio.open_nursery() as nursery:
@@ -84,7 +86,9 @@ async def test_what_an_xl_leaves_that_has_ended_is_destroyed_at_once(xl: subproc
 
 
 @pytest.mark.parametrize("pid", [0, 1])
-async def test_where_xl_is_not_known_it_has_time(pid: int, autojump_clock: trio.testing.MockClock) -> None:
+async def test_where_xl_is_not_known_it_has_time(
+    pid: int, autojump_clock: trio.testing.MockClock
+) -> None:
     """To a sender that was started anew, or where the helper was init's child already."""
     domain = Suspended()
     assert await finished(pid, domain) >= UNKNOWN_XL_S

@@ -82,7 +82,9 @@ class Contents:
                 data, done = batch[mapped.status == PageStatus.DATA], 0
                 for piece in mapped.data:
                     count = len(piece) // PAGE_SIZE
-                    self.pages[data[done : done + count]] = np.frombuffer(piece, dtype=np.uint8).reshape(-1, PAGE_SIZE)
+                    self.pages[data[done : done + count]] = np.frombuffer(
+                        piece, dtype=np.uint8
+                    ).reshape(-1, PAGE_SIZE)
                     done += count
 
     def __getitem__(self, which: PfnArray) -> bytes:
@@ -154,8 +156,12 @@ class Native:
         assert pages is not None
         self._domain = pages.domain
         pointer, pfn = ctypes.c_void_p, ctypes.c_uint64
-        self._look = ctypes.CFUNCTYPE(ctypes.c_int, pointer, pfn, ctypes.POINTER(pointer))(pages.look)
-        self._looked = ctypes.CFUNCTYPE(None, pointer, pointer)(pages.looked) if pages.looked else None
+        self._look = ctypes.CFUNCTYPE(ctypes.c_int, pointer, pfn, ctypes.POINTER(pointer))(
+            pages.look
+        )
+        self._looked = (
+            ctypes.CFUNCTYPE(None, pointer, pointer)(pages.looked) if pages.looked else None
+        )
         self._load = ctypes.CFUNCTYPE(ctypes.c_int, pointer, pfn, ctypes.c_char_p)(pages.load)
 
     @contextlib.contextmanager
@@ -169,7 +175,9 @@ class Native:
 
     def look(self, pfn: int) -> tuple[int, bytes]:
         with self.looking(pfn) as (status, address):
-            return status, ctypes.string_at(address, PAGE_SIZE) if status == PageStatus.DATA else b""
+            return status, ctypes.string_at(
+                address, PAGE_SIZE
+            ) if status == PageStatus.DATA else b""
 
     def load(self, pfn: int, contents: bytes | None) -> int:
         result: int = self._load(self._domain, pfn, contents)
@@ -204,7 +212,11 @@ def test_domains_are_found_by_name_and_number(lab: Lab) -> None:
         find_domain(lab.hypervisor.domains(), "nobody")
     for handle in (None, info.handle):
         found = lab.hypervisor.open(info.domid, handle)
-        assert (found.info().name, found.info().domid, found.handle) == (info.name, info.domid, info.handle)
+        assert (found.info().name, found.info().domid, found.handle) == (
+            info.name,
+            info.domid,
+            info.handle,
+        )
         found.close()
         found.close()
     with pytest.raises(NoSuchDomainError, match="another domain has this number now"):
@@ -250,8 +262,14 @@ def free_pages(lab: Lab) -> int:
     config, least, most = lab.config(), 1, 2**28
     while most - least > 1:
         pages = (least + most) // 2
-        problems = lab.hypervisor.preflight(dataclasses.replace(config, max_pages=pages), paging=True).problems
-        least, most = (least, pages) if any("not enough memory" in text for text in problems) else (pages, most)
+        problems = lab.hypervisor.preflight(
+            dataclasses.replace(config, max_pages=pages), paging=True
+        ).problems
+        least, most = (
+            (least, pages)
+            if any("not enough memory" in text for text in problems)
+            else (pages, most)
+        )
     return least
 
 
@@ -304,7 +322,9 @@ def test_a_domain_is_found_whose_maker_died_before_it_noted_the_number(lab: Lab)
     assert lab.hypervisor.abandoned(config) == []
 
 
-def test_a_domain_that_takes_a_guest_s_place_is_found_as_well_and_the_guest_is_not(lab: Lab) -> None:
+def test_a_domain_that_takes_a_guest_s_place_is_found_as_well_and_the_guest_is_not(
+    lab: Lab,
+) -> None:
     source = lab.guest()
     config = source.config()
     assert lab.hypervisor.abandoned(config, instead_of=source) == []
@@ -509,7 +529,9 @@ def test_a_guest_moves_into_a_domain_that_takes_its_place(lab: Lab) -> None:
     target.set_context(context)
     target.start()
     source.destroy()
-    assert [info.domid for info in lab.hypervisor.domains() if info.name == config.name] == [target.domid]
+    assert [info.domid for info in lab.hypervisor.domains() if info.name == config.name] == [
+        target.domid
+    ]
     lab.wait_for_work(target)
     assert lab.work(target) > worked
     assert lab.errors(target) == 0
@@ -545,7 +567,13 @@ def test_no_write_escapes_log_dirty(lab: Lab, folder: Path) -> None:
 
 # ---- pages ----
 @pytest.mark.parametrize(
-    "count", [1, 1023, *(pytest.param(count, marks=pytest.mark.eviction) for count in (1024, 1025)), 100_000]
+    "count",
+    [
+        1,
+        1023,
+        *(pytest.param(count, marks=pytest.mark.eviction) for count in (1024, 1025)),
+        100_000,
+    ],
 )
 def test_batches_of_any_size(lab: Lab, count: int) -> None:
     domain = lab.incoming(nr_pfns=max(count, 64))
@@ -713,7 +741,10 @@ def test_without_a_ring_nothing_is_paged(lab: Lab) -> None:
     domain = lab.incoming()
     domain.populate(pfns(1))
     before = domain.info().tot_pages
-    for call in (lambda: domain.populate_evicted(pfns(1, 2)), lambda: domain.load(pfns(1), page(1))):
+    for call in (
+        lambda: domain.populate_evicted(pfns(1, 2)),
+        lambda: domain.load(pfns(1), page(1)),
+    ):
         with pytest.raises(XenError, match="ENODEV"):
             call()
     assert domain.info().tot_pages == before
@@ -770,7 +801,9 @@ def test_a_vcpu_goes_on_only_when_it_was_answered(lab: Lab, folder: Path) -> Non
     assert lab.stands_still(domain) and not ring.requests()  # a paused domain asks for nothing
     domain.unpause()
     requests = wait_for_requests(ring)
-    assert all(request.vcpu_waits and request.pfn in out and not request.is_drop for request in requests)
+    assert all(
+        request.vcpu_waits and request.pfn in out and not request.is_drop for request in requests
+    )
     for pfn in {request.pfn for request in requests}:
         domain.load(pfns(pfn), contents[pfns(pfn)])
         out.discard(pfn)
@@ -833,9 +866,18 @@ def test_pages_are_evicted_under_a_running_guest(lab: Lab, folder: Path) -> None
 
 # ---- the pager that dies ----
 @contextlib.contextmanager
-def pager(lab: Lab, domain: Domain, contents: Contents, *options: str) -> Iterator[subprocess.Popen[str]]:
+def pager(
+    lab: Lab, domain: Domain, contents: Contents, *options: str
+) -> Iterator[subprocess.Popen[str]]:
     """A pager in a process of its own."""
-    command = [sys.executable, "-m", "tests.support.pager_process", *lab.attach, *options, str(domain.domid)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.support.pager_process",
+        *lab.attach,
+        *options,
+        str(domain.domid),
+    ]
     process = zygote.Popen(
         [*command, str(contents.path), str(contents.out)], cwd=TREE,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -855,7 +897,9 @@ def wait_for_line(process: subprocess.Popen[str], wanted: Callable[[str], bool])
     assert process.stdout is not None
     deadline = time.monotonic() + 2 * WAIT_S
     while True:
-        assert select.select([process.stdout], [], [], max(deadline - time.monotonic(), 0))[0], "the pager is silent"
+        assert select.select([process.stdout], [], [], max(deadline - time.monotonic(), 0))[0], (
+            "the pager is silent"
+        )
         line = process.stdout.readline()
         assert line, f"the pager has ended: {process.wait()}"
         if wanted(line.strip()):
@@ -947,7 +991,10 @@ def test_held_pages_are_readable_when_the_domain_is_gone(lab: Lab) -> None:
         assert status == [PageStatus.DATA] * len(which)
         assert contents == b"".join(page(i) for i in which.tolist())
     native = Native(domain)
-    assert [native.look(pfn) for pfn in (7, 19)] == [(PageStatus.DATA, page(7)), (PageStatus.DATA, page(19))]
+    assert [native.look(pfn) for pfn in (7, 19)] == [
+        (PageStatus.DATA, page(7)),
+        (PageStatus.DATA, page(19)),
+    ]
     # Let go while somebody looks:
     with domain.map_pages(span(8, 4)) as mapped, native.looking(6) as (_status, address):
         domain.release(span(5, 15))
@@ -984,7 +1031,9 @@ def test_holding_a_guest_s_memory_changes_nothing_for_it(lab: Lab) -> None:
     before = domain.pinned(there)
     for _again in range(2):
         domain.hold(there)
-        assert len(np.setdiff1d(domain.pinned(there), before)) < 20  # it lives, and may have registered some
+        assert (
+            len(np.setdiff1d(domain.pinned(there), before)) < 20
+        )  # it lives, and may have registered some
     lab.wait_for_work(domain)
     domain.suspend()
     domain.hold(there)
@@ -1009,7 +1058,9 @@ def test_a_toolstack_s_domain_is_bound_to_be_restored_into(lab: Lab) -> None:
     ring.close()
     domain.close()
     with pytest.raises(XenError) as info:
-        lab.hypervisor.bind_incoming(made.domid, dataclasses.replace(config, vcpus=2), ToolstackPorts(1, 2))
+        lab.hypervisor.bind_incoming(
+            made.domid, dataclasses.replace(config, vcpus=2), ToolstackPorts(1, 2)
+        )
     assert info.value.errno == errno.EINVAL
     made.destroy()
     with pytest.raises(NoSuchDomainError):
@@ -1061,7 +1112,9 @@ def test_disabling_while_pages_are_out_kills_the_guest(lab: Lab, folder: Path) -
     domain.destroy()
 
 
-def test_a_vcpu_whose_request_was_not_answered_stands_still_without_the_ring(lab: Lab, folder: Path) -> None:
+def test_a_vcpu_whose_request_was_not_answered_stands_still_without_the_ring(
+    lab: Lab, folder: Path
+) -> None:
     domain = lab.guest()
     ring = domain.paging_enable()
     domain.pause()

@@ -15,7 +15,12 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build/native"
 FUZZ = BUILD / "fuzz"
 FLAGS: list[str] = runpy.run_path(str(ROOT / "xenbackend/native/flags.py"))["FLAGS"]
-INCLUDE = ["-Ixenbackend/native", "-Imigrate/fastpath/native", "-Imigrate/lanes/native", f"-I{FUZZ.relative_to(ROOT)}"]
+INCLUDE = [
+    "-Ixenbackend/native",
+    "-Imigrate/fastpath/native",
+    "-Imigrate/lanes/native",
+    f"-I{FUZZ.relative_to(ROOT)}",
+]
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -73,7 +73,11 @@ def main() -> None:
     print(f"\n{'Name':40} {'Lines':>5} {'Miss':>5} {'Cover':>6}   Missing")
     for path in sorted(COPY.glob("**/native/*.c")):
         source = path.relative_to(COPY)
-        if source.parts[0] == "tests" or source.name.startswith("_") or source.is_relative_to(ELSEWHERE):
+        if (
+            source.parts[0] == "tests"
+            or source.name.startswith("_")
+            or source.is_relative_to(ELSEWHERE)
+        ):
             continue
         counts = lines_of(source)
         missed = sorted(number for number, count in counts.items() if not count)

@@ -41,7 +41,12 @@ TESTS = (
     "conformance/test_conformance.py",
 )
 """test_frames.py runs no native code; the frames of native code are in test_fault_path.py."""
-MODULES = ("migrate.lanes._bulk", "migrate.fastpath._fault", "xenbackend._ring", "xenbackend.simulated._sim")
+MODULES = (
+    "migrate.lanes._bulk",
+    "migrate.fastpath._fault",
+    "xenbackend._ring",
+    "xenbackend.simulated._sim",
+)
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g"
 LOOPBACK = [
     "-m",

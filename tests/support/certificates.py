@@ -35,7 +35,9 @@ def files(tmp_path: Path) -> Callable[..., Tls]:
         folder.mkdir()
         names = names or (HOST,)
         certificate = (
-            signed_by.issue_cert(*names, not_before=LONG_AGO, not_after=LONG_AGO + datetime.timedelta(days=1))
+            signed_by.issue_cert(
+                *names, not_before=LONG_AGO, not_after=LONG_AGO + datetime.timedelta(days=1)
+            )
             if expired
             else signed_by.issue_cert(*names)
         )

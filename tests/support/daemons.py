@@ -57,15 +57,24 @@ def note(world: World, which: str, step: str) -> None:
 SLOW = 4 * MIB
 
 
-def boot(world: World, name: str = "guest", *, domid: int | None = None, **options: Any) -> GuestSpec:
-    defaults: dict[str, Any] = {"workload": "random", "working_set_bytes": 8 * MIB, "zero_permille": 0, "rate": 2000}
+def boot(
+    world: World, name: str = "guest", *, domid: int | None = None, **options: Any
+) -> GuestSpec:
+    defaults: dict[str, Any] = {
+        "workload": "random",
+        "working_set_bytes": 8 * MIB,
+        "zero_permille": 0,
+        "rate": 2000,
+    }
     spec = GuestSpec(name, 16 * MIB, 2, **{**defaults, **options})
     with world.source.create_guest(spec.to_bytes(), domid=domid) as guest:
         wait_for_steps(guest, 20)
     return spec
 
 
-def begin(world: World, domain: str, which: str = "sender", bandwidth: int = SLOW, **options: Any) -> None:
+def begin(
+    world: World, domain: str, which: str = "sender", bandwidth: int = SLOW, **options: Any
+) -> None:
     """A migration that goes on without us."""
     with world.control(which) as client:
         client.say(
@@ -82,4 +91,7 @@ def copying(world: World) -> bool:
 
 def states(world: World, name: str) -> dict[str, list[str]]:
     hosts = {"source": world.source, "destination": world.destination}
-    return {which: [i.state.value for i in host.domains() if i.name == name] for which, host in hosts.items()}
+    return {
+        which: [i.state.value for i in host.domains() if i.name == name]
+        for which, host in hosts.items()
+    }

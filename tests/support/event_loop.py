@@ -30,7 +30,9 @@ BETWEEN = (
     __file__,
 )
 """Files whose calls are somebody else's: those of their callers."""
-NOT_BY_DAEMONS = tuple(str(TREE / "migrate" / name) for name in ("cli/", "xl/", "loopback.py", "client.py"))
+NOT_BY_DAEMONS = tuple(
+    str(TREE / "migrate" / name) for name in ("cli/", "xl/", "loopback.py", "client.py")
+)
 AT_START = ("listen_unix", "_serve", "_take_up", "__init__")
 """Functions that run while nothing is served yet."""
 EVENTS = {
@@ -90,7 +92,12 @@ def watch(*classes: type) -> None:
     """Have the methods of these classes raise :class:`BlockingCallError` in the event loop's thread."""
     for cls in classes:
         for name, function in list(vars(cls).items()):
-            if callable(function) and not name.startswith("_") and name not in QUICK and not isinstance(function, type):
+            if (
+                callable(function)
+                and not name.startswith("_")
+                and name not in QUICK
+                and not isinstance(function, type)
+            ):
                 setattr(cls, name, _watched(f"{cls.__name__}.{name}", function))
 
 

@@ -102,13 +102,19 @@ class Memory:
         wanted = pfns.tolist()
         statuses = [PageStatus.ZERO if self.is_zero(pfn) else PageStatus.DATA for pfn in wanted]
         data = [memoryview(contents(pfn)) for pfn in wanted if not self.is_zero(pfn)]
-        return contextlib.nullcontext(SimpleNamespace(status=np.array(statuses, dtype=np.uint8), data=data))
+        return contextlib.nullcontext(
+            SimpleNamespace(status=np.array(statuses, dtype=np.uint8), data=data)
+        )
 
     def load(self, pfns: PfnArray, pages: Buffer | None) -> NDArray[np.int32]:
         views = [
-            None if pages is None else memoryview(pages)[i * PAGE_SIZE : (i + 1) * PAGE_SIZE] for i in range(len(pfns))
+            None if pages is None else memoryview(pages)[i * PAGE_SIZE : (i + 1) * PAGE_SIZE]
+            for i in range(len(pfns))
         ]
-        return np.array([self._load(pfn, view) for pfn, view in zip(pfns.tolist(), views, strict=True)], dtype=np.int32)
+        return np.array(
+            [self._load(pfn, view) for pfn, view in zip(pfns.tolist(), views, strict=True)],
+            dtype=np.int32,
+        )
 
     def _load(self, pfn: int, page: memoryview | None) -> int:
         if self.refusals:
@@ -137,14 +143,18 @@ class Memory:
 
         @ffi.callback("int(void *, uint64_t, const void *)")  # type: ignore[untyped-decorator]
         def load(_domain: Any, pfn: int, page: Any) -> int:
-            return self._load(pfn, None if page == ffi.NULL else memoryview(ffi.buffer(page, PAGE_SIZE)))
+            return self._load(
+                pfn, None if page == ffi.NULL else memoryview(ffi.buffer(page, PAGE_SIZE))
+            )
 
         @ffi.callback("void(void *, const void *)")  # type: ignore[untyped-decorator]
         def looked(_domain: Any, page: Any) -> None:
             self.looking.remove(page)
 
         self._kept += [look, looked, load]
-        return NativePages(0, *(int(ffi.cast("uintptr_t", function)) for function in (look, looked, load)))
+        return NativePages(
+            0, *(int(ffi.cast("uintptr_t", function)) for function in (look, looked, load))
+        )
 
 
 class Destination:
@@ -242,8 +252,12 @@ class Destination:
         self.turn()
 
     def push(self, pfns: list[int]) -> None:
-        data, zeros = ([pfn for pfn in pfns if Memory.is_zero(pfn) == zero] for zero in (False, True))
+        data, zeros = (
+            [pfn for pfn in pfns if Memory.is_zero(pfn) == zero] for zero in (False, True)
+        )
         self.pager.pushed(
-            Pages(pfn_array(data), pfn_array(zeros)), memoryview(b"".join(map(contents, data))), lambda _s: False
+            Pages(pfn_array(data), pfn_array(zeros)),
+            memoryview(b"".join(map(contents, data))),
+            lambda _s: False,
         )
         self.xen.take_answers()

@@ -30,5 +30,10 @@ def busy(name: str, **options: object) -> GuestSpec:
     """A guest that goes over all its memory again and again: it touches pages that are not there,
     and reads damage soon.
     """
-    defaults: dict[str, object] = {"vcpus": 2, "working_set_bytes": 16 * MIB, "zero_permille": 0, "rate": RATE}
+    defaults: dict[str, object] = {
+        "vcpus": 2,
+        "working_set_bytes": 16 * MIB,
+        "zero_permille": 0,
+        "rate": RATE,
+    }
     return GuestSpec(name, 16 * MIB, **{**defaults, **options})  # type: ignore[arg-type]

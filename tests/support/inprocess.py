@@ -69,10 +69,16 @@ async def migrate(
     await trio.to_thread.run_sync(wait_for_steps, guest, 100)
     guest.close()
     journal = Journal(world.directory / "journal")
-    config = Config(NetworkConfig(checksums=terms.checksums, silence_s=terms.silence_s), _tls_config(terms.tls))
-    receiver = ReceiverDaemon(world.destination, world.receiver_socket, config, Journal(world.directory / "arrivals"))
+    config = Config(
+        NetworkConfig(checksums=terms.checksums, silence_s=terms.silence_s), _tls_config(terms.tls)
+    )
+    receiver = ReceiverDaemon(
+        world.destination, world.receiver_socket, config, Journal(world.directory / "arrivals")
+    )
     # Slow enough that the guest touches pages before they are pushed, however busy the machine is.
-    options = options or MigrationOptions(strategy, PolicyOptions(max_rounds=2), bandwidth_bytes_per_s=32 * 2**20)
+    options = options or MigrationOptions(
+        strategy, PolicyOptions(max_rounds=2), bandwidth_bytes_per_s=32 * 2**20
+    )
     with trio.fail_after(timeout_s):
         async with trio.open_nursery() as nursery:
             receiver._nursery = nursery
@@ -80,12 +86,20 @@ async def migrate(
             async def receive(stream: trio.SocketStream) -> None:
                 await isolated("a connection", receiver.reception.receive, stream)
 
-            listeners = await nursery.start(functools.partial(trio.serve_tcp, receive, 0, host="127.0.0.1"))
+            listeners = await nursery.start(
+                functools.partial(trio.serve_tcp, receive, 0, host="127.0.0.1")
+            )
             session = new_id()
-            between = await link(nursery, ("127.0.0.1", listeners[0].socket.getsockname()[1]), budgets)
-            lanes = DialledLanes(("127.0.0.1", between.port), session, replace(terms, tls=sender_tls))
+            between = await link(
+                nursery, ("127.0.0.1", listeners[0].socket.getsockname()[1]), budgets
+            )
+            lanes = DialledLanes(
+                ("127.0.0.1", between.port), session, replace(terms, tls=sender_tls)
+            )
             target = find_domain(world.source.domains(), spec.name).id
-            outcome = Outcome(OutgoingMigration(session, world.source, target, lanes, options, journal))
+            outcome = Outcome(
+                OutgoingMigration(session, world.source, target, lanes, options, journal)
+            )
             outcome.receiver = receiver
             if meanwhile is not None:
                 nursery.start_soon(meanwhile, outcome, between)
@@ -103,7 +117,11 @@ async def migrate(
 
 
 def _tls_config(tls: Tls | None) -> TlsConfig:
-    return TlsConfig() if tls is None else TlsConfig(str(tls.certificate), str(tls.key), str(tls.authority), tls.peers)
+    return (
+        TlsConfig()
+        if tls is None
+        else TlsConfig(str(tls.certificate), str(tls.key), str(tls.authority), tls.peers)
+    )
 
 
 async def verification(world: World, spec: GuestSpec) -> Verification:

@@ -123,12 +123,16 @@ class SimulatedLab(Lab):
 
     def config(self, nr_pfns: int = 1024, vcpus: int = 1) -> DomainConfig:
         self._count += 1
-        return GuestSpec(f"{self._name}-in{self._count}", nr_pfns * PAGE_SIZE, vcpus).domain_config()
+        return GuestSpec(
+            f"{self._name}-in{self._count}", nr_pfns * PAGE_SIZE, vcpus
+        ).domain_config()
 
     def config_beside(self, source: Domain) -> DomainConfig:
         spec = GuestSpec.from_bytes(source.config().platform)
         self._count += 1
-        return GuestSpec(**{**spec.__dict__, "name": f"{spec.name}-in{self._count}"}).domain_config()
+        return GuestSpec(
+            **{**spec.__dict__, "name": f"{spec.name}-in{self._count}"}
+        ).domain_config()
 
     def another(self) -> Hypervisor:
         return SimulatedHypervisor(self._world.directory / "source.sock")

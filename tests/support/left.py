@@ -24,7 +24,14 @@ class NoLanes:
         pass
 
 
-FACTS: dict[str, Any] = {"xl": False, "domid": DOMID, "handle": "09" * 16, "key": "00", "dials": None, "rejoins": 0}
+FACTS: dict[str, Any] = {
+    "xl": False,
+    "domid": DOMID,
+    "handle": "09" * 16,
+    "key": "00",
+    "dials": None,
+    "rejoins": 0,
+}
 
 
 def left_by_a_sender(host: Hypervisor, journal: Journal, step: str) -> OutgoingMigration:

@@ -67,7 +67,9 @@ class Libxl:
     """Not answered: libxl is held up there, until :meth:`kill`."""
 
     def start(self) -> None:
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("XEN_POSTCOPY")}
+        environment = {
+            key: value for key, value in os.environ.items() if not key.startswith("XEN_POSTCOPY")
+        }
         xl = ["sh", "-c", '"$@"; exit $?', "xl"] if self.ends_with_helper else []
         self.process = zygote.Popen[bytes](
             [*xl, *HELPER, self.mode, str(self.io_fd), *map(str, self.numbers)],

@@ -133,7 +133,9 @@ def _reset(stream: trio.SocketStream) -> None:
     stream.socket.close()
 
 
-async def link(nursery: trio.Nursery, to: tuple[str, int], budgets: list[int | None] | None = None) -> Link:
+async def link(
+    nursery: trio.Nursery, to: tuple[str, int], budgets: list[int | None] | None = None
+) -> Link:
     """One that carries until the nursery ends."""
     made = Link(to, budgets)
     (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
@@ -176,7 +178,9 @@ class LinkInThread:
 Patch = pytest.MonkeyPatch
 
 
-def cut_when(monkeypatch: Patch, cls: type, said: type[m.Message], *, before: bool, down: bool = False) -> list[Link]:
+def cut_when(
+    monkeypatch: Patch, cls: type, said: type[m.Message], *, before: bool, down: bool = False
+) -> list[Link]:
     """Cut the link the first time an end says this, before it is sent or after.  The link is to be
     put into the list.
     """

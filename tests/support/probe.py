@@ -15,18 +15,31 @@ from pathlib import Path
 
 def found() -> dict[str, object]:
     main = sys.modules["__main__"]
-    status = dict(line.split(":\t", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    descriptors = {fd: os.path.realpath(f"/proc/self/fd/{fd}") for fd in map(int, os.listdir("/proc/self/fd"))}
+    status = dict(
+        line.split(":\t", 1) for line in Path("/proc/self/status").read_text().splitlines()
+    )
+    descriptors = {
+        fd: os.path.realpath(f"/proc/self/fd/{fd}") for fd in map(int, os.listdir("/proc/self/fd"))
+    }
     umask = os.umask(0)
     os.umask(umask)
     return {
         "argv": sys.argv,
         "orig_argv": sys.orig_argv,
-        "main": (main.__name__, main.__package__, main.__spec__ and main.__spec__.name, sys.path[0]),
+        "main": (
+            main.__name__,
+            main.__package__,
+            main.__spec__ and main.__spec__.name,
+            sys.path[0],
+        ),
         # readline puts the size of the terminal into the environment of a process that does not ask for that.
-        "environment": {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")},
+        "environment": {
+            key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")
+        },
         "directory": os.getcwd(),
-        "descriptors": sorted(fd for fd, path in descriptors.items() if not path.startswith("/proc/")),
+        "descriptors": sorted(
+            fd for fd, path in descriptors.items() if not path.startswith("/proc/")
+        ),
         "streams": [
             (stream.encoding, stream.errors, stream.line_buffering, stream.mode, stream.isatty())
             for stream in (sys.stdin, sys.stdout, sys.stderr)
@@ -36,8 +49,14 @@ def found() -> dict[str, object]:
         "session": os.getsid(0) == os.getpid() or os.getsid(0),
         "signals": [status[key] for key in ("SigBlk", "SigIgn", "SigCgt")],
         "interrupt": signal.getsignal(signal.SIGINT) is signal.default_int_handler,
-        "limits": [resource.getrlimit(which) for which in (resource.RLIMIT_NOFILE, resource.RLIMIT_MEMLOCK)],
-        "priority": (os.getpriority(os.PRIO_PROCESS, 0), os.sched_getscheduler(0), sorted(os.sched_getaffinity(0))),
+        "limits": [
+            resource.getrlimit(which) for which in (resource.RLIMIT_NOFILE, resource.RLIMIT_MEMLOCK)
+        ],
+        "priority": (
+            os.getpriority(os.PRIO_PROCESS, 0),
+            os.sched_getscheduler(0),
+            sorted(os.sched_getaffinity(0)),
+        ),
         "threads": [thread.name for thread in threading.enumerate()],
         "umask": umask,
         "collects": gc.isenabled(),

@@ -27,7 +27,12 @@ EVERY_S = 0.02
 
 def slow_guest(name: str, memory: int = 32 * MIB, **others: Any) -> GuestSpec:
     """Slow enough that its memory does not come by faults, before anything could be sent back."""
-    defaults: dict[str, Any] = {"workload": "random", "working_set_bytes": 16 * MIB, "zero_permille": 0, "rate": 2000}
+    defaults: dict[str, Any] = {
+        "workload": "random",
+        "working_set_bytes": 16 * MIB,
+        "zero_permille": 0,
+        "rate": 2000,
+    }
     return GuestSpec(name, memory, 2, **{**defaults, **others})
 
 
@@ -37,7 +42,10 @@ def options(strategy: Strategy = Strategy.POSTCOPY, **others: Any) -> MigrationO
 
 
 async def protected(
-    hosts: World, spec: GuestSpec, meanwhile: Meanwhile | None = None, with_options: MigrationOptions | None = None
+    hosts: World,
+    spec: GuestSpec,
+    meanwhile: Meanwhile | None = None,
+    with_options: MigrationOptions | None = None,
 ) -> Outcome:
     return await migrate(hosts, spec, options=with_options or options(), meanwhile=meanwhile)
 
@@ -50,7 +58,10 @@ def dies_after(count: int, hosts: World, *, decide: bool = True, force: bool = F
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
         await until_async(
-            lambda: outcome.migration.session.handed_over and outcome.incoming.progress.phase == "postcopy"
+            lambda: (
+                outcome.migration.session.handed_over
+                and outcome.incoming.progress.phase == "postcopy"
+            )
         )
         await until_async(lambda: outcome.migration.progress.checkpoints >= count)
         link.down()
@@ -63,7 +74,9 @@ def dies_after(count: int, hosts: World, *, decide: bool = True, force: bool = F
     return meanwhile
 
 
-def verified_at_source(host: SimulatedHypervisor, spec: GuestSpec, before: list[int] | None = None) -> Verification:
+def verified_at_source(
+    host: SimulatedHypervisor, spec: GuestSpec, before: list[int] | None = None
+) -> Verification:
     """Of a guest that runs there."""
     domain = host.open(spec.name)
     assert domain.state() is DomainState.RUNNING

@@ -47,7 +47,11 @@ class Xl:
             dict(sockets),
         )  # fmt: skip
         self.restore = Libxl(
-            "--restore-domain", reader, (-1, self.destination.domid, 1, 0, 2, 0, CBFLAGS_RESTORE, 0), {}, dict(sockets)
+            "--restore-domain",
+            reader,
+            (-1, self.destination.domid, 1, 0, 2, 0, CBFLAGS_RESTORE, 0),
+            {},
+            dict(sockets),
         )
 
     def suspend(self) -> int:
@@ -83,7 +87,9 @@ class Xl:
     def line(self, daemon: str) -> dict[str, Any]:
         """What ``list`` has of the migration: the newest of a domain of this name."""
         found = [
-            line for line in self.world.ask(daemon, command="list")["migrations"] if line["domain"] == self.spec.name
+            line
+            for line in self.world.ask(daemon, command="list")["migrations"]
+            if line["domain"] == self.spec.name
         ]
         return found[-1] if found else {"phase": "none", "problem": ""}
 
@@ -125,7 +131,9 @@ def check_stayed(xl: Xl) -> None:
     assert [vcpu["errors"] for vcpu in report["vcpu"]] == [0] * len(report["vcpu"])
     xl.world.check_alive()
     assert not [info for info in xl.world.destination.domains() if info.name == xl.spec.name]
-    xl.world.ask("sender", command="migrate", domain=xl.spec.name, destination=f"127.0.0.1:{xl.world.port}")
+    xl.world.ask(
+        "sender", command="migrate", domain=xl.spec.name, destination=f"127.0.0.1:{xl.world.port}"
+    )
     check_arrived(xl)
 
 

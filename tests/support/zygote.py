@@ -56,7 +56,9 @@ class Popen(subprocess.Popen[AnyStr]):
         errread: int, errwrite: int, restore_signals: bool, gid: Any, gids: Any, uid: Any, umask: int,
         start_new_session: bool, process_group: int,
     ) -> None:  # fmt: skip
-        environment = {key: os.fspath(value) for key, value in (os.environ if env is None else env).items()}
+        environment = {
+            key: os.fspath(value) for key, value in (os.environ if env is None else env).items()
+        }
         command = [os.fspath(arg) for arg in args] if isinstance(args, list | tuple) else []
         ends = (p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
         if (
@@ -70,7 +72,9 @@ class Popen(subprocess.Popen[AnyStr]):
                 restore_signals, gid, gids, uid, umask, start_new_session, process_group,
             )  # fmt: skip
             return
-        standard: list[int] = [own if end == -1 else end for own, end in enumerate((p2cread, c2pwrite, errwrite))]
+        standard: list[int] = [
+            own if end == -1 else end for own, end in enumerate((p2cread, c2pwrite, errwrite))
+        ]
         request = {
             "command": command,
             "environment": environment,
@@ -113,7 +117,9 @@ def of_the_interpreter(environment: Any) -> dict[str, str]:
 
 
 def _umask() -> int:
-    status = dict(line.split(":\t", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    status = dict(
+        line.split(":\t", 1) for line in Path("/proc/self/status").read_text().splitlines()
+    )
     return int(status["Umask"], 8)
 
 
@@ -171,7 +177,9 @@ def serve(control: socket.socket) -> dict[str, Any] | None:
         if not middle:
             middle = os.getpid()
             if os.fork():
-                os.kill(middle, signal.SIGKILL)  # at once: nothing that runs at an exit concerns this process
+                os.kill(
+                    middle, signal.SIGKILL
+                )  # at once: nothing that runs at an exit concerns this process
             request: dict[str, Any] = json.loads(data)
             _become(request, descriptors, control.detach(), middle)
             return request
@@ -198,7 +206,9 @@ def _become(request: dict[str, Any], descriptors: list[int], control: int, middl
     os.umask(request["umask"])
     wanted = request["descriptors"]
     above = max(wanted) + 1
-    control, *descriptors = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, above) for fd in (control, *descriptors)]
+    control, *descriptors = [
+        fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, above) for fd in (control, *descriptors)
+    ]
     for fd, number in zip(descriptors, wanted, strict=True):
         os.dup2(fd, number)
     for fd in map(int, os.listdir("/proc/self/fd")):

@@ -49,10 +49,19 @@ def boot(world: World, name: str, memory: int = 4 * MIB, **options: Any) -> Gues
 
 def request(world: World, name: str, *options: str, to: str | None = None) -> list[str]:
     """The arguments of a migration."""
-    return ["migrate", name, to or f"127.0.0.1:{world.port}", "--socket", str(world.sender_socket), *options]
+    return [
+        "migrate",
+        name,
+        to or f"127.0.0.1:{world.port}",
+        "--socket",
+        str(world.sender_socket),
+        *options,
+    ]
 
 
-def migrate(world: World, name: str, *options: str, to: str | None = None) -> subprocess.CompletedProcess[str]:
+def migrate(
+    world: World, name: str, *options: str, to: str | None = None
+) -> subprocess.CompletedProcess[str]:
     return run(*request(world, name, *options, to=to))
 
 
@@ -90,14 +99,20 @@ def test_an_unknown_domain(world: World) -> None:
 
 
 def test_no_sender_daemon(tmp_path: Path) -> None:
-    assert_refused(run("migrate", "guest", "there", "--socket", tmp_path / "none.sock"), "is the daemon running?")
+    assert_refused(
+        run("migrate", "guest", "there", "--socket", tmp_path / "none.sock"),
+        "is the daemon running?",
+    )
 
 
 def test_an_unreachable_destination(world: World, name: str) -> None:
     spec = boot(world, name)
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
-    assert_refused(migrate(world, name, to=f"127.0.0.1:{port}"), "Connection refused; is xen-postcopy running there")
+    assert_refused(
+        migrate(world, name, to=f"127.0.0.1:{port}"),
+        "Connection refused; is xen-postcopy running there",
+    )
     assert_refused(migrate(world, name, to="127.0.0.1:http"), "HOST:PORT", status=2)
     assert_unharmed(world, spec)
 
@@ -156,7 +171,9 @@ def test_a_name_in_use_at_the_destination(world: World, name: str) -> None:
     assert_unharmed(world, spec)
 
 
-def test_not_enough_memory_at_the_destination_is_known_before_anything_is_sent(world: World, name: str) -> None:
+def test_not_enough_memory_at_the_destination_is_known_before_anything_is_sent(
+    world: World, name: str
+) -> None:
     spec = boot(world, name, memory=1024 * MIB, workload="idle", zero_permille=1000)
     hog = world.destination.create_guest(
         GuestSpec(name + "-hog", 1536 * MIB, workload="idle", zero_permille=1000).to_bytes()
@@ -184,7 +201,9 @@ def test_senseless_migration_options(options: list[str], what: str) -> None:
     assert_refused(run("migrate", "guest", "there", *options), what, status=2)
 
 
-@pytest.mark.parametrize("command", [("migrate", "guest", "there"), ("loopback", "--memory", "4M")], ids=lambda c: c[0])
+@pytest.mark.parametrize(
+    "command", [("migrate", "guest", "there"), ("loopback", "--memory", "4M")], ids=lambda c: c[0]
+)
 def test_a_result_that_could_not_be_written_is_refused_before_the_migration(
     command: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -198,7 +217,10 @@ def test_a_result_that_could_not_be_written_is_refused_before_the_migration(
 def test_a_result_that_is_not_written_does_not_hide_the_migration(world: World, name: str) -> None:
     spec = boot(world, name)
     result = migrate(world, name, "--json", "/dev/full")
-    assert_refused(result, "the migration is completed, but its result cannot be written to /dev/full: No space")
+    assert_refused(
+        result,
+        "the migration is completed, but its result cannot be written to /dev/full: No space",
+    )
     assert f"{name} migrated" in result.stdout
     assert verify_migrated(world, spec)[0].problems == []
 
@@ -232,7 +254,11 @@ def test_senseless_guests(options: list[str], what: str) -> None:
 def test_an_image_larger_than_the_memory(tmp_path: Path) -> None:
     image = tmp_path / "image"
     image.write_bytes(bytes(8 * MIB))
-    assert_refused(run("loopback", "--image", image, "--memory", "4M"), "more than the guest's memory", status=2)
+    assert_refused(
+        run("loopback", "--image", image, "--memory", "4M"),
+        "more than the guest's memory",
+        status=2,
+    )
 
 
 def test_loopback_reports_and_writes_the_documented_keys(tmp_path: Path) -> None:
@@ -276,7 +302,9 @@ def test_a_guest_that_was_damaged_is_reported(
 
 def test_a_loopback_whose_sender_dies_shows_its_log() -> None:
     options = ["--memory", "8M", "--rate", "100", "--bandwidth", "64K", "--strategy", "postcopy"]
-    with zygote.Popen([*PROGRAM, "loopback", *options], stderr=subprocess.PIPE, text=True) as process:
+    with zygote.Popen(
+        [*PROGRAM, "loopback", *options], stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stderr is not None
         while "postcopy" not in (line := process.stderr.readline()):
             assert line
@@ -285,7 +313,11 @@ def test_a_loopback_whose_sender_dies_shows_its_log() -> None:
                 os.kill(pid, signal.SIGKILL)
         _out, err = process.communicate(timeout=WAIT_S)
     assert process.returncode == 1
-    assert "--- sender ---" in err and "sender ready" in err and "gone in the middle of the request" in err
+    assert (
+        "--- sender ---" in err
+        and "sender ready" in err
+        and "gone in the middle of the request" in err
+    )
 
 
 def test_loopback_leaves_nothing_behind() -> None:
@@ -293,7 +325,11 @@ def test_loopback_leaves_nothing_behind() -> None:
     with tempfile.TemporaryDirectory() as place:  # a short path: sockets are made there
         environment = {**os.environ, "TMPDIR": place}
         subprocess.run(
-            [*PROGRAM, "loopback", "--memory", "4M"], check=True, capture_output=True, env=environment, timeout=60
+            [*PROGRAM, "loopback", "--memory", "4M"],
+            check=True,
+            capture_output=True,
+            env=environment,
+            timeout=60,
         )
         assert list(Path(place).iterdir()) == []
         for process in Path("/proc").glob("[0-9]*/cmdline"):
@@ -306,7 +342,10 @@ def test_the_life_of_a_simulated_guest(world: World, name: str) -> None:
     assert run("simulated-guest", "create", name, *host, "--memory", "4M").returncode == 0
     assert_refused(run("simulated-guest", "create", name, *host, "--memory", "4M"), "there already")
     assert name in run("simulated-guest", "list", *host).stdout
-    assert "1024 pages are what the guest wrote" in run("simulated-guest", "verify", name, *host).stdout
+    assert (
+        "1024 pages are what the guest wrote"
+        in run("simulated-guest", "verify", name, *host).stdout
+    )
     domain = world.source.open(name)
     domain.suspend()
     domain.write_pages(pfn_array([700]), b"x" * 4096)
@@ -322,11 +361,20 @@ def test_daemons_refuse_a_place_that_is_taken(world: World, tmp_path: Path) -> N
     assert_refused(run("simulated-host", "--socket", host), "listening there already")
     any_port: list[str | Path] = ["sender", "--simulated", host, "--listen", "127.0.0.1:0"]
     assert_refused(
-        run(*any_port, "--socket", world.sender_socket, "--state", tmp_path / "state"), "listening there already"
+        run(*any_port, "--socket", world.sender_socket, "--state", tmp_path / "state"),
+        "listening there already",
     )
     assert_refused(run(*any_port, "--socket", free), "another daemon uses it")
-    taken_port: list[str | Path] = ["receiver", "--simulated", host, "--listen", f"127.0.0.1:{world.port}"]
-    assert_refused(run(*taken_port, "--socket", free, "--state", tmp_path / "state"), "cannot listen")
+    taken_port: list[str | Path] = [
+        "receiver",
+        "--simulated",
+        host,
+        "--listen",
+        f"127.0.0.1:{world.port}",
+    ]
+    assert_refused(
+        run(*taken_port, "--socket", free, "--state", tmp_path / "state"), "cannot listen"
+    )
 
 
 def test_preflight_of_a_host_and_of_a_guest(world: World, name: str) -> None:
@@ -366,7 +414,9 @@ def test_list(world: World, name: str) -> None:
     lines = [line for line in run("list", *sockets).stdout.splitlines() if name in line]
     assert len(lines) == 2
     assert all("completed" in line for line in lines)
-    assert any(entry["domain"] == name for entry in json.loads(run("list", "--json", *sockets).stdout))
+    assert any(
+        entry["domain"] == name for entry in json.loads(run("list", "--json", *sockets).stdout)
+    )
 
 
 CLIENT_COMMANDS = """
@@ -394,7 +444,11 @@ def test_a_client_command_imports_only_what_it_needs(world: World) -> None:
     """Each of these modules would make the command slower to start; most commands are run again and again."""
     sockets = [str(world.sender_socket), str(world.receiver_socket)]
     done = subprocess.run(
-        [sys.executable, "-c", CLIENT_COMMANDS, *sockets], check=False, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", CLIENT_COMMANDS, *sockets],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "imported:"
@@ -429,9 +483,13 @@ def test_ctrl_c_before_the_switchover_takes_everything_back(world: World, name: 
     assert_unharmed(world, spec)
 
 
-def test_ctrl_c_after_the_switchover_leaves_the_migration_to_the_daemons(world: World, name: str) -> None:
+def test_ctrl_c_after_the_switchover_leaves_the_migration_to_the_daemons(
+    world: World, name: str
+) -> None:
     spec = boot(world, name, memory=16 * MIB, workload="idle", zero_permille=0)
-    status, said = interrupt_when(world, spec, "postcopy", "--strategy", "postcopy", "--bandwidth", "8M")
+    status, said = interrupt_when(
+        world, spec, "postcopy", "--strategy", "postcopy", "--bandwidth", "8M"
+    )
     assert status == 130
     assert "goes on in the daemons" in said
     deadline = time.monotonic() + WAIT_S
@@ -475,7 +533,10 @@ def test_a_second_ctrl_c_waits_no_longer(tmp_path: Path) -> None:
             with connection:
                 assert b'"migrate"' in connection.recv(4096)
                 connection.sendall(json.dumps({"event": "progress", **PROGRESS}).encode() + b"\n")
-                assert process.stderr is not None and "protected as of 1.5 s ago" in process.stderr.readline()
+                assert (
+                    process.stderr is not None
+                    and "protected as of 1.5 s ago" in process.stderr.readline()
+                )
                 process.send_signal(signal.SIGINT)
                 assert b'"cancel"' in connection.recv(4096)
                 process.send_signal(signal.SIGINT)
@@ -510,7 +571,12 @@ def test_a_killed_sender_leaves_the_guest_where_it_was(name: str) -> None:
     with loopback_world(64 * MIB) as world:
         spec = boot(world, name, memory=16 * MIB, workload="idle", zero_permille=0)
         with world.control() as client:
-            client.say(command="migrate", domain=name, destination=f"127.0.0.1:{world.port}", bandwidth=4 * MIB)
+            client.say(
+                command="migrate",
+                domain=name,
+                destination=f"127.0.0.1:{world.port}",
+                bandwidth=4 * MIB,
+            )
             for answer in client.answers():
                 if answer["phase"] == "precopy":
                     break
@@ -537,10 +603,14 @@ def runs(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=lambda sig: sig.name)
+@pytest.mark.parametrize(
+    "sig", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=lambda sig: sig.name
+)
 def test_loopback_leaves_no_process_behind(sig: signal.Signals) -> None:
     options = ["--memory", "8M", "--rate", "100", "--bandwidth", "64K", "--strategy", "postcopy"]
-    process: subprocess.Popen[bytes] = zygote.Popen([*PROGRAM, "loopback", *options], stderr=subprocess.PIPE)
+    process: subprocess.Popen[bytes] = zygote.Popen(
+        [*PROGRAM, "loopback", *options], stderr=subprocess.PIPE
+    )
     with process:
         assert process.stderr is not None
         while b"postcopy" not in (line := process.stderr.readline()):
@@ -548,7 +618,10 @@ def test_loopback_leaves_no_process_behind(sig: signal.Signals) -> None:
         started = children(process.pid)
         assert len(started) == 4
         folders = {
-            Path(os.fsdecode(part)).parent for pid in started for part in command(pid) if b"xen-postcopy-" in part
+            Path(os.fsdecode(part)).parent
+            for pid in started
+            for part in command(pid)
+            if b"xen-postcopy-" in part
         }
         process.send_signal(sig)
         assert process.wait(WAIT_S) == (-sig if sig is signal.SIGKILL else 128 + sig)
@@ -566,9 +639,20 @@ def test_the_next_loopback_removes_what_a_killed_one_has_left() -> None:
     """And nothing of one that runs."""
     with tempfile.TemporaryDirectory() as place:  # a short path: sockets are made there
         environment = {**os.environ, "TMPDIR": place}
-        options = ["--memory", "8M", "--rate", "100", "--bandwidth", "64K", "--strategy", "postcopy"]
+        options = [
+            "--memory",
+            "8M",
+            "--rate",
+            "100",
+            "--bandwidth",
+            "64K",
+            "--strategy",
+            "postcopy",
+        ]
         running = [
-            subprocess.Popen([*PROGRAM, "loopback", *options], env=environment, stderr=subprocess.PIPE)
+            subprocess.Popen(
+                [*PROGRAM, "loopback", *options], env=environment, stderr=subprocess.PIPE
+            )
             for _ in range(2)
         ]
         for process in running:
@@ -581,7 +665,11 @@ def test_the_next_loopback_removes_what_a_killed_one_has_left() -> None:
         killed.kill()
         killed.communicate()
         subprocess.run(
-            [*PROGRAM, "loopback", "--memory", "4M"], check=True, capture_output=True, env=environment, timeout=60
+            [*PROGRAM, "loopback", "--memory", "4M"],
+            check=True,
+            capture_output=True,
+            env=environment,
+            timeout=60,
         )
         (left,) = Path(place).iterdir()
         assert other.poll() is None and left in folders
@@ -597,7 +685,9 @@ def command(pid: int) -> list[bytes]:
 def test_a_daemon_that_is_just_starting_is_waited_for(tmp_path: Path) -> None:
     path = tmp_path / "sender.sock"
     listener = socket.socket(socket.AF_UNIX)
-    with zygote.Popen([*PROGRAM, "cancel", "x", "--socket", path], stderr=subprocess.PIPE, text=True) as process:
+    with zygote.Popen(
+        [*PROGRAM, "cancel", "x", "--socket", path], stderr=subprocess.PIPE, text=True
+    ) as process:
         time.sleep(0.5)  # the command looks for the socket first, or else the test shows nothing
         listener.bind(os.fspath(path))
         listener.listen()

@@ -44,14 +44,25 @@ os.execv(sys.executable, [sys.executable, "-m", "migrate.cli", *sys.argv[2:]])
 """
 
 
-def test_a_daemon_serves_the_socket_that_systemd_made_and_feeds_its_watchdog(hosts: World, tmp_path: Path) -> None:
+def test_a_daemon_serves_the_socket_that_systemd_made_and_feeds_its_watchdog(
+    hosts: World, tmp_path: Path
+) -> None:
     told, path = tmp_path / "notify", tmp_path / "activated.sock"
-    with socket.socket(socket.AF_UNIX) as made, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+    with (
+        socket.socket(socket.AF_UNIX) as made,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify,
+    ):
         made.bind(str(path))
         made.listen()
         notify.bind(str(told))
         notify.settimeout(TIMEOUT_S)
-        arguments = ["sender", "--listen", "127.0.0.1:0", "--simulated", str(hosts.directory / "source.sock")]
+        arguments = [
+            "sender",
+            "--listen",
+            "127.0.0.1:0",
+            "--simulated",
+            str(hosts.directory / "source.sock"),
+        ]
         daemon = subprocess.Popen(
             [sys.executable, "-c", AS_SYSTEMD, str(made.fileno()), *arguments], pass_fds=[made.fileno()],
             stderr=subprocess.DEVNULL,
@@ -81,16 +92,26 @@ def test_a_record_in_the_journal_has_its_migration(tmp_path: Path) -> None:
         handler.addFilter(logs._WithMigration())
         token = logs.migration.set("abc")
         try:
-            handler.handle(logging.LogRecord("pager", logging.WARNING, "pager.py", 7, "two\nlines: %d", (5,), None))
+            handler.handle(
+                logging.LogRecord(
+                    "pager", logging.WARNING, "pager.py", 7, "two\nlines: %d", (5,), None
+                )
+            )
         finally:
             logs.migration.reset(token)
         entry = journal.recv(4096)
         handler._socket.close()
     assert b"MESSAGE\n" + (12).to_bytes(8, "little") + b"two\nlines: 5\n" in entry
-    assert b"\nPRIORITY=4\n" in entry and b"\nXEN_POSTCOPY_MIGRATION=abc\n" in entry and b"CODE_LINE=7\n" in entry
+    assert (
+        b"\nPRIORITY=4\n" in entry
+        and b"\nXEN_POSTCOPY_MIGRATION=abc\n" in entry
+        and b"CODE_LINE=7\n" in entry
+    )
 
 
-def test_a_daemon_that_systemd_starts_logs_to_its_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_daemon_that_systemd_starts_logs_to_its_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each record then has its fields; a line on standard error has none."""
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
     monkeypatch.setattr(logs, "JOURNAL_SOCKET", str(tmp_path / "journal"))
@@ -108,7 +129,14 @@ def test_a_daemon_that_systemd_starts_logs_to_its_journal(tmp_path: Path, monkey
 
 def test_a_host_that_is_started_by_hand_needs_nobody_to_report_to(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "NOTIFY_SOCKET"}
-    command = [sys.executable, "-m", "migrate.cli", "simulated-host", "--socket", str(tmp_path / "host.sock")]
+    command = [
+        sys.executable,
+        "-m",
+        "migrate.cli",
+        "simulated-host",
+        "--socket",
+        str(tmp_path / "host.sock"),
+    ]
     with zygote.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as host:
         assert host.stderr is not None and "simulated host ready" in host.stderr.readline()
         host.send_signal(signal.SIGTERM)
@@ -122,10 +150,15 @@ def test_a_command_of_another_release_is_refused_by_name(world: World, which: st
 
 
 @pytest.mark.parametrize(
-    ("which", "command", "other"), [("receiver", "migrate", "sender"), ("sender", "restore", "receiver")]
+    ("which", "command", "other"),
+    [("receiver", "migrate", "sender"), ("sender", "restore", "receiver")],
 )
-def test_a_request_to_the_wrong_daemon_names_the_right_one(world: World, which: str, command: str, other: str) -> None:
-    with pytest.raises(MigrationError, match=f"this is the {which}'s socket; `{command}` needs the {other}'s"):
+def test_a_request_to_the_wrong_daemon_names_the_right_one(
+    world: World, which: str, command: str, other: str
+) -> None:
+    with pytest.raises(
+        MigrationError, match=f"this is the {which}'s socket; `{command}` needs the {other}'s"
+    ):
         world.ask(which, command=command)
 
 
@@ -136,12 +169,16 @@ def test_show_and_watch(world: World, name: str) -> None:
         return zygote.run(command, timeout=TIMEOUT_S)
 
     boot(world, name)
-    answer = world.ask("sender", command="migrate", domain=name, destination=f"127.0.0.1:{world.port}")
+    answer = world.ask(
+        "sender", command="migrate", domain=name, destination=f"127.0.0.1:{world.port}"
+    )
     result = answer["result"]
     shown = run("show", result["id"][:8])
     assert shown.returncode == 0 and "outgoing" in shown.stdout and "incoming" in shown.stdout
     assert "fault latency us" in shown.stdout
-    assert [found["id"] for found in json.loads(run("show", name, "--json").stdout)] == [result["id"]] * 2
+    assert [found["id"] for found in json.loads(run("show", name, "--json").stdout)] == [
+        result["id"]
+    ] * 2
     watched = run("watch", name)
     assert (watched.returncode, watched.stdout) == (0, f"{name}: completed\n")
     for which in ("sender", "receiver"):
@@ -165,14 +202,20 @@ def test_a_daemon_that_is_being_stopped_serves_its_guests_and_takes_on_no_other(
         stopping.popen.send_signal(stop)
         until(lambda: "waiting for guests" in stopping.log.read_text(), "it does not stop")
         stopping.popen.send_signal(signal.SIGHUP)  # of a terminal, which cuts nothing short
-        with pytest.raises(MigrationError, match="is being stopped, and serves only the guests that need it"):
-            world.ask("sender", command="migrate", domain="other", destination=f"127.0.0.1:{world.port}")
+        with pytest.raises(
+            MigrationError, match="is being stopped, and serves only the guests that need it"
+        ):
+            world.ask(
+                "sender", command="migrate", domain="other", destination=f"127.0.0.1:{world.port}"
+            )
         assert phase(world, which) == "postcopy"
         assert stopping.popen.wait(WAIT_S) == 0
         assert "stopped for the second time" not in stopping.log.read_text()
         verification, _view = verify_migrated(world, guest)
         assert verification.problems == []
-        assert [(info.name, info.state) for info in world.source.domains()] == [(other.name, DomainState.RUNNING)]
+        assert [(info.name, info.state) for info in world.source.domains()] == [
+            (other.name, DomainState.RUNNING)
+        ]
 
 
 @pytest.mark.parametrize("which", ["sender", "receiver"])
@@ -202,11 +245,18 @@ def test_a_daemon_under_nohup_outlives_its_terminal(tmp_path: Path) -> None:
     with loopback_world(64 * MIB, daemons=False) as world:
         socket_path = tmp_path / "s"
         command = [sys.executable, "-m", "migrate.cli", "receiver", "--listen", "127.0.0.1:0"]
-        command += ["--socket", str(socket_path), "--simulated", str(world.directory / "destination.sock")]
+        command += [
+            "--socket",
+            str(socket_path),
+            "--simulated",
+            str(world.directory / "destination.sock"),
+        ]
         ignoring = ["env", "--ignore-signal=HUP", *command]
         with subprocess.Popen(ignoring, stderr=subprocess.PIPE, text=True) as daemon:
             try:
-                assert daemon.stderr is not None and "receiver listening" in daemon.stderr.readline()
+                assert (
+                    daemon.stderr is not None and "receiver listening" in daemon.stderr.readline()
+                )
                 daemon.send_signal(signal.SIGHUP)
                 with ControlClient(socket_path) as client:
                     assert client.call(command="list")["migrations"] == []

@@ -29,7 +29,15 @@ ENDED = ("completed", "failed", "refused")
 
 
 def spec() -> GuestSpec:
-    return GuestSpec("guest", 32 * MIB, 2, workload="random", working_set_bytes=16 * MIB, zero_permille=100, rate=5000)
+    return GuestSpec(
+        "guest",
+        32 * MIB,
+        2,
+        workload="random",
+        working_set_bytes=16 * MIB,
+        zero_permille=100,
+        rate=5000,
+    )
 
 
 def start_anew(world: World, which: str) -> None:
@@ -63,7 +71,10 @@ def check(world: World) -> str:
     try:
         until(settled, "it does not end")
     except AssertionError as error:
-        told = {which: (lines(world, which), world.processes[which].tail()) for which in ("sender", "receiver")}
+        told = {
+            which: (lines(world, which), world.processes[which].tail())
+            for which in ("sender", "receiver")
+        }
         raise AssertionError(f"it does not end: {told}") from error
     places = [
         (which, info.state)
@@ -116,7 +127,9 @@ def test_each_successor_counts_its_attempts_from_another_number(world: World) ->
 
 
 @pytest.mark.parametrize("noted", [True, False])
-def test_a_limit_that_a_killed_receiver_has_raised_is_given_back_by_its_successor(world: World, noted: bool) -> None:
+def test_a_limit_that_a_killed_receiver_has_raised_is_given_back_by_its_successor(
+    world: World, noted: bool
+) -> None:
     """``xl mem-set`` downwards while pages are missing.  Earlier releases noted no limit."""
     begin(world, "postcopy", bandwidth=8 * MIB)
     until(lambda: phase(world, "receiver") == "postcopy", "no postcopy")
@@ -152,7 +165,9 @@ def test_a_receiver_s_successor_counts_what_is_missing_without_a_sender(world: W
     kill(world, "sender")
     kill(world, "receiver")
     start_anew(world, "receiver")
-    until(lambda: lines(world, "receiver")[-1]["waiting"] > 0, "no vCPU is shown to wait for a page")
+    until(
+        lambda: lines(world, "receiver")[-1]["waiting"] > 0, "no vCPU is shown to wait for a page"
+    )
     (line,) = lines(world, "receiver")
     assert line["phase"] == "interrupted" and line["outstanding"] > 0
     start_anew(world, "sender")
@@ -160,7 +175,9 @@ def test_a_receiver_s_successor_counts_what_is_missing_without_a_sender(world: W
 
 
 @pytest.mark.parametrize("wanted", ["precopy", "postcopy"])
-def test_migrate_reports_what_is_known_when_the_sender_dies(world: World, tmp_path: Path, wanted: str) -> None:
+def test_migrate_reports_what_is_known_when_the_sender_dies(
+    world: World, tmp_path: Path, wanted: str
+) -> None:
     guest = world.source.create_guest(spec().to_bytes())
     wait_for_steps(guest, 100)
     guest.close()
@@ -177,10 +194,16 @@ def test_migrate_reports_what_is_known_when_the_sender_dies(world: World, tmp_pa
         kill(world, "sender")
         _out, err = process.communicate(timeout=WAIT_S)
     assert process.returncode == 3
-    assert f"last known phase is {wanted}" in err and f"xen-postcopy watch {before['id'][:8]}" in err
+    assert (
+        f"last known phase is {wanted}" in err and f"xen-postcopy watch {before['id'][:8]}" in err
+    )
     assert ("runs at the destination" in err) is (wanted == "postcopy")
     result = json.loads(written.read_text())
-    assert (result["phase"], result["handed_over"], result["verified"]) == (wanted, wanted == "postcopy", None)
+    assert (result["phase"], result["handed_over"], result["verified"]) == (
+        wanted,
+        wanted == "postcopy",
+        None,
+    )
 
 
 @pytest.mark.parametrize("which", ["sender", "receiver"])
@@ -192,7 +215,9 @@ def test_killed_in_precopy_the_guest_stays(world: World, which: str) -> None:
     assert check(world) == "source"
     # and it can be migrated afterwards
     with world.control("sender") as client:
-        result = client.call(command="migrate", domain="guest", destination=f"127.0.0.1:{world.port}")
+        result = client.call(
+            command="migrate", domain="guest", destination=f"127.0.0.1:{world.port}"
+        )
     assert result["result"]["domain"] == "guest"
 
 
@@ -222,14 +247,28 @@ def test_the_guest_ends_while_its_pager_is_dead(world: World) -> None:
 
 
 @pytest.mark.parametrize("which", ["sender", "receiver"])
-def test_a_second_daemon_takes_up_nothing_of_one_that_runs(world: World, which: str, tmp_path: Path) -> None:
+def test_a_second_daemon_takes_up_nothing_of_one_that_runs(
+    world: World, which: str, tmp_path: Path
+) -> None:
     """A daemon that is started twice by mistake: the second one would take the first one's migrations for orphans."""
     begin(world, bandwidth=4 * MIB)
     until(lambda: phase(world, "receiver") == phase(world, "sender") == "precopy", "no precopy")
     host = world.directory / ("source.sock" if which == "sender" else "destination.sock")
-    arguments = [which, "--listen", "127.0.0.1:0", "--socket", str(tmp_path / "second.sock"), "--simulated", str(host)]
+    arguments = [
+        which,
+        "--listen",
+        "127.0.0.1:0",
+        "--socket",
+        str(tmp_path / "second.sock"),
+        "--simulated",
+        str(host),
+    ]
     second = subprocess.run(
-        [sys.executable, "-m", "migrate.cli", *arguments], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "migrate.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert second.returncode == 1
     assert "another daemon" in second.stderr
@@ -255,17 +294,23 @@ def test_an_operator_s_decision_outlives_the_sender(world: World, here: bool, ki
         note(world, "sender", step)
         start_sender(world)
     else:
-        kept = os.open(journal(world, "sender"), os.O_RDONLY)  # the file may have no name any more by then
+        kept = os.open(
+            journal(world, "sender"), os.O_RDONLY
+        )  # the file may have no name any more by then
         world.ask("sender", command="decide", migration="guest", here=here, force=True)
         written = os.pread(kept, 2**20, 0).decode()
         os.close(kept)
         assert step in [json.loads(entry)["step"] for entry in written.splitlines() if entry]
     until(lambda: phase(world, "sender") == "failed", "the decision is not carried out")
     assert "an operator has said" in lines(world, "sender")[-1]["problem"]
-    assert [info.state for info in world.source.domains()] == ([DomainState.RUNNING] if here else [])
+    assert [info.state for info in world.source.domains()] == (
+        [DomainState.RUNNING] if here else []
+    )
 
 
-def test_a_guest_that_an_operator_let_go_is_destroyed_by_the_receiver_s_successor(world: World) -> None:
+def test_a_guest_that_an_operator_let_go_is_destroyed_by_the_receiver_s_successor(
+    world: World,
+) -> None:
     begin(world, "postcopy", bandwidth=8 * MIB)
     until(lambda: phase(world, "receiver") == "postcopy", "no postcopy")
     kill(world, "sender")
@@ -280,7 +325,10 @@ def test_a_guest_that_an_operator_let_go_is_destroyed_by_the_receiver_s_successo
 @pytest.mark.parametrize("seed", range(16))
 def test_killed_at_any_instant(world: World, seed: int) -> None:
     random_ = random.Random(seed)
-    strategy, which = random_.choice(["hybrid", "postcopy", "precopy"]), random_.choice(["sender", "receiver"])
+    strategy, which = (
+        random_.choice(["hybrid", "postcopy", "precopy"]),
+        random_.choice(["sender", "receiver"]),
+    )
     begin(world, strategy, bandwidth=random_.choice([None, 64 * MIB]))
     time.sleep(random_.uniform(0, 0.6))
     kill(world, which)

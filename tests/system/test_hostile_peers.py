@@ -53,7 +53,9 @@ def hosts_with_daemons() -> Iterator[World]:
 async def world(hosts_with_daemons: World, request: pytest.FixtureRequest) -> AsyncIterator[World]:
     """A migration goes on during the test, and arrives.  A parameter says how many seconds it takes."""
     world, seconds = hosts_with_daemons, getattr(request, "param", 1)
-    spec = GuestSpec(f"bystander{next(numbers)}", 8 * MIB, 2, workload="random", zero_permille=0, rate=2000)
+    spec = GuestSpec(
+        f"bystander{next(numbers)}", 8 * MIB, 2, workload="random", zero_permille=0, rate=2000
+    )
     guest = world.source.create_guest(spec.to_bytes())
     await trio.to_thread.run_sync(wait_for_steps, guest, 50)
     guest.close()
@@ -70,7 +72,9 @@ async def world(hosts_with_daemons: World, request: pytest.FixtureRequest) -> As
             errors.append(error)
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(functools.partial(trio.to_thread.run_sync, bystander, abandon_on_cancel=True))
+        nursery.start_soon(
+            functools.partial(trio.to_thread.run_sync, bystander, abandon_on_cancel=True)
+        )
         await until(lambda: bool(errors) or phase(world, "receiver", spec.name) in FROM_POSTCOPY_ON)
         assert not errors
         yield world
@@ -84,7 +88,9 @@ async def world(hosts_with_daemons: World, request: pytest.FixtureRequest) -> As
 
 
 def line(world: World, which: str, name: str) -> dict[str, Any]:
-    found = [line for line in world.ask(which, command="list")["migrations"] if line["domain"] == name]
+    found = [
+        line for line in world.ask(which, command="list")["migrations"] if line["domain"] == name
+    ]
     return found[-1] if found else {"phase": "", "problem": ""}
 
 
@@ -94,7 +100,10 @@ def phase(world: World, which: str, name: str) -> str:
 
 def logged(world: World, which: str, name: str, complaint: str) -> bool:
     """``list`` shows what keeps the two apart now, which soon is something else."""
-    return any(name in line and complaint in line for line in world.processes[which].log.read_text().splitlines())
+    return any(
+        name in line and complaint in line
+        for line in world.processes[which].log.read_text().splitlines()
+    )
 
 
 # ---- a sender ----
@@ -119,7 +128,16 @@ class Sender:
         lanes = DialledLanes(("127.0.0.1", world.port), new_id(), Terms())
         push = await lanes.push()
         await push.send(
-            m.Offer(config.name, config.nr_pfns, config.max_pages, config.vcpus, config.platform, True, b"key", 0)
+            m.Offer(
+                config.name,
+                config.nr_pfns,
+                config.max_pages,
+                config.vcpus,
+                config.platform,
+                True,
+                b"key",
+                0,
+            )
         )
         accepted, _pages = await push.receive()
         assert isinstance(accepted, m.Accepted)
@@ -221,7 +239,9 @@ async def test_connections_that_say_nothing(world: World) -> None:
         connections = []
         for _ in range(2 * MAX_STRANGERS_OF_ADDRESS):
             with contextlib.suppress(OSError):
-                connection = stack.enter_context(socket.create_connection(("127.0.0.1", world.port), timeout=5))
+                connection = stack.enter_context(
+                    socket.create_connection(("127.0.0.1", world.port), timeout=5)
+                )
                 connections.append(connection)
         await until(lambda: "the oldest are ended" in world.processes["receiver"].log.read_text())
         held = holds(world, "receiver")
@@ -239,12 +259,18 @@ async def test_a_byte_now_and_then() -> None:
                     sender.push._socket.sendmsg([memoryview(bytes([byte]))])
                 await trio.sleep(3.5)
             await until(lambda: phase(world, "receiver", sender.name) == "failed")
-            assert line(world, "receiver", sender.name)["problem"] == "the peer has said nothing for 3 s"
+            assert (
+                line(world, "receiver", sender.name)["problem"]
+                == "the peer has said nothing for 3 s"
+            )
 
 
 async def test_connections_that_are_reset_at_once(world: World) -> None:
     for number in range(300):
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", world.port), timeout=5) as connection:
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection(("127.0.0.1", world.port), timeout=5) as connection,
+        ):
             if number % 2:
                 connection.send(b"XPC1")
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
@@ -261,7 +287,10 @@ async def test_a_sender_that_ends_before_its_pull_lane(world: World) -> None:
     assert name in [info.name for info in world.destination.domains()]
     push.close()
     await until(lambda: phase(world, "receiver", name) == "failed")
-    assert line(world, "receiver", name)["problem"] == "the peer closed the connection and did not open its pull lane"
+    assert (
+        line(world, "receiver", name)["problem"]
+        == "the peer closed the connection and did not open its pull lane"
+    )
     assert name not in [info.name for info in world.destination.domains()]
 
 
@@ -287,7 +316,9 @@ async def test_sessions_that_offer_nothing(world: World) -> None:
 
     async with trio.open_nursery() as nursery:
         refusals = await begin(nursery, MAX_WITHOUT_OFFER + 20)
-    assert len(refusals) >= 20 and all("have not offered a guest yet" in refusal for refusal in refusals)
+    assert len(refusals) >= 20 and all(
+        "have not offered a guest yet" in refusal for refusal in refusals
+    )
     await until(lambda: not waiting())
     async with trio.open_nursery() as nursery:
         assert await begin(nursery, MAX_WITHOUT_OFFER) == []
@@ -317,7 +348,10 @@ class Receiver:
 
 
 async def receiver_of(
-    world: World, what: Callable[[Receiver], Awaitable[None]], *, after: Callable[[str], Awaitable[None]]
+    world: World,
+    what: Callable[[Receiver], Awaitable[None]],
+    *,
+    after: Callable[[str], Awaitable[None]],
 ) -> None:
     """The sender is asked to migrate a guest to one that does ``what``; ``after`` is told the guest's name."""
     spec = GuestSpec(f"guest{next(numbers)}", 4 * MIB, 1, workload="random", zero_permille=0)
@@ -344,7 +378,12 @@ async def _receive_of(
         def ask() -> None:
             with contextlib.suppress(MigrationError):
                 client = world.control("sender")
-                client.say(command="migrate", domain=spec.name, destination=f"127.0.0.1:{port}", strategy="postcopy")
+                client.say(
+                    command="migrate",
+                    domain=spec.name,
+                    destination=f"127.0.0.1:{port}",
+                    strategy="postcopy",
+                )
                 client.answer()
                 client.close()
 

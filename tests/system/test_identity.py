@@ -29,7 +29,14 @@ def info(domid: int, name: str) -> DomainInfo:
     return DomainInfo(domid, name, DomainState.RUNNING, 1024, 1024, 1, handle=bytes([domid]) * 16)
 
 
-HOST = [info(1, "2"), info(2, "web"), info(3, "db"), info(4, "twin"), info(5, "twin"), info(6, "77")]
+HOST = [
+    info(1, "2"),
+    info(2, "web"),
+    info(3, "db"),
+    info(4, "twin"),
+    info(5, "twin"),
+    info(6, "77"),
+]
 
 
 @pytest.mark.parametrize(
@@ -80,7 +87,14 @@ MIGRATIONS = [
 
 @pytest.mark.parametrize(
     ("text", "found"),
-    [("web", 0), ("mail", 2), ("old", 5), ("11111111", 1), ("db12cafe0", 0), ("22222222" + 24 * "0", 2)],
+    [
+        ("web", 0),
+        ("mail", 2),
+        ("old", 5),
+        ("11111111", 1),
+        ("db12cafe0", 0),
+        ("22222222" + 24 * "0", 2),
+    ],
 )
 def test_a_migration_is_found_by_name_or_id(text: str, found: int) -> None:
     assert find_migration(MIGRATIONS, text) is MIGRATIONS[found]
@@ -93,7 +107,9 @@ def test_a_name_is_not_taken_for_the_beginning_of_an_id(text: str) -> None:
 
 
 def test_a_name_that_is_also_an_id_fits_two_migrations() -> None:
-    with pytest.raises(MigrationError, match=r"more than one migration .db12cafe. here: .* 66666666, db12cafe"):
+    with pytest.raises(
+        MigrationError, match=r"more than one migration .db12cafe. here: .* 66666666, db12cafe"
+    ):
         find_migration(MIGRATIONS, "db12cafe")
 
 
@@ -129,7 +145,10 @@ def test_the_successor_of_a_sender_leaves_another_domain_with_the_same_number_al
     """The guest is destroyed while the sender is dead, and another guest gets its number."""
     boot(world)
     begin(world, "guest", strategy="precopy" if in_precopy else "postcopy")
-    until(lambda: copying(world) if in_precopy else phase(world, "sender") == "postcopy", "it does not begin")
+    until(
+        lambda: copying(world) if in_precopy else phase(world, "sender") == "postcopy",
+        "it does not begin",
+    )
     kill(world, "sender")
     (before,) = world.source.domains()
     world.source.open(before.domid).destroy()
@@ -143,7 +162,9 @@ def test_the_successor_of_a_sender_leaves_another_domain_with_the_same_number_al
 
 
 @pytest.mark.parametrize("step", ["made", "ready", "taken over", "decided elsewhere"])
-def test_the_successor_of_a_receiver_leaves_another_domain_with_the_same_number_alone(world: World, step: str) -> None:
+def test_the_successor_of_a_receiver_leaves_another_domain_with_the_same_number_alone(
+    world: World, step: str
+) -> None:
     boot(world)
     begin(world, "guest")
     until(lambda: phase(world, "receiver") == "postcopy", "no postcopy")
@@ -173,7 +194,10 @@ def test_a_journal_of_a_release_without_handles_is_taken_up(world: World, which:
     del facts["handle"]
     entry.write_text("\n" + json.dumps(facts))
     start_sender(world) if which == "sender" else start_receiver(world, world.port)
-    until(lambda: phase(world, "sender") == phase(world, "receiver") == "completed", "it does not complete")
+    until(
+        lambda: phase(world, "sender") == phase(world, "receiver") == "completed",
+        "it does not complete",
+    )
     verification, _view = verify_migrated(world, spec)
     assert verification.problems == []
 
@@ -188,7 +212,10 @@ def test_a_guest_that_is_renamed_meanwhile_is_the_same_guest(world: World) -> No
     world.stop("sender", signal.SIGKILL)
     boot(world, "guest")
     start_sender(world)
-    until(lambda: phase(world, "sender") == phase(world, "receiver") == "completed", "it does not complete")
+    until(
+        lambda: phase(world, "sender") == phase(world, "receiver") == "completed",
+        "it does not complete",
+    )
     assert [(i.name, i.state) for i in world.source.domains()] == [("guest", DomainState.RUNNING)]
 
 

@@ -36,7 +36,9 @@ def boot(world: World, name: str, memory: int = 16 * MIB, **options: Any) -> Gue
 
 
 def migrate(world: World, name: str, **request: Any) -> dict[str, Any]:
-    answer = world.ask("sender", command="migrate", domain=name, destination=f"127.0.0.1:{world.port}", **request)
+    answer = world.ask(
+        "sender", command="migrate", domain=name, destination=f"127.0.0.1:{world.port}", **request
+    )
     result: dict[str, Any] = answer["result"]
     return result
 
@@ -49,7 +51,9 @@ def check(world: World, spec: GuestSpec) -> dict[str, Any]:
 
 @pytest.mark.parametrize("workload", list(WORKLOADS))
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_every_strategy_with_every_workload(world: World, name: str, strategy: str, workload: str) -> None:
+def test_every_strategy_with_every_workload(
+    world: World, name: str, strategy: str, workload: str
+) -> None:
     spec = boot(world, name, vcpus=2, workload=workload)
     result = migrate(world, name, strategy=strategy)
     check(world, spec)
@@ -83,14 +87,18 @@ def test_any_number_of_vcpus(world: World, name: str, vcpus: int) -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_guest_that_gives_memory_away_meanwhile(world: World, name: str, strategy: str) -> None:
-    spec = boot(world, name, vcpus=2, working_set_bytes=4 * MIB, balloon_pages=2500, balloon_every=50)
+    spec = boot(
+        world, name, vcpus=2, working_set_bytes=4 * MIB, balloon_pages=2500, balloon_every=50
+    )
     migrate(world, name, strategy=strategy, bandwidth=50 * MIB)
     check(world, spec)
 
 
 def test_any_file_as_memory(world: World, name: str, tmp_path: Path) -> None:
     image = tmp_path / "image"
-    image.write_bytes(Path("/usr/bin/python3").resolve().read_bytes()[: 2 * MIB].ljust(2 * MIB, b"x"))
+    image.write_bytes(
+        Path("/usr/bin/python3").resolve().read_bytes()[: 2 * MIB].ljust(2 * MIB, b"x")
+    )
     spec = boot(world, name, memory=8 * MIB, image=str(image), working_set_bytes=1 * MIB)
     result = migrate(world, name)
     check(world, spec)
@@ -182,7 +190,9 @@ def test_postcopy_starts_when_somebody_says_so(
     world: World, client: ControlClient, name: str, by_the_same_client: bool
 ) -> None:
     spec = boot(world, name, zero_permille=0, workload="idle")
-    client.say(command="migrate", domain=name, destination=f"127.0.0.1:{world.port}", bandwidth=4 * MIB)
+    client.say(
+        command="migrate", domain=name, destination=f"127.0.0.1:{world.port}", bandwidth=4 * MIB
+    )
     for answer in client.answers():
         if answer["event"] == "progress" and answer["phase"] == "precopy" and answer["pages_done"]:
             if by_the_same_client:
@@ -196,7 +206,9 @@ def test_postcopy_starts_when_somebody_says_so(
 
 
 def listed(world: World, which: str, name: str) -> dict[str, Any]:
-    (line,) = [line for line in world.ask(which, command="list")["migrations"] if line["domain"] == name]
+    (line,) = [
+        line for line in world.ask(which, command="list")["migrations"] if line["domain"] == name
+    ]
     result: dict[str, Any] = line
     return result
 
@@ -208,9 +220,13 @@ def test_list_shows_what_became_of_migrations(world: World, name: str) -> None:
         assert listed(world, which, name)["phase"] == "completed"
 
 
-def test_a_cancelled_migration_leaves_no_trace(world: World, client: ControlClient, name: str) -> None:
+def test_a_cancelled_migration_leaves_no_trace(
+    world: World, client: ControlClient, name: str
+) -> None:
     boot(world, name, workload="idle", zero_permille=0)
-    client.say(command="migrate", domain=name, destination=f"127.0.0.1:{world.port}", bandwidth=4 * MIB)
+    client.say(
+        command="migrate", domain=name, destination=f"127.0.0.1:{world.port}", bandwidth=4 * MIB
+    )
     for answer in client.answers():
         if answer["event"] == "progress" and answer["phase"] == "precopy":
             break
@@ -223,7 +239,9 @@ def test_a_cancelled_migration_leaves_no_trace(world: World, client: ControlClie
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_nothing_is_imported_during_a_migration(monkeypatch: pytest.MonkeyPatch, name: str, strategy: str) -> None:
+def test_nothing_is_imported_during_a_migration(
+    monkeypatch: pytest.MonkeyPatch, name: str, strategy: str
+) -> None:
     """It would be in the downtime, or in a fault; 9 ms, once."""
     monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
     with loopback_world(64 * MIB) as world:
@@ -236,9 +254,13 @@ def test_nothing_is_imported_during_a_migration(monkeypatch: pytest.MonkeyPatch,
             assert "import time:" not in log.read_text().removeprefix(before)
 
 
-def test_two_migrations_of_one_guest_do_not_meet(world: World, client: ControlClient, name: str) -> None:
+def test_two_migrations_of_one_guest_do_not_meet(
+    world: World, client: ControlClient, name: str
+) -> None:
     boot(world, name, workload="idle", zero_permille=0)
-    client.say(command="migrate", domain=name, destination=f"127.0.0.1:{world.port}", bandwidth=8 * MIB)
+    client.say(
+        command="migrate", domain=name, destination=f"127.0.0.1:{world.port}", bandwidth=8 * MIB
+    )
     assert next(client.answers())["event"] == "progress"
     with pytest.raises(MigrationError, match="already"):
         migrate(world, name)

@@ -73,7 +73,9 @@ def command_lines(draw: Callable[..., Any]) -> list[str]:
             words += [*([] if "--" in words else ["--"]), draw(values(parameter))]
     options = []
     for parameter in parameters(path):
-        if isinstance(parameter, click.Option) and (parameter.required or draw(st.integers(0, 3)) == 0):
+        if isinstance(parameter, click.Option) and (
+            parameter.required or draw(st.integers(0, 3)) == 0
+        ):
             options.append(parameter.opts[-1])
             if not parameter.is_flag:
                 options.append(draw(values(parameter)))

@@ -82,7 +82,9 @@ class Xl:
             os.close(reader)
         return helper.returncode, said, left
 
-    def save(self, *, io_fd: int | None = None, live: bool = True, stream_type: int = 0) -> tuple[int, bytes]:
+    def save(
+        self, *, io_fd: int | None = None, live: bool = True, stream_type: int = 0
+    ) -> tuple[int, bytes]:
         """Status and what was said; into a pipe, unless told otherwise."""
         reader, writer = os.pipe()
         numbers = (writer if io_fd is None else io_fd, 11, 3, int(live), 136, stream_type)
@@ -151,7 +153,9 @@ def test_require_fails_instead(xl: Xl, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XEN_POSTCOPY", "require")
     status, said = xl.save()
     assert status == 0 and not xl.was_asked
-    assert said.endswith(protocol.complete(-1, errno.EOPNOTSUPP)) and b"XEN_POSTCOPY=require" in said
+    assert (
+        said.endswith(protocol.complete(-1, errno.EOPNOTSUPP)) and b"XEN_POSTCOPY=require" in said
+    )
 
 
 @pytest.mark.parametrize("why", ["off", "a file", "not live", "Remus"])
@@ -179,7 +183,9 @@ def test_no_guest_is_saved_while_a_killed_receiver_has_no_successor(
     monkeypatch.setenv("XEN_POSTCOPY_RECEIVER", str(path))
     status, said = xl.save(live=live)
     assert status == 0 and not xl.was_asked
-    assert b"the receiver daemon of this host was killed" in said and said.endswith(protocol.complete(-1, errno.EBUSY))
+    assert b"the receiver daemon of this host was killed" in said and said.endswith(
+        protocol.complete(-1, errno.EBUSY)
+    )
     path.unlink()
     status, _said = xl.save(live=live)
     assert status == 0 and xl.was_asked
@@ -188,7 +194,9 @@ def test_no_guest_is_saved_while_a_killed_receiver_has_no_successor(
 def test_a_stock_helper_that_is_missing_is_said(xl: Xl, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XEN_POSTCOPY_STOCK_HELPER", "/nowhere/libxl-save-helper")
     _status, said = xl.save()
-    assert b"cannot start /nowhere/libxl-save-helper" in said and said.endswith(protocol.complete(-1, errno.ENOENT))
+    assert b"cannot start /nowhere/libxl-save-helper" in said and said.endswith(
+        protocol.complete(-1, errno.ENOENT)
+    )
 
 
 @pytest.mark.parametrize("mode", ["--save-domain", "--restore-domain"])
@@ -211,11 +219,24 @@ def test_a_libxl_that_was_killed_ends_the_helper_with_one_line(xl: Xl, mode: str
 
 
 def test_an_error_of_the_helper_itself_is_said_to_libxl(xl: Xl) -> None:
-    command = [sys.executable, "-m", "migrate.xl.helper", "--save-domain", "99", "11", "3", "1", "136", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "migrate.xl.helper",
+        "--save-domain",
+        "99",
+        "11",
+        "3",
+        "1",
+        "136",
+        "0",
+    ]
     done = subprocess.run(command, input=b"\0" * 4, capture_output=True, timeout=60, check=False)
     said = done.stdout
     assert (done.returncode, done.stderr) == (0, b"") and not xl.was_asked
-    assert b"an error of xen-postcopy-xl-helper itself" in said and said.endswith(protocol.complete(-1, errno.EIO))
+    assert b"an error of xen-postcopy-xl-helper itself" in said and said.endswith(
+        protocol.complete(-1, errno.EIO)
+    )
 
 
 # ---- a daemon that does not do what it should ----
@@ -248,10 +269,17 @@ ARRIVED = b'{"event": "result", "migrations": [{"domain": "web", "phase": "compl
 
 
 def converse(
-    tmp_path: Path, mode: str, io_fd: int, numbers: tuple[int, ...], *answers: bytes, **environment: str
+    tmp_path: Path,
+    mode: str,
+    io_fd: int,
+    numbers: tuple[int, ...],
+    *answers: bytes,
+    **environment: str,
 ) -> Libxl:
     """What the helper and a libxl that answers it have said, with such a daemon."""
-    sockets = dict.fromkeys(("XEN_POSTCOPY_SENDER", "XEN_POSTCOPY_RECEIVER"), str(tmp_path / "daemon"))
+    sockets = dict.fromkeys(
+        ("XEN_POSTCOPY_SENDER", "XEN_POSTCOPY_RECEIVER"), str(tmp_path / "daemon")
+    )
     stock = {"XEN_POSTCOPY_STOCK_HELPER": os.environ["XEN_POSTCOPY_STOCK_HELPER"]}
     libxl = Libxl(mode, io_fd, numbers, {}, {**sockets, **stock, **environment})
     with daemon(tmp_path / "daemon", *answers):
@@ -263,7 +291,12 @@ def converse(
 def save(tmp_path: Path, *answers: bytes, io_fd: int = -1, **environment: str) -> Libxl:
     reader, writer = os.pipe()
     libxl = converse(
-        tmp_path, "--save-domain", io_fd if io_fd >= 0 else os.dup(writer), (-1, 3, 1, 136, 0), *answers, **environment
+        tmp_path,
+        "--save-domain",
+        io_fd if io_fd >= 0 else os.dup(writer),
+        (-1, 3, 1, 136, 0),
+        *answers,
+        **environment,
     )
     os.close(reader)
     os.close(writer)
@@ -273,8 +306,14 @@ def save(tmp_path: Path, *answers: bytes, io_fd: int = -1, **environment: str) -
 @pytest.mark.parametrize(
     ("answers", "refusal"),
     [
-        ([b'{"event": "progress", "arrived": 1, "missing": 2}\n'], "the receiver daemon has gone, and memory of the"),
-        ([UNKNOWN, COMING], "memory of a guest may have still to come (web): try again when it has"),
+        (
+            [b'{"event": "progress", "arrived": 1, "missing": 2}\n'],
+            "the receiver daemon has gone, and memory of the",
+        ),
+        (
+            [UNKNOWN, COMING],
+            "memory of a guest may have still to come (web): try again when it has",
+        ),
         ([UNKNOWN, UNKNOWN], "unknown command"),
         ([UNKNOWN, ARRIVED], ""),
     ],
@@ -286,7 +325,9 @@ def test_a_guest_is_saved_only_where_its_memory_has_come(
     """A receiver of an earlier release answers only what is under way."""
     libxl = save(tmp_path, *answers, XEN_POSTCOPY="off")
     assert refusal in libxl.log and xl.was_asked == (not refusal)
-    assert [said.numbers for said in libxl.of(protocol.Message.COMPLETE)] == ([(-1, errno.EBUSY)] if refusal else [])
+    assert [said.numbers for said in libxl.of(protocol.Message.COMPLETE)] == (
+        [(-1, errno.EBUSY)] if refusal else []
+    )
 
 
 OFFER = b'{"event": "offer", "session": "s", "address": ["h", 1], "token": "00", "cpu_policy": ["", ""]}\n'
@@ -294,14 +335,20 @@ DECLINED = b'{"event": "declined", "message": "no"}\n'
 NOTHING_MISSING = b'{"event": "result"}\n'
 
 
-def test_a_sender_that_goes_before_its_offer_leaves_it_to_the_stock_helper(xl: Xl, tmp_path: Path) -> None:
+def test_a_sender_that_goes_before_its_offer_leaves_it_to_the_stock_helper(
+    xl: Xl, tmp_path: Path
+) -> None:
     libxl = save(tmp_path, NOTHING_MISSING, b"")
     assert xl.was_asked and "the daemon has gone: using Xen's own live migration" in libxl.log
 
 
 def test_a_sender_that_goes_after_its_offer_fails_the_migration(xl: Xl, tmp_path: Path) -> None:
     libxl = save(tmp_path, NOTHING_MISSING, OFFER)
-    assert not xl.was_asked and "the sender daemon has gone" in libxl.log and libxl.result == (-1, errno.EIO)
+    assert (
+        not xl.was_asked
+        and "the sender daemon has gone" in libxl.log
+        and libxl.result == (-1, errno.EIO)
+    )
 
 
 def test_a_stream_that_nobody_reads_fails_the_migration(xl: Xl, tmp_path: Path) -> None:
@@ -312,8 +359,16 @@ def test_a_stream_that_nobody_reads_fails_the_migration(xl: Xl, tmp_path: Path) 
 
 
 def test_a_stock_helper_that_is_missing_after_the_headers_is_said(xl: Xl, tmp_path: Path) -> None:
-    libxl = save(tmp_path, NOTHING_MISSING, OFFER + DECLINED, XEN_POSTCOPY_STOCK_HELPER="/nowhere/libxl-save-helper")
-    assert "cannot start /nowhere/libxl-save-helper" in libxl.log and libxl.result == (-1, errno.ENOENT)
+    libxl = save(
+        tmp_path,
+        NOTHING_MISSING,
+        OFFER + DECLINED,
+        XEN_POSTCOPY_STOCK_HELPER="/nowhere/libxl-save-helper",
+    )
+    assert "cannot start /nowhere/libxl-save-helper" in libxl.log and libxl.result == (
+        -1,
+        errno.ENOENT,
+    )
 
 
 def offered(session: bytes, behind: bytes) -> bytes:
@@ -342,15 +397,23 @@ def test_a_postcopy_stream_that_cannot_be_taken_in_fails(
 
 
 # ---- restoring ----
-@pytest.mark.parametrize("static", [b"", STATIC_END, CPU_POLICY + image.record(0x80000001, b"optional") + STATIC_END])
-def test_an_ordinary_stream_reaches_the_stock_helper_whole_and_no_further(xl: Xl, static: bytes) -> None:
+@pytest.mark.parametrize(
+    "static", [b"", STATIC_END, CPU_POLICY + image.record(0x80000001, b"optional") + STATIC_END]
+)
+def test_an_ordinary_stream_reaches_the_stock_helper_whole_and_no_further(
+    xl: Xl, static: bytes
+) -> None:
     stream = HEADERS + static + PAGES + image.record(9, b"context") + END
-    status, said, left = xl.run("--restore-domain", *RESTORE, stream=stream + b"libxl's own records")
+    status, said, left = xl.run(
+        "--restore-domain", *RESTORE, stream=stream + b"libxl's own records"
+    )
     assert (status, said) == (0, b"")
     arguments, got = xl.stock()
     assert got == stream
     assert left == b"libxl's own records"
-    assert arguments[0] == "--restore-domain" and arguments[2:] == [str(number) for number in RESTORE]
+    assert arguments[0] == "--restore-domain" and arguments[2:] == [
+        str(number) for number in RESTORE
+    ]
 
 
 def test_the_stock_helper_s_status_is_ours(xl: Xl, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,7 +426,9 @@ def test_the_stock_helper_s_death_is_ours(xl: Xl, monkeypatch: pytest.MonkeyPatc
     assert xl.run("--restore-domain", *RESTORE, stream=HEADERS + PAGES + END)[0] == -signal.SIGTERM
 
 
-def test_the_stock_helper_of_the_xen_that_runs_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_stock_helper_of_the_xen_that_runs_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("XEN_POSTCOPY_STOCK_HELPER", raising=False)
     monkeypatch.setattr(stock, "VERSION", str(tmp_path))
     monkeypatch.setattr(stock, "PLACES", (f"{tmp_path}/none", f"{tmp_path}/xen-{{version}}/bin"))
@@ -385,7 +450,9 @@ def test_a_stream_that_breaks_off_reaches_it_as_far_as_it_came(xl: Xl) -> None:
 def test_a_stream_that_ends_before_it_is_anyone_s_is_an_error(xl: Xl) -> None:
     status, said, _left = xl.run("--restore-domain", *RESTORE, stream=HEADERS[:30])
     assert status == 0 and not xl.was_asked
-    assert b"the stream ends after 30 of 40 bytes" in said and said.endswith(protocol.complete(-1, errno.EPIPE))
+    assert b"the stream ends after 30 of 40 bytes" in said and said.endswith(
+        protocol.complete(-1, errno.EPIPE)
+    )
 
 
 def test_what_is_no_image_is_the_stock_helper_s_to_refuse(xl: Xl) -> None:
@@ -412,7 +479,9 @@ def test_a_libxl_that_goes_instead_of_answering_ends_the_helper(xl: Xl) -> None:
     assert xl.run("--restore-domain", *RESTORE, stream=HEADERS[:30], answers=b"")[0] == 1
 
 
-@pytest.mark.parametrize("body", [b"{", b"{}", b"[]", b'{"session": "s", "address": ["h", "1"], "token": "00"}'])
+@pytest.mark.parametrize(
+    "body", [b"{", b"{}", b"[]", b'{"session": "s", "address": ["h", "1"], "token": "00"}']
+)
 def test_an_offer_of_another_version_is_named(body: bytes) -> None:
     with pytest.raises(MigrationError, match="another version of xen-postcopy"):
         image.parse_offer(body)

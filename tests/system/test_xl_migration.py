@@ -94,7 +94,9 @@ SLOW = '[migration]\nstrategy = "postcopy"\nbandwidth = "8M"\n'
 
 def save_at_destination(xl: Xl, io_fd: int, *, live: bool, **environment: str) -> Libxl:
     numbers = (-1, xl.destination.domid, int(live), CBFLAGS_SAVE, 0)
-    helper = Libxl("--save-domain", os.dup(io_fd), numbers, {}, {**xl.save.environment, **environment})
+    helper = Libxl(
+        "--save-domain", os.dup(io_fd), numbers, {}, {**xl.save.environment, **environment}
+    )
     helper.environment["XEN_POSTCOPY_SENDER"] = "/nowhere"
     helper.start()
     return helper
@@ -102,7 +104,9 @@ def save_at_destination(xl: Xl, io_fd: int, *, live: bool, **environment: str) -
 
 @pytest.mark.parametrize("world", [SLOW], indirect=True)
 @pytest.mark.parametrize("how", ["to a file", "off", "onward"])
-def test_a_guest_that_lacks_pages_is_saved_when_it_has_them(xl: Xl, tmp_path: Path, how: str) -> None:
+def test_a_guest_that_lacks_pages_is_saved_when_it_has_them(
+    xl: Xl, tmp_path: Path, how: str
+) -> None:
     """libxc takes missing pages for holes, and says nothing."""
     assert xl.run() == ((0, 0), (0, 0))
     xl.go()
@@ -139,7 +143,9 @@ def test_the_pages_of_a_guest_that_another_program_saved_are_kept(xl: Xl, slowly
     xl.destination.destroy()
     for daemon, phase in (("sender", "interrupted"), ("receiver", "failed")):
         lacks = "an image or a copy that was made of it then lacks them"
-        until(lambda daemon=daemon, lacks=lacks: lacks in xl.line(daemon)["problem"], "it is not said")  # type: ignore[misc]
+        until(
+            lambda daemon=daemon, lacks=lacks: lacks in xl.line(daemon)["problem"], "it is not said"
+        )  # type: ignore[misc]
         assert xl.line(daemon)["phase"] == phase
     assert "xen-postcopy decide" in xl.line("sender")["problem"]
     with pytest.raises(MigrationError, match="xl has destroyed the domain here"):
@@ -206,7 +212,10 @@ def test_a_guest_that_is_destroyed_before_its_memory_has_come(xl: Xl) -> None:
     xl.destination.destroy()
     xl.wait_for("failed", "failed")
     for daemon in ("sender", "receiver"):
-        assert "destroyed" in xl.line(daemon)["problem"] or "gave the guest up" in xl.line(daemon)["problem"]
+        assert (
+            "destroyed" in xl.line(daemon)["problem"]
+            or "gave the guest up" in xl.line(daemon)["problem"]
+        )
 
 
 @pytest.mark.parametrize("step", [Message.SWITCH_QEMU_LOGDIRTY, Message.SUSPEND])

@@ -26,7 +26,9 @@ JUNIT = """<testsuites><testsuite>
 </testsuite></testsuites>"""
 
 
-def stage(name: str, script: str, *, limit_s: float = 60, cores: int = 1, has_tests: bool = False) -> Stage:
+def stage(
+    name: str, script: str, *, limit_s: float = 60, cores: int = 1, has_tests: bool = False
+) -> Stage:
     return Stage(name, "a stage of this test", ("sh", "-c", script), limit_s, cores, has_tests)
 
 
@@ -39,7 +41,9 @@ def run(tmp_path: Path, *stages: Stage, cores: int = 2) -> tuple[dict[str, Outco
 
 def test_a_stage_that_fails_is_reported_with_its_log_and_the_others_run(tmp_path: Path) -> None:
     outcomes, shown = run(
-        tmp_path, stage("bad", "echo the $((40 + 2)) reasons; exit 3"), stage("good", "echo $((6 * 7)) quiet")
+        tmp_path,
+        stage("bad", "echo the $((40 + 2)) reasons; exit 3"),
+        stage("good", "echo $((6 * 7)) quiet"),
     )
     assert not outcomes["bad"].passed and outcomes["bad"].status == 3
     assert outcomes["good"].passed
@@ -58,7 +62,9 @@ def test_a_stage_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path:
 
 def test_what_a_stage_leaves_running_is_ended(tmp_path: Path) -> None:
     outcomes, _shown = run(
-        tmp_path, stage("untidy", f"setsid sleep 600 & echo $! > {tmp_path}/left"), stage("other", "true")
+        tmp_path,
+        stage("untidy", f"setsid sleep 600 & echo $! > {tmp_path}/left"),
+        stage("other", "true"),
     )
     assert outcomes["untidy"].passed
     left = int((tmp_path / "left").read_text())
@@ -111,8 +117,14 @@ def test_a_stage_that_fails_without_a_test_is_counted(tmp_path: Path) -> None:
     ("script", "verdict"),
     [
         ("cp {0}/xml $JUNIT/results.xml", "failed (tests failed, though the exit status is 0)"),
-        ("head -c 100 {0}/xml > $JUNIT/results.xml", "failed (tests failed, though the exit status is 0)"),
-        ("echo '<testcase time=\"1,2\"/>' > $JUNIT/results.xml", "failed (tests failed, though the exit status is 0)"),
+        (
+            "head -c 100 {0}/xml > $JUNIT/results.xml",
+            "failed (tests failed, though the exit status is 0)",
+        ),
+        (
+            "echo '<testcase time=\"1,2\"/>' > $JUNIT/results.xml",
+            "failed (tests failed, though the exit status is 0)",
+        ),
         ("mkdir $JUNIT/results.xml", "failed (tests failed, though the exit status is 0)"),
         ("true", "failed (no test has passed)"),
         ("rmdir $JUNIT", "failed (no test has passed)"),
@@ -123,14 +135,18 @@ def test_a_stage_that_fails_without_a_test_is_counted(tmp_path: Path) -> None:
 )
 def test_a_stage_that_only_looks_good_has_failed(tmp_path: Path, script: str, verdict: str) -> None:
     (tmp_path / "xml").write_text(JUNIT)
-    outcomes, shown = run(tmp_path, stage("tested", script.format(tmp_path), has_tests=True), stage("other", "true"))
+    outcomes, shown = run(
+        tmp_path, stage("tested", script.format(tmp_path), has_tests=True), stage("other", "true")
+    )
     assert outcomes["tested"].verdict == verdict
     assert outcomes["other"].passed
     assert "\033" not in shown and len(shown) < 100_000
 
 
 def test_a_stage_that_cannot_be_started_has_failed_and_the_others_run(tmp_path: Path) -> None:
-    outcomes, _shown = run(tmp_path, Stage("none", "no program", ("/nonexistent",), 60), stage("other", "true"))
+    outcomes, _shown = run(
+        tmp_path, Stage("none", "no program", ("/nonexistent",), 60), stage("other", "true")
+    )
     assert not outcomes["none"].passed and outcomes["other"].passed
 
 
@@ -181,7 +197,10 @@ def test_a_signal_ends_the_stages_as_well(tmp_path: Path, number: signal.Signals
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=TREE, text=True,
     )  # fmt: skip
     pids = [tmp_path / f"{name}.pid" for name in ("model", "demo")]
-    until(lambda: all(pid.exists() and pid.read_text().strip() for pid in pids), "the stages do not start")
+    until(
+        lambda: all(pid.exists() and pid.read_text().strip() for pid in pids),
+        "the stages do not start",
+    )
     process.send_signal(number)
     process.send_signal(number)
     _out, error = process.communicate(timeout=60)
@@ -206,12 +225,16 @@ def test_the_record_can_be_read_and_says_what_ran_where(tmp_path: Path) -> None:
     assert shown.returncode == 0 and tables(list(outcomes.values())) in shown.stdout
     path.write_text("{}")
     shown = checks("show", str(path))
-    assert shown.returncode == 1 and "is no record" in shown.stderr and "Traceback" not in shown.stderr
+    assert (
+        shown.returncode == 1 and "is no record" in shown.stderr and "Traceback" not in shown.stderr
+    )
 
 
 def checks(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "tests.checks", *arguments]
-    return subprocess.run(command, cwd=TREE, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        command, cwd=TREE, capture_output=True, text=True, timeout=60, check=False
+    )
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -219,7 +242,9 @@ def test_each_stage_is_a_target_of_the_makefile(tier: str) -> None:
     assert checks(tier, "--list").returncode == 0
     for one in TIERS[tier]:
         assert one.command[0] == "make"
-        dry = subprocess.run([*one.command, "-n"], cwd=TREE, capture_output=True, text=True, timeout=60, check=False)
+        dry = subprocess.run(
+            [*one.command, "-n"], cwd=TREE, capture_output=True, text=True, timeout=60, check=False
+        )
         assert dry.returncode == 0, dry.stderr
 
 

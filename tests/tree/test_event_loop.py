@@ -16,14 +16,18 @@ from tests.support.event_loop import AUDITS, BlockingCallError
 
 async def test_a_hypercall_in_the_event_loop_is_noticed(boot: Boot) -> None:
     _spec, domain = boot()
-    with pytest.raises(BlockingCallError, match=r"SimulatedDomain.state in the event loop, by .*toolstack.py"):
+    with pytest.raises(
+        BlockingCallError, match=r"SimulatedDomain.state in the event loop, by .*toolstack.py"
+    ):
         _resume(domain)
     await trio.to_thread.run_sync(_resume, domain)
     domain.state()  # a test may
 
 
 @pytest.mark.skipif(not AUDITS, reason="coverage is measured")
-async def test_a_file_or_a_name_that_is_looked_up_in_the_event_loop_is_noticed(tmp_path: Path) -> None:
+async def test_a_file_or_a_name_that_is_looked_up_in_the_event_loop_is_noticed(
+    tmp_path: Path,
+) -> None:
     everywhere = SenderConfig(listen=("0.0.0.0", 1))
     with pytest.raises(BlockingCallError, match=r"socket\.gethostby"):
         advertised(everywhere, 1)

@@ -41,15 +41,31 @@ SOURCES = {
 def files() -> list[Path]:
     """Those that are part of the project, relative to it."""
     with contextlib.suppress(FileNotFoundError):
-        command = ["git", "-C", str(TREE), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        command = [
+            "git",
+            "-C",
+            str(TREE),
+            "ls-files",
+            "-z",
+            "--cached",
+            "--others",
+            "--exclude-standard",
+        ]
         listed = subprocess.run(command, capture_output=True, check=False)
         if listed.returncode == 0:
             found = [Path(name) for name in listed.stdout.decode().split("\0") if name]
             return [path for path in found if (TREE / path).is_file()]
     # A tree that was unpacked from an archive.
-    ignored = [".git", *(line.strip("/") for line in (TREE / ".gitignore").read_text().splitlines())]
+    ignored = [
+        ".git",
+        *(line.strip("/") for line in (TREE / ".gitignore").read_text().splitlines()),
+    ]
     found = [path.relative_to(TREE) for path in TREE.rglob("*") if path.is_file()]
-    return [path for path in found if not any(fnmatch(part, name) for part in path.parts for name in ignored)]
+    return [
+        path
+        for path in found
+        if not any(fnmatch(part, name) for part in path.parts for name in ignored)
+    ]
 
 
 def is_source(path: Path) -> bool:
@@ -68,7 +84,8 @@ def test_every_source_file_names_its_licence() -> None:
     without = [
         str(path)
         for path in sources
-        if f"{TAG}: {LICENCE}" not in "".join((TREE / path).read_text().splitlines(keepends=True)[:3])
+        if f"{TAG}: {LICENCE}"
+        not in "".join((TREE / path).read_text().splitlines(keepends=True)[:3])
     ]
     assert without == [], f"Begin these files with `{TAG}: {LICENCE}` in a comment."
 
@@ -96,7 +113,9 @@ def test_lines_end_where_their_text_ends() -> None:
         if any(path.match(pattern) for pattern in NOT_TEXT):
             continue
         text = (TREE / path).read_text()
-        wrong += [f"{path}:{n}" for n, line in enumerate(text.split("\n"), 1) if line != line.rstrip()]
+        wrong += [
+            f"{path}:{n}" for n, line in enumerate(text.split("\n"), 1) if line != line.rstrip()
+        ]
         if text and (not text.endswith("\n") or text.endswith("\n\n")):
             wrong.append(f"{path}: its end")
     assert wrong == [], "Remove white space at the end of lines; end a file with one newline."
@@ -115,7 +134,9 @@ def test_documents_are_wrapped() -> None:
 
 # ---- which folder imports which ----
 FOLDERS = ("migrate", "sender", "receiver", "xenbackend")
-GROUND = tuple(f"migrate/{name}.py" for name in ("__init__", "errors", "units", "options", "tasks", "logs"))
+GROUND = tuple(
+    f"migrate/{name}.py" for name in ("__init__", "errors", "units", "options", "tasks", "logs")
+)
 LAYERS: list[list[tuple[str, ...]]] = [
     [("xenbackend/",)],
     [GROUND],
@@ -148,19 +169,34 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def ours() -> list[tuple[str, Path]]:
-    return [(path.parts[0], path) for path in files() if path.suffix == ".py" and path.parts[0] in FOLDERS]
+    return [
+        (path.parts[0], path)
+        for path in files()
+        if path.suffix == ".py" and path.parts[0] in FOLDERS
+    ]
 
 
 def room(place: str) -> tuple[int, tuple[str, ...]] | None:
     """Of a file's path: the line of ``LAYERS`` and the room; ``None`` for what is installed."""
-    found = [(number, room) for number, rooms in enumerate(LAYERS) for room in rooms if place.startswith(room)]
+    found = [
+        (number, room)
+        for number, rooms in enumerate(LAYERS)
+        for room in rooms
+        if place.startswith(room)
+    ]
     return found[-1] if found else None
 
 
 def path_of(module: str) -> str:
     """Of a module or of a name in a module, relative to the tree."""
     name = module.replace(".", "/")
-    return f"{name}.py" if (TREE / f"{name}.py").is_file() else f"{name}/" if (TREE / name).is_dir() else name
+    return (
+        f"{name}.py"
+        if (TREE / f"{name}.py").is_file()
+        else f"{name}/"
+        if (TREE / name).is_dir()
+        else name
+    )
 
 
 def test_folders_import_in_one_direction() -> None:
@@ -179,7 +215,10 @@ def test_folders_import_in_one_direction() -> None:
 
 def import_graph() -> dict[str, set[str]]:
     """Which of our modules each module imports, also in functions and for the type checker."""
-    modules = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path for _folder, path in ours()}
+    modules = {
+        ".".join(path.with_suffix("").parts).removesuffix(".__init__"): path
+        for _folder, path in ours()
+    }
     graph = {}
     for module, path in modules.items():
         # What is imported is a module, or a name in one.
@@ -198,14 +237,21 @@ def in_circles(graph: dict[str, set[str]]) -> dict[str, set[str]]:
         outside = {module for module, needs in graph.items() if not needs or module not in imported}
         if not outside:
             return graph
-        graph = {module: needs - outside for module, needs in graph.items() if module not in outside}
+        graph = {
+            module: needs - outside for module, needs in graph.items() if module not in outside
+        }
 
 
 def test_modules_do_not_import_each_other_in_circles() -> None:
     graph = import_graph()
     assert len(graph) > 90 and sum(map(len, graph.values())) > 300
-    assert in_circles({"a": {"b", "d"}, "b": {"c"}, "c": {"b"}, "d": set()}) == {"b": {"c"}, "c": {"b"}}
-    assert in_circles(graph) == {}, "Move what these modules need of each other into a module below them."
+    assert in_circles({"a": {"b", "d"}, "b": {"c"}, "c": {"b"}, "d": set()}) == {
+        "b": {"c"},
+        "c": {"b"},
+    }
+    assert in_circles(graph) == {}, (
+        "Move what these modules need of each other into a module below them."
+    )
 
 
 def test_daemons_know_no_backend_by_name() -> None:
@@ -243,15 +289,24 @@ LONGER = {"receiver/migration.py", "sender/migration.py"}
 
 def product() -> dict[str, str]:
     """The text of each file of Python or C."""
-    found = [path for path in files() if path.suffix in (".py", ".c", ".h") and path.parts[0] in FOLDERS]
+    found = [
+        path for path in files() if path.suffix in (".py", ".c", ".h") and path.parts[0] in FOLDERS
+    ]
     return {str(path): (TREE / path).read_text() for path in found}
 
 
 def functions(path: str, text: str) -> dict[str, int]:
     """How many lines each function has."""
     if path.endswith(".py"):
-        nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-        return {f"{path}:{node.lineno} {node.name}": (node.end_lineno or 0) - node.lineno + 1 for node in nodes}
+        nodes = [
+            node
+            for node in ast.walk(ast.parse(text))
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        ]
+        return {
+            f"{path}:{node.lineno} {node.name}": (node.end_lineno or 0) - node.lineno + 1
+            for node in nodes
+        }
     # In C a function's first and last bracket stand alone at the margin.
     found, start, before = {}, 0, ""
     for number, line in enumerate(text.splitlines(), 1):
@@ -274,7 +329,10 @@ def test_files_are_short_enough_to_be_read() -> None:
 
 def test_functions_are_short_enough_to_be_read() -> None:
     lines = {
-        name: n for path, text in product().items() if path not in LONGER for name, n in functions(path, text).items()
+        name: n
+        for path, text in product().items()
+        if path not in LONGER
+        for name, n in functions(path, text).items()
     }
     assert len([name for name in lines if ".c:" in name]) > 150 and len(lines) > 1200
     too_long = {name: n for name, n in lines.items() if n > MOST_LINES_OF_A_FUNCTION}
@@ -304,7 +362,9 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
 def test_invariants_are_cited_by_numbers_that_there_are() -> None:
-    stated = {int(number) for number in re.findall(r"^## (\d+)\. ", INVARIANTS.read_text(), re.MULTILINE)}
+    stated = {
+        int(number) for number in re.findall(r"^## (\d+)\. ", INVARIANTS.read_text(), re.MULTILINE)
+    }
     cited: dict[bool, set[int]] = {False: set(), True: set()}
     for path in files():
         if path.suffix not in (".py", ".c", ".h") or path.name == Path(__file__).name:
@@ -356,14 +416,20 @@ def test_documents_name_targets_that_make_has() -> None:
     targets = set(re.findall(r"^([a-z][\w -]*):", (TREE / "Makefile").read_text(), re.MULTILINE))
     known = {target for names in targets for target in names.split()}
     for document in (path for path in files() if path.suffix == ".md"):
-        named = re.findall(r"(?:^    |`)make ([a-z][\w-]*)", (TREE / document).read_text(), re.MULTILINE)
+        named = re.findall(
+            r"(?:^    |`)make ([a-z][\w-]*)", (TREE / document).read_text(), re.MULTILINE
+        )
         assert {*named} <= known, f"{document}: {sorted({*named} - known)}"
 
 
 def test_every_phase_that_an_operator_sees_is_explained() -> None:
     """In the man page and in docs/reliability.md."""
     phases = set()
-    for path in (Path("sender/migration.py"), Path("receiver/migration.py"), Path("sender/progress.py")):
+    for path in (
+        Path("sender/migration.py"),
+        Path("receiver/migration.py"),
+        Path("sender/progress.py"),
+    ):
         text = (TREE / path).read_text()
         for assigned in re.findall(r"\bphase(?:: str)?(?:, [\w.]+)? = (.+)", text):
             phases |= set(re.findall(r'"([a-z ]+)"', assigned.partition(", f")[0]))
@@ -372,7 +438,12 @@ def test_every_phase_that_an_operator_sees_is_explained() -> None:
     assert phases == set(re.findall(r"^\.B ([a-z ]+)$", manual.split(".SH PHASES")[1].split(".SH ")[0], re.M)) - {
         "list", "show", "reconnect", "decide",
     }  # fmt: skip
-    shown = (TREE / "docs/reliability.md").read_text().split("## What `list` shows")[1].split("\n## ")[0]
+    shown = (
+        (TREE / "docs/reliability.md")
+        .read_text()
+        .split("## What `list` shows")[1]
+        .split("\n## ")[0]
+    )
     assert phases == set(re.findall(r"^\| `([a-z ]+)`", shown, re.M))
 
 
@@ -380,15 +451,23 @@ def test_every_module_is_in_the_description_of_the_architecture() -> None:
     described = (TREE / "docs/architecture.md").read_text()
     modules = [path.name for _folder, path in ours() if path.stem not in ("__init__", "__main__")]
     assert len(modules) > 80
-    missing = [name for name in modules if f"`{name}`" not in described and f"/{name}`" not in described]
+    missing = [
+        name for name in modules if f"`{name}`" not in described and f"/{name}`" not in described
+    ]
     assert missing == [], "Describe these modules in docs/architecture.md."
 
 
 def test_the_table_of_checks_has_each_stage_where_it_runs() -> None:
-    rows = re.findall(r"^\|[^|]*\|[^|]*\| `make ([\w-]+)` \| *([^|]*?) *\| *([^|]*?) *\|$", CONTRIBUTING, re.MULTILINE)
+    rows = re.findall(
+        r"^\|[^|]*\|[^|]*\| `make ([\w-]+)` \| *([^|]*?) *\| *([^|]*?) *\|$",
+        CONTRIBUTING,
+        re.MULTILINE,
+    )
     for column, tier in ((1, "gate"), (2, "everything")):
         run = {argument for stage in TIERS[tier] for argument in stage.command[2:3]} - {"tools"}
-        assert run | {"check"} == {row[0] for row in rows if row[column]}, f"{tier}; test runs check"
+        assert run | {"check"} == {row[0] for row in rows if row[column]}, (
+            f"{tier}; test runs check"
+        )
 
 
 def test_the_version_has_an_entry_in_the_changelog() -> None:

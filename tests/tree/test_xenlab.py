@@ -31,7 +31,9 @@ def cpuid(*leaves: tuple[int, int]) -> bytes:
         ([], False),
     ],
 )
-def test_kvm_is_used_where_it_offers_guests_of_guests(leaves: list[tuple[int, int]], expected: bool) -> None:
+def test_kvm_is_used_where_it_offers_guests_of_guests(
+    leaves: list[tuple[int, int]], expected: bool
+) -> None:
     assert qemu.nests(cpuid(*leaves)) == expected
 
 

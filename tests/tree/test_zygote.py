@@ -37,7 +37,11 @@ def compare(*arguments: str, given: str = "", **options: Any) -> int:
     """The status that both have ended with."""
     executed = run(subprocess.Popen, *arguments, given=given, **options)
     forked = run(zygote.Popen, *arguments, given=given, **options)
-    differences = {key: (value, forked[1][key]) for key, value in executed[1].items() if forked[1][key] != value}
+    differences = {
+        key: (value, forked[1][key])
+        for key, value in executed[1].items()
+        if forked[1][key] != value
+    }
     assert differences == {}
     assert forked == executed
     return executed[0]
@@ -53,14 +57,19 @@ def compare(*arguments: str, given: str = "", **options: Any) -> int:
         (["killed"], -signal.SIGKILL),
     ],
 )
-def test_a_forked_process_finds_and_ends_as_an_executed_one(arguments: list[str], status: int) -> None:
+def test_a_forked_process_finds_and_ends_as_an_executed_one(
+    arguments: list[str], status: int
+) -> None:
     assert compare(*arguments, given="some\ntext") == status
 
 
 @pytest.mark.parametrize(
-    "option", ["process_group", "start_new_session", "env", "no locale", "cwd", "pass_fds", "inherited"]
+    "option",
+    ["process_group", "start_new_session", "env", "no locale", "cwd", "pass_fds", "inherited"],
 )
-def test_an_option_means_the_same(option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_option_means_the_same(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reader, writer = os.pipe()
     cases: dict[str, dict[str, Any]] = {
         "process_group": {"process_group": 0},
@@ -87,7 +96,9 @@ def test_an_option_means_the_same(option: str, tmp_path: Path, monkeypatch: pyte
 def test_a_terminal_is_one() -> None:
     for popen in (subprocess.Popen, zygote.Popen):
         master, slave = pty.openpty()
-        process = popen([*PROBE, "return"], stdin=subprocess.DEVNULL, stdout=slave, stderr=subprocess.DEVNULL)
+        process = popen(
+            [*PROBE, "return"], stdin=subprocess.DEVNULL, stdout=slave, stderr=subprocess.DEVNULL
+        )
         os.close(slave)
         shown = b""
         while not shown.endswith(b"\n"):
@@ -101,7 +112,10 @@ def test_a_terminal_is_one() -> None:
 def test_signals_reach_the_process_and_a_limit_of_time_is_kept() -> None:
     for sent in (signal.SIGTERM, signal.SIGKILL, signal.SIGINT):
         with zygote.Popen(
-            [*PROBE, "wait"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            [*PROBE, "wait"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
         ) as process:
             assert process.stdout is not None
             process.stdout.readline()
@@ -145,5 +159,7 @@ def test_what_the_zygote_cannot_do_is_executed(monkeypatch: pytest.MonkeyPatch) 
             env=environment, text=True,
         ) as process:  # fmt: skip
             assert "import time:" in process.communicate(timeout=TIMEOUT_S)[1]
-    with zygote.Popen([sys.executable, "-c", "print(__name__)"], stdout=subprocess.PIPE, text=True) as process:
+    with zygote.Popen(
+        [sys.executable, "-c", "print(__name__)"], stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.communicate(timeout=TIMEOUT_S)[0] == "__main__\n"

@@ -73,8 +73,12 @@ async def test_as_long_as_memory_comes_there_is_no_limit(
     assert trio.current_time() > 8 * PATIENCE_S
 
 
-async def test_where_none_comes_it_is_refused(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
-    with pytest.raises(MigrationError, match="3 pages of web have still to come, and none has come for 60 s"):
+async def test_where_none_comes_it_is_refused(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    with pytest.raises(
+        MigrationError, match="3 pages of web have still to come, and none has come for 60 s"
+    ):
         await asked(tmp_path, Incoming(7, 3))
 
 

@@ -43,7 +43,9 @@ def transferred(pieces: list[bytes], chunks: list[int], *, buffers: int = 0) -> 
         sender.start()
         done, turn = 0, 0
         while done < total:
-            count = bulk.receive(there.fileno(), into[done : done + chunks[turn % len(chunks)]], is_tcp=True)
+            count = bulk.receive(
+                there.fileno(), into[done : done + chunks[turn % len(chunks)]], is_tcp=True
+            )
             assert count > 0
             done, turn = done + count, turn + 1
         sender.join(30)
@@ -82,7 +84,9 @@ def test_a_connection_that_ends_gives_what_had_come() -> None:
 def test_a_peer_that_has_gone_is_an_errno_not_a_signal() -> None:
     with connected() as (here, there):
         there.close()
-        pieces = [memoryview(b"x" * (1 << 20))] * 16  # the first of it may go into the kernel's buffers
+        pieces = [
+            memoryview(b"x" * (1 << 20))
+        ] * 16  # the first of it may go into the kernel's buffers
         assert bulk.send(here.fileno(), pieces) in (errno.EPIPE, errno.ECONNRESET)
 
 
@@ -90,9 +94,13 @@ def test_a_connection_cut_from_outside_ends_both() -> None:
     with connected() as (here, there):
         ends: list[int] = []
         threads = [
-            threading.Thread(target=lambda: ends.append(bulk.send(here.fileno(), [b"x" * (64 << 20)]))),
             threading.Thread(
-                target=lambda: ends.append(bulk.receive(here.fileno(), memoryview(bytearray(9)), is_tcp=True))
+                target=lambda: ends.append(bulk.send(here.fileno(), [b"x" * (64 << 20)]))
+            ),
+            threading.Thread(
+                target=lambda: ends.append(
+                    bulk.receive(here.fileno(), memoryview(bytearray(9)), is_tcp=True)
+                )
             ),
         ]
         for thread in threads:

@@ -68,25 +68,55 @@ def test_what_is_given() -> None:
             "config.toml: [sendr]: there is no such section; there are network, tls, sender, receiver, migration",
         ),
         ("sender = 1", "config.toml: sender: a section, [sender]"),
-        ("[sender]\nport = 1", "config.toml: [sender] port: there is no such key; there are listen, address"),
+        (
+            "[sender]\nport = 1",
+            "config.toml: [sender] port: there is no such key; there are listen, address",
+        ),
         ("[sender]\nlisten = 8014", "config.toml: [sender] listen: 8014: an address in quotes"),
-        ('[sender]\nlisten = "host:x"', "config.toml: [sender] listen: 'host:x': address 'host:x': HOST, HOST:PORT"),
-        ('[receiver]\nlisten = "0.0.0.0"', "config.toml: [receiver] listen: 0.0.0.0 can be reached by others"),
+        (
+            '[sender]\nlisten = "host:x"',
+            "config.toml: [sender] listen: 'host:x': address 'host:x': HOST, HOST:PORT",
+        ),
+        (
+            '[receiver]\nlisten = "0.0.0.0"',
+            "config.toml: [receiver] listen: 0.0.0.0 can be reached by others",
+        ),
         ("[sender]\npeer_timeout_s = 0", "config.toml: [sender] peer_timeout_s: 0: seconds"),
-        ("[network]\nsilence_s = 2", "config.toml: [network] silence_s: 2: seconds: at least 3, at most 3600"),
-        ('[migration]\nstrategy = "fast"', "config.toml: [migration] strategy: 'fast': one of hybrid, postcopy"),
-        ("[migration]\nmax_rounds = 1.5", "config.toml: [migration] max_rounds: 1.5: a whole number"),
-        ("[migration]\nmax_rounds = 0", "config.toml: [migration] max_rounds 0: a whole number, 1 to 1000"),
-        ('[migration]\nbandwidth = "1"', "config.toml: [migration] bandwidth: '1': at least one page"),
+        (
+            "[network]\nsilence_s = 2",
+            "config.toml: [network] silence_s: 2: seconds: at least 3, at most 3600",
+        ),
+        (
+            '[migration]\nstrategy = "fast"',
+            "config.toml: [migration] strategy: 'fast': one of hybrid, postcopy",
+        ),
+        (
+            "[migration]\nmax_rounds = 1.5",
+            "config.toml: [migration] max_rounds: 1.5: a whole number",
+        ),
+        (
+            "[migration]\nmax_rounds = 0",
+            "config.toml: [migration] max_rounds 0: a whole number, 1 to 1000",
+        ),
+        (
+            '[migration]\nbandwidth = "1"',
+            "config.toml: [migration] bandwidth: '1': at least one page",
+        ),
         ('[tls]\ncertificate = "a.pem"', "config.toml: [tls] key: it is missing"),
         (
             '[tls]\ncertificate = "/a.pem"\nkey = "/a.key"\nauthority = "/ca.pem"\npeers = ["b"]',
             "config.toml: [tls] /a.pem, /a.key: No such file or directory",
         ),
         ("[tls]\ncertificate = 1", "config.toml: [tls] certificate: 1: text in quotes"),
-        ("[migration]\ndowntime_target_ms = true", "config.toml: [migration] downtime_target_ms: True: a number"),
+        (
+            "[migration]\ndowntime_target_ms = true",
+            "config.toml: [migration] downtime_target_ms: True: a number",
+        ),
         ('[tls]\npeers = "b"', "config.toml: [tls] peers: 'b': a list of names"),
-        ('[network]\nunencrypted = "yes"', "config.toml: [network] unencrypted: 'yes': true or false"),
+        (
+            '[network]\nunencrypted = "yes"',
+            "config.toml: [network] unencrypted: 'yes': true or false",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_with_file_key_and_reason(text: str, what: str) -> None:
@@ -110,12 +140,22 @@ def test_what_a_receiver_dials(monkeypatch: pytest.MonkeyPatch) -> None:
     assert advertised(SenderConfig(("source.example", 0)), 99) == ("source.example", 99)
     assert advertised(SenderConfig(("0.0.0.0", 0)), 99) == ("host.example", 99)
     assert advertised(SenderConfig(("::", 0), "migration.example"), 99) == ("migration.example", 99)
-    assert advertised(SenderConfig(("::", 0), "migration.example:5"), 99) == ("migration.example", 5)
+    assert advertised(SenderConfig(("::", 0), "migration.example:5"), 99) == (
+        "migration.example",
+        5,
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [(4096, 4096), ("4096", 4096), ("64K", 65536), ("1.5GiB", 3 * 2**29), (" 2 mib ", 2**21), ("1TB", 2**40)],
+    [
+        (4096, 4096),
+        ("4096", 4096),
+        ("64K", 65536),
+        ("1.5GiB", 3 * 2**29),
+        (" 2 mib ", 2**21),
+        ("1TB", 2**40),
+    ],
 )
 def test_sizes_are_read_as_people_write_them(text: object, count: int) -> None:
     assert parse_size(text) == count
@@ -129,7 +169,13 @@ def test_what_is_no_size_is_refused_with_an_example(text: object) -> None:
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (3 * 2**29, "1.5 GiB"), (5 * 2**40, "5.0 TiB")],
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (3 * 2**29, "1.5 GiB"),
+        (5 * 2**40, "5.0 TiB"),
+    ],
 )
 def test_sizes_are_shown_in_the_unit_that_fits(count: int, text: str) -> None:
     assert human_bytes(count) == text

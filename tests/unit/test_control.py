@@ -90,7 +90,9 @@ async def test_a_request_is_answered_once(tmp_path: Path) -> None:
         (b"x" * (MAX_LINE + 1), b"a line without end"),
     ],
 )
-async def test_a_bad_request_is_answered_with_an_error(tmp_path: Path, sent: bytes, message: bytes) -> None:
+async def test_a_bad_request_is_answered_with_an_error(
+    tmp_path: Path, sent: bytes, message: bytes
+) -> None:
     answer = await ask(tmp_path / "s", raw(sent))
     assert answer.startswith(b'{"event": "error"') and message in answer
 
@@ -145,7 +147,10 @@ async def test_a_socket_that_somebody_listens_at_is_not_taken_over(tmp_path: Pat
 
 async def test_a_place_where_no_socket_can_be_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for path, why in ((tmp_path / "file", "Address already in use"), (tmp_path / "n\0ull", "no path of a socket")):
+    for path, why in (
+        (tmp_path / "file", "Address already in use"),
+        (tmp_path / "n\0ull", "no path of a socket"),
+    ):
         with pytest.raises(MigrationError, match=why):
             await ask(path, call(command="echo"))
 
@@ -247,7 +252,13 @@ def test_an_answer_is_waited_for_only_until_the_watched_descriptor_ends(
             client.answer(watched.fileno())
 
 
-LINE = {"id": "0123456789", "domain": "guest", "direction": "incoming", "phase": "completed", "outstanding": 0}
+LINE = {
+    "id": "0123456789",
+    "domain": "guest",
+    "direction": "incoming",
+    "phase": "completed",
+    "outstanding": 0,
+}
 
 
 @pytest.mark.parametrize(
@@ -262,7 +273,11 @@ LINE = {"id": "0123456789", "domain": "guest", "direction": "incoming", "phase":
 )
 @pytest.mark.parametrize("queue_is_full", [False, True])
 async def test_a_daemon_that_hangs_is_named_and_hides_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], shown: str, queue_is_full: bool
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    shown: str,
+    queue_is_full: bool,
 ) -> None:
     monkeypatch.setattr(migrations, "ANSWER_S", 1.5)
     hanging, other = tmp_path / "hanging", tmp_path / "other"
@@ -270,7 +285,9 @@ async def test_a_daemon_that_hangs_is_named_and_hides_no_other(
     async def answer(request: Json, connection: ControlConnection) -> None:
         line = {**LINE, "problem": ""}
         await connection.answer(
-            "result", **({"migrations": [line]} if request["command"] == "list" else line), details={}
+            "result",
+            **({"migrations": [line]} if request["command"] == "list" else line),
+            details={},
         )
 
     def run(*sockets: Path) -> Result:
@@ -291,10 +308,14 @@ async def test_a_daemon_that_hangs_is_named_and_hides_no_other(
         named = f"{result.exception} {result.stderr}"
         assert f"the daemon at {hanging} has not answered for 1.5 s" in named
         alone = await trio.to_thread.run_sync(run, hanging)
-        assert isinstance(alone.exception, SilentDaemonError) and str(hanging) in str(alone.exception)
+        assert isinstance(alone.exception, SilentDaemonError) and str(hanging) in str(
+            alone.exception
+        )
 
 
-async def test_a_client_that_says_nothing_is_sent_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_client_that_says_nothing_is_sent_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(control, "REQUEST_TIMEOUT_S", 0.05)
 
     def exchange(path: Path) -> bytes:
@@ -306,7 +327,9 @@ async def test_a_client_that_says_nothing_is_sent_away(tmp_path: Path, monkeypat
     assert b"no request came within 0.05 s" in await ask(tmp_path / "s", exchange)
 
 
-async def test_clients_are_limited_in_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_clients_are_limited_in_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(control, "MAX_CONNECTIONS", 2)
 
     def exchange(path: Path) -> Json:

@@ -31,7 +31,17 @@ from sender.backlog import Backlog
 from sender.bandwidth import BandwidthCap
 from sender.faults import FaultServer
 from sender.statistics import SenderStatistics
-from tests.support.faults import NR, Destination, Memory, contents, encoded, lanes, put, said, session_at
+from tests.support.faults import (
+    NR,
+    Destination,
+    Memory,
+    contents,
+    encoded,
+    lanes,
+    put,
+    said,
+    session_at,
+)
 from tests.support.waiting import until_async as until
 from xenbackend.pages import PAGE_SIZE, PfnArray
 from xenbackend.ring import MEM_PAGING_DROP_PAGE
@@ -47,7 +57,9 @@ class TestFrames:
     )
 
     @given(st.sampled_from(KINDS), st.integers(0, MAX_PFN))
-    def test_they_are_the_codecs(self, kind: tuple[Any, Callable[[PfnArray], bytes]], pfn: int) -> None:
+    def test_they_are_the_codecs(
+        self, kind: tuple[Any, Callable[[PfnArray], bytes]], pfn: int
+    ) -> None:
         native, encode = kind
         frame = ffi.new("uint8_t[]", native.size)
         lib.fault_frame_make(native, pfn, frame)
@@ -63,7 +75,10 @@ class TestFrames:
         damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= data.draw(st.integers(1, 255))
         assert lib.fault_frame_pfn(native, ffi.new("uint8_t[]", bytes(damaged))) == -1
         others = [other for other, _encode in self.KINDS if other is not native]
-        assert all(lib.fault_frame_pfn(other, ffi.new("uint8_t[]", encode(pfn_array([pfn])))) == -1 for other in others)
+        assert all(
+            lib.fault_frame_pfn(other, ffi.new("uint8_t[]", encode(pfn_array([pfn])))) == -1
+            for other in others
+        )
 
 
 # ---- the sender ----
@@ -97,7 +112,10 @@ class Source:
         found: list[tuple[int, bytes]] = []
         for message, payload in said(self.lane):
             assert isinstance(message, Pages)
-            found += [(pfn, bytes(payload[i * PAGE_SIZE :][:PAGE_SIZE])) for i, pfn in enumerate(message.pfns.tolist())]
+            found += [
+                (pfn, bytes(payload[i * PAGE_SIZE :][:PAGE_SIZE]))
+                for i, pfn in enumerate(message.pfns.tolist())
+            ]
             found += [(pfn, bytes(PAGE_SIZE)) for pfn in message.zeros.tolist()]
         return found
 
@@ -118,19 +136,25 @@ SENDER_STEP = st.one_of(
 )
 
 
-def sender_goes(missing: set[int], steps: list[tuple[str, list[int]]], *, native: bool) -> list[object]:
+def sender_goes(
+    missing: set[int], steps: list[tuple[str, list[int]]], *, native: bool
+) -> list[object]:
     """All that is to be seen of it."""
     seen: list[object] = []
     with lanes() as (ours, theirs):
         source = Source(ours, theirs, missing, native=native)
-        assert source.server._native is not None and source.server._native._native.lane.open == native
+        assert (
+            source.server._native is not None and source.server._native._native.lane.open == native
+        )
         for step, chosen in steps:
             pfns = pfn_array(sorted(set(chosen)))
             if step == "push":
                 seen.append(source.backlog.next_batch(5).tolist())
                 continue
             if step == "loaded":
-                source.backlog.loaded(pfn_array(np.flatnonzero(source.backlog._state[: max(chosen)] == SENT)))
+                source.backlog.loaded(
+                    pfn_array(np.flatnonzero(source.backlog._state[: max(chosen)] == SENT))
+                )
                 continue
             asked: dict[str, list[Message]] = {
                 "faults": [Fault(pfn_array([pfn])) for pfn in chosen],
@@ -145,14 +169,20 @@ def sender_goes(missing: set[int], steps: list[tuple[str, list[int]]], *, native
                 seen.append(str(error))
                 break
             source.server._ahead.remove(NO_PFNS)
-            seen += [source.answers(), source.state(), [pfns.tolist() for pfns in source.server._ahead]]
+            seen += [
+                source.answers(),
+                source.state(),
+                [pfns.tolist() for pfns in source.server._ahead],
+            ]
             source.server._ahead.clear()
         assert not source.memory.looking
     return seen
 
 
 @given(st.sets(PFNS, min_size=NR - 3), st.lists(SENDER_STEP, max_size=12))
-def test_the_sender_does_the_same_either_way(missing: set[int], steps: list[tuple[str, list[int]]]) -> None:
+def test_the_sender_does_the_same_either_way(
+    missing: set[int], steps: list[tuple[str, list[int]]]
+) -> None:
     assert sender_goes(missing, steps, native=True) == sender_goes(missing, steps, native=False)
 
 
@@ -169,7 +199,9 @@ def test_the_sender_answers_what_came_in_one_packet_with_the_hello(native: bool)
 
 
 @pytest.mark.parametrize("native", [True, False])
-async def test_the_sender_does_not_wait_for_more_than_a_fault_behind_the_hello(native: bool) -> None:
+async def test_the_sender_does_not_wait_for_more_than_a_fault_behind_the_hello(
+    native: bool,
+) -> None:
     with lanes() as (ours, theirs):
         source = Source(ours, theirs, {1, 2}, native=native)
         put(theirs, encoded(hello(Lane.PULL, "s")), encoded(Fault(pfn_array([1]))))
@@ -188,7 +220,10 @@ def test_the_sender_hears_the_end() -> None:
         with pytest.raises(PeerClosedError, match=r"closed the connection$"):
             source.server._serve()
         assert source.answers() == [(1, contents(1))]
-        assert (source.statistics.pull_pages, ours.bytes_sent) == (1, len(encoded(Pages(pfn_array([1])), contents(1))))
+        assert (source.statistics.pull_pages, ours.bytes_sent) == (
+            1,
+            len(encoded(Pages(pfn_array([1])), contents(1))),
+        )
 
 
 def test_the_sender_notices_that_nobody_takes_its_answer() -> None:
@@ -227,9 +262,13 @@ def test_nobody_may_ask_before_the_handover(native: bool) -> None:
 
 
 RECEIVER_STEP = st.one_of(
-    st.tuples(st.just("touch"), st.lists(st.tuples(PFNS, st.integers(0, 1)), min_size=1, max_size=10)),
+    st.tuples(
+        st.just("touch"), st.lists(st.tuples(PFNS, st.integers(0, 1)), min_size=1, max_size=10)
+    ),
     st.tuples(st.just("drop"), PFNS),
-    st.tuples(st.just("answer"), st.tuples(st.integers(1, 10), st.sampled_from([1000, 5000, 10**6]))),
+    st.tuples(
+        st.just("answer"), st.tuples(st.integers(1, 10), st.sampled_from([1000, 5000, 10**6]))
+    ),
     st.tuples(st.just("push"), st.sets(PFNS, min_size=1, max_size=6)),
     st.tuples(st.just("short of memory"), st.integers(1, 3)),
     st.tuples(st.just("given away"), PFNS),
@@ -238,7 +277,10 @@ RECEIVER_STEP = st.one_of(
 
 
 async def receiver_goes(missing: set[int], steps: list[tuple[str, Any]], *, native: bool) -> object:
-    with lanes() as (ours, theirs), contextlib.closing(Destination(ours, theirs, missing, native=native)) as end:
+    with (
+        lanes() as (ours, theirs),
+        contextlib.closing(Destination(ours, theirs, missing, native=native)) as end,
+    ):
         assert (end.pager._native is not None) == native
         given_away = set()
         for step, chosen in steps:
@@ -278,7 +320,9 @@ async def receiver_goes(missing: set[int], steps: list[tuple[str, Any]], *, nati
             assert page == (bytes(PAGE_SIZE) if Memory.is_zero(pfn) else contents(pfn))
         end.pager.acknowledge()
         if "other lanes" not in [step for step, _chosen in steps]:  # then a rejoin says some of it
-            assert sorted(pfn for message in end.said for pfn in message.pfns.tolist()) == sorted(missing)
+            assert sorted(pfn for message in end.said for pfn in message.pfns.tolist()) == sorted(
+                missing
+            )
         return (
             end.statistics.requests,
             end.statistics.pulled_pages,
@@ -288,7 +332,9 @@ async def receiver_goes(missing: set[int], steps: list[tuple[str, Any]], *, nati
 
 @pytest.mark.parametrize("native", [True, False])
 @given(st.sets(PFNS, min_size=30), st.lists(RECEIVER_STEP, max_size=15))
-def test_the_receiver_loses_nothing(native: bool, missing: set[int], steps: list[tuple[str, Any]]) -> None:
+def test_the_receiver_loses_nothing(
+    native: bool, missing: set[int], steps: list[tuple[str, Any]]
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pager_module, "FIRST_RETRY_S", 0)
         patch.setattr(pager_module, "LAST_RETRY_S", 0)
@@ -304,7 +350,9 @@ def test_the_receiver_loses_nothing(native: bool, missing: set[int], steps: list
 async def test_no_page_is_taken_from_the_pull_lane_before_the_handover() -> None:
     with lanes() as (ours, theirs):
         session = session_at(Role.RECEIVER, m.Ready)
-        with contextlib.closing(Destination(ours, theirs, {1, 2}, native=True, session=session)) as end:
+        with contextlib.closing(
+            Destination(ours, theirs, {1, 2}, native=True, session=session)
+        ) as end:
             assert end.pager._native is not None
             put(theirs, encoded(Pages(pfn_array([1])), contents(1)))
             with pytest.raises(RemoteProtocolError, match="before the switchover"):

@@ -17,7 +17,9 @@ from migrate.protocol import frames
 from migrate.protocol.frames import FrameDecoder
 
 
-def feed(decoder: FrameDecoder, data: bytes, piece: int = 2**30) -> list[tuple[dict[str, Any], bytes]]:
+def feed(
+    decoder: FrameDecoder, data: bytes, piece: int = 2**30
+) -> list[tuple[dict[str, Any], bytes]]:
     """Give bytes to a decoder, at most ``piece`` at a time."""
     out = []
     view = memoryview(data)
@@ -36,22 +38,32 @@ def feed(decoder: FrameDecoder, data: bytes, piece: int = 2**30) -> list[tuple[d
 def frame(header: bytes, payload_bytes: int = 0, header_bytes: int | None = None) -> bytes:
     """One whose checksums are right, whatever else it is."""
     prefix = frames.PREFIX.pack(
-        frames.MAGIC, len(header) if header_bytes is None else header_bytes, payload_bytes, zlib.crc32(header)
+        frames.MAGIC,
+        len(header) if header_bytes is None else header_bytes,
+        payload_bytes,
+        zlib.crc32(header),
     )
     return prefix + struct.pack("!I", zlib.crc32(prefix)) + header
 
 
 headers = st.dictionaries(
-    st.text(max_size=10), st.one_of(st.integers(0, 2**63), st.text(max_size=20), st.binary(max_size=99)), max_size=9
+    st.text(max_size=10),
+    st.one_of(st.integers(0, 2**63), st.text(max_size=20), st.binary(max_size=99)),
+    max_size=9,
 )
 pages = st.integers(0, 3).map(lambda n: bytes(range(1, n + 1)) * 4096)
 
 
 def encoded(sent: list[tuple[dict[str, Any], bytes]], *, checked: bool) -> bytes:
-    return b"".join(frames.encode(header, [memoryview(payload)], checked=checked) + payload for header, payload in sent)
+    return b"".join(
+        frames.encode(header, [memoryview(payload)], checked=checked) + payload
+        for header, payload in sent
+    )
 
 
-@given(st.lists(st.tuples(headers, pages), min_size=1, max_size=5), st.integers(1, 9000), st.booleans())
+@given(
+    st.lists(st.tuples(headers, pages), min_size=1, max_size=5), st.integers(1, 9000), st.booleans()
+)
 def test_frames_come_out_as_they_went_in_however_they_are_cut(
     sent: list[tuple[dict[str, Any], bytes]], piece: int, checked: bool
 ) -> None:
@@ -64,7 +76,9 @@ def test_frames_come_out_as_they_went_in_however_they_are_cut(
 
 @pytest.mark.parametrize("checked", [False, True])
 @pytest.mark.parametrize("piece", [7, 5000, 2**30])
-def test_payloads_and_large_headers_follow_each_other_in_any_pieces(piece: int, checked: bool) -> None:
+def test_payloads_and_large_headers_follow_each_other_in_any_pieces(
+    piece: int, checked: bool
+) -> None:
     sent: list[tuple[dict[str, Any], bytes]] = [
         ({"type": "pages"}, b"\x01" * 4096),
         ({"type": "alive"}, b""),
@@ -92,7 +106,9 @@ def test_the_decoder_reports_that_it_is_within_a_frame() -> None:
     assert decoder.at_boundary() and not decoder.in_payload()
 
 
-@pytest.mark.parametrize(("at", "checked"), [(5, True), (19, True), (25, True), (-1, True), (25, False)])
+@pytest.mark.parametrize(
+    ("at", "checked"), [(5, True), (19, True), (25, True), (-1, True), (25, False)]
+)
 def test_a_damaged_byte_is_named_as_damage(at: int, checked: bool) -> None:
     """In a length, in a checksum, in the header, and in the payload if its checksum is agreed on."""
     data = bytearray(encoded([({"type": "pages"}, bytes(4096))], checked=checked))
@@ -104,7 +120,9 @@ def test_a_damaged_byte_is_named_as_damage(at: int, checked: bool) -> None:
 
 
 @given(st.lists(st.tuples(headers, pages), min_size=1, max_size=3), st.data())
-def test_no_frame_comes_out_of_a_damaged_one(sent: list[tuple[dict[str, Any], bytes]], data: st.DataObject) -> None:
+def test_no_frame_comes_out_of_a_damaged_one(
+    sent: list[tuple[dict[str, Any], bytes]], data: st.DataObject
+) -> None:
     """Any bit of it; what came before is whole."""
     stream = bytearray(encoded(sent, checked=True))
     bit = data.draw(st.integers(0, len(stream) * 8 - 1))
@@ -164,7 +182,9 @@ def test_a_peer_that_begins_with_tls_is_recognised(first: bytes) -> None:
         (5, 100, "payload of 100"),
     ],
 )
-def test_lengths_are_checked_before_memory_is_taken(header_bytes: int, payload_bytes: int, what: str) -> None:
+def test_lengths_are_checked_before_memory_is_taken(
+    header_bytes: int, payload_bytes: int, what: str
+) -> None:
     with pytest.raises(RemoteProtocolError, match=what):
         feed(FrameDecoder(), frame(b"", payload_bytes, header_bytes))
 

@@ -34,7 +34,11 @@ def test_the_last_entry_that_is_whole_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [("one.new", '\n{"step":'), ("one.json", '\n{"boot": "an earlier one", "step": "handed over"}')]
+    ("name", "text"),
+    [
+        ("one.new", '\n{"step":'),
+        ("one.json", '\n{"boot": "an earlier one", "step": "handed over"}'),
+    ],
 )
 def test_what_binds_nobody_is_dropped(tmp_path: Path, name: str, text: str) -> None:
     """A file whose first entry is not whole, and one of an earlier boot, whose guest ended with the
@@ -46,7 +50,9 @@ def test_what_binds_nobody_is_dropped(tmp_path: Path, name: str, text: str) -> N
     assert not path.exists()
 
 
-def test_a_file_has_its_name_when_its_first_entry_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_has_its_name_when_its_first_entry_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """So an empty file is damage, and a guest may depend on what it had."""
 
     def killed(*_: object) -> int:
@@ -80,7 +86,9 @@ def test_a_full_disk_fails_a_step_only_if_the_step_needs_its_entry(
 ) -> None:
     (tmp_path / "one.json").symlink_to("/dev/full")
     journal = Journal(tmp_path)
-    with pytest.raises(MigrationError, match=r"cannot write the journal .*: No space left on device"):
+    with pytest.raises(
+        MigrationError, match=r"cannot write the journal .*: No space left on device"
+    ):
         journal.write("one", {"step": "begun"})
     assert not caplog.records
     journal.write("one", {"step": "begun"}, needed=False)
@@ -95,7 +103,9 @@ def test_an_entry_that_the_disk_takes_a_part_of_is_not_written(tmp_path: Path) -
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "one.json").stat().st_size + 9, hard))
     try:
-        with pytest.raises(MigrationError, match=r"cannot write the journal .*: No space left on device"):
+        with pytest.raises(
+            MigrationError, match=r"cannot write the journal .*: No space left on device"
+        ):
             journal.write("one", {"step": "second"})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -104,9 +114,13 @@ def test_an_entry_that_the_disk_takes_a_part_of_is_not_written(tmp_path: Path) -
     assert Journal(tmp_path).entries()["one"]["step"] == "third"
 
 
-def test_a_state_directory_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_directory_that_cannot_be_written_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)  # for root every directory can be
-    with pytest.raises(MigrationError, match=r"state directory .*: it cannot be written: choose another one"):
+    with pytest.raises(
+        MigrationError, match=r"state directory .*: it cannot be written: choose another one"
+    ):
         Journal(tmp_path)
 
 

@@ -65,7 +65,9 @@ def over_the_wire(message: m.Message) -> m.Message:
 
 
 def test_the_messages_are_those_of_the_protocol_s_version() -> None:
-    assert m.PROTOCOL_VERSION == 1, "Add the messages of the new version to the table, or replace those of version 1."
+    assert m.PROTOCOL_VERSION == 1, (
+        "Add the messages of the new version to the table, or replace those of version 1."
+    )
     assert {name: " ".join(m.FIELDS[cls]) for name, cls in m.TYPES.items()} == VERSION_1, (
         "A receiver of version 1 refuses a message or field that it does not have.  So what is added needs a capability in "
         '`hello`, or a new PROTOCOL_VERSION: see CONTRIBUTING.md, "Changing the protocol".  Then change docs/protocol.md, '
@@ -76,10 +78,16 @@ def test_the_messages_are_those_of_the_protocol_s_version() -> None:
 @pytest.mark.parametrize("name", m.TYPES)
 def test_the_protocol_s_document_describes_each_message_and_its_fields(name: str) -> None:
     """Where a row of a table, or a paragraph, begins with the message's name."""
-    described = re.findall(rf"^(?:\| )?`{name}`.*?(?=\n\||\n\n)", PROTOCOL.read_text(), re.MULTILINE | re.DOTALL)
-    assert described, f"docs/protocol.md has no row or paragraph that begins with `{name}`: describe the message there."
+    described = re.findall(
+        rf"^(?:\| )?`{name}`.*?(?=\n\||\n\n)", PROTOCOL.read_text(), re.MULTILINE | re.DOTALL
+    )
+    assert described, (
+        f"docs/protocol.md has no row or paragraph that begins with `{name}`: describe the message there."
+    )
     missing = [field for field in m.FIELDS[m.TYPES[name]] if f"`{field}`" not in "".join(described)]
-    assert missing == [], f"docs/protocol.md does not name these fields of `{name}`: describe them in its row."
+    assert missing == [], (
+        f"docs/protocol.md does not name these fields of `{name}`: describe them in its row."
+    )
 
 
 def test_the_examples_cover_every_message() -> None:
@@ -136,15 +144,26 @@ def test_the_payload_belongs_to_the_pfns() -> None:
 
 
 json_like: st.SearchStrategy[Any] = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.text(max_size=9) | st.binary(max_size=33),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63)
+    | st.text(max_size=9)
+    | st.binary(max_size=33),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=5,
 )
 
 
 @given(st.sampled_from(EXAMPLES), st.data())
-def test_any_field_values_give_a_message_or_a_protocol_error(example: m.Message, data: st.DataObject) -> None:
-    header = {key: value if key == "type" else data.draw(json_like) for key, value in example.header().items()}
+def test_any_field_values_give_a_message_or_a_protocol_error(
+    example: m.Message, data: st.DataObject
+) -> None:
+    header = {
+        key: value if key == "type" else data.draw(json_like)
+        for key, value in example.header().items()
+    }
     try:
         parsed = m.parse(header)
     except RemoteProtocolError:
@@ -152,11 +171,18 @@ def test_any_field_values_give_a_message_or_a_protocol_error(example: m.Message,
     assert over_the_wire(parsed) == parsed
 
 
-@given(st.sampled_from(EXAMPLES), st.text(min_size=1) | st.sampled_from(["\x1b[31m", "a\nb", "\u202eevil", "x" * 5000]))
+@given(
+    st.sampled_from(EXAMPLES),
+    st.text(min_size=1) | st.sampled_from(["\x1b[31m", "a\nb", "\u202eevil", "x" * 5000]),
+)
 def test_no_text_of_a_peer_is_unprintable(example: m.Message, text: str) -> None:
     """Invariant 10.  A name or a reason reaches a terminal and a log."""
     header = {
-        key: text if isinstance(value, str) and key != "type" else [text] if isinstance(value, list | tuple) else value
+        key: text
+        if isinstance(value, str) and key != "type"
+        else [text]
+        if isinstance(value, list | tuple)
+        else value
         for key, value in example.header().items()
     }
     try:

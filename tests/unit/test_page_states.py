@@ -37,7 +37,9 @@ def backlog_of(*pfns: int, nr_pfns: int = NR) -> Backlog:
 
 class TestBacklog:
     @given(st.sets(st.integers(0, 20_000), min_size=1), st.integers(1, 50))
-    def test_every_page_is_pushed_once_in_ascending_batches(self, pfns: set[int], most: int) -> None:
+    def test_every_page_is_pushed_once_in_ascending_batches(
+        self, pfns: set[int], most: int
+    ) -> None:
         backlog = backlog_of(*pfns, nr_pfns=20_001)
         pushed: list[int] = []
         for batch in backlog.batches(most):
@@ -191,7 +193,12 @@ class TestOutstandingPages:
     def test_a_request_for_a_page_that_is_there_is_answered_at_once(self) -> None:
         pages = self.pages(5)
         self.load(pages, 5)
-        for late in (request(5), request(7), request(NR + 5), request(5, flags=MEM_PAGING_EVICT_FAIL)):
+        for late in (
+            request(5),
+            request(7),
+            request(NR + 5),
+            request(5, flags=MEM_PAGING_EVICT_FAIL),
+        ):
             assert [answered for answered, _since in pages.requests([late], 0.0).answer] == [late]
 
     def test_a_request_from_before_the_eviction_waits_for_the_page(self) -> None:
@@ -363,7 +370,9 @@ class BothEnds(RuleBasedStateMachine):
             return
         batch = queue.pop(0)
         batch = batch[self.pages.claim(batch)]
-        results = np.array([-2 if pfn in self.gone else 0 for pfn in batch.tolist()], dtype=np.int32)
+        results = np.array(
+            [-2 if pfn in self.gone else 0 for pfn in batch.tolist()], dtype=np.int32
+        )
         for pfn in batch[results == 0].tolist():
             self.loads[pfn] = self.loads.get(pfn, 0) + 1
         verdict = self.pages.finished(batch, results)
@@ -397,7 +406,8 @@ def test_pages_that_have_arrived_meanwhile_are_not_sent_again() -> None:
     backlog, pfns = backlog_of(1, 2, 3), pfn_array([1, 2, 3])
     backlog.rejoin(mask(1))
     mapped = MappedPages(
-        np.array([PageStatus.DATA, PageStatus.HOLE, PageStatus.HOLE], np.uint8), [memoryview(bytes(4096))]
+        np.array([PageStatus.DATA, PageStatus.HOLE, PageStatus.HOLE], np.uint8),
+        [memoryview(bytes(4096))],
     )
     message = announce_missing(pfns, mapped, backlog)
     assert message is not None and message.pfns.tolist() == [1] and not len(message.holes)
@@ -406,5 +416,7 @@ def test_pages_that_have_arrived_meanwhile_are_not_sent_again() -> None:
 
 def test_a_page_that_is_missing_and_not_held_any_more_is_an_error() -> None:
     mapped = MappedPages(np.array([PageStatus.HOLE], np.uint8), [])
-    with pytest.raises(MigrationError, match="1 missing pages of the guest are not held any more: pfn 0x2"):
+    with pytest.raises(
+        MigrationError, match="1 missing pages of the guest are not held any more: pfn 0x2"
+    ):
         announce_missing(pfn_array([2]), mapped, backlog_of(2))

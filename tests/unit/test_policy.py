@@ -62,7 +62,11 @@ def test_a_request_of_another_program_is_held_to_the_same_limits() -> None:
 
 
 def test_options_at_their_limits_are_accepted() -> None:
-    for options in (PolicyOptions(), PolicyOptions(1, 0, 0.001), PolicyOptions(1000, 10**9, 3_600_000)):
+    for options in (
+        PolicyOptions(),
+        PolicyOptions(1, 0, 0.001),
+        PolicyOptions(1000, 10**9, 3_600_000),
+    ):
         assert options.problems() is None
 
 

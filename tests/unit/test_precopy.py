@@ -76,7 +76,9 @@ async def put_off(lab: SimulatedLab, destination: SlowDestination) -> Remainder:
     return remainder
 
 
-async def test_each_window_that_is_put_off_has_time(lab: SimulatedLab, autojump_clock: trio.testing.MockClock) -> None:
+async def test_each_window_that_is_put_off_has_time(
+    lab: SimulatedLab, autojump_clock: trio.testing.MockClock
+) -> None:
     """Eviction takes as long as a guest is large; what is limited is that it goes on."""
     destination = SlowDestination(STEP_TIMEOUT_S * 0.9)
     remainder = await put_off(lab, destination)
@@ -102,10 +104,14 @@ class Watched(np.ndarray[Any, np.dtype[np.bool_]]):
     in_event_loop: ClassVar[list[str]] = []
 
     def _note(self, step: str, values: tuple[Any, ...]) -> None:
-        if trio.lowlevel.in_trio_run() and any(getattr(value, "size", 0) >= NR_PFNS for value in values):
+        if trio.lowlevel.in_trio_run() and any(
+            getattr(value, "size", 0) >= NR_PFNS for value in values
+        ):
             self.in_event_loop.append(step)
 
-    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, out: Any = None, **options: Any) -> Any:
+    def __array_ufunc__(
+        self, ufunc: Any, method: str, *inputs: Any, out: Any = None, **options: Any
+    ) -> Any:
         self._note(ufunc.__name__, inputs)
         plain = [np.asarray(value) for value in inputs]
         if out is not None:
@@ -124,7 +130,9 @@ async def test_no_step_over_all_of_a_guest_is_made_in_the_event_loop(
     """Of a large guest such a step takes a second, in which the loop serves no other guest."""
     for method in ("memory", "look"):
         original = getattr(WrittenPages, method)
-        monkeypatch.setattr(WrittenPages, method, lambda self, original=original: original(self).view(Watched))
+        monkeypatch.setattr(
+            WrittenPages, method, lambda self, original=original: original(self).view(Watched)
+        )
     monkeypatch.setattr(Watched, "in_event_loop", [])
     remainder = await put_off(lab, SlowDestination(0))
     assert Watched.in_event_loop == []

@@ -99,8 +99,12 @@ def test_without_a_pattern_little_is_fetched_that_nobody_needs() -> None:
     assert guest.ahead <= guest.faults * FIRST_WINDOW * 1.2
 
 
-@given(st.lists(st.integers(0, NR + 10), max_size=60), st.sets(st.integers(0, NR - 1), max_size=200))
-def test_only_missing_pages_are_fetched_each_once_in_order(touched: list[int], missing: set[int]) -> None:
+@given(
+    st.lists(st.integers(0, NR + 10), max_size=60), st.sets(st.integers(0, NR - 1), max_size=200)
+)
+def test_only_missing_pages_are_fetched_each_once_in_order(
+    touched: list[int], missing: set[int]
+) -> None:
     pages = OutstandingPages(NR)
     pages.add(pfn_array(sorted(missing)))
     for group in (touched[at : at + 3] for at in range(0, len(touched), 3)):

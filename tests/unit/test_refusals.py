@@ -37,7 +37,9 @@ def test_what_is_fit_is_not_refused() -> None:
         (replace(FIT_DOMAIN, ring_taken=True), "xenpaging"),
     ],
 )
-def test_each_reason_is_one_line_that_says_what_to_do(facts: HostFacts | DomainFacts, word: str) -> None:
+def test_each_reason_is_one_line_that_says_what_to_do(
+    facts: HostFacts | DomainFacts, word: str
+) -> None:
     (problem,) = facts.problems()
     assert word in problem and "\n" not in problem
 

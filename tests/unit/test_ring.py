@@ -39,7 +39,9 @@ def test_every_request_is_answered_once_whoever_dies(steps: list[tuple[str, int]
             open_requests += ring.requests()
         elif step == "answer":
             chosen = [request for i, request in enumerate(open_requests) if choice >> i & 1]
-            open_requests = [request for i, request in enumerate(open_requests) if not choice >> i & 1]
+            open_requests = [
+                request for i, request in enumerate(open_requests) if not choice >> i & 1
+            ]
             ring.respond(reversed(chosen))
         elif step == "xen":
             xen.take_answers()
@@ -157,7 +159,9 @@ def test_an_index_that_goes_back_is_corrupt() -> None:
     xen.pager()
     for pfn in range(VM_EVENT_SLOTS):
         xen.ask(pfn)
-    state = ffi.new("struct ring_state *", {"page": ffi.from_buffer(xen.page), "event_fd": -1, "notify_fd": -1})
+    state = ffi.new(
+        "struct ring_state *", {"page": ffi.from_buffer(xen.page), "event_fd": -1, "notify_fd": -1}
+    )
     state.req_cons = VM_EVENT_SLOTS
     xen.page[0:4] = struct.pack("<I", VM_EVENT_SLOTS // 2)
     requests = ffi.new("struct ring_request[]", VM_EVENT_SLOTS + 1)

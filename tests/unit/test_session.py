@@ -67,8 +67,12 @@ def test_a_guest_may_be_protected() -> None:
         (m.Complete, (R, m.Written(ONE), PUSH), "written in phase complete"),
     ],
 )
-def test_checkpoints_out_of_order(until: type[m.Message], said: tuple[Role, m.Message, Lane], complaint: str) -> None:
-    last = max(i for i, (_speaker, message, _lane) in enumerate(PROTECTED) if isinstance(message, until))
+def test_checkpoints_out_of_order(
+    until: type[m.Message], said: tuple[Role, m.Message, Lane], complaint: str
+) -> None:
+    last = max(
+        i for i, (_speaker, message, _lane) in enumerate(PROTECTED) if isinstance(message, until)
+    )
     ends = play(PROTECTED[: last + 1])
     with pytest.raises(RemoteProtocolError, match=complaint):
         ends[Role(1 - said[0])].received(said[1], said[2])
@@ -98,7 +102,11 @@ def test_a_toolstack_may_leave_the_guest_paused() -> None:
 
 @pytest.mark.parametrize(
     ("speaker", "message"),
-    [(S, m.Abort("xl resumed it")), (R, m.Ended(False, "xl destroyed it")), (R, m.Ended(True, "it crashed"))],
+    [
+        (S, m.Abort("xl resumed it")),
+        (R, m.Ended(False, "xl destroyed it")),
+        (R, m.Ended(True, "it crashed")),
+    ],
 )
 def test_while_it_decides_each_end_may_say_what_it_sees(speaker: Role, message: m.Message) -> None:
     play([*UNDER_XL, (speaker, message, PUSH)])
@@ -123,7 +131,9 @@ def test_but_nothing_else(
 
 @pytest.mark.parametrize("asked", [False, True])
 def test_a_sender_may_say_on_new_lanes_that_the_pages_are_lost(asked: bool) -> None:
-    ends = play([*STORY[: STORY.index(next(said for said in STORY if isinstance(said[1], m.Handover))) + 1]])
+    ends = play(
+        [*STORY[: STORY.index(next(said for said in STORY if isinstance(said[1], m.Handover))) + 1]]
+    )
     for end in ends.values():
         end.rejoin()
     if asked:
@@ -138,7 +148,12 @@ def test_every_message_has_its_rule() -> None:
     assert set(RULES) | {m.Hello, m.Alive} == set(m.TYPES.values())
 
 
-@given(st.integers(0, len(STORY)), st.sampled_from(EXAMPLES), st.sampled_from([PUSH, PULL]), st.sampled_from([S, R]))
+@given(
+    st.integers(0, len(STORY)),
+    st.sampled_from(EXAMPLES),
+    st.sampled_from([PUSH, PULL]),
+    st.sampled_from([S, R]),
+)
 def test_at_any_point_any_message_is_allowed_by_its_rule_or_refused(
     length: int, message: m.Message, lane: Lane, hearer: Role
 ) -> None:
@@ -153,12 +168,18 @@ def test_at_any_point_any_message_is_allowed_by_its_rule_or_refused(
         rule = RULES[type(message)]
         assert rule.speaker != hearer
         assert rule.lane in (None, lane)
-        assert before <= max(rule.phases) or before in (Phase.COMPLETE, Phase.CLOSED, Phase.SWITCHOVER)
+        assert before <= max(rule.phases) or before in (
+            Phase.COMPLETE,
+            Phase.CLOSED,
+            Phase.SWITCHOVER,
+        )
 
 
 def after(message_type: type[m.Message]) -> list[tuple[Role, m.Message, Lane]]:
     """The story up to and with the last message of a type."""
-    last = max(i for i, (_speaker, message, _lane) in enumerate(STORY) if type(message) is message_type)
+    last = max(
+        i for i, (_speaker, message, _lane) in enumerate(STORY) if type(message) is message_type
+    )
     return STORY[: last + 1]
 
 
@@ -174,7 +195,13 @@ def after(message_type: type[m.Message]) -> list[tuple[Role, m.Message, Lane]]:
         (after(m.Handover), R, m.Complete(b"{}"), PUSH, "complete before resumed"),
         (after(m.Resumed), R, m.Resumed(), PUSH, "a second time"),
         (after(m.Accepted), S, m.Pages(ONE), PULL, "pull lane before the switchover"),
-        (after(m.Resumed), S, m.Pages(ONE, holes=pfn_array([2])), PUSH, "holes after the switchover"),
+        (
+            after(m.Resumed),
+            S,
+            m.Pages(ONE, holes=pfn_array([2])),
+            PUSH,
+            "holes after the switchover",
+        ),
         (after(m.Resumed), R, m.Fault(pfn_array([1024])), PULL, "ends at 0x400"),
         (after(m.Resumed), R, m.Fault(ONE), PUSH, "on the push lane"),
         (after(m.Resumed), R, m.Ahead(pfn_array([1024])), PULL, "ends at 0x400"),
@@ -190,7 +217,11 @@ def after(message_type: type[m.Message]) -> list[tuple[Role, m.Message, Lane]]:
     ],
 )
 def test_what_is_out_of_order_is_refused_at_both_ends(
-    story: list[tuple[Role, m.Message, Lane]], speaker: Role, message: m.Message, lane: Lane, why: str
+    story: list[tuple[Role, m.Message, Lane]],
+    speaker: Role,
+    message: m.Message,
+    lane: Lane,
+    why: str,
 ) -> None:
     with pytest.raises(RemoteProtocolError, match=why):
         play(story)[Role(1 - speaker)].received(message, lane)
@@ -225,7 +256,9 @@ def test_what_the_receiver_did_not_hear_is_said_again() -> None:
         (R, m.Failed("help")),
     ],
 )
-def test_instead_of_rejoining_an_end_may_say_how_it_has_ended(speaker: Role, message: m.Message) -> None:
+def test_instead_of_rejoining_an_end_may_say_how_it_has_ended(
+    speaker: Role, message: m.Message
+) -> None:
     first = [LOST] if speaker is R else []
     ends = play(after(m.Loaded))
     for end in ends.values():
@@ -258,7 +291,12 @@ def test_a_sender_whose_journal_has_lost_the_handover_may_abort_on_new_lanes() -
         ([*after(m.Loaded), LOST], R, m.Loaded(ONE), "loaded in phase rejoin"),
         ([*UNDER_XL, LOST], R, m.Rejoined("postcopy", b""), "rejoined in phase 'postcopy'"),
         ([*after(m.Loaded), *rejoined("postcopy")], S, m.Handover(), "handover in phase postcopy"),
-        ([*after(m.Loaded), *rejoined("postcopy")], R, m.Complete(b"{}"), "complete before resumed"),
+        (
+            [*after(m.Loaded), *rejoined("postcopy")],
+            R,
+            m.Complete(b"{}"),
+            "complete before resumed",
+        ),
         ([*after(m.Loaded), *rejoined("postcopy")], S, m.Abort("no"), "abort in phase postcopy"),
     ],
 )
@@ -278,7 +316,9 @@ def test_a_receiver_says_nothing_before_it_is_asked() -> None:
 
 @pytest.mark.parametrize("handed_over", [False, True])
 def test_a_restarted_sender_takes_up_the_session_of_its_predecessor(handed_over: bool) -> None:
-    sender = Session.of_predecessor(S, OFFER.nr_pfns, handed_over=handed_over, protected=False, entrusted=False)
+    sender = Session.of_predecessor(
+        S, OFFER.nr_pfns, handed_over=handed_over, protected=False, entrusted=False
+    )
     receiver = play(after(m.Resumed if handed_over else m.Ready))[R]
     ends = {S: sender, R: receiver}
     for end in ends.values():
@@ -294,7 +334,9 @@ def test_a_restarted_sender_takes_up_the_session_of_its_predecessor(handed_over:
 
 @pytest.mark.parametrize("protected", [False, True])
 def test_a_predecessor_s_session_allows_checkpoints_only_if_agreed_on(protected: bool) -> None:
-    sender = Session.of_predecessor(S, OFFER.nr_pfns, handed_over=True, protected=protected, entrusted=False)
+    sender = Session.of_predecessor(
+        S, OFFER.nr_pfns, handed_over=True, protected=protected, entrusted=False
+    )
     sender.rejoin()
     sender.sent(m.Rejoin(), PUSH)
     sender.received(m.Rejoined("postcopy", b""), PUSH)
@@ -347,7 +389,9 @@ def test_without_paging_nothing_can_be_missing() -> None:
         (1020, 1016, b"", False),
     ],
 )
-def test_a_window_ends_where_the_domain_ends(nr_pfns: int, base: int, bitmap: bytes, allowed: bool) -> None:
+def test_a_window_ends_where_the_domain_ends(
+    nr_pfns: int, base: int, bitmap: bytes, allowed: bool
+) -> None:
     story = [(S, dataclasses.replace(OFFER, nr_pfns=nr_pfns), PUSH), STORY[1]]
     receiver = play(story)[R]
     if allowed:
@@ -365,5 +409,7 @@ def test_versions_and_capabilities_are_negotiated() -> None:
             negotiate(m.Hello(oldest, newest, "push", "s", b"", (), (), "other"))
     with pytest.raises(ProtocolError, match="teleportation"):
         negotiate(m.Hello(1, 1, "push", "s", b"", ("teleportation",), (), "other"))
-    newer = m.Hello(1, 7, "push", "s", b"", (), ("teleportation",), "newer, but it still speaks ours")
+    newer = m.Hello(
+        1, 7, "push", "s", b"", (), ("teleportation",), "newer, but it still speaks ours"
+    )
     assert negotiate(newer) == 1

@@ -88,7 +88,11 @@ def run_tests(kinds: Sequence[str], *, gate: bool, junit: Path | None, timeout_s
             if junit:
                 write_junit(junit, shard, result, f"exit status {result.status}")
     memory.write_text(json.dumps(seconds))
-    say(f"tests failed on: {', '.join(failed)}" if failed else "all tests passed on every hypervisor")
+    say(
+        f"tests failed on: {', '.join(failed)}"
+        if failed
+        else "all tests passed on every hypervisor"
+    )
     return int(bool(failed))
 
 
@@ -108,35 +112,60 @@ def write_junit(folder: Path, shard: Shard, result: machine.Result | None, probl
         shutil.copy(result.out / "junit.xml", to)
     else:
         suite = ElementTree.Element("testsuite", name=str(shard), tests="1", errors="1")
-        case = ElementTree.SubElement(suite, "testcase", classname="tests.xenlab", name=str(shard), time="0")
+        case = ElementTree.SubElement(
+            suite, "testcase", classname="tests.xenlab", name=str(shard), time="0"
+        )
         ElementTree.SubElement(case, "error", message=problem.splitlines()[0]).text = problem
         ElementTree.ElementTree(suite).write(to, encoding="unicode")
     took = folder / "xenlab.json"
     figures = json.loads(took.read_text()) if took.exists() else {}
     if result:
         ready_s = round(result.ready_s, 1)
-        figures[str(shard)] = {"ready_s": ready_s, "seconds": round(result.seconds, 1), "status": result.status}
+        figures[str(shard)] = {
+            "ready_s": ready_s,
+            "seconds": round(result.seconds, 1),
+            "status": result.status,
+        }
     took.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.xenlab", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tests.xenlab",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--hypervisor", choices=parts.MACHINES, action="append",
         help=f"where to run (default: {parts.HYPERVISORS[0]}; of the tests: all; may be given again for them)",
     )  # fmt: skip
-    parser.add_argument("--timeout", type=float, default=3300.0, help="seconds for one machine (default 3300)")
     parser.add_argument(
-        "--memory", type=int, default=machine.MEMORY_MIB, help="MiB of one machine (default %(default)s)"
+        "--timeout", type=float, default=3300.0, help="seconds for one machine (default 3300)"
     )
-    parser.add_argument("--keep", type=Path, help=f"folder for results (default: a new one under {directory()}/runs)")
-    parser.add_argument("--build", action="store_true", help="build every part, save every machine, run nothing")
-    parser.add_argument("--tests", action="store_true", help="run the lab's tests on each hypervisor")
-    parser.add_argument("--gate", action="store_true", help="of the tests those that every change must pass")
+    parser.add_argument(
+        "--memory",
+        type=int,
+        default=machine.MEMORY_MIB,
+        help="MiB of one machine (default %(default)s)",
+    )
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        help=f"folder for results (default: a new one under {directory()}/runs)",
+    )
+    parser.add_argument(
+        "--build", action="store_true", help="build every part, save every machine, run nothing"
+    )
+    parser.add_argument(
+        "--tests", action="store_true", help="run the lab's tests on each hypervisor"
+    )
+    parser.add_argument(
+        "--gate", action="store_true", help="of the tests those that every change must pass"
+    )
     parser.add_argument("--junit", type=Path, help="folder for the tests' results as JUnit XML")
-    parser.add_argument("command", nargs="*", help="a shell command; put -- before options of its own")
+    parser.add_argument(
+        "command", nargs="*", help="a shell command; put -- before options of its own"
+    )
     options = parser.parse_args()
     kinds = options.hypervisor or list(parts.MACHINES)
     try:
@@ -145,7 +174,9 @@ def main() -> None:
             machine.save_all(kinds)
             return
         if options.tests:
-            sys.exit(run_tests(kinds, gate=options.gate, junit=options.junit, timeout_s=options.timeout))
+            sys.exit(
+                run_tests(kinds, gate=options.gate, junit=options.junit, timeout_s=options.timeout)
+            )
         if not options.command:
             parser.error("a command, --build or --tests")
         words = options.command

@@ -49,7 +49,13 @@ def fingerprint(*ingredients: str | bytes | Path) -> str:
     """Of texts and of files."""
     digest = hashlib.sha256()
     for one in ingredients:
-        data = one.read_bytes() if isinstance(one, Path) else one.encode() if isinstance(one, str) else one
+        data = (
+            one.read_bytes()
+            if isinstance(one, Path)
+            else one.encode()
+            if isinstance(one, str)
+            else one
+        )
         digest.update(len(data).to_bytes(8, "big") + data)
     return digest.hexdigest()[:16]
 

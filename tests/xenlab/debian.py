@@ -32,7 +32,9 @@ def mirror() -> str:
         site, _, codename = line.partition(" ")
         if codename == RELEASE:
             return site
-    raise LabError(f"apt knows no Debian mirror for {RELEASE}: run apt-get update, or add it to the sources")
+    raise LabError(
+        f"apt knows no Debian mirror for {RELEASE}: run apt-get update, or add it to the sources"
+    )
 
 
 class Apt:
@@ -71,4 +73,13 @@ class Apt:
 
 
 def debootstrap(where: Path, packages: tuple[str, ...]) -> None:
-    run(["debootstrap", "--variant=minbase", f"--include={','.join(packages)}", RELEASE, str(where), mirror()])
+    run(
+        [
+            "debootstrap",
+            "--variant=minbase",
+            f"--include={','.join(packages)}",
+            RELEASE,
+            str(where),
+            mirror(),
+        ]
+    )

@@ -38,7 +38,9 @@ XEN_OPTIONS = (
 )
 DOM0_OPTIONS = "console=hvc0 mitigations=off nokaslr quiet panic=1 net.ifnames=0"
 # A getty would read the line that is for the runner.
-SYSTEMD_OPTIONS = "xenlab=systemd systemd.mask=serial-getty@hvc0.service systemd.mask=getty@tty1.service"
+SYSTEMD_OPTIONS = (
+    "xenlab=systemd systemd.mask=serial-getty@hvc0.service systemd.mask=getty@tty1.service"
+)
 MEMORY_MIB = 3072
 AT_ONCE = 2
 """Machines: each takes one processor and its memory."""
@@ -139,7 +141,20 @@ def _saved(kind: str) -> Path | None:
 
     def save(where: Path) -> None:
         base = os.path.relpath(parts.dom0() / "disk", where)
-        run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", str(where / "disk")])
+        run(
+            [
+                "qemu-img",
+                "create",
+                "-q",
+                "-f",
+                "qcow2",
+                "-b",
+                base,
+                "-F",
+                "raw",
+                str(where / "disk"),
+            ]
+        )
         with (
             tempfile.TemporaryDirectory(prefix="xenlab-") as sockets,
             _Machine(kind, where, where, MEMORY_MIB, Path(sockets), 0, saving=True) as machine,
@@ -258,9 +273,13 @@ class _Machine(contextlib.AbstractContextManager["_Machine"]):
     def _wait_for(self, words: str, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
         while words not in (text := self._console_text()):
-            died = self._died(text) or (time.monotonic() > deadline and f"took over {timeout_s:g} s")
+            died = self._died(text) or (
+                time.monotonic() > deadline and f"took over {timeout_s:g} s"
+            )
             if died:
-                raise LabError(f"the machine {died} before the command ran; its last words:\n{self._last_words()}")
+                raise LabError(
+                    f"the machine {died} before the command ran; its last words:\n{self._last_words()}"
+                )
             time.sleep(0.05)
 
     def wait(self, timeout_s: float, live: bool) -> int:
@@ -278,7 +297,9 @@ class _Machine(contextlib.AbstractContextManager["_Machine"]):
                 sys.stdout.flush()
                 shown = len(data)
         if not status.exists():
-            raise LabError(f"the machine {died} before the command was done; its last words:\n{self._last_words()}")
+            raise LabError(
+                f"the machine {died} before the command was done; its last words:\n{self._last_words()}"
+            )
         return int(status.read_text())
 
     def _console_text(self) -> str:
@@ -330,7 +351,8 @@ def _runs() -> Path:
 def _network_card(sockets: Path, number: int) -> list[str]:
     """Of the first or the second of two hosts."""
     here, there = (
-        f"{end}.type=unix,{end}.path={sockets}/cable{n}" for end, n in (("local", number), ("remote", 1 - number))
+        f"{end}.type=unix,{end}.path={sockets}/cable{n}"
+        for end, n in (("local", number), ("remote", 1 - number))
     )
     return ["-netdev", f"dgram,id=cable,{here},{there}", "-device", "virtio-net-pci,netdev=cable"]
 
@@ -345,5 +367,8 @@ def _joining(number: int) -> str:
 
 
 def _share(tag: str, where: Path, *, readonly: bool) -> list[str]:
-    option = f"local,path={where},mount_tag={tag},security_model=none,multidevs=remap" + ",readonly=on" * readonly
+    option = (
+        f"local,path={where},mount_tag={tag},security_model=none,multidevs=remap"
+        + ",readonly=on" * readonly
+    )
     return ["-virtfs", option]

@@ -28,10 +28,16 @@ HOSTS = "hosts"
 """The first of them twice, on one network, with systemd in each dom0, and our package: the command runs in the first."""
 MACHINES = (*HYPERVISORS, HOSTS)
 HOST_NAMES = ("host1", "host2")
-PAGING_CONFIG = "CONFIG_EXPERT=y\nCONFIG_UNSUPPORTED=y\nCONFIG_MEM_PAGING=y\n# CONFIG_LIVEPATCH is not set\n"
+PAGING_CONFIG = (
+    "CONFIG_EXPERT=y\nCONFIG_UNSUPPORTED=y\nCONFIG_MEM_PAGING=y\n# CONFIG_LIVEPATCH is not set\n"
+)
 
 DOM0_PACKAGES = (
-    *("python3", "python3-cffi", "python3-ply"),  # python3-ply: cffi needs it, and debootstrap does not see that
+    *(
+        "python3",
+        "python3-cffi",
+        "python3-ply",
+    ),  # python3-ply: cffi needs it, and debootstrap does not see that
     *("iproute2", "kmod", "procps", "systemd-sysv"),
     *("xen-utils-4.17", "xenstore-utils", "libxen-dev"),
     *("openssh-client", "openssh-server"),
@@ -40,16 +46,35 @@ DISK_SIZE = "1500M"
 LIBRARIES = ("usr/include/xen*", "usr/lib/x86_64-linux-gnu/libxen*.so*")
 
 MODULES = (
-    *("virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_blk"),
+    *(
+        "virtio_ring",
+        "virtio",
+        "virtio_pci_legacy_dev",
+        "virtio_pci_modern_dev",
+        "virtio_pci",
+        "virtio_blk",
+    ),
     *("crc16", "mbcache", "crc32c_generic", "libcrc32c", "jbd2", "ext4"),
     *("netfs", "fscache", "9pnet", "9pnet_virtio", "9p"),
     *("failover", "net_failover", "virtio_net"),
     *("xen-privcmd", "xen-evtchn", "xen-gntdev", "xen-gntalloc", "xenfs"),
 )
 """In the order of their dependencies."""
-PROGRAMS = [HERE / "dom0" / name for name in ("init.sh", "runner.sh", "runner.py", "xenlab.service")]
+PROGRAMS = [
+    HERE / "dom0" / name for name in ("init.sh", "runner.sh", "runner.py", "xenlab.service")
+]
 """What dom0 starts before it has the working tree."""
-PYTHON_PACKAGES = ("pytest", "pytest-timeout", "pytest-trio", "trio", "msgpack", "cffi", "numpy", "click", "tqdm")
+PYTHON_PACKAGES = (
+    "pytest",
+    "pytest-timeout",
+    "pytest-trio",
+    "trio",
+    "msgpack",
+    "cffi",
+    "numpy",
+    "click",
+    "tqdm",
+)
 
 FREESTANDING = (
     *("-ffreestanding", "-nostdlib", "-no-pie", "-fno-pic", "-mno-red-zone", "-mgeneral-regs-only"),
@@ -94,7 +119,9 @@ def hypervisor(kind: str) -> Path:
     if kind == HOSTS:
         kind = HYPERVISORS[0]
     if kind == "debian":
-        return part("hypervisor-debian", fingerprint(debian.XEN_VERSION), _unpack_hypervisor) / "xen"
+        return (
+            part("hypervisor-debian", fingerprint(debian.XEN_VERSION), _unpack_hypervisor) / "xen"
+        )
 
     def build(where: Path) -> None:
         tree = where / "tree"
@@ -110,13 +137,17 @@ def hypervisor(kind: str) -> Path:
         (tree / "xen" / "xen").rename(where / "xen")
         shutil.rmtree(tree)
 
-    ingredients = [debian.XEN_VERSION, PAGING_CONFIG] + ([PATCH] if kind == "populate-evicted" else [])
+    ingredients = [debian.XEN_VERSION, PAGING_CONFIG] + (
+        [PATCH] if kind == "populate-evicted" else []
+    )
     return part(f"hypervisor-{kind}", fingerprint(*ingredients), build) / "xen"
 
 
 def _unpack_hypervisor(where: Path) -> None:
     _apt().unpack(f"xen-hypervisor-4.17-amd64={debian.XEN_VERSION}", where)
-    (where / "xen").write_bytes(gzip.decompress(next((where / "boot").glob("xen-*-amd64.gz")).read_bytes()))
+    (where / "xen").write_bytes(
+        gzip.decompress(next((where / "boot").glob("xen-*-amd64.gz")).read_bytes())
+    )
 
 
 def kernel() -> Path:
@@ -127,7 +158,9 @@ def kernel() -> Path:
         apt.unpack(apt.newest_kernel(), where)
         image = next((where / "boot").glob("vmlinuz-*"))
         data = image.read_bytes()
-        (where / "vmlinux").write_bytes(lzma.LZMADecompressor().decompress(data[data.index(b"\xfd7zXZ\x00") :]))
+        (where / "vmlinux").write_bytes(
+            lzma.LZMADecompressor().decompress(data[data.index(b"\xfd7zXZ\x00") :])
+        )
         image.rename(where / "vmlinuz")
         for package in where.glob("*.deb"):
             package.unlink()
@@ -140,18 +173,37 @@ def dom0() -> Path:
 
     def build(where: Path) -> None:
         if os.geteuid():
-            raise LabError("the disk of dom0 is made with debootstrap, which needs root: run the lab as root")
+            raise LabError(
+                "the disk of dom0 is made with debootstrap, which needs root: run the lab as root"
+            )
         root = where / "root"
         debian.debootstrap(root, DOM0_PACKAGES)
         for folder in ("mnt/tree", "mnt/io", "mnt/parts", "mnt/packages"):
             (root / folder).mkdir(parents=True)
         shutil.rmtree(root / "var/cache/apt", ignore_errors=True)
         _introduce_hosts(root)
-        run(["mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", str(root), str(where / "disk"), DISK_SIZE])
+        run(
+            [
+                "mke2fs",
+                "-q",
+                "-t",
+                "ext4",
+                "-O",
+                "^has_journal",
+                "-d",
+                str(root),
+                str(where / "disk"),
+                DISK_SIZE,
+            ]
+        )
         _keep_libraries(root, where / "sysroot")
         shutil.rmtree(root)
 
-    return part("dom0", fingerprint(debian.XEN_VERSION, DISK_SIZE, *LIBRARIES, *DOM0_PACKAGES, *HOST_NAMES), build)
+    return part(
+        "dom0",
+        fingerprint(debian.XEN_VERSION, DISK_SIZE, *LIBRARIES, *DOM0_PACKAGES, *HOST_NAMES),
+        build,
+    )
 
 
 def _introduce_hosts(root: Path) -> None:
@@ -160,7 +212,20 @@ def _introduce_hosts(root: Path) -> None:
     (root / "etc/hosts").write_text(f"127.0.0.1 localhost\n{names}")
     keys = root / "root/.ssh"
     keys.mkdir(mode=0o700, exist_ok=True)
-    run(["chroot", str(root), "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", "/root/.ssh/id_ed25519"])
+    run(
+        [
+            "chroot",
+            str(root),
+            "ssh-keygen",
+            "-q",
+            "-t",
+            "ed25519",
+            "-N",
+            "",
+            "-f",
+            "/root/.ssh/id_ed25519",
+        ]
+    )
     shutil.copy(keys / "id_ed25519.pub", keys / "authorized_keys")
     host_key = (root / "etc/ssh/ssh_host_ed25519_key.pub").read_text()
     (keys / "known_hosts").write_text(f"{','.join(HOST_NAMES)} {host_key}")
@@ -186,7 +251,11 @@ def _keep_libraries(root: Path, sysroot: Path) -> None:
 def _archive(root: Path, out: Path) -> None:
     """A cpio archive as the kernel wants it."""
     run(
-        ["sh", "-c", f"find . -mindepth 1 | LC_ALL=C sort | cpio --quiet -o -H newc -R 0:0 | gzip -1 > '{out}'"],
+        [
+            "sh",
+            "-c",
+            f"find . -mindepth 1 | LC_ALL=C sort | cpio --quiet -o -H newc -R 0:0 | gzip -1 > '{out}'",
+        ],
         cwd=root,
     )
 
@@ -203,7 +272,9 @@ def initramfs() -> Path:
         (root / "init").chmod(0o755)
         for program in PROGRAMS:
             shutil.copy(program, root / "xenlab")
-        modules = {path.stem.replace("-", "_"): path for path in kernel().glob("lib/modules/**/*.ko")}
+        modules = {
+            path.stem.replace("-", "_"): path for path in kernel().glob("lib/modules/**/*.ko")
+        }
         order = []
         for name in MODULES:
             path = modules.get(name.replace("-", "_"))
@@ -226,10 +297,26 @@ def packages() -> Path:
         for distribution in _distributions(PYTHON_PACKAGES):
             for file in distribution.files or ():
                 to = (root / file).resolve()
-                if root in to.parents and (source := Path(str(distribution.locate_file(file)))).exists():
+                if (
+                    root in to.parents
+                    and (source := Path(str(distribution.locate_file(file)))).exists()
+                ):
                     to.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copy2(source, to)
-        run(["mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", str(root), str(where / "disk"), "300M"])
+        run(
+            [
+                "mke2fs",
+                "-q",
+                "-t",
+                "ext4",
+                "-O",
+                "^has_journal",
+                "-d",
+                str(root),
+                str(where / "disk"),
+                "300M",
+            ]
+        )
         shutil.rmtree(root)
 
     key = fingerprint(*PYTHON_PACKAGES, HERE.parents[1] / "requirements.lock")

@@ -18,9 +18,7 @@ from tests.xenlab.cache import LabError, run
 
 PROGRAM = "qemu-system-x86_64"
 # Each flag that is masked stands for something that QEMU 7.2 or Xen under it gets wrong: docs/xenlab.md has the list.
-EMULATED_CPU = (
-    "EPYC,+svm,+npt,-monitor,-smap,-smep,-rdseed,-nrip-save,-avx,-avx2,-f16c,-fma,-xsave,-xsaveopt,-xsavec,-xgetbv1"
-)
+EMULATED_CPU = "EPYC,+svm,+npt,-monitor,-smap,-smep,-rdseed,-nrip-save,-avx,-avx2,-f16c,-fma,-xsave,-xsaveopt,-xsavec,-xgetbv1"
 KVM = Path("/dev/kvm")
 KVM_GET_SUPPORTED_CPUID = 0xC008AE05
 CPUID_ENTRIES = 256
@@ -58,7 +56,9 @@ def nests(cpuid: bytes) -> bool:
     (count,) = struct.unpack_from("I", cpuid)
     entries = (struct.unpack_from("7I", cpuid, 8 + 40 * n) for n in range(count))
     return any(
-        leaf == wanted and ecx & bit for leaf, _, _, _, _, ecx, _ in entries for wanted, bit in (CPUID_VMX, CPUID_SVM)
+        leaf == wanted and ecx & bit
+        for leaf, _, _, _, _, ecx, _ in entries
+        for wanted, bit in (CPUID_VMX, CPUID_SVM)
     )
 
 

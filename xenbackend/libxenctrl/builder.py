@@ -15,7 +15,11 @@ from xenbackend.errors import XenError
 from xenbackend.libxenctrl._xen import ffi, lib
 from xenbackend.libxenctrl.domain import XenDomain
 from xenbackend.libxenctrl.host import XenHost, check
-from xenbackend.libxenctrl.params import HVM_PARAM_CONSOLE_EVTCHN, HVM_PARAM_PAGING_RING_PFN, HVM_PARAM_STORE_EVTCHN
+from xenbackend.libxenctrl.params import (
+    HVM_PARAM_CONSOLE_EVTCHN,
+    HVM_PARAM_PAGING_RING_PFN,
+    HVM_PARAM_STORE_EVTCHN,
+)
 from xenbackend.libxenctrl.platform import Platform
 from xenbackend.libxenctrl.wiring import OwnWiring, Wiring
 
@@ -52,7 +56,11 @@ def bind(host: XenHost, domid: int, config: DomainConfig, ports: ToolstackPorts)
     platform = Platform.unpack(config.platform)
     with XenDomain(host, domid, config.nr_pfns) as domain:
         info = domain.native_info()
-    if not info.hvm or info.vcpus != config.vcpus or info.emulation_flags != platform.emulation_flags:
+    if (
+        not info.hvm
+        or info.vcpus != config.vcpus
+        or info.emulation_flags != platform.emulation_flags
+    ):
         why = "the domain that the toolstack made is of another kind than the source"
         raise XenError("bind", errno.EINVAL, why=why)
     _prepare(host, domid, config, platform)
@@ -66,7 +74,9 @@ def reopen(host: XenHost, domid: int, config: DomainConfig, *, lent: bool) -> Xe
     if not lent and host.store_read(f"/local/domain/{domid}/store/port") is not None:
         return domain  # it has been introduced, and started
     with domain:
-        ports = ToolstackPorts(domain.param(HVM_PARAM_STORE_EVTCHN), domain.param(HVM_PARAM_CONSOLE_EVTCHN))
+        ports = ToolstackPorts(
+            domain.param(HVM_PARAM_STORE_EVTCHN), domain.param(HVM_PARAM_CONSOLE_EVTCHN)
+        )
     platform = Platform.unpack(config.platform)
     wiring = Wiring(host, ports) if lent else OwnWiring(host, config, platform, ports)
     return XenDomain(host, domid, config.nr_pfns, wiring)
@@ -87,7 +97,9 @@ def _prepare(host: XenHost, domid: int, config: DomainConfig, platform: Platform
         ),
     )
     ring_pfn = platform.ring_pfn or config.nr_pfns
-    check("hvm_param_set", lib.xen_param_set(host.native, domid, HVM_PARAM_PAGING_RING_PFN, ring_pfn))
+    check(
+        "hvm_param_set", lib.xen_param_set(host.native, domid, HVM_PARAM_PAGING_RING_PFN, ring_pfn)
+    )
 
 
 def paging_pool_mib(config: DomainConfig) -> int:

@@ -19,7 +19,15 @@ import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
-from xenbackend.contract import LOG_DIRTY_IS_ON, Domain, DomainConfig, DomainInfo, DomainState, Preflight, Reservation
+from xenbackend.contract import (
+    LOG_DIRTY_IS_ON,
+    Domain,
+    DomainConfig,
+    DomainInfo,
+    DomainState,
+    Preflight,
+    Reservation,
+)
 from xenbackend.errors import NoSuchDomainError, XenError, check_handle, no_such_domain
 from xenbackend.libxenctrl._xen import ffi, lib
 from xenbackend.libxenctrl.held import HeldPages
@@ -36,7 +44,16 @@ from xenbackend.libxenctrl.platform import Platform
 from xenbackend.libxenctrl.preflight import ENABLE_ERRORS, DomainFacts
 from xenbackend.libxenctrl.ring import XenPagingRing
 from xenbackend.libxenctrl.wiring import Wiring
-from xenbackend.pages import PAGE_SIZE, Buffer, MappedPages, NativePages, PageStatus, PfnArray, batch_error, page_bytes
+from xenbackend.pages import (
+    PAGE_SIZE,
+    Buffer,
+    MappedPages,
+    NativePages,
+    PageStatus,
+    PfnArray,
+    batch_error,
+    page_bytes,
+)
 
 NO_PFN = np.uint64(2**64 - 1)
 LOOK_PFNS = 1024
@@ -71,7 +88,9 @@ def _memory(address: Any, size: int) -> memoryview:
 class XenDomain(Domain):
     """``nr_pfns`` and ``wiring`` are given for a domain that is restored into (``builder.py``)."""
 
-    def __init__(self, host: XenHost, domid: int, nr_pfns: int | None = None, wiring: Wiring | None = None):
+    def __init__(
+        self, host: XenHost, domid: int, nr_pfns: int | None = None, wiring: Wiring | None = None
+    ):
         self._host = host
         self._xen = host.native
         self._wiring = wiring
@@ -112,12 +131,18 @@ class XenDomain(Domain):
 
     def _state(self, info: Any) -> DomainState:
         state, _reason = state_of(info)
-        return DomainState.INCOMING if self._wiring is not None and state is DomainState.PAUSED else state
+        return (
+            DomainState.INCOMING
+            if self._wiring is not None and state is DomainState.PAUSED
+            else state
+        )
 
     def config(self) -> DomainConfig:
         info = self.native_info()
         if not info.hvm:
-            raise XenError("config", errno.EINVAL, why="a PV guest cannot be migrated by this program")
+            raise XenError(
+                "config", errno.EINVAL, why="a PV guest cannot be migrated by this program"
+            )
         name = self._host.store_read(f"/local/domain/{self.domid}/name") or f"domain-{self.domid}"
         platform = Platform(
             bool(info.hap), info.emulation_flags, info.misc_flags, bytes(ffi.buffer(info.handle)),
@@ -130,10 +155,15 @@ class XenDomain(Domain):
     def cpu_policy(self) -> tuple[bytes, bytes]:
         nr = ffi.new("uint32_t[2]")
         check("cpu policy", lib.xen_cpu_policy_size(self._xen, nr, nr + 1))
-        leaves, msrs = bytearray(nr[0] * lib.XEN_CPUID_LEAF_BYTES), bytearray(nr[1] * lib.XEN_MSR_ENTRY_BYTES)
+        leaves, msrs = (
+            bytearray(nr[0] * lib.XEN_CPUID_LEAF_BYTES),
+            bytearray(nr[1] * lib.XEN_MSR_ENTRY_BYTES),
+        )
         into = [ffi.from_buffer("uint8_t[]", buffer) for buffer in (leaves, msrs)]
         check("cpu policy", lib.xen_cpu_policy(self._xen, self.domid, into[0], nr, into[1], nr + 1))
-        return bytes(leaves[: nr[0] * lib.XEN_CPUID_LEAF_BYTES]), bytes(msrs[: nr[1] * lib.XEN_MSR_ENTRY_BYTES])
+        return bytes(leaves[: nr[0] * lib.XEN_CPUID_LEAF_BYTES]), bytes(
+            msrs[: nr[1] * lib.XEN_MSR_ENTRY_BYTES]
+        )
 
     def close(self) -> None:
         if self._pager is not None:
@@ -185,7 +215,11 @@ class XenDomain(Domain):
                 raise XenError("suspend", errno.ETIMEDOUT, why=why)
             time.sleep(0.0005)
         if info.shutdown_reason != SHUTDOWN_SUSPEND:
-            raise XenError("suspend", errno.EINVAL, why=f"the guest shut down instead (reason {info.shutdown_reason})")
+            raise XenError(
+                "suspend",
+                errno.EINVAL,
+                why=f"the guest shut down instead (reason {info.shutdown_reason})",
+            )
 
     def _ask_to_suspend(self, request: str) -> None:
         self._host.store_write(f"/local/domain/{self.domid}/control/shutdown", request)
@@ -193,7 +227,9 @@ class XenDomain(Domain):
     def resume(self) -> None:
         state = self.state()
         if state is not DomainState.SUSPENDED:
-            raise XenError("resume", errno.EINVAL, why=f"the domain is {state.value}, not suspended")
+            raise XenError(
+                "resume", errno.EINVAL, why=f"the domain is {state.value}, not suspended"
+            )
         check("resumedomain", lib.xen_resume(self._xen, self.domid))
         self._host.store_resume(self.domid)
 
@@ -224,11 +260,14 @@ class XenDomain(Domain):
 
     def context(self) -> bytes:
         if self.state() is not DomainState.SUSPENDED:
-            raise XenError("context", errno.EINVAL, why="only a suspended domain has a context to take")
+            raise XenError(
+                "context", errno.EINVAL, why="only a suspended domain has a context to take"
+            )
         size = check("gethvmcontext", lib.xen_hvm_context(self._xen, self.domid, ffi.NULL, 0))
         buffer = bytearray(size)
         size = check(
-            "gethvmcontext", lib.xen_hvm_context(self._xen, self.domid, ffi.from_buffer("uint8_t[]", buffer), size)
+            "gethvmcontext",
+            lib.xen_hvm_context(self._xen, self.domid, ffi.from_buffer("uint8_t[]", buffer), size),
         )
         tsc = ffi.new("struct xen_tsc *")
         check("gettscinfo", lib.xen_tsc_get(self._xen, self.domid, tsc))
@@ -238,16 +277,21 @@ class XenDomain(Domain):
 
     def set_context(self, context: bytes) -> None:
         try:
-            form, params, (mode, elapsed, khz, incarnation), records = msgpack.unpackb(context, strict_map_key=False)
+            form, params, (mode, elapsed, khz, incarnation), records = msgpack.unpackb(
+                context, strict_map_key=False
+            )
             if form != CONTEXT_FORMAT or not set(params) <= set(CONTEXT_PARAMS):
                 raise ValueError
             tsc = ffi.new(
-                "struct xen_tsc *", {"mode": mode, "elapsed_nsec": elapsed, "khz": khz, "incarnation": incarnation}
+                "struct xen_tsc *",
+                {"mode": mode, "elapsed_nsec": elapsed, "khz": khz, "incarnation": incarnation},
             )
             buffer = ffi.from_buffer("uint8_t[]", records)
             values = {index: ffi.cast("uint64_t", value) for index, value in params.items()}
         except (ValueError, TypeError, OverflowError, msgpack.UnpackException) as error:
-            raise XenError("set_context", errno.EINVAL, why="not a context of an HVM or PVH domain") from error
+            raise XenError(
+                "set_context", errno.EINVAL, why="not a context of an HVM or PVH domain"
+            ) from error
         for index, value in values.items():
             if index in RINGS_TO_CLEAR:
                 self.write_pages(np.array([int(value)], dtype=np.uint64), None)
@@ -269,7 +313,9 @@ class XenDomain(Domain):
     def log_dirty_enable(self) -> None:
         rc = lib.xen_log_dirty_enable(self._xen, self.domid)
         if rc:
-            raise XenError("enable_logdirty", -rc, why=LOG_DIRTY_IS_ON if rc == -errno.EBUSY else "")
+            raise XenError(
+                "enable_logdirty", -rc, why=LOG_DIRTY_IS_ON if rc == -errno.EBUSY else ""
+            )
 
     def log_dirty_disable(self) -> None:
         check("logdirty off", lib.xen_log_dirty_disable(self._xen, self.domid))
@@ -285,7 +331,10 @@ class XenDomain(Domain):
 
     # ---- pages ----
     def map_pages(self, pfns: PfnArray) -> MappedPages:
-        status, addresses = np.zeros(len(pfns), dtype=np.uint8), np.zeros(len(pfns), dtype=np.uint64)
+        status, addresses = (
+            np.zeros(len(pfns), dtype=np.uint8),
+            np.zeros(len(pfns), dtype=np.uint64),
+        )
         rest, done = np.ones(len(pfns), dtype=np.bool_), contextlib.ExitStack()
         with contextlib.ExitStack() as failing:
             failing.enter_context(done)
@@ -302,7 +351,10 @@ class XenDomain(Domain):
 
     def _map(self, pfns: PfnArray, view: Any) -> tuple[NDArray[np.uint8], NDArray[np.uint64]]:
         """Status and address of each; all holes, where the domain is gone."""
-        status, addresses = np.empty(len(pfns), dtype=np.uint8), np.zeros(len(pfns), dtype=np.uint64)
+        status, addresses = (
+            np.empty(len(pfns), dtype=np.uint8),
+            np.zeros(len(pfns), dtype=np.uint64),
+        )
         gfns, into = gfn_array(self._without_ring(pfns)), ffi.from_buffer("uint8_t[]", status)
         pages = ffi.from_buffer("const void *[]", addresses)
         rc = lib.xen_map(self._xen, self.domid, gfns, len(pfns), into, pages, view)
@@ -378,7 +430,9 @@ class XenDomain(Domain):
         into, gfns = ffi.from_buffer("uint64_t[]", out), pfns
         if self._held is not None:
             gfns = pfns | self._held.holds(pfns).astype(np.uint64) << np.uint64(lib.HOLDS_SHIFT)
-        n = check("pinned set", lib.xen_pinned(self._xen, self.domid, gfn_array(gfns), len(pfns), into))
+        n = check(
+            "pinned set", lib.xen_pinned(self._xen, self.domid, gfn_array(gfns), len(pfns), into)
+        )
         return np.sort(out[:n])
 
     # ---- paging ----
@@ -396,7 +450,10 @@ class XenDomain(Domain):
         pager = ffi.new("struct xen_pager *")
         rc = lib.xen_paging_attach(self._xen, self.domid, pager)
         if rc:
-            why = {errno.EBUSY: "its pager lives", errno.ENODEV: "it has no paging ring of ours"}.get(-rc, "")
+            why = {
+                errno.EBUSY: "its pager lives",
+                errno.ENODEV: "it has no paging ring of ours",
+            }.get(-rc, "")
             raise XenError("paging_attach", -rc, why=why)
         return self._serve(pager, resume=True)
 
@@ -420,14 +477,21 @@ class XenDomain(Domain):
         if len(pfns):
             into = ffi.from_buffer("int32_t[]", results)
             source = self._pages(pages, len(pfns))
-            check("mem_paging_load", lib.xen_load(self._xen, self.domid, gfn_array(pfns), len(pfns), source, into))
+            check(
+                "mem_paging_load",
+                lib.xen_load(self._xen, self.domid, gfn_array(pfns), len(pfns), source, into),
+            )
         return results
 
     def native_pages(self) -> NativePages:
         held = ffi.NULL if self._held is None else self._held.native
         self._native = ffi.new("struct xen_domain *", [self._xen, self.domid, self._ring_pfn, held])
-        calls = (ffi.addressof(lib, name) for name in ("xen_look_at", "xen_looked_at", "xen_load_at"))
-        return NativePages(*(int(ffi.cast("uintptr_t", pointer)) for pointer in (self._native, *calls)))
+        calls = (
+            ffi.addressof(lib, name) for name in ("xen_look_at", "xen_looked_at", "xen_load_at")
+        )
+        return NativePages(
+            *(int(ffi.cast("uintptr_t", pointer)) for pointer in (self._native, *calls))
+        )
 
     @staticmethod
     def _pages(pages: Buffer | None, count: int) -> Any:
@@ -435,7 +499,9 @@ class XenDomain(Domain):
             return ffi.NULL
         return ffi.from_buffer("uint8_t[]", page_bytes(pages, count))
 
-    def _batch(self, operation: str, call: Callable[..., int], pfns: PfnArray, *arguments: Any) -> None:
+    def _batch(
+        self, operation: str, call: Callable[..., int], pfns: PfnArray, *arguments: Any
+    ) -> None:
         if not len(pfns):
             return
         done = ffi.new("size_t *")

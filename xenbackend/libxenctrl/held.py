@@ -49,7 +49,9 @@ class HeldPages:
         self._count = 0
         self._idle: list[int] = []
         """Chunks that nobody needs, of which native code might have been looking at a page."""
-        self.native = ffi.new("struct xen_held *", [self._pointer(self._slot), self._pointer(self._address), 0])
+        self.native = ffi.new(
+            "struct xen_held *", [self._pointer(self._slot), self._pointer(self._address), 0]
+        )
         """For native code to look at pages."""
         self._lock = threading.Lock()
 
@@ -70,7 +72,13 @@ class HeldPages:
             pages, view = ffi.new("const void *[]", len(batch)), ffi.new("struct xen_view *")
             gfns = ffi.from_buffer("uint64_t[]", np.ascontiguousarray(batch))
             rc = lib.xen_map(
-                self._host, self._domid, gfns, len(batch), ffi.from_buffer("uint8_t[]", status), pages, view
+                self._host,
+                self._domid,
+                gfns,
+                len(batch),
+                ffi.from_buffer("uint8_t[]", status),
+                pages,
+                view,
             )
             if rc or (status >= PageStatus.PAGED).any():
                 lib.xen_unmap(self._host, view)
@@ -82,7 +90,9 @@ class HeldPages:
                 if not len(addresses):
                     continue
                 base = int(ffi.cast("uintptr_t", view.address))
-                number = self._new_chunk(base, _Chunk(view, batch[there].astype(self._small), len(addresses)))
+                number = self._new_chunk(
+                    base, _Chunk(view, batch[there].astype(self._small), len(addresses))
+                )
                 slots = (addresses - np.uint64(base)) // PAGE_SIZE + np.uint64(number * CHUNK_PAGES)
                 self._slot[batch[there]] = slots.astype(np.uint32)
                 self._holds[batch[there]] += 1
@@ -103,7 +113,9 @@ class HeldPages:
         with self._lock:
             self._forget(pfns[self._slot[pfns] != NONE])
 
-    def use(self, pfns: PfnArray, addresses: NDArray[np.uint64]) -> tuple[NDArray[np.bool_], list[int]]:
+    def use(
+        self, pfns: PfnArray, addresses: NDArray[np.uint64]
+    ) -> tuple[NDArray[np.bool_], list[int]]:
         """Put into ``addresses`` where each of the pfns is that is held.
 
         Returns which those are, and what to tell :meth:`used` when they are not looked at any more.
@@ -113,7 +125,9 @@ class HeldPages:
             there: NDArray[np.bool_] = slots != NONE
             slots = slots[there]
             numbers = slots // CHUNK_PAGES
-            addresses[there] = self._address[numbers] + (slots % CHUNK_PAGES).astype(np.uint64) * np.uint64(PAGE_SIZE)
+            addresses[there] = self._address[numbers] + (slots % CHUNK_PAGES).astype(
+                np.uint64
+            ) * np.uint64(PAGE_SIZE)
             used: list[int] = sorted(set(numbers.tolist()))
             for number in used:
                 self._chunks[number].users += 1

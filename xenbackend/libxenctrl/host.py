@@ -68,8 +68,14 @@ class XenHost:
     def domains(self) -> list[DomainInfo]:
         found: list[DomainInfo] = []
         batch, first = ffi.new("struct xen_info[]", LIST_BATCH), 0
-        while n := check("getdomaininfolist", lib.xen_domain_list(self.native, first, batch, LIST_BATCH)):
-            found += [self.describe(batch[i], 0) for i in range(n) if batch[i].domid and not batch[i].dying]
+        while n := check(
+            "getdomaininfolist", lib.xen_domain_list(self.native, first, batch, LIST_BATCH)
+        ):
+            found += [
+                self.describe(batch[i], 0)
+                for i in range(n)
+                if batch[i].domid and not batch[i].dying
+            ]
             first = batch[n - 1].domid + 1
         return found
 
@@ -79,7 +85,15 @@ class XenHost:
         name = self.store_read(f"/local/domain/{info.domid}/name") or ""
         handle = bytes(ffi.buffer(info.handle))
         return DomainInfo(
-            info.domid, name, state, nr_pfns, info.tot_pages, info.vcpus, reason, handle, info.paged_pages
+            info.domid,
+            name,
+            state,
+            nr_pfns,
+            info.tot_pages,
+            info.vcpus,
+            reason,
+            handle,
+            info.paged_pages,
         )
 
     def destroy(self, domid: int) -> None:
@@ -102,7 +116,9 @@ class XenHost:
         if xl is None or self.store_read(f"/libxl/{domid}") is None:
             return False
         with contextlib.suppress(subprocess.TimeoutExpired):
-            done = subprocess.run([xl, *arguments], check=False, capture_output=True, timeout=XL_TIMEOUT_S)
+            done = subprocess.run(
+                [xl, *arguments], check=False, capture_output=True, timeout=XL_TIMEOUT_S
+            )
             return done.returncode == 0
         return False
 
@@ -124,14 +140,18 @@ class XenHost:
         length = lib.xen_store_read(self.native, path.encode(), buffer, len(buffer))
         if length == -errno.ENOENT:
             return None
-        return bytes(ffi.buffer(buffer, min(check("xenstore", length), len(buffer)))).decode(errors="replace")
+        return bytes(ffi.buffer(buffer, min(check("xenstore", length), len(buffer)))).decode(
+            errors="replace"
+        )
 
     def store_write(self, path: str, value: str) -> None:
         data = value.encode()
         check(f"xenstore {path}", lib.xen_store_write(self.native, path.encode(), data, len(data)))
 
     def store_permit(self, path: str, *, owner: int, may_read: int | None = None) -> None:
-        rc = lib.xen_store_permit(self.native, path.encode(), owner, owner if may_read is None else may_read)
+        rc = lib.xen_store_permit(
+            self.native, path.encode(), owner, owner if may_read is None else may_read
+        )
         check(f"xenstore {path}", rc)
 
     def store_introduce(self, domid: int, gfn: int, port: int) -> None:

@@ -6,7 +6,15 @@ from __future__ import annotations
 import dataclasses
 import errno
 
-from xenbackend.contract import Domain, DomainConfig, DomainInfo, DomainState, Hypervisor, Preflight, ToolstackPorts
+from xenbackend.contract import (
+    Domain,
+    DomainConfig,
+    DomainInfo,
+    DomainState,
+    Hypervisor,
+    Preflight,
+    ToolstackPorts,
+)
 from xenbackend.errors import NoSuchDomainError, XenError, check_handle, no_such_domain
 from xenbackend.libxenctrl import builder
 from xenbackend.libxenctrl.domain import XenDomain
@@ -65,7 +73,9 @@ class XenHypervisor(Hypervisor):
                 )
         return Preflight(tuple(problems), facts.way)
 
-    def create_incoming(self, config: DomainConfig, *, instead_of: Domain | None = None) -> XenDomain:
+    def create_incoming(
+        self, config: DomainConfig, *, instead_of: Domain | None = None
+    ) -> XenDomain:
         if instead_of is None:
             config = dataclasses.replace(config, name=self._name_for(config))
             if config.max_pages > self.host.facts().free_pages:
@@ -80,7 +90,11 @@ class XenHypervisor(Hypervisor):
         names = ("", config.name) if instead_of is not None else ("", config.name, beside(config))
         found: list[Domain] = []
         for info in self.domains():
-            if info.state is not DomainState.PAUSED or info.name not in names or info.handle != handle:
+            if (
+                info.state is not DomainState.PAUSED
+                or info.name not in names
+                or info.handle != handle
+            ):
                 continue
             started, libxl_s = f"/local/domain/{info.domid}/store/port", f"/libxl/{info.domid}"
             if self.host.store_read(started) is None and self.host.store_read(libxl_s) is None:

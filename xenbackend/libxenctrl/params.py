@@ -27,5 +27,10 @@ CONTEXT_PARAMS = (
     HVM_PARAM_NR_IOREQ_SERVER_PAGES, HVM_PARAM_X87_FIP_WIDTH, HVM_PARAM_MCA_CAP,
 )  # fmt: skip
 """What libxc's stream carries, but for the paging ring, which is each host's own."""
-RINGS_TO_CLEAR = (HVM_PARAM_STORE_PFN, HVM_PARAM_CONSOLE_PFN, HVM_PARAM_IOREQ_PFN, HVM_PARAM_BUFIOREQ_PFN)
+RINGS_TO_CLEAR = (
+    HVM_PARAM_STORE_PFN,
+    HVM_PARAM_CONSOLE_PFN,
+    HVM_PARAM_IOREQ_PFN,
+    HVM_PARAM_BUFIOREQ_PFN,
+)
 """Pages whose contents are about connections that do not come along."""

@@ -37,11 +37,17 @@ class Platform:
         types = (bool, int, int, bytes, int, bytes, bytes)
         try:
             form, *fields = msgpack.unpackb(data)
-            if form != PLATFORM_FORMAT or not all(map(isinstance, fields, types)) or len(fields) != len(types):
+            if (
+                form != PLATFORM_FORMAT
+                or not all(map(isinstance, fields, types))
+                or len(fields) != len(types)
+            ):
                 raise ValueError
             platform = cls(*fields)
             if len(platform.handle) != 16 or not 0 <= platform.ring_pfn < 2**52:
                 raise ValueError
         except (ValueError, TypeError, msgpack.UnpackException) as error:
-            raise XenError("create", errno.EINVAL, why="not the platform of an HVM or PVH domain") from error
+            raise XenError(
+                "create", errno.EINVAL, why="not the platform of an HVM or PVH domain"
+            ) from error
         return platform

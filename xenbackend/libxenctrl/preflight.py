@@ -14,17 +14,19 @@ NO_PAGING = (
     "this hypervisor is built without memory paging: build Xen with CONFIG_MEM_PAGING=y (see docs/hypervisor.md), "
     "or migrate with --strategy precopy"
 )
-DOM0_NOT_PV = "dom0 is an HVM or PVH domain, and Xen lets only a PV dom0 page: boot Xen without dom0=pvh"
-NO_HAP_HOST = (
-    "this host's processors have no nested page tables (EPT or NPT), or they are off: turn them on in its firmware"
+DOM0_NOT_PV = (
+    "dom0 is an HVM or PVH domain, and Xen lets only a PV dom0 page: boot Xen without dom0=pvh"
 )
+NO_HAP_HOST = "this host's processors have no nested page tables (EPT or NPT), or they are off: turn them on in its firmware"
 NOT_HVM = 'it is a PV guest: only PVH and HVM guests can be paged; set type="pvh" or migrate with --strategy precopy'
 NO_HAP = "it runs on shadow page tables: set hap=1 in its configuration and start it anew"
 POD = (
     "populate-on-demand is active (it was started with memory below maxmem): wait until it has ballooned down, or set "
     "memory equal to maxmem"
 )
-IOMMU = 'it uses the IOMMU: detach its PCI devices, and set passthrough="disabled" in its configuration'
+IOMMU = (
+    'it uses the IOMMU: detach its PCI devices, and set passthrough="disabled" in its configuration'
+)
 RING_TAKEN = "its paging ring is in use by another pager: end that one (xenpaging, or another migration) first"
 
 ENABLE_ERRORS = {

@@ -35,7 +35,9 @@ class XenPagingRing(PagingRing):
         self._native.consume = ffi.cast("int (*)(void *, void *)", plain.consume)
         self._native.respond = ffi.cast("int (*)(void *, const void *, int)", plain.respond)
         calls = ffi.addressof(lib, "xen_ring_consume"), ffi.addressof(lib, "xen_ring_respond")
-        return NativeRing(*(int(ffi.cast("uintptr_t", pointer)) for pointer in (self._native, *calls)))
+        return NativeRing(
+            *(int(ffi.cast("uintptr_t", pointer)) for pointer in (self._native, *calls))
+        )
 
     def fileno(self) -> int:
         fd: int = self._pager.event_fd

@@ -25,9 +25,14 @@ class Wiring:
         ``store`` and ``console`` are the gfns of the rings, whose pages have to be present.
         """
         host, ports = self._host.native, self._ports
-        for param, port in ((HVM_PARAM_STORE_EVTCHN, ports.store), (HVM_PARAM_CONSOLE_EVTCHN, ports.console)):
+        for param, port in (
+            (HVM_PARAM_STORE_EVTCHN, ports.store),
+            (HVM_PARAM_CONSOLE_EVTCHN, ports.console),
+        ):
             check("hvm_param_set", lib.xen_param_set(host, domid, param, port))
-        seeded = lib.xen_seed_grants(host, domid, console, store, ports.console_domid, ports.store_domid)
+        seeded = lib.xen_seed_grants(
+            host, domid, console, store, ports.console_domid, ports.store_domid
+        )
         check("gnttab seed", seeded)
 
     def introduce(self, domid: int, store: int, console: int) -> None:
@@ -37,12 +42,21 @@ class Wiring:
 class OwnWiring(Wiring):
     """Where no toolstack has made them."""
 
-    def __init__(self, host: XenHost, config: DomainConfig, platform: Platform, ports: ToolstackPorts | None = None):
+    def __init__(
+        self,
+        host: XenHost,
+        config: DomainConfig,
+        platform: Platform,
+        ports: ToolstackPorts | None = None,
+    ):
         super().__init__(host, ports or ToolstackPorts(0, 0))
         self._config, self._platform = config, platform
 
     def connect(self, domid: int, store: int, console: int) -> None:
-        ports = [check("evtchn_alloc_unbound", lib.xen_event_channel(self._host.native, domid)) for _ in range(2)]
+        ports = [
+            check("evtchn_alloc_unbound", lib.xen_event_channel(self._host.native, domid))
+            for _ in range(2)
+        ]
         self._ports = ToolstackPorts(*ports)
         super().connect(domid, store, console)
 

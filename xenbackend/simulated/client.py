@@ -25,7 +25,16 @@ from xenbackend.contract import (
     ToolstackPorts,
 )
 from xenbackend.errors import XenError, check_handle, no_such_domain
-from xenbackend.pages import PAGE_SIZE, Buffer, MappedPages, NativePages, PageStatus, PfnArray, batch_error, page_bytes
+from xenbackend.pages import (
+    PAGE_SIZE,
+    Buffer,
+    MappedPages,
+    NativePages,
+    PageStatus,
+    PfnArray,
+    batch_error,
+    page_bytes,
+)
 from xenbackend.ring import PagingRing
 from xenbackend.simulated._sim import ffi, lib
 from xenbackend.simulated.guest import GuestSpec
@@ -79,7 +88,9 @@ class SimulatedDomain(Domain):
         self._native_populate_evicted: bool = reply["populate_evicted"]
         self._ring_fds: list[int] = []
         self._held: NDArray[np.uint8] | None = None
-        self._memory = memoryview(ffi.buffer(self._map.memory, self.nr_pfns * PAGE_SIZE)).toreadonly()
+        self._memory = memoryview(
+            ffi.buffer(self._map.memory, self.nr_pfns * PAGE_SIZE)
+        ).toreadonly()
 
     # ---- life ----
     def info(self) -> DomainInfo:
@@ -112,7 +123,9 @@ class SimulatedDomain(Domain):
         self._memory_fd, self._ring_fds = -1, []
 
     def preflight(self) -> Preflight:
-        return _preflight(self._host.call("domain_preflight", domid=self.domid, client=self._host.client_id))
+        return _preflight(
+            self._host.call("domain_preflight", domid=self.domid, client=self._host.client_id)
+        )
 
     def rename(self, name: str) -> None:
         self._host.call("rename", domid=self.domid, name=name)
@@ -177,14 +190,20 @@ class SimulatedDomain(Domain):
     def map_pages(self, pfns: PfnArray) -> MappedPages:
         status = np.empty(len(pfns), dtype=np.uint8)
         runs = ffi.new("struct sim_run[]", len(pfns))
-        n = lib.sim_look(self._map, _pfns(pfns), len(pfns), ffi.from_buffer("uint8_t[]", status), runs)
+        n = lib.sim_look(
+            self._map, _pfns(pfns), len(pfns), ffi.from_buffer("uint8_t[]", status), runs
+        )
         memory = self._memory
-        data = [memory[run.first * PAGE_SIZE : (run.first + run.pages) * PAGE_SIZE] for run in runs[0:n]]
+        data = [
+            memory[run.first * PAGE_SIZE : (run.first + run.pages) * PAGE_SIZE] for run in runs[0:n]
+        ]
         return MappedPages(status, data)
 
     def hold(self, pfns: PfnArray) -> None:
         if self._held is None:
-            _reply, (fd,) = self._host.call_fds("hold_map", domid=self.domid, client=self._host.client_id)
+            _reply, (fd,) = self._host.call_fds(
+                "hold_map", domid=self.domid, client=self._host.client_id
+            )
             self._held = np.frombuffer(mmap.mmap(fd, self.nr_pfns), dtype=np.uint8)
             os.close(fd)
         with self.map_pages(pfns) as mapped:
@@ -279,10 +298,18 @@ class SimulatedDomain(Domain):
         return results
 
     def native_pages(self) -> NativePages:
-        domain, look, load = self._map, ffi.addressof(lib, "sim_look_at"), ffi.addressof(lib, "sim_load_at")
-        return NativePages(*(int(ffi.cast("uintptr_t", pointer)) for pointer in (domain, look, ffi.NULL, load)))
+        domain, look, load = (
+            self._map,
+            ffi.addressof(lib, "sim_look_at"),
+            ffi.addressof(lib, "sim_load_at"),
+        )
+        return NativePages(
+            *(int(ffi.cast("uintptr_t", pointer)) for pointer in (domain, look, ffi.NULL, load))
+        )
 
-    def _batch(self, operation: str, call: Callable[..., int], pfns: PfnArray, *arguments: Any) -> None:
+    def _batch(
+        self, operation: str, call: Callable[..., int], pfns: PfnArray, *arguments: Any
+    ) -> None:
         if not len(pfns):
             return
         done = ffi.new("size_t *")
@@ -291,7 +318,9 @@ class SimulatedDomain(Domain):
             raise batch_error(operation, -rc, pfns, int(done[0]))
 
     # ---- beyond the contract: for tests, verification and tools of the simulated host ----
-    def set_page(self, pfn: int, *, p2m_type: int = -1, refs: int = -1, type_count: int = -1) -> None:
+    def set_page(
+        self, pfn: int, *, p2m_type: int = -1, refs: int = -1, type_count: int = -1
+    ) -> None:
         """Bring about what makes real Xen answer EBUSY: extra references, type counts, mmio, broken."""
         rc = lib.sim_set_page(self._map, pfn, p2m_type, refs, type_count)
         if rc:
@@ -300,7 +329,9 @@ class SimulatedDomain(Domain):
     def p2m_types(self, pfns: PfnArray) -> NDArray[np.uint8]:
         types = np.empty(len(pfns), dtype=np.uint8)
         if len(pfns):
-            lib.sim_page_types(self._map, _pfns(pfns), len(pfns), ffi.from_buffer("uint8_t[]", types))
+            lib.sim_page_types(
+                self._map, _pfns(pfns), len(pfns), ffi.from_buffer("uint8_t[]", types)
+            )
         return types
 
     def report(self) -> dict[str, Any]:
@@ -347,16 +378,21 @@ class SimulatedHypervisor(Hypervisor):
     def preflight(self, config: DomainConfig | None, *, paging: bool) -> Preflight:
         return _preflight(self.call("preflight", config=config and config.__dict__, paging=paging))
 
-    def create_incoming(self, config: DomainConfig, *, instead_of: Domain | None = None) -> SimulatedDomain:
+    def create_incoming(
+        self, config: DomainConfig, *, instead_of: Domain | None = None
+    ) -> SimulatedDomain:
         leaving = None if instead_of is None else instead_of.domid
-        return SimulatedDomain(self, self.call("create_incoming", config=config.__dict__, leaving=leaving))
+        return SimulatedDomain(
+            self, self.call("create_incoming", config=config.__dict__, leaving=leaving)
+        )
 
     def abandoned(self, config: DomainConfig, *, instead_of: Domain | None = None) -> list[Domain]:
         leaving = None if instead_of is None else instead_of.domid
         return [
             SimulatedDomain(self, info.domid)
             for info in self.domains()
-            if (info.name, info.state) == (config.name, DomainState.INCOMING) and info.domid != leaving
+            if (info.name, info.state) == (config.name, DomainState.INCOMING)
+            and info.domid != leaving
         ]
 
     def reopen_incoming(
@@ -364,7 +400,9 @@ class SimulatedHypervisor(Hypervisor):
     ) -> SimulatedDomain:
         return self.open(domid, handle)
 
-    def bind_incoming(self, domid: int, config: DomainConfig, ports: ToolstackPorts) -> SimulatedDomain:
+    def bind_incoming(
+        self, domid: int, config: DomainConfig, ports: ToolstackPorts
+    ) -> SimulatedDomain:
         domain = self.open(domid)
         if _kind(domain.config()) != _kind(config):
             domain.close()

@@ -79,14 +79,20 @@ class GuestSpec:
             64 * PAGE_SIZE <= self.memory_bytes <= MAX_MEMORY_BYTES,
             f"memory of {self.memory_bytes} bytes: a guest has 256 KiB to 1 TiB",
         )
-        require(self.workload in WORKLOADS, f"unknown workload {self.workload!r}: one of {', '.join(WORKLOADS)}")
+        require(
+            self.workload in WORKLOADS,
+            f"unknown workload {self.workload!r}: one of {', '.join(WORKLOADS)}",
+        )
         require(
             self.rate is None or 1 <= self.rate < 2**63,
             f"a rate of {self.rate} accesses a second: at least 1, or none for as fast as it can",
         )
         require(0 <= self.write_permille <= 1000, "the share of writes is 0 to 1")
         require(0 <= self.zero_permille <= 1000, "the share of zero pages is 0 to 1")
-        require(1 <= self.stride_pages <= MAX_MEMORY_BYTES, f"a stride of {self.stride_pages} pages: at least 1")
+        require(
+            1 <= self.stride_pages <= MAX_MEMORY_BYTES,
+            f"a stride of {self.stride_pages} pages: at least 1",
+        )
         require(
             0 <= self.balloon_pages <= MAX_MEMORY_BYTES and 1 <= self.balloon_every < 2**31,
             "ballooning: pages at least 0, one after every 1 or more accesses",
@@ -98,9 +104,13 @@ class GuestSpec:
                 self.working_set_bytes <= self.memory_bytes,
                 f"a working set of {self.working_set_bytes} bytes is above the memory of {self.memory_bytes}",
             )
-            require(self.working_set_bytes >= PAGE_SIZE, "a working set has at least one page (4096 bytes)")
+            require(
+                self.working_set_bytes >= PAGE_SIZE,
+                "a working set has at least one page (4096 bytes)",
+            )
         require(
-            self.balloon_pages == 0 or self.working_pages + self.vcpus + self.balloon_pages <= self.nr_pfns,
+            self.balloon_pages == 0
+            or self.working_pages + self.vcpus + self.balloon_pages <= self.nr_pfns,
             "the balloon cannot take pages of the working set: make one of them smaller",
         )
 
@@ -167,9 +177,13 @@ class GuestSpec:
                 raise GuestOptionError("not the description of a simulated guest")
             for field in fields(cls):
                 value = options[field.name]
-                kind = {"str": str, "bytes": bytes, "bool": bool}.get(str(field.type).split(" ")[0], int)
+                kind = {"str": str, "bytes": bytes, "bool": bool}.get(
+                    str(field.type).split(" ")[0], int
+                )
                 if not (isinstance(value, kind) or (value is None and "None" in str(field.type))):
-                    raise GuestOptionError(f"not the description of a simulated guest: {field.name}")
+                    raise GuestOptionError(
+                        f"not the description of a simulated guest: {field.name}"
+                    )
             return cls(**options)
         except (ValueError, msgpack.UnpackException) as error:
             raise GuestOptionError(str(error)) from error
@@ -184,7 +198,9 @@ def available_bytes() -> int:
     available = int(lines["MemAvailable"].split()[0]) * 1024
     with contextlib.suppress(OSError, ValueError, StopIteration, KeyError):
         groups = Path("/proc/self/cgroup").read_text().splitlines()
-        group = Path("/sys/fs/cgroup") / next(line for line in groups if line.startswith("0::"))[3:].lstrip("/")
+        group = Path("/sys/fs/cgroup") / next(line for line in groups if line.startswith("0::"))[
+            3:
+        ].lstrip("/")
         limit = int((group / "memory.max").read_text())  # "max" is no number
         used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         available = min(available, limit - int(used["anon"]) - int(used["shmem"]))

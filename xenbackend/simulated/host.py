@@ -75,7 +75,9 @@ class SimulatedHost:
         async def serve_client(connection: socket.socket) -> None:
             connections.add(connection)
             with connection:
-                await trio.to_thread.run_sync(self._serve_client, connection, limiter=trio.CapacityLimiter(1))
+                await trio.to_thread.run_sync(
+                    self._serve_client, connection, limiter=trio.CapacityLimiter(1)
+                )
                 connections.discard(connection)
 
         async with trio.open_nursery() as nursery:
@@ -132,7 +134,11 @@ class SimulatedHost:
         except GuestOptionError as error:
             return {"operation": operation, "errno": errno.EINVAL, "error": str(error)}, []
         except (KeyError, AttributeError, TypeError, ValueError) as error:
-            return {"operation": operation, "errno": errno.ENOSYS, "error": f"bad request: {error!r}"}, []
+            return {
+                "operation": operation,
+                "errno": errno.ENOSYS,
+                "error": f"bad request: {error!r}",
+            }, []
 
     def _domain(self, domid: int) -> HostedDomain:
         domain = self.domains.get(domid)
@@ -150,10 +156,16 @@ class SimulatedHost:
             taken += max(claimed, has) if domid != leaving else 0
         return self.memory_bytes - taken
 
-    def _problems(self, config: DomainConfig, paging: bool, leaving: int | None = None) -> list[tuple[int, str]]:
+    def _problems(
+        self, config: DomainConfig, paging: bool, leaving: int | None = None
+    ) -> list[tuple[int, str]]:
         """Why this domain cannot be built here: errno, and what to do.  ``leaving``: a domid that does not count."""
         problems = []
-        if any(domain.config.name == config.name for domid, domain in self.domains.items() if domid != leaving):
+        if any(
+            domain.config.name == config.name
+            for domid, domain in self.domains.items()
+            if domid != leaving
+        ):
             text = f"a domain named {config.name!r} is there already: rename or destroy it first"
             problems.append((errno.EEXIST, text))
         free = self._free(leaving)
@@ -169,12 +181,17 @@ class SimulatedHost:
         text = "this hypervisor is built without memory paging: use --strategy precopy or another hypervisor"
         return [(errno.ENOSYS, text)] if paging and not self.paging else []
 
-    def _build(self, config: DomainConfig, leaving: int | None = None, wanted_domid: int | None = None) -> HostedDomain:
+    def _build(
+        self, config: DomainConfig, leaving: int | None = None, wanted_domid: int | None = None
+    ) -> HostedDomain:
         spec = GuestSpec.from_bytes(config.platform)
         if not spec.handle:
             spec = dataclasses.replace(spec, handle=os.urandom(16))
             config = dataclasses.replace(config, platform=spec.to_bytes())
-        if (config.nr_pfns, config.vcpus) != (spec.nr_pfns, spec.vcpus) or config.max_pages > config.nr_pfns:
+        if (config.nr_pfns, config.vcpus) != (
+            spec.nr_pfns,
+            spec.vcpus,
+        ) or config.max_pages > config.nr_pfns:
             raise XenError("create", errno.EINVAL, why="the configuration contradicts itself")
         problems = self._problems(config, False, leaving)
         if problems:
@@ -236,17 +253,26 @@ class SimulatedHost:
         return [domain.info() for domain in self.domains.values()]
 
     def op_history(self) -> list[dict[str, Any]]:
-        return [{**report, "vcpu": [{"count": v["count"]} for v in report["vcpu"]]} for report in self.gone]
+        return [
+            {**report, "vcpu": [{"count": v["count"]} for v in report["vcpu"]]}
+            for report in self.gone
+        ]
 
     def op_preflight(self, config: dict[str, Any] | None, paging: bool) -> dict[str, Any]:
-        problems = self._problems(DomainConfig(**config), paging) if config else self._paging_problems(paging)
+        problems = (
+            self._problems(DomainConfig(**config), paging)
+            if config
+            else self._paging_problems(paging)
+        )
         return {"problems": [text for _number, text in problems], "populate_evicted": self._way}
 
     def op_domain_preflight(self, domid: int, client: int) -> dict[str, Any]:
         domain = self._domain(domid)
         problems = self._paging_problems(True)
         if domain.ring_fds and domain.pager != client:
-            problems.append((errno.EBUSY, "its paging ring is in use by another pager: end that one first"))
+            problems.append(
+                (errno.EBUSY, "its paging ring is in use by another pager: end that one first")
+            )
         return {"problems": [text for _number, text in problems], "populate_evicted": self._way}
 
     @property
@@ -331,7 +357,11 @@ class SimulatedHost:
 
     def op_paging_enable(self, domid: int, client: int) -> Reply:
         if not self.paging:
-            raise XenError("mem_paging_enable", errno.ENOSYS, why="this hypervisor is built without memory paging")
+            raise XenError(
+                "mem_paging_enable",
+                errno.ENOSYS,
+                why="this hypervisor is built without memory paging",
+            )
         domain = self._domain(domid)
         fds = domain.paging_enable()
         domain.pager = client

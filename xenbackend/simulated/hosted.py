@@ -98,7 +98,9 @@ class HostedDomain:
 
     def resume(self) -> None:
         if not self.suspended:
-            raise XenError("resume", errno.EINVAL, why=f"the domain is {self.state.value}, not suspended")
+            raise XenError(
+                "resume", errno.EINVAL, why=f"the domain is {self.state.value}, not suspended"
+            )
         self.suspended = False
         lib.sim_host_unpause(self.native)
 
@@ -132,7 +134,9 @@ class HostedDomain:
 
     def context(self) -> bytes:
         if not self.suspended:
-            raise XenError("context", errno.EINVAL, why="only a suspended domain has a context to take")
+            raise XenError(
+                "context", errno.EINVAL, why="only a suspended domain has a context to take"
+            )
         vcpus = [self.dom.vcpu[v] for v in range(self.dom.nr_vcpus)]
         state = [[v.count, v.errors, v.first_error_pfn, v.vcpu_info_pfn] for v in vcpus]
         return bytes(msgpack.packb([state, self.dom.balloon_steps]))
@@ -150,7 +154,9 @@ class HostedDomain:
                 arch.first_error_pfn, arch.vcpu_info_pfn = first_error_pfn, vcpu_info_pfn
             self.dom.balloon_steps = balloon_steps
         except (ValueError, TypeError, OverflowError, msgpack.UnpackException) as error:
-            raise XenError("set_context", errno.EINVAL, why="not a context of this domain") from error
+            raise XenError(
+                "set_context", errno.EINVAL, why="not a context of this domain"
+            ) from error
 
     def report(self) -> dict[str, Any]:
         """What the guest has counted: positions, errors, and its stalls, in 8 buckets to each power

@@ -61,7 +61,9 @@ class HostConnection:
             self._socket.send(pack({"op": op, **arguments}))
             data, fds, flags, _address = socket.recv_fds(self._socket, MAX_MESSAGE, MAX_FDS)
         except OSError as error:
-            raise XenError(op, error.errno or 0, why=f"the simulated host does not answer: {error}") from error
+            raise XenError(
+                op, error.errno or 0, why=f"the simulated host does not answer: {error}"
+            ) from error
         if not data:
             raise XenError(op, errno.ENOTCONN, why="the simulated host is gone")
         if flags & socket.MSG_CTRUNC:

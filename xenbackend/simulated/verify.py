@@ -37,7 +37,9 @@ class Verification:
         return not self.problems
 
 
-def verify(domain: SimulatedDomain, spec: GuestSpec, *, source_positions: list[int] | None = None) -> Verification:
+def verify(
+    domain: SimulatedDomain, spec: GuestSpec, *, source_positions: list[int] | None = None
+) -> Verification:
     """Compare a domain that stands still (suspended) with what it must hold.
 
     ``source_positions``: each vCPU's count when the source stopped it; the guest must not have gone back.
@@ -55,18 +57,26 @@ def verify(domain: SimulatedDomain, spec: GuestSpec, *, source_positions: list[i
                 f"vCPU {number} read {vcpu['errors']} wrong values while it ran, the first at pfn {vcpu['first_error_pfn']:#x}"
             )
         if source_positions is not None and vcpu["count"] < source_positions[number]:
-            result.problems.append(f"vCPU {number} went back from step {source_positions[number]} to {vcpu['count']}")
+            result.problems.append(
+                f"vCPU {number} went back from step {source_positions[number]} to {vcpu['count']}"
+            )
     for count in ("spurious_responses", "premature_responses"):
         if report[count]:
             result.problems.append(f"{report[count]} {count.replace('_', ' ')} on the paging ring")
     if report["overlaid"]:
-        result.problems.append(f"the balloon took {report['overlaid']} pages back where there was memory still")
+        result.problems.append(
+            f"the balloon took {report['overlaid']} pages back where there was memory still"
+        )
     _compare_memory(domain, spec, positions, report["balloon_steps"], result)
     return result
 
 
 def _compare_memory(
-    domain: SimulatedDomain, spec: GuestSpec, positions: list[int], balloon_steps: int, result: Verification
+    domain: SimulatedDomain,
+    spec: GuestSpec,
+    positions: list[int],
+    balloon_steps: int,
+    result: Verification,
 ) -> None:
     program = spec.program()
     visits = np.zeros((spec.vcpus, spec.working_pages), dtype=np.uint64)
@@ -109,7 +119,9 @@ def _compare_memory(
             )
             types = domain.p2m_types(pfns)
             hole = holes[first : first + n]
-            wrong = np.where(hole, types != lib.P2M_HOLE, ~np.isin(types, RAM_TYPES) | differs.astype(np.bool_))
+            wrong = np.where(
+                hole, types != lib.P2M_HOLE, ~np.isin(types, RAM_TYPES) | differs.astype(np.bool_)
+            )
             absent += int(np.count_nonzero(np.isin(types[wrong], PAGING_TYPES)))
             bad.append(pfns[wrong])
             result.pages += n
@@ -121,5 +133,6 @@ def _compare_memory(
         listed = ", ".join(f"{pfn:#x}" for pfn in result.differing[:5])
         result.problems.append(
             f"{len(result.differing)} of {result.pages} pages differ from what the guest wrote "
-            f"({absent} still paged out): pfns {listed}" + (", ..." if len(result.differing) > 5 else "")
+            f"({absent} still paged out): pfns {listed}"
+            + (", ..." if len(result.differing) > 5 else "")
         )

@@ -63,7 +63,10 @@ async def campaign(first: int, trials: int, *, quiet: bool) -> int:
                     places[where] += 1
                     happened.update(fault.name for fault in trial.chosen)
                     happened.update(
-                        {"another guest beside": trial.beside is not None, "carried out again": len(trial.again)}
+                        {
+                            "another guest beside": trial.beside is not None,
+                            "carried out again": len(trial.again),
+                        }
                     )
                     if not quiet:
                         print(f"{trial}: {where}", flush=True)
@@ -73,17 +76,25 @@ async def campaign(first: int, trials: int, *, quiet: bool) -> int:
             f"{places['source']} stayed, {places['destroyed']} were destroyed, {len(failed)} lost",
             flush=True,
         )
-    print("what happened: " + ", ".join(f"{name} {count}" for name, count in sorted(happened.items())))
+    print(
+        "what happened: " + ", ".join(f"{name} {count}" for name, count in sorted(happened.items()))
+    )
     if failed:
         print(f"failed seeds: {', '.join(map(str, failed))}")
     return len(failed)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--trials", type=int, default=50, help="how many (default 50)")
-    parser.add_argument("--seed", type=int, help="of the first; the next ones count on (default: of the clock)")
-    parser.add_argument("--quiet", action="store_true", help="only the failures, and a line now and then")
+    parser.add_argument(
+        "--seed", type=int, help="of the first; the next ones count on (default: of the clock)"
+    )
+    parser.add_argument(
+        "--quiet", action="store_true", help="only the failures, and a line now and then"
+    )
     options = parser.parse_args()
     respect_modes()
     World.spawn = zygote.Popen  # so that no process outlives this one

@@ -143,7 +143,9 @@ async def few_descriptors(trial: Trial) -> None:
         pid = process.popen.pid
         _soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
         resource.prlimit(
-            pid, resource.RLIMIT_NOFILE, (len(os.listdir(f"/proc/{pid}/fd")) + trial.random.randrange(4), hard)
+            pid,
+            resource.RLIMIT_NOFILE,
+            (len(os.listdir(f"/proc/{pid}/fd")) + trial.random.randrange(4), hard),
         )
         await trio.sleep(trial.random.uniform(0.05, 0.5))
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (hard, hard))
@@ -175,11 +177,16 @@ async def hostile_peer(trial: Trial) -> None:
     """
     at = ("127.0.0.1", trial.world.port)
     for _ in range(20):
-        with contextlib.suppress(MigrationError, OSError, trio.BrokenResourceError), trio.move_on_after(0.3):
+        with (
+            contextlib.suppress(MigrationError, OSError, trio.BrokenResourceError),
+            trio.move_on_after(0.3),
+        ):
             if trial.random.random() < 0.4:
                 async with await trio.open_tcp_stream(*at) as stream:
                     for _ in range(5):
-                        await stream.send_all(trial.random.randbytes(trial.random.choice([1, 20, 65536])))
+                        await stream.send_all(
+                            trial.random.randbytes(trial.random.choice([1, 20, 65536]))
+                        )
                         await trio.sleep(trial.random.choice([0, 0.05]))
                 continue
             if trial.random.random() < 0.3:
@@ -191,7 +198,9 @@ async def hostile_peer(trial: Trial) -> None:
                 lane = await DialledLanes(at, new_id(), trial.world.terms).push()
                 spec = GuestSpec("hostile", MIB)
                 greeting = None
-                first = m.Offer("hostile", spec.nr_pfns, spec.nr_pfns, 1, spec.to_bytes(), True, b"key", 0)
+                first = m.Offer(
+                    "hostile", spec.nr_pfns, spec.nr_pfns, 1, spec.to_bytes(), True, b"key", 0
+                )
             try:
                 if greeting is not None:
                     await lane.send(greeting)

@@ -20,7 +20,12 @@ from tests.campaigns.chaos.world import LostError
 NO_REASON = re.compile(r"internal error|bad request|^.{0,9}$")
 COMMANDS = ("show", "reconnect", "cancel", "postcopy-now", "decide here", "decide elsewhere")
 ACTS = "acts"
-BEFORE, SWITCHOVER, AFTER, END = "before the switchover", "switchover", "after the handover", "ended"
+BEFORE, SWITCHOVER, AFTER, END = (
+    "before the switchover",
+    "switchover",
+    "after the handover",
+    "ended",
+)
 GROUPS = {
     "connecting": BEFORE,
     "preflight": BEFORE,
@@ -29,7 +34,12 @@ GROUPS = {
     **dict.fromkeys(ENDED, END),
 }
 """Of phases; all others are after the handover, as far as that end can see."""
-ENDING = {"reconnect": "has ended|acts", "cancel": "has ended", "postcopy-now": "has ended", "decide": "has ended"}
+ENDING = {
+    "reconnect": "has ended|acts",
+    "cancel": "has ended",
+    "postcopy-now": "has ended",
+    "decide": "has ended",
+}
 ANSWERS = {
     ("sender", BEFORE): {
         "reconnect": "nothing to reconnect", "cancel": ACTS, "decide": "guest runs here",
@@ -87,7 +97,9 @@ def names(trial: Trial, which: str) -> list[str]:
     """By which the guest can be named."""
     host = trial.world.destination if which == "onward" else trial.world.source
     found = [
-        [str(info.domid), str(uuid.UUID(bytes=info.handle))] for info in host.domains() if info.name == trial.spec.name
+        [str(info.domid), str(uuid.UUID(bytes=info.handle))]
+        for info in host.domains()
+        if info.name == trial.spec.name
     ]
     return [trial.spec.name, *(found[0] if found else [])]
 
@@ -100,7 +112,9 @@ async def migrate_again(trial: Trial, which: str, at: str, *, but: tuple[str, ..
         before = under_way(await trial.answered(trial.lines, at), but=but)
         domain = trial.random.choice(await trial.answered(names, trial, which))
         to = {"onward": ["homeward"], "sender": ["", "receiver", "second"]}[which]
-        port = {"": trial.link.port, "receiver": trial.world.port, **trial.world.ports}[trial.random.choice(to)]
+        port = {"": trial.link.port, "receiver": trial.world.port, **trial.world.ports}[
+            trial.random.choice(to)
+        ]
         answer = await trial.answered(begin, trial, which, domain, port)
         after = under_way(await trial.answered(trial.lines, at), but=but)
     asked = f"{which}: migrate {domain} to port {port}"
@@ -108,7 +122,9 @@ async def migrate_again(trial: Trial, which: str, at: str, *, but: tuple[str, ..
         check_reason(answer, asked)
         return
     if before & after:
-        raise LostError(f"{asked}: it is carried out while {before & after} is under way at the {at}")
+        raise LostError(
+            f"{asked}: it is carried out while {before & after} is under way at the {at}"
+        )
     trial.again.append(which)
 
 
@@ -135,7 +151,9 @@ def ask(trial: Trial, which: str, what: str, name: str) -> str:
     """:data:`ACTS`, or the answer."""
     word, _space, where = what.partition(" ")
     try:
-        answer = trial.world.ask(which, command=word, migration=name, **({"here": where == "here"} if where else {}))
+        answer = trial.world.ask(
+            which, command=word, migration=name, **({"here": where == "here"} if where else {})
+        )
     except UnknownMigrationError:
         return "unknown"
     except MigrationError as error:
@@ -157,7 +175,9 @@ async def may_decide(trial: Trial, which: str, what: str) -> bool:
     if what != "decide here":
         return False
     try:
-        shown = await trial.answered(lambda: trial.world.ask(which, command="show", migration=trial.id))
+        shown = await trial.answered(
+            lambda: trial.world.ask(which, command="show", migration=trial.id)
+        )
     except UnknownMigrationError:
         return False
     return "has reported that" in shown["known"]

@@ -81,18 +81,24 @@ class Trial:
         )  # fmt: skip
         self.strategy = r.choice(["hybrid", "hybrid", "postcopy", "postcopy", "precopy"])
         self.bandwidth = r.choice([None, 16 * MIB, 64 * MIB])
-        self.checkpoint_every_s = r.choice([None, None, 0.02]) if self.strategy != "precopy" else None
+        self.checkpoint_every_s = (
+            r.choice([None, None, 0.02]) if self.strategy != "precopy" else None
+        )
         if r.random() < 0.5:
             pages = min(200, (self.spec.nr_pfns - self.spec.working_pages) // 2)
             every = 1 if self.spec.workload == "idle" else r.choice([5, 50])
             # Of a page that comes back between two checkpoints nobody knows (docs/reliability.md).
             back = self.checkpoint_every_s is None
-            self.spec = replace(self.spec, balloon_pages=pages, balloon_every=every, balloon_back=back)
+            self.spec = replace(
+                self.spec, balloon_pages=pages, balloon_every=every, balloon_back=back
+            )
         self.kill_decided = r.choice([False, True])
         """The sender is killed when it has answered an operator's decision."""
         self.beside = None
         if r.random() < BESIDE:
-            self.beside = GuestSpec(f"beside{self.seed}", 8 * MIB, workload="random", seed=self.seed)
+            self.beside = GuestSpec(
+                f"beside{self.seed}", 8 * MIB, workload="random", seed=self.seed
+            )
         self.id = ""
         """Of the first migration."""
 
@@ -109,9 +115,14 @@ class Trial:
     async def run(self, faults: list[Fault]) -> str:
         """Where the guest was in the end.  Raises :class:`LostError`."""
         possible = [
-            f for f in faults if (self.world.tls or not f.tls) and not (self.beside is not None and f.notices == "all")
+            f
+            for f in faults
+            if (self.world.tls or not f.tls)
+            and not (self.beside is not None and f.notices == "all")
         ]
-        self.chosen = [self.random.choice(possible) for _ in range(self.random.choice([1, 1, 2, 3]))]
+        self.chosen = [
+            self.random.choice(possible) for _ in range(self.random.choice([1, 1, 2, 3]))
+        ]
         beside = await in_thread(self._begin_beside)
         await in_thread(self._begin)
         async with task_group() as tasks:
@@ -169,7 +180,9 @@ class Trial:
         """What a daemon answers.  Raises :class:`LostError` if it does not."""
         with trio.move_on_after(ANSWER_S):
             return await trio.to_thread.run_sync(call, *arguments, abandon_on_cancel=True)
-        raise LostError(f"no answer within {ANSWER_S:g} s: {getattr(call, '__name__', call)} {arguments}")
+        raise LostError(
+            f"no answer within {ANSWER_S:g} s: {getattr(call, '__name__', call)} {arguments}"
+        )
 
     # ---- what the daemons show ----
     def lines(self, which: str) -> list[Line]:
@@ -217,7 +230,9 @@ class Trial:
         if self.destination_died and which == "sender":
             for force in (False, True):  # without a checkpoint the guest may only go on by force
                 with contextlib.suppress(MigrationError):  # it has not noticed yet
-                    self.world.ask(which, command="decide", migration=migration, here=True, force=force)
+                    self.world.ask(
+                        which, command="decide", migration=migration, here=True, force=force
+                    )
                     return True
         if self.destroyed and which == "sender":
             with contextlib.suppress(MigrationError):  # what is destroyed here is missing there
@@ -235,10 +250,17 @@ class Trial:
 
     def _places(self) -> list[tuple[str, SimulatedHypervisor, DomainState]]:
         hosts = {"source": self.world.source, "destination": self.world.destination}
-        return [(w, h, i.state) for w, h in hosts.items() for i in h.domains() if i.name == self.spec.name]
+        return [
+            (w, h, i.state)
+            for w, h in hosts.items()
+            for i in h.domains()
+            if i.name == self.spec.name
+        ]
 
     def _verify(self) -> str:
-        deadline = time.monotonic() + 10  # what a sender that was killed has left is let go by its successor
+        deadline = (
+            time.monotonic() + 10
+        )  # what a sender that was killed has left is let go by its successor
         while True:
             places = self._places()
             if [state for _where, _host, state in places] == [DomainState.RUNNING]:
@@ -248,7 +270,9 @@ class Trial:
             if not places and self.destination_died and self.has_arrived():
                 return "gone with its host"  # which died when all had come
             if time.monotonic() > deadline:
-                raise LostError(f"it runs at {[(where, state.value) for where, _h, state in places]}")
+                raise LostError(
+                    f"it runs at {[(where, state.value) for where, _h, state in places]}"
+                )
             time.sleep(0.02)
         ((where, host, _state),) = places
         with host.open(self.spec.name) as domain:
@@ -261,7 +285,9 @@ class Trial:
     def _verified(self, domain: SimulatedDomain, where: str) -> list[str]:
         wait_for_steps(domain, 5 if self.spec.workload == "idle" else 50)
         domain.suspend()
-        gone = [report for report in self.world.source.history() if report["name"] == self.spec.name]
+        gone = [
+            report for report in self.world.source.history() if report["name"] == self.spec.name
+        ]
         came = where == "destination" and "onward" not in self.again
         positions = [vcpu["count"] for vcpu in gone[-1]["vcpu"]] if gone and came else None
         return verify(domain, self.spec, source_positions=positions).problems
@@ -280,7 +306,9 @@ class Trial:
             raise LostError(f"what must not be noticed kept it at the {where}")
         for which, line in lines.items():
             if line is not None and line["unprotected"]:
-                raise LostError(f"what must not be noticed ended its protection at the {which}: {line['unprotected']}")
+                raise LostError(
+                    f"what must not be noticed ended its protection at the {which}: {line['unprotected']}"
+                )
 
     def _verify_beside(self, client: ControlClient) -> None:
         """The other guest has arrived, whole, over the lanes that it began with."""

@@ -86,7 +86,9 @@ class ChaosWorld(World):
     def check_alive_of(self, which: str) -> None:
         process = self.processes[which]
         if process.popen.poll() is not None:
-            raise LostError(f"{which} ended by itself, with status {process.popen.returncode}:\n{process.tail()}")
+            raise LostError(
+                f"{which} ended by itself, with status {process.popen.returncode}:\n{process.tail()}"
+            )
 
     def check(self) -> None:
         """Raises :class:`LostError` if a process has ended, or a daemon has logged a fault of its
@@ -98,7 +100,9 @@ class ChaosWorld(World):
             log = self.processes[which].log.read_text(errors="replace")
             new, self._read[which] = log[self._read.get(which, 0) :], len(log)
             if found := COMPLAINTS.search(new):
-                raise LostError(f"{which} logged a fault of its own:\n{new[max(0, found.start() - 500) :][:4000]}")
+                raise LostError(
+                    f"{which} logged a fault of its own:\n{new[max(0, found.start() - 500) :][:4000]}"
+                )
 
     # ---- certificates ----
     @property
@@ -106,7 +110,9 @@ class ChaosWorld(World):
         """Those of a peer that has a certificate as well, if the daemons want one."""
         if not self.tls:
             return Terms()
-        certificate, key, authority = (self.directory / name for name in ("certificate", "key", "authority"))
+        certificate, key, authority = (
+            self.directory / name for name in ("certificate", "key", "authority")
+        )
         return Terms(tls=Tls(certificate, key, authority, (HOST,)))
 
     def renewed(self) -> dict[Path, bytes]:
@@ -114,7 +120,10 @@ class ChaosWorld(World):
         assert self.authority is not None
         issued = self.authority.issue_cert(HOST)
         chain = b"".join(pem.bytes() for pem in issued.cert_chain_pems)
-        return {self.directory / "certificate": chain, self.directory / "key": issued.private_key_pem.bytes()}
+        return {
+            self.directory / "certificate": chain,
+            self.directory / "key": issued.private_key_pem.bytes(),
+        }
 
 
 @contextlib.contextmanager
@@ -128,7 +137,10 @@ def chaos_world(memory_bytes: int, *, tls: bool) -> Iterator[ChaosWorld]:
             world.authority.cert_pem.write_to_path(world.directory / "authority")
             for path, text in world.renewed().items():
                 path.write_bytes(text)
-            files = "".join(f'{part} = "{world.directory / part}"\n' for part in ("certificate", "key", "authority"))
+            files = "".join(
+                f'{part} = "{world.directory / part}"\n'
+                for part in ("certificate", "key", "authority")
+            )
             config += f'[tls]\n{files}peers = ["{HOST}"]\n'
         world.config_file.write_text(config)
         start_receiver(world)

@@ -59,10 +59,13 @@ def any_value(given: atheris.FuzzedDataProvider) -> object:
         case 3:
             return None
         case 4:
-            return [given.ConsumeUnicodeNoSurrogates(8) for _ in range(given.ConsumeIntInRange(0, 40))]
+            return [
+                given.ConsumeUnicodeNoSurrogates(8) for _ in range(given.ConsumeIntInRange(0, 40))
+            ]
         case 5:  # pfns
             return b"".join(
-                struct.pack("<Q", given.ConsumeIntInRange(0, 2000)) for _ in range(given.ConsumeIntInRange(0, 9))
+                struct.pack("<Q", given.ConsumeIntInRange(0, 2000))
+                for _ in range(given.ConsumeIntInRange(0, 9))
             )
         case 6:
             return given.ConsumeIntInRange(0, 5000)

@@ -26,9 +26,13 @@ class ModelError(Exception):
 
 
 def run(*command: str, cwd: Path) -> str:
-    done = subprocess.run(command, cwd=cwd, check=False, capture_output=True, text=True, timeout=1200)
+    done = subprocess.run(
+        command, cwd=cwd, check=False, capture_output=True, text=True, timeout=1200
+    )
     if done.returncode:
-        raise ModelError(f"{' '.join(command)}: status {done.returncode}\n{done.stdout}{done.stderr}")
+        raise ModelError(
+            f"{' '.join(command)}: status {done.returncode}\n{done.stdout}{done.stderr}"
+        )
     return done.stdout
 
 
@@ -85,17 +89,25 @@ def check_mutation(directory: Path, name: str, number: int) -> list[str]:
     directory.mkdir()
     mutated = Verifier(directory, number)
     noticed = next((property_ for property_ in PROPERTIES if mutated.search(property_)[0]), None)
-    print(f"mutation {name.lower()}: {f'noticed by {noticed}' if noticed else 'NOT NOTICED'}", flush=True)
+    print(
+        f"mutation {name.lower()}: {f'noticed by {noticed}' if noticed else 'NOT NOTICED'}",
+        flush=True,
+    )
     return [] if noticed else [name]
 
 
 def main() -> None:
     mutations = re.findall(r"#define ([A-Z_]+) +(\d+)\n", MODEL.read_text())
-    mutations = [(name, number) for name, number in mutations if name not in ("CUTS", "KILLS", "MUTATION")]
+    mutations = [
+        (name, number) for name, number in mutations if name not in ("CUTS", "KILLS", "MUTATION")
+    ]
     try:
         with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
             failed = check_model(Path(folder))
-            checks = [pool.submit(check_mutation, Path(folder, name), name, int(n)) for name, n in mutations]
+            checks = [
+                pool.submit(check_mutation, Path(folder, name), name, int(n))
+                for name, n in mutations
+            ]
             failed += [name for check in checks for name in check.result()]
     except ModelError as error:
         sys.exit(str(error))

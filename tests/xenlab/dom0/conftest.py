@@ -29,7 +29,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             return KIND in marker.args
         if HERE in item.path.parents:
             return KIND != "hosts"
-        return KIND == "populate-evicted" or (KIND == "paging" and item.get_closest_marker("eviction") is not None)
+        return KIND == "populate-evicted" or (
+            KIND == "paging" and item.get_closest_marker("eviction") is not None
+        )
 
     elsewhere = [item for item in items if not belongs(item)]
     items[:] = [item for item in items if belongs(item)]

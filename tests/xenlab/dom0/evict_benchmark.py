@@ -22,7 +22,9 @@ from xenbackend.libxenctrl.domain import XenDomain, gfn_array
 from xenbackend.libxenctrl.hypervisor import XenHypervisor
 
 
-def seconds(call: Callable[..., int], domain: XenDomain, xen: XenHypervisor, first: int, count: int) -> float:
+def seconds(
+    call: Callable[..., int], domain: XenDomain, xen: XenHypervisor, first: int, count: int
+) -> float:
     gfns = np.arange(first, first + count, dtype=np.uint64)
     done = ffi.new("size_t *")
     began = time.monotonic()
@@ -48,8 +50,13 @@ def main() -> None:
         domain.paging_enable()
         batched.append(seconds(lib.xen_populate_evicted, domain, xen, 0, options.gfns))
         # As well as it can be done without: the holes populated in batches, then nominate and evict for each.
-        one_by_one.append(seconds(lib.xen_evict_one_by_one, domain, xen, options.gfns, options.gfns))
-        print(f"run {run + 1}: populate_evicted {batched[-1]:.2f} s, one by one {one_by_one[-1]:.2f} s", flush=True)
+        one_by_one.append(
+            seconds(lib.xen_evict_one_by_one, domain, xen, options.gfns, options.gfns)
+        )
+        print(
+            f"run {run + 1}: populate_evicted {batched[-1]:.2f} s, one by one {one_by_one[-1]:.2f} s",
+            flush=True,
+        )
         domain.destroy()
     few, many = statistics.median(batched), statistics.median(one_by_one)
     print(

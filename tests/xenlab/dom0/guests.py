@@ -81,13 +81,17 @@ class Guest:
         deadline = time.monotonic() + timeout_s
         while len(beats := self.heartbeats()) < wanted:
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{self.name} has no heartbeat; the end of its console:\n{self.console()[-2000:]}")
+                raise TimeoutError(
+                    f"{self.name} has no heartbeat; the end of its console:\n{self.console()[-2000:]}"
+                )
             time.sleep(0.1)
         return beats
 
 
 def xl(*arguments: str) -> str:
-    done = subprocess.run(["xl", *arguments], check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        ["xl", *arguments], check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     if done.returncode:
         raise RuntimeError(f"xl {' '.join(arguments)}: {done.stdout}")
     return done.stdout

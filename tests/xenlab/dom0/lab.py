@@ -71,7 +71,11 @@ class XenLab(Lab):
         for info in self.xen.domains():
             if info.domid not in kept:
                 self.xen.host.destroy(info.domid)
-        until(lambda: not remnants(self.xen), "somebody holds pages of domains that are gone", REMNANTS_S)
+        until(
+            lambda: not remnants(self.xen),
+            "somebody holds pages of domains that are gone",
+            REMNANTS_S,
+        )
 
     def _is_well(self, guest: Guest) -> bool:
         try:
@@ -90,7 +94,13 @@ class XenLab(Lab):
     def config_beside(self, source: Domain) -> DomainConfig:
         config = source.config()
         self._count += 1
-        return DomainConfig(f"restored{self._count}", config.nr_pfns, config.max_pages, config.vcpus, config.platform)
+        return DomainConfig(
+            f"restored{self._count}",
+            config.nr_pfns,
+            config.max_pages,
+            config.vcpus,
+            config.platform,
+        )
 
     def another(self) -> XenHypervisor:
         return XenHypervisor()
@@ -107,7 +117,12 @@ class XenLab(Lab):
 
     def toolstack_pages(self, domain: Domain) -> PfnArray:
         assert isinstance(domain, XenDomain)
-        own = (HVM_PARAM_STORE_PFN, HVM_PARAM_CONSOLE_PFN, HVM_PARAM_IOREQ_PFN, HVM_PARAM_BUFIOREQ_PFN)
+        own = (
+            HVM_PARAM_STORE_PFN,
+            HVM_PARAM_CONSOLE_PFN,
+            HVM_PARAM_IOREQ_PFN,
+            HVM_PARAM_BUFIOREQ_PFN,
+        )
         return pfn_array(sorted(domain.param(index) for index in own))
 
     @contextlib.contextmanager

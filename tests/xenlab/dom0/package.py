@@ -23,10 +23,18 @@ class Host:
 
     name: str = ""
 
-    def run(self, *command: str, ok: bool = True, given: str | None = None, **environment: str) -> str:
+    def run(
+        self, *command: str, ok: bool = True, given: str | None = None, **environment: str
+    ) -> str:
         """What it says; ``given``: its standard input."""
-        words = ["env", *(f"{key}={value}" for key, value in environment.items()), *command] if environment else command
-        clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "LAB"))}
+        words = (
+            ["env", *(f"{key}={value}" for key, value in environment.items()), *command]
+            if environment
+            else command
+        )
+        clean = {
+            key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "LAB"))
+        }
         done = subprocess.run(
             ["ssh", self.name, shlex.join(words)] if self.name else words,
             check=False, input=given or "", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

@@ -49,21 +49,35 @@ def empty(xen: XenHypervisor, *, hap: bool = True) -> XenDomain:
 
 @pytest.mark.gate
 @pytest.mark.hypervisors("debian")
-def test_without_paging_preflight_says_so_in_one_line_and_nothing_is_touched(xen: XenHypervisor) -> None:
+def test_without_paging_preflight_says_so_in_one_line_and_nothing_is_touched(
+    xen: XenHypervisor,
+) -> None:
     told = xen_postcopy("preflight")
     assert (told.returncode, told.stdout) == (1, "")
     assert told.stderr.count("\n") == 1 and "built without memory paging" in told.stderr
     assert "CONFIG_MEM_PAGING=y" in told.stderr
     with guest("unpaged", paused=True) as made:
         domain = xen.open(made.domid)
-        before = (domain.info(), domain.param(HVM_PARAM_PAGING_RING_PFN), memory_of(domain).tolist())
+        before = (
+            domain.info(),
+            domain.param(HVM_PARAM_PAGING_RING_PFN),
+            memory_of(domain).tolist(),
+        )
         told = xen_postcopy("preflight", "unpaged")
         assert told.returncode == 1 and "built without memory paging" in told.stderr
-        for call in (domain.paging_enable, domain.paging_attach, lambda: domain.populate_evicted(span(0x4000, 10))):
+        for call in (
+            domain.paging_enable,
+            domain.paging_attach,
+            lambda: domain.populate_evicted(span(0x4000, 10)),
+        ):
             with pytest.raises(XenError) as info:
                 call()
             assert info.value.errno in (errno.ENOSYS, errno.ENODEV)
-        assert before == (domain.info(), domain.param(HVM_PARAM_PAGING_RING_PFN), memory_of(domain).tolist())
+        assert before == (
+            domain.info(),
+            domain.param(HVM_PARAM_PAGING_RING_PFN),
+            memory_of(domain).tolist(),
+        )
 
 
 @pytest.mark.gate
@@ -110,7 +124,9 @@ def test_one_by_one_does_the_same(xen: XenHypervisor) -> None:
     done = ffi.new("size_t *")
 
     def one_by_one(*gfns: int) -> tuple[int, int]:
-        rc = lib.xen_evict_one_by_one(xen.host.native, domain.domid, gfn_array(pfns(*gfns)), len(gfns), done)
+        rc = lib.xen_evict_one_by_one(
+            xen.host.native, domain.domid, gfn_array(pfns(*gfns)), len(gfns), done
+        )
         return rc, done[0]
 
     assert one_by_one(*range(50, 150)) == (0, 100)
@@ -181,7 +197,14 @@ def test_the_daemons_move_a_guest(xen: XenHypervisor, tmp_path: Path) -> None:
     with guest("moving") as made, daemons(tmp_path) as running:
         made.wait_for_heartbeats(2)
         sender = str(tmp_path / "sender")
-        migrate = ("migrate", "moving", f"127.0.0.1:{running.port}", "--socket", sender, "--strategy")
+        migrate = (
+            "migrate",
+            "moving",
+            f"127.0.0.1:{running.port}",
+            "--socket",
+            sender,
+            "--strategy",
+        )
         told = xen_postcopy(*migrate, "hybrid")
         if KIND == "debian":
             assert told.returncode == 1 and "built without memory paging" in told.stderr
@@ -201,21 +224,43 @@ def test_the_daemons_move_a_guest(xen: XenHypervisor, tmp_path: Path) -> None:
 
 
 @PAGING
-def test_daemons_are_killed_in_postcopy_and_their_successors_go_on(xen: XenHypervisor, tmp_path: Path) -> None:
+def test_daemons_are_killed_in_postcopy_and_their_successors_go_on(
+    xen: XenHypervisor, tmp_path: Path
+) -> None:
     """The guest stands still at pages that are missing, and loses none."""
     with guest("orphan") as made, daemons(tmp_path) as running:
         made.wait_for_heartbeats(2)
         # It breaks off when the sender is killed.
-        command = [sys.executable, "-m", "migrate.cli", "migrate", "orphan", f"127.0.0.1:{running.port}"]
-        options = ["--socket", str(tmp_path / "sender"), "--strategy", "postcopy", "--bandwidth", "2M"]
-        asked = zygote.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        command = [
+            sys.executable,
+            "-m",
+            "migrate.cli",
+            "migrate",
+            "orphan",
+            f"127.0.0.1:{running.port}",
+        ]
+        options = [
+            "--socket",
+            str(tmp_path / "sender"),
+            "--strategy",
+            "postcopy",
+            "--bandwidth",
+            "2M",
+        ]
+        asked = zygote.Popen(
+            [*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         try:
             for role, other in (("receiver", "sender"), ("sender", "receiver")):
                 until(lambda: running.phase("receiver") == "postcopy", "no postcopy", 500)
                 running.kill(role)
                 until(lambda: running.phase(other) == "interrupted", "it was not noticed", 120)  # noqa: B023
                 running.start(role)
-            until(lambda: running.phase("receiver") == running.phase("sender") == "completed", "it does not end", 400)
+            until(
+                lambda: running.phase("receiver") == running.phase("sender") == "completed",
+                "it does not end",
+                400,
+            )
         finally:
             asked.kill()
             asked.wait()
@@ -235,13 +280,30 @@ def test_a_protected_guest_outlives_its_destination(xen: XenHypervisor, tmp_path
     """It goes on at the source, in a new domain, as it was at the last checkpoint."""
     with guest("phoenix") as made, daemons(tmp_path) as running:
         made.wait_for_heartbeats(2)
-        command = [sys.executable, "-m", "migrate.cli", "migrate", "phoenix", f"127.0.0.1:{running.port}"]
-        options = ["--strategy", "postcopy", "--bandwidth", "1M", "--protect", "--checkpoint-every", "2"]
+        command = [
+            sys.executable,
+            "-m",
+            "migrate.cli",
+            "migrate",
+            "phoenix",
+            f"127.0.0.1:{running.port}",
+        ]
+        options = [
+            "--strategy",
+            "postcopy",
+            "--bandwidth",
+            "1M",
+            "--protect",
+            "--checkpoint-every",
+            "2",
+        ]
         asked = zygote.Popen([*command, *options, "--socket", str(tmp_path / "sender")])
         try:
             until(lambda: running.line("sender").get("checkpoints", 0) > 0, "no checkpoint", 250)
             running.kill("receiver")
-            xen.host.destroy(next(info.domid for info in xen.domains() if info.name == "phoenix--incoming"))
+            xen.host.destroy(
+                next(info.domid for info in xen.domains() if info.name == "phoenix--incoming")
+            )
             until(lambda: running.phase("sender") == "interrupted", "it was not noticed", 60)
             running.ask("sender", command="decide", migration="phoenix", here=True)
             until(lambda: running.phase("sender") == "failed", "it does not go back", 120)
@@ -259,7 +321,9 @@ def test_a_protected_guest_outlives_its_destination(xen: XenHypervisor, tmp_path
 
 
 @pytest.mark.hypervisors("populate-evicted")
-def test_a_guest_that_is_destroyed_leaves_its_neighbour_alone(xen: XenHypervisor, tmp_path: Path) -> None:
+def test_a_guest_that_is_destroyed_leaves_its_neighbour_alone(
+    xen: XenHypervisor, tmp_path: Path
+) -> None:
     """Two guests arrive at once, and neither is migrated twice.  The destination of one is destroyed."""
     names = ("doomed", "spared")
     with contextlib.ExitStack() as stack:

@@ -25,7 +25,10 @@ def installed() -> None:
 def test_the_units_start_and_are_well_formed() -> None:
     for unit in UNITS:
         assert property_of(unit, "NotifyAccess") == "main"
-        assert "waiting for migrations" in (text := property_of(unit, "StatusText")) or "listening at" in text
+        assert (
+            "waiting for migrations" in (text := property_of(unit, "StatusText"))
+            or "listening at" in text
+        )
         print(run("systemd-analyze", "security", unit))
     found = run("systemd-analyze", "--man=no", "verify", *UNITS, "xen-postcopy.target").splitlines()
     newer = ("'RestartSteps'", "'RestartMaxDelaySec'")  # of systemd 254; Debian 12 has 252
@@ -48,7 +51,11 @@ def test_the_watchdog_is_fed() -> None:
     for unit in UNITS:
         fed = property_of(unit, "WatchdogTimestampMonotonic")
         assert int(fed) > 0
-        until(lambda: property_of(unit, "WatchdogTimestampMonotonic") != fed, "the watchdog is not fed", 60)  # noqa: B023
+        until(
+            lambda: property_of(unit, "WatchdogTimestampMonotonic") != fed,
+            "the watchdog is not fed",
+            60,
+        )  # noqa: B023
 
 
 def test_a_wrong_configuration_is_said_with_file_key_and_reason() -> None:
@@ -58,7 +65,10 @@ def test_a_wrong_configuration_is_said_with_file_key_and_reason() -> None:
         config.write_text('[sender]\nlisten = "0.0.0.0:8014"\n')
         run("systemctl", "restart", UNITS[0], ok=False)
         said = run("journalctl", "-u", UNITS[0], "-n", "20")
-        assert "/etc/xen-postcopy/config.toml: [sender] listen: 0.0.0.0 can be reached by others" in said
+        assert (
+            "/etc/xen-postcopy/config.toml: [sender] listen: 0.0.0.0 can be reached by others"
+            in said
+        )
     finally:
         config.write_text(text)
         run("systemctl", "reset-failed", UNITS[0], ok=False)
@@ -76,14 +86,18 @@ def test_xl_migrates_and_a_daemon_that_is_stopped_says_what_it_waits_for() -> No
         assert "Migration successful" in said
         run("systemctl", "stop", "--no-block", UNITS[1])
         until(
-            lambda: "need their pager" in property_of(UNITS[1], "StatusText"), "it does not say what it waits for", 60
+            lambda: "need their pager" in property_of(UNITS[1], "StatusText"),
+            "it does not say what it waits for",
+            60,
         )
         assert "packaged" in property_of(UNITS[1], "StatusText")
         until(lambda: property_of(UNITS[1], "ActiveState") == "inactive", "it does not end", 240)
         arrived = Guest("packaged--incoming", int(xl("domid", "packaged")))
         beats = arrived.wait_for_heartbeats(3)
         assert [beat.errors for beat in beats] == [0] * len(beats)
-        (line,) = json.loads(run("xen-postcopy", "list", "--json", "--socket", "/run/xen-postcopy/sender.sock"))
+        (line,) = json.loads(
+            run("xen-postcopy", "list", "--json", "--socket", "/run/xen-postcopy/sender.sock")
+        )
         assert line["phase"] == "completed"
         told = run("journalctl", f"XEN_POSTCOPY_MIGRATION={line['id']}")
         assert "runs at the destination" in told and "completed" in told

@@ -61,7 +61,11 @@ def names(host: Host) -> list[str]:
 
 
 def wait_until_completed(pair: Pair) -> None:
-    until(lambda: all(migrations(host)[-1]["phase"] == "completed" for host in pair), "the pages do not all come", 240)
+    until(
+        lambda: all(migrations(host)[-1]["phase"] == "completed" for host in pair),
+        "the pages do not all come",
+        240,
+    )
 
 
 def check_arrived(name: str, source: Host, to: Host, console: str) -> None:
@@ -82,7 +86,14 @@ def test_xl_migrates_to_another_host_and_back(hosts: Pair) -> None:
         said = first.run("xl", "migrate", "far", second.name, XEN_POSTCOPY="require")
         assert "Migration successful" in said
         check_arrived("far", first, second, "far--incoming")
-        said = second.run("xl", "migrate", "far", first.name, XEN_POSTCOPY="require", XEN_POSTCOPY_STRATEGY="postcopy")
+        said = second.run(
+            "xl",
+            "migrate",
+            "far",
+            first.name,
+            XEN_POSTCOPY="require",
+            XEN_POSTCOPY_STRATEGY="postcopy",
+        )
         assert "Migration successful" in said
         check_arrived("far", second, first, "far--incoming")
 
@@ -92,7 +103,9 @@ def test_the_command_line_migrates_to_another_host(hosts: Pair) -> None:
     with guest("plain") as made:
         made.wait_for_heartbeats(2)
         try:
-            print(first.run("xen-postcopy", "migrate", "plain", address(1), "--strategy", "postcopy"))
+            print(
+                first.run("xen-postcopy", "migrate", "plain", address(1), "--strategy", "postcopy")
+            )
             check_arrived("plain", first, second, "plain")
         finally:
             second.run("xl", "destroy", "plain", ok=False)

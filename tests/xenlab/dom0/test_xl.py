@@ -79,7 +79,13 @@ class Host:
 
     def save(self, name: str, to: Path, *, with_helper: bool = True) -> None:
         """``xl save``.  Raises ``RuntimeError`` with the output if the command fails."""
-        self._run("xl", "save", name, str(to), **({"LIBXL_SAVE_HELPER": str(self.helper)} if with_helper else {}))
+        self._run(
+            "xl",
+            "save",
+            name,
+            str(to),
+            **({"LIBXL_SAVE_HELPER": str(self.helper)} if with_helper else {}),
+        )
 
     def _run(self, *command: str, **environment: str) -> str:
         done = subprocess.run(
@@ -115,7 +121,9 @@ class Host:
         """Until the last migration is so at both ends."""
 
         def reached() -> bool:
-            return all(self.lines(daemon)[-1]["phase"] == phase for daemon in ("sender", "receiver"))
+            return all(
+                self.lines(daemon)[-1]["phase"] == phase for daemon in ("sender", "receiver")
+            )
 
         until(reached, f"{phase} is not reached", 120)
 
@@ -183,7 +191,12 @@ def test_xl_migrates_by_postcopy_and_back(running: Host) -> None:
 @PATCHED
 @pytest.mark.parametrize(
     ("direction", "words", "stays"),
-    [("from", READY, True), ("to", GO, True), ("from", REPORT, False), ("to", "xen-postcopy-cut-nowhere", False)],
+    [
+        ("from", READY, True),
+        ("to", GO, True),
+        ("from", REPORT, False),
+        ("to", "xen-postcopy-cut-nowhere", False),
+    ],
     ids=["ready", "go", "report", "nothing"],
 )
 def test_the_guest_runs_in_one_place_wherever_xl_s_handshake_is_cut(
@@ -227,7 +240,9 @@ def test_where_the_other_host_has_no_helper_xl_s_own_migration_is_used(running: 
         with pytest.raises(RuntimeError, match="XEN_POSTCOPY=require"):
             running.migrate("xl4", receive=receive)
         check_heartbeat(made)
-        assert "using Xen's own live migration" in running.migrate("xl4", receive=receive, XEN_POSTCOPY="")
+        assert "using Xen's own live migration" in running.migrate(
+            "xl4", receive=receive, XEN_POSTCOPY=""
+        )
         check_heartbeat(arrived("xl4"))
         running.check_clean("xl4")
 
@@ -261,9 +276,15 @@ def test_the_stock_helper_does_what_ours_leaves_to_it(host: Host, tmp_path: Path
         assert int(xl("domid", "xl1")) != made.domid
         check_heartbeat(arrived("xl1"))
         saved = tmp_path / "saved"
-        environment = {**os.environ, "LIBXL_SAVE_HELPER": str(host.helper), "XEN_POSTCOPY": "require"}
+        environment = {
+            **os.environ,
+            "LIBXL_SAVE_HELPER": str(host.helper),
+            "XEN_POSTCOPY": "require",
+        }
         for command in (["xl", "save", "xl1", str(saved)], ["xl", "restore", str(saved)]):
-            done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120, env=environment)
+            done = subprocess.run(
+                command, check=False, capture_output=True, text=True, timeout=120, env=environment
+            )
             assert done.returncode == 0, done.stderr
         made.wait_for_heartbeats(2)
 
@@ -301,7 +322,12 @@ def test_the_balloon_moves_in_each_phase(slow: Host) -> None:
         with ThreadPoolExecutor() as pool:
             migrating = pool.submit(slow.migrate, "xl7", XEN_POSTCOPY_STRATEGY="hybrid")
             until(
-                lambda: any(line["phase"] == "precopy" and line["pages_done"] for line in slow.lines("sender")), "", 60
+                lambda: any(
+                    line["phase"] == "precopy" and line["pages_done"]
+                    for line in slow.lines("sender")
+                ),
+                "",
+                60,
             )
             set_memory(slow, "xl7", 100)
             until(lambda: bool(grown(made)), "the guest does not use what it got", 60)
@@ -335,12 +361,18 @@ def test_a_guest_that_is_saved_while_pages_are_missing(slow: Host, tmp_path: Pat
 
 
 @PATCHED
-def test_the_pages_of_a_guest_that_is_saved_without_the_helper_are_kept(slow: Host, tmp_path: Path) -> None:
+def test_the_pages_of_a_guest_that_is_saved_without_the_helper_are_kept(
+    slow: Host, tmp_path: Path
+) -> None:
     with slow.lacking_pages("xl9"):
         slow.save("xl9", tmp_path / "image", with_helper=False)
         lacks = "an image or a copy that was made of it then lacks them"
         for daemon, phase in (("sender", "interrupted"), ("receiver", "failed")):
-            until(lambda daemon=daemon: lacks in slow.lines(daemon)[-1]["problem"], "it is not said", 60)  # type: ignore[misc]
+            until(
+                lambda daemon=daemon: lacks in slow.lines(daemon)[-1]["problem"],
+                "it is not said",
+                60,
+            )  # type: ignore[misc]
             assert slow.lines(daemon)[-1]["phase"] == phase
         assert remnants(slow.xen)
         with ControlClient(slow.directory / "sender") as client:
@@ -363,7 +395,9 @@ def test_a_core_of_a_guest_that_lacks_pages_has_them(slow: Host, tmp_path: Path)
                 with domain.map_pages(pfns[at : at + 1024]) as mapped:
                     there = np.zeros((len(mapped.status), PAGE_SIZE), dtype=np.uint8)
                     if mapped.data:
-                        data = np.frombuffer(b"".join(mapped.data), dtype=np.uint8).reshape(-1, PAGE_SIZE)
+                        data = np.frombuffer(b"".join(mapped.data), dtype=np.uint8).reshape(
+                            -1, PAGE_SIZE
+                        )
                         there[mapped.status == PageStatus.DATA] = data
                 same += int((there == pages[at : at + 1024]).all(axis=1).sum())
             domain.unpause()
@@ -375,7 +409,9 @@ def core_pages(path: Path) -> tuple[PfnArray, NDArray[np.uint8]]:
     data = np.memmap(path, dtype=np.uint8, mode="r")
     (table,) = struct.unpack_from("<Q", data.data, 0x28)
     size, count, names = struct.unpack_from("<HHH", data.data, 0x3A)
-    sections = [struct.unpack_from("<IIQQQQ", data.data, table + size * number) for number in range(count)]
+    sections = [
+        struct.unpack_from("<IIQQQQ", data.data, table + size * number) for number in range(count)
+    ]
     texts = sections[names][4]
 
     def section(name: str) -> NDArray[np.uint8]:

@@ -103,7 +103,9 @@ def our_part(log: Path) -> float:
     saving = [(float(at), what) for at, mode, what in lines if mode == "--save-domain"]
     asked = max(i for i, (_at, what) in enumerate(saving) if what == SUSPEND)
     suspended = next(at for at, what in saving[asked:] if what == "answer")
-    complete = [float(at) for at, mode, what in lines if mode == "--restore-domain" and what == COMPLETE]
+    complete = [
+        float(at) for at, mode, what in lines if mode == "--restore-domain" and what == COMPLETE
+    ]
     return complete[-1] - suspended
 
 
@@ -133,14 +135,19 @@ def main() -> None:
     directory = Path("/tmp/xl-benchmark")
     directory.mkdir()
     helper = write_helper(directory)
-    sockets = {"XEN_POSTCOPY_SENDER": str(directory / "sender"), "XEN_POSTCOPY_RECEIVER": str(directory / "receiver")}
+    sockets = {
+        "XEN_POSTCOPY_SENDER": str(directory / "sender"),
+        "XEN_POSTCOPY_RECEIVER": str(directory / "receiver"),
+    }
     kinds = {
         "stock": (tap(directory, "stock", stock.program()), {}),
         "hybrid": (tap(directory, "ours", str(helper)), {**sockets, "XEN_POSTCOPY": "require"}),
     }
     found: dict[str, list[Measured]] = {kind: [] for kind in kinds}
     with (
-        guest(NAME, memory_mib=options.memory, options=f"beat=10 words=8 pages={options.memory * 200}") as made,
+        guest(
+            NAME, memory_mib=options.memory, options=f"beat=10 words=8 pages={options.memory * 200}"
+        ) as made,
         daemons(directory),
     ):
         made.wait_for_heartbeats(50, timeout_s=300)
@@ -161,7 +168,9 @@ def main() -> None:
         print(f"the guest's errors: 0; domid now {xl('domid', NAME).strip()}")
 
     def ratio(part: str) -> tuple[float, float, float]:
-        ours, theirs = (statistics.median(getattr(m, part) for m in found[kind]) for kind in ("hybrid", "stock"))
+        ours, theirs = (
+            statistics.median(getattr(m, part) for m in found[kind]) for kind in ("hybrid", "stock")
+        )
         return ours / theirs, ours, theirs
 
     for part, text in (

@@ -14,7 +14,15 @@ HERE = Path(__file__).resolve().parent
 # setuptools wants source paths relative to the project's root.
 ROOT = HERE.parent.parent.parent
 SYSROOT = os.environ.get("XEN_SYSROOT", "")
-LIBRARIES = ["xenctrl", "xenguest", "xencall", "xendevicemodel", "xenforeignmemory", "xenevtchn", "xenstore"]
+LIBRARIES = [
+    "xenctrl",
+    "xenguest",
+    "xencall",
+    "xendevicemodel",
+    "xenforeignmemory",
+    "xenevtchn",
+    "xenstore",
+]
 SOURCES = ["call.c", "host.c", "memory.c", "pinned.c", "paging.c", "one_page.c", "state.c"]
 HEADERS = ["api.h", "internal.h", "../../native/vm_event.h"]
 FLAGS = runpy.run_path(str(ROOT / "xenbackend/native/flags.py"))["FLAGS"]
