@@ -51,7 +51,8 @@ check: $(STAMP)
 
 # Every branch of the sans-IO core is reached by its own examples.  Properties are left out: which
 # branches a random search reaches differs from run to run.
-CORE := sender/bandwidth.py migrate/protocol/frames.py migrate/protocol/messages.py migrate/protocol/pfns.py sender/policy.py \
+CORE := sender/bandwidth.py migrate/protocol/frames.py migrate/protocol/fields.py migrate/protocol/messages.py \
+	migrate/protocol/pfns.py sender/policy.py \
 	migrate/protocol/session.py sender/backlog.py receiver/outstanding.py receiver/readahead.py migrate/fastpath/page_states.py
 CORE_TESTS := fault_path frames messages page_states pfns policy read_ahead session
 MEASURE = $(BIN)/coverage run --data-file=build/coverage/$@/data -m pytest

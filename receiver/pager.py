@@ -33,7 +33,6 @@ from migrate.errors import PeerClosedError
 from migrate.fastpath import api as fastpath
 from migrate.fastpath.api import NativePager
 from migrate.lanes.connection import LaneConnection, run_in_thread
-from migrate.logs import Complaint
 from migrate.protocol.messages import (
     MAX_FAULT_PFNS,
     MAX_PFNS,
@@ -49,9 +48,8 @@ from migrate.protocol.messages import (
 from migrate.protocol.pfns import NO_PFNS, PfnMask, pieces, runs
 from migrate.protocol.session import Phase, Session
 from migrate.tasks import in_thread
-from migrate.units import pauses
+from receiver.loading import Shortage, load, retries, select_pages
 from receiver.outstanding import OutstandingPages, Verdict
-from receiver.restore import select_pages
 from receiver.statistics import PagerStatistics
 from xenbackend.contract import Domain
 from xenbackend.errors import NoSuchDomainError, XenError
@@ -59,65 +57,6 @@ from xenbackend.pages import PAGE_SIZE, Buffer, PfnArray
 from xenbackend.ring import PagingRequest, PagingRing
 
 log = logging.getLogger(__name__)
-
-
-FIRST_RETRY_S, LAST_RETRY_S = 0.05, 2.0
-"""The first and the longest pause between attempts to load pages for which the host has no memory.
-Each pause is twice as long as the one before it.
-"""
-
-
-def load(
-    domain: Domain,
-    pfns: PfnArray,
-    pages: Buffer | None,
-    make_room: Callable[[int], bool] = lambda _pages: False,
-) -> NDArray[np.int32]:
-    """As ``Domain.load``.  Raises ``XenError`` for an error that neither means a page given away
-    nor can pass.
-
-    ``make_room`` raises the domain's limit by a number of pages.  It returns whether the limit was
-    too low.
-    """
-    results = domain.load(pfns, pages)
-    if np.count_nonzero(short := results == -errno.ENOMEM) and make_room(
-        int(np.count_nonzero(short))
-    ):
-        wanted = None if pages is None else select_pages(memoryview(pages), short)
-        results[short] = domain.load(pfns[short], wanted)
-    if np.count_nonzero(results):
-        failed = np.flatnonzero(~np.isin(results, (0, -errno.ENOENT, -errno.ENOMEM)))
-        if len(failed):
-            raise XenError("mem_paging_load", -int(results[failed[0]]), pfn=int(pfns[failed[0]]))
-    return results
-
-
-def _retries() -> Iterator[float]:
-    return pauses(FIRST_RETRY_S, LAST_RETRY_S, growth=2)
-
-
-class Shortage:
-    """How one thread waits while the host has no memory for pages that have arrived."""
-
-    def __init__(self) -> None:
-        self.pages = 0
-        """That wait for memory."""
-        self._pauses = _retries()
-        self._complaint = Complaint(log.warning)
-
-    def pause(self, pages: int) -> float:
-        """So many pages wait: returns the seconds until the next attempt."""
-        if not self.pages:
-            self._complaint.log(
-                "the host has no memory for %d pages that have arrived: trying again until it has",
-                pages,
-            )
-        self.pages = pages
-        return next(self._pauses)
-
-    def over(self) -> None:
-        """No page waits any more."""
-        self.pages, self._pauses = 0, _retries()
 
 
 class Pager:
@@ -427,7 +366,7 @@ class Pager:
 
     async def _unpause(self) -> None:
         """Pauses are counted, so one that is not taken back would hold the guest for ever."""
-        for pause_s in _retries():
+        for pause_s in retries():
             try:
                 with trio.CancelScope(shield=True):
                     await trio.to_thread.run_sync(self._domain.unpause)

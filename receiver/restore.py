@@ -13,7 +13,7 @@ from migrate.protocol.messages import Pages
 from migrate.protocol.pfns import pieces
 from xenbackend.contract import Domain
 from xenbackend.errors import XenError
-from xenbackend.pages import PAGE_SIZE, PfnArray
+from xenbackend.pages import PfnArray
 
 EVICT_BATCH = 65536
 
@@ -106,9 +106,3 @@ class MemoryRestorer:
         there = pfns[self._populated[pfns]]
         self._domain.depopulate(there)
         self._populated[there] = False
-
-
-def select_pages(payload: memoryview, wanted: np.typing.NDArray[np.bool_]) -> memoryview:
-    """The wanted ones of a payload's pages, one behind the other."""
-    pages = np.frombuffer(payload, dtype=np.uint8).reshape(-1, PAGE_SIZE)
-    return pages[wanted].reshape(-1).data

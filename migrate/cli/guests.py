@@ -22,77 +22,76 @@ F = TypeVar("F", bound=Callable[..., Any])
 DEFAULT_MEMORY = 256 * 2**20
 
 
+GUEST_OPTIONS = (
+    click.option("--memory", type=Size(), help="Default: the image's size, or 256M."),
+    click.option("--vcpus", type=WholeNumber(), default=1, show_default=True, help="1 to 64."),
+    click.option(
+        "--workload",
+        type=click.Choice(list(WORKLOADS)),
+        default="random",
+        show_default=True,
+        help="Which pages the guest touches in what order; hotset: by Zipf's law; idle: few.",
+    ),
+    click.option(
+        "--working-set",
+        type=Size(),
+        help="How much of its memory it touches.  Default: half.",
+    ),
+    click.option(
+        "--write-share",
+        type=Number(0, 1),
+        default=1.0,
+        show_default=True,
+        help="Share of the accesses that write.",
+    ),
+    click.option(
+        "--rate",
+        type=WholeNumber(),
+        help="Accesses a second and vCPU.  Default: as many as it can.",
+    ),
+    click.option(
+        "--stride",
+        type=WholeNumber(),
+        default=16,
+        show_default=True,
+        help="Pages between accesses of the stride workload.",
+    ),
+    click.option(
+        "--image",
+        type=click.Path(),
+        help="A file that is the guest's initial memory (multiple of 4096 bytes).  Default: generated.",
+    ),
+    click.option(
+        "--zero-share",
+        type=Number(0, 1),
+        default=0.25,
+        show_default=True,
+        help="Share of zero pages in generated memory.",
+    ),
+    click.option(
+        "--balloon",
+        type=Size(),
+        default=0,
+        help="Memory that the guest gives away bit by bit while it runs.",
+    ),
+    click.option(
+        "--balloon-back",
+        is_flag=True,
+        help="It takes that memory back then, gives it away again, and so on.",
+    ),
+    click.option(
+        "--seed",
+        type=WholeNumber(),
+        default=1,
+        show_default=True,
+        help="Of the memory and of the accesses.",
+    ),
+)
+
+
 def guest_options(function: F) -> F:
-    """What a guest is and does; :func:`guest_spec` takes them."""
-    for option in reversed(
-        (
-            click.option("--memory", type=Size(), help="Default: the image's size, or 256M."),
-            click.option(
-                "--vcpus", type=WholeNumber(), default=1, show_default=True, help="1 to 64."
-            ),
-            click.option(
-                "--workload",
-                type=click.Choice(list(WORKLOADS)),
-                default="random",
-                show_default=True,
-                help="Which pages the guest touches in what order; hotset: by Zipf's law; idle: few.",
-            ),
-            click.option(
-                "--working-set",
-                type=Size(),
-                help="How much of its memory it touches.  Default: half.",
-            ),
-            click.option(
-                "--write-share",
-                type=Number(0, 1),
-                default=1.0,
-                show_default=True,
-                help="Share of the accesses that write.",
-            ),
-            click.option(
-                "--rate",
-                type=WholeNumber(),
-                help="Accesses a second and vCPU.  Default: as many as it can.",
-            ),
-            click.option(
-                "--stride",
-                type=WholeNumber(),
-                default=16,
-                show_default=True,
-                help="Pages between accesses of the stride workload.",
-            ),
-            click.option(
-                "--image",
-                type=click.Path(),
-                help="A file that is the guest's initial memory (multiple of 4096 bytes).  Default: generated.",
-            ),
-            click.option(
-                "--zero-share",
-                type=Number(0, 1),
-                default=0.25,
-                show_default=True,
-                help="Share of zero pages in generated memory.",
-            ),
-            click.option(
-                "--balloon",
-                type=Size(),
-                default=0,
-                help="Memory that the guest gives away bit by bit while it runs.",
-            ),
-            click.option(
-                "--balloon-back",
-                is_flag=True,
-                help="It takes that memory back then, gives it away again, and so on.",
-            ),
-            click.option(
-                "--seed",
-                type=WholeNumber(),
-                default=1,
-                show_default=True,
-                help="Of the memory and of the accesses.",
-            ),
-        )
-    ):
+    """Give a command the options that describe a guest; :func:`guest_spec` takes their values."""
+    for option in reversed(GUEST_OPTIONS):
         function = option(function)
     return function
 

@@ -9,7 +9,6 @@ A message is a frozen dataclass whose fields carry their limits; :func:`parse` m
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar
@@ -18,12 +17,21 @@ import numpy as np
 
 from migrate.errors import RemoteProtocolError
 from migrate.options import MAX_CHECKPOINT_MS
+from migrate.protocol.fields import (
+    InvalidFieldError,
+    Parser,
+    bytes_field,
+    flag_field,
+    pfns_field,
+    text_field,
+    texts_field,
+    uint_field,
+)
 from migrate.protocol.frames import MAX_HEADER_BYTES, MAX_PAYLOAD_PAGES
-from migrate.protocol.pfns import NO_PFNS, WINDOW_PFNS
+from migrate.protocol.pfns import MAX_PFN, NO_PFNS, WINDOW_PFNS
 from xenbackend.pages import PAGE_SIZE, PfnArray
 
 PROTOCOL_VERSION = 1
-MAX_PFN = 2**40
 MAX_PFNS = 8192
 """pfns in one list of one message."""
 MAX_FAULT_PFNS = 64
@@ -48,80 +56,6 @@ CAPABILITIES = frozenset({CHECKSUMS, PAUSED, LOST, UNPROTECTED, RECALL})
 class Lane(StrEnum):
     PUSH = "push"
     PULL = "pull"
-
-
-class _Invalid(Exception):
-    pass
-
-
-Parser = Callable[[Any], Any]
-
-
-def _wire(parse: Parser, **kwargs: Any) -> Any:
-    return dataclasses.field(metadata={"parse": parse}, **kwargs)
-
-
-def _uint(most: int, least: int = 0) -> Any:
-    def parse(value: Any) -> int:
-        if type(value) is not int or not least <= value <= most:
-            raise _Invalid(f"a number from {least} to {most}")
-        return value
-
-    return _wire(parse)
-
-
-def _text(most: int = MAX_TEXT, **kwargs: Any) -> Any:
-    def parse(value: Any) -> str:
-        if not isinstance(value, str) or len(value) > most or not value.isprintable():
-            raise _Invalid(f"printable text of at most {most} characters")
-        return value
-
-    return _wire(parse, **kwargs)
-
-
-def _bytes(most: int, **kwargs: Any) -> Any:
-    def parse(value: Any) -> bytes:
-        if not isinstance(value, bytes) or len(value) > most:
-            raise _Invalid(f"at most {most} bytes")
-        return value
-
-    return _wire(parse, **kwargs)
-
-
-def _flag() -> Any:
-    def parse(value: Any) -> bool:
-        if type(value) is not bool:
-            raise _Invalid("true or false")
-        return value
-
-    return _wire(parse)
-
-
-def _texts(most: int, **kwargs: Any) -> Any:
-    def parse(value: Any) -> tuple[str, ...]:
-        if (
-            not isinstance(value, list)
-            or len(value) > most
-            or not all(isinstance(v, str) and len(v) <= 64 and v.isprintable() for v in value)
-        ):
-            raise _Invalid(f"a list of at most {most} printable names")
-        return tuple(value)
-
-    return _wire(parse, **kwargs)
-
-
-def _pfns(most: int = MAX_PFNS, **kwargs: Any) -> Any:
-    def parse(value: Any) -> PfnArray:
-        if not isinstance(value, bytes) or len(value) % 8 or len(value) > most * 8:
-            raise _Invalid(f"at most {most} pfns of 8 bytes")
-        if not value:
-            return NO_PFNS
-        pfns = np.frombuffer(value, dtype="<u8")
-        if int(pfns[-1]) >= MAX_PFN or (len(pfns) > 1 and bool((pfns[1:] <= pfns[:-1]).any())):
-            raise _Invalid("pfns in ascending order, each once")
-        return pfns
-
-    return _wire(parse, **kwargs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,16 +85,16 @@ class Hello(Message):
     """First on every lane, from both ends; the one that connects speaks first."""
 
     type = "hello"
-    oldest: int = _uint(2**16, 1)
-    newest: int = _uint(2**16, 1)
-    lane: str = _text(8)
-    session: str = _text(64)
-    token: bytes = _bytes(32)
+    oldest: int = uint_field(2**16, 1)
+    newest: int = uint_field(2**16, 1)
+    lane: str = text_field(8)
+    session: str = text_field(64)
+    token: bytes = bytes_field(32)
     """Push lane: what the receiver was given by the toolstack, otherwise empty.  Pull lane: what ``accepted`` gave."""
-    requires: tuple[str, ...] = _texts(32)
+    requires: tuple[str, ...] = texts_field(32)
     """Capabilities without which this end will not talk."""
-    offers: tuple[str, ...] = _texts(32)
-    software: str = _text(64)
+    offers: tuple[str, ...] = texts_field(32)
+    software: str = text_field(64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,16 +110,16 @@ class Offer(Message):
     """The domain; answered by ``accepted`` or ``refused`` before anything else is sent."""
 
     type = "offer"
-    name: str = _text(64)
-    nr_pfns: int = _uint(MAX_PFN, 1)
-    max_pages: int = _uint(MAX_PFN, 1)
-    vcpus: int = _uint(512, 1)
-    platform: bytes = _bytes(64 * 1024)
-    paging: bool = _flag()
+    name: str = text_field(64)
+    nr_pfns: int = uint_field(MAX_PFN, 1)
+    max_pages: int = uint_field(MAX_PFN, 1)
+    vcpus: int = uint_field(512, 1)
+    platform: bytes = bytes_field(64 * 1024)
+    paging: bool = flag_field()
     """Postcopy is possible: the receiver must be able to page."""
-    key: bytes = _bytes(32)
+    key: bytes = bytes_field(32)
     """Who knows it can take the session up again when its lanes were lost."""
-    checkpoint_ms: int = _uint(MAX_CHECKPOINT_MS)
+    checkpoint_ms: int = uint_field(MAX_CHECKPOINT_MS)
     """How often the receiver is to send back what the guest has become, until completion; 0: never."""
 
 
@@ -194,9 +128,9 @@ class Pages(Message):
     """Contents: ``pfns`` have theirs in the payload, in order; ``zeros`` are zero; ``holes`` are no memory any more."""
 
     type = "pages"
-    pfns: PfnArray = _pfns(MAX_PAYLOAD_PAGES)
-    zeros: PfnArray = _pfns(default_factory=lambda: NO_PFNS)
-    holes: PfnArray = _pfns(default_factory=lambda: NO_PFNS)
+    pfns: PfnArray = pfns_field(MAX_PAYLOAD_PAGES)
+    zeros: PfnArray = pfns_field(MAX_PFNS, default_factory=lambda: NO_PFNS)
+    holes: PfnArray = pfns_field(MAX_PFNS, default_factory=lambda: NO_PFNS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,8 +138,8 @@ class Defer(Message):
     """A window of pfns to be evicted now: they are missing, unless ``pages`` say otherwise before the handover."""
 
     type = "defer"
-    base: int = _uint(MAX_PFN)
-    bitmap: bytes = _bytes(WINDOW_PFNS // 8)
+    base: int = uint_field(MAX_PFN)
+    bitmap: bytes = bytes_field(WINDOW_PFNS // 8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,7 +147,7 @@ class Barrier(Message):
     """Answered by ``passed`` when all before it has been done."""
 
     type = "barrier"
-    number: int = _uint(2**32)
+    number: int = uint_field(2**32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,7 +162,7 @@ class Missing(Message):
     """pfns whose contents come after the handover, besides those that were deferred."""
 
     type = "missing"
-    pfns: PfnArray = _pfns()
+    pfns: PfnArray = pfns_field(MAX_PFNS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,8 +170,8 @@ class Context(Message):
     """A piece of the vCPU and device context."""
 
     type = "context"
-    data: bytes = _bytes(MAX_CONTEXT_CHUNK)
-    last: bool = _flag()
+    data: bytes = bytes_field(MAX_CONTEXT_CHUNK)
+    last: bool = flag_field()
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,7 +193,7 @@ class Kept(Message):
     """The checkpoint is whole, and will do if the destination dies: another may be made."""
 
     type = "kept"
-    problem: str = _text()
+    problem: str = text_field(MAX_TEXT)
     """Not empty: it is not kept, and no other would be."""
 
 
@@ -282,7 +216,7 @@ class Abort(Message):
     """Before the handover: the guest stays at the source."""
 
     type = "abort"
-    reason: str = _text()
+    reason: str = text_field(MAX_TEXT)
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,7 +224,7 @@ class Lost(Message):
     """The missing pages of the guest exist nowhere any more."""
 
     type = "lost"
-    reason: str = _text()
+    reason: str = text_field(MAX_TEXT)
 
 
 @dataclass(frozen=True, eq=False)
@@ -300,30 +234,30 @@ class Recall(Message):
     """
 
     type = "recall"
-    reason: str = _text()
+    reason: str = text_field(MAX_TEXT)
 
 
 # ---- receiver to sender, push lane ----
 @dataclass(frozen=True, eq=False)
 class Accepted(Message):
     type = "accepted"
-    populate_evicted: str = _text(16)
-    token: bytes = _bytes(32)
+    populate_evicted: str = text_field(16)
+    token: bytes = bytes_field(32)
     """What the pull lane's hello has to show; good for one connection."""
 
 
 @dataclass(frozen=True, eq=False)
 class Refused(Message):
     type = "refused"
-    reason: str = _text()
-    unknown: bool = _flag()
+    reason: str = text_field(MAX_TEXT)
+    unknown: bool = flag_field()
     """There is no such session, or not any more."""
 
 
 @dataclass(frozen=True, eq=False)
 class Passed(Message):
     type = "passed"
-    number: int = _uint(2**32)
+    number: int = uint_field(2**32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -343,7 +277,7 @@ class Loaded(Message):
     """These pfns have their contents; the sender may forget them."""
 
     type = "loaded"
-    pfns: PfnArray = _pfns()
+    pfns: PfnArray = pfns_field(MAX_PFNS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -351,7 +285,7 @@ class Dropped(Message):
     """The guest gave these pfns away; their contents are not wanted any more."""
 
     type = "dropped"
-    pfns: PfnArray = _pfns()
+    pfns: PfnArray = pfns_field(MAX_PFNS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -359,9 +293,9 @@ class Report(Message):
     """For the sender's progress display, a few times a second."""
 
     type = "report"
-    outstanding: int = _uint(MAX_PFN)
-    faults: int = _uint(2**63)
-    latency_us: int = _uint(2**63)
+    outstanding: int = uint_field(MAX_PFN)
+    faults: int = uint_field(2**63)
+    latency_us: int = uint_field(2**63)
     """Median so far."""
 
 
@@ -377,8 +311,8 @@ class Checkpoint(Message):
     """Of a checkpoint: a piece of the context that goes with what was ``written``.  The last makes it whole."""
 
     type = "checkpoint"
-    data: bytes = _bytes(MAX_CONTEXT_CHUNK)
-    last: bool = _flag()
+    data: bytes = bytes_field(MAX_CONTEXT_CHUNK)
+    last: bool = flag_field()
 
 
 @dataclass(frozen=True, eq=False)
@@ -388,7 +322,7 @@ class Unprotected(Message):
     """
 
     type = "unprotected"
-    reason: str = _text()
+    reason: str = text_field(MAX_TEXT)
 
 
 @dataclass(frozen=True, eq=False)
@@ -396,8 +330,8 @@ class Outstanding(Message):
     """A window of pfns that the receiver still lacks; all others it has, or does not want."""
 
     type = "outstanding"
-    base: int = _uint(MAX_PFN)
-    bitmap: bytes = _bytes(WINDOW_PFNS // 8)
+    base: int = uint_field(MAX_PFN)
+    bitmap: bytes = bytes_field(WINDOW_PFNS // 8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -405,9 +339,9 @@ class Rejoined(Message):
     """That is all; and how far the receiver has come: what it did not hear is to be said again."""
 
     type = "rejoined"
-    phase: str = _text(16)
+    phase: str = text_field(16)
     """``switchover``, ``decision`` or ``postcopy``."""
-    token: bytes = _bytes(32)
+    token: bytes = bytes_field(32)
     """As in ``accepted``."""
 
 
@@ -416,7 +350,7 @@ class Complete(Message):
     """Nothing is outstanding at the receiver; its statistics, as JSON."""
 
     type = "complete"
-    statistics: bytes = _bytes(MAX_HEADER_BYTES // 2)
+    statistics: bytes = bytes_field(MAX_HEADER_BYTES // 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -424,9 +358,9 @@ class Ended(Message):
     """The guest's domain here is no more: nothing of it is wanted."""
 
     type = "ended"
-    ran: bool = _flag()
+    ran: bool = flag_field()
     """It has run here: it must not be resumed anywhere else."""
-    reason: str = _text()
+    reason: str = text_field(MAX_TEXT)
 
 
 @dataclass(frozen=True, eq=False)
@@ -434,7 +368,7 @@ class Failed(Message):
     """The receiver cannot go on.  Before the handover it has cleaned up, after it it keeps the guest as it is."""
 
     type = "failed"
-    reason: str = _text()
+    reason: str = text_field(MAX_TEXT)
 
 
 # ---- receiver to sender, pull lane ----
@@ -443,7 +377,7 @@ class Fault(Message):
     """vCPUs wait for these pfns; answered with ``pages`` on the same lane."""
 
     type = "fault"
-    pfns: PfnArray = _pfns(MAX_FAULT_PFNS)
+    pfns: PfnArray = pfns_field(MAX_FAULT_PFNS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -451,7 +385,7 @@ class Ahead(Message):
     """vCPUs may need these next: those that have not been sent come on the same lane, behind what they wait for."""
 
     type = "ahead"
-    pfns: PfnArray = _pfns(MAX_AHEAD_PFNS)
+    pfns: PfnArray = pfns_field(MAX_AHEAD_PFNS)
 
 
 TYPES: dict[str, type[Message]] = {
@@ -481,7 +415,7 @@ def parse(header: dict[str, Any], payload_bytes: int = 0) -> Message:
     for field, parse_field in fields.items():
         try:
             values.append(parse_field(header[field]))
-        except _Invalid as error:
+        except InvalidFieldError as error:
             raise RemoteProtocolError(f"{name}: {field} must be {error}") from None
     message = cls(*values)
     expected = 0

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from xenbackend.pages import PfnArray
 
+MAX_PFN = 2**40
+"""Every pfn of a message is lower."""
 WINDOW_PFNS = 2**18
 """pfns in one window: 32 KiB of bitmap, 1 GiB of guest."""
 

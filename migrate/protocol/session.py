@@ -216,66 +216,73 @@ class Session:
         return allowed
 
     def _check(self, message: Message, lane: Lane) -> None:
-        if isinstance(message, m.Pages):
-            if lane is Lane.PULL and not self.serving:
-                raise RemoteProtocolError("pages on the pull lane before the switchover")
-            for pfns in (message.pfns, message.zeros, message.holes):
-                self._bounded(message, pfns)
-            if isinstance(message, m.Written):
+        """Check what the message's rule cannot express, and keep what later checks need."""
+        match message:
+            case m.Pages():
+                self._check_pages(message, lane)
+            case m.Fault() | m.Ahead() | m.Loaded() | m.Dropped():
+                self._bounded(message, message.pfns)
+            case m.Missing():
+                self._paged(message)
+                self._bounded(message, message.pfns)
+            case m.Defer():
+                self._paged(message)
+                self._window(message)
+            case m.Checkpoint():
                 self._check_checkpoint(message)
-            elif self.serving and len(message.holes):
-                raise RemoteProtocolError("pages: holes after the switchover")
-        elif isinstance(message, m.Checkpoint):
+                self._checkpoint_whole = message.last
+            case m.Unprotected():
+                self._protected(message)
+            case m.Kept():
+                self._after("kept", self._checkpoint_whole, "the checkpoint")
+                self._checkpoint_whole = False
+            case m.Offer():
+                self.nr_pfns = message.nr_pfns
+                self.paging = message.paging
+                self.protected = message.checkpoint_ms > 0
+            case m.Barrier() | m.Passed():
+                self._check_barrier(message)
+            case m.Context():
+                self._once("context", self._context_complete)
+                self._context_complete = message.last
+            case m.Ready():
+                self._after("ready", self._context_complete, "the context")
+                self._once("ready", self._ready)
+                self._ready = True
+            case m.Entrust() | m.Handover():
+                self._after(message.type, self._ready, "ready")
+                self.handed_over = self.handed_over or isinstance(message, m.Handover)
+                self._entrusted = self._entrusted or isinstance(message, m.Entrust)
+            case m.Abort():
+                self._check_abort()
+            case _ if self.phase is P.REJOIN:
+                self._check_rejoining(message)
+            case m.Resumed():
+                self._once("resumed", self._resumed)
+                self._resumed = True
+            case m.Complete():
+                self._after("complete", self._resumed or self._entrusted, "resumed")
+
+    def _check_pages(self, message: m.Pages, lane: Lane) -> None:
+        if lane is Lane.PULL and not self.serving:
+            raise RemoteProtocolError("pages on the pull lane before the switchover")
+        for pfns in (message.pfns, message.zeros, message.holes):
+            self._bounded(message, pfns)
+        if isinstance(message, m.Written):
             self._check_checkpoint(message)
-            self._checkpoint_whole = message.last
-        elif isinstance(message, m.Unprotected):
-            if not self.protected:
-                raise RemoteProtocolError(
-                    f"{message.type}: this migration was offered without checkpoints"
-                )
-        elif isinstance(message, m.Kept):
-            self._after("kept", self._checkpoint_whole, "the checkpoint")
-            self._checkpoint_whole = False
-        elif isinstance(message, (m.Fault, m.Ahead, m.Loaded, m.Dropped)):
-            self._bounded(message, message.pfns)
-        elif isinstance(message, m.Offer):
-            self.nr_pfns = message.nr_pfns
-            self.paging = message.paging
-            self.protected = message.checkpoint_ms > 0
-        elif isinstance(message, m.Missing):
-            self._paged(message)
-            self._bounded(message, message.pfns)
-        elif isinstance(message, m.Defer):
-            self._paged(message)
-            self._window(message)
-        elif isinstance(message, m.Barrier):
-            if message.number in self._barriers or len(self._barriers) >= 16:
-                raise RemoteProtocolError(f"barrier {message.number}: in use, or too many")
-            self._barriers.add(message.number)
-        elif isinstance(message, m.Passed):
-            if message.number not in self._barriers:
-                raise RemoteProtocolError(f"passed {message.number}: there was no such barrier")
-            self._barriers.discard(message.number)
-        elif isinstance(message, m.Context):
-            self._once("context", self._context_complete)
-            self._context_complete = message.last
-        elif isinstance(message, m.Ready):
-            self._after("ready", self._context_complete, "the context")
-            self._once("ready", self._ready)
-            self._ready = True
-        elif isinstance(message, m.Entrust | m.Handover):
-            self._after(message.type, self._ready, "ready")
-            self.handed_over = self.handed_over or isinstance(message, m.Handover)
-            self._entrusted = self._entrusted or isinstance(message, m.Entrust)
-        elif isinstance(message, m.Abort):
-            self._check_abort()
-        elif self.phase is P.REJOIN:
-            self._check_rejoining(message)
-        elif isinstance(message, m.Resumed):
-            self._once("resumed", self._resumed)
-            self._resumed = True
-        elif isinstance(message, m.Complete):
-            self._after("complete", self._resumed or self._entrusted, "resumed")
+        elif self.serving and len(message.holes):
+            raise RemoteProtocolError("pages: holes after the switchover")
+
+    def _check_barrier(self, message: m.Barrier | m.Passed) -> None:
+        number = message.number
+        if isinstance(message, m.Barrier):
+            if number in self._barriers or len(self._barriers) >= 16:
+                raise RemoteProtocolError(f"barrier {number}: in use, or too many")
+            self._barriers.add(number)
+        else:
+            if number not in self._barriers:
+                raise RemoteProtocolError(f"passed {number}: there was no such barrier")
+            self._barriers.remove(number)
 
     def _check_abort(self) -> None:
         # A sender whose journal has lost the handover sends ``abort`` instead of ``rejoin``.
@@ -298,11 +305,14 @@ class Session:
                 raise RemoteProtocolError(f"rejoined in phase {message.phase!r}")
             self.phase = phase
 
-    def _check_checkpoint(self, message: Message) -> None:
+    def _protected(self, message: Message) -> None:
         if not self.protected:
             raise RemoteProtocolError(
                 f"{message.type}: this migration was offered without checkpoints"
             )
+
+    def _check_checkpoint(self, message: Message) -> None:
+        self._protected(message)
         if self._checkpoint_whole:
             raise RemoteProtocolError(f"{message.type} before the last checkpoint was kept")
 

@@ -239,7 +239,7 @@ def peers(_limits: Limits, runs: int) -> None:
                 a / b if b else None,
                 f"{a:.4g} {unit}",
                 f"QEMU: {b:.4g} {unit}",
-            )  # noqa: B023
+            )
 
         compare("total time", [r["total_s"] for r in ours], [r.total_s for r in theirs], "s")
         compare(
@@ -334,7 +334,7 @@ def links(limits: Limits, runs: int) -> None:
                     migrate(
                         spec, through=lambda port: limits.link(port, delay_ms), strategy="postcopy"
                     )
-                )  # noqa: B023
+                )
             p50 = median([r["fault_latency_us"]["p50"] for r in results])
             text = (
                 f"median {p50 / 1000:.2f} ms, {median([r['pull']['requests'] for r in results]):.0f} requests, "

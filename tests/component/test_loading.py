@@ -20,7 +20,7 @@ from migrate.fastpath.page_states import LOADING, OUTSTANDING
 from migrate.options import MigrationOptions, Strategy
 from migrate.protocol import messages as m
 from migrate.protocol.pfns import pfn_array
-from receiver import pager
+from receiver import loading
 from receiver.migration import NO_MEMORY
 from tests.conftest import MIB
 from tests.support.faults import Destination, contents, encoded, lanes, put
@@ -83,7 +83,7 @@ async def test_pushed_pages_are_loaded_as_soon_as_there_is_memory(
         end.pager.acknowledge()
         assert [(said.type, len(said.pfns)) for said in end.said] == [("loaded", 9), ("dropped", 1)]
         assert not end.pager.short_of_memory
-    assert waited[:4] == [0.05, 0.1, 0.2, 0.4] and waited[-1] == pager.LAST_RETRY_S
+    assert waited[:4] == [0.05, 0.1, 0.2, 0.4] and waited[-1] == loading.LAST_RETRY_S
     assert len([record for record in caplog.records if record.levelno == logging.WARNING]) == 1
 
 
@@ -109,7 +109,7 @@ def test_what_waiting_does_not_help_is_an_error() -> None:
     domain = ShortOfMemory(2)
     domain.error = errno.EFAULT
     with pytest.raises(XenError, match=r"pfn 0x7.*EFAULT"):
-        pager.load(domain, pfn_array([5, 6, 7]), None)  # type: ignore[arg-type]
+        loading.load(domain, pfn_array([5, 6, 7]), None)  # type: ignore[arg-type]
 
 
 def answered(end: Destination) -> list[int]:

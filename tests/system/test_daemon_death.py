@@ -105,7 +105,7 @@ def test_killed_in_postcopy_its_successor_goes_on(world: World, which: str, stra
         outstanding = lines(world, "receiver")[-1]["outstanding"]
         kill(world, which)
         other = "receiver" if which == "sender" else "sender"
-        until(lambda: phase(world, other) in ("interrupted", "completed"), "it was not noticed")  # noqa: B023
+        until(lambda: phase(world, other) in ("interrupted", "completed"), "it was not noticed")
         start_anew(world, which)
         if outstanding < 1000:
             break

@@ -143,9 +143,7 @@ def test_the_pages_of_a_guest_that_another_program_saved_are_kept(xl: Xl, slowly
     xl.destination.destroy()
     for daemon, phase in (("sender", "interrupted"), ("receiver", "failed")):
         lacks = "an image or a copy that was made of it then lacks them"
-        until(
-            lambda daemon=daemon, lacks=lacks: lacks in xl.line(daemon)["problem"], "it is not said"
-        )  # type: ignore[misc]
+        until(lambda: lacks in xl.line(daemon)["problem"], "it is not said")
         assert xl.line(daemon)["phase"] == phase
     assert "xen-postcopy decide" in xl.line("sender")["problem"]
     with pytest.raises(MigrationError, match="xl has destroyed the domain here"):

@@ -23,10 +23,10 @@ from migrate.fastpath.api import FAULT, PAGE, ZERO
 from migrate.fastpath.page_states import DROPPED, READY, SENT
 from migrate.lanes.connection import LaneConnection
 from migrate.protocol import messages as m
-from migrate.protocol.messages import MAX_PFN, Ahead, Fault, Lane, Message, Pages
-from migrate.protocol.pfns import NO_PFNS, pfn_array
+from migrate.protocol.messages import Ahead, Fault, Lane, Message, Pages
+from migrate.protocol.pfns import MAX_PFN, NO_PFNS, pfn_array
 from migrate.protocol.session import Role, Session, hello
-from receiver import pager as pager_module
+from receiver import loading
 from sender.backlog import Backlog
 from sender.bandwidth import BandwidthCap
 from sender.faults import FaultServer
@@ -336,8 +336,8 @@ def test_the_receiver_loses_nothing(
     native: bool, missing: set[int], steps: list[tuple[str, Any]]
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pager_module, "FIRST_RETRY_S", 0)
-        patch.setattr(pager_module, "LAST_RETRY_S", 0)
+        patch.setattr(loading, "FIRST_RETRY_S", 0)
+        patch.setattr(loading, "LAST_RETRY_S", 0)
 
         async def run() -> None:
             seen = await receiver_goes(missing, steps, native=native)

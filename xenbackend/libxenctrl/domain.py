@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """One domain of the real Xen: the contract's operations, batch by batch.
 
-Life and memory are hypercalls; suspending asks the guest, through xenstore, as libxl does.  A context is what
-libxc's migration stream has besides pages: HVM parameters, time, and the hypervisor's own context records.
+Life and memory are hypercalls.  To suspend, the guest is asked through xenstore, as libxl does.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
@@ -30,6 +28,7 @@ from xenbackend.contract import (
 )
 from xenbackend.errors import NoSuchDomainError, XenError, check_handle, no_such_domain
 from xenbackend.libxenctrl._xen import ffi, lib
+from xenbackend.libxenctrl.context import HvmContext
 from xenbackend.libxenctrl.held import HeldPages
 from xenbackend.libxenctrl.host import SHUTDOWN_SUSPEND, XenHost, check, state_of
 from xenbackend.libxenctrl.params import (
@@ -59,8 +58,6 @@ NO_PFN = np.uint64(2**64 - 1)
 LOOK_PFNS = 1024
 SUSPEND_TIMEOUT_S = 60.0
 """As libxl gives a guest."""
-
-CONTEXT_FORMAT = "xen-hvm-context 1"
 
 
 def gfn_array(pfns: PfnArray) -> Any:
@@ -272,34 +269,20 @@ class XenDomain(Domain):
         tsc = ffi.new("struct xen_tsc *")
         check("gettscinfo", lib.xen_tsc_get(self._xen, self.domid, tsc))
         params = {index: value for index in CONTEXT_PARAMS if (value := self.param(index))}
-        fields = [tsc.mode, tsc.elapsed_nsec, tsc.khz, tsc.incarnation]
-        return bytes(msgpack.packb([CONTEXT_FORMAT, params, fields, bytes(buffer[:size])]))
+        return HvmContext(params, tsc, bytes(buffer[:size])).pack()
 
     def set_context(self, context: bytes) -> None:
-        try:
-            form, params, (mode, elapsed, khz, incarnation), records = msgpack.unpackb(
-                context, strict_map_key=False
-            )
-            if form != CONTEXT_FORMAT or not set(params) <= set(CONTEXT_PARAMS):
-                raise ValueError
-            tsc = ffi.new(
-                "struct xen_tsc *",
-                {"mode": mode, "elapsed_nsec": elapsed, "khz": khz, "incarnation": incarnation},
-            )
-            buffer = ffi.from_buffer("uint8_t[]", records)
-            values = {index: ffi.cast("uint64_t", value) for index, value in params.items()}
-        except (ValueError, TypeError, OverflowError, msgpack.UnpackException) as error:
-            raise XenError(
-                "set_context", errno.EINVAL, why="not a context of an HVM or PVH domain"
-            ) from error
-        for index, value in values.items():
+        new = HvmContext.unpack(context)
+        for index, value in new.params.items():
             if index in RINGS_TO_CLEAR:
-                self.write_pages(np.array([int(value)], dtype=np.uint64), None)
+                self.write_pages(np.array([value], dtype=np.uint64), None)
             check("hvm_param_set", lib.xen_param_set(self._xen, self.domid, index, value))
-        check("settscinfo", lib.xen_tsc_set(self._xen, self.domid, tsc))
+        check("settscinfo", lib.xen_tsc_set(self._xen, self.domid, new.tsc))
         if self._wiring is not None:
             self._wiring.connect(self.domid, *self.toolstack_gfns())
-        check("sethvmcontext", lib.xen_set_hvm_context(self._xen, self.domid, buffer, len(records)))
+        records = ffi.from_buffer("uint8_t[]", new.records)
+        size = len(new.records)
+        check("sethvmcontext", lib.xen_set_hvm_context(self._xen, self.domid, records, size))
 
     def toolstack_gfns(self) -> tuple[int, int]:
         return self.param(HVM_PARAM_STORE_PFN), self.param(HVM_PARAM_CONSOLE_PFN)

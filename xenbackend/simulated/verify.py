@@ -9,10 +9,13 @@ memory from image, program and positions, and compares the result with the memor
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from xenbackend.contract import DomainState
 from xenbackend.pages import PAGE_SIZE, PfnArray
@@ -82,52 +85,31 @@ def _compare_memory(
     visits = np.zeros((spec.vcpus, spec.working_pages), dtype=np.uint64)
     for vcpu, count in enumerate(positions):
         lib.sim_expected_visits(program, vcpu, count, ffi.from_buffer("uint64_t[]", visits[vcpu]))
-    holes = np.zeros(spec.nr_pfns, dtype=np.bool_)
-    taken = np.zeros(spec.nr_pfns, dtype=np.uint64)
-    for number in range(spec.balloon_pages):
-        pfn = lib.sim_balloon_pfn(program, spec.nr_pfns, number)
-        taken[pfn] = lib.sim_balloon_taken(program, balloon_steps, number)
-        holes[pfn] = lib.sim_balloon_given(program, balloon_steps, number) > taken[pfn]
-
-    expected = np.zeros(WINDOW_PAGES * PAGE_SIZE, dtype=np.uint8)
+    holes, taken = _balloon(program, spec, balloon_steps)
     actual = np.zeros(WINDOW_PAGES * PAGE_SIZE, dtype=np.uint8)
-    image: Any = open(spec.image, "rb", buffering=0) if spec.image else None  # noqa: SIM115
     bad: list[PfnArray] = []
     absent = 0
-    try:
-        for first in range(0, spec.nr_pfns, WINDOW_PAGES):
-            n = min(WINDOW_PAGES, spec.nr_pfns - first)
-            pfns = np.arange(first, first + n, dtype=np.uint64)
-            if image is None:
-                lib.sim_image_pages(program, first, n, ffi.from_buffer("uint8_t[]", expected))
-            else:
-                expected[:] = 0
-                view = expected.data[: n * PAGE_SIZE]
-                while len(view) and (got := image.readinto(view)):
-                    view = view[got:]
-            domain.raw_memory(first, actual.data[: n * PAGE_SIZE])
-            differs = np.zeros(n, dtype=np.uint8)
-            lib.sim_compare_pages(
-                program,
-                first,
-                n,
-                ffi.from_buffer("uint64_t[]", visits),
-                ffi.from_buffer("uint64_t[]", taken[first : first + n]),
-                ffi.from_buffer("uint8_t[]", expected),
-                ffi.from_buffer("uint8_t[]", actual),
-                ffi.from_buffer("uint8_t[]", differs),
-            )
-            types = domain.p2m_types(pfns)
-            hole = holes[first : first + n]
-            wrong = np.where(
-                hole, types != lib.P2M_HOLE, ~np.isin(types, RAM_TYPES) | differs.astype(np.bool_)
-            )
-            absent += int(np.count_nonzero(np.isin(types[wrong], PAGING_TYPES)))
-            bad.append(pfns[wrong])
-            result.pages += n
-    finally:
-        if image is not None:
-            image.close()
+    for pfns, expected in _initial_memory(program, spec):
+        first, n = int(pfns[0]), len(pfns)
+        domain.raw_memory(first, actual.data[: n * PAGE_SIZE])
+        differs = np.zeros(n, dtype=np.uint8)
+        lib.sim_compare_pages(
+            program,
+            first,
+            n,
+            ffi.from_buffer("uint64_t[]", visits),
+            ffi.from_buffer("uint64_t[]", taken[first : first + n]),
+            ffi.from_buffer("uint8_t[]", expected),
+            ffi.from_buffer("uint8_t[]", actual),
+            ffi.from_buffer("uint8_t[]", differs),
+        )
+        types = domain.p2m_types(pfns)
+        no_memory = ~np.isin(types, RAM_TYPES)
+        hole = holes[first : first + n]
+        wrong = np.where(hole, types != lib.P2M_HOLE, no_memory | differs.astype(np.bool_))
+        absent += int(np.count_nonzero(np.isin(types[wrong], PAGING_TYPES)))
+        bad.append(pfns[wrong])
+        result.pages += n
     result.differing = np.concatenate(bad)
     if len(result.differing):
         listed = ", ".join(f"{pfn:#x}" for pfn in result.differing[:5])
@@ -136,3 +118,38 @@ def _compare_memory(
             f"({absent} still paged out): pfns {listed}"
             + (", ..." if len(result.differing) > 5 else "")
         )
+
+
+def _balloon(
+    program: Any, spec: GuestSpec, steps: int
+) -> tuple[NDArray[np.bool_], NDArray[np.uint64]]:
+    """Return for each pfn whether it is a hole after so many steps of the balloon, and how often
+    the balloon has taken memory for it again.
+    """
+    holes = np.zeros(spec.nr_pfns, dtype=np.bool_)
+    taken = np.zeros(spec.nr_pfns, dtype=np.uint64)
+    for number in range(spec.balloon_pages):
+        pfn = lib.sim_balloon_pfn(program, spec.nr_pfns, number)
+        taken[pfn] = lib.sim_balloon_taken(program, steps, number)
+        holes[pfn] = lib.sim_balloon_given(program, steps, number) > taken[pfn]
+    return holes, taken
+
+
+def _initial_memory(program: Any, spec: GuestSpec) -> Iterator[tuple[PfnArray, NDArray[np.uint8]]]:
+    """Yield all pfns in windows, each with the memory with which the guest was booted.
+
+    The array of memory is ``WINDOW_PAGES`` pages long and is used again for the next window.
+    """
+    memory = np.zeros(WINDOW_PAGES * PAGE_SIZE, dtype=np.uint8)
+    with contextlib.ExitStack() as files:
+        image = files.enter_context(open(spec.image, "rb", buffering=0)) if spec.image else None
+        for first in range(0, spec.nr_pfns, WINDOW_PAGES):
+            n = min(WINDOW_PAGES, spec.nr_pfns - first)
+            if image is None:
+                lib.sim_image_pages(program, first, n, ffi.from_buffer("uint8_t[]", memory))
+            else:
+                memory[:] = 0
+                view = memory.data[: n * PAGE_SIZE]
+                while len(view) and (got := image.readinto(view)):
+                    view = view[got:]
+            yield np.arange(first, first + n, dtype=np.uint64), memory

@@ -254,7 +254,7 @@ def test_daemons_are_killed_in_postcopy_and_their_successors_go_on(
             for role, other in (("receiver", "sender"), ("sender", "receiver")):
                 until(lambda: running.phase("receiver") == "postcopy", "no postcopy", 500)
                 running.kill(role)
-                until(lambda: running.phase(other) == "interrupted", "it was not noticed", 120)  # noqa: B023
+                until(lambda: running.phase(other) == "interrupted", "it was not noticed", 120)
                 running.start(role)
             until(
                 lambda: running.phase("receiver") == running.phase("sender") == "completed",
@@ -343,20 +343,20 @@ def test_a_guest_that_is_destroyed_leaves_its_neighbour_alone(
             return str(next((line["phase"] for line in lines if line["domain"] == name), ""))
 
         for name, one in zip(names, made, strict=True):
-            until(lambda: phase("sender", name) == "precopy", "no precopy", 120)  # noqa: B023
+            until(lambda: phase("sender", name) == "precopy", "no precopy", 120)
             for again in (name, str(one.domid)):
                 told = xen_postcopy("migrate", again, f"127.0.0.1:{running.port}", *socket)
                 assert told.returncode == 1 and "migrated already" in told.stderr
         for name in names:
             assert xen_postcopy("postcopy-now", name, *socket).returncode == 0
-            until(lambda: phase("receiver", name) == "postcopy", "no postcopy", 500)  # noqa: B023
+            until(lambda: phase("receiver", name) == "postcopy", "no postcopy", 500)
         domids = {info.name: info.domid for info in xen.domains()}
         spared = Guest("spared--incoming", domids["spared--incoming"])
         stack.callback(xen.host.destroy, spared.domid)
         xen.host.destroy(domids["doomed--incoming"])
         for role in ("receiver", "sender"):
-            until(lambda: phase(role, "doomed") == "failed", "not noticed", 120)  # noqa: B023
-            until(lambda: phase(role, "spared") == "completed", "it does not end", 600)  # noqa: B023
+            until(lambda: phase(role, "doomed") == "failed", "not noticed", 120)
+            until(lambda: phase(role, "spared") == "completed", "it does not end", 600)
         beats = spared.wait_for_heartbeats(3)
         assert [beat.errors for beat in beats] == [0] * len(beats)
         assert not {info.name for info in xen.domains()} & {*names, "doomed--incoming"}

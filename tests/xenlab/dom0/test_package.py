@@ -55,7 +55,7 @@ def test_the_watchdog_is_fed() -> None:
             lambda: property_of(unit, "WatchdogTimestampMonotonic") != fed,
             "the watchdog is not fed",
             60,
-        )  # noqa: B023
+        )
 
 
 def test_a_wrong_configuration_is_said_with_file_key_and_reason() -> None:

@@ -369,10 +369,10 @@ def test_the_pages_of_a_guest_that_is_saved_without_the_helper_are_kept(
         lacks = "an image or a copy that was made of it then lacks them"
         for daemon, phase in (("sender", "interrupted"), ("receiver", "failed")):
             until(
-                lambda daemon=daemon: lacks in slow.lines(daemon)[-1]["problem"],
+                lambda: lacks in slow.lines(daemon)[-1]["problem"],
                 "it is not said",
                 60,
-            )  # type: ignore[misc]
+            )
             assert slow.lines(daemon)[-1]["phase"] == phase
         assert remnants(slow.xen)
         with ControlClient(slow.directory / "sender") as client:
