@@ -18,7 +18,7 @@ import trio
 from migrate.control import server as control
 from migrate.control.client import Json
 from migrate.control.server import ControlConnection
-from migrate.errors import MigrationError, UnknownSessionError
+from migrate.errors import MigrationError, OccupiedError, UnknownSessionError
 from migrate.lanes.accept import AwaitedLanes, Reception
 from migrate.lanes.connection import listen_tcp
 from migrate.lanes.dial import DialledLanes
@@ -48,6 +48,8 @@ MAX_WITHOUT_OFFER = 256
 PROGRESS_EVERY_S = 0.2
 PATIENCE_S = 60.0
 """So long nothing of a guest's missing memory may come for one who waits for all of it."""
+NO_DOMAIN = -1
+"""The number of a domain that has not been made."""
 KEPT = 100
 """Ended migrations that ``list`` still shows."""
 
@@ -78,6 +80,9 @@ class ReceiverDaemon:
             for session, facts in self._journal.entries().items():
                 try:
                     self._take_up(session, facts)
+                except OccupiedError:
+                    self._awaited.pop(session, None)
+                    self._journal.leave_older(session)
                 except Exception as error:
                     self._awaited.pop(session, None)
                     self._journal.leave(session, error)
@@ -98,6 +103,8 @@ class ReceiverDaemon:
         migration = IncomingMigration.of_predecessor(
             self._hypervisor, session, lanes_again, self._journal, facts
         )
+        if any(_are_of_one_domain(migration, newer) for newer in self._migrations.values()):
+            raise OccupiedError(f"{migration.domain_name} is incoming already")
         self._journal.write(session, {**facts, "rejoins": lanes_again.rejoins}, needed=False)
         self._start(migration)
 
@@ -265,6 +272,13 @@ class ReceiverDaemon:
         ended = [m.id for m in self._migrations.values() if m.has_ended]
         for migration_id in ended[:-KEPT]:
             del self._migrations[migration_id]
+
+
+def _are_of_one_domain(one: IncomingMigration, other: IncomingMigration) -> bool:
+    """Until the journal has the number of the domain, the name stands for the domain."""
+    if NO_DOMAIN in (one.domid, other.domid):
+        return one.domain_name == other.domain_name
+    return one.domid == other.domid
 
 
 def _line(migration: IncomingMigration) -> Json:

@@ -49,6 +49,8 @@ from xenbackend.errors import XenError
 log = logging.getLogger(__name__)
 
 PROGRESS_EVERY_S, IDLE_EVERY_S = 0.2, 2.0
+GIVEN_UP = "given up"
+"""The step in the journal of a migration that owes its receiver a message and nothing else."""
 KEPT = 100
 """Ended migrations that ``list`` still shows."""
 
@@ -78,6 +80,9 @@ class SenderDaemon:
             for session, facts in self._journal.entries().items():
                 try:
                     self._take_up(session, facts)
+                except OccupiedError:
+                    self._awaited.pop(session, None)
+                    self._journal.leave_older(session)
                 except Exception as error:
                     self._awaited.pop(session, None)
                     self._journal.leave(session, error)
@@ -99,8 +104,12 @@ class SenderDaemon:
         migration = OutgoingMigration.of_predecessor(
             session, self._hypervisor, lanes_again, self._journal, facts
         )
+        if facts["step"] == GIVEN_UP:  # its domain is free for another migration
+            self._migrations[session] = migration
+        else:
+            self._admit(migration)
         self._journal.write(session, {**facts, "rejoins": lanes_again.rejoins}, needed=False)
-        self._start(migration)
+        self._begin(migration)
 
     async def _drain(self) -> bool:
         if not self._stopping:

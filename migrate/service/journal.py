@@ -125,14 +125,15 @@ class Journal:
             os.close(self._files.pop(session))
 
     def entries(self) -> dict[str, dict[str, Any]]:
-        """What a predecessor has left, by session.  Entries of an earlier boot, and entries that
-        cannot be read, are left out.
+        """What a predecessor has left, by session, the newest first: of two entries for one domain
+        the newer is in force.  Entries of an earlier boot, and entries that cannot be read, are left
+        out.
         """
         found = {}
         for path in self._directory.glob(f"*{NEW_SUFFIX}"):
             with contextlib.suppress(OSError):  # no entry is in a file of this name
                 path.unlink()
-        for path in sorted(self._directory.glob(f"*{SUFFIX}")):
+        for path in sorted(self._directory.glob(f"*{SUFFIX}"), key=_written, reverse=True):
             session = path.name.removesuffix(SUFFIX)
             try:
                 facts = _last_entry(path.read_text())
@@ -147,6 +148,17 @@ class Journal:
                 continue
             found[session] = facts
         return found
+
+    def leave_older(self, session: str) -> None:
+        """Keep an entry of a domain that a newer entry has.  When the migration of the newer entry
+        has ended, a successor takes this entry up.
+        """
+        self._not_understood.add(session)
+        log.error(
+            "%s: kept and not taken up, because a newer journal has a migration of the same domain: "
+            "start this daemon anew when that migration has ended, or remove the file",
+            self._path(session),
+        )
 
     def leave(self, session: str, why: Exception) -> None:
         """Keep an entry that this release cannot use.  A person, or a release that can read the
@@ -169,6 +181,14 @@ class Journal:
 
     def _path(self, session: str) -> Path:
         return self._directory / (session + SUFFIX)
+
+
+def _written(path: Path) -> int:
+    """When the last entry was written, in nanoseconds."""
+    try:
+        return path.lstat().st_mtime_ns
+    except OSError:  # what is wrong with the file, its reader reports
+        return 0
 
 
 def remove(path: Path) -> None:

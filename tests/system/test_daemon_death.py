@@ -276,6 +276,38 @@ def test_a_second_daemon_takes_up_nothing_of_one_that_runs(
     assert check(world) == "destination"
 
 
+@pytest.mark.parametrize("older", ["!first", "~last"])
+@pytest.mark.parametrize(
+    ("which", "step"),
+    [
+        ("sender", "begun"), ("sender", "suspending"), ("sender", "given up"),
+        ("receiver", "making"), ("receiver", "made"),
+    ],
+)  # fmt: skip
+def test_of_two_entries_for_one_domain_the_newer_is_taken_up(
+    world: World, which: str, step: str, older: str
+) -> None:
+    """The older one is of a migration whose entry could not be erased."""
+    begin(world, "postcopy", bandwidth=4 * MIB)
+    until(lambda: phase(world, which) == "postcopy", "no postcopy")
+    kill(world, which)
+    newer = journal(world, which)
+    facts = json.loads(newer.read_text().splitlines()[-1])
+    facts |= {"step": step, "key": "07" * 16, "domid": -1 if step == "making" else facts["domid"]}
+    path = newer.with_name(f"{older}.json")  # before the newer one by name, or after it
+    path.write_text(f"\n{json.dumps(facts)}")
+    os.utime(path, (newer.stat().st_mtime - 1,) * 2)
+    start_anew(world, which)
+    assert [line["id"] for line in lines(world, which) if line["id"] != path.stem] == [newer.stem]
+    if step != "given up":
+        assert path.exists()
+        log = world.processes[which].log.read_text()
+        assert f"{path}: kept and not taken up" in log
+    line = {"id": newer.stem, "phase": "completed"}.items()
+    until(lambda: any(line <= found.items() for found in lines(world, which)), "it does not end")
+    assert check(world) == "destination"
+
+
 @pytest.mark.parametrize("here", [True, False])
 @pytest.mark.parametrize("killed", [True, False])
 def test_an_operator_s_decision_outlives_the_sender(world: World, here: bool, killed: bool) -> None:
