@@ -2,7 +2,7 @@
 """What operators ask for at random instants: second migrations, and commands.  Each acts, or its
 answer is a reason.
 
-The table of states and commands is in docs/reliability.md.
+What each command does in each phase is in docs/operating.md.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ class Trial:
         if r.random() < 0.5:
             pages = min(200, (self.spec.nr_pfns - self.spec.working_pages) // 2)
             every = 1 if self.spec.workload == "idle" else r.choice([5, 50])
-            # Of a page that comes back between two checkpoints nobody knows (docs/reliability.md).
+            # A page that comes back between two checkpoints is not noticed (docs/recovery.md).
             back = self.checkpoint_every_s is None
             self.spec = replace(
                 self.spec, balloon_pages=pages, balloon_every=every, balloon_back=back
