@@ -86,7 +86,10 @@ class ReceiverDaemon:
                 except Exception as error:
                     self._awaited.pop(session, None)
                     self._journal.leave(session, error)
-            await self._nursery.start(control.serve, self._socket_path, self._handle)
+            answer = functools.partial(
+                control.serve, self._socket_path, self._handle, needed=self._is_needed
+            )
+            await self._nursery.start(answer)
             serve = functools.partial(serve_connections, from_strangers=True)
             await self._nursery.start(serve, "a connection", self.reception.receive, listeners)
             notify(f"READY=1\nSTATUS=listening at {self._address[0]}:{self._port}")
@@ -113,7 +116,7 @@ class ReceiverDaemon:
             self._stopping = True
             for migration in self._migrations.values():
                 migration.cancel("the receiver is being stopped")
-        needed = [m for m in self._migrations.values() if m.needed]
+        needed = self._needed()
         if needed:
             for migration in needed:
                 migration.count()
@@ -125,6 +128,13 @@ class ReceiverDaemon:
                 "waiting for guests that run here: %s", waiting, about=[m.id for m in needed]
             )
         return bool(needed)
+
+    def _needed(self) -> list[IncomingMigration]:
+        """Those whose guests live by this daemon."""
+        return [m for m in self._migrations.values() if m.needed]
+
+    def _is_needed(self) -> bool:
+        return bool(self._needed())
 
     async def _handle(self, request: Json, connection: ControlConnection) -> None:
         match request["command"]:

@@ -95,13 +95,21 @@ class LastAnswer:
 Handler = Callable[[Json, ControlConnection], Awaitable[None]]
 
 
+def no_guest() -> bool:
+    return False
+
+
 async def serve(
     path: Path,
     handler: Handler,
     *,
+    needed: Callable[[], bool] = no_guest,
     task_status: trio.TaskStatus[list[trio.SocketListener]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve until cancelled, at the socket that systemd has made, otherwise at one of our own.
+
+    ``needed``: whether guests need this daemon.  The socket of a daemon that ends nevertheless stays,
+    as if the daemon had been killed: xl's helper saves no guest then that may lack pages.
 
     Raises :class:`MigrationError` when it cannot be had.
     """
@@ -136,7 +144,7 @@ async def serve(
         if inherited is not None:
             sock = stack.enter_context(trio.socket.from_stdlib_socket(inherited))
         else:
-            sock = await stack.enter_async_context(listen_unix(path))
+            sock = await stack.enter_async_context(listen_unix(path, needed=needed))
         await serve_connections(
             "a request", exchange, [trio.SocketListener(sock)], task_status=task_status
         )
@@ -181,9 +189,13 @@ async def _answer(connection: ControlConnection, handler: Handler) -> None:
 
 @asynccontextmanager
 async def listen_unix(
-    path: Path, kind: socket.SocketKind = socket.SOCK_STREAM
+    path: Path,
+    kind: socket.SocketKind = socket.SOCK_STREAM,
+    *,
+    needed: Callable[[], bool] = no_guest,
 ) -> AsyncIterator[trio.socket.SocketType]:
     """A listening socket at ``path`` for this user alone; one that nobody listens at any more is replaced.
+    The socket is removed at the end, unless it is ``needed`` then.
 
     Raises :class:`MigrationError` where somebody does, or where it cannot be made.
     """
@@ -211,7 +223,7 @@ async def listen_unix(
         try:
             yield sock
         finally:
-            if ours is not None and _identity(path) == ours:
+            if ours is not None and _identity(path) == ours and not needed():
                 path.unlink(missing_ok=True)
 
 

@@ -116,6 +116,9 @@ async def until_stopped(
     gc.freeze()
     # As nohup(1) has left them.
     heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    # Behind the block below the process is ending, and a further SIGHUP still does nothing.
+    if signal.SIGHUP in heeded:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with trio.open_signal_receiver(*heeded) as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_feed_watchdog)

@@ -20,7 +20,7 @@ import pytest
 import trio
 
 from migrate import logs
-from migrate.cli.world import World, loopback_world, verify_migrated
+from migrate.cli.world import World, loopback_world, start_receiver, verify_migrated
 from migrate.control.client import ControlClient
 from migrate.errors import MigrationError
 from migrate.logs import JournalHandler
@@ -218,6 +218,26 @@ def test_a_daemon_that_is_being_stopped_serves_its_guests_and_takes_on_no_other(
         ]
 
 
+def test_a_receiver_that_is_stopped_twice_leaves_its_socket_while_a_guest_needs_it() -> None:
+    """By the socket xl's helper recognises that a guest may lack pages."""
+    with loopback_world(256 * MIB) as world:
+        guest = boot(world)
+        begin(world, "guest", bandwidth=4 * MIB)
+        until(lambda: phase(world, "receiver") == "postcopy", "no postcopy")
+        stopping = world.processes["receiver"]
+        stopping.popen.terminate()
+        until(lambda: "waiting for guests" in stopping.log.read_text(), "it does not stop")
+        stopping.popen.terminate()
+        assert stopping.popen.wait(WAIT_S) == 0
+        with pytest.raises(MigrationError, match="Connection refused"):
+            world.ask("receiver", command="list")
+        start_receiver(world, world.port)
+        until(lambda: phase(world, "receiver") == "completed", "it does not arrive")
+        assert verify_migrated(world, guest)[0].problems == []
+        world.stop("receiver")
+        assert not world.receiver_socket.exists()
+
+
 @pytest.mark.parametrize("which", ["sender", "receiver"])
 async def test_a_daemon_that_is_being_stopped_logs_for_whom_it_waits_once(
     which: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -285,9 +305,11 @@ async def test_an_error_in_stopping_ends_no_daemon_that_a_guest_needs(
             raise answer
         return answer
 
-    tokens = limiter.total_tokens
+    tokens, hang_up = limiter.total_tokens, signal.getsignal(signal.SIGHUP)
     with trio.fail_after(WAIT_S):
         await lifecycle.until_stopped(serve, drain)
+    os.kill(os.getpid(), signal.SIGHUP)  # a terminal closes while the process is ending
+    signal.signal(signal.SIGHUP, hang_up)
     limiter.total_tokens = tokens
     assert answers == []
     (record,) = [record for record in caplog.records if record.exc_info]
