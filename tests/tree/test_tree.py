@@ -101,7 +101,6 @@ def test_the_licence_of_all_other_files_is_stated_at_the_top() -> None:
 NOT_TEXT = ("tests/campaigns/fuzz/corpus/*", "tests/campaigns/fuzz/native/corpus/*/*", "*.patch")
 """In which white space has a meaning."""
 MOST_COLUMNS = 100
-NOT_WRAPPED_YET = {"docs/performance.md", "docs/xenlab.md"}
 PROSE_TOO_LONG = re.compile(rf"(?=.{{{MOST_COLUMNS + 1}}})(?!\||    )(?:[-*] )?+\S+ +\S")
 """A line that could be broken: no table, no code, more than one word."""
 
@@ -125,7 +124,7 @@ def test_documents_are_wrapped() -> None:
     wrong = [
         f"{path}:{n}"
         for path in files()
-        if path.suffix == ".md" and str(path) not in NOT_WRAPPED_YET
+        if path.suffix == ".md" or path.parent.name == "man"
         for n, line in enumerate((TREE / path).read_text().splitlines(), 1)
         if PROSE_TOO_LONG.match(line)
     ]
@@ -359,6 +358,11 @@ NAMING = ("docs/invariants.md", "docs/threat-model.md", "CONTRIBUTING.md")
 """Documents that name places in the code as ``file`` or ``file::name``."""
 CONTRIBUTING = (TREE / "CONTRIBUTING.md").read_text()
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+MOST_LINES_OF_A_DECISION = 60
+
+
+def documents() -> list[Path]:
+    return [path for path in files() if path.suffix == ".md"]
 
 
 def test_invariants_are_cited_by_numbers_that_there_are() -> None:
@@ -410,6 +414,44 @@ def test_documents_name_what_there_is(document: str) -> None:
         if not (TREE / path).is_file() or (name and name not in definitions(Path(path)))
     ]
     assert wrong == [], f"{document} names these places, which do not exist: name their successors."
+
+
+def test_documents_name_files_that_there_are() -> None:
+    """A document may leave out the folders of a file; what is past may name what is gone."""
+    ends = {"/".join(path.parts[i:]) for path in files() for i in range(len(path.parts))}
+    wrong = [
+        f"{document}: {path}"
+        for document in documents()
+        if document.parent.name not in ("decisions", "hypervisor") and document.stem != "CHANGELOG"
+        for path, _name in PLACE.findall((TREE / document).read_text())
+        if path not in ends
+    ]
+    assert wrong == [], "These documents name files that do not exist: name their successors."
+
+
+def test_code_names_documents_that_there_are() -> None:
+    wrong = [
+        f"{path}: {document}"
+        for path in files()
+        if path.suffix in (*SOURCES, ".md") or path.name == "Makefile"
+        for document in re.findall(r"\bdocs/[\w/-]+\.md\b", (TREE / path).read_text())
+        if not (TREE / document).is_file()
+    ]
+    assert wrong == [], "These files name documents that do not exist."
+
+
+def test_every_document_is_in_the_list_of_documents() -> None:
+    """And every decision, which has its number, its date and its commits, in the list of these."""
+    for folder in ("docs", "docs/decisions"):
+        listed = LINK.findall((TREE / folder / "README.md").read_text())
+        there = {path.name for path in documents() if str(path.parent) == folder} - {"README.md"}
+        assert there <= set(listed), f"List these documents in {folder}/README.md."
+    decisions = sorted((TREE / "docs/decisions").glob("[0-9]*.md"))
+    for number, path in enumerate(decisions, 1):
+        title, _empty, date, *rest = path.read_text().splitlines()
+        assert path.name.startswith(f"{number:04d}-") and title.startswith(f"# {number:04d}. ")
+        assert re.match(r"20\d\d-\d\d-\d\d.*, commits? ([0-9a-f]{7}(, |\.|$))+", date), path
+        assert len(rest) <= MOST_LINES_OF_A_DECISION, path
 
 
 def test_documents_name_targets_that_make_has() -> None:
