@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import click
 
 from migrate.cli.guests import guest_options, guest_spec
 from migrate.cli.migrations import follow_migration, summary, write_json
-from migrate.cli.options import migration_request, strategy_options
+from migrate.cli.options import STDOUT, migration_request, strategy_options
 from migrate.cli.text import echo
 from migrate.cli.world import loopback_world, verify_migrated, wait_for_steps
 from migrate.errors import MigrationError
@@ -56,11 +57,12 @@ def loopback_command(json_path: Path | None, **options: Any) -> None:
     request = migration_request(**strategy)
     spec = guest_spec(GUEST, **options)
     check_memory(spec)
+    say = functools.partial(echo, err=json_path == STDOUT)
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
             signal.signal(number, _end)
     with loopback_world(spec.memory_bytes) as world:
-        echo(
+        say(
             f"booting a guest: {human_bytes(spec.memory_bytes)}, {spec.vcpus} vCPUs, {spec.workload} over "
             f"{human_bytes(spec.working_pages * 4096)}"
         )
@@ -74,18 +76,18 @@ def loopback_command(json_path: Path | None, **options: Any) -> None:
         verification, guest_view = verify_migrated(world, spec)
         world.check_alive()
     result = {"verified": verification.ok, **result, "guest": guest_view}
-    echo(summary(result))
+    say(summary(result))
     if guest_view["faults"]:
-        echo(
+        say(
             f"  as the guest saw it: {guest_view['faults']} faults, median {guest_view['p50_us']:.0f} us, longest "
             f"{guest_view['max_us'] / 1000:.1f} ms"
         )
     if verification.ok:
-        echo(
+        say(
             f"verified: all {verification.pages} pages are what the guest wrote, and the guest runs at the destination"
         )
     else:
-        echo("damaged: " + "; ".join(verification.problems))
+        say("damaged: " + "; ".join(verification.problems))
     write_json(json_path, result)
     if not verification.ok:
         raise MigrationError("the guest was damaged")

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import click
 from migrate.cli.options import (
     RECEIVER_SOCKET,
     SENDER_SOCKET,
+    STDOUT,
     HostPort,
     migration_request,
     socket_option,
@@ -44,37 +47,37 @@ KNOWN = ("id", "domain", "peer", "strategy", "phase", "handed_over", "outstandin
 def follow_migration(client: ControlClient, request: dict[str, Any]) -> dict[str, Any]:
     """Ask for a migration and show its progress; returns its result.
 
-    Ctrl-C before the handover takes the migration back, after it leaves it to the daemons; both raise
+    Ctrl-C before the handover takes the migration back; after the handover Ctrl-C leaves it to the
+    daemons, and so does SIGTERM at any time unless the caller handles SIGTERM.  All of these raise
     :class:`InterruptedMigrationError`.
     """
     interrupted = False
-    result: dict[str, Any] = {}
     last: dict[str, Any] | None = None
 
-    def on_interrupt(_signal: int, _frame: object) -> None:
+    def on_interrupt(*_signal: object) -> None:
         nonlocal interrupted
         if interrupted:
-            raise InterruptedMigrationError(
-                "not waiting any longer; `xen-postcopy list` shows what became of the migration"
-            )
+            raise InterruptedMigrationError(f"not waiting any longer; {left(request, last)}")
         interrupted = True
         client.say(command="cancel")
 
+    def on_terminate(*_signal: object) -> None:
+        raise InterruptedMigrationError(left(request, last))
+
     client.say(command="migrate", **request)
     display = ProgressDisplay(sys.stderr)
-    previous = signal.signal(signal.SIGINT, on_interrupt)
     try:
-        for answer in client.answers():
-            match answer["event"]:
-                case "progress":
-                    last = answer
-                    display.show(answer)
-                case "notice":
-                    raise InterruptedMigrationError(
-                        f"{answer['message']}\nThe migration goes on in the daemons; `xen-postcopy list` shows it."
-                    )
-                case "result":
-                    result = answer["result"]
+        with signals_handled(on_interrupt, on_terminate):
+            for answer in client.answers():
+                match answer["event"]:
+                    case "progress":
+                        last = answer
+                        display.show(answer)
+                    case "notice":
+                        note = f"{answer['message']}\n{left(request, last)}"
+                        raise InterruptedMigrationError(note)
+        result: dict[str, Any] = answer["result"]
+        return result
     except InterruptedMigrationError:
         raise
     except DaemonGoneError as error:
@@ -83,11 +86,54 @@ def follow_migration(client: ControlClient, request: dict[str, Any]) -> dict[str
     except MigrationError as error:
         if interrupted:
             raise InterruptedMigrationError(f"{error}; the guest goes on at the source") from error
-        raise
+        raise in_words(request["domain"], error) from error
     finally:
-        signal.signal(signal.SIGINT, previous)
         display.close()
-    return result
+
+
+@contextlib.contextmanager
+def signals_handled(
+    on_interrupt: Callable[..., None], on_terminate: Callable[..., None]
+) -> Iterator[None]:
+    """Call these at SIGINT, and at SIGTERM if nobody else handles SIGTERM."""
+    handlers = {signal.SIGINT: on_interrupt}
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        handlers[signal.SIGTERM] = on_terminate
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def left(request: dict[str, Any], last: dict[str, Any] | None) -> str:
+    """What becomes of a migration that this command does not follow any more, and what to do.
+    ``last``: the last progress that the daemon has reported.
+    """
+    if last is None:
+        return (
+            f"the sender was asked to migrate {request['domain']}: `xen-postcopy list` shows "
+            "what became of that"
+        )
+    name = last["id"][:8]
+    follow = f"`xen-postcopy watch {name}` follows it"
+    if not last["handed_over"]:
+        follow += f", `xen-postcopy cancel {name}` takes it back before its switchover"
+    return f"the migration of {last['domain']} continues in the daemons: {follow}"
+
+
+CANCELLED = "cancelled: "
+"""How the reason of a migration begins that somebody has cancelled."""
+
+
+def in_words(domain: str, error: MigrationError) -> MigrationError:
+    """The error of a migration: somebody's cancellation does not read as a failure."""
+    reason = str(error)
+    if not reason.startswith(CANCELLED):
+        return error
+    reason = reason.removeprefix(CANCELLED)
+    return MigrationError(f"{domain} was not migrated: {reason}; the guest continues at its source")
 
 
 def unattended(progress: dict[str, Any], json_path: Path | None) -> UnattendedMigrationError:
@@ -126,8 +172,12 @@ def write_json(
     """Raises :class:`MigrationError`, which begins with ``what``, if the file cannot be written."""
     if path is None:
         return
+    text = json.dumps(result, indent=2) + "\n"
     try:
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        if path == STDOUT:
+            click.echo(text, nl=False)
+        else:
+            path.write_text(text)
     except OSError as error:
         raise MigrationError(f"{what} cannot be written to {path}: {error.strerror}") from error
 
@@ -178,8 +228,10 @@ def migrate_command(
 ) -> None:
     """Migrate DOMAIN (a name, a domid or a UUID) to the receiver at DESTINATION (HOST or HOST:PORT).
 
-    Ctrl-C before the switchover takes everything back, and the guest goes on here.  After it the
-    migration cannot be taken back and goes on without this command.
+    Ctrl-C before the switchover takes everything back, and the guest continues here.  After the
+    switchover Ctrl-C ends this command only, and SIGTERM does so at any time: the migration continues
+    in the daemons.  `watch` then follows the migration, and `cancel` takes it back before its
+    switchover.
     """
     request = {
         "domain": domain, "destination": destination, "take_log_dirty": take_log_dirty, **migration_request(**options),
@@ -191,7 +243,7 @@ def migrate_command(
             if error.progress is None:
                 raise
             raise unattended(error.progress, json_path) from error
-    echo(summary(result))
+    echo(summary(result), err=json_path == STDOUT)
     write_json(json_path, {"verified": None, **result})
 
 
@@ -253,8 +305,10 @@ def _ask_all(
     return answers
 
 
-def unprotected(line: dict[str, Any]) -> str:
-    """Why a guest is not protected any more, if it was to be."""
+def problem(line: dict[str, Any]) -> str:
+    """Why a migration has ended or waits, or why its guest is not protected any more."""
+    if line["problem"]:
+        return str(line["problem"]).removeprefix(CANCELLED)
     return line.get("unprotected", "") and f"not protected any more: {line['unprotected']}"
 
 
@@ -273,7 +327,7 @@ def list_command(socket_paths: tuple[Path, ...], as_json: bool) -> None:
     for line in lines:
         echo(
             f"{line['id'][:8]:10}{line['domain']:20}{line['direction']:11}{line['phase']:13}"
-            f"{line['outstanding']:>11}  {line['problem'] or unprotected(line)}"
+            f"{line['outstanding']:>11}  {problem(line)}"
         )
     answers.check_complete()
 
@@ -329,6 +383,8 @@ def watch_command(migration: str, socket_paths: tuple[Path, ...]) -> None:
             time.sleep(WATCH_EVERY_S)
     finally:
         display.close()
+    if line["problem"].startswith(CANCELLED):
+        raise in_words(line["domain"], MigrationError(line["problem"]))
     if line["phase"] != "completed":
         raise MigrationError(f"{line['domain']}: {line['phase']}: {line['problem']}")
     echo(f"{line['domain']}: completed")

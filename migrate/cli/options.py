@@ -19,6 +19,7 @@ from migrate.units import parse_address, parse_size, shortened
 F = TypeVar("F", bound=Callable[..., Any])
 SENDER_SOCKET = Path(client.SENDER_SOCKET)
 RECEIVER_SOCKET = Path(client.RECEIVER_SOCKET)
+CHECKPOINT_EVERY_S = 1.0
 
 
 class Size(click.ParamType[int]):
@@ -95,15 +96,20 @@ class HostPort(click.ParamType[str]):
         return str(value)
 
 
+STDOUT = Path("-")
+
+
 class ResultFile(click.Path):
-    """A file for the result.  A path that cannot be written is refused before the migration begins."""
+    """A file for the result, or :data:`STDOUT`.  A path that cannot be written is refused before the
+    migration begins.
+    """
 
     def __init__(self) -> None:
         super().__init__(dir_okay=False, path_type=Path)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         path = Path(super().convert(value, param, ctx))  # type: ignore[arg-type]
-        if path.is_fifo():  # whose reader may come later
+        if path == STDOUT or path.is_fifo():  # whose reader may come later
             return path
         is_new = not os.path.lexists(path)
         try:
@@ -129,71 +135,77 @@ def simulated_option(function: F) -> F:
     )(function)  # fmt: skip
 
 
+DEFAULTS = PolicyOptions()
+STRATEGY_OPTIONS = (
+    click.option(
+        "--strategy",
+        type=click.Choice(["hybrid", "postcopy", "precopy"]),
+        default="hybrid",
+        show_default=True,
+        help="hybrid: precopy while it helps, then postcopy.  postcopy: at once.  precopy: never.",
+    ),
+    click.option(
+        "--max-rounds",
+        type=WholeNumber(),
+        default=DEFAULTS.max_rounds,
+        show_default=True,
+        help="Rounds of precopy at most.",
+    ),
+    click.option(
+        "--dirty-threshold",
+        type=WholeNumber(),
+        default=DEFAULTS.dirty_threshold,
+        show_default=True,
+        metavar="PAGES",
+        help="With this many dirty pages or fewer, send the rest while the guest is suspended.",
+    ),
+    click.option(
+        "--downtime-target",
+        type=float,
+        default=DEFAULTS.downtime_target_ms,
+        show_default=True,
+        metavar="MS",
+        help="Likewise when sending the rest would take this many milliseconds or less.",
+    ),
+    click.option(
+        "--bandwidth",
+        type=Size(),
+        metavar="BYTES/S",
+        help="Cap for background copying; faults are not held back.",
+    ),
+    click.option(
+        "--protect",
+        is_flag=True,
+        help="Until all memory has arrived, have the destination send back what the guest writes there, so that the "
+        "guest can go on here if the destination dies: see `xen-postcopy decide`.",
+    ),
+    click.option(
+        "--checkpoint-every",
+        type=Number(0.001, MAX_CHECKPOINT_MS / 1000),
+        show_default=f"{CHECKPOINT_EVERY_S:g}",
+        metavar="SECONDS",
+        help="How often, with --protect; the guest is suspended for a moment each time.",
+    ),
+    click.option(
+        "--json",
+        "json_path",
+        type=ResultFile(),
+        metavar="FILE",
+        help="Write the result there; -: to standard output, and the summary to standard error.",
+    ),
+)
+
+
 def strategy_options(function: F) -> F:
     """--strategy and what steers it."""
-    defaults = PolicyOptions()
-    for option in reversed(
-        (
-            click.option(
-                "--strategy",
-                type=click.Choice(["hybrid", "postcopy", "precopy"]),
-                default="hybrid",
-                show_default=True,
-                help="hybrid: precopy while it helps, then postcopy.  postcopy: at once.  precopy: never.",
-            ),
-            click.option(
-                "--max-rounds",
-                type=WholeNumber(),
-                default=defaults.max_rounds,
-                show_default=True,
-                help="Rounds of precopy at most.",
-            ),
-            click.option(
-                "--dirty-threshold",
-                type=WholeNumber(),
-                default=defaults.dirty_threshold,
-                show_default=True,
-                metavar="PAGES",
-                help="With this many dirty pages or fewer, send the rest while the guest is suspended.",
-            ),
-            click.option(
-                "--downtime-target",
-                type=float,
-                default=defaults.downtime_target_ms,
-                show_default=True,
-                metavar="MS",
-                help="Likewise when sending the rest would take this many milliseconds or less.",
-            ),
-            click.option(
-                "--bandwidth",
-                type=Size(),
-                metavar="BYTES/S",
-                help="Cap for background copying; faults are not held back.",
-            ),
-            click.option(
-                "--protect",
-                is_flag=True,
-                help="Until all memory has arrived, have the destination send back what the guest writes there, so that the "
-                "guest can go on here if the destination dies: see `xen-postcopy decide`.",
-            ),
-            click.option(
-                "--checkpoint-every",
-                type=Number(0.001, MAX_CHECKPOINT_MS / 1000),
-                default=1.0,
-                show_default=True,
-                metavar="SECONDS",
-                help="How often, with --protect; the guest is suspended for a moment each time.",
-            ),
-            click.option("--json", "json_path", type=ResultFile(), help="Write the result there."),
-        )
-    ):
+    for option in reversed(STRATEGY_OPTIONS):
         function = option(function)
     return function
 
 
 def migration_request(
     strategy: str, max_rounds: int, dirty_threshold: int, downtime_target: float, bandwidth: int | None, protect: bool,
-    checkpoint_every: float,
+    checkpoint_every: float | None,
 ) -> dict[str, Any]:  # fmt: skip
     """The part of a ``migrate`` request that the strategy options make."""
     problem = PolicyOptions(max_rounds, dirty_threshold, downtime_target).problems()
@@ -203,6 +215,8 @@ def migration_request(
         raise click.UsageError(
             f"--bandwidth {bandwidth}: at least one page ({LEAST_BANDWIDTH} bytes) a second, or none for no cap"
         )
+    if checkpoint_every is not None and not protect:
+        raise click.UsageError(f"--checkpoint-every {checkpoint_every:g}: only with --protect")
     if protect and strategy == "precopy":
         raise click.UsageError(
             "--strategy precopy has nothing to protect: there the guest arrives as a whole"
@@ -215,5 +229,5 @@ def migration_request(
             "downtime_target_ms": downtime_target,
         },
         "bandwidth": bandwidth,
-        "checkpoint_every_s": checkpoint_every if protect else None,
+        "checkpoint_every_s": (checkpoint_every or CHECKPOINT_EVERY_S) if protect else None,
     }

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from typing import Any, TextIO
 
 from migrate.units import human_bytes, printable
 
 PLAIN_EVERY_S = 5.0
+RATE_S = 3.0
 SHOWN = ("precopy", "switchover", "deciding", "postcopy", "interrupted", "in doubt")
 """The others are over at once, or end in a message of their own."""
 
@@ -17,6 +19,26 @@ NOTHING = {
     "round": 0, "pages_done": 0, "pages_total": 0, "faults": 0, "latency_us": 0, "bytes_sent": 0, "handed_over": True,
 }  # fmt: skip
 """What a receiver does not count."""
+
+
+class Rate:
+    """The rate at which a number of bytes has grown in the last :data:`RATE_S`.
+
+    With a cap the sender sends in bursts, so between two answers it may have sent nothing.
+    """
+
+    def __init__(self) -> None:
+        self._samples: deque[tuple[float, int]] = deque()
+
+    def add(self, now: float, count: int) -> None:
+        self._samples.append((now, count))
+        while self._samples[0][0] < now - RATE_S and len(self._samples) > 2:
+            self._samples.popleft()
+
+    @property
+    def bytes_per_s(self) -> float:
+        (then, before), (now, count) = self._samples[0], self._samples[-1]
+        return max(0.0, (count - before) / (now - then)) if now > then else 0.0
 
 
 class ProgressDisplay:
@@ -28,12 +50,11 @@ class ProgressDisplay:
         self._bar: Any = None
         self._stage: tuple[str, int] | None = None
         self._last_line = 0.0
-        self._last_bytes = (0.0, 0)
-        self._rate = 0.0
+        self._rate = Rate()
 
     def show(self, p: dict[str, Any]) -> None:
         p = {**NOTHING, **p}
-        self._measure(p["bytes_sent"])
+        self._rate.add(time.monotonic(), p["bytes_sent"])
         stage = (p["phase"], p["round"])
         if p["phase"] not in SHOWN:
             return
@@ -64,13 +85,6 @@ class ProgressDisplay:
         self._bar.set_description_str(printable(self._title(p)), refresh=False)
         self._bar.set_postfix_str(printable(self._details(p)), refresh=True)
 
-    def _measure(self, bytes_sent: int) -> None:
-        now = time.monotonic()
-        then, before = self._last_bytes
-        if now - then >= 0.15:
-            self._rate = (bytes_sent - before) / (now - then) if then else 0.0
-            self._last_bytes = (now, bytes_sent)
-
     @staticmethod
     def _title(p: dict[str, Any]) -> str:
         return f"{p['domain']}: {p['phase']}" + (
@@ -80,7 +94,7 @@ class ProgressDisplay:
     def _details(self, p: dict[str, Any]) -> str:
         if p["problem"]:
             return str(p["problem"])
-        parts = [f"{human_bytes(self._rate)}/s"]
+        parts = [f"{human_bytes(self._rate.bytes_per_s)}/s"]
         if p["phase"] == "precopy":
             parts.append(f"{p['pages_done']} of {p['pages_total']} pages")
         if p["handed_over"]:

@@ -30,7 +30,7 @@ from migrate.protocol.pfns import pfn_array
 from tests.conftest import MIB
 from tests.support import zygote
 from tests.support.commands import PROGRAM
-from tests.support.waiting import WAIT_S
+from tests.support.waiting import WAIT_S, until
 from xenbackend.contract import DomainState
 from xenbackend.simulated.guest import GuestSpec
 
@@ -195,6 +195,7 @@ def test_not_enough_memory_at_the_destination_is_known_before_anything_is_sent(
         (["--bandwidth", "0"], "--bandwidth"),
         (["--bandwidth", "fast"], "is not a size"),
         (["--strategy", "teleport"], "teleport"),
+        (["--checkpoint-every", "0.5"], "--checkpoint-every 0.5: only with --protect"),
     ],
 )
 def test_senseless_migration_options(options: list[str], what: str) -> None:
@@ -455,7 +456,9 @@ def test_a_client_command_imports_only_what_it_needs(world: World) -> None:
 
 
 # ---- Ctrl-C ----
-def interrupt_when(world: World, spec: GuestSpec, phase: str, *options: str) -> tuple[int, str]:
+def interrupt_when(
+    world: World, spec: GuestSpec, phase: str, *options: str, by: int = signal.SIGINT
+) -> tuple[int, str]:
     """Press Ctrl-C when the migration is in a phase; returns status and what was said."""
     process = zygote.Popen(
         [*PROGRAM, *request(world, spec.name, *options)],
@@ -468,7 +471,7 @@ def interrupt_when(world: World, spec: GuestSpec, phase: str, *options: str) -> 
     for line in process.stderr:
         said += line
         if f"{spec.name}: {phase}" in line:
-            process.send_signal(signal.SIGINT)
+            process.send_signal(by)
             break
     with process:
         said += process.stderr.read()
@@ -491,12 +494,54 @@ def test_ctrl_c_after_the_switchover_leaves_the_migration_to_the_daemons(
         world, spec, "postcopy", "--strategy", "postcopy", "--bandwidth", "8M"
     )
     assert status == 130
-    assert "goes on in the daemons" in said
+    (line,) = world.ask("sender", command="list")["migrations"][-1:]
+    assert said.endswith(f"continues in the daemons: {follow(line)}\n")
     deadline = time.monotonic() + WAIT_S
     while any(info.name == name for info in world.source.domains()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert verify_migrated(world, spec)[0].problems == []
+
+
+def follow(line: dict[str, Any]) -> str:
+    return f"`xen-postcopy watch {line['id'][:8]}` follows it"
+
+
+def test_sigterm_leaves_the_migration_to_the_daemons(world: World, name: str) -> None:
+    spec = boot(world, name, memory=16 * MIB, workload="idle", zero_permille=0)
+    options = ("--bandwidth", "8M")
+    status, said = interrupt_when(world, spec, "precopy", *options, by=signal.SIGTERM)
+    assert status == 130
+    (line,) = world.ask("sender", command="list")["migrations"][-1:]
+    take_back = f"`xen-postcopy cancel {line['id'][:8]}` takes it back before its switchover"
+    assert said.endswith(f"continues in the daemons: {follow(line)}, {take_back}\n")
+    until(lambda: not any(info.name == name for info in world.source.domains()), "it stays")
+    assert verify_migrated(world, spec)[0].problems == []
+
+
+def test_a_cancellation_reads_as_one(world: World, name: str) -> None:
+    spec = boot(world, name, memory=16 * MIB, workload="idle", zero_permille=0)
+    socket = ("--socket", world.sender_socket)
+    migrating = zygote.Popen(
+        [*PROGRAM, *request(world, name, "--bandwidth", "4M")], stderr=subprocess.PIPE, text=True
+    )
+    with migrating:
+        assert migrating.stderr is not None and "precopy" in migrating.stderr.readline()
+        assert run("cancel", name, *socket).returncode == 0
+        said = migrating.stderr.read()
+    text = f"{name} was not migrated: cancelled by the operator; the guest continues at its source"
+    assert migrating.returncode == 1 and said.endswith(f"xen-postcopy: {text}\n")
+    assert_refused(run("watch", name, *socket), text)
+    assert "  cancelled by the operator\n" in run("list", *socket).stdout
+    assert_unharmed(world, spec)
+
+
+def test_a_result_goes_to_standard_output_and_its_summary_does_not(world: World, name: str) -> None:
+    boot(world, name)
+    done = run(*request(world, name, "--json", "-"))
+    assert done.returncode == 0 and f"{name} migrated" in done.stderr
+    assert json.loads(done.stdout)["domain"] == name
+    assert not Path("-").exists()
 
 
 def test_the_progress_is_live_on_a_terminal(world: World, name: str) -> None:
@@ -545,7 +590,8 @@ def test_a_second_ctrl_c_waits_no_longer(tmp_path: Path) -> None:
 
 
 PROGRESS = {
-    "domain": "guest", "phase": "postcopy", "problem": "", "outstanding": 7, "checkpoint_age_s": 1.5, "handed_over": True,
+    "id": "0123456789", "domain": "guest", "phase": "postcopy", "problem": "", "outstanding": 7,
+    "checkpoint_age_s": 1.5, "handed_over": True,
 }  # fmt: skip
 
 
