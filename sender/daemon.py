@@ -41,7 +41,9 @@ from migrate.service.lifecycle import (
 )
 from migrate.tasks import isolated, task_group
 from migrate.units import parse_address
-from sender.migration import OutgoingMigration, check_free
+from sender.migration import OutgoingMigration
+from sender.ownership import State
+from sender.preflight import check_free
 from sender.toolstack import XlToolstack
 from xenbackend.contract import DomainId, Hypervisor, find_domain
 from xenbackend.errors import XenError
@@ -116,12 +118,11 @@ class SenderDaemon:
             self._stopping = True
             for migration in self._running():
                 with contextlib.suppress(MigrationError):  # too late
-                    migration.cancel("the sender is being stopped")
+                    migration.requests.cancel("the sender is being stopped")
         needed = [m for m in self._migrations.values() if m.id in self._active or m.holds_pages]
         if needed:
             waiting = ", ".join(
-                f"{m.domain_name} ({m.progress.phase}, {m.progress.outstanding} pages to go)"
-                for m in needed
+                f"{m.domain_name} ({m.phase}, {m.progress.outstanding} pages to go)" for m in needed
             )
             notify(f"STATUS=stopping, but guests elsewhere need their pages still: {waiting}")
             self._waiting.log(
@@ -145,7 +146,7 @@ class SenderDaemon:
                     "result",
                     **_line(migration),
                     details=migration.result(),
-                    known=migration.known_of_peer,
+                    known=migration.requests.known_of_peer,
                 )
             case "status":
                 await connection.answer("result", port=self._port)
@@ -154,19 +155,25 @@ class SenderDaemon:
             case "save":
                 await self._save(request, connection)
             case "cancel":
-                find_migration(self._migrations.values(), request["migration"]).ask_to_cancel()
+                find_migration(
+                    self._migrations.values(), request["migration"]
+                ).requests.ask_to_cancel()
                 await connection.answer("result")
             case "postcopy-now":
-                find_migration(self._migrations.values(), request["migration"]).postcopy_now()
+                find_migration(
+                    self._migrations.values(), request["migration"]
+                ).requests.postcopy_now()
                 await connection.answer("result")
             case "reconnect":
-                find_migration(self._migrations.values(), request["migration"]).reconnect()
+                find_migration(self._migrations.values(), request["migration"]).requests.reconnect()
                 await connection.answer("result")
             case "decide":
                 # Also one that has ended with an error, whose pages are kept.
                 migration = find_migration(self._migrations.values(), request["migration"])
                 runs = migration.id in self._active
-                await migration.decide(here=bool(request["here"]), force=bool(request.get("force")))
+                await migration.requests.decide(
+                    here=bool(request["here"]), force=bool(request.get("force"))
+                )
                 if not runs:
                     self._nursery.start_soon(self._end, migration)
                 await connection.answer("result")
@@ -189,7 +196,7 @@ class SenderDaemon:
         )
         session = new_id()
         dialled = DialledLanes(destination, session, self._config.terms)
-        migration = OutgoingMigration(
+        migration = OutgoingMigration.of_request(
             session, self._hypervisor, domain, dialled, options, self._journal
         )
         ended = self._start(migration)
@@ -198,11 +205,11 @@ class SenderDaemon:
             while not ended.is_set():
                 await connection.answer("progress", **_line(migration))
                 with trio.move_on_after(
-                    PROGRESS_EVERY_S if migration.progress.phase != "interrupted" else IDLE_EVERY_S
+                    IDLE_EVERY_S if migration.ownership.is_cut_off else PROGRESS_EVERY_S
                 ):
                     await ended.wait()
             tasks.cancel_scope.cancel()
-        if migration.progress.phase != "completed":
+        if migration.ownership.state is not State.COMPLETED:
             raise MigrationError(migration.progress.problem)
         await connection.answer("result", result=migration.result())
 
@@ -216,7 +223,7 @@ class SenderDaemon:
         try:
             target, policy = await trio.to_thread.run_sync(self._look_at, int(request["domid"]))
             toolstack = XlToolstack(target.name, connection, int(request.get("xl", 0)))
-            migration = OutgoingMigration(
+            migration = OutgoingMigration.of_request(
                 session,
                 self._hypervisor,
                 target,
@@ -261,7 +268,7 @@ class SenderDaemon:
     async def _listen_to_helper(self, migration: OutgoingMigration, toolstack: XlToolstack) -> None:
         await toolstack.listen()
         if not toolstack.last_answer.begun:
-            migration.cancel("xl, or its helper, has gone")
+            migration.requests.cancel("xl, or its helper, has gone")
 
     def _find_awaited(self, greeting: Hello) -> AwaitedLanes:
         awaited = self._awaited.get(greeting.session)
@@ -281,8 +288,8 @@ class SenderDaemon:
         """
         if self._stopping:
             raise MigrationError(STOPPING)
-        domain = migration.target
-        if any(m.target.domid == domain.domid for m in self._running()):
+        domain = migration.domain
+        if any(m.domain.domid == domain.domid for m in self._running()):
             raise OccupiedError(
                 f"domain {domain.name} is being migrated already: see `xen-postcopy list`"
             )
@@ -301,9 +308,9 @@ class SenderDaemon:
             try:
                 match request.get("command"):
                     case "cancel":
-                        migration.cancel("interrupted by the user")
+                        migration.requests.cancel("interrupted by the user")
                     case "postcopy-now":
-                        migration.postcopy_now()
+                        migration.requests.postcopy_now()
             except MigrationError as error:
                 await connection.answer("notice", message=str(error))
 
@@ -312,8 +319,6 @@ class SenderDaemon:
             await migration.run()
         except (MigrationError, XenError) as error:
             migration.progress.problem = migration.progress.problem or str(error)
-            if migration.progress.phase not in ("failed", "interrupted"):
-                migration.progress.phase = "failed"
             log.warning("%s: %s", migration.domain_name, migration.progress.problem)
         except Exception as error:
             migration.progress.problem = f"internal error: {error!r}"
@@ -338,15 +343,15 @@ class SenderDaemon:
 
 
 def _line(migration: OutgoingMigration) -> dict[str, Any]:
-    progress = asdict(migration.progress)
+    progress = {"phase": migration.phase, **asdict(migration.progress)}
     checkpoint_at = progress.pop("checkpoint_at")
     return {
         "id": migration.id,
         "direction": "outgoing",
         "domain": migration.domain_name,
-        "peer": migration.lanes.peer,
-        "strategy": migration.options.strategy.value,
-        "handed_over": migration.session.handed_over,
+        "peer": migration.context.lanes.peer,
+        "strategy": migration.context.options.strategy.value,
+        "handed_over": migration.ownership.handed_over,
         "checkpoint_age_s": round(time.monotonic() - checkpoint_at, 1) if checkpoint_at else None,
         **progress,
     }

@@ -14,17 +14,13 @@ from numpy.typing import NDArray
 
 from migrate.errors import MigrationError
 from migrate.lanes.connection import step_timeout
-from migrate.options import MigrationOptions, Strategy
+from migrate.options import Strategy
 from migrate.protocol import messages as m
 from migrate.protocol.pfns import NO_PFNS, PfnMask, batches_of, bitmap_of, from_mask, union, windows
-from sender.dirty import WrittenPages
+from sender.context import Context, Source
 from sender.policy import Decision, Policy, PrecopyProgress
-from sender.progress import Progress
 from sender.push import BATCH_PAGES, PushLane
-from sender.source_pages import count_pages, hold, pinned
-from sender.statistics import SenderStatistics
-from sender.toolstack import Toolstack
-from xenbackend.contract import Domain
+from sender.source_pages import count_pages, pinned
 from xenbackend.pages import PfnArray
 
 log = logging.getLogger(__name__)
@@ -51,35 +47,18 @@ def _counted(get: Callable[[], PfnMask]) -> tuple[PfnMask, int]:
 
 
 class Precopy:
-    def __init__(
-        self,
-        options: MigrationOptions,
-        policy: Policy,
-        toolstack: Toolstack,
-        progress: Progress,
-        statistics: SenderStatistics,
-    ):
-        self._options = options
+    """Of one guest, over one push lane."""
+
+    def __init__(self, context: Context, source: Source, push: PushLane, policy: Policy):
+        self._context = context
+        self._domain = source.domain
+        self._written = source.written
+        self._push = push
+        self._options = context.options
         self._policy = policy
-        self._toolstack = toolstack
-        self._progress = progress
-        self._statistics = statistics
-        self.postcopy_asked = False
-        """By an administrator, instead of further rounds."""
-        self._passed: dict[int, trio.Event] = {}
-        """The barriers, by their numbers."""
-        self._domain: Domain
-        self._push: PushLane
-        self._written: WrittenPages
-
-    def passed(self, number: int) -> None:
-        """The receiver has done all that was said before this barrier."""
-        self._passed[number].set()
-
-    def give_back(self) -> None:
-        """What is as large as the guest, when the migration has ended."""
-        for large in ("_domain", "_push", "_written"):
-            self.__dict__.pop(large, None)
+        self._toolstack = context.toolstack
+        self._progress = context.progress
+        self._statistics = context.statistics
 
     def stop_and_copy_fits(self, dirty: int) -> bool:
         """Sending the rest now, instead of after the handover: always where there is no after."""
@@ -90,9 +69,9 @@ class Precopy:
             self._decide(stats.rounds, True, dirty, dirty, stats.started) is Decision.STOP_AND_COPY
         )
 
-    async def run(self, domain: Domain, push: PushLane, written: WrittenPages) -> Remainder:
+    async def run(self) -> Remainder:
         """Raises :class:`MigrationError` where the policy gives up."""
-        self._domain, self._push, self._written = domain, push, written
+        written = self._written
         progress, stats = self._progress, self._statistics
         await trio.to_thread.run_sync(written.enable)
         await trio.to_thread.run_sync(self._toolstack.track_device_model, True)
@@ -153,7 +132,12 @@ class Precopy:
         rate = self._progress.bytes_sent / elapsed if elapsed > 0 else 0.0
         return self._policy.decide(
             PrecopyProgress(
-                round_number, finished, dirty, previous, rate, postcopy_asked=self.postcopy_asked
+                round_number,
+                finished,
+                dirty,
+                previous,
+                rate,
+                postcopy_asked=self._context.postcopy_asked,
             )
         )
 
@@ -181,8 +165,7 @@ class Precopy:
                 pinned_pfns = union([pinned_pfns, domain.pinned(from_mask(unsent))])
             kept_back[pinned_pfns] |= unsent[pinned_pfns]
             unsent[pinned_pfns] = False
-            if self._toolstack.decides:
-                hold(domain, unsent)
+            self._toolstack.hold(domain, unsent)
             others: PfnMask = unsent & ~deferred
             np.logical_or(deferred, unsent, out=deferred)
             return others
@@ -229,8 +212,7 @@ class Precopy:
         await self._wait_until_passed(waiting_for, complaint)
 
     async def _barrier(self) -> trio.Event:
-        number = len(self._passed)
-        passed = self._passed[number] = trio.Event()
+        number, passed = self._context.barriers.add()
         await self._push.say(m.Barrier(number))
         return passed
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 class Progress:
     """What ``list`` and the progress display show."""
 
-    phase: str = "connecting"
     round: int = 0
     pages_done: int = 0
     """Of the current round, or of the pages missing at the switchover."""

@@ -83,7 +83,7 @@ class PushLane:
             functools.partial(self.send_all, batches, sent, announce, stop), stop.set
         )
 
-    async def send_in_thread(self, send: Callable[[], None], stop: Callable[[], None]) -> None:
+    async def send_in_thread(self, send: Callable[[], None], stop: Callable[[], object]) -> None:
         """When this is cancelled ``stop`` is called, which is to make ``send`` return."""
         # A peer that takes nothing would hold the thread in its send: after a moment it is cut off.
         cut_off = threading.Timer(CANCEL_GRACE_S, self.connection.shut)

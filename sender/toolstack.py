@@ -21,10 +21,15 @@ import trio
 
 from migrate.control.server import ControlConnection, LastAnswer
 from migrate.errors import MigrationError
+from migrate.protocol.pfns import PfnMask
 from migrate.tasks import first
 from migrate.units import pauses
+from sender import source_pages
+from sender.dirty import WrittenPages
+from sender.ownership import State
 from xenbackend.contract import Domain, DomainState
 from xenbackend.errors import NoSuchDomainError, XenError
+from xenbackend.pages import PfnArray
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +51,12 @@ class StaysHereError(MigrationError):
 
 
 class Toolstack(Protocol):
-    decides: bool
-    """At which end the guest runs; otherwise we do."""
+    destroys_source: bool
+    """The toolstack destroys the source domain when it has given the guest away: this process holds
+    the pages that the destination lacks.
+    """
+    after_switchover: State
+    """Who has the guest when the destination is ready."""
 
     async def agreed(self) -> None:
         """The destination takes the guest in: from here on it is ours to migrate."""
@@ -57,6 +66,16 @@ class Toolstack(Protocol):
 
     def suspend(self, domain: Domain) -> None:
         """Raises :class:`MigrationError` or ``XenError`` where the guest does not."""
+
+    def hold(self, domain: Domain, missing: PfnMask) -> None:
+        """Keep the pages of a set readable, if the domain may be destroyed before the destination
+        has the pages.
+        """
+
+    def before_decision(self, domain: Domain, missing: PfnArray, written: WrittenPages) -> None:
+        """The destination gets ready, and lacks these pages.  Called in a thread, with the guest
+        suspended.
+        """
 
     async def give_up(self, domain: Domain, reason: str, *, suspended: bool) -> None:
         """The guest goes on here."""
@@ -87,7 +106,8 @@ def _resume(domain: Domain, name: str = "") -> None:
 
 
 class OwnToolstack:
-    decides = False
+    destroys_source = False
+    after_switchover = State.HANDED_OVER
 
     async def agreed(self) -> None:
         pass
@@ -97,6 +117,12 @@ class OwnToolstack:
 
     def suspend(self, domain: Domain) -> None:
         domain.suspend()
+
+    def hold(self, domain: Domain, missing: PfnMask) -> None:
+        pass
+
+    def before_decision(self, domain: Domain, missing: PfnArray, written: WrittenPages) -> None:
+        pass
 
     async def give_up(self, domain: Domain, reason: str, *, suspended: bool) -> None:
         if suspended:
@@ -126,7 +152,8 @@ class XlToolstack:
     helper; 0: the process is not known.
     """
 
-    decides = True
+    destroys_source = True
+    after_switchover = State.UNDECIDED
 
     def __init__(self, name: str, helper: ControlConnection | None = None, xl: int = 0):
         self._name = name
@@ -170,6 +197,14 @@ class XlToolstack:
     def suspend(self, domain: Domain) -> None:
         if trio.from_thread.run(self._ask, "suspend") != 1:
             raise MigrationError("xl could not suspend the guest")
+
+    def hold(self, domain: Domain, missing: PfnMask) -> None:
+        source_pages.hold(domain, missing)
+
+    def before_decision(self, domain: Domain, missing: PfnArray, written: WrittenPages) -> None:
+        domain.hold(missing)
+        self.track_device_model(False)
+        written.disable()
 
     async def give_up(self, domain: Domain, reason: str, *, suspended: bool) -> None:
         """xl resumes a guest that it has suspended; where it is not there to do it, we do."""

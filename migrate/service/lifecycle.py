@@ -205,7 +205,8 @@ LEAST_OF_AN_ID = 8
 
 
 class Named(Protocol):
-    id: str
+    @property
+    def id(self) -> str: ...
 
     @property
     def domain_name(self) -> str: ...

@@ -117,7 +117,7 @@ async def test_the_balloon_is_held_while_a_guest_is_copied(clean_hosts: World, n
 
     async def watch(outcome: Outcome, _link: Link) -> None:
         with clean_hosts.source.open(spec.name) as domain:
-            while outcome.migration.progress.phase in ("", "preflight", "connecting", "precopy"):
+            while outcome.migration.phase in ("", "preflight", "connecting", "precopy"):
                 seen.append((domain.reservation().max_pages, balloon_steps(domain)))
                 await trio.sleep(0.01)
 
@@ -187,7 +187,7 @@ async def test_a_migration_that_fails_leaves_the_limit_as_it_was(
         with clean_hosts.source.open(name) as domain:
             while domain.reservation().max_pages != NO_FURTHER:
                 await trio.sleep(0.005)
-        outcome.migration.cancel("by the test")
+        outcome.migration.requests.cancel("by the test")
 
     spec = ballooning(name)
     outcome = await migrate(clean_hosts, spec, Strategy.HYBRID, meanwhile=cancel)
@@ -207,7 +207,7 @@ async def test_a_limit_that_somebody_sets_meanwhile_stays(clean_hosts: World, na
             domain.set_max_pages(spec.nr_pfns - 5)
             while domain.reservation().max_pages != NO_FURTHER:
                 await trio.sleep(0.005)
-        outcome.migration.cancel("by the test")
+        outcome.migration.requests.cancel("by the test")
 
     options = MigrationOptions(
         Strategy.PRECOPY, PolicyOptions(max_rounds=1000), bandwidth_bytes_per_s=64 * MIB
@@ -301,7 +301,7 @@ async def test_a_limit_that_is_lowered_while_pages_are_missing_holds_when_they_h
     lower = spec.nr_pfns - 500
 
     async def change(outcome: Outcome, _link: Link) -> None:
-        while not outcome.migration.session.handed_over:
+        while not outcome.migration.ownership.handed_over:
             await trio.sleep(0.005)
         with clean_hosts.destination.open(name) as domain:
             domain.set_max_pages(lower)

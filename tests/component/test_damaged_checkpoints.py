@@ -20,9 +20,10 @@ from migrate.errors import GuestEndedError, MigrationError
 from migrate.lanes.connection import Terms
 from migrate.lanes.dial import DialledLanes
 from migrate.service.journal import Journal
-from sender import migration as sender_migration
+from sender import rollback as sender_rollback
 from sender.checkpoints import CheckpointStore
 from sender.migration import OutgoingMigration
+from sender.recovery import Recovery
 from tests.conftest import MIB
 from tests.support.daemons import kill, lines
 from tests.support.inprocess import Outcome
@@ -87,9 +88,9 @@ async def test_a_guest_never_goes_on_without_the_checkpoint_that_was_applied(
             with pytest.raises(
                 MigrationError, match="cannot go on here, with --force neither: the checkpoint"
             ):
-                await outcome.migration.decide(here=True, force=force)
+                await outcome.migration.requests.decide(here=True, force=force)
         assert [info.state for info in hosts.source.domains()] == [DomainState.SUSPENDED]
-        await outcome.migration.decide(here=False)
+        await outcome.migration.requests.decide(here=False)
 
     outcome = await protected(hosts, slow_guest(name), meanwhile)
     assert isinstance(outcome.error, GuestEndedError)
@@ -113,9 +114,9 @@ async def test_a_successor_remembers_that_a_checkpoint_was_applied(hosts: World,
                 lambda: bool(successor.progress.unprotected and successor.progress.problem)
             )
             with pytest.raises(MigrationError, match="cannot go on here, with --force neither"):
-                await successor.decide(here=True, force=True)
+                await successor.requests.decide(here=True, force=True)
             nursery.cancel_scope.cancel()
-        await outcome.migration.decide(here=False)
+        await outcome.migration.requests.decide(here=False)
 
     await protected(hosts, slow_guest(name), meanwhile)
 
@@ -147,19 +148,19 @@ async def test_a_decision_that_cannot_be_carried_out_can_be_taken_otherwise(
         await dies_after(2, hosts, decide=False)(outcome, link)
         monkeypatch.setattr(CheckpointStore, "go_back", damaged_by_then)
         monkeypatch.setattr(SimulatedDomain, "depopulate", noted)
-        await migration.decide(here=True)
+        await migration.requests.decide(here=True)
         await until_async(
             lambda: migration.progress.problem.startswith("cannot go back to the last checkpoint")
         )
-        assert "decide" in migration.progress.problem and migration.progress.phase == "interrupted"
+        assert "decide" in migration.progress.problem and migration.phase == "interrupted"
         with pytest.raises(MigrationError, match="decided here already"):
-            await migration.decide(here=True, force=True)
-        await migration.decide(here=False)
+            await migration.requests.decide(here=True, force=True)
+        await migration.requests.decide(here=False)
 
-    monkeypatch.setattr(sender_migration, "GO_BACK_AGAIN_S", 0.05)
+    monkeypatch.setattr(sender_rollback, "AGAIN_S", 0.05)
     outcome = await protected(hosts, slow_guest(name), meanwhile)
     assert moved == []
-    assert outcome.migration.progress.phase == "failed"
+    assert outcome.migration.phase == "failed"
     assert "nothing of the guest is needed here" in outcome.migration.progress.problem
     assert hosts.source.domains() == []
     assert list((hosts.directory / "journal").glob(f"{outcome.migration.id}.json")) == []
@@ -177,7 +178,7 @@ async def test_a_way_back_that_fails_can_still_succeed(
             raise OSError(errno.EIO, "Input/output error")
         go_back(self, to)
 
-    monkeypatch.setattr(sender_migration, "GO_BACK_AGAIN_S", 0.01)
+    monkeypatch.setattr(sender_rollback, "AGAIN_S", 0.01)
     monkeypatch.setattr(CheckpointStore, "go_back", fail_once)
     await protected(hosts, slow_guest(name), dies_after(1, hosts))
     assert len(failures) == 1
@@ -200,7 +201,7 @@ async def test_a_checkpoint_that_the_journal_cannot_note_is_not_applied(
         await dies_after(0, hosts, decide=False)(outcome, link)
         monkeypatch.undo()
         checkpoint_file(hosts).unlink()
-        await outcome.migration.decide(here=True, force=True)
+        await outcome.migration.requests.decide(here=True, force=True)
 
     monkeypatch.setattr(Journal, "write", full)
     outcome = await protected(hosts, slow_guest(name), meanwhile)
@@ -258,13 +259,14 @@ async def test_a_checkpoint_for_which_there_is_no_memory_costs_the_protection_on
     async def meanwhile(outcome: Outcome, link: Link) -> None:
         await dies_after(1, hosts, decide=False)(outcome, link)
         migration = outcome.migration
-        store = migration._checkpoints
-        assert store is not None
+        source = migration.context.source
+        assert source is not None and source.checkpoints is not None
+        recovery = Recovery(migration.context, source)
         with monkeypatch.context() as patch:
             patch.setattr(SimulatedDomain, "write_pages", refuse)
-            await trio.to_thread.run_sync(migration._take_up_checkpoint, store)
+            await trio.to_thread.run_sync(recovery.take_up_checkpoint, source.checkpoints)
         assert "foreign write" in migration.progress.unprotected
-        await migration.decide(here=True, force=True)
+        await migration.requests.decide(here=True, force=True)
 
     await protected(hosts, slow_guest(name), meanwhile)
     assert verified_at_source(hosts.source, slow_guest(name)).problems == []

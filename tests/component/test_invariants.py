@@ -28,7 +28,9 @@ from receiver.restore import MemoryRestorer
 from sender.backlog import Backlog
 from sender.dirty import WrittenPages
 from sender.migration import OutgoingMigration
+from sender.precopy import Precopy
 from sender.push import PushLane
+from sender.switchover import Switchover
 from tests.conftest import MIB
 from tests.support.guests import busy
 from tests.support.inprocess import Outcome, migrate, verification
@@ -167,7 +169,7 @@ async def test_a_second_response_is_noticed(
     async def hold_the_push(outcome: Outcome, _link: Link) -> None:
         """On a busy machine all pages may arrive before a vCPU runs, and no vCPU asks for one."""
         while not mixed_up:
-            outcome.migration._cap.spend(4 * MIB, time.monotonic())
+            outcome.migration.context.cap.spend(4 * MIB, time.monotonic())
             await trio.sleep(0.05)
 
     await migrate(clean_hosts, spec, meanwhile=hold_the_push)
@@ -276,7 +278,7 @@ async def test_a_pinned_frame_that_is_missing_kills_the_guest(
     )  # which they may be, too
     outcome = await migrate(clean_hosts, busy(name))
     assert "register_vcpu_info" in str(outcome.error)
-    assert outcome.migration.session.handed_over
+    assert outcome.migration.ownership.handed_over
     assert clean_hosts.destination.open(name).info().state is DomainState.CRASHED
 
 
@@ -301,7 +303,7 @@ async def test_a_completion_that_is_not_so_is_not_believed(
     outcome = await migrate(clean_hosts, busy(name))
     assert lies[0] > 0
     assert outcome.error is None
-    assert outcome.migration.statistics.rejoins >= 1
+    assert outcome.migration.context.statistics.rejoins >= 1
     assert (await verification(clean_hosts, busy(name))).problems == []
 
 
@@ -329,7 +331,7 @@ async def test_a_sender_that_loses_a_page_never_completes(
 
         async def meanwhile(outcome: Outcome, _link: Link) -> None:
             while not (
-                outcome.migration.session.handed_over
+                outcome.migration.ownership.handed_over
                 and outcome.migration.progress.outstanding == 1
             ):
                 await trio.sleep(0.01)
@@ -343,24 +345,22 @@ async def test_a_sender_that_loses_a_page_never_completes(
     assert clean_hosts.source.open(name).info().state is DomainState.SUSPENDED
 
 
-@pytest.mark.parametrize("moment", ["_copy_while_it_runs", "_switch_over"])
+@pytest.mark.parametrize("phase", [Precopy, Switchover])
 async def test_before_the_handover_any_failure_leaves_the_guest_at_the_source(
-    clean_hosts: World, name: str, monkeypatch: Patch, moment: str
+    clean_hosts: World, name: str, monkeypatch: Patch, phase: type[Precopy] | type[Switchover]
 ) -> None:
     """Invariant 1, the other half; and nothing is left over at the destination."""
-    step = getattr(OutgoingMigration, moment)
+    run: Any = phase.run
 
-    async def fail(self: OutgoingMigration, *arguments: Any) -> Any:
-        if moment == "_copy_while_it_runs":
-            await step(self, *arguments)
+    async def fail(self: Any, *arguments: Any) -> Any:
+        if phase is Precopy:
+            await run(self, *arguments)
         else:
-            self._suspended = True
-            self._domain.suspend()
-            assert self._push is not None
+            await trio.to_thread.run_sync(self._suspend)
             await self._push.say(m.Suspended())
         raise MigrationError("the test says so")
 
-    monkeypatch.setattr(OutgoingMigration, moment, fail)
+    monkeypatch.setattr(phase, "run", fail)
     outcome = await migrate(clean_hosts, busy(name))
     assert "the test says so" in str(outcome.error)
     source = clean_hosts.source.open(name)
@@ -388,7 +388,7 @@ async def test_cancelled_while_the_peer_takes_nothing_it_does_not_wait_for_that(
 
     async def cancel(outcome: Outcome, _link: Link) -> None:
         await stuck.wait()
-        outcome.migration.cancel("second thoughts")
+        outcome.migration.requests.cancel("second thoughts")
 
     monkeypatch.setattr(PushLane, sending, hang)
     strategy = Strategy.PRECOPY if sending == "send_all" else Strategy.POSTCOPY
@@ -404,21 +404,21 @@ async def test_cancelled_while_the_guest_is_suspended_it_goes_on_at_one_end(
     """Invariant 1: until the handover it is not too late, and then it is."""
     too_late: list[str] = []
     migrations: list[OutgoingMigration] = []
-    hand_over, say = OutgoingMigration._hand_over, PushLane.say_blocking
+    run, say = OutgoingMigration.run, PushLane.say_blocking
 
-    def note(self: OutgoingMigration, *arguments: Any) -> None:
+    async def note(self: OutgoingMigration) -> None:
         migrations.append(self)
-        hand_over(self, *arguments)
+        await run(self)
 
     def cancel_at(self: PushLane, message: m.Message) -> None:
         if message.type == moment:
             try:
-                trio.from_thread.run_sync(migrations[0].cancel, "the test says so")
+                trio.from_thread.run_sync(migrations[0].requests.cancel, "the test says so")
             except MigrationError as error:
                 too_late.append(str(error))
         say(self, message)
 
-    monkeypatch.setattr(OutgoingMigration, "_hand_over", note)
+    monkeypatch.setattr(OutgoingMigration, "run", note)
     monkeypatch.setattr(PushLane, "say_blocking", cancel_at)
     spec = busy(name)
     outcome = await migrate(clean_hosts, spec)

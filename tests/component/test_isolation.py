@@ -55,7 +55,8 @@ from receiver.daemon import ReceiverDaemon
 from receiver.migration import IncomingMigration
 from receiver.statistics import PagerStatistics
 from sender.daemon import SenderDaemon
-from sender.migration import OutgoingMigration, _receiver_statistics
+from sender.inbox import receiver_statistics
+from sender.migration import OutgoingMigration
 from sender.statistics import from_peer
 from tests.conftest import MIB
 from tests.support import inprocess
@@ -215,20 +216,17 @@ async def test_whatever_the_peer_of_an_ended_migration_does_it_is_tried_until_it
     refusals = [PeerClosedError("gone"), RefusedError("no"), RemoteProtocolError("damaged"), *BUGS]
     lanes = cast(Any, Ends([*refusals, UnknownSessionError("never heard of it")]))
     hypervisor = cast(Hypervisor, None)
-    migration: Any = IncomingMigration(hypervisor, "session", lanes, journal)
     if which == "sender":
-        # By whatever names its guest: it is not asked for any more.
-        migration = OutgoingMigration.__new__(OutgoingMigration)
-        migration.id, migration.lanes, migration._journal, migration.domain_name = (
-            "session",
-            lanes,
-            journal,
-            "guest",
-        )
-        migration._recall = False
-    migration._last_word = m.Abort("never mind")
-    journal.write("session", {"step": "given up"})
-    await migration.linger()
+        outgoing = left_by_a_sender(hypervisor, journal, "given up", lanes)
+        with pytest.raises(MigrationError, match="given up"):
+            await outgoing.run()
+        journal.write(outgoing.id, {"step": "given up"})
+        await outgoing.linger()
+    else:
+        incoming = IncomingMigration(hypervisor, "session", lanes, journal)
+        incoming._last_word = m.Abort("never mind")
+        journal.write("session", {"step": "given up"})
+        await incoming.linger()
     assert lanes.errors == []
     assert journal.entries() == {}
 
@@ -547,7 +545,7 @@ async def test_an_error_after_the_handover_ends_neither_the_pager_nor_the_migrat
     monkeypatch.setattr(IncomingMigration, "_follow_domain", fail_once)
     outcome = await inprocess.migrate(clean_hosts, busy(name))
     assert failed and outcome.error is None
-    assert outcome.migration.statistics.rejoins == 1
+    assert outcome.migration.context.statistics.rejoins == 1
     assert (await inprocess.verification(clean_hosts, busy(name))).problems == []
 
 
@@ -609,7 +607,7 @@ def leaves(value: object) -> Iterator[object]:
 def test_whatever_a_peer_counted_is_checked_before_anybody_sees_it(told: object) -> None:
     """Invariant 10: it is for a terminal, a log and JSON."""
     try:
-        found = _receiver_statistics(json.dumps(told).encode())
+        found = receiver_statistics(json.dumps(told).encode())
     except RemoteProtocolError:
         return
     assert found.keys() == set(COUNTED)
@@ -626,7 +624,7 @@ def test_whatever_a_peer_counted_is_checked_before_anybody_sees_it(told: object)
 @pytest.mark.parametrize("data", [b"[" * 60_000, b"\xff", b"9" * 5000 + b"x"])
 def test_statistics_that_are_not_json_are_the_peer_s_error(data: bytes) -> None:
     with pytest.raises(RemoteProtocolError, match="statistics are not JSON"):
-        _receiver_statistics(data)
+        receiver_statistics(data)
 
 
 # ---- logs ----
@@ -687,7 +685,7 @@ async def test_a_host_without_threads_is_named_and_waited_for(
 
     async def meanwhile(outcome: inprocess.Outcome, _link: object) -> None:
         nonlocal failed
-        await until(lambda: outcome.migration._ran)
+        await until(lambda: outcome.migration.context.entry.ran)
         failed = no_threads(monkeypatch, times=30)
 
     outcome = await inprocess.migrate(clean_hosts, busy(name), meanwhile=meanwhile)

@@ -18,6 +18,7 @@ from migrate.service.journal import Journal
 from receiver.migration import IncomingMigration
 from sender.migration import OutgoingMigration
 from sender.push import PushLane
+from sender.transfer import Transfer
 from tests.conftest import MIB
 from tests.support.guests import busy, goes_on_here_only, steps
 from tests.support.inprocess import Outcome, migrate, verification
@@ -45,7 +46,7 @@ async def test_cut_anywhere_after_the_handover_nothing_is_lost(
     cut_at = [3_000_001, 17, 900_000, 5_000_003, 12_345, 2_097_152]
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
-        await until(lambda: outcome.migration.session.handed_over)
+        await until(lambda: outcome.migration.ownership.handed_over)
         link.cut()
 
     budgets: list[int | None] = [None, None]
@@ -54,7 +55,7 @@ async def test_cut_anywhere_after_the_handover_nothing_is_lost(
         budgets += [at, None] if number % 2 else [None, at // 50]
     outcome = await migrate(clean_hosts, busy(name), strategy, budgets=budgets, meanwhile=meanwhile)
     assert outcome.error is None
-    assert outcome.migration.statistics.rejoins >= 1
+    assert outcome.migration.context.statistics.rejoins >= 1
     assert (await verification(clean_hosts, busy(name))).problems == []
     assert [domain.name for domain in clean_hosts.source.domains()] == []
 
@@ -94,7 +95,7 @@ async def test_cut_at_any_word_from_the_handover_on_the_guest_arrives(
     async def meanwhile(outcome: Outcome, link: Link) -> None:
         links.append(link)
         if said in (m.Rejoin, m.Outstanding, m.Rejoined):  # which need a first cut
-            await until(lambda: outcome.migration.session.handed_over)
+            await until(lambda: outcome.migration.ownership.handed_over)
             link.cut()
 
     outcome = await migrate(clean_hosts, busy(name), strategy, meanwhile=meanwhile)
@@ -122,7 +123,7 @@ async def test_cut_before_the_handover_the_guest_stays_and_nothing_is_left_over(
     links = cut_when(monkeypatch, cls, said, before=True)
     outcome = await migrate(clean_hosts, busy(name), Strategy.HYBRID, meanwhile=watch(links))
     assert outcome.error is not None
-    assert not outcome.migration.session.handed_over
+    assert not outcome.migration.ownership.handed_over
     begins = f"the migration of {name} has ended without completing: "
     records = [record for record in caplog.messages if record.startswith(begins)]
     assert len(records) == 1 + (said is not m.Offer), "each end leaves one record"
@@ -137,7 +138,7 @@ async def test_cut_behind_the_context_the_guest_is_at_one_end(
     links = cut_when(monkeypatch, PushLane, m.Context, before=False)
     outcome = await migrate(clean_hosts, busy(name), Strategy.HYBRID, meanwhile=watch(links))
     assert not links, "it was cut"
-    if outcome.migration.session.handed_over:
+    if outcome.migration.ownership.handed_over:
         assert outcome.error is None
         assert (await verification(clean_hosts, busy(name))).problems == []
         assert clean_hosts.source.domains() == []
@@ -157,7 +158,7 @@ async def test_the_receiver_is_ready_and_not_heard(
         links.append(link)
         await link.was_cut.wait()
         await until(lambda: outcome.incoming.progress.phase == "in doubt")
-        await until(lambda: outcome.migration.progress.phase == "failed")
+        await until(lambda: outcome.migration.phase == "failed")
         assert clean_hosts.source.open(name).info().state is DomainState.RUNNING
         assert clean_hosts.destination.open(name).info().state is DomainState.INCOMING
         assert "may or may not have handed the guest over" in outcome.incoming.progress.problem
@@ -212,24 +213,22 @@ async def test_while_the_link_is_down_the_guest_goes_on_as_far_as_its_pages_allo
     spec = busy(name, rate=2000, working_set_bytes=MIB)
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
-        await until(lambda: outcome.migration.session.handed_over)
+        await until(lambda: outcome.migration.ownership.handed_over)
         target = clean_hosts.destination.open(name)
         await until(lambda: target.info().state is DomainState.RUNNING and min(steps(target)) > 0)
         link.down()
         await until(
-            lambda: (
-                outcome.migration.progress.phase == outcome.incoming.progress.phase == "interrupted"
-            )
+            lambda: outcome.migration.phase == outcome.incoming.progress.phase == "interrupted"
         )
         with pytest.raises(MigrationError, match="too late"):
-            outcome.migration.cancel("second thoughts")
+            outcome.migration.requests.cancel("second thoughts")
         assert clean_hosts.source.open(name).info().state is DomainState.SUSPENDED
         assert target.info().state is DomainState.RUNNING
         assert "its missing pages are kept here" in outcome.migration.progress.problem
         assert "waits for its missing pages" in outcome.incoming.progress.problem
         await until(lambda: link.connections > 3)  # it tries
         link.is_up = True
-        outcome.migration.lanes.hurry()
+        outcome.migration.context.lanes.hurry()
 
     outcome = await migrate(clean_hosts, spec, meanwhile=meanwhile)
     assert outcome.error is None
@@ -244,7 +243,7 @@ async def test_a_guest_that_is_saved_while_pages_are_missing(
     """By a program that knows nothing of them: the image has holes, so the source keeps what it has until an operator decides."""
 
     async def meanwhile(outcome: Outcome, _link: Link) -> None:
-        await until(lambda: outcome.migration.session.handed_over)
+        await until(lambda: outcome.migration.ownership.handed_over)
         with clean_hosts.destination.open(name) as target:
             await until(lambda: target.state() is DomainState.RUNNING)
             target.suspend()
@@ -253,7 +252,7 @@ async def test_a_guest_that_is_saved_while_pages_are_missing(
     outcome = await migrate(clean_hosts, busy(name), meanwhile=meanwhile)
     assert isinstance(outcome.error, MigrationError)
     progress = outcome.migration.progress
-    assert progress.phase == "interrupted" and outcome.incoming.progress.phase == "failed"
+    assert outcome.migration.phase == "interrupted" and outcome.incoming.progress.phase == "failed"
     for problem in (progress.problem, outcome.incoming.progress.problem):
         assert (
             "pages were missing: an image or a copy that was made of it then lacks them" in problem
@@ -261,9 +260,9 @@ async def test_a_guest_that_is_saved_while_pages_are_missing(
     assert clean_hosts.source.open(name).state() is DomainState.SUSPENDED
     if here:  # a copy of it may run somewhere else
         with pytest.raises(MigrationError, match="--force"):
-            await outcome.migration.decide(here=True)
-    await outcome.migration.decide(here=here, force=here)
-    assert progress.phase == "failed"
+            await outcome.migration.requests.decide(here=True)
+    await outcome.migration.requests.decide(here=here, force=here)
+    assert outcome.migration.phase == "failed"
     if here:
         await goes_on_here_only(clean_hosts, name)
     else:
@@ -274,25 +273,25 @@ async def test_one_end_alone_notices(clean_hosts: World, name: str) -> None:
     """The other one's lanes look alive: it learns from the new ones."""
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
-        await until(lambda: outcome.migration.session.handed_over)
+        await until(lambda: outcome.migration.ownership.handed_over)
         link.cut_left()
 
     outcome = await migrate(clean_hosts, busy(name), meanwhile=meanwhile)
     assert outcome.error is None
-    assert outcome.migration.statistics.rejoins == 1
+    assert outcome.migration.context.statistics.rejoins == 1
     assert (await verification(clean_hosts, busy(name))).problems == []
 
 
 async def test_the_guest_ends_while_the_link_is_down(clean_hosts: World, name: str) -> None:
     async def meanwhile(outcome: Outcome, link: Link) -> None:
-        await until(lambda: outcome.migration.session.handed_over)
+        await until(lambda: outcome.migration.ownership.handed_over)
         target = clean_hosts.destination.open(name)
         await until(lambda: target.info().state is DomainState.RUNNING)
         link.down()
         await until(lambda: outcome.incoming.progress.phase == "interrupted")
         target.destroy()
         await outcome.incoming.ended.wait()
-        assert outcome.migration.progress.phase == "interrupted"
+        assert outcome.migration.phase == "interrupted"
         link.is_up = True
 
     outcome = await migrate(clean_hosts, busy(name), meanwhile=meanwhile)
@@ -317,7 +316,7 @@ async def test_garbage_on_a_lane_ends_the_lanes_and_not_the_migration(
     monkeypatch.setattr(m.Loaded, "header", garble)
     outcome = await migrate(clean_hosts, busy(name))
     assert garbled and outcome.error is None
-    assert outcome.migration.statistics.rejoins == 1
+    assert outcome.migration.context.statistics.rejoins == 1
     assert (await verification(clean_hosts, busy(name))).problems == []
 
 
@@ -326,7 +325,7 @@ async def test_nobody_else_takes_a_session_up(clean_hosts: World, name: str) -> 
     refusals: list[str] = []
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
-        await until(lambda: outcome.migration.session.handed_over)
+        await until(lambda: outcome.migration.ownership.handed_over)
         for key in (b"", b"guessed", b"another"):
             thief = DialledLanes(("127.0.0.1", link.port), outcome.migration.id, Terms())
             thief.keep(key)
@@ -341,7 +340,7 @@ async def test_nobody_else_takes_a_session_up(clean_hosts: World, name: str) -> 
     spec = busy(name, rate=2000, working_set_bytes=MIB)
     outcome = await migrate(clean_hosts, spec, options=slow, meanwhile=meanwhile)
     assert outcome.error is None
-    assert outcome.migration.statistics.rejoins == 0
+    assert outcome.migration.context.statistics.rejoins == 0
     assert len(refusals) == 3 and all("wrong or used token" in refusal for refusal in refusals)
 
 
@@ -380,9 +379,9 @@ async def test_the_destination_never_comes_back_and_an_operator_takes_the_guest_
     async def meanwhile(outcome: Outcome, link: Link) -> None:
         links.append(link)
         await link.was_cut.wait()
-        await until(lambda: outcome.migration.progress.phase == "interrupted")
+        await until(lambda: outcome.migration.phase == "interrupted")
         await until(lambda: outcome.incoming.progress.phase == "in doubt")
-        await outcome.migration.decide(here=True)
+        await outcome.migration.requests.decide(here=True)
         await until(lambda: clean_hosts.source.open(name).info().state is DomainState.RUNNING)
         link.is_up = True  # and if it comes back after all, it is told
 
@@ -399,15 +398,15 @@ async def test_a_guest_that_an_operator_has_decided_against_stands_still_when_th
     """It is not destroyed: an operator may have been wrong, and says which of the two is to go on."""
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
-        await until(lambda: outcome.migration.session.handed_over)
+        await until(lambda: outcome.migration.ownership.handed_over)
         target = clean_hosts.destination.open(name)
         await until(lambda: target.info().state is DomainState.RUNNING)
-        await until(lambda: outcome.migration._ran)
+        await until(lambda: outcome.migration.context.entry.ran)
         link.down()
-        await until(lambda: outcome.migration.progress.phase == "interrupted")
+        await until(lambda: outcome.migration.phase == "interrupted")
         with pytest.raises(MigrationError, match=r"has reported that .* runs there.*--force"):
-            await outcome.migration.decide(here=True)
-        await outcome.migration.decide(here=True, force=True)
+            await outcome.migration.requests.decide(here=True)
+        await outcome.migration.requests.decide(here=True, force=True)
         await until(lambda: clean_hosts.source.open(name).info().state is DomainState.RUNNING)
         link.is_up = True
         incoming = outcome.incoming
@@ -440,7 +439,7 @@ async def test_a_guest_that_was_not_handed_over_stands_still_though_an_operator_
         links.append(link)
         await link.was_cut.wait()
         await until(lambda: outcome.incoming.progress.phase == "in doubt")
-        await until(lambda: outcome.migration.progress.phase == "failed")
+        await until(lambda: outcome.migration.phase == "failed")
         outcome.incoming._step = "ready"  # as where its word was lost a moment later
         await outcome.incoming.decide(here=True)
         target = clean_hosts.destination.open(name)
@@ -463,12 +462,12 @@ async def test_a_link_that_says_nothing_is_given_up(
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
         if before_the_handover:
-            await until(lambda: outcome.migration.progress.phase == "precopy")
+            await until(lambda: outcome.migration.phase == "precopy")
             link.stop()
             return
-        await until(lambda: outcome.migration.session.handed_over)
+        await until(lambda: outcome.migration.ownership.handed_over)
         link.stop()
-        await until(lambda: outcome.migration.progress.phase == "interrupted")
+        await until(lambda: outcome.migration.phase == "interrupted")
         await until(
             lambda: outcome.incoming.progress.phase in ("interrupted", "in doubt")
         )  # with the word on its way
@@ -496,7 +495,7 @@ async def test_pages_are_checked_from_end_to_end(clean_hosts: World, name: str) 
     """One bit in the middle of a page."""
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
-        await until(lambda: outcome.migration.session.handed_over)
+        await until(lambda: outcome.migration.ownership.handed_over)
         link.damage(
             lambda data: (
                 data[:-100] + bytes([data[-100] ^ 1]) + data[-99:] if len(data) > 4096 else data
@@ -520,7 +519,7 @@ async def test_the_word_that_the_guest_stays_is_damaged_on_its_way(
         links.append(link)
         await link.was_cut.wait()
         await until(lambda: outcome.incoming.progress.phase == "in doubt")
-        await until(lambda: outcome.migration.progress.phase == "failed")
+        await until(lambda: outcome.migration.phase == "failed")
         link.damage(lambda data: data[:30] + bytes([data[30] ^ 1]) + data[31:])
         link.is_up = True
 
@@ -535,10 +534,10 @@ async def test_a_sender_that_ends_between_the_last_word_and_letting_go_has_a_suc
     """Found by killing at random: the receiver has forgotten the session by then, and rightly so."""
     with monkeypatch.context() as patch:
 
-        async def killed(self: OutgoingMigration) -> None:
+        async def killed(self: Transfer) -> None:
             raise MigrationError("killed")
 
-        patch.setattr(OutgoingMigration, "_finish", killed)
+        patch.setattr(Transfer, "_finish", killed)
         outcome = await migrate(clean_hosts, busy(name))
     assert outcome.incoming.progress.phase == "completed"
     assert clean_hosts.source.open(name).info().state is DomainState.SUSPENDED
@@ -581,24 +580,24 @@ async def test_a_source_that_is_destroyed_takes_the_missing_pages_with_it(
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
         migration = outcome.migration
-        await until(lambda: migration._ran)
+        await until(lambda: migration.context.entry.ran)
         target = clean_hosts.destination.open(name)
         if when != "both ends are in touch":
             link.down()
-            await until(lambda: migration.progress.phase == "interrupted")
+            await until(lambda: migration.phase == "interrupted")
         clean_hosts.source.open(name).destroy()
         if when == "an operator can decide":
             with pytest.raises(MigrationError, match="does not exist here any more"):
-                await migration.decide(here=True, force=True)
+                await migration.requests.decide(here=True, force=True)
         link.is_up = True
         await until(lambda: outcome.incoming.progress.phase == "lost")
-        await until(lambda: migration.id not in migration._journal.entries())
+        await until(lambda: migration.id not in migration.context.journal.entries())
         assert "exist nowhere any more" in outcome.incoming.progress.problem
         assert "the pages that it lacks at the destination are lost" in migration.progress.problem
-        assert migration.progress.phase == "failed"
+        assert migration.phase == "failed"
         for here in (True, False):
             with pytest.raises(MigrationError, match="failed"):
-                await migration.decide(here=here, force=True)
+                await migration.requests.decide(here=here, force=True)
         assert target.info().state is DomainState.RUNNING
         target.destroy()
 

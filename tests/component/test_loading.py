@@ -202,14 +202,14 @@ async def test_a_lost_link_is_noticed_while_there_is_no_memory(
         nonlocal full
         await until(
             lambda: (
-                outcome.migration.session.handed_over
+                outcome.migration.ownership.handed_over
                 and outcome.incoming.progress.phase == "postcopy"
             )
         )
         full = True
         await until(lambda: outcome.incoming.progress.problem == NO_MEMORY)
         link.cut()
-        await until(lambda: outcome.migration.statistics.rejoins == 1)
+        await until(lambda: outcome.migration.context.statistics.rejoins == 1)
         await until(lambda: outcome.incoming.progress.problem == NO_MEMORY)
         full = False
 

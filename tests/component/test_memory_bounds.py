@@ -52,10 +52,7 @@ async def test_an_ended_migration_keeps_nothing_as_large_as_its_guest(
 
     async def meanwhile(outcome: Outcome, _link: Link) -> None:
         await until(
-            lambda: (
-                outcome.migration.progress.phase
-                in ("precopy", "switchover", "postcopy", "completed")
-            )
+            lambda: outcome.migration.phase in ("precopy", "switchover", "postcopy", "completed")
         )
         running.append(held_by(outcome.migration))
 

@@ -20,7 +20,7 @@ from migrate.protocol import messages as m
 from receiver import migration as receiver_migration
 from receiver.migration import IncomingMigration
 from receiver.pager import Pager
-from sender import migration as sender_migration
+from sender import rollback as sender_rollback
 from tests.conftest import MIB
 from tests.support import zygote
 from tests.support.commands import PROGRAM
@@ -60,7 +60,7 @@ def fails(patch: Patch, call: str, *, times: int) -> list[str]:
 def impatient(monkeypatch: Patch) -> None:
     monkeypatch.setattr(receiver_migration, "FIRST_START_AGAIN_S", 0.01)
     monkeypatch.setattr(receiver_migration, "LAST_START_AGAIN_S", 0.02)
-    monkeypatch.setattr(sender_migration, "GO_BACK_AGAIN_S", 0.01)
+    monkeypatch.setattr(sender_rollback, "AGAIN_S", 0.01)
 
 
 @pytest.mark.parametrize("strategy", [Strategy.POSTCOPY, Strategy.PRECOPY])
@@ -118,20 +118,20 @@ async def test_a_guest_that_never_starts_can_be_given_back(
         with pytest.raises(MigrationError, match="belongs here already"):
             await incoming.decide(here=True)
         with pytest.raises(MigrationError, match="both ends are in touch"):
-            await migration.decide(here=True)
+            await migration.requests.decide(here=True)
         await incoming.decide(here=False)
 
     outcome = await migrate(clean_hosts, busy(name), meanwhile=meanwhile)
     migration = outcome.migration
     assert outcome.incoming.progress.phase == "failed"
-    assert migration.progress.phase == "interrupted"
+    assert migration.phase == "interrupted"
     assert (
         "not to run here" in migration.progress.problem and "decide" in migration.progress.problem
     )
     with pytest.raises(MigrationError, match="nothing comes of that"):
-        migration.reconnect()
-    await migration.decide(here=True)
-    assert migration.progress.phase == "failed"
+        migration.requests.reconnect()
+    await migration.requests.decide(here=True)
+    assert migration.phase == "failed"
     assert outcome.error is not None
     monkeypatch.undo()
     await goes_on_here_only(clean_hosts, name)
@@ -154,7 +154,7 @@ async def test_of_two_decisions_at_once_one_is_carried_out(
 
     async def decide(here: bool) -> None:
         try:
-            await outcome.migration.decide(here=here)
+            await outcome.migration.requests.decide(here=here)
             answers[here] = "acts"
         except MigrationError as error:
             answers[here] = str(error)
@@ -203,7 +203,7 @@ async def test_a_guest_that_ends_when_an_operator_starts_it_has_ended(
         links.append(link)
         await link.was_cut.wait()
         await until_async(lambda: outcome.incoming.progress.phase == "in doubt")
-        await until_async(lambda: outcome.migration.progress.phase == "failed")
+        await until_async(lambda: outcome.migration.phase == "failed")
         outcome.incoming._step = "ready"  # as where its word was lost a moment later
         incoming = outcome.incoming
         with pytest.raises(MigrationError, match=f"{name} ended when it was to be started here"):
@@ -216,7 +216,7 @@ async def test_a_guest_that_ends_when_an_operator_starts_it_has_ended(
         with pytest.raises(MigrationError, match="has ended"):
             await incoming.decide(here=True)
         link.is_up = True
-        outcome.migration.reconnect()
+        outcome.migration.requests.reconnect()
         await until_async(lambda: incoming.id not in incoming._journal.entries())
 
     outcome = await migrate(clean_hosts, busy(name), Strategy.HYBRID, meanwhile=meanwhile)
@@ -237,11 +237,11 @@ async def test_a_guest_that_cannot_be_paused_yet_is_paused_later(
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
         nonlocal failed
-        await until_async(lambda: outcome.migration._ran)
+        await until_async(lambda: outcome.migration.context.entry.ran)
         target = clean_hosts.destination.open(name)
         link.down()
-        await until_async(lambda: outcome.migration.progress.phase == "interrupted")
-        await outcome.migration.decide(here=True, force=True)
+        await until_async(lambda: outcome.migration.phase == "interrupted")
+        await outcome.migration.requests.decide(here=True, force=True)
         incoming = outcome.incoming
         if call == "pause":
             failed = fails(monkeypatch, call, times=5)
@@ -251,7 +251,9 @@ async def test_a_guest_that_cannot_be_paused_yet_is_paused_later(
             failed = fails(monkeypatch, call, times=5)
         await until_async(lambda: "is paused here" in incoming.progress.problem)
         await until_async(lambda: target.info().state is DomainState.PAUSED)
-        await until_async(lambda: outcome.migration.id not in outcome.migration._journal.entries())
+        await until_async(
+            lambda: outcome.migration.id not in outcome.migration.context.journal.entries()
+        )
         if call == "unpause":
             failed = fails(monkeypatch, call, times=5)
         await incoming.decide(here=True, force=True)
@@ -285,16 +287,18 @@ async def test_a_guest_whose_memory_has_all_come_is_paused_later(
         await outcome.incoming.ended.wait()
         assert outcome.incoming.progress.phase == "completed"
         outcome.incoming.ended = end = trio.Event()  # for which the migration waits below
-        await until_async(lambda: outcome.migration.progress.phase == "interrupted")
+        await until_async(lambda: outcome.migration.phase == "interrupted")
         failed = fails(monkeypatch, "pause", times=5)
-        await outcome.migration.decide(here=True, force=True)
-        await until_async(lambda: outcome.migration.progress.phase == "failed")
-        outcome.migration._recall = word == "recall"
+        await outcome.migration.requests.decide(here=True, force=True)
+        await until_async(lambda: outcome.migration.phase == "failed")
+        outcome.migration.context.entry.recall = word == "recall"
         link.is_up = True
         target = clean_hosts.destination.open(name)
         await until_async(lambda: target.info().state is DomainState.PAUSED)
         await until_async(lambda: outcome.incoming.progress.phase == "failed")
-        await until_async(lambda: outcome.migration.id not in outcome.migration._journal.entries())
+        await until_async(
+            lambda: outcome.migration.id not in outcome.migration.context.journal.entries()
+        )
         target.destroy()
         end.set()
 
@@ -354,7 +358,7 @@ async def test_a_page_that_cannot_be_read_yet_is_read_later(
 
     def fail_first(self: SimulatedDomain, pfns: Any) -> Any:
         suspended = self._host is clean_hosts.source and self.state() is DomainState.SUSPENDED
-        if suspended and outcome_of[0].migration.session.handed_over and len(failed) < 3:
+        if suspended and outcome_of[0].migration.ownership.handed_over and len(failed) < 3:
             failed.append("map")
             raise XenError("map", errno.EAGAIN)
         return look(self, pfns)
@@ -367,7 +371,7 @@ async def test_a_page_that_cannot_be_read_yet_is_read_later(
 
     outcome = await migrate(clean_hosts, busy(name), options=SLOW, meanwhile=meanwhile)
     assert outcome.error is None and failed
-    assert outcome.migration.statistics.rejoins >= 1
+    assert outcome.migration.context.statistics.rejoins >= 1
     assert (await verification(clean_hosts, busy(name))).problems == []
 
 
@@ -383,11 +387,11 @@ async def test_a_state_that_is_not_known_for_a_moment_ends_nothing(
         return state(self)
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
-        await until_async(lambda: outcome.migration.session.handed_over)
+        await until_async(lambda: outcome.migration.ownership.handed_over)
         monkeypatch.setattr(SimulatedDomain, "state", fail_now_and_then)
 
     outcome = await migrate(clean_hosts, busy(name), options=SLOW, meanwhile=meanwhile)
-    assert outcome.error is None and outcome.migration.statistics.rejoins == 0
+    assert outcome.error is None and outcome.migration.context.statistics.rejoins == 0
     assert (await verification(clean_hosts, busy(name))).problems == []
 
 
@@ -408,11 +412,11 @@ async def test_what_is_cancelled_at_the_destination_does_not_become_ready(
 
     async def meanwhile(outcome: Outcome, _link: Link) -> None:
         outcomes.append(outcome)
-        await until_async(lambda: outcome.migration.progress.phase == "failed")
+        await until_async(lambda: outcome.migration.phase == "failed")
 
     outcome = await migrate(clean_hosts, busy(name), strategy, meanwhile=meanwhile)
     assert outcome.incoming.progress.problem == "cancelled by the operator of the destination"
-    assert not outcome.migration.session.handed_over
+    assert not outcome.migration.ownership.handed_over
     await goes_on_here_only(clean_hosts, name)
 
 
@@ -601,8 +605,8 @@ async def test_in_doubt_at_the_destination(
             incoming.ask_to_cancel()
         with pytest.raises(MigrationError, match="the source dials"):
             incoming.reconnect()
-        await until_async(lambda: outcome.migration.progress.phase == "failed")
-        outcome.migration.reconnect()  # to tell the destination
+        await until_async(lambda: outcome.migration.phase == "failed")
+        outcome.migration.requests.reconnect()  # to tell the destination
         await incoming.decide(here=False)
         await until_async(lambda: incoming.progress.phase == "failed")
 

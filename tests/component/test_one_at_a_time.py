@@ -20,6 +20,7 @@ from migrate.options import MigrationOptions, Strategy
 from migrate.service.journal import Journal
 from receiver.checkpoints import suspend
 from sender.migration import OutgoingMigration
+from sender.rollback import Rollback
 from sender.toolstack import OwnToolstack
 from tests.conftest import MIB
 from tests.support.daemons import SLOW, begin, boot, copying, kill, lines, phase, states, world
@@ -231,7 +232,7 @@ async def test_protection_whose_log_dirty_is_taken_ends_and_both_ends_report_it(
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
         await until_async(lambda: outcome.migration.progress.checkpoints >= 2)
-        outcome.migration._cap.spend(1024 * MIB, time.monotonic())
+        outcome.migration.context.cap.spend(1024 * MIB, time.monotonic())
         with clean_hosts.destination.open(name) as other:
             other.log_dirty_disable()
         await until_async(lambda: bool(outcome.migration.progress.unprotected))
@@ -241,14 +242,14 @@ async def test_protection_whose_log_dirty_is_taken_ends_and_both_ends_report_it(
             await trio.to_thread.run_sync(wait_for_steps, other, 50)
             other.log_dirty_enable()  # somebody else's now
             link.cut()
-            await until_async(lambda: outcome.migration.statistics.rejoins == 1)
-            await until_async(lambda: outcome.migration.progress.phase == "postcopy")
+            await until_async(lambda: outcome.migration.context.statistics.rejoins == 1)
+            await until_async(lambda: outcome.migration.phase == "postcopy")
             assert other.log_dirty_is_on()
         assert outcome.migration.progress.checkpoints == kept
         if back:
             await dies_after(0, clean_hosts, force=True)(outcome, link)
         else:
-            outcome.migration._cap = type(outcome.migration._cap)(None)
+            outcome.migration.context.cap = type(outcome.migration.context.cap)(None)
             link.cut()
 
     outcome = await protected(clean_hosts, spec, meanwhile)
@@ -325,7 +326,7 @@ async def test_a_successor_resumes_the_guest_that_its_predecessor_has_suspended(
 
     with monkeypatch.context() as patch:
         patch.setattr(OwnToolstack, "suspend", suspend_and_die)
-        patch.setattr(OutgoingMigration, "_failed", died)
+        patch.setattr(Rollback, "settle", died)
         with pytest.raises(BaseExceptionGroup):
             await migrate(clean_hosts, busy(name))
     journal = Journal(clean_hosts.directory / "journal")

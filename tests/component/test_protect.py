@@ -25,7 +25,7 @@ from receiver import checkpoints
 from receiver import migration as receiver_migration
 from receiver.checkpoints import Checkpoints, Room
 from sender import checkpoints as sender_checkpoints
-from sender import migration as sender_migration
+from sender import rollback as sender_rollback
 from sender.checkpoints import CheckpointStore
 from sender.migration import OutgoingMigration
 from sender.toolstack import OwnToolstack, StaysHereError
@@ -75,9 +75,9 @@ async def test_the_destination_dies_and_the_guest_goes_on_here(
     spec, suspended = busy(name), list[int]()
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
-        await until_async(lambda: outcome.migration.session.handed_over)
+        await until_async(lambda: outcome.migration.ownership.handed_over)
         # The push waits: on a busy machine all may arrive before so many checkpoints are made.
-        outcome.migration._cap.spend(1024 * MIB, time.monotonic())
+        outcome.migration.context.cap.spend(1024 * MIB, time.monotonic())
         suspended.extend(vcpu["count"] for vcpu in clean_hosts.source.open(name).report()["vcpu"])
         await dies_after(count, clean_hosts)(outcome, link)
 
@@ -103,8 +103,8 @@ async def moves_at_the_destination(outcome: Outcome, hosts: World, least: int) -
 
     On a busy machine a vCPU may not move for longer than two checkpoints take, or than the push does.
     """
-    await until_async(lambda: outcome.migration.session.handed_over)
-    outcome.migration._cap.spend(1024 * MIB, time.monotonic())
+    await until_async(lambda: outcome.migration.ownership.handed_over)
+    outcome.migration.context.cap.spend(1024 * MIB, time.monotonic())
     arrived = hosts.destination.open(outcome.migration.domain_name)
     before = steps(arrived)
     await until_async(lambda: has_moved(before, steps(arrived), least))
@@ -186,12 +186,12 @@ async def test_what_a_lost_link_took_along_comes_with_the_next_checkpoint(
 ) -> None:
     async def meanwhile(outcome: Outcome, link: Link) -> None:
         for _ in range(4):
-            await until_async(lambda: outcome.migration.session.handed_over)
+            await until_async(lambda: outcome.migration.ownership.handed_over)
             await trio.sleep(random.uniform(0.02, 0.08))
             link.cut()
-            outcome.migration.lanes.hurry()
+            outcome.migration.context.lanes.hurry()
         made = outcome.migration.progress.checkpoints
-        await until_async(lambda: outcome.migration.progress.phase == "postcopy")
+        await until_async(lambda: outcome.migration.phase == "postcopy")
         await dies_after(made + 1, clean_hosts)(outcome, link)
 
     spec = busy(name, 64 * MIB)  # each new pair of lanes begins with four
@@ -240,7 +240,7 @@ async def test_checkpoints_leave_room_for_the_journal(
     monkeypatch.setattr(checkpoints, "LIVE_PAGES", 1)
     monkeypatch.setattr(checkpoints, "BATCH_PAGES", 8)
     outcome = await protected(clean_hosts, busy(name))
-    assert outcome.error is None and outcome.migration.statistics.rejoins == 0
+    assert outcome.error is None and outcome.migration.context.statistics.rejoins == 0
     assert outcome.migration.progress.checkpoints == 0
     assert (
         "64 MiB of its file system are kept free for the journal"
@@ -357,7 +357,7 @@ async def test_the_way_back_is_tried_until_it_is_there(
             raise XenError("populate_physmap", errno.ENOMEM)
         populate(self, pfns)
 
-    monkeypatch.setattr(sender_migration, "GO_BACK_AGAIN_S", 0.01)
+    monkeypatch.setattr(sender_rollback, "AGAIN_S", 0.01)
     monkeypatch.setattr(SimulatedDomain, "populate", now_and_then)
     await protected(clean_hosts, busy(name), dies_after(2, clean_hosts))
     assert len(failures) == 3

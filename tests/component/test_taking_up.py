@@ -15,7 +15,7 @@ from tests.support.left import left_by_a_receiver, left_by_a_sender
 
 @pytest.mark.parametrize(
     ("step", "phase"),
-    [("deciding", "deciding"), ("handed over", "interrupted"), ("completing", "completing"),
+    [("deciding", "interrupted"), ("handed over", "interrupted"), ("completing", "completing"),
      ("going back", "interrupted"), ("decided here", "interrupted"), ("decided elsewhere", "interrupted")],
 )  # fmt: skip
 async def test_what_was_handed_over_is_not_cancelled_before_it_is_taken_up(
@@ -24,20 +24,23 @@ async def test_what_was_handed_over_is_not_cancelled_before_it_is_taken_up(
     """The successor of a sender can be asked, or stopped, before the hypervisor has found the domain: to resume the guest
     here would make a second one."""
     left = left_by_a_sender(clean_hosts.source, Journal(tmp_path), step)
-    assert left.progress.phase == phase
-    for cancel in (left.ask_to_cancel, lambda: left.cancel("the sender is being stopped")):
+    assert left.phase == phase
+    for cancel in (
+        left.requests.ask_to_cancel,
+        lambda: left.requests.cancel("the sender is being stopped"),
+    ):
         with pytest.raises(MigrationError, match="too late"):
             cancel()
     if step != "handed over":
         with pytest.raises(MigrationError, match=r"already|nothing to decide"):
-            await left.decide(here=False)
+            await left.requests.decide(here=False)
 
 
 @pytest.mark.parametrize("step", ["begun", "suspending"])
 async def test_what_was_not_handed_over_can_be_cancelled_before_it_is_taken_up(
     clean_hosts: World, tmp_path: Path, step: str
 ) -> None:
-    left_by_a_sender(clean_hosts.source, Journal(tmp_path), step).ask_to_cancel()
+    left_by_a_sender(clean_hosts.source, Journal(tmp_path), step).requests.ask_to_cancel()
 
 
 @pytest.mark.parametrize(

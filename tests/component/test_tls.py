@@ -42,7 +42,7 @@ async def test_a_guest_is_migrated_and_its_link_is_cut(
     clean_hosts: World, name: str, files: Callable[..., Tls], checksums: bool
 ) -> None:
     async def meanwhile(outcome: Outcome, link: Link) -> None:
-        await until(lambda: outcome.migration.session.handed_over)
+        await until(lambda: outcome.migration.ownership.handed_over)
         link.cut()
 
     outcome = await migrate(
@@ -53,7 +53,7 @@ async def test_a_guest_is_migrated_and_its_link_is_cut(
         meanwhile=meanwhile,
     )
     assert outcome.error is None
-    assert outcome.migration.statistics.rejoins == 1
+    assert outcome.migration.context.statistics.rejoins == 1
     assert (await verification(clean_hosts, busy(name))).problems == []
 
 

@@ -98,7 +98,7 @@ async def migrate(
             )
             target = find_domain(world.source.domains(), spec.name).id
             outcome = Outcome(
-                OutgoingMigration(session, world.source, target, lanes, options, journal)
+                OutgoingMigration.of_request(session, world.source, target, lanes, options, journal)
             )
             outcome.receiver = receiver
             if meanwhile is not None:

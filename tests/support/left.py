@@ -34,12 +34,15 @@ FACTS: dict[str, Any] = {
 }
 
 
-def left_by_a_sender(host: Hypervisor, journal: Journal, step: str) -> OutgoingMigration:
+def left_by_a_sender(
+    host: Hypervisor, journal: Journal, step: str, lanes: Any = None
+) -> OutgoingMigration:
     facts = {
         **FACTS, "step": step, "domain": NAME, "strategy": "postcopy", "bandwidth": None, "checkpoints": None,
         "successor": None,
     }  # fmt: skip
-    return OutgoingMigration.of_predecessor(SESSION, host, cast(Any, NoLanes()), journal, facts)
+    lanes = lanes or cast(Any, NoLanes())
+    return OutgoingMigration.of_predecessor(SESSION, host, lanes, journal, facts)
 
 
 def left_by_a_receiver(host: Hypervisor, journal: Journal, step: str) -> IncomingMigration:

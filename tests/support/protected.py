@@ -59,7 +59,7 @@ def dies_after(count: int, hosts: World, *, decide: bool = True, force: bool = F
     async def meanwhile(outcome: Outcome, link: Link) -> None:
         await until_async(
             lambda: (
-                outcome.migration.session.handed_over
+                outcome.migration.ownership.handed_over
                 and outcome.incoming.progress.phase == "postcopy"
             )
         )
@@ -67,9 +67,9 @@ def dies_after(count: int, hosts: World, *, decide: bool = True, force: bool = F
         link.down()
         target = hosts.destination.open(outcome.migration.domain_name)
         await trio.to_thread.run_sync(target.destroy)
-        await until_async(lambda: outcome.migration.progress.phase == "interrupted")
+        await until_async(lambda: outcome.migration.phase == "interrupted")
         if decide:
-            await outcome.migration.decide(here=True, force=force)
+            await outcome.migration.requests.decide(here=True, force=force)
 
     return meanwhile
 

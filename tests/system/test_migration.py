@@ -13,7 +13,7 @@ import pytest
 from migrate.cli.world import World, loopback_world, verify_migrated, wait_for_steps
 from migrate.control.client import ControlClient
 from migrate.errors import MigrationError
-from sender.migration import HOT_PAGES
+from sender.switchover import HOT_PAGES
 from tests.conftest import MIB
 from xenbackend.contract import DomainState
 from xenbackend.simulated.guest import WORKLOADS, GuestSpec

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pytest
@@ -18,13 +18,16 @@ from migrate.options import MigrationOptions, PolicyOptions, Strategy
 from migrate.protocol import messages as m
 from migrate.protocol import pfns
 from migrate.protocol.pfns import NO_PFNS, from_mask, pfns_of_window, union
+from sender.context import Barriers, Context, Source
 from sender.dirty import WrittenPages
+from sender.entry import Entry
+from sender.ownership import State
 from sender.policy import DefaultPolicy
 from sender.precopy import Precopy, Remainder
-from sender.progress import Progress
-from sender.statistics import SenderStatistics
+from sender.push import PushLane
 from sender.toolstack import OwnToolstack
 from tests.support.labs import SimulatedLab
+from xenbackend.contract import DomainId
 from xenbackend.pages import PAGE_SIZE, PfnArray
 
 NR_PFNS, WINDOW_PFNS = 1024, 128
@@ -48,14 +51,14 @@ class SlowDestination:
     async def report_holes(self, _pfns: PfnArray) -> PfnArray:
         return NO_PFNS
 
-    async def serve(self, precopy: Precopy) -> None:
+    async def serve(self, barriers: Barriers) -> None:
         async for message in self._out:
             if isinstance(message, m.Defer):
                 await trio.sleep(self._seconds)
                 self.evicted = union([self.evicted, pfns_of_window(message.base, message.bitmap)])
             elif isinstance(message, m.Barrier):
                 self.barriers -= 1
-                precopy.passed(message.number)
+                barriers.passed(message.number)
 
 
 @pytest.fixture
@@ -67,11 +70,15 @@ def lab(world: World, name: str, monkeypatch: pytest.MonkeyPatch) -> SimulatedLa
 async def put_off(lab: SimulatedLab, destination: SlowDestination) -> Remainder:
     options = MigrationOptions(Strategy.POSTCOPY)
     policy = DefaultPolicy(Strategy.POSTCOPY, PolicyOptions())
-    precopy = Precopy(options, policy, OwnToolstack(), Progress(), SenderStatistics())
     domain = lab.boot(NR_PFNS * PAGE_SIZE, vcpus=1, workload="idle")
+    none: Any = None
+    entry = Entry(DomainId(domain.domid, domain.handle, "guest"), options, False)
+    context = Context("session", none, none, none, OwnToolstack(), entry, State.COPYING)
+    source = Source(domain, WrittenPages(domain, NR_PFNS), None)
+    precopy = Precopy(context, source, cast(PushLane, destination), policy)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(destination.serve, precopy)
-        remainder = await precopy.run(domain, destination, WrittenPages(domain, NR_PFNS))  # type: ignore[arg-type]
+        nursery.start_soon(destination.serve, context.barriers)
+        remainder = await precopy.run()
         nursery.cancel_scope.cancel()
     return remainder
 

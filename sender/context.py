@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the parts of one outgoing migration share."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import trio
+
+from migrate.errors import MigrationError
+from migrate.lanes.connection import LaneConnection
+from migrate.lanes.pairs import Lanes
+from migrate.protocol import messages as m
+from migrate.protocol.session import Role, Session
+from migrate.service.journal import Journal
+from sender.backlog import Backlog
+from sender.bandwidth import BandwidthCap
+from sender.checkpoints import CheckpointStore
+from sender.dirty import WrittenPages
+from sender.entry import Entry
+from sender.ownership import Link, Ownership, State
+from sender.progress import Progress
+from sender.push import PushLane
+from sender.statistics import SenderStatistics
+from sender.toolstack import Toolstack
+from xenbackend.contract import Domain, Hypervisor
+
+
+@dataclass
+class Signals:
+    """What the destination, or a toolstack, has reported so far."""
+
+    ready: threading.Event = field(default_factory=threading.Event)
+    """A thread waits for this event, and the event loop for the others."""
+    resumed: trio.Event = field(default_factory=trio.Event)
+    complete: trio.Event = field(default_factory=trio.Event)
+    given_away: trio.Event = field(default_factory=trio.Event)
+    """The guest is the destination's, and the handover can be sent."""
+
+
+@dataclass
+class Source:
+    """The guest's domain at this end.  When the guest has gone back to a checkpoint, the new one."""
+
+    domain: Domain
+    written: WrittenPages
+    checkpoints: CheckpointStore | None
+
+
+class Barriers:
+    """Numbered barriers in the push lane, each of which the destination confirms."""
+
+    def __init__(self) -> None:
+        self._passed: list[trio.Event] = []
+
+    def add(self) -> tuple[int, trio.Event]:
+        """The number of a new barrier, and the event that is set when the barrier is passed."""
+        self._passed.append(trio.Event())
+        return len(self._passed) - 1, self._passed[-1]
+
+    def passed(self, number: int) -> None:
+        self._passed[number].set()
+
+
+class Context:
+    """Of one migration, from its request to its end.
+
+    ``session_id``: what ``lanes`` are for (:func:`migrate.protocol.session.new_id`).
+    """
+
+    def __init__(
+        self,
+        session_id: str,
+        hypervisor: Hypervisor,
+        lanes: Lanes,
+        journal: Journal,
+        toolstack: Toolstack,
+        entry: Entry,
+        state: State,
+    ):
+        self.id = session_id
+        self.hypervisor = hypervisor
+        self.lanes = lanes
+        self.journal = journal
+        self.toolstack = toolstack
+        self.entry = entry
+        self.options = entry.options
+        self.ownership = Ownership(self._write, self._erase, state)
+        self.session = Session(Role.SENDER)
+        self.progress = Progress()
+        self.statistics = SenderStatistics(strategy=self.options.strategy.value)
+        self.receiver_statistics: dict[str, Any] = {}
+        self.cap = BandwidthCap(self.options.bandwidth_bytes_per_s)
+        self.signals = Signals()
+        self.barriers = Barriers()
+        self.postcopy_asked = False
+        """By an administrator, instead of further rounds of precopy."""
+        self.last_word: m.Message | None = None
+        """What a destination that was cut off is to be sent, if it comes back or can be dialled."""
+        self.lost_at = 0.0
+        """When the destination was last in touch, if the lanes are lost (time.monotonic())."""
+        self.source: Source | None = None
+        """``None``: the domain is not open yet, or nothing is needed of the domain any more."""
+        self.push: PushLane | None = None
+        self.pull: LaneConnection | None = None
+        self.backlog = _nothing_missing()
+
+    # ---- the journal ----
+    def _write(self, step: str, needed: bool) -> None:
+        rejoining = {"dials": self.lanes.dials, "rejoins": self.lanes.rejoins}
+        self.journal.write(
+            self.id, {"step": step, **self.entry.facts(), **rejoining}, needed=needed
+        )
+
+    def _erase(self) -> None:
+        self.journal.erase(self.id)
+
+    def note_applied(self) -> None:
+        """Note that a resume in the source domain is impossible from now on.  Raises
+        :class:`MigrationError`.
+        """
+        if not self.entry.applied:
+            self.entry.applied = True
+            try:
+                self.ownership.note(needed=True)
+            except MigrationError:
+                self.entry.applied = False
+                raise
+
+    # ---- the guest ----
+    @property
+    def name(self) -> str:
+        return self.entry.domain.name
+
+    def is_domain(self, domain: Domain, name: str) -> None:
+        """The guest's domain, as the hypervisor has it."""
+        self.entry.domain = dataclasses.replace(
+            self.entry.domain, handle=domain.handle, name=name or self.name
+        )
+
+    def count_down(self) -> None:
+        """Show how many pages the destination still lacks."""
+        self.progress.outstanding = self.backlog.unacknowledged
+        self.progress.pages_done = self.progress.pages_total - self.progress.outstanding
+
+    def give_back(self) -> None:
+        """Drop what is as large as the guest: ``list`` shows the migration for long after its end."""
+        self.source = None
+        self.backlog = _nothing_missing()
+
+    # ---- the lanes ----
+    def take_push_lane(self, connection: LaneConnection, domain: Domain) -> PushLane:
+        self.push = PushLane(
+            connection, self.session, domain, self.cap, self.progress, self.statistics
+        )
+        return self.push
+
+    def connections(self) -> list[LaneConnection]:
+        push = None if self.push is None else self.push.connection
+        return [connection for connection in (push, self.pull) if connection is not None]
+
+    def close_lanes(self) -> None:
+        for connection in self.connections():
+            self.statistics.bytes_sent += connection.bytes_sent
+            connection.close()
+        self.push = self.pull = None
+        if self.ownership.link is Link.UP:
+            self.ownership.link = Link.LOST
+
+
+def _nothing_missing() -> Backlog:
+    return Backlog(np.zeros(0, dtype=np.bool_))

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Before anything of the guest is touched: is the domain free, and does the destination take it?"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import trio
+
+from migrate.errors import MigrationError, OccupiedError, RemoteProtocolError
+from migrate.lanes.connection import step_timeout
+from migrate.options import MigrationOptions
+from migrate.protocol import messages as m
+from migrate.protocol.pfns import sparseness
+from sender.context import Context, Source
+from sender.ownership import Link
+from sender.push import PushLane
+from xenbackend.contract import Domain, DomainState
+from xenbackend.pages import PAGE_SIZE
+
+
+def check_free(domain: Domain, options: MigrationOptions) -> None:
+    """Raises :class:`MigrationError` for a domain that cannot be migrated as it is.  Raises
+    :class:`OccupiedError` if another migration or another program is at work on the domain.
+    """
+    info = domain.info()
+    if info.paged_pages or domain.has_pager():
+        raise OccupiedError(
+            f"{info.name} has a pager, and {info.paged_pages} of its pages are not here: wait until "
+            "the migration that brings them is completed, which `xen-postcopy list` shows"
+        )
+    if info.state is DomainState.SUSPENDED:
+        raise OccupiedError(
+            f"{info.name} is suspended: only a running guest can be migrated; who migrates or "
+            "saves it now, `xen-postcopy list` may show"
+        )
+    if info.state is not DomainState.RUNNING:
+        raise MigrationError(
+            f"{info.name} is {info.state.value}: only a running guest can be migrated"
+        )
+    if domain.log_dirty_is_on():
+        if not options.take_log_dirty:
+            raise OccupiedError(
+                f"log-dirty is on for {info.name}: somebody migrates, saves or protects it, or died "
+                "when doing so; if nobody does any more, `xen-postcopy migrate --take-log-dirty` (or "
+                "`XEN_POSTCOPY=off xl migrate`) switches it off first"
+            )
+        domain.log_dirty_disable()
+
+
+async def agree(context: Context, source: Source) -> PushLane:
+    """Check the domain, connect, and offer the guest.  When this returns, both lanes are there.
+
+    Raises :class:`MigrationError` if the destination refuses the guest.
+    """
+    domain = source.domain
+    info = await trio.to_thread.run_sync(domain.info)
+    context.is_domain(domain, info.name)
+    await trio.to_thread.run_sync(functools.partial(check_free, domain, context.options))
+    context.statistics.memory_bytes = info.tot_pages * PAGE_SIZE
+    push = context.take_push_lane(await context.lanes.push(), domain)
+    context.ownership.link = Link.UP
+    token = await _offer(context, domain, push)
+    context.pull = await context.lanes.pull(token)
+    context.lanes.keep(context.entry.key)
+    await context.toolstack.agreed()
+    return push
+
+
+async def _offer(context: Context, domain: Domain, push: PushLane) -> bytes:
+    """Returns the token for the pull lane."""
+    config = await trio.to_thread.run_sync(domain.config)
+    if problem := sparseness(config.nr_pfns, config.max_pages):
+        raise MigrationError(problem)
+    await push.say(
+        m.Offer(
+            config.name,
+            config.nr_pfns,
+            config.max_pages,
+            config.vcpus,
+            config.platform,
+            context.options.strategy.pages_after_handover,
+            context.entry.key,
+            math.ceil((context.options.checkpoint_every_s or 0) * 1000),
+        )
+    )
+    with step_timeout("the destination did not answer the preflight"):
+        answer = await push.hear()
+    if isinstance(answer, m.Refused | m.Failed):
+        raise MigrationError(f"the destination refuses: {answer.reason}")
+    if not isinstance(answer, m.Accepted):
+        raise RemoteProtocolError(f"{answer.type} instead of accepted or refused")
+    return answer.token

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""When the lanes are lost after the guest was given away, or the sender was started anew.
+
+The session is taken up again over a new pair of lanes: the destination reports what it lacks, and
+each of those pages is sent again.  A message that may not have arrived is sent again as well.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import numpy as np
+import trio
+
+from migrate.errors import MigrationError, PeerClosedError, RemoteProtocolError
+from migrate.lanes.connection import step_timeout
+from migrate.protocol import messages as m
+from migrate.protocol.pfns import PfnMask, pfns_of_window
+from migrate.protocol.session import Phase, Role, Session
+from migrate.tasks import in_thread, is_bug, is_final
+from sender.backlog import Backlog
+from sender.checkpoints import CheckpointStore
+from sender.context import Context, Source
+from sender.inbox import completed, raise_end, unprotected
+from sender.ownership import Link, State
+from sender.push import PushLane
+from sender.switchover import last_of_switchover
+from xenbackend.contract import Domain
+from xenbackend.errors import NoSuchDomainError, XenError
+
+log = logging.getLogger(__name__)
+
+
+class Recovery:
+    def __init__(self, context: Context, source: Source):
+        self._context = context
+        self._source = source
+
+    async def take_up_predecessor(self) -> PushLane:
+        """Rejoin a session that a sender has left that was killed."""
+        context, source = self._context, self._source
+        context.session = Session.of_predecessor(
+            Role.SENDER,
+            source.domain.nr_pfns,
+            handed_over=context.ownership.handed_over,
+            protected=source.checkpoints is not None,
+            entrusted=context.entry.xl,
+        )
+        if source.checkpoints is not None:
+            await trio.to_thread.run_sync(self.take_up_checkpoint, source.checkpoints)
+        return await self.rejoin(PeerClosedError("the sender was started anew"))
+
+    async def rejoin(self, lost: Exception) -> PushLane:
+        """Until the destination is there again: returns the new push lane.
+
+        Raises the error after which no attempt can succeed.
+        """
+        context = self._context
+        context.lost_at = time.monotonic()
+        while True:
+            context.close_lanes()
+            log.warning("%s: %s", context.name, lost, exc_info=is_bug(lost))
+            self._note(str(lost))
+            try:
+                connection = await context.lanes.again(self._note)
+                push = context.take_push_lane(connection, self._source.domain)
+                await self._take_up_again(push)
+                break
+            except Exception as error:
+                if is_final(error) or await self.pages_are_lost():
+                    raise
+                lost = error
+        context.statistics.rejoins += 1
+        if context.ownership.state is State.ALL_SENT:
+            context.ownership.enter(State.HANDED_OVER)
+        context.ownership.link = Link.UP
+        context.progress.problem, context.lost_at = "", 0.0
+        context.count_down()
+        missing = context.backlog.unacknowledged
+        log.info("%s: the destination is back, %d pages to go", context.name, missing)
+        return push
+
+    async def pages_are_lost(self) -> bool:
+        """True if pages that the destination may lack have gone with the source domain."""
+        context = self._context
+        if context.toolstack.destroys_source:
+            return False  # this process holds the pages
+        if not context.ownership.inherited and not context.backlog.unacknowledged:
+            return False
+        return await in_thread(is_gone, self._source.domain, context.name)
+
+    def _note(self, why: str) -> None:
+        state = (
+            "the guest is at the destination, its missing pages are kept here"
+            if self._context.ownership.handed_over
+            else "xl has not said yet at which end the guest runs"
+        )
+        self._context.progress.problem = f"{why}; {state}"
+
+    async def _take_up_again(self, push: PushLane) -> None:
+        """Find out what the destination lacks, of pages and of messages."""
+        context, checkpoints = self._context, self._source.checkpoints
+        context.session.rejoin()
+        if checkpoints is not None:
+            await trio.to_thread.run_sync(checkpoints.abandon)
+        await push.say(m.Rejoin())
+        outstanding = np.zeros(self._source.domain.nr_pfns, dtype=np.bool_)
+        with step_timeout("the destination did not say what it lacks"):
+            while isinstance(answer := await push.hear(), m.Outstanding):
+                outstanding[pfns_of_window(answer.base, answer.bitmap)] = True
+        match answer:
+            case m.Rejoined() | m.Complete():
+                await trio.to_thread.run_sync(self._take_backlog, outstanding)
+            case m.Ended() | m.Failed():
+                raise_end(context, answer)
+            case _:
+                raise RemoteProtocolError(f"{answer.type} in answer to rejoin")
+        if isinstance(answer, m.Complete):
+            completed(context, answer)
+            return
+        context.pull = await context.lanes.pull(answer.token)
+        if context.session.phase is Phase.SWITCHOVER:
+            await push.say(last_of_switchover(context))
+            await context.toolstack.switched_over()
+
+    def _take_backlog(self, outstanding: PfnMask) -> None:
+        """What a predecessor had as its backlog, only the destination knows."""
+        context, domain = self._context, self._source.domain
+        if not context.ownership.inherited:
+            domain.release(context.backlog.rejoin(outstanding))
+            return
+        context.backlog = Backlog(outstanding)
+        missing = context.backlog.unacknowledged
+        context.statistics.missing_pages = context.progress.pages_total = missing
+        context.toolstack.hold(domain, outstanding)
+        context.ownership.inherited = False
+
+    def take_up_checkpoint(self, checkpoints: CheckpointStore) -> None:
+        """A predecessor's.  Without the checkpoint the guest is not protected; its pages are here
+        still.
+        """
+        if not self._context.entry.applied and not checkpoints.exists():
+            return
+        try:
+            checkpoints.apply_again()
+        except (MigrationError, XenError, OSError) as error:
+            unprotected(self._context, m.printable(str(error)))
+
+
+def is_gone(domain: Domain, name: str) -> bool:
+    """True if somebody has destroyed the domain.  Called in a thread."""
+    try:
+        domain.state()
+    except NoSuchDomainError:
+        return True
+    except XenError as error:
+        log.warning("%s: the state of its domain is not known: %s", name, error)
+    return False

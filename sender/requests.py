@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What an operator, or the daemon, may ask of a migration that is under way.
+
+Each request acts, or raises a :class:`MigrationError` that says why not and what to do instead.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from migrate.errors import MigrationError
+from migrate.service.lifecycle import ended
+from sender.context import Context
+from sender.ownership import DECIDED, State
+from sender.recovery import is_gone
+from sender.rollback import Rollback, unreadable
+from sender.switchover import stay
+
+DECISIONS = {
+    State.DECIDED_HERE: "decided here",
+    State.RETURNING: "decided here",
+    State.DECIDED_ELSEWHERE: "decided elsewhere",
+}
+
+
+class Requests:
+    """``carry_out``: act on a decision after the migration's task has ended."""
+
+    def __init__(self, context: Context, carry_out: Callable[[State], Awaitable[None]]):
+        self._context = context
+        self._ownership = context.ownership
+        self._carry_out = carry_out
+        self.scope = trio.CancelScope()
+        """What the migration's task runs in."""
+        self.cancelled_because = ""
+        self.decision: State | None = None
+        """An operator's.  Another one is refused from then on."""
+        self.decided = trio.Event()
+        """The journal has the decision, or the decision came too late."""
+        self.rollback: Rollback | None = None
+        """``None``: the domain is not open yet."""
+        self.is_over = False
+        """The migration's task has ended."""
+
+    # ---- precopy ----
+    def postcopy_now(self) -> None:
+        """Switch over at once, and send the rest afterwards."""
+        name, shown = self._context.name, self._ownership.shown
+        if self._ownership.has_ended:
+            raise MigrationError(self._ending("switch over"))
+        if not self._context.options.strategy.pages_after_handover:
+            raise MigrationError("this migration was started with --strategy precopy")
+        if self._ownership.is_suspended:
+            raise MigrationError(f"{name} is past its precopy: it is {shown}")
+        self._context.postcopy_asked = True
+
+    # ---- cancel ----
+    def cancel(self, reason: str) -> None:
+        """Give the migration up; the guest goes on here."""
+        if not stay(self._context):
+            if self._ownership.state is State.UNDECIDED:
+                raise MigrationError(
+                    "too late to cancel: it is for xl to decide now at which end the guest runs"
+                )
+            raise MigrationError(
+                "too late to cancel: the guest runs at the destination, and its memory is following"
+            )
+        self.cancelled_because = reason
+        self.scope.cancel()
+
+    def ask_to_cancel(self) -> None:
+        """:meth:`cancel` for an operator."""
+        if self._ownership.has_ended:
+            raise MigrationError(self._ending("cancel"))
+        try:
+            self.cancel("cancelled by the operator")
+        except MigrationError as error:
+            if self._ownership.is_cut_off and self._ownership.handed_over:
+                raise MigrationError(
+                    f"{error}; if the other host never comes back: `xen-postcopy decide`"
+                ) from None
+            raise
+
+    # ---- a destination that is not there ----
+    def reconnect(self) -> None:
+        """Dial the destination at once."""
+        name, shown = self._context.name, self._ownership.shown
+        has_ended = self._ownership.has_ended
+        if has_ended and self._context.last_word is None:
+            raise MigrationError(self._ending("reconnect"))
+        if self.is_over and not has_ended:
+            raise MigrationError(f"nothing comes of that: {self._context.progress.problem}")
+        if not has_ended and not self._ownership.is_cut_off:
+            raise MigrationError(
+                f"there is nothing to reconnect: the migration of {name} is {shown}"
+            )
+        if self._context.lanes.dials is None:
+            raise MigrationError(
+                f"the destination dials, and tries by itself: ask its receiver to reconnect {name}"
+            )
+        self._context.lanes.hurry()
+
+    @property
+    def known_of_peer(self) -> str:
+        """What speaks for and against a decision."""
+        context, now = self._context, time.monotonic()
+        ran = "has" if context.entry.ran else "has not"
+        known = [f"the destination {ran} reported that {context.name} runs there"]
+        if context.signals.complete.is_set():
+            known.append("it has reported that all memory has arrived")
+        elif context.progress.outstanding:
+            missing = context.progress.outstanding
+            known.append(f"when it was last heard of, {missing} pages were missing there")
+        if context.lost_at:
+            known.append(f"it was last in touch {now - context.lost_at:.0f} s ago")
+        if context.progress.checkpoint_at:
+            age_s = now - context.progress.checkpoint_at
+            known.append(f"the last checkpoint came {age_s:.0f} s ago")
+        return "; ".join(known)
+
+    async def decide(self, *, here: bool, force: bool = False) -> None:
+        """Carry out an operator's decision, where the destination cannot be reached: the guest does
+        not run there and never will (``here``), or nothing of the guest is needed at the source.
+
+        Raises :class:`MigrationError` if there is nothing to decide, or if the decision is known to
+        be wrong and is not forced.
+        """
+        certain, obstacle = await trio.to_thread.run_sync(self._way_back) if here else (False, "")
+        gone = await trio.to_thread.run_sync(self._is_gone)
+        self._check_decision(here=here, certain=force or certain, obstacle=obstacle)
+        if here and gone:
+            raise MigrationError(
+                f"the domain of {self._context.name} does not exist here any more: there is "
+                "nothing that could go on; `xen-postcopy decide ... elsewhere` ends the migration"
+            )
+        if self.rollback is not None and self.rollback.is_stuck:
+            await self._decide_otherwise(self.rollback)
+            return
+        self.decision = State.DECIDED_HERE if here else State.DECIDED_ELSEWHERE
+        if not self.is_over:
+            self.scope.cancel()
+            await self.decided.wait()
+            return
+        try:
+            await self._carry_out(self.decision)
+        except BaseException:
+            self.decision = None  # and can be made again
+            raise
+
+    async def _decide_otherwise(self, rollback: Rollback) -> None:
+        """An attempt to go back to a checkpoint has failed."""
+        rollback.otherwise.set()
+        await rollback.went.wait()
+        if self._ownership.state is not State.DECIDED_ELSEWHERE:
+            raise MigrationError(f"too late: in the meantime {self._context.name} went on here")
+
+    def _way_back(self) -> tuple[bool, str]:
+        """Whether the guest was protected to the end and its last checkpoint can be read, and why
+        the guest cannot go on here at all (empty if it can).  Called in a thread.
+        """
+        source = self._context.source
+        if source is None or source.checkpoints is None:
+            return False, ""
+        problem = unreadable(source.checkpoints)
+        certain = not problem and not self._context.progress.unprotected
+        return certain, problem if self._context.entry.applied else ""
+
+    def _is_gone(self) -> bool:
+        source = self._context.source
+        return source is not None and is_gone(source.domain, self._context.name)
+
+    def _ending(self, asked: str) -> str:
+        context = self._context
+        return ended(context.name, self._ownership.shown, context.progress.problem, asked)
+
+    def _check_decision(self, *, here: bool, certain: bool, obstacle: str) -> None:
+        """``certain``: to go on here is right even if the guest has run at the destination.
+        ``obstacle``: why it is impossible to go on here.
+        """
+        self._check_undecided(here=here)
+        name = self._context.name
+        if here and self._context.toolstack.destroys_source:
+            raise MigrationError(
+                "xl has destroyed the domain here: there is nothing that could go on; "
+                "`xen-postcopy decide ... elsewhere` lets its pages go"
+            )
+        if here and obstacle:
+            raise MigrationError(
+                f"{name} cannot go on here, with --force neither: {obstacle}; without it the memory "
+                "here is that of no instant, because checkpoints were written into it; the guest "
+                "goes on where it is as soon as the destination is back; if the guest is lost: "
+                f"`xen-postcopy decide {name} elsewhere` lets its pages go"
+            )
+        # A final answer proves nothing.  A receiver with another state directory does not have the
+        # session, and the guest may run there nevertheless.
+        if here and self._context.entry.ran and not certain:
+            raise MigrationError(
+                f"{self.known_of_peer}: if it still runs there, it would run twice; if it does not, "
+                "it would continue here from its suspension, without what it did there: --force; "
+                "`elsewhere` destroys what is left of it here"
+            )
+
+    def _check_undecided(self, *, here: bool) -> None:
+        name, shown, state = self._context.name, self._ownership.shown, self._ownership.state
+        stuck = self.rollback is not None and self.rollback.is_stuck
+        if self._ownership.has_ended:
+            raise MigrationError(self._ending("decide"))
+        if not self._ownership.may_be_elsewhere:
+            raise MigrationError(
+                f"there is nothing to decide: the migration of {name} is {shown}, and the guest "
+                "runs here; `xen-postcopy cancel` takes it back"
+            )
+        if state is State.UNDECIDED:
+            raise MigrationError(
+                f"there is nothing to decide here: xl does, and has not yet; {name} is {shown}"
+            )
+        if decision := self.decision or (state if state in DECIDED else None):
+            if here or not stuck:
+                raise MigrationError(
+                    f"that was {DECISIONS[decision]} already, which is being carried out: see "
+                    "`xen-postcopy list`"
+                )
+        elif not self._ownership.is_cut_off:
+            raise MigrationError(
+                f"there is nothing to decide here: both ends are in touch, and {name} is {shown}"
+            )

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What happens to the guest and its pages when a migration ends otherwise than by completion.
+
+Until the guest is given away, it goes on here as if nothing had happened.  From then on the domain
+stays suspended and its pages are kept until each is confirmed, or until an operator decides
+(invariants 1 and 6).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import NoReturn
+
+import trio
+
+from migrate.errors import GuestEndedError, MigrationError, PeerClosedError
+from migrate.protocol import messages as m
+from migrate.tasks import as_soon_as_threads_start, in_thread
+from sender.checkpoints import CheckpointStore
+from sender.context import Context, Source
+from sender.last_word import lose
+from sender.ownership import DECIDED, Link, State
+from sender.recovery import Recovery
+from sender.toolstack import StaysHereError
+from xenbackend.contract import Domain, DomainState
+from xenbackend.errors import NoSuchDomainError, XenError
+
+log = logging.getLogger(__name__)
+
+AGAIN_S = 5.0
+"""Between attempts to go back to a checkpoint, or to destroy the source."""
+ABORT_S = 2.0
+"""How long a connected destination has to take ``abort``."""
+WENT_BACK = "the guest goes on here, as it was when the last checkpoint was made"
+
+
+class Rollback:
+    def __init__(self, context: Context, source: Source, recovery: Recovery):
+        self._context = context
+        self._ownership = context.ownership
+        self._source = source
+        self._recovery = recovery
+        self.is_stuck = False
+        """The guest was to go on here from a checkpoint, and at least one attempt has failed."""
+        self.otherwise = trio.Event()
+        """An operator has then decided that nothing of the guest is needed here."""
+        self.went = trio.Event()
+        """The attempts have ended in either way."""
+
+    async def settle(self, error: BaseException) -> None:
+        """Leave the guest at exactly one end, after the error that has ended the migration."""
+        if isinstance(error, trio.Cancelled) and self._ownership.may_be_elsewhere:
+            self._keep(error)  # this process ends, and its successor goes on
+        elif isinstance(error, GuestEndedError):
+            await self._guest_ended(error)
+        elif (
+            isinstance(error, StaysHereError)
+            or not self._ownership.may_be_elsewhere
+            or await self._stays_in_doubt(error)
+        ):
+            await self._stay_here(error)
+        elif await self._recovery.pages_are_lost():
+            gone = f"the domain of {self._context.name} was destroyed at the source"
+            self._context.progress.problem = await in_thread(lose, self._context, gone)
+            log.error("%s: %s", self._context.name, self._context.progress.problem)
+        else:
+            self._keep(error)
+
+    def _keep(self, error: BaseException) -> None:
+        self._ownership.link = Link.GIVEN_UP
+        self._context.progress.problem = (
+            f"{error}; it was handed over, and its missing pages are kept here until you decide "
+            f"(xen-postcopy decide {self._context.name})"
+        )
+
+    async def _stays_in_doubt(self, error: BaseException) -> bool:
+        """Wait for the toolstack's decision, if there is none yet: true if the guest stays here."""
+        if self._ownership.state is not State.UNDECIDED:
+            return False
+        name, progress = self._context.name, self._context.progress
+        self._ownership.link = Link.GIVEN_UP
+        progress.problem = f"{error}; xl has not said yet at which end the guest runs"
+        log.warning("%s: %s", name, progress.problem)
+        if not await self._context.toolstack.decision(self._source.domain):
+            return True
+        await in_thread(self._ownership.enter, State.HANDED_OVER)
+        return False
+
+    async def _guest_ended(self, error: GuestEndedError) -> None:
+        """Nothing of the guest is needed here any more."""
+        await self.let_source_go()
+        self._context.progress.problem = str(error)
+        await trio.to_thread.run_sync(self.forget, State.FAILED)
+
+    # ---- the guest goes on here ----
+    async def _stay_here(self, error: BaseException) -> None:
+        self._context.progress.problem = str(error)
+        with trio.CancelScope(shield=True):
+            try:
+                await self._give_up(str(error))
+            except GuestEndedError as otherwise:
+                await self._guest_ended(otherwise)
+
+    async def _give_up(self, reason: str) -> None:
+        context, checkpoints = self._context, self._source.checkpoints
+        log.warning("migration of %s given up: %s", context.name, reason)
+        if self._ownership.handed_over:
+            context.entry.recall = True
+        abort = m.Abort(m.printable(reason))
+        if self._ownership.peer_may_be_ready:
+            context.last_word = abort
+        await self._send_abort(abort)
+        with self._reported():
+            await trio.to_thread.run_sync(self._source.written.disable)
+        with self._reported():
+            if checkpoints is not None and await in_thread(self._is_to_go_back, checkpoints):
+                await self._go_back(checkpoints)
+            else:
+                suspended = self._ownership.is_suspended
+                await context.toolstack.give_up(self._source.domain, reason, suspended=suspended)
+        with self._reported():
+            owed = context.last_word is not None
+            await in_thread(self.forget, State.GIVEN_UP if owed else State.FAILED)
+
+    async def _send_abort(self, abort: m.Abort) -> None:
+        """If the message does not arrive, and the destination is not ready, the end of the
+        connection has the same effect.  Otherwise the message is sent again later.
+        """
+        if self._context.push is not None:
+            with trio.move_on_after(ABORT_S), contextlib.suppress(PeerClosedError):
+                await self._context.push.connection.send(abort)
+        self._context.close_lanes()
+
+    def _is_to_go_back(self, checkpoints: CheckpointStore) -> bool:
+        return self._context.entry.applied or not unreadable(checkpoints)
+
+    async def _go_back(self, checkpoints: CheckpointStore) -> None:
+        """To the guest as it was when the last checkpoint was made, however long that takes.
+
+        Raises :class:`GuestEndedError` if an operator decides otherwise after a failed attempt.
+        """
+        context = self._context
+        while True:
+            try:
+                domain = await trio.to_thread.run_sync(self._new_domain)
+                await trio.to_thread.run_sync(checkpoints.go_back, domain)
+                break
+            except (MigrationError, XenError, OSError) as error:
+                context.progress.problem = (
+                    f"cannot go back to the last checkpoint: {error}; trying again; to let the "
+                    f"guest go here instead: `xen-postcopy decide {context.name} elsewhere`"
+                )
+                log.error("%s: %s", context.name, context.progress.problem)
+                self.is_stuck = True
+                with trio.move_on_after(AGAIN_S):
+                    await self.otherwise.wait()
+                if self.otherwise.is_set():
+                    await self._decide_otherwise()
+        self.is_stuck = False
+        self.went.set()
+        log.warning("%s goes on here, as it was at the last checkpoint", context.name)
+        await context.toolstack.finish(self._source.domain)
+        self._source.domain, context.progress.problem = domain, WENT_BACK
+
+    async def _decide_otherwise(self) -> NoReturn:
+        # The guest may run at the destination.
+        self._context.entry.recall, self._context.last_word = False, None
+        await trio.to_thread.run_sync(self._ownership.enter, State.DECIDED_ELSEWHERE)
+        self.went.set()
+        raise verdict(State.DECIDED_ELSEWHERE)
+
+    def _new_domain(self) -> Domain:
+        """The domain in which the guest is to go on.  A guest keeps its UUID, so that the domain
+        that takes its place has the same one.
+        """
+        entry, hypervisor = self._context.entry, self._context.hypervisor
+        config = self._source.domain.config()
+        if entry.successor is not None:
+            return hypervisor.reopen_incoming(
+                entry.successor, config, lent=False, handle=self._source.domain.handle
+            )
+        for left in hypervisor.abandoned(config, instead_of=self._source.domain):
+            left.destroy()  # by a predecessor that died before the journal had the domain's number
+        domain = hypervisor.create_incoming(config, instead_of=self._source.domain)
+        entry.successor, entry.applied = domain.domid, True
+        self._ownership.enter(State.RETURNING)
+        return domain
+
+    @contextlib.contextmanager
+    def _reported(self) -> Iterator[None]:
+        """An error is added to the problem that is shown, and what follows is done all the same."""
+        try:
+            yield
+        except GuestEndedError:
+            raise
+        except (MigrationError, XenError) as error:
+            self._context.progress.problem += f"; and then: {error}"
+            log.error("%s", error)
+
+    # ---- the guest goes on elsewhere, or nowhere ----
+    async def let_source_go(self) -> None:
+        """Destroy what is left of the guest here, however long that takes: what fails may pass."""
+        context = self._context
+        while True:
+            try:
+                await as_soon_as_threads_start(self._let_successor_go)
+                await as_soon_as_threads_start(
+                    lambda: context.toolstack.finish(self._source.domain)
+                )
+                break
+            except NoSuchDomainError:  # somebody else has done it
+                break
+            except XenError as error:
+                problem = f"the source cannot be destroyed: {error}; trying again"
+                context.progress.problem = problem
+                log.error("%s: %s", context.name, problem)
+                await trio.sleep(AGAIN_S)
+        context.progress.problem = ""
+
+    async def _let_successor_go(self) -> None:
+        """The domain that was made to go back to a checkpoint, if the guest never ran in it."""
+        if self._context.entry.successor is None:
+            return
+        with contextlib.suppress(NoSuchDomainError):
+            successor = await trio.to_thread.run_sync(self._new_domain)
+            if await trio.to_thread.run_sync(successor.state) is DomainState.INCOMING:
+                await trio.to_thread.run_sync(successor.destroy)
+        self._context.entry.successor = None
+
+    def forget(self, state: State) -> None:
+        """The last state, after which no checkpoint is needed any more.  Called in a thread."""
+        self._ownership.enter(state)
+        if self._source.checkpoints is not None:
+            self._source.checkpoints.close()
+
+
+def verdict(state: State) -> MigrationError:
+    """What follows from an operator's decision."""
+    assert state in DECIDED
+    if state is State.DECIDED_ELSEWHERE:
+        return GuestEndedError("an operator has said that nothing of the guest is needed here")
+    if state is State.RETURNING:
+        return StaysHereError(WENT_BACK)
+    return StaysHereError("an operator has said that the guest does not run at the destination")
+
+
+def unreadable(checkpoints: CheckpointStore) -> str:
+    """Why nobody can go back to the last checkpoint; empty if that is possible."""
+    try:
+        checkpoints.check()
+    except MigrationError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The order of things: one guest's way to the destination, from the first connection on.
+
+The whole is :meth:`Transfer.run`; what happens over one pair of lanes is :meth:`Transfer._use_pair`.
+The other modules in the order of their use:
+
+    preflight.py          is the domain free, and does the destination take the guest?
+    precopy.py            rounds over what the guest writes, while the guest runs here
+    switchover.py         the guest is suspended, and is handed over
+    inbox.py              what the destination sends
+    faults.py, push.py    the pages that the destination lacks
+    recovery.py           the lanes are lost, or the sender was started anew
+    rollback.py           an error: the guest stays here, or its pages are kept
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import time
+
+import trio
+
+from migrate.errors import MigrationError, PeerClosedError, RemoteProtocolError
+from migrate.lanes.connection import EXPLANATION_S, STEP_TIMEOUT_S
+from migrate.protocol import messages as m
+from migrate.tasks import first, in_thread, is_final, task_group
+from sender.context import Context, Source
+from sender.dirty import limit_of
+from sender.faults import FaultServer
+from sender.inbox import Inbox
+from sender.ownership import DECIDED, Restart, State
+from sender.policy import Policy
+from sender.precopy import Precopy
+from sender.preflight import agree
+from sender.push import BATCH_PAGES, PushLane
+from sender.recovery import Recovery
+from sender.rollback import Rollback, verdict
+from sender.source_pages import announce_missing, count_pages
+from sender.switchover import Switchover, follow_decision, hand_over_when_decided
+from xenbackend.pages import PAGE_SIZE, PfnArray
+
+log = logging.getLogger(__name__)
+
+
+class Transfer:
+    """The guest's way to the destination, from the first connection on."""
+
+    def __init__(
+        self,
+        context: Context,
+        source: Source,
+        policy: Policy,
+        recovery: Recovery,
+        rollback: Rollback,
+    ):
+        self._context = context
+        self._ownership = context.ownership
+        self._source = source
+        self._policy = policy
+        self._recovery = recovery
+        self._rollback = rollback
+
+    async def run(self) -> None:
+        push = await agree(self._context, self._source)
+        async with task_group() as tasks:  # for what does not end with the lanes
+            await self._use_lanes(tasks, push)
+            tasks.cancel_scope.cancel()
+        await self._finish()
+
+    async def go_on(self) -> None:
+        """From where a sender has left the migration that was killed."""
+        match self._ownership.row.restart:
+            case Restart.TAKE_BACK | Restart.LET_GO if self._ownership.state in DECIDED:
+                raise verdict(self._ownership.state)
+            case Restart.TAKE_BACK:
+                raise MigrationError("the sender was ended in the middle of it")
+            case Restart.REJOIN | Restart.FOLLOW_TOOLSTACK:
+                async with task_group() as tasks:
+                    tasks.start_soon(follow_decision, self._context, self._source)
+                    push = await self._recovery.take_up_predecessor()
+                    await self._use_lanes(tasks, push)
+                    tasks.cancel_scope.cancel()
+        await self._finish()
+
+    async def _use_lanes(self, tasks: trio.Nursery, push: PushLane) -> None:
+        """One pair of lanes after the other, until nothing is missing at the destination."""
+        while True:
+            try:
+                await self._use_pair(tasks, push)
+                return
+            except Exception as error:
+                if not self._ownership.may_be_elsewhere or is_final(error):
+                    raise
+                if await self._recovery.pages_are_lost():
+                    raise
+                push = await self._recovery.rejoin(error)
+
+    async def _use_pair(self, tasks: trio.Nursery, push: PushLane) -> None:
+        context = self._context
+        async with task_group() as lane_tasks:
+            for connection in context.connections():
+                lane_tasks.start_soon(connection.keep_alive)
+            lane_tasks.start_soon(Inbox(context, self._source, push).receive)
+            if context.pull is not None:
+                # From now on, though nobody may ask yet: a guest that has just been started at the
+                # destination faults at once, and a thread takes milliseconds to start.
+                faults = FaultServer(
+                    self._source.domain,
+                    context.pull,
+                    context.session,
+                    context.statistics,
+                    context.cap,
+                )
+                lane_tasks.start_soon(_serve, faults)
+                if self._ownership.may_be_elsewhere:
+                    faults.open(context.backlog)
+                else:
+                    await self._move(tasks, push, faults)
+            await self._feed(lane_tasks, push)
+            await self._complete(push)
+            lane_tasks.cancel_scope.cancel()
+
+    async def _move(self, tasks: trio.Nursery, push: PushLane, faults: FaultServer) -> None:
+        """Precopy and switchover."""
+        context, source = self._context, self._source
+        limit = await trio.to_thread.run_sync(limit_of, source.domain)
+        source.written.max_pages = context.entry.max_pages = limit
+        await trio.to_thread.run_sync(self._ownership.enter, State.COPYING)
+        precopy = Precopy(context, source, push, self._policy)
+        remainder = await precopy.run()
+        await Switchover(context, source, precopy, push, faults).run(tasks, remainder)
+
+    async def _feed(self, lane_tasks: trio.Nursery, push: PushLane) -> None:
+        """Push what the destination lacks."""
+        context = self._context
+        lane_tasks.start_soon(hand_over_when_decided, context, push)
+        # Until a toolstack has decided, nobody needs the pages, and the toolstack needs the CPU to
+        # finish its work.  xl may then leave the guest paused for long (``xl migrate -p``); its
+        # memory follows nevertheless.
+        await first(context.signals.resumed.wait, context.signals.given_away.wait)
+
+        def sent(_pfns: PfnArray, message: m.Pages) -> bool:
+            context.statistics.push_pages += count_pages(message)
+            context.statistics.push_bytes += len(message.pfns) * PAGE_SIZE
+            return True
+
+        announce = functools.partial(announce_missing, backlog=context.backlog)
+        await push.send_batches(context.backlog.batches(BATCH_PAGES), sent, announce)
+        if self._ownership.state is State.HANDED_OVER:
+            await in_thread(self._ownership.enter, State.ALL_SENT)
+
+    async def _complete(self, push: PushLane) -> None:
+        context = self._context
+        await context.signals.complete.wait()
+        if context.backlog.unacknowledged:
+            # Invariant 8: nothing is called a success that is none, whatever the receiver claims.
+            raise RemoteProtocolError(
+                f"complete, but {context.backlog.unacknowledged} pages were never confirmed"
+            )
+        # From here on the receiver may forget the session.
+        await in_thread(self._ownership.enter, State.COMPLETING)
+        with contextlib.suppress(PeerClosedError):  # then the receiver has forgotten the session
+            await push.say(m.Completed())
+            # The receiver closes first, when it has given its ring up: nothing of ours is cut off
+            # on the way then.
+            with trio.move_on_after(STEP_TIMEOUT_S):
+                await push.connection.receive()
+
+    async def _finish(self) -> None:
+        self._context.statistics.finished = time.monotonic()
+        await self._rollback.let_source_go()
+        await in_thread(self._rollback.forget, State.COMPLETED)
+        log.info("%s completed", self._context.name)
+
+
+async def _serve(faults: FaultServer) -> None:
+    try:
+        await faults.serve()
+    except PeerClosedError:
+        await trio.sleep(EXPLANATION_S)  # the push lane may say why
+        raise

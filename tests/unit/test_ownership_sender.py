@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The sender's table of who owns the guest: each step, and the model that has been searched."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from migrate.errors import MigrationError
+from sender.ownership import (
+    DECIDED,
+    ENDED,
+    INHERITED,
+    TABLE,
+    Guest,
+    Link,
+    Ownership,
+    Restart,
+    State,
+)
+from tests.campaigns.model.check import MODEL
+
+IN_MODEL = {
+    State.OFFERING: "NONE",
+    State.COPYING: "BEGUN",
+    State.SUSPENDING: "BEGUN",
+    State.SUSPENDED: "BEGUN",
+    State.HANDED_OVER: "HANDED",
+    State.ALL_SENT: "HANDED",
+    State.COMPLETING: "HANDED",
+    State.DECIDED_HERE: "DECIDED",
+    State.RETURNING: "DECIDED",
+    State.GIVEN_UP: "GIVEN_UP",
+    State.COMPLETED: "NONE",
+    State.FAILED: "NONE",
+}
+"""The journal that the model has in a state.  The model has no toolstack that decides, no operator
+who decides that the guest runs elsewhere, and no source domain that somebody else destroys.
+"""
+RECALLING = "RECALLING"
+"""The model's journal for GIVEN_UP after DECIDED_HERE.  The code notes that fact beside the step."""
+ACTIONS = {
+    Restart.TAKE_BACK: {"give_up", "decide"},
+    Restart.REJOIN: {"take_up_again", "settled"},
+    Restart.LET_GO: {"take_up_again", "settled"},
+    Restart.SEND_LAST_WORD: {"tell"},
+    Restart.FORGET: {"migrate"},
+}
+"""What the model's sender does when it is started with a journal."""
+
+
+class Notes:
+    """A journal that keeps the steps in order."""
+
+    def __init__(self) -> None:
+        self.steps: list[str] = []
+        self.needed: list[bool] = []
+        self.fails = False
+
+    def write(self, step: str, needed: bool) -> None:
+        if self.fails and needed:
+            raise MigrationError("no room")
+        self.steps.append(step)
+        self.needed.append(needed)
+
+    def erase(self) -> None:
+        self.steps.append("")
+
+    def owner(self, state: State = State.OFFERING) -> Ownership:
+        return Ownership(self.write, self.erase, state)
+
+
+EDGES = [(state, then) for state, row in TABLE.items() for then in row.then]
+
+
+@pytest.mark.parametrize(("state", "then"), EDGES)
+def test_the_journal_has_the_step_before_anything_follows(state: State, then: State) -> None:
+    notes = Notes()
+    ownership = notes.owner(state)
+    ownership.enter(then)
+    assert ownership.state is then
+    changes = TABLE[then].step != TABLE[state].step or not TABLE[then].step
+    assert notes.steps == ([TABLE[then].step] if changes else [])
+
+
+@pytest.mark.parametrize(("state", "then"), EDGES)
+def test_a_step_that_cannot_be_noted_is_not_taken_while_the_guest_can_stay(
+    state: State, then: State
+) -> None:
+    notes = Notes()
+    notes.fails = True
+    ownership = notes.owner(state)
+    can_stay = TABLE[state].guest in (Guest.RUNS_HERE, Guest.SUSPENDED_HERE)
+    goes = then in (State.COPYING, State.SUSPENDING, State.UNDECIDED, State.HANDED_OVER)
+    if can_stay and goes and (state, then) != (State.SUSPENDING, State.COPYING):
+        with pytest.raises(MigrationError):
+            ownership.enter(then)
+        assert ownership.state is state
+    else:
+        ownership.enter(then)
+        assert ownership.state is then
+
+
+def test_every_other_step_is_refused() -> None:
+    for state, row in TABLE.items():
+        for then in set(State) - set(row.then):
+            with pytest.raises(AssertionError):
+                Notes().owner(state).enter(then)
+
+
+def reachable(start: State, without: frozenset[State] = frozenset()) -> set[State]:
+    found, left = {start}, [start]
+    while left:
+        for then in TABLE[left.pop()].then:
+            if then not in found and then not in without:
+                found.add(then)
+                left.append(then)
+    return found
+
+
+def test_each_state_is_reached_and_each_migration_can_end() -> None:
+    assert reachable(State.OFFERING) == set(State)
+    for state in State:
+        assert reachable(state) & ENDED
+
+
+def test_a_guest_that_was_handed_over_goes_on_here_only_by_a_decision() -> None:
+    """Invariant 1."""
+    for state in (State.HANDED_OVER, State.ALL_SENT, State.COMPLETING):
+        assert State.GIVEN_UP not in reachable(state, DECIDED)
+
+
+@pytest.mark.parametrize("first", ["keep", "hand over"])
+@pytest.mark.parametrize("to", [State.HANDED_OVER, State.UNDECIDED])
+def test_the_guest_stays_or_goes_and_never_both(first: str, to: State) -> None:
+    ownership = Notes().owner(State.SUSPENDED)
+    if first == "keep":
+        assert ownership.try_keep() and not ownership.try_hand_over(to)
+        assert ownership.state is State.SUSPENDED
+        with pytest.raises(AssertionError):
+            ownership.enter(to)
+    else:
+        assert ownership.try_hand_over(to) and not ownership.try_keep()
+        assert ownership.may_be_elsewhere
+
+
+def test_a_guest_is_kept_while_the_handover_is_being_noted() -> None:
+    """Whoever cancels waits for the entry, and has the answer that follows from the entry."""
+    writing, written = threading.Event(), threading.Event()
+
+    def write(_step: str, _needed: bool) -> None:
+        writing.set()
+        assert written.wait(60)
+
+    ownership = Ownership(write, lambda: None, State.SUSPENDED)
+    handing_over = threading.Thread(target=ownership.try_hand_over, args=(State.HANDED_OVER,))
+    handing_over.start()
+    assert writing.wait(60)
+    kept: list[bool] = []
+    keeping = threading.Thread(target=lambda: kept.append(ownership.try_keep()))
+    keeping.start()
+    written.set()
+    keeping.join(60)
+    handing_over.join(60)
+    assert kept == [False]
+
+
+def test_what_is_shown_follows_from_the_state_and_the_lanes() -> None:
+    shown = {
+        (State.OFFERING, Link.LOST): "connecting",
+        (State.OFFERING, Link.UP): "preflight",
+        (State.UNDECIDED, Link.UP): "deciding",
+        (State.UNDECIDED, Link.LOST): "interrupted",
+        (State.UNDECIDED, Link.GIVEN_UP): "in doubt",
+        (State.HANDED_OVER, Link.UP): "postcopy",
+        (State.HANDED_OVER, Link.LOST): "interrupted",
+        (State.HANDED_OVER, Link.GIVEN_UP): "interrupted",
+        (State.GIVEN_UP, Link.LOST): "failed",
+    }
+    for (state, link), phase in shown.items():
+        ownership = Notes().owner(state)
+        ownership.link = link
+        assert ownership.shown == phase
+
+
+def test_a_successor_finds_a_state_for_each_step() -> None:
+    assert set(INHERITED) == {row.step for row in TABLE.values() if row.step}
+    assert all(TABLE[state].step == step for step, state in INHERITED.items())
+
+
+# ---- the model ----
+@pytest.fixture(scope="module")
+def model() -> str:
+    """The text without the mutations, from the sender's part to the receiver's."""
+    command = ["cpp", "-P", "-DMUTATION=0", str(MODEL)]
+    text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+    return text[text.index("inline give_up") : text.index("inline discard")]
+
+
+def expanded(model: str, name: str) -> str:
+    """The body of an inline, with the inlines that it calls."""
+    body = re.search(rf"inline {name}\(\) \{{(.*?)\}}\s*(?=inline|active)", model, re.DOTALL)
+    assert body, name
+    return re.sub(
+        r"\b(give_up|settled|let_go|feed|push)\(\)",
+        lambda called: expanded(model, called[1]) if called[1] != "push" else "",
+        body[1],
+    )
+
+
+def started(model: str) -> Iterator[tuple[str, str]]:
+    """What the sender does with each journal that it finds: the journal and the inline."""
+    loop = model[model.index("active proctype Sender") : model.index("} unless")]
+    for choice in loop.split("::"):
+        guard, _, action = choice.partition("->")
+        for journal in re.findall(r"s_journal == (\w+)", guard):
+            for inline in re.findall(r"(\w+)\(\)", action):
+                yield journal, inline
+
+
+def test_a_started_sender_does_what_the_model_s_does(model: str) -> None:
+    found: dict[str, set[str]] = {}
+    for journal, inline in started(model):
+        found.setdefault(journal, set()).add(inline)
+    assert {*found} == {*IN_MODEL.values(), RECALLING}
+    for state, journal in IN_MODEL.items():
+        if state is not State.FAILED and state is not State.COMPLETED:
+            assert found[journal] & ACTIONS[TABLE[state].restart], (state, found[journal])
+    assert found[RECALLING] == found["GIVEN_UP"] == {"tell"}
+
+
+def test_each_step_is_one_that_the_model_takes(model: str) -> None:
+    """The end of a migration aside, which several errors can bring about that the model leaves out."""
+    taken = {("HANDED", "DECIDED")}  # an operator's decision, in the process itself
+    assert "s_lost && !decided -> decided = true; s_journal = DECIDED" in model
+    for journal, inline in started(model):
+        if inline not in ("settled",):
+            order = [journal, *re.findall(r"s_journal = (\w+)", expanded(model, inline))]
+            taken |= {(a, b) for at, a in enumerate(order) for b in order[at + 1 :]}
+    for state, then in EDGES:
+        if state not in IN_MODEL or then not in IN_MODEL:
+            continue
+        before, after = IN_MODEL[state], IN_MODEL[then]
+        if after == "GIVEN_UP" and before == "DECIDED":
+            after = RECALLING
+        if before != after and after != "NONE":
+            assert (before, after) in taken, (state, then)
