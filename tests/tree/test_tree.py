@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from migrate import __version__
+from sender.ownership import TABLE as SENDERS
 from tests.checks.stages import TIERS
 
 TREE = Path(__file__).parents[2]
@@ -282,7 +283,7 @@ def test_the_helper_under_xl_imports_nothing_that_is_installed() -> None:
 # ---- how long a file and a function may be ----
 MOST_LINES = 500
 MOST_LINES_OF_A_FUNCTION = 60
-LONGER = {"receiver/migration.py", "sender/migration.py"}
+LONGER = {"receiver/migration.py"}
 """Files that are too long still, with the functions in them.  This list may only become shorter."""
 
 
@@ -486,8 +487,9 @@ def phases_assigned(path: Path) -> set[str]:
 
 def test_every_phase_that_an_operator_sees_is_explained() -> None:
     """In the man page, and under a heading of its own in docs/operating.md."""
-    files_with_phases = ("sender/migration.py", "receiver/migration.py", "sender/progress.py")
-    phases = set().union(*(phases_assigned(Path(path)) for path in files_with_phases))
+    phases = phases_assigned(Path("receiver/migration.py"))
+    for row in SENDERS.values():
+        phases |= {row.shown, row.cut, row.alone} - {""}
     assert {"precopy", "switchover", "interrupted", "in doubt", "refused"} <= phases
     manual = (TREE / "systemd/man/xen-postcopy.8").read_text()
     assert phases == set(re.findall(r"^\.B ([a-z ]+)$", manual.split(".SH PHASES")[1].split(".SH ")[0], re.M)) - {
