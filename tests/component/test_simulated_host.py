@@ -133,9 +133,10 @@ def test_a_page_given_away_while_paged_out_is_dropped_with_a_request_where_xen_d
         (request,) = wait_for_requests(ring, 1)
         target.load(pfns(0), read(source, pfns(0))[1])
         ring.respond([request])
-        drops = wait_for_requests(ring, 3)
+        given_away = [1022, 1021, 1020][source.report()["balloon_steps"] :]  # not at the source
+        drops = wait_for_requests(ring, len(given_away))
         assert all(drop.is_drop and not drop.vcpu_waits for drop in drops)
-        assert [drop.pfn for drop in drops] == [1022, 1021, 1020]
+        assert given_away and [drop.pfn for drop in drops] == given_away
         ring.respond(drops)
         assert not target.present(pfns(1020, 1021, 1022)).any()
         assert target.load(pfns(1020), page(1)).tolist() == [-errno.ENOENT]
