@@ -4,15 +4,17 @@
 
 A trial is a random guest, strategy and bandwidth between two pairs of processes, over a relay, and
 one to three faults: a daemon killed or stopped, the link cut, silent, slow or damaging, a journal
-that cannot be written, a peer that is none, a second migration, an operator's command
-(``faults.py``, ``operators.py``).  The trial ends with the guest running in exactly one place,
-verified byte for byte there, and with daemons that nobody but the campaign has ended.  A trial that
-fails is printed with its seed; ``--seed`` with ``--trials 1`` plays it again, as far as threads do.
+that is damaged or cannot be written, a peer that is none, a second migration, an operator's command
+or decision (``faults.py``, ``left.py``, ``operators.py``, ``decisions.py``).  The trial ends with
+the guest running in exactly one place, verified byte for byte there, and with daemons that nobody
+but the campaign has ended.  A trial that fails is printed with its seed; ``--seed`` with
+``--trials 1`` plays it again, as far as threads do.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from collections import Counter
@@ -21,21 +23,26 @@ import trio
 
 from migrate.cli.world import World
 from migrate.errors import MigrationError
+from tests.campaigns.chaos.decisions import DECISIONS
 from tests.campaigns.chaos.faults import FAULTS
+from tests.campaigns.chaos.left import LEFT
 from tests.campaigns.chaos.operators import OPERATORS
-from tests.campaigns.chaos.trial import MIB, Trial
+from tests.campaigns.chaos.trial import MIB, Fault, Trial
 from tests.campaigns.chaos.world import LostError, chaos_world, respect_modes
 from tests.support import zygote
 from tests.support.links import link
 from xenbackend.errors import XenError
 
+ALL = FAULTS + LEFT + OPERATORS + DECISIONS
 HOST_BYTES = 512 * MIB
 TRIALS_OF_A_WORLD = 25
 WORLDS_WITHOUT_TLS = 2
 """Of three."""
 
 
-async def campaign(first: int, trials: int, *, quiet: bool) -> int:
+async def campaign(
+    first: int, trials: int, faults: list[Fault], silence_s: float, *, quiet: bool
+) -> int:
     """Returns how many have failed."""
     places: Counter[str] = Counter()
     happened: Counter[str] = Counter()
@@ -44,8 +51,9 @@ async def campaign(first: int, trials: int, *, quiet: bool) -> int:
     while seed < first + trials:
         # By the seed, so that a trial that is played again has the same.
         number, left = divmod(seed, TRIALS_OF_A_WORLD)
+        tls = number % (WORLDS_WITHOUT_TLS + 1) == 0
         world_ends = min(first + trials, seed + TRIALS_OF_A_WORLD - left)
-        with chaos_world(HOST_BYTES, tls=number % (WORLDS_WITHOUT_TLS + 1) == 0) as world:
+        with chaos_world(HOST_BYTES, tls=tls, silence_s=silence_s) as world:
             async with trio.open_nursery() as nursery:
                 relay = await link(nursery, ("127.0.0.1", world.port))
                 while seed < world_ends:
@@ -53,7 +61,7 @@ async def campaign(first: int, trials: int, *, quiet: bool) -> int:
                     seed += 1
                     relay.damage(None)  # nothing may have come by to be damaged in the trial before
                     try:
-                        where = await trial.run(FAULTS + OPERATORS)
+                        where = await trial.run(faults)
                     except (LostError, MigrationError, XenError) as error:
                         failed.append(trial.seed)
                         print(f"FAILED: {trial}\n  {error}", flush=True)
@@ -93,6 +101,10 @@ def main() -> None:
         "--seed", type=int, help="of the first; the next ones count on (default: of the clock)"
     )
     parser.add_argument(
+        "--silence", type=float, default=3, help="silence_s of the daemons; more on a busy machine"
+    )
+    parser.add_argument("--only", action="append", help="a fault by its name; may be repeated")
+    parser.add_argument(
         "--quiet", action="store_true", help="only the failures, and a line now and then"
     )
     options = parser.parse_args()
@@ -100,7 +112,13 @@ def main() -> None:
     World.spawn = zygote.Popen  # so that no process outlives this one
     seed = options.seed if options.seed is not None else int(time.time()) % 10**6 * 1000
     print(f"chaos: {options.trials} trials, the first with seed {seed}", flush=True)
-    sys.exit(1 if trio.run(lambda: campaign(seed, options.trials, quiet=options.quiet)) else 0)
+    faults = [fault for fault in ALL if fault.name in (options.only or [fault.name])]
+    if not faults:
+        parser.error(f"--only: one of {', '.join(sorted({fault.name for fault in ALL}))}")
+    run = functools.partial(
+        campaign, seed, options.trials, faults, options.silence, quiet=options.quiet
+    )
+    sys.exit(1 if trio.run(run) else 0)
 
 
 if __name__ == "__main__":

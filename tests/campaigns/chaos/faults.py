@@ -13,6 +13,7 @@ import signal
 import numpy as np
 import trio
 
+from migrate.control.client import ENDED
 from migrate.errors import MigrationError
 from migrate.lanes.accept import AwaitedLanes, Reception
 from migrate.lanes.connection import LaneConnection, connect
@@ -61,6 +62,17 @@ async def halt(trial: Trial, which: str) -> None:
         process.popen.send_signal(signal.SIGSTOP)
         await trio.sleep(trial.random.uniform(0.05, 1))
         process.popen.send_signal(signal.SIGCONT)
+
+
+async def hang_up(trial: Trial) -> None:
+    """A terminal closes: the daemon serves those who need it, and ends."""
+    which = trial.random.choice(["sender", "receiver"])
+    if trial.random.random() < 0.7:
+        await switchover(trial)
+    for _ in range(trial.random.choice([1, 2])):  # a second time changes nothing
+        async with trial.killing:
+            await in_thread(trial.world.hang_up, which)
+        await trio.sleep(trial.random.uniform(0, 0.3))
 
 
 # ---- the link ----
@@ -287,6 +299,20 @@ async def destroy_guest(trial: Trial) -> None:
         await in_thread(destroy, host, trial.spec.name)
 
 
+async def lose_source(trial: Trial) -> None:
+    """Somebody destroys the source while the destination lacks pages."""
+    for _ in range(200):
+        async with trial.killing:
+            line = await trial.answered(trial.line, "sender")
+        if line is not None and line["handed_over"] and line["outstanding"]:
+            trial.destroyed = trial.source_lost = True
+            await in_thread(destroy, trial.world.source, trial.spec.name)
+            return
+        if line is None or line["phase"] in ENDED:
+            return
+        await trio.sleep(0.005)
+
+
 async def busy_pages(trial: Trial) -> None:
     """Somebody has references to pages of the domain that comes into being."""
 
@@ -333,6 +359,8 @@ FAULTS = [
     Fault("destination lost", lose_destination),
     Fault("sender stopped", lambda trial: halt(trial, "sender")),
     Fault("receiver stopped", lambda trial: halt(trial, "receiver")),
+    Fault("SIGHUP", hang_up),
+    Fault("SIGHUP", hang_up),
     Fault("disk full", full_disk),
     Fault("state read-only", read_only_state),
     Fault("few descriptors", few_descriptors),
@@ -351,6 +379,7 @@ FAULTS = [
     Fault("memory set", set_memory, "guest"),
     Fault("impostor", impostor, "guest"),
     Fault("guest destroyed", destroy_guest, "guest"),
+    Fault("source destroyed", lose_source, "guest"),
     Fault("hostile peer", hostile_peer, "nobody"),
     Fault("certificates renewed", renew_certificates, "nobody", tls=True),
     Fault("certificates renewed", renew_certificates, "nobody", tls=True),

@@ -82,7 +82,8 @@ def begin(trial: Trial, which: str, domain: str, port: int) -> str:
         with trial.world.control(which) as client:
             client.say(**request)
             for answer in client.answers():
-                if answer["event"] == "result" or answer["phase"] != "connecting":
+                phase = answer.get("phase")
+                if answer["event"] == "result" or phase not in ("connecting", "failed"):
                     return ""
     except MigrationError as error:
         return str(error)

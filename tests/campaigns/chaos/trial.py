@@ -32,6 +32,9 @@ ANSWER_S = 40.0
 """For an answer of a daemon that is not stopped, on a busy machine."""
 DESTROYED_S = 3.0
 """After this an operator destroys what is left of a guest that was destroyed at one end."""
+WATCH_EVERY_S = 0.03
+NO_WAY_BACK = "cannot go on here"
+"""In the answer to a decision for a source whose checkpoint is damaged."""
 ARRIVED = ("completing", "completed")
 BESIDE = 0.3
 """The share of trials in which another guest is migrated at the same time and must not notice."""
@@ -50,6 +53,21 @@ class Fault:
     """Who may notice: ``all`` guests of a daemon, this ``guest``, or ``nobody``."""
     tls: bool = False
     """It can happen only where the link is encrypted."""
+    protected: bool = False
+    """It can happen only to a guest that is protected."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """An operator's, about where the guest runs."""
+
+    at: str
+    here: bool
+    force: bool
+
+    def __str__(self) -> str:
+        where, force = "here" if self.here else "elsewhere", " --force" if self.force else ""
+        return f"{self.at}: decide {where}{force}"
 
 
 @dataclass
@@ -70,6 +88,14 @@ class Trial:
     """Migrations that a daemon has agreed to cancel."""
     again: list[str] = field(default_factory=list)
     """Which daemons have begun another migration of the guest."""
+    checkpoint_damaged: bool = False
+    """A checkpoint of the guest was damaged or removed."""
+    source_lost: bool = False
+    """The source was destroyed while the destination lacked pages."""
+    decisions: list[Decision] = field(default_factory=list)
+    """Those that daemons have carried out."""
+    may_run_twice: bool = False
+    """An operator may have had the guest run at one end while it runs at the other one."""
 
     def __post_init__(self) -> None:
         r = self.random = random.Random(self.seed)
@@ -118,26 +144,35 @@ class Trial:
             f
             for f in faults
             if (self.world.tls or not f.tls)
+            and (self.checkpoint_every_s is not None or not f.protected)
             and not (self.beside is not None and f.notices == "all")
         ]
-        self.chosen = [
-            self.random.choice(possible) for _ in range(self.random.choice([1, 1, 2, 3]))
-        ]
+        count = self.random.choice([1, 1, 2, 3]) if possible else 0
+        self.chosen = [self.random.choice(possible) for _ in range(count)]
         beside = await in_thread(self._begin_beside)
         await in_thread(self._begin)
-        async with task_group() as tasks:
-            for fault in self.chosen:
-                tasks.start_soon(self.happen, fault, self.random.uniform(0, WINDOW_S))
-        self.link.is_up, self.link.delay_s, self.link.piece = True, 0.0, PIECE
-        self.link.to = ("127.0.0.1", self.world.port)
-        self.link.go()
-        await self._settle()
+        async with task_group() as watching:
+            watching.start_soon(self._watch)
+            async with task_group() as tasks:
+                for fault in self.chosen:
+                    tasks.start_soon(self.happen, fault, self.random.uniform(0, WINDOW_S))
+            self.link.is_up, self.link.delay_s, self.link.piece = True, 0.0, PIECE
+            self.link.to = ("127.0.0.1", self.world.port)
+            self.link.go()
+            await self._settle()
+            watching.cancel_scope.cancel()
         where: str = await in_thread(self._verify)
         await in_thread(self._check_outcome, where)
         if beside is not None:
             await in_thread(self._verify_beside, beside)
+        await in_thread(self.world.end_hang_ups)
         self.world.check()
         return where
+
+    @property
+    def abandoned(self) -> bool:
+        """An operator has decided at the source that nothing of the guest is needed there."""
+        return any(d.at == "sender" and not d.here for d in self.decisions)
 
     @property
     def nobody_may_notice(self) -> bool:
@@ -201,6 +236,31 @@ class Trial:
         lines = self.lines("sender")
         return not lines or any(line["phase"] in ARRIVED for line in lines)
 
+    # ---- meanwhile ----
+    async def _watch(self) -> None:
+        """Raises :class:`LostError` if the guest runs at both ends and no operator may have had it
+        do so.
+        """
+        while not self.may_run_twice:
+            if await in_thread(self._runs_twice) and not self.may_run_twice:
+                raise LostError("the guest runs at both ends")
+            await trio.sleep(WATCH_EVERY_S)
+
+    def _runs_twice(self) -> bool:
+        """The same domain runs at the source before and after one runs at the destination."""
+
+        def running(host: SimulatedHypervisor) -> set[int]:
+            return {
+                info.domid
+                for info in host.domains()
+                if info.name == self.spec.name and info.state is DomainState.RUNNING
+            }
+
+        before = running(self.world.source)
+        return bool(before and running(self.world.destination)) and bool(
+            before & running(self.world.source)
+        )
+
     # ---- the end ----
     async def _settle(self) -> None:
         began = time.monotonic()
@@ -211,9 +271,11 @@ class Trial:
             waited_s = time.monotonic() - began
             if waited_s > END_S:
                 raise LostError(f"it does not end: {mine}")
-            if self.destroyed and waited_s > DESTROYED_S:
+            if self.destroyed and waited_s > DESTROYED_S and self._loss_is_known(mine):
                 for host in (self.world.source, self.world.destination):
                     await in_thread(destroy, host, self.spec.name)
+            if self.decisions and waited_s > DESTROYED_S:
+                await self.answered(self._clean_up, mine)
             for which, lines in mine.items():
                 for line in lines:
                     with contextlib.suppress(MigrationError):
@@ -225,15 +287,56 @@ class Trial:
                             await self.kill("sender")
             await trio.sleep(0.05)
 
+    def _loss_is_known(self, mine: dict[str, list[Line]]) -> bool:
+        """The sender has reported to the receiver that pages are lost."""
+        return not self.source_lost or all(
+            line["phase"] in ("lost", *ENDED) for line in mine["receiver"] if line["id"] == self.id
+        )
+
+    def _clean_up(self, mine: dict[str, list[Line]]) -> None:
+        """After a decision that was wrong an operator decides again, or destroys a guest that cannot
+        go on.
+        """
+        for which, line in [(w, line) for w in ("sender", "receiver") for line in mine[w]]:
+            if line["id"] != self.id or line["phase"] in ENDED:
+                continue
+            with contextlib.suppress(MigrationError):  # it may have ended meanwhile
+                match which, line["phase"]:
+                    case "receiver", "held":
+                        self._decide(Decision("receiver", here=False, force=False))
+                    case "receiver", "lost" | "interrupted" | "in doubt" if (
+                        self.abandoned
+                        or Decision("receiver", here=True, force=True) in self.decisions
+                    ):
+                        destroy(self.world.destination, self.spec.name)
+                    case "sender", "interrupted" if (
+                        Decision("receiver", here=False, force=False) in self.decisions
+                        or Decision("receiver", here=False, force=True) in self.decisions
+                    ):
+                        self._decide(Decision("sender", here=True, force=True))
+
+    def _decide(self, decision: Decision) -> None:
+        """Raises :class:`MigrationError` where the daemon refuses."""
+        self.may_run_twice |= decision.here
+        self.world.ask(
+            decision.at, command="decide", migration=self.id, here=decision.here,
+            force=decision.force,
+        )  # fmt: skip
+        self.decisions.append(decision)
+
     def _encourage(self, which: str, migration: str) -> bool:
         """Do what an operator does.  Returns whether a decision was asked for, and taken."""
         if self.destination_died and which == "sender":
             for force in (False, True):  # without a checkpoint the guest may only go on by force
-                with contextlib.suppress(MigrationError):  # it has not noticed yet
+                try:
                     self.world.ask(
                         which, command="decide", migration=migration, here=True, force=force
                     )
                     return True
+                except MigrationError as error:  # it has not noticed yet
+                    if force and self.checkpoint_damaged and NO_WAY_BACK in str(error):
+                        self._decide(Decision("sender", here=False, force=False))
+                        return True
         if self.destroyed and which == "sender":
             with contextlib.suppress(MigrationError):  # what is destroyed here is missing there
                 self.world.ask(which, command="decide", migration=migration, here=False)
@@ -265,10 +368,12 @@ class Trial:
             places = self._places()
             if [state for _where, _host, state in places] == [DomainState.RUNNING]:
                 break
-            if not places and self.destroyed:
+            if not places and (self.destroyed or self.abandoned):
                 return "destroyed"
             if not places and self.destination_died and self.has_arrived():
                 return "gone with its host"  # which died when all had come
+            if self.decisions:
+                self._end_paused(places)
             if time.monotonic() > deadline:
                 raise LostError(
                     f"it runs at {[(where, state.value) for where, _h, state in places]}"
@@ -281,6 +386,12 @@ class Trial:
         if problems:
             raise LostError(f"at the {where}: {'; '.join(problems)}")
         return where
+
+    def _end_paused(self, places: list[tuple[str, SimulatedHypervisor, DomainState]]) -> None:
+        """A guest that had arrived when it was recalled is paused at the destination."""
+        states = [(where, state) for where, _host, state in places]
+        if states == [("source", DomainState.RUNNING), ("destination", DomainState.PAUSED)]:
+            destroy(self.world.destination, self.spec.name)
 
     def _verified(self, domain: SimulatedDomain, where: str) -> list[str]:
         wait_for_steps(domain, 5 if self.spec.workload == "idle" else 50)
@@ -300,6 +411,11 @@ class Trial:
                 raise LostError(f"it was cancelled, and is completed at the {which}")
         if self.id in self.cancelled and not self.again and where not in ("source", "destroyed"):
             raise LostError(f"it was cancelled, and the guest is at the {where}")
+        at_source = [d.here for d in self.decisions if d.at == "sender"]
+        if at_source and not (self.destroyed or self.again):
+            (here, *_earlier) = reversed(at_source)
+            if where == ("destination" if here else "source"):
+                raise LostError(f"the guest is at the {where}, but {self.decisions}")
         if not self.nobody_may_notice or self.cancelled or self.again:
             return
         if where != "destination":

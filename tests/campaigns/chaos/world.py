@@ -8,22 +8,29 @@ import contextlib
 import ctypes
 import re
 import signal
+import subprocess
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import trustme
 
 from migrate.cli.world import World, loopback_world, start_receiver, start_sender
+from migrate.errors import DaemonGoneError, MigrationError
 from migrate.lanes.connection import Terms
 from migrate.lanes.tls import Tls
+from xenbackend.contract import DomainState
 
 HOST = "127.0.0.1"
-CONFIG = "[network]\nchecksums = true\nsilence_s = 3\n"
+CONFIG = "[network]\nchecksums = true\nsilence_s = {:g}\n"
 COMPLAINTS = re.compile(r"internal error|Traceback \(most recent call last\)")
 """In a daemon's log: a fault of the daemon itself."""
 BESIDES = {"second": "destination", "onward": "destination", "homeward": "source"}
 """Further daemons, and the hosts that they are at."""
+HUNG_UP_S = 10.0
+"""For a daemon that was sent SIGHUP and is not needed to end."""
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAPABILITY_VERSION = 24, 1, 0x20080522
 
 
@@ -37,6 +44,9 @@ class ChaosWorld(World):
     """Whose certificates the daemons have, if they have any."""
     ports: dict[str, int] = field(default_factory=dict)
     """Of the further daemons."""
+    hung_up: set[str] = field(default_factory=set)
+    """Daemons that were sent SIGHUP, and end when no guest needs them."""
+    _reviving: threading.Lock = field(default_factory=threading.Lock)
     _read: dict[str, int] = field(default_factory=dict)
     """How much of each log was looked at."""
 
@@ -60,8 +70,60 @@ class ChaosWorld(World):
     # ---- daemons ----
     def kill(self, which: str) -> None:
         """Raises :class:`LostError` if it has ended before."""
+        self._revive(which)
         self.check_alive_of(which)
+        self.hung_up.discard(which)
         self.stop(which, signal.SIGKILL)
+
+    def hang_up(self, which: str) -> None:
+        self._revive(which)
+        self.hung_up.add(which)
+        self.processes[which].popen.send_signal(signal.SIGHUP)
+
+    def ask(self, which: str, **request: Any) -> dict[str, Any]:
+        try:
+            return super().ask(which, **request)
+        except MigrationError as error:
+            no_daemon = isinstance(error, DaemonGoneError) or "no daemon" in str(error)
+            if not (no_daemon and self._revive(which, HUNG_UP_S)):
+                raise
+        return super().ask(which, **request)
+
+    def end_hang_ups(self) -> None:
+        """No guest needs these daemons any more."""
+        for which in list(self.hung_up):
+            if not self._revive(which, HUNG_UP_S):
+                raise LostError(f"{which} was sent SIGHUP, is not needed and does not end")
+
+    def _revive(self, which: str, within_s: float = 0.0) -> bool:
+        """Start a daemon again that has ended after SIGHUP.  Returns whether the daemon was sent
+        SIGHUP and has ended.  Raises :class:`LostError` if a guest needed it.
+        """
+        with self._reviving:
+            if which not in self.hung_up:
+                return False
+            process = self.processes[which]
+            try:
+                if status := process.popen.wait(within_s):
+                    raise LostError(
+                        f"{which} ended after SIGHUP with status {status}:\n{process.tail()}"
+                    )
+            except subprocess.TimeoutExpired:
+                return False
+            self._check_needed(which)
+            self.hung_up.discard(which)
+            self.start_anew(which)
+            return True
+
+    def _check_needed(self, which: str) -> None:
+        host = self.source if which == "sender" else self.destination
+        for info in host.domains():
+            suspended = info.state is DomainState.SUSPENDED
+            if suspended if which == "sender" else info.paged_pages:
+                raise LostError(
+                    f"{which} ended after SIGHUP, and left {info.name} {info.state.value}, "
+                    f"{info.paged_pages} of its pages paged out"
+                )
 
     def start_anew(self, which: str) -> None:
         match which:
@@ -95,7 +157,8 @@ class ChaosWorld(World):
         own.
         """
         for which in self.processes:
-            self.check_alive_of(which)
+            if which not in self.hung_up:
+                self.check_alive_of(which)
         for which in self.daemons:
             log = self.processes[which].log.read_text(errors="replace")
             new, self._read[which] = log[self._read.get(which, 0) :], len(log)
@@ -127,11 +190,11 @@ class ChaosWorld(World):
 
 
 @contextlib.contextmanager
-def chaos_world(memory_bytes: int, *, tls: bool) -> Iterator[ChaosWorld]:
+def chaos_world(memory_bytes: int, *, tls: bool, silence_s: float) -> Iterator[ChaosWorld]:
     with loopback_world(memory_bytes, daemons=False) as hosts:
         world = ChaosWorld(hosts.directory, hosts.owner, hosts.processes)
         world.source, world.destination = hosts.source, hosts.destination
-        config = CONFIG
+        config = CONFIG.format(silence_s)
         if tls:
             world.authority = trustme.CA()
             world.authority.cert_pem.write_to_path(world.directory / "authority")
