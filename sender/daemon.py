@@ -345,6 +345,9 @@ class SenderDaemon:
 def _line(migration: OutgoingMigration) -> dict[str, Any]:
     progress = {"phase": migration.phase, **asdict(migration.progress)}
     checkpoint_at = progress.pop("checkpoint_at")
+    if latency := migration.context.receiver_statistics.get("fault_latency_us"):
+        # All of the faults; the last report of the receiver has those up to its own time.
+        progress |= {"faults": latency["count"], "latency_us": round(latency["p50"])}
     return {
         "id": migration.id,
         "direction": "outgoing",

@@ -349,7 +349,9 @@ def show_command(migration: str, socket_paths: tuple[Path, ...], as_json: bool) 
         return
     for answer in found:
         details = answer.pop("details")
-        for key, value in {**answer, **details}.items():
+        # What both have is measured at the end; until then the progress is newer.
+        both = {**answer, **details} if answer["phase"] in ENDED else {**details, **answer}
+        for key, value in {**dict.fromkeys((*answer, *details)), **both}.items():
             if isinstance(value, dict):
                 value = ", ".join(f"{k} {v}" for k, v in value.items() if not isinstance(v, dict))
             if value not in ("", None):

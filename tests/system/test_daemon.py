@@ -176,9 +176,10 @@ def test_show_and_watch(world: World, name: str) -> None:
     shown = run("show", result["id"][:8])
     assert shown.returncode == 0 and "outgoing" in shown.stdout and "incoming" in shown.stdout
     assert "fault latency us" in shown.stdout
-    assert [found["id"] for found in json.loads(run("show", name, "--json").stdout)] == [
-        result["id"]
-    ] * 2
+    found = json.loads(run("show", name, "--json").stdout)
+    assert [answer["id"] for answer in found] == [result["id"]] * 2
+    counts = [answer["details"]["fault_latency_us"]["count"] for answer in found]
+    assert counts == [found[0]["faults"]] * 2
     watched = run("watch", name)
     assert (watched.returncode, watched.stdout) == (0, f"{name}: completed\n")
     for which in ("sender", "receiver"):

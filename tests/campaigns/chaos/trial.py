@@ -303,6 +303,7 @@ class Trial:
             with contextlib.suppress(MigrationError):  # it may have ended meanwhile
                 match which, line["phase"]:
                     case "receiver", "held":
+                        self._check_held(line)
                         self._decide(Decision("receiver", here=False, force=False))
                     case "receiver", "lost" | "interrupted" | "in doubt" if (
                         self.abandoned
@@ -314,6 +315,18 @@ class Trial:
                         or Decision("receiver", here=False, force=True) in self.decisions
                     ):
                         self._decide(Decision("sender", here=True, force=True))
+
+    def _check_held(self, line: Line) -> None:
+        """A guest that is shown as paused because it runs at the source does not run."""
+        running = [
+            info
+            for info in self.world.destination.domains()
+            if info.name == self.spec.name and info.state is DomainState.RUNNING
+        ]
+        if running and "is paused here" in line["problem"]:
+            raise LostError(
+                f"the guest runs at the destination, and is shown as: {line['problem']}"
+            )
 
     def _decide(self, decision: Decision) -> None:
         """Raises :class:`MigrationError` where the daemon refuses."""
