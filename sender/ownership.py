@@ -254,9 +254,7 @@ class Ownership:
     @property
     def is_cut_off(self) -> bool:
         """The guest was given away, its pages are kept here, and the destination is not there."""
-        if self._state is State.UNDECIDED:
-            return self.link is Link.LOST
-        return self.row.guest is Guest.THERE and self.link is not Link.UP
+        return self.row.guest in (Guest.UNDECIDED, Guest.THERE) and self.link is not Link.UP
 
     @property
     def is_suspended(self) -> bool:

@@ -14,7 +14,7 @@ import trio
 from migrate.errors import MigrationError
 from migrate.service.lifecycle import ended
 from sender.context import Context
-from sender.ownership import DECIDED, State
+from sender.ownership import DECIDED, Link, State
 from sender.recovery import is_gone
 from sender.rollback import Rollback, unreadable
 from sender.switchover import stay
@@ -78,7 +78,7 @@ class Requests:
         try:
             self.cancel("cancelled by the operator")
         except MigrationError as error:
-            if self._ownership.is_cut_off and self._ownership.handed_over:
+            if self._ownership.is_cut_off:
                 raise MigrationError(
                     f"{error}; if the other host never comes back: `xen-postcopy decide`"
                 ) from None
@@ -91,7 +91,7 @@ class Requests:
         has_ended = self._ownership.has_ended
         if has_ended and self._context.last_word is None:
             raise MigrationError(self._ending("reconnect"))
-        if self.is_over and not has_ended:
+        if self._ownership.link is Link.GIVEN_UP and not has_ended:
             raise MigrationError(f"nothing comes of that: {self._context.progress.problem}")
         if not has_ended and not self._ownership.is_cut_off:
             raise MigrationError(
@@ -130,32 +130,27 @@ class Requests:
         """
         certain, obstacle = await trio.to_thread.run_sync(self._way_back) if here else (False, "")
         gone = await trio.to_thread.run_sync(self._is_gone)
-        self._check_decision(here=here, certain=force or certain, obstacle=obstacle)
-        if here and gone:
-            raise MigrationError(
-                f"the domain of {self._context.name} does not exist here any more: there is "
-                "nothing that could go on; `xen-postcopy decide ... elsewhere` ends the migration"
-            )
-        if self.rollback is not None and self.rollback.is_stuck:
-            await self._decide_otherwise(self.rollback)
+        self._check_undecided(here=here, force=force)
+        if here:
+            self._check_way_back(gone=gone, certain=force or certain, obstacle=obstacle)
+        self._context.toolstack.overrule()
+        decision = State.DECIDED_HERE if here else State.DECIDED_ELSEWHERE
+        if self.rollback is not None and self.rollback.is_waiting:
+            if not await self.rollback.overrule(decision):
+                raise MigrationError(
+                    "too late: in the meantime the outcome is known, see `xen-postcopy list`"
+                )
             return
-        self.decision = State.DECIDED_HERE if here else State.DECIDED_ELSEWHERE
+        self.decision = decision
         if not self.is_over:
             self.scope.cancel()
             await self.decided.wait()
             return
         try:
-            await self._carry_out(self.decision)
+            await self._carry_out(decision)
         except BaseException:
             self.decision = None  # and can be made again
             raise
-
-    async def _decide_otherwise(self, rollback: Rollback) -> None:
-        """An attempt to go back to a checkpoint has failed."""
-        rollback.otherwise.set()
-        await rollback.went.wait()
-        if self._ownership.state is not State.DECIDED_ELSEWHERE:
-            raise MigrationError(f"too late: in the meantime {self._context.name} went on here")
 
     def _way_back(self) -> tuple[bool, str]:
         """Whether the guest was protected to the end and its last checkpoint can be read, and why
@@ -176,18 +171,52 @@ class Requests:
         context = self._context
         return ended(context.name, self._ownership.shown, context.progress.problem, asked)
 
-    def _check_decision(self, *, here: bool, certain: bool, obstacle: str) -> None:
-        """``certain``: to go on here is right even if the guest has run at the destination.
-        ``obstacle``: why it is impossible to go on here.
-        """
-        self._check_undecided(here=here)
-        name = self._context.name
-        if here and self._context.toolstack.destroys_source:
+    def _check_undecided(self, *, here: bool, force: bool) -> None:
+        """Is there a decision to make?"""
+        name, shown, state = self._context.name, self._ownership.shown, self._ownership.state
+        if self._ownership.has_ended:
+            raise MigrationError(self._ending("decide"))
+        if not self._ownership.may_be_elsewhere:
             raise MigrationError(
-                "xl has destroyed the domain here: there is nothing that could go on; "
-                "`xen-postcopy decide ... elsewhere` lets its pages go"
+                f"there is nothing to decide: the migration of {name} is {shown}, and the guest "
+                "runs here; `xen-postcopy cancel` takes it back"
             )
-        if here and obstacle:
+        if decision := self.decision or (state if state in DECIDED else None):
+            # A way back that fails again and again can be given up.
+            if here or self.rollback is None or not self.rollback.is_waiting:
+                raise MigrationError(
+                    f"that was {DECISIONS[decision]} already, which is being carried out: see "
+                    "`xen-postcopy list`"
+                )
+        elif not self._ownership.is_cut_off:
+            who = (
+                "xl does, and has not yet" if state is State.UNDECIDED else "both ends are in touch"
+            )
+            raise MigrationError(f"there is nothing to decide here: {who}; {name} is {shown}")
+        elif state is State.UNDECIDED and self._context.toolstack.may_decide() and not force:
+            raise MigrationError(
+                f"there is nothing to decide here while xl may do so, which has not decided yet; {name} "
+                f"is {shown}; if xl has ended here and at the destination: --force"
+            )
+
+    def _check_way_back(self, *, gone: bool, certain: bool, obstacle: str) -> None:
+        """Can the guest go on here, and is that right?  ``gone``: the domain here is.  ``certain``: to
+        go on here is right even if the guest has run at the destination.  ``obstacle``: why it is
+        impossible to go on here.
+        """
+        name = self._context.name
+        if gone:
+            xl = self._context.toolstack.destroys_source
+            raise MigrationError(
+                (
+                    "xl has destroyed the domain here"
+                    if xl
+                    else f"the domain of {name} does not exist here any more"
+                )
+                + ": there is nothing that could go on; `xen-postcopy decide ... elsewhere` "
+                + ("lets its pages go" if xl else "ends the migration")
+            )
+        if obstacle:
             raise MigrationError(
                 f"{name} cannot go on here, with --force neither: {obstacle}; without it the memory "
                 "here is that of no instant, because checkpoints were written into it; the guest "
@@ -196,34 +225,9 @@ class Requests:
             )
         # A final answer proves nothing.  A receiver with another state directory does not have the
         # session, and the guest may run there nevertheless.
-        if here and self._context.entry.ran and not certain:
+        if self._context.entry.ran and not certain:
             raise MigrationError(
                 f"{self.known_of_peer}: if it still runs there, it would run twice; if it does not, "
                 "it would continue here from its suspension, without what it did there: --force; "
                 "`elsewhere` destroys what is left of it here"
-            )
-
-    def _check_undecided(self, *, here: bool) -> None:
-        name, shown, state = self._context.name, self._ownership.shown, self._ownership.state
-        stuck = self.rollback is not None and self.rollback.is_stuck
-        if self._ownership.has_ended:
-            raise MigrationError(self._ending("decide"))
-        if not self._ownership.may_be_elsewhere:
-            raise MigrationError(
-                f"there is nothing to decide: the migration of {name} is {shown}, and the guest "
-                "runs here; `xen-postcopy cancel` takes it back"
-            )
-        if state is State.UNDECIDED:
-            raise MigrationError(
-                f"there is nothing to decide here: xl does, and has not yet; {name} is {shown}"
-            )
-        if decision := self.decision or (state if state in DECIDED else None):
-            if here or not stuck:
-                raise MigrationError(
-                    f"that was {DECISIONS[decision]} already, which is being carried out: see "
-                    "`xen-postcopy list`"
-                )
-        elif not self._ownership.is_cut_off:
-            raise MigrationError(
-                f"there is nothing to decide here: both ends are in touch, and {name} is {shown}"
             )

@@ -11,13 +11,12 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from typing import NoReturn
 
 import trio
 
 from migrate.errors import GuestEndedError, MigrationError, PeerClosedError
 from migrate.protocol import messages as m
-from migrate.tasks import as_soon_as_threads_start, in_thread
+from migrate.tasks import as_soon_as_threads_start, first, in_thread
 from sender.checkpoints import CheckpointStore
 from sender.context import Context, Source
 from sender.last_word import lose
@@ -42,12 +41,22 @@ class Rollback:
         self._ownership = context.ownership
         self._source = source
         self._recovery = recovery
-        self.is_stuck = False
-        """The guest was to go on here from a checkpoint, and at least one attempt has failed."""
-        self.otherwise = trio.Event()
-        """An operator has then decided that nothing of the guest is needed here."""
-        self.went = trio.Event()
-        """The attempts have ended in either way."""
+        self.is_waiting = False
+        """For a toolstack, or for another attempt to go back to a checkpoint: an operator may
+        :meth:`overrule`.
+        """
+        self._overruled = trio.Event()
+        self._overruling = State.DECIDED_ELSEWHERE
+        self._taken: State | None = None
+        self._waited = trio.Event()
+        """What was waited for has come, or an operator has overruled it."""
+
+    async def overrule(self, decision: State) -> bool:
+        """Wait no more, because an operator has decided.  Returns false if that comes too late."""
+        self._overruling = decision
+        self._overruled.set()
+        await self._waited.wait()
+        return self._taken is decision
 
     async def settle(self, error: BaseException) -> None:
         """Leave the guest at exactly one end, after the error that has ended the migration."""
@@ -55,12 +64,10 @@ class Rollback:
             self._keep(error)  # this process ends, and its successor goes on
         elif isinstance(error, GuestEndedError):
             await self._guest_ended(error)
-        elif (
-            isinstance(error, StaysHereError)
-            or not self._ownership.may_be_elsewhere
-            or await self._stays_in_doubt(error)
-        ):
+        elif isinstance(error, StaysHereError) or not self._ownership.may_be_elsewhere:
             await self._stay_here(error)
+        elif self._ownership.state is State.UNDECIDED:
+            await self.settle(await self._end_of_doubt(error))
         elif await self._recovery.pages_are_lost():
             gone = f"the domain of {self._context.name} was destroyed at the source"
             self._context.progress.problem = await in_thread(lose, self._context, gone)
@@ -75,18 +82,39 @@ class Rollback:
             f"(xen-postcopy decide {self._context.name})"
         )
 
-    async def _stays_in_doubt(self, error: BaseException) -> bool:
-        """Wait for the toolstack's decision, if there is none yet: true if the guest stays here."""
-        if self._ownership.state is not State.UNDECIDED:
-            return False
-        name, progress = self._context.name, self._context.progress
+    async def _end_of_doubt(self, error: BaseException) -> BaseException:
+        """Wait for the toolstack's decision, or an operator's.  Returns what follows from the
+        decision, or ``error`` where the guest is the destination's.
+        """
+        context, stays = self._context, False
+
+        async def wait_for_toolstack() -> None:
+            nonlocal stays
+            stays = not await context.toolstack.decision(self._source.domain)
+
         self._ownership.link = Link.GIVEN_UP
-        progress.problem = f"{error}; xl has not said yet at which end the guest runs"
-        log.warning("%s: %s", name, progress.problem)
-        if not await self._context.toolstack.decision(self._source.domain):
-            return True
+        context.progress.problem = f"{error}; xl has not said yet at which end the guest runs"
+        log.warning("%s: %s", context.name, context.progress.problem)
+        self.is_waiting = True
+        await first(wait_for_toolstack, self._overruled.wait)
+        self.is_waiting = False
+        if self._overruled.is_set():
+            return await self._take_decision()
+        self._waited.set()
+        if stays:
+            return StaysHereError(str(error))
         await in_thread(self._ownership.enter, State.HANDED_OVER)
-        return False
+        return error
+
+    async def _take_decision(self) -> MigrationError:
+        """What follows from the operator's decision, when the journal has it."""
+        decision = self._overruling
+        if decision is State.DECIDED_ELSEWHERE:  # the guest may run at the destination
+            self._context.entry.recall, self._context.last_word = False, None
+        await in_thread(self._ownership.enter, decision)
+        self._taken = decision
+        self._waited.set()
+        return verdict(decision)
 
     async def _guest_ended(self, error: GuestEndedError) -> None:
         """Nothing of the guest is needed here any more."""
@@ -153,23 +181,16 @@ class Rollback:
                     f"guest go here instead: `xen-postcopy decide {context.name} elsewhere`"
                 )
                 log.error("%s: %s", context.name, context.progress.problem)
-                self.is_stuck = True
+                self.is_waiting = True
                 with trio.move_on_after(AGAIN_S):
-                    await self.otherwise.wait()
-                if self.otherwise.is_set():
-                    await self._decide_otherwise()
-        self.is_stuck = False
-        self.went.set()
+                    await self._overruled.wait()
+                if self._overruled.is_set():
+                    raise await self._take_decision() from error
+        self.is_waiting = False
+        self._waited.set()
         log.warning("%s goes on here, as it was at the last checkpoint", context.name)
         await context.toolstack.finish(self._source.domain)
         self._source.domain, context.progress.problem = domain, WENT_BACK
-
-    async def _decide_otherwise(self) -> NoReturn:
-        # The guest may run at the destination.
-        self._context.entry.recall, self._context.last_word = False, None
-        await trio.to_thread.run_sync(self._ownership.enter, State.DECIDED_ELSEWHERE)
-        self.went.set()
-        raise verdict(State.DECIDED_ELSEWHERE)
 
     def _new_domain(self) -> Domain:
         """The domain in which the guest is to go on.  A guest keeps its UUID, so that the domain

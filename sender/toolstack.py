@@ -15,6 +15,7 @@ import functools
 import logging
 import math
 import os
+import select
 from typing import Protocol
 
 import trio
@@ -86,6 +87,12 @@ class Toolstack(Protocol):
     async def decision(self, domain: Domain) -> bool:
         """Wait until it is known: true where the guest is the destination's."""
 
+    def may_decide(self) -> bool:
+        """The toolstack may still decide at which end the guest runs."""
+
+    def overrule(self) -> None:
+        """An operator has decided instead, and the toolstack does nothing more about the domain."""
+
     async def has_left(self) -> None:
         """Wait until it does nothing more about the domain."""
 
@@ -134,6 +141,12 @@ class OwnToolstack:
     async def decision(self, domain: Domain) -> bool:
         return True
 
+    def may_decide(self) -> bool:
+        return False
+
+    def overrule(self) -> None:
+        pass
+
     async def has_left(self) -> None:
         pass
 
@@ -160,7 +173,7 @@ class XlToolstack:
         self._helper = helper
         self._asking = trio.Lock()
         self._answers, self._heard = trio.open_memory_channel[int](math.inf)
-        self._agreed = False
+        self._agreed = self._overruled = False
         self._xl: int | None = None
         """A descriptor of that process (pidfd), so that no other is taken for it later."""
         if xl > 1:  # 1: it was dead already, and the helper init's
@@ -236,8 +249,17 @@ class XlToolstack:
             await trio.sleep(pause_s)
         return True
 
+    def may_decide(self) -> bool:
+        """True also if it is not known whether xl still runs."""
+        return self._xl is None or not select.select([self._xl], [], [], 0)[0]
+
+    def overrule(self) -> None:
+        self._overruled = True
+
     async def has_left(self) -> None:
         """Its process has ended: then what it has not done it never will."""
+        if self._overruled:
+            return
         with trio.move_on_after(XL_PATIENCE_S if self._xl is not None else UNKNOWN_XL_S):
             if self._xl is None:
                 await trio.sleep_forever()

@@ -162,3 +162,42 @@ def test_a_sender_that_is_killed_afterwards_takes_the_pages_with_it(
             lambda: not list((xl.world.directory / "source.sock.state/sender").iterdir()),
             "it is owed still",
         )
+
+
+def decide(xl: CuttableXl, *, here: bool, force: bool) -> None:
+    xl.world.ask("sender", command="decide", migration=xl.spec.name, here=here, force=force)
+
+
+@pytest.mark.parametrize("taken_up", [False, True])
+def test_the_guest_comes_back_when_the_destination_is_lost_while_xl_decides(
+    xl: CuttableXl, taken_up: bool
+) -> None:
+    """xl has given up at both ends, and has left the source suspended, under another name."""
+    xl.relay.do(Link.down)
+    xl.source.rename(f"{xl.spec.name}--migratedaway")
+    if taken_up:
+        xl.restart("sender")
+    xl.wait_for("interrupted", "in doubt")
+    with pytest.raises(MigrationError, match=r"while xl may do so.*--force"):
+        decide(xl, here=True, force=False)
+    decide(xl, here=True, force=True)
+    xl.relay.do(lambda link: setattr(link, "is_up", True))
+    xl.wait_for("failed", "failed")
+    assert xl.source.info().name == xl.spec.name
+    xl.destination.destroy()  # which xl made, and has not destroyed
+    check_stayed(xl)
+
+
+@pytest.mark.parametrize("state", ["deciding", "handed over"])
+def test_what_is_left_of_the_source_goes_when_an_operator_decides_so(
+    xl: CuttableXl, state: str
+) -> None:
+    xl.relay.do(Link.down)
+    xl.wait_for("interrupted", "in doubt")
+    if state == "handed over":
+        xl.destination.start()
+        until(lambda: xl.destination.info().state is DomainState.RUNNING, "it does not run")
+    decide(xl, here=False, force=True)
+    xl.relay.do(lambda link: setattr(link, "is_up", True))
+    until(lambda: xl.line("sender")["phase"] == "failed", "it is not carried out")
+    assert xl.world.source.domains() == []
