@@ -1,17 +1,18 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * What this machine's loopback can do, measured by a plain C program: the limits that the figures of the
- * daemons are set against.
+ * What this machine's loopback can do, measured by a plain C program: the limits to which the
+ * figures of the daemons are compared.
  *
  *   limits roundtrip N      N requests of 64 bytes, each answered with 4 KiB: "p50_us p99_us"
- *   limits chain N          the same behind the wake-ups of a fault: a vCPU's thread signals a pager's, which asks, and
- *                           is signalled by it when the answer has come: "p50_us p99_us", as the vCPU sees it
- *   limits delay PORT MS    not a limit, but a link: prints a port, and passes what comes there on to PORT, and back, MS
- *                           milliseconds later each way
- *   limits bulk BYTES [CC]  BYTES one way in 4 MiB writes and reads: "bytes_per_s"; with congestion control CC
- *                           instead of the host's
- *   limits into BYTES CC    the same, from memory and into memory that are as large: the latter has never been used, as a
- *                           guest's that arrives
+ *   limits chain N          the same behind the wake-ups of a fault: a vCPU's thread signals a
+ *                           pager's, which sends the request, and signals the vCPU's thread when
+ *                           the answer has come: "p50_us p99_us", as the vCPU sees it
+ *   limits delay PORT MS    not a limit, but a link: prints a port, and passes what comes there on
+ *                           to PORT, and back, MS milliseconds later each way
+ *   limits bulk BYTES [CC]  BYTES one way in 4 MiB writes and reads: "bytes_per_s"; with congestion
+ *                           control CC instead of the host's
+ *   limits into BYTES CC    the same, from memory and into memory that are as large: the latter has
+ *                           never been used, as the memory of an arriving guest
  *   limits memcpy BYTES     copies between two 4 MiB buffers: "bytes_per_s"
  *
  * Two processes and one TCP connection over 127.0.0.1, as the daemons have.
@@ -58,7 +59,8 @@ static char *source;
 static void read_all(int fd, size_t n)
 {
     for (size_t done = 0; done < n;) {
-        ssize_t got = read(fd, buffer + done % CHUNK, n - done < CHUNK - done % CHUNK ? n - done : CHUNK - done % CHUNK);
+        ssize_t got = read(fd, buffer + done % CHUNK,
+                           n - done < CHUNK - done % CHUNK ? n - done : CHUNK - done % CHUNK);
 
         if (got <= 0)
             die("read");
@@ -71,7 +73,8 @@ static void read_all(int fd, size_t n)
 static void write_all(int fd, size_t n)
 {
     for (size_t done = 0; done < n;) {
-        ssize_t put = write(fd, source ? source + done : buffer, n - done < CHUNK ? n - done : CHUNK);
+        ssize_t put = write(fd, source ? source + done : buffer,
+                            n - done < CHUNK ? n - done : CHUNK);
 
         if (put <= 0)
             die("write");
@@ -89,7 +92,8 @@ static int compare(const void *a, const void *b)
 /* Returns this process's end; the child has the other, and *child is its pid or 0 in it. */
 static int pair(pid_t *child, const char *congestion)
 {
-    struct sockaddr_in address = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
+    struct sockaddr_in address = { .sin_family = AF_INET,
+                                   .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
     socklen_t length = sizeof(address);
     int listener = socket(AF_INET, SOCK_STREAM, 0), fd, one = 1;
 
@@ -117,7 +121,8 @@ static int to_pager, to_vcpu, lane;
 
 static void *pager(void *faults)
 {
-    struct pollfd fds[2] = { { .fd = to_pager, .events = POLLIN }, { .fd = lane, .events = POLLIN } };
+    struct pollfd fds[2] = { { .fd = to_pager, .events = POLLIN },
+                             { .fd = lane, .events = POLLIN } };
     uint64_t count = 1;
 
     for (unsigned long left = *(unsigned long *)faults; left;) {
@@ -212,7 +217,8 @@ static void *give(void *argument)
 
 static void delay(unsigned short port, double seconds)
 {
-    struct sockaddr_in address = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
+    struct sockaddr_in address = { .sin_family = AF_INET,
+                                   .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
     socklen_t length = sizeof(address);
     int listener = socket(AF_INET, SOCK_STREAM, 0), one = 1;
 
@@ -253,7 +259,9 @@ int main(int argc, char **argv)
     int fd;
 
     if (!n) {
-        fprintf(stderr, "usage: limits roundtrip N | chain N | delay PORT MS | bulk BYTES [CC] | into BYTES CC | memcpy BYTES\n");
+        fprintf(stderr,
+                "usage: limits roundtrip N | chain N | delay PORT MS | bulk BYTES [CC] | "
+                "into BYTES CC | memcpy BYTES\n");
         return 2;
     }
     if (!strcmp(argv[1], "delay"))

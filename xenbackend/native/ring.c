@@ -2,14 +2,16 @@
 /*
  * The pager's end of the paging ring.
  *
- * In C because the indices need memory barriers that Python cannot give: the
- * other end is a hypervisor on another CPU.  Every request is noted in the page until it is
- * answered (struct pager_notes): no request is answered twice, and none is forgotten when the pager
- * dies, at whatever instruction.  For that the notes are written in this order:
+ * This is in C because the indices need memory barriers, which Python does not have: the other end
+ * is a hypervisor on another CPU.  Every request is noted in the page until it is answered (struct
+ * pager_notes).  So no request is answered twice, and none is forgotten when the pager dies, at
+ * whatever instruction.  For this purpose the notes are written in this order:
  *
- *   taking     the request as OPEN; then req_cons.        Killed between: it is taken again.
- *   answering  the request as ANSWERED, with the number of its response; then the response; then rsp_prod, which
- *              tells Xen; then the request as FREE.       Killed between: rsp_prod says whether it was answered.
+ *   taking     the request as OPEN; then req_cons.     Killed between: it is taken again.
+ *   answering  the request as ANSWERED, with the number of its response; then the response; then
+ *              rsp_prod, which tells Xen; then the request as FREE.
+ *                                                      Killed between: rsp_prod shows whether the
+ *                                                      request was answered.
  */
 #include <errno.h>
 #include <string.h>
@@ -61,13 +63,15 @@ int ring_resume(struct ring_state *ring, struct ring_request *out)
         else if (r->state == REQUEST_OPEN && (int32_t)(r->number - ring->req_cons) >= 0)
             STORE(r->state, REQUEST_FREE);          /* still to be taken */
         if (r->state == REQUEST_OPEN)
-            out[n++] = (struct ring_request){ .gfn = r->gfn, .vcpu_id = r->vcpu_id, .flags = r->flags,
-                                              .paging_flags = r->paging_flags, .p2mt = r->p2mt };
+            out[n++] = (struct ring_request){ .gfn = r->gfn, .vcpu_id = r->vcpu_id,
+                                              .flags = r->flags, .paging_flags = r->paging_flags,
+                                              .p2mt = r->p2mt };
     }
     return n;
 }
 
-static int note_request(struct pager_notes *notes, uint32_t number, const struct ring_request *request)
+static int note_request(struct pager_notes *notes, uint32_t number,
+                        const struct ring_request *request)
 {
     for (int i = 0; i < VM_EVENT_SLOTS; i++)
         if (notes->request[i].state == REQUEST_FREE) {
@@ -127,11 +131,14 @@ int ring_consume(struct ring_state *ring, struct ring_request *out)
 }
 
 /* Where an open request is noted that is no other answer's of the same batch, or -1. */
-static int find_request(const struct pager_notes *notes, const struct ring_request *answer, uint32_t taken)
+static int find_request(const struct pager_notes *notes, const struct ring_request *answer,
+                        uint32_t taken)
 {
     for (int i = 0; i < VM_EVENT_SLOTS; i++)
-        if (!(taken & 1u << i) && notes->request[i].state == REQUEST_OPEN && notes->request[i].gfn == answer->gfn &&
-            notes->request[i].vcpu_id == answer->vcpu_id && notes->request[i].paging_flags == answer->paging_flags)
+        if (!(taken & 1u << i) && notes->request[i].state == REQUEST_OPEN &&
+            notes->request[i].gfn == answer->gfn &&
+            notes->request[i].vcpu_id == answer->vcpu_id &&
+            notes->request[i].paging_flags == answer->paging_flags)
             return i;
     return -1;
 }

@@ -51,9 +51,10 @@ _Static_assert(__builtin_offsetof(struct vm_event, p2mt) == 32, "p2mt offset");
 _Static_assert(__builtin_offsetof(struct vm_event_sring, slot) == 64, "slot offset");
 
 /*
- * The pager's notes, in the part of the page that neither Xen nor the ring uses: which requests are open.  They
- * are here, and not in the pager's memory, so that a pager that is killed can have a successor.  The slots
- * themselves do not tell: responses are put in another order than requests were, over requests that are still open.
+ * The pager's notes, in the part of the page that neither Xen nor the ring uses: which requests are
+ * open.  They are here, and not in the pager's memory, so that a pager that is killed can have a
+ * successor.  The slots themselves do not show this: responses are put in another order than
+ * requests were, over requests that are still open.
  */
 #define PAGER_NOTES_OFFSET 3584
 #define PAGER_NOTES_MAGIC 0x58505631u
@@ -73,8 +74,10 @@ struct pager_notes {
     } request[VM_EVENT_SLOTS];
 };
 
-_Static_assert(sizeof(struct vm_event_sring) <= PAGER_NOTES_OFFSET, "the notes are behind the slots");
-_Static_assert(PAGER_NOTES_OFFSET + sizeof(struct pager_notes) <= 4096, "the notes are in the page");
+_Static_assert(sizeof(struct vm_event_sring) <= PAGER_NOTES_OFFSET,
+               "the notes are behind the slots");
+_Static_assert(PAGER_NOTES_OFFSET + sizeof(struct pager_notes) <= 4096,
+               "the notes are in the page");
 
 static inline struct pager_notes *pager_notes(void *page)
 {

@@ -63,7 +63,7 @@ static void handle_touch(struct destination_pages *p, struct waiting_request wai
     int state = state_of(p, pfn);
 
     actions->touched[actions->nr_touched++] = pfn;
-    /* MEM_PAGING_EVICT_FAIL, "the frame is still here", is not looked at: the flag was true when the
+    /* MEM_PAGING_EVICT_FAIL, "the frame is still here", is ignored: the flag was true when the
      * hypervisor set it, but the page may have been evicted since. */
     if (!is_to_come(state) && state != PAGE_LOADING) {
         /* The page is here, or came while the request was on its way; or the page is gone, and the

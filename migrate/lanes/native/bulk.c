@@ -1,16 +1,19 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Many pages through a socket: what the push does all day, beside threads and vCPUs that a guest waits for.
+ * Many pages through a socket: the bulk of the push, beside threads and vCPUs that a guest waits
+ * for.
  *
- * In C because the interpreter lock is not held here, from one end of a batch to the other, and nobody waits for it while this
- * thread has given way, or was made to.
+ * This is in C because the interpreter lock is not held here, from one end of a batch to the other.
+ * Nobody waits for the lock while this thread yields or is preempted.
  *
- * PIECE_BYTES     A kernel without preemption (Debian's servers, most dom0s) finishes a system call before it lets a thread that
- *                 serves a fault have the CPU: with 4 MiB in one the median fault was a tenth slower.
- * GIVE_WAY_BYTES  A thread that wakes up takes the CPU from one that is not further ahead than it; between a pusher
- *                 that waits for a few microseconds now and then and a pager that is all but idle the kernel does not always
- *                 decide for the pager, and looks again at its next tick (4 ms).  So we ask it to, this often.  More often
- *                 costs more than it gives (docs/performance.md).
+ *   PIECE_BYTES     A kernel without preemption (Debian's servers, most dom0s) finishes a system
+ *                   call before it gives the CPU to a thread that serves a fault.  With 4 MiB in
+ *                   one call the median fault was a tenth slower.
+ *   GIVE_WAY_BYTES  A thread that wakes up takes the CPU only from a thread that is not further
+ *                   ahead.  Between a pusher that waits for a few microseconds now and then and a
+ *                   pager that is nearly idle, the kernel does not always decide for the pager, and
+ *                   decides again at its next tick (4 ms).  So this thread yields after so many
+ *                   bytes.  To yield more often costs more than it saves (docs/performance.md).
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -38,7 +41,8 @@ static void give_way(size_t *since, size_t moved)
 int bulk_send(int fd, const struct bulk_piece *pieces, size_t n)
 {
     struct iovec vector[IOV_MAX];
-    size_t since = 0, first = 0, offset = 0;  /* what is to be sent next: from there in the piece first */
+    /* the next bytes to send: from since, in the piece first */
+    size_t since = 0, first = 0, offset = 0;
 
     while (first < n) {
         struct msghdr message = { .msg_iov = vector };
@@ -73,8 +77,9 @@ long bulk_receive(int fd, void *into, size_t bytes, int is_tcp)
         ssize_t got;
 
         /*
-         * Because pages are acknowledged on this connection the kernel takes it for a dialogue and delays its own
-         * acknowledgements by 40 ms, for which a sender with a full window waits.  Not sticky: see tcp(7).
+         * Because pages are acknowledged on this connection, the kernel treats it as a dialogue and
+         * delays its own acknowledgements by 40 ms.  A sender with a full window waits for them.
+         * The option is not sticky: see tcp(7).
          */
         if (is_tcp)
             setsockopt(fd, IPPROTO_TCP, TCP_QUICKACK, &(int){ 1 }, sizeof(int));

@@ -6,8 +6,10 @@ struct bulk_piece {
     size_t bytes;
 };
 
-/* Send pieces of memory, one behind the other, on a blocking socket.  Returns 0, or -errno; some of it may have gone then. */
+/* Send pieces of memory, one after the other, on a blocking socket.  Returns 0, or -errno; some
+ * bytes may have been sent then. */
 int bulk_send(int fd, const struct bulk_piece *pieces, size_t n);
 
-/* Receive bytes from a blocking socket, which is one of TCP or not.  Returns how many: fewer at the connection's end; or -errno. */
+/* Receive bytes from a blocking socket, of TCP or not.  Returns how many, which are fewer at the
+ * connection's end, or -errno. */
 long bulk_receive(int fd, void *into, size_t bytes, int is_tcp);

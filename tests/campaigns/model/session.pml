@@ -1,15 +1,19 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The handover and what follows it, between a sender and a receiver that may each be killed, over a link that may be lost.
+ * The handover and what follows it, between a sender and a receiver that may each be killed, over a
+ * link that may be lost.
  *
- * An operator may decide once, while the link is down, that the guest goes on at the source: the destination then stops it.
+ * An operator may decide once, while the link is down, that the guest continues at the source: the
+ * destination then stops it.
  *
- * One page stands for all that are missing.  What a process knows is gone when it is killed; the journal and the domains
- * are not.  Every step between two of these is a step of the model, so a kill may fall between any two.
+ * One page stands for all that are missing.  The memory of a process is lost when the process is
+ * killed; the journal and the domains stay.  Every step between two of these is a step of the
+ * model, so a kill may fall between any two.
  *
- * Checked (tests/campaigns/model/check.py): the assertions, in every state; that no state is a dead end; and that
- * where nothing can happen any more the guest runs in exactly one place, with its page, and nothing is left over.
- * With MUTATION defined one of the rules is broken, and the checks must notice.
+ * Checked (tests/campaigns/model/check.py): the assertions, in every state; that no state is a dead
+ * end; and that, when nothing can happen any more, the guest runs in exactly one place, with its
+ * page, and nothing is left over.  With MUTATION defined one of the rules is broken, and the checks
+ * must notice.
  */
 #ifndef CUTS
 #define CUTS 3
@@ -37,8 +41,10 @@
 #define FORGETS_TO_RECALL           14
 #define HOLDS_NOTHING_THAT_IS_WHOLE 15
 
-mtype = { suspended, context, ready, handover, page, loaded, complete, completed, abort, rejoin, at_ready, at_own, refused, recall };
-mtype = { NONE, BEGUN, HANDED, GIVEN_UP, DECIDED, RECALLING, MADE, READY, OWN, FINISHING, HELD };   /* journals */
+mtype = { suspended, context, ready, handover, page, loaded, complete, completed, abort, rejoin,
+          at_ready, at_own, refused, recall };
+/* journals */
+mtype = { NONE, BEGUN, HANDED, GIVEN_UP, DECIDED, RECALLING, MADE, READY, OWN, FINISHING, HELD };
 
 chan to_r = [4] of { mtype };
 chan to_s = [4] of { mtype };
@@ -56,7 +62,7 @@ bool s_page = true;             /* the source's domain, with its page, is there 
 bool r_domain, r_page;
 bool r_wrote;                   /* the guest has written to its page at the destination */
 bool s_over, r_over;            /* nothing is owed */
-bool decided;                   /* an operator has had the guest go on at the source, rightly or wrongly */
+bool decided;                   /* for the source, by an operator, rightly or wrongly */
 
 inline cut() {
     link = false; s_lost = true; r_lost = true; r_fresh = false;
@@ -68,11 +74,15 @@ inline cut() {
     skip
 }
 
-/* A connection with a token that is good for it.  A receiver that has older lanes lets go of them. */
+/* A connection with a token that is valid for it.  A receiver that has older lanes closes them. */
 inline connect() { d_step { cut(); link = true; s_lost = false; r_lost = true; r_fresh = true } }
 
-inline s_says(what) { d_step { if :: link && !s_lost -> assert(nfull(to_r)); to_r!what :: else -> skip fi } }
-inline r_says(what) { d_step { if :: link && !r_lost -> assert(nfull(to_s)); to_s!what :: else -> skip fi } }
+inline s_says(what) {
+    d_step { if :: link && !s_lost -> assert(nfull(to_r)); to_r!what :: else -> skip fi }
+}
+inline r_says(what) {
+    d_step { if :: link && !r_lost -> assert(nfull(to_s)); to_s!what :: else -> skip fi }
+}
 
 inline r_takes_connection() { d_step { r_fresh -> r_fresh = false; r_lost = false } }
 
@@ -201,7 +211,11 @@ active proctype Sender()
 #else
             take_up_again()
 #endif
-        :: d_step { s_journal == HANDED && s_page && s_lost && !decided -> decided = true; s_journal = DECIDED }
+        :: d_step {
+            s_journal == HANDED && s_page && s_lost && !decided ->
+            decided = true;
+            s_journal = DECIDED
+        }
         :: s_journal == DECIDED -> decide()
         :: s_journal == GIVEN_UP || s_journal == RECALLING -> tell()
         od
@@ -270,8 +284,10 @@ active proctype Receiver()
         fi;
         do
         :: r_fresh -> r_takes_connection()
-        :: r_lost && !r_fresh && (r_journal == MADE || (r_journal == READY && !said_ready)) -> discard()
-        :: r_lost && !r_fresh && r_journal == OWN && r_page -> r_journal = FINISHING    /* the ring is given up */
+        :: r_lost && !r_fresh && (r_journal == MADE || (r_journal == READY && !said_ready)) ->
+            discard()
+        :: r_lost && !r_fresh && r_journal == OWN && r_page ->
+            r_journal = FINISHING                       /* the ring is given up */
         :: d_step { !r_lost && nempty(to_r) -> to_r?heard };
             if
             :: heard == suspended && r_journal == NONE -> prepare()

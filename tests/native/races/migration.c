@@ -116,9 +116,9 @@ static int load_at(void *domain, uint64_t pfn, const void *page)
     return sim_load_at(domain, pfn, page);
 }
 static int consume(void *ring, struct ring_request *out) { return ring_consume(ring, out); }
-/* Locked, as evictions are: no page is evicted between this look and the answer.  The hypervisor takes
- * the answer later, when the page may be paged out again, so its own count of early answers is not
- * looked at. */
+/* Locked, as evictions are: no page is evicted between this check and the answer.  The hypervisor
+ * takes the answer later, when the page may be paged out again, so its own count of early answers
+ * is ignored. */
 static int respond(void *ring, const struct ring_request *answers, int n)
 {
     for (int i = 0; i < n; i++)
@@ -329,7 +329,8 @@ static void *evictor_main(void *arg)
 static void compare(void)
 {
     uint64_t *visits = calloc(VCPUS * PAGES, sizeof(*visits)), steps = 0, differing = 0;
-    uint64_t *taken = calloc(PAGES, sizeof(*taken));    /* by the balloon, which this guest does not have */
+    /* by the balloon, which this guest does not have */
+    uint64_t *taken = calloc(PAGES, sizeof(*taken));
     uint8_t *pages = malloc(PAGES * PAGE_BYTES), *differs = malloc(PAGES);
 
     CHECK(visits && taken && pages && differs);

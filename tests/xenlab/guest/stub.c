@@ -309,7 +309,8 @@ static struct memory find_memory(const struct start_info *info)
     uint64_t from = ((uint64_t)_end + PAGE - 1) / PAGE * PAGE, to = from, pages, counts;
 
     for (unsigned i = 0; i < info->memory_map_entries; i++)
-        if (map[i].type == MEMMAP_RAM && map[i].address <= from && from < map[i].address + map[i].size)
+        if (map[i].type == MEMMAP_RAM && map[i].address <= from &&
+            from < map[i].address + map[i].size)
             to = map[i].address + map[i].size;
     pages = (to - from) / PAGE;
     counts = (pages * sizeof(uint32_t) + PAGE - 1) / PAGE;

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* What Python sees of the C files beside this one (read by cffi as well).
+/* The interface of the C files beside this one for Python (read by cffi as well).
  *
- * Calls return 0 (or a count) or -errno.  Batches stop at the first gfn that fails; *done is how many were
- * handled before it. */
+ * Calls return 0 (or a count) or -errno.  Batches stop at the first gfn that fails; *done is how
+ * many were handled before it. */
 
 struct xen_host;
 
@@ -56,21 +56,24 @@ int xen_store_resume(struct xen_host *h, uint32_t domid);
 #define PAGE_BROKEN 4
 
 /* What is there, without looking into it: PAGE_DATA, PAGE_HOLE, PAGE_PAGED, PAGE_BROKEN. */
-int xen_page_types(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, uint8_t *types);
+int xen_page_types(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n,
+                   uint8_t *types);
 
 /* Memory mapped for reading. */
 struct xen_view {
     void *address;
     size_t pages;
 };
-/* Map what holds memory.  status is a PAGE_* for each gfn, pages where each is that has PAGE_DATA. */
-int xen_map(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, uint8_t *status, const void **pages,
-            struct xen_view *view);
+/* Map the gfns that have memory. status is a PAGE_* for each gfn; pages has the address of each
+ * page that has PAGE_DATA. */
+int xen_map(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, uint8_t *status,
+            const void **pages, struct xen_view *view);
 struct xen_run {                /* neighbours in memory */
     const void *address;
     uint64_t pages;
 };
-/* Look into mapped pages: of those with PAGE_DATA some become PAGE_ZERO, runs are the others.  Returns how many runs. */
+/* Read mapped pages: those of the pages with PAGE_DATA that are zero become PAGE_ZERO, and runs are
+ * the others.  Returns how many runs. */
 size_t xen_look(const void *const *pages, size_t n, uint8_t *status, struct xen_run *runs);
 int xen_unmap(struct xen_host *h, struct xen_view *view);
 
@@ -78,8 +81,10 @@ int xen_set_max_pages(struct xen_host *h, uint32_t domid, uint64_t pages);
 /* In place of the claim that there is.  A domain that has so many already needs none. */
 int xen_claim(struct xen_host *h, uint32_t domid, uint64_t pages);
 int xen_populate(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, size_t *done);
-int xen_depopulate(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, size_t *done);
-int xen_write(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, const uint8_t *pages, size_t *done);
+int xen_depopulate(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n,
+                   size_t *done);
+int xen_write(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n,
+              const uint8_t *pages, size_t *done);
 
 /* -EBUSY: it is on. */
 int xen_log_dirty_enable(struct xen_host *h, uint32_t domid);
@@ -89,13 +94,17 @@ int xen_log_dirty_is_on(struct xen_host *h, uint32_t domid);
 int xen_log_dirty(struct xen_host *h, uint32_t domid, int clean, uint8_t *bitmap, uint64_t nr_gfns);
 
 /* ---- pinned.c ---- */
-/* Those of the gfns that the hypervisor or another domain holds are put into out; returns how many.  A gfn may have in its
- * upper bits how often this process has mapped it, which does not count. */
+/* Put those of the gfns that the hypervisor or another domain holds into out; return how many.  A
+ * gfn may have in its upper bits how often this process has mapped it; these references are not
+ * counted. */
 #define HOLDS_SHIFT 56
 long xen_pinned(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, uint64_t *out);
-/* The two ways that it knows, the first on a hypervisor with our patch (-ENOSYS), the second on any. */
-long xen_query_held(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, uint64_t *out);
-long xen_recognise_held(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, uint64_t *out);
+/* The two ways to find held gfns: the first on a hypervisor with our patch (-ENOSYS), the second on
+ * any. */
+long xen_query_held(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n,
+                    uint64_t *out);
+long xen_recognise_held(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n,
+                        uint64_t *out);
 
 /* ---- paging.c ---- */
 struct xen_pager {
@@ -109,9 +118,10 @@ struct xen_pager {
 
 /* 1, 0, or -errno.  Changes nothing. */
 int xen_has_ring(struct xen_host *h, uint32_t domid);
-/* spare_gfn: where the ring may be, if the domain has no place for it.  Undoes what it did when it fails, but for the
- * parameter that names the ring's gfn. */
-int xen_paging_enable(struct xen_host *h, uint32_t domid, uint64_t spare_gfn, struct xen_pager *out);
+/* spare_gfn: where the ring may be, if the domain has no place for it.  After an error everything
+ * is undone, except the parameter that names the ring's gfn. */
+int xen_paging_enable(struct xen_host *h, uint32_t domid, uint64_t spare_gfn,
+                      struct xen_pager *out);
 /* Of a ring whose pager has died.  -EBUSY: it has not. */
 int xen_paging_attach(struct xen_host *h, uint32_t domid, struct xen_pager *out);
 /* Take note of an event (then the channel can fire again); tell Xen of responses. */
@@ -121,15 +131,19 @@ int xen_paging_disable(struct xen_host *h, uint32_t domid, struct xen_pager *pag
 /* As the process's end would: the ring stays. */
 void xen_pager_close(struct xen_host *h, struct xen_pager *pager);
 
-int xen_populate_evicted(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, size_t *done);
+int xen_populate_evicted(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n,
+                         size_t *done);
 /* The same by what every hypervisor with paging has: populate the holes, nominate, evict. */
-int xen_evict_one_by_one(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, size_t *done);
+int xen_evict_one_by_one(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n,
+                         size_t *done);
 
 /* XENMEM_paging_op_prep with a buffer; results[i] is 0 or -errno.  pages == NULL loads zeros. */
-int xen_load(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, const uint8_t *pages, int32_t *results);
+int xen_load(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n,
+             const uint8_t *pages, int32_t *results);
 
 /* ---- one_page.c ---- */
-/* For native code that serves faults: what struct NativePages in xenbackend/pages.py has, and NativeRing in ring.py. */
+/* For native code that serves faults: the struct NativePages of xenbackend/pages.py, and NativeRing
+ * of ring.py. */
 struct xen_held {               /* pages that stay mapped (held.py) */
     const uint32_t *slot;       /* of each gfn, or NOT_HELD */
     const uint64_t *address;    /* of each chunk of CHUNK_PAGES slots */
@@ -177,14 +191,15 @@ int xen_set_hvm_context(struct xen_host *h, uint32_t domid, const uint8_t *buffe
 #define XEN_CPUID_LEAF_BYTES 24     /* xen_cpuid_leaf_t */
 #define XEN_MSR_ENTRY_BYTES 16      /* xen_msr_entry_t */
 int xen_cpu_policy_size(struct xen_host *h, uint32_t *leaves, uint32_t *msrs);
-int xen_cpu_policy(struct xen_host *h, uint32_t domid, uint8_t *leaves, uint32_t *nr_leaves, uint8_t *msrs, uint32_t *nr_msrs);
-int xen_set_cpu_policy(struct xen_host *h, uint32_t domid, const uint8_t *leaves, uint32_t nr_leaves, const uint8_t *msrs,
-                       uint32_t nr_msrs);
+int xen_cpu_policy(struct xen_host *h, uint32_t domid, uint8_t *leaves, uint32_t *nr_leaves,
+                   uint8_t *msrs, uint32_t *nr_msrs);
+int xen_set_cpu_policy(struct xen_host *h, uint32_t domid, const uint8_t *leaves,
+                       uint32_t nr_leaves, const uint8_t *msrs, uint32_t nr_msrs);
 
 /* An empty HVM or PVH domain, as info says. */
 int xen_create(struct xen_host *h, const struct xen_info *info, uint32_t *domid);
 int xen_paging_pool(struct xen_host *h, uint32_t domid, uint32_t mib);
 /* A port that dom0 may bind to. */
 int xen_event_channel(struct xen_host *h, uint32_t domid);
-int xen_seed_grants(struct xen_host *h, uint32_t domid, uint64_t console_gfn, uint64_t store_gfn, uint32_t console_domid,
-                    uint32_t store_domid);
+int xen_seed_grants(struct xen_host *h, uint32_t domid, uint64_t console_gfn, uint64_t store_gfn,
+                    uint32_t console_domid, uint32_t store_domid);

@@ -2,8 +2,9 @@
 /*
  * Hypercalls that libxenctrl does not make, or makes too slowly.
  *
- * libxenctrl takes a hypercall buffer anew for each page that it loads, which costs more than the call, and it
- * does not know our operations.  So XENMEM_paging_op is made here with xencall, on buffers that are kept.
+ * libxenctrl allocates a hypercall buffer for each page that it loads, which costs more than the
+ * call, and it does not have our operations.  So XENMEM_paging_op is made here with xencall, on
+ * buffers that are kept.
  *
  * Sources: xen/include/public/memory.h; tools/include/xencall.h (Xen 4.17).
  */
@@ -42,12 +43,14 @@ struct call_buffer *take_buffer(struct xen_host *h)
     return &h->buffer[0];
 }
 
-int paging_op(struct xen_host *h, struct call_buffer *b, uint32_t domid, uint8_t op, const void *buffer, uint64_t gfn)
+int paging_op(struct xen_host *h, struct call_buffer *b, uint32_t domid, uint8_t op,
+              const void *buffer, uint64_t gfn)
 {
     memset(b->op, 0, sizeof(*b->op));
     b->op->op = op;
     b->op->domain = domid;
     set_xen_guest_handle_raw(b->op->buffer, buffer);
     b->op->gfn = gfn;
-    return xencall2(h->call, __HYPERVISOR_memory_op, XENMEM_paging_op, (uintptr_t)b->op) < 0 ? -errno : 0;
+    return xencall2(h->call, __HYPERVISOR_memory_op, XENMEM_paging_op, (uintptr_t)b->op) < 0
+           ? -errno : 0;
 }

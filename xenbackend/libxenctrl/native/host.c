@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * One host's Xen: what it can do, its domains, their life, and xenstored.
+ * One host's Xen: its abilities, its domains, their life cycle, and xenstored.
  *
- * Sources: tools/include/xenctrl.h, xenguest.h, xenstore.h; xen/include/public/domctl.h, sysctl.h (Xen 4.17).
+ * Sources: tools/include/xenctrl.h, xenguest.h, xenstore.h; xen/include/public/domctl.h, sysctl.h
+ * (Xen 4.17).
  */
 #include "internal.h"
 #include <xenguest.h>
@@ -57,13 +58,16 @@ int xen_facts(struct xen_host *h, struct xen_facts *out)
 
     if (xc_physinfo(h->xch, &phys) || xc_domain_getinfolist(h->xch, 0, 1, &dom0) < 0)
         return -errno;
-    *out = (struct xen_facts){ .free_pages = phys.free_pages - phys.outstanding_pages, .dom0_hvm = !!(dom0.flags & XEN_DOMINF_hvm_guest),
+    *out = (struct xen_facts){ .free_pages = phys.free_pages - phys.outstanding_pages,
+                               .dom0_hvm = !!(dom0.flags & XEN_DOMINF_hvm_guest),
                                .hap = !!(phys.capabilities & XEN_SYSCTL_PHYSCAP_hap) };
     b = take_buffer(h);
     /* Of no domain: ESRCH, unless the hypervisor does not know the hypercall at all. */
     rc = paging_op(h, b, DOMID_INVALID, XENMEM_paging_op_nominate, NULL, 0);
     out->paging = rc == -ESRCH;
-    out->populate_evicted = out->paging && !paging_op(h, b, DOMID_INVALID, XENMEM_paging_op_populate_evicted, NULL, 0);
+    if (out->paging)
+        out->populate_evicted =
+            !paging_op(h, b, DOMID_INVALID, XENMEM_paging_op_populate_evicted, NULL, 0);
     give_buffer(b);
     return out->paging || rc == -ENOSYS ? 0 : rc;
 }
@@ -71,14 +75,16 @@ int xen_facts(struct xen_host *h, struct xen_facts *out)
 static struct xen_info info_of(const xc_domaininfo_t *info)
 {
     struct xen_info out = {
-        .tot_pages = info->tot_pages, .max_pages = info->max_pages, .paged_pages = info->paged_pages,
-        .shared_info_gfn = info->shared_info_frame, .domid = info->domain,
+        .tot_pages = info->tot_pages, .max_pages = info->max_pages,
+        .paged_pages = info->paged_pages, .shared_info_gfn = info->shared_info_frame,
+        .domid = info->domain,
         .vcpus = info->max_vcpu_id == XEN_INVALID_MAX_VCPU_ID ? 0 : info->max_vcpu_id + 1,
         .hvm = !!(info->flags & XEN_DOMINF_hvm_guest), .hap = !!(info->flags & XEN_DOMINF_hap),
         .paused = !!(info->flags & XEN_DOMINF_paused), .dying = !!(info->flags & XEN_DOMINF_dying),
         .shutdown = !!(info->flags & XEN_DOMINF_shutdown),
         .shutdown_reason = info->flags >> XEN_DOMINF_shutdownshift & XEN_DOMINF_shutdownmask,
-        .emulation_flags = info->arch_config.emulation_flags, .misc_flags = info->arch_config.misc_flags,
+        .emulation_flags = info->arch_config.emulation_flags,
+        .misc_flags = info->arch_config.misc_flags,
         .gpaddr_bits = info->gpaddr_bits,
     };
 
@@ -127,10 +133,22 @@ int xen_pod_entries(struct xen_host *h, uint32_t domid, uint64_t *out)
     return xc_domain_get_pod_target(h->xch, domid, &tot, &cache, out) ? -errno : 0;
 }
 
-int xen_pause(struct xen_host *h, uint32_t domid) { return xc_domain_pause(h->xch, domid) ? -errno : 0; }
-int xen_unpause(struct xen_host *h, uint32_t domid) { return xc_domain_unpause(h->xch, domid) ? -errno : 0; }
-int xen_destroy(struct xen_host *h, uint32_t domid) { return xc_domain_destroy(h->xch, domid) ? -errno : 0; }
-int xen_resume(struct xen_host *h, uint32_t domid) { return xc_domain_resume(h->xch, domid, 1) ? -errno : 0; }
+int xen_pause(struct xen_host *h, uint32_t domid)
+{
+    return xc_domain_pause(h->xch, domid) ? -errno : 0;
+}
+int xen_unpause(struct xen_host *h, uint32_t domid)
+{
+    return xc_domain_unpause(h->xch, domid) ? -errno : 0;
+}
+int xen_destroy(struct xen_host *h, uint32_t domid)
+{
+    return xc_domain_destroy(h->xch, domid) ? -errno : 0;
+}
+int xen_resume(struct xen_host *h, uint32_t domid)
+{
+    return xc_domain_resume(h->xch, domid, 1) ? -errno : 0;
+}
 
 int xen_shutdown(struct xen_host *h, uint32_t domid, int reason)
 {
@@ -155,7 +173,10 @@ int xen_store_write(struct xen_host *h, const char *path, const char *value, uin
     return xs_write(h->store, XBT_NULL, path, value, length) ? 0 : -errno;
 }
 
-int xen_store_remove(struct xen_host *h, const char *path) { return xs_rm(h->store, XBT_NULL, path) ? 0 : -errno; }
+int xen_store_remove(struct xen_host *h, const char *path)
+{
+    return xs_rm(h->store, XBT_NULL, path) ? 0 : -errno;
+}
 
 int xen_store_permit(struct xen_host *h, const char *path, uint32_t owner, uint32_t may_read)
 {
@@ -170,4 +191,7 @@ int xen_store_introduce(struct xen_host *h, uint32_t domid, uint64_t gfn, uint32
     return xs_introduce_domain(h->store, domid, gfn, port) ? 0 : -errno;
 }
 
-int xen_store_resume(struct xen_host *h, uint32_t domid) { return xs_resume_domain(h->store, domid) ? 0 : -errno; }
+int xen_store_resume(struct xen_host *h, uint32_t domid)
+{
+    return xs_resume_domain(h->store, domid) ? 0 : -errno;
+}

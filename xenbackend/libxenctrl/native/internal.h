@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* What the C files share.  Each file calls earlier ones only: call.c, host.c, memory.c, then the others. */
+/* What the C files share.  Each file calls only earlier ones: call.c, host.c, memory.c, then the
+ * others. */
 #ifndef XEN_POSTCOPY_INTERNAL_H
 #define XEN_POSTCOPY_INTERNAL_H
 
@@ -47,11 +48,13 @@ void free_buffers(struct xen_host *h);      /* those that were made */
 struct call_buffer *take_buffer(struct xen_host *h);
 static inline void give_buffer(struct call_buffer *b) { pthread_mutex_unlock(&b->lock); }
 /* XENMEM_paging_op, on a buffer that the caller has taken. */
-int paging_op(struct xen_host *h, struct call_buffer *b, uint32_t domid, uint8_t op, const void *buffer, uint64_t gfn);
+int paging_op(struct xen_host *h, struct call_buffer *b, uint32_t domid, uint8_t op,
+              const void *buffer, uint64_t gfn);
 
 /* ---- memory.c ---- */
 /* Of one batch, all known to be holes and none twice. */
-int populate_holes(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, size_t *done);
+int populate_holes(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n,
+                   size_t *done);
 
 /* Our own operations: xenbackend/hypervisor/populate-evicted.patch */
 #ifndef XENMEM_paging_op_populate_evicted

@@ -1,17 +1,19 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * A domain's memory: what there is, mapped, populated, written, and which of it is dirty.
+ * A domain's memory: its state, mapped, populated, written, and which of it is dirty.
  *
- * Sources: tools/include/xenctrl.h, xenforeignmemory.h; xen/include/public/domctl.h (getpageframeinfo3,
- * shadow_op), memory.h (Xen 4.17).
+ * Sources: tools/include/xenctrl.h, xenforeignmemory.h; xen/include/public/domctl.h
+ * (getpageframeinfo3, shadow_op), memory.h (Xen 4.17).
  */
 #include "internal.h"
 
 /* libxenctrl exports it for its companions, and declares it in a header of its own. */
 int xc_get_pfn_type_batch(xc_interface *xch, uint32_t dom, unsigned int num, xen_pfn_t *arr);
 
-/* Is a gfn without memory paged out?  Loading it without a page fails with EINVAL then, and changes nothing. */
-static int tell_paged_from_hole(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, uint8_t *types)
+/* Is a gfn without memory paged out?  If it is, loading it without a page fails with EINVAL and
+ * changes nothing. */
+static int tell_paged_from_hole(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n,
+                                uint8_t *types)
 {
     struct call_buffer *b;
     struct xen_info info;
@@ -24,13 +26,15 @@ static int tell_paged_from_hole(struct xen_host *h, uint32_t domid, const uint64
         return rc;
     b = take_buffer(h);
     for (size_t i = 0; i < n; i++)
-        if (types[i] == PAGE_HOLE && paging_op(h, b, domid, XENMEM_paging_op_prep, NULL, gfns[i]) == -EINVAL)
+        if (types[i] == PAGE_HOLE &&
+            paging_op(h, b, domid, XENMEM_paging_op_prep, NULL, gfns[i]) == -EINVAL)
             types[i] = PAGE_PAGED;
     give_buffer(b);
     return 0;
 }
 
-int xen_page_types(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, uint8_t *types)
+int xen_page_types(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n,
+                   uint8_t *types)
 {
     xen_pfn_t frames[BATCH_GFNS];
 
@@ -65,8 +69,8 @@ static int page_is_zero(const uint8_t *page)
     return 1;
 }
 
-int xen_map(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, uint8_t *status, const void **pages,
-            struct xen_view *view)
+int xen_map(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, uint8_t *status,
+            const void **pages, struct xen_view *view)
 {
     xen_pfn_t *frames = calloc(n + 1, sizeof(*frames));
     int *errors = calloc(n + 1, sizeof(*errors));
@@ -107,23 +111,30 @@ int xen_map(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, 
 size_t xen_look(const void *const *pages, size_t n, uint8_t *status, struct xen_run *runs)
 {
     size_t count = 0;
+    const void *end = NULL;     /* of the last run */
 
     for (size_t i = 0; i < n; i++) {
         if (status[i] != PAGE_DATA)
             continue;
-        if (page_is_zero(pages[i]))
+        if (page_is_zero(pages[i])) {
             status[i] = PAGE_ZERO;
-        else if (count && (const uint8_t *)runs[count - 1].address + runs[count - 1].pages * XC_PAGE_SIZE == pages[i])
+            continue;
+        }
+        if (count && pages[i] == end)
             runs[count - 1].pages++;
         else
             runs[count++] = (struct xen_run){ .address = pages[i], .pages = 1 };
+        end = (const uint8_t *)pages[i] + XC_PAGE_SIZE;
     }
     return count;
 }
 
 int xen_unmap(struct xen_host *h, struct xen_view *view)
 {
-    int rc = view->pages && xenforeignmemory_unmap(h->fmem, view->address, view->pages) ? -errno : 0;
+    int rc = 0;
+
+    if (view->pages && xenforeignmemory_unmap(h->fmem, view->address, view->pages))
+        rc = -errno;
 
     *view = (struct xen_view){ 0 };
     return rc;
@@ -141,7 +152,8 @@ int xen_claim(struct xen_host *h, uint32_t domid, uint64_t pages)
 
     if (rc)
         return rc;
-    /* A domain has one claim: the old one goes first (domain_set_outstanding_pages() in xen/common/page_alloc.c). */
+    /* A domain has one claim, so the old one is removed first (domain_set_outstanding_pages() in
+     * xen/common/page_alloc.c). */
     if (xc_domain_claim_pages(h->xch, domid, 0))
         return -errno;
     if (pages > info.max_pages)
@@ -155,12 +167,15 @@ static int why_not_populated(struct xen_host *h, uint32_t domid, uint64_t gfn)
     struct xen_info info;
     int rc = xen_domain_info(h, domid, &info);
 
-    return rc ? rc : info.gpaddr_bits && gfn >> (info.gpaddr_bits - XC_PAGE_SHIFT) ? -EINVAL : -ENOMEM;
+    if (rc)
+        return rc;
+    return info.gpaddr_bits && gfn >> (info.gpaddr_bits - XC_PAGE_SHIFT) ? -EINVAL : -ENOMEM;
 }
 
-/* Xen would put a second frame over one that is there, which then belongs to the domain and is nowhere.  So
- * a batch ends before a gfn that has memory, and before one that it has already. */
-static size_t holes_ahead(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, int *rc)
+/* Xen would put a second frame over a present one, which then belongs to the domain and is nowhere.
+ * So a batch ends before a gfn that has memory, and before one that the batch has already. */
+static size_t holes_ahead(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n,
+                          int *rc)
 {
     uint8_t types[BATCH_GFNS];
 
@@ -203,7 +218,8 @@ int xen_depopulate(struct xen_host *h, uint32_t domid, const uint64_t *gfns, siz
 {
     for (*done = 0; *done < n;) {
         size_t batch = batch_of(n - *done);
-        int taken = xc_domain_decrease_reservation(h->xch, domid, batch, 0, (xen_pfn_t *)gfns + *done);
+        int taken = xc_domain_decrease_reservation(h->xch, domid, batch, 0,
+                                                   (xen_pfn_t *)gfns + *done);
 
         if (taken < 0)
             return -errno;
@@ -214,7 +230,8 @@ int xen_depopulate(struct xen_host *h, uint32_t domid, const uint64_t *gfns, siz
     return 0;
 }
 
-int xen_write(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, const uint8_t *pages, size_t *done)
+int xen_write(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n,
+              const uint8_t *pages, size_t *done)
 {
     uint8_t types[BATCH_GFNS];
     int errors[BATCH_GFNS], rc = 0;
@@ -234,12 +251,14 @@ int xen_write(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n
             rc = types[there] == PAGE_PAGED ? -ENOENT : -EINVAL;
         if (!there)
             return rc;
-        to = xenforeignmemory_map(h->fmem, domid, PROT_READ | PROT_WRITE, there, (xen_pfn_t *)gfns + *done, errors);
+        to = xenforeignmemory_map(h->fmem, domid, PROT_READ | PROT_WRITE, there,
+                                  (xen_pfn_t *)gfns + *done, errors);
         if (!to)
             return -errno;
         for (; good < there && !errors[good]; good++) {
             if (pages)
-                memcpy(to + good * XC_PAGE_SIZE, pages + (*done + good) * XC_PAGE_SIZE, XC_PAGE_SIZE);
+                memcpy(to + good * XC_PAGE_SIZE, pages + (*done + good) * XC_PAGE_SIZE,
+                       XC_PAGE_SIZE);
             else
                 memset(to + good * XC_PAGE_SIZE, 0, XC_PAGE_SIZE);
         }
@@ -261,7 +280,8 @@ int xen_log_dirty_enable(struct xen_host *h, uint32_t domid)
 {
     if (xc_shadow_control(h->xch, domid, XEN_DOMCTL_SHADOW_OP_ENABLE_LOGDIRTY, NULL, 0) >= 0)
         return 0;
-    /* paging_log_dirty_enable() has EINVAL for a domain whose log-dirty is on.  Whose it is Xen does not know. */
+    /* paging_log_dirty_enable() returns EINVAL for a domain whose log-dirty is on.  Xen does not
+     * record who enabled it. */
     return errno == EINVAL ? -EBUSY : -errno;
 }
 
@@ -283,7 +303,8 @@ int xen_log_dirty(struct xen_host *h, uint32_t domid, int clean, uint8_t *bitmap
     if (!buffer)
         return -ENOMEM;
     memset(buffer, 0, bytes);
-    if (xc_logdirty_control(h->xch, domid, clean ? XEN_DOMCTL_SHADOW_OP_CLEAN : XEN_DOMCTL_SHADOW_OP_PEEK,
+    if (xc_logdirty_control(h->xch, domid,
+                            clean ? XEN_DOMCTL_SHADOW_OP_CLEAN : XEN_DOMCTL_SHADOW_OP_PEEK,
                             HYPERCALL_BUFFER(buffer), nr_gfns, 0, NULL) < 0)
         rc = -errno;
     else

@@ -1,15 +1,16 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * One page at a time, and the ring together with its event channel: for native code that serves faults without the
- * interpreter.
+ * One page at a time, and the ring together with its event channel: for native code that serves
+ * faults without the interpreter.
  */
 #include <poll.h>
 #include "internal.h"
 
 /* ---- pages ---- */
 /*
- * Python changes the slots under a lock of its own, which is not to be waited for here.  Whoever looks says so first and reads the
- * slot then; whoever unmaps empties the slots first and looks for him then.  One of the two sees the other.
+ * Python changes the slots under a lock of its own, for which this code must not wait.  A reader
+ * increments looking before it loads the slot; the unmapper clears the slots before it loads
+ * looking.  Either the reader sees an empty slot, or the unmapper sees the reader.
  */
 int xen_held_idle(struct xen_held *held)
 {
@@ -33,7 +34,8 @@ static int look_at_held(struct xen_held *held, uint64_t gfn, const void **page)
         const uint64_t *address = __atomic_load_n(&held->address, __ATOMIC_ACQUIRE);
         struct xen_run run;
 
-        *page = (const void *)(uintptr_t)(address[slot / CHUNK_PAGES] + slot % CHUNK_PAGES * XC_PAGE_SIZE);
+        *page = (const void *)(uintptr_t)(address[slot / CHUNK_PAGES] +
+                                          slot % CHUNK_PAGES * XC_PAGE_SIZE);
         status = PAGE_DATA;
         xen_look(page, 1, &status, &run);
     }

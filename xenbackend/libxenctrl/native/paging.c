@@ -2,19 +2,21 @@
 /*
  * Memory paging: the ring, eviction, loading.
  *
- * The ring's frame stays in the guest's physmap, read-only for the guest (p2m_ram_ro: its writes are discarded), so
- * that it can be mapped again when its pager has died; Xen keeps the request slots, the pager its notes in
- * the same page (xenbackend/native/vm_event.h).  Of the event channel Xen's end becomes unbound when the pager's process
- * ends, and a successor binds to it anew.  So a pager can be killed at any time; faults wait in the ring meanwhile.
+ * The ring's frame stays in the guest's physmap, read-only for the guest (p2m_ram_ro: its writes
+ * are discarded), so that it can be mapped again when its pager has died.  Xen keeps the request
+ * slots, and the pager keeps its notes in the same page (xenbackend/native/vm_event.h).  Xen's end
+ * of the event channel becomes unbound when the pager's process ends, and a successor binds to it
+ * anew.  So a pager can be killed at any time; faults wait in the ring meanwhile.
  *
- * Sources: xen/include/public/memory.h, hvm/params.h, hvm/dm_op.h; tools/include/xenctrl.h, xenevtchn.h;
- * xen/common/vm_event.c, event_channel.c (Xen 4.17).
+ * Sources: xen/include/public/memory.h, hvm/params.h, hvm/dm_op.h; tools/include/xenctrl.h,
+ * xenevtchn.h; xen/common/vm_event.c, event_channel.c (Xen 4.17).
  */
 #include "internal.h"
 #include "../../native/vm_event.h"
 
 /* ---- pages ---- */
-static int evict_batch(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, size_t *done)
+static int evict_batch(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n,
+                       size_t *done)
 {
     struct call_buffer *b = take_buffer(h);
     int rc = 0;
@@ -24,22 +26,26 @@ static int evict_batch(struct xen_host *h, uint32_t domid, const uint64_t *gfns,
 
         memcpy(b->data, gfns + *done, batch * sizeof(*gfns));
         rc = paging_op(h, b, domid, XENMEM_paging_op_populate_evicted, b->data, batch);
-        *done += batch - b->op->gfn;    /* what is left over comes back; all of it, where nothing was begun */
+        /* what is left over comes back; if nothing was begun, all of it */
+        *done += batch - b->op->gfn;
     }
     give_buffer(b);
     return rc;
 }
 
-static int nominate_and_evict(struct xen_host *h, struct call_buffer *b, uint32_t domid, uint64_t gfn)
+static int nominate_and_evict(struct xen_host *h, struct call_buffer *b, uint32_t domid,
+                              uint64_t gfn)
 {
     int rc = paging_op(h, b, domid, XENMEM_paging_op_nominate, NULL, gfn);
 
     return rc ? rc : paging_op(h, b, domid, XENMEM_paging_op_evict, NULL, gfn);
 }
 
-/* Pages cannot be nominated before they are there.  A batch's holes get their memory in one call: looking, populating,
- * nominating and evicting page by page takes three times as long.  What could not be evicted then is a hole again. */
-static int evict_ascending(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, size_t *done)
+/* Pages cannot be nominated before they are present.  A batch's holes get their memory in one call,
+ * because testing, populating, nominating and evicting page by page takes three times as long.  A
+ * page that then could not be evicted becomes a hole again. */
+static int evict_ascending(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n,
+                           size_t *done)
 {
     uint8_t types[BATCH_GFNS];
     uint64_t holes[BATCH_GFNS];
@@ -63,10 +69,11 @@ static int evict_ascending(struct xen_host *h, uint32_t domid, const uint64_t *g
     }
     give_buffer(b);
     xen_depopulate(h, domid, holes + evicted, populated - evicted, &given_back);
-    return rc || *done ? rc : not_populated;    /* where some were evicted there is memory for others */
+    return rc || *done ? rc : not_populated;  /* if some were evicted, there is memory for others */
 }
 
-int xen_evict_one_by_one(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, size_t *done)
+int xen_evict_one_by_one(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n,
+                         size_t *done)
 {
     int rc = 0;
 
@@ -81,12 +88,14 @@ int xen_evict_one_by_one(struct xen_host *h, uint32_t domid, const uint64_t *gfn
     return rc;
 }
 
-int xen_populate_evicted(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, size_t *done)
+int xen_populate_evicted(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n,
+                         size_t *done)
 {
     return (h->has_populate_evicted ? evict_batch : xen_evict_one_by_one)(h, domid, gfns, n, done);
 }
 
-int xen_load(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, const uint8_t *pages, int32_t *results)
+int xen_load(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n,
+             const uint8_t *pages, int32_t *results)
 {
     struct call_buffer *b = take_buffer(h);
     int rc = 0;
@@ -189,7 +198,8 @@ int xen_paging_enable(struct xen_host *h, uint32_t domid, uint64_t spare_gfn, st
 int xen_has_ring(struct xen_host *h, uint32_t domid)
 {
     struct call_buffer *b = take_buffer(h);
-    int rc = paging_op(h, b, domid, XENMEM_paging_op_nominate, NULL, ~0ull);    /* no gfn has this number */
+    /* no gfn has this number */
+    int rc = paging_op(h, b, domid, XENMEM_paging_op_nominate, NULL, ~0ull);
 
     give_buffer(b);
     return rc == -EBUSY ? 1 : rc == -ENODEV || rc == -ENOSYS ? 0 : rc;
@@ -206,9 +216,10 @@ int xen_paging_attach(struct xen_host *h, uint32_t domid, struct xen_pager *out)
         return -errno;
     rc = map_ring(h, domid, pager.ring_gfn, &pager.ring_page);
     if (rc)
-        return rc == -EINVAL ? -ENODEV : rc;    /* a pager of another make takes its ring's frame away */
+        return rc == -EINVAL ? -ENODEV : rc;  /* a pager of another make removes its ring's frame */
     pager.remote_port = pager_notes(pager.ring_page)->channel;
-    rc = pager_notes(pager.ring_page)->magic == PAGER_NOTES_MAGIC ? bind_channel(domid, &pager) : -ENODEV;
+    rc = pager_notes(pager.ring_page)->magic == PAGER_NOTES_MAGIC ? bind_channel(domid, &pager)
+         : -ENODEV;
     if (rc) {
         xenforeignmemory_unmap(h->fmem, pager.ring_page, 1);
         return rc == -EINVAL ? -EBUSY : rc;     /* bound already: its pager lives */

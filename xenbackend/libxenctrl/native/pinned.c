@@ -1,25 +1,29 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The pinned set: frames that the hypervisor or another domain knows by number.
+ * The pinned set: frames that the hypervisor or another domain accesses by number.
  *
- * A guest that resumes tells Xen again where its vcpu_info and its event channel pages are, by gfn.  Xen
- * does not page those in: it refuses, and Linux panics.  So they have to be present before the guest runs, and
- * the host that it leaves has to know them.
+ * A guest that resumes passes to Xen again, by gfn, where its vcpu_info and its event channel pages
+ * are.  Xen does not page those in: it refuses, and Linux panics.  So they have to be present
+ * before the guest runs, and the host that the guest leaves has to find them.
  *
- * A hypervisor with our patch is asked.  Any other does not tell, so the pages are recognised by what Xen writes
- * into them.  That may find more than there is (a page more is present early, which costs nothing much), and must
- * not find less:
+ * A hypervisor with our patch reports them.  Any other does not, so the pages are recognised by
+ * what Xen writes into them.  The result may contain further pages (a further page is present
+ * early, which costs little), and must not lack one:
  *
- *   vcpu_info            has a time record, whose scale (tsc_to_system_mul, tsc_shift) is about the same for all vCPUs of
- *                        a domain and unlike anything else.  The shared info page has it too, from before the
- *                        guest moved its vcpu_info out of there.
- *   event control block  of a vCPU (FIFO event channels): 16 heads of queues, then nothing.  Without a single
- *                        event since the vCPU came up it is all zeros, and not recognised.
- *   event array          words of flags (pending, masked, linked) and a port, most of them masked only.
+ *   vcpu_info            has a time record, whose scale (tsc_to_system_mul, tsc_shift) is about the
+ *                        same for all vCPUs of a domain and unlike anything else.  The shared info
+ *                        page has one too, from before the guest moved its vcpu_info out of there.
+ *   event control block  of a vCPU (FIFO event channels): 16 heads of queues, then nothing.
+ *                        Without a single event since the vCPU came up it is all zeros, and not
+ *                        recognised.
+ *   event array          words of flags (pending, masked, linked) and a port, most of them masked
+ *                        only.
  *
- * Added to these are the pages that HVM parameters name: xenstore's and the console's rings, the device model's.
+ * The pages that HVM parameters name are added: xenstore's and the console's rings, the device
+ * model's.
  *
- * Sources: xen/include/public/xen.h (vcpu_info, shared_info), event_channel.h (FIFO ABI), hvm/params.h.
+ * Sources: xen/include/public/xen.h (vcpu_info, shared_info), event_channel.h (FIFO ABI),
+ * hvm/params.h.
  */
 #include "internal.h"
 #include <xen/event_channel.h>
@@ -27,7 +31,8 @@
 
 #define GFN_MASK ((1ull << HOLDS_SHIFT) - 1)
 
-long xen_query_held(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, uint64_t *out)
+long xen_query_held(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n,
+                    uint64_t *out)
 {
     struct call_buffer *b;
     long count = 0;
@@ -51,12 +56,13 @@ long xen_query_held(struct xen_host *h, uint32_t domid, const uint64_t *gfns, si
 }
 
 /* ---- recognition ---- */
-/* How fast time goes by: of a time record, in nanoseconds for 2^32 ticks of the TSC.  0: it is none.  Xen makes the factor
- * such that its highest bit is set (set_time_scale() in xen/arch/x86/time.c). */
+/* The scale of a time record: nanoseconds for 2^32 ticks of the TSC; 0 if it is no time record.
+ * Xen chooses the factor so that its highest bit is set (set_time_scale() in
+ * xen/arch/x86/time.c). */
 static double time_scale(const vcpu_time_info_t *time)
 {
-    if (!(time->tsc_to_system_mul >> 31) || time->tsc_shift < -32 || time->tsc_shift > 32 || time->pad0 || time->pad1[0] ||
-        time->pad1[1])
+    if (!(time->tsc_to_system_mul >> 31) || time->tsc_shift < -32 || time->tsc_shift > 32 ||
+        time->pad0 || time->pad1[0] || time->pad1[1])
         return 0;
     return time->tsc_shift < 0 ? (double)time->tsc_to_system_mul / (1ull << -time->tsc_shift) :
                                  (double)time->tsc_to_system_mul * (1ull << time->tsc_shift);
@@ -82,8 +88,8 @@ static int domain_time_scale(struct xen_host *h, uint32_t domid, double *scale)
     return 0;
 }
 
-/* Xen calibrates the scale again now and then, with what error the machine's timers have (5% were seen under emulation): it
- * is about the same. */
+/* Xen calibrates the scale again now and then, with the error of the machine's timers (5% were seen
+ * under emulation), so the scales are compared roughly. */
 static int has_vcpu_info(const uint64_t *page, double scale)
 {
     for (unsigned i = 0; scale && i <= (XC_PAGE_SIZE - sizeof(vcpu_info_t)) / 8; i++) {
@@ -121,8 +127,8 @@ static int is_event_array(const uint64_t *page)
 {
     const uint32_t *word = (const uint32_t *)page;
     const uint32_t masked = 1u << EVTCHN_FIFO_MASKED;
-    const uint32_t nothing = ~(1u << EVTCHN_FIFO_PENDING | masked | 1u << EVTCHN_FIFO_LINKED | 1u << EVTCHN_FIFO_BUSY |
-                               ((1u << EVTCHN_FIFO_LINK_BITS) - 1));
+    const uint32_t nothing = ~(1u << EVTCHN_FIFO_PENDING | masked | 1u << EVTCHN_FIFO_LINKED |
+                               1u << EVTCHN_FIFO_BUSY | ((1u << EVTCHN_FIFO_LINK_BITS) - 1));
     unsigned count = 0;
 
     for (unsigned i = 0; i < XC_PAGE_SIZE / 4; i++) {
@@ -136,8 +142,9 @@ static int is_event_array(const uint64_t *page)
 /* Gfns that parameters name: one each, but for the device model's, which are neighbours. */
 static int named_by_parameter(struct xen_host *h, uint32_t domid, uint64_t *named, unsigned most)
 {
-    static const int params[] = { HVM_PARAM_STORE_PFN, HVM_PARAM_CONSOLE_PFN, HVM_PARAM_IOREQ_PFN, HVM_PARAM_BUFIOREQ_PFN,
-                                  HVM_PARAM_IDENT_PT, HVM_PARAM_MONITOR_RING_PFN, HVM_PARAM_SHARING_RING_PFN };
+    static const int params[] = { HVM_PARAM_STORE_PFN, HVM_PARAM_CONSOLE_PFN, HVM_PARAM_IOREQ_PFN,
+                                  HVM_PARAM_BUFIOREQ_PFN, HVM_PARAM_IDENT_PT,
+                                  HVM_PARAM_MONITOR_RING_PFN, HVM_PARAM_SHARING_RING_PFN };
     uint64_t value, pages = 0;
     unsigned count = 0;
 
@@ -153,7 +160,8 @@ static int named_by_parameter(struct xen_host *h, uint32_t domid, uint64_t *name
     return count;
 }
 
-long xen_recognise_held(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, uint64_t *out)
+long xen_recognise_held(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n,
+                        uint64_t *out)
 {
     uint64_t plain[BATCH_GFNS];
     uint8_t status[BATCH_GFNS];
@@ -171,7 +179,8 @@ long xen_recognise_held(struct xen_host *h, uint32_t domid, const uint64_t *gfns
         rc = xen_map(h, domid, plain, batch, status, pages, &view);
         for (size_t i = 0; !rc && i < batch; i++)
             if (status[i] == PAGE_DATA &&
-                (has_vcpu_info(pages[i], scale) || is_control_block(pages[i]) || is_event_array(pages[i])))
+                (has_vcpu_info(pages[i], scale) || is_control_block(pages[i]) ||
+                 is_event_array(pages[i])))
                 out[count++] = plain[i];
         xen_unmap(h, &view);
     }
@@ -198,7 +207,8 @@ long xen_pinned(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t
         return count;
     found = count;
     for (size_t i = 0; i < n && nr_named; i++)
-        if (contains(named, nr_named, gfns[i] & GFN_MASK) && !contains(out, found, gfns[i] & GFN_MASK))
+        if (contains(named, nr_named, gfns[i] & GFN_MASK) &&
+            !contains(out, found, gfns[i] & GFN_MASK))
             out[count++] = gfns[i] & GFN_MASK;
     return count;
 }

@@ -44,7 +44,7 @@ struct sim_program {
     uint64_t pages;            /* working set: pfns 0 .. pages - 1 */
     uint64_t stride;           /* in pages */
     uint32_t write_permille;   /* share of the accesses that write */
-    uint32_t generated;        /* the image is sim_generate_image()'s, so first reads can be checked */
+    uint32_t generated;        /* the image is sim_generate_image()'s: first reads are checked */
     uint64_t rate;             /* accesses a second and vCPU; 0: as fast as it can */
     uint64_t balloon_pages;    /* given away by vCPU 0 ... */
     uint64_t balloon_every;    /* ... one after each so many of its accesses */
@@ -76,12 +76,13 @@ struct sim_domain {
     uint32_t crash;
     uint32_t crash_vcpu;
     uint32_t drops;            /* a paged-out page can be given away, and the pager is told */
-    uint32_t tracks_physmap;   /* a pfn that loses or gets a frame is log-dirty (Xen 4.19.5, 4.20.3, 4.21.1) */
+    /* a pfn that loses or gets a frame is log-dirty (Xen 4.19.5, 4.20.3, 4.21.1) */
+    uint32_t tracks_physmap;
     uint64_t crash_pfn;
     uint64_t tot_pages;        /* frames that the domain owns */
     uint64_t max_pages;        /* frames that it may own: one that has more keeps them */
-    uint64_t untracked;        /* whether a frame came since log-dirty was cleaned (and tracks_physmap is off) */
-    uint64_t balloon_steps;    /* pages that vCPU 0 has given away or taken back: part of the guest's context */
+    uint64_t untracked;        /* a frame came since log-dirty was cleaned (tracks_physmap off) */
+    uint64_t balloon_steps;    /* pages that vCPU 0 has given away or taken back: of the context */
     uint64_t ended_suspended;  /* it was suspended when it was destroyed */
     uint64_t overlaid;         /* frames that the guest got where there was memory still */
     uint64_t paged_pages;
@@ -117,8 +118,10 @@ void sim_detach(struct sim_map *m);
 void sim_repair(struct sim_map *m, uint32_t dead_owner);
 
 int sim_page_types(struct sim_map *m, const uint64_t *pfns, size_t n, uint8_t *types);
-size_t sim_look(struct sim_map *m, const uint64_t *pfns, size_t n, uint8_t *status, struct sim_run *runs);
-int sim_write(struct sim_map *m, const uint64_t *pfns, size_t n, const uint8_t *pages, size_t *done);
+size_t sim_look(struct sim_map *m, const uint64_t *pfns, size_t n, uint8_t *status,
+                struct sim_run *runs);
+int sim_write(struct sim_map *m, const uint64_t *pfns, size_t n, const uint8_t *pages,
+              size_t *done);
 int sim_populate(struct sim_map *m, const uint64_t *pfns, size_t n, size_t *done);
 int sim_depopulate(struct sim_map *m, const uint64_t *pfns, size_t n, size_t *done);
 int sim_populate_evicted(struct sim_map *m, const uint64_t *pfns, size_t n, size_t *done);
@@ -126,7 +129,8 @@ int sim_nominate(struct sim_map *m, uint64_t pfn);
 int sim_evict(struct sim_map *m, uint64_t pfn);
 int sim_look_at(struct sim_map *m, uint64_t pfn, const void **page);
 int sim_load_at(struct sim_map *m, uint64_t pfn, const void *page);
-long sim_load(struct sim_map *m, const uint64_t *pfns, size_t n, const uint8_t *pages, int32_t *results);
+long sim_load(struct sim_map *m, const uint64_t *pfns, size_t n, const uint8_t *pages,
+              int32_t *results);
 uint64_t sim_log_dirty(struct sim_map *m, uint64_t *bitmap, int clean);
 size_t sim_pinned(struct sim_map *m, const uint64_t *pfns, size_t n, uint64_t *held);
 int sim_set_page(struct sim_map *m, uint64_t pfn, int type, int refs, int type_count);
@@ -134,9 +138,11 @@ int sim_set_page(struct sim_map *m, uint64_t pfn, int type, int refs, int type_c
 /* ---- guest programs (program.c) ---- */
 void sim_generate_image(struct sim_map *m, uint64_t from, uint64_t n);
 void sim_image_pages(const struct sim_program *program, uint64_t from, uint64_t n, uint8_t *pages);
-void sim_expected_visits(const struct sim_program *program, uint32_t vcpu, uint64_t count, uint64_t *visits);
-void sim_compare_pages(const struct sim_program *program, uint64_t from, uint64_t n, const uint64_t *visits,
-                       const uint64_t *taken, uint8_t *pages, const uint8_t *actual, uint8_t *differs);
+void sim_expected_visits(const struct sim_program *program, uint32_t vcpu, uint64_t count,
+                         uint64_t *visits);
+void sim_compare_pages(const struct sim_program *program, uint64_t from, uint64_t n,
+                       const uint64_t *visits, const uint64_t *taken, uint8_t *pages,
+                       const uint8_t *actual, uint8_t *differs);
 uint64_t sim_balloon_pfn(const struct sim_program *program, uint64_t nr_pfns, uint64_t number);
 uint64_t sim_balloon_due(const struct sim_program *program, uint64_t count);
 uint64_t sim_balloon_given(const struct sim_program *program, uint64_t steps, uint64_t number);
@@ -144,10 +150,12 @@ uint64_t sim_balloon_taken(const struct sim_program *program, uint64_t steps, ui
 
 /* ---- vCPUs (vcpu.c, pause.c) and paging (paging.c): in the host's process only ---- */
 struct sim_host_domain;
-struct sim_host_domain *sim_host_new(struct sim_map *m);     /* its vCPUs paused; NULL: no threads for them */
+/* vCPUs paused; NULL: no threads for them */
+struct sim_host_domain *sim_host_new(struct sim_map *m);
 void sim_host_free(struct sim_host_domain *h);      /* ends the threads */
 int sim_host_resume_guest(struct sim_host_domain *h);   /* first run here: register vcpu_info */
 void sim_host_pause(struct sim_host_domain *h);     /* returns when no vCPU runs */
 void sim_host_unpause(struct sim_host_domain *h);
-void sim_host_paging_enable(struct sim_host_domain *h, void *ring_page, int to_pager_fd, int from_pager_fd);
+void sim_host_paging_enable(struct sim_host_domain *h, void *ring_page, int to_pager_fd,
+                            int from_pager_fd);
 int sim_host_paging_disable(struct sim_host_domain *h);

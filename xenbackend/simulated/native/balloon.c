@@ -4,7 +4,7 @@
  */
 #include "host.h"
 
-/* The guest has looked at a page that its balloon gives away: it must hold what was written there. */
+/* The guest reads a page that its balloon gives away: the page must hold what was written there. */
 static void check_page(struct host_vcpu *v, uint64_t pfn, uint64_t number)
 {
     struct sim_domain *d = v->h->m->dom;
@@ -15,14 +15,16 @@ static void check_page(struct host_vcpu *v, uint64_t pfn, uint64_t number)
     if (!taken && !d->program.generated)
         return;
     for (uint32_t w = 0; w < PAGE_BYTES / 8; w++)
-        wrong |= words[w] != (taken ? sim_taken_word(&d->program, pfn, taken, w) : sim_image_word(&d->program, pfn, w));
+        wrong |= words[w] != (taken ? sim_taken_word(&d->program, pfn, taken, w)
+                              : sim_image_word(&d->program, pfn, w));
     if (wrong && !d->vcpu[v->id].errors++)
         d->vcpu[v->id].first_error_pfn = pfn;
 }
 
-/* The guest's balloon driver: decrease_reservation of a page.  Xen 4.17.5 refuses one that is paged out (EILSEQ,
- * p2m_remove_entry()), and Linux scrubs pages that it gives away, which brings them in first.  With ``drops`` it is as
- * the interface has it: the page is let go of, and the pager told.  Returns 0 where it has to be tried again. */
+/* The guest's balloon driver: decrease_reservation of a page.  Xen 4.17.5 refuses a page that is
+ * paged out (EILSEQ, p2m_remove_entry()), and Linux scrubs pages that it gives away, which first
+ * loads them.  With ``drops`` the interface is followed: the page is dropped, and the pager is
+ * informed.  Returns 0 if it has to be tried again. */
 static int give_away(struct host_vcpu *v, uint64_t pfn, uint64_t number)
 {
     struct sim_host_domain *h = v->h;
@@ -60,8 +62,9 @@ static int give_away(struct host_vcpu *v, uint64_t pfn, uint64_t number)
     return 1;
 }
 
-/* And populate_physmap.  Xen puts the frame over whatever is there; a frame that was there is lost to the domain.
- * Returns 0 where the domain may own no further frame: as Linux does, the guest tries again later. */
+/* The guest's balloon driver: populate_physmap.  Xen puts the frame over whatever is there, and a
+ * present frame is lost to the domain.  Returns 0 if the domain may own no further frame: as Linux
+ * does, the guest tries again later. */
 static int take_back(struct host_vcpu *v, uint64_t pfn, uint64_t number)
 {
     struct sim_map *m = v->h->m;

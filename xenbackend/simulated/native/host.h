@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * What the host's process has of a domain: vCPU threads, and the hypervisor's end of the paging ring.
+ * What the host's process has of a domain: vCPU threads, and the hypervisor's end of the paging
+ * ring.
  *
- * Each C file calls earlier ones only: pause.c, paging.c, balloon.c, vcpu.c.
+ * Each C file calls only earlier ones: pause.c, paging.c, balloon.c, vcpu.c.
  */
 #ifndef SIM_HOST_H
 #define SIM_HOST_H
@@ -75,7 +76,8 @@ static inline void wake_all(struct sim_host_domain *h)
 }
 
 /* ---- pause.c ---- */
-/* The guest dies; like a crashed domain it is kept for inspection, its vCPUs standing still.  Locked. */
+/* The guest dies.  Like a crashed domain it is kept for inspection, with its vCPUs stopped.
+ * Locked. */
 void crash(struct sim_host_domain *h, uint32_t vcpu, uint32_t reason, uint64_t pfn);
 /* The vCPU has touched what is no memory. */
 void crash_at(struct host_vcpu *v, uint64_t pfn);
@@ -86,14 +88,16 @@ static inline int ring_slots_free(struct sim_host_domain *h)
     return VM_EVENT_SLOTS - (h->req_prod - h->rsp_cons);
 }
 
-void ring_put(struct sim_host_domain *h, uint64_t pfn, uint32_t vcpu, uint32_t flags, uint32_t type, uint32_t paging_flags);
+void ring_put(struct sim_host_domain *h, uint64_t pfn, uint32_t vcpu, uint32_t flags, uint32_t type,
+              uint32_t paging_flags);
 /* p2m_mem_paging_populate(): tell the pager, and stand still until it has answered. */
 void page_fault(struct host_vcpu *v, uint64_t pfn);
 /* XEN_VM_EVENT_DISABLE, of a domain whose vCPUs stand still. */
 int paging_disable(struct sim_host_domain *h);
 
 /* ---- balloon.c ---- */
-/* The next step of the balloon, where it is due.  It is done entirely or not at all; returns 0 if not yet. */
+/* Make the next step of the balloon, if it is due.  It is done entirely or not at all; returns 0 if
+ * not yet. */
 int move_balloon(struct host_vcpu *v);
 
 #endif

@@ -2,13 +2,13 @@
 /*
  * The simulated hypervisor's page operations.
  *
- * A hypercall runs here in the caller's process, on the shared p2m: as with a real one, no other process
- * has to be woken for it.  What a real one has and this has not is that it outlives
- * its caller, so every step that must not be half done is made under the entry's lock, which names
- * its holder; when a process goes away the host undoes what it held (sim_repair).
+ * A hypercall runs here in the caller's process, on the shared p2m: as with a real one, no other
+ * process has to be woken for it.  A real hypercall outlives its caller, and a simulated one does
+ * not.  So every step that must not be half done is made under the entry's lock, which names its
+ * holder; when a process goes away the host undoes what it held (sim_repair).
  *
- * A frame's place in the memory file is its pfn, so "allocate" and "free" are the kernel's:
- * a hole in the file reads as zeros, and freeing punches a hole.
+ * A frame's place in the memory file is its pfn, so the kernel allocates and frees: a hole in the
+ * file reads as zeros, and freeing punches a hole.
  *
  * Errors follow Xen 4.17: xen/arch/x86/mm/mem_paging.c, mem_access.c and xen/common/memory.c.
  */
@@ -21,7 +21,10 @@
 #include <unistd.h>
 #include "internal.h"
 
-static uint64_t round_page(uint64_t bytes) { return (bytes + PAGE_BYTES - 1) & ~(uint64_t)(PAGE_BYTES - 1); }
+static uint64_t round_page(uint64_t bytes)
+{
+    return (bytes + PAGE_BYTES - 1) & ~(uint64_t)(PAGE_BYTES - 1);
+}
 
 uint64_t sim_control_bytes(uint64_t nr_pfns)
 {
@@ -40,10 +43,12 @@ int sim_attach(struct sim_map *m, int control_fd, int memory_fd, uint32_t owner)
     nr_pfns = memory.st_size / PAGE_BYTES;
     if ((uint64_t)control.st_size != sim_control_bytes(nr_pfns))
         return -EINVAL;
-    base = mmap(NULL, control.st_size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, control_fd, 0);
+    base = mmap(NULL, control.st_size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE,
+                control_fd, 0);
     if (base == MAP_FAILED)
         return -errno;
-    m->memory = mmap(NULL, memory.st_size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, memory_fd, 0);
+    m->memory = mmap(NULL, memory.st_size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE,
+                     memory_fd, 0);
     if (m->memory == MAP_FAILED) {
         munmap(base, control.st_size);
         return -errno;
@@ -113,7 +118,7 @@ static uint8_t page_status(struct sim_map *m, uint64_t pfn)
         return PAGE_HOLE;
     w = __atomic_load_n(&m->p2m[pfn], __ATOMIC_SEQ_CST);
     if (is_ram(E_TYPE(w)) || E_TYPE(w) == P2M_RAM_PAGING_OUT)
-        return !(w & E_TOUCHED) || page_is_zero(m->memory + pfn * PAGE_BYTES) ? PAGE_ZERO : PAGE_DATA;
+        return w & E_TOUCHED && !page_is_zero(m->memory + pfn * PAGE_BYTES) ? PAGE_DATA : PAGE_ZERO;
     if (is_paging(E_TYPE(w)))
         return PAGE_PAGED;
     if (E_TYPE(w) == P2M_BROKEN)
@@ -122,7 +127,8 @@ static uint8_t page_status(struct sim_map *m, uint64_t pfn)
 }
 
 /* What the pages are, and the runs in which those that hold data lie; returns how many runs. */
-size_t sim_look(struct sim_map *m, const uint64_t *pfns, size_t n, uint8_t *status, struct sim_run *runs)
+size_t sim_look(struct sim_map *m, const uint64_t *pfns, size_t n, uint8_t *status,
+                struct sim_run *runs)
 {
     size_t count = 0;
 
@@ -146,9 +152,9 @@ int sim_look_at(struct sim_map *m, uint64_t pfn, const void **page)
 
 #define RUN_PAGES 64       /* neighbours that are locked and written together */
 
-/* Fill frames that we hold.  Several through the file, not the mapping: a page that is written as a whole need
- * not be zeroed by the kernel first, which makes a fresh one a third cheaper.  But writers of a file wait for each other, and
- * a single page is one that a vCPU waits for. */
+/* Fill frames that we hold.  Several are written through the file, not the mapping: the kernel need
+ * not zero a page first that is written as a whole, which makes a fresh page a third cheaper.  But
+ * writers of a file wait for each other, and a vCPU waits for a single page. */
 static int fill_frames(struct sim_map *m, uint64_t pfn, uint64_t n, const uint8_t *pages)
 {
     size_t left = n * PAGE_BYTES;
@@ -365,10 +371,11 @@ int sim_evict(struct sim_map *m, uint64_t pfn)
     return 0;
 }
 
-/* XENMEM_paging_op_prep with a buffer.  The page is there for the guest when this returns;
- * results[i] is 0, or -ENOENT for a gfn that is not being paged (present, a hole, or beyond what can be).
- * pages == NULL loads zeros.  Returns how many were loaded. */
-long sim_load(struct sim_map *m, const uint64_t *pfns, size_t n, const uint8_t *pages, int32_t *results)
+/* XENMEM_paging_op_prep with a buffer.  The guest can access the page when this returns. results[i]
+ * is 0, or -ENOENT for a gfn that is not being paged (present, a hole, or beyond the largest
+ * possible gfn). pages == NULL loads zeros.  Returns how many were loaded. */
+long sim_load(struct sim_map *m, const uint64_t *pfns, size_t n, const uint8_t *pages,
+              int32_t *results)
 {
     long loaded = 0;
     size_t i = 0;
@@ -409,7 +416,8 @@ long sim_load(struct sim_map *m, const uint64_t *pfns, size_t n, const uint8_t *
                 continue;
             }
             entry_set(m, first + k, P2M_RAM_RW, pages != NULL, 1);
-            /* Behind it: a client that is killed in the middle of a load must take no frame with it. */
+            /* After the fill: a client that is killed in the middle of a load must take no frame
+             * with it. */
             __atomic_fetch_add(&m->dom->tot_pages, 1, __ATOMIC_SEQ_CST);
             loaded++;
         }
@@ -447,21 +455,26 @@ uint64_t sim_log_dirty(struct sim_map *m, uint64_t *bitmap, int clean)
     return dirty;
 }
 
-/* Those of the pfns that somebody beside the guest's own mappings holds: what nominate would refuse. */
+/* Those of the pfns to which there are references besides the guest's own mappings: nominate would
+ * refuse them. */
 size_t sim_pinned(struct sim_map *m, const uint64_t *pfns, size_t n, uint64_t *held)
 {
     size_t count = 0;
 
     for (size_t i = 0; i < n; i++) {
-        uint32_t w = pfns[i] < m->dom->nr_pfns ? __atomic_load_n(&m->p2m[pfns[i]], __ATOMIC_SEQ_CST) : P2M_HOLE;
+        uint32_t w;
 
+        if (pfns[i] >= m->dom->nr_pfns)
+            continue;
+        w = __atomic_load_n(&m->p2m[pfns[i]], __ATOMIC_SEQ_CST);
         if (is_ram(E_TYPE(w)) && (E_REFS(w) || E_TYPE_REFS(w)))
             held[count++] = pfns[i];
     }
     return count;
 }
 
-/* For tests: put a page into a state that a real guest or host would bring about.  -1 leaves as it is. */
+/* For tests: put a page into a state that a real guest or host would cause.  -1 leaves a value as
+ * it is. */
 int sim_set_page(struct sim_map *m, uint64_t pfn, int type, int refs, int type_count)
 {
     uint32_t w, want;
@@ -478,6 +491,7 @@ int sim_set_page(struct sim_map *m, uint64_t pfn, int type, int refs, int type_c
             want = (want & ~(0x3fu << 12)) | (refs & 0x3f) << 12;
         if (type_count >= 0)
             want = (want & ~(0x1fu << 18)) | (type_count & 0x1f) << 18;
-    } while (!__atomic_compare_exchange_n(&m->p2m[pfn], &w, want, 0, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED));
+    } while (!__atomic_compare_exchange_n(&m->p2m[pfn], &w, want, 0, __ATOMIC_SEQ_CST,
+                                          __ATOMIC_RELAXED));
     return 0;
 }

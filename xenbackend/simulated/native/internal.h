@@ -62,7 +62,8 @@ static inline uint32_t entry_lock(struct sim_map *m, uint64_t pfn)
 }
 
 /* Change type and touched bit of an entry that we hold; keep or drop the lock. */
-static inline void entry_set(struct sim_map *m, uint64_t pfn, uint32_t type, int touched, int unlock)
+static inline void entry_set(struct sim_map *m, uint64_t pfn, uint32_t type, int touched,
+                             int unlock)
 {
     uint32_t w = __atomic_load_n(&m->p2m[pfn], __ATOMIC_RELAXED), want;
 
@@ -70,7 +71,8 @@ static inline void entry_set(struct sim_map *m, uint64_t pfn, uint32_t type, int
         want = (w & ~(0xfu | E_TOUCHED)) | type | (touched ? E_TOUCHED : 0);
         if (unlock)
             want &= 0x00ffffffu;
-    } while (!__atomic_compare_exchange_n(&m->p2m[pfn], &w, want, 0, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED));
+    } while (!__atomic_compare_exchange_n(&m->p2m[pfn], &w, want, 0, __ATOMIC_SEQ_CST,
+                                          __ATOMIC_RELAXED));
 }
 
 static inline void entry_unlock(struct sim_map *m, uint64_t pfn)
@@ -88,8 +90,9 @@ static inline void mark_dirty(struct sim_map *m, uint64_t pfn)
     __atomic_fetch_or(&m->dirty[pfn / 64], 1ull << (pfn % 64), __ATOMIC_SEQ_CST);
 }
 
-/* A pfn has lost its frame, or has got one.  Up to Xen 4.18 that is not log-dirty, and what is written to a new
- * frame is not recorded until the bitmap is cleaned: its entry is p2m_ram_rw until then (guest_physmap_add_page()). */
+/* A pfn has lost its frame, or has got one.  Up to Xen 4.18 this is not log-dirty, and writes to a
+ * new frame are not recorded until the bitmap is cleaned: its entry is p2m_ram_rw until then
+ * (guest_physmap_add_page()). */
 static inline void physmap_changed(struct sim_map *m, uint64_t pfn, int got)
 {
     if (m->dom->tracks_physmap) {
@@ -108,7 +111,8 @@ static inline int get_frame(struct sim_map *m)
     do {
         if (now >= __atomic_load_n(&m->dom->max_pages, __ATOMIC_SEQ_CST))
             return 0;
-    } while (!__atomic_compare_exchange_n(&m->dom->tot_pages, &now, now + 1, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST));
+    } while (!__atomic_compare_exchange_n(&m->dom->tot_pages, &now, now + 1, 0, __ATOMIC_SEQ_CST,
+                                          __ATOMIC_SEQ_CST));
     return 1;
 }
 

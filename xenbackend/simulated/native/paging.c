@@ -153,10 +153,11 @@ void page_fault(struct host_vcpu *v, uint64_t pfn)
     }
     v->event_pause = 1;
     ring_put(h, pfn, v->id, VM_EVENT_FLAG_VCPU_PAUSED, type, flags);
-    /* On the real Xen a vCPU asks for one page up to six times while its page tables are out: by its
-     * own access, then by the hypervisor's accesses to what it keeps up to date for the vCPU.  All
-     * requests have to be answered before the vCPU goes on. */
-    for (uint64_t more = stats->faults < 16 ? stats->faults % 7 : 0; !flags && more && ring_slots_free(h); more--) {
+    /* On the real Xen a vCPU requests one page up to six times while its page tables are out: by
+     * its own access, then by the hypervisor's accesses to what it keeps up to date for the vCPU.
+     * All requests have to be answered before the vCPU continues. */
+    for (uint64_t more = !flags && stats->faults < 16 ? stats->faults % 7 : 0;
+         more && ring_slots_free(h); more--) {
         v->event_pause++;
         ring_put(h, pfn, v->id, VM_EVENT_FLAG_VCPU_PAUSED, P2M_RAM_PAGING_IN, 0);
     }
@@ -169,7 +170,8 @@ void page_fault(struct host_vcpu *v, uint64_t pfn)
     note_stall(stats, now_ns() - start);
 }
 
-void sim_host_paging_enable(struct sim_host_domain *h, void *ring_page, int to_pager_fd, int from_pager_fd)
+void sim_host_paging_enable(struct sim_host_domain *h, void *ring_page, int to_pager_fd,
+                            int from_pager_fd)
 {
     pthread_mutex_lock(&h->lock);
     h->ring = ring_page;
@@ -184,9 +186,10 @@ void sim_host_paging_enable(struct sim_host_domain *h, void *ring_page, int to_p
     pthread_mutex_unlock(&h->lock);
 }
 
-/* XEN_VM_EVENT_DISABLE: refused while a vCPU waits for a slot.  One that waits for an answer goes on waiting: nothing
- * undoes vm_event_vcpu_pause() but a response.  The domain is paused meanwhile, as by domain_pause(), so that no vCPU is
- * between finding a page absent and asking for it. */
+/* XEN_VM_EVENT_DISABLE: refused while a vCPU waits for a slot.  A vCPU that waits for an answer
+ * continues to wait, because only a response undoes vm_event_vcpu_pause().  The domain is paused
+ * meanwhile, as by domain_pause(), so that no vCPU is between finding a page absent and requesting
+ * it. */
 int paging_disable(struct sim_host_domain *h)
 {
     pthread_mutex_lock(&h->lock);

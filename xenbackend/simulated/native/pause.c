@@ -11,7 +11,7 @@ void crash(struct sim_host_domain *h, uint32_t vcpu, uint32_t reason, uint64_t p
     if (!d->crash) {
         d->crash_vcpu = vcpu;
         d->crash_pfn = pfn;
-        __atomic_store_n(&d->crash, reason, __ATOMIC_SEQ_CST);      /* last: other processes look at it */
+        __atomic_store_n(&d->crash, reason, __ATOMIC_SEQ_CST);  /* last: other processes read it */
     }
     __atomic_fetch_or(&h->pause, 0x80000000u, __ATOMIC_SEQ_CST);
 }

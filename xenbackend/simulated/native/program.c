@@ -2,14 +2,15 @@
 /*
  * Guest programs, and what a guest's memory must hold after any number of their steps.
  *
- * Access k of vCPU v is a pure function of (seed, v, k), and everything that can be asked about
- * the past of a page is a closed form of it: nothing is recorded, so nothing can be
- * lost in a migration that a check would then not miss.
+ * Access k of vCPU v is a pure function of (seed, v, k), and everything about the past of a page is
+ * a closed form of it.  Nothing is recorded, so a migration cannot lose a record without which a
+ * check would miss an error.
  *
- * Each program is a set of *streams*.  A stream walks over its pages pass by pass, each
- * pass being a permutation of them, so visit number j of a page is in pass j: at access k a vCPU
- * knows without a record how often it was at that page before, what it wrote there last,
- * and checks that.
+ * Each program is a set of *streams*.  A stream walks over its pages pass by pass, and each pass is
+ * a permutation of the pages, so visit number j of a page is in pass j.  At access k a vCPU
+ * therefore computes without a record how often it was at that page before and what it wrote there
+ * last, and checks that.
+ *
  *   random      one stream, a new pseudo-random order each pass
  *   sequential  one stream in order; the vCPUs start at different places
  *   stride      one stream: 0, s, 2s, ..., 1, s + 1, ...
@@ -17,11 +18,12 @@
  *               so level l is a stream of 2^l pages and each stream gets every L-th access
  *
  * The words of a page are dealt out to the vCPUs (word w belongs to vCPU w mod nr_vcpus), so
- * writers never race for a word, and each vCPU writes its words of a page in turn.
- * A write is a read-modify-write: it checks the word that it wrote last in that page.
+ * writers never race for a word, and each vCPU writes its words of a page in turn.  A write is a
+ * read-modify-write: it checks the word that it wrote last in that page.
  *
- * The balloon is a count of steps.  With balloon_back, 2 * balloon_pages of them give all pages away and take
- * them back, the last one first.  A page that was taken back is filled with values of its own.
+ * The balloon is a count of steps.  With balloon_back, 2 * balloon_pages of them give all pages
+ * away and take them back, the last one first.  A page that was taken back is filled with values of
+ * its own.
  */
 #include <string.h>
 #include "internal.h"
@@ -77,7 +79,8 @@ static uint64_t stream_pages(const struct sim_program *p, uint32_t stream)
 }
 
 /* The pfn at place i of the given pass of a stream. */
-static uint64_t place(const struct sim_program *p, uint32_t vcpu, uint32_t stream, uint64_t pass, uint64_t i)
+static uint64_t place(const struct sim_program *p, uint32_t vcpu, uint32_t stream, uint64_t pass,
+                      uint64_t i)
 {
     uint64_t n = stream_pages(p, stream);
 
@@ -94,7 +97,8 @@ static uint64_t place(const struct sim_program *p, uint32_t vcpu, uint32_t strea
         return longer + i / rows + i % rows * p->stride;
     }
     case PROGRAM_HOTSET:
-        i = permute(i, n, mix64(p->seed ^ ((uint64_t)vcpu << 48) ^ ((uint64_t)stream << 40) ^ pass));
+        i = permute(i, n,
+                    mix64(p->seed ^ ((uint64_t)vcpu << 48) ^ ((uint64_t)stream << 40) ^ pass));
         return permute((1ull << stream) - 1 + i, p->pages, p->seed);
     default:
         return permute(i, n, mix64(p->seed ^ ((uint64_t)vcpu << 48) ^ pass));
@@ -164,7 +168,8 @@ void sim_generate_image(struct sim_map *m, uint64_t from, uint64_t n)
 }
 
 /* visits[pfn] for all pfns of the working set after `count` accesses of a vCPU */
-void sim_expected_visits(const struct sim_program *p, uint32_t vcpu, uint64_t count, uint64_t *visits)
+void sim_expected_visits(const struct sim_program *p, uint32_t vcpu, uint64_t count,
+                         uint64_t *visits)
 {
     uint32_t streams = nr_streams(p);
 
@@ -180,7 +185,8 @@ void sim_expected_visits(const struct sim_program *p, uint32_t vcpu, uint64_t co
 }
 
 /* Overlay on `page`, which holds the image's, what the vCPUs have written there. */
-static void overlay(const struct sim_program *p, uint64_t pfn, const uint64_t *visits, uint64_t *page)
+static void overlay(const struct sim_program *p, uint64_t pfn, const uint64_t *visits,
+                    uint64_t *page)
 {
     uint64_t own = WORDS / p->nr_vcpus;
 
@@ -192,10 +198,12 @@ static void overlay(const struct sim_program *p, uint64_t pfn, const uint64_t *v
     }
 }
 
-/* pages[] holds the image's pages [from, from + n) and then what the guest must have there;
- * differs[i] says whether actual[] does not.  taken[i]: how often the balloon took the page back. */
-void sim_compare_pages(const struct sim_program *p, uint64_t from, uint64_t n, const uint64_t *visits,
-                       const uint64_t *taken, uint8_t *pages, const uint8_t *actual, uint8_t *differs)
+/* pages[] holds the image's pages [from, from + n) and then what the guest must have there.
+ * differs[i] is 1 if actual[] differs from that.  taken[i]: how often the balloon took the page
+ * back. */
+void sim_compare_pages(const struct sim_program *p, uint64_t from, uint64_t n,
+                       const uint64_t *visits, const uint64_t *taken, uint8_t *pages,
+                       const uint8_t *actual, uint8_t *differs)
 {
     for (uint64_t i = 0; i < n; i++) {
         uint64_t *page = (uint64_t *)(pages + i * PAGE_BYTES);
@@ -239,5 +247,6 @@ uint64_t sim_balloon_given(const struct sim_program *p, uint64_t steps, uint64_t
 
 uint64_t sim_balloon_taken(const struct sim_program *p, uint64_t steps, uint64_t number)
 {
-    return steps / (2 * p->balloon_pages) + (number >= 2 * p->balloon_pages - steps % (2 * p->balloon_pages));
+    return steps / (2 * p->balloon_pages) +
+           (number >= 2 * p->balloon_pages - steps % (2 * p->balloon_pages));
 }

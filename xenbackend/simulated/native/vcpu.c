@@ -2,16 +2,16 @@
 /*
  * vCPUs: native threads that run a guest program against the simulated MMU.
  *
- * A vCPU runs one access after the other.  Between two it can be paused; while it waits for a page or for
- * a slot in the ring it counts as not running, and when the answer comes it looks
- * first whether it is paused, as a real one does.  An access is done entirely or not at all, so `count` is
- * all that a vCPU's context has to hold, and so is a step of the balloon, which vCPU 0 moves.
+ * A vCPU runs one access after the other.  Between two it can be paused.  While it waits for a page
+ * or for a slot in the ring it counts as not running.  When the answer comes it tests first whether
+ * it is paused, as a real one does.  An access is done entirely or not at all, so `count` is all
+ * that a vCPU's context has to hold; the same holds for a step of the balloon, which vCPU 0 moves.
  *
- * Log-dirty is marked *after* the write and before the access is over.  A page cleaned between the two is marked
- * again; marked before, the write could land behind the copy and be lost.
+ * Log-dirty is marked *after* the write and before the access is over.  A page cleaned between the
+ * two is marked again.  If it were marked before, the write could come after the copy and be lost.
  *
- * The threads run at a lower priority: a guest's vCPUs do not take the CPUs from dom0's
- * daemons on a real host, and here they share a few.
+ * The threads run at a lower priority: a guest's vCPUs do not take the CPUs from dom0's daemons on
+ * a real host, and here they share a few.
  */
 #define _GNU_SOURCE
 #include <signal.h>
@@ -71,7 +71,8 @@ static int access_page(struct host_vcpu *v, struct sim_access a)
         if (sim_writes(p, v->id, a.pfn, a.visit + 1) != n) {
             if (!(w & E_TOUCHED))
                 __atomic_fetch_or(&m->p2m[a.pfn], E_TOUCHED, __ATOMIC_SEQ_CST);
-            __atomic_store_n(&words[sim_word(p, v->id, a.pfn, n)], sim_value(p, v->id, a.pfn, n), __ATOMIC_SEQ_CST);
+            __atomic_store_n(&words[sim_word(p, v->id, a.pfn, n)], sim_value(p, v->id, a.pfn, n),
+                             __ATOMIC_SEQ_CST);
             mark_dirty(m, a.pfn);
         }
         __atomic_fetch_sub(&m->p2m[a.pfn], E_ACCESS, __ATOMIC_SEQ_CST);
@@ -118,7 +119,8 @@ static void *vcpu_main(void *arg)
         if (!access_page(v, a))
             continue;       /* tried again, after a pause if there is one */
         if (period)
-            next = next + 100000000 < now_ns() ? now_ns() : next + period;  /* catch up 0.1 s at most */
+            /* catch up 0.1 s at most */
+            next = next + 100000000 < now_ns() ? now_ns() : next + period;
         if (!arch->first_instruction_ns)
             arch->first_instruction_ns = now_ns();
         __atomic_store_n(&arch->count, arch->count + 1, __ATOMIC_SEQ_CST);
@@ -128,8 +130,8 @@ static void *vcpu_main(void *arg)
 
 /* -------- what the host's process calls -------- */
 
-/* What Linux does first in a new place: register each vCPU's vcpu_info frame by number.  The hypervisor
- * takes a reference to it, and answers EINVAL for a frame that is not there. */
+/* What Linux does first in a new place: register each vCPU's vcpu_info frame by number.  The
+ * hypervisor takes a reference to it, and answers EINVAL for a frame that is not present. */
 int sim_host_resume_guest(struct sim_host_domain *h)
 {
     struct sim_domain *d = h->m->dom;

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* Many pages through a socket (migrate/lanes/native/bulk.c): pieces of any size over a connection that
- * takes and gives as it likes. */
+/* Many pages through a socket (migrate/lanes/native/bulk.c): pieces of any size over a connection
+ * that sends and receives any number of bytes at once. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <sched.h>
