@@ -19,7 +19,9 @@ XEN_HEADERS = (
 
 
 def has_xen_headers() -> bool:
-    """Whether this host can talk to Xen; where not, the rest of the package is of use still, and says so when it is asked to."""
+    """Whether this host has Xen's headers.  Without them the rest of the package is usable, and
+    reports what is missing when a backend for the real Xen is requested.
+    """
     program = "".join(f"#include <{name}>\n" for name in ("stddef.h", "stdint.h", *XEN_HEADERS))
     compiler = [os.environ.get("CC", "cc"), "-fsyntax-only", "-x", "c", "-"]
     if sysroot := os.environ.get("XEN_SYSROOT"):

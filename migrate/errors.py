@@ -64,7 +64,7 @@ class RecalledError(MigrationError):
 
 
 class OccupiedError(MigrationError):
-    """Another migration or another program is at work on the domain, which must not be touched now."""
+    """Another migration or another program uses the domain, which must not be touched now."""
 
 
 class UsedUpError(OSError):
@@ -72,8 +72,8 @@ class UsedUpError(OSError):
 
     def __str__(self) -> str:
         return (
-            "this host lets the daemon have no further thread or memory: see TasksMax= and MemoryMax= of its unit, "
-            "and what else runs here"
+            "this host lets the daemon have no further thread or memory: see TasksMax= and "
+            "MemoryMax= of its unit, and what else runs here"
         )
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Logs: to systemd's journal with fields, where it is there, otherwise lines on standard error.
+"""Logs: to systemd's journal with fields if it runs, otherwise lines on standard error.
 
-Every line that is about a migration has its identifier, the same on both hosts, whoever writes it: whatever runs in a
-migration's task, or in a thread that it started, inherits :data:`migration`.
+Every line about a migration carries the migration's identifier, which is the same on both hosts.  A
+migration's task, and each thread that it starts, inherits :data:`migration`.
 
     journalctl XEN_POSTCOPY_MIGRATION=1a61c3e7a5a7499eb46b82c6efb64463
 """
@@ -131,7 +131,9 @@ class Complaint:
 
 
 def abnormal_end(domain: str, phase: str, reason: str, counters: dict[str, Any]) -> None:
-    """The one record that an end leaves which is not a completion: where it came to be, why, and what was counted."""
+    """Log the end of a migration that has not completed, as one record: the phase, the reason, and
+    the counters.
+    """
     facts = json.dumps({"phase": phase, "reason": reason, **counters})
     logging.getLogger(__name__).error(
         "the migration of %s has ended without completing: %s", domain or "a guest", facts

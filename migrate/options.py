@@ -43,7 +43,8 @@ class PolicyOptions:
         if type(self.dirty_threshold) is not int or self.dirty_threshold < 0:
             return f"--dirty-threshold {self.dirty_threshold}: a whole number, at least 0"
         if not 0 < self.downtime_target_ms <= 3_600_000:
-            return f"--downtime-target {self.downtime_target_ms}: more than 0 milliseconds, at most an hour"
+            target = self.downtime_target_ms
+            return f"--downtime-target {target}: more than 0 milliseconds, at most an hour"
         return None
 
 
@@ -66,7 +67,8 @@ class MigrationOptions:
         cap, every_s = self.bandwidth_bytes_per_s, self.checkpoint_every_s
         if cap is not None and not LEAST_BANDWIDTH <= cap <= MAX_SIZE:
             raise MigrationError(
-                f"bandwidth {cap}: at least one page ({LEAST_BANDWIDTH} bytes) a second, or none for no cap"
+                f"bandwidth {cap}: at least one page ({LEAST_BANDWIDTH} bytes) a second, or none "
+                "for no cap"
             )
         if every_s is not None and not 0.001 <= every_s <= MAX_CHECKPOINT_MS / 1000:
             raise MigrationError(

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Task groups that raise one error, tasks whose errors end nothing else, and the kinds of errors."""
+"""Task groups that raise one error, tasks whose errors end no other task, and the kinds of
+errors.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ _used_up = Complaint(log.error)
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """Of several errors in a group, the one that says most: a lost connection is often another's consequence."""
+    """Return the most informative error of a group: a lost connection is often the consequence of
+    another error.
+    """
     while isinstance(error, BaseExceptionGroup):
         inner = [root_cause(e) for e in error.exceptions]
         error = next(
@@ -133,7 +137,9 @@ def is_bug(error: Exception) -> bool:
 
 
 def is_final(error: Exception) -> bool:
-    """After the handover: nothing comes of trying again.  Anything else may pass, and so may what is a bug here."""
+    """Whether trying again after the handover is useless.  All other errors may pass, and so may a
+    bug of ours.
+    """
     return isinstance(error, MigrationError) and not isinstance(
         error, PeerClosedError | ProtocolError
     )

@@ -25,7 +25,8 @@ def parse_size(value: Any) -> int:
         )
         if not match:
             raise ValueError(
-                f"{shortened(value)!r} is not a size: a number of bytes, or one with K, M, G or T, such as 512M"
+                f"{shortened(value)!r} is not a size: a number of bytes, or one with K, M, G or T, "
+                "such as 512M"
             )
         size = float(match[1]) * UNITS[match[2].upper()]
     if not 0 <= size <= MAX_SIZE:

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Checkpoints: what the guest has become here, sent back to the source until all its memory has come (``--protect``).
+"""Checkpoints: the guest's new state, sent back to the source until all its memory has come
+(``--protect``).
 
-A checkpoint is what the guest has written since the one before it, and its context.  While that is much, it is sent with the
-guest running, and what is written meanwhile follows; then the guest is suspended for as long as it takes to copy the
-rest, and what was copied is sent while it runs again: a slow link holds it only where that is more
-than ``MAX_COPIED_PAGES``.  What was looked at and is not known
-to be kept by the source is owed, over lost lanes as well.
+A checkpoint is what the guest has written since the checkpoint before it, and its context.  If many
+pages were written, they are sent while the guest runs, and pages that are written meanwhile follow.
+Then the guest is suspended for as long as the copy of the rest takes.  The copy is sent while the
+guest runs again, so a slow link holds the guest only if the rest is more than ``MAX_COPIED_PAGES``.
+A page that was read, and that the source is not known to keep, is owed; it stays owed when the
+lanes are lost.
 
-What the guest has sent out or written to its disks is not held back until it is covered by a checkpoint.
+Output and disk writes of the guest are not delayed until a checkpoint covers them.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ KINDS = (PageStatus.DATA, PageStatus.ZERO, PageStatus.HOLE)
 SUSPENDS_LATE_S = 60.0
 """So long a guest may take to suspend when it was asked to."""
 LIVE_PAGES = 4096
-"""From here on copying them would take longer than suspending: a first part is sent with the guest running."""
+"""With at least so many pages, copying them would take longer than suspending.  A first part is
+then sent while the guest runs.
+"""
 SPARE_PAGES = 1024
 MAX_COPIED_PAGES = 32768
 """The most pages that a checkpoint copies.  Over a slow link the guest may write all its memory
@@ -58,8 +62,8 @@ class Checkpoints:
     """Of a domain that runs here.  ``say`` sends on the push lane, and blocks."""
 
     def __init__(
-        self, domain: Domain, every_s: float, say: Callable[[m.Message, list[memoryview]], None], statistics: PagerStatistics,
-        stopped: Path, lost: Callable[[str], None],
+        self, domain: Domain, every_s: float, say: Callable[[m.Message, list[memoryview]], None],
+        statistics: PagerStatistics, stopped: Path, lost: Callable[[str], None],
     ):  # fmt: skip
         """``stopped``: see :meth:`Journal.stopped`.  ``lost`` is called in a thread, with the
         reason, when no further checkpoints can be made.
@@ -111,9 +115,10 @@ class Checkpoints:
             self._domain.log_dirty_disable()
 
     async def run(self, stop: Callable[[], None]) -> None:
-        """One after the other, until cancelled; ``stop`` is to cut a sending thread short.
+        """Make one checkpoint after another until cancelled; ``stop`` interrupts a sending thread.
 
-        A guest that cannot be suspended goes on without; one that misses much of its memory may only take its time.
+        A guest that cannot be suspended continues without checkpoints.  A guest that lacks much of
+        its memory may only need more time.
         """
         pause_s = 0.0 if self._inherited else self._every_s
         failures = 0
@@ -206,7 +211,8 @@ class Checkpoints:
         if not self._domain.log_dirty_is_on():
             self.log_dirty_is_ours = False
             raise LogDirtyLostError(
-                "somebody has switched its log-dirty off, so that it is not known what the guest has written since"
+                "somebody has switched its log-dirty off, so that it is not known what the guest "
+                "has written since"
             )
         self._owed |= written
         if self._memory_pages not in counts:
@@ -301,7 +307,9 @@ def mark(stopped: Path) -> None:
 
 
 class Room:
-    """For copies of about so many pages.  Memory costs most when it is touched first: that is before the guest stands still."""
+    """Memory for copies of about ``pages`` pages.  The first touch of memory costs most, and is
+    made before the guest is suspended.
+    """
 
     def __init__(self, pages: int):
         self._free = np.full(

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The pager: between the paging ring, the two lanes and the domain, from the switchover on.
 
-Two threads meet here.  The *pager thread* waits for the ring and the pull lane and does nothing else: a
-fault's way through this process is wake, ask, wake, load, answer, and at no point does it queue behind the event loop
-or behind a batch.  The thread of the push lane brings pushed pages and acknowledges.  All decisions are
-:class:`OutstandingPages`', taken under one lock; pages are claimed under it and loaded outside of it.
+Two threads meet here.  The *pager thread* waits for the ring and the pull lane and does nothing
+else.  A fault's way through this process is wake, ask, wake, load, answer; at no point does a fault
+queue behind the event loop or behind a batch.  The thread of the push lane loads pushed pages and
+acknowledges them.  :class:`OutstandingPages` makes all decisions, under one lock.  Pages are
+claimed under this lock and loaded outside it.
 
 Nearly all faults take the fast path, in native code and in the pager thread
 (``migrate/fastpath/api.py``).  This module does the accounting afterwards, and is the slow path for
 the rest.
 
-While there are no lanes the pager thread serves the ring alone: who waits for a page that is there goes on, the
-others' requests are kept.
+While there are no lanes the pager thread serves the ring alone: a vCPU that waits for a present
+page continues, and the other requests are kept.
 """
 
 from __future__ import annotations
@@ -112,7 +113,9 @@ class Pager:
 
     # ---- the pager thread ----
     async def serve(self, pull: LaneConnection | None) -> None:
-        """Serve faults until cancelled, without lanes as far as that goes.  Raises what went wrong."""
+        """Serve faults until cancelled; without lanes, serve only those for pages that are present.
+        Raises the error that ends the thread.
+        """
         if self._ring is not None:
             self._pull = pull
             self._stopping = False
@@ -348,9 +351,11 @@ class Pager:
             return report, self._pages.waiting
 
     async def finish(self) -> None:
-        """Nothing is outstanding and the thread has ended: answer what is still in the ring and give it up.
+        """Answer the requests that are still in the ring, and give the ring up.  Nothing is
+        outstanding, and the pager thread has ended.
 
-        The guest stands still meanwhile: a vCPU may be about to ask for a page that was loaded a moment ago.
+        The guest is paused meanwhile, because a vCPU may be about to ask for a page that was just
+        loaded.
         """
         self._pull = None
         if self._ring is not None:
@@ -413,7 +418,9 @@ class Pager:
     def _claim(
         self, message: Pages, payload: memoryview
     ) -> Iterator[tuple[PfnArray, Buffer | None]]:
-        """What is to be loaded of a message, from where it lies: pages that have come already are a few, and are left out."""
+        """Claim the pages of a message, and yield those that are to be loaded, in place.  The few
+        pages that have arrived already are left out.
+        """
         with self._lock:
             wanted = self._pages.claim(message.pfns)
             zeros = (

@@ -78,7 +78,9 @@ class MemoryRestorer:
             self._domain.write_pages(pfns, data)
 
     def evict(self, pfns: PfnArray) -> None:
-        """Make the pfns absent (invariant 3): their contents come after the handover.  Raises ``XenError``."""
+        """Make the pfns absent (invariant 3): their contents come after the handover.  Raises
+        ``XenError``.
+        """
         freed = 0
         for batch in pieces(pfns[~self._evicted[pfns]], EVICT_BATCH):
             self._domain.populate_evicted(batch)

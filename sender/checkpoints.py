@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The checkpoints that the destination sends back (``--protect``), and the way back to the last of them.
+"""The checkpoints that the destination sends back (``--protect``), and the way back to the last of
+them.
 
-The suspended source domain has the guest's memory as it was at the switchover.  A checkpoint is what the guest has written
-since the one before it, and its context, all of one instant.  It is put down in a file as it comes, as the frames that it comes
-in, and counts when it is whole: the file gets its name then, and its pages are written into the source domain.  A sender
-that is killed in the middle of that has a successor that writes them once more.
+The suspended source domain has the guest's memory as it was at the switchover.  A checkpoint is
+what the guest has written since the checkpoint before it, and its context, all of one instant.  Its
+frames are written to a file as they arrive.  The checkpoint counts when it is complete: the file
+then gets its name, and its pages are written into the source domain.  If the sender is killed
+during these writes, its successor repeats them.
 
-From the first of these pages on, the source domain has the memory of no instant without the file: its own resume would let it
-go on with the registers of one instant and the memory of another.  The journal has a note of that before the first page is
-written.  A file that is damaged or gone then leaves nothing that could go on at the source.
+From the first of these pages on, the source domain alone has the memory of no instant: a resume of
+the domain would continue with the registers of one instant and the memory of another.  The journal
+notes this before the first page is written.  If the file is damaged or gone afterwards, the guest
+cannot continue at the source.
 
-What a checkpoint has can never be a page that the destination still lacks: the guest has written it there.
+A page of a checkpoint is never a page that the destination still lacks, because the guest has
+written the page there.
 
-To go back, a new domain is made in place of the source's, as a receiver would make it, and the pages are moved over, some at a
-time, so that it takes no memory: a guest's own resume would only do for the instant of its suspension.
+To go back, a new domain is made in place of the source's, as a receiver would make it.  The pages
+are moved over in batches, so that this takes no additional memory.  A resume of the suspended
+domain is possible only for the instant of its suspension.
 """
 
 from __future__ import annotations
@@ -40,7 +45,9 @@ log = logging.getLogger(__name__)
 
 MAX_CONTEXT_BYTES = 64 * 1024 * 1024
 MAX_COPIES = 4
-"""Of a page, in one checkpoint: with the guest running, as often as it is tried to suspend it, and one after that."""
+"""How often one page is copied at most in one checkpoint: once for each attempt to suspend the
+running guest, and once afterwards.
+"""
 MOVED_PAGES = 1024
 """At a time."""
 
@@ -60,10 +67,10 @@ def _room(path: Path) -> tuple[int, int]:
 
 
 class CheckpointStore:
-    """Of one guest, in the file ``path``.  Calls block: run them in a thread.
+    """The checkpoint of one guest, in the file ``path``.  Calls block: run them in a thread.
 
-    ``applying`` is called before a checkpoint is written into the domain, and notes that where a
-    successor finds the note.  It raises :class:`MigrationError` where it cannot; then nothing is written.
+    ``applying`` is called before a checkpoint is written into the domain, and notes this for a
+    successor.  If ``applying`` raises :class:`MigrationError`, nothing is written.
     """
 
     def __init__(self, path: Path, domain: Domain, applying: Callable[[], None]):
@@ -89,9 +96,10 @@ class CheckpointStore:
 
     # ---- what comes ----
     def add(self, message: m.Written | m.Checkpoint, payload: memoryview) -> bool:
-        """A piece; returns whether it was the last, and the checkpoint is kept.
+        """Add a piece; return whether it was the last one, and the checkpoint is kept.
 
-        Raises :class:`MigrationError` at the last one where it cannot be kept; the one before it is.
+        Raises :class:`MigrationError` at the last piece if the checkpoint cannot be kept; the
+        checkpoint before it is kept then.
         """
         last = isinstance(message, m.Checkpoint) and message.last
         if isinstance(message, m.Written):
@@ -155,7 +163,9 @@ class CheckpointStore:
         remove(self._new_path)
 
     def _make_room(self) -> None:
-        """Frames for what was no memory at the switchover, before anything is changed: there may be none."""
+        """Allocate frames for pfns that had no memory at the switchover, before anything is
+        changed, because the host may have no memory.
+        """
         for message, _payload in _read(self._new_path):
             if isinstance(message, m.Written):
                 _populate(self._domain, message)
@@ -201,9 +211,10 @@ class CheckpointStore:
         remove(self._path)
 
     def go_back(self, to: Domain) -> None:
-        """Make ``to``, an empty domain or one that this was begun with, the guest as it was, and let it run.
+        """Give ``to`` the guest's state of the last checkpoint, and let the guest run.  ``to``: an
+        empty domain, or one with which an earlier attempt began.
 
-        Raises ``XenError`` or :class:`MigrationError`, and can be tried again then.
+        Raises ``XenError`` or :class:`MigrationError`; afterwards it can be tried again.
         """
         if to.state() is DomainState.INCOMING:
             self.check()  # before a page is moved

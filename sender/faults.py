@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The fault server: a thread that waits for faults on the pull lane and answers each at once.
 
-It shares nothing with the event loop but the backlog, so that a fault never queues behind the push.  What the receiver
-reads ahead goes the same way, whenever no fault is waiting.  Nearly all faults are answered by native code before they get here
-(``migrate/fastpath/api.py``).
+It shares only the backlog with the event loop, so that a fault never queues behind the push.
+Read-ahead of the receiver is answered by the same thread, whenever no fault is waiting.  Native
+code answers nearly all faults before they get here (``migrate/fastpath/api.py``).
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ class FaultServer:
                     self._receive()
                 else:
                     pfns = self._ahead.popleft()
-                    # Nobody waits for it yet: it counts as background copying, which has to wait instead.
+                    # No vCPU waits for this page yet.  It counts as background copying, which has
+                    # to wait instead.
                     self._cap.spend(
                         self._send(pfns[~self._backlog.is_done(pfns)]), time.monotonic()
                     )

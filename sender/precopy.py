@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Precopy: rounds over what the guest has written, and putting off what will not be sent before the switchover."""
+"""Precopy: rounds over the pages that the guest has written, and early eviction of those that will
+not be sent before the switchover.
+"""
 
 from __future__ import annotations
 
@@ -109,7 +111,9 @@ class Precopy:
     async def _send_round(
         self, to_send: PfnMask, total: int, previous: int, began: float
     ) -> Decision:
-        """Send the set, taking out of it what was sent, until it is empty or the policy decides otherwise."""
+        """Send the set, and remove from it the pages that were sent, until the set is empty or the
+        policy decides otherwise.
+        """
         left = total
         decision = Decision.CONTINUE
 
@@ -142,12 +146,14 @@ class Precopy:
         )
 
     async def _defer(self, unsent: PfnMask) -> Remainder:
-        """What will not be sent any more is dealt with while the guest still runs, not in its downtime.
+        """Evict pages that will not be sent any more while the guest still runs, and not in its
+        downtime.
 
-        That takes a while, in which the guest writes more: once again with that, as long as there is less to evict
-        or to look at.  A guest that writes all that it has is looked at for a long time once only.
+        This takes a while, in which the guest writes more pages.  It is therefore repeated with
+        those pages, for as long as fewer pages remain to be evicted or read.  For a guest that
+        writes all of its memory, a long pass is made only once.
 
-        Every step over a set is made in a thread: of a large guest one takes a second.
+        Every step over a set runs in a thread: for a large guest, a step takes a second.
         """
         domain = self._domain
         deferred, kept_back = [
@@ -198,7 +204,9 @@ class Precopy:
         )
 
     async def _put_off(self, unsent: PfnMask) -> None:
-        """Where pages are evicted one by one those of a large guest take minutes: the limit is each window's."""
+        """Evict pages at the receiver.  If pages are evicted one by one, those of a large guest
+        take minutes; the time limit is therefore for each window.
+        """
         waiting_for = await self._barrier()
         complaint = "the destination did not take in what it was sent"
         for base, bitmap in windows(unsent):

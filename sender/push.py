@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The sender's end of the push lane: what is said on it, and batches of pages, sent from where they lie in the guest.
+"""The sender's end of the push lane: its messages, and batches of pages, which are sent from the
+guest's memory without a copy.
 
-Until the handover each message depends on those before it, so there is one order for words and pages; a thread sends the
-pages.
+Until the handover each message depends on those before it, so messages and pages have one order.  A
+thread sends the pages.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from xenbackend.contract import Domain
 from xenbackend.pages import MappedPages, PfnArray
 
 BATCH_PAGES = 1024
-"""Pages that are read, sent and loaded together: enough that Python's part of the work does not count."""
+"""Pages that are read, sent and loaded together: so many that the time spent in Python is
+negligible.
+"""
 CANCEL_GRACE_S = 2.0
 """For a peer to take what is being sent to it, when that is to stop."""
 
@@ -126,7 +129,9 @@ class PushLane:
         return found[0]
 
     def send_holes(self, pfns: PfnArray) -> tuple[PfnArray, PfnArray]:
-        """Tell of those that are no memory any more (ballooned); returns those that are, and those that are not."""
+        """Send the pfns that are no memory any more (ballooned) as holes.  Return the pfns that are
+        memory, and those that are not.
+        """
         present = self._domain.present(pfns)
         gone = pfns[~present]
         for holes in pieces(gone, m.MAX_PFNS):

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """``make deb``: a Debian package of this tree for the Xen that its native part was compiled for.
 
-Self-contained but for Python and Xen's libraries: what it needs from elsewhere is copied, as it was locked and installed in the
-virtual environment, into a folder of the package's own, since a dom0 of Debian 12 has no trio that is new enough.
+The package depends only on Python and Xen's libraries.  Everything else is copied from the virtual
+environment, as it was locked and installed there, into a folder of the package's own, because a
+dom0 of Debian 12 has no trio that is new enough.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ NAME = "xen-postcopy"
 LIBRARY = Path("usr/lib") / NAME
 PACKAGES = ("migrate", "sender", "receiver", "xenbackend")
 XEN_LIBRARIES = (
-    "libxenmisc4.17", "libxencall1", "libxendevicemodel1", "libxenevtchn1", "libxenforeignmemory1", "libxenstore4",
+    "libxenmisc4.17", "libxencall1", "libxendevicemodel1", "libxenevtchn1", "libxenforeignmemory1",
+    "libxenstore4",
 )  # fmt: skip
 SCRIPT = """\
 #!/usr/bin/python3 -sP
@@ -53,7 +55,8 @@ set -e
 if [ "$1" = configure ] && [ -d /run/systemd/system ]; then
     systemd-tmpfiles --create xen-postcopy.conf || true
     systemctl daemon-reload
-    systemctl enable --quiet xen-postcopy.target xen-postcopy-sender.service xen-postcopy-receiver.service
+    systemctl enable --quiet xen-postcopy.target \\
+        xen-postcopy-sender.service xen-postcopy-receiver.service
     # Not restarted on an upgrade: guests may depend on the daemons that run.
     systemctl start --no-block xen-postcopy.target || true
 fi
@@ -62,7 +65,8 @@ PRERM = """\
 #!/bin/sh
 set -e
 if [ "$1" = remove ] && [ -d /run/systemd/system ]; then
-    systemctl disable --quiet --now xen-postcopy.target xen-postcopy-sender.socket xen-postcopy-receiver.socket \\
+    systemctl disable --quiet --now xen-postcopy.target \\
+        xen-postcopy-sender.socket xen-postcopy-receiver.socket \\
         xen-postcopy-sender.service xen-postcopy-receiver.service
 fi
 """
@@ -106,7 +110,8 @@ def copy_ourselves(to: Path) -> None:
     ]
     if not any(path.name.startswith("_xen.") for path in natives):
         sys.exit(
-            "the part that talks to Xen is not compiled: apt install libxen-dev, and then: touch setup.py && make deb"
+            "the part that talks to Xen is not compiled: apt install libxen-dev, and then: touch "
+            "setup.py && make deb"
         )
     for path in (*sources, *natives):
         target = to / path.relative_to(TREE)

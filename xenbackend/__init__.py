@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The only place that knows Xen.
+"""The only package that depends on Xen.
 
-``contract`` says what a hypervisor has to offer; ``simulated`` is one that runs on any machine.
-The paging ring (``ring``) is the same for all: Xen's binary layout.  ``pages`` and ``errors`` are what
-all of them stand on.
+``contract`` defines what a hypervisor has to offer; ``simulated`` is a hypervisor that runs on any
+machine.  The paging ring (``ring``) has Xen's binary layout and is the same for all backends.  All
+of them are built on ``pages`` and ``errors``.
 """

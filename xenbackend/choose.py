@@ -20,8 +20,10 @@ def open_hypervisor(simulated: Path | None) -> Hypervisor:
         from xenbackend.libxenctrl.hypervisor import XenHypervisor
     except ImportError as error:
         raise XenError(
-            "Xen", errno.ENOSYS,
-            why=f"the part that talks to Xen is not usable ({error}): install libxen-dev and gcc and then this program "
-            "again, which builds it; without Xen, use --simulated SOCKET with a simulated host",
-        ) from error  # fmt: skip
+            "Xen",
+            errno.ENOSYS,
+            why=f"the part that talks to Xen is not usable ({error}): install libxen-dev and gcc "
+            "and then this program again, which builds it; without Xen, use --simulated SOCKET "
+            "with a simulated host",
+        ) from error
     return XenHypervisor()

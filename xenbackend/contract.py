@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The backend contract: what the daemons ask of a hypervisor, and nothing more.
+"""The backend contract: everything that the daemons ask of a hypervisor.
 
-Calls are synchronous and may take a while, as hypercalls do; those that work on pages take batches and
-release the GIL, so a daemon runs the long ones in a thread.  Page contents are passed as one buffer of
-4096-byte pages; pfns are ``uint64`` arrays.  Errors are :class:`XenError` with Xen's errno.
+Calls are synchronous and may take a while, as hypercalls do.  Calls on pages take batches and
+release the GIL, so a daemon runs the long ones in a thread.  Page contents are passed as one buffer
+of 4096-byte pages; pfns are ``uint64`` arrays.  Errors are :class:`XenError` with Xen's errno.
 
 Names and meanings are Xen's (xen/include/public/memory.h, domctl.h, tools/include/xenctrl.h).
 """
@@ -139,7 +139,9 @@ class Domain(ABC):
 
     @abstractmethod
     def cpu_policy(self) -> tuple[bytes, bytes]:
-        """What its CPUs are, as libxc's stream has it: ``xen_cpuid_leaf_t[]``, ``xen_msr_entry_t[]``."""
+        """Return the CPUID leaves and the MSRs of the domain's CPUs, as libxc's stream has them:
+        ``xen_cpuid_leaf_t[]`` and ``xen_msr_entry_t[]``.
+        """
 
     @abstractmethod
     def close(self) -> None:
@@ -173,7 +175,9 @@ class Domain(ABC):
     # ---- running ----
     @abstractmethod
     def suspend(self) -> None:
-        """Stop the guest at a point from which its context can be taken; returns when no vCPU runs."""
+        """Stop the guest at a point from which its context can be taken.  Returns when no vCPU
+        runs.
+        """
 
     @abstractmethod
     def resume(self) -> None:
@@ -188,7 +192,9 @@ class Domain(ABC):
 
     @abstractmethod
     def pause(self) -> None:
-        """Returns when no vCPU runs or is inside the hypervisor.  Pauses are counted; not seen by the guest."""
+        """Pause the domain.  Returns when no vCPU runs or is inside the hypervisor.  Pauses are
+        counted, and the guest does not notice them.
+        """
 
     @abstractmethod
     def unpause(self) -> None: ...
@@ -242,23 +248,27 @@ class Domain(ABC):
 
     @abstractmethod
     def log_dirty(self, *, clean: bool) -> NDArray[np.uint8]:
-        """The record, and with ``clean`` an empty one from here on (XEN_DOMCTL_SHADOW_OP_PEEK, _CLEAN).
+        """Return the dirty log, and with ``clean`` begin an empty one (XEN_DOMCTL_SHADOW_OP_PEEK,
+        _CLEAN).
 
-        A bitmap of at least ``nr_pfns`` bits, least significant bit first.
+        The result is a bitmap of at least ``nr_pfns`` bits, least significant bit first.
         """
 
     # ---- pages ----
     @abstractmethod
     def map_pages(self, pfns: PfnArray) -> MappedPages:
-        """Look at pages without copying them.  The reference that this takes ends with the mapping."""
+        """Map pages to read them without a copy.  The reference that a mapping takes ends with the
+        mapping.
+        """
 
     @abstractmethod
     def hold(self, pfns: PfnArray) -> None:
-        """Keep pages readable, with their contents, by ``map_pages`` of this handle, though the domain be destroyed.
+        """Keep pages readable, with their contents, by ``map_pages`` of this handle, even if the
+        domain is destroyed.
 
-        Of a domain that runs or is suspended, and may go on.  What is at a pfn now is held: where the guest may have put
-        another frame there since (it is log-dirty then), hold it again.  Holes are passed over; EIO for a page whose contents
-        are not here.
+        The domain runs or is suspended, and may continue.  The frame that is at a pfn now is held.
+        If the guest may have put another frame there since (the pfn is log-dirty then), the pfn has
+        to be held again.  Holes are skipped.  Raises EIO for a page whose contents are not here.
         """
 
     @abstractmethod
@@ -281,11 +291,15 @@ class Domain(ABC):
 
     @abstractmethod
     def populate(self, pfns: PfnArray) -> None:
-        """Give holes and paged-out pfns a frame, of unknown contents.  EINVAL where there is one, or beyond what can be."""
+        """Give holes and paged-out pfns a frame of unknown contents.  EINVAL if a pfn has a frame,
+        or is beyond the largest possible pfn.
+        """
 
     @abstractmethod
     def depopulate(self, pfns: PfnArray) -> None:
-        """Make populated pfns holes (XENMEM_decrease_reservation).  EINVAL for a hole, and for one that is paged out."""
+        """Make populated pfns holes (XENMEM_decrease_reservation).  EINVAL for a hole, and for a
+        paged-out pfn.
+        """
 
     @abstractmethod
     def write_pages(self, pfns: PfnArray, pages: Buffer | None) -> None:
@@ -293,11 +307,11 @@ class Domain(ABC):
 
     @abstractmethod
     def pinned(self, pfns: PfnArray) -> PfnArray:
-        """Those of the pfns that the hypervisor or dom0 takes by number, and that must be present before the guest runs
-        (invariant 9).
+        """Return those of the pfns that the hypervisor or dom0 accesses by number, and that must be
+        present before the guest runs (invariant 9).
 
-        May be more than there are, and is not less.  Of a domain that runs or is suspended.  That this handle holds a
-        page does not count.
+        The result may contain further pfns, but lacks none.  The domain runs or is suspended.
+        Pages that this handle holds are not counted for that reason.
         """
 
     # ---- paging ----
@@ -311,25 +325,29 @@ class Domain(ABC):
 
     @abstractmethod
     def paging_attach(self) -> PagingRing:
-        """Become the successor of a pager that died; what it had not answered is asked again.
+        """Become the successor of a pager that died.  Requests that it had not answered are
+        returned again.
 
-        vCPUs that fault stand still until then.  ENODEV: the domain has no pager of ours; EBUSY: its pager lives.
+        vCPUs that fault wait until then.  ENODEV: the domain has no pager of ours.  EBUSY: its
+        pager lives.
         """
 
     @abstractmethod
     def paging_disable(self) -> None:
         """Give the ring up.  A guest that touches a paged-out pfn afterwards crashes.
 
-        A vCPU whose request is not answered by then stands still for ever, so pause the domain, answer what is in
-        the ring, and only then call this.  EBUSY while vCPUs wait for a slot in a full ring: answer, and try again.
+        A vCPU whose request is not answered by then waits for ever.  Therefore pause the domain,
+        answer the requests in the ring, and only then call this.  EBUSY while vCPUs wait for a slot
+        in a full ring: answer, and try again.
         """
 
     @abstractmethod
     def populate_evicted(self, pfns: PfnArray) -> None:
-        """Make holes and populated pfns alike paged out; their contents are gone.
+        """Make holes and populated pfns paged out; their contents are discarded.
 
-        Stops at the first pfn that cannot be (EBUSY: extra references, type counts, mmio, broken, paged
-        already); ``XenError.done`` says how many were done.  ENODEV without a ring.
+        Stops at the first pfn that cannot be evicted (EBUSY: extra references, type counts, mmio,
+        broken, paged already).  ``XenError.done`` is the number of pfns that were evicted.  ENODEV
+        without a ring.
         """
 
     @abstractmethod
@@ -370,15 +388,19 @@ class Hypervisor(ABC):
 
     @abstractmethod
     def preflight(self, config: DomainConfig | None, *, paging: bool) -> Preflight:
-        """Could this domain be built here now, and be paged?  Without one: any domain?  Changes nothing."""
+        """Check whether this domain could be built here now, and be paged.  ``config`` is ``None``:
+        any domain.  Changes nothing.
+        """
 
     @abstractmethod
     def create_incoming(self, config: DomainConfig, *, instead_of: Domain | None = None) -> Domain:
-        """An empty domain, all holes, to restore into.  EEXIST: its name is in use; ENOMEM.
+        """Make an empty domain, all holes, to restore into.  EEXIST: its name is in use.  ENOMEM:
+        not enough memory.
 
-        ``config.max_pages`` are reserved for it.
+        ``config.max_pages`` are reserved for the domain.
 
-        ``instead_of``: one that is about to go, as far as its pages are moved over; neither its name nor its memory counts.
+        ``instead_of``: a domain that is about to be destroyed, after its pages have been moved
+        over.  Neither its name nor its memory counts.
         """
 
     @abstractmethod
@@ -393,16 +415,19 @@ class Hypervisor(ABC):
     def reopen_incoming(
         self, domid: int, config: DomainConfig, *, lent: bool, handle: bytes | None = None
     ) -> Domain:
-        """One that a process which has died was restoring, or had started.  ``lent``: it is a toolstack's.
+        """Open a domain that a process which has died was restoring, or had started.  ``lent``: the
+        domain is a toolstack's.
 
         ``handle`` and errors: as in :meth:`open`.
         """
 
     @abstractmethod
     def bind_incoming(self, domid: int, config: DomainConfig, ports: ToolstackPorts) -> Domain:
-        """The empty domain that a toolstack made, to restore into; it is the toolstack's to start and to destroy.
+        """Take the empty domain that a toolstack made, to restore into.  The toolstack starts and
+        destroys the domain.
 
-        Raises :class:`NoSuchDomainError`; ``XenError`` (EINVAL) where it is another kind of domain than ``config`` is of.
+        Raises :class:`NoSuchDomainError`, and ``XenError`` (EINVAL) if the domain is of another
+        kind than ``config``.
         """
 
 
@@ -436,4 +461,5 @@ def find_domain(domains: list[DomainInfo], text: str) -> DomainInfo:
 
 
 def _as_a_name(info: DomainInfo) -> str:
-    return f"the name of the domain with the number {info.domid} and the UUID {uuid.UUID(bytes=info.handle)}"
+    handle = uuid.UUID(bytes=info.handle)
+    return f"the name of the domain with the number {info.domid} and the UUID {handle}"

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The errors of a hypervisor.  This module imports no numpy: a command of the command line has to start fast."""
+"""The errors of a hypervisor.  This module imports no numpy, because a command of the command line
+has to start fast.
+"""
 
 from __future__ import annotations
 

@@ -32,11 +32,11 @@ class PageStatus(IntEnum):
 
 
 class MappedPages:
-    """Pages of a domain, to be read where they are; a context manager that gives the mapping up.
+    """Pages of a domain, to be read in place; a context manager that ends the mapping.
 
-    ``status`` has a :class:`PageStatus` for each pfn.  ``data`` has the DATA pages in their order, in
-    as few pieces of memory as possible, each of whole pages.  A running guest writes to the pages
-    meanwhile.  Nothing of ``data`` may be touched after the end.
+    ``status`` has a :class:`PageStatus` for each pfn.  ``data`` has the DATA pages in their order,
+    in as few pieces of memory as possible, each of whole pages.  A running guest writes to the
+    pages meanwhile.  Nothing of ``data`` may be touched after the end.
     """
 
     def __init__(self, status: NDArray[np.uint8], data: list[memoryview]):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The pager's end of the paging ring: requests out, responses in, one for each.
 
-The same for every backend: the page has Xen's layout (``native/vm_event.h``), the event channel is a file
-descriptor that becomes readable.  Nothing here waits.  What is open is noted in the page itself, so that a pager that
-was killed can have a successor.
+The ring is the same for every backend: the page has Xen's layout (``native/vm_event.h``), and the
+event channel is a file descriptor that becomes readable.  Nothing here waits.  Open requests are
+noted in the page itself, so that a pager that was killed can have a successor.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def paging_request(native: Any) -> PagingRequest:
 
 
 class NativeRing(NamedTuple):
-    """Addresses: of a ring, and of calls as ``ring_consume`` and ``ring_respond`` (``native/ring_api.h``)."""
+    """The addresses of a ring and of its calls ``ring_consume`` and ``ring_respond``
+    (``native/ring_api.h``).
+    """
 
     ring: int
     consume: int
@@ -54,12 +56,15 @@ class NativeRing(NamedTuple):
 
 
 class PagingRing:
-    """``page`` is the shared page (anything with the buffer protocol, writable, 4096 bytes).
+    """A ring on ``page``, the shared page (anything with the buffer protocol, writable, 4096
+    bytes).
 
-    ``event_fd`` and ``notify_fd`` are the two directions of an event channel that consists of eventfds.  With ``resume``
-    this is the successor of a pager that has died, and the first :meth:`requests` begins with what that one had taken and
-    not answered; without, the ring was just enabled, and ``channel`` is noted for a successor.
-    Raises ``XenError`` (EPROTO) where there is no predecessor.
+    ``event_fd`` and ``notify_fd`` are the two directions of an event channel that consists of
+    eventfds.  With ``resume``, this is the successor of a pager that has died, and the first
+    :meth:`requests` begins with the requests that the predecessor had taken and not answered.
+    Without, the ring was just enabled, and ``channel`` is noted for a successor.
+
+    Raises ``XenError`` (EPROTO) if ``resume`` finds no predecessor.
     """
 
     def __init__(
@@ -83,12 +88,16 @@ class PagingRing:
         return self._event_fd
 
     def requests(self) -> list[PagingRequest]:
-        """Everything asked since the last call.  Raises ``XenError`` (EPROTO) for a corrupt ring."""
+        """Return all requests since the last call.  Raises ``XenError`` (EPROTO) for a corrupt
+        ring.
+        """
         inherited, self._inherited = self._inherited, []
         return inherited + self._take(lib.ring_consume)
 
     def native(self) -> NativeRing | None:
-        """For native code in this object's stead, as long as this exists; ``None`` where something is to be taken here first."""
+        """Return addresses for native code that replaces this object for as long as this object
+        exists; ``None`` if requests have to be taken here first.
+        """
         if self._inherited:
             return None
         calls = ffi.addressof(lib, "ring_consume"), ffi.addressof(lib, "ring_respond")
@@ -110,7 +119,9 @@ class PagingRing:
             raise XenError("paging ring", -n, why=corrupt if -n == errno.EPROTO else "")
 
     def respond(self, requests: Iterable[PagingRequest]) -> None:
-        """Answer requests; their vCPUs go on.  Raises ``XenError`` (EINVAL) for an answer that nobody waits for."""
+        """Answer requests, so that their vCPUs continue.  Raises ``XenError`` (EINVAL) for an
+        answer that no vCPU waits for.
+        """
         batch = list(requests)
         if not batch:
             return

@@ -20,15 +20,17 @@ def socket_path(path: str | os.PathLike[str]) -> str:
     text = os.fspath(path)
     size = len(os.fsencode(text))
     if size > MAX_PATH_BYTES:
-        why = f"the path has {size} bytes, and a socket's has at most {MAX_PATH_BYTES}: choose a shorter one"
-        raise OSError(errno.ENAMETOOLONG, why)
+        why = f"the path has {size} bytes, and a socket's has at most {MAX_PATH_BYTES}"
+        raise OSError(errno.ENAMETOOLONG, f"{why}: choose a shorter one")
     if not text or "\0" in text:
         raise OSError(errno.EINVAL, "this is no path of a socket")
     return text
 
 
 def connect_unix(sock: socket.socket, path: str | os.PathLike[str], wait_s: float) -> None:
-    """Connect.  If nobody listens, try again for at most ``wait_s`` seconds.  Raises ``OSError``."""
+    """Connect.  If nobody listens, try again for at most ``wait_s`` seconds.  Raises
+    ``OSError``.
+    """
     deadline = time.monotonic() + wait_s
     name = socket_path(path)
     while True:

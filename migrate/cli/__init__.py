@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The command line: ``xen-postcopy``.
 
-One file a group of commands; what a command needs is imported when it runs, so that ``--help`` is quick.
-Errors that a user can do something about are one line on standard error and exit status 1; wrong options 2; an
-interruption 130; a sender that ended during a migration 3.
+Each group of commands is one file.  The imports of a command happen when it runs, so that
+``--help`` is quick.  An error that a user can correct is one line on standard error, with exit
+status 1.  Wrong options have exit status 2, an interruption 130, and a sender that ended during a
+migration 3.
 """
 
 from __future__ import annotations
@@ -58,15 +59,16 @@ def cli() -> None:
     """Postcopy live migration for Xen.
 
     A guest that writes memory faster than the network carries it cannot be moved by precopy without
-    a long freeze.  Here its vCPUs move first, and its missing pages follow: those that it touches at once, all
-    others in the background.
+    a long freeze.  Here its vCPUs move first, and its missing pages follow: a page that the guest
+    touches at once, all others in the background.
 
     \b
     Try it on this machine, without Xen:
         xen-postcopy loopback --memory 1G --vcpus 2
 
     \b
-    Between two hosts, whose /etc/xen-postcopy/config.toml has a [tls] section (xen-postcopy.toml(5)):
+    Between two hosts, each with a [tls] section in /etc/xen-postcopy/config.toml
+    (xen-postcopy.toml(5)):
         destination#  xen-postcopy receiver --listen 0.0.0.0:8013
         source#       xen-postcopy sender
         source#       xen-postcopy migrate DOMAIN DESTINATION

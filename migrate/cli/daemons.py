@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``simulated-host``, and what the commands ``sender`` and ``receiver`` share: the long-running processes."""
+"""The long-running processes: ``simulated-host``, and what the commands ``sender`` and ``receiver``
+share.
+"""
 
 from __future__ import annotations
 
@@ -57,8 +59,8 @@ config_option = click.option(
 state_option = click.option(
     "--state",
     type=click.Path(path_type=Path, file_okay=False),
-    help=f"Directory for the journal, from which a restarted daemon resumes its migrations.  Default: {STATE_DIRECTORY}; "
-    "with --simulated beside that socket.",
+    help="Directory for the journal, from which a restarted daemon resumes its migrations.  "
+    f"Default: {STATE_DIRECTORY}; with --simulated beside that socket.",
 )
 
 

@@ -59,7 +59,8 @@ GUEST_OPTIONS = (
     click.option(
         "--image",
         type=click.Path(),
-        help="A file that is the guest's initial memory (multiple of 4096 bytes).  Default: generated.",
+        help="A file that is the guest's initial memory (multiple of 4096 bytes).  Default: "
+        "generated.",
     ),
     click.option(
         "--zero-share",
@@ -97,16 +98,18 @@ def guest_options(function: F) -> F:
 
 
 def guest_spec(
-    name: str, memory: int | None, vcpus: int, workload: str, working_set: int | None, write_share: float, rate: int | None,
-    stride: int, image: str | None, zero_share: float, balloon: int, balloon_back: bool, seed: int,
+    name: str, memory: int | None, vcpus: int, workload: str, working_set: int | None,
+    write_share: float, rate: int | None, stride: int, image: str | None, zero_share: float,
+    balloon: int, balloon_back: bool, seed: int,
 ) -> GuestSpec:  # fmt: skip
     """Raises :class:`GuestOptionError`."""
     if image is not None:
         image = str(Path(image).absolute())
         memory = memory or image_bytes(image)
     spec = GuestSpec(
-        name, DEFAULT_MEMORY if memory is None else memory, vcpus, workload, working_set, round(write_share * 1000), rate, stride,
-        image, round(zero_share * 1000), balloon // 4096, balloon_back=balloon_back, seed=seed,
+        name, DEFAULT_MEMORY if memory is None else memory, vcpus, workload, working_set,
+        round(write_share * 1000), rate, stride, image, round(zero_share * 1000), balloon // 4096,
+        balloon_back=balloon_back, seed=seed,
     )  # fmt: skip
     spec.check_image()
     return spec
@@ -135,7 +138,8 @@ def create(name: str, host_path: Path, **options: Any) -> None:
     spec = guest_spec(name, **options)
     domain = SimulatedHypervisor(host_path).create_guest(spec.to_bytes())
     echo(
-        f"{name}: domain {domain.domid}, {human_bytes(spec.memory_bytes)}, {spec.vcpus} vCPUs, {spec.workload}"
+        f"{name}: domain {domain.domid}, {human_bytes(spec.memory_bytes)}, {spec.vcpus} vCPUs, "
+        f"{spec.workload}"
     )
 
 
@@ -147,7 +151,8 @@ def list_guests(host_path: Path) -> None:
     echo(f"{'ID':>5} {'NAME':20}{'MEMORY':>12} {'VCPUS':>5} STATE")
     for info in domains:
         echo(
-            f"{info.domid:>5} {info.name:20}{human_bytes(info.tot_pages * 4096):>12} {info.vcpus:>5} "
+            f"{info.domid:>5} {info.name:20}{human_bytes(info.tot_pages * 4096):>12} "
+            f"{info.vcpus:>5} "
             f"{info.state.value} {info.reason}".rstrip()
         )
 

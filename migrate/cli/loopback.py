@@ -29,8 +29,9 @@ def check_memory(spec: GuestSpec) -> None:
     needed, available = 2 * spec.content_bytes, available_bytes()
     if needed > available:
         raise MigrationError(
-            f"a guest of {human_bytes(spec.memory_bytes)} takes up to {human_bytes(needed)} at its two hosts together, and "
-            f"this machine has {human_bytes(available)} available: choose a smaller --memory"
+            f"a guest of {human_bytes(spec.memory_bytes)} takes up to {human_bytes(needed)} at its "
+            f"two hosts together, and this machine has {human_bytes(available)} available: choose "
+            "a smaller --memory"
         )
 
 
@@ -45,13 +46,15 @@ def _end(number: int, _frame: object) -> None:
 def loopback_command(json_path: Path | None, **options: Any) -> None:
     """Migrate a guest between two simulated hosts on this machine, and verify it.
 
-    Starts two hosts, a sender and a receiver as separate processes that talk over TCP on the loopback interface, boots a
-    guest that keeps writing, migrates it, checks every byte of its memory, and cleans up.
+    Two hosts, a sender and a receiver are started as separate processes, which communicate over TCP
+    on the loopback interface.  A guest that keeps writing is booted and migrated.  Then every byte
+    of its memory is checked, and everything is cleaned up.
     """
     strategy = {
         name: options.pop(name)
         for name in (
-            "strategy", "max_rounds", "dirty_threshold", "downtime_target", "bandwidth", "protect", "checkpoint_every",
+            "strategy", "max_rounds", "dirty_threshold", "downtime_target", "bandwidth", "protect",
+            "checkpoint_every",
         )
     }  # fmt: skip
     request = migration_request(**strategy)

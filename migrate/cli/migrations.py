@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``migrate``, ``list``, ``postcopy-now``, ``cancel``, ``decide``, ...: what one asks of running daemons."""
+"""Requests to running daemons: ``migrate``, ``list``, ``postcopy-now``, ``cancel``, ``decide``,
+...
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,7 @@ KNOWN = ("id", "domain", "peer", "strategy", "phase", "handed_over", "outstandin
 
 
 def follow_migration(client: ControlClient, request: dict[str, Any]) -> dict[str, Any]:
-    """Ask for a migration and show its progress; returns its result.
+    """Request a migration, show its progress, and return its result.
 
     Ctrl-C before the handover takes the migration back; after the handover Ctrl-C leaves it to the
     daemons, and so does SIGTERM at any time unless the caller handles SIGTERM.  All of these raise
@@ -142,16 +144,19 @@ def unattended(progress: dict[str, Any], json_path: Path | None) -> UnattendedMi
     follow = f"xen-postcopy watch {progress['id'][:8]}"
     if progress["handed_over"]:
         what_now = (
-            f"{name} runs at the destination ({progress['peer']}), and this host keeps the {progress['outstanding']} pages "
-            f"that it lacks there: {start}, which sends them; `{follow}` follows the migration"
+            f"{name} runs at the destination ({progress['peer']}), and this host keeps the "
+            f"{progress['outstanding']} pages that it lacks there: {start}, which sends them; "
+            f"`{follow}` follows the migration"
         )
     else:
         what_now = (
-            f"{name} is on this host, unless it was handed over in the moment after that: {start}, which takes up what was "
-            f"left; `xen-postcopy list` then shows where {name} runs, and `{follow}` follows the migration"
+            f"{name} is on this host, unless it was handed over in the moment after that: {start}, "
+            f"which takes up what was left; `xen-postcopy list` then shows where {name} runs, and "
+            f"`{follow}` follows the migration"
         )
     error = UnattendedMigrationError(
-        f"the sender has ended during the migration of {name}, whose last known phase is {progress['phase']}; {what_now}"
+        f"the sender has ended during the migration of {name}, whose last known phase is "
+        f"{progress['phase']}; {what_now}"
     )
     try:
         write_json(
@@ -188,22 +193,25 @@ def summary(result: dict[str, Any]) -> str:
 
     latency = result["fault_latency_us"]
     lines = [
-        f"{result['domain']} migrated ({result['strategy']}): {human_bytes(result['memory_bytes'])} "
-        f"in {result['total_s']:.2f} s, downtime {result['downtime_s'] * 1000:.1f} ms",
+        f"{result['domain']} migrated ({result['strategy']}): "
+        f"{human_bytes(result['memory_bytes'])} in {result['total_s']:.2f} s, downtime "
+        f"{result['downtime_s'] * 1000:.1f} ms",
         f"  precopy: {result['precopy']['rounds']} rounds, {result['precopy']['pages']} pages; "
-        f"after the handover: {result['switchover']['missing_pages']} pages, {result['push']['pages']} of them pushed "
-        f"and {result['pull']['pages']} pulled; {result['zero_pages']} zero pages",
+        f"after the handover: {result['switchover']['missing_pages']} pages, "
+        f"{result['push']['pages']} of them pushed and {result['pull']['pages']} pulled; "
+        f"{result['zero_pages']} zero pages",
     ]
     if latency["count"]:
         lines.append(
-            f"  {latency['count']} faults: median {latency['p50']:.0f} us, 99% below {latency['p99']:.0f} us, "
-            f"longest {latency['max']:.0f} us"
+            f"  {latency['count']} faults: median {latency['p50']:.0f} us, 99% below "
+            f"{latency['p99']:.0f} us, longest {latency['max']:.0f} us"
         )
     made = result["checkpoints"]
     if made["kept"]:
         lines.append(
-            f"  {made['kept']} checkpoints came back, {made['pages']} pages; the guest stood still for them "
-            f"{made['pause_s'] * 1000:.0f} ms in all, {made['longest_pause_s'] * 1000:.1f} ms at most"
+            f"  {made['kept']} checkpoints came back, {made['pages']} pages; the guest stood still "
+            f"for them {made['pause_s'] * 1000:.0f} ms in all, "
+            f"{made['longest_pause_s'] * 1000:.1f} ms at most"
         )
     return "\n".join(lines)
 
@@ -215,7 +223,8 @@ def summary(result: dict[str, Any]) -> str:
 @click.option(
     "--take-log-dirty",
     is_flag=True,
-    help="Where log-dirty is on for DOMAIN, switch it off first: only if no other program uses it any more.",
+    help="Where log-dirty is on for DOMAIN, switch it off first: only if no other program uses it "
+    "any more.",
 )
 @socket_option(SENDER_SOCKET, "the local sender")
 def migrate_command(
@@ -226,7 +235,8 @@ def migrate_command(
     socket_path: Path,
     **options: Any,
 ) -> None:
-    """Migrate DOMAIN (a name, a domid or a UUID) to the receiver at DESTINATION (HOST or HOST:PORT).
+    """Migrate DOMAIN (a name, a domid or a UUID) to the receiver at DESTINATION (HOST or
+    HOST:PORT).
 
     Ctrl-C before the switchover takes everything back, and the guest continues here.  After the
     switchover Ctrl-C ends this command only, and SIGTERM does so at any time: the migration continues
@@ -234,7 +244,8 @@ def migrate_command(
     switchover.
     """
     request = {
-        "domain": domain, "destination": destination, "take_log_dirty": take_log_dirty, **migration_request(**options),
+        "domain": domain, "destination": destination, "take_log_dirty": take_log_dirty,
+        **migration_request(**options),
     }  # fmt: skip
     with ControlClient(socket_path, wait_s=STARTING_S) as client:
         try:
@@ -248,8 +259,9 @@ def migrate_command(
 
 
 sockets_option = click.option(
-    "--socket", "socket_paths", type=click.Path(path_type=Path), multiple=True, default=[SENDER_SOCKET, RECEIVER_SOCKET],
-    show_default=True, help="Control socket of a daemon; may be given several times.",
+    "--socket", "socket_paths", type=click.Path(path_type=Path), multiple=True,
+    default=[SENDER_SOCKET, RECEIVER_SOCKET], show_default=True,
+    help="Control socket of a daemon; may be given several times.",
 )  # fmt: skip
 
 
@@ -337,7 +349,9 @@ def list_command(socket_paths: tuple[Path, ...], as_json: bool) -> None:
 @sockets_option
 @click.option("--json", "as_json", is_flag=True, help="As JSON, with all that was measured.")
 def show_command(migration: str, socket_paths: tuple[Path, ...], as_json: bool) -> None:
-    """All about MIGRATION (its id, the beginning of it, or its domain's name), from the daemons on this host."""
+    """Show everything about MIGRATION (its id, the beginning of it, or its domain's name), from the
+    daemons on this host.
+    """
     found = []
     answers = _ask_all(socket_paths, command="show", migration=migration)
     for answer in answers.results:
@@ -438,15 +452,16 @@ def decide_command(
     """State where the guest of MIGRATION runs, when the other host never comes back.
 
     After the link was lost each host waits for the other, because only the other host has the facts
-    that this host lacks.  This command states the facts instead.  Never state "here" at both hosts: the
-    guest would run twice, on the same disks.
+    that this host lacks.  This command states the facts instead.  Never state "here" at both hosts:
+    the guest would run twice, on the same disks.
 
-    At the source (`interrupted`): "here" resumes the guest in the state in which the guest was suspended,
-    or, after `migrate --protect`, in the state of the last checkpoint.  What the guest has done at the
-    destination since then is lost.  "elsewhere" destroys what is left of the guest here.
+    At the source (`interrupted`): "here" resumes the guest in the state in which the guest was
+    suspended, or, after `migrate --protect`, in the state of the last checkpoint.  What the guest
+    has done at the destination since then is lost.  "elsewhere" destroys what is left of the guest
+    here.
 
-    At the destination (`in doubt`): "here" lets the guest run; vCPUs that touch a missing page wait until
-    the source is back.  "elsewhere" destroys what has arrived.
+    At the destination (`in doubt`): "here" lets the guest run; vCPUs that touch a missing page wait
+    until the source is back.  "elsewhere" destroys what has arrived.
     """
     answers = _ask_all(socket_paths, command="show", migration=migration)
     for error in answers.silent:
@@ -457,16 +472,18 @@ def decide_command(
         raise MigrationError("both daemons on this host have this migration: say which by --socket")
     for line in under_way:
         echo(
-            f"{line['domain']} ({line['direction']}, {line['phase']}): {line['problem'] or 'no problem'}"
+            f"{line['domain']} ({line['direction']}, {line['phase']}): "
+            f"{line['problem'] or 'no problem'}"
         )
         echo(f"known of the other end: {line.get('known', 'nothing')}")
         if not yes and not sys.stdin.isatty():
             raise MigrationError(
-                "this is asked for at a terminal, and there is none: --yes decides without being asked"
+                "this is asked for at a terminal, and there is none: --yes decides without being "
+                "asked"
             )
         if not yes:
             click.confirm(f"Decide that {line['domain']} runs {where}?", abort=True)
     _ask_all(
-        answers.sockets, answer_s=0, command="decide", migration=(under_way or shown)[0]["id"], here=where == "here",
-        force=force,
+        answers.sockets, answer_s=0, command="decide", migration=(under_way or shown)[0]["id"],
+        here=where == "here", force=force,
     )  # fmt: skip

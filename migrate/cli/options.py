@@ -123,8 +123,8 @@ class ResultFile(click.Path):
 
 def socket_option(default: Path, whose: str) -> Callable[[F], F]:
     return click.option(
-        "--socket", "socket_path", type=click.Path(path_type=Path), default=default, show_default=True,
-        help=f"Control socket of {whose}.",
+        "--socket", "socket_path", type=click.Path(path_type=Path), default=default,
+        show_default=True, help=f"Control socket of {whose}.",
     )  # fmt: skip
 
 
@@ -213,7 +213,8 @@ def migration_request(
         raise click.UsageError(problem)
     if bandwidth is not None and bandwidth < LEAST_BANDWIDTH:
         raise click.UsageError(
-            f"--bandwidth {bandwidth}: at least one page ({LEAST_BANDWIDTH} bytes) a second, or none for no cap"
+            f"--bandwidth {bandwidth}: at least one page ({LEAST_BANDWIDTH} bytes) a second, or "
+            "none for no cap"
         )
     if checkpoint_every is not None and not protect:
         raise click.UsageError(f"--checkpoint-every {checkpoint_every:g}: only with --protect")

@@ -13,14 +13,16 @@ from migrate.cli.text import echo
 
 WAYS = {
     "native": "in batches (the hypervisor has populate_evicted)",
-    "fallback": "one by one (the hypervisor has no populate_evicted; xenbackend/hypervisor/ has it as a patch)",
+    "fallback": "one by one (the hypervisor has no populate_evicted; xenbackend/hypervisor/ has "
+    "it as a patch)",
     "none": "not at all",
 }
 
 
 UNDER_XL = (
-    "under xl: once xl has destroyed a guest's source, the pages that are still missing live by the source's sender alone; "
-    "if that is killed then they are lost (`systemctl stop` waits for them)"
+    "under xl: once xl has destroyed a guest's source, the pages that are still missing live by "
+    "the source's sender alone; if that is killed then they are lost (`systemctl stop` waits for "
+    "them)"
 )
 
 
@@ -29,10 +31,11 @@ UNDER_XL = (
 @simulated_option
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def preflight_command(domain: str | None, simulated: Path | None, as_json: bool) -> None:
-    """Could this host take guests in by postcopy?  With DOMAIN (a name or a domid): could that guest be paged here?
+    """Could this host take guests in by postcopy?  With DOMAIN (a name or a domid): could that
+    guest be paged here?
 
-    Changes nothing.  Exit status 0 when it could, 1 when not, with one line for each reason.  It is the destination of
-    a migration that has to be able to page; its source need not.
+    Nothing is changed.  The exit status is 0 if it could, and 1 if not, with one line for each
+    reason.  Only the destination of a migration has to be able to page; the source need not.
     """
     from xenbackend.choose import open_hypervisor
     from xenbackend.contract import find_domain

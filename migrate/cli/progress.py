@@ -16,7 +16,8 @@ SHOWN = ("precopy", "switchover", "deciding", "postcopy", "interrupted", "in dou
 
 
 NOTHING = {
-    "round": 0, "pages_done": 0, "pages_total": 0, "faults": 0, "latency_us": 0, "bytes_sent": 0, "handed_over": True,
+    "round": 0, "pages_done": 0, "pages_total": 0, "faults": 0, "latency_us": 0, "bytes_sent": 0,
+    "handed_over": True,
 }  # fmt: skip
 """What a receiver does not count."""
 
@@ -75,10 +76,11 @@ class ProgressDisplay:
 
         if stage != self._stage:
             self.close()
+            bar = " {bar:20} {percentage:3.0f}%" if p["pages_total"] else ""
             self._bar = tqdm(
-                desc=printable(self._title(p)),
-                total=p["pages_total"] or None, file=self._stream, leave=False, unit=" pages", dynamic_ncols=True,
-                bar_format="{desc} {bar:20} {percentage:3.0f}%{postfix}" if p["pages_total"] else "{desc}{postfix}",
+                desc=printable(self._title(p)), total=p["pages_total"] or None, file=self._stream,
+                leave=False, unit=" pages", dynamic_ncols=True,
+                bar_format=f"{{desc}}{bar}{{postfix}}",
             )  # fmt: skip
         self._bar.total = p["pages_total"] or None
         self._bar.n = min(p["pages_done"], p["pages_total"]) if p["pages_total"] else 0

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A whole world on one machine: two simulated hosts and two daemons, each a process of its own.
 
-For the ``loopback`` command, the tests and the benchmarks.  The processes tell by sd_notify(3) that they are ready, as
-they would tell systemd; they are ended with the context.
+The ``loopback`` command, the tests and the benchmarks use it.  Each process reports by sd_notify(3)
+that it is ready, as under systemd.  The processes are ended with the context.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ class World:
             return client.call(**request)
 
     def start(self, name: str, *arguments: str) -> Process:
-        """Start ``xen-postcopy ARGUMENTS`` and wait until it is ready.  Raises :class:`MigrationError`."""
+        """Start ``xen-postcopy ARGUMENTS`` and wait until the process is ready.  Raises
+        :class:`MigrationError`.
+        """
         log = self.directory / f"{name}.log"
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready, log.open("ab") as output:
             notify_path = self.directory / f"{name}.notify"
@@ -99,8 +101,10 @@ class World:
                 stdout=output,
                 stderr=output,
                 env={**os.environ, "NOTIFY_SOCKET": str(notify_path), OWNED: "1"},
-                # Ctrl-C is for us: we end them in order.  Not a session of their own: the kernel would share the CPUs out among
-                # sessions first (CONFIG_SCHED_AUTOGROUP), and what is more urgent in one process would wait for the others.
+                # Ctrl-C is for this process, which ends the others in order.  They have no session
+                # of their own: the kernel would share the CPUs out among sessions first
+                # (CONFIG_SCHED_AUTOGROUP), and an urgent thread of one process would wait for the
+                # other processes.
                 process_group=0,
             )
             process = self.processes[name] = Process(name, popen, log)
@@ -118,7 +122,8 @@ class World:
         for process in self.processes.values():
             if process.popen.poll() is not None:
                 raise MigrationError(
-                    f"{process.name} ended with status {process.popen.returncode}:\n{process.tail()}"
+                    f"{process.name} ended with status {process.popen.returncode}:\n"
+                    f"{process.tail()}"
                 )
 
     def stop(self, name: str, sig: int = signal.SIGTERM) -> None:
@@ -132,7 +137,9 @@ class World:
 
 
 def _lock(directory: Path) -> int:
-    """Lock a directory until the descriptor is closed, or this process ends.  Raises ``OSError``."""
+    """Lock a directory until the descriptor is closed, or until this process ends.  Raises
+    ``OSError``.
+    """
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -161,7 +168,9 @@ def loopback_world(
     daemons: bool = True,
     config: str = "",
 ) -> Iterator[World]:
-    """Two hosts with so much memory each, a sender at the source, a receiver at the destination, configured alike."""
+    """Two hosts with equal memory, a sender at the source and a receiver at the destination,
+    configured alike.
+    """
     _remove_left_over()
     directory = Path(tempfile.mkdtemp(prefix=DIRECTORY_PREFIX))
     locked = _lock(directory)
@@ -216,14 +225,17 @@ def start_sender(world: World, port: int = 0) -> None:
 
 def start_receiver(world: World, port: int = 0) -> None:
     world.start(
-        "receiver", "receiver", "--listen", f"127.0.0.1:{port}", "--socket", str(world.receiver_socket),
-        "--config", str(world.config_file), "--simulated", str(world.directory / "destination.sock"),
+        "receiver", "receiver", "--listen", f"127.0.0.1:{port}", "--socket",
+        str(world.receiver_socket), "--config", str(world.config_file), "--simulated",
+        str(world.directory / "destination.sock"),
     )  # fmt: skip
     world.port = world.ask("receiver", command="status")["port"]
 
 
 def wait_for_steps(domain: SimulatedDomain, steps: int, timeout_s: float = 60.0) -> None:
-    """Until each vCPU has done so many steps more.  Raises :class:`MigrationError` when the guest does not."""
+    """Wait until each vCPU has done ``steps`` further steps.  Raises :class:`MigrationError` if the
+    guest does not.
+    """
     start = [vcpu["count"] for vcpu in domain.report()["vcpu"]]
     deadline = time.monotonic() + timeout_s
     while True:
@@ -241,7 +253,9 @@ def wait_for_steps(domain: SimulatedDomain, steps: int, timeout_s: float = 60.0)
 
 
 def verify_migrated(world: World, spec: GuestSpec) -> tuple[Verification, dict[str, Any]]:
-    """Stop the guest at the destination and check it; returns what the guest itself has measured, too."""
+    """Stop the guest at the destination and check it.  Also returns what the guest itself has
+    measured.
+    """
     domain = world.destination.open(spec.name)
     wait_for_steps(domain, 5 if spec.workload == "idle" else min(100, spec.rate or 100))
     domain.suspend()
@@ -290,7 +304,9 @@ def guest_view(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def _bucket_us(bucket: int) -> float:
-    """The middle of one of ``note_stall``'s buckets: 8 to each power of two, single microseconds below 8."""
+    """The middle of one of ``note_stall``'s buckets, in microseconds: 8 buckets for each power of
+    two, and single microseconds below 8.
+    """
     if bucket < 8:
         return float(bucket)
     log, sub = bucket // 8 + 2, bucket % 8

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Control sockets: how the command line, and xl's helper, talk to a daemon on the same host.
+"""Control sockets: the connection from the command line, or from xl's helper, to a daemon on the
+same host.
 
-A Unix socket, mode 0600; each connection carries one request and its answers, a JSON object a line.  An answer has
-``event``: ``result`` or ``error`` end the exchange, others may come before.  During a long request the client may
-send further lines (``{"command": "cancel"}``).
+A control socket is a Unix socket with mode 0600.  Each connection carries one request and its
+answers, each as one JSON object on one line.  An answer has ``event``: ``result`` or ``error`` ends
+the exchange; others may precede it.  During a long request the client may send further lines
+(``{"command": "cancel"}``).
 
-This is the client's end.  It imports next to nothing: xl's helper has to start fast.
+This module is the client's end.  It imports little, because xl's helper has to start fast.
 """
 
 from __future__ import annotations
@@ -76,9 +78,10 @@ class ControlClient:
             raise DaemonGoneError(f"the daemon has gone: {error.strerror}") from error
 
     def answer(self, watched_fd: int | None = None) -> Json | None:
-        """The next one; ``None`` at the end.
+        """Return the next answer; ``None`` at the end.
 
-        Raises :class:`MigrationError` for an ``error``, :class:`EOFError` when ``watched_fd`` becomes readable before.
+        Raises :class:`MigrationError` for an ``error``, and :class:`EOFError` if ``watched_fd``
+        becomes readable first.
         """
         while b"\n" not in self._buffer:
             if watched_fd is not None:
@@ -103,7 +106,9 @@ class ControlClient:
         return answer
 
     def answers(self) -> Iterator[Json]:
-        """Until a ``result``, which is the last.  Raises :class:`MigrationError` for an ``error``, and when it ends early."""
+        """Yield the answers up to the ``result``.  Raises :class:`MigrationError` for an ``error``,
+        and if the connection ends before the ``result``.
+        """
         while (answer := self.answer()) is not None:
             yield answer
             if answer["event"] == "result":
@@ -112,8 +117,9 @@ class ControlClient:
 
     def _silent(self) -> SilentDaemonError:
         return SilentDaemonError(
-            f"the daemon at {self.path} has not answered for {self._answer_s:g} s: see whether it is stopped or hangs "
-            "(systemctl status), and start it again if it hangs; it then takes up its migrations"
+            f"the daemon at {self.path} has not answered for {self._answer_s:g} s: see whether it "
+            "is stopped or hangs (systemctl status), and start it again if it hangs; it then "
+            "takes up its migrations"
         )
 
     def call(self, **request: Any) -> Json:

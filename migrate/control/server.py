@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Control sockets, the daemon's end; the other one is ``client.py``, which says what passes between them."""
+"""Control sockets, the daemon's end.  The client's end, ``client.py``, describes what is
+exchanged.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ class ControlConnection:
         self._answering = trio.Lock()
 
     async def request(self) -> Json | None:
-        """The next line, or ``None`` when the client has gone.  Raises :class:`MigrationError` for garbage."""
+        """Return the next line, or ``None`` if the client has left.  Raises :class:`MigrationError`
+        for a malformed line.
+        """
         line = await self._line()
         if line is None:
             return None
@@ -108,10 +112,10 @@ async def serve(
 ) -> None:
     """Serve until cancelled, at the socket that systemd has made, otherwise at one of our own.
 
-    ``needed``: whether guests need this daemon.  The socket of a daemon that ends nevertheless stays,
-    as if the daemon had been killed: xl's helper saves no guest then that may lack pages.
+    ``needed``: whether guests need this daemon.  If it ends nevertheless, its socket stays, as if
+    the daemon had been killed: xl's helper then saves no guest that may lack pages.
 
-    Raises :class:`MigrationError` when it cannot be had.
+    Raises :class:`MigrationError` if the socket cannot be made.
     """
 
     served = 0
@@ -194,10 +198,11 @@ async def listen_unix(
     *,
     needed: Callable[[], bool] = no_guest,
 ) -> AsyncIterator[trio.socket.SocketType]:
-    """A listening socket at ``path`` for this user alone; one that nobody listens at any more is replaced.
-    The socket is removed at the end, unless it is ``needed`` then.
+    """A listening socket at ``path``, for this user alone.  A socket on which no process listens
+    any more is replaced.  The socket is removed at the end, unless it is ``needed`` then.
 
-    Raises :class:`MigrationError` where somebody does, or where it cannot be made.
+    Raises :class:`MigrationError` if another process listens there, or if the socket cannot be
+    made.
     """
     sock = trio.socket.socket(socket.AF_UNIX, kind)
     with sock:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The end that is dialled: the lanes of a session are awaited, and a listener finds out which session a connection is for.
+"""The end that is dialled: it waits for the lanes of a session, and a listener assigns each
+connection to its session.
 
-The peer sends its hello first.  An awaiting end that has not noticed the loss of its lanes yet learns of the loss
-from the new lane.
+The peer sends its hello first.  If the awaiting end has not noticed yet that its lanes are lost,
+the new lane informs it.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ LOOK_EVERY_S = 0.1
 
 
 class AwaitedLanes:
-    """``token``: what the push lane has to show.  Each lane comes once, until it is asked for again."""
+    """The lanes of one session, which the peer dials.  ``token``: what the hello of the push lane
+    must contain.  Each lane is accepted once, until the session asks for it again.
+    """
 
     def __init__(self, token: bytes = b"", *, timeout_s: float = STEP_TIMEOUT_S):
         self._timeout_s = timeout_s
@@ -169,7 +172,9 @@ class _AwaitedLane:
 
 
 class Reception:
-    """Behind a daemon's listener.  ``find`` says whose a connection is, or raises :class:`MigrationError`."""
+    """Assigns the connections of a daemon's listener.  ``find`` returns the session that a
+    connection belongs to, or raises :class:`MigrationError`.
+    """
 
     def __init__(self, find: Callable[[Hello], AwaitedLanes], terms: Terms):
         self._find, self._terms = find, terms

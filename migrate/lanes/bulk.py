@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Many pages through a blocking socket in one call, without the interpreter lock (``native/bulk.c``).
+"""Many pages through a blocking socket in one call, without the interpreter lock
+(``native/bulk.c``).
 
-What could not be done is returned, not raised: a traceback would keep what native code has a hold of (``page_bytes`` in
-``xenbackend/pages.py`` says what comes of that).
+An error is returned, not raised, because a traceback would keep references to the buffers of the
+native code.  ``page_bytes`` in ``xenbackend/pages.py`` describes the consequence.
 """
 
 from __future__ import annotations

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Lanes over sockets: the thin layer of I/O around the codec.
 
-A lane blocks.  What moves pages (the push and the pull of either end) are plain loops in threads of their own
-(:func:`run_in_thread`), which the event loop starts, stops and hears from; for the few control messages it has
-:meth:`LaneConnection.send` and :meth:`LaneConnection.receive`, which do the same in worker threads.  Two reasons, both
-measured: a page of memory costs a microsecond and a turn of the event loop some tens of them, and a blocking call
-waits for room where a non-blocking one comes back for each bit of it.
+A lane blocks.  The loops that move pages (the push and the pull of either end) run in threads of
+their own (:func:`run_in_thread`), which the event loop starts and stops.  The few control messages
+of the event loop go through :meth:`LaneConnection.send` and :meth:`LaneConnection.receive`, which
+do the same in worker threads.
+
+There are two reasons, both measured.  A page of memory costs a microsecond, and a turn of the event
+loop costs some tens of them.  A blocking call sleeps until all of its data is queued, and a
+non-blocking call returns each time that some buffer space opens up.
 """
 
 from __future__ import annotations
@@ -36,16 +39,24 @@ from migrate.tasks import task_group
 
 CONNECT_TIMEOUT_S = 10.0
 STEP_TIMEOUT_S = 60.0
-"""How long a peer may take for a step before the handover (a preflight, an eviction), or to take bytes from us."""
+"""The longest time for one step of the peer before the handover (a preflight, an eviction), and for
+the peer to receive bytes that we send.
+"""
 EXPLANATION_S = 1.0
 """When the pull lane has ended: how long to wait for the push lane to say why."""
 LINGER_S = 600.0
-"""How long a peer that dials may be away, and is told when it comes back how a migration has ended."""
+"""The longest time for which a peer that dials may be away and still learns, when it dials again,
+how a migration has ended.
+"""
 CONGESTION_CONTROL = b"cubic"
-"""Linux's own default.  Where a host has BBR instead, that paces a sender which alternates between looking at pages and
-sending them, and keeps little in flight where the round trip is short: 1.6 GB/s over loopback where cubic moves 2.1."""
+"""Linux's own default.  If the host's default is BBR, it paces a sender that alternates between
+reading pages and sending them, and keeps little in flight if the round trip is short: 1.6 GB/s over
+loopback, against 2.1 GB/s with cubic.
+"""
 MANY_BYTES = 64 * 1024
-"""From here on in one call without the interpreter lock; to send a page by itself, preparing that would be most of the work."""
+"""Payloads of at least this size are sent in one call without the interpreter lock.  For a single
+page, preparing this call would be most of the work.
+"""
 HEARD_BYTES = 512 * 1024
 """Received in one call: what a slow link carries well within ``SILENCE_S``."""
 SILENCE_S = 30.0
@@ -112,9 +123,10 @@ class LaneConnection:
     async def from_stream(
         cls, stream: trio.SocketStream, terms: Terms, dialled: str | None = None
     ) -> LaneConnection:
-        """Takes the connection over; the stream is closed.  ``dialled``: the host; ``None`` where we were.
+        """Take the connection over from ``stream``, which is closed.  ``dialled``: the host that we
+        dialled; ``None`` if the peer dialled us.
 
-        Raises :class:`PeerClosedError` where TLS does not come about.
+        Raises :class:`PeerClosedError` if the TLS handshake fails.
         """
         # The descriptor itself, since there may be none left for a copy.
         sock = socket.socket(fileno=stream.socket.detach())
@@ -145,9 +157,10 @@ class LaneConnection:
 
     # ---- blocking ----
     def send_blocking(self, message: Message, payload: Sequence[memoryview] = ()) -> int:
-        """``payload``: the pieces of memory that its pages lie in; they are sent from there.
+        """Send a message and return the number of bytes sent.  ``payload``: the pieces of memory
+        that hold the message's pages; they are sent without a copy.
 
-        Returns the bytes that it took.  Raises :class:`PeerClosedError` when the connection is gone.
+        Raises :class:`PeerClosedError` if the connection has ended.
         """
         if self._decoder.checked and payload:
             payload = [
@@ -181,7 +194,8 @@ class LaneConnection:
         with self._receiving:
             while (received := self.pending()) is None:
                 if not self._decoder.in_payload() and not self.buffered():
-                    # Not in recv(): there every bit of room that opens for another thread's send would wake us.
+                    # Waiting in recv() would wake this thread each time that buffer space opens up
+                    # for another thread's send.
                     self._readable.poll()
                 self.fill()
             return received
@@ -203,7 +217,9 @@ class LaneConnection:
         return self._tls is not None and self._tls.buffered()
 
     def fill(self) -> None:
-        """Wait for bytes, of a payload for all that it still lacks.  Raises :class:`PeerClosedError` at the end."""
+        """Wait for bytes; inside a payload, for the rest of the payload.  Raises
+        :class:`PeerClosedError` at the end of the connection.
+        """
         wanted = self._decoder.wanted()[:HEARD_BYTES]
         try:
             self._received(self._receive(wanted))
@@ -241,7 +257,9 @@ class LaneConnection:
         return NativeLane(self._socket.fileno(), self._sending)
 
     def vacant(self) -> memoryview | None:
-        """Where native code may receive, and report by :meth:`native_received`; ``None`` in the middle of a frame."""
+        """Return the buffer into which native code may receive, and which it reports by
+        :meth:`native_received`.  ``None`` in the middle of a frame.
+        """
         return self._decoder.wanted() if self._decoder.at_boundary() else None
 
     def native_received(self, count: int) -> None:
@@ -267,9 +285,9 @@ class LaneConnection:
 
     # ---- for the event loop ----
     async def send(self, message: Message) -> None:
-        """As :meth:`send_blocking`, in the order of the calls.
+        """Send a message as :meth:`send_blocking` does, in the order of the calls.
 
-        Cancelling stops the waiting, not the sending: the lane is never left in the middle of a frame.
+        Cancellation stops the wait, not the sending: a frame is always sent completely.
         """
         async with self._send_limiter:
             await trio.to_thread.run_sync(
@@ -277,18 +295,21 @@ class LaneConnection:
             )
 
     async def receive(self) -> tuple[Message, memoryview]:
-        """A message and its pages, which stay valid during the next call but not beyond it.
+        """Return a message and its pages, which stay valid during the next call and not longer.
 
-        Raises :class:`ProtocolError` for garbage, :class:`PeerClosedError` when the connection has ended.
+        Raises :class:`ProtocolError` for malformed bytes, and :class:`PeerClosedError` if the
+        connection has ended.
         """
         return await trio.to_thread.run_sync(
             self.receive_blocking, abandon_on_cancel=True, limiter=self._receive_limiter
         )
 
     async def keep_alive(self) -> None:
-        """Say something from time to time, and end the connection when the peer does not.  Until cancelled.
+        """Send ``alive`` from time to time, and end the connection if the peer sends nothing.  Runs
+        until cancelled.
 
-        The kernel's own probes are answered by a kernel: of a host whose daemon hangs, or of a box in between.
+        The probes of TCP do not suffice: a kernel answers them although its daemon hangs, and so
+        does a box in between.
         """
         unread = select.poll()  # of our own: only one thread may wait in one
         unread.register(self._socket, select.POLLIN)
@@ -314,7 +335,8 @@ class LaneConnection:
                 raise MigrationError(f"the peer asked for a lane {message.lane!r}")
             return message
         raise PeerClosedError(
-            f"the peer said nothing for {CONNECT_TIMEOUT_S:g} s: is it xen-postcopy that listens there?"
+            f"the peer said nothing for {CONNECT_TIMEOUT_S:g} s: is it xen-postcopy that listens "
+            "there?"
         )
 
     async def _first_message(self) -> Message:
@@ -363,7 +385,9 @@ class LaneConnection:
 
 @contextlib.contextmanager
 def step_timeout(complaint: str) -> Iterator[None]:
-    """A step that the peer has to take before the handover.  Raises :class:`PeerClosedError` when it takes too long."""
+    """Limit a step of the peer before the handover.  Raises :class:`PeerClosedError` if the step
+    takes too long.
+    """
     with trio.move_on_after(STEP_TIMEOUT_S) as scope:
         yield
     if scope.cancelled_caught:
@@ -373,9 +397,10 @@ def step_timeout(complaint: str) -> Iterator[None]:
 async def run_in_thread(
     main: Callable[[], None], stop: Callable[[], None], *, urgent: bool = False
 ) -> None:
-    """Run ``main`` in a thread of its own; ``stop`` makes it return, and is called when this task is cancelled.
+    """Run ``main`` in a thread of its own.  ``stop`` makes ``main`` return, and is called when this
+    task is cancelled.
 
-    ``urgent``: a guest waits for what it does; the others move pages in bulk.
+    ``urgent``: a guest waits for the thread.  The other threads move pages in bulk.
     """
 
     def scheduled() -> None:
@@ -404,11 +429,13 @@ async def run_in_thread(
 
 
 async def connect(host: str, port: int, terms: Terms) -> LaneConnection:
-    """Raises :class:`PeerClosedError` where nobody answers, :class:`MigrationError` where it must not be."""
+    """Dial a host.  Raises :class:`PeerClosedError` if nobody answers, and :class:`MigrationError`
+    if the connection is not allowed.
+    """
     if terms.tls is None and not terms.unencrypted and not is_loopback(host):
         raise MigrationError(
-            f"{host} is another host, and connections are not encrypted: make a [tls] section in the configuration, or allow "
-            "it by unencrypted = true in [network]"
+            f"{host} is another host, and connections are not encrypted: make a [tls] section in "
+            "the configuration, or allow it by unencrypted = true in [network]"
         )
     try:
         with trio.fail_after(CONNECT_TIMEOUT_S):
@@ -424,7 +451,8 @@ async def connect(host: str, port: int, terms: Terms) -> LaneConnection:
         number = getattr(causes[0], "errno", None)
         why = os.strerror(number) if number is not None and number > 0 else str(causes[0])
         raise PeerClosedError(
-            f"cannot reach {host}:{port}: {why}; is xen-postcopy running there, and listening on that address?"
+            f"cannot reach {host}:{port}: {why}; is xen-postcopy running there, and listening on "
+            "that address?"
         ) from error
     return await LaneConnection.from_stream(stream, terms, host)
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The end that dials: it opens both lanes, and opens them again after a loss until it gets through."""
+"""The end that dials: it opens both lanes and, after a loss, tries to open them again until it
+succeeds.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from migrate.protocol.session import hello, negotiate, rejoin_token
 
 FIRST_RETRY_S = 0.1
 LAST_RETRY_S = 10.0
-"""Each attempt to dial again waits twice as long as the one before it, up to this, where no lane has held longer than that."""
+"""The longest pause between two attempts to dial.  Each pause is twice as long as the one before
+it, unless a lane has lasted longer than this limit in between.
+"""
 
 
 REJOINS_OF_ONE_LIFE = 2**20

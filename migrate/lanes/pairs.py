@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The two lanes of a session, whichever end dials: one end dials, the other awaits.
+"""The two lanes of a session, whichever end dials: one end dials, the other waits.
 
-Which end dials has nothing to do with which end sends.  Asked for on the command line, the sender dials the receiver.  Under
-xl the receiver dials the sender, because it alone learns of the other end.  Both ends ask a :class:`Lanes` for the push lane
-first, and for the pull lane when the preflight has given them the token for it.
+The direction of dialling is independent of the direction of the migration.  For a migration by the
+command line, the sender dials the receiver.  Under xl the receiver dials the sender, because only
+the receiver learns the address of the other end.  Both ends ask a :class:`Lanes` for the push lane
+first.  They ask for the pull lane when the preflight has provided the token for it.
 
-The same end dials when both lanes are lost after the switchover.
+If both lanes are lost after the switchover, the same end dials again.
 """
 
 from __future__ import annotations

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How the kernel schedules the calling thread, by what it does: what a guest waits for (faults, the switchover) before bulk.
+"""How the kernel schedules the calling thread: threads that a guest waits for (faults, the
+switchover) run before bulk.
 
-What moves pages in bulk tells the scheduler that it need not run the moment it can (SCHED_BATCH): the median fault got a tenth
-faster.  What serves faults has a higher priority, and asks for short time slices: since Linux 6.12 a thread that wakes up
-takes the CPU at once only from one whose slice is longer; otherwise it waits for the end of that, whatever their priorities
-(EEVDF, ``PREEMPT_SHORT`` in kernel/sched/features.h).  99% of faults beside a saturating push: below 2.7 ms instead of 3.2.
-Older kernels take no notice of slices.  Two urgent threads do not preempt each other, so during the switchover
-only the threads that receive are urgent.
+A thread that moves pages in bulk uses SCHED_BATCH, so that it does not preempt others when it wakes
+up.  This made the median fault a tenth faster.
 
-Where the process may not, or the kernel is another's, nothing changes.
+A thread that serves faults has a higher priority and requests short time slices.  Since Linux 6.12,
+a thread that wakes up preempts at once only a thread with a longer slice.  Otherwise it waits until
+that slice ends, whatever the priorities are (EEVDF, ``PREEMPT_SHORT`` in kernel/sched/features.h).
+Beside a saturating push, 99% of faults take less than 2.7 ms with short slices, and less than 3.2
+ms without.  Older kernels ignore slices.  Two urgent threads do not preempt each other, so during
+the switchover only the threads that receive are urgent.
+
+If the process lacks the permission, or the kernel is not Linux, nothing changes.
 """
 
 from __future__ import annotations
@@ -20,7 +24,9 @@ import struct
 
 SYS_SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}
 SCHED_ATTR = struct.Struct("=IIQiIQQQ")
-"""``struct sched_attr`` (sched_setattr(2)): size, policy, flags, nice, priority, runtime (ns: the slice), deadline, period."""
+"""``struct sched_attr`` (sched_setattr(2)): size, policy, flags, nice, priority, and in nanoseconds
+runtime (the slice), deadline and period.
+"""
 URGENT_NICE = -10
 URGENT_SLICE_NS = 100_000
 BULK_SLICE_NS = 200_000

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Mutual TLS on the lanes: certificates of both ends, names checked, TLS 1.3.
+"""Mutual TLS on the lanes: certificates of both ends, checked names, TLS 1.3.
 
-A lane's threads send and receive at once, and OpenSSL's connections are not made for that: :class:`TlsSocket` lets one
-thread at a time into it, never while it waits for the network.
+The threads of a lane send and receive at once, but an OpenSSL connection must not be used by two
+threads at once.  :class:`TlsSocket` therefore admits one thread at a time, and no thread holds the
+lock while it waits for the network.
 """
 
 from __future__ import annotations
@@ -35,11 +36,13 @@ thread.
 WANTED = (ssl.SSLWantReadError, ssl.SSLWantWriteError)
 MEANINGS = {
     "TLSV13_ALERT_CERTIFICATE_REQUIRED": "the peer wants a certificate of ours, and has got none",
-    "TLSV1_ALERT_UNKNOWN_CA": "the peer does not trust the authority that has signed our certificate",
+    "TLSV1_ALERT_UNKNOWN_CA": "the peer does not trust the authority that has signed our "
+    "certificate",
     "SSLV3_ALERT_CERTIFICATE_EXPIRED": "the peer finds our certificate expired",
     "SSLV3_ALERT_BAD_CERTIFICATE": "the peer finds our certificate bad",
     "PEER_DID_NOT_RETURN_A_CERTIFICATE": "the peer has no certificate",
-    "WRONG_VERSION_NUMBER": "the peer does not speak TLS: has it a [tls] section in its configuration?",
+    "WRONG_VERSION_NUMBER": "the peer does not speak TLS: has it a [tls] section in its "
+    "configuration?",
     "UNEXPECTED_EOF_WHILE_READING": "the peer has broken the TLS handshake off: does it speak TLS?",
 }
 """By OpenSSL's reasons."""
@@ -65,7 +68,9 @@ def _state(path: Path) -> object:
 
 @dataclass(frozen=True)
 class Tls:
-    """What a host needs for it: ``certificate`` with its ``key`` for itself, and ``authority`` for its ``peers``."""
+    """The TLS files of a host: ``certificate`` with its ``key`` for the host itself, and
+    ``authority``, which signs the certificates of its ``peers``.
+    """
 
     certificate: Path
     key: Path
@@ -79,7 +84,9 @@ class Tls:
         self._contexts()
 
     async def connected(self, sock: socket.socket, host: str, timeout_s: float) -> TlsSocket:
-        """As the end that has dialled ``host``.  Raises :class:`PeerClosedError` for a peer that is not to be trusted."""
+        """Return the socket after the handshake, for the end that has dialled ``host``.  Raises
+        :class:`PeerClosedError` if the peer is not trusted.
+        """
         return await self._handshake(sock, host, timeout_s)
 
     async def accepted(self, sock: socket.socket, timeout_s: float) -> TlsSocket:
@@ -132,8 +139,8 @@ class Tls:
         }
         if not names & set(self.peers):
             raise PeerClosedError(
-                f"the peer's certificate is for {printable(', '.join(sorted(names))) or 'nobody'}, and [tls] peers are "
-                f"{', '.join(self.peers)}"
+                f"the peer's certificate is for {printable(', '.join(sorted(names))) or 'nobody'}, "
+                f"and [tls] peers are {', '.join(self.peers)}"
             )
 
     def _contexts(self) -> tuple[ssl.SSLContext, ssl.SSLContext]:
@@ -231,7 +238,9 @@ def explain(error: OSError) -> str:
 
 
 class TlsSocket:
-    """What a lane needs of a socket.  One thread may send while another receives; all wait outside of the lock."""
+    """The part of the socket interface that a lane uses.  One thread may send while another
+    receives; both wait outside the lock.
+    """
 
     def __init__(self, sock: ssl.SSLSocket):
         sock.setblocking(False)

@@ -18,7 +18,7 @@ from xenbackend.pages import PfnArray
 
 
 class InvalidFieldError(Exception):
-    """The value is none that the field may have.  The text describes the values that it may have."""
+    """The value is not allowed for the field.  The text describes the values that are allowed."""
 
 
 Parser = Callable[[Any], Any]

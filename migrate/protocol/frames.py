@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Frames: the codec of a lane.  Bytes in, frames out; no sockets, no clock.
 
-A frame is a prefix of 20 bytes (``XPC1``, header length, payload length, checksum of what follows, checksum of the prefix
-so far; big-endian), a msgpack map, and an optional payload of whole pages.  The checksums are CRC-32's, since TCP's own
-lets one damaged segment in 65,536 pass.  The one of the prefix keeps a damaged length from being waited for.  Whether the
-payload is in the other one is agreed on by who uses this (:attr:`FrameDecoder.checked`): it costs a microsecond a page.
+A frame is a prefix of 20 bytes, a msgpack map, and an optional payload of whole pages.  The prefix
+has ``XPC1``, the length of the header, the length of the payload, a checksum of what follows the
+prefix, and a checksum of the prefix so far; all are big-endian.
 
-Page bytes are never inside msgpack: they go from the socket to the buffer from
-which they are loaded without another copy.  For that the decoder does not take bytes but says where it wants
-them: fill :meth:`FrameDecoder.wanted`, report with :meth:`FrameDecoder.filled`.
+The checksums are CRC-32, because TCP's own checksum lets one damaged segment in 65,536 pass.  The
+checksum of the prefix prevents a wait for a damaged length.  The other checksum covers the payload
+only if both ends have agreed on it (:attr:`FrameDecoder.checked`), because it costs a microsecond a
+page.
 
-Every length is checked before memory is taken for it (invariant 7).
+Page bytes are never inside msgpack.  They go from the socket to the buffer from which they are
+loaded, without another copy.  The decoder therefore provides the buffer: the caller fills
+:meth:`FrameDecoder.wanted` and reports the bytes by :meth:`FrameDecoder.filled`.
+
+Every length is checked before memory is allocated for it (invariant 7).
 """
 
 from __future__ import annotations
@@ -43,7 +47,9 @@ EMPTY = memoryview(b"")
 class Frame(NamedTuple):
     header: dict[str, Any]
     payload: memoryview
-    """Whole pages.  Valid while the next frame is being read, until that one is complete and a further one begins."""
+    """Whole pages.  Valid while the next frame is read: until the next frame is complete and a
+    further one begins.
+    """
 
 
 def encode(
@@ -90,7 +96,9 @@ def _parse_header(data: Buffer) -> dict[str, Any]:
 
 
 class FrameDecoder:
-    """One direction of a lane.  Raises :class:`RemoteProtocolError` for what is no frame, and is unusable then."""
+    """One direction of a lane.  Raises :class:`RemoteProtocolError` for bytes that are no frame;
+    the decoder cannot be used afterwards.
+    """
 
     def __init__(self) -> None:
         self.checked = False
@@ -189,14 +197,16 @@ class FrameDecoder:
         expected, found = self._checksums
         if found != expected:
             raise RemoteProtocolError(
-                f"a frame was damaged on its way: its checksum is {found:#010x}, not {expected:#010x}"
+                f"a frame was damaged on its way: its checksum is {found:#010x}, not "
+                f"{expected:#010x}"
             )
 
     def _check_magic(self) -> None:
         begun = bytes(self._small[self._start : min(self._end, self._start + len(MAGIC))])
         if begun[:1] in TLS_BEGINNINGS:
             raise RemoteProtocolError(
-                "the peer speaks TLS, and this end does not: make a [tls] section in its configuration"
+                "the peer speaks TLS, and this end does not: make a [tls] section in its "
+                "configuration"
             )
         if not MAGIC.startswith(begun):
             raise RemoteProtocolError(
@@ -220,6 +230,7 @@ class FrameDecoder:
             )
         if payload_bytes > MAX_PAYLOAD_BYTES or payload_bytes % PAGE_SIZE:
             raise RemoteProtocolError(
-                f"a payload of {payload_bytes} bytes: whole pages, at most {MAX_PAYLOAD_PAGES}, are allowed"
+                f"a payload of {payload_bytes} bytes: whole pages, at most {MAX_PAYLOAD_PAGES}, "
+                "are allowed"
             )
         return header_bytes, payload_bytes

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Messages: what frames say.  One class a message; its fields are its wire format.
+"""Messages: the contents of frames.  Each message is one class; its fields are its wire format.
 
-A message is a frozen dataclass whose fields carry their limits; :func:`parse` makes one of a frame's header or raises
-:class:`RemoteProtocolError` naming the field.  ``docs/protocol.md`` says what each means and when it may be sent;
-:mod:`migrate.protocol.session` enforces the when.
+A message is a frozen dataclass whose fields carry their limits.  :func:`parse` makes a message of a
+frame's header, or raises :class:`RemoteProtocolError` with the name of the field.
+``docs/protocol.md`` defines the meaning of each message and when it may be sent;
+:mod:`migrate.protocol.session` enforces when.
 """
 
 from __future__ import annotations
@@ -90,7 +91,9 @@ class Hello(Message):
     lane: str = text_field(8)
     session: str = text_field(64)
     token: bytes = bytes_field(32)
-    """Push lane: what the receiver was given by the toolstack, otherwise empty.  Pull lane: what ``accepted`` gave."""
+    """On the push lane: the token that the toolstack gave the receiver, otherwise empty.  On the
+    pull lane: the token of ``accepted``.
+    """
     requires: tuple[str, ...] = texts_field(32)
     """Capabilities without which this end will not talk."""
     offers: tuple[str, ...] = texts_field(32)
@@ -120,12 +123,16 @@ class Offer(Message):
     key: bytes = bytes_field(32)
     """Who knows it can take the session up again when its lanes were lost."""
     checkpoint_ms: int = uint_field(MAX_CHECKPOINT_MS)
-    """How often the receiver is to send back what the guest has become, until completion; 0: never."""
+    """The interval at which the receiver sends checkpoints back, until completion.  0: no
+    checkpoints.
+    """
 
 
 @dataclass(frozen=True, eq=False)
 class Pages(Message):
-    """Contents: ``pfns`` have theirs in the payload, in order; ``zeros`` are zero; ``holes`` are no memory any more."""
+    """Contents of pages.  ``pfns`` have their contents in the payload, in order.  ``zeros`` are
+    filled with zeros.  ``holes`` have no memory any more.
+    """
 
     type = "pages"
     pfns: PfnArray = pfns_field(MAX_PAYLOAD_PAGES)
@@ -135,7 +142,9 @@ class Pages(Message):
 
 @dataclass(frozen=True, eq=False)
 class Defer(Message):
-    """A window of pfns to be evicted now: they are missing, unless ``pages`` say otherwise before the handover."""
+    """A window of pfns to be evicted now.  They are missing, unless ``pages`` brings them before
+    the handover.
+    """
 
     type = "defer"
     base: int = uint_field(MAX_PFN)
@@ -176,7 +185,9 @@ class Context(Message):
 
 @dataclass(frozen=True, eq=False)
 class Entrust(Message):
-    """A toolstack is about to decide at which end the guest runs: be its pager, in case it is there."""
+    """A toolstack is about to decide at which end the guest runs.  The receiver becomes the guest's
+    pager, in case the guest runs there.
+    """
 
     type = "entrust"
 
@@ -308,7 +319,9 @@ class Written(Pages):
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint(Message):
-    """Of a checkpoint: a piece of the context that goes with what was ``written``.  The last makes it whole."""
+    """A piece of the context of a checkpoint, which belongs to the ``written`` pages.  The last
+    piece completes the checkpoint.
+    """
 
     type = "checkpoint"
     data: bytes = bytes_field(MAX_CONTEXT_CHUNK)
@@ -365,7 +378,9 @@ class Ended(Message):
 
 @dataclass(frozen=True, eq=False)
 class Failed(Message):
-    """The receiver cannot go on.  Before the handover it has cleaned up, after it it keeps the guest as it is."""
+    """The receiver cannot continue.  Before the handover it has cleaned up.  After the handover it
+    keeps the guest as it is.
+    """
 
     type = "failed"
     reason: str = text_field(MAX_TEXT)
@@ -382,7 +397,9 @@ class Fault(Message):
 
 @dataclass(frozen=True, eq=False)
 class Ahead(Message):
-    """vCPUs may need these next: those that have not been sent come on the same lane, behind what they wait for."""
+    """Pages that vCPUs may need next.  Those that have not been sent yet are sent on the same lane,
+    after the pages of faults.
+    """
 
     type = "ahead"
     pfns: PfnArray = pfns_field(MAX_AHEAD_PFNS)
@@ -391,9 +408,10 @@ class Ahead(Message):
 TYPES: dict[str, type[Message]] = {
     cls.type: cls
     for cls in (
-        Hello, Alive, Offer, Pages, Defer, Barrier, Suspended, Missing, Context, Entrust, Handover, Kept, Rejoin, Completed,
-        Abort, Lost, Recall, Accepted, Refused, Passed, Ready, Resumed, Loaded, Dropped, Report, Written, Checkpoint, Unprotected,
-        Outstanding, Rejoined, Complete, Ended, Failed, Fault, Ahead,
+        Hello, Alive, Offer, Pages, Defer, Barrier, Suspended, Missing, Context, Entrust, Handover,
+        Kept, Rejoin, Completed, Abort, Lost, Recall, Accepted, Refused, Passed, Ready, Resumed,
+        Loaded, Dropped, Report, Written, Checkpoint, Unprotected, Outstanding, Rejoined, Complete,
+        Ended, Failed, Fault, Ahead,
     )
 }  # fmt: skip
 FIELDS: dict[type[Message], dict[str, Parser]] = {

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Sets and lists of pfns, in memory and on the wire.
 
-In memory a set is a boolean array with one element per pfn, a list an ascending ``uint64`` array.  On the
-wire a short list is its little-endian 64-bit numbers; a set, which can be as large as the guest, goes as windows of
-a bitmap of which the empty ones are left out.
+In memory, a set is a boolean array with one element for each pfn, and a list is an ascending
+``uint64`` array.  On the wire, a short list is its little-endian 64-bit numbers.  A set can be as
+large as the guest, and is sent as windows of a bitmap; empty windows are left out.
 
-With the guest standing still there is time for lists only: a pass over the set of a large guest is downtime.
+While the guest is suspended, only lists are used: a pass over the set of a large guest would add to
+the downtime.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ def sparseness(nr_pfns: int, max_pages: int) -> str:
     if nr_pfns <= most:
         return ""
     return (
-        f"the guest's memory is too sparse: its highest pfn is {nr_pfns - 1:#x}, and with {max_pages} pages it may be "
-        f"{most - 1:#x} at most"
+        f"the guest's memory is too sparse: its highest pfn is {nr_pfns - 1:#x}, and with "
+        f"{max_pages} pages it may be {most - 1:#x} at most"
     )
 
 
@@ -66,7 +67,9 @@ def bitmap_of(mask: PfnMask) -> NDArray[np.uint8]:
 
 
 def from_bitmap(bitmap: NDArray[np.uint8], nr_pfns: int) -> PfnArray:
-    """As :func:`mask_from_bitmap`, in a time that depends on how many bits are set: eight bytes are looked at together."""
+    """Return the pfns of a bitmap, as :func:`mask_from_bitmap` does, in a time that depends on the
+    number of set bits.  Eight bytes are tested together.
+    """
     words = bitmap.view(np.uint64)
     found = np.flatnonzero(
         words != 0
@@ -90,9 +93,10 @@ def from_mask(mask: PfnMask, base: int = 0) -> PfnArray:
 
 
 def union(lists: Sequence[PfnArray]) -> PfnArray:
-    """Of lists in any order.
+    """Return the union of lists, which may be in any order.
 
-    Not ``np.unique``: the first call of that imports ``numpy.ma``, which takes 9 ms, and would in a guest's downtime.
+    ``np.unique`` is not used: its first call imports ``numpy.ma``, which takes 9 ms and would add
+    to the downtime.
     """
     pfns = np.sort(np.concatenate(lists))
     first = np.ones(len(pfns), dtype=np.bool_)

@@ -1,33 +1,37 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The session: which end may say what, and when.  Sans-IO: messages in, verdicts out.
+"""The session: which end may send which message, and when.  Sans-IO: messages in, errors out.
 
-Both ends keep a :class:`Session` and show it every message that they send or receive.  The phases:
+Both ends keep a :class:`Session` and pass to it every message that they send or receive.  The
+phases:
 
-    HELLO --offer--> PREFLIGHT --accepted--> PRECOPY --suspended--> SWITCHOVER --handover--> POSTCOPY
-          --complete--> COMPLETE --completed--> CLOSED
+    HELLO --offer--> PREFLIGHT --accepted--> PRECOPY --suspended--> SWITCHOVER
+          --handover--> POSTCOPY --complete--> COMPLETE --completed--> CLOSED
 
-Where a toolstack decides at which end the guest runs, there is a phase more:
+If a toolstack decides at which end the guest runs, there is one phase more:
 
     SWITCHOVER --entrust--> DECISION --handover--> POSTCOPY
 
-In it the receiver is the pager already, of a guest that may run or not; neither end knows but by what it sees the toolstack do
-to the domain at its own host.
+In this phase the receiver is already the pager of a guest that may or may not run.  Each end learns
+of the decision only from what the toolstack does to the domain at its own host.
 
-The end that sends a message is in the next phase at once, the other when it arrives.  So an end may
-receive what its peer said while still in the phase before: ``RULES`` gives for each message the phases in which its
-speaker may send it, and a receiver allows in addition what was sent before the peer knew better.
+The end that sends a message enters the next phase at once; the other end enters it when the message
+arrives.  An end may therefore receive a message that its peer sent in the phase before.  ``RULES``
+gives for each message the phases in which its speaker may send it.  A receiver also allows the
+messages that the peer sent before the peer entered the phase.
 
-A session whose lanes were lost after ``ready`` is taken up again on new ones:
+If the lanes of a session are lost after ``ready``, the session is resumed on new lanes:
 
     REJOIN --rejoined--> SWITCHOVER, DECISION or POSTCOPY, whichever the receiver has reached
 
-and what the receiver did not hear is said again from there.  What is outstanding the receiver alone says, in the same breath, so
-nothing needs to be known of what was on its way.
+From there, each message that the receiver has not received is sent again.  The receiver alone
+reports what is outstanding, together with its phase, so neither end needs a record of what was in
+transit.
 
-On top of the phases there are a few promises that only happen once, in order: context complete, then
-``ready``, then ``handover`` and ``resumed``.  After ``handover`` there is no way back: ``failed`` says only that
-the receiver, which keeps the guest, needs help, and ``abort`` is not a word any more.  The exception is the first
-message on new lanes: a sender whose journal has lost the handover aborts, and its guest runs.
+Some messages are allowed only once, and in this order: the complete context, ``ready``,
+``handover``, ``resumed``.  After ``handover`` there is no way back.  ``failed`` then reports only
+that the receiver, which keeps the guest, needs help, and ``abort`` is not allowed any more.  The
+exception is the first message on new lanes: a sender whose journal has lost the handover aborts,
+and its guest runs.
 """
 
 from __future__ import annotations
@@ -201,7 +205,10 @@ class Session:
             self.phase = rule.then
 
     def _phases_of(self, rule: Rule, lane: Lane) -> tuple[Phase, ...]:
-        """The speaker's own phases, and where it is the peer: those in which we may be ahead of it."""
+        """Return the phases in which this end may send the message or, if the peer sends it, the
+        phases in which this end may receive it.  The latter include phases that this end has
+        entered before the peer.
+        """
         allowed = rule.phases
         if lane is Lane.PULL and P.POSTCOPY in allowed:
             allowed = (
@@ -367,7 +374,9 @@ def new_token() -> bytes:
 
 
 def rejoin_token(key: bytes, number: int) -> bytes:
-    """What a push lane shows to take a session up again for the ``number``-th time.  ``key``: the offer's."""
+    """Return the token with which a push lane resumes a session for the ``number``-th time.
+    ``key``: the key of the offer.
+    """
     counted = number.to_bytes(4, "big")
     return counted + hmac.digest(key, b"rejoin" + counted, "sha256")[:28]
 
@@ -379,17 +388,20 @@ def number_of_rejoin(key: bytes, token: bytes) -> int:
 
 
 def negotiate(theirs: m.Hello) -> int:
-    """The protocol version to speak.  Raises :class:`ProtocolError` where there is none in common."""
+    """Return the protocol version that both ends use.  Raises :class:`ProtocolError` if they have
+    no version in common.
+    """
     version = min(theirs.newest, m.PROTOCOL_VERSION)
     if not theirs.oldest <= version <= theirs.newest or version < m.PROTOCOL_VERSION:
         raise ProtocolError(
-            f"the peer speaks protocol versions {theirs.oldest} to {theirs.newest} and this end speaks {m.PROTOCOL_VERSION}: "
-            "install the same release of xen-postcopy at both ends"
+            f"the peer speaks protocol versions {theirs.oldest} to {theirs.newest} and this end "
+            f"speaks {m.PROTOCOL_VERSION}: install the same release of xen-postcopy at both ends"
         )
     unknown = set(theirs.requires) - m.CAPABILITIES
     if unknown:
         raise ProtocolError(
-            f"the peer requires capabilities that this end does not have: {', '.join(sorted(unknown))}"
+            "the peer requires capabilities that this end does not have: "
+            f"{', '.join(sorted(unknown))}"
         )
     return version
 

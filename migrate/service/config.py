@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The configuration of a host: one TOML file for both daemons, every key optional.
 
-Each section is a frozen dataclass, whose fields are the keys, with their defaults.  What is wrong is said with the file, the
-key and the reason; a key that nobody knows is wrong as well.
+Each section is a frozen dataclass.  Its fields are the keys, with their defaults.  An error names
+the file, the key and the reason; an unknown key is an error as well.
 """
 
 from __future__ import annotations
@@ -114,11 +114,15 @@ def _key(parse: Callable[[Any], Any], default: Any) -> Any:
 @dataclass(frozen=True)
 class NetworkConfig:
     unencrypted: bool = _key(_flag, False)
-    """Listen on addresses that others can reach, though guests' memory crosses the network as it is."""
+    """Listen on addresses that other hosts can reach, although guests' memory crosses the network
+    unencrypted.
+    """
     checksums: bool = _key(_flag, False)
     """Check each page from end to end (CRC-32), where TCP's checksum is not trusted."""
     silence_s: float = _key(_silence, SILENCE_S)
-    """A peer that sends nothing for this time is treated as dead.  The two hosts may have different values."""
+    """The time in seconds after which a peer that sends nothing is treated as dead.  The two hosts
+    may have different values.
+    """
 
 
 @dataclass(frozen=True)
@@ -189,8 +193,9 @@ class Config:
         ):
             if self.tls.files is None and not self.network.unencrypted and not is_loopback(host):
                 raise ConfigError(
-                    f"[{name}] listen: {host} can be reached by others, and connections are not encrypted: make a [tls] "
-                    "section, use a loopback address, or allow it by unencrypted = true in [network]"
+                    f"[{name}] listen: {host} can be reached by others, and connections are not "
+                    "encrypted: make a [tls] section, use a loopback address, or allow it by "
+                    "unencrypted = true in [network]"
                 )
 
     @property
@@ -251,7 +256,8 @@ def parse(data: dict[str, Any], source: str) -> Config:
     missing = [key for key in keys if not getattr(config.tls, key)]
     if missing and len(missing) < len(keys):
         raise ConfigError(
-            f"{source}: [tls] {missing[0]}: it is missing; certificate, key, authority and peers go together"
+            f"{source}: [tls] {missing[0]}: it is missing; certificate, key, authority and peers "
+            "go together"
         )
     if config.tls.files is not None:
         try:

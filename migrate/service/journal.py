@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The journal: what a daemon has promised, so that its successor can keep it when it was killed.
+"""The journal: what a daemon has promised, so that its successor can keep the promise after the
+daemon was killed.
 
-One small file a migration, to which an entry is added before the step that it promises; the last one counts.  It is erased when
-nothing is owed any more.  An entry is one write to a file that is open already, since a guest stands still for some of
-them, and begins with the newline: what a full disk has cut off of the one before it stays on a line of its own.
-Nothing is synced: it is for a process that dies; with the host its domains are gone as well, and entries
-of an earlier boot are not taken up.
+Each migration has one small file.  An entry is added before the step that it announces; the last
+entry counts.  The file is erased when nothing is owed any more.
+
+An entry is one write to a file that is open already, because a guest is suspended during some of
+these writes.  An entry begins with a newline, so that a remainder of the entry before it, cut off
+by a full disk, stays on a line of its own.
+
+Nothing is synced, because the journal is for a process that dies.  When the host dies, its domains
+are gone as well; entries of an earlier boot are ignored.
 """
 
 from __future__ import annotations
@@ -32,8 +37,8 @@ NEW_SUFFIX = ".new"
 """A file whose first entry is not written yet: nothing depends on the file."""
 NONE = type(None)
 FACTS: dict[str, tuple[type, ...]] = {
-    "step": (str,), "domid": (int,), "handle": (str, NONE), "key": (str,), "dials": (list, NONE), "rejoins": (int,),
-    "xl": (bool,),
+    "step": (str,), "domid": (int,), "handle": (str, NONE), "key": (str,), "dials": (list, NONE),
+    "rejoins": (int,), "xl": (bool,),
 }  # fmt: skip
 """The facts that both ends note, with the types of their values."""
 MAX_DOMID = 0x7FFF
@@ -64,7 +69,8 @@ class Journal:
     def own(self) -> None:
         """Keep other daemons from this journal until this process ends.
 
-        Raises :class:`MigrationError` if another daemon owns it: its migrations would look like a dead predecessor's.
+        Raises :class:`MigrationError` if another daemon owns the journal: that daemon's migrations
+        would look like those of a dead predecessor.
         """
         if self._read_only:
             log.error(
@@ -77,7 +83,8 @@ class Journal:
         except OSError as error:
             os.close(directory)
             raise MigrationError(
-                f"state directory {self._directory}: another daemon uses it: choose another one by --state"
+                f"state directory {self._directory}: another daemon uses it: choose another one by "
+                "--state"
             ) from error
 
     def write(self, session: str, facts: dict[str, Any], *, needed: bool = True) -> None:
@@ -125,9 +132,9 @@ class Journal:
             os.close(self._files.pop(session))
 
     def entries(self) -> dict[str, dict[str, Any]]:
-        """What a predecessor has left, by session, the newest first: of two entries for one domain
-        the newer is in force.  Entries of an earlier boot, and entries that cannot be read, are left
-        out.
+        """Return what a predecessor has left, by session, the newest first: of two entries for one
+        domain the newer is in force.  Entries of an earlier boot, and entries that cannot be read,
+        are left out.
         """
         found = {}
         for path in self._directory.glob(f"*{NEW_SUFFIX}"):
@@ -155,8 +162,8 @@ class Journal:
         """
         self._not_understood.add(session)
         log.error(
-            "%s: kept and not taken up, because a newer journal has a migration of the same domain: "
-            "start this daemon anew when that migration has ended, or remove the file",
+            "%s: kept and not taken up, because a newer journal has a migration of the same "
+            "domain: start this daemon anew when that migration has ended, or remove the file",
             self._path(session),
         )
 
@@ -166,8 +173,9 @@ class Journal:
         """
         self._not_understood.add(session)
         log.error(
-            "%s: not a journal of ours, or of another release: %r; if a guest of this host waits for this migration, start the "
-            "release that wrote the file, otherwise remove the file", self._path(session), why,
+            "%s: not a journal of ours, or of another release: %r; if a guest of this host waits "
+            "for this migration, start the release that wrote the file, otherwise remove the file",
+            self._path(session), why,
         )  # fmt: skip
 
     def check_understood(self, session: str) -> None:
@@ -192,8 +200,10 @@ def _written(path: Path) -> int:
 
 
 def remove(path: Path) -> None:
-    """Remove a file of the state directory that nothing depends on any more.  If that fails, the file
-    stays, the log names the file, and the migration ends as it would have ended otherwise.
+    """Remove a file of the state directory that nothing depends on any more.
+
+    If the removal fails, the file stays, the log names the file, and the migration ends as it would
+    have ended otherwise.
     """
     try:
         if os.path.lexists(
@@ -230,11 +240,11 @@ def check_facts(
     types: dict[str, tuple[type, ...]],
     optional: Container[str],
 ) -> None:
-    """``types``: of the facts that this end alone notes.  ``optional``: what an earlier release did
-    not note.
+    """Check the facts of an entry.  ``types``: the facts that only this end writes.  ``optional``:
+    facts that an earlier release did not write.
 
-    Raises ``ValueError`` for an entry that this release must not act on: a step of another release, or a value
-    that no release has written.
+    Raises ``ValueError`` for an entry that this release must not act on: a step of another release,
+    or a value that no release has written.
     """
     for name, allowed in (FACTS | types).items():
         if name not in facts and name in optional:

@@ -36,8 +36,11 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """A terminal that closes sends SIGHUP, perhaps more than once.  No terminal may end the pager of a
 guest, so a further SIGHUP does not cut the draining short.
 """
-STOPPING = "this daemon is being stopped, and serves only the guests that need it still: try again when it was started anew"
-"""For who asks for a new migration."""
+STOPPING = (
+    "this daemon is being stopped, and serves only the guests that need it still: try again when "
+    "it was started anew"
+)
+"""The answer to a request for a new migration."""
 STRANGERS_SHARE = 0.75
 """The share of the descriptors that strangers may use.  The rest is for migrations that run, their
 journals, and requests at the control socket.
@@ -53,7 +56,9 @@ def _notify_socket() -> socket.socket:
 
 
 def notify(state: str) -> None:
-    """Tell whoever started us (systemd, ``loopback``) about our state: sd_notify(3).  Without one, nothing."""
+    """Send our state to the process that started us (systemd, ``loopback``), by sd_notify(3).  Does
+    nothing if that process did not ask for it.
+    """
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
@@ -112,7 +117,8 @@ async def until_stopped(
     # A descriptor more for each connection, though many come that mean nothing.
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    # What is loaded by now stays: the garbage collector, for which every thread waits, need not look at it again.
+    # The objects loaded so far stay loaded.  The garbage collector, for which every thread waits,
+    # need not examine them again.
     gc.freeze()
     # As nohup(1) has left them.
     heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
@@ -217,8 +223,9 @@ class Named(Protocol):
 
 
 def ended(name: str, phase: str, problem: str, asked: str) -> str:
-    """What is answered where a migration has ended that something is asked of."""
-    return f"the migration of {name} has ended ({phase}{problem and ': '}{problem}): there is nothing to {asked}"
+    """The answer to a request that a migration which has ended cannot fulfil."""
+    how = f"{phase}: {problem}" if problem else phase
+    return f"the migration of {name} has ended ({how}): there is nothing to {asked}"
 
 
 M = TypeVar("M", bound=Named)

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Under xl: the program that libxl starts to save and restore domains, in place of its own.
 
-    helper.py     the program, ``xen-postcopy-xl-helper``: whose work is it?
-    save.py       a guest leaves: the sender daemon does it, and has libxl do what is libxl's
-    restore.py    a guest comes: the receiver daemon does it, if the stream says so
+    helper.py     the program, ``xen-postcopy-xl-helper``: which part does the work?
+    save.py       a guest leaves: the sender daemon migrates it, and libxl does its own part
+    restore.py    a guest comes: the receiver daemon takes it in, if the stream has an offer
     stock.py      libxl's own helper, which does all else
-    libxl.py      the two ends of the conversation with libxl
-    protocol.py   what is said in it
+    libxl.py      the two ends of the connection to libxl
+    protocol.py   the messages of this connection
     image.py      the stream that libxl passes from host to host
 
-It starts with each ``xl migrate``, so nothing here imports more than the standard library's small parts.
+The program is started for each ``xl migrate``.  It therefore imports nothing but small parts of the
+standard library.
 """

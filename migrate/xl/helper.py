@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``xen-postcopy-xl-helper``: the program that libxl starts to save or restore a domain, when LIBXL_SAVE_HELPER names it.
+"""``xen-postcopy-xl-helper``: the program that libxl starts to save or restore a domain, if
+LIBXL_SAVE_HELPER names it.
 
-It does nothing by itself.  A live migration is the daemons' work: this program speaks with libxl for them, and writes and
-reads what libxl's stream has to carry.  Everything else is the stock helper's, and so is a migration that the daemons cannot do.
+The daemons do the work of a live migration.  This program exchanges libxl's messages for them, and
+writes and reads what libxl's stream has to carry.  The stock helper does everything else, also a
+migration that the daemons cannot do.
 """
 
 from __future__ import annotations

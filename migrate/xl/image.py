@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The stream that libxl passes from host to host, as far as a helper has to know it.  Sans-IO.
+"""The stream that libxl passes from host to host, as far as a helper needs it.  Sans-IO.
 
-An image header, a domain header, then records, each with type and length, the last of them END; whatever follows END is
-libxl's own.  Source: docs/specs/libxc-migration-stream.pandoc, version 3 (Xen 4.17).
+The stream is an image header, a domain header, and records, each with type and length.  The last
+record is END; what follows END is libxl's own.  Source: docs/specs/libxc-migration-stream.pandoc,
+version 3 (Xen 4.17).
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ REC_TYPE_X86_CPUID_POLICY = 0x00000011
 REC_TYPE_X86_MSR_POLICY = 0x00000012
 REC_TYPE_OPTIONAL = 0x80000000
 REC_TYPE_POSTCOPY = 0x58505630
-"""Ours, and mandatory: a receiver without this helper fails there, instead of starting a guest without memory."""
+"""A record of ours, and mandatory: a receiver without this helper fails there, and does not start a
+guest without memory.
+"""
 REC_TYPE_POSTCOPY_OFFER = REC_TYPE_OPTIONAL | REC_TYPE_POSTCOPY
 """Ours, and passed over by a receiver without this helper."""
 DOMAIN_TYPE_HVM = 2
@@ -68,7 +71,9 @@ def record(kind: int, body: bytes = b"") -> bytes:
 
 
 def parse_offer(body: bytes) -> dict[str, Any]:
-    """``session``, ``address`` (host, port), ``token`` (hexadecimal).  Raises :class:`MigrationError`."""
+    """Return ``session``, ``address`` (host, port) and ``token`` (hexadecimal).  Raises
+    :class:`MigrationError`.
+    """
     try:
         offer = json.loads(body)
         session, (host, port), token = offer["session"], offer["address"], offer["token"]

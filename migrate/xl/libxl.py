@@ -91,7 +91,9 @@ def notice(text: str) -> None:
 
 
 def fail(reason: str, number: int) -> Never:
-    """As the stock helper ends when something goes wrong: it says so, is answered, and exits with 0."""
+    """End as the stock helper ends after an error: report the reason, wait for the answer, and exit
+    with status 0.
+    """
     say(protocol.log(Level.ERROR, reason, errno=number))
     _complete(-1, number)
 
@@ -101,7 +103,9 @@ def succeed() -> Never:
 
 
 def _complete(result: int, number: int) -> Never:
-    """The guest stands still, and libxl waits for our end: no time is spent on taking the interpreter down."""
+    """End at once: the guest is suspended and libxl waits for our end, so the interpreter is not
+    shut down in order.
+    """
     ask(protocol.complete(result, number))
     os._exit(0)
 

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a save helper says to libxl on its standard output, and the answers.  Sans-IO.
+"""The messages from a save helper to libxl on its standard output, and the answers.  Sans-IO.
 
-A message is its length (16 bits), its number (16 bits) and its fields one after another, unaligned, in the host's byte
-order; a string is its length with the terminating NUL (32 bits) and its bytes.  Some are answered with one 32-bit integer on
-standard input.  Numbers and fields are those of Xen 4.17 (tools/libs/light/libxl_save_msgs_gen.pl): no public interface.
+A message is its length (16 bits), its number (16 bits), and its fields one after another,
+unaligned, in the host's byte order.  A string is its length with the terminating NUL (32 bits) and
+its bytes.  Some messages are answered with one 32-bit integer on standard input.  Numbers and
+fields are those of Xen 4.17 (tools/libs/light/libxl_save_msgs_gen.pl), which is not a public
+interface.
 """
 
 from __future__ import annotations
@@ -73,7 +75,9 @@ def switch_qemu_logdirty(domid: int, enable: bool) -> bytes:
 
 
 def static_data_done(missing: int) -> bytes:
-    """The CPU policy has been restored, but for ``missing``, which libxl is to make up.  Answered with 0."""
+    """The CPU policy has been restored, except for ``missing``, which libxl has to provide.
+    Answered with 0.
+    """
     return _message(Message.STATIC_DATA_DONE, struct.pack("=I", missing))
 
 
@@ -83,5 +87,7 @@ def restore_results(store_gfn: int, console_gfn: int) -> bytes:
 
 
 def complete(result: int, errno: int) -> bytes:
-    """The last one.  0, or -1 and why.  Answered with 0; then the helper has to end with status 0."""
+    """The last message.  ``result``: 0, or -1 with ``errno``.  Answered with 0; then the helper has
+    to end with status 0.
+    """
     return _message(Message.COMPLETE, struct.pack("=ii", result, errno))

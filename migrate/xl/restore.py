@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A guest comes: read libxl's stream until it shows whose it is.
+"""A guest comes: read libxl's stream until it shows whether the daemons or the stock helper restore
+the guest.
 
-An offer in it (``save.py``) is passed to the receiver daemon at once, which dials the sender and finds out whether this host can
-page the guest.  The next record says what came of it: a session that was agreed on, or an ordinary stream, which is the
-stock helper's.
+If the stream has an offer (``save.py``), it is passed to the receiver daemon at once.  The receiver
+dials the sender, and checks whether this host can page the guest.  The next record shows the
+result: a session that was agreed on, or an ordinary stream for the stock helper.
 """
 
 from __future__ import annotations

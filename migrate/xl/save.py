@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A guest leaves: what libxl's stream has to say, and between the sender daemon and libxl.
+"""A guest leaves: the contents of libxl's stream, and the exchange between the sender daemon and
+libxl.
 
-The stream begins as any other, and then makes an *offer*, in an optional record that the stock helper passes over: the sender
-daemon of this host, at such an address, could migrate the guest as such a session.  Whether there is somebody who takes it
-up shows when a receiver dials in.  If none does, or if it refuses, nothing is lost: the stock helper goes on with the same
-stream.  If one does, what follows are the static data, a *mandatory* record that names the session, and END.
+The stream begins as any other.  Then it makes an *offer* in an optional record, which the stock
+helper skips: the sender daemon of this host, at this address, could migrate the guest as this
+session.  A receiver that accepts the offer dials the sender.  If none dials, or if the receiver
+refuses, the stock helper continues with the same stream.  Otherwise the static data follow, a
+*mandatory* record that names the session, and END.
 """
 
 from __future__ import annotations
@@ -36,8 +38,9 @@ def wait_for_memory(request: Request) -> None:
             error.__cause__, ConnectionRefusedError
         ):  # one that is stopped removes its socket
             libxl.fail(
-                f"the receiver daemon of this host was killed, and memory of the guest may have still to come: start "
-                f"the receiver again; if no guest has come to this host, remove {path}",
+                "the receiver daemon of this host was killed, and memory of the guest may have "
+                "still to come: start the receiver again; if no guest has come to this host, "
+                f"remove {path}",
                 errno.EBUSY,
             )
         return  # nobody is the guest's pager

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """libxl's own helper: where it is, and three ways to leave a domain to it.
 
-Before a byte of the stream has been written or read, we become it.  Otherwise it works on a pipe of our own: a saving one
-whose stream begins with headers that have been sent already, a restoring one that is to get what was read already.  Records are
-passed on up to and including END; what follows in the stream is libxl's.
+Before a byte of the stream has been written or read, this process executes the stock helper.
+Afterwards the stock helper works on a pipe of ours.  A saving helper's stream begins with headers
+that have been sent already.  A restoring helper is given the bytes that have been read already.
+Records are passed on up to and including END; what follows in the stream is libxl's.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ def program() -> str:
 
 
 def require(reason: str | None) -> None:
-    """With XEN_POSTCOPY=require nothing is left to it: fail.  With a reason it is worth a line otherwise."""
+    """Fail if XEN_POSTCOPY=require forbids the stock helper.  Otherwise log ``reason``, if there is
+    one.
+    """
     if reason is None:
         return
     if os.environ.get("XEN_POSTCOPY") == "require":
@@ -89,7 +92,9 @@ def save_after_headers(request: Request) -> Never:
 
 
 def restore_rest(request: Request, before: bytes, record: image.RecordHeader | None) -> Never:
-    """``before`` was read already, up to the header of ``record``; ``None``: no record is to be expected."""
+    """Leave the rest of the stream to the stock helper.  ``before``: the bytes that have been read,
+    up to the header of ``record``; ``None``: no record follows.
+    """
     reader, writer = os.pipe()
     child = _start(request, reader)
     # It may end early, or the stream may: it knows what to say of that.

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The empty domain that a guest is restored into.
 
-With xl it is libxl that makes it, with its devices, and lends it to us (:func:`bind`).  Otherwise we make it ourselves
-(:func:`create`), with what every guest has: memory, vCPUs, xenstore and a console.  What it must be like is the
-``platform`` of the source's ``DomainConfig``.
+Under xl, libxl makes the domain with its devices, and lends the domain to us (:func:`bind`).
+Otherwise we make the domain ourselves (:func:`create`), with what every guest has: memory, vCPUs,
+xenstore and a console.  The ``platform`` of the source's ``DomainConfig`` defines the domain's
+properties.
 """
 
 from __future__ import annotations

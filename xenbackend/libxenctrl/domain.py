@@ -29,7 +29,7 @@ from xenbackend.contract import (
 from xenbackend.errors import NoSuchDomainError, XenError, check_handle, no_such_domain
 from xenbackend.libxenctrl._xen import ffi, lib
 from xenbackend.libxenctrl.context import HvmContext
-from xenbackend.libxenctrl.held import HeldPages
+from xenbackend.libxenctrl.held import HeldPages, XenMappedPages
 from xenbackend.libxenctrl.host import SHUTDOWN_SUSPEND, XenHost, check, state_of
 from xenbackend.libxenctrl.params import (
     CONTEXT_PARAMS,
@@ -44,7 +44,6 @@ from xenbackend.libxenctrl.preflight import ENABLE_ERRORS, DomainFacts
 from xenbackend.libxenctrl.ring import XenPagingRing
 from xenbackend.libxenctrl.wiring import Wiring
 from xenbackend.pages import (
-    PAGE_SIZE,
     Buffer,
     MappedPages,
     NativePages,
@@ -62,24 +61,6 @@ SUSPEND_TIMEOUT_S = 60.0
 
 def gfn_array(pfns: PfnArray) -> Any:
     return ffi.from_buffer("uint64_t[]", np.ascontiguousarray(pfns, dtype=np.uint64))
-
-
-class XenMappedPages(MappedPages):
-    """``pages``: where each is that has PAGE_DATA (``const void *[]``); ``done`` gives the mapping up."""
-
-    def __init__(self, pages: Any, status: NDArray[np.uint8], done: Callable[[], object]):
-        runs = ffi.new("struct xen_run[]", max(len(status), 1))
-        n = lib.xen_look(pages, len(status), ffi.from_buffer("uint8_t[]", status), runs)
-        super().__init__(status, [_memory(run.address, run.pages * PAGE_SIZE) for run in runs[0:n]])
-        self._done = done
-
-    def __exit__(self, *_exception: object) -> None:
-        self.data = []
-        self._done()
-
-
-def _memory(address: Any, size: int) -> memoryview:
-    return memoryview(ffi.buffer(address, size)).toreadonly()
 
 
 class XenDomain(Domain):
@@ -106,7 +87,9 @@ class XenDomain(Domain):
 
     # ---- what it is ----
     def native_info(self) -> Any:
-        """A ``struct xen_info``.  A domain that is being torn down is none any more, though its pages may still be mapped."""
+        """Return a ``struct xen_info``.  Raises :class:`NoSuchDomainError` for a domain that is
+        being torn down, although its pages may still be mapped.
+        """
         info = self._native_info()
         check_handle(self.domid, bytes(ffi.buffer(info.handle)), self.handle)
         return info
@@ -208,7 +191,8 @@ class XenDomain(Domain):
                 break
             if time.monotonic() > deadline:
                 self._ask_to_suspend("")
-                why = f"the guest does not suspend within {SUSPEND_TIMEOUT_S:g} s: has it Xen's suspend support?"
+                why = f"the guest does not suspend within {SUSPEND_TIMEOUT_S:g} s"
+                why += ": has it Xen's suspend support?"
                 raise XenError("suspend", errno.ETIMEDOUT, why=why)
             time.sleep(0.0005)
         if info.shutdown_reason != SHUTDOWN_SUSPEND:
@@ -370,9 +354,9 @@ class XenDomain(Domain):
         return types
 
     def _without_ring(self, pfns: PfnArray) -> PfnArray:
-        """The page that is set aside for a ring is no memory of the guest, with a ring or without: each host has its own.
+        """Replace the pfn of the page that is set aside for a ring by a pfn that no domain has.
 
-        A pfn that nobody has stands for it.
+        This page is no memory of the guest, with a ring or without, because each host has its own.
         """
         return np.where(pfns == self._ring_pfn, NO_PFN, pfns) if self._ring_pfn else pfns
 
@@ -382,10 +366,12 @@ class XenDomain(Domain):
         return there
 
     def paged_out(self) -> PfnArray:
-        """Xen tells a paged-out pfn from a hole by a hypercall for each, but how many there are it tells at once.
+        """Return the paged-out pfns.
 
-        A guest's memory is at the lowest pfns, a few pages are at the highest; what is looked at last are the holes between
-        them, of which there may be a million.
+        Xen distinguishes a paged-out pfn from a hole only by a hypercall for each pfn, but reports
+        the number of paged-out pfns at once.  A guest's memory is at the lowest pfns, and a few
+        pages are at the highest.  The holes between them, of which there may be a million, are
+        therefore examined last.
         """
         left, found = int(self.native_info().paged_pages), [np.empty(0, dtype=np.uint64)]
         pieces = deque(range(0, self.nr_pfns, LOOK_PFNS))

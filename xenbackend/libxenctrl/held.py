@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Pages of a domain that stay mapped, so that their contents outlive it.
+"""Mapped pages of a domain: for one read, and kept so that their contents outlive the domain.
 
-Xen keeps a frame as long as it is mapped somewhere, also when its domain has been destroyed: the domain then stays as a
-nameless remnant, and no new mapping of it can be made.  A page is found by its slot, a number of 32 bits; slots are mapped
-together in chunks, and a chunk is unmapped when none of its slots is needed and nobody looks at it.
+Xen keeps a frame for as long as it is mapped anywhere, also after its domain was destroyed.  The
+domain then stays as a nameless remnant, and no new mapping of it can be made.  A page is found by
+its slot, a number of 32 bits.  Slots are mapped together in chunks.  A chunk is unmapped when none
+of its slots is needed and no thread reads from it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import errno
 import threading
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xenbackend.libxenctrl._xen import ffi, lib
-from xenbackend.pages import PAGE_SIZE, PageStatus, PfnArray
+from xenbackend.pages import PAGE_SIZE, MappedPages, PageStatus, PfnArray
 
 CHUNK_PAGES: int = lib.CHUNK_PAGES
-"""Of one mapping, and so of one hypercall; what is released page by page is given back in such pieces."""
+"""Pages in one mapping, and thus in one hypercall.  Pages that are released one by one are given
+back in chunks.
+"""
 NONE = np.uint32(lib.NOT_HELD)
 
 
@@ -65,7 +69,9 @@ class HeldPages:
         return counts
 
     def add(self, pfns: PfnArray) -> int:
-        """Returns 0 or -errno; -EIO where a page is memory that cannot be read here.  Holes are passed over."""
+        """Hold pfns; return 0 or -errno.  -EIO: a page is memory that cannot be read here.  Holes
+        are skipped.
+        """
         for at in range(0, len(pfns), CHUNK_PAGES):
             batch = pfns[at : at + CHUNK_PAGES]
             status = np.empty(len(batch), dtype=np.uint8)
@@ -167,3 +173,23 @@ class HeldPages:
             lib.xen_unmap(self._host, chunk.view)
             self._holds[chunk.pfns] -= 1
             del self._chunks[number]
+
+
+class XenMappedPages(MappedPages):
+    """Pages of a domain, mapped by one call.  ``pages``: the address of each page that has
+    PAGE_DATA (``const void *[]``).  ``done`` ends the mapping.
+    """
+
+    def __init__(self, pages: Any, status: NDArray[np.uint8], done: Callable[[], object]):
+        runs = ffi.new("struct xen_run[]", max(len(status), 1))
+        n = lib.xen_look(pages, len(status), ffi.from_buffer("uint8_t[]", status), runs)
+        super().__init__(status, [_memory(run.address, run.pages * PAGE_SIZE) for run in runs[0:n]])
+        self._done = done
+
+    def __exit__(self, *_exception: object) -> None:
+        self.data = []
+        self._done()
+
+
+def _memory(address: Any, size: int) -> memoryview:
+    return memoryview(ffi.buffer(address, size)).toreadonly()

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The handle of one host's Xen: what the host can do, which domains there are, and xenstored.
+"""The handle of one host's Xen: the abilities of the host, its domains, and xenstored.
 
-This module is the ground of the folder.  A domain is given its host, and a host has no domain's class.
+The other modules of this folder are built on this one.  A domain is given its host; the host uses
+no class of a domain.
 """
 
 from __future__ import annotations
@@ -48,8 +49,9 @@ class XenHost:
         if rc:
             raise XenError(
                 "Xen", -rc,
-                why=f"{XenError('', -rc).why}: this is no dom0 of a running Xen, or xenstored does not run, or one "
-                "must be root; without Xen, use --simulated SOCKET with a simulated host",
+                why=f"{XenError('', -rc).why}: this is no dom0 of a running Xen, or xenstored does "
+                    "not run, or one " "must be root; without Xen, use --simulated SOCKET with a "
+                                       "simulated host",
             )  # fmt: skip
         self.native: Any = out[0]
         self.opened: set[Domain] = set()

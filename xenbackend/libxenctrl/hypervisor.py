@@ -69,7 +69,8 @@ class XenHypervisor(Hypervisor):
             if needed > facts.free_pages:
                 problems.append(
                     f"not enough memory: the guest needs {needed * PAGE_SIZE >> 20} MiB and "
-                    f"{facts.free_pages * PAGE_SIZE >> 20} MiB are free: make room or choose another host"
+                    f"{facts.free_pages * PAGE_SIZE >> 20} MiB are free: make room or choose "
+                    "another host"
                 )
         return Preflight(tuple(problems), facts.way)
 
@@ -111,9 +112,10 @@ class XenHypervisor(Hypervisor):
         return builder.bind(self.host, domid, config, ports)
 
     def _name_for(self, config: DomainConfig) -> str:
-        """Its own; on the host that it comes from, where it is in use still, another, as xl does it.
+        """Return the name for an incoming domain.  On the host that the guest comes from, the
+        guest's own name is still in use, and another name is used, as xl does it.
 
-        Raises ``XenError`` (EEXIST) where that is another domain's.
+        Raises ``XenError`` (EEXIST) if another domain has the name.
         """
         handle = Platform.unpack(config.platform).handle
         handles = {info.name: info.handle for info in self.domains()}

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a domain is created with, as the two ends of a migration exchange it: ``DomainConfig.platform``."""
+"""The properties with which a domain is created, as the ends of a migration exchange them:
+``DomainConfig.platform``.
+"""
 
 from __future__ import annotations
 

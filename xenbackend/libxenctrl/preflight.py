@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Why postcopy is refused: one sentence for each reason, saying what to do.  Sans-IO.
+"""Why postcopy is refused: for each reason one sentence that includes the remedy.  Sans-IO.
 
-Xen's own reasons are the errors of XEN_DOMCTL_VM_EVENT_OP_PAGING (xen/common/vm_event.c); what can be found out without
-trying is found out before, so that nothing is touched.
+Xen's own reasons are the errors of XEN_DOMCTL_VM_EVENT_OP_PAGING (xen/common/vm_event.c).  Reasons
+that can be found without trying are found first, so that nothing is touched.
 """
 
 from __future__ import annotations
@@ -11,23 +11,32 @@ import errno
 from dataclasses import dataclass
 
 NO_PAGING = (
-    "this hypervisor is built without memory paging: build Xen with CONFIG_MEM_PAGING=y (see docs/hypervisor.md), "
-    "or migrate with --strategy precopy"
+    "this hypervisor is built without memory paging: build Xen with CONFIG_MEM_PAGING=y (see "
+    "docs/hypervisor.md), or migrate with --strategy precopy"
 )
 DOM0_NOT_PV = (
     "dom0 is an HVM or PVH domain, and Xen lets only a PV dom0 page: boot Xen without dom0=pvh"
 )
-NO_HAP_HOST = "this host's processors have no nested page tables (EPT or NPT), or they are off: turn them on in its firmware"
-NOT_HVM = 'it is a PV guest: only PVH and HVM guests can be paged; set type="pvh" or migrate with --strategy precopy'
+NO_HAP_HOST = (
+    "this host's processors have no nested page tables (EPT or NPT), or they are off: turn them on "
+    "in its firmware"
+)
+NOT_HVM = (
+    'it is a PV guest: only PVH and HVM guests can be paged; set type="pvh" or migrate with '
+    "--strategy precopy"
+)
 NO_HAP = "it runs on shadow page tables: set hap=1 in its configuration and start it anew"
 POD = (
-    "populate-on-demand is active (it was started with memory below maxmem): wait until it has ballooned down, or set "
-    "memory equal to maxmem"
+    "populate-on-demand is active (it was started with memory below maxmem): wait until it has "
+    "ballooned down, or set memory equal to maxmem"
 )
 IOMMU = (
     'it uses the IOMMU: detach its PCI devices, and set passthrough="disabled" in its configuration'
 )
-RING_TAKEN = "its paging ring is in use by another pager: end that one (xenpaging, or another migration) first"
+RING_TAKEN = (
+    "its paging ring is in use by another pager: end that one (xenpaging, or another migration) "
+    "first"
+)
 
 ENABLE_ERRORS = {
     errno.ENOSYS: NO_PAGING,

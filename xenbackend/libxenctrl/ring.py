@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The paging ring of the real Xen: its page is a foreign mapping, its event channel one of Xen's."""
+"""The paging ring of the real Xen: its page is a foreign mapping, its event channel is one of
+Xen's.
+"""
 
 from __future__ import annotations
 

@@ -66,9 +66,10 @@ class OwnWiring(Wiring):
         memory_kib = self._config.max_pages * 4
         write(f"/vm/{handle}/name", self._config.name)
         for key, value in {
-            "vm": f"/vm/{handle}", "domid": domid, "memory/static-max": memory_kib, "memory/target": memory_kib,
-            "control/platform-feature-multiprocessor-suspend": 1, "console/backend-id": 0, "console/limit": 1048576,
-            "console/type": "xenconsoled", "console/output": "pty", "console/tty": "", "console/ring-ref": console,
+            "vm": f"/vm/{handle}", "domid": domid, "memory/static-max": memory_kib,
+            "memory/target": memory_kib, "control/platform-feature-multiprocessor-suspend": 1,
+            "console/backend-id": 0, "console/limit": 1048576, "console/type": "xenconsoled",
+            "console/output": "pty", "console/tty": "", "console/ring-ref": console,
             "console/port": self._ports.console, "store/ring-ref": store,
             "store/port": self._ports.store,
         }.items():  # fmt: skip

@@ -321,7 +321,9 @@ class SimulatedDomain(Domain):
     def set_page(
         self, pfn: int, *, p2m_type: int = -1, refs: int = -1, type_count: int = -1
     ) -> None:
-        """Bring about what makes real Xen answer EBUSY: extra references, type counts, mmio, broken."""
+        """Cause a state for which the real Xen answers EBUSY: extra references, type counts, mmio,
+        broken.
+        """
         rc = lib.sim_set_page(self._map, pfn, p2m_type, refs, type_count)
         if rc:
             raise XenError("set_page", -rc, pfn=pfn)

@@ -102,7 +102,8 @@ class GuestSpec:
         if self.working_set_bytes is not None:
             require(
                 self.working_set_bytes <= self.memory_bytes,
-                f"a working set of {self.working_set_bytes} bytes is above the memory of {self.memory_bytes}",
+                f"a working set of {self.working_set_bytes} bytes is above the memory of "
+                f"{self.memory_bytes}",
             )
             require(
                 self.working_set_bytes >= PAGE_SIZE,
@@ -143,7 +144,8 @@ class GuestSpec:
         size = image_bytes(self.image)
         if size > self.memory_bytes:
             raise GuestOptionError(
-                f"image {self.image} has {size} bytes, more than the guest's memory ({self.memory_bytes}): give it more --memory"
+                f"image {self.image} has {size} bytes, more than the guest's memory "
+                f"({self.memory_bytes}): give it more --memory"
             )
 
     def program(self) -> Any:

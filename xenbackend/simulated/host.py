@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The simulated host: the process that stands for the hypervisor and its guests.
 
-It owns the domains (``hosted.py``) and answers control requests on a Unix socket; page operations do not
-pass through it.  When a client goes away, the p2m entries that it held are repaired, as a hypercall of a
-dying process is finished or undone by a real one.
+The process owns the domains (``hosted.py``) and answers control requests on a Unix socket.  Page
+operations do not pass through it.  When a client ends, the p2m entries that it held are repaired,
+as the real Xen finishes or undoes a hypercall of a dying process.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ Reply = tuple[Any, list[int]]
 
 
 class SimulatedHost:
-    """One object a host.  ``memory_bytes`` is what its domains share.
+    """A host with its domains, which share ``memory_bytes``.
 
-    Each client has a thread, as each dom0 process that makes a hypercall is in the hypervisor itself: a guest stands still for
-    some of these requests, and a turn of an event loop takes longer than they do.  The handlers (``op_``, one a request) run
-    under one lock; one that takes a while returns the rest of its work, which is done without it.
+    Each client has a thread, as each dom0 process that makes a hypercall is in the hypervisor
+    itself.  A guest is stopped during some of these requests, and a turn of an event loop takes
+    longer than they do.  The handlers (``op_``, one for each request) run under one lock.  A
+    handler that takes a while returns the rest of its work, which is done without the lock.
     """
 
     def __init__(
@@ -159,7 +160,9 @@ class SimulatedHost:
     def _problems(
         self, config: DomainConfig, paging: bool, leaving: int | None = None
     ) -> list[tuple[int, str]]:
-        """Why this domain cannot be built here: errno, and what to do.  ``leaving``: a domid that does not count."""
+        """Return the reasons why this domain cannot be built here: errno, and the remedy.
+        ``leaving``: a domid that does not count.
+        """
         problems = []
         if any(
             domain.config.name == config.name
@@ -178,8 +181,9 @@ class SimulatedHost:
         return problems + self._paging_problems(paging)
 
     def _paging_problems(self, paging: bool) -> list[tuple[int, str]]:
-        text = "this hypervisor is built without memory paging: use --strategy precopy or another hypervisor"
-        return [(errno.ENOSYS, text)] if paging and not self.paging else []
+        why = "this hypervisor is built without memory paging"
+        remedy = "use --strategy precopy or another hypervisor"
+        return [(errno.ENOSYS, f"{why}: {remedy}")] if paging and not self.paging else []
 
     def _build(
         self, config: DomainConfig, leaving: int | None = None, wanted_domid: int | None = None
@@ -216,9 +220,11 @@ class SimulatedHost:
         guest = GuestSpec.from_bytes(spec)
         guest.check_image()
         available = available_bytes()
-        if guest.content_bytes > available:
-            why = f"the guest takes up to {guest.content_bytes >> 20} MiB, and this machine has {available >> 20} MiB available"
-            raise XenError("create", errno.ENOMEM, why=f"{why}: make it smaller")
+        most = guest.content_bytes
+        if most > available:
+            why = f"the guest takes up to {most >> 20} MiB, and this machine has "
+            why += f"{available >> 20} MiB available: make it smaller"
+            raise XenError("create", errno.ENOMEM, why=why)
         domain = self._build(guest.domain_config(), wanted_domid=domid)
 
         def boot() -> int:
@@ -327,7 +333,9 @@ class SimulatedHost:
         self._domain(domid).set_context(context)
 
     def op_log_dirty(self, domid: int, enable: bool) -> None:
-        """The domain stands still for the change, so that no write is under way between off and on."""
+        """Enable or disable log-dirty.  The domain is stopped for the change, so that no write is
+        in progress between off and on.
+        """
         domain = self._domain(domid)
         if enable and domain.dom.log_dirty:
             raise XenError("enable_logdirty", errno.EBUSY, why=LOG_DIRTY_IS_ON)

@@ -21,8 +21,10 @@ from xenbackend.simulated._sim import ffi, lib
 from xenbackend.simulated.guest import GuestSpec
 
 CRASH_TEXT = {
-    lib.CRASH_VCPU_INFO: "register_vcpu_info failed: err=-22 (vCPU {vcpu}, pfn {pfn:#x} is paged out)",
-    lib.CRASH_NO_RING: "vCPU {vcpu} touched paged-out pfn {pfn:#x} and nobody serves the paging ring",
+    lib.CRASH_VCPU_INFO: "register_vcpu_info failed: err=-22 (vCPU {vcpu}, pfn {pfn:#x} is paged "
+    "out)",
+    lib.CRASH_NO_RING: "vCPU {vcpu} touched paged-out pfn {pfn:#x} and nobody serves the paging "
+    "ring",
     lib.CRASH_BAD_ACCESS: "vCPU {vcpu} touched pfn {pfn:#x}, which is no memory",
 }
 

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How one attaches to a simulated host: msgpack maps over a Unix socket of whole messages (SOCK_SEQPACKET).
+"""The control protocol of a simulated host: msgpack maps over a Unix socket of whole messages
+(SOCK_SEQPACKET).
 
-A request is ``{"op": name, ...}``; an answer is ``{"ok": result}`` or ``{"error": text, "errno": n, ...}``, file descriptors
-travelling beside it.  Only control goes this way: page operations work on the memory that the descriptors name.
+A request is ``{"op": name, ...}``.  An answer is ``{"ok": result}`` or ``{"error": text, "errno":
+n, ...}``, with file descriptors beside it.  Only control requests use the socket: page operations
+work on the memory that the descriptors refer to.
 """
 
 from __future__ import annotations

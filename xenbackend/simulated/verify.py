@@ -43,9 +43,10 @@ class Verification:
 def verify(
     domain: SimulatedDomain, spec: GuestSpec, *, source_positions: list[int] | None = None
 ) -> Verification:
-    """Compare a domain that stands still (suspended) with what it must hold.
+    """Compare a suspended domain with what its memory must hold.
 
-    ``source_positions``: each vCPU's count when the source stopped it; the guest must not have gone back.
+    ``source_positions``: each vCPU's count when the source stopped the vCPU; the guest must not
+    have gone back.
     """
     result = Verification()
     report = domain.report()
@@ -57,7 +58,8 @@ def verify(
     for number, vcpu in enumerate(report["vcpu"]):
         if vcpu["errors"]:
             result.problems.append(
-                f"vCPU {number} read {vcpu['errors']} wrong values while it ran, the first at pfn {vcpu['first_error_pfn']:#x}"
+                f"vCPU {number} read {vcpu['errors']} wrong values while it ran, the first at pfn "
+                f"{vcpu['first_error_pfn']:#x}"
             )
         if source_positions is not None and vcpu["count"] < source_positions[number]:
             result.problems.append(

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Compiles the hypercalls (cffi, API mode) as ``xenbackend.libxenctrl._xen``, against this host's libxen-dev.
+"""Compiles the hypercalls (cffi, API mode) as ``xenbackend.libxenctrl._xen``, against this host's
+libxen-dev.
 
-``XEN_SYSROOT``: a folder with another host's ``usr/include`` and ``usr/lib``, to compile for that one.
+``XEN_SYSROOT``: a folder with another host's ``usr/include`` and ``usr/lib``, to compile for that
+host.
 """
 
 import os
