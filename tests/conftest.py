@@ -23,8 +23,9 @@ else:
     collect_ignore = [
         "xenlab"
     ]  # The tests of the lab run in the dom0 of an emulated machine: make xenlab.
-    # By default Hypothesis fails a test whose example takes longer than 200 ms, as each does now and then on a
-    # busy machine, and calls the example's data inconsistent when the second run is quicker.
+    # By default Hypothesis fails a test whose example takes longer than 200 ms, as each does now
+    # and then on a busy machine.  It also calls the example's data inconsistent when the second run
+    # is quicker.
     settings.register_profile("no deadline", settings(), deadline=None)
     settings.load_profile("no deadline")
 
@@ -72,7 +73,8 @@ def _shared_world() -> Iterator[World]:
 
 @pytest.fixture
 def world(request: pytest.FixtureRequest) -> Iterator[World]:
-    """Two simulated hosts, a sender and a receiver; nothing is left on the hosts, whatever a test did.
+    """Two simulated hosts, a sender and a receiver; nothing is left on the hosts, whatever a test
+    did.
 
     A parameter is the configuration of daemons for this test alone.
     """

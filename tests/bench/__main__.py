@@ -3,13 +3,16 @@
 
 What is measured against what:
 
-    bulk        1 GiB without zero pages and with an idle guest, all of total_s, against a C program that writes as many bytes
-                over loopback in 4 MiB pieces, with the host's congestion control and with ours
-    faults      2 vCPUs that touch random pages as fast as they can, against a C program's round trip of 64 bytes
-                out and 4 KiB back; "pager" is from the request's arrival to its answer, "vCPU" from the touch to the next
-                instruction
-    downtime    hybrid, a guest that dirties 1000 pages a second, or all it can; 256 pages in 1 GiB and in 16 GiB
-    peers       QEMU, an emulated guest of 1 GiB that touches half of it, alternately with ours; CRIU, where it runs
+    bulk        1 GiB without zero pages and with an idle guest, all of total_s, against a C program
+                that writes as many bytes over loopback in 4 MiB pieces, with the host's congestion
+                control and with ours
+    faults      2 vCPUs that touch random pages as fast as they can, against a C program's round
+                trip of 64 bytes out and 4 KiB back; "pager" is from the request's arrival to its
+                answer, "vCPU" from the touch to the next instruction
+    downtime    hybrid, a guest that dirties 1000 pages a second, or all it can; 256 pages in 1 GiB
+                and in 16 GiB
+    peers       QEMU, an emulated guest of 1 GiB that touches half of it, alternately with ours;
+                CRIU, where it runs
     patterns    what crosses the link, by what the guest does and its vCPUs
     sizes       64 MiB to 16 GiB
     scaling     structures and passes at 2^28 pfns, against 2^18
@@ -17,8 +20,9 @@ What is measured against what:
     safety      what checksums, TLS and --protect cost, against a plain migration of the same guest
     memory      anonymous memory of each daemon with a 4 GiB guest (its own pages are shared memory)
 
-Memory that the machine has never handed out, or has given back to its own hypervisor, costs several times as much at its first
-touch; each run therefore touches as much memory as it needs beforehand.  No figure is asserted: this prints.
+Memory that the machine has never handed out, or has given back to its own hypervisor, costs several
+times as much at its first touch.  Each run therefore touches as much memory as it needs beforehand.
+The program prints figures and asserts none.
 """
 
 from __future__ import annotations
@@ -53,7 +57,9 @@ def warm(size: int) -> None:
 
 @contextlib.contextmanager
 def anonymous_memory(world: World, peaks: dict[str, int]) -> Iterator[None]:
-    """Keeps the highest RssAnon of each daemon, in bytes.  Looking every few milliseconds takes a twentieth of a CPU."""
+    """Keep the highest RssAnon of each daemon, in bytes.  Reading it every few milliseconds takes a
+    twentieth of a CPU.
+    """
     pids = {name: world.processes[name].popen.pid for name in ("sender", "receiver")}
     stopping = threading.Event()
 
@@ -83,8 +89,9 @@ def migrate(
 ) -> dict[str, Any]:  # fmt: skip
     """One verified migration in a world of its own.
 
-    ``steps``: that each vCPU has done before; ``through``: what is between the sender and the receiver's port; ``beside``: what
-    goes on during the migration; ``config``: of both daemons.
+    ``steps``: the steps that each vCPU does before the migration.  ``through``: a relay between the
+    sender and the receiver's port.  ``beside``: what runs during the migration.  ``config``: the
+    configuration of both daemons.
     """
     with loopback_world(spec.memory_bytes, config=config) as world, through(world.port) as port:
         guest = world.source.create_guest(spec.to_bytes())
@@ -158,7 +165,10 @@ def bulk(limits: Limits, runs: int) -> None:
             ours.append(GIB / migrate(spec, strategy=strategy)["total_s"])
         ours_median = median(ours)
         text = f"{ours_median / 1e9:.2f} GB/s ({min(ours) / 1e9:.2f} to {max(ours) / 1e9:.2f})"
-        limit = f"C over loopback: {median(theirs) / 1e9:.2f} GB/s ({median(cubic) / 1e9:.2f} with our congestion control)"
+        limit = (
+            f"C over loopback: {median(theirs) / 1e9:.2f} GB/s "
+            f"({median(cubic) / 1e9:.2f} with our congestion control)"
+        )
         row(f"bulk, {strategy}", ours_median / median(theirs), text, limit)
         limit = f"C from memory into fresh memory: {median(into) / 1e9:.2f} GB/s"
         row(f"bulk, {strategy}", ours_median / median(into), "", limit)
@@ -189,7 +199,10 @@ def faults(limits: Limits, runs: int) -> None:
         limit = f"C round trip: {median(round_trips):.0f} us"
         text = f"median {median(pager):.0f} us, 99% below {median(pager_p99):.0f} us"
         row(f"fault, pager, {where}", median(pager) / median(round_trips), text, limit)
-        text = f"median {median(guest):.0f} us, 99% below {median(guest_p99):.0f} us, longest {median(longest) / 1000:.1f} ms"
+        text = (
+            f"median {median(guest):.0f} us, 99% below {median(guest_p99):.0f} us, "
+            f"longest {median(longest) / 1000:.1f} ms"
+        )
         limit = f"the same wake-ups in C: {median(chains):.0f} us"
         row(f"fault, vCPU, {where}", median(guest) / median(round_trips), text, limit)
 
@@ -207,7 +220,8 @@ def downtime(_limits: Limits, runs: int) -> None:
 
     measure("1000 dirty/s", GuestSpec("guest", GIB, 2, "random", rate=500))
     measure("as fast as it can", GuestSpec("guest", GIB, 2, "random"))
-    # The same dirty set: these pages, however long a round takes.  Most of 16 GiB is zero: there is no more to be had.
+    # The dirty set is the same, however long a round takes.  Most of 16 GiB is zero, because the
+    # machine has no more memory.
     dirty: dict[str, Any] = {"rate": 500, "working_set_bytes": 256 * 4096}
     small = measure("256 dirty", GuestSpec("guest", GIB, 2, "random", **dirty))
     large = measure(
@@ -217,7 +231,9 @@ def downtime(_limits: Limits, runs: int) -> None:
 
 
 def peers(_limits: Limits, runs: int) -> None:
-    """QEMU's guest and ours: 1 GiB of which half is written at random as fast as it can be, and half is zero."""
+    """QEMU's guest and ours: 1 GiB, of which one half is written at random as fast as possible, and
+    the other half is zero.
+    """
     criu()
     why = qemu.unavailable()
     if why:
@@ -269,11 +285,13 @@ def peers(_limits: Limits, runs: int) -> None:
         )
         own = median([r.downtime_ms for r in theirs])
         print(
-            f"{'':43} QEMU's is from its event STOP to its event RESUME; by its own account, {own:.0f} ms"
+            f"{'':43} QEMU's is from its event STOP to its event RESUME; by its own account, "
+            f"{own:.0f} ms"
         )
         idle = median([r.idle_longest_ms for r in theirs])
         print(
-            f"{'':43} QEMU's guest, emulated, stands still for {idle:.0f} ms at times when nobody migrates it"
+            f"{'':43} QEMU's guest, emulated, stands still for {idle:.0f} ms at times when nobody "
+            "migrates it"
         )
 
 
@@ -303,9 +321,9 @@ def patterns(_limits: Limits, runs: int) -> None:
             results = [migrate(spec, strategy="postcopy") for _ in range(runs)]
             requests = median([r["pull"]["requests"] for r in results])
             text = (
-                f"{requests:.0f} requests, {requests / spec.working_pages:.2%} of the working set; blocked "
-                f"{median([sum(r['vcpu_block_s'].values()) for r in results]) / vcpus:.2f} s a vCPU, longest "
-                f"{median([r['guest']['max_us'] for r in results]) / 1000:.1f} ms"
+                f"{requests:.0f} requests, {requests / spec.working_pages:.2%} of the working set; "
+                f"blocked {median([sum(r['vcpu_block_s'].values()) for r in results]) / vcpus:.2f} "
+                f"s a vCPU, longest {median([r['guest']['max_us'] for r in results]) / 1000:.1f} ms"
             )
             row(f"{workload}, {vcpus} vCPU{'s' * (vcpus > 1)}", None, text, "")
 
@@ -337,7 +355,8 @@ def links(limits: Limits, runs: int) -> None:
                 )
             p50 = median([r["fault_latency_us"]["p50"] for r in results])
             text = (
-                f"median {p50 / 1000:.2f} ms, {median([r['pull']['requests'] for r in results]):.0f} requests, "
+                f"median {p50 / 1000:.2f} ms, "
+                f"{median([r['pull']['requests'] for r in results]):.0f} requests, "
                 f"{median([r['total_s'] for r in results]):.2f} s in all"
             )
             row(
@@ -367,8 +386,8 @@ def safety(_limits: Limits, runs: int) -> None:
     spec = GuestSpec("guest", GIB, 2, "random")
     with tls_config() as tls:
         ways: dict[str, dict[str, Any]] = {
-            "plain": {}, "checksums": {"config": "[network]\nchecksums = true\n"}, "TLS": {"config": tls},
-            "--protect, every 0.25 s": {"checkpoint_every_s": 0.25},
+            "plain": {}, "checksums": {"config": "[network]\nchecksums = true\n"},
+            "TLS": {"config": tls}, "--protect, every 0.25 s": {"checkpoint_every_s": 0.25},
         }  # fmt: skip
         results: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
         for _ in range(runs):
@@ -378,7 +397,10 @@ def safety(_limits: Limits, runs: int) -> None:
     for way, those in results.items():
         total, down = (median([r[key] for r in those]) for key in ("total_s", "downtime_s"))
         fault, longest = (median([r["guest"][key] for r in those]) for key in ("p50_us", "max_us"))
-        text = f"{total:.2f} s, downtime {down * 1000:.1f} ms, fault {fault:.0f} us, longest {longest / 1000:.1f} ms"
+        text = (
+            f"{total:.2f} s, downtime {down * 1000:.1f} ms, fault {fault:.0f} us, "
+            f"longest {longest / 1000:.1f} ms"
+        )
         made = [r["checkpoints"] for r in those]
         kept, pages, pause = (
             median([c[key] for c in made]) for key in ("kept", "pages", "longest_pause_s")
@@ -419,7 +441,8 @@ def main() -> None:
         for name in options.only or SECTIONS:
             SECTIONS[name](limits, options.runs)
     print(
-        f"{options.runs} runs of each in {time.monotonic() - started:.0f} s; every migration verified"
+        f"{options.runs} runs of each in {time.monotonic() - started:.0f} s; every migration "
+        "verified"
     )
 
 

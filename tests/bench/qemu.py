@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""QEMU's postcopy, the peer: a guest under software emulation, moved over loopback from one process to another.
+"""QEMU's postcopy, for comparison: a guest under software emulation, moved over loopback from one
+process to another.
 
-The guest runs the lab's program (``tests/xenlab/guest/init.c``), which touches random pages as fast as it can, asks for the
-time at each step, and prints the longest one.  Requests, and for how long its vCPU was blocked, are what QEMU counts.
+The guest runs the lab's program (``tests/xenlab/guest/init.c``), which touches random pages as fast
+as it can, reads the clock at each step, and prints the longest step.  QEMU counts the requests, and
+for how long the vCPU was blocked.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ class QemuResult:
     downtime_ms: float
     """By QEMU's own account, in whole ms: until its source has written the last of the state."""
     standstill_ms: float
-    """By its events: from when the source has stopped the guest to when the destination has started it."""
+    """By QEMU's events: from when the source has stopped the guest to when the destination has
+    started it.
+    """
     requests: int
     block_ms: float
     """Of its one vCPU, all of it together."""
@@ -51,10 +55,11 @@ class Qemu:
         self._console = directory / f"{name}.console"
         path = directory / f"{name}.qmp"
         command = [
-            "qemu-system-x86_64", "-accel", "tcg", "-smp", "1", "-m", str(memory_mib), "-nodefaults", "-display", "none",
-            "-kernel", str(parts.kernel() / "vmlinuz"), "-initrd", str(parts.guest() / "initramfs"),
-            "-append", f"console=ttyS0 quiet mitigations=off {options}",
-            "-serial", f"file:{self._console}", "-qmp", f"unix:{path},server=on,wait=off",
+            "qemu-system-x86_64", "-accel", "tcg", "-smp", "1", "-m", str(memory_mib),
+            "-nodefaults", "-display", "none", "-kernel", str(parts.kernel() / "vmlinuz"),
+            "-initrd", str(parts.guest() / "initramfs"), "-append",
+            f"console=ttyS0 quiet mitigations=off {options}", "-serial", f"file:{self._console}",
+            "-qmp", f"unix:{path},server=on,wait=off",
             *(("-incoming", "defer") if incoming else ()),
         ]  # fmt: skip
         self.process = subprocess.Popen(
@@ -144,8 +149,9 @@ def migrate(directory: Path, memory_mib: int, touched_mib: int, *, rounds: bool)
         assert all(beat.errors == 0 for beat in after)
         longest = max(beat.longest_ms for beat in source.heartbeats()[before:] + after)
         return QemuResult(
-            sent["total-time"] / 1000, sent["downtime"], destination.at("RESUME") - source.at("STOP"),
-            sent["ram"]["postcopy-requests"], sum(taken["postcopy-vcpu-blocktime"]), longest, idle,
+            sent["total-time"] / 1000, sent["downtime"],
+            destination.at("RESUME") - source.at("STOP"), sent["ram"]["postcopy-requests"],
+            sum(taken["postcopy-vcpu-blocktime"]), longest, idle,
         )  # fmt: skip
 
 

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Every structure and every pass that depends on the number of pages, at the size of a terabyte, without its memory.
+"""Every structure and every pass that depends on the number of pages, at the size of a terabyte,
+without its memory.
 
-Those of the time in which the guest stands still must not depend on it: they are measured with the same 5000 pages written.
+Passes of the downtime must not depend on the size of the guest.  They are measured with the same
+5000 written pages.
 """
 
 from __future__ import annotations

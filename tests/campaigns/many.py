@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Many migrations through one pair of daemons, at once and one after the other: ``make many``.
 
-Each guest is verified byte for byte.  Printed is what the daemons hold of memory, descriptors and threads before and
-after; it ends with status 1 where a guest is not what it should be, or where descriptors or threads are left over.
+Each guest is verified byte for byte.  The memory, descriptors and threads of the daemons before and
+after are printed.  The exit status is 1 if a guest is not as it should be, or if descriptors or
+threads are left over.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from xenbackend.simulated.verify import verify
 
 MIB = 2**20
 SLACK = 8
-"""Descriptors and threads that a daemon may have more than before: trio keeps idle threads for ten seconds."""
+"""Descriptors and threads that a daemon may have more than before: trio keeps idle threads for ten
+seconds.
+"""
 SETTLE_S = 30.0
 
 
@@ -81,7 +84,8 @@ def check(
         for what in ("descriptors", "threads"):
             if after[which][what] > before[which][what] + SLACK:
                 problems.append(
-                    f"{name}: the {which} has {after[which][what]} {what}, before {before[which][what]}"
+                    f"{name}: the {which} has {after[which][what]} {what}, before "
+                    f"{before[which][what]}"
                 )
 
 
@@ -108,7 +112,8 @@ def main() -> None:
         for thread in threads:
             thread.join()
         print(
-            f"{options.at_once} at once: {time.monotonic() - start:.1f} s, {len(problems)} problems",
+            f"{options.at_once} at once: {time.monotonic() - start:.1f} s, {len(problems)} "
+            "problems",
             flush=True,
         )
         check("at once", before, settled(world, before), problems)
@@ -116,7 +121,8 @@ def main() -> None:
         for number in range(options.one_by_one):
             migrate(world, 10_000 + number, problems)
         print(
-            f"{options.one_by_one} one after the other: {time.monotonic() - start:.1f} s, {len(problems)} problems",
+            f"{options.one_by_one} one after the other: {time.monotonic() - start:.1f} s, "
+            f"{len(problems)} problems",
             flush=True,
         )
         check("one by one", before, settled(world, before), problems)

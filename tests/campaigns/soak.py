@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Every strategy with every workload, many times: ``python -m tests.campaigns.soak``, or ``make soak``.
+"""Every strategy with every workload, many times: ``python -m tests.campaigns.soak``, or ``make
+soak``.
 
-Each run is a whole ``xen-postcopy loopback`` at full size, verified byte for byte.  Ends with status 1 at the first failure,
-which it shows.
+Each run is a whole ``xen-postcopy loopback`` at full size, verified byte for byte.  The first
+failure is shown, and ends the program with status 1.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def main() -> None:
             )
             if result.returncode or "verified: all" not in result.stdout:
                 print(
-                    f"FAILED after {done} good runs: {' '.join(command[2:])}\n{result.stdout}{result.stderr}"
+                    f"FAILED after {done} good runs: {' '.join(command[2:])}\n"
+                    f"{result.stdout}{result.stderr}"
                 )
                 sys.exit(1)
             done += 1

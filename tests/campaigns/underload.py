@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The tests on a busy machine.
 
-A test that passes alone and fails here assumes that something is quick, or that it is alone.
+A test that passes alone and fails here assumes that something is quick, or that the test is alone.
 
 Two copies of the tests run at once, so that a fixed port or a fixed path is used twice.  Beside
 them stress-ng, if it is installed, keeps the CPUs and the disk busy.
 
-    python -m tests.campaigns.underload                                      # all tests
-    python -m tests.campaigns.underload --copies 6 -- tests/component/test_tls.py -x   # any arguments of pytest
+    python -m tests.campaigns.underload              # all tests
+    python -m tests.campaigns.underload --copies 6 -- tests/component/test_tls.py -x
+                                                     # any arguments of pytest
 """
 
 from __future__ import annotations
@@ -43,10 +44,22 @@ def load(burners: int, directory: Path) -> Iterator[subprocess.Popen[bytes] | No
         yield None
         return
     burning = subprocess.Popen(
-        [*WITH_PARENT, "TERM", "stress-ng", "--quiet", "--cpu", str(burners), "--hdd", str(WRITERS), "--hdd-bytes", "64M",
-         "--temp-path", str(directory)],
+        [
+            *WITH_PARENT,
+            "TERM",
+            "stress-ng",
+            "--quiet",
+            "--cpu",
+            str(burners),
+            "--hdd",
+            str(WRITERS),
+            "--hdd-bytes",
+            "64M",
+            "--temp-path",
+            str(directory),
+        ],
         stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+    )
     try:
         yield burning
     finally:

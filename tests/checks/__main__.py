@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Judges this tree: ``python -m tests.checks gate``, or ``make gate``; and ``everything``.
 
-``gate`` is what a change must pass before it lands; ``everything`` adds what takes hours, and is run
-before a release.  Stages run beside each other, as many as there are cores.  A table of stages and
-one of the slowest tests come last.  The record of ``everything`` is kept in ``docs/results``;
+``gate`` is what a change must pass before it lands; ``everything`` adds what takes hours, and is
+run before a release.  Stages run beside each other, as many as there are cores.  A table of stages
+and one of the slowest tests come last.  The record of ``everything`` is kept in ``docs/results``;
 ``show`` prints the tables of a record again.
 
-Exit status: 0 if every stage passed, 1 if one failed, 2 for wrong options, 130 if interrupted, and 128 + N
-if ended by signal N.
+Exit status: 0 if every stage passed, 1 if one failed, 2 for wrong options, 130 if interrupted, and
+128 + N if ended by signal N.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def show_record(path: Path | None) -> None:
         f"{head['tier']} of {head['commit']}, {head['started']}, {head['seconds']:.0f} s: {result}"
     )
     print(
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}, Python {machine['python']}\n"
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}, Python "
+        f"{machine['python']}\n"
     )
     print(tables(outcomes))
 
@@ -108,7 +109,8 @@ def main() -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         sys.exit(
-            "another run of these checks is under way in this tree: wait for its end, or use another clone"
+            "another run of these checks is under way in this tree: wait for its end, or use "
+            "another clone"
         )
     end_orphans()
     shutil.rmtree(LOGS, ignore_errors=True)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What came of a run: read from the stages' JUnit files, shown as tables, kept as one JSON record."""
+"""The results of a run: read from the stages' JUnit files, shown as tables, kept as one JSON
+record.
+"""
 
 from __future__ import annotations
 
@@ -153,7 +155,9 @@ class Record:
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Outcome]]:
-    """The head of a record, and its outcomes.  Raises ``OSError``, or ``ValueError`` if the file is no record."""
+    """Return the head of a record, and its outcomes.  Raises ``OSError``, or ``ValueError`` if the
+    file is no record.
+    """
     try:
         head = json.loads(path.read_text())
         outcomes = [
@@ -168,7 +172,8 @@ def read(path: Path) -> tuple[dict[str, Any], list[Outcome]]:
 def tables(outcomes: Sequence[Outcome]) -> str:
     """Stages in the order in which they ended, then the slowest tests, then how many passed."""
     rows = [
-        f"{'stage':<14} {'seconds':>8} {'CPU':>8} {'passed':>7} {'failed':>7} {'skipped':>8}  result"
+        f"{'stage':<14} {'seconds':>8} {'CPU':>8} {'passed':>7} {'failed':>7} {'skipped':>8}  "
+        "result"
     ]
     for one in outcomes:
         rows.append(

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Runs stages beside each other, as many as the machine has cores for, each with a log and a limit."""
+"""Runs stages beside each other, as many as the machine has cores for, each with a log and a
+limit.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,9 @@ STILL_RUNNING_EVERY_S = 60.0
 LAST_BYTES = 64 * 1024
 """Of the log of a stage that failed, which may be of any size."""
 MARK = "XEN_POSTCOPY_STAGE"
-"""The environment variable by which everything that a stage started is found: the stage, the runner, and
-the runner's start."""
+"""The environment variable by which every process of a stage is found.  It has the stage, the
+runner, and the runner's start.
+"""
 
 
 @dataclass
@@ -78,7 +81,9 @@ def marks() -> dict[int, str]:
 
 
 def _identity(pid: int) -> str:
-    """A process, told apart from a later one with its number by the time of its start; empty if it has ended."""
+    """Identify a process by its number and the time of its start, which distinguishes it from a
+    later process with the same number.  Empty if the process has ended.
+    """
     try:
         return f"{pid} {Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]}"
     except OSError:
@@ -107,7 +112,9 @@ class Runner:
     def __init__(self, directory: Path, *, cores: int, show: Callable[[str], None]):
         self._directory, self._cores, self._show = directory, cores, show
         self.interrupted_by = 0
-        """The signal that a handler has set: the stages are ended, and the run with exit status 128 + signal."""
+        """The signal that a handler has received.  It ends the stages, and the run with exit status
+        128 + signal.
+        """
         self._running: list[_Running] = []
         self._runner = _identity(os.getpid())
 
@@ -163,7 +170,8 @@ class Runner:
         try:
             with log.open("wb") as output:
                 process = subprocess.Popen(
-                    stage.command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                    stage.command, stdin=subprocess.DEVNULL, stdout=output,
+                    stderr=subprocess.STDOUT,
                     env={**os.environ, "JUNIT": str(junit.resolve()), MARK: mark}, process_group=0,
                 )  # fmt: skip
         except OSError as error:

@@ -37,8 +37,8 @@ Patch = pytest.MonkeyPatch
 def ballooning(name: str, **options: object) -> GuestSpec:
     """A guest whose balloon is all the way down and up again before long."""
     defaults: dict[str, object] = {
-        "vcpus": 2, "working_set_bytes": 4 * MIB, "balloon_pages": PAGES, "balloon_every": 20, "balloon_back": True,
-        "zero_permille": 0,
+        "vcpus": 2, "working_set_bytes": 4 * MIB, "balloon_pages": PAGES, "balloon_every": 20,
+        "balloon_back": True, "zero_permille": 0,
     }  # fmt: skip
     return GuestSpec(name, 16 * MIB, **{**defaults, **options})  # type: ignore[arg-type]
 
@@ -93,7 +93,9 @@ async def test_a_balloon_that_moves_in_every_phase(
 async def test_a_guest_gives_memory_away_in_every_phase(
     clean_hosts: World, name: str, monkeypatch: Patch, strategy: Strategy
 ) -> None:
-    """Also between being put off and the suspension: a missing page that is no memory any more could never be sent."""
+    """Also between early eviction and the suspension: a missing page that is no memory any more
+    could never be sent.
+    """
     spec = ballooning(name, balloon_back=False, balloon_pages=2000)
 
     def give(domain: Domain) -> None:
@@ -295,7 +297,9 @@ async def test_a_guest_that_has_grown_finds_room_at_the_destination(
 async def test_a_limit_that_is_lowered_while_pages_are_missing_holds_when_they_have_come(
     clean_hosts: World, name: str, strategy: Strategy
 ) -> None:
-    """``xl mem-set`` downwards: the guest cannot give away what has not come, and so its vCPUs waited for good."""
+    """``xl mem-set`` downwards: the guest cannot give away pages that have not come, and its vCPUs
+    used to wait for ever.
+    """
     spec = ballooning(name, balloon_pages=0)
     lower = spec.nr_pfns - 500
 

@@ -188,7 +188,9 @@ async def test_a_way_back_that_fails_can_still_succeed(
 async def test_a_checkpoint_that_the_journal_cannot_note_is_not_applied(
     hosts: World, name: str, monkeypatch: Patch
 ) -> None:
-    """The guest is not protected then, and the source has the memory as it was at the suspension."""
+    """The guest is then not protected, and the source has the memory as it was at the
+    suspension.
+    """
     write = Journal.write
 
     def full(self: Journal, session: str, facts: dict[str, Any], *, needed: bool = True) -> None:
@@ -228,8 +230,8 @@ def test_a_checkpoint_that_cannot_be_read_costs_the_protection_only(
             wait_for_steps(guest, 100)
         client = world.control("sender")
         client.say(
-            command="migrate", domain="guest", destination=f"127.0.0.1:{world.port}", strategy="postcopy",
-            bandwidth=8 * MIB, checkpoint_every_s=EVERY_S,
+            command="migrate", domain="guest", destination=f"127.0.0.1:{world.port}",
+            strategy="postcopy", bandwidth=8 * MIB, checkpoint_every_s=EVERY_S,
         )  # fmt: skip
         client.answer()
         client.close()

@@ -132,7 +132,9 @@ async def test_a_stale_page_that_comes_late_is_noticed(
 async def test_a_second_load_is_kept_from_doing_harm(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
-    """Invariant 2 holds even against a pager that claims nothing: the hypervisor does not load a present page."""
+    """Invariant 2 holds even for a pager that claims nothing: the hypervisor does not load a
+    present page.
+    """
 
     def claim_all(self: OutstandingPages, pfns: PfnArray) -> Any:
         return np.ones(len(pfns), dtype=np.bool_)
@@ -285,7 +287,9 @@ async def test_a_pinned_frame_that_is_missing_kills_the_guest(
 async def test_a_completion_that_is_not_so_is_not_believed(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
-    """Invariants 6 and 8: the receiver says complete while pages are missing.  The sender asks what it really lacks."""
+    """Invariants 6 and 8: the receiver sends ``complete`` while pages are missing.  The sender asks
+    which pages it really lacks.
+    """
     complete = IncomingMigration._complete
     lies: list[int] = []
 
@@ -310,10 +314,11 @@ async def test_a_completion_that_is_not_so_is_not_believed(
 async def test_a_sender_that_loses_a_page_never_completes(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
-    """Invariants 6 and 8: a page that is not sent keeps both ends waiting; nothing is called a success.
+    """Invariants 6 and 8: a page that is not sent keeps both ends waiting, and nothing is called a
+    success.
 
-    The page is lost among the pushed pages and among those that are read ahead: the guest does not touch
-    the page, but three of its faults at equal distances can make the receiver fetch the page.
+    The page is lost among the pushed pages and among those that are read ahead: the guest does not
+    touch the page, but three of its faults at equal distances can make the receiver fetch the page.
     """
 
     def losing(choose: Callable[[Backlog, Any], PfnArray]) -> Callable[[Backlog, Any], PfnArray]:

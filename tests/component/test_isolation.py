@@ -192,7 +192,9 @@ def test_without_a_descriptor_the_watchdog_is_fed_all_the_same(
 
 # ---- migrations that have ended ----
 class Ends:
-    """Lanes whose other end is told in vain, each time for another reason, and at last is not needed any more."""
+    """Lanes that fail each time for another reason to deliver the final message to their other end,
+    which at last does not need it any more.
+    """
 
     dials, rejoins = ("peer", 1), 0
     peer = "peer"
@@ -327,7 +329,8 @@ async def test_a_peer_that_refuses_is_dialled_ever_less_often(
 ENTRIES: dict[str, str | dict[str, Any]] = {
     "garbage": "\n\x00\x00\x00",
     "of another form": '\n{"boot": "BOOT", "phase": 7}',
-    "of other types": '\n{"boot": "BOOT", "dials": 5, "step": [], "domid": "x", "offer": 1, "key": 2, "xl": 0, "domain": 3}',
+    "of other types": '\n{"boot": "BOOT", "dials": 5, "step": [], "domid": "x", "offer": 1, '
+    '"key": 2, "xl": 0, "domain": 3}',
     "deep": "\n" + "[" * 100_000,
     "empty": "",
     "of another step": {"step": "warming"},
@@ -339,17 +342,36 @@ ENTRIES: dict[str, str | dict[str, Any]] = {
 }
 FACTS: dict[str, dict[str, Any]] = {
     "sender": {
-        "step": "handed over", "xl": False, "domid": 9, "handle": "09" * 16, "domain": "guest", "key": "00",
-        "dials": None, "strategy": "postcopy", "bandwidth": None, "checkpoints": None, "successor": None,
+        "step": "handed over",
+        "xl": False,
+        "domid": 9,
+        "handle": "09" * 16,
+        "domain": "guest",
+        "key": "00",
+        "dials": None,
+        "strategy": "postcopy",
+        "bandwidth": None,
+        "checkpoints": None,
+        "successor": None,
     },
     "receiver": {
-        "step": "taken over", "xl": False, "domid": 9, "handle": "09" * 16, "key": "00", "dials": None,
+        "step": "taken over",
+        "xl": False,
+        "domid": 9,
+        "handle": "09" * 16,
+        "key": "00",
+        "dials": None,
         "offer": {
-            "name": "guest", "nr_pfns": 64, "max_pages": 64, "vcpus": 1, "platform": "", "paging": True,
+            "name": "guest",
+            "nr_pfns": 64,
+            "max_pages": 64,
+            "vcpus": 1,
+            "platform": "",
+            "paging": True,
             "checkpoint_ms": 0,
         },
     },
-}  # fmt: skip
+}
 
 
 def entry(which: str, text: str | dict[str, Any]) -> str:
@@ -404,7 +426,9 @@ async def test_an_entry_of_another_release_is_left_and_its_session_is_not_called
 async def test_a_value_that_no_release_has_written_is_not_acted_on(
     which: str, clean_hosts: World, tmp_path: Path
 ) -> None:
-    """To take a strange domid for one of a domain that has gone would give up what a guest needs."""
+    """If a strange domid were taken for the number of a domain that has gone, what a guest needs
+    would be given up.
+    """
 
     def take_up(facts: dict[str, Any]) -> None:
         journal, lanes = Journal(tmp_path), cast(Any, Ends([]))
@@ -488,8 +512,8 @@ async def test_descriptors_used_up_by_strangers_are_not_missed_by_migrations(wor
     guest.close()
     client = world.control("sender")
     client.say(
-        command="migrate", domain="bystander", destination=f"127.0.0.1:{world.port}", strategy="postcopy",
-        bandwidth=4 * MIB,
+        command="migrate", domain="bystander", destination=f"127.0.0.1:{world.port}",
+        strategy="postcopy", bandwidth=4 * MIB,
     )  # fmt: skip
     client.answer()
 
@@ -558,10 +582,22 @@ def test_what_a_peer_counted_is_taken_by_key_and_type() -> None:
     nothing = from_peer({})
     assert nothing.keys() == ours.summary().keys() and nothing["fault_latency_us"]["count"] == 0
     lies = {
-        "domain": "\x1b[31mweb", "downtime_s": 0, "id": "x", "pull": [], "dropped_pages": -1, "vcpu_block_s": {"\x1b": 1, "0": 2},
-        "populate_evicted": "\x1b]0;x\x07" * 9, "checkpoints": {"kept": True, "pages": 1e400, "pause_s": float("nan")},
-        "fault_latency_us": {"count": "9", "p50": None, "max": 2**63, "mean": 1.5, "histogram": {str(n): 1 for n in range(9999)}},
-    }  # fmt: skip
+        "domain": "\x1b[31mweb",
+        "downtime_s": 0,
+        "id": "x",
+        "pull": [],
+        "dropped_pages": -1,
+        "vcpu_block_s": {"\x1b": 1, "0": 2},
+        "populate_evicted": "\x1b]0;x\x07" * 9,
+        "checkpoints": {"kept": True, "pages": 1e400, "pause_s": float("nan")},
+        "fault_latency_us": {
+            "count": "9",
+            "p50": None,
+            "max": 2**63,
+            "mean": 1.5,
+            "histogram": {str(n): 1 for n in range(9999)},
+        },
+    }
     found = from_peer(lies)
     assert found.keys() == nothing.keys()
     assert found["vcpu_block_s"] == {"0": 2}

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The link is lost: before the handover the guest stays at the source, after it at the destination; nothing else is lost."""
+"""The link is lost: before the handover the guest stays at the source, after it at the destination;
+nothing else is lost.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def watch(links: list[Link]) -> Callable[[Outcome, Link], Awaitable[None]]:
 async def test_cut_anywhere_after_the_handover_nothing_is_lost(
     clean_hosts: World, name: str, strategy: Strategy, cuts: int
 ) -> None:
-    """The first pair of lanes carries it to the handover; then one after the other is cut, at any byte."""
+    """The first pair of lanes lasts until the handover.  Then one pair after the other is cut, at
+    any byte.
+    """
     cut_at = [3_000_001, 17, 900_000, 5_000_003, 12_345, 2_097_152]
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
@@ -175,7 +179,9 @@ async def test_the_receiver_is_ready_and_not_heard(
 async def test_a_receiver_that_may_be_ready_is_told_of_giving_up(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
-    """Found by chaos: its successor, going by its journal, takes it for ready from ``suspended`` on."""
+    """Found by chaos: the receiver's successor treats the receiver as ready from ``suspended`` in
+    its journal on.
+    """
     links = cut_when(monkeypatch, PushLane, m.Suspended, before=False, down=True)
     outcome = await migrate(clean_hosts, busy(name), meanwhile=watch(links))
     assert outcome.error is not None
@@ -240,7 +246,9 @@ async def test_while_the_link_is_down_the_guest_goes_on_as_far_as_its_pages_allo
 async def test_a_guest_that_is_saved_while_pages_are_missing(
     clean_hosts: World, name: str, here: bool
 ) -> None:
-    """By a program that knows nothing of them: the image has holes, so the source keeps what it has until an operator decides."""
+    """By a program that ignores missing pages: the image has holes, so the source keeps its pages
+    until an operator decides.
+    """
 
     async def meanwhile(outcome: Outcome, _link: Link) -> None:
         await until(lambda: outcome.migration.ownership.handed_over)
@@ -321,7 +329,9 @@ async def test_garbage_on_a_lane_ends_the_lanes_and_not_the_migration(
 
 
 async def test_nobody_else_takes_a_session_up(clean_hosts: World, name: str) -> None:
-    """Without the key of the session, or with a token that was used, a lane is refused, and says why."""
+    """Without the key of the session, or with a token that was used, a lane is refused with a
+    reason.
+    """
     refusals: list[str] = []
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
@@ -347,7 +357,9 @@ async def test_nobody_else_takes_a_session_up(clean_hosts: World, name: str) -> 
 async def test_the_sender_never_comes_back_and_an_operator_lets_the_guest_run(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
-    """The handover was said and did not arrive: neither end can know by itself.  When the link is back it goes on."""
+    """The handover was sent and did not arrive: neither end can decide by itself.  When the link is
+    back, the migration continues.
+    """
     links = cut_when(monkeypatch, PushLane, m.Handover, before=True, down=True)
     ran = trio.Event()
 
@@ -395,7 +407,9 @@ async def test_the_destination_never_comes_back_and_an_operator_takes_the_guest_
 async def test_a_guest_that_an_operator_has_decided_against_stands_still_when_the_link_is_back(
     clean_hosts: World, name: str, then: str
 ) -> None:
-    """It is not destroyed: an operator may have been wrong, and says which of the two is to go on."""
+    """The guest is not destroyed: an operator may have been wrong, and then decides which of the
+    two continues.
+    """
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
         await until(lambda: outcome.migration.ownership.handed_over)
@@ -512,7 +526,9 @@ async def test_pages_are_checked_from_end_to_end(clean_hosts: World, name: str) 
 async def test_the_word_that_the_guest_stays_is_damaged_on_its_way(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
-    """Found by chaos: being refused for that was taken for being known already, and the receiver stayed in doubt."""
+    """Found by chaos: the sender took the refusal of its damaged ``abort`` for an answer, and the
+    receiver stayed in doubt.
+    """
     links = cut_when(monkeypatch, IncomingMigration, m.Ready, before=True, down=True)
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
@@ -531,7 +547,9 @@ async def test_the_word_that_the_guest_stays_is_damaged_on_its_way(
 async def test_a_sender_that_ends_between_the_last_word_and_letting_go_has_a_successor_that_lets_go(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
-    """Found by killing at random: the receiver has forgotten the session by then, and rightly so."""
+    """Found by killing at random: the receiver has forgotten the session by then, which is
+    right.
+    """
     with monkeypatch.context() as patch:
 
         async def killed(self: Transfer) -> None:
@@ -576,7 +594,9 @@ async def test_a_session_id_that_is_no_name_is_refused(
 async def test_a_source_that_is_destroyed_takes_the_missing_pages_with_it(
     clean_hosts: World, name: str, when: str
 ) -> None:
-    """Both ends report the loss, and no operator can have the guest go on where there is no domain."""
+    """Both ends report the loss, and no operator can let the guest continue at a host that has no
+    domain of it.
+    """
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
         migration = outcome.migration

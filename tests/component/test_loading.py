@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Loading pages on a host that has no memory for a while: no page is lost or taken for one given away, and nothing else waits."""
+"""Loading pages on a host that has no memory for a while: no page is lost or taken for one given
+away, and nothing else waits.
+"""
 
 from __future__ import annotations
 
@@ -184,7 +186,9 @@ async def test_a_pager_that_is_stopped_when_its_thread_has_ended_does_not_distur
 async def test_a_lost_link_is_noticed_while_there_is_no_memory(
     clean_hosts: World, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And taken up again; the pages are lost to nobody, and go where they belong when there is memory."""
+    """The session is resumed on new lanes.  No page is lost, and the pages are loaded when there is
+    memory.
+    """
     load, full = SimulatedDomain.load, False
 
     def short(self: SimulatedDomain, pfns: PfnArray, pages: Buffer | None) -> NDArray[np.int32]:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a daemon keeps in memory is bounded by the memory of its guests, and given back when a migration has ended."""
+"""The memory of a daemon is bounded by the memory of its guests, and given back when a migration
+has ended.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""In each state that ``list`` can show a command acts, or the answer is what to do instead; what may pass is tried again."""
+"""In each state that ``list`` can show, a command acts, or its answer is what to do instead.  What
+may pass is tried again.
+"""
 
 from __future__ import annotations
 
@@ -108,7 +110,9 @@ async def test_a_guest_is_started_later_whatever_the_error_was(
 async def test_a_guest_that_never_starts_can_be_given_back(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
-    """An operator decides at the destination, where the guest has not run, and then at the source."""
+    """An operator decides at the destination, where the guest has not run, and then at the
+    source.
+    """
     failed = fails(monkeypatch, "start", times=10**6)
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
@@ -467,10 +471,16 @@ def test_in_precopy(world: World, which: str) -> None:
     runs = "the guest runs here" if which == "sender" else "the guest runs at the source"
     switch = "--strategy precopy" if which == "sender" else "ask the sender at its source"
     answers(
-        world, which,
-        {"reconnect": "nothing to reconnect", "decide here": runs, "decide elsewhere": runs, "postcopy-now": switch,
-         "cancel": "acts"},
-    )  # fmt: skip
+        world,
+        which,
+        {
+            "reconnect": "nothing to reconnect",
+            "decide here": runs,
+            "decide elsewhere": runs,
+            "postcopy-now": switch,
+            "cancel": "acts",
+        },
+    )
     until(
         lambda: phase(world, "sender") == phase(world, "receiver") == "failed",
         "it is not cancelled",
@@ -497,20 +507,31 @@ def test_in_postcopy(world: World, which: str) -> None:
     )
     switch = "past its precopy" if which == "sender" else "ask the sender at its source"
     answers(
-        world, which,
-        {"reconnect": "nothing to reconnect", "cancel": "too late to cancel", "decide here": nothing,
-         "decide elsewhere": nothing, "postcopy-now": switch},
-    )  # fmt: skip
+        world,
+        which,
+        {
+            "reconnect": "nothing to reconnect",
+            "cancel": "too late to cancel",
+            "decide here": nothing,
+            "decide elsewhere": nothing,
+            "postcopy-now": switch,
+        },
+    )
 
 
 def test_interrupted_at_the_source(world: World) -> None:
     boot(world)
     interrupted(world, "receiver")
     answers(
-        world, "sender",
-        {"reconnect": "acts", "cancel": "`xen-postcopy decide`", "decide here": "has reported that guest runs there",
-         "postcopy-now": "past its precopy"},
-    )  # fmt: skip
+        world,
+        "sender",
+        {
+            "reconnect": "acts",
+            "cancel": "`xen-postcopy decide`",
+            "decide here": "has reported that guest runs there",
+            "postcopy-now": "past its precopy",
+        },
+    )
     world.destination.open("guest").destroy()
     answers(world, "sender", {"decide here": "acts"}, force=True)
     until(lambda: phase(world, "sender") == "failed", "it is not carried out")
@@ -569,10 +590,15 @@ def test_interrupted_at_the_destination(world: World) -> None:
     interrupted(world, "sender")
     destroy = "to end it, destroy it (xl destroy guest)"
     answers(
-        world, "receiver",
-        {"reconnect": "the source dials, and tries by itself", "cancel": destroy, "decide here": destroy,
-         "decide elsewhere": destroy},
-    )  # fmt: skip
+        world,
+        "receiver",
+        {
+            "reconnect": "the source dials, and tries by itself",
+            "cancel": destroy,
+            "decide here": destroy,
+            "decide elsewhere": destroy,
+        },
+    )
 
 
 @pytest.mark.parametrize("which", ["sender", "receiver"])

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One migration a domain, one user of log-dirty; and a migration undoes nothing but what it has done itself."""
+"""One migration for each domain, one user of log-dirty; and a migration undoes only what it has
+done itself.
+"""
 
 from __future__ import annotations
 
@@ -79,8 +81,9 @@ def sender_there(world: World) -> str:
     """A sender at the destination."""
     state = world.directory / "onward.state"
     world.start(
-        "onward", "sender", "--listen", "127.0.0.1:0", "--socket", str(world.directory / "onward.sock"),
-        "--config", str(world.config_file), "--state", str(state), "--simulated", str(world.directory / "destination.sock"),
+        "onward", "sender", "--listen", "127.0.0.1:0", "--socket",
+        str(world.directory / "onward.sock"), "--config", str(world.config_file), "--state",
+        str(state), "--simulated", str(world.directory / "destination.sock"),
     )  # fmt: skip
     return "onward"
 

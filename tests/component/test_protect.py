@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``--protect``: the destination dies, and the guest goes on at the source as it was at the last checkpoint."""
+"""``--protect``: the destination dies, and the guest continues at the source as it was at the last
+checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -99,9 +101,11 @@ def has_moved(before: list[int], after: list[int], least: int = 1) -> bool:
 
 
 async def moves_at_the_destination(outcome: Outcome, hosts: World, least: int) -> None:
-    """Wait until every vCPU has done so many steps there; the push waits for much longer.
+    """Wait until every vCPU has done ``least`` steps at the destination; the push waits for much
+    longer.
 
-    On a busy machine a vCPU may not move for longer than two checkpoints take, or than the push does.
+    On a busy machine a vCPU may not move for longer than two checkpoints take, or than the push
+    does.
     """
     await until_async(lambda: outcome.migration.ownership.handed_over)
     outcome.migration.context.cap.spend(1024 * MIB, time.monotonic())
@@ -437,8 +441,8 @@ def begin(world: World) -> GuestSpec:
     guest.close()
     client = world.control("sender")
     client.say(
-        command="migrate", domain="guest", destination=f"127.0.0.1:{world.port}", strategy="postcopy",
-        bandwidth=4 * MIB, checkpoint_every_s=EVERY_S,
+        command="migrate", domain="guest", destination=f"127.0.0.1:{world.port}",
+        strategy="postcopy", bandwidth=4 * MIB, checkpoint_every_s=EVERY_S,
     )  # fmt: skip
     client.answer()
     client.close()
@@ -473,7 +477,9 @@ def test_a_host_dies_and_an_operator_decides(world: World) -> None:
 
 
 def test_a_domain_that_the_sender_made_and_did_not_note_is_replaced(world: World) -> None:
-    """Found under load: the sender was killed while the hypervisor made the domain in which the guest was to go on."""
+    """Found under load: the sender was killed while the hypervisor made the domain in which the
+    guest was to continue.
+    """
     spec = begin(world)
     until(lambda: line(world)["checkpoints"] >= 1, "no checkpoints")
     the_destination_dies(world)
@@ -516,7 +522,9 @@ def test_the_sender_is_killed_at_any_instant_as_well(world: World, seed: int) ->
 async def test_a_checkpoint_copies_no_more_than_there_is_room_for(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
-    """The rest is sent from where it lies, with the guest suspended: dom0's memory is not used up over a slow link."""
+    """The rest is sent without a copy while the guest is suspended, so that a slow link does not
+    use up dom0's memory.
+    """
     taken: list[bool] = []
     take = Room.take
 

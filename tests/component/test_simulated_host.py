@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The simulated host where it is more than the contract: many vCPUs, states that only a test brings about, its memory."""
+"""The simulated host beyond the contract: many vCPUs, states that only a test brings about, its
+memory.
+"""
 
 from __future__ import annotations
 
@@ -85,8 +87,8 @@ def test_more_vcpus_than_slots_all_get_their_turn(lab: SimulatedLab) -> None:
     assert ring.requests() == []  # the other vCPUs wait for a slot
     before = steps(target)
     answer(source, target, ring, first)
-    # That each goes on is the claim, not that each asks: one that waits for a slot can be overtaken, on the real Xen as
-    # well, until all pages of the working set are there.
+    # The claim is that each vCPU continues, not that each asks: one that waits for a slot can be
+    # overtaken, on the real Xen as well, until all pages of the working set are present.
     deadline = time.monotonic() + WAIT_S
     while any(now <= then for now, then in zip(steps(target), before, strict=True)):
         assert time.monotonic() < deadline, f"{steps(target)} after {before}"
@@ -95,7 +97,9 @@ def test_more_vcpus_than_slots_all_get_their_turn(lab: SimulatedLab) -> None:
 
 
 def test_a_ring_is_given_up_while_vcpus_are_about_to_ask(lab: SimulatedLab) -> None:
-    """Found by the soak: a vCPU had seen its page absent, then that was loaded and the ring disabled, and then it asked."""
+    """Found by the soak: a vCPU had found its page absent, then the page was loaded and the ring
+    disabled, and then the vCPU asked.
+    """
     domain = lab.boot(vcpus=2, workload="random", working_set_bytes=64 * PAGE_SIZE)
     everything = span(0, 64)
     for _ in range(200):
@@ -126,8 +130,8 @@ def test_a_page_given_away_while_paged_out_is_dropped_with_a_request_where_xen_d
     with loopback_world(256 * MIB, host_options=("--drop-requests",), daemons=False) as world:
         lab = SimulatedLab(world, name)
         source, target, ring = restored(
-            lab, 1, workload="sequential", working_set_bytes=PAGE_SIZE, balloon_pages=3, balloon_every=10**6,
-            host=world.destination,
+            lab, 1, workload="sequential", working_set_bytes=PAGE_SIZE, balloon_pages=3,
+            balloon_every=10**6, host=world.destination,
         )  # fmt: skip
         target.start()
         (request,) = wait_for_requests(ring, 1)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Between the start of a daemon and the moment at which it has taken up what its predecessor has left."""
+"""Between the start of a daemon and the moment at which it has found what its predecessor has
+left.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,9 @@ from tests.support.left import left_by_a_receiver, left_by_a_sender
 async def test_what_was_handed_over_is_not_cancelled_before_it_is_taken_up(
     clean_hosts: World, tmp_path: Path, step: str, phase: str
 ) -> None:
-    """The successor of a sender can be asked, or stopped, before the hypervisor has found the domain: to resume the guest
-    here would make a second one."""
+    """The successor of a sender can be asked, or stopped, before the hypervisor has found the
+    domain.  To resume the guest here would make a second one.
+    """
     left = left_by_a_sender(clean_hosts.source, Journal(tmp_path), step)
     assert left.phase == phase
     for cancel in (
@@ -45,10 +48,16 @@ async def test_what_was_not_handed_over_can_be_cancelled_before_it_is_taken_up(
 
 @pytest.mark.parametrize(
     ("step", "phase", "needed"),
-    [("made", "precopy", False), ("suspended", "in doubt", True), ("ready", "in doubt", True),
-     ("taken over", "interrupted", True), ("finishing", "completing", True), ("lost", "interrupted", True),
-     ("held", "interrupted", True)],
-)  # fmt: skip
+    [
+        ("made", "precopy", False),
+        ("suspended", "in doubt", True),
+        ("ready", "in doubt", True),
+        ("taken over", "interrupted", True),
+        ("finishing", "completing", True),
+        ("lost", "interrupted", True),
+        ("held", "interrupted", True),
+    ],
+)
 async def test_a_receiver_s_successor_asks_to_wait_until_it_has_taken_up_what_was_left(
     clean_hosts: World, tmp_path: Path, step: str, phase: str, needed: bool
 ) -> None:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Mutual TLS on the lanes: what is not to be trusted is refused, each with its own message, and the guest stays."""
+"""Mutual TLS on the lanes: a peer that is not trusted is refused with a message for each reason,
+and the guest stays.
+"""
 
 from __future__ import annotations
 
@@ -60,21 +62,57 @@ async def test_a_guest_is_migrated_and_its_link_is_cut(
 @pytest.mark.parametrize(
     ("sender", "receiver", "sender_is_told", "receiver_says"),
     [
-        ({"signed_by": ANOTHER}, {}, "the peer does not trust the authority", "certificate is not accepted"),
-        ({}, {"signed_by": ANOTHER}, "certificate is not accepted: unable to get local", "does not trust the authority"),
-        ({"names": ("elsewhere",)}, {}, "", "the peer's certificate is for elsewhere, and [tls] peers are 127.0.0.1"),
+        (
+            {"signed_by": ANOTHER},
+            {},
+            "the peer does not trust the authority",
+            "certificate is not accepted",
+        ),
+        (
+            {},
+            {"signed_by": ANOTHER},
+            "certificate is not accepted: unable to get local",
+            "does not trust the authority",
+        ),
+        (
+            {"names": ("elsewhere",)},
+            {},
+            "",
+            "the peer's certificate is for elsewhere, and [tls] peers are 127.0.0.1",
+        ),
         ({}, {"names": ("elsewhere",)}, "certificate is not accepted: IP address mismatch", ""),
         ({"peers": ("host2",)}, {}, "certificate is for 127.0.0.1, and [tls] peers are host2", ""),
-        ({"expired": True}, {}, "the peer finds our certificate expired", "certificate has expired"),
+        (
+            {"expired": True},
+            {},
+            "the peer finds our certificate expired",
+            "certificate has expired",
+        ),
         ({}, {"expired": True}, "certificate is not accepted: certificate has expired", ""),
-        (None, {}, "has it a [tls] section in its configuration, and this host none?", "the peer does not speak TLS"),
+        (
+            None,
+            {},
+            "has it a [tls] section in its configuration, and this host none?",
+            "the peer does not speak TLS",
+        ),
         ({}, None, "the peer does not speak TLS", "the peer speaks TLS, and this end does not"),
     ],
-    ids=["CA", "their CA", "name", "their name", "no peer", "expired", "theirs expired", "plain to TLS", "TLS to plain"],
-)  # fmt: skip
+    ids=[
+        "CA",
+        "their CA",
+        "name",
+        "their name",
+        "no peer",
+        "expired",
+        "theirs expired",
+        "plain to TLS",
+        "TLS to plain",
+    ],
+)
 async def test_who_is_not_to_be_trusted_is_refused(
     clean_hosts: World, name: str, files: Callable[..., Tls], caplog: pytest.LogCaptureFixture,
-    sender: dict[str, object] | None, receiver: dict[str, object] | None, sender_is_told: str, receiver_says: str,
+    sender: dict[str, object] | None, receiver: dict[str, object] | None, sender_is_told: str,
+    receiver_says: str,
 ) -> None:  # fmt: skip
     def made(how: dict[str, object] | None) -> Tls | None:
         if how is None:
@@ -310,7 +348,9 @@ def test_a_certificate_may_bear_names_of_any_kind(
 async def test_files_are_renewed_while_connections_come(
     files: Callable[..., Tls], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """While they do not go together, or one is missing, the last good ones are used, and that is logged once."""
+    """While the files do not go together, or one is missing, the last good ones are used, and this
+    is logged once.
+    """
     tls, new = files(), files(signed_by=ANOTHER, trusts=ANOTHER)
 
     async def connect(trusts: Tls) -> None:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Under xl the link is lost, or a daemon killed, while xl decides or after: the guest is where xl has put it, unharmed."""
+"""Under xl the link is lost, or a daemon killed, while xl decides or after: the guest is where xl
+has put it, unharmed.
+"""
 
 from __future__ import annotations
 
@@ -100,7 +102,9 @@ def test_cut_again_and_again_afterwards(xl: CuttableXl) -> None:
 
 @pytest.mark.parametrize("which", ["sender", "receiver"])
 def test_killed_while_xl_decides(xl: CuttableXl, which: str) -> None:
-    """The successor of a sender takes the pages again that its predecessor's mappings held: the domain is there still."""
+    """The successor of a sender maps the pages again that its predecessor held, because the domain
+    still exists.
+    """
     xl.restart(which)
     xl.wait_for("deciding", "deciding")
     xl.go()
@@ -129,7 +133,9 @@ def test_a_receiver_that_is_killed_afterwards(xl: CuttableXl) -> None:
 def test_a_sender_that_is_killed_afterwards_takes_the_pages_with_it(
     xl: CuttableXl, again: str
 ) -> None:
-    """What xl has destroyed lives by the sender's mappings alone.  It is said at both ends, and not called a success."""
+    """Only the sender's mappings keep the pages of a domain that xl has destroyed.  Both ends
+    report the loss, and do not call it a success.
+    """
     xl.go()
     xl.wait_for("postcopy", "postcopy")
     if again == "sender":  # before it can have told

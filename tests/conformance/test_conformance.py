@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What every backend must do: one suite, run with the simulated host here and with the real Xen in its dom0 (make xenlab).
+"""What every backend must do: one suite, run with the simulated host here and with the real Xen in
+its dom0 (make xenlab).
 
-The tests use nothing but the contract and what a :class:`tests.support.labs.Lab` brings about (a running guest, a page that
-somebody holds, ...).
+The tests use only the contract and what a :class:`tests.support.labs.Lab` brings about (a running
+guest, a page that another process holds, ...).
 """
 
 from __future__ import annotations
@@ -113,7 +114,9 @@ def serve(domain: Domain, ring: PagingRing, contents: Contents, out: set[int]) -
 
 
 def bring_in(domain: Domain, ring: PagingRing, contents: Contents, out: set[int]) -> None:
-    """Everything that is out still, in the background as a push would bring it; then give the ring up."""
+    """Load all pages that are still paged out, in the background as a push would; then give the
+    ring up.
+    """
     left = sorted(out)
     for at in range(0, len(left), 64):
         batch = pfns(*(pfn for pfn in left[at : at + 64] if pfn in out))
@@ -482,7 +485,9 @@ def test_a_page_that_is_loaded_is_not_written(lab: Lab) -> None:
 
 
 def test_a_frame_that_comes_is_not_log_dirty(lab: Lab) -> None:
-    """And neither is one that goes: what the sender does because of that would not be needed otherwise."""
+    """A frame that is removed is not log-dirty either.  Otherwise a step of the sender would not be
+    needed.
+    """
     domain = lab.incoming()
     domain.populate(span(0, 64))
     domain.log_dirty_enable()
@@ -843,7 +848,9 @@ def test_a_running_guest_s_memory_is_evicted_and_served_back(lab: Lab, folder: P
 
 
 def test_pages_are_evicted_under_a_running_guest(lab: Lab, folder: Path) -> None:
-    """Some at a time, the guest running in between; it stands still only from copying a page until that is evicted."""
+    """The pages are evicted in batches while the guest runs.  The guest is suspended only from the
+    copy of a page until its eviction.
+    """
     domain = lab.guest()
     ring = domain.paging_enable()
     contents = Contents(folder, domain.nr_pfns)

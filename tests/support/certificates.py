@@ -26,8 +26,8 @@ def files(tmp_path: Path) -> Callable[..., Tls]:
     made = 0
 
     def make(
-        *names: str, signed_by: trustme.CA = AUTHORITY, trusts: trustme.CA = AUTHORITY, expired: bool = False,
-        peers: tuple[str, ...] = (HOST,),
+        *names: str, signed_by: trustme.CA = AUTHORITY, trusts: trustme.CA = AUTHORITY,
+        expired: bool = False, peers: tuple[str, ...] = (HOST,),
     ) -> Tls:  # fmt: skip
         nonlocal made
         made += 1

@@ -78,8 +78,8 @@ def begin(
     """A migration that goes on without us."""
     with world.control(which) as client:
         client.say(
-            command="migrate", domain=domain, destination=f"127.0.0.1:{world.port}", bandwidth=bandwidth,
-            **{"strategy": "postcopy", **options},
+            command="migrate", domain=domain, destination=f"127.0.0.1:{world.port}",
+            bandwidth=bandwidth, **{"strategy": "postcopy", **options},
         )  # fmt: skip
         client.answer()
 

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """No call that may block is made in the event loop's thread, in any test.
 
-A hypervisor may take seconds for a call (the end of a large domain, a busy host), and so may a disk, a name server or xl.
-While the event loop waits for one, every other guest of the daemon waits as well.  No clock notices: on a test's machine
-these calls are quick.  So :func:`install` has such a call raise :class:`BlockingCallError` where it is made: methods of the
-backends, of the journal and of checkpoints, by wrapping them; files, names and processes, by Python's audit events.
+A hypervisor may take seconds for a call (the end of a large domain, a busy host), and so may a
+disk, a name server or xl.  While the event loop waits for one call, every other guest of the daemon
+waits as well.  No clock notices this, because these calls are quick on a test's machine.  So
+:func:`install` makes such a call raise :class:`BlockingCallError`.  Methods of the backends, of the
+journal and of checkpoints are wrapped; files, names and processes are found by Python's audit
+events.
 
-Only calls by the product's own code count.  A test may call what it likes from its own loop.
+Only calls by the product's own code count.  A test may make any call in its own loop.
 """
 
 from __future__ import annotations
@@ -36,13 +38,15 @@ NOT_BY_DAEMONS = tuple(
 AT_START = ("listen_unix", "_serve", "_take_up", "__init__")
 """Functions that run while nothing is served yet."""
 EVENTS = {
-    "open", "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.listdir", "os.scandir", "os.truncate", "os.utime",
-    "fcntl.flock", "socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr", "socket.getnameinfo",
-    "subprocess.Popen", "shutil.rmtree", "time.sleep",
+    "open", "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.listdir", "os.scandir",
+    "os.truncate", "os.utime", "fcntl.flock", "socket.getaddrinfo", "socket.gethostbyname",
+    "socket.gethostbyaddr", "socket.getnameinfo", "subprocess.Popen", "shutil.rmtree", "time.sleep",
 }  # fmt: skip
 AUDITS = "coverage" not in sys.modules
-"""``sys.settrace`` of Python 3.11 refuses to work in two threads at once, and raises an audit event half way:
-a hook in Python lets another thread run there, whose tracer coverage then cannot set."""
+"""``sys.settrace`` of Python 3.11 refuses to work in two threads at once, and raises an audit event
+in the middle of its work.  A hook in Python lets another thread run there, and coverage then cannot
+set that thread's tracer.
+"""
 CODE = (".py", ".pyc", ".so")
 """Modules that are imported late."""
 QUICK = {"native_pages", "fileno", "checkpoint", "stopped", "check_understood", "leave"}
@@ -70,8 +74,9 @@ def _check(what: str) -> None:
     frame = _product_frame(sys._getframe(2))
     if frame is None:
         return
-    text = f"{what} in the event loop, by {frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})"
-    raise BlockingCallError(text)
+    code = frame.f_code
+    place = f"{code.co_filename}:{frame.f_lineno} ({code.co_name})"
+    raise BlockingCallError(f"{what} in the event loop, by {place}")
 
 
 def _watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -89,7 +94,9 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 def watch(*classes: type) -> None:
-    """Have the methods of these classes raise :class:`BlockingCallError` in the event loop's thread."""
+    """Make the methods of these classes raise :class:`BlockingCallError` in the event loop's
+    thread.
+    """
     for cls in classes:
         for name, function in list(vars(cls).items()):
             if (

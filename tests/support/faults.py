@@ -182,7 +182,8 @@ class Destination:
         domain: Any = self.memory
         ring = self.xen.pager(event_fd=self.event_fd, notify_fd=self.notify_fd)
         self.pager = Pager(
-            domain, ring, session or session_at(Role.RECEIVER), self.pages, self.statistics, self.said.append
+            domain, ring, session or session_at(Role.RECEIVER), self.pages, self.statistics,
+            self.said.append
         )  # fmt: skip
         self.asked: Counter[int] = Counter()
         self.requested: set[int] = set()

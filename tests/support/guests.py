@@ -23,7 +23,9 @@ async def goes_on_here_only(world: World, name: str) -> None:
 
 
 RATE = 5000
-"""Accesses a second and vCPU.  As fast as they can, vCPUs take the processor from all that is tested."""
+"""Accesses for each vCPU in a second.  Without a limit, vCPUs take the processor from everything
+that is tested.
+"""
 
 
 def busy(name: str, **options: object) -> GuestSpec:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A migration with both daemons' code in the test's own process, so that a test can break parts of it.
+"""A migration with both daemons' code in the test's own process, so that a test can break parts of
+it.
 
-The hosts are processes still, the lanes real TCP connections.
+The hosts are still processes, and the lanes real TCP connections.
 """
 
 from __future__ import annotations
@@ -61,9 +62,10 @@ async def migrate(
     sender_tls: Tls | None = None,
     meanwhile: Meanwhile | None = None,
 ) -> Outcome:
-    """Boot the guest at the source and migrate it.  Its failure is in the outcome, not raised.
+    """Boot the guest at the source and migrate it.  A failure is in the outcome, not raised.
 
-    ``budgets``: of the link between them.  ``meanwhile`` is given the outcome, as it becomes, and that link.
+    ``budgets``: of the link between the ends.  ``meanwhile`` is given the outcome, which is filled
+    in meanwhile, and the link.
     """
     guest = world.source.create_guest(spec.to_bytes())
     await trio.to_thread.run_sync(wait_for_steps, guest, 100)

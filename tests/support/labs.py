@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the conformance suite needs of a backend besides the contract: guests, and somebody who holds their pages.
+"""What the conformance suite needs of a backend besides the contract: guests, and a process that
+holds their pages.
 
 :class:`SimulatedLab` is here; the real Xen's is ``tests/xenlab/dom0/lab.py``.
 """
@@ -22,7 +23,9 @@ from xenbackend.simulated.guest import GuestSpec
 
 
 class Lab(ABC):
-    """One host.  Everything that a test makes is gone when it ends, but for a guest that is as good as new."""
+    """One host.  Everything that a test makes is removed when the test ends, except a guest that is
+    as good as new.
+    """
 
     hypervisor: Hypervisor
     beyond: int
@@ -57,7 +60,9 @@ class Lab(ABC):
 
     @abstractmethod
     def another(self) -> Hypervisor:
-        """A handle of the same host as another process has it: what it holds goes when it is closed."""
+        """Return a handle of the same host as another process has it.  What the handle holds is
+        released when it is closed.
+        """
 
     @abstractmethod
     def work(self, domain: Domain) -> int:

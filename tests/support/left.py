@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Migrations that a killed daemon has left, by its journal, before the successor has found their domains."""
+"""Migrations that a killed daemon has left in its journal, before the successor has found their
+domains.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +40,8 @@ def left_by_a_sender(
     host: Hypervisor, journal: Journal, step: str, lanes: Any = None
 ) -> OutgoingMigration:
     facts = {
-        **FACTS, "step": step, "domain": NAME, "strategy": "postcopy", "bandwidth": None, "checkpoints": None,
-        "successor": None,
+        **FACTS, "step": step, "domain": NAME, "strategy": "postcopy", "bandwidth": None,
+        "checkpoints": None, "successor": None,
     }  # fmt: skip
     lanes = lanes or cast(Any, NoLanes())
     return OutgoingMigration.of_predecessor(SESSION, host, lanes, journal, facts)

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""libxl as a helper sees it, and the part of xl that comes after: what is scripted here is what the real ones do.
+"""libxl as a helper sees it, and the part of xl that comes after.  The script follows the real
+programs.
 
-:class:`Libxl` is one side: it starts the helper, answers it, and remembers what it said.  The lab has the real ones.
+:class:`Libxl` is one side: it starts the helper, answers it, and records its messages.  The lab has
+the real programs.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ from tests.support import zygote
 HELPER = [sys.executable, "-m", "migrate.xl.helper"]
 TIMEOUT_S = 60.0
 FIELDS = {
-    Message.LOG: "=II", Message.PROGRESS: "", Message.SUSPEND: "=", Message.SWITCH_QEMU_LOGDIRTY: "=II",
-    Message.STATIC_DATA_DONE: "=I", Message.RESTORE_RESULTS: "=QQ", Message.COMPLETE: "=ii",
+    Message.LOG: "=II", Message.PROGRESS: "", Message.SUSPEND: "=",
+    Message.SWITCH_QEMU_LOGDIRTY: "=II", Message.STATIC_DATA_DONE: "=I",
+    Message.RESTORE_RESULTS: "=QQ", Message.COMPLETE: "=ii",
 }  # fmt: skip
 """Numbers at the beginning of a message."""
 NOT_ANSWERED = (Message.LOG, Message.PROGRESS, Message.RESTORE_RESULTS)
@@ -62,7 +65,9 @@ class Libxl:
     said: list[Said] = field(default_factory=list)
     status: int | None = None
     ends_with_helper: bool = False
-    """xl: its process ends when the helper has ended.  Otherwise it is the test's, which goes on."""
+    """True: as xl, whose process ends when the helper has ended.  False: the process is the test's,
+    which continues.
+    """
     silent_at: Message | None = None
     """Not answered: libxl is held up there, until :meth:`kill`."""
 
@@ -73,8 +78,8 @@ class Libxl:
         xl = ["sh", "-c", '"$@"; exit $?', "xl"] if self.ends_with_helper else []
         self.process = zygote.Popen[bytes](
             [*xl, *HELPER, self.mode, str(self.io_fd), *map(str, self.numbers)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=[self.io_fd],
-            env={**environment, **self.environment},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            pass_fds=[self.io_fd], env={**environment, **self.environment},
         )  # fmt: skip
         os.close(self.io_fd)
         self._thread = threading.Thread(target=self._converse, daemon=True)

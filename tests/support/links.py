@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A link that can be cut, and worse: a relay between the two daemons, which passes bytes on as it is told to."""
+"""A link that can be cut, or damaged in other ways: a relay between the two daemons, controlled by
+a test.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,11 @@ NO_LINGER = struct.pack("ii", 1, 0)
 
 
 class Link:
-    """``budgets``: how many bytes each connection carries, in both directions together, before the link is cut.
+    """``budgets``: how many bytes each connection carries, in both directions together, before the
+    link is cut.
 
-    The first connection is the push lane, the second the pull lane, then those of the next pair.  Without a budget (and when the
-    list is at its end) one carries everything.
+    The first connection is the push lane, the second the pull lane; then those of the next pair
+    follow.  A connection without a budget, or after the end of the list, carries everything.
     """
 
     def __init__(self, to: tuple[str, int], budgets: list[int | None] | None = None):

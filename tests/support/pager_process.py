@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A pager that serves a domain's faults from a file, in a process of its own, so that it can be killed.
+"""A pager that serves a domain's faults from a file, in a process of its own, so that it can be
+killed.
 
-Prints ``ready`` when it has the ring, ``served N`` after each answer.  A line on its standard input lets it bring in what
-is still out, give the ring up, and print ``done``.
+It prints ``ready`` when it has the ring, and ``served N`` after each answer.  After a line on its
+standard input it loads all pages that are still paged out, gives the ring up, and prints ``done``.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def main() -> None:
         for request in requests:
             at = request.pfn * PAGE_SIZE
             domain.load(np.array([request.pfn], dtype=np.uint64), contents[at : at + PAGE_SIZE])
-            # One at a time and the last one first, so that slots are answered in another order than they were asked.
+            # Answer one at a time, the last one first, so that slots are answered in another order
+            # than that of the requests.
         for request in reversed(requests):
             ring.respond([request])
             served += 1

@@ -32,7 +32,8 @@ def found() -> dict[str, object]:
             main.__spec__ and main.__spec__.name,
             sys.path[0],
         ),
-        # readline puts the size of the terminal into the environment of a process that does not ask for that.
+        # readline puts the size of the terminal into the environment of a process that does not ask
+        # for it.
         "environment": {
             key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")
         },

@@ -98,9 +98,9 @@ UNDER_XL = [
 
 
 DECIDED = [
-    *UNDER_XL, (R, m.Fault(ONE), PULL), (S, m.Pages(ONE), PULL), (R, m.Resumed(), PUSH), (S, m.Pages(ONE), PUSH),
-    (R, m.Loaded(ONE), PUSH), (R, m.Report(0, 0, 0), PUSH), (S, m.Handover(), PUSH), (R, m.Complete(b"{}"), PUSH),
-    (S, m.Completed(), PUSH),
+    *UNDER_XL, (R, m.Fault(ONE), PULL), (S, m.Pages(ONE), PULL), (R, m.Resumed(), PUSH),
+    (S, m.Pages(ONE), PUSH), (R, m.Loaded(ONE), PUSH), (R, m.Report(0, 0, 0), PUSH),
+    (S, m.Handover(), PUSH), (R, m.Complete(b"{}"), PUSH), (S, m.Completed(), PUSH),
 ]  # fmt: skip
 
 
@@ -126,7 +126,9 @@ def play(story: list[tuple[Role, m.Message, Lane]]) -> dict[Role, Session]:
 PROTECTED = [
     (S, dataclasses.replace(OFFER, checkpoint_ms=1000), PUSH),
     *STORY[1 : next(i for i, said in enumerate(STORY) if isinstance(said[1], m.Complete))],
-    (R, m.Written(ONE, holes=pfn_array([3])), PUSH), (R, m.Checkpoint(b"a", False), PUSH), (R, m.Checkpoint(b"b", True), PUSH),
-    (S, m.Kept(""), PUSH), (R, m.Written(ONE), PUSH), (R, m.Checkpoint(b"c", True), PUSH), (S, m.Kept(""), PUSH),
-    (R, m.Unprotected("no log-dirty"), PUSH), (R, m.Complete(b"{}"), PUSH), (S, m.Completed(), PUSH),
+    (R, m.Written(ONE, holes=pfn_array([3])), PUSH), (R, m.Checkpoint(b"a", False), PUSH),
+    (R, m.Checkpoint(b"b", True), PUSH), (S, m.Kept(""), PUSH), (R, m.Written(ONE), PUSH),
+    (R, m.Checkpoint(b"c", True), PUSH), (S, m.Kept(""), PUSH),
+    (R, m.Unprotected("no log-dirty"), PUSH), (R, m.Complete(b"{}"), PUSH),
+    (S, m.Completed(), PUSH),
 ]  # fmt: skip

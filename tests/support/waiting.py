@@ -9,8 +9,9 @@ from collections.abc import Callable
 import trio
 
 WAIT_S = 50.0
-"""For a condition, on the slowest machine.  Less than ``STEP_TIMEOUT_S``: a wait that only a time limit of the daemons ends
-is a failure."""
+"""The limit of a wait for a condition, on the slowest machine.  It is less than ``STEP_TIMEOUT_S``:
+a wait that only a time limit of the daemons ends is a failure.
+"""
 
 
 async def until_async(condition: Callable[[], bool], timeout_s: float = WAIT_S) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""xl as its user sees it: both halves of a migration, with the helper in the place of libxl's own."""
+"""xl as its user sees it: both halves of a migration, with our helper in place of libxl's own."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class Xl:
         reader, writer = os.pipe()
         stock = str(write_stock_helper(directory / "libxl-save-helper"))
         sockets = {
-            "XEN_POSTCOPY_SENDER": str(world.sender_socket), "XEN_POSTCOPY_RECEIVER": str(world.receiver_socket),
-            "XEN_POSTCOPY_STOCK_HELPER": stock,
+            "XEN_POSTCOPY_SENDER": str(world.sender_socket),
+            "XEN_POSTCOPY_RECEIVER": str(world.receiver_socket), "XEN_POSTCOPY_STOCK_HELPER": stock,
         }  # fmt: skip
         self.save = Libxl(
-            "--save-domain", writer, (-1, self.source.domid, LIVE, CBFLAGS_SAVE, 0), {Message.SUSPEND: self.suspend},
-            dict(sockets),
+            "--save-domain", writer, (-1, self.source.domid, LIVE, CBFLAGS_SAVE, 0),
+            {Message.SUSPEND: self.suspend}, dict(sockets),
         )  # fmt: skip
         self.restore = Libxl(
             "--restore-domain",

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Programs of this project, forked out of one process that has imported everything: the *zygote*.
 
-A daemon spends most of its start on imports, and the tests start hundreds of daemons and commands.  :class:`Popen` takes
-the place of :class:`subprocess.Popen` for commands of the form ``python -m MODULE ...``: arguments, environment, directory,
-descriptors, process group, signals and exit status are what they would be.  A command of another form, or one
-with an option that the zygote does not know, is executed.
+A daemon spends most of its start on imports, and the tests start hundreds of daemons and commands.
+:class:`Popen` takes the place of :class:`subprocess.Popen` for commands of the form ``python -m
+MODULE ...``: arguments, environment, directory, descriptors, process group, signals and exit status
+are the same.  A command of another form, or one with an option that the zygote does not support, is
+executed.
 
 The zygote forks twice and its child ends at once, so the grandchild becomes a child of this process
-(``PR_SET_CHILD_SUBREAPER``) and is waited for like any other.  The kernel kills the grandchild when this process
-dies (``PR_SET_PDEATHSIG``).  The zygote ends when its socket is closed.
+(``PR_SET_CHILD_SUBREAPER``) and is waited for like any other.  The kernel kills the grandchild when
+this process dies (``PR_SET_PDEATHSIG``).  The zygote ends when its socket is closed.
 """
 
 from __future__ import annotations
@@ -40,9 +41,10 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 MAX_REQUEST, MAX_FDS = 1 << 20, 250
 ANSWER_TIMEOUT_S = 60.0
 PRELOADED = (
-    "migrate.cli.daemons", "migrate.cli.guests", "migrate.cli.loopback", "migrate.cli.migrations", "migrate.cli.preflight",
-    "migrate.service.journal", "migrate.xl.restore", "migrate.xl.save", "receiver.command", "sender.command",
-    "xenbackend.simulated.client", "xenbackend.simulated.host", "xenbackend.libxenctrl.hypervisor",
+    "migrate.cli.daemons", "migrate.cli.guests", "migrate.cli.loopback", "migrate.cli.migrations",
+    "migrate.cli.preflight", "migrate.service.journal", "migrate.xl.restore", "migrate.xl.save",
+    "receiver.command", "sender.command", "xenbackend.simulated.client",
+    "xenbackend.simulated.host", "xenbackend.libxenctrl.hypervisor",
 )  # fmt: skip
 _libc = ctypes.CDLL(None)
 
@@ -51,10 +53,11 @@ class Popen(subprocess.Popen[AnyStr]):
     """A :class:`subprocess.Popen` whose process the zygote forks, if it can."""
 
     def _execute_child(
-        self, args: Any, executable: Any, preexec_fn: Any, close_fds: bool, pass_fds: Sequence[int], cwd: Any, env: Any,
-        startupinfo: Any, creationflags: int, shell: bool, p2cread: int, p2cwrite: int, c2pread: int, c2pwrite: int,
-        errread: int, errwrite: int, restore_signals: bool, gid: Any, gids: Any, uid: Any, umask: int,
-        start_new_session: bool, process_group: int,
+        self, args: Any, executable: Any, preexec_fn: Any, close_fds: bool, pass_fds: Sequence[int],
+        cwd: Any, env: Any, startupinfo: Any, creationflags: int, shell: bool, p2cread: int,
+        p2cwrite: int, c2pread: int, c2pwrite: int, errread: int, errwrite: int,
+        restore_signals: bool, gid: Any, gids: Any, uid: Any, umask: int, start_new_session: bool,
+        process_group: int,
     ) -> None:  # fmt: skip
         environment = {
             key: os.fspath(value) for key, value in (os.environ if env is None else env).items()
@@ -68,8 +71,9 @@ class Popen(subprocess.Popen[AnyStr]):
             or (shell, close_fds, restore_signals, umask) != (False, True, True, -1)
         ):
             super()._execute_child(  # type: ignore[misc]
-                args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell, *ends,
-                restore_signals, gid, gids, uid, umask, start_new_session, process_group,
+                args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo,
+                creationflags, shell, *ends, restore_signals, gid, gids, uid, umask,
+                start_new_session, process_group,
             )  # fmt: skip
             return
         standard: list[int] = [
@@ -105,9 +109,10 @@ def run(
 
 
 def of_the_interpreter(environment: Any) -> dict[str, str]:
-    """The variables that an interpreter or its loader reads when it starts (and sets: LC_CTYPE, where no locale is).
+    """The variables that an interpreter or its loader reads when it starts (and sets: LC_CTYPE, if
+    no locale is set).
 
-    coverage.py installs itself, and its handler of SIGTERM, when it finds its own.
+    coverage.py installs itself, and its handler of SIGTERM, when it finds its own variables.
     """
     return {
         key: value
@@ -133,7 +138,9 @@ class _Zygote:
         self._socket: socket.socket | None = None
 
     def fork(self, request: dict[str, Any], descriptors: list[int]) -> int:
-        """The pid of a process that has everything the request asks for and is about to run its module."""
+        """Return the pid of a process that has everything the request asks for and is about to run
+        its module.
+        """
         with self._lock:
             if self._socket is None:
                 self._socket = self._start()
@@ -150,9 +157,12 @@ class _Zygote:
         with theirs:
             process = subprocess.Popen(
                 [sys.executable, "-m", "tests.support.zygote", str(theirs.fileno())],
-                cwd=TREE, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()],
-                env={**ENVIRONMENT, "OPENBLAS_NUM_THREADS": "1"},  # numpy would start threads otherwise
-            )  # fmt: skip
+                cwd=TREE,
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                # Without the variable numpy would start threads.
+                env={**ENVIRONMENT, "OPENBLAS_NUM_THREADS": "1"},
+            )
         ours.settimeout(ANSWER_TIMEOUT_S)
 
         def end() -> None:
@@ -168,7 +178,9 @@ _zygote = _Zygote()
 
 # ---- the zygote's side ----
 def serve(control: socket.socket) -> dict[str, Any] | None:
-    """Fork for each request.  Returns the request in the process that has to run it, ``None`` at the end."""
+    """Fork for each request.  Returns the request in the process that has to run it, and ``None``
+    at the end.
+    """
     while True:
         data, descriptors, _flags, _address = socket.recv_fds(control, MAX_REQUEST, MAX_FDS)
         if not data:

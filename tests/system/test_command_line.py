@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The program as a user runs it: what it says, how it exits, and that nothing is lost by a mistake."""
+"""The program as a user runs it: its output, its exit status, and that a mistake loses nothing."""
 
 from __future__ import annotations
 
@@ -119,7 +119,9 @@ def test_an_unreachable_destination(world: World, name: str) -> None:
 
 @contextlib.contextmanager
 def server(answer: bytes, *, hang_up: bool = False) -> Iterator[int]:
-    """Somebody else's server: says ``answer`` and waits for the client to leave, or leaves when that has spoken."""
+    """A server of another program: it sends ``answer``, and then waits for the client to leave, or
+    leaves after the client has sent something.
+    """
 
     def serve() -> None:
         with contextlib.suppress(OSError):
@@ -270,8 +272,8 @@ def test_loopback_reports_and_writes_the_documented_keys(tmp_path: Path) -> None
     data = json.loads(path.read_text())
     documented = (Path(__file__).parents[2] / "docs/commands.md").read_text()
     for key in (
-        "verified", "strategy", "memory_bytes", "total_s", "downtime_s", "precopy", "push", "pull", "zero_pages",
-        "fault_latency_us", "vcpu_block_s", "throughput_bytes_per_s",
+        "verified", "strategy", "memory_bytes", "total_s", "downtime_s", "precopy", "push", "pull",
+        "zero_pages", "fault_latency_us", "vcpu_block_s", "throughput_bytes_per_s",
     ):  # fmt: skip
         assert key in data
         assert f"`{key}`" in documented
@@ -322,7 +324,9 @@ def test_a_loopback_whose_sender_dies_shows_its_log() -> None:
 
 
 def test_loopback_leaves_nothing_behind() -> None:
-    """Executed, and so are the daemons that the program starts: most other tests have the zygote fork theirs."""
+    """Executed, as are the daemons that the program starts: in most other tests the zygote forks
+    them.
+    """
     with tempfile.TemporaryDirectory() as place:  # a short path: sockets are made there
         environment = {**os.environ, "TMPDIR": place}
         subprocess.run(
@@ -428,8 +432,9 @@ from migrate.errors import MigrationError
 sender, receiver = sys.argv[1:]
 cli.main(["list", "--socket", sender, "--socket", receiver], standalone_mode=False)
 for command in (
-    ["show", "stranger"], ["watch", "stranger"], ["reconnect", "stranger"], ["decide", "stranger", "here"],
-    ["cancel", "stranger"], ["postcopy-now", "stranger"], ["migrate", "stranger", "localhost"],
+    ["show", "stranger"], ["watch", "stranger"], ["reconnect", "stranger"], ["cancel", "stranger"],
+    ["postcopy-now", "stranger"], ["decide", "stranger", "here"],
+    ["migrate", "stranger", "localhost"],
 ):
     try:
         cli.main([*command, "--socket", sender], standalone_mode=False)
@@ -442,7 +447,9 @@ print("imported:", *{"numpy", "trio", "msgpack", "cffi", "tqdm"} & set(sys.modul
 
 
 def test_a_client_command_imports_only_what_it_needs(world: World) -> None:
-    """Each of these modules would make the command slower to start; most commands are run again and again."""
+    """Each of these modules would make the command slower to start; most commands are run again and
+    again.
+    """
     sockets = [str(world.sender_socket), str(world.receiver_socket)]
     done = subprocess.run(
         [sys.executable, "-c", CLIENT_COMMANDS, *sockets],

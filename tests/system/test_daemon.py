@@ -64,10 +64,16 @@ def test_a_daemon_serves_the_socket_that_systemd_made_and_feeds_its_watchdog(
             str(hosts.directory / "source.sock"),
         ]
         daemon = subprocess.Popen(
-            [sys.executable, "-c", AS_SYSTEMD, str(made.fileno()), *arguments], pass_fds=[made.fileno()],
+            [sys.executable, "-c", AS_SYSTEMD, str(made.fileno()), *arguments],
+            pass_fds=[made.fileno()],
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "LISTEN_FDS": "1", "NOTIFY_SOCKET": str(told), "WATCHDOG_USEC": "300000"},
-        )  # fmt: skip
+            env={
+                **os.environ,
+                "LISTEN_FDS": "1",
+                "NOTIFY_SOCKET": str(told),
+                "WATCHDOG_USEC": "300000",
+            },
+        )
         try:
             heard = b""
             while b"READY=1" not in heard or heard.count(b"WATCHDOG=1") < 3:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A daemon is killed, at any instant, and started anew: the guest runs in exactly one place and loses nothing."""
+"""A daemon is killed, at any instant, and started again: the guest runs in exactly one place and
+loses nothing.
+"""
 
 from __future__ import annotations
 
@@ -54,8 +56,8 @@ def begin(world: World, strategy: str = "hybrid", bandwidth: float | None = 32 *
     guest.close()
     client = world.control("sender")
     client.say(
-        command="migrate", domain="guest", destination=f"127.0.0.1:{world.port}", strategy=strategy, bandwidth=bandwidth,
-        policy={"max_rounds": 2},
+        command="migrate", domain="guest", destination=f"127.0.0.1:{world.port}", strategy=strategy,
+        bandwidth=bandwidth, policy={"max_rounds": 2},
     )  # fmt: skip
     client.answer()
     client.close()
@@ -183,8 +185,9 @@ def test_migrate_reports_what_is_known_when_the_sender_dies(
     guest.close()
     written = tmp_path / "result.json"
     command = [
-        *PROGRAM, "migrate", "guest", f"127.0.0.1:{world.port}", "--socket", str(world.sender_socket), "--bandwidth", "2M",
-        "--strategy", "hybrid" if wanted == "precopy" else "postcopy", "--json", str(written),
+        *PROGRAM, "migrate", "guest", f"127.0.0.1:{world.port}", "--socket",
+        str(world.sender_socket), "--bandwidth", "2M", "--strategy",
+        "hybrid" if wanted == "precopy" else "postcopy", "--json", str(written),
     ]  # fmt: skip
     with zygote.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
@@ -222,7 +225,9 @@ def test_killed_in_precopy_the_guest_stays(world: World, which: str) -> None:
 
 
 def test_the_last_entry_of_a_journal_was_not_written(world: World) -> None:
-    """Found by chaos: all had come, and the successor held the guest for one whose ring was lost."""
+    """Found by chaos: all pages had come, and the successor treated the guest as one whose ring was
+    lost.
+    """
     begin(world, "postcopy", bandwidth=8 * MIB)
     until(lambda: phase(world, "receiver") == "postcopy", "no postcopy")
     entries = list(world.directory.glob("destination.sock.state/receiver/*.json"))
@@ -250,7 +255,9 @@ def test_the_guest_ends_while_its_pager_is_dead(world: World) -> None:
 def test_a_second_daemon_takes_up_nothing_of_one_that_runs(
     world: World, which: str, tmp_path: Path
 ) -> None:
-    """A daemon that is started twice by mistake: the second one would take the first one's migrations for orphans."""
+    """A daemon that is started twice by mistake: the second one would take the first one's
+    migrations for orphans.
+    """
     begin(world, bandwidth=4 * MIB)
     until(lambda: phase(world, "receiver") == phase(world, "sender") == "precopy", "no precopy")
     host = world.directory / ("source.sock" if which == "sender" else "destination.sock")
@@ -311,9 +318,11 @@ def test_of_two_entries_for_one_domain_the_newer_is_taken_up(
 @pytest.mark.parametrize("here", [True, False])
 @pytest.mark.parametrize("killed", [True, False])
 def test_an_operator_s_decision_outlives_the_sender(world: World, here: bool, killed: bool) -> None:
-    """The decision is in the journal before the operator has the answer, and a successor carries the decision out.
+    """The decision is in the journal before the operator has the answer, and a successor carries
+    the decision out.
 
-    Found under load: the sender was killed behind its answer, and the guest was suspended for good.
+    Found under load: the sender was killed after its answer, and the guest stayed suspended for
+    ever.
     """
     begin(world, "postcopy", bandwidth=8 * MIB)
     until(lambda: phase(world, "receiver") == "postcopy", "no postcopy")

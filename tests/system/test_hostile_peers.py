@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Invariant 7: a hostile peer is told what it did, memory stays bounded, and the daemon's other migrations go on.
+"""Invariant 7: a hostile peer is told what it did, memory stays bounded, and the daemon's other
+migrations continue.
 
-Each test is such a peer, against the daemons as processes, while a guest is being migrated between them.
+Each test is one such peer of the daemons, which are processes, while a guest is being migrated
+between them.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ from xenbackend.simulated.client import SimulatedDomain
 from xenbackend.simulated.guest import GuestSpec
 
 MORE_MIB = 96
-"""That a daemon may take for what a peer does: threads and buffers of several hundred connections."""
+"""The memory in MiB that a peer may make a daemon use: threads and buffers of several hundred
+connections.
+"""
 FROM_POSTCOPY_ON = ("postcopy", "completing", "completed")
 """Phases of a receiver; on a busy machine one may be over before it was seen."""
 numbers = itertools.count(1)
@@ -51,7 +55,7 @@ def hosts_with_daemons() -> Iterator[World]:
 
 @pytest.fixture
 async def world(hosts_with_daemons: World, request: pytest.FixtureRequest) -> AsyncIterator[World]:
-    """A migration goes on during the test, and arrives.  A parameter says how many seconds it takes."""
+    """A migration runs during the test, and completes.  A parameter is its duration in seconds."""
     world, seconds = hosts_with_daemons, getattr(request, "param", 1)
     spec = GuestSpec(
         f"bystander{next(numbers)}", 8 * MIB, 2, workload="random", zero_permille=0, rate=2000
@@ -65,8 +69,9 @@ async def world(hosts_with_daemons: World, request: pytest.FixtureRequest) -> As
     def bystander() -> None:
         try:
             world.ask(
-                "sender", command="migrate", domain=spec.name, destination=f"127.0.0.1:{world.port}",
-                strategy="postcopy", bandwidth=8 * MIB // seconds,
+                "sender", command="migrate", domain=spec.name,
+                destination=f"127.0.0.1:{world.port}", strategy="postcopy",
+                bandwidth=8 * MIB // seconds,
             )  # fmt: skip
         except MigrationError as error:
             errors.append(error)
@@ -187,14 +192,20 @@ async def say(peer: Sender | Receiver, said: Said) -> None:
         (on_push(m.Handover()), "handover in phase precopy"),
         (on_push(m.Offer("other", 8, 8, 1, b"", True, b"key", 0)), "offer in phase precopy"),
         ([(Lane.PUSH, m.Pages(pfn_array([5000])), [PAGE])], "the domain ends at"),
-        ([(Lane.PULL, m.Pages(pfn_array([1])), [PAGE])], "pages on the pull lane before the switchover"),
+        (
+            [(Lane.PULL, m.Pages(pfn_array([1])), [PAGE])],
+            "pages on the pull lane before the switchover",
+        ),
         (on_push(m.Suspended(), m.Missing(pfn_array([2**30]))), "the domain ends at"),
         (on_push(m.Suspended(), m.Context(b"junk", True)), "not a context of this domain"),
-        (on_push(m.Suspended(), *[m.Context(bytes(128 * 1024), False)] * 513), "context: more than"),
+        (
+            on_push(m.Suspended(), *[m.Context(bytes(128 * 1024), False)] * 513),
+            "context: more than",
+        ),
         (on_push(m.Passed(7)), "passed from the sender"),
         (on_push(m.Kept("")), "kept in phase precopy"),
     ],
-)  # fmt: skip
+)
 async def test_a_sender_before_the_handover(world: World, said: Said, complaint: str) -> None:
     async with Sender.of_a_guest(world) as sender:
         await say(sender, said)
@@ -278,7 +289,9 @@ async def test_connections_that_are_reset_at_once(world: World) -> None:
 
 
 async def test_a_sender_that_ends_before_its_pull_lane(world: World) -> None:
-    """Its guest's memory at the destination is free again at once, not when the pull lane has been awaited in vain."""
+    """The memory of its guest at the destination is freed at once, and not only after the wait for
+    the pull lane has failed.
+    """
     spec = GuestSpec(f"guest{next(numbers)}", 4 * MIB)
     name = spec.name
     push = await DialledLanes(("127.0.0.1", world.port), new_id(), Terms()).push()
@@ -353,7 +366,9 @@ async def receiver_of(
     *,
     after: Callable[[str], Awaitable[None]],
 ) -> None:
-    """The sender is asked to migrate a guest to one that does ``what``; ``after`` is told the guest's name."""
+    """The sender is asked to migrate a guest to a receiver that does ``what``; ``after`` is given
+    the guest's name.
+    """
     spec = GuestSpec(f"guest{next(numbers)}", 4 * MIB, 1, workload="random", zero_permille=0)
     guest = world.source.create_guest(spec.to_bytes())
     # The sender dials again when its lanes are closed: what comes by then is closed as well.
@@ -465,14 +480,17 @@ async def test_a_receiver_after_the_handover(world: World, said: Said, complaint
 @pytest.mark.serial
 @pytest.mark.parametrize("world", [4], indirect=True)
 async def test_a_flood_of_faults_by_one_that_reads_nothing(world: World) -> None:
-    """Each is answered by a page, again and again; the answers wait in its own socket, and it is not asked for more."""
+    """Each fault is answered by a page, again and again.  The answers wait in the sender's own
+    socket, and it reads no further faults meanwhile.
+    """
 
     async def what(receiver: Receiver) -> None:
         await receiver.hear(m.Context)
         await receiver.push.send(m.Ready())
         await receiver.hear(m.Handover)
         await receiver.push.send(m.Resumed())
-        # Beyond its working set: a page that the guest wrote lately is sent before the handover, and is not outstanding.
+        # Beyond the guest's working set: a page that the guest wrote lately is sent before the
+        # handover, and is not outstanding.
         fault = m.Fault(np.arange(600, 664, dtype=np.uint64))
 
         def flood() -> None:

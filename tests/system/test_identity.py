@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Which domain is meant, and which migration: a number is no name, a name no identifier, and a domain that has another one's
-number is not that one."""
+"""Which domain is meant, and which migration.  A number is no name, and a name is no identifier.  A
+domain that has the number of another one is not that one.
+"""
 
 from __future__ import annotations
 

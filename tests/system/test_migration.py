@@ -78,7 +78,8 @@ def test_every_strategy_with_every_workload(
 def test_any_number_of_vcpus(world: World, name: str, vcpus: int) -> None:
     """More vCPUs than the ring has slots, too."""
     spec = boot(world, name, vcpus=vcpus, write_permille=500)
-    # Slow enough that the vCPUs meet absent pages: on a busy machine all of it is pushed before the first one runs.
+    # Slow enough that the vCPUs touch absent pages: on a busy machine all pages would be pushed
+    # before the first vCPU runs.
     result = migrate(world, name, strategy="postcopy", bandwidth=10 * MIB)
     view = check(world, spec)
     assert view["faults"] > 0
@@ -154,12 +155,14 @@ def test_there_and_back_again(name: str) -> None:
         wait_for_steps(domain, 200)
         domain.close()
         there.start(
-            "back-receiver", "receiver", "--listen", "127.0.0.1:0",
-            "--socket", str(there.directory / "back-receiver.sock"), "--simulated", str(there.directory / "source.sock"),
+            "back-receiver", "receiver", "--listen", "127.0.0.1:0", "--socket",
+            str(there.directory / "back-receiver.sock"), "--simulated",
+            str(there.directory / "source.sock"),
         )  # fmt: skip
         there.start(
-            "back-sender", "sender", "--listen", "127.0.0.1:0",
-            "--socket", str(there.directory / "back-sender.sock"), "--simulated", str(there.directory / "destination.sock"),
+            "back-sender", "sender", "--listen", "127.0.0.1:0", "--socket",
+            str(there.directory / "back-sender.sock"), "--simulated",
+            str(there.directory / "destination.sock"),
         )  # fmt: skip
         port = there.ask("back-receiver", command="status")["port"]
         there.ask("back-sender", command="migrate", domain=name, destination=f"127.0.0.1:{port}")

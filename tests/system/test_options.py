@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Every option of every command, with values at and beyond its edges: an exit status and a sentence, never a traceback."""
+"""Every option of every command, with values at and beyond its limits: an exit status and a
+sentence, never a traceback.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +21,18 @@ from migrate.errors import MigrationError
 from migrate.units import parse_address, parse_size
 
 NUMBERS = (
-    "0", "-0", "1", "-1", "2", "0.5", "64", "65", "1000", "4096", "nan", "-nan", "inf", "-inf", "1e400", "1e-400", "0x10", "1_0",
-    " 1", "", "½", "²", "٣", "9" * 19, "9" * 30, "9" * 5000, "-" + "9" * 30, "4K", "1M", "1.5GiB", "9" * 400 + "T", "1E", "-5M",
+    "0", "-0", "1", "-1", "2", "0.5", "64", "65", "1000", "4096", "nan", "-nan", "inf", "-inf",
+    "1e400", "1e-400", "0x10", "1_0", " 1", "", "½", "²", "٣", "9" * 19, "9" * 30, "9" * 5000,
+    "-" + "9" * 30, "4K", "1M", "1.5GiB", "9" * 400 + "T", "1E", "-5M",
 )  # fmt: skip
 TEXTS = (
-    "x", "guest", "a" * 300, "\x1b[31mred", "a\nb", "é", "\udcff", "[::1", "[::1]", "[::1]:0", "[::1]x", "::1", "host:", ":1",
-    "host:99999", "host:-1", "host:²", "a" * 64 + ".b", "[host]", "1:2:3", "here", "elsewhere", "postcopy", "hybrid", "random",
+    "x", "guest", "a" * 300, "\x1b[31mred", "a\nb", "é", "\udcff", "[::1", "[::1]", "[::1]:0",
+    "[::1]x", "::1", "host:", ":1", "host:99999", "host:-1", "host:²", "a" * 64 + ".b", "[host]",
+    "1:2:3", "here", "elsewhere", "postcopy", "hybrid", "random",
 )  # fmt: skip
 PATHS = (
-    "/proc", ".", "file", "none/file", "fifo", "folder", "/dev/null", "/dev/zero", "/dev/full", "/proc/self/mem", "/proc/new",
-    "p" * 300, "d/" * 60 + "s", "locked/file", "image",
+    "/proc", ".", "file", "none/file", "fifo", "folder", "/dev/null", "/dev/zero", "/dev/full",
+    "/proc/self/mem", "/proc/new", "p" * 300, "d/" * 60 + "s", "locked/file", "image",
 )  # fmt: skip
 STATUSES = {0, 1, 2, 130}
 
@@ -137,20 +141,32 @@ def test_any_options_give_an_exit_status(words: list[str]) -> None:
         (["simulated-guest", "list", "--host", "s" * 108], 1, "the path has 108 bytes"),
         (["receiver", "--config", "/dev/zero"], 1, "not a file with a configuration"),
         (["receiver", "--config", "fifo"], 1, "not a file with a configuration"),
-        (["receiver", "--listen", "8213"], 2, "address '8213': HOST, HOST:PORT or [IPV6]:PORT; this is a port"),
+        (
+            ["receiver", "--listen", "8213"],
+            2,
+            "address '8213': HOST, HOST:PORT or [IPV6]:PORT; this is a port",
+        ),
         (["migrate", "guest", "8213"], 2, "address '8213': HOST, HOST:PORT"),
         (["migrate", "guest", "host:x"], 2, "address 'host:x': HOST, HOST:PORT"),
         (["receiver", "--listen", "[::1"], 2, "a bracket is not closed"),
         (["receiver", "--listen", "[host]"], 2, "brackets are for IPv6 addresses"),
         (["receiver", "--listen", "host:65536"], 2, "a port is a number of at most 65535"),
         (["migrate", "\x1b[31m", "host", "--socket", "none\x1b[0m"], 1, "none\ufffd[0m"),
-        (["migrate", "guest", "host", "--json", "fifo", "--socket", "none"], 1, "is the daemon running?"),
-        (["migrate", "guest", "host", "--strategy", "precopy", "--protect"], 2, "has nothing to protect"),
+        (
+            ["migrate", "guest", "host", "--json", "fifo", "--socket", "none"],
+            1,
+            "is the daemon running?",
+        ),
+        (
+            ["migrate", "guest", "host", "--strategy", "precopy", "--protect"],
+            2,
+            "has nothing to protect",
+        ),
         (["simulated-host", "--socket", "s", "--memory", "1"], 2, "--memory: at least a page"),
         (["dance"], 2, "No such command 'dance'"),
         (["migrate", "guest", "host", "--strategy", "\x1b[31m"], 2, r"'\x1b[31m' is not one of"),
     ],
-)  # fmt: skip
+)
 def test_each_mistake_has_its_own_reason(
     words: list[str], status: int, what: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -171,10 +187,15 @@ def test_a_configuration_has_an_end(tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("text", "address"),
     [
-        ("host", ("host", 1)), ("host:2", ("host", 2)), ("10.0.0.1:0", ("10.0.0.1", 0)), ("::1", ("::1", 1)),
-        ("[::1]", ("::1", 1)), ("[::1]:65535", ("::1", 65535)), ("fe80::1%eth0", ("fe80::1%eth0", 1)),
+        ("host", ("host", 1)),
+        ("host:2", ("host", 2)),
+        ("10.0.0.1:0", ("10.0.0.1", 0)),
+        ("::1", ("::1", 1)),
+        ("[::1]", ("::1", 1)),
+        ("[::1]:65535", ("::1", 65535)),
+        ("fe80::1%eth0", ("fe80::1%eth0", 1)),
     ],
-)  # fmt: skip
+)
 def test_addresses(text: str, address: tuple[str, int]) -> None:
     assert parse_address(text, 1) == address
 

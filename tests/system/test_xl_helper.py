@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The helper under xl, with a stock helper that only notes what it is given.  The lab has it under the real xl."""
+"""The helper under xl, with a stock helper that only records its input.  The lab runs the helper
+under the real xl.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,8 @@ class Xl:
             numbers = (reader, *numbers)
         helper = zygote.Popen[bytes](
             [sys.executable, "-m", "migrate.xl.helper", mode, *map(str, numbers)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=[reader, *numbers[:1]],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            pass_fds=[reader, *numbers[:1]],
         )  # fmt: skip
         if not stream:
             os.close(reader)
@@ -126,11 +129,16 @@ def xl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Xl:
         (protocol.static_data_done(3), "0600 0800 03000000"),
         (protocol.restore_results(0xFEFFC, 1), "1200 0900 fcef0f0000000000 0100000000000000"),
         (protocol.complete(-1, 5), "0a00 0a00 ffffffff 05000000"),
-        (protocol.log(Level.ERROR, "no", context="c"), "1700 0100 08000000 ffffffff 02000000 6300 03000000 6e6f00"),
-        (protocol.progress("p", 1, 2, context="c"),
-         "1e00 0200 02000000 6300 02000000 7000 0100000000000000 0200000000000000"),
+        (
+            protocol.log(Level.ERROR, "no", context="c"),
+            "1700 0100 08000000 ffffffff 02000000 6300 03000000 6e6f00",
+        ),
+        (
+            protocol.progress("p", 1, 2, context="c"),
+            "1e00 0200 02000000 6300 02000000 7000 0100000000000000 0200000000000000",
+        ),
     ],
-)  # fmt: skip
+)
 def test_messages_are_packed_as_libxl_reads_them(message: bytes, expected: str) -> None:
     assert message.hex() == expected.replace(" ", "")
 
@@ -331,7 +339,10 @@ def test_a_guest_is_saved_only_where_its_memory_has_come(
     )
 
 
-OFFER = b'{"event": "offer", "session": "s", "address": ["h", 1], "token": "00", "cpu_policy": ["", ""]}\n'
+OFFER = (
+    b'{"event": "offer", "session": "s", "address": ["h", 1], "token": "00", '
+    b'"cpu_policy": ["", ""]}\n'
+)
 DECLINED = b'{"event": "declined", "message": "no"}\n'
 NOTHING_MISSING = b'{"event": "result"}\n'
 

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Migrations as xl has them done: two helpers, two daemons, two simulated hosts, and a scripted libxl at each end.
+"""Migrations as xl makes them: two helpers, two daemons, two simulated hosts, and a scripted libxl
+at each end.
 
-What xl does after its helpers (letting the guest run at one end and destroying it at the other) the tests do.
+The tests do what xl does after its helpers: they let the guest run at one end and destroy it at the
+other.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ def test_a_guest_is_migrated(xl: Xl, strategy: str) -> None:
     xl.wait_for("completed", "completed")
     check_arrived(xl)
     assert [said.kind for said in xl.save.said if said.kind is not Message.PROGRESS] == [
-        Message.SWITCH_QEMU_LOGDIRTY, Message.SUSPEND, Message.SWITCH_QEMU_LOGDIRTY, Message.COMPLETE,
+        Message.SWITCH_QEMU_LOGDIRTY, Message.SUSPEND, Message.SWITCH_QEMU_LOGDIRTY,
+        Message.COMPLETE,
     ]  # fmt: skip
     assert [said.kind for said in xl.restore.said] == [
         Message.STATIC_DATA_DONE, Message.RESTORE_RESULTS, Message.COMPLETE,
@@ -54,7 +57,9 @@ def test_pages_are_served_long_after_the_source_is_gone(xl: Xl) -> None:
 
 @pytest.mark.parametrize("strategy", ["hybrid", "postcopy", "precopy"])
 def test_a_guest_that_is_left_paused_gets_its_memory(xl: Xl, strategy: str) -> None:
-    """``xl migrate -p``: whoever unpauses it may come much later, and its pages would live by one process until then."""
+    """``xl migrate -p``: the guest may be unpaused much later, and until then its pages would
+    depend on one process.
+    """
     xl.save.environment["XEN_POSTCOPY_STRATEGY"] = strategy
     assert xl.run() == ((0, 0), (0, 0))
     xl.source.destroy()
@@ -129,9 +134,11 @@ def test_a_guest_that_lacks_pages_is_saved_when_it_has_them(
 @pytest.mark.parametrize("world", [SLOW], indirect=True)
 @pytest.mark.parametrize("slowly", [False, True])
 def test_the_pages_of_a_guest_that_another_program_saved_are_kept(xl: Xl, slowly: bool) -> None:
-    """libvirt, or xl without our helper: the image has holes, and its maker has destroyed the guest.
+    """libvirt, or xl without our helper: the image has holes, and the program that made it has
+    destroyed the guest.
 
-    Also where the pages came while the image was written: which of them it has nobody knows.
+    The pages are also kept if they came while the image was written, because it is unknown which of
+    them the image has.
     """
     assert xl.run() == ((0, 0), (0, 0))
     xl.go()

@@ -20,7 +20,8 @@ from tests.support.labs import until
 TREE = Path(__file__).parents[2]
 JUNIT = """<testsuites><testsuite>
 <testcase classname="tests.test_a" name="test_good" time="1.5"/>
-<testcase classname="tests.test_a" name="test_bad" time="0.5"><failure message="no">why</failure></testcase>
+<testcase classname="tests.test_a" name="test_bad" time="0.5">
+<failure message="no">why</failure></testcase>
 <testcase classname="tests.test_a" name="test_left_out" time="0"><skipped/></testcase>
 <testcase classname="tests.test_a" name="test_broken" time="0"><error/></testcase>
 </testsuite></testsuites>"""
@@ -193,8 +194,9 @@ def test_a_signal_ends_the_stages_as_well(tmp_path: Path, number: signal.Signals
         "checks.main()",
     ])  # fmt: skip
     process = subprocess.Popen(
-        [sys.executable, "-c", script], env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=TREE, text=True,
+        [sys.executable, "-c", script],
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, cwd=TREE, text=True,
     )  # fmt: skip
     pids = [tmp_path / f"{name}.pid" for name in ("model", "demo")]
     until(

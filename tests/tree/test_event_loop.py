@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The check that no call that may block is made in the event loop's thread (``tests/support/event_loop.py``) notices one."""
+"""The check that no call that may block is made in the event loop's thread
+(``tests/support/event_loop.py``) notices one.
+"""
 
 from __future__ import annotations
 

@@ -26,7 +26,8 @@ def run(
 ) -> tuple[int, dict[str, Any], str]:
     """The exit status, what the process has found, and the end of its standard error."""
     with popen(
-        [*PROBE, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+        [*PROBE, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, **options
     ) as process:  # fmt: skip
         out, err = process.communicate(given, timeout=TIMEOUT_S)
     assert err.startswith("to standard error\n")
@@ -138,13 +139,17 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_forked_process_dies_with_the_one_that_asked_for_it() -> None:
-    """Even with one that is killed.  The zygote, which has the other end of standard error open, ends as well."""
+    """The parent may be killed.  The zygote, which has the other end of standard error open, ends
+    as well.
+    """
     with subprocess.Popen(
-        [sys.executable, "-c", ENDS_FIRST, *PROBE, "wait"], cwd=zygote.TREE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", ENDS_FIRST, *PROBE, "wait"], cwd=zygote.TREE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE
     ) as asking:  # fmt: skip
         out, _err = asking.communicate(timeout=TIMEOUT_S)
     assert asking.returncode == -signal.SIGKILL
-    # An orphan of that process: this one waits for orphans if it has a zygote itself, and another one does otherwise.
+    # An orphan of that process: this process waits for orphans if it has a zygote itself, and
+    # another one does otherwise.
     process = os.pidfd_open(int(out)) if Path(f"/proc/{int(out)}").exists() else -1
     if process >= 0:
         assert select.select([process], [], [], TIMEOUT_S)[0]
@@ -155,8 +160,8 @@ def test_what_the_zygote_cannot_do_is_executed(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
     for environment in (None, dict(os.environ)):
         with zygote.Popen(
-            [*PROBE, "return"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            env=environment, text=True,
+            [*PROBE, "return"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, env=environment, text=True,
         ) as process:  # fmt: skip
             assert "import time:" in process.communicate(timeout=TIMEOUT_S)[1]
     with zygote.Popen(

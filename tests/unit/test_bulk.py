@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Batches through a socket by native code: every byte once and in order, however the kernel cuts them up, and the end told."""
+"""Batches through a socket by native code: every byte once and in order, however the kernel divides
+them, and the end reported.
+"""
 
 from __future__ import annotations
 

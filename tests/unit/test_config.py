@@ -65,7 +65,8 @@ def test_what_is_given() -> None:
     [
         (
             "[sendr]",
-            "config.toml: [sendr]: there is no such section; there are network, tls, sender, receiver, migration",
+            "config.toml: [sendr]: there is no such section; there are network, tls, sender, "
+            "receiver, migration",
         ),
         ("sender = 1", "config.toml: sender: a section, [sender]"),
         (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The control socket: what a client gets for a mistake, and what it gets if the daemon goes away."""
+"""The control socket: the answer to a client's mistake, and the answer if the daemon goes away."""
 
 from __future__ import annotations
 

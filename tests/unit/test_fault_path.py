@@ -122,8 +122,8 @@ class Source:
     def state(self) -> tuple[object, ...]:
         backlog, counted = self.backlog, self.statistics
         return (
-            backlog._state.tolist(), backlog._left.tolist(), backlog.unsent, backlog.pages.cursor, backlog.unacknowledged,
-            counted.pull_pages, counted.pull_zero_pages,
+            backlog._state.tolist(), backlog._left.tolist(), backlog.unsent, backlog.pages.cursor,
+            backlog.unacknowledged, counted.pull_pages, counted.pull_zero_pages,
         )  # fmt: skip
 
 

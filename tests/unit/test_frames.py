@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The codec: whatever is put in comes out, and whatever is not a frame is refused before memory is taken."""
+"""The codec: whatever is put in comes out, and whatever is not a frame is refused before memory is
+allocated.
+"""
 
 from __future__ import annotations
 
@@ -110,7 +112,9 @@ def test_the_decoder_reports_that_it_is_within_a_frame() -> None:
     ("at", "checked"), [(5, True), (19, True), (25, True), (-1, True), (25, False)]
 )
 def test_a_damaged_byte_is_named_as_damage(at: int, checked: bool) -> None:
-    """In a length, in a checksum, in the header, and in the payload if its checksum is agreed on."""
+    """In a length, in a checksum, in the header, and in the payload if its checksum is agreed
+    on.
+    """
     data = bytearray(encoded([({"type": "pages"}, bytes(4096))], checked=checked))
     data[at] ^= 0x40
     decoder = FrameDecoder()

@@ -69,9 +69,10 @@ def test_the_messages_are_those_of_the_protocol_s_version() -> None:
         "Add the messages of the new version to the table, or replace those of version 1."
     )
     assert {name: " ".join(m.FIELDS[cls]) for name, cls in m.TYPES.items()} == VERSION_1, (
-        "A receiver of version 1 refuses a message or field that it does not have.  So what is added needs a capability in "
-        '`hello`, or a new PROTOCOL_VERSION: see CONTRIBUTING.md, "Changing the protocol".  Then change docs/protocol.md, '
-        "and VERSION_1 in this file."
+        "A receiver of version 1 refuses a message or field that it does not have.  So what is "
+        "added needs a capability in "
+        '`hello`, or a new PROTOCOL_VERSION: see CONTRIBUTING.md, "Changing the protocol".  Then '
+        "change docs/protocol.md, and VERSION_1 in this file."
     )
 
 
@@ -82,7 +83,8 @@ def test_the_protocol_s_document_describes_each_message_and_its_fields(name: str
         rf"^(?:\| )?`{name}`.*?(?=\n\||\n\n)", PROTOCOL.read_text(), re.MULTILINE | re.DOTALL
     )
     assert described, (
-        f"docs/protocol.md has no row or paragraph that begins with `{name}`: describe the message there."
+        f"docs/protocol.md has no row or paragraph that begins with `{name}`: describe the message "
+        "there."
     )
     missing = [field for field in m.FIELDS[m.TYPES[name]] if f"`{field}`" not in "".join(described)]
     assert missing == [], (

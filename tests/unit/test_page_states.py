@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The pages' state machines at both ends: nothing lost, nothing twice, every request answered once."""
+"""The pages' state machines at both ends: nothing lost, nothing twice, every request answered
+once.
+"""
 
 from __future__ import annotations
 
@@ -402,7 +404,9 @@ TestBothEnds = BothEnds.TestCase
 
 # ---- pages whose mapping was given up ----
 def test_pages_that_have_arrived_meanwhile_are_not_sent_again() -> None:
-    """Their mapping is given up as soon as the receiver has loaded them, and then there is a hole."""
+    """Their mapping is given up as soon as the receiver has loaded them, and then there is a
+    hole.
+    """
     backlog, pfns = backlog_of(1, 2, 3), pfn_array([1, 2, 3])
     backlog.rejoin(mask(1))
     mapped = MappedPages(

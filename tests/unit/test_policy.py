@@ -42,18 +42,29 @@ def test_decisions(strategy: Strategy, progress: PrecopyProgress, decision: Deci
 
 @pytest.mark.parametrize(
     "options",
-    [{"max_rounds": 0}, {"max_rounds": 1.5}, {"max_rounds": True}, {"dirty_threshold": -1},
-     {"dirty_threshold": math.nan}, {"dirty_threshold": 0.5}, {"downtime_target_ms": 0}, {"downtime_target_ms": math.nan}],
-)  # fmt: skip
+    [
+        {"max_rounds": 0},
+        {"max_rounds": 1.5},
+        {"max_rounds": True},
+        {"dirty_threshold": -1},
+        {"dirty_threshold": math.nan},
+        {"dirty_threshold": 0.5},
+        {"downtime_target_ms": 0},
+        {"downtime_target_ms": math.nan},
+    ],
+)
 def test_senseless_options_are_named(options: dict[str, Any]) -> None:
     assert str(PolicyOptions(**options).problems()).startswith("--")
 
 
 def test_a_request_of_another_program_is_held_to_the_same_limits() -> None:
     for what, options in {
-        "--max-rounds 0": {"policy": PolicyOptions(max_rounds=0)}, "bandwidth 0": {"bandwidth_bytes_per_s": 0},
-        "bandwidth 4095": {"bandwidth_bytes_per_s": 4095}, "bandwidth 1e-300": {"bandwidth_bytes_per_s": 1e-300},
-        "bandwidth inf": {"bandwidth_bytes_per_s": math.inf}, "bandwidth nan": {"bandwidth_bytes_per_s": math.nan},
+        "--max-rounds 0": {"policy": PolicyOptions(max_rounds=0)},
+        "bandwidth 0": {"bandwidth_bytes_per_s": 0},
+        "bandwidth 4095": {"bandwidth_bytes_per_s": 4095},
+        "bandwidth 1e-300": {"bandwidth_bytes_per_s": 1e-300},
+        "bandwidth inf": {"bandwidth_bytes_per_s": math.inf},
+        "bandwidth nan": {"bandwidth_bytes_per_s": math.nan},
         "checkpoints every 1e-06 s": {"checkpoint_every_s": 1e-6},
         "nothing to protect": {"strategy": Strategy.PRECOPY, "checkpoint_every_s": 1.0},
     }.items():  # fmt: skip

@@ -34,7 +34,9 @@ NR_PFNS, WINDOW_PFNS = 1024, 128
 
 
 class SlowDestination:
-    """Behind a push lane: it does what it is told, ``seconds`` for each window of pages that are put off."""
+    """The end behind a push lane.  It needs ``seconds`` for each window of pages that are evicted
+    early.
+    """
 
     def __init__(self, seconds: float):
         self._seconds = seconds

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Why a host or a domain is refused, from what is known of it.  ``tests/xenlab`` has those that a real Xen can be brought to."""
+"""Why a host or a domain is refused, from its facts.  ``tests/xenlab`` has the reasons that a real
+Xen can be made to have.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The session machine: two ends joined in memory follow the protocol, and neither lets the other leave it."""
+"""The session machine: two ends joined in memory follow the protocol, and neither lets the other
+leave it.
+"""
 
 from __future__ import annotations
 

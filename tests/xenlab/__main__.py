@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``python -m tests.xenlab [--hypervisor KIND] COMMAND...``: run a command in the dom0 of a real Xen.
+"""``python -m tests.xenlab [--hypervisor KIND] COMMAND...``: run a command in the dom0 of a real
+Xen.
 
-The command runs in a copy of the working tree, which is read-only there.  What it leaves in the
-folder $LAB_OUT comes back, with its output and exit status, the consoles of guests, and the
-console of Xen and dom0.
+The command runs in a copy of the working tree, which is read-only there.  Files that the command
+leaves in the folder $LAB_OUT are brought back, with its output and exit status, the consoles of
+guests, and the console of Xen and dom0.
 
     python -m tests.xenlab xl info
     python -m tests.xenlab --hypervisor debian --keep /tmp/lab -- xl list
@@ -137,7 +138,8 @@ def main() -> None:
     )
     parser.add_argument(
         "--hypervisor", choices=parts.MACHINES, action="append",
-        help=f"where to run (default: {parts.HYPERVISORS[0]}; of the tests: all; may be given again for them)",
+        help=f"where to run (default: {parts.HYPERVISORS[0]}; of the tests: all; may be given "
+             "again for them)",
     )  # fmt: skip
     parser.add_argument(
         "--timeout", type=float, default=3300.0, help="seconds for one machine (default 3300)"

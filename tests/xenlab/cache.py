@@ -32,10 +32,21 @@ def run(command: list[str], *, cwd: Path | None = None, env: dict[str, str] | No
     """Its output.  Raises :class:`LabError` with the last lines of it."""
     try:
         done = subprocess.run(
-            command, check=False, cwd=cwd,
-            env={**os.environ, "LC_ALL": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive", **(env or {})},
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-        )  # fmt: skip
+            command,
+            check=False,
+            cwd=cwd,
+            env={
+                **os.environ,
+                "LC_ALL": "C.UTF-8",
+                "DEBIAN_FRONTEND": "noninteractive",
+                **(env or {}),
+            },
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
     except OSError as error:
         raise LabError(f"{command[0]}: {error.strerror}") from error
     if done.returncode:
@@ -61,7 +72,9 @@ def fingerprint(*ingredients: str | bytes | Path) -> str:
 
 
 def part(name: str, key: str, build: Callable[[Path], None]) -> Path:
-    """The folder of a part; ``build`` fills it the first time.  An older one of the same name is taken away."""
+    """Return the folder of a part, which ``build`` fills the first time.  An older folder of the
+    same name is removed.
+    """
     where = directory() / f"{name}-{key}"
     directory().mkdir(parents=True, exist_ok=True)
     with (directory() / f".{name}.lock").open("w") as lock:

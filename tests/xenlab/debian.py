@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Debian's packages, of the release that dom0 runs, without touching this machine's own package state.
+"""Debian's packages, of the release that dom0 runs, without touching this machine's own package
+state.
 
-The mirror is the one that this machine's apt uses.  The release pocket alone is used: the security pocket
-has newer binaries of Xen without the source that belongs to them.
+The mirror is the one that this machine's apt uses.  Only the release pocket is used: the security
+pocket has newer binaries of Xen without the source that belongs to them.
 """
 
 from __future__ import annotations

@@ -33,8 +33,9 @@ NOT_IN_DOM0 = ("build", "docs", "tests/campaigns/fuzz/corpus")
 PYTHON_FOLDERS = ("migrate", "receiver", "sender", "tests", "xenbackend")
 
 XEN_OPTIONS = (
-    "console=com1 com1=115200,8n1 loglvl=all guest_loglvl=all spec-ctrl=no xpti=no mwait-idle=0 cpuidle=0 iommu=no "
-    "watchdog=0 noreboot bootscrub=0 dom0_mem=1024M,max:1024M dom0_max_vcpus=1 dom0_vcpus_pin"
+    "console=com1 com1=115200,8n1 loglvl=all guest_loglvl=all spec-ctrl=no xpti=no mwait-idle=0 "
+    "cpuidle=0 iommu=no watchdog=0 noreboot bootscrub=0 dom0_mem=1024M,max:1024M dom0_max_vcpus=1 "
+    "dom0_vcpus_pin"
 )
 DOM0_OPTIONS = "console=hvc0 mitigations=off nokaslr quiet panic=1 net.ifnames=0"
 # A getty would read the line that is for the runner.
@@ -195,7 +196,9 @@ class _Machine(contextlib.AbstractContextManager["_Machine"]):
         *,
         saving: bool = False,
     ):
-        """``state``: where to begin, or, if ``saving``, where to save; ``number``: which of two hosts."""
+        """``state``: where to begin, or, if ``saving``, where to save; ``number``: which of two
+        hosts.
+        """
         self._kind, self._where, self._state, self._saving = kind, where, state, saving
         self.console = where / "console.log"
         self._monitor_at = sockets / f"monitor{number}"
@@ -206,26 +209,27 @@ class _Machine(contextlib.AbstractContextManager["_Machine"]):
         disk, form = (state / "disk", "qcow2") if state else (parts.dom0() / "disk", "raw")
         snapshot = "off" if saving else "on"
         command = [
-            *_command(kind, memory_mib),
-            "-drive", f"file={disk},if=virtio,format={form},snapshot={snapshot}",
-            "-drive", f"file={parts.packages() / 'disk'},if=virtio,format=raw,readonly=on",
+            *_command(kind, memory_mib), "-drive",
+            f"file={disk},if=virtio,format={form},snapshot={snapshot}", "-drive",
+            f"file={parts.packages() / 'disk'},if=virtio,format=raw,readonly=on",
             *_share("io", where, readonly=False), *_share("parts", parts.guest(), readonly=True),
-            "-qmp", f"unix:{self._monitor_at},server=on,wait=off",
-            "-chardev", f"socket,id=com1,path={self._console_at},server=on,wait=off,logfile={self.console}",
+            "-qmp", f"unix:{self._monitor_at},server=on,wait=off", "-chardev",
+            f"socket,id=com1,path={self._console_at},server=on,wait=off,logfile={self.console}",
             "-serial", "chardev:com1",
         ]  # fmt: skip
         if kind == parts.HOSTS:
             command += _network_card(sockets, number)
         if state:
             share = "on" if saving else "off"
-            memory = f"memory-backend-file,id=ram,mem-path={state / 'memory'},share={share},size={memory_mib}M"
-            command += ["-object", memory, "-machine", "memory-backend=ram"]
+            memory = f"mem-path={state / 'memory'},share={share},size={memory_mib}M"
+            command += ["-object", f"memory-backend-file,id=ram,{memory}"]
+            command += ["-machine", "memory-backend=ram"]
         if state and not saving:
             command += ["-incoming", "defer"]
         # QEMU ends with the thread that started it, and so with this process.
         self._process = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", *command],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
+            ["setpriv", "--pdeathsig", "KILL", *command], stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
 
     def __exit__(self, *_: object) -> None:
@@ -236,7 +240,9 @@ class _Machine(contextlib.AbstractContextManager["_Machine"]):
         self._process.stderr.close()
 
     def boot(self) -> None:
-        """Until dom0 waits for a command.  Raises :class:`LabError` with the last words otherwise."""
+        """Boot, and wait until dom0 waits for a command.  Raises :class:`LabError` with the last
+        lines of the console otherwise.
+        """
         self._wait_for(READY, BOOT_S)
 
     def save(self) -> None:
@@ -278,7 +284,8 @@ class _Machine(contextlib.AbstractContextManager["_Machine"]):
             )
             if died:
                 raise LabError(
-                    f"the machine {died} before the command ran; its last words:\n{self._last_words()}"
+                    f"the machine {died} before the command ran; its last words:\n"
+                    f"{self._last_words()}"
                 )
             time.sleep(0.05)
 
@@ -298,7 +305,8 @@ class _Machine(contextlib.AbstractContextManager["_Machine"]):
                 shown = len(data)
         if not status.exists():
             raise LabError(
-                f"the machine {died} before the command was done; its last words:\n{self._last_words()}"
+                f"the machine {died} before the command was done; its last words:\n"
+                f"{self._last_words()}"
             )
         return int(status.read_text())
 
@@ -326,7 +334,9 @@ class _Machine(contextlib.AbstractContextManager["_Machine"]):
 
 
 def _pack_tree(to: Path) -> None:
-    """The working tree as dom0 needs it, with byte code: one file, since each costs time over a shared folder."""
+    """Pack the working tree as dom0 needs it, with byte code.  It is one file, because each file
+    costs time over a shared folder.
+    """
     run([sys.executable, "-m", "compileall", "-q", *PYTHON_FOLDERS], cwd=TREE)
 
     def wanted(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
@@ -358,7 +368,9 @@ def _network_card(sockets: Path, number: int) -> list[str]:
 
 
 def _joining(number: int) -> str:
-    """What a host does before its command.  Both begin with one state, so with one hardware address."""
+    """What a host does before its command.  Both hosts begin with one state, and thus with one
+    hardware address.
+    """
     name, address = parts.HOST_NAMES[number], parts.address(number)
     return (
         f"hostname {name}; ip link set eth0 address 52:54:00:00:01:0{number + 1}; "

@@ -25,7 +25,9 @@ PATCH = HERE.parents[1] / "xenbackend" / "hypervisor" / "populate-evicted.patch"
 HYPERVISORS = ("populate-evicted", "paging", "debian")
 """Memory paging and our hypercall; memory paging; what Debian ships, which has none."""
 HOSTS = "hosts"
-"""The first of them twice, on one network, with systemd in each dom0, and our package: the command runs in the first."""
+"""The first kind twice, on one network, with systemd in each dom0, and our package.  The command
+runs in the first dom0.
+"""
 MACHINES = (*HYPERVISORS, HOSTS)
 HOST_NAMES = ("host1", "host2")
 PAGING_CONFIG = (
@@ -85,14 +87,17 @@ FREESTANDING = (
 """Of a program that is a guest's kernel."""
 
 TOOLS = {
-    "apt-get": "apt", "debootstrap": "debootstrap", "mke2fs": "e2fsprogs", "cpio": "cpio", "gcc": "gcc", "make": "make",
-    "flex": "flex", "bison": "bison", "patch": "patch", "dpkg-source": "dpkg-dev", "dpkg-deb": "dpkg",
-    "qemu-system-x86_64": "qemu-system-x86", "qemu-img": "qemu-utils", "/bin/busybox": "busybox-static",
+    "apt-get": "apt", "debootstrap": "debootstrap", "mke2fs": "e2fsprogs", "cpio": "cpio",
+    "gcc": "gcc", "make": "make", "flex": "flex", "bison": "bison", "patch": "patch",
+    "dpkg-source": "dpkg-dev", "dpkg-deb": "dpkg", "qemu-system-x86_64": "qemu-system-x86",
+    "qemu-img": "qemu-utils", "/bin/busybox": "busybox-static",
 }  # fmt: skip
 
 
 def check_tools() -> None:
-    """Install what this machine lacks where we may.  Raises :class:`LabError` naming it where we may not."""
+    """Install the tools that this machine lacks, if we may.  Otherwise raise :class:`LabError` with
+    their names.
+    """
     missing = sorted({package for tool, package in TOOLS.items() if not shutil.which(tool)})
     if not missing:
         return
@@ -151,7 +156,9 @@ def _unpack_hypervisor(where: Path) -> None:
 
 
 def kernel() -> Path:
-    """Debian's kernel: ``vmlinuz``, the unpacked ``vmlinux`` (which a PVH guest boots faster), and ``lib/modules``."""
+    """Debian's kernel: ``vmlinuz``, the unpacked ``vmlinux`` (which a PVH guest boots faster), and
+    ``lib/modules``.
+    """
 
     def build(where: Path) -> None:
         apt = _apt()
@@ -169,7 +176,9 @@ def kernel() -> Path:
 
 
 def dom0() -> Path:
-    """``disk``: an ext4 image of Debian with the toolstack; used as a snapshot, never written.  ``sysroot``: libxen-dev."""
+    """``disk``: an ext4 image of Debian with the toolstack; used as a snapshot, never written.
+    ``sysroot``: libxen-dev.
+    """
 
     def build(where: Path) -> None:
         if os.geteuid():
@@ -207,7 +216,9 @@ def dom0() -> Path:
 
 
 def _introduce_hosts(root: Path) -> None:
-    """The hosts, which have one disk, know each other by name, and root may come by ssh from one to the other."""
+    """Make the hosts, which have one disk, resolve each other's names, and let root use ssh from
+    one to the other.
+    """
     names = "".join(f"{address(number)} {name}\n" for number, name in enumerate(HOST_NAMES))
     (root / "etc/hosts").write_text(f"127.0.0.1 localhost\n{names}")
     keys = root / "root/.ssh"
@@ -254,7 +265,8 @@ def _archive(root: Path, out: Path) -> None:
         [
             "sh",
             "-c",
-            f"find . -mindepth 1 | LC_ALL=C sort | cpio --quiet -o -H newc -R 0:0 | gzip -1 > '{out}'",
+            "find . -mindepth 1 | LC_ALL=C sort | cpio --quiet -o -H newc -R 0:0 | gzip -1 > "
+            f"'{out}'",
         ],
         cwd=root,
     )
@@ -290,7 +302,9 @@ def initramfs() -> Path:
 
 
 def packages() -> Path:
-    """``disk``: an ext4 image of the virtual environment's packages that dom0 needs, with those that they need."""
+    """``disk``: an ext4 image of those packages of the virtual environment that dom0 needs, with
+    their dependencies.
+    """
 
     def build(where: Path) -> None:
         root = where / "root"
@@ -377,7 +391,9 @@ def build() -> None:
 
 
 def backend() -> None:
-    """The native half of ``xenbackend.libxenctrl``, in the working tree, compiled for the libraries that dom0 has."""
+    """Compile the native half of ``xenbackend.libxenctrl`` in the working tree, for the libraries
+    that dom0 has.
+    """
     root = HERE.parents[1]
     sources = list((root / "xenbackend/libxenctrl/native").iterdir())
     built = list((root / "xenbackend/libxenctrl").glob("_xen.*.so"))

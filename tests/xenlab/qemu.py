@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""QEMU for the lab: how the machine is emulated or accelerated, and the monitor of a running one."""
+"""QEMU for the lab: how the machine is emulated or accelerated, and the monitor of a running
+one.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,12 @@ from typing import Any
 from tests.xenlab.cache import LabError, run
 
 PROGRAM = "qemu-system-x86_64"
-# Each flag that is masked stands for something that QEMU 7.2 or Xen under it gets wrong: docs/xenlab.md has the list.
-EMULATED_CPU = "EPYC,+svm,+npt,-monitor,-smap,-smep,-rdseed,-nrip-save,-avx,-avx2,-f16c,-fma,-xsave,-xsaveopt,-xsavec,-xgetbv1"
+# Each flag that is masked stands for something that QEMU 7.2 or Xen under it gets wrong:
+# docs/xenlab.md has the list.
+EMULATED_CPU = (
+    "EPYC,+svm,+npt,-monitor,-smap,-smep,-rdseed,-nrip-save,-avx,-avx2,-f16c,-fma,-xsave,"
+    "-xsaveopt,-xsavec,-xgetbv1"
+)
 KVM = Path("/dev/kvm")
 KVM_GET_SUPPORTED_CPUID = 0xC008AE05
 CPUID_ENTRIES = 256

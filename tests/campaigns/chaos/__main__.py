@@ -80,8 +80,9 @@ async def campaign(
                         print(f"{trial}: {where}", flush=True)
                 nursery.cancel_scope.cancel()
         print(
-            f"{seed - first} trials in {time.monotonic() - start:.0f} s: {places['destination']} guests arrived, "
-            f"{places['source']} stayed, {places['destroyed']} were destroyed, {len(failed)} lost",
+            f"{seed - first} trials in {time.monotonic() - start:.0f} s: {places['destination']} "
+            f"guests arrived, {places['source']} stayed, {places['destroyed']} were destroyed, "
+            f"{len(failed)} lost",
             flush=True,
         )
     print(

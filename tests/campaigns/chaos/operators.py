@@ -42,26 +42,32 @@ ENDING = {
 }
 ANSWERS = {
     ("sender", BEFORE): {
-        "reconnect": "nothing to reconnect", "cancel": ACTS, "decide": "guest runs here",
+        "reconnect": "nothing to reconnect",
+        "cancel": ACTS,
+        "decide": "guest runs here",
         "postcopy-now": "acts|--strategy precopy|past its precopy",
     },
     ("sender", AFTER): {
-        "reconnect": "acts|nothing to reconnect|nothing comes of that", "cancel": "too late",
-        "postcopy-now": "--strategy precopy|past its precopy", "decide": "in touch|reported that .* runs there|already",
+        "reconnect": "acts|nothing to reconnect|nothing comes of that",
+        "cancel": "too late",
+        "postcopy-now": "--strategy precopy|past its precopy",
+        "decide": "in touch|reported that .* runs there|already",
     },
     ("sender", END): ENDING,
     ("receiver", BEFORE): {
-        "reconnect": "nothing to reconnect", "cancel": "acts|being taken up",
+        "reconnect": "nothing to reconnect",
+        "cancel": "acts|being taken up",
         "decide": "runs at the source|being taken up",
         "postcopy-now": "ask the sender",
     },
     ("receiver", AFTER): {
-        "reconnect": "nothing to reconnect|the source dials", "cancel": "too late|being taken up",
+        "reconnect": "nothing to reconnect|the source dials",
+        "cancel": "too late|being taken up",
         "decide": "nothing to decide|being taken up",
         "postcopy-now": "ask the sender",
     },
     ("receiver", END): {**ENDING, "postcopy-now": "ask the sender"},
-}  # fmt: skip
+}
 """What a command is answered, by the end and by the group of its phase.  In the switchover it may
 be either side's.
 """

@@ -102,8 +102,9 @@ class Trial:
         memory = r.choice([4, 8, 16, 32, 64]) * MIB
         self.spec = GuestSpec(
             f"guest{self.seed}", memory, r.choice([1, 2, 4]), workload=r.choice(sorted(WORKLOADS)),
-            working_set_bytes=memory // r.choice([1, 2, 8]), write_permille=r.choice([0, 300, 1000]),
-            rate=r.choice([None, None, 2000]), zero_permille=r.choice([0, 250, 900]), seed=self.seed,
+            working_set_bytes=memory // r.choice([1, 2, 8]),
+            write_permille=r.choice([0, 300, 1000]), rate=r.choice([None, None, 2000]),
+            zero_permille=r.choice([0, 250, 900]), seed=self.seed,
         )  # fmt: skip
         self.strategy = r.choice(["hybrid", "hybrid", "postcopy", "postcopy", "precopy"])
         self.bandwidth = r.choice([None, 16 * MIB, 64 * MIB])
@@ -131,10 +132,11 @@ class Trial:
     def __str__(self) -> str:
         spec = self.spec
         return (
-            f"seed {self.seed}: {spec.memory_bytes // MIB} MiB, {spec.vcpus} vCPUs, {spec.workload}, {self.strategy}, "
-            f"balloon of {spec.balloon_pages} pages, bandwidth {self.bandwidth}, checkpoints {self.checkpoint_every_s}, "
-            f"{'TLS' if self.world.tls else 'no TLS'}, {'another guest beside' if self.beside else 'alone'}; "
-            f"{', '.join(self.faults)}"
+            f"seed {self.seed}: {spec.memory_bytes // MIB} MiB, {spec.vcpus} vCPUs, "
+            f"{spec.workload}, {self.strategy}, balloon of {spec.balloon_pages} pages, bandwidth "
+            f"{self.bandwidth}, checkpoints {self.checkpoint_every_s}, "
+            f"{'TLS' if self.world.tls else 'no TLS'}, "
+            f"{'another guest beside' if self.beside else 'alone'}; {', '.join(self.faults)}"
         )
 
     # ---- the order of things ----
@@ -179,10 +181,13 @@ class Trial:
         return all(fault.notices == "nobody" for fault in self.chosen)
 
     def migration(self, domain: str, port: int) -> dict[str, Any]:
-        """The request for a migration as this trial's, of the guest by this name to this receiver."""
+        """The request by which this trial migrates the guest ``domain`` to the receiver at
+        ``port``.
+        """
         return {
-            "command": "migrate", "domain": domain, "destination": f"127.0.0.1:{port}", "strategy": self.strategy,
-            "bandwidth": self.bandwidth, "policy": {"max_rounds": 2}, "checkpoint_every_s": self.checkpoint_every_s,
+            "command": "migrate", "domain": domain, "destination": f"127.0.0.1:{port}",
+            "strategy": self.strategy, "bandwidth": self.bandwidth, "policy": {"max_rounds": 2},
+            "checkpoint_every_s": self.checkpoint_every_s,
         }  # fmt: skip
 
     def _begin(self) -> None:
@@ -202,7 +207,8 @@ class Trial:
         client = self.world.control("sender")
         client.say(
             command="migrate", domain=self.beside.name, destination=f"127.0.0.1:{self.world.port}",
-            strategy=self.random.choice(["hybrid", "postcopy"]), bandwidth=8 * MIB, policy={"max_rounds": 2},
+            strategy=self.random.choice(["hybrid", "postcopy"]), bandwidth=8 * MIB,
+            policy={"max_rounds": 2},
         )  # fmt: skip
         return client
 
@@ -436,7 +442,8 @@ class Trial:
         for which, line in lines.items():
             if line is not None and line["unprotected"]:
                 raise LostError(
-                    f"what must not be noticed ended its protection at the {which}: {line['unprotected']}"
+                    f"what must not be noticed ended its protection at the {which}: "
+                    f"{line['unprotected']}"
                 )
 
     def _verify_beside(self, client: ControlClient) -> None:

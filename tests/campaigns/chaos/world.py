@@ -141,7 +141,8 @@ class ChaosWorld(World):
         self.start(
             which, self.state(which).name, "--listen", f"{HOST}:{self.ports.get(which, 0)}",
             "--socket", str(self.directory / f"{which}.sock"), "--config", str(self.config_file),
-            "--state", str(self.state(which).parent), "--simulated", str(self.directory / f"{BESIDES[which]}.sock"),
+            "--state", str(self.state(which).parent), "--simulated",
+            str(self.directory / f"{BESIDES[which]}.sock"),
         )  # fmt: skip
         self.ports[which] = self.ask(which, command="status")["port"]
 
@@ -149,7 +150,8 @@ class ChaosWorld(World):
         process = self.processes[which]
         if process.popen.poll() is not None:
             raise LostError(
-                f"{which} ended by itself, with status {process.popen.returncode}:\n{process.tail()}"
+                f"{which} ended by itself, with status {process.popen.returncode}:\n"
+                f"{process.tail()}"
             )
 
     def check(self) -> None:
@@ -164,7 +166,8 @@ class ChaosWorld(World):
             new, self._read[which] = log[self._read.get(which, 0) :], len(log)
             if found := COMPLAINTS.search(new):
                 raise LostError(
-                    f"{which} logged a fault of its own:\n{new[max(0, found.start() - 500) :][:4000]}"
+                    f"{which} logged a fault of its own:\n"
+                    f"{new[max(0, found.start() - 500) :][:4000]}"
                 )
 
     # ---- certificates ----

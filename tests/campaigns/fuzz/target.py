@@ -22,7 +22,8 @@ from sender.statistics import from_peer
 from tests.support.stories import DECIDED, EXAMPLES, PROTECTED, STORY, UNDER_XL, play, rejoined
 
 STORIES = (
-    STORY, DECIDED, UNDER_XL, [*STORY[:-4], *rejoined("postcopy")], [*UNDER_XL, *rejoined("decision")], PROTECTED,
+    STORY, DECIDED, UNDER_XL, [*STORY[:-4], *rejoined("postcopy")],
+    [*UNDER_XL, *rejoined("decision")], PROTECTED,
 )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Spin goes through every state of the model of the handover; each mutation of the model must make it fail.
+"""Spin searches every state of the model of the handover; each mutation of the model must make it
+fail.
 
 ``python -m tests.campaigns.model.check``, or ``make model``.  Needs Debian's package spin, and gcc.
 A mutation is searched until one property notices the mutation.
@@ -22,7 +23,9 @@ DEPTH = 1_000_000
 
 
 class ModelError(Exception):
-    """A program failed, or a search did not come to its end; the text has what the program printed."""
+    """A program failed, or a search did not come to its end.  The text has the output of the
+    program.
+    """
 
 
 def run(*command: str, cwd: Path) -> str:
@@ -37,7 +40,9 @@ def run(*command: str, cwd: Path) -> str:
 
 
 class Verifier:
-    """The model, or one mutation of the model, as spin's programs; ``directory`` is empty and this verifier's own."""
+    """The model, or one mutation of the model, as spin's programs.  ``directory`` is empty and used
+    by this verifier alone.
+    """
 
     def __init__(self, directory: Path, mutation: int = 0):
         self._directory = directory
@@ -45,7 +50,9 @@ class Verifier:
         run("spin", "-a", f"-DMUTATION={mutation}", MODEL.name, cwd=directory)
 
     def _program(self, property_: str) -> str:
-        """Compiled once for the claims together, and once without them, since only then dead ends are looked for."""
+        """Compile the model once for the claims together, and once without them, because only then
+        spin searches for dead ends.
+        """
         name, options = ("pan", ("-DNOCLAIM",)) if property_ == NO_CLAIM else ("pan-claims", ())
         if not (self._directory / name).exists():
             flags = ("-O2", "-w", "-DSAFETY", "-DMEMLIM=3000", "-DCOLLAPSE", *options)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""In dom0: each test belongs on some of the hypervisors, and the others leave it out.
+"""In dom0: each test belongs to some of the hypervisors, and is left out on the others.
 
-A test of the conformance suite belongs on the one with all operations; those marked ``eviction`` on the one without the batched
-operation as well.  The whole suite is part of the gate, and of the lab's own tests those marked ``gate``.
+A test of the conformance suite belongs to the hypervisor with all operations.  Tests marked
+``eviction`` also belong to the one without the batched operation.  The gate has the whole suite,
+and those of the lab's own tests that are marked ``gate``.
 """
 
 from __future__ import annotations

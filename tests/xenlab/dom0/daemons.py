@@ -38,10 +38,23 @@ class Daemons:
         socket, state = self.directory / role, self.directory / "state"
         with (self.directory / f"{role}.log").open("a") as log:
             self._processes[role] = zygote.Popen[bytes](
-                [sys.executable, "-m", "migrate.cli", role, "--socket", str(socket), "--state", str(state),
-                 "--listen", f"127.0.0.1:{self.ports[role]}", "--config", str(self._config)],
-                stdout=log, stderr=subprocess.STDOUT,
-            )  # fmt: skip
+                [
+                    sys.executable,
+                    "-m",
+                    "migrate.cli",
+                    role,
+                    "--socket",
+                    str(socket),
+                    "--state",
+                    str(state),
+                    "--listen",
+                    f"127.0.0.1:{self.ports[role]}",
+                    "--config",
+                    str(self._config),
+                ],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
         self.ports[role] = 0
 
         def started() -> bool:

@@ -49,18 +49,21 @@ def main() -> None:
         domain = xen.create_incoming(config)
         domain.paging_enable()
         batched.append(seconds(lib.xen_populate_evicted, domain, xen, 0, options.gfns))
-        # As well as it can be done without: the holes populated in batches, then nominate and evict for each.
+        # The best that is possible without the operation: populate the holes in batches, then
+        # nominate and evict each page.
         one_by_one.append(
             seconds(lib.xen_evict_one_by_one, domain, xen, options.gfns, options.gfns)
         )
         print(
-            f"run {run + 1}: populate_evicted {batched[-1]:.2f} s, one by one {one_by_one[-1]:.2f} s",
+            f"run {run + 1}: populate_evicted {batched[-1]:.2f} s, one by one {one_by_one[-1]:.2f} "
+            "s",
             flush=True,
         )
         domain.destroy()
     few, many = statistics.median(batched), statistics.median(one_by_one)
     print(
-        f"{options.gfns} unpopulated gfns: {many / few:.1f} times faster in batches ({few:.2f} s, {many:.2f} s); the RFC: 5.4"
+        f"{options.gfns} unpopulated gfns: {many / few:.1f} times faster in batches ({few:.2f} s, "
+        f"{many:.2f} s); the RFC: 5.4"
     )
     if os.environ.get("LAB_HYPERVISOR") != "populate-evicted":
         print("(this hypervisor has no populate_evicted: both ways are the same)")

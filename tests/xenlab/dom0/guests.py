@@ -18,8 +18,8 @@ PARTS = Path("/mnt/parts")
 CONSOLES = Path("/var/log/xen")
 STEPS_PER_S = 3000
 """Not all that it can: the emulated processor is shared with dom0."""
-# Without tsc_mode the guest meets an RDTSCP that the emulated Xen cannot emulate; cpus keeps it from the triple fault that
-# migrating between the emulated processors brings about.
+# Without tsc_mode the guest executes an RDTSCP that the emulated Xen cannot emulate.  ``cpus``
+# prevents a triple fault, which a move between the emulated processors causes.
 CONFIG = """\
 type = "pvh"
 name = "{name}"
@@ -82,7 +82,8 @@ class Guest:
         while len(beats := self.heartbeats()) < wanted:
             if time.monotonic() > deadline:
                 raise TimeoutError(
-                    f"{self.name} has no heartbeat; the end of its console:\n{self.console()[-2000:]}"
+                    f"{self.name} has no heartbeat; the end of its console:\n"
+                    f"{self.console()[-2000:]}"
                 )
             time.sleep(0.1)
         return beats

@@ -36,8 +36,8 @@ class Host:
             key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "LAB"))
         }
         done = subprocess.run(
-            ["ssh", self.name, shlex.join(words)] if self.name else words,
-            check=False, input=given or "", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            ["ssh", self.name, shlex.join(words)] if self.name else words, check=False,
+            input=given or "", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             timeout=COMMAND_TIMEOUT_S, env=clean,
         )  # fmt: skip
         assert done.returncode == 0 or not ok, f"{self.name} {shlex.join(words)}: {done.stdout}"

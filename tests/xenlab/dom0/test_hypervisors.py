@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What differs from one hypervisor to another, and what an administrator sees of it: run in dom0 by ``make xenlab``."""
+"""What differs between the hypervisors, and what an administrator sees of it: run in dom0 by ``make
+xenlab``.
+"""
 
 from __future__ import annotations
 
@@ -143,7 +145,9 @@ def test_one_by_one_does_the_same(xen: XenHypervisor) -> None:
 
 @pytest.mark.hypervisors("populate-evicted")
 def test_the_pinned_set_is_recognised_where_xen_does_not_tell(xen: XenHypervisor) -> None:
-    """Everything that the patched hypervisor says is held, but for what a parameter names, of a guest that runs and suspended."""
+    """All pages that the patched hypervisor reports as held, except those that a parameter names,
+    of a guest that runs and of one that is suspended.
+    """
     with guest("pinned") as made:
         made.wait_for_heartbeats(2)
         domain = xen.open(made.domid)
@@ -190,9 +194,10 @@ def test_a_destroyed_domain_is_there_as_long_as_its_pages_are_held(xen: XenHyper
 
 
 def test_the_daemons_move_a_guest(xen: XenHypervisor, tmp_path: Path) -> None:
-    """Sender and receiver as processes, on one host: the guest leaves the domain that xl made for one that the receiver makes.
+    """Sender and receiver are processes on one host.  The guest leaves the domain that xl made for
+    one that the receiver makes.
 
-    Where there is no paging postcopy is refused and the guest goes on; precopy is possible there.
+    Without paging, postcopy is refused and the guest continues; precopy is possible.
     """
     with guest("moving") as made, daemons(tmp_path) as running:
         made.wait_for_heartbeats(2)
@@ -324,7 +329,9 @@ def test_a_protected_guest_outlives_its_destination(xen: XenHypervisor, tmp_path
 def test_a_guest_that_is_destroyed_leaves_its_neighbour_alone(
     xen: XenHypervisor, tmp_path: Path
 ) -> None:
-    """Two guests arrive at once, and neither is migrated twice.  The destination of one is destroyed."""
+    """Two guests arrive at once, and neither is migrated twice.  The destination of one is
+    destroyed.
+    """
     names = ("doomed", "spared")
     with contextlib.ExitStack() as stack:
         made = [stack.enter_context(guest(name)) for name in names]

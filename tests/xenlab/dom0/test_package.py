@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The package in a dom0 that runs systemd: install it, migrate with it, take it away.  Run in order."""
+"""The package in a dom0 that runs systemd: install it, migrate with it, remove it.  Run in
+order.
+"""
 
 from __future__ import annotations
 

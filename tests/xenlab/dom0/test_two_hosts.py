@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Two hosts on one network, each with our package: ``xl migrate GUEST HOST``, as an administrator types it."""
+"""Two hosts on one network, each with our package: ``xl migrate GUEST HOST``, as an administrator
+types it.
+"""
 
 from __future__ import annotations
 

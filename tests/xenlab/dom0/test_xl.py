@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Unmodified xl with our helper and daemons: run in dom0 by ``make xenlab``.  Migrations are from dom0 to itself."""
+"""Unmodified xl with our helper and daemons: run in dom0 by ``make xenlab``.  Migrations are from
+dom0 to itself.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ from xenbackend.pages import PAGE_SIZE, PageStatus, PfnArray
 PAGING = pytest.mark.hypervisors("populate-evicted", "paging")
 PATCHED = pytest.mark.hypervisors("populate-evicted")
 CUTTER = """#!{python}
-# xl migrate-receive, and a wire cutter: passes on what it says and hears until the words come by, and then nothing more.
+# xl migrate-receive behind a wire cutter, which passes both directions on until the words come by.
 import os, subprocess, sys, threading
 direction, words = sys.argv[1], sys.argv[2].encode()
 child = subprocess.Popen(["xl", "migrate-receive"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -89,9 +91,18 @@ class Host:
 
     def _run(self, *command: str, **environment: str) -> str:
         done = subprocess.run(
-            command, check=False, text=True, timeout=240, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env={**os.environ, "XEN_POSTCOPY_RECEIVER": str(self.directory / "receiver"), **environment},
-        )  # fmt: skip
+            command,
+            check=False,
+            text=True,
+            timeout=240,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={
+                **os.environ,
+                "XEN_POSTCOPY_RECEIVER": str(self.directory / "receiver"),
+                **environment,
+            },
+        )
         print(done.stdout)
         if done.returncode:
             raise RuntimeError(done.stdout)
@@ -314,7 +325,9 @@ def grown(guest: Guest) -> list[int]:
 
 @PAGING
 def test_the_balloon_moves_in_each_phase(slow: Host) -> None:
-    """Up while it is copied, of which Xen 4.17 records nothing; down and up while pages are missing."""
+    """Upwards while memory is copied, of which Xen 4.17 records nothing; down and up while pages
+    are missing.
+    """
     with guest("xl7", options=f"rate={STEPS_PER_S} pages=5000 grow=9000") as made:
         made.wait_for_heartbeats(2)
         set_memory(slow, "xl7", 80)
@@ -405,7 +418,9 @@ def test_a_core_of_a_guest_that_lacks_pages_has_them(slow: Host, tmp_path: Path)
 
 
 def core_pages(path: Path) -> tuple[PfnArray, NDArray[np.uint8]]:
-    """What ``xl dump-core`` has written: sections ``.xen_pfn`` and ``.xen_pages`` of an ELF file."""
+    """Read the output of ``xl dump-core``: sections ``.xen_pfn`` and ``.xen_pages`` of an ELF
+    file.
+    """
     data = np.memmap(path, dtype=np.uint8, mode="r")
     (table,) = struct.unpack_from("<Q", data.data, 0x28)
     size, count, names = struct.unpack_from("<HHH", data.data, 0x3A)

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``xl migrate`` by postcopy against Xen's own, of a guest that dirties most of its memory as fast as it can.
+"""``xl migrate`` by postcopy against Xen's own, of a guest that dirties most of its memory as fast
+as it can.
 
     make xenlab-xl-bench
 
-Run in dom0, alternately in the same boot.  Of each migration: the longest time without a heartbeat, as dom0 sees it on the
-guest's console; and the part of it that helpers and daemons cause, from libxl's answer to ``suspend`` until the restoring
-helper says ``complete``.  The rest is libxl's: it suspends the guest, and finishes the new domain.
+Run in dom0, alternately in the same boot.  Two times of each migration are printed: the longest
+time without a heartbeat, as dom0 sees it on the guest's console; and the part of it that helpers
+and daemons cause, from libxl's answer to ``suspend`` until the restoring helper sends ``complete``.
+The rest is libxl's: it suspends the guest, and finishes the new domain.
 """
 
 from __future__ import annotations
@@ -30,9 +32,12 @@ from tests.xenlab.dom0.guests import Guest, guest, xl
 
 NAME = "bench"
 TAP = """#!{python}
-# A helper, and a tap on what it says to libxl and hears: "time mode number" of each message and of each answer.
+# A helper, and a tap on its messages to libxl and the answers: "time mode number" of each.
 import os, struct, subprocess, sys, threading, time
-child = subprocess.Popen([{helper!r}, *sys.argv[1:]], stdin=subprocess.PIPE, stdout=subprocess.PIPE, close_fds=False)
+command = [{helper!r}, *sys.argv[1:]]
+child = subprocess.Popen(
+    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, close_fds=False
+)
 def note(what):
     with open({log!r}, "a") as log:
         print(time.monotonic(), sys.argv[1], what, file=log)
@@ -116,7 +121,8 @@ def migrate(helper: Path, log: Path, environment: dict[str, str]) -> Measured:
         time.sleep(2)
         began = time.monotonic()
         done = subprocess.run(
-            ["xl", "migrate", "-s", "", NAME, "xl migrate-receive"], check=False, capture_output=True, text=True,
+            ["xl", "migrate", "-s", "", NAME, "xl migrate-receive"], check=False,
+            capture_output=True, text=True,
             env={**os.environ, "LIBXL_SAVE_HELPER": str(helper), **environment},
         )  # fmt: skip
         total = time.monotonic() - began
