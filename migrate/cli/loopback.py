@@ -66,8 +66,8 @@ def loopback_command(json_path: Path | None, **options: Any) -> None:
             signal.signal(number, _end)
     with loopback_world(spec.memory_bytes) as world:
         say(
-            f"booting a guest: {human_bytes(spec.memory_bytes)}, {spec.vcpus} vCPUs, {spec.workload} over "
-            f"{human_bytes(spec.working_pages * 4096)}"
+            f"booting a guest: {human_bytes(spec.memory_bytes)}, {spec.vcpus} vCPUs, "
+            f"{spec.workload} over {human_bytes(spec.working_pages * 4096)}"
         )
         guest = world.source.create_guest(spec.to_bytes())
         wait_for_steps(guest, 5 if spec.workload == "idle" else min(1000, spec.rate or 1000))
@@ -82,12 +82,13 @@ def loopback_command(json_path: Path | None, **options: Any) -> None:
     say(summary(result))
     if guest_view["faults"]:
         say(
-            f"  as the guest saw it: {guest_view['faults']} faults, median {guest_view['p50_us']:.0f} us, longest "
-            f"{guest_view['max_us'] / 1000:.1f} ms"
+            f"  as the guest saw it: {guest_view['faults']} faults, median "
+            f"{guest_view['p50_us']:.0f} us, longest {guest_view['max_us'] / 1000:.1f} ms"
         )
     if verification.ok:
         say(
-            f"verified: all {verification.pages} pages are what the guest wrote, and the guest runs at the destination"
+            f"verified: all {verification.pages} pages are what the guest wrote, and the guest "
+            "runs at the destination"
         )
     else:
         say("damaged: " + "; ".join(verification.problems))

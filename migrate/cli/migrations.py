@@ -238,9 +238,9 @@ def migrate_command(
     """Migrate DOMAIN (a name, a domid or a UUID) to the receiver at DESTINATION (HOST or
     HOST:PORT).
 
-    Ctrl-C before the switchover takes everything back, and the guest continues here.  After the
-    switchover Ctrl-C ends this command only, and SIGTERM does so at any time: the migration continues
-    in the daemons.  `watch` then follows the migration, and `cancel` takes it back before its
+    Ctrl-C before the switchover undoes everything, and the guest continues here.  After the
+    switchover Ctrl-C ends this command only, and SIGTERM does so at any time: the migration
+    continues in the daemons.  `watch` then follows the migration, and `cancel` undoes it before its
     switchover.
     """
     request = {

@@ -100,8 +100,8 @@ STDOUT = Path("-")
 
 
 class ResultFile(click.Path):
-    """A file for the result, or :data:`STDOUT`.  A path that cannot be written is refused before the
-    migration begins.
+    """A file for the result, or :data:`STDOUT`.  A path that cannot be written is refused before
+    the migration begins.
     """
 
     def __init__(self) -> None:
@@ -176,8 +176,9 @@ STRATEGY_OPTIONS = (
     click.option(
         "--protect",
         is_flag=True,
-        help="Until all memory has arrived, have the destination send back what the guest writes there, so that the "
-        "guest can go on here if the destination dies: see `xen-postcopy decide`.",
+        help="Until all memory has arrived, have the destination send back what the guest writes "
+        "there, so that the guest can go on here if the destination dies: see `xen-postcopy "
+        "decide`.",
     ),
     click.option(
         "--checkpoint-every",
@@ -197,15 +198,15 @@ STRATEGY_OPTIONS = (
 
 
 def strategy_options(function: F) -> F:
-    """--strategy and what steers it."""
+    """Give a command the option ``--strategy`` and the options that control a strategy."""
     for option in reversed(STRATEGY_OPTIONS):
         function = option(function)
     return function
 
 
 def migration_request(
-    strategy: str, max_rounds: int, dirty_threshold: int, downtime_target: float, bandwidth: int | None, protect: bool,
-    checkpoint_every: float | None,
+    strategy: str, max_rounds: int, dirty_threshold: int, downtime_target: float,
+    bandwidth: int | None, protect: bool, checkpoint_every: float | None,
 ) -> dict[str, Any]:  # fmt: skip
     """The part of a ``migrate`` request that the strategy options make."""
     problem = PolicyOptions(max_rounds, dirty_threshold, downtime_target).problems()

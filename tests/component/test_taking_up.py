@@ -17,9 +17,15 @@ from tests.support.left import left_by_a_receiver, left_by_a_sender
 
 @pytest.mark.parametrize(
     ("step", "phase"),
-    [("deciding", "interrupted"), ("handed over", "interrupted"), ("completing", "completing"),
-     ("going back", "interrupted"), ("decided here", "interrupted"), ("decided elsewhere", "interrupted")],
-)  # fmt: skip
+    [
+        ("deciding", "interrupted"),
+        ("handed over", "interrupted"),
+        ("completing", "completing"),
+        ("going back", "interrupted"),
+        ("decided here", "interrupted"),
+        ("decided elsewhere", "interrupted"),
+    ],
+)
 async def test_what_was_handed_over_is_not_cancelled_before_it_is_taken_up(
     clean_hosts: World, tmp_path: Path, step: str, phase: str
 ) -> None:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What holds of the tree itself: licence lines, which folder imports which, and documents that name what there is."""
+"""Rules of the tree itself: licence lines, which folder imports which, and documents that name what
+exists.
+"""
 
 from __future__ import annotations
 
@@ -104,6 +106,8 @@ NOT_TEXT = ("tests/campaigns/fuzz/corpus/*", "tests/campaigns/fuzz/native/corpus
 MOST_COLUMNS = 100
 PROSE_TOO_LONG = re.compile(rf"(?=.{{{MOST_COLUMNS + 1}}})(?!\||    )(?:[-*] )?+\S+ +\S")
 """A line that could be broken: no table, no code, more than one word."""
+CODE = {".c", ".h", ".pml", ".sh", ".service", ".socket", ".target", ".toml"}
+"""The files whose lines are measured here.  ruff measures those of Python."""
 
 
 def test_lines_end_where_their_text_ends() -> None:
@@ -132,6 +136,22 @@ def test_documents_are_wrapped() -> None:
     assert wrong == [], f"Wrap these lines at {MOST_COLUMNS} columns."
 
 
+def test_lines_of_code_are_short_enough() -> None:
+    """ruff checks the lines of Python, by the same limit."""
+    settings = tomllib.loads((TREE / "pyproject.toml").read_text())["tool"]["ruff"]
+    assert settings["line-length"] == settings["lint"]["pycodestyle"]["max-line-length"]
+    assert settings["line-length"] == MOST_COLUMNS
+    measured = [path for path in files() if path.suffix in CODE]
+    assert len(measured) > 50
+    wrong = [
+        f"{path}:{n}"
+        for path in measured
+        for n, line in enumerate((TREE / path).read_text().splitlines(), 1)
+        if len(line) > MOST_COLUMNS
+    ]
+    assert wrong == [], f"Break these lines at {MOST_COLUMNS} columns."
+
+
 # ---- which folder imports which ----
 FOLDERS = ("migrate", "sender", "receiver", "xenbackend")
 GROUND = tuple(
@@ -148,7 +168,9 @@ LAYERS: list[list[tuple[str, ...]]] = [
     [("migrate/xl/",), ("sender/",), ("receiver/",)],
     [("migrate/cli/", "sender/command.py", "receiver/command.py")],
 ]
-"""Rooms.  Each imports itself, and what stands in an earlier line.  A file belongs to the last room that names it."""
+"""Rooms.  Each imports itself, and the rooms of earlier lines.  A file belongs to the last room
+that names it.
+"""
 BACKENDS = ("xenbackend.choose", "xenbackend.libxenctrl", "xenbackend.simulated")
 """A daemon is given its backend and names none."""
 FOR_XL = {"migrate/control/client.py", "migrate/errors.py"} | {
@@ -386,7 +408,9 @@ def test_invariants_are_cited_by_numbers_that_there_are() -> None:
 
 @cache
 def definitions(path: Path) -> set[str]:
-    """Functions and classes, with those that they are in (``Session._check``), and a module's constants."""
+    """Functions and classes, with those that contain them (``Session._check``), and a module's
+    constants.
+    """
     text = (TREE / path).read_text()
     if path.suffix != ".py":
         return set(re.findall(r"^[\w][^\n;=]*?\b(\w+)\([^;]*?\)\s*\{", text, re.MULTILINE))
@@ -492,9 +516,9 @@ def test_every_phase_that_an_operator_sees_is_explained() -> None:
         phases |= {row.shown, row.cut, row.alone} - {""}
     assert {"precopy", "switchover", "interrupted", "in doubt", "refused"} <= phases
     manual = (TREE / "systemd/man/xen-postcopy.8").read_text()
-    assert phases == set(re.findall(r"^\.B ([a-z ]+)$", manual.split(".SH PHASES")[1].split(".SH ")[0], re.M)) - {
-        "list", "show", "reconnect", "decide",
-    }  # fmt: skip
+    section = manual.split(".SH PHASES")[1].split(".SH ")[0]
+    commands = {"list", "show", "reconnect", "decide"}
+    assert phases == set(re.findall(r"^\.B ([a-z ]+)$", section, re.M)) - commands
     explained = (TREE / "docs/operating.md").read_text()
     assert phases == set(re.findall(r"^### `([a-z ]+)`$", explained, re.M))
 

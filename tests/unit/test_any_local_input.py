@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Whatever is in a journal's file, and whatever a client asks for: a daemon acts on it or names what
+"""Whatever a journal's file has, and whatever a client requests: a daemon acts on it or names what
 is wrong, and fails in no other way.
 """
 
@@ -47,21 +47,36 @@ GOOD: dict[str, dict[str, Any]] = {
 REQUESTS: list[dict[str, Any]] = [
     {"command": "list"},
     {"command": "status"},
-    *({"command": word, "migration": "guest"} for word in (
-        "show", "cancel", "postcopy-now", "reconnect",
-    )),
+    *(
+        {"command": word, "migration": "guest"}
+        for word in (
+            "show",
+            "cancel",
+            "postcopy-now",
+            "reconnect",
+        )
+    ),
     {"command": "decide", "migration": "guest", "here": True, "force": False},
     {"command": "await-memory", "domid": 7},
     {
-        "command": "migrate", "domain": "guest", "destination": "127.0.0.1:1", "strategy": "hybrid",
-        "policy": {"max_rounds": 2}, "bandwidth": None, "checkpoint_every_s": None,
+        "command": "migrate",
+        "domain": "guest",
+        "destination": "127.0.0.1:1",
+        "strategy": "hybrid",
+        "policy": {"max_rounds": 2},
+        "bandwidth": None,
+        "checkpoint_every_s": None,
     },
     {"command": "save", "domid": 7, "strategy": "hybrid", "xl": 0},
     {
-        "command": "restore", "session": "s", "address": ["127.0.0.1", 1], "token": "00", "domid": 7,
+        "command": "restore",
+        "session": "s",
+        "address": ["127.0.0.1", 1],
+        "token": "00",
+        "domid": 7,
         "ports": {"store": 1, "console": 2},
     },
-]  # fmt: skip
+]
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: (

@@ -42,7 +42,9 @@ IN_MODEL = {
 who decides that the guest runs elsewhere, and no source domain that somebody else destroys.
 """
 RECALLING = "RECALLING"
-"""The model's journal for GIVEN_UP after DECIDED_HERE.  The code notes that fact beside the step."""
+"""The model's journal for GIVEN_UP after DECIDED_HERE.  The code notes that fact beside the
+step.
+"""
 ACTIONS = {
     Restart.TAKE_BACK: {"give_up", "decide"},
     Restart.REJOIN: {"take_up_again", "settled"},
@@ -234,7 +236,9 @@ def test_a_started_sender_does_what_the_model_s_does(model: str) -> None:
 
 
 def test_each_step_is_one_that_the_model_takes(model: str) -> None:
-    """The end of a migration aside, which several errors can bring about that the model leaves out."""
+    """Except the end of a migration, which can follow from several errors that the model leaves
+    out.
+    """
     taken = {("HANDED", "DECIDED")}  # an operator's decision, in the process itself
     assert "s_lost && !decided -> decided = true; s_journal = DECIDED" in model
     for journal, inline in started(model):

@@ -48,7 +48,9 @@ def remove(_random: Random, path: Path) -> None:
 
 
 async def damaged_checkpoint(trial: Trial) -> None:
-    """The last checkpoint is damaged or gone, and in half of the cases the destination is as well."""
+    """The last checkpoint is damaged or gone; in half of the cases the destination is gone as
+    well.
+    """
 
     def damage() -> None:
         world = trial.world

@@ -300,8 +300,8 @@ class Trial:
         )
 
     def _clean_up(self, mine: dict[str, list[Line]]) -> None:
-        """After a decision that was wrong an operator decides again, or destroys a guest that cannot
-        go on.
+        """After a wrong decision an operator decides again, or destroys a guest that cannot
+        continue.
         """
         for which, line in [(w, line) for w in ("sender", "receiver") for line in mine[w]]:
             if line["id"] != self.id or line["phase"] in ENDED:
