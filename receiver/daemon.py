@@ -127,7 +127,8 @@ class ReceiverDaemon:
             self._waiting.log(
                 "waiting for guests that run here: %s", waiting, about=[m.id for m in needed]
             )
-        return bool(needed)
+        # What is taken back has a domain and its memory until that has been destroyed.
+        return bool(needed) or any(not m.ended.is_set() for m in self._migrations.values())
 
     def _needed(self) -> list[IncomingMigration]:
         """Those whose guests live by this daemon."""

@@ -28,7 +28,8 @@ from migrate.service import lifecycle
 from migrate.service.config import Config
 from migrate.service.journal import Journal
 from receiver.daemon import ReceiverDaemon
-from sender.daemon import SenderDaemon
+from sender.daemon import SenderDaemon, _line
+from sender.progress import Progress
 from tests.conftest import MIB
 from tests.support import zygote
 from tests.support.daemons import begin, boot, phase
@@ -196,6 +197,15 @@ def test_show_and_watch(world: World, name: str) -> None:
         world.ask("receiver", command="show", migration="")
 
 
+def test_a_sender_shows_all_faults_when_the_receiver_has_reported_them() -> None:
+    """The last report before that has the faults up to its own time."""
+    migration = Mock(progress=Progress(faults=591, latency_us=30))
+    migration.context.receiver_statistics = {}
+    assert _line(migration)["faults"] == 591
+    migration.context.receiver_statistics = {"fault_latency_us": {"count": 654, "p50": 31.7}}
+    assert (_line(migration)["faults"], _line(migration)["latency_us"]) == (654, 32)
+
+
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGHUP], ids=lambda stop: stop.name)
 @pytest.mark.parametrize("which", ["sender", "receiver"])
 def test_a_daemon_that_is_being_stopped_serves_its_guests_and_takes_on_no_other(
@@ -266,6 +276,17 @@ async def test_a_daemon_that_is_being_stopped_logs_for_whom_it_waits_once(
     assert await daemon._drain() and await daemon._drain()
     logged = [text for text in caplog.messages if "waiting for guests" in text]
     assert len(logged) == 2 and "one" in logged[0] and "two" in logged[1]
+
+
+async def test_a_receiver_that_is_being_stopped_undoes_what_it_takes_back(tmp_path: Path) -> None:
+    """Found by chaos (seed 33000082): the domain and its memory were left over."""
+    journal = Journal(tmp_path / "receiver")
+    daemon = ReceiverDaemon(cast(Any, None), tmp_path / "s", Config(), journal)
+    daemon._migrations["one"] = guest = Mock(id="one", needed=False, ended=trio.Event())
+    assert await daemon._drain()
+    guest.cancel.assert_called_once()
+    guest.ended.set()
+    assert not await daemon._drain()
 
 
 def test_a_daemon_under_nohup_outlives_its_terminal(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import os
 import resource
 import signal
+from collections.abc import Callable
 
 import numpy as np
 import trio
@@ -38,22 +39,24 @@ async def lose_destination(trial: Trial) -> None:
         await trial.kill("receiver")
         return
 
-    def die() -> None:
-        world = trial.world
-        there = [which for which in AT_DESTINATION if which in world.processes]
-        for which in there:
-            world.kill(which)
-        if not trial.destroyed and not trial.has_arrived():
-            destroy(world.destination, trial.spec.name)
-            for which in there:
-                for entry in world.state(which).iterdir():
-                    entry.unlink()
-            trial.destination_died = True
-        for which in there:
-            world.start_anew(which)
-
     async with trial.killing:
-        await in_thread(die)
+        await in_thread(lose, trial, trial.has_arrived)
+
+
+def lose(trial: Trial, has_arrived: Callable[[], bool]) -> None:
+    """``has_arrived``: whether the guest needs no protection any more."""
+    world = trial.world
+    there = [which for which in AT_DESTINATION if which in world.processes]
+    for which in there:
+        world.kill(which)
+    if not trial.destroyed and not has_arrived():
+        destroy(world.destination, trial.spec.name)
+        for which in there:
+            for entry in world.state(which).iterdir():
+                entry.unlink()
+        trial.destination_died = True
+    for which in there:
+        world.start_anew(which)
 
 
 async def halt(trial: Trial, which: str) -> None:

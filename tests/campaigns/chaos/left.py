@@ -16,13 +16,15 @@ import trio
 from migrate.cli.world import verify_migrated
 from migrate.errors import MigrationError
 from migrate.protocol.session import new_id
-from tests.campaigns.chaos.faults import lose_destination
+from tests.campaigns.chaos.faults import lose
 from tests.campaigns.chaos.trial import MIB, Fault, Trial, destroy, in_thread
 from tests.campaigns.chaos.world import LostError
+from tests.support.links import PIECE
 from xenbackend.simulated.guest import GuestSpec
 
 CHECKPOINT_S = 1.0
 """For a checkpoint to come."""
+SLOW_PIECE, SLOW_S = 8192, 0.002
 OTHER_S = 20.0
 """For the migration of another guest, which other faults of the trial may delay."""
 OLDER = {
@@ -61,16 +63,19 @@ async def damaged_checkpoint(trial: Trial) -> None:
             how(trial.random, path)
             trial.faults.append(f"checkpoint: {how.__name__}")
             trial.checkpoint_damaged = True
+            if trial.random.random() < 0.5:
+                step = last(path.with_suffix(".json").read_text())["step"]
+                lose(trial, lambda: step == "completing")
         world.start_anew("sender")
 
     path = trial.world.state("sender") / f"{trial.id}.checkpoint"
+    trial.link.piece, trial.link.delay_s = SLOW_PIECE, SLOW_S  # not all is there before it comes
     with trio.move_on_after(CHECKPOINT_S):
         while not path.exists():
             await trio.sleep(0.01)
     async with trial.killing:
         await in_thread(damage)
-    if trial.random.random() < 0.5:
-        await lose_destination(trial)
+    trial.link.piece, trial.link.delay_s = PIECE, 0.0
 
 
 # ---- a journal ----
