@@ -20,7 +20,7 @@ from migrate.service.journal import Journal
 from sender.backlog import Backlog
 from sender.bandwidth import BandwidthCap
 from sender.checkpoints import CheckpointStore
-from sender.dirty import WrittenPages
+from sender.dirty import DirtyLog
 from sender.entry import Entry
 from sender.ownership import Link, Ownership, State
 from sender.progress import Progress
@@ -47,7 +47,7 @@ class Source:
     """The guest's domain at this end.  When the guest has gone back to a checkpoint, the new one."""
 
     domain: Domain
-    written: WrittenPages
+    dirty_log: DirtyLog
     checkpoints: CheckpointStore | None
 
 

@@ -49,7 +49,7 @@ def limit_of(domain: Domain) -> int:
     return frames.tot_pages if frames.max_pages == NO_FURTHER else frames.max_pages
 
 
-class WrittenPages:
+class DirtyLog:
     """``max_pages``: the domain's own limit.  ``enabled``: log-dirty may be on, and then a
     predecessor enabled it, since Xen refuses a second user.
     """
@@ -92,19 +92,19 @@ class WrittenPages:
             self._domain.log_dirty_disable()
             self._enabled = False
 
-    def look(self) -> PfnMask:
+    def read(self) -> PfnMask:
         """What was written since the last look; of each page the last eight looks are remembered, the newest highest."""
-        bitmap, moved = self._look()
+        bitmap, moved = self._read()
         written = mask_from_bitmap(bitmap, self._domain.nr_pfns)
         self._heat >>= 1
         self._heat |= written.view(np.uint8) << 7
         return written if moved is None else written | moved
 
-    def last_look(self) -> NDArray[np.uint8]:
-        """As :meth:`look`, of a suspended guest, as a bitmap.  No step takes time in proportion to
+    def read_last(self) -> NDArray[np.uint8]:
+        """As :meth:`read`, of a suspended guest, as a bitmap.  No step takes time in proportion to
         the guest, unless the balloon has moved since the last look.
         """
-        bitmap, moved = self._look()
+        bitmap, moved = self._read()
         self._let_balloon_go()
         if moved is not None:
             bitmap[: (len(moved) + 63) // 64 * 8] |= bitmap_of(moved)
@@ -119,7 +119,7 @@ class WrittenPages:
         order = np.argsort(heat, kind="stable")[::-1][:most]
         return np.sort(written[order[heat[order] >= WRITTEN_AT_LAST_LOOK]])
 
-    def _look(self) -> tuple[NDArray[np.uint8], PfnMask | None]:
+    def _read(self) -> tuple[NDArray[np.uint8], PfnMask | None]:
         """Log-dirty, and which other pages may have changed, if any."""
         frames = self._domain.reservation()
         came = frames.max_pages != NO_FURTHER

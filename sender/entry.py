@@ -42,7 +42,7 @@ class Entry:
     """The domain's own limit of frames, which is another one while the guest is copied.  0: the
     limit is not known and is not restored.
     """
-    successor: int | None = None
+    restored_domid: int | None = None
     """The domid of the domain in which the guest goes on as it was at a checkpoint."""
     applied: bool = False
     """The source domain has pages of a checkpoint, or has lost pages to the successor: the guest
@@ -65,7 +65,7 @@ class Entry:
             "strategy": self.options.strategy.value,
             "bandwidth": self.options.bandwidth_bytes_per_s,
             "checkpoints": self.options.checkpoint_every_s,
-            "successor": self.successor,
+            "successor": self.restored_domid,
             "ran": self.ran,
             "recall": self.recall,
             "max_pages": self.max_pages,

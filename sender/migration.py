@@ -23,7 +23,7 @@ from migrate.service.journal import Journal, remove
 from migrate.tasks import as_soon_as_threads_start, in_thread
 from sender.checkpoints import CheckpointStore
 from sender.context import Context, Source
-from sender.dirty import WrittenPages
+from sender.dirty import DirtyLog
 from sender.entry import Entry, read_entry
 from sender.last_word import lose, send_last_word
 from sender.ownership import Guest, State
@@ -186,12 +186,12 @@ class OutgoingMigration:
         state, has_log_dirty = self.ownership.state, LOG_DIRTY_MAY_BE_ON
         if context.toolstack.destroys_source:
             has_log_dirty -= {State.HANDED_OVER, State.DECIDED_HERE}
-        written = WrittenPages(domain, context.entry.max_pages, enabled=state in has_log_dirty)
+        dirty_log = DirtyLog(domain, context.entry.max_pages, enabled=state in has_log_dirty)
         checkpoints = None
         if context.options.checkpoint_every_s is not None:
             path = context.journal.checkpoint(context.id)
             checkpoints = CheckpointStore(path, domain, context.note_applied)
-        context.source = Source(domain, written, checkpoints)
+        context.source = Source(domain, dirty_log, checkpoints)
         return context.source
 
     async def _open_domain(self) -> Domain:

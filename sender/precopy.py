@@ -31,7 +31,7 @@ MAX_DEFERRALS = 8
 
 
 @dataclass
-class Remainder:
+class SwitchoverPlan:
     """What precopy leaves to the switchover."""
 
     deferred: PfnMask
@@ -54,7 +54,7 @@ class Precopy:
     def __init__(self, context: Context, source: Source, push: PushLane, policy: Policy):
         self._context = context
         self._domain = source.domain
-        self._written = source.written
+        self._dirty_log = source.dirty_log
         self._push = push
         self._options = context.options
         self._policy = policy
@@ -71,13 +71,13 @@ class Precopy:
             self._decide(stats.rounds, True, dirty, dirty, stats.started) is Decision.STOP_AND_COPY
         )
 
-    async def run(self) -> Remainder:
+    async def run(self) -> SwitchoverPlan:
         """Raises :class:`MigrationError` where the policy gives up."""
-        written = self._written
+        dirty_log = self._dirty_log
         progress, stats = self._progress, self._statistics
-        await trio.to_thread.run_sync(written.enable)
+        await trio.to_thread.run_sync(dirty_log.enable)
         await trio.to_thread.run_sync(self._toolstack.track_device_model, True)
-        to_send, remaining = await trio.to_thread.run_sync(_counted, written.memory)
+        to_send, remaining = await trio.to_thread.run_sync(_counted, dirty_log.memory)
         previous = remaining
         began = time.monotonic()
         decision = Decision.CONTINUE
@@ -89,7 +89,7 @@ class Precopy:
             decision = await self._send_round(to_send, remaining, previous, began)
             previous, remaining = (
                 remaining,
-                await trio.to_thread.run_sync(self._look_after_round, to_send),
+                await trio.to_thread.run_sync(self._read_after_round, to_send),
             )
             if decision is Decision.CONTINUE:
                 decision = self._decide(stats.rounds, True, remaining, previous, began)
@@ -101,11 +101,11 @@ class Precopy:
         if decision is Decision.STOP_AND_COPY:
             nothing = await trio.to_thread.run_sync(np.zeros_like, to_send)
             await self._put_off(nothing)  # what was sent is taken in now, not in the downtime
-            return Remainder(nothing, await trio.to_thread.run_sync(bitmap_of, to_send), NO_PFNS)
+            return SwitchoverPlan(nothing, await trio.to_thread.run_sync(bitmap_of, to_send), NO_PFNS)
         return await self._defer(to_send)
 
-    def _look_after_round(self, to_send: PfnMask) -> int:
-        to_send |= self._written.look()
+    def _read_after_round(self, to_send: PfnMask) -> int:
+        to_send |= self._dirty_log.read()
         return int(np.count_nonzero(to_send))
 
     async def _send_round(
@@ -145,7 +145,7 @@ class Precopy:
             )
         )
 
-    async def _defer(self, unsent: PfnMask) -> Remainder:
+    async def _defer(self, unsent: PfnMask) -> SwitchoverPlan:
         """Evict pages that will not be sent any more while the guest still runs, and not in its
         downtime.
 
@@ -176,9 +176,9 @@ class Precopy:
             np.logical_or(deferred, unsent, out=deferred)
             return others
 
-        def look() -> tuple[PfnMask, int, int]:
+        def read() -> tuple[PfnMask, int, int]:
             """What was written, and the numbers of pages to look at and to evict for it."""
-            written, count = _counted(self._written.look)
+            written, count = _counted(self._dirty_log.read)
             return written, count, int(np.count_nonzero(written & ~deferred))
 
         _, to_look_at = await trio.to_thread.run_sync(_counted, lambda: unsent)
@@ -187,7 +187,7 @@ class Precopy:
             gone = await self._push.report_holes(await trio.to_thread.run_sync(from_mask, unsent))
             await self._put_off(await trio.to_thread.run_sync(keep_back))
             first, looked_at, evicted = False, to_look_at, to_evict
-            unsent, to_look_at, to_evict = await trio.to_thread.run_sync(look)
+            unsent, to_look_at, to_evict = await trio.to_thread.run_sync(read)
             log.info(
                 "%d pages put off, %d written meanwhile, %d of them others",
                 evicted,
@@ -197,7 +197,7 @@ class Precopy:
             no_less = to_look_at >= looked_at * 0.9 and to_evict >= evicted * 0.9
             if no_less or to_look_at <= self._options.policy.dirty_threshold:
                 break
-        return Remainder(
+        return SwitchoverPlan(
             deferred,
             await trio.to_thread.run_sync(lambda: bitmap_of(kept_back | unsent)),
             pinned_pfns,

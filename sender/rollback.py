@@ -141,7 +141,7 @@ class Rollback:
             context.last_word = abort
         await self._send_abort(abort)
         with self._reported():
-            await trio.to_thread.run_sync(self._source.written.disable)
+            await trio.to_thread.run_sync(self._source.dirty_log.disable)
         with self._reported():
             if checkpoints is not None and await in_thread(self._is_to_go_back, checkpoints):
                 await self._go_back(checkpoints)
@@ -198,14 +198,14 @@ class Rollback:
         """
         entry, hypervisor = self._context.entry, self._context.hypervisor
         config = self._source.domain.config()
-        if entry.successor is not None:
+        if entry.restored_domid is not None:
             return hypervisor.reopen_incoming(
-                entry.successor, config, lent=False, handle=self._source.domain.handle
+                entry.restored_domid, config, lent=False, handle=self._source.domain.handle
             )
         for left in hypervisor.abandoned(config, instead_of=self._source.domain):
             left.destroy()  # by a predecessor that died before the journal had the domain's number
         domain = hypervisor.create_incoming(config, instead_of=self._source.domain)
-        entry.successor, entry.applied = domain.domid, True
+        entry.restored_domid, entry.applied = domain.domid, True
         self._ownership.enter(State.RETURNING)
         return domain
 
@@ -226,7 +226,7 @@ class Rollback:
         context = self._context
         while True:
             try:
-                await as_soon_as_threads_start(self._let_successor_go)
+                await as_soon_as_threads_start(self._let_restored_go)
                 await as_soon_as_threads_start(
                     lambda: context.toolstack.finish(self._source.domain)
                 )
@@ -240,15 +240,15 @@ class Rollback:
                 await trio.sleep(AGAIN_S)
         context.progress.problem = ""
 
-    async def _let_successor_go(self) -> None:
+    async def _let_restored_go(self) -> None:
         """The domain that was made to go back to a checkpoint, if the guest never ran in it."""
-        if self._context.entry.successor is None:
+        if self._context.entry.restored_domid is None:
             return
         with contextlib.suppress(NoSuchDomainError):
             successor = await trio.to_thread.run_sync(self._new_domain)
             if await trio.to_thread.run_sync(successor.state) is DomainState.INCOMING:
                 await trio.to_thread.run_sync(successor.destroy)
-        self._context.entry.successor = None
+        self._context.entry.restored_domid = None
 
     def forget(self, state: State) -> None:
         """The last state, after which no checkpoint is needed any more.  Called in a thread."""

@@ -27,7 +27,7 @@ from sender.backlog import Backlog
 from sender.context import Context, Source
 from sender.faults import FaultServer
 from sender.ownership import State
-from sender.precopy import Precopy, Remainder
+from sender.precopy import Precopy, SwitchoverPlan
 from sender.push import PushLane
 from sender.source_pages import count_pages
 from sender.toolstack import StaysHereError
@@ -64,13 +64,13 @@ class Switchover:
         self._push = push
         self._faults = faults
 
-    async def run(self, tasks: trio.Nursery, remainder: Remainder) -> None:
+    async def run(self, tasks: trio.Nursery, plan: SwitchoverPlan) -> None:
         """Returns when the guest is handed over, or is entrusted to a toolstack, or is kept here.
         ``tasks`` get what follows the toolstack's decision.
         """
         context = self._context
-        context.backlog = Backlog(remainder.deferred)
-        hand_over = functools.partial(self._hand_over, remainder)
+        context.backlog = Backlog(plan.deferred)
+        hand_over = functools.partial(self._hand_over, plan)
         try:
             await self._push.send_in_thread(hand_over, functools.partial(stay, context))
             await trio.lowlevel.checkpoint_if_cancelled()
@@ -80,7 +80,7 @@ class Switchover:
                 with trio.CancelScope(shield=True):
                     await context.toolstack.switched_over()
 
-    def _hand_over(self, remainder: Remainder) -> None:
+    def _hand_over(self, plan: SwitchoverPlan) -> None:
         """All that the guest stands still for.  In one thread: to go from one thread to another
         takes a tenth of a millisecond.
 
@@ -90,11 +90,11 @@ class Switchover:
         context, domain, push = self._context, self._source.domain, self._push
         self._suspend()
         push.say_blocking(m.Suspended())
-        written = self._source.written.last_look()
-        remainder.unsent |= written  # in place: new memory would have to be mapped first
-        changed, gone = push.send_holes(from_bitmap(remainder.unsent, domain.nr_pfns))
+        written = self._source.dirty_log.read_last()
+        plan.unsent |= written  # in place: new memory would have to be mapped first
+        changed, gone = push.send_holes(from_bitmap(plan.unsent, domain.nr_pfns))
         context.backlog.remove(gone[context.backlog.are_missing(gone)])
-        now, new = self._choose(changed, written, remainder)
+        now, new = self._choose(changed, written, plan)
         if not self._send(now):
             return  # the guest is kept here: without its context the destination is not ready
         context.statistics.missing_pages = context.backlog.unsent
@@ -103,7 +103,7 @@ class Switchover:
         self._send_context()
         # A page that was written since the toolstack's hold on it may be another frame now.
         still_missing = changed[context.backlog.are_missing(changed)]
-        context.toolstack.before_decision(domain, still_missing, self._source.written)
+        context.toolstack.before_decision(domain, still_missing, self._source.dirty_log)
         if not context.signals.ready.wait(STEP_TIMEOUT_S):
             raise PeerClosedError(
                 "the guest stands still, and the destination was not ready within "
@@ -135,7 +135,7 @@ class Switchover:
         ownership.enter(State.SUSPENDED)
 
     def _choose(
-        self, changed: PfnArray, written: NDArray[np.uint8], remainder: Remainder
+        self, changed: PfnArray, written: NDArray[np.uint8], plan: SwitchoverPlan
     ) -> tuple[PfnArray, PfnArray]:
         """Of the pages that have changed: those to send while the guest stands still, and those that
         the destination has not been told to evict.
@@ -144,8 +144,8 @@ class Switchover:
         new = changed[~missing.are_missing(changed)]
         if not missing.unsent and self._precopy.stop_and_copy_fits(len(new)):
             return new, new
-        hot = self._source.written.hottest(changed[in_bitmap(written, changed)], HOT_PAGES)
-        now = union([remainder.pinned, domain.pinned(changed), hot])
+        hot = self._source.dirty_log.hottest(changed[in_bitmap(written, changed)], HOT_PAGES)
+        now = union([plan.pinned, domain.pinned(changed), hot])
         missing.add(new)
         now = now[missing.are_missing(now)]
         missing.remove(now)

@@ -26,7 +26,7 @@ from migrate.protocol.pfns import PfnMask
 from migrate.tasks import first
 from migrate.units import pauses
 from sender import source_pages
-from sender.dirty import WrittenPages
+from sender.dirty import DirtyLog
 from sender.ownership import State
 from xenbackend.contract import Domain, DomainState
 from xenbackend.errors import NoSuchDomainError, XenError
@@ -73,7 +73,7 @@ class Toolstack(Protocol):
         has the pages.
         """
 
-    def before_decision(self, domain: Domain, missing: PfnArray, written: WrittenPages) -> None:
+    def before_decision(self, domain: Domain, missing: PfnArray, dirty_log: DirtyLog) -> None:
         """The destination gets ready, and lacks these pages.  Called in a thread, with the guest
         suspended.
         """
@@ -128,7 +128,7 @@ class OwnToolstack:
     def hold(self, domain: Domain, missing: PfnMask) -> None:
         pass
 
-    def before_decision(self, domain: Domain, missing: PfnArray, written: WrittenPages) -> None:
+    def before_decision(self, domain: Domain, missing: PfnArray, dirty_log: DirtyLog) -> None:
         pass
 
     async def give_up(self, domain: Domain, reason: str, *, suspended: bool) -> None:
@@ -214,10 +214,10 @@ class XlToolstack:
     def hold(self, domain: Domain, missing: PfnMask) -> None:
         source_pages.hold(domain, missing)
 
-    def before_decision(self, domain: Domain, missing: PfnArray, written: WrittenPages) -> None:
+    def before_decision(self, domain: Domain, missing: PfnArray, dirty_log: DirtyLog) -> None:
         domain.hold(missing)
         self.track_device_model(False)
-        written.disable()
+        dirty_log.disable()
 
     async def give_up(self, domain: Domain, reason: str, *, suspended: bool) -> None:
         """xl resumes a guest that it has suspended; where it is not there to do it, we do."""

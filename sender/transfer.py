@@ -126,11 +126,11 @@ class Transfer:
         """Precopy and switchover."""
         context, source = self._context, self._source
         limit = await trio.to_thread.run_sync(limit_of, source.domain)
-        source.written.max_pages = context.entry.max_pages = limit
+        source.dirty_log.max_pages = context.entry.max_pages = limit
         await trio.to_thread.run_sync(self._ownership.enter, State.COPYING)
         precopy = Precopy(context, source, push, self._policy)
-        remainder = await precopy.run()
-        await Switchover(context, source, precopy, push, faults).run(tasks, remainder)
+        plan = await precopy.run()
+        await Switchover(context, source, precopy, push, faults).run(tasks, plan)
 
     async def _feed(self, lane_tasks: trio.Nursery, push: PushLane) -> None:
         """Push what the destination lacks."""

@@ -18,7 +18,7 @@ from migrate.errors import MigrationError
 from migrate.options import MigrationOptions, PolicyOptions, Strategy
 from migrate.protocol.pfns import PfnMask
 from sender import dirty as written
-from sender.dirty import NO_FURTHER, WrittenPages
+from sender.dirty import NO_FURTHER, DirtyLog
 from sender.toolstack import OwnToolstack
 from tests.conftest import MIB
 from tests.support.inprocess import Outcome, migrate, verification
@@ -55,20 +55,20 @@ def let_balloon_move(domain: Domain, steps: int) -> None:
     until(lambda: balloon_steps(domain) >= before + steps, "the balloon does not move", WAIT_S)
 
 
-def before_each_look(monkeypatch: Patch, move: Callable[[Domain], None]) -> None:
+def before_each_read(monkeypatch: Patch, move: Callable[[Domain], None]) -> None:
     """The balloon moves between any two looks at the guest, and before it is suspended."""
-    look, suspend = WrittenPages._look, OwnToolstack.suspend
+    read, suspend = DirtyLog._read, OwnToolstack.suspend
 
-    def moving_look(self: WrittenPages) -> tuple[NDArray[np.uint8], PfnMask | None]:
+    def moving_read(self: DirtyLog) -> tuple[NDArray[np.uint8], PfnMask | None]:
         if self._domain.state() is DomainState.RUNNING:
             move(self._domain)
-        return look(self)
+        return read(self)
 
     def moving_suspend(self: OwnToolstack, domain: Domain) -> None:
         move(domain)
         suspend(self, domain)
 
-    monkeypatch.setattr(WrittenPages, "_look", moving_look)
+    monkeypatch.setattr(DirtyLog, "_read", moving_read)
     monkeypatch.setattr(OwnToolstack, "suspend", moving_suspend)
 
 
@@ -83,7 +83,7 @@ def balloon_hosts(request: pytest.FixtureRequest) -> Iterator[World]:
 async def test_a_balloon_that_moves_in_every_phase(
     balloon_hosts: World, name: str, monkeypatch: Patch, strategy: Strategy, steps: int
 ) -> None:
-    before_each_look(monkeypatch, lambda domain: let_balloon_move(domain, steps))
+    before_each_read(monkeypatch, lambda domain: let_balloon_move(domain, steps))
     outcome = await migrate(balloon_hosts, ballooning(name), strategy)
     assert outcome.error is None
     assert (await verification(balloon_hosts, ballooning(name))).problems == []
@@ -106,7 +106,7 @@ async def test_a_guest_gives_memory_away_in_every_phase(
             WAIT_S,
         )
 
-    before_each_look(monkeypatch, give)
+    before_each_read(monkeypatch, give)
     outcome = await migrate(clean_hosts, spec, strategy)
     assert outcome.error is None
     assert (await verification(clean_hosts, spec)).problems == []
@@ -143,9 +143,9 @@ async def test_a_page_that_is_taken_back_unseen_is_noticed(
 ) -> None:
     """Invariant 2."""
     if broken == "not looked for":
-        before_each_look(monkeypatch, lambda domain: let_balloon_move(domain, PAGES // 2))
+        before_each_read(monkeypatch, lambda domain: let_balloon_move(domain, PAGES // 2))
         monkeypatch.setattr(
-            WrittenPages, "_look", lambda self: (self._domain.log_dirty(clean=True), None)
+            DirtyLog, "_read", lambda self: (self._domain.log_dirty(clean=True), None)
         )
     else:  # down and up again between two looks: the same number of frames, at the same places
         set_max_pages = SimulatedDomain.set_max_pages
@@ -171,7 +171,7 @@ async def test_a_page_that_is_taken_back_unseen_is_noticed(
                 WAIT_S,
             )
 
-        before_each_look(monkeypatch, around)
+        before_each_read(monkeypatch, around)
     await migrate(clean_hosts, ballooning(name), Strategy.PRECOPY)
     try:
         problems = " ".join((await verification(clean_hosts, ballooning(name))).problems)

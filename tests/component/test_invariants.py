@@ -26,7 +26,7 @@ from receiver.outstanding import OutstandingPages, Verdict
 from receiver.pager import Pager
 from receiver.restore import MemoryRestorer
 from sender.backlog import Backlog
-from sender.dirty import WrittenPages
+from sender.dirty import DirtyLog
 from sender.migration import OutgoingMigration
 from sender.precopy import Precopy
 from sender.push import PushLane
@@ -276,7 +276,7 @@ async def test_a_pinned_frame_that_is_missing_kills_the_guest(
     """Invariant 9."""
     monkeypatch.setattr(SimulatedDomain, "pinned", lambda self, pfns: np.empty(0, dtype=np.uint64))
     monkeypatch.setattr(
-        WrittenPages, "hottest", lambda self, written, most: written[:0]
+        DirtyLog, "hottest", lambda self, written, most: written[:0]
     )  # which they may be, too
     outcome = await migrate(clean_hosts, busy(name))
     assert "register_vcpu_info" in str(outcome.error)

@@ -19,11 +19,11 @@ from migrate.protocol import messages as m
 from migrate.protocol import pfns
 from migrate.protocol.pfns import NO_PFNS, from_mask, pfns_of_window, union
 from sender.context import Barriers, Context, Source
-from sender.dirty import WrittenPages
+from sender.dirty import DirtyLog
 from sender.entry import Entry
 from sender.ownership import State
 from sender.policy import DefaultPolicy
-from sender.precopy import Precopy, Remainder
+from sender.precopy import Precopy, SwitchoverPlan
 from sender.push import PushLane
 from sender.toolstack import OwnToolstack
 from tests.support.labs import SimulatedLab
@@ -69,20 +69,20 @@ def lab(world: World, name: str, monkeypatch: pytest.MonkeyPatch) -> SimulatedLa
     return SimulatedLab(world, name)
 
 
-async def put_off(lab: SimulatedLab, destination: SlowDestination) -> Remainder:
+async def put_off(lab: SimulatedLab, destination: SlowDestination) -> SwitchoverPlan:
     options = MigrationOptions(Strategy.POSTCOPY)
     policy = DefaultPolicy(Strategy.POSTCOPY, PolicyOptions())
     domain = lab.boot(NR_PFNS * PAGE_SIZE, vcpus=1, workload="idle")
     none: Any = None
     entry = Entry(DomainId(domain.domid, domain.handle, "guest"), options, False)
     context = Context("session", none, none, none, OwnToolstack(), entry, State.COPYING)
-    source = Source(domain, WrittenPages(domain, NR_PFNS), None)
+    source = Source(domain, DirtyLog(domain, NR_PFNS), None)
     precopy = Precopy(context, source, cast(PushLane, destination), policy)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(destination.serve, context.barriers)
-        remainder = await precopy.run()
+        plan = await precopy.run()
         nursery.cancel_scope.cancel()
-    return remainder
+    return plan
 
 
 async def test_each_window_that_is_put_off_has_time(
@@ -90,9 +90,9 @@ async def test_each_window_that_is_put_off_has_time(
 ) -> None:
     """Eviction takes as long as a guest is large; what is limited is that it goes on."""
     destination = SlowDestination(STEP_TIMEOUT_S * 0.9)
-    remainder = await put_off(lab, destination)
+    plan = await put_off(lab, destination)
     assert trio.current_time() > STEP_TIMEOUT_S * 5
-    assert np.array_equal(from_mask(remainder.deferred), destination.evicted)
+    assert np.array_equal(from_mask(plan.deferred), destination.evicted)
     assert len(destination.evicted) > NR_PFNS / 2
     assert destination.most_barriers == 2  # a peer allows for 16
 
@@ -137,14 +137,14 @@ async def test_no_step_over_all_of_a_guest_is_made_in_the_event_loop(
     lab: SimulatedLab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a large guest such a step takes a second, in which the loop serves no other guest."""
-    for method in ("memory", "look"):
-        original = getattr(WrittenPages, method)
+    for method in ("memory", "read"):
+        original = getattr(DirtyLog, method)
         monkeypatch.setattr(
-            WrittenPages, method, lambda self, original=original: original(self).view(Watched)
+            DirtyLog, method, lambda self, original=original: original(self).view(Watched)
         )
     monkeypatch.setattr(Watched, "in_event_loop", [])
-    remainder = await put_off(lab, SlowDestination(0))
+    plan = await put_off(lab, SlowDestination(0))
     assert Watched.in_event_loop == []
-    assert np.count_nonzero(remainder.deferred.view(np.ndarray)) > NR_PFNS / 2
-    _ = remainder.deferred & remainder.deferred
+    assert np.count_nonzero(plan.deferred.view(np.ndarray)) > NR_PFNS / 2
+    _ = plan.deferred & plan.deferred
     assert Watched.in_event_loop == ["bitwise_and"]  # it is watched to the end
