@@ -29,7 +29,7 @@ from xenbackend.pages import PfnArray
 
 
 class Backlog:
-    """``missing``: the pfns that are announced as missing.  It belongs to this object from then on."""
+    """``missing``: the pfns that are announced as missing.  The mask belongs to this object."""
 
     def __init__(self, missing: PfnMask):
         self.pages = SourcePages(missing)
@@ -118,7 +118,9 @@ class Backlog:
         return wanted
 
     def loaded(self, pfns: PfnArray) -> None:
-        """Raises :class:`RemoteProtocolError` for a page that was not sent, or was acknowledged before."""
+        """Raises :class:`RemoteProtocolError` for a page that was not sent, or was acknowledged
+        before.
+        """
         with self._lock:
             states = self._state[pfns]
             if np.any(states != SENT):
@@ -139,7 +141,8 @@ class Backlog:
     def rejoin(self, outstanding: PfnMask) -> PfnArray:
         """All that the receiver lacks; returns those that are DONE by that.
 
-        Raises :class:`RemoteProtocolError` where it lacks what it has confirmed, or was never missing.
+        Raises :class:`RemoteProtocolError` for a page that the receiver has confirmed, or that was
+        never missing.
         """
         with self._lock:
             wrong = outstanding & ((self._state == NOT_OURS) | (self._state == DONE))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A cap on the bytes a second that background copying takes: a token bucket.  Time is an argument."""
+"""A cap on the bytes a second of background copying: a token bucket.  Time is an argument."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class BandwidthCap:
         self._lock = threading.Lock()
 
     def spend(self, count: int, now: float) -> float:
-        """Account for ``count`` bytes that were sent; returns the seconds to wait before sending more."""
+        """Account for ``count`` bytes that were sent.  Returns the seconds to wait."""
         if self._rate is None:
             return 0.0
         with self._lock:

@@ -44,7 +44,7 @@ class Signals:
 
 @dataclass
 class Source:
-    """The guest's domain at this end.  When the guest has gone back to a checkpoint, the new one."""
+    """The guest's domain at this end; after a return to a checkpoint, the new domain."""
 
     domain: Domain
     dirty_log: DirtyLog
@@ -148,7 +148,7 @@ class Context:
         self.progress.pages_done = self.progress.pages_total - self.progress.outstanding
 
     def give_back(self) -> None:
-        """Drop what is as large as the guest: ``list`` shows the migration for long after its end."""
+        """Drop what is as large as the guest: ``list`` shows a migration for long after its end."""
         self.source = None
         self.backlog = _nothing_missing()
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The sender daemon: a control socket, a listener for lanes, and the migrations that it was asked for.
+"""The sender daemon: a control socket, a listener for lanes, and the migrations under way.
 
-Asked by the command line it dials the receiver; asked by xl's helper it is dialled, since only xl's stream
-knows where the other end is, and that goes one way.
+For a request of the command line the sender dials the receiver.  For a request of xl's helper the
+receiver dials: only xl's stream has the address of the other end, and the stream goes one way.
 """
 
 from __future__ import annotations
@@ -278,7 +278,7 @@ class SenderDaemon:
         return awaited
 
     def _start(self, migration: OutgoingMigration) -> trio.Event:
-        """The migration is the daemon's, not the connection's: a client that goes away does not end it."""
+        """The migration is the daemon's: a client that goes away does not end the migration."""
         self._admit(migration)
         return self._begin(migration)
 

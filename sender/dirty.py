@@ -93,7 +93,9 @@ class DirtyLog:
             self._enabled = False
 
     def read(self) -> PfnMask:
-        """What was written since the last look; of each page the last eight looks are remembered, the newest highest."""
+        """The pages written since the last reading.  Of each page eight bits are kept, one for each
+        of the last eight readings, the newest in the highest bit.
+        """
         bitmap, moved = self._read()
         written = mask_from_bitmap(bitmap, self._domain.nr_pfns)
         self._heat >>= 1
@@ -111,9 +113,11 @@ class DirtyLog:
         return bitmap
 
     def hottest(self, written: PfnArray, most: int) -> PfnArray:
-        """Of the pages written since the last look, those that are written all the time: the guest needs them at once.
+        """Up to ``most`` of the pages written since the last reading: those that are written most
+        often.
 
-        The kernel's own, mostly; each would be a fault before the guest does anything else.
+        Most of them are the kernel's own, and the guest needs them at once: each would be a fault
+        before the guest does anything else.
         """
         heat = self._heat[written]
         order = np.argsort(heat, kind="stable")[::-1][:most]
@@ -134,8 +138,8 @@ class DirtyLog:
         if not self._domain.log_dirty_is_on():
             self._enabled = False
             raise MigrationError(
-                "somebody has switched log-dirty off, so that it is not known what the guest has written: "
-                "end what else migrates or saves this guest, and migrate it again"
+                "somebody has switched log-dirty off, so that it is not known what the guest has "
+                "written: end what else migrates or saves this guest, and migrate it again"
             )
         if not came and frames.tot_pages == self._tot_pages:
             return bitmap, None

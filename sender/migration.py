@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One outgoing migration, as the daemon has it: made of a request or of what a predecessor has left.
+"""One outgoing migration as the daemon has it, made of a request or of what a predecessor left.
 
 The order of things is in ``transfer.py``.  Who owns the guest is in one table, ``ownership.py``.
 What an operator may ask for meanwhile is in ``requests.py``.
@@ -135,7 +135,7 @@ class OutgoingMigration:
 
     # ---- the lifetime ----
     async def run(self) -> None:
-        """Raises :class:`MigrationError` or ``XenError``; ``ownership`` tells where the guest is."""
+        """Raises :class:`MigrationError` or ``XenError``; ``ownership`` has where the guest is."""
         context = self.context
         logs.migration.set(context.id)
         context.statistics.started = time.monotonic()

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """When to stop precopying: the policy that the sender consults after every batch.  Sans-IO.
 
-A policy sees numbers and answers with a :class:`Decision`; it does nothing itself.  What it weighs: precopy is
-worth going on with while a round leaves less to send than the one before; what is left over can be sent with the
-guest standing still (stop-and-copy) if that fits the downtime target, and otherwise after the switchover
-(postcopy), where each page costs a fault if it is touched before it is pushed.
+A policy gets numbers and returns a :class:`Decision`.  Another round of precopy is worth its time
+while a round leaves less to send than the round before.  The rest can be sent with the guest suspended
+(stop-and-copy) if that fits the downtime target.  Otherwise the rest follows after the switchover
+(postcopy), where a page that the guest touches before the page is pushed costs a fault.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class PrecopyProgress:
     """1 is the first, of all memory."""
     round_finished: bool
     dirty_pages: int
-    """To send if the round ended now: at a round's end what was dirtied during it, within one what is left of it."""
+    """Pages to send if the round ended now: at the end of a round the pages dirtied during it,
+    within a round the pages that are left of it.
+    """
     previous_dirty_pages: int
     """The same at the end of the round before (first round: all pages)."""
     bytes_per_s: float

@@ -101,7 +101,8 @@ class Precopy:
         if decision is Decision.STOP_AND_COPY:
             nothing = await trio.to_thread.run_sync(np.zeros_like, to_send)
             await self._put_off(nothing)  # what was sent is taken in now, not in the downtime
-            return SwitchoverPlan(nothing, await trio.to_thread.run_sync(bitmap_of, to_send), NO_PFNS)
+            unsent = await trio.to_thread.run_sync(bitmap_of, to_send)
+            return SwitchoverPlan(nothing, unsent, NO_PFNS)
         return await self._defer(to_send)
 
     def _read_after_round(self, to_send: PfnMask) -> int:

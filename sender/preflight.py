@@ -27,8 +27,8 @@ def check_free(domain: Domain, options: MigrationOptions) -> None:
     info = domain.info()
     if info.paged_pages or domain.has_pager():
         raise OccupiedError(
-            f"{info.name} has a pager, and {info.paged_pages} of its pages are not here: wait until "
-            "the migration that brings them is completed, which `xen-postcopy list` shows"
+            f"{info.name} has a pager, and {info.paged_pages} of its pages are not here: wait "
+            "until the migration that brings them is completed, which `xen-postcopy list` shows"
         )
     if info.state is DomainState.SUSPENDED:
         raise OccupiedError(
@@ -42,9 +42,9 @@ def check_free(domain: Domain, options: MigrationOptions) -> None:
     if domain.log_dirty_is_on():
         if not options.take_log_dirty:
             raise OccupiedError(
-                f"log-dirty is on for {info.name}: somebody migrates, saves or protects it, or died "
-                "when doing so; if nobody does any more, `xen-postcopy migrate --take-log-dirty` (or "
-                "`XEN_POSTCOPY=off xl migrate`) switches it off first"
+                f"log-dirty is on for {info.name}: somebody migrates, saves or protects it, or "
+                "died when doing so; if nobody does any more, `xen-postcopy migrate "
+                "--take-log-dirty` (or `XEN_POSTCOPY=off xl migrate`) switches it off first"
             )
         domain.log_dirty_disable()
 

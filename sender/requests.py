@@ -195,14 +195,15 @@ class Requests:
             raise MigrationError(f"there is nothing to decide here: {who}; {name} is {shown}")
         elif state is State.UNDECIDED and self._context.toolstack.may_decide() and not force:
             raise MigrationError(
-                f"there is nothing to decide here while xl may do so, which has not decided yet; {name} "
-                f"is {shown}; if xl has ended here and at the destination: --force"
+                "there is nothing to decide here while xl may do so, which has not decided yet; "
+                f"{name} is {shown}; if xl has ended here and at the destination: --force"
             )
 
     def _check_way_back(self, *, gone: bool, certain: bool, obstacle: str) -> None:
-        """Can the guest go on here, and is that right?  ``gone``: the domain here is.  ``certain``: to
-        go on here is right even if the guest has run at the destination.  ``obstacle``: why it is
-        impossible to go on here.
+        """Can the guest go on here, and is that right?
+
+        ``gone``: the domain here is.  ``certain``: to go on here is right even if the guest has run
+        at the destination.  ``obstacle``: why it is impossible to go on here.
         """
         name = self._context.name
         if gone:
@@ -218,16 +219,18 @@ class Requests:
             )
         if obstacle:
             raise MigrationError(
-                f"{name} cannot go on here, with --force neither: {obstacle}; without it the memory "
-                "here is that of no instant, because checkpoints were written into it; the guest "
-                "goes on where it is as soon as the destination is back; if the guest is lost: "
+                f"{name} cannot go on here, with --force neither: {obstacle}; without it the "
+                "memory here is that of no instant, because checkpoints were written into it; the "
+                "guest goes on where it is as soon as the destination is back; if the guest is "
+                "lost: "
                 f"`xen-postcopy decide {name} elsewhere` lets its pages go"
             )
         # A final answer proves nothing.  A receiver with another state directory does not have the
         # session, and the guest may run there nevertheless.
         if self._context.entry.ran and not certain:
             raise MigrationError(
-                f"{self.known_of_peer}: if it still runs there, it would run twice; if it does not, "
-                "it would continue here from its suspension, without what it did there: --force; "
+                f"{self.known_of_peer}: if it still runs there, it would run twice; if it does "
+                "not, it would continue here from its suspension, without what it did there: "
+                "--force; "
                 "`elsewhere` destroys what is left of it here"
             )

@@ -29,9 +29,12 @@ def announce(pfns: PfnArray, mapped: MappedPages) -> Pages:
     unreadable = pfns[status >= PageStatus.PAGED]
     if len(unreadable):
         raise XenError(
-            "map", errno.EAGAIN, pfn=int(unreadable[0]),
-            why=f"{len(unreadable)} pages of the guest cannot be read: they are paged out or broken at this host; stop its pager",
-        )  # fmt: skip
+            "map",
+            errno.EAGAIN,
+            pfn=int(unreadable[0]),
+            why=f"{len(unreadable)} pages of the guest cannot be read: they are paged out or "
+            "broken at this host; stop its pager",
+        )
     return Pages(
         pfns[status == PageStatus.DATA],
         zeros=pfns[status == PageStatus.ZERO],
@@ -40,9 +43,8 @@ def announce(pfns: PfnArray, mapped: MappedPages) -> Pages:
 
 
 def announce_missing(pfns: PfnArray, mapped: MappedPages, backlog: Backlog) -> Pages | None:
-    """The same after the switchover, without those pages that the receiver has loaded since they were chosen.
-
-    Their mapping may have been given up.  ``None``: it has them all.
+    """The same after the switchover, without the pages that the receiver has loaded since they were
+    chosen: their mapping may have been given up.  ``None``: the receiver has loaded all of them.
     """
     message = announce(pfns, mapped)
     if not len(message.holes):
@@ -50,7 +52,8 @@ def announce_missing(pfns: PfnArray, mapped: MappedPages, backlog: Backlog) -> P
     lost = message.holes[~backlog.is_done(message.holes)]
     if len(lost):
         raise MigrationError(
-            f"{len(lost)} missing pages of the guest are not held any more: pfn {int(lost[0]):#x}, ..."
+            f"{len(lost)} missing pages of the guest are not held any more: "
+            f"pfn {int(lost[0]):#x}, ..."
         )
     return Pages(message.pfns, message.zeros) if count_pages(message) else None
 

@@ -12,21 +12,26 @@ from migrate.protocol.messages import printable
 _COUNT, _NUMBER, _WORD = "count", "number", "word"
 _PEERS: dict[str, Any] = {
     "fault_latency_us": {
-        "count": _COUNT, "mean": _NUMBER, "p50": _NUMBER, "p99": _NUMBER, "max": _NUMBER, "histogram": {None: _COUNT},
+        "count": _COUNT, "mean": _NUMBER, "p50": _NUMBER, "p99": _NUMBER, "max": _NUMBER,
+        "histogram": {None: _COUNT},
     },
     "vcpu_block_s": {None: _NUMBER},
     "pull": {"requests": _COUNT, "ahead": _COUNT, "pages": _COUNT},
     "dropped_pages": _COUNT,
     "populate_evicted": _WORD,
-    "checkpoints": {"kept": _COUNT, "pages": _COUNT, "pause_s": _NUMBER, "longest_pause_s": _NUMBER},
+    "checkpoints": {
+        "kept": _COUNT, "pages": _COUNT, "pause_s": _NUMBER, "longest_pause_s": _NUMBER,
+    },
 }  # fmt: skip
-"""The keys of ``PagerStatistics.summary`` (``receiver/statistics.py``); under ``None`` any number as a key."""
+"""The keys of ``PagerStatistics.summary`` (``receiver/statistics.py``).  ``None`` stands for any
+number as a key.
+"""
 _MOST_KEYS = 512
 
 
 def from_peer(told: object) -> dict[str, Any]:
-    """The peer's counters in the form of ``PagerStatistics.summary`` (``receiver/statistics.py``), whatever the peer has
-    sent.
+    """The peer's counters in the form of ``PagerStatistics.summary`` (``receiver/statistics.py``),
+    whatever the peer has sent.
 
     Unknown keys are left out.  A value that is missing or of the wrong type is 0.
     """

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The switchover: the guest is suspended, the rest that it cannot run without is sent, and the guest
-is handed over.
+"""The switchover: the guest is suspended, the pages that it cannot run without are sent, and the
+guest is handed over.
 
-Where a toolstack decides at which end the guest runs, the guest is entrusted to the toolstack first,
-and handed over when the toolstack has decided.
+Where a toolstack decides at which end the guest runs, the guest is entrusted to the toolstack
+first, and is handed over when the toolstack has decided.
 """
 
 from __future__ import annotations
@@ -137,8 +137,8 @@ class Switchover:
     def _choose(
         self, changed: PfnArray, written: NDArray[np.uint8], plan: SwitchoverPlan
     ) -> tuple[PfnArray, PfnArray]:
-        """Of the pages that have changed: those to send while the guest stands still, and those that
-        the destination has not been told to evict.
+        """Of the pages that have changed: those to send during the downtime, and those that the
+        destination has not been told to evict.
         """
         missing, domain = self._context.backlog, self._source.domain
         new = changed[~missing.are_missing(changed)]
@@ -172,8 +172,8 @@ class Switchover:
             self._push.say_blocking(m.Context(chunk, at + len(chunk) == len(data)))
 
     def _give_away(self) -> None:
-        """From here on the guest is handed over, also if the message does not arrive: the message is
-        sent again then.
+        """From here on the guest is handed over.  If the message does not arrive, the message is
+        sent again.
         """
         context, stats = self._context, self._context.statistics
         if context.ownership.try_hand_over(context.toolstack.after_switchover):

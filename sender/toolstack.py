@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Whose the source domain is: who suspends it, who lets it go on, who ends it.
+"""Who suspends, resumes and destroys the source domain.
 
-:class:`OwnToolstack`: nobody's but ours (``xen-postcopy migrate``).  :class:`XlToolstack`: xl's, which started our helper and
-through it does what we ask for.  When the destination is ready the helper ends, and then xl decides by an exchange with
-its other half at which end the guest runs.  What it decided shows in what it does to the domain: it destroys it,
-or resumes it.  Where its exchange is cut it may do neither; then the receiver's word decides, which knows whether the guest
-runs there, or never will.
+:class:`OwnToolstack`: this daemon (``xen-postcopy migrate``).
+
+:class:`XlToolstack`: xl, which started the helper and does what the daemon asks for through the
+helper.  When the destination is ready, the helper ends.  Then the two halves of xl agree at which
+end the guest runs, and the source half destroys the domain or resumes it, by which the daemon sees
+the decision.  If the exchange between the halves is cut, xl may do neither.  Then the receiver's
+report decides: the receiver has seen whether the guest runs at the destination.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ UNKNOWN_XL_S = 60.0
 
 
 class StaysHereError(MigrationError):
-    """The toolstack has decided so, or the destination has given the guest up before it ran there."""
+    """The guest goes on at the source: the toolstack has decided so, or the destination has given
+    the guest up before the guest ran there.
+    """
 
 
 class Toolstack(Protocol):
@@ -63,7 +67,9 @@ class Toolstack(Protocol):
         """The destination takes the guest in: from here on it is ours to migrate."""
 
     def track_device_model(self, enable: bool) -> None:
-        """What the device model writes is to be log-dirty.  To be called in a thread of trio's, and so is :meth:`suspend`."""
+        """Have the pages that the device model writes recorded as dirty, or not any more.  To be
+        called in a thread of trio's, and so is :meth:`suspend`.
+        """
 
     def suspend(self, domain: Domain) -> None:
         """Raises :class:`MigrationError` or ``XenError`` where the guest does not."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The order of things: one guest's way to the destination, from the first connection on.
 
-The whole is :meth:`Transfer.run`; what happens over one pair of lanes is :meth:`Transfer._use_pair`.
-The other modules in the order of their use:
+The whole is :meth:`Transfer.run`, and what happens over one pair of lanes is
+:meth:`Transfer._use_pair`.  The other modules in the order of their use:
 
     preflight.py          is the domain free, and does the destination take the guest?
     precopy.py            rounds over what the guest writes, while the guest runs here
