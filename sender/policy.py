@@ -2,9 +2,9 @@
 """When to stop precopying: the policy that the sender consults after every batch.  Sans-IO.
 
 A policy gets numbers and returns a :class:`Decision`.  Another round of precopy is worth its time
-while a round leaves less to send than the round before.  The rest can be sent with the guest suspended
-(stop-and-copy) if that fits the downtime target.  Otherwise the rest follows after the switchover
-(postcopy), where a page that the guest touches before the page is pushed costs a fault.
+while a round leaves less to send than the round before.  The rest can be sent with the guest
+suspended (stop-and-copy) if that fits the downtime target.  Otherwise the rest follows after the
+switchover (postcopy), where a page that the guest touches before the page is pushed costs a fault.
 """
 
 from __future__ import annotations
