@@ -167,13 +167,15 @@ class SenderDaemon:
             case "reconnect":
                 find_migration(self._migrations.values(), request["migration"]).requests.reconnect()
                 await connection.answer("result")
+            case "check-decision":
+                migration = find_migration(self._migrations.values(), request["migration"])
+                await migration.requests.check_decision(**_decision(request))
+                await connection.answer("result")
             case "decide":
                 # Also one that has ended with an error, whose pages are kept.
                 migration = find_migration(self._migrations.values(), request["migration"])
                 runs = migration.id in self._active
-                await migration.requests.decide(
-                    here=bool(request["here"]), force=bool(request.get("force"))
-                )
+                await migration.requests.decide(**_decision(request))
                 if not runs:
                     self._nursery.start_soon(self._end, migration)
                 await connection.answer("result")
@@ -358,6 +360,10 @@ def _line(migration: OutgoingMigration) -> dict[str, Any]:
         "checkpoint_age_s": round(time.monotonic() - checkpoint_at, 1) if checkpoint_at else None,
         **progress,
     }
+
+
+def _decision(request: Json) -> dict[str, bool]:
+    return {"here": bool(request["here"]), "force": bool(request.get("force"))}
 
 
 def _options(config: MigrationConfig, request: Json) -> MigrationOptions:

@@ -125,14 +125,9 @@ class Requests:
         """Carry out an operator's decision, where the destination cannot be reached: the guest does
         not run there and never will (``here``), or nothing of the guest is needed at the source.
 
-        Raises :class:`MigrationError` if there is nothing to decide, or if the decision is known to
-        be wrong and is not forced.
+        Raises as :meth:`check_decision`.
         """
-        certain, obstacle = await trio.to_thread.run_sync(self._way_back) if here else (False, "")
-        gone = await trio.to_thread.run_sync(self._is_gone)
-        self._check_undecided(here=here, force=force)
-        if here:
-            self._check_way_back(gone=gone, certain=force or certain, obstacle=obstacle)
+        await self.check_decision(here=here, force=force)
         self._context.toolstack.overrule()
         decision = State.DECIDED_HERE if here else State.DECIDED_ELSEWHERE
         if self.rollback is not None and self.rollback.is_waiting:
@@ -151,6 +146,16 @@ class Requests:
         except BaseException:
             self.decision = None  # and can be made again
             raise
+
+    async def check_decision(self, *, here: bool, force: bool = False) -> None:
+        """Raises :class:`MigrationError` if there is nothing to decide, or if the decision is known
+        to be wrong and is not forced.
+        """
+        certain, obstacle = await trio.to_thread.run_sync(self._way_back) if here else (False, "")
+        gone = await trio.to_thread.run_sync(self._is_gone)
+        self._check_undecided(here=here, force=force)
+        if here:
+            self._check_way_back(gone=gone, certain=force or certain, obstacle=obstacle)
 
     def _way_back(self) -> tuple[bool, str]:
         """Whether the guest was protected to the end and its last checkpoint can be read, and why

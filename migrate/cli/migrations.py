@@ -470,12 +470,16 @@ def decide_command(
     under_way = [line for line in shown if line["phase"] not in ENDED]
     if len(under_way) > 1:
         raise MigrationError("both daemons on this host have this migration: say which by --socket")
+    decision = {
+        "migration": (under_way or shown)[0]["id"], "here": where == "here", "force": force
+    }  # fmt: skip
     for line in under_way:
         echo(
             f"{line['domain']} ({line['direction']}, {line['phase']}): "
             f"{line['problem'] or 'no problem'}"
         )
         echo(f"known of the other end: {line.get('known', 'nothing')}")
+        _check_decision(answers.sockets, decision)
         if not yes and not sys.stdin.isatty():
             raise MigrationError(
                 "this is asked for at a terminal, and there is none: --yes decides without being "
@@ -483,7 +487,15 @@ def decide_command(
             )
         if not yes:
             click.confirm(f"Decide that {line['domain']} runs {where}?", abort=True)
-    _ask_all(
-        answers.sockets, answer_s=0, command="decide", migration=(under_way or shown)[0]["id"],
-        here=where == "here", force=force,
-    )  # fmt: skip
+    _ask_all(answers.sockets, answer_s=0, command="decide", **decision)
+
+
+def _check_decision(sockets: tuple[Path, ...], decision: dict[str, Any]) -> None:
+    """Raises :class:`MigrationError` for a decision that the daemon would refuse: nobody has to
+    confirm it.
+    """
+    try:
+        _ask_all(sockets, answer_s=0, command="check-decision", **decision)
+    except MigrationError as error:
+        if "unknown command" not in str(error):  # of a daemon of an earlier release
+            raise

@@ -655,14 +655,15 @@ def test_a_decision_without_a_terminal_needs_yes(world: World) -> None:
     def decide(*more: str) -> Any:
         return zygote.run([*PROGRAM, "decide", "guest", "here", *more, *sockets], timeout=60)
 
-    without = decide()
+    without = decide("--force")
     assert without.returncode == 1 and "--yes decides without being asked" in without.stderr
     assert (
         "known of the other end: the destination has reported that guest runs there"
         in without.stdout
     )
-    refused = decide("--yes")
-    assert refused.returncode == 1 and "--force" in refused.stderr
+    for more in ([], ["--yes"]):  # nobody is asked to confirm what would be refused
+        refused = decide(*more)
+        assert refused.returncode == 1 and "--force" in refused.stderr
     assert phase(world, "sender") == "interrupted"
     assert decide("--yes", "--force").returncode == 0
     until(lambda: phase(world, "sender") == "failed", "it is not carried out")

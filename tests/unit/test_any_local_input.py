@@ -57,6 +57,7 @@ REQUESTS: list[dict[str, Any]] = [
         )
     ),
     {"command": "decide", "migration": "guest", "here": True, "force": False},
+    {"command": "check-decision", "migration": "guest", "here": True, "force": False},
     {"command": "await-memory", "domid": 7},
     {
         "command": "migrate",
