@@ -40,7 +40,8 @@ def left_by_a_sender(
     host: Hypervisor, journal: Journal, step: str, lanes: Any = None
 ) -> OutgoingMigration:
     facts = {
-        **FACTS, "step": step, "domain": NAME, "strategy": "postcopy", "bandwidth": None,
+        **FACTS, "step": step, "xl": step == "deciding", "domain": NAME,
+        "strategy": "postcopy", "bandwidth": None,
         "checkpoints": None, "successor": None,
     }  # fmt: skip
     lanes = lanes or cast(Any, NoLanes())
