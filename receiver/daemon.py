@@ -188,7 +188,15 @@ class ReceiverDaemon:
             return self._awaited[greeting.session]
         self._check(greeting.session)
         awaited = self._awaited[greeting.session] = AwaitedLanes()
-        self._start(IncomingMigration(self._hypervisor, greeting.session, awaited, self._journal))
+        self._start(
+            IncomingMigration.of_offer(
+                self._hypervisor,
+                greeting.session,
+                awaited,
+                self._journal,
+                others=self._others(greeting.session),
+            )
+        )
         return awaited
 
     async def _restore(self, request: Json, connection: ControlConnection) -> None:
@@ -207,7 +215,9 @@ class ReceiverDaemon:
             raise MigrationError(
                 f"domain {toolstack.lends} is being restored already: migration {taken[0].id[:8]} of {taken[0].domain_name}"
             )
-        migration = IncomingMigration(self._hypervisor, session, dialled, self._journal, toolstack)
+        migration = IncomingMigration.of_offer(
+            self._hypervisor, session, dialled, self._journal, toolstack, self._others(session)
+        )
         self._start(migration)
         async with task_group() as tasks:
             tasks.start_soon(self._listen_to_helper, migration, connection)
@@ -226,7 +236,7 @@ class ReceiverDaemon:
             patience_ends = trio.current_time() + PATIENCE_S
             while not migration.has_ended and migration.domid == domid:
                 missing = migration.missing
-                if migration.progress.phase == "lost":
+                if migration.is_lost:
                     raise MigrationError(migration.progress.problem)
                 if missing < least:
                     least, patience_ends = missing, trio.current_time() + PATIENCE_S
@@ -263,12 +273,11 @@ class ReceiverDaemon:
             raise MigrationError("too many sessions that have not offered a guest yet")
 
     def _start(self, migration: IncomingMigration) -> None:
-        migration.others = self._others(migration)
         self._migrations[migration.id] = migration
         self._nursery.start_soon(self._carry_out, migration)
 
-    def _others(self, migration: IncomingMigration) -> Callable[[], list[IncomingMigration]]:
-        return lambda: [other for other in self._migrations.values() if other is not migration]
+    def _others(self, session: str) -> Callable[[], list[IncomingMigration]]:
+        return lambda: [other for other in self._migrations.values() if other.id != session]
 
     async def _carry_out(self, migration: IncomingMigration) -> None:
         about = f"the migration of {migration.domain_name or 'a guest'}"

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Who owns the guest, as the destination knows it: one table of states.  Sans-IO.
 
-    OFFERED -> MAKING -> RESTORING -> SUSPENDED -> READY -> OWNS -> COMPLETING -> FINISHING -> COMPLETED
+    OFFERED -> MAKING -> RESTORING -> SUSPENDED -> READY -> OWNS
+         -> COMPLETING -> FINISHING -> COMPLETED
 
 Until READY any failure takes the migration back.  From READY on the receiver keeps the guest until
 the sender, an operator or xl decides.  From OWNS on the guest lives here: only its own end leads

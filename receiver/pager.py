@@ -367,6 +367,7 @@ class Pager:
                     )  # vCPUs that waited for a slot are on their way to find their page present
             finally:
                 await self._unpause()
+            self._ring = None
         self.close()
 
     async def _unpause(self) -> None:

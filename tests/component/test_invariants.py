@@ -21,10 +21,11 @@ from migrate.errors import MigrationError, PeerClosedError
 from migrate.fastpath._fault import ffi
 from migrate.options import Strategy
 from migrate.protocol import messages as m
-from receiver.migration import IncomingMigration
+from receiver import postcopy
 from receiver.outstanding import OutstandingPages, Verdict
 from receiver.pager import Pager
 from receiver.restore import MemoryRestorer
+from receiver.switchover import Switchover as Incoming
 from sender.backlog import Backlog
 from sender.dirty import DirtyLog
 from sender.migration import OutgoingMigration
@@ -290,20 +291,21 @@ async def test_a_completion_that_is_not_so_is_not_believed(
     """Invariants 6 and 8: the receiver sends ``complete`` while pages are missing.  The sender asks
     which pages it really lacks.
     """
-    complete = IncomingMigration._complete
+    complete = postcopy.complete
     lies: list[int] = []
 
-    async def lie(self: IncomingMigration, pager: Pager) -> None:
+    async def lie(switchover: Incoming) -> None:
         if lies:
-            await complete(self, pager)
+            await complete(switchover)
             return
-        lies.append(self._pages.count)
-        await self._handed_over.wait()
-        if not self.session.resumed:
-            await self._say(m.Resumed())
-        await self._say(self._complete_message())
+        await switchover.handed_over.wait()
+        lies.append(switchover.guest.pages.count)
+        peer = switchover.incoming.peer
+        if not peer.session.resumed:
+            await peer.say(m.Resumed())
+        await peer.say(postcopy.complete_message(switchover.incoming.statistics))
 
-    monkeypatch.setattr(IncomingMigration, "_complete", lie)
+    monkeypatch.setattr(postcopy, "complete", lie)
     outcome = await migrate(clean_hosts, busy(name))
     assert lies[0] > 0
     assert outcome.error is None

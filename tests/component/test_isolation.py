@@ -44,16 +44,23 @@ from migrate.lanes.pairs import rejoining
 from migrate.logs import JournalHandler, LineHandler, OneLine
 from migrate.protocol import messages as m
 from migrate.protocol.messages import Lane
-from migrate.protocol.session import hello, number_of_rejoin, rejoin_token
+from migrate.protocol.session import Role, Session, hello, number_of_rejoin, rejoin_token
 from migrate.service import lifecycle as daemons
 from migrate.service.config import Config
 from migrate.service.journal import BOOT_ID, Journal
 from migrate.service.lifecycle import serve_connections
 from migrate.tasks import isolated
-from receiver import migration as receiver_migration
+from receiver import recovery, rollback
 from receiver.daemon import ReceiverDaemon
+from receiver.incoming import Incoming
 from receiver.migration import IncomingMigration
+from receiver.ownership import Ownership
+from receiver.peer import Peer
+from receiver.progress import IncomingProgress
+from receiver.record import Record
 from receiver.statistics import PagerStatistics
+from receiver.switchover import Switchover
+from receiver.toolstack import OwnToolstack
 from sender.daemon import SenderDaemon
 from sender.inbox import receiver_statistics
 from sender.migration import OutgoingMigration
@@ -210,6 +217,13 @@ class Ends:
         pass
 
 
+def receiving(hypervisor: Hypervisor, lanes: Any, journal: Journal) -> Incoming:
+    record, progress = Record(journal, "session", lanes, lent=False), IncomingProgress()
+    ownership = Ownership(record.write, progress.show_phase)
+    peer = Peer(lanes, Session(Role.RECEIVER))
+    return Incoming(hypervisor, OwnToolstack(), peer, ownership, record, progress)
+
+
 @pytest.mark.parametrize("which", ["sender", "receiver"])
 async def test_whatever_the_peer_of_an_ended_migration_does_it_is_tried_until_it_knows(
     which: str, tmp_path: Path
@@ -225,10 +239,9 @@ async def test_whatever_the_peer_of_an_ended_migration_does_it_is_tried_until_it
         journal.write(outgoing.id, {"step": "given up"})
         await outgoing.linger()
     else:
-        incoming = IncomingMigration(hypervisor, "session", lanes, journal)
-        incoming._last_word = m.Abort("never mind")
+        incoming = receiving(hypervisor, lanes, journal)
         journal.write("session", {"step": "given up"})
-        await incoming.linger()
+        await rollback.linger(incoming, m.Abort("never mind"))
     assert lanes.errors == []
     assert journal.entries() == {}
 
@@ -557,16 +570,16 @@ async def test_descriptors_used_up_by_strangers_are_not_missed_by_migrations(wor
 async def test_an_error_after_the_handover_ends_neither_the_pager_nor_the_migration(
     clean_hosts: World, name: str, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    follow, failed = IncomingMigration._follow_domain, list[str]()
+    follow, failed = Switchover.follow_domain, list[str]()
 
-    async def fail_once(self: IncomingMigration) -> None:
+    async def fail_once(self: Switchover) -> None:
         if not failed:
-            await self._handed_over.wait()
+            await self.handed_over.wait()
             failed.append(name)
             raise error
         await follow(self)
 
-    monkeypatch.setattr(IncomingMigration, "_follow_domain", fail_once)
+    monkeypatch.setattr(Switchover, "follow_domain", fail_once)
     outcome = await inprocess.migrate(clean_hosts, busy(name))
     assert failed and outcome.error is None
     assert outcome.migration.context.statistics.rejoins == 1
@@ -716,7 +729,7 @@ async def test_a_host_without_threads_is_named_and_waited_for(
 ) -> None:
     """A guest depends on the daemons: what needs a thread is done when there is one."""
     monkeypatch.setattr(tasks, "AGAIN_S", 0.01)
-    monkeypatch.setattr(receiver_migration, "CARRY_ON_AGAIN_S", 0.01)
+    monkeypatch.setattr(recovery, "CARRY_ON_AGAIN_S", 0.01)
     failed = list[object]()
 
     async def meanwhile(outcome: inprocess.Outcome, _link: object) -> None:
@@ -760,18 +773,18 @@ async def test_a_successor_takes_a_guest_up_when_it_can(
     """Neither is its journal erased, nor the guest given up, because a thread could not be started
     at first.
     """
-    for module, pause in ((tasks, "AGAIN_S"), (receiver_migration, "LAST_START_AGAIN_S")):
+    for module, pause in ((tasks, "AGAIN_S"), (recovery, "LAST_START_AGAIN_S")):
         monkeypatch.setattr(module, pause, 0.01)
     journal, reached = Journal(tmp_path), list[str]()
 
-    def reach(*_arguments: object) -> None:
+    def reach(*_arguments: object, **_options: object) -> None:
         reached.append("reached")
         raise MigrationError("reached")
 
     migration: IncomingMigration | OutgoingMigration
     if end == "receiver":
         migration = left_by_a_receiver(clean_hosts.destination, journal, "taken over")
-        monkeypatch.setattr(IncomingMigration, "_inherit", reach)
+        monkeypatch.setattr(type(clean_hosts.destination), "reopen_incoming", reach)
     else:
         migration = left_by_a_sender(clean_hosts.source, journal, "handed over")
         monkeypatch.setattr(type(clean_hosts.source), "open", reach)

@@ -11,13 +11,13 @@ import pytest
 import trio
 
 from migrate.cli.world import World
-from migrate.errors import MigrationError, PeerClosedError, RefusedError
+from migrate.errors import MigrationError, RefusedError
 from migrate.lanes.connection import Terms
 from migrate.lanes.dial import DialledLanes
 from migrate.options import MigrationOptions, Strategy
 from migrate.protocol import messages as m
 from migrate.service.journal import Journal
-from receiver.migration import IncomingMigration
+from receiver.peer import Peer
 from sender.migration import OutgoingMigration
 from sender.push import PushLane
 from sender.transfer import Transfer
@@ -69,16 +69,16 @@ async def test_cut_anywhere_after_the_handover_nothing_is_lost(
     [
         (PushLane, m.Handover, True),
         (PushLane, m.Handover, False),
-        (IncomingMigration, m.Resumed, True),
-        (IncomingMigration, m.Resumed, False),
-        (IncomingMigration, m.Report, True),
-        (IncomingMigration, m.Loaded, True),
-        (IncomingMigration, m.Complete, True),
-        (IncomingMigration, m.Complete, False),
+        (Peer, m.Resumed, True),
+        (Peer, m.Resumed, False),
+        (Peer, m.Report, True),
+        (Peer, m.Loaded, True),
+        (Peer, m.Complete, True),
+        (Peer, m.Complete, False),
         (PushLane, m.Rejoin, True),
-        (IncomingMigration, m.Outstanding, True),
-        (IncomingMigration, m.Rejoined, True),
-        (IncomingMigration, m.Rejoined, False),
+        (Peer, m.Outstanding, True),
+        (Peer, m.Rejoined, True),
+        (Peer, m.Rejoined, False),
         (PushLane, m.Completed, True),
     ],
 )  # fmt: skip
@@ -113,11 +113,11 @@ async def test_cut_at_any_word_from_the_handover_on_the_guest_arrives(
     ("cls", "said"),
     [
         (PushLane, m.Offer),
-        (IncomingMigration, m.Accepted),
+        (Peer, m.Accepted),
         (PushLane, m.Barrier),
         (PushLane, m.Suspended),
         (PushLane, m.Context),
-        (IncomingMigration, m.Ready),
+        (Peer, m.Ready),
     ],
 )
 async def test_cut_before_the_handover_the_guest_stays_and_nothing_is_left_over(
@@ -155,7 +155,7 @@ async def test_the_receiver_is_ready_and_not_heard(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
     """It cannot know whether it has the guest, until the sender has got through to it."""
-    links = cut_when(monkeypatch, IncomingMigration, m.Ready, before=True, down=True)
+    links = cut_when(monkeypatch, Peer, m.Ready, before=True, down=True)
     in_doubt = trio.Event()
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
@@ -195,17 +195,17 @@ async def test_it_is_told_until_it_has_heard(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
     """A word that was sent need not have arrived."""
-    links = cut_when(monkeypatch, IncomingMigration, m.Ready, before=True)
-    take_up_again = IncomingMigration._take_up_again
+    links = cut_when(monkeypatch, Peer, m.Ready, before=True)
+    reconnect = Peer.reconnect
     deaf: list[str] = []
 
-    async def loses_it(self: IncomingMigration) -> None:
+    async def loses_it(self: Peer, note: Callable[[str], None]) -> None:
+        await reconnect(self, note)
         if not deaf:
             deaf.append("once")
-            raise PeerClosedError("the connection was lost")
-        await take_up_again(self)
+            self.close()
 
-    monkeypatch.setattr(IncomingMigration, "_take_up_again", loses_it)
+    monkeypatch.setattr(Peer, "reconnect", loses_it)
     outcome = await migrate(clean_hosts, busy(name), Strategy.HYBRID, meanwhile=watch(links))
     assert deaf and outcome.error is not None
     assert "the sender gave up" in outcome.incoming.progress.problem
@@ -447,14 +447,13 @@ async def test_a_guest_that_was_not_handed_over_stands_still_though_an_operator_
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
     """The operator of the destination was wrong: the source had given up, and has the guest run."""
-    links = cut_when(monkeypatch, IncomingMigration, m.Ready, before=True, down=True)
+    links = cut_when(monkeypatch, Peer, m.Ready, before=True, down=True)
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
         links.append(link)
         await link.was_cut.wait()
         await until(lambda: outcome.incoming.progress.phase == "in doubt")
         await until(lambda: outcome.migration.phase == "failed")
-        outcome.incoming._step = "ready"  # as where its word was lost a moment later
         await outcome.incoming.decide(here=True)
         target = clean_hosts.destination.open(name)
         await until(lambda: target.info().state is DomainState.RUNNING)
@@ -529,7 +528,7 @@ async def test_the_word_that_the_guest_stays_is_damaged_on_its_way(
     """Found by chaos: the sender took the refusal of its damaged ``abort`` for an answer, and the
     receiver stayed in doubt.
     """
-    links = cut_when(monkeypatch, IncomingMigration, m.Ready, before=True, down=True)
+    links = cut_when(monkeypatch, Peer, m.Ready, before=True, down=True)
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
         links.append(link)

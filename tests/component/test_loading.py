@@ -23,7 +23,7 @@ from migrate.options import MigrationOptions, Strategy
 from migrate.protocol import messages as m
 from migrate.protocol.pfns import pfn_array
 from receiver import loading
-from receiver.migration import NO_MEMORY
+from receiver.postcopy import NO_MEMORY
 from tests.conftest import MIB
 from tests.support.faults import Destination, contents, encoded, lanes, put
 from tests.support.guests import busy

@@ -19,9 +19,10 @@ from migrate.cli.world import World, start_receiver, start_sender
 from migrate.errors import MigrationError, UnknownMigrationError
 from migrate.options import MigrationOptions, Strategy
 from migrate.protocol import messages as m
-from receiver import migration as receiver_migration
-from receiver.migration import IncomingMigration
+from receiver import incoming as receiver_incoming
+from receiver import recovery
 from receiver.pager import Pager
+from receiver.peer import Peer
 from sender import rollback as sender_rollback
 from tests.conftest import MIB
 from tests.support import zygote
@@ -60,8 +61,8 @@ def fails(patch: Patch, call: str, *, times: int) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(receiver_migration, "FIRST_START_AGAIN_S", 0.01)
-    monkeypatch.setattr(receiver_migration, "LAST_START_AGAIN_S", 0.02)
+    monkeypatch.setattr(receiver_incoming, "FIRST_START_AGAIN_S", 0.01)
+    monkeypatch.setattr(receiver_incoming, "LAST_START_AGAIN_S", 0.02)
     monkeypatch.setattr(sender_rollback, "AGAIN_S", 0.01)
 
 
@@ -191,7 +192,7 @@ async def test_a_guest_that_ends_when_an_operator_starts_it_has_ended(
     clean_hosts: World, name: str, monkeypatch: Patch, left: str
 ) -> None:
     """The operator has an answer, and the migration an end that the journal agrees with."""
-    links = cut_when(monkeypatch, IncomingMigration, m.Ready, before=True, down=True)
+    links = cut_when(monkeypatch, Peer, m.Ready, before=True, down=True)
     state = SimulatedDomain.state
 
     def fail(self: SimulatedDomain) -> None:
@@ -208,7 +209,6 @@ async def test_a_guest_that_ends_when_an_operator_starts_it_has_ended(
         await link.was_cut.wait()
         await until_async(lambda: outcome.incoming.progress.phase == "in doubt")
         await until_async(lambda: outcome.migration.phase == "failed")
-        outcome.incoming._step = "ready"  # as where its word was lost a moment later
         incoming = outcome.incoming
         with pytest.raises(MigrationError, match=f"{name} ended when it was to be started here"):
             await incoming.decide(here=True)
@@ -221,13 +221,33 @@ async def test_a_guest_that_ends_when_an_operator_starts_it_has_ended(
             await incoming.decide(here=True)
         link.is_up = True
         outcome.migration.requests.reconnect()
-        await until_async(lambda: incoming.id not in incoming._journal.entries())
+        await until_async(lambda: incoming.id not in outcome.arrivals.entries())
 
     outcome = await migrate(clean_hosts, busy(name), Strategy.HYBRID, meanwhile=meanwhile)
     assert outcome.error is not None
     source = clean_hosts.source.open(name)
     assert source.state() is DomainState.RUNNING
     source.close()
+
+
+async def test_a_reservation_that_cannot_be_given_back_yet_is_given_back_later(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
+    """The migration has ended when it says so, and not before."""
+    reserve, failed = SimulatedDomain.reserve, list[int]()
+
+    def fail_first(self: SimulatedDomain, pages: int) -> None:
+        if not pages and len(failed) < 3:
+            failed.append(pages)
+            raise XenError("claim_pages", errno.EBUSY)
+        reserve(self, pages)
+
+    monkeypatch.setattr(SimulatedDomain, "reserve", fail_first)
+    monkeypatch.setattr(recovery, "CARRY_ON_AGAIN_S", 0.01)
+    outcome = await migrate(clean_hosts, busy(name))
+    assert outcome.error is None and len(failed) == 3
+    assert outcome.incoming.progress.phase == "completed" and outcome.incoming.has_ended
+    assert (await verification(clean_hosts, busy(name))).problems == []
 
 
 @pytest.mark.parametrize("call", ["pause", "unpause", "state"])
@@ -281,7 +301,7 @@ async def test_a_guest_whose_memory_has_all_come_is_paused_later(
 
     ``abort`` comes from a sender whose journal has lost the handover.
     """
-    links = cut_when(monkeypatch, IncomingMigration, m.Complete, before=True, down=True)
+    links = cut_when(monkeypatch, Peer, m.Complete, before=True, down=True)
     failed = list[str]()
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
@@ -558,6 +578,42 @@ def test_a_sender_whose_journal_has_lost_the_handover_has_the_destination_hold_t
     until(lambda: states(world, "guest") == then, "it is not carried out")
 
 
+@pytest.mark.parametrize("here", [False, True])
+def test_a_successor_keeps_a_held_guest_paused_and_gives_the_same_reason(
+    world: World, here: bool
+) -> None:
+    """Found by reading: the successor took the paused domain for one that it was to serve, and an
+    operator could decide nothing any more.
+    """
+    boot(world)
+    interrupted(world, "sender")
+    note(world, "sender", "suspending")
+    start_sender(world)
+    until(lambda: "is paused here" in problem(world), "it is not held")
+    reason = problem(world)
+    for _ in range(2):  # the successor of a successor as well
+        kill(world, "receiver")
+        start_receiver(world, world.port)
+        until(lambda: problem(world) == reason, "it gives another reason")
+        assert phase(world, "receiver") == "held"
+        assert states(world, "guest") == {"source": ["running"], "destination": ["paused"]}
+    world.ask("receiver", command="decide", migration="guest", here=here, force=here)
+    then = {"source": ["running"], "destination": ["running"] if here else []}
+    until(lambda: states(world, "guest") == then, "it is not carried out")
+    if here:
+        until(lambda: phase(world, "receiver") == "lost", "it is not lost")
+        lost = problem(world)
+        assert "the source has taken the guest back" in lost
+        kill(world, "receiver")
+        start_receiver(world, world.port)
+        until(lambda: problem(world) == lost, "it gives another reason")
+
+
+def problem(world: World) -> str:
+    (line,) = lines(world, "receiver")
+    return str(line["problem"])
+
+
 def test_a_guest_without_a_checkpoint_is_not_protected_yet(world: World) -> None:
     boot(world)
     begin(world, "guest", bandwidth=MIB // 2, checkpoint_every_s=3600)
@@ -619,7 +675,7 @@ async def test_in_doubt_at_the_destination(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
     """It is ready, and does not know whose the guest is."""
-    links = cut_when(monkeypatch, IncomingMigration, m.Ready, before=True, down=True)
+    links = cut_when(monkeypatch, Peer, m.Ready, before=True, down=True)
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
         links.append(link)

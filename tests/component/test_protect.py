@@ -23,8 +23,7 @@ from migrate.lanes.dial import DialledLanes
 from migrate.options import Strategy
 from migrate.protocol import messages as m
 from migrate.service.journal import Journal
-from receiver import checkpoints
-from receiver import migration as receiver_migration
+from receiver import checkpoints, switchover
 from receiver.checkpoints import Checkpoints, Room
 from sender import checkpoints as sender_checkpoints
 from sender import rollback as sender_rollback
@@ -304,7 +303,7 @@ async def test_a_guest_that_cannot_be_resumed_yet_is_resumed_later(
             raise XenError("resume", errno.EBUSY)
         resume(self)
 
-    monkeypatch.setattr(receiver_migration, "LOOK_AGAIN_EVERY_S", 0.02)
+    monkeypatch.setattr(switchover, "LOOK_AGAIN_EVERY_S", 0.02)
     monkeypatch.setattr(SimulatedDomain, "resume", refuse)
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:

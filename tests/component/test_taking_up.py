@@ -60,8 +60,8 @@ async def test_what_was_not_handed_over_can_be_cancelled_before_it_is_taken_up(
         ("ready", "in doubt", True),
         ("taken over", "interrupted", True),
         ("finishing", "completing", True),
-        ("lost", "interrupted", True),
-        ("held", "interrupted", True),
+        ("lost", "lost", True),
+        ("held", "held", True),
     ],
 )
 async def test_a_receiver_s_successor_asks_to_wait_until_it_has_taken_up_what_was_left(

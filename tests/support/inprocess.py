@@ -39,6 +39,8 @@ class Outcome:
     migration: OutgoingMigration
     error: Exception | None = None
     receiver: ReceiverDaemon = field(init=False)
+    arrivals: Journal = field(init=False)
+    """The receiver's."""
     connections: int = 0
 
     @property
@@ -74,9 +76,8 @@ async def migrate(
     config = Config(
         NetworkConfig(checksums=terms.checksums, silence_s=terms.silence_s), _tls_config(terms.tls)
     )
-    receiver = ReceiverDaemon(
-        world.destination, world.receiver_socket, config, Journal(world.directory / "arrivals")
-    )
+    arrivals = Journal(world.directory / "arrivals")
+    receiver = ReceiverDaemon(world.destination, world.receiver_socket, config, arrivals)
     # Slow enough that the guest touches pages before they are pushed, however busy the machine is.
     options = options or MigrationOptions(
         strategy, PolicyOptions(max_rounds=2), bandwidth_bytes_per_s=32 * 2**20
@@ -102,7 +103,7 @@ async def migrate(
             outcome = Outcome(
                 OutgoingMigration.of_request(session, world.source, target, lanes, options, journal)
             )
-            outcome.receiver = receiver
+            outcome.receiver, outcome.arrivals = receiver, arrivals
             if meanwhile is not None:
                 nursery.start_soon(meanwhile, outcome, between)
             try:

@@ -15,7 +15,6 @@ import pytest
 import trio
 
 from migrate.protocol import messages as m
-from sender.push import PushLane
 
 PIECE = 65536
 Damage = Callable[[bytes], bytes]
@@ -188,8 +187,7 @@ def cut_when(
     put into the list.
     """
     links: list[Link] = []
-    private = "" if cls is PushLane else "_"
-    say, say_blocking = getattr(cls, f"{private}say"), getattr(cls, f"{private}say_blocking")
+    say, say_blocking = vars(cls)["say"], vars(cls)["say_blocking"]
 
     def cut() -> None:
         link = links.pop()
@@ -206,7 +204,7 @@ def cut_when(
         if due and not before:
             cut()
 
-    monkeypatch.setattr(cls, f"{private}say", say_and_cut)
+    monkeypatch.setattr(cls, "say", say_and_cut)
 
     def say_blocking_and_cut(self: object, message: m.Message) -> None:
         due = isinstance(message, said) and bool(links)
@@ -216,5 +214,5 @@ def cut_when(
         if due and not before:
             cut_from_wherever()
 
-    monkeypatch.setattr(cls, f"{private}say_blocking", say_blocking_and_cut)
+    monkeypatch.setattr(cls, "say_blocking", say_blocking_and_cut)
     return links

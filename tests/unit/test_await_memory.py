@@ -15,7 +15,7 @@ from migrate.errors import MigrationError
 from migrate.service.config import Config
 from migrate.service.journal import Journal
 from receiver.daemon import PATIENCE_S, ReceiverDaemon
-from receiver.migration import IncomingProgress
+from receiver.progress import IncomingProgress
 from xenbackend.contract import Hypervisor
 
 
@@ -27,6 +27,7 @@ class Incoming:
     missing: int
     domain_name: str = "web"
     has_ended: bool = False
+    is_lost: bool = False
     ended: trio.Event = field(default_factory=trio.Event)
     progress: IncomingProgress = field(default_factory=lambda: IncomingProgress("web", "postcopy"))
 

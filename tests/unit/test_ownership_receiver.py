@@ -18,8 +18,8 @@ STEPS = {
     "decided elsewhere",
 }  # fmt: skip
 PHASES = {
-    "preflight", "precopy", "switchover", "deciding", "postcopy", "completing", "interrupted", "in doubt",
-    "held", "lost", "refused", "completed", "failed",
+    "preflight", "precopy", "switchover", "deciding", "postcopy", "completing", "interrupted",
+    "in doubt", "held", "lost", "refused", "completed", "failed",
 }  # fmt: skip
 
 
@@ -106,7 +106,8 @@ def test_a_failure_to_write_is_an_error_only_while_the_guest_can_stay() -> None:
     for state in (State.MAKING, State.RESTORING, State.SUSPENDED, State.READY, State.OWNS):
         ownership.become(state)
     assert needed == [
-        ("making", True), ("made", True), ("suspended", True), ("ready", True), ("taken over", False),
+        ("making", True), ("made", True), ("suspended", True), ("ready", True),
+        ("taken over", False),
     ]  # fmt: skip
 
 
@@ -205,6 +206,7 @@ def of_model() -> set[tuple[str, str]]:
     """The transitions of the receiver's journal."""
     receiver = MODEL.read_text().split("active proctype Receiver()")[1].split("active proctype")[0]
     found = set()
+    receiver = re.sub(r"->\n\s+", "-> ", receiver)
     for guard, action in re.findall(r":: (.*?) -> (.*?)(?=\n|:: )", receiver):
         for before in re.findall(r"r_journal == (\w+)", guard):
             for name, after in EFFECTS.items():

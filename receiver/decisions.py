@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What operators may ask of an incoming migration.
+
+Each command acts, or its answer says what to do instead.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from migrate.errors import GuestEndedError, MigrationError
+from migrate.service.lifecycle import ended
+from migrate.tasks import in_thread
+from receiver.incoming import Incoming
+from receiver.ownership import Link, State, Undo
+from receiver.recovery import Recovery
+
+log = logging.getLogger(__name__)
+
+UNDECIDED = (State.MAYBE_READY, State.READY)
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """``take_back`` ends the migration's tasks.  ``recovery`` returns ``None`` until there is a
+    guest here.
+    """
+
+    incoming: Incoming
+    take_back: Callable[[], None]
+    recovery: Callable[[], Recovery | None]
+
+    def ending(self, asked: str) -> str:
+        """Why there is nothing left to be asked for."""
+        progress = self.incoming.progress
+        return ended(progress.domain, progress.phase, progress.problem, asked)
+
+    @property
+    def known_of_peer(self) -> str:
+        """For an operator who decides."""
+        if self.incoming.is_in(*UNDECIDED) and self.incoming.ownership.link is not Link.UP:
+            return (
+                "the source may have handed the guest over, or have it running; it has not been "
+                "in touch since it was cut off"
+            )
+        if self.incoming.ownership.was_handed_over:
+            return "the source has handed the guest over"
+        return "the source has not handed the guest over"
+
+    def cancel(self, reason: str) -> bool:
+        """Returns whether the migration is taken back: from then on it does not become ready."""
+        if not self.incoming.ownership.try_take_back(reason):
+            return False
+        self.take_back()
+        return True
+
+    def ask_to_cancel(self) -> None:
+        """For an operator.  Raises :class:`MigrationError` where it is too late."""
+        name = self.incoming.name
+        self._check_going_on("cancel")
+        if self.cancel("cancelled by the operator of the destination"):
+            return
+        if self.incoming.is_in(*UNDECIDED):
+            raise MigrationError(
+                f"too late to cancel: {name} may have been handed over; `xen-postcopy decide` "
+                "settles it"
+            )
+        if self.incoming.is_in(State.SERVING):
+            raise MigrationError(f"too late to cancel: xl decides whether {name} runs here")
+        raise MigrationError(
+            f"too late to cancel: {name} is the destination's; to end it, destroy it (xl destroy "
+            f"{name})"
+        )
+
+    def reconnect(self) -> None:
+        """Raises :class:`MigrationError` where there is nobody whom this end would dial."""
+        incoming = self.incoming
+        if incoming.ownership.has_ended:
+            raise MigrationError(self.ending("reconnect"))
+        away = incoming.ownership.link is not Link.UP
+        if not away or not incoming.ownership.needed or incoming.is_in(State.LOST, State.HELD):
+            raise MigrationError(
+                f"there is nothing to reconnect: {incoming.name} is {incoming.progress.phase}"
+            )
+        if incoming.peer.lanes.dials is None:
+            raise MigrationError(
+                "the source dials, and tries by itself: ask its sender to reconnect "
+                f"{incoming.name}"
+            )
+        incoming.peer.lanes.hurry()
+
+    async def decide(self, *, here: bool, force: bool = False) -> None:
+        """An operator states where the guest is to run, because the sender does not.
+
+        Raises :class:`MigrationError` where that is not called for.
+        """
+        async with self.incoming.deciding:
+            self._check_going_on("decide")
+            recovery = self.recovery()
+            if recovery is None or not self.incoming.ownership.needed:
+                raise MigrationError(
+                    f"there is nothing to decide: the migration of {self.incoming.name} is "
+                    f"{self.incoming.progress.phase}, and the guest runs at the source"
+                )
+            self.incoming.toolstack.check_decision(self.incoming.name)
+            self._check_decision(recovery, here=here, force=force)
+            if not here:
+                # Before the operator has the answer: a successor carries it out.
+                await in_thread(self.incoming.ownership.become, State.DECIDED_ELSEWHERE)
+                self.take_back()
+            elif self.incoming.is_in(State.HELD):
+                recovery.released.set()
+            else:
+                await self._start(recovery)
+
+    def _check_going_on(self, asked: str) -> None:
+        ownership, progress = self.incoming.ownership, self.incoming.progress
+        if ownership.has_ended:
+            raise MigrationError(self.ending(asked))
+        if ownership.is_taking_up:
+            problem = f": {progress.problem}" if progress.problem else ""
+            raise MigrationError(
+                f"what a killed receiver has left of {progress.domain} is being taken "
+                f"up{problem}; ask again in a moment"
+            )
+        if ownership.row.undo is Undo.BEING_UNDONE:
+            late = "there is nothing to decide" if asked == "decide" else f"too late to {asked}"
+            raise MigrationError(
+                f"{late}: the migration of {progress.domain} is being taken back already"
+            )
+
+    def _check_decision(self, recovery: Recovery, *, here: bool, force: bool) -> None:
+        """Raises :class:`MigrationError` if there is nothing to decide in this state."""
+        incoming, name = self.incoming, self.incoming.name
+        match incoming.ownership.state:
+            case State.HELD:
+                if here and not force:
+                    raise MigrationError(
+                        f"{incoming.progress.problem}: --force, if you are certain that it does "
+                        "not run at its source"
+                    )
+            case State.UNSTARTED:
+                if here:
+                    not_started = recovery.switchover.not_started
+                    raise MigrationError(
+                        f"there is nothing to decide: {name} belongs here already, and "
+                        f"{not_started}"
+                    )
+            case State.MAYBE_READY | State.READY:
+                if incoming.ownership.link is Link.UP:
+                    raise MigrationError(
+                        f"there is nothing to decide here: both ends are in touch, and {name} is "
+                        f"{incoming.progress.phase}"
+                    )
+                if incoming.ownership.link is Link.BACK:
+                    raise MigrationError(
+                        f"the sender of {name} is back and is being asked: see `xen-postcopy list`"
+                    )
+                if here and incoming.is_in(State.MAYBE_READY):
+                    raise MigrationError(
+                        "it is not known whether all has come that the guest cannot run without"
+                    )
+            case _:
+                raise MigrationError(
+                    f"there is nothing to decide: {name} runs here; to end it, destroy it (xl "
+                    f"destroy {name})"
+                )
+
+    async def _start(self, recovery: Recovery) -> None:
+        log.warning("%s: an operator has said that the guest is to run here", self.incoming.name)
+        session, switchover = self.incoming.peer.session, recovery.switchover
+        session.handed_over = session.decided = self.incoming.record.decided = True
+        try:
+            started = await in_thread(switchover.take_over)
+        except GuestEndedError as error:
+            switchover.end_at_start(error)
+            raise
+        switchover.taken_over(started=started)
+        recovery.note("started by an operator")

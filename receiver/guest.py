@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The incoming domain, with what a pager needs of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from migrate.protocol import messages as m
+from receiver.outstanding import OutstandingPages
+from receiver.restore import FrameLimit
+from xenbackend.contract import Domain, DomainConfig, DomainState
+from xenbackend.errors import NoSuchDomainError
+from xenbackend.ring import PagingRing
+
+
+class Holdings:
+    """What this process has open of the domain, from the moment at which the domain is there."""
+
+    def __init__(self) -> None:
+        self.domain: Domain | None = None
+        """``None``: there is none, or it is released."""
+        self._closing = ExitStack()
+
+    def add_domain(self, domain: Domain) -> Domain:
+        self.domain = domain
+        self._closing.callback(domain.close)
+        return domain
+
+    def add(self, close: Callable[[], None]) -> None:
+        """``close`` is called when the domain is released."""
+        self._closing.callback(close)
+
+    def release(self) -> None:
+        """The domain itself stays as it is."""
+        self._closing.close()
+        self.domain = None
+
+
+@dataclass(frozen=True)
+class Guest:
+    offer: m.Offer
+    domain: Domain
+    ring: PagingRing | None
+    """``None``: no page is missing."""
+    pages: OutstandingPages
+    limit: FrameLimit
+
+    def state(self) -> DomainState | None:
+        """``None``: the domain is gone."""
+        return state_of(self.domain)
+
+
+def state_of(domain: Domain) -> DomainState | None:
+    """``None``: the domain is gone."""
+    try:
+        return domain.state()
+    except NoSuchDomainError:
+        return None
+
+
+def config_of(offer: m.Offer) -> DomainConfig:
+    """What an empty domain for the guest is made with."""
+    return DomainConfig(offer.name, offer.nr_pfns, offer.max_pages, offer.vcpus, offer.platform)

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the sender sends on the push lane: one thread carries it out, in the sender's order.
+
+Pages are put in place in the thread; what starts or ends something is the event loop's.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import trio
+
+from migrate.errors import MigrationError, RemoteProtocolError
+from migrate.lanes import scheduling
+from migrate.protocol import messages as m
+from migrate.protocol.pfns import pfns_of_window
+from migrate.tasks import in_thread
+from receiver.guest import Guest
+from receiver.ownership import State
+from receiver.restore import MemoryRestorer
+from receiver.switchover import Switchover
+from xenbackend.pages import PfnArray
+
+MAX_CONTEXT_BYTES = 64 * 1024 * 1024
+
+
+class Restoring:
+    """The guest before it runs: its memory, and the context that arrives in chunks."""
+
+    def __init__(self, guest: Guest, memory: MemoryRestorer):
+        self._guest = guest
+        self._memory = memory
+        self._context = bytearray()
+
+    def take_pages(self, message: m.Pages, payload: memoryview) -> None:
+        self._memory.pages(message, payload)
+        for pfns in (message.pfns, message.zeros, message.holes):
+            self._guest.pages.remove(pfns)
+
+    def miss(self, pfns: PfnArray) -> None:
+        """These pages come after the handover."""
+        self._memory.evict(pfns)
+        self._guest.pages.add(pfns)
+
+    def take_context(self, message: m.Context) -> bool:
+        """Returns whether the guest can be started."""
+        if len(self._context) + len(message.data) > MAX_CONTEXT_BYTES:
+            raise RemoteProtocolError(f"context: more than {MAX_CONTEXT_BYTES} bytes")
+        self._context += message.data
+        if not message.last:
+            return False
+        self._guest.domain.set_context(bytes(self._context))
+        self._context.clear()
+        self._guest.limit.make_room(self._guest.pages.count)
+        return True
+
+
+class Inbox:
+    """Of one pair of lanes.  ``restoring``: ``None`` on all pairs but the first."""
+
+    def __init__(self, switchover: Switchover, restoring: Restoring | None):
+        self._switchover = switchover
+        self._peer = switchover.incoming.peer
+        self._ownership = switchover.incoming.ownership
+        self._restoring = restoring
+
+    def receive(self) -> None:
+        """Until the sender agrees that all is done, in a thread."""
+        while not self._switchover.settled:
+            message, payload = self._peer.hear_blocking()
+            if isinstance(message, m.Pages) and self._switchover.serving.is_set():
+                self._switchover.pager.pushed(message, payload, self._peer.push.is_over)
+            elif isinstance(message, m.Pages | m.Defer | m.Missing | m.Context):
+                self._restore(message, payload)
+            else:
+                self._take(message)
+
+    def _restore(
+        self, message: m.Pages | m.Defer | m.Missing | m.Context, payload: memoryview
+    ) -> None:
+        if self._restoring is None:
+            raise RemoteProtocolError(f"{message.type}: the guest was restored on earlier lanes")
+        match message:
+            case m.Pages():
+                self._restoring.take_pages(message, payload)
+            case m.Defer():
+                self._restoring.miss(pfns_of_window(message.base, message.bitmap))
+            case m.Missing():
+                self._restoring.miss(message.pfns)
+            case m.Context() if self._restoring.take_context(message):
+                if not self._ownership.try_become_ready():
+                    raise MigrationError(self._ownership.taken_back)
+                self._peer.say_blocking(m.Ready())
+
+    def _take(self, message: m.Message) -> None:
+        match message:
+            case m.Barrier():
+                self._peer.say_blocking(m.Passed(message.number))
+            case m.Suspended():
+                scheduling.be_urgent()  # the guest is suspended
+                self._ownership.become(State.SUSPENDED)
+            case m.Entrust():
+                trio.from_thread.run(self._entrusted)
+                scheduling.be_bulk()
+            case m.Handover():
+                self._handed_over()
+                scheduling.be_bulk()
+            case m.Abort():
+                raise MigrationError(f"the sender gave up: {message.reason}")
+            case m.Kept() if self._switchover.checkpoints is not None:
+                self._switchover.checkpoints.kept(message.problem)
+            case m.Completed():
+                self._switchover.settled = True
+
+    async def _entrusted(self) -> None:
+        """xl is about to decide whether the guest runs here."""
+        toolstack = self._switchover.incoming.toolstack
+        toolstack.expect_entrust()
+        if not self._switchover.serving.is_set():
+            await in_thread(self._ownership.become, State.SERVING)
+            self._switchover.serve()
+        await toolstack.restored(self._switchover.guest.domain)
+
+    def _handed_over(self) -> None:
+        started = self._switchover.take_over()
+        try:
+            if started:
+                self._peer.say_blocking(m.Resumed())
+        finally:  # the guest belongs here
+            trio.from_thread.run_sync(
+                functools.partial(self._switchover.taken_over, started=started)
+            )

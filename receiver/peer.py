@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The sender, as far as the lanes reach it: one pair of lanes after the other, and one session."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+
+import trio
+
+from migrate.errors import PeerClosedError
+from migrate.lanes.connection import EXPLANATION_S, LaneConnection
+from migrate.lanes.pairs import Lanes
+from migrate.protocol import messages as m
+from migrate.protocol.messages import Lane
+from migrate.protocol.session import Session
+
+
+class Peer:
+    """What needs a lane raises :class:`PeerClosedError` while there is none."""
+
+    def __init__(self, lanes: Lanes, session: Session):
+        self.lanes = lanes
+        self.session = session
+        self._push: LaneConnection | None = None
+        self._why_none = "the receiver was started anew"
+        self.pull: LaneConnection | None = None
+        """``None``: there is none."""
+
+    @property
+    def push(self) -> LaneConnection:
+        if self._push is None:
+            raise PeerClosedError(self._why_none)
+        return self._push
+
+    @property
+    def connections(self) -> list[LaneConnection]:
+        return [lane for lane in (self._push, self.pull) if lane is not None]
+
+    async def connect(self) -> None:
+        self._push = await self.lanes.push()
+
+    async def reconnect(self, note: Callable[[str], None]) -> None:
+        """Wait for a new push lane; see :meth:`Lanes.again`."""
+        self._push = await self.lanes.again(note)
+
+    async def open_pull_lane(self, token: bytes) -> None:
+        self.pull = await self.lanes.pull(token)
+
+    def close(self) -> None:
+        for lane in self.connections:
+            lane.close()
+        self._push = self.pull = None
+        self._why_none = "the connection was lost"
+
+    # ---- the push lane ----
+    async def say(self, message: m.Message) -> None:
+        self.session.sent(message, Lane.PUSH)
+        await self.push.send(message)
+
+    def say_blocking(self, message: m.Message, payload: Sequence[memoryview] = ()) -> None:
+        self.session.sent(message, Lane.PUSH)
+        self.push.send_blocking(message, payload)
+
+    async def hear(self) -> m.Message:
+        message, _pages = await self.push.receive()
+        self.session.received(message, Lane.PUSH)
+        return message
+
+    def hear_blocking(self) -> tuple[m.Message, memoryview]:
+        message, payload = self.push.receive_blocking()
+        self.session.received(message, Lane.PUSH)
+        return message, payload
+
+    async def acknowledge(self) -> None:
+        """Answer the sender's last message, after which the sender forgets the session."""
+        with contextlib.suppress(PeerClosedError):
+            await self.push.send(m.Failed("told"))
+            await trio.sleep(EXPLANATION_S)

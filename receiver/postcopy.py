@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""From the guest's first fault to the end of the paging ring.
+
+The functions run once for each pair of lanes, except :func:`finish`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+
+import trio
+
+from migrate.errors import PeerClosedError
+from migrate.lanes.connection import EXPLANATION_S
+from migrate.protocol import messages as m
+from migrate.tasks import first, in_thread
+from receiver.checkpoints import mark
+from receiver.incoming import LAST_START_AGAIN_S, Incoming
+from receiver.ownership import State
+from receiver.statistics import PagerStatistics
+from receiver.switchover import LOOK_AGAIN_EVERY_S, Switchover
+from xenbackend.contract import DomainState
+from xenbackend.errors import NoSuchDomainError, XenError
+
+log = logging.getLogger(__name__)
+
+REPORT_EVERY_S = 0.25
+NO_MEMORY = (
+    "this host has no memory for pages that have arrived, and vCPUs wait for them: "
+    "make room on this host"
+)
+
+
+async def serve_faults(switchover: Switchover) -> None:
+    try:
+        await switchover.pager.serve(switchover.incoming.peer.pull)
+    except PeerClosedError:
+        await trio.sleep(EXPLANATION_S)  # the push lane may say why
+        raise
+
+
+async def report(switchover: Switchover) -> None:
+    """Tell the sender what was loaded and how it goes, until nothing is missing."""
+    incoming, pager = switchover.incoming, switchover.pager
+    await switchover.serving.wait()
+    while True:
+        await trio.to_thread.run_sync(pager.acknowledge)
+        if pager.nothing_outstanding.is_set():
+            return
+        now, incoming.progress.waiting = pager.report()
+        incoming.progress.outstanding = now.outstanding
+        if pager.short_of_memory or incoming.progress.problem == NO_MEMORY:
+            incoming.progress.problem = NO_MEMORY if pager.short_of_memory else ""
+        await incoming.peer.say(now)
+        with trio.move_on_after(REPORT_EVERY_S):
+            await pager.nothing_outstanding.wait()
+
+
+async def complete(switchover: Switchover) -> None:
+    """Send ``resumed`` when the guest runs, unless the thread that started it has sent it, and
+    ``complete`` when all pages have arrived.
+
+    A toolstack may leave the guest paused for any time.  Its memory arrives nevertheless.
+    """
+    incoming = switchover.incoming
+    peer, runs = incoming.peer, switchover.runs
+    await switchover.serving.wait()
+
+    async def all_is_here() -> None:
+        await switchover.pager.nothing_outstanding.wait()
+        await switchover.handed_over.wait()
+
+    if incoming.toolstack.completes_paused(peer.push.capabilities):
+        await first(runs.wait, all_is_here)
+        state = await trio.to_thread.run_sync(switchover.guest.state)
+        if state not in (None, DomainState.INCOMING):
+            runs.set()
+    else:
+        await runs.wait()
+    if runs.is_set() and not peer.session.resumed:
+        await peer.say(m.Resumed())
+    await all_is_here()
+    while switchover.lacked:
+        await trio.sleep(LOOK_AGAIN_EVERY_S)
+    if incoming.is_in(State.OWNS):
+        incoming.ownership.become(State.COMPLETING)
+    if switchover.checkpoints is not None:
+        await switchover.checkpoints.end()
+    await trio.to_thread.run_sync(switchover.pager.acknowledge)
+    await peer.say(complete_message(incoming.statistics))
+
+
+def complete_message(statistics: PagerStatistics) -> m.Message:
+    return m.Complete(json.dumps(statistics.summary()).encode())
+
+
+async def send_checkpoints(switchover: Switchover) -> None:
+    """Or why there are none."""
+    peer, progress = switchover.incoming.peer, switchover.incoming.progress
+    await switchover.handed_over.wait()
+    checkpoints = switchover.checkpoints
+    if checkpoints is not None and not progress.unprotected:
+        await checkpoints.run(peer.push.shut)
+    if progress.unprotected and m.UNPROTECTED in peer.push.capabilities:
+        await peer.say(m.Unprotected(m.printable(progress.unprotected)))
+
+
+async def finish(switchover: Switchover) -> m.Message | None:
+    """Give the ring up.  Returns what the sender has to receive still, so that it lets go of the
+    guest's pages.
+    """
+    incoming, guest = switchover.incoming, switchover.guest
+    record = incoming.record
+    await in_thread(incoming.ownership.become, State.FINISHING)
+    await in_thread(_note_stop, incoming)
+    while True:
+        try:
+            await switchover.pager.finish()
+            break
+        except NoSuchDomainError:  # the guest has ended since
+            break
+        except XenError as error:
+            incoming.progress.problem = (
+                f"all memory has come, but the ring cannot be given up: {error}; trying again"
+            )
+            log.error("%s: %s", incoming.name, incoming.progress.problem)
+            await trio.sleep(LAST_START_AGAIN_S)
+    incoming.progress.problem = ""
+    await in_thread(functools.partial(record.stopped.unlink, missing_ok=True))
+    with contextlib.suppress(NoSuchDomainError):
+        await in_thread(guest.domain.reserve, 0)
+        if switchover.checkpoints is not None:
+            await in_thread(switchover.checkpoints.stop)
+        await in_thread(guest.limit.give_back)
+    if switchover.settled:
+        await in_thread(record.erase)
+    incoming.progress.outstanding = incoming.progress.waiting = 0
+    incoming.ownership.become(State.COMPLETED)
+    await in_thread(incoming.holdings.release)
+    log.info("%s completed", incoming.name)
+    return None if switchover.settled else complete_message(incoming.statistics)
+
+
+def _note_stop(incoming: Incoming) -> None:
+    with contextlib.suppress(XenError):  # it is too late to leave it
+        mark(incoming.record.stopped)

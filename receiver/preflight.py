@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""From the offer to a domain into which the guest can be restored, and both lanes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import trio
+
+from migrate.errors import MigrationError, RemoteProtocolError
+from migrate.lanes.connection import step_timeout
+from migrate.protocol import messages as m
+from migrate.protocol.pfns import sparseness
+from migrate.protocol.session import new_token
+from receiver.guest import Guest, config_of
+from receiver.inbox import Restoring
+from receiver.incoming import Incoming
+from receiver.outstanding import OutstandingPages
+from receiver.ownership import State
+from receiver.progress import IncomingProgress
+from receiver.restore import FrameLimit, MemoryRestorer
+from receiver.rollback import discard
+from receiver.switchover import Switchover
+from xenbackend.errors import XenError
+
+UNDOING_S = 2.0
+"""How long an offer waits for the end of another migration of a guest of the same name, which may
+be being undone.
+"""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What a migration goes on with."""
+
+    guest: Guest
+    restoring: Restoring | None
+    """``None``: a predecessor has restored the guest."""
+
+
+class Other(Protocol):
+    """Another migration of this daemon."""
+
+    id: str
+    ended: trio.Event
+
+    @property
+    def progress(self) -> IncomingProgress: ...
+
+    @property
+    def domain_name(self) -> str: ...
+
+    @property
+    def has_ended(self) -> bool: ...
+
+    @property
+    def needed(self) -> bool: ...
+
+
+Others = Callable[[], Iterable[Other]]
+
+
+class Preflight:
+    def __init__(self, incoming: Incoming, others: Others):
+        self._incoming = incoming
+        self._others = others
+
+    async def begin(self) -> Begun | None:
+        """``None`` if the offer was refused."""
+        incoming, peer = self._incoming, self._incoming.peer
+        await peer.connect()
+        offer = await self._offer()
+        incoming.progress.domain = offer.name
+        incoming.record.offered(offer)
+        prepared: Begun | str = await self._wait_for_others(offer)
+        if not prepared:
+            prepared = await trio.to_thread.run_sync(self._prepare, offer)
+        if isinstance(prepared, str):
+            await self._refuse(prepared)
+            return None
+        token = new_token()
+        await peer.say(m.Accepted(incoming.statistics.populate_evicted, token))
+        await peer.open_pull_lane(token)
+        peer.lanes.keep(offer.key)
+        return prepared
+
+    async def serve(self, switchover: Switchover) -> None:
+        """Nothing runs here yet."""
+
+    async def _offer(self) -> m.Offer:
+        with step_timeout("the sender offered nothing"):
+            offer = await self._incoming.peer.hear()
+        if isinstance(offer, m.Abort):
+            raise MigrationError(f"the sender gave up: {offer.reason}")
+        if not isinstance(offer, m.Offer):
+            raise RemoteProtocolError(f"{offer.type} instead of an offer")
+        return offer
+
+    async def _wait_for_others(self, offer: m.Offer) -> str:
+        """Returns why the guest cannot come now; empty if it can."""
+        coming = [
+            other
+            for other in self._others()
+            if other.domain_name == offer.name and not other.has_ended
+        ]
+        # One that was cancelled a moment ago is still being undone.
+        with trio.move_on_after(UNDOING_S):
+            for other in coming:
+                if not other.needed:
+                    await other.ended.wait()
+        coming = [other for other in coming if not other.has_ended]
+        if not coming:
+            return ""
+        return (
+            f"a guest named {offer.name!r} is incoming already, as migration {coming[0].id[:8]}, "
+            f"which is {coming[0].progress.phase}: wait until that has ended"
+        )
+
+    async def _refuse(self, refusal: str) -> None:
+        incoming = self._incoming
+        incoming.progress.problem = refusal
+        await discard(incoming, refusal)
+        incoming.ownership.become(State.REFUSED)
+        await incoming.peer.say(m.Refused(m.printable(refusal), False))
+
+    def _prepare(self, offer: m.Offer) -> Begun | str:
+        """Make the domain and its ring.  Returns why not, if this host cannot take the guest in."""
+        try:
+            return self._make(offer)
+        except (XenError, MigrationError) as error:
+            return str(error)
+
+    def _make(self, offer: m.Offer) -> Begun | str:
+        incoming, config = self._incoming, config_of(offer)
+        hypervisor, toolstack = incoming.hypervisor, incoming.toolstack
+        if problem := sparseness(offer.nr_pfns, offer.max_pages):
+            return problem
+        found = toolstack.preflight(hypervisor, config, paging=offer.paging)
+        if found.problems:
+            return "; ".join(found.problems)
+        if problem := toolstack.refuses(offer):
+            return problem
+        incoming.ownership.become(State.MAKING)
+        domain = incoming.holdings.add_domain(toolstack.make(hypervisor, config))
+        incoming.record.domid, incoming.record.handle = domain.domid, domain.handle
+        incoming.ownership.become(State.RESTORING)
+        if problem := sparseness(offer.nr_pfns, domain.config().max_pages):
+            return problem  # of a domain that xl has made
+        ring = None
+        if offer.paging:
+            ring = domain.paging_enable()
+            incoming.holdings.add(ring.close)
+            incoming.statistics.populate_evicted = found.populate_evicted
+        limit = FrameLimit(domain, incoming.record.raised, incoming.note_raised)
+        guest = Guest(offer, domain, ring, OutstandingPages(offer.nr_pfns), limit)
+        memory = MemoryRestorer(domain, limit, offer.max_pages)
+        return Begun(guest, Restoring(guest, memory))

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What an incoming migration shows of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class IncomingProgress:
+    """What ``list`` shows.  Nothing is decided by it."""
+
+    domain: str = ""
+    phase: str = "preflight"
+    outstanding: int = 0
+    waiting: int = 0
+    unprotected: str = ""
+    """Why there are no further checkpoints, though they were asked for."""
+    problem: str = ""
+
+    def show_phase(self, phase: str) -> None:
+        self.phase = phase

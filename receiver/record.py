@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The facts that a migration's entry in the journal has besides its step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from migrate.lanes.pairs import Lanes
+from migrate.protocol import messages as m
+from migrate.service.journal import Journal, check_facts
+from receiver.ownership import BY_STEP
+
+FACTS: dict[str, tuple[type, ...]] = {
+    "offer": (dict,),
+    "unprotected": (str,),
+    "decided": (bool,),
+    "raised": (list,),
+    "reason": (str,),
+}
+"""What this end notes in the journal besides the facts that both ends note."""
+NOT_ALWAYS_NOTED = ("handle", "rejoins", "unprotected", "decided", "raised", "reason")
+"""An earlier release did not."""
+
+
+class Record:
+    """``lent``: the domain was made by a toolstack."""
+
+    def __init__(self, journal: Journal, session: str, lanes: Lanes, *, lent: bool):
+        self._journal = journal
+        self._session = session
+        self._lanes = lanes
+        self.stopped = journal.stopped(session)
+        """See :meth:`Journal.stopped`."""
+        self.lent = lent
+        self._offer: dict[str, Any] = {}
+        self._key = b""
+        self.domid = -1
+        self.handle: bytes | None = None
+        """``None`` if there is no domain yet, or if an earlier release wrote the journal, which had
+        no handles.
+        """
+        self.unprotected = ""
+        self.decided = False
+        """An operator has said that the guest is to run here."""
+        self.raised = (0, 0)
+        """See :class:`FrameLimit`."""
+        self.reason = ""
+        """Why the guest is held, or why its missing pages are lost."""
+
+    @classmethod
+    def of_predecessor(
+        cls, journal: Journal, session: str, lanes: Lanes, facts: dict[str, Any]
+    ) -> Record:
+        """Raises ``ValueError`` for facts that this release must not act on."""
+        check_facts(facts, BY_STEP, FACTS, NOT_ALWAYS_NOTED)
+        record = cls(journal, session, lanes, lent=facts["xl"])
+        record._offer, record._key = facts["offer"], bytes.fromhex(facts["key"])
+        record.domid = facts["domid"]
+        record.handle = bytes.fromhex(handle) if (handle := facts.get("handle")) else None
+        record.unprotected = facts.get("unprotected", "")
+        record.decided = facts.get("decided", False)
+        raised = facts.get("raised", (0, 0))
+        if [type(value) for value in raised] != [int, int]:
+            raise ValueError(f"raised cannot be {raised!r}")
+        record.raised = raised[0], raised[1]
+        record.reason = facts.get("reason", "")
+        return record
+
+    @property
+    def offer(self) -> m.Offer:
+        """Of a predecessor's migration.
+
+        Raises ``ValueError`` or :class:`MigrationError` if the journal does not have an offer.
+        """
+        platform = self._offer.get("platform")
+        if not isinstance(platform, str):
+            raise ValueError(f"the platform of an offer cannot be {platform!r}")
+        said = {"type": m.Offer.type, "platform": bytes.fromhex(platform), "key": self._key}
+        offer = self._offer | said
+        parsed = m.parse(offer)
+        if not isinstance(parsed, m.Offer):
+            raise ValueError("the offer is another message")
+        return parsed
+
+    def offered(self, offer: m.Offer) -> None:
+        self._offer, self._key = offer.header(), offer.key
+        del self._offer["type"], self._offer["key"]
+        self._offer["platform"] = offer.platform.hex()
+
+    def write(self, step: str, needed: bool) -> None:
+        """Add an entry to the journal.
+
+        Raises :class:`MigrationError` if the entry cannot be written and is ``needed``.
+        """
+        self._journal.write(
+            self._session,
+            {
+                "step": step,
+                "domid": self.domid,
+                "handle": self.handle and self.handle.hex(),
+                "offer": self._offer,
+                "key": self._key.hex(),
+                "unprotected": self.unprotected,
+                "decided": self.decided,
+                "dials": self._lanes.dials,
+                "rejoins": self._lanes.rejoins,
+                "xl": self.lent,
+                "raised": self.raised,
+                "reason": self.reason,
+            },
+            needed=needed,
+        )
+
+    def erase(self) -> None:
+        self._journal.erase(self._session)

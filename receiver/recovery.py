@@ -1,0 +1,408 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a killed daemon has left; and what happens while the lanes are lost, until they are back or
+the guest goes on without the sender.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import time
+
+import trio
+
+from migrate.errors import (
+    GuestEndedError,
+    MigrationError,
+    PagesLostError,
+    PeerClosedError,
+    ProtocolError,
+    RecalledError,
+    RemoteProtocolError,
+    UnknownSessionError,
+)
+from migrate.lanes.connection import step_timeout
+from migrate.protocol import messages as m
+from migrate.protocol.pfns import windows
+from migrate.protocol.session import new_token
+from migrate.tasks import (
+    as_soon_as_threads_start,
+    first,
+    in_thread,
+    is_bug,
+    is_final,
+    is_used_up,
+    task_group,
+)
+from receiver.guest import Guest, config_of
+from receiver.incoming import LAST_START_AGAIN_S, NOT_HERE, Incoming
+from receiver.outstanding import OutstandingPages
+from receiver.ownership import Link, Restart, State, Undo
+from receiver.preflight import Begun
+from receiver.restore import FrameLimit
+from receiver.rollback import recall_reason
+from receiver.switchover import LOOK_EVERY_S, Switchover
+from xenbackend.contract import Domain, DomainState
+from xenbackend.errors import NoSuchDomainError, XenError
+from xenbackend.ring import PagingRing
+
+log = logging.getLogger(__name__)
+
+ATTACH_TIMEOUT_S = 10.0
+CARRY_ON_AGAIN_S = 0.5
+"""After an error that is not the link's."""
+REPORT_LOST_EVERY_S = 1.0
+WAS_HELD = "the guest runs at its source, as the source or an operator has stated"
+WAS_LOST = "the source has nothing of the guest any more"
+MAYBE_FINISHED = ("taken over", "finishing")
+"""By a journal, the last entries of which may not have been written."""
+
+
+class Predecessor:
+    """A migration that a killed daemon has left.  ``noted``: the last step in its journal."""
+
+    def __init__(self, incoming: Incoming, offer: m.Offer, noted: str):
+        self._incoming = incoming
+        self._offer = offer
+        self._noted = noted
+
+    async def begin(self) -> Begun:
+        """Take up what was left.  A guest waits, so an error that may pass is tried again."""
+        return Begun(await as_soon_as_threads_start(self._keep_taking_up), None)
+
+    async def _keep_taking_up(self) -> Guest:
+        incoming = self._incoming
+        while True:
+            try:
+                guest = await trio.to_thread.run_sync(self._take_up)
+                break
+            except Exception as error:
+                if is_final(error) or is_used_up(error) or not incoming.ownership.needed:
+                    raise
+                await in_thread(incoming.holdings.release)
+                incoming.progress.problem = (
+                    f"what was left here cannot be taken up yet: {error}; trying again"
+                )
+                log.error(
+                    "%s: %s", incoming.name, incoming.progress.problem, exc_info=is_bug(error)
+                )
+                await trio.sleep(LAST_START_AGAIN_S)
+        incoming.progress.problem = ""
+        incoming.progress.outstanding = guest.pages.count
+        log.warning(
+            "%s: taking up what was left here, %s, %d pages missing",
+            incoming.name,
+            self._noted,
+            guest.pages.count,
+        )
+        return guest
+
+    def _take_up(self) -> Guest:
+        incoming, ownership, offer = self._incoming, self._incoming.ownership, self._offer
+        if ownership.row.restart is Restart.DISCARD:
+            self._find_left_over()
+            not_arrived = "the receiver was ended before the guest had arrived"
+            raise MigrationError(
+                NOT_HERE if incoming.is_in(State.DECIDED_ELSEWHERE) else not_arrived
+            )
+        try:
+            domain = incoming.hypervisor.reopen_incoming(
+                incoming.record.domid,
+                config_of(offer),
+                lent=incoming.record.lent,
+                handle=incoming.record.handle,
+            )
+            incoming.holdings.add_domain(domain)
+            if incoming.toolstack.has_started(domain.state()):
+                self._has_started()
+        except NoSuchDomainError:
+            raise GuestEndedError("its domain was destroyed") from None
+        limit = FrameLimit(domain, incoming.record.raised, incoming.note_raised)
+        pages, ring = OutstandingPages(offer.nr_pfns), None
+        if offer.paging:
+            ring = self._attach(domain)
+            if ring is not None:
+                incoming.holdings.add(ring.close)
+            pages.add(domain.paged_out())
+        ownership.is_taking_up = False
+        return Guest(offer, domain, ring, pages, limit)
+
+    def _find_left_over(self) -> None:
+        incoming = self._incoming
+        hypervisor, record = incoming.hypervisor, incoming.record
+        with contextlib.suppress(NoSuchDomainError):
+            if self._noted == "making":
+                abandoned = next(iter(hypervisor.abandoned(config_of(self._offer))), None)
+                if abandoned is not None:
+                    incoming.holdings.add_domain(abandoned)
+            else:
+                incoming.holdings.add_domain(hypervisor.open(record.domid, record.handle))
+
+    def _has_started(self) -> None:
+        """The start precedes its entry in the journal."""
+        if self._incoming.is_in(State.MAYBE_READY, State.READY, State.UNSTARTED):
+            self._incoming.peer.session.handed_over = True
+            self._incoming.ownership.become(State.OWNS)
+
+    def _attach(self, domain: Domain) -> PagingRing | None:
+        deadline = time.monotonic() + ATTACH_TIMEOUT_S
+        while True:
+            try:
+                return domain.paging_attach()
+            except XenError as error:
+                given_up = self._noted in MAYBE_FINISHED or self._incoming.is_in(State.OWNS)
+                if error.errno == errno.ENODEV and given_up and not len(domain.paged_out()):
+                    return None
+                if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                    raise
+                # The hypervisor has not seen yet that the predecessor is dead.
+                time.sleep(LOOK_EVERY_S)
+
+    async def serve(self, switchover: Switchover) -> None:
+        """Start the guest if it belongs here and was not started, and serve its faults."""
+        if self._incoming.ownership.row.restart not in (Restart.SERVE, Restart.START):
+            return
+        state = await trio.to_thread.run_sync(switchover.guest.state)
+        await trio.to_thread.run_sync(self._undo_stop, switchover.guest.domain, state)
+        if state is DomainState.INCOMING and self._incoming.is_in(State.UNSTARTED):
+            started = await in_thread(switchover.take_over)
+            switchover.taken_over(started=started)
+        else:
+            if self._incoming.is_in(State.UNSTARTED):
+                self._incoming.ownership.seen_to_run()
+            await trio.to_thread.run_sync(switchover.protect)
+            if self._incoming.ownership.was_handed_over:
+                switchover.runs.set()
+            switchover.serve()
+
+    def _undo_stop(self, domain: Domain, state: DomainState | None) -> None:
+        if self._was_stopped_by_us(state):
+            with contextlib.suppress(XenError):  # or it was about to stop it
+                (domain.resume if state is DomainState.SUSPENDED else domain.unpause)()
+            self._incoming.record.stopped.unlink(missing_ok=True)
+
+    def _was_stopped_by_us(self, state: DomainState | None) -> bool:
+        """True if a predecessor stopped the guest: for a checkpoint, to give the ring up, or to
+        start the guest.
+        """
+        record = self._incoming.record
+        if record.handle is None and self._noted == "finishing":
+            return True  # it was of a release that noted only this
+        just_started = self._noted not in (*MAYBE_FINISHED, "lost", "held") or record.handle is None
+        if just_started and self._incoming.toolstack.may_have_been_starting(state):
+            return True
+        return record.stopped.exists()
+
+
+class Recovery:
+    """The time between two pairs of lanes."""
+
+    def __init__(self, switchover: Switchover):
+        self.switchover = switchover
+        self._incoming = switchover.incoming
+        self.released = trio.Event()
+        """An operator has a held guest go on."""
+
+    async def rejoin(self, lost: Exception) -> None:
+        """Until the sender is back on new lanes, or is not needed any more.  The guest goes on as
+        far as its pages allow, if it is here.
+        """
+        incoming = self._incoming
+        if incoming.is_in(State.COMPLETING):
+            incoming.ownership.become(State.OWNS)
+        while True:
+            incoming.disconnect()
+            self.note(str(lost))
+            log.warning(
+                "%s %s: %s", incoming.name, incoming.progress.phase, lost, exc_info=is_bug(lost)
+            )
+            try:
+                await self._reconnect()
+                await self._take_up_again()
+                break
+            except PagesLostError as error:
+                await self.go_on_without(str(error))
+                return
+            except RecalledError as error:
+                await self.hold(str(error))
+                return
+            except UnknownSessionError as error:
+                if not self.switchover.serving.is_set():
+                    raise MigrationError("the sender has given up, and forgotten it") from error
+                lost = error
+            except Exception as error:
+                if is_final(error):
+                    raise
+                lost = error
+                if not isinstance(error, PeerClosedError | ProtocolError):
+                    await trio.sleep(CARRY_ON_AGAIN_S)
+        incoming.ownership.link = Link.UP
+        incoming.progress.problem = self.switchover.not_started
+        log.info(
+            "%s: the sender is back, %d pages are missing",
+            incoming.name,
+            self.switchover.guest.pages.count,
+        )
+
+    async def _reconnect(self) -> None:
+        incoming = self._incoming
+        async with task_group() as offline:
+            offline.start_soon(self._serve_alone)
+            offline.start_soon(self._while_undecided)
+            await incoming.peer.reconnect(self.note)
+            incoming.ownership.link = Link.BACK
+            async with incoming.deciding:
+                offline.cancel_scope.cancel()
+
+    async def _serve_alone(self) -> None:
+        await self.switchover.serving.wait()
+        await self.switchover.pager.serve(None)
+
+    async def _while_undecided(self) -> None:
+        if not self.switchover.serving.is_set():
+            await self._incoming.toolstack.while_undecided(self.switchover.watch_domain)
+
+    async def _take_up_again(self) -> None:
+        """Ask the sender, and state what is missing."""
+        incoming, switchover = self._incoming, self.switchover
+        peer = incoming.peer
+        peer.session.rejoin()
+        with step_timeout("the sender said nothing"):
+            message = await peer.hear()
+        await self._check(message)
+        if switchover.settled:
+            return
+        pages = switchover.pager if switchover.serving.is_set() else switchover.guest.pages
+        for base, bitmap in windows(await trio.to_thread.run_sync(pages.rejoin)):
+            await peer.say(m.Outstanding(base, bitmap))
+        token = new_token()
+        reached = "postcopy"
+        if not incoming.ownership.was_handed_over:
+            reached = "decision" if switchover.serving.is_set() else "switchover"
+        await peer.say(m.Rejoined(reached, token))
+        await peer.open_pull_lane(token)
+
+    async def _check(self, message: m.Message) -> None:
+        """The sender's first message on new lanes."""
+        incoming, switchover = self._incoming, self.switchover
+        match message:
+            case m.Rejoin():
+                pass
+            case m.Completed() if switchover.needs_nothing:
+                switchover.settled = True
+            case m.Abort() | m.Recall() if reason := recall_reason(incoming, message):
+                if incoming.ownership.row.undo is Undo.NOTHING:
+                    raise RecalledError(reason)
+                await in_thread(incoming.ownership.become, State.DECIDED_ELSEWHERE)
+                await incoming.peer.acknowledge()
+                raise MigrationError(reason)
+            case m.Abort() if not incoming.ownership.was_handed_over:
+                raise MigrationError(f"the sender gave up: {message.reason}")
+            case m.Lost():
+                await incoming.peer.acknowledge()
+                if not switchover.needs_nothing:
+                    raise PagesLostError(message.reason)
+                switchover.settled = True
+            case _:
+                missing = switchover.guest.pages.count
+                raise RemoteProtocolError(f"{message.type}, but {missing} pages are missing")
+
+    def note(self, why: str) -> None:
+        """Why the link is lost, and what that means."""
+        if self._incoming.ownership.ours:
+            state = (
+                self.switchover.not_started or "the guest is here and waits for its missing pages"
+            )
+        else:
+            state = (
+                "the sender may or may not have handed the guest over: it is kept, and does not run"
+            )
+        self._incoming.progress.problem = f"{why}; {state}"
+
+    # ---- without the sender ----
+    async def go_on_without(self, reason: str) -> None:
+        """Serve the guest with the pages that are here, until somebody destroys it, or no page is
+        missing any more.
+        """
+        incoming, switchover = self._incoming, self.switchover
+        if not switchover.serving.is_set():
+            raise MigrationError(reason)
+        incoming.record.reason = reason
+        if switchover.guest.pages.count:
+            incoming.progress.problem = self._what_is_lost(reason)
+            await in_thread(incoming.ownership.become, State.LOST)
+        incoming.disconnect()
+        log.error(
+            "%s: %s; %d pages are missing", incoming.name, reason, switchover.guest.pages.count
+        )
+        nothing_missing = switchover.pager.nothing_outstanding
+        async with task_group() as offline:
+            offline.start_soon(switchover.pager.serve, None)
+            while not nothing_missing.is_set():
+                incoming.progress.problem = self._what_is_lost(reason)
+                with trio.move_on_after(REPORT_LOST_EVERY_S):
+                    await nothing_missing.wait()
+            offline.cancel_scope.cancel()
+        switchover.settled = True
+
+    def _what_is_lost(self, reason: str) -> str:
+        name, count = self._incoming.name, self.switchover.guest.pages.count
+        return (
+            f"{reason}; {name} lacks {count} pages that exist nowhere any more: "
+            f"destroy it (xl destroy {name}) and start it anew"
+        )
+
+    async def hold(self, reason: str) -> None:
+        """Keep the guest paused, because it runs at the source as well, until somebody destroys it
+        or an operator decides again.
+        """
+        incoming, pager = self._incoming, self.switchover.pager
+        name = incoming.name
+        what_to_do = (
+            f"`xen-postcopy decide {name} elsewhere` destroys it, "
+            f"`xen-postcopy decide {name} here --force` has it go on"
+        )
+        incoming.record.reason = reason
+        incoming.progress.problem = f"{reason}; so {name} is being paused here"
+        await in_thread(incoming.ownership.become, State.HELD)  # before the source has the answer
+        async with task_group() as offline:
+            if incoming.peer.connections:
+                offline.start_soon(self._answer_and_leave)
+            offline.start_soon(pager.serve, None)
+            cannot = f"{reason}, and {name} cannot be paused here"
+
+            async def pause() -> None:
+                await incoming.persist(lambda: self._pause(paused=True), cannot, what_to_do)
+
+            await first(pause, self.released.wait)
+            incoming.progress.problem = f"{reason}; so {name} is paused here: {what_to_do}"
+            log.error("%s: %s", name, incoming.progress.problem)
+            await self.released.wait()
+            cannot = f"{name} is to go on here, and cannot be unpaused"
+            await incoming.persist(lambda: self._pause(paused=False), cannot)
+            offline.cancel_scope.cancel()
+        await self.go_on_without(
+            "the source has taken the guest back, and an operator has decided that it goes on here"
+        )
+
+    def _pause(self, *, paused: bool) -> None:
+        """Raises ``XenError``."""
+        domain = self.switchover.guest.domain
+        is_paused = self.switchover.guest.state() is DomainState.PAUSED  # as by a predecessor
+        if is_paused is not paused:
+            (domain.pause if paused else domain.unpause)()
+
+    async def _answer_and_leave(self) -> None:
+        await self._incoming.peer.acknowledge()
+        self._incoming.disconnect()
+
+    async def as_left(self) -> None:
+        """Go on with a guest that a predecessor, or an earlier attempt, has held or knew to have
+        lost its pages.
+        """
+        reason = self._incoming.record.reason
+        if self._incoming.is_in(State.HELD):
+            await self.hold(reason or WAS_HELD)
+        elif self._incoming.is_in(State.LOST):
+            await self.go_on_without(reason or WAS_LOST)

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The guest's start at the destination, and its service from then on.
+
+The pager exists, with its thread, before the guest runs: a thread takes milliseconds to start, and
+the guest faults at once.  From the handover to the started guest one thread does everything,
+because the guest is suspended, and a turn of the event loop takes longer.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+
+import trio
+
+from migrate.errors import GuestEndedError
+from migrate.logs import Complaint
+from migrate.tasks import in_thread, is_bug
+from migrate.units import pauses
+from receiver.checkpoints import NOT_PROTECTED, Checkpoints
+from receiver.guest import Guest
+from receiver.incoming import Incoming, retries
+from receiver.ownership import State
+from receiver.pager import Pager
+from xenbackend.contract import DomainState
+from xenbackend.errors import XenError
+
+log = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 0.05
+"""At a domain that is about to run, ..."""
+LOOK_AT_LAST_EVERY_S = 2.0
+"""... ever less often if it does not, ..."""
+LOOK_AGAIN_EVERY_S = 0.5
+"""... and at one that runs."""
+
+
+class Switchover:
+    """``inherits``: a predecessor has left the guest."""
+
+    def __init__(self, incoming: Incoming, guest: Guest, *, inherits: bool = False):
+        self.incoming = incoming
+        self.guest = guest
+        self._inherits = inherits
+        self.pager = Pager(
+            guest.domain,
+            guest.ring,
+            incoming.peer.session,
+            guest.pages,
+            incoming.statistics,
+            incoming.peer.say_blocking,
+            guest.limit.make_room,
+        )
+        incoming.holdings.add(self.pager.close)
+        self.checkpoints: Checkpoints | None = None
+        self.serving = trio.Event()
+        """The guest's faults are served: the guest may run."""
+        self.handed_over = trio.Event()
+        """The guest belongs here."""
+        self.runs = trio.Event()
+        """The guest, here."""
+        self.not_started = ""
+        """Why the guest, which belongs here, does not run yet."""
+        self._to_start = trio.Event()
+        self._ended_at_start: GuestEndedError | None = None
+        self.lacked = 0
+        """Pages that were missing when another program than this one suspended the guest."""
+        self.settled = False
+        """The sender needs no further message."""
+        if incoming.ownership.was_handed_over:
+            self.handed_over.set()
+
+    # ---- the start ----
+    def take_over(self) -> bool:
+        """Start the guest, which belongs here.  In a thread; :meth:`taken_over` is to follow.
+
+        Returns whether the guest was started.  Raises :class:`GuestEndedError` if no attempt can
+        succeed.
+        """
+        try:
+            started = self.start()
+        except XenError as error:
+            self._not_yet(error)
+            self.incoming.ownership.become(State.UNSTARTED)
+            return False
+        self.incoming.ownership.become(State.OWNS)
+        return started
+
+    def taken_over(self, *, started: bool) -> None:
+        """In the event loop."""
+        self.handed_over.set()
+        if started:
+            self.runs.set()
+        if self.not_started:
+            self._to_start.set()
+        self.serve()
+
+    def serve(self) -> None:
+        """Be the guest's pager."""
+        self.pager.begin()
+        self.serving.set()
+
+    def end_at_start(self, error: GuestEndedError) -> None:
+        """The guest has ended when it was to be started."""
+        self._ended_at_start = error
+        self.serving.set()
+
+    def start(self) -> bool:
+        """Start the guest; returns false if xl does so.
+
+        Raises ``XenError`` if a later attempt may succeed, and :class:`GuestEndedError` if none
+        can.
+        """
+        try:
+            return self._try_to_start()
+        except XenError as error:
+            state = self.guest.state()
+            if state is DomainState.RUNNING:
+                return True  # the error came after the start
+            if state in (None, DomainState.CRASHED):
+                raise GuestEndedError(
+                    f"{self.incoming.name} ended when it was to be started here: {error}"
+                ) from error
+            raise
+
+    def _try_to_start(self) -> bool:
+        """Raises ``XenError`` for any error.  The guest belongs here, so none is a reason to give
+        it up.
+        """
+        try:
+            self.protect()
+            self.pager.begin()
+            return self.incoming.toolstack.start(self.guest.domain)
+        except XenError:
+            raise
+        except Exception as error:
+            if is_bug(error):
+                log.exception("internal error")
+            raise XenError("start", errno.EAGAIN, why=repr(error)) from error
+
+    def _not_yet(self, error: XenError) -> None:
+        self.not_started = (
+            f"the guest cannot be started yet ({error}), which is tried again and again"
+        )
+        self.incoming.progress.problem = self.not_started
+        log.warning("%s: %s", self.incoming.name, self.not_started)
+
+    async def keep_starting(self) -> None:
+        """Try to start a guest until an attempt succeeds.  The hypervisor or xenstored may have
+        been busy, or memory may have been short.
+        """
+        await self._to_start.wait()
+        attempts = retries()
+        while self.not_started:
+            await trio.sleep(next(attempts))
+            async with self.incoming.deciding:
+                try:
+                    await in_thread(self.start)
+                except XenError as error:
+                    self._not_yet(error)
+                    continue
+                self.not_started = self.incoming.progress.problem = ""
+                self.incoming.ownership.seen_to_run()
+                self.runs.set()
+                log.info("%s runs after all", self.incoming.name)
+
+    def protect(self) -> None:
+        """Begin to record what the guest writes, if checkpoints are asked for.  In a thread."""
+        every_s = self.guest.offer.checkpoint_ms / 1000
+        if not every_s or self.checkpoints is not None or self.incoming.progress.unprotected:
+            return
+        made = Checkpoints(
+            self.guest.domain,
+            every_s,
+            self.incoming.peer.say_blocking,
+            self.incoming.statistics,
+            self.incoming.record.stopped,
+            self._protection_is_lost,
+        )
+        try:
+            made.begin(inherit=self._inherits)
+            self.checkpoints = made
+        except XenError as error:
+            self._protection_is_lost(str(error))
+
+    def _protection_is_lost(self, problem: str) -> None:
+        log.error("%s: %s: %s", self.incoming.name, NOT_PROTECTED, problem)
+        self.incoming.progress.unprotected = self.incoming.record.unprotected = problem
+        self.incoming.ownership.note_again()
+
+    # ---- what becomes of the domain ----
+    async def follow_domain(self) -> None:
+        """From the moment at which the guest may run: see :meth:`watch_domain`."""
+        await self.serving.wait()
+        if self._ended_at_start is not None:
+            raise self._ended_at_start
+        await self.watch_domain()
+
+    async def watch_domain(self) -> None:
+        """Find out that the guest runs here.  Raises :class:`GuestEndedError` when it has ended."""
+        began = pauses(LOOK_EVERY_S, LOOK_AT_LAST_EVERY_S)
+        complaint = Complaint(log.warning)
+        while True:
+            try:
+                state = await trio.to_thread.run_sync(self.guest.state)
+                if self.checkpoints is not None and state is not None:
+                    await trio.to_thread.run_sync(self.checkpoints.let_go_on)
+            except (XenError, RuntimeError) as error:  # that may pass
+                complaint.log(
+                    "%s: its state is not known, or it cannot go on: %s", self.incoming.name, error
+                )
+                await trio.sleep(LOOK_AGAIN_EVERY_S)
+                continue
+            self._note_state(state)
+            await trio.sleep(LOOK_AGAIN_EVERY_S if self.runs.is_set() else next(began))
+
+    def _note_state(self, state: DomainState | None) -> None:
+        if state is None:
+            raise GuestEndedError(
+                "its domain was destroyed"
+                if self.runs.is_set()
+                else self.incoming.toolstack.gone_before_it_ran
+            )
+        may_be_starting = state is DomainState.PAUSED and self.not_started
+        if state is not DomainState.INCOMING and not may_be_starting:
+            self.runs.set()
+            self.incoming.ownership.seen_to_run()
+        if not self.guest.offer.checkpoint_ms:  # which suspend it as well
+            self._note_whether_it_is_saved(state is DomainState.SUSPENDED)
+
+    def _note_whether_it_is_saved(self, suspended: bool) -> None:
+        """Note that another program has suspended the guest.  Such a program may save the guest
+        before its missing pages have arrived.
+        """
+        missing = self.guest.pages.count
+        if suspended and not self.lacked and missing:
+            self.lacked, self.pager.holds_back = missing, True
+            about = (
+                "%s was suspended by another program while %d pages are missing: "
+                "an image that is made now lacks them"
+            )
+            log.error(about, self.incoming.name, self.lacked)
+        elif not suspended and self.lacked:
+            log.warning("%s runs again, and its pages come", self.incoming.name)
+            self.lacked, self.pager.holds_back = 0, False
+
+    @property
+    def needs_nothing(self) -> bool:
+        """Of the sender."""
+        owns = self.incoming.is_in(State.OWNS, State.COMPLETING, State.FINISHING)
+        return owns and not self.guest.pages.count and not self.lacked

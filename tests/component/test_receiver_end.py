@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a sender is told of the end of a migration that it was cut off from, and for how long."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import pytest
+import trio
+import trio.testing
+
+from migrate.errors import PeerClosedError, UnknownSessionError
+from migrate.lanes.connection import LINGER_S
+from migrate.protocol import messages as m
+from migrate.protocol.session import Role, Session
+from migrate.service.journal import Journal
+from receiver.incoming import Incoming
+from receiver.ownership import Ownership, State
+from receiver.peer import Peer
+from receiver.progress import IncomingProgress
+from receiver.record import Record
+from receiver.rollback import RECALLED_LINGER_DAYS, linger
+from receiver.toolstack import OwnToolstack
+from xenbackend.contract import Hypervisor
+from xenbackend.errors import XenError
+
+LAST = m.Complete(b"{}")
+
+
+class Lane:
+    """The sender sends one message, and takes one."""
+
+    def __init__(self, message: m.Message):
+        self._message = message
+        self.taken: list[m.Message] = []
+
+    async def receive(self) -> tuple[m.Message, memoryview]:
+        return self._message, memoryview(b"")
+
+    async def send(self, message: m.Message) -> None:
+        self.taken.append(message)
+
+    def close(self) -> None:
+        pass
+
+
+class Lanes:
+    dials, rejoins, peer = None, 0, ""
+
+    def __init__(self, again: Callable[[], Lane]):
+        self._again = again
+
+    async def again(self, _note: object) -> Lane:
+        await trio.sleep(60)
+        return self._again()
+
+
+class Refusing:
+    """A hypervisor that can open no domain."""
+
+    def open(self, _domid: int, _handle: object) -> NoReturn:
+        raise XenError("getdomaininfo", errno.EBUSY)
+
+
+def completed(journal: Journal, again: Callable[[], Lane]) -> Incoming:
+    lanes: Any = Lanes(again)
+    record, progress = Record(journal, "session", lanes, lent=False), IncomingProgress("web")
+    ownership = Ownership(record.write, progress.show_phase, left_at="finishing")
+    ownership.become(State.COMPLETED)
+    session = Session.of_predecessor(
+        Role.RECEIVER, 64, handed_over=True, protected=False, entrusted=False
+    )
+    journal.write("session", {"step": "finishing"})
+    return Incoming(
+        cast(Hypervisor, Refusing()),
+        OwnToolstack(),
+        Peer(lanes, session),
+        ownership,
+        record,
+        progress,
+    )
+
+
+def is_away() -> NoReturn:
+    raise PeerClosedError("no answer")
+
+
+async def test_a_sender_that_does_not_come_back_is_waited_for_for_a_while(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = Journal(tmp_path)
+    incoming = completed(journal, is_away)
+    await linger(incoming, LAST)
+    assert trio.current_time() == pytest.approx(LINGER_S, abs=120)
+    assert "did not come back, and was not told how it ended" in caplog.text
+    assert journal.entries() == {} and incoming.progress.phase == "completed"
+
+
+async def test_of_a_sender_that_has_forgotten_nothing_else_is_reported(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whether it had received the end before, nobody knows."""
+    caplog.set_level("INFO")
+
+    def has_forgotten() -> NoReturn:
+        raise UnknownSessionError("no such session")
+
+    incoming = completed(Journal(tmp_path), has_forgotten)
+    await linger(incoming, LAST)
+    assert "the sender has nothing of this migration any more: no such session" in caplog.text
+    assert incoming.progress.problem == ""
+
+
+async def test_a_guest_that_is_recalled_and_cannot_be_paused_is_reported_for_days(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    lane = Lane(m.Recall("an operator has decided at the source that it runs there"))
+    incoming = completed(Journal(tmp_path), lambda: lane)
+    await linger(incoming, LAST)
+    assert trio.current_time() == pytest.approx(RECALLED_LINGER_DAYS * 24 * 3600, rel=0.01)
+    assert lane.taken == []  # the sender is not told what is not so
+    assert "web cannot be paused here" in incoming.progress.problem
+    assert incoming.progress.phase == "completed"
