@@ -17,7 +17,7 @@ import trio
 
 from migrate.control import server as control
 from migrate.control.client import Json
-from migrate.control.server import ControlConnection
+from migrate.control.server import ControlConnection, decision_of
 from migrate.errors import MigrationError, OccupiedError, UnknownSessionError
 from migrate.lanes.accept import AwaitedLanes, Reception
 from migrate.lanes.connection import listen_tcp
@@ -115,7 +115,7 @@ class ReceiverDaemon:
         if not self._stopping:
             self._stopping = True
             for migration in self._migrations.values():
-                migration.cancel("the receiver is being stopped")
+                migration.requests.cancel("the receiver is being stopped")
         needed = self._needed()
         if needed:
             for migration in needed:
@@ -149,7 +149,7 @@ class ReceiverDaemon:
                     "result",
                     **_line(migration),
                     details=migration.details(),
-                    known=migration.known_of_peer,
+                    known=migration.requests.known_of_peer,
                 )
             case "status":
                 await connection.answer("result", port=self._port)
@@ -158,14 +158,20 @@ class ReceiverDaemon:
             case "await-memory":
                 await self._await_memory(int(request["domid"]), connection)
             case "reconnect":
-                find_migration(self._migrations.values(), request["migration"]).reconnect()
+                find_migration(self._migrations.values(), request["migration"]).requests.reconnect()
+                await connection.answer("result")
+            case "check-decision":
+                migration = find_migration(self._migrations.values(), request["migration"])
+                await migration.requests.check_decision(**decision_of(request))
                 await connection.answer("result")
             case "decide":
                 migration = find_migration(self._migrations.values(), request["migration"])
-                await migration.decide(here=bool(request["here"]), force=bool(request.get("force")))
+                await migration.requests.decide(**decision_of(request))
                 await connection.answer("result")
             case "cancel":
-                find_migration(self._migrations.values(), request["migration"]).ask_to_cancel()
+                find_migration(
+                    self._migrations.values(), request["migration"]
+                ).requests.ask_to_cancel()
                 await connection.answer("result")
             case "postcopy-now":
                 migration = find_migration(self._migrations.values(), request["migration"])
@@ -257,7 +263,9 @@ class ReceiverDaemon:
     ) -> None:
         """It says something, or goes away, only to have us leave the domain alone."""
         request = await connection.request()
-        migration.cancel("xl has gone" if request is None else "xl's own live migration takes over")
+        migration.requests.cancel(
+            "xl has gone" if request is None else "xl's own live migration takes over"
+        )
 
     def _check(self, session: str) -> None:
         if self._stopping:

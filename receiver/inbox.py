@@ -60,8 +60,8 @@ class Inbox:
 
     def __init__(self, switchover: Switchover, restoring: Restoring | None):
         self._switchover = switchover
-        self._peer = switchover.incoming.peer
-        self._ownership = switchover.incoming.ownership
+        self._peer = switchover.context.peer
+        self._ownership = switchover.context.ownership
         self._restoring = restoring
 
     def receive(self) -> None:
@@ -114,7 +114,7 @@ class Inbox:
 
     async def _entrusted(self) -> None:
         """xl is about to decide whether the guest runs here."""
-        toolstack = self._switchover.incoming.toolstack
+        toolstack = self._switchover.context.toolstack
         toolstack.expect_entrust()
         if not self._switchover.serving.is_set():
             await in_thread(self._ownership.become, State.SERVING)

@@ -32,15 +32,15 @@ from migrate.protocol.session import Role, Session
 from migrate.service.journal import Journal
 from migrate.tasks import as_soon_as_threads_start, is_bug, is_final, task_group
 from receiver import postcopy, recovery, rollback
-from receiver.decisions import Decisions
+from receiver.context import NOT_HERE, Context
+from receiver.entry import Entry
 from receiver.inbox import Inbox, Restoring
-from receiver.incoming import NOT_HERE, Incoming
 from receiver.ownership import Link, Ownership, State
 from receiver.peer import Peer
 from receiver.preflight import Others, Preflight
 from receiver.progress import IncomingProgress
-from receiver.record import Record
 from receiver.recovery import Predecessor, Recovery
+from receiver.requests import Requests
 from receiver.statistics import PagerStatistics
 from receiver.switchover import Switchover
 from receiver.toolstack import OwnToolstack, Toolstack, XlToolstack
@@ -50,16 +50,16 @@ log = logging.getLogger(__name__)
 
 
 class IncomingMigration:
-    def __init__(self, migration_id: str, incoming: Incoming, beginning: Preflight | Predecessor):
+    def __init__(self, migration_id: str, context: Context, beginning: Preflight | Predecessor):
         self.id = migration_id
-        self._incoming = incoming
+        self._context = context
         self._beginning = beginning
         self._recovery: Recovery | None = None
         """``None`` while there is no guest, and after the end."""
         self._last_message: m.Message | None = None
         """What the sender has to receive still."""
         self._scope = trio.CancelScope()
-        self._decisions = Decisions(incoming, self._scope.cancel, lambda: self._recovery)
+        self.requests = Requests(context, self._scope.cancel, lambda: self._recovery)
         self.ended = trio.Event()
 
     @classmethod
@@ -74,13 +74,13 @@ class IncomingMigration:
     ) -> IncomingMigration:
         """A migration whose sender has still to make an offer."""
         toolstack = toolstack or OwnToolstack()
-        record = Record(journal, migration_id, lanes, lent=toolstack.lent)
-        record.domid = toolstack.lends
+        entry = Entry(journal, migration_id, lanes, lent=toolstack.lent)
+        entry.domid = toolstack.lends
         progress = IncomingProgress()
-        ownership = Ownership(record.write, progress.show_phase)
+        ownership = Ownership(entry.write, progress.show_phase)
         peer = Peer(lanes, Session(Role.RECEIVER))
-        incoming = Incoming(hypervisor, toolstack, peer, ownership, record, progress)
-        return cls(migration_id, incoming, Preflight(incoming, others))
+        context = Context(hypervisor, toolstack, peer, ownership, entry, progress)
+        return cls(migration_id, context, Preflight(context, others))
 
     @classmethod
     def of_predecessor(
@@ -96,31 +96,31 @@ class IncomingMigration:
         Raises ``ValueError`` or :class:`MigrationError` for an entry that this release must not act
         on.
         """
-        record = Record.of_predecessor(journal, migration_id, lanes, facts)
-        offer, step = record.offer, facts["step"]
+        entry = Entry.of_predecessor(journal, migration_id, lanes, facts)
+        offer, step = entry.offer, facts["step"]
         toolstack: Toolstack = OwnToolstack()
-        if record.lent:
-            toolstack = XlToolstack(record.domid, ToolstackPorts(0, 0))
-        progress = IncomingProgress(offer.name, unprotected=record.unprotected)
-        ownership = Ownership(record.write, progress.show_phase, left_at=step)
+        if entry.lent:
+            toolstack = XlToolstack(entry.domid, ToolstackPorts(0, 0))
+        progress = IncomingProgress(offer.name, unprotected=entry.unprotected)
+        ownership = Ownership(entry.write, progress.show_phase, left_at=step)
         session = Session.of_predecessor(
             Role.RECEIVER,
             offer.nr_pfns,
             handed_over=ownership.was_handed_over,
             protected=offer.checkpoint_ms > 0,
-            entrusted=record.lent,
+            entrusted=entry.lent,
         )
-        session.decided = record.decided
+        session.decided = entry.decided
         lanes.keep(offer.key)
         peer = Peer(lanes, session)
-        incoming = Incoming(hypervisor, toolstack, peer, ownership, record, progress)
-        return cls(migration_id, incoming, Predecessor(incoming, offer, step))
+        context = Context(hypervisor, toolstack, peer, ownership, entry, progress)
+        return cls(migration_id, context, Predecessor(context, offer, step))
 
     # ---- the order of things ----
     async def run(self) -> None:
         """One migration, until nothing more comes of it."""
         logs.migration.set(self.id)
-        ownership, progress = self._incoming.ownership, self.progress
+        ownership, progress = self._context.ownership, self.progress
         try:
             with self._scope:
                 await self._migrate()
@@ -133,7 +133,7 @@ class IncomingMigration:
             await self._failed(error)
             logs.abnormal_end(progress.domain, phase, progress.problem, self.details())
         finally:
-            self._incoming.disconnect()
+            self._context.disconnect()
             if self.has_ended:
                 # What is as large as the guest: ``list`` shows this migration for long.
                 self._recovery = None
@@ -143,8 +143,8 @@ class IncomingMigration:
         begun = await self._beginning.begin()
         if begun is None:
             return
-        self._incoming.ownership.link = Link.UP if begun.restoring else Link.DOWN
-        switchover = Switchover(self._incoming, begun.guest, inherits=not begun.restoring)
+        self._context.ownership.link = Link.UP if begun.restoring else Link.DOWN
+        switchover = Switchover(self._context, begun.guest, inherits=not begun.restoring)
         self._recovery = following = Recovery(switchover)
         logged = ""
         while True:
@@ -157,13 +157,13 @@ class IncomingMigration:
                 if str(error) != logged:
                     logged = str(error)
                     log.error("%s goes on: %s", self.domain_name, error, exc_info=is_bug(error))
-            self._incoming.disconnect()
+            self._context.disconnect()
             following.note(logged)
             await trio.sleep(recovery.CARRY_ON_AGAIN_S)
 
     def _may_pass(self, error: Exception) -> bool:
         """Whether the migration is to be gone on with after this error."""
-        ownership = self._incoming.ownership
+        ownership = self._context.ownership
         if isinstance(error, GuestEndedError):
             return False
         return ownership.ours or (ownership.needed and not is_final(error))
@@ -187,7 +187,7 @@ class IncomingMigration:
             try:
                 await self._over_one_pair(switchover, restoring)
             except Exception as error:
-                if not self._incoming.ownership.needed or is_final(error):
+                if not self._context.ownership.needed or is_final(error):
                     raise
                 if switchover.needs_nothing:
                     about = "nothing is missing any more, which the sender may not have heard: %s"
@@ -197,9 +197,9 @@ class IncomingMigration:
             restoring = None
 
     async def _over_one_pair(self, switchover: Switchover, restoring: Restoring | None) -> None:
-        push = self._incoming.peer.push
+        push = self._context.peer.push
         async with task_group() as tasks:
-            for lane in self._incoming.peer.connections:
+            for lane in self._context.peer.connections:
                 tasks.start_soon(lane.keep_alive)
             tasks.start_soon(postcopy.serve_faults, switchover)
             tasks.start_soon(postcopy.complete, switchover)
@@ -213,31 +213,31 @@ class IncomingMigration:
     async def _failed(self, error: Exception) -> None:
         following = self._recovery
         switchover = None if following is None else following.switchover
-        undo = functools.partial(rollback.failed, self._incoming, error, switchover)
+        undo = functools.partial(rollback.failed, self._context, error, switchover)
         answer = await as_soon_as_threads_start(undo)
-        self._last_message = await rollback.tell(self._incoming, answer)
+        self._last_message = await rollback.tell(self._context, answer)
 
     async def linger(self) -> None:
         """Tell a sender that was cut off how it has ended, if it comes back."""
         if self._last_message is not None:
-            await rollback.linger(self._incoming, self._last_message)
+            await rollback.linger(self._context, self._last_message)
 
     # ---- what others see ----
     @property
     def progress(self) -> IncomingProgress:
-        return self._incoming.progress
+        return self._context.progress
 
     @property
     def statistics(self) -> PagerStatistics:
-        return self._incoming.statistics
+        return self._context.statistics
 
     @property
     def session(self) -> Session:
-        return self._incoming.peer.session
+        return self._context.peer.session
 
     @property
     def lanes(self) -> Lanes:
-        return self._incoming.peer.lanes
+        return self._context.peer.lanes
 
     @property
     def domain_name(self) -> str:
@@ -246,22 +246,22 @@ class IncomingMigration:
     @property
     def domid(self) -> int:
         """-1 before there is a domain."""
-        return self._incoming.record.domid
+        return self._context.entry.domid
 
     @property
     def has_ended(self) -> bool:
         """Nothing more comes of it."""
-        return self._incoming.ownership.has_ended
+        return self._context.ownership.has_ended
 
     @property
     def needed(self) -> bool:
         """The guest may depend on this process, which must not be stopped."""
-        return self._incoming.ownership.needed
+        return self._context.ownership.needed
 
     @property
     def is_lost(self) -> bool:
         """The guest's missing pages exist nowhere any more."""
-        return self._incoming.is_in(State.LOST)
+        return self._context.is_in(State.LOST)
 
     @property
     def missing(self) -> int:
@@ -279,20 +279,3 @@ class IncomingMigration:
     def details(self) -> dict[str, Any]:
         """What has been measured so far; see :meth:`PagerStatistics.summary`."""
         return self.statistics.summary()
-
-    # ---- what others may ask: see ``decisions.py`` ----
-    @property
-    def known_of_peer(self) -> str:
-        return self._decisions.known_of_peer
-
-    def cancel(self, reason: str) -> None:
-        self._decisions.cancel(reason)
-
-    def ask_to_cancel(self) -> None:
-        self._decisions.ask_to_cancel()
-
-    def reconnect(self) -> None:
-        self._decisions.reconnect()
-
-    async def decide(self, *, here: bool, force: bool = False) -> None:
-        await self._decisions.decide(here=here, force=force)

@@ -18,7 +18,7 @@ from migrate.lanes.connection import EXPLANATION_S
 from migrate.protocol import messages as m
 from migrate.tasks import first, in_thread
 from receiver.checkpoints import mark
-from receiver.incoming import LAST_START_AGAIN_S, Incoming
+from receiver.context import LAST_START_AGAIN_S, Context
 from receiver.ownership import State
 from receiver.statistics import PagerStatistics
 from receiver.switchover import LOOK_AGAIN_EVERY_S, Switchover
@@ -36,7 +36,7 @@ NO_MEMORY = (
 
 async def serve_faults(switchover: Switchover) -> None:
     try:
-        await switchover.pager.serve(switchover.incoming.peer.pull)
+        await switchover.pager.serve(switchover.context.peer.pull)
     except PeerClosedError:
         await trio.sleep(EXPLANATION_S)  # the push lane may say why
         raise
@@ -44,17 +44,17 @@ async def serve_faults(switchover: Switchover) -> None:
 
 async def report(switchover: Switchover) -> None:
     """Tell the sender what was loaded and how it goes, until nothing is missing."""
-    incoming, pager = switchover.incoming, switchover.pager
+    context, pager = switchover.context, switchover.pager
     await switchover.serving.wait()
     while True:
         await trio.to_thread.run_sync(pager.acknowledge)
         if pager.nothing_outstanding.is_set():
             return
-        now, incoming.progress.waiting = pager.report()
-        incoming.progress.outstanding = now.outstanding
-        if pager.short_of_memory or incoming.progress.problem == NO_MEMORY:
-            incoming.progress.problem = NO_MEMORY if pager.short_of_memory else ""
-        await incoming.peer.say(now)
+        now, context.progress.waiting = pager.report()
+        context.progress.outstanding = now.outstanding
+        if pager.short_of_memory or context.progress.problem == NO_MEMORY:
+            context.progress.problem = NO_MEMORY if pager.short_of_memory else ""
+        await context.peer.say(now)
         with trio.move_on_after(REPORT_EVERY_S):
             await pager.nothing_outstanding.wait()
 
@@ -65,15 +65,15 @@ async def complete(switchover: Switchover) -> None:
 
     A toolstack may leave the guest paused for any time.  Its memory arrives nevertheless.
     """
-    incoming = switchover.incoming
-    peer, runs = incoming.peer, switchover.runs
+    context = switchover.context
+    peer, runs = context.peer, switchover.runs
     await switchover.serving.wait()
 
     async def all_is_here() -> None:
         await switchover.pager.nothing_outstanding.wait()
         await switchover.handed_over.wait()
 
-    if incoming.toolstack.completes_paused(peer.push.capabilities):
+    if context.toolstack.completes_paused(peer.push.capabilities):
         await first(runs.wait, all_is_here)
         state = await trio.to_thread.run_sync(switchover.guest.state)
         if state not in (None, DomainState.INCOMING):
@@ -85,12 +85,12 @@ async def complete(switchover: Switchover) -> None:
     await all_is_here()
     while switchover.lacked:
         await trio.sleep(LOOK_AGAIN_EVERY_S)
-    if incoming.is_in(State.OWNS):
-        incoming.ownership.become(State.COMPLETING)
+    if context.is_in(State.OWNS):
+        context.ownership.become(State.COMPLETING)
     if switchover.checkpoints is not None:
         await switchover.checkpoints.end()
     await trio.to_thread.run_sync(switchover.pager.acknowledge)
-    await peer.say(complete_message(incoming.statistics))
+    await peer.say(complete_message(context.statistics))
 
 
 def complete_message(statistics: PagerStatistics) -> m.Message:
@@ -99,7 +99,7 @@ def complete_message(statistics: PagerStatistics) -> m.Message:
 
 async def send_checkpoints(switchover: Switchover) -> None:
     """Or why there are none."""
-    peer, progress = switchover.incoming.peer, switchover.incoming.progress
+    peer, progress = switchover.context.peer, switchover.context.progress
     await switchover.handed_over.wait()
     checkpoints = switchover.checkpoints
     if checkpoints is not None and not progress.unprotected:
@@ -112,10 +112,10 @@ async def finish(switchover: Switchover) -> m.Message | None:
     """Give the ring up.  Returns what the sender has to receive still, so that it lets go of the
     guest's pages.
     """
-    incoming, guest = switchover.incoming, switchover.guest
-    record = incoming.record
-    await in_thread(incoming.ownership.become, State.FINISHING)
-    await in_thread(_note_stop, incoming)
+    context, guest = switchover.context, switchover.guest
+    entry = context.entry
+    await in_thread(context.ownership.become, State.FINISHING)
+    await in_thread(_note_stop, context)
     while True:
         try:
             await switchover.pager.finish()
@@ -123,27 +123,27 @@ async def finish(switchover: Switchover) -> m.Message | None:
         except NoSuchDomainError:  # the guest has ended since
             break
         except XenError as error:
-            incoming.progress.problem = (
+            context.progress.problem = (
                 f"all memory has come, but the ring cannot be given up: {error}; trying again"
             )
-            log.error("%s: %s", incoming.name, incoming.progress.problem)
+            log.error("%s: %s", context.name, context.progress.problem)
             await trio.sleep(LAST_START_AGAIN_S)
-    incoming.progress.problem = ""
-    await in_thread(functools.partial(record.stopped.unlink, missing_ok=True))
+    context.progress.problem = ""
+    await in_thread(functools.partial(entry.stopped.unlink, missing_ok=True))
     with contextlib.suppress(NoSuchDomainError):
         await in_thread(guest.domain.reserve, 0)
         if switchover.checkpoints is not None:
             await in_thread(switchover.checkpoints.stop)
         await in_thread(guest.limit.give_back)
     if switchover.settled:
-        await in_thread(record.erase)
-    incoming.progress.outstanding = incoming.progress.waiting = 0
-    incoming.ownership.become(State.COMPLETED)
-    await in_thread(incoming.holdings.release)
-    log.info("%s completed", incoming.name)
-    return None if switchover.settled else complete_message(incoming.statistics)
+        await in_thread(entry.erase)
+    context.progress.outstanding = context.progress.waiting = 0
+    context.ownership.become(State.COMPLETED)
+    await in_thread(context.holdings.release)
+    log.info("%s completed", context.name)
+    return None if switchover.settled else complete_message(context.statistics)
 
 
-def _note_stop(incoming: Incoming) -> None:
+def _note_stop(context: Context) -> None:
     with contextlib.suppress(XenError):  # it is too late to leave it
-        mark(incoming.record.stopped)
+        mark(context.entry.stopped)

@@ -14,9 +14,9 @@ from migrate.lanes.connection import step_timeout
 from migrate.protocol import messages as m
 from migrate.protocol.pfns import sparseness
 from migrate.protocol.session import new_token
+from receiver.context import Context
 from receiver.guest import Guest, config_of
 from receiver.inbox import Restoring
-from receiver.incoming import Incoming
 from receiver.outstanding import OutstandingPages
 from receiver.ownership import State
 from receiver.progress import IncomingProgress
@@ -63,17 +63,17 @@ Others = Callable[[], Iterable[Other]]
 
 
 class Preflight:
-    def __init__(self, incoming: Incoming, others: Others):
-        self._incoming = incoming
+    def __init__(self, context: Context, others: Others):
+        self._context = context
         self._others = others
 
     async def begin(self) -> Begun | None:
         """``None`` if the offer was refused."""
-        incoming, peer = self._incoming, self._incoming.peer
+        context, peer = self._context, self._context.peer
         await peer.connect()
         offer = await self._offer()
-        incoming.progress.domain = offer.name
-        incoming.record.offered(offer)
+        context.progress.domain = offer.name
+        context.entry.offered(offer)
         prepared: Begun | str = await self._wait_for_others(offer)
         if not prepared:
             prepared = await trio.to_thread.run_sync(self._prepare, offer)
@@ -81,7 +81,7 @@ class Preflight:
             await self._refuse(prepared)
             return None
         token = new_token()
-        await peer.say(m.Accepted(incoming.statistics.populate_evicted, token))
+        await peer.say(m.Accepted(context.statistics.populate_evicted, token))
         await peer.open_pull_lane(token)
         peer.lanes.keep(offer.key)
         return prepared
@@ -91,7 +91,7 @@ class Preflight:
 
     async def _offer(self) -> m.Offer:
         with step_timeout("the sender offered nothing"):
-            offer = await self._incoming.peer.hear()
+            offer = await self._context.peer.hear()
         if isinstance(offer, m.Abort):
             raise MigrationError(f"the sender gave up: {offer.reason}")
         if not isinstance(offer, m.Offer):
@@ -119,11 +119,11 @@ class Preflight:
         )
 
     async def _refuse(self, refusal: str) -> None:
-        incoming = self._incoming
-        incoming.progress.problem = refusal
-        await discard(incoming, refusal)
-        incoming.ownership.become(State.REFUSED)
-        await incoming.peer.say(m.Refused(m.printable(refusal), False))
+        context = self._context
+        context.progress.problem = refusal
+        await discard(context, refusal)
+        context.ownership.become(State.REFUSED)
+        await context.peer.say(m.Refused(m.printable(refusal), False))
 
     def _prepare(self, offer: m.Offer) -> Begun | str:
         """Make the domain and its ring.  Returns why not, if this host cannot take the guest in."""
@@ -133,8 +133,8 @@ class Preflight:
             return str(error)
 
     def _make(self, offer: m.Offer) -> Begun | str:
-        incoming, config = self._incoming, config_of(offer)
-        hypervisor, toolstack = incoming.hypervisor, incoming.toolstack
+        context, config = self._context, config_of(offer)
+        hypervisor, toolstack = context.hypervisor, context.toolstack
         if problem := sparseness(offer.nr_pfns, offer.max_pages):
             return problem
         found = toolstack.preflight(hypervisor, config, paging=offer.paging)
@@ -142,18 +142,18 @@ class Preflight:
             return "; ".join(found.problems)
         if problem := toolstack.refuses(offer):
             return problem
-        incoming.ownership.become(State.MAKING)
-        domain = incoming.holdings.add_domain(toolstack.make(hypervisor, config))
-        incoming.record.domid, incoming.record.handle = domain.domid, domain.handle
-        incoming.ownership.become(State.RESTORING)
+        context.ownership.become(State.MAKING)
+        domain = context.holdings.add_domain(toolstack.make(hypervisor, config))
+        context.entry.domid, context.entry.handle = domain.domid, domain.handle
+        context.ownership.become(State.RESTORING)
         if problem := sparseness(offer.nr_pfns, domain.config().max_pages):
             return problem  # of a domain that xl has made
         ring = None
         if offer.paging:
             ring = domain.paging_enable()
-            incoming.holdings.add(ring.close)
-            incoming.statistics.populate_evicted = found.populate_evicted
-        limit = FrameLimit(domain, incoming.record.raised, incoming.note_raised)
+            context.holdings.add(ring.close)
+            context.statistics.populate_evicted = found.populate_evicted
+        limit = FrameLimit(domain, context.entry.raised, context.note_raised)
         guest = Guest(offer, domain, ring, OutstandingPages(offer.nr_pfns), limit)
         memory = MemoryRestorer(domain, limit, offer.max_pages)
         return Begun(guest, Restoring(guest, memory))

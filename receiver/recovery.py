@@ -35,8 +35,8 @@ from migrate.tasks import (
     is_used_up,
     task_group,
 )
+from receiver.context import LAST_START_AGAIN_S, NOT_HERE, Context
 from receiver.guest import Guest, config_of
-from receiver.incoming import LAST_START_AGAIN_S, NOT_HERE, Incoming
 from receiver.outstanding import OutstandingPages
 from receiver.ownership import Link, Restart, State, Undo
 from receiver.preflight import Begun
@@ -62,8 +62,8 @@ MAYBE_FINISHED = ("taken over", "finishing")
 class Predecessor:
     """A migration that a killed daemon has left.  ``noted``: the last step in its journal."""
 
-    def __init__(self, incoming: Incoming, offer: m.Offer, noted: str):
-        self._incoming = incoming
+    def __init__(self, context: Context, offer: m.Offer, noted: str):
+        self._context = context
         self._offer = offer
         self._noted = noted
 
@@ -72,78 +72,76 @@ class Predecessor:
         return Begun(await as_soon_as_threads_start(self._keep_taking_up), None)
 
     async def _keep_taking_up(self) -> Guest:
-        incoming = self._incoming
+        context = self._context
         while True:
             try:
                 guest = await trio.to_thread.run_sync(self._take_up)
                 break
             except Exception as error:
-                if is_final(error) or is_used_up(error) or not incoming.ownership.needed:
+                if is_final(error) or is_used_up(error) or not context.ownership.needed:
                     raise
-                await in_thread(incoming.holdings.release)
-                incoming.progress.problem = (
+                await in_thread(context.holdings.release)
+                context.progress.problem = (
                     f"what was left here cannot be taken up yet: {error}; trying again"
                 )
-                log.error(
-                    "%s: %s", incoming.name, incoming.progress.problem, exc_info=is_bug(error)
-                )
+                log.error("%s: %s", context.name, context.progress.problem, exc_info=is_bug(error))
                 await trio.sleep(LAST_START_AGAIN_S)
-        incoming.progress.problem = ""
-        incoming.progress.outstanding = guest.pages.count
+        context.progress.problem = ""
+        context.progress.outstanding = guest.pages.count
         log.warning(
             "%s: taking up what was left here, %s, %d pages missing",
-            incoming.name,
+            context.name,
             self._noted,
             guest.pages.count,
         )
         return guest
 
     def _take_up(self) -> Guest:
-        incoming, ownership, offer = self._incoming, self._incoming.ownership, self._offer
+        context, ownership, offer = self._context, self._context.ownership, self._offer
         if ownership.row.restart is Restart.DISCARD:
             self._find_left_over()
             not_arrived = "the receiver was ended before the guest had arrived"
             raise MigrationError(
-                NOT_HERE if incoming.is_in(State.DECIDED_ELSEWHERE) else not_arrived
+                NOT_HERE if context.is_in(State.DECIDED_ELSEWHERE) else not_arrived
             )
         try:
-            domain = incoming.hypervisor.reopen_incoming(
-                incoming.record.domid,
+            domain = context.hypervisor.reopen_incoming(
+                context.entry.domid,
                 config_of(offer),
-                lent=incoming.record.lent,
-                handle=incoming.record.handle,
+                lent=context.entry.lent,
+                handle=context.entry.handle,
             )
-            incoming.holdings.add_domain(domain)
-            if incoming.toolstack.has_started(domain.state()):
+            context.holdings.add_domain(domain)
+            if context.toolstack.has_started(domain.state()):
                 self._has_started()
         except NoSuchDomainError:
             raise GuestEndedError("its domain was destroyed") from None
-        limit = FrameLimit(domain, incoming.record.raised, incoming.note_raised)
+        limit = FrameLimit(domain, context.entry.raised, context.note_raised)
         pages, ring = OutstandingPages(offer.nr_pfns), None
         if offer.paging:
             ring = self._attach(domain)
             if ring is not None:
-                incoming.holdings.add(ring.close)
+                context.holdings.add(ring.close)
             pages.add(domain.paged_out())
         ownership.is_taking_up = False
         return Guest(offer, domain, ring, pages, limit)
 
     def _find_left_over(self) -> None:
-        incoming = self._incoming
-        hypervisor, record = incoming.hypervisor, incoming.record
+        context = self._context
+        hypervisor, entry = context.hypervisor, context.entry
         with contextlib.suppress(NoSuchDomainError):
             if self._noted == "making":
                 abandoned = next(iter(hypervisor.abandoned(config_of(self._offer))), None)
                 if abandoned is not None:
-                    incoming.holdings.add_domain(abandoned)
+                    context.holdings.add_domain(abandoned)
             else:
-                incoming.holdings.add_domain(hypervisor.open(record.domid, record.handle))
+                context.holdings.add_domain(hypervisor.open(entry.domid, entry.handle))
 
     def _has_started(self) -> None:
         """The start precedes its entry in the journal."""
-        if self._incoming.is_in(State.MAYBE_READY, State.READY, State.UNSTARTED):
-            self._incoming.peer.session.handed_over = True
-            self._incoming.ownership.become(State.OWNS)
+        if self._context.is_in(State.MAYBE_READY, State.READY, State.UNSTARTED):
+            self._context.peer.session.handed_over = True
+            self._context.ownership.become(State.OWNS)
 
     def _attach(self, domain: Domain) -> PagingRing | None:
         deadline = time.monotonic() + ATTACH_TIMEOUT_S
@@ -151,7 +149,7 @@ class Predecessor:
             try:
                 return domain.paging_attach()
             except XenError as error:
-                given_up = self._noted in MAYBE_FINISHED or self._incoming.is_in(State.OWNS)
+                given_up = self._noted in MAYBE_FINISHED or self._context.is_in(State.OWNS)
                 if error.errno == errno.ENODEV and given_up and not len(domain.paged_out()):
                     return None
                 if error.errno != errno.EBUSY or time.monotonic() > deadline:
@@ -161,18 +159,18 @@ class Predecessor:
 
     async def serve(self, switchover: Switchover) -> None:
         """Start the guest if it belongs here and was not started, and serve its faults."""
-        if self._incoming.ownership.row.restart not in (Restart.SERVE, Restart.START):
+        if self._context.ownership.row.restart not in (Restart.SERVE, Restart.START):
             return
         state = await trio.to_thread.run_sync(switchover.guest.state)
         await trio.to_thread.run_sync(self._undo_stop, switchover.guest.domain, state)
-        if state is DomainState.INCOMING and self._incoming.is_in(State.UNSTARTED):
+        if state is DomainState.INCOMING and self._context.is_in(State.UNSTARTED):
             started = await in_thread(switchover.take_over)
             switchover.taken_over(started=started)
         else:
-            if self._incoming.is_in(State.UNSTARTED):
-                self._incoming.ownership.seen_to_run()
+            if self._context.is_in(State.UNSTARTED):
+                self._context.ownership.seen_to_run()
             await trio.to_thread.run_sync(switchover.protect)
-            if self._incoming.ownership.was_handed_over:
+            if self._context.ownership.was_handed_over:
                 switchover.runs.set()
             switchover.serve()
 
@@ -180,19 +178,19 @@ class Predecessor:
         if self._was_stopped_by_us(state):
             with contextlib.suppress(XenError):  # or it was about to stop it
                 (domain.resume if state is DomainState.SUSPENDED else domain.unpause)()
-            self._incoming.record.stopped.unlink(missing_ok=True)
+            self._context.entry.stopped.unlink(missing_ok=True)
 
     def _was_stopped_by_us(self, state: DomainState | None) -> bool:
         """True if a predecessor stopped the guest: for a checkpoint, to give the ring up, or to
         start the guest.
         """
-        record = self._incoming.record
-        if record.handle is None and self._noted == "finishing":
+        entry = self._context.entry
+        if entry.handle is None and self._noted == "finishing":
             return True  # it was of a release that noted only this
-        just_started = self._noted not in (*MAYBE_FINISHED, "lost", "held") or record.handle is None
-        if just_started and self._incoming.toolstack.may_have_been_starting(state):
+        just_started = self._noted not in (*MAYBE_FINISHED, "lost", "held") or entry.handle is None
+        if just_started and self._context.toolstack.may_have_been_starting(state):
             return True
-        return record.stopped.exists()
+        return entry.stopped.exists()
 
 
 class Recovery:
@@ -200,7 +198,7 @@ class Recovery:
 
     def __init__(self, switchover: Switchover):
         self.switchover = switchover
-        self._incoming = switchover.incoming
+        self._context = switchover.context
         self.released = trio.Event()
         """An operator has a held guest go on."""
 
@@ -208,14 +206,14 @@ class Recovery:
         """Until the sender is back on new lanes, or is not needed any more.  The guest goes on as
         far as its pages allow, if it is here.
         """
-        incoming = self._incoming
-        if incoming.is_in(State.COMPLETING):
-            incoming.ownership.become(State.OWNS)
+        context = self._context
+        if context.is_in(State.COMPLETING):
+            context.ownership.become(State.OWNS)
         while True:
-            incoming.disconnect()
+            context.disconnect()
             self.note(str(lost))
             log.warning(
-                "%s %s: %s", incoming.name, incoming.progress.phase, lost, exc_info=is_bug(lost)
+                "%s %s: %s", context.name, context.progress.phase, lost, exc_info=is_bug(lost)
             )
             try:
                 await self._reconnect()
@@ -237,22 +235,22 @@ class Recovery:
                 lost = error
                 if not isinstance(error, PeerClosedError | ProtocolError):
                     await trio.sleep(CARRY_ON_AGAIN_S)
-        incoming.ownership.link = Link.UP
-        incoming.progress.problem = self.switchover.not_started
+        context.ownership.link = Link.UP
+        context.progress.problem = self.switchover.not_started
         log.info(
             "%s: the sender is back, %d pages are missing",
-            incoming.name,
+            context.name,
             self.switchover.guest.pages.count,
         )
 
     async def _reconnect(self) -> None:
-        incoming = self._incoming
+        context = self._context
         async with task_group() as offline:
             offline.start_soon(self._serve_alone)
             offline.start_soon(self._while_undecided)
-            await incoming.peer.reconnect(self.note)
-            incoming.ownership.link = Link.BACK
-            async with incoming.deciding:
+            await context.peer.reconnect(self.note)
+            context.ownership.link = Link.BACK
+            async with context.deciding:
                 offline.cancel_scope.cancel()
 
     async def _serve_alone(self) -> None:
@@ -261,12 +259,12 @@ class Recovery:
 
     async def _while_undecided(self) -> None:
         if not self.switchover.serving.is_set():
-            await self._incoming.toolstack.while_undecided(self.switchover.watch_domain)
+            await self._context.toolstack.while_undecided(self.switchover.watch_domain)
 
     async def _take_up_again(self) -> None:
         """Ask the sender, and state what is missing."""
-        incoming, switchover = self._incoming, self.switchover
-        peer = incoming.peer
+        context, switchover = self._context, self.switchover
+        peer = context.peer
         peer.session.rejoin()
         with step_timeout("the sender said nothing"):
             message = await peer.hear()
@@ -278,29 +276,29 @@ class Recovery:
             await peer.say(m.Outstanding(base, bitmap))
         token = new_token()
         reached = "postcopy"
-        if not incoming.ownership.was_handed_over:
+        if not context.ownership.was_handed_over:
             reached = "decision" if switchover.serving.is_set() else "switchover"
         await peer.say(m.Rejoined(reached, token))
         await peer.open_pull_lane(token)
 
     async def _check(self, message: m.Message) -> None:
         """The sender's first message on new lanes."""
-        incoming, switchover = self._incoming, self.switchover
+        context, switchover = self._context, self.switchover
         match message:
             case m.Rejoin():
                 pass
             case m.Completed() if switchover.needs_nothing:
                 switchover.settled = True
-            case m.Abort() | m.Recall() if reason := recall_reason(incoming, message):
-                if incoming.ownership.row.undo is Undo.NOTHING:
+            case m.Abort() | m.Recall() if reason := recall_reason(context, message):
+                if context.ownership.row.undo is Undo.NOTHING:
                     raise RecalledError(reason)
-                await in_thread(incoming.ownership.become, State.DECIDED_ELSEWHERE)
-                await incoming.peer.acknowledge()
+                await in_thread(context.ownership.become, State.DECIDED_ELSEWHERE)
+                await context.peer.acknowledge()
                 raise MigrationError(reason)
-            case m.Abort() if not incoming.ownership.was_handed_over:
+            case m.Abort() if not context.ownership.was_handed_over:
                 raise MigrationError(f"the sender gave up: {message.reason}")
             case m.Lost():
-                await incoming.peer.acknowledge()
+                await context.peer.acknowledge()
                 if not switchover.needs_nothing:
                     raise PagesLostError(message.reason)
                 switchover.settled = True
@@ -310,7 +308,7 @@ class Recovery:
 
     def note(self, why: str) -> None:
         """Why the link is lost, and what that means."""
-        if self._incoming.ownership.ours:
+        if self._context.ownership.ours:
             state = (
                 self.switchover.not_started or "the guest is here and waits for its missing pages"
             )
@@ -318,36 +316,36 @@ class Recovery:
             state = (
                 "the sender may or may not have handed the guest over: it is kept, and does not run"
             )
-        self._incoming.progress.problem = f"{why}; {state}"
+        self._context.progress.problem = f"{why}; {state}"
 
     # ---- without the sender ----
     async def go_on_without(self, reason: str) -> None:
         """Serve the guest with the pages that are here, until somebody destroys it, or no page is
         missing any more.
         """
-        incoming, switchover = self._incoming, self.switchover
+        context, switchover = self._context, self.switchover
         if not switchover.serving.is_set():
             raise MigrationError(reason)
-        incoming.record.reason = reason
+        context.entry.reason = reason
         if switchover.guest.pages.count:
-            incoming.progress.problem = self._what_is_lost(reason)
-            await in_thread(incoming.ownership.become, State.LOST)
-        incoming.disconnect()
+            context.progress.problem = self._what_is_lost(reason)
+            await in_thread(context.ownership.become, State.LOST)
+        context.disconnect()
         log.error(
-            "%s: %s; %d pages are missing", incoming.name, reason, switchover.guest.pages.count
+            "%s: %s; %d pages are missing", context.name, reason, switchover.guest.pages.count
         )
         nothing_missing = switchover.pager.nothing_outstanding
         async with task_group() as offline:
             offline.start_soon(switchover.pager.serve, None)
             while not nothing_missing.is_set():
-                incoming.progress.problem = self._what_is_lost(reason)
+                context.progress.problem = self._what_is_lost(reason)
                 with trio.move_on_after(REPORT_LOST_EVERY_S):
                     await nothing_missing.wait()
             offline.cancel_scope.cancel()
         switchover.settled = True
 
     def _what_is_lost(self, reason: str) -> str:
-        name, count = self._incoming.name, self.switchover.guest.pages.count
+        name, count = self._context.name, self.switchover.guest.pages.count
         return (
             f"{reason}; {name} lacks {count} pages that exist nowhere any more: "
             f"destroy it (xl destroy {name}) and start it anew"
@@ -357,30 +355,30 @@ class Recovery:
         """Keep the guest paused, because it runs at the source as well, until somebody destroys it
         or an operator decides again.
         """
-        incoming, pager = self._incoming, self.switchover.pager
-        name = incoming.name
+        context, pager = self._context, self.switchover.pager
+        name = context.name
         what_to_do = (
             f"`xen-postcopy decide {name} elsewhere` destroys it, "
             f"`xen-postcopy decide {name} here --force` has it go on"
         )
-        incoming.record.reason = reason
-        incoming.progress.problem = f"{reason}; so {name} is being paused here"
-        await in_thread(incoming.ownership.become, State.HELD)  # before the source has the answer
+        context.entry.reason = reason
+        context.progress.problem = f"{reason}; so {name} is being paused here"
+        await in_thread(context.ownership.become, State.HELD)  # before the source has the answer
         async with task_group() as offline:
-            if incoming.peer.connections:
+            if context.peer.connections:
                 offline.start_soon(self._answer_and_leave)
             offline.start_soon(pager.serve, None)
             cannot = f"{reason}, and {name} cannot be paused here"
 
             async def pause() -> None:
-                await incoming.persist(lambda: self._pause(paused=True), cannot, what_to_do)
+                await context.persist(lambda: self._pause(paused=True), cannot, what_to_do)
 
             await first(pause, self.released.wait)
-            incoming.progress.problem = f"{reason}; so {name} is paused here: {what_to_do}"
-            log.error("%s: %s", name, incoming.progress.problem)
+            context.progress.problem = f"{reason}; so {name} is paused here: {what_to_do}"
+            log.error("%s: %s", name, context.progress.problem)
             await self.released.wait()
             cannot = f"{name} is to go on here, and cannot be unpaused"
-            await incoming.persist(lambda: self._pause(paused=False), cannot)
+            await context.persist(lambda: self._pause(paused=False), cannot)
             offline.cancel_scope.cancel()
         await self.go_on_without(
             "the source has taken the guest back, and an operator has decided that it goes on here"
@@ -394,15 +392,15 @@ class Recovery:
             (domain.pause if paused else domain.unpause)()
 
     async def _answer_and_leave(self) -> None:
-        await self._incoming.peer.acknowledge()
-        self._incoming.disconnect()
+        await self._context.peer.acknowledge()
+        self._context.disconnect()
 
     async def as_left(self) -> None:
         """Go on with a guest that a predecessor, or an earlier attempt, has held or knew to have
         lost its pages.
         """
-        reason = self._incoming.record.reason
-        if self._incoming.is_in(State.HELD):
+        reason = self._context.entry.reason
+        if self._context.is_in(State.HELD):
             await self.hold(reason or WAS_HELD)
-        elif self._incoming.is_in(State.LOST):
+        elif self._context.is_in(State.LOST):
             await self.go_on_without(reason or WAS_LOST)

@@ -14,8 +14,8 @@ from migrate.lanes.connection import EXPLANATION_S, LINGER_S
 from migrate.logs import Complaint
 from migrate.protocol import messages as m
 from migrate.tasks import in_thread, is_bug
+from receiver.context import Context
 from receiver.guest import state_of
-from receiver.incoming import Incoming
 from receiver.ownership import State
 from receiver.switchover import LOOK_AGAIN_EVERY_S, Switchover
 from xenbackend.contract import DomainState
@@ -32,21 +32,21 @@ is paused here.
 
 
 async def failed(
-    incoming: Incoming, error: Exception, switchover: Switchover | None
+    context: Context, error: Exception, switchover: Switchover | None
 ) -> m.Message | None:
     """Undo the migration, or end it if the guest has ended here.  All of this can be done twice.
 
     Returns what the sender is to be told.
     """
-    ownership = incoming.ownership
-    incoming.progress.problem = str(error)
-    gone = ownership.needed and await _is_gone(incoming, error)
+    ownership = context.ownership
+    context.progress.problem = str(error)
+    gone = ownership.needed and await _is_gone(context, error)
     if ownership.needed and (gone or isinstance(error, GuestEndedError)):
-        answer = await _guest_ended(incoming, error, switchover, gone=gone)
+        answer = await _guest_ended(context, error, switchover, gone=gone)
     elif not ownership.has_ended:
-        log.warning("%s given up: %s", incoming.name or "migration", error)
+        log.warning("%s given up: %s", context.name or "migration", error)
         with trio.CancelScope(shield=True):
-            await discard(incoming, str(error))
+            await discard(context, str(error))
         ownership.become(State.GIVEN_UP)
         answer = m.Failed(m.printable(str(error)))
     else:
@@ -55,104 +55,104 @@ async def failed(
 
 
 async def _guest_ended(
-    incoming: Incoming, error: Exception, switchover: Switchover | None, *, gone: bool
+    context: Context, error: Exception, switchover: Switchover | None, *, gone: bool
 ) -> m.Message:
     """Returns what the sender is told."""
     ran = switchover is not None and switchover.runs.is_set()
     reason = str(error) if isinstance(error, GuestEndedError) else "its domain was destroyed"
     answer: m.Message = m.Ended(ran, m.printable(reason))
     if not gone:  # the guest crashed at its start: the source has all that it was
-        reason += f"; its domain is kept here: to end it, destroy it (xl destroy {incoming.name})"
+        reason += f"; its domain is kept here: to end it, destroy it (xl destroy {context.name})"
         answer = m.Failed(m.printable(reason))
     lacked = 0
     if switchover is not None:
         lacked = switchover.lacked
-        if not lacked and gone and await _ended_suspended(incoming):
+        if not lacked and gone and await _ended_suspended(context):
             lacked = switchover.guest.pages.count
-    if incoming.ownership.was_handed_over and lacked:
+    if context.ownership.was_handed_over and lacked:
         reason += (
             f" after it had been suspended while {lacked} pages were missing: "
             "an image or a copy that was made of it then lacks them"
         )
         answer = m.Failed(m.printable(reason))  # so that the sender keeps them
-    log.warning("%s: %s", incoming.name, reason)
-    incoming.progress.problem = reason
-    await trio.to_thread.run_sync(incoming.holdings.release)
-    incoming.ownership.become(State.ENDED)
+    log.warning("%s: %s", context.name, reason)
+    context.progress.problem = reason
+    await trio.to_thread.run_sync(context.holdings.release)
+    context.ownership.become(State.ENDED)
     return answer
 
 
-async def tell(incoming: Incoming, answer: m.Message | None) -> m.Message | None:
+async def tell(context: Context, answer: m.Message | None) -> m.Message | None:
     """Send the last message if there is a lane.  Returns the message if the sender has to receive
     it still, to let go of the guest's pages.
     """
     if answer is None:
         return None
-    unsent = answer if incoming.is_in(State.ENDED) else None
+    unsent = answer if context.is_in(State.ENDED) else None
     with (
         trio.CancelScope(shield=True),
         trio.move_on_after(LAST_MESSAGE_S),
         contextlib.suppress(MigrationError),
     ):
-        if incoming.peer.connections:
-            await incoming.peer.push.send(answer)
+        if context.peer.connections:
+            await context.peer.push.send(answer)
             if unsent is not None:
                 unsent = None
-                await in_thread(incoming.record.erase)
+                await in_thread(context.entry.erase)
             # What the sender says meanwhile is not read any more, and closing a connection then
             # takes back what was sent.
             await trio.sleep(EXPLANATION_S)
     return unsent
 
 
-async def _is_gone(incoming: Incoming, reason: Exception) -> bool:
+async def _is_gone(context: Context, reason: Exception) -> bool:
     complaint = Complaint(log.warning)
-    while (domain := incoming.holdings.domain) is not None:
+    while (domain := context.holdings.domain) is not None:
         try:
             return await trio.to_thread.run_sync(state_of, domain) is None
         except XenError as error:  # that may pass
-            complaint.log("%s: its state is not known: %s", incoming.name, error)
+            complaint.log("%s: its state is not known: %s", context.name, error)
             await trio.sleep(LOOK_AGAIN_EVERY_S)
     return isinstance(reason, GuestEndedError)  # there was no domain to take up
 
 
-async def _ended_suspended(incoming: Incoming) -> bool:
+async def _ended_suspended(context: Context) -> bool:
     """As one does that was saved, or migrated to a third host."""
-    domain = incoming.holdings.domain
+    domain = context.holdings.domain
     return domain is not None and await trio.to_thread.run_sync(domain.ended_suspended)
 
 
-async def discard(incoming: Incoming, reason: str) -> None:
+async def discard(context: Context, reason: str) -> None:
     """Destroy the domain, if there is one, and erase the journal's entry."""
-    domain = incoming.holdings.domain
+    domain = context.holdings.domain
     if domain is None:
-        await trio.to_thread.run_sync(incoming.record.erase)
-        await incoming.toolstack.failed(reason)
+        await trio.to_thread.run_sync(context.entry.erase)
+        await context.toolstack.failed(reason)
         return
     try:
         with contextlib.suppress(NoSuchDomainError):
-            await incoming.toolstack.discard(domain, reason)
-        await trio.to_thread.run_sync(incoming.record.erase)
+            await context.toolstack.discard(domain, reason)
+        await trio.to_thread.run_sync(context.entry.erase)
     except XenError as error:
-        log.error("%s is left over: %s", incoming.name, error)
-        incoming.progress.problem += f"; and the incoming domain is left over: {error}"
-    await trio.to_thread.run_sync(incoming.holdings.release)
+        log.error("%s is left over: %s", context.name, error)
+        context.progress.problem += f"; and the incoming domain is left over: {error}"
+    await trio.to_thread.run_sync(context.holdings.release)
 
 
 # ---- after the end ----
-async def linger(incoming: Incoming, last_message: m.Message) -> None:
+async def linger(context: Context, last_message: m.Message) -> None:
     """Send the last message to a sender that was cut off, if the sender comes back."""
-    name, peer = incoming.name, incoming.peer
+    name, peer = context.name, context.peer
     with trio.move_on_after(LINGER_S) as limit:
         while True:
             try:
                 await peer.reconnect(log.debug)
                 peer.session.rejoin()
                 message = await peer.hear()
-                if reason := recall_reason(incoming, message):
+                if reason := recall_reason(context, message):
                     limit.deadline = trio.current_time() + RECALLED_LINGER_DAYS * 24 * 3600
                     cannot = f"{reason}, and {name} cannot be paused here"
-                    await incoming.persist(functools.partial(_stop, incoming, reason), cannot)
+                    await context.persist(functools.partial(_stop, context, reason), cannot)
                     await peer.acknowledge()
                 if isinstance(message, m.Rejoin):
                     await peer.say(last_message)
@@ -171,40 +171,40 @@ async def linger(incoming: Incoming, last_message: m.Message) -> None:
                 peer.close()
     if limit.cancelled_caught:
         log.warning("%s: the sender did not come back, and was not told how it ended", name)
-    await trio.to_thread.run_sync(incoming.record.erase)
+    await trio.to_thread.run_sync(context.entry.erase)
 
 
-def recall_reason(incoming: Incoming, message: m.Message) -> str:
+def recall_reason(context: Context, message: m.Message) -> str:
     """Why the guest runs at the source though this end has it; empty if the message is not about
     that.
     """
     match message:
         case m.Recall():
             return message.reason
-        case m.Abort() if incoming.peer.session.handed_over and incoming.toolstack.abort_recalls:
+        case m.Abort() if context.peer.session.handed_over and context.toolstack.abort_recalls:
             return f"the source had not handed it over, and has it run: {message.reason}"
     return ""
 
 
-def _stop(incoming: Incoming, reason: str) -> None:
+def _stop(context: Context, reason: str) -> None:
     """Pause a guest whose memory is all here, because it runs at the source as well.
 
     Raises ``XenError``.
     """
-    record = incoming.record
+    entry = context.entry
     with (
         contextlib.suppress(NoSuchDomainError),
-        incoming.hypervisor.open(record.domid, record.handle) as domain,
+        context.hypervisor.open(entry.domid, entry.handle) as domain,
     ):
         if domain.state() is not DomainState.PAUSED:  # as by a predecessor
             domain.pause()
-        name = incoming.name
-        incoming.progress.problem = (
+        name = context.name
+        context.progress.problem = (
             f"{reason}; so {name} is paused here: destroy it (xl destroy), or unpause it (xl "
             "unpause)"
             f"; a source that is cut off can ask for {RECALLED_LINGER_DAYS} days what became of "
             f"{name}"
         )
-        if incoming.is_in(State.COMPLETED):
-            incoming.ownership.become(State.STOPPED)
-        log.error("%s: %s", name, incoming.progress.problem)
+        if context.is_in(State.COMPLETED):
+            context.ownership.become(State.STOPPED)
+        log.error("%s: %s", name, context.progress.problem)

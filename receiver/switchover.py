@@ -18,8 +18,8 @@ from migrate.logs import Complaint
 from migrate.tasks import in_thread, is_bug
 from migrate.units import pauses
 from receiver.checkpoints import NOT_PROTECTED, Checkpoints
+from receiver.context import Context, retries
 from receiver.guest import Guest
-from receiver.incoming import Incoming, retries
 from receiver.ownership import State
 from receiver.pager import Pager
 from xenbackend.contract import DomainState
@@ -38,20 +38,20 @@ LOOK_AGAIN_EVERY_S = 0.5
 class Switchover:
     """``inherits``: a predecessor has left the guest."""
 
-    def __init__(self, incoming: Incoming, guest: Guest, *, inherits: bool = False):
-        self.incoming = incoming
+    def __init__(self, context: Context, guest: Guest, *, inherits: bool = False):
+        self.context = context
         self.guest = guest
         self._inherits = inherits
         self.pager = Pager(
             guest.domain,
             guest.ring,
-            incoming.peer.session,
+            context.peer.session,
             guest.pages,
-            incoming.statistics,
-            incoming.peer.say_blocking,
+            context.statistics,
+            context.peer.say_blocking,
             guest.limit.make_room,
         )
-        incoming.holdings.add(self.pager.close)
+        context.holdings.add(self.pager.close)
         self.checkpoints: Checkpoints | None = None
         self.serving = trio.Event()
         """The guest's faults are served: the guest may run."""
@@ -67,7 +67,7 @@ class Switchover:
         """Pages that were missing when another program than this one suspended the guest."""
         self.settled = False
         """The sender needs no further message."""
-        if incoming.ownership.was_handed_over:
+        if context.ownership.was_handed_over:
             self.handed_over.set()
 
     # ---- the start ----
@@ -81,9 +81,9 @@ class Switchover:
             started = self.start()
         except XenError as error:
             self._not_yet(error)
-            self.incoming.ownership.become(State.UNSTARTED)
+            self.context.ownership.become(State.UNSTARTED)
             return False
-        self.incoming.ownership.become(State.OWNS)
+        self.context.ownership.become(State.OWNS)
         return started
 
     def taken_over(self, *, started: bool) -> None:
@@ -119,7 +119,7 @@ class Switchover:
                 return True  # the error came after the start
             if state in (None, DomainState.CRASHED):
                 raise GuestEndedError(
-                    f"{self.incoming.name} ended when it was to be started here: {error}"
+                    f"{self.context.name} ended when it was to be started here: {error}"
                 ) from error
             raise
 
@@ -130,7 +130,7 @@ class Switchover:
         try:
             self.protect()
             self.pager.begin()
-            return self.incoming.toolstack.start(self.guest.domain)
+            return self.context.toolstack.start(self.guest.domain)
         except XenError:
             raise
         except Exception as error:
@@ -142,8 +142,8 @@ class Switchover:
         self.not_started = (
             f"the guest cannot be started yet ({error}), which is tried again and again"
         )
-        self.incoming.progress.problem = self.not_started
-        log.warning("%s: %s", self.incoming.name, self.not_started)
+        self.context.progress.problem = self.not_started
+        log.warning("%s: %s", self.context.name, self.not_started)
 
     async def keep_starting(self) -> None:
         """Try to start a guest until an attempt succeeds.  The hypervisor or xenstored may have
@@ -153,28 +153,28 @@ class Switchover:
         attempts = retries()
         while self.not_started:
             await trio.sleep(next(attempts))
-            async with self.incoming.deciding:
+            async with self.context.deciding:
                 try:
                     await in_thread(self.start)
                 except XenError as error:
                     self._not_yet(error)
                     continue
-                self.not_started = self.incoming.progress.problem = ""
-                self.incoming.ownership.seen_to_run()
+                self.not_started = self.context.progress.problem = ""
+                self.context.ownership.seen_to_run()
                 self.runs.set()
-                log.info("%s runs after all", self.incoming.name)
+                log.info("%s runs after all", self.context.name)
 
     def protect(self) -> None:
         """Begin to record what the guest writes, if checkpoints are asked for.  In a thread."""
         every_s = self.guest.offer.checkpoint_ms / 1000
-        if not every_s or self.checkpoints is not None or self.incoming.progress.unprotected:
+        if not every_s or self.checkpoints is not None or self.context.progress.unprotected:
             return
         made = Checkpoints(
             self.guest.domain,
             every_s,
-            self.incoming.peer.say_blocking,
-            self.incoming.statistics,
-            self.incoming.record.stopped,
+            self.context.peer.say_blocking,
+            self.context.statistics,
+            self.context.entry.stopped,
             self._protection_is_lost,
         )
         try:
@@ -184,9 +184,9 @@ class Switchover:
             self._protection_is_lost(str(error))
 
     def _protection_is_lost(self, problem: str) -> None:
-        log.error("%s: %s: %s", self.incoming.name, NOT_PROTECTED, problem)
-        self.incoming.progress.unprotected = self.incoming.record.unprotected = problem
-        self.incoming.ownership.note_again()
+        log.error("%s: %s: %s", self.context.name, NOT_PROTECTED, problem)
+        self.context.progress.unprotected = self.context.entry.unprotected = problem
+        self.context.ownership.note_again()
 
     # ---- what becomes of the domain ----
     async def follow_domain(self) -> None:
@@ -207,7 +207,7 @@ class Switchover:
                     await trio.to_thread.run_sync(self.checkpoints.let_go_on)
             except (XenError, RuntimeError) as error:  # that may pass
                 complaint.log(
-                    "%s: its state is not known, or it cannot go on: %s", self.incoming.name, error
+                    "%s: its state is not known, or it cannot go on: %s", self.context.name, error
                 )
                 await trio.sleep(LOOK_AGAIN_EVERY_S)
                 continue
@@ -219,12 +219,12 @@ class Switchover:
             raise GuestEndedError(
                 "its domain was destroyed"
                 if self.runs.is_set()
-                else self.incoming.toolstack.gone_before_it_ran
+                else self.context.toolstack.gone_before_it_ran
             )
         may_be_starting = state is DomainState.PAUSED and self.not_started
         if state is not DomainState.INCOMING and not may_be_starting:
             self.runs.set()
-            self.incoming.ownership.seen_to_run()
+            self.context.ownership.seen_to_run()
         if not self.guest.offer.checkpoint_ms:  # which suspend it as well
             self._note_whether_it_is_saved(state is DomainState.SUSPENDED)
 
@@ -239,13 +239,13 @@ class Switchover:
                 "%s was suspended by another program while %d pages are missing: "
                 "an image that is made now lacks them"
             )
-            log.error(about, self.incoming.name, self.lacked)
+            log.error(about, self.context.name, self.lacked)
         elif not suspended and self.lacked:
-            log.warning("%s runs again, and its pages come", self.incoming.name)
+            log.warning("%s runs again, and its pages come", self.context.name)
             self.lacked, self.pager.holds_back = 0, False
 
     @property
     def needs_nothing(self) -> bool:
         """Of the sender."""
-        owns = self.incoming.is_in(State.OWNS, State.COMPLETING, State.FINISHING)
+        owns = self.context.is_in(State.OWNS, State.COMPLETING, State.FINISHING)
         return owns and not self.guest.pages.count and not self.lacked

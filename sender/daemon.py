@@ -20,7 +20,7 @@ import trio
 
 from migrate.control import server as control
 from migrate.control.client import Json
-from migrate.control.server import ControlConnection
+from migrate.control.server import ControlConnection, decision_of
 from migrate.errors import MigrationError, OccupiedError, UnknownSessionError
 from migrate.lanes.accept import AwaitedLanes, Reception
 from migrate.lanes.connection import listen_tcp
@@ -169,13 +169,13 @@ class SenderDaemon:
                 await connection.answer("result")
             case "check-decision":
                 migration = find_migration(self._migrations.values(), request["migration"])
-                await migration.requests.check_decision(**_decision(request))
+                await migration.requests.check_decision(**decision_of(request))
                 await connection.answer("result")
             case "decide":
                 # Also one that has ended with an error, whose pages are kept.
                 migration = find_migration(self._migrations.values(), request["migration"])
                 runs = migration.id in self._active
-                await migration.requests.decide(**_decision(request))
+                await migration.requests.decide(**decision_of(request))
                 if not runs:
                     self._nursery.start_soon(self._end, migration)
                 await connection.answer("result")
@@ -360,10 +360,6 @@ def _line(migration: OutgoingMigration) -> dict[str, Any]:
         "checkpoint_age_s": round(time.monotonic() - checkpoint_at, 1) if checkpoint_at else None,
         **progress,
     }
-
-
-def _decision(request: Json) -> dict[str, bool]:
-    return {"here": bool(request["here"]), "force": bool(request.get("force"))}
 
 
 def _options(config: MigrationConfig, request: Json) -> MigrationOptions:

@@ -470,9 +470,8 @@ def decide_command(
     under_way = [line for line in shown if line["phase"] not in ENDED]
     if len(under_way) > 1:
         raise MigrationError("both daemons on this host have this migration: say which by --socket")
-    decision = {
-        "migration": (under_way or shown)[0]["id"], "here": where == "here", "force": force
-    }  # fmt: skip
+    meant = (under_way or shown)[0]["id"]
+    decision = {"migration": meant, "here": where == "here", "force": force}
     for line in under_way:
         echo(
             f"{line['domain']} ({line['direction']}, {line['phase']}): "

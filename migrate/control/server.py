@@ -241,3 +241,8 @@ def _identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
+
+
+def decision_of(request: Json) -> dict[str, bool]:
+    """What ``decide`` and ``check-decision`` ask for."""
+    return {"here": bool(request["here"]), "force": bool(request.get("force"))}

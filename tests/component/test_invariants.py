@@ -300,10 +300,10 @@ async def test_a_completion_that_is_not_so_is_not_believed(
             return
         await switchover.handed_over.wait()
         lies.append(switchover.guest.pages.count)
-        peer = switchover.incoming.peer
+        peer = switchover.context.peer
         if not peer.session.resumed:
             await peer.say(m.Resumed())
-        await peer.say(postcopy.complete_message(switchover.incoming.statistics))
+        await peer.say(postcopy.complete_message(switchover.context.statistics))
 
     monkeypatch.setattr(postcopy, "complete", lie)
     outcome = await migrate(clean_hosts, busy(name))

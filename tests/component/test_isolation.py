@@ -51,13 +51,13 @@ from migrate.service.journal import BOOT_ID, Journal
 from migrate.service.lifecycle import serve_connections
 from migrate.tasks import isolated
 from receiver import recovery, rollback
+from receiver.context import Context
 from receiver.daemon import ReceiverDaemon
-from receiver.incoming import Incoming
+from receiver.entry import Entry
 from receiver.migration import IncomingMigration
 from receiver.ownership import Ownership
 from receiver.peer import Peer
 from receiver.progress import IncomingProgress
-from receiver.record import Record
 from receiver.statistics import PagerStatistics
 from receiver.switchover import Switchover
 from receiver.toolstack import OwnToolstack
@@ -217,11 +217,11 @@ class Ends:
         pass
 
 
-def receiving(hypervisor: Hypervisor, lanes: Any, journal: Journal) -> Incoming:
-    record, progress = Record(journal, "session", lanes, lent=False), IncomingProgress()
+def receiving(hypervisor: Hypervisor, lanes: Any, journal: Journal) -> Context:
+    record, progress = Entry(journal, "session", lanes, lent=False), IncomingProgress()
     ownership = Ownership(record.write, progress.show_phase)
     peer = Peer(lanes, Session(Role.RECEIVER))
-    return Incoming(hypervisor, OwnToolstack(), peer, ownership, record, progress)
+    return Context(hypervisor, OwnToolstack(), peer, ownership, record, progress)
 
 
 @pytest.mark.parametrize("which", ["sender", "receiver"])

@@ -369,11 +369,11 @@ async def test_the_sender_never_comes_back_and_an_operator_lets_the_guest_run(
         await until(lambda: outcome.incoming.progress.phase == "in doubt")
         target = clean_hosts.destination.open(name)
         assert target.info().state is DomainState.INCOMING
-        await outcome.incoming.decide(here=True)
+        await outcome.incoming.requests.decide(here=True)
         await until(lambda: target.info().state is DomainState.RUNNING)
         assert outcome.incoming.progress.phase == "interrupted"
         with pytest.raises(MigrationError, match="nothing to decide"):
-            await outcome.incoming.decide(here=False)
+            await outcome.incoming.requests.decide(here=False)
         ran.set()
         link.is_up = True
 
@@ -429,13 +429,13 @@ async def test_a_guest_that_an_operator_has_decided_against_stands_still_when_th
         assert "an operator has decided at the source" in incoming.progress.problem
         if then == "here":
             with pytest.raises(MigrationError, match="--force, if you are certain"):
-                await incoming.decide(here=True)
-            await incoming.decide(here=True, force=True)
+                await incoming.requests.decide(here=True)
+            await incoming.requests.decide(here=True, force=True)
             await until(lambda: target.info().state is DomainState.RUNNING)
             await until(lambda: incoming.progress.phase == "lost")
             target.destroy()
         else:
-            await incoming.decide(here=False)
+            await incoming.requests.decide(here=False)
         await until(lambda: incoming.progress.phase == "failed")
 
     outcome = await migrate(clean_hosts, busy(name), options=SLOWLY, meanwhile=meanwhile)
@@ -454,13 +454,13 @@ async def test_a_guest_that_was_not_handed_over_stands_still_though_an_operator_
         await link.was_cut.wait()
         await until(lambda: outcome.incoming.progress.phase == "in doubt")
         await until(lambda: outcome.migration.phase == "failed")
-        await outcome.incoming.decide(here=True)
+        await outcome.incoming.requests.decide(here=True)
         target = clean_hosts.destination.open(name)
         await until(lambda: target.info().state is DomainState.RUNNING)
         link.is_up = True
         await until(lambda: outcome.incoming.progress.phase == "held")
         await until(lambda: target.info().state is DomainState.PAUSED)
-        await outcome.incoming.decide(here=False)
+        await outcome.incoming.requests.decide(here=False)
 
     outcome = await migrate(clean_hosts, busy(name), options=SLOWLY, meanwhile=meanwhile)
     assert outcome.incoming.progress.phase == "failed"

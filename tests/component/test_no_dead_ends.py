@@ -19,7 +19,7 @@ from migrate.cli.world import World, start_receiver, start_sender
 from migrate.errors import MigrationError, UnknownMigrationError
 from migrate.options import MigrationOptions, Strategy
 from migrate.protocol import messages as m
-from receiver import incoming as receiver_incoming
+from receiver import context as receiver_context
 from receiver import recovery
 from receiver.pager import Pager
 from receiver.peer import Peer
@@ -61,8 +61,8 @@ def fails(patch: Patch, call: str, *, times: int) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(receiver_incoming, "FIRST_START_AGAIN_S", 0.01)
-    monkeypatch.setattr(receiver_incoming, "LAST_START_AGAIN_S", 0.02)
+    monkeypatch.setattr(receiver_context, "FIRST_START_AGAIN_S", 0.01)
+    monkeypatch.setattr(receiver_context, "LAST_START_AGAIN_S", 0.02)
     monkeypatch.setattr(sender_rollback, "AGAIN_S", 0.01)
 
 
@@ -121,10 +121,10 @@ async def test_a_guest_that_never_starts_can_be_given_back(
         incoming, migration = outcome.incoming, outcome.migration
         assert "cannot be started yet" in incoming.progress.problem
         with pytest.raises(MigrationError, match="belongs here already"):
-            await incoming.decide(here=True)
+            await incoming.requests.decide(here=True)
         with pytest.raises(MigrationError, match="both ends are in touch"):
             await migration.requests.decide(here=True)
-        await incoming.decide(here=False)
+        await incoming.requests.decide(here=False)
 
     outcome = await migrate(clean_hosts, busy(name), meanwhile=meanwhile)
     migration = outcome.migration
@@ -153,7 +153,7 @@ async def test_of_two_decisions_at_once_one_is_carried_out(
 
     async def meanwhile(outcome: Outcome, _link: Link) -> None:
         await until_async(lambda: len(failed) > 2)
-        await outcome.incoming.decide(here=False)
+        await outcome.incoming.requests.decide(here=False)
 
     outcome = await migrate(clean_hosts, busy(name), meanwhile=meanwhile)
 
@@ -211,14 +211,14 @@ async def test_a_guest_that_ends_when_an_operator_starts_it_has_ended(
         await until_async(lambda: outcome.migration.phase == "failed")
         incoming = outcome.incoming
         with pytest.raises(MigrationError, match=f"{name} ended when it was to be started here"):
-            await incoming.decide(here=True)
+            await incoming.requests.decide(here=True)
         await incoming.ended.wait()
         monkeypatch.setattr(SimulatedDomain, "state", state)
         assert incoming.progress.phase == "failed"
         assert "ended when it was to be started" in incoming.progress.problem
         assert ("xl destroy" in incoming.progress.problem) is (left != "nothing")
         with pytest.raises(MigrationError, match="has ended"):
-            await incoming.decide(here=True)
+            await incoming.requests.decide(here=True)
         link.is_up = True
         outcome.migration.requests.reconnect()
         await until_async(lambda: incoming.id not in outcome.arrivals.entries())
@@ -280,7 +280,7 @@ async def test_a_guest_that_cannot_be_paused_yet_is_paused_later(
         )
         if call == "unpause":
             failed = fails(monkeypatch, call, times=5)
-        await incoming.decide(here=True, force=True)
+        await incoming.requests.decide(here=True, force=True)
         await until_async(lambda: incoming.progress.phase == "lost")
         assert target.info().state is DomainState.RUNNING
         target.destroy()
@@ -430,7 +430,7 @@ async def test_what_is_cancelled_at_the_destination_does_not_become_ready(
 
     def cancel_meanwhile(self: SimulatedDomain, context: bytes) -> None:
         set_context(self, context)
-        trio.from_thread.run_sync(outcomes[0].incoming.ask_to_cancel)
+        trio.from_thread.run_sync(outcomes[0].incoming.requests.ask_to_cancel)
 
     monkeypatch.setattr(SimulatedDomain, "set_context", cancel_meanwhile)
 
@@ -682,14 +682,14 @@ async def test_in_doubt_at_the_destination(
         await link.was_cut.wait()
         await until_async(lambda: outcome.incoming.progress.phase == "in doubt")
         incoming = outcome.incoming
-        assert "may have handed the guest over" in incoming.known_of_peer
+        assert "may have handed the guest over" in incoming.requests.known_of_peer
         with pytest.raises(MigrationError, match="`xen-postcopy decide` settles it"):
-            incoming.ask_to_cancel()
+            incoming.requests.ask_to_cancel()
         with pytest.raises(MigrationError, match="the source dials"):
-            incoming.reconnect()
+            incoming.requests.reconnect()
         await until_async(lambda: outcome.migration.phase == "failed")
         outcome.migration.requests.reconnect()  # to tell the destination
-        await incoming.decide(here=False)
+        await incoming.requests.decide(here=False)
         await until_async(lambda: incoming.progress.phase == "failed")
 
     await migrate(clean_hosts, busy(name), Strategy.HYBRID, meanwhile=meanwhile)

@@ -17,11 +17,11 @@ from migrate.lanes.connection import LINGER_S
 from migrate.protocol import messages as m
 from migrate.protocol.session import Role, Session
 from migrate.service.journal import Journal
-from receiver.incoming import Incoming
+from receiver.context import Context
+from receiver.entry import Entry
 from receiver.ownership import Ownership, State
 from receiver.peer import Peer
 from receiver.progress import IncomingProgress
-from receiver.record import Record
 from receiver.rollback import RECALLED_LINGER_DAYS, linger
 from receiver.toolstack import OwnToolstack
 from xenbackend.contract import Hypervisor
@@ -65,16 +65,16 @@ class Refusing:
         raise XenError("getdomaininfo", errno.EBUSY)
 
 
-def completed(journal: Journal, again: Callable[[], Lane]) -> Incoming:
+def completed(journal: Journal, again: Callable[[], Lane]) -> Context:
     lanes: Any = Lanes(again)
-    record, progress = Record(journal, "session", lanes, lent=False), IncomingProgress("web")
+    record, progress = Entry(journal, "session", lanes, lent=False), IncomingProgress("web")
     ownership = Ownership(record.write, progress.show_phase, left_at="finishing")
     ownership.become(State.COMPLETED)
     session = Session.of_predecessor(
         Role.RECEIVER, 64, handed_over=True, protected=False, entrusted=False
     )
     journal.write("session", {"step": "finishing"})
-    return Incoming(
+    return Context(
         cast(Hypervisor, Refusing()),
         OwnToolstack(),
         Peer(lanes, session),

@@ -284,7 +284,7 @@ async def test_a_receiver_that_is_being_stopped_undoes_what_it_takes_back(tmp_pa
     daemon = ReceiverDaemon(cast(Any, None), tmp_path / "s", Config(), journal)
     daemon._migrations["one"] = guest = Mock(id="one", needed=False, ended=trio.Event())
     assert await daemon._drain()
-    guest.cancel.assert_called_once()
+    guest.requests.cancel.assert_called_once()
     guest.ended.set()
     assert not await daemon._drain()
 

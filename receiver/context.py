@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 import trio
 
 from migrate.units import pauses
+from receiver.entry import Entry
 from receiver.guest import Holdings
 from receiver.ownership import Link, Ownership, State
 from receiver.peer import Peer
 from receiver.progress import IncomingProgress
-from receiver.record import Record
 from receiver.statistics import PagerStatistics
 from receiver.toolstack import Toolstack
 from xenbackend.contract import Hypervisor
@@ -29,12 +29,12 @@ NOT_HERE = "an operator has said that the guest is not to run here"
 
 
 @dataclass(frozen=True)
-class Incoming:
+class Context:
     hypervisor: Hypervisor
     toolstack: Toolstack
     peer: Peer
     ownership: Ownership
-    record: Record
+    entry: Entry
     progress: IncomingProgress
     statistics: PagerStatistics = field(default_factory=PagerStatistics)
     holdings: Holdings = field(default_factory=Holdings)
@@ -55,7 +55,7 @@ class Incoming:
 
     def note_raised(self, raised: tuple[int, int]) -> None:
         """The domain's limit of frames is about to be raised: see :class:`FrameLimit`."""
-        self.record.raised = raised
+        self.entry.raised = raised
         self.ownership.note_again()
 
     async def persist(self, call: Callable[[], object], what: str, what_to_do: str = "") -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from migrate.errors import GuestEndedError, MigrationError
 from migrate.service.lifecycle import ended
 from migrate.tasks import in_thread
-from receiver.incoming import Incoming
+from receiver.context import Context
 from receiver.ownership import Link, State, Undo
 from receiver.recovery import Recovery
 
@@ -23,51 +23,51 @@ UNDECIDED = (State.MAYBE_READY, State.READY)
 
 
 @dataclass(frozen=True)
-class Decisions:
+class Requests:
     """``take_back`` ends the migration's tasks.  ``recovery`` returns ``None`` until there is a
     guest here.
     """
 
-    incoming: Incoming
+    context: Context
     take_back: Callable[[], None]
     recovery: Callable[[], Recovery | None]
 
     def ending(self, asked: str) -> str:
         """Why there is nothing left to be asked for."""
-        progress = self.incoming.progress
+        progress = self.context.progress
         return ended(progress.domain, progress.phase, progress.problem, asked)
 
     @property
     def known_of_peer(self) -> str:
         """For an operator who decides."""
-        if self.incoming.is_in(*UNDECIDED) and self.incoming.ownership.link is not Link.UP:
+        if self.context.is_in(*UNDECIDED) and self.context.ownership.link is not Link.UP:
             return (
                 "the source may have handed the guest over, or have it running; it has not been "
                 "in touch since it was cut off"
             )
-        if self.incoming.ownership.was_handed_over:
+        if self.context.ownership.was_handed_over:
             return "the source has handed the guest over"
         return "the source has not handed the guest over"
 
     def cancel(self, reason: str) -> bool:
         """Returns whether the migration is taken back: from then on it does not become ready."""
-        if not self.incoming.ownership.try_take_back(reason):
+        if not self.context.ownership.try_take_back(reason):
             return False
         self.take_back()
         return True
 
     def ask_to_cancel(self) -> None:
         """For an operator.  Raises :class:`MigrationError` where it is too late."""
-        name = self.incoming.name
+        name = self.context.name
         self._check_going_on("cancel")
         if self.cancel("cancelled by the operator of the destination"):
             return
-        if self.incoming.is_in(*UNDECIDED):
+        if self.context.is_in(*UNDECIDED):
             raise MigrationError(
                 f"too late to cancel: {name} may have been handed over; `xen-postcopy decide` "
                 "settles it"
             )
-        if self.incoming.is_in(State.SERVING):
+        if self.context.is_in(State.SERVING):
             raise MigrationError(f"too late to cancel: xl decides whether {name} runs here")
         raise MigrationError(
             f"too late to cancel: {name} is the destination's; to end it, destroy it (xl destroy "
@@ -76,47 +76,57 @@ class Decisions:
 
     def reconnect(self) -> None:
         """Raises :class:`MigrationError` where there is nobody whom this end would dial."""
-        incoming = self.incoming
-        if incoming.ownership.has_ended:
+        context = self.context
+        if context.ownership.has_ended:
             raise MigrationError(self.ending("reconnect"))
-        away = incoming.ownership.link is not Link.UP
-        if not away or not incoming.ownership.needed or incoming.is_in(State.LOST, State.HELD):
+        away = context.ownership.link is not Link.UP
+        if not away or not context.ownership.needed or context.is_in(State.LOST, State.HELD):
             raise MigrationError(
-                f"there is nothing to reconnect: {incoming.name} is {incoming.progress.phase}"
+                f"there is nothing to reconnect: {context.name} is {context.progress.phase}"
             )
-        if incoming.peer.lanes.dials is None:
+        if context.peer.lanes.dials is None:
             raise MigrationError(
-                "the source dials, and tries by itself: ask its sender to reconnect "
-                f"{incoming.name}"
+                f"the source dials, and tries by itself: ask its sender to reconnect {context.name}"
             )
-        incoming.peer.lanes.hurry()
+        context.peer.lanes.hurry()
 
     async def decide(self, *, here: bool, force: bool = False) -> None:
         """An operator states where the guest is to run, because the sender does not.
 
-        Raises :class:`MigrationError` where that is not called for.
+        Raises as :meth:`check_decision`.
         """
-        async with self.incoming.deciding:
-            self._check_going_on("decide")
-            recovery = self.recovery()
-            if recovery is None or not self.incoming.ownership.needed:
-                raise MigrationError(
-                    f"there is nothing to decide: the migration of {self.incoming.name} is "
-                    f"{self.incoming.progress.phase}, and the guest runs at the source"
-                )
-            self.incoming.toolstack.check_decision(self.incoming.name)
-            self._check_decision(recovery, here=here, force=force)
+        async with self.context.deciding:
+            recovery = self._decidable(here=here, force=force)
             if not here:
                 # Before the operator has the answer: a successor carries it out.
-                await in_thread(self.incoming.ownership.become, State.DECIDED_ELSEWHERE)
+                await in_thread(self.context.ownership.become, State.DECIDED_ELSEWHERE)
                 self.take_back()
-            elif self.incoming.is_in(State.HELD):
+            elif self.context.is_in(State.HELD):
                 recovery.released.set()
             else:
                 await self._start(recovery)
 
+    async def check_decision(self, *, here: bool, force: bool = False) -> None:
+        """Raises :class:`MigrationError` where a decision is not called for, or where the decision
+        is known to be wrong and is not forced.
+        """
+        async with self.context.deciding:
+            self._decidable(here=here, force=force)
+
+    def _decidable(self, *, here: bool, force: bool) -> Recovery:
+        self._check_going_on("decide")
+        recovery = self.recovery()
+        if recovery is None or not self.context.ownership.needed:
+            raise MigrationError(
+                f"there is nothing to decide: the migration of {self.context.name} is "
+                f"{self.context.progress.phase}, and the guest runs at the source"
+            )
+        self.context.toolstack.check_decision(self.context.name)
+        self._check_decision(recovery, here=here, force=force)
+        return recovery
+
     def _check_going_on(self, asked: str) -> None:
-        ownership, progress = self.incoming.ownership, self.incoming.progress
+        ownership, progress = self.context.ownership, self.context.progress
         if ownership.has_ended:
             raise MigrationError(self.ending(asked))
         if ownership.is_taking_up:
@@ -133,12 +143,12 @@ class Decisions:
 
     def _check_decision(self, recovery: Recovery, *, here: bool, force: bool) -> None:
         """Raises :class:`MigrationError` if there is nothing to decide in this state."""
-        incoming, name = self.incoming, self.incoming.name
-        match incoming.ownership.state:
+        context, name = self.context, self.context.name
+        match context.ownership.state:
             case State.HELD:
                 if here and not force:
                     raise MigrationError(
-                        f"{incoming.progress.problem}: --force, if you are certain that it does "
+                        f"{context.progress.problem}: --force, if you are certain that it does "
                         "not run at its source"
                     )
             case State.UNSTARTED:
@@ -149,16 +159,16 @@ class Decisions:
                         f"{not_started}"
                     )
             case State.MAYBE_READY | State.READY:
-                if incoming.ownership.link is Link.UP:
+                if context.ownership.link is Link.UP:
                     raise MigrationError(
                         f"there is nothing to decide here: both ends are in touch, and {name} is "
-                        f"{incoming.progress.phase}"
+                        f"{context.progress.phase}"
                     )
-                if incoming.ownership.link is Link.BACK:
+                if context.ownership.link is Link.BACK:
                     raise MigrationError(
                         f"the sender of {name} is back and is being asked: see `xen-postcopy list`"
                     )
-                if here and incoming.is_in(State.MAYBE_READY):
+                if here and context.is_in(State.MAYBE_READY):
                     raise MigrationError(
                         "it is not known whether all has come that the guest cannot run without"
                     )
@@ -169,9 +179,9 @@ class Decisions:
                 )
 
     async def _start(self, recovery: Recovery) -> None:
-        log.warning("%s: an operator has said that the guest is to run here", self.incoming.name)
-        session, switchover = self.incoming.peer.session, recovery.switchover
-        session.handed_over = session.decided = self.incoming.record.decided = True
+        log.warning("%s: an operator has said that the guest is to run here", self.context.name)
+        session, switchover = self.context.peer.session, recovery.switchover
+        session.handed_over = session.decided = self.context.entry.decided = True
         try:
             started = await in_thread(switchover.take_over)
         except GuestEndedError as error:

@@ -22,7 +22,7 @@ NOT_ALWAYS_NOTED = ("handle", "rejoins", "unprotected", "decided", "raised", "re
 """An earlier release did not."""
 
 
-class Record:
+class Entry:
     """``lent``: the domain was made by a toolstack."""
 
     def __init__(self, journal: Journal, session: str, lanes: Lanes, *, lent: bool):
@@ -50,21 +50,21 @@ class Record:
     @classmethod
     def of_predecessor(
         cls, journal: Journal, session: str, lanes: Lanes, facts: dict[str, Any]
-    ) -> Record:
+    ) -> Entry:
         """Raises ``ValueError`` for facts that this release must not act on."""
         check_facts(facts, BY_STEP, FACTS, NOT_ALWAYS_NOTED)
-        record = cls(journal, session, lanes, lent=facts["xl"])
-        record._offer, record._key = facts["offer"], bytes.fromhex(facts["key"])
-        record.domid = facts["domid"]
-        record.handle = bytes.fromhex(handle) if (handle := facts.get("handle")) else None
-        record.unprotected = facts.get("unprotected", "")
-        record.decided = facts.get("decided", False)
+        entry = cls(journal, session, lanes, lent=facts["xl"])
+        entry._offer, entry._key = facts["offer"], bytes.fromhex(facts["key"])
+        entry.domid = facts["domid"]
+        entry.handle = bytes.fromhex(handle) if (handle := facts.get("handle")) else None
+        entry.unprotected = facts.get("unprotected", "")
+        entry.decided = facts.get("decided", False)
         raised = facts.get("raised", (0, 0))
         if [type(value) for value in raised] != [int, int]:
             raise ValueError(f"raised cannot be {raised!r}")
-        record.raised = raised[0], raised[1]
-        record.reason = facts.get("reason", "")
-        return record
+        entry.raised = raised[0], raised[1]
+        entry.reason = facts.get("reason", "")
+        return entry
 
     @property
     def offer(self) -> m.Offer:
