@@ -25,11 +25,9 @@ import pytest
 
 from migrate.cli.world import World, start_receiver, start_sender, wait_for_steps
 from migrate.service.journal import Journal
-from receiver.migration import INHERITED as AT_RECEIVER
 from receiver.migration import IncomingMigration
 from sender.entry import read_entry
-from sender.ownership import INHERITED as AT_SENDER
-from sender.ownership import State
+from sender.ownership import INHERITED, State
 from tests.support.daemons import SLOW, begin, boot, copying, journal, kill, lines, phase, world
 from tests.support.left import NoLanes
 from tests.support.waiting import until
@@ -56,8 +54,14 @@ NOTED_LATER = {
     "unprotected",
     "decided",
     "raised",
+    "reason",
 }
 """Facts that 0.1.0 did not note."""
+SHOWN = {
+    "making": "precopy", "made": "precopy", "suspended": "in doubt", "ready": "in doubt",
+    "entrusted": "in doubt", "taken over": "interrupted", "finishing": "completing",
+}  # fmt: skip
+"""The phase of a receiver's migration before its successor has found the domain, by the step."""
 Facts = dict[str, Any]
 ANY_LIVE: Facts = {
     "boot": "boot", "domain": "guest", "domid": 9, "key": "07" * 32, "dials": ["127.0.0.1", 1],
@@ -186,12 +190,12 @@ def test_each_entry_is_understood(path: Path, tmp_path: Path) -> None:
         if is_sender:
             _entry, state = read_entry(facts, has_checkpoint=False)
             # The destination may be ready: 0.1.0 did not note the step before the suspension.
-            assert state is (State.SUSPENDED if step == "begun" else AT_SENDER[step])
+            assert state is (State.SUSPENDED if step == "begun" else INHERITED[step])
         else:
             migration = IncomingMigration.of_predecessor(
                 nothing, "session", nothing, Journal(tmp_path), facts
             )
-            assert migration.progress.phase == AT_RECEIVER[step]
+            assert migration.progress.phase == SHOWN[step]
 
 
 @pytest.mark.parametrize("release", RELEASES)
