@@ -9,7 +9,7 @@ COMMA := ,
 SPACE := $(subst ,, )
 NATIVE := $(wildcard migrate/*/native/*.[ch] migrate/*/native/*.py xenbackend/native/*.[ch] xenbackend/native/*.py xenbackend/*/native/*.[ch] xenbackend/*/native/*.py)
 
-.PHONY: all tools gate everything demo test check coverage coverage-core coverage-c bench soak chaos many underload \
+.PHONY: all tools gate everything demo test check coverage coverage-core coverage-c bench soak chaos many compat underload \
 	model warnings sanitize races fuzz xenlab xenlab-bench xenlab-xl-bench deb lock clean
 
 all: $(STAMP)
@@ -97,6 +97,11 @@ chaos: $(STAMP)
 # A hundred at once and a thousand one after the other, through one pair of daemons.
 many: $(STAMP)
 	$(BIN)/python -m tests.campaigns.many
+
+# Migrations from an earlier release to this one and back; its tree comes from the history of the repository.
+compat: $(STAMP)
+	@.ci/prepare $(PYTHON) patch
+	$(BIN)/python -m tests.campaigns.compat
 
 # The tests on a busy machine: two copies at once, beside stress-ng.
 underload: $(STAMP)

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Two simulated hosts with a daemon each, where each end is of a release of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from migrate.cli.world import Process, World, start_receiver, start_sender
+from tests.campaigns.chaos.world import COMPLAINTS, LostError
+from tests.campaigns.compat.release import Release
+
+HOST_MEMORY = "256M"
+CONFIG = "[network]\nchecksums = true\n"
+HOSTS = {"sender": "source", "receiver": "destination"}
+"""By daemon."""
+
+
+@dataclass
+class CompatWorld(World):
+    releases: dict[str, Release] = field(default_factory=dict)
+    """By host."""
+
+    def start(self, name: str, *arguments: str) -> Process:
+        CompatWorld.spawn = self.releases[HOSTS.get(name, name)].popen
+        return super().start(name, *arguments)
+
+    def kill(self, which: str) -> None:
+        self.stop(which, signal.SIGKILL)
+
+    def line(self, which: str) -> dict[str, Any]:
+        """What ``list`` of a daemon has of the newest migration."""
+        found = self.ask(which, command="list")["migrations"]
+        return found[-1] if found else {"phase": "", "problem": ""}
+
+    def guest(self, host: str, command: str, name: str, *options: str) -> str:
+        """Run ``simulated-guest COMMAND NAME`` of the host's own release."""
+        socket = str(self.directory / f"{host}.sock")
+        return self.releases[host].run("simulated-guest", command, name, "--host", socket, *options)
+
+    def states(self, name: str) -> dict[str, str]:
+        """The state of the guest at each host that has the guest."""
+        found = {}
+        for host, release in self.releases.items():
+            socket = str(self.directory / f"{host}.sock")
+            for line in release.run("simulated-guest", "list", "--host", socket).splitlines():
+                words = line.split()
+                if words[1:2] == [name]:
+                    found[host] = next(
+                        word for word in words[2:] if word.isalpha() and word.islower()
+                    )
+        return found
+
+    def check_logs(self) -> None:
+        """Raises :class:`LostError` if a daemon has logged a fault of its own."""
+        for which in HOSTS:
+            log = (self.directory / f"{which}.log").read_text(errors="replace")
+            if found := COMPLAINTS.search(log):
+                raise LostError(f"{which}: {log[max(0, found.start() - 500) :][:4000]}")
+
+
+@contextlib.contextmanager
+def compat_world(source: Release, destination: Release) -> Iterator[CompatWorld]:
+    with tempfile.TemporaryDirectory(prefix="xen-postcopy-compat-") as directory:
+        owner, alive = os.pipe()
+        releases = {"source": source, "destination": destination}
+        world = CompatWorld(Path(directory), owner, releases=releases)
+        try:
+            world.config_file.write_text(CONFIG)
+            for host in releases:
+                socket = str(world.directory / f"{host}.sock")
+                world.start(host, "simulated-host", "--socket", socket, "--memory", HOST_MEMORY)
+            start_receiver(world)
+            start_sender(world)
+            yield world
+        finally:
+            for name in reversed(list(world.processes)):
+                world.kill(name)
+            for fd in (owner, alive):
+                os.close(fd)
