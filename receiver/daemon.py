@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The receiver daemon: a listener for lanes, a control socket, and the migrations that come in.
 
-The lanes of a migration come to the listener; asked by xl's helper it dials them itself.
+The sender of `xen-postcopy migrate` dials the listener.  For a request of xl's helper the receiver
+dials the sender.
 """
 
 from __future__ import annotations
@@ -219,7 +220,8 @@ class ReceiverDaemon:
         ]
         if taken:
             raise MigrationError(
-                f"domain {toolstack.lends} is being restored already: migration {taken[0].id[:8]} of {taken[0].domain_name}"
+                f"domain {toolstack.lends} is being restored already: migration "
+                f"{taken[0].id[:8]} of {taken[0].domain_name}"
             )
         migration = IncomingMigration.of_offer(
             self._hypervisor, session, dialled, self._journal, toolstack, self._others(session)
@@ -250,8 +252,9 @@ class ReceiverDaemon:
                     if not missing:
                         break
                     raise MigrationError(
-                        f"{missing} pages of {migration.domain_name} have still to come, and none has come for "
-                        f"{PATIENCE_S:g} s: try again when they have (xen-postcopy list)"
+                        f"{missing} pages of {migration.domain_name} have still to come, and none "
+                        f"has come for {PATIENCE_S:g} s: try again when they have "
+                        "(xen-postcopy list)"
                     )
                 await connection.answer("progress", arrived=before - missing, missing=before)
                 with trio.move_on_after(PROGRESS_EVERY_S):

@@ -74,7 +74,9 @@ class OutstandingPages:
         self._state[pfns] = OUTSTANDING
 
     def remove(self, pfns: PfnArray) -> None:
-        """These are not missing: they have come after all, or are no memory any more.  Before the guest runs only."""
+        """These pages are not missing: they have come after all, or are no memory any more.  Called
+        before the guest runs.
+        """
         if self.count:
             missing = pfns[self._state[pfns] == OUTSTANDING]
             self.count -= len(missing)
@@ -104,7 +106,9 @@ class OutstandingPages:
         return self.pages.requested()
 
     def ahead(self, touched: list[int]) -> PfnArray:
-        """What to fetch before it is needed.  They stay outstanding: a fault for one asks for it as for any other."""
+        """The pages to fetch before they are needed.  They stay OUTSTANDING: a fault asks for one
+        of them as for any other page.
+        """
         windows = [
             self._read_ahead.after(pfn) for pfn in dict.fromkeys(touched) if pfn < len(self._state)
         ]

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What vCPUs are going to touch, guessed from the pages that they asked for.  Sans-IO.
 
-A fault is the only access that a pager sees, and where it has guessed right it sees none.  So a *stream* is not recognised by
-the steps between faults but by where its next fault is due: behind the window that was fetched ahead of the last one.  Each time
-that it comes there the window doubles, as a file system's read-ahead does.
+A fault is the only access that a pager sees, and where the guess was right there is no fault.  So a
+*stream* is not recognised by the steps between its faults, but by the place of its next fault:
+behind the window that was fetched ahead of the last one.  With each fault there the window doubles,
+as a file system's read-ahead does.
 
-Two faults next to each other, or three at equal distances, forwards or backwards, begin one.  A fault that is next to no other
-brings nothing with it: where vCPUs touch pages at random, what is fetched beside them only delays them.  (Leap, Al Maruf and
-Chowdhury, ATC 2020, takes the majority of the last steps; telling streams apart by place does not care how many of them are
-interleaved, nor by which vCPU.)
+Two faults next to each other begin a stream, and so do three at equal distances, forwards or
+backwards.  A fault that is next to no other fetches nothing more: where vCPUs touch pages at
+random, the pages that are fetched besides only delay them.  (Leap, Al Maruf and Chowdhury, ATC 2020, takes
+the majority of the last steps.  To tell streams apart by their place works for any number of
+interleaved streams, of any vCPU.)
 
-Only missing pages count: a page is next to another when what is between is there, and windows are as large in what has to be
-fetched where most pages are there already.
+Only missing pages count: a page is next to another when the pages between them are there, and a
+window has as many missing pages where most pages are there already.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ from xenbackend.pages import PfnArray
 
 FIRST_WINDOW = 4
 MAX_WINDOW = 64
-"""Pages.  What is on its way ahead of a page that somebody waits for delays it; 256 gained nothing, with longer waits."""
+"""Pages.  Pages on their way ahead of a page that a vCPU waits for delay that page; 256 gained
+nothing, with longer waits.
+"""
 NEAR = 8
 """pfns from a fault to one next to it, at most."""
 SPAN = 8
@@ -47,7 +51,9 @@ class _Stream:
     window: int
 
     def is_met_by(self, pfn: int, missing: Missing) -> bool:
-        """By a fault in its last window, which is on its way, or for the next missing page behind it."""
+        """True for a fault in the last window, which is on its way, and for the next missing page
+        behind the window.
+        """
         reach = self.next + self.window * SPAN * self.step
         inside = self.first <= pfn < reach if self.step > 0 else reach < pfn <= self.first
         if not inside or (pfn - self.first) % self.step:

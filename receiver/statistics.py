@@ -39,7 +39,9 @@ class LatencyHistogram:
         return self.max_us
 
     def summary(self) -> dict[str, Any]:
-        """``histogram``: for each power of two, how many were below it and not below the one before."""
+        """``histogram``: for each power of two, the number of samples below it and not below the
+        power before.
+        """
         powers: Counter[int] = Counter()
         for bucket, count in self._buckets.items():
             powers[2 ** (bucket // SUBBUCKETS + 1)] += count
