@@ -8,9 +8,9 @@ as a file system's read-ahead does.
 
 Two faults next to each other begin a stream, and so do three at equal distances, forwards or
 backwards.  A fault that is next to no other fetches nothing more: where vCPUs touch pages at
-random, the pages that are fetched besides only delay them.  (Leap, Al Maruf and Chowdhury, ATC 2020, takes
-the majority of the last steps.  To tell streams apart by their place works for any number of
-interleaved streams, of any vCPU.)
+random, the pages that are fetched besides only delay them.  (Leap, Al Maruf and Chowdhury, ATC
+2020, takes the majority of the last steps.  To tell streams apart by their place works for any
+number of interleaved streams, of any vCPU.)
 
 Only missing pages count: a page is next to another when the pages between them are there, and a
 window has as many missing pages where most pages are there already.
