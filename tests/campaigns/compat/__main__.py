@@ -23,7 +23,7 @@ from migrate.control.client import ENDED
 from migrate.errors import MigrationError
 from tests.campaigns.chaos.world import LostError
 from tests.campaigns.compat.release import COMMITS, NoHistoryError, Release, earlier, today
-from tests.campaigns.compat.world import CompatWorld, compat_world
+from tests.campaigns.compat.world import ADDRESS, CompatWorld, compat_world
 from tests.support.links import Link, LinkInThread
 from tests.support.waiting import until
 
@@ -98,6 +98,7 @@ class Case:
     """Both ends connect again.  Otherwise, two lanes have to be enough: a message that one end does
     not understand costs the lanes, and the migration may complete over the next ones.
     """
+    tls: bool = False
     where: str = "destination"
     """The host at which the guest is in the end."""
 
@@ -129,6 +130,7 @@ CASES = (
         where="source",
     ),
     Case("link cut", ("--strategy", "postcopy", *SLOW), cut_link, reconnects=True),
+    Case("link cut, TLS", ("--strategy", "postcopy", *SLOW), cut_link, reconnects=True, tls=True),
     Case("sender killed", ("--strategy", "postcopy", *SLOW), kill_sender, reconnects=True),
     Case("receiver killed", ("--strategy", "postcopy", *SLOW), kill_receiver, reconnects=True),
     Case("cancelled", ("--strategy", "hybrid", *SLOW), cancel, where="source"),
@@ -162,13 +164,13 @@ def check(trial: Trial, case: Case, result: Result | None) -> str:
 def run(case: Case, source: Release, destination: Release) -> str:
     """One migration; returns what was verified.  Raises one of :data:`FAILURES`."""
     with (
-        compat_world(source, destination) as world,
-        LinkInThread(("127.0.0.1", world.port)) as relay,
+        compat_world(source, destination, tls=case.tls) as world,
+        LinkInThread((ADDRESS, world.port)) as relay,
     ):
         world.guest("source", "create", GUEST, *OPTIONS)
         written = world.directory / "result.json"
         command = source.start(
-            "migrate", GUEST, f"127.0.0.1:{relay.link.port}", "--json", str(written),
+            "migrate", GUEST, f"{ADDRESS}:{relay.link.port}", "--json", str(written),
             "--socket", str(world.sender_socket), *case.options,
         )  # fmt: skip
         trial = Trial(world, relay)

@@ -12,10 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import trustme
+
 from migrate.cli.world import Process, World, start_receiver, start_sender
 from tests.campaigns.chaos.world import COMPLAINTS, LostError
 from tests.campaigns.compat.release import Release
 
+ADDRESS = "127.0.0.1"
 HOST_MEMORY = "256M"
 CONFIG = "[network]\nchecksums = true\n"
 HOSTS = {"sender": "source", "receiver": "destination"}
@@ -65,14 +68,29 @@ class CompatWorld(World):
                 raise LostError(f"{which}: {log[max(0, found.start() - 500) :][:4000]}")
 
 
+def tls_config(directory: Path) -> str:
+    """Make the certificate of both ends, and return what makes them use it."""
+    authority = trustme.CA()
+    issued = authority.issue_cert(ADDRESS)
+    files = {
+        "certificate": b"".join(pem.bytes() for pem in issued.cert_chain_pems),
+        "key": issued.private_key_pem.bytes(),
+        "authority": authority.cert_pem.bytes(),
+    }
+    for name, data in files.items():
+        (directory / name).write_bytes(data)
+    paths = "".join(f'{name} = "{directory / name}"\n' for name in files)
+    return f'[tls]\n{paths}peers = ["{ADDRESS}"]\n'
+
+
 @contextlib.contextmanager
-def compat_world(source: Release, destination: Release) -> Iterator[CompatWorld]:
+def compat_world(source: Release, destination: Release, *, tls: bool) -> Iterator[CompatWorld]:
     with tempfile.TemporaryDirectory(prefix="xen-postcopy-compat-") as directory:
         owner, alive = os.pipe()
         releases = {"source": source, "destination": destination}
         world = CompatWorld(Path(directory), owner, releases=releases)
         try:
-            world.config_file.write_text(CONFIG)
+            world.config_file.write_text(CONFIG + (tls_config(world.directory) if tls else ""))
             for host in releases:
                 socket = str(world.directory / f"{host}.sock")
                 world.start(host, "simulated-host", "--socket", socket, "--memory", HOST_MEMORY)
