@@ -67,7 +67,7 @@ class Inbox:
     def receive(self) -> None:
         """Until the sender agrees that all is done, in a thread."""
         while not self._switchover.settled:
-            message, payload = self._peer.hear_blocking()
+            message, payload = self._peer.receive_blocking()
             if isinstance(message, m.Pages) and self._switchover.serving.is_set():
                 self._switchover.pager.pushed(message, payload, self._peer.push.is_over)
             elif isinstance(message, m.Pages | m.Defer | m.Missing | m.Context):
@@ -90,12 +90,12 @@ class Inbox:
             case m.Context() if self._restoring.take_context(message):
                 if not self._ownership.try_become_ready():
                     raise MigrationError(self._ownership.taken_back)
-                self._peer.say_blocking(m.Ready())
+                self._peer.send_blocking(m.Ready())
 
     def _take(self, message: m.Message) -> None:
         match message:
             case m.Barrier():
-                self._peer.say_blocking(m.Passed(message.number))
+                self._peer.send_blocking(m.Passed(message.number))
             case m.Suspended():
                 scheduling.be_urgent()  # the guest is suspended
                 self._ownership.become(State.SUSPENDED)
@@ -125,7 +125,7 @@ class Inbox:
         started = self._switchover.take_over()
         try:
             if started:
-                self._peer.say_blocking(m.Resumed())
+                self._peer.send_blocking(m.Resumed())
         finally:  # the guest belongs here
             trio.from_thread.run_sync(
                 functools.partial(self._switchover.taken_over, started=started)

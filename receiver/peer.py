@@ -54,20 +54,20 @@ class Peer:
         self._why_none = "the connection was lost"
 
     # ---- the push lane ----
-    async def say(self, message: m.Message) -> None:
+    async def send(self, message: m.Message) -> None:
         self.session.sent(message, Lane.PUSH)
         await self.push.send(message)
 
-    def say_blocking(self, message: m.Message, payload: Sequence[memoryview] = ()) -> None:
+    def send_blocking(self, message: m.Message, payload: Sequence[memoryview] = ()) -> None:
         self.session.sent(message, Lane.PUSH)
         self.push.send_blocking(message, payload)
 
-    async def hear(self) -> m.Message:
+    async def receive(self) -> m.Message:
         message, _pages = await self.push.receive()
         self.session.received(message, Lane.PUSH)
         return message
 
-    def hear_blocking(self) -> tuple[m.Message, memoryview]:
+    def receive_blocking(self) -> tuple[m.Message, memoryview]:
         message, payload = self.push.receive_blocking()
         self.session.received(message, Lane.PUSH)
         return message, payload

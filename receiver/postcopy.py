@@ -54,7 +54,7 @@ async def report(switchover: Switchover) -> None:
         context.progress.outstanding = now.outstanding
         if pager.short_of_memory or context.progress.problem == NO_MEMORY:
             context.progress.problem = NO_MEMORY if pager.short_of_memory else ""
-        await context.peer.say(now)
+        await context.peer.send(now)
         with trio.move_on_after(REPORT_EVERY_S):
             await pager.nothing_outstanding.wait()
 
@@ -81,7 +81,7 @@ async def complete(switchover: Switchover) -> None:
     else:
         await runs.wait()
     if runs.is_set() and not peer.session.resumed:
-        await peer.say(m.Resumed())
+        await peer.send(m.Resumed())
     await all_is_here()
     while switchover.lacked:
         await trio.sleep(LOOK_AGAIN_EVERY_S)
@@ -90,7 +90,7 @@ async def complete(switchover: Switchover) -> None:
     if switchover.checkpoints is not None:
         await switchover.checkpoints.end()
     await trio.to_thread.run_sync(switchover.pager.acknowledge)
-    await peer.say(complete_message(context.statistics))
+    await peer.send(complete_message(context.statistics))
 
 
 def complete_message(statistics: PagerStatistics) -> m.Message:
@@ -105,7 +105,7 @@ async def send_checkpoints(switchover: Switchover) -> None:
     if checkpoints is not None and not progress.unprotected:
         await checkpoints.run(peer.push.shut)
     if progress.unprotected and m.UNPROTECTED in peer.push.capabilities:
-        await peer.say(m.Unprotected(m.printable(progress.unprotected)))
+        await peer.send(m.Unprotected(m.printable(progress.unprotected)))
 
 
 async def finish(switchover: Switchover) -> m.Message | None:

@@ -81,7 +81,7 @@ class Preflight:
             await self._refuse(prepared)
             return None
         token = new_token()
-        await peer.say(m.Accepted(context.statistics.populate_evicted, token))
+        await peer.send(m.Accepted(context.statistics.populate_evicted, token))
         await peer.open_pull_lane(token)
         peer.lanes.keep(offer.key)
         return prepared
@@ -91,7 +91,7 @@ class Preflight:
 
     async def _offer(self) -> m.Offer:
         with step_timeout("the sender offered nothing"):
-            offer = await self._context.peer.hear()
+            offer = await self._context.peer.receive()
         if isinstance(offer, m.Abort):
             raise MigrationError(f"the sender gave up: {offer.reason}")
         if not isinstance(offer, m.Offer):
@@ -123,7 +123,7 @@ class Preflight:
         context.progress.problem = refusal
         await discard(context, refusal)
         context.ownership.become(State.REFUSED)
-        await context.peer.say(m.Refused(m.printable(refusal), False))
+        await context.peer.send(m.Refused(m.printable(refusal), False))
 
     def _prepare(self, offer: m.Offer) -> Begun | str:
         """Make the domain and its ring.  Returns why not, if this host cannot take the guest in."""

@@ -267,18 +267,18 @@ class Recovery:
         peer = context.peer
         peer.session.rejoin()
         with step_timeout("the sender said nothing"):
-            message = await peer.hear()
+            message = await peer.receive()
         await self._check(message)
         if switchover.settled:
             return
         pages = switchover.pager if switchover.serving.is_set() else switchover.guest.pages
         for base, bitmap in windows(await trio.to_thread.run_sync(pages.rejoin)):
-            await peer.say(m.Outstanding(base, bitmap))
+            await peer.send(m.Outstanding(base, bitmap))
         token = new_token()
         reached = "postcopy"
         if not context.ownership.was_handed_over:
             reached = "decision" if switchover.serving.is_set() else "switchover"
-        await peer.say(m.Rejoined(reached, token))
+        await peer.send(m.Rejoined(reached, token))
         await peer.open_pull_lane(token)
 
     async def _check(self, message: m.Message) -> None:

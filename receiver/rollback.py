@@ -148,15 +148,15 @@ async def linger(context: Context, last_message: m.Message) -> None:
             try:
                 await peer.reconnect(log.debug)
                 peer.session.rejoin()
-                message = await peer.hear()
+                message = await peer.receive()
                 if reason := recall_reason(context, message):
                     limit.deadline = trio.current_time() + RECALLED_LINGER_DAYS * 24 * 3600
                     cannot = f"{reason}, and {name} cannot be paused here"
                     await context.persist(functools.partial(_stop, context, reason), cannot)
                     await peer.acknowledge()
                 if isinstance(message, m.Rejoin):
-                    await peer.say(last_message)
-                    await peer.hear()
+                    await peer.send(last_message)
+                    await peer.receive()
                 break
             except UnknownSessionError as error:
                 log.info("%s: the sender has nothing of this migration any more: %s", name, error)

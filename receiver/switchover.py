@@ -48,7 +48,7 @@ class Switchover:
             context.peer.session,
             guest.pages,
             context.statistics,
-            context.peer.say_blocking,
+            context.peer.send_blocking,
             guest.limit.make_room,
         )
         context.holdings.add(self.pager.close)
@@ -172,7 +172,7 @@ class Switchover:
         made = Checkpoints(
             self.guest.domain,
             every_s,
-            self.context.peer.say_blocking,
+            self.context.peer.send_blocking,
             self.context.statistics,
             self.context.entry.stopped,
             self._protection_is_lost,

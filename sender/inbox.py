@@ -41,7 +41,7 @@ class Inbox:
     def _receive(self) -> None:
         context = self._context
         while not context.signals.complete.is_set():
-            message, payload = self._push.hear_blocking()
+            message, payload = self._push.receive_blocking()
             match message:
                 case m.Passed():
                     trio.from_thread.run_sync(context.barriers.passed, message.number)
@@ -99,7 +99,7 @@ class Inbox:
         except (MigrationError, XenError, OSError) as error:
             problem = m.printable(str(error))
             unprotected(self._context, problem)
-        self._push.say_blocking(m.Kept(problem))
+        self._push.send_blocking(m.Kept(problem))
 
 
 def unprotected(context: Context, problem: str) -> None:

@@ -211,7 +211,7 @@ class Precopy:
         waiting_for = await self._barrier()
         complaint = "the destination did not take in what it was sent"
         for base, bitmap in windows(unsent):
-            await self._push.say(m.Defer(base, bitmap))
+            await self._push.send(m.Defer(base, bitmap))
             after = await self._barrier()
             await self._wait_until_passed(waiting_for, complaint)
             waiting_for, complaint = (
@@ -222,7 +222,7 @@ class Precopy:
 
     async def _barrier(self) -> trio.Event:
         number, passed = self._context.barriers.add()
-        await self._push.say(m.Barrier(number))
+        await self._push.send(m.Barrier(number))
         return passed
 
     async def _wait_until_passed(self, barrier: trio.Event, complaint: str) -> None:

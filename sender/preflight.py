@@ -73,7 +73,7 @@ async def _offer(context: Context, domain: Domain, push: PushLane) -> bytes:
     config = await trio.to_thread.run_sync(domain.config)
     if problem := sparseness(config.nr_pfns, config.max_pages):
         raise MigrationError(problem)
-    await push.say(
+    await push.send(
         m.Offer(
             config.name,
             config.nr_pfns,
@@ -86,7 +86,7 @@ async def _offer(context: Context, domain: Domain, push: PushLane) -> bytes:
         )
     )
     with step_timeout("the destination did not answer the preflight"):
-        answer = await push.hear()
+        answer = await push.receive()
     if isinstance(answer, m.Refused | m.Failed):
         raise MigrationError(f"the destination refuses: {answer.reason}")
     if not isinstance(answer, m.Accepted):

@@ -58,20 +58,20 @@ class PushLane:
         self._statistics = statistics
 
     # ---- words ----
-    async def say(self, message: m.Message) -> None:
+    async def send(self, message: m.Message) -> None:
         self._session.sent(message, Lane.PUSH)
         await self.connection.send(message)
 
-    def say_blocking(self, message: m.Message) -> None:
+    def send_blocking(self, message: m.Message) -> None:
         self._session.sent(message, Lane.PUSH)
         self.connection.send_blocking(message)
 
-    async def hear(self) -> m.Message:
+    async def receive(self) -> m.Message:
         message, _pages = await self.connection.receive()
         self._session.received(message, Lane.PUSH)
         return message
 
-    def hear_blocking(self) -> tuple[m.Message, memoryview]:
+    def receive_blocking(self) -> tuple[m.Message, memoryview]:
         message, payload = self.connection.receive_blocking()
         self._session.received(message, Lane.PUSH)
         return message, payload
@@ -135,5 +135,5 @@ class PushLane:
         present = self._domain.present(pfns)
         gone = pfns[~present]
         for holes in pieces(gone, m.MAX_PFNS):
-            self.say_blocking(m.Pages(NO_PFNS, holes=holes))
+            self.send_blocking(m.Pages(NO_PFNS, holes=holes))
         return pfns[present], gone

@@ -104,10 +104,10 @@ class Recovery:
         context.session.rejoin()
         if checkpoints is not None:
             await trio.to_thread.run_sync(checkpoints.abandon)
-        await push.say(m.Rejoin())
+        await push.send(m.Rejoin())
         outstanding = np.zeros(self._source.domain.nr_pfns, dtype=np.bool_)
         with step_timeout("the destination did not say what it lacks"):
-            while isinstance(answer := await push.hear(), m.Outstanding):
+            while isinstance(answer := await push.receive(), m.Outstanding):
                 outstanding[pfns_of_window(answer.base, answer.bitmap)] = True
         match answer:
             case m.Rejoined() | m.Complete():
@@ -121,7 +121,7 @@ class Recovery:
             return
         context.pull = await context.lanes.pull(answer.token)
         if context.session.phase is Phase.SWITCHOVER:
-            await push.say(last_of_switchover(context))
+            await push.send(last_of_switchover(context))
             await context.toolstack.switched_over()
 
     def _take_backlog(self, outstanding: PfnMask) -> None:

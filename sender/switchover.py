@@ -89,7 +89,7 @@ class Switchover:
         """
         context, domain, push = self._context, self._source.domain, self._push
         self._suspend()
-        push.say_blocking(m.Suspended())
+        push.send_blocking(m.Suspended())
         written = self._source.dirty_log.read_last()
         plan.unsent |= written  # in place: new memory would have to be mapped first
         changed, gone = push.send_holes(from_bitmap(plan.unsent, domain.nr_pfns))
@@ -99,7 +99,7 @@ class Switchover:
             return  # the guest is kept here: without its context the destination is not ready
         context.statistics.missing_pages = context.backlog.unsent
         for pfns in pieces(new[context.backlog.are_missing(new)], m.MAX_PFNS):
-            push.say_blocking(m.Missing(pfns))
+            push.send_blocking(m.Missing(pfns))
         self._send_context()
         # A page that was written since the toolstack's hold on it may be another frame now.
         still_missing = changed[context.backlog.are_missing(changed)]
@@ -169,7 +169,7 @@ class Switchover:
         data = self._source.domain.context()
         for at in range(0, len(data), m.MAX_CONTEXT_CHUNK):
             chunk = data[at : at + m.MAX_CONTEXT_CHUNK]
-            self._push.say_blocking(m.Context(chunk, at + len(chunk) == len(data)))
+            self._push.send_blocking(m.Context(chunk, at + len(chunk) == len(data)))
 
     def _give_away(self) -> None:
         """From here on the guest is handed over.  If the message does not arrive, the message is
@@ -178,7 +178,7 @@ class Switchover:
         context, stats = self._context, self._context.statistics
         if context.ownership.try_hand_over(context.toolstack.after_switchover):
             self._faults.open(context.backlog)
-            self._push.say_blocking(last_of_switchover(context))
+            self._push.send_blocking(last_of_switchover(context))
         log.info(
             "ready, %d pages in downtime, %d missing", stats.switchover_pages, stats.missing_pages
         )
@@ -224,4 +224,4 @@ async def follow_decision(context: Context, source: Source) -> None:
 async def hand_over_when_decided(context: Context, push: PushLane) -> None:
     await context.signals.given_away.wait()
     if context.session.phase is Phase.DECISION:
-        await push.say(m.Handover())
+        await push.send(m.Handover())

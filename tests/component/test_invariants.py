@@ -302,8 +302,8 @@ async def test_a_completion_that_is_not_so_is_not_believed(
         lies.append(switchover.guest.pages.count)
         peer = switchover.context.peer
         if not peer.session.resumed:
-            await peer.say(m.Resumed())
-        await peer.say(postcopy.complete_message(switchover.context.statistics))
+            await peer.send(m.Resumed())
+        await peer.send(postcopy.complete_message(switchover.context.statistics))
 
     monkeypatch.setattr(postcopy, "complete", lie)
     outcome = await migrate(clean_hosts, busy(name))
@@ -364,7 +364,7 @@ async def test_before_the_handover_any_failure_leaves_the_guest_at_the_source(
             await run(self, *arguments)
         else:
             await trio.to_thread.run_sync(self._suspend)
-            await self._push.say(m.Suspended())
+            await self._push.send(m.Suspended())
         raise MigrationError("the test says so")
 
     monkeypatch.setattr(phase, "run", fail)
@@ -411,7 +411,7 @@ async def test_cancelled_while_the_guest_is_suspended_it_goes_on_at_one_end(
     """Invariant 1: until the handover it is not too late, and then it is."""
     too_late: list[str] = []
     migrations: list[OutgoingMigration] = []
-    run, say = OutgoingMigration.run, PushLane.say_blocking
+    run, say = OutgoingMigration.run, PushLane.send_blocking
 
     async def note(self: OutgoingMigration) -> None:
         migrations.append(self)
@@ -426,7 +426,7 @@ async def test_cancelled_while_the_guest_is_suspended_it_goes_on_at_one_end(
         say(self, message)
 
     monkeypatch.setattr(OutgoingMigration, "run", note)
-    monkeypatch.setattr(PushLane, "say_blocking", cancel_at)
+    monkeypatch.setattr(PushLane, "send_blocking", cancel_at)
     spec = busy(name)
     outcome = await migrate(clean_hosts, spec)
     if moment == "handover":

@@ -205,7 +205,7 @@ class Destination:
         self.pager._pull = self.ours
         self.pager._ask_again()
         self.pager._prepare_fast_path()
-        self.hear()
+        self.receive()
 
     def end(self) -> None:
         self.pager._leave_fast_path()
@@ -216,11 +216,11 @@ class Destination:
         while self.poll.poll(0) or self.pager.short_of_memory:
             self.pager._turn(self.poll)
         self.xen.take_answers()
-        self.hear()
+        self.receive()
         for pfn in self.asked - Counter(self.xen.answered):
             assert OUTSTANDING <= self.pages.states[pfn] < READY, "it waits for what is there"
 
-    def hear(self) -> None:
+    def receive(self) -> None:
         for message, _payload in said(self.theirs):
             if isinstance(message, Fault):
                 self.requested |= set(message.pfns.tolist())

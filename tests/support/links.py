@@ -187,7 +187,7 @@ def cut_when(
     put into the list.
     """
     links: list[Link] = []
-    say, say_blocking = vars(cls)["say"], vars(cls)["say_blocking"]
+    send, send_blocking = vars(cls)["send"], vars(cls)["send_blocking"]
 
     def cut() -> None:
         link = links.pop()
@@ -196,23 +196,23 @@ def cut_when(
     def cut_from_wherever() -> None:
         cut() if trio.lowlevel.in_trio_run() else trio.from_thread.run_sync(cut)
 
-    async def say_and_cut(self: object, message: m.Message) -> None:
+    async def send_and_cut(self: object, message: m.Message) -> None:
         due = isinstance(message, said) and bool(links)
         if due and before:
             cut()
-        await say(self, message)
+        await send(self, message)
         if due and not before:
             cut()
 
-    monkeypatch.setattr(cls, "say", say_and_cut)
+    monkeypatch.setattr(cls, "send", send_and_cut)
 
-    def say_blocking_and_cut(self: object, message: m.Message) -> None:
+    def send_blocking_and_cut(self: object, message: m.Message) -> None:
         due = isinstance(message, said) and bool(links)
         if due and before:
             cut_from_wherever()
-        say_blocking(self, message)
+        send_blocking(self, message)
         if due and not before:
             cut_from_wherever()
 
-    monkeypatch.setattr(cls, "say_blocking", say_blocking_and_cut)
+    monkeypatch.setattr(cls, "send_blocking", send_blocking_and_cut)
     return links

@@ -353,7 +353,7 @@ class Receiver:
     push: LaneConnection
     pull: LaneConnection
 
-    async def hear(self, *kinds: type[m.Message]) -> m.Message:
+    async def receive(self, *kinds: type[m.Message]) -> m.Message:
         while not isinstance(message := (await self.push.receive())[0], kinds):
             if isinstance(message, m.Barrier):
                 await self.push.send(m.Passed(message.number))
@@ -459,9 +459,9 @@ async def test_a_receiver_after_the_handover(world: World, said: Said, complaint
     """The guest's pages are kept, and it stays suspended."""
 
     async def what(receiver: Receiver) -> None:
-        await receiver.hear(m.Context)
+        await receiver.receive(m.Context)
         await receiver.push.send(m.Ready())
-        await receiver.hear(m.Handover)
+        await receiver.receive(m.Handover)
         await say(receiver, said)
         with contextlib.suppress(PeerClosedError):
             while True:
@@ -485,9 +485,9 @@ async def test_a_flood_of_faults_by_one_that_reads_nothing(world: World) -> None
     """
 
     async def what(receiver: Receiver) -> None:
-        await receiver.hear(m.Context)
+        await receiver.receive(m.Context)
         await receiver.push.send(m.Ready())
-        await receiver.hear(m.Handover)
+        await receiver.receive(m.Handover)
         await receiver.push.send(m.Resumed())
         # Beyond the guest's working set: a page that the guest wrote lately is sent before the
         # handover, and is not outstanding.

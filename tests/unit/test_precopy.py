@@ -44,7 +44,7 @@ class SlowDestination:
         self.evicted = NO_PFNS
         self.barriers = self.most_barriers = 0
 
-    async def say(self, message: m.Message) -> None:
+    async def send(self, message: m.Message) -> None:
         if isinstance(message, m.Barrier):
             self.barriers += 1
             self.most_barriers = max(self.most_barriers, self.barriers)
