@@ -238,7 +238,7 @@ class OutgoingMigration:
         if decision is None:
             return MigrationError(f"cancelled: {self.requests.cancelled_because}")
         # The journal has the decision before the operator has an answer.
-        await trio.to_thread.run_sync(self.ownership.enter, decision)
+        await in_thread(self.ownership.enter, decision)
         self.requests.decided.set()
         return verdict(decision)
 
@@ -247,12 +247,13 @@ class OutgoingMigration:
         rollback, source = self.requests.rollback, self.context.source
         assert rollback is not None and source is not None
         with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(self.ownership.enter, decision)
-            await rollback.settle(verdict(decision))
+            await in_thread(self.ownership.enter, decision)
+            settle = functools.partial(rollback.settle, verdict(decision))
+            await as_soon_as_threads_start(settle)
             await self._close(source)
 
     async def _close(self, source: Source) -> None:
         with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(source.domain.close)
+            await in_thread(source.domain.close)
         self.requests.rollback = None
         self.context.give_back()

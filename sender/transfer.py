@@ -161,7 +161,7 @@ class Transfer:
             )
         # From here on the receiver may forget the session.
         await in_thread(self._ownership.enter, State.COMPLETING)
-        with contextlib.suppress(PeerClosedError):  # then the receiver has forgotten the session
+        with contextlib.suppress(MigrationError, OSError):  # nothing depends on what follows
             await push.send(m.Completed())
             # The receiver closes first, when it has given its ring up: nothing of ours is cut off
             # on the way then.
