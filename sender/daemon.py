@@ -276,7 +276,10 @@ class SenderDaemon:
         awaited = self._awaited.get(greeting.session)
         if awaited is None:
             self._journal.check_understood(greeting.session)
-            raise UnknownSessionError("a lane for a session that nobody awaits here")
+            raise UnknownSessionError(
+                "a lane for a session that nobody awaits here: this is a sender, and receivers "
+                f"listen on port {RECEIVER_PORT} by default"
+            )
         return awaited
 
     def _start(self, migration: OutgoingMigration) -> trio.Event:

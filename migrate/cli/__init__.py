@@ -13,13 +13,14 @@ import contextlib
 import importlib
 import io
 import sys
+from typing import Any
 
 import click
 
 from migrate import __version__
 
 COMMANDS = {
-    "migrate": "migrate.cli.migrations",
+    "migrate": "migrate.cli.migrate",
     "list": "migrate.cli.migrations",
     "show": "migrate.cli.migrations",
     "watch": "migrate.cli.migrations",
@@ -48,6 +49,17 @@ class LazyGroup(click.Group):
         module = importlib.import_module(COMMANDS[name])
         command: click.Command = getattr(module, name.replace("-", "_") + "_command")
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Raises :class:`InterruptedMigrationError` at Ctrl-C; click itself would print an empty
+        line first.
+        """
+        from migrate.errors import InterruptedMigrationError
+
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise InterruptedMigrationError("interrupted") from None
 
 
 @click.group(
@@ -84,7 +96,7 @@ def main() -> None:
     try:
         cli.main(standalone_mode=False)
     except click.exceptions.Abort:
-        click.echo("interrupted", err=True)
+        echo("xen-postcopy: interrupted", err=True)
         sys.exit(130)
     except InterruptedMigrationError as error:
         echo(f"xen-postcopy: {error}", err=True)

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from migrate.cli.guests import guest_options, guest_spec
-from migrate.cli.migrations import follow_migration, summary, write_json
+from migrate.cli.migrate import follow_migration, summary, write_json
 from migrate.cli.options import STDOUT, migration_request, strategy_options
 from migrate.cli.text import echo
 from migrate.cli.world import loopback_world, verify_migrated, wait_for_steps

@@ -1,266 +1,37 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Requests to running daemons: ``migrate``, ``list``, ``postcopy-now``, ``cancel``, ``decide``,
-...
+"""Requests about migrations of running daemons: ``list``, ``show``, ``watch``, ``postcopy-now``,
+``cancel``, ``reconnect``, ``decide``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import click
 
-from migrate.cli.options import (
-    RECEIVER_SOCKET,
-    SENDER_SOCKET,
-    STDOUT,
-    HostPort,
-    migration_request,
-    socket_option,
-    strategy_options,
-)
+from migrate.cli.migrate import CANCELLED, STAYS, in_words
+from migrate.cli.options import RECEIVER_SOCKET, SENDER_SOCKET, socket_option
 from migrate.cli.progress import ProgressDisplay
 from migrate.cli.text import echo
 from migrate.control.client import ANSWER_S, ENDED, ControlClient
-from migrate.errors import (
-    DaemonGoneError,
-    InterruptedMigrationError,
-    MigrationError,
-    SilentDaemonError,
-    UnattendedMigrationError,
-    UnknownMigrationError,
-)
+from migrate.errors import MigrationError, SilentDaemonError, UnknownMigrationError
 from xenbackend.unix import STARTING_S
 
 WATCH_EVERY_S = 0.5
 
 
-KNOWN = ("id", "domain", "peer", "strategy", "phase", "handed_over", "outstanding", "problem")
-"""What ``--json`` has of a migration whose sender has ended."""
-
-
-def follow_migration(client: ControlClient, request: dict[str, Any]) -> dict[str, Any]:
-    """Request a migration, show its progress, and return its result.
-
-    Ctrl-C before the handover takes the migration back; after the handover Ctrl-C leaves it to the
-    daemons, and so does SIGTERM at any time unless the caller handles SIGTERM.  All of these raise
-    :class:`InterruptedMigrationError`.
-    """
-    interrupted = False
-    last: dict[str, Any] | None = None
-
-    def on_interrupt(*_signal: object) -> None:
-        nonlocal interrupted
-        if interrupted:
-            raise InterruptedMigrationError(f"not waiting any longer; {left(request, last)}")
-        interrupted = True
-        client.say(command="cancel")
-
-    def on_terminate(*_signal: object) -> None:
-        raise InterruptedMigrationError(left(request, last))
-
-    client.say(command="migrate", **request)
-    display = ProgressDisplay(sys.stderr)
-    try:
-        with signals_handled(on_interrupt, on_terminate):
-            for answer in client.answers():
-                match answer["event"]:
-                    case "progress":
-                        last = answer
-                        display.show(answer)
-                    case "notice":
-                        note = f"{answer['message']}\n{left(request, last)}"
-                        raise InterruptedMigrationError(note)
-        result: dict[str, Any] = answer["result"]
-        return result
-    except InterruptedMigrationError:
-        raise
-    except DaemonGoneError as error:
-        error.progress = last
-        raise
-    except MigrationError as error:
-        if interrupted:
-            raise InterruptedMigrationError(f"{error}; the guest goes on at the source") from error
-        raise in_words(request["domain"], error) from error
-    finally:
-        display.close()
-
-
-@contextlib.contextmanager
-def signals_handled(
-    on_interrupt: Callable[..., None], on_terminate: Callable[..., None]
-) -> Iterator[None]:
-    """Call these at SIGINT, and at SIGTERM if nobody else handles SIGTERM."""
-    handlers = {signal.SIGINT: on_interrupt}
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        handlers[signal.SIGTERM] = on_terminate
-    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def left(request: dict[str, Any], last: dict[str, Any] | None) -> str:
-    """What becomes of a migration that this command does not follow any more, and what to do.
-    ``last``: the last progress that the daemon has reported.
-    """
-    if last is None:
-        return (
-            f"the sender was asked to migrate {request['domain']}: `xen-postcopy list` shows "
-            "what became of that"
-        )
-    name = last["id"][:8]
-    follow = f"`xen-postcopy watch {name}` follows it"
-    if not last["handed_over"]:
-        follow += f", `xen-postcopy cancel {name}` takes it back before its switchover"
-    return f"the migration of {last['domain']} continues in the daemons: {follow}"
-
-
-CANCELLED = "cancelled: "
-"""How the reason of a migration begins that somebody has cancelled."""
-
-
-def in_words(domain: str, error: MigrationError) -> MigrationError:
-    """The error of a migration: somebody's cancellation does not read as a failure."""
-    reason = str(error)
-    if not reason.startswith(CANCELLED):
-        return error
-    reason = reason.removeprefix(CANCELLED)
-    return MigrationError(f"{domain} was not migrated: {reason}; the guest continues at its source")
-
-
-def unattended(progress: dict[str, Any], json_path: Path | None) -> UnattendedMigrationError:
-    """What is known of a migration whose sender has ended, and what to do."""
-    name, start = progress["domain"], "start the sender again (systemctl start xen-postcopy-sender)"
-    follow = f"xen-postcopy watch {progress['id'][:8]}"
-    if progress["handed_over"]:
-        what_now = (
-            f"{name} runs at the destination ({progress['peer']}), and this host keeps the "
-            f"{progress['outstanding']} pages that it lacks there: {start}, which sends them; "
-            f"`{follow}` follows the migration"
-        )
-    else:
-        what_now = (
-            f"{name} is on this host, unless it was handed over in the moment after that: {start}, "
-            f"which takes up what was left; `xen-postcopy list` then shows where {name} runs, and "
-            f"`{follow}` follows the migration"
-        )
-    error = UnattendedMigrationError(
-        f"the sender has ended during the migration of {name}, whose last known phase is "
-        f"{progress['phase']}; {what_now}"
-    )
-    try:
-        write_json(
-            json_path,
-            {"verified": None, **{key: progress.get(key) for key in KNOWN}},
-            "what is known",
-        )
-    except MigrationError as unwritten:
-        error.add_note(f"xen-postcopy: {unwritten}")
-    return error
-
-
-def write_json(
-    path: Path | None,
-    result: dict[str, Any],
-    what: str = "the migration is completed, but its result",
-) -> None:
-    """Raises :class:`MigrationError`, which begins with ``what``, if the file cannot be written."""
-    if path is None:
-        return
-    text = json.dumps(result, indent=2) + "\n"
-    try:
-        if path == STDOUT:
-            click.echo(text, nl=False)
-        else:
-            path.write_text(text)
-    except OSError as error:
-        raise MigrationError(f"{what} cannot be written to {path}: {error.strerror}") from error
-
-
-def summary(result: dict[str, Any]) -> str:
-    """A migration in words."""
-    from migrate.units import human_bytes
-
-    latency = result["fault_latency_us"]
-    lines = [
-        f"{result['domain']} migrated ({result['strategy']}): "
-        f"{human_bytes(result['memory_bytes'])} in {result['total_s']:.2f} s, downtime "
-        f"{result['downtime_s'] * 1000:.1f} ms",
-        f"  precopy: {result['precopy']['rounds']} rounds, {result['precopy']['pages']} pages; "
-        f"after the handover: {result['switchover']['missing_pages']} pages, "
-        f"{result['push']['pages']} of them pushed and {result['pull']['pages']} pulled; "
-        f"{result['zero_pages']} zero pages",
-    ]
-    if latency["count"]:
-        lines.append(
-            f"  {latency['count']} faults: median {latency['p50']:.0f} us, 99% below "
-            f"{latency['p99']:.0f} us, longest {latency['max']:.0f} us"
-        )
-    made = result["checkpoints"]
-    if made["kept"]:
-        lines.append(
-            f"  {made['kept']} checkpoints came back, {made['pages']} pages; the guest stood still "
-            f"for them {made['pause_s'] * 1000:.0f} ms in all, "
-            f"{made['longest_pause_s'] * 1000:.1f} ms at most"
-        )
-    return "\n".join(lines)
-
-
-@click.command("migrate")
-@click.argument("domain")
-@click.argument("destination", type=HostPort())
-@strategy_options
-@click.option(
-    "--take-log-dirty",
-    is_flag=True,
-    help="Where log-dirty is on for DOMAIN, switch it off first: only if no other program uses it "
-    "any more.",
-)
-@socket_option(SENDER_SOCKET, "the local sender")
-def migrate_command(
-    domain: str,
-    destination: str,
-    json_path: Path | None,
-    take_log_dirty: bool,
-    socket_path: Path,
-    **options: Any,
-) -> None:
-    """Migrate DOMAIN (a name, a domid or a UUID) to the receiver at DESTINATION (HOST or
-    HOST:PORT).
-
-    Ctrl-C before the switchover undoes everything, and the guest continues here.  After the
-    switchover Ctrl-C ends this command only, and SIGTERM does so at any time: the migration
-    continues in the daemons.  `watch` then follows the migration, and `cancel` undoes it before its
-    switchover.
-    """
-    request = {
-        "domain": domain, "destination": destination, "take_log_dirty": take_log_dirty,
-        **migration_request(**options),
-    }  # fmt: skip
-    with ControlClient(socket_path, wait_s=STARTING_S) as client:
-        try:
-            result = follow_migration(client, request)
-        except DaemonGoneError as error:
-            if error.progress is None:
-                raise
-            raise unattended(error.progress, json_path) from error
-    echo(summary(result), err=json_path == STDOUT)
-    write_json(json_path, {"verified": None, **result})
+DEFAULT_SOCKETS = (SENDER_SOCKET, RECEIVER_SOCKET)
+"""Many hosts have one of them, so one that nobody serves is no error."""
 
 
 sockets_option = click.option(
     "--socket", "socket_paths", type=click.Path(path_type=Path), multiple=True,
-    default=[SENDER_SOCKET, RECEIVER_SOCKET], show_default=True,
+    show_default=", ".join(map(str, DEFAULT_SOCKETS)),
     help="Control socket of a daemon; may be given several times.",
 )  # fmt: skip
 
@@ -272,10 +43,11 @@ class Answers:
     results: list[dict[str, Any]] = field(default_factory=list)
     sockets: tuple[Path, ...] = ()
     """Of the daemons whose results these are."""
-    silent: list[SilentDaemonError] = field(default_factory=list)
+    silent: list[MigrationError] = field(default_factory=list)
+    """For each daemon that has not answered, or that does not run although it was named."""
 
     def check_complete(self) -> None:
-        """Raises :class:`SilentDaemonError` if a daemon has not answered."""
+        """Raises :class:`SilentDaemonError` if an answer is missing."""
         if self.silent:
             raise SilentDaemonError("\n".join(map(str, self.silent)))
 
@@ -283,7 +55,8 @@ class Answers:
 def _ask_all(
     socket_paths: tuple[Path, ...], *, answer_s: float | None = None, **request: Any
 ) -> Answers:
-    """Ask the daemons that run.  Raises :class:`MigrationError` if none has a result.
+    """Ask the daemons at these sockets, or those of :data:`DEFAULT_SOCKETS` that run.  Raises
+    :class:`MigrationError` if none has a result.
 
     ``answer_s``: how long each may take, :data:`ANSWER_S` by default, 0 for no limit.
     """
@@ -291,16 +64,21 @@ def _ask_all(
     problems: list[MigrationError] = []
     answers = Answers()
     clients = []
-    for path in socket_paths:
+    asked = socket_paths or DEFAULT_SOCKETS
+    absent: dict[Path, MigrationError] = {}
+    for path in asked:
         try:
             clients.append((path, ControlClient(path, answer_s=answer_s)))
         except SilentDaemonError as error:
             answers.silent.append(error)
-        except MigrationError:
-            pass  # many hosts have one of them
+        except MigrationError as error:
+            absent[path] = error
     if not clients and not answers.silent:
-        path = socket_paths[0]
+        path = asked[0]
         clients.append((path, ControlClient(path, wait_s=STARTING_S, answer_s=answer_s)))
+        del absent[path]
+    if socket_paths:
+        answers.silent += absent.values()
     for path, client in clients:
         try:
             with client:
@@ -383,7 +161,7 @@ def watch_command(migration: str, socket_paths: tuple[Path, ...]) -> None:
     Exit status 0 when it was completed, 1 when not.  Ctrl-C ends the watching only.
     """
     display = ProgressDisplay(sys.stderr)
-    silent: list[SilentDaemonError] = []
+    silent: list[MigrationError] = []
     try:
         while True:
             answers = _ask_all(socket_paths, command="show", migration=migration)
@@ -417,6 +195,7 @@ def postcopy_now_command(migration: str, socket_path: Path) -> None:
     """End the precopy of MIGRATION (its id or its domain's name) and switch over now."""
     with ControlClient(socket_path, wait_s=STARTING_S, answer_s=ANSWER_S) as client:
         client.call(command="postcopy-now", migration=migration)
+    echo(f"{migration}: the sender ends precopy and switches over", err=True)
 
 
 @click.command("cancel")
@@ -426,7 +205,9 @@ def cancel_command(migration: str, socket_paths: tuple[Path, ...]) -> None:
     """Cancel MIGRATION (its id or its domain's name) before its switchover.  The guest continues at
     its source.
     """
-    _ask_all(socket_paths, command="cancel", migration=migration).check_complete()
+    answers = _ask_all(socket_paths, command="cancel", migration=migration)
+    echo(f"{migration}: cancelled; {STAYS}", err=True)
+    answers.check_complete()
 
 
 @click.command("reconnect")
@@ -437,7 +218,9 @@ def reconnect_command(migration: str, socket_paths: tuple[Path, ...]) -> None:
 
     Without this command the daemon tries after a pause, which grows to ten seconds.
     """
-    _ask_all(socket_paths, command="reconnect", migration=migration).check_complete()
+    answers = _ask_all(socket_paths, command="reconnect", migration=migration)
+    echo(f"{migration}: the daemon now tries to reach the other host", err=True)
+    answers.check_complete()
 
 
 @click.command("decide")
@@ -462,6 +245,10 @@ def decide_command(
 
     At the destination (`in doubt`): "here" lets the guest run; vCPUs that touch a missing page wait
     until the source is back.  "elsewhere" destroys what has arrived.
+
+    At the destination (`held`: the guest runs at the source, by an earlier decision): "elsewhere"
+    destroys what has arrived.  "here", with --force, lets the guest continue here without its
+    missing pages.
     """
     answers = _ask_all(socket_paths, command="show", migration=migration)
     for error in answers.silent:
@@ -473,10 +260,8 @@ def decide_command(
     meant = (under_way or shown)[0]["id"]
     decision = {"migration": meant, "here": where == "here", "force": force}
     for line in under_way:
-        echo(
-            f"{line['domain']} ({line['direction']}, {line['phase']}): "
-            f"{line['problem'] or 'no problem'}"
-        )
+        why = f": {line['problem']}" if line["problem"] else ""
+        echo(f"{line['domain']} ({line['direction']}, {line['phase']}){why}")
         echo(f"known of the other end: {line.get('known', 'nothing')}")
         _check_decision(answers.sockets, decision)
         if not yes and not sys.stdin.isatty():
@@ -487,6 +272,8 @@ def decide_command(
         if not yes:
             click.confirm(f"Decide that {line['domain']} runs {where}?", abort=True)
     _ask_all(answers.sockets, answer_s=0, command="decide", **decision)
+    runs = "runs at this host" if where == "here" else "does not run at this host"
+    echo(f"{migration}: decided that the guest {runs}", err=True)
 
 
 def _check_decision(sockets: tuple[Path, ...], decision: dict[str, Any]) -> None:

@@ -198,7 +198,8 @@ async def listen_unix(
     *,
     needed: Callable[[], bool] = no_guest,
 ) -> AsyncIterator[trio.socket.SocketType]:
-    """A listening socket at ``path``, for this user alone.  A socket on which no process listens
+    """A listening socket at ``path``, for this user alone; the folder is made if it is the only one
+    that is missing.  A socket on which no process listens
     any more is replaced.  The socket is removed at the end, unless it is ``needed`` then.
 
     Raises :class:`MigrationError` if another process listens there, or if the socket cannot be
@@ -208,7 +209,9 @@ async def listen_unix(
     with sock:
         try:
             name = socket_path(path)
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
+            if not path.parent.parent.is_dir():
+                raise MigrationError(f"socket {path}: there is no folder {path.parent.parent}")
+            path.parent.mkdir(exist_ok=True, mode=0o755)
             if path.is_socket():
                 with socket.socket(socket.AF_UNIX, kind) as probe:
                     try:

@@ -451,8 +451,8 @@ async def connect(host: str, port: int, terms: Terms) -> LaneConnection:
         number = getattr(causes[0], "errno", None)
         why = os.strerror(number) if number is not None and number > 0 else str(causes[0])
         raise PeerClosedError(
-            f"cannot reach {host}:{port}: {why}; is xen-postcopy running there, and listening on "
-            "that address?"
+            f"cannot reach {host}:{port}: {why}; see whether xen-postcopy runs there and listens "
+            "on that address"
         ) from error
     return await LaneConnection.from_stream(stream, terms, host)
 

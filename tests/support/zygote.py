@@ -41,10 +41,10 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 MAX_REQUEST, MAX_FDS = 1 << 20, 250
 ANSWER_TIMEOUT_S = 60.0
 PRELOADED = (
-    "migrate.cli.daemons", "migrate.cli.guests", "migrate.cli.loopback", "migrate.cli.migrations",
-    "migrate.cli.preflight", "migrate.service.journal", "migrate.xl.restore", "migrate.xl.save",
-    "receiver.command", "sender.command", "xenbackend.simulated.client",
-    "xenbackend.simulated.host", "xenbackend.libxenctrl.hypervisor",
+    "migrate.cli.daemons", "migrate.cli.guests", "migrate.cli.loopback", "migrate.cli.migrate",
+    "migrate.cli.migrations", "migrate.cli.preflight", "migrate.service.journal",
+    "migrate.xl.restore", "migrate.xl.save", "receiver.command", "sender.command",
+    "xenbackend.simulated.client", "xenbackend.simulated.host", "xenbackend.libxenctrl.hypervisor",
 )  # fmt: skip
 _libc = ctypes.CDLL(None)
 

@@ -111,7 +111,7 @@ def test_an_unreachable_destination(world: World, name: str) -> None:
         port = closed.getsockname()[1]
     assert_refused(
         migrate(world, name, to=f"127.0.0.1:{port}"),
-        "Connection refused; is xen-postcopy running there",
+        "Connection refused; see whether xen-postcopy runs there",
     )
     assert_refused(migrate(world, name, to="127.0.0.1:http"), "HOST:PORT", status=2)
     assert_unharmed(world, spec)
@@ -424,6 +424,48 @@ def test_list(world: World, name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("command", [["list"], ["list", "--json"], ["show", "NAME"]])
+def test_a_daemon_that_was_named_and_does_not_run_is_reported(
+    world: World, name: str, tmp_path: Path, command: list[str]
+) -> None:
+    boot(world, name)
+    assert migrate(world, name).returncode == 0
+    words = [name if word == "NAME" else word for word in command]
+    gone = tmp_path / "receiver.sock"
+    shown = run(*words, "--socket", world.sender_socket, "--socket", gone)
+    assert_refused(shown, f"no daemon at {gone}: No such file or directory")
+    assert name in shown.stdout
+
+
+def test_the_port_of_a_sender_is_understood_as_one(world: World, name: str) -> None:
+    spec = boot(world, name)
+    port = world.ask("sender", command="status")["port"]
+    refused = migrate(world, name, to=f"127.0.0.1:{port}")
+    assert_refused(refused, "this is a sender, and receivers listen on port 8013 by default")
+    assert_unharmed(world, spec)
+
+
+def test_ctrl_c_ends_watch_with_one_line(world: World, name: str) -> None:
+    boot(world, name, memory=16 * MIB, workload="idle", zero_permille=0)
+    socket = ("--socket", world.sender_socket)
+    migrating = zygote.Popen(
+        [*PROGRAM, *request(world, name, "--bandwidth", "4M")], stderr=subprocess.PIPE, text=True
+    )
+    with migrating:
+        assert migrating.stderr is not None and "precopy" in migrating.stderr.readline()
+        watch = [*PROGRAM, "watch", name, *map(str, socket)]
+        with zygote.Popen(watch, stderr=subprocess.PIPE, text=True) as watching:
+            assert watching.stderr is not None and "precopy" in watching.stderr.readline()
+            watching.send_signal(signal.SIGINT)
+            said = watching.stderr.read().splitlines()
+        assert watching.returncode == 130 and said[-1] == "xen-postcopy: interrupted"
+        assert "" not in said
+        switched = run("postcopy-now", name, *socket)
+        assert switched.stderr == f"{name}: the sender ends precopy and switches over\n"
+        assert run("cancel", name, *socket).returncode in (0, 1)
+        migrating.stderr.read()
+
+
 CLIENT_COMMANDS = """
 import contextlib, sys
 from migrate.cli import cli
@@ -489,7 +531,7 @@ def test_ctrl_c_before_the_switchover_takes_everything_back(world: World, name: 
     spec = boot(world, name, memory=16 * MIB, workload="idle", zero_permille=0)
     status, said = interrupt_when(world, spec, "precopy", "--bandwidth", "4M")
     assert status == 130
-    assert "the guest goes on at the source" in said
+    assert "the guest continues at the source" in said
     assert_unharmed(world, spec)
 
 
@@ -502,7 +544,7 @@ def test_ctrl_c_after_the_switchover_leaves_the_migration_to_the_daemons(
     )
     assert status == 130
     (line,) = world.ask("sender", command="list")["migrations"][-1:]
-    assert said.endswith(f"continues in the daemons: {follow(line)}\n")
+    assert said.endswith(f"continues in the daemons: {follow(world, line)}\n")
     deadline = time.monotonic() + WAIT_S
     while any(info.name == name for info in world.source.domains()):
         assert time.monotonic() < deadline
@@ -510,8 +552,13 @@ def test_ctrl_c_after_the_switchover_leaves_the_migration_to_the_daemons(
     assert verify_migrated(world, spec)[0].problems == []
 
 
-def follow(line: dict[str, Any]) -> str:
-    return f"`xen-postcopy watch {line['id'][:8]}` follows it"
+def follow(world: World, line: dict[str, Any]) -> str:
+    return f"{hint(world, line, 'watch')} follows it"
+
+
+def hint(world: World, line: dict[str, Any], command: str) -> str:
+    """As it can be pasted."""
+    return f"`xen-postcopy {command} {line['id'][:8]} --socket {world.sender_socket}`"
 
 
 def test_sigterm_leaves_the_migration_to_the_daemons(world: World, name: str) -> None:
@@ -520,8 +567,8 @@ def test_sigterm_leaves_the_migration_to_the_daemons(world: World, name: str) ->
     status, said = interrupt_when(world, spec, "precopy", *options, by=signal.SIGTERM)
     assert status == 130
     (line,) = world.ask("sender", command="list")["migrations"][-1:]
-    take_back = f"`xen-postcopy cancel {line['id'][:8]}` takes it back before its switchover"
-    assert said.endswith(f"continues in the daemons: {follow(line)}, {take_back}\n")
+    take_back = f"{hint(world, line, 'cancel')} takes it back before its switchover"
+    assert said.endswith(f"continues in the daemons: {follow(world, line)}, {take_back}\n")
     until(lambda: not any(info.name == name for info in world.source.domains()), "it stays")
     assert verify_migrated(world, spec)[0].problems == []
 
@@ -534,9 +581,11 @@ def test_a_cancellation_reads_as_one(world: World, name: str) -> None:
     )
     with migrating:
         assert migrating.stderr is not None and "precopy" in migrating.stderr.readline()
-        assert run("cancel", name, *socket).returncode == 0
+        cancelled = run("cancel", name, *socket)
+        assert cancelled.returncode == 0 and cancelled.stdout == ""
+        assert cancelled.stderr == f"{name}: cancelled; the guest continues at the source\n"
         said = migrating.stderr.read()
-    text = f"{name} was not migrated: cancelled by the operator; the guest continues at its source"
+    text = f"{name} was not migrated: cancelled by the operator; the guest continues at the source"
     assert migrating.returncode == 1 and said.endswith(f"xen-postcopy: {text}\n")
     assert_refused(run("watch", name, *socket), text)
     assert "  cancelled by the operator\n" in run("list", *socket).stdout

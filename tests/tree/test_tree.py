@@ -15,9 +15,11 @@ from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 
+import click
 import pytest
 
 from migrate import __version__
+from migrate.cli import COMMANDS, cli
 from receiver.ownership import TABLE as RECEIVERS
 from sender.ownership import TABLE as SENDERS
 from tests.checks.stages import TIERS
@@ -496,6 +498,37 @@ def test_every_phase_that_an_operator_sees_is_explained() -> None:
     assert phases == set(re.findall(r"^\.B ([a-z ]+)$", section, re.M)) - commands
     explained = (TREE / "docs/operating.md").read_text()
     assert phases == set(re.findall(r"^### `([a-z ]+)`$", explained, re.M))
+
+
+def options_of(name: str, command: click.Command) -> Iterator[tuple[str, str]]:
+    """Pairs of a command and an option of it, subcommands included."""
+    for inner_name, inner in getattr(command, "commands", {}).items():
+        yield from options_of(f"{name} {inner_name}", inner)
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            yield from ((name, option) for option in parameter.opts)
+
+
+def test_every_option_is_described_where_its_command_is_named() -> None:
+    described = set()
+    text = (TREE / "docs/commands.md").read_text().split("\n## Options\n")[1].split("\n## ")[0]
+    for section in text.split("\n### ")[1:]:
+        heading, _, body = section.partition("\n")
+        options = {
+            option
+            for cell in re.findall(r"^\| ([^|]*) \|", body, re.MULTILINE)
+            for option in re.findall(r"`(-[\w-]+)", cell)
+        }
+        described |= {
+            (name, option) for name in re.findall("`(.*?)`", heading) for option in options
+        }
+    there = set()
+    for name in COMMANDS:
+        command = cli.get_command(click.Context(cli), name)
+        assert command is not None
+        there |= {*options_of(name, command)}
+    assert len(there) > 60
+    assert described == there, "Describe these options in docs/commands.md."
 
 
 def test_every_module_is_in_the_description_of_the_architecture() -> None:

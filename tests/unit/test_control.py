@@ -150,9 +150,11 @@ async def test_a_place_where_no_socket_can_be_is_an_error(tmp_path: Path) -> Non
     for path, why in (
         (tmp_path / "file", "Address already in use"),
         (tmp_path / "n\0ull", "no path of a socket"),
+        (tmp_path / "a" / "b" / "s", f"there is no folder {tmp_path / 'a'}$"),
     ):
         with pytest.raises(MigrationError, match=why):
             await ask(path, call(command="echo"))
+    assert not (tmp_path / "a").exists()
 
 
 async def test_a_socket_that_nobody_listens_at_any_more_is_replaced(tmp_path: Path) -> None:

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``migrate``: ask the sender for a migration, follow it, and report its result."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from migrate.cli.options import (
+    SENDER_SOCKET,
+    STDOUT,
+    HostPort,
+    migration_request,
+    socket_option,
+    strategy_options,
+)
+from migrate.cli.progress import ProgressDisplay
+from migrate.cli.text import echo
+from migrate.control.client import ControlClient
+from migrate.errors import (
+    DaemonGoneError,
+    InterruptedMigrationError,
+    MigrationError,
+    UnattendedMigrationError,
+)
+from xenbackend.unix import STARTING_S
+
+KNOWN = ("id", "domain", "peer", "strategy", "phase", "handed_over", "outstanding", "problem")
+"""What ``--json`` has of a migration whose sender has ended."""
+
+
+def follow_migration(client: ControlClient, request: dict[str, Any]) -> dict[str, Any]:
+    """Request a migration, show its progress, and return its result.
+
+    Ctrl-C before the handover takes the migration back; after the handover Ctrl-C leaves it to the
+    daemons, and so does SIGTERM at any time unless the caller handles SIGTERM.  All of these raise
+    :class:`InterruptedMigrationError`.
+    """
+    interrupted = False
+    last: dict[str, Any] | None = None
+
+    def on_interrupt(*_signal: object) -> None:
+        nonlocal interrupted
+        if interrupted:
+            raise InterruptedMigrationError(
+                f"not waiting any longer; {left(client.path, request, last)}"
+            )
+        interrupted = True
+        client.say(command="cancel")
+
+    def on_terminate(*_signal: object) -> None:
+        raise InterruptedMigrationError(left(client.path, request, last))
+
+    client.say(command="migrate", **request)
+    display = ProgressDisplay(sys.stderr)
+    try:
+        with signals_handled(on_interrupt, on_terminate):
+            for answer in client.answers():
+                match answer["event"]:
+                    case "progress":
+                        last = answer
+                        display.show(answer)
+                    case "notice":
+                        note = f"{answer['message']}\n{left(client.path, request, last)}"
+                        raise InterruptedMigrationError(note)
+        result: dict[str, Any] = answer["result"]
+        return result
+    except InterruptedMigrationError:
+        raise
+    except DaemonGoneError as error:
+        error.progress = last
+        raise
+    except MigrationError as error:
+        if interrupted:
+            raise InterruptedMigrationError(f"{error}; {STAYS}") from error
+        raise in_words(request["domain"], error) from error
+    finally:
+        display.close()
+
+
+@contextlib.contextmanager
+def signals_handled(
+    on_interrupt: Callable[..., None], on_terminate: Callable[..., None]
+) -> Iterator[None]:
+    """Call these at SIGINT, and at SIGTERM if nobody else handles SIGTERM."""
+    handlers = {signal.SIGINT: on_interrupt}
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        handlers[signal.SIGTERM] = on_terminate
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def command(socket: str | os.PathLike[str], *words: str) -> str:
+    """A command that can be pasted, for the sender at ``socket``."""
+    named = [] if Path(socket) == SENDER_SOCKET else ["--socket", os.fspath(socket)]
+    return f"`{shlex.join(['xen-postcopy', *words, *named])}`"
+
+
+def left(
+    socket: str | os.PathLike[str], request: dict[str, Any], last: dict[str, Any] | None
+) -> str:
+    """What becomes of a migration that this command does not follow any more, and what to do.
+    ``socket``: of the sender.  ``last``: the last progress that the sender has reported.
+    """
+    if last is None:
+        return (
+            f"the sender was asked to migrate {request['domain']}: {command(socket, 'list')} shows "
+            "what became of that"
+        )
+    name = last["id"][:8]
+    follow = f"{command(socket, 'watch', name)} follows it"
+    if not last["handed_over"]:
+        follow += f", {command(socket, 'cancel', name)} takes it back before its switchover"
+    return f"the migration of {last['domain']} continues in the daemons: {follow}"
+
+
+CANCELLED = "cancelled: "
+"""How the reason of a migration begins that somebody has cancelled."""
+STAYS = "the guest continues at the source"
+
+
+def in_words(domain: str, error: MigrationError) -> MigrationError:
+    """The error of a migration: somebody's cancellation does not read as a failure."""
+    reason = str(error)
+    if not reason.startswith(CANCELLED):
+        return error
+    reason = reason.removeprefix(CANCELLED)
+    return MigrationError(f"{domain} was not migrated: {reason}; {STAYS}")
+
+
+def unattended(
+    socket: Path, progress: dict[str, Any], json_path: Path | None
+) -> UnattendedMigrationError:
+    """What is known of a migration whose sender, at ``socket``, has ended, and what to do."""
+    name, start = progress["domain"], "start the sender again (systemctl start xen-postcopy-sender)"
+    follow = command(socket, "watch", progress["id"][:8])
+    if progress["handed_over"]:
+        what_now = (
+            f"{name} runs at the destination ({progress['peer']}), and this host keeps the "
+            f"{progress['outstanding']} pages that it lacks there: {start}, which sends them; "
+            f"{follow} follows the migration"
+        )
+    else:
+        what_now = (
+            f"{name} is on this host, unless it was handed over in the moment after that: {start}, "
+            f"which takes up what was left; {command(socket, 'list')} then shows where {name} "
+            f"runs, and {follow} follows the migration"
+        )
+    error = UnattendedMigrationError(
+        f"the sender has ended during the migration of {name}, whose last known phase is "
+        f"{progress['phase']}; {what_now}"
+    )
+    try:
+        write_json(
+            json_path,
+            {"verified": None, **{key: progress.get(key) for key in KNOWN}},
+            "what is known",
+        )
+    except MigrationError as unwritten:
+        error.add_note(f"xen-postcopy: {unwritten}")
+    return error
+
+
+def write_json(
+    path: Path | None,
+    result: dict[str, Any],
+    what: str = "the migration is completed, but its result",
+) -> None:
+    """Raises :class:`MigrationError`, which begins with ``what``, if the file cannot be written."""
+    if path is None:
+        return
+    text = json.dumps(result, indent=2) + "\n"
+    try:
+        if path == STDOUT:
+            click.echo(text, nl=False)
+        else:
+            path.write_text(text)
+    except OSError as error:
+        raise MigrationError(f"{what} cannot be written to {path}: {error.strerror}") from error
+
+
+def summary(result: dict[str, Any]) -> str:
+    """A migration in words."""
+    from migrate.units import human_bytes
+
+    latency = result["fault_latency_us"]
+    lines = [
+        f"{result['domain']} migrated ({result['strategy']}): "
+        f"{human_bytes(result['memory_bytes'])} in {result['total_s']:.2f} s, downtime "
+        f"{result['downtime_s'] * 1000:.1f} ms",
+        f"  precopy: {result['precopy']['rounds']} rounds, {result['precopy']['pages']} pages; "
+        f"after the handover: {result['switchover']['missing_pages']} pages, "
+        f"{result['push']['pages']} of them pushed and {result['pull']['pages']} pulled; "
+        f"{result['zero_pages']} zero pages",
+    ]
+    if latency["count"]:
+        lines.append(
+            f"  {latency['count']} faults: median {latency['p50']:.0f} us, 99% below "
+            f"{latency['p99']:.0f} us, longest {latency['max']:.0f} us"
+        )
+    made = result["checkpoints"]
+    if made["kept"]:
+        lines.append(
+            f"  {made['kept']} checkpoints came back, {made['pages']} pages; the guest stood still "
+            f"for them {made['pause_s'] * 1000:.0f} ms in all, "
+            f"{made['longest_pause_s'] * 1000:.1f} ms at most"
+        )
+    return "\n".join(lines)
+
+
+@click.command("migrate")
+@click.argument("domain")
+@click.argument("destination", type=HostPort())
+@strategy_options
+@click.option(
+    "--take-log-dirty",
+    is_flag=True,
+    help="Where log-dirty is on for DOMAIN, switch it off first: only if no other program uses it "
+    "any more.",
+)
+@socket_option(SENDER_SOCKET, "the local sender")
+def migrate_command(
+    domain: str,
+    destination: str,
+    json_path: Path | None,
+    take_log_dirty: bool,
+    socket_path: Path,
+    **options: Any,
+) -> None:
+    """Migrate DOMAIN (a name, a domid or a UUID) to the receiver at DESTINATION (HOST or
+    HOST:PORT).
+
+    Ctrl-C before the switchover undoes everything, and the guest continues here.  After the
+    switchover Ctrl-C ends this command only, and SIGTERM does so at any time: the migration
+    continues in the daemons.  `watch` then follows the migration, and `cancel` undoes it before its
+    switchover.
+    """
+    request = {
+        "domain": domain, "destination": destination, "take_log_dirty": take_log_dirty,
+        **migration_request(**options),
+    }  # fmt: skip
+    with ControlClient(socket_path, wait_s=STARTING_S) as client:
+        try:
+            result = follow_migration(client, request)
+        except DaemonGoneError as error:
+            if error.progress is None:
+                raise
+            raise unattended(socket_path, error.progress, json_path) from error
+    echo(summary(result), err=json_path == STDOUT)
+    write_json(json_path, {"verified": None, **result})
