@@ -554,6 +554,13 @@ def test_the_table_of_checks_has_each_stage_where_it_runs() -> None:
         )
 
 
+def test_the_core_is_the_same_in_the_makefile_and_in_contributing() -> None:
+    makefile = (TREE / "Makefile").read_text().replace("\\\n", " ")
+    core = re.findall(r"^CORE := (.*)$", makefile, re.MULTILINE)[0].split()
+    (listed,) = re.findall(r"Modules that decide are sans-IO[^(]*\(([^)]*)\)", CONTRIBUTING)
+    assert sorted(core) == sorted(re.findall("`(.*?)`", listed))
+
+
 def test_the_version_has_an_entry_in_the_changelog() -> None:
     newest = re.search(r"^## \[(.+?)\]", (TREE / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert newest and newest[1] == __version__

@@ -140,6 +140,22 @@ def test_a_successor_shows_what_is_known_and_keeps_what_was_promised(state: Stat
         assert ownership.phase == TABLE[row.successor].lost
 
 
+@pytest.mark.parametrize("state", State)
+def test_what_follows_from_the_owner(state: State) -> None:
+    ownership, row = at(state, Entries()), TABLE[state]
+    assert ownership.phase == (row.connected if ownership.link is Link.UP else row.lost)
+    assert ownership.has_ended is (row.undo is Undo.OVER)
+    assert ownership.ours is (state in OURS)
+    assert ownership.was_handed_over is (state in OURS and state is not State.RUNNING)
+
+
+def test_a_fact_is_noted_with_the_last_step() -> None:
+    journal = Entries()
+    ownership = at(State.READY, journal)
+    ownership.note_again()
+    assert journal.steps[-1] == TABLE[State.READY].step
+
+
 def test_the_phase_follows_the_link() -> None:
     shown: list[str] = []
     ownership = Ownership(Entries().write, shown.append)

@@ -189,6 +189,33 @@ def test_what_is_shown_follows_from_the_state_and_the_lanes() -> None:
         assert ownership.shown == phase
 
 
+@pytest.mark.parametrize("state", State)
+def test_what_follows_from_where_the_guest_is(state: State) -> None:
+    ownership = Notes().owner(state)
+    guest = TABLE[state].guest
+    here = guest in (Guest.RUNS_HERE, Guest.SUSPENDED_HERE)
+    assert ownership.may_be_elsewhere is not here
+    assert ownership.is_suspended is (state not in (State.OFFERING, State.COPYING))
+    assert ownership.has_ended is (state in ENDED)
+    assert ownership.peer_may_be_ready is (state is not State.OFFERING)  # of a predecessor, too
+    cut_off = guest in (Guest.UNDECIDED, Guest.THERE)
+    for link in Link:
+        ownership.link = link
+        assert ownership.is_cut_off is (cut_off and link is not Link.UP)
+
+
+def test_a_fact_is_noted_with_the_step_once_there_is_one() -> None:
+    notes = Notes()
+    ownership = notes.owner()
+    ownership.note()
+    assert notes.steps == []
+    ownership.enter(State.COPYING)
+    ownership.note(needed=True)
+    assert notes.steps == [TABLE[State.COPYING].step] * 2 and notes.needed[-1]
+    assert not ownership.peer_may_be_ready and not ownership.is_kept
+    assert ownership.try_keep() and ownership.is_kept
+
+
 def test_a_successor_finds_a_state_for_each_step() -> None:
     assert set(INHERITED) == {row.step for row in TABLE.values() if row.step}
     assert all(TABLE[state].step == step for step, state in INHERITED.items())
