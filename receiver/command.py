@@ -19,7 +19,7 @@ def receiver_command(**options: Any) -> None:
     """The daemon at the destination: takes guests in and serves their page faults.
 
     SIGTERM ends the receiver when no guest depends on the receiver any more.  A second SIGTERM ends
-    the receiver at once, and then vCPUs that touch a missing page stand still.  SIGHUP ends the
+    the receiver at once, and then vCPUs that touch a missing page wait.  SIGHUP ends the
     receiver like SIGTERM, but a further SIGHUP does nothing.
     """
     run_daemon("receiver", RECEIVER_PORT, ReceiverDaemon, **options)

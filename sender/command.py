@@ -19,8 +19,8 @@ def sender_command(**options: Any) -> None:
     """The daemon at the source: migrates what `migrate` and xl's helper ask for at its control
     socket.
 
-    On SIGTERM the sender gives up the migrations that are not handed over yet (their guests go on
-    here), waits for the others, and ends.  A second SIGTERM ends the sender at once.  SIGHUP does
-    the same as SIGTERM, and a second SIGHUP does nothing.
+    On SIGTERM the sender gives up the migrations that are not handed over yet (their guests
+    continue here), waits for the others, and ends.  A second SIGTERM ends the sender at once.
+    SIGHUP does the same as SIGTERM, and a second SIGHUP does nothing.
     """
     run_daemon("sender", SENDER_PORT, SenderDaemon, **options)

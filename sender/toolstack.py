@@ -50,7 +50,7 @@ UNKNOWN_XL_S = 60.0
 
 
 class StaysHereError(MigrationError):
-    """The guest goes on at the source: the toolstack has decided so, or the destination has given
+    """The guest continues at the source: the toolstack has decided so, or the destination has given
     the guest up before the guest ran there.
     """
 

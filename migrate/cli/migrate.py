@@ -214,8 +214,8 @@ def summary(result: dict[str, Any]) -> str:
     made = result["checkpoints"]
     if made["kept"]:
         lines.append(
-            f"  {made['kept']} checkpoints came back, {made['pages']} pages; the guest stood still "
-            f"for them {made['pause_s'] * 1000:.0f} ms in all, "
+            f"  {made['kept']} checkpoints came back, {made['pages']} pages; the guest was "
+            f"suspended for them {made['pause_s'] * 1000:.0f} ms in all, "
             f"{made['longest_pause_s'] * 1000:.1f} ms at most"
         )
     return "\n".join(lines)

@@ -177,7 +177,7 @@ STRATEGY_OPTIONS = (
         "--protect",
         is_flag=True,
         help="Until all memory has arrived, have the destination send back what the guest writes "
-        "there, so that the guest can go on here if the destination dies: see `xen-postcopy "
+        "there, so that the guest can continue here if the destination dies: see `xen-postcopy "
         "decide`.",
     ),
     click.option(

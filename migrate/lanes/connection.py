@@ -335,8 +335,8 @@ class LaneConnection:
                 raise MigrationError(f"the peer asked for a lane {message.lane!r}")
             return message
         raise PeerClosedError(
-            f"the peer said nothing for {CONNECT_TIMEOUT_S:g} s: is it xen-postcopy that listens "
-            "there?"
+            f"the peer said nothing for {CONNECT_TIMEOUT_S:g} s: see whether xen-postcopy listens "
+            "there"
         )
 
     async def _first_message(self) -> Message:

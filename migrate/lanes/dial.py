@@ -117,5 +117,5 @@ class DialledLanes:
         except PeerClosedError as error:
             if self._terms.tls is not None:
                 raise
-            hint = "has it a [tls] section in its configuration, and this host none?"
+            hint = "see whether its configuration has a [tls] section, and this host's has none"
             raise PeerClosedError(f"{error}, instead of an answer to hello: {hint}") from error

@@ -41,9 +41,10 @@ MEANINGS = {
     "SSLV3_ALERT_CERTIFICATE_EXPIRED": "the peer finds our certificate expired",
     "SSLV3_ALERT_BAD_CERTIFICATE": "the peer finds our certificate bad",
     "PEER_DID_NOT_RETURN_A_CERTIFICATE": "the peer has no certificate",
-    "WRONG_VERSION_NUMBER": "the peer does not speak TLS: has it a [tls] section in its "
-    "configuration?",
-    "UNEXPECTED_EOF_WHILE_READING": "the peer has broken the TLS handshake off: does it speak TLS?",
+    "WRONG_VERSION_NUMBER": "the peer does not speak TLS: see whether its configuration has a "
+    "[tls] section",
+    "UNEXPECTED_EOF_WHILE_READING": "the peer has broken the TLS handshake off: see whether it "
+    "speaks TLS",
 }
 """By OpenSSL's reasons."""
 
@@ -118,7 +119,7 @@ class Tls:
                 self._check_names(wrapped)
                 return TlsSocket(wrapped)
         except trio.TooSlowError:
-            problem = f"the peer did not answer within {timeout_s:g} s: does it speak TLS?"
+            problem = f"the peer did not answer within {timeout_s:g} s: see whether it speaks TLS"
         except OSError as error:
             problem = explain(error)
         except MigrationError as error:

@@ -210,7 +210,8 @@ class FrameDecoder:
             )
         if not MAGIC.startswith(begun):
             raise RemoteProtocolError(
-                f"not a frame of xen-postcopy (it begins with {begun!r}): is that the right port?"
+                f"not a frame of xen-postcopy (it begins with {begun!r}): see whether that is the "
+                "right port"
             )
 
     def _parse_prefix(self) -> tuple[int, int]:

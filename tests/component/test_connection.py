@@ -75,7 +75,7 @@ async def test_a_peer_that_takes_nothing_is_given_up(
             frames.encode(m.Pages(np.arange(512, dtype=np.uint64)).header(), [PAGES]),
             "began with pages",
         ),
-        (b"", "the peer said nothing for 0.1 s: is it xen-postcopy that listens there?"),
+        (b"", "the peer said nothing for 0.1 s: see whether xen-postcopy listens there"),
     ],
 )
 async def test_what_is_no_hello_is_refused(
@@ -119,7 +119,9 @@ async def test_a_peer_that_does_not_shake_hands_is_given_up(files: Callable[...,
     ours, theirs = socket.socketpair(socket.AF_UNIX)
     with (
         theirs,
-        pytest.raises(PeerClosedError, match=r"did not answer within 0.1 s: does it speak TLS"),
+        pytest.raises(
+            PeerClosedError, match=r"did not answer within 0.1 s: see whether it speaks TLS"
+        ),
     ):
         await files().connected(ours, HOST, 0.1)
 

@@ -754,9 +754,15 @@ def test_a_migration_is_watched_until_it_ends(world: World) -> None:
         stderr=subprocess.PIPE,
         text=True,
     ) as watching:
-        assert watching.stderr is not None and "guest: interrupted: " in watching.stderr.readline()
-        decided_at_a_terminal(world, "n", 130, "interrupted")
-        decided_at_a_terminal(world, "y", 0, "")
+        assert watching.stderr is not None
+        line = watching.stderr.readline()
+        assert "guest: interrupted: " in line and "?;" not in line
+        reconnect = [*PROGRAM, "reconnect", "guest", "--socket", str(world.sender_socket)]
+        reconnecting = zygote.run(reconnect, timeout=60)
+        assert reconnecting.returncode == 0
+        assert reconnecting.stderr == "guest: the daemon now tries to reach the other host\n"
+        decided_at_a_terminal(world, "n", 130, "xen-postcopy: interrupted")
+        decided_at_a_terminal(world, "y", 0, "decided that the guest does not run at this host")
         _out, err = watching.communicate(timeout=60)
     assert watching.returncode == 1 and "xen-postcopy: guest: failed" in err
 

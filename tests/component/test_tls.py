@@ -92,7 +92,7 @@ async def test_a_guest_is_migrated_and_its_link_is_cut(
         (
             None,
             {},
-            "has it a [tls] section in its configuration, and this host none?",
+            "see whether its configuration has a [tls] section, and this host's has none",
             "the peer does not speak TLS",
         ),
         ({}, None, "the peer does not speak TLS", "the peer speaks TLS, and this end does not"),

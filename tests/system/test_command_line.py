@@ -143,7 +143,9 @@ def server(answer: bytes, *, hang_up: bool = False) -> Iterator[int]:
 def test_a_destination_that_answers_garbage(world: World, name: str) -> None:
     spec = boot(world, name)
     with server(b"HTTP/1.1 400 Bad Request\r\n\r\n") as port:
-        assert_refused(migrate(world, name, to=f"127.0.0.1:{port}"), "is that the right port?")
+        assert_refused(
+            migrate(world, name, to=f"127.0.0.1:{port}"), "see whether that is the right port"
+        )
     assert_unharmed(world, spec)
 
 
