@@ -282,9 +282,17 @@ class Ownership:
             self._write(self._step, not self.needed)
 
     def seen_to_run(self) -> None:
-        """Somebody has let the guest run."""
-        with self._lock:
-            self._state = {S.SERVING: S.RUNNING, S.UNSTARTED: S.OWNS}.get(self._state, self._state)
+        """The guest has been seen to run.  While another state is being noted this has no effect,
+        and the next look at the domain calls again.
+        """
+        if not self._writing.acquire(blocking=False):
+            return
+        try:
+            with self._lock:
+                seen = {S.SERVING: S.RUNNING, S.UNSTARTED: S.OWNS}
+                self._state = seen.get(self._state, self._state)
+        finally:
+            self._writing.release()
         self._show(self.phase)
 
     # ---- decisions that race ----

@@ -341,7 +341,12 @@ class Recovery:
                 context.progress.problem = self._what_is_lost(reason)
                 with trio.move_on_after(REPORT_LOST_EVERY_S):
                     await nothing_missing.wait()
+            context.progress.problem = switchover.not_started
+            await switchover.runs.wait()  # whoever starts the guest: this daemon, or xl
             offline.cancel_scope.cancel()
+        if context.is_in(State.SERVING, State.RUNNING, State.UNSTARTED):
+            # The source is gone, and the guest runs: it belongs here.
+            await in_thread(context.ownership.become, State.OWNS)
         switchover.settled = True
 
     def _what_is_lost(self, reason: str) -> str:

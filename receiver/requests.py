@@ -45,6 +45,8 @@ class Requests:
                 "the source may have handed the guest over, or have it running; it has not been "
                 "in touch since it was cut off"
             )
+        if self.context.is_in(State.HELD):
+            return f"the guest runs at the source: {self.context.entry.reason}"
         if self.context.ownership.was_handed_over:
             return "the source has handed the guest over"
         return "the source has not handed the guest over"

@@ -42,9 +42,14 @@ async def send_last_word(context: Context) -> None:
     # A destination that dials, and finds no session here, has the same answer by that, unless
     # pages are lost.
     awaits_us = context.lanes.dials is not None or isinstance(context.last_word, m.Lost)
+    pending = "; the destination has not been informed yet"
+    if context.lanes.dials is not None:
+        pending += f" (`xen-postcopy reconnect {context.name}` dials at once)"
+    context.progress.problem += pending
     with trio.move_on_after(DIALLING_S if awaits_us else LINGER_S) as limit:
         while not await _is_sent(context, context.last_word):
             pass
+    context.progress.problem = context.progress.problem.replace(pending, "")
     if limit.cancelled_caught and awaits_us:
         log.error(
             "%s: the destination was not reached; it was to be sent: %s",

@@ -131,6 +131,7 @@ class OutgoingMigration:
     def result(self) -> dict[str, Any]:
         """The JSON keys that docs/commands.md explains."""
         ours, theirs = self.context.statistics.summary(), self.context.receiver_statistics
+        ours["bytes_sent"] += sum(lane.bytes_sent for lane in self.context.connections())
         return {**theirs, "id": self.id, "domain": self.domain_name, **ours}
 
     # ---- the lifetime ----
@@ -139,12 +140,24 @@ class OutgoingMigration:
         context = self.context
         logs.migration.set(context.id)
         context.statistics.started = time.monotonic()
-        if self.ownership.state is State.GIVEN_UP:
-            context.last_word = m.Abort("the guest stays at the source")
-            raise MigrationError("given up, before the sender was started anew")
-        source = await self._open()
-        if source is None:
-            return
+        try:
+            if self.ownership.state is State.GIVEN_UP:
+                context.last_word = m.Abort("the guest stays at the source")
+                raise MigrationError("given up, before the sender was started anew")
+            source = await self._open()
+            if source is not None:
+                await self._transfer(source)
+        finally:
+            self.requests.is_over = True
+            self.requests.decided.set()
+            context.statistics.finished = context.statistics.finished or time.monotonic()
+            context.toolstack.close()
+            context.close_lanes()
+            if not self.keeps_pages and context.source is not None:
+                await self._close(context.source)
+
+    async def _transfer(self, source: Source) -> None:
+        context = self.context
         recovery = Recovery(context, source)
         rollback = self.requests.rollback = Rollback(context, source, recovery)
         transfer = Transfer(context, source, self._policy, recovery, rollback)
@@ -158,13 +171,6 @@ class OutgoingMigration:
             await as_soon_as_threads_start(functools.partial(rollback.settle, error))
             logs.abnormal_end(self.domain_name, phase, self.progress.problem, self.result())
             raise
-        finally:
-            self.requests.is_over = True
-            self.requests.decided.set()
-            context.toolstack.close()
-            context.close_lanes()
-            if not self.keeps_pages:
-                await self._close(source)
 
     async def linger(self) -> None:
         """Send the destination the outcome, if it has not been sent."""
@@ -239,6 +245,7 @@ class OutgoingMigration:
             return MigrationError(f"cancelled: {self.requests.cancelled_because}")
         # The journal has the decision before the operator has an answer.
         await in_thread(self.ownership.enter, decision)
+        self.requests.is_noted = True
         self.requests.decided.set()
         return verdict(decision)
 

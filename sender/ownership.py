@@ -63,7 +63,7 @@ class State(enum.Enum):
     GIVEN_UP = enum.auto()
     """The guest goes on here.  The destination may not have been told."""
     PAGES_LOST = enum.auto()
-    """The source domain was destroyed with pages that the destination lacks."""
+    """The source domain was destroyed with pages that the destination may lack."""
     COMPLETED = enum.auto()
     FAILED = enum.auto()
 
@@ -171,7 +171,11 @@ TABLE: dict[State, Row] = {
         (State.DECIDED_ELSEWHERE, *_BEFORE),
     ),
     State.DECIDED_ELSEWHERE: Row(
-        "decided elsewhere", "interrupted", Guest.GONE, Restart.LET_GO, (State.FAILED,)
+        "decided elsewhere",
+        "interrupted",
+        Guest.GONE,
+        Restart.LET_GO,
+        (State.PAGES_LOST, State.FAILED),
     ),
     State.GIVEN_UP: Row(
         "given up", "failed", Guest.RUNS_HERE, Restart.SEND_LAST_WORD, (State.FAILED,)

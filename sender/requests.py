@@ -25,6 +25,8 @@ DECISIONS = {
     State.DECIDED_ELSEWHERE: "decided elsewhere",
 }
 
+TOO_LATE = "too late: in the meantime the outcome is known, see `xen-postcopy list`"
+
 
 class Requests:
     """``carry_out``: act on a decision after the migration's task has ended."""
@@ -40,6 +42,8 @@ class Requests:
         """An operator's.  Another one is refused from then on."""
         self.decided = trio.Event()
         """The journal has the decision, or the decision came too late."""
+        self.is_noted = False
+        """The journal has the decision."""
         self.rollback: Rollback | None = None
         """``None``: the domain is not open yet."""
         self.is_over = False
@@ -61,6 +65,8 @@ class Requests:
     def cancel(self, reason: str) -> None:
         """Give the migration up; the guest goes on here."""
         if not stay(self._context):
+            if decision := DECISIONS.get(self._ownership.state):
+                raise MigrationError(f"too late to cancel: that was {decision} by an operator")
             if self._ownership.state is State.UNDECIDED:
                 raise MigrationError(
                     "too late to cancel: it is for xl to decide now at which end the guest runs"
@@ -132,14 +138,14 @@ class Requests:
         decision = State.DECIDED_HERE if here else State.DECIDED_ELSEWHERE
         if self.rollback is not None and self.rollback.is_waiting:
             if not await self.rollback.overrule(decision):
-                raise MigrationError(
-                    "too late: in the meantime the outcome is known, see `xen-postcopy list`"
-                )
+                raise MigrationError(TOO_LATE)
             return
         self.decision = decision
         if not self.is_over:
             self.scope.cancel()
             await self.decided.wait()
+            if not self.is_noted:
+                raise MigrationError(TOO_LATE)
             return
         try:
             await self._carry_out(decision)
@@ -154,6 +160,11 @@ class Requests:
         certain, obstacle = await trio.to_thread.run_sync(self._way_back) if here else (False, "")
         gone = await trio.to_thread.run_sync(self._is_gone)
         self._check_undecided(here=here, force=force)
+        if self._context.source is None and self._ownership.inherited:
+            raise MigrationError(
+                f"what a killed sender has left of {self._context.name} is being taken up: "
+                f"{self._context.progress.problem or 'ask again in a moment'}"
+            )
         if here:
             self._check_way_back(gone=gone, certain=force or certain, obstacle=obstacle)
 

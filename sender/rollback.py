@@ -120,7 +120,13 @@ class Rollback:
         """Nothing of the guest is needed here any more."""
         await self.let_source_go()
         self._context.progress.problem = str(error)
-        await trio.to_thread.run_sync(self.forget, State.FAILED)
+        last = State.FAILED
+        if self._ownership.state is State.DECIDED_ELSEWHERE:
+            # The destination may be back one day, and wait for pages.
+            gone = "an operator has decided at the source that nothing of the guest is needed there"
+            self._context.last_word = m.Lost(f"{gone}: the pages that it lacks are lost")
+            last = State.PAGES_LOST
+        await in_thread(self.forget, last)
 
     # ---- the guest goes on here ----
     async def _stay_here(self, error: BaseException) -> None:

@@ -84,7 +84,7 @@ class SenderStatistics:
 
     @property
     def downtime_s(self) -> float:
-        """0 where a predecessor suspended the guest: when, died with it."""
+        """0 where a predecessor suspended the guest: the time of the suspension is not noted."""
         return max(self.resumed - self.suspended, 0.0) if self.suspended else 0.0
 
     def summary(self) -> dict[str, Any]:

@@ -193,7 +193,8 @@ def stay(context: Context) -> bool:
 
 
 def last_of_switchover(context: Context) -> m.Message:
-    undecided = context.ownership.state is State.UNDECIDED
+    """Also if a toolstack has decided meanwhile: the toolstack waits for the guest there."""
+    undecided = context.toolstack.after_switchover is State.UNDECIDED
     return m.Entrust() if undecided else m.Handover()
 
 

@@ -91,6 +91,9 @@ class Transfer:
                 await self._use_pair(tasks, push)
                 return
             except Exception as error:
+                if self._ownership.state is State.COMPLETING:
+                    log.info("%s: the lanes ended with: %s", self._context.name, error)
+                    return  # each page is confirmed
                 if not self._ownership.may_be_elsewhere or is_final(error):
                     raise
                 if await self._recovery.pages_are_lost():

@@ -641,6 +641,19 @@ def test_a_successor_s_operator_is_told_what_the_destination_has_reported(
     assert world.source.domains() == []
 
 
+def test_a_destination_that_comes_back_is_told_that_its_pages_are_gone(world: World) -> None:
+    """After `decide elsewhere` at the source, which cannot be undone."""
+    boot(world)
+    interrupted(world, "receiver")
+    answers(world, "sender", {"decide elsewhere": "acts"})
+    until(lambda: phase(world, "sender") == "failed", "it is not carried out")
+    until(lambda: "informed" in lines(world, "sender")[-1]["problem"], "nothing is owed")
+    start_receiver(world, world.port)
+    until(lambda: phase(world, "receiver") == "lost", "the destination is not told")
+    assert "nothing of the guest is needed there" in lines(world, "receiver")[-1]["problem"]
+    until(lambda: "informed" not in lines(world, "sender")[-1]["problem"], "it is owed still")
+
+
 def test_interrupted_at_the_destination(world: World) -> None:
     boot(world)
     interrupted(world, "sender")

@@ -84,10 +84,8 @@ async def test_the_destination_dies_and_the_guest_goes_on_here(
 
     outcome = await protected(clean_hosts, spec, meanwhile, options(strategy))
     assert "an operator has said" in str(outcome.error)
-    assert (
-        outcome.migration.progress.problem
-        == "the guest goes on here, as it was when the last checkpoint was made"
-    )
+    went_back = "the guest goes on here, as it was when the last checkpoint was made"
+    assert outcome.migration.progress.problem.startswith(went_back)
     assert [info.name for info in clean_hosts.source.domains()] == [name]
     (_old,) = [report for report in clean_hosts.source.history() if report["name"] == name]
     assert verified_at_source(clean_hosts.source, spec, suspended).problems == []
@@ -468,10 +466,8 @@ def test_a_host_dies_and_an_operator_decides(world: World) -> None:
     assert "its missing pages are kept here" in line(world)["problem"]
     world.ask("sender", command="decide", migration=line(world)["id"], here=True)
     until(lambda: line(world)["phase"] == "failed", "it does not go on")
-    assert (
-        line(world)["problem"]
-        == "the guest goes on here, as it was when the last checkpoint was made"
-    )
+    went_back = "the guest goes on here, as it was when the last checkpoint was made"
+    assert line(world)["problem"].startswith(went_back)
     assert verified_at_source(world.source, spec).problems == []
 
 

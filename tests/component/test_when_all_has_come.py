@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Nothing is missing any more, and then something fails: the guest runs, and both ends end."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from migrate.cli.world import World
+from migrate.errors import MigrationError
+from migrate.lanes.connection import Terms
+from migrate.lanes.dial import DialledLanes
+from migrate.options import Strategy
+from migrate.protocol import messages as m
+from migrate.service.journal import Journal
+from receiver import context as receiver_context
+from receiver.ownership import State as DestinationState
+from sender import migration as sender_migration
+from sender.migration import OutgoingMigration
+from sender.ownership import State
+from sender.push import PushLane
+from tests.support.guests import busy
+from tests.support.inprocess import Outcome, migrate
+from tests.support.left import left_by_a_sender
+from tests.support.links import Link
+from tests.support.waiting import until_async
+from xenbackend.contract import DomainState
+from xenbackend.errors import XenError
+from xenbackend.simulated.client import SimulatedDomain
+
+Patch = pytest.MonkeyPatch
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ECONNRESET, "reset"), RuntimeError("can't start new thread")],
+    ids=["the lane is lost", "no thread"],
+)
+async def test_a_sender_that_cannot_send_the_last_message_has_completed(
+    clean_hosts: World, name: str, monkeypatch: Patch, error: Exception
+) -> None:
+    """The destination may have forgotten the session, so the sender does not rejoin."""
+    send = PushLane.send
+
+    async def fail(self: PushLane, message: m.Message) -> None:
+        if isinstance(message, m.Completed):
+            raise error
+        await send(self, message)
+
+    monkeypatch.setattr(PushLane, "send", fail)
+    outcome = await migrate(clean_hosts, busy(name), Strategy.POSTCOPY)
+    assert outcome.error is None
+    assert outcome.migration.ownership.state is State.COMPLETED
+    assert clean_hosts.source.domains() == []
+
+
+async def test_a_guest_that_starts_late_belongs_here_though_its_source_is_gone(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
+    """Its memory is all here, and `lost` has come from the sender's successor."""
+    start = SimulatedDomain.start
+    can_start = trio.Event()
+
+    def try_to_start(self: SimulatedDomain) -> None:
+        if not can_start.is_set():
+            raise XenError("start", errno.EBUSY)
+        start(self)
+
+    async def meanwhile(outcome: Outcome, link: Link) -> None:
+        await until_async(lambda: outcome.migration.ownership.handed_over)
+        incoming = outcome.incoming
+        await until_async(
+            lambda: (
+                incoming.missing == 0
+                and incoming.requests.context.is_in(DestinationState.UNSTARTED)
+            )
+        )
+        link.down()
+        await until_async(lambda: outcome.migration.phase == "interrupted")
+        clean_hosts.source.open(name).destroy()
+        session, journal = outcome.migration.id, Journal(clean_hosts.directory / "journal")
+        facts = journal.entries()[session]
+        lanes = DialledLanes(link.to, session, Terms(), rejoins=facts["rejoins"] + 1000)
+        successor = OutgoingMigration.of_predecessor(
+            session, clean_hosts.source, lanes, journal, facts
+        )
+        with pytest.raises(MigrationError, match="are lost"):
+            await successor.run()
+        await successor.linger()
+        assert successor.ownership.state is State.FAILED
+        can_start.set()
+        await until_async(lambda: incoming.progress.phase == "completed")
+        assert clean_hosts.destination.open(name).state() is DomainState.RUNNING
+        outcome.migration.requests.scope.cancel()
+
+    monkeypatch.setattr(SimulatedDomain, "start", try_to_start)
+    monkeypatch.setattr(receiver_context, "FIRST_START_AGAIN_S", 0.05)
+    monkeypatch.setattr(receiver_context, "LAST_START_AGAIN_S", 0.1)
+    outcome = await migrate(clean_hosts, busy(name), Strategy.POSTCOPY, meanwhile=meanwhile)
+    assert outcome.incoming.progress.phase == "completed"
+
+
+async def test_a_decision_is_refused_while_what_was_left_is_being_taken_up(
+    clean_hosts: World, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    """Before, the operator waited for ever if the domain was gone in the end."""
+
+    def refuse(*_arguments: Any) -> None:
+        raise XenError("open", errno.EAGAIN)
+
+    monkeypatch.setattr(type(clean_hosts.source), "open", refuse)
+    monkeypatch.setattr(sender_migration, "AGAIN_S", 0.05)
+    left = left_by_a_sender(clean_hosts.source, Journal(tmp_path), "handed over")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(left.run)
+        await until_async(lambda: "cannot be taken up yet" in left.progress.problem)
+        with pytest.raises(MigrationError, match=r"is being taken up: .*cannot be taken up yet"):
+            await left.requests.decide(here=False)
+        nursery.cancel_scope.cancel()
