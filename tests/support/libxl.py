@@ -158,7 +158,7 @@ else:
         body = libxl.read_exactly(io_fd, record.padded)
         if not record.type & image.REC_TYPE_OPTIONAL:
             got += head + body
-    libxl.send(protocol.restore_results(1, 2))
+    libxl.say(protocol.restore_results(1, 2))
     if got != stream:
         libxl.fail("another stream", 5)
 libxl.ask(protocol.complete(0, 0))
