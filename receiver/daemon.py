@@ -264,7 +264,7 @@ class ReceiverDaemon:
     async def _listen_to_helper(
         self, migration: IncomingMigration, connection: ControlConnection
     ) -> None:
-        """It says something, or goes away, only to have us leave the domain alone."""
+        """The helper sends a request, or closes the connection, to have the domain left to xl."""
         request = await connection.request()
         migration.requests.cancel(
             "xl has gone" if request is None else "xl's own live migration takes over"

@@ -366,7 +366,7 @@ def _line(migration: OutgoingMigration) -> dict[str, Any]:
 
 
 def _options(config: MigrationConfig, request: Json) -> MigrationOptions:
-    """Of a migration by xl: the configuration's, but for what its environment says."""
+    """The options of a migration by xl: those of the configuration, and of xl's environment."""
     strategy = request.get("strategy") or config.strategy
     try:
         return MigrationOptions(Strategy(strategy), config.policy, config.bandwidth)

@@ -30,16 +30,16 @@ BATCH_PAGES = 1024
 negligible.
 """
 CANCEL_GRACE_S = 2.0
-"""For a peer to take what is being sent to it, when that is to stop."""
+"""How long a peer has to take what is being sent, when sending is to stop."""
 
 Announce = Callable[[PfnArray, MappedPages], m.Pages | None]
-"""What to say of pages that are mapped; ``None``: nothing, they need not be sent."""
+"""Makes the message for pages that are mapped; ``None``: the pages need not be sent."""
 Sent = Callable[[PfnArray, m.Pages], bool]
-"""Told of each batch that was sent; says whether to go on."""
+"""Called with each batch that was sent; returns whether to send the next one."""
 
 
 class PushLane:
-    """As long as its connection; the session is longer."""
+    """Lives as long as its connection.  The session may outlive several push lanes."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class PushLane:
         self._progress = progress
         self._statistics = statistics
 
-    # ---- words ----
+    # ---- messages ----
     async def send(self, message: m.Message) -> None:
         self._session.sent(message, Lane.PUSH)
         await self.connection.send(message)

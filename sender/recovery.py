@@ -125,7 +125,7 @@ class Recovery:
             await context.toolstack.switched_over()
 
     def _take_backlog(self, outstanding: PfnMask) -> None:
-        """What a predecessor had as its backlog, only the destination knows."""
+        """Set the backlog to what the destination lacks.  A predecessor's is not noted anywhere."""
         context, domain = self._context, self._source.domain
         if not context.ownership.inherited:
             domain.release(context.backlog.rejoin(outstanding))

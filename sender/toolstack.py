@@ -64,7 +64,7 @@ class Toolstack(Protocol):
     """Who has the guest when the destination is ready."""
 
     async def agreed(self) -> None:
-        """The destination takes the guest in: from here on it is ours to migrate."""
+        """The destination has accepted the guest, and the migration begins."""
 
     def track_device_model(self, enable: bool) -> None:
         """Have the pages that the device model writes recorded as dirty, or not any more.  To be
@@ -72,7 +72,7 @@ class Toolstack(Protocol):
         """
 
     def suspend(self, domain: Domain) -> None:
-        """Raises :class:`MigrationError` or ``XenError`` where the guest does not."""
+        """Suspend the guest.  Raises :class:`MigrationError` or ``XenError`` if that fails."""
 
     def hold(self, domain: Domain, missing: PfnMask) -> None:
         """Keep the pages of a set readable, if the domain may be destroyed before the destination
@@ -91,7 +91,7 @@ class Toolstack(Protocol):
         """The destination has all but the missing pages, and is the guest's pager."""
 
     async def decision(self, domain: Domain) -> bool:
-        """Wait until it is known: true where the guest is the destination's."""
+        """Wait for the decision: true if the guest goes on at the destination."""
 
     def may_decide(self) -> bool:
         """The toolstack may still decide at which end the guest runs."""
@@ -100,17 +100,17 @@ class Toolstack(Protocol):
         """An operator has decided instead, and the toolstack does nothing more about the domain."""
 
     async def has_left(self) -> None:
-        """Wait until it does nothing more about the domain."""
+        """Wait until the toolstack does nothing more about the domain."""
 
     async def finish(self, domain: Domain) -> None:
-        """Nothing of the source is needed any more."""
+        """Destroy the source domain, or wait until the toolstack does: nothing of it is needed."""
 
     def close(self) -> None:
         """Can be called twice."""
 
 
 def _resume(domain: Domain, name: str = "") -> None:
-    """If nobody has.  ``name``: the one that xl has changed."""
+    """Resume a domain that is still suspended.  ``name``: the name that xl has changed."""
     if domain.state() is DomainState.SUSPENDED:
         if name:
             log.warning("xl has left %s suspended: resuming it", name)
@@ -263,7 +263,7 @@ class XlToolstack:
         self._overruled = True
 
     async def has_left(self) -> None:
-        """Its process has ended: then what it has not done it never will."""
+        """Wait for the end of xl's process: what xl has not done by then, xl will not do."""
         if self._overruled:
             return
         with trio.move_on_after(XL_PATIENCE_S if self._xl is not None else UNKNOWN_XL_S):

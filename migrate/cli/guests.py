@@ -163,7 +163,7 @@ def list_guests(host_path: Path) -> None:
 def verify_guest(name: str, host_path: Path) -> None:
     """Stop the guest for a moment and check all its memory against what it must have written.
 
-    Trusts the host's word for the guest's options; `loopback` checks against its own.
+    The guest's options are taken from the host; `loopback` compares with its own options.
     """
     domain = SimulatedHypervisor(host_path).open(name)
     spec = GuestSpec.from_bytes(domain.config().platform)
