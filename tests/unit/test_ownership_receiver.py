@@ -258,3 +258,16 @@ def test_each_transition_of_the_model_is_one_of_the_table() -> None:
                 if then not in reached and (then in OF_MODEL[after] or then not in known)
             ]
         assert set(reached) & set(OF_MODEL[after]), f"{before} -> {after}"
+
+
+def test_a_guest_that_is_seen_to_run_changes_no_state_that_is_being_noted() -> None:
+    """An operator's decision against a guest, which is being started at that moment."""
+    ownership: Ownership
+
+    def write(_step: str, _needed: bool) -> None:
+        ownership.seen_to_run()
+
+    ownership = Ownership(write, left_at="taken over")
+    ownership.become(State.DECIDED_ELSEWHERE)
+    assert ownership.state is State.DECIDED_ELSEWHERE
+    ownership.become(State.GIVEN_UP)
