@@ -122,11 +122,16 @@ class Inbox:
         await toolstack.restored(self._switchover.guest.domain)
 
     def _handed_over(self) -> None:
-        started = self._switchover.take_over()
+        runs = False
+
+        def report() -> None:
+            nonlocal runs
+            runs = True
+            self._peer.send_blocking(m.Resumed())
+
         try:
-            if started:
-                self._peer.send_blocking(m.Resumed())
-        finally:  # the guest belongs here
-            trio.from_thread.run_sync(
-                functools.partial(self._switchover.taken_over, started=started)
-            )
+            self._switchover.take_over(report)
+        finally:
+            if self._switchover.context.ownership.was_handed_over:
+                taken_over = functools.partial(self._switchover.taken_over, started=runs)
+                trio.from_thread.run_sync(taken_over)

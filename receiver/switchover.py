@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import logging
+from collections.abc import Callable
 
 import trio
 
@@ -71,11 +72,13 @@ class Switchover:
             self.handed_over.set()
 
     # ---- the start ----
-    def take_over(self) -> bool:
+    def take_over(self, report: Callable[[], None] = lambda: None) -> bool:
         """Start the guest, which belongs here.  In a thread; :meth:`taken_over` is to follow.
 
-        Returns whether the guest was started.  Raises :class:`GuestEndedError` if no attempt can
-        succeed.
+        ``report`` is called when the guest runs, before that is noted: the entry would count as
+        downtime, and a successor sees by the domain that the guest was started.  Returns whether
+        the guest was started.  Raises :class:`GuestEndedError` if no attempt can succeed, and what
+        ``report`` raises.
         """
         try:
             started = self.start()
@@ -83,7 +86,11 @@ class Switchover:
             self._not_yet(error)
             self.context.ownership.become(State.UNSTARTED)
             return False
-        self.context.ownership.become(State.OWNS)
+        try:
+            if started:
+                report()
+        finally:
+            self.context.ownership.become(State.OWNS)
         return started
 
     def taken_over(self, *, started: bool) -> None:

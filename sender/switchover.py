@@ -101,9 +101,9 @@ class Switchover:
         for pfns in pieces(new[context.backlog.are_missing(new)], m.MAX_PFNS):
             push.send_blocking(m.Missing(pfns))
         self._send_context()
-        # A page that was written since the toolstack's hold on it may be another frame now.
-        still_missing = changed[context.backlog.are_missing(changed)]
-        context.toolstack.before_decision(domain, still_missing, self._source.dirty_log)
+        context.toolstack.before_decision(
+            domain, lambda: changed[context.backlog.are_missing(changed)], self._source.dirty_log
+        )
         if not context.signals.ready.wait(STEP_TIMEOUT_S):
             raise PeerClosedError(
                 "the guest stands still, and the destination was not ready within "

@@ -18,6 +18,7 @@ import logging
 import math
 import os
 import select
+from collections.abc import Callable
 from typing import Protocol
 
 import trio
@@ -79,9 +80,11 @@ class Toolstack(Protocol):
         has the pages.
         """
 
-    def before_decision(self, domain: Domain, missing: PfnArray, dirty_log: DirtyLog) -> None:
-        """The destination gets ready, and lacks these pages.  Called in a thread, with the guest
-        suspended.
+    def before_decision(
+        self, domain: Domain, missing: Callable[[], PfnArray], dirty_log: DirtyLog
+    ) -> None:
+        """The destination gets ready, and lacks the pages that ``missing`` finds among those that
+        have changed.  Called in a thread, with the guest suspended.
         """
 
     async def give_up(self, domain: Domain, reason: str, *, suspended: bool) -> None:
@@ -134,7 +137,9 @@ class OwnToolstack:
     def hold(self, domain: Domain, missing: PfnMask) -> None:
         pass
 
-    def before_decision(self, domain: Domain, missing: PfnArray, dirty_log: DirtyLog) -> None:
+    def before_decision(
+        self, domain: Domain, missing: Callable[[], PfnArray], dirty_log: DirtyLog
+    ) -> None:
         pass
 
     async def give_up(self, domain: Domain, reason: str, *, suspended: bool) -> None:
@@ -220,8 +225,10 @@ class XlToolstack:
     def hold(self, domain: Domain, missing: PfnMask) -> None:
         source_pages.hold(domain, missing)
 
-    def before_decision(self, domain: Domain, missing: PfnArray, dirty_log: DirtyLog) -> None:
-        domain.hold(missing)
+    def before_decision(
+        self, domain: Domain, missing: Callable[[], PfnArray], dirty_log: DirtyLog
+    ) -> None:
+        domain.hold(missing())  # a page that was written since may be another frame now
         self.track_device_model(False)
         dirty_log.disable()
 

@@ -16,6 +16,7 @@ from tests.checks.record import Outcome, Record, TestResult, junit_results, tabl
 from tests.checks.runner import MARK, Runner, end_orphans, marks
 from tests.checks.stages import TIERS, Stage
 from tests.support.labs import until
+from tests.support.waiting import until
 
 TREE = Path(__file__).parents[2]
 JUNIT = """<testsuites><testsuite>
@@ -69,8 +70,14 @@ def test_what_a_stage_leaves_running_is_ended(tmp_path: Path) -> None:
     )
     assert outcomes["untidy"].passed
     left = int((tmp_path / "left").read_text())
-    stat = Path(f"/proc/{left}/stat")
-    assert not stat.exists() or " Z " in stat.read_text()
+
+    def has_ended() -> bool:
+        try:
+            return " Z " in Path(f"/proc/{left}/stat").read_text()
+        except OSError:
+            return True
+
+    until(has_ended, "the process is left running")
 
 
 def test_stages_run_beside_each_other_as_far_as_there_are_cores(tmp_path: Path) -> None:
