@@ -16,7 +16,6 @@ from tests.checks.record import Outcome, Record, TestResult, junit_results, tabl
 from tests.checks.runner import MARK, Runner, end_orphans, marks
 from tests.checks.stages import TIERS, Stage
 from tests.support.labs import until
-from tests.support.waiting import until
 
 TREE = Path(__file__).parents[2]
 JUNIT = """<testsuites><testsuite>
