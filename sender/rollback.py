@@ -120,13 +120,13 @@ class Rollback:
         """Nothing of the guest is needed here any more."""
         await self.let_source_go()
         self._context.progress.problem = str(error)
-        last = State.FAILED
         if self._ownership.state is State.DECIDED_ELSEWHERE:
             # The destination may be back one day, and wait for pages.
             gone = "an operator has decided at the source that nothing of the guest is needed there"
-            self._context.last_word = m.Lost(f"{gone}: the pages that it lacks are lost")
-            last = State.PAGES_LOST
-        await in_thread(self.forget, last)
+            await in_thread(lose, self._context, gone)
+            await in_thread(self._close_checkpoints)
+        else:
+            await in_thread(self.forget, State.FAILED)
 
     # ---- the guest goes on here ----
     async def _stay_here(self, error: BaseException) -> None:
@@ -259,6 +259,9 @@ class Rollback:
     def forget(self, state: State) -> None:
         """The last state, after which no checkpoint is needed any more.  Called in a thread."""
         self._ownership.enter(state)
+        self._close_checkpoints()
+
+    def _close_checkpoints(self) -> None:
         if self._source.checkpoints is not None:
             self._source.checkpoints.close()
 
