@@ -30,6 +30,7 @@ from migrate.lanes.pairs import Lanes
 from migrate.protocol import messages as m
 from migrate.protocol.session import Role, Session
 from migrate.service.journal import Journal
+from migrate.service.lifecycle import TAKING_UP
 from migrate.tasks import as_soon_as_threads_start, is_bug, is_final, task_group
 from receiver import postcopy, recovery, rollback
 from receiver.context import NOT_HERE, Context
@@ -101,7 +102,9 @@ class IncomingMigration:
         toolstack: Toolstack = OwnToolstack()
         if entry.lent:
             toolstack = XlToolstack(entry.domid, ToolstackPorts(0, 0))
-        progress = IncomingProgress(offer.name, unprotected=entry.unprotected)
+        progress = IncomingProgress(
+            offer.name, unprotected=entry.unprotected, problem=entry.reason or TAKING_UP
+        )
         ownership = Ownership(entry.write, progress.show_phase, left_at=step)
         session = Session.of_predecessor(
             Role.RECEIVER,
@@ -157,8 +160,8 @@ class IncomingMigration:
                 if str(error) != logged:
                     logged = str(error)
                     log.error("%s goes on: %s", self.domain_name, error, exc_info=is_bug(error))
-            self._context.disconnect()
             following.note(logged)
+            self._context.disconnect()
             await trio.sleep(recovery.CARRY_ON_AGAIN_S)
 
     def _may_pass(self, error: Exception) -> bool:

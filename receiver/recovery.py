@@ -26,6 +26,7 @@ from migrate.lanes.connection import step_timeout
 from migrate.protocol import messages as m
 from migrate.protocol.pfns import windows
 from migrate.protocol.session import new_token
+from migrate.service.lifecycle import TAKING_UP
 from migrate.tasks import (
     as_soon_as_threads_start,
     first,
@@ -86,7 +87,7 @@ class Predecessor:
                 )
                 log.error("%s: %s", context.name, context.progress.problem, exc_info=is_bug(error))
                 await trio.sleep(LAST_START_AGAIN_S)
-        context.progress.problem = ""
+        context.progress.problem = context.entry.reason or TAKING_UP
         context.progress.outstanding = guest.pages.count
         log.warning(
             "%s: taking up what was left here, %s, %d pages missing",
@@ -210,8 +211,8 @@ class Recovery:
         if context.is_in(State.COMPLETING):
             context.ownership.become(State.OWNS)
         while True:
-            context.disconnect()
             self.note(str(lost))
+            context.disconnect()
             log.warning(
                 "%s %s: %s", context.name, context.progress.phase, lost, exc_info=is_bug(lost)
             )

@@ -132,11 +132,7 @@ class Requests:
         if ownership.has_ended:
             raise MigrationError(self.ending(asked))
         if ownership.is_taking_up:
-            problem = f": {progress.problem}" if progress.problem else ""
-            raise MigrationError(
-                f"what a killed receiver has left of {progress.domain} is being taken "
-                f"up{problem}; ask again in a moment"
-            )
+            raise MigrationError(f"{progress.domain}: {progress.problem}; ask again in a moment")
         if ownership.row.undo is Undo.BEING_UNDONE:
             late = "there is nothing to decide" if asked == "decide" else f"too late to {asked}"
             raise MigrationError(

@@ -131,6 +131,13 @@ class Context:
                 self.entry.applied = False
                 raise
 
+    def fail(self, state: State, reason: str) -> None:
+        """End the migration.  Whoever is shown the end is shown the reason as well.  Blocks: run
+        the call in a thread.
+        """
+        self.progress.problem = reason
+        self.ownership.enter(state)
+
     # ---- the guest ----
     @property
     def name(self) -> str:

@@ -24,14 +24,15 @@ entry then, and the next sender tries again.
 """
 
 
-def lose(context: Context, gone: str) -> str:
+def lose(context: Context, gone: str, shown: str = "") -> str:
     """Pages that the destination lacks are lost, because of what is ``gone``.
 
-    Returns the reason, which the destination is sent as well.  Called in a thread.
+    Returns the reason, which the destination is sent.  Here the reason is shown as well, unless
+    something else is ``shown``.  Called in a thread.
     """
-    context.ownership.enter(State.PAGES_LOST)
     reason = m.printable(f"{gone}: the pages that it lacks at the destination are lost")
     context.last_word = m.Lost(reason)
+    context.fail(State.PAGES_LOST, shown or reason)
     return reason
 
 

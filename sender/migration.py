@@ -20,6 +20,7 @@ from migrate.lanes.pairs import Lanes
 from migrate.options import MigrationOptions
 from migrate.protocol import messages as m
 from migrate.service.journal import Journal, remove
+from migrate.service.lifecycle import TAKING_UP
 from migrate.tasks import as_soon_as_threads_start, in_thread
 from sender.checkpoints import CheckpointStore
 from sender.context import Context, Source
@@ -90,7 +91,12 @@ class OutgoingMigration:
         entry, state = read_entry(facts, has_checkpoint=journal.checkpoint(session_id).exists())
         toolstack = XlToolstack(entry.domain.name) if entry.xl else OwnToolstack()
         lanes.keep(entry.key)
-        return cls(Context(session_id, hypervisor, lanes, journal, toolstack, entry, state))
+        context = Context(session_id, hypervisor, lanes, journal, toolstack, entry, state)
+        context.progress.problem = TAKING_UP
+        if state is State.GIVEN_UP:
+            context.progress.problem = "given up, before the sender was started anew"
+            context.last_word = m.Abort("the guest stays at the source")
+        return cls(context)
 
     # ---- what is shown ----
     @property
@@ -142,8 +148,7 @@ class OutgoingMigration:
         context.statistics.started = time.monotonic()
         try:
             if self.ownership.state is State.GIVEN_UP:
-                context.last_word = m.Abort("the guest stays at the source")
-                raise MigrationError("given up, before the sender was started anew")
+                raise MigrationError(self.progress.problem)
             source = await self._open()
             if source is not None:
                 await self._transfer(source)
@@ -183,8 +188,7 @@ class OutgoingMigration:
             domain = await as_soon_as_threads_start(self._open_domain)
         except XenError as error:
             if not self.ownership.inherited:
-                context.progress.problem = str(error)
-                self.ownership.enter(State.FAILED)
+                context.fail(State.FAILED, str(error))
                 raise
             await in_thread(self._source_is_gone, error)
             return None
@@ -222,21 +226,21 @@ class OutgoingMigration:
         """A predecessor's domain.  Returns if all was done; raises :class:`MigrationError`
         otherwise.
         """
-        state, gone = (
-            self.ownership.state,
-            f"{self.domain_name} is gone, and was here before the sender died",
-        )
+        state = self.ownership.state
+        gone = f"{self.domain_name} is gone, and was here before the sender died"
         if self.ownership.row.guest in (Guest.UNDECIDED, Guest.THERE):
             raise MigrationError(lose(self.context, gone)) from error
         if state is State.COMPLETING:
+            self.progress.problem = ""
             self.ownership.enter(State.COMPLETED)
             log.info("%s completed", self.domain_name)
             return
-        self.ownership.enter(State.FAILED)
+        reason = MigrationError(f"{gone}: it was destroyed")
         if state in (State.RETURNING, State.DECIDED_ELSEWHERE):
             remove(self.context.journal.checkpoint(self.id))
-            raise verdict(state) from error
-        raise MigrationError(f"{gone}: it was destroyed") from error
+            reason = verdict(state)
+        self.context.fail(State.FAILED, str(reason))
+        raise reason from error
 
     async def _cancelled(self) -> MigrationError:
         """Why the scope was cancelled."""

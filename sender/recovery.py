@@ -59,9 +59,9 @@ class Recovery:
         context = self._context
         context.lost_at = time.monotonic()
         while True:
-            context.close_lanes()
             log.warning("%s: %s", context.name, lost, exc_info=is_bug(lost))
             self._note(str(lost))
+            context.close_lanes()
             try:
                 connection = await context.lanes.again(self._note)
                 push = context.take_push_lane(connection, self._source.domain)

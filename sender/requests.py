@@ -161,10 +161,8 @@ class Requests:
         gone = await trio.to_thread.run_sync(self._is_gone)
         self._check_undecided(here=here, force=force)
         if self._context.source is None and self._ownership.inherited:
-            raise MigrationError(
-                f"what a killed sender has left of {self._context.name} is being taken up: "
-                f"{self._context.progress.problem or 'ask again in a moment'}"
-            )
+            problem = self._context.progress.problem
+            raise MigrationError(f"{self._context.name}: {problem}; ask again in a moment")
         if here:
             self._check_way_back(gone=gone, certain=force or certain, obstacle=obstacle)
 

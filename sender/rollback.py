@@ -70,17 +70,17 @@ class Rollback:
             await self.settle(await self._end_of_doubt(error))
         elif await self._recovery.pages_are_lost():
             gone = f"the domain of {self._context.name} was destroyed at the source"
-            self._context.progress.problem = await in_thread(lose, self._context, gone)
-            log.error("%s: %s", self._context.name, self._context.progress.problem)
+            reason = await in_thread(lose, self._context, gone)
+            log.error("%s: %s", self._context.name, reason)
         else:
             self._keep(error)
 
     def _keep(self, error: BaseException) -> None:
-        self._ownership.link = Link.GIVEN_UP
         self._context.progress.problem = (
             f"{error}; it was handed over, and its missing pages are kept here until you decide "
             f"(xen-postcopy decide {self._context.name})"
         )
+        self._ownership.link = Link.GIVEN_UP
 
     async def _end_of_doubt(self, error: BaseException) -> BaseException:
         """Wait for the toolstack's decision, or an operator's.  Returns what follows from the
@@ -92,8 +92,8 @@ class Rollback:
             nonlocal stays
             stays = not await context.toolstack.decision(self._source.domain)
 
-        self._ownership.link = Link.GIVEN_UP
         context.progress.problem = f"{error}; xl has not said yet at which end the guest runs"
+        self._ownership.link = Link.GIVEN_UP
         log.warning("%s: %s", context.name, context.progress.problem)
         self.is_waiting = True
         await first(wait_for_toolstack, self._overruled.wait)
@@ -119,13 +119,13 @@ class Rollback:
     async def _guest_ended(self, error: GuestEndedError) -> None:
         """Nothing of the guest is needed here any more."""
         await self.let_source_go()
-        self._context.progress.problem = str(error)
         if self._ownership.state is State.DECIDED_ELSEWHERE:
             # The destination may be back one day, and wait for pages.
             gone = "an operator has decided at the source that nothing of the guest is needed there"
-            await in_thread(lose, self._context, gone)
+            await in_thread(lose, self._context, gone, str(error))
             await in_thread(self._close_checkpoints)
         else:
+            self._context.progress.problem = str(error)
             await in_thread(self.forget, State.FAILED)
 
     # ---- the guest goes on here ----
@@ -244,7 +244,6 @@ class Rollback:
                 context.progress.problem = problem
                 log.error("%s: %s", context.name, problem)
                 await trio.sleep(AGAIN_S)
-        context.progress.problem = ""
 
     async def _let_restored_go(self) -> None:
         """The domain that was made to go back to a checkpoint, if the guest never ran in it."""

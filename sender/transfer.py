@@ -174,6 +174,7 @@ class Transfer:
     async def _finish(self) -> None:
         self._context.statistics.finished = time.monotonic()
         await self._rollback.let_source_go()
+        self._context.progress.problem = ""
         await in_thread(self._rollback.forget, State.COMPLETED)
         log.info("%s completed", self._context.name)
 

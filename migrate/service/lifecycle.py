@@ -222,6 +222,10 @@ class Named(Protocol):
         """Nothing more comes of it."""
 
 
+TAKING_UP = "what a killed daemon has left is being taken up"
+"""Is shown until more is known."""
+
+
 def ended(name: str, phase: str, problem: str, asked: str) -> str:
     """The answer to a request that a migration which has ended cannot fulfil."""
     how = f"{phase}: {problem}" if problem else phase

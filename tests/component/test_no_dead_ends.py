@@ -170,7 +170,8 @@ async def test_of_two_decisions_at_once_one_is_carried_out(
 
     monkeypatch.undo()
     (here,) = [here for here, answer in answers.items() if answer == "acts"]
-    assert "already" in answers[not here]
+    # Too early to decide again, or too late.
+    assert "already" in answers[not here] or "has ended" in answers[not here]
     assert [info.name for info in clean_hosts.source.domains()] == ([name] if here else [])
 
 

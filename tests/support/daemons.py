@@ -23,12 +23,27 @@ def world() -> Iterator[World]:
         yield made
 
 
+UNUSUAL = ("failed", "lost", "held", "in doubt", "interrupted")
+"""Phases that have a reason."""
+
+
+def listed(world: World, which: str) -> list[dict[str, Any]]:
+    """What ``list`` shows.  No instant exists at which a failure is shown without its reason.
+
+    Raises :class:`MigrationError` if the daemon does not answer.
+    """
+    found: list[dict[str, Any]] = world.ask(which, command="list")["migrations"]
+    for line in found:
+        assert line["problem"] or line["phase"] not in UNUSUAL, line
+    return found
+
+
 def lines(world: World, which: str) -> list[dict[str, Any]]:
+    """As :func:`listed`; empty if the daemon does not answer."""
     try:
-        found: list[dict[str, Any]] = world.ask(which, command="list")["migrations"]
+        return listed(world, which)
     except MigrationError:
         return []
-    return found
 
 
 def phase(world: World, which: str) -> str:

@@ -14,6 +14,7 @@ import pytest
 from migrate.cli.world import World, verify_migrated, wait_for_steps
 from migrate.xl.protocol import Message
 from tests.conftest import MIB
+from tests.support.daemons import listed
 from tests.support.labs import until
 from tests.support.libxl import Libxl, write_stock_helper
 from xenbackend.contract import DomainState
@@ -86,11 +87,7 @@ class Xl:
 
     def line(self, daemon: str) -> dict[str, Any]:
         """What ``list`` has of the migration: the newest of a domain of this name."""
-        found = [
-            line
-            for line in self.world.ask(daemon, command="list")["migrations"]
-            if line["domain"] == self.spec.name
-        ]
+        found = [line for line in listed(self.world, daemon) if line["domain"] == self.spec.name]
         return found[-1] if found else {"phase": "none", "problem": ""}
 
     def wait_for(self, *phases: str) -> None:

@@ -31,6 +31,7 @@ from migrate.protocol.pfns import pfn_array
 from migrate.protocol.session import new_id, new_token
 from receiver.daemon import MAX_WITHOUT_OFFER
 from tests.conftest import MIB
+from tests.support.daemons import listed
 from tests.support.links import NO_LINGER
 from tests.support.resources import holds
 from tests.support.waiting import until_async as until
@@ -93,9 +94,7 @@ async def world(hosts_with_daemons: World, request: pytest.FixtureRequest) -> As
 
 
 def line(world: World, which: str, name: str) -> dict[str, Any]:
-    found = [
-        line for line in world.ask(which, command="list")["migrations"] if line["domain"] == name
-    ]
+    found = [line for line in listed(world, which) if line["domain"] == name]
     return found[-1] if found else {"phase": "", "problem": ""}
 
 

@@ -62,7 +62,7 @@ async def campaign(
                     relay.damage(None)  # nothing may have come by to be damaged in the trial before
                     try:
                         where = await trial.run(faults)
-                    except (LostError, MigrationError, XenError) as error:
+                    except (LostError, MigrationError, XenError, AssertionError) as error:
                         failed.append(trial.seed)
                         print(f"FAILED: {trial}\n  {error}", flush=True)
                         for which in world.daemons:

@@ -56,14 +56,14 @@ ANSWERS = {
     ("sender", END): ENDING,
     ("receiver", BEFORE): {
         "reconnect": "nothing to reconnect",
-        "cancel": "acts|being taken up",
-        "decide": "runs at the source|being taken up",
+        "cancel": "acts|taken up",
+        "decide": "runs at the source|taken up",
         "postcopy-now": "ask the sender",
     },
     ("receiver", AFTER): {
         "reconnect": "nothing to reconnect|the source dials",
-        "cancel": "too late|being taken up",
-        "decide": "nothing to decide|being taken up",
+        "cancel": "too late|taken up",
+        "decide": "nothing to decide|taken up",
         "postcopy-now": "ask the sender",
     },
     ("receiver", END): {**ENDING, "postcopy-now": "ask the sender"},

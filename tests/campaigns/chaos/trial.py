@@ -17,6 +17,7 @@ from migrate.control.client import ENDED, ControlClient
 from migrate.errors import MigrationError
 from migrate.tasks import task_group
 from tests.campaigns.chaos.world import ChaosWorld, LostError
+from tests.support.daemons import listed
 from tests.support.links import PIECE, Link
 from xenbackend.contract import DomainState
 from xenbackend.errors import NoSuchDomainError
@@ -228,8 +229,7 @@ class Trial:
     # ---- what the daemons show ----
     def lines(self, which: str) -> list[Line]:
         """Of this guest's migrations there."""
-        found: list[Line] = self.world.ask(which, command="list")["migrations"]
-        return [line for line in found if line["domain"] == self.spec.name]
+        return [line for line in listed(self.world, which) if line["domain"] == self.spec.name]
 
     def line(self, which: str) -> Line | None:
         """Of the first migration."""
