@@ -208,7 +208,6 @@ async def older_entry(trial: Trial) -> None:
 
 LEFT = [
     Fault("checkpoint damaged", damaged_checkpoint, protected=True),
-    Fault("checkpoint damaged", damaged_checkpoint, protected=True),
     Fault("entry damaged", damaged_entry),
     Fault("entry damaged", damaged_entry),
     Fault("older entry", older_entry),

@@ -39,6 +39,8 @@ NO_WAY_BACK = "cannot go on here"
 ARRIVED = ("completing", "completed")
 BESIDE = 0.3
 """The share of trials in which another guest is migrated at the same time and must not notice."""
+PROTECTED = 0.4
+"""The share of trials with checkpoints in which one fault is of the kind that needs them."""
 
 T = TypeVar("T")
 Line = dict[str, Any]
@@ -152,6 +154,9 @@ class Trial:
         ]
         count = self.random.choice([1, 1, 2, 3]) if possible else 0
         self.chosen = [self.random.choice(possible) for _ in range(count)]
+        protected = [fault for fault in possible if fault.protected]
+        if protected and self.random.random() < PROTECTED:
+            self.chosen[0] = self.random.choice(protected)
         beside = await in_thread(self._begin_beside)
         await in_thread(self._begin)
         async with task_group() as watching:
