@@ -5,13 +5,16 @@ memory.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import os
 import resource
 import select
 import signal
+import socket
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -33,6 +36,7 @@ from xenbackend.contract import DomainState
 from xenbackend.errors import XenError
 from xenbackend.pages import PAGE_SIZE, PageStatus
 from xenbackend.ring import VM_EVENT_SLOTS, PagingRequest, PagingRing
+from xenbackend.simulated import rpc
 from xenbackend.simulated._sim import lib
 from xenbackend.simulated.client import SimulatedDomain, SimulatedHypervisor
 from xenbackend.simulated.guest import GuestSpec
@@ -334,13 +338,48 @@ def test_a_host_that_has_no_room_for_the_contents_of_a_guest_refuses_it(lab: Sim
         lab.simulated.create_guest(GuestSpec("large", 2**40, zero_permille=0).to_bytes())
 
 
+def test_a_host_that_answers_late_is_asked_nothing_more(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The late answer would be taken for the answer to the next request."""
+    monkeypatch.setattr(rpc, "ANSWER_S", 0.2)
+    path = tmp_path / "host.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        answers = threading.Thread(target=_answer_one, args=(listener,))
+        answers.start()
+        with contextlib.closing(rpc.HostConnection(path)) as host:
+            for _attempt in range(2):
+                with pytest.raises(XenError, match=r"has not answered for 0\.2 s"):
+                    host.call("list")
+        answers.join(WAIT_S)
+
+
+def _answer_one(listener: socket.socket) -> None:
+    connection, _address = listener.accept()
+    with connection:
+        connection.recv(4096)
+        connection.send(rpc.pack({"ok": {"client": 1}}))
+        assert rpc.unpack(connection.recv(4096)) == {"op": "list"}
+        connection.settimeout(WAIT_S)
+        assert connection.recv(4096) == b""
+
+
+def test_a_request_that_is_too_large_leaves_the_connection_as_it_was(lab: SimulatedLab) -> None:
+    with pytest.raises(XenError, match="the request is too large"):
+        lab.simulated.call("info", context=bytes(64 * MIB))
+    assert isinstance(lab.simulated.domains(), list)
+
+
 def test_a_host_that_is_gone_is_an_error() -> None:
     """At the next call the kernel reports that nobody is there; a call under way just ends."""
     with loopback_world(8 * MIB, daemons=False) as world:
         world.processes["source"].popen.kill()
         world.processes["source"].popen.wait()
-        with pytest.raises(XenError, match="the simulated host"):
-            world.source.domains()
+        for _attempt in range(2):
+            with pytest.raises(XenError, match=r"has ended.*then restart the daemons"):
+                world.source.domains()
         with pytest.raises(MigrationError, match="source ended with status -9"):
             world.check_alive()
 

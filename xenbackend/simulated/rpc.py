@@ -21,6 +21,9 @@ from xenbackend.unix import STARTING_S, connect_unix
 
 MAX_MESSAGE = 128 * 1024
 MAX_FDS = 4
+ANSWER_S = 60.0
+NOT_SENT = (errno.EMSGSIZE, errno.ENOBUFS)
+"""Errors after which the connection is as good as before."""
 
 
 def pack(message: dict[str, Any]) -> bytes:
@@ -38,14 +41,15 @@ class HostConnection:
     """A blocking client.  Every call is one round trip; not for use by two threads at once."""
 
     def __init__(self, path: str | os.PathLike[str]):
+        self._path = os.fspath(path)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._socket.settimeout(60)
+        self._socket.settimeout(ANSWER_S)
         try:
             connect_unix(self._socket, path, STARTING_S)
         except OSError as error:
             self._socket.close()
             raise XenError(
-                f"simulated host at {os.fspath(path)}",
+                f"simulated host at {self._path}",
                 error.errno or 0,
                 why=f"{error.strerror}; is `xen-postcopy simulated-host` running there?",
             ) from error
@@ -63,11 +67,11 @@ class HostConnection:
             self._socket.send(pack({"op": op, **arguments}))
             data, fds, flags, _address = socket.recv_fds(self._socket, MAX_MESSAGE, MAX_FDS)
         except OSError as error:
-            raise XenError(
-                op, error.errno or 0, why=f"the simulated host does not answer: {error}"
-            ) from error
+            if error.errno in NOT_SENT:
+                raise XenError(op, error.errno, why="the request is too large") from error
+            raise self._gone(op) from error
         if not data:
-            raise XenError(op, errno.ENOTCONN, why="the simulated host is gone")
+            raise self._gone(op)
         if flags & socket.MSG_CTRUNC:
             for fd in fds:
                 os.close(fd)
@@ -77,6 +81,16 @@ class HostConnection:
         if "error" in answer:
             raise XenError(answer["operation"], answer["errno"], why=answer["error"])
         return answer["ok"], fds
+
+    def _gone(self, op: str) -> XenError:
+        """No further call is made: a late answer would be taken for the answer to that call."""
+        self._socket.close()
+        why = (
+            f"the simulated host at {self._path} has ended, or has not answered for "
+            f"{ANSWER_S:g} s: if it has ended, start it again; then restart the daemons that were "
+            "attached to it"
+        )
+        return XenError(op, errno.ENOTCONN, why=why)
 
     def close(self) -> None:
         self._socket.close()
