@@ -44,7 +44,7 @@ async def failed(
     if ownership.needed and (gone or isinstance(error, GuestEndedError)):
         answer = await _guest_ended(context, error, switchover, gone=gone)
     elif not ownership.has_ended:
-        log.warning("%s given up: %s", context.name or "migration", error)
+        log.warning("%s does not come: %s", context.name or "a guest", error)
         with trio.CancelScope(shield=True):
             await discard(context, str(error))
         ownership.become(State.GIVEN_UP)

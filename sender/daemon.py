@@ -118,7 +118,7 @@ class SenderDaemon:
             self._stopping = True
             for migration in self._running():
                 with contextlib.suppress(MigrationError):  # too late
-                    migration.requests.cancel("the sender is being stopped")
+                    migration.requests.cancel("because the sender is being stopped")
         needed = [m for m in self._migrations.values() if m.id in self._active or m.holds_pages]
         if needed:
             waiting = ", ".join(
@@ -270,7 +270,7 @@ class SenderDaemon:
     async def _listen_to_helper(self, migration: OutgoingMigration, toolstack: XlToolstack) -> None:
         await toolstack.listen()
         if not toolstack.last_answer.begun:
-            migration.requests.cancel("xl, or its helper, has gone")
+            migration.requests.cancel("because xl, or its helper, has gone")
 
     def _find_awaited(self, greeting: Hello) -> AwaitedLanes:
         awaited = self._awaited.get(greeting.session)
@@ -313,7 +313,7 @@ class SenderDaemon:
             try:
                 match request.get("command"):
                     case "cancel":
-                        migration.requests.cancel("interrupted by the user")
+                        migration.requests.cancel("by Ctrl-C")
                     case "postcopy-now":
                         migration.requests.postcopy_now()
             except MigrationError as error:

@@ -246,7 +246,7 @@ class OutgoingMigration:
         """Why the scope was cancelled."""
         decision = self.requests.decision
         if decision is None:
-            return MigrationError(f"cancelled: {self.requests.cancelled_because}")
+            return MigrationError(self.requests.cancelled)
         # The journal has the decision before the operator has an answer.
         await in_thread(self.ownership.enter, decision)
         self.requests.is_noted = True

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
+from migrate.control.client import CANCELLED
 from migrate.errors import MigrationError
 from migrate.service.lifecycle import ended
 from sender.context import Context
@@ -37,7 +38,8 @@ class Requests:
         self._carry_out = carry_out
         self.scope = trio.CancelScope()
         """What the migration's task runs in."""
-        self.cancelled_because = ""
+        self.cancelled = ""
+        """The reason of a migration that somebody has cancelled."""
         self.decision: State | None = None
         """An operator's.  Another one is refused from then on."""
         self.decided = trio.Event()
@@ -62,8 +64,8 @@ class Requests:
         self._context.postcopy_asked = True
 
     # ---- cancel ----
-    def cancel(self, reason: str) -> None:
-        """Give the migration up; the guest goes on here."""
+    def cancel(self, why: str) -> None:
+        """Give the migration up; the guest goes on here.  ``why``: by whom, or because of what."""
         if not stay(self._context):
             if decision := DECISIONS.get(self._ownership.state):
                 raise MigrationError(f"too late to cancel: that was {decision} by an operator")
@@ -74,7 +76,7 @@ class Requests:
             raise MigrationError(
                 "too late to cancel: the guest runs at the destination, and its memory is following"
             )
-        self.cancelled_because = reason
+        self.cancelled = f"{CANCELLED} {why}"
         self.scope.cancel()
 
     def ask_to_cancel(self) -> None:
@@ -82,7 +84,7 @@ class Requests:
         if self._ownership.has_ended:
             raise MigrationError(self._ending("cancel"))
         try:
-            self.cancel("cancelled by the operator")
+            self.cancel("by the operator")
         except MigrationError as error:
             if self._ownership.is_cut_off:
                 raise MigrationError(

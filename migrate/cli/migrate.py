@@ -25,7 +25,7 @@ from migrate.cli.options import (
 )
 from migrate.cli.progress import ProgressDisplay
 from migrate.cli.text import echo
-from migrate.control.client import ControlClient
+from migrate.control.client import CANCELLED, ControlClient
 from migrate.errors import (
     DaemonGoneError,
     InterruptedMigrationError,
@@ -127,18 +127,14 @@ def left(
     return f"the migration of {last['domain']} continues in the daemons: {follow}"
 
 
-CANCELLED = "cancelled: "
-"""How the reason of a migration begins that somebody has cancelled."""
 STAYS = "the guest continues at the source"
 
 
 def in_words(domain: str, error: MigrationError) -> MigrationError:
     """The error of a migration: somebody's cancellation does not read as a failure."""
-    reason = str(error)
-    if not reason.startswith(CANCELLED):
+    if not str(error).startswith(CANCELLED):
         return error
-    reason = reason.removeprefix(CANCELLED)
-    return MigrationError(f"{domain} was not migrated: {reason}; {STAYS}")
+    return MigrationError(f"{domain} was not migrated: {error}; {STAYS}")
 
 
 def unattended(

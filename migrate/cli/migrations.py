@@ -14,11 +14,11 @@ from typing import Any
 
 import click
 
-from migrate.cli.migrate import CANCELLED, STAYS, in_words
+from migrate.cli.migrate import STAYS, in_words
 from migrate.cli.options import RECEIVER_SOCKET, SENDER_SOCKET, socket_option
 from migrate.cli.progress import ProgressDisplay
 from migrate.cli.text import echo
-from migrate.control.client import ANSWER_S, ENDED, ControlClient
+from migrate.control.client import ANSWER_S, CANCELLED, ENDED, ControlClient
 from migrate.errors import MigrationError, SilentDaemonError, UnknownMigrationError
 from xenbackend.unix import STARTING_S
 
@@ -98,7 +98,7 @@ def _ask_all(
 def problem(line: dict[str, Any]) -> str:
     """Why a migration has ended or waits, or why its guest is not protected any more."""
     if line["problem"]:
-        return str(line["problem"]).removeprefix(CANCELLED)
+        return str(line["problem"])
     return line.get("unprotected", "") and f"not protected any more: {line['unprotected']}"
 
 

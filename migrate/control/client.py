@@ -31,6 +31,8 @@ RECEIVER_SOCKET = f"{RUN_DIRECTORY}/receiver.sock"
 RUNNING = "is the daemon running?"
 ANSWER_S = 5.0
 """How long a daemon may take for an answer that needs nothing but the daemon."""
+CANCELLED = "cancelled"
+"""The first word of the ``problem`` of a migration that somebody has cancelled."""
 ENDED = ("completed", "failed", "refused")
 """Phases of a migration that has ended."""
 Json = dict[str, Any]

@@ -395,7 +395,7 @@ async def test_cancelled_while_the_peer_takes_nothing_it_does_not_wait_for_that(
 
     async def cancel(outcome: Outcome, _link: Link) -> None:
         await stuck.wait()
-        outcome.migration.requests.cancel("second thoughts")
+        outcome.migration.requests.cancel("by the test")
 
     monkeypatch.setattr(PushLane, sending, hang)
     strategy = Strategy.PRECOPY if sending == "send_all" else Strategy.POSTCOPY

@@ -227,7 +227,7 @@ async def test_while_the_link_is_down_the_guest_goes_on_as_far_as_its_pages_allo
             lambda: outcome.migration.phase == outcome.incoming.progress.phase == "interrupted"
         )
         with pytest.raises(MigrationError, match="too late"):
-            outcome.migration.requests.cancel("second thoughts")
+            outcome.migration.requests.cancel("by the test")
         assert clean_hosts.source.open(name).info().state is DomainState.SUSPENDED
         assert target.info().state is DomainState.RUNNING
         assert "its missing pages are kept here" in outcome.migration.progress.problem

@@ -36,7 +36,7 @@ async def test_what_was_handed_over_is_not_cancelled_before_it_is_taken_up(
     assert left.phase == phase
     for cancel in (
         left.requests.ask_to_cancel,
-        lambda: left.requests.cancel("the sender is being stopped"),
+        lambda: left.requests.cancel("by the test"),
     ):
         with pytest.raises(MigrationError, match="too late"):
             cancel()
