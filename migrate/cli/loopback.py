@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from migrate.cli.guests import guest_options, guest_spec
-from migrate.cli.migrate import follow_migration, summary, write_json
+from migrate.cli.migrate import shown, summary, write_json
 from migrate.cli.options import STDOUT, migration_request, strategy_options
 from migrate.cli.text import echo
 from migrate.cli.world import loopback_world, verify_migrated, wait_for_steps
@@ -48,7 +48,7 @@ def loopback_command(json_path: Path | None, **options: Any) -> None:
 
     Two hosts, a sender and a receiver are started as separate processes, which communicate over TCP
     on the loopback interface.  A guest that keeps writing is booted and migrated.  Then every byte
-    of its memory is checked, and everything is cleaned up.
+    of its memory is checked, and everything is cleaned up, also after Ctrl-C.
     """
     strategy = {
         name: options.pop(name)
@@ -73,9 +73,9 @@ def loopback_command(json_path: Path | None, **options: Any) -> None:
         wait_for_steps(guest, 5 if spec.workload == "idle" else min(1000, spec.rate or 1000))
         guest.close()
         with world.control() as client:
-            result = follow_migration(
-                client, {"domain": GUEST, "destination": f"127.0.0.1:{world.port}", **request}
-            )
+            destination = f"127.0.0.1:{world.port}"
+            client.say(command="migrate", domain=GUEST, destination=destination, **request)
+            result = shown(client)
         verification, guest_view = verify_migrated(world, spec)
         world.check_alive()
     result = {"verified": verification.ok, **result, "guest": guest_view}

@@ -60,20 +60,17 @@ def follow_migration(client: ControlClient, request: dict[str, Any]) -> dict[str
     def on_terminate(*_signal: object) -> None:
         raise InterruptedMigrationError(left(client.path, request, last))
 
+    def take(answer: dict[str, Any]) -> None:
+        nonlocal last
+        if answer["event"] == "notice":
+            note = f"{answer['message']}\n{left(client.path, request, last)}"
+            raise InterruptedMigrationError(note)
+        last = answer
+
     client.say(command="migrate", **request)
-    display = ProgressDisplay(sys.stderr)
     try:
         with signals_handled(on_interrupt, on_terminate):
-            for answer in client.answers():
-                match answer["event"]:
-                    case "progress":
-                        last = answer
-                        display.show(answer)
-                    case "notice":
-                        note = f"{answer['message']}\n{left(client.path, request, last)}"
-                        raise InterruptedMigrationError(note)
-        result: dict[str, Any] = answer["result"]
-        return result
+            return shown(client, take)
     except InterruptedMigrationError:
         raise
     except DaemonGoneError as error:
@@ -83,6 +80,23 @@ def follow_migration(client: ControlClient, request: dict[str, Any]) -> dict[str
         if interrupted:
             raise InterruptedMigrationError(f"{error}; {STAYS}") from error
         raise in_words(request["domain"], error) from error
+
+
+def shown(
+    client: ControlClient, take: Callable[[dict[str, Any]], None] = lambda _answer: None
+) -> dict[str, Any]:
+    """Show the progress of the migration that was requested, and return its result.  ``take`` is
+    called with each answer before the result.
+    """
+    display = ProgressDisplay(sys.stderr)
+    try:
+        for answer in client.answers():
+            if answer["event"] == "result":
+                break
+            take(answer)
+            display.show(answer)
+        result: dict[str, Any] = answer["result"]
+        return result
     finally:
         display.close()
 

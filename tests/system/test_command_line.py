@@ -716,7 +716,9 @@ def runs(pid: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    "sig", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=lambda sig: sig.name
+    "sig",
+    [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL],
+    ids=lambda sig: sig.name,
 )
 def test_loopback_leaves_no_process_behind(sig: signal.Signals) -> None:
     options = ["--memory", "8M", "--rate", "100", "--bandwidth", "64K", "--strategy", "postcopy"]
@@ -737,6 +739,9 @@ def test_loopback_leaves_no_process_behind(sig: signal.Signals) -> None:
         }
         process.send_signal(sig)
         assert process.wait(WAIT_S) == (-sig if sig is signal.SIGKILL else 128 + sig)
+        said = process.stderr.read()
+        assert b"`" not in said, "a command is named for daemons that have ended"
+        assert sig is not signal.SIGINT or said.endswith(b"xen-postcopy: interrupted\n")
     deadline = time.monotonic() + WAIT_S
     while any(map(runs, started)):
         assert time.monotonic() < deadline
