@@ -15,13 +15,6 @@ SHOWN = ("precopy", "switchover", "deciding", "postcopy", "interrupted", "in dou
 """The others are over at once, or end in a message of their own."""
 
 
-NOTHING = {
-    "round": 0, "pages_done": 0, "pages_total": 0, "faults": 0, "latency_us": 0, "bytes_sent": 0,
-    "handed_over": True,
-}  # fmt: skip
-"""What a receiver does not count."""
-
-
 class Rate:
     """The rate at which a number of bytes has grown in the last :data:`RATE_S`.
 
@@ -43,7 +36,7 @@ class Rate:
 
 
 class ProgressDisplay:
-    """Feed it the daemon's ``progress`` answers."""
+    """Feed it the daemon's ``progress`` answers.  A receiver's answers have fewer keys."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -54,16 +47,16 @@ class ProgressDisplay:
         self._rate = Rate()
 
     def show(self, p: dict[str, Any]) -> None:
-        p = {**NOTHING, **p}
-        self._rate.add(time.monotonic(), p["bytes_sent"])
-        stage = (p["phase"], p["round"])
+        self._rate.add(time.monotonic(), p.get("bytes_sent", 0))
+        stage = (p["phase"], p.get("round", 0))
         if p["phase"] not in SHOWN:
             return
         if self._live:
             self._show_bar(p, stage)
         elif stage != self._stage or time.monotonic() - self._last_line > PLAIN_EVERY_S:
             self._last_line = time.monotonic()
-            print(printable(f"{self._title(p)}: {self._details(p)}"), file=self._stream, flush=True)
+            line = ": ".join(filter(None, (self._title(p), self._details(p))))
+            print(printable(line), file=self._stream, flush=True)
         self._stage = stage
 
     def close(self) -> None:
@@ -74,36 +67,38 @@ class ProgressDisplay:
     def _show_bar(self, p: dict[str, Any], stage: tuple[str, int]) -> None:
         from tqdm import tqdm
 
+        total = p.get("pages_total") or None
         if stage != self._stage:
             self.close()
-            bar = " {bar:20} {percentage:3.0f}%" if p["pages_total"] else ""
+            bar = " {bar:20} {percentage:3.0f}%" if total else ""
             self._bar = tqdm(
-                desc=printable(self._title(p)), total=p["pages_total"] or None, file=self._stream,
+                desc=printable(self._title(p)), total=total, file=self._stream,
                 leave=False, unit=" pages", dynamic_ncols=True,
                 bar_format=f"{{desc}}{bar}{{postfix}}",
             )  # fmt: skip
-        self._bar.total = p["pages_total"] or None
-        self._bar.n = min(p["pages_done"], p["pages_total"]) if p["pages_total"] else 0
+        self._bar.total = total
+        self._bar.n = min(p["pages_done"], total) if total else 0
         self._bar.set_description_str(printable(self._title(p)), refresh=False)
         self._bar.set_postfix_str(printable(self._details(p)), refresh=True)
 
     @staticmethod
     def _title(p: dict[str, Any]) -> str:
-        return f"{p['domain']}: {p['phase']}" + (
-            f", round {p['round']}" if p["phase"] == "precopy" else ""
-        )
+        in_rounds = p["phase"] == "precopy" and "round" in p
+        return f"{p['domain']}: {p['phase']}" + (f", round {p['round']}" if in_rounds else "")
 
     def _details(self, p: dict[str, Any]) -> str:
         if p["problem"]:
             return str(p["problem"])
-        parts = [f"{human_bytes(self._rate.bytes_per_s)}/s"]
-        if p["phase"] == "precopy":
+        parts = []
+        if "bytes_sent" in p:
+            parts.append(f"{human_bytes(self._rate.bytes_per_s)}/s")
+        if p["phase"] == "precopy" and "pages_total" in p:
             parts.append(f"{p['pages_done']} of {p['pages_total']} pages")
-        if p["handed_over"]:
+        if p.get("handed_over", p["phase"] not in ("precopy", "switchover")):
             parts.append(f"{p['outstanding']} pages outstanding")
             if p.get("checkpoint_age_s") is not None:
                 parts.append(f"protected as of {p['checkpoint_age_s']:.1f} s ago")
-            parts.append(
-                f"{p['faults']} faults" + (f" at {p['latency_us']} us" if p["faults"] else "")
-            )
+            if "faults" in p:
+                latency = f" at {p['latency_us']} us" if p["faults"] else ""
+                parts.append(f"{p['faults']} faults{latency}")
         return ", ".join(parts)

@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The rate that the progress display shows."""
+"""What the progress display shows."""
 
 from __future__ import annotations
 
-from migrate.cli.progress import RATE_S, Rate
+import io
+from typing import Any
+
+import pytest
+
+from migrate.cli.progress import RATE_S, ProgressDisplay, Rate
 
 
 def test_a_rate_does_not_alternate_with_the_bursts_of_a_capped_sender() -> None:
@@ -29,3 +34,17 @@ def test_a_rate_of_one_answer_or_of_two_at_once_is_zero() -> None:
     assert rate.bytes_per_s == 0
     rate.add(1.0, 9)
     assert rate.bytes_per_s == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "shown"),
+    [
+        ({"phase": "precopy", "outstanding": 0}, "web: precopy\n"),
+        ({"phase": "postcopy", "outstanding": 7}, "web: postcopy: 7 pages outstanding\n"),
+    ],
+)
+def test_what_a_receiver_does_not_count_is_not_shown(answer: dict[str, Any], shown: str) -> None:
+    """Before, 0 faults and 0 bytes a second were shown of a guest that had faults."""
+    stream = io.StringIO()
+    ProgressDisplay(stream).show({"domain": "web", "problem": "", **answer})
+    assert stream.getvalue() == shown
