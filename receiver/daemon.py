@@ -121,9 +121,7 @@ class ReceiverDaemon:
         if needed:
             for migration in needed:
                 migration.count()
-            waiting = ", ".join(
-                f"{m.progress.domain} ({m.progress.outstanding} pages missing)" for m in needed
-            )
+            waiting = ", ".join(f"{m.domain_name} ({m.to_come})" for m in needed)
             notify(f"STATUS=stopping, but guests that run here need their pager still: {waiting}")
             self._waiting.log(
                 "waiting for guests that run here: %s", waiting, about=[m.id for m in needed]
@@ -318,5 +316,6 @@ def _line(migration: IncomingMigration) -> Json:
         "id": migration.id,
         "direction": "incoming",
         "peer": migration.lanes.peer,
+        "unknown": migration.unknown,
         **asdict(migration.progress),
     }

@@ -273,6 +273,18 @@ class IncomingMigration:
             return 0
         return self._recovery.switchover.guest.pages.count
 
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """The keys of the progress whose values this receiver does not have."""
+        return ("outstanding", "waiting") if self._context.ownership.is_taking_up else ()
+
+    @property
+    def to_come(self) -> str:
+        """In words, what is outstanding."""
+        if "outstanding" in self.unknown:
+            return "its missing pages are not counted yet"
+        return f"{self.progress.outstanding} pages missing"
+
     def count(self) -> None:
         """Bring what ``list`` shows up to date.  While no sender is connected nothing else does."""
         if self._recovery is not None and self._recovery.switchover.serving.is_set():

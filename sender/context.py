@@ -90,6 +90,8 @@ class Context:
         self.entry = entry
         self.options = entry.options
         self.ownership = Ownership(self._write, self._erase, state)
+        self.began_here = state is State.OFFERING
+        """No predecessor has had the migration."""
         self.session = Session(Role.SENDER)
         self.progress = Progress()
         self.statistics = SenderStatistics(strategy=self.options.strategy.value)

@@ -121,9 +121,7 @@ class SenderDaemon:
                     migration.requests.cancel("because the sender is being stopped")
         needed = [m for m in self._migrations.values() if m.id in self._active or m.holds_pages]
         if needed:
-            waiting = ", ".join(
-                f"{m.domain_name} ({m.phase}, {m.progress.outstanding} pages to go)" for m in needed
-            )
+            waiting = ", ".join(f"{m.domain_name} ({m.phase}, {m.to_go})" for m in needed)
             notify(f"STATUS=stopping, but guests elsewhere need their pages still: {waiting}")
             self._waiting.log(
                 "waiting for guests elsewhere: %s", waiting, about=[m.id for m in needed]
@@ -361,6 +359,7 @@ def _line(migration: OutgoingMigration) -> dict[str, Any]:
         "strategy": migration.context.options.strategy.value,
         "handed_over": migration.ownership.handed_over,
         "checkpoint_age_s": round(time.monotonic() - checkpoint_at, 1) if checkpoint_at else None,
+        "unknown": migration.unknown,
         **progress,
     }
 

@@ -29,7 +29,7 @@ from sender.entry import Entry, read_entry
 from sender.last_word import lose, send_last_word
 from sender.ownership import Guest, State
 from sender.policy import DefaultPolicy, Policy
-from sender.progress import Progress
+from sender.progress import BEFORE_RESTART, OF_DESTINATION, Progress
 from sender.recovery import Recovery
 from sender.requests import Requests
 from sender.rollback import AGAIN_S, Rollback, verdict
@@ -133,6 +133,22 @@ class OutgoingMigration:
     def holds_pages(self) -> bool:
         """The domain is gone, and its pages live by this process."""
         return self.keeps_pages and self.context.toolstack.destroys_source
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """The keys, of the progress and of the result, whose values this sender does not have."""
+        if self.context.began_here:
+            return ()
+        confirmed = self.ownership.state in (State.COMPLETING, State.COMPLETED)
+        learned = confirmed or not self.ownership.inherited
+        return BEFORE_RESTART if learned else (*BEFORE_RESTART, *OF_DESTINATION)
+
+    @property
+    def to_go(self) -> str:
+        """In words, what is outstanding."""
+        if "outstanding" in self.unknown:
+            return "its missing pages are not counted yet"
+        return f"{self.progress.outstanding} pages to go"
 
     def result(self) -> dict[str, Any]:
         """The JSON keys that docs/commands.md explains."""

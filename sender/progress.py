@@ -5,6 +5,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+BEFORE_RESTART = ("round", "memory_bytes", "total_s", "downtime_s", "precopy", "switchover")
+"""What a predecessor has measured, and has not noted in its journal."""
+OF_DESTINATION = ("outstanding", "pages_done", "pages_total", "faults", "latency_us")
+"""What a successor learns when the destination is in touch again."""
+
 
 @dataclass
 class Progress:

@@ -102,6 +102,11 @@ def problem(line: dict[str, Any]) -> str:
     return line.get("unprotected", "") and f"not protected any more: {line['unprotected']}"
 
 
+def known(line: dict[str, Any], key: str) -> Any:
+    """A value as people are shown it: JSON has 0 for a value that the daemon does not have."""
+    return "-" if key in line.get("unknown", ()) else line[key]
+
+
 @click.command("list")
 @sockets_option
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
@@ -117,7 +122,7 @@ def list_command(socket_paths: tuple[Path, ...], as_json: bool) -> None:
     for line in lines:
         echo(
             f"{line['id'][:8]:10}{line['domain']:20}{line['direction']:11}{line['phase']:13}"
-            f"{line['outstanding']:>11}  {problem(line)}"
+            f"{known(line, 'outstanding'):>11}  {problem(line)}"
         )
     answers.check_complete()
 
@@ -143,7 +148,10 @@ def show_command(migration: str, socket_paths: tuple[Path, ...], as_json: bool) 
         details = answer.pop("details")
         # What both have is measured at the end; until then the progress is newer.
         both = {**answer, **details} if answer["phase"] in ENDED else {**details, **answer}
-        for key, value in {**dict.fromkeys((*answer, *details)), **both}.items():
+        keys = dict.fromkeys((*answer, *details))
+        keys.pop("unknown", None)
+        for key in keys:
+            value = known(both, key)
             if isinstance(value, dict):
                 value = ", ".join(f"{k} {v}" for k, v in value.items() if not isinstance(v, dict))
             if value not in ("", None):

@@ -77,3 +77,23 @@ async def test_a_receiver_s_successor_asks_to_wait_until_it_has_taken_up_what_wa
     for here in (True, False):
         with pytest.raises(MigrationError, match="taken up"):
             await left.requests.decide(here=here)
+
+
+@pytest.mark.parametrize(
+    ("step", "counted"), [("handed over", False), ("deciding", False), ("completing", True)]
+)
+async def test_a_sender_s_successor_states_what_it_does_not_know(
+    clean_hosts: World, tmp_path: Path, step: str, counted: bool
+) -> None:
+    left = left_by_a_sender(clean_hosts.source, Journal(tmp_path), step)
+    assert "memory_bytes" in left.unknown and "downtime_s" in left.unknown
+    assert ("outstanding" not in left.unknown) is counted
+    assert left.to_go == ("0 pages to go" if counted else "its missing pages are not counted yet")
+
+
+async def test_a_receiver_s_successor_states_what_it_has_not_counted_yet(
+    clean_hosts: World, tmp_path: Path
+) -> None:
+    left = left_by_a_receiver(clean_hosts.destination, Journal(tmp_path), "taken over")
+    assert left.unknown == ("outstanding", "waiting")
+    assert left.to_come == "its missing pages are not counted yet"

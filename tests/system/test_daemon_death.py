@@ -114,6 +114,29 @@ def test_killed_in_postcopy_its_successor_goes_on(world: World, which: str, stra
     assert check(world) == "destination"
 
 
+def test_what_a_successor_does_not_know_is_shown_as_unknown(world: World) -> None:
+    """Before, a sender that was started again showed 0 missing pages and 0 bytes of memory."""
+    begin(world, "postcopy", bandwidth=2 * MIB)
+    until(lambda: phase(world, "sender") == "postcopy", "no postcopy")
+    for which in ("receiver", "sender"):
+        kill(world, which)
+    start_anew(world, "sender")
+    (line,) = lines(world, "sender")
+    assert line["outstanding"] == 0 and "outstanding" in line["unknown"]
+    socket = ("--socket", str(world.sender_socket))
+    (row,) = zygote.run([*PROGRAM, "list", *socket], timeout=WAIT_S).stdout.splitlines()[1:]
+    assert row.split()[1:5] == ["guest", "outgoing", "interrupted", "-"]
+    shown = zygote.run([*PROGRAM, "show", "guest", *socket], timeout=WAIT_S).stdout
+    values = {line[:22].rstrip(): line[23:] for line in shown.splitlines()}
+    for key in ("outstanding", "memory bytes", "downtime s", "precopy"):
+        assert values[key] == "-"
+    assert "unknown" not in values
+    start_anew(world, "receiver")
+    until(lambda: lines(world, "sender")[-1]["outstanding"] > 0, "the sender does not learn it")
+    (line,) = lines(world, "sender")
+    assert "outstanding" not in line["unknown"] and "memory_bytes" in line["unknown"]
+
+
 def test_each_successor_counts_its_attempts_from_another_number(world: World) -> None:
     """The receiver takes a number once, and a clock may go back."""
     begin(world, "postcopy", bandwidth=2 * MIB)
