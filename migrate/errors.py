@@ -7,7 +7,7 @@ from typing import Any
 
 
 class MigrationError(Exception):
-    """A migration could not be done; the text says why and what to do."""
+    """A migration could not be done; the text has the reason and what to do."""
 
 
 class ProtocolError(MigrationError):
@@ -23,15 +23,15 @@ class RemoteProtocolError(ProtocolError):
 
 
 class PeerClosedError(MigrationError):
-    """The peer cannot be reached, says nothing, or ended the connection where it should not."""
+    """The peer cannot be reached, sends nothing, or has ended the connection too early."""
 
 
 class RefusedError(PeerClosedError):
-    """The peer does not take this connection, and says why."""
+    """The peer refuses this connection; the text has the peer's reason."""
 
 
 class UnknownSessionError(RefusedError):
-    """Because it has no such session, or not any more."""
+    """The peer refuses this connection because it has no such session, or no longer has it."""
 
 
 class UnknownMigrationError(MigrationError):
@@ -46,7 +46,7 @@ class DaemonGoneError(MigrationError):
 
 
 class UnattendedMigrationError(MigrationError):
-    """The sender has ended during a migration.  The text says what is known of the guest; the
+    """The sender has ended during a migration.  The text has what is known of the guest; the
     command's exit status is 3.
     """
 
@@ -56,7 +56,7 @@ class SilentDaemonError(MigrationError):
 
 
 class PagesLostError(MigrationError):
-    """The missing pages of a guest exist nowhere any more."""
+    """The missing pages of a guest no longer exist at any host."""
 
 
 class RecalledError(MigrationError):
@@ -68,7 +68,7 @@ class OccupiedError(MigrationError):
 
 
 class UsedUpError(OSError):
-    """This host has no thread or no memory left for the daemon, which may pass."""
+    """This host has no thread or no memory left for the daemon.  The shortage may pass."""
 
     def __str__(self) -> str:
         return (
@@ -78,7 +78,7 @@ class UsedUpError(OSError):
 
 
 class InterruptedMigrationError(MigrationError):
-    """Ctrl-C; the text says what became of the migration."""
+    """An administrator pressed Ctrl-C; the text describes what happens to the migration."""
 
 
 class GuestEndedError(MigrationError):

@@ -24,7 +24,7 @@ from typing import Any
 JOURNAL_SOCKET = "/run/systemd/journal/socket"
 STDERR = 2
 MOST_BYTES = 128 * 1024
-"""Of a record: the kernel takes no larger datagram."""
+"""The largest record: the kernel takes no larger datagram."""
 COMPLAIN_EVERY_S = 60.0
 """How often one :class:`Complaint` is logged."""
 PRIORITIES = {
@@ -86,7 +86,7 @@ class LineHandler(logging.Handler):
         takes = select.poll()
         takes.register(STDERR, select.POLLOUT)
         with contextlib.suppress(OSError):
-            # A pipe that can be written takes so many bytes at once.
+            # If a pipe is writable, it takes PIPE_BUF bytes at once.
             for at in range(0, len(line), select.PIPE_BUF):
                 if not takes.poll(0):
                     return

@@ -12,7 +12,9 @@ from migrate.errors import MigrationError
 from migrate.units import MAX_SIZE
 
 LEAST_BANDWIDTH = 4096
-"""A page a second.  ``PAGE_SIZE`` is not imported: commands load this module, and no numpy."""
+"""One page a second.  ``PAGE_SIZE`` is not imported, because commands load this module and must not
+load numpy.
+"""
 MAX_CHECKPOINT_MS = 3_600_000
 """The longest time between two checkpoints that a sender may ask for."""
 
@@ -33,9 +35,9 @@ class PolicyOptions:
     max_rounds: int = 5
     """Rounds after which precopy ends (libxl's default for xl migrate is 5)."""
     dirty_threshold: int = 50
-    """Dirty pages at or below which the rest is sent with the guest standing still (Xen: 50)."""
+    """If at most so many pages are dirty, they are sent while the guest is suspended (Xen: 50)."""
     downtime_target_ms: float = 20.0
-    """Likewise, when the rest can be sent in this time."""
+    """If the dirty pages can be sent in this time, they are sent while the guest is suspended."""
 
     def problems(self) -> str | None:
         if type(self.max_rounds) is not int or not 1 <= self.max_rounds <= 1000:
@@ -54,14 +56,18 @@ class MigrationOptions:
     policy: PolicyOptions = PolicyOptions()
     bandwidth_bytes_per_s: float | None = None
     checkpoint_every_s: float | None = None
-    """What the guest becomes at the destination is sent back, so that it survives that; ``None``:
-    it is not.
+    """The interval at which the guest's state at the destination is sent back, so that the guest
+    survives the loss of the destination.  ``None``: nothing is sent back.
     """
     take_log_dirty: bool = False
-    """If log-dirty is on, take it: an administrator has found that no program uses it any more."""
+    """Use log-dirty even if it is on already: an administrator has found that no other program uses
+    it any more.
+    """
 
     def __post_init__(self) -> None:
-        """Raises :class:`MigrationError`: a request may come from another program than ours."""
+        """Check the values, because another program than ours may have sent the request.  Raises
+        :class:`MigrationError`.
+        """
         if problem := self.policy.problems():
             raise MigrationError(problem)
         cap, every_s = self.bandwidth_bytes_per_s, self.checkpoint_every_s
@@ -76,5 +82,5 @@ class MigrationOptions:
             )
         if self.checkpoint_every_s is not None and not self.strategy.pages_after_handover:
             raise MigrationError(
-                "--strategy precopy has nothing to protect: there the guest arrives as a whole"
+                "--strategy precopy has nothing to protect: with it the guest arrives as a whole"
             )

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 Arguments = TypeVarTuple("Arguments")
 Result = TypeVar("Result")
 AGAIN_S = 0.5
-"""Between attempts to start a thread."""
+"""The pause between two attempts to start a thread."""
 _used_up = Complaint(log.error)
 
 
@@ -60,8 +60,8 @@ async def task_group() -> AsyncIterator[trio.Nursery]:
 
 
 async def as_soon_as_threads_start(work: Callable[[], Awaitable[Result]]) -> Result:
-    """Do ``work``, on which a guest depends.  If this host lets the daemon start no thread, do it
-    once more, until it does; all of ``work`` can be done twice.
+    """Do ``work``, on which a guest depends.  If the host has no thread or memory left, repeat
+    ``work`` until the host has.  All of ``work`` must therefore be repeatable.
     """
     while True:
         try:
@@ -81,7 +81,7 @@ async def in_thread(call: Callable[[*Arguments], Result], *arguments: *Arguments
 
 
 async def first(*waits: Callable[[], Awaitable[object]]) -> None:
-    """Wait until one of them is over; the others are cancelled."""
+    """Wait until one of ``waits`` returns; the others are cancelled."""
 
     async def wait_for(one: Callable[[], Awaitable[object]]) -> None:
         await one()
@@ -120,7 +120,7 @@ def _report(what: str, error: BaseException) -> None:
 
 
 def is_used_up(error: BaseException) -> bool:
-    """True where the host had no thread or no memory for us."""
+    """Whether the host had no thread or no memory left for this process."""
     no_thread = isinstance(error, RuntimeError) and "can't start new thread" in str(error)
     return no_thread or isinstance(error, MemoryError | UsedUpError)
 

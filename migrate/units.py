@@ -16,7 +16,9 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def parse_size(value: Any) -> int:
-    """Bytes: ``4096``, ``64K``, ``512M``, ``1G``, ``1.5GiB``.  Raises :class:`ValueError`."""
+    """Return the number of bytes in a size such as ``4096``, ``64K``, ``512M``, ``1G`` or
+    ``1.5GiB``.  Raises :class:`ValueError`.
+    """
     if type(value) is int:
         size: float = value
     else:
@@ -35,13 +37,13 @@ def parse_size(value: Any) -> int:
 
 
 def shortened(value: Any) -> str:
-    """A user's text, for a message."""
+    """Return a user's text, shortened for a message."""
     text = str(value)
     return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
 
 
 def printable(text: str) -> str:
-    """``text`` for a terminal.  Every character that is neither printable nor a line feed is
+    """Return ``text`` for a terminal.  Every character that is neither printable nor a line feed is
     replaced, because a control character could move the cursor.
     """
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
@@ -56,11 +58,10 @@ def human_bytes(count: float) -> str:
 
 
 def pauses(first_s: float, last_s: float, *, growth: float = 1.05) -> Iterator[float]:
-    """Pauses between looks at something, or between attempts.  Each pause is ``growth`` times the
-    one before it, up to ``last_s``.
+    """Return the pauses between polls, or between attempts.  Each pause is ``growth`` times the
+    pause before it, up to ``last_s``.
 
-    With the default growth an event is noticed late by at most a twentieth of the time that it
-    took.
+    With the default growth, an event that takes a time T is noticed at most T / 20 late.
     """
     pause_s = first_s
     while True:
@@ -69,7 +70,9 @@ def pauses(first_s: float, last_s: float, *, growth: float = 1.05) -> Iterator[f
 
 
 def parse_address(text: str, default_port: int) -> tuple[str, int]:
-    """``host``, ``host:port``, ``v6``, ``[v6]``, ``[v6]:port``.  Raises :class:`MigrationError`."""
+    """Parse ``host``, ``host:port``, ``v6``, ``[v6]`` or ``[v6]:port``.  Raises
+    :class:`MigrationError`.
+    """
 
     def wrong(why: str) -> MigrationError:
         return MigrationError(f"address {shortened(text)!r}: HOST, HOST:PORT or [IPV6]:PORT; {why}")

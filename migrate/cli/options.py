@@ -221,7 +221,7 @@ def migration_request(
         raise click.UsageError(f"--checkpoint-every {checkpoint_every:g}: only with --protect")
     if protect and strategy == "precopy":
         raise click.UsageError(
-            "--strategy precopy has nothing to protect: there the guest arrives as a whole"
+            "--strategy precopy has nothing to protect: with it the guest arrives as a whole"
         )
     return {
         "strategy": strategy,

@@ -22,7 +22,7 @@ class InvalidFieldError(Exception):
 
 
 Parser = Callable[[Any], Any]
-"""Returns a field's value, made of what the frame holds.  Raises :class:`InvalidFieldError`."""
+"""Makes a field's value of the value in the frame.  Raises :class:`InvalidFieldError`."""
 
 
 def _field(parse: Parser, **kwargs: Any) -> Any:
@@ -30,7 +30,7 @@ def _field(parse: Parser, **kwargs: Any) -> Any:
 
 
 def uint_field(most: int, least: int = 0) -> Any:
-    """A number from ``least`` to ``most``."""
+    """Return a field for a number from ``least`` to ``most``."""
 
     def parse(value: Any) -> int:
         if type(value) is not int or not least <= value <= most:
@@ -41,7 +41,7 @@ def uint_field(most: int, least: int = 0) -> Any:
 
 
 def text_field(most: int, **kwargs: Any) -> Any:
-    """Printable text of at most ``most`` characters."""
+    """Return a field for printable text of at most ``most`` characters."""
 
     def parse(value: Any) -> str:
         if not isinstance(value, str) or len(value) > most or not value.isprintable():
@@ -52,7 +52,7 @@ def text_field(most: int, **kwargs: Any) -> Any:
 
 
 def bytes_field(most: int, **kwargs: Any) -> Any:
-    """At most ``most`` bytes."""
+    """Return a field for at most ``most`` bytes."""
 
     def parse(value: Any) -> bytes:
         if not isinstance(value, bytes) or len(value) > most:
@@ -63,7 +63,7 @@ def bytes_field(most: int, **kwargs: Any) -> Any:
 
 
 def flag_field() -> Any:
-    """True or false."""
+    """Return a field that is true or false."""
 
     def parse(value: Any) -> bool:
         if type(value) is not bool:
@@ -74,7 +74,7 @@ def flag_field() -> Any:
 
 
 def texts_field(most: int, **kwargs: Any) -> Any:
-    """At most ``most`` names, each of at most 64 printable characters."""
+    """Return a field for at most ``most`` names, each of at most 64 printable characters."""
 
     def parse(value: Any) -> tuple[str, ...]:
         if (
@@ -89,7 +89,7 @@ def texts_field(most: int, **kwargs: Any) -> Any:
 
 
 def pfns_field(most: int, **kwargs: Any) -> Any:
-    """At most ``most`` pfns below ``MAX_PFN``, in ascending order, each once."""
+    """Return a field for at most ``most`` pfns below ``MAX_PFN``, in ascending order, each once."""
 
     def parse(value: Any) -> PfnArray:
         if not isinstance(value, bytes) or len(value) % 8 or len(value) > most * 8:

@@ -34,12 +34,12 @@ PREFIX = struct.Struct("!4sIII")
 PREFIX_CHECKSUM = struct.Struct("!I")
 PREFIX_BYTES = PREFIX.size + PREFIX_CHECKSUM.size
 TLS_BEGINNINGS = (b"\x15", b"\x16")
-"""Of an alert and of a handshake (RFC 8446, 5.1)."""
+"""The first bytes of a TLS alert and of a TLS handshake (RFC 8446, 5.1)."""
 MAX_HEADER_BYTES = 256 * 1024
 MAX_PAYLOAD_PAGES = 1024
 MAX_PAYLOAD_BYTES = MAX_PAYLOAD_PAGES * PAGE_SIZE
 READ_AHEAD_BYTES = 16 * 1024
-"""Prefix and header are read together with what follows, up to here."""
+"""Prefix and header are read together with up to so many of the bytes that follow."""
 
 EMPTY = memoryview(b"")
 
@@ -47,17 +47,17 @@ EMPTY = memoryview(b"")
 class Frame(NamedTuple):
     header: dict[str, Any]
     payload: memoryview
-    """Whole pages.  Valid while the next frame is read: until the next frame is complete and a
-    further one begins.
+    """Whole pages.  They stay valid while the next frame is received, until the frame after that
+    one begins.
     """
 
 
 def encode(
     header: dict[str, Any], payload: Sequence[memoryview] = (), *, checked: bool = False
 ) -> bytes:
-    """The bytes that go before the payload; the payload itself follows as it is.
+    """Return the bytes that go before the payload; the payload itself is sent unchanged.
 
-    Where it is ``checked`` it must not change meanwhile.
+    If the payload is ``checked``, it must not change before it has been sent.
     """
     packed: bytes = msgpack.packb(header)
     payload_bytes = sum(map(len, payload))
@@ -96,32 +96,29 @@ def _parse_header(data: Buffer) -> dict[str, Any]:
 
 
 class FrameDecoder:
-    """One direction of a lane.  Raises :class:`RemoteProtocolError` for bytes that are no frame;
-    the decoder cannot be used afterwards.
+    """Decodes one direction of a lane.  Raises :class:`RemoteProtocolError` for bytes that are no
+    frame; the decoder cannot be used afterwards.
     """
 
     def __init__(self) -> None:
         self.checked = False
         """The payload is in the checksum."""
-        self._checksums = (
-            0,
-            0,
-        )  # of the frame being read: the one it came with, the one of what has come
-        self._small = bytearray(
-            PREFIX_BYTES + 2 * READ_AHEAD_BYTES
-        )  # larger with the first header that is
-        self._start = 0  # of what is unread in _small
+        # Of the frame being read: the checksum in its prefix, and the checksum of what has arrived.
+        self._checksums = (0, 0)
+        # Prefixes, headers, and what was read with them.  A larger header makes it grow.
+        self._small = bytearray(PREFIX_BYTES + 2 * READ_AHEAD_BYTES)
+        # The unread part of _small.
+        self._start = 0
         self._end = 0
-        self._sizes: tuple[int, int] | None = (
-            None  # header and payload bytes of the frame being read
-        )
+        # The sizes of header and payload of the frame being read.
+        self._sizes: tuple[int, int] | None = None
         self._header: dict[str, Any] | None = None
-        # Two, in turn: a payload can be loaded while the next is received.
+        # Two buffers take turns: a payload can be loaded while the next one is received.
         self._pages, self._other_pages = bytearray(), bytearray()
         self._pages_filled = 0
 
     def wanted(self) -> memoryview:
-        """Where the next bytes belong; never empty."""
+        """Return the memory for the next bytes; it is never empty."""
         if self._header is not None:
             assert self._sizes is not None
             return memoryview(self._pages)[self._pages_filled : self._sizes[1]]
@@ -138,18 +135,18 @@ class FrameDecoder:
         return memoryview(self._small)[self._end : self._end + max(missing, READ_AHEAD_BYTES)]
 
     def in_payload(self) -> bool:
-        """A payload has begun: all of what is wanted will come."""
+        """Whether a payload is being received: the peer sends at least :meth:`wanted` bytes."""
         return self._header is not None
 
     def filled(self, count: int) -> None:
-        """``count`` bytes were put into what :meth:`wanted` returned last."""
+        """The caller has put ``count`` bytes into the memory that :meth:`wanted` returned last."""
         if self._header is not None:
             self._pages_filled += count
         else:
             self._end += count
 
     def next_frame(self) -> Frame | None:
-        """The next whole frame, or ``None`` when more bytes are wanted."""
+        """Return the next whole frame, or ``None`` if more bytes are needed."""
         if self._sizes is None:
             if self._end - self._start < PREFIX_BYTES:
                 self._check_magic()
@@ -190,7 +187,7 @@ class FrameDecoder:
         self._pages_filled = at_hand
 
     def at_boundary(self) -> bool:
-        """No frame has been begun: the peer may end the connection here."""
+        """Whether no frame has begun: the peer may end the connection here."""
         return self._sizes is None and self._start == self._end
 
     def _check(self) -> None:

@@ -34,7 +34,7 @@ from xenbackend.pages import PAGE_SIZE, PfnArray
 
 PROTOCOL_VERSION = 1
 MAX_PFNS = 8192
-"""pfns in one list of one message."""
+"""The most pfns in one list of one message."""
 MAX_FAULT_PFNS = 64
 MAX_AHEAD_PFNS = 1024
 MAX_CONTEXT_CHUNK = 128 * 1024
@@ -51,7 +51,7 @@ UNPROTECTED = "unprotected"
 RECALL = "recall"
 """The message."""
 CAPABILITIES = frozenset({CHECKSUMS, PAUSED, LOST, UNPROTECTED, RECALL})
-"""What this end can do where one of both requires it, or both offer it."""
+"""What this end can do.  A capability is used if one end requires it or both ends offer it."""
 
 
 class Lane(StrEnum):
@@ -83,7 +83,7 @@ class Message:
 # ---- both ends ----
 @dataclass(frozen=True, eq=False)
 class Hello(Message):
-    """First on every lane, from both ends; the one that connects speaks first."""
+    """The first message on every lane, from both ends; the end that dials sends first."""
 
     type = "hello"
     oldest: int = uint_field(2**16, 1)
@@ -95,14 +95,14 @@ class Hello(Message):
     pull lane: the token of ``accepted``.
     """
     requires: tuple[str, ...] = texts_field(32)
-    """Capabilities without which this end will not talk."""
+    """Capabilities without which this end ends the connection."""
     offers: tuple[str, ...] = texts_field(32)
     software: str = text_field(64)
 
 
 @dataclass(frozen=True, eq=False)
 class Alive(Message):
-    """Nothing else was to be said.  The transport says and hears it; no session does."""
+    """Keeps an idle lane alive.  The lane itself sends and consumes it; no session sees it."""
 
     type = "alive"
 
@@ -121,7 +121,7 @@ class Offer(Message):
     paging: bool = flag_field()
     """Postcopy is possible: the receiver must be able to page."""
     key: bytes = bytes_field(32)
-    """Who knows it can take the session up again when its lanes were lost."""
+    """The secret with which the session can be resumed when its lanes were lost."""
     checkpoint_ms: int = uint_field(MAX_CHECKPOINT_MS)
     """The interval at which the receiver sends checkpoints back, until completion.  0: no
     checkpoints.
@@ -142,8 +142,8 @@ class Pages(Message):
 
 @dataclass(frozen=True, eq=False)
 class Defer(Message):
-    """A window of pfns to be evicted now.  They are missing, unless ``pages`` brings them before
-    the handover.
+    """A window of pfns to be evicted now.  Each of them is missing, unless ``pages`` has its
+    contents before the handover.
     """
 
     type = "defer"
@@ -153,7 +153,7 @@ class Defer(Message):
 
 @dataclass(frozen=True, eq=False)
 class Barrier(Message):
-    """Answered by ``passed`` when all before it has been done."""
+    """The receiver answers ``passed`` when it has done all that was sent before."""
 
     type = "barrier"
     number: int = uint_field(2**32)
@@ -161,7 +161,7 @@ class Barrier(Message):
 
 @dataclass(frozen=True, eq=False)
 class Suspended(Message):
-    """The guest stands still: pages from here on are final."""
+    """The guest is suspended: the pages that follow are final."""
 
     type = "suspended"
 
@@ -201,30 +201,34 @@ class Handover(Message):
 
 @dataclass(frozen=True, eq=False)
 class Kept(Message):
-    """The checkpoint is whole, and will do if the destination dies: another may be made."""
+    """The sender has the whole checkpoint, and can restore the guest from it.  The receiver may
+    make another one.
+    """
 
     type = "kept"
     problem: str = text_field(MAX_TEXT)
-    """Not empty: it is not kept, and no other would be."""
+    """If not empty: why neither this checkpoint nor a later one is kept."""
 
 
 @dataclass(frozen=True, eq=False)
 class Rejoin(Message):
-    """First on the lanes of a session that is taken up again: what is outstanding?"""
+    """The first message on the new lanes of a session that is resumed: it asks what is
+    outstanding.
+    """
 
     type = "rejoin"
 
 
 @dataclass(frozen=True, eq=False)
 class Completed(Message):
-    """The sender agrees that nothing is outstanding, and lets the source go."""
+    """The sender agrees that nothing is outstanding, and gives up the source domain."""
 
     type = "completed"
 
 
 @dataclass(frozen=True, eq=False)
 class Abort(Message):
-    """Before the handover: the guest stays at the source."""
+    """The guest stays at the source; sent before the handover only."""
 
     type = "abort"
     reason: str = text_field(MAX_TEXT)
@@ -232,7 +236,7 @@ class Abort(Message):
 
 @dataclass(frozen=True, eq=False)
 class Lost(Message):
-    """The missing pages of the guest exist nowhere any more."""
+    """The missing pages of the guest no longer exist at any host."""
 
     type = "lost"
     reason: str = text_field(MAX_TEXT)
@@ -254,7 +258,7 @@ class Accepted(Message):
     type = "accepted"
     populate_evicted: str = text_field(16)
     token: bytes = bytes_field(32)
-    """What the pull lane's hello has to show; good for one connection."""
+    """The token that the pull lane's hello must contain; valid for one connection."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,7 +266,7 @@ class Refused(Message):
     type = "refused"
     reason: str = text_field(MAX_TEXT)
     unknown: bool = flag_field()
-    """There is no such session, or not any more."""
+    """There is no such session, or there is none any more."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -273,7 +277,7 @@ class Passed(Message):
 
 @dataclass(frozen=True, eq=False)
 class Ready(Message):
-    """Everything is in place; nothing is missing but the right to run."""
+    """All that the guest needs to run is at the receiver, except the handover."""
 
     type = "ready"
 
@@ -285,7 +289,7 @@ class Resumed(Message):
 
 @dataclass(frozen=True, eq=False)
 class Loaded(Message):
-    """These pfns have their contents; the sender may forget them."""
+    """The receiver has loaded these pfns; the sender may release them."""
 
     type = "loaded"
     pfns: PfnArray = pfns_field(MAX_PFNS)
@@ -293,7 +297,7 @@ class Loaded(Message):
 
 @dataclass(frozen=True, eq=False)
 class Dropped(Message):
-    """The guest gave these pfns away; their contents are not wanted any more."""
+    """The guest gave these pfns away; their contents are not needed any more."""
 
     type = "dropped"
     pfns: PfnArray = pfns_field(MAX_PFNS)
@@ -307,12 +311,12 @@ class Report(Message):
     outstanding: int = uint_field(MAX_PFN)
     faults: int = uint_field(2**63)
     latency_us: int = uint_field(2**63)
-    """Median so far."""
+    """The median latency of the faults so far."""
 
 
 @dataclass(frozen=True, eq=False)
 class Written(Pages):
-    """Of a checkpoint: pages that the guest has written at the destination, as :class:`Pages`."""
+    """Pages of a checkpoint, which the guest has written at the destination; as :class:`Pages`."""
 
     type = "written"
 
@@ -340,7 +344,7 @@ class Unprotected(Message):
 
 @dataclass(frozen=True, eq=False)
 class Outstanding(Message):
-    """A window of pfns that the receiver still lacks; all others it has, or does not want."""
+    """A window of pfns that the receiver still lacks.  All other pfns it has, or does not need."""
 
     type = "outstanding"
     base: int = uint_field(MAX_PFN)
@@ -349,13 +353,15 @@ class Outstanding(Message):
 
 @dataclass(frozen=True, eq=False)
 class Rejoined(Message):
-    """That is all; and how far the receiver has come: what it did not hear is to be said again."""
+    """The list of what is outstanding is complete.  The sender then repeats each message that the
+    receiver, by its phase, has not received.
+    """
 
     type = "rejoined"
     phase: str = text_field(16)
     """``switchover``, ``decision`` or ``postcopy``."""
     token: bytes = bytes_field(32)
-    """As in ``accepted``."""
+    """The token for the pull lane, as in ``accepted``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -368,11 +374,11 @@ class Complete(Message):
 
 @dataclass(frozen=True, eq=False)
 class Ended(Message):
-    """The guest's domain here is no more: nothing of it is wanted."""
+    """The guest's domain at the receiver no longer exists; nothing more of the guest is needed."""
 
     type = "ended"
     ran: bool = flag_field()
-    """It has run here: it must not be resumed anywhere else."""
+    """The guest has run at the receiver, so it must not be resumed elsewhere."""
     reason: str = text_field(MAX_TEXT)
 
 
@@ -421,7 +427,7 @@ FIELDS: dict[type[Message], dict[str, Parser]] = {
 
 
 def parse(header: dict[str, Any], payload_bytes: int = 0) -> Message:
-    """The message in a frame.  Raises :class:`RemoteProtocolError` for anything else."""
+    """Return the message in a frame.  Raises :class:`RemoteProtocolError` for anything else."""
     name = header.get("type")
     cls = TYPES.get(name) if isinstance(name, str) else None
     if cls is None:
@@ -449,5 +455,5 @@ def parse(header: dict[str, Any], payload_bytes: int = 0) -> Message:
 
 
 def printable(text: str) -> str:
-    """``text`` as the protocol allows it: one line, bounded."""
+    """Return ``text`` as the protocol allows it: one line of limited length."""
     return "".join(c if c.isprintable() else " " for c in text)[:MAX_TEXT]

@@ -19,22 +19,22 @@ from numpy.typing import NDArray
 from xenbackend.pages import PfnArray
 
 MAX_PFN = 2**40
-"""Every pfn of a message is lower."""
+"""Every pfn in a message is lower than this."""
 WINDOW_PFNS = 2**18
-"""pfns in one window: 32 KiB of bitmap, 1 GiB of guest."""
+"""The number of pfns in one window: 32 KiB of bitmap, 1 GiB of guest."""
 
 MOST_PFNS_OF_SMALL = 2**22
-"""16 GiB of guest-physical addresses.  Memory above the hole for devices begins at 4 GiB, however
-small the guest is.
+"""The pfns that a guest of any size may have: 16 GiB of guest-physical addresses.  Also in a small
+guest, memory above the hole for devices begins at 4 GiB.
 """
 MOST_PFNS_A_PAGE = 16
-"""pfns a page of memory: guests leave holes."""
+"""The most pfns that a guest may have for each page of its memory; guests leave holes."""
 
 PfnMask = NDArray[np.bool_]
 
 
 def sparseness(nr_pfns: int, max_pages: int) -> str:
-    """Why the guest's memory is too sparse to be migrated; empty if it is not.
+    """Return why the guest's memory is too sparse to be migrated; empty if it is not.
 
     A daemon needs several bytes for each pfn up to the highest one.  The guest chooses the highest
     pfn by where it maps a page.
@@ -57,12 +57,12 @@ NO_PFNS.flags.writeable = False
 
 
 def mask_from_bitmap(bitmap: NDArray[np.uint8], nr_pfns: int) -> PfnMask:
-    """From Xen's bitmaps: least significant bit first."""
+    """Return the set in a bitmap of Xen's: least significant bit first."""
     return np.unpackbits(bitmap, count=nr_pfns, bitorder="little").view(np.bool_)
 
 
 def bitmap_of(mask: PfnMask) -> NDArray[np.uint8]:
-    """As Xen's: least significant bit first, whole words of eight bytes."""
+    """Return a set as a bitmap of Xen's: least significant bit first, in words of eight bytes."""
     return np.packbits(np.pad(mask, (0, -len(mask) % 64)), bitorder="little")
 
 
@@ -83,7 +83,7 @@ def from_bitmap(bitmap: NDArray[np.uint8], nr_pfns: int) -> PfnArray:
 
 
 def in_bitmap(bitmap: NDArray[np.uint8], pfns: PfnArray) -> PfnMask:
-    """Which of the pfns have their bit set."""
+    """Return which of the pfns have their bit set."""
     found: PfnMask = (bitmap[pfns // 8] >> (pfns % 8).astype(np.uint8) & 1).view(np.bool_)
     return found
 
@@ -105,8 +105,8 @@ def union(lists: Sequence[PfnArray]) -> PfnArray:
 
 
 def runs(mask: PfnMask) -> list[list[int]]:
-    """[first, stop] of each run of true elements."""
-    if np.count_nonzero(mask) == len(mask):  # nearly always, and a vCPU may be waiting
+    """Return [first, stop] of each run of true elements."""
+    if np.count_nonzero(mask) == len(mask):  # the usual case, for which a vCPU may be waiting
         return [[0, len(mask)]] if len(mask) else []
     edges: list[list[int]] = (
         np.flatnonzero(np.diff(mask, prepend=False, append=False)).reshape(-1, 2).tolist()
@@ -115,7 +115,7 @@ def runs(mask: PfnMask) -> list[list[int]]:
 
 
 def windows(mask: PfnMask) -> Iterator[tuple[int, bytes]]:
-    """(first pfn, bitmap) of each window that is not empty."""
+    """Return (first pfn, bitmap) of each window that is not empty."""
     for base in range(0, len(mask), WINDOW_PFNS):
         window = mask[base : base + WINDOW_PFNS]
         if window.any():
@@ -129,12 +129,12 @@ def pfns_of_window(base: int, bitmap: bytes) -> PfnArray:
 
 
 def pieces(pfns: PfnArray, most: int) -> Iterator[PfnArray]:
-    """A list as shorter ones."""
+    """Cut a list into lists of at most ``most`` pfns."""
     for at in range(0, len(pfns), most):
         yield pfns[at : at + most]
 
 
 def batches_of(mask: PfnMask, batch_pages: int) -> Iterator[PfnArray]:
-    """The set in ascending batches, looked at window by window."""
+    """Return the set in ascending batches; the set is read window by window."""
     for base in range(0, len(mask), WINDOW_PFNS):
         yield from pieces(from_mask(mask[base : base + WINDOW_PFNS], base), batch_pages)

@@ -71,25 +71,25 @@ class Phase(IntEnum):
 P = Phase
 BEFORE_HANDOVER = (P.HELLO, P.PREFLIGHT, P.PRECOPY, P.SWITCHOVER, P.DECISION)
 PAGING = (P.DECISION, P.POSTCOPY)
-"""The receiver is the pager."""
+"""The phases in which the receiver is the pager."""
 RECEIVER_AT = {"switchover": P.SWITCHOVER, "decision": P.DECISION, "postcopy": P.POSTCOPY}
-"""Of ``rejoined``."""
+"""The phase that each name in ``rejoined`` stands for."""
 
 
 @dataclass(frozen=True)
 class Rule:
     speaker: Role
     phases: tuple[Phase, ...]
-    """In which the speaker may say it."""
+    """The phases in which the speaker may send the message."""
     then: Phase | None = None
     lane: Lane | None = Lane.PUSH
-    """``None``: either."""
+    """The lane on which the message may be sent; ``None``: both."""
 
 
 S, R = Role.SENDER, Role.RECEIVER
 RULES: dict[type[Message], Rule] = {
     m.Offer: Rule(S, (P.HELLO,), P.PREFLIGHT),
-    # COMPLETE: a batch was being read while each of its pages was fetched by a fault.
+    # In COMPLETE as well: while a batch was being read, faults may have fetched each of its pages.
     m.Pages: Rule(S, (P.PRECOPY, P.SWITCHOVER, *PAGING, P.COMPLETE), lane=None),
     m.Defer: Rule(S, (P.PRECOPY,)),
     m.Barrier: Rule(S, (P.PRECOPY,)),
@@ -142,11 +142,11 @@ class Session:
         self._resumed = False
         self._asked_to_rejoin = False
         self.handed_over = False
-        """There is no way back: ``handover`` was said, whether it arrived or not."""
+        """``handover`` was sent or received.  There is no way back, even if it has not arrived."""
         self.decided = False
-        """At the receiver: it was not said, but an operator has decided so."""
+        """At the receiver: ``handover`` has not arrived, but an operator has decided for it."""
         self._entrusted = False
-        """A toolstack starts the guest, and may leave it paused."""
+        """A toolstack starts the guest, and may leave the guest paused."""
         self._rules = {
             (message, lane): (rule, self._phases_of(rule, lane))
             for message, rule in RULES.items()
@@ -158,14 +158,18 @@ class Session:
     def of_predecessor(
         cls, role: Role, nr_pfns: int, *, handed_over: bool, protected: bool, entrusted: bool
     ) -> Session:
-        """Of a process that has died after ``ready``; to be rejoined."""
+        """Return the session of a process that has died after ``ready``.  The caller resumes the
+        session with :meth:`rejoin`.
+        """
         session = cls(role)
         session.nr_pfns, session.paging, session.handed_over = nr_pfns, True, handed_over
         session.protected, session._entrusted = protected, entrusted
         return session
 
     def rejoin(self) -> None:
-        """On new lanes, after ``ready``: the old ones are lost, and whatever was on its way."""
+        """Resume the session on new lanes, after ``ready``.  What was in transit on the old lanes
+        is lost.
+        """
         self.phase = P.REJOIN
         self._barriers.clear()
         self._context_complete = self._ready = True
@@ -173,23 +177,27 @@ class Session:
 
     @property
     def resumed(self) -> bool:
-        """The sender was told, on these lanes, that the guest runs."""
+        """Whether ``resumed`` was sent or received on these lanes."""
         return self._resumed
 
     @property
     def serving(self) -> bool:
-        """The guest may run at the destination, and what it misses is being fetched."""
+        """Whether the guest may run at the destination, while its missing pages are fetched."""
         return self.phase is P.DECISION or self.handed_over
 
     def sent(self, message: Message, lane: Lane) -> None:
-        """To be called before sending.  Raises :class:`LocalProtocolError`."""
+        """Check and note a message that is about to be sent.  Raises
+        :class:`LocalProtocolError`.
+        """
         try:
             self._step(message, lane, self.role)
         except RemoteProtocolError as error:
             raise LocalProtocolError(f"refusing to send: {error}") from error
 
     def received(self, message: Message, lane: Lane) -> None:
-        """Raises :class:`RemoteProtocolError` where the peer had no right to say this."""
+        """Check and note a message that has arrived.  Raises :class:`RemoteProtocolError` if the
+        peer must not send it now.
+        """
         self._step(message, lane, Role(1 - self.role))
 
     def _step(self, message: Message, lane: Lane, speaker: Role) -> None:
@@ -211,15 +219,12 @@ class Session:
         """
         allowed = rule.phases
         if lane is Lane.PULL and P.POSTCOPY in allowed:
-            allowed = (
-                *allowed,
-                P.COMPLETE,
-                P.CLOSED,
-            )  # the lanes do not wait for each other, at no end
+            # Neither end waits with one lane for the other lane.
+            allowed = (*allowed, P.COMPLETE, P.CLOSED)
         if rule.speaker is self.role:
             return allowed
         if rule.speaker is Role.RECEIVER and P.PRECOPY in allowed:
-            allowed = (*allowed, P.SWITCHOVER)  # passed, while we have suspended
+            allowed = (*allowed, P.SWITCHOVER)  # ``passed`` and ``suspended`` may have crossed
         return allowed
 
     def _check(self, message: Message, lane: Lane) -> None:
@@ -364,12 +369,14 @@ def new_id() -> str:
 
 
 def is_session_id(text: str) -> bool:
-    """Of a peer's making: it becomes the name of a file."""
+    """Whether ``text``, which a peer has chosen, can be a session's identifier.  The identifier
+    becomes the name of a file.
+    """
     return text.isascii() and text.isalnum()
 
 
 def new_token() -> bytes:
-    """For one use, by one lane."""
+    """Return a random token, which one lane uses once."""
     return secrets.token_bytes(32)
 
 
@@ -382,7 +389,7 @@ def rejoin_token(key: bytes, number: int) -> bytes:
 
 
 def number_of_rejoin(key: bytes, token: bytes) -> int:
-    """0: it is none."""
+    """Return the number in a token of :func:`rejoin_token`, or 0 if ``token`` is none."""
     number = int.from_bytes(token[:4], "big")
     return number if hmac.compare_digest(token, rejoin_token(key, number)) else 0
 
