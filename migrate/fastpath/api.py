@@ -34,7 +34,7 @@ class NativeLane(NamedTuple):
 
 
 def _kind(message: Message, pages: int = 0) -> Any:
-    """The frames that differ from this message's in the pfn only."""
+    """Return the kind of the frames that differ from this message's frame in the pfn only."""
     frame = frames.encode(message.header(), [memoryview(bytes(PAGE_SIZE))] * pages)
     at = frame.index(struct.pack("<Q", _SOME_PFN))
     kind = ffi.new("struct fault_frame *", {"size": len(frame), "pfn_at": at})
@@ -57,9 +57,9 @@ def lane_of(into: Any, lane: NativeLane) -> None:
 
 
 class NativeFaultServer:
-    """The sender's: what :class:`sender.faults.FaultServer` receives with.
+    """The sender's fast path, with which :class:`sender.faults.FaultServer` receives.
 
-    Until :meth:`open` it answers nothing.
+    Before :meth:`open` it answers no fault.
     """
 
     def __init__(self, lane: NativeLane):
@@ -67,7 +67,7 @@ class NativeFaultServer:
         lane_of(self._native.lane, lane)
 
     def open(self, domain: NativePages, pages: SourcePages) -> None:
-        """The receiver may ask from here on.  Another thread may be in :meth:`serve`."""
+        """Answer faults from here on.  Another thread may be in :meth:`serve`."""
         native = self._native
         native.domain = ffi.cast("void *", domain.domain)
         native.look = ffi.cast("int (*)(void *, uint64_t, const void **)", domain.look)
@@ -86,8 +86,8 @@ class NativeFaultServer:
         return int(lib.fault_serve(self._native, into, len(vacant), wait))
 
     def sent(self) -> tuple[int, int, int, int]:
-        """What was sent since the last call: pages, zero pages among them, bytes; and the errno of
-        a send that failed, or 0.
+        """Return what was sent since the last call: pages, zero pages among them, and bytes; and
+        the errno of a send that failed, or 0.
         """
         native = self._native
         counts = native.nr_sent, native.nr_zeros, native.lane.sent, native.lane.error
@@ -96,7 +96,7 @@ class NativeFaultServer:
 
 
 class NativePager:
-    """The receiver's: what :class:`receiver.pager.Pager` waits with."""
+    """The receiver's fast path, with which :class:`receiver.pager.Pager` waits."""
 
     def __init__(
         self,
@@ -120,28 +120,30 @@ class NativePager:
         native.pages = pages.native
 
     def open(self) -> None:
-        """The guest may run from here on."""
+        """Request pages from here on, because the guest may run."""
         lib.fault_lane_open(ffi.addressof(self._native, "lane"))
 
     def wait(self, vacant: memoryview) -> int:
-        """Wait for something, and deal with it if it is the usual.
+        """Wait for an event, and handle it if it is one of the fast path.
 
-        Returns what it was (a sum of the constants above), or a negative errno.
+        Returns the events (a sum of the constants above), or a negative errno.
         """
         into = ffi.from_buffer(vacant, require_writable=True)
         return int(lib.fault_wait(self._native, into, len(vacant)))
 
-    # ---- what the last wait() has met with ----
+    # ---- the results of the last wait() ----
     @property
     def requests(self) -> list[PagingRequest]:
-        """RING: requests that are left to the caller.  Raises ``XenError`` for a corrupt ring."""
+        """For RING: the requests that the caller has to handle.  Raises ``XenError`` for a corrupt
+        ring.
+        """
         count = self._native.nr_requests
         PagingRing.check(count)
         return [paging_request(request) for request in self._native.requests[0:count]]
 
     def asked(self) -> tuple[list[int], int, int, int]:
-        """ASKED: pfns that were touched; how many pages were requested; how many bytes were sent
-        for that; the errno of the send, or 0.
+        """For ASKED: the pfns that vCPUs touched, the number of pages that were requested, the
+        number of bytes that were sent for this, and the errno of the send, or 0.
         """
         native, actions = self._native, self._native.actions
         sent, error = native.lane.sent, native.lane.error
@@ -150,22 +152,24 @@ class NativePager:
 
     @property
     def received(self) -> int:
-        """LANE: as :meth:`NativeFaultServer.serve`."""
+        """For LANE: the same as the result of :meth:`NativeFaultServer.serve`."""
         return int(self._native.received)
 
     @property
     def has_results(self) -> bool:
-        """LOADED or ASKED: :meth:`finished` or :meth:`answered` has something."""
+        """For LOADED or ASKED: whether :meth:`finished` or :meth:`answered` is not empty."""
         return bool(self._native.nr_finished or self._native.nr_answered)
 
     def finished(self) -> tuple[PfnArray, NDArray[np.int32]]:
-        """Pages that are READY or DROPPED now; and the result for each: 0 or ``-ENOENT``."""
+        """Return the pages that are READY or DROPPED now, and the result for each: 0 or
+        ``-ENOENT``.
+        """
         native, count = self._native, self._native.nr_finished
         pfns = pfn_array(ffi.unpack(native.finished, count))
         return pfns, np.array(ffi.unpack(native.results, count), dtype=np.int32)
 
     def answered(self) -> list[Waiting]:
-        """Requests that were answered; and for how many seconds each had waited."""
+        """Return the requests that were answered, and for how many seconds each had waited."""
         native = self._native
         answered = native.answered[0 : native.nr_answered]
         return [(paging_request(w.request), w.until - w.since) for w in answered]

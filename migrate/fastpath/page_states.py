@@ -3,8 +3,8 @@
 
 Every step that the fast path and the slow path have in common is a function in C
 (``native/page_states.h``), and the methods here call these functions.  Python owns the arrays, for
-whatever concerns many pages at a time.  Whoever calls a method holds the lock of the pages, unless
-no other thread has them.
+steps that concern many pages at a time.  The caller of a method holds the lock of the pages, unless
+no other thread uses them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from xenbackend.ring import PagingRequest, PagingRing, paging_request
 NOT_OURS, UNSENT = lib.PAGE_NOT_OURS, lib.PAGE_UNSENT
 SENT, DONE = lib.PAGE_SENT, lib.PAGE_DONE
 BLOCK: int = lib.PAGE_BLOCK
-"""pfns of which the unsent pages are counted together."""
+"""The number of pfns whose unsent pages are counted together."""
 
 PRESENT, OUTSTANDING = lib.PAGE_PRESENT, lib.PAGE_OUTSTANDING
 REQUESTED, LOADING = lib.PAGE_REQUESTED, lib.PAGE_LOADING
@@ -46,7 +46,9 @@ def _waiting(native: Any, count: int) -> list[Waiting]:
 
 
 class SourcePages:
-    """The sender's: ``struct source_pages``.  ``missing`` belongs to this object from then on."""
+    """The sender's pages: ``struct source_pages``.  The object takes ``missing`` over, and the
+    caller must not use it afterwards.
+    """
 
     def __init__(self, missing: PfnMask):
         self.lock = NativeLock()
@@ -80,7 +82,7 @@ class SourcePages:
 
     @property
     def cursor(self) -> int:
-        """From where pages are pushed next."""
+        """The pfn from which pages are pushed next."""
         return int(self.native.cursor)
 
     @cursor.setter
@@ -91,7 +93,7 @@ class SourcePages:
         lib.source_sent(self.native, _list(pfns), len(pfns))
 
     def fault(self, pfns: PfnArray) -> tuple[PfnMask, int | None]:
-        """Which pages shall be sent now; or the first pfn that was never missing."""
+        """Return which pages must be sent now; or the first pfn that was never missing."""
         wanted = np.empty(len(pfns), dtype=np.bool_)
         into = ffi.from_buffer("uint8_t[]", wanted)
         count = lib.source_fault(self.native, _list(pfns), len(pfns), into)
@@ -99,7 +101,7 @@ class SourcePages:
 
 
 class RequestActions(NamedTuple):
-    """What requests of the ring lead to: ``struct page_actions``."""
+    """What the caller has to do after requests of the ring: ``struct page_actions``."""
 
     answer: list[Waiting]
     ask: PfnArray
@@ -108,11 +110,13 @@ class RequestActions(NamedTuple):
 
 
 class DestinationPages:
-    """The receiver's: ``struct destination_pages``, with the one table of who waits for a page."""
+    """The receiver's pages: ``struct destination_pages``, which has the one table of waiting
+    requests.
+    """
 
     def __init__(self, nr_pfns: int):
         self.lock = NativeLock()
-        """Of the states, of the table, and of the ring."""
+        """The lock of the states, of the table, and of the ring."""
         self.state: NDArray[np.uint8] = np.zeros(nr_pfns, dtype=np.uint8)
         self._keep = ffi.from_buffer("uint8_t[]", self.state)
         self.native = ffi.new(
@@ -122,7 +126,9 @@ class DestinationPages:
         self._actions = ffi.new("struct page_actions *")
 
     def requests(self, requests: list[PagingRequest], now: float) -> RequestActions:
-        """Raises ``XenError`` (EPROTO) if these are more requests than a ring can have open."""
+        """Handle requests of the ring.  Raises ``XenError`` (EPROTO) if they are more than a ring
+        can have open.
+        """
         actions, batch = self._actions, ffi.new("struct ring_request[]", requests)
         PagingRing.check(lib.destination_requests(self.native, batch, len(requests), now, actions))
         return RequestActions(
@@ -133,7 +139,7 @@ class DestinationPages:
         )
 
     def claim(self, pfns: PfnArray) -> tuple[PfnMask, int | None]:
-        """Which pages shall be loaded; or the first pfn that was never missing."""
+        """Return which pages must be loaded; or the first pfn that was never missing."""
         wanted = np.empty(len(pfns), dtype=np.bool_)
         into = ffi.from_buffer("uint8_t[]", wanted)
         count = lib.destination_claim(self.native, _list(pfns), len(pfns), into)
@@ -143,18 +149,18 @@ class DestinationPages:
         lib.destination_unclaim(self.native, _list(pfns), len(pfns))
 
     def finish(self, pfns: PfnArray, results: NDArray[np.int32]) -> list[Waiting]:
-        """Returns the requests to respond to."""
+        """Note that claimed pages were loaded or given away.  Returns the requests to answer."""
         given = ffi.from_buffer("int32_t[]", np.ascontiguousarray(results, dtype=np.int32))
         lib.destination_finish(self.native, _list(pfns), given, len(pfns), self._actions)
         return _waiting(self._actions.answer, self._actions.nr_answers)
 
     @property
     def nr_waiting(self) -> int:
-        """Requests that are not answered."""
+        """The number of requests that are not answered."""
         return int(self.native.nr_waiting)
 
     def requested(self) -> PfnArray:
-        """The pages that vCPUs wait for and that are not being loaded, ascending."""
+        """The pages for which vCPUs wait and which are not being loaded, ascending."""
         waiting = self.native.waiting[0 : self.nr_waiting]
         pfns = {w.request.gfn for w in waiting if self.state[w.request.gfn] == REQUESTED}
         return pfn_array(sorted(pfns))

@@ -30,13 +30,13 @@ from migrate.protocol.session import hello, negotiate, number_of_rejoin
 log = logging.getLogger(__name__)
 
 MAX_STRANGERS = 1024
-"""The number of connections that have not sent a hello yet.  Each has about ten seconds; beyond
-this number the oldest connection is closed.
+"""The most connections that may be open without a hello.  Each has about ten seconds to send it;
+beyond this number the oldest connection is closed.
 """
 MAX_STRANGERS_OF_ADDRESS = 256
-"""Likewise of those from one address."""
+"""The most connections from one address that may be open without a hello."""
 LOOK_EVERY_S = 0.1
-"""How often an end that awaits a lane looks whether the peer is still there."""
+"""How often an end that awaits a lane checks whether the peer is still there."""
 
 
 class AwaitedLanes:
@@ -53,20 +53,24 @@ class AwaitedLanes:
         self.peer, self.rejoins = "", 0
 
     async def welcome(self, greeting: Hello) -> None:
-        """Raises :class:`ProtocolError` for a lane that is not awaited, or shows a wrong token."""
+        """Check the hello of a lane before the lane is accepted.  A new push lane of a session that
+        can be resumed ends the lanes before it.
+
+        Raises :class:`ProtocolError` for a lane that is not awaited or has a wrong token.
+        """
         if greeting.lane == Lane.PUSH.value and self._key:
             number = number_of_rejoin(self._key, greeting.token)
             if number <= self._rejoins:
                 raise ProtocolError(
-                    "a push lane for a session that goes on, with a wrong or used token"
+                    "a push lane for a session that has its lanes, with a wrong or used token"
                 )
             self._rejoins = number
-            # The lanes that there are may look alive from here still.
+            # This end may not have noticed yet that the old lanes are lost.
             self._push.end()
             self._pull.end()
             return
         awaited = self._of(greeting)
-        with trio.move_on_after(CONNECT_TIMEOUT_S):  # the token for it may be on its way still
+        with trio.move_on_after(CONNECT_TIMEOUT_S):  # its token may still be in transit
             await awaited.expected.wait()
         if not awaited.accepts(greeting.token):
             raise ProtocolError(
@@ -78,7 +82,7 @@ class AwaitedLanes:
         return None
 
     def arrived(self, greeting: Hello, lane: LaneConnection) -> None:
-        """One that was welcome."""
+        """Accept a lane after :meth:`welcome`."""
         self._of(greeting).come_with(lane)
         self.peer = lane.peer()
 
@@ -98,21 +102,23 @@ class AwaitedLanes:
     async def again(self, note: Callable[[str], None]) -> LaneConnection:
         while True:
             await self._push.come.wait()
-            with contextlib.suppress(PeerClosedError):  # there is one that is newer still
+            with contextlib.suppress(PeerClosedError):  # a still newer lane has replaced this one
                 return self._push.take()
 
     def hurry(self) -> None:
         pass
 
     def close(self) -> None:
-        """No more lanes; one that came and was not asked for is closed."""
+        """Accept no more lanes, and close a lane that has arrived and was not taken."""
         for awaited in (self._push, self._pull):
             awaited.close()
 
     async def _come(
         self, awaited: _AwaitedLane, what: str, *, beside: LaneConnection | None = None
     ) -> LaneConnection:
-        """``beside``: the peer's other lane, whose end is not read by anybody meanwhile."""
+        """Wait for a lane.  ``beside``: the peer's other lane, from which no thread receives
+        meanwhile.  If that lane ends, the wait ends.
+        """
         come = awaited.come
         with trio.move_on_after(self._timeout_s):
             while True:
@@ -136,7 +142,7 @@ class _AwaitedLane:
         self.expected.set()
 
     def accepts(self, token: bytes) -> bool:
-        """Once."""
+        """Whether the lane may have this token.  Each token is accepted once."""
         if self._token is None or not secrets.compare_digest(token, self._token):
             return False
         self._token = None
@@ -148,12 +154,12 @@ class _AwaitedLane:
 
     def take(self) -> LaneConnection:
         if self._lane is None:
-            raise PeerClosedError("the peer has begun anew")
+            raise PeerClosedError("the peer has opened a newer lane")
         lane, self.taken, self._lane, self.come = self._lane, self._lane, None, trio.Event()
         return lane
 
     def end(self) -> None:
-        """Whoever uses it sees its end; another may come."""
+        """End the lane, so that its user notices; another lane may arrive."""
         if self.taken is not None:
             self.taken.shut()
         if self._lane is not None:
@@ -179,16 +185,16 @@ class Reception:
     def __init__(self, find: Callable[[Hello], AwaitedLanes], terms: Terms):
         self._find, self._terms = find, terms
         self._strangers: dict[trio.CancelScope, str] = {}
-        """With their addresses, the oldest first, ..."""
+        """The connections without a hello and their addresses, the oldest first."""
         self._of_address: dict[str, dict[trio.CancelScope, None]] = {}
-        """... and likewise those of each address."""
+        """The same connections by address."""
         self._crowded = Complaint(log.warning)
 
     async def receive(self, stream: trio.SocketStream) -> None:
-        """Take in a connection."""
+        """Receive the hello of a connection and assign the connection to its session."""
         try:
             address = str(stream.socket.getpeername()[0])
-        except OSError:  # it has gone again
+        except OSError:  # the peer has closed the connection already
             stream.socket.close()
             return
         self._make_room(address)
@@ -213,7 +219,7 @@ class Reception:
         else:
             return
         self._crowded.log(
-            "%d connections%s have not said what they are for: the oldest are ended",
+            "%d connections%s have not sent a hello: the oldest are closed",
             len(crowd),
             where,
         )

@@ -14,14 +14,18 @@ from migrate.lanes._bulk import ffi, lib
 
 
 def send(fd: int, pieces: Sequence[bytes | memoryview]) -> int:
-    """One behind the other.  Returns 0, or an errno: some of it may have gone then."""
+    """Send the pieces one after the other.  Returns 0, or an errno; some bytes may have been sent
+    then.
+    """
     buffers = [ffi.from_buffer(piece) for piece in pieces]
     array = ffi.new("struct bulk_piece[]", [(buffer, len(buffer)) for buffer in buffers])
     return -int(lib.bulk_send(fd, array, len(buffers)))
 
 
 def receive(fd: int, into: memoryview, *, is_tcp: bool) -> int:
-    """Until it is full or the connection ends.  Returns how many bytes, or a negative errno."""
+    """Receive until ``into`` is full or the connection ends.  Returns the number of bytes, or a
+    negative errno.
+    """
     return int(
         lib.bulk_receive(fd, ffi.from_buffer(into, require_writable=True), len(into), is_tcp)
     )

@@ -43,7 +43,7 @@ STEP_TIMEOUT_S = 60.0
 the peer to receive bytes that we send.
 """
 EXPLANATION_S = 1.0
-"""When the pull lane has ended: how long to wait for the push lane to say why."""
+"""How long to wait, when the pull lane has ended, for the push lane to show the reason."""
 LINGER_S = 600.0
 """The longest time for which a peer that dials may be away and still learns, when it dials again,
 how a migration has ended.
@@ -58,7 +58,7 @@ MANY_BYTES = 64 * 1024
 page, preparing this call would be most of the work.
 """
 HEARD_BYTES = 512 * 1024
-"""Received in one call: what a slow link carries well within ``SILENCE_S``."""
+"""The most bytes that one call receives: a slow link carries them well within ``SILENCE_S``."""
 SILENCE_S = 30.0
 """A peer that sends nothing for this time is treated as dead."""
 ALIVE_EVERY_S = 1.0
@@ -66,19 +66,19 @@ ALIVE_EVERY_S = 1.0
 alone, because the peer may have a shorter one.
 """
 LEAST_SILENCE_S = 3 * ALIVE_EVERY_S
-"""The least ``silence_s`` that a host can have: a message that comes late is not yet silence."""
+"""The least ``silence_s`` that a host can have: one late message must not count as silence."""
 
 
 @dataclass(frozen=True)
 class Terms:
-    """On which a host connects with others."""
+    """The conditions on which a host connects with other hosts."""
 
     checksums: bool = False
-    """Pages are to be checked from end to end."""
+    """Pages are checked from end to end."""
     silence_s: float = SILENCE_S
     tls: Tls | None = None
     unencrypted: bool = False
-    """Without TLS also where others may listen."""
+    """Connections without TLS are allowed even if others may read them."""
 
     @property
     def requires(self) -> tuple[str, ...]:
@@ -107,9 +107,8 @@ class LaneConnection:
         self._tcp = sock.family in (socket.AF_INET, socket.AF_INET6)
         if self._tcp:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            with contextlib.suppress(
-                OSError
-            ):  # not in this kernel, or not allowed: the host's own then
+            # If this kernel does not have or allow it, the host's own default remains.
+            with contextlib.suppress(OSError):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, CONGESTION_CONTROL)
         if isinstance(sock, TlsSocket):
             sock.send_timeout(STEP_TIMEOUT_S)
@@ -128,7 +127,7 @@ class LaneConnection:
 
         Raises :class:`PeerClosedError` if the TLS handshake fails.
         """
-        # The descriptor itself, since there may be none left for a copy.
+        # The descriptor is detached and not copied, because there may be none left for a copy.
         sock = socket.socket(fileno=stream.socket.detach())
         if terms.tls is None:
             return cls(sock, terms)
@@ -137,7 +136,7 @@ class LaneConnection:
         return cls(await terms.tls.connected(sock, dialled, CONNECT_TIMEOUT_S), terms)
 
     def agree(self, greetings: Iterable[Hello]) -> None:
-        """What the hellos of both ends require is done from here on, and what both offer may be."""
+        """Use from here on what the hello of either end requires, and allow what both offer."""
         both = list(greetings)
         self._decoder.checked = any(CHECKSUMS in greeting.requires for greeting in both)
         self.capabilities = frozenset.intersection(
@@ -148,7 +147,7 @@ class LaneConnection:
         return self._socket.fileno()
 
     def peer(self) -> str:
-        """Address and port of the other end, for people."""
+        """Return the address and the port of the other end, for people."""
         try:
             host, port, *_ = self._socket.getpeername()
         except (OSError, ValueError):
@@ -163,9 +162,8 @@ class LaneConnection:
         Raises :class:`PeerClosedError` if the connection has ended.
         """
         if self._decoder.checked and payload:
-            payload = [
-                memoryview(b"".join(payload))
-            ]  # a running guest changes it between looking and sending
+            # Copy the pages, because a running guest may write them between checksum and sending.
+            payload = [memoryview(b"".join(payload))]
         head = frames.encode(message.header(), payload, checked=self._decoder.checked)
         size = len(head) + sum(map(len, payload))
         with self._sending:
@@ -190,7 +188,7 @@ class LaneConnection:
             raise OSError(error, os.strerror(error))
 
     def receive_blocking(self) -> tuple[Message, memoryview]:
-        """As :meth:`receive`."""
+        """Receive a message as :meth:`receive` does, and block meanwhile."""
         with self._receiving:
             while (received := self.pending()) is None:
                 if not self._decoder.in_payload() and not self.buffered():
@@ -201,7 +199,7 @@ class LaneConnection:
             return received
 
     def pending(self) -> tuple[Message, memoryview] | None:
-        """A message that is complete already."""
+        """Return a message that has been received completely, or ``None``."""
         while (frame := self._decoder.next_frame()) is not None:
             message = parse(frame.header, len(frame.payload))
             if not isinstance(message, Alive):
@@ -209,11 +207,11 @@ class LaneConnection:
         return None
 
     def readable(self) -> bool:
-        """:meth:`fill` would not wait."""
+        """Whether :meth:`fill` would return without waiting."""
         return self.buffered() or bool(self._readable.poll(0))
 
     def buffered(self) -> bool:
-        """And so though there is nothing to be read from the descriptor."""
+        """Whether TLS holds received bytes.  The descriptor may then not be readable."""
         return self._tls is not None and self._tls.buffered()
 
     def fill(self) -> None:
@@ -229,7 +227,7 @@ class LaneConnection:
     def _received(self, count: int) -> None:
         self._heard_at = time.monotonic()
         if self._is_silent:
-            raise PeerClosedError(f"the peer has said nothing for {self._terms.silence_s:g} s")
+            raise PeerClosedError(f"the peer has sent nothing for {self._terms.silence_s:g} s")
         if not count:
             where = "" if self._decoder.at_boundary() else " in the middle of a frame"
             raise PeerClosedError(f"the peer closed the connection{where}")
@@ -240,9 +238,8 @@ class LaneConnection:
             return self._socket.recv_into(wanted, len(wanted))
         if self._tls is not None:
             if self._tcp:
-                self._tls.setsockopt(
-                    socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1
-                )  # as native/bulk.c does, and why
+                # native/bulk.c has the reason.
+                self._tls.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
             return self._tls.recv_into(wanted, len(wanted), socket.MSG_WAITALL)
         count = bulk.receive(self._socket.fileno(), wanted, is_tcp=self._tcp)
         if count < 0:
@@ -251,7 +248,7 @@ class LaneConnection:
 
     # ---- native code in this object's stead (migrate/fastpath/api.py) ----
     def native(self) -> NativeLane | None:
-        """``None`` where there is more between messages and the socket."""
+        """Return the lane for native code, or ``None`` if TLS or checksums of pages are used."""
         if self._tls is not None or self._decoder.checked:
             return None
         return NativeLane(self._socket.fileno(), self._sending)
@@ -263,13 +260,17 @@ class LaneConnection:
         return self._decoder.wanted() if self._decoder.at_boundary() else None
 
     def native_received(self, count: int) -> None:
-        """What it has received and not dealt with; a negative errno.  As :meth:`fill`."""
+        """Take over ``count`` bytes that native code has received and not handled, or a negative
+        errno.  Raises as :meth:`fill` does.
+        """
         if count < 0:
             raise PeerClosedError(f"the connection was lost: {os.strerror(-count)}")
         self._received(count)
 
     def native_sent(self, count: int, error: int) -> None:
-        """And an errno, or 0.  Raises as :meth:`send_blocking`."""
+        """Count what native code has sent.  ``error``: the errno that it met, or 0.  Raises as
+        :meth:`send_blocking` does.
+        """
         with self._sending:
             self.bytes_sent += count
         if error:
@@ -311,7 +312,7 @@ class LaneConnection:
         The probes of TCP do not suffice: a kernel answers them although its daemon hangs, and so
         does a box in between.
         """
-        unread = select.poll()  # of our own: only one thread may wait in one
+        unread = select.poll()  # an own object, because only one thread may wait in one
         unread.register(self._socket, select.POLLIN)
         while True:
             await trio.sleep(min(self._terms.silence_s / 4, ALIVE_EVERY_S))
@@ -320,7 +321,7 @@ class LaneConnection:
                 self.shut()
                 return
             if not self._sending.locked():
-                with contextlib.suppress(PeerClosedError):  # whoever receives sees it
+                with contextlib.suppress(PeerClosedError):  # the thread that receives notices
                     await self.send(Alive())
 
     async def receive_hello(self) -> Hello:
@@ -335,12 +336,14 @@ class LaneConnection:
                 raise MigrationError(f"the peer asked for a lane {message.lane!r}")
             return message
         raise PeerClosedError(
-            f"the peer said nothing for {CONNECT_TIMEOUT_S:g} s: see whether xen-postcopy listens "
+            f"the peer sent nothing for {CONNECT_TIMEOUT_S:g} s: see whether xen-postcopy listens "
             "there"
         )
 
     async def _first_message(self) -> Message:
-        """Received without a thread: many may connect that never send a message."""
+        """Receive the first message without a thread, because many peers may connect and never send
+        one.
+        """
         while (received := self.pending()) is None:
             if self._decoder.in_payload():
                 raise MigrationError("the peer began with pages instead of hello")
@@ -368,18 +371,18 @@ class LaneConnection:
         return bool(ended.poll(wait_s * 1000))
 
     def stop_receiving(self) -> None:
-        """Whoever receives here sees the end; sending goes on."""
+        """End the connection for the thread that receives here.  Sending stays possible."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RD)
 
     def shut(self) -> None:
-        """End the connection; whoever waits on it, here or there, sees its end."""
+        """End the connection, so that every thread that waits on it returns, at both ends."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self.shut()
-        with self._sending, self._receiving:  # nobody is inside a call any more
+        with self._sending, self._receiving:  # no thread is inside a call any more
             self._socket.close()
 
 
@@ -408,7 +411,7 @@ async def run_in_thread(
         try:
             main()
         finally:
-            scheduling.reset()  # trio uses its threads again
+            scheduling.reset()  # trio reuses its threads
 
     ended = trio.Event()
     async with task_group() as tasks:
@@ -465,7 +468,7 @@ def is_loopback(host: str) -> bool:
 
 
 async def listen_tcp(host: str, port: int) -> tuple[list[trio.SocketListener], int]:
-    """Listeners and their port.  Raises :class:`MigrationError`."""
+    """Return the listeners and their port.  Raises :class:`MigrationError`."""
     try:
         listeners = await trio.open_tcp_listeners(port, host=host)
     except OSError as error:

@@ -23,19 +23,20 @@ it, unless a lane has lasted longer than this limit in between.
 
 
 REJOINS_OF_ONE_LIFE = 2**20
-"""The most attempts that one daemon makes to take one session up again: 120 days of them.  Its
-successor counts from there.
+"""More attempts than one daemon can make to resume one session: it would take 120 days.  Its
+successor therefore adds this number to the first number of its predecessor.
 """
 MAX_REJOINS = 2**32 - 1
 """A token has four bytes for the number."""
 
 
 class DialledLanes:
-    """``token``: what the push lane has to show, where the other end has given us one.
+    """The lanes of one session, which this end dials.  ``token``: the token of the push lane, if
+    the other end has given one.
 
-    Each attempt to take the session up again has a larger number than any before it, because the
-    other end takes a number once.  ``rejoins`` is the number from which this daemon counts.  The
-    clock has no part in that: an administrator may set it back.
+    Each attempt to resume the session has a larger number than any attempt before it, because the
+    other end accepts a number once.  ``rejoins`` is the number from which this daemon counts.  The
+    numbers do not depend on the clock, because an administrator may set the clock back.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class DialledLanes:
         self.rejoins = self._rejoins = rejoins
         self._pause_s = FIRST_RETRY_S
         self._dialled_at = math.inf
-        """When the last lane came about, until it is found lost."""
+        """The time at which the last lane was opened; infinite while no lane is open."""
         self._hurried = trio.Event()
 
     @property

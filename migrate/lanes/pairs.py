@@ -23,25 +23,27 @@ from migrate.lanes.dial import REJOINS_OF_ONE_LIFE, DialledLanes
 class Lanes(Protocol):
     @property
     def peer(self) -> str:
-        """The other end, for people; empty where it is not known yet."""
+        """The other end, for people; empty if it is not known yet."""
 
     @property
     def dials(self) -> tuple[str, int] | None:
-        """Whom; ``None``: it is dialled."""
+        """The address that this end dials; ``None`` if the other end dials."""
 
     rejoins: int
     """See :class:`DialledLanes`."""
 
     async def push(self) -> LaneConnection:
-        """Raises :class:`PeerClosedError` where it does not come about, :class:`ProtocolError`
-        where that cannot be.
+        """Return the push lane.  Raises :class:`PeerClosedError` if it cannot be opened, and
+        :class:`ProtocolError` if the peer's answer is not allowed.
         """
 
     async def pull(self, token: bytes) -> LaneConnection:
-        """As :meth:`push`; ``token`` is what the receiver gave for it."""
+        """Return the pull lane, as :meth:`push` does.  ``token``: the token of ``accepted`` or
+        ``rejoined``.
+        """
 
     def keep(self, key: bytes) -> None:
-        """From here on the session can be taken up again.  ``key``: the offer's."""
+        """Allow from here on that the session is resumed.  ``key``: the key of the offer."""
 
     async def again(self, note: Callable[[str], None]) -> LaneConnection:
         """Wait for a new push lane of a session that lost its lanes.  ``note`` is called with the
@@ -51,20 +53,21 @@ class Lanes(Protocol):
         """
 
     def hurry(self) -> None:
-        """Whoever is in :meth:`again` need not wait for its next attempt."""
+        """End the pause of :meth:`again`, so that the next attempt begins at once."""
 
 
 def rejoining(
     session: str, facts: dict[str, Any], awaited: dict[str, AwaitedLanes], terms: Terms
 ) -> Lanes:
-    """For a session that a predecessor has left with these facts in the journal; where we are
-    dialled it is put among the ``awaited``.  The caller notes ``rejoins`` in the journal.
+    """Return the lanes of a session that a predecessor has left with these facts in the journal.
+    If the other end dials, the lanes are added to ``awaited``.  The caller notes ``rejoins`` in
+    the journal.
     """
     if facts["dials"] is None:
         awaited[session] = AwaitedLanes()
         return awaited[session]
     host, port = facts["dials"]
-    # Releases that did not note it counted from the clock.
+    # Releases that did not note ``rejoins`` counted from the time of day.
     rejoins = (
         int(facts["rejoins"]) + REJOINS_OF_ONE_LIFE if "rejoins" in facts else int(time.time())
     )

@@ -44,7 +44,7 @@ def be_bulk() -> None:
 
 
 def reset() -> None:
-    """As any other thread."""
+    """Schedule the calling thread as any other thread."""
     _set(os.SCHED_OTHER, 0, 0)
 
 

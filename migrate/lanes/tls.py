@@ -28,7 +28,7 @@ from migrate.protocol.messages import printable
 log = logging.getLogger(__name__)
 
 EXPLANATION_S = 1.0
-"""How long a connection that is refused is kept, in all, for the peer to receive the reason."""
+"""The longest time for which a refused connection is kept, so that the peer receives the reason."""
 STRANGERS = trio.CapacityLimiter(2)
 """Threads for the cryptography of handshakes with strangers.  Waiting for the network takes no
 thread.
@@ -46,7 +46,7 @@ MEANINGS = {
     "UNEXPECTED_EOF_WHILE_READING": "the peer has broken the TLS handshake off: see whether it "
     "speaks TLS",
 }
-"""By OpenSSL's reasons."""
+"""Texts for OpenSSL's reasons."""
 
 
 class _Kept:
@@ -59,7 +59,7 @@ class _Kept:
 
 
 def _state(path: Path) -> object:
-    """Another one after each change of the file."""
+    """Return an object that differs after each change of the file."""
     try:
         status = path.stat()
     except OSError as error:
@@ -77,11 +77,11 @@ class Tls:
     key: Path
     authority: Path
     peers: tuple[str, ...]
-    """Names, of which the certificate of a peer has to bear one."""
+    """The certificate of a peer must have one of these names."""
     _kept: _Kept = field(default_factory=_Kept, init=False, repr=False, compare=False)
 
     def check(self) -> None:
-        """Raises :class:`MigrationError` where a file is not what it should be."""
+        """Raises :class:`MigrationError` if a file cannot be used."""
         self._contexts()
 
     async def connected(self, sock: socket.socket, host: str, timeout_s: float) -> TlsSocket:
@@ -91,13 +91,15 @@ class Tls:
         return await self._handshake(sock, host, timeout_s)
 
     async def accepted(self, sock: socket.socket, timeout_s: float) -> TlsSocket:
-        """As the end that was dialled."""
+        """Return the socket after the handshake, for the end that was dialled.  Raises as
+        :meth:`connected` does.
+        """
         return await self._handshake(sock, None, timeout_s)
 
     async def _handshake(
         self, sock: socket.socket, host: str | None, timeout_s: float
     ) -> TlsSocket:
-        """The socket is closed if no connection comes about."""
+        """Do the handshake.  The socket is closed if the handshake fails."""
         sock.setblocking(False)
         limiter = STRANGERS if host is None else trio.CapacityLimiter(1)
         in_thread = functools.partial(trio.to_thread.run_sync, limiter=limiter)
@@ -163,7 +165,7 @@ class Tls:
                 except MigrationError as error:
                     if kept.contexts is None:
                         raise
-                    log.error("%s: the last files that were good are used on", error)
+                    log.error("%s: the last valid files stay in use", error)
                 kept.state = state
             return kept.contexts
 
@@ -174,7 +176,7 @@ class Tls:
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.verify_mode = ssl.CERT_REQUIRED
         try:
-            # No passphrase: nobody could type one.
+            # The key must have no passphrase, because a daemon has no terminal to ask at.
             context.load_cert_chain(self.certificate, self.key, password=lambda: b"")
         except (OSError, ValueError) as error:
             raise MigrationError(f"[tls] {self.certificate}, {self.key}: {_why(error)}") from error
@@ -264,12 +266,14 @@ class TlsSocket:
         self._send_timeout_s = seconds
 
     def buffered(self) -> bool:
-        """Something can be received though the descriptor may not be readable."""
+        """Whether bytes can be received although the descriptor may not be readable."""
         with self._lock:
             return bool(self._socket.pending())
 
     def recv_into(self, buffer: memoryview, size: int, flags: int = 0) -> int:
-        """Of ``flags`` MSG_WAITALL and MSG_DONTWAIT count."""
+        """Receive as a socket does.  Of ``flags``, only MSG_WAITALL and MSG_DONTWAIT have an
+        effect.
+        """
         received = 0
         while True:
             try:
@@ -287,7 +291,7 @@ class TlsSocket:
             self._wait_for(wait, None)
 
     def sendmsg(self, buffers: Iterable[memoryview]) -> int:
-        """All of it.  Raises ``BlockingIOError`` where the peer takes nothing."""
+        """Send all of ``buffers``.  Raises ``BlockingIOError`` if the peer takes no bytes."""
         sent = 0
         for buffer in buffers:
             at = 0
@@ -307,7 +311,7 @@ class TlsSocket:
             raise BlockingIOError
 
     def shutdown(self, how: int) -> None:
-        """Of the connection underneath: the other threads find its end where they are."""
+        """Shut down the TCP connection, so that the other threads return from their calls."""
         socket.socket.shutdown(self._socket, how)
 
     def close(self) -> None:

@@ -75,7 +75,7 @@ async def test_a_peer_that_takes_nothing_is_given_up(
             frames.encode(m.Pages(np.arange(512, dtype=np.uint64)).header(), [PAGES]),
             "began with pages",
         ),
-        (b"", "the peer said nothing for 0.1 s: see whether xen-postcopy listens there"),
+        (b"", "the peer sent nothing for 0.1 s: see whether xen-postcopy listens there"),
     ],
 )
 async def test_what_is_no_hello_is_refused(

@@ -231,7 +231,7 @@ async def test_behind_a_crowd_of_strangers_a_peer_is_received(
         await until(awaited._push.come.is_set)
         with trio.fail_after(WAIT_S), contextlib.suppress(trio.BrokenResourceError):
             assert await strangers[0].receive_some(1) == b""
-        assert "have not said what they are for: the oldest are ended" in caplog.text
+        assert "have not sent a hello: the oldest are closed" in caplog.text
         lane.close()
         awaited.close()
         for stranger in strangers:
@@ -371,7 +371,7 @@ async def test_files_are_renewed_while_connections_come(
     shutil.copy(new.key, tls.key)
     await connect(peer)
     await connect(peer)
-    assert caplog.text.count("the last files that were good are used on") == 1
+    assert caplog.text.count("the last valid files stay in use") == 1
     tls.authority.unlink()
     await connect(peer)
     shutil.copy(new.authority, tls.authority)

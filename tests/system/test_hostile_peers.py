@@ -272,7 +272,7 @@ async def test_a_byte_now_and_then() -> None:
             await until(lambda: phase(world, "receiver", sender.name) == "failed")
             assert (
                 line(world, "receiver", sender.name)["problem"]
-                == "the peer has said nothing for 3 s"
+                == "the peer has sent nothing for 3 s"
             )
 
 

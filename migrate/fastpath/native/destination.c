@@ -32,7 +32,7 @@ static void add_answer(struct page_actions *actions, struct waiting_request requ
     actions->answer[actions->nr_answers++] = request;
 }
 
-/* Whoever waits for a page that is READY or DROPPED waits no more. */
+/* Take each request for a page that is READY or DROPPED off the table, to be answered. */
 static void answer_waiting(struct destination_pages *p, struct page_actions *actions)
 {
     uint32_t left = 0;
@@ -46,7 +46,7 @@ static void answer_waiting(struct destination_pages *p, struct page_actions *act
     p->nr_waiting = left;
 }
 
-/* The guest gave the page away.  If the page is LOADING, the load will find that out. */
+/* The guest gave the page away.  If the page is LOADING, the load fails with ENOENT. */
 static void handle_drop(struct destination_pages *p, uint64_t pfn, struct page_actions *actions)
 {
     if (is_to_come(state_of(p, pfn))) {
@@ -66,8 +66,8 @@ static void handle_touch(struct destination_pages *p, struct waiting_request wai
     /* MEM_PAGING_EVICT_FAIL, "the frame is still here", is ignored: the flag was true when the
      * hypervisor set it, but the page may have been evicted since. */
     if (!is_to_come(state) && state != PAGE_LOADING) {
-        /* The page is here, or came while the request was on its way; or the page is gone, and the
-         * guest finds out why when it tries again. */
+        /* The page is here, or arrived after the request was made.  Or the page is gone; then the
+         * guest gets the reason when it tries again. */
         add_answer(actions, waiting);
         return;
     }
@@ -141,7 +141,7 @@ static double now_s(void)
     return t.tv_sec + t.tv_nsec * 1e-9;
 }
 
-/* Under the lock.  Returns 0 or -errno. */
+/* Respond to the requests of the last actions, under the lock.  Returns 0 or -errno. */
 static int answer(struct fault_pager *p)
 {
     struct ring_request answers[FAULT_SLOTS];
@@ -207,8 +207,8 @@ struct arrived {
     uint8_t wanted[FAULT_SLOTS];
 };
 
-/* The frame at *at, of one page, and its page: where packets are small the page comes in several.
- * Returns the pfn, or -1 if there is no such frame or the page does not come. */
+/* Read the frame of one page at *at, and receive the rest of the page, which may come in several
+ * packets.  Returns the pfn, or -1 if there is no such frame or the connection ends. */
 static int64_t read_page(const struct fault_lane *lane, uint8_t *buffer, size_t size, long *at,
                          long *got, const void **page)
 {
@@ -230,8 +230,8 @@ static int64_t read_page(const struct fault_lane *lane, uint8_t *buffer, size_t 
     return -1;
 }
 
-/* Reads the frames in the buffer, and receives the rest of the last one.  Returns 0 if they are not
- * all of one page. */
+/* Read the frames in the buffer, and receive the rest of the last one.  Returns 0 if one of them is
+ * not a frame of one page. */
 static int read_pages(struct fault_pager *p, uint8_t *buffer, size_t size, struct arrived *arrived)
 {
     long at = 0;
@@ -260,7 +260,7 @@ static int claim(struct fault_pager *p, struct arrived *arrived)
     return n == arrived->n;
 }
 
-/* From the page at first on. */
+/* Undo the claim of the pages from number first on. */
 static void unclaim(struct fault_pager *p, const struct arrived *arrived, size_t first)
 {
     fault_lock_take(p->pages->lock);
@@ -313,7 +313,7 @@ int fault_wait(struct fault_pager *p, void *buffer, size_t size)
                 return -errno;
             continue;
         }
-        if (fds[2].revents)     /* first: a page lets a vCPU resume, a request only waits */
+        if (fds[2].revents)     /* first, because a page lets a vCPU continue */
             rc = handle_lane(p, buffer, size);
         if (!rc && fds[1].revents)
             rc = handle_ring(p);

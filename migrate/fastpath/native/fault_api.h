@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /* What Python sees of the fast path, besides the states of pages (cffi reads this file as well). */
 
-/* ---- locks that both languages take: waited for without the interpreter lock ---- */
+/* ---- locks that both languages take; waiting for one does not hold the interpreter lock ---- */
 struct fault_lock *fault_lock_new(void);            /* NULL: no memory */
 void fault_lock_free(struct fault_lock *lock);
 void fault_lock_take(struct fault_lock *lock);
@@ -10,8 +10,8 @@ int fault_lock_is_taken(struct fault_lock *lock);
 
 /* ---- frames about one page ---- */
 
-/* As the codec makes them.  Frames of different pages differ in the eight bytes at pfn_at and in
- * the checksums. */
+/* A kind of frames as the codec makes them.  Frames of different pages differ in the eight bytes at
+ * pfn_at and in the checksums. */
 struct fault_frame {
     uint8_t bytes[96];
     uint32_t size;
@@ -25,14 +25,14 @@ void fault_frame_make(const struct fault_frame *kind, uint64_t pfn, uint8_t *fra
 /* The lane, and the frames that go over it. */
 struct fault_lane {
     int fd;
-    int open;               /* faults are in order; until then the slow path refuses them */
+    int open;               /* faults are allowed; until then the slow path refuses them */
     struct fault_lock *sending;
     struct fault_frame fault, page, zero;
-    uint64_t sent;          /* bytes, since Python has read this */
+    uint64_t sent;          /* bytes, since Python read this */
     int error;              /* errno of a send that failed */
 };
 
-/* Called when all else has been set; another thread may be waiting for the lane. */
+/* Open the lane, when all other fields have been set.  Another thread may be waiting for it. */
 void fault_lane_open(struct fault_lane *lane);
 
 /* ---- the sender ---- */
@@ -42,12 +42,12 @@ struct fault_source {
     int (*look)(void *domain, uint64_t pfn, const void **page);     /* a PageStatus */
     void (*looked)(void *domain, const void *page);                 /* or NULL */
     struct source_pages *pages;
-    uint64_t nr_sent, nr_zeros;     /* pages that were sent, since Python has read this */
+    uint64_t nr_sent, nr_zeros;     /* pages that were sent since Python read this */
 };
 
 /*
- * Receives into a buffer and answers faults, until something else comes or, unless wait is set,
- * until nothing comes.  Returns the number of bytes that are in the buffer and not dealt with, 0 at
+ * Receive into a buffer and answer faults, until something else arrives or, unless wait is set,
+ * until nothing has arrived.  Returns the number of bytes in the buffer that are not handled, 0 at
  * the connection's end, or -errno.
  */
 long fault_serve(struct fault_source *s, void *buffer, size_t size, int wait);
@@ -67,7 +67,7 @@ struct fault_pager {
     struct destination_pages *pages;
     struct page_actions actions;    /* of the last step */
     /* Of the last call: */
-    struct ring_request requests[FAULT_SLOTS];      /* FAULT_RING: left to the caller */
+    struct ring_request requests[FAULT_SLOTS];      /* FAULT_RING: the caller handles these */
     int nr_requests;        /* or -errno */
     long received;          /* FAULT_LANE: as fault_serve's */
     uint64_t finished[FAULT_SLOTS];                 /* pages that are READY or DROPPED now */
@@ -78,11 +78,11 @@ struct fault_pager {
 };
 
 /*
- * Waits for something and deals with it.  Returns -errno, or what it was:
+ * Wait for an event and handle it.  Returns -errno, or the events:
  *   FAULT_STOPPED  wake_fd is readable
- *   FAULT_ASKED    requests, which are dealt with (actions)
+ *   FAULT_ASKED    requests have been handled (actions)
  *   FAULT_RING     requests before the lane is open, or an error of the ring (nr_requests)
- *   FAULT_LOADED   pages, which are loaded
- *   FAULT_LANE     something else on the lane (received)
+ *   FAULT_LOADED   pages have been loaded
+ *   FAULT_LANE     something else has arrived on the lane (received)
  */
 int fault_wait(struct fault_pager *p, void *buffer, size_t size);

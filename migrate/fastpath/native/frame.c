@@ -3,7 +3,7 @@
 #include <string.h>
 #include "internal.h"
 
-/* zlib's, by half bytes: a table of 1 KiB would be out of the cache whenever a fault comes. */
+/* zlib's CRC-32, by half bytes: a table of 1 KiB would not be in the cache when a fault arrives. */
 static uint32_t crc32(const uint8_t *bytes, size_t n)
 {
     static const uint32_t table[16] = {

@@ -1,14 +1,14 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The fast path of a fault: what nearly every fault needs, at both ends, without Python.
+ * The fast path of a fault: the steps of nearly every fault, at both ends, without Python.
  *
  *   receiver   ring -> a page that is outstanding -> "fault" on the pull lane     destination.c
  *   sender     "fault" on the pull lane -> the page, from where it lies           source.c
  *   receiver   "pages" on the pull lane -> load -> answer in the ring             destination.c
  *
- * A vCPU is stopped during all of that, and the caches are cold: what takes Python 8 us in a loop
- * takes 45 us once every millisecond.  So Python does its accounting afterwards, when the request
- * or the answer is on its way.
+ * A vCPU is stopped during these steps.  The caches are cold, so Python code that takes 8 us in a
+ * loop takes 45 us if it runs once every millisecond.  So Python does its accounting afterwards,
+ * when the request or the answer has been sent.
  *
  * The slow path, in Python, takes everything else.  A call that meets something else hands back
  * what it has received, unchanged.  "Else" is whatever is not byte for byte a frame about one page
@@ -36,13 +36,13 @@
 /* ---- lane.c ---- */
 int lane_is_open(const struct fault_lane *lane);
 
-/* Returns the number of bytes, 0 at the connection's end, or -errno. */
+/* Receive some bytes.  Returns their number, 0 at the connection's end, or -errno. */
 long lane_receive(int fd, void *buffer, size_t size, int flags);
 
-/* Receives until *got is end.  Returns 0 if the connection ends before that. */
+/* Receive until *got is end.  Returns 0 if the connection ends earlier. */
 int lane_receive_up_to(int fd, uint8_t *buffer, long *got, long end);
 
-/* Returns 0, or -1 with lane->error set. */
+/* Send all of the vector.  Returns 0, or -1 with lane->error set. */
 int lane_send(struct fault_lane *lane, struct iovec *vector, size_t n);
 
 #endif

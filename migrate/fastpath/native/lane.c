@@ -32,7 +32,7 @@ int lane_receive_up_to(int fd, uint8_t *buffer, long *got, long end)
         long more = lane_receive(fd, buffer + *got, end - *got, MSG_WAITALL);
 
         if (more <= 0)
-            return 0;   /* whoever receives next finds the reason */
+            return 0;   /* the next receive gets the reason */
         *got += more;
     }
     return 1;

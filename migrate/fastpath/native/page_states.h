@@ -10,7 +10,7 @@ struct fault_lock;
 /* ---- the sender's (sender/backlog.py) ---- */
 enum { PAGE_NOT_OURS, PAGE_UNSENT, PAGE_SENT, PAGE_DONE };
 
-#define PAGE_BLOCK 4096     /* pfns of which the unsent pages are counted together */
+#define PAGE_BLOCK 4096     /* the number of pfns whose unsent pages are counted together */
 
 struct source_pages {
     struct fault_lock *lock;    /* of all that follows */
@@ -18,16 +18,16 @@ struct source_pages {
     uint64_t nr_pfns;
     int64_t *left;              /* unsent pages of each block */
     int64_t unsent;             /* unsent pages of all blocks */
-    uint64_t cursor;            /* from where pages are pushed next */
+    uint64_t cursor;            /* the pfn from which pages are pushed next */
 };
 
 /* These pages are sent now, for whatever reason, and the push continues behind the last one. */
 void source_sent(struct source_pages *p, const uint64_t *pfns, size_t n);
 
 /*
- * vCPUs wait for these pages.  wanted[i] becomes 1 for a page that shall be sent now, 0 for a page
- * that is DONE (its acknowledgement and the request have crossed).  Returns n; or, having done
- * nothing, the index of the first pfn that was never missing.
+ * vCPUs wait for these pages.  wanted[i] becomes 1 for a page that must be sent now, 0 for a page
+ * that is DONE (its acknowledgement and the request have crossed).  Returns n.  If a pfn was never
+ * missing, nothing is done, and the index of the first such pfn is returned.
  */
 size_t source_fault(struct source_pages *p, const uint64_t *pfns, size_t n, uint8_t *wanted);
 
@@ -35,7 +35,7 @@ size_t source_fault(struct source_pages *p, const uint64_t *pfns, size_t n, uint
 /* In this order: pages before LOADING are to come, and nobody waits for one from READY on. */
 enum { PAGE_PRESENT, PAGE_OUTSTANDING, PAGE_REQUESTED, PAGE_LOADING, PAGE_READY, PAGE_DROPPED };
 
-#define FAULT_SLOTS 8       /* of the ring: no more requests can be open at a time */
+#define FAULT_SLOTS 8       /* the slots of the ring, and so the most requests that can be open */
 
 struct waiting_request {
     struct ring_request request;
@@ -50,7 +50,7 @@ struct destination_pages {
     uint32_t nr_waiting;
 };
 
-/* What the caller shall do after a step. */
+/* What the caller has to do after a step. */
 struct page_actions {
     struct waiting_request answer[FAULT_SLOTS];     /* respond to these requests */
     uint64_t ask[FAULT_SLOTS];                      /* request these pages from the sender */
@@ -59,24 +59,24 @@ struct page_actions {
     uint32_t nr_answers, nr_ask, nr_touched, nr_dropped;
 };
 
-/* Requests of the ring.  Returns 0; or, having done nothing, -EPROTO: more than can be open. */
+/* Requests of the ring.  Returns 0; or -EPROTO, and does nothing, if more than can be open. */
 int destination_requests(struct destination_pages *p, const struct ring_request *requests, size_t n,
                          double now, struct page_actions *actions);
 
 /*
- * These pages have arrived.  wanted[i] becomes 1 for a page that the caller shall load (the page is
- * LOADING), 0 for a later copy.  Returns n; or, having done nothing, the index of the first pfn
- * that was never missing.
+ * These pages have arrived.  wanted[i] becomes 1 for a page that the caller has to load (the page
+ * is LOADING), 0 for a later copy.  Returns n.  If a pfn was never missing, nothing is done, and
+ * the index of the first such pfn is returned.
  */
 size_t destination_claim(struct destination_pages *p, const uint64_t *pfns, size_t n,
                          uint8_t *wanted);
 
-/* These pages, which were claimed, have not been loaded: they are to come again. */
+/* These pages were claimed and have not been loaded; they have to be sent again. */
 void destination_unclaim(struct destination_pages *p, const uint64_t *pfns, size_t n);
 
 /*
- * These pages, which were claimed, are loaded (result 0), or the guest has given them away
- * meanwhile.  Of the actions only the answers are set.
+ * These pages were claimed and are loaded (result 0), or the guest has given them away meanwhile.
+ * Of the actions only the answers are set.
  */
 void destination_finish(struct destination_pages *p, const uint64_t *pfns, const int32_t *results,
                         size_t n, struct page_actions *actions);

@@ -43,7 +43,7 @@ struct faults {
     uint8_t wanted[FAULT_SLOTS];
 };
 
-/* Returns 0 if what has come is not faults alone. */
+/* Returns 0 if the buffer holds anything else than faults. */
 static int read_faults(const struct fault_source *s, const uint8_t *buffer, long got,
                        struct faults *faults)
 {

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Compiles what moves many pages through a socket (cffi, API mode) as ``migrate.lanes._bulk``."""
+"""Compiles the code that moves many pages through a socket (cffi, API mode), as
+``migrate.lanes._bulk``.
+"""
 
 import runpy
 from pathlib import Path

@@ -3,17 +3,17 @@
  * Many pages through a socket: the bulk of the push, beside threads and vCPUs that a guest waits
  * for.
  *
- * This is in C because the interpreter lock is not held here, from one end of a batch to the other.
- * Nobody waits for the lock while this thread yields or is preempted.
+ * This is in C so that the interpreter lock is not held from the beginning of a batch to its end.
+ * No thread waits for the lock while this thread yields or is preempted.
  *
  *   PIECE_BYTES     A kernel without preemption (Debian's servers, most dom0s) finishes a system
  *                   call before it gives the CPU to a thread that serves a fault.  With 4 MiB in
  *                   one call the median fault was a tenth slower.
- *   GIVE_WAY_BYTES  A thread that wakes up takes the CPU only from a thread that is not further
- *                   ahead.  Between a pusher that waits for a few microseconds now and then and a
- *                   pager that is nearly idle, the kernel does not always decide for the pager, and
- *                   decides again at its next tick (4 ms).  So this thread yields after so many
- *                   bytes.  To yield more often costs more than it saves (docs/performance.md).
+ *   GIVE_WAY_BYTES  A thread that wakes up preempts another one only if it has not used more than
+ *                   its share of the CPU (EEVDF).  A pager has just run and a pusher waits now and
+ *                   then, so the kernel does not always choose the pager.  It chooses again at its
+ *                   next tick (4 ms).  Therefore this thread yields after so many bytes.  To yield
+ *                   more often costs more than it saves (docs/performance.md).
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -41,7 +41,7 @@ static void give_way(size_t *since, size_t moved)
 int bulk_send(int fd, const struct bulk_piece *pieces, size_t n)
 {
     struct iovec vector[IOV_MAX];
-    /* the next bytes to send: from since, in the piece first */
+    /* the next bytes to send begin at offset, in the piece first; since: bytes since a yield */
     size_t since = 0, first = 0, offset = 0;
 
     while (first < n) {

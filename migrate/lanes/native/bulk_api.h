@@ -10,6 +10,6 @@ struct bulk_piece {
  * bytes may have been sent then. */
 int bulk_send(int fd, const struct bulk_piece *pieces, size_t n);
 
-/* Receive bytes from a blocking socket, of TCP or not.  Returns how many, which are fewer at the
- * connection's end, or -errno. */
+/* Receive bytes from a blocking socket, which may be of TCP.  Returns the number of bytes, which is
+ * smaller at the connection's end, or -errno. */
 long bulk_receive(int fd, void *into, size_t bytes, int is_tcp);
