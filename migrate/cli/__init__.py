@@ -110,7 +110,7 @@ def main() -> None:
         echo(f"xen-postcopy: {error}", err=True)
         sys.exit(2)
     except (MigrationError, XenError, OSError) as error:
-        with contextlib.suppress(OSError):  # of a terminal that has been closed, for one
+        with contextlib.suppress(OSError):  # the terminal may have been closed
             for note in getattr(error, "__notes__", ()):
                 echo(note, err=True)
             echo(f"xen-postcopy: {error}", err=True)

@@ -60,7 +60,7 @@ state_option = click.option(
     "--state",
     type=click.Path(path_type=Path, file_okay=False),
     help="Directory for the journal, from which a restarted daemon resumes its migrations.  "
-    f"Default: {STATE_DIRECTORY}; with --simulated beside that socket.",
+    f"Default: {STATE_DIRECTORY}; with --simulated, a directory beside that socket.",
 )
 
 
@@ -134,12 +134,12 @@ def run_daemon(
 @click.option(
     "--drop-requests",
     is_flag=True,
-    help="One that lets go of paged-out pages, which Xen 4.17 does not.",
+    help="A hypervisor that releases paged-out pages, which Xen 4.17 does not.",
 )
 @click.option(
     "--track-physmap",
     is_flag=True,
-    help="One that logs given and taken pages, which Xen 4.17 does not.",
+    help="A hypervisor that logs given and taken pages, which Xen 4.17 does not.",
 )
 @verbose_option
 def simulated_host_command(

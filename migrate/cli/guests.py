@@ -35,19 +35,19 @@ GUEST_OPTIONS = (
     click.option(
         "--working-set",
         type=Size(),
-        help="How much of its memory it touches.  Default: half.",
+        help="How much of its memory the guest touches.  Default: half.",
     ),
     click.option(
         "--write-share",
         type=Number(0, 1),
         default=1.0,
         show_default=True,
-        help="Share of the accesses that write.",
+        help="The share of the accesses that write.",
     ),
     click.option(
         "--rate",
         type=WholeNumber(),
-        help="Accesses a second and vCPU.  Default: as many as it can.",
+        help="Accesses of each vCPU in a second.  Default: as many as it can make.",
     ),
     click.option(
         "--stride",
@@ -78,14 +78,14 @@ GUEST_OPTIONS = (
     click.option(
         "--balloon-back",
         is_flag=True,
-        help="It takes that memory back then, gives it away again, and so on.",
+        help="The guest takes the memory of --balloon back then, gives it away again, and so on.",
     ),
     click.option(
         "--seed",
         type=WholeNumber(),
         default=1,
         show_default=True,
-        help="Of the memory and of the accesses.",
+        help="The seed of the memory and of the accesses.",
     ),
 )
 

@@ -36,7 +36,7 @@ def check_memory(spec: GuestSpec) -> None:
 
 
 def _end(number: int, _frame: object) -> None:
-    """What was started is ended, and its files are removed, on the way out."""
+    """Exit, which ends the processes that were started and removes their files."""
     raise SystemExit(128 + number)
 
 

@@ -35,7 +35,7 @@ from migrate.errors import (
 from xenbackend.unix import STARTING_S
 
 KNOWN = ("id", "domain", "peer", "strategy", "phase", "handed_over", "outstanding", "problem")
-"""What ``--json`` has of a migration whose sender has ended."""
+"""The keys that ``--json`` has for a migration whose sender has ended."""
 
 
 def follow_migration(client: ControlClient, request: dict[str, Any]) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def shown(
 def signals_handled(
     on_interrupt: Callable[..., None], on_terminate: Callable[..., None]
 ) -> Iterator[None]:
-    """Call these at SIGINT, and at SIGTERM if nobody else handles SIGTERM."""
+    """Call these at SIGINT, and at SIGTERM if the caller does not handle SIGTERM."""
     handlers = {signal.SIGINT: on_interrupt}
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         handlers[signal.SIGTERM] = on_terminate
@@ -118,7 +118,7 @@ def signals_handled(
 
 
 def command(socket: str | os.PathLike[str], *words: str) -> str:
-    """A command that can be pasted, for the sender at ``socket``."""
+    """Return a command that can be pasted, for the sender at ``socket``."""
     named = [] if Path(socket) == SENDER_SOCKET else ["--socket", os.fspath(socket)]
     return f"`{shlex.join(['xen-postcopy', *words, *named])}`"
 
@@ -126,13 +126,13 @@ def command(socket: str | os.PathLike[str], *words: str) -> str:
 def left(
     socket: str | os.PathLike[str], request: dict[str, Any], last: dict[str, Any] | None
 ) -> str:
-    """What becomes of a migration that this command does not follow any more, and what to do.
-    ``socket``: of the sender.  ``last``: the last progress that the sender has reported.
+    """Return what happens to a migration that this command does not follow any more, and what to
+    do.  ``socket``: the sender's.  ``last``: the last progress that the sender has reported.
     """
     if last is None:
         return (
             f"the sender was asked to migrate {request['domain']}: {command(socket, 'list')} shows "
-            "what became of that"
+            "the result"
         )
     name = last["id"][:8]
     follow = f"{command(socket, 'watch', name)} follows it"
@@ -145,7 +145,7 @@ STAYS = "the guest continues at the source"
 
 
 def in_words(domain: str, error: MigrationError) -> MigrationError:
-    """The error of a migration: somebody's cancellation does not read as a failure."""
+    """Return the error of a migration in words.  A cancellation does not read as a failure."""
     if not str(error).startswith(CANCELLED):
         return error
     return MigrationError(f"{domain} was not migrated: {error}; {STAYS}")
@@ -154,7 +154,9 @@ def in_words(domain: str, error: MigrationError) -> MigrationError:
 def unattended(
     socket: Path, progress: dict[str, Any], json_path: Path | None
 ) -> UnattendedMigrationError:
-    """What is known of a migration whose sender, at ``socket``, has ended, and what to do."""
+    """Return what is known of a migration whose sender, at ``socket``, has ended, and the next
+    step.
+    """
     name, start = progress["domain"], "start the sender again (systemctl start xen-postcopy-sender)"
     follow = command(socket, "watch", progress["id"][:8])
     if progress["handed_over"]:
@@ -189,7 +191,9 @@ def write_json(
     result: dict[str, Any],
     what: str = "the migration is completed, but its result",
 ) -> None:
-    """Raises :class:`MigrationError`, which begins with ``what``, if the file cannot be written."""
+    """Write the result.  Raises :class:`MigrationError`, which begins with ``what``, if the file
+    cannot be written.
+    """
     if path is None:
         return
     text = json.dumps(result, indent=2) + "\n"
@@ -203,7 +207,7 @@ def write_json(
 
 
 def summary(result: dict[str, Any]) -> str:
-    """A migration in words."""
+    """Return a migration's result in words."""
     from migrate.units import human_bytes
 
     latency = result["fault_latency_us"]
@@ -238,7 +242,7 @@ def summary(result: dict[str, Any]) -> str:
 @click.option(
     "--take-log-dirty",
     is_flag=True,
-    help="Where log-dirty is on for DOMAIN, switch it off first: only if no other program uses it "
+    help="If log-dirty is on for DOMAIN, switch it off first: only if no other program uses it "
     "any more.",
 )
 @socket_option(SENDER_SOCKET, "the local sender")

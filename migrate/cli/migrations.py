@@ -26,7 +26,9 @@ WATCH_EVERY_S = 0.5
 
 
 DEFAULT_SOCKETS = (SENDER_SOCKET, RECEIVER_SOCKET)
-"""Many hosts have one of them, so one that nobody serves is no error."""
+"""The sockets that are asked by default.  It is no error if no daemon listens at one of them,
+because many hosts have one daemon only.
+"""
 
 
 sockets_option = click.option(
@@ -42,9 +44,9 @@ class Answers:
 
     results: list[dict[str, Any]] = field(default_factory=list)
     sockets: tuple[Path, ...] = ()
-    """Of the daemons whose results these are."""
+    """The sockets of the daemons whose results these are."""
     silent: list[MigrationError] = field(default_factory=list)
-    """For each daemon that has not answered, or that does not run although it was named."""
+    """One error for each daemon that has not answered, or that was named and does not run."""
 
     def check_complete(self) -> None:
         """Raises :class:`SilentDaemonError` if an answer is missing."""
@@ -89,14 +91,14 @@ def _ask_all(
         except MigrationError as error:
             problems.append(error)
     if not answers.results:
-        # The daemon that has the migration says most; one that is silent may have it.
+        # A daemon that has the migration has the most informative error.  A silent one may have it.
         answering = [p for p in problems if not isinstance(p, UnknownMigrationError)]
         raise [*answering, *answers.silent, *problems][0]
     return answers
 
 
 def problem(line: dict[str, Any]) -> str:
-    """Why a migration has ended or waits, or why its guest is not protected any more."""
+    """Return why a migration has ended or waits, or why its guest is not protected any more."""
     if line["problem"]:
         return str(line["problem"])
     return line.get("unprotected", "") and f"not protected any more: {line['unprotected']}"
@@ -146,7 +148,7 @@ def show_command(migration: str, socket_paths: tuple[Path, ...], as_json: bool) 
         return
     for answer in found:
         details = answer.pop("details")
-        # What both have is measured at the end; until then the progress is newer.
+        # For a key that both have, the details are final at the end; before, the progress is newer.
         both = {**answer, **details} if answer["phase"] in ENDED else {**details, **answer}
         keys = dict.fromkeys((*answer, *details))
         keys.pop("unknown", None)
@@ -166,7 +168,7 @@ def show_command(migration: str, socket_paths: tuple[Path, ...], as_json: bool) 
 def watch_command(migration: str, socket_paths: tuple[Path, ...]) -> None:
     """Follow MIGRATION (its id, the beginning of it, or its domain's name) until it ends.
 
-    Exit status 0 when it was completed, 1 when not.  Ctrl-C ends the watching only.
+    The exit status is 0 if MIGRATION was completed, and 1 if not.  Ctrl-C ends this command only.
     """
     display = ProgressDisplay(sys.stderr)
     silent: list[MigrationError] = []
@@ -177,7 +179,7 @@ def watch_command(migration: str, socket_paths: tuple[Path, ...]) -> None:
                 for error in answers.silent:
                     echo(f"xen-postcopy: {error}", err=True)
                 silent += answers.silent
-                socket_paths = answers.sockets  # only who answers is asked further
+                socket_paths = answers.sockets  # daemons that have not answered are not asked again
             line = answers.results[0]
             if line["phase"] in ENDED:
                 break
@@ -234,7 +236,7 @@ def reconnect_command(migration: str, socket_paths: tuple[Path, ...]) -> None:
 @click.command("decide")
 @click.argument("migration")
 @click.argument("where", type=click.Choice(["here", "elsewhere"]))
-@click.option("--yes", is_flag=True, help="Do not ask.  Needed where there is no terminal.")
+@click.option("--yes", is_flag=True, help="Do not ask.  Needed if there is no terminal.")
 @click.option("--force", is_flag=True, help="Also against what the other host has reported.")
 @sockets_option
 def decide_command(
@@ -264,7 +266,7 @@ def decide_command(
     shown = answers.results
     under_way = [line for line in shown if line["phase"] not in ENDED]
     if len(under_way) > 1:
-        raise MigrationError("both daemons on this host have this migration: say which by --socket")
+        raise MigrationError("both daemons on this host have this migration: name one by --socket")
     meant = (under_way or shown)[0]["id"]
     decision = {"migration": meant, "here": where == "here", "force": force}
     for line in under_way:
@@ -285,11 +287,11 @@ def decide_command(
 
 
 def _check_decision(sockets: tuple[Path, ...], decision: dict[str, Any]) -> None:
-    """Raises :class:`MigrationError` for a decision that the daemon would refuse: nobody has to
-    confirm it.
+    """Raises :class:`MigrationError` for a decision that the daemon would refuse, before anybody is
+    asked to confirm it.
     """
     try:
         _ask_all(sockets, answer_s=0, command="check-decision", **decision)
     except MigrationError as error:
-        if "unknown command" not in str(error):  # of a daemon of an earlier release
+        if "unknown command" not in str(error):  # an earlier release does not have this command
             raise

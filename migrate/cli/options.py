@@ -23,7 +23,7 @@ CHECKPOINT_EVERY_S = 1.0
 
 
 class Size(click.ParamType[int]):
-    """Bytes: ``4096``, ``64K``, ``512M``, ``1G``, ``1.5GiB``."""
+    """A number of bytes: ``4096``, ``64K``, ``512M``, ``1G``, ``1.5GiB``."""
 
     name = "size"
 
@@ -35,7 +35,7 @@ class Size(click.ParamType[int]):
 
 
 class Number(click.ParamType[float]):
-    """A number within bounds; what is no number (``nan``) is within none."""
+    """A number within bounds.  ``nan`` is outside of all bounds."""
 
     name = "number"
 
@@ -59,7 +59,7 @@ class Number(click.ParamType[float]):
 
 
 class WholeNumber(click.ParamType[int]):
-    """Likewise, without a fraction.  64 bits are enough for anything that is counted here."""
+    """A whole number within bounds.  All numbers that are counted here fit into 64 bits."""
 
     name = "integer"
 
@@ -69,7 +69,7 @@ class WholeNumber(click.ParamType[int]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         try:
             number = int(value)
-        except ValueError:  # it has too many digits, for one
+        except ValueError:  # no number, or too many digits
             self.fail(f"{shortened(value)!r} is not a valid integer.", param, ctx)
         if not self._least <= number <= self._most:
             self.fail(
@@ -109,7 +109,7 @@ class ResultFile(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         path = Path(super().convert(value, param, ctx))  # type: ignore[arg-type]
-        if path == STDOUT or path.is_fifo():  # whose reader may come later
+        if path == STDOUT or path.is_fifo():  # a FIFO's reader may come later
             return path
         is_new = not os.path.lexists(path)
         try:
@@ -149,7 +149,7 @@ STRATEGY_OPTIONS = (
         type=WholeNumber(),
         default=DEFAULTS.max_rounds,
         show_default=True,
-        help="Rounds of precopy at most.",
+        help="The most rounds of precopy.",
     ),
     click.option(
         "--dirty-threshold",
@@ -165,19 +165,20 @@ STRATEGY_OPTIONS = (
         default=DEFAULTS.downtime_target_ms,
         show_default=True,
         metavar="MS",
-        help="Likewise when sending the rest would take this many milliseconds or less.",
+        help="If the rest takes at most so many milliseconds, send it while the guest is "
+        "suspended.",
     ),
     click.option(
         "--bandwidth",
         type=Size(),
         metavar="BYTES/S",
-        help="Cap for background copying; faults are not held back.",
+        help="Cap on background copying; faults are not delayed.",
     ),
     click.option(
         "--protect",
         is_flag=True,
         help="Until all memory has arrived, have the destination send back what the guest writes "
-        "there, so that the guest can continue here if the destination dies: see `xen-postcopy "
+        "there, so that the guest can continue here if the destination is lost: see `xen-postcopy "
         "decide`.",
     ),
     click.option(
@@ -192,7 +193,7 @@ STRATEGY_OPTIONS = (
         "json_path",
         type=ResultFile(),
         metavar="FILE",
-        help="Write the result there; -: to standard output, and the summary to standard error.",
+        help="The file for the result; -: standard output, with the summary on standard error.",
     ),
 )
 

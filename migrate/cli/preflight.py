@@ -20,8 +20,8 @@ WAYS = {
 
 
 UNDER_XL = (
-    "under xl: once xl has destroyed a guest's source, the pages that are still missing live by "
-    "the source's sender alone; if that is killed then they are lost (`systemctl stop` waits for "
+    "under xl: once xl has destroyed a guest's source, only the source's sender has the pages that "
+    "are still missing; if it is killed then, they are lost (`systemctl stop` waits for "
     "them)"
 )
 
@@ -31,8 +31,8 @@ UNDER_XL = (
 @simulated_option
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def preflight_command(domain: str | None, simulated: Path | None, as_json: bool) -> None:
-    """Could this host take guests in by postcopy?  With DOMAIN (a name or a domid): could that
-    guest be paged here?
+    """Check whether this host can be the destination of a postcopy migration.  With DOMAIN (a name
+    or a domid), check whether that guest could be paged here.
 
     Nothing is changed.  The exit status is 0 if it could, and 1 if not, with one line for each
     reason.  Only the destination of a migration has to be able to page; the source need not.

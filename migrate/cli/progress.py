@@ -12,7 +12,7 @@ from migrate.units import human_bytes, printable
 PLAIN_EVERY_S = 5.0
 RATE_S = 3.0
 SHOWN = ("precopy", "switchover", "deciding", "postcopy", "interrupted", "in doubt")
-"""The others are over at once, or end in a message of their own."""
+"""The phases that are shown.  The others are short, or end in a message of their own."""
 
 
 class Rate:
@@ -36,7 +36,9 @@ class Rate:
 
 
 class ProgressDisplay:
-    """Feed it the daemon's ``progress`` answers.  A receiver's answers have fewer keys."""
+    """Shows the progress.  The caller passes each ``progress`` answer of the daemon to it; the
+    answers of a receiver have fewer keys.
+    """
 
     def __init__(self, stream: TextIO):
         self._stream = stream

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A whole world on one machine: two simulated hosts and two daemons, each a process of its own.
+"""Two simulated hosts and two daemons on one machine, each a process of its own.
 
-The ``loopback`` command, the tests and the benchmarks use it.  Each process reports by sd_notify(3)
-that it is ready, as under systemd.  The processes are ended with the context.
+The ``loopback`` command, the tests and the benchmarks use them.  Each process reports by
+sd_notify(3) that it is ready, as under systemd.  The processes end when the context ends.
 """
 
 from __future__ import annotations
@@ -33,11 +33,13 @@ from xenbackend.unix import socket_path
 
 DIRECTORY_PREFIX = "xen-postcopy-"
 LOCKED = "locked"
-"""An empty file in a directory that its process has locked."""
+"""The name of an empty file in a directory that its process has locked."""
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
 DRAIN_TIMEOUT_S = 0.5
-"""Guests end with their hosts, so their migrations are not waited for at the end."""
+"""How long a daemon may take to end.  Its migrations are not waited for, because their guests end
+with the hosts.
+"""
 
 
 @dataclass
@@ -55,7 +57,7 @@ class World:
     """The running processes; ``source`` and ``destination`` are attached to the two hosts."""
 
     spawn: ClassVar[Callable[..., subprocess.Popen[bytes]]] = subprocess.Popen
-    """What starts the processes."""
+    """The function that starts the processes."""
     directory: Path
     owner: int
     """The reading end of a pipe whose writing end only this process has.  The processes that it
@@ -82,7 +84,7 @@ class World:
         return ControlClient(self.directory / f"{which}.sock")
 
     def ask(self, which: str, **request: Any) -> dict[str, Any]:
-        """One request to a daemon, its result."""
+        """Send one request to a daemon, and return its result."""
         with self.control(which) as client:
             return client.call(**request)
 
@@ -93,7 +95,7 @@ class World:
         log = self.directory / f"{name}.log"
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready, log.open("ab") as output:
             notify_path = self.directory / f"{name}.notify"
-            notify_path.unlink(missing_ok=True)  # of one before it
+            notify_path.unlink(missing_ok=True)  # a process before it may have left one
             ready.bind(str(notify_path))
             popen = self.spawn(
                 [sys.executable, "-m", "migrate.cli", *arguments],
@@ -118,7 +120,7 @@ class World:
                     raise MigrationError(f"{name} did not start:\n{process.tail()}")
 
     def check_alive(self) -> None:
-        """Raises :class:`MigrationError` when a process has ended."""
+        """Raises :class:`MigrationError` if a process has ended."""
         for process in self.processes.values():
             if process.popen.poll() is not None:
                 raise MigrationError(
@@ -168,8 +170,8 @@ def loopback_world(
     daemons: bool = True,
     config: str = "",
 ) -> Iterator[World]:
-    """Two hosts with equal memory, a sender at the source and a receiver at the destination,
-    configured alike.
+    """Start two hosts with equal memory, a sender at the source and a receiver at the destination,
+    both with the same configuration.
     """
     _remove_left_over()
     directory = Path(tempfile.mkdtemp(prefix=DIRECTORY_PREFIX))
@@ -209,7 +211,7 @@ def loopback_world(
             popen.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 popen.wait(DRAIN_TIMEOUT_S)
-            world.stop(name)  # a second signal ends a daemon that waits for its migrations
+            world.stop(name)  # the second signal ends a daemon that waits for its migrations
         for fd in (owner, alive):
             os.close(fd)
         shutil.rmtree(directory, ignore_errors=True)
@@ -253,8 +255,8 @@ def wait_for_steps(domain: SimulatedDomain, steps: int, timeout_s: float = 60.0)
 
 
 def verify_migrated(world: World, spec: GuestSpec) -> tuple[Verification, dict[str, Any]]:
-    """Stop the guest at the destination and check it.  Also returns what the guest itself has
-    measured.
+    """Stop the guest at the destination and verify its memory.  Returns the result, and what the
+    guest itself has measured.
     """
     domain = world.destination.open(spec.name)
     wait_for_steps(domain, 5 if spec.workload == "idle" else min(100, spec.rate or 100))
@@ -266,7 +268,7 @@ def verify_migrated(world: World, spec: GuestSpec) -> tuple[Verification, dict[s
         source_positions=[vcpu["count"] for vcpu in gone[-1]["vcpu"]] if gone else None,
     )
     if not gone:
-        result.problems.append("the source domain was not let go")
+        result.problems.append("the source domain was not released")
     if any(info.name == spec.name for info in world.source.domains()):
         result.problems.append("the domain is still at the source")
     report = domain.report()
@@ -275,7 +277,9 @@ def verify_migrated(world: World, spec: GuestSpec) -> tuple[Verification, dict[s
 
 
 def guest_view(report: dict[str, Any]) -> dict[str, Any]:
-    """What the vCPUs measured of their own faults, from the touch to the next instruction."""
+    """Return what the vCPUs measured of their own faults, from the access to the next
+    instruction.
+    """
     stalls: dict[int, int] = {}
     for vcpu in report["vcpu"]:
         for bucket, count in vcpu["stalls"].items():
@@ -304,8 +308,8 @@ def guest_view(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def _bucket_us(bucket: int) -> float:
-    """The middle of one of ``note_stall``'s buckets, in microseconds: 8 buckets for each power of
-    two, and single microseconds below 8.
+    """Return the middle of one of ``note_stall``'s buckets, in microseconds.  There are 8 buckets
+    for each power of two, and one for each microsecond below 8.
     """
     if bucket < 8:
         return float(bucket)

@@ -30,19 +30,20 @@ SENDER_SOCKET = f"{RUN_DIRECTORY}/sender.sock"
 RECEIVER_SOCKET = f"{RUN_DIRECTORY}/receiver.sock"
 RUNNING = "is the daemon running?"
 ANSWER_S = 5.0
-"""How long a daemon may take for an answer that needs nothing but the daemon."""
+"""How long a daemon may take for an answer for which it waits for nothing else."""
 CANCELLED = "cancelled"
-"""The first word of the ``problem`` of a migration that somebody has cancelled."""
+"""The first word of the ``problem`` of a migration that was cancelled."""
 ENDED = ("completed", "failed", "refused")
 """Phases of a migration that has ended."""
 Json = dict[str, Any]
 
 
 class ControlClient:
-    """Blocking; a context manager.  Raises :class:`MigrationError` when there is no daemon.
+    """A connection to a daemon; blocking, and a context manager.  Raises :class:`MigrationError` if
+    no daemon listens.
 
-    ``wait_s``: how long to wait for one that has just been started.  ``answer_s``: how long each
-    answer may take, 0 for no limit; :class:`SilentDaemonError` is raised after that time.
+    ``wait_s``: how long to wait for a daemon that has just been started.  ``answer_s``: how long
+    each answer may take, 0 for no limit; :class:`SilentDaemonError` is raised after that time.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, wait_s: float = 0, answer_s: float = 0):
@@ -125,7 +126,7 @@ class ControlClient:
         )
 
     def call(self, **request: Any) -> Json:
-        """One request, its result."""
+        """Send one request, and return its result."""
         self.say(**request)
         *_progress, result = self.answers()
         return result

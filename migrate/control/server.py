@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 1000
 REQUEST_TIMEOUT_S = 10.0
-"""For a client to say what it wants."""
+"""How long a client may take to send its request."""
 
 
 class ControlConnection:
@@ -70,13 +70,15 @@ class ControlConnection:
         return line
 
     async def answer(self, event: str, **fields: Any) -> None:
-        """Raises ``trio.BrokenResourceError`` when the client has gone."""
+        """Send an answer.  Raises ``trio.BrokenResourceError`` if the client has gone."""
         async with self._answering:
             await self._stream.send_all(json.dumps({"event": event, **fields}).encode() + b"\n")
 
 
 class LastAnswer:
-    """What a client is told at the end, once.  It need not be listened to after that."""
+    """The last answer to a client, which is sent once.  Nothing more is received from the client
+    after it.
+    """
 
     def __init__(self, connection: ControlConnection | None):
         self._connection = connection
@@ -84,7 +86,7 @@ class LastAnswer:
         self.given = trio.Event()
 
     async def give(self, event: str, **fields: Any) -> None:
-        """To a client that may have gone; after the first time nothing."""
+        """Send the answer, also if the client may have gone.  Every later call does nothing."""
         if self.begun:
             return
         assert self._connection is not None
@@ -92,7 +94,7 @@ class LastAnswer:
         try:
             await self._connection.answer(event, **fields)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
-            log.debug("the client has gone before it heard %s", event)
+            log.debug("the client has gone before its answer %s", event)
         self.given.set()
 
 
@@ -137,7 +139,7 @@ async def serve(
                 return
             served += 1
             try:
-                # What the client asked for goes on when it has gone.
+                # What the client requested continues when the client has gone.
                 with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
                     await _answer(connection, handler)
             finally:
@@ -155,7 +157,9 @@ async def serve(
 
 
 def _may_ask(stream: trio.SocketStream) -> bool:
-    """root, and who this daemon runs as, whatever became of the socket's mode."""
+    """Whether the client may send requests: root, and the user of this daemon.  The mode of the
+    socket may have been changed.
+    """
     _pid, uid, _gid = struct.unpack(
         "3i", stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
     )
@@ -173,7 +177,7 @@ async def _answer(connection: ControlConnection, handler: Handler) -> None:
         if waiting.cancelled_caught:
             raise MigrationError(f"no request came within {REQUEST_TIMEOUT_S:g} s")
         if request is not None:
-            async with task_group():  # of several errors the one that says most
+            async with task_group():  # of several errors it raises the most informative one
                 await handler(request, connection)
         return
     except UnknownMigrationError as error:
@@ -198,9 +202,9 @@ async def listen_unix(
     *,
     needed: Callable[[], bool] = no_guest,
 ) -> AsyncIterator[trio.socket.SocketType]:
-    """A listening socket at ``path``, for this user alone; the folder is made if it is the only one
-    that is missing.  A socket on which no process listens
-    any more is replaced.  The socket is removed at the end, unless it is ``needed`` then.
+    """Listen at a socket at ``path``, for this user alone.  If only the last folder of the path is
+    missing, the folder is made.  A socket on which no process listens any more is replaced.  The
+    socket is removed at the end, unless it is ``needed`` then.
 
     Raises :class:`MigrationError` if another process listens there, or if the socket cannot be
     made.
@@ -216,7 +220,7 @@ async def listen_unix(
                 with socket.socket(socket.AF_UNIX, kind) as probe:
                     try:
                         probe.connect(name)
-                        raise MigrationError(f"socket {path}: somebody is listening there already")
+                        raise MigrationError(f"socket {path}: another process listens there")
                     except ConnectionRefusedError:
                         path.unlink()
             old = os.umask(0o177)
@@ -236,8 +240,8 @@ async def listen_unix(
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Which file is at ``path``.  If the socket there was removed, another process may have made
-    one of its own.
+    """Return the identity of the file at ``path``.  If the socket there was removed, another
+    process may have made one of its own.
     """
     try:
         status = path.lstat()
@@ -247,5 +251,5 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def decision_of(request: Json) -> dict[str, bool]:
-    """What ``decide`` and ``check-decision`` ask for."""
+    """Return the decision in a request of ``decide`` or ``check-decision``."""
     return {"here": bool(request["here"]), "force": bool(request.get("force"))}

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a daemon is: its start and its end, its configuration, its journal."""
+"""What both daemons have in common: start and end, configuration, journal."""

@@ -33,7 +33,7 @@ SENDER_PORT = 8014
 
 
 class ConfigError(MigrationError):
-    """Names file, key and reason."""
+    """The configuration is wrong; the text names the file, the key and the reason."""
 
 
 Address = tuple[str, int]
@@ -98,7 +98,7 @@ def _silence(value: Any) -> float:
 
 
 def _bandwidth(value: Any) -> float:
-    """A page a second at least."""
+    """Return a number of bytes a second, of which a page is the least."""
     rate = parse_size(value)
     if rate < LEAST_BANDWIDTH:
         raise ValueError(
@@ -118,7 +118,7 @@ class NetworkConfig:
     unencrypted.
     """
     checksums: bool = _key(_flag, False)
-    """Check each page from end to end (CRC-32), where TCP's checksum is not trusted."""
+    """Check each page from end to end (CRC-32), because TCP's checksum is not trusted."""
     silence_s: float = _key(_silence, SILENCE_S)
     """The time in seconds after which a peer that sends nothing is treated as dead.  The two hosts
     may have different values.
@@ -127,19 +127,19 @@ class NetworkConfig:
 
 @dataclass(frozen=True)
 class TlsConfig:
-    """All of them, or none."""
+    """The section [tls].  Either all of its keys are given, or none."""
 
     certificate: str = _key(_text, "")
-    """Of this host, PEM."""
+    """The file with this host's certificate (PEM)."""
     key: str = _key(_text, "")
     authority: str = _key(_text, "")
-    """Certificates of those that sign the peers'."""
+    """The file with the certificates of the authorities that sign the peers' certificates."""
     peers: tuple[str, ...] = _key(_names, ())
-    """Names, of which a peer's certificate has to bear one."""
+    """A peer's certificate must have one of these names."""
 
     @functools.cached_property
     def files(self) -> Tls | None:
-        """One for all connections: it keeps the last good contents of the files."""
+        """One object for all connections, because it keeps the last valid contents of the files."""
         if not self.certificate:
             return None
         return Tls(Path(self.certificate), Path(self.key), Path(self.authority), self.peers)
@@ -148,29 +148,31 @@ class TlsConfig:
 @dataclass(frozen=True)
 class SenderConfig:
     listen: Address = _key(_address(SENDER_PORT), ("127.0.0.1", SENDER_PORT))
-    """Where the receivers of xl's migrations connect to."""
+    """The address at which this sender listens for the receivers of xl's migrations."""
     address: str = _key(_text, "")
-    """What they dial; left out: where we listen, or this host's name where that is everywhere."""
+    """The address that these receivers dial.  Without it they dial ``listen``, or this host's name
+    if ``listen`` is every address.
+    """
     peer_timeout_s: float = _key(_seconds, 10.0)
-    """How long to wait for them before xl's own live migration is used."""
+    """How long to wait for a receiver before xl's own live migration is used."""
 
 
 @dataclass(frozen=True)
 class ReceiverConfig:
     listen: Address = _key(_address(RECEIVER_PORT), ("127.0.0.1", RECEIVER_PORT))
-    """Where senders connect to."""
+    """The address at which this receiver listens for senders."""
 
 
 @dataclass(frozen=True)
 class MigrationConfig:
-    """Of xl's migrations; ``xen-postcopy migrate`` has options."""
+    """The settings of xl's migrations; ``xen-postcopy migrate`` has options instead."""
 
     strategy: Strategy = _key(_strategy, Strategy.HYBRID)
     max_rounds: int = _key(_whole, PolicyOptions.max_rounds)
     dirty_threshold: int = _key(_whole, PolicyOptions.dirty_threshold)
     downtime_target_ms: float = _key(_number, PolicyOptions.downtime_target_ms)
     bandwidth: float | None = _key(_bandwidth, None)
-    """Bytes a second for background copying."""
+    """The cap on background copying, in bytes a second."""
 
     @property
     def policy(self) -> PolicyOptions:
@@ -186,7 +188,7 @@ class Config:
     migration: MigrationConfig = MigrationConfig()
 
     def check_addresses(self) -> None:
-        """Raises :class:`ConfigError` where others could read along."""
+        """Raises :class:`ConfigError` if others could read the connections of this host."""
         for name, (host, _port) in (
             ("sender", self.sender.listen),
             ("receiver", self.receiver.listen),
@@ -200,13 +202,15 @@ class Config:
 
     @property
     def terms(self) -> Terms:
-        """On which this host connects with others."""
+        """The conditions on which this host connects with other hosts."""
         network = self.network
         return Terms(network.checksums, network.silence_s, self.tls.files, network.unencrypted)
 
 
 def load(path: Path | None) -> Config:
-    """``None``: :data:`CONFIG_FILE`, if there is one.  Raises :class:`ConfigError`."""
+    """Load the configuration at ``path``.  ``None``: :data:`CONFIG_FILE`, if there is one.  Raises
+    :class:`ConfigError`.
+    """
     if path is None:
         if not CONFIG_FILE.exists():
             return Config()
@@ -285,7 +289,7 @@ def _section(cls: Any, values: dict[str, Any], where: str) -> Any:
 
 
 def advertised(sender: SenderConfig, port: int) -> Address:
-    """What a receiver dials to reach the sender that listens at ``port``."""
+    """Return the address that a receiver dials to reach the sender that listens at ``port``."""
     host = sender.listen[0]
     if sender.address:
         return parse_address(sender.address, port)

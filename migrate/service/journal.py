@@ -3,7 +3,7 @@
 daemon was killed.
 
 Each migration has one small file.  An entry is added before the step that it announces; the last
-entry counts.  The file is erased when nothing is owed any more.
+entry counts.  The file is erased when nothing is left to do for the migration.
 
 An entry is one write to a file that is open already, because a guest is suspended during some of
 these writes.  An entry begins with a newline, so that a remainder of the entry before it, cut off
@@ -46,9 +46,11 @@ HANDLE_DIGITS = 32
 
 
 class Journal:
-    """In ``directory``, which is made.  Raises :class:`MigrationError` where that cannot be.
+    """The journal in ``directory``, which is made if it does not exist.  Raises
+    :class:`MigrationError` if it cannot be made.
 
-    What a read-only one has can be taken up still; a new migration fails at its first entry.
+    The migrations in a read-only directory can be resumed; a new migration fails at its first
+    entry.
     """
 
     def __init__(self, directory: Path):
@@ -88,9 +90,10 @@ class Journal:
             ) from error
 
     def write(self, session: str, facts: dict[str, Any], *, needed: bool = True) -> None:
-        """Of a migration, instead of what was there; ``facts`` as JSON can have them.
+        """Write a migration's entry, which replaces the entry before it.  ``facts``: values that
+        JSON can have.
 
-        Raises :class:`MigrationError` where it cannot be written and is ``needed``.
+        Raises :class:`MigrationError` if the entry cannot be written and is ``needed``.
         """
         entry = ("\n" + json.dumps({"boot": self._boot, **facts})).encode()
         path = self._path(session)
@@ -106,25 +109,25 @@ class Journal:
             problem = f"cannot write the journal {path}: {error.strerror}"
             if needed:
                 raise MigrationError(problem) from error
-            log.error("%s: a successor of this daemon would not know how far it had come", problem)
+            log.error("%s: a successor of this daemon would begin at an earlier step", problem)
 
     def checkpoint(self, session: str) -> Path:
-        """Where one of the session's guest belongs."""
+        """Return the path of the checkpoint of the session's guest."""
         return self._directory / (session + CHECKPOINT_SUFFIX)
 
     def stopped(self, session: str) -> Path:
-        """The path of a file that exists while the daemon itself has stopped the session's guest.
-        The daemon makes the file before it stops the guest, and removes the file after it has
-        resumed the guest.
+        """Return the path of a file that exists while the daemon itself has stopped the session's
+        guest.  The daemon makes the file before it stops the guest, and removes the file after it
+        has resumed the guest.
 
-        By this file a successor knows that it may resume the guest.  A guest that somebody else has
-        stopped stays stopped.
+        If the file exists, a successor resumes the guest.  A guest that another program has stopped
+        stays stopped.
         """
         return self._directory / (session + STOPPED_SUFFIX)
 
     def erase(self, session: str) -> None:
-        """Remove the session's entry.  If that fails, a successor takes the migration up again and
-        finds nothing left to do.
+        """Remove the session's entry.  If that fails, a successor resumes the migration and finds
+        nothing left to do.
         """
         for path in (self.stopped(session), self._path(session)):
             remove(path)
@@ -132,9 +135,9 @@ class Journal:
             os.close(self._files.pop(session))
 
     def entries(self) -> dict[str, dict[str, Any]]:
-        """Return what a predecessor has left, by session, the newest first: of two entries for one
-        domain the newer is in force.  Entries of an earlier boot, and entries that cannot be read,
-        are left out.
+        """Return the entries that a predecessor has left, by session.  The newest is first, because
+        of two entries for one domain the newer one is valid.  Entries of an earlier boot, and
+        entries that cannot be read, are left out.
         """
         found = {}
         for path in self._directory.glob(f"*{NEW_SUFFIX}"):
@@ -146,7 +149,7 @@ class Journal:
                 facts = _last_entry(path.read_text())
                 if facts["boot"] != self._boot:
                     log.warning(
-                        "%s: the guest has gone with the host, which was started anew since", path
+                        "%s: the guest has ended with the host, which was restarted since", path
                     )
                     self.erase(session)
                     continue
@@ -157,19 +160,19 @@ class Journal:
         return found
 
     def leave_older(self, session: str) -> None:
-        """Keep an entry of a domain that a newer entry has.  When the migration of the newer entry
-        has ended, a successor takes this entry up.
+        """Keep an entry of a domain that has a newer entry.  When the migration of the newer entry
+        has ended, a successor resumes the migration of this entry.
         """
         self._not_understood.add(session)
         log.error(
-            "%s: kept and not taken up, because a newer journal has a migration of the same "
-            "domain: start this daemon anew when that migration has ended, or remove the file",
+            "%s: kept and not resumed, because a newer journal has a migration of the same "
+            "domain: restart this daemon when that migration has ended, or remove the file",
             self._path(session),
         )
 
     def leave(self, session: str, why: Exception) -> None:
-        """Keep an entry that this release cannot use.  A person, or a release that can read the
-        entry, deals with it.
+        """Keep an entry that this release cannot use, for a person or for a release that can read
+        the entry.
         """
         self._not_understood.add(session)
         log.error(
@@ -179,8 +182,8 @@ class Journal:
         )  # fmt: skip
 
     def check_understood(self, session: str) -> None:
-        """Raises :class:`MigrationError` for a session whose entry was kept by :meth:`leave`.
-        Whether that session has ended is not known.
+        """Raises :class:`MigrationError` for a session whose entry was kept by :meth:`leave`.  Such
+        a session may not have ended.
         """
         if session in self._not_understood:
             raise MigrationError(
@@ -192,18 +195,18 @@ class Journal:
 
 
 def _written(path: Path) -> int:
-    """When the last entry was written, in nanoseconds."""
+    """Return the time at which the last entry was written, in nanoseconds."""
     try:
         return path.lstat().st_mtime_ns
-    except OSError:  # what is wrong with the file, its reader reports
+    except OSError:  # the reader of the file reports what is wrong with it
         return 0
 
 
 def remove(path: Path) -> None:
     """Remove a file of the state directory that nothing depends on any more.
 
-    If the removal fails, the file stays, the log names the file, and the migration ends as it would
-    have ended otherwise.
+    If the removal fails, the log names the file, and the migration ends as if the file had been
+    removed.
     """
     try:
         if os.path.lexists(
@@ -215,8 +218,8 @@ def remove(path: Path) -> None:
 
 
 def _make(path: Path, entry: bytes) -> int:
-    """A file with its first entry.  The file has its name from then on, so that an empty one is a
-    damaged one.
+    """Make a file with its first entry.  The file gets its name only then, so that a file without
+    an entry is a damaged one.
 
     Returns a descriptor for the entries that follow.  Raises ``OSError``.
     """
@@ -271,7 +274,7 @@ def _is_address(value: list[Any]) -> bool:
 
 
 def _last_entry(text: str) -> Any:
-    """That was written in full.  Raises ``ValueError`` where there is none."""
+    """Return the last entry that was written in full.  Raises ``ValueError`` if there is none."""
     for line in reversed(text.splitlines()):
         with contextlib.suppress(ValueError, RecursionError):
             return json.loads(line)

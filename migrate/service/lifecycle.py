@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What both daemons do alike: start, tell systemd (or whoever started them) how they are, stop."""
+"""What both daemons do in the same way: start, report their state to systemd or to the process that
+started them, and stop.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ log = logging.getLogger(__name__)
 
 SWITCH_INTERVAL_S = 50e-6
 OWNED = "XEN_POSTCOPY_OWNED"
-"""Set for a process that is to end with the one that has started it."""
+"""The environment variable of a process that ends when the process that started it ends."""
 LISTEN_FDS_START = 3
 """Of sd-daemon(3)."""
 ACCEPT_AGAIN_S = 0.1
@@ -37,8 +39,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 guest, so a further SIGHUP does not cut the draining short.
 """
 STOPPING = (
-    "this daemon is being stopped, and serves only the guests that need it still: try again when "
-    "it was started anew"
+    "this daemon is being stopped, and serves only the guests that need it: try again when it was "
+    "restarted"
 )
 """The answer to a request for a new migration."""
 STRANGERS_SHARE = 0.75
@@ -62,7 +64,7 @@ def notify(state: str) -> None:
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
-    with contextlib.suppress(OSError):  # nobody receives any more, or not fast enough
+    with contextlib.suppress(OSError):  # the other process has ended, or is too slow
         path = "\0" + address[1:] if address.startswith("@") else address
         _notify_socket().sendto(state.encode(), socket.MSG_DONTWAIT, path)
 
@@ -85,7 +87,7 @@ def end_with_owner() -> None:
 
 
 def inherited_socket() -> socket.socket | None:
-    """The listening socket that systemd has made for us, if it has: sd_listen_fds(3)."""
+    """Return the listening socket that systemd has made, or ``None``: sd_listen_fds(3)."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()) or os.environ.get("LISTEN_FDS") != "1":
         return None
     for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
@@ -94,7 +96,9 @@ def inherited_socket() -> socket.socket | None:
 
 
 async def _feed_watchdog() -> None:
-    """From the event loop: one that hangs is noticed.  sd_watchdog_enabled(3)."""
+    """Feed systemd's watchdog from the event loop, so that systemd notices a loop that hangs:
+    sd_watchdog_enabled(3).
+    """
     interval_us = os.environ.get("WATCHDOG_USEC")
     if not interval_us or os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return
@@ -107,22 +111,23 @@ async def until_stopped(
     serve: Callable[[], Awaitable[None]], drain: Callable[[], Awaitable[bool]]
 ) -> None:
     """Run ``serve`` until one of :data:`STOP_SIGNALS`, and then for as long as ``drain`` returns
-    that guests need this daemon.  A second signal cuts that short, if the signal is not SIGHUP.
+    that guests need this daemon.  A second signal other than SIGHUP ends ``serve`` at once.
     """
-    # A thread that serves a fault waits this long at most for one that computes (default: 5 ms).
+    # The longest time for which a thread that serves a fault waits for a thread that computes
+    # (default: 5 ms).
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    # As many threads as migrations need: a host that is slow for many guests does not hold up the
-    # threads of other guests.
+    # No limit for the threads: many guests that wait for a slow peer must not keep other guests
+    # from getting a thread.
     trio.to_thread.current_default_thread_limiter().total_tokens = math.inf
-    # A descriptor more for each connection, though many come that mean nothing.
+    # As many descriptors as the system allows, because many strangers may connect.
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     # The objects loaded so far stay loaded.  The garbage collector, for which every thread waits,
     # need not examine them again.
     gc.freeze()
-    # As nohup(1) has left them.
+    # A signal that nohup(1) has set to be ignored stays ignored.
     heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-    # Behind the block below the process is ending, and a further SIGHUP still does nothing.
+    # After the block below the process ends, and a further SIGHUP must still do nothing.
     if signal.SIGHUP in heeded:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with trio.open_signal_receiver(*heeded) as signals:
@@ -140,11 +145,11 @@ async def until_stopped(
 
 
 async def _is_needed(drain: Callable[[], Awaitable[bool]]) -> bool:
-    """After an error: for all that is known."""
+    """Whether guests need this daemon.  After an error the answer is yes, because they may."""
     try:
         return await drain()
     except Exception:
-        log.exception("internal error in stopping: this daemon goes on, because guests may need it")
+        log.exception("internal error in stopping: this daemon stays, because guests may need it")
         return True
 
 
@@ -207,7 +212,7 @@ async def serve_connections(
 
 
 LEAST_OF_AN_ID = 8
-"""Characters, as ``list`` shows them."""
+"""The least number of an id's characters that name a migration; ``list`` shows so many."""
 
 
 class Named(Protocol):
@@ -219,15 +224,15 @@ class Named(Protocol):
 
     @property
     def has_ended(self) -> bool:
-        """Nothing more comes of it."""
+        """Whether the migration has ended."""
 
 
-TAKING_UP = "what a killed daemon has left is being taken up"
-"""Is shown until more is known."""
+TAKING_UP = "the migration of a killed daemon is being resumed"
+"""The problem that a resumed migration shows at first."""
 
 
 def ended(name: str, phase: str, problem: str, asked: str) -> str:
-    """The answer to a request that a migration which has ended cannot fulfil."""
+    """Return the answer to a request that came after the end of its migration."""
     how = f"{phase}: {problem}" if problem else phase
     return f"the migration of {name} has ended ({how}): there is nothing to {asked}"
 
@@ -236,9 +241,9 @@ M = TypeVar("M", bound=Named)
 
 
 def find_migration(migrations: Iterable[M], name: str) -> M:
-    """Find a migration by its domain's name, its id, or the first characters of its id.  Eight
-    characters are needed, so that no name of a guest is taken for an id.  Of several migrations of
-    one domain the function returns the one that has not ended, or else the newest.
+    """Return a migration by its domain's name, its id, or the first characters of its id.  Eight
+    characters are needed, so that no name of a guest is taken for an id.  If one domain has several
+    migrations, the one that has not ended is returned, or else the newest.
 
     Raises :class:`MigrationError`.
     """

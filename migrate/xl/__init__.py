@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Under xl: the program that libxl starts to save and restore domains, in place of its own.
 
-    helper.py     the program, ``xen-postcopy-xl-helper``: which part does the work?
+    helper.py     the program, ``xen-postcopy-xl-helper``, which starts one of the parts below
     save.py       a guest leaves: the sender daemon migrates it, and libxl does its own part
     restore.py    a guest comes: the receiver daemon takes it in, if the stream has an offer
     stock.py      libxl's own helper, which does all else

@@ -28,15 +28,15 @@ at both hosts:
 
     LIBXL_SAVE_HELPER=/usr/bin/xen-postcopy-xl-helper xl migrate GUEST HOST
 
-Live migrations are then done by the daemons of the two hosts, by postcopy.  Where that is not
-possible (no daemon here or there, a host or a guest that cannot be paged) Xen's own live migration
-is used, with a line that says why.
+Live migrations are then done by the daemons of the two hosts, by postcopy.  If that is not possible
+(no daemon here or there, a host or a guest that cannot be paged), Xen's own live migration is used,
+with a line that gives the reason.
 
 If memory of a guest is still to come from another host, this program waits for the memory before
 the guest is saved or migrated.
 
-XEN_POSTCOPY=off        hand everything to the stock helper, without a word
-XEN_POSTCOPY=require    fail where a migration would be handed to it
+XEN_POSTCOPY=off        use the stock helper for everything, and print nothing
+XEN_POSTCOPY=require    fail instead of using the stock helper for a migration
 XEN_POSTCOPY_STRATEGY   hybrid, postcopy or precopy (otherwise as the sender is configured)
 XEN_POSTCOPY_SENDER, XEN_POSTCOPY_RECEIVER
                         the control sockets of the local daemons
@@ -46,7 +46,7 @@ XEN_POSTCOPY_STOCK_HELPER
 
 
 def main() -> None:
-    """The entry point: whatever happens, libxl has an answer or the user one line."""
+    """The entry point.  Every error ends in an answer to libxl or in one line for the user."""
     try:
         _help(sys.argv[1:])
     except Exception as error:

@@ -23,7 +23,7 @@ HEADER_BYTES = IMAGE_HEADER.size + DOMAIN_HEADER.size
 MARKER = 0xFFFFFFFFFFFFFFFF
 ID = 0x58454E46  # "XENF"
 VERSIONS = (2, 3)
-"""2 has no static data; both are restored by Xen 4.17."""
+"""The versions that Xen 4.17 restores; version 2 has no static data."""
 
 REC_TYPE_END = 0x00000000
 REC_TYPE_STATIC_DATA_END = 0x00000010
@@ -31,14 +31,14 @@ REC_TYPE_X86_CPUID_POLICY = 0x00000011
 REC_TYPE_X86_MSR_POLICY = 0x00000012
 REC_TYPE_OPTIONAL = 0x80000000
 REC_TYPE_POSTCOPY = 0x58505630
-"""A record of ours, and mandatory: a receiver without this helper fails there, and does not start a
-guest without memory.
+"""Our mandatory record.  A receiver without this helper fails at it, and so does not start a guest
+without memory.
 """
 REC_TYPE_POSTCOPY_OFFER = REC_TYPE_OPTIONAL | REC_TYPE_POSTCOPY
-"""Ours, and passed over by a receiver without this helper."""
+"""Our optional record, which a receiver without this helper skips."""
 DOMAIN_TYPE_HVM = 2
 STATIC = (REC_TYPE_X86_CPUID_POLICY, REC_TYPE_X86_MSR_POLICY, REC_TYPE_STATIC_DATA_END)
-"""What may stand before the record that decides whose stream it is."""
+"""The records that may precede the record which shows whether the stream is ours."""
 
 
 class ImageError(Exception):
@@ -51,7 +51,7 @@ class RecordHeader(NamedTuple):
 
     @property
     def padded(self) -> int:
-        """Bytes until the next record: bodies are padded to a multiple of 8."""
+        """The number of bytes until the next record; bodies are padded to a multiple of 8."""
         return self.length + 7 & ~7
 
     @property
@@ -60,7 +60,7 @@ class RecordHeader(NamedTuple):
 
 
 def headers(xen_major: int, xen_minor: int) -> bytes:
-    """Of an HVM or PVH domain's image."""
+    """Return the headers of the image of an HVM or PVH domain."""
     return IMAGE_HEADER.pack(MARKER, ID, VERSIONS[-1], 0, 0, 0) + DOMAIN_HEADER.pack(
         DOMAIN_TYPE_HVM, PAGE_SHIFT, 0, xen_major, xen_minor
     )
@@ -90,7 +90,7 @@ def parse_offer(body: bytes) -> dict[str, Any]:
 
 
 def check_headers(data: bytes) -> None:
-    """The first :data:`HEADER_BYTES`.  Raises :class:`ImageError`."""
+    """Check the first :data:`HEADER_BYTES` of a stream.  Raises :class:`ImageError`."""
     marker, magic, version, options, _reserved, _reserved2 = IMAGE_HEADER.unpack_from(data)
     if (marker, magic) != (MARKER, ID):
         raise ImageError("not an image of a Xen domain, or one of Xen 4.5 or older")

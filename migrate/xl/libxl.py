@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""libxl, which has started us: its arguments, and the conversation on standard output and input."""
+"""libxl, which starts the helper: its arguments, and the exchange on standard output and input."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Request(NamedTuple):
 
     @property
     def ports(self) -> dict[str, int]:
-        """Of a domain to be restored: its event channels, and who is at their other ends."""
+        """The event channels of a domain to be restored, and the domains at their other ends."""
         return dict(
             zip(
                 ("store", "store_domid", "console", "console_domid"), self.numbers[3:7], strict=True
@@ -44,7 +44,7 @@ class Request(NamedTuple):
 
     @property
     def checkpointed(self) -> bool:
-        """Remus or COLO: streams that go on after END."""
+        """Whether the stream is one of Remus or COLO, which continues after END."""
         return self.numbers[-1] != 0
 
     @property
@@ -64,7 +64,7 @@ class Request(NamedTuple):
 
 
 def say(message: bytes) -> None:
-    """Ends this process where libxl has gone."""
+    """Send a message to libxl.  Ends this process if libxl has gone."""
     try:
         write_all(OUTPUT, message)
     except OSError:
@@ -72,7 +72,7 @@ def say(message: bytes) -> None:
 
 
 def ask(message: bytes) -> int:
-    """What libxl answers.  Ends this process where libxl has gone."""
+    """Send a message to libxl, and return libxl's answer.  Ends this process if libxl has gone."""
     say(message)
     try:
         (answer,) = protocol.ANSWER.unpack(read_exactly(INPUT, protocol.ANSWER.size))
@@ -82,7 +82,7 @@ def ask(message: bytes) -> int:
 
 
 def gone() -> Never:
-    """Nobody is there to be told more."""
+    """End this process, because libxl has ended and nothing can be reported to it."""
     sys.exit("xen-postcopy-xl-helper: libxl has gone")
 
 

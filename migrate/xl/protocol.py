@@ -15,7 +15,7 @@ from enum import IntEnum
 
 ANSWER = struct.Struct("=i")
 MAX_TEXT = 16 * 1024
-"""Of a string; a message's length has 16 bits."""
+"""The longest string; a message's length has 16 bits."""
 
 
 class Message(IntEnum):
@@ -50,7 +50,7 @@ def _string(text: str) -> bytes:
 
 
 def log(level: Level, text: str, *, context: str = "xen-postcopy", errno: int = -1) -> bytes:
-    """A line for xl to show; ``errno`` -1: none.  Not answered."""
+    """A line that xl shows.  ``errno``: -1 for none.  libxl does not answer it."""
     return _message(
         Message.LOG,
         struct.pack("=II", level, errno & 0xFFFFFFFF) + _string(context) + _string(text),
@@ -65,18 +65,18 @@ def progress(doing: str, done: int, total: int, *, context: str = "xen-postcopy"
 
 
 def suspend() -> bytes:
-    """Suspend the domain.  Answered with 1 when that is done."""
+    """Suspend the domain.  libxl answers 1 when the domain is suspended."""
     return _message(Message.SUSPEND, b"")
 
 
 def switch_qemu_logdirty(domid: int, enable: bool) -> bytes:
-    """Have the device model record what it writes.  Answered with 0."""
+    """Have the device model record what it writes.  libxl answers 0."""
     return _message(Message.SWITCH_QEMU_LOGDIRTY, struct.pack("=II", domid, enable))
 
 
 def static_data_done(missing: int) -> bytes:
-    """The CPU policy has been restored, except for ``missing``, which libxl has to provide.
-    Answered with 0.
+    """The CPU policy has been restored, except for ``missing``, which libxl has to provide.  libxl
+    answers 0.
     """
     return _message(Message.STATIC_DATA_DONE, struct.pack("=I", missing))
 
@@ -87,7 +87,7 @@ def restore_results(store_gfn: int, console_gfn: int) -> bytes:
 
 
 def complete(result: int, errno: int) -> bytes:
-    """The last message.  ``result``: 0, or -1 with ``errno``.  Answered with 0; then the helper has
+    """The last message.  ``result``: 0, or -1 with ``errno``.  libxl answers 0; then the helper has
     to end with status 0.
     """
     return _message(Message.COMPLETE, struct.pack("=ii", result, errno))

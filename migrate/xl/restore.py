@@ -51,15 +51,14 @@ class _Restoring:
             if record.type == image.REC_TYPE_POSTCOPY:
                 self._take_in(record)
         except image.ImageError:
-            stock.restore_rest(
-                self._request, bytes(self._read), None
-            )  # it has the better words for it
+            # The stock helper reports the error.
+            stock.restore_rest(self._request, bytes(self._read), None)
         except (EOFError, OSError) as error:
             libxl.fail(f"the migration's stream: {error}", errno.EPIPE)
         self._leave(record)
 
     def _take_up(self, body: bytes) -> None:
-        """An offer: the daemon is to try."""
+        """Pass an offer to the receiver daemon, which tries to accept it."""
         try:
             offer = image.parse_offer(body)
             self._session = offer["session"]
@@ -73,7 +72,9 @@ class _Restoring:
             self._daemon = daemon
 
     def _leave(self, record: image.RecordHeader) -> Never:
-        """It is an ordinary stream; whatever the daemon has done to the domain is undone first."""
+        """Leave an ordinary stream to the stock helper.  The daemon first undoes all that it has
+        done to the domain.
+        """
         if os.environ.get("XEN_POSTCOPY") == "require":
             libxl.fail(
                 "XEN_POSTCOPY=require, and the sender uses Xen's own live migration",
@@ -90,12 +91,12 @@ class _Restoring:
         stock.restore_rest(self._request, bytes(self._read), record)
 
     def _take_in(self, record: image.RecordHeader) -> Never:
-        """The sender has agreed with our daemon on a session."""
+        """Finish a restore for which the sender has agreed on a session with our daemon."""
         session = self._take(record.padded)[: record.length].decode(errors="replace")
         if self._daemon is None or session != self._session:
             libxl.fail(f"the sender wants postcopy, but {self._why_not}", errno.EOPNOTSUPP)
         if self._next().type != image.REC_TYPE_END:
-            libxl.fail("the migration's stream: records behind the session's", errno.EINVAL)
+            libxl.fail("the migration's stream: records after the session's", errno.EINVAL)
         libxl.ask(protocol.static_data_done(0))
         try:
             result = self._await_result(self._daemon)
@@ -105,7 +106,7 @@ class _Restoring:
         libxl.succeed()
 
     def _await_result(self, daemon: ControlClient) -> Json:
-        """Raises :class:`MigrationError`."""
+        """Return the daemon's result.  Raises :class:`MigrationError`."""
         try:
             while (answer := daemon.answer(INPUT)) is not None:
                 if answer["event"] == "result":

@@ -34,16 +34,15 @@ def wait_for_memory(request: Request) -> None:
     try:
         daemon = ControlClient(path)
     except MigrationError as error:
-        if isinstance(
-            error.__cause__, ConnectionRefusedError
-        ):  # one that is stopped removes its socket
+        # A receiver that was stopped in order has removed its socket.
+        if isinstance(error.__cause__, ConnectionRefusedError):
             libxl.fail(
                 "the receiver daemon of this host was killed, and memory of the guest may have "
                 "still to come: start the receiver again; if no guest has come to this host, "
                 f"remove {path}",
                 errno.EBUSY,
             )
-        return  # nobody is the guest's pager
+        return  # the guest has no pager, so all of its memory is here
     try:
         daemon.say(command="await-memory", domid=request.domid)
         while (answer := daemon.answer(INPUT)) is not None:
@@ -121,13 +120,13 @@ class _Saving:
             while (answer := self._daemon.answer(INPUT)) is not None:
                 self._follow(answer)
         except MigrationError as error:
-            libxl.fail(str(error), errno.EIO)  # whatever was agreed on, the guest goes on here
+            libxl.fail(str(error), errno.EIO)  # the guest continues here, also after an agreement
         except EOFError:
             libxl.gone()
         libxl.fail("the sender daemon has gone", errno.EIO)
 
     def _follow(self, answer: Json) -> None:
-        """Do what the daemon says."""
+        """Carry out an answer of the daemon."""
         match answer["event"]:
             case "progress":
                 if answer["pages_total"]:

@@ -33,7 +33,7 @@ VERSION = "/sys/hypervisor/version"
 
 
 def xen_version() -> tuple[int, int]:
-    """Of the hypervisor that runs; 0.0 where there is none."""
+    """Return the version of the running Xen, or 0.0 if there is none."""
     try:
         major, minor = (int(_read(f"{VERSION}/{part}")) for part in ("major", "minor"))
     except (OSError, ValueError):
@@ -47,7 +47,7 @@ def _read(path: str) -> str:
 
 
 def program() -> str:
-    """Of the Xen that runs."""
+    """Return the path of the stock helper that belongs to the running Xen."""
     if chosen := os.environ.get("XEN_POSTCOPY_STOCK_HELPER"):
         return chosen
     version = "{}.{}".format(*xen_version())
@@ -70,10 +70,13 @@ def require(reason: str | None) -> None:
 
 
 def become(request: Request, reason: str | None) -> Never:
-    """``reason``: why it is not ours, where it might be."""
+    """Execute the stock helper in this process.  ``reason``: why the daemons do not do the work;
+    ``None`` if they never do it.
+    """
     require(reason)
     helper = program()
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and that would be inherited
+    # Python ignores SIGPIPE, and the stock helper would inherit that.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         os.execvp(helper, [helper, *request.arguments(request.io_fd)])
     except OSError as error:
@@ -81,7 +84,7 @@ def become(request: Request, reason: str | None) -> Never:
 
 
 def save_after_headers(request: Request) -> Never:
-    """The headers are in the stream already."""
+    """Leave the saving to the stock helper, when the headers have been written already."""
     reader, writer = os.pipe()
     child = _start(request, writer)
     with contextlib.suppress(BrokenPipeError, EOFError):
@@ -97,7 +100,7 @@ def restore_rest(request: Request, before: bytes, record: image.RecordHeader | N
     """
     reader, writer = os.pipe()
     child = _start(request, reader)
-    # It may end early, or the stream may: it knows what to say of that.
+    # If the helper or the stream ends early, the helper reports the reason.
     with contextlib.suppress(BrokenPipeError, EOFError):
         write_all(writer, before)
         if record is not None:
@@ -109,7 +112,7 @@ def restore_rest(request: Request, before: bytes, record: image.RecordHeader | N
 
 
 def _start(request: Request, io_fd: int) -> subprocess.Popen[bytes]:
-    """With ``io_fd`` for the stream, which is not ours any more."""
+    """Start the stock helper with ``io_fd`` for the stream, and close ``io_fd`` here."""
     import subprocess
 
     helper = program()
@@ -126,10 +129,10 @@ def _start(request: Request, io_fd: int) -> subprocess.Popen[bytes]:
 
 
 def _end_with(child: subprocess.Popen[bytes]) -> Never:
-    """As it does."""
+    """End as the stock helper ends: with the same exit status, or by the same signal."""
     status = child.wait()
     if status < 0:
-        with contextlib.suppress(OSError):  # SIGKILL has no other
+        with contextlib.suppress(OSError):  # SIGKILL's action cannot be set
             signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     sys.exit(status)

@@ -757,7 +757,7 @@ def test_cancel_reaches_either_end(world: World) -> None:
         [*PROGRAM, "decide", "guest", "here", "--socket", sockets[0], "--socket", sockets[1]],
         timeout=60,
     )
-    assert at_both.returncode == 1 and "say which by --socket" in at_both.stderr
+    assert at_both.returncode == 1 and "name one by --socket" in at_both.stderr
 
 
 def test_a_migration_is_watched_until_it_ends(world: World) -> None:

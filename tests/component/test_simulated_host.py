@@ -421,7 +421,7 @@ def test_a_guest_that_runs_at_both_ends_is_reported(hosts: World, name: str) -> 
     with pytest.raises(MigrationError, match="did not do 1000000000000 steps within 0 s"):
         wait_for_steps(ends[0], 10**12, timeout_s=0)
     problems = verify_migrated(hosts, spec)[0].problems
-    assert problems == ["the source domain was not let go", "the domain is still at the source"]
+    assert problems == ["the source domain was not released", "the domain is still at the source"]
     for domain in ends:
         domain.destroy()
         domain.close()

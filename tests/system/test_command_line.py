@@ -365,11 +365,11 @@ def test_the_life_of_a_simulated_guest(world: World, name: str) -> None:
 
 def test_daemons_refuse_a_place_that_is_taken(world: World, tmp_path: Path) -> None:
     host, free = world.directory / "source.sock", tmp_path / "free.sock"
-    assert_refused(run("simulated-host", "--socket", host), "listening there already")
+    assert_refused(run("simulated-host", "--socket", host), "another process listens there")
     any_port: list[str | Path] = ["sender", "--simulated", host, "--listen", "127.0.0.1:0"]
     assert_refused(
         run(*any_port, "--socket", world.sender_socket, "--state", tmp_path / "state"),
-        "listening there already",
+        "another process listens there",
     )
     assert_refused(run(*any_port, "--socket", free), "another daemon uses it")
     taken_port: list[str | Path] = [

@@ -332,7 +332,7 @@ def test_of_two_entries_for_one_domain_the_newer_is_taken_up(
     if step != "given up":
         assert path.exists()
         log = world.processes[which].log.read_text()
-        assert f"{path}: kept and not taken up" in log
+        assert f"{path}: kept and not resumed" in log
     line = {"id": newer.stem, "phase": "completed"}.items()
     until(lambda: any(line <= found.items() for found in lines(world, which)), "it does not end")
     assert check(world) == "destination"

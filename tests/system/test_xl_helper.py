@@ -394,7 +394,7 @@ def offered(session: bytes, behind: bytes) -> bytes:
     ("stream", "complaint", "number"),
     [
         (offered(b"s", END), "the receiver daemon has gone", errno.EIO),
-        (offered(b"s", image.record(1, b"page")), "records behind the session's", errno.EINVAL),
+        (offered(b"s", image.record(1, b"page")), "records after the session's", errno.EINVAL),
         (offered(b"t", END), "the sender wants postcopy", errno.EOPNOTSUPP),
     ],
     ids=["gone", "more records", "another session"],

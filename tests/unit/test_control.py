@@ -142,7 +142,7 @@ async def test_a_socket_that_somebody_listens_at_is_not_taken_over(tmp_path: Pat
             trio.run(serve)
         return str(caught.value)
 
-    assert "somebody is listening there already" in await ask(tmp_path / "s", second)
+    assert "another process listens there" in await ask(tmp_path / "s", second)
 
 
 async def test_a_place_where_no_socket_can_be_is_an_error(tmp_path: Path) -> None:
