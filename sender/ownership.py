@@ -256,6 +256,11 @@ class Ownership:
         return self.row.guest not in (Guest.RUNS_HERE, Guest.SUSPENDED_HERE)
 
     @property
+    def may_stay(self) -> bool:
+        """The guest can still go on here."""
+        return State.GIVEN_UP in self.row.then
+
+    @property
     def is_cut_off(self) -> bool:
         """The guest was given away, its pages are kept here, and the destination is not there."""
         return self.row.guest in (Guest.UNDECIDED, Guest.THERE) and self.link is not Link.UP

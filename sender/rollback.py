@@ -59,13 +59,19 @@ class Rollback:
         return self._taken is decision
 
     async def settle(self, error: BaseException) -> None:
-        """Leave the guest at exactly one end, after the error that has ended the migration."""
-        if isinstance(error, trio.Cancelled) and self._ownership.may_be_elsewhere:
-            self._keep(error)  # this process ends, and its successor goes on
-        elif isinstance(error, GuestEndedError):
-            await self._guest_ended(error)
-        elif isinstance(error, StaysHereError) or not self._ownership.may_be_elsewhere:
+        """Leave the guest at exactly one end, after the error that has ended the migration.
+
+        The error was raised before this call, and the state may have changed since: the state
+        decides first.
+        """
+        if not self._ownership.may_be_elsewhere:
             await self._stay_here(error)
+        elif isinstance(error, trio.Cancelled):
+            self._keep(error)  # this process ends, and its successor goes on
+        elif isinstance(error, StaysHereError) and self._ownership.may_stay:
+            await self._stay_here(error)
+        elif isinstance(error, GuestEndedError | StaysHereError):
+            await self._guest_ended(error)
         elif self._ownership.state is State.UNDECIDED:
             await self.settle(await self._end_of_doubt(error))
         elif await self._recovery.pages_are_lost():
@@ -116,7 +122,7 @@ class Rollback:
         self._waited.set()
         return verdict(decision)
 
-    async def _guest_ended(self, error: GuestEndedError) -> None:
+    async def _guest_ended(self, error: MigrationError) -> None:
         """Nothing of the guest is needed here any more."""
         await self.let_source_go()
         if self._ownership.state is State.DECIDED_ELSEWHERE:
