@@ -195,6 +195,8 @@ def test_what_follows_from_where_the_guest_is(state: State) -> None:
     guest = TABLE[state].guest
     here = guest in (Guest.RUNS_HERE, Guest.SUSPENDED_HERE)
     assert ownership.may_be_elsewhere is not here
+    undone = here or guest in (Guest.UNDECIDED, Guest.DECIDED_HERE)
+    assert ownership.may_stay is (undone and state not in ENDED)
     assert ownership.is_suspended is (state not in (State.OFFERING, State.COPYING))
     assert ownership.has_ended is (state in ENDED)
     assert ownership.peer_may_be_ready is (state is not State.OFFERING)  # of a predecessor, too
