@@ -496,7 +496,7 @@ async def test_a_link_that_says_nothing_is_given_up(
         clean_hosts, spec, terms=Terms(silence_s=2), meanwhile=meanwhile, options=options
     )
     if before_the_handover:
-        assert "said nothing" in str(outcome.error) + outcome.incoming.progress.problem
+        assert "has sent nothing" in str(outcome.error) + outcome.incoming.progress.problem
         assert clean_hosts.source.open(name).info().state is DomainState.RUNNING
         assert clean_hosts.destination.domains() == []
     else:

@@ -254,7 +254,7 @@ async def test_connections_that_say_nothing(world: World) -> None:
                     socket.create_connection(("127.0.0.1", world.port), timeout=5)
                 )
                 connections.append(connection)
-        await until(lambda: "the oldest are ended" in world.processes["receiver"].log.read_text())
+        await until(lambda: "the oldest are closed" in world.processes["receiver"].log.read_text())
         held = holds(world, "receiver")
         assert held["threads"] < 50
         assert held["descriptors"] < MAX_STRANGERS_OF_ADDRESS + 100

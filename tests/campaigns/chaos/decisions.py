@@ -17,7 +17,7 @@ from tests.campaigns.chaos.world import LostError
 UNDECIDED = ("interrupted", "in doubt", "held")
 """Phases in which there is something to decide."""
 REFUSALS = {
-    "before the switchover": "runs here|runs at the source|taken up",
+    "before the switchover": "runs here|runs at the source|taken up|resumed",
     "ended": "has ended",
 }
 """Of groups of phases: why there is nothing to decide."""

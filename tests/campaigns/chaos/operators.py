@@ -56,14 +56,14 @@ ANSWERS = {
     ("sender", END): ENDING,
     ("receiver", BEFORE): {
         "reconnect": "nothing to reconnect",
-        "cancel": "acts|taken up",
-        "decide": "runs at the source|taken up",
+        "cancel": "acts|taken up|resumed",
+        "decide": "runs at the source|taken up|resumed",
         "postcopy-now": "ask the sender",
     },
     ("receiver", AFTER): {
         "reconnect": "nothing to reconnect|the source dials",
-        "cancel": "too late|taken up",
-        "decide": "nothing to decide|taken up",
+        "cancel": "too late|taken up|resumed",
+        "decide": "nothing to decide|taken up|resumed",
         "postcopy-now": "ask the sender",
     },
     ("receiver", END): {**ENDING, "postcopy-now": "ask the sender"},
