@@ -203,7 +203,7 @@ class IncomingMigration:
         push = self._context.peer.push
         async with task_group() as tasks:
             for lane in self._context.peer.connections:
-                tasks.start_soon(lane.keep_alive)
+                tasks.start_soon(lane.keep_alive, switchover.serving.is_set)
             tasks.start_soon(postcopy.serve_faults, switchover)
             tasks.start_soon(postcopy.complete, switchover)
             tasks.start_soon(postcopy.report, switchover)
@@ -290,6 +290,8 @@ class IncomingMigration:
         if self._recovery is not None and self._recovery.switchover.serving.is_set():
             report, self.progress.waiting = self._recovery.switchover.pager.report()
             self.progress.outstanding = report.outstanding
+        recovery = self._recovery
+        self.progress.io_fails_in_s = None if recovery is None else recovery.io_fails_in_s
 
     def details(self) -> dict[str, Any]:
         """What has been measured so far; see :meth:`PagerStatistics.summary`."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Sequence
 
 import trio
@@ -26,6 +27,7 @@ class Peer:
         self._why_none = "the receiver was started anew"
         self.pull: LaneConnection | None = None
         """``None``: there is none."""
+        self._heard_at = time.monotonic()
 
     @property
     def push(self) -> LaneConnection:
@@ -36,6 +38,11 @@ class Peer:
     @property
     def connections(self) -> list[LaneConnection]:
         return [lane for lane in (self._push, self.pull) if lane is not None]
+
+    @property
+    def heard_at(self) -> float:
+        """When bytes of the sender last arrived (time.monotonic())."""
+        return max((lane.heard_at for lane in self.connections), default=self._heard_at)
 
     async def connect(self) -> None:
         self._push = await self.lanes.push()
@@ -48,6 +55,7 @@ class Peer:
         self.pull = await self.lanes.pull(token)
 
     def close(self) -> None:
+        self._heard_at = self.heard_at
         for lane in self.connections:
             lane.close()
         self._push = self.pull = None

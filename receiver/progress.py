@@ -17,6 +17,10 @@ class IncomingProgress:
     unprotected: str = ""
     """Why there are no further checkpoints, though they were asked for."""
     problem: str = ""
+    io_fails_in_s: float | None = None
+    """Until dom0 gives up I/O to missing pages.  ``None``: the lanes are there, or the guest has no
+    devices in dom0.
+    """
 
     def show_phase(self, phase: str) -> None:
         self.phase = phase

@@ -203,6 +203,18 @@ class Recovery:
         self.released = trio.Event()
         """An operator has a held guest go on."""
 
+    @property
+    def io_fails_in_s(self) -> float | None:
+        """See :attr:`IncomingProgress.io_fails_in_s`.  A request may have been made since the
+        sender was last in touch, so the time counts from then.
+        """
+        context = self._context
+        limit_s = context.toolstack.io_limit_s
+        waits = context.is_in(State.RUNNING, State.OWNS) and self.switchover.guest.pages.count
+        if limit_s is None or not waits or context.ownership.link is Link.UP:
+            return None
+        return round(max(0.0, limit_s - (time.monotonic() - context.peer.heard_at)), 1)
+
     async def rejoin(self, lost: Exception) -> None:
         """Until the sender is back on new lanes, or is not needed any more.  The guest goes on as
         far as its pages allow, if it is here.

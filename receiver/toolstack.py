@@ -38,6 +38,10 @@ class Toolstack(Protocol):
     """The domain is the toolstack's."""
     gone_before_it_ran: str
     """What it means if the domain goes before it has run."""
+    io_limit_s: float | None
+    """How long dom0 waits for a missing page that a request of the guest's disks or networks names.
+    ``None``: the guest has no devices in dom0.
+    """
 
     # ---- preflight ----
     def refuses(self, offer: m.Offer) -> str:
@@ -94,7 +98,14 @@ class Toolstack(Protocol):
         """There is not even a domain."""
 
 
+GRANT_RETRY_S = 32.0
+"""Linux tries for this time to use a grant of a page that is paged out, and gives the guest an I/O
+error then (drivers/xen/grant-table.c: pauses of 1, 2, ... 256 ms).
+"""
+
+
 class OwnToolstack:
+    io_limit_s: float | None = None
     lends, lent, abort_recalls = -1, False, True
     gone_before_it_ran = "its domain was destroyed"
 
@@ -146,6 +157,7 @@ class XlToolstack:
 
     lent, abort_recalls = True, False
     gone_before_it_ran = "xl gave the guest up here"
+    io_limit_s: float | None = GRANT_RETRY_S
 
     def __init__(self, domid: int, ports: ToolstackPorts, helper: ControlConnection | None = None):
         self.lends, self._ports = domid, ports

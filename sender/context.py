@@ -151,6 +151,10 @@ class Context:
             self.entry.domain, handle=domain.handle, name=name or self.name
         )
 
+    def guest_waits(self) -> bool:
+        """The guest may run at the destination, and wait for pages that are here."""
+        return self.ownership.may_be_elsewhere
+
     def count_down(self) -> None:
         """Show how many pages the destination still lacks."""
         self.progress.outstanding = self.backlog.unacknowledged

@@ -104,7 +104,7 @@ class Transfer:
         context = self._context
         async with task_group() as lane_tasks:
             for connection in context.connections():
-                lane_tasks.start_soon(connection.keep_alive)
+                lane_tasks.start_soon(connection.keep_alive, context.guest_waits)
             lane_tasks.start_soon(Inbox(context, self._source, push).receive)
             if context.pull is not None:
                 # From now on, though nobody may ask yet: a guest that has just been started at the

@@ -100,8 +100,18 @@ def _ask_all(
 def problem(line: dict[str, Any]) -> str:
     """Return why a migration has ended or waits, or why its guest is not protected any more."""
     if line["problem"]:
-        return str(line["problem"])
+        return f"{line['problem']}{io_limit(line)}"
     return line.get("unprotected", "") and f"not protected any more: {line['unprotected']}"
+
+
+def io_limit(line: dict[str, Any]) -> str:
+    """When I/O of a guest fails whose missing pages do not come."""
+    left_s = line.get("io_fails_in_s")
+    if left_s is None:
+        return ""
+    if left_s:
+        return f"; its I/O to missing pages fails in {left_s:.0f} s"
+    return "; its I/O to missing pages has failed: look for I/O errors in the guest"
 
 
 def known(line: dict[str, Any], key: str) -> Any:

@@ -61,6 +61,10 @@ HEARD_BYTES = 512 * 1024
 """The most bytes that one call receives: a slow link carries them well within ``SILENCE_S``."""
 SILENCE_S = 30.0
 """A peer that sends nothing for this time is treated as dead."""
+POSTCOPY_SILENCE_S = 5.0
+"""The same, while a guest waits for pages of this peer.  Linux gives up a grant of a missing page
+after 32 s, and then the guest gets an I/O error.  A lost link must be replaced before that.
+"""
 ALIVE_EVERY_S = 1.0
 """The longest pause between two messages on a lane.  The pause does not follow from ``silence_s``
 alone, because the peer may have a shorter one.
@@ -76,6 +80,8 @@ class Terms:
     checksums: bool = False
     """Pages are checked from end to end."""
     silence_s: float = SILENCE_S
+    postcopy_silence_s: float = POSTCOPY_SILENCE_S
+    """Has no effect if ``silence_s`` is shorter."""
     tls: Tls | None = None
     unencrypted: bool = False
     """Connections without TLS are allowed even if others may read them."""
@@ -90,8 +96,10 @@ class LaneConnection:
 
     def __init__(self, sock: socket.socket | TlsSocket, terms: Terms):
         self._terms = terms
-        self._heard_at = time.monotonic()
-        self._is_silent = False
+        self.heard_at = time.monotonic()
+        """When bytes of the peer last arrived."""
+        self._silent_s = 0.0
+        """How long the peer was silent when it was treated as dead."""
         self._socket = sock
         self._tls = sock if isinstance(sock, TlsSocket) else None
         self._readable = select.poll()
@@ -225,9 +233,9 @@ class LaneConnection:
             raise PeerClosedError(f"the connection was lost: {explain(error)}") from error
 
     def _received(self, count: int) -> None:
-        self._heard_at = time.monotonic()
-        if self._is_silent:
-            raise PeerClosedError(f"the peer has sent nothing for {self._terms.silence_s:g} s")
+        self.heard_at = time.monotonic()
+        if self._silent_s:
+            raise PeerClosedError(f"the peer has sent nothing for {self._silent_s:g} s")
         if not count:
             where = "" if self._decoder.at_boundary() else " in the middle of a frame"
             raise PeerClosedError(f"the peer closed the connection{where}")
@@ -305,9 +313,9 @@ class LaneConnection:
             self.receive_blocking, abandon_on_cancel=True, limiter=self._receive_limiter
         )
 
-    async def keep_alive(self) -> None:
+    async def keep_alive(self, guest_waits: Callable[[], bool] = lambda: False) -> None:
         """Send ``alive`` from time to time, and end the connection if the peer sends nothing.  Runs
-        until cancelled.
+        until cancelled.  ``guest_waits``: whether a guest may wait for pages that cross this lane.
 
         The probes of TCP do not suffice: a kernel answers them although its daemon hangs, and so
         does a box in between.
@@ -315,9 +323,12 @@ class LaneConnection:
         unread = select.poll()  # an own object, because only one thread may wait in one
         unread.register(self._socket, select.POLLIN)
         while True:
-            await trio.sleep(min(self._terms.silence_s / 4, ALIVE_EVERY_S))
-            if time.monotonic() - self._heard_at > self._terms.silence_s and not unread.poll(0):
-                self._is_silent = True
+            limit_s = self._terms.silence_s
+            await trio.sleep(min(limit_s / 4, ALIVE_EVERY_S))
+            if guest_waits():
+                limit_s = min(limit_s, self._terms.postcopy_silence_s)
+            if time.monotonic() - self.heard_at > limit_s and not unread.poll(0):
+                self._silent_s = limit_s
                 self.shut()
                 return
             if not self._sending.locked():

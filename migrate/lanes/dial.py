@@ -16,9 +16,13 @@ from migrate.protocol.messages import Hello, Lane
 from migrate.protocol.session import hello, negotiate, rejoin_token
 
 FIRST_RETRY_S = 0.1
+QUICK_RETRY_S, QUICK_FOR_S = 2.0, 60.0
+"""The longest pause between two attempts to dial, for the first minute after a loss: a guest may
+wait, and its disks do not wait for longer than half a minute (``POSTCOPY_SILENCE_S``).
+"""
 LAST_RETRY_S = 10.0
-"""The longest pause between two attempts to dial.  Each pause is twice as long as the one before
-it, unless a lane has lasted longer than this limit in between.
+"""The longest pause after that.  Each pause is twice as long as the one before it, unless a lane
+has lasted longer than this limit in between.
 """
 
 
@@ -55,6 +59,7 @@ class DialledLanes:
         self._pause_s = FIRST_RETRY_S
         self._dialled_at = math.inf
         """The time at which the last lane was opened; infinite while no lane is open."""
+        self._quick_until = -math.inf
         self._hurried = trio.Event()
 
     @property
@@ -77,12 +82,15 @@ class DialledLanes:
     async def again(self, note: Callable[[str], None]) -> LaneConnection:
         if trio.current_time() - self._dialled_at > self._pause_s:
             self._pause_s = FIRST_RETRY_S
+        if self._pause_s == FIRST_RETRY_S:
+            self._quick_until = trio.current_time() + QUICK_FOR_S
         self._dialled_at = math.inf
         while True:
             with trio.move_on_after(self._pause_s):
                 await self._hurried.wait()
             self._hurried = trio.Event()
-            self._pause_s = min(self._pause_s * 2, LAST_RETRY_S)
+            is_early = trio.current_time() < self._quick_until
+            self._pause_s = min(self._pause_s * 2, QUICK_RETRY_S if is_early else LAST_RETRY_S)
             self._rejoins = min(self._rejoins + 1, MAX_REJOINS)
             try:
                 lane = await self._dial(Lane.PUSH, rejoin_token(self._key, self._rejoins))

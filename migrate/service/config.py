@@ -20,7 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from migrate.errors import MigrationError
-from migrate.lanes.connection import LEAST_SILENCE_S, SILENCE_S, Terms, is_loopback
+from migrate.lanes.connection import (
+    LEAST_SILENCE_S,
+    POSTCOPY_SILENCE_S,
+    SILENCE_S,
+    Terms,
+    is_loopback,
+)
 from migrate.lanes.tls import Tls
 from migrate.options import LEAST_BANDWIDTH, PolicyOptions, Strategy
 from migrate.units import parse_address, parse_size
@@ -123,6 +129,8 @@ class NetworkConfig:
     """The time in seconds after which a peer that sends nothing is treated as dead.  The two hosts
     may have different values.
     """
+    postcopy_silence_s: float = _key(_silence, POSTCOPY_SILENCE_S)
+    """The same, while a guest may wait for pages of the peer."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +212,13 @@ class Config:
     def terms(self) -> Terms:
         """The conditions on which this host connects with other hosts."""
         network = self.network
-        return Terms(network.checksums, network.silence_s, self.tls.files, network.unencrypted)
+        return Terms(
+            network.checksums,
+            network.silence_s,
+            network.postcopy_silence_s,
+            self.tls.files,
+            network.unencrypted,
+        )
 
 
 def load(path: Path | None) -> Config:

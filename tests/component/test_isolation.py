@@ -39,7 +39,7 @@ from migrate.errors import (
 )
 from migrate.lanes.accept import AwaitedLanes
 from migrate.lanes.connection import LaneConnection, Terms
-from migrate.lanes.dial import LAST_RETRY_S, DialledLanes
+from migrate.lanes.dial import LAST_RETRY_S, QUICK_FOR_S, QUICK_RETRY_S, DialledLanes
 from migrate.lanes.pairs import rejoining
 from migrate.logs import JournalHandler, LineHandler, OneLine
 from migrate.protocol import messages as m
@@ -322,11 +322,13 @@ async def test_a_peer_that_refuses_is_dialled_ever_less_often(
         return cast(LaneConnection, None)
 
     monkeypatch.setattr(DialledLanes, "_dial", dial)
-    for _ in range(20):
+    for _ in range(60):
         with pytest.raises(RefusedError):
             await lanes.again(lambda _note: None)
     pauses = [after - before for before, after in itertools.pairwise(dialled)]
     assert pauses == pytest.approx(sorted(pauses))
+    early = [pause for pause, at in zip(pauses, dialled, strict=False) if at < QUICK_FOR_S / 2]
+    assert early[-1] == pytest.approx(QUICK_RETRY_S)
     assert pauses[-1] == pytest.approx(LAST_RETRY_S)
     answer = None
     await lanes.again(lambda _note: None)

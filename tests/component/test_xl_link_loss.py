@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from migrate.cli.migrations import problem
 from migrate.cli.world import loopback_world, start_receiver, start_sender, wait_for_steps
 from migrate.errors import MigrationError
+from receiver.toolstack import GRANT_RETRY_S
 from tests.conftest import MIB
 from tests.support.labs import until
 from tests.support.links import Link, LinkInThread
@@ -98,6 +100,23 @@ def test_cut_again_and_again_afterwards(xl: CuttableXl) -> None:
         xl.relay.do(Link.cut)
     xl.wait_for("completed", "completed")
     check_arrived(xl)
+
+
+def test_the_time_that_is_left_for_disks_is_shown_while_the_link_is_lost(xl: CuttableXl) -> None:
+    """dom0 gives up I/O to a page that is missing for half a minute."""
+    xl.go()
+    xl.wait_for("postcopy", "postcopy")
+    assert xl.line("receiver")["io_fails_in_s"] is None
+    xl.relay.do(Link.down)
+    until(lambda: xl.line("receiver")["phase"] == "interrupted", "the loss is not noticed")
+    line = xl.line("receiver")
+    assert 0 < line["io_fails_in_s"] < GRANT_RETRY_S
+    assert "its I/O to missing pages fails in" in problem(line)
+    until(lambda: xl.line("receiver")["io_fails_in_s"] < line["io_fails_in_s"], "time stands still")
+    assert "has failed: look for I/O errors" in problem({**line, "io_fails_in_s": 0.0})
+    xl.relay.do(lambda link: setattr(link, "is_up", True))
+    xl.wait_for("completed", "completed")
+    assert xl.line("receiver")["io_fails_in_s"] is None
 
 
 @pytest.mark.parametrize("which", ["sender", "receiver"])

@@ -74,7 +74,12 @@ async def migrate(
     guest.close()
     journal = Journal(world.directory / "journal")
     config = Config(
-        NetworkConfig(checksums=terms.checksums, silence_s=terms.silence_s), _tls_config(terms.tls)
+        NetworkConfig(
+            checksums=terms.checksums,
+            silence_s=terms.silence_s,
+            postcopy_silence_s=terms.postcopy_silence_s,
+        ),
+        _tls_config(terms.tls),
     )
     arrivals = Journal(world.directory / "arrivals")
     receiver = ReceiverDaemon(world.destination, world.receiver_socket, config, arrivals)

@@ -84,6 +84,10 @@ def test_what_is_given() -> None:
         ),
         ("[sender]\npeer_timeout_s = 0", "config.toml: [sender] peer_timeout_s: 0: seconds"),
         (
+            "[network]\npostcopy_silence_s = 2",
+            "config.toml: [network] postcopy_silence_s: 2: seconds: at least 3, at most 3600",
+        ),
+        (
             "[network]\nsilence_s = 2",
             "config.toml: [network] silence_s: 2: seconds: at least 3, at most 3600",
         ),

@@ -24,7 +24,7 @@ from migrate.lanes.tls import Tls
 from xenbackend.contract import DomainState
 
 HOST = "127.0.0.1"
-CONFIG = "[network]\nchecksums = true\nsilence_s = {:g}\n"
+CONFIG = "[network]\nchecksums = true\nsilence_s = {0:g}\npostcopy_silence_s = {0:g}\n"
 COMPLAINTS = re.compile(r"internal error|Traceback \(most recent call last\)")
 """In a daemon's log: a fault of the daemon itself."""
 BESIDES = {"second": "destination", "onward": "destination", "homeward": "source"}
