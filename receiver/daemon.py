@@ -129,6 +129,9 @@ class ReceiverDaemon:
         # What is taken back has a domain and its memory until that has been destroyed.
         return bool(needed) or any(not m.ended.is_set() for m in self._migrations.values())
 
+    def guests_in_need(self) -> list[str]:
+        return [migration.domain_name for migration in self._needed()]
+
     def _needed(self) -> list[IncomingMigration]:
         """Those whose guests live by this daemon."""
         return [m for m in self._migrations.values() if m.needed]

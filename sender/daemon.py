@@ -75,6 +75,10 @@ class SenderDaemon:
     async def run(self) -> None:
         await until_stopped(self._serve, self._drain)
 
+    def guests_in_need(self) -> list[str]:
+        """The names of the guests elsewhere whose missing pages are here."""
+        return [m.domain_name for m in self._migrations.values() if m.keeps_pages]
+
     async def _serve(self) -> None:
         listeners, self._port = await listen_tcp(*self._config.sender.listen)
         self._journal.own()

@@ -24,9 +24,10 @@ from migrate.service.config import (
     Config,
     load,
 )
+from migrate.service.inhibitor import inhibit_shutdown
 from migrate.service.journal import Journal
 from migrate.service.lifecycle import end_with_owner
-from migrate.tasks import root_cause
+from migrate.tasks import isolated, root_cause
 from migrate.units import parse_address
 from xenbackend.choose import open_hypervisor
 from xenbackend.contract import Hypervisor
@@ -34,6 +35,9 @@ from xenbackend.contract import Hypervisor
 
 class Daemon(Protocol):
     async def run(self) -> None: ...
+
+    def guests_in_need(self) -> list[str]:
+        """The names of the guests that live by this daemon."""
 
 
 verbose_option = click.option("-v", "--verbose", is_flag=True, help="Log more.")
@@ -110,10 +114,17 @@ def run_daemon(
         config = replace(config, **{end: section})
         config.check_addresses()
     directory = state or (STATE_DIRECTORY if simulated is None else Path(f"{simulated}.state"))
-    run(
-        make(open_hypervisor(simulated), socket_path, config, Journal(directory / end)).run,
-        verbose=verbose,
-    )
+    daemon = make(open_hypervisor(simulated), socket_path, config, Journal(directory / end))
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            if simulated is None:
+                about = "the lock against a shutdown of this host"
+                nursery.start_soon(isolated, about, inhibit_shutdown, end, daemon.guests_in_need)
+            await daemon.run()
+            nursery.cancel_scope.cancel()
+
+    run(main, verbose=verbose)
 
 
 @click.command("simulated-host")

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Have ``shutdown`` and ``systemctl reboot`` refuse while guests need a daemon of this host.
+
+A lock of systemd-logind does that (systemd-inhibit(1)).  The lock is held by a child process, whose
+standard input is a pipe of this process: the child, and with it the lock, ends with the daemon.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import subprocess
+from collections.abc import AsyncIterator, Callable
+
+import trio
+
+log = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 2.0
+"""How often the guests are counted."""
+INHIBIT = "systemd-inhibit"
+
+
+async def inhibit_shutdown(end: str, guests: Callable[[], list[str]]) -> None:
+    """Hold a lock for as long as ``guests`` returns names of guests that need the daemon ``end``.
+    Runs until cancelled.  Returns at once on a host without systemd.
+    """
+    if shutil.which(INHIBIT) is None:
+        return
+    while True:
+        while not (names := guests()):
+            await trio.sleep(LOOK_EVERY_S)
+        async with _locked(end, names) as lock:
+            # The list in the lock's reason is that of its beginning: `list` has the present one.
+            while guests() and lock.poll() is None:
+                await trio.sleep(LOOK_EVERY_S)
+            if lock.poll() is not None:
+                log.warning(
+                    "%s ends with status %d: a shutdown of this host is not refused while guests "
+                    "need it",
+                    INHIBIT,
+                    lock.returncode,
+                )
+                while guests():
+                    await trio.sleep(LOOK_EVERY_S)
+
+
+@contextlib.asynccontextmanager
+async def _locked(end: str, names: list[str]) -> AsyncIterator[trio.Process]:
+    why = f"guests need pages that only this host has ({', '.join(names)}): see xen-postcopy list"
+    command = [
+        INHIBIT,
+        "--what=shutdown:sleep",
+        "--mode=block",
+        f"--who=xen-postcopy {end}",
+        f"--why={why}",
+        "cat",
+    ]
+    process = await trio.lowlevel.open_process(
+        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        yield process
+    finally:
+        with trio.CancelScope(shield=True):
+            assert process.stdin is not None
+            await process.stdin.aclose()
+            with trio.move_on_after(LOOK_EVERY_S):
+                await process.wait()
