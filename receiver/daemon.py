@@ -320,5 +320,6 @@ def _line(migration: IncomingMigration) -> Json:
         "direction": "incoming",
         "peer": migration.lanes.peer,
         "unknown": migration.unknown,
+        "phase": migration.phase,
         **asdict(migration.progress),
     }

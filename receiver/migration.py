@@ -78,7 +78,7 @@ class IncomingMigration:
         entry = Entry(journal, migration_id, lanes, lent=toolstack.lent)
         entry.domid = toolstack.lends
         progress = IncomingProgress()
-        ownership = Ownership(entry.write, progress.show_phase)
+        ownership = Ownership(entry.write)
         peer = Peer(lanes, Session(Role.RECEIVER))
         context = Context(hypervisor, toolstack, peer, ownership, entry, progress)
         return cls(migration_id, context, Preflight(context, others))
@@ -105,7 +105,7 @@ class IncomingMigration:
         progress = IncomingProgress(
             offer.name, unprotected=entry.unprotected, problem=entry.reason or TAKING_UP
         )
-        ownership = Ownership(entry.write, progress.show_phase, left_at=step)
+        ownership = Ownership(entry.write, left_at=step)
         session = Session.of_predecessor(
             Role.RECEIVER,
             offer.nr_pfns,
@@ -132,7 +132,7 @@ class IncomingMigration:
         except Exception as error:
             if is_bug(error):
                 log.exception("internal error")
-            phase = progress.phase
+            phase = self.phase
             await self._failed(error)
             logs.abnormal_end(progress.domain, phase, progress.problem, self.details())
         finally:
@@ -229,6 +229,10 @@ class IncomingMigration:
     @property
     def progress(self) -> IncomingProgress:
         return self._context.progress
+
+    @property
+    def phase(self) -> str:
+        return self._context.ownership.phase
 
     @property
     def statistics(self) -> PagerStatistics:

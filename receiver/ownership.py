@@ -189,31 +189,29 @@ class Link(Enum):
 
 class Ownership:
     """``write`` writes the journal's entry with a step; its second argument is whether a failure is
-    to be raised.  ``show`` is called with the phase that people are shown.
+    to be raised.
     """
 
     def __init__(
         self,
         write: Callable[[str, bool], None],
-        show: Callable[[str], None] = lambda _phase: None,
         *,
         left_at: str = "",
     ):
         """``left_at``: the last step in the journal of a predecessor."""
-        self._write, self._show = write, show
+        self._write = write
         self._lock = threading.Lock()
         """Held for moments only: the event loop takes it."""
         self._writing = threading.Lock()
         """Held while the journal is written."""
         self._state = BY_STEP[left_at] if left_at else S.OFFERED
         self._step = left_at
-        self._link = Link.DOWN if left_at else Link.UP
+        self.link = Link.DOWN if left_at else Link.UP
         self._becomes_ready = False
         self.taken_back = ""
         """Why somebody has cancelled the migration."""
         self.is_taking_up = bool(left_at)
         """What a predecessor has left is being looked for."""
-        self._show(self.phase)
 
     @property
     def state(self) -> State:
@@ -224,18 +222,9 @@ class Ownership:
         return TABLE[self._state]
 
     @property
-    def link(self) -> Link:
-        return self._link
-
-    @link.setter
-    def link(self, link: Link) -> None:
-        self._link = link
-        self._show(self.phase)
-
-    @property
     def phase(self) -> str:
         """What people are shown."""
-        return self.row.connected if self._link is Link.UP else self.row.lost
+        return self.row.connected if self.link is Link.UP else self.row.lost
 
     @property
     def has_ended(self) -> bool:
@@ -293,7 +282,6 @@ class Ownership:
                 self._state = seen.get(self._state, self._state)
         finally:
             self._writing.release()
-        self._show(self.phase)
 
     # ---- decisions that race ----
     def try_take_back(self, reason: str) -> bool:
@@ -324,4 +312,3 @@ class Ownership:
         with self._lock:
             self._check(state)
             self._state = state
-        self._show(self.phase)

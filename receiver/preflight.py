@@ -19,7 +19,6 @@ from receiver.guest import Guest, config_of
 from receiver.inbox import Restoring
 from receiver.outstanding import OutstandingPages
 from receiver.ownership import State
-from receiver.progress import IncomingProgress
 from receiver.restore import FrameLimit, MemoryRestorer
 from receiver.rollback import discard
 from receiver.switchover import Switchover
@@ -47,7 +46,7 @@ class Other(Protocol):
     ended: trio.Event
 
     @property
-    def progress(self) -> IncomingProgress: ...
+    def phase(self) -> str: ...
 
     @property
     def domain_name(self) -> str: ...
@@ -115,7 +114,7 @@ class Preflight:
             return ""
         return (
             f"a guest named {offer.name!r} is incoming already, as migration {coming[0].id[:8]}, "
-            f"which is {coming[0].progress.phase}: wait until that has ended"
+            f"which is {coming[0].phase}: wait until that has ended"
         )
 
     async def _refuse(self, refusal: str) -> None:

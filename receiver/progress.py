@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 @dataclass
 class IncomingProgress:
-    """What ``list`` shows.  Nothing is decided by it."""
+    """What ``list`` shows besides the phase.  Nothing is decided by it."""
 
     domain: str = ""
-    phase: str = "preflight"
     outstanding: int = 0
     waiting: int = 0
     unprotected: str = ""
@@ -21,6 +20,3 @@ class IncomingProgress:
     """Until dom0 gives up I/O to missing pages.  ``None``: the lanes are there, or the guest has no
     devices in dom0.
     """
-
-    def show_phase(self, phase: str) -> None:
-        self.phase = phase

@@ -226,7 +226,7 @@ class Recovery:
             self.note(str(lost))
             context.disconnect()
             log.warning(
-                "%s %s: %s", context.name, context.progress.phase, lost, exc_info=is_bug(lost)
+                "%s %s: %s", context.name, context.ownership.phase, lost, exc_info=is_bug(lost)
             )
             try:
                 await self._reconnect()

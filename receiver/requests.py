@@ -34,8 +34,8 @@ class Requests:
 
     def ending(self, asked: str) -> str:
         """Why there is nothing left to be asked for."""
-        progress = self.context.progress
-        return ended(progress.domain, progress.phase, progress.problem, asked)
+        context = self.context
+        return ended(context.name, context.ownership.phase, context.progress.problem, asked)
 
     @property
     def known_of_peer(self) -> str:
@@ -84,7 +84,7 @@ class Requests:
         away = context.ownership.link is not Link.UP
         if not away or not context.ownership.needed or context.is_in(State.LOST, State.HELD):
             raise MigrationError(
-                f"there is nothing to reconnect: {context.name} is {context.progress.phase}"
+                f"there is nothing to reconnect: {context.name} is {context.ownership.phase}"
             )
         if context.peer.lanes.dials is None:
             raise MigrationError(
@@ -121,7 +121,7 @@ class Requests:
         if recovery is None or not self.context.ownership.needed:
             raise MigrationError(
                 f"there is nothing to decide: the migration of {self.context.name} is "
-                f"{self.context.progress.phase}, and the guest runs at the source"
+                f"{self.context.ownership.phase}, and the guest runs at the source"
             )
         self.context.toolstack.check_decision(self.context.name)
         self._check_decision(recovery, here=here, force=force)
@@ -160,7 +160,7 @@ class Requests:
                 if context.ownership.link is Link.UP:
                     raise MigrationError(
                         f"there is nothing to decide here: both ends are in touch, and {name} is "
-                        f"{context.progress.phase}"
+                        f"{context.ownership.phase}"
                     )
                 if context.ownership.link is Link.BACK:
                     raise MigrationError(

@@ -219,7 +219,7 @@ class Ends:
 
 def receiving(hypervisor: Hypervisor, lanes: Any, journal: Journal) -> Context:
     record, progress = Entry(journal, "session", lanes, lent=False), IncomingProgress()
-    ownership = Ownership(record.write, progress.show_phase)
+    ownership = Ownership(record.write)
     peer = Peer(lanes, Session(Role.RECEIVER))
     return Context(hypervisor, OwnToolstack(), peer, ownership, record, progress)
 

@@ -104,7 +104,7 @@ async def test_cut_at_any_word_from_the_handover_on_the_guest_arrives(
 
     outcome = await migrate(clean_hosts, busy(name), strategy, meanwhile=meanwhile)
     assert outcome.error is None
-    assert outcome.incoming.progress.phase == "completed"
+    assert outcome.incoming.phase == "completed"
     assert (await verification(clean_hosts, busy(name))).problems == []
     assert clean_hosts.source.domains() == []
 
@@ -161,7 +161,7 @@ async def test_the_receiver_is_ready_and_not_heard(
     async def meanwhile(outcome: Outcome, link: Link) -> None:
         links.append(link)
         await link.was_cut.wait()
-        await until(lambda: outcome.incoming.progress.phase == "in doubt")
+        await until(lambda: outcome.incoming.phase == "in doubt")
         await until(lambda: outcome.migration.phase == "failed")
         assert clean_hosts.source.open(name).info().state is DomainState.RUNNING
         assert clean_hosts.destination.open(name).info().state is DomainState.INCOMING
@@ -171,7 +171,7 @@ async def test_the_receiver_is_ready_and_not_heard(
 
     outcome = await migrate(clean_hosts, busy(name), Strategy.HYBRID, meanwhile=meanwhile)
     assert in_doubt.is_set()
-    assert outcome.incoming.progress.phase == "failed"
+    assert outcome.incoming.phase == "failed"
     assert "the sender gave up" in outcome.incoming.progress.problem
     assert clean_hosts.destination.domains() == []
 
@@ -223,9 +223,7 @@ async def test_while_the_link_is_down_the_guest_goes_on_as_far_as_its_pages_allo
         target = clean_hosts.destination.open(name)
         await until(lambda: target.info().state is DomainState.RUNNING and min(steps(target)) > 0)
         link.down()
-        await until(
-            lambda: outcome.migration.phase == outcome.incoming.progress.phase == "interrupted"
-        )
+        await until(lambda: outcome.migration.phase == outcome.incoming.phase == "interrupted")
         with pytest.raises(MigrationError, match="too late"):
             outcome.migration.requests.cancel("by the test")
         assert clean_hosts.source.open(name).info().state is DomainState.SUSPENDED
@@ -260,7 +258,7 @@ async def test_a_guest_that_is_saved_while_pages_are_missing(
     outcome = await migrate(clean_hosts, busy(name), meanwhile=meanwhile)
     assert isinstance(outcome.error, MigrationError)
     progress = outcome.migration.progress
-    assert outcome.migration.phase == "interrupted" and outcome.incoming.progress.phase == "failed"
+    assert outcome.migration.phase == "interrupted" and outcome.incoming.phase == "failed"
     for problem in (progress.problem, outcome.incoming.progress.problem):
         assert (
             "pages were missing: an image or a copy that was made of it then lacks them" in problem
@@ -296,7 +294,7 @@ async def test_the_guest_ends_while_the_link_is_down(clean_hosts: World, name: s
         target = clean_hosts.destination.open(name)
         await until(lambda: target.info().state is DomainState.RUNNING)
         link.down()
-        await until(lambda: outcome.incoming.progress.phase == "interrupted")
+        await until(lambda: outcome.incoming.phase == "interrupted")
         target.destroy()
         await outcome.incoming.ended.wait()
         assert outcome.migration.phase == "interrupted"
@@ -366,12 +364,12 @@ async def test_the_sender_never_comes_back_and_an_operator_lets_the_guest_run(
     async def meanwhile(outcome: Outcome, link: Link) -> None:
         links.append(link)
         await link.was_cut.wait()
-        await until(lambda: outcome.incoming.progress.phase == "in doubt")
+        await until(lambda: outcome.incoming.phase == "in doubt")
         target = clean_hosts.destination.open(name)
         assert target.info().state is DomainState.INCOMING
         await outcome.incoming.requests.decide(here=True)
         await until(lambda: target.info().state is DomainState.RUNNING)
-        assert outcome.incoming.progress.phase == "interrupted"
+        assert outcome.incoming.phase == "interrupted"
         with pytest.raises(MigrationError, match="nothing to decide"):
             await outcome.incoming.requests.decide(here=False)
         ran.set()
@@ -392,14 +390,14 @@ async def test_the_destination_never_comes_back_and_an_operator_takes_the_guest_
         links.append(link)
         await link.was_cut.wait()
         await until(lambda: outcome.migration.phase == "interrupted")
-        await until(lambda: outcome.incoming.progress.phase == "in doubt")
+        await until(lambda: outcome.incoming.phase == "in doubt")
         await outcome.migration.requests.decide(here=True)
         await until(lambda: clean_hosts.source.open(name).info().state is DomainState.RUNNING)
         link.is_up = True  # and if it comes back after all, it is told
 
     outcome = await migrate(clean_hosts, busy(name), meanwhile=meanwhile)
     assert "an operator has said" in str(outcome.error)
-    assert outcome.incoming.progress.phase == "failed"
+    assert outcome.incoming.phase == "failed"
     assert clean_hosts.destination.domains() == []
 
 
@@ -424,7 +422,7 @@ async def test_a_guest_that_an_operator_has_decided_against_stands_still_when_th
         await until(lambda: clean_hosts.source.open(name).info().state is DomainState.RUNNING)
         link.is_up = True
         incoming = outcome.incoming
-        await until(lambda: incoming.progress.phase == "held")
+        await until(lambda: incoming.phase == "held")
         await until(lambda: target.info().state is DomainState.PAUSED)
         assert "an operator has decided at the source" in incoming.progress.problem
         if then == "here":
@@ -432,11 +430,11 @@ async def test_a_guest_that_an_operator_has_decided_against_stands_still_when_th
                 await incoming.requests.decide(here=True)
             await incoming.requests.decide(here=True, force=True)
             await until(lambda: target.info().state is DomainState.RUNNING)
-            await until(lambda: incoming.progress.phase == "lost")
+            await until(lambda: incoming.phase == "lost")
             target.destroy()
         else:
             await incoming.requests.decide(here=False)
-        await until(lambda: incoming.progress.phase == "failed")
+        await until(lambda: incoming.phase == "failed")
 
     outcome = await migrate(clean_hosts, busy(name), options=SLOWLY, meanwhile=meanwhile)
     assert "an operator has said" in str(outcome.error)
@@ -452,18 +450,18 @@ async def test_a_guest_that_was_not_handed_over_stands_still_though_an_operator_
     async def meanwhile(outcome: Outcome, link: Link) -> None:
         links.append(link)
         await link.was_cut.wait()
-        await until(lambda: outcome.incoming.progress.phase == "in doubt")
+        await until(lambda: outcome.incoming.phase == "in doubt")
         await until(lambda: outcome.migration.phase == "failed")
         await outcome.incoming.requests.decide(here=True)
         target = clean_hosts.destination.open(name)
         await until(lambda: target.info().state is DomainState.RUNNING)
         link.is_up = True
-        await until(lambda: outcome.incoming.progress.phase == "held")
+        await until(lambda: outcome.incoming.phase == "held")
         await until(lambda: target.info().state is DomainState.PAUSED)
         await outcome.incoming.requests.decide(here=False)
 
     outcome = await migrate(clean_hosts, busy(name), options=SLOWLY, meanwhile=meanwhile)
-    assert outcome.incoming.progress.phase == "failed"
+    assert outcome.incoming.phase == "failed"
     await goes_on_here_only(clean_hosts, name)
 
 
@@ -482,7 +480,7 @@ async def test_a_link_that_says_nothing_is_given_up(
         link.stop()
         await until(lambda: outcome.migration.phase == "interrupted")
         await until(
-            lambda: outcome.incoming.progress.phase in ("interrupted", "in doubt")
+            lambda: outcome.incoming.phase in ("interrupted", "in doubt")
         )  # with the word on its way
         link.go()
 
@@ -533,13 +531,13 @@ async def test_the_word_that_the_guest_stays_is_damaged_on_its_way(
     async def meanwhile(outcome: Outcome, link: Link) -> None:
         links.append(link)
         await link.was_cut.wait()
-        await until(lambda: outcome.incoming.progress.phase == "in doubt")
+        await until(lambda: outcome.incoming.phase == "in doubt")
         await until(lambda: outcome.migration.phase == "failed")
         link.damage(lambda data: data[:30] + bytes([data[30] ^ 1]) + data[31:])
         link.is_up = True
 
     outcome = await migrate(clean_hosts, busy(name), Strategy.HYBRID, meanwhile=meanwhile)
-    assert outcome.incoming.progress.phase == "failed"
+    assert outcome.incoming.phase == "failed"
     assert clean_hosts.destination.domains() == []
 
 
@@ -556,7 +554,7 @@ async def test_a_sender_that_ends_between_the_last_word_and_letting_go_has_a_suc
 
         patch.setattr(Transfer, "_finish", killed)
         outcome = await migrate(clean_hosts, busy(name))
-    assert outcome.incoming.progress.phase == "completed"
+    assert outcome.incoming.phase == "completed"
     assert clean_hosts.source.open(name).info().state is DomainState.SUSPENDED
     journal = Journal(clean_hosts.directory / "journal")
     facts = journal.entries()[outcome.migration.id]
@@ -609,7 +607,7 @@ async def test_a_source_that_is_destroyed_takes_the_missing_pages_with_it(
             with pytest.raises(MigrationError, match="does not exist here any more"):
                 await migration.requests.decide(here=True, force=True)
         link.is_up = True
-        await until(lambda: outcome.incoming.progress.phase == "lost")
+        await until(lambda: outcome.incoming.phase == "lost")
         await until(lambda: migration.id not in migration.context.journal.entries())
         assert "exist nowhere any more" in outcome.incoming.progress.problem
         assert "the pages that it lacks at the destination are lost" in migration.progress.problem

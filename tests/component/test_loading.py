@@ -205,10 +205,7 @@ async def test_a_lost_link_is_noticed_while_there_is_no_memory(
     async def meanwhile(outcome: Outcome, link: Link) -> None:
         nonlocal full
         await until(
-            lambda: (
-                outcome.migration.ownership.handed_over
-                and outcome.incoming.progress.phase == "postcopy"
-            )
+            lambda: outcome.migration.ownership.handed_over and outcome.incoming.phase == "postcopy"
         )
         full = True
         await until(lambda: outcome.incoming.progress.problem == NO_MEMORY)

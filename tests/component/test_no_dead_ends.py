@@ -128,7 +128,7 @@ async def test_a_guest_that_never_starts_can_be_given_back(
 
     outcome = await migrate(clean_hosts, busy(name), meanwhile=meanwhile)
     migration = outcome.migration
-    assert outcome.incoming.progress.phase == "failed"
+    assert outcome.incoming.phase == "failed"
     assert migration.phase == "interrupted"
     assert (
         "not to run here" in migration.progress.problem and "decide" in migration.progress.problem
@@ -185,7 +185,7 @@ async def test_a_guest_that_is_gone_when_it_is_to_be_started_is_not_started_for_
     monkeypatch.setattr(SimulatedDomain, "start", vanish)
     outcome = await migrate(clean_hosts, busy(name))
     assert "ended at the destination" in str(outcome.error)
-    assert outcome.incoming.progress.phase == "failed"
+    assert outcome.incoming.phase == "failed"
 
 
 @pytest.mark.parametrize("left", ["nothing", "a crashed domain"])
@@ -208,14 +208,14 @@ async def test_a_guest_that_ends_when_an_operator_starts_it_has_ended(
     async def meanwhile(outcome: Outcome, link: Link) -> None:
         links.append(link)
         await link.was_cut.wait()
-        await until_async(lambda: outcome.incoming.progress.phase == "in doubt")
+        await until_async(lambda: outcome.incoming.phase == "in doubt")
         await until_async(lambda: outcome.migration.phase == "failed")
         incoming = outcome.incoming
         with pytest.raises(MigrationError, match=f"{name} ended when it was to be started here"):
             await incoming.requests.decide(here=True)
         await incoming.ended.wait()
         monkeypatch.setattr(SimulatedDomain, "state", state)
-        assert incoming.progress.phase == "failed"
+        assert incoming.phase == "failed"
         assert "ended when it was to be started" in incoming.progress.problem
         assert ("xl destroy" in incoming.progress.problem) is (left != "nothing")
         with pytest.raises(MigrationError, match="has ended"):
@@ -247,7 +247,7 @@ async def test_a_reservation_that_cannot_be_given_back_yet_is_given_back_later(
     monkeypatch.setattr(recovery, "CARRY_ON_AGAIN_S", 0.01)
     outcome = await migrate(clean_hosts, busy(name))
     assert outcome.error is None and len(failed) == 3
-    assert outcome.incoming.progress.phase == "completed" and outcome.incoming.has_ended
+    assert outcome.incoming.phase == "completed" and outcome.incoming.has_ended
     assert (await verification(clean_hosts, busy(name))).problems == []
 
 
@@ -272,7 +272,7 @@ async def test_a_guest_that_cannot_be_paused_yet_is_paused_later(
             failed = fails(monkeypatch, call, times=5)
         link.is_up = True
         if call == "state":
-            await until_async(lambda: incoming.progress.phase == "held")
+            await until_async(lambda: incoming.phase == "held")
             failed = fails(monkeypatch, call, times=5)
         await until_async(lambda: "is paused here" in incoming.progress.problem)
         await until_async(lambda: target.info().state is DomainState.PAUSED)
@@ -282,10 +282,10 @@ async def test_a_guest_that_cannot_be_paused_yet_is_paused_later(
         if call == "unpause":
             failed = fails(monkeypatch, call, times=5)
         await incoming.requests.decide(here=True, force=True)
-        await until_async(lambda: incoming.progress.phase == "lost")
+        await until_async(lambda: incoming.phase == "lost")
         assert target.info().state is DomainState.RUNNING
         target.destroy()
-        await until_async(lambda: incoming.progress.phase == "failed")
+        await until_async(lambda: incoming.phase == "failed")
 
     outcome = await migrate(clean_hosts, busy(name), options=SLOW, meanwhile=meanwhile)
     assert len(failed) == 5
@@ -310,7 +310,7 @@ async def test_a_guest_whose_memory_has_all_come_is_paused_later(
         links.append(link)
         await link.was_cut.wait()
         await outcome.incoming.ended.wait()
-        assert outcome.incoming.progress.phase == "completed"
+        assert outcome.incoming.phase == "completed"
         outcome.incoming.ended = end = trio.Event()  # for which the migration waits below
         await until_async(lambda: outcome.migration.phase == "interrupted")
         failed = fails(monkeypatch, "pause", times=5)
@@ -320,7 +320,7 @@ async def test_a_guest_whose_memory_has_all_come_is_paused_later(
         link.is_up = True
         target = clean_hosts.destination.open(name)
         await until_async(lambda: target.info().state is DomainState.PAUSED)
-        await until_async(lambda: outcome.incoming.progress.phase == "failed")
+        await until_async(lambda: outcome.incoming.phase == "failed")
         await until_async(
             lambda: outcome.migration.id not in outcome.migration.context.journal.entries()
         )
@@ -356,9 +356,7 @@ async def test_a_ring_that_cannot_be_given_up_yet_is_given_up_later(
     monkeypatch.setattr(Pager, "finish", fail_first)
     outcome = await migrate(clean_hosts, busy(name))
     assert outcome.error is None and len(failed) == 3
-    assert (
-        outcome.incoming.progress.phase == "completed" and outcome.incoming.progress.problem == ""
-    )
+    assert outcome.incoming.phase == "completed" and outcome.incoming.progress.problem == ""
     with clean_hosts.destination.open(name) as guest:
         assert not guest.has_pager()
     assert (await verification(clean_hosts, busy(name))).problems == []
@@ -694,7 +692,7 @@ async def test_in_doubt_at_the_destination(
     async def meanwhile(outcome: Outcome, link: Link) -> None:
         links.append(link)
         await link.was_cut.wait()
-        await until_async(lambda: outcome.incoming.progress.phase == "in doubt")
+        await until_async(lambda: outcome.incoming.phase == "in doubt")
         incoming = outcome.incoming
         assert "may have handed the guest over" in incoming.requests.known_of_peer
         with pytest.raises(MigrationError, match="`xen-postcopy decide` settles it"):
@@ -704,7 +702,7 @@ async def test_in_doubt_at_the_destination(
         await until_async(lambda: outcome.migration.phase == "failed")
         outcome.migration.requests.reconnect()  # to tell the destination
         await incoming.requests.decide(here=False)
-        await until_async(lambda: incoming.progress.phase == "failed")
+        await until_async(lambda: incoming.phase == "failed")
 
     await migrate(clean_hosts, busy(name), Strategy.HYBRID, meanwhile=meanwhile)
     await goes_on_here_only(clean_hosts, name)

@@ -68,7 +68,7 @@ class Refusing:
 def completed(journal: Journal, again: Callable[[], Lane]) -> Context:
     lanes: Any = Lanes(again)
     record, progress = Entry(journal, "session", lanes, lent=False), IncomingProgress("web")
-    ownership = Ownership(record.write, progress.show_phase, left_at="finishing")
+    ownership = Ownership(record.write, left_at="finishing")
     ownership.become(State.COMPLETED)
     session = Session.of_predecessor(
         Role.RECEIVER, 64, handed_over=True, protected=False, entrusted=False
@@ -96,7 +96,7 @@ async def test_a_sender_that_does_not_come_back_is_waited_for_for_a_while(
     await linger(incoming, LAST)
     assert trio.current_time() == pytest.approx(LINGER_S, abs=120)
     assert "did not come back, and was not told how it ended" in caplog.text
-    assert journal.entries() == {} and incoming.progress.phase == "completed"
+    assert journal.entries() == {} and incoming.ownership.phase == "completed"
 
 
 async def test_of_a_sender_that_has_forgotten_nothing_else_is_reported(
@@ -123,4 +123,4 @@ async def test_a_guest_that_is_recalled_and_cannot_be_paused_is_reported_for_day
     assert trio.current_time() == pytest.approx(RECALLED_LINGER_DAYS * 24 * 3600, rel=0.01)
     assert lane.taken == []  # the sender is not told what is not so
     assert "web cannot be paused here" in incoming.progress.problem
-    assert incoming.progress.phase == "completed"
+    assert incoming.ownership.phase == "completed"

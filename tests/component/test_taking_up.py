@@ -71,7 +71,7 @@ async def test_a_receiver_s_successor_asks_to_wait_until_it_has_taken_up_what_wa
     keeps the daemon up.
     """
     left = left_by_a_receiver(clean_hosts.destination, Journal(tmp_path), step)
-    assert (left.progress.phase, left.needed) == (phase, needed)
+    assert (left.phase, left.needed) == (phase, needed)
     with pytest.raises(MigrationError, match="being resumed"):
         left.requests.ask_to_cancel()
     for here in (True, False):

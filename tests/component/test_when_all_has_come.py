@@ -93,7 +93,7 @@ async def test_a_guest_that_starts_late_belongs_here_though_its_source_is_gone(
         await successor.linger()
         assert successor.ownership.state is State.FAILED
         can_start.set()
-        await until_async(lambda: incoming.progress.phase == "completed")
+        await until_async(lambda: incoming.phase == "completed")
         assert clean_hosts.destination.open(name).state() is DomainState.RUNNING
         outcome.migration.requests.scope.cancel()
 
@@ -101,7 +101,7 @@ async def test_a_guest_that_starts_late_belongs_here_though_its_source_is_gone(
     monkeypatch.setattr(receiver_context, "FIRST_START_AGAIN_S", 0.05)
     monkeypatch.setattr(receiver_context, "LAST_START_AGAIN_S", 0.1)
     outcome = await migrate(clean_hosts, busy(name), Strategy.POSTCOPY, meanwhile=meanwhile)
-    assert outcome.incoming.progress.phase == "completed"
+    assert outcome.incoming.phase == "completed"
 
 
 async def test_a_decision_is_refused_while_what_was_left_is_being_taken_up(

@@ -58,10 +58,7 @@ def dies_after(count: int, hosts: World, *, decide: bool = True, force: bool = F
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
         await until_async(
-            lambda: (
-                outcome.migration.ownership.handed_over
-                and outcome.incoming.progress.phase == "postcopy"
-            )
+            lambda: outcome.migration.ownership.handed_over and outcome.incoming.phase == "postcopy"
         )
         await until_async(lambda: outcome.migration.progress.checkpoints >= count)
         link.down()

@@ -195,7 +195,7 @@ def test_each_entry_is_understood(path: Path, tmp_path: Path) -> None:
             migration = IncomingMigration.of_predecessor(
                 nothing, "session", nothing, Journal(tmp_path), facts
             )
-            assert migration.progress.phase == SHOWN[step]
+            assert migration.phase == SHOWN[step]
 
 
 @pytest.mark.parametrize("release", RELEASES)

@@ -29,7 +29,7 @@ class Incoming:
     has_ended: bool = False
     is_lost: bool = False
     ended: trio.Event = field(default_factory=trio.Event)
-    progress: IncomingProgress = field(default_factory=lambda: IncomingProgress("web", "postcopy"))
+    progress: IncomingProgress = field(default_factory=lambda: IncomingProgress("web"))
 
 
 class Client:

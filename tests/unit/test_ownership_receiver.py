@@ -157,14 +157,17 @@ def test_a_fact_is_noted_with_the_last_step() -> None:
 
 
 def test_the_phase_follows_the_link() -> None:
-    shown: list[str] = []
-    ownership = Ownership(Entries().write, shown.append)
-    for state in (State.MAKING, State.RESTORING, State.SUSPENDED, State.READY):
-        ownership.become(state)
-    ownership.link = Link.DOWN
-    ownership.link = Link.BACK
-    ownership.become(State.OWNS)
-    ownership.link = Link.UP
+    ownership = Ownership(Entries().write)
+    shown = [ownership.phase]
+    for step in (
+        State.MAKING, State.RESTORING, State.SUSPENDED, State.READY, Link.DOWN, Link.BACK,
+        State.OWNS, Link.UP,
+    ):  # fmt: skip
+        if isinstance(step, Link):
+            ownership.link = step
+        else:
+            ownership.become(step)
+        shown.append(ownership.phase)
     assert shown == [
         "preflight", "preflight", "precopy", "switchover", "switchover", "in doubt", "in doubt",
         "interrupted", "postcopy",
