@@ -51,12 +51,12 @@ class Context:
     def disconnect(self) -> None:
         """The lanes are lost."""
         self.peer.close()
-        self.ownership.link = Link.DOWN
+        self.ownership.link = Link.LOST
 
     def note_raised(self, raised: tuple[int, int]) -> None:
         """The domain's limit of frames is about to be raised: see :class:`FrameLimit`."""
         self.entry.raised = raised
-        self.ownership.note_again()
+        self.ownership.note()
 
     async def persist(self, call: Callable[[], object], what: str, what_to_do: str = "") -> None:
         """Make a call to the hypervisor in a thread until an attempt succeeds."""

@@ -8,7 +8,7 @@ from typing import Any
 from migrate.lanes.pairs import Lanes
 from migrate.protocol import messages as m
 from migrate.service.journal import Journal, check_facts
-from receiver.ownership import BY_STEP
+from receiver.ownership import INHERITED
 
 FACTS: dict[str, tuple[type, ...]] = {
     "offer": (dict,),
@@ -52,7 +52,7 @@ class Entry:
         cls, journal: Journal, session: str, lanes: Lanes, facts: dict[str, Any]
     ) -> Entry:
         """Raises ``ValueError`` for facts that this release must not act on."""
-        check_facts(facts, BY_STEP, FACTS, NOT_ALWAYS_NOTED)
+        check_facts(facts, INHERITED, FACTS, NOT_ALWAYS_NOTED)
         entry = cls(journal, session, lanes, lent=facts["xl"])
         entry._offer, entry._key = facts["offer"], bytes.fromhex(facts["key"])
         entry.domid = facts["domid"]

@@ -98,7 +98,7 @@ class Inbox:
                 self._peer.send_blocking(m.Passed(message.number))
             case m.Suspended():
                 scheduling.be_urgent()  # the guest is suspended
-                self._ownership.become(State.SUSPENDED)
+                self._ownership.enter(State.SUSPENDED)
             case m.Entrust():
                 trio.from_thread.run(self._entrusted)
                 scheduling.be_bulk()
@@ -117,7 +117,7 @@ class Inbox:
         toolstack = self._switchover.context.toolstack
         toolstack.expect_entrust()
         if not self._switchover.serving.is_set():
-            await in_thread(self._ownership.become, State.SERVING)
+            await in_thread(self._ownership.enter, State.SERVING)
             self._switchover.serve()
         await toolstack.restored(self._switchover.guest.domain)
 
@@ -132,6 +132,6 @@ class Inbox:
         try:
             self._switchover.take_over(report)
         finally:
-            if self._switchover.context.ownership.was_handed_over:
+            if self._switchover.context.ownership.handed_over:
                 taken_over = functools.partial(self._switchover.taken_over, started=runs)
                 trio.from_thread.run_sync(taken_over)

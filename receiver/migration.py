@@ -36,7 +36,7 @@ from receiver import postcopy, recovery, rollback
 from receiver.context import NOT_HERE, Context
 from receiver.entry import Entry
 from receiver.inbox import Inbox, Restoring
-from receiver.ownership import Link, Ownership, State
+from receiver.ownership import INHERITED, Link, Ownership, State
 from receiver.peer import Peer
 from receiver.preflight import Others, Preflight
 from receiver.progress import IncomingProgress
@@ -105,11 +105,11 @@ class IncomingMigration:
         progress = IncomingProgress(
             offer.name, unprotected=entry.unprotected, problem=entry.reason or TAKING_UP
         )
-        ownership = Ownership(entry.write, left_at=step)
+        ownership = Ownership(entry.write, INHERITED[step])
         session = Session.of_predecessor(
             Role.RECEIVER,
             offer.nr_pfns,
-            handed_over=ownership.was_handed_over,
+            handed_over=ownership.handed_over,
             protected=offer.checkpoint_ms > 0,
             entrusted=entry.lent,
         )
@@ -146,7 +146,7 @@ class IncomingMigration:
         begun = await self._beginning.begin()
         if begun is None:
             return
-        self._context.ownership.link = Link.UP if begun.restoring else Link.DOWN
+        self._context.ownership.link = Link.UP if begun.restoring else Link.LOST
         switchover = Switchover(self._context, begun.guest, inherits=not begun.restoring)
         self._recovery = following = Recovery(switchover)
         logged = ""
@@ -280,7 +280,7 @@ class IncomingMigration:
     @property
     def unknown(self) -> tuple[str, ...]:
         """The keys of the progress whose values this receiver does not have."""
-        return ("outstanding", "waiting") if self._context.ownership.is_taking_up else ()
+        return ("outstanding", "waiting") if self._context.ownership.inherited else ()
 
     @property
     def to_come(self) -> str:

@@ -91,127 +91,125 @@ class Restart(Enum):
     START = "starts the guest if it has not been started, and serves its faults"
 
 
-@dataclass(frozen=True)
+class Link(Enum):
+    UP = auto()
+    LOST = auto()
+    BACK = auto()
+    """The sender has reconnected, and is being asked what it knows."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Row:
-    step: str
-    """The journal's; empty: the entry stays as it was."""
-    connected: str
+    step: str = ""
+    """The step in the journal; empty: the entry stays as it was."""
+    successor: State | None = None
+    """The state in which a restarted daemon begins; ``None``: this one."""
+    up: str
     """The phase that people are shown."""
-    lost: str
-    """The same while the lanes are lost."""
+    lost: str = ""
+    """The phase while the lanes are lost; empty: the same one."""
     undo: Undo
-    restart: Restart
-    successor: State | None
-    """The state in which a restarted daemon begins."""
-    then: tuple[State, ...]
+    restart: Restart = Restart.NOTHING
+    then: tuple[State, ...] = ()
+    """The states that may follow."""
 
 
-S = State
-ANYTHING, BY_WORD, NOTHING, OVER = Undo.ANYTHING, Undo.BY_WORD, Undo.NOTHING, Undo.OVER
-DISCARD, WAIT, SERVE, START = Restart.DISCARD, Restart.WAIT, Restart.SERVE, Restart.START
+S, U, R = State, Undo, Restart
 _TAKEN_BACK = (S.REFUSED, S.GIVEN_UP)
+_NOT_HERE = (S.DECIDED_ELSEWHERE, S.GIVEN_UP, S.ENDED)
 TABLE: dict[State, Row] = {
-    S.OFFERED: Row("", "preflight", "preflight", ANYTHING, Restart.NOTHING, None,
-        (S.MAKING, *_TAKEN_BACK)),
-    S.MAKING: Row("making", "preflight", "preflight", ANYTHING, DISCARD, S.LEFT_OVER,
-        (S.RESTORING, *_TAKEN_BACK)),
-    S.RESTORING: Row("made", "precopy", "precopy", ANYTHING, DISCARD, S.LEFT_OVER,
-        (S.SUSPENDED, *_TAKEN_BACK)),
-    S.SUSPENDED: Row("suspended", "switchover", "switchover", ANYTHING, WAIT, S.MAYBE_READY,
-        (S.READY, S.GIVEN_UP)),
-    S.MAYBE_READY: Row("suspended", "switchover", "in doubt", BY_WORD, WAIT, S.MAYBE_READY,
-        (S.SERVING, S.UNSTARTED, S.OWNS, S.DECIDED_ELSEWHERE, S.GIVEN_UP, S.ENDED)),
-    S.READY: Row("ready", "switchover", "in doubt", BY_WORD, WAIT, S.READY,
-        (S.SERVING, S.UNSTARTED, S.OWNS, S.DECIDED_ELSEWHERE, S.GIVEN_UP, S.ENDED)),
-    S.SERVING: Row("entrusted", "deciding", "in doubt", BY_WORD, SERVE, S.SERVING,
-        (S.RUNNING, S.OWNS, S.LOST, S.DECIDED_ELSEWHERE, S.GIVEN_UP, S.ENDED)),
-    S.RUNNING: Row("entrusted", "deciding", "interrupted", NOTHING, SERVE, S.SERVING,
-        (S.OWNS, S.LOST, S.HELD, S.ENDED)),
-    S.UNSTARTED: Row("taken over", "postcopy", "interrupted", BY_WORD, START, S.UNSTARTED,
-        (S.OWNS, S.LOST, S.DECIDED_ELSEWHERE, S.ENDED)),
-    S.OWNS: Row("taken over", "postcopy", "interrupted", NOTHING, START, S.UNSTARTED,
-        (S.COMPLETING, S.FINISHING, S.LOST, S.HELD, S.ENDED)),
-    S.COMPLETING: Row("taken over", "completing", "completing", NOTHING, START, S.UNSTARTED,
-        (S.OWNS, S.FINISHING, S.LOST, S.HELD, S.ENDED)),
-    S.FINISHING: Row("finishing", "completing", "completing", NOTHING, SERVE, S.FINISHING,
-        (S.COMPLETED, S.LOST, S.HELD, S.ENDED)),
-    S.LOST: Row("lost", "lost", "lost", NOTHING, SERVE, S.LOST,
-        (S.FINISHING, S.ENDED)),
-    S.HELD: Row("held", "held", "held", NOTHING, SERVE, S.HELD,
-        (S.LOST, S.FINISHING, S.DECIDED_ELSEWHERE, S.ENDED)),
-    S.DECIDED_ELSEWHERE: Row("decided elsewhere", "in doubt", "in doubt", Undo.BEING_UNDONE,
-        DISCARD, S.DECIDED_ELSEWHERE, (S.GIVEN_UP,)),
-    S.LEFT_OVER: Row("", "precopy", "precopy", Undo.BEING_UNDONE, DISCARD, S.LEFT_OVER,
-        (S.GIVEN_UP,)),
-    S.REFUSED: Row("", "refused", "refused", OVER, Restart.NOTHING, None, ()),
-    S.GIVEN_UP: Row("", "failed", "failed", OVER, Restart.NOTHING, None, ()),
-    S.ENDED: Row("", "failed", "failed", OVER, Restart.NOTHING, None, ()),
-    S.COMPLETED: Row("", "completed", "completed", OVER, Restart.NOTHING, None, (S.STOPPED,)),
-    S.STOPPED: Row("", "failed", "failed", OVER, Restart.NOTHING, None, ()),
+    S.OFFERED: Row(up="preflight",
+        undo=U.ANYTHING, then=(S.MAKING, *_TAKEN_BACK)),
+    S.MAKING: Row(step="making", successor=S.LEFT_OVER, up="preflight",
+        undo=U.ANYTHING, restart=R.DISCARD, then=(S.RESTORING, *_TAKEN_BACK)),
+    S.RESTORING: Row(step="made", successor=S.LEFT_OVER, up="precopy",
+        undo=U.ANYTHING, restart=R.DISCARD, then=(S.SUSPENDED, *_TAKEN_BACK)),
+    S.SUSPENDED: Row(step="suspended", successor=S.MAYBE_READY, up="switchover",
+        undo=U.ANYTHING, restart=R.WAIT, then=(S.READY, S.GIVEN_UP)),
+    S.MAYBE_READY: Row(step="suspended", up="switchover", lost="in doubt",
+        undo=U.BY_WORD, restart=R.WAIT, then=(S.SERVING, S.UNSTARTED, S.OWNS, *_NOT_HERE)),
+    S.READY: Row(step="ready", up="switchover", lost="in doubt",
+        undo=U.BY_WORD, restart=R.WAIT, then=(S.SERVING, S.UNSTARTED, S.OWNS, *_NOT_HERE)),
+    S.SERVING: Row(step="entrusted", up="deciding", lost="in doubt",
+        undo=U.BY_WORD, restart=R.SERVE, then=(S.RUNNING, S.OWNS, S.LOST, *_NOT_HERE)),
+    S.RUNNING: Row(step="entrusted", successor=S.SERVING, up="deciding", lost="interrupted",
+        undo=U.NOTHING, restart=R.SERVE, then=(S.OWNS, S.LOST, S.HELD, S.ENDED)),
+    S.UNSTARTED: Row(step="taken over", up="postcopy", lost="interrupted",
+        undo=U.BY_WORD, restart=R.START, then=(S.OWNS, S.LOST, S.DECIDED_ELSEWHERE, S.ENDED)),
+    S.OWNS: Row(step="taken over", successor=S.UNSTARTED, up="postcopy", lost="interrupted",
+        undo=U.NOTHING, restart=R.START, then=(S.COMPLETING, S.FINISHING, S.LOST, S.HELD, S.ENDED)),
+    S.COMPLETING: Row(step="taken over", successor=S.UNSTARTED, up="completing",
+        undo=U.NOTHING, restart=R.START, then=(S.OWNS, S.FINISHING, S.LOST, S.HELD, S.ENDED)),
+    S.FINISHING: Row(step="finishing", up="completing",
+        undo=U.NOTHING, restart=R.SERVE, then=(S.COMPLETED, S.LOST, S.HELD, S.ENDED)),
+    S.LOST: Row(step="lost", up="lost",
+        undo=U.NOTHING, restart=R.SERVE, then=(S.FINISHING, S.ENDED)),
+    S.HELD: Row(step="held", up="held",
+        undo=U.NOTHING, restart=R.SERVE, then=(S.LOST, S.FINISHING, S.DECIDED_ELSEWHERE, S.ENDED)),
+    S.DECIDED_ELSEWHERE: Row(step="decided elsewhere", up="in doubt",
+        undo=U.BEING_UNDONE, restart=R.DISCARD, then=(S.GIVEN_UP,)),
+    S.LEFT_OVER: Row(up="precopy",
+        undo=U.BEING_UNDONE, restart=R.DISCARD, then=(S.GIVEN_UP,)),
+    S.REFUSED: Row(up="refused", undo=U.OVER),
+    S.GIVEN_UP: Row(up="failed", undo=U.OVER),
+    S.ENDED: Row(up="failed", undo=U.OVER),
+    S.COMPLETED: Row(up="completed", undo=U.OVER, then=(S.STOPPED,)),
+    S.STOPPED: Row(up="failed", undo=U.OVER),
 }  # fmt: skip
 
-BY_STEP = {row.step: row.successor for row in TABLE.values() if row.step and row.successor}
+INHERITED = {row.step: row.successor or state for state, row in TABLE.items() if row.step}
 """The state in which a restarted daemon begins, by the last step in the journal."""
-STAYS_POSSIBLE = (S.MAKING, S.RESTORING, S.SUSPENDED, S.READY)
-"""States in which the guest may still stay at the source, if they cannot be noted."""
-OURS = (*(state for state in S if TABLE[state].undo is NOTHING), S.UNSTARTED)
+OURS = (*(state for state in S if TABLE[state].undo is U.NOTHING), S.UNSTARTED)
 """States in which only the end of the guest ends the migration."""
+_NEEDED = (U.BY_WORD, U.NOTHING)
 
 
 def _check_table() -> None:
     """The invariants of the table; ``AssertionError`` names a bug in it."""
     assert set(TABLE) == set(S)
     for state, row in TABLE.items():
-        # Nothing follows an end, except that a COMPLETED guest can be recalled.
-        assert row.undo is not OVER or row.then in ((), (S.STOPPED,)), state
+        undos = {TABLE[then].undo for then in row.then}
+        # Nothing follows an end but another end.
+        assert row.undo is not U.OVER or undos <= {U.OVER}, state
         # A guest that runs here is not taken back.  It must be HELD before it can be given up.
-        for then in row.then if row.undo is NOTHING and state is not S.HELD else ():
-            assert TABLE[then].undo is NOTHING or then in (S.ENDED, S.COMPLETED), state
+        for then in row.then if row.undo is U.NOTHING and state is not S.HELD else ():
+            assert TABLE[then].undo is U.NOTHING or then in (S.ENDED, S.COMPLETED), state
         # What is being undone is undone.
-        assert row.undo is not Undo.BEING_UNDONE or row.then == (S.GIVEN_UP,), state
-        # A successor promises no less than its predecessor.
-        if row.undo in (BY_WORD, NOTHING):
-            assert row.successor and TABLE[row.successor].undo in (BY_WORD, NOTHING), state
-        assert bool(row.successor) is (row.restart is not Restart.NOTHING), state
-        if row.successor and row.step:
-            assert BY_STEP[row.step] is row.successor, state
+        assert row.undo is not U.BEING_UNDONE or row.then == (S.GIVEN_UP,), state
+        # A successor does what the row states, and promises no less than its predecessor.
+        assert bool(row.step or state is S.LEFT_OVER) is (row.restart is not R.NOTHING), state
+        assert row.step or row.undo not in _NEEDED, state
+        if row.step:
+            successor = INHERITED[row.step]
+            assert successor is (row.successor or state), state
+            assert TABLE[successor].restart is row.restart, state
+            assert row.undo not in _NEEDED or TABLE[successor].undo in _NEEDED, state
 
 
 _check_table()
 
 
-class Link(Enum):
-    UP = auto()
-    DOWN = auto()
-    BACK = auto()
-    """The sender has reconnected, and is being asked what it knows."""
-
-
 class Ownership:
-    """``write`` writes the journal's entry with a step; its second argument is whether a failure is
-    to be raised.
+    """Of one migration.  Any thread may call.
+
+    ``write`` writes the journal's entry with a step; its second argument is whether a failure is to
+    be raised.
     """
 
-    def __init__(
-        self,
-        write: Callable[[str, bool], None],
-        *,
-        left_at: str = "",
-    ):
-        """``left_at``: the last step in the journal of a predecessor."""
+    def __init__(self, write: Callable[[str, bool], None], state: State = S.OFFERED):
+        """``state``: what a predecessor has left (:data:`INHERITED`)."""
         self._write = write
         self._lock = threading.Lock()
         """Held for moments only: the event loop takes it."""
         self._writing = threading.Lock()
         """Held while the journal is written."""
-        self._state = BY_STEP[left_at] if left_at else S.OFFERED
-        self._step = left_at
-        self.link = Link.DOWN if left_at else Link.UP
+        self._state = state
         self._becomes_ready = False
         self.taken_back = ""
         """Why somebody has cancelled the migration."""
-        self.is_taking_up = bool(left_at)
-        """What a predecessor has left is being looked for."""
+        self.inherited = state is not S.OFFERED
+        """What a predecessor has left has not been taken up yet."""
+        self.link = Link.LOST if self.inherited else Link.UP
 
     @property
     def state(self) -> State:
@@ -224,17 +222,18 @@ class Ownership:
     @property
     def phase(self) -> str:
         """What people are shown."""
-        return self.row.connected if self.link is Link.UP else self.row.lost
+        row = self.row
+        return row.up if self.link is Link.UP else row.lost or row.up
 
     @property
     def has_ended(self) -> bool:
         """Nothing more comes of the migration."""
-        return self.row.undo is OVER
+        return self.row.undo is U.OVER
 
     @property
     def needed(self) -> bool:
         """The guest may depend on this process."""
-        return self.row.undo in (BY_WORD, NOTHING)
+        return self.row.undo in _NEEDED
 
     @property
     def ours(self) -> bool:
@@ -242,11 +241,12 @@ class Ownership:
         return self._state in OURS
 
     @property
-    def was_handed_over(self) -> bool:
+    def handed_over(self) -> bool:
+        """The guest belongs here, and the sender is not asked any more."""
         return self.ours and self._state is not S.RUNNING
 
     # ---- transitions ----
-    def become(self, state: State) -> None:
+    def enter(self, state: State) -> None:
         """Write the state's step into the journal, and change to the state.  Call this in a thread
         if the step is another one.
 
@@ -254,21 +254,22 @@ class Ownership:
         raises; then the state stays as it was.
         """
         step = TABLE[state].step
-        if state is self._state or not step or step == self._step:
+        if step in ("", self.row.step):
             self._change(state)
             return
         with self._writing:
             self._check(state)
-            self._write(step, state in STAYS_POSSIBLE)
-            self._step = step
+            self._write(step, self.row.undo is U.ANYTHING)
             self._change(state)
 
-    def note_again(self) -> None:
-        """Write the last step once more, because another fact has changed.  Raises what ``write``
-        raises.
+    def note(self) -> None:
+        """Write the state's step once more, because another fact has changed.  Raises what
+        ``write`` raises.
         """
         with self._writing:
-            self._write(self._step, not self.needed)
+            row = self.row
+            if row.step:
+                self._write(row.step, row.undo is U.ANYTHING)
 
     def seen_to_run(self) -> None:
         """The guest has been seen to run.  While another state is being noted this has no effect,
@@ -283,27 +284,6 @@ class Ownership:
         finally:
             self._writing.release()
 
-    # ---- decisions that race ----
-    def try_take_back(self, reason: str) -> bool:
-        """Cancel the migration, if it can still be cancelled.  It does not become READY then."""
-        with self._lock:
-            if self.row.undo is not ANYTHING or self._becomes_ready:
-                return False
-            self.taken_back = self.taken_back or reason
-            return True
-
-    def try_become_ready(self) -> bool:
-        """Become READY, if nobody has cancelled the migration.  It cannot be cancelled then.
-
-        Raises what ``write`` raises.
-        """
-        with self._lock:
-            if self.taken_back:
-                return False
-            self._becomes_ready = True
-        self.become(S.READY)
-        return True
-
     def _check(self, state: State) -> None:
         if state is not self._state and state not in self.row.then:
             raise LocalProtocolError(f"{state.name} after {self._state.name}")
@@ -312,3 +292,24 @@ class Ownership:
         with self._lock:
             self._check(state)
             self._state = state
+
+    # ---- decisions that race ----
+    def try_take_back(self, reason: str) -> bool:
+        """Cancel the migration, if it can still be cancelled.  It does not become READY then."""
+        with self._lock:
+            if self.row.undo is not U.ANYTHING or self._becomes_ready:
+                return False
+            self.taken_back = self.taken_back or reason
+            return True
+
+    def try_become_ready(self) -> bool:
+        """Enter READY, if nobody has cancelled the migration.  It cannot be cancelled then.
+
+        Raises as :meth:`enter`.
+        """
+        with self._lock:
+            if self.taken_back:
+                return False
+            self._becomes_ready = True
+        self.enter(S.READY)
+        return True

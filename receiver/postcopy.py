@@ -86,7 +86,7 @@ async def complete(switchover: Switchover) -> None:
     while switchover.lacked:
         await trio.sleep(LOOK_AGAIN_EVERY_S)
     if context.is_in(State.OWNS):
-        context.ownership.become(State.COMPLETING)
+        context.ownership.enter(State.COMPLETING)
     if switchover.checkpoints is not None:
         await switchover.checkpoints.end()
     await trio.to_thread.run_sync(switchover.pager.acknowledge)
@@ -114,7 +114,7 @@ async def finish(switchover: Switchover) -> m.Message | None:
     """
     context, guest = switchover.context, switchover.guest
     entry = context.entry
-    await in_thread(context.ownership.become, State.FINISHING)
+    await in_thread(context.ownership.enter, State.FINISHING)
     await in_thread(_note_stop, context)
     while True:
         try:
@@ -138,7 +138,7 @@ async def finish(switchover: Switchover) -> m.Message | None:
     if switchover.settled:
         await in_thread(entry.erase)
     context.progress.outstanding = context.progress.waiting = 0
-    context.ownership.become(State.COMPLETED)
+    context.ownership.enter(State.COMPLETED)
     await in_thread(context.holdings.release)
     log.info("%s completed", context.name)
     return None if switchover.settled else complete_message(context.statistics)

@@ -121,7 +121,7 @@ class Preflight:
         context = self._context
         context.progress.problem = refusal
         await discard(context, refusal)
-        context.ownership.become(State.REFUSED)
+        context.ownership.enter(State.REFUSED)
         await context.peer.send(m.Refused(m.printable(refusal), False))
 
     def _prepare(self, offer: m.Offer) -> Begun | str:
@@ -141,10 +141,10 @@ class Preflight:
             return "; ".join(found.problems)
         if problem := toolstack.refuses(offer):
             return problem
-        context.ownership.become(State.MAKING)
+        context.ownership.enter(State.MAKING)
         domain = context.holdings.add_domain(toolstack.make(hypervisor, config))
         context.entry.domid, context.entry.handle = domain.domid, domain.handle
-        context.ownership.become(State.RESTORING)
+        context.ownership.enter(State.RESTORING)
         if problem := sparseness(offer.nr_pfns, domain.config().max_pages):
             return problem  # of a domain that xl has made
         ring = None

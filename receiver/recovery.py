@@ -124,7 +124,7 @@ class Predecessor:
             if ring is not None:
                 context.holdings.add(ring.close)
             pages.add(domain.paged_out())
-        ownership.is_taking_up = False
+        ownership.inherited = False
         return Guest(offer, domain, ring, pages, limit)
 
     def _find_left_over(self) -> None:
@@ -142,7 +142,7 @@ class Predecessor:
         """The start precedes its entry in the journal."""
         if self._context.is_in(State.MAYBE_READY, State.READY, State.UNSTARTED):
             self._context.peer.session.handed_over = True
-            self._context.ownership.become(State.OWNS)
+            self._context.ownership.enter(State.OWNS)
 
     def _attach(self, domain: Domain) -> PagingRing | None:
         deadline = time.monotonic() + ATTACH_TIMEOUT_S
@@ -171,7 +171,7 @@ class Predecessor:
             if self._context.is_in(State.UNSTARTED):
                 self._context.ownership.seen_to_run()
             await trio.to_thread.run_sync(switchover.protect)
-            if self._context.ownership.was_handed_over:
+            if self._context.ownership.handed_over:
                 switchover.runs.set()
             switchover.serve()
 
@@ -221,7 +221,7 @@ class Recovery:
         """
         context = self._context
         if context.is_in(State.COMPLETING):
-            context.ownership.become(State.OWNS)
+            context.ownership.enter(State.OWNS)
         while True:
             self.note(str(lost))
             context.disconnect()
@@ -289,7 +289,7 @@ class Recovery:
             await peer.send(m.Outstanding(base, bitmap))
         token = new_token()
         reached = "postcopy"
-        if not context.ownership.was_handed_over:
+        if not context.ownership.handed_over:
             reached = "decision" if switchover.serving.is_set() else "switchover"
         await peer.send(m.Rejoined(reached, token))
         await peer.open_pull_lane(token)
@@ -305,10 +305,10 @@ class Recovery:
             case m.Abort() | m.Recall() if reason := recall_reason(context, message):
                 if context.ownership.row.undo is Undo.NOTHING:
                     raise RecalledError(reason)
-                await in_thread(context.ownership.become, State.DECIDED_ELSEWHERE)
+                await in_thread(context.ownership.enter, State.DECIDED_ELSEWHERE)
                 await context.peer.acknowledge()
                 raise MigrationError(reason)
-            case m.Abort() if not context.ownership.was_handed_over:
+            case m.Abort() if not context.ownership.handed_over:
                 raise MigrationError(f"the sender gave up: {message.reason}")
             case m.Lost():
                 await context.peer.acknowledge()
@@ -342,7 +342,7 @@ class Recovery:
         context.entry.reason = reason
         if switchover.guest.pages.count:
             context.progress.problem = self._what_is_lost(reason)
-            await in_thread(context.ownership.become, State.LOST)
+            await in_thread(context.ownership.enter, State.LOST)
         context.disconnect()
         log.error(
             "%s: %s; %d pages are missing", context.name, reason, switchover.guest.pages.count
@@ -359,7 +359,7 @@ class Recovery:
             offline.cancel_scope.cancel()
         if context.is_in(State.SERVING, State.RUNNING, State.UNSTARTED):
             # The source is gone, and the guest runs: it belongs here.
-            await in_thread(context.ownership.become, State.OWNS)
+            await in_thread(context.ownership.enter, State.OWNS)
         switchover.settled = True
 
     def _what_is_lost(self, reason: str) -> str:
@@ -381,7 +381,7 @@ class Recovery:
         )
         context.entry.reason = reason
         context.progress.problem = f"{reason}; so {name} is being paused here"
-        await in_thread(context.ownership.become, State.HELD)  # before the source has the answer
+        await in_thread(context.ownership.enter, State.HELD)  # before the source has the answer
         async with task_group() as offline:
             if context.peer.connections:
                 offline.start_soon(self._answer_and_leave)

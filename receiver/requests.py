@@ -47,7 +47,7 @@ class Requests:
             )
         if self.context.is_in(State.HELD):
             return f"the guest runs at the source: {self.context.entry.reason}"
-        if self.context.ownership.was_handed_over:
+        if self.context.ownership.handed_over:
             return "the source has handed the guest over"
         return "the source has not handed the guest over"
 
@@ -101,7 +101,7 @@ class Requests:
             recovery = self._decidable(here=here, force=force)
             if not here:
                 # Before the operator has the answer: a successor carries it out.
-                await in_thread(self.context.ownership.become, State.DECIDED_ELSEWHERE)
+                await in_thread(self.context.ownership.enter, State.DECIDED_ELSEWHERE)
                 self.take_back()
             elif self.context.is_in(State.HELD):
                 recovery.released.set()
@@ -131,7 +131,7 @@ class Requests:
         ownership, progress = self.context.ownership, self.context.progress
         if ownership.has_ended:
             raise MigrationError(self.ending(asked))
-        if ownership.is_taking_up:
+        if ownership.inherited:
             raise MigrationError(f"{progress.domain}: {progress.problem}; ask again in a moment")
         if ownership.row.undo is Undo.BEING_UNDONE:
             late = "there is nothing to decide" if asked == "decide" else f"too late to {asked}"

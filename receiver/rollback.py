@@ -47,7 +47,7 @@ async def failed(
         log.warning("%s does not come: %s", context.name or "a guest", error)
         with trio.CancelScope(shield=True):
             await discard(context, str(error))
-        ownership.become(State.GIVEN_UP)
+        ownership.enter(State.GIVEN_UP)
         answer = m.Failed(m.printable(str(error)))
     else:
         return None
@@ -69,7 +69,7 @@ async def _guest_ended(
         lacked = switchover.lacked
         if not lacked and gone and await _ended_suspended(context):
             lacked = switchover.guest.pages.count
-    if context.ownership.was_handed_over and lacked:
+    if context.ownership.handed_over and lacked:
         reason += (
             f" after it had been suspended while {lacked} pages were missing: "
             "an image or a copy that was made of it then lacks them"
@@ -78,7 +78,7 @@ async def _guest_ended(
     log.warning("%s: %s", context.name, reason)
     context.progress.problem = reason
     await trio.to_thread.run_sync(context.holdings.release)
-    context.ownership.become(State.ENDED)
+    context.ownership.enter(State.ENDED)
     return answer
 
 
@@ -206,5 +206,5 @@ def _stop(context: Context, reason: str) -> None:
             f"{name}"
         )
         if context.is_in(State.COMPLETED):
-            context.ownership.become(State.STOPPED)
+            context.ownership.enter(State.STOPPED)
         log.error("%s: %s", name, context.progress.problem)

@@ -68,7 +68,7 @@ class Switchover:
         """Pages that were missing when another program than this one suspended the guest."""
         self.settled = False
         """The sender needs no further message."""
-        if context.ownership.was_handed_over:
+        if context.ownership.handed_over:
             self.handed_over.set()
 
     # ---- the start ----
@@ -84,13 +84,13 @@ class Switchover:
             started = self.start()
         except XenError as error:
             self._not_yet(error)
-            self.context.ownership.become(State.UNSTARTED)
+            self.context.ownership.enter(State.UNSTARTED)
             return False
         try:
             if started:
                 report()
         finally:
-            self.context.ownership.become(State.OWNS)
+            self.context.ownership.enter(State.OWNS)
         return started
 
     def taken_over(self, *, started: bool) -> None:
@@ -193,7 +193,7 @@ class Switchover:
     def _protection_is_lost(self, problem: str) -> None:
         log.error("%s: %s: %s", self.context.name, NOT_PROTECTED, problem)
         self.context.progress.unprotected = self.context.entry.unprotected = problem
-        self.context.ownership.note_again()
+        self.context.ownership.note()
 
     # ---- what becomes of the domain ----
     async def follow_domain(self) -> None:

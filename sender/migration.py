@@ -113,7 +113,7 @@ class OutgoingMigration:
 
     @property
     def phase(self) -> str:
-        return self.ownership.shown
+        return self.ownership.phase
 
     @property
     def progress(self) -> Progress:

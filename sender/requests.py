@@ -54,7 +54,7 @@ class Requests:
     # ---- precopy ----
     def postcopy_now(self) -> None:
         """Switch over at once, and send the rest afterwards."""
-        name, shown = self._context.name, self._ownership.shown
+        name, shown = self._context.name, self._ownership.phase
         if self._ownership.has_ended:
             raise MigrationError(self._ending("switch over"))
         if not self._context.options.strategy.pages_after_handover:
@@ -95,7 +95,7 @@ class Requests:
     # ---- a destination that is not there ----
     def reconnect(self) -> None:
         """Dial the destination at once."""
-        name, shown = self._context.name, self._ownership.shown
+        name, shown = self._context.name, self._ownership.phase
         has_ended = self._ownership.has_ended
         if has_ended and self._context.last_word is None:
             raise MigrationError(self._ending("reconnect"))
@@ -185,11 +185,11 @@ class Requests:
 
     def _ending(self, asked: str) -> str:
         context = self._context
-        return ended(context.name, self._ownership.shown, context.progress.problem, asked)
+        return ended(context.name, self._ownership.phase, context.progress.problem, asked)
 
     def _check_undecided(self, *, here: bool, force: bool) -> None:
         """Is there a decision to make?"""
-        name, shown, state = self._context.name, self._ownership.shown, self._ownership.state
+        name, shown, state = self._context.name, self._ownership.phase, self._ownership.state
         if self._ownership.has_ended:
             raise MigrationError(self._ending("decide"))
         if not self._ownership.may_be_elsewhere:

@@ -68,8 +68,8 @@ class Refusing:
 def completed(journal: Journal, again: Callable[[], Lane]) -> Context:
     lanes: Any = Lanes(again)
     record, progress = Entry(journal, "session", lanes, lent=False), IncomingProgress("web")
-    ownership = Ownership(record.write, left_at="finishing")
-    ownership.become(State.COMPLETED)
+    ownership = Ownership(record.write, State.FINISHING)
+    ownership.enter(State.COMPLETED)
     session = Session.of_predecessor(
         Role.RECEIVER, 64, handed_over=True, protected=False, entrusted=False
     )

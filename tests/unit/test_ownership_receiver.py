@@ -10,7 +10,7 @@ import pytest
 
 from migrate.control.client import ENDED
 from migrate.errors import LocalProtocolError, MigrationError
-from receiver.ownership import BY_STEP, OURS, TABLE, Link, Ownership, Restart, State, Undo
+from receiver.ownership import INHERITED, OURS, TABLE, Link, Ownership, State, Undo
 
 MODEL = Path(__file__).parents[1] / "campaigns/model/session.pml"
 STEPS = {
@@ -39,7 +39,7 @@ class Entries:
 def paths() -> dict[State, list[State]]:
     """The shortest way to each state, from OFFERED or from what a predecessor has left."""
     found: dict[State, list[State]] = {State.OFFERED: [State.OFFERED]}
-    for begin in BY_STEP.values():
+    for begin in INHERITED.values():
         found.setdefault(begin, [begin])
     reached = list(found)
     for state in reached:
@@ -56,10 +56,9 @@ PATHS = paths()
 def at(state: State, journal: Entries) -> Ownership:
     """An ownership that has reached the state."""
     begin, *rest = PATHS[state]
-    left_at = next((step for step, first in BY_STEP.items() if first is begin), "")
-    ownership = Ownership(journal.write, left_at="" if begin is State.OFFERED else left_at)
+    ownership = Ownership(journal.write, begin)
     for then in rest:
-        ownership.become(then)
+        ownership.enter(then)
     assert ownership.state is state
     return ownership
 
@@ -75,14 +74,14 @@ def test_each_transition_is_noted_and_no_other_is_possible(state: State) -> None
         ownership = at(state, journal)
         before = list(journal.steps)
         if then in TABLE[state].then or then is state:
-            ownership.become(then)
+            ownership.enter(then)
             assert ownership.state is then
             step = TABLE[then].step
             if step and step != TABLE[state].step:
                 assert journal.steps == [*before, step]
         else:
             with pytest.raises(LocalProtocolError, match=f"{then.name} after {state.name}"):
-                ownership.become(then)
+                ownership.enter(then)
             assert ownership.state is state and journal.steps == before
 
 
@@ -94,17 +93,17 @@ def test_what_cannot_be_noted_does_not_happen(state: State) -> None:
         journal.fails = True
         if TABLE[then].step and TABLE[then].step != TABLE[state].step:
             with pytest.raises(MigrationError, match="full"):
-                ownership.become(then)
+                ownership.enter(then)
             assert ownership.state is state
         else:
-            ownership.become(then)
+            ownership.enter(then)
 
 
 def test_a_failure_to_write_is_an_error_only_while_the_guest_can_stay() -> None:
     needed: list[tuple[str, bool]] = []
     ownership = Ownership(lambda step, must: needed.append((step, must)))
     for state in (State.MAKING, State.RESTORING, State.SUSPENDED, State.READY, State.OWNS):
-        ownership.become(state)
+        ownership.enter(state)
     assert needed == [
         ("making", True), ("made", True), ("suspended", True), ("ready", True),
         ("taken over", False),
@@ -112,10 +111,10 @@ def test_a_failure_to_write_is_an_error_only_while_the_guest_can_stay() -> None:
 
 
 def test_the_steps_and_the_phases_are_those_of_the_journal_and_of_the_manual() -> None:
-    assert {row.step for row in TABLE.values()} - {""} == STEPS == set(BY_STEP)
-    assert {phase for row in TABLE.values() for phase in (row.connected, row.lost)} == PHASES
+    assert {row.step for row in TABLE.values()} - {""} == STEPS == set(INHERITED)
+    assert {phase for row in TABLE.values() for phase in (row.up, row.lost or row.up)} == PHASES
     for row in TABLE.values():
-        assert (row.connected in ENDED) is (row.lost in ENDED) is (row.undo is Undo.OVER)
+        assert (row.up in ENDED) is ((row.lost or row.up) in ENDED) is (row.undo is Undo.OVER)
 
 
 @pytest.mark.parametrize("state", OURS)
@@ -130,29 +129,28 @@ def test_a_guest_that_belongs_here_ends_here(state: State) -> None:
 @pytest.mark.parametrize("state", State)
 def test_a_successor_shows_what_is_known_and_keeps_what_was_promised(state: State) -> None:
     row = TABLE[state]
-    if row.successor is None:
-        assert row.restart is Restart.NOTHING
-        return
-    assert TABLE[row.successor].restart in (row.restart, Restart.START)
-    if row.undo in (Undo.BY_WORD, Undo.NOTHING) and row.step:
-        ownership = Ownership(Entries().write, left_at=row.step)
-        assert ownership.needed and ownership.is_taking_up
-        assert ownership.phase == TABLE[row.successor].lost
+    if row.undo in (Undo.BY_WORD, Undo.NOTHING):
+        ownership = Ownership(Entries().write, INHERITED[row.step])
+        assert ownership.needed and ownership.inherited
+        assert ownership.row.restart is row.restart
+        assert ownership.phase == (ownership.row.lost or ownership.row.up)
 
 
 @pytest.mark.parametrize("state", State)
 def test_what_follows_from_the_owner(state: State) -> None:
     ownership, row = at(state, Entries()), TABLE[state]
-    assert ownership.phase == (row.connected if ownership.link is Link.UP else row.lost)
+    assert ownership.phase == (row.up if ownership.link is Link.UP else row.lost or row.up)
     assert ownership.has_ended is (row.undo is Undo.OVER)
     assert ownership.ours is (state in OURS)
-    assert ownership.was_handed_over is (state in OURS and state is not State.RUNNING)
+    assert ownership.handed_over is (state in OURS and state is not State.RUNNING)
 
 
-def test_a_fact_is_noted_with_the_last_step() -> None:
+def test_a_fact_is_noted_with_the_step_once_there_is_one() -> None:
     journal = Entries()
+    at(State.OFFERED, journal).note()
+    assert journal.steps == []
     ownership = at(State.READY, journal)
-    ownership.note_again()
+    ownership.note()
     assert journal.steps[-1] == TABLE[State.READY].step
 
 
@@ -160,13 +158,13 @@ def test_the_phase_follows_the_link() -> None:
     ownership = Ownership(Entries().write)
     shown = [ownership.phase]
     for step in (
-        State.MAKING, State.RESTORING, State.SUSPENDED, State.READY, Link.DOWN, Link.BACK,
+        State.MAKING, State.RESTORING, State.SUSPENDED, State.READY, Link.LOST, Link.BACK,
         State.OWNS, Link.UP,
     ):  # fmt: skip
         if isinstance(step, Link):
             ownership.link = step
         else:
-            ownership.become(step)
+            ownership.enter(step)
         shown.append(ownership.phase)
     assert shown == [
         "preflight", "preflight", "precopy", "switchover", "switchover", "in doubt", "in doubt",
@@ -195,7 +193,7 @@ def test_while_ready_is_being_noted_nothing_is_cancelled() -> None:
 
     ownership = Ownership(write)
     for state in (State.MAKING, State.RESTORING, State.SUSPENDED):
-        ownership.become(state)
+        ownership.enter(state)
     assert ownership.try_become_ready() and cancelled == [False]
 
 
@@ -270,7 +268,7 @@ def test_a_guest_that_is_seen_to_run_changes_no_state_that_is_being_noted() -> N
     def write(_step: str, _needed: bool) -> None:
         ownership.seen_to_run()
 
-    ownership = Ownership(write, left_at="taken over")
-    ownership.become(State.DECIDED_ELSEWHERE)
+    ownership = Ownership(write, State.UNSTARTED)
+    ownership.enter(State.DECIDED_ELSEWHERE)
     assert ownership.state is State.DECIDED_ELSEWHERE
-    ownership.become(State.GIVEN_UP)
+    ownership.enter(State.GIVEN_UP)
