@@ -3,13 +3,13 @@
 safe to be used by the event loop and the fault server's thread at once.
 
 Each page goes ``UNSENT -> SENT -> DONE``.  A page is DONE when the receiver has loaded it or does
-not want it any more, and is kept until then (invariant 6).  So a SENT page can be sent again: if a
+not need it any more, and is kept until then (invariant 6).  So a SENT page can be sent again: if a
 vCPU waits for a page that is still among the pushed megabytes, the page is sent once more on the
-pull lane and arrives first.  When the link was lost, and with it whatever was on its way, the
-receiver states what it lacks, and those pages are UNSENT again.
+pull lane and arrives first.  When the link was lost, the pages in transit are lost with it.  The
+receiver then reports what it lacks, and those pages are UNSENT again.
 
-Pages are pushed in ascending order from a cursor, which every fault moves: the page that the guest
-touched last is the best guess at what it touches next.
+Pages are pushed in ascending order from a cursor.  Every fault moves the cursor, because the guest
+will most probably touch pages near the page that it touched last.
 
 The steps that faults take are in C, for the fast path as well
 (``migrate/fastpath/page_states.py``).
@@ -29,7 +29,9 @@ from xenbackend.pages import PfnArray
 
 
 class Backlog:
-    """``missing``: the pfns that are announced as missing.  The mask belongs to this object."""
+    """The missing pages of one guest.  ``missing``: the pfns that are announced as missing.  The
+    object takes the mask over.
+    """
 
     def __init__(self, missing: PfnMask):
         self.pages = SourcePages(missing)
@@ -46,13 +48,13 @@ class Backlog:
         return missing
 
     def add(self, pfns: PfnArray) -> None:
-        """These, which are not among them, are missing as well."""
+        """Add pages that are not among the missing ones."""
         self._state[pfns] = UNSENT
         self._count(pfns, 1)
         self.unacknowledged = self.unsent
 
     def remove(self, pfns: PfnArray) -> None:
-        """These, which are among them, are not: they have been sent, or are no memory any more."""
+        """Remove missing pages that have been sent, or that have no memory any more."""
         self._state[pfns] = NOT_OURS
         self._count(pfns, -1)
         self.unacknowledged = self.unsent
@@ -66,7 +68,7 @@ class Backlog:
 
     # ---- what is to be sent ----
     def next_batch(self, most: int) -> PfnArray:
-        """Up to ``most`` pages to push, now SENT; empty when there are none left."""
+        """Return up to ``most`` pages to push, and make them SENT; empty if none is left."""
         with self._lock:
             if not self.unsent:
                 return NO_PFNS
@@ -78,7 +80,7 @@ class Backlog:
         return batch
 
     def _behind_the_cursor(self, most: int) -> PfnArray:
-        """Unsent ones up to the end: a batch is ascending."""
+        """Return unsent pages between the cursor and the end, because a batch is ascending."""
         cursor = self.pages.cursor
         first, found, count = cursor // BLOCK, [], 0
         for block in np.flatnonzero(self._left[first:])[:most].tolist():
@@ -94,14 +96,14 @@ class Backlog:
         return np.concatenate(found) if found else NO_PFNS
 
     def batches(self, most: int) -> Iterator[PfnArray]:
-        """All that is unsent, each batch chosen when it is asked for."""
+        """Yield all unsent pages in batches.  Each batch is chosen when it is requested."""
         while len(batch := self.next_batch(most)):
             yield batch
 
     def fault(self, pfns: PfnArray) -> PfnArray:
-        """vCPUs wait for these pages.  Returns those to send now.
+        """Return which of these pages, for which vCPUs wait, must be sent now.
 
-        A page that is DONE had been acknowledged before the fault arrived.  Raises
+        A page that is DONE was acknowledged before the fault arrived.  Raises
         :class:`RemoteProtocolError` for a pfn that was never missing.
         """
         with self._lock:
@@ -111,26 +113,30 @@ class Backlog:
         return pfns[wanted]
 
     def ahead(self, pfns: PfnArray) -> PfnArray:
-        """These may be needed soon: returns those to send, and the push goes on behind them."""
+        """Return which of these pages, which may be needed soon, must be sent.  The push continues
+        after them.
+        """
         with self._lock:
             wanted: PfnArray = pfns[self._state[pfns] == UNSENT]
             self.pages.sent(wanted)
         return wanted
 
     def loaded(self, pfns: PfnArray) -> None:
-        """Raises :class:`RemoteProtocolError` for a page that was not sent, or was acknowledged
-        before.
+        """Note that the receiver has loaded these pages.  Raises :class:`RemoteProtocolError` for a
+        page that was not sent, or was acknowledged before.
         """
         with self._lock:
             states = self._state[pfns]
             if np.any(states != SENT):
                 raise RemoteProtocolError(
-                    f"loaded: pfn {int(pfns[states != SENT][0]):#x} was not on its way"
+                    f"loaded: pfn {int(pfns[states != SENT][0]):#x} was not in transit"
                 )
             self._done(pfns)
 
     def dropped(self, pfns: PfnArray) -> None:
-        """Raises :class:`RemoteProtocolError` for a page that is not the receiver's to drop."""
+        """Note that the receiver does not need these pages.  Raises :class:`RemoteProtocolError`
+        for a page that was never missing or was acknowledged before.
+        """
         with self._lock:
             states = self._state[pfns]
             if np.any((states == NOT_OURS) | (states == DONE)):
@@ -139,7 +145,7 @@ class Backlog:
             self._done(pfns)
 
     def rejoin(self, outstanding: PfnMask) -> PfnArray:
-        """All that the receiver lacks; returns those that are DONE by that.
+        """Note all pages that the receiver lacks.  Returns the pages that are therefore DONE.
 
         Raises :class:`RemoteProtocolError` for a page that the receiver has confirmed, or that was
         never missing.

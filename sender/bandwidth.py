@@ -7,7 +7,7 @@ import threading
 
 
 class BandwidthCap:
-    """``bytes_per_s`` of ``None``: no cap.  May be used by several threads."""
+    """A cap of ``bytes_per_s``, or none for ``None``.  Several threads may use it."""
 
     def __init__(self, bytes_per_s: float | None, burst_s: float = 0.05):
         self._rate = bytes_per_s

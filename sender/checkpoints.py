@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The checkpoints that the destination sends back (``--protect``), and the way back to the last of
-them.
+"""The checkpoints that the destination sends back (``--protect``), and the return of the guest to
+the last one.
 
 The suspended source domain has the guest's memory as it was at the switchover.  A checkpoint is
 what the guest has written since the checkpoint before it, and its context, all of one instant.  Its
@@ -8,10 +8,10 @@ frames are written to a file as they arrive.  The checkpoint counts when it is c
 then gets its name, and its pages are written into the source domain.  If the sender is killed
 during these writes, its successor repeats them.
 
-From the first of these pages on, the source domain alone has the memory of no instant: a resume of
-the domain would continue with the registers of one instant and the memory of another.  The journal
-notes this before the first page is written.  If the file is damaged or gone afterwards, the guest
-cannot continue at the source.
+From the first of these pages on, the memory of the source domain is a mixture of two instants.  A
+resume of the domain would combine the registers of one instant with the memory of another.  The
+journal notes this before the first page is written.  If the file is damaged or gone afterwards, the
+guest cannot continue at the source.
 
 A page of a checkpoint is never a page that the destination still lacks, because the guest has
 written the page there.
@@ -45,23 +45,23 @@ log = logging.getLogger(__name__)
 
 MAX_CONTEXT_BYTES = 64 * 1024 * 1024
 MAX_COPIES = 4
-"""How often one page is copied at most in one checkpoint: once for each attempt to suspend the
-running guest, and once afterwards.
+"""The most copies of one page in one checkpoint: one for each attempt to suspend the running guest,
+and one afterwards.
 """
 MOVED_PAGES = 1024
-"""At a time."""
+"""The number of pages that are moved in one step."""
 
 
 MARGIN_BYTES = 64 * 1024 * 1024
-"""The room that checkpoints leave free in their file system: the journals of all migrations are
-written there, ...
+"""The room that checkpoints leave free in their file system, because the journals of all migrations
+are written there.
 """
 MARGIN_SHARE = 8
-"""... or this part of a small one."""
+"""In a small file system, checkpoints leave one eighth of it free instead."""
 
 
 def _room(path: Path) -> tuple[int, int]:
-    """The bytes that are free in a file system, and all of its bytes."""
+    """Return the number of free bytes in a file system, and of all of its bytes."""
     found = os.statvfs(path)
     return found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
 
@@ -79,22 +79,24 @@ class CheckpointStore:
         self._new: BinaryIO | None = None
         self._context_bytes = self._pages = 0
         self._problem = ""
-        """Why the one that comes cannot be kept."""
+        """Why the checkpoint that is being received cannot be kept."""
         self._incomplete = ""
-        """Why the domain may lack pages of the last checkpoint, which no later one has."""
+        """Why the domain may lack pages of the last checkpoint.  No later checkpoint has these
+        pages.
+        """
 
     def exists(self) -> bool:
-        """A file is there, which may be damaged."""
+        """Whether a checkpoint file exists; it may be damaged."""
         return os.path.lexists(self._path)
 
     def check(self) -> None:
-        """Read the whole of the last checkpoint.  Raises :class:`MigrationError` if nobody can go
-        back to it.
+        """Read the whole of the last checkpoint.  Raises :class:`MigrationError` if the guest
+        cannot return to it.
         """
         for _piece in _read(self._path):
             pass
 
-    # ---- what comes ----
+    # ---- the checkpoint that is being received ----
     def add(self, message: m.Written | m.Checkpoint, payload: memoryview) -> bool:
         """Add a piece; return whether it was the last one, and the checkpoint is kept.
 
@@ -134,8 +136,10 @@ class CheckpointStore:
         return True
 
     def _write(self, message: m.Written | m.Checkpoint, payload: memoryview) -> None:
-        """Raises ``OSError``, also where a migration could not write its journal afterwards."""
-        if self._new is None:  # guest memory: for nobody else's eyes
+        """Write a piece.  Raises ``OSError``, also if the journals would have too little room
+        afterwards.
+        """
+        if self._new is None:  # guest memory, which no other user may read
             self._new = os.fdopen(
                 os.open(self._new_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb"
             )
@@ -145,19 +149,19 @@ class CheckpointStore:
                 errno.ENOSPC,
                 f"the last {margin >> 20} MiB of its file system are kept free for the journal",
             )
-        # Checked: what comes back from a disk is not what was put there, now and then.
+        # With a checksum, because a disk sometimes returns other bytes than were written.
         self._new.write(frames.encode(message.header(), [payload] if payload else (), checked=True))
         self._new.write(payload)
 
     def abandon(self) -> None:
-        """What has come of one will not become whole."""
+        """Drop a checkpoint that was received in part, because its rest will not arrive."""
         self._remove()
         self._pages = self._context_bytes = 0
         self._problem = ""
 
     def _remove(self) -> None:
         if self._new is not None:
-            with contextlib.suppress(OSError):  # of what was not written yet
+            with contextlib.suppress(OSError):  # buffered bytes may not fit into the file system
                 self._new.close()
             self._new = None
         remove(self._new_path)
@@ -183,8 +187,8 @@ class CheckpointStore:
             raise
 
     def apply_again(self) -> None:
-        """As :meth:`apply`, for a predecessor, which may have done so in part.  A file that is not
-        right changes nothing.
+        """Repeat :meth:`apply` for a predecessor, which may have done a part of it.  If the file is
+        damaged, nothing is changed.
         """
         try:
             self.check()
@@ -204,9 +208,9 @@ class CheckpointStore:
                 domain.write_pages(message.zeros, None)
                 domain.depopulate(message.holes[domain.present(message.holes)])
 
-    # ---- what is left in the end ----
+    # ---- the end ----
     def close(self) -> None:
-        """It is not needed any more."""
+        """Remove the checkpoint, which is not needed any more."""
         self.abandon()
         remove(self._path)
 
@@ -214,7 +218,7 @@ class CheckpointStore:
         """Give ``to`` the guest's state of the last checkpoint, and let the guest run.  ``to``: an
         empty domain, or one with which an earlier attempt began.
 
-        Raises ``XenError`` or :class:`MigrationError`; afterwards it can be tried again.
+        Raises ``XenError`` or :class:`MigrationError`; the call can be repeated then.
         """
         if to.state() is DomainState.INCOMING:
             self.check()  # before a page is moved
@@ -225,7 +229,7 @@ class CheckpointStore:
                 to.write_pages(message.pfns, data)
                 to.write_pages(message.zeros, None)
                 self._domain.depopulate(pfns)
-            self._write_to(to)  # it may not have been applied to its end
+            self._write_to(to)  # the source domain may have only a part of the checkpoint
             pieces = [
                 message.data
                 for message, _payload in _read(self._path)
@@ -241,8 +245,8 @@ def _populate(domain: Domain, message: m.Written) -> None:
 
 
 def _read(path: Path) -> Iterator[tuple[m.Message, memoryview]]:
-    """What :meth:`CheckpointStore.add` has written.  Raises :class:`MigrationError` at the first
-    piece that is not right.
+    """Yield the pieces that :meth:`CheckpointStore.add` has written.  Raises
+    :class:`MigrationError` at the first damaged piece.
     """
     decoder = FrameDecoder()
     decoder.checked = True

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``xen-postcopy sender``."""
+"""The command ``xen-postcopy sender``."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from sender.daemon import SenderDaemon
 @click.command("sender")
 @daemon_options(SenderConfig.listen, "the receivers of xl's migrations", SENDER_SOCKET)
 def sender_command(**options: Any) -> None:
-    """The daemon at the source: migrates what `migrate` and xl's helper ask for at its control
-    socket.
+    """Run the daemon at the source, which migrates the guests that `migrate` and xl's helper name
+    at its control socket.
 
     On SIGTERM the sender gives up the migrations that are not handed over yet (their guests
     continue here), waits for the others, and ends.  A second SIGTERM ends the sender at once.

@@ -35,11 +35,11 @@ class Signals:
     """What the destination, or a toolstack, has reported so far."""
 
     ready: threading.Event = field(default_factory=threading.Event)
-    """A thread waits for this event, and the event loop for the others."""
+    """A thread waits for this event; the event loop waits for the other events."""
     resumed: trio.Event = field(default_factory=trio.Event)
     complete: trio.Event = field(default_factory=trio.Event)
     given_away: trio.Event = field(default_factory=trio.Event)
-    """The guest is the destination's, and the handover can be sent."""
+    """The guest belongs to the destination, and the handover can be sent."""
 
 
 @dataclass
@@ -58,7 +58,9 @@ class Barriers:
         self._passed: list[trio.Event] = []
 
     def add(self) -> tuple[int, trio.Event]:
-        """The number of a new barrier, and the event that is set when the barrier is passed."""
+        """Return the number of a new barrier, and the event that is set when the barrier is
+        passed.
+        """
         self._passed.append(trio.Event())
         return len(self._passed) - 1, self._passed[-1]
 
@@ -67,9 +69,9 @@ class Barriers:
 
 
 class Context:
-    """Of one migration, from its request to its end.
+    """What the parts of one migration share, from its request to its end.
 
-    ``session_id``: what ``lanes`` are for (:func:`migrate.protocol.session.new_id`).
+    ``session_id``: the session of ``lanes`` (:func:`migrate.protocol.session.new_id`).
     """
 
     def __init__(
@@ -100,13 +102,15 @@ class Context:
         self.signals = Signals()
         self.barriers = Barriers()
         self.postcopy_asked = False
-        """By an administrator, instead of further rounds of precopy."""
+        """An administrator has asked for the switchover instead of further rounds of precopy."""
         self.last_word: m.Message | None = None
-        """What a destination that was cut off is to be sent, if it comes back or can be dialled."""
+        """The message that is owed to a destination which was cut off.  It is sent when the
+        destination dials or can be dialled.
+        """
         self.lost_at = 0.0
-        """When the destination was last in touch, if the lanes are lost (time.monotonic())."""
+        """The time at which the lanes were lost (time.monotonic()), or 0."""
         self.source: Source | None = None
-        """``None``: the domain is not open yet, or nothing is needed of the domain any more."""
+        """``None`` if the domain is not open yet, or is not needed any more."""
         self.push: PushLane | None = None
         self.pull: LaneConnection | None = None
         self.backlog = _nothing_missing()
@@ -134,8 +138,8 @@ class Context:
                 raise
 
     def fail(self, state: State, reason: str) -> None:
-        """End the migration.  Whoever is shown the end is shown the reason as well.  Blocks: run
-        the call in a thread.
+        """End the migration and show the reason, which is set before the state.  Blocks: run the
+        call in a thread.
         """
         self.progress.problem = reason
         self.ownership.enter(state)
@@ -146,7 +150,7 @@ class Context:
         return self.entry.domain.name
 
     def is_domain(self, domain: Domain, name: str) -> None:
-        """The guest's domain, as the hypervisor has it."""
+        """Note the guest's domain and its name, as the hypervisor has them."""
         self.entry.domain = dataclasses.replace(
             self.entry.domain, handle=domain.handle, name=name or self.name
         )
@@ -161,7 +165,9 @@ class Context:
         self.progress.pages_done = self.progress.pages_total - self.progress.outstanding
 
     def give_back(self) -> None:
-        """Drop what is as large as the guest: ``list`` shows a migration for long after its end."""
+        """Release the memory that is proportional to the guest, because ``list`` shows a migration
+        long after its end.
+        """
         self.source = None
         self.backlog = _nothing_missing()
 

@@ -52,9 +52,9 @@ log = logging.getLogger(__name__)
 
 PROGRESS_EVERY_S, IDLE_EVERY_S = 0.2, 2.0
 GIVEN_UP = "given up"
-"""The step in the journal of a migration that owes its receiver a message and nothing else."""
+"""The journal step of a migration whose receiver is owed a message and nothing else."""
 KEPT = 100
-"""Ended migrations that ``list`` still shows."""
+"""The number of ended migrations that ``list`` still shows."""
 
 
 class SenderDaemon:
@@ -105,7 +105,7 @@ class SenderDaemon:
             )
 
     def _take_up(self, session: str, facts: dict[str, Any]) -> None:
-        """What a predecessor has left."""
+        """Resume a migration that a predecessor has left."""
         lanes_again = rejoining(session, facts, self._awaited, self._config.terms)
         migration = OutgoingMigration.of_predecessor(
             session, self._hypervisor, lanes_again, self._journal, facts
@@ -121,12 +121,12 @@ class SenderDaemon:
         if not self._stopping:
             self._stopping = True
             for migration in self._running():
-                with contextlib.suppress(MigrationError):  # too late
+                with contextlib.suppress(MigrationError):  # it may be too late to cancel
                     migration.requests.cancel("because the sender is being stopped")
         needed = [m for m in self._migrations.values() if m.id in self._active or m.holds_pages]
         if needed:
             waiting = ", ".join(f"{m.domain_name} ({m.phase}, {m.to_go})" for m in needed)
-            notify(f"STATUS=stopping, but guests elsewhere need their pages still: {waiting}")
+            notify(f"STATUS=stopping, but guests elsewhere still need their pages: {waiting}")
             self._waiting.log(
                 "waiting for guests elsewhere: %s", waiting, about=[m.id for m in needed]
             )
@@ -174,7 +174,7 @@ class SenderDaemon:
                 await migration.requests.check_decision(**decision_of(request))
                 await connection.answer("result")
             case "decide":
-                # Also one that has ended with an error, whose pages are kept.
+                # A migration that has ended with an error may still keep pages.
                 migration = find_migration(self._migrations.values(), request["migration"])
                 runs = migration.id in self._active
                 await migration.requests.decide(**decision_of(request))
@@ -187,7 +187,7 @@ class SenderDaemon:
                 raise MigrationError(f"unknown command {other!r}")
 
     async def _migrate(self, request: Json, connection: ControlConnection) -> None:
-        """For the command line."""
+        """Carry out a request of the command line."""
         destination = parse_address(str(request["destination"]), RECEIVER_PORT)
         domains = await trio.to_thread.run_sync(self._hypervisor.domains)
         domain = find_domain(domains, str(request["domain"])).id
@@ -218,11 +218,13 @@ class SenderDaemon:
         await connection.answer("result", result=migration.result())
 
     async def _save(self, request: Json, connection: ControlConnection) -> None:
-        """For xl's helper: the receiver is told by xl's stream where we are, and dials."""
+        """Carry out a request of xl's helper.  xl's stream carries the sender's address to the
+        receiver, and the receiver dials.
+        """
         session, token = new_id(), new_token()
         awaited = AwaitedLanes(token, timeout_s=self._config.sender.peer_timeout_s)
         options = _options(self._config.migration, request)
-        # It may ask a name server.
+        # In a thread, because the call may ask a name server.
         host, port = await trio.to_thread.run_sync(advertised, self._config.sender, self._port)
         try:
             target, policy = await trio.to_thread.run_sync(self._look_at, int(request["domid"]))
@@ -238,7 +240,7 @@ class SenderDaemon:
             )
             self._admit(migration)
         except OccupiedError as error:
-            # Xen's own live migration may not touch it either.
+            # Xen's own live migration must not touch the domain either.
             await connection.answer("refused", message=str(error))
             return
         try:
@@ -264,7 +266,7 @@ class SenderDaemon:
             tasks.cancel_scope.cancel()
 
     def _look_at(self, domid: int) -> tuple[DomainId, tuple[bytes, bytes]]:
-        """Which domain it is, and its CPU policy.  Raises as :func:`check_free` does."""
+        """Return the domain's identity and its CPU policy.  Raises as :func:`check_free` does."""
         with self._hypervisor.open(domid) as domain:
             check_free(domain, MigrationOptions())
             return domain.info().id, domain.cpu_policy()
@@ -279,13 +281,13 @@ class SenderDaemon:
         if awaited is None:
             self._journal.check_understood(greeting.session)
             raise UnknownSessionError(
-                "a lane for a session that nobody awaits here: this is a sender, and receivers "
+                "a lane for a session that this sender does not have: receivers "
                 f"listen on port {RECEIVER_PORT} by default"
             )
         return awaited
 
     def _start(self, migration: OutgoingMigration) -> trio.Event:
-        """The migration is the daemon's: a client that goes away does not end the migration."""
+        """Start the migration as a task of the daemon, so that it does not end with the client."""
         self._admit(migration)
         return self._begin(migration)
 
@@ -304,13 +306,13 @@ class SenderDaemon:
         self._active.add(migration.id)
 
     def _begin(self, migration: OutgoingMigration) -> trio.Event:
-        """Returns what is set when the migration has ended."""
+        """Start the migration's task.  Returns the event that is set when the task has ended."""
         ended = trio.Event()
         self._nursery.start_soon(self._carry_out, migration, ended)
         return ended
 
     async def _listen(self, migration: OutgoingMigration, connection: ControlConnection) -> None:
-        """What the client says meanwhile."""
+        """Carry out what the client sends during the migration."""
         while (request := await connection.request()) is not None:
             try:
                 match request.get("command"):
@@ -353,7 +355,7 @@ def _line(migration: OutgoingMigration) -> dict[str, Any]:
     progress = {"phase": migration.phase, **asdict(migration.progress)}
     checkpoint_at = progress.pop("checkpoint_at")
     if latency := migration.context.receiver_statistics.get("fault_latency_us"):
-        # All of the faults; the last report of the receiver has those up to its own time.
+        # These count all faults; the last report of the receiver has only the faults before it.
         progress |= {"faults": latency["count"], "latency_us": round(latency["p50"])}
     return {
         "id": migration.id,
@@ -369,7 +371,7 @@ def _line(migration: OutgoingMigration) -> dict[str, Any]:
 
 
 def _options(config: MigrationConfig, request: Json) -> MigrationOptions:
-    """The options of a migration by xl: those of the configuration, and of xl's environment."""
+    """Return the options of a migration by xl, from the configuration and from xl's environment."""
     strategy = request.get("strategy") or config.strategy
     try:
         return MigrationOptions(Strategy(strategy), config.policy, config.bandwidth)

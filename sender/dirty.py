@@ -2,20 +2,20 @@
 """What changes in a guest while the guest is copied: its writes, as log-dirty records them, and its
 balloon.
 
-Log-dirty has one user.  Each look checks that log-dirty is still on.  If somebody has switched it
-off, the record looks as if the guest had written nothing.
+Log-dirty has one user.  Each reading checks that log-dirty is still on.  If another program has
+switched it off, the record looks as if the guest had written nothing.
 
 Log-dirty does not record the balloon.  Up to Xen 4.18 a pfn that loses its frame or gets another
-frame is not recorded.  Writes to the new frame are not recorded until the next look (Xen commit
+frame is not recorded.  Writes to the new frame are not recorded until the next reading (Xen commit
 98fccdf0ac).  A search of the whole physmap finds a pfn without a frame, but no pfn that was given
-away and taken back between two looks.
+away and taken back between two readings.
 
 So the guest can get no frame while it is copied.  The sender sets the domain's maximum below what
 the domain has, and the balloon driver tries again after the migration.  The guest can still give
 frames away.  Its number of frames is smaller then, and the sender searches the physmap.
 
-An administrator may set another maximum meanwhile (``xl mem-set``, ``xl mem-max``).  The next look
-finds the other maximum, sets its own again, and counts every page as written.
+An administrator may set another maximum meanwhile (``xl mem-set``, ``xl mem-max``).  The next
+reading finds the other maximum, sets its own again, and counts every page as written.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ log = logging.getLogger(__name__)
 
 WRITTEN_AT_LAST_LOOK = 0x80
 NO_FURTHER = 1
-"""The maximum for a domain that is to get no frame: fewer frames than any domain has, and a number
-that nobody else would set.
+"""The maximum for a domain that must get no frame.  Every domain has more frames, and no
+administrator would set this number.
 """
 
 
 def limit_of(domain: Domain) -> int:
-    """How many frames a domain may have, when it is not being copied."""
+    """Return the number of frames that a domain may have when it is not being copied."""
     frames = domain.reservation()
-    # A sender that was killed may have left it so, without a successor.
+    # A sender that was killed, and has no successor, may have left the domain with this maximum.
     return frames.tot_pages if frames.max_pages == NO_FURTHER else frames.max_pages
 
 
 class DirtyLog:
-    """``max_pages``: the domain's own limit.  ``enabled``: log-dirty may be on, and then a
-    predecessor enabled it, since Xen refuses a second user.
+    """The dirty log of one domain.  ``max_pages``: the domain's own limit.  ``enabled``: log-dirty
+    may be on.  If it is, a predecessor enabled it, because Xen refuses a second user.
     """
 
     def __init__(self, domain: Domain, max_pages: int, *, enabled: bool = False):
@@ -66,25 +66,25 @@ class DirtyLog:
         try:
             self._domain.log_dirty_enable()
         except XenError as error:
-            self._enabled = error.errno != errno.EBUSY  # otherwise it may be half so
+            self._enabled = error.errno != errno.EBUSY  # after other errors it may be partly on
             raise
         self._enabled = self._holds_balloon = True
         self._hold_balloon()
-        # Writes to a frame that has come meanwhile are recorded from now on.  All memory is still
+        # Writes to frames that were added meanwhile are recorded from now on.  All memory is still
         # to be copied.
         self._domain.log_dirty(clean=True)
         self._heat = np.zeros(self._domain.nr_pfns, dtype=np.uint8)
 
     def memory(self) -> PfnMask:
-        """Everything that is to be copied: each pfn that has memory.  Called when every writer is
-        recorded.
+        """Return each pfn that has memory, all of which must be copied.  Called when the writes of
+        every writer are recorded.
         """
         self._tot_pages = self._domain.reservation().tot_pages
         self._present = present(self._domain)
         return self._present.copy()
 
     def disable(self) -> None:
-        """If it is enabled."""
+        """Restore the domain's limit and switch log-dirty off, if this object has changed them."""
         if self._holds_balloon:
             self._let_balloon_go()
             self._holds_balloon = False
@@ -93,8 +93,8 @@ class DirtyLog:
             self._enabled = False
 
     def read(self) -> PfnMask:
-        """The pages written since the last reading.  Of each page eight bits are kept, one for each
-        of the last eight readings, the newest in the highest bit.
+        """Return the pages written since the last reading.  Each page has eight bits, one for each
+        of the last eight readings; the newest is the highest bit.
         """
         bitmap, moved = self._read()
         written = mask_from_bitmap(bitmap, self._domain.nr_pfns)
@@ -103,8 +103,8 @@ class DirtyLog:
         return written if moved is None else written | moved
 
     def read_last(self) -> NDArray[np.uint8]:
-        """As :meth:`read`, of a suspended guest, as a bitmap.  No step takes time in proportion to
-        the guest, unless the balloon has moved since the last look.
+        """Return the pages of a suspended guest written since the last reading, as a bitmap.  No
+        step takes time in proportion to the guest, unless the balloon has moved since then.
         """
         bitmap, moved = self._read()
         self._let_balloon_go()
@@ -113,10 +113,10 @@ class DirtyLog:
         return bitmap
 
     def hottest(self, written: PfnArray, most: int) -> PfnArray:
-        """Up to ``most`` of the pages written since the last reading: those that are written most
-        often.
+        """Return up to ``most`` of the pages written since the last reading: those that are written
+        most often.
 
-        Most of them are the kernel's own, and the guest needs them at once: each would be a fault
+        Most of them belong to the guest's kernel, which needs them at once.  Each would be a fault
         before the guest does anything else.
         """
         heat = self._heat[written]
@@ -124,7 +124,7 @@ class DirtyLog:
         return np.sort(written[order[heat[order] >= WRITTEN_AT_LAST_LOOK]])
 
     def _read(self) -> tuple[NDArray[np.uint8], PfnMask | None]:
-        """Log-dirty, and which other pages may have changed, if any."""
+        """Return the dirty bitmap, and the other pages that may have changed, if any."""
         frames = self._domain.reservation()
         came = frames.max_pages != NO_FURTHER
         if came:
@@ -133,13 +133,14 @@ class DirtyLog:
             )
             self.max_pages = frames.max_pages
             self._hold_balloon()
-        # After that: what is written to frames that came until now is recorded from here on.
+        # After the limit was set: writes to frames that exist now are recorded from here on.
         bitmap = self._domain.log_dirty(clean=True)
         if not self._domain.log_dirty_is_on():
             self._enabled = False
             raise MigrationError(
-                "somebody has switched log-dirty off, so that it is not known what the guest has "
-                "written: end what else migrates or saves this guest, and migrate it again"
+                "another program has switched log-dirty off, so that the pages that the guest has "
+                "written are unknown: end what else migrates or saves this guest, and migrate it "
+                "again"
             )
         if not came and frames.tot_pages == self._tot_pages:
             return bitmap, None

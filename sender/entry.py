@@ -24,37 +24,37 @@ FACTS: dict[str, tuple[type, ...]] = {
     "max_pages": (int,),
     "applied": (bool,),
 }
-"""The facts that this end alone notes, with the types of their values."""
+"""The facts that only this end notes, with the types of their values."""
 NOT_ALWAYS_NOTED = ("handle", "rejoins", "ran", "recall", "max_pages", "applied")
-"""An earlier release did not."""
+"""The facts that an earlier release did not note."""
 
 
 @dataclass
 class Entry:
     domain: DomainId
     options: MigrationOptions
-    """Of these the journal has the strategy, the bandwidth and the interval of checkpoints."""
+    """The journal has the strategy, the bandwidth and the interval of checkpoints of these."""
     xl: bool
     """A toolstack decides at which end the guest runs."""
     key: bytes = field(default_factory=new_token)
-    """The session's key, by which a connection proves that it is the same destination's."""
+    """The session's key, which proves that a connection is from the same destination."""
     max_pages: int = 0
-    """The domain's own limit of frames, which is another one while the guest is copied.  0: the
-    limit is not known and is not restored.
+    """The domain's own limit of frames; the domain has another limit while the guest is copied.  0:
+    the limit is not known and is not restored.
     """
     restored_domid: int | None = None
-    """The domid of the domain in which the guest goes on as it was at a checkpoint."""
+    """The domid of the domain in which the guest continues from a checkpoint."""
     applied: bool = False
-    """The source domain has pages of a checkpoint, or has lost pages to the successor: the guest
-    cannot be resumed in the source domain.
+    """The guest cannot be resumed in the source domain, because pages of a checkpoint were written
+    into it or pages of it were moved into the restored domain.
     """
     ran: bool = False
     """The destination has reported that the guest runs there."""
     recall: bool = False
-    """An operator has the guest go on here, though it was handed over."""
+    """An operator has decided that the guest continues here, although it was handed over."""
 
     def facts(self) -> dict[str, Any]:
-        """As JSON can have them."""
+        """Return the facts as JSON can have them."""
         handle = self.domain.handle
         return {
             "domain": self.domain.name,
@@ -74,13 +74,13 @@ class Entry:
 
 
 def read_entry(facts: dict[str, Any], *, has_checkpoint: bool) -> tuple[Entry, State]:
-    """What a predecessor has noted.  ``has_checkpoint``: its checkpoint file is there.
+    """Return what a predecessor has noted.  ``has_checkpoint``: its checkpoint file exists.
 
     Raises ``ValueError`` for an entry that this release must not act on.
     """
     check_facts(facts, INHERITED, FACTS, NOT_ALWAYS_NOTED)
     step, handle = facts["step"], facts.get("handle")
-    # An earlier release accepted less than a page a second.
+    # An earlier release accepted a bandwidth of less than a page a second.
     bandwidth = facts["bandwidth"]
     options = MigrationOptions(
         Strategy(facts["strategy"]),
@@ -96,7 +96,7 @@ def read_entry(facts: dict[str, Any], *, has_checkpoint: bool) -> tuple[Entry, S
         bytes.fromhex(facts["key"]),
         facts.get("max_pages", 0),
         facts["successor"],
-        # A release that did not note this has applied the checkpoint that is there.
+        # A release that did not note this had applied any checkpoint that exists.
         facts.get("applied", step == "going back" or has_checkpoint),
         facts.get("ran", False),
         facts.get("recall", False),

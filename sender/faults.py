@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The fault server: a thread that waits for faults on the pull lane and answers each at once.
 
-It shares only the backlog with the event loop, so that a fault never queues behind the push.
-Read-ahead of the receiver is answered by the same thread, whenever no fault is waiting.  Native
-code answers nearly all faults before they get here (``migrate/fastpath/api.py``).
+The thread shares only the backlog with the event loop, so that a fault never queues behind the
+push.  The same thread answers the receiver's read-ahead, whenever no fault is waiting.  Native code
+answers nearly all faults before they reach this code (``migrate/fastpath/api.py``).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from xenbackend.contract import Domain
 from xenbackend.pages import PfnArray
 
 AHEAD_PIECE = 64
-"""Pages that are sent ahead at a time: a fault waits for them."""
+"""The most pages that are sent ahead in one step, for the end of which a fault has to wait."""
 
 
 class FaultServer:
@@ -50,14 +50,14 @@ class FaultServer:
         self._native = None if lane is None else NativeFaultServer(lane)
 
     def open(self, backlog: Backlog) -> None:
-        """The receiver may ask from here on, for these."""
+        """Answer faults for the pages of ``backlog`` from here on."""
         self._backlog = backlog
         pages = self._domain.native_pages()
         if self._native is not None and pages is not None:
             self._native.open(pages, backlog.pages)
 
     async def serve(self) -> None:
-        """Until cancelled, or until the receiver, being done, has closed the lane."""
+        """Serve faults until cancelled, or until the receiver has completed and closed the lane."""
         await run_in_thread(self._serve, self._stop, urgent=True)
 
     def _stop(self) -> None:
@@ -66,14 +66,14 @@ class FaultServer:
 
     def _serve(self) -> None:
         try:
-            self._answer()  # what has come in one packet with the hello
+            self._answer()  # a fault may have arrived in one packet with the hello
             while True:
                 if not self._ahead or self._pull.readable():
                     self._receive()
                 else:
                     pfns = self._ahead.popleft()
-                    # No vCPU waits for this page yet.  It counts as background copying, which has
-                    # to wait instead.
+                    # No vCPU waits for this page yet.  It counts as background copying, which is
+                    # delayed for it.
                     self._cap.spend(
                         self._send(pfns[~self._backlog.is_done(pfns)]), time.monotonic()
                     )
@@ -113,7 +113,7 @@ class FaultServer:
             self._pull.native_received(received)
 
     def _send(self, pfns: PfnArray) -> int:
-        """Returns the bytes that it took."""
+        """Send these pages.  Returns the number of bytes that were sent."""
         if not len(pfns):
             return 0
         with self._domain.map_pages(pfns) as mapped:

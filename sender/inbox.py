@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class Inbox:
-    """Of one push lane."""
+    """Receives the messages of one push lane."""
 
     def __init__(self, context: Context, source: Source, push: PushLane):
         self._context = context
@@ -33,8 +33,10 @@ class Inbox:
         self._push = push
 
     async def receive(self) -> None:
-        """Until the destination reports that nothing is missing.  Raises as :func:`raise_end`."""
-        # The guest stands still for some of the messages.
+        """Receive until the destination reports that nothing is missing.  Raises as
+        :func:`raise_end` does.
+        """
+        # The thread is urgent, because the guest is suspended until some of the messages arrive.
         stop = self._push.connection.stop_receiving
         await run_in_thread(self._receive, stop, urgent=True)
 
@@ -75,7 +77,7 @@ class Inbox:
             log.info(about, context.name, stats.downtime_s * 1000)
         context.entry.ran = True
         if context.ownership.state is not State.UNDECIDED:
-            context.ownership.note()  # for a successor's operator
+            context.ownership.note()  # a successor shows this to its operator
         trio.from_thread.run_sync(context.signals.resumed.set)
 
     def _release(self, message: m.Loaded | m.Dropped) -> None:
@@ -103,34 +105,34 @@ class Inbox:
 
 
 def unprotected(context: Context, problem: str) -> None:
-    """No further checkpoints are kept.  The last one stays good."""
+    """Note that no further checkpoints are kept.  The last one stays valid."""
     if not context.progress.unprotected:
         log.error("%s is not protected any more: %s", context.name, problem)
         context.progress.unprotected = problem
 
 
 def completed(context: Context, message: m.Complete) -> None:
-    """Nothing is missing at the destination.  Called in the event loop."""
+    """Note that nothing is missing at the destination.  Called in the event loop."""
     context.receiver_statistics = receiver_statistics(message.statistics)
     context.signals.resumed.set()
     context.signals.complete.set()
 
 
 def raise_end(context: Context, message: m.Ended | m.Failed) -> NoReturn:
-    """Nothing more comes from the destination.
+    """Raise the error for a destination that sends nothing more.
 
     Raises :class:`StaysHereError` if the guest never ran there, :class:`GuestEndedError` if the
     guest has ended there, and :class:`MigrationError` otherwise.
     """
     if isinstance(message, m.Failed):
-        raise MigrationError(f"the destination cannot go on: {message.reason}")
+        raise MigrationError(f"the destination cannot continue: {message.reason}")
     if not context.ownership.handed_over and not message.ran:
         raise StaysHereError(f"the destination has given the guest up: {message.reason}")
     raise GuestEndedError(f"the guest ended at the destination: {message.reason}")
 
 
 def receiver_statistics(data: bytes) -> dict[str, Any]:
-    """The destination's counters, which decide nothing here."""
+    """Return the destination's counters, which are shown only."""
     try:
         return from_peer(json.loads(data))
     except (ValueError, RecursionError) as error:

@@ -25,10 +25,10 @@ entry then, and the next sender tries again.
 
 
 def lose(context: Context, gone: str, shown: str = "") -> str:
-    """Pages that the destination lacks are lost, because of what is ``gone``.
+    """End the migration because pages that the destination lacks are lost.  ``gone``: the cause.
 
-    Returns the reason, which the destination is sent.  Here the reason is shown as well, unless
-    something else is ``shown``.  Called in a thread.
+    Returns the reason, which is sent to the destination.  The reason is shown here as well, unless
+    there is another text, ``shown``.  Called in a thread.
     """
     reason = m.printable(f"{gone}: the pages that it lacks at the destination are lost")
     context.last_word = m.Lost(reason)
@@ -37,11 +37,11 @@ def lose(context: Context, gone: str, shown: str = "") -> str:
 
 
 async def send_last_word(context: Context) -> None:
-    """If one is owed: until the destination has it."""
+    """Send the last word until the destination has it, if one is owed."""
     if context.last_word is None:
         return
-    # A destination that dials, and finds no session here, has the same answer by that, unless
-    # pages are lost.
+    # A destination that dials and is refused, because there is no session here, has the same
+    # answer, unless pages are lost.
     awaits_us = context.lanes.dials is not None or isinstance(context.last_word, m.Lost)
     pending = "; the destination has not been informed yet"
     if context.lanes.dials is not None:
@@ -62,22 +62,24 @@ async def send_last_word(context: Context) -> None:
 
 
 async def _is_sent(context: Context, word: m.Message) -> bool:
-    """One attempt, which waits for a connection.  True if no further attempt is needed."""
+    """Wait for a connection and send the message once.  Returns whether no further attempt is
+    needed.
+    """
     connection: LaneConnection | None = None
     try:
         connection = await context.lanes.again(log.debug)
         if isinstance(word, m.Lost) and m.LOST not in connection.capabilities:
-            about = "%s: the release at the destination cannot be told: destroy it there"
+            about = "%s: the release at the destination does not have `lost`: destroy it there"
             log.warning(about, context.name)
             return True
         if context.entry.recall and m.RECALL in connection.capabilities:
             reason = f"an operator has decided at the source that {context.name} runs there"
             word = m.Recall(m.printable(reason))
         await connection.send(word)
-        with step_timeout("the destination does not say that it has let the guest go"):
+        with step_timeout("the destination did not confirm the end of the migration"):
             answer, _pages = await connection.receive()
         return isinstance(answer, m.Failed | m.Ended)
-    except UnknownSessionError:  # the destination has nothing of the guest any more
+    except UnknownSessionError:  # nothing of the guest is left at the destination
         if context.entry.recall:
             warning = (
                 "the destination has forgotten the migration: make sure that the guest does not "
@@ -87,7 +89,7 @@ async def _is_sent(context: Context, word: m.Message) -> bool:
             log.error("%s: %s", context.name, warning)
         return True
     except Exception as error:
-        about = "%s: the destination has not been told yet how it ended: %s"
+        about = "%s: the destination has not been informed of the end yet: %s"
         log.info(about, context.name, error, exc_info=is_bug(error))
         return False
     finally:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One outgoing migration as the daemon has it, made of a request or of what a predecessor left.
+"""One outgoing migration as the daemon has it, from a request or from a predecessor's journal.
 
 The order of things is in ``transfer.py``.  Who owns the guest is in one table, ``ownership.py``.
 What an operator may ask for meanwhile is in ``requests.py``.
@@ -43,11 +43,11 @@ log = logging.getLogger(__name__)
 LOG_DIRTY_MAY_BE_ON = frozenset(
     {State.COPYING, State.SUSPENDED, State.HANDED_OVER, State.DECIDED_HERE}
 )
-"""States in which a predecessor may have left log-dirty on."""
+"""The states in which a predecessor may have left log-dirty on."""
 
 
 class OutgoingMigration:
-    """What the daemon has of one migration."""
+    """One outgoing migration, as the daemon has it."""
 
     def __init__(self, context: Context, policy: Policy | None = None):
         self.context = context
@@ -68,7 +68,9 @@ class OutgoingMigration:
         toolstack: Toolstack | None = None,
         policy: Policy | None = None,
     ) -> OutgoingMigration:
-        """``session_id``: what ``lanes`` are for (:func:`migrate.protocol.session.new_id`)."""
+        """Return a new migration.  ``session_id``: the session of ``lanes``
+        (:func:`migrate.protocol.session.new_id`).
+        """
         toolstack = toolstack or OwnToolstack()
         entry = Entry(domain, options, toolstack.destroys_source)
         context = Context(session_id, hypervisor, lanes, journal, toolstack, entry, State.OFFERING)
@@ -83,7 +85,8 @@ class OutgoingMigration:
         journal: Journal,
         facts: dict[str, Any],
     ) -> OutgoingMigration:
-        """What a daemon has left that died, by its journal; ``lanes`` are for rejoining only.
+        """Return the migration of a daemon that has died, from its journal.  ``lanes`` are for
+        rejoining only.
 
         Raises ``ValueError`` or :class:`MigrationError` for an entry that this release must not act
         on.
@@ -94,7 +97,7 @@ class OutgoingMigration:
         context = Context(session_id, hypervisor, lanes, journal, toolstack, entry, state)
         context.progress.problem = TAKING_UP
         if state is State.GIVEN_UP:
-            context.progress.problem = "given up, before the sender was started anew"
+            context.progress.problem = "given up, before the sender was restarted"
             context.last_word = m.Abort("the guest stays at the source")
         return cls(context)
 
@@ -121,17 +124,17 @@ class OutgoingMigration:
 
     @property
     def has_ended(self) -> bool:
-        """Nothing more comes of the migration."""
+        """Whether the migration has ended."""
         return self.ownership.has_ended
 
     @property
     def keeps_pages(self) -> bool:
-        """The guest lives at the destination, and some of its pages only here."""
+        """Whether the guest is at the destination, and some of its pages may be only here."""
         return self.ownership.may_be_elsewhere and not self.has_ended
 
     @property
     def holds_pages(self) -> bool:
-        """The domain is gone, and its pages live by this process."""
+        """Whether this process holds the pages of a domain that the toolstack destroys."""
         return self.keeps_pages and self.context.toolstack.destroys_source
 
     @property
@@ -145,20 +148,22 @@ class OutgoingMigration:
 
     @property
     def to_go(self) -> str:
-        """In words, what is outstanding."""
+        """What is outstanding, in words."""
         if "outstanding" in self.unknown:
             return "its missing pages are not counted yet"
         return f"{self.progress.outstanding} pages to go"
 
     def result(self) -> dict[str, Any]:
-        """The JSON keys that docs/commands.md explains."""
+        """Return the result, with the JSON keys that docs/commands.md explains."""
         ours, theirs = self.context.statistics.summary(), self.context.receiver_statistics
         ours["bytes_sent"] += sum(lane.bytes_sent for lane in self.context.connections())
         return {**theirs, "id": self.id, "domain": self.domain_name, **ours}
 
     # ---- the lifetime ----
     async def run(self) -> None:
-        """Raises :class:`MigrationError` or ``XenError``; ``ownership`` has where the guest is."""
+        """Carry the migration out.  Raises :class:`MigrationError` or ``XenError``; ``ownership``
+        then has where the guest is.
+        """
         context = self.context
         logs.migration.set(context.id)
         context.statistics.started = time.monotonic()
@@ -198,7 +203,9 @@ class OutgoingMigration:
         await send_last_word(self.context)
 
     async def _open(self) -> Source | None:
-        """``None``: a predecessor has completed the migration."""
+        """Open the guest's domain.  Returns ``None`` if a predecessor has completed the
+        migration.
+        """
         context = self.context
         try:
             domain = await as_soon_as_threads_start(self._open_domain)
@@ -221,8 +228,8 @@ class OutgoingMigration:
         return context.source
 
     async def _open_domain(self) -> Domain:
-        """Raises ``XenError``; if a guest elsewhere may need this domain's pages, only
-        :class:`NoSuchDomainError`.
+        """Return the domain.  Raises ``XenError``.  For a predecessor's migration only
+        :class:`NoSuchDomainError` is raised, because a guest elsewhere may need the domain's pages.
         """
         domid, handle = self.domain.domid, self.domain.handle
         while True:
@@ -233,14 +240,14 @@ class OutgoingMigration:
             except XenError as error:
                 if not self.ownership.inherited:
                     raise
-                problem = f"what was left here cannot be taken up yet: {error}; trying again"
+                problem = f"the migration cannot be resumed yet: {error}; trying again"
                 self.progress.problem = problem
                 log.error("%s: %s", self.domain_name, problem)
                 await trio.sleep(AGAIN_S)
 
     def _source_is_gone(self, error: XenError) -> None:
-        """A predecessor's domain.  Returns if all was done; raises :class:`MigrationError`
-        otherwise.
+        """End the migration of a predecessor whose domain does not exist any more.  Raises
+        :class:`MigrationError`, unless the migration was completed.
         """
         state = self.ownership.state
         gone = f"{self.domain_name} is gone, and was here before the sender died"
@@ -259,7 +266,7 @@ class OutgoingMigration:
         raise reason from error
 
     async def _cancelled(self) -> MigrationError:
-        """Why the scope was cancelled."""
+        """Return why the scope was cancelled."""
         decision = self.requests.decision
         if decision is None:
             return MigrationError(self.requests.cancelled)
@@ -270,7 +277,9 @@ class OutgoingMigration:
         return verdict(decision)
 
     async def _carry_out(self, decision: State) -> None:
-        """After an error that has ended :meth:`run`, with the guest's pages kept."""
+        """Carry a decision out after an error has ended :meth:`run` and the guest's pages are
+        kept.
+        """
         rollback, source = self.requests.rollback, self.context.source
         assert rollback is not None and source is not None
         with trio.CancelScope(shield=True):

@@ -26,25 +26,25 @@ class Decision(Enum):
 
 @dataclass(frozen=True)
 class PrecopyProgress:
-    """Where precopy stands after a batch."""
+    """The state of precopy after a batch."""
 
     round: int
-    """1 is the first, of all memory."""
+    """The number of the round; round 1 is of all memory."""
     round_finished: bool
     dirty_pages: int
-    """Pages to send if the round ended now: at the end of a round the pages dirtied during it,
-    within a round the pages that are left of it.
+    """The pages that remain to be sent.  At the end of a round they are the pages dirtied during
+    it; within a round they are the rest of the round.
     """
     previous_dirty_pages: int
-    """The same at the end of the round before (first round: all pages)."""
+    """``dirty_pages`` at the end of the round before; in the first round, all pages."""
     bytes_per_s: float
-    """As measured so far; 0 when unknown."""
+    """The measured rate of sending; 0 if it is unknown."""
     postcopy_asked: bool = False
-    """Somebody said ``postcopy-now``."""
+    """An administrator has requested ``postcopy-now``."""
 
     @property
     def stop_and_copy_ms(self) -> float:
-        """How long sending the dirty pages would take."""
+        """Return the time that sending the dirty pages would take."""
         return (
             self.dirty_pages * PAGE_SIZE / self.bytes_per_s * 1000
             if self.bytes_per_s

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Precopy: rounds over the pages that the guest has written, and early eviction of those that will
-not be sent before the switchover.
+"""Precopy: rounds over the pages that the guest has written, and early eviction of the pages that
+will not be sent before the switchover.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ class SwitchoverPlan:
     """What precopy leaves to the switchover."""
 
     deferred: PfnMask
-    """What the receiver has been told to evict."""
+    """The pages that the receiver was asked to evict."""
     unsent: NDArray[np.uint8]
-    """What else is known to be unsent, as a bitmap."""
+    """All other unsent pages that are known, as a bitmap."""
     pinned: PfnArray
     """The pinned set, as far as it is known."""
 
 
 def _counted(get: Callable[[], PfnMask]) -> tuple[PfnMask, int]:
-    """A set and its size.  In a thread."""
+    """Return a set and its size.  Called in a thread."""
     pages = get()
     return pages, int(np.count_nonzero(pages))
 
 
 class Precopy:
-    """Of one guest, over one push lane."""
+    """The precopy of one guest over one push lane."""
 
     def __init__(self, context: Context, source: Source, push: PushLane, policy: Policy):
         self._context = context
@@ -63,7 +63,9 @@ class Precopy:
         self._statistics = context.statistics
 
     def stop_and_copy_fits(self, dirty: int) -> bool:
-        """Sending the rest now, instead of after the handover: always where there is no after."""
+        """Whether ``dirty`` pages can be sent before the handover.  With a strategy that sends no
+        pages after the handover, they have to be.
+        """
         if not self._options.strategy.pages_after_handover:
             return True
         stats = self._statistics
@@ -72,7 +74,9 @@ class Precopy:
         )
 
     async def run(self) -> SwitchoverPlan:
-        """Raises :class:`MigrationError` where the policy gives up."""
+        """Do the rounds and the early eviction.  Raises :class:`MigrationError` if the policy gives
+        up.
+        """
         dirty_log = self._dirty_log
         progress, stats = self._progress, self._statistics
         await trio.to_thread.run_sync(dirty_log.enable)
@@ -100,7 +104,7 @@ class Precopy:
             )
         if decision is Decision.STOP_AND_COPY:
             nothing = await trio.to_thread.run_sync(np.zeros_like, to_send)
-            await self._put_off(nothing)  # what was sent is taken in now, not in the downtime
+            await self._put_off(nothing)  # waits until the receiver has loaded what was sent
             unsent = await trio.to_thread.run_sync(bitmap_of, to_send)
             return SwitchoverPlan(nothing, unsent, NO_PFNS)
         return await self._defer(to_send)
@@ -147,12 +151,12 @@ class Precopy:
         )
 
     async def _defer(self, unsent: PfnMask) -> SwitchoverPlan:
-        """Evict pages that will not be sent any more while the guest still runs, and not in its
-        downtime.
+        """Have the receiver evict the pages that will not be sent before the handover.  This is
+        done while the guest still runs, and not in its downtime.
 
-        This takes a while, in which the guest writes more pages.  It is therefore repeated with
-        those pages, for as long as fewer pages remain to be evicted or read.  For a guest that
-        writes all of its memory, a long pass is made only once.
+        The guest writes more pages during each pass.  The pass is therefore repeated with those
+        pages, for as long as fewer pages remain to be evicted or read.  If the guest writes all of
+        its memory, only one long pass is made.
 
         Every step over a set runs in a thread: for a large guest, a step takes a second.
         """
@@ -160,12 +164,12 @@ class Precopy:
         deferred, kept_back = [
             await trio.to_thread.run_sync(np.zeros_like, unsent) for _ in range(2)
         ]
-        # The search for the pinned set may look into every page.
+        # In a thread, because the search for the pinned set may read every page.
         pinned_pfns = await trio.to_thread.run_sync(pinned, domain)
         first = True
 
         def keep_back() -> PfnMask:
-            """Returns what is to be put off."""
+            """Return the pages that the receiver has to evict in this pass."""
             nonlocal pinned_pfns
             unsent[gone] = deferred[gone] = False
             if not first:
@@ -178,7 +182,7 @@ class Precopy:
             return others
 
         def read() -> tuple[PfnMask, int, int]:
-            """What was written, and the numbers of pages to look at and to evict for it."""
+            """Return the written pages, their number, and the number of them to be evicted."""
             written, count = _counted(self._dirty_log.read)
             return written, count, int(np.count_nonzero(written & ~deferred))
 
@@ -205,11 +209,11 @@ class Precopy:
         )
 
     async def _put_off(self, unsent: PfnMask) -> None:
-        """Evict pages at the receiver.  If pages are evicted one by one, those of a large guest
-        take minutes; the time limit is therefore for each window.
+        """Have the receiver evict pages.  The time limit is for each window, because the pages of a
+        large guest take minutes if they are evicted one by one.
         """
         waiting_for = await self._barrier()
-        complaint = "the destination did not take in what it was sent"
+        complaint = "the destination did not load what it was sent"
         for base, bitmap in windows(unsent):
             await self._push.send(m.Defer(base, bitmap))
             after = await self._barrier()

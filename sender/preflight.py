@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Before anything of the guest is touched: is the domain free, and does the destination take it?"""
+"""The checks before the guest is touched: the domain is free, and the destination accepts it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from xenbackend.pages import PAGE_SIZE
 
 
 def check_free(domain: Domain, options: MigrationOptions) -> None:
-    """Raises :class:`MigrationError` for a domain that cannot be migrated as it is.  Raises
-    :class:`OccupiedError` if another migration or another program is at work on the domain.
+    """Raises :class:`MigrationError` for a domain that cannot be migrated in its present state.
+    Raises :class:`OccupiedError` if another migration or another program uses the domain.
     """
     info = domain.info()
     if info.paged_pages or domain.has_pager():
@@ -42,8 +42,8 @@ def check_free(domain: Domain, options: MigrationOptions) -> None:
     if domain.log_dirty_is_on():
         if not options.take_log_dirty:
             raise OccupiedError(
-                f"log-dirty is on for {info.name}: somebody migrates, saves or protects it, or "
-                "died when doing so; if nobody does any more, `xen-postcopy migrate "
+                f"log-dirty is on for {info.name}: a program migrates, saves or protects it, or "
+                "died when doing so; if none does any more, `xen-postcopy migrate "
                 "--take-log-dirty` (or `XEN_POSTCOPY=off xl migrate`) switches it off first"
             )
         domain.log_dirty_disable()
@@ -69,7 +69,7 @@ async def agree(context: Context, source: Source) -> PushLane:
 
 
 async def _offer(context: Context, domain: Domain, push: PushLane) -> bytes:
-    """Returns the token for the pull lane."""
+    """Offer the guest to the destination.  Returns the token for the pull lane."""
     config = await trio.to_thread.run_sync(domain.config)
     if problem := sparseness(config.nr_pfns, config.max_pages):
         raise MigrationError(problem)

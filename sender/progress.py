@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a migration shows of itself, to `list` and to the display of its progress."""
+"""The progress of a migration, which `list` and the progress display show."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ class Progress:
 
     round: int = 0
     pages_done: int = 0
-    """Of the current round, or of the pages missing at the switchover."""
+    """The pages that are done, of the current round or of the pages missing at the switchover."""
     pages_total: int = 0
     outstanding: int = 0
     faults: int = 0
     latency_us: int = 0
     bytes_sent: int = 0
     checkpoints: int = 0
-    """That have come back; the guest would go on here as it was at the last of them."""
+    """The number of checkpoints that have arrived.  The guest would continue here from the last."""
     checkpoint_at: float = 0.0
-    """When that came."""
+    """The time at which the last checkpoint arrived."""
     unprotected: str = ""
-    """Why there are no further checkpoints, though they were asked for."""
+    """Why there are no further checkpoints, although they were requested."""
     problem: str = ""

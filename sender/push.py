@@ -26,11 +26,11 @@ from xenbackend.contract import Domain
 from xenbackend.pages import MappedPages, PfnArray
 
 BATCH_PAGES = 1024
-"""Pages that are read, sent and loaded together: so many that the time spent in Python is
-negligible.
+"""The number of pages that are read, sent and loaded together.  It is so large that the time spent
+in Python is negligible.
 """
 CANCEL_GRACE_S = 2.0
-"""How long a peer has to take what is being sent, when sending is to stop."""
+"""How long a peer may take to receive the rest of a frame when sending has to stop."""
 
 Announce = Callable[[PfnArray, MappedPages], m.Pages | None]
 """Makes the message for pages that are mapped; ``None``: the pages need not be sent."""
@@ -39,7 +39,7 @@ Sent = Callable[[PfnArray, m.Pages], bool]
 
 
 class PushLane:
-    """Lives as long as its connection.  The session may outlive several push lanes."""
+    """The push lane over one connection.  A session may use several push lanes in turn."""
 
     def __init__(
         self,
@@ -80,15 +80,18 @@ class PushLane:
     async def send_batches(
         self, batches: Iterable[PfnArray], sent: Sent, announce: Announce = announce
     ) -> None:
-        """:meth:`send_all` in a thread."""
+        """Call :meth:`send_all` in a thread."""
         stop = threading.Event()
         await self.send_in_thread(
             functools.partial(self.send_all, batches, sent, announce, stop), stop.set
         )
 
     async def send_in_thread(self, send: Callable[[], None], stop: Callable[[], object]) -> None:
-        """When this is cancelled ``stop`` is called, which is to make ``send`` return."""
-        # A peer that takes nothing would hold the thread in its send: after a moment it is cut off.
+        """Run ``send`` in a thread.  On cancellation ``stop`` is called, which makes ``send``
+        return.
+        """
+        # If the peer receives nothing, the thread does not return from its call.  The connection is
+        # therefore ended after CANCEL_GRACE_S.
         cut_off = threading.Timer(CANCEL_GRACE_S, self.connection.shut)
         cut_off.daemon = True
 
@@ -108,7 +111,9 @@ class PushLane:
         announce: Announce = announce,
         stop: threading.Event | None = None,
     ) -> None:
-        """Map and send, within the bandwidth cap where there is ``stop`` to wait for."""
+        """Map and send batches of pages.  The bandwidth cap is obeyed if there is ``stop``, the
+        event that ends its pauses.
+        """
         for pfns in batches:
             with self._domain.map_pages(pfns) as mapped:
                 message = announce(pfns, mapped)
@@ -123,14 +128,14 @@ class PushLane:
                 return
 
     async def report_holes(self, pfns: PfnArray) -> PfnArray:
-        """:meth:`send_holes` in a thread; returns those that are no memory."""
+        """Call :meth:`send_holes` in a thread.  Returns the pfns that have no memory."""
         found: list[PfnArray] = []
         await self.send_in_thread(lambda: found.append(self.send_holes(pfns)[1]), lambda: None)
         return found[0]
 
     def send_holes(self, pfns: PfnArray) -> tuple[PfnArray, PfnArray]:
-        """Send the pfns that are no memory any more (ballooned) as holes.  Return the pfns that are
-        memory, and those that are not.
+        """Send the pfns that have no memory any more (ballooned) as holes.  Returns the pfns with
+        memory, and the pfns without.
         """
         present = self._domain.present(pfns)
         gone = pfns[~present]

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""When the lanes are lost after the guest was given away, or the sender was started anew.
+"""The recovery of a session whose lanes were lost after the guest was given away, or whose sender
+was restarted.
 
-The session is taken up again over a new pair of lanes: the destination reports what it lacks, and
-each of those pages is sent again.  A message that may not have arrived is sent again as well.
+The session is resumed over a new pair of lanes.  The destination reports what it lacks, and each of
+those pages is sent again.  A message that may not have arrived is sent again as well.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Recovery:
         self._source = source
 
     async def take_up_predecessor(self) -> PushLane:
-        """Rejoin a session that a sender has left that was killed."""
+        """Rejoin the session of a sender that was killed."""
         context, source = self._context, self._source
         context.session = Session.of_predecessor(
             Role.SENDER,
@@ -49,12 +50,12 @@ class Recovery:
         )
         if source.checkpoints is not None:
             await trio.to_thread.run_sync(self.take_up_checkpoint, source.checkpoints)
-        return await self.rejoin(PeerClosedError("the sender was started anew"))
+        return await self.rejoin(PeerClosedError("the sender was restarted"))
 
     async def rejoin(self, lost: Exception) -> PushLane:
-        """Until the destination is there again: returns the new push lane.
+        """Try to rejoin until the destination is there again.  Returns the new push lane.
 
-        Raises the error after which no attempt can succeed.
+        Raises an error after which no further attempt can succeed.
         """
         context = self._context
         context.lost_at = time.monotonic()
@@ -82,7 +83,7 @@ class Recovery:
         return push
 
     async def pages_are_lost(self) -> bool:
-        """True if pages that the destination may lack have gone with the source domain."""
+        """Whether pages that the destination may lack were destroyed with the source domain."""
         context = self._context
         if context.toolstack.destroys_source:
             return False  # this process holds the pages
@@ -94,19 +95,19 @@ class Recovery:
         state = (
             "the guest is at the destination, its missing pages are kept here"
             if self._context.ownership.handed_over
-            else "xl has not said yet at which end the guest runs"
+            else "xl has not decided yet at which end the guest runs"
         )
         self._context.progress.problem = f"{why}; {state}"
 
     async def _take_up_again(self, push: PushLane) -> None:
-        """Find out what the destination lacks, of pages and of messages."""
+        """Ask the destination which pages and messages it lacks, and send the messages."""
         context, checkpoints = self._context, self._source.checkpoints
         context.session.rejoin()
         if checkpoints is not None:
             await trio.to_thread.run_sync(checkpoints.abandon)
         await push.send(m.Rejoin())
         outstanding = np.zeros(self._source.domain.nr_pfns, dtype=np.bool_)
-        with step_timeout("the destination did not say what it lacks"):
+        with step_timeout("the destination did not report what it lacks"):
             while isinstance(answer := await push.receive(), m.Outstanding):
                 outstanding[pfns_of_window(answer.base, answer.bitmap)] = True
         match answer:
@@ -125,7 +126,9 @@ class Recovery:
             await context.toolstack.switched_over()
 
     def _take_backlog(self, outstanding: PfnMask) -> None:
-        """Set the backlog to what the destination lacks.  A predecessor's is not noted anywhere."""
+        """Set the backlog to what the destination lacks.  The journal has no backlog of a
+        predecessor.
+        """
         context, domain = self._context, self._source.domain
         if not context.ownership.inherited:
             domain.release(context.backlog.rejoin(outstanding))
@@ -137,8 +140,8 @@ class Recovery:
         context.ownership.inherited = False
 
     def take_up_checkpoint(self, checkpoints: CheckpointStore) -> None:
-        """A predecessor's.  Without the checkpoint the guest is not protected; its pages are here
-        still.
+        """Apply a predecessor's checkpoint again.  If that fails, the guest is not protected any
+        more, but its pages are still here.
         """
         if not self._context.entry.applied and not checkpoints.exists():
             return
@@ -149,7 +152,7 @@ class Recovery:
 
 
 def is_gone(domain: Domain, name: str) -> bool:
-    """True if somebody has destroyed the domain.  Called in a thread."""
+    """Whether the domain does not exist any more.  Called in a thread."""
     try:
         domain.state()
     except NoSuchDomainError:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What an operator, or the daemon, may ask of a migration that is under way.
 
-Each request acts, or raises a :class:`MigrationError` that says why not and what to do instead.
+Each request acts, or raises a :class:`MigrationError` with the reason and with what to do instead.
 """
 
 from __future__ import annotations
@@ -30,24 +30,26 @@ TOO_LATE = "too late: in the meantime the outcome is known, see `xen-postcopy li
 
 
 class Requests:
-    """``carry_out``: act on a decision after the migration's task has ended."""
+    """The requests to one migration.  ``carry_out``: carries a decision out after the migration's
+    task has ended.
+    """
 
     def __init__(self, context: Context, carry_out: Callable[[State], Awaitable[None]]):
         self._context = context
         self._ownership = context.ownership
         self._carry_out = carry_out
         self.scope = trio.CancelScope()
-        """What the migration's task runs in."""
+        """The scope in which the migration's task runs."""
         self.cancelled = ""
-        """The reason of a migration that somebody has cancelled."""
+        """Why the migration was cancelled; empty if it was not."""
         self.decision: State | None = None
-        """An operator's.  Another one is refused from then on."""
+        """The decision of an operator.  A second decision is refused."""
         self.decided = trio.Event()
-        """The journal has the decision, or the decision came too late."""
+        """Set when the journal has the decision, or when the decision came too late."""
         self.is_noted = False
         """The journal has the decision."""
         self.rollback: Rollback | None = None
-        """``None``: the domain is not open yet."""
+        """``None`` if the domain is not open yet."""
         self.is_over = False
         """The migration's task has ended."""
 
@@ -65,7 +67,9 @@ class Requests:
 
     # ---- cancel ----
     def cancel(self, why: str) -> None:
-        """Give the migration up; the guest goes on here.  ``why``: by whom, or because of what."""
+        """Give the migration up, so that the guest continues here.  ``why``: follows the word
+        ``cancelled`` in the reason.
+        """
         if not stay(self._context):
             if decision := DECISIONS.get(self._ownership.state):
                 raise MigrationError(f"too late to cancel: that was {decision} by an operator")
@@ -80,7 +84,7 @@ class Requests:
         self.scope.cancel()
 
     def ask_to_cancel(self) -> None:
-        """:meth:`cancel` for an operator."""
+        """Call :meth:`cancel` for an operator."""
         if self._ownership.has_ended:
             raise MigrationError(self._ending("cancel"))
         try:
@@ -100,7 +104,7 @@ class Requests:
         if has_ended and self._context.last_word is None:
             raise MigrationError(self._ending("reconnect"))
         if self._ownership.link is Link.GIVEN_UP and not has_ended:
-            raise MigrationError(f"nothing comes of that: {self._context.progress.problem}")
+            raise MigrationError(f"reconnecting does not help: {self._context.progress.problem}")
         if not has_ended and not self._ownership.is_cut_off:
             raise MigrationError(
                 f"there is nothing to reconnect: the migration of {name} is {shown}"
@@ -113,7 +117,7 @@ class Requests:
 
     @property
     def known_of_peer(self) -> str:
-        """What speaks for and against a decision."""
+        """The facts for and against a decision, in words."""
         context, now = self._context, time.monotonic()
         ran = "has" if context.entry.ran else "has not"
         known = [f"the destination {ran} reported that {context.name} runs there"]
@@ -121,17 +125,17 @@ class Requests:
             known.append("it has reported that all memory has arrived")
         elif context.progress.outstanding:
             missing = context.progress.outstanding
-            known.append(f"when it was last heard of, {missing} pages were missing there")
+            known.append(f"when it was last in touch, {missing} pages were missing there")
         if context.lost_at:
             known.append(f"it was last in touch {now - context.lost_at:.0f} s ago")
         if context.progress.checkpoint_at:
             age_s = now - context.progress.checkpoint_at
-            known.append(f"the last checkpoint came {age_s:.0f} s ago")
+            known.append(f"the last checkpoint arrived {age_s:.0f} s ago")
         return "; ".join(known)
 
     async def decide(self, *, here: bool, force: bool = False) -> None:
-        """Carry out an operator's decision, where the destination cannot be reached: the guest does
-        not run there and never will (``here``), or nothing of the guest is needed at the source.
+        """Carry out an operator's decision, because the destination cannot be reached.  The guest
+        does not run there and never will (``here``), or nothing of it is needed at the source.
 
         Raises as :meth:`check_decision`.
         """
@@ -152,7 +156,7 @@ class Requests:
         try:
             await self._carry_out(decision)
         except BaseException:
-            self.decision = None  # and can be made again
+            self.decision = None  # so that the decision can be made again
             raise
 
     async def check_decision(self, *, here: bool, force: bool = False) -> None:
@@ -169,8 +173,8 @@ class Requests:
             self._check_way_back(gone=gone, certain=force or certain, obstacle=obstacle)
 
     def _way_back(self) -> tuple[bool, str]:
-        """Whether the guest was protected to the end and its last checkpoint can be read, and why
-        the guest cannot go on here at all (empty if it can).  Called in a thread.
+        """Return whether the guest was protected to the end and its last checkpoint can be read;
+        and why the guest cannot continue here at all (empty if it can).  Called in a thread.
         """
         source = self._context.source
         if source is None or source.checkpoints is None:
@@ -188,7 +192,7 @@ class Requests:
         return ended(context.name, self._ownership.phase, context.progress.problem, asked)
 
     def _check_undecided(self, *, here: bool, force: bool) -> None:
-        """Is there a decision to make?"""
+        """Raises :class:`MigrationError` if there is no decision to make."""
         name, shown, state = self._context.name, self._ownership.phase, self._ownership.state
         if self._ownership.has_ended:
             raise MigrationError(self._ending("decide"))
@@ -198,7 +202,7 @@ class Requests:
                 "runs here; `xen-postcopy cancel` takes it back"
             )
         if decision := self.decision or (state if state in DECIDED else None):
-            # A way back that fails again and again can be given up.
+            # A return to the checkpoint that fails again and again can be given up.
             if here or self.rollback is None or not self.rollback.is_waiting:
                 raise MigrationError(
                     f"that was {DECISIONS[decision]} already, which is being carried out: see "
@@ -216,10 +220,10 @@ class Requests:
             )
 
     def _check_way_back(self, *, gone: bool, certain: bool, obstacle: str) -> None:
-        """Can the guest go on here, and is that right?
+        """Raises :class:`MigrationError` if the guest cannot or must not continue here.
 
-        ``gone``: the domain here is.  ``certain``: to go on here is right even if the guest has run
-        at the destination.  ``obstacle``: why it is impossible to go on here.
+        ``gone``: the domain here does not exist any more.  ``certain``: the guest may continue here
+        even if it has run at the destination.  ``obstacle``: why it cannot continue here.
         """
         name = self._context.name
         if gone:
@@ -230,23 +234,21 @@ class Requests:
                     if xl
                     else f"the domain of {name} does not exist here any more"
                 )
-                + ": there is nothing that could go on; `xen-postcopy decide ... elsewhere` "
-                + ("lets its pages go" if xl else "ends the migration")
+                + ": no guest is left that could continue; `xen-postcopy decide ... elsewhere` "
+                + ("releases its pages" if xl else "ends the migration")
             )
         if obstacle:
             raise MigrationError(
-                f"{name} cannot go on here, with --force neither: {obstacle}; without it the "
-                "memory here is that of no instant, because checkpoints were written into it; the "
-                "guest goes on where it is as soon as the destination is back; if the guest is "
-                "lost: "
-                f"`xen-postcopy decide {name} elsewhere` lets its pages go"
+                f"{name} cannot continue here, even with --force: {obstacle}; without a checkpoint "
+                "its memory here mixes two instants, because checkpoints were written into it; the "
+                "guest continues at the destination as soon as that is back; if the guest is lost: "
+                f"`xen-postcopy decide {name} elsewhere` releases its pages"
             )
-        # A final answer proves nothing.  A receiver with another state directory does not have the
-        # session, and the guest may run there nevertheless.
+        # The answer that a session is unknown proves nothing: a receiver with another state
+        # directory does not have the session, and the guest may run there nevertheless.
         if self._context.entry.ran and not certain:
             raise MigrationError(
-                f"{self.known_of_peer}: if it still runs there, it would run twice; if it does "
-                "not, it would continue here from its suspension, without what it did there: "
-                "--force; "
-                "`elsewhere` destroys what is left of it here"
+                f"{self.known_of_peer}: if the guest still runs there, it would run twice; if it "
+                "does not, it would continue here from its suspension, without what it did there: "
+                "--force; `elsewhere` destroys what is left of it here"
             )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What happens to the guest and its pages when a migration ends otherwise than by completion.
+"""What happens to the guest and its pages when a migration does not complete.
 
-Until the guest is given away, it goes on here as if nothing had happened.  From then on the domain
-stays suspended and its pages are kept until each is confirmed, or until an operator decides
+If the guest has not been given away, it continues here as if nothing had happened.  Otherwise the
+domain stays suspended, and its pages are kept until each is confirmed or until an operator decides
 (invariants 1 and 6).
 """
 
@@ -29,10 +29,10 @@ from xenbackend.errors import NoSuchDomainError, XenError
 log = logging.getLogger(__name__)
 
 AGAIN_S = 5.0
-"""Between attempts to go back to a checkpoint, or to destroy the source."""
+"""The pause between two attempts to return to a checkpoint, or to destroy the source."""
 ABORT_S = 2.0
-"""How long a connected destination has to take ``abort``."""
-WENT_BACK = "the guest goes on here, as it was when the last checkpoint was made"
+"""How long sending ``abort`` to a connected destination may take."""
+WENT_BACK = "the guest continues here, as it was when the last checkpoint was made"
 
 
 class Rollback:
@@ -42,17 +42,19 @@ class Rollback:
         self._source = source
         self._recovery = recovery
         self.is_waiting = False
-        """For a toolstack, or for another attempt to go back to a checkpoint: an operator may
-        :meth:`overrule`.
+        """Whether a toolstack, or the next attempt to return to a checkpoint, is being waited for.
+        An operator may then :meth:`overrule`.
         """
         self._overruled = trio.Event()
         self._overruling = State.DECIDED_ELSEWHERE
         self._taken: State | None = None
         self._waited = trio.Event()
-        """What was waited for has come, or an operator has overruled it."""
+        """Set when the wait has ended, by itself or by an operator."""
 
     async def overrule(self, decision: State) -> bool:
-        """Wait no more, because an operator has decided.  Returns false if that comes too late."""
+        """End the wait, because an operator has decided.  Returns false if the decision came too
+        late.
+        """
         self._overruling = decision
         self._overruled.set()
         await self._waited.wait()
@@ -67,7 +69,7 @@ class Rollback:
         if not self._ownership.may_be_elsewhere:
             await self._stay_here(error)
         elif isinstance(error, trio.Cancelled):
-            self._keep(error)  # this process ends, and its successor goes on
+            self._keep(error)  # this process ends, and its successor continues
         elif isinstance(error, StaysHereError) and self._ownership.may_stay:
             await self._stay_here(error)
         elif isinstance(error, GuestEndedError | StaysHereError):
@@ -90,7 +92,7 @@ class Rollback:
 
     async def _end_of_doubt(self, error: BaseException) -> BaseException:
         """Wait for the toolstack's decision, or an operator's.  Returns what follows from the
-        decision, or ``error`` where the guest is the destination's.
+        decision, or ``error`` if the guest belongs to the destination.
         """
         context, stays = self._context, False
 
@@ -98,7 +100,7 @@ class Rollback:
             nonlocal stays
             stays = not await context.toolstack.decision(self._source.domain)
 
-        context.progress.problem = f"{error}; xl has not said yet at which end the guest runs"
+        context.progress.problem = f"{error}; xl has not decided yet at which end the guest runs"
         self._ownership.link = Link.GIVEN_UP
         log.warning("%s: %s", context.name, context.progress.problem)
         self.is_waiting = True
@@ -113,7 +115,7 @@ class Rollback:
         return error
 
     async def _take_decision(self) -> MigrationError:
-        """What follows from the operator's decision, when the journal has it."""
+        """Write the operator's decision into the journal.  Returns what follows from it."""
         decision = self._overruling
         if decision is State.DECIDED_ELSEWHERE:  # the guest may run at the destination
             self._context.entry.recall, self._context.last_word = False, None
@@ -126,7 +128,7 @@ class Rollback:
         """Nothing of the guest is needed here any more."""
         await self.let_source_go()
         if self._ownership.state is State.DECIDED_ELSEWHERE:
-            # The destination may be back one day, and wait for pages.
+            # The destination may come back, and wait for pages.
             gone = "an operator has decided at the source that nothing of the guest is needed there"
             await in_thread(lose, self._context, gone, str(error))
             await in_thread(self._close_checkpoints)
@@ -134,7 +136,7 @@ class Rollback:
             self._context.progress.problem = str(error)
             await in_thread(self.forget, State.FAILED)
 
-    # ---- the guest goes on here ----
+    # ---- the guest continues here ----
     async def _stay_here(self, error: BaseException) -> None:
         self._context.progress.problem = str(error)
         with trio.CancelScope(shield=True):
@@ -165,8 +167,8 @@ class Rollback:
             await in_thread(self.forget, State.GIVEN_UP if owed else State.FAILED)
 
     async def _send_abort(self, abort: m.Abort) -> None:
-        """If the message does not arrive, and the destination is not ready, the end of the
-        connection has the same effect.  Otherwise the message is sent again later.
+        """Send ``abort`` once, and end the connection.  If the destination is not ready, the end of
+        the connection has the same effect.  Otherwise ``abort`` is sent again later.
         """
         if self._context.push is not None:
             with trio.move_on_after(ABORT_S), contextlib.suppress(PeerClosedError):
@@ -177,7 +179,7 @@ class Rollback:
         return self._context.entry.applied or not unreadable(checkpoints)
 
     async def _go_back(self, checkpoints: CheckpointStore) -> None:
-        """To the guest as it was when the last checkpoint was made, however long that takes.
+        """Return to the guest as it was at the last checkpoint, and try until that succeeds.
 
         Raises :class:`GuestEndedError` if an operator decides otherwise after a failed attempt.
         """
@@ -189,8 +191,8 @@ class Rollback:
                 break
             except (MigrationError, XenError, OSError) as error:
                 context.progress.problem = (
-                    f"cannot go back to the last checkpoint: {error}; trying again; to let the "
-                    f"guest go here instead: `xen-postcopy decide {context.name} elsewhere`"
+                    f"cannot go back to the last checkpoint: {error}; trying again; to give the "
+                    f"guest up here instead: `xen-postcopy decide {context.name} elsewhere`"
                 )
                 log.error("%s: %s", context.name, context.progress.problem)
                 self.is_waiting = True
@@ -200,13 +202,13 @@ class Rollback:
                     raise await self._take_decision() from error
         self.is_waiting = False
         self._waited.set()
-        log.warning("%s goes on here, as it was at the last checkpoint", context.name)
+        log.warning("%s continues here, as it was at the last checkpoint", context.name)
         await context.toolstack.finish(self._source.domain)
         self._source.domain, context.progress.problem = domain, WENT_BACK
 
     def _new_domain(self) -> Domain:
-        """The domain in which the guest is to go on.  A guest keeps its UUID, so that the domain
-        that takes its place has the same one.
+        """Return the domain in which the guest will continue.  A guest keeps its UUID, so the
+        domain that takes its place has the same one.
         """
         entry, hypervisor = self._context.entry, self._context.hypervisor
         config = self._source.domain.config()
@@ -215,7 +217,7 @@ class Rollback:
                 entry.restored_domid, config, lent=False, handle=self._source.domain.handle
             )
         for left in hypervisor.abandoned(config, instead_of=self._source.domain):
-            left.destroy()  # by a predecessor that died before the journal had the domain's number
+            left.destroy()  # a predecessor made it and died before it noted the domain's number
         domain = hypervisor.create_incoming(config, instead_of=self._source.domain)
         entry.restored_domid, entry.applied = domain.domid, True
         self._ownership.enter(State.RETURNING)
@@ -223,7 +225,7 @@ class Rollback:
 
     @contextlib.contextmanager
     def _reported(self) -> Iterator[None]:
-        """An error is added to the problem that is shown, and what follows is done all the same."""
+        """Add an error to the problem that is shown, and continue after the block."""
         try:
             yield
         except GuestEndedError:
@@ -232,9 +234,9 @@ class Rollback:
             self._context.progress.problem += f"; and then: {error}"
             log.error("%s", error)
 
-    # ---- the guest goes on elsewhere, or nowhere ----
+    # ---- the guest continues elsewhere, or nowhere ----
     async def let_source_go(self) -> None:
-        """Destroy what is left of the guest here, however long that takes: what fails may pass."""
+        """Destroy what is left of the guest here.  The attempt is repeated until it succeeds."""
         context = self._context
         while True:
             try:
@@ -243,7 +245,7 @@ class Rollback:
                     lambda: context.toolstack.finish(self._source.domain)
                 )
                 break
-            except NoSuchDomainError:  # somebody else has done it
+            except NoSuchDomainError:  # another program has destroyed it
                 break
             except XenError as error:
                 problem = f"the source cannot be destroyed: {error}; trying again"
@@ -252,7 +254,7 @@ class Rollback:
                 await trio.sleep(AGAIN_S)
 
     async def _let_restored_go(self) -> None:
-        """The domain that was made to go back to a checkpoint, if the guest never ran in it."""
+        """Destroy the domain that was made for a checkpoint, if the guest never ran in it."""
         if self._context.entry.restored_domid is None:
             return
         with contextlib.suppress(NoSuchDomainError):
@@ -262,7 +264,7 @@ class Rollback:
         self._context.entry.restored_domid = None
 
     def forget(self, state: State) -> None:
-        """The last state, after which no checkpoint is needed any more.  Called in a thread."""
+        """Enter the last state, and remove the checkpoint.  Called in a thread."""
         self._ownership.enter(state)
         self._close_checkpoints()
 
@@ -272,17 +274,17 @@ class Rollback:
 
 
 def verdict(state: State) -> MigrationError:
-    """What follows from an operator's decision."""
+    """Return the error that stands for an operator's decision."""
     assert state in DECIDED
     if state is State.DECIDED_ELSEWHERE:
-        return GuestEndedError("an operator has said that nothing of the guest is needed here")
+        return GuestEndedError("an operator has decided that nothing of the guest is needed here")
     if state is State.RETURNING:
         return StaysHereError(WENT_BACK)
-    return StaysHereError("an operator has said that the guest does not run at the destination")
+    return StaysHereError("an operator has decided that the guest does not run at the destination")
 
 
 def unreadable(checkpoints: CheckpointStore) -> str:
-    """Why nobody can go back to the last checkpoint; empty if that is possible."""
+    """Return why the guest cannot return to the last checkpoint; empty if it can."""
     try:
         checkpoints.check()
     except MigrationError as error:

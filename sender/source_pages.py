@@ -20,11 +20,11 @@ PIECE_PFNS = 1 << 18
 
 
 def announce(pfns: PfnArray, mapped: MappedPages) -> Pages:
-    """The message whose payload is ``mapped.data``.  Raises ``XenError`` if a page cannot be read
-    now.
+    """Return the message whose payload is ``mapped.data``.  Raises ``XenError`` if a page cannot be
+    read now.
     """
     status = mapped.status
-    if not np.count_nonzero(status):  # PageStatus.DATA throughout
+    if not np.count_nonzero(status):  # every status is PageStatus.DATA
         return Pages(pfns)
     unreadable = pfns[status >= PageStatus.PAGED]
     if len(unreadable):
@@ -43,8 +43,9 @@ def announce(pfns: PfnArray, mapped: MappedPages) -> Pages:
 
 
 def announce_missing(pfns: PfnArray, mapped: MappedPages, backlog: Backlog) -> Pages | None:
-    """The same after the switchover, without the pages that the receiver has loaded since they were
-    chosen: their mapping may have been given up.  ``None``: the receiver has loaded all of them.
+    """Return the message after the switchover.  Pages that the receiver has loaded since they were
+    chosen are left out, because their mapping may have been given up.  ``None``: the receiver has
+    loaded all of them.
     """
     message = announce(pfns, mapped)
     if not len(message.holes):
@@ -63,22 +64,22 @@ def count_pages(message: Pages) -> int:
 
 
 def all_pfns(nr_pfns: int) -> Iterator[PfnArray]:
-    """In pieces: of a large guest they would be gigabytes."""
+    """Yield all pfns in pieces, because the pfns of a large guest take gigabytes."""
     for base in range(0, nr_pfns, PIECE_PFNS):
         yield np.arange(base, min(base + PIECE_PFNS, nr_pfns), dtype=np.uint64)
 
 
 def present(domain: Domain) -> PfnMask:
-    """What is memory of a guest."""
+    """Return the pfns of a guest that have memory."""
     return np.concatenate([domain.present(pfns) for pfns in all_pfns(domain.nr_pfns)])
 
 
 def pinned(domain: Domain) -> PfnArray:
-    """The pinned set of a whole guest."""
+    """Return the pinned set of a whole guest."""
     return np.concatenate([domain.pinned(pfns) for pfns in all_pfns(domain.nr_pfns)])
 
 
 def hold(domain: Domain, mask: PfnMask) -> None:
-    """Keep the pages of a set readable, whatever becomes of the domain."""
+    """Keep the pages of a set readable, even if the domain is destroyed."""
     for base in range(0, len(mask), PIECE_PFNS):
         domain.hold(from_mask(mask[base : base + PIECE_PFNS], base))

@@ -30,8 +30,8 @@ _MOST_KEYS = 512
 
 
 def from_peer(told: object) -> dict[str, Any]:
-    """The peer's counters in the form of ``PagerStatistics.summary`` (``receiver/statistics.py``),
-    whatever the peer has sent.
+    """Return the peer's counters in the form of ``PagerStatistics.summary``
+    (``receiver/statistics.py``), whatever the peer has sent.
 
     Unknown keys are left out.  A value that is missing or of the wrong type is 0.
     """
@@ -60,13 +60,13 @@ def _checked(told: object, form: Any) -> Any:
 
 @dataclass
 class SenderStatistics:
-    """The sender's: what was sent, and when."""
+    """The sender's counters and times."""
 
     strategy: str = ""
     memory_bytes: int = 0
     started: float = 0.0
     suspended: float = 0.0
-    """When that was asked for."""
+    """The time at which the suspension was requested."""
     resumed: float = 0.0
     finished: float = 0.0
     rounds: int = 0
@@ -80,11 +80,13 @@ class SenderStatistics:
     zero_pages: int = 0
     bytes_sent: int = 0
     rejoins: int = 0
-    """How often the lanes were lost, and the session taken up again."""
+    """How often the lanes were lost and the session was resumed."""
 
     @property
     def downtime_s(self) -> float:
-        """0 where a predecessor suspended the guest: the time of the suspension is not noted."""
+        """The downtime; 0 if a predecessor suspended the guest, because the journal does not have
+        the time.
+        """
         return max(self.resumed - self.suspended, 0.0) if self.suspended else 0.0
 
     def summary(self) -> dict[str, Any]:

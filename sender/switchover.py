@@ -2,8 +2,8 @@
 """The switchover: the guest is suspended, the pages that it cannot run without are sent, and the
 guest is handed over.
 
-Where a toolstack decides at which end the guest runs, the guest is entrusted to the toolstack
-first, and is handed over when the toolstack has decided.
+If a toolstack decides at which end the guest runs, the guest is entrusted to the toolstack first,
+and is handed over when the toolstack has decided.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ from xenbackend.pages import PfnArray
 log = logging.getLogger(__name__)
 
 SWITCHOVER_BATCH_PAGES = 128
-"""Fewer than in the other phases: the guest stands still, and the destination loads a batch while
-the next one is sent.
+"""Smaller batches than in the other phases.  The guest is suspended, so the destination should load
+a batch while the next one is sent.
 """
 HOT_PAGES = 256
 """Frequently written pages that are sent during the downtime although the guest could fetch them
-later: 1 MiB takes less than a millisecond on most links, where each fault takes about half of one.
+later.  On most links 1 MiB takes less than a millisecond, and each fault takes about half of one.
 """
 
 
 class Switchover:
-    """Of one guest, over one pair of lanes, whose faults ``faults`` serves."""
+    """The switchover of one guest over one pair of lanes, whose faults ``faults`` serves."""
 
     def __init__(
         self,
@@ -65,8 +65,8 @@ class Switchover:
         self._faults = faults
 
     async def run(self, tasks: trio.Nursery, plan: SwitchoverPlan) -> None:
-        """Returns when the guest is handed over, or is entrusted to a toolstack, or is kept here.
-        ``tasks`` get what follows the toolstack's decision.
+        """Return when the guest is handed over, or is entrusted to a toolstack, or is kept here.
+        The task that follows the toolstack's decision is started in ``tasks``.
         """
         context = self._context
         context.backlog = Backlog(plan.deferred)
@@ -81,17 +81,17 @@ class Switchover:
                     await context.toolstack.switched_over()
 
     def _hand_over(self, plan: SwitchoverPlan) -> None:
-        """All that the guest stands still for.  In one thread: to go from one thread to another
-        takes a tenth of a millisecond.
+        """Suspend the guest and hand it over.  All of this is done in one thread, because a change
+        of threads adds a tenth of a millisecond to the downtime.
 
-        The time depends on what has changed since the last look, and not on the size of the guest.
-        Nothing is sorted, because the guest may have written all of its memory.
+        The time depends on what has changed since the last reading of the dirty log, and not on the
+        size of the guest.  Nothing is sorted, because the guest may have written all of its memory.
         """
         context, domain, push = self._context, self._source.domain, self._push
         self._suspend()
         push.send_blocking(m.Suspended())
         written = self._source.dirty_log.read_last()
-        plan.unsent |= written  # in place: new memory would have to be mapped first
+        plan.unsent |= written  # in place, because the kernel would have to map new memory
         changed, gone = push.send_holes(from_bitmap(plan.unsent, domain.nr_pfns))
         context.backlog.remove(gone[context.backlog.are_missing(gone)])
         now, new = self._choose(changed, written, plan)
@@ -106,7 +106,7 @@ class Switchover:
         )
         if not context.signals.ready.wait(STEP_TIMEOUT_S):
             raise PeerClosedError(
-                "the guest stands still, and the destination was not ready within "
+                "the guest is suspended, and the destination was not ready within "
                 f"{STEP_TIMEOUT_S:g} s"
             )
         context.progress.pages_total = context.statistics.missing_pages
@@ -121,14 +121,14 @@ class Switchover:
         )
         if (state := domain.state()) is not DomainState.RUNNING:
             raise MigrationError(
-                f"{self._context.name} is {state.value}, which somebody else has brought about"
+                f"{self._context.name} is {state.value}, but not by this migration"
             )
         ownership.enter(State.SUSPENDING)
         stats.suspended = time.monotonic()
         try:
             self._context.toolstack.suspend(domain)
         except XenError as error:
-            if error.errno == errno.EINVAL:  # the domain did not run: somebody else suspended it
+            if error.errno == errno.EINVAL:  # another program has suspended the domain
                 ownership.enter(State.COPYING)
             raise
         log.info("suspended")
@@ -137,8 +137,8 @@ class Switchover:
     def _choose(
         self, changed: PfnArray, written: NDArray[np.uint8], plan: SwitchoverPlan
     ) -> tuple[PfnArray, PfnArray]:
-        """Of the pages that have changed: those to send during the downtime, and those that the
-        destination has not been told to evict.
+        """Return two lists of the changed pages: those to send during the downtime, and those that
+        the destination was not asked to evict.
         """
         missing, domain = self._context.backlog, self._source.domain
         new = changed[~missing.are_missing(changed)]
@@ -152,8 +152,8 @@ class Switchover:
         return now, new
 
     def _send(self, pfns: PfnArray) -> bool:
-        """Returns whether the guest is still to go.  Whatever the bandwidth cap is, nothing is held
-        back: the guest stands still.
+        """Send these pages.  Returns whether the guest is still to be handed over.  The bandwidth
+        cap does not apply, because the guest is suspended.
         """
         context = self._context
 
@@ -165,15 +165,15 @@ class Switchover:
         return not context.ownership.is_kept
 
     def _send_context(self) -> None:
-        """The state of the vCPUs and devices."""
+        """Send the state of the vCPUs and devices."""
         data = self._source.domain.context()
         for at in range(0, len(data), m.MAX_CONTEXT_CHUNK):
             chunk = data[at : at + m.MAX_CONTEXT_CHUNK]
             self._push.send_blocking(m.Context(chunk, at + len(chunk) == len(data)))
 
     def _give_away(self) -> None:
-        """From here on the guest is handed over.  If the message does not arrive, the message is
-        sent again.
+        """Hand the guest over, unless it is kept here.  If the message does not arrive, it is sent
+        again.
         """
         context, stats = self._context, self._context.statistics
         if context.ownership.try_hand_over(context.toolstack.after_switchover):
@@ -185,15 +185,17 @@ class Switchover:
 
 
 def stay(context: Context) -> bool:
-    """Have the guest go on here.  Returns false if it is too late."""
+    """Have the guest continue here.  Returns false if it is too late."""
     kept = context.ownership.try_keep()
     if kept:
-        context.signals.ready.set()  # nobody needs to wait for the destination any more
+        context.signals.ready.set()  # ends the wait for the destination
     return kept
 
 
 def last_of_switchover(context: Context) -> m.Message:
-    """Also if a toolstack has decided meanwhile: the toolstack waits for the guest there."""
+    """Return the last message of the switchover.  It does not change if a toolstack has decided
+    meanwhile, because the toolstack waits for the guest at the destination.
+    """
     undecided = context.toolstack.after_switchover is State.UNDECIDED
     return m.Entrust() if undecided else m.Handover()
 
@@ -201,7 +203,7 @@ def last_of_switchover(context: Context) -> m.Message:
 async def follow_decision(context: Context, source: Source) -> None:
     """Wait until the toolstack has decided, or the destination has reported what was decided.
 
-    Raises :class:`StaysHereError` if the guest goes on here.
+    Raises :class:`StaysHereError` if the guest continues here.
     """
     given_away = True
     if context.ownership.state is State.UNDECIDED:

@@ -5,9 +5,10 @@
 
 :class:`XlToolstack`: xl, which started the helper and does what the daemon asks for through the
 helper.  When the destination is ready, the helper ends.  Then the two halves of xl agree at which
-end the guest runs, and the source half destroys the domain or resumes it, by which the daemon sees
-the decision.  If the exchange between the halves is cut, xl may do neither.  Then the receiver's
-report decides: the receiver has seen whether the guest runs at the destination.
+end the guest runs, and the source half destroys the domain or resumes it.  The daemon learns the
+decision from the state of the domain.  If the exchange between the halves is cut, xl may do
+neither.  Then the receiver's report decides, because the receiver has seen whether the guest runs
+at the destination.
 """
 
 from __future__ import annotations
@@ -38,38 +39,42 @@ from xenbackend.pages import PfnArray
 log = logging.getLogger(__name__)
 
 LOOK_EVERY_S, LOOK_AT_LAST_EVERY_S = 0.05, 2.0
-"""At what xl does: mostly in a moment, now and then not before an administrator looks."""
+"""The first and the longest pause between two polls of what xl has done with the domain.  Usually
+xl acts at once, but sometimes only when an administrator intervenes.
+"""
 XL_TIMEOUT_S = 5.0
-"""How long xl may take to resume a guest that runs nowhere, before we do it."""
+"""How long xl may take to resume a guest that runs nowhere.  After this time the sender resumes
+it.
+"""
 XL_PATIENCE_S = 300.0
 """How long xl may take to destroy the domain of a guest that runs at the destination.  One hotplug
-script can take half a minute, and nobody waits for xl.  The program that started the helper may
+script can take half a minute, and no guest waits for xl.  The program that started the helper may
 also be a daemon, which never ends.
 """
 UNKNOWN_XL_S = 60.0
-"""The same, where it is not known whether xl still runs."""
+"""The same time, if xl may have ended without this sender noticing."""
 
 
 class StaysHereError(MigrationError):
-    """The guest continues at the source: the toolstack has decided so, or the destination has given
-    the guest up before the guest ran there.
+    """The guest continues at the source, because the toolstack has decided so, or because the
+    destination has given the guest up before it ran there.
     """
 
 
 class Toolstack(Protocol):
     destroys_source: bool
-    """The toolstack destroys the source domain when it has given the guest away: this process holds
-    the pages that the destination lacks.
+    """The toolstack destroys the source domain when it has given the guest away.  This process then
+    holds the pages that the destination lacks.
     """
     after_switchover: State
-    """Who has the guest when the destination is ready."""
+    """The state when the destination is ready."""
 
     async def agreed(self) -> None:
-        """The destination has accepted the guest, and the migration begins."""
+        """Begin the migration, because the destination has accepted the guest."""
 
     def track_device_model(self, enable: bool) -> None:
-        """Have the pages that the device model writes recorded as dirty, or not any more.  To be
-        called in a thread of trio's, and so is :meth:`suspend`.
+        """Have the pages that the device model writes recorded as dirty, or stop that.  This method
+        and :meth:`suspend` are called in a thread of trio's.
         """
 
     def suspend(self, domain: Domain) -> None:
@@ -83,37 +88,40 @@ class Toolstack(Protocol):
     def before_decision(
         self, domain: Domain, missing: Callable[[], PfnArray], dirty_log: DirtyLog
     ) -> None:
-        """The destination gets ready, and lacks the pages that ``missing`` finds among those that
-        have changed.  Called in a thread, with the guest suspended.
+        """Prepare the domain for the toolstack's decision, while the destination becomes ready.
+        ``missing``: finds the changed pages that the destination lacks.  Called in a thread, with
+        the guest suspended.
         """
 
     async def give_up(self, domain: Domain, reason: str, *, suspended: bool) -> None:
-        """The guest goes on here."""
+        """Give the migration up, so that the guest continues here."""
 
     async def switched_over(self) -> None:
-        """The destination has all but the missing pages, and is the guest's pager."""
+        """Report that the destination has all but the missing pages, and is the guest's pager."""
 
     async def decision(self, domain: Domain) -> bool:
-        """Wait for the decision: true if the guest goes on at the destination."""
+        """Wait for the decision.  Returns true if the guest continues at the destination."""
 
     def may_decide(self) -> bool:
-        """The toolstack may still decide at which end the guest runs."""
+        """Return whether the toolstack may still decide at which end the guest runs."""
 
     def overrule(self) -> None:
-        """An operator has decided instead, and the toolstack does nothing more about the domain."""
+        """Note that an operator has decided instead, so that the toolstack is not waited for."""
 
     async def has_left(self) -> None:
         """Wait until the toolstack does nothing more about the domain."""
 
     async def finish(self, domain: Domain) -> None:
-        """Destroy the source domain, or wait until the toolstack does: nothing of it is needed."""
+        """Destroy the source domain, or wait until the toolstack does.  Nothing of the domain is
+        needed any more.
+        """
 
     def close(self) -> None:
-        """Can be called twice."""
+        """Release the resources.  A second call does nothing."""
 
 
 def _resume(domain: Domain, name: str = "") -> None:
-    """Resume a domain that is still suspended.  ``name``: the name that xl has changed."""
+    """Resume a domain that is still suspended.  ``name``: the name that the domain had before."""
     if domain.state() is DomainState.SUSPENDED:
         if name:
             log.warning("xl has left %s suspended: resuming it", name)
@@ -169,11 +177,11 @@ class OwnToolstack:
 
 
 class XlToolstack:
-    """``helper``: the connection of the helper, after its request; ``None``: the helper of a
-    predecessor.
+    """xl, by its helper.  ``helper``: the connection of the helper, after its request; ``None`` for
+    the helper of a predecessor.
 
-    ``name``: the domain's name, which xl changes on the way.  ``xl``: the process that started the
-    helper; 0: the process is not known.
+    ``name``: the domain's name, which xl changes during the migration.  ``xl``: the process that
+    started the helper; 0: the process is not known.
     """
 
     destroys_source = True
@@ -186,15 +194,15 @@ class XlToolstack:
         self._answers, self._heard = trio.open_memory_channel[int](math.inf)
         self._agreed = self._overruled = False
         self._xl: int | None = None
-        """A descriptor of that process (pidfd), so that no other is taken for it later."""
-        if xl > 1:  # 1: it was dead already, and the helper init's
+        """A descriptor of that process (pidfd), so that no later process is taken for it."""
+        if xl > 1:  # 1: the process had ended, and init has adopted the helper
             with contextlib.suppress(OSError):
                 self._xl = os.pidfd_open(xl)
         self.last_answer = LastAnswer(helper)
-        """The helper is told how it ended."""
+        """The helper's last answer, which has the end of the migration."""
 
     async def listen(self) -> None:
-        """Hear the helper's answers until it goes away."""
+        """Receive the helper's answers until the helper ends."""
         assert self._helper is not None
         with self._answers:
             while (answer := await self._helper.request()) is not None:
@@ -228,12 +236,12 @@ class XlToolstack:
     def before_decision(
         self, domain: Domain, missing: Callable[[], PfnArray], dirty_log: DirtyLog
     ) -> None:
-        domain.hold(missing())  # a page that was written since may be another frame now
+        domain.hold(missing())  # again, because a written page may have another frame now
         self.track_device_model(False)
         dirty_log.disable()
 
     async def give_up(self, domain: Domain, reason: str, *, suspended: bool) -> None:
-        """xl resumes a guest that it has suspended; where it is not there to do it, we do."""
+        """Wait until xl resumes a guest that xl has suspended.  If xl does not, the sender does."""
         await self.last_answer.give("error" if self._agreed else "declined", message=reason)
         if not suspended:
             return
@@ -253,7 +261,7 @@ class XlToolstack:
                 state = await trio.to_thread.run_sync(domain.state)
             except NoSuchDomainError:
                 break
-            except XenError as error:  # that may pass
+            except XenError as error:  # the error may pass
                 log.warning("%s: its state is not known: %s", self._name, error)
                 await trio.sleep(pause_s)
                 continue
@@ -263,14 +271,14 @@ class XlToolstack:
         return True
 
     def may_decide(self) -> bool:
-        """True also if it is not known whether xl still runs."""
+        """Return whether xl may decide; true also if it is not known whether xl still runs."""
         return self._xl is None or not select.select([self._xl], [], [], 0)[0]
 
     def overrule(self) -> None:
         self._overruled = True
 
     async def has_left(self) -> None:
-        """Wait for the end of xl's process: what xl has not done by then, xl will not do."""
+        """Wait for the end of xl's process, after which xl does nothing more."""
         if self._overruled:
             return
         with trio.move_on_after(XL_PATIENCE_S if self._xl is not None else UNKNOWN_XL_S):
@@ -285,8 +293,8 @@ class XlToolstack:
             self._xl = None
 
     async def finish(self, domain: Domain) -> None:
-        """Destroy the domain if xl has ended and left the domain.  Usually xl has destroyed the
-        domain, which then goes with the last of its pages.
+        """Destroy the domain if xl has ended and left the domain.  Usually xl has destroyed it, and
+        Xen removes it when the last of its pages is released.
         """
         with contextlib.suppress(NoSuchDomainError):
             await trio.to_thread.run_sync(domain.state)

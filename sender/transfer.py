@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The order of things: one guest's way to the destination, from the first connection on.
+"""The order of the steps of one outgoing migration, from the first connection on.
 
-The whole is :meth:`Transfer.run`, and what happens over one pair of lanes is
-:meth:`Transfer._use_pair`.  The other modules in the order of their use:
+:meth:`Transfer.run` has the whole, and :meth:`Transfer._use_pair` the steps over one pair of lanes.
+The other modules in the order of their use:
 
-    preflight.py          is the domain free, and does the destination take the guest?
+    preflight.py          the domain is free, and the destination accepts the guest
     precopy.py            rounds over what the guest writes, while the guest runs here
     switchover.py         the guest is suspended, and is handed over
     inbox.py              what the destination sends
     faults.py, push.py    the pages that the destination lacks
-    recovery.py           the lanes are lost, or the sender was started anew
+    recovery.py           the lanes are lost, or the sender was restarted
     rollback.py           an error: the guest stays here, or its pages are kept
 """
 
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 
 class Transfer:
-    """The guest's way to the destination, from the first connection on."""
+    """The steps of one outgoing migration, from the first connection on."""
 
     def __init__(
         self,
@@ -64,18 +64,20 @@ class Transfer:
 
     async def run(self) -> None:
         push = await agree(self._context, self._source)
-        async with task_group() as tasks:  # for what does not end with the lanes
+        async with task_group() as tasks:  # tasks that do not end with the lanes
             await self._use_lanes(tasks, push)
             tasks.cancel_scope.cancel()
         await self._finish()
 
     async def go_on(self) -> None:
-        """From where a sender has left the migration that was killed."""
+        """Continue the migration of a sender that was killed, from the last entry in its
+        journal.
+        """
         match self._ownership.row.restart:
             case Restart.TAKE_BACK | Restart.LET_GO if self._ownership.state in DECIDED:
                 raise verdict(self._ownership.state)
             case Restart.TAKE_BACK:
-                raise MigrationError("the sender was ended in the middle of it")
+                raise MigrationError("the sender was ended in the middle of this migration")
             case Restart.REJOIN | Restart.FOLLOW_TOOLSTACK:
                 async with task_group() as tasks:
                     tasks.start_soon(follow_decision, self._context, self._source)
@@ -85,7 +87,7 @@ class Transfer:
         await self._finish()
 
     async def _use_lanes(self, tasks: trio.Nursery, push: PushLane) -> None:
-        """One pair of lanes after the other, until nothing is missing at the destination."""
+        """Use one pair of lanes after the other, until nothing is missing at the destination."""
         while True:
             try:
                 await self._use_pair(tasks, push)
@@ -107,8 +109,9 @@ class Transfer:
                 lane_tasks.start_soon(connection.keep_alive, context.guest_waits)
             lane_tasks.start_soon(Inbox(context, self._source, push).receive)
             if context.pull is not None:
-                # From now on, though nobody may ask yet: a guest that has just been started at the
-                # destination faults at once, and a thread takes milliseconds to start.
+                # The fault server is started before the switchover.  A guest that has just been
+                # started at the destination faults at once, and a thread takes milliseconds to
+                # start.
                 faults = FaultServer(
                     self._source.domain,
                     context.pull,
@@ -126,7 +129,7 @@ class Transfer:
             lane_tasks.cancel_scope.cancel()
 
     async def _move(self, tasks: trio.Nursery, push: PushLane, faults: FaultServer) -> None:
-        """Precopy and switchover."""
+        """Do precopy and the switchover."""
         context, source = self._context, self._source
         limit = await trio.to_thread.run_sync(limit_of, source.domain)
         source.dirty_log.max_pages = context.entry.max_pages = limit
@@ -139,9 +142,9 @@ class Transfer:
         """Push what the destination lacks."""
         context = self._context
         lane_tasks.start_soon(hand_over_when_decided, context, push)
-        # Until a toolstack has decided, nobody needs the pages, and the toolstack needs the CPU to
-        # finish its work.  xl may then leave the guest paused for long (``xl migrate -p``); its
-        # memory follows nevertheless.
+        # Until a toolstack has decided, no guest needs the pages, and the toolstack needs the CPU
+        # to finish its work.  xl may then leave the guest paused for long (``xl migrate -p``); its
+        # memory is sent nevertheless.
         await first(context.signals.resumed.wait, context.signals.given_away.wait)
 
         def sent(_pfns: PfnArray, message: m.Pages) -> bool:
@@ -158,7 +161,7 @@ class Transfer:
         context = self._context
         await context.signals.complete.wait()
         if context.backlog.unacknowledged:
-            # Invariant 8: nothing is called a success that is none, whatever the receiver claims.
+            # Invariant 8: success is reported only when it is so, whatever the receiver reports.
             raise RemoteProtocolError(
                 f"complete, but {context.backlog.unacknowledged} pages were never confirmed"
             )
@@ -166,8 +169,8 @@ class Transfer:
         await in_thread(self._ownership.enter, State.COMPLETING)
         with contextlib.suppress(MigrationError, OSError):  # nothing depends on what follows
             await push.send(m.Completed())
-            # The receiver closes first, when it has given its ring up: nothing of ours is cut off
-            # on the way then.
+            # Wait until the receiver has given its ring up and closes the connection.  If this end
+            # closed first, ``completed`` could be lost in transit.
             with trio.move_on_after(STEP_TIMEOUT_S):
                 await push.connection.receive()
 
@@ -183,5 +186,5 @@ async def _serve(faults: FaultServer) -> None:
     try:
         await faults.serve()
     except PeerClosedError:
-        await trio.sleep(EXPLANATION_S)  # the push lane may say why
+        await trio.sleep(EXPLANATION_S)  # the push lane may have the reason
         raise

@@ -92,7 +92,7 @@ async def test_a_guest_never_goes_on_without_the_checkpoint_that_was_applied(
         damage(checkpoint_file(hosts))
         for force in (False, True):
             with pytest.raises(
-                MigrationError, match="cannot go on here, with --force neither: the checkpoint"
+                MigrationError, match="cannot continue here, even with --force: the checkpoint"
             ):
                 await outcome.migration.requests.decide(here=True, force=force)
         assert [info.state for info in hosts.source.domains()] == [DomainState.SUSPENDED]
@@ -119,7 +119,7 @@ async def test_a_successor_remembers_that_a_checkpoint_was_applied(hosts: World,
             await until_async(
                 lambda: bool(successor.progress.unprotected and successor.progress.problem)
             )
-            with pytest.raises(MigrationError, match="cannot go on here, with --force neither"):
+            with pytest.raises(MigrationError, match="cannot continue here, even with --force"):
                 await successor.requests.decide(here=True, force=True)
             nursery.cancel_scope.cancel()
         await outcome.migration.requests.decide(here=False)

@@ -396,7 +396,7 @@ async def test_the_destination_never_comes_back_and_an_operator_takes_the_guest_
         link.is_up = True  # and if it comes back after all, it is told
 
     outcome = await migrate(clean_hosts, busy(name), meanwhile=meanwhile)
-    assert "an operator has said" in str(outcome.error)
+    assert "an operator has decided" in str(outcome.error)
     assert outcome.incoming.phase == "failed"
     assert clean_hosts.destination.domains() == []
 
@@ -437,7 +437,7 @@ async def test_a_guest_that_an_operator_has_decided_against_stands_still_when_th
         await until(lambda: incoming.phase == "failed")
 
     outcome = await migrate(clean_hosts, busy(name), options=SLOWLY, meanwhile=meanwhile)
-    assert "an operator has said" in str(outcome.error)
+    assert "an operator has decided" in str(outcome.error)
     await goes_on_here_only(clean_hosts, name)
 
 

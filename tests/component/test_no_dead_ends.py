@@ -133,7 +133,7 @@ async def test_a_guest_that_never_starts_can_be_given_back(
     assert (
         "not to run here" in migration.progress.problem and "decide" in migration.progress.problem
     )
-    with pytest.raises(MigrationError, match="nothing comes of that"):
+    with pytest.raises(MigrationError, match="reconnecting does not help"):
         migration.requests.reconnect()
     await migration.requests.decide(here=True)
     assert migration.phase == "failed"
@@ -289,7 +289,7 @@ async def test_a_guest_that_cannot_be_paused_yet_is_paused_later(
 
     outcome = await migrate(clean_hosts, busy(name), options=SLOW, meanwhile=meanwhile)
     assert len(failed) == 5
-    assert "an operator has said" in str(outcome.error)
+    assert "an operator has decided" in str(outcome.error)
     await goes_on_here_only(clean_hosts, name)
 
 

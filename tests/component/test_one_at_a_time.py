@@ -201,7 +201,7 @@ async def test_log_dirty_that_is_switched_off_in_precopy_ends_the_migration(
             other.log_dirty_disable()
 
     outcome = await migrate(clean_hosts, busy(name), options=SLOW_HYBRID, meanwhile=meanwhile)
-    assert "somebody has switched log-dirty off" in str(outcome.error)
+    assert "another program has switched log-dirty off" in str(outcome.error)
     assert verified_at_source(clean_hosts.source, busy(name)).problems == []
     assert clean_hosts.destination.domains() == []
 
@@ -281,7 +281,7 @@ async def test_a_guest_that_somebody_else_suspends_meanwhile_stays_suspended(
             other.suspend()
 
     outcome = await migrate(clean_hosts, busy(name), options=SLOW_HYBRID, meanwhile=meanwhile)
-    assert "is suspended, which somebody else has brought about" in str(outcome.error)
+    assert "is suspended, but not by this migration" in str(outcome.error)
     with clean_hosts.source.open(name) as guest:
         assert guest.state() is DomainState.SUSPENDED and not guest.log_dirty_is_on()
 
@@ -343,7 +343,7 @@ async def test_a_successor_resumes_the_guest_that_its_predecessor_has_suspended(
         successor = OutgoingMigration.of_predecessor(
             session, clean_hosts.source, lanes, journal, facts
         )
-        with pytest.raises(MigrationError, match="ended in the middle of it"):
+        with pytest.raises(MigrationError, match="ended in the middle of this migration"):
             await successor.run()
         assert guest.state() is DomainState.RUNNING and not guest.log_dirty_is_on()
     journal.erase(session)

@@ -83,8 +83,8 @@ async def test_the_destination_dies_and_the_guest_goes_on_here(
         await dies_after(count, clean_hosts)(outcome, link)
 
     outcome = await protected(clean_hosts, spec, meanwhile, options(strategy))
-    assert "an operator has said" in str(outcome.error)
-    went_back = "the guest goes on here, as it was when the last checkpoint was made"
+    assert "an operator has decided" in str(outcome.error)
+    went_back = "the guest continues here, as it was when the last checkpoint was made"
     assert outcome.migration.progress.problem.startswith(went_back)
     assert [info.name for info in clean_hosts.source.domains()] == [name]
     (_old,) = [report for report in clean_hosts.source.history() if report["name"] == name]
@@ -197,7 +197,7 @@ async def test_what_a_lost_link_took_along_comes_with_the_next_checkpoint(
 
     spec = busy(name, 64 * MIB)  # each new pair of lanes begins with four
     outcome = await protected(clean_hosts, spec, meanwhile, options(bandwidth_bytes_per_s=4 * MIB))
-    assert outcome.migration.progress.problem.startswith("the guest goes on here")
+    assert outcome.migration.progress.problem.startswith("the guest continues here")
     assert verified_at_source(clean_hosts.source, spec).problems == []
 
 
@@ -341,7 +341,7 @@ async def test_a_checkpoint_that_was_written_in_part_is_written_once_more(
 
     monkeypatch.setattr(SimulatedDomain, "write_pages", fail_once)
     outcome = await protected(clean_hosts, busy(name), meanwhile)
-    assert outcome.migration.progress.problem.startswith("the guest goes on here")
+    assert outcome.migration.progress.problem.startswith("the guest continues here")
     assert verified_at_source(clean_hosts.source, busy(name)).problems == []
 
 
@@ -466,7 +466,7 @@ def test_a_host_dies_and_an_operator_decides(world: World) -> None:
     assert "its missing pages are kept here" in line(world)["problem"]
     world.ask("sender", command="decide", migration=line(world)["id"], here=True)
     until(lambda: line(world)["phase"] == "failed", "it does not go on")
-    went_back = "the guest goes on here, as it was when the last checkpoint was made"
+    went_back = "the guest continues here, as it was when the last checkpoint was made"
     assert line(world)["problem"].startswith(went_back)
     assert verified_at_source(world.source, spec).problems == []
 

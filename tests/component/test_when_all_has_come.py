@@ -117,7 +117,7 @@ async def test_a_decision_is_refused_while_what_was_left_is_being_taken_up(
     left = left_by_a_sender(clean_hosts.source, Journal(tmp_path), "handed over")
     async with trio.open_nursery() as nursery:
         nursery.start_soon(left.run)
-        await until_async(lambda: "cannot be taken up yet" in left.progress.problem)
-        with pytest.raises(MigrationError, match=r"cannot be taken up yet: .*ask again"):
+        await until_async(lambda: "cannot be resumed yet" in left.progress.problem)
+        with pytest.raises(MigrationError, match=r"cannot be resumed yet: .*ask again"):
             await left.requests.decide(here=False)
         nursery.cancel_scope.cancel()

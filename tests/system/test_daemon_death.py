@@ -366,7 +366,7 @@ def test_an_operator_s_decision_outlives_the_sender(world: World, here: bool, ki
         os.close(kept)
         assert step in [json.loads(entry)["step"] for entry in written.splitlines() if entry]
     until(lambda: phase(world, "sender") == "failed", "the decision is not carried out")
-    assert "an operator has said" in lines(world, "sender")[-1]["problem"]
+    assert "an operator has decided" in lines(world, "sender")[-1]["problem"]
     assert [info.state for info in world.source.domains()] == (
         [DomainState.RUNNING] if here else []
     )
@@ -382,7 +382,7 @@ def test_a_guest_that_an_operator_let_go_is_destroyed_by_the_receiver_s_successo
     note(world, "receiver", "decided elsewhere")
     start_anew(world, "receiver")
     until(lambda: phase(world, "receiver") == "failed", "the decision is not carried out")
-    assert "an operator has said" in lines(world, "receiver")[-1]["problem"]
+    assert "an operator has decided" in lines(world, "receiver")[-1]["problem"]
     assert world.destination.domains() == []
 
 

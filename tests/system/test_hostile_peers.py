@@ -448,7 +448,7 @@ async def test_a_receiver_before_the_handover(world: World, said: Said, complain
     [
         ([(Lane.PULL, m.Fault(pfn_array([5000])), [])], "the domain ends at"),
         ([(Lane.PULL, m.Fault(pfn_array([1023])), [])], "pfn 0x3ff is not outstanding"),
-        (on_push(m.Loaded(pfn_array([1023]))), "pfn 0x3ff was not on its way"),
+        (on_push(m.Loaded(pfn_array([1023]))), "pfn 0x3ff was not in transit"),
         (on_push(m.Dropped(pfn_array([1023]))), "a pfn that is not outstanding"),
         (on_push(m.Ready()), "ready in phase postcopy"),
         (on_push(m.Written(pfn_array(), pfn_array([1]))), "offered without checkpoints"),

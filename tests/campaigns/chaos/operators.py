@@ -48,7 +48,7 @@ ANSWERS = {
         "postcopy-now": "acts|--strategy precopy|past its precopy",
     },
     ("sender", AFTER): {
-        "reconnect": "acts|nothing to reconnect|nothing comes of that",
+        "reconnect": "acts|nothing to reconnect|reconnecting does not help",
         "cancel": "too late",
         "postcopy-now": "--strategy precopy|past its precopy",
         "decide": "in touch|reported that .* runs there|already",

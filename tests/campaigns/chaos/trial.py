@@ -34,7 +34,7 @@ ANSWER_S = 40.0
 DESTROYED_S = 3.0
 """After this an operator destroys what is left of a guest that was destroyed at one end."""
 WATCH_EVERY_S = 0.03
-NO_WAY_BACK = "cannot go on here"
+NO_WAY_BACK = "cannot continue here"
 """In the answer to a decision for a source whose checkpoint is damaged."""
 ARRIVED = ("completing", "completed")
 BESIDE = 0.3
