@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Checkpoints: the guest's new state, sent back to the source until all its memory has come
-(``--protect``).
+"""Checkpoints: the guest's new state, which is sent back to the source until all of the guest's
+memory has arrived (``--protect``).
 
 A checkpoint is what the guest has written since the checkpoint before it, and its context.  If many
-pages were written, they are sent while the guest runs, and pages that are written meanwhile follow.
-Then the guest is suspended for as long as the copy of the rest takes.  The copy is sent while the
-guest runs again, so a slow link holds the guest only if the rest is more than ``MAX_COPIED_PAGES``.
-A page that was read, and that the source is not known to keep, is owed; it stays owed when the
-lanes are lost.
+pages were written, they are sent while the guest runs, and pages written meanwhile follow.  Then
+the guest is suspended for as long as the copy of the rest takes.  The copy is sent while the guest
+runs again.  So a slow link delays the guest only if the rest is more than ``MAX_COPIED_PAGES``.  A
+page that was read from the dirty log is owed until the source has confirmed that it keeps the page.
+It stays owed when the lanes are lost.
 
 Output and disk writes of the guest are not delayed until a checkpoint covers them.
 """
@@ -38,28 +38,30 @@ log = logging.getLogger(__name__)
 BATCH_PAGES = 1024
 KINDS = (PageStatus.DATA, PageStatus.ZERO, PageStatus.HOLE)
 SUSPENDS_LATE_S = 60.0
-"""So long a guest may take to suspend when it was asked to."""
+"""The longest time that a guest may take to suspend after it was asked to."""
 LIVE_PAGES = 4096
-"""With at least so many pages, copying them would take longer than suspending.  A first part is
-then sent while the guest runs.
+"""To copy more pages than this takes longer than to suspend the guest.  They are therefore sent
+first, while the guest runs.
 """
 SPARE_PAGES = 1024
 MAX_COPIED_PAGES = 32768
 """The most pages that a checkpoint copies.  Over a slow link the guest may write all its memory
-between two looks.
+between two checkpoints.
 """
 NOT_PROTECTED = "the guest is not protected any more"
 ATTEMPTS = 3
 MOST_STANDING_STILL = 0.1
-"""Of the time: where checkpoints take longer, there are fewer of them."""
+"""The largest share of the time for which checkpoints suspend the guest.  If they take longer,
+there are fewer of them.
+"""
 
 
 class LogDirtyLostError(Exception):
-    """Log-dirty is not ours any more: what is read of it is worth nothing."""
+    """Another program has switched log-dirty off, so what was read from it is not valid."""
 
 
 class Checkpoints:
-    """Of a domain that runs here.  ``say`` sends on the push lane, and blocks."""
+    """The checkpoints of a domain that runs here.  ``say`` sends on the push lane, and blocks."""
 
     def __init__(
         self, domain: Domain, every_s: float, say: Callable[[m.Message, list[memoryview]], None],
@@ -77,23 +79,23 @@ class Checkpoints:
         self._statistics = statistics
         self._owed: PfnMask = np.zeros(domain.nr_pfns, dtype=np.bool_)
         self._memory_pages = 0
-        """That the guest had at the last look, here or elsewhere."""
+        """The number of the guest's pages at the last reading, here or at the source."""
         self._making = trio.Lock()
         self._kept = trio.Event()
         self._made = self._ended = self._inherited = False
         self._problem = ""
-        """Why the source could not keep one."""
+        """Why the source could not keep the last checkpoint."""
         self._suspending = threading.Lock()
-        """Whoever has it may suspend or resume the guest."""
+        """The thread that holds this lock may suspend or resume the guest."""
         self._suspends_until = 0.0
-        """A guest that was asked to suspend, and did not in time, may still do so."""
+        """Until this time a guest that did not suspend in time may still do so."""
 
     def begin(self, *, inherit: bool = False) -> None:
         """Begin to record what the guest writes, before the guest runs.  Raises ``XenError`` if
         log-dirty cannot be enabled.
 
-        ``inherit``: log-dirty may be on, and then a predecessor enabled it.  What the predecessor
-        had looked at is not known, so every present page is sent again.
+        ``inherit``: log-dirty may be on.  If it is, a predecessor enabled it.  What the predecessor
+        had read from it is not known, so every present page is sent again.
         """
         self._inherited = inherit
         if inherit and self._domain.log_dirty_is_on():
@@ -109,7 +111,7 @@ class Checkpoints:
             raise
 
     def stop(self) -> None:
-        """Log-dirty goes off, if it is ours."""
+        """Switch log-dirty off, if this object has switched it on."""
         if self.log_dirty_is_ours:
             self.log_dirty_is_ours = False
             self._domain.log_dirty_disable()
@@ -165,7 +167,7 @@ class Checkpoints:
         await trio.to_thread.run_sync(self._lost, problem)
 
     async def end(self) -> None:
-        """When this returns none is on its way, nor will be."""
+        """Make no further checkpoints, and wait for the end of the present one."""
         self._ended = True
         async with self._making:
             pass
@@ -193,7 +195,7 @@ class Checkpoints:
             for message, pieces in self._written(rest):
                 copied = room.take(pieces)
                 if copied is None:
-                    # The guest is suspended for longer, and dom0 does not run out of memory.
+                    # The guest is suspended for longer, so that dom0 does not run out of memory.
                     self._say(message, pieces)
                 else:
                     copies.append((message, copied))
@@ -205,14 +207,15 @@ class Checkpoints:
         self._made = True
 
     def _look(self) -> PfnMask:
-        # Several times: of a page that is being loaded both counts are not changed together.
+        # The memory is counted three times, because a load of a page does not change both counts of
+        # the domain at the same instant.
         counts = [self._count_memory() for _ in range(3)]
         written = mask_from_bitmap(self._domain.log_dirty(clean=True), self._domain.nr_pfns)
         if not self._domain.log_dirty_is_on():
             self.log_dirty_is_ours = False
             raise LogDirtyLostError(
-                "somebody has switched its log-dirty off, so that it is not known what the guest "
-                "has written since"
+                "another program has switched its log-dirty off, so that the pages that the guest "
+                "has written since are unknown"
             )
         self._owed |= written
         if self._memory_pages not in counts:
@@ -227,7 +230,7 @@ class Checkpoints:
         return frames.tot_pages + frames.paged_pages
 
     def _owe_all(self) -> None:
-        """Everything that is here, and the holes."""
+        """Owe every page that is here, and every hole."""
         self._owed[:] = True
         self._owed[self._domain.paged_out()] = False
 
@@ -245,7 +248,7 @@ class Checkpoints:
             finally:
                 try:
                     self._resume()
-                except XenError as error:  # what was copied is good all the same
+                except XenError as error:  # the copies are valid nevertheless
                     log.error("%s; trying again until it does", error)
                 self._statistics.stood_still(time.monotonic() - began)
 
@@ -254,25 +257,28 @@ class Checkpoints:
         self._stopped.unlink(missing_ok=True)
 
     def let_go_on(self) -> None:
-        """Resume a guest that stands still for a checkpoint that is over: it could not be resumed
-        then, or was suspended late.  To be called from time to time, whether there are lanes or
-        not.  Raises ``XenError`` where a later call may succeed.
+        """Resume a guest that is still suspended for a past checkpoint, because it could not be
+        resumed then or because it suspended late.  To be called from time to time, with and without
+        lanes.  Raises ``XenError`` if a later call may succeed.
         """
         if not self._suspending.acquire(blocking=False):
-            return  # one is being made
+            return  # a checkpoint is being made
         try:
             if not self._stopped.exists():
                 return
             if self._domain.state() is DomainState.SUSPENDED:
                 self._resume()
             elif time.monotonic() > self._suspends_until:
-                # It will not be suspended by us any more, and may be by somebody else.
+                # The guest will not suspend for us any more.  If another program suspends it, it
+                # must not be resumed here.
                 self._stopped.unlink(missing_ok=True)
         finally:
             self._suspending.release()
 
     def _written(self, pages: PfnMask) -> Iterator[tuple[m.Written, list[memoryview]]]:
-        """What to say of the set; the pieces are mapped until the next one is asked for."""
+        """Yield the messages about a set of pages, each with its pieces of memory.  The pieces stay
+        mapped until the next message is requested.
+        """
         for pfns in batches_of(pages, BATCH_PAGES):
             with self._domain.map_pages(pfns) as mapped:
                 data, zeros, holes = (pfns[mapped.status == kind] for kind in KINDS)
@@ -282,8 +288,8 @@ class Checkpoints:
 
 
 def suspend(domain: Domain, stopped: Path) -> None:
-    """Suspend the guest for a moment.  Raises ``XenError``; EINVAL means that the guest was not
-    running, so somebody else has stopped it.
+    """Suspend the guest for a moment.  Raises ``XenError``; EINVAL means that the guest did not
+    run, so another program has stopped it.
     """
     mark(stopped)
     try:
@@ -295,7 +301,9 @@ def suspend(domain: Domain, stopped: Path) -> None:
 
 
 def mark(stopped: Path) -> None:
-    """Raises ``XenError``: what a successor could not undo is not begun."""
+    """Note that the guest is about to be stopped, so that a successor can resume it.  Raises
+    ``XenError`` if that cannot be noted; the guest must not be stopped then.
+    """
     try:
         stopped.touch(0o600)
     except OSError as error:
@@ -307,8 +315,8 @@ def mark(stopped: Path) -> None:
 
 
 class Room:
-    """Memory for copies of about ``pages`` pages.  The first touch of memory costs most, and is
-    made before the guest is suspended.
+    """Memory for copies of about ``pages`` pages.  The first access to new memory costs most of the
+    time, and is made before the guest is suspended.
     """
 
     def __init__(self, pages: int):
@@ -317,7 +325,7 @@ class Room:
         )
 
     def take(self, pieces: list[memoryview]) -> list[memoryview] | None:
-        """A copy of pieces of memory; ``None`` where there is no room for it."""
+        """Return a copy of pieces of memory, or ``None`` if there is no room for it."""
         size = sum(map(len, pieces))
         if not size:
             return []

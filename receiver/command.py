@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``xen-postcopy receiver``."""
+"""The command ``xen-postcopy receiver``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from receiver.daemon import ReceiverDaemon
 @click.command("receiver")
 @daemon_options(ReceiverConfig.listen, "senders", RECEIVER_SOCKET)
 def receiver_command(**options: Any) -> None:
-    """The daemon at the destination: takes guests in and serves their page faults.
+    """Run the daemon at the destination, which restores guests and serves their page faults.
 
     SIGTERM ends the receiver when no guest depends on the receiver any more.  A second SIGTERM ends
     the receiver at once, and then vCPUs that touch a missing page wait.  SIGHUP ends the

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What every phase of an incoming migration works with."""
+"""What the phases of an incoming migration share."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ log = logging.getLogger(__name__)
 
 FIRST_START_AGAIN_S = 0.1
 LAST_START_AGAIN_S = 5.0
-"""Each attempt to start or pause a guest waits twice as long as the one before it, up to this."""
-NOT_HERE = "an operator has said that the guest is not to run here"
+"""The longest pause between two attempts to start or pause a guest.  Each pause is twice as long as
+the one before it.
+"""
+NOT_HERE = "an operator has decided that the guest does not run here"
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Context:
     statistics: PagerStatistics = field(default_factory=PagerStatistics)
     holdings: Holdings = field(default_factory=Holdings)
     deciding: trio.Lock = field(default_factory=trio.Lock)
-    """An operator's decision is being carried out, or the guest is being started."""
+    """Held while an operator's decision is carried out, and while the guest is being started."""
 
     @property
     def name(self) -> str:
@@ -49,12 +51,12 @@ class Context:
         return self.ownership.state in states
 
     def disconnect(self) -> None:
-        """The lanes are lost."""
+        """Close the lanes."""
         self.peer.close()
         self.ownership.link = Link.LOST
 
     def note_raised(self, raised: tuple[int, int]) -> None:
-        """The domain's limit of frames is about to be raised: see :class:`FrameLimit`."""
+        """Note that the domain's limit of frames is about to be raised; see :class:`FrameLimit`."""
         self.entry.raised = raised
         self.ownership.note()
 
@@ -65,7 +67,7 @@ class Context:
                 await trio.to_thread.run_sync(call)
                 return
             except XenError as error:
-                self.progress.problem = f"{what} ({error}), which is tried again and again"
+                self.progress.problem = f"{what} ({error}); trying again"
                 if what_to_do:
                     self.progress.problem += f": {what_to_do}"
                 log.error("%s: %s", self.name, self.progress.problem)

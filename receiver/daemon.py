@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The receiver daemon: a listener for lanes, a control socket, and the migrations that come in.
+"""The receiver daemon: a listener for lanes, a control socket, and the incoming migrations.
 
 The sender of `xen-postcopy migrate` dials the listener.  For a request of xl's helper the receiver
 dials the sender.
@@ -45,14 +45,14 @@ log = logging.getLogger(__name__)
 
 MAX_MIGRATIONS = 1000
 MAX_WITHOUT_OFFER = 256
-"""Each has a thread, for a minute at most."""
+"""The most migrations without an offer.  Each has a thread, for a minute at most."""
 PROGRESS_EVERY_S = 0.2
 PATIENCE_S = 60.0
-"""So long nothing of a guest's missing memory may come for one who waits for all of it."""
+"""How long a client that waits for all of a guest's memory waits while no page arrives."""
 NO_DOMAIN = -1
 """The number of a domain that has not been made."""
 KEPT = 100
-"""Ended migrations that ``list`` still shows."""
+"""The number of ended migrations that ``list`` still shows."""
 
 
 class ReceiverDaemon:
@@ -102,7 +102,7 @@ class ReceiverDaemon:
             )
 
     def _take_up(self, session: str, facts: dict[str, Any]) -> None:
-        """What a predecessor has left."""
+        """Resume a migration that a predecessor has left."""
         lanes_again = rejoining(session, facts, self._awaited, self._terms)
         migration = IncomingMigration.of_predecessor(
             self._hypervisor, session, lanes_again, self._journal, facts
@@ -122,18 +122,18 @@ class ReceiverDaemon:
             for migration in needed:
                 migration.count()
             waiting = ", ".join(f"{m.domain_name} ({m.to_come})" for m in needed)
-            notify(f"STATUS=stopping, but guests that run here need their pager still: {waiting}")
+            notify(f"STATUS=stopping, but guests that run here still need their pager: {waiting}")
             self._waiting.log(
                 "waiting for guests that run here: %s", waiting, about=[m.id for m in needed]
             )
-        # What is taken back has a domain and its memory until that has been destroyed.
+        # A migration that is being taken back has a domain with memory until it is destroyed.
         return bool(needed) or any(not m.ended.is_set() for m in self._migrations.values())
 
     def guests_in_need(self) -> list[str]:
         return [migration.domain_name for migration in self._needed()]
 
     def _needed(self) -> list[IncomingMigration]:
-        """Those whose guests live by this daemon."""
+        """Return the migrations whose guests depend on this daemon."""
         return [m for m in self._migrations.values() if m.needed]
 
     def _is_needed(self) -> bool:
@@ -186,12 +186,14 @@ class ReceiverDaemon:
                 raise MigrationError(f"unknown command {other!r}")
 
     def _find_awaited(self, greeting: Hello) -> AwaitedLanes:
-        """A push lane without a token begins a migration."""
+        """Return the lanes to which a connection belongs.  A push lane without a token begins a
+        migration.
+        """
         if greeting.lane == Lane.PULL.value or greeting.token:
             self._journal.check_understood(greeting.session)
             if greeting.session not in self._awaited:
                 raise UnknownSessionError(
-                    f"a {greeting.lane} lane for a session that is not here, or not any more"
+                    f"a {greeting.lane} lane for a session that this receiver does not have"
                 )
             return self._awaited[greeting.session]
         self._check(greeting.session)
@@ -208,7 +210,7 @@ class ReceiverDaemon:
         return awaited
 
     async def _restore(self, request: Json, connection: ControlConnection) -> None:
-        """For xl's helper: the migration that xl's stream names."""
+        """Carry out a request of xl's helper for the migration that xl's stream names."""
         session, (host, port) = str(request["session"]), request["address"]
         self._check(session)
         token = bytes.fromhex(request["token"])
@@ -234,9 +236,9 @@ class ReceiverDaemon:
             tasks.cancel_scope.cancel()
 
     async def _await_memory(self, domid: int, connection: ControlConnection) -> None:
-        """For xl's helper, which is to save a domain: until nothing is missing of it.
+        """Wait until no page of a domain is missing, for xl's helper, which has to save the domain.
 
-        Raises :class:`MigrationError` where that is not to be expected.
+        Raises :class:`MigrationError` if the pages cannot be expected to arrive.
         """
         for migration in [
             m for m in self._migrations.values() if m.domid == domid and not m.has_ended
@@ -265,7 +267,7 @@ class ReceiverDaemon:
     async def _listen_to_helper(
         self, migration: IncomingMigration, connection: ControlConnection
     ) -> None:
-        """The helper sends a request, or closes the connection, to have the domain left to xl."""
+        """Leave the domain to xl when the helper sends a request or closes the connection."""
         request = await connection.request()
         migration.requests.cancel(
             "xl has gone" if request is None else "xl's own live migration takes over"
@@ -307,7 +309,9 @@ class ReceiverDaemon:
 
 
 def _are_of_one_domain(one: IncomingMigration, other: IncomingMigration) -> bool:
-    """Until the journal has the number of the domain, the name stands for the domain."""
+    """Whether two migrations are of one domain.  The name stands for the domain for as long as the
+    journal does not have the domain's number.
+    """
     if NO_DOMAIN in (one.domid, other.domid):
         return one.domain_name == other.domain_name
     return one.domid == other.domid

@@ -17,13 +17,13 @@ FACTS: dict[str, tuple[type, ...]] = {
     "raised": (list,),
     "reason": (str,),
 }
-"""What this end notes in the journal besides the facts that both ends note."""
+"""The facts that only this end notes in the journal, with the types of their values."""
 NOT_ALWAYS_NOTED = ("handle", "rejoins", "unprotected", "decided", "raised", "reason")
-"""An earlier release did not."""
+"""The facts that an earlier release did not note."""
 
 
 class Entry:
-    """``lent``: the domain was made by a toolstack."""
+    """The facts of one migration.  ``lent``: the domain was made by a toolstack."""
 
     def __init__(self, journal: Journal, session: str, lanes: Lanes, *, lent: bool):
         self._journal = journal
@@ -41,7 +41,7 @@ class Entry:
         """
         self.unprotected = ""
         self.decided = False
-        """An operator has said that the guest is to run here."""
+        """An operator has decided that the guest runs here."""
         self.raised = (0, 0)
         """See :class:`FrameLimit`."""
         self.reason = ""
@@ -51,7 +51,9 @@ class Entry:
     def of_predecessor(
         cls, journal: Journal, session: str, lanes: Lanes, facts: dict[str, Any]
     ) -> Entry:
-        """Raises ``ValueError`` for facts that this release must not act on."""
+        """Return the facts that a predecessor has noted.  Raises ``ValueError`` for facts that this
+        release must not act on.
+        """
         check_facts(facts, INHERITED, FACTS, NOT_ALWAYS_NOTED)
         entry = cls(journal, session, lanes, lent=facts["xl"])
         entry._offer, entry._key = facts["offer"], bytes.fromhex(facts["key"])
@@ -68,7 +70,7 @@ class Entry:
 
     @property
     def offer(self) -> m.Offer:
-        """Of a predecessor's migration.
+        """Return the offer of a predecessor's migration.
 
         Raises ``ValueError`` or :class:`MigrationError` if the journal does not have an offer.
         """

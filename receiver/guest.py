@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The incoming domain, with what a pager needs of it."""
+"""The incoming domain, and what a pager needs of it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from xenbackend.ring import PagingRing
 
 
 class Holdings:
-    """What this process has open of the domain, from the moment at which the domain is there."""
+    """What this process has open of the domain, from the moment at which the domain exists."""
 
     def __init__(self) -> None:
         self.domain: Domain | None = None
-        """``None``: there is none, or it is released."""
+        """``None`` if there is no domain yet, or if the domain was released."""
         self._closing = ExitStack()
 
     def add_domain(self, domain: Domain) -> Domain:
@@ -29,11 +29,11 @@ class Holdings:
         return domain
 
     def add(self, close: Callable[[], None]) -> None:
-        """``close`` is called when the domain is released."""
+        """Have ``close`` called when the domain is released."""
         self._closing.callback(close)
 
     def release(self) -> None:
-        """The domain itself stays as it is."""
+        """Close what is open.  The domain itself is not changed."""
         self._closing.close()
         self.domain = None
 
@@ -43,17 +43,17 @@ class Guest:
     offer: m.Offer
     domain: Domain
     ring: PagingRing | None
-    """``None``: no page is missing."""
+    """``None`` if no page is missing."""
     pages: OutstandingPages
     limit: FrameLimit
 
     def state(self) -> DomainState | None:
-        """``None``: the domain is gone."""
+        """Return the domain's state, or ``None`` if the domain does not exist any more."""
         return state_of(self.domain)
 
 
 def state_of(domain: Domain) -> DomainState | None:
-    """``None``: the domain is gone."""
+    """Return the domain's state, or ``None`` if the domain does not exist any more."""
     try:
         return domain.state()
     except NoSuchDomainError:
@@ -61,5 +61,5 @@ def state_of(domain: Domain) -> DomainState | None:
 
 
 def config_of(offer: m.Offer) -> DomainConfig:
-    """What an empty domain for the guest is made with."""
+    """Return the configuration of the empty domain for the guest."""
     return DomainConfig(offer.name, offer.nr_pfns, offer.max_pages, offer.vcpus, offer.platform)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the sender sends on the push lane: one thread carries it out, in the sender's order.
+"""The messages of the push lane, which one thread carries out in the sender's order.
 
-Pages are put in place in the thread; what starts or ends something is the event loop's.
+The thread itself puts pages in place.  The event loop does what starts or ends something.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class Restoring:
             self._guest.pages.remove(pfns)
 
     def miss(self, pfns: PfnArray) -> None:
-        """These pages come after the handover."""
+        """Evict these pages, which arrive after the handover."""
         self._memory.evict(pfns)
         self._guest.pages.add(pfns)
 
     def take_context(self, message: m.Context) -> bool:
-        """Returns whether the guest can be started."""
+        """Add a piece of the context.  Returns whether the guest can be started."""
         if len(self._context) + len(message.data) > MAX_CONTEXT_BYTES:
             raise RemoteProtocolError(f"context: more than {MAX_CONTEXT_BYTES} bytes")
         self._context += message.data
@@ -56,7 +56,9 @@ class Restoring:
 
 
 class Inbox:
-    """Of one pair of lanes.  ``restoring``: ``None`` on all pairs but the first."""
+    """Receives the messages of one pair of lanes.  ``restoring`` is ``None`` on all pairs but the
+    first.
+    """
 
     def __init__(self, switchover: Switchover, restoring: Restoring | None):
         self._switchover = switchover
@@ -65,7 +67,7 @@ class Inbox:
         self._restoring = restoring
 
     def receive(self) -> None:
-        """Until the sender agrees that all is done, in a thread."""
+        """Receive until the sender agrees that nothing is left to do.  Called in a thread."""
         while not self._switchover.settled:
             message, payload = self._peer.receive_blocking()
             if isinstance(message, m.Pages) and self._switchover.serving.is_set():
@@ -97,7 +99,7 @@ class Inbox:
             case m.Barrier():
                 self._peer.send_blocking(m.Passed(message.number))
             case m.Suspended():
-                scheduling.be_urgent()  # the guest is suspended
+                scheduling.be_urgent()  # because the guest is suspended
                 self._ownership.enter(State.SUSPENDED)
             case m.Entrust():
                 trio.from_thread.run(self._entrusted)
@@ -113,7 +115,7 @@ class Inbox:
                 self._switchover.settled = True
 
     async def _entrusted(self) -> None:
-        """xl is about to decide whether the guest runs here."""
+        """Serve the guest's faults, because xl is about to decide whether the guest runs here."""
         toolstack = self._switchover.context.toolstack
         toolstack.expect_entrust()
         if not self._switchover.serving.is_set():

@@ -25,7 +25,7 @@ Each pause is twice as long as the one before it.
 
 
 def select_pages(payload: memoryview, wanted: NDArray[np.bool_]) -> memoryview:
-    """Copy the wanted pages of ``payload``, one behind the other.
+    """Copy the wanted pages of ``payload``, one after the other.
 
     ``wanted`` has one element for each page of ``payload``.
     """
@@ -39,8 +39,8 @@ def load(
     pages: Buffer | None,
     make_room: Callable[[int], bool] = lambda _pages: False,
 ) -> NDArray[np.int32]:
-    """As ``Domain.load``.  Raises ``XenError`` for an error that neither means a page given away
-    nor can pass.
+    """Load pages as ``Domain.load`` does.  Raises ``XenError``, except for a page that the guest
+    gave away and for a shortage of memory.
 
     ``make_room`` raises the domain's limit by a number of pages.  It returns whether the limit was
     too low.
@@ -59,7 +59,7 @@ def load(
 
 
 def retries() -> Iterator[float]:
-    """Seconds of each pause between attempts, without end."""
+    """Return the pauses between attempts, in seconds, without end."""
     return pauses(FIRST_RETRY_S, LAST_RETRY_S, growth=2)
 
 
@@ -68,12 +68,12 @@ class Shortage:
 
     def __init__(self) -> None:
         self.pages = 0
-        """That wait for memory."""
+        """The number of pages that wait for memory."""
         self._pauses = retries()
         self._complaint = Complaint(log.warning)
 
     def pause(self, pages: int) -> float:
-        """So many pages wait: returns the seconds until the next attempt."""
+        """Note that ``pages`` pages wait.  Returns the seconds until the next attempt."""
         if not self.pages:
             self._complaint.log(
                 "the host has no memory for %d pages that have arrived: trying again until it has",
@@ -83,5 +83,5 @@ class Shortage:
         return next(self._pauses)
 
     def over(self) -> None:
-        """No page waits any more."""
+        """Note that no page waits any more."""
         self.pages, self._pauses = 0, retries()

@@ -3,16 +3,17 @@
 
 Read :meth:`IncomingMigration.run` from top to bottom:
 
-1. A new migration begins with an offer (``preflight.py``); a migration that a killed daemon has
-   left begins with what is left (``recovery.py``).  Both produce a guest: a domain with its ring.
+1. A new migration begins with an offer (``preflight.py``).  The migration of a killed daemon begins
+   with what is left of it (``recovery.py``).  Both produce a guest: a domain with its ring.
 2. The guest is restored, started and served over one pair of lanes after the other: ``inbox.py``
    carries out the sender's messages, ``switchover.py`` starts the guest, ``postcopy.py`` reports
    and completes, and ``recovery.py`` spans the time without lanes.
 3. The paging ring is given up (``postcopy.py``); or the migration is undone (``rollback.py``).
 
 Who owns the guest is in ``ownership.py`` alone.  Before READY any failure takes everything back.
-From then on an error that may pass is tried again for as long as the guest may depend on this
-process, and once the guest belongs here only its own end ends the migration (invariants 1 and 5).
+Afterwards, what failed is tried again for as long as the error may pass and the guest may depend on
+this process.  Once the guest belongs here, only its own end ends the migration (invariants 1 and
+5).
 """
 
 from __future__ import annotations
@@ -56,9 +57,9 @@ class IncomingMigration:
         self._context = context
         self._beginning = beginning
         self._recovery: Recovery | None = None
-        """``None`` while there is no guest, and after the end."""
+        """``None`` before there is a guest, and after the end."""
         self._last_message: m.Message | None = None
-        """What the sender has to receive still."""
+        """The message that the sender still has to receive."""
         self._scope = trio.CancelScope()
         self.requests = Requests(context, self._scope.cancel, lambda: self._recovery)
         self.ended = trio.Event()
@@ -73,7 +74,7 @@ class IncomingMigration:
         toolstack: Toolstack | None = None,
         others: Others = tuple,
     ) -> IncomingMigration:
-        """A migration whose sender has still to make an offer."""
+        """Return a migration whose sender has not made its offer yet."""
         toolstack = toolstack or OwnToolstack()
         entry = Entry(journal, migration_id, lanes, lent=toolstack.lent)
         entry.domid = toolstack.lends
@@ -92,7 +93,8 @@ class IncomingMigration:
         journal: Journal,
         facts: dict[str, Any],
     ) -> IncomingMigration:
-        """What a killed daemon has left, by its journal; ``lanes`` are for rejoining only.
+        """Return the migration of a killed daemon, from its journal.  ``lanes`` are for rejoining
+        only.
 
         Raises ``ValueError`` or :class:`MigrationError` for an entry that this release must not act
         on.
@@ -119,9 +121,9 @@ class IncomingMigration:
         context = Context(hypervisor, toolstack, peer, ownership, entry, progress)
         return cls(migration_id, context, Predecessor(context, offer, step))
 
-    # ---- the order of things ----
+    # ---- the order of the steps ----
     async def run(self) -> None:
-        """One migration, until nothing more comes of it."""
+        """Carry the migration out, until it has ended."""
         logs.migration.set(self.id)
         ownership, progress = self._context.ownership, self.progress
         try:
@@ -138,7 +140,8 @@ class IncomingMigration:
         finally:
             self._context.disconnect()
             if self.has_ended:
-                # What is as large as the guest: ``list`` shows this migration for long.
+                # This releases memory that is proportional to the guest: ``list`` shows this
+                # migration long after its end.
                 self._recovery = None
                 self.ended.set()
 
@@ -159,13 +162,13 @@ class IncomingMigration:
                     raise
                 if str(error) != logged:
                     logged = str(error)
-                    log.error("%s goes on: %s", self.domain_name, error, exc_info=is_bug(error))
+                    log.error("%s continues: %s", self.domain_name, error, exc_info=is_bug(error))
             following.note(logged)
             self._context.disconnect()
             await trio.sleep(recovery.CARRY_ON_AGAIN_S)
 
     def _may_pass(self, error: Exception) -> bool:
-        """Whether the migration is to be gone on with after this error."""
+        """Whether the migration continues after this error."""
         ownership = self._context.ownership
         if isinstance(error, GuestEndedError):
             return False
@@ -184,7 +187,7 @@ class IncomingMigration:
         self._last_message = await postcopy.finish(switchover)
 
     async def _follow_sender(self, following: Recovery, restoring: Restoring | None) -> None:
-        """Over one pair of lanes after the other, until nothing is missing."""
+        """Follow the sender over one pair of lanes after the other, until nothing is missing."""
         switchover = following.switchover
         while not switchover.settled:
             try:
@@ -193,7 +196,7 @@ class IncomingMigration:
                 if not self._context.ownership.needed or is_final(error):
                     raise
                 if switchover.needs_nothing:
-                    about = "nothing is missing any more, which the sender may not have heard: %s"
+                    about = "nothing is missing; the sender may not have been informed: %s"
                     log.info(about, error)
                     return
                 await following.rejoin(error)
@@ -221,7 +224,7 @@ class IncomingMigration:
         self._last_message = await rollback.tell(self._context, answer)
 
     async def linger(self) -> None:
-        """Tell a sender that was cut off how it has ended, if it comes back."""
+        """Send the outcome to a sender that was cut off, if it comes back."""
         if self._last_message is not None:
             await rollback.linger(self._context, self._last_message)
 
@@ -252,27 +255,27 @@ class IncomingMigration:
 
     @property
     def domid(self) -> int:
-        """-1 before there is a domain."""
+        """The domain's number; -1 before there is a domain."""
         return self._context.entry.domid
 
     @property
     def has_ended(self) -> bool:
-        """Nothing more comes of it."""
+        """Whether the migration has ended."""
         return self._context.ownership.has_ended
 
     @property
     def needed(self) -> bool:
-        """The guest may depend on this process, which must not be stopped."""
+        """Whether the guest may depend on this process, which must not be stopped then."""
         return self._context.ownership.needed
 
     @property
     def is_lost(self) -> bool:
-        """The guest's missing pages exist nowhere any more."""
+        """Whether the guest's missing pages exist nowhere any more."""
         return self._context.is_in(State.LOST)
 
     @property
     def missing(self) -> int:
-        """Pages of the guest that are still to come."""
+        """The number of the guest's pages that have not arrived yet."""
         if self._recovery is None or not self.needed:
             return 0
         return self._recovery.switchover.guest.pages.count
@@ -290,7 +293,9 @@ class IncomingMigration:
         return f"{self.progress.outstanding} pages missing"
 
     def count(self) -> None:
-        """Bring what ``list`` shows up to date.  While no sender is connected nothing else does."""
+        """Update the number of missing pages that ``list`` shows.  Nothing else does so while no
+        sender is connected.
+        """
         if self._recovery is not None and self._recovery.switchover.serving.is_set():
             report, self.progress.waiting = self._recovery.switchover.pager.report()
             self.progress.outstanding = report.outstanding
@@ -298,5 +303,5 @@ class IncomingMigration:
         self.progress.io_fails_in_s = None if recovery is None else recovery.io_fails_in_s
 
     def details(self) -> dict[str, Any]:
-        """What has been measured so far; see :meth:`PagerStatistics.summary`."""
+        """Return what has been measured so far; see :meth:`PagerStatistics.summary`."""
         return self.statistics.summary()

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The pages that are still to come, and the vCPUs that wait for them.  Sans-IO.
+"""The pages that have not arrived yet, and the vCPUs that wait for them.  Sans-IO.
 
 Each missing pfn goes
 
-    OUTSTANDING -> REQUESTED -> LOADING -> READY        a vCPU asked for it
-    OUTSTANDING -> LOADING -> READY                     it was pushed before anyone asked
-    any of the first three -> DROPPED                   the guest gave it away
+    OUTSTANDING -> REQUESTED -> LOADING -> READY        a vCPU requested the page
+    OUTSTANDING -> LOADING -> READY                     the page was pushed before a request
+    any of the first three -> DROPPED                   the guest gave the page away
 
-A page is *claimed* before it is loaded, so a page that comes twice, pushed and pulled, is loaded
-once.  The later copy is ignored, whenever it comes: the guest may have written since (invariant 2).
-Every request leaves here exactly once, as an answer (invariant 4).
+A page is *claimed* before it is loaded, so a page that arrives twice, pushed and pulled, is loaded
+once.  The later copy is always ignored, because the guest may have written the page since
+(invariant 2).  Every request is answered exactly once (invariant 4).
 
 The steps that requests and pages take are in C, for the fast path as well
-(``migrate/fastpath/page_states.py``), and so is the table of who waits.
+(``migrate/fastpath/page_states.py``), and so is the table of the waiting requests.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ from xenbackend.ring import PagingRequest
 
 @dataclass
 class Verdict:
-    """What is to be done now."""
+    """What the caller has to do now."""
 
     answer: list[Waiting] = field(default_factory=list)
     """Requests to respond to, each with the time at which it was made."""
     ask: PfnArray = field(default_factory=lambda: NO_PFNS)
-    """pfns to fetch from the sender."""
+    """The pfns to request from the sender."""
     touched: list[int] = field(default_factory=list)
-    """pfns that vCPUs needed, whether they are there by now or not."""
+    """The pfns that vCPUs needed, including those that have arrived since."""
     dropped: PfnArray = field(default_factory=lambda: NO_PFNS)
-    """pfns that the sender need not send."""
+    """The pfns that the sender need not send."""
     loaded: PfnArray = field(default_factory=lambda: NO_PFNS)
-    """pfns that the sender may forget."""
+    """The pfns that were loaded, and that the sender may release."""
 
 
 class OutstandingPages:
@@ -69,13 +69,13 @@ class OutstandingPages:
         return self._state
 
     def add(self, pfns: PfnArray) -> None:
-        """These are missing.  Before the guest runs only."""
+        """Note that these pages are missing.  Called before the guest runs."""
         self.count += int(np.count_nonzero(self._state[pfns] == PRESENT))
         self._state[pfns] = OUTSTANDING
 
     def remove(self, pfns: PfnArray) -> None:
-        """These pages are not missing: they have come after all, or are no memory any more.  Called
-        before the guest runs.
+        """Note that these pages are not missing any more: they have arrived, or have no memory any
+        more.  Called before the guest runs.
         """
         if self.count:
             missing = pfns[self._state[pfns] == OUTSTANDING]
@@ -83,7 +83,9 @@ class OutstandingPages:
             self._state[missing] = PRESENT
 
     def requests(self, requests: Iterable[PagingRequest], now: float) -> Verdict:
-        """The paging ring has these.  Raises ``XenError`` if they are more than a ring can hold."""
+        """Handle requests of the paging ring.  Raises ``XenError`` if they are more than a ring can
+        have open.
+        """
         actions = self.pages.requests(list(requests), now)
         self.count -= len(actions.dropped)
         return Verdict(
@@ -94,20 +96,20 @@ class OutstandingPages:
         )
 
     def rejoin(self) -> PfnMask:
-        """What is outstanding, now that the link was lost and nothing is on its way."""
-        # Loads that were cut short: some pages may be there, and the next load finds that out.
+        """Return what is outstanding, after the link was lost with the pages in transit."""
+        # If a load was cut short, some of its pages may be present; the next load detects that.
         self.pages.unclaim(np.flatnonzero(self._state == LOADING).astype(np.uint64))
         outstanding: PfnMask = (self._state == OUTSTANDING) | (self._state == REQUESTED)
         self.count = int(np.count_nonzero(outstanding))
         return outstanding
 
     def requested(self) -> PfnArray:
-        """What vCPUs wait for."""
+        """Return the pages for which vCPUs wait."""
         return self.pages.requested()
 
     def ahead(self, touched: list[int]) -> PfnArray:
-        """The pages to fetch before they are needed.  They stay OUTSTANDING: a fault asks for one
-        of them as for any other page.
+        """Return the pages to fetch before they are needed.  They stay OUTSTANDING, so that a fault
+        requests one of them as any other page.
         """
         windows = [
             self._read_ahead.after(pfn) for pfn in dict.fromkeys(touched) if pfn < len(self._state)
@@ -115,13 +117,15 @@ class OutstandingPages:
         return merged(windows, MAX_AHEAD_PFNS)
 
     def _outstanding(self, first: int, stop: int, step: int) -> PfnArray:
-        """Ascending, for whichever direction."""
+        """Return the outstanding pages among first, first + step, ... before stop; ascending for
+        either direction.
+        """
         states = self._state[first : stop if stop >= 0 else None : step]
         found = first + step * np.flatnonzero(states == OUTSTANDING)
         return (found if step > 0 else found[::-1]).astype(np.uint64)
 
     def claim(self, pfns: PfnArray) -> NDArray[np.bool_]:
-        """Which of the pages that arrived are to be loaded; they are LOADING then.
+        """Return which of the pages that arrived must be loaded, and make these LOADING.
 
         Raises :class:`RemoteProtocolError` for a page that was never missing.
         """
@@ -131,10 +135,10 @@ class OutstandingPages:
         return wanted
 
     def finished(self, pfns: PfnArray, results: NDArray[np.int32]) -> Verdict:
-        """Claimed pages were loaded, or could not be because the guest gave them away meanwhile.
+        """Note that claimed pages were loaded, or that the guest gave them away meanwhile.
 
-        A drop request can be lost when the ring is full.  ENOENT at the load is then the only sign
-        of it.
+        If the ring is full, a drop request can be lost.  Then only ENOENT at the load shows that
+        the page was given away.
         """
         answer = self.pages.finish(pfns, results)
         verdict = self.accounted(pfns, results)
@@ -142,7 +146,9 @@ class OutstandingPages:
         return verdict
 
     def accounted(self, pfns: PfnArray, results: NDArray[np.int32]) -> Verdict:
-        """Native code has finished these.  They count as missing until the sender can be told."""
+        """Note that native code has finished these pages.  A page counts as missing until it is on
+        the list of acknowledgements.
+        """
         self.count -= len(pfns)
         if not np.count_nonzero(results):
             return Verdict(loaded=pfns)
@@ -150,5 +156,5 @@ class OutstandingPages:
 
     @property
     def waiting(self) -> int:
-        """Requests that are unanswered."""
+        """The number of requests that are not answered."""
         return self.pages.nr_waiting

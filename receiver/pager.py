@@ -2,16 +2,16 @@
 """The pager: between the paging ring, the two lanes and the domain, from the switchover on.
 
 Two threads meet here.  The *pager thread* waits for the ring and the pull lane and does nothing
-else.  A fault's way through this process is wake, ask, wake, load, answer; at no point does a fault
-queue behind the event loop or behind a batch.  The thread of the push lane loads pushed pages and
-acknowledges them.  :class:`OutstandingPages` makes all decisions, under one lock.  Pages are
-claimed under this lock and loaded outside it.
+else.  The steps of a fault in this process are: wake, request, wake, load, answer.  In none of them
+does a fault queue behind the event loop or behind a batch.  The thread of the push lane loads
+pushed pages and acknowledges them.  :class:`OutstandingPages` makes all decisions, under one lock.
+Pages are claimed under this lock and loaded outside it.
 
 Nearly all faults take the fast path, in native code and in the pager thread
 (``migrate/fastpath/api.py``).  This module does the accounting afterwards, and is the slow path for
 the rest.
 
-While there are no lanes the pager thread serves the ring alone: a vCPU that waits for a present
+While there are no lanes, the pager thread serves the ring alone.  A vCPU that waits for a present
 page continues, and the other requests are kept.
 """
 
@@ -61,7 +61,9 @@ log = logging.getLogger(__name__)
 
 
 class Pager:
-    """``ring``: none where no page is missing.  ``say`` sends on the push lane."""
+    """The pager of one guest.  ``ring``: ``None`` if no page is missing.  ``say`` sends on the push
+    lane.
+    """
 
     def __init__(
         self,
@@ -87,19 +89,19 @@ class Pager:
         self._begun = False
         self._stopping = False
         self._held: list[tuple[PfnArray, bytes | None]] = []
-        """Pages of the pull lane that wait for memory: what vCPUs ask for, and little more."""
+        """Pages of the pull lane that wait for memory.  They are few, because vCPUs need them."""
         self._try_at = 0.0
         self._pull_shortage, self._push_shortage = Shortage(), Shortage()
         self._unacknowledged: list[PfnArray] = []
         self._dropped: list[PfnArray] = []
         self._acknowledging = threading.Lock()
         self.holds_back = False
-        """Nothing is acknowledged, so that the sender keeps what was missing."""
+        """If true, nothing is acknowledged, so that the sender keeps the missing pages."""
         self._token = trio.lowlevel.current_trio_token()
         self.nothing_outstanding = trio.Event()
 
     def begin(self) -> None:
-        """The guest may run from here on, and what is missing is known."""
+        """Request pages from here on.  All missing pages are known, and the guest may run."""
         with self._lock:
             self._begun = True
             if self._native is not None:
@@ -107,20 +109,22 @@ class Pager:
             self._look_whether_all_is_there()
 
     def _look_whether_all_is_there(self) -> None:
-        """Before the guest may run nobody knows what is missing."""
+        """Set :attr:`nothing_outstanding` if no page is missing.  The missing pages are not known
+        before :meth:`begin`.
+        """
         if self._begun and not self._pages.count:
             self._token.run_sync_soon(self.nothing_outstanding.set, idempotent=True)
 
     # ---- the pager thread ----
     async def serve(self, pull: LaneConnection | None) -> None:
-        """Serve faults until cancelled; without lanes, serve only those for pages that are present.
-        Raises the error that ends the thread.
+        """Serve faults until cancelled.  Without lanes, only faults for pages that are present are
+        served.  Raises the error that ends the thread.
         """
         if self._ring is not None:
             self._pull = pull
             self._stopping = False
             with contextlib.suppress(BlockingIOError):
-                # The last thread may have been told to stop after it had ended.
+                # The thread before this one may have been stopped when it had ended already.
                 os.eventfd_read(self._wake_fd)
             await run_in_thread(self._serve, self._stop, urgent=True)
 
@@ -139,7 +143,7 @@ class Pager:
             poll.register(self._pull, select.POLLIN)
         try:
             self._ask_again()
-            self._handle_ring()  # what a predecessor has left open, for one
+            self._handle_ring()  # a predecessor may have left requests open
             if self._pull is not None:
                 self._take_what_has_come()
             self._prepare_fast_path()
@@ -148,14 +152,14 @@ class Pager:
         except PeerClosedError:
             if not self._stopping and self._session.phase < Phase.COMPLETE:
                 raise
-            # The sender agreed, and the push lane is about to say so.
+            # The sender has agreed, and ``completed`` is about to arrive on the push lane.
         finally:
             self._leave_fast_path()
-            self._held.clear()  # the sender has them still
+            self._held.clear()  # the sender still has these pages
             self._pull_shortage.over()
 
     def _turn(self, poll: select.poll) -> None:
-        """Wait for something, and deal with it."""
+        """Wait for an event, and handle it."""
         assert self._ring is not None
         vacant = self._pull.vacant() if self._pull is not None else None
         if self._native is not None and vacant is not None and not self._held:
@@ -171,7 +175,7 @@ class Pager:
             self._load_held()
 
     def _prepare_fast_path(self) -> None:
-        """If nothing but memory is between a message and the domain."""
+        """Prepare the fast path, if the lane, the domain and the ring support it."""
         assert self._ring is not None
         if self._pull is None:
             return
@@ -192,12 +196,12 @@ class Pager:
                 native.open()
 
     def _turn_natively(self, native: NativePager, vacant: memoryview) -> None:
-        """Let native code deal with what it can, and account for that."""
+        """Wait in native code, account for what it has done, and handle what it hands back."""
         assert self._pull is not None
         met = native.wait(vacant)
         if met < 0:
             raise XenError("paging ring", -met)
-        if native.has_results:  # seldom after a request, and its page may be here in a moment
+        if native.has_results:  # seldom true after a request, whose page may arrive in a moment
             self._account(native, pulled=bool(met & fastpath.LOADED))
         if met & fastpath.ASKED:
             touched, asked, size, error = native.asked()
@@ -212,7 +216,9 @@ class Pager:
             self._take_pages()
 
     def _account(self, native: NativePager, *, pulled: bool) -> None:
-        """For pages that native code has loaded or dropped, and requests that it has answered."""
+        """Account for the pages that native code has loaded or dropped, and for the requests that
+        it has answered.
+        """
         (pfns, results), answered = native.finished(), native.answered()
         if pulled:
             self._statistics.pulled_pages += len(pfns)
@@ -225,7 +231,7 @@ class Pager:
             self._native = None
 
     def _ask_again(self) -> None:
-        """For what vCPUs wait for since before these lanes."""
+        """Request the pages for which vCPUs have been waiting since before these lanes."""
         with self._lock:
             requested = self._pages.requested()
         for pfns in pieces(requested, MAX_FAULT_PFNS):
@@ -242,7 +248,7 @@ class Pager:
             self._carry_out(verdict)
         if len(verdict.ask):
             self._ask(Fault(verdict.ask))
-        self._ask_ahead(verdict.touched)  # only now: a vCPU waits
+        self._ask_ahead(verdict.touched)  # after the requests, for which vCPUs wait
 
     def _ask_ahead(self, touched: list[int]) -> None:
         ahead = self._pages.ahead(touched) if self._pull is not None and not self._held else NO_PFNS
@@ -281,7 +287,7 @@ class Pager:
                     self._hold(short, None if kept is None else bytes(kept))
 
     def _hold(self, pfns: PfnArray, pages: bytes | None) -> None:
-        """There is no memory for these: meanwhile others' requests are served."""
+        """Keep pages for which the host has no memory, so that other requests are served."""
         if not self._held:
             self._try_at = time.monotonic() + self._pull_shortage.pause(len(pfns))
         self._held.append((pfns, pages))
@@ -303,8 +309,8 @@ class Pager:
     def pushed(
         self, message: Pages, payload: memoryview, ends_within: Callable[[float], bool]
     ) -> None:
-        """Load a batch.  One acknowledgement covers several batches, and pages that came over the
-        pull lane meanwhile.
+        """Load a batch.  One acknowledgement covers several batches, and the pages that arrived on
+        the pull lane meanwhile.
 
         While the host has no memory for this batch, no other batch is received.  ``ends_within``
         returns whether the lane ends within a number of seconds.  Raises :class:`PeerClosedError`
@@ -323,9 +329,9 @@ class Pager:
             self.acknowledge()
 
     def acknowledge(self) -> None:
-        """Tell the sender what was loaded or dropped since the last time.
+        """Report to the sender what was loaded or dropped since the last call.
 
-        When this returns all of it has been said, by whichever thread: ``complete`` may follow.
+        When this returns, the reports of all threads have been sent, so ``complete`` may follow.
         """
         if self.holds_back:
             return
@@ -338,23 +344,25 @@ class Pager:
                     self._say(kind(pfns))
 
     def rejoin(self) -> PfnMask:
-        """What is outstanding, for a sender that is to send it.  While nothing is served."""
+        """Return what is outstanding, which the sender has to send again.  Called while no fault is
+        served.
+        """
         with self._lock:
             self._unacknowledged, self._dropped = [], []
             return self._pages.rejoin()
 
     def report(self) -> tuple[Report, int]:
-        """How it goes, and how many requests wait just now."""
+        """Return the report for the sender, and the number of requests that wait now."""
         with self._lock:
             latency = self._statistics.latency
             report = Report(self._pages.count, latency.count, int(latency.quantile(0.5)))
             return report, self._pages.waiting
 
     async def finish(self) -> None:
-        """Answer the requests that are still in the ring, and give the ring up.  Nothing is
-        outstanding, and the pager thread has ended.
+        """Answer the requests that are still in the ring, and give the ring up.  Called when
+        nothing is outstanding and the pager thread has ended.
 
-        The guest is paused meanwhile, because a vCPU may be about to ask for a page that was just
+        The guest is paused meanwhile, because a vCPU may be about to request a page that was just
         loaded.
         """
         self._pull = None
@@ -362,16 +370,17 @@ class Pager:
             await in_thread(self._domain.pause)
             try:
                 while not await in_thread(self._give_up, self._ring):
-                    await trio.sleep(
-                        0.001
-                    )  # vCPUs that waited for a slot are on their way to find their page present
+                    # vCPUs that waited for a slot of the ring are about to find their page present.
+                    await trio.sleep(0.001)
             finally:
                 await self._unpause()
             self._ring = None
         self.close()
 
     async def _unpause(self) -> None:
-        """Pauses are counted, so one that is not taken back would hold the guest for ever."""
+        """Unpause the guest.  Xen counts pauses, so a pause without an unpause would stop the guest
+        for ever.
+        """
         for pause_s in retries():
             try:
                 with trio.CancelScope(shield=True):
@@ -380,11 +389,11 @@ class Pager:
             except NoSuchDomainError:
                 return
             except (XenError, RuntimeError) as error:
-                log.error("%s; trying again until the guest goes on", error)
+                log.error("%s; trying again until the guest continues", error)
                 await trio.sleep(pause_s)
 
     def _give_up(self, ring: PagingRing) -> bool:
-        """False where it is to be tried again."""
+        """Give the ring up.  Returns false if the caller has to try again."""
         self._handle_ring()
         try:
             self._domain.paging_disable()
@@ -396,19 +405,21 @@ class Pager:
         return True
 
     def close(self) -> None:
-        """The ring itself stays as it is."""
+        """Release the pager's resources.  The ring itself is not changed."""
         if self._wake_fd >= 0:
             os.close(self._wake_fd)
             self._wake_fd = -1
 
     @property
     def short_of_memory(self) -> int:
-        """Pages that have arrived and for which the host has no memory."""
+        """The number of pages that have arrived and for which the host has no memory."""
         return self._pull_shortage.pages + self._push_shortage.pages
 
-    # ---- either ----
+    # ---- both threads ----
     def _load(self, pfns: PfnArray, pages: Buffer | None) -> tuple[PfnArray, Buffer | None]:
-        """Returns those for which there is no memory just now: they are still claimed."""
+        """Load claimed pages.  Returns the pages for which the host has no memory now; these stay
+        claimed.
+        """
         results = load(self._domain, pfns, pages, self._make_room)
         if not np.count_nonzero(short := results == -errno.ENOMEM):
             self._finished(pfns, results)
@@ -419,8 +430,8 @@ class Pager:
     def _claim(
         self, message: Pages, payload: memoryview
     ) -> Iterator[tuple[PfnArray, Buffer | None]]:
-        """Claim the pages of a message, and yield those that are to be loaded, in place.  The few
-        pages that have arrived already are left out.
+        """Claim the pages of a message, and yield the pages to be loaded, without a copy.  The few
+        pages that have arrived before are left out.
         """
         with self._lock:
             wanted = self._pages.claim(message.pfns)
@@ -439,7 +450,9 @@ class Pager:
             self._carry_out(self._pages.finished(pfns, results))
 
     def _carry_out(self, verdict: Verdict) -> None:
-        """Under the lock: the ring's response index is shared."""
+        """Carry a verdict out.  Called under the lock, because the ring's response index is
+        shared.
+        """
         if verdict.answer:
             assert self._ring is not None
             self._ring.respond([request for request, _since in verdict.answer])
@@ -453,7 +466,9 @@ class Pager:
         self._look_whether_all_is_there()
 
     def _count(self, answered: list[tuple[PagingRequest, float]]) -> None:
-        """A vCPU may have asked several times for the same page: it stood still once."""
+        """Count the waits of vCPUs.  A vCPU that has requested one page several times has waited
+        once.
+        """
         stalls = {
             (request.vcpu, request.pfn): stall
             for request, stall in reversed(answered)

@@ -18,15 +18,15 @@ from migrate.protocol.session import Session
 
 
 class Peer:
-    """What needs a lane raises :class:`PeerClosedError` while there is none."""
+    """The sender.  A method that needs a lane raises :class:`PeerClosedError` if there is none."""
 
     def __init__(self, lanes: Lanes, session: Session):
         self.lanes = lanes
         self.session = session
         self._push: LaneConnection | None = None
-        self._why_none = "the receiver was started anew"
+        self._why_none = "the receiver was restarted"
         self.pull: LaneConnection | None = None
-        """``None``: there is none."""
+        """``None`` if there is no pull lane."""
         self._heard_at = time.monotonic()
 
     @property
@@ -48,7 +48,7 @@ class Peer:
         self._push = await self.lanes.push()
 
     async def reconnect(self, note: Callable[[str], None]) -> None:
-        """Wait for a new push lane; see :meth:`Lanes.again`."""
+        """Wait for a new push lane, as :meth:`Lanes.again` does."""
         self._push = await self.lanes.again(note)
 
     async def open_pull_lane(self, token: bytes) -> None:

@@ -38,12 +38,12 @@ async def serve_faults(switchover: Switchover) -> None:
     try:
         await switchover.pager.serve(switchover.context.peer.pull)
     except PeerClosedError:
-        await trio.sleep(EXPLANATION_S)  # the push lane may say why
+        await trio.sleep(EXPLANATION_S)  # the push lane may have the reason
         raise
 
 
 async def report(switchover: Switchover) -> None:
-    """Tell the sender what was loaded and how it goes, until nothing is missing."""
+    """Report to the sender what was loaded, and the progress, until nothing is missing."""
     context, pager = switchover.context, switchover.pager
     await switchover.serving.wait()
     while True:
@@ -98,7 +98,7 @@ def complete_message(statistics: PagerStatistics) -> m.Message:
 
 
 async def send_checkpoints(switchover: Switchover) -> None:
-    """Or why there are none."""
+    """Send checkpoints.  When no further ones can be made, send the reason."""
     peer, progress = switchover.context.peer, switchover.context.progress
     await switchover.handed_over.wait()
     checkpoints = switchover.checkpoints
@@ -109,8 +109,8 @@ async def send_checkpoints(switchover: Switchover) -> None:
 
 
 async def finish(switchover: Switchover) -> m.Message | None:
-    """Give the ring up.  Returns what the sender has to receive still, so that it lets go of the
-    guest's pages.
+    """Give the ring up.  Returns the message that the sender must still receive before it releases
+    the guest's pages.
     """
     context, guest = switchover.context, switchover.guest
     entry = context.entry
@@ -124,7 +124,7 @@ async def finish(switchover: Switchover) -> m.Message | None:
             break
         except XenError as error:
             context.progress.problem = (
-                f"all memory has come, but the ring cannot be given up: {error}; trying again"
+                f"all memory has arrived, but the ring cannot be given up: {error}; trying again"
             )
             log.error("%s: %s", context.name, context.progress.problem)
             await trio.sleep(LAST_START_AGAIN_S)
@@ -145,5 +145,5 @@ async def finish(switchover: Switchover) -> m.Message | None:
 
 
 def _note_stop(context: Context) -> None:
-    with contextlib.suppress(XenError):  # it is too late to leave it
+    with contextlib.suppress(XenError):  # the ring must be given up even without the note
         mark(context.entry.stopped)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""From the offer to a domain into which the guest can be restored, and both lanes."""
+"""The steps from the offer until both lanes and an empty domain for the guest exist."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from receiver.switchover import Switchover
 from xenbackend.errors import XenError
 
 UNDOING_S = 2.0
-"""How long an offer waits for the end of another migration of a guest of the same name, which may
-be being undone.
+"""How long an offer waits for the end of another migration of a guest of the same name.  That
+migration may just be being undone.
 """
 
 
 @dataclass(frozen=True)
 class Begun:
-    """What a migration goes on with."""
+    """A guest with which a migration continues after its beginning."""
 
     guest: Guest
     restoring: Restoring | None
-    """``None``: a predecessor has restored the guest."""
+    """``None`` if a predecessor has restored the guest."""
 
 
 class Other(Protocol):
@@ -67,7 +67,9 @@ class Preflight:
         self._others = others
 
     async def begin(self) -> Begun | None:
-        """``None`` if the offer was refused."""
+        """Connect, receive the offer and prepare the guest.  Returns ``None`` if the offer was
+        refused.
+        """
         context, peer = self._context, self._context.peer
         await peer.connect()
         offer = await self._offer()
@@ -86,7 +88,7 @@ class Preflight:
         return prepared
 
     async def serve(self, switchover: Switchover) -> None:
-        """Nothing runs here yet."""
+        """Do nothing, because no guest runs here yet."""
 
     async def _offer(self) -> m.Offer:
         with step_timeout("the sender offered nothing"):
@@ -98,13 +100,15 @@ class Preflight:
         return offer
 
     async def _wait_for_others(self, offer: m.Offer) -> str:
-        """Returns why the guest cannot come now; empty if it can."""
+        """Wait for the end of other migrations of the guest.  Returns why the guest cannot be
+        accepted now; empty if it can.
+        """
         coming = [
             other
             for other in self._others()
             if other.domain_name == offer.name and not other.has_ended
         ]
-        # One that was cancelled a moment ago is still being undone.
+        # A migration that was cancelled a moment ago is still being undone.
         with trio.move_on_after(UNDOING_S):
             for other in coming:
                 if not other.needed:
@@ -114,7 +118,7 @@ class Preflight:
             return ""
         return (
             f"a guest named {offer.name!r} is incoming already, as migration {coming[0].id[:8]}, "
-            f"which is {coming[0].phase}: wait until that has ended"
+            f"which is {coming[0].phase}: wait until that migration has ended"
         )
 
     async def _refuse(self, refusal: str) -> None:
@@ -125,7 +129,7 @@ class Preflight:
         await context.peer.send(m.Refused(m.printable(refusal), False))
 
     def _prepare(self, offer: m.Offer) -> Begun | str:
-        """Make the domain and its ring.  Returns why not, if this host cannot take the guest in."""
+        """Make the domain and its ring.  Returns the reason if this host cannot take the guest."""
         try:
             return self._make(offer)
         except (XenError, MigrationError) as error:
@@ -146,7 +150,7 @@ class Preflight:
         context.entry.domid, context.entry.handle = domain.domid, domain.handle
         context.ownership.enter(State.RESTORING)
         if problem := sparseness(offer.nr_pfns, domain.config().max_pages):
-            return problem  # of a domain that xl has made
+            return problem  # xl may have made the domain with fewer pages than offered
         ring = None
         if offer.paging:
             ring = domain.paging_enable()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What an incoming migration shows of itself."""
+"""The progress of an incoming migration."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 @dataclass
 class IncomingProgress:
-    """What ``list`` shows besides the phase.  Nothing is decided by it."""
+    """The values that ``list`` shows besides the phase.  No decision depends on them."""
 
     domain: str = ""
     outstanding: int = 0
     waiting: int = 0
     unprotected: str = ""
-    """Why there are no further checkpoints, though they were asked for."""
+    """Why there are no further checkpoints, although they were requested."""
     problem: str = ""
     io_fails_in_s: float | None = None
     """Until dom0 gives up I/O to missing pages.  ``None``: the lanes are there, or the guest has no

@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What vCPUs are going to touch, guessed from the pages that they asked for.  Sans-IO.
+"""The pages that vCPUs will probably touch next, guessed from the pages that they requested.
+Sans-IO.
 
-A fault is the only access that a pager sees, and where the guess was right there is no fault.  So a
-*stream* is not recognised by the steps between its faults, but by the place of its next fault:
-behind the window that was fetched ahead of the last one.  With each fault there the window doubles,
-as a file system's read-ahead does.
+A pager sees only faults.  If a guess was right, there is no fault.  So a *stream* is not recognised
+by the steps between its faults, but by the place of its next fault: behind the window that was
+fetched after the fault before.  With each fault there the window doubles, as in the read-ahead of a
+file system.
 
 Two faults next to each other begin a stream, and so do three at equal distances, forwards or
-backwards.  A fault that is next to no other fetches nothing more: where vCPUs touch pages at
-random, the pages that are fetched besides only delay them.  (Leap, Al Maruf and Chowdhury, ATC
-2020, takes the majority of the last steps.  To tell streams apart by their place works for any
-number of interleaved streams, of any vCPU.)
+backwards.  A fault that is not next to another one fetches nothing more.  If vCPUs touch pages at
+random, additional pages would only delay them.  (Leap, Al Maruf and Chowdhury, ATC 2020, takes the
+majority of the last steps.  To distinguish streams by their place works for any number of
+interleaved streams, of any vCPU.)
 
-Only missing pages count: a page is next to another when the pages between them are there, and a
-window has as many missing pages where most pages are there already.
+Only missing pages count.  Two pages are next to each other if the pages between them are present.
+A window has the same number of missing pages even if most pages around it are present.
 """
 
 from __future__ import annotations
@@ -27,32 +28,32 @@ from xenbackend.pages import PfnArray
 
 FIRST_WINDOW = 4
 MAX_WINDOW = 64
-"""Pages.  Pages on their way ahead of a page that a vCPU waits for delay that page; 256 gained
-nothing, with longer waits.
+"""The most pages of a window.  Pages that are in transit before a page for which a vCPU waits delay
+that page.  A window of 256 pages gained nothing, and made the waits longer.
 """
 NEAR = 8
-"""pfns from a fault to one next to it, at most."""
+"""The most pfns between two faults that are next to each other."""
 SPAN = 8
-"""Windows are looked for in so many times as many pfns."""
+"""A window of n pages is searched for in SPAN * n pfns."""
 MAX_STREAMS = 16
 MAX_LONELY = 16
 
 Missing = Callable[[int, int, int], PfnArray]
-"""The pfns that are still to be fetched among first, first + step, ... before stop; ascending."""
+"""Returns the pfns among first, first + step, ... before stop that are to be fetched; ascending."""
 
 
 @dataclass
 class _Stream:
     first: int
-    """Where its last window began."""
+    """The pfn at which the last window began."""
     next: int
-    """Where it is going on."""
+    """The pfn at which the stream continues."""
     step: int
     window: int
 
     def is_met_by(self, pfn: int, missing: Missing) -> bool:
-        """True for a fault in the last window, which is on its way, and for the next missing page
-        behind the window.
+        """Whether a fault continues the stream: a fault in the last window, which is in transit, or
+        at the next missing page behind the window.
         """
         reach = self.next + self.window * SPAN * self.step
         inside = self.first <= pfn < reach if self.step > 0 else reach < pfn <= self.first
@@ -66,12 +67,12 @@ class ReadAhead:
         self._nr_pfns = nr_pfns
         self._missing = missing
         self._streams: list[_Stream] = []
-        """The one that was met last is last."""
+        """The streams; the one that continued last is last."""
         self._lonely: deque[int] = deque(maxlen=MAX_LONELY)
-        """Faults that met no stream."""
+        """The last faults that continued no stream."""
 
     def after(self, pfn: int) -> PfnArray:
-        """A vCPU has asked for this page: what to fetch that nobody has asked for."""
+        """Return the pages to fetch ahead after a vCPU has requested this page."""
         for stream in reversed(self._streams):
             if stream.is_met_by(pfn, self._missing):
                 self._streams.remove(stream)
@@ -84,7 +85,7 @@ class ReadAhead:
         return self._go_on(_Stream(pfn, pfn + step, step, FIRST_WINDOW)) if step else NO_PFNS
 
     def _step_to(self, pfn: int) -> int:
-        """From the fault before, where this one goes on from it; otherwise 0."""
+        """Return the step from an earlier fault, if this fault continues it; otherwise 0."""
         for other in reversed(self._lonely):
             step = pfn - other
             if step and pfn - 2 * step in self._lonely:
@@ -112,7 +113,7 @@ class ReadAhead:
 
 
 def merged(windows: list[PfnArray], most: int) -> PfnArray:
-    """Of several faults at once."""
+    """Return one window of at most ``most`` pages for several faults."""
     windows = [window for window in windows if len(window)]
     if not windows:
         return NO_PFNS

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a killed daemon has left; and what happens while the lanes are lost, until they are back or
-the guest goes on without the sender.
+"""The migration of a killed daemon; and the time without lanes, until they are back or the guest
+continues without the sender.
 """
 
 from __future__ import annotations
@@ -52,16 +52,18 @@ log = logging.getLogger(__name__)
 
 ATTACH_TIMEOUT_S = 10.0
 CARRY_ON_AGAIN_S = 0.5
-"""After an error that is not the link's."""
+"""The pause after an error that is not an error of the link."""
 REPORT_LOST_EVERY_S = 1.0
 WAS_HELD = "the guest runs at its source, as the source or an operator has stated"
 WAS_LOST = "the source has nothing of the guest any more"
 MAYBE_FINISHED = ("taken over", "finishing")
-"""By a journal, the last entries of which may not have been written."""
+"""The steps in a journal after which the ring may have been given up, because later entries may not
+have been written.
+"""
 
 
 class Predecessor:
-    """A migration that a killed daemon has left.  ``noted``: the last step in its journal."""
+    """The migration of a killed daemon.  ``noted``: the last step in its journal."""
 
     def __init__(self, context: Context, offer: m.Offer, noted: str):
         self._context = context
@@ -69,7 +71,9 @@ class Predecessor:
         self._noted = noted
 
     async def begin(self) -> Begun:
-        """Take up what was left.  A guest waits, so an error that may pass is tried again."""
+        """Resume the migration.  A guest waits, so the attempt is repeated after an error that may
+        pass.
+        """
         return Begun(await as_soon_as_threads_start(self._keep_taking_up), None)
 
     async def _keep_taking_up(self) -> Guest:
@@ -83,14 +87,14 @@ class Predecessor:
                     raise
                 await in_thread(context.holdings.release)
                 context.progress.problem = (
-                    f"what was left here cannot be taken up yet: {error}; trying again"
+                    f"the migration cannot be resumed yet: {error}; trying again"
                 )
                 log.error("%s: %s", context.name, context.progress.problem, exc_info=is_bug(error))
                 await trio.sleep(LAST_START_AGAIN_S)
         context.progress.problem = context.entry.reason or TAKING_UP
         context.progress.outstanding = guest.pages.count
         log.warning(
-            "%s: taking up what was left here, %s, %d pages missing",
+            "%s: resuming the migration of a killed receiver, %s, %d pages missing",
             context.name,
             self._noted,
             guest.pages.count,
@@ -139,7 +143,7 @@ class Predecessor:
                 context.holdings.add_domain(hypervisor.open(entry.domid, entry.handle))
 
     def _has_started(self) -> None:
-        """The start precedes its entry in the journal."""
+        """Note the start of the guest, which precedes its entry in the journal."""
         if self._context.is_in(State.MAYBE_READY, State.READY, State.UNSTARTED):
             self._context.peer.session.handed_over = True
             self._context.ownership.enter(State.OWNS)
@@ -155,7 +159,7 @@ class Predecessor:
                     return None
                 if error.errno != errno.EBUSY or time.monotonic() > deadline:
                     raise
-                # The hypervisor has not seen yet that the predecessor is dead.
+                # The hypervisor has not noticed yet that the predecessor is dead.
                 time.sleep(LOOK_EVERY_S)
 
     async def serve(self, switchover: Switchover) -> None:
@@ -177,17 +181,17 @@ class Predecessor:
 
     def _undo_stop(self, domain: Domain, state: DomainState | None) -> None:
         if self._was_stopped_by_us(state):
-            with contextlib.suppress(XenError):  # or it was about to stop it
+            with contextlib.suppress(XenError):  # the predecessor may not have stopped it yet
                 (domain.resume if state is DomainState.SUSPENDED else domain.unpause)()
             self._context.entry.stopped.unlink(missing_ok=True)
 
     def _was_stopped_by_us(self, state: DomainState | None) -> bool:
-        """True if a predecessor stopped the guest: for a checkpoint, to give the ring up, or to
+        """Whether a predecessor stopped the guest: for a checkpoint, to give the ring up, or to
         start the guest.
         """
         entry = self._context.entry
         if entry.handle is None and self._noted == "finishing":
-            return True  # it was of a release that noted only this
+            return True  # the predecessor's release noted only this
         just_started = self._noted not in (*MAYBE_FINISHED, "lost", "held") or entry.handle is None
         if just_started and self._context.toolstack.may_have_been_starting(state):
             return True
@@ -201,7 +205,7 @@ class Recovery:
         self.switchover = switchover
         self._context = switchover.context
         self.released = trio.Event()
-        """An operator has a held guest go on."""
+        """Set when an operator has decided that a held guest continues."""
 
     @property
     def io_fails_in_s(self) -> float | None:
@@ -216,8 +220,8 @@ class Recovery:
         return round(max(0.0, limit_s - (time.monotonic() - context.peer.heard_at)), 1)
 
     async def rejoin(self, lost: Exception) -> None:
-        """Until the sender is back on new lanes, or is not needed any more.  The guest goes on as
-        far as its pages allow, if it is here.
+        """Return when the sender is back on new lanes, or is not needed any more.  A guest that is
+        here continues meanwhile as far as its pages allow.
         """
         context = self._context
         if context.is_in(State.COMPLETING):
@@ -240,7 +244,7 @@ class Recovery:
                 return
             except UnknownSessionError as error:
                 if not self.switchover.serving.is_set():
-                    raise MigrationError("the sender has given up, and forgotten it") from error
+                    raise MigrationError("the sender has given this migration up") from error
                 lost = error
             except Exception as error:
                 if is_final(error):
@@ -275,11 +279,11 @@ class Recovery:
             await self._context.toolstack.while_undecided(self.switchover.watch_domain)
 
     async def _take_up_again(self) -> None:
-        """Ask the sender, and state what is missing."""
+        """Receive what the sender wants, and report what is missing."""
         context, switchover = self._context, self.switchover
         peer = context.peer
         peer.session.rejoin()
-        with step_timeout("the sender said nothing"):
+        with step_timeout("the sender sent nothing"):
             message = await peer.receive()
         await self._check(message)
         if switchover.settled:
@@ -295,7 +299,7 @@ class Recovery:
         await peer.open_pull_lane(token)
 
     async def _check(self, message: m.Message) -> None:
-        """The sender's first message on new lanes."""
+        """Carry out the sender's first message on new lanes."""
         context, switchover = self._context, self.switchover
         match message:
             case m.Rejoin():
@@ -320,7 +324,7 @@ class Recovery:
                 raise RemoteProtocolError(f"{message.type}, but {missing} pages are missing")
 
     def note(self, why: str) -> None:
-        """Why the link is lost, and what that means."""
+        """Show why the link is lost, and what follows for the guest."""
         if self._context.ownership.ours:
             state = (
                 self.switchover.not_started or "the guest is here and waits for its missing pages"
@@ -333,7 +337,7 @@ class Recovery:
 
     # ---- without the sender ----
     async def go_on_without(self, reason: str) -> None:
-        """Serve the guest with the pages that are here, until somebody destroys it, or no page is
+        """Serve the guest with the pages that are here, until the guest is destroyed or no page is
         missing any more.
         """
         context, switchover = self._context, self.switchover
@@ -355,10 +359,10 @@ class Recovery:
                 with trio.move_on_after(REPORT_LOST_EVERY_S):
                     await nothing_missing.wait()
             context.progress.problem = switchover.not_started
-            await switchover.runs.wait()  # whoever starts the guest: this daemon, or xl
+            await switchover.runs.wait()  # this daemon or xl starts the guest
             offline.cancel_scope.cancel()
         if context.is_in(State.SERVING, State.RUNNING, State.UNSTARTED):
-            # The source is gone, and the guest runs: it belongs here.
+            # The guest belongs here, because the source is gone and the guest runs.
             await in_thread(context.ownership.enter, State.OWNS)
         switchover.settled = True
 
@@ -370,18 +374,18 @@ class Recovery:
         )
 
     async def hold(self, reason: str) -> None:
-        """Keep the guest paused, because it runs at the source as well, until somebody destroys it
-        or an operator decides again.
+        """Keep the guest paused, because it runs at the source as well, until it is destroyed or an
+        operator decides again.
         """
         context, pager = self._context, self.switchover.pager
         name = context.name
         what_to_do = (
             f"`xen-postcopy decide {name} elsewhere` destroys it, "
-            f"`xen-postcopy decide {name} here --force` has it go on"
+            f"`xen-postcopy decide {name} here --force` lets it continue"
         )
         context.entry.reason = reason
         context.progress.problem = f"{reason}; so {name} is being paused here"
-        await in_thread(context.ownership.enter, State.HELD)  # before the source has the answer
+        await in_thread(context.ownership.enter, State.HELD)  # before the source is answered
         async with task_group() as offline:
             if context.peer.connections:
                 offline.start_soon(self._answer_and_leave)
@@ -395,17 +399,19 @@ class Recovery:
             context.progress.problem = f"{reason}; so {name} is paused here: {what_to_do}"
             log.error("%s: %s", name, context.progress.problem)
             await self.released.wait()
-            cannot = f"{name} is to go on here, and cannot be unpaused"
+            cannot = f"{name} should continue here, and cannot be unpaused"
             await context.persist(lambda: self._pause(paused=False), cannot)
             offline.cancel_scope.cancel()
         await self.go_on_without(
-            "the source has taken the guest back, and an operator has decided that it goes on here"
+            "the source has taken the guest back, and an operator has decided that it continues "
+            "here"
         )
 
     def _pause(self, *, paused: bool) -> None:
-        """Raises ``XenError``."""
+        """Pause or unpause the guest, if it is not so already.  Raises ``XenError``."""
         domain = self.switchover.guest.domain
-        is_paused = self.switchover.guest.state() is DomainState.PAUSED  # as by a predecessor
+        # A predecessor may have paused the guest.
+        is_paused = self.switchover.guest.state() is DomainState.PAUSED
         if is_paused is not paused:
             (domain.pause if paused else domain.unpause)()
 
@@ -414,9 +420,7 @@ class Recovery:
         self._context.disconnect()
 
     async def as_left(self) -> None:
-        """Go on with a guest that a predecessor, or an earlier attempt, has held or knew to have
-        lost its pages.
-        """
+        """Continue with a guest that is HELD or LOST, after a predecessor or an earlier attempt."""
         reason = self._context.entry.reason
         if self._context.is_in(State.HELD):
             await self.hold(reason or WAS_HELD)

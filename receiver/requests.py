@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What operators may ask of an incoming migration.
 
-Each command acts, or its answer says what to do instead.
+Each command acts, or its answer has what to do instead.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ UNDECIDED = (State.MAYBE_READY, State.READY)
 
 @dataclass(frozen=True)
 class Requests:
-    """``take_back`` ends the migration's tasks.  ``recovery`` returns ``None`` until there is a
-    guest here.
+    """The requests to one migration.  ``take_back`` ends the migration's tasks.  ``recovery``
+    returns ``None`` until there is a guest here.
     """
 
     context: Context
@@ -33,16 +33,16 @@ class Requests:
     recovery: Callable[[], Recovery | None]
 
     def ending(self, asked: str) -> str:
-        """Why there is nothing left to be asked for."""
+        """Return the answer to a request that came after the end of the migration."""
         context = self.context
         return ended(context.name, context.ownership.phase, context.progress.problem, asked)
 
     @property
     def known_of_peer(self) -> str:
-        """For an operator who decides."""
+        """What is known of the source, in words for an operator who decides."""
         if self.context.is_in(*UNDECIDED) and self.context.ownership.link is not Link.UP:
             return (
-                "the source may have handed the guest over, or have it running; it has not been "
+                "the source may have handed the guest over, or may still run it; it has not been "
                 "in touch since it was cut off"
             )
         if self.context.is_in(State.HELD):
@@ -52,14 +52,18 @@ class Requests:
         return "the source has not handed the guest over"
 
     def cancel(self, reason: str) -> bool:
-        """Returns whether the migration is taken back: from then on it does not become ready."""
+        """Take the migration back, so that it does not become ready.  Returns whether that was
+        possible.
+        """
         if not self.context.ownership.try_take_back(reason):
             return False
         self.take_back()
         return True
 
     def ask_to_cancel(self) -> None:
-        """For an operator.  Raises :class:`MigrationError` where it is too late."""
+        """Cancel the migration for an operator.  Raises :class:`MigrationError` if that is too
+        late.
+        """
         name = self.context.name
         self._check_going_on("cancel")
         if self.cancel("cancelled by the operator of the destination"):
@@ -72,12 +76,14 @@ class Requests:
         if self.context.is_in(State.SERVING):
             raise MigrationError(f"too late to cancel: xl decides whether {name} runs here")
         raise MigrationError(
-            f"too late to cancel: {name} is the destination's; to end it, destroy it (xl destroy "
+            f"too late to cancel: {name} belongs here already; to end it, destroy it (xl destroy "
             f"{name})"
         )
 
     def reconnect(self) -> None:
-        """Raises :class:`MigrationError` where there is nobody whom this end would dial."""
+        """Dial the source at once.  Raises :class:`MigrationError` if this end has nothing to
+        dial.
+        """
         context = self.context
         if context.ownership.has_ended:
             raise MigrationError(self.ending("reconnect"))
@@ -93,14 +99,15 @@ class Requests:
         context.peer.lanes.hurry()
 
     async def decide(self, *, here: bool, force: bool = False) -> None:
-        """An operator states where the guest is to run, because the sender does not.
+        """Carry out an operator's decision on where the guest runs, because the sender does not
+        decide.
 
         Raises as :meth:`check_decision`.
         """
         async with self.context.deciding:
             recovery = self._decidable(here=here, force=force)
             if not here:
-                # Before the operator has the answer: a successor carries it out.
+                # Before the operator is answered, so that a successor carries the decision out.
                 await in_thread(self.context.ownership.enter, State.DECIDED_ELSEWHERE)
                 self.take_back()
             elif self.context.is_in(State.HELD):
@@ -109,8 +116,8 @@ class Requests:
                 await self._start(recovery)
 
     async def check_decision(self, *, here: bool, force: bool = False) -> None:
-        """Raises :class:`MigrationError` where a decision is not called for, or where the decision
-        is known to be wrong and is not forced.
+        """Raises :class:`MigrationError` if there is nothing to decide, or if the decision is known
+        to be wrong and is not forced.
         """
         async with self.context.deciding:
             self._decidable(here=here, force=force)
@@ -164,11 +171,11 @@ class Requests:
                     )
                 if context.ownership.link is Link.BACK:
                     raise MigrationError(
-                        f"the sender of {name} is back and is being asked: see `xen-postcopy list`"
+                        f"the sender of {name} is back and about to decide: see `xen-postcopy list`"
                     )
                 if here and context.is_in(State.MAYBE_READY):
                     raise MigrationError(
-                        "it is not known whether all has come that the guest cannot run without"
+                        "it is not known whether everything that the guest needs to run has arrived"
                     )
             case _:
                 raise MigrationError(
@@ -177,7 +184,7 @@ class Requests:
                 )
 
     async def _start(self, recovery: Recovery) -> None:
-        log.warning("%s: an operator has said that the guest is to run here", self.context.name)
+        log.warning("%s: an operator has decided that the guest runs here", self.context.name)
         session, switchover = self.context.peer.session, recovery.switchover
         session.handed_over = session.decided = self.context.entry.decided = True
         try:

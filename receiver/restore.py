@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Memory before the guest runs: precopied pages in, unsent and outdated ones out."""
+"""The guest's memory before the guest runs: precopied pages are written, and missing pages are
+evicted.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,8 @@ class FrameLimit:
     """The number of frames that the domain may have, until all of the guest's memory is here.
 
     The domain was made with the limit from before the copy.  The guest may have grown since, or
-    ``xl mem-set`` may have lowered the limit.  The guest cannot follow a lower limit before it has
-    the pages that it is to give away.
+    ``xl mem-set`` may have lowered the limit.  The guest cannot obey a lower limit before it has
+    the pages that it has to give away.
 
     ``raised``: the toolstack's limit and ours, as a predecessor noted them; 0: none.  ``note`` is
     called with them before a limit is set, and may raise ``MigrationError``.
@@ -53,14 +55,18 @@ class FrameLimit:
             return True
 
     def give_back(self) -> None:
-        """Where the toolstack has set none since.  A domain that has more frames keeps them."""
+        """Restore the toolstack's limit, unless the toolstack has set another one since.  A domain
+        that has more frames keeps them.
+        """
         with self._lock:
             if self._set and self._domain.reservation().max_pages == self._set:
                 self._domain.set_max_pages(self._found)
 
 
 class MemoryRestorer:
-    """Keeps what each pfn of an incoming domain is.  Calls block: run them in a thread."""
+    """The memory of an incoming domain, with the state of each pfn.  Calls block: run them in a
+    thread.
+    """
 
     def __init__(self, domain: Domain, limit: FrameLimit, max_pages: int):
         self._domain = domain
@@ -70,7 +76,7 @@ class MemoryRestorer:
         self._evicted = np.zeros(domain.nr_pfns, dtype=np.bool_)
 
     def pages(self, message: Pages, payload: memoryview) -> None:
-        """Raises ``XenError``."""
+        """Put the pages of a message in place.  Raises ``XenError``."""
         if len(message.holes):
             self._make_holes(message.holes)
         for pfns, data in ((message.pfns, payload), (message.zeros, None)):
@@ -88,10 +94,10 @@ class MemoryRestorer:
             self._evicted[batch] = True
             self._populated[batch] = False
         if freed:
-            self._domain.reserve(self._max_pages)  # nobody else is to take what they need again
+            self._domain.reserve(self._max_pages)  # no other domain may take the freed frames
 
     def _populate(self, pfns: PfnArray) -> None:
-        """Those that are not there.  A paged-out pfn becomes memory like a hole."""
+        """Populate the pfns that have no memory.  A paged-out pfn gets memory as a hole does."""
         new = pfns[~self._populated[pfns]]
         try:
             self._domain.populate(new)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A migration that does not complete: what is undone, and what the sender is told of the end."""
+"""A migration that does not complete: what is undone, and what is sent to the sender."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from xenbackend.errors import NoSuchDomainError, XenError
 log = logging.getLogger(__name__)
 
 LAST_MESSAGE_S = 2.0
-"""How long the last message on lanes that are there may take."""
+"""How long sending the last message may take, if there are lanes."""
 RECALLED_LINGER_DAYS = 7
-"""How long a sender whose guest runs as well may be away, and still gets the answer that the guest
-is paused here.
+"""How long a sender whose guest also runs may be away and still be answered that the guest is
+paused here.
 """
 
 
 async def failed(
     context: Context, error: Exception, switchover: Switchover | None
 ) -> m.Message | None:
-    """Undo the migration, or end it if the guest has ended here.  All of this can be done twice.
+    """Undo the migration, or end it if the guest has ended here.  The call can be repeated.
 
-    Returns what the sender is to be told.
+    Returns the message for the sender.
     """
     ownership = context.ownership
     context.progress.problem = str(error)
@@ -44,7 +44,7 @@ async def failed(
     if ownership.needed and (gone or isinstance(error, GuestEndedError)):
         answer = await _guest_ended(context, error, switchover, gone=gone)
     elif not ownership.has_ended:
-        log.warning("%s does not come: %s", context.name or "a guest", error)
+        log.warning("the migration of %s is undone: %s", context.name or "a guest", error)
         with trio.CancelScope(shield=True):
             await discard(context, str(error))
         ownership.enter(State.GIVEN_UP)
@@ -57,11 +57,11 @@ async def failed(
 async def _guest_ended(
     context: Context, error: Exception, switchover: Switchover | None, *, gone: bool
 ) -> m.Message:
-    """Returns what the sender is told."""
+    """End the migration of a guest that has ended here.  Returns the message for the sender."""
     ran = switchover is not None and switchover.runs.is_set()
     reason = str(error) if isinstance(error, GuestEndedError) else "its domain was destroyed"
     answer: m.Message = m.Ended(ran, m.printable(reason))
-    if not gone:  # the guest crashed at its start: the source has all that it was
+    if not gone:  # the guest crashed at its start, and the source still has all of it
         reason += f"; its domain is kept here: to end it, destroy it (xl destroy {context.name})"
         answer = m.Failed(m.printable(reason))
     lacked = 0
@@ -74,7 +74,7 @@ async def _guest_ended(
             f" after it had been suspended while {lacked} pages were missing: "
             "an image or a copy that was made of it then lacks them"
         )
-        answer = m.Failed(m.printable(reason))  # so that the sender keeps them
+        answer = m.Failed(m.printable(reason))  # so that the sender keeps the missing pages
     log.warning("%s: %s", context.name, reason)
     context.progress.problem = reason
     await trio.to_thread.run_sync(context.holdings.release)
@@ -83,8 +83,8 @@ async def _guest_ended(
 
 
 async def tell(context: Context, answer: m.Message | None) -> m.Message | None:
-    """Send the last message if there is a lane.  Returns the message if the sender has to receive
-    it still, to let go of the guest's pages.
+    """Send the last message if there is a lane.  Returns the message if the sender must still
+    receive it before it releases the guest's pages.
     """
     if answer is None:
         return None
@@ -99,8 +99,8 @@ async def tell(context: Context, answer: m.Message | None) -> m.Message | None:
             if unsent is not None:
                 unsent = None
                 await in_thread(context.entry.erase)
-            # What the sender says meanwhile is not read any more, and closing a connection then
-            # takes back what was sent.
+            # What the sender sends now is not read any more.  If the connection were closed with
+            # unread bytes, the kernel would reset it and the message could be lost.
             await trio.sleep(EXPLANATION_S)
     return unsent
 
@@ -110,14 +110,16 @@ async def _is_gone(context: Context, reason: Exception) -> bool:
     while (domain := context.holdings.domain) is not None:
         try:
             return await trio.to_thread.run_sync(state_of, domain) is None
-        except XenError as error:  # that may pass
+        except XenError as error:  # the error may pass
             complaint.log("%s: its state is not known: %s", context.name, error)
             await trio.sleep(LOOK_AGAIN_EVERY_S)
-    return isinstance(reason, GuestEndedError)  # there was no domain to take up
+    return isinstance(reason, GuestEndedError)  # a predecessor's domain did not exist any more
 
 
 async def _ended_suspended(context: Context) -> bool:
-    """As one does that was saved, or migrated to a third host."""
+    """Whether the domain was suspended at its end, as after a save or a migration to a third
+    host.
+    """
     domain = context.holdings.domain
     return domain is not None and await trio.to_thread.run_sync(domain.ended_suspended)
 
@@ -159,30 +161,30 @@ async def linger(context: Context, last_message: m.Message) -> None:
                     await peer.receive()
                 break
             except UnknownSessionError as error:
-                log.info("%s: the sender has nothing of this migration any more: %s", name, error)
+                log.info("%s: the sender does not have this migration any more: %s", name, error)
                 break
             except Exception as error:
                 log.info(
-                    "the sender has not been told yet how it ended: %s",
+                    "the sender has not been informed of the end yet: %s",
                     error,
                     exc_info=is_bug(error),
                 )
             finally:
                 peer.close()
     if limit.cancelled_caught:
-        log.warning("%s: the sender did not come back, and was not told how it ended", name)
+        log.warning("%s: the sender did not come back, and does not have the outcome", name)
     await trio.to_thread.run_sync(context.entry.erase)
 
 
 def recall_reason(context: Context, message: m.Message) -> str:
-    """Why the guest runs at the source though this end has it; empty if the message is not about
-    that.
+    """Return why the guest runs at the source although it was handed over; empty if the message
+    does not state that.
     """
     match message:
         case m.Recall():
             return message.reason
         case m.Abort() if context.peer.session.handed_over and context.toolstack.abort_recalls:
-            return f"the source had not handed it over, and has it run: {message.reason}"
+            return f"the source had not handed it over, and runs it: {message.reason}"
     return ""
 
 
@@ -196,14 +198,13 @@ def _stop(context: Context, reason: str) -> None:
         contextlib.suppress(NoSuchDomainError),
         context.hypervisor.open(entry.domid, entry.handle) as domain,
     ):
-        if domain.state() is not DomainState.PAUSED:  # as by a predecessor
+        if domain.state() is not DomainState.PAUSED:  # a predecessor may have paused it
             domain.pause()
         name = context.name
         context.progress.problem = (
             f"{reason}; so {name} is paused here: destroy it (xl destroy), or unpause it (xl "
             "unpause)"
-            f"; a source that is cut off can ask for {RECALLED_LINGER_DAYS} days what became of "
-            f"{name}"
+            f"; a source that is cut off can ask for the outcome for {RECALLED_LINGER_DAYS} days"
         )
         if context.is_in(State.COMPLETED):
             context.ownership.enter(State.STOPPED)

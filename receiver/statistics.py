@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What faults cost: counted by the pager, and summed up for the result of the migration."""
+"""The cost of faults, which the pager counts, for the result of the migration."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SUBBUCKETS = 32
-"""Buckets to each power of two: a quantile is off by 3% at most, in bounded memory."""
+"""The buckets for each power of two.  With them a quantile is wrong by 3% at most, in bounded
+memory.
+"""
 
 
 class LatencyHistogram:
@@ -30,7 +32,9 @@ class LatencyHistogram:
         self._buckets[int(math.log2(max(us, 1.0)) * SUBBUCKETS)] += 1
 
     def quantile(self, q: float) -> float:
-        """Microseconds below which a share ``q`` lies; 0 when nothing was recorded."""
+        """Return the duration below which a share ``q`` lies, in microseconds; 0 if nothing was
+        recorded.
+        """
         rank = q * self.count
         for bucket in sorted(self._buckets):
             rank -= self._buckets[bucket]
@@ -39,8 +43,8 @@ class LatencyHistogram:
         return self.max_us
 
     def summary(self) -> dict[str, Any]:
-        """``histogram``: for each power of two, the number of samples below it and not below the
-        power before.
+        """Return the figures for the result.  ``histogram``: for each power of two, the number of
+        samples below it and not below the power before.
         """
         powers: Counter[int] = Counter()
         for bucket, count in self._buckets.items():
@@ -57,23 +61,23 @@ class LatencyHistogram:
 
 @dataclass
 class PagerStatistics:
-    """The receiver's: what faults cost.  Counted by the pager's threads, looked at by others."""
+    """The receiver's counters.  The pager's threads count, and other threads read."""
 
     latency: LatencyHistogram = field(default_factory=LatencyHistogram)
     vcpu_block_s: dict[int, float] = field(default_factory=dict)
     requests: int = 0
-    """Pages asked for over the pull lane."""
+    """The number of pages requested over the pull lane."""
     ahead_pages: int = 0
-    """Pages that were asked for before anybody needed them; the push may have been faster."""
+    """The number of pages requested before a vCPU needed them; some were pushed before that."""
     pulled_pages: int = 0
-    """Pages of the pull lane that came first."""
+    """The number of pages that arrived first on the pull lane."""
     dropped_pages: int = 0
     populate_evicted: str = ""
     checkpoints: int = 0
-    """Kept by the source."""
+    """The number of checkpoints that the source has kept."""
     checkpoint_pages: int = 0
     checkpoint_pause_s: float = 0.0
-    """For which the guest stood still, in all."""
+    """The time for which the guest was suspended for checkpoints, in all."""
     longest_pause_s: float = 0.0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -83,7 +87,7 @@ class PagerStatistics:
             self.vcpu_block_s[vcpu] = self.vcpu_block_s.get(vcpu, 0.0) + seconds
 
     def stood_still(self, seconds: float) -> None:
-        """For a checkpoint."""
+        """Count the time for which the guest was suspended for one checkpoint."""
         self.checkpoint_pause_s += seconds
         self.longest_pause_s = max(self.longest_pause_s, seconds)
 

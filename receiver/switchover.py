@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The guest's start at the destination, and its service from then on.
 
-The pager exists, with its thread, before the guest runs: a thread takes milliseconds to start, and
-the guest faults at once.  From the handover to the started guest one thread does everything,
-because the guest is suspended, and a turn of the event loop takes longer.
+The pager and its thread are started before the guest runs, because a thread takes milliseconds to
+start and the guest faults at once.  From the handover until the guest is started one thread does
+everything.  The guest is suspended meanwhile, and a turn of the event loop would take longer.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from xenbackend.errors import XenError
 log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 0.05
-"""At a domain that is about to run, ..."""
+"""The first pause between two polls of a domain that is about to run."""
 LOOK_AT_LAST_EVERY_S = 2.0
-"""... ever less often if it does not, ..."""
+"""The longest pause between two polls of a domain that is about to run."""
 LOOK_AGAIN_EVERY_S = 0.5
-"""... and at one that runs."""
+"""The pause between two polls of a domain that runs."""
 
 
 class Switchover:
-    """``inherits``: a predecessor has left the guest."""
+    """The start and the service of one guest.  ``inherits``: a predecessor has left the guest."""
 
     def __init__(self, context: Context, guest: Guest, *, inherits: bool = False):
         self.context = context
@@ -55,17 +55,17 @@ class Switchover:
         context.holdings.add(self.pager.close)
         self.checkpoints: Checkpoints | None = None
         self.serving = trio.Event()
-        """The guest's faults are served: the guest may run."""
+        """Set when the guest's faults are served, so that the guest may run."""
         self.handed_over = trio.Event()
-        """The guest belongs here."""
+        """Set when the guest belongs here."""
         self.runs = trio.Event()
-        """The guest, here."""
+        """Set when the guest runs here."""
         self.not_started = ""
         """Why the guest, which belongs here, does not run yet."""
         self._to_start = trio.Event()
         self._ended_at_start: GuestEndedError | None = None
         self.lacked = 0
-        """Pages that were missing when another program than this one suspended the guest."""
+        """The number of pages that were missing when another program suspended the guest."""
         self.settled = False
         """The sender needs no further message."""
         if context.ownership.handed_over:
@@ -73,12 +73,13 @@ class Switchover:
 
     # ---- the start ----
     def take_over(self, report: Callable[[], None] = lambda: None) -> bool:
-        """Start the guest, which belongs here.  In a thread; :meth:`taken_over` is to follow.
+        """Start the guest, which belongs here.  Called in a thread; the caller then calls
+        :meth:`taken_over`.
 
-        ``report`` is called when the guest runs, before that is noted: the entry would count as
-        downtime, and a successor sees by the domain that the guest was started.  Returns whether
-        the guest was started.  Raises :class:`GuestEndedError` if no attempt can succeed, and what
-        ``report`` raises.
+        ``report`` is called when the guest runs, before the start is noted, because the entry would
+        add to the downtime.  A successor sees the start from the state of the domain.  Returns
+        whether the guest was started.  Raises :class:`GuestEndedError` if no attempt can succeed,
+        and what ``report`` raises.
         """
         try:
             started = self.start()
@@ -94,7 +95,7 @@ class Switchover:
         return started
 
     def taken_over(self, *, started: bool) -> None:
-        """In the event loop."""
+        """Finish :meth:`take_over`.  Called in the event loop."""
         self.handed_over.set()
         if started:
             self.runs.set()
@@ -103,12 +104,12 @@ class Switchover:
         self.serve()
 
     def serve(self) -> None:
-        """Be the guest's pager."""
+        """Serve the guest's faults from here on."""
         self.pager.begin()
         self.serving.set()
 
     def end_at_start(self, error: GuestEndedError) -> None:
-        """The guest has ended when it was to be started."""
+        """Note that the guest ended when it was being started."""
         self._ended_at_start = error
         self.serving.set()
 
@@ -123,16 +124,16 @@ class Switchover:
         except XenError as error:
             state = self.guest.state()
             if state is DomainState.RUNNING:
-                return True  # the error came after the start
+                return True  # the error occurred after the start
             if state in (None, DomainState.CRASHED):
                 raise GuestEndedError(
-                    f"{self.context.name} ended when it was to be started here: {error}"
+                    f"{self.context.name} ended when it was being started here: {error}"
                 ) from error
             raise
 
     def _try_to_start(self) -> bool:
-        """Raises ``XenError`` for any error.  The guest belongs here, so none is a reason to give
-        it up.
+        """Start the guest once.  Raises ``XenError`` for any error, because the guest belongs here
+        and no error is a reason to give it up.
         """
         try:
             self.protect()
@@ -147,7 +148,7 @@ class Switchover:
 
     def _not_yet(self, error: XenError) -> None:
         self.not_started = (
-            f"the guest cannot be started yet ({error}), which is tried again and again"
+            f"the guest cannot be started yet ({error}), and the start is being repeated"
         )
         self.context.progress.problem = self.not_started
         log.warning("%s: %s", self.context.name, self.not_started)
@@ -169,10 +170,12 @@ class Switchover:
                 self.not_started = self.context.progress.problem = ""
                 self.context.ownership.seen_to_run()
                 self.runs.set()
-                log.info("%s runs after all", self.context.name)
+                log.info("%s runs", self.context.name)
 
     def protect(self) -> None:
-        """Begin to record what the guest writes, if checkpoints are asked for.  In a thread."""
+        """Begin to record what the guest writes, if checkpoints are requested.  Called in a
+        thread.
+        """
         every_s = self.guest.offer.checkpoint_ms / 1000
         if not every_s or self.checkpoints is not None or self.context.progress.unprotected:
             return
@@ -195,16 +198,18 @@ class Switchover:
         self.context.progress.unprotected = self.context.entry.unprotected = problem
         self.context.ownership.note()
 
-    # ---- what becomes of the domain ----
+    # ---- the state of the domain ----
     async def follow_domain(self) -> None:
-        """From the moment at which the guest may run: see :meth:`watch_domain`."""
+        """Call :meth:`watch_domain` as soon as the guest may run."""
         await self.serving.wait()
         if self._ended_at_start is not None:
             raise self._ended_at_start
         await self.watch_domain()
 
     async def watch_domain(self) -> None:
-        """Find out that the guest runs here.  Raises :class:`GuestEndedError` when it has ended."""
+        """Poll the state of the domain, to notice that the guest runs here.  Raises
+        :class:`GuestEndedError` when the guest has ended.
+        """
         began = pauses(LOOK_EVERY_S, LOOK_AT_LAST_EVERY_S)
         complaint = Complaint(log.warning)
         while True:
@@ -212,9 +217,11 @@ class Switchover:
                 state = await trio.to_thread.run_sync(self.guest.state)
                 if self.checkpoints is not None and state is not None:
                     await trio.to_thread.run_sync(self.checkpoints.let_go_on)
-            except (XenError, RuntimeError) as error:  # that may pass
+            except (XenError, RuntimeError) as error:  # the error may pass
                 complaint.log(
-                    "%s: its state is not known, or it cannot go on: %s", self.context.name, error
+                    "%s: its state is not known, or it cannot be resumed: %s",
+                    self.context.name,
+                    error,
                 )
                 await trio.sleep(LOOK_AGAIN_EVERY_S)
                 continue
@@ -232,7 +239,7 @@ class Switchover:
         if state is not DomainState.INCOMING and not may_be_starting:
             self.runs.set()
             self.context.ownership.seen_to_run()
-        if not self.guest.offer.checkpoint_ms:  # which suspend it as well
+        if not self.guest.offer.checkpoint_ms:  # checkpoints suspend the guest as well
             self._note_whether_it_is_saved(state is DomainState.SUSPENDED)
 
     def _note_whether_it_is_saved(self, suspended: bool) -> None:
@@ -248,11 +255,11 @@ class Switchover:
             )
             log.error(about, self.context.name, self.lacked)
         elif not suspended and self.lacked:
-            log.warning("%s runs again, and its pages come", self.context.name)
+            log.warning("%s runs again, and its pages are acknowledged again", self.context.name)
             self.lacked, self.pager.holds_back = 0, False
 
     @property
     def needs_nothing(self) -> bool:
-        """Of the sender."""
+        """Whether nothing is needed from the sender any more."""
         owns = self.context.is_in(State.OWNS, State.COMPLETING, State.FINISHING)
         return owns and not self.guest.pages.count and not self.lacked

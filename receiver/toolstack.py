@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Who makes the incoming domain, who lets it run, and who ends it.
+"""Who makes, starts and ends the incoming domain.
 
-:class:`OwnToolstack`: the daemon, and the sender decides where the guest runs.
+:class:`OwnToolstack`: the daemon does, and the sender decides where the guest runs.
 
 :class:`XlToolstack`: libxl has made the domain, with its devices, and lends it to the daemon
-through the helper.  When the helper has received that everything is restored, the helper ends, and
-libxl finishes its work.  Then xl decides whether the guest runs here, which shows in the domain: xl
-unpauses or destroys the domain.
+through the helper.  When everything is restored, the helper ends, and libxl finishes its work.
+Then xl decides whether the guest runs here, and unpauses or destroys the domain.  The daemon learns
+the decision from the state of the domain.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from xenbackend.errors import XenError
 
 class Toolstack(Protocol):
     lends: int
-    """The domid of the domain that the toolstack has made; -1: the daemon makes one."""
+    """The domid of the domain that the toolstack has made; -1 if the daemon makes one."""
     lent: bool
-    """The domain is the toolstack's."""
+    """The domain belongs to the toolstack."""
     gone_before_it_ran: str
-    """What it means if the domain goes before it has run."""
+    """The reason that is shown if the domain is destroyed before the guest has run."""
     io_limit_s: float | None
     """How long dom0 waits for a missing page that a request of the guest's disks or networks names.
     ``None``: the guest has no devices in dom0.
@@ -45,27 +45,27 @@ class Toolstack(Protocol):
 
     # ---- preflight ----
     def refuses(self, offer: m.Offer) -> str:
-        """Why the toolstack cannot take part in what is offered; empty if it can."""
+        """Return why the toolstack cannot do what is offered; empty if it can."""
 
     def preflight(self, hypervisor: Hypervisor, config: DomainConfig, *, paging: bool) -> Preflight:
         """Raises ``XenError``."""
 
     def make(self, hypervisor: Hypervisor, config: DomainConfig) -> Domain:
-        """The empty domain to restore into.  Raises ``XenError``."""
+        """Return the empty domain into which the guest is restored.  Raises ``XenError``."""
 
     # ---- who decides, and who starts ----
     def expect_entrust(self) -> None:
-        """The sender leaves the decision to the toolstack.
+        """Note that the sender leaves the decision to the toolstack.
 
-        Raises :class:`RemoteProtocolError` if the toolstack makes none.
+        Raises :class:`RemoteProtocolError` if the toolstack does not decide.
         """
 
     async def restored(self, domain: Domain) -> None:
-        """All but the missing pages is there, and these are served."""
+        """Report that all but the missing pages has arrived, and that these are served."""
 
     async def while_undecided(self, watch: Callable[[], Awaitable[None]]) -> None:
-        """While no lane is there and nothing is decided: ``watch`` the domain if it shows a
-        decision.
+        """Call ``watch`` if the domain can show a decision.  Called while there are no lanes and
+        nothing is decided.
         """
 
     def check_decision(self, name: str) -> None:
@@ -88,14 +88,16 @@ class Toolstack(Protocol):
         """
 
     abort_recalls: bool
-    """A sender that aborts after the handover has its guest run."""
+    """Whether the guest of a sender that aborts after the handover runs at the source."""
 
     # ---- the end ----
     async def discard(self, domain: Domain, reason: str) -> None:
-        """The guest does not come.  Raises ``XenError`` if something is left over."""
+        """Give the domain up, because the migration is undone.  Raises ``XenError`` if something is
+        left over.
+        """
 
     async def failed(self, reason: str) -> None:
-        """There is not even a domain."""
+        """Report that the migration has failed before there was a domain."""
 
 
 GRANT_RETRY_S = 32.0
@@ -119,7 +121,7 @@ class OwnToolstack:
         return hypervisor.create_incoming(config)
 
     def expect_entrust(self) -> None:
-        raise RemoteProtocolError("entrust: there is no toolstack here that would decide")
+        raise RemoteProtocolError("entrust: this receiver has no toolstack that decides")
 
     async def restored(self, domain: Domain) -> None:
         pass
@@ -151,18 +153,18 @@ class OwnToolstack:
 
 
 class XlToolstack:
-    """``helper``: the connection of the helper, after its request; ``None``: the connection ended
-    with a predecessor of this daemon.
+    """xl, by its helper.  ``helper``: the connection of the helper, after its request; ``None`` if
+    the connection ended with a predecessor of this daemon.
     """
 
     lent, abort_recalls = True, False
-    gone_before_it_ran = "xl gave the guest up here"
+    gone_before_it_ran = "xl destroyed the domain at this host before the guest ran"
     io_limit_s: float | None = GRANT_RETRY_S
 
     def __init__(self, domid: int, ports: ToolstackPorts, helper: ControlConnection | None = None):
         self.lends, self._ports = domid, ports
         self.last_answer = LastAnswer(helper)
-        """The helper is told how it ended."""
+        """The helper's last answer, which has the end of the migration."""
 
     def refuses(self, offer: m.Offer) -> str:
         if offer.checkpoint_ms:
@@ -170,7 +172,7 @@ class XlToolstack:
         return ""
 
     def preflight(self, hypervisor: Hypervisor, config: DomainConfig, *, paging: bool) -> Preflight:
-        """Of the domain as libxl has made it; that there is memory for it libxl has seen to."""
+        """Check the domain as libxl has made it.  libxl has provided the memory for it."""
         with hypervisor.open(self.lends) as domain:
             found = domain.preflight()
         return found if paging else Preflight((), found.populate_evicted)
@@ -196,8 +198,8 @@ class XlToolstack:
 
     def check_decision(self, name: str) -> None:
         raise MigrationError(
-            "there is nothing to decide here: xl does, and the daemon follows what xl does to "
-            f"{name}; xl can destroy it"
+            "there is nothing to decide here: xl decides, and the daemon follows what xl does to "
+            f"{name}; to end it, destroy it (xl destroy {name})"
         )
 
     def start(self, domain: Domain) -> bool:
@@ -213,10 +215,10 @@ class XlToolstack:
         return m.PAUSED in capabilities
 
     async def discard(self, domain: Domain, reason: str) -> None:
-        """libxl destroys the domain when the helper has failed; nothing of ours is to prevent
-        that.
+        """Give the ring up, which would prevent libxl from destroying the domain when the helper
+        has failed.
         """
-        with contextlib.suppress(XenError):  # it had no ring, or is gone already
+        with contextlib.suppress(XenError):  # the domain may have no ring, or be gone already
             await trio.to_thread.run_sync(domain.paging_disable)
         await trio.to_thread.run_sync(domain.close)
         await self.failed(reason)

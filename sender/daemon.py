@@ -281,8 +281,8 @@ class SenderDaemon:
         if awaited is None:
             self._journal.check_understood(greeting.session)
             raise UnknownSessionError(
-                "a lane for a session that this sender does not have: receivers "
-                f"listen on port {RECEIVER_PORT} by default"
+                "this is a sender, which has no such session; receivers listen on port "
+                f"{RECEIVER_PORT} by default"
             )
         return awaited
 

@@ -131,7 +131,7 @@ async def test_a_guest_that_never_starts_can_be_given_back(
     assert outcome.incoming.phase == "failed"
     assert migration.phase == "interrupted"
     assert (
-        "not to run here" in migration.progress.problem and "decide" in migration.progress.problem
+        "does not run here" in migration.progress.problem and "decide" in migration.progress.problem
     )
     with pytest.raises(MigrationError, match="reconnecting does not help"):
         migration.requests.reconnect()
@@ -211,12 +211,12 @@ async def test_a_guest_that_ends_when_an_operator_starts_it_has_ended(
         await until_async(lambda: outcome.incoming.phase == "in doubt")
         await until_async(lambda: outcome.migration.phase == "failed")
         incoming = outcome.incoming
-        with pytest.raises(MigrationError, match=f"{name} ended when it was to be started here"):
+        with pytest.raises(MigrationError, match=f"{name} ended when it was being started here"):
             await incoming.requests.decide(here=True)
         await incoming.ended.wait()
         monkeypatch.setattr(SimulatedDomain, "state", state)
         assert incoming.phase == "failed"
-        assert "ended when it was to be started" in incoming.progress.problem
+        assert "ended when it was being started" in incoming.progress.problem
         assert ("xl destroy" in incoming.progress.problem) is (left != "nothing")
         with pytest.raises(MigrationError, match="has ended"):
             await incoming.requests.decide(here=True)
@@ -571,7 +571,7 @@ def test_a_sender_whose_journal_has_lost_the_handover_has_the_destination_hold_t
     both = {"source": ["running"], "destination": ["paused"]}
     until(lambda: states(world, "guest") == both, "it is not paused")
     (line,) = lines(world, "receiver")
-    assert "the source had not handed it over, and has it run" in line["problem"]
+    assert "the source had not handed it over, and runs it" in line["problem"]
     world.ask("receiver", command="decide", migration="guest", here=here, force=here)
     then = {"source": ["running"], "destination": ["running"] if here else []}
     until(lambda: states(world, "guest") == then, "it is not carried out")

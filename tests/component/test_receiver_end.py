@@ -95,7 +95,7 @@ async def test_a_sender_that_does_not_come_back_is_waited_for_for_a_while(
     incoming = completed(journal, is_away)
     await linger(incoming, LAST)
     assert trio.current_time() == pytest.approx(LINGER_S, abs=120)
-    assert "did not come back, and was not told how it ended" in caplog.text
+    assert "did not come back, and does not have the outcome" in caplog.text
     assert journal.entries() == {} and incoming.ownership.phase == "completed"
 
 

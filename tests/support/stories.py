@@ -39,7 +39,7 @@ EXAMPLES: list[m.Message] = [
     m.Report(10, 20, 30),
     m.Written(pfn_array([1, 5]), pfn_array([2]), pfn_array([9])),
     m.Checkpoint(b"registers", True),
-    m.Unprotected("somebody has switched its log-dirty off"),
+    m.Unprotected("another program has switched its log-dirty off"),
     m.Outstanding(0, b"\xff"),
     m.Rejoined("postcopy", b"token"),
     m.Complete(b"{}"),

@@ -443,7 +443,7 @@ def test_the_port_of_a_sender_is_understood_as_one(world: World, name: str) -> N
     spec = boot(world, name)
     port = world.ask("sender", command="status")["port"]
     refused = migrate(world, name, to=f"127.0.0.1:{port}")
-    assert_refused(refused, "this is a sender, and receivers listen on port 8013 by default")
+    assert_refused(refused, "this is a sender, which has no such session; receivers listen on port")
     assert_unharmed(world, spec)
 
 

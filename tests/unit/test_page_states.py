@@ -132,11 +132,11 @@ class TestBacklog:
             with pytest.raises(RemoteProtocolError, match=f"{pfn:#x} is not outstanding"):
                 backlog.fault(pfn_array([1, pfn]))
         assert backlog.unsent == 2
-        with pytest.raises(RemoteProtocolError, match="not on its way"):
+        with pytest.raises(RemoteProtocolError, match="not in transit"):
             backlog.loaded(pfn_array([1]))  # was never sent
         backlog.fault(pfn_array([1]))
         backlog.loaded(pfn_array([1]))
-        with pytest.raises(RemoteProtocolError, match="not on its way"):
+        with pytest.raises(RemoteProtocolError, match="not in transit"):
             backlog.loaded(pfn_array([1]))  # twice
         for pfn in (1, 9):
             with pytest.raises(RemoteProtocolError, match="dropped"):
