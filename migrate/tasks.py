@@ -116,7 +116,7 @@ def _report(what: str, error: BaseException) -> None:
     if is_used_up(root_cause(error)):
         log.error("%s is given up: %s", what, UsedUpError())
         return
-    log.error("internal error in %s, which is given up; all else goes on", what, exc_info=error)
+    log.error("internal error in %s, which is given up; all else continues", what, exc_info=error)
 
 
 def is_used_up(error: BaseException) -> bool:

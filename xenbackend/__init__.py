@@ -3,5 +3,5 @@
 
 ``contract`` defines what a hypervisor has to offer; ``simulated`` is a hypervisor that runs on any
 machine.  The paging ring (``ring``) has Xen's binary layout and is the same for all backends.  All
-of them are built on ``pages`` and ``errors``.
+modules are built on ``pages`` and ``errors``.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Which hypervisor a daemon works with."""
+"""The choice of the hypervisor that a daemon works with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from xenbackend.errors import XenError
 
 
 def open_hypervisor(simulated: Path | None) -> Hypervisor:
-    """The simulated host listening at ``simulated``, or this host's Xen.  Raises ``XenError``."""
+    """Open the simulated host that listens at ``simulated``, or this host's Xen.  Raises
+    ``XenError``.
+    """
     if simulated is not None:
         from xenbackend.simulated.client import SimulatedHypervisor
 

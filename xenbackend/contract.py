@@ -25,7 +25,7 @@ from xenbackend.errors import XenError, no_such_domain
 from xenbackend.pages import Buffer, MappedPages, NativePages, PfnArray
 from xenbackend.ring import PagingRing
 
-LOG_DIRTY_IS_ON = "log-dirty is on already: somebody migrates, saves or protects the guest"
+LOG_DIRTY_IS_ON = "log-dirty is on already: a program migrates, saves or protects the guest"
 
 
 class DomainState(Enum):
@@ -33,7 +33,7 @@ class DomainState(Enum):
     PAUSED = "paused"
     SUSPENDED = "suspended"
     INCOMING = "incoming"
-    """Being restored; has never run here."""
+    """The domain is being restored, and has never run here."""
     CRASHED = "crashed"
 
 
@@ -43,9 +43,9 @@ class DomainConfig:
 
     name: str
     nr_pfns: int
-    """One more than the highest pfn the guest can have."""
+    """One more than the highest pfn that the guest can have."""
     max_pages: int
-    """Frames it may own."""
+    """The number of frames that the domain may own."""
     vcpus: int
     platform: bytes
     """The backend's own description; opaque to the daemons."""
@@ -58,17 +58,17 @@ class ToolstackPorts:
     store: int
     console: int
     store_domid: int = 0
-    """Where xenstored runs."""
+    """The domain in which xenstored runs."""
     console_domid: int = 0
 
 
 @dataclass(frozen=True)
 class DomainId:
-    """Which domain is meant, from the moment it was found on."""
+    """The identity of a domain, from the moment at which the domain was found."""
 
     domid: int
     handle: bytes | None
-    """``None``: it was noted by a release that did not note handles."""
+    """``None`` if a release that did not note handles has noted the domain."""
     name: str = dataclass_field(compare=False)
     """For people."""
 
@@ -82,13 +82,13 @@ class DomainInfo:
     tot_pages: int
     vcpus: int
     reason: str = ""
-    """Why it crashed."""
+    """Why the domain crashed."""
     handle: bytes = bytes(16)
     """The domain's UUID (``xen_domain_handle_t``).  Xen uses a domid again for another domain, but
     not a handle.
     """
     paged_pages: int = 0
-    """Pages whose contents are not here."""
+    """The number of pages whose contents are not at this host."""
 
     @property
     def id(self) -> DomainId:
@@ -96,7 +96,7 @@ class DomainInfo:
 
 
 class Reservation(NamedTuple):
-    """Frames of a domain: those that it has, and how many it may have."""
+    """The numbers of frames that a domain has and may have."""
 
     tot_pages: int
     """The frames that the domain owns.  A frame that is held and was given away counts until
@@ -104,12 +104,14 @@ class Reservation(NamedTuple):
     """
     max_pages: int
     paged_pages: int
-    """What is paged out: no frames."""
+    """The number of paged-out pages, which have no frames."""
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """Whether a host can take a domain in; ``problems`` are sentences that say what to do."""
+    """Whether a host can take a domain in.  ``problems`` are sentences with the reasons and what to
+    do.
+    """
 
     problems: tuple[str, ...]
     populate_evicted: str
@@ -117,7 +119,7 @@ class Preflight:
 
 
 class Domain(ABC):
-    """A handle to one domain.  Closing it leaves the domain as it is."""
+    """A handle to one domain.  Closing the handle does not change the domain."""
 
     domid: int
     handle: bytes
@@ -128,11 +130,15 @@ class Domain(ABC):
 
     @abstractmethod
     def info(self) -> DomainInfo:
-        """Raises :class:`NoSuchDomainError` when it has been destroyed."""
+        """Return what is known of the domain.  Raises :class:`NoSuchDomainError` if the domain has
+        been destroyed.
+        """
 
     @abstractmethod
     def state(self) -> DomainState:
-        """As in :meth:`info`, and cheap: it is asked many times a second."""
+        """Return the state of :meth:`info`.  The call is cheap, because it is made many times a
+        second.
+        """
 
     @abstractmethod
     def config(self) -> DomainConfig: ...
@@ -145,7 +151,7 @@ class Domain(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Give up mappings and references.  Can be called twice."""
+        """Give up mappings and references.  A second call does nothing."""
 
     def __enter__(self) -> Self:
         return self
@@ -155,7 +161,7 @@ class Domain(ABC):
 
     @abstractmethod
     def preflight(self) -> Preflight:
-        """Could this domain be paged here now?  Changes nothing."""
+        """Check whether this domain could be paged here now.  Changes nothing."""
 
     @abstractmethod
     def rename(self, name: str) -> None: ...
@@ -168,8 +174,8 @@ class Domain(ABC):
         """Set the number of frames that the domain may have (XEN_DOMCTL_max_mem).
 
         A domain that has more frames keeps them and gets no further frame: its own requests for
-        memory fail, and so does :meth:`populate` (ENOMEM).  An earlier request that was under way
-        has taken effect when log-dirty is next enabled or read.
+        memory fail, and so does :meth:`populate` (ENOMEM).  A request that is in progress during
+        this call has taken effect when log-dirty is next enabled or read.
         """
 
     # ---- running ----
@@ -181,13 +187,13 @@ class Domain(ABC):
 
     @abstractmethod
     def resume(self) -> None:
-        """Let a guest that was suspended here go on here."""
+        """Resume a guest that was suspended here."""
 
     @abstractmethod
     def start(self) -> None:
-        """First run of a restored domain at this host.
+        """Run a restored domain for the first time at this host.
 
-        A guest dies of it where a frame that it registers by number is paged out.
+        If a frame that the guest registers by number is paged out, the guest dies.
         """
 
     @abstractmethod
@@ -204,31 +210,35 @@ class Domain(ABC):
 
     @abstractmethod
     def ended_suspended(self) -> bool:
-        """True if the domain, which is gone, was suspended when it was destroyed.  A domain that
-        was saved or migrated ends so.
+        """Return whether the domain, which is gone, was suspended when it was destroyed.  A domain
+        that was saved or migrated ends so.
 
-        False if nothing is known of the domain any more.
+        Returns false if nothing is known of the domain any more.
         """
 
     @abstractmethod
     def context(self) -> bytes:
-        """vCPU and device context of a suspended domain; opaque."""
+        """Return the vCPU and device context of a suspended domain, which is opaque."""
 
     @abstractmethod
     def set_context(self, context: bytes) -> None:
-        """Raises ``XenError`` (EINVAL) for bytes that are no context of such a domain."""
+        """Give the domain a context.  Raises ``XenError`` (EINVAL) for bytes that are no context of
+        such a domain.
+        """
 
     @abstractmethod
     def toolstack_gfns(self) -> tuple[int, int]:
-        """Where the rings of xenstore and of the console are.  Of a domain that has its context."""
+        """Return the gfns of the rings of xenstore and of the console.  The domain must have its
+        context.
+        """
 
     # ---- log-dirty ----
     @abstractmethod
     def log_dirty_enable(self) -> None:
         """Record every written page from now on.  No page counts as dirty yet.
 
-        EBUSY if log-dirty is on.  Its user would miss the pages that a second user takes out of the
-        record.
+        EBUSY if log-dirty is on.  The first user would miss the pages that a second user takes out
+        of the record.
 
         Xen 4.17 and 4.18 do not record that a pfn loses or gets a frame.  They do not record writes
         to a new frame until :meth:`log_dirty` cleans the record.
@@ -236,11 +246,11 @@ class Domain(ABC):
 
     @abstractmethod
     def log_dirty_disable(self) -> None:
-        """For whoever has enabled it."""
+        """Stop the record.  Only the user that has enabled log-dirty may call this."""
 
     @abstractmethod
     def log_dirty_is_on(self) -> bool:
-        """True if log-dirty is on.  Changes nothing.
+        """Return whether log-dirty is on.  Changes nothing.
 
         If log-dirty was off for a while, the record lacks what was written then, and nothing in the
         record shows that.  Therefore call this method after the record was taken.
@@ -273,16 +283,16 @@ class Domain(ABC):
 
     @abstractmethod
     def release(self, pfns: PfnArray) -> None:
-        """Held pfns are not needed any more.  What is left is released by ``close``."""
+        """Release held pfns, which are not needed any more.  ``close`` releases all others."""
 
     @abstractmethod
     def present(self, pfns: PfnArray) -> NDArray[np.bool_]:
-        """Which of the pfns are memory of the domain: a frame, or one that is paged out."""
+        """Return which of the pfns are memory of the domain, present or paged out."""
 
     @abstractmethod
     def reserve(self, pages: int) -> None:
-        """Reserve memory of the host, so that this domain can have ``pages`` pages in all, counting
-        those that it has.
+        """Reserve memory of the host, so that this domain can have ``pages`` pages in all,
+        including those that it has.
 
         The reservation replaces an earlier one; 0 ends it.  Populating and loading use the
         reservation up, and freed memory does not return to it.  Raises ``XenError`` (ENOMEM) if the
@@ -303,7 +313,7 @@ class Domain(ABC):
 
     @abstractmethod
     def write_pages(self, pfns: PfnArray, pages: Buffer | None) -> None:
-        """Write to populated pfns; ``None`` writes zeros.  ENOENT for one that is paged out."""
+        """Write to populated pfns; ``None`` writes zeros.  ENOENT for a pfn that is paged out."""
 
     @abstractmethod
     def pinned(self, pfns: PfnArray) -> PfnArray:
@@ -317,18 +327,18 @@ class Domain(ABC):
     # ---- paging ----
     @abstractmethod
     def has_pager(self) -> bool:
-        """There is a paging ring, whoever serves it, or nobody."""
+        """Return whether the domain has a paging ring, with or without a process that serves it."""
 
     @abstractmethod
     def paging_enable(self) -> PagingRing:
-        """Become the domain's pager.  EBUSY when it has one."""
+        """Become the domain's pager.  EBUSY if the domain has one."""
 
     @abstractmethod
     def paging_attach(self) -> PagingRing:
         """Become the successor of a pager that died.  Requests that it had not answered are
         returned again.
 
-        vCPUs that fault wait until then.  ENODEV: the domain has no pager of ours.  EBUSY: its
+        vCPUs that fault wait until then.  ENODEV if the domain has no pager of ours.  EBUSY if its
         pager lives.
         """
 
@@ -336,9 +346,9 @@ class Domain(ABC):
     def paging_disable(self) -> None:
         """Give the ring up.  A guest that touches a paged-out pfn afterwards crashes.
 
-        A vCPU whose request is not answered by then waits for ever.  Therefore pause the domain,
-        answer the requests in the ring, and only then call this.  EBUSY while vCPUs wait for a slot
-        in a full ring: answer, and try again.
+        A vCPU whose request is not answered before this call waits for ever.  Therefore pause the
+        domain, answer the requests in the ring, and only then call this.  EBUSY while vCPUs wait
+        for a slot in a full ring: answer, and try again.
         """
 
     @abstractmethod
@@ -352,7 +362,9 @@ class Domain(ABC):
 
     @abstractmethod
     def paged_out(self) -> PfnArray:
-        """All pfns whose contents are not here.  For its pager, while it loads none."""
+        """Return all pfns whose contents are not here.  Only the pager calls this, while it loads
+        no page.
+        """
 
     @abstractmethod
     def load(self, pfns: PfnArray, pages: Buffer | None) -> NDArray[np.int32]:
@@ -364,7 +376,9 @@ class Domain(ABC):
         """
 
     def native_pages(self) -> NativePages | None:
-        """For ``migrate/fastpath/api.py``; ``None``: faults are served without it."""
+        """Return the calls for ``migrate/fastpath/api.py``, or ``None`` if the backend does not
+        support the fast path.
+        """
         return None
 
 
@@ -394,21 +408,22 @@ class Hypervisor(ABC):
 
     @abstractmethod
     def create_incoming(self, config: DomainConfig, *, instead_of: Domain | None = None) -> Domain:
-        """Make an empty domain, all holes, to restore into.  EEXIST: its name is in use.  ENOMEM:
-        not enough memory.
+        """Make an empty domain, all holes, into which a guest is restored.  EEXIST if its name is
+        in use.  ENOMEM if there is not enough memory.
 
         ``config.max_pages`` are reserved for the domain.
 
-        ``instead_of``: a domain that is about to be destroyed, after its pages have been moved
-        over.  Neither its name nor its memory counts.
+        ``instead_of``: a domain that is about to be destroyed, after its pages have been moved into
+        the new one.  Neither its name nor its memory counts.
         """
 
     @abstractmethod
     def abandoned(self, config: DomainConfig, *, instead_of: Domain | None = None) -> list[Domain]:
-        """Domains that :meth:`create_incoming` has made with these arguments and that never ran.
+        """Return domains that :meth:`create_incoming` has made with these arguments and that never
+        ran.
 
-        A process that died after that call had not noted the domid.  Call this method when no other
-        migration of this guest to this host can be under way.
+        A process may have died after that call and before it noted the domid.  Call this method
+        when no other migration of this guest to this host can be in progress.
         """
 
     @abstractmethod
@@ -416,14 +431,14 @@ class Hypervisor(ABC):
         self, domid: int, config: DomainConfig, *, lent: bool, handle: bytes | None = None
     ) -> Domain:
         """Open a domain that a process which has died was restoring, or had started.  ``lent``: the
-        domain is a toolstack's.
+        domain belongs to a toolstack.
 
-        ``handle`` and errors: as in :meth:`open`.
+        ``handle`` and errors are as in :meth:`open`.
         """
 
     @abstractmethod
     def bind_incoming(self, domid: int, config: DomainConfig, ports: ToolstackPorts) -> Domain:
-        """Take the empty domain that a toolstack made, to restore into.  The toolstack starts and
+        """Open the empty domain that a toolstack made for the restore.  The toolstack starts and
         destroys the domain.
 
         Raises :class:`NoSuchDomainError`, and ``XenError`` (EINVAL) if the domain is of another
@@ -432,7 +447,8 @@ class Hypervisor(ABC):
 
 
 def find_domain(domains: list[DomainInfo], text: str) -> DomainInfo:
-    """The domain that a person means by a number, a name or a UUID.  Called once for each request.
+    """Return the domain that a person means by a number, a name or a UUID.  Called once for each
+    request.
 
     A text of digits is a number, as in xl.  Raises ``XenError``: ESRCH if there is no such domain,
     EEXIST if the text fits more than one domain.

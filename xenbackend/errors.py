@@ -12,9 +12,9 @@ import os
 class XenError(Exception):
     """A hypercall failed.
 
-    ``errno`` is Xen's; ``pfn`` the one it failed at, if any; ``done`` how many pfns of the batch,
-    from its start, were handled before.  With ESRCH the error is a :class:`NoSuchDomainError`,
-    whichever call failed: the class follows the number, as that of an ``OSError`` does.
+    ``errno`` is Xen's.  ``pfn`` is the pfn at which the call failed, if any.  ``done`` is the
+    number of pfns of the batch, from its start, that were handled before.  With ESRCH the error is
+    a :class:`NoSuchDomainError`, because the class follows the number, as for an ``OSError``.
     """
 
     def __new__(cls, _operation: str, errno: int, **_more: object) -> XenError:
@@ -36,17 +36,17 @@ class XenError(Exception):
 
 
 class GuestOptionError(ValueError):
-    """An option of a simulated guest that makes no sense; the text says which and why."""
+    """An option of a simulated guest is not possible; the text names the option and the reason."""
 
 
 class NoSuchDomainError(XenError):
-    """The domain has been destroyed, or was never there; ``errno`` is ESRCH."""
+    """The domain has been destroyed, or never existed; ``errno`` is ESRCH."""
 
 
 def no_such_domain(
     domain: str | int, why: str = "there is no such domain on this host"
 ) -> XenError:
-    """The error of a domain, by its name or its domid, that is not found."""
+    """Return the error for a domain that is not found by its name or its domid."""
     return XenError(f"domain {domain!r}", errno_module.ESRCH, why=why)
 
 

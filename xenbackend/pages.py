@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Pages: their size, their numbers (pfns), what is found at one, and how native code gets them."""
+"""Pages: their size, their numbers (pfns), what is found at a pfn, and pages for native code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from xenbackend.errors import XenError
 
 PAGE_SIZE = 4096
-"""Bytes of a page (XC_PAGE_SIZE)."""
+"""The number of bytes of a page (XC_PAGE_SIZE)."""
 PfnArray = NDArray[np.uint64]
 Buffer = bytes | bytearray | memoryview
 
@@ -25,9 +25,9 @@ class PageStatus(IntEnum):
     DATA = 0
     ZERO = 1
     HOLE = 2
-    """No frame, or one that is not memory (mmio)."""
+    """The pfn has no frame, or a frame that is not memory (mmio)."""
     PAGED = 3
-    """Paged out, at this host: its contents are elsewhere."""
+    """The page is paged out at this host; its contents are elsewhere."""
     BROKEN = 4
 
 
@@ -47,18 +47,18 @@ class MappedPages:
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        """Nothing, where the whole memory is mapped for good."""
+        """Do nothing, because a backend may have the whole memory mapped for good."""
 
 
 @dataclass(frozen=True)
 class NativePages:
     """Addresses of the calls by which native code looks at one page of a domain and loads one page.
 
-    They are valid as long as the ``Domain`` is open.
+    The addresses are valid for as long as the ``Domain`` is open.
 
     ``look`` is ``int (void *domain, uint64_t pfn, const void **page)`` and returns a
     :class:`PageStatus`.  A DATA page can be read at ``*page`` until ``looked`` is called.
-    ``looked`` is ``void (void *domain, const void *page)``; 0: there is nothing to call.
+    ``looked`` is ``void (void *domain, const void *page)``, or 0 if there is nothing to call.
     ``load`` is ``int (void *domain, uint64_t pfn, const void *page)``, one page's ``Domain.load``.
     """
 
@@ -69,23 +69,23 @@ class NativePages:
 
 
 def batch_error(operation: str, number: int, pfns: PfnArray, done: int) -> XenError:
-    """The error of a batch that stopped after ``done`` pfns.
+    """Return the error of a batch that stopped after ``done`` pfns.
 
-    A batch that was not begun, because there is no ring, failed at no pfn.
+    If there is no ring, the batch was not begun, and the error has no pfn.
     """
     pfn = None if number == errno.ENODEV else int(pfns[done])
     return XenError(operation, number, pfn=pfn, done=done)
 
 
 def page_bytes(pages: Buffer, count: int) -> NDArray[np.uint8]:
-    """The pages as an array for native code.
+    """Return the pages as an array for native code.
 
     Raises ``ValueError`` if the buffer has fewer than ``count`` pages, because native code would
     read beyond its end.
 
-    A memoryview would not do.  The traceback of a failed call puts the memoryview into a reference
-    cycle.  Python's garbage collector then clears it although native code still has its buffer, and
-    the process dies (CPython 3.11).
+    A memoryview cannot be used instead.  The traceback of a failed call puts the memoryview into a
+    reference cycle.  Python's garbage collector then clears the memoryview although native code
+    still has its buffer, and the process dies (CPython 3.11).
     """
     if len(pages) < count * PAGE_SIZE:
         raise ValueError(f"{len(pages)} bytes are not {count} pages")

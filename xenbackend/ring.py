@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The pager's end of the paging ring: requests out, responses in, one for each.
+"""The pager's end of the paging ring: it takes requests out, and puts one response for each in.
 
 The ring is the same for every backend: the page has Xen's layout (``native/vm_event.h``), and the
-event channel is a file descriptor that becomes readable.  Nothing here waits.  Open requests are
-noted in the page itself, so that a pager that was killed can have a successor.
+event channel is a file descriptor that becomes readable.  No call waits.  Open requests are noted
+in the page itself, so that a pager that was killed can have a successor.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from xenbackend.errors import XenError
 VM_EVENT_FLAG_VCPU_PAUSED = 1
 MEM_PAGING_DROP_PAGE = 1
 VM_EVENT_SLOTS = 8
-"""Requests that can be open at once (4 KiB ring, 400-byte events)."""
+"""The number of requests that can be open at once (4 KiB ring, 400-byte events)."""
 
 
 class PagingRequest(NamedTuple):
@@ -32,7 +32,7 @@ class PagingRequest(NamedTuple):
 
     @property
     def is_drop(self) -> bool:
-        """The guest gave the page away; nobody waits."""
+        """Whether the guest gave the page away; no vCPU waits then."""
         return bool(self.paging_flags & MEM_PAGING_DROP_PAGE)
 
     @property
@@ -41,7 +41,7 @@ class PagingRequest(NamedTuple):
 
 
 def paging_request(native: Any) -> PagingRequest:
-    """Of a ``struct ring_request``."""
+    """Return the request in a ``struct ring_request``."""
     return PagingRequest(native.gfn, native.vcpu_id, native.flags, native.paging_flags, native.p2mt)
 
 
@@ -62,7 +62,7 @@ class PagingRing:
     ``event_fd`` and ``notify_fd`` are the two directions of an event channel that consists of
     eventfds.  With ``resume``, this is the successor of a pager that has died, and the first
     :meth:`requests` begins with the requests that the predecessor had taken and not answered.
-    Without, the ring was just enabled, and ``channel`` is noted for a successor.
+    Without ``resume``, the ring was just enabled, and ``channel`` is noted for a successor.
 
     Raises ``XenError`` (EPROTO) if ``resume`` finds no predecessor.
     """
@@ -84,7 +84,7 @@ class PagingRing:
             lib.ring_begin(self._state, channel)
 
     def fileno(self) -> int:
-        """Readable when there may be requests."""
+        """Return the descriptor that is readable when there may be requests."""
         return self._event_fd
 
     def requests(self) -> list[PagingRequest]:
@@ -113,14 +113,14 @@ class PagingRing:
 
     @staticmethod
     def check(n: int) -> None:
-        """What ``ring_consume`` returned.  Raises ``XenError``."""
+        """Check what ``ring_consume`` returned.  Raises ``XenError``."""
         if n < 0:
-            corrupt = "the ring is corrupt, of another interface version, or nobody's that we know"
+            corrupt = "the ring is corrupt, of another interface version, or of an unknown pager"
             raise XenError("paging ring", -n, why=corrupt if -n == errno.EPROTO else "")
 
     def respond(self, requests: Iterable[PagingRequest]) -> None:
         """Answer requests, so that their vCPUs continue.  Raises ``XenError`` (EINVAL) for an
-        answer that no vCPU waits for.
+        answer for which no vCPU waits.
         """
         batch = list(requests)
         if not batch:
@@ -139,6 +139,6 @@ class PagingRing:
             raise XenError("paging ring", errno.ENODEV, why="it was given up")
 
     def close(self) -> None:
-        """Let go of the shared page; the ring itself stays as it is.  Can be called twice."""
+        """Release the shared page.  The ring itself is not changed.  A second call does nothing."""
         self._state.page = ffi.NULL
         ffi.release(self._page)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Paths of Unix sockets, and connecting to one whose owner is just starting."""
+"""Paths of Unix sockets, and connections to a socket whose owner is just starting."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ import socket
 import time
 
 MAX_PATH_BYTES = 107
-"""sockaddr_un(7), without the null byte at its end."""
+"""The longest path in sockaddr_un(7), without the null byte at its end."""
 STARTING_S = 3.0
 """How long to wait for a process that was started beside this one and does not listen yet."""
 AGAIN_S = 0.05
 
 
 def socket_path(path: str | os.PathLike[str]) -> str:
-    """``path``, if a socket can have it.  Raises ``OSError``, whose ``strerror`` says why not."""
+    """Return ``path``, if a socket can have it.  Raises ``OSError``, whose ``strerror`` has the
+    reason.
+    """
     text = os.fspath(path)
     size = len(os.fsencode(text))
     if size > MAX_PATH_BYTES:
@@ -28,7 +30,7 @@ def socket_path(path: str | os.PathLike[str]) -> str:
 
 
 def connect_unix(sock: socket.socket, path: str | os.PathLike[str], wait_s: float) -> None:
-    """Connect.  If nobody listens, try again for at most ``wait_s`` seconds.  Raises
+    """Connect.  If no process listens, try again for at most ``wait_s`` seconds.  Raises
     ``OSError``.
     """
     deadline = time.monotonic() + wait_s

@@ -25,11 +25,11 @@ from xenbackend.libxenctrl.platform import Platform
 from xenbackend.libxenctrl.wiring import OwnWiring, Wiring
 
 SPARE_PAGES = 256
-"""Beyond what the guest may own: the ring, as libxl leaves room for."""
+"""Frames beyond what the guest may own, for the ring; libxl leaves the same room."""
 
 
 def create(host: XenHost, config: DomainConfig, *, reserve: bool) -> XenDomain:
-    """Raises ``XenError``; leaves nothing over then."""
+    """Make the domain.  Raises ``XenError``; nothing of the domain is left then."""
     platform = Platform.unpack(config.platform)
     domid = ffi.new("uint32_t *")
     info = ffi.new(
@@ -65,7 +65,7 @@ def bind(host: XenHost, domid: int, config: DomainConfig, ports: ToolstackPorts)
         why = "the domain that the toolstack made is of another kind than the source"
         raise XenError("bind", errno.EINVAL, why=why)
     _prepare(host, domid, config, platform)
-    # Anew, because the domain has a place for a ring only now.
+    # A new object, because the domain has a place for a ring only now.
     return XenDomain(host, domid, config.nr_pfns, Wiring(host, ports))
 
 
@@ -84,7 +84,7 @@ def reopen(host: XenHost, domid: int, config: DomainConfig, *, lent: bool) -> Xe
 
 
 def _prepare(host: XenHost, domid: int, config: DomainConfig, platform: Platform) -> None:
-    """What is the source's to say of any domain: its CPU policy, and where a paging ring may be."""
+    """Set what the source defines for any domain: the CPU policy and the place of a ring."""
     leaves, msrs = (ffi.from_buffer("uint8_t[]", data) for data in (platform.leaves, platform.msrs))
     check(
         "cpu policy",
@@ -104,7 +104,7 @@ def _prepare(host: XenHost, domid: int, config: DomainConfig, platform: Platform
 
 
 def paging_pool_mib(config: DomainConfig) -> int:
-    """For page tables, as libxl reckons: a MiB a vCPU, 8 KiB a MiB of memory; and for what is not
-    in it, ring and holes.
+    """Return the memory for page tables: 1 MiB for each vCPU and 8 KiB for each MiB of memory, as
+    libxl computes it, and some more for the ring and for holes.
     """
     return config.vcpus + (config.max_pages >> 8) // 128 + 2

@@ -35,8 +35,8 @@ class HvmContext:
 
     @classmethod
     def unpack(cls, context: bytes) -> HvmContext:
-        """Raises ``XenError`` with ``EINVAL`` for bytes that are no context, and for parameters
-        that are not :data:`CONTEXT_PARAMS`.
+        """Return the context in these bytes.  Raises ``XenError`` with ``EINVAL`` for bytes that
+        are no context, and for parameters that are not :data:`CONTEXT_PARAMS`.
         """
         try:
             form, params, (mode, elapsed, khz, incarnation), records = msgpack.unpackb(

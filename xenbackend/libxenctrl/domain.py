@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """One domain of the real Xen: the contract's operations, batch by batch.
 
-Life and memory are hypercalls.  To suspend, the guest is asked through xenstore, as libxl does.
+Most operations are hypercalls.  The guest is asked to suspend through xenstore, as libxl does.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from xenbackend.pages import (
 NO_PFN = np.uint64(2**64 - 1)
 LOOK_PFNS = 1024
 SUSPEND_TIMEOUT_S = 60.0
-"""As libxl gives a guest."""
+"""How long a guest may take to suspend; libxl's limit is the same."""
 
 
 def gfn_array(pfns: PfnArray) -> Any:
@@ -64,7 +64,9 @@ def gfn_array(pfns: PfnArray) -> Any:
 
 
 class XenDomain(Domain):
-    """``nr_pfns`` and ``wiring`` are given for a domain that is restored into (``builder.py``)."""
+    """One domain.  ``nr_pfns`` and ``wiring`` are given if a guest is restored into the domain
+    (``builder.py``).
+    """
 
     def __init__(
         self, host: XenHost, domid: int, nr_pfns: int | None = None, wiring: Wiring | None = None
@@ -85,7 +87,7 @@ class XenDomain(Domain):
         self._ring_pfn = self.param(HVM_PARAM_PAGING_RING_PFN) if self.native_info().hvm else 0
         host.opened.add(self)
 
-    # ---- what it is ----
+    # ---- what the domain is ----
     def native_info(self) -> Any:
         """Return a ``struct xen_info``.  Raises :class:`NoSuchDomainError` for a domain that is
         being torn down, although its pages may still be mapped.
@@ -128,7 +130,7 @@ class XenDomain(Domain):
             bool(info.hap), info.emulation_flags, info.misc_flags, bytes(ffi.buffer(info.handle)),
             self.param(HVM_PARAM_PAGING_RING_PFN), *self.cpu_policy(),
         )  # fmt: skip
-        # After ``xl mem-set`` downwards a domain may have more for a while than it may get.
+        # After ``xl mem-set`` downwards a domain may have more frames for a while than it may get.
         most = max(info.max_pages, info.tot_pages)
         return DomainConfig(name, self.nr_pfns, most, info.vcpus, platform.pack())
 
@@ -159,7 +161,7 @@ class XenDomain(Domain):
         if info.hvm:
             check("get_pod_target", lib.xen_pod_entries(self._xen, self.domid, pod))
         taken = self._pager is None and lib.xen_has_ring(self._xen, self.domid) == 1
-        # Whether the IOMMU is on for it Xen does not tell, until it refuses to enable a ring.
+        # Xen does not report whether the IOMMU is on for the domain; it only refuses a ring then.
         devices = self._host.store_read(f"/libxl/{self.domid}/device/pci") is not None
         host = self._host.facts()
         domain = DomainFacts(bool(info.hvm), bool(info.hap), int(pod[0]), devices, taken)
@@ -180,7 +182,7 @@ class XenDomain(Domain):
         state = self.state()
         if state is not DomainState.RUNNING:
             raise XenError("suspend", errno.EINVAL, why=f"the domain is {state.value}")
-        if not self.param(HVM_PARAM_CALLBACK_IRQ):  # no PV drivers, so nobody to ask
+        if not self.param(HVM_PARAM_CALLBACK_IRQ):  # the guest has no PV drivers
             check("shutdown", lib.xen_shutdown(self._xen, self.domid, SHUTDOWN_SUSPEND))
         else:
             self._ask_to_suspend("suspend")
@@ -227,8 +229,9 @@ class XenDomain(Domain):
         check("unpausedomain", lib.xen_unpause(self._xen, self.domid))
 
     def ended_suspended(self) -> bool:
-        """As the contract says.  A remnant of the domain answers this as long as a process maps one
-        of its pages, as the domain's pager does.
+        """Return whether the domain was suspended when it was destroyed, from a remnant of the
+        domain.  The remnant exists for as long as a process maps one of its pages, as the domain's
+        pager does.
         """
         info = ffi.new("struct xen_info *")
         rc = lib.xen_domain_info(self._xen, self.domid, info)
@@ -317,7 +320,7 @@ class XenDomain(Domain):
         return XenMappedPages(ffi.from_buffer("const void *[]", addresses), status, done.close)
 
     def _map(self, pfns: PfnArray, view: Any) -> tuple[NDArray[np.uint8], NDArray[np.uint64]]:
-        """Status and address of each; all holes, where the domain is gone."""
+        """Return the status and the address of each pfn; all are holes if the domain is gone."""
         status, addresses = (
             np.empty(len(pfns), dtype=np.uint8),
             np.zeros(len(pfns), dtype=np.uint64),
@@ -356,7 +359,7 @@ class XenDomain(Domain):
     def _without_ring(self, pfns: PfnArray) -> PfnArray:
         """Replace the pfn of the page that is set aside for a ring by a pfn that no domain has.
 
-        This page is no memory of the guest, with a ring or without, because each host has its own.
+        This page is no memory of the guest, with or without a ring, because each host has its own.
         """
         return np.where(pfns == self._ring_pfn, NO_PFN, pfns) if self._ring_pfn else pfns
 

@@ -23,8 +23,8 @@ from xenbackend.libxenctrl._xen import ffi, lib
 from xenbackend.pages import PAGE_SIZE, MappedPages, PageStatus, PfnArray
 
 CHUNK_PAGES: int = lib.CHUNK_PAGES
-"""Pages in one mapping, and thus in one hypercall.  Pages that are released one by one are given
-back in chunks.
+"""The number of pages in one mapping, and thus in one hypercall.  Pages that are released one by
+one are unmapped in chunks.
 """
 NONE = np.uint32(lib.NOT_HELD)
 
@@ -34,12 +34,12 @@ class _Chunk:
     view: Any
     pfns: NDArray[Any]
     needed: int
-    """Of them not released."""
+    """The number of its slots that are not released."""
     users: int = 0
 
 
 class HeldPages:
-    """Of a domain with so many pfns.  May be used by several threads."""
+    """The held pages of a domain with ``nr_pfns`` pfns.  Several threads may use the object."""
 
     def __init__(self, host: Any, domid: int, nr_pfns: int):
         self._host, self._domid = host, domid
@@ -48,15 +48,15 @@ class HeldPages:
         self._holds = np.zeros(nr_pfns, dtype=np.uint8)
         self._chunks: dict[int, _Chunk] = {}
         self._address = np.zeros(64, dtype=np.uint64)
-        """Of each chunk, by its number."""
+        """The address of each chunk, by the chunk's number."""
         self._outgrown: list[NDArray[np.uint64]] = []
         self._count = 0
         self._idle: list[int] = []
-        """Chunks that nobody needs, of which native code might have been looking at a page."""
+        """Chunks that are not needed any more, but of which native code may be reading a page."""
         self.native = ffi.new(
             "struct xen_held *", [self._pointer(self._slot), self._pointer(self._address), 0]
         )
-        """For native code to look at pages."""
+        """The structure by which native code finds pages."""
         self._lock = threading.Lock()
 
     @staticmethod
@@ -64,13 +64,13 @@ class HeldPages:
         return ffi.cast("void *", array.ctypes.data)
 
     def holds(self, pfns: PfnArray) -> NDArray[np.uint8]:
-        """How often each is mapped here."""
+        """Return how often each pfn is mapped here."""
         counts: NDArray[np.uint8] = self._holds[pfns]
         return counts
 
     def add(self, pfns: PfnArray) -> int:
-        """Hold pfns; return 0 or -errno.  -EIO: a page is memory that cannot be read here.  Holes
-        are skipped.
+        """Hold pfns.  Returns 0 or -errno; -EIO if a page is memory that cannot be read here.
+        Holes are skipped.
         """
         for at in range(0, len(pfns), CHUNK_PAGES):
             batch = pfns[at : at + CHUNK_PAGES]
@@ -115,16 +115,17 @@ class HeldPages:
         return number
 
     def release(self, pfns: PfnArray) -> None:
-        """Those that are not held are passed over."""
+        """Release pfns.  Pfns that are not held are skipped."""
         with self._lock:
             self._forget(pfns[self._slot[pfns] != NONE])
 
     def use(
         self, pfns: PfnArray, addresses: NDArray[np.uint64]
     ) -> tuple[NDArray[np.bool_], list[int]]:
-        """Put into ``addresses`` where each of the pfns is that is held.
+        """Put the address of each held pfn into ``addresses``.
 
-        Returns which those are, and what to tell :meth:`used` when they are not looked at any more.
+        Returns which pfns are held, and the argument for :meth:`used`, which the caller calls when
+        it does not read them any more.
         """
         with self._lock:
             slots = self._slot[pfns]

@@ -24,14 +24,14 @@ XL_TIMEOUT_S = 60
 
 
 def check(operation: str, rc: int) -> int:
-    """``rc``, where it is no error.  Raises ``XenError``."""
+    """Return ``rc``, unless it is an error.  Raises ``XenError``."""
     if rc < 0:
         raise XenError(operation, -rc)
     return rc
 
 
 def state_of(info: Any) -> tuple[DomainState, str]:
-    """Of a ``struct xen_info``: its state, and why it crashed."""
+    """Return the state in a ``struct xen_info``, and why the domain crashed."""
     if info.shutdown and info.shutdown_reason == SHUTDOWN_SUSPEND:
         return DomainState.SUSPENDED, ""
     if info.shutdown:
@@ -41,7 +41,7 @@ def state_of(info: Any) -> tuple[DomainState, str]:
 
 
 class XenHost:
-    """Raises ``XenError`` where there is no Xen, or this is not its dom0."""
+    """One host's Xen.  Raises ``XenError`` if there is no Xen, or if this is not its dom0."""
 
     def __init__(self) -> None:
         out = ffi.new("struct xen_host **")
@@ -50,13 +50,13 @@ class XenHost:
             raise XenError(
                 "Xen", -rc,
                 why=f"{XenError('', -rc).why}: this is no dom0 of a running Xen, or xenstored does "
-                    "not run, or one " "must be root; without Xen, use --simulated SOCKET with a "
+                    "not run, or you " "are not root; without Xen, use --simulated SOCKET with a "
                                        "simulated host",
             )  # fmt: skip
         self.native: Any = out[0]
         self.opened: set[Domain] = set()
-        """Domains that are closed before the handle is.  A domain adds itself when it is opened,
-        and removes itself when it is closed.
+        """The open domains, which are closed before the handle is.  A domain adds itself when it is
+        opened, and removes itself when it is closed.
         """
 
     def close(self) -> None:
@@ -82,7 +82,7 @@ class XenHost:
         return found
 
     def describe(self, info: Any, nr_pfns: int) -> DomainInfo:
-        """Of a ``struct xen_info``."""
+        """Return the description of a domain from its ``struct xen_info``."""
         state, reason = state_of(info)
         name = self.store_read(f"/local/domain/{info.domid}/name") or ""
         handle = bytes(ffi.buffer(info.handle))
@@ -99,7 +99,7 @@ class XenHost:
         )
 
     def destroy(self, domid: int) -> None:
-        """With xl where its devices are libxl's, otherwise by ourselves."""
+        """Destroy a domain: with xl if libxl has made its devices, otherwise directly."""
         self._xl(domid, "destroy", str(domid))
         rc = lib.xen_destroy(self.native, domid)
         if rc not in (0, -errno.ESRCH):
@@ -113,7 +113,7 @@ class XenHost:
             self.store_write(f"/local/domain/{domid}/name", name)
 
     def _xl(self, domid: int, *arguments: str) -> bool:
-        """Of a domain that libxl has made: have it do its part as well."""
+        """Run xl for a domain that libxl has made.  Returns whether xl has done its part."""
         xl = shutil.which("xl")
         if xl is None or self.store_read(f"/libxl/{domid}") is None:
             return False

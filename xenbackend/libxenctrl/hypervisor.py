@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The contract's hypervisor: the domains of one host, and what the host can take in."""
+"""The contract's hypervisor: the domains of one host, and the host's abilities."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ FIRST_RESERVED_DOMID = 0x7FF0  # xen/include/public/xen.h
 
 
 def beside(config: DomainConfig) -> str:
-    """The name of an incoming domain on the host that the guest comes from.  xl uses the same
-    suffix.
-    """
+    """Return the name of an incoming domain on the guest's source host, with xl's suffix."""
     return config.name + "--incoming"
 
 
 class XenHypervisor(Hypervisor):
-    """Raises ``XenError`` where there is no Xen, or this is not its dom0."""
+    """The hypervisor of this host.  Raises ``XenError`` if there is no Xen, or if this is not its
+    dom0.
+    """
 
     def __init__(self) -> None:
         self.host = XenHost()
@@ -56,7 +56,7 @@ class XenHypervisor(Hypervisor):
             raise
         return domain
 
-    # ---- what a host can take in ----
+    # ---- incoming domains ----
     def preflight(self, config: DomainConfig | None, *, paging: bool) -> Preflight:
         facts = self.host.facts()
         problems = facts.problems() if paging else []
@@ -84,8 +84,8 @@ class XenHypervisor(Hypervisor):
         return builder.create(self.host, config, reserve=instead_of is None)
 
     def abandoned(self, config: DomainConfig, *, instead_of: Domain | None = None) -> list[Domain]:
-        """Found by the handle, which is the guest's.  The domain gets its name at the end of
-        :meth:`create_incoming`.
+        """Find the domains by their handle, which is the guest's, because a domain gets its name
+        only at the end of :meth:`create_incoming`.
         """
         handle = Platform.unpack(config.platform).handle
         names = ("", config.name) if instead_of is not None else ("", config.name, beside(config))
@@ -112,8 +112,8 @@ class XenHypervisor(Hypervisor):
         return builder.bind(self.host, domid, config, ports)
 
     def _name_for(self, config: DomainConfig) -> str:
-        """Return the name for an incoming domain.  On the host that the guest comes from, the
-        guest's own name is still in use, and another name is used, as xl does it.
+        """Return the name for an incoming domain.  On the guest's source host its own name is still
+        in use, so another name is used, as by xl.
 
         Raises ``XenError`` (EEXIST) if another domain has the name.
         """

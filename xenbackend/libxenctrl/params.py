@@ -27,11 +27,13 @@ CONTEXT_PARAMS = (
     HVM_PARAM_VM_GENERATION_ID_ADDR, HVM_PARAM_IOREQ_SERVER_PFN, HVM_PARAM_NR_IOREQ_SERVER_PAGES,
     HVM_PARAM_X87_FIP_WIDTH, HVM_PARAM_MCA_CAP,
 )  # fmt: skip
-"""What libxc's stream carries, but for the paging ring, which is each host's own."""
+"""The parameters that libxc's stream carries, without the paging ring, of which each host has its
+own.
+"""
 RINGS_TO_CLEAR = (
     HVM_PARAM_STORE_PFN,
     HVM_PARAM_CONSOLE_PFN,
     HVM_PARAM_IOREQ_PFN,
     HVM_PARAM_BUFIOREQ_PFN,
 )
-"""Pages whose contents are about connections that do not come along."""
+"""The parameters of pages whose contents are about connections that are not migrated."""

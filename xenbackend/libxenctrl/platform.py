@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The properties with which a domain is created, as the ends of a migration exchange them:
-``DomainConfig.platform``.
+"""The properties with which a domain is created, as the two ends of a migration exchange them
+(``DomainConfig.platform``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PLATFORM_FORMAT = "xen-platform 1"
 
 @dataclass(frozen=True)
 class Platform:
-    """What a domain is created with."""
+    """The properties with which a domain is created."""
 
     hap: bool
     emulation_flags: int
@@ -25,7 +25,9 @@ class Platform:
     handle: bytes
     """Its UUID."""
     ring_pfn: int
-    """Where its memory map leaves room for a paging ring; 0: nowhere, so behind its memory."""
+    """The pfn at which the memory map leaves room for a paging ring.  0: there is none, and the
+    ring is placed behind the memory.
+    """
     leaves: bytes
     msrs: bytes
     """The CPU policy: ``xen_cpuid_leaf_t[]``, ``xen_msr_entry_t[]``."""
@@ -35,7 +37,7 @@ class Platform:
 
     @classmethod
     def unpack(cls, data: bytes) -> Platform:
-        """Raises ``XenError`` (EINVAL)."""
+        """Return the properties in these bytes.  Raises ``XenError`` (EINVAL)."""
         types = (bool, int, int, bytes, int, bytes, bytes)
         try:
             form, *fields = msgpack.unpackb(data)

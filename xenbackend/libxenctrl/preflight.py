@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Why postcopy is refused: for each reason one sentence that includes the remedy.  Sans-IO.
+"""The reasons why postcopy is refused: for each reason one sentence that includes the remedy.
+Sans-IO.
 
 Xen's own reasons are the errors of XEN_DOMCTL_VM_EVENT_OP_PAGING (xen/common/vm_event.c).  Reasons
-that can be found without trying are found first, so that nothing is touched.
+that can be found without enabling a ring are found first, so that nothing is changed.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ ENABLE_ERRORS = {
     errno.EXDEV: POD,
     errno.EBUSY: RING_TAKEN,
 }
-"""What enabling a ring fails with."""
+"""The reasons for the errors with which enabling a ring fails."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class HostFacts:
     free_pages: int
 
     def problems(self) -> list[str]:
-        """The first of them only, where it makes the others pointless."""
+        """Return the reasons.  If one makes the others pointless, only that one is returned."""
         if not self.paging:
             return [NO_PAGING]
         found = ((self.dom0_hvm, DOM0_NOT_PV), (not self.hap, NO_HAP_HOST))
@@ -66,7 +67,7 @@ class HostFacts:
 
     @property
     def way(self) -> str:
-        """How pages are made paged out: ``Preflight.populate_evicted``."""
+        """How pages are evicted: the value of ``Preflight.populate_evicted``."""
         return "none" if not self.paging else "native" if self.populate_evicted else "fallback"
 
 

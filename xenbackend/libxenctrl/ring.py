@@ -24,7 +24,7 @@ class XenPagingRing(PagingRing):
         self._pager = pager
         self._readable = select.poll()
         self._readable.register(pager.event_fd, select.POLLIN)
-        if resume:  # the dead one may have answered without telling
+        if resume:  # the dead pager may have answered without sending an event
             self._check(lib.xen_event_notify(pager))
 
     def native(self) -> NativeRing | None:
@@ -47,7 +47,7 @@ class XenPagingRing(PagingRing):
 
     def requests(self) -> list[PagingRequest]:
         if self._readable.poll(0):
-            # Before looking: an event for what comes later must not be taken for this one.
+            # Before the ring is read: otherwise the event of a later request could be consumed.
             self._check(lib.xen_event_take(self._pager))
         return super().requests()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How a domain is connected to xenstored and to the console's daemon."""
+"""The connections of a domain to xenstored and to the console's daemon."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xenbackend.libxenctrl.platform import Platform
 
 
 class Wiring:
-    """xenstored's and the console's ends of a domain: those that a toolstack has made."""
+    """xenstored's and the console's ends of a domain, which a toolstack has made."""
 
     def __init__(self, host: XenHost, ports: ToolstackPorts):
         self._host = host
@@ -36,11 +36,13 @@ class Wiring:
         check("gnttab seed", seeded)
 
     def introduce(self, domid: int, store: int, console: int) -> None:
-        """Make the domain known to xenstored and to the console's daemon: the toolstack does."""
+        """Do nothing, because the toolstack introduces the domain to xenstored and the console's
+        daemon.
+        """
 
 
 class OwnWiring(Wiring):
-    """Where no toolstack has made them."""
+    """xenstored's and the console's ends of a domain, which this process makes itself."""
 
     def __init__(
         self,

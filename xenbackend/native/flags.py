@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How the C of all native modules is compiled.
+"""The flags with which the C code of all native modules is compiled.
 
 Their build files load this file by its path, because setuptools runs them without the project
 on the path of imports.

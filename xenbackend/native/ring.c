@@ -4,14 +4,14 @@
  *
  * This is in C because the indices need memory barriers, which Python does not have: the other end
  * is a hypervisor on another CPU.  Every request is noted in the page until it is answered (struct
- * pager_notes).  So no request is answered twice, and none is forgotten when the pager dies, at
- * whatever instruction.  For this purpose the notes are written in this order:
+ * pager_notes).  So no request is answered twice, and none is lost when the pager dies, at whatever
+ * instruction.  For this purpose the notes are written in this order:
  *
- *   taking     the request as OPEN; then req_cons.     Killed between: it is taken again.
+ *   taking     the request as OPEN; then req_cons.  If the pager is killed in between, the request
+ *              is taken again.
  *   answering  the request as ANSWERED, with the number of its response; then the response; then
- *              rsp_prod, which tells Xen; then the request as FREE.
- *                                                      Killed between: rsp_prod shows whether the
- *                                                      request was answered.
+ *              rsp_prod, which informs Xen; then the request as FREE.  If the pager is killed in
+ *              between, rsp_prod shows whether the request was answered.
  */
 #include <errno.h>
 #include <string.h>
@@ -48,7 +48,7 @@ int ring_resume(struct ring_state *ring, struct ring_request *out)
 
     if (notes->magic != PAGER_NOTES_MAGIC)
         return -EPROTO;
-    rc = notify(ring);      /* of responses that the dead one had no time to tell of */
+    rc = notify(ring);      /* the dead pager may have put responses in without an event */
     if (rc)
         return rc;
     ring->req_cons = notes->req_cons;
@@ -57,11 +57,11 @@ int ring_resume(struct ring_state *ring, struct ring_request *out)
         typeof(notes->request[0]) *r = &notes->request[i];
 
         if (r->state == REQUEST_ANSWERED && (int32_t)(ring->rsp_prod - r->number) <= 0)
-            STORE(r->state, REQUEST_OPEN);          /* Xen was not told */
+            STORE(r->state, REQUEST_OPEN);          /* Xen has not received the response */
         else if (r->state == REQUEST_ANSWERED)
             STORE(r->state, REQUEST_FREE);
         else if (r->state == REQUEST_OPEN && (int32_t)(r->number - ring->req_cons) >= 0)
-            STORE(r->state, REQUEST_FREE);          /* still to be taken */
+            STORE(r->state, REQUEST_FREE);          /* the request is still in the ring */
         if (r->state == REQUEST_OPEN)
             out[n++] = (struct ring_request){ .gfn = r->gfn, .vcpu_id = r->vcpu_id,
                                               .flags = r->flags, .paging_flags = r->paging_flags,
@@ -85,7 +85,7 @@ static int note_request(struct pager_notes *notes, uint32_t number,
             STORE(notes->req_cons, number + 1);
             return 0;
         }
-    return -EPROTO;     /* more than there are slots */
+    return -EPROTO;     /* more requests than slots */
 }
 
 int ring_consume(struct ring_state *ring, struct ring_request *out)
@@ -105,7 +105,7 @@ int ring_consume(struct ring_state *ring, struct ring_request *out)
             struct vm_event *req = vm_event_slot(sring, ring->req_cons);
 
             if (n == VM_EVENT_SLOTS)
-                return -EPROTO;     /* req_prod went back: it is behind what has been taken out */
+                return -EPROTO;     /* req_prod is less than what has been taken out */
             if (req->version != VM_EVENT_INTERFACE_VERSION ||
                 req->reason != VM_EVENT_REASON_MEM_PAGING)
                 return -EPROTO;
@@ -121,8 +121,8 @@ int ring_consume(struct ring_state *ring, struct ring_request *out)
             n++;
             ring->req_cons++;
         }
-        /* Ask for an event at the next request, then look once more: one that came
-         * in between has seen the old req_event and may not have raised it. */
+        /* Request an event for the next request, then read req_prod once more: Xen may have put a
+         * request in between, with the old req_event and without an event. */
         STORE(sring->req_event, ring->req_cons + 1);
         if (__atomic_load_n(&sring->req_prod, __ATOMIC_SEQ_CST) == ring->req_cons ||
             n == VM_EVENT_SLOTS)
@@ -130,7 +130,8 @@ int ring_consume(struct ring_state *ring, struct ring_request *out)
     }
 }
 
-/* Where an open request is noted that is no other answer's of the same batch, or -1. */
+/* Find the note of the open request that this answer is for.  Two answers of one batch never get
+ * the same note.  Returns its index, or -1. */
 static int find_request(const struct pager_notes *notes, const struct ring_request *answer,
                         uint32_t taken)
 {

@@ -13,22 +13,22 @@ struct ring_state {
     void *page;
     uint32_t req_cons;       /* requests taken out */
     uint32_t rsp_prod;       /* responses put in */
-    int event_fd;            /* eventfds, or -1 where the event channel is not one: */
+    int event_fd;            /* eventfds, or -1 if the event channel is of another kind: */
     int notify_fd;           /* consumed before requests are taken, written after responses */
 };
 
-/* Make a ring that was just enabled empty, as its first pager. channel: what a successor needs of
- * the event channel. */
+/* Begin a ring that was just enabled, as its first pager.  channel: what a successor needs of the
+ * event channel. */
 void ring_begin(struct ring_state *ring, uint32_t channel);
 
-/* Continue as the successor of a pager that has died.  Puts the open requests into out (up to 8)
- * and returns how many, or -EPROTO if no pager of ours has begun this ring. */
+/* Continue as the successor of a pager that has died.  Puts the open requests into out (up to 8).
+ * Returns their number, or -EPROTO if no pager of ours has begun this ring. */
 int ring_resume(struct ring_state *ring, struct ring_request *out);
 
-/* Take out up to 8 requests.  Returns how many, -EPROTO for a corrupt ring, a
- * foreign interface version or an event that is not about paging. */
+/* Take out up to 8 requests.  Returns their number; or -EPROTO for a corrupt ring, for another
+ * interface version, and for an event that is not about paging. */
 int ring_consume(struct ring_state *ring, struct ring_request *out);
 
-/* Answer n requests.  Returns 0, or -EINVAL if one of the answers is to no open request (the ring
- * is left as it was). */
+/* Answer n requests.  Returns 0, or -EINVAL if one of the answers is to no open request; the ring
+ * is not changed then. */
 int ring_respond(struct ring_state *ring, const struct ring_request *answered, int n);

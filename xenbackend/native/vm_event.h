@@ -2,11 +2,11 @@
 /*
  * The paging ring's binary layout, as Xen 4.17 has it.
  *
- * One 4 KiB page is shared between the hypervisor (front end: it asks) and
- * the pager (back end: it answers).  Four free-running 32-bit indices stand at
- * its start, the slots follow.  Requests and responses use the same slots:
- * response number r goes where request number r was, which the pager has
- * consumed by then, so rsp_prod never overtakes the pager's req_cons.
+ * One 4 KiB page is shared between the hypervisor (front end: it requests) and
+ * the pager (back end: it answers).  Four free-running 32-bit indices are at
+ * its start; the slots follow.  Requests and responses use the same slots:
+ * response number r is put where request number r was.  The pager has
+ * consumed that request before, so rsp_prod never overtakes req_cons.
  *
  * Sources: xen/include/public/vm_event.h (VM_EVENT_INTERFACE_VERSION 7) and
  * xen/include/public/io/ring.h.
@@ -54,7 +54,7 @@ _Static_assert(__builtin_offsetof(struct vm_event_sring, slot) == 64, "slot offs
  * The pager's notes, in the part of the page that neither Xen nor the ring uses: which requests are
  * open.  They are here, and not in the pager's memory, so that a pager that is killed can have a
  * successor.  The slots themselves do not show this: responses are put in another order than
- * requests were, over requests that are still open.
+ * requests, and over requests that are still open.
  */
 #define PAGER_NOTES_OFFSET 3584
 #define PAGER_NOTES_MAGIC 0x58505631u
@@ -68,7 +68,7 @@ struct pager_notes {
     uint32_t pad;
     struct {
         uint32_t state;
-        uint32_t number;         /* of the request; of the response, where ANSWERED */
+        uint32_t number;         /* of the request; if ANSWERED, of the response */
         uint64_t gfn;
         uint32_t vcpu_id, flags, paging_flags, p2mt;
     } request[VM_EVENT_SLOTS];

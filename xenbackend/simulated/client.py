@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The backend that daemons attach to a simulated host with: the contract, over shared memory."""
+"""The backend by which daemons attach to a simulated host: the contract, over shared memory."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ RAM_TYPES = (lib.P2M_RAM_RW, lib.P2M_RAM_LOGDIRTY)
 LOOK_PFNS = 1 << 18
 PAGING_TYPES = (lib.P2M_RAM_PAGING_OUT, lib.P2M_RAM_PAGED, lib.P2M_RAM_PAGING_IN)
 IS_PRESENT = np.isin(np.arange(256), (*RAM_TYPES, *PAGING_TYPES))
-"""By type: what the guest has, here or elsewhere."""
+"""For each p2m type: whether it is memory of the guest, present or paged out."""
 
 
 def domain_info(fields: dict[str, Any]) -> DomainInfo:
@@ -60,7 +60,7 @@ def _preflight(reply: dict[str, Any]) -> Preflight:
 
 
 def _kind(config: DomainConfig) -> DomainConfig:
-    """What a domain is, whatever its name and its UUID."""
+    """Return what a domain is, without its name and its UUID."""
     spec = dataclasses.replace(GuestSpec.from_bytes(config.platform), handle=b"")
     return dataclasses.replace(config, name="", platform=spec.to_bytes())
 
@@ -270,7 +270,9 @@ class SimulatedDomain(Domain):
             self._evict_one_by_one(pfns)
 
     def _evict_one_by_one(self, pfns: PfnArray) -> None:
-        """What a hypervisor without the batched op offers: populate the holes, nominate, evict."""
+        """Evict as on a hypervisor without the batched operation: populate the holes, nominate,
+        evict.
+        """
         holes = ~self.present(pfns)
         for done, pfn in enumerate(pfns):
             if holes[done]:
@@ -337,17 +339,17 @@ class SimulatedDomain(Domain):
         return types
 
     def report(self) -> dict[str, Any]:
-        """What the guest itself has counted and measured; see the host's ``report``."""
+        """Return what the guest itself has counted and measured; see the host's ``report``."""
         result: dict[str, Any] = self._host.call("report", domid=self.domid)
         return result
 
     def raw_memory(self, first_pfn: int, pages: memoryview) -> None:
-        """The memory file's bytes, whatever the p2m says of them."""
+        """Read the bytes of the memory file, without regard to the p2m."""
         os.preadv(self._memory_fd, [pages], first_pfn * PAGE_SIZE)
 
 
 class SimulatedHypervisor(Hypervisor):
-    """Attached to the host that listens at ``path``.  Raises ``XenError`` when there is none."""
+    """A client of the host that listens at ``path``.  Raises ``XenError`` if no host listens."""
 
     def __init__(self, path: str | os.PathLike[str]):
         self._connection = HostConnection(path)
@@ -369,8 +371,8 @@ class SimulatedHypervisor(Hypervisor):
         return [domain_info(fields) for fields in self.call("list")]
 
     def open(self, domid: int | str, handle: bytes | None = None) -> SimulatedDomain:
-        """Open a domain by its number or, beyond the contract, by its name.  Tests and tools of the
-        simulated host use names; a text is never a number.
+        """Open a domain by its number or, beyond the contract, by its name, which tests and tools
+        of the simulated host use.  A text is never taken for a number.
         """
         for info in self.domains():
             if domid == (info.name if isinstance(domid, str) else info.domid):
@@ -414,10 +416,12 @@ class SimulatedHypervisor(Hypervisor):
 
     # ---- beyond the contract ----
     def create_guest(self, spec: bytes, *, domid: int | None = None) -> SimulatedDomain:
-        """Boot a guest (a ``GuestSpec``'s bytes); ``domid``: of a domain that is gone."""
+        """Boot a guest (a ``GuestSpec``'s bytes).  ``domid``: the number of a domain that is gone,
+        to be used again.
+        """
         return SimulatedDomain(self, self.call("create", spec=spec, domid=domid))
 
     def history(self) -> list[dict[str, Any]]:
-        """The last reports of domains that are gone."""
+        """Return the last reports of domains that are gone."""
         result: list[dict[str, Any]] = self.call("history")
         return result

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Guests of the simulated host: memory, program, options.
 
-A guest's program is a pure function of its options and of how many steps each vCPU has done; see
-``native/program.c`` for the theory.
+A guest's program is a pure function of its options and of the number of steps that each vCPU has
+done; ``native/program.c`` has the theory.
 """
 
 from __future__ import annotations
@@ -30,36 +30,38 @@ WORKLOADS = {
     "idle": lib.PROGRAM_RANDOM,
 }
 IDLE_RATE = 50
-"""Accesses a second and vCPU of the mostly idle guest."""
+"""The accesses of each vCPU in a second, in the mostly idle guest."""
 MAX_VCPUS: int = lib.SIM_MAX_VCPUS
 MAX_MEMORY_BYTES = 2**40
 
 
 @dataclass(frozen=True)
 class GuestSpec:
-    """A guest, as its creator wants it.  Raises :class:`GuestOptionError` where that cannot be."""
+    """The options of a guest.  Raises :class:`GuestOptionError` if they are not possible."""
 
     name: str
     memory_bytes: int
     vcpus: int = 1
     workload: str = "random"
     working_set_bytes: int | None = None
-    """Bytes that the program touches, from pfn 0; default: half of the memory."""
+    """The number of bytes, from pfn 0 on, that the program touches; default: half of the memory."""
     write_permille: int = 1000
     rate: int | None = None
-    """Accesses a second and vCPU; ``None``: as fast as it can (idle: 50)."""
+    """The accesses of each vCPU in a second; ``None``: as many as it can make (idle: 50)."""
     stride_pages: int = 16
     image: str | None = None
-    """A file with the first pages of the memory; the rest is zero.  ``None``: generated."""
+    """A file with the first pages of the memory; the rest is zero.  ``None``: the memory is
+    generated.
+    """
     zero_permille: int = 250
-    """Share of zero pages in a generated image."""
+    """The share of zero pages in a generated image."""
     balloon_pages: int = 0
     balloon_every: int = 100
     balloon_back: bool = False
     """The pages that were given away are taken back, given away again, and so on."""
     seed: int = 1
     handle: bytes = b""
-    """Its UUID; empty: the host gives it one when it boots."""
+    """The guest's UUID; if empty, the host gives the guest one when it boots."""
 
     def __post_init__(self) -> None:
         def require(ok: bool, message: str) -> None:
@@ -121,13 +123,13 @@ class GuestSpec:
 
     @property
     def working_pages(self) -> int:
-        """Pages of the working set."""
+        """The number of pages of the working set."""
         return (self.working_set_bytes or self.memory_bytes // 2) // PAGE_SIZE
 
     @property
     def content_bytes(self) -> int:
-        """The most memory that the guest takes of its host.  Zero pages that the guest never writes
-        take none.
+        """The most memory of its host that the guest uses.  Zero pages that the guest never writes
+        use none.
         """
         begins = (
             image_bytes(self.image)
@@ -149,7 +151,7 @@ class GuestSpec:
             )
 
     def program(self) -> Any:
-        """The native ``struct sim_program``."""
+        """Return the native ``struct sim_program``."""
         program = ffi.new("struct sim_program *")
         program.kind = WORKLOADS[self.workload]
         program.nr_vcpus = self.vcpus
@@ -171,7 +173,9 @@ class GuestSpec:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> GuestSpec:
-        """Raises :class:`GuestOptionError` for anything that is not a guest."""
+        """Return the guest that these bytes describe.  Raises :class:`GuestOptionError` for any
+        other bytes.
+        """
         try:
             options = msgpack.unpackb(data, strict_map_key=True)
             known = {field.name for field in fields(cls)}
@@ -195,7 +199,9 @@ class GuestSpec:
 
 
 def available_bytes() -> int:
-    """The memory that processes can still have, on this machine and in this control group."""
+    """Return the memory that processes can still have, on this machine and in this control
+    group.
+    """
     lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(lines["MemAvailable"].split()[0]) * 1024
     with contextlib.suppress(OSError, ValueError, StopIteration, KeyError):
@@ -210,7 +216,9 @@ def available_bytes() -> int:
 
 
 def image_bytes(path: str) -> int:
-    """Size of a memory image.  Raises :class:`GuestOptionError` unless it is whole pages."""
+    """Return the size of a memory image.  Raises :class:`GuestOptionError` unless it is whole
+    pages.
+    """
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):

@@ -34,10 +34,10 @@ Reply = tuple[Any, list[int]]
 class SimulatedHost:
     """A host with its domains, which share ``memory_bytes``.
 
-    Each client has a thread, as each dom0 process that makes a hypercall is in the hypervisor
-    itself.  A guest is stopped during some of these requests, and a turn of an event loop takes
-    longer than they do.  The handlers (``op_``, one for each request) run under one lock.  A
-    handler that takes a while returns the rest of its work, which is done without the lock.
+    Each client has a thread, as each process in dom0 executes its hypercalls itself.  A guest is
+    stopped during some of these requests, and a turn of an event loop takes longer than they do.
+    The handlers (``op_``, one for each request) run under one lock.  A handler that takes a while
+    returns the rest of its work, which is done without the lock.
     """
 
     def __init__(
@@ -58,19 +58,19 @@ class SimulatedHost:
         self.gone: list[dict[str, Any]] = []
         self._next_domid = 1
         self._claimed: dict[int, int] = {}
-        """Bytes that each domain may have, whatever it has."""
+        """The number of bytes that each domain may have, even if it has fewer."""
         self._clients: set[int] = set()
         self._lock = threading.Lock()
 
     def close(self) -> None:
-        """End the guests.  While nobody is served."""
+        """End the guests.  Called while no client is served."""
         for domain in self.domains.values():
             domain.close()
         self.domains.clear()
 
     # ---- clients ----
     async def serve(self, listener: trio.socket.SocketType) -> None:
-        """``listener``: SOCK_SEQPACKET.  Until cancelled."""
+        """Serve clients until cancelled.  ``listener``: a SOCK_SEQPACKET socket."""
         connections: set[socket.socket] = set()
 
         async def serve_client(connection: socket.socket) -> None:
@@ -90,8 +90,8 @@ class SimulatedHost:
                     nursery.start_soon(serve_client, connection)
             finally:
                 for connection in connections:
-                    with contextlib.suppress(OSError):  # the client has gone
-                        connection.shutdown(socket.SHUT_RDWR)  # which ends its thread
+                    with contextlib.suppress(OSError):  # the client may have gone
+                        connection.shutdown(socket.SHUT_RDWR)  # this ends its thread
 
     def _serve_client(self, connection: socket.socket) -> None:
         with self._lock:
@@ -103,7 +103,7 @@ class SimulatedHost:
                 answer, fds = self._answer(client, data)
                 socket.send_fds(connection, [pack(answer)], fds)
         except OSError:
-            pass  # the client is gone; the socket says so in more than one way
+            pass  # the client is gone, which several errors of the socket can show
         finally:
             with self._lock:
                 for domain in self.domains.values():
@@ -149,10 +149,10 @@ class SimulatedHost:
 
     # ---- making and ending domains ----
     def _free(self, leaving: int | None = None) -> int:
-        """Bytes that no domain has or has reserved."""
+        """Return the number of bytes that no domain has or has reserved."""
         taken = 0
         for domid, claimed in self._claimed.items():
-            domain = self.domains.get(domid)  # ``None``: it is being made, or being ended
+            domain = self.domains.get(domid)  # ``None`` while the domain is being made or ended
             has = domain.dom.tot_pages * PAGE_SIZE if domain is not None else 0
             taken += max(claimed, has) if domid != leaving else 0
         return self.memory_bytes - taken
@@ -237,7 +237,9 @@ class SimulatedHost:
         return self._build(DomainConfig(**config), leaving).domid
 
     def op_destroy(self, domid: int) -> Callable[[], None]:
-        """Nobody finds it from the first moment on; its memory takes a while to go."""
+        """Destroy a domain.  No client finds the domain any more at once; its memory is freed
+        later, by the function that is returned.
+        """
         domain = self._domain(domid)
         domain.dom.ended_suspended = domain.suspended
         del self.domains[domid]
@@ -254,7 +256,7 @@ class SimulatedHost:
 
         return end
 
-    # ---- the rest, one method a request ----
+    # ---- the other requests, each with one method ----
     def op_list(self) -> list[dict[str, Any]]:
         return [domain.info() for domain in self.domains.values()]
 
@@ -347,7 +349,9 @@ class SimulatedHost:
         lib.sim_host_unpause(domain.native)
 
     def op_set_max_pages(self, domid: int, pages: int) -> None:
-        """The domain stands still for the change, so that no frame is under way."""
+        """Set the limit of frames.  The vCPUs are stopped meanwhile, so that no frame is being
+        added.
+        """
         domain = self._domain(domid)
         lib.sim_host_pause(domain.native)
         domain.dom.max_pages = pages

@@ -40,12 +40,14 @@ class HostedDomain:
         self.ever_ran = False
         self.suspended = False
         self.paused = 0
-        """How often, by clients."""
+        """How often clients have paused the domain."""
         self.ring_fds: list[int] = []
         self.pager = 0
-        """The client that serves the ring; 0: none, or it is gone."""
+        """The client that serves the ring; 0 if there is none, or if it is gone."""
         self.hold_maps: dict[int, int] = {}
-        """By client, a memory file with a byte for each pfn: 1 if the client holds the page."""
+        """A memory file for each client, with a byte for each pfn: 1 if the client holds the
+        page.
+        """
         self._ring_page: Any = None
         self.control_fd = os.memfd_create(f"domain-{domid}-control")
         self.memory_fd = os.memfd_create(f"domain-{domid}-memory")
@@ -70,7 +72,7 @@ class HostedDomain:
             raise XenError("create", errno.EAGAIN, why="no threads for its vCPUs")
 
     def boot(self) -> None:
-        """All memory there, with the image in it; then the guest runs."""
+        """Populate all memory with the image, and start the guest."""
         self.p2m[:] = lib.P2M_RAM_RW
         self.dom.tot_pages = self.dom.nr_pfns
         if self.spec.image is None:
@@ -161,8 +163,8 @@ class HostedDomain:
             ) from error
 
     def report(self) -> dict[str, Any]:
-        """What the guest has counted: positions, errors, and its stalls, in 8 buckets to each power
-        of two of microseconds.
+        """Return what the guest has counted: positions, errors, and its stalls, in 8 buckets for
+        each power of two of microseconds.
         """
         vcpus = []
         for v in range(self.dom.nr_vcpus):
@@ -221,7 +223,9 @@ class HostedDomain:
             os.close(self.hold_maps.pop(client))
 
     def close(self) -> None:
-        """What nobody holds is gone, for those who are attached still as well."""
+        """Free the domain's memory.  Pages that no client holds become holes, also for clients that
+        are still attached.
+        """
         lib.sim_host_free(self.native)
         gone = np.ones(self.config.nr_pfns, dtype=np.bool_)
         for client, fd in list(self.hold_maps.items()):

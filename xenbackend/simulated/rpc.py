@@ -38,7 +38,7 @@ def unpack(data: bytes) -> dict[str, Any]:
 
 
 class HostConnection:
-    """A blocking client.  Every call is one round trip; not for use by two threads at once."""
+    """A blocking client.  Every call is one round trip.  Two threads must not use it at once."""
 
     def __init__(self, path: str | os.PathLike[str]):
         self._path = os.fspath(path)
@@ -62,7 +62,9 @@ class HostConnection:
         return result
 
     def call_fds(self, op: str, **arguments: Any) -> tuple[Any, list[int]]:
-        """Raises ``XenError`` as the host said it, or with ENOTCONN when the host is gone."""
+        """Make a request.  Returns the result and the descriptors.  Raises the host's ``XenError``,
+        or ``XenError`` with ENOTCONN if the host is gone.
+        """
         try:
             self._socket.send(pack({"op": op, **arguments}))
             data, fds, flags, _address = socket.recv_fds(self._socket, MAX_MESSAGE, MAX_FDS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Was the guest's memory carried over, byte for byte?
+"""The verification that a guest's memory was migrated, byte for byte.
 
 The verifier takes the guest's description from the program that booted the guest, not from the
 migration.  From the domain it takes only the positions of the vCPUs and of the balloon.  The vCPUs
@@ -28,7 +28,7 @@ WINDOW_PAGES = 4096
 
 @dataclass
 class Verification:
-    """``problems`` is empty when all is well."""
+    """The result of a verification.  ``problems`` is empty if the memory is correct."""
 
     problems: list[str] = field(default_factory=list)
     pages: int = 0
@@ -45,8 +45,8 @@ def verify(
 ) -> Verification:
     """Compare a suspended domain with what its memory must hold.
 
-    ``source_positions``: each vCPU's count when the source stopped the vCPU; the guest must not
-    have gone back.
+    ``source_positions``: each vCPU's count when the source stopped the vCPU.  The count must not be
+    less now.
     """
     result = Verification()
     report = domain.report()

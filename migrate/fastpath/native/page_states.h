@@ -32,7 +32,7 @@ void source_sent(struct source_pages *p, const uint64_t *pfns, size_t n);
 size_t source_fault(struct source_pages *p, const uint64_t *pfns, size_t n, uint8_t *wanted);
 
 /* ---- the receiver's (receiver/outstanding.py) ---- */
-/* In this order: pages before LOADING are to come, and nobody waits for one from READY on. */
+/* The order matters: pages before LOADING have not arrived, and no vCPU waits from READY on. */
 enum { PAGE_PRESENT, PAGE_OUTSTANDING, PAGE_REQUESTED, PAGE_LOADING, PAGE_READY, PAGE_DROPPED };
 
 #define FAULT_SLOTS 8       /* the slots of the ring, and so the most requests that can be open */

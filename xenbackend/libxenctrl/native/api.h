@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /* The interface of the C files beside this one for Python (read by cffi as well).
  *
- * Calls return 0 (or a count) or -errno.  Batches stop at the first gfn that fails; *done is how
- * many were handled before it. */
+ * Calls return 0 (or a count) or -errno.  Batches stop at the first gfn that fails; *done is the
+ * number of gfns that were handled before it. */
 
 struct xen_host;
 
@@ -12,10 +12,10 @@ void xen_host_close(struct xen_host *h);
 
 struct xen_facts {
     uint64_t free_pages;
-    uint32_t dom0_hvm;          /* dom0 is no PV domain */
+    uint32_t dom0_hvm;          /* dom0 is not a PV domain */
     uint32_t hap;               /* the processors have nested page tables */
-    uint32_t paging;            /* the hypervisor is built with memory paging ... */
-    uint32_t populate_evicted;  /* ... and has our operations (xenbackend/hypervisor/) */
+    uint32_t paging;            /* the hypervisor is built with memory paging */
+    uint32_t populate_evicted;  /* the hypervisor has our operations (xenbackend/hypervisor/) */
 };
 int xen_facts(struct xen_host *h, struct xen_facts *out);
 
@@ -35,15 +35,15 @@ int xen_pod_entries(struct xen_host *h, uint32_t domid, uint64_t *out);
 int xen_pause(struct xen_host *h, uint32_t domid);
 int xen_unpause(struct xen_host *h, uint32_t domid);
 int xen_shutdown(struct xen_host *h, uint32_t domid, int reason);
-/* Of a suspended domain, with the hypercall that it suspended by returning "cancelled". */
+/* Resume a suspended domain; the hypercall with which it suspended returns "cancelled". */
 int xen_resume(struct xen_host *h, uint32_t domid);
 int xen_destroy(struct xen_host *h, uint32_t domid);
 
-/* xenstored.  Read returns the length of what is there (buffer holds up to size bytes of it). */
+/* xenstored.  Read returns the length of the value, and puts up to size bytes of it into buffer. */
 int xen_store_read(struct xen_host *h, const char *path, char *buffer, uint32_t size);
 int xen_store_write(struct xen_host *h, const char *path, const char *value, uint32_t length);
 int xen_store_remove(struct xen_host *h, const char *path);
-/* Owned by owner; everyone who may_read may read. */
+/* Give the node to owner, and let the domain may_read read it. */
 int xen_store_permit(struct xen_host *h, const char *path, uint32_t owner, uint32_t may_read);
 int xen_store_introduce(struct xen_host *h, uint32_t domid, uint64_t gfn, uint32_t port);
 int xen_store_resume(struct xen_host *h, uint32_t domid);
@@ -55,7 +55,7 @@ int xen_store_resume(struct xen_host *h, uint32_t domid);
 #define PAGE_PAGED 3
 #define PAGE_BROKEN 4
 
-/* What is there, without looking into it: PAGE_DATA, PAGE_HOLE, PAGE_PAGED, PAGE_BROKEN. */
+/* The types of pages, without their contents: PAGE_DATA, PAGE_HOLE, PAGE_PAGED, PAGE_BROKEN. */
 int xen_page_types(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n,
                    uint8_t *types);
 
@@ -72,13 +72,14 @@ struct xen_run {                /* neighbours in memory */
     const void *address;
     uint64_t pages;
 };
-/* Read mapped pages: those of the pages with PAGE_DATA that are zero become PAGE_ZERO, and runs are
- * the others.  Returns how many runs. */
+/* Read the mapped pages that have PAGE_DATA.  Pages of zeros become PAGE_ZERO, and the others are
+ * put into runs.  Returns the number of runs. */
 size_t xen_look(const void *const *pages, size_t n, uint8_t *status, struct xen_run *runs);
 int xen_unmap(struct xen_host *h, struct xen_view *view);
 
 int xen_set_max_pages(struct xen_host *h, uint32_t domid, uint64_t pages);
-/* In place of the claim that there is.  A domain that has so many already needs none. */
+/* Set the domain's claim, which replaces an earlier one.  If the domain has so many pages already,
+ * it gets no claim. */
 int xen_claim(struct xen_host *h, uint32_t domid, uint64_t pages);
 int xen_populate(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, size_t *done);
 int xen_depopulate(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n,
@@ -86,21 +87,21 @@ int xen_depopulate(struct xen_host *h, uint32_t domid, const uint64_t *gfns, siz
 int xen_write(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n,
               const uint8_t *pages, size_t *done);
 
-/* -EBUSY: it is on. */
+/* -EBUSY: log-dirty is on already. */
 int xen_log_dirty_enable(struct xen_host *h, uint32_t domid);
 int xen_log_dirty_disable(struct xen_host *h, uint32_t domid);
-/* 1, 0, or -errno. */
+/* Returns 1 if log-dirty is on, 0 if it is off, or -errno. */
 int xen_log_dirty_is_on(struct xen_host *h, uint32_t domid);
 int xen_log_dirty(struct xen_host *h, uint32_t domid, int clean, uint8_t *bitmap, uint64_t nr_gfns);
 
 /* ---- pinned.c ---- */
-/* Put those of the gfns that the hypervisor or another domain holds into out; return how many.  A
- * gfn may have in its upper bits how often this process has mapped it; these references are not
+/* Put the gfns that the hypervisor or another domain holds into out, and return their number.  The
+ * upper bits of a gfn may have the number of this process's mappings of it, which are not
  * counted. */
 #define HOLDS_SHIFT 56
 long xen_pinned(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, uint64_t *out);
-/* The two ways to find held gfns: the first on a hypervisor with our patch (-ENOSYS), the second on
- * any. */
+/* Two ways to find held gfns.  The first needs a hypervisor with our patch (otherwise -ENOSYS), and
+ * the second works on any. */
 long xen_query_held(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n,
                     uint64_t *out);
 long xen_recognise_held(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n,
@@ -116,24 +117,26 @@ struct xen_pager {
     void *evtchn;
 };
 
-/* 1, 0, or -errno.  Changes nothing. */
+/* Returns 1 if the domain has a ring, 0 if it has none, or -errno.  Changes nothing. */
 int xen_has_ring(struct xen_host *h, uint32_t domid);
-/* spare_gfn: where the ring may be, if the domain has no place for it.  After an error everything
- * is undone, except the parameter that names the ring's gfn. */
+/* spare_gfn: the place for the ring, if the domain has none.  After an error everything is undone,
+ * except the parameter that names the ring's gfn. */
 int xen_paging_enable(struct xen_host *h, uint32_t domid, uint64_t spare_gfn,
                       struct xen_pager *out);
-/* Of a ring whose pager has died.  -EBUSY: it has not. */
+/* Attach to a ring whose pager has died.  -EBUSY: the pager lives. */
 int xen_paging_attach(struct xen_host *h, uint32_t domid, struct xen_pager *out);
-/* Take note of an event (then the channel can fire again); tell Xen of responses. */
+/* xen_event_take consumes an event, so that the channel can fire again; the other call informs Xen
+ * of responses. */
 int xen_event_take(struct xen_pager *pager);
 int xen_event_notify(struct xen_pager *pager);
 int xen_paging_disable(struct xen_host *h, uint32_t domid, struct xen_pager *pager);
-/* As the process's end would: the ring stays. */
+/* Release the pager's resources, as the end of the process would.  The ring stays. */
 void xen_pager_close(struct xen_host *h, struct xen_pager *pager);
 
 int xen_populate_evicted(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n,
                          size_t *done);
-/* The same by what every hypervisor with paging has: populate the holes, nominate, evict. */
+/* Do the same with the operations of every hypervisor with paging: populate the holes, nominate,
+ * evict. */
 int xen_evict_one_by_one(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n,
                          size_t *done);
 
@@ -147,11 +150,11 @@ int xen_load(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n,
 struct xen_held {               /* pages that stay mapped (held.py) */
     const uint32_t *slot;       /* of each gfn, or NOT_HELD */
     const uint64_t *address;    /* of each chunk of CHUNK_PAGES slots */
-    uint32_t looking;           /* pages among them that are being looked at */
+    uint32_t looking;           /* the number of these pages that are being read */
 };
 #define NOT_HELD 4294967295
 #define CHUNK_PAGES 1024
-/* After slots were made NOT_HELD, with a Python lock held: may they be unmapped? */
+/* Returns whether slots that were made NOT_HELD may be unmapped.  Called under a Python lock. */
 int xen_held_idle(struct xen_held *held);
 
 struct xen_domain {
@@ -160,7 +163,7 @@ struct xen_domain {
     uint64_t ring_gfn;          /* no memory of the guest, if it is not 0 */
     struct xen_held *held;      /* or NULL */
 };
-/* Returns a PAGE_*.  PAGE_DATA: the page is mapped at *page until xen_looked_at. */
+/* Returns a PAGE_*.  If it is PAGE_DATA, the page is mapped at *page until xen_looked_at. */
 int xen_look_at(struct xen_domain *d, uint64_t gfn, const void **page);
 void xen_looked_at(struct xen_domain *d, const void *page);
 /* Returns 0 or -errno. */
@@ -168,7 +171,7 @@ int xen_load_at(struct xen_domain *d, uint64_t gfn, const void *page);
 
 struct xen_ring {
     struct xen_pager *pager;
-    void *ring;                 /* with xenbackend/native/ring.c's calls, which tell nobody */
+    void *ring;                 /* for xenbackend/native/ring.c's calls, which send no events */
     int (*consume)(void *ring, void *out);
     int (*respond)(void *ring, const void *answered, int n);
 };
@@ -184,7 +187,7 @@ int xen_tsc_get(struct xen_host *h, uint32_t domid, struct xen_tsc *out);
 int xen_tsc_set(struct xen_host *h, uint32_t domid, const struct xen_tsc *tsc);
 int xen_param_get(struct xen_host *h, uint32_t domid, uint32_t index, uint64_t *out);
 int xen_param_set(struct xen_host *h, uint32_t domid, uint32_t index, uint64_t value);
-/* Returns the size; with buffer == NULL the size that it needs. */
+/* Returns the size of the context; with buffer == NULL, the size of the buffer that it needs. */
 int xen_hvm_context(struct xen_host *h, uint32_t domid, uint8_t *buffer, uint32_t size);
 int xen_set_hvm_context(struct xen_host *h, uint32_t domid, const uint8_t *buffer, uint32_t size);
 
@@ -196,10 +199,10 @@ int xen_cpu_policy(struct xen_host *h, uint32_t domid, uint8_t *leaves, uint32_t
 int xen_set_cpu_policy(struct xen_host *h, uint32_t domid, const uint8_t *leaves,
                        uint32_t nr_leaves, const uint8_t *msrs, uint32_t nr_msrs);
 
-/* An empty HVM or PVH domain, as info says. */
+/* Create an empty HVM or PVH domain with the properties in info. */
 int xen_create(struct xen_host *h, const struct xen_info *info, uint32_t *domid);
 int xen_paging_pool(struct xen_host *h, uint32_t domid, uint32_t mib);
-/* A port that dom0 may bind to. */
+/* Allocate a port to which dom0 may bind. */
 int xen_event_channel(struct xen_host *h, uint32_t domid);
 int xen_seed_grants(struct xen_host *h, uint32_t domid, uint64_t console_gfn, uint64_t store_gfn,
                     uint32_t console_domid, uint32_t store_domid);

@@ -3,8 +3,8 @@
  * Hypercalls that libxenctrl does not make, or makes too slowly.
  *
  * libxenctrl allocates a hypercall buffer for each page that it loads, which costs more than the
- * call, and it does not have our operations.  So XENMEM_paging_op is made here with xencall, on
- * buffers that are kept.
+ * call itself, and libxenctrl does not have our operations.  So XENMEM_paging_op is called here
+ * with xencall, on buffers that are kept.
  *
  * Sources: xen/include/public/memory.h; tools/include/xencall.h (Xen 4.17).
  */

@@ -62,7 +62,7 @@ int xen_facts(struct xen_host *h, struct xen_facts *out)
                                .dom0_hvm = !!(dom0.flags & XEN_DOMINF_hvm_guest),
                                .hap = !!(phys.capabilities & XEN_SYSCTL_PHYSCAP_hap) };
     b = take_buffer(h);
-    /* Of no domain: ESRCH, unless the hypervisor does not know the hypercall at all. */
+    /* For a domid of no domain Xen returns ESRCH, unless the hypervisor is built without paging. */
     rc = paging_op(h, b, DOMID_INVALID, XENMEM_paging_op_nominate, NULL, 0);
     out->paging = rc == -ESRCH;
     if (out->paging)

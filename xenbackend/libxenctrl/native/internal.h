@@ -21,8 +21,8 @@
 #include <xen/memory.h>
 #include "api.h"
 
-#define BUFFERS 4           /* threads that load or evict at once without waiting for each other */
-#define BATCH_GFNS 1024     /* of one hypercall (getpageframeinfo3 takes no more) */
+#define BUFFERS 4           /* so many threads load or evict without waiting for each other */
+#define BATCH_GFNS 1024     /* the most of one hypercall (getpageframeinfo3 takes no more) */
 #define DATA_PAGES (BATCH_GFNS * sizeof(uint64_t) / XC_PAGE_SIZE)
 
 /* Memory that a hypercall may read and write, locked as the kernel wants it. */
@@ -44,7 +44,7 @@ struct xen_host {
 
 /* ---- call.c ---- */
 int make_buffers(struct xen_host *h);
-void free_buffers(struct xen_host *h);      /* those that were made */
+void free_buffers(struct xen_host *h);      /* frees the buffers that were made */
 struct call_buffer *take_buffer(struct xen_host *h);
 static inline void give_buffer(struct call_buffer *b) { pthread_mutex_unlock(&b->lock); }
 /* XENMEM_paging_op, on a buffer that the caller has taken. */
@@ -52,7 +52,7 @@ int paging_op(struct xen_host *h, struct call_buffer *b, uint32_t domid, uint8_t
               const void *buffer, uint64_t gfn);
 
 /* ---- memory.c ---- */
-/* Of one batch, all known to be holes and none twice. */
+/* Populate one batch.  All gfns must be holes, and none may be in the batch twice. */
 int populate_holes(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n,
                    size_t *done);
 

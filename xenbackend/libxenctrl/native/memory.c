@@ -7,11 +7,11 @@
  */
 #include "internal.h"
 
-/* libxenctrl exports it for its companions, and declares it in a header of its own. */
+/* libxenctrl exports this function for its companions, and declares it in a private header. */
 int xc_get_pfn_type_batch(xc_interface *xch, uint32_t dom, unsigned int num, xen_pfn_t *arr);
 
-/* Is a gfn without memory paged out?  If it is, loading it without a page fails with EINVAL and
- * changes nothing. */
+/* Find the paged-out gfns among those without memory.  To load a paged-out gfn without a page fails
+ * with EINVAL and changes nothing. */
 static int tell_paged_from_hole(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n,
                                 uint8_t *types)
 {
@@ -88,7 +88,7 @@ int xen_map(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, 
             frames[mapped++] = gfns[i];
     if (!mapped)
         goto out;
-    /* A frame that is paged out since we looked is waited for; the library does that. */
+    /* If a frame has been paged out since the types were read, the library waits for it. */
     view->address = xenforeignmemory_map(h->fmem, domid, PROT_READ, mapped, frames, errors);
     if (!view->address) {
         rc = -errno;
@@ -111,7 +111,7 @@ int xen_map(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, 
 size_t xen_look(const void *const *pages, size_t n, uint8_t *status, struct xen_run *runs)
 {
     size_t count = 0;
-    const void *end = NULL;     /* of the last run */
+    const void *end = NULL;     /* the end of the last run */
 
     for (size_t i = 0; i < n; i++) {
         if (status[i] != PAGE_DATA)
@@ -161,7 +161,7 @@ int xen_claim(struct xen_host *h, uint32_t domid, uint64_t pages)
     return pages > info.tot_pages && xc_domain_claim_pages(h->xch, domid, pages) ? -errno : 0;
 }
 
-/* Why Xen did not populate a gfn: it only tells how many it did. */
+/* Returns why Xen did not populate a gfn, because Xen itself returns only how many it did. */
 static int why_not_populated(struct xen_host *h, uint32_t domid, uint64_t gfn)
 {
     struct xen_info info;
@@ -172,8 +172,8 @@ static int why_not_populated(struct xen_host *h, uint32_t domid, uint64_t gfn)
     return info.gpaddr_bits && gfn >> (info.gpaddr_bits - XC_PAGE_SHIFT) ? -EINVAL : -ENOMEM;
 }
 
-/* Xen would put a second frame over a present one, which then belongs to the domain and is nowhere.
- * So a batch ends before a gfn that has memory, and before one that the batch has already. */
+/* Xen would replace a present frame by a second one; the first then still belongs to the domain,
+ * but has no gfn.  So a batch ends before a gfn that has memory, and before a repeated gfn. */
 static size_t holes_ahead(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n,
                           int *rc)
 {
@@ -183,7 +183,7 @@ static size_t holes_ahead(struct xen_host *h, uint32_t domid, const uint64_t *gf
     for (size_t i = 0; !*rc && i < n; i++) {
         if (types[i] == PAGE_DATA || types[i] == PAGE_BROKEN)
             return i;
-        if (i && gfns[i] <= gfns[i - 1])    /* not ascending: look again from here */
+        if (i && gfns[i] <= gfns[i - 1])    /* not ascending: the next batch begins here */
             return i;
     }
     return *rc ? 0 : n;
@@ -240,11 +240,11 @@ int xen_write(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n
         size_t batch = batch_of(n - *done), there = 0, good = 0;
         uint8_t *to;
 
-        /* Mapping a frame that is paged out would wait for its pager, and that may be us. */
+        /* To map a paged-out frame waits for its pager, which may be this process. */
         rc = xen_page_types(h, domid, gfns + *done, batch, types);
         if (rc)
             return rc;
-        /* analyser: types is not written only where libxenctrl fails, and errno is not 0 then */
+        /* analyser: types is not written only if libxenctrl fails, and errno is not 0 then */
         while (there < batch && types[there] == PAGE_DATA)
             there++;
         if (there < batch)
@@ -285,7 +285,7 @@ int xen_log_dirty_enable(struct xen_host *h, uint32_t domid)
     return errno == EINVAL ? -EBUSY : -errno;
 }
 
-/* Xen does not tell, but for refusing to switch it on a second time. */
+/* Xen has no call for this, but refuses to switch log-dirty on a second time. */
 int xen_log_dirty_is_on(struct xen_host *h, uint32_t domid)
 {
     int rc = xen_log_dirty_enable(h, domid);

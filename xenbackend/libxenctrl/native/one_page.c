@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * One page at a time, and the ring together with its event channel: for native code that serves
- * faults without the interpreter.
+ * Single pages, and the ring with its event channel, for native code that serves faults without the
+ * interpreter.
  */
 #include <poll.h>
 #include "internal.h"
@@ -25,7 +25,7 @@ static void held_looked_at(struct xen_held *held)
 
 static int look_at_held(struct xen_held *held, uint64_t gfn, const void **page)
 {
-    uint8_t status = PAGE_BROKEN;       /* not held: the domain may be gone, and Python knows */
+    uint8_t status = PAGE_BROKEN;       /* not held; the domain may be gone, which Python checks */
     uint32_t slot;
 
     __atomic_add_fetch(&held->looking, 1, __ATOMIC_SEQ_CST);
@@ -88,7 +88,7 @@ int xen_ring_consume(struct xen_ring *r, void *out)
 {
     struct pollfd fired = { .fd = r->pager->event_fd, .events = POLLIN };
 
-    /* Before looking: an event for what comes later must not be taken for this one. */
+    /* Before the ring is read: otherwise the event of a later request could be consumed. */
     if (poll(&fired, 1, 0) > 0) {
         int rc = xen_event_take(r->pager);
 

@@ -26,7 +26,7 @@ static int evict_batch(struct xen_host *h, uint32_t domid, const uint64_t *gfns,
 
         memcpy(b->data, gfns + *done, batch * sizeof(*gfns));
         rc = paging_op(h, b, domid, XENMEM_paging_op_populate_evicted, b->data, batch);
-        /* what is left over comes back; if nothing was begun, all of it */
+        /* op->gfn is the number of gfns that are left over: all, if Xen did not begin */
         *done += batch - b->op->gfn;
     }
     give_buffer(b);
@@ -41,9 +41,9 @@ static int nominate_and_evict(struct xen_host *h, struct call_buffer *b, uint32_
     return rc ? rc : paging_op(h, b, domid, XENMEM_paging_op_evict, NULL, gfn);
 }
 
-/* Pages cannot be nominated before they are present.  A batch's holes get their memory in one call,
- * because testing, populating, nominating and evicting page by page takes three times as long.  A
- * page that then could not be evicted becomes a hole again. */
+/* A page cannot be nominated before it is present.  The holes of a batch get their memory in one
+ * call, because testing, populating, nominating and evicting page by page takes three times as
+ * long.  A page that then cannot be evicted becomes a hole again. */
 static int evict_ascending(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n,
                            size_t *done)
 {
@@ -69,7 +69,7 @@ static int evict_ascending(struct xen_host *h, uint32_t domid, const uint64_t *g
     }
     give_buffer(b);
     xen_depopulate(h, domid, holes + evicted, populated - evicted, &given_back);
-    return rc || *done ? rc : not_populated;  /* if some were evicted, there is memory for others */
+    return rc || *done ? rc : not_populated;  /* evicted pages leave memory for further ones */
 }
 
 int xen_evict_one_by_one(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n,
@@ -174,7 +174,7 @@ int xen_paging_enable(struct xen_host *h, uint32_t domid, uint64_t spare_gfn, st
         rc = -errno;
         goto unmap;
     }
-    /* From now on the guest is not to write to it. */
+    /* From now on the guest must not write to the ring. */
     if (xendevicemodel_set_mem_type(h->dmod, domid, HVMMEM_ram_ro, pager.ring_gfn, 1)) {
         rc = -errno;
         goto disable;
@@ -216,13 +216,13 @@ int xen_paging_attach(struct xen_host *h, uint32_t domid, struct xen_pager *out)
         return -errno;
     rc = map_ring(h, domid, pager.ring_gfn, &pager.ring_page);
     if (rc)
-        return rc == -EINVAL ? -ENODEV : rc;  /* a pager of another make removes its ring's frame */
+        return rc == -EINVAL ? -ENODEV : rc;  /* other pagers remove their ring's frame */
     pager.remote_port = pager_notes(pager.ring_page)->channel;
     rc = pager_notes(pager.ring_page)->magic == PAGER_NOTES_MAGIC ? bind_channel(domid, &pager)
          : -ENODEV;
     if (rc) {
         xenforeignmemory_unmap(h->fmem, pager.ring_page, 1);
-        return rc == -EINVAL ? -EBUSY : rc;     /* bound already: its pager lives */
+        return rc == -EINVAL ? -EBUSY : rc;     /* the channel is bound, so its pager lives */
     }
     *out = pager;
     return 0;

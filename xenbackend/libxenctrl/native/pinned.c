@@ -2,13 +2,13 @@
 /*
  * The pinned set: frames that the hypervisor or another domain accesses by number.
  *
- * A guest that resumes passes to Xen again, by gfn, where its vcpu_info and its event channel pages
- * are.  Xen does not page those in: it refuses, and Linux panics.  So they have to be present
- * before the guest runs, and the host that the guest leaves has to find them.
+ * A guest that resumes passes the gfns of its vcpu_info and of its event channel pages to Xen
+ * again.  Xen does not page these in but refuses the call, and Linux panics.  So they have to be
+ * present before the guest runs, and the source host has to find them.
  *
  * A hypervisor with our patch reports them.  Any other does not, so the pages are recognised by
- * what Xen writes into them.  The result may contain further pages (a further page is present
- * early, which costs little), and must not lack one:
+ * what Xen writes into them.  The result may contain further pages, which costs little, because
+ * they are only present early.  The result must not lack one:
  *
  *   vcpu_info            has a time record, whose scale (tsc_to_system_mul, tsc_shift) is about the
  *                        same for all vCPUs of a domain and unlike anything else.  The shared info
@@ -81,15 +81,15 @@ static int domain_time_scale(struct xen_host *h, uint32_t domid, double *scale)
     *scale = 0;
     shared = xenforeignmemory_map(h->fmem, domid, PROT_READ, 1, &gfn, &error);
     if (!shared)
-        return 0;       /* the guest has not mapped it: it has moved nothing out of it */
+        return 0;       /* the guest has not mapped it, and so has moved nothing out of it */
     if (!error)
         *scale = time_scale(&shared->vcpu_info[0].time);
     xenforeignmemory_unmap(h->fmem, shared, 1);
     return 0;
 }
 
-/* Xen calibrates the scale again now and then, with the error of the machine's timers (5% were seen
- * under emulation), so the scales are compared roughly. */
+/* The scales are compared roughly, because Xen calibrates them again from time to time, with the
+ * error of the machine's timers (5% under emulation). */
 static int has_vcpu_info(const uint64_t *page, double scale)
 {
     for (unsigned i = 0; scale && i <= (XC_PAGE_SIZE - sizeof(vcpu_info_t)) / 8; i++) {
@@ -139,7 +139,8 @@ static int is_event_array(const uint64_t *page)
     return count > 0;
 }
 
-/* Gfns that parameters name: one each, but for the device model's, which are neighbours. */
+/* Find the gfns that parameters name.  A parameter names one gfn; the device model's pages are
+ * neighbours. */
 static int named_by_parameter(struct xen_host *h, uint32_t domid, uint64_t *named, unsigned most)
 {
     static const int params[] = { HVM_PARAM_STORE_PFN, HVM_PARAM_CONSOLE_PFN, HVM_PARAM_IOREQ_PFN,

@@ -45,12 +45,12 @@ struct sim_program {
     uint64_t stride;           /* in pages */
     uint32_t write_permille;   /* share of the accesses that write */
     uint32_t generated;        /* the image is sim_generate_image()'s: first reads are checked */
-    uint64_t rate;             /* accesses a second and vCPU; 0: as fast as it can */
-    uint64_t balloon_pages;    /* given away by vCPU 0 ... */
-    uint64_t balloon_every;    /* ... one after each so many of its accesses */
+    uint64_t rate;             /* accesses of each vCPU in a second; 0: as many as it can make */
+    uint64_t balloon_pages;    /* the number of pages that vCPU 0 gives away */
+    uint64_t balloon_every;    /* one is given away after each so many of its accesses */
     uint64_t image_seed;
     uint32_t zero_permille;    /* share of zero pages of a generated image */
-    uint32_t balloon_back;     /* taken back when all were given away, and so on */
+    uint32_t balloon_back;     /* they are taken back when all were given away, and so on */
 };
 
 struct sim_vcpu {
@@ -60,7 +60,7 @@ struct sim_vcpu {
     uint64_t faults;
     uint64_t block_ns;
     uint64_t max_block_ns;
-    uint64_t first_instruction_ns;  /* CLOCK_MONOTONIC, 0: has not run here */
+    uint64_t first_instruction_ns;  /* CLOCK_MONOTONIC; 0: the vCPU has not run here */
     uint64_t vcpu_info_pfn;
     uint32_t registered;
     uint32_t pad;
@@ -75,19 +75,19 @@ struct sim_domain {
     uint32_t paging;
     uint32_t crash;
     uint32_t crash_vcpu;
-    uint32_t drops;            /* a paged-out page can be given away, and the pager is told */
+    uint32_t drops;            /* a paged-out page can be given away, and the pager is informed */
     /* a pfn that loses or gets a frame is log-dirty (Xen 4.19.5, 4.20.3, 4.21.1) */
     uint32_t tracks_physmap;
     uint64_t crash_pfn;
     uint64_t tot_pages;        /* frames that the domain owns */
-    uint64_t max_pages;        /* frames that it may own: one that has more keeps them */
-    uint64_t untracked;        /* a frame came since log-dirty was cleaned (tracks_physmap off) */
+    uint64_t max_pages;        /* frames that it may own; if it has more, it keeps them */
+    uint64_t untracked;        /* a frame was added since log-dirty was cleaned (see above) */
     uint64_t balloon_steps;    /* pages that vCPU 0 has given away or taken back: of the context */
-    uint64_t ended_suspended;  /* it was suspended when it was destroyed */
-    uint64_t overlaid;         /* frames that the guest got where there was memory still */
+    uint64_t ended_suspended;  /* the domain was suspended when it was destroyed */
+    uint64_t overlaid;         /* frames that the guest got for pfns that still had memory */
     uint64_t paged_pages;
-    uint64_t spurious_responses;   /* to a vCPU that did not wait */
-    uint64_t premature_responses;  /* before the page was there or dropped */
+    uint64_t spurious_responses;   /* responses to a vCPU that did not wait */
+    uint64_t premature_responses;  /* responses before the page was present or dropped */
     uint64_t lost_drops;           /* drop requests that found the ring full */
     struct sim_program program;
     struct sim_vcpu vcpu[SIM_MAX_VCPUS];
@@ -150,7 +150,7 @@ uint64_t sim_balloon_taken(const struct sim_program *program, uint64_t steps, ui
 
 /* ---- vCPUs (vcpu.c, pause.c) and paging (paging.c): in the host's process only ---- */
 struct sim_host_domain;
-/* vCPUs paused; NULL: no threads for them */
+/* Make the domain with its vCPUs paused.  NULL: the system has no threads for them. */
 struct sim_host_domain *sim_host_new(struct sim_map *m);
 void sim_host_free(struct sim_host_domain *h);      /* ends the threads */
 int sim_host_resume_guest(struct sim_host_domain *h);   /* first run here: register vcpu_info */

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The guest's balloon driver: vCPU 0 gives pages away and takes them back, one a step.
+ * The guest's balloon driver: vCPU 0 gives pages away and takes them back, one in each step.
  */
 #include "host.h"
 
@@ -46,8 +46,8 @@ static int give_away(struct host_vcpu *v, uint64_t pfn, uint64_t number)
     } else if (is_paging(E_TYPE(w))) {
         entry_set(h->m, pfn, P2M_HOLE, 0, 1);
         __atomic_fetch_sub(&d->paged_pages, 1, __ATOMIC_SEQ_CST);
-        /* p2m_mem_paging_drop_page() does not wait for a slot: where the ring is full the pager is
-         * never told, and finds out when it loads the page. */
+        /* p2m_mem_paging_drop_page() does not wait for a slot.  If the ring is full, the pager gets
+         * no request, and notices the drop only when it loads the page. */
         pthread_mutex_lock(&h->lock);
         if (h->ring && ring_slots_free(h))
             ring_put(h, pfn, v->id, 0, E_TYPE(w), MEM_PAGING_DROP_PAGE);
@@ -62,9 +62,9 @@ static int give_away(struct host_vcpu *v, uint64_t pfn, uint64_t number)
     return 1;
 }
 
-/* The guest's balloon driver: populate_physmap.  Xen puts the frame over whatever is there, and a
- * present frame is lost to the domain.  Returns 0 if the domain may own no further frame: as Linux
- * does, the guest tries again later. */
+/* The guest's balloon driver: populate_physmap.  Xen replaces what is at the pfn, and a present
+ * frame is lost to the domain.  Returns 0 if the domain may own no further frame; as Linux does,
+ * the guest tries again later. */
 static int take_back(struct host_vcpu *v, uint64_t pfn, uint64_t number)
 {
     struct sim_map *m = v->h->m;

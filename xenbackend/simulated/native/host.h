@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * What the host's process has of a domain: vCPU threads, and the hypervisor's end of the paging
- * ring.
+ * A domain in the host's process: vCPU threads, and the hypervisor's end of the paging ring.
  *
  * Each C file calls only earlier ones: pause.c, paging.c, balloon.c, vcpu.c.
  */
@@ -30,7 +29,7 @@ struct host_vcpu {
 struct sim_host_domain {
     struct sim_map *m;
     pthread_mutex_t lock;
-    pthread_cond_t settled;     /* some vCPU changed its state: for who waits in pause */
+    pthread_cond_t settled;     /* a vCPU has changed its state; pause waits for this */
     uint32_t pause;             /* read without the lock by running vCPUs */
     int exiting;
     int started;
@@ -76,10 +75,10 @@ static inline void wake_all(struct sim_host_domain *h)
 }
 
 /* ---- pause.c ---- */
-/* The guest dies.  Like a crashed domain it is kept for inspection, with its vCPUs stopped.
- * Locked. */
+/* End the guest.  As a crashed domain, it is kept for inspection, with its vCPUs stopped.  Called
+ * under h->lock. */
 void crash(struct sim_host_domain *h, uint32_t vcpu, uint32_t reason, uint64_t pfn);
-/* The vCPU has touched what is no memory. */
+/* End a guest whose vCPU has touched a pfn that is no memory. */
 void crash_at(struct host_vcpu *v, uint64_t pfn);
 
 /* ---- paging.c: the front end of the paging ring; ring_ under h->lock ---- */
@@ -90,14 +89,14 @@ static inline int ring_slots_free(struct sim_host_domain *h)
 
 void ring_put(struct sim_host_domain *h, uint64_t pfn, uint32_t vcpu, uint32_t flags, uint32_t type,
               uint32_t paging_flags);
-/* p2m_mem_paging_populate(): tell the pager, and stand still until it has answered. */
+/* p2m_mem_paging_populate(): send a request to the pager, and wait until it has answered. */
 void page_fault(struct host_vcpu *v, uint64_t pfn);
-/* XEN_VM_EVENT_DISABLE, of a domain whose vCPUs stand still. */
+/* XEN_VM_EVENT_DISABLE, for a domain whose vCPUs are stopped. */
 int paging_disable(struct sim_host_domain *h);
 
 /* ---- balloon.c ---- */
-/* Make the next step of the balloon, if it is due.  It is done entirely or not at all; returns 0 if
- * not yet. */
+/* Do the next step of the balloon, entirely or not at all.  Returns 0 if it has to be tried
+ * again. */
 int move_balloon(struct host_vcpu *v);
 
 #endif

@@ -2,13 +2,13 @@
 /*
  * The simulated hypervisor's page operations.
  *
- * A hypercall runs here in the caller's process, on the shared p2m: as with a real one, no other
- * process has to be woken for it.  A real hypercall outlives its caller, and a simulated one does
- * not.  So every step that must not be half done is made under the entry's lock, which names its
- * holder; when a process goes away the host undoes what it held (sim_repair).
+ * A hypercall runs here in the caller's process, on the shared p2m.  As with a real hypercall, no
+ * other process has to wake up for it.  A real hypercall outlives its caller, and a simulated one
+ * does not.  So every step that must not be half done is made under the entry's lock, which names
+ * its holder.  When a process ends, the host undoes what it held (sim_repair).
  *
- * A frame's place in the memory file is its pfn, so the kernel allocates and frees: a hole in the
- * file reads as zeros, and freeing punches a hole.
+ * A frame's place in the memory file is its pfn, so the kernel allocates and frees the frames.  A
+ * hole in the file reads as zeros, and to free a frame punches a hole.
  *
  * Errors follow Xen 4.17: xen/arch/x86/mm/mem_paging.c, mem_access.c and xen/common/memory.c.
  */
@@ -123,10 +123,10 @@ static uint8_t page_status(struct sim_map *m, uint64_t pfn)
         return PAGE_PAGED;
     if (E_TYPE(w) == P2M_BROKEN)
         return PAGE_BROKEN;
-    return PAGE_HOLE;       /* mmio too: nothing that could be copied */
+    return PAGE_HOLE;       /* also for mmio, which cannot be copied */
 }
 
-/* What the pages are, and the runs in which those that hold data lie; returns how many runs. */
+/* Find the status of each page, and the runs of pages with data.  Returns the number of runs. */
 size_t sim_look(struct sim_map *m, const uint64_t *pfns, size_t n, uint8_t *status,
                 struct sim_run *runs)
 {
@@ -143,7 +143,7 @@ size_t sim_look(struct sim_map *m, const uint64_t *pfns, size_t n, uint8_t *stat
     return count;
 }
 
-/* Of one page, as sim_look(), and where it lies. */
+/* Return the status of one page, as sim_look() does, and its address in *page. */
 int sim_look_at(struct sim_map *m, uint64_t pfn, const void **page)
 {
     *page = m->memory + pfn * PAGE_BYTES;
@@ -152,9 +152,10 @@ int sim_look_at(struct sim_map *m, uint64_t pfn, const void **page)
 
 #define RUN_PAGES 64       /* neighbours that are locked and written together */
 
-/* Fill frames that we hold.  Several are written through the file, not the mapping: the kernel need
- * not zero a page first that is written as a whole, which makes a fresh page a third cheaper.  But
- * writers of a file wait for each other, and a vCPU waits for a single page. */
+/* Fill frames that we hold.  Several frames are written through the file and not through the
+ * mapping.  The kernel then need not zero a new page that is written as a whole, which saves a
+ * third of its time.  A single page, for which a vCPU waits, is written through the mapping,
+ * because writers of a file wait for each other. */
 static int fill_frames(struct sim_map *m, uint64_t pfn, uint64_t n, const uint8_t *pages)
 {
     size_t left = n * PAGE_BYTES;
@@ -178,7 +179,7 @@ static int fill_frames(struct sim_map *m, uint64_t pfn, uint64_t n, const uint8_
     return 0;
 }
 
-/* Write through a foreign mapping: pages that are there only.  pages == NULL writes zeros. */
+/* Write through a foreign mapping, to present pages only.  pages == NULL writes zeros. */
 int sim_write(struct sim_map *m, const uint64_t *pfns, size_t n, const uint8_t *pages, size_t *done)
 {
     *done = 0;
@@ -287,8 +288,8 @@ static void finish_evictions(struct sim_map *m, uint64_t first, uint64_t n)
         entry_unlock(m, pfn);
 }
 
-/* The RFC's batched op: holes and populated pages alike become paged out; stops with
- * EBUSY at the first pfn that cannot, those before it being done. */
+/* The batched operation of our patch: holes and populated pages become paged out.  Stops with EBUSY
+ * at the first pfn that cannot be evicted, when all pfns before it are done. */
 int sim_populate_evicted(struct sim_map *m, const uint64_t *pfns, size_t n, size_t *done)
 {
     uint64_t run = 0, run_first = 0;    /* populated neighbours, freed with one call */
@@ -330,7 +331,7 @@ int sim_populate_evicted(struct sim_map *m, const uint64_t *pfns, size_t n, size
     return rc;
 }
 
-/* XENMEM_paging_op_nominate: a pageable page becomes paging_out, still there. */
+/* XENMEM_paging_op_nominate: a pageable page becomes paging_out, and is still present. */
 int sim_nominate(struct sim_map *m, uint64_t pfn)
 {
     uint32_t w;
@@ -349,7 +350,7 @@ int sim_nominate(struct sim_map *m, uint64_t pfn)
     return 0;
 }
 
-/* XENMEM_paging_op_evict: of a nominated page that nobody took a reference to since. */
+/* XENMEM_paging_op_evict: evicts a nominated page to which there are no new references. */
 int sim_evict(struct sim_map *m, uint64_t pfn)
 {
     uint32_t w;
@@ -373,7 +374,7 @@ int sim_evict(struct sim_map *m, uint64_t pfn)
 
 /* XENMEM_paging_op_prep with a buffer.  The guest can access the page when this returns. results[i]
  * is 0, or -ENOENT for a gfn that is not being paged (present, a hole, or beyond the largest
- * possible gfn). pages == NULL loads zeros.  Returns how many were loaded. */
+ * possible gfn).  pages == NULL loads zeros.  Returns the number of loaded pages. */
 long sim_load(struct sim_map *m, const uint64_t *pfns, size_t n, const uint8_t *pages,
               int32_t *results)
 {
@@ -416,8 +417,8 @@ long sim_load(struct sim_map *m, const uint64_t *pfns, size_t n, const uint8_t *
                 continue;
             }
             entry_set(m, first + k, P2M_RAM_RW, pages != NULL, 1);
-            /* After the fill: a client that is killed in the middle of a load must take no frame
-             * with it. */
+            /* After the fill, so that a client that is killed in the middle of a load does not
+             * leave a frame counted. */
             __atomic_fetch_add(&m->dom->tot_pages, 1, __ATOMIC_SEQ_CST);
             loaded++;
         }
@@ -427,7 +428,7 @@ long sim_load(struct sim_map *m, const uint64_t *pfns, size_t n, const uint8_t *
     return loaded;
 }
 
-/* Of one page, as sim_load(): 0 or -errno. */
+/* Load one page, as sim_load() does.  Returns 0 or -errno. */
 int sim_load_at(struct sim_map *m, uint64_t pfn, const void *page)
 {
     int32_t result = 0;
@@ -455,7 +456,7 @@ uint64_t sim_log_dirty(struct sim_map *m, uint64_t *bitmap, int clean)
     return dirty;
 }
 
-/* Those of the pfns to which there are references besides the guest's own mappings: nominate would
+/* Find the pfns to which there are references besides the guest's own mappings; nominate would
  * refuse them. */
 size_t sim_pinned(struct sim_map *m, const uint64_t *pfns, size_t n, uint64_t *held)
 {
@@ -473,8 +474,8 @@ size_t sim_pinned(struct sim_map *m, const uint64_t *pfns, size_t n, uint64_t *h
     return count;
 }
 
-/* For tests: put a page into a state that a real guest or host would cause.  -1 leaves a value as
- * it is. */
+/* For tests: put a page into a state that a real guest or host would cause.  -1 leaves a value
+ * unchanged. */
 int sim_set_page(struct sim_map *m, uint64_t pfn, int type, int refs, int type_count)
 {
     uint32_t w, want;

@@ -1,16 +1,16 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The p2m entry: one 32-bit word a pfn, changed only by atomic operations.
+ * The p2m entry: one 32-bit word for each pfn, changed only by atomic operations.
  *
  *   bits  0-3   p2m type
- *   bits  4-11  accesses in progress: vCPUs between checking the type and being done,
- *               what Xen waits for with a TLB flush
- *   bits 12-17  extra references (foreign mappings, grants): make evict answer EBUSY
- *   bits 18-22  type count (PGT_*): likewise
+ *   bits  4-11  accesses in progress: vCPUs between the check of the type and the end of the access
+ *               (Xen waits for these with a TLB flush)
+ *   bits 12-17  extra references (foreign mappings, grants): evict answers EBUSY
+ *   bits 18-22  type count (PGT_*): evict answers EBUSY
  *   bit  23     the frame was written since it was allocated (clear: all zeros, and
  *               reading it through a mapping would only allocate memory)
- *   bits 24-31  who holds the entry (the gfn lock of Xen): 0 nobody, else an attached
- *               process, so that the host can undo the half-done call of a dead one
+ *   bits 24-31  the holder of the entry (the gfn lock of Xen): 0 for none, or an attached
+ *               process, so that the host can undo the half-done call of a dead process
  */
 #ifndef SIM_INTERNAL_H
 #define SIM_INTERNAL_H
@@ -40,12 +40,12 @@ static inline int is_paging(uint32_t type)
 static inline void relax(unsigned *spins)
 {
     if (++*spins % 64 == 0)
-        sched_yield();      /* the holder may be waiting for this very CPU */
+        sched_yield();      /* the holder may be waiting for this CPU */
     else
         __builtin_ia32_pause();
 }
 
-/* Take the entry's lock; returns the word as it was. */
+/* Take the entry's lock.  Returns the word before that. */
 static inline uint32_t entry_lock(struct sim_map *m, uint64_t pfn)
 {
     unsigned spins = 0;
@@ -90,9 +90,9 @@ static inline void mark_dirty(struct sim_map *m, uint64_t pfn)
     __atomic_fetch_or(&m->dirty[pfn / 64], 1ull << (pfn % 64), __ATOMIC_SEQ_CST);
 }
 
-/* A pfn has lost its frame, or has got one.  Up to Xen 4.18 this is not log-dirty, and writes to a
- * new frame are not recorded until the bitmap is cleaned: its entry is p2m_ram_rw until then
- * (guest_physmap_add_page()). */
+/* Note that a pfn has lost or got a frame.  Up to Xen 4.18 log-dirty does not record this, and does
+ * not record writes to a new frame until the bitmap is cleaned, because its entry is p2m_ram_rw
+ * until then (guest_physmap_add_page()). */
 static inline void physmap_changed(struct sim_map *m, uint64_t pfn, int got)
 {
     if (m->dom->tracks_physmap) {
@@ -103,7 +103,7 @@ static inline void physmap_changed(struct sim_map *m, uint64_t pfn, int got)
     }
 }
 
-/* alloc_domheap_pages() and assign_pages(): false where the domain may own no further frame. */
+/* alloc_domheap_pages() and assign_pages().  False if the domain may own no further frame. */
 static inline int get_frame(struct sim_map *m)
 {
     uint64_t now = __atomic_load_n(&m->dom->tot_pages, __ATOMIC_SEQ_CST);
@@ -121,7 +121,7 @@ int sim_free_frames(struct sim_map *m, uint64_t pfn, uint64_t n);
 /* program.c: one access of a vCPU, and what its words hold */
 struct sim_access {
     uint64_t pfn;
-    uint64_t visit;      /* how often this vCPU was at this page before */
+    uint64_t visit;      /* how often this vCPU has visited this page before */
 };
 struct sim_access sim_access_at(const struct sim_program *p, uint32_t vcpu, uint64_t k);
 uint64_t sim_writes(const struct sim_program *p, uint32_t vcpu, uint64_t pfn, uint64_t visits);

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The hypervisor's end of the paging ring: faults go into it, answers come out of it.
+ * The hypervisor's end of the paging ring: it puts faults in, and takes answers out.
  *
  * Sources: xen/arch/x86/mm/mem_paging.c, xen/common/vm_event.c (Xen 4.17).
  */
@@ -78,7 +78,7 @@ static void *responder_main(void *arg)
     struct pollfd fds[2] = { { .fd = h->from_pager_fd, .events = POLLIN },
                              { .fd = h->stop_fd, .events = POLLIN } };
 
-    /* On a real host this is the hypervisor: no process goes before it. */
+    /* This thread is the hypervisor, which no process preempts on a real host. */
     setpriority(PRIO_PROCESS, syscall(SYS_gettid), HYPERVISOR_NICE);
     for (;;) {
         uint64_t count;
@@ -146,16 +146,16 @@ void page_fault(struct host_vcpu *v, uint64_t pfn)
         return;
     }
     if (type == P2M_RAM_PAGING_OUT) {
-        flags = MEM_PAGING_EVICT_FAIL;      /* the frame is still there: nothing to bring in */
+        flags = MEM_PAGING_EVICT_FAIL;      /* the frame is still present */
         entry_set(h->m, pfn, P2M_RAM_RW, !!(w & E_TOUCHED), 1);
     } else {
         entry_set(h->m, pfn, P2M_RAM_PAGING_IN, 0, 1);
     }
     v->event_pause = 1;
     ring_put(h, pfn, v->id, VM_EVENT_FLAG_VCPU_PAUSED, type, flags);
-    /* On the real Xen a vCPU requests one page up to six times while its page tables are out: by
-     * its own access, then by the hypervisor's accesses to what it keeps up to date for the vCPU.
-     * All requests have to be answered before the vCPU continues. */
+    /* On the real Xen a vCPU whose page tables are paged out requests one page up to six times: by
+     * its own access, and by the hypervisor's accesses on behalf of the vCPU.  All requests have to
+     * be answered before the vCPU continues. */
     for (uint64_t more = !flags && stats->faults < 16 ? stats->faults % 7 : 0;
          more && ring_slots_free(h); more--) {
         v->event_pause++;
@@ -202,7 +202,7 @@ int paging_disable(struct sim_host_domain *h)
             pthread_mutex_unlock(&h->lock);
             return -EBUSY;
         }
-    ring_take_responses(h);     /* those given before the disable count */
+    ring_take_responses(h);     /* responses before the disable count */
     __atomic_store_n(&h->m->dom->paging, 0, __ATOMIC_SEQ_CST);
     h->ring = NULL;
     wake_all(h);

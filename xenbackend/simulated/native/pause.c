@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * How a guest's vCPUs come to stand still: they are paused, or the guest crashes.
+ * The stops of a guest's vCPUs: they are paused, or the guest crashes.
  */
 #include "host.h"
 
@@ -11,7 +11,7 @@ void crash(struct sim_host_domain *h, uint32_t vcpu, uint32_t reason, uint64_t p
     if (!d->crash) {
         d->crash_vcpu = vcpu;
         d->crash_pfn = pfn;
-        __atomic_store_n(&d->crash, reason, __ATOMIC_SEQ_CST);  /* last: other processes read it */
+        __atomic_store_n(&d->crash, reason, __ATOMIC_SEQ_CST);  /* last, for other processes */
     }
     __atomic_fetch_or(&h->pause, 0x80000000u, __ATOMIC_SEQ_CST);
 }

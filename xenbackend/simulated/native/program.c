@@ -2,14 +2,14 @@
 /*
  * Guest programs, and what a guest's memory must hold after any number of their steps.
  *
- * Access k of vCPU v is a pure function of (seed, v, k), and everything about the past of a page is
- * a closed form of it.  Nothing is recorded, so a migration cannot lose a record without which a
- * check would miss an error.
+ * Access k of vCPU v is a pure function of (seed, v, k), and the history of each page is a closed
+ * form of these.  Nothing is recorded, so a migration cannot lose a record that a check needs to
+ * find an error.
  *
  * Each program is a set of *streams*.  A stream walks over its pages pass by pass, and each pass is
  * a permutation of the pages, so visit number j of a page is in pass j.  At access k a vCPU
- * therefore computes without a record how often it was at that page before and what it wrote there
- * last, and checks that.
+ * therefore computes how often it has visited that page and what it wrote there last, and checks
+ * the page.
  *
  *   random      one stream, a new pseudo-random order each pass
  *   sequential  one stream in order; the vCPUs start at different places
@@ -17,9 +17,9 @@
  *   hotset      Zipf(1): the ranks [2^l, 2^(l+1)) all have about the same weight for every l,
  *               so level l is a stream of 2^l pages and each stream gets every L-th access
  *
- * The words of a page are dealt out to the vCPUs (word w belongs to vCPU w mod nr_vcpus), so
- * writers never race for a word, and each vCPU writes its words of a page in turn.  A write is a
- * read-modify-write: it checks the word that it wrote last in that page.
+ * The words of a page are divided among the vCPUs (word w belongs to vCPU w mod nr_vcpus), so
+ * writers never race for a word, and each vCPU writes its words of a page in turn.  Before a write
+ * the vCPU checks the word that it wrote last in that page.
  *
  * The balloon is a count of steps.  With balloon_back, 2 * balloon_pages of them give all pages
  * away and take them back, the last one first.  A page that was taken back is filled with values of
@@ -38,8 +38,8 @@ static inline uint64_t mix64(uint64_t x)      /* the finaliser of splitmix64 */
     return x ^ (x >> 31);
 }
 
-/* A keyed permutation of [0, n): a Feistel network over the next even power of two, walked until
- * it lands inside. */
+/* A keyed permutation of [0, n): a Feistel network over the next even power of two, repeated until
+ * the result is less than n. */
 static uint64_t permute(uint64_t i, uint64_t n, uint64_t key)
 {
     unsigned half;
@@ -113,7 +113,7 @@ struct sim_access sim_access_at(const struct sim_program *p, uint32_t vcpu, uint
     return (struct sim_access){ place(p, vcpu, stream, step / n, step % n), step / n };
 }
 
-/* How many of the first `visits` visits wrote: the share write_permille, spread evenly. */
+/* The number of writes in the first `visits` visits: the share write_permille, spread evenly. */
 uint64_t sim_writes(const struct sim_program *p, uint32_t vcpu, uint64_t pfn, uint64_t visits)
 {
     return (visits * p->write_permille + mix64(p->seed + pfn * 64 + vcpu) % 1000) / 1000;
@@ -131,7 +131,7 @@ uint64_t sim_value(const struct sim_program *p, uint32_t vcpu, uint64_t pfn, uin
     return mix64(mix64(p->seed + pfn * 64 + vcpu) + write);
 }
 
-/* What the guest writes into a page that its balloon took back for the n-th time. */
+/* A word of what the guest writes into a page that its balloon took back for the n-th time. */
 uint64_t sim_taken_word(const struct sim_program *p, uint64_t pfn, uint64_t taken, uint32_t word)
 {
     return mix64(mix64(p->seed ^ pfn << 16 ^ taken) + word);
@@ -167,7 +167,7 @@ void sim_generate_image(struct sim_map *m, uint64_t from, uint64_t n)
             __atomic_fetch_or(&m->p2m[pfn], E_TOUCHED, __ATOMIC_SEQ_CST);
 }
 
-/* visits[pfn] for all pfns of the working set after `count` accesses of a vCPU */
+/* Compute visits[pfn] for all pfns of the working set after `count` accesses of a vCPU. */
 void sim_expected_visits(const struct sim_program *p, uint32_t vcpu, uint64_t count,
                          uint64_t *visits)
 {
@@ -184,7 +184,7 @@ void sim_expected_visits(const struct sim_program *p, uint32_t vcpu, uint64_t co
     }
 }
 
-/* Overlay on `page`, which holds the image's, what the vCPUs have written there. */
+/* Write into `page`, which holds the image's page, what the vCPUs have written there. */
 static void overlay(const struct sim_program *p, uint64_t pfn, const uint64_t *visits,
                     uint64_t *page)
 {
@@ -198,9 +198,9 @@ static void overlay(const struct sim_program *p, uint64_t pfn, const uint64_t *v
     }
 }
 
-/* pages[] holds the image's pages [from, from + n) and then what the guest must have there.
- * differs[i] is 1 if actual[] differs from that.  taken[i]: how often the balloon took the page
- * back. */
+/* pages[] holds the image's pages [from, from + n), and on return what the guest must have there.
+ * differs[i] becomes 1 if actual[] differs from that.  taken[i]: how often the balloon took the
+ * page back. */
 void sim_compare_pages(const struct sim_program *p, uint64_t from, uint64_t n,
                        const uint64_t *visits, const uint64_t *taken, uint8_t *pages,
                        const uint8_t *actual, uint8_t *differs)
@@ -222,7 +222,7 @@ uint64_t sim_balloon_pfn(const struct sim_program *p, uint64_t nr_pfns, uint64_t
     return nr_pfns - 1 - p->nr_vcpus - number;
 }
 
-/* How many steps of the balloon are due after so many accesses of vCPU 0. */
+/* The number of steps of the balloon that are due after so many accesses of vCPU 0. */
 uint64_t sim_balloon_due(const struct sim_program *p, uint64_t count)
 {
     uint64_t n = p->balloon_every && p->balloon_pages ? count / p->balloon_every : 0;
@@ -230,7 +230,7 @@ uint64_t sim_balloon_due(const struct sim_program *p, uint64_t count)
     return p->balloon_back || n < p->balloon_pages ? n : p->balloon_pages;
 }
 
-/* Does this step give a page away?  Which one? */
+/* Returns whether this step gives a page away (otherwise it takes one back), and which page. */
 int sim_balloon_gives(const struct sim_program *p, uint64_t step, uint64_t *number)
 {
     uint64_t of_both = step % (2 * p->balloon_pages);
@@ -239,7 +239,7 @@ int sim_balloon_gives(const struct sim_program *p, uint64_t step, uint64_t *numb
     return of_both < p->balloon_pages;
 }
 
-/* How often a page was given away, and taken back, by the first steps. */
+/* How often the first steps have given a page away, and taken it back. */
 uint64_t sim_balloon_given(const struct sim_program *p, uint64_t steps, uint64_t number)
 {
     return steps / (2 * p->balloon_pages) + (number < steps % (2 * p->balloon_pages));

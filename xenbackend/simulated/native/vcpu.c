@@ -2,16 +2,17 @@
 /*
  * vCPUs: native threads that run a guest program against the simulated MMU.
  *
- * A vCPU runs one access after the other.  Between two it can be paused.  While it waits for a page
- * or for a slot in the ring it counts as not running.  When the answer comes it tests first whether
- * it is paused, as a real one does.  An access is done entirely or not at all, so `count` is all
- * that a vCPU's context has to hold; the same holds for a step of the balloon, which vCPU 0 moves.
+ * A vCPU makes one access after the other.  It can be paused between two accesses.  While it waits
+ * for a page or for a slot in the ring, it counts as not running.  When the answer arrives, it
+ * tests first whether it is paused, as a real vCPU does.  An access is done entirely or not at all,
+ * so `count` is all that a vCPU's context has to hold.  The same holds for the steps of the
+ * balloon, which vCPU 0 makes.
  *
  * Log-dirty is marked *after* the write and before the access is over.  A page cleaned between the
- * two is marked again.  If it were marked before, the write could come after the copy and be lost.
+ * two is marked again.  If it were marked before, the write could follow the copy and be lost.
  *
- * The threads run at a lower priority: a guest's vCPUs do not take the CPUs from dom0's daemons on
- * a real host, and here they share a few.
+ * The threads run at a lower priority, because here the vCPUs share a few CPUs with the daemons.
+ * On a real host they do not take CPUs from dom0.
  */
 #define _GNU_SOURCE
 #include <signal.h>
@@ -46,7 +47,7 @@ static void idle_until(struct host_vcpu *v, uint64_t deadline)
     pthread_mutex_unlock(&h->lock);
 }
 
-/* One access to memory; returns 0 when it has to be tried again. */
+/* Make one access to memory.  Returns 0 if it has to be tried again. */
 static int access_page(struct host_vcpu *v, struct sim_access a)
 {
     struct sim_map *m = v->h->m;
@@ -117,9 +118,9 @@ static void *vcpu_main(void *arg)
         }
         a = sim_access_at(p, v->id, arch->count);
         if (!access_page(v, a))
-            continue;       /* tried again, after a pause if there is one */
+            continue;       /* the access is tried again, after a pause if there is one */
         if (period)
-            /* catch up 0.1 s at most */
+            /* the vCPU catches up with 0.1 s at most */
             next = next + 100000000 < now_ns() ? now_ns() : next + period;
         if (!arch->first_instruction_ns)
             arch->first_instruction_ns = now_ns();
@@ -130,8 +131,8 @@ static void *vcpu_main(void *arg)
 
 /* -------- what the host's process calls -------- */
 
-/* What Linux does first in a new place: register each vCPU's vcpu_info frame by number.  The
- * hypervisor takes a reference to it, and answers EINVAL for a frame that is not present. */
+/* Do what Linux does first at a new host: register each vCPU's vcpu_info frame by number.  The
+ * hypervisor takes a reference to the frame, and answers EINVAL if it is not present. */
 int sim_host_resume_guest(struct sim_host_domain *h)
 {
     struct sim_domain *d = h->m->dom;
@@ -180,7 +181,7 @@ struct sim_host_domain *sim_host_new(struct sim_map *m)
     if (!h)
         return NULL;
     h->m = m;
-    h->pause = 1;               /* a new domain is paused, by its builder */
+    h->pause = 1;               /* a new domain is paused until its builder unpauses it */
     pthread_mutex_init(&h->lock, NULL);
     pthread_cond_init(&h->settled, NULL);
     pthread_condattr_init(&monotonic);
@@ -190,7 +191,7 @@ struct sim_host_domain *sim_host_new(struct sim_map *m)
         h->vcpu[i].id = i;
         pthread_cond_init(&h->vcpu[i].wake, &monotonic);
     }
-    sigfillset(&all);           /* signals are the Python threads' */
+    sigfillset(&all);           /* Python's threads handle the signals */
     pthread_sigmask(SIG_SETMASK, &all, &old);
     for (uint32_t i = 0; i < m->dom->nr_vcpus; i++) {
         h->vcpu[i].state = VCPU_RUNNING;
