@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Guests whose balloon moves while they are migrated, both ways and in every phase."""
+"""Guests whose balloon moves while they are migrated, in both directions and in every phase."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from xenbackend.simulated.client import SimulatedDomain, SimulatedHypervisor
 from xenbackend.simulated.guest import GuestSpec
 
 PAGES = 200
-"""That the balloon of a guest takes and gives back."""
+"""The number of pages that the balloon of a guest gives away and takes back."""
 Patch = pytest.MonkeyPatch
 
 
 def ballooning(name: str, **options: object) -> GuestSpec:
-    """A guest whose balloon is all the way down and up again before long."""
+    """Return a guest whose balloon soon gives all of its pages away and takes them back."""
     defaults: dict[str, object] = {
         "vcpus": 2, "working_set_bytes": 4 * MIB, "balloon_pages": PAGES, "balloon_every": 20,
         "balloon_back": True, "zero_permille": 0,
@@ -49,14 +49,16 @@ def balloon_steps(domain: Domain) -> int:
 
 
 def let_balloon_move(domain: Domain, steps: int) -> None:
-    """As ``xl mem-set`` does: the limit is lifted, and the guest goes for its target."""
+    """Raise the limit as ``xl mem-set`` does, so that the guest moves towards its target."""
     domain.set_max_pages(domain.nr_pfns)
     before = balloon_steps(domain)
     until(lambda: balloon_steps(domain) >= before + steps, "the balloon does not move", WAIT_S)
 
 
 def before_each_read(monkeypatch: Patch, move: Callable[[Domain], None]) -> None:
-    """The balloon moves between any two looks at the guest, and before it is suspended."""
+    """Move the balloon between any two readings of the dirty log, and before the guest is
+    suspended.
+    """
     read, suspend = DirtyLog._read, OwnToolstack.suspend
 
     def moving_read(self: DirtyLog) -> tuple[NDArray[np.uint8], PfnMask | None]:
@@ -93,8 +95,8 @@ async def test_a_balloon_that_moves_in_every_phase(
 async def test_a_guest_gives_memory_away_in_every_phase(
     clean_hosts: World, name: str, monkeypatch: Patch, strategy: Strategy
 ) -> None:
-    """Also between early eviction and the suspension: a missing page that is no memory any more
-    could never be sent.
+    """The balloon also moves between early eviction and the suspension.  A missing page that has no
+    memory any more could never be sent.
     """
     spec = ballooning(name, balloon_back=False, balloon_pages=2000)
 
@@ -113,7 +115,7 @@ async def test_a_guest_gives_memory_away_in_every_phase(
 
 
 async def test_the_balloon_is_held_while_a_guest_is_copied(clean_hosts: World, name: str) -> None:
-    """It moves on at the destination."""
+    """The balloon moves again at the destination."""
     spec = ballooning(name)
     seen = []
 
@@ -123,14 +125,14 @@ async def test_the_balloon_is_held_while_a_guest_is_copied(clean_hosts: World, n
                 seen.append((domain.reservation().max_pages, balloon_steps(domain)))
                 await trio.sleep(0.01)
 
-    # So slow that the balloon would be down and up again.
+    # The bandwidth is so low that the balloon would give all pages away and take them back.
     options = MigrationOptions(
         Strategy.HYBRID, PolicyOptions(max_rounds=2), bandwidth_bytes_per_s=16 * MIB
     )
     outcome = await migrate(clean_hosts, spec, options=options, meanwhile=watch)
     assert outcome.error is None
     held = [steps for limit, steps in seen if limit == NO_FURTHER]
-    assert held and held[-1] - held[0] <= 2 * PAGES  # down it may go
+    assert held and held[-1] - held[0] <= 2 * PAGES  # the balloon may give pages away
     with clean_hosts.destination.open(spec.name) as domain:
         assert domain.reservation().max_pages == spec.nr_pfns
         let_balloon_move(domain, 2 * PAGES)
@@ -141,13 +143,13 @@ async def test_the_balloon_is_held_while_a_guest_is_copied(clean_hosts: World, n
 async def test_a_page_that_is_taken_back_unseen_is_noticed(
     clean_hosts: World, name: str, monkeypatch: Patch, broken: str
 ) -> None:
-    """Invariant 2."""
+    """This test breaks invariant 2."""
     if broken == "not looked for":
         before_each_read(monkeypatch, lambda domain: let_balloon_move(domain, PAGES // 2))
         monkeypatch.setattr(
             DirtyLog, "_read", lambda self: (self._domain.log_dirty(clean=True), None)
         )
-    else:  # down and up again between two looks: the same number of frames, at the same places
+    else:  # down and up between two readings: the same number of frames, at the same pfns
         set_max_pages = SimulatedDomain.set_max_pages
         told: dict[SimulatedDomain, int] = {}
 
@@ -175,7 +177,7 @@ async def test_a_page_that_is_taken_back_unseen_is_noticed(
     await migrate(clean_hosts, ballooning(name), Strategy.PRECOPY)
     try:
         problems = " ".join((await verification(clean_hosts, ballooning(name))).problems)
-    except MigrationError as error:  # that it met the page before it could be looked at
+    except MigrationError as error:  # the guest met the damaged page before the comparison
         problems = str(error)
     noticed = ("pages differ", "wrong values", "which is no memory", "where there was memory still")
     assert any(text in problems for text in noticed), problems
@@ -198,7 +200,7 @@ async def test_a_migration_that_fails_leaves_the_limit_as_it_was(
 
 
 async def test_a_limit_that_somebody_sets_meanwhile_stays(clean_hosts: World, name: str) -> None:
-    """``xl mem-max``."""
+    """An administrator calls ``xl mem-max`` while the guest is copied."""
     spec = ballooning(name)
 
     async def change(outcome: Outcome, _link: Link) -> None:
@@ -245,7 +247,7 @@ def test_a_limit_that_was_left_behind_is_no_limit(clean_hosts: World, name: str)
 
 
 def test_no_frame_is_under_way_when_the_limit_is_set(clean_hosts: World, name: str) -> None:
-    """Where it were, log-dirty would be cleaned before the frame comes."""
+    """Otherwise log-dirty would be cleaned before the frame is added."""
     guest = clean_hosts.source.create_guest(ballooning(name, balloon_every=1).to_bytes())
     another = SimulatedHypervisor(clean_hosts.directory / "source.sock")
     stop = threading.Event()
@@ -275,7 +277,9 @@ def test_no_frame_is_under_way_when_the_limit_is_set(clean_hosts: World, name: s
 async def test_a_guest_that_has_grown_finds_room_at_the_destination(
     clean_hosts: World, name: str, monkeypatch: Patch, strategy: Strategy
 ) -> None:
-    """The limit of the domain there is from before: pages would be refused, or never be loaded."""
+    """The limit of the domain at the destination is older.  Without more room, pages would be
+    refused or never be loaded.
+    """
     make = SimulatedHypervisor.create_incoming
     less = 100
 
@@ -297,8 +301,8 @@ async def test_a_guest_that_has_grown_finds_room_at_the_destination(
 async def test_a_limit_that_is_lowered_while_pages_are_missing_holds_when_they_have_come(
     clean_hosts: World, name: str, strategy: Strategy
 ) -> None:
-    """``xl mem-set`` downwards: the guest cannot give away pages that have not come, and its vCPUs
-    used to wait for ever.
+    """``xl mem-set`` lowers the limit.  The guest cannot give away pages that have not arrived, and
+    its vCPUs used to wait for ever.
     """
     spec = ballooning(name, balloon_pages=0)
     lower = spec.nr_pfns - 500

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How a lane begins, and how a lane ends whose peer takes nothing: each with its own message."""
+"""The beginning of a lane, and the end of a lane whose peer receives nothing; each failure has an
+error of its own.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ PAGES = memoryview(bytes(512 * 4096))
 async def ends(
     tls: Tls | None = None, terms: Terms = Terms()
 ) -> AsyncIterator[tuple[LaneConnection, LaneConnection]]:
-    """Both ends of a lane."""
+    """Yield both ends of a lane."""
     ours, theirs = socket.socketpair(socket.AF_UNIX)
     made: list[LaneConnection] = []
     terms = replace(terms, tls=tls)
@@ -53,7 +55,7 @@ async def ends(
 async def test_a_peer_that_takes_nothing_is_given_up(
     encrypted: bool, files: Callable[..., Tls], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The lane is not used again: a part of a frame may have been sent."""
+    """The lane is not used again, because a part of a frame may have been sent."""
     monkeypatch.setattr(transport, "STEP_TIMEOUT_S", 1)
     message = m.Pages(np.arange(512, dtype=np.uint64))
     async with ends(files() if encrypted else None) as (ours, _theirs):
@@ -101,7 +103,7 @@ async def test_an_end_sends_often_enough_for_a_peer_with_a_shorter_patience(
 
 
 async def test_a_host_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whose queue of connections is full, and takes no more."""
+    """Its queue of connections is full, and accepts no more."""
     monkeypatch.setattr(transport, "CONNECT_TIMEOUT_S", 0.1)
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.create_server((HOST, 0), backlog=0))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A checkpoint (``--protect``) that is damaged or gone when it is needed.
 
-The guest never goes on with registers of one instant and memory of another.
+The guest never continues with the registers of one instant and the memory of another.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def checkpoint_file(hosts: World) -> Path:
 
 @pytest.fixture
 def hosts(clean_hosts: World) -> Iterator[World]:
-    """Other tests use them too, and a daemon removes no directory that is in the place of a
+    """The hosts of one test only, because a daemon removes no directory that is in the place of a
     checkpoint.
     """
     yield clean_hosts
@@ -85,7 +85,9 @@ def hosts(clean_hosts: World) -> Iterator[World]:
 async def test_a_guest_never_goes_on_without_the_checkpoint_that_was_applied(
     hosts: World, name: str, damage: Callable[[Path], None]
 ) -> None:
-    """Not even with --force.  The pages stay until an operator lets them go."""
+    """The guest cannot continue even with --force.  The pages stay until an operator releases
+    them.
+    """
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
         await dies_after(2, hosts, decide=False)(outcome, link)
@@ -135,7 +137,7 @@ async def ignoring_the_end(migration: OutgoingMigration) -> None:
 async def test_a_decision_that_cannot_be_carried_out_can_be_taken_otherwise(
     hosts: World, name: str, monkeypatch: Patch
 ) -> None:
-    """The file is damaged after the decision.  No page has left the source domain by then."""
+    """The file is damaged after the decision, when no page has left the source domain yet."""
     go_back, depopulate = CheckpointStore.go_back, SimulatedDomain.depopulate
     moved: list[Any] = []
 
@@ -169,13 +171,14 @@ async def test_a_decision_that_cannot_be_carried_out_can_be_taken_otherwise(
     assert outcome.migration.phase == "failed"
     assert "nothing of the guest is needed here" in outcome.migration.progress.problem
     assert hosts.source.domains() == []
-    assert outcome.migration.ownership.state is State.PAGES_LOST  # which the destination is owed
+    # The destination is owed this message.
+    assert outcome.migration.ownership.state is State.PAGES_LOST
 
 
 async def test_a_way_back_that_fails_can_still_succeed(
     hosts: World, name: str, monkeypatch: Patch
 ) -> None:
-    """An error of the file system passes, and the guest goes on."""
+    """An error of the file system passes, and the guest continues."""
     go_back, failures = CheckpointStore.go_back, list[Domain]()
 
     def fail_once(self: CheckpointStore, to: Domain) -> None:
@@ -259,7 +262,9 @@ def test_a_checkpoint_that_cannot_be_read_costs_the_protection_only(
 async def test_a_checkpoint_for_which_there_is_no_memory_costs_the_protection_only(
     hosts: World, name: str, monkeypatch: Patch
 ) -> None:
-    """For a successor: no later checkpoint is kept, because the memory lacks this one."""
+    """The journal notes this for a successor.  No later checkpoint is kept, because the memory
+    lacks this one.
+    """
 
     def refuse(self: SimulatedDomain, pfns: Any, pages: Any) -> None:
         raise XenError("foreign write", errno.ENOMEM)

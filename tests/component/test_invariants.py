@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Each invariant (docs/invariants.md) is broken on purpose, and the checks must notice.
 
-A check that cannot fail is worth nothing.  Number 7 is broken in ``test_hostile_peers.py``.
+A check that cannot fail is useless.  Number 7 is broken in ``test_hostile_peers.py``.
 """
 
 from __future__ import annotations
@@ -58,10 +58,11 @@ async def test_nothing_is_noticed_when_nothing_is_broken(
 async def test_a_receiver_that_answers_zeros_is_noticed(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
-    """Invariant 3."""
+    """This test breaks invariant 3."""
     load = SimulatedDomain.load
     monkeypatch.setattr(SimulatedDomain, "load", lambda self, pfns, pages: load(self, pfns, None))
-    spec = busy(name, write_permille=0)  # one that writes has soon overwritten all damage
+    # The guest only reads, because a guest that writes soon overwrites all damage.
+    spec = busy(name, write_permille=0)
     await migrate(clean_hosts, spec, Strategy.POSTCOPY)
     problems = " ".join((await verification(clean_hosts, spec)).problems)
     assert "pages differ" in problems
@@ -71,7 +72,7 @@ async def test_a_receiver_that_answers_zeros_is_noticed(
 async def test_a_receiver_that_answers_zeros_on_the_fast_path_is_noticed(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
-    """Invariant 3, on the path that nearly all faults take."""
+    """This test breaks invariant 3 on the path that nearly all faults take."""
     loaded: list[int] = []
     native_pages = SimulatedDomain.native_pages
 
@@ -97,7 +98,9 @@ async def test_a_receiver_that_answers_zeros_on_the_fast_path_is_noticed(
 async def test_pages_that_are_not_marked_missing_are_noticed(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
-    """Invariant 3: the receiver leaves old contents (here zeros) in place of outstanding pages."""
+    """This test breaks invariant 3: the receiver leaves old contents (here zeros) in place of
+    outstanding pages.
+    """
     monkeypatch.setattr(MemoryRestorer, "evict", lambda self, pfns: self._populate(pfns))
     await migrate(clean_hosts, busy(name))
     assert "wrong values while it ran" in " ".join(
@@ -108,7 +111,9 @@ async def test_pages_that_are_not_marked_missing_are_noticed(
 async def test_a_stale_page_that_comes_late_is_noticed(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
-    """Invariant 2: pages that the guest has written since are overwritten with what was sent."""
+    """This test breaks invariant 2: pages that the guest has written since are overwritten with
+    what was sent.
+    """
     kept: list[tuple[PfnArray, bytes]] = []
     load, finish = SimulatedDomain.load, Pager.finish
 
@@ -133,7 +138,7 @@ async def test_a_stale_page_that_comes_late_is_noticed(
 async def test_a_second_load_is_kept_from_doing_harm(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
-    """Invariant 2 holds even for a pager that claims nothing: the hypervisor does not load a
+    """Invariant 2 holds even if a pager claims nothing, because the hypervisor does not load a
     present page.
     """
 
@@ -155,7 +160,9 @@ async def test_a_second_load_is_kept_from_doing_harm(
 async def test_a_second_response_is_noticed(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
-    """Invariant 4: what another vCPU is still owed goes to one that has its answer."""
+    """This test breaks invariant 4: an answer that is owed to one vCPU goes to another that was
+    answered already.
+    """
     respond = PagingRing.respond
     mixed_up: list[PagingRequest] = []
 
@@ -170,7 +177,9 @@ async def test_a_second_response_is_noticed(
     spec = busy(name)
 
     async def hold_the_push(outcome: Outcome, _link: Link) -> None:
-        """On a busy machine all pages may arrive before a vCPU runs, and no vCPU asks for one."""
+        """Delay the push, because on a busy machine all pages may arrive before a vCPU runs and
+        requests one.
+        """
         while not mixed_up:
             outcome.migration.context.cap.spend(4 * MIB, time.monotonic())
             await trio.sleep(0.05)
@@ -181,7 +190,9 @@ async def test_a_second_response_is_noticed(
 
 
 async def signs_of_a_wrong_answer(world: World, spec: GuestSpec) -> str:
-    """A vCPU was answered that did not wait, or one that waits never is."""
+    """Return a sign that a vCPU was answered that did not wait, or that a waiting vCPU is never
+    answered.
+    """
     domain = world.destination.open(spec.name)
     await trio.sleep(0.2)
     report = domain.report()
@@ -198,7 +209,7 @@ async def signs_of_a_wrong_answer(world: World, spec: GuestSpec) -> str:
 async def test_a_response_before_the_page_is_noticed(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
-    """Invariant 4, on the slow path."""
+    """This test breaks invariant 4 on the slow path."""
     requests = OutstandingPages.requests
 
     def answer_first(self: OutstandingPages, batch: list[PagingRequest], now: float) -> Verdict:
@@ -217,7 +228,7 @@ async def test_a_response_before_the_page_is_noticed(
 async def test_a_ring_that_is_disabled_early_is_noticed(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
-    """Invariant 5."""
+    """This test breaks invariant 5."""
     start = SimulatedDomain.start
 
     def disable_and_start(self: SimulatedDomain) -> None:
@@ -245,7 +256,7 @@ async def test_a_ring_that_is_disabled_early_is_noticed(
 async def test_a_dirty_page_that_is_forgotten_is_noticed(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
-    """Invariant 2: the last look at log-dirty is lost."""
+    """This test breaks invariant 2: the last reading of log-dirty is lost."""
     log_dirty, suspend = SimulatedDomain.log_dirty, SimulatedDomain.suspend
 
     def forget(self: SimulatedDomain, *, clean: bool) -> Any:
@@ -253,7 +264,7 @@ async def test_a_dirty_page_that_is_forgotten_is_noticed(
         return bitmap * 0 if self.info().state is DomainState.SUSPENDED else bitmap
 
     def suspend_after_writes(self: SimulatedDomain) -> None:
-        """Suspend the guest when there is something to forget, however quick the last round was."""
+        """Suspend the guest when it has written pages, even if the last round was very quick."""
         deadline = time.monotonic() + WAIT_S
         while self.log_dirty_is_on() and np.count_nonzero(log_dirty(self, clean=False)) < 16:
             assert time.monotonic() < deadline, "the guest does not write"
@@ -262,11 +273,11 @@ async def test_a_dirty_page_that_is_forgotten_is_noticed(
 
     monkeypatch.setattr(SimulatedDomain, "log_dirty", forget)
     monkeypatch.setattr(SimulatedDomain, "suspend", suspend_after_writes)
-    # Slow enough that most of what it dirties in the last moment was clean before.
+    # The guest is so slow that most pages that it dirties in the last moment were clean before.
     spec = busy(name, rate=5000, working_set_bytes=12 * MIB)
     outcome = await migrate(clean_hosts, spec, Strategy.PRECOPY)
     assert outcome.error is None
-    # The guest can have visited every page again; then it has read the old values itself.
+    # The guest may have visited every page again; then it has read the old values itself.
     problems = " ".join((await verification(clean_hosts, spec)).problems)
     assert "pages differ" in problems or "wrong values while it ran" in problems
 
@@ -274,7 +285,7 @@ async def test_a_dirty_page_that_is_forgotten_is_noticed(
 async def test_a_pinned_frame_that_is_missing_kills_the_guest(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
-    """Invariant 9."""
+    """This test breaks invariant 9."""
     monkeypatch.setattr(SimulatedDomain, "pinned", lambda self, pfns: np.empty(0, dtype=np.uint64))
     monkeypatch.setattr(
         DirtyLog, "hottest", lambda self, written, most: written[:0]
@@ -288,8 +299,8 @@ async def test_a_pinned_frame_that_is_missing_kills_the_guest(
 async def test_a_completion_that_is_not_so_is_not_believed(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
-    """Invariants 6 and 8: the receiver sends ``complete`` while pages are missing.  The sender asks
-    which pages it really lacks.
+    """This test breaks invariants 6 and 8: the receiver sends ``complete`` while pages are missing.
+    The sender asks which pages it really lacks.
     """
     complete = postcopy.complete
     lies: list[int] = []
@@ -316,10 +327,10 @@ async def test_a_completion_that_is_not_so_is_not_believed(
 async def test_a_sender_that_loses_a_page_never_completes(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
-    """Invariants 6 and 8: a page that is not sent keeps both ends waiting, and nothing is called a
-    success.
+    """This test breaks invariants 6 and 8: a page that is not sent keeps both ends waiting, and no
+    success is reported.
 
-    The page is lost among the pushed pages and among those that are read ahead: the guest does not
+    The page is lost among the pushed pages and among those that are read ahead.  The guest does not
     touch the page, but three of its faults at equal distances can make the receiver fetch the page.
     """
 
@@ -342,7 +353,7 @@ async def test_a_sender_that_loses_a_page_never_completes(
                 and outcome.migration.progress.outstanding == 1
             ):
                 await trio.sleep(0.01)
-            await trio.sleep(0.5)  # for it to complete all the same
+            await trio.sleep(0.5)  # time in which it could complete wrongly
             scope.cancel()
 
         ended.append(
@@ -356,7 +367,7 @@ async def test_a_sender_that_loses_a_page_never_completes(
 async def test_before_the_handover_any_failure_leaves_the_guest_at_the_source(
     clean_hosts: World, name: str, monkeypatch: Patch, phase: type[Precopy] | type[Switchover]
 ) -> None:
-    """Invariant 1, the other half; and nothing is left over at the destination."""
+    """This tests the other half of invariant 1; and nothing is left over at the destination."""
     run: Any = phase.run
 
     async def fail(self: Any, *arguments: Any) -> Any:
@@ -383,7 +394,7 @@ async def test_before_the_handover_any_failure_leaves_the_guest_at_the_source(
 async def test_cancelled_while_the_peer_takes_nothing_it_does_not_wait_for_that(
     clean_hosts: World, name: str, monkeypatch: Patch, sending: str
 ) -> None:
-    """Precopy: the connection is cut off after a moment."""
+    """For precopy, the connection is ended after a moment."""
     stuck = trio.Event()
 
     def hang(self: PushLane, *arguments: Any) -> None:
@@ -408,7 +419,7 @@ async def test_cancelled_while_the_peer_takes_nothing_it_does_not_wait_for_that(
 async def test_cancelled_while_the_guest_is_suspended_it_goes_on_at_one_end(
     clean_hosts: World, name: str, monkeypatch: Patch, moment: str
 ) -> None:
-    """Invariant 1: until the handover it is not too late, and then it is."""
+    """Invariant 1: ``cancel`` acts until the handover, and is too late afterwards."""
     too_late: list[str] = []
     migrations: list[OutgoingMigration] = []
     run, say = OutgoingMigration.run, PushLane.send_blocking

@@ -127,7 +127,7 @@ async def test_a_task_that_is_cancelled_while_it_fails_is_both_logged_and_cancel
 
 
 class Faltering:
-    """A listener that fails as it is told to, and then has one connection."""
+    """A listener that fails in the given ways, and then has one connection."""
 
     def __init__(self, *errors: Exception):
         self._errors = list(errors)
@@ -168,7 +168,8 @@ async def test_connections_are_accepted_again_after_any_error_and_it_is_logged_o
             lambda: serve("a connection", handle, listeners, from_strangers=from_strangers)
         )
         await handled.wait()
-        assert await listener.peer.recv(1) == b""  # closed, whatever its handler did
+        # The connection is closed, whatever its handler did.
+        assert await listener.peer.recv(1) == b""
         nursery.cancel_scope.cancel()
     assert [
         r.getMessage().split(":")[0]
@@ -182,7 +183,7 @@ def test_without_a_descriptor_the_watchdog_is_fed_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
-    daemons.notify("READY=1")  # nobody listens
+    daemons.notify("READY=1")  # no process receives this
 
     def exhausted(*_arguments: object) -> socket.socket:
         raise OSError(errno.EMFILE, "Too many open files")
@@ -194,13 +195,13 @@ def test_without_a_descriptor_the_watchdog_is_fed_all_the_same(
         assert told.recv(100) == b"WATCHDOG=1"
         daemons._notify_socket().close()
         daemons._notify_socket.cache_clear()
-        daemons.notify("WATCHDOG=1")  # is not sent, and ends nothing
+        daemons.notify("WATCHDOG=1")  # this cannot be sent, and ends nothing
 
 
 # ---- migrations that have ended ----
 class Ends:
-    """Lanes that fail each time for another reason to deliver the final message to their other end,
-    which at last does not need it any more.
+    """Lanes that fail to deliver the final message, each time for another reason.  At last the
+    other end does not need the message any more.
     """
 
     dials, rejoins = ("peer", 1), 0
@@ -281,8 +282,8 @@ async def test_a_daemon_goes_on_when_a_migration_fails_in_every_way(
 async def test_a_successor_is_received_though_the_clock_went_back(
     monkeypatch: pytest.MonkeyPatch, noted: bool, autojump_clock: trio.testing.MockClock
 ) -> None:
-    """``noted``: in the journal.  Earlier releases noted nothing, and took their numbers from the
-    clock.
+    """``noted``: the journal has the number.  Earlier releases noted none, and took their numbers
+    from the clock.
     """
     key, numbers = b"k" * 32, list[int]()
     awaited = AwaitedLanes()
@@ -295,7 +296,7 @@ async def test_a_successor_is_received_though_the_clock_went_back(
 
     monkeypatch.setattr(DialledLanes, "_dial", dial)
     facts: dict[str, Any] = {"dials": ["peer", 1], **({"rejoins": 0} if noted else {})}
-    if not noted:  # its last number
+    if not noted:  # the last number of an earlier release
         await awaited.welcome(hello(Lane.PUSH, "session", rejoin_token(key, 1_790_000_000)))
     for now in (1_790_000_100, 1_790_000_000, 0):
         monkeypatch.setattr("time.time", lambda now=now: now)
@@ -310,7 +311,7 @@ async def test_a_successor_is_received_though_the_clock_went_back(
 async def test_a_peer_that_refuses_is_dialled_ever_less_often(
     monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
 ) -> None:
-    """And a lane that held longer than the pause begins anew."""
+    """After a lane that lasted longer than the pause, the pauses begin with the shortest one."""
     lanes, dialled = DialledLanes(("peer", 1), "session", Terms(), b""), list[float]()
     answer: Exception | None = RefusedError("not now")
 
@@ -332,7 +333,7 @@ async def test_a_peer_that_refuses_is_dialled_ever_less_often(
     assert pauses[-1] == pytest.approx(LAST_RETRY_S)
     answer = None
     await lanes.again(lambda _note: None)
-    await lanes.again(lambda _note: None)  # lost at once
+    await lanes.again(lambda _note: None)  # this lane is lost at once
     assert dialled[-1] - dialled[-2] == pytest.approx(LAST_RETRY_S)
     await trio.sleep(2 * LAST_RETRY_S)
     lost = trio.current_time()
@@ -390,7 +391,7 @@ FACTS: dict[str, dict[str, Any]] = {
 
 
 def entry(which: str, text: str | dict[str, Any]) -> str:
-    """``text``: or what differs from a good entry."""
+    """Return an entry.  ``text``: the entry itself, or its differences from a valid one."""
     if isinstance(text, str):
         return text.replace("BOOT", BOOT_ID.read_text().strip())
     return "\n" + json.dumps({"boot": BOOT_ID.read_text().strip(), **FACTS[which], **text})
@@ -405,7 +406,9 @@ def world() -> Iterator[World]:
 async def test_an_entry_of_another_release_is_left_and_its_session_is_not_called_unknown(
     world: World,
 ) -> None:
-    """A peer that is told that a session is unknown lets go of what it keeps for it."""
+    """If a peer is answered that a session is unknown, it releases what it keeps for the
+    session.
+    """
     files = {}
     for which, start in (("sender", start_sender), ("receiver", start_receiver)):
         world.stop(which)
@@ -441,7 +444,7 @@ async def test_an_entry_of_another_release_is_left_and_its_session_is_not_called
 async def test_a_value_that_no_release_has_written_is_not_acted_on(
     which: str, clean_hosts: World, tmp_path: Path
 ) -> None:
-    """If a strange domid were taken for the number of a domain that has gone, what a guest needs
+    """If a wrong domid were taken for the number of a domain that has ended, what a guest needs
     would be given up.
     """
 
@@ -464,7 +467,7 @@ async def test_a_value_that_no_release_has_written_is_not_acted_on(
 
 
 async def migrates(world: World, name: str = "another") -> None:
-    """Another guest, as if nothing had happened."""
+    """Migrate another guest, for which nothing must have changed."""
     spec = GuestSpec(name, 4 * MIB, 1, workload="random")
     world.source.create_guest(spec.to_bytes()).close()
 
@@ -588,7 +591,7 @@ async def test_an_error_after_the_handover_ends_neither_the_pager_nor_the_migrat
     assert (await inprocess.verification(clean_hosts, busy(name))).problems == []
 
 
-# ---- what a peer says ----
+# ---- the messages of a peer ----
 def test_what_a_peer_counted_is_taken_by_key_and_type() -> None:
     ours = PagerStatistics()
     ours.answered(1, 0.001)
@@ -656,7 +659,7 @@ def leaves(value: object) -> Iterator[object]:
 
 @given(told_by_peer | anything)
 def test_whatever_a_peer_counted_is_checked_before_anybody_sees_it(told: object) -> None:
-    """Invariant 10: it is for a terminal, a log and JSON."""
+    """Invariant 10: the counters reach a terminal, a log and JSON."""
     try:
         found = receiver_statistics(json.dumps(told).encode())
     except RemoteProtocolError:
@@ -713,7 +716,9 @@ def test_a_log_that_nobody_reads_holds_nobody_up(
 
 
 def no_threads(patch: pytest.MonkeyPatch, *, times: int) -> list[object]:
-    """The first threads cannot be started; returns a list of those that could not."""
+    """Make the first starts of threads fail.  Returns a list, to which each failed thread is
+    added.
+    """
     original, failed = trio.to_thread.run_sync, list[object]()
 
     async def start(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -729,7 +734,9 @@ def no_threads(patch: pytest.MonkeyPatch, *, times: int) -> list[object]:
 async def test_a_host_without_threads_is_named_and_waited_for(
     clean_hosts: World, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A guest depends on the daemons: what needs a thread is done when there is one."""
+    """A guest depends on the daemons, so work that needs a thread is done as soon as there is
+    one.
+    """
     monkeypatch.setattr(tasks, "AGAIN_S", 0.01)
     monkeypatch.setattr(recovery, "CARRY_ON_AGAIN_S", 0.01)
     failed = list[object]()
@@ -772,8 +779,8 @@ async def fail_otherwise() -> None:
 async def test_a_successor_takes_a_guest_up_when_it_can(
     clean_hosts: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, end: str
 ) -> None:
-    """Neither is its journal erased, nor the guest given up, because a thread could not be started
-    at first.
+    """If a thread cannot be started at first, the journal is not erased, and the guest is not given
+    up.
     """
     for module, pause in ((tasks, "AGAIN_S"), (recovery, "LAST_START_AGAIN_S")):
         monkeypatch.setattr(module, pause, 0.01)

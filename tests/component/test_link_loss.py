@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The link is lost: before the handover the guest stays at the source, after it at the destination;
-nothing else is lost.
+"""The link is lost.  Before the handover the guest stays at the source, afterwards at the
+destination, and nothing else is lost.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ async def test_cut_at_any_word_from_the_handover_on_the_guest_arrives(
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
         links.append(link)
-        if said in (m.Rejoin, m.Outstanding, m.Rejoined):  # which need a first cut
+        if said in (m.Rejoin, m.Outstanding, m.Rejoined):  # these need a cut before
             await until(lambda: outcome.migration.ownership.handed_over)
             link.cut()
 
@@ -138,7 +138,7 @@ async def test_cut_before_the_handover_the_guest_stays_and_nothing_is_left_over(
 async def test_cut_behind_the_context_the_guest_is_at_one_end(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
-    """At which depends on what is quicker, ``ready`` or the cut."""
+    """Which end has the guest depends on whether ``ready`` or the cut comes first."""
     links = cut_when(monkeypatch, PushLane, m.Context, before=False)
     outcome = await migrate(clean_hosts, busy(name), Strategy.HYBRID, meanwhile=watch(links))
     assert not links, "it was cut"
@@ -154,7 +154,7 @@ async def test_cut_behind_the_context_the_guest_is_at_one_end(
 async def test_the_receiver_is_ready_and_not_heard(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
-    """It cannot know whether it has the guest, until the sender has got through to it."""
+    """The receiver cannot find out which end has the guest, until the sender is in touch again."""
     links = cut_when(monkeypatch, Peer, m.Ready, before=True, down=True)
     in_doubt = trio.Event()
 
@@ -194,7 +194,7 @@ async def test_a_receiver_that_may_be_ready_is_told_of_giving_up(
 async def test_it_is_told_until_it_has_heard(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
-    """A word that was sent need not have arrived."""
+    """A message that was sent may not have arrived."""
     links = cut_when(monkeypatch, Peer, m.Ready, before=True)
     reconnect = Peer.reconnect
     deaf: list[str] = []
@@ -215,7 +215,7 @@ async def test_it_is_told_until_it_has_heard(
 async def test_while_the_link_is_down_the_guest_goes_on_as_far_as_its_pages_allow(
     clean_hosts: World, name: str
 ) -> None:
-    """Invariants 1, 5 and 6."""
+    """This tests invariants 1, 5 and 6."""
     spec = busy(name, rate=2000, working_set_bytes=MIB)
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
@@ -230,7 +230,7 @@ async def test_while_the_link_is_down_the_guest_goes_on_as_far_as_its_pages_allo
         assert target.info().state is DomainState.RUNNING
         assert "its missing pages are kept here" in outcome.migration.progress.problem
         assert "waits for its missing pages" in outcome.incoming.progress.problem
-        await until(lambda: link.connections > 3)  # it tries
+        await until(lambda: link.connections > 3)  # the sender tries to connect
         link.is_up = True
         outcome.migration.context.lanes.hurry()
 
@@ -244,8 +244,8 @@ async def test_while_the_link_is_down_the_guest_goes_on_as_far_as_its_pages_allo
 async def test_a_guest_that_is_saved_while_pages_are_missing(
     clean_hosts: World, name: str, here: bool
 ) -> None:
-    """By a program that ignores missing pages: the image has holes, so the source keeps its pages
-    until an operator decides.
+    """The guest is saved by a program that ignores missing pages.  The image has holes, so the
+    source keeps its pages until an operator decides.
     """
 
     async def meanwhile(outcome: Outcome, _link: Link) -> None:
@@ -264,7 +264,7 @@ async def test_a_guest_that_is_saved_while_pages_are_missing(
             "pages were missing: an image or a copy that was made of it then lacks them" in problem
         )
     assert clean_hosts.source.open(name).state() is DomainState.SUSPENDED
-    if here:  # a copy of it may run somewhere else
+    if here:  # a copy of the guest may run elsewhere
         with pytest.raises(MigrationError, match="--force"):
             await outcome.migration.requests.decide(here=True)
     await outcome.migration.requests.decide(here=here, force=here)
@@ -276,7 +276,7 @@ async def test_a_guest_that_is_saved_while_pages_are_missing(
 
 
 async def test_one_end_alone_notices(clean_hosts: World, name: str) -> None:
-    """The other one's lanes look alive: it learns from the new ones."""
+    """The lanes of the other end look alive; it notices by the new lanes."""
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
         await until(lambda: outcome.migration.ownership.handed_over)
@@ -337,13 +337,13 @@ async def test_nobody_else_takes_a_session_up(clean_hosts: World, name: str) -> 
         for key in (b"", b"guessed", b"another"):
             thief = DialledLanes(("127.0.0.1", link.port), outcome.migration.id, Terms())
             thief.keep(key)
-            thief.hurry()  # the migration does not wait for it
+            thief.hurry()  # the migration itself does not wait for the thief
             try:
                 (await thief.again(refusals.append)).close()
             except RefusedError as error:
                 refusals.append(str(error))
 
-    # Its memory takes longer to come than the thief takes.
+    # The guest's memory takes longer to arrive than the thief takes.
     slow = MigrationOptions(Strategy.POSTCOPY, bandwidth_bytes_per_s=4 * MIB)
     spec = busy(name, rate=2000, working_set_bytes=MIB)
     outcome = await migrate(clean_hosts, spec, options=slow, meanwhile=meanwhile)
@@ -355,7 +355,7 @@ async def test_nobody_else_takes_a_session_up(clean_hosts: World, name: str) -> 
 async def test_the_sender_never_comes_back_and_an_operator_lets_the_guest_run(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
-    """The handover was sent and did not arrive: neither end can decide by itself.  When the link is
+    """The handover was sent and did not arrive, so neither end can decide alone.  When the link is
     back, the migration continues.
     """
     links = cut_when(monkeypatch, PushLane, m.Handover, before=True, down=True)
@@ -393,7 +393,7 @@ async def test_the_destination_never_comes_back_and_an_operator_takes_the_guest_
         await until(lambda: outcome.incoming.phase == "in doubt")
         await outcome.migration.requests.decide(here=True)
         await until(lambda: clean_hosts.source.open(name).info().state is DomainState.RUNNING)
-        link.is_up = True  # and if it comes back after all, it is told
+        link.is_up = True  # if the destination comes back nevertheless, it is informed
 
     outcome = await migrate(clean_hosts, busy(name), meanwhile=meanwhile)
     assert "an operator has decided" in str(outcome.error)
@@ -444,7 +444,7 @@ async def test_a_guest_that_an_operator_has_decided_against_stands_still_when_th
 async def test_a_guest_that_was_not_handed_over_stands_still_though_an_operator_has_started_it(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
-    """The operator of the destination was wrong: the source had given up, and has the guest run."""
+    """The operator of the destination was wrong: the source had given up, and runs the guest."""
     links = cut_when(monkeypatch, Peer, m.Ready, before=True, down=True)
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
@@ -469,7 +469,7 @@ async def test_a_guest_that_was_not_handed_over_stands_still_though_an_operator_
 async def test_a_link_that_says_nothing_is_given_up(
     clean_hosts: World, name: str, before_the_handover: bool
 ) -> None:
-    """Nobody closes a connection; each end finds out by itself."""
+    """No connection is closed; each end notices the loss by itself."""
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
         if before_the_handover:
@@ -481,7 +481,7 @@ async def test_a_link_that_says_nothing_is_given_up(
         await until(lambda: outcome.migration.phase == "interrupted")
         await until(
             lambda: outcome.incoming.phase in ("interrupted", "in doubt")
-        )  # with the word on its way
+        )  # with the message in transit
         link.go()
 
     spec = busy(name, rate=1000) if before_the_handover else busy(name)
@@ -503,7 +503,7 @@ async def test_a_link_that_says_nothing_is_given_up(
 
 
 async def test_pages_are_checked_from_end_to_end(clean_hosts: World, name: str) -> None:
-    """One bit in the middle of a page."""
+    """One bit in the middle of a page is flipped."""
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
         await until(lambda: outcome.migration.ownership.handed_over)
@@ -544,9 +544,7 @@ async def test_the_word_that_the_guest_stays_is_damaged_on_its_way(
 async def test_a_sender_that_ends_between_the_last_word_and_letting_go_has_a_successor_that_lets_go(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
-    """Found by killing at random: the receiver has forgotten the session by then, which is
-    right.
-    """
+    """Found by killing at random: the receiver has rightly removed the session by then."""
     with monkeypatch.context() as patch:
 
         async def killed(self: Transfer) -> None:
@@ -572,7 +570,7 @@ async def test_a_sender_that_ends_between_the_last_word_and_letting_go_has_a_suc
 async def test_a_session_id_that_is_no_name_is_refused(
     clean_hosts: World, name: str, session: str
 ) -> None:
-    """A peer chooses it, and it becomes the name of a file."""
+    """A peer chooses the session's identifier, which becomes the name of a file."""
     refusals: list[str] = []
 
     async def meanwhile(_outcome: Outcome, link: Link) -> None:

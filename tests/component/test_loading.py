@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Loading pages on a host that has no memory for a while: no page is lost or taken for one given
-away, and nothing else waits.
+"""Pages are loaded on a host that has no memory for a while.  No page is lost or taken for one that
+was given away, and nothing else waits.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from xenbackend.simulated.client import SimulatedDomain
 
 
 class ShortOfMemory:
-    """A domain that has frames for so many pages in each call."""
+    """A domain that has frames for a limited number of pages in each call."""
 
     def __init__(self, frames: int, gone: set[int] | None = None):
         self.frames, self.gone = frames, gone or set()
@@ -115,13 +115,13 @@ def test_what_waiting_does_not_help_is_an_error() -> None:
 
 
 def answered(end: Destination) -> list[int]:
-    """So far."""
+    """Return the vCPUs that have been answered so far."""
     end.xen.take_answers()
     return end.xen.answered
 
 
 def counted_turns(end: Destination) -> Callable[[], int]:
-    """Returns what tells how many turns the pager's thread has made since this call."""
+    """Return a function that returns how many turns the pager's thread has made since this call."""
     turn = end.pager._turn
     turns: list[None] = []
 
@@ -147,7 +147,7 @@ async def test_others_are_served_meanwhile_and_the_thread_can_be_stopped(native:
             end.touch(1, vcpu=0)
             put(theirs, encoded(m.Pages(pfn_array([1])), contents(1)))
             await until(lambda: end.pager.short_of_memory == 1)
-            for pfn, vcpu in ((2, 1), (30, 2)):  # the one is missing, the other is there
+            for pfn, vcpu in ((2, 1), (30, 2)):  # the first page is missing, the second is present
                 end.touch(pfn, vcpu)
             put(theirs, encoded(m.Pages(pfn_array([2])), contents(2)))
             await until(lambda: sorted(answered(end)) == [2, 30])
@@ -165,7 +165,7 @@ async def test_others_are_served_meanwhile_and_the_thread_can_be_stopped(native:
 async def test_a_pager_that_is_stopped_when_its_thread_has_ended_does_not_disturb_the_next() -> (
     None
 ):
-    """The event loop learns of a thread's end later than that happens."""
+    """The event loop notices the end of a thread only some time after it."""
     with (
         lanes() as (ours, theirs),
         contextlib.closing(Destination(ours, theirs, {1}, native=True)) as end,

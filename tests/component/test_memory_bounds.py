@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The memory of a daemon is bounded by the memory of its guests, and given back when a migration
+"""The memory of a daemon is limited by the memory of its guests, and is released when a migration
 has ended.
 """
 
@@ -25,7 +25,7 @@ from xenbackend.simulated.guest import GuestSpec
 
 
 def held_by(thing: object) -> int:
-    """Bytes of arrays and buffers that are kept for this object's sake alone."""
+    """Return the number of bytes of arrays and buffers that only this object keeps."""
     seen, found, to_look_at = set[int](), 0, [thing]
     others = (type, ModuleType, FunctionType, World, Hypervisor, Domain, Journal)
     while to_look_at:
@@ -49,7 +49,7 @@ def held_by(thing: object) -> int:
 async def test_an_ended_migration_keeps_nothing_as_large_as_its_guest(
     clean_hosts: World, name: str, strategy: Strategy
 ) -> None:
-    """``list`` shows a hundred of them at each end."""
+    """``list`` shows a hundred ended migrations at each end."""
     running = list[int]()
 
     async def meanwhile(outcome: Outcome, _link: Link) -> None:
@@ -61,7 +61,7 @@ async def test_an_ended_migration_keeps_nothing_as_large_as_its_guest(
     spec = GuestSpec(name, 64 * MIB, workload="idle", zero_permille=1000)
     outcome = await migrate(clean_hosts, spec, strategy, meanwhile=meanwhile)
     assert outcome.error is None
-    assert running[0] > spec.nr_pfns  # it would be noticed
+    assert running[0] > spec.nr_pfns  # so that kept memory would be noticed
     assert held_by(outcome.migration) < spec.nr_pfns
     assert held_by(outcome.incoming) < spec.nr_pfns
     assert outcome.migration.result()["memory_bytes"] == spec.memory_bytes

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""In each state that ``list`` can show, a command acts, or its answer is what to do instead.  What
-may pass is tried again.
+"""In each state that ``list`` can show, a command acts, or its answer has what to do instead.  A
+call that may succeed later is tried again.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ SLOW = MigrationOptions(Strategy.POSTCOPY, bandwidth_bytes_per_s=16 * MIB)
 
 # ---- errors that may pass ----
 def fails(patch: Patch, call: str, *, times: int) -> list[str]:
-    """The first calls fail; returns a list that has their names when they have."""
+    """Make the first calls fail.  Returns a list, to which the name of each failed call is
+    added.
+    """
     original, failed = getattr(SimulatedDomain, call), list[str]()
 
     def fail_first(self: SimulatedDomain, *arguments: Any, **options: Any) -> Any:
@@ -90,7 +92,7 @@ async def test_a_guest_that_cannot_be_started_yet_is_started_later(
 async def test_a_guest_is_started_later_whatever_the_error_was(
     clean_hosts: World, name: str, monkeypatch: Patch, error: Exception
 ) -> None:
-    """Nothing is a reason to leave a guest that was handed over without its start."""
+    """No error is a reason not to start a guest that was handed over."""
     start, failed = SimulatedDomain.start, list[str]()
 
     def fail_first(self: SimulatedDomain) -> None:
@@ -98,7 +100,7 @@ async def test_a_guest_is_started_later_whatever_the_error_was(
             failed.append("start")
             raise error
         start(self)
-        if len(failed) < 4:  # and once behind the start
+        if len(failed) < 4:  # once the error is raised after the start
             failed.append("started")
             raise error
 
@@ -145,7 +147,7 @@ async def test_a_guest_that_never_starts_can_be_given_back(
 async def test_of_two_decisions_at_once_one_is_carried_out(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
-    """The destination has given a final answer; both decisions would take effect, and the guest be
+    """The destination has given a final answer.  If both decisions took effect, the guest would be
     gone.
     """
     failed = fails(monkeypatch, "start", times=10**6)
@@ -170,7 +172,7 @@ async def test_of_two_decisions_at_once_one_is_carried_out(
 
     monkeypatch.undo()
     (here,) = [here for here, answer in answers.items() if answer == "acts"]
-    # Too early to decide again, or too late.
+    # It is too early to decide again, or too late.
     assert "already" in answers[not here] or "has ended" in answers[not here]
     assert [info.name for info in clean_hosts.source.domains()] == ([name] if here else [])
 
@@ -192,7 +194,7 @@ async def test_a_guest_that_is_gone_when_it_is_to_be_started_is_not_started_for_
 async def test_a_guest_that_ends_when_an_operator_starts_it_has_ended(
     clean_hosts: World, name: str, monkeypatch: Patch, left: str
 ) -> None:
-    """The operator has an answer, and the migration an end that the journal agrees with."""
+    """The operator is answered, and the end of the migration agrees with the journal."""
     links = cut_when(monkeypatch, Peer, m.Ready, before=True, down=True)
     state = SimulatedDomain.state
 
@@ -234,7 +236,7 @@ async def test_a_guest_that_ends_when_an_operator_starts_it_has_ended(
 async def test_a_reservation_that_cannot_be_given_back_yet_is_given_back_later(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
-    """The migration has ended when it says so, and not before."""
+    """The migration has ended exactly when it is shown as ended."""
     reserve, failed = SimulatedDomain.reserve, list[int]()
 
     def fail_first(self: SimulatedDomain, pages: int) -> None:
@@ -255,8 +257,8 @@ async def test_a_reservation_that_cannot_be_given_back_yet_is_given_back_later(
 async def test_a_guest_that_cannot_be_paused_yet_is_paused_later(
     clean_hosts: World, name: str, monkeypatch: Patch, call: str
 ) -> None:
-    """An operator has the guest go on at its source, where it was wrongly given up; the source has
-    its answer, and in the end the guest runs at one end only.
+    """An operator has decided that the guest continues at its source, where it was wrongly given
+    up.  The source is answered, and in the end the guest runs at one end only.
     """
     failed = list[str]()
 
@@ -297,8 +299,7 @@ async def test_a_guest_that_cannot_be_paused_yet_is_paused_later(
 async def test_a_guest_whose_memory_has_all_come_is_paused_later(
     clean_hosts: World, name: str, monkeypatch: Patch, word: str
 ) -> None:
-    """Likewise where the migration is completed at the destination, and the source never learned
-    it.
+    """The migration is completed at the destination, and the source was not informed of that.
 
     ``abort`` comes from a sender whose journal has lost the handover.
     """
@@ -311,7 +312,7 @@ async def test_a_guest_whose_memory_has_all_come_is_paused_later(
         await link.was_cut.wait()
         await outcome.incoming.ended.wait()
         assert outcome.incoming.phase == "completed"
-        outcome.incoming.ended = end = trio.Event()  # for which the migration waits below
+        outcome.incoming.ended = end = trio.Event()  # the migration waits for this below
         await until_async(lambda: outcome.migration.phase == "interrupted")
         failed = fails(monkeypatch, "pause", times=5)
         await outcome.migration.requests.decide(here=True, force=True)
@@ -375,7 +376,7 @@ async def test_a_guest_that_cannot_be_unpaused_when_its_ring_is_given_up_is_unpa
 async def test_a_page_that_cannot_be_read_yet_is_read_later(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
-    """At the source, after the handover."""
+    """This is tested at the source, after the handover."""
     failed: list[str] = []
     look = SimulatedDomain.map_pages
 
@@ -422,7 +423,7 @@ async def test_a_state_that_is_not_known_for_a_moment_ends_nothing(
 async def test_what_is_cancelled_at_the_destination_does_not_become_ready(
     clean_hosts: World, name: str, monkeypatch: Patch, strategy: Strategy
 ) -> None:
-    """Found by chaos: the thread of the push lane said ready all the same, and nobody had the
+    """Found by chaos: the thread of the push lane sent ``ready`` nevertheless, and no end had the
     guest.
     """
     set_context, outcomes = SimulatedDomain.set_context, list[Outcome]()
@@ -445,7 +446,7 @@ async def test_what_is_cancelled_at_the_destination_does_not_become_ready(
 
 # ---- each command in each state ----
 def ask(world: World, which: str, what: str, name: str = "guest", **more: Any) -> str:
-    """``acts``, or the answer."""
+    """Return ``acts``, or the answer."""
     word, _space, where = what.partition(" ")
     arguments = {"here": where == "here"} if where else {}
     try:
@@ -457,7 +458,7 @@ def ask(world: World, which: str, what: str, name: str = "guest", **more: Any) -
 
 
 def answers(world: World, which: str, expected: dict[str, str], **more: Any) -> None:
-    """What is not expected to act is expected to say this."""
+    """Check that each command either acts or is answered as expected."""
     assert world.ask(which, command="show", migration="guest")["known"]
     for what, answer in expected.items():
         found = ask(world, which, what, **more)
@@ -562,7 +563,7 @@ def test_interrupted_at_the_source(world: World) -> None:
 def test_a_sender_whose_journal_has_lost_the_handover_has_the_destination_hold_the_guest(
     world: World, here: bool
 ) -> None:
-    """Its successor resumes the guest, which runs at the destination as well."""
+    """The successor resumes the guest, which runs at the destination as well."""
     boot(world)
     interrupted(world, "sender")
     note(world, "sender", "suspending")
@@ -581,8 +582,8 @@ def test_a_sender_whose_journal_has_lost_the_handover_has_the_destination_hold_t
 def test_a_successor_keeps_a_held_guest_paused_and_gives_the_same_reason(
     world: World, here: bool
 ) -> None:
-    """Found by reading: the successor took the paused domain for one that it was to serve, and an
-    operator could decide nothing any more.
+    """Found by reading: the successor took the paused domain for a guest that it had to serve, and
+    no decision was possible any more.
     """
     boot(world)
     interrupted(world, "sender")
@@ -590,7 +591,7 @@ def test_a_successor_keeps_a_held_guest_paused_and_gives_the_same_reason(
     start_sender(world)
     until(lambda: "is paused here" in problem(world), "it is not held")
     reason = problem(world)
-    for _ in range(2):  # the successor of a successor as well
+    for _ in range(2):  # also for the successor of a successor
         kill(world, "receiver")
         start_receiver(world, world.port)
         until(lambda: problem(world) == reason, "it gives another reason")
@@ -641,7 +642,7 @@ def test_a_successor_s_operator_is_told_what_the_destination_has_reported(
 
 
 def test_a_destination_that_comes_back_is_told_that_its_pages_are_gone(world: World) -> None:
-    """After `decide elsewhere` at the source, which cannot be undone."""
+    """An operator has decided ``elsewhere`` at the source, which cannot be undone."""
     boot(world)
     interrupted(world, "receiver")
     answers(world, "sender", {"decide elsewhere": "acts"})
@@ -686,7 +687,7 @@ def test_when_it_has_ended(world: World, which: str) -> None:
 async def test_in_doubt_at_the_destination(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
-    """It is ready, and does not know whose the guest is."""
+    """The receiver is ready, and cannot find out which end owns the guest."""
     links = cut_when(monkeypatch, Peer, m.Ready, before=True, down=True)
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
@@ -700,7 +701,7 @@ async def test_in_doubt_at_the_destination(
         with pytest.raises(MigrationError, match="the source dials"):
             incoming.requests.reconnect()
         await until_async(lambda: outcome.migration.phase == "failed")
-        outcome.migration.requests.reconnect()  # to tell the destination
+        outcome.migration.requests.reconnect()  # this informs the destination
         await incoming.requests.decide(here=False)
         await until_async(lambda: incoming.phase == "failed")
 
@@ -729,7 +730,7 @@ def test_a_decision_without_a_terminal_needs_yes(world: World) -> None:
         "known of the other end: the destination has reported that guest runs there"
         in without.stdout
     )
-    for more in ([], ["--yes"]):  # nobody is asked to confirm what would be refused
+    for more in ([], ["--yes"]):  # a decision that would be refused needs no confirmation
         refused = decide(*more)
         assert refused.returncode == 1 and "--force" in refused.stderr
     assert phase(world, "sender") == "interrupted"
@@ -740,7 +741,7 @@ def test_a_decision_without_a_terminal_needs_yes(world: World) -> None:
 
 
 def test_cancel_reaches_either_end(world: World) -> None:
-    """The answer is of the daemon that has the migration."""
+    """The daemon that has the migration answers."""
     boot(world)
     postcopy(world)
     for first, second in (("sender", "receiver"), ("receiver", "sender")):
@@ -799,7 +800,9 @@ def decided_at_a_terminal(world: World, answer: str, status: int, said: str) -> 
 async def test_a_guest_that_is_destroyed_when_all_has_come_ends_its_migration(
     clean_hosts: World, name: str, monkeypatch: Patch, instant: str
 ) -> None:
-    """The ring of a domain that is gone is given up by that, and not tried again for ever."""
+    """If the domain is gone, its ring is gone as well, and giving it up is not tried again for
+    ever.
+    """
     step = getattr(Pager, instant)
 
     def destroyed(self: Pager, *ring: PagingRing) -> object:
@@ -812,4 +815,4 @@ async def test_a_guest_that_is_destroyed_when_all_has_come_ends_its_migration(
     assert outcome.error is None
     assert (
         outcome.incoming.has_ended
-    )  # "completed", or "failed" if the end of the domain was seen first
+    )  # "completed", or "failed" if the end of the domain was noticed first

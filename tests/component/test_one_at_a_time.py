@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One migration for each domain, one user of log-dirty; and a migration undoes only what it has
+"""Each domain has one migration, and log-dirty has one user.  A migration undoes only what it has
 done itself.
 """
 
@@ -78,7 +78,7 @@ def test_a_guest_that_is_under_way_is_refused_by_whatever_it_is_named(
 
 
 def sender_there(world: World) -> str:
-    """A sender at the destination."""
+    """Return the socket of a sender at the destination."""
     state = world.directory / "onward.state"
     world.start(
         "onward", "sender", "--listen", "127.0.0.1:0", "--socket",
@@ -92,7 +92,7 @@ def sender_there(world: World) -> str:
 def test_a_guest_whose_memory_has_not_arrived_goes_nowhere_else(
     world: World, protect: bool
 ) -> None:
-    """Neither its pager nor its log-dirty is touched."""
+    """Neither the guest's pager nor its log-dirty is touched."""
     spec, onward = boot(world), sender_there(world)
     begin(world, "guest", bandwidth=SLOW // 2, checkpoint_every_s=0.02 if protect else None)
     until(lambda: phase(world, "receiver") == "postcopy", "no postcopy")
@@ -106,7 +106,7 @@ def test_a_guest_whose_memory_has_not_arrived_goes_nowhere_else(
 
 
 def test_a_guest_s_name_comes_in_once(world: World) -> None:
-    """A guest of the same name, from anywhere, waits until the other one is there, or not."""
+    """A guest of the same name, from any host, waits for the end of the other migration."""
     boot(world)
     begin(world, "guest", strategy="precopy")
     until(lambda: phase(world, "receiver") == "precopy", "it does not begin")
@@ -134,7 +134,7 @@ def test_a_domain_is_restored_into_once(xl: Xl) -> None:
 def test_xl_does_not_migrate_a_guest_that_somebody_else_is_at_work_on(
     xl: Xl, why: str, tmp_path: Path
 ) -> None:
-    """Nor does the stock helper, which takes log-dirty from whoever has it."""
+    """The stock helper is not used either, because it takes log-dirty away from another user."""
     ring = None
     match why:
         case "log-dirty":
@@ -193,7 +193,7 @@ def test_a_sender_s_own_log_dirty_is_switched_off_by_its_successor(
 async def test_log_dirty_that_is_switched_off_in_precopy_ends_the_migration(
     clean_hosts: World, name: str
 ) -> None:
-    """The record of it would lack what the guest has written since, and look like any other."""
+    """The record of log-dirty would lack what the guest has written since, but look valid."""
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
         await until_async(lambda: outcome.migration.progress.round == 1)
@@ -209,7 +209,7 @@ async def test_log_dirty_that_is_switched_off_in_precopy_ends_the_migration(
 async def test_log_dirty_that_another_one_enabled_first_is_left_alone(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
-    """In the moment between looking and enabling."""
+    """Another program enables log-dirty between our check and our call."""
     enable = SimulatedDomain.log_dirty_enable
     others: list[Domain] = []
 
@@ -230,7 +230,7 @@ async def test_log_dirty_that_another_one_enabled_first_is_left_alone(
 async def test_protection_whose_log_dirty_is_taken_ends_and_both_ends_report_it(
     clean_hosts: World, name: str, caplog: pytest.LogCaptureFixture, back: bool
 ) -> None:
-    """What was kept before is sound, and the guest can go back to it."""
+    """The checkpoints that were kept before are valid, and the guest can return to them."""
     spec = busy(name)
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
@@ -243,7 +243,7 @@ async def test_protection_whose_log_dirty_is_taken_ends_and_both_ends_report_it(
         assert outcome.incoming.progress.unprotected == outcome.migration.progress.unprotected
         with clean_hosts.destination.open(name) as other:
             await trio.to_thread.run_sync(wait_for_steps, other, 50)
-            other.log_dirty_enable()  # somebody else's now
+            other.log_dirty_enable()  # log-dirty belongs to another program now
             link.cut()
             await until_async(lambda: outcome.migration.context.statistics.rejoins == 1)
             await until_async(lambda: outcome.migration.phase == "postcopy")
@@ -271,7 +271,7 @@ async def test_protection_whose_log_dirty_is_taken_ends_and_both_ends_report_it(
             )
 
 
-# ---- nothing is undone but what a migration has done ----
+# ---- a migration undoes only what it has done ----
 async def test_a_guest_that_somebody_else_suspends_meanwhile_stays_suspended(
     clean_hosts: World, name: str
 ) -> None:
@@ -350,7 +350,7 @@ async def test_a_successor_resumes_the_guest_that_its_predecessor_has_suspended(
 
 
 async def died(self: object, error: BaseException) -> None:
-    """As a process does that is killed."""
+    """End as a process that is killed."""
 
 
 @pytest.mark.parametrize("stop", ["pause", "suspend"])
@@ -373,7 +373,7 @@ def test_the_successor_of_a_receiver_lets_no_guest_go_on_that_somebody_else_has_
 
 
 def kill_between_checkpoints(world: World, guest: SimulatedDomain) -> None:
-    """The receiver, and not in the middle of one."""
+    """Kill the receiver, but not while it makes a checkpoint."""
     for _again in range(100):
         kill(world, "receiver")
         if guest.state() is DomainState.RUNNING:
@@ -386,7 +386,7 @@ def kill_between_checkpoints(world: World, guest: SimulatedDomain) -> None:
 async def test_a_receiver_that_dies_in_a_checkpoint_has_a_successor_that_lets_the_guest_go_on(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
-    """The guest need not wait for the sender."""
+    """The guest does not wait for the sender."""
     stopped: list[Path] = []
     context = SimulatedDomain.context
 

@@ -62,7 +62,7 @@ async def test_a_protected_guest_arrives_like_any_other(
 
 
 async def test_a_guest_that_gives_memory_away_can_go_back(clean_hosts: World, name: str) -> None:
-    """Log-dirty has nothing of that: a page that comes back later would be an old one."""
+    """Log-dirty does not record that, so a page that is taken back would have old contents."""
     spec = busy(name, balloon_pages=2000, balloon_every=5)
     await protected(clean_hosts, spec, dies_after(3, clean_hosts))
     assert verified_at_source(clean_hosts.source, spec).problems == []
@@ -77,7 +77,8 @@ async def test_the_destination_dies_and_the_guest_goes_on_here(
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
         await until_async(lambda: outcome.migration.ownership.handed_over)
-        # The push waits: on a busy machine all may arrive before so many checkpoints are made.
+        # The push waits, because on a busy machine all pages may arrive before so many checkpoints
+        # are made.
         outcome.migration.context.cap.spend(1024 * MIB, time.monotonic())
         suspended.extend(vcpu["count"] for vcpu in clean_hosts.source.open(name).report()["vcpu"])
         await dies_after(count, clean_hosts)(outcome, link)
@@ -93,16 +94,16 @@ async def test_the_destination_dies_and_the_guest_goes_on_here(
 
 
 def has_moved(before: list[int], after: list[int], least: int = 1) -> bool:
-    """Every vCPU, by so many steps."""
+    """Whether every vCPU has done at least so many steps."""
     return all(then + least <= now for then, now in zip(before, after, strict=True))
 
 
 async def moves_at_the_destination(outcome: Outcome, hosts: World, least: int) -> None:
-    """Wait until every vCPU has done ``least`` steps at the destination; the push waits for much
-    longer.
+    """Wait until every vCPU has done ``least`` steps at the destination.  The push is delayed for
+    much longer.
 
-    On a busy machine a vCPU may not move for longer than two checkpoints take, or than the push
-    does.
+    On a busy machine a vCPU may not run for longer than two checkpoints take, or than the push
+    takes.
     """
     await until_async(lambda: outcome.migration.ownership.handed_over)
     outcome.migration.context.cap.spend(1024 * MIB, time.monotonic())
@@ -150,7 +151,7 @@ async def test_before_the_first_checkpoint_it_goes_on_from_the_suspension(
 async def test_a_checkpoint_that_is_not_right_is_noticed(
     clean_hosts: World, name: str, monkeypatch: Patch, broken: str
 ) -> None:
-    """What these tests are worth."""
+    """This shows that these tests can fail."""
     if broken == "look":
         look = Checkpoints._look
 
@@ -221,8 +222,8 @@ async def test_a_checkpoint_that_cannot_be_kept_costs_the_protection_only(
 async def test_checkpoints_leave_room_for_the_journal(
     clean_hosts: World, name: str, monkeypatch: Patch, in_the_middle: bool
 ) -> None:
-    """One that would fill the state directory is not kept, and what has come of it gives its room
-    back at once.  The guest goes on without protection.
+    """A checkpoint that would fill the state directory is not kept, and its parts are removed at
+    once.  The guest continues without protection.
     """
     size = 16 * sender_checkpoints.MARGIN_BYTES
     write, is_full = CheckpointStore._write, not in_the_middle
@@ -233,7 +234,7 @@ async def test_checkpoints_leave_room_for_the_journal(
         nonlocal is_full
         is_full = not in_the_middle or isinstance(
             message, m.Checkpoint
-        )  # which comes last, and always
+        )  # this part comes last in every checkpoint
         write(self, message, payload)
 
     monkeypatch.setattr(CheckpointStore, "_write", fills)
@@ -292,7 +293,7 @@ async def test_a_guest_that_takes_its_time_to_suspend_is_asked_again(
 async def test_a_guest_that_cannot_be_resumed_yet_is_resumed_later(
     clean_hosts: World, name: str, monkeypatch: Patch, link_lost: bool
 ) -> None:
-    """It stands still for no longer than the error lasts, and is protected still."""
+    """The guest is suspended only for as long as the error lasts, and is still protected."""
     resume, refusals = SimulatedDomain.resume, list[Domain]()
 
     def refuse(self: SimulatedDomain) -> None:
@@ -309,7 +310,7 @@ async def test_a_guest_that_cannot_be_resumed_yet_is_resumed_later(
         if link_lost:
             link.down()
         await until_async(lambda: len(refusals) == 5)
-        # Without a link a vCPU may stand at a page that is missing: it need not make a step.
+        # Without a link a vCPU may wait for a missing page, so it need not make a step.
         with clean_hosts.destination.open(name) as target:
             await until_async(lambda: target.state() is DomainState.RUNNING)
         link.is_up = True
@@ -325,7 +326,7 @@ async def test_a_guest_that_cannot_be_resumed_yet_is_resumed_later(
 async def test_a_checkpoint_that_was_written_in_part_is_written_once_more(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
-    """It was whole: the guest goes on from it."""
+    """The checkpoint was complete, and the guest continues from it."""
     write, failures = SimulatedDomain.write_pages, list[Domain]()
 
     def fail_once(self: SimulatedDomain, pfns: Any, pages: Any) -> None:
@@ -348,7 +349,7 @@ async def test_a_checkpoint_that_was_written_in_part_is_written_once_more(
 async def test_the_way_back_is_tried_until_it_is_there(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
-    """In the middle of it the host has no memory; then it has."""
+    """During the return the host has no memory; later it has."""
     populate, failures = SimulatedDomain.populate, list[Domain]()
 
     def now_and_then(self: SimulatedDomain, pfns: Any) -> None:
@@ -447,7 +448,7 @@ def begin(world: World) -> GuestSpec:
 
 
 def the_destination_dies(world: World) -> None:
-    """Its host, with all that runs on it."""
+    """End the destination's host, with everything that runs on it."""
     kill(world, "receiver")
     world.destination.close()
     kill(world, "destination")
@@ -493,7 +494,7 @@ def test_a_domain_that_the_sender_made_and_did_not_note_is_replaced(world: World
 
 @pytest.mark.parametrize("seed", range(8))
 def test_the_sender_is_killed_at_any_instant_as_well(world: World, seed: int) -> None:
-    """While checkpoints are kept, and on the way back."""
+    """The sender is killed while checkpoints are kept, and during the return."""
     random_ = random.Random(seed)
     spec = begin(world)
     until(lambda: line(world)["checkpoints"] >= 1, "no checkpoints")

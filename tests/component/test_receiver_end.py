@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a sender is told of the end of a migration that it was cut off from, and for how long."""
+"""The message to a sender that was cut off, about the end of its migration, and for how long it is
+kept.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ LAST = m.Complete(b"{}")
 
 
 class Lane:
-    """The sender sends one message, and takes one."""
+    """A lane on which the sender sends one message, and receives one."""
 
     def __init__(self, message: m.Message):
         self._message = message
@@ -102,7 +104,7 @@ async def test_a_sender_that_does_not_come_back_is_waited_for_for_a_while(
 async def test_of_a_sender_that_has_forgotten_nothing_else_is_reported(
     tmp_path: Path, autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whether it had received the end before, nobody knows."""
+    """The sender may or may not have received the end before."""
     caplog.set_level("INFO")
 
     def has_forgotten() -> NoReturn:
@@ -121,6 +123,6 @@ async def test_a_guest_that_is_recalled_and_cannot_be_paused_is_reported_for_day
     incoming = completed(Journal(tmp_path), lambda: lane)
     await linger(incoming, LAST)
     assert trio.current_time() == pytest.approx(RECALLED_LINGER_DAYS * 24 * 3600, rel=0.01)
-    assert lane.taken == []  # the sender is not told what is not so
+    assert lane.taken == []  # the sender is not sent a wrong answer
     assert "web cannot be paused here" in incoming.progress.problem
     assert incoming.ownership.phase == "completed"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The simulated host beyond the contract: many vCPUs, states that only a test brings about, its
+"""The simulated host beyond the contract: many vCPUs, states that only a test causes, its
 memory.
 """
 
@@ -53,9 +53,11 @@ def lab(hosts: World, name: str) -> Iterator[SimulatedLab]:
 def test_descriptors_that_do_not_fit_are_an_error_and_none_is_kept(
     boot: Boot, clean_hosts: World
 ) -> None:
-    """Found by chaos: the receiver took the first of three, and its own error for a bug."""
+    """Found by chaos: the receiver took the first of three descriptors, and treated its own error
+    as a bug.
+    """
     _spec, guest = boot()
-    only = os.dup(0)  # the lowest number that is free
+    only = os.dup(0)  # the lowest free number
     os.close(only)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (only + 1, hard))
@@ -91,8 +93,9 @@ def test_more_vcpus_than_slots_all_get_their_turn(lab: SimulatedLab) -> None:
     assert ring.requests() == []  # the other vCPUs wait for a slot
     before = steps(target)
     answer(source, target, ring, first)
-    # The claim is that each vCPU continues, not that each asks: one that waits for a slot can be
-    # overtaken, on the real Xen as well, until all pages of the working set are present.
+    # The claim is that each vCPU continues, not that each makes a request.  A vCPU that waits for a
+    # slot can be overtaken, on the real Xen as well, until all pages of the working set are
+    # present.
     deadline = time.monotonic() + WAIT_S
     while any(now <= then for now, then in zip(steps(target), before, strict=True)):
         assert time.monotonic() < deadline, f"{steps(target)} after {before}"
@@ -102,7 +105,7 @@ def test_more_vcpus_than_slots_all_get_their_turn(lab: SimulatedLab) -> None:
 
 def test_a_ring_is_given_up_while_vcpus_are_about_to_ask(lab: SimulatedLab) -> None:
     """Found by the soak: a vCPU had found its page absent, then the page was loaded and the ring
-    disabled, and then the vCPU asked.
+    disabled, and then the vCPU made its request.
     """
     domain = lab.boot(vcpus=2, workload="random", working_set_bytes=64 * PAGE_SIZE)
     everything = span(0, 64)
@@ -141,7 +144,8 @@ def test_a_page_given_away_while_paged_out_is_dropped_with_a_request_where_xen_d
         (request,) = wait_for_requests(ring, 1)
         target.load(pfns(0), read(source, pfns(0))[1])
         ring.respond([request])
-        given_away = [1022, 1021, 1020][source.report()["balloon_steps"] :]  # not at the source
+        # These pages are not at the source.
+        given_away = [1022, 1021, 1020][source.report()["balloon_steps"] :]
         drops = wait_for_requests(ring, len(given_away))
         assert all(drop.is_drop and not drop.vcpu_waits for drop in drops)
         assert given_away and [drop.pfn for drop in drops] == given_away
@@ -151,7 +155,9 @@ def test_a_page_given_away_while_paged_out_is_dropped_with_a_request_where_xen_d
 
 
 def test_a_guest_touches_what_it_gives_away(lab: SimulatedLab) -> None:
-    """As Linux does, whose balloon scrubs: Xen would refuse a page that is paged out."""
+    """The simulated guest behaves as Linux, whose balloon scrubs pages, because Xen would refuse a
+    page that is paged out.
+    """
     source, target, ring = restored(
         lab,
         1,
@@ -164,7 +170,7 @@ def test_a_guest_touches_what_it_gives_away(lab: SimulatedLab) -> None:
     asked = set()
 
     def given_away() -> bool:
-        for request in ring.requests():  # perhaps several for one page
+        for request in ring.requests():  # one page may have several requests
             assert request.vcpu_waits
             if request.pfn not in asked:
                 target.load(pfns(request.pfn), read(source, pfns(request.pfn))[1] or None)
@@ -188,13 +194,13 @@ def test_evicted_memory_is_given_back(lab: SimulatedLab) -> None:
 
 
 def test_what_a_dead_process_held_is_free_again(lab: SimulatedLab, hosts: World) -> None:
-    """A daemon killed in the middle of a hypercall must not leave a vCPU spinning."""
+    """A daemon that is killed in the middle of a hypercall must not leave a vCPU spinning."""
     domain = lab.empty()
     ring = domain.paging_enable()
     domain.populate_evicted(span(0, 8))
     other = SimulatedHypervisor(hosts.directory / "source.sock")
     theirs = other.open(domain.domid)
-    theirs._map.p2m[3] |= other.client_id << 24  # as in the middle of a load
+    theirs._map.p2m[3] |= other.client_id << 24  # the state in the middle of a load
     theirs.close()
     other.close()
     deadline = time.monotonic() + WAIT_S
@@ -251,7 +257,7 @@ def test_what_the_guest_registered_by_number_is_the_pinned_set(lab: SimulatedLab
         domain.populate_evicted(domain.pinned(span(0, domain.nr_pfns)))
 
 
-# ---- what is reported of damage, and of wrong requests ----
+# ---- reports of damage, and of wrong requests ----
 def test_a_guest_that_runs_is_not_verified(boot: Boot) -> None:
     spec, domain = boot()
     assert verify(domain, spec).problems == ["the guest is running"]
@@ -280,7 +286,8 @@ def test_the_first_pages_that_differ_are_listed(boot: Boot) -> None:
 
 def test_a_crash_is_reported_with_the_pages_that_are_still_out(boot: Boot) -> None:
     spec, domain = boot(workload="sequential", working_set_bytes=PAGE_SIZE)
-    domain.pause()  # a request that it posted meanwhile would stand in the ring for ever
+    # Otherwise a request that the guest made meanwhile would stay in the ring for ever.
+    domain.pause()
     ring = domain.paging_enable()
     domain.populate_evicted(pfns(0, 600))
     domain.paging_disable()
@@ -373,7 +380,7 @@ def test_a_request_that_is_too_large_leaves_the_connection_as_it_was(lab: Simula
 
 
 def test_a_host_that_is_gone_is_an_error() -> None:
-    """At the next call the kernel reports that nobody is there; a call under way just ends."""
+    """At the next call the kernel reports that no process listens; a call in progress just ends."""
     with loopback_world(8 * MIB, daemons=False) as world:
         world.processes["source"].popen.kill()
         world.processes["source"].popen.wait()
@@ -385,7 +392,7 @@ def test_a_host_that_is_gone_is_an_error() -> None:
 
 
 def test_a_world_ends_whatever_its_processes_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that is stopped does not end when it is asked to."""
+    """A process that is stopped does not end at the first request."""
     monkeypatch.setattr(cli_world, "DRAIN_TIMEOUT_S", 0.1)
     monkeypatch.setattr(cli_world, "STOP_TIMEOUT_S", 0.1)
     with loopback_world(8 * MIB, daemons=False) as world:
@@ -430,7 +437,7 @@ def test_a_guest_that_runs_at_both_ends_is_reported(hosts: World, name: str) -> 
 def restored(
     lab: SimulatedLab, vcpus: int, host: SimulatedHypervisor | None = None, **options: Any
 ) -> tuple[SimulatedDomain, SimulatedDomain, PagingRing]:
-    """A guest that starts with all but its pinned set absent; returns source, target, ring."""
+    """Return a guest that starts with only its pinned set present: source, target, ring."""
     source = lab.boot(vcpus=vcpus, **options)
     wait_for_steps(source, 10)
     source.suspend()
@@ -448,7 +455,7 @@ def restored(
 
 
 def steps(domain: SimulatedDomain) -> list[int]:
-    """Accesses that each vCPU has completed."""
+    """Return the number of accesses that each vCPU has completed."""
     return [vcpu["count"] for vcpu in domain.report()["vcpu"]]
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Between the start of a daemon and the moment at which it has found what its predecessor has
-left.
+"""The time between the start of a daemon and the moment at which it has found its predecessor's
+domain.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from tests.support.left import left_by_a_receiver, left_by_a_sender
 async def test_what_was_handed_over_is_not_cancelled_before_it_is_taken_up(
     clean_hosts: World, tmp_path: Path, step: str, phase: str
 ) -> None:
-    """The successor of a sender can be asked, or stopped, before the hypervisor has found the
-    domain.  To resume the guest here would make a second one.
+    """The successor of a sender can receive requests, or be stopped, before the hypervisor has
+    found the domain.  To resume the guest here would make a second one.
     """
     left = left_by_a_sender(clean_hosts.source, Journal(tmp_path), step)
     assert left.phase == phase
@@ -67,8 +67,8 @@ async def test_what_was_not_handed_over_can_be_cancelled_before_it_is_taken_up(
 async def test_a_receiver_s_successor_asks_to_wait_until_it_has_taken_up_what_was_left(
     clean_hosts: World, tmp_path: Path, step: str, phase: str, needed: bool
 ) -> None:
-    """Nothing is decided about a guest that has not been looked at, and a guest that needs a pager
-    keeps the daemon up.
+    """No decision is taken about a guest whose state has not been read, and a guest that needs a
+    pager keeps the daemon running.
     """
     left = left_by_a_receiver(clean_hosts.destination, Journal(tmp_path), step)
     assert (left.phase, left.needed) == (phase, needed)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Mutual TLS on the lanes: a peer that is not trusted is refused with a message for each reason,
+"""Mutual TLS on the lanes.  A peer that is not trusted is refused with a message for each reason,
 and the guest stays.
 """
 
@@ -160,7 +160,7 @@ async def test_a_client_without_a_certificate_is_refused(
 
 
 async def receive(reception: Reception, nursery: trio.Nursery) -> int:
-    """Run a listener before ``reception``; returns its port."""
+    """Run a listener before ``reception``.  Returns its port."""
     listeners = await nursery.start(
         functools.partial(trio.serve_tcp, reception.receive, 0, host=HOST)
     )
@@ -173,7 +173,9 @@ async def receive(reception: Reception, nursery: trio.Nursery) -> int:
 async def test_strangers_that_never_shake_hands_take_no_threads(
     files: Callable[..., Tls], beginning: bytes
 ) -> None:
-    """Invariant 7: none of those that migrations wait for, and none of their own."""
+    """Invariant 7: handshakes use none of the threads that migrations wait for, and no thread
+    each.
+    """
     strangers = 50
     reception = Reception(lambda _greeting: AwaitedLanes(), Terms(tls=files()))
     limiter, threads = trio.to_thread.current_default_thread_limiter(), threading.active_count()
@@ -193,7 +195,9 @@ async def test_strangers_that_never_shake_hands_take_no_threads(
 async def test_a_stranger_that_is_refused_and_still_sends_is_kept_no_longer(
     files: Callable[..., Tls], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The time for the reason to arrive is limited in all, not from one byte to the next."""
+    """The time in which the reason may arrive is limited as a whole, not from one byte to the
+    next.
+    """
     monkeypatch.setattr(tls, "EXPLANATION_S", 0.2)
     reception = Reception(lambda _greeting: AwaitedLanes(), Terms(tls=files()))
     async with trio.open_nursery() as nursery:
@@ -215,7 +219,9 @@ async def test_behind_a_crowd_of_strangers_a_peer_is_received(
     caplog: pytest.LogCaptureFixture,
     crowd: str,
 ) -> None:
-    """Those that have been silent for longest are ended, from one address or from many."""
+    """The connections that have been silent for longest are closed, from one address or from
+    many.
+    """
     monkeypatch.setattr(accept, crowd, 5)
     awaited = AwaitedLanes()
     reception = Reception(lambda _greeting: awaited, Terms(tls=files()))
@@ -242,7 +248,9 @@ async def test_behind_a_crowd_of_strangers_a_peer_is_received(
 async def test_a_token_is_good_for_one_connection(
     clean_hosts: World, name: str, files: Callable[..., Tls], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the pull lane; the one of a push lane that rejoins is tested with the links."""
+    """The certificate is that of the pull lane.  A push lane that rejoins is tested with the
+    links.
+    """
     refused: list[str] = []
     dial = DialledLanes._dial
 
@@ -262,7 +270,7 @@ async def test_a_token_is_good_for_one_connection(
 
 
 async def test_both_directions_at_once(files: Callable[..., Tls]) -> None:
-    """As the lanes' threads do: 32 MiB each way, each page checked."""
+    """The threads of the lanes do the same: 32 MiB in each direction, each page checked."""
     ours, theirs = socket.socketpair(socket.AF_UNIX)
     made = files()
     ends: list[LaneConnection] = []
@@ -311,7 +319,7 @@ async def test_both_directions_at_once(files: Callable[..., Tls]) -> None:
 
 
 class Peer:
-    """The certificate of one that has shaken hands."""
+    """The certificate of a peer after the handshake."""
 
     def __init__(self, *names: object):
         self._names = names
@@ -348,8 +356,8 @@ def test_a_certificate_may_bear_names_of_any_kind(
 async def test_files_are_renewed_while_connections_come(
     files: Callable[..., Tls], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """While the files do not go together, or one is missing, the last good ones are used, and this
-    is logged once.
+    """While the files do not fit together, or one is missing, the last valid ones are used, and
+    this is logged once.
     """
     tls, new = files(), files(signed_by=ANOTHER, trusts=ANOTHER)
 
@@ -378,6 +386,6 @@ async def test_files_are_renewed_while_connections_come(
     shutil.copy(new.certificate, tls.certificate)
     await connect(files(signed_by=ANOTHER, trusts=ANOTHER))
     with pytest.raises(MigrationError):
-        Tls(tls.certificate, peer.key, tls.authority, ()).check()  # there are no good ones yet
+        Tls(tls.certificate, peer.key, tls.authority, ()).check()  # there are no valid files yet
     with pytest.raises(MigrationError, match=r"\[tls\] .*nowhere: No such file"):
         Tls(peer.certificate, peer.key, tls.authority.with_name("nowhere"), ()).check()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Nothing is missing any more, and then something fails: the guest runs, and both ends end."""
+"""An error after all pages have arrived: the guest runs, and both ends end."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Patch = pytest.MonkeyPatch
 async def test_a_sender_that_cannot_send_the_last_message_has_completed(
     clean_hosts: World, name: str, monkeypatch: Patch, error: Exception
 ) -> None:
-    """The destination may have forgotten the session, so the sender does not rejoin."""
+    """The destination may have removed the session, so the sender does not rejoin."""
     send = PushLane.send
 
     async def fail(self: PushLane, message: m.Message) -> None:
@@ -61,7 +61,7 @@ async def test_a_sender_that_cannot_send_the_last_message_has_completed(
 async def test_a_guest_that_starts_late_belongs_here_though_its_source_is_gone(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
-    """Its memory is all here, and `lost` has come from the sender's successor."""
+    """The guest's memory is complete, and `lost` has arrived from the sender's successor."""
     start = SimulatedDomain.start
     can_start = trio.Event()
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Under xl the link is lost, or a daemon killed, while xl decides or after: the guest is where xl
-has put it, unharmed.
+"""Under xl the link is lost, or a daemon is killed, while xl decides or later.  The guest is
+unharmed at the end at which xl has put it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def free_port() -> int:
 
 @pytest.fixture
 def xl(tmp_path: Path) -> Iterator[CuttableXl]:
-    """Whose sender is reached over a link that can be cut."""
+    """An xl whose sender is reached over a link that can be cut."""
     spec = GuestSpec("guest", 16 * MIB, vcpus=2, workload="random", rate=5000)
     port = free_port()
     with LinkInThread(("127.0.0.1", port)) as relay:
@@ -74,7 +74,7 @@ def test_cut_while_xl_decides(xl: CuttableXl) -> None:
 
 
 def test_down_while_xl_lets_it_run_at_the_destination(xl: CuttableXl) -> None:
-    """The guest runs without its pager's sender for a while."""
+    """For a while the guest runs without the sender of its pages."""
     xl.relay.do(Link.down)
     xl.wait_for("interrupted", "in doubt")
     xl.go()
@@ -153,11 +153,11 @@ def test_a_sender_that_is_killed_afterwards_takes_the_pages_with_it(
     xl: CuttableXl, again: str
 ) -> None:
     """Only the sender's mappings keep the pages of a domain that xl has destroyed.  Both ends
-    report the loss, and do not call it a success.
+    report the loss, and report no success.
     """
     xl.go()
     xl.wait_for("postcopy", "postcopy")
-    if again == "sender":  # before it can have told
+    if again == "sender":  # before the sender can have reported it
         xl.relay.do(Link.down)
     xl.restart("sender")
     until(lambda: xl.line("sender")["phase"] == "failed", "it is not said")
@@ -177,7 +177,7 @@ def test_a_sender_that_is_killed_afterwards_takes_the_pages_with_it(
     assert "pages that exist nowhere any more: destroy it (xl destroy" in line["problem"]
     with pytest.raises(
         MigrationError, match="exist nowhere any more"
-    ):  # so that it is not saved with holes
+    ):  # the guest is not saved with holes
         xl.world.ask("receiver", command="await-memory", domid=xl.destination.domid)
     xl.world.check_alive()
     xl.destination.destroy()
@@ -209,7 +209,7 @@ def test_the_guest_comes_back_when_the_destination_is_lost_while_xl_decides(
     xl.relay.do(lambda link: setattr(link, "is_up", True))
     xl.wait_for("failed", "failed")
     assert xl.source.info().name == xl.spec.name
-    xl.destination.destroy()  # which xl made, and has not destroyed
+    xl.destination.destroy()  # xl has made this domain, and has not destroyed it
     check_stayed(xl)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the sender does about a domain of xl's, and when: not while xl is still at it."""
+"""What the sender does with a domain of xl's, and when: not while xl is still working on it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from xenbackend.errors import no_such_domain
 
 
 class Suspended:
-    """A domain that xl has left suspended, until it destroys it."""
+    """A domain that xl has left suspended, until the sender destroys it."""
 
     def __init__(self) -> None:
         self.destroyed_by = ""
@@ -47,7 +47,7 @@ def xl() -> Iterator[subprocess.Popen[bytes]]:
 
 
 async def finished(xl_pid: int, domain: Suspended) -> float:
-    """When, on a clock that jumps."""
+    """Return the time at which it has finished, on a clock that jumps."""
     toolstack = XlToolstack("web", None, xl_pid)
     began = trio.current_time()
     real: Domain = domain  # type: ignore[assignment]
@@ -59,7 +59,7 @@ async def finished(xl_pid: int, domain: Suspended) -> float:
 async def test_a_domain_is_left_to_an_xl_that_is_still_at_it(
     xl: subprocess.Popen[bytes], autojump_clock: trio.testing.MockClock
 ) -> None:
-    """Hotplug scripts take half a minute each."""
+    """Each hotplug script takes half a minute."""
     domain = Suspended()
 
     async def destroy_slowly() -> None:
@@ -89,7 +89,7 @@ async def test_what_an_xl_leaves_that_has_ended_is_destroyed_at_once(
 async def test_where_xl_is_not_known_it_has_time(
     pid: int, autojump_clock: trio.testing.MockClock
 ) -> None:
-    """To a sender that was started anew, or where the helper was init's child already."""
+    """The sender was restarted, or init had adopted the helper already."""
     domain = Suspended()
     assert await finished(pid, domain) >= UNKNOWN_XL_S
     assert domain.destroyed_by == "us"
@@ -98,7 +98,7 @@ async def test_where_xl_is_not_known_it_has_time(
 async def test_a_program_that_never_ends_does_not_keep_a_domain_for_good(
     xl: subprocess.Popen[bytes], autojump_clock: trio.testing.MockClock
 ) -> None:
-    """libvirt's daemon."""
+    """The program is libvirt's daemon."""
     domain = Suspended()
     assert await finished(xl.pid, domain) >= XL_PATIENCE_S
     assert domain.destroyed_by == "us"

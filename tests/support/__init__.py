@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What several tests use."""
+"""The helpers that several tests use."""

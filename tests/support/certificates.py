@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Certificates for tests: good ones, and such as must be refused."""
+"""Certificates for tests: valid ones, and those that must be refused."""
 
 from __future__ import annotations
 

@@ -24,11 +24,11 @@ def world() -> Iterator[World]:
 
 
 UNUSUAL = ("failed", "lost", "held", "in doubt", "interrupted")
-"""Phases that have a reason."""
+"""The phases that are shown with a reason."""
 
 
 def listed(world: World, which: str) -> list[dict[str, Any]]:
-    """What ``list`` shows.  No instant exists at which a failure is shown without its reason.
+    """Return what ``list`` shows.  At no instant a failure may be shown without its reason.
 
     Raises :class:`MigrationError` if the daemon does not answer.
     """
@@ -39,7 +39,7 @@ def listed(world: World, which: str) -> list[dict[str, Any]]:
 
 
 def lines(world: World, which: str) -> list[dict[str, Any]]:
-    """As :func:`listed`; empty if the daemon does not answer."""
+    """Return what :func:`listed` returns, or nothing if the daemon does not answer."""
     try:
         return listed(world, which)
     except MigrationError:
@@ -62,7 +62,7 @@ def journal(world: World, which: str) -> Path:
 
 
 def note(world: World, which: str, step: str) -> None:
-    """What a daemon appends to its journal before it is killed."""
+    """Append to a daemon's journal what the daemon itself appends before it is killed."""
     path = journal(world, which)
     last = json.loads(path.read_text().splitlines()[-1])
     with path.open("a") as file:
@@ -90,7 +90,7 @@ def boot(
 def begin(
     world: World, domain: str, which: str = "sender", bandwidth: int = SLOW, **options: Any
 ) -> None:
-    """A migration that goes on without us."""
+    """Start a migration, which continues without the test."""
     with world.control(which) as client:
         client.say(
             command="migrate", domain=domain, destination=f"127.0.0.1:{world.port}",
@@ -100,7 +100,7 @@ def begin(
 
 
 def copying(world: World) -> bool:
-    """In precopy, with what a successor has to know in the journal."""
+    """Whether precopy has begun, and the journal has what a successor needs."""
     return bool(lines(world, "sender")[-1]["round"])
 
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""No call that may block is made in the event loop's thread, in any test.
+"""A check for all tests: no call that may block is made in the event loop's thread.
 
 A hypervisor may take seconds for a call (the end of a large domain, a busy host), and so may a
 disk, a name server or xl.  While the event loop waits for one call, every other guest of the daemon
-waits as well.  No clock notices this, because these calls are quick on a test's machine.  So
+waits as well.  No clock shows this, because these calls are quick on a test's machine.  So
 :func:`install` makes such a call raise :class:`BlockingCallError`.  Methods of the backends, of the
-journal and of checkpoints are wrapped; files, names and processes are found by Python's audit
-events.
+journal and of checkpoints are wrapped; calls about files, names and processes are found by Python's
+audit events.
 
 Only calls by the product's own code count.  A test may make any call in its own loop.
 """
@@ -31,12 +31,12 @@ BETWEEN = (
     os.path.dirname(os.__file__) + os.sep,
     __file__,
 )
-"""Files whose calls are somebody else's: those of their callers."""
+"""Files whose calls count as calls of their callers."""
 NOT_BY_DAEMONS = tuple(
     str(TREE / "migrate" / name) for name in ("cli/", "xl/", "loopback.py", "client.py")
 )
 AT_START = ("listen_unix", "_serve", "_take_up", "__init__")
-"""Functions that run while nothing is served yet."""
+"""Functions that run before anything is served."""
 EVENTS = {
     "open", "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.listdir", "os.scandir",
     "os.truncate", "os.utime", "fcntl.flock", "socket.getaddrinfo", "socket.gethostbyname",
@@ -48,9 +48,9 @@ in the middle of its work.  A hook in Python lets another thread run there, and 
 set that thread's tracer.
 """
 CODE = (".py", ".pyc", ".so")
-"""Modules that are imported late."""
+"""The suffixes of modules, which may be imported late."""
 QUICK = {"native_pages", "fileno", "checkpoint", "stopped", "check_understood", "leave"}
-"""Methods that only look at this process."""
+"""Methods that only read the state of this process."""
 
 
 class BlockingCallError(BaseException):
@@ -58,7 +58,7 @@ class BlockingCallError(BaseException):
 
 
 def _product_frame(frame: FrameType | None) -> FrameType | None:
-    """Who of the product has called, if that was the product."""
+    """Return the frame of the product's code that has made the call, if there is one."""
     while frame is not None and frame.f_code.co_filename.startswith(BETWEEN):
         frame = frame.f_back
     if frame is None or not frame.f_code.co_filename.startswith(PRODUCT):
@@ -109,7 +109,7 @@ def watch(*classes: type) -> None:
 
 
 def install() -> None:
-    """In this process, for as long as it runs."""
+    """Watch the event loop of this process, for as long as it runs."""
     from migrate.service.journal import Journal
     from sender.checkpoints import CheckpointStore
     from xenbackend.simulated.client import SimulatedDomain, SimulatedHypervisor

@@ -55,13 +55,13 @@ def lanes() -> Iterator[tuple[LaneConnection, LaneConnection]]:
 
 
 def put(lane: LaneConnection, *data: bytes) -> None:
-    """In one packet."""
+    """Send data in one packet."""
     assert isinstance(lane._socket, socket.socket)
     lane._socket.sendall(b"".join(data))
 
 
 def said(lane: LaneConnection) -> Iterator[tuple[Message, memoryview]]:
-    """All that has come, which is whole."""
+    """Yield all messages that have arrived completely."""
     while lane.readable():
         lane.fill()
         while (received := lane.pending()) is not None:
@@ -78,7 +78,7 @@ def session_at(role: Role, last: type[Message] = m.Resumed) -> Session:
 
 
 class Memory:
-    """A domain in this process: with ``contents``, and zeros in every third page, or with what is
+    """A domain in this process.  It has ``contents`` and zeros in every third page, or what was
     loaded.
     """
 
@@ -88,11 +88,11 @@ class Memory:
         self.loaded: dict[int, bytes] = {}
         self.given_away: set[int] = set()
         self.looking: list[Any] = []
-        """Where pages lie that are being looked at."""
+        """The addresses of the pages that are being read."""
         self.refusals = 0
-        """Loads that will fail for want of memory."""
+        """The number of loads that will fail because there is no memory."""
         self.no_frames: set[int] = set()
-        """pfns for which there is no memory."""
+        """The pfns for which there is no memory."""
 
     @staticmethod
     def is_zero(pfn: int) -> bool:
@@ -136,7 +136,7 @@ class Memory:
         def look(_domain: Any, pfn: int, page: Any) -> int:
             page[0] = self._kept[pfn]
             if pfn % 7 == 5:
-                return int(PageStatus.BROKEN)  # the slow path decides about it
+                return int(PageStatus.BROKEN)  # the slow path handles this page
             if not self.is_zero(pfn):
                 self.looking.append(page[0])
             return int(PageStatus.ZERO if self.is_zero(pfn) else PageStatus.DATA)
@@ -158,8 +158,8 @@ class Memory:
 
 
 class Destination:
-    """A pager, a model of Xen at its ring and of the sender at its lane.  Each step is dealt with
-    before the next.
+    """A pager, with a model of Xen at its ring and of the sender at its lane.  Each step is
+    completed before the next.
     """
 
     def __init__(
@@ -187,7 +187,7 @@ class Destination:
         )  # fmt: skip
         self.asked: Counter[int] = Counter()
         self.requested: set[int] = set()
-        """Of the sender, which has not answered yet."""
+        """The requests that the sender has not answered yet."""
         self.poll = select.poll()
         self.poll.register(self.event_fd, select.POLLIN)
         self.poll.register(ours, select.POLLIN)
@@ -201,7 +201,7 @@ class Destination:
         os.close(self.notify_fd)
 
     def begin(self) -> None:
-        """With these lanes."""
+        """Begin to use these lanes."""
         self.pager._pull = self.ours
         self.pager._ask_again()
         self.pager._prepare_fast_path()
@@ -212,7 +212,7 @@ class Destination:
         self.pager.rejoin()
 
     def turn(self) -> None:
-        """What has happened is dealt with."""
+        """Handle what has happened."""
         while self.poll.poll(0) or self.pager.short_of_memory:
             self.pager._turn(self.poll)
         self.xen.take_answers()
@@ -231,7 +231,7 @@ class Destination:
             os.eventfd_write(self.event_fd, 1)
 
     def answer(self, pfns: list[int], piece: int) -> None:
-        """The sender's, for a page each, in packets of so many bytes."""
+        """Send the sender's answer, one message for each page, in packets of so many bytes."""
         data = b"".join(
             encoded(Pages(NO_PFNS, pfn_array([pfn])))
             if Memory.is_zero(pfn)
@@ -243,7 +243,7 @@ class Destination:
         def send() -> None:
             for at in range(0, len(data), piece):
                 put(self.theirs, data[at : at + piece])
-                time.sleep(0.0001)  # so that it is seen
+                time.sleep(0.0001)  # so that the pager receives each packet by itself
 
         sender = threading.Thread(target=send)
         sender.start()

@@ -11,12 +11,12 @@ from xenbackend.ring import VM_EVENT_SLOTS, PagingRing
 
 SLOTS, SLOT_BYTES = 64, 400
 NOTES, NOTE_BYTES = 3584, 32
-"""Layout of ``struct pager_notes`` (xenbackend/native/vm_event.h)."""
+"""The layout of ``struct pager_notes`` (xenbackend/native/vm_event.h)."""
 FREE, OPEN, ANSWERED = range(3)
 
 
 class FrontEnd:
-    """Xen's end: it asks, and takes answers in the order in which they come."""
+    """Xen's end, which puts requests in, and takes answers in the order of their arrival."""
 
     def __init__(self) -> None:
         self.page = mmap.mmap(-1, PAGE_SIZE)
@@ -24,7 +24,7 @@ class FrontEnd:
         self.answered: list[int] = []
 
     def ask(self, pfn: int, vcpu: int = 0, flags: int = 0) -> bool:
-        """``flags``: ``MEM_PAGING_*``."""
+        """Put a request into the ring.  ``flags``: ``MEM_PAGING_*``."""
         if self.req_prod - self.rsp_cons >= VM_EVENT_SLOTS:
             return False
         event = struct.pack("<IIIIHHHHQII", 7, 1, 3, vcpu, 0, 0, 0, 0, pfn, 10, flags)
@@ -43,7 +43,7 @@ class FrontEnd:
             self.rsp_cons += 1
 
     def note(self, index: int) -> tuple[int, ...]:
-        """state, number, pfn, vcpu, flags, paging_flags, p2m type"""
+        """Return a note: state, number, pfn, vcpu, flags, paging_flags, p2m type."""
         return struct.unpack_from("<IIQIIII", self.page, NOTES + 16 + index * NOTE_BYTES)
 
     def set_note(self, index: int, state: int, number: int) -> None:

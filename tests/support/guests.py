@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Guests for tests of both ends in one process: how they are made, and what they must have done."""
+"""Guests for tests of both ends in one process, and the checks of what they have done."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ async def goes_on_here_only(world: World, name: str) -> None:
 
 
 RATE = 5000
-"""Accesses for each vCPU in a second.  Without a limit, vCPUs take the processor from everything
-that is tested.
+"""The accesses of each vCPU in a second.  Without a limit, vCPUs would use the processors that the
+tested code needs.
 """
 
 
 def busy(name: str, **options: object) -> GuestSpec:
-    """A guest that goes over all its memory again and again: it touches pages that are not there,
-    and reads damage soon.
+    """Return a guest that passes over all its memory again and again.  It touches missing pages,
+    and soon reads damaged ones.
     """
     defaults: dict[str, object] = {
         "vcpus": 2,

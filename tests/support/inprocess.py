@@ -40,7 +40,7 @@ class Outcome:
     error: Exception | None = None
     receiver: ReceiverDaemon = field(init=False)
     arrivals: Journal = field(init=False)
-    """The receiver's."""
+    """The journal of the receiver."""
     connections: int = 0
 
     @property
@@ -64,10 +64,10 @@ async def migrate(
     sender_tls: Tls | None = None,
     meanwhile: Meanwhile | None = None,
 ) -> Outcome:
-    """Boot the guest at the source and migrate it.  A failure is in the outcome, not raised.
+    """Boot the guest at the source and migrate it.  A failure is in the outcome, and is not raised.
 
-    ``budgets``: of the link between the ends.  ``meanwhile`` is given the outcome, which is filled
-    in meanwhile, and the link.
+    ``budgets``: those of the link between the ends.  ``meanwhile`` is called during the migration,
+    with the outcome, which is still being filled in, and with the link.
     """
     guest = world.source.create_guest(spec.to_bytes())
     await trio.to_thread.run_sync(wait_for_steps, guest, 100)
@@ -83,7 +83,8 @@ async def migrate(
     )
     arrivals = Journal(world.directory / "arrivals")
     receiver = ReceiverDaemon(world.destination, world.receiver_socket, config, arrivals)
-    # Slow enough that the guest touches pages before they are pushed, however busy the machine is.
+    # The bandwidth is so low that the guest touches pages before they are pushed, also on a busy
+    # machine.
     options = options or MigrationOptions(
         strategy, PolicyOptions(max_rounds=2), bandwidth_bytes_per_s=32 * 2**20
     )

@@ -2,7 +2,7 @@
 """What the conformance suite needs of a backend besides the contract: guests, and a process that
 holds their pages.
 
-:class:`SimulatedLab` is here; the real Xen's is ``tests/xenlab/dom0/lab.py``.
+:class:`SimulatedLab` is here; the real Xen's lab is ``tests/xenlab/dom0/lab.py``.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from xenbackend.simulated.guest import GuestSpec
 
 
 class Lab(ABC):
-    """One host.  Everything that a test makes is removed when the test ends, except a guest that is
-    as good as new.
+    """One host.  Everything that a test makes is removed when the test ends, except a guest that
+    can be used again.
     """
 
     hypervisor: Hypervisor
@@ -33,30 +33,31 @@ class Lab(ABC):
     attach: list[str]
     """Arguments for ``tests/support/pager_process.py`` to find the host."""
     enough: int
-    """Work that shows that a guest lives."""
+    """The amount of work that shows that a guest runs."""
     still_s: float
-    """So long without work shows that it stands still."""
+    """A guest that does no work for this time is stopped."""
 
     @abstractmethod
     def guest(self, *, kernel: bool = False) -> Domain:
-        """A guest that runs, writes its memory, and checks what it reads.  Without a ring.
+        """Return a guest without a ring, which runs, writes its memory, and checks what it reads.
 
-        ``kernel``: one with the kernel of an operating system, which has told the hypervisor where
-        some of its pages are, and tells it again when it resumes.  A test asks for such a guest
-        where its subject is the pinned set or how a kernel suspends; any other test gets the
-        smallest guest that there is.
+        ``kernel``: a guest with the kernel of an operating system, which registers some of its
+        pages with the hypervisor, and registers them again when it resumes.  Tests of the pinned
+        set, and of how a kernel suspends, use such a guest; any other test gets the smallest guest.
         """
 
     @abstractmethod
     def config(self, nr_pfns: int = 1024) -> DomainConfig:
-        """Of an empty domain."""
+        """Return the configuration of an empty domain."""
 
     def incoming(self, nr_pfns: int = 1024) -> Domain:
         return self.hypervisor.create_incoming(self.config(nr_pfns))
 
     @abstractmethod
     def config_beside(self, source: Domain) -> DomainConfig:
-        """What the source is, under another name: to restore it on the same host."""
+        """Return the source's configuration with another name, to restore the guest on the same
+        host.
+        """
 
     @abstractmethod
     def another(self) -> Hypervisor:
@@ -66,10 +67,10 @@ class Lab(ABC):
 
     @abstractmethod
     def work(self, domain: Domain) -> int:
-        """How much the guest has done so far: the vCPU that has done least."""
+        """Return how much the guest has done so far: the work of the vCPU that has done least."""
 
     def wait_for_work(self, domain: Domain, meanwhile: Callable[[], object] = lambda: None) -> None:
-        """Until the guest has done something more."""
+        """Wait until the guest has done some more work."""
         before = self.work(domain)
 
         def worked() -> bool:
@@ -79,7 +80,7 @@ class Lab(ABC):
         until(worked, "the guest does nothing")
 
     def stands_still(self, domain: Domain) -> bool:
-        """Whether a guest does nothing for a moment."""
+        """Whether the guest does no work for a moment."""
         time.sleep(self.still_s / 3)
         before = self.work(domain)
         time.sleep(self.still_s)
@@ -87,19 +88,21 @@ class Lab(ABC):
 
     @abstractmethod
     def errors(self, domain: Domain) -> int:
-        """How often the guest read what it had not written."""
+        """Return how often the guest has read other contents than it had written."""
 
     @abstractmethod
     def toolstack_pages(self, domain: Domain) -> PfnArray:
-        """Pinned for dom0's sake (xenstore's and the console's rings), not for the guest's."""
+        """Return the pages that are pinned because dom0 uses them (xenstore's and the console's
+        rings).
+        """
 
     @abstractmethod
     def close(self) -> None:
-        """After each test."""
+        """Remove what a test has made; called after each test."""
 
     @abstractmethod
     def hold(self, domain: Domain, pfn: int) -> contextlib.AbstractContextManager[None]:
-        """Somebody has a reference to the page."""
+        """Hold a reference to the page, as another program would."""
 
 
 class SimulatedLab(Lab):
@@ -116,7 +119,7 @@ class SimulatedLab(Lab):
         clear(self._world)
 
     def boot(self, memory: int = 4 * MIB, vcpus: int = 2, **options: object) -> SimulatedDomain:
-        """A guest of the kind that a test of the simulated host itself needs."""
+        """Boot a guest for a test of the simulated host itself."""
         spec = GuestSpec(self._name, memory, vcpus, **options)  # type: ignore[arg-type]
         return self.simulated.create_guest(spec.to_bytes())
 
@@ -165,5 +168,5 @@ LAB_WAIT_S = 60.0
 
 
 def until(condition: Callable[[], object], what: str, timeout_s: float = LAB_WAIT_S) -> None:
-    """As :func:`tests.support.waiting.until`, for a hypervisor that may be emulated."""
+    """Wait as :func:`tests.support.waiting.until` does, for a hypervisor that may be emulated."""
     waiting.until(condition, what, timeout_s)

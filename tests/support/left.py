@@ -17,7 +17,7 @@ SESSION, NAME, DOMID = "session", "guest", 9
 
 
 class NoLanes:
-    """Lanes that nobody uses."""
+    """Lanes that are never used."""
 
     dials, rejoins = None, 0
     peer = ""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""libxl as a helper sees it, and the part of xl that comes after.  The script follows the real
-programs.
+"""libxl as a helper sees it, and the part of xl that follows.  The script behaves as the real
+programs do.
 
-:class:`Libxl` is one side: it starts the helper, answers it, and records its messages.  The lab has
-the real programs.
+:class:`Libxl` is one side: it starts the helper, answers it, and records its messages.  In the lab
+the real programs are used.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FIELDS = {
     Message.SWITCH_QEMU_LOGDIRTY: "=II", Message.STATIC_DATA_DONE: "=I",
     Message.RESTORE_RESULTS: "=QQ", Message.COMPLETE: "=ii",
 }  # fmt: skip
-"""Numbers at the beginning of a message."""
+"""The numbers at the beginning of each message."""
 NOT_ANSWERED = (Message.LOG, Message.PROGRESS, Message.RESTORE_RESULTS)
 
 
@@ -54,22 +54,24 @@ def parse(body: bytes) -> Said:
 
 @dataclass
 class Libxl:
-    """``answers``: what is done for a message, and the answer; others are answered with 0."""
+    """One side of libxl.  ``answers``: for a message, the function that acts and returns the
+    answer; other messages are answered with 0.
+    """
 
     mode: str
     io_fd: int
     numbers: tuple[int, ...]
-    """The arguments after ``io_fd``."""
+    """The helper's arguments after ``io_fd``."""
     answers: dict[Message, Callable[[], int]] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     said: list[Said] = field(default_factory=list)
     status: int | None = None
     ends_with_helper: bool = False
-    """True: as xl, whose process ends when the helper has ended.  False: the process is the test's,
-    which continues.
+    """If true, the process in the place of xl ends when the helper has ended.  If false, that
+    process is the test's, which continues.
     """
     silent_at: Message | None = None
-    """Not answered: libxl is held up there, until :meth:`kill`."""
+    """The message that is not answered, as if libxl hung there, until :meth:`kill`."""
 
     def start(self) -> None:
         environment = {
@@ -100,7 +102,9 @@ class Libxl:
                 self.process.stdin.flush()
 
     def wait(self) -> int:
-        """Its status; what went wrong in the helper itself is raised."""
+        """Wait for the helper's end and return its status.  Errors in the helper itself are
+        raised.
+        """
         self._thread.join(TIMEOUT_S)
         self.status = self.process.wait(TIMEOUT_S)
         assert self.process.stderr is not None
@@ -110,7 +114,7 @@ class Libxl:
         return self.status
 
     def kill(self) -> None:
-        """As when xl dies; can be called whatever has become of it."""
+        """End the helper as after the death of xl, whatever state the helper is in."""
         if not hasattr(self, "process"):
             os.close(self.io_fd)
             return
@@ -125,13 +129,13 @@ class Libxl:
             with contextlib.suppress(BrokenPipeError):
                 stream.close()
 
-    # ---- what was said ----
+    # ---- the recorded messages ----
     def of(self, kind: Message) -> list[Said]:
         return [said for said in self.said if said.kind is kind]
 
     @property
     def result(self) -> tuple[int, ...]:
-        """Of ``complete``: 0 or -1, errno."""
+        """Return the numbers of ``complete``: 0 or -1, and errno."""
         (complete,) = self.of(Message.COMPLETE)
         return complete.numbers
 
@@ -166,7 +170,7 @@ libxl.ask(protocol.complete(0, 0))
 
 
 def write_stock_helper(path: Path) -> Path:
-    """A stock helper with a stream of its own, which it checks when it restores it."""
+    """Write a stock helper whose stream has contents of its own, which it checks in a restore."""
     path.write_text(STOCK.format(python=sys.executable, tree=str(Path(__file__).parents[2])))
     path.chmod(0o755)
     return path

@@ -22,8 +22,8 @@ NO_LINGER = struct.pack("ii", 1, 0)
 
 
 class Link:
-    """``budgets``: how many bytes each connection carries, in both directions together, before the
-    link is cut.
+    """A link.  ``budgets``: how many bytes each connection carries, in both directions together,
+    before the link is cut.
 
     The first connection is the push lane, the second the pull lane; then those of the next pair
     follow.  A connection without a budget, or after the end of the list, carries everything.
@@ -31,7 +31,7 @@ class Link:
 
     def __init__(self, to: tuple[str, int], budgets: list[int | None] | None = None):
         self.to = to
-        """Where the next connection leads."""
+        """The address to which the next connection leads."""
         self._budgets = list(budgets or [])
         self._streams: set[trio.SocketStream] = set()
         self._lefts: set[trio.SocketStream] = set()
@@ -40,14 +40,14 @@ class Link:
         self.is_up = True
         self.was_cut = trio.Event()
         self.delay_s = 0.0
-        """Of each piece."""
+        """The delay of each piece of data."""
         self.piece = PIECE
         self._flowing = trio.Event()
         self._flowing.set()
         self._damage: Damage | None = None
 
     async def carry(self, left: trio.SocketStream) -> None:
-        """One connection."""
+        """Relay one connection."""
         self.connections += 1
         budget = self._budgets.pop(0) if self._budgets else None
         if not self.is_up:
@@ -55,7 +55,7 @@ class Link:
             return
         try:
             right = await trio.open_tcp_stream(*self.to)
-        except OSError:  # nobody is there just now
+        except OSError:  # no process listens at the moment
             _reset(left)
             return
         self._streams |= {left, right}
@@ -68,7 +68,7 @@ class Link:
                     await copy(source, to)
                 with contextlib.suppress(trio.ClosedResourceError):
                     while await source.receive_some(PIECE):
-                        pass  # the other end was cut, and this one does not know
+                        pass  # the other end was cut, and this end has not noticed it
             except trio.BrokenResourceError:
                 for stream in (source, to):
                     _reset(stream)
@@ -100,31 +100,33 @@ class Link:
                 stream.socket.close()
 
     def stop(self) -> None:
-        """Nothing comes through, and nobody is told; until :meth:`go`."""
+        """Stop carrying data, without a notice to either end, until :meth:`go`."""
         self._flowing = trio.Event()
 
     def go(self) -> None:
         self._flowing.set()
 
     def damage(self, how: Damage | None) -> None:
-        """The next piece that comes by, on whichever connection; ``None``: none."""
+        """Damage the next piece of data on any connection.  ``None``: damage nothing."""
         self._damage = how
 
     def cut(self) -> None:
-        """Every connection is reset."""
+        """Reset every connection."""
         for stream in self._streams:
             _reset(stream)
         self._streams.clear()
         self.was_cut.set()
 
     def cut_left(self) -> None:
-        """Where they came from; the other end hears nothing of it, and nothing more."""
+        """Reset every connection at the end that opened it.  The other end gets no notice and no
+        more data.
+        """
         for stream in self._lefts:
             _reset(stream)
         self._lefts.clear()
 
     def down(self) -> None:
-        """And no other comes about until :attr:`is_up` is set again."""
+        """Cut every connection, and refuse new ones until :attr:`is_up` is set again."""
         self.is_up = False
         self.cut()
 
@@ -138,7 +140,7 @@ def _reset(stream: trio.SocketStream) -> None:
 async def link(
     nursery: trio.Nursery, to: tuple[str, int], budgets: list[int | None] | None = None
 ) -> Link:
-    """One that carries until the nursery ends."""
+    """Start a link that carries until the nursery ends."""
     made = Link(to, budgets)
     (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
     made.port = listener.socket.getsockname()[1]
@@ -147,7 +149,7 @@ async def link(
 
 
 class LinkInThread:
-    """A link for a test that has no event loop; a context manager."""
+    """A link for a test without an event loop; a context manager."""
 
     def __init__(self, to: tuple[str, int]):
         self._to = to
@@ -183,8 +185,8 @@ Patch = pytest.MonkeyPatch
 def cut_when(
     monkeypatch: Patch, cls: type, said: type[m.Message], *, before: bool, down: bool = False
 ) -> list[Link]:
-    """Cut the link the first time an end says this, before it is sent or after.  The link is to be
-    put into the list.
+    """Cut the link when an end sends this message for the first time, before or after it is sent.
+    The caller puts the link into the list.
     """
     links: list[Link] = []
     send, send_blocking = vars(cls)["send"], vars(cls)["send_blocking"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Pages of a domain, and what is in them."""
+"""The pages of a domain, and their contents."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def page(fill: int) -> bytes:
 
 
 def memory_of(domain: Domain) -> PfnArray:
-    """At the lowest pfns, and a few pages at the highest; the hole between them is large."""
+    """Return the pfns with memory.  They are the lowest ones and a few at the highest, with a large
+    hole between them.
+    """
     low, high = domain.config().max_pages, max(domain.nr_pfns - SPECIAL_PFNS, 0)
     where = np.union1d(span(0, min(low, domain.nr_pfns)), span(high, domain.nr_pfns - high))
     return where[domain.present(where)]

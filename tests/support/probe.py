@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Prints what a process finds when it starts, as JSON, and ends as its first argument says."""
+"""A program that prints what a process finds when it starts, as JSON, and that ends as its first
+argument demands.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Migrations with --protect, whose destination dies."""
+"""Migrations with --protect whose destination dies."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ EVERY_S = 0.02
 
 
 def slow_guest(name: str, memory: int = 32 * MIB, **others: Any) -> GuestSpec:
-    """Slow enough that its memory does not come by faults, before anything could be sent back."""
+    """Return a guest so slow that its memory does not arrive by faults before anything could be
+    sent back.
+    """
     defaults: dict[str, Any] = {
         "workload": "random",
         "working_set_bytes": 16 * MIB,
@@ -51,9 +53,9 @@ async def protected(
 
 
 def dies_after(count: int, hosts: World, *, decide: bool = True, force: bool = False) -> Meanwhile:
-    """The destination is gone for good after so many checkpoints, and an operator says so.
+    """The destination is gone for good after so many checkpoints, and an operator decides so.
 
-    ``force``: where that cannot be the end of a guest that was protected to its end.
+    ``force``: with ``--force``, which is needed if the guest was not protected to its end.
     """
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
@@ -74,7 +76,7 @@ def dies_after(count: int, hosts: World, *, decide: bool = True, force: bool = F
 def verified_at_source(
     host: SimulatedHypervisor, spec: GuestSpec, before: list[int] | None = None
 ) -> Verification:
-    """Of a guest that runs there."""
+    """Check the memory of a guest that runs at this host."""
     domain = host.open(spec.name)
     assert domain.state() is DomainState.RUNNING
     wait_for_steps(domain, 100)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a process holds: memory, descriptors, threads."""
+"""The resources that a process holds: memory, descriptors, threads."""
 
 from __future__ import annotations
 

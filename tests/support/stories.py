@@ -105,7 +105,7 @@ DECIDED = [
 
 
 LOST: tuple[Role, m.Message, Lane] = (S, m.Rejoin(), PUSH)
-"""Both have lost their lanes; this is the first thing that is said on the new ones."""
+"""The first message on new lanes, when both ends have lost theirs."""
 
 
 def rejoined(reached: str) -> list[tuple[Role, m.Message, Lane]]:

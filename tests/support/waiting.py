@@ -9,8 +9,8 @@ from collections.abc import Callable
 import trio
 
 WAIT_S = 50.0
-"""The limit of a wait for a condition, on the slowest machine.  It is less than ``STEP_TIMEOUT_S``:
-a wait that only a time limit of the daemons ends is a failure.
+"""The limit of a wait for a condition, on the slowest machine.  It is less than ``STEP_TIMEOUT_S``,
+so that a wait which only a time limit of the daemons ends is a failure.
 """
 
 
@@ -21,7 +21,9 @@ async def until_async(condition: Callable[[], bool], timeout_s: float = WAIT_S) 
 
 
 def until(condition: Callable[[], object], what: str, timeout_s: float = WAIT_S) -> None:
-    """``what``: the failure that an assertion names when the time has passed."""
+    """Wait until the condition holds.  ``what``: the failure that is named if the time has
+    passed.
+    """
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, what

@@ -31,7 +31,7 @@ SHORT_OF_PATIENCE = "[sender]\npeer_timeout_s = 1\n"
 
 
 class Xl:
-    """``xl migrate``: its helpers run until they have ended; then the test decides."""
+    """``xl migrate``: its helpers run until they have ended, and then the test decides."""
 
     def __init__(self, world: World, spec: GuestSpec, directory: Path):
         self.world, self.spec = world, spec
@@ -60,7 +60,7 @@ class Xl:
         return 1
 
     def run(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """What each helper reported as its result."""
+        """Run the helpers, and return what each has reported as its result."""
         self.start()
         return self.wait()
 
@@ -73,12 +73,12 @@ class Xl:
         return self.save.result, self.restore.result
 
     def go(self) -> None:
-        """The guest runs at the destination; the source is destroyed."""
+        """Let the guest run at the destination, and destroy the source."""
         self.destination.start()
         self.source.destroy()
 
     def stay(self) -> None:
-        """The destination is destroyed; the guest is resumed at the source, where it had been
+        """Destroy the destination, and resume the guest at the source, where it had been
         suspended.
         """
         self.destination.destroy()
@@ -86,12 +86,12 @@ class Xl:
             self.source.resume()
 
     def line(self, daemon: str) -> dict[str, Any]:
-        """What ``list`` has of the migration: the newest of a domain of this name."""
+        """Return the line of ``list`` for the newest migration of a domain of this name."""
         found = [line for line in listed(self.world, daemon) if line["domain"] == self.spec.name]
         return found[-1] if found else {"phase": "none", "problem": ""}
 
     def wait_for(self, *phases: str) -> None:
-        """Until the sender's and the receiver's migrations are so."""
+        """Wait until the migrations of the sender and the receiver are in these phases."""
 
         def reached() -> bool:
             return [self.line(daemon)["phase"] for daemon in ("sender", "receiver")] == list(phases)
@@ -119,8 +119,8 @@ def xl(world: World, name: str, tmp_path: Path) -> Iterator[Xl]:
 
 
 def check_stayed(xl: Xl) -> None:
-    """The guest is unharmed at the source, can be migrated again, and nothing is left at the
-    destination.
+    """Check that the guest is unharmed at the source and can be migrated again, and that nothing is
+    left at the destination.
     """
     until(lambda: xl.source.info().state is DomainState.RUNNING, "the guest is not resumed")
     wait_for_steps(xl.source, 200)

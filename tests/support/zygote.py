@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Programs of this project, forked out of one process that has imported everything: the *zygote*.
+"""Programs of this project, forked from one process that has imported everything: the *zygote*.
 
 A daemon spends most of its start on imports, and the tests start hundreds of daemons and commands.
 :class:`Popen` takes the place of :class:`subprocess.Popen` for commands of the form ``python -m
 MODULE ...``: arguments, environment, directory, descriptors, process group, signals and exit status
-are the same.  A command of another form, or one with an option that the zygote does not support, is
+are the same.  A command of another form, or with an option that the zygote does not support, is
 executed.
 
 The zygote forks twice and its child ends at once, so the grandchild becomes a child of this process
-(``PR_SET_CHILD_SUBREAPER``) and is waited for like any other.  The kernel kills the grandchild when
-this process dies (``PR_SET_PDEATHSIG``).  The zygote ends when its socket is closed.
+(``PR_SET_CHILD_SUBREAPER``), which waits for it as for any other child.  The kernel kills the
+grandchild when this process dies (``PR_SET_PDEATHSIG``).  The zygote ends when its socket is
+closed.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ _libc = ctypes.CDLL(None)
 
 
 class Popen(subprocess.Popen[AnyStr]):
-    """A :class:`subprocess.Popen` whose process the zygote forks, if it can."""
+    """A :class:`subprocess.Popen` whose process the zygote forks, if possible."""
 
     def _execute_child(
         self, args: Any, executable: Any, preexec_fn: Any, close_fds: bool, pass_fds: Sequence[int],
@@ -97,7 +98,7 @@ class Popen(subprocess.Popen[AnyStr]):
 def run(
     command: Sequence[str | os.PathLike[str]], *, timeout: float, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """:func:`subprocess.run` with the output as text."""
+    """Run a command as :func:`subprocess.run` does, with the output as text."""
     process = Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     with process:
         try:
@@ -109,10 +110,10 @@ def run(
 
 
 def of_the_interpreter(environment: Any) -> dict[str, str]:
-    """The variables that an interpreter or its loader reads when it starts (and sets: LC_CTYPE, if
-    no locale is set).
+    """Return the variables that an interpreter or its loader reads when it starts (and those that
+    it sets: LC_CTYPE, if no locale is set).
 
-    coverage.py installs itself, and its handler of SIGTERM, when it finds its own variables.
+    coverage.py installs itself, and its handler of SIGTERM, if it finds its own variables.
     """
     return {
         key: value
@@ -129,7 +130,7 @@ def _umask() -> int:
 
 
 ENVIRONMENT = dict(os.environ)
-"""The zygote's, whatever a test has set since."""
+"""The environment of the zygote, which does not change when a test sets a variable."""
 
 
 class _Zygote:
@@ -138,8 +139,8 @@ class _Zygote:
         self._socket: socket.socket | None = None
 
     def fork(self, request: dict[str, Any], descriptors: list[int]) -> int:
-        """Return the pid of a process that has everything the request asks for and is about to run
-        its module.
+        """Return the pid of a process that has everything that the request demands and is about to
+        run its module.
         """
         with self._lock:
             if self._socket is None:
@@ -191,7 +192,7 @@ def serve(control: socket.socket) -> dict[str, Any] | None:
             if os.fork():
                 os.kill(
                     middle, signal.SIGKILL
-                )  # at once: nothing that runs at an exit concerns this process
+                )  # at once, because the exit handlers do not concern this process
             request: dict[str, Any] = json.loads(data)
             _become(request, descriptors, control.detach(), middle)
             return request
@@ -201,7 +202,7 @@ def serve(control: socket.socket) -> dict[str, Any] | None:
 
 
 def _become(request: dict[str, Any], descriptors: list[int], control: int, middle: int) -> None:
-    """Make this process what the request asks for, and answer the request with its pid."""
+    """Make this process what the request demands, and answer the request with its pid."""
     while os.getppid() == middle:
         time.sleep(0.0002)
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -225,7 +226,8 @@ def _become(request: dict[str, Any], descriptors: list[int], control: int, middl
         os.dup2(fd, number)
     for fd in map(int, os.listdir("/proc/self/fd")):
         if fd not in wanted and fd != control:
-            with contextlib.suppress(OSError):  # of the listing itself
+            # The descriptor of the listing itself is closed already.
+            with contextlib.suppress(OSError):
                 os.close(fd)
     sys.stdin = sys.__stdin__ = _stream(sys.stdin, 0, "r")  # type: ignore[misc]
     sys.stdout = sys.__stdout__ = _stream(sys.stdout, 1, "w")  # type: ignore[misc]
@@ -235,7 +237,7 @@ def _become(request: dict[str, Any], descriptors: list[int], control: int, middl
 
 
 def _stream(old: Any, fd: int, mode: str) -> Any:
-    """What an interpreter makes of a descriptor when it starts."""
+    """Return the stream that an interpreter makes of a descriptor when it starts."""
     direct = mode == "w" and old.write_through
     binary = open(fd, mode + "b", buffering=0 if direct else -1, closefd=False)  # noqa: SIM115
     by_line = not direct and (fd == 2 or os.isatty(fd))
@@ -252,7 +254,7 @@ def main() -> None:
         try:
             importlib.import_module(module)
         except ImportError:
-            if "libxenctrl" not in module:  # which is built where Xen's libraries are
+            if "libxenctrl" not in module:  # libxenctrl is built only on hosts with Xen's libraries
                 raise
     event_loop.install()
     del os.environ["OPENBLAS_NUM_THREADS"]
