@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What every backend must do: one suite, run with the simulated host here and with the real Xen in
-its dom0 (make xenlab).
+"""What every backend must do: one suite, which runs with the simulated host here and with the real
+Xen in its dom0 (make xenlab).
 
-The tests use only the contract and what a :class:`tests.support.labs.Lab` brings about (a running
+The tests use only the contract and what a :class:`tests.support.labs.Lab` provides (a running
 guest, a page that another process holds, ...).
 """
 
@@ -59,7 +59,9 @@ def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """Its space is free after the test, whoever maps it still: a guest's memory is large."""
+    """Yield a folder whose space is free after the test, even if a process still maps a file in it:
+    a guest's memory is large.
+    """
     with tempfile.TemporaryDirectory(prefix="conformance-") as name:
         yield Path(name)
         for path in Path(name).rglob("contents"):
@@ -67,7 +69,9 @@ def folder() -> Iterator[Path]:
 
 
 class Contents:
-    """What the pages of a domain hold, in a file: the page of a pfn is at its number times 4096."""
+    """The contents of a domain's pages in a file.  The page of a pfn is at its number times
+    4096.
+    """
 
     def __init__(self, directory: Path, nr_pfns: int):
         directory.mkdir(exist_ok=True)
@@ -94,7 +98,7 @@ class Contents:
 
 
 def page_out(domain: Domain, contents: Contents) -> PfnArray:
-    """All of a paused guest's memory but the pinned set; returns which."""
+    """Evict all of a paused guest's memory except the pinned set.  Returns the evicted pfns."""
     there = memory_of(domain)
     contents.copy(domain, there)
     out = np.setdiff1d(there, domain.pinned(there))
@@ -103,10 +107,10 @@ def page_out(domain: Domain, contents: Contents) -> PfnArray:
 
 
 def serve(domain: Domain, ring: PagingRing, contents: Contents, out: set[int]) -> int:
-    """Answer what is in the ring."""
+    """Answer the requests in the ring."""
     requests = ring.requests()
     for request in requests:
-        if request.pfn in out:  # else another request for it came before
+        if request.pfn in out:  # otherwise another request for this page came before
             assert domain.load(pfns(request.pfn), contents[pfns(request.pfn)]).tolist() == [0]
             out.discard(request.pfn)
     ring.respond(requests)
@@ -114,7 +118,7 @@ def serve(domain: Domain, ring: PagingRing, contents: Contents, out: set[int]) -
 
 
 def bring_in(domain: Domain, ring: PagingRing, contents: Contents, out: set[int]) -> None:
-    """Load all pages that are still paged out, in the background as a push would; then give the
+    """Load all pages that are still paged out, in the background as a push would, and then give the
     ring up.
     """
     left = sorted(out)
@@ -135,7 +139,7 @@ def give_up(domain: Domain, ring: PagingRing) -> None:
 
 
 def attach(host: Hypervisor, domid: int) -> Domain:
-    """As soon as it has been noticed that the predecessor is gone."""
+    """Attach as soon as the hypervisor has noticed the predecessor's end."""
     domain = host.open(domid)
 
     def attached() -> bool:
@@ -152,7 +156,7 @@ def attach(host: Hypervisor, domid: int) -> Domain:
 
 
 class Native:
-    """A domain's pages as native code gets at them."""
+    """The pages of a domain, by the calls for native code."""
 
     def __init__(self, domain: Domain):
         pages = domain.native_pages()
@@ -169,7 +173,7 @@ class Native:
 
     @contextlib.contextmanager
     def looking(self, pfn: int) -> Iterator[tuple[int, int]]:
-        """Status and address."""
+        """Yield the status and the address of a page."""
         at = ctypes.c_void_p()
         status = self._look(self._domain, pfn, at)
         yield status, at.value or 0
@@ -188,7 +192,9 @@ class Native:
 
 
 def wait_for_requests(ring: PagingRing) -> list[PagingRequest]:
-    """All that vCPUs ask before they stand still; of one page a vCPU may ask several times."""
+    """Return all requests that vCPUs make before they wait.  A vCPU may request one page several
+    times.
+    """
     requests: list[PagingRequest] = []
 
     def asked() -> bool:
@@ -261,7 +267,7 @@ def test_a_name_is_used_once_and_memory_is_finite(lab: Lab) -> None:
 
 
 def free_pages(lab: Lab) -> int:
-    """What a guest may have at most for its preflight to find enough memory."""
+    """Return the most memory that a guest may have if its preflight is to succeed."""
     config, least, most = lab.config(), 1, 2**28
     while most - least > 1:
         pages = (least + most) // 2
@@ -282,7 +288,7 @@ def test_memory_that_is_to_arrive_is_reserved_until_it_is_given_back(lab: Lab) -
     reserved = free_pages(lab)
     assert before - reserved > 1024 - noise
     target.populate(pfn_array(range(512)))
-    assert abs(free_pages(lab) - reserved) < noise  # it is taken from what was reserved
+    assert abs(free_pages(lab) - reserved) < noise  # the memory is taken from what was reserved
     target.depopulate(pfn_array(range(512)))
     target.reserve(1024)
     assert abs(free_pages(lab) - reserved) < noise
@@ -393,7 +399,7 @@ def test_a_context_of_something_else_is_refused(lab: Lab) -> None:
 
 
 def test_what_a_failed_call_was_given_can_be_collected(lab: Lab) -> None:
-    """Found by chaos: the collector stumbled over a memoryview, and the daemon died."""
+    """Found by chaos: a memoryview crashed the garbage collector, and with it the daemon."""
     domain = lab.incoming()
 
     def fail() -> None:
@@ -401,12 +407,12 @@ def test_what_a_failed_call_was_given_can_be_collected(lab: Lab) -> None:
         try:
             domain.write_pages(span(0, 8), memoryview(bytearray(8 * PAGE_SIZE))[: 8 * PAGE_SIZE])
         except XenError as error:
-            lost = error  # it knows this frame, and this frame it
+            lost = error  # the error and this frame refer to each other
         assert lost is not None
 
     for _ in range(3):
         fail()
-        gc.collect()  # raises
+        gc.collect()  # an error would be raised here
 
 
 # ---- log-dirty ----
@@ -431,7 +437,7 @@ def test_log_dirty_is_peeked_cleaned_and_ended(lab: Lab) -> None:
 
 
 def test_log_dirty_is_refused_to_a_second_user_and_stays_the_first_one_s(lab: Lab) -> None:
-    """Whoever relies on it can see that it is on, though not whose it is."""
+    """The first user can find out that log-dirty is on, but not whose it is."""
     domain = lab.guest()
     other = lab.hypervisor.open(domain.domid)
     assert not domain.log_dirty_is_on() and not other.log_dirty_is_on()
@@ -446,7 +452,7 @@ def test_log_dirty_is_refused_to_a_second_user_and_stays_the_first_one_s(lab: La
     domain.log_dirty_disable()
     assert not domain.log_dirty_is_on() and not other.log_dirty_is_on()
     lab.wait_for_work(domain)
-    domain.log_dirty_enable()  # asking has not left it on, or off
+    domain.log_dirty_enable()  # the check has not changed log-dirty
     lab.wait_for_work(domain)
     assert domain.log_dirty(clean=True).any()
     domain.log_dirty_disable()
@@ -470,7 +476,7 @@ def test_a_domain_with_a_ring_has_a_pager_whoever_asks(lab: Lab) -> None:
 
 
 def test_a_page_that_is_loaded_is_not_written(lab: Lab) -> None:
-    """What a pager brings need not be sent back."""
+    """What a pager loads need not be sent back."""
     domain = lab.incoming()
     domain.populate(span(0, 64))
     ring = domain.paging_enable()
@@ -485,7 +491,7 @@ def test_a_page_that_is_loaded_is_not_written(lab: Lab) -> None:
 
 
 def test_a_frame_that_comes_is_not_log_dirty(lab: Lab) -> None:
-    """A frame that is removed is not log-dirty either.  Otherwise a step of the sender would not be
+    """A removed frame is not log-dirty either.  Otherwise a step of the sender would not be
     needed.
     """
     domain = lab.incoming()
@@ -499,7 +505,7 @@ def test_a_frame_that_comes_is_not_log_dirty(lab: Lab) -> None:
 
 
 def test_a_domain_gets_no_frame_beyond_its_limit(lab: Lab) -> None:
-    """One that has more keeps what it has."""
+    """A domain that has more frames keeps them."""
     domain = lab.incoming()
     domain.populate(span(0, 64))
     frames = domain.reservation()
@@ -517,7 +523,9 @@ def test_a_domain_gets_no_frame_beyond_its_limit(lab: Lab) -> None:
 
 
 def test_a_guest_moves_into_a_domain_that_takes_its_place(lab: Lab) -> None:
-    """Some pages at a time, as there may be no memory for two of it."""
+    """Some pages are moved at a time, because there may be no memory for two copies of the
+    guest.
+    """
     source = lab.guest()
     lab.wait_for_work(source)
     source.suspend()
@@ -544,9 +552,9 @@ def test_a_guest_moves_into_a_domain_that_takes_its_place(lab: Lab) -> None:
 
 
 def test_no_write_escapes_log_dirty(lab: Lab, folder: Path) -> None:
-    """Copy a running guest's pages as they get dirty: in the end the copy equals the memory.
+    """Copy a running guest's pages as they get dirty; in the end the copy equals the memory.
 
-    But for the pinned set: what the hypervisor itself writes there is not recorded.
+    The pinned set is excepted, because what the hypervisor itself writes there is not recorded.
     """
     domain = lab.guest()
     copy = Contents(folder, domain.nr_pfns)
@@ -609,7 +617,7 @@ def test_batches_of_any_size(lab: Lab, count: int) -> None:
     assert domain.info().tot_pages == before + count
     domain.depopulate(batch)
     assert domain.info().tot_pages == before
-    domain.populate_evicted(batch)  # the same of holes
+    domain.populate_evicted(batch)  # the same for holes
     assert not domain.load(batch, None).any()
     with domain.map_pages(batch) as mapped:
         assert mapped.status.tolist() == [PageStatus.ZERO] * count
@@ -672,7 +680,7 @@ def test_a_batch_stops_at_the_pfn_that_fails(lab: Lab, operation: str) -> None:
 
 @pytest.mark.eviction
 def test_what_is_wrong_with_a_pfn(lab: Lab) -> None:
-    """The documented errors, each at its pfn, with those before it done."""
+    """Each call has the documented error at its pfn, and the pfns before it are done."""
     domain = lab.incoming()
     domain.paging_enable()
     domain.populate(span(1, 8))
@@ -803,7 +811,7 @@ def test_a_vcpu_goes_on_only_when_it_was_answered(lab: Lab, folder: Path) -> Non
     domain.pause()
     contents = Contents(folder, domain.nr_pfns)
     out = set(page_out(domain, contents).tolist())
-    assert lab.stands_still(domain) and not ring.requests()  # a paused domain asks for nothing
+    assert lab.stands_still(domain) and not ring.requests()  # a paused domain makes no requests
     domain.unpause()
     requests = wait_for_requests(ring)
     assert all(
@@ -814,7 +822,7 @@ def test_a_vcpu_goes_on_only_when_it_was_answered(lab: Lab, folder: Path) -> Non
         out.discard(pfn)
     *others, last = requests
     ring.respond(others)
-    assert lab.stands_still(domain)  # the vCPU of the last one, that is
+    assert lab.stands_still(domain)  # only the vCPU of the last request waits
     for answer in ([last, last], [last._replace(pfn=last.pfn + 1)], [*others[:1], last, last]):
         with pytest.raises(XenError, match="no open request"):
             ring.respond(answer)
@@ -827,7 +835,7 @@ def test_a_vcpu_goes_on_only_when_it_was_answered(lab: Lab, folder: Path) -> Non
 
 @pytest.mark.eviction
 def test_a_running_guest_s_memory_is_evicted_and_served_back(lab: Lab, folder: Path) -> None:
-    """All of it but the pinned set, twice; the guest checks what it reads."""
+    """All memory except the pinned set is evicted, twice; the guest checks what it reads."""
     domain = lab.guest()
     for faults in (200, 1):
         ring = domain.paging_enable()
@@ -876,7 +884,7 @@ def test_pages_are_evicted_under_a_running_guest(lab: Lab, folder: Path) -> None
 def pager(
     lab: Lab, domain: Domain, contents: Contents, *options: str
 ) -> Iterator[subprocess.Popen[str]]:
-    """A pager in a process of its own."""
+    """Start a pager in a process of its own."""
     command = [
         sys.executable,
         "-m",
@@ -914,7 +922,7 @@ def wait_for_line(process: subprocess.Popen[str], wanted: Callable[[str], bool])
 
 
 def test_a_pager_can_be_killed_and_has_a_successor(lab: Lab, folder: Path) -> None:
-    """The guest stands still meanwhile, and then goes on."""
+    """The guest waits meanwhile, and then continues."""
     domain = lab.guest()
     contents = Contents(folder, domain.nr_pfns)
     with pager(lab, domain, contents) as process:
@@ -949,7 +957,7 @@ def test_a_pager_can_be_killed_and_has_a_successor(lab: Lab, folder: Path) -> No
 def restore(
     lab: Lab, source: Domain, contents: Contents, *, pinned: bool = True
 ) -> tuple[Domain, PagingRing, set[int]]:
-    """The suspended guest, on the same host: all but its pinned set is paged out."""
+    """Restore the suspended guest on the same host, with all but its pinned set paged out."""
     there = memory_of(source)
     contents.copy(source, there)
     held = source.pinned(there)
@@ -1002,7 +1010,7 @@ def test_held_pages_are_readable_when_the_domain_is_gone(lab: Lab) -> None:
         (PageStatus.DATA, page(7)),
         (PageStatus.DATA, page(19)),
     ]
-    # Let go while somebody looks:
+    # Release a page while it is being read:
     with domain.map_pages(span(8, 4)) as mapped, native.looking(6) as (_status, address):
         domain.release(span(5, 15))
         assert bytes(mapped.data[0][:1]) == b"\x08"
@@ -1032,7 +1040,9 @@ def test_what_is_not_here_cannot_be_held(lab: Lab) -> None:
 
 
 def test_holding_a_guest_s_memory_changes_nothing_for_it(lab: Lab) -> None:
-    """It goes on, is suspended, and goes on; what is held by ourselves is not pinned."""
+    """The guest runs, is suspended, and continues; what this process holds does not count as
+    pinned.
+    """
     domain = lab.guest()
     there = memory_of(domain)
     before = domain.pinned(there)
@@ -1040,7 +1050,7 @@ def test_holding_a_guest_s_memory_changes_nothing_for_it(lab: Lab) -> None:
         domain.hold(there)
         assert (
             len(np.setdiff1d(domain.pinned(there), before)) < 20
-        )  # it lives, and may have registered some
+        )  # the guest runs, and may have registered some
     lab.wait_for_work(domain)
     domain.suspend()
     domain.hold(there)
@@ -1075,7 +1085,7 @@ def test_a_toolstack_s_domain_is_bound_to_be_restored_into(lab: Lab) -> None:
 
 
 def test_a_guest_without_its_pinned_set_dies(lab: Lab, folder: Path) -> None:
-    """With it, and with nothing else, it lives."""
+    """With its pinned set, and nothing else, the guest lives."""
     source = lab.guest(kernel=True)
     contents = Contents(folder, source.nr_pfns)
     source.suspend()
@@ -1095,7 +1105,7 @@ def test_a_guest_without_its_pinned_set_dies(lab: Lab, folder: Path) -> None:
     target.populate_evicted(own)
     out |= set(own.tolist())
     target.set_context(context)
-    with contextlib.suppress(XenError):  # the simulated one is dead at once
+    with contextlib.suppress(XenError):  # a simulated guest is dead at once
         target.start()
 
     def crashed() -> bool:

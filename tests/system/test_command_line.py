@@ -48,7 +48,7 @@ def boot(world: World, name: str, memory: int = 4 * MIB, **options: Any) -> Gues
 
 
 def request(world: World, name: str, *options: str, to: str | None = None) -> list[str]:
-    """The arguments of a migration."""
+    """Return the arguments of a migration."""
     return [
         "migrate",
         name,
@@ -66,7 +66,7 @@ def migrate(
 
 
 def assert_refused(result: subprocess.CompletedProcess[str], what: str, status: int = 1) -> None:
-    """One line that says what is wrong, on standard error, and a status that is not 0."""
+    """Check that one line on standard error has what is wrong, and that the status is not 0."""
     assert result.returncode == status, result.stderr
     # guest: the progress of a migration, which on a busy machine takes long enough to be printed.
     # xencall: what Xen's library writes by itself, where it is installed and Xen does not run.
@@ -78,7 +78,7 @@ def assert_refused(result: subprocess.CompletedProcess[str], what: str, status: 
 
 
 def assert_unharmed(world: World, spec: GuestSpec) -> None:
-    """The guest runs at the source, undamaged, and the destination is empty."""
+    """Check that the guest runs at the source, undamaged, and that the destination is empty."""
     from xenbackend.simulated.verify import verify
 
     deadline = time.monotonic() + WAIT_S
@@ -119,8 +119,8 @@ def test_an_unreachable_destination(world: World, name: str) -> None:
 
 @contextlib.contextmanager
 def server(answer: bytes, *, hang_up: bool = False) -> Iterator[int]:
-    """A server of another program: it sends ``answer``, and then waits for the client to leave, or
-    leaves after the client has sent something.
+    """Run a server of another program.  It sends ``answer``, and then waits for the client to
+    leave, or leaves when the client has sent something.
     """
 
     def serve() -> None:
@@ -326,10 +326,10 @@ def test_a_loopback_whose_sender_dies_shows_its_log() -> None:
 
 
 def test_loopback_leaves_nothing_behind() -> None:
-    """Executed, as are the daemons that the program starts: in most other tests the zygote forks
+    """The command and the daemons that it starts are executed; in most other tests the zygote forks
     them.
     """
-    with tempfile.TemporaryDirectory() as place:  # a short path: sockets are made there
+    with tempfile.TemporaryDirectory() as place:  # a short path, because sockets are made there
         environment = {**os.environ, "TMPDIR": place}
         subprocess.run(
             [*PROGRAM, "loopback", "--memory", "4M"],
@@ -491,8 +491,8 @@ print("imported:", *{"numpy", "trio", "msgpack", "cffi", "tqdm"} & set(sys.modul
 
 
 def test_a_client_command_imports_only_what_it_needs(world: World) -> None:
-    """Each of these modules would make the command slower to start; most commands are run again and
-    again.
+    """Each of these modules would make the command slower to start, and most commands are run again
+    and again.
     """
     sockets = [str(world.sender_socket), str(world.receiver_socket)]
     done = subprocess.run(
@@ -510,7 +510,7 @@ def test_a_client_command_imports_only_what_it_needs(world: World) -> None:
 def interrupt_when(
     world: World, spec: GuestSpec, phase: str, *options: str, by: int = signal.SIGINT
 ) -> tuple[int, str]:
-    """Press Ctrl-C when the migration is in a phase; returns status and what was said."""
+    """Press Ctrl-C when the migration is in a phase.  Returns the status and the output."""
     process = zygote.Popen(
         [*PROGRAM, *request(world, spec.name, *options)],
         stdout=subprocess.DEVNULL,
@@ -559,7 +559,7 @@ def follow(world: World, line: dict[str, Any]) -> str:
 
 
 def hint(world: World, line: dict[str, Any], command: str) -> str:
-    """As it can be pasted."""
+    """Return a command as it can be pasted."""
     return f"`xen-postcopy {command} {line['id'][:8]} --socket {world.sender_socket}`"
 
 
@@ -632,7 +632,7 @@ def test_the_progress_is_live_on_a_terminal(world: World, name: str) -> None:
 
 
 def test_a_second_ctrl_c_waits_no_longer(tmp_path: Path) -> None:
-    """For a daemon that does not answer."""
+    """The daemon does not answer."""
     path = tmp_path / "sender.sock"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(os.fspath(path))
@@ -679,7 +679,7 @@ def test_a_sender_that_is_stopped_takes_its_migrations_back(name: str) -> None:
 
 
 def test_a_killed_sender_leaves_the_guest_where_it_was(name: str) -> None:
-    """Before the switchover: the hypervisor's guest does not depend on the daemon."""
+    """This is before the switchover: the hypervisor's guest does not depend on the daemon."""
     with loopback_world(64 * MIB) as world:
         spec = boot(world, name, memory=16 * MIB, workload="idle", zero_permille=0)
         with world.control() as client:
@@ -698,7 +698,7 @@ def test_a_killed_sender_leaves_the_guest_where_it_was(name: str) -> None:
 
 # ---- ends ----
 def children(pid: int) -> set[int]:
-    """Of a process, without those that have ended."""
+    """Return the living children of a process."""
     found = set()
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -753,8 +753,8 @@ def test_loopback_leaves_no_process_behind(sig: signal.Signals) -> None:
 
 
 def test_the_next_loopback_removes_what_a_killed_one_has_left() -> None:
-    """And nothing of one that runs."""
-    with tempfile.TemporaryDirectory() as place:  # a short path: sockets are made there
+    """It removes nothing of a loopback that runs."""
+    with tempfile.TemporaryDirectory() as place:  # a short path, because sockets are made there
         environment = {**os.environ, "TMPDIR": place}
         options = [
             "--memory",
@@ -805,7 +805,7 @@ def test_a_daemon_that_is_just_starting_is_waited_for(tmp_path: Path) -> None:
     with zygote.Popen(
         [*PROGRAM, "cancel", "x", "--socket", path], stderr=subprocess.PIPE, text=True
     ) as process:
-        time.sleep(0.5)  # the command looks for the socket first, or else the test shows nothing
+        time.sleep(0.5)  # the command must look for the socket before it exists
         listener.bind(os.fspath(path))
         listener.listen()
         listener.settimeout(WAIT_S)

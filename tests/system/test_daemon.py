@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What daemons have to do with systemd: sockets that it makes, its watchdog, its journal."""
+"""Daemons under systemd: sockets that systemd makes, its watchdog, its journal."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_daemon_serves_the_socket_that_systemd_made_and_feeds_its_watchdog(
         finally:
             daemon.kill()
             daemon.wait()
-    assert path.exists()  # it is systemd's to take away
+    assert path.exists()  # systemd removes the socket
 
 
 def test_a_record_in_the_journal_has_its_migration(tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_show_and_watch(world: World, name: str) -> None:
 
 
 def test_a_sender_shows_all_faults_when_the_receiver_has_reported_them() -> None:
-    """The last report before that has the faults up to its own time."""
+    """The report before it has only the faults up to its own time."""
     migration = Mock(progress=Progress(faults=591, latency_us=30))
     migration.context.receiver_statistics = {}
     assert _line(migration)["faults"] == 591
@@ -218,7 +218,7 @@ def test_a_daemon_that_is_being_stopped_serves_its_guests_and_takes_on_no_other(
         stopping = world.processes[which]
         stopping.popen.send_signal(stop)
         until(lambda: "waiting for guests" in stopping.log.read_text(), "it does not stop")
-        stopping.popen.send_signal(signal.SIGHUP)  # of a terminal, which cuts nothing short
+        stopping.popen.send_signal(signal.SIGHUP)  # as from a terminal; it ends nothing early
         with pytest.raises(
             MigrationError, match="is being stopped, and serves only the guests that need it"
         ):
@@ -236,7 +236,7 @@ def test_a_daemon_that_is_being_stopped_serves_its_guests_and_takes_on_no_other(
 
 
 def test_a_receiver_that_is_stopped_twice_leaves_its_socket_while_a_guest_needs_it() -> None:
-    """By the socket xl's helper recognises that a guest may lack pages."""
+    """By the socket xl's helper detects that a guest may lack pages."""
     with loopback_world(256 * MIB) as world:
         guest = boot(world)
         begin(world, "guest", bandwidth=4 * MIB)

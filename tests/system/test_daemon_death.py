@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A daemon is killed, at any instant, and started again: the guest runs in exactly one place and
+"""A daemon is killed, at any instant, and started again.  The guest runs in exactly one place and
 loses nothing.
 """
 
@@ -50,7 +50,7 @@ def start_anew(world: World, which: str) -> None:
 
 
 def begin(world: World, strategy: str = "hybrid", bandwidth: float | None = 32 * MIB) -> None:
-    """A migration that does not end before we are through with it."""
+    """Begin a migration that does not end before the test has done its part."""
     guest = world.source.create_guest(spec().to_bytes())
     wait_for_steps(guest, 100)
     guest.close()
@@ -64,7 +64,7 @@ def begin(world: World, strategy: str = "hybrid", bandwidth: float | None = 32 *
 
 
 def check(world: World) -> str:
-    """Wait for its end, and verify the guest where it is; returns that."""
+    """Wait for the end of the migration, and verify the guest where it runs.  Returns the host."""
 
     def settled() -> bool:
         ends = {which: phase(world, which) for which in ("sender", "receiver")}
@@ -102,7 +102,7 @@ def check(world: World) -> str:
 def test_killed_in_postcopy_its_successor_goes_on(world: World, which: str, strategy: str) -> None:
     begin(world, strategy)
     for _ in range(3):
-        # With so few pages left another postcopy may be over before it was seen.
+        # With so few pages left another postcopy may end before it is noticed.
         until(lambda: phase(world, "receiver") in ("postcopy", "completed"), "no postcopy")
         outstanding = lines(world, "receiver")[-1]["outstanding"]
         kill(world, which)
@@ -115,7 +115,7 @@ def test_killed_in_postcopy_its_successor_goes_on(world: World, which: str, stra
 
 
 def test_what_a_successor_does_not_know_is_shown_as_unknown(world: World) -> None:
-    """Before, a sender that was started again showed 0 missing pages and 0 bytes of memory."""
+    """Before, a restarted sender showed 0 missing pages and 0 bytes of memory."""
     begin(world, "postcopy", bandwidth=2 * MIB)
     until(lambda: phase(world, "sender") == "postcopy", "no postcopy")
     for which in ("receiver", "sender"):
@@ -138,7 +138,7 @@ def test_what_a_successor_does_not_know_is_shown_as_unknown(world: World) -> Non
 
 
 def test_each_successor_counts_its_attempts_from_another_number(world: World) -> None:
-    """The receiver takes a number once, and a clock may go back."""
+    """The receiver accepts a number once, and a clock may go back."""
     begin(world, "postcopy", bandwidth=2 * MIB)
     until(lambda: phase(world, "receiver") == "postcopy", "no postcopy")
     numbers = []
@@ -155,11 +155,11 @@ def test_each_successor_counts_its_attempts_from_another_number(world: World) ->
 def test_a_limit_that_a_killed_receiver_has_raised_is_given_back_by_its_successor(
     world: World, noted: bool
 ) -> None:
-    """``xl mem-set`` downwards while pages are missing.  Earlier releases noted no limit."""
+    """``xl mem-set`` lowers the limit while pages are missing.  Earlier releases noted no limit."""
     begin(world, "postcopy", bandwidth=8 * MIB)
     until(lambda: phase(world, "receiver") == "postcopy", "no postcopy")
     with world.destination.open("guest") as guest:
-        lower = guest.nr_pfns - 4000  # long before the last page has arrived
+        lower = guest.nr_pfns - 4000  # the limit is lowered long before the last page has arrived
         guest.set_max_pages(lower)
         until(lambda: guest.reservation().max_pages > lower, "the limit is not raised")
         assert guest.reservation().paged_pages
@@ -239,7 +239,7 @@ def test_killed_in_precopy_the_guest_stays(world: World, which: str) -> None:
     kill(world, which)
     start_anew(world, which)
     assert check(world) == "source"
-    # and it can be migrated afterwards
+    # the guest can be migrated afterwards
     with world.control("sender") as client:
         result = client.call(
             command="migrate", domain="guest", destination=f"127.0.0.1:{world.port}"
@@ -248,8 +248,8 @@ def test_killed_in_precopy_the_guest_stays(world: World, which: str) -> None:
 
 
 def test_the_last_entry_of_a_journal_was_not_written(world: World) -> None:
-    """Found by chaos: all pages had come, and the successor treated the guest as one whose ring was
-    lost.
+    """Found by chaos: all pages had arrived, and the successor treated the guest as one whose ring
+    was lost.
     """
     begin(world, "postcopy", bandwidth=8 * MIB)
     until(lambda: phase(world, "receiver") == "postcopy", "no postcopy")
@@ -278,8 +278,8 @@ def test_the_guest_ends_while_its_pager_is_dead(world: World) -> None:
 def test_a_second_daemon_takes_up_nothing_of_one_that_runs(
     world: World, which: str, tmp_path: Path
 ) -> None:
-    """A daemon that is started twice by mistake: the second one would take the first one's
-    migrations for orphans.
+    """If a daemon is started twice by mistake, the second one would treat the first one's
+    migrations as those of a dead predecessor.
     """
     begin(world, bandwidth=4 * MIB)
     until(lambda: phase(world, "receiver") == phase(world, "sender") == "precopy", "no precopy")
@@ -317,14 +317,14 @@ def test_a_second_daemon_takes_up_nothing_of_one_that_runs(
 def test_of_two_entries_for_one_domain_the_newer_is_taken_up(
     world: World, which: str, step: str, older: str
 ) -> None:
-    """The older one is of a migration whose entry could not be erased."""
+    """The older entry is of a migration whose entry could not be erased."""
     begin(world, "postcopy", bandwidth=4 * MIB)
     until(lambda: phase(world, which) == "postcopy", "no postcopy")
     kill(world, which)
     newer = journal(world, which)
     facts = json.loads(newer.read_text().splitlines()[-1])
     facts |= {"step": step, "key": "07" * 16, "domid": -1 if step == "making" else facts["domid"]}
-    path = newer.with_name(f"{older}.json")  # before the newer one by name, or after it
+    path = newer.with_name(f"{older}.json")  # by its name before the newer one, or after it
     path.write_text(f"\n{json.dumps(facts)}")
     os.utime(path, (newer.stat().st_mtime - 1,) * 2)
     start_anew(world, which)
@@ -341,8 +341,8 @@ def test_of_two_entries_for_one_domain_the_newer_is_taken_up(
 @pytest.mark.parametrize("here", [True, False])
 @pytest.mark.parametrize("killed", [True, False])
 def test_an_operator_s_decision_outlives_the_sender(world: World, here: bool, killed: bool) -> None:
-    """The decision is in the journal before the operator has the answer, and a successor carries
-    the decision out.
+    """The decision is in the journal before the operator is answered, and a successor carries it
+    out.
 
     Found under load: the sender was killed after its answer, and the guest stayed suspended for
     ever.
@@ -360,7 +360,7 @@ def test_an_operator_s_decision_outlives_the_sender(world: World, here: bool, ki
     else:
         kept = os.open(
             journal(world, "sender"), os.O_RDONLY
-        )  # the file may have no name any more by then
+        )  # the file may have been removed by then
         world.ask("sender", command="decide", migration="guest", here=here, force=True)
         written = os.pread(kept, 2**20, 0).decode()
         os.close(kept)

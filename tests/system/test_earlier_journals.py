@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What killed daemons of an earlier release have left is taken up by the daemons of this one.
+"""The daemons of this release resume the migrations of killed daemons of an earlier release.
 
-``journals/RELEASE/END-KIND-STEP.json`` has the entries, one a line, that a daemon of that release
-had in its journal right after the entry of that step.  The release really wrote these entries: each
-file was copied after an entry, while the tests of the release migrated guests (``plain``), with
-``--protect`` (``protected``), and under xl (``xl``).  ``LIVE`` stands for a value of that one
-migration: its key, its domain, the boot of its host.
+``journals/RELEASE/END-KIND-STEP.json`` has the entries, one in each line, that a daemon of that
+release had in its journal right after the entry of that step.  The release really wrote these
+entries: each file was copied after an entry, while the tests of the release migrated guests
+(``plain``), with ``--protect`` (``protected``), and under xl (``xl``).  ``LIVE`` stands for a value
+of that one migration: its key, its domain, the boot of its host.
 
-A test has daemons of this release begin a migration, kills both, and puts the entries of the
-earlier release in the place of theirs.  The values of the migration under way are filled in.  The
-facts that the earlier release did not note are missing.
+In each test daemons of this release begin a migration, and are killed.  Then the entries of the
+earlier release replace theirs, with the values of the present migration.  The facts that the
+earlier release did not note are missing.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ NOTED_LATER = {
     "raised",
     "reason",
 }
-"""Facts that 0.1.0 did not note."""
+"""The facts that 0.1.0 did not note."""
 SHOWN = {
     "making": "precopy", "made": "precopy", "suspended": "in doubt", "ready": "in doubt",
     "entrusted": "in doubt", "taken over": "interrupted", "finishing": "completing",
@@ -71,7 +71,7 @@ ANY_LIVE: Facts = {
 
 
 def filled(facts: Facts, live: Facts) -> Facts:
-    """An entry of an earlier release, with the values of a migration under way."""
+    """Return an entry of an earlier release with the values of the present migration."""
     return {
         name: filled(value, live[name])
         if isinstance(value, dict)
@@ -89,7 +89,7 @@ def entries(release: str, name: str) -> list[Facts]:
 
 @dataclass
 class Left:
-    """What two killed daemons of this release have left."""
+    """A migration of two killed daemons of this release."""
 
     world: World
     session: str = ""
@@ -128,7 +128,7 @@ def killed_in_postcopy(world: World, **options: Any) -> Left:
 
 
 def killed(world: World) -> Left:
-    for end in ENDS:  # neither of them notices the death of the other one
+    for end in ENDS:  # neither end notices the death of the other
         world.processes[end].popen.send_signal(signal.SIGSTOP)
     for end in ENDS:
         kill(world, end)
@@ -138,8 +138,8 @@ def killed(world: World) -> Left:
 
 
 def killed_at_the_end(world: World) -> Left:
-    """All pages have arrived, and the sender has not destroyed the source yet, because the host of
-    the source is stopped.
+    """Return a migration all of whose pages have arrived.  The sender has not destroyed the source
+    yet, because the source's host is stopped.
     """
     begin(world, "guest", bandwidth=4 * SLOW)
     until(lambda: phase(world, "receiver") == "postcopy", "no postcopy")

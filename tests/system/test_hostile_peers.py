@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Invariant 7: a hostile peer is told what it did, memory stays bounded, and the daemon's other
-migrations continue.
+"""Invariant 7: a hostile peer gets an error that names what it did, memory stays limited, and the
+daemon's other migrations continue.
 
-Each test is one such peer of the daemons, which are processes, while a guest is being migrated
-between them.
+In each test one such peer connects to the daemons, which are processes, while a guest is being
+migrated between them.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from xenbackend.simulated.client import SimulatedDomain
 from xenbackend.simulated.guest import GuestSpec
 
 MORE_MIB = 96
-"""The memory in MiB that a peer may make a daemon use: threads and buffers of several hundred
-connections.
+"""The memory in MiB that a peer may make a daemon use, for the threads and buffers of several
+hundred connections.
 """
 FROM_POSTCOPY_ON = ("postcopy", "completing", "completed")
-"""Phases of a receiver; on a busy machine one may be over before it was seen."""
+"""Phases of a receiver.  On a busy machine a phase may end before it is noticed."""
 numbers = itertools.count(1)
 MISSING = np.arange(16, 64, dtype=np.uint64)
 
@@ -57,7 +57,9 @@ def hosts_with_daemons() -> Iterator[World]:
 
 @pytest.fixture
 async def world(hosts_with_daemons: World, request: pytest.FixtureRequest) -> AsyncIterator[World]:
-    """A migration runs during the test, and completes.  A parameter is its duration in seconds."""
+    """Yield daemons between which a migration runs during the test and then completes.  A parameter
+    is its duration in seconds.
+    """
     world, seconds = hosts_with_daemons, getattr(request, "param", 1)
     spec = GuestSpec(
         f"bystander{next(numbers)}", 8 * MIB, 2, workload="random", zero_permille=0, rate=2000
@@ -104,7 +106,7 @@ def phase(world: World, which: str, name: str) -> str:
 
 
 def logged(world: World, which: str, name: str, complaint: str) -> bool:
-    """``list`` shows what keeps the two apart now, which soon is something else."""
+    """Whether the log has a complaint.  ``list`` shows the present reason, which soon changes."""
     return any(
         name in line and complaint in line
         for line in world.processes[which].log.read_text().splitlines()
@@ -114,7 +116,7 @@ def logged(world: World, which: str, name: str, complaint: str) -> bool:
 # ---- a sender ----
 @dataclass
 class Sender:
-    """Of a guest that stands still; it says what it likes."""
+    """The sender of a guest that is suspended.  It sends whatever the test demands."""
 
     world: World
     guest: SimulatedDomain
@@ -125,7 +127,7 @@ class Sender:
     @classmethod
     @contextlib.asynccontextmanager
     async def of_a_guest(cls, world: World) -> AsyncIterator[Sender]:
-        """Accepted, in precopy."""
+        """Yield a sender whose offer was accepted, in precopy."""
         spec = GuestSpec(f"guest{next(numbers)}", 4 * MIB, 1)
         guest = world.source.create_guest(spec.to_bytes())
         guest.suspend()
@@ -157,7 +159,7 @@ class Sender:
             guest.destroy()
 
     async def hand_over(self) -> None:
-        """As it should be."""
+        """Hand over as the protocol demands."""
         everything = np.arange(self.guest.nr_pfns, dtype=np.uint64)
         with self.guest.map_pages(everything) as mapped:
             data = everything[mapped.status == 0]
@@ -182,7 +184,7 @@ def on_push(*messages: m.Message) -> Said:
 async def say(peer: Sender | Receiver, said: Said) -> None:
     for lane, message, payload in said:
         connection = peer.push if lane is Lane.PUSH else peer.pull
-        with contextlib.suppress(PeerClosedError):  # it has heard enough
+        with contextlib.suppress(PeerClosedError):  # the daemon has closed the connection
             await trio.to_thread.run_sync(connection.send_blocking, message, payload)
 
 
@@ -232,7 +234,7 @@ async def test_a_sender_before_the_handover(world: World, said: Said, complaint:
     ],
 )  # fmt: skip
 async def test_a_sender_after_the_handover(world: World, said: Said, complaint: str) -> None:
-    """Its guest is kept, with what has come of it."""
+    """The guest is kept, with the pages that have arrived."""
     async with Sender.of_a_guest(world) as sender:
         await sender.hand_over()
         await say(sender, said)
@@ -262,7 +264,7 @@ async def test_connections_that_say_nothing(world: World) -> None:
 
 
 async def test_a_byte_now_and_then() -> None:
-    """As silent as nothing, where it takes longer than ``silence_s`` for the next one."""
+    """If the next byte takes longer than ``silence_s``, the peer counts as silent."""
     with loopback_world(64 * MIB, config="[network]\nsilence_s = 3\n") as world:
         async with Sender.of_a_guest(world) as sender:
             for byte in b"XPC1":
@@ -289,7 +291,7 @@ async def test_connections_that_are_reset_at_once(world: World) -> None:
 
 
 async def test_a_sender_that_ends_before_its_pull_lane(world: World) -> None:
-    """The memory of its guest at the destination is freed at once, and not only after the wait for
+    """The memory of its guest at the destination is freed at once, and not only when the wait for
     the pull lane has failed.
     """
     spec = GuestSpec(f"guest{next(numbers)}", 4 * MIB)
@@ -309,14 +311,14 @@ async def test_a_sender_that_ends_before_its_pull_lane(world: World) -> None:
 
 @pytest.mark.parametrize("world", [3], indirect=True)
 async def test_sessions_that_offer_nothing(world: World) -> None:
-    """Only those that go on count: as soon as they have ended, as many may come again."""
+    """Only sessions that have not ended count, so as many may be started again after their end."""
 
     def waiting() -> list[str]:
         lines = world.ask("receiver", command="list")["migrations"]
         return [line["id"] for line in lines if not line["domain"] and line["phase"] == "preflight"]
 
     async def refusal(nursery: trio.Nursery) -> str:
-        """Of one more session; empty if the session is accepted."""
+        """Start one more session.  Returns the refusal; empty if the session is accepted."""
         try:
             lane = await DialledLanes(("127.0.0.1", world.port), new_id(), Terms()).push()
         except RefusedError as error:
@@ -350,7 +352,7 @@ async def hold(lane: LaneConnection) -> None:
 # ---- a receiver ----
 @dataclass
 class Receiver:
-    """That accepts whatever it is offered, and then says what it likes."""
+    """A receiver that accepts every offer, and then sends whatever the test demands."""
 
     push: LaneConnection
     pull: LaneConnection
@@ -368,12 +370,12 @@ async def receiver_of(
     *,
     after: Callable[[str], Awaitable[None]],
 ) -> None:
-    """The sender is asked to migrate a guest to a receiver that does ``what``; ``after`` is given
+    """Have the sender migrate a guest to a receiver that does ``what``.  ``after`` is called with
     the guest's name.
     """
     spec = GuestSpec(f"guest{next(numbers)}", 4 * MIB, 1, workload="random", zero_permille=0)
     guest = world.source.create_guest(spec.to_bytes())
-    # The sender dials again when its lanes are closed: what comes by then is closed as well.
+    # The sender dials again when its lanes are closed; the new connection is closed as well.
     with contextlib.closing(AwaitedLanes()) as awaited:
         await _receive_of(world, spec, awaited, what, after)
     guest.destroy()
@@ -435,7 +437,7 @@ async def test_a_receiver_before_the_handover(world: World, said: Said, complain
         await say(receiver, said)
 
     async def after(name: str) -> None:
-        # In the middle of the switchover at the latest, whose word a few of these are.
+        # At the latest in the middle of the switchover, to which a few of these messages belong.
         await until(lambda: phase(world, "sender", name) == "failed")
         assert complaint.split(" in phase")[0] in line(world, "sender", name)["problem"]
         assert world.source.open(name).info().state.value == "running"
@@ -458,7 +460,7 @@ async def test_a_receiver_before_the_handover(world: World, said: Said, complain
     ],
 )  # fmt: skip
 async def test_a_receiver_after_the_handover(world: World, said: Said, complaint: str) -> None:
-    """The guest's pages are kept, and it stays suspended."""
+    """The guest's pages are kept, and the guest stays suspended."""
 
     async def what(receiver: Receiver) -> None:
         await receiver.receive(m.Context)
@@ -483,7 +485,7 @@ async def test_a_receiver_after_the_handover(world: World, said: Said, complaint
 @pytest.mark.parametrize("world", [4], indirect=True)
 async def test_a_flood_of_faults_by_one_that_reads_nothing(world: World) -> None:
     """Each fault is answered by a page, again and again.  The answers wait in the sender's own
-    socket, and it reads no further faults meanwhile.
+    socket, and the sender reads no further faults meanwhile.
     """
 
     async def what(receiver: Receiver) -> None:
@@ -491,8 +493,8 @@ async def test_a_flood_of_faults_by_one_that_reads_nothing(world: World) -> None
         await receiver.push.send(m.Ready())
         await receiver.receive(m.Handover)
         await receiver.push.send(m.Resumed())
-        # Beyond the guest's working set: a page that the guest wrote lately is sent before the
-        # handover, and is not outstanding.
+        # Pages beyond the guest's working set, because a page that the guest wrote lately is sent
+        # before the handover, and is not outstanding.
         fault = m.Fault(np.arange(600, 664, dtype=np.uint64))
 
         def flood() -> None:
@@ -512,7 +514,7 @@ async def test_a_flood_of_faults_by_one_that_reads_nothing(world: World) -> None
 
 
 async def test_an_offer_of_sparse_memory_takes_no_memory_here(world: World) -> None:
-    """A set of all pfns below the highest one would be as large as that."""
+    """A set of all pfns below the highest one would take so much memory."""
     spec = GuestSpec(f"guest{next(numbers)}", 4 * MIB)
     push = await DialledLanes(("127.0.0.1", world.port), new_id(), Terms()).push()
     await push.send(m.Offer(spec.name, 2**36, spec.nr_pfns, 1, spec.to_bytes(), True, b"key", 0))

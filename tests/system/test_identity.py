@@ -118,7 +118,7 @@ def test_a_name_that_is_also_an_id_fits_two_migrations() -> None:
 
 
 def test_the_successor_of_a_sender_takes_no_guest_for_another_by_its_name(world: World) -> None:
-    """A guest named like the number of the one that is migrated."""
+    """The other guest's name is the number of the migrated one."""
     bystander, web = boot(world, "2", seed=7), boot(world, "web", seed=8)
     assert [(i.domid, i.name) for i in world.source.domains()] == [(1, "2"), (2, "web")]
     begin(world, "web")
@@ -204,7 +204,7 @@ def test_a_journal_of_a_release_without_handles_is_taken_up(world: World, which:
 
 
 def test_a_guest_that_is_renamed_meanwhile_is_the_same_guest(world: World) -> None:
-    """Its migration keeps the name that it began with, and its successor finds the guest."""
+    """The migration keeps the name with which it began, and its successor finds the guest."""
     boot(world)
     begin(world, "guest")
     until(lambda: phase(world, "sender") == "postcopy", "no postcopy")

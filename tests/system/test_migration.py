@@ -66,7 +66,7 @@ def test_every_strategy_with_every_workload(
         assert result["precopy"]["pages"] >= spec.nr_pfns
     if strategy == "postcopy":
         assert result["precopy"]["pages"] == 0
-        # All but the pinned set, and what is written all the time.
+        # All pages except the pinned set, and except those that are written all the time.
         assert spec.nr_pfns - spec.vcpus - HOT_PAGES <= missing <= spec.nr_pfns - spec.vcpus
     assert result["pull"]["pages"] <= missing <= result["push"]["pages"] + result["pull"]["pages"]
     assert result["fault_latency_us"]["count"] >= result["pull"]["requests"]
@@ -76,10 +76,10 @@ def test_every_strategy_with_every_workload(
 @pytest.mark.serial
 @pytest.mark.parametrize("vcpus", [1, 9, 64])
 def test_any_number_of_vcpus(world: World, name: str, vcpus: int) -> None:
-    """More vCPUs than the ring has slots, too."""
+    """This includes more vCPUs than the ring has slots."""
     spec = boot(world, name, vcpus=vcpus, write_permille=500)
-    # Slow enough that the vCPUs touch absent pages: on a busy machine all pages would be pushed
-    # before the first vCPU runs.
+    # The bandwidth is so low that the vCPUs touch absent pages.  Otherwise a busy machine would
+    # push all pages before the first vCPU runs.
     result = migrate(world, name, strategy="postcopy", bandwidth=10 * MIB)
     view = check(world, spec)
     assert view["faults"] > 0
@@ -237,7 +237,7 @@ def test_a_cancelled_migration_leaves_no_trace(
     with pytest.raises(MigrationError, match="cancelled"):
         list(client.answers())
     assert world.source.open(name).info().state is DomainState.RUNNING
-    migrate(world, name)  # and it can be tried again at once
+    migrate(world, name)  # the migration can be tried again at once
     assert [info.name for info in world.destination.domains()].count(name) == 1
 
 
@@ -245,7 +245,7 @@ def test_a_cancelled_migration_leaves_no_trace(
 def test_nothing_is_imported_during_a_migration(
     monkeypatch: pytest.MonkeyPatch, name: str, strategy: str
 ) -> None:
-    """It would be in the downtime, or in a fault; 9 ms, once."""
+    """An import would add to the downtime or to a fault; one took 9 ms."""
     monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
     with loopback_world(64 * MIB) as world:
         logs = [world.directory / f"{daemon}.log" for daemon in ("sender", "receiver")]

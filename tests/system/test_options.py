@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Every option of every command, with values at and beyond its limits: an exit status and a
-sentence, never a traceback.
+"""Every option of every command, with values at and beyond its limits, gives an exit status and a
+sentence, and never a traceback.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ STATUSES = {0, 1, 2, 130}
 
 
 class Started(MigrationError):
-    """A command's options were accepted."""
+    """The options of a command were accepted."""
 
 
 def commands() -> Iterator[tuple[str, ...]]:
@@ -58,7 +58,7 @@ def parameters(path: tuple[str, ...]) -> list[click.Parameter]:
 
 
 def values(parameter: click.Parameter) -> st.SearchStrategy[str]:
-    """Any text can be given for any option; mostly it is of the option's kind."""
+    """Return values for an option.  Any text is possible, but most are of the option's kind."""
     if isinstance(parameter.type, click.Choice):
         return st.one_of(st.sampled_from(list(parameter.type.choices)), st.sampled_from(TEXTS))
     if isinstance(parameter.type, click.Path):
@@ -89,7 +89,7 @@ def command_lines(draw: Callable[..., Any]) -> list[str]:
 
 @pytest.fixture
 def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is started and nothing waited for; files are made here."""
+    """Start nothing and wait for nothing; files are made in this folder."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "fifo")

@@ -49,7 +49,7 @@ RESTORE = (-1, 4, 1, 0, 2, 0, 768, 0)
 
 
 class Xl:
-    """libxl's side: starts the helper with its pipes."""
+    """The side of libxl, which starts the helper with its pipes."""
 
     given: tuple[int, ...]
 
@@ -63,7 +63,7 @@ class Xl:
     def run(
         self, mode: str, *numbers: int, stream: bytes = b"", answers: bytes = b"\0" * 4
     ) -> tuple[int, bytes, bytes]:
-        """Status, what was said to libxl, what is left in the stream."""
+        """Run the helper.  Returns the status, its output to libxl, and the rest of the stream."""
         reader, writer = os.pipe()
         if mode == "--restore-domain":
             numbers = (reader, *numbers)
@@ -88,7 +88,7 @@ class Xl:
     def save(
         self, *, io_fd: int | None = None, live: bool = True, stream_type: int = 0
     ) -> tuple[int, bytes]:
-        """Status and what was said; into a pipe, unless told otherwise."""
+        """Save a guest, by default into a pipe.  Returns the status and the output to libxl."""
         reader, writer = os.pipe()
         numbers = (writer if io_fd is None else io_fd, 11, 3, int(live), 136, stream_type)
         self.given = numbers
@@ -98,7 +98,7 @@ class Xl:
         return status, said
 
     def stock(self) -> tuple[list[str], bytes]:
-        """What the stock helper got: arguments, stream."""
+        """Return what the stock helper has received: arguments and stream."""
         noted = json.loads(self.note.read_text())
         return noted["arguments"], bytes.fromhex(noted["stream"])
 
@@ -120,7 +120,7 @@ def xl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Xl:
     return Xl(tmp_path, monkeypatch)
 
 
-# ---- what is said to libxl ----
+# ----- messages to libxl ----
 @pytest.mark.parametrize(
     ("message", "expected"),
     [
@@ -181,8 +181,8 @@ def test_what_is_no_live_migration_is_left_to_it_without_a_word(
 def test_no_guest_is_saved_while_a_killed_receiver_has_no_successor(
     xl: Xl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, live: bool
 ) -> None:
-    """The guest may lack pages, and an image would have holes instead.  Only the socket is left of
-    the receiver.
+    """The guest may lack pages, and an image would have holes instead.  Only the receiver's socket
+    is left.
     """
     path = tmp_path / "receiver.sock"
     with socket.socket(socket.AF_UNIX) as listening:
@@ -209,7 +209,7 @@ def test_a_stock_helper_that_is_missing_is_said(xl: Xl, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("mode", ["--save-domain", "--restore-domain"])
 def test_a_libxl_that_was_killed_ends_the_helper_with_one_line(xl: Xl, mode: str) -> None:
-    """Nobody reads any more what is said."""
+    """No process receives the messages any more."""
     for_libxl, said = os.pipe()
     os.close(for_libxl)
     reader, writer = os.pipe()
@@ -250,7 +250,9 @@ def test_an_error_of_the_helper_itself_is_said_to_libxl(xl: Xl) -> None:
 # ---- a daemon that does not do what it should ----
 @contextlib.contextmanager
 def daemon(path: Path, *answers: bytes) -> Iterator[list[bytes]]:
-    """One that gives each connection its answer, in turn, and goes; returns what it was asked."""
+    """A daemon that gives each connection its answer, in turn, and ends.  Yields the requests that
+    it has received.
+    """
     asked: list[bytes] = []
 
     def serve() -> None:
@@ -258,7 +260,7 @@ def daemon(path: Path, *answers: bytes) -> Iterator[list[bytes]]:
             connection, _address = listener.accept()
             with connection:
                 asked.append(connection.recv(65536))
-                with contextlib.suppress(BrokenPipeError):  # a helper that has given up already
+                with contextlib.suppress(BrokenPipeError):  # the helper may have given up already
                     connection.sendall(answer)
 
     with socket.socket(socket.AF_UNIX) as listener:
@@ -285,7 +287,7 @@ def converse(
     *answers: bytes,
     **environment: str,
 ) -> Libxl:
-    """What the helper and a libxl that answers it have said, with such a daemon."""
+    """Return the messages of the helper, and of a libxl that answers it, with such a daemon."""
     sockets = dict.fromkeys(
         ("XEN_POSTCOPY_SENDER", "XEN_POSTCOPY_RECEIVER"), str(tmp_path / "daemon")
     )
@@ -331,7 +333,7 @@ def save(tmp_path: Path, *answers: bytes, io_fd: int = -1, **environment: str) -
 def test_a_guest_is_saved_only_where_its_memory_has_come(
     xl: Xl, tmp_path: Path, answers: list[bytes], refusal: str
 ) -> None:
-    """A receiver of an earlier release answers only what is under way."""
+    """A receiver of an earlier release answers only which migrations are in progress."""
     libxl = save(tmp_path, *answers, XEN_POSTCOPY="off")
     assert refusal in libxl.log and xl.was_asked == (not refusal)
     assert [said.numbers for said in libxl.of(protocol.Message.COMPLETE)] == (
@@ -384,7 +386,7 @@ def test_a_stock_helper_that_is_missing_after_the_headers_is_said(xl: Xl, tmp_pa
 
 
 def offered(session: bytes, behind: bytes) -> bytes:
-    """A stream of a sender that has agreed on this session."""
+    """Return the stream of a sender that has agreed on this session."""
     offer = b'{"session": "s", "address": ["h", 1], "token": "00"}'
     beginning = HEADERS + image.record(image.REC_TYPE_POSTCOPY_OFFER, offer) + STATIC_END
     return beginning + image.record(image.REC_TYPE_POSTCOPY, session) + behind

@@ -45,7 +45,7 @@ def test_a_guest_is_migrated(xl: Xl, strategy: str) -> None:
 
 
 def test_pages_are_served_long_after_the_source_is_gone(xl: Xl) -> None:
-    """The guest runs and faults on pages that only the mappings of the sender have still."""
+    """The guest runs and faults on pages that only the mappings of the sender still have."""
     xl.save.environment["XEN_POSTCOPY_STRATEGY"] = "postcopy"
     assert xl.run() == ((0, 0), (0, 0))
     xl.source.destroy()
@@ -82,7 +82,7 @@ def test_the_guest_may_run_before_its_source_is_gone(xl: Xl) -> None:
 
 
 def test_an_xl_that_takes_long_to_destroy_the_source_is_left_to_it(xl: Xl) -> None:
-    """Its hotplug scripts do; the guest runs, and its pages come meanwhile."""
+    """xl's hotplug scripts take long; the guest runs, and its pages arrive meanwhile."""
     assert xl.run() == ((0, 0), (0, 0))
     xl.destination.start()
     until(lambda: not len(xl.destination.paged_out()), "no pages come")
@@ -112,7 +112,7 @@ def save_at_destination(xl: Xl, io_fd: int, *, live: bool, **environment: str) -
 def test_a_guest_that_lacks_pages_is_saved_when_it_has_them(
     xl: Xl, tmp_path: Path, how: str
 ) -> None:
-    """libxc takes missing pages for holes, and says nothing."""
+    """libxc takes missing pages for holes, and reports no error."""
     assert xl.run() == ((0, 0), (0, 0))
     xl.go()
     xl.wait_for("postcopy", "postcopy")
@@ -134,11 +134,11 @@ def test_a_guest_that_lacks_pages_is_saved_when_it_has_them(
 @pytest.mark.parametrize("world", [SLOW], indirect=True)
 @pytest.mark.parametrize("slowly", [False, True])
 def test_the_pages_of_a_guest_that_another_program_saved_are_kept(xl: Xl, slowly: bool) -> None:
-    """libvirt, or xl without our helper: the image has holes, and the program that made it has
-    destroyed the guest.
+    """libvirt, or xl without our helper, saves the guest.  The image has holes, and the program
+    that made it has destroyed the guest.
 
-    The pages are also kept if they came while the image was written, because it is unknown which of
-    them the image has.
+    The pages are also kept if they arrived while the image was written, because it is unknown which
+    of them the image has.
     """
     assert xl.run() == ((0, 0), (0, 0))
     xl.go()
@@ -161,7 +161,7 @@ def test_the_pages_of_a_guest_that_another_program_saved_are_kept(xl: Xl, slowly
 
 @pytest.mark.parametrize("world", [SLOW], indirect=True)
 def test_a_guest_that_was_suspended_for_a_while_arrives(xl: Xl) -> None:
-    """``xl save -c``, or a save that failed."""
+    """This happens with ``xl save -c``, or after a save that failed."""
     assert xl.run() == ((0, 0), (0, 0))
     xl.go()
     xl.wait_for("postcopy", "postcopy")
@@ -189,7 +189,7 @@ def test_xl_resumes_the_source_before_it_destroys_the_destination(xl: Xl) -> Non
 
 
 def test_xl_gives_up_at_the_destination_and_leaves_the_source_suspended(xl: Xl) -> None:
-    """Its exchange was cut before the word to go came through: "domain state is now undefined"."""
+    """xl's exchange was cut before "go" arrived: "domain state is now undefined"."""
     assert xl.run() == ((0, 0), (0, 0))
     xl.source.rename(xl.spec.name + "--migratedaway")
     xl.destination.destroy()
@@ -200,7 +200,7 @@ def test_xl_gives_up_at_the_destination_and_leaves_the_source_suspended(xl: Xl) 
 
 
 def test_xl_runs_the_guest_at_the_destination_and_leaves_the_source_suspended(xl: Xl) -> None:
-    """Its exchange was cut after it: the same words, and it ends."""
+    """xl's exchange was cut after "go". xl prints the same, and ends."""
     xl.save.ends_with_helper = True
     assert xl.run() == ((0, 0), (0, 0))
     xl.destination.start()
@@ -222,7 +222,7 @@ def test_a_guest_that_is_destroyed_before_its_memory_has_come(xl: Xl) -> None:
 
 @pytest.mark.parametrize("step", [Message.SWITCH_QEMU_LOGDIRTY, Message.SUSPEND])
 def test_the_saving_libxl_dies(xl: Xl, step: Message) -> None:
-    """Whatever it was about to do.  Nobody resumes the guest then but the daemon."""
+    """Whatever libxl was about to do, only the daemon resumes the guest then."""
     xl.save.silent_at = step
     xl.start()
     until(lambda: bool(xl.save.of(step)), "the step is not reached")
@@ -290,7 +290,7 @@ def test_where_only_the_sender_has_a_helper_the_stock_one_does_it(xl: Xl) -> Non
 
 
 def test_a_host_that_refuses_leaves_it_to_the_stock_helper(xl: Xl) -> None:
-    """Its preflight does."""
+    """The preflight of that host refuses."""
     ring = xl.destination.paging_enable()
     assert xl.run() == ((0, 0), (0, 0))
     assert "in use by another pager" in xl.save.log
@@ -314,6 +314,6 @@ def test_require_fails_where_it_would_be_the_stock_helper_s(xl: Xl, side: str) -
 
 
 def test_what_a_stock_receiver_would_read_is_refused_there() -> None:
-    """The record that names the session is mandatory, the offer is not."""
+    """The record that names the session is mandatory, and the offer is not."""
     assert not image.REC_TYPE_POSTCOPY & image.REC_TYPE_OPTIONAL
     assert image.REC_TYPE_POSTCOPY_OFFER & image.REC_TYPE_OPTIONAL

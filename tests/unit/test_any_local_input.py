@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Whatever a journal's file has, and whatever a client requests: a daemon acts on it or names what
+"""Any contents of a journal's file and any request of a client: a daemon acts on it, or names what
 is wrong, and fails in no other way.
 """
 
@@ -89,7 +89,7 @@ ANYTHING = st.recursive(
 
 @st.composite
 def changed(draw: st.DrawFn, good: dict[str, Any]) -> dict[str, Any]:
-    """A few of the values are other ones, or are missing, or have an unknown key beside them."""
+    """Return an entry in which a few values are changed or missing, or which has an unknown key."""
     changes = draw(st.dictionaries(st.sampled_from([*good, "colour"]), ANYTHING, max_size=3))
     missing = draw(st.sets(st.sampled_from(list(good)), max_size=1))
     return {key: value for key, value in {**good, **changes}.items() if key not in missing}
@@ -136,7 +136,7 @@ def test_any_file_is_an_entry_or_is_left(text: bytes, cut: int) -> None:
 
 
 class Stopped(MigrationError):
-    """A request would begin a migration."""
+    """A request that would begin a migration."""
 
 
 def daemon(which: str, directory: Path) -> SenderDaemon | ReceiverDaemon:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Whoever is to save a guest waits until its memory has come, as long as some comes."""
+"""A client that has to save a guest waits until its memory has arrived, for as long as pages
+arrive.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ from xenbackend.contract import Hypervisor
 
 @dataclass
 class Incoming:
-    """A migration, as far as a daemon that is asked looks at one."""
+    """A migration, with what a daemon reads of it for this request."""
 
     domid: int
     missing: int

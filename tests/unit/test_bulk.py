@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Batches through a socket by native code: every byte once and in order, however the kernel divides
-them, and the end reported.
+"""Batches through a socket by native code: every byte arrives once and in order, however the kernel
+divides them, and the end is reported.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from migrate.lanes import bulk
 
 @contextlib.contextmanager
 def connected(*, buffers: int = 0) -> Iterator[tuple[socket.socket, socket.socket]]:
-    """Over TCP; ``buffers``: bytes that the kernel is asked to keep at most."""
+    """Yield two connected TCP sockets.  ``buffers``: the size of buffers that the kernel is asked
+    for.
+    """
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         here = stack.enter_context(socket.create_connection(listener.getsockname()))
@@ -36,7 +38,7 @@ def connected(*, buffers: int = 0) -> Iterator[tuple[socket.socket, socket.socke
 
 
 def transferred(pieces: list[bytes], chunks: list[int], *, buffers: int = 0) -> bytes:
-    """What arrives when it is taken in chunks of so many bytes, in turn."""
+    """Return what arrives if it is received in chunks of these sizes, in turn."""
     total = sum(map(len, pieces))
     into = memoryview(bytearray(total))
     with connected(buffers=buffers) as (here, there):
@@ -64,7 +66,8 @@ def transferred(pieces: list[bytes], chunks: list[int], *, buffers: int = 0) -> 
 def test_every_byte_once_and_in_order(sizes: list[int], chunks: list[int], buffers: int) -> None:
     randomness = random.Random(repr((sizes, chunks)))
     pieces = [randomness.randbytes(size) for size in sizes]
-    chunks = [max(chunk, 5000) for chunk in chunks]  # a byte at a time would take a minute
+    # With one byte at a time the test would take a minute.
+    chunks = [max(chunk, 5000) for chunk in chunks]
     assert transferred(pieces, chunks, buffers=buffers) == b"".join(pieces)
 
 
@@ -88,7 +91,7 @@ def test_a_peer_that_has_gone_is_an_errno_not_a_signal() -> None:
         there.close()
         pieces = [
             memoryview(b"x" * (1 << 20))
-        ] * 16  # the first of it may go into the kernel's buffers
+        ] * 16  # the kernel's buffers may take the first bytes
         assert bulk.send(here.fileno(), pieces) in (errno.EPIPE, errno.ECONNRESET)
 
 
@@ -107,7 +110,7 @@ def test_a_connection_cut_from_outside_ends_both() -> None:
         ]
         for thread in threads:
             thread.start()
-        there.recv(1)  # the sender is at it
+        there.recv(1)  # the sender has begun
         here.shutdown(socket.SHUT_RDWR)
         for thread in threads:
             thread.join(30)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The configuration file: what it means, and what is said of a wrong one."""
+"""The configuration file: its meaning, and the errors for a wrong one."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The control socket: the answer to a client's mistake, and the answer if the daemon goes away."""
+"""The control socket: the answer to a client's mistake, and the error if the daemon goes away."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def handle(request: Json, connection: ControlConnection) -> None:
 
 
 async def ask(path: Path, client: Callable[[Path], Any]) -> Any:
-    """What a client in a thread returns, of a server at this path."""
+    """Return what a client in a thread returns, with a server at this path."""
     with trio.fail_after(30):
         async with task_group() as nursery:
             await nursery.start(functools.partial(control.serve, path, handle))
@@ -52,7 +52,7 @@ async def ask(path: Path, client: Callable[[Path], Any]) -> Any:
 
 
 def raw(data: bytes) -> Callable[[Path], bytes]:
-    """A client that sends these bytes and returns all that it is sent."""
+    """Return a client that sends these bytes and returns all that it receives."""
 
     def exchange(path: Path) -> bytes:
         with socket.socket(socket.AF_UNIX) as sock:
@@ -122,7 +122,7 @@ async def test_another_user_is_refused_whatever_the_mode_of_the_socket(
             await nursery.start(functools.partial(control.serve, path, handle))
             path.chmod(0o666)
             with socket.socket(socket.AF_UNIX) as client:
-                os.seteuid(65534)  # the server does not run before this is taken back
+                os.seteuid(65534)  # the server does not run before this is undone
                 try:
                     client.connect(os.fspath(path))
                 finally:
@@ -197,7 +197,7 @@ async def test_the_last_answer_is_given_once_and_a_client_that_is_gone_does_no_h
 # ---- the client's end ----
 @pytest.fixture
 def daemon(tmp_path: Path) -> Any:
-    """A listening socket, and a client of it."""
+    """Yield a client and the socket to which it is connected."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(os.fspath(tmp_path / "daemon"))
         listener.listen()
@@ -341,7 +341,7 @@ async def test_clients_are_limited_in_number(
                 assert client.answer() is not None
             with pytest.raises(MigrationError, match="2 requests are being answered"):
                 call(command="echo", word="x")(path)
-        while True:  # it may not have noticed yet that they have gone
+        while True:  # the server may not have noticed yet that the clients have gone
             with contextlib.suppress(MigrationError):
                 return call(command="echo", word="x")(path)
 

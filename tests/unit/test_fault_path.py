@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The fast path of a fault beside the slow path: the same frames, and the same decisions.  What the
-fast path does not handle it leaves unchanged.
+"""The fast path of a fault beside the slow path: both send the same frames and take the same
+decisions.  What the fast path does not handle it leaves unchanged.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class TestFrames:
 
 # ---- the sender ----
 class Source:
-    """A fault server of so many missing pages, and a receiver's end of its lane."""
+    """A fault server for some missing pages, with the receiver's end of its lane."""
 
     def __init__(
         self,
@@ -139,7 +139,7 @@ SENDER_STEP = st.one_of(
 def sender_goes(
     missing: set[int], steps: list[tuple[str, list[int]]], *, native: bool
 ) -> list[object]:
-    """All that is to be seen of it."""
+    """Return everything that can be observed of a run."""
     seen: list[object] = []
     with lanes() as (ours, theirs):
         source = Source(ours, theirs, missing, native=native)
@@ -163,7 +163,7 @@ def sender_goes(
             }
             source.ask(*asked[step])
             try:
-                source.server._ahead.append(NO_PFNS)  # so that it does not wait for more
+                source.server._ahead.append(NO_PFNS)  # so that the server does not wait for more
                 source.server._receive()
             except RemoteProtocolError as error:
                 seen.append(str(error))
@@ -310,7 +310,7 @@ async def receiver_goes(missing: set[int], steps: list[tuple[str, Any]], *, nati
         end.begin()
         for batch in np.array_split(sorted(missing), 5):
             end.push(batch.tolist())
-        # Nothing is lost, nothing twice, every request answered once.
+        # No page is lost or loaded twice, and every request is answered once.
         assert Counter(end.xen.answered) == end.asked
         assert end.pages.count == 0
         assert {pfn for pfn in range(NR) if end.pages.states[pfn]} == missing
@@ -319,7 +319,8 @@ async def receiver_goes(missing: set[int], steps: list[tuple[str, Any]], *, nati
         for pfn, page in end.memory.loaded.items():
             assert page == (bytes(PAGE_SIZE) if Memory.is_zero(pfn) else contents(pfn))
         end.pager.acknowledge()
-        if "other lanes" not in [step for step, _chosen in steps]:  # then a rejoin says some of it
+        # A rejoin reports some of the pages.
+        if "other lanes" not in [step for step, _chosen in steps]:
             assert sorted(pfn for message in end.said for pfn in message.pfns.tolist()) == sorted(
                 missing
             )

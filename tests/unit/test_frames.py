@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The codec: whatever is put in comes out, and whatever is not a frame is refused before memory is
-allocated.
+"""The codec: what is encoded is decoded unchanged, and what is not a frame is refused before memory
+is allocated.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def feed(
 
 
 def frame(header: bytes, payload_bytes: int = 0, header_bytes: int | None = None) -> bytes:
-    """One whose checksums are right, whatever else it is."""
+    """Return a frame with correct checksums, whatever else is wrong with it."""
     prefix = frames.PREFIX.pack(
         frames.MAGIC,
         len(header) if header_bytes is None else header_bytes,
@@ -112,8 +112,8 @@ def test_the_decoder_reports_that_it_is_within_a_frame() -> None:
     ("at", "checked"), [(5, True), (19, True), (25, True), (-1, True), (25, False)]
 )
 def test_a_damaged_byte_is_named_as_damage(at: int, checked: bool) -> None:
-    """In a length, in a checksum, in the header, and in the payload if its checksum is agreed
-    on.
+    """The byte is in a length, in a checksum, in the header, or in the payload if its checksum is
+    agreed on.
     """
     data = bytearray(encoded([({"type": "pages"}, bytes(4096))], checked=checked))
     data[at] ^= 0x40
@@ -127,7 +127,7 @@ def test_a_damaged_byte_is_named_as_damage(at: int, checked: bool) -> None:
 def test_no_frame_comes_out_of_a_damaged_one(
     sent: list[tuple[dict[str, Any], bytes]], data: st.DataObject
 ) -> None:
-    """Any bit of it; what came before is whole."""
+    """Any bit of it is flipped; the frames before it are whole."""
     stream = bytearray(encoded(sent, checked=True))
     bit = data.draw(st.integers(0, len(stream) * 8 - 1))
     stream[bit // 8] ^= 1 << bit % 8
@@ -139,7 +139,7 @@ def test_no_frame_comes_out_of_a_damaged_one(
         for at in range(len(stream)):
             came.extend(feed(decoder, bytes(stream[at : at + 1])))
 
-    with pytest.raises(RemoteProtocolError):  # and is not waited for
+    with pytest.raises(RemoteProtocolError):  # the decoder does not wait for it
         feed_bytes()
     assert came == sent[: len(came)] and len(came) < len(sent)
 

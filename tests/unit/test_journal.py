@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The journal as a successor finds it: what counts, what is dropped, and what is left to people."""
+"""The journal as a successor finds it: which entries count, which are dropped, and which are left
+to people.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ BOOT = BOOT_ID.read_text().strip()
 
 
 def test_the_last_entry_that_is_whole_counts(tmp_path: Path) -> None:
-    """By a full disk, at any byte: the one before it counts, and those after it again."""
+    """A full disk may cut an entry off at any byte.  Then the entry before it counts, and later so
+    does the entry after it.
+    """
     journal = Journal(tmp_path)
     path = tmp_path / "session.json"
     journal.write("session", {"step": "first"})
@@ -41,8 +45,8 @@ def test_the_last_entry_that_is_whole_counts(tmp_path: Path) -> None:
     ],
 )
 def test_what_binds_nobody_is_dropped(tmp_path: Path, name: str, text: str) -> None:
-    """A file whose first entry is not whole, and one of an earlier boot, whose guest ended with the
-    host.
+    """Dropped are a file whose first entry is not whole, and a file of an earlier boot, whose guest
+    ended with the host.
     """
     path = tmp_path / name
     path.write_text(text)
@@ -53,7 +57,7 @@ def test_what_binds_nobody_is_dropped(tmp_path: Path, name: str, text: str) -> N
 def test_a_file_has_its_name_when_its_first_entry_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So an empty file is damage, and a guest may depend on what it had."""
+    """So an empty file is a damaged one, and a guest may depend on what it had."""
 
     def killed(*_: object) -> int:
         assert not list(tmp_path.glob("*.json"))
@@ -97,7 +101,7 @@ def test_a_full_disk_fails_a_step_only_if_the_step_needs_its_entry(
 
 
 def test_an_entry_that_the_disk_takes_a_part_of_is_not_written(tmp_path: Path) -> None:
-    """The disk has room for a few bytes more."""
+    """The disk has room for a few more bytes only."""
     journal = Journal(tmp_path)
     journal.write("one", {"step": "first"})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -117,7 +121,7 @@ def test_an_entry_that_the_disk_takes_a_part_of_is_not_written(tmp_path: Path) -
 def test_a_state_directory_that_cannot_be_written_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "access", lambda *_: False)  # for root every directory can be
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write to every directory
     with pytest.raises(
         MigrationError, match=r"state directory .*: it cannot be written: choose another one"
     ):

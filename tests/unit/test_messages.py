@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Messages: every one survives the wire, and every field has its limits."""
+"""Messages: each is the same after encoding and decoding, and each field has its limits."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ VERSION_1 = {
     "failed": "reason",
     "fault": "pfns",
     "ahead": "pfns",
-    "lost": "reason",  # with the capability of that name
-    "unprotected": "reason",  # likewise
-    "recall": "reason",  # likewise
+    "lost": "reason",  # only with the capability of that name
+    "unprotected": "reason",  # only with the capability of that name
+    "recall": "reason",  # only with the capability of that name
 }
 """Each message of the protocol's version 1, with its fields."""
 PROTOCOL = Path(__file__).parents[2] / "docs/protocol.md"
@@ -78,7 +78,7 @@ def test_the_messages_are_those_of_the_protocol_s_version() -> None:
 
 @pytest.mark.parametrize("name", m.TYPES)
 def test_the_protocol_s_document_describes_each_message_and_its_fields(name: str) -> None:
-    """Where a row of a table, or a paragraph, begins with the message's name."""
+    """A row of a table, or a paragraph, begins with the message's name."""
     described = re.findall(
         rf"^(?:\| )?`{name}`.*?(?=\n\||\n\n)", PROTOCOL.read_text(), re.MULTILINE | re.DOTALL
     )
@@ -178,7 +178,7 @@ def test_any_field_values_give_a_message_or_a_protocol_error(
     st.text(min_size=1) | st.sampled_from(["\x1b[31m", "a\nb", "\u202eevil", "x" * 5000]),
 )
 def test_no_text_of_a_peer_is_unprintable(example: m.Message, text: str) -> None:
-    """Invariant 10.  A name or a reason reaches a terminal and a log."""
+    """Invariant 10: a name or a reason reaches a terminal and a log."""
     header = {
         key: text
         if isinstance(value, str) and key != "type"

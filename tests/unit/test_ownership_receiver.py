@@ -24,7 +24,7 @@ PHASES = {
 
 
 class Entries:
-    """A journal."""
+    """A journal that keeps the steps."""
 
     def __init__(self) -> None:
         self.steps: list[str] = []
@@ -37,7 +37,7 @@ class Entries:
 
 
 def paths() -> dict[State, list[State]]:
-    """The shortest way to each state, from OFFERED or from what a predecessor has left."""
+    """Return the shortest way to each state, from OFFERED or from a predecessor's state."""
     found: dict[State, list[State]] = {State.OFFERED: [State.OFFERED]}
     for begin in INHERITED.values():
         found.setdefault(begin, [begin])
@@ -54,7 +54,7 @@ PATHS = paths()
 
 
 def at(state: State, journal: Entries) -> Ownership:
-    """An ownership that has reached the state."""
+    """Return an ownership that has reached the state."""
     begin, *rest = PATHS[state]
     ownership = Ownership(journal.write, begin)
     for then in rest:
@@ -214,13 +214,13 @@ OF_MODEL = {
     "FINISHING": (State.FINISHING,),
     "HELD": (State.HELD,),
 }
-"""The journal of the model's receiver; one page stands for all there, and there is no toolstack."""
+"""The journal of the model's receiver.  The model has one page only, and no toolstack."""
 EFFECTS = {"prepare": "READY", "own": "OWN", "hold": "HELD", "discard": "NONE"}
-"""What the inline functions of the model leave in the journal."""
+"""The journal after each of the model's inline functions."""
 
 
 def of_model() -> set[tuple[str, str]]:
-    """The transitions of the receiver's journal."""
+    """Return the transitions of the receiver's journal in the model."""
     receiver = MODEL.read_text().split("active proctype Receiver()")[1].split("active proctype")[0]
     found = set()
     receiver = re.sub(r"->\n\s+", "-> ", receiver)
@@ -252,7 +252,7 @@ def test_each_transition_of_the_model_is_one_of_the_table() -> None:
     for before, after in transitions:
         known = others if before != "NONE" else others - {State.RESTORING}
         reached = list(OF_MODEL[before])
-        for state in reached:  # over states that the model does not have
+        for state in reached:  # also over states that the model does not have
             reached += [
                 then
                 for then in TABLE[state].then
@@ -262,7 +262,7 @@ def test_each_transition_of_the_model_is_one_of_the_table() -> None:
 
 
 def test_a_guest_that_is_seen_to_run_changes_no_state_that_is_being_noted() -> None:
-    """An operator's decision against a guest, which is being started at that moment."""
+    """An operator decides against a guest that is being started at this moment."""
     ownership: Ownership
 
     def write(_step: str, _needed: bool) -> None:

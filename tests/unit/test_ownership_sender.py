@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The sender's table of who owns the guest: each step, and the model that has been searched."""
+"""The sender's table of who owns the guest: each step, compared with the model that has been
+searched.
+"""
 
 from __future__ import annotations
 
@@ -38,11 +40,11 @@ IN_MODEL = {
     State.COMPLETED: "NONE",
     State.FAILED: "NONE",
 }
-"""The journal that the model has in a state.  The model has no toolstack that decides, no operator
-who decides that the guest runs elsewhere, and no source domain that somebody else destroys.
+"""The model's journal in each state.  The model has no toolstack that decides, no operator who
+decides that the guest runs elsewhere, and no loss of the source domain.
 """
 RECALLING = "RECALLING"
-"""The model's journal for GIVEN_UP after DECIDED_HERE.  The code notes that fact beside the
+"""The model's journal for GIVEN_UP after DECIDED_HERE. The code notes that fact besides the
 step.
 """
 ACTIONS = {
@@ -151,7 +153,7 @@ def test_the_guest_stays_or_goes_and_never_both(first: str, to: State) -> None:
 
 
 def test_a_guest_is_kept_while_the_handover_is_being_noted() -> None:
-    """Whoever cancels waits for the entry, and has the answer that follows from the entry."""
+    """The thread that cancels waits for the entry, and its answer follows from the entry."""
     writing, written = threading.Event(), threading.Event()
 
     def write(_step: str, _needed: bool) -> None:
@@ -199,7 +201,7 @@ def test_what_follows_from_where_the_guest_is(state: State) -> None:
     assert ownership.may_stay is (undone and state not in ENDED)
     assert ownership.is_suspended is (state not in (State.OFFERING, State.COPYING))
     assert ownership.has_ended is (state in ENDED)
-    assert ownership.peer_may_be_ready is (state is not State.OFFERING)  # of a predecessor, too
+    assert ownership.peer_may_be_ready is (state is not State.OFFERING)  # also for a predecessor
     cut_off = guest in (Guest.UNDECIDED, Guest.THERE)
     for link in Link:
         ownership.link = link
@@ -226,14 +228,14 @@ def test_a_successor_finds_a_state_for_each_step() -> None:
 # ---- the model ----
 @pytest.fixture(scope="module")
 def model() -> str:
-    """The text without the mutations, from the sender's part to the receiver's."""
+    """Return the model's text without the mutations, from the sender's part to the receiver's."""
     command = ["cpp", "-P", "-DMUTATION=0", str(MODEL)]
     text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
     return text[text.index("inline give_up") : text.index("inline discard")]
 
 
 def expanded(model: str, name: str) -> str:
-    """The body of an inline, with the inlines that it calls."""
+    """Return the body of an inline, with the inlines that it calls."""
     body = re.search(rf"inline {name}\(\) \{{(.*?)\}}\s*(?=inline|active)", model, re.DOTALL)
     assert body, name
     return re.sub(
@@ -244,7 +246,7 @@ def expanded(model: str, name: str) -> str:
 
 
 def started(model: str) -> Iterator[tuple[str, str]]:
-    """What the sender does with each journal that it finds: the journal and the inline."""
+    """Yield each journal that the sender may find, with the inline that it then calls."""
     loop = model[model.index("active proctype Sender") : model.index("} unless")]
     for choice in loop.split("::"):
         guard, _, action = choice.partition("->")
@@ -265,10 +267,10 @@ def test_a_started_sender_does_what_the_model_s_does(model: str) -> None:
 
 
 def test_each_step_is_one_that_the_model_takes(model: str) -> None:
-    """Except the end of a migration, which can follow from several errors that the model leaves
-    out.
+    """The end of a migration is excepted, because it can follow from several errors that the model
+    leaves out.
     """
-    taken = {("HANDED", "DECIDED")}  # an operator's decision, in the process itself
+    taken = {("HANDED", "DECIDED")}  # an operator's decision, without a restart
     assert re.search(r"s_lost && !decided ->\s*decided = true;\s*s_journal = DECIDED", model)
     for journal, inline in started(model):
         if inline not in ("settled",):

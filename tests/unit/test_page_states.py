@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The pages' state machines at both ends: nothing lost, nothing twice, every request answered
-once.
+"""The state machines of pages at both ends: no page is lost or loaded twice, and every request is
+answered once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from xenbackend.ring import MEM_PAGING_DROP_PAGE, VM_EVENT_SLOTS, PagingRequest
 
 NR = 64
 MEM_PAGING_EVICT_FAIL = 2
-"""In ``paging_flags``: the page was touched between nomination and eviction (xen/vm_event.h)."""
+"""A flag in ``paging_flags``: the page was touched between nomination and eviction
+(xen/vm_event.h).
+"""
 
 
 def mask(*pfns: int, nr_pfns: int = NR) -> np.typing.NDArray[np.bool_]:
@@ -112,7 +114,7 @@ class TestBacklog:
         backlog.loaded(pfn_array([1]))
         assert backlog.is_done(pfn_array([1, 2])).tolist() == [True, False]
         done = backlog.rejoin(mask(2, 4, 5000, nr_pfns=10_000))
-        assert done.tolist() == [3]  # it was loaded, and its acknowledgement lost
+        assert done.tolist() == [3]  # the page was loaded, and its acknowledgement lost
         assert backlog.is_done(pfn_array([1, 2, 3])).tolist() == [True, False, True]
         assert backlog.unsent == backlog.unacknowledged == 3
         assert sorted(pfn for batch in backlog.batches(8) for pfn in batch.tolist()) == [2, 4, 5000]
@@ -133,11 +135,11 @@ class TestBacklog:
                 backlog.fault(pfn_array([1, pfn]))
         assert backlog.unsent == 2
         with pytest.raises(RemoteProtocolError, match="not in transit"):
-            backlog.loaded(pfn_array([1]))  # was never sent
+            backlog.loaded(pfn_array([1]))  # the page was never sent
         backlog.fault(pfn_array([1]))
         backlog.loaded(pfn_array([1]))
         with pytest.raises(RemoteProtocolError, match="not in transit"):
-            backlog.loaded(pfn_array([1]))  # twice
+            backlog.loaded(pfn_array([1]))  # the page was acknowledged before
         for pfn in (1, 9):
             with pytest.raises(RemoteProtocolError, match="dropped"):
                 backlog.dropped(pfn_array([pfn]))
@@ -204,7 +206,9 @@ class TestOutstandingPages:
             assert [answered for answered, _since in pages.requests([late], 0.0).answer] == [late]
 
     def test_a_request_from_before_the_eviction_waits_for_the_page(self) -> None:
-        """The hypervisor set the flag while the page was nominated; the page was evicted since."""
+        """The hypervisor set the flag while the page was nominated, and the page was evicted
+        since.
+        """
         pages = self.pages(5)
         verdict = pages.requests([request(5, flags=MEM_PAGING_EVICT_FAIL)], 0.0)
         assert not verdict.answer
@@ -256,7 +260,7 @@ class TestOutstandingPages:
         waiting = [request(2), request(4)]
         pages.requests(waiting, 0.0)
         self.load(pages, 1)
-        pages.claim(pfn_array([3, 4]))  # and the load never ends
+        pages.claim(pfn_array([3, 4]))  # the load never ends
         pages.requests([request(5, flags=MEM_PAGING_DROP_PAGE)], 0.0)
         assert from_mask(pages.rejoin()).tolist() == [2, 3, 4]
         assert pages.count == 3
@@ -307,7 +311,7 @@ class TestOutstandingPages:
 
 
 class BothEnds(RuleBasedStateMachine):
-    """The two machines joined by two lanes that deliver whenever they like."""
+    """The two machines, joined by two lanes that deliver at any time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -324,7 +328,7 @@ class BothEnds(RuleBasedStateMachine):
 
     def answer(self, answers: list[tuple[PagingRequest, float]]) -> None:
         for answered, _since in answers:
-            self.open.remove(answered)  # ValueError: answered twice
+            self.open.remove(answered)  # ValueError if it is answered twice
             assert answered.pfn in self.loads or answered.pfn in self.gone or answered.pfn % 2
 
     def take(self, requests: list[PagingRequest]) -> None:
@@ -350,7 +354,7 @@ class BothEnds(RuleBasedStateMachine):
         if told and len(self.open) < VM_EVENT_SLOTS:
             self.take([request(pfn, flags=MEM_PAGING_DROP_PAGE)])
         else:
-            self.gone.add(pfn)  # the ring was full
+            self.gone.add(pfn)  # the ring is full
 
     @rule(most=st.integers(1, 8))
     def push_batch(self, most: int) -> None:

@@ -59,7 +59,8 @@ def test_a_set_of_pfns_survives_each_of_its_forms(pfns: set[int], nr_pfns: int) 
         ([0], 1),
         ([0, 1, 2, 63, 64, 99], 100),
         ([*range(100)], 100),
-        ([5, WINDOW_PFNS - 1, 2 * WINDOW_PFNS], 2 * WINDOW_PFNS + 1),  # with an empty window
+        # With an empty window in between.
+        ([5, WINDOW_PFNS - 1, 2 * WINDOW_PFNS], 2 * WINDOW_PFNS + 1),
     ],
 )
 def test_sets_at_the_limits_survive_each_of_their_forms(pfns: list[int], nr_pfns: int) -> None:
@@ -100,9 +101,7 @@ def test_a_mask_is_moved_by_its_base() -> None:
 
 def test_memory_may_be_sparse_up_to_a_bound() -> None:
     gib = 2**18
-    assert (
-        sparseness(2**20, 256 * 256) == ""
-    )  # a small guest with something behind the hole at 4 GiB
+    assert sparseness(2**20, 256 * 256) == ""  # a small guest with a page behind the hole at 4 GiB
     assert sparseness(70 * gib, 64 * gib) == ""
     assert sparseness(2**22, 1) == ""
     assert "0x400000, and with 1 pages it may be 0x3fffff at most" in sparseness(2**22 + 1, 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The small sans-IO pieces around precopy: policy, bandwidth cap, statistics."""
+"""The small sans-IO parts of precopy: policy, bandwidth cap, statistics."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ GB = 1e9
         (Strategy.HYBRID, PrecopyProgress(1, True, 50, 9999, 1.0), STOP),
         (Strategy.HYBRID, PrecopyProgress(1, True, 4000, 99999, GB), STOP),  # 16 ms
         (Strategy.HYBRID, PrecopyProgress(1, True, 40000, 99999, GB), C),
-        (Strategy.HYBRID, PrecopyProgress(2, True, 40000, 41000, GB), POST),  # does not converge
-        (Strategy.HYBRID, PrecopyProgress(5, True, 40000, 99999, GB), POST),  # rounds used up
+        # Precopy does not converge.
+        (Strategy.HYBRID, PrecopyProgress(2, True, 40000, 41000, GB), POST),
+        (Strategy.HYBRID, PrecopyProgress(5, True, 40000, 99999, GB), POST),  # no round is left
         (Strategy.HYBRID, PrecopyProgress(1, False, 9999, 9999, GB, postcopy_asked=True), POST),
         (Strategy.PRECOPY, PrecopyProgress(4, True, 40000, 41000, GB), C),
         (Strategy.PRECOPY, PrecopyProgress(5, True, 40000, 41000, GB), STOP),
@@ -83,9 +84,9 @@ def test_options_at_their_limits_are_accepted() -> None:
 
 def test_the_cap_waits_for_what_was_sent_beyond_it_and_for_no_more() -> None:
     cap = BandwidthCap(1000.0)
-    assert cap.spend(10, 1000.0) == 0.0  # 10 ms: within what may be sent at once
+    assert cap.spend(10, 1000.0) == 0.0  # 10 ms: so much may be sent at once
     assert cap.spend(990, 1000.0) == pytest.approx(0.95)
-    assert cap.spend(10, 2000.0) == 0.0  # an idle time later
+    assert cap.spend(10, 2000.0) == 0.0  # after an idle time
 
 
 @given(st.lists(st.integers(1, 10**7), min_size=1, max_size=50), st.floats(1e3, 1e10))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the sender waits for before the switchover, with a destination that is slow."""
+"""The waits of the sender before the switchover, with a slow destination."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NR_PFNS, WINDOW_PFNS = 1024, 128
 
 
 class SlowDestination:
-    """The end behind a push lane.  It needs ``seconds`` for each window of pages that are evicted
+    """The other end of a push lane.  It needs ``seconds`` for each window of pages that are evicted
     early.
     """
 
@@ -88,13 +88,15 @@ async def put_off(lab: SimulatedLab, destination: SlowDestination) -> Switchover
 async def test_each_window_that_is_put_off_has_time(
     lab: SimulatedLab, autojump_clock: trio.testing.MockClock
 ) -> None:
-    """Eviction takes as long as a guest is large; what is limited is that it goes on."""
+    """Eviction takes longer for a larger guest, so the limit is on each window and not on the
+    whole.
+    """
     destination = SlowDestination(STEP_TIMEOUT_S * 0.9)
     plan = await put_off(lab, destination)
     assert trio.current_time() > STEP_TIMEOUT_S * 5
     assert np.array_equal(from_mask(plan.deferred), destination.evicted)
     assert len(destination.evicted) > NR_PFNS / 2
-    assert destination.most_barriers == 2  # a peer allows for 16
+    assert destination.most_barriers == 2  # a peer accepts 16 open ones
 
 
 async def test_a_destination_that_does_not_evict_is_given_up(
@@ -108,7 +110,7 @@ async def test_a_destination_that_does_not_evict_is_given_up(
 
 
 class Watched(np.ndarray[Any, np.dtype[np.bool_]]):
-    """A set that notes which steps over all of it are made in the event loop."""
+    """A set that notes which steps over the whole set are made in the event loop."""
 
     in_event_loop: ClassVar[list[str]] = []
 
@@ -136,7 +138,7 @@ class Watched(np.ndarray[Any, np.dtype[np.bool_]]):
 async def test_no_step_over_all_of_a_guest_is_made_in_the_event_loop(
     lab: SimulatedLab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a large guest such a step takes a second, in which the loop serves no other guest."""
+    """For a large guest such a step takes a second, in which the loop serves no other guest."""
     for method in ("memory", "read"):
         original = getattr(DirtyLog, method)
         monkeypatch.setattr(
@@ -147,4 +149,4 @@ async def test_no_step_over_all_of_a_guest_is_made_in_the_event_loop(
     assert Watched.in_event_loop == []
     assert np.count_nonzero(plan.deferred.view(np.ndarray)) > NR_PFNS / 2
     _ = plan.deferred & plan.deferred
-    assert Watched.in_event_loop == ["bitwise_and"]  # it is watched to the end
+    assert Watched.in_event_loop == ["bitwise_and"]  # the set was watched to the end

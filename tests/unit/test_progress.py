@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the progress display shows."""
+"""The contents of the progress display."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from migrate.cli.progress import RATE_S, ProgressDisplay, Rate
 
 
 def test_a_rate_does_not_alternate_with_the_bursts_of_a_capped_sender() -> None:
-    """Four answers a second; the sender sends 4000 bytes every second."""
+    """There are four answers a second, and the sender sends 4000 bytes once a second."""
     rate, shown = Rate(), []
     for quarter in range(1, 60):
         rate.add(quarter / 4, 4000 * (quarter // 4))

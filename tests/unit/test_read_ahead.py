@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What is fetched before it is asked for: by the pattern of the faults."""
+"""The pages that are fetched before they are requested, by the pattern of the faults."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NR = 1 << 16
 
 
 class Guest:
-    """Whose pages come as soon as they are asked for, in either way."""
+    """A guest whose pages arrive as soon as they are requested, by a fault or ahead."""
 
     def __init__(self, missing: object):
         self.pages = OutstandingPages(NR)
@@ -61,7 +61,7 @@ def test_interleaved_streams_are_told_apart() -> None:
 
 
 def test_a_stream_through_few_missing_pages() -> None:
-    """As after a precopy: windows are counted in what is missing."""
+    """After a precopy most pages are present, and windows are counted in missing pages."""
     guest = Guest(range(0, NR, 5))
     for pfn in range(20000):
         guest.touch(pfn)
@@ -69,14 +69,16 @@ def test_a_stream_through_few_missing_pages() -> None:
 
 
 def fetched_ahead(missing: object, *touched: int) -> list[list[int]]:
-    """Of a guest that touches these, one after the other, before any page has come."""
+    """Return what is fetched ahead for a guest that touches these pages, one after the other,
+    before any page has arrived.
+    """
     pages = OutstandingPages(NR)
     pages.add(pfn_array(missing))
     return [pages.ahead([pfn]).tolist() for pfn in touched]
 
 
 def test_a_fault_within_the_window_that_is_on_its_way_doubles_the_next_window_only() -> None:
-    """As by a vCPU that was faster than the link: what was asked for is not asked for again."""
+    """A vCPU may be faster than the link.  What was requested is not requested again."""
     ahead = fetched_ahead(range(NR), 10, 11, 13)
     assert ahead == [[], [12, 13, 14, 15], [*range(16, 24)]]
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Why a host or a domain is refused, from its facts.  ``tests/xenlab`` has the reasons that a real
-Xen can be made to have.
+"""The reasons why a host or a domain is refused, from its facts.  ``tests/xenlab`` has the reasons
+that a real Xen can be made to have.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The pager's end of the ring against a model of Xen's end, with pagers that die in between."""
+"""The pager's end of the ring, tested with a model of Xen's end, and with pagers that die in
+between.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ STEP = st.one_of(
 @settings(max_examples=300)
 @given(st.lists(STEP, max_size=80))
 def test_every_request_is_answered_once_whoever_dies(steps: list[tuple[str, int]]) -> None:
-    """pfns repeat, as duplicate requests do; answers come in any order and number."""
+    """pfns repeat, as in duplicate requests; answers come in any order and number."""
     xen = FrontEnd()
     ring = xen.pager()
     asked: list[int] = []
@@ -47,7 +49,7 @@ def test_every_request_is_answered_once_whoever_dies(steps: list[tuple[str, int]
             xen.take_answers()
         else:
             ring = xen.pager(resume=True)
-            open_requests = []  # its successor knows nothing but what is in the page
+            open_requests = []  # the successor has only what is in the page
     ring = xen.pager(resume=True)
     while left := ring.requests():
         ring.respond(left)
@@ -57,19 +59,21 @@ def test_every_request_is_answered_once_whoever_dies(steps: list[tuple[str, int]
 
 
 def test_killed_while_taking_a_request() -> None:
-    """It is noted, but not counted: it is taken again."""
+    """The request is noted but not counted, so it is taken again."""
     xen = FrontEnd()
     ring = xen.pager()
     xen.ask(5)
     xen.ask(6)
     assert [request.pfn for request in ring.requests()] == [5, 6]
-    struct.pack_into("<I", xen.page, NOTES + 8, 1)  # req_cons as before the second
+    struct.pack_into("<I", xen.page, NOTES + 8, 1)  # req_cons as before the second request
     assert [request.pfn for request in xen.pager(resume=True).requests()] == [5, 6]
 
 
 @pytest.mark.parametrize(("published", "left"), [(False, [5, 6]), (True, [5])])
 def test_killed_while_answering(published: bool, left: list[int]) -> None:
-    """The second request's answer is the ring's first.  Whether Xen was told decides."""
+    """The second request's answer is the first in the ring.  What decides is whether Xen was
+    informed.
+    """
     xen = FrontEnd()
     ring = xen.pager()
     xen.ask(5)
@@ -88,7 +92,7 @@ def test_killed_while_answering(published: bool, left: list[int]) -> None:
 
 
 def test_killed_before_the_answer_was_marked() -> None:
-    """Only the number of the response stands there so far."""
+    """The note has only the number of the response so far."""
     xen = FrontEnd()
     ring = xen.pager()
     xen.ask(5)
@@ -154,7 +158,7 @@ def test_a_corrupt_ring_is_said_to_be_so() -> None:
 
 
 def test_an_index_that_goes_back_is_corrupt() -> None:
-    """More requests than slots seem to be there.  The ninth has no place in the caller's memory."""
+    """There seem to be more requests than slots.  The ninth has no place in the caller's memory."""
     xen = FrontEnd()
     xen.pager()
     for pfn in range(VM_EVENT_SLOTS):

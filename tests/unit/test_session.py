@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The session machine: two ends joined in memory follow the protocol, and neither lets the other
-leave it.
+"""The session machine: two ends joined in memory follow the protocol, and each refuses what the
+protocol does not allow.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def test_a_toolstack_may_decide_who_has_the_guest() -> None:
 
 
 def test_a_toolstack_may_leave_the_guest_paused() -> None:
-    """All of its memory has come, and it was never said to run."""
+    """All of the guest's memory has arrived, and ``resumed`` was never sent."""
     ends = play([said for said in DECIDED if not isinstance(said[1], m.Resumed)])
     assert ends[S].phase == ends[R].phase == Phase.CLOSED
 
@@ -178,7 +178,7 @@ def test_at_any_point_any_message_is_allowed_by_its_rule_or_refused(
 
 
 def after(message_type: type[m.Message]) -> list[tuple[Role, m.Message, Lane]]:
-    """The story up to and with the last message of a type."""
+    """Return the story up to the last message of a type, inclusive."""
     last = max(
         i for i, (_speaker, message, _lane) in enumerate(STORY) if type(message) is message_type
     )
@@ -239,7 +239,7 @@ def test_a_session_goes_on_over_new_lanes(lost_after: type[m.Message]) -> None:
 
 def test_what_the_receiver_did_not_hear_is_said_again() -> None:
     ends = play(after(m.Ready))
-    ends[S].sent(m.Handover(), PUSH)  # and lost
+    ends[S].sent(m.Handover(), PUSH)  # this message is lost
     assert ends[S].handed_over
     for end in ends.values():
         end.rejoin()
@@ -271,7 +271,9 @@ def test_instead_of_rejoining_an_end_may_say_how_it_has_ended(
 
 
 def test_a_sender_whose_journal_has_lost_the_handover_may_abort_on_new_lanes() -> None:
-    """The receiver has proof of two owners.  No sender says so that has sent the handover."""
+    """The receiver has proof of two owners.  A sender that has sent the handover never sends
+    this.
+    """
     ends = play(after(m.Loaded))
     for end in ends.values():
         end.rejoin()
@@ -364,7 +366,7 @@ def test_only_who_has_the_key_can_rejoin_and_once() -> None:
 
 
 def test_messages_that_cross_are_allowed() -> None:
-    """What the peer said before it could know that we had gone on."""
+    """The peer sent these before it received that we are in the next phase."""
     sender = play(after(m.Barrier))[S]
     sender.sent(m.Suspended(), PUSH)
     sender.received(m.Passed(1), PUSH)
@@ -385,9 +387,9 @@ def test_without_paging_nothing_can_be_missing() -> None:
     ("nr_pfns", "base", "bitmap", "allowed"),
     [
         (1024, 1016, b"\xff", True),
-        (1020, 1016, b"\x0f", True),  # of the last byte only the bits below the end
+        (1020, 1016, b"\x0f", True),  # only the bits of the last byte that are below the end
         (1020, 1016, b"\x10", False),
-        (1020, 1016, b"\x0f\x00", False),  # a byte that lies beyond the end as a whole
+        (1020, 1016, b"\x0f\x00", False),  # a byte that is entirely beyond the end
         (1020, 1016, b"", False),
     ],
 )
