@@ -51,7 +51,7 @@ HERE = Path(__file__).parent
 
 
 def warm(size: int) -> None:
-    """Have the machine's memory at hand."""
+    """Touch memory, so that the machine has it available."""
     mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE).close()
 
 
@@ -87,7 +87,7 @@ def migrate(
     spec: GuestSpec, *, steps: int = 500, through: Link = contextlib.nullcontext,
     beside: Beside = contextlib.nullcontext, config: str = "", **request: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """One verified migration in a world of its own.
+    """Run one verified migration in a world of its own.
 
     ``steps``: the steps that each vCPU does before the migration.  ``through``: a relay between the
     sender and the receiver's port.  ``beside``: what runs during the migration.  ``config``: the
@@ -113,7 +113,7 @@ def migrate(
 
 
 class Limits:
-    """The C program."""
+    """The C program with the limits."""
 
     def __init__(self, directory: str):
         self._program = f"{directory}/limits"
@@ -130,7 +130,7 @@ class Limits:
 
     @contextlib.contextmanager
     def link(self, port: int, delay_ms: float) -> Iterator[int]:
-        """Another port, from which everything goes to this one, later."""
+        """Yield another port, from which all data is passed to this one, with a delay."""
         process = subprocess.Popen(
             [self._program, "delay", str(port), str(delay_ms)], stdout=subprocess.PIPE, text=True
         )
@@ -220,7 +220,7 @@ def downtime(_limits: Limits, runs: int) -> None:
 
     measure("1000 dirty/s", GuestSpec("guest", GIB, 2, "random", rate=500))
     measure("as fast as it can", GuestSpec("guest", GIB, 2, "random"))
-    # The dirty set is the same, however long a round takes.  Most of 16 GiB is zero, because the
+    # The dirty set does not depend on the length of a round.  Most of 16 GiB is zero, because the
     # machine has no more memory.
     dirty: dict[str, Any] = {"rate": 500, "working_set_bytes": 256 * 4096}
     small = measure("256 dirty", GuestSpec("guest", GIB, 2, "random", **dirty))
@@ -240,7 +240,7 @@ def peers(_limits: Limits, runs: int) -> None:
         row("QEMU", None, "", f"does not run here: {why}")
         return
     spec = GuestSpec("guest", GIB, 1, "random", write_permille=750, zero_permille=1000)
-    written = 2 * spec.working_pages  # visits, after which each page has been written
+    written = 2 * spec.working_pages  # the visits after which each page has been written
     for strategy in ("postcopy", "hybrid"):
         theirs, ours = [], []
         for _ in range(runs):
@@ -296,7 +296,7 @@ def peers(_limits: Limits, runs: int) -> None:
 
 
 def criu() -> None:
-    """CRIU's lazy-pages, where this kernel lets it run at all."""
+    """Compare with CRIU's lazy-pages, if they run on this kernel."""
     try:
         check = subprocess.run(["criu", "check"], capture_output=True, text=True, check=False)
     except FileNotFoundError:
@@ -314,7 +314,7 @@ def criu() -> None:
 
 
 def patterns(_limits: Limits, runs: int) -> None:
-    """What crosses the link, by what the guest does."""
+    """Show what crosses the link, by what the guest does."""
     for workload in ("random", "sequential", "hotset", "stride"):
         for vcpus in (1, 2, 8):
             spec = GuestSpec("guest", GIB, vcpus, workload)
@@ -342,7 +342,7 @@ def sizes(_limits: Limits, runs: int) -> None:
 
 
 def links(limits: Limits, runs: int) -> None:
-    """A link with latency: what a fault costs beside the round trip."""
+    """Measure a link with latency: the cost of a fault compared with the round trip."""
     for delay_ms in (0.2, 1.0, 10.0):
         for workload in ("random", "sequential", "stride"):
             spec = GuestSpec("guest", GIB // 4, 2, workload)
@@ -369,7 +369,7 @@ def links(limits: Limits, runs: int) -> None:
 
 @contextlib.contextmanager
 def tls_config() -> Iterator[str]:
-    """With an authority and a certificate of its own."""
+    """Yield a configuration with an authority and a certificate of its own."""
     authority = trustme.CA()
     certificate = authority.issue_cert("127.0.0.1")
     with tempfile.TemporaryDirectory() as directory:
@@ -447,7 +447,7 @@ def main() -> None:
 
 
 def scaling(_limits: Limits, _runs: int) -> None:
-    """Once each: 2^28 pfns are 2 GiB of arrays."""
+    """Measure each value once, because 2^28 pfns are 2 GiB of arrays."""
     small, large = (scale.measure(1 << bits) for bits in (18, 28))
     for what, ms in large.items():
         row(

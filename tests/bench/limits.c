@@ -4,14 +4,14 @@
  * figures of the daemons are compared.
  *
  *   limits roundtrip N      N requests of 64 bytes, each answered with 4 KiB: "p50_us p99_us"
- *   limits chain N          the same behind the wake-ups of a fault: a vCPU's thread signals a
+ *   limits chain N          the same with the wake-ups of a fault: a vCPU's thread signals a
  *                           pager's, which sends the request, and signals the vCPU's thread when
- *                           the answer has come: "p50_us p99_us", as the vCPU sees it
- *   limits delay PORT MS    not a limit, but a link: prints a port, and passes what comes there on
- *                           to PORT, and back, MS milliseconds later each way
+ *                           the answer has arrived: "p50_us p99_us", as the vCPU sees it
+ *   limits delay PORT MS    not a limit, but a link: prints a port, and passes what arrives there
+ *                           to PORT, and back, MS milliseconds later in each direction
  *   limits bulk BYTES [CC]  BYTES one way in 4 MiB writes and reads: "bytes_per_s"; with congestion
  *                           control CC instead of the host's
- *   limits into BYTES CC    the same, from memory and into memory that are as large: the latter has
+ *   limits into BYTES CC    the same, from memory and into memory of that size; the latter has
  *                           never been used, as the memory of an arriving guest
  *   limits memcpy BYTES     copies between two 4 MiB buffers: "bytes_per_s"
  *
@@ -52,7 +52,7 @@ static void die(const char *what)
     exit(1);
 }
 
-/* Where the bytes of "into" come from or go to. */
+/* The memory from which or into which "into" copies. */
 static int memory = -1;
 static char *source;
 
@@ -89,7 +89,7 @@ static int compare(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-/* Returns this process's end; the child has the other, and *child is its pid or 0 in it. */
+/* Returns this process's end; the child has the other end.  *child: its pid, and 0 in the child. */
 static int pair(pid_t *child, const char *congestion)
 {
     struct sockaddr_in address = { .sin_family = AF_INET,

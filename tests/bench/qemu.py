@@ -32,22 +32,22 @@ UNLIMITED = 1 << 40
 class QemuResult:
     total_s: float
     downtime_ms: float
-    """By QEMU's own account, in whole ms: until its source has written the last of the state."""
+    """By QEMU's own account, in whole ms: until the source has written the last of the state."""
     standstill_ms: float
-    """By QEMU's events: from when the source has stopped the guest to when the destination has
-    started it.
-    """
+    """By QEMU's events: from the stop at the source until the start at the destination."""
     requests: int
     block_ms: float
-    """Of its one vCPU, all of it together."""
+    """The time for which its one vCPU was blocked, in all."""
     longest_ms: float
-    """As the guest saw it: between two steps, from the start of the migration on."""
+    """The longest time between two steps, measured by the guest, from the start of the migration
+    on.
+    """
     idle_longest_ms: float
-    """The same while nobody migrated it."""
+    """The longest time between two steps without a migration."""
 
 
 class Qemu:
-    """One process; ``incoming``: it waits for a migration."""
+    """One process.  ``incoming``: it waits for a migration."""
 
     def __init__(
         self, directory: Path, name: str, memory_mib: int, options: str, *, incoming: bool
@@ -92,8 +92,8 @@ class Qemu:
                 self._events[answer["event"]] = at["seconds"] * 1000 + at["microseconds"] / 1000
 
     def at(self, event: str) -> float:
-        """When it happened last, in ms of the host's clock."""
-        self.migration()  # what has happened is told before that is answered
+        """Return when the event happened last, in ms of the host's clock."""
+        self.migration()  # events that have happened arrive before the answer to this
         return self._events[event]
 
     def migration(self) -> dict[str, Any]:
@@ -128,7 +128,9 @@ def pair(directory: Path, memory_mib: int, options: str) -> Iterator[tuple[Qemu,
 
 
 def migrate(directory: Path, memory_mib: int, touched_mib: int, *, rounds: bool) -> QemuResult:
-    """``rounds``: postcopy after the first round of precopy; otherwise at once."""
+    """Migrate the guest.  ``rounds``: postcopy begins after the first round of precopy; otherwise
+    at once.
+    """
     options = f"pages={touched_mib * 256} words=8 clock=1 beat={BEAT_MS}"
     with pair(directory, memory_mib, options) as (source, destination):
         until(lambda: len(source.heartbeats()) >= 20, "the guest has no heartbeat", 120)
@@ -166,7 +168,7 @@ def wait_for(end: Qemu, reached: Callable[[dict[str, Any]], bool]) -> None:
 
 
 def unavailable() -> str:
-    """Why it cannot be run here, or nothing."""
+    """Return why QEMU cannot be run here, or nothing."""
     try:
         parts.check_tools()
         parts.guest()

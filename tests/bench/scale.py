@@ -2,7 +2,7 @@
 """Every structure and every pass that depends on the number of pages, at the size of a terabyte,
 without its memory.
 
-Passes of the downtime must not depend on the size of the guest.  They are measured with the same
+Passes in the downtime must not depend on the size of the guest.  They are measured with the same
 5000 written pages.
 """
 
@@ -23,14 +23,14 @@ BATCHES = 200
 
 
 def timed(what: Callable[[], object]) -> float:
-    """Milliseconds."""
+    """Return the time of a call in milliseconds."""
     began = time.perf_counter()
     what()
     return (time.perf_counter() - began) * 1000
 
 
 def measure(nr_pfns: int) -> dict[str, float]:
-    """Milliseconds of each, by name."""
+    """Return the milliseconds of each pass, by name."""
     generator = np.random.default_rng(1)
     written = np.unique(generator.integers(0, nr_pfns, WRITTEN, dtype=np.uint64))
     bitmap = np.zeros((nr_pfns + 63) // 64 * 8, dtype=np.uint8)

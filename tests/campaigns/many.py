@@ -2,8 +2,8 @@
 """Many migrations through one pair of daemons, at once and one after the other: ``make many``.
 
 Each guest is verified byte for byte.  The memory, descriptors and threads of the daemons before and
-after are printed.  The exit status is 1 if a guest is not as it should be, or if descriptors or
-threads are left over.
+after are printed.  The exit status is 1 if a guest is damaged, or if descriptors or threads are
+left over.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from xenbackend.simulated.verify import verify
 
 MIB = 2**20
 SLACK = 8
-"""Descriptors and threads that a daemon may have more than before: trio keeps idle threads for ten
-seconds.
+"""How many more descriptors and threads a daemon may have than before: trio keeps idle threads for
+ten seconds.
 """
 SETTLE_S = 30.0
 
@@ -56,7 +56,7 @@ def migrate(world: World, number: int, problems: list[str]) -> None:
 
 
 def settled(world: World, before: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
-    """What they hold when nothing is going on any more."""
+    """Return what the daemons hold when no migration is in progress any more."""
     deadline = time.monotonic() + SETTLE_S
     while True:
         now = {which: holds(world, which) for which in before}
@@ -99,7 +99,7 @@ def main() -> None:
     World.spawn = zygote.Popen  # so that no process outlives this one
     problems: list[str] = []
     with loopback_world(1024 * MIB) as world:
-        for number in range(20):  # what is loaded on first use
+        for number in range(20):  # to load what is loaded on first use
             migrate(world, number, problems)
         before = settled(world, {which: holds(world, which) for which in ("sender", "receiver")})
         start = time.monotonic()

@@ -31,14 +31,14 @@ from tests.checks.record import junit_results
 BURNERS_PER_CORE = 4
 WRITERS = 2
 WITH_PARENT = ("setpriv", "--pdeathsig")
-"""And a signal, which a process gets when this process is killed."""
+"""A command whose process gets a signal, which is named next, when this process is killed."""
 LAST_LINES = 400
-"""Of the output of a copy that failed."""
+"""How much of the output of a failed copy is shown."""
 
 
 @contextlib.contextmanager
 def load(burners: int, directory: Path) -> Iterator[subprocess.Popen[bytes] | None]:
-    """Keep the machine busy.  Yields the process that does, or None where stress-ng is missing."""
+    """Keep the machine busy.  Yields the process that does, or None if stress-ng is missing."""
     if not burners or shutil.which("stress-ng") is None:
         print("no stress-ng: the copies of the tests are the only load", flush=True)
         yield None
@@ -63,12 +63,12 @@ def load(burners: int, directory: Path) -> Iterator[subprocess.Popen[bytes] | No
     try:
         yield burning
     finally:
-        burning.terminate()  # which ends its children
+        burning.terminate()  # this ends its children
         burning.wait()
 
 
 def run(copies: int, junit: Path, tests: Sequence[str]) -> list[int]:
-    """Run the copies, and print what the failed ones have printed.  Returns their exit statuses."""
+    """Run the copies, and print the output of the failed ones.  Returns their exit statuses."""
     logs = [junit / f"copy-{number}.log" for number in range(1, copies + 1)]
     running = list[subprocess.Popen[bytes]]()
     try:
@@ -128,7 +128,7 @@ def main() -> int:
             statuses = run(options.copies, junit, options.tests)
             idle = burning is not None and burning.poll() is not None
             average = os.getloadavg()[0]
-        # A test fails now and then: that is one line, with the number of copies that it failed in.
+        # A test that fails sometimes is one line, with the number of copies in which it failed.
         failed = Counter(
             re.sub(r"^copy-\d+: ", "", test.name)
             for test in junit_results(junit)

@@ -121,7 +121,8 @@ def main() -> None:
 
     def end(number: int, _frame: object) -> None:
         runner.interrupted_by = (
-            number  # raised here, it could fall between the start of a stage and its record
+            # If it were raised here, it could come between the start of a stage and its record.
+            number
         )
 
     for number in ENDING:

@@ -22,7 +22,7 @@ SLOWEST = 20
 class TestResult:
     """One test, as pytest's JUnit file has it."""
 
-    __test__ = False  # not a test of its own
+    __test__ = False  # this is not a test
 
     name: str
     result: str
@@ -32,7 +32,7 @@ class TestResult:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one stage."""
+    """The result of one stage."""
 
     name: str
     command: str
@@ -65,9 +65,9 @@ class Outcome:
 
 
 def junit_results(directory: Path) -> tuple[TestResult, ...]:
-    """The tests of every JUnit file in a folder.
+    """Return the tests of every JUnit file in a folder.
 
-    A file that cannot be read as one, as that of a run that was killed, counts as one error.
+    A file that cannot be read, such as that of a run that was killed, counts as one error.
     """
     found: list[TestResult] = []
     paths = sorted(directory.glob("*.xml"))
@@ -100,7 +100,7 @@ def _output(*command: str) -> str:
 
 
 def _machine() -> dict[str, Any]:
-    """What the figures depend on."""
+    """Return the properties of the machine on which the figures depend."""
     cpuinfo = Path("/proc/cpuinfo").read_text()
     models = [
         line.partition(":")[2].strip()
@@ -134,12 +134,14 @@ class Record:
 
     @property
     def name(self) -> str:
-        """Of its file: when, what, and of which commit."""
+        """Return the name of its file: the date, the tier, and the commit."""
         head = self._head
         return f"{str(head['started'])[:10]}-{head['tier']}-{str(head['commit'])[:10]}.json"
 
     def write(self, path: Path, outcomes: Sequence[Outcome], seconds: float) -> None:
-        """One line for each test, so that two records can be compared line by line."""
+        """Write the record, with one line for each test, so that two records can be compared line
+        by line.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         passed = all(outcome.passed for outcome in outcomes)
         head = {**self._head, "passed": passed, "seconds": round(seconds, 1)}
@@ -170,7 +172,9 @@ def read(path: Path) -> tuple[dict[str, Any], list[Outcome]]:
 
 
 def tables(outcomes: Sequence[Outcome]) -> str:
-    """Stages in the order in which they ended, then the slowest tests, then how many passed."""
+    """Return the tables: stages in the order in which they ended, then the slowest tests, then the
+    number of passed tests.
+    """
     rows = [
         f"{'stage':<14} {'seconds':>8} {'CPU':>8} {'passed':>7} {'failed':>7} {'skipped':>8}  "
         "result"
@@ -192,7 +196,7 @@ def tables(outcomes: Sequence[Outcome]) -> str:
         sum(one.count(*results) for one in outcomes)
         for results in (("passed",), ("failed", "error"), ("skipped",))
     ]
-    # A stage that failed without a test that failed counts as one failure.
+    # If a stage failed without a test that failed, it counts as one failure.
     counts[1] += sum(not one.passed and not one.count("failed", "error") for one in outcomes)
     rows += ["", "{} passed, {} failed, {} skipped".format(*counts)]
     return "\n".join(rows)

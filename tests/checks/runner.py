@@ -21,7 +21,7 @@ from tests.checks.stages import Stage
 POLL_S = 0.1
 STILL_RUNNING_EVERY_S = 60.0
 LAST_BYTES = 64 * 1024
-"""Of the log of a stage that failed, which may be of any size."""
+"""How much of the log of a failed stage is shown; the log may be of any size."""
 MARK = "XEN_POSTCOPY_STAGE"
 """The environment variable by which every process of a stage is found.  It has the stage, the
 runner, and the runner's start.
@@ -39,7 +39,7 @@ class _Running:
     timed_out: bool = False
 
     def kill(self) -> None:
-        """End all that the stage started, whatever group or session it is in by now."""
+        """End all processes that the stage started, whatever group or session they are in."""
         while pids := [pid for pid, mark in marks().items() if mark == self.mark]:
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
@@ -56,7 +56,7 @@ class _Running:
         if not pid:
             return None
         self.process.returncode = os.waitstatus_to_exitcode(status)
-        self.kill()  # what it left running
+        self.kill()  # the stage may have left processes running
         return Outcome(
             self.stage.name,
             " ".join(self.stage.command),
@@ -70,7 +70,7 @@ class _Running:
 
 
 def marks() -> dict[int, str]:
-    """The processes of stages, of whichever runner, that have not ended."""
+    """Return the processes of stages, of any runner, that have not ended."""
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -91,7 +91,7 @@ def _identity(pid: int) -> str:
 
 
 def end_orphans() -> None:
-    """End what runners have left that were killed themselves."""
+    """End the processes that killed runners have left."""
     for pid, mark in marks().items():
         runner = mark.partition(" ")[2]
         if runner and _identity(int(runner.split()[0])) != runner:
@@ -100,7 +100,7 @@ def end_orphans() -> None:
 
 
 def _printable(text: str) -> str:
-    """Without what would drive a terminal."""
+    """Return the text without characters that control a terminal."""
     return "".join(
         c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
     )
@@ -119,10 +119,10 @@ class Runner:
         self._runner = _identity(os.getpid())
 
     def run(self, stages: Sequence[Stage]) -> list[Outcome]:
-        """The outcome of each stage, in the order in which they ended.
+        """Run the stages.  Returns the outcome of each stage, in the order in which they ended.
 
-        A stage that fails does not keep the others from running: a report of all of them is worth
-        more than the minutes.  An interruption ends those that run: see ``interrupted_by``.
+        A stage that fails does not stop the others, because a report of all stages is worth more
+        than the minutes.  An interruption ends the running stages: see ``interrupted_by``.
         """
         waiting, outcomes = list(stages), list[Outcome]()
         shown = time.monotonic()
@@ -161,7 +161,7 @@ class Runner:
         return busy + min(stage.cores, self._cores) <= self._cores
 
     def _start(self, stage: Stage) -> Outcome | None:
-        """Returns the outcome of a stage that cannot be started."""
+        """Start a stage.  Returns the outcome of a stage that cannot be started."""
         log, junit = self._directory / f"{stage.name}.log", self._directory / stage.name
         command = " ".join(stage.command)
         junit.mkdir(parents=True)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The checks of a change, as stages: each one a target of the Makefile, with what it takes.
+"""The checks of a change, as stages: each one a target of the Makefile, with the resources that it
+needs.
 
 The two tiers are lists of stages.  A stage that exists in both tiers does more in ``everything``:
 more trials, more machines, a longer search.
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Stage:
-    """One command.  It passes if its exit status is 0."""
+    """One command, which passes if its exit status is 0."""
 
     name: str
     subject: str
@@ -20,15 +21,15 @@ class Stage:
     command: tuple[str, ...]
     """Its output goes to a log.  ``JUNIT`` names a folder for the JUnit XML of its tests."""
     limit_s: float
-    """A stage that takes longer is killed, with all that it started, and has failed."""
+    """A stage that takes longer has failed, and is killed with all that it started."""
     cores: int = 1
-    """How many cores it keeps busy; a stage with all of the machine's cores runs alone."""
+    """How many cores the stage uses; a stage that uses all cores of the machine runs alone."""
     has_tests: bool = False
     """A stage with tests that runs none has failed."""
 
 
 ALONE = 99
-"""More cores than a machine has: such a stage measures time, or fills the machine by itself."""
+"""More cores than a machine has, for a stage that measures time, or that uses the whole machine."""
 
 
 def _make(target: str, *settings: str) -> tuple[str, ...]:
@@ -71,9 +72,9 @@ GATE = (
 )
 EVERYTHING = (
     TOOLS,
-    # First, while nothing else runs.
+    # First, while no other stage runs.
     Stage("bench", "figures beside plain C and QEMU", _make("bench"), 7200, cores=ALONE),
-    # Then the longest first, so that the cores end together.
+    # Then the longest stages first, so that the cores end together.
     Stage("xenlab", "a real Xen: every machine and test", _make("xenlab"), 7200, has_tests=True),
     Stage("underload", "every test on a busy machine", _make("underload"), 7200, has_tests=True),
     Stage(

@@ -27,20 +27,22 @@ R = TypeVar("R")
 
 
 def c_files() -> list[Path]:
-    """All, relative to the project's root, but what cffi generates (``_....c``)."""
+    """Return all C files, relative to the project's root, except those that cffi generates
+    (``_....c``).
+    """
     folders = (ROOT / name for name in ("migrate", "xenbackend", "tests"))
     found = (path for folder in folders for path in folder.rglob("*.c"))
     return sorted(path.relative_to(ROOT) for path in found if not path.name.startswith("_"))
 
 
 def in_parallel(function: Callable[[T], R], arguments: Iterable[T]) -> Iterator[R]:
-    """As many at once as there are processors."""
+    """Call the function for as many arguments at once as there are processors."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         yield from pool.map(function, arguments)
 
 
 def run_all(commands: Iterable[Sequence[str]]) -> int:
-    """In the project's root.  Prints what each command says; returns how many failed."""
+    """Run the commands in the project's root, and print their output.  Returns how many failed."""
 
     def run(command: Sequence[str]) -> bool:
         done = subprocess.run(

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``make coverage-c``: which lines of the native modules their tests reach, by gcov.
+"""``make coverage-c``: the lines of the native modules that their tests reach, by gcov.
 
-A copy of the tree is compiled with counters, so that the modules of the tree itself stay as they
-are.  A process that is killed loses its counts, and the tests of real Xen's module run elsewhere.
+A copy of the tree is compiled with counters, so that the modules of the tree itself are not
+changed.  A process that is killed loses its counts, and the tests of real Xen's module run
+elsewhere.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ ELSEWHERE = "xenbackend/libxenctrl"
 
 
 def build() -> None:
-    """Compile the copy; the counters are atomic, because threads share them."""
+    """Compile the copy.  The counters are atomic, because threads share them."""
     shutil.rmtree(COPY, ignore_errors=True)
     for folder in FOLDERS:
         ignored = shutil.ignore_patterns("*.so", "__pycache__")
@@ -52,7 +53,7 @@ def test() -> None:
 
 
 def lines_of(source: Path) -> dict[int, int]:
-    """How often each line of a file was run."""
+    """Return how often each line of a file was run."""
     folder = COPY / OBJECTS / source.parent
     command = ["gcov", "--json-format", "--stdout", "-o", str(folder), str(source)]
     done = subprocess.run(command, cwd=COPY, capture_output=True, check=True)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Compiler warnings and a static analyser over the C files: ``make warnings``.
 
-gcc and clang compile every C file, and clang's analyser reads all but the checks' own.  Any
-finding makes the check fail.  A comment ``/* analyser: REASON */`` suppresses what the analyser
+gcc and clang compile every C file, and clang's analyser reads all files except those of the checks.
+Any finding makes the check fail.  A comment ``/* analyser: REASON */`` suppresses what the analyser
 finds in the next line.
 
-``-Werror`` is set here alone: an installation does not fail by the new warnings of a newer
+``-Werror`` is set only here, because an installation must not fail at the new warnings of a newer
 compiler.
 """
 
@@ -33,7 +33,9 @@ WARNINGS = [
     "-Wimplicit-fallthrough",
     "-Wnull-dereference",
 ]
-"""Beyond an installation's.  Without ``-Wcast-qual``: libxenctrl and iovec have no const."""
+"""The warnings beyond those of an installation.  ``-Wcast-qual`` is left out, because libxenctrl
+and iovec have no const.
+"""
 
 CHECKERS = [
     "alpha.core.BoolAssignment",
@@ -50,14 +52,14 @@ CHECKERS = [
     "security.FloatLoopCounter",
     "security.insecureAPI.UncheckedReturn",
 ]
-"""Beyond the analyser's own choice, of those that clang 14 and clang 19 both have."""
+"""The checkers beyond the analyser's defaults, of those that clang 14 and clang 19 both have."""
 
 FINDING = re.compile(r"^([^\s:]+):(\d+):\d+: (?:warning|error): .*$", re.MULTILINE)
 SUPPRESSION = "/* analyser: "
 
 
 def analyse(path: str) -> list[str]:
-    """What the analyser finds in a file, and nothing suppresses."""
+    """Return what the analyser finds in a file, without suppressed findings."""
     command = ["clang", "--analyze", "--analyzer-output", "text", *FLAGS, *INCLUDE]
     command += ["-Xclang", f"-analyzer-checker={','.join(CHECKERS)}", path]
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)

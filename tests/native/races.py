@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The native modules' threads under ThreadSanitizer: ``make races``.
 
-ThreadSanitizer needs all code that takes locks compiled for it.  In an interpreter that is not,
-every hand-over between threads looks like a race.  So each ``races/*.c`` is a program of its
-own, compiled as a whole.  Any race that is reported makes the check fail, and so does an exit
-status other than 0.
+ThreadSanitizer needs all code that takes locks to be compiled for it.  If the interpreter is not,
+it seems to have a race whenever its lock changes hands.  So each ``races/*.c`` is a program of its
+own, compiled as a whole.  Any reported race makes the check fail, and so does an exit status other
+than 0.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PROGRAMS = {
 FLAGS = ["-g", "-O1", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-pthread", "-fsanitize=thread"]
 ROUNDS = 5
 TIMEOUT_S = "120"
-"""Of a program that waits for ever; a round takes a second or two."""
+"""The limit for a program that waits for ever; a round takes a second or two."""
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def main() -> None:
     if compiled:
         sys.exit("races: the programs do not compile")
     command = ["timeout", TIMEOUT_S]
-    # Where addresses are random over a wide range the sanitizer finds no place for its own memory.
+    # If addresses are random over a wide range, the sanitizer finds no place for its own memory.
     if subprocess.run(["setarch", "-R", "true"], check=False, capture_output=True).returncode == 0:
         command += ["setarch", "-R"]
     os.environ["TSAN_OPTIONS"] = "exitcode=66:history_size=4"

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Tests of the native modules with AddressSanitizer and UBSan: ``make sanitize``.
 
-Arguments are pytest's.  A copy of the tree is compiled with both sanitizers, under ``build/``,
+The arguments are pytest's.  A copy of the tree is compiled with both sanitizers, under ``build/``,
 and is first on the path of every process.  Python itself is not compiled with them.  So their
 libraries are preloaded, and Python takes all memory from malloc, whose blocks AddressSanitizer
-watches.  Leaks are not looked for: the interpreter keeps much of its memory until it ends.
+watches.  Leaks are not searched for, because the interpreter keeps much of its memory until it
+ends.
 
-Daemons and simulated hosts are processes of their own.  Every process writes its reports to a
-file, and any report makes the check fail, whatever became of the process.
+Daemons and simulated hosts are processes of their own.  Every process writes its reports to a file,
+and any report makes the check fail, however the process has ended.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ TESTS = (
     "unit/test_fault_path.py",
     "conformance/test_conformance.py",
 )
-"""test_frames.py runs no native code; the frames of native code are in test_fault_path.py."""
+"""test_frames.py runs no native code; test_fault_path.py tests the frames of native code."""
 MODULES = (
     "migrate.lanes._bulk",
     "migrate.fastpath._fault",
@@ -64,7 +65,7 @@ from xenbackend._ring import ffi, lib
 page = ffi.new("char[99]")
 lib.ring_begin(ffi.new("struct ring_state *", {"page": page}), 0)
 """
-"""A page that is too small.  The check has to see this, or it sees nothing."""
+"""A page that is too small.  The check has to find this; otherwise it would find nothing."""
 
 
 def build() -> None:

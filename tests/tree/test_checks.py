@@ -34,7 +34,7 @@ def stage(
 
 
 def run(tmp_path: Path, *stages: Stage, cores: int = 2) -> tuple[dict[str, Outcome], str]:
-    """The outcomes by name, and what was shown."""
+    """Run the stages.  Returns the outcomes by name, and the output."""
     shown: list[str] = []
     outcomes = Runner(tmp_path, cores=cores, show=shown.append).run(stages)
     return {outcome.name: outcome for outcome in outcomes}, "\n".join(shown)
@@ -53,7 +53,7 @@ def test_a_stage_that_fails_is_reported_with_its_log_and_the_others_run(tmp_path
 
 
 def test_a_stage_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
-    """Whatever session the process is in by then."""
+    """The process is ended whatever session it is in."""
     script = f"setsid sleep 600 & echo $$ > {tmp_path}/started; sleep 600"
     outcomes, _shown = run(tmp_path, stage("slow", script, limit_s=1))
     assert outcomes["slow"].timed_out and not outcomes["slow"].passed
@@ -158,7 +158,7 @@ def test_a_stage_that_cannot_be_started_has_failed_and_the_others_run(tmp_path: 
 
 
 def test_what_a_killed_runner_has_left_is_ended_by_the_next(tmp_path: Path) -> None:
-    """And nothing of one that runs."""
+    """Nothing of a runner that runs is ended."""
     gone = subprocess.Popen(["true"])
     gone.wait()
     ours = marks_of_this_process(tmp_path)
@@ -177,14 +177,14 @@ def test_what_a_killed_runner_has_left_is_ended_by_the_next(tmp_path: Path) -> N
 
 
 def marks_of_this_process(tmp_path: Path) -> str:
-    """The second part of the marks that a runner of this process gives."""
+    """Return the second part of the marks of a runner in this process."""
     run(tmp_path, stage("marked", f"echo $XEN_POSTCOPY_STAGE > {tmp_path}/mark"))
     return (tmp_path / "mark").read_text().strip().partition(" ")[2]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_stages_as_well(tmp_path: Path, number: signal.Signals) -> None:
-    """Twice, as from somebody who is impatient."""
+    """The signal is sent twice, as by an impatient user."""
     program = tmp_path / "make"
     program.write_text(f"#!/bin/sh\nsetsid sleep 600 & echo $! > {tmp_path}/$2.pid; sleep 600\n")
     program.chmod(0o755)

@@ -23,7 +23,7 @@ async def test_a_hypercall_in_the_event_loop_is_noticed(boot: Boot) -> None:
     ):
         _resume(domain)
     await trio.to_thread.run_sync(_resume, domain)
-    domain.state()  # a test may
+    domain.state()  # a test may make the call
 
 
 @pytest.mark.skipif(not AUDITS, reason="coverage is measured")

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Rules of the tree itself: licence lines, which folder imports which, and documents that name what
-exists.
+"""Rules of the tree itself: licence lines, which folder imports which, and documents that name
+existing things.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SOURCES = {
 
 @cache
 def files() -> list[Path]:
-    """Those that are part of the project, relative to it."""
+    """Return the files that are part of the project, relative to it."""
     with contextlib.suppress(FileNotFoundError):
         command = [
             "git",
@@ -61,7 +61,7 @@ def files() -> list[Path]:
         if listed.returncode == 0:
             found = [Path(name) for name in listed.stdout.decode().split("\0") if name]
             return [path for path in found if (TREE / path).is_file()]
-    # A tree that was unpacked from an archive.
+    # This tree was unpacked from an archive.
     ignored = [
         ".git",
         *(line.strip("/") for line in (TREE / ".gitignore").read_text().splitlines()),
@@ -75,7 +75,7 @@ def files() -> list[Path]:
 
 
 def is_source(path: Path) -> bool:
-    """By its name, or by its first bytes where it has no suffix."""
+    """Whether the file is source text, by its name, or by its first bytes if it has no suffix."""
     if path.suffix in SOURCES or path.name == "Makefile":
         return True
     with (TREE / path).open("rb") as file:
@@ -84,9 +84,9 @@ def is_source(path: Path) -> bool:
 
 # ---- licences ----
 def test_every_source_file_names_its_licence() -> None:
-    """In one of its first lines, so that whoever copies one file alone has the terms."""
+    """The line is one of the first, so that a copy of one file alone has the terms."""
     sources = [path for path in files() if is_source(path)]
-    assert len(sources) > 150  # the list is not empty for some other reason
+    assert len(sources) > 150  # the list is not empty for another reason
     without = [
         str(path)
         for path in sources
@@ -105,7 +105,7 @@ def test_the_licence_of_all_other_files_is_stated_at_the_top() -> None:
 
 # ---- white space ----
 NOT_TEXT = ("tests/campaigns/fuzz/corpus/*", "tests/campaigns/fuzz/native/corpus/*/*", "*.patch")
-"""In which white space has a meaning."""
+"""The files in which white space has a meaning."""
 MOST_COLUMNS = 100
 PROSE_TOO_LONG = re.compile(rf"(?=.{{{MOST_COLUMNS + 1}}})(?!\||    )(?:[-*] )?+\S+ +\S")
 """A line that could be broken: no table, no code, more than one word."""
@@ -114,7 +114,7 @@ CODE = {".c", ".h", ".pml", ".sh", ".service", ".socket", ".target", ".toml"}
 
 
 def test_lines_end_where_their_text_ends() -> None:
-    """The last one with a newline, and nothing behind it."""
+    """The last line ends with a newline, and nothing follows."""
     wrong = []
     for path in files():
         if any(path.match(pattern) for pattern in NOT_TEXT):
@@ -171,25 +171,25 @@ LAYERS: list[list[tuple[str, ...]]] = [
     [("migrate/xl/",), ("sender/",), ("receiver/",)],
     [("migrate/cli/", "sender/command.py", "receiver/command.py")],
 ]
-"""Rooms.  Each imports itself, and the rooms of earlier lines.  A file belongs to the last room
+"""The rooms.  Each imports itself, and the rooms of earlier lines.  A file belongs to the last room
 that names it.
 """
 BACKENDS = ("xenbackend.choose", "xenbackend.libxenctrl", "xenbackend.simulated")
-"""A daemon is given its backend and names none."""
+"""The backends.  A daemon is given its backend and names none."""
 FOR_XL = {"migrate/control/client.py", "migrate/errors.py"} | {
     str(path) for path in files() if path.match("migrate/xl/*.py")
 }
-"""What xl's helper loads, which has to start fast: nothing that is installed."""
+"""The files that xl's helper loads.  It has to start fast, so they import no installed package."""
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Modules, wherever in the file they are imported."""
+    """Yield the imported modules, also those that are imported inside functions."""
     for node in ast.walk(ast.parse((TREE / path).read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0 and node.module, f"{path}: a relative import"
-            # A module of a package, or a name in it: either is the package's.
+            # The name may be a module of the package, or a name in the package itself.
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
@@ -202,7 +202,9 @@ def ours() -> list[tuple[str, Path]]:
 
 
 def room(place: str) -> tuple[int, tuple[str, ...]] | None:
-    """Of a file's path: the line of ``LAYERS`` and the room; ``None`` for what is installed."""
+    """Return the line of ``LAYERS`` and the room of a file's path; ``None`` for installed
+    packages.
+    """
     found = [
         (number, room)
         for number, rooms in enumerate(LAYERS)
@@ -213,7 +215,7 @@ def room(place: str) -> tuple[int, tuple[str, ...]] | None:
 
 
 def path_of(module: str) -> str:
-    """Of a module or of a name in a module, relative to the tree."""
+    """Return the path of a module, or of a name in a module, relative to the tree."""
     name = module.replace(".", "/")
     return (
         f"{name}.py"
@@ -225,7 +227,7 @@ def path_of(module: str) -> str:
 
 
 def test_folders_import_in_one_direction() -> None:
-    """A room imports lower ones, and none beside it."""
+    """A room imports lower rooms, and no room beside it."""
     wrong = []
     for path in (path for _folder, path in ours()):
         own = room(str(path))
@@ -239,21 +241,22 @@ def test_folders_import_in_one_direction() -> None:
 
 
 def import_graph() -> dict[str, set[str]]:
-    """Which of our modules each module imports, also in functions and for the type checker."""
+    """Return the modules that each module imports, also in functions and for the type checker."""
     modules = {
         ".".join(path.with_suffix("").parts).removesuffix(".__init__"): path
         for _folder, path in ours()
     }
     graph = {}
     for module, path in modules.items():
-        # What is imported is a module, or a name in one.
+        # The imported name is a module, or a name in one.
         names = {name if name in modules else name.rpartition(".")[0] for name in imports(path)}
         graph[module] = (names & set(modules)) - {module}
     return graph
 
 
 def in_circles(graph: dict[str, set[str]]) -> dict[str, set[str]]:
-    """The graph without modules that import nothing or that nobody imports, taken away repeatedly.
+    """Return the graph after modules that import nothing, or that no module imports, were removed
+    repeatedly.
 
     Nothing is left if there is no circle.
     """
@@ -311,7 +314,7 @@ MOST_LINES_OF_A_FUNCTION = 60
 
 
 def product() -> dict[str, str]:
-    """The text of each file of Python or C."""
+    """Return the text of each file of Python or C."""
     found = [
         path for path in files() if path.suffix in (".py", ".c", ".h") and path.parts[0] in FOLDERS
     ]
@@ -319,7 +322,7 @@ def product() -> dict[str, str]:
 
 
 def functions(path: str, text: str) -> dict[str, int]:
-    """How many lines each function has."""
+    """Return the number of lines of each function."""
     if path.endswith(".py"):
         nodes = [
             node
@@ -330,7 +333,7 @@ def functions(path: str, text: str) -> dict[str, int]:
             f"{path}:{node.lineno} {node.name}": (node.end_lineno or 0) - node.lineno + 1
             for node in nodes
         }
-    # In C a function's first and last bracket stand alone at the margin.
+    # In C, a function's first and last bracket are alone at the margin.
     found, start, before = {}, 0, ""
     for number, line in enumerate(text.splitlines(), 1):
         if line == "{":
@@ -359,7 +362,7 @@ def test_functions_are_short_enough_to_be_read() -> None:
 
 
 def test_no_test_imports_a_test() -> None:
-    """What several tests need is in ``tests/support``."""
+    """The helpers that several tests need are in ``tests/support``."""
     tests = [path for path in files() if path.parts[0] == "tests" and path.suffix == ".py"]
     wrong = [
         f"{path} imports {module}"
@@ -375,7 +378,7 @@ INVARIANTS = TREE / "docs/invariants.md"
 CITATION = re.compile(r"[Ii]nvariants?\s+(\d+(?:(?:,|\s+and)\s+\d+)*)")
 PLACE = re.compile(r"`([\w/.-]+\.(?:py|c|h|pml))(?:::([\w.]+))?`")
 NAMING = ("docs/invariants.md", "docs/threat-model.md", "CONTRIBUTING.md")
-"""Documents that name places in the code as ``file`` or ``file::name``."""
+"""The documents that name places in the code as ``file`` or ``file::name``."""
 CONTRIBUTING = (TREE / "CONTRIBUTING.md").read_text()
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 MOST_LINES_OF_A_DECISION = 60
@@ -405,8 +408,8 @@ def test_invariants_are_cited_by_numbers_that_there_are() -> None:
 
 @cache
 def definitions(path: Path) -> set[str]:
-    """Functions and classes, with those that contain them (``Session._check``), and a module's
-    constants.
+    """Return the functions and classes, with those that contain them (``Session._check``), and a
+    module's constants.
     """
     text = (TREE / path).read_text()
     if path.suffix != ".py":
@@ -439,7 +442,9 @@ def test_documents_name_what_there_is(document: str) -> None:
 
 
 def test_documents_name_files_that_there_are() -> None:
-    """A document may leave out the folders of a file; what is past may name what is gone."""
+    """A document may leave out the folders of a file.  Documents about the past may name removed
+    files.
+    """
     ends = {"/".join(path.parts[i:]) for path in files() for i in range(len(path.parts))}
     wrong = [
         f"{document}: {path}"
@@ -463,7 +468,7 @@ def test_code_names_documents_that_there_are() -> None:
 
 
 def test_every_document_is_in_the_list_of_documents() -> None:
-    """And every decision, which has its number, its date and its commits, in the list of these."""
+    """Every decision, with its number, its date and its commits, is in the list of decisions."""
     for folder in ("docs", "docs/decisions"):
         listed = LINK.findall((TREE / folder / "README.md").read_text())
         there = {path.name for path in documents() if str(path.parent) == folder} - {"README.md"}
@@ -487,8 +492,8 @@ def test_documents_name_targets_that_make_has() -> None:
 
 
 def test_every_phase_that_an_operator_sees_is_explained() -> None:
-    """In the man page, and under a heading of its own in docs/operating.md."""
-    phases = {phase for row in RECEIVERS.values() for phase in (row.up, row.lost)} - {""}
+    """Every phase is in the man page, and has a heading of its own in docs/operating.md."""
+    phases = {phase for row in RECEIVERS.values() for phase in (row.connected, row.lost)}
     for row in SENDERS.values():
         phases |= {row.up, row.lost, row.given_up} - {""}
     assert {"precopy", "switchover", "interrupted", "in doubt", "refused"} <= phases
@@ -501,7 +506,7 @@ def test_every_phase_that_an_operator_sees_is_explained() -> None:
 
 
 def options_of(name: str, command: click.Command) -> Iterator[tuple[str, str]]:
-    """Pairs of a command and an option of it, subcommands included."""
+    """Yield pairs of a command and one of its options, including subcommands."""
     for inner_name, inner in getattr(command, "commands", {}).items():
         yield from options_of(f"{name} {inner_name}", inner)
     for parameter in command.params:
@@ -567,7 +572,7 @@ def test_the_version_has_an_entry_in_the_changelog() -> None:
 
 
 def anchors(path: Path) -> set[str]:
-    """Of a document's headings, as forges make them."""
+    """Return the anchors of a document's headings, as forges make them."""
     headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The part of the lab that runs on the host."""
+"""Tests of the part of the lab that runs on the host."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LEAF_1, LEAF_EXTENDED = 0x00000001, 0x80000001
 
 
 def cpuid(*leaves: tuple[int, int]) -> bytes:
-    """A ``struct kvm_cpuid2`` with these leaves' ECX."""
+    """Return a ``struct kvm_cpuid2`` with the ECX of these leaves."""
     entries = (struct.pack("10I", leaf, 0, 0, 0, 0, ecx, 0, 0, 0, 0) for leaf, ecx in leaves)
     return struct.pack("2I", len(leaves), 0) + b"".join(entries) + bytes(40)
 

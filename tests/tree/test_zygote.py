@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A process that the zygote forks finds what one that is executed finds, and ends as that does."""
+"""A forked process of the zygote finds the same as an executed one, and ends in the same way."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROBE = [sys.executable, "-m", "tests.support.probe"]
 def run(
     popen: type[subprocess.Popen[Any]], *arguments: str, given: str = "", **options: Any
 ) -> tuple[int, dict[str, Any], str]:
-    """The exit status, what the process has found, and the end of its standard error."""
+    """Return the exit status, what the process has found, and the end of its standard error."""
     with popen(
         [*PROBE, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, **options
@@ -35,7 +35,7 @@ def run(
 
 
 def compare(*arguments: str, given: str = "", **options: Any) -> int:
-    """The status that both have ended with."""
+    """Return the status with which both have ended."""
     executed = run(subprocess.Popen, *arguments, given=given, **options)
     forked = run(zygote.Popen, *arguments, given=given, **options)
     differences = {
@@ -148,8 +148,8 @@ def test_a_forked_process_dies_with_the_one_that_asked_for_it() -> None:
     ) as asking:  # fmt: skip
         out, _err = asking.communicate(timeout=TIMEOUT_S)
     assert asking.returncode == -signal.SIGKILL
-    # An orphan of that process: this process waits for orphans if it has a zygote itself, and
-    # another one does otherwise.
+    # An orphan of that process: this process waits for orphans if it has a zygote itself; otherwise
+    # another process does.
     process = os.pidfd_open(int(out)) if Path(f"/proc/{int(out)}").exists() else -1
     if process >= 0:
         assert select.select([process], [], [], TIMEOUT_S)[0]

@@ -34,15 +34,17 @@ CONFORMANCE, SCENARIOS = "tests/conformance/test_conformance.py", "tests/xenlab/
 
 @dataclass(frozen=True)
 class Shard:
-    """Tests that one start of a machine runs; which of them belong there each test has itself."""
+    """The tests that one start of a machine runs; each test itself has the shards to which it
+    belongs.
+    """
 
     kind: str
     paths: tuple[str, ...] = (CONFORMANCE, SCENARIOS)
     name: str = ""
     in_gate: bool = True
-    """Whether any test of it is in the gate."""
+    """Whether any of its tests is in the gate."""
     seconds: float = 300.0
-    """How long it takes, where nothing is known of an earlier run."""
+    """How long it takes, if there is no record of an earlier run."""
 
     def __str__(self) -> str:
         return f"{self.kind}-{self.name}" if self.name else self.kind
@@ -58,10 +60,10 @@ SHARDS = (
 
 
 def run_tests(kinds: Sequence[str], *, gate: bool, junit: Path | None, timeout_s: float) -> int:
-    """Run the tests of these machines, two machines at a time; returns the exit status.
+    """Run the tests of these machines, two machines at a time.  Returns the exit status.
 
-    The machine that took longest the last time begins.  ``junit``: a folder for pytest's XML of
-    each shard, and for the seconds that each took.
+    The machine that took longest in the last run starts first.  ``junit``: a folder for pytest's
+    XML of each shard, and for the seconds that each took.
     """
     parts.build()
     machine.save_all(kinds)
@@ -99,14 +101,14 @@ def run_tests(kinds: Sequence[str], *, gate: bool, junit: Path | None, timeout_s
 
 def _run_shard(shard: Shard, gate: bool, timeout_s: float) -> machine.Result:
     chosen = ("-m", "gate") if gate else ()
-    if SCENARIOS not in shard.paths:  # whose conftest.py chooses tests
+    if SCENARIOS not in shard.paths:  # the conftest.py there chooses tests
         chosen = ("-p", f"{SCENARIOS}.conftest".replace("/", "."), *chosen)
     command = [*PYTEST, *chosen, "--junit-xml=$LAB_OUT/junit.xml", *shard.paths]
     return machine.boot(shard.kind, command, timeout_s=timeout_s, live=False)
 
 
 def write_junit(folder: Path, shard: Shard, result: machine.Result | None, problem: str) -> None:
-    """pytest's XML, or in its place one with an error where the machine did not come to its end."""
+    """Write pytest's XML, or an XML with an error if the machine has not ended by itself."""
     folder.mkdir(parents=True, exist_ok=True)
     to = folder / f"xenlab-{shard}.xml"
     if result and (result.out / "junit.xml").exists():

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Parts are built once: by name and by what they are made of, under the user's cache folder."""
+"""Parts that are built once and kept in the user's cache folder, by their name and by what they are
+made of.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from pathlib import Path
 
 
 class LabError(Exception):
-    """The lab cannot do it, and the text says why and what to do."""
+    """The lab cannot do what it should; the text has the reason and what to do."""
 
 
 def directory() -> Path:
@@ -29,7 +31,9 @@ def say(text: str) -> None:
 
 
 def run(command: list[str], *, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
-    """Its output.  Raises :class:`LabError` with the last lines of it."""
+    """Run a command and return its output.  Raises :class:`LabError` with the last lines of the
+    output.
+    """
     try:
         done = subprocess.run(
             command,
@@ -57,7 +61,7 @@ def run(command: list[str], *, cwd: Path | None = None, env: dict[str, str] | No
 
 
 def fingerprint(*ingredients: str | bytes | Path) -> str:
-    """Of texts and of files."""
+    """Return the fingerprint of texts and files."""
     digest = hashlib.sha256()
     for one in ingredients:
         data = (

@@ -19,7 +19,7 @@ XEN_VERSION = "4.17.5+72-g01140da4e8-1"
 
 
 def mirror() -> str:
-    """Raises :class:`LabError` where this is no Debian."""
+    """Return the address of the mirror.  Raises :class:`LabError` if this is no Debian."""
     try:
         lines = subprocess.run(
             ["apt-get", "indextargets", "--format", "$(SITE) $(CODENAME)", "Created-By: Packages"],
@@ -58,17 +58,17 @@ class Apt:
         run(["apt-get", *self._options, "update"])
 
     def source(self, package: str, version: str, where: Path) -> Path:
-        """The unpacked source tree, Debian's patches applied."""
+        """Unpack the source tree, with Debian's patches applied, and return its path."""
         run(["apt-get", *self._options, "source", f"{package}={version}"], cwd=where)
         return next(path for path in where.iterdir() if path.is_dir())
 
     def unpack(self, package: str, where: Path) -> None:
-        """The files of a binary package."""
+        """Unpack the files of a binary package."""
         run(["apt-get", *self._options, "download", package], cwd=where)
         run(["dpkg-deb", "-x", str(next(where.glob("*.deb"))), str(where)])
 
     def newest_kernel(self) -> str:
-        """The package that ``linux-image-amd64`` stands for."""
+        """Return the package that ``linux-image-amd64`` stands for."""
         out = run(["apt-cache", *self._options, "depends", "linux-image-amd64"])
         return next(word for word in out.split() if word.startswith("linux-image-6"))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One emulated machine: Xen and a dom0, which runs one command and is gone.
+"""One emulated machine: Xen and a dom0, which runs one command and then ends.
 
 A machine boots once.  Its state is saved when dom0 waits for the command, and every later run
 begins with that state (:func:`_saved`).
@@ -29,7 +29,9 @@ from tests.xenlab.cache import LabError, directory, fingerprint, part, run, say
 
 TREE = Path(__file__).parents[2]
 NOT_IN_DOM0 = ("build", "docs", "tests/campaigns/fuzz/corpus")
-"""Folders of the working tree that no command there needs; nor hidden ones."""
+"""The folders of the working tree that no command there needs; hidden folders are left out as
+well.
+"""
 PYTHON_FOLDERS = ("migrate", "receiver", "sender", "tests", "xenbackend")
 
 XEN_OPTIONS = (
@@ -44,29 +46,29 @@ SYSTEMD_OPTIONS = (
 )
 MEMORY_MIB = 3072
 AT_ONCE = 2
-"""Machines: each takes one processor and its memory."""
+"""The number of machines that run at once; each uses one processor and its memory."""
 READY, RUNS = "xenlab: the machine is ready", "xenlab: the command runs"
-"""As ``dom0/runner.py`` prints them."""
+"""The lines that ``dom0/runner.py`` prints."""
 BOOT_S, RESTORE_S = 600.0, 180.0
-"""Limits."""
+"""The time limits."""
 SIGNS_OF_DEATH = ("Hardware Dom0 crashed", "Panic on CPU")
 Command = str | Sequence[str]
-"""A shell command, or the arguments of pytest, which runs without being started."""
+"""A shell command, or the arguments of pytest, which needs no start of its own."""
 
 
 @dataclass(frozen=True)
 class Result:
     status: int
-    """Of the command; 124 when its time was up."""
+    """The exit status of the command; 124 if its time was up."""
     output: str
     out: Path
-    """What the command left in ``$LAB_OUT``; the consoles of guests."""
+    """The folder with what the command left in ``$LAB_OUT``, and with the consoles of guests."""
     console: Path
-    """Of Xen and dom0."""
+    """The console of Xen and dom0."""
     ready_s: float
-    """Seconds until the command ran."""
+    """The seconds until the command ran."""
     seconds: float
-    """Seconds altogether."""
+    """The seconds of the whole run."""
 
 
 def boot(
@@ -78,11 +80,11 @@ def boot(
     live: bool = True,
     memory_mib: int = MEMORY_MIB,
 ) -> Result:
-    """Run a command in dom0, in a copy of the working tree (which is read-only there).
+    """Run a command in dom0, in a copy of the working tree, which is read-only there.
 
-    ``kind``: one of ``parts.MACHINES``.  ``keep``: where results go (default: a new folder under
-    the cache's ``runs``).  The command's output is shown as it comes when ``live``.  Raises
-    :class:`LabError` when the machine does not come to the command.
+    ``kind``: one of ``parts.MACHINES``.  ``keep``: the folder for results (default: a new folder
+    under the cache's ``runs``).  With ``live`` the command's output is shown as it arrives.  Raises
+    :class:`LabError` if the machine does not start the command.
     """
     parts.check_tools()
     parts.backend()
@@ -125,15 +127,16 @@ def boot(
 
 
 def save_all(kinds: Iterable[str]) -> None:
-    """Save the state of machines, so that their runs need not."""
+    """Save the state of machines, so that their runs need not do it."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
         list(pool.map(_saved, kinds))
 
 
 def _saved(kind: str) -> Path | None:
-    """A machine that booted and waits for its command: ``memory``, ``devices``, ``disk``.
+    """Return the folder of a machine that has booted and waits for its command: ``memory``,
+    ``devices``, ``disk``.
 
-    None, with a line that gives the reason, where it cannot be saved.
+    Returns ``None``, and prints a line with the reason, if the state cannot be saved.
     """
     command = _command(kind, MEMORY_MIB)
     ingredients = " ".join(command).replace(str(directory()), "")
@@ -172,7 +175,7 @@ def _saved(kind: str) -> Path | None:
 
 
 def _command(kind: str, memory_mib: int) -> list[str]:
-    """QEMU's, as far as it is the same for each machine of the kind."""
+    """Return QEMU's command line, as far as it is the same for each machine of the kind."""
     options = f"{DOM0_OPTIONS} {SYSTEMD_OPTIONS}" if kind == parts.HOSTS else DOM0_OPTIONS
     modules = f"{parts.kernel() / 'vmlinuz'} {options},{parts.initramfs()}"
     return [
@@ -183,7 +186,7 @@ def _command(kind: str, memory_mib: int) -> list[str]:
 
 
 class _Machine(contextlib.AbstractContextManager["_Machine"]):
-    """A QEMU, which is gone with the context."""
+    """A QEMU, which ends when the context ends."""
 
     def __init__(
         self,
@@ -196,8 +199,8 @@ class _Machine(contextlib.AbstractContextManager["_Machine"]):
         *,
         saving: bool = False,
     ):
-        """``state``: where to begin, or, if ``saving``, where to save; ``number``: which of two
-        hosts.
+        """``state``: the state to begin with or, if ``saving``, where to save it.  ``number``: the
+        first or the second of two hosts.
         """
         self._kind, self._where, self._state, self._saving = kind, where, state, saving
         self.console = where / "console.log"
@@ -240,8 +243,8 @@ class _Machine(contextlib.AbstractContextManager["_Machine"]):
         self._process.stderr.close()
 
     def boot(self) -> None:
-        """Boot, and wait until dom0 waits for a command.  Raises :class:`LabError` with the last
-        lines of the console otherwise.
+        """Boot, and wait until dom0 waits for a command.  Otherwise raises :class:`LabError` with
+        the last lines of the console.
         """
         self._wait_for(READY, BOOT_S)
 
@@ -257,7 +260,7 @@ class _Machine(contextlib.AbstractContextManager["_Machine"]):
         self._process.wait()
 
     def begin(self, command: Command, first: str) -> None:
-        """Boot or go on, and start the command, after ``first``, a shell command."""
+        """Boot or continue, and start the command after ``first``, a shell command."""
         what = {"shell": command} if isinstance(command, str) else {"pytest": list(command)}
         environment = {"LAB_HYPERVISOR": self._kind}
         order = {"environment": environment, "first": first, **what}
@@ -290,7 +293,7 @@ class _Machine(contextlib.AbstractContextManager["_Machine"]):
             time.sleep(0.05)
 
     def wait(self, timeout_s: float, live: bool) -> int:
-        """The exit status of the command; 124 when its time was up."""
+        """Wait for the command's end.  Returns its exit status; 124 if its time was up."""
         status, output = self._where / "status", self._where / "output"
         deadline, shown, died = time.monotonic() + timeout_s, 0, ""
         while not died and not status.exists():
@@ -314,7 +317,7 @@ class _Machine(contextlib.AbstractContextManager["_Machine"]):
         return self.console.read_text(errors="replace") if self.console.exists() else ""
 
     def _died(self, console: str) -> str:
-        """Why the machine need not be waited for any longer, or nothing."""
+        """Return why waiting for the machine is useless, or nothing."""
         if self._process.poll() is not None:
             return "ended"
         return next((f"died ({sign})" for sign in SIGNS_OF_DEATH if sign in console), "")
@@ -359,7 +362,7 @@ def _runs() -> Path:
 
 
 def _network_card(sockets: Path, number: int) -> list[str]:
-    """Of the first or the second of two hosts."""
+    """Return the network card of the first or the second of two hosts."""
     here, there = (
         f"{end}.type=unix,{end}.path={sockets}/cable{n}"
         for end, n in (("local", number), ("remote", 1 - number))
@@ -368,7 +371,7 @@ def _network_card(sockets: Path, number: int) -> list[str]:
 
 
 def _joining(number: int) -> str:
-    """What a host does before its command.  Both hosts begin with one state, and thus with one
+    """Return what a host does before its command.  Both hosts begin with one state, and so with one
     hardware address.
     """
     name, address = parts.HOST_NAMES[number], parts.address(number)

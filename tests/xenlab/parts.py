@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a machine is made of: hypervisor, kernel, dom0's disks, its initial RAM disk, and a guest.
+"""The parts of a machine: hypervisor, kernel, dom0's disks, its initial RAM disk, and a guest.
 
-Each is built the first time that it is asked for; together that takes some minutes.
+Each part is built when it is needed for the first time; together that takes some minutes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ HERE = Path(__file__).parent
 PATCH = HERE.parents[1] / "xenbackend" / "hypervisor" / "populate-evicted.patch"
 
 HYPERVISORS = ("populate-evicted", "paging", "debian")
-"""Memory paging and our hypercall; memory paging; what Debian ships, which has none."""
+"""The hypervisors: with memory paging and our hypercall; with memory paging; as Debian ships it,
+without memory paging.
+"""
 HOSTS = "hosts"
 """The first kind twice, on one network, with systemd in each dom0, and our package.  The command
 runs in the first dom0.
@@ -39,7 +41,7 @@ DOM0_PACKAGES = (
         "python3",
         "python3-cffi",
         "python3-ply",
-    ),  # python3-ply: cffi needs it, and debootstrap does not see that
+    ),  # python3-ply: cffi needs it, and debootstrap does not detect that
     *("iproute2", "kmod", "procps", "systemd-sysv"),
     *("xen-utils-4.17", "xenstore-utils", "libxen-dev"),
     *("openssh-client", "openssh-server"),
@@ -61,11 +63,11 @@ MODULES = (
     *("failover", "net_failover", "virtio_net"),
     *("xen-privcmd", "xen-evtchn", "xen-gntdev", "xen-gntalloc", "xenfs"),
 )
-"""In the order of their dependencies."""
+"""The modules, in the order of their dependencies."""
 PROGRAMS = [
     HERE / "dom0" / name for name in ("init.sh", "runner.sh", "runner.py", "xenlab.service")
 ]
-"""What dom0 starts before it has the working tree."""
+"""The programs that dom0 starts before it has the working tree."""
 PYTHON_PACKAGES = (
     "pytest",
     "pytest-timeout",
@@ -81,10 +83,11 @@ PYTHON_PACKAGES = (
 FREESTANDING = (
     *("-ffreestanding", "-nostdlib", "-no-pie", "-fno-pic", "-mno-red-zone", "-mgeneral-regs-only"),
     *("-fno-stack-protector", "-fno-asynchronous-unwind-tables"),
-    "-fno-tree-loop-distribute-patterns",  # or gcc makes calls of memset, which nobody has
+    # Otherwise gcc makes calls of memset, which does not exist here.
+    "-fno-tree-loop-distribute-patterns",
     *("-Wl,-e,start", "-Wl,-Ttext-segment=0x100000", "-Wl,--build-id=none", "-Wl,-z,noexecstack"),
 )
-"""Of a program that is a guest's kernel."""
+"""The options for a program that is a guest's kernel."""
 
 TOOLS = {
     "apt-get": "apt", "debootstrap": "debootstrap", "mke2fs": "e2fsprogs", "cpio": "cpio",
@@ -120,7 +123,7 @@ def _xen_source() -> Path:
 
 
 def hypervisor(kind: str) -> Path:
-    """The unpacked multiboot image, of one of :data:`MACHINES`."""
+    """Return the unpacked multiboot image of one of :data:`MACHINES`."""
     if kind == HOSTS:
         kind = HYPERVISORS[0]
     if kind == "debian":
@@ -156,8 +159,8 @@ def _unpack_hypervisor(where: Path) -> None:
 
 
 def kernel() -> Path:
-    """Debian's kernel: ``vmlinuz``, the unpacked ``vmlinux`` (which a PVH guest boots faster), and
-    ``lib/modules``.
+    """Return the folder with Debian's kernel: ``vmlinuz``, the unpacked ``vmlinux`` (which a PVH
+    guest boots faster), and ``lib/modules``.
     """
 
     def build(where: Path) -> None:
@@ -176,8 +179,8 @@ def kernel() -> Path:
 
 
 def dom0() -> Path:
-    """``disk``: an ext4 image of Debian with the toolstack; used as a snapshot, never written.
-    ``sysroot``: libxen-dev.
+    """Return the folder with ``disk``, an ext4 image of Debian with the toolstack, which is used as
+    a snapshot and never written; and with ``sysroot``: libxen-dev.
     """
 
     def build(where: Path) -> None:
@@ -243,12 +246,12 @@ def _introduce_hosts(root: Path) -> None:
 
 
 def address(number: int) -> str:
-    """Of one of :data:`HOST_NAMES`."""
+    """Return the address of one of :data:`HOST_NAMES`."""
     return f"10.77.0.{number + 1}"
 
 
 def _keep_libraries(root: Path, sysroot: Path) -> None:
-    """Xen's headers and libraries, to compile against what dom0 has."""
+    """Keep Xen's headers and libraries, to compile against those of dom0."""
     for pattern in LIBRARIES:
         for path in root.glob(pattern):
             to = sysroot / path.relative_to(root)
@@ -260,7 +263,7 @@ def _keep_libraries(root: Path, sysroot: Path) -> None:
 
 
 def _archive(root: Path, out: Path) -> None:
-    """A cpio archive as the kernel wants it."""
+    """Write a cpio archive in the kernel's format."""
     run(
         [
             "sh",
@@ -273,7 +276,9 @@ def _archive(root: Path, out: Path) -> None:
 
 
 def initramfs() -> Path:
-    """dom0's: loads modules, mounts the disks, goes on there."""
+    """Return dom0's initial RAM disk, which loads modules, mounts the disks and starts the system
+    there.
+    """
 
     def build(where: Path) -> None:
         root = where / "root"
@@ -290,7 +295,7 @@ def initramfs() -> Path:
         order = []
         for name in MODULES:
             path = modules.get(name.replace("-", "_"))
-            if path is not None:  # otherwise built in
+            if path is not None:  # otherwise the module is built in
                 shutil.copy(path, root / "lib")
                 order.append(path.name)
         (root / "lib/order").write_text("\n".join(order) + "\n")
@@ -302,8 +307,8 @@ def initramfs() -> Path:
 
 
 def packages() -> Path:
-    """``disk``: an ext4 image of those packages of the virtual environment that dom0 needs, with
-    their dependencies.
+    """Return the folder with ``disk``, an ext4 image of the packages of the virtual environment
+    that dom0 needs, with their dependencies.
     """
 
     def build(where: Path) -> None:
@@ -338,7 +343,7 @@ def packages() -> Path:
 
 
 def _distributions(names: Iterable[str]) -> list[metadata.Distribution]:
-    """Those of these names, and those that they require."""
+    """Return the distributions of these names, and those that they require."""
     from packaging.requirements import Requirement
 
     found: dict[str, metadata.Distribution] = {}
@@ -356,7 +361,7 @@ def _distributions(names: Iterable[str]) -> list[metadata.Distribution]:
 
 
 def guest() -> Path:
-    """A folder with what a guest boots: ``vmlinux`` and ``initramfs``, or ``stub``."""
+    """Return a folder with what a guest boots: ``vmlinux`` and ``initramfs``, or ``stub``."""
     folder = HERE / "guest"
 
     def build(where: Path) -> None:
@@ -375,15 +380,15 @@ def guest() -> Path:
 
 
 def package() -> None:
-    """Our Debian package, in the working tree."""
+    """Build our Debian package in the working tree."""
     root = HERE.parents[1]
     run([sys.executable, "systemd/build_deb.py", "--out", "build"], cwd=root)
 
 
 def build() -> None:
-    """Everything."""
+    """Build everything."""
     check_tools()
-    dom0()  # first: it needs root
+    dom0()  # first, because it needs root
     for kind in HYPERVISORS:
         hypervisor(kind)
     for one in (kernel, initramfs, packages, guest, backend, package):

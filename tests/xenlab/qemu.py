@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""QEMU for the lab: how the machine is emulated or accelerated, and the monitor of a running
+"""QEMU for the lab: the emulation or acceleration of the machine, and the monitor of a running
 one.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 from tests.xenlab.cache import LabError, run
 
 PROGRAM = "qemu-system-x86_64"
-# Each flag that is masked stands for something that QEMU 7.2 or Xen under it gets wrong:
+# Each flag that is masked stands for something that does not work in QEMU 7.2, or in Xen under it;
 # docs/xenlab.md has the list.
 EMULATED_CPU = (
     "EPYC,+svm,+npt,-monitor,-smap,-smep,-rdseed,-nrip-save,-avx,-avx2,-f16c,-fma,-xsave,"
@@ -29,7 +29,7 @@ KVM = Path("/dev/kvm")
 KVM_GET_SUPPORTED_CPUID = 0xC008AE05
 CPUID_ENTRIES = 256
 CPUID_VMX, CPUID_SVM = (0x00000001, 1 << 5), (0x80000001, 1 << 2)
-"""Leaf, and the bit of its ECX."""
+"""A leaf, and the bit of its ECX."""
 
 
 @functools.cache
@@ -39,14 +39,16 @@ def version() -> str:
 
 @functools.cache
 def acceleration() -> tuple[str, ...]:
-    """Options: KVM where the host lets its guests have guests of their own, else emulation."""
+    """Return options: KVM if the host lets its guests have guests of their own, otherwise
+    emulation.
+    """
     if kvm_nests(KVM):
         return ("-accel", "kvm", "-cpu", "host")
     return ("-accel", "tcg,thread=multi", "-cpu", EMULATED_CPU)
 
 
 def kvm_nests(device: Path) -> bool:
-    """Whether KVM offers SVM or VMX to a guest.  False where there is no KVM that we may use."""
+    """Whether KVM offers SVM or VMX to a guest.  False if there is no KVM that we may use."""
     asked = bytearray(8 + CPUID_ENTRIES * 40)
     struct.pack_into("II", asked, 0, CPUID_ENTRIES, 0)
     try:
@@ -84,7 +86,7 @@ class Monitor:
     """A connection to QEMU's monitor, by its machine protocol (QMP)."""
 
     def __init__(self, path: Path, timeout_s: float = 60.0):
-        """Raises :class:`LabError` where QEMU does not listen there."""
+        """Connect.  Raises :class:`LabError` if QEMU does not listen there."""
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(timeout_s)
         deadline = time.monotonic() + timeout_s
@@ -100,7 +102,7 @@ class Monitor:
         self("qmp_capabilities")
 
     def __call__(self, command: str, **arguments: Any) -> Any:
-        """What QEMU returns.  Raises :class:`LabError` with its error."""
+        """Run a command, and return QEMU's answer.  Raises :class:`LabError` with its error."""
         request = {"execute": command, "arguments": arguments}
         try:
             self._socket.sendall(json.dumps(request).encode() + b"\n")
@@ -115,12 +117,12 @@ class Monitor:
         raise LabError(f"QEMU ended at {command}")
 
     def leave_memory_in_place(self) -> None:
-        """Memory in a shared file is not part of a saved state's stream."""
+        """Leave memory, which is in a shared file, out of a saved state's stream."""
         capability = {"capability": "x-ignore-shared", "state": True}
         self("migrate-set-capabilities", capabilities=[capability])
 
     def wait_for_migration(self, timeout_s: float = 120.0) -> None:
-        """Until the state is saved, or taken up."""
+        """Wait until the state is saved, or loaded."""
         deadline = time.monotonic() + timeout_s
         while (answer := self("query-migrate")).get("status") != "completed":
             if answer.get("status") == "failed" or time.monotonic() > deadline:

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Migrations to which something happens at a random instant: ``make chaos``, or
-``python -m tests.campaigns.chaos``.
+"""Migrations with faults at random instants: ``make chaos``, or ``python -m
+tests.campaigns.chaos``.
 
 A trial is a random guest, strategy and bandwidth between two pairs of processes, over a relay, and
 one to three faults: a daemon killed or stopped, the link cut, silent, slow or damaging, a journal
-that is damaged or cannot be written, a peer that is none, a second migration, an operator's command
-or decision (``faults.py``, ``left.py``, ``operators.py``, ``decisions.py``).  The trial ends with
-the guest running in exactly one place, verified byte for byte there, and with daemons that nobody
-but the campaign has ended.  A trial that fails is printed with its seed; ``--seed`` with
-``--trials 1`` plays it again, as far as threads do.
+that is damaged or cannot be written, a hostile peer, a second migration, an operator's command or
+decision (``faults.py``, ``left.py``, ``operators.py``, ``decisions.py``).  The trial ends with the
+guest running in exactly one place, where every byte is verified, and with daemons that only the
+campaign has ended.  A trial that fails is printed with its seed; ``--seed`` with ``--trials 1``
+repeats it, except for the timing of threads.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ ALL = FAULTS + LEFT + OPERATORS + DECISIONS
 HOST_BYTES = 512 * MIB
 TRIALS_OF_A_WORLD = 25
 WORLDS_WITHOUT_TLS = 2
-"""Of three."""
+"""The number of worlds without TLS, of three."""
 
 
 async def campaign(
     first: int, trials: int, faults: list[Fault], silence_s: float, *, quiet: bool
 ) -> int:
-    """Returns how many have failed."""
+    """Run trials.  Returns how many have failed."""
     places: Counter[str] = Counter()
     happened: Counter[str] = Counter()
     failed: list[int] = []
     start, seed = time.monotonic(), first
     while seed < first + trials:
-        # By the seed, so that a trial that is played again has the same.
+        # By the seed, so that a repeated trial has the same world.
         number, left = divmod(seed, TRIALS_OF_A_WORLD)
         tls = number % (WORLDS_WITHOUT_TLS + 1) == 0
         world_ends = min(first + trials, seed + TRIALS_OF_A_WORLD - left)
@@ -59,7 +59,7 @@ async def campaign(
                 while seed < world_ends:
                     trial = Trial(seed, world, relay)
                     seed += 1
-                    relay.damage(None)  # nothing may have come by to be damaged in the trial before
+                    relay.damage(None)  # the trial before may not have used its damage
                     try:
                         where = await trial.run(faults)
                     except (LostError, MigrationError, XenError, AssertionError) as error:
@@ -67,7 +67,7 @@ async def campaign(
                         print(f"FAILED: {trial}\n  {error}", flush=True)
                         for which in world.daemons:
                             print(f"--- {which} ---\n{world.processes[which].tail()}", flush=True)
-                        break  # what is left of it is not the next one's
+                        break  # what is left of this trial must not reach the next one
                     places[where] += 1
                     happened.update(fault.name for fault in trial.chosen)
                     happened.update(

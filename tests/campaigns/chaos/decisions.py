@@ -15,16 +15,16 @@ from tests.campaigns.chaos.trial import Decision, Fault, Line, Trial
 from tests.campaigns.chaos.world import LostError
 
 UNDECIDED = ("interrupted", "in doubt", "held")
-"""Phases in which there is something to decide."""
+"""The phases in which there is something to decide."""
 REFUSALS = {
     "before the switchover": "runs here|runs at the source|taken up|resumed",
     "ended": "has ended",
 }
-"""Of groups of phases: why there is nothing to decide."""
+"""For groups of phases: the reason why there is nothing to decide."""
 
 
 async def decide(trial: Trial) -> None:
-    """Some decisions, most of them while the link is down."""
+    """Make some decisions, most of them while the link is down."""
     if down := trial.random.random() < 0.8:
         await switchover(trial)
         await trio.sleep(trial.random.uniform(0, 0.1))
@@ -47,14 +47,14 @@ async def decide(trial: Trial) -> None:
 
 
 def has_ended(trial: Trial) -> bool:
-    """Half of the decisions are asked for nevertheless."""
+    """Whether the migration has ended; half of the decisions are made nevertheless."""
     lines = [trial.line(which) for which in ("sender", "receiver")]
     ended = all(line is None or line["phase"] in ENDED for line in lines)
     return ended and trial.random.random() < 0.5
 
 
 def ask(trial: Trial, decision: Decision) -> str:
-    """Returns the answer; empty if the daemon acts."""
+    """Request a decision.  Returns the answer; empty if the daemon acts."""
     try:
         trial.world.ask(
             decision.at, command="decide", migration=trial.id, here=decision.here,

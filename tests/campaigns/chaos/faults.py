@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What may happen to daemons, hosts, links and peers; what operators ask for is in
+"""The faults of daemons, hosts, links and peers; the requests of operators are in
 ``operators.py``.
 """
 
@@ -29,12 +29,14 @@ from xenbackend.errors import XenError
 from xenbackend.simulated.guest import GuestSpec
 
 AT_DESTINATION = ("receiver", "second", "onward")
-"""Daemons."""
+"""The daemons at the destination's host."""
 
 
 # ---- daemons and hosts ----
 async def lose_destination(trial: Trial) -> None:
-    """With all that its host knew, of a guest that is protected against that; of another a kill."""
+    """Lose the destination with its host's state, if the guest is protected against that; otherwise
+    kill the receiver.
+    """
     if trial.checkpoint_every_s is None:
         await trial.kill("receiver")
         return
@@ -44,7 +46,7 @@ async def lose_destination(trial: Trial) -> None:
 
 
 def lose(trial: Trial, has_arrived: Callable[[], bool]) -> None:
-    """``has_arrived``: whether the guest needs no protection any more."""
+    """``has_arrived``: returns whether the guest needs no protection any more."""
     world = trial.world
     there = [which for which in AT_DESTINATION if which in world.processes]
     for which in there:
@@ -68,11 +70,11 @@ async def halt(trial: Trial, which: str) -> None:
 
 
 async def hang_up(trial: Trial) -> None:
-    """A terminal closes: the daemon serves those who need it, and ends."""
+    """Close a terminal: the daemon serves the guests that need it, and ends."""
     which = trial.random.choice(["sender", "receiver"])
     if trial.random.random() < 0.7:
         await switchover(trial)
-    for _ in range(trial.random.choice([1, 2])):  # a second time changes nothing
+    for _ in range(trial.random.choice([1, 2])):  # a second SIGHUP changes nothing
         async with trial.killing:
             await in_thread(trial.world.hang_up, which)
         await trio.sleep(trial.random.uniform(0, 0.3))
@@ -94,7 +96,7 @@ async def down(trial: Trial) -> None:
 
 
 async def silence(trial: Trial) -> None:
-    """A link that says nothing any more, and is then found to be dead, or goes on."""
+    """Let the link carry nothing.  It is found to be dead, or continues."""
     trial.link.stop()
     await trio.sleep(trial.random.uniform(0.1, 1))
     if trial.random.random() < 0.5:
@@ -137,24 +139,24 @@ async def swap(trial: Trial) -> None:
 
 
 async def full_disk(trial: Trial) -> None:
-    """What there is can be read, and nothing more be written: the journal's writes fail."""
+    """Fill the disk: files can be read but not written, so writes of the journal fail."""
     process = trial.world.processes.get(trial.random.choice(["sender", "receiver"]))
     if process is None:
         return
     _soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with contextlib.suppress(ProcessLookupError):  # it may be killed meanwhile
+    with contextlib.suppress(ProcessLookupError):  # the process may be killed meanwhile
         resource.prlimit(process.popen.pid, resource.RLIMIT_FSIZE, (0, hard))
         await trio.sleep(trial.random.uniform(0.05, 0.5))
         resource.prlimit(process.popen.pid, resource.RLIMIT_FSIZE, (hard, hard))
 
 
 async def few_descriptors(trial: Trial) -> None:
-    """A daemon has no more than it has open."""
-    async with trial.killing:  # one that is starting needs more
+    """Let a daemon have no more descriptors than it has open."""
+    async with trial.killing:  # a daemon that is starting needs more
         process = trial.world.processes.get(trial.random.choice(["sender", "receiver"]))
     if process is None:
         return
-    with contextlib.suppress(OSError):  # it may be killed meanwhile
+    with contextlib.suppress(OSError):  # the process may be killed meanwhile
         pid = process.popen.pid
         _soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
         resource.prlimit(
@@ -167,16 +169,18 @@ async def few_descriptors(trial: Trial) -> None:
 
 
 async def read_only_state(trial: Trial) -> None:
-    """In a daemon's state directory no file can be made or removed; what is open can be written."""
+    """In a daemon's state directory no file can be made or removed; open files can be written."""
     directory = trial.world.state(trial.random.choice(["sender", "receiver"]))
-    async with trial.killing:  # a daemon refuses to start there
+    async with trial.killing:  # a daemon refuses to start then
         directory.chmod(0o500)
         await trio.sleep(trial.random.uniform(0.05, 0.5))
         directory.chmod(0o700)
 
 
 async def renew_certificates(trial: Trial) -> None:
-    """The certificate and the key one after the other: meanwhile they do not fit together."""
+    """Replace the certificate and the key one after the other; meanwhile they do not fit
+    together.
+    """
     async with trial.killing:  # a daemon refuses to start with such a pair
         parts = list((await in_thread(trial.world.renewed)).items())
         trial.random.shuffle(parts)
@@ -187,8 +191,8 @@ async def renew_certificates(trial: Trial) -> None:
 
 # ---- peers ----
 async def hostile_peer(trial: Trial) -> None:
-    """Others connect to the receiver and send garbage, a hello and garbage, an offer and garbage,
-    or bytes now and then; or they claim to be the source of this guest.
+    """Other peers connect to the receiver and send garbage, a hello and garbage, an offer and
+    garbage, or a byte from time to time; or they claim to be the source of this guest.
     """
     at = ("127.0.0.1", trial.world.port)
     for _ in range(20):
@@ -234,11 +238,11 @@ WRONG: list[m.Message] = [
     m.Rejoined("postcopy", b"token"),
     m.Accepted("native", b"token"),
 ]
-"""No answers to what a sender says first, or not in such a form."""
+"""Messages that are no answer to a sender's first message, or not in this form."""
 
 
 async def impostor(trial: Trial) -> None:
-    """For a while somebody else answers in the receiver's place: with a refusal, garbage, a wrong
+    """For a while an impostor answers in the receiver's place: with a refusal, garbage, a wrong
     message, or not at all.
     """
     kinds = trial.random.sample(["refuse", "garbage", "wrong", "nothing", "end"], 2)
@@ -284,7 +288,7 @@ async def impostor(trial: Trial) -> None:
 
 
 async def switchover(trial: Trial) -> None:
-    """Until the guest's is near, or past."""
+    """Wait until the guest's switchover is near, or past."""
     for _ in range(200):
         with contextlib.suppress(MigrationError):
             line = await in_thread(trial.line, "sender")
@@ -295,7 +299,7 @@ async def switchover(trial: Trial) -> None:
 
 # ---- the guest ----
 async def destroy_guest(trial: Trial) -> None:
-    """Somebody destroys it, at one end or at both."""
+    """Destroy the guest, at one end or at both."""
     trial.destroyed = True
     source, destination = trial.world.source, trial.world.destination
     for host in trial.random.choice([[source], [destination], [destination, source]]):
@@ -303,7 +307,7 @@ async def destroy_guest(trial: Trial) -> None:
 
 
 async def lose_source(trial: Trial) -> None:
-    """Somebody destroys the source while the destination lacks pages."""
+    """Destroy the source while the destination lacks pages."""
     for _ in range(200):
         async with trial.killing:
             line = await trial.answered(trial.line, "sender")
@@ -317,7 +321,7 @@ async def lose_source(trial: Trial) -> None:
 
 
 async def busy_pages(trial: Trial) -> None:
-    """Somebody has references to pages of the domain that comes into being."""
+    """Hold references to pages of the incoming domain."""
 
     def hold() -> None:
         with contextlib.suppress(XenError), trial.world.destination.open(trial.spec.name) as domain:
@@ -330,7 +334,7 @@ async def busy_pages(trial: Trial) -> None:
 
 
 async def set_memory(trial: Trial) -> None:
-    """``xl mem-set``: the balloon, which is held, moves until that is noticed."""
+    """Call ``xl mem-set``: the balloon, which is held, moves until the sender notices."""
 
     def lift() -> None:
         with contextlib.suppress(XenError), trial.world.source.open(trial.spec.name) as domain:
@@ -342,8 +346,8 @@ async def set_memory(trial: Trial) -> None:
 
 
 async def use_memory_up(trial: Trial) -> None:
-    """Xen gives the domain that comes into being no frame more for a while: for other guests there
-    is nothing left.
+    """Let Xen give the incoming domain no further frame for a while, as if other guests used all
+    memory.
     """
 
     def limit(pages: int | None) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What may happen to a daemon's state directory while the daemon is down."""
+"""The faults of a daemon's state directory while the daemon is down."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from tests.support.links import PIECE
 from xenbackend.simulated.guest import GuestSpec
 
 CHECKPOINT_S = 1.0
-"""For a checkpoint to come."""
+"""How long a checkpoint may take to arrive."""
 SLOW_PIECE, SLOW_S = 8192, 0.002
 OTHER_S = 20.0
-"""For the migration of another guest, which other faults of the trial may delay."""
+"""How long the migration of another guest may take, which other faults of the trial may delay."""
 OLDER = {
     "sender": ("begun", "suspending", "given up"),
     "receiver": ("making", "made"),
 }
-"""Steps of a migration that ended before this one began, and whose entry was not erased."""
+"""The steps of a migration that ended before this one began, and whose entry was not erased."""
 
 
 # ---- a checkpoint ----
@@ -69,7 +69,8 @@ async def damaged_checkpoint(trial: Trial) -> None:
         world.start_anew("sender")
 
     path = trial.world.state("sender") / f"{trial.id}.checkpoint"
-    trial.link.piece, trial.link.delay_s = SLOW_PIECE, SLOW_S  # not all is there before it comes
+    # Some pages must still be missing when it arrives.
+    trial.link.piece, trial.link.delay_s = SLOW_PIECE, SLOW_S
     with trio.move_on_after(CHECKPOINT_S):
         while not path.exists():
             await trio.sleep(0.01)
@@ -93,7 +94,7 @@ def of_another_release(_random: Random, entry: str) -> str:
 
 
 def cut_off(random: Random, entry: str) -> str:
-    """No whole line is left of it."""
+    """Return a part of an entry without a whole line."""
     return entry[: random.randrange(len(entry.splitlines()[1]))]
 
 
@@ -116,7 +117,7 @@ DAMAGES: list[Callable[[Random, str], str]] = [
 
 async def damaged_entry(trial: Trial) -> None:
     """A daemon keeps an entry that it cannot use, names the entry in its log and serves other
-    guests.  Then somebody brings the entry back.  A daemon ignores keys that it does not have.
+    guests.  Then the entry is restored.  A daemon ignores keys that are unknown to it.
     """
     which = trial.random.choice(["sender", "receiver"])
     async with trial.killing:
@@ -155,7 +156,7 @@ def _damaged_entry(trial: Trial, which: str) -> None:
 
 def _migrate_another(trial: Trial) -> None:
     world, until = trial.world, time.monotonic() + OTHER_S
-    while not world.hung_up:  # a daemon that is being stopped takes on no other guest
+    while not world.hung_up:  # a daemon that is being stopped accepts no other guest
         spec = GuestSpec(f"other{new_id()[:8]}", 4 * MIB, workload="random")
         world.source.create_guest(spec.to_bytes()).close()
         try:
@@ -177,7 +178,7 @@ def _migrate_another(trial: Trial) -> None:
 
 
 async def older_entry(trial: Trial) -> None:
-    """A daemon finds an older entry of the same domain, of a migration that has ended."""
+    """A daemon finds an older entry of the same domain, from a migration that has ended."""
     which = trial.random.choice(["sender", "receiver"])
 
     def leave() -> None:

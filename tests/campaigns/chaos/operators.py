@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What operators ask for at random instants: second migrations, and commands.  Each acts, or its
-answer is a reason.
+"""The requests of operators at random instants: second migrations, and commands.  Each acts, or its
+answer has the reason.
 
-What each command does in each phase is in docs/operating.md.
+docs/operating.md describes what each command does in each phase.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ GROUPS = {
     "switchover": SWITCHOVER,
     **dict.fromkeys(ENDED, END),
 }
-"""Of phases; all others are after the handover, as far as that end can see."""
+"""The groups of phases; all other phases are after the handover, as far as that end can find
+out.
+"""
 ENDING = {
     "reconnect": "has ended|acts",
     "cancel": "has ended",
@@ -68,8 +70,8 @@ ANSWERS = {
     },
     ("receiver", END): {**ENDING, "postcopy-now": "ask the sender"},
 }
-"""What a command is answered, by the end and by the group of its phase.  In the switchover it may
-be either side's.
+"""The answers to a command, by the end and by the group of its phase.  In the switchover the answer
+of either group may come.
 """
 
 
@@ -80,7 +82,9 @@ def check_reason(answer: str, asked: str) -> None:
 
 # ---- second migrations ----
 def begin(trial: Trial, which: str, domain: str, port: int) -> str:
-    """Ask for a migration.  Returns why not, or nothing as soon as it is being carried out."""
+    """Request a migration.  Returns why it is refused, or nothing as soon as it is being carried
+    out.
+    """
     request = trial.migration(domain, port)
     if which == "onward":
         request["checkpoint_every_s"] = None
@@ -101,7 +105,7 @@ def under_way(lines: list[Line], *, but: tuple[str, ...] = ENDED) -> set[str]:
 
 
 def names(trial: Trial, which: str) -> list[str]:
-    """By which the guest can be named."""
+    """Return the names by which the guest can be named."""
     host = trial.world.destination if which == "onward" else trial.world.source
     found = [
         [str(info.domid), str(uuid.UUID(bytes=info.handle))]
@@ -112,8 +116,8 @@ def names(trial: Trial, which: str) -> list[str]:
 
 
 async def migrate_again(trial: Trial, which: str, at: str, *, but: tuple[str, ...]) -> None:
-    """It is refused while the first migration, which ``at`` shows, is under way, and carried out
-    afterwards.
+    """Request a second migration.  It is refused while the first migration, which ``at`` shows, is
+    in progress, and carried out afterwards.
     """
     async with trial.killing:
         before = under_way(await trial.answered(trial.lines, at), but=but)
@@ -142,20 +146,22 @@ async def start_beside(trial: Trial, *which: str) -> None:
 
 
 async def second_migration(trial: Trial) -> None:
-    """From the source, to the same receiver or to another one of its host."""
+    """Migrate the guest a second time from the source, to the same receiver or to another one of
+    its host.
+    """
     await start_beside(trial, "second")
     await migrate_again(trial, "sender", "sender", but=ENDED)
 
 
 async def onward_migration(trial: Trial) -> None:
-    """From the destination back to the source's host."""
+    """Migrate the guest from the destination back to the source's host."""
     await start_beside(trial, "homeward", "onward")
     await migrate_again(trial, "onward", "receiver", but=(*ENDED, "completing"))
 
 
 # ---- commands ----
 def ask(trial: Trial, which: str, what: str, name: str) -> str:
-    """:data:`ACTS`, or the answer."""
+    """Return :data:`ACTS`, or the answer."""
     word, _space, where = what.partition(" ")
     try:
         answer = trial.world.ask(
@@ -171,7 +177,7 @@ def ask(trial: Trial, which: str, what: str, name: str) -> str:
 
 
 async def may_decide(trial: Trial, which: str, what: str) -> bool:
-    """True if the answer must be a refusal, whatever happens meanwhile."""
+    """Whether the answer must be a refusal, whatever happens meanwhile."""
     line = await trial.answered(trial.line, which)
     if line is None or trial.checkpoint_every_s is not None:
         return False
@@ -191,7 +197,7 @@ async def may_decide(trial: Trial, which: str, what: str) -> bool:
 
 
 def expected(trial: Trial, which: str, what: str, before: Line | None, after: Line | None) -> str:
-    """A pattern of answers."""
+    """Return a pattern for the answer."""
     if before is None or after is None:
         return "."
     groups = {GROUPS.get(line["phase"], AFTER) for line in (before, after)}
@@ -202,11 +208,11 @@ def expected(trial: Trial, which: str, what: str, before: Line | None, after: Li
 
 
 async def command(trial: Trial) -> None:
-    """Some, at either end."""
+    """Send some commands to either end."""
     for _ in range(trial.random.choice([1, 3, 10])):
         which, what = trial.random.choice(["sender", "receiver"]), trial.random.choice(COMMANDS)
         if what == "cancel" and trial.random.random() < 0.5:
-            continue  # after that there is little to ask for
+            continue  # after that few commands act
         async with trial.killing:
             await one_command(trial, which, what)
         await trio.sleep(trial.random.uniform(0, 0.1))

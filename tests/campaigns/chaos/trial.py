@@ -27,15 +27,15 @@ from xenbackend.simulated.verify import verify
 
 MIB = 2**20
 WINDOW_S = 0.7
-"""In which faults happen."""
+"""The time in which faults happen."""
 END_S = 90.0
 ANSWER_S = 40.0
-"""For an answer of a daemon that is not stopped, on a busy machine."""
+"""How long a daemon that is not stopped may take to answer, on a busy machine."""
 DESTROYED_S = 3.0
-"""After this an operator destroys what is left of a guest that was destroyed at one end."""
+"""After this time an operator destroys what is left of a guest that was destroyed at one end."""
 WATCH_EVERY_S = 0.03
 NO_WAY_BACK = "cannot continue here"
-"""In the answer to a decision for a source whose checkpoint is damaged."""
+"""A part of the answer to a decision for a source whose checkpoint is damaged."""
 ARRIVED = ("completing", "completed")
 BESIDE = 0.3
 """The share of trials in which another guest is migrated at the same time and must not notice."""
@@ -48,21 +48,23 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class Fault:
-    """What may happen."""
+    """A fault that may happen."""
 
     name: str
     happen: Callable[[Trial], Awaitable[None]]
     notices: str = "all"
-    """Who may notice: ``all`` guests of a daemon, this ``guest``, or ``nobody``."""
+    """Which guests may notice the fault: ``all`` guests of a daemon, this ``guest``, or
+    ``nobody``.
+    """
     tls: bool = False
-    """It can happen only where the link is encrypted."""
+    """The fault can happen only if the link is encrypted."""
     protected: bool = False
-    """It can happen only to a guest that is protected."""
+    """The fault can happen only to a protected guest."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """An operator's, about where the guest runs."""
+    """The decision of an operator about where the guest runs."""
 
     at: str
     here: bool
@@ -75,30 +77,31 @@ class Decision:
 
 @dataclass
 class Trial:
-    """``seed`` decides all that we can decide."""
+    """One trial.  ``seed`` determines everything that the trial can determine."""
 
     seed: int
     world: ChaosWorld
     link: Link
     faults: list[str] = field(default_factory=list)
     killing: trio.Lock = field(default_factory=trio.Lock)
-    """Held while a daemon is killed, stopped, or asked for something: one of these after the other.
+    """Held while a daemon is killed, stopped, or sent a request, so that these follow each
+    other.
     """
     destination_died: bool = False
     destroyed: bool = False
-    """Somebody has destroyed the guest, at one end at least."""
+    """The guest was destroyed, at one end at least."""
     cancelled: set[str] = field(default_factory=set)
-    """Migrations that a daemon has agreed to cancel."""
+    """The migrations that a daemon has agreed to cancel."""
     again: list[str] = field(default_factory=list)
-    """Which daemons have begun another migration of the guest."""
+    """The daemons that have begun another migration of the guest."""
     checkpoint_damaged: bool = False
     """A checkpoint of the guest was damaged or removed."""
     source_lost: bool = False
     """The source was destroyed while the destination lacked pages."""
     decisions: list[Decision] = field(default_factory=list)
-    """Those that daemons have carried out."""
+    """The decisions that daemons have carried out."""
     may_run_twice: bool = False
-    """An operator may have had the guest run at one end while it runs at the other one."""
+    """An operator may have let the guest run at one end while it runs at the other end."""
 
     def __post_init__(self) -> None:
         r = self.random = random.Random(self.seed)
@@ -117,20 +120,20 @@ class Trial:
         if r.random() < 0.5:
             pages = min(200, (self.spec.nr_pfns - self.spec.working_pages) // 2)
             every = 1 if self.spec.workload == "idle" else r.choice([5, 50])
-            # A page that comes back between two checkpoints is not noticed (docs/recovery.md).
+            # A page that is taken back between two checkpoints is not noticed (docs/recovery.md).
             back = self.checkpoint_every_s is None
             self.spec = replace(
                 self.spec, balloon_pages=pages, balloon_every=every, balloon_back=back
             )
         self.kill_decided = r.choice([False, True])
-        """The sender is killed when it has answered an operator's decision."""
+        """Whether the sender is killed when it has answered an operator's decision."""
         self.beside = None
         if r.random() < BESIDE:
             self.beside = GuestSpec(
                 f"beside{self.seed}", 8 * MIB, workload="random", seed=self.seed
             )
         self.id = ""
-        """Of the first migration."""
+        """The identifier of the first migration."""
 
     def __str__(self) -> str:
         spec = self.spec
@@ -142,9 +145,9 @@ class Trial:
             f"{'another guest beside' if self.beside else 'alone'}; {', '.join(self.faults)}"
         )
 
-    # ---- the order of things ----
+    # ---- the order of the steps ----
     async def run(self, faults: list[Fault]) -> str:
-        """Where the guest was in the end.  Raises :class:`LostError`."""
+        """Run the trial.  Returns where the guest was in the end.  Raises :class:`LostError`."""
         possible = [
             f
             for f in faults
@@ -187,7 +190,7 @@ class Trial:
         return all(fault.notices == "nobody" for fault in self.chosen)
 
     def migration(self, domain: str, port: int) -> dict[str, Any]:
-        """The request by which this trial migrates the guest ``domain`` to the receiver at
+        """Return the request by which this trial migrates the guest ``domain`` to the receiver at
         ``port``.
         """
         return {
@@ -224,7 +227,7 @@ class Trial:
         await fault.happen(self)
 
     async def answered(self, call: Callable[..., T], *arguments: Any) -> T:
-        """What a daemon answers.  Raises :class:`LostError` if it does not."""
+        """Return the answer of a daemon.  Raises :class:`LostError` if there is none."""
         with trio.move_on_after(ANSWER_S):
             return await trio.to_thread.run_sync(call, *arguments, abandon_on_cancel=True)
         raise LostError(
@@ -233,24 +236,24 @@ class Trial:
 
     # ---- what the daemons show ----
     def lines(self, which: str) -> list[Line]:
-        """Of this guest's migrations there."""
+        """Return the lines of this guest's migrations at a daemon."""
         return [line for line in listed(self.world, which) if line["domain"] == self.spec.name]
 
     def line(self, which: str) -> Line | None:
-        """Of the first migration."""
+        """Return the line of the first migration."""
         return next((line for line in self.lines(which) if line["id"] == self.id), None)
 
     def has_arrived(self) -> bool:
-        """Protected no more, or a sender that was killed after that, whose successor knows nothing
-        of it.
+        """Whether the guest is not protected any more, or its sender was killed after that, so that
+        the successor has no migration.
         """
         lines = self.lines("sender")
         return not lines or any(line["phase"] in ARRIVED for line in lines)
 
     # ---- meanwhile ----
     async def _watch(self) -> None:
-        """Raises :class:`LostError` if the guest runs at both ends and no operator may have had it
-        do so.
+        """Raises :class:`LostError` if the guest runs at both ends and no operator may have caused
+        that.
         """
         while not self.may_run_twice:
             if await in_thread(self._runs_twice) and not self.may_run_twice:
@@ -258,7 +261,9 @@ class Trial:
             await trio.sleep(WATCH_EVERY_S)
 
     def _runs_twice(self) -> bool:
-        """The same domain runs at the source before and after one runs at the destination."""
+        """Whether the same domain runs at the source before and after a domain runs at the
+        destination.
+        """
 
         def running(host: SimulatedHypervisor) -> set[int]:
             return {
@@ -299,7 +304,7 @@ class Trial:
             await trio.sleep(0.05)
 
     def _loss_is_known(self, mine: dict[str, list[Line]]) -> bool:
-        """The sender has reported to the receiver that pages are lost."""
+        """Whether the sender has reported to the receiver that pages are lost."""
         return not self.source_lost or all(
             line["phase"] in ("lost", *ENDED) for line in mine["receiver"] if line["id"] == self.id
         )
@@ -311,7 +316,7 @@ class Trial:
         for which, line in [(w, line) for w in ("sender", "receiver") for line in mine[w]]:
             if line["id"] != self.id or line["phase"] in ENDED:
                 continue
-            with contextlib.suppress(MigrationError):  # it may have ended meanwhile
+            with contextlib.suppress(MigrationError):  # the migration may have ended meanwhile
                 match which, line["phase"]:
                     case "receiver", "held":
                         self._check_held(line)
@@ -328,7 +333,7 @@ class Trial:
                         self._decide(Decision("sender", here=True, force=True))
 
     def _check_held(self, line: Line) -> None:
-        """A guest that is shown as paused because it runs at the source does not run."""
+        """Check that a guest that is shown as ``held`` does not run."""
         running = [
             info
             for info in self.world.destination.domains()
@@ -340,7 +345,7 @@ class Trial:
             )
 
     def _decide(self, decision: Decision) -> None:
-        """Raises :class:`MigrationError` where the daemon refuses."""
+        """Make a decision.  Raises :class:`MigrationError` if the daemon refuses."""
         self.may_run_twice |= decision.here
         self.world.ask(
             decision.at, command="decide", migration=self.id, here=decision.here,
@@ -349,20 +354,20 @@ class Trial:
         self.decisions.append(decision)
 
     def _encourage(self, which: str, migration: str) -> bool:
-        """Do what an operator does.  Returns whether a decision was asked for, and taken."""
+        """Do what an operator would do.  Returns whether a decision was needed, and accepted."""
         if self.destination_died and which == "sender":
-            for force in (False, True):  # without a checkpoint the guest may only go on by force
+            for force in (False, True):  # without a checkpoint only --force lets the guest continue
                 try:
                     self.world.ask(
                         which, command="decide", migration=migration, here=True, force=force
                     )
                     return True
-                except MigrationError as error:  # it has not noticed yet
+                except MigrationError as error:  # the daemon has not noticed the loss yet
                     if force and self.checkpoint_damaged and NO_WAY_BACK in str(error):
                         self._decide(Decision("sender", here=False, force=False))
                         return True
         if self.destroyed and which == "sender":
-            with contextlib.suppress(MigrationError):  # what is destroyed here is missing there
+            with contextlib.suppress(MigrationError):  # what is destroyed here may be missing there
                 self.world.ask(which, command="decide", migration=migration, here=False)
         self.world.ask(which, command="reconnect", migration=migration)
         return False
@@ -385,9 +390,7 @@ class Trial:
         ]
 
     def _verify(self) -> str:
-        deadline = (
-            time.monotonic() + 10
-        )  # what a sender that was killed has left is let go by its successor
+        deadline = time.monotonic() + 10  # the successor of a killed sender destroys what was left
         while True:
             places = self._places()
             if [state for _where, _host, state in places] == [DomainState.RUNNING]:
@@ -395,7 +398,7 @@ class Trial:
             if not places and (self.destroyed or self.abandoned):
                 return "destroyed"
             if not places and self.destination_died and self.has_arrived():
-                return "gone with its host"  # which died when all had come
+                return "gone with its host"  # the host was lost when all pages had arrived
             if self.decisions:
                 self._end_paused(places)
             if time.monotonic() > deadline:
@@ -412,7 +415,9 @@ class Trial:
         return where
 
     def _end_paused(self, places: list[tuple[str, SimulatedHypervisor, DomainState]]) -> None:
-        """A guest that had arrived when it was recalled is paused at the destination."""
+        """Check a guest that was complete when it was recalled, and is paused at the
+        destination.
+        """
         states = [(where, state) for where, _host, state in places]
         if states == [("source", DomainState.RUNNING), ("destination", DomainState.PAUSED)]:
             destroy(self.world.destination, self.spec.name)
@@ -428,7 +433,7 @@ class Trial:
         return verify(domain, self.spec, source_positions=positions).problems
 
     def _check_outcome(self, where: str) -> None:
-        """What was agreed is so, and what must not be noticed was not."""
+        """Check that what was answered was done, and that other guests noticed nothing."""
         lines = {which: self.line(which) for which in ("sender", "receiver")}
         for which, line in lines.items():
             if line is not None and line["phase"] == "completed" and self.id in self.cancelled:
@@ -452,7 +457,7 @@ class Trial:
                 )
 
     def _verify_beside(self, client: ControlClient) -> None:
-        """The other guest has arrived, whole, over the lanes that it began with."""
+        """Check that the other guest has arrived undamaged, over the lanes with which it began."""
         assert self.beside is not None
         with client:
             try:
@@ -472,6 +477,6 @@ async def in_thread(call: Callable[..., T], *arguments: Any) -> T:
 
 
 def destroy(host: SimulatedHypervisor, name: str) -> None:
-    """If it is there."""
+    """Destroy the domain, if it exists."""
     with contextlib.suppress(NoSuchDomainError), host.open(name) as domain:
         domain.destroy()

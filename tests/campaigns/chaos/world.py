@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The hosts and daemons of a campaign.  Some have certificates; a fault may start further daemons;
-what the daemons log is read."""
+the logs of the daemons are read.
+"""
 
 from __future__ import annotations
 
@@ -26,29 +27,29 @@ from xenbackend.contract import DomainState
 HOST = "127.0.0.1"
 CONFIG = "[network]\nchecksums = true\nsilence_s = {0:g}\npostcopy_silence_s = {0:g}\n"
 COMPLAINTS = re.compile(r"internal error|Traceback \(most recent call last\)")
-"""In a daemon's log: a fault of the daemon itself."""
+"""Text in a daemon's log that shows a fault of the daemon itself."""
 BESIDES = {"second": "destination", "onward": "destination", "homeward": "source"}
-"""Further daemons, and the hosts that they are at."""
+"""Further daemons, and their hosts."""
 HUNG_UP_S = 10.0
-"""For a daemon that was sent SIGHUP and is not needed to end."""
+"""How long a daemon may take to end after SIGHUP, if it is not needed."""
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAPABILITY_VERSION = 24, 1, 0x20080522
 
 
 class LostError(Exception):
-    """A trial that did not end as it must."""
+    """A trial has not ended as it must."""
 
 
 @dataclass
 class ChaosWorld(World):
     authority: trustme.CA | None = None
-    """Whose certificates the daemons have, if they have any."""
+    """The authority of the daemons' certificates, if they have any."""
     ports: dict[str, int] = field(default_factory=dict)
-    """Of the further daemons."""
+    """The ports of the further daemons."""
     hung_up: set[str] = field(default_factory=set)
-    """Daemons that were sent SIGHUP, and end when no guest needs them."""
+    """The daemons that were sent SIGHUP, and end when no guest needs them."""
     _reviving: threading.Lock = field(default_factory=threading.Lock)
     _read: dict[str, int] = field(default_factory=dict)
-    """How much of each log was looked at."""
+    """How much of each log has been read."""
 
     @property
     def tls(self) -> bool:
@@ -59,7 +60,7 @@ class ChaosWorld(World):
         return [name for name in self.processes if name not in ("source", "destination")]
 
     def state(self, which: str) -> Path:
-        """A daemon's journal."""
+        """Return the path of a daemon's journal."""
         match which:
             case "sender":
                 return self.directory / "source.sock.state/sender"
@@ -69,7 +70,7 @@ class ChaosWorld(World):
 
     # ---- daemons ----
     def kill(self, which: str) -> None:
-        """Raises :class:`LostError` if it has ended before."""
+        """Kill a daemon.  Raises :class:`LostError` if it has ended before."""
         self._revive(which)
         self.check_alive_of(which)
         self.hung_up.discard(which)
@@ -90,7 +91,7 @@ class ChaosWorld(World):
         return super().ask(which, **request)
 
     def end_hang_ups(self) -> None:
-        """No guest needs these daemons any more."""
+        """Note that no guest needs these daemons any more."""
         for which in list(self.hung_up):
             if not self._revive(which, HUNG_UP_S):
                 raise LostError(f"{which} was sent SIGHUP, is not needed and does not end")
@@ -135,7 +136,7 @@ class ChaosWorld(World):
                 self.start_beside(which)
 
     def start_beside(self, which: str) -> None:
-        """One of :data:`BESIDES`, unless it is there."""
+        """Start one of :data:`BESIDES`, unless it runs."""
         if which in self.processes:
             return
         self.start(
@@ -173,7 +174,7 @@ class ChaosWorld(World):
     # ---- certificates ----
     @property
     def terms(self) -> Terms:
-        """Those of a peer that has a certificate as well, if the daemons want one."""
+        """Return the terms of a peer, with a certificate if the daemons require one."""
         if not self.tls:
             return Terms()
         certificate, key, authority = (
@@ -182,7 +183,7 @@ class ChaosWorld(World):
         return Terms(tls=Tls(certificate, key, authority, (HOST,)))
 
     def renewed(self) -> dict[Path, bytes]:
-        """A new certificate and its key, and where they belong."""
+        """Return a new certificate and its key, by their paths."""
         assert self.authority is not None
         issued = self.authority.issue_cert(HOST)
         chain = b"".join(pem.bytes() for pem in issued.cert_chain_pems)
@@ -220,7 +221,8 @@ def respect_modes() -> None:
     """
     libc = ctypes.CDLL(None)
     header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0)
-    data = (ctypes.c_uint32 * 6)()  # effective, permitted and inheritable ones, 32 in each word
+    # Effective, permitted and inheritable capabilities, 32 in each word.
+    data = (ctypes.c_uint32 * 6)()
     libc.prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, 0, 0, 0)
     if libc.capget(header, data) == 0:
         for word in range(3):

@@ -30,7 +30,7 @@ from tests.support.waiting import until
 GUEST = "guest"
 OPTIONS = ("--memory", "32M", "--vcpus", "2", "--working-set", "16M", "--rate", "2000")
 SLOW = ("--bandwidth", "4M")
-"""So that a phase lasts until something has happened in it."""
+"""So that a phase lasts until the test has done its part in it."""
 END_S = 90.0
 FAILURES = (MigrationError, LostError, AssertionError, subprocess.TimeoutExpired)
 Result = dict[str, Any]
@@ -75,7 +75,7 @@ def cancel(trial: Trial) -> None:
 
 
 def lose_destination(trial: Trial) -> None:
-    """An operator has the guest continue at the source, as it was at a checkpoint."""
+    """An operator lets the guest continue at the source, as it was at a checkpoint."""
     world = trial.world
     trial.until("sender", "postcopy")
     until(lambda: world.line("sender")["checkpoints"] > 1, "no checkpoint is kept", END_S)
@@ -93,10 +93,10 @@ class Case:
     options: tuple[str, ...]
     happens: Callable[[Trial], None] | None = None
     shows: Callable[[Result], object] = lambda _result: True
-    """Whether the result of the migration shows what the case is about."""
+    """Returns whether the result of the migration shows what the case is about."""
     reconnects: bool = False
-    """Both ends connect again.  Otherwise, two lanes have to be enough: a message that one end does
-    not understand costs the lanes, and the migration may complete over the next ones.
+    """Whether both ends connect again.  If not, two lanes have to be enough: a message that one end
+    does not understand costs the lanes, and the migration may complete over the next ones.
     """
     tls: bool = False
     where: str = "destination"
@@ -138,7 +138,9 @@ CASES = (
 
 
 def check(trial: Trial, case: Case, result: Result | None) -> str:
-    """Returns what was verified.  Raises an error if the case ends in another way."""
+    """Check the end of a case.  Returns what was verified.  Raises an error if the case ends in
+    another way.
+    """
     world = trial.world
     arrives = case.where == "destination"
     for which in ("sender", "receiver"):
@@ -162,7 +164,7 @@ def check(trial: Trial, case: Case, result: Result | None) -> str:
 
 
 def run(case: Case, source: Release, destination: Release) -> str:
-    """One migration; returns what was verified.  Raises one of :data:`FAILURES`."""
+    """Do one migration.  Returns what was verified.  Raises one of :data:`FAILURES`."""
     with (
         compat_world(source, destination, tls=case.tls) as world,
         LinkInThread((ADDRESS, world.port)) as relay,
@@ -190,7 +192,7 @@ def run(case: Case, source: Release, destination: Release) -> str:
 
 
 def campaign(old: Release, new: Release) -> int:
-    """Returns how many migrations have failed."""
+    """Do all migrations.  Returns how many have failed."""
     failed = 0
     print(f"{'from':8}{'to':8}{'migration':22}{'seconds':>8}  outcome")
     for source, destination in ((old, new), (new, old)):

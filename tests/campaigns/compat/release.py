@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A release: the tree of its sources with the native modules built, and the programs of that tree.
 
-An earlier release comes from the history of this repository.  The release is built one time and
-kept in the lab's cache.  Its dependencies are those of today's virtual environment.
+An earlier release comes from the history of this repository.  It is built once and kept in the
+lab's cache.  Its dependencies are those of the present virtual environment.
 
-The simulated host stands for the Xen of a host, which an upgrade of this project leaves as it is.
+The simulated host stands for the Xen of a host, which an upgrade of this project does not change.
 Its description of a guest and its context of vCPUs have changed since 0.1.0.  The patch
-``simulated-host.patch`` gives the simulated host of 0.1.0 today's form of both.  Everything else of
-the earlier release is as the release had it.
+``simulated-host.patch`` gives the simulated host of 0.1.0 the present form of both.  Everything
+else of the earlier release is unchanged.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from tests.xenlab.cache import fingerprint, part, run
 TREE = Path(__file__).parents[3]
 PATCH = Path(__file__).with_name("simulated-host.patch")
 COMMITS = {"0.1.0": "d686f372cc93e78debdaad893740f63c84d2ff2d"}
-"""Of each earlier release, by its version."""
+"""The commit of each earlier release, by its version."""
 FROM_OUTSIDE = ("PYTHONPATH", "PYTHONSAFEPATH", "PYTHONHOME")
 """Variables by which Python would find another tree than the one in which a program is started."""
 COMMAND_S = 120.0
 
 
 class NoHistoryError(Exception):
-    """The commit of an earlier release is not here."""
+    """The tree does not have the commit of an earlier release."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Release:
         return str(output)
 
     def check(self) -> None:
-        """Raises :class:`MigrationError` if the programs of this release are of another one."""
+        """Raises :class:`MigrationError` if the programs are not those of this release."""
         command = [sys.executable, "-c", "import migrate; print(migrate.__version__)"]
         with self.popen(command, stdout=subprocess.PIPE, text=True) as process:
             found = process.communicate(timeout=COMMAND_S)[0].strip()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Two simulated hosts with a daemon each, where each end is of a release of its own."""
+"""Two simulated hosts with a daemon each, in which each end is of its own release."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ ADDRESS = "127.0.0.1"
 HOST_MEMORY = "256M"
 CONFIG = "[network]\nchecksums = true\n"
 HOSTS = {"sender": "source", "receiver": "destination"}
-"""By daemon."""
+"""The host of each daemon."""
 
 
 @dataclass
 class CompatWorld(World):
     releases: dict[str, Release] = field(default_factory=dict)
-    """By host."""
+    """The release of each host."""
 
     def start(self, name: str, *arguments: str) -> Process:
         CompatWorld.spawn = self.releases[HOSTS.get(name, name)].popen
@@ -38,7 +38,7 @@ class CompatWorld(World):
         self.stop(which, signal.SIGKILL)
 
     def line(self, which: str) -> dict[str, Any]:
-        """What ``list`` of a daemon has of the newest migration."""
+        """Return the line of the newest migration in the output of a daemon's ``list``."""
         found = self.ask(which, command="list")["migrations"]
         return found[-1] if found else {"phase": "", "problem": ""}
 
@@ -48,7 +48,7 @@ class CompatWorld(World):
         return self.releases[host].run("simulated-guest", command, name, "--host", socket, *options)
 
     def states(self, name: str) -> dict[str, str]:
-        """The state of the guest at each host that has the guest."""
+        """Return the state of the guest at each host that has the guest."""
         found = {}
         for host, release in self.releases.items():
             socket = str(self.directory / f"{host}.sock")
@@ -69,7 +69,7 @@ class CompatWorld(World):
 
 
 def tls_config(directory: Path) -> str:
-    """Make the certificate of both ends, and return what makes them use it."""
+    """Make the certificate of both ends, and return the configuration that uses it."""
     authority = trustme.CA()
     issued = authority.issue_cert(ADDRESS)
     files = {

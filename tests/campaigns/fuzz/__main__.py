@@ -2,12 +2,13 @@
 """Coverage-guided fuzzing of what a peer may send and a ring may hold: ``make fuzz``.
 
 Half of the time is for the codec and the session machine in Python (``target.py``).  An input of
-this target is a point in the course of a session, an end, and frames for it.  Whatever they are:
-the codec gives messages or says what is wrong (``RemoteProtocolError``), the session machine
-takes them or says so, and neither takes more memory than the limits allow.
+this target is a point in the course of a session, an end, and frames for it.  Whatever they are,
+the codec gives messages or an error that names what is wrong (``RemoteProtocolError``), and the
+session machine accepts them or raises such an error.  Neither uses more memory than the limits
+allow.
 
 The other half is for the native modules (``native/*.c``), in equal parts.  Whatever their inputs
-are: they step on no memory but their own, and do nothing that C leaves undefined.
+are, they access no memory but their own, and do nothing that C leaves undefined.
 
 Anything else is a crash.  Its input is kept in ``build/fuzz`` under the target's name.
 
@@ -29,11 +30,13 @@ CORPUS = Path(__file__).with_name("corpus")
 KEPT = Path(__file__).resolve().parents[3] / "build/fuzz"
 MAX_INPUT = 4096
 PIECE_S = 600
-"""Then a new process goes on: atheris keeps each number that it has seen compared."""
+"""After this time a new process continues, because atheris keeps each number that it has
+compared.
+"""
 
 
 def fuzz(name: str, target: list[str], corpus: Path, seconds: int, *, minimize: bool) -> None:
-    """Ends this process where an input is found that ends the target's."""
+    """Run a target.  Ends this process if an input ends the target's process."""
     corpus.mkdir(parents=True, exist_ok=True)
     KEPT.mkdir(parents=True, exist_ok=True)
     limits = [

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One input: see ``__main__.py``."""
+"""The target for one input; ``__main__.py`` describes it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STORIES = (
 
 
 def frame(header: bytes) -> bytes:
-    """With checksums that are right: guessing them is not what this is for."""
+    """Return a frame with correct checksums, because a fuzzer should not have to guess these."""
     prefix = frames.PREFIX.pack(frames.MAGIC, len(header), 0, zlib.crc32(header))
     return prefix + struct.pack("!I", zlib.crc32(prefix)) + header
 
@@ -75,7 +75,7 @@ def any_value(given: atheris.FuzzedDataProvider) -> object:
 
 
 def any_header(given: atheris.FuzzedDataProvider) -> bytes:
-    """Bytes as they come, or a message with some of its fields changed."""
+    """Return arbitrary bytes, or a message with some of its fields changed."""
     if not given.ConsumeIntInRange(0, 9):
         return bytes(given.ConsumeBytes(given.ConsumeIntInRange(1, 400)))
     header = EXAMPLES[given.ConsumeIntInRange(0, len(EXAMPLES) - 1)].header()
@@ -94,7 +94,7 @@ def any_header(given: atheris.FuzzedDataProvider) -> bytes:
 
 
 def check_texts(message: m.Message) -> None:
-    """What a peer sends may reach a terminal, a log and JSON."""
+    """Check texts of a peer, which may reach a terminal, a log and JSON."""
     for value in vars(message).values():
         for text in value if isinstance(value, tuple) else (value,):
             assert not isinstance(text, str) or (text.isprintable() and len(text) <= m.MAX_TEXT)
@@ -102,7 +102,7 @@ def check_texts(message: m.Message) -> None:
         try:
             json.dumps(from_peer(json.loads(message.statistics)), allow_nan=False)
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
-            return  # refused by whoever receives it
+            return  # the receiver of the message refuses it
 
 
 def one_input(data: bytes) -> None:
@@ -134,6 +134,6 @@ def one_input(data: bytes) -> None:
 
 
 if __name__ == "__main__":
-    # What libFuzzer is to start where it merges.
+    # The program that libFuzzer starts when it merges.
     atheris.Setup([f"{sys.executable} -m tests.campaigns.fuzz.target", *sys.argv[1:]], one_input)
     atheris.Fuzz()

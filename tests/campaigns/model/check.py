@@ -23,9 +23,7 @@ DEPTH = 1_000_000
 
 
 class ModelError(Exception):
-    """A program failed, or a search did not come to its end.  The text has the output of the
-    program.
-    """
+    """A program failed, or a search did not finish.  The text has the output of the program."""
 
 
 def run(*command: str, cwd: Path) -> str:
@@ -60,7 +58,9 @@ class Verifier:
         return f"./{name}"
 
     def search(self, property_: str) -> tuple[int, int, str]:
-        """Errors, states, and what spin's program printed.  Raises :class:`ModelError`."""
+        """Return the errors, the states, and what spin's program printed.  Raises
+        :class:`ModelError`.
+        """
         claim = () if property_ == NO_CLAIM else ("-N", property_)
         pan = subprocess.run(
             [self._program(property_), f"-m{DEPTH}", "-E", *claim],
@@ -74,12 +74,12 @@ class Verifier:
         return int(errors[1]), int(states[1]), said
 
     def trail(self) -> str:
-        """The steps that lead to the error of the last search without a claim."""
+        """Return the steps that lead to the error of the last search without a claim."""
         return run("./pan", "-r", cwd=self._directory)
 
 
 def check_model(directory: Path) -> list[str]:
-    """Returns the properties that do not hold."""
+    """Return the properties that do not hold."""
     failed = []
     model = Verifier(directory)
     for property_ in PROPERTIES:
@@ -92,7 +92,7 @@ def check_model(directory: Path) -> list[str]:
 
 
 def check_mutation(directory: Path, name: str, number: int) -> list[str]:
-    """Returns the mutation's name if no property notices the mutation."""
+    """Return the mutation's name if no property notices the mutation."""
     directory.mkdir()
     mutated = Verifier(directory, number)
     noticed = next((property_ for property_ in PROPERTIES if mutated.search(property_)[0]), None)

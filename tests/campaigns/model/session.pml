@@ -48,21 +48,21 @@ mtype = { NONE, BEGUN, HANDED, GIVEN_UP, DECIDED, RECALLING, MADE, READY, OWN, F
 
 chan to_r = [4] of { mtype };
 chan to_s = [4] of { mtype };
-bool link;                      /* what is said arrives */
-bool s_lost, r_lost;            /* what an end has not noticed yet, or has */
+bool link;                      /* messages arrive */
+bool s_lost, r_lost;            /* the lanes of this end are lost */
 bool r_fresh;                   /* a connection that the receiver has not taken yet */
 bool s_dead, r_dead;
 byte cuts = CUTS, kills = KILLS;
 
 /* What outlives a process. */
 mtype s_journal = NONE, r_journal = NONE;
-bool s_runs = true;             /* the guest, at the source */
-bool r_runs;                    /* at the destination */
+bool s_runs = true;             /* the guest runs at the source */
+bool r_runs;                    /* the guest runs at the destination */
 bool s_page = true;             /* the source's domain, with its page, is there */
 bool r_domain, r_page;
 bool r_wrote;                   /* the guest has written to its page at the destination */
-bool s_over, r_over;            /* nothing is owed */
-bool decided;                   /* for the source, by an operator, rightly or wrongly */
+bool s_over, r_over;            /* nothing is left to do */
+bool decided;                   /* an operator has decided for the source, rightly or wrongly */
 
 inline cut() {
     link = false; s_lost = true; r_lost = true; r_fresh = false;
@@ -165,7 +165,7 @@ inline take_up_again() {
     fi
 }
 
-/* "decide here": the receiver may have the guest run, and cannot be reached. */
+/* "decide here": the guest may run at the receiver, which cannot be reached. */
 inline decide() {
     s_runs = true;
 #if MUTATION == FORGETS_TO_RECALL
@@ -186,7 +186,7 @@ inline tell() {
     fi;
 #endif
     if
-    :: to_s?refused -> settled()        /* it knows nothing of it, or has heard */
+    :: to_s?refused -> settled()        /* the receiver has no such session, or is informed */
 #if MUTATION == BELIEVES_AN_ABORT_ARRIVED
     :: s_lost -> settled()
 #else
@@ -231,7 +231,7 @@ inline own() {
     r_runs = true
 }
 
-/* It runs at the source as well, and stands still here until an operator decides again. */
+/* The guest runs at the source as well, and is paused here until an operator decides again. */
 inline hold() {
 #if MUTATION == ANSWERS_BEFORE_HELD_IS_NOTED
     r_says(refused);
@@ -241,7 +241,7 @@ inline hold() {
     r_says(refused)
 }
 
-/* The page has come, for the first time or again. */
+/* The page has arrived, for the first time or again. */
 inline load() {
     if
     :: !r_page -> r_page = true
@@ -273,9 +273,9 @@ active proctype Receiver()
     do
     :: {
         said_ready = false;
-        if  /* by the journal, where it was killed */
+        if  /* the journal shows at which step it was killed */
         :: r_journal == MADE -> discard()
-        :: r_journal == READY -> said_ready = true     /* for all it knows */
+        :: r_journal == READY -> said_ready = true     /* it may have been sent */
         :: r_journal == OWN && !r_runs -> r_runs = true
 #if MUTATION != SUCCESSOR_LETS_HELD_RUN
         :: r_journal == HELD && r_runs -> r_runs = false
@@ -315,7 +315,7 @@ active proctype Receiver()
     od
 }
 
-/* ---- what may happen to them ---- */
+/* ---- the faults ---- */
 active proctype Faults()
 {
     do

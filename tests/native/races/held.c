@@ -3,15 +3,16 @@
  * xenbackend/libxenctrl/native/one_page.c for ThreadSanitizer, with a hypervisor that is a few
  * functions.
  *
- *   lookers    look at held pages and at pages that they map themselves, as the fault servers of
- * the sender do keeper     unmaps held pages as soon as nobody looks, and maps others at their
- * place: what held.py does in Python front end  puts requests into a ring, whose pager consumes and
- * answers them
+ *   lookers    read held pages, and pages that they map themselves, as the fault servers of the
+ *              sender do
+ *   keeper     unmaps held pages as soon as no thread reads them, and maps others in their place,
+ *              as held.py does in Python
+ *   front end  puts requests into a ring, whose pager consumes and answers them
  *
- * "Unmapped" memory is overwritten here without any order of its own: a looker that is still at it
- * races with that, and sees it. The keeper's stores to the slots are atomic here.  In Python numpy
- * makes them, as single stores of words, which the processor does not put before earlier ones
- * (x86).
+ * "Unmapped" memory is overwritten here without any order of its own.  A looker that still reads it
+ * has a race with that, and finds other contents.  The keeper's stores to the slots are atomic
+ * here.  In Python numpy makes them, as single stores of words, which the processor does not put
+ * before earlier ones (x86).
  */
 #include <poll.h>
 #include <stdio.h>
@@ -127,7 +128,7 @@ static void *looker_main(void *arg)
                   status == (d == &with ? PAGE_BROKEN : PAGE_HOLE)); /* gfn 0 has zeros */
         }
         if (i % 64 == 0)
-            usleep(20); /* so that nobody looks at times */
+            usleep(20); /* so that at times no thread reads */
     }
     CHECK(seen > LOOKS / 16);
     CHECK(xen_load_at(&without, 2, NULL) == 0 && xen_load_at(&without, 3, NULL) == -ENOENT);

@@ -4,14 +4,14 @@
  * and locks of the daemons around the fast path, ring.c, bulk.c, hypercalls.c and vcpu.c.
  *
  *   vCPUs      run the guest at the destination, and fault
- *   pager      ring -> fault -> page -> load -> ring (fault_wait), and what is not usual
+ *   pager      ring -> fault -> page -> load -> ring (fault_wait), and the slow path
  *   server     fault -> page (fault_serve)
- *   pusher     pages that nobody asks for, in batches
+ *   pusher     pages that were not requested, in batches
  *   loader     loads these batches
- *   evictor    when all pages have come, puts some back to the source, round by round; some
- * evictions fail
+ *   evictor    when all pages have arrived, puts some back to the source, round by round; some
+ *              evictions fail
  *
- * Each page must be what the guest's program has made of it then.  In the end the guest crashes.
+ * Each page must then have what the guest's program has written.  In the end the guest crashes.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -32,15 +32,15 @@
 #include "../../../xenbackend/simulated/native/internal.h"
 
 #define VCPUS 3
-#define PAGES 512ull /* that the guest uses */
-#define BALLOON 64   /* more, which it gives away */
+#define PAGES 512ull /* the pages that the guest uses */
+#define BALLOON 64   /* further pages, which it gives away */
 #define MISSING (PAGES + BALLOON)
 #define NR_PFNS (MISSING + VCPUS)
 #define BATCH 8
 #define BUFFER_BYTES (64 << 10)
 #define ROUNDS 12
-#define EVICTIONS 200 /* that are tried in each */
-#define PING "ping"   /* no frame: each end leaves it to the caller */
+#define EVICTIONS 200 /* the evictions that are tried in each round */
+#define PING "ping"   /* no frame, so each end leaves it to the caller */
 
 #define CHECK(what) ((what) ? (void)0 : fail(__LINE__, #what))
 
@@ -102,7 +102,7 @@ static int64_t left[1];
 static struct sim_map server_map, pusher_map, loader_map, pager_map, evictor_map;
 static int push_from, push_to;
 static uint32_t stopping;
-static uint64_t pushed, loaded; /* batches: under backlog.lock, atomic */
+static uint64_t pushed, loaded; /* numbers of batches: under backlog.lock; atomic */
 static uint32_t pongs;
 
 static int is_stopping(void) { return __atomic_load_n(&stopping, __ATOMIC_ACQUIRE); }
@@ -187,7 +187,7 @@ static struct ring_state ring;
 static uint8_t ring_page[PAGE_BYTES] __attribute__((aligned(PAGE_BYTES)));
 static uint8_t state[NR_PFNS];
 
-/* Under the lock, as in Python. */
+/* Called under the lock, as in Python. */
 static void answer(const struct page_actions *actions)
 {
     struct ring_request answers[FAULT_SLOTS];
@@ -247,7 +247,7 @@ static void *pager_main(void *arg)
     return NULL;
 }
 
-/* All pages are here, and no copy of any is on its way. */
+/* Whether all pages are here, and no copy of any is in transit. */
 static void wait_for_all(uint32_t round)
 {
     for (int all = 0; !all; usleep(1000)) {
@@ -273,8 +273,8 @@ static void wait_for_all(uint32_t round)
         usleep(1000);
 }
 
-/* Nominate, copy, evict.  Whoever touches the page in between has it back, and the eviction fails.
- */
+/* Nominate, copy, evict.  If a vCPU touches the page in between, it is present again, and the
+ * eviction fails. */
 static int put_back(uint64_t pfn, int slowly)
 {
     uint64_t *from = (uint64_t *)(evictor_map.memory + pfn * PAGE_BYTES);
@@ -282,7 +282,7 @@ static int put_back(uint64_t pfn, int slowly)
     int rc, once;
 
     fault_lock_take(backlog.lock);
-    once = source_state[pfn] == PAGE_DONE; /* not since all were here: a copy may be on its way */
+    once = source_state[pfn] == PAGE_DONE; /* otherwise a copy may still be in transit */
     fault_lock_give(backlog.lock);
     if (!once)
         return 0;
@@ -290,7 +290,7 @@ static int put_back(uint64_t pfn, int slowly)
         return -1;
     if (slowly)
         usleep(300);
-    /* While the guest may write: then the page is not evicted, and this copy is of no use. */
+    /* The guest may write meanwhile.  Then the page is not evicted, and this copy is not used. */
     for (unsigned i = 0; i < PAGE_BYTES / 8; i++)
         to[i] = __atomic_load_n(&from[i], __ATOMIC_RELAXED);
     fault_lock_take(outstanding.lock);
@@ -450,7 +450,7 @@ int main(void)
     shutdown(pull[1], SHUT_RDWR);
     pthread_join(server, NULL);
     compare();
-    /* Its memory is taken from it: all vCPUs crash the guest at once. */
+    /* The guest loses its memory, so all vCPUs crash it at once. */
     sim_host_unpause(host);
     CHECK(!sim_depopulate(&evictor_map, pfns, PAGES, &done) && done == PAGES);
     while (!__atomic_load_n(&at_destination.dom->crash, __ATOMIC_ACQUIRE))

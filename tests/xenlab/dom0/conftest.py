@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""In dom0: each test belongs to some of the hypervisors, and is left out on the others.
+"""The choice of tests in dom0: each test belongs to some of the hypervisors, and is left out on the
+others.
 
 A test of the conformance suite belongs to the hypervisor with all operations.  Tests marked
-``eviction`` also belong to the one without the batched operation.  The gate has the whole suite,
-and those of the lab's own tests that are marked ``gate``.
+``eviction`` also belong to the hypervisor without the batched operation.  The gate has the whole
+suite, and those of the lab's own tests that are marked ``gate``.
 """
 
 from __future__ import annotations

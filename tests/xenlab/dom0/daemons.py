@@ -19,7 +19,7 @@ TREE = Path(__file__).parents[3]
 
 
 class Daemons:
-    """In ``directory``: their control sockets, logs and journals."""
+    """The daemons, with their control sockets, logs and journals in ``directory``."""
 
     def __init__(self, directory: Path, config: str = ""):
         self.directory = directory
@@ -30,11 +30,11 @@ class Daemons:
 
     @property
     def port(self) -> int:
-        """The receiver's."""
+        """The port of the receiver."""
         return self.ports["receiver"]
 
     def start(self, role: str) -> None:
-        """At the port that one before it had."""
+        """Start a daemon, at the port of the one before it."""
         socket, state = self.directory / role, self.directory / "state"
         with (self.directory / f"{role}.log").open("a") as log:
             self._processes[role] = zygote.Popen[bytes](
@@ -74,7 +74,7 @@ class Daemons:
             return client.call(**request)
 
     def line(self, role: str) -> dict[str, Any]:
-        """The last migration's; empty where there was none."""
+        """Return the line of the last migration; empty if there was none."""
         lines: list[dict[str, Any]] = self.ask(role, command="list")["migrations"]
         return lines[-1] if lines else {}
 
@@ -89,7 +89,7 @@ class Daemons:
 
 @contextlib.contextmanager
 def daemons(directory: Path, config: str = "") -> Iterator[Daemons]:
-    """``config``: what their configuration file has."""
+    """Run both daemons.  ``config``: the contents of their configuration file."""
     with contextlib.closing(Daemons(directory, config)) as made:
         for role in ("receiver", "sender"):
             made.start(role)
@@ -97,7 +97,7 @@ def daemons(directory: Path, config: str = "") -> Iterator[Daemons]:
 
 
 def write_helper(directory: Path) -> Path:
-    """The helper of this tree, as a program that libxl can start."""
+    """Write the helper of this tree as a program that libxl can start."""
     program = directory / "xen-postcopy-xl-helper"
     program.write_text(f'#!/bin/sh\ncd {TREE} && exec {sys.executable} -m migrate.xl.helper "$@"\n')
     program.chmod(0o755)

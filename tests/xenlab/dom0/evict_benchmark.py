@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The RFC's figure, on this machine: unpopulated gfns made paged out, in batches and one by one.
+"""The RFC's figure, on this machine: unpopulated gfns are paged out, in batches and one by one.
 
 Run in dom0 (``make xenlab-bench``).  The RFC had 8.535 s and 1.590 s for 512k gfns, a ratio of 5.4.
 """
@@ -49,8 +49,8 @@ def main() -> None:
         domain = xen.create_incoming(config)
         domain.paging_enable()
         batched.append(seconds(lib.xen_populate_evicted, domain, xen, 0, options.gfns))
-        # The best that is possible without the operation: populate the holes in batches, then
-        # nominate and evict each page.
+        # The fastest way without the operation: populate the holes in batches, then nominate and
+        # evict each page.
         one_by_one.append(
             seconds(lib.xen_evict_one_by_one, domain, xen, options.gfns, options.gfns)
         )

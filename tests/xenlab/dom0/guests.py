@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Guests for tests inside the lab: made with xl, gone with the context."""
+"""Guests for tests inside the lab.  They are made with xl, and destroyed when the context ends."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 PARTS = Path("/mnt/parts")
 CONSOLES = Path("/var/log/xen")
 STEPS_PER_S = 3000
-"""Not all that it can: the emulated processor is shared with dom0."""
+"""Less than the guest could do, because the emulated processor is shared with dom0."""
 # Without tsc_mode the guest executes an RDTSCP that the emulated Xen cannot emulate.  ``cpus``
 # prevents a triple fault, which a move between the emulated processors causes.
 CONFIG = """\
@@ -36,7 +36,7 @@ on_crash = "preserve"
 
 @dataclass(frozen=True)
 class Kind:
-    """What a guest boots, and with how much memory: enough, and little to copy."""
+    """What a guest boots, and its memory: enough to run, and little to copy."""
 
     kernel: str
     memory_mib: int
@@ -76,7 +76,9 @@ class Guest:
         return heartbeats_in(self.console())
 
     def wait_for_heartbeats(self, count: int, timeout_s: float = 120.0) -> list[Heartbeat]:
-        """So many more than now.  Raises ``TimeoutError`` with the end of its console."""
+        """Wait for so many more heartbeats.  Raises ``TimeoutError`` with the end of the
+        console.
+        """
         wanted = len(self.heartbeats()) + count
         deadline = time.monotonic() + timeout_s
         while len(beats := self.heartbeats()) < wanted:
@@ -100,7 +102,7 @@ def xl(*arguments: str) -> str:
 
 @functools.cache
 def near(name: str) -> Path:
-    """One of the parts, in dom0's memory: the shared folder is slow."""
+    """Return a copy of one of the parts in dom0's memory, because the shared folder is slow."""
     copy = Path("/tmp/parts") / name
     copy.parent.mkdir(exist_ok=True)
     shutil.copy(PARTS / name, copy)
@@ -116,7 +118,9 @@ def create(
     paused: bool = False,
     options: str = f"rate={STEPS_PER_S}",
 ) -> Guest:
-    """``extra``: lines of its configuration; ``options``: what its program is told (see there)."""
+    """Make a guest.  ``extra``: lines of its configuration.  ``options``: the options of its
+    program.
+    """
     config = Path(f"/tmp/{name}.cfg")
     if kind.initramfs:
         extra += f'ramdisk = "{near(kind.initramfs)}"\n'
@@ -140,7 +144,7 @@ def destroy(name: str) -> None:
 
 @contextlib.contextmanager
 def guest(name: str, **how: Any) -> Iterator[Guest]:
-    """As :func:`create`."""
+    """Yield a guest of :func:`create`, and destroy it."""
     try:
         yield create(name, **how)
     finally:

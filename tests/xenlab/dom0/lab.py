@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The real Xen for the conformance suite: one guest of a kind for as many tests as leave it well.
+"""The real Xen for the conformance suite.  One guest of a kind serves as many tests as leave it
+undamaged.
 
-There are empty domains besides.
+Empty domains are made besides.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ XEN_X86_EMU_LAPIC = 1
 REMNANTS_S = 30.0
 OPTIONS = f"rate={STEPS_PER_S} beat=100"
 EMPTY_PLATFORM = Platform(True, XEN_X86_EMU_LAPIC, 0, bytes(16), 0, b"", b"")
-"""Of a PVH domain."""
+"""The platform of a PVH domain."""
 
 
 class XenLab(Lab):
@@ -60,7 +61,7 @@ class XenLab(Lab):
         return self.xen.open(self._guests[kind].domid)
 
     def close(self) -> None:
-        """Whatever a test did: nothing is left but guests that are as good as new."""
+        """Remove what a test has made, except guests that can be used again."""
         self.xen.close()
         self.hypervisor = self.xen = XenHypervisor()
         for kind in self._used & set(self._guests):
@@ -137,7 +138,7 @@ def the_lab() -> XenLab:
 
 
 def remnants(xen: XenHypervisor) -> list[int]:
-    """Domains that are gone but for pages that somebody holds."""
+    """Return the destroyed domains that still exist because a process holds their pages."""
     info = ffi.new("struct xen_info[]", 256)
     count = lib.xen_domain_list(xen.host.native, 1, info, len(info))
     return [info[i].domid for i in range(count) if info[i].dying]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Our Debian package in a dom0 that runs systemd, there and on other hosts."""
+"""Our Debian package in a dom0 that runs systemd, on this host and on others."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ COMMAND_TIMEOUT_S = 240
 
 @dataclass(frozen=True)
 class Host:
-    """``name``: where to go by ssh; empty: here."""
+    """A host.  ``name``: its name for ssh; empty for this host."""
 
     name: str = ""
 
     def run(
         self, *command: str, ok: bool = True, given: str | None = None, **environment: str
     ) -> str:
-        """What it says; ``given``: its standard input."""
+        """Run a command and return its output.  ``given``: its standard input."""
         words = (
             ["env", *(f"{key}={value}" for key, value in environment.items()), *command]
             if environment

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The process that waits in a booted dom0 for the machine's one command, and runs the command.
 
-The state of a booted machine is saved while this process waits.  Every module that the lab's
-tests take from elsewhere is imported by then, so pytest runs in a fork and imports nothing twice.
-Only what is on dom0's own disks exists before the command comes: no working tree.
+The state of a booted machine is saved while this process waits.  Every third-party module that the
+lab's tests need is imported by then, so pytest runs in a fork and imports nothing twice.  Before
+the command arrives only what is on dom0's own disks exists, and no working tree.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RNDRESEEDCRNG = 0x5207
 
 
 def prepare() -> None:
-    """Import the third-party modules: pytest with its plugins, and what the project depends on."""
+    """Import the third-party modules: pytest with its plugins, and the project's dependencies."""
     import cffi
     import click
     import msgpack
@@ -53,7 +53,7 @@ def prepare() -> None:
 
 
 def be_current(now: float, entropy: str) -> None:
-    """Set the clock, which stood while the state was saved, and make random numbers differ."""
+    """Set the clock, which stopped while the state was saved, and make random numbers differ."""
     time.clock_settime(time.CLOCK_REALTIME, now)
     with open("/dev/urandom", "wb", buffering=0) as pool:
         pool.write(bytes.fromhex(entropy))
@@ -94,7 +94,7 @@ def run(command: dict[str, Any]) -> int:
             traceback.print_exc()
         finally:
             os._exit(status)
-    while True:  # As a first process, this one is the parent of orphans too.
+    while True:  # As the first process of dom0, this one is the parent of orphans too.
         ended, status = os.wait()
         if ended == child:
             return os.waitstatus_to_exitcode(status)
@@ -128,7 +128,7 @@ def main() -> None:
         subprocess.run(["xl", "dmesg"], stdout=said, stderr=said, check=False)
     unfinished = IO / "status.unfinished"
     unfinished.write_text(f"{status}\n")
-    unfinished.rename(IO / "status")  # Whoever waits for the file ends this machine.
+    unfinished.rename(IO / "status")  # The process that waits for this file ends the machine.
     time.sleep(60)
 
 

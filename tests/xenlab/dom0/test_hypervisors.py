@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What differs between the hypervisors, and what an administrator sees of it: run in dom0 by ``make
+"""The differences between the hypervisors, as an administrator sees them.  Run in dom0 by ``make
 xenlab``.
 """
 
@@ -119,7 +119,7 @@ def test_what_xen_does_not_page_is_refused_before_it_is_tried(xen: XenHypervisor
 @pytest.mark.gate
 @PAGING
 def test_one_by_one_does_the_same(xen: XenHypervisor) -> None:
-    """On a hypervisor with populate_evicted as well: what the fallback does is what that does."""
+    """The fallback does the same as populate_evicted, also on a hypervisor that has the latter."""
     domain = empty(xen)
     domain.paging_enable()
     domain.populate(span(0, 100))
@@ -133,10 +133,10 @@ def test_one_by_one_does_the_same(xen: XenHypervisor) -> None:
 
     assert one_by_one(*range(50, 150)) == (0, 100)
     assert domain.present(span(50, 100)).all()
-    assert one_by_one(10, 60, 20) == (-errno.EBUSY, 1)  # paged out already
+    assert one_by_one(10, 60, 20) == (-errno.EBUSY, 1)  # the page is paged out already
     assert one_by_one(200, 201, 200) == (-errno.EBUSY, 2)
     assert one_by_one(20, 60, 301, 302) == (-errno.EBUSY, 1)
-    domain.populate(span(301, 2))  # what comes behind the one that failed has stayed a hole
+    domain.populate(span(301, 2))  # the pfns behind the failed one have stayed holes
     assert one_by_one(500, 1 << 50) == (-errno.EINVAL, 1)
     assert not domain.load(span(50, 100), None).any()
     assert domain.load(span(0, 1), None).tolist() == [-errno.ENOENT]
@@ -145,8 +145,8 @@ def test_one_by_one_does_the_same(xen: XenHypervisor) -> None:
 
 @pytest.mark.hypervisors("populate-evicted")
 def test_the_pinned_set_is_recognised_where_xen_does_not_tell(xen: XenHypervisor) -> None:
-    """All pages that the patched hypervisor reports as held, except those that a parameter names,
-    of a guest that runs and of one that is suspended.
+    """The search finds all pages that the patched hypervisor reports as held, except those that a
+    parameter names, for a running guest and for a suspended one.
     """
     with guest("pinned") as made:
         made.wait_for_heartbeats(2)
@@ -162,7 +162,8 @@ def test_the_pinned_set_is_recognised_where_xen_does_not_tell(xen: XenHypervisor
 
         for _ in range(2):
             held, recognised = found_by(lib.xen_query_held), found_by(lib.xen_recognise_held)
-            low = {pfn for pfn in held if pfn < 2**18}  # above are the rings that parameters name
+            # Above this are the rings that parameters name.
+            low = {pfn for pfn in held if pfn < 2**18}
             print(f"held {sorted(map(hex, held))}, recognised {sorted(map(hex, recognised))}")
             assert low and low <= recognised
             assert len(recognised) < len(there) // 1000
@@ -232,10 +233,10 @@ def test_the_daemons_move_a_guest(xen: XenHypervisor, tmp_path: Path) -> None:
 def test_daemons_are_killed_in_postcopy_and_their_successors_go_on(
     xen: XenHypervisor, tmp_path: Path
 ) -> None:
-    """The guest stands still at pages that are missing, and loses none."""
+    """The guest waits at missing pages, and loses none."""
     with guest("orphan") as made, daemons(tmp_path) as running:
         made.wait_for_heartbeats(2)
-        # It breaks off when the sender is killed.
+        # The command ends when the sender is killed.
         command = [
             sys.executable,
             "-m",
@@ -280,9 +281,9 @@ def test_daemons_are_killed_in_postcopy_and_their_successors_go_on(
             xen.host.destroy(arrived.domid)
 
 
-@pytest.mark.hypervisors("populate-evicted")  # how pages were evicted has nothing to do with it
+@pytest.mark.hypervisors("populate-evicted")  # the result does not depend on how pages are evicted
 def test_a_protected_guest_outlives_its_destination(xen: XenHypervisor, tmp_path: Path) -> None:
-    """It goes on at the source, in a new domain, as it was at the last checkpoint."""
+    """The guest continues at the source, in a new domain, as it was at the last checkpoint."""
     with guest("phoenix") as made, daemons(tmp_path) as running:
         made.wait_for_heartbeats(2)
         command = [

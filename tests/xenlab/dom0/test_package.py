@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The package in a dom0 that runs systemd: install it, migrate with it, remove it.  Run in
-order.
+"""The package in a dom0 that runs systemd: it is installed, used for a migration, and removed.  The
+tests run in order.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def test_the_units_start_and_are_well_formed() -> None:
         )
         print(run("systemd-analyze", "security", unit))
     found = run("systemd-analyze", "--man=no", "verify", *UNITS, "xen-postcopy.target").splitlines()
-    newer = ("'RestartSteps'", "'RestartMaxDelaySec'")  # of systemd 254; Debian 12 has 252
+    newer = ("'RestartSteps'", "'RestartMaxDelaySec'")  # settings of systemd 254; Debian 12 has 252
     assert [line for line in found if not any(key in line for key in newer)] == []
     assert "PHASE" in run("xen-postcopy", "list")
     assert "ready" in run("xen-postcopy", "preflight")

@@ -58,7 +58,7 @@ def migrations(host: Host) -> list[Json]:
 
 
 def names(host: Host) -> list[str]:
-    """As ``xl list`` has them."""
+    """Return the names that ``xl list`` shows."""
     return [line.split()[0] for line in host.run("xl", "list").splitlines()[1:]]
 
 
@@ -71,7 +71,9 @@ def wait_until_completed(pair: Pair) -> None:
 
 
 def check_arrived(name: str, source: Host, to: Host, console: str) -> None:
-    """It runs there, without an error, and is not here any more."""
+    """Check that the guest runs at the destination without an error, and not at the source any
+    more.
+    """
     there = GuestThere(console, 0, to)
     beats = there.wait_for_heartbeats(3)
     assert [beat.errors for beat in beats] == [0] * len(beats)

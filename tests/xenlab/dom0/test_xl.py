@@ -58,7 +58,7 @@ READY, GO, REPORT = (
 
 @dataclass
 class Host:
-    """dom0 with our helper, the daemons' control sockets in ``directory``."""
+    """dom0 with our helper, and the daemons' control sockets in ``directory``."""
 
     directory: Path
     xen: XenHypervisor
@@ -80,7 +80,7 @@ class Host:
         )  # fmt: skip
 
     def save(self, name: str, to: Path, *, with_helper: bool = True) -> None:
-        """``xl save``.  Raises ``RuntimeError`` with the output if the command fails."""
+        """Run ``xl save``.  Raises ``RuntimeError`` with the output if the command fails."""
         self._run(
             "xl",
             "save",
@@ -110,7 +110,9 @@ class Host:
 
     @contextmanager
     def lacking_pages(self, name: str) -> Iterator[Guest]:
-        """A guest that runs, was migrated by postcopy, and whose pages are still to come."""
+        """Yield a guest that runs after a postcopy migration, and whose pages have not all
+        arrived.
+        """
         with guest(name) as made:
             made.wait_for_heartbeats(2)
             self.migrate(name, XEN_POSTCOPY_STRATEGY="postcopy")
@@ -129,7 +131,7 @@ class Host:
         return lines
 
     def wait_for(self, phase: str) -> None:
-        """Until the last migration is so at both ends."""
+        """Wait until the last migration is in this phase at both ends."""
 
         def reached() -> bool:
             return all(
@@ -139,7 +141,7 @@ class Host:
         until(reached, f"{phase} is not reached", 120)
 
     def check_clean(self, name: str) -> None:
-        """One domain of this name, and nothing that is left of another."""
+        """Check that there is one domain of this name, and that nothing is left of another."""
         domid = int(xl("domid", name))
 
         def alone() -> bool:
@@ -152,7 +154,7 @@ class Host:
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    """Without daemons, and without guests of other tests."""
+    """Yield a host without daemons, and without guests of other tests."""
     with closing(XenHypervisor()) as xen:
         for info in xen.domains():
             xen.host.destroy(info.domid)
@@ -167,13 +169,13 @@ def running(host: Host) -> Iterator[Host]:
 
 @pytest.fixture
 def slow(host: Host, tmp_path: Path) -> Iterator[Host]:
-    """So slow that there is time to do something in each phase."""
+    """Yield a host whose migrations are so slow that a test can act in each phase."""
     with daemons(tmp_path, '[migration]\nbandwidth = "8M"\n'):
         yield Host(tmp_path, host.xen)
 
 
 def arrived(name: str) -> Guest:
-    """As its console was named when it was opened."""
+    """Return the guest, with its console under the name that it had when it was opened."""
     return Guest(f"{name}--incoming", int(xl("domid", name)))
 
 
@@ -185,7 +187,9 @@ def check_heartbeat(guest: Guest) -> None:
 @pytest.mark.gate
 @PAGING
 def test_xl_migrates_by_postcopy_and_back(running: Host) -> None:
-    """Both strategies, there and back: the heartbeat goes on, and nothing is left of the source."""
+    """Both strategies, there and back: the heartbeat continues, and nothing is left of the
+    source.
+    """
     with guest("xl1") as made:
         made.wait_for_heartbeats(2)
         for strategy in ("hybrid", "postcopy"):
@@ -236,7 +240,7 @@ def test_a_receiver_that_dies_in_the_middle(running: Host) -> None:
         with pytest.raises(RuntimeError, match="failed to suspend at sender"):
             running.migrate(
                 "xl3", receive=running.cutter("to", "0VPX")
-            )  # the name of our record, as it is in the stream
+            )  # the name of our record in the stream
         running.wait_for("failed")
         running.check_clean("xl3")
         assert int(xl("domid", "xl3")) == made.domid
@@ -268,7 +272,7 @@ def test_a_host_that_cannot_page_leaves_it_to_the_stock_helper(running: Host) ->
         said = running.migrate("xl5", XEN_POSTCOPY="")
         assert "built without memory paging" in said and "using Xen's own live migration" in said
         check_heartbeat(arrived("xl5"))
-        said = running.migrate("xl5", XEN_POSTCOPY_STRATEGY="precopy")  # which needs no paging
+        said = running.migrate("xl5", XEN_POSTCOPY_STRATEGY="precopy")  # precopy needs no paging
         running.wait_for("completed")
 
 
@@ -307,7 +311,9 @@ def tot_pages(host: Host, name: str) -> int:
 
 
 def set_memory(host: Host, name: str, mib: int) -> None:
-    """And wait until the guest has followed, but for what it cannot spare or must not have."""
+    """Set the guest's memory.  Then wait until the guest has followed, as far as it can spare
+    memory and may have it.
+    """
     before = tot_pages(host, name)
     xl("mem-set", name, str(mib))
     half_way = (before + (mib << 8)) / 2
@@ -325,8 +331,8 @@ def grown(guest: Guest) -> list[int]:
 
 @PAGING
 def test_the_balloon_moves_in_each_phase(slow: Host) -> None:
-    """Upwards while memory is copied, of which Xen 4.17 records nothing; down and up while pages
-    are missing.
+    """The balloon grows while memory is copied, which Xen 4.17 does not record.  It shrinks and
+    grows while pages are missing.
     """
     with guest("xl7", options=f"rate={STEPS_PER_S} pages=5000 grow=9000") as made:
         made.wait_for_heartbeats(2)
@@ -365,12 +371,12 @@ def test_the_balloon_moves_in_each_phase(slow: Host) -> None:
 
 @PAGING
 def test_a_guest_that_is_saved_while_pages_are_missing(slow: Host, tmp_path: Path) -> None:
-    """xl waits until it has them; restored, it goes on without an error."""
+    """xl waits until all pages have arrived.  The restored guest continues without an error."""
     with slow.lacking_pages("xl8") as made:
         slow.save("xl8", tmp_path / "image")
         slow.wait_for("completed")
         xl("restore", str(tmp_path / "image"))
-        check_heartbeat(made)  # whose console has its name again
+        check_heartbeat(made)  # the console has its name again
 
 
 @PATCHED
@@ -395,7 +401,7 @@ def test_the_pages_of_a_guest_that_is_saved_without_the_helper_are_kept(
 
 @PATCHED
 def test_a_core_of_a_guest_that_lacks_pages_has_them(slow: Host, tmp_path: Path) -> None:
-    """Xen asks the receiver for what xl maps."""
+    """Xen requests the pages that xl maps from the receiver."""
     with slow.lacking_pages("xl10"):
         xl("dump-core", "xl10", str(tmp_path / "core"))
         slow.wait_for("completed")

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``xl migrate`` by postcopy against Xen's own, of a guest that dirties most of its memory as fast
+"""``xl migrate`` by postcopy against Xen's own, for a guest that dirties most of its memory as fast
 as it can.
 
-    make xenlab-xl-bench
-
-Run in dom0, alternately in the same boot.  Two times of each migration are printed: the longest
-time without a heartbeat, as dom0 sees it on the guest's console; and the part of it that helpers
-and daemons cause, from libxl's answer to ``suspend`` until the restoring helper sends ``complete``.
-The rest is libxl's: it suspends the guest, and finishes the new domain.
+Run in dom0 (``make xenlab-xl-bench``), alternately in the same boot.  Two times of each migration
+are printed.  One is the longest time without a heartbeat, as dom0 sees it on the guest's console.
+The other is the part of it that helpers and daemons cause, from libxl's answer to ``suspend`` until
+the restoring helper sends ``complete``. libxl causes the rest: it suspends the guest, and finishes
+the new domain.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ class Measured:
 
 
 class Console:
-    """When heartbeats come, from whichever console the guest has just now."""
+    """The times of the heartbeats, from the console that the guest has at the moment."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -103,7 +102,9 @@ def tap(directory: Path, name: str, helper: str) -> tuple[Path, Path]:
 
 
 def our_part(log: Path) -> float:
-    """From the answer to suspend to the restoring side's complete, of the last migration."""
+    """Return the time from the answer to suspend until the restoring side's complete, for the last
+    migration.
+    """
     lines = [line.split() for line in log.read_text().splitlines()]
     saving = [(float(at), what) for at, mode, what in lines if mode == "--save-domain"]
     asked = max(i for i, (_at, what) in enumerate(saving) if what == SUSPEND)

@@ -1,16 +1,17 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The only program of a guest with Linux: fills memory with a known pattern, goes on writing to
+ * The only program of a guest with Linux: fills memory with a known pattern, continues to write to
  * it, checks all that it reads (pattern.h), and prints a heartbeat:
  *
  *     heartbeat N steps S errors E longest L ms
  *
- * Kernel command line: pages=N (what to fill; default: two thirds of what is free), rate=N (steps
- * a second; default: as fast as it can), beat=N (milliseconds from one heartbeat to the next;
- * default: 500), words=N (of a page that a step reads and writes; default: all 512), clock=1 (ask
- * for the time at each step: of a few words a step takes less than that, so it is asked for a
- * hundred times a second otherwise), grow=N (pages: when the balloon has brought memory, take up to
- * so many more, fill them as well, and print "grown to N pages").
+ * Kernel command line: pages=N (the pages to fill; default: two thirds of what is free), rate=N
+ * (steps a second; default: as fast as it can), beat=N (milliseconds from one heartbeat to the
+ * next; default: 500), words=N (the words of a page that a step reads and writes; default: 512),
+ * clock=1 (read the clock at each step; without it the clock is read a hundred times a second,
+ * because a step of a few words takes less time than reading the clock), grow=N (pages: when the
+ * balloon has added memory, use up to so many more, fill them as well, and print "grown to N
+ * pages").
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -44,7 +45,7 @@ static unsigned long option(const char *line, const char *name, unsigned long ot
     return at ? strtoul(at + strlen(name), NULL, 0) : otherwise;
 }
 
-/* Three quarters of what the balloon has brought since memory was least. */
+/* Three quarters of what the balloon has added since memory was least. */
 static void grow(struct memory *memory, uint64_t first, uint64_t most)
 {
     static unsigned long least = ~0ul;

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * What a guest of the lab does with its memory: it fills pages with a known pattern, goes on
- * writing them, and checks all that it reads.  A word of a page depends on the page's number and
- * on how often the page was written.  The counts of writes are kept apart, in pages of their own:
- * a page that came back old, zeroed or as another one shows.
+ * What a guest of the lab does with its memory: it fills pages with a known pattern, continues to
+ * write them, and checks all that it reads.  A word of a page depends on the page's number and
+ * on how often the page was written.  The counts of writes are kept in pages of their own, so that
+ * a page with old contents, zeros or the contents of another page is noticed.
  */
 #include <stdint.h>
 
@@ -12,7 +12,7 @@
 
 struct memory {
     uint64_t *words;
-    uint32_t *writes;   /* of each page */
+    uint32_t *writes;   /* the number of writes of each page */
     uint64_t pages;
     unsigned used;      /* words of a page that a step reads and writes */
     uint64_t steps, errors;

@@ -1,21 +1,21 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * A guest without an operating system, of a few MiB: what a test needs that asks for no more than
- * a guest.  It does to its memory what init.c does (pattern.h), and prints the same heartbeat:
+ * A guest without an operating system, of a few MiB, for tests that need no more than a guest.  It
+ * does the same with its memory as init.c (pattern.h), and prints the same heartbeat:
  *
  *     heartbeat N steps S errors E longest L ms
  *
  * Command line: rate=N (steps a second; default: as fast as it can), beat=N (milliseconds from one
  * heartbeat to the next; default: 500).
  *
- * There is one vCPU, and no interrupt: each 10 ms the guest looks whether xenstored has written
- * into its ring.  So Xen knows none of its frames but the two rings', and all else may be paged
- * out: code, stack and page tables as well.  A hypercall whose arguments are paged out fails with
- * EFAULT, while the page is fetched, and is made again.
+ * There is one vCPU, and no interrupt: every 10 ms the guest checks whether xenstored has written
+ * into its ring.  So Xen holds none of its frames except those of the two rings, and everything
+ * else may be paged out: code, stack and page tables as well.  A hypercall whose arguments are
+ * paged out fails with EFAULT, while the page is fetched, and is made again.
  *
  * It suspends as Linux does: control/shutdown in xenstore becomes "suspend", which the guest
- * acknowledges by emptying it, and SCHEDOP_shutdown returns when the guest goes on: 1 in the same
- * domain, 0 in another one, whose xenstored and console it has to find anew.
+ * acknowledges by emptying it.  SCHEDOP_shutdown returns when the guest continues: 1 in the same
+ * domain, 0 in another one, whose xenstored and console the guest has to find again.
  *
  * Numbers and layouts are those of xen/include/public/: hvm/{hvm_op,params}.h,
  * arch-x86/hvm/start_info.h, sched.h, event_channel.h, io/{console,xs_wire}.h; the hypercall page
@@ -195,7 +195,7 @@ static void copy_out(char *data, const volatile char *ring, uint32_t size, uint3
         data[i] = ring[(at + i) % size];
 }
 
-/* A line for which there is no room is left out, so that none is torn. */
+/* If there is no room for a line, all of it is left out. */
 static void print(const struct text *line)
 {
     if (sizeof(console->out) - (console->out_prod - console->out_cons) < line->n)
@@ -206,7 +206,7 @@ static void print(const struct text *line)
     notify(console_port);
 }
 
-/* Whether there was a message.  What is longer than `most` is cut off. */
+/* Returns whether there was a message.  A message longer than `most` is cut off. */
 static int receive(struct store_header *header, char *body, uint32_t most)
 {
     uint32_t at, there;
@@ -238,7 +238,7 @@ static void look_for_events(void)
         asked |= header.type == XS_WATCH_EVENT;
 }
 
-/* The answer, cut off or filled up with zeros.  One request is under way at a time, so the ring
+/* Return the answer, cut off or filled up with zeros.  There is one request at a time, so the ring
  * has room. */
 static void request(uint32_t type, const char *body, unsigned n, char *answer, unsigned most)
 {
@@ -270,10 +270,10 @@ static void request(uint32_t type, const char *body, unsigned n, char *answer, u
 /* ---- suspending ---- */
 static const char CONTROL[] = "control/shutdown";
 
-/* With xenstored and the console's daemon of the domain that this is now. */
+/* Connect with xenstored and the console's daemon of the present domain. */
 static void connect(void)
 {
-    /* A vector, never delivered: it shows toolstacks that the guest is to be asked to suspend. */
+    /* A vector that is never delivered: it shows toolstacks that the guest suspends on request. */
     struct parameter callback = { DOMID_SELF, PARAM_CALLBACK_IRQ, 2ull << 56 | 0xf3 };
     static const char watch[] = "control/shutdown\0stub";
     char answer[8];

@@ -13,7 +13,7 @@ from tests.native.c_files import FUZZ, INCLUDE, run_all
 HERE = Path(__file__).parent
 CORPUS = HERE / "corpus"
 TARGETS: dict[str, list[str]] = {"faults": [], "ring": ["xenbackend/native/ring.c"], "bulk": []}
-"""And what each is linked with; what it includes is its own affair."""
+"""The files with which each target is linked; a target may include others itself."""
 FLAGS = [
     "-g",
     "-O1",
@@ -32,14 +32,14 @@ def _kind(name: str, kind: Any) -> str:
 
 
 def write_kinds() -> None:
-    """What faults.c includes: the frames of the codec."""
+    """Write the file that faults.c includes, with the frames of the codec."""
     FUZZ.mkdir(parents=True, exist_ok=True)
     kinds = {"FAULT": FAULT, "PAGE": PAGE, "ZERO": ZERO}
     (FUZZ / "kinds.h").write_text("".join(_kind(name, kind) for name, kind in kinds.items()))
 
 
 def build() -> dict[str, Path]:
-    """The programs, by their targets' names."""
+    """Build the programs, and return them by their targets' names."""
     write_kinds()
     programs = {name: FUZZ / name for name in TARGETS}
     compiler = ["clang", *FLAGS, "-fsanitize=fuzzer,address,undefined", *INCLUDE]

@@ -3,9 +3,9 @@
  * The fast path of a fault at both ends (migrate/fastpath/native): what a peer sends on the pull
  * lane, in packets of any size, and what the ring and the hypervisor answer meanwhile.
  *
- * Checksums keep a fuzzer from making frames by chance, so the input says what frames to make, of
- * which pfns, how they are damaged and whether their checksums are mended after that.  kinds.h is
- * generated: the three kinds of frame as the codec makes them.
+ * Because of the checksums a fuzzer cannot make frames by chance.  So the input determines which
+ * frames to make, of which pfns, how they are damaged and whether their checksums are corrected
+ * after that.  kinds.h is generated: the three kinds of frame as the codec makes them.
  */
 #define _GNU_SOURCE
 #include <poll.h>
@@ -29,9 +29,9 @@ static int fuzzed_poll(struct pollfd *fds, nfds_t n, int timeout);
 #define STREAM_BYTES (64 << 10)
 #define MOST_PFNS 64
 
-static uint8_t *stream; /* what the peer sends */
+static uint8_t *stream; /* the bytes that the peer sends */
 static size_t stream_bytes, stream_at;
-static uint8_t *buffer; /* what it is received into */
+static uint8_t *buffer; /* the buffer into which they are received */
 static size_t buffer_bytes;
 static const struct fault_frame kinds[] = { FAULT_KIND, PAGE_KIND, ZERO_KIND };
 
@@ -63,7 +63,7 @@ static void append_frame(unsigned choice)
         put_be32(frame + PREFIX_SUM_AT, crc32(frame, PREFIX_SUM_AT));
     }
     read = fault_frame_pfn(kind, frame);
-    if (read >= 0) { /* then it is byte for byte ours */
+    if (read >= 0) { /* the frame is then byte for byte as our codec makes it */
         uint8_t *again = exactly(kind->size);
 
         fault_frame_make(kind, read, again);
@@ -109,7 +109,7 @@ static ssize_t fuzzed_recv(int fd, void *into, size_t size, int flags)
     ASAN_UNPOISON_MEMORY_REGION(buffer, buffer_bytes);
     memcpy(into, stream + stream_at, now);
     stream_at += now;
-    /* What has not been received is not to be read. */
+    /* Bytes that have not been received must not be read. */
     ASAN_POISON_MEMORY_REGION((uint8_t *)into + now, buffer + buffer_bytes - (uint8_t *)into - now);
     return now;
 }
@@ -167,7 +167,7 @@ static int load(void *domain, uint64_t pfn, const void *page)
         CHECK(!memcmp(page, page, PAGE_BYTES));
     if (result == 1)
         return -ENOMEM;
-    CHECK(!loads[pfn]++); /* at most once */
+    CHECK(!loads[pfn]++); /* a page is loaded at most once */
     return result == 2 ? -ENOENT : 0;
 }
 
@@ -190,7 +190,7 @@ static int consume(void *ring, struct ring_request *out)
     return n;
 }
 
-/* The page is there or gone, unless the request needs no page. */
+/* Check that the page is present or gone, unless the request needs no page. */
 static int respond(void *ring, const struct ring_request *answers, int n)
 {
     struct fault_pager *p = ring;
@@ -296,7 +296,7 @@ static void wait_for_pages(uint8_t flags)
         CHECK(p->nr_finished <= FAULT_SLOTS && p->nr_answered <= FAULT_SLOTS &&
               p->received <= (long)buffer_bytes);
         CHECK(rc < 0 || rc & FAULT_RING || pages->nr_waiting == asked - answered);
-        for (uint32_t i = 0; i < pages->nr_waiting; i++) /* nobody waits for what is there */
+        for (uint32_t i = 0; i < pages->nr_waiting; i++) /* no request waits for a present page */
             CHECK(pages->state[pages->waiting[i].request.gfn] == PAGE_REQUESTED);
         if (rc < 0 || rc & (FAULT_STOPPED | FAULT_RING) || (rc & FAULT_LANE && p->received <= 0))
             break;

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* A fuzzer's input, taken from its start; behind its end all is zero. */
+/* A fuzzer's input, taken from its start.  Behind its end there are zeros. */
 #ifndef FUZZ_INPUT_H
 #define FUZZ_INPUT_H
 
@@ -41,7 +41,7 @@ static inline uint32_t take_u32(void)
     return word;
 }
 
-/* Memory of exactly this size, so that AddressSanitizer sees a step beyond its end. */
+/* Memory of exactly this size, so that AddressSanitizer finds an access beyond its end. */
 static inline void *exactly(size_t bytes)
 {
     void *memory = calloc(1, bytes);

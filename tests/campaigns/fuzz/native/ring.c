@@ -10,7 +10,7 @@
 
 #define RESUME 1
 #define BEGIN 4
-/* Requests and notes as a working front end makes them; the indices are the input's still. */
+/* Requests and notes as a working front end makes them; the indices are still from the input. */
 #define SANE 2
 
 static void make_sane(uint8_t *page)
@@ -48,7 +48,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         int n;
 
         sring->req_prod = take_u32();
-        /* Some bytes anywhere in the page. */
+        /* Write some bytes anywhere in the page. */
         for (int left = take_byte() % 8; left; left--) {
             piece.at = take_u32() % 4096;
             piece.n = take_byte();
