@@ -74,7 +74,7 @@ class AwaitedLanes:
             await awaited.expected.wait()
         if not awaited.accepts(greeting.token):
             raise ProtocolError(
-                f"a {greeting.lane} lane that nobody awaits, or with a wrong or used token"
+                f"a {greeting.lane} lane that is not awaited, or with a wrong or used token"
             )
 
     @property

@@ -290,7 +290,7 @@ def peers(_limits: Limits, runs: int) -> None:
         )
         idle = median([r.idle_longest_ms for r in theirs])
         print(
-            f"{'':43} QEMU's guest, emulated, stands still for {idle:.0f} ms at times when nobody "
+            f"{'':43} QEMU's guest, emulated, does not run for {idle:.0f} ms at times when nobody "
             "migrates it"
         )
 

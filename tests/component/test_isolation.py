@@ -231,7 +231,7 @@ async def test_whatever_the_peer_of_an_ended_migration_does_it_is_tried_until_it
 ) -> None:
     journal = Journal(tmp_path)
     refusals = [PeerClosedError("gone"), RefusedError("no"), RemoteProtocolError("damaged"), *BUGS]
-    lanes = cast(Any, Ends([*refusals, UnknownSessionError("never heard of it")]))
+    lanes = cast(Any, Ends([*refusals, UnknownSessionError("unknown session")]))
     hypervisor = cast(Hypervisor, None)
     if which == "sender":
         outgoing = left_by_a_sender(hypervisor, journal, "given up", lanes)

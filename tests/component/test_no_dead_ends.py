@@ -649,7 +649,7 @@ def test_a_destination_that_comes_back_is_told_that_its_pages_are_gone(world: Wo
     until(lambda: phase(world, "sender") == "failed", "it is not carried out")
     until(lambda: "informed" in lines(world, "sender")[-1]["problem"], "nothing is owed")
     start_receiver(world, world.port)
-    until(lambda: phase(world, "receiver") == "lost", "the destination is not told")
+    until(lambda: phase(world, "receiver") == "lost", "the destination is not informed")
     assert "nothing of the guest is needed there" in lines(world, "receiver")[-1]["problem"]
     until(lambda: "informed" not in lines(world, "sender")[-1]["problem"], "it is owed still")
 

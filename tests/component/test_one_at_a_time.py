@@ -365,7 +365,7 @@ def test_the_successor_of_a_receiver_lets_no_guest_go_on_that_somebody_else_has_
         getattr(guest, stop)()
         before = guest.state()
         start_receiver(world, world.port)
-        until(lambda: phase(world, "receiver") == "postcopy", "it does not go on")
+        until(lambda: phase(world, "receiver") == "postcopy", "the migration does not continue")
         until(lambda: phase(world, "receiver") == "completed", "its memory does not come")
         assert guest.state() is before and before is not DomainState.RUNNING
         (guest.unpause if stop == "pause" else guest.resume)()
@@ -379,8 +379,8 @@ def kill_between_checkpoints(world: World, guest: SimulatedDomain) -> None:
         if guest.state() is DomainState.RUNNING:
             return
         start_receiver(world, world.port)
-        until(lambda: phase(world, "receiver") == "postcopy", "it does not go on")
-    pytest.fail("it always stands still")
+        until(lambda: phase(world, "receiver") == "postcopy", "the migration does not continue")
+    pytest.fail("the migration never continues")
 
 
 async def test_a_receiver_that_dies_in_a_checkpoint_has_a_successor_that_lets_the_guest_go_on(

@@ -466,7 +466,7 @@ def test_a_host_dies_and_an_operator_decides(world: World) -> None:
     until(lambda: line(world)["phase"] == "interrupted", "it was not noticed")
     assert "its missing pages are kept here" in line(world)["problem"]
     world.ask("sender", command="decide", migration=line(world)["id"], here=True)
-    until(lambda: line(world)["phase"] == "failed", "it does not go on")
+    until(lambda: line(world)["phase"] == "failed", "the sender does not fail")
     went_back = "the guest continues here, as it was when the last checkpoint was made"
     assert line(world)["problem"].startswith(went_back)
     assert verified_at_source(world.source, spec).problems == []
@@ -501,7 +501,7 @@ def test_the_sender_is_killed_at_any_instant_as_well(world: World, seed: int) ->
     time.sleep(random_.uniform(0, 0.1))
     kill(world, "sender")
     start_sender(world)
-    until(lambda: line(world)["phase"] in ("postcopy", "completing"), "it does not go on")
+    until(lambda: line(world)["phase"] in ("postcopy", "completing"), "it does not continue")
     the_destination_dies(world)
     until(lambda: line(world)["phase"] == "interrupted", "it was not noticed")
     world.ask("sender", command="decide", migration=line(world)["id"], here=True)

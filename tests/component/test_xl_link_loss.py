@@ -160,13 +160,13 @@ def test_a_sender_that_is_killed_afterwards_takes_the_pages_with_it(
     if again == "sender":  # before the sender can have reported it
         xl.relay.do(Link.down)
     xl.restart("sender")
-    until(lambda: xl.line("sender")["phase"] == "failed", "it is not said")
+    until(lambda: xl.line("sender")["phase"] == "failed", "the sender does not show the failure")
     assert "the pages that it lacks at the destination are lost" in xl.line("sender")["problem"]
     if again == "sender":
         xl.restart("sender")
         xl.relay.do(lambda link: setattr(link, "is_up", True))
         xl.world.ask("receiver", command="reconnect", migration=xl.spec.name)
-    until(lambda: xl.line("receiver")["phase"] == "lost", "it is not told")
+    until(lambda: xl.line("receiver")["phase"] == "lost", "the receiver does not show the loss")
     if again == "receiver":
         xl.restart("receiver")
         until(

@@ -269,7 +269,7 @@ def test_the_guest_ends_while_its_pager_is_dead(world: World) -> None:
     kill(world, "receiver")
     world.destination.open("guest").destroy()
     start_anew(world, "receiver")
-    until(lambda: phase(world, "sender") == "failed", "the sender was not told")
+    until(lambda: phase(world, "sender") == "failed", "the sender was not informed")
     assert "ended at the destination" in lines(world, "sender")[-1]["problem"]
     assert world.source.domains() == []
 

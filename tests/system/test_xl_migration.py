@@ -120,7 +120,7 @@ def test_a_guest_that_lacks_pages_is_saved_when_it_has_them(
     with (tmp_path / "image").open("wb") as file:
         how_to = {"XEN_POSTCOPY": "off"} if how == "off" else {}
         helper = save_at_destination(xl, file.fileno(), live=how == "onward", **how_to)
-        until(lambda: bool(helper.of(Message.PROGRESS)), "it says nothing")
+        until(lambda: bool(helper.of(Message.PROGRESS)), "there is no progress message")
         assert not file.tell()
         assert helper.wait() == 0
     assert helper.result == (0, 0)
@@ -150,7 +150,7 @@ def test_the_pages_of_a_guest_that_another_program_saved_are_kept(xl: Xl, slowly
     xl.destination.destroy()
     for daemon, phase in (("sender", "interrupted"), ("receiver", "failed")):
         lacks = "an image or a copy that was made of it then lacks them"
-        until(lambda: lacks in xl.line(daemon)["problem"], "it is not said")
+        until(lambda: lacks in xl.line(daemon)["problem"], "the problem is not shown")
         assert xl.line(daemon)["phase"] == phase
     assert "xen-postcopy decide" in xl.line("sender")["problem"]
     with pytest.raises(MigrationError, match="xl has destroyed the domain here"):

@@ -34,7 +34,7 @@ def mirror() -> str:
         if codename == RELEASE:
             return site
     raise LabError(
-        f"apt knows no Debian mirror for {RELEASE}: run apt-get update, or add it to the sources"
+        f"apt has no Debian mirror for {RELEASE}: run apt-get update, or add it to the sources"
     )
 
 

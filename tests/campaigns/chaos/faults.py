@@ -271,7 +271,7 @@ async def impostor(trial: Trial) -> None:
                 lane.close()
 
     def nobody(_greeting: Hello) -> AwaitedLanes:
-        raise MigrationError("this host takes nobody in now")
+        raise MigrationError("this host accepts no migration now")
 
     reception = Reception(nobody, trial.world.terms)
     if trial.random.random() < 0.5:

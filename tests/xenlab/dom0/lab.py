@@ -74,7 +74,7 @@ class XenLab(Lab):
                 self.xen.host.destroy(info.domid)
         until(
             lambda: not remnants(self.xen),
-            "somebody holds pages of domains that are gone",
+            "pages of domains that are gone are still held",
             REMNANTS_S,
         )
 

@@ -389,7 +389,7 @@ def test_the_pages_of_a_guest_that_is_saved_without_the_helper_are_kept(
         for daemon, phase in (("sender", "interrupted"), ("receiver", "failed")):
             until(
                 lambda: lacks in slow.lines(daemon)[-1]["problem"],
-                "it is not said",
+                "the problem is not shown",
                 60,
             )
             assert slow.lines(daemon)[-1]["phase"] == phase
