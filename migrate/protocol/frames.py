@@ -103,9 +103,9 @@ class FrameDecoder:
     def __init__(self) -> None:
         self.checked = False
         """The payload is in the checksum."""
-        # Of the frame being read: the checksum in its prefix, and the checksum of what has arrived.
+        # The checksum in the prefix of the current frame, and the checksum of what has arrived.
         self._checksums = (0, 0)
-        # Prefixes, headers, and what was read with them.  A larger header makes it grow.
+        # Prefixes, headers, and what was read with them.  The buffer grows for a larger header.
         self._small = bytearray(PREFIX_BYTES + 2 * READ_AHEAD_BYTES)
         # The unread part of _small.
         self._start = 0

@@ -58,7 +58,7 @@ def log(level: Level, text: str, *, context: str = "xen-postcopy", errno: int = 
 
 
 def progress(doing: str, done: int, total: int, *, context: str = "xen-postcopy") -> bytes:
-    """Not answered."""
+    """libxl sends no answer."""
     return _message(
         Message.PROGRESS, _string(context) + _string(doing) + struct.pack("=QQ", done, total)
     )
@@ -82,7 +82,7 @@ def static_data_done(missing: int) -> bytes:
 
 
 def restore_results(store_gfn: int, console_gfn: int) -> bytes:
-    """Not answered."""
+    """libxl sends no answer."""
     return _message(Message.RESTORE_RESULTS, struct.pack("=QQ", store_gfn, console_gfn))
 
 

@@ -103,7 +103,7 @@ async def test_an_end_sends_often_enough_for_a_peer_with_a_shorter_patience(
 
 
 async def test_a_host_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its queue of connections is full, and accepts no more."""
+    """The host's queue of connections is full, and accepts no more."""
     monkeypatch.setattr(transport, "CONNECT_TIMEOUT_S", 0.1)
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.create_server((HOST, 0), backlog=0))

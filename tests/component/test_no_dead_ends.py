@@ -172,7 +172,7 @@ async def test_of_two_decisions_at_once_one_is_carried_out(
 
     monkeypatch.undo()
     (here,) = [here for here, answer in answers.items() if answer == "acts"]
-    # It is too early to decide again, or too late.
+    # The other decision came too early or too late.
     assert "already" in answers[not here] or "has ended" in answers[not here]
     assert [info.name for info in clean_hosts.source.domains()] == ([name] if here else [])
 

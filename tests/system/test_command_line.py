@@ -753,7 +753,7 @@ def test_loopback_leaves_no_process_behind(sig: signal.Signals) -> None:
 
 
 def test_the_next_loopback_removes_what_a_killed_one_has_left() -> None:
-    """It removes nothing of a loopback that runs."""
+    """The directory of a loopback that still runs is kept."""
     with tempfile.TemporaryDirectory() as place:  # a short path, because sockets are made there
         environment = {**os.environ, "TMPDIR": place}
         options = [

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Which domain is meant, and which migration.  A number is no name, and a name is no identifier.  A
-domain that has the number of another one is not that one.
+"""Requests name a domain or a migration without confusion.  A number is no name, and a name is no
+identifier.  A domain that has got the number of another domain is a different domain.
 """
 
 from __future__ import annotations

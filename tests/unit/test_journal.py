@@ -57,7 +57,7 @@ def test_what_binds_nobody_is_dropped(tmp_path: Path, name: str, text: str) -> N
 def test_a_file_has_its_name_when_its_first_entry_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So an empty file is a damaged one, and a guest may depend on what it had."""
+    """An empty file is therefore a damaged one, and a guest may depend on its lost entry."""
 
     def killed(*_: object) -> int:
         assert not list(tmp_path.glob("*.json"))
