@@ -28,7 +28,7 @@ from migrate.logs import Complaint
 from migrate.protocol.messages import Hello, Lane
 from migrate.protocol.session import is_session_id
 from migrate.service.config import Config
-from migrate.service.journal import Journal
+from migrate.service.journal import Journal, Kept
 from migrate.service.lifecycle import (
     STOPPING,
     find_migration,
@@ -38,6 +38,7 @@ from migrate.service.lifecycle import (
 )
 from migrate.tasks import isolated, task_group
 from receiver.migration import IncomingMigration
+from receiver.progress import IncomingProgress
 from receiver.toolstack import XlToolstack
 from xenbackend.contract import Hypervisor, ToolstackPorts
 
@@ -81,12 +82,11 @@ class ReceiverDaemon:
             for session, facts in self._journal.entries().items():
                 try:
                     self._take_up(session, facts)
-                except OccupiedError:
-                    self._awaited.pop(session, None)
-                    self._journal.leave_older(session)
                 except Exception as error:
                     self._awaited.pop(session, None)
-                    self._journal.leave(session, error)
+                    offer = facts.get("offer")
+                    name = offer.get("name") if isinstance(offer, dict) else ""
+                    self._journal.leave(session, error, name)
             answer = functools.partial(
                 control.serve, self._socket_path, self._handle, needed=self._is_needed
             )
@@ -142,11 +142,14 @@ class ReceiverDaemon:
     async def _handle(self, request: Json, connection: ControlConnection) -> None:
         match request["command"]:
             case "list":
+                kept = await trio.to_thread.run_sync(self._journal.still_kept)
                 await connection.answer(
-                    "result", migrations=[_line(m) for m in self._migrations.values()]
+                    "result",
+                    migrations=[_line(m) for m in self._migrations.values()],
+                    kept=[_kept_line(entry) for entry in kept],
                 )
             case "show":
-                migration = find_migration(self._migrations.values(), request["migration"])
+                migration = self._find(request)
                 await connection.answer(
                     "result",
                     **_line(migration),
@@ -160,23 +163,21 @@ class ReceiverDaemon:
             case "await-memory":
                 await self._await_memory(int(request["domid"]), connection)
             case "reconnect":
-                find_migration(self._migrations.values(), request["migration"]).requests.reconnect()
+                self._find(request).requests.reconnect()
                 await connection.answer("result")
             case "check-decision":
-                migration = find_migration(self._migrations.values(), request["migration"])
+                migration = self._find(request)
                 await migration.requests.check_decision(**decision_of(request))
                 await connection.answer("result")
             case "decide":
-                migration = find_migration(self._migrations.values(), request["migration"])
+                migration = self._find(request)
                 await migration.requests.decide(**decision_of(request))
                 await connection.answer("result")
             case "cancel":
-                find_migration(
-                    self._migrations.values(), request["migration"]
-                ).requests.ask_to_cancel()
+                self._find(request).requests.ask_to_cancel()
                 await connection.answer("result")
             case "postcopy-now":
-                migration = find_migration(self._migrations.values(), request["migration"])
+                migration = self._find(request)
                 raise MigrationError(
                     f"{migration.domain_name} is incoming: ask the sender at its source for that"
                 )
@@ -184,6 +185,10 @@ class ReceiverDaemon:
                 raise MigrationError(f"this is the receiver's socket; `{other}` needs the sender's")
             case other:
                 raise MigrationError(f"unknown command {other!r}")
+
+    def _find(self, request: Json) -> IncomingMigration:
+        kept = self._journal.kept.values()
+        return find_migration(self._migrations.values(), request["migration"], kept)
 
     def _find_awaited(self, greeting: Hello) -> AwaitedLanes:
         """Return the lanes to which a connection belongs.  A push lane without a token begins a
@@ -327,3 +332,10 @@ def _line(migration: IncomingMigration) -> Json:
         "phase": migration.phase,
         **asdict(migration.progress),
     }
+
+
+def _kept_line(entry: Kept) -> Json:
+    """An entry of the journal whose migration was not resumed, with the keys of :func:`_line`."""
+    progress = IncomingProgress(entry.domain, phase="", problem=entry.problem)
+    line = {"id": entry.session, "direction": "incoming", "peer": "", **asdict(progress)}
+    return {**line, "unknown": [key for key, value in line.items() if not value]}

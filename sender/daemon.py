@@ -31,7 +31,7 @@ from migrate.options import MigrationOptions, PolicyOptions, Strategy
 from migrate.protocol.messages import Hello
 from migrate.protocol.session import new_id, new_token
 from migrate.service.config import RECEIVER_PORT, Config, MigrationConfig, advertised
-from migrate.service.journal import Journal
+from migrate.service.journal import Journal, Kept
 from migrate.service.lifecycle import (
     STOPPING,
     find_migration,
@@ -44,6 +44,7 @@ from migrate.units import parse_address
 from sender.migration import OutgoingMigration
 from sender.ownership import State
 from sender.preflight import check_free
+from sender.progress import Progress
 from sender.toolstack import XlToolstack
 from xenbackend.contract import DomainId, Hypervisor, find_domain
 from xenbackend.errors import XenError
@@ -86,12 +87,9 @@ class SenderDaemon:
             for session, facts in self._journal.entries().items():
                 try:
                     self._take_up(session, facts)
-                except OccupiedError:
-                    self._awaited.pop(session, None)
-                    self._journal.leave_older(session)
                 except Exception as error:
                     self._awaited.pop(session, None)
-                    self._journal.leave(session, error)
+                    self._journal.leave(session, error, facts.get("domain"))
             await self._nursery.start(control.serve, self._socket_path, self._handle)
             reception = Reception(self._find_awaited, self._config.terms)
             serve = functools.partial(serve_connections, from_strangers=True)
@@ -139,11 +137,14 @@ class SenderDaemon:
     async def _handle(self, request: Json, connection: ControlConnection) -> None:
         match request["command"]:
             case "list":
+                kept = await trio.to_thread.run_sync(self._journal.still_kept)
                 await connection.answer(
-                    "result", migrations=[_line(m) for m in self._migrations.values()]
+                    "result",
+                    migrations=[_line(m) for m in self._migrations.values()],
+                    kept=[_kept_line(entry) for entry in kept],
                 )
             case "show":
-                migration = find_migration(self._migrations.values(), request["migration"])
+                migration = self._find(request)
                 await connection.answer(
                     "result",
                     **_line(migration),
@@ -157,25 +158,21 @@ class SenderDaemon:
             case "save":
                 await self._save(request, connection)
             case "cancel":
-                find_migration(
-                    self._migrations.values(), request["migration"]
-                ).requests.ask_to_cancel()
+                self._find(request).requests.ask_to_cancel()
                 await connection.answer("result")
             case "postcopy-now":
-                find_migration(
-                    self._migrations.values(), request["migration"]
-                ).requests.postcopy_now()
+                self._find(request).requests.postcopy_now()
                 await connection.answer("result")
             case "reconnect":
-                find_migration(self._migrations.values(), request["migration"]).requests.reconnect()
+                self._find(request).requests.reconnect()
                 await connection.answer("result")
             case "check-decision":
-                migration = find_migration(self._migrations.values(), request["migration"])
+                migration = self._find(request)
                 await migration.requests.check_decision(**decision_of(request))
                 await connection.answer("result")
             case "decide":
                 # A migration that has ended with an error may still keep pages.
-                migration = find_migration(self._migrations.values(), request["migration"])
+                migration = self._find(request)
                 runs = migration.id in self._active
                 await migration.requests.decide(**decision_of(request))
                 if not runs:
@@ -185,6 +182,10 @@ class SenderDaemon:
                 raise MigrationError(f"this is the sender's socket; `{other}` needs the receiver's")
             case other:
                 raise MigrationError(f"unknown command {other!r}")
+
+    def _find(self, request: Json) -> OutgoingMigration:
+        kept = self._journal.kept.values()
+        return find_migration(self._migrations.values(), request["migration"], kept)
 
     async def _migrate(self, request: Json, connection: ControlConnection) -> None:
         """Carry out a request of the command line."""
@@ -368,6 +369,23 @@ def _line(migration: OutgoingMigration) -> dict[str, Any]:
         "unknown": migration.unknown,
         **progress,
     }
+
+
+def _kept_line(entry: Kept) -> Json:
+    """An entry of the journal whose migration was not resumed, with the keys of :func:`_line`."""
+    line = {
+        "id": entry.session,
+        "direction": "outgoing",
+        "domain": entry.domain,
+        "peer": "",
+        "strategy": "",
+        "handed_over": False,
+        "checkpoint_age_s": None,
+        "phase": "",
+        **asdict(Progress(problem=entry.problem)),
+    }
+    del line["checkpoint_at"]
+    return {**line, "unknown": [key for key, value in line.items() if not value]}
 
 
 def _options(config: MigrationConfig, request: Json) -> MigrationOptions:

@@ -125,7 +125,12 @@ def known(line: dict[str, Any], key: str) -> Any:
 def list_command(socket_paths: tuple[Path, ...], as_json: bool) -> None:
     """The migrations of the daemons on this host, running and ended."""
     answers = _ask_all(socket_paths, command="list")
-    lines = [line for answer in answers.results for line in answer["migrations"]]
+    lines = [
+        line
+        for answer in answers.results
+        # A daemon of an earlier release does not have the key ``kept``.
+        for line in (*answer["migrations"], *answer.get("kept", ()))
+    ]
     if as_json:
         echo(json.dumps(lines, indent=2))
         answers.check_complete()
@@ -133,7 +138,8 @@ def list_command(socket_paths: tuple[Path, ...], as_json: bool) -> None:
     echo(f"{'ID':10}{'DOMAIN':20}{'DIRECTION':11}{'PHASE':13}{'OUTSTANDING':>11}  PROBLEM")
     for line in lines:
         echo(
-            f"{line['id'][:8]:10}{line['domain']:20}{line['direction']:11}{line['phase']:13}"
+            f"{line['id'][:8]:10}{known(line, 'domain'):20}{line['direction']:11}"
+            f"{known(line, 'phase'):13}"
             f"{known(line, 'outstanding'):>11}  {problem(line)}"
         )
     answers.check_complete()

@@ -22,10 +22,11 @@ import json
 import logging
 import os
 from collections.abc import Container
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from migrate.errors import MigrationError
+from migrate.errors import MigrationError, OccupiedError
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,18 @@ MAX_DOMID = 0x7FFF
 HANDLE_DIGITS = 32
 
 
+@dataclass(frozen=True)
+class Kept:
+    """An entry whose migration was not resumed, and which is left to an operator."""
+
+    session: str
+    path: Path
+    domain: str
+    """Empty if it is not known."""
+    problem: str
+    """Why, and what to do."""
+
+
 class Journal:
     """The journal in ``directory``, which is made if it does not exist.  Raises
     :class:`MigrationError` if it cannot be made.
@@ -56,7 +69,8 @@ class Journal:
     def __init__(self, directory: Path):
         self._directory = directory
         self._files: dict[str, int] = {}
-        self._not_understood: set[str] = set()
+        self.kept: dict[str, Kept] = {}
+        """By session."""
         self._boot = BOOT_ID.read_text().strip()
         try:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -159,33 +173,41 @@ class Journal:
             found[session] = facts
         return found
 
-    def leave_older(self, session: str) -> None:
-        """Keep an entry of a domain that has a newer entry.  When the migration of the newer entry
-        has ended, a successor resumes the migration of this entry.
-        """
-        self._not_understood.add(session)
-        log.error(
-            "%s: kept and not resumed, because a newer journal has a migration of the same "
-            "domain: restart this daemon when that migration has ended, or remove the file",
-            self._path(session),
-        )
+    def leave(self, session: str, why: Exception, domain: object = "") -> None:
+        """Keep an entry whose migration is not resumed.  ``domain``: the value at the place of the
+        domain's name.
 
-    def leave(self, session: str, why: Exception) -> None:
-        """Keep an entry that this release cannot use, for a person or for a release that can read
-        the entry.
+        An :class:`OccupiedError` states that the domain has a newer entry: when the migration of
+        the newer entry has ended, a successor resumes the migration of this entry.  Any other error
+        states that this release cannot use the entry, which is kept for a person or for a release
+        that can read the entry.
         """
-        self._not_understood.add(session)
-        log.error(
-            "%s: not a journal of ours, or of another release: %r; if a guest of this host waits "
-            "for this migration, start the release that wrote the file, otherwise remove the file",
-            self._path(session), why,
-        )  # fmt: skip
+        path = self._path(session)
+        if isinstance(why, OccupiedError):
+            reason = (
+                "kept and not resumed, because a newer journal has a migration of the same "
+                "domain: restart this daemon when that migration has ended, or remove the file"
+            )
+        else:
+            reason = (
+                f"not a journal of ours, or of another release: {why!r}; if a guest of this host "
+                "waits for this migration, start the release that wrote the file, otherwise remove "
+                "the file"
+            )
+        problem = f"{path}: {reason}"
+        name = domain if isinstance(domain, str) else ""
+        self.kept[session] = Kept(session, path, name, problem)
+        log.error("%s", problem)
+
+    def still_kept(self) -> list[Kept]:
+        """The kept entries whose files nobody has removed.  Call this in a thread."""
+        return [entry for entry in self.kept.values() if os.path.lexists(entry.path)]
 
     def check_understood(self, session: str) -> None:
         """Raises :class:`MigrationError` for a session whose entry was kept by :meth:`leave`.  Such
         a session may not have ended.
         """
-        if session in self._not_understood:
+        if session in self.kept:
             raise MigrationError(
                 "the journal of that session here is not understood: see the log of this daemon"
             )

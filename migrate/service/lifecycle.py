@@ -23,6 +23,7 @@ import trio
 
 from migrate.errors import MigrationError, UnknownMigrationError
 from migrate.logs import Complaint
+from migrate.service.journal import Kept
 from migrate.tasks import isolated
 
 log = logging.getLogger(__name__)
@@ -240,12 +241,12 @@ def ended(name: str, phase: str, problem: str, asked: str) -> str:
 M = TypeVar("M", bound=Named)
 
 
-def find_migration(migrations: Iterable[M], name: str) -> M:
+def find_migration(migrations: Iterable[M], name: str, kept: Iterable[Kept] = ()) -> M:
     """Return a migration by its domain's name, its id, or the first characters of its id.  Eight
     characters are needed, so that no name of a guest is taken for an id.  If one domain has several
     migrations, the one that has not ended is returned, or else the newest.
 
-    Raises :class:`MigrationError`.
+    Raises :class:`MigrationError`; for an entry of the journal that was ``kept``, with what to do.
     """
     known = list(migrations)
     named = [m for m in known if m.domain_name == name and name]
@@ -260,6 +261,10 @@ def find_migration(migrations: Iterable[M], name: str) -> M:
         raise MigrationError(
             f"there is more than one migration {name!r} here: name it by one of these ids: {ids}"
         )
+    for entry in kept:
+        is_id = len(name) >= LEAST_OF_AN_ID and entry.session.startswith(name)
+        if is_id or (name and entry.domain == name):
+            raise MigrationError(entry.problem)
     why = ""
     if name and any(m.id.startswith(name) for m in known):
         why = f" (of an id the first {LEAST_OF_AN_ID} characters are needed)"

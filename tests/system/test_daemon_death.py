@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from migrate.cli.world import World, start_receiver, start_sender, verify_migrated, wait_for_steps
+from migrate.errors import MigrationError
 from migrate.lanes.dial import REJOINS_OF_ONE_LIFE
 from tests.conftest import MIB
 from tests.support import zygote
@@ -306,6 +307,32 @@ def test_a_second_daemon_takes_up_nothing_of_one_that_runs(
     assert check(world) == "destination"
 
 
+def check_kept(world: World, which: str, session: str, domain: str, told: str) -> None:
+    """An operator sees the entry of the journal that was not taken up, and what to do."""
+    socket = ("--socket", str(world.directory / f"{which}.sock"))
+    listed = zygote.run([*PROGRAM, "list", *socket], timeout=WAIT_S).stdout.splitlines()
+    (row,) = [line for line in listed if line.startswith(f"{session[:8]} ")]
+    direction = "outgoing" if which == "sender" else "incoming"
+    assert row.split(maxsplit=5)[1:5] == [domain, direction, "-", "-"] and told in row
+    found = json.loads(zygote.run([*PROGRAM, "list", "--json", *socket], timeout=WAIT_S).stdout)
+    (kept,) = [line for line in found if line["id"] == session]
+    assert kept["phase"] == "" and told in kept["problem"]
+    assert all(line.keys() == kept.keys() for line in found)
+
+
+def test_an_entry_that_cannot_be_used_is_listed_with_what_to_do(world: World) -> None:
+    """And a request that names the entry is answered with the same."""
+    for which, host in (("sender", "source"), ("receiver", "destination")):
+        world.stop(which)
+        state = world.directory / f"{host}.sock.state" / which
+        (state / "0123456789abcdef.json").write_text("\nnothing of ours")
+        start_anew(world, which)
+        told = "start the release that wrote the file, otherwise remove the file"
+        check_kept(world, which, "0123456789abcdef", "-", told)
+        with pytest.raises(MigrationError, match=told):
+            world.ask(which, command="show", migration="01234567")
+
+
 @pytest.mark.parametrize("older", ["!first", "~last"])
 @pytest.mark.parametrize(
     ("which", "step"),
@@ -333,6 +360,10 @@ def test_of_two_entries_for_one_domain_the_newer_is_taken_up(
         assert path.exists()
         log = world.processes[which].log.read_text()
         assert f"{path}: kept and not resumed" in log
+        told = f"{path}: kept and not resumed, because a newer journal"
+        check_kept(world, which, path.stem, "guest", told)
+        path.unlink()
+        assert world.ask(which, command="list")["kept"] == []
     line = {"id": newer.stem, "phase": "completed"}.items()
     until(lambda: any(line <= found.items() for found in lines(world, which)), "it does not end")
     assert check(world) == "destination"
