@@ -40,6 +40,10 @@ class Requests:
     @property
     def known_of_peer(self) -> str:
         """What is known of the source, in words for an operator who decides."""
+        if self.context.ownership.has_ended:
+            return "the migration has ended: nothing is needed of the source any more"
+        if self.context.peer.session.decided and self.context.ownership.link is not Link.UP:
+            return "an operator has decided that the guest runs here"
         if self.context.is_in(*UNDECIDED) and self.context.ownership.link is not Link.UP:
             return (
                 "the source may have handed the guest over, or may still run it; it has not been "

@@ -127,7 +127,12 @@ class Requests:
             missing = context.progress.outstanding
             known.append(f"when it was last in touch, {missing} pages were missing there")
         if context.lost_at:
-            known.append(f"it was last in touch {now - context.lost_at:.0f} s ago")
+            away_s = f"{now - context.lost_at:.0f} s ago"
+            known.append(
+                f"it has not been in touch since this sender was started, {away_s}"
+                if self._ownership.inherited
+                else f"it was last in touch {away_s}"
+            )
         if context.progress.checkpoint_at:
             age_s = now - context.progress.checkpoint_at
             known.append(f"the last checkpoint arrived {age_s:.0f} s ago")

@@ -5,6 +5,7 @@ domain.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,9 @@ async def test_a_sender_s_successor_states_what_it_does_not_know(
     left = left_by_a_sender(clean_hosts.source, Journal(tmp_path), step)
     assert "memory_bytes" in left.unknown and "downtime_s" in left.unknown
     assert ("outstanding" not in left.unknown) is counted
+    left.context.lost_at = time.monotonic() - 60
+    away = "it has not been in touch since this sender was started, 60 s ago"
+    assert away in left.requests.known_of_peer
     assert left.to_go == ("0 pages to go" if counted else "its missing pages are not counted yet")
 
 

@@ -187,6 +187,7 @@ def test_show_and_watch(world: World, name: str) -> None:
     assert [answer["id"] for answer in found] == [result["id"]] * 2
     counts = [answer["details"]["fault_latency_us"]["count"] for answer in found]
     assert counts == [found[0]["faults"]] * 2
+    assert "nothing is needed of the source any more" in found[1]["known"]
     watched = run("watch", name)
     assert (watched.returncode, watched.stdout) == (0, f"{name}: completed\n")
     for which in ("sender", "receiver"):
