@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from migrate.cli.options import Number, Size, WholeNumber
-from migrate.cli.text import echo
+from migrate.cli.text import echo, table
 from migrate.errors import MigrationError
 from migrate.units import human_bytes
 from xenbackend.contract import DomainState
@@ -148,13 +148,18 @@ def create(name: str, host_path: Path, **options: Any) -> None:
 def list_guests(host_path: Path) -> None:
     """The host's domains."""
     domains = SimulatedHypervisor(host_path).domains()
-    echo(f"{'ID':>5} {'NAME':20}{'MEMORY':>12} {'VCPUS':>5} STATE")
-    for info in domains:
-        echo(
-            f"{info.domid:>5} {info.name:20}{human_bytes(info.tot_pages * 4096):>12} "
-            f"{info.vcpus:>5} "
-            f"{info.state.value} {info.reason}".rstrip()
+    titles = ("ID", "NAME", "MEMORY", "VCPUS", "STATE")
+    rows = [
+        (
+            info.domid,
+            info.name,
+            human_bytes(info.tot_pages * 4096),
+            info.vcpus,
+            f"{info.state.value} {info.reason}",
         )
+        for info in domains
+    ]
+    echo(table(titles, rows, numbers="ID MEMORY VCPUS"))
 
 
 @simulated_guest_command.command("verify")

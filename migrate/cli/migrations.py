@@ -17,7 +17,7 @@ import click
 from migrate.cli.migrate import STAYS, in_words
 from migrate.cli.options import RECEIVER_SOCKET, SENDER_SOCKET, socket_option
 from migrate.cli.progress import ProgressDisplay
-from migrate.cli.text import echo
+from migrate.cli.text import echo, table
 from migrate.control.client import ANSWER_S, CANCELLED, ENDED, ControlClient
 from migrate.errors import MigrationError, SilentDaemonError, UnknownMigrationError
 from xenbackend.unix import STARTING_S
@@ -135,13 +135,16 @@ def list_command(socket_paths: tuple[Path, ...], as_json: bool) -> None:
         echo(json.dumps(lines, indent=2))
         answers.check_complete()
         return
-    echo(f"{'ID':10}{'DOMAIN':20}{'DIRECTION':11}{'PHASE':13}{'OUTSTANDING':>11}  PROBLEM")
-    for line in lines:
-        echo(
-            f"{line['id'][:8]:10}{known(line, 'domain'):20}{line['direction']:11}"
-            f"{known(line, 'phase'):13}"
-            f"{known(line, 'outstanding'):>11}  {problem(line)}"
+    titles = ("ID", "DOMAIN", "DIRECTION", "PHASE", "OUTSTANDING", "PROBLEM")
+    rows = [
+        (
+            line["id"][:8],
+            *(known(line, key) for key in ("domain", "direction", "phase", "outstanding")),
+            problem(line),
         )
+        for line in lines
+    ]
+    echo(table(titles, rows, numbers="OUTSTANDING"))
     answers.check_complete()
 
 

@@ -7,11 +7,28 @@ such a text contains.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import click
 
 from migrate.units import printable
+
+
+def table(titles: Sequence[str], rows: Sequence[Sequence[object]], *, numbers: str = "") -> str:
+    """Lines with columns that are as wide as their longest text.  ``numbers``: the titles of the
+    columns that end at the right.
+    """
+    texts = [[printable(str(value)).replace("\n", " ") for value in row] for row in (titles, *rows)]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    right = [title in numbers.split() for title in titles]
+    return "\n".join(
+        "  ".join(
+            text.rjust(width) if is_number else text.ljust(width)
+            for text, width, is_number in zip(row, widths, right, strict=True)
+        ).rstrip()
+        for row in texts
+    )
 
 
 def echo(text: Any, *, err: bool = False) -> None:
