@@ -16,8 +16,9 @@ from sender.daemon import SenderDaemon
 @click.command("sender")
 @daemon_options(SenderConfig.listen, "the receivers of xl's migrations", SENDER_SOCKET)
 def sender_command(**options: Any) -> None:
-    """Run the daemon at the source, which migrates the guests that `migrate` and xl's helper name
-    at its control socket.
+    """Run the daemon at the source of migrations.
+
+    The sender migrates what `migrate` and xl's helper ask for at its control socket.
 
     On SIGTERM the sender gives up the migrations that are not handed over yet (their guests
     continue here), waits for the others, and ends.  A second SIGTERM ends the sender at once.

@@ -161,7 +161,10 @@ def simulated_host_command(
     verbose: bool,
     **behaviour: bool,
 ) -> None:
-    """A simulated Xen: a process that holds guests with memory, vCPUs and paging rings."""
+    """Run a simulated Xen.
+
+    The process holds guests with memory, vCPUs and paging rings.
+    """
     from migrate.control.server import listen_unix
     from migrate.service.lifecycle import notify, until_stopped
     from xenbackend.simulated.host import SimulatedHost

@@ -117,7 +117,7 @@ def guest_spec(
 
 @click.group("simulated-guest")
 def simulated_guest_command() -> None:
-    """Guests of a simulated host: create, list, verify, destroy."""
+    """Handle the guests of a simulated host."""
 
 
 host_option = click.option(
@@ -146,7 +146,7 @@ def create(name: str, host_path: Path, **options: Any) -> None:
 @simulated_guest_command.command("list")
 @host_option
 def list_guests(host_path: Path) -> None:
-    """The host's domains."""
+    """List the host's domains."""
     domains = SimulatedHypervisor(host_path).domains()
     titles = ("ID", "NAME", "MEMORY", "VCPUS", "STATE")
     rows = [
@@ -166,8 +166,9 @@ def list_guests(host_path: Path) -> None:
 @click.argument("name")
 @host_option
 def verify_guest(name: str, host_path: Path) -> None:
-    """Stop the guest for a moment and check all its memory against what it must have written.
+    """Check the guest's memory against what the guest wrote.
 
+    The guest is stopped for a moment.
     The guest's options are taken from the host; `loopback` compares with its own options.
     """
     domain = SimulatedHypervisor(host_path).open(name)

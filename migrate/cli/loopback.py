@@ -44,11 +44,12 @@ def _end(number: int, _frame: object) -> None:
 @guest_options
 @strategy_options
 def loopback_command(json_path: Path | None, **options: Any) -> None:
-    """Migrate a guest between two simulated hosts on this machine, and verify it.
+    """Migrate a guest on this machine, and verify it.
 
-    Two hosts, a sender and a receiver are started as separate processes, which communicate over TCP
-    on the loopback interface.  A guest that keeps writing is booted and migrated.  Then every byte
-    of its memory is checked, and everything is cleaned up, also after Ctrl-C.
+    Two simulated hosts, a sender and a receiver are started as separate processes, which
+    communicate over TCP on the loopback interface.  A guest that keeps writing is booted and
+    migrated.  Then every byte of its memory is checked, and everything is cleaned up, also after
+    Ctrl-C.
     """
     strategy = {
         name: options.pop(name)

@@ -254,13 +254,17 @@ def migrate_command(
     socket_path: Path,
     **options: Any,
 ) -> None:
-    """Migrate DOMAIN (a name, a domid or a UUID) to the receiver at DESTINATION (HOST or
-    HOST:PORT).
+    """Migrate a guest to another host.
+
+    DOMAIN is the guest's name, domid or UUID.  DESTINATION is HOST or HOST:PORT of the receiver.
 
     Ctrl-C before the switchover undoes everything, and the guest continues here.  After the
     switchover Ctrl-C ends this command only, and SIGTERM does so at any time: the migration
     continues in the daemons.  `watch` then follows the migration, and `cancel` undoes it before its
     switchover.
+
+    Exit status 0 when the migration was completed, 1 when not, 3 when the sender has ended
+    meanwhile, 130 when interrupted.
     """
     request = {
         "domain": domain, "destination": destination, "take_log_dirty": take_log_dirty,

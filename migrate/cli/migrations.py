@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from migrate.cli.migrate import STAYS, in_words
-from migrate.cli.options import RECEIVER_SOCKET, SENDER_SOCKET, socket_option
+from migrate.cli.options import RECEIVER_SOCKET, SENDER_SOCKET, F, socket_option
 from migrate.cli.progress import ProgressDisplay
 from migrate.cli.text import echo, table
 from migrate.control.client import ANSWER_S, CANCELLED, ENDED, ControlClient
@@ -33,9 +33,19 @@ because many hosts have one daemon only.
 
 sockets_option = click.option(
     "--socket", "socket_paths", type=click.Path(path_type=Path), multiple=True,
-    show_default=", ".join(map(str, DEFAULT_SOCKETS)),
-    help="Control socket of a daemon; may be given several times.",
+    help="Control socket of a daemon; may be given several times.  Default: those of the sender "
+    f"and of the receiver in {SENDER_SOCKET.parent}, if they run.",
 )  # fmt: skip
+MIGRATION = """
+
+    MIGRATION is the guest's name, or at least the first eight characters of the identifier.
+"""
+
+
+def migration_argument(function: F) -> F:
+    """Give a command the argument MIGRATION, and explain it at the end of the command's help."""
+    function.__doc__ = (function.__doc__ or "").rstrip() + MIGRATION
+    return click.argument("migration")(function)
 
 
 @dataclass
@@ -123,7 +133,11 @@ def known(line: dict[str, Any], key: str) -> Any:
 @sockets_option
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def list_command(socket_paths: tuple[Path, ...], as_json: bool) -> None:
-    """The migrations of the daemons on this host, running and ended."""
+    """List the migrations of the daemons on this host.
+
+    OUTSTANDING: the pages that the destination lacks.  PROBLEM: why the phase is what it is, and
+    usually what to do.  "-": the daemon does not have the value.
+    """
     answers = _ask_all(socket_paths, command="list")
     lines = [
         line
@@ -149,12 +163,13 @@ def list_command(socket_paths: tuple[Path, ...], as_json: bool) -> None:
 
 
 @click.command("show")
-@click.argument("migration")
+@migration_argument
 @sockets_option
 @click.option("--json", "as_json", is_flag=True, help="As JSON, with all that was measured.")
 def show_command(migration: str, socket_paths: tuple[Path, ...], as_json: bool) -> None:
-    """Show everything about MIGRATION (its id, the beginning of it, or its domain's name), from the
-    daemons on this host.
+    """Show everything about a migration.
+
+    Each daemon on this host that has the migration answers.
     """
     found = []
     answers = _ask_all(socket_paths, command="show", migration=migration)
@@ -182,10 +197,10 @@ def show_command(migration: str, socket_paths: tuple[Path, ...], as_json: bool) 
 
 
 @click.command("watch")
-@click.argument("migration")
+@migration_argument
 @sockets_option
 def watch_command(migration: str, socket_paths: tuple[Path, ...]) -> None:
-    """Follow MIGRATION (its id, the beginning of it, or its domain's name) until it ends.
+    """Follow a migration until it ends.
 
     The exit status is 0 if MIGRATION was completed, and 1 if not.  Ctrl-C ends this command only.
     """
@@ -218,21 +233,22 @@ def watch_command(migration: str, socket_paths: tuple[Path, ...]) -> None:
 
 
 @click.command("postcopy-now")
-@click.argument("migration")
+@migration_argument
 @socket_option(SENDER_SOCKET, "the local sender")
 def postcopy_now_command(migration: str, socket_path: Path) -> None:
-    """End the precopy of MIGRATION (its id or its domain's name) and switch over now."""
+    """End the precopy of a migration and switch over now."""
     with ControlClient(socket_path, wait_s=STARTING_S, answer_s=ANSWER_S) as client:
         client.call(command="postcopy-now", migration=migration)
     echo(f"{migration}: the sender ends precopy and switches over", err=True)
 
 
 @click.command("cancel")
-@click.argument("migration")
+@migration_argument
 @sockets_option
 def cancel_command(migration: str, socket_paths: tuple[Path, ...]) -> None:
-    """Cancel MIGRATION (its id or its domain's name) before its switchover.  The guest continues at
-    its source.
+    """Cancel a migration before its switchover.
+
+    The guest continues at its source.
     """
     answers = _ask_all(socket_paths, command="cancel", migration=migration)
     echo(f"{migration}: cancelled; {STAYS}", err=True)
@@ -240,10 +256,10 @@ def cancel_command(migration: str, socket_paths: tuple[Path, ...]) -> None:
 
 
 @click.command("reconnect")
-@click.argument("migration")
+@migration_argument
 @sockets_option
 def reconnect_command(migration: str, socket_paths: tuple[Path, ...]) -> None:
-    """Have MIGRATION, which was interrupted, try at once to reach the other host.
+    """Have an interrupted migration reconnect at once.
 
     Without this command the daemon tries after a pause, which grows to ten seconds.
     """
@@ -253,7 +269,7 @@ def reconnect_command(migration: str, socket_paths: tuple[Path, ...]) -> None:
 
 
 @click.command("decide")
-@click.argument("migration")
+@migration_argument
 @click.argument("where", type=click.Choice(["here", "elsewhere"]))
 @click.option("--yes", is_flag=True, help="Do not ask.  Needed if there is no terminal.")
 @click.option("--force", is_flag=True, help="Also against what the other host has reported.")
@@ -261,7 +277,7 @@ def reconnect_command(migration: str, socket_paths: tuple[Path, ...]) -> None:
 def decide_command(
     migration: str, where: str, yes: bool, force: bool, socket_paths: tuple[Path, ...]
 ) -> None:
-    """State where the guest of MIGRATION runs, when the other host never comes back.
+    """State where a guest runs, if the other host is lost.
 
     After the link was lost each host waits for the other, because only the other host has the facts
     that this host lacks.  This command states the facts instead.  Never state "here" at both hosts:

@@ -184,9 +184,9 @@ STRATEGY_OPTIONS = (
     click.option(
         "--checkpoint-every",
         type=Number(0.001, MAX_CHECKPOINT_MS / 1000),
-        show_default=f"{CHECKPOINT_EVERY_S:g}",
         metavar="SECONDS",
-        help="How often, with --protect; the guest is suspended for a moment each time.",
+        help="How often, with --protect; the guest is suspended for a moment each time.  Default: "
+        f"{CHECKPOINT_EVERY_S:g}.",
     ),
     click.option(
         "--json",

@@ -31,8 +31,10 @@ UNDER_XL = (
 @simulated_option
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def preflight_command(domain: str | None, simulated: Path | None, as_json: bool) -> None:
-    """Check whether this host can be the destination of a postcopy migration.  With DOMAIN (a name
-    or a domid), check whether that guest could be paged here.
+    """Check whether this host is fit for postcopy.
+
+    Without DOMAIN: can this host be the destination of a postcopy migration?  With DOMAIN, which is
+    a name, a domid or a UUID: could that guest be paged here?
 
     Nothing is changed.  The exit status is 0 if it could, and 1 if not, with one line for each
     reason.  Only the destination of a migration has to be able to page; the source need not.

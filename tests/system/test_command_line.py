@@ -411,6 +411,11 @@ def test_help_teaches() -> None:
     for command in ("migrate", "list", "sender", "receiver", "simulated-host", "loopback"):
         assert command in top
         assert run(command, "--help").returncode == 0
+    # The first sentence of each command fits a terminal of 80 columns.
+    assert "..." not in top.partition("Commands:")[2]
+    about = "MIGRATION is the guest's name, or at least the first eight characters"
+    for command in ("show", "watch", "postcopy-now", "cancel", "reconnect", "decide"):
+        assert about in " ".join(run(command, "--help").stdout.split())
     assert run("--version").stdout.startswith("xen-postcopy")
 
 
