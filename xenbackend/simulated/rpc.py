@@ -41,7 +41,7 @@ class HostConnection:
     """A blocking client.  Every call is one round trip.  Two threads must not use it at once."""
 
     def __init__(self, path: str | os.PathLike[str]):
-        self._path = os.fspath(path)
+        self._name = f"simulated host at {os.fspath(path)}"
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.settimeout(ANSWER_S)
         try:
@@ -49,7 +49,7 @@ class HostConnection:
         except OSError as error:
             self._socket.close()
             raise XenError(
-                f"simulated host at {self._path}",
+                self._name,
                 error.errno or 0,
                 why=f"{error.strerror}; is `xen-postcopy simulated-host` running there?",
             ) from error
@@ -71,9 +71,9 @@ class HostConnection:
         except OSError as error:
             if error.errno in NOT_SENT:
                 raise XenError(op, error.errno, why="the request is too large") from error
-            raise self._gone(op) from error
+            raise self._gone() from error
         if not data:
-            raise self._gone(op)
+            raise self._gone()
         if flags & socket.MSG_CTRUNC:
             for fd in fds:
                 os.close(fd)
@@ -84,15 +84,14 @@ class HostConnection:
             raise XenError(answer["operation"], answer["errno"], why=answer["error"])
         return answer["ok"], fds
 
-    def _gone(self, op: str) -> XenError:
+    def _gone(self) -> XenError:
         """No further call is made: a late answer would be taken for the answer to that call."""
         self._socket.close()
         why = (
-            f"the simulated host at {self._path} has ended, or has not answered for "
-            f"{ANSWER_S:g} s: if it has ended, start it again; then restart the daemons that were "
-            "attached to it"
+            f"it has ended, or has not answered for {ANSWER_S:g} s: if it has ended, start it "
+            "again; then restart the daemons that were attached to it"
         )
-        return XenError(op, errno.ENOTCONN, why=why)
+        return XenError(self._name, errno.ENOTCONN, why=why)
 
     def close(self) -> None:
         self._socket.close()
