@@ -253,7 +253,8 @@ class Requests:
         # directory does not have the session, and the guest may run there nevertheless.
         if self._context.entry.ran and not certain:
             raise MigrationError(
-                f"{self.known_of_peer}: if the guest still runs there, it would run twice; if it "
-                "does not, it would continue here from its suspension, without what it did there: "
-                "--force; `elsewhere` destroys what is left of it here"
+                f"the destination has reported that {name} runs there: if it still does, it would "
+                "run twice; if it does not, it would continue here from its suspension, without "
+                "what it did there; --force decides that nevertheless, and `elsewhere` destroys "
+                "what is left of it here"
             )
