@@ -129,6 +129,20 @@ def known(line: dict[str, Any], key: str) -> Any:
     return "-" if key in line.get("unknown", ()) else line[key]
 
 
+def in_a_line(value: Any) -> str:
+    """A value of JSON for people; empty if there is nothing to show."""
+    match value:
+        case None:
+            return ""
+        case bool():
+            return "yes" if value else "no"
+        case dict():
+            inner = {k: v for k, v in value.items() if not isinstance(v, dict)}
+            return ", ".join(f"{k.replace('_', ' ')} {in_a_line(v)}" for k, v in inner.items())
+        case _:
+            return str(value)
+
+
 @click.command("list")
 @sockets_option
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
@@ -187,10 +201,8 @@ def show_command(migration: str, socket_paths: tuple[Path, ...], as_json: bool) 
         keys = dict.fromkeys((*answer, *details))
         keys.pop("unknown", None)
         for key in keys:
-            value = known(both, key)
-            if isinstance(value, dict):
-                value = ", ".join(f"{k} {v}" for k, v in value.items() if not isinstance(v, dict))
-            if value not in ("", None):
+            value = in_a_line(known(both, key))
+            if value:
                 echo(f"{key.replace('_', ' '):22} {value}")
         echo("")
     answers.check_complete()
