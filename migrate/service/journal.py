@@ -189,8 +189,9 @@ class Journal:
                 "domain: restart this daemon when that migration has ended, or remove the file"
             )
         else:
+            cause = why if isinstance(why, ValueError | MigrationError) else repr(why)
             reason = (
-                f"not a journal of ours, or of another release: {why!r}; if a guest of this host "
+                f"not a journal of ours, or of another release: {cause}; if a guest of this host "
                 "waits for this migration, start the release that wrote the file, otherwise remove "
                 "the file"
             )

@@ -327,7 +327,10 @@ def test_an_entry_that_cannot_be_used_is_listed_with_what_to_do(world: World) ->
         state = world.directory / f"{host}.sock.state" / which
         (state / "0123456789abcdef.json").write_text("\nnothing of ours")
         start_anew(world, which)
-        told = "start the release that wrote the file, otherwise remove the file"
+        told = (
+            "no entry in it; if a guest of this host waits for this migration, start the release "
+            "that wrote the file, otherwise remove the file"
+        )
         check_kept(world, which, "0123456789abcdef", "-", told)
         with pytest.raises(MigrationError, match=told):
             world.ask(which, command="show", migration="01234567")
