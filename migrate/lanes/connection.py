@@ -484,6 +484,7 @@ async def listen_tcp(host: str, port: int) -> tuple[list[trio.SocketListener], i
         listeners = await trio.open_tcp_listeners(port, host=host)
     except OSError as error:
         raise MigrationError(
-            f"cannot listen at {host}:{port}: {error.strerror or error}"
+            f"cannot listen at {host}:{port}: {error.strerror or error}; choose another address "
+            "(--listen, or listen in the configuration)"
         ) from error
     return listeners, listeners[0].socket.getsockname()[1]

@@ -380,7 +380,8 @@ def test_daemons_refuse_a_place_that_is_taken(world: World, tmp_path: Path) -> N
         f"127.0.0.1:{world.port}",
     ]
     assert_refused(
-        run(*taken_port, "--socket", free, "--state", tmp_path / "state"), "cannot listen"
+        run(*taken_port, "--socket", free, "--state", tmp_path / "state"),
+        "Address already in use; choose another address",
     )
 
 
