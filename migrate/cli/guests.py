@@ -12,7 +12,7 @@ import click
 from migrate.cli.options import Number, Size, WholeNumber
 from migrate.cli.text import echo, table
 from migrate.errors import MigrationError
-from migrate.units import human_bytes
+from migrate.units import counted, human_bytes
 from xenbackend.contract import DomainState
 from xenbackend.simulated.client import SimulatedHypervisor
 from xenbackend.simulated.guest import WORKLOADS, GuestSpec, image_bytes
@@ -138,8 +138,8 @@ def create(name: str, host_path: Path, **options: Any) -> None:
     spec = guest_spec(name, **options)
     domain = SimulatedHypervisor(host_path).create_guest(spec.to_bytes())
     echo(
-        f"{name}: domain {domain.domid}, {human_bytes(spec.memory_bytes)}, {spec.vcpus} vCPUs, "
-        f"{spec.workload}"
+        f"{name}: domain {domain.domid}, {human_bytes(spec.memory_bytes)}, "
+        f"{counted(spec.vcpus, 'vCPU')}, {spec.workload}"
     )
 
 

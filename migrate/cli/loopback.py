@@ -16,7 +16,7 @@ from migrate.cli.options import STDOUT, migration_request, strategy_options
 from migrate.cli.text import echo
 from migrate.cli.world import loopback_world, verify_migrated, wait_for_steps
 from migrate.errors import MigrationError
-from migrate.units import human_bytes
+from migrate.units import counted, human_bytes
 from xenbackend.simulated.guest import GuestSpec, available_bytes
 
 GUEST = "guest"
@@ -67,7 +67,7 @@ def loopback_command(json_path: Path | None, **options: Any) -> None:
             signal.signal(number, _end)
     with loopback_world(spec.memory_bytes) as world:
         say(
-            f"booting a guest: {human_bytes(spec.memory_bytes)}, {spec.vcpus} vCPUs, "
+            f"booting a guest: {human_bytes(spec.memory_bytes)}, {counted(spec.vcpus, 'vCPU')}, "
             f"{spec.workload} over {human_bytes(spec.working_pages * 4096)}"
         )
         guest = world.source.create_guest(spec.to_bytes())
@@ -83,7 +83,7 @@ def loopback_command(json_path: Path | None, **options: Any) -> None:
     say(summary(result))
     if guest_view["faults"]:
         say(
-            f"  as the guest saw it: {guest_view['faults']} faults, median "
+            f"  as the guest saw it: {counted(guest_view['faults'], 'fault')}, median "
             f"{guest_view['p50_us']:.0f} us, longest {guest_view['max_us'] / 1000:.1f} ms"
         )
     if verification.ok:

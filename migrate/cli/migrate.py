@@ -208,28 +208,29 @@ def write_json(
 
 def summary(result: dict[str, Any]) -> str:
     """Return a migration's result in words."""
-    from migrate.units import human_bytes
+    from migrate.units import counted, human_bytes
 
     latency = result["fault_latency_us"]
     lines = [
         f"{result['domain']} migrated ({result['strategy']}): "
         f"{human_bytes(result['memory_bytes'])} in {result['total_s']:.2f} s, downtime "
         f"{result['downtime_s'] * 1000:.1f} ms",
-        f"  precopy: {result['precopy']['rounds']} rounds, {result['precopy']['pages']} pages; "
-        f"after the handover: {result['switchover']['missing_pages']} pages, "
+        f"  precopy: {counted(result['precopy']['rounds'], 'round')}, "
+        f"{counted(result['precopy']['pages'], 'page')}; after the handover: "
+        f"{counted(result['switchover']['missing_pages'], 'page')}, "
         f"{result['push']['pages']} of them pushed and {result['pull']['pages']} pulled; "
-        f"{result['zero_pages']} zero pages",
+        f"{counted(result['zero_pages'], 'zero page')}",
     ]
     if latency["count"]:
         lines.append(
-            f"  {latency['count']} faults: median {latency['p50']:.0f} us, 99% below "
+            f"  {counted(latency['count'], 'fault')}: median {latency['p50']:.0f} us, 99% below "
             f"{latency['p99']:.0f} us, longest {latency['max']:.0f} us"
         )
     made = result["checkpoints"]
     if made["kept"]:
         lines.append(
-            f"  {made['kept']} checkpoints came back, {made['pages']} pages; the guest was "
-            f"suspended for them {made['pause_s'] * 1000:.0f} ms in all, "
+            f"  {counted(made['kept'], 'checkpoint')} came back, {counted(made['pages'], 'page')}; "
+            f"the guest was suspended for them {made['pause_s'] * 1000:.0f} ms in all, "
             f"{made['longest_pause_s'] * 1000:.1f} ms at most"
         )
     return "\n".join(lines)

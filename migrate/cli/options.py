@@ -215,8 +215,8 @@ def migration_request(
         raise click.UsageError(problem)
     if bandwidth is not None and bandwidth < LEAST_BANDWIDTH:
         raise click.UsageError(
-            f"--bandwidth {bandwidth}: at least one page ({LEAST_BANDWIDTH} bytes) a second, or "
-            "none for no cap"
+            f"--bandwidth {bandwidth}: at least one page ({LEAST_BANDWIDTH} bytes) a second; "
+            "without --bandwidth there is no cap"
         )
     if checkpoint_every is not None and not protect:
         raise click.UsageError(f"--checkpoint-every {checkpoint_every:g}: only with --protect")

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from typing import Any, TextIO
 
-from migrate.units import human_bytes, printable
+from migrate.units import counted, human_bytes, printable
 
 PLAIN_EVERY_S = 5.0
 RATE_S = 3.0
@@ -97,10 +97,10 @@ class ProgressDisplay:
         if p["phase"] == "precopy" and "pages_total" in p:
             parts.append(f"{p['pages_done']} of {p['pages_total']} pages")
         if p.get("handed_over", p["phase"] not in ("precopy", "switchover")):
-            parts.append(f"{p['outstanding']} pages outstanding")
+            parts.append(counted(p["outstanding"], "page") + " outstanding")
             if p.get("checkpoint_age_s") is not None:
                 parts.append(f"protected as of {p['checkpoint_age_s']:.1f} s ago")
             if "faults" in p:
                 latency = f" at {p['latency_us']} us" if p["faults"] else ""
-                parts.append(f"{p['faults']} faults{latency}")
+                parts.append(counted(p["faults"], "fault") + latency)
         return ", ".join(parts)
