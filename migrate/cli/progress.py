@@ -44,34 +44,41 @@ class ProgressDisplay:
         self._stream = stream
         self._live = stream.isatty()
         self._bar: Any = None
-        self._stage: tuple[str, int] | None = None
+        self._stage: tuple[str, int, bool] | None = None
         self._last_line = 0.0
         self._rate = Rate()
 
     def show(self, p: dict[str, Any]) -> None:
         self._rate.add(time.monotonic(), p.get("bytes_sent", 0))
-        stage = (p["phase"], p.get("round", 0))
+        stage = (p["phase"], p.get("round", 0), bool(p["problem"]))
         if p["phase"] not in SHOWN:
             return
-        if self._live:
-            self._show_bar(p, stage)
-        elif stage != self._stage or time.monotonic() - self._last_line > PLAIN_EVERY_S:
-            self._last_line = time.monotonic()
-            line = ": ".join(filter(None, (self._title(p), self._details(p))))
-            print(printable(line), file=self._stream, flush=True)
+        is_new = stage != self._stage
         self._stage = stage
+        if self._live:
+            if is_new:
+                self.close()
+            if is_new and p["problem"]:  # the live line is cut off at the edge of the terminal
+                self._print(p)
+            self._show_bar(p)
+        elif is_new or time.monotonic() - self._last_line > PLAIN_EVERY_S:
+            self._last_line = time.monotonic()
+            self._print(p)
+
+    def _print(self, p: dict[str, Any]) -> None:
+        line = ": ".join(filter(None, (self._title(p), self._details(p))))
+        print(printable(line), file=self._stream, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
-    def _show_bar(self, p: dict[str, Any], stage: tuple[str, int]) -> None:
+    def _show_bar(self, p: dict[str, Any]) -> None:
         from tqdm import tqdm
 
         total = p.get("pages_total") or None
-        if stage != self._stage:
-            self.close()
+        if self._bar is None:
             bar = " {bar:20} {percentage:3.0f}%" if total else ""
             self._bar = tqdm(
                 desc=printable(self._title(p)), total=total, file=self._stream,
@@ -100,6 +107,8 @@ class ProgressDisplay:
             parts.append(counted(p["outstanding"], "page") + " outstanding")
             if p.get("checkpoint_age_s") is not None:
                 parts.append(f"protected as of {p['checkpoint_age_s']:.1f} s ago")
+            if p.get("unprotected"):
+                parts.append("not protected any more")
             if "faults" in p:
                 latency = f" at {p['latency_us']} us" if p["faults"] else ""
                 parts.append(counted(p["faults"], "fault") + latency)

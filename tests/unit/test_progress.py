@@ -48,3 +48,30 @@ def test_what_a_receiver_does_not_count_is_not_shown(answer: dict[str, Any], sho
     stream = io.StringIO()
     ProgressDisplay(stream).show({"domain": "web", "problem": "", **answer})
     assert stream.getvalue() == shown
+
+
+def test_a_reason_is_shown_in_full_once_on_a_terminal() -> None:
+    """The live line is cut off at the edge of the terminal, and its end is what to do."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    display = ProgressDisplay(stream)
+    display.show({"domain": "web", "phase": "interrupted", "problem": "", "outstanding": 7})
+    reason = "cannot reach there; " + "a long reason; " * 20 + "repair the link"
+    for attempt in range(3):
+        answer = {"domain": "web", "phase": "interrupted", "problem": f"{reason}; {attempt}"}
+        display.show({**answer, "outstanding": 7})
+    display.close()
+    assert stream.getvalue().count(f"web: interrupted: {reason}; 0\n") == 1
+    assert f"{reason}; 1\n" not in stream.getvalue()
+
+
+def test_a_guest_that_is_not_protected_any_more_is_shown_as_one() -> None:
+    stream = io.StringIO()
+    answer = {"domain": "web", "phase": "postcopy", "problem": "", "outstanding": 1}
+    ProgressDisplay(stream).show({**answer, "checkpoint_age_s": 1.0, "unprotected": "disk full"})
+    shown = "web: postcopy: 1 page outstanding, protected as of 1.0 s ago, not protected any more\n"
+    assert stream.getvalue() == shown
