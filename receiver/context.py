@@ -27,7 +27,7 @@ LAST_START_AGAIN_S = 5.0
 """The longest pause between two attempts to start or pause a guest.  Each pause is twice as long as
 the one before it.
 """
-NOT_HERE = "an operator has decided that the guest does not run here"
+NOT_HERE = "an operator has decided at the destination that the guest does not run there"
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class Requests:
                 "in touch since it was cut off"
             )
         if self.context.is_in(State.HELD):
-            return f"the guest runs at the source: {self.context.entry.reason}"
+            return self.context.entry.reason
         if self.context.ownership.handed_over:
             return "the source has handed the guest over"
         return "the source has not handed the guest over"

@@ -61,8 +61,11 @@ async def _guest_ended(
     ran = switchover is not None and switchover.runs.is_set()
     reason = str(error) if isinstance(error, GuestEndedError) else "its domain was destroyed"
     answer: m.Message = m.Ended(ran, m.printable(reason))
-    if not gone:  # the guest crashed at its start, and the source still has all of it
-        reason += f"; its domain is kept here: to end it, destroy it (xl destroy {context.name})"
+    if not gone:  # the guest crashed at its start: the source has all that it was
+        reason += (
+            "; its domain is kept at the destination: to end it, destroy it there (xl destroy "
+            f"{context.name})"
+        )
         answer = m.Failed(m.printable(reason))
     lacked = 0
     if switchover is not None:

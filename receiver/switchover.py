@@ -126,9 +126,9 @@ class Switchover:
             if state is DomainState.RUNNING:
                 return True  # the error occurred after the start
             if state in (None, DomainState.CRASHED):
-                raise GuestEndedError(
-                    f"{self.context.name} ended when it was being started here: {error}"
-                ) from error
+                name = self.context.name
+                what = f"{name} crashed" if state else f"the domain of {name} was destroyed"
+                raise GuestEndedError(f"{what} at its start: {error}") from error
             raise
 
     def _try_to_start(self) -> bool:

@@ -158,7 +158,7 @@ class XlToolstack:
     """
 
     lent, abort_recalls = True, False
-    gone_before_it_ran = "xl destroyed the domain at this host before the guest ran"
+    gone_before_it_ran = "xl destroyed its domain before it ran"
     io_limit_s: float | None = GRANT_RETRY_S
 
     def __init__(self, domid: int, ports: ToolstackPorts, helper: ControlConnection | None = None):

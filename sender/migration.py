@@ -250,7 +250,7 @@ class OutgoingMigration:
         :class:`MigrationError`, unless the migration was completed.
         """
         state = self.ownership.state
-        gone = f"{self.domain_name} is gone, and was here before the sender died"
+        gone = f"the domain of {self.domain_name} does not exist at the source any more"
         if self.ownership.row.guest in (Guest.UNDECIDED, Guest.THERE):
             raise MigrationError(lose(self.context, gone)) from error
         if state is State.COMPLETING:
@@ -258,7 +258,7 @@ class OutgoingMigration:
             self.ownership.enter(State.COMPLETED)
             log.info("%s completed", self.domain_name)
             return
-        reason = MigrationError(f"{gone}: it was destroyed")
+        reason = MigrationError(gone)
         if state in (State.RETURNING, State.DECIDED_ELSEWHERE):
             remove(self.context.journal.checkpoint(self.id))
             reason = verdict(state)

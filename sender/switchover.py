@@ -218,7 +218,7 @@ async def follow_decision(context: Context, source: Source) -> None:
             given_away = await context.toolstack.decision(source.domain)
             tasks.cancel_scope.cancel()
     if not given_away:
-        raise StaysHereError("xl resumed the guest here")
+        raise StaysHereError("xl resumed the guest at the source")
     if context.ownership.state is State.UNDECIDED:
         await trio.to_thread.run_sync(context.ownership.enter, State.HANDED_OVER)
     context.signals.given_away.set()

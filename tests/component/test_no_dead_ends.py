@@ -27,7 +27,18 @@ from sender import rollback as sender_rollback
 from tests.conftest import MIB
 from tests.support import zygote
 from tests.support.commands import PROGRAM
-from tests.support.daemons import begin, boot, copying, kill, lines, note, phase, states, world
+from tests.support.daemons import (
+    begin,
+    boot,
+    check_whose_here,
+    copying,
+    kill,
+    lines,
+    note,
+    phase,
+    states,
+    world,
+)
 from tests.support.guests import goes_on_here_only
 from tests.support.inprocess import Outcome, migrate, verification
 from tests.support.links import Link, cut_when
@@ -132,9 +143,9 @@ async def test_a_guest_that_never_starts_can_be_given_back(
     migration = outcome.migration
     assert outcome.incoming.phase == "failed"
     assert migration.phase == "interrupted"
-    assert (
-        "does not run here" in migration.progress.problem and "decide" in migration.progress.problem
-    )
+    check_whose_here(migration.progress.problem)
+    assert "at the destination that the guest does not run there" in migration.progress.problem
+    assert "(xen-postcopy decide " in migration.progress.problem
     with pytest.raises(MigrationError, match="reconnecting does not help"):
         migration.requests.reconnect()
     await migration.requests.decide(here=True)
@@ -213,18 +224,19 @@ async def test_a_guest_that_ends_when_an_operator_starts_it_has_ended(
         await until_async(lambda: outcome.incoming.phase == "in doubt")
         await until_async(lambda: outcome.migration.phase == "failed")
         incoming = outcome.incoming
-        with pytest.raises(MigrationError, match=f"{name} ended when it was being started here"):
+        with pytest.raises(MigrationError, match=rf"{name} (crashed|was destroyed) at its start"):
             await incoming.requests.decide(here=True)
         await incoming.ended.wait()
         monkeypatch.setattr(SimulatedDomain, "state", state)
         assert incoming.phase == "failed"
-        assert "ended when it was being started" in incoming.progress.problem
+        assert " at its start: " in incoming.progress.problem
         assert ("xl destroy" in incoming.progress.problem) is (left != "nothing")
         with pytest.raises(MigrationError, match="has ended"):
             await incoming.requests.decide(here=True)
         link.is_up = True
         outcome.migration.requests.reconnect()
         await until_async(lambda: incoming.id not in outcome.arrivals.entries())
+        check_whose_here(outcome.migration.progress.problem)
 
     outcome = await migrate(clean_hosts, busy(name), Strategy.HYBRID, meanwhile=meanwhile)
     assert outcome.error is not None

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +36,23 @@ def listed(world: World, which: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = world.ask(which, command="list")["migrations"]
     for line in found:
         assert line["problem"] or line["phase"] not in UNUSUAL, line
+        check_whose_here(line["problem"])
     return found
+
+
+OF_OTHER_END = re.compile(
+    "(?:the sender gave up|the destination cannot go on|the destination has given the guest up|"
+    "the guest ended at the destination): (.*?)"
+    "(?:; it was handed over|; the guest is|; xl has not|; the destination has not|; and then|$)"
+)
+
+
+def check_whose_here(problem: str) -> None:
+    """What the other end has sent names that end: "here" would be read as this host, and what an
+    operator does at the wrong host may cost the guest.
+    """
+    for reason in OF_OTHER_END.findall(problem):
+        assert "here" not in reason.split(), problem
 
 
 def lines(world: World, which: str) -> list[dict[str, Any]]:
