@@ -107,6 +107,13 @@ def _ask_all(
     return answers
 
 
+def under_way_first(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Answers for one name, those of migrations that have ended last: a guest that has left this
+    host may be on its way back.
+    """
+    return sorted(lines, key=lambda line: line["phase"] in ENDED)
+
+
 def problem(line: dict[str, Any]) -> str:
     """Return why a migration has ended or waits, or why its guest is not protected any more."""
     if line["problem"]:
@@ -226,7 +233,8 @@ def watch_command(migration: str, socket_paths: tuple[Path, ...]) -> None:
                     echo(f"xen-postcopy: {error}", err=True)
                 silent += answers.silent
                 socket_paths = answers.sockets  # daemons that have not answered are not asked again
-            line = answers.results[0]
+            line = under_way_first(answers.results)[0]
+            migration = line["id"]  # the guest's name may also be that of another migration
             if line["phase"] in ENDED:
                 break
             display.show(line)
@@ -310,11 +318,10 @@ def decide_command(
     answers = _ask_all(socket_paths, command="show", migration=migration)
     for error in answers.silent:
         echo(f"xen-postcopy: {error}", err=True)
-    shown = answers.results
-    under_way = [line for line in shown if line["phase"] not in ENDED]
+    under_way = [line for line in answers.results if line["phase"] not in ENDED]
     if len(under_way) > 1:
         raise MigrationError("both daemons on this host have this migration: name one by --socket")
-    meant = (under_way or shown)[0]["id"]
+    meant = under_way_first(answers.results)[0]["id"]
     decision = {"migration": meant, "here": where == "here", "force": force}
     for line in under_way:
         why = f": {line['problem']}" if line["problem"] else ""
