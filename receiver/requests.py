@@ -157,8 +157,8 @@ class Requests:
             case State.HELD:
                 if here and not force:
                     raise MigrationError(
-                        f"{context.progress.problem}: --force, if you are certain that it does "
-                        "not run at its source"
+                        f"{context.entry.reason}: if you are certain that {name} does not run "
+                        "there, --force decides nevertheless that it runs here"
                     )
             case State.UNSTARTED:
                 if here:

@@ -426,7 +426,7 @@ async def test_a_guest_that_an_operator_has_decided_against_stands_still_when_th
         await until(lambda: target.info().state is DomainState.PAUSED)
         assert "an operator has decided at the source" in incoming.progress.problem
         if then == "here":
-            with pytest.raises(MigrationError, match="--force, if you are certain"):
+            with pytest.raises(MigrationError, match=r"if you are certain.*--force"):
                 await incoming.requests.decide(here=True)
             await incoming.requests.decide(here=True, force=True)
             await until(lambda: target.info().state is DomainState.RUNNING)
