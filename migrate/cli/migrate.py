@@ -217,8 +217,8 @@ def summary(result: dict[str, Any]) -> str:
         f"{result['downtime_s'] * 1000:.1f} ms",
         f"  precopy: {counted(result['precopy']['rounds'], 'round')}, "
         f"{counted(result['precopy']['pages'], 'page')}; after the handover: "
-        f"{counted(result['switchover']['missing_pages'], 'page')}, "
-        f"{result['push']['pages']} of them pushed and {result['pull']['pages']} pulled; "
+        f"{counted(result['switchover']['missing_pages'], 'page')} missing, "
+        f"{result['push']['pages']} pushed, {result['pull']['pages']} pulled; "
         f"{counted(result['zero_pages'], 'zero page')}",
     ]
     if latency["count"]:
