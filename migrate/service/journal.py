@@ -210,7 +210,8 @@ class Journal:
         """
         if session in self.kept:
             raise MigrationError(
-                "the journal of that session here is not understood: see the log of this daemon"
+                "the journal of that session was not resumed: `xen-postcopy list` at the host of "
+                "that journal shows why, and what to do"
             )
 
     def _path(self, session: str) -> Path:

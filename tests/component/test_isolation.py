@@ -426,7 +426,8 @@ async def test_an_entry_of_another_release_is_left_and_its_session_is_not_called
         for number in range(len(ENTRIES)):
             lanes = DialledLanes(("127.0.0.1", port), f"session{number}", Terms(), b"token")
             with pytest.raises(
-                RefusedError, match="the journal of that session here is not understood"
+                RefusedError,
+                match="journal of that session was not resumed: `xen-postcopy list`",
             ) as caught:
                 await lanes.push()
             assert not isinstance(caught.value, UnknownSessionError)
