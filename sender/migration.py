@@ -29,7 +29,7 @@ from sender.entry import Entry, read_entry
 from sender.last_word import lose, send_last_word
 from sender.ownership import Guest, State
 from sender.policy import DefaultPolicy, Policy
-from sender.progress import BEFORE_RESTART, OF_DESTINATION, Progress
+from sender.progress import BEFORE_RESTART, OF_CHECKPOINTS, OF_DESTINATION, Progress
 from sender.recovery import Recovery
 from sender.requests import Requests
 from sender.rollback import AGAIN_S, Rollback, verdict
@@ -143,8 +143,13 @@ class OutgoingMigration:
         if self.context.began_here:
             return ()
         confirmed = self.ownership.state in (State.COMPLETING, State.COMPLETED)
-        learned = confirmed or not self.ownership.inherited
-        return BEFORE_RESTART if learned else (*BEFORE_RESTART, *OF_DESTINATION)
+        has_reported = confirmed or not self.ownership.inherited
+        has_older_one = self.context.entry.applied and self.progress.checkpoint_at == 0
+        return (
+            *BEFORE_RESTART,
+            *(() if has_reported else OF_DESTINATION),
+            *(OF_CHECKPOINTS if has_older_one and not self.has_ended else ()),
+        )
 
     @property
     def to_go(self) -> str:

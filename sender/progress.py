@@ -9,6 +9,8 @@ BEFORE_RESTART = ("round", "memory_bytes", "total_s", "downtime_s", "precopy", "
 """What a predecessor has measured, and has not noted in its journal."""
 OF_DESTINATION = ("outstanding", "pages_done", "pages_total", "faults", "latency_us")
 """What a successor learns when the destination is in touch again."""
+OF_CHECKPOINTS = ("checkpoints", "checkpoint_age_s")
+"""What a successor learns when the next checkpoint of a protected guest comes."""
 
 
 @dataclass

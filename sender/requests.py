@@ -136,6 +136,8 @@ class Requests:
         if context.progress.checkpoint_at:
             age_s = now - context.progress.checkpoint_at
             known.append(f"the last checkpoint arrived {age_s:.0f} s ago")
+        elif context.entry.applied:
+            known.append("the last checkpoint arrived before this sender was started")
         return "; ".join(known)
 
     async def decide(self, *, here: bool, force: bool = False) -> None:

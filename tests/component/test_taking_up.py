@@ -95,6 +95,20 @@ async def test_a_sender_s_successor_states_what_it_does_not_know(
     assert left.to_go == ("0 pages to go" if counted else "its missing pages are not counted yet")
 
 
+async def test_a_sender_s_successor_does_not_know_when_the_last_checkpoint_came(
+    clean_hosts: World, tmp_path: Path
+) -> None:
+    """Before, a guest with a checkpoint was shown as one with 0 checkpoints."""
+    left = left_by_a_sender(clean_hosts.source, Journal(tmp_path), "handed over")
+    assert "checkpoints" not in left.unknown
+    left.context.entry.applied = True
+    assert {"checkpoints", "checkpoint_age_s"} <= set(left.unknown)
+    assert "checkpoint came before this sender was started" in left.requests.known_of_peer
+    left.progress.checkpoint_at = time.monotonic()
+    assert "checkpoints" not in left.unknown
+    assert "checkpoint came 0 s ago" in left.requests.known_of_peer
+
+
 async def test_a_receiver_s_successor_states_what_it_has_not_counted_yet(
     clean_hosts: World, tmp_path: Path
 ) -> None:
