@@ -50,7 +50,7 @@ def printable(text: str) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """``1 page``, ``2 pages``."""
+    """Return ``1 page``, or ``2 pages``."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 

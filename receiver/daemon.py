@@ -335,7 +335,9 @@ def _line(migration: IncomingMigration) -> Json:
 
 
 def _kept_line(entry: Kept) -> Json:
-    """An entry of the journal whose migration was not resumed, with the keys of :func:`_line`."""
+    """Return an entry of the journal whose migration was not resumed, with the keys of
+    :func:`_line`.
+    """
     progress = IncomingProgress(entry.domain, phase="", problem=entry.problem)
     line = {"id": entry.session, "direction": "incoming", "peer": "", **asdict(progress)}
     return {**line, "unknown": [key for key, value in line.items() if not value]}

@@ -282,12 +282,12 @@ class IncomingMigration:
 
     @property
     def unknown(self) -> tuple[str, ...]:
-        """The keys of the progress whose values this receiver does not have."""
+        """Return the keys of the progress whose values this receiver does not have."""
         return ("outstanding", "waiting") if self._context.ownership.inherited else ()
 
     @property
     def to_come(self) -> str:
-        """In words, what is outstanding."""
+        """State in words what is outstanding."""
         if "outstanding" in self.unknown:
             return "its missing pages are not counted yet"
         return f"{self.progress.outstanding} pages missing"

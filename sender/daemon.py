@@ -372,7 +372,9 @@ def _line(migration: OutgoingMigration) -> dict[str, Any]:
 
 
 def _kept_line(entry: Kept) -> Json:
-    """An entry of the journal whose migration was not resumed, with the keys of :func:`_line`."""
+    """Return an entry of the journal whose migration was not resumed, with the keys of
+    :func:`_line`.
+    """
     line = {
         "id": entry.session,
         "direction": "outgoing",

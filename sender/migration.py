@@ -139,7 +139,9 @@ class OutgoingMigration:
 
     @property
     def unknown(self) -> tuple[str, ...]:
-        """The keys, of the progress and of the result, whose values this sender does not have."""
+        """Return the keys, of the progress and of the result, whose values this sender does not
+        have.
+        """
         if self.context.began_here:
             return ()
         confirmed = self.ownership.state in (State.COMPLETING, State.COMPLETED)
@@ -153,7 +155,7 @@ class OutgoingMigration:
 
     @property
     def to_go(self) -> str:
-        """What is outstanding, in words."""
+        """State in words what is outstanding."""
         if "outstanding" in self.unknown:
             return "its missing pages are not counted yet"
         return f"{self.progress.outstanding} pages to go"

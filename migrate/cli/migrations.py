@@ -108,8 +108,8 @@ def _ask_all(
 
 
 def under_way_first(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Answers for one name, those of migrations that have ended last: a guest that has left this
-    host may be on its way back.
+    """Return the answers for one name in an order in which migrations that have ended are the last:
+    a guest that has left this host may be on its way back.
     """
     return sorted(lines, key=lambda line: line["phase"] in ENDED)
 
@@ -132,12 +132,14 @@ def io_limit(line: dict[str, Any]) -> str:
 
 
 def known(line: dict[str, Any], key: str) -> Any:
-    """A value as people are shown it: JSON has 0 for a value that the daemon does not have."""
+    """Return a value as people are shown it: JSON has 0 for a value that the daemon does not
+    have.
+    """
     return "-" if key in line.get("unknown", ()) else line[key]
 
 
 def in_a_line(value: Any) -> str:
-    """A value of JSON for people; empty if there is nothing to show."""
+    """Return a value of JSON as people read it; empty if there is nothing to show."""
     match value:
         case None:
             return ""

@@ -16,8 +16,8 @@ from migrate.units import printable
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[object]], *, numbers: str = "") -> str:
-    """Lines with columns that are as wide as their longest text.  ``numbers``: the titles of the
-    columns that end at the right.
+    """Return lines whose columns are as wide as their longest text.  ``numbers``: the titles of the
+    columns that are aligned at the right.
     """
     texts = [[printable(str(value)).replace("\n", " ") for value in row] for row in (titles, *rows)]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
