@@ -338,6 +338,12 @@ def _kept_line(entry: Kept) -> Json:
     """Return an entry of the journal whose migration was not resumed, with the keys of
     :func:`_line`.
     """
-    progress = IncomingProgress(entry.domain, phase="", problem=entry.problem)
-    line = {"id": entry.session, "direction": "incoming", "peer": "", **asdict(progress)}
+    progress = IncomingProgress(entry.domain, problem=entry.problem)
+    line = {
+        "id": entry.session,
+        "direction": "incoming",
+        "peer": "",
+        "phase": "",
+        **asdict(progress),
+    }
     return {**line, "unknown": [key for key, value in line.items() if not value]}

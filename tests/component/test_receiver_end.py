@@ -35,6 +35,8 @@ LAST = m.Complete(b"{}")
 class Lane:
     """A lane on which the sender sends one message, and receives one."""
 
+    heard_at = 0.0
+
     def __init__(self, message: m.Message):
         self._message = message
         self.taken: list[m.Message] = []
@@ -112,7 +114,7 @@ async def test_of_a_sender_that_has_forgotten_nothing_else_is_reported(
 
     incoming = completed(Journal(tmp_path), has_forgotten)
     await linger(incoming, LAST)
-    assert "the sender has nothing of this migration any more: no such session" in caplog.text
+    assert "the sender does not have this migration any more: no such session" in caplog.text
     assert incoming.progress.problem == ""
 
 

@@ -103,10 +103,10 @@ async def test_a_sender_s_successor_does_not_know_when_the_last_checkpoint_came(
     assert "checkpoints" not in left.unknown
     left.context.entry.applied = True
     assert {"checkpoints", "checkpoint_age_s"} <= set(left.unknown)
-    assert "checkpoint came before this sender was started" in left.requests.known_of_peer
+    assert "checkpoint arrived before this sender was started" in left.requests.known_of_peer
     left.progress.checkpoint_at = time.monotonic()
     assert "checkpoints" not in left.unknown
-    assert "checkpoint came 0 s ago" in left.requests.known_of_peer
+    assert "checkpoint arrived 0 s ago" in left.requests.known_of_peer
 
 
 async def test_a_receiver_s_successor_states_what_it_has_not_counted_yet(
