@@ -150,12 +150,14 @@ class IncomingMigration:
         if begun is None:
             return
         self._context.ownership.link = Link.UP if begun.restoring else Link.LOST
-        switchover = Switchover(self._context, begun.guest, inherits=not begun.restoring)
-        self._recovery = following = Recovery(switchover)
         logged = ""
         while True:
             try:
-                await self._to_the_end(following, begun.restoring)
+                if self._recovery is None:
+                    inherits = begun.restoring is None
+                    switchover = Switchover(self._context, begun.guest, inherits=inherits)
+                    self._recovery = Recovery(switchover)
+                await self._to_the_end(self._recovery, begun.restoring)
                 return
             except Exception as error:
                 if not self._may_pass(error):
@@ -163,7 +165,8 @@ class IncomingMigration:
                 if str(error) != logged:
                     logged = str(error)
                     log.error("%s continues: %s", self.domain_name, error, exc_info=is_bug(error))
-            following.note(logged)
+            if self._recovery is not None:
+                self._recovery.note(logged)
             self._context.disconnect()
             await trio.sleep(recovery.CARRY_ON_AGAIN_S)
 

@@ -36,22 +36,25 @@ async def failed(
 ) -> m.Message | None:
     """Undo the migration, or end it if the guest has ended here.  The call can be repeated.
 
-    Returns the message for the sender.
+    The error was raised before this call, and an operator may have decided since: the state
+    decides, and no operator decides meanwhile.  Returns the message for the sender.
     """
     ownership = context.ownership
     context.progress.problem = str(error)
     gone = ownership.needed and await _is_gone(context, error)
-    if ownership.needed and (gone or isinstance(error, GuestEndedError)):
-        answer = await _guest_ended(context, error, switchover, gone=gone)
-    elif not ownership.has_ended:
+    async with context.deciding:
+        if ownership.needed and (gone or isinstance(error, GuestEndedError)):
+            return await _guest_ended(context, error, switchover, gone=gone)
+        if ownership.has_ended:
+            return None
+        assert not ownership.ours, f"{context.name} is here, and is not given up for: {error}"
         log.warning("the migration of %s is undone: %s", context.name or "a guest", error)
         with trio.CancelScope(shield=True):
+            if ownership.needed:  # a successor destroys what is left over, and keeps nothing
+                await in_thread(ownership.enter, State.DECIDED_ELSEWHERE)
             await discard(context, str(error))
         ownership.enter(State.GIVEN_UP)
-        answer = m.Failed(m.printable(str(error)))
-    else:
-        return None
-    return answer
+        return m.Failed(m.printable(str(error)))
 
 
 async def _guest_ended(
@@ -66,6 +69,10 @@ async def _guest_ended(
             "; its domain is kept at the destination: to end it, destroy it there (xl destroy "
             f"{context.name})"
         )
+        answer = m.Failed(m.printable(reason))
+    elif switchover is None and context.is_in(State.SERVING):
+        # xl may have let the guest run before this daemon was started.
+        reason += ", and it is not known whether the guest ran at the destination"
         answer = m.Failed(m.printable(reason))
     lacked = 0
     if switchover is not None:

@@ -31,6 +31,7 @@ from migrate.cli.world import (
     wait_for_steps,
 )
 from migrate.errors import (
+    GuestEndedError,
     MigrationError,
     PeerClosedError,
     RefusedError,
@@ -789,7 +790,7 @@ async def test_a_successor_takes_a_guest_up_when_it_can(
 
     def reach(*_arguments: object, **_options: object) -> None:
         reached.append("reached")
-        raise MigrationError("reached")
+        raise GuestEndedError("reached")
 
     migration: IncomingMigration | OutgoingMigration
     if end == "receiver":
