@@ -271,11 +271,11 @@ class Ownership:
             if row.step:
                 self._write(row.step, row.undo is U.ANYTHING)
 
-    def seen_to_run(self) -> None:
-        """The guest has been seen to run.  While another state is being noted this has no effect,
-        and the next look at the domain calls again.
+    def seen_to_run(self, *, wait: bool = False) -> None:
+        """The guest has been seen to run.  While the journal is written this has no effect, and the
+        next look at the domain calls again.  ``wait``: until the journal is written, in a thread.
         """
-        if not self._writing.acquire(blocking=False):
+        if not self._writing.acquire(blocking=wait):
             return
         try:
             with self._lock:

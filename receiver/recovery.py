@@ -307,17 +307,18 @@ class Recovery:
             case m.Completed() if switchover.needs_nothing:
                 switchover.settled = True
             case m.Abort() | m.Recall() if reason := recall_reason(context, message):
-                if context.ownership.row.undo is Undo.NOTHING:
-                    raise RecalledError(reason)
-                await in_thread(context.ownership.enter, State.DECIDED_ELSEWHERE)
+                async with context.deciding:  # no attempt to start the guest is under way
+                    if context.ownership.row.undo is Undo.NOTHING:
+                        raise RecalledError(reason)
+                    await in_thread(context.ownership.enter, State.DECIDED_ELSEWHERE)
                 await context.peer.acknowledge()
                 raise MigrationError(reason)
             case m.Abort() if not context.ownership.handed_over:
                 raise MigrationError(f"the sender gave up: {message.reason}")
             case m.Lost():
-                await context.peer.acknowledge()
                 if not switchover.needs_nothing:
                     raise PagesLostError(message.reason)
+                await context.peer.acknowledge()
                 switchover.settled = True
             case _:
                 missing = switchover.guest.pages.count
@@ -346,14 +347,15 @@ class Recovery:
         context.entry.reason = reason
         if switchover.guest.pages.count:
             context.progress.problem = self._what_is_lost(reason)
-            await in_thread(context.ownership.enter, State.LOST)
-        context.disconnect()
+            async with context.deciding:
+                await in_thread(context.ownership.enter, State.LOST)
         log.error(
             "%s: %s; %d pages are missing", context.name, reason, switchover.guest.pages.count
         )
         nothing_missing = switchover.pager.nothing_outstanding
         async with task_group() as offline:
             offline.start_soon(switchover.pager.serve, None)
+            await self._answer_and_leave()  # the loss has been noted
             while not nothing_missing.is_set():
                 context.progress.problem = self._what_is_lost(reason)
                 with trio.move_on_after(REPORT_LOST_EVERY_S):
@@ -387,8 +389,7 @@ class Recovery:
         context.progress.problem = f"{reason}; so {name} is being paused here"
         await in_thread(context.ownership.enter, State.HELD)  # before the source is answered
         async with task_group() as offline:
-            if context.peer.connections:
-                offline.start_soon(self._answer_and_leave)
+            offline.start_soon(self._answer_and_leave)
             offline.start_soon(pager.serve, None)
             cannot = f"{reason}, and {name} cannot be paused here"
 

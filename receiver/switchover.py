@@ -9,6 +9,7 @@ everything.  The guest is suspended meanwhile, and a turn of the event loop woul
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 from collections.abc import Callable
 
@@ -21,7 +22,7 @@ from migrate.units import pauses
 from receiver.checkpoints import NOT_PROTECTED, Checkpoints
 from receiver.context import Context, retries
 from receiver.guest import Guest
-from receiver.ownership import State
+from receiver.ownership import State, Undo
 from receiver.pager import Pager
 from xenbackend.contract import DomainState
 from xenbackend.errors import XenError
@@ -162,13 +163,15 @@ class Switchover:
         while self.not_started:
             await trio.sleep(next(attempts))
             async with self.context.deciding:
+                if self.context.ownership.row.undo is Undo.BEING_UNDONE:
+                    return
                 try:
                     await in_thread(self.start)
                 except XenError as error:
                     self._not_yet(error)
                     continue
                 self.not_started = self.context.progress.problem = ""
-                self.context.ownership.seen_to_run()
+                await in_thread(functools.partial(self.context.ownership.seen_to_run, wait=True))
                 self.runs.set()
                 log.info("%s runs", self.context.name)
 

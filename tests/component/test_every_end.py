@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import trio
 
@@ -20,13 +21,16 @@ from migrate.cli.world import World, wait_for_steps
 from migrate.errors import GuestEndedError, MigrationError, PeerClosedError, RemoteProtocolError
 from migrate.protocol import messages as m
 from migrate.service.journal import Journal
+from receiver import context as receiver_context
 from receiver import migration as receiver_migration
 from receiver import recovery, rollback
 from receiver.guest import Guest, Holdings
 from receiver.migration import IncomingMigration
 from receiver.outstanding import OutstandingPages
 from receiver.ownership import OURS, TABLE, State, Undo
+from receiver.peer import Peer
 from receiver.preflight import Begun
+from receiver.recovery import Recovery
 from receiver.restore import FrameLimit
 from receiver.switchover import Switchover
 from receiver.toolstack import OwnToolstack, XlToolstack
@@ -254,6 +258,85 @@ async def test_a_guest_that_ends_while_an_operator_decides_has_ended(
             nursery.start_soon(case.migration.run)
     assert case.migration.ended.is_set() and context.is_in(State.ENDED)
     assert "has ended" in answers[0]
+
+
+class Lane:
+    """A sender on a push lane."""
+
+    capabilities: frozenset[str] = frozenset()
+
+    def __init__(self, case: Case):
+        self._case = case
+        self.steps: list[str] = []
+        """The journal's, when the sender was answered."""
+
+    async def send(self, _message: m.Message) -> None:
+        facts = await trio.to_thread.run_sync(self._case.journal.entries)
+        self.steps.append(facts[SESSION]["step"])
+
+    def close(self) -> None:
+        pass
+
+
+def connected(case: Case, monkeypatch: Patch, says: m.Message) -> tuple[Recovery, Lane]:
+    """A guest whose sender has just connected again, and sends ``says``."""
+    following = Recovery(Switchover(case.context, case.guest, inherits=True))
+    lane = Lane(case)
+
+    async def reconnect(self: Peer, _note: object) -> None:
+        self._push = cast(Any, lane)
+
+    async def receive(_self: Peer) -> m.Message:
+        return says
+
+    monkeypatch.setattr(Peer, "reconnect", reconnect)
+    monkeypatch.setattr(Peer, "receive", receive)
+    return following, lane
+
+
+async def test_a_guest_that_is_not_to_run_here_is_not_started_any_more(
+    clean_hosts: World, tmp_path: Path, name: str, monkeypatch: Patch
+) -> None:
+    """Its source has been answered, and runs it: a late start here would make a second one."""
+    case = await made(clean_hosts, tmp_path, name, State.UNSTARTED)
+    following, lane = connected(case, monkeypatch, m.Recall("it runs at the source"))
+    starts: list[str] = []
+
+    def start(_self: SimulatedDomain) -> None:
+        starts.append(case.context.ownership.state.name)
+        if case.context.is_in(State.UNSTARTED):
+            raise XenError("start", errno.EBUSY)
+
+    monkeypatch.setattr(SimulatedDomain, "start", start)
+    monkeypatch.setattr(receiver_context, "FIRST_START_AGAIN_S", 0.01)
+    monkeypatch.setattr(receiver_context, "LAST_START_AGAIN_S", 0.01)
+    switchover = following.switchover
+    assert not await trio.to_thread.run_sync(switchover.take_over)
+    switchover.taken_over(started=False)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(switchover.keep_starting)
+        await until_async(lambda: len(starts) > 2)
+        with pytest.raises(MigrationError, match="it runs at the source"):
+            await following.rejoin(PeerClosedError("lost"))
+        nursery.cancel_scope.cancel()
+    assert lane.steps == ["decided elsewhere"] and set(starts) == {"UNSTARTED"}
+    await trio.to_thread.run_sync(case.context.holdings.release)
+
+
+async def test_that_pages_are_lost_is_noted_before_the_source_is_answered(
+    clean_hosts: World, tmp_path: Path, name: str, monkeypatch: Patch
+) -> None:
+    """A receiver that is killed in between would wait for ever for a source that has forgotten."""
+    case = await made(clean_hosts, tmp_path, name, State.OWNS)
+    following, lane = connected(case, monkeypatch, m.Lost("the source was destroyed"))
+    case.guest.pages.add(np.array([5]))
+    following.switchover.serve()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(following.rejoin, PeerClosedError("lost"))
+        await until_async(lambda: bool(lane.steps))
+        nursery.cancel_scope.cancel()
+    assert lane.steps == ["lost"] and case.context.is_in(State.LOST)
+    await trio.to_thread.run_sync(case.context.holdings.release)
 
 
 async def test_a_successor_does_not_claim_that_a_guest_that_has_ended_never_ran(

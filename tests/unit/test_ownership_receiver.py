@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -203,6 +204,27 @@ def test_what_xl_lets_run_runs(state: State) -> None:
     ownership.seen_to_run()
     expected = {State.SERVING: State.RUNNING, State.UNSTARTED: State.OWNS}
     assert ownership.state is expected.get(state, state)
+
+
+def test_that_the_guest_runs_can_wait_until_the_journal_is_written() -> None:
+    began, go_on = threading.Event(), threading.Event()
+
+    def write(_step: str, _needed: bool) -> None:
+        began.set()
+        assert go_on.wait(20)
+
+    ownership = Ownership(write, State.UNSTARTED)
+    noting = threading.Thread(target=ownership.note)
+    noting.start()
+    assert began.wait(20)
+    ownership.seen_to_run()
+    seen = [ownership.state]
+    waiting = threading.Thread(target=lambda: ownership.seen_to_run(wait=True))
+    waiting.start()
+    go_on.set()
+    for thread in (noting, waiting):
+        thread.join(20)
+    assert [*seen, ownership.state] == [State.UNSTARTED, State.OWNS]
 
 
 # ---- the model ----
