@@ -173,9 +173,7 @@ class SenderDaemon:
             case "decide":
                 # A migration that has ended with an error may still keep pages.
                 migration = self._find(request)
-                runs = migration.id in self._active
-                await migration.requests.decide(**decision_of(request))
-                if not runs:
+                if await migration.requests.decide(**decision_of(request)):
                     self._nursery.start_soon(self._end, migration)
                 await connection.answer("result")
             case "restore" | "await-memory" as other:

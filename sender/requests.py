@@ -140,10 +140,11 @@ class Requests:
             known.append("the last checkpoint arrived before this sender was started")
         return "; ".join(known)
 
-    async def decide(self, *, here: bool, force: bool = False) -> None:
+    async def decide(self, *, here: bool, force: bool = False) -> bool:
         """Carry out an operator's decision, because the destination cannot be reached.  The guest
         does not run there and never will (``here``), or nothing of it is needed at the source.
 
+        Returns whether the migration's task had ended before: then the caller sends the outcome.
         Raises as :meth:`check_decision`.
         """
         await self.check_decision(here=here, force=force)
@@ -152,19 +153,21 @@ class Requests:
         if self.rollback is not None and self.rollback.is_waiting:
             if not await self.rollback.overrule(decision):
                 raise MigrationError(TOO_LATE)
-            return
-        self.decision = decision
-        if not self.is_over:
-            self.scope.cancel()
-            await self.decided.wait()
-            if not self.is_noted:
-                raise MigrationError(TOO_LATE)
-            return
+            return False
+        self.decision, was_over = decision, self.is_over
         try:
-            await self._carry_out(decision)
+            await (self._carry_out(decision) if was_over else self._interrupt())
         except BaseException:
             self.decision = None  # so that the decision can be made again
             raise
+        return was_over
+
+    async def _interrupt(self) -> None:
+        """Have the migration's task take the decision."""
+        self.scope.cancel()
+        await self.decided.wait()
+        if not self.is_noted:
+            raise MigrationError(TOO_LATE)
 
     async def check_decision(self, *, here: bool, force: bool = False) -> None:
         """Raises :class:`MigrationError` if there is nothing to decide, or if the decision is known

@@ -7,27 +7,16 @@ between.  So each pair leaves the guest at one end, or keeps its pages until som
 
 from __future__ import annotations
 
-from typing import Any, cast
-
-import numpy as np
 import pytest
 import trio
 
-from migrate.cli.world import World, wait_for_steps
+from migrate.cli.world import World
 from migrate.errors import GuestEndedError, MigrationError, PeerClosedError
-from migrate.options import MigrationOptions, Strategy
-from migrate.service.journal import Journal
 from sender import toolstack
-from sender.backlog import Backlog
-from sender.context import Context, Source
-from sender.dirty import DirtyLog
-from sender.entry import Entry
 from sender.ownership import DECIDED, ENDED, Link, State
-from sender.recovery import Recovery
-from sender.rollback import Rollback, verdict
-from sender.toolstack import OwnToolstack, StaysHereError, XlToolstack
-from tests.support.guests import busy
-from tests.support.left import SESSION, NoLanes
+from sender.rollback import verdict
+from sender.toolstack import StaysHereError
+from tests.support.states import in_state
 from tests.support.waiting import until_async
 from xenbackend.contract import DomainState
 
@@ -41,23 +30,6 @@ BEFORE = (State.OFFERING, State.COPYING, State.SUSPENDING, State.SUSPENDED)
 AFTER = (State.HANDED_OVER, State.ALL_SENT)
 CASES = [(xl, state) for xl in (False, True) for state in (*BEFORE, *AFTER)]
 CASES.append((True, State.UNDECIDED))
-
-
-def in_state(world: World, name: str, state: State, *, xl: bool) -> tuple[Rollback, Context]:
-    guest = world.source.create_guest(busy(name).to_bytes())
-    wait_for_steps(guest, 20)
-    domain = world.source.open(guest.domid)
-    if state not in (State.OFFERING, State.COPYING):
-        domain.suspend()
-    tools = XlToolstack(name) if xl else OwnToolstack()
-    entry = Entry(domain.info().id, MigrationOptions(Strategy.POSTCOPY), tools.destroys_source)
-    journal = Journal(world.directory / "journal")
-    lanes = cast(Any, NoLanes())
-    context = Context(SESSION, world.source, lanes, journal, tools, entry, state)
-    context.backlog = Backlog(np.ones(domain.nr_pfns, dtype=np.bool_))
-    dirty_log = DirtyLog(domain, domain.nr_pfns, enabled=False)
-    source = context.source = Source(domain, dirty_log, None)
-    return Rollback(context, source, Recovery(context, source)), context
 
 
 @pytest.mark.parametrize("what", ERRORS)

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""An operator decides at the sender while something else happens there: the decision acts or is
+refused, and never forbids another decision; the destination is informed whoever was first.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import trio
+
+from migrate.cli.world import World
+from migrate.errors import MigrationError
+from migrate.options import Strategy
+from migrate.protocol import messages as m
+from migrate.service.config import Config
+from sender.daemon import SenderDaemon
+from sender.migration import OutgoingMigration
+from sender.ownership import Link as Lanes
+from sender.ownership import State
+from sender.recovery import Recovery
+from sender.requests import TOO_LATE, Requests
+from sender.rollback import Rollback
+from tests.support.guests import busy, goes_on_here_only
+from tests.support.inprocess import Outcome, migrate
+from tests.support.left import NoLanes
+from tests.support.links import Link
+from tests.support.states import in_state
+from tests.support.waiting import until_async
+
+Patch = pytest.MonkeyPatch
+
+
+class Lane:
+    """A destination that takes the last word, and answers."""
+
+    capabilities = frozenset({m.RECALL, m.LOST})
+
+    def __init__(self, taken: list[m.Message]):
+        self._taken = taken
+
+    async def send(self, message: m.Message) -> None:
+        self._taken.append(message)
+
+    async def receive(self) -> tuple[m.Message, memoryview]:
+        return m.Failed("told"), memoryview(b"")
+
+    def close(self) -> None:
+        pass
+
+
+class DestinationIsBack(NoLanes):
+    dials = ("destination", 8013)  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        self.taken: list[m.Message] = []
+
+    async def again(self, _note: object) -> Lane:
+        return Lane(self.taken)
+
+
+async def test_a_decision_that_comes_too_late_can_be_made_again(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
+    """The destination's final answer has come, and its consequence has not been drawn yet."""
+    settle, take_up = Rollback.settle, Recovery._take_up_again
+    settling, go_on, answered = trio.Event(), trio.Event(), trio.Event()
+    is_final = False
+
+    async def settle_later(self: Rollback, error: BaseException) -> None:
+        settling.set()
+        await go_on.wait()
+        await settle(self, error)
+
+    async def fail(self: Recovery, push: Any) -> None:
+        if is_final:
+            raise MigrationError("the destination cannot go on")
+        await take_up(self, push)
+
+    monkeypatch.setattr(Rollback, "settle", settle_later)
+    monkeypatch.setattr(Recovery, "_take_up_again", fail)
+
+    async def meanwhile(outcome: Outcome, link: Link) -> None:
+        nonlocal is_final
+        migration = outcome.migration
+        await until_async(lambda: migration.context.entry.ran)
+        is_final = True
+        link.cut()
+        await settling.wait()
+
+        async def decide() -> None:
+            with pytest.raises(MigrationError, match=TOO_LATE):
+                await migration.requests.decide(here=False)
+            answered.set()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(decide)
+            await until_async(lambda: migration.requests.decision is not None)
+            go_on.set()
+        clean_hosts.destination.open(name).destroy()
+        await until_async(lambda: migration.ownership.link is Lanes.GIVEN_UP)
+        await migration.requests.decide(here=True, force=True)
+
+    outcome = await migrate(clean_hosts, busy(name), Strategy.POSTCOPY, meanwhile=meanwhile)
+    assert answered.is_set() and outcome.migration.phase == "failed"
+    await goes_on_here_only(clean_hosts, name)
+
+
+class Answers:
+    """An operator's connection."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    async def answer(self, event: str, **_fields: object) -> None:
+        self.events.append(event)
+
+
+async def test_the_destination_is_informed_though_the_migration_ended_just_before_the_decision(
+    clean_hosts: World, name: str, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    make = functools.partial(in_state, clean_hosts, name, State.HANDED_OVER, xl=False)
+    rollback, context = await trio.to_thread.run_sync(make)
+    migration, lanes = OutgoingMigration(context), DestinationIsBack()
+    context.lanes = cast(Any, lanes)
+    migration.requests.rollback, context.ownership.link = rollback, Lanes.GIVEN_UP
+    socket = tmp_path / "sender.sock"
+    daemon = SenderDaemon(clean_hosts.source, socket, Config(), context.journal)
+    daemon._admit(migration)
+    check = Requests.check_decision
+
+    async def end_first(self: Requests, **decision: bool) -> None:
+        self.is_over = True
+        daemon._active.discard(migration.id)
+        await check(self, **decision)
+
+    monkeypatch.setattr(Requests, "check_decision", end_first)
+    connection = Answers()
+    with trio.fail_after(20):
+        async with trio.open_nursery() as daemon._nursery:
+            request = {"command": "decide", "migration": name, "here": True}
+            await daemon._handle(request, cast(Any, connection))
+    assert connection.events == ["result"] and context.ownership.state is State.FAILED
+    assert [type(message) for message in lanes.taken] == [m.Recall]
