@@ -265,11 +265,14 @@ class OutgoingMigration:
             self.ownership.enter(State.COMPLETED)
             log.info("%s completed", self.domain_name)
             return
-        reason = MigrationError(gone)
+        reason, end = MigrationError(gone), State.FAILED
         if state in (State.RETURNING, State.DECIDED_ELSEWHERE):
             remove(self.context.journal.checkpoint(self.id))
             reason = verdict(state)
-        self.context.fail(State.FAILED, str(reason))
+        if state is State.RETURNING:  # the guest goes on here, in its new domain
+            self.context.entry.recall, end = True, State.GIVEN_UP
+            self.context.last_word = m.Abort(m.printable(str(reason)))
+        self.context.fail(end, str(reason))
         raise reason from error
 
     async def _cancelled(self) -> MigrationError:

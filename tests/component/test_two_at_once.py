@@ -17,6 +17,7 @@ from migrate.errors import MigrationError
 from migrate.options import Strategy
 from migrate.protocol import messages as m
 from migrate.service.config import Config
+from migrate.service.journal import Journal
 from sender.daemon import SenderDaemon
 from sender.migration import OutgoingMigration
 from sender.ownership import Link as Lanes
@@ -26,7 +27,7 @@ from sender.requests import TOO_LATE, Requests
 from sender.rollback import Rollback
 from tests.support.guests import busy, goes_on_here_only
 from tests.support.inprocess import Outcome, migrate
-from tests.support.left import NoLanes
+from tests.support.left import NoLanes, left_by_a_sender
 from tests.support.links import Link
 from tests.support.states import in_state
 from tests.support.waiting import until_async
@@ -145,3 +146,20 @@ async def test_the_destination_is_informed_though_the_migration_ended_just_befor
             await daemon._handle(request, cast(Any, connection))
     assert connection.events == ["result"] and context.ownership.state is State.FAILED
     assert [type(message) for message in lanes.taken] == [m.Recall]
+
+
+async def test_a_guest_that_has_gone_back_to_a_checkpoint_is_recalled_by_a_successor(
+    clean_hosts: World, tmp_path: Path
+) -> None:
+    """The sender was killed when it had destroyed the old domain, and had not noted that yet."""
+    lanes = DestinationIsBack()
+    journal = Journal(tmp_path)
+    successor = left_by_a_sender(clean_hosts.source, journal, "going back", lanes)
+    with pytest.raises(MigrationError, match="when the last checkpoint"):
+        await successor.run()
+    assert "given up" in (await trio.to_thread.run_sync(journal.entries))["session"]["step"]
+    with trio.fail_after(20):
+        await successor.linger()
+    assert [type(message) for message in lanes.taken] == [m.Recall]
+    assert successor.ownership.state is State.FAILED
+    assert await trio.to_thread.run_sync(journal.entries) == {}
