@@ -293,13 +293,16 @@ class XlToolstack:
             self._xl = None
 
     async def finish(self, domain: Domain) -> None:
-        """Destroy the domain if xl has ended and left the domain.  Usually xl has destroyed it, and
-        Xen removes it when the last of its pages is released.
+        """Destroy the domain if xl has ended and left the domain suspended.  Usually xl has
+        destroyed it, and Xen removes it when the last of its pages is released.
         """
         with contextlib.suppress(NoSuchDomainError):
             await trio.to_thread.run_sync(domain.state)
             await self.has_left()
             info = await trio.to_thread.run_sync(domain.info)
+            if info.state in (DomainState.RUNNING, DomainState.PAUSED):
+                log.error("xl has resumed %s here: it is not destroyed", info.name)
+                return
             log.warning(
                 "xl has left %s suspended here, and it runs at the destination: destroying it",
                 info.name,

@@ -13,11 +13,12 @@ import pytest
 import trio
 
 from migrate.cli.world import World
-from migrate.errors import MigrationError
+from migrate.errors import GuestEndedError, MigrationError
 from migrate.options import Strategy
 from migrate.protocol import messages as m
 from migrate.service.config import Config
 from migrate.service.journal import Journal
+from sender import toolstack
 from sender.daemon import SenderDaemon
 from sender.migration import OutgoingMigration
 from sender.ownership import Link as Lanes
@@ -31,6 +32,7 @@ from tests.support.left import NoLanes, left_by_a_sender
 from tests.support.links import Link
 from tests.support.states import in_state
 from tests.support.waiting import until_async
+from xenbackend.contract import DomainState
 
 Patch = pytest.MonkeyPatch
 
@@ -163,3 +165,20 @@ async def test_a_guest_that_has_gone_back_to_a_checkpoint_is_recalled_by_a_succe
     assert [type(message) for message in lanes.taken] == [m.Recall]
     assert successor.ownership.state is State.FAILED
     assert await trio.to_thread.run_sync(journal.entries) == {}
+
+
+@pytest.mark.parametrize(
+    "state", [State.UNDECIDED, State.HANDED_OVER, State.DECIDED_ELSEWHERE], ids=lambda s: s.name
+)
+async def test_a_guest_that_xl_has_resumed_here_is_not_destroyed(
+    clean_hosts: World, name: str, monkeypatch: Patch, state: State
+) -> None:
+    """xl resumed the guest a moment ago, and the sender has not seen that yet."""
+    monkeypatch.setattr(toolstack, "UNKNOWN_XL_S", 0.1)
+    make = functools.partial(in_state, clean_hosts, name, state, xl=True)
+    rollback, context = await trio.to_thread.run_sync(make)
+    assert context.source is not None
+    context.source.domain.resume()
+    await rollback.settle(GuestEndedError("the guest ended at the destination"))
+    here = [info.state for info in clean_hosts.source.domains() if info.name == name]
+    assert here == [DomainState.RUNNING] and context.ownership.has_ended
