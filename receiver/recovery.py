@@ -316,6 +316,8 @@ class Recovery:
             case m.Abort() if not context.ownership.handed_over:
                 raise MigrationError(f"the sender gave up: {message.reason}")
             case m.Lost():
+                if not switchover.serving.is_set() and not context.toolstack.lent:
+                    await self._take_over_what_is_whole()
                 if not switchover.needs_nothing:
                     raise PagesLostError(message.reason)
                 await context.peer.acknowledge()
@@ -323,6 +325,16 @@ class Recovery:
             case _:
                 missing = switchover.guest.pages.count
                 raise RemoteProtocolError(f"{message.type}, but {missing} pages are missing")
+
+    async def _take_over_what_is_whole(self) -> None:
+        """Start a guest that lacks no page.  The source had handed the guest over, and has nothing
+        of it any more, so this is the only copy.
+        """
+        async with self._context.deciding:
+            if not self.switchover.guest.pages.count:
+                self._context.peer.session.handed_over = True
+                started = await in_thread(self.switchover.take_over)
+                self.switchover.taken_over(started=started)
 
     def note(self, why: str) -> None:
         """Show why the link is lost, and what follows for the guest."""

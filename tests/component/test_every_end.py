@@ -339,6 +339,28 @@ async def test_that_pages_are_lost_is_noted_before_the_source_is_answered(
     await trio.to_thread.run_sync(case.context.holdings.release)
 
 
+@pytest.mark.parametrize("state", [State.READY, State.MAYBE_READY])
+@pytest.mark.parametrize("missing", [False, True])
+async def test_the_only_copy_of_a_guest_is_started_and_not_destroyed(
+    clean_hosts: World, tmp_path: Path, name: str, monkeypatch: Patch, state: State, missing: bool
+) -> None:
+    """The handover did not arrive, and the operator of the source has decided `elsewhere`."""
+    case = await made(clean_hosts, tmp_path, name, state)
+    following, lane = connected(case, monkeypatch, m.Lost("an operator has decided"))
+    starts: list[str] = []
+    monkeypatch.setattr(SimulatedDomain, "start", lambda self: starts.append(self.info().name))
+    if missing:
+        case.guest.pages.add(np.array([5]))
+        with pytest.raises(MigrationError, match="an operator has decided"):
+            await following.rejoin(PeerClosedError("lost"))
+        assert starts == [] and case.context.is_in(state)
+    else:
+        await following.rejoin(PeerClosedError("lost"))
+        assert starts == [name] and case.context.is_in(State.OWNS)
+        assert lane.steps == ["taken over"] and following.switchover.settled
+    await trio.to_thread.run_sync(case.context.holdings.release)
+
+
 async def test_a_successor_does_not_claim_that_a_guest_that_has_ended_never_ran(
     clean_hosts: World, tmp_path: Path, name: str
 ) -> None:

@@ -24,9 +24,9 @@ from sender.migration import OutgoingMigration
 from sender.ownership import State
 from sender.push import PushLane
 from tests.support.guests import busy
-from tests.support.inprocess import Outcome, migrate
+from tests.support.inprocess import Outcome, migrate, verification
 from tests.support.left import left_by_a_sender
-from tests.support.links import Link
+from tests.support.links import Link, cut_when
 from tests.support.waiting import until_async
 from xenbackend.contract import DomainState
 from xenbackend.errors import XenError
@@ -102,6 +102,27 @@ async def test_a_guest_that_starts_late_belongs_here_though_its_source_is_gone(
     monkeypatch.setattr(receiver_context, "LAST_START_AGAIN_S", 0.1)
     outcome = await migrate(clean_hosts, busy(name), Strategy.POSTCOPY, meanwhile=meanwhile)
     assert outcome.incoming.phase == "completed"
+
+
+async def test_a_guest_that_is_whole_is_started_though_the_handover_was_lost_with_its_source(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
+    """An operator decides `elsewhere` at the source, and the destination is still in doubt."""
+    links = cut_when(monkeypatch, PushLane, m.Handover, before=True, down=True)
+
+    async def meanwhile(outcome: Outcome, link: Link) -> None:
+        links.append(link)
+        await link.was_cut.wait()
+        await until_async(lambda: outcome.incoming.phase == "in doubt")
+        await until_async(lambda: outcome.migration.phase == "interrupted")
+        await outcome.migration.requests.decide(here=False)
+        await until_async(lambda: outcome.migration.phase == "failed")
+        assert clean_hosts.source.domains() == []
+        link.is_up = True
+
+    outcome = await migrate(clean_hosts, busy(name), Strategy.PRECOPY, meanwhile=meanwhile)
+    assert outcome.incoming.phase == "completed"
+    assert (await verification(clean_hosts, busy(name))).problems == []
 
 
 async def test_a_decision_is_refused_while_what_was_left_is_being_taken_up(
