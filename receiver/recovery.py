@@ -168,16 +168,17 @@ class Predecessor:
             return
         state = await trio.to_thread.run_sync(switchover.guest.state)
         await trio.to_thread.run_sync(self._undo_stop, switchover.guest.domain, state)
-        if state is DomainState.INCOMING and self._context.is_in(State.UNSTARTED):
-            started = await in_thread(switchover.take_over)
-            switchover.taken_over(started=started)
-        else:
-            if self._context.is_in(State.UNSTARTED):
-                self._context.ownership.seen_to_run()
-            await trio.to_thread.run_sync(switchover.protect)
-            if self._context.ownership.handed_over:
-                switchover.runs.set()
-            switchover.serve()
+        async with self._context.deciding:
+            if state is DomainState.INCOMING and self._context.is_in(State.UNSTARTED):
+                started = await in_thread(switchover.take_over)
+                switchover.taken_over(started=started)
+                return
+        if self._context.is_in(State.UNSTARTED):
+            self._context.ownership.seen_to_run()
+        await trio.to_thread.run_sync(switchover.protect)
+        if self._context.ownership.handed_over:
+            switchover.runs.set()
+        switchover.serve()
 
     def _undo_stop(self, domain: Domain, state: DomainState | None) -> None:
         if self._was_stopped_by_us(state):

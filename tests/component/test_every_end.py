@@ -30,7 +30,7 @@ from receiver.outstanding import OutstandingPages
 from receiver.ownership import OURS, TABLE, State, Undo
 from receiver.peer import Peer
 from receiver.preflight import Begun
-from receiver.recovery import Recovery
+from receiver.recovery import Predecessor, Recovery
 from receiver.restore import FrameLimit
 from receiver.switchover import Switchover
 from receiver.toolstack import OwnToolstack, XlToolstack
@@ -321,6 +321,35 @@ async def test_a_guest_that_is_not_to_run_here_is_not_started_any_more(
         nursery.cancel_scope.cancel()
     assert lane.steps == ["decided elsewhere"] and set(starts) == {"UNSTARTED"}
     await trio.to_thread.run_sync(case.context.holdings.release)
+
+
+async def test_a_successor_starts_no_guest_that_an_operator_decides_about(
+    clean_hosts: World, tmp_path: Path, name: str, monkeypatch: Patch
+) -> None:
+    """The decision waits for the start, and is then refused."""
+    case = await made(clean_hosts, tmp_path, name, State.UNSTARTED)
+    context, starting = case.context, trio.Event()
+    switchover = Switchover(context, case.guest, inherits=True)
+    case.migration._recovery = Recovery(switchover)
+    decided: list[State] = []
+
+    def start(_self: SimulatedDomain) -> None:
+        trio.from_thread.run_sync(starting.set)
+        asked = threading.Event()
+        for _ in range(5000):
+            if context.deciding.statistics().tasks_waiting or not context.is_in(State.UNSTARTED):
+                break
+            asked.wait(0.001)
+        decided.append(context.ownership.state)
+
+    monkeypatch.setattr(SimulatedDomain, "start", start)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(Predecessor(context, case.offer, "taken over").serve, switchover)
+        await starting.wait()
+        with pytest.raises(MigrationError, match="runs here"):
+            await case.migration.requests.decide(here=False)
+    assert decided == [State.UNSTARTED] and context.is_in(State.OWNS)
+    await trio.to_thread.run_sync(context.holdings.release)
 
 
 async def test_that_pages_are_lost_is_noted_before_the_source_is_answered(
