@@ -44,6 +44,7 @@ def test_a_guest_is_migrated(xl: Xl, strategy: str) -> None:
     assert xl.line("sender")["peer"].startswith("127.0.0.1:")
 
 
+@pytest.mark.parametrize("world", ['[migration]\nbandwidth = "8M"\n'], indirect=True)
 def test_pages_are_served_long_after_the_source_is_gone(xl: Xl) -> None:
     """The guest runs and faults on pages that only the mappings of the sender still have."""
     xl.save.environment["XEN_POSTCOPY_STRATEGY"] = "postcopy"
