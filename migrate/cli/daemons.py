@@ -37,7 +37,7 @@ class Daemon(Protocol):
     async def run(self) -> None: ...
 
     def guests_in_need(self) -> list[str]:
-        """The names of the guests that live by this daemon."""
+        """The names of the guests that need this daemon."""
 
 
 verbose_option = click.option("-v", "--verbose", is_flag=True, help="Log more.")

@@ -122,7 +122,7 @@ def problem(line: dict[str, Any]) -> str:
 
 
 def io_limit(line: dict[str, Any]) -> str:
-    """When I/O of a guest fails whose missing pages do not come."""
+    """Return when the guest's I/O to missing pages fails, as text; empty if that cannot happen."""
     left_s = line.get("io_fails_in_s")
     if left_s is None:
         return ""
@@ -132,9 +132,7 @@ def io_limit(line: dict[str, Any]) -> str:
 
 
 def known(line: dict[str, Any], key: str) -> Any:
-    """Return a value as people are shown it: JSON has 0 for a value that the daemon does not
-    have.
-    """
+    """Return a value for people: "-" if the daemon does not have the value, which is 0 in JSON."""
     return "-" if key in line.get("unknown", ()) else line[key]
 
 

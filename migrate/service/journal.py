@@ -201,7 +201,7 @@ class Journal:
         log.error("%s", problem)
 
     def still_kept(self) -> list[Kept]:
-        """Return the kept entries whose files nobody has removed.  Call this in a thread."""
+        """Return the kept entries whose files still exist.  Call this in a thread."""
         return [entry for entry in self.kept.values() if os.path.lexists(entry.path)]
 
     def check_understood(self, session: str) -> None:
