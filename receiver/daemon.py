@@ -142,7 +142,9 @@ class ReceiverDaemon:
     async def _handle(self, request: Json, connection: ControlConnection) -> None:
         match request["command"]:
             case "list":
-                kept = await trio.to_thread.run_sync(self._journal.still_kept)
+                kept = []
+                if self._journal.kept:
+                    kept = await trio.to_thread.run_sync(self._journal.still_kept)
                 await connection.answer(
                     "result",
                     migrations=[_line(m) for m in self._migrations.values()],

@@ -754,6 +754,22 @@ async def test_a_host_without_threads_is_named_and_waited_for(
     assert "internal error" not in caplog.text and "Traceback" not in caplog.text
 
 
+@pytest.mark.parametrize("daemon", [SenderDaemon, ReceiverDaemon])
+async def test_a_host_without_threads_can_be_asked_what_its_daemons_do(
+    daemon: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = list[dict[str, Any]]()
+
+    class Connection:
+        async def answer(self, _event: str, **fields: Any) -> None:
+            answers.append(fields)
+
+    asked = daemon(cast(Hypervisor, None), tmp_path / "socket", Config(), Journal(tmp_path))
+    no_threads(monkeypatch, times=1)
+    await asked._handle({"command": "list"}, Connection())
+    assert answers == [{"migrations": [], "kept": []}]
+
+
 async def test_what_a_guest_depends_on_is_done_as_soon_as_a_thread_starts(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
