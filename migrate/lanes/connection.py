@@ -34,7 +34,16 @@ from migrate.lanes import bulk, scheduling
 from migrate.lanes.tls import Tls, TlsSocket, explain
 from migrate.protocol import frames
 from migrate.protocol.frames import FrameDecoder
-from migrate.protocol.messages import CHECKSUMS, Alive, Hello, Lane, Message, Refused, parse
+from migrate.protocol.messages import (
+    ALIVE_EACH_SECOND,
+    CHECKSUMS,
+    Alive,
+    Hello,
+    Lane,
+    Message,
+    Refused,
+    parse,
+)
 from migrate.tasks import task_group
 
 CONNECT_TIMEOUT_S = 10.0
@@ -325,7 +334,7 @@ class LaneConnection:
         while True:
             limit_s = self._terms.silence_s
             await trio.sleep(min(limit_s / 4, ALIVE_EVERY_S))
-            if guest_waits():
+            if ALIVE_EACH_SECOND in self.capabilities and guest_waits():
                 limit_s = min(limit_s, self._terms.postcopy_silence_s)
             if time.monotonic() - self.heard_at > limit_s and not unread.poll(0):
                 self._silent_s = limit_s

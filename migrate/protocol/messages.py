@@ -50,7 +50,9 @@ UNPROTECTED = "unprotected"
 """The message."""
 RECALL = "recall"
 """The message."""
-CAPABILITIES = frozenset({CHECKSUMS, PAUSED, LOST, UNPROTECTED, RECALL})
+ALIVE_EACH_SECOND = "alive-each-second"
+"""This end pauses for at most a second between two messages on a lane."""
+CAPABILITIES = frozenset({CHECKSUMS, PAUSED, LOST, UNPROTECTED, RECALL, ALIVE_EACH_SECOND})
 """What this end can do.  A capability is used if one end requires it or both ends offer it."""
 
 

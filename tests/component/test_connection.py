@@ -102,6 +102,30 @@ async def test_an_end_sends_often_enough_for_a_peer_with_a_shorter_patience(
         nursery.cancel_scope.cancel()
 
 
+@pytest.mark.parametrize("offers", [True, False])
+async def test_a_silent_peer_is_dead_earlier_while_a_guest_waits(
+    monkeypatch: pytest.MonkeyPatch, offers: bool
+) -> None:
+    """A peer of an earlier release sends less often, so the longer limit counts for that peer."""
+    monkeypatch.setattr(transport, "ALIVE_EVERY_S", 0.01)
+    terms = Terms(silence_s=3600, postcopy_silence_s=0.05)
+    async with ends(terms=terms) as (ours, theirs):
+        names = (m.ALIVE_EACH_SECOND,) if offers else ()
+        ours.agree([m.Hello(1, 1, "push", "s", b"", (), names, "")] * 2)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ours.keep_alive, lambda: True)
+            if offers:
+                silent = pytest.raises(PeerClosedError, match=r"nothing for 0\.05 s")
+                with trio.fail_after(60), silent:
+                    await ours.receive()
+            else:
+                with trio.fail_after(60):
+                    while ours.bytes_sent < 30 * len(frames.encode(m.Alive().header())):
+                        await trio.sleep(0.01)
+                assert not theirs.is_over()
+            nursery.cancel_scope.cancel()
+
+
 async def test_a_host_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """The host's queue of connections is full, and accepts no more."""
     monkeypatch.setattr(transport, "CONNECT_TIMEOUT_S", 0.1)
