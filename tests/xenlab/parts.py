@@ -62,8 +62,11 @@ MODULES = (
     *("netfs", "fscache", "9pnet", "9pnet_virtio", "9p"),
     *("failover", "net_failover", "virtio_net"),
     *("xen-privcmd", "xen-evtchn", "xen-gntdev", "xen-gntalloc", "xenfs"),
+    *("loop", "xen-blkback"),
 )
 """The modules, in the order of their dependencies."""
+DISK_DRIVER = "xen-blkfront.ko"
+"""The driver for a guest's disk."""
 PROGRAMS = [
     HERE / "dom0" / name for name in ("init.sh", "runner.sh", "runner.py", "xenlab.service")
 ]
@@ -369,6 +372,7 @@ def guest() -> Path:
         (root / "dev").mkdir(parents=True)
         gcc = ["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-static"]
         run([*gcc, "-pthread", "-o", str(root / "init"), str(folder / "init.c")])
+        shutil.copy(next(kernel().glob(f"lib/modules/**/{DISK_DRIVER}")), root)
         _archive(root, where / "initramfs")
         shutil.rmtree(root)
         shutil.copy(kernel() / "vmlinux", where)

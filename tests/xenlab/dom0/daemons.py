@@ -64,6 +64,9 @@ class Daemons:
 
         until(started, f"the {role} does not start", 100)
 
+    def send_signal(self, role: str, number: int) -> None:
+        self._processes[role].send_signal(number)
+
     def kill(self, role: str) -> None:
         process = self._processes.pop(role)
         process.kill()

@@ -50,6 +50,18 @@ STUB = Kind("stub", 4)
 """No operating system (``guest/stub.c``)."""
 HEARTBEAT = re.compile(r"heartbeat (\d+) steps (\d+) errors (\d+) longest (\d+) ms")
 
+DISK = re.compile(r"disk requests (\d+) errors (\d+) mismatches (\d+) longest (\d+) ms")
+
+
+@dataclass(frozen=True)
+class DiskUse:
+    """Since the guest's start, but ``longest_ms``: since the last line."""
+
+    requests: int
+    errors: int
+    mismatches: int
+    longest_ms: int
+
 
 @dataclass(frozen=True)
 class Heartbeat:
@@ -74,6 +86,27 @@ class Guest:
 
     def heartbeats(self) -> list[Heartbeat]:
         return heartbeats_in(self.console())
+
+    def disk_use(self) -> list[DiskUse]:
+        return [DiskUse(*map(int, found)) for found in DISK.findall(self.console())]
+
+    def wait_for_requests(self, count: int, timeout_s: float = 120.0) -> DiskUse:
+        """So many more requests to the disk than now.  Returns the last line.  Raises
+        ``TimeoutError`` with the end of the console.
+        """
+        first: int | None = None
+        deadline = time.monotonic() + timeout_s
+        while True:
+            if use := self.disk_use():
+                first = use[-1].requests if first is None else first
+                if use[-1].requests >= first + count:
+                    return use[-1]
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"{self.name} does not use its disk; the end of its console:\n"
+                    f"{self.console()[-2000:]}"
+                )
+            time.sleep(0.1)
 
     def wait_for_heartbeats(self, count: int, timeout_s: float = 120.0) -> list[Heartbeat]:
         """Wait for so many more heartbeats.  Raises ``TimeoutError`` with the end of the

@@ -9,179 +9,36 @@ import os
 import re
 import struct
 import subprocess
-import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from migrate.control.client import ControlClient, Json
+from migrate.control.client import ControlClient
 from tests.support.labs import until
-from tests.xenlab.dom0.daemons import daemons, write_helper
 from tests.xenlab.dom0.guests import STEPS_PER_S, Guest, guest, xl
+from tests.xenlab.dom0.host import (
+    PAGING,
+    PATCHED,
+    Host,
+    arrived,
+    check_heartbeat,
+    host,
+    running,
+    slow,
+)
 from tests.xenlab.dom0.lab import remnants
-from xenbackend.libxenctrl.hypervisor import XenHypervisor
 from xenbackend.pages import PAGE_SIZE, PageStatus, PfnArray
 
-PAGING = pytest.mark.hypervisors("populate-evicted", "paging")
-PATCHED = pytest.mark.hypervisors("populate-evicted")
-CUTTER = """#!{python}
-# xl migrate-receive behind a wire cutter, which passes both directions on until the words come by.
-import os, subprocess, sys, threading
-direction, words = sys.argv[1], sys.argv[2].encode()
-child = subprocess.Popen(["xl", "migrate-receive"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-def carry(source, to, cuts):
-    seen = b""
-    while data := os.read(source, 65536):
-        seen = (seen + data)[-65536 - len(words):]
-        if cuts and words in seen:
-            break
-        os.write(to, data)
-    os.close(to)
-def heard():
-    carry(0, child.stdin.fileno(), direction == "to")
-threading.Thread(target=heard, daemon=True).start()
-carry(child.stdout.fileno(), 1, direction == "from")
-os._exit(child.wait())
-"""
+__all__ = ["host", "running", "slow"]
+
 READY, GO, REPORT = (
     "domain received, ready to unpause",
     "domain is yours, you are cleared to unpause",
     "my copy unpause results",
 )
-
-
-@dataclass
-class Host:
-    """dom0 with our helper, and the daemons' control sockets in ``directory``."""
-
-    directory: Path
-    xen: XenHypervisor
-
-    @property
-    def helper(self) -> Path:
-        return write_helper(self.directory)
-
-    def migrate(self, name: str, *, receive: str = "xl migrate-receive", **environment: str) -> str:
-        """The output of ``xl migrate``.  Raises ``RuntimeError`` with the output if the command
-        fails.
-        """
-        return self._run(
-            "xl", "migrate", "-s", "", name, receive,
-            **{
-                "LIBXL_SAVE_HELPER": str(self.helper), "XEN_POSTCOPY": "require",
-                "XEN_POSTCOPY_SENDER": str(self.directory / "sender"), **environment,
-            },
-        )  # fmt: skip
-
-    def save(self, name: str, to: Path, *, with_helper: bool = True) -> None:
-        """Run ``xl save``.  Raises ``RuntimeError`` with the output if the command fails."""
-        self._run(
-            "xl",
-            "save",
-            name,
-            str(to),
-            **({"LIBXL_SAVE_HELPER": str(self.helper)} if with_helper else {}),
-        )
-
-    def _run(self, *command: str, **environment: str) -> str:
-        done = subprocess.run(
-            command,
-            check=False,
-            text=True,
-            timeout=240,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env={
-                **os.environ,
-                "XEN_POSTCOPY_RECEIVER": str(self.directory / "receiver"),
-                **environment,
-            },
-        )
-        print(done.stdout)
-        if done.returncode:
-            raise RuntimeError(done.stdout)
-        return done.stdout
-
-    @contextmanager
-    def lacking_pages(self, name: str) -> Iterator[Guest]:
-        """Yield a guest that runs after a postcopy migration, and whose pages have not all
-        arrived.
-        """
-        with guest(name) as made:
-            made.wait_for_heartbeats(2)
-            self.migrate(name, XEN_POSTCOPY_STRATEGY="postcopy")
-            self.wait_for("postcopy")
-            yield made
-
-    def cutter(self, direction: str, words: str) -> str:
-        program = self.directory / "cutter"
-        program.write_text(CUTTER.format(python=sys.executable))
-        program.chmod(0o755)
-        return f"exec {program} {direction} '{words}'"
-
-    def lines(self, daemon: str) -> list[Json]:
-        with ControlClient(self.directory / daemon) as client:
-            lines: list[Json] = client.call(command="list")["migrations"]
-        return lines
-
-    def wait_for(self, phase: str) -> None:
-        """Wait until the last migration is in this phase at both ends."""
-
-        def reached() -> bool:
-            return all(
-                self.lines(daemon)[-1]["phase"] == phase for daemon in ("sender", "receiver")
-            )
-
-        until(reached, f"{phase} is not reached", 120)
-
-    def check_clean(self, name: str) -> None:
-        """Check that there is one domain of this name, and that nothing is left of another."""
-        domid = int(xl("domid", name))
-
-        def alone() -> bool:
-            return [info.domid for info in self.xen.domains()] == [domid] and not remnants(self.xen)
-
-        until(alone, "something is left of another domain", 60)
-        with self.xen.open(domid) as domain:
-            assert not domain.preflight().problems or not self.xen.host.facts().paging
-
-
-@pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    """Yield a host without daemons, and without guests of other tests."""
-    with closing(XenHypervisor()) as xen:
-        for info in xen.domains():
-            xen.host.destroy(info.domid)
-        yield Host(tmp_path_factory.mktemp("host"), xen)
-
-
-@pytest.fixture(scope="module")
-def running(host: Host) -> Iterator[Host]:
-    with daemons(host.directory):
-        yield host
-
-
-@pytest.fixture
-def slow(host: Host, tmp_path: Path) -> Iterator[Host]:
-    """Yield a host whose migrations are so slow that a test can act in each phase."""
-    with daemons(tmp_path, '[migration]\nbandwidth = "8M"\n'):
-        yield Host(tmp_path, host.xen)
-
-
-def arrived(name: str) -> Guest:
-    """Return the guest, with its console under the name that it had when it was opened."""
-    return Guest(f"{name}--incoming", int(xl("domid", name)))
-
-
-def check_heartbeat(guest: Guest) -> None:
-    beats = guest.wait_for_heartbeats(3)
-    assert [beat.errors for beat in beats] == [0] * len(beats)
 
 
 @pytest.mark.gate

@@ -11,7 +11,8 @@
  * clock=1 (read the clock at each step; without it the clock is read a hundred times a second,
  * because a step of a few words takes less time than reading the clock), grow=N (pages: when the
  * balloon has added memory, use up to so many more, fill them as well, and print "grown to N
- * pages").
+ * pages"), disk=N (the threads that use the first disk, see disk.h; default: none), buffers=N (the
+ * pages that each of these threads uses; default: 512).
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -37,6 +38,8 @@ static double now(void)
     clock_gettime(CLOCK_MONOTONIC, &t);
     return t.tv_sec + t.tv_nsec / 1e9;
 }
+
+#include "disk.h"
 
 static unsigned long option(const char *line, const char *name, unsigned long otherwise)
 {
@@ -118,6 +121,10 @@ int main(void)
     fill(&memory, 0);
     printf("filled %lu pages\n", (unsigned long)memory.pages);
 
+    struct disk disk = { .threads = option(line, "disk=", 0),
+                         .buffers = option(line, "buffers=", 512) };
+    int has_disk = disk.threads && start_disk(&disk);
+
     struct itimerval timer = { .it_interval.tv_usec = 10000, .it_value.tv_usec = 10000 };
 
     if (by_timer) {
@@ -145,6 +152,8 @@ int main(void)
                    (unsigned long)memory.steps, (unsigned long)memory.errors, longest * 1000);
             longest = 0;
             next = t + beat;
+            if (has_disk)
+                print_disk(&disk);
             if (most)
                 grow(&memory, first, most);
         }
