@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 2.0
 """How often the guests are counted."""
+END_S = 10.0
+"""How long the child process may take to end, before it is killed."""
 INHIBIT = "systemd-inhibit"
 
 
@@ -66,5 +68,8 @@ async def _locked(end: str, names: list[str]) -> AsyncIterator[trio.Process]:
         with trio.CancelScope(shield=True):
             assert process.stdin is not None
             await process.stdin.aclose()
-            with trio.move_on_after(LOOK_EVERY_S):
+            with trio.move_on_after(END_S):
+                await process.wait()
+            if process.returncode is None:
+                process.kill()
                 await process.wait()

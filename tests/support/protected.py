@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -62,6 +63,8 @@ def dies_after(count: int, hosts: World, *, decide: bool = True, force: bool = F
         await until_async(
             lambda: outcome.migration.ownership.handed_over and outcome.incoming.phase == "postcopy"
         )
+        # The push waits: on a busy machine all may arrive before so many checkpoints are made.
+        outcome.migration.context.cap.spend(1024 * MIB, time.monotonic())
         await until_async(lambda: outcome.migration.progress.checkpoints >= count)
         link.down()
         target = hosts.destination.open(outcome.migration.domain_name)
