@@ -293,8 +293,10 @@ static int handle_lane(struct fault_pager *p, uint8_t *buffer, size_t size)
         destination_finish(p->pages, &arrived.pfns[i], &result, 1, &p->actions);
         rc = answer(p);
         fault_lock_give(p->pages->lock);
-        if (rc)
+        if (rc) {
+            unclaim(p, &arrived, i + 1);
             return rc;
+        }
     }
     return FAULT_LOADED;
 }
