@@ -48,12 +48,16 @@ static unsigned long option(const char *line, const char *name, unsigned long ot
     return at ? strtoul(at + strlen(name), NULL, 0) : otherwise;
 }
 
-/* Three quarters of what the balloon has added since memory was least. */
+/* Memory that stays free when the program takes more: without it Linux has nothing for itself. */
+#define RESERVE (3ul << 20)
+#define LEAST_GROWTH 64
+
+/* Three quarters of what the balloon has added since memory was least, as far as that is free. */
 static void grow(struct memory *memory, uint64_t first, uint64_t most)
 {
     static unsigned long least = ~0ul;
     struct sysinfo info;
-    uint64_t before = memory->pages, wanted;
+    uint64_t before = memory->pages, wanted, free_bytes, spare;
 
     sysinfo(&info);
     if (info.totalram * info.mem_unit < least)
@@ -61,7 +65,11 @@ static void grow(struct memory *memory, uint64_t first, uint64_t most)
     wanted = first + (info.totalram * info.mem_unit - least) / PAGE * 3 / 4;
     if (wanted > first + most)
         wanted = first + most;
-    if (wanted <= before || info.freeram * info.mem_unit < 2 * (wanted - before) * PAGE / 3)
+    free_bytes = info.freeram * info.mem_unit;
+    spare = free_bytes > RESERVE ? (free_bytes - RESERVE) / PAGE : 0;
+    if (wanted > before + spare)
+        wanted = before + spare;
+    if (wanted < before + LEAST_GROWTH)
         return;
     memory->pages = wanted;
     fill(memory, before);
