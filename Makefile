@@ -107,7 +107,7 @@ compat: $(STAMP)
 # The tests on a busy machine: two copies at once, beside stress-ng.
 underload: $(STAMP)
 	-@.ci/prepare $(PYTHON) stress-ng
-	$(BIN)/python -m tests.campaigns.underload $(if $(JUNIT),--junit "$(JUNIT)") -- -n 3 --dist worksteal
+	$(BIN)/python -m tests.campaigns.underload $(if $(JUNIT),--junit "$(JUNIT)") -- -m "not serial" -n 3 --dist worksteal
 
 # A model checker goes through every state of the handover, and of what follows it.
 model: $(STAMP)

@@ -16,6 +16,9 @@ from typing import Protocol
 from migrate.options import PolicyOptions, Strategy
 from xenbackend.pages import PAGE_SIZE
 
+CONVERGING = 0.8
+"""Precopy converges while a round leaves less than this share of the pages of the round before."""
+
 
 class Decision(Enum):
     CONTINUE = "continue"
@@ -75,5 +78,5 @@ class DefaultPolicy:
         last_round = progress.round >= self.options.max_rounds
         if not can_page:
             return Decision.STOP_AND_COPY if last_round else Decision.CONTINUE
-        converging = progress.dirty_pages < progress.previous_dirty_pages * 0.8
+        converging = progress.dirty_pages < progress.previous_dirty_pages * CONVERGING
         return Decision.CONTINUE if converging and not last_round else Decision.POSTCOPY

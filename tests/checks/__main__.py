@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Judges this tree: ``python -m tests.checks gate``, or ``make gate``; and ``everything``.
 
-``gate`` is what a change must pass before it lands; ``everything`` adds what takes hours, and is
-run before a release.  Stages run beside each other, as many as there are cores.  A table of stages
-and one of the slowest tests come last.  The record of ``everything`` is kept in ``docs/results``;
-``show`` prints the tables of a record again.
+``gate`` is what a change must pass before it lands; ``everything`` adds what takes more than an
+hour, and is run before a release.  Stages run beside each other, as many as there are cores.  A
+table of stages and one of the slowest tests come last.  The record of ``everything`` is kept in
+``docs/results``; ``show`` prints the tables of a record again.
 
 Exit status: 0 if every stage passed, 1 if one failed, 2 for wrong options, 130 if interrupted, and
 128 + N if ended by signal N.

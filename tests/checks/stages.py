@@ -39,7 +39,13 @@ def _make(target: str, *settings: str) -> tuple[str, ...]:
 TOOLS = Stage(
     "tools", "Debian packages that the checks need are installed", _make("tools"), 600, cores=ALONE
 )
-TEST = Stage("test", "style, types, and every test", _make("test"), 1800, has_tests=True)
+TEST = Stage(
+    "test",
+    "style, spelling, types, and every test outside the lab",
+    _make("test"),
+    1800,
+    has_tests=True,
+)
 CORE = Stage(
     "coverage-core", "every branch of the sans-IO core is tested", _make("coverage-core"), 600
 )

@@ -28,6 +28,8 @@ GB = 1e9
         (Strategy.HYBRID, PrecopyProgress(1, True, 50, 9999, 1.0), STOP),
         (Strategy.HYBRID, PrecopyProgress(1, True, 4000, 99999, GB), STOP),  # 16 ms
         (Strategy.HYBRID, PrecopyProgress(1, True, 40000, 99999, GB), C),
+        (Strategy.HYBRID, PrecopyProgress(2, True, 79_999, 100_000, GB), C),
+        (Strategy.HYBRID, PrecopyProgress(2, True, 80_000, 100_000, GB), POST),
         # Precopy does not converge.
         (Strategy.HYBRID, PrecopyProgress(2, True, 40000, 41000, GB), POST),
         (Strategy.HYBRID, PrecopyProgress(5, True, 40000, 99999, GB), POST),  # no round is left
