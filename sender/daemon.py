@@ -39,7 +39,7 @@ from migrate.service.lifecycle import (
     serve_connections,
     until_stopped,
 )
-from migrate.tasks import isolated, task_group
+from migrate.tasks import is_bug, isolated, task_group
 from migrate.units import parse_address
 from sender.migration import OutgoingMigration
 from sender.ownership import State
@@ -329,7 +329,8 @@ class SenderDaemon:
             await migration.run()
         except (MigrationError, XenError) as error:
             migration.progress.problem = migration.progress.problem or str(error)
-            log.warning("%s: %s", migration.domain_name, migration.progress.problem)
+            problem = migration.progress.problem
+            log.warning("%s: %s", migration.domain_name, problem, exc_info=is_bug(error))
         except Exception as error:
             migration.progress.problem = f"internal error: {error!r}"
             log.exception("%s: internal error", migration.domain_name)
