@@ -218,7 +218,7 @@ class OutgoingMigration:
             domain = await as_soon_as_threads_start(self._open_domain)
         except XenError as error:
             if not self.ownership.inherited:
-                context.fail(State.FAILED, str(error))
+                await in_thread(context.fail, State.FAILED, str(error))
                 raise
             await in_thread(self._source_is_gone, error)
             return None
