@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,24 +36,15 @@ class CuttableXl(Xl):
             start_receiver(self.world, self.world.port)
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
-
-
 @pytest.fixture
 def xl(tmp_path: Path) -> Iterator[CuttableXl]:
     """An xl whose sender is reached over a link that can be cut."""
     spec = GuestSpec("guest", 16 * MIB, vcpus=2, workload="random", rate=5000)
-    port = free_port()
-    with LinkInThread(("127.0.0.1", port)) as relay:
-        config = f'[sender]\nlisten = "127.0.0.1:{port}"\naddress = "127.0.0.1:{relay.link.port}"\n'
+    with LinkInThread(("127.0.0.1", 1)) as relay:
+        config = f'[sender]\naddress = "127.0.0.1:{relay.link.port}"\n'
         config += '[migration]\nstrategy = "postcopy"\nbandwidth = "16M"\n'
         with loopback_world(256 * MIB, config=config) as world:
-            world.stop("sender")
-            start_sender(world, port)
+            relay.link.to = ("127.0.0.1", world.ask("sender", command="status")["port"])
             domain = world.source.create_guest(spec.to_bytes())
             wait_for_steps(domain, 200)
             domain.close()
