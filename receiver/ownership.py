@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Who owns the guest, as the destination knows it: one table of states.  Sans-IO.
+"""Who owns the guest, as far as the receiver can find out: one table of states.  Sans-IO.
 
     OFFERED -> MAKING -> RESTORING -> SUSPENDED -> READY -> OWNS
          -> COMPLETING -> FINISHING -> COMPLETED
@@ -95,7 +95,7 @@ class Link(Enum):
     UP = auto()
     LOST = auto()
     BACK = auto()
-    """The sender has reconnected, and is being asked what it knows."""
+    """The sender has reconnected, and the receiver waits for its first message."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +208,7 @@ class Ownership:
         self.taken_back = ""
         """Why somebody has cancelled the migration."""
         self.inherited = state is not S.OFFERED
-        """What a predecessor has left has not been taken up yet."""
+        """This process has not resumed the migration of its predecessor yet."""
         self.link = Link.LOST if self.inherited else Link.UP
 
     @property
@@ -227,7 +227,7 @@ class Ownership:
 
     @property
     def has_ended(self) -> bool:
-        """Nothing more comes of the migration."""
+        """The migration has ended."""
         return self.row.undo is U.OVER
 
     @property

@@ -52,8 +52,6 @@ from xenbackend.errors import XenError
 log = logging.getLogger(__name__)
 
 PROGRESS_EVERY_S, IDLE_EVERY_S = 0.2, 2.0
-GIVEN_UP = "given up"
-"""The journal step of a migration whose receiver is owed a message and nothing else."""
 KEPT = 100
 """The number of ended migrations that ``list`` still shows."""
 
@@ -108,7 +106,7 @@ class SenderDaemon:
         migration = OutgoingMigration.of_predecessor(
             session, self._hypervisor, lanes_again, self._journal, facts
         )
-        if facts["step"] == GIVEN_UP:  # its domain is free for another migration
+        if migration.ownership.state is State.GIVEN_UP:  # its domain is free for another migration
             self._migrations[session] = migration
         else:
             self._admit(migration)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Who owns the guest, for all that the sender can know: one table of states.  Sans-IO.
+"""Who owns the guest, as far as the sender can find out: one table of states.  Sans-IO.
 
     OFFERING -> COPYING -> SUSPENDING -> SUSPENDED -> (UNDECIDED) -> HANDED_OVER -> ALL_SENT
          -> COMPLETING -> COMPLETED
@@ -61,7 +61,7 @@ class State(Enum):
 
 
 class Guest(Enum):
-    """Where the guest is, for all that the sender can know."""
+    """Where the guest is, as far as the sender can find out."""
 
     RUNS_HERE = "runs here"
     SUSPENDED_HERE = "is suspended here, and continues here if anything fails"
@@ -197,7 +197,7 @@ class Ownership:
         self._kept = False
         self.link = Link.LOST
         self.inherited = state is not S.OFFERING
-        """What a predecessor has left has not been taken up yet."""
+        """This process has not resumed the migration of its predecessor yet."""
         self.handed_over = state in _HANDED_OVER
         """The guest was handed over, whatever has happened since."""
 
@@ -219,7 +219,7 @@ class Ownership:
 
     @property
     def has_ended(self) -> bool:
-        """Nothing more comes of the migration."""
+        """The migration has ended."""
         return self._state in ENDED
 
     @property
@@ -229,7 +229,7 @@ class Ownership:
 
     @property
     def may_stay(self) -> bool:
-        """The guest can still go on here."""
+        """The guest can still continue here."""
         return S.GIVEN_UP in self.row.then
 
     @property

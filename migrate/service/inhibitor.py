@@ -34,7 +34,7 @@ async def inhibit_shutdown(end: str, guests: Callable[[], list[str]]) -> None:
         while not (names := guests()):
             await trio.sleep(LOOK_EVERY_S)
         async with _locked(end, names) as lock:
-            # The list in the lock's reason is that of its beginning: `list` has the present one.
+            # The reason of the lock names the guests of this instant.  `list` shows the later ones.
             while guests() and lock.poll() is None:
                 await trio.sleep(LOOK_EVERY_S)
             if lock.poll() is not None:
