@@ -24,7 +24,7 @@ from sender.transfer import Transfer
 from tests.conftest import MIB
 from tests.support.guests import busy, goes_on_here_only, steps
 from tests.support.inprocess import Outcome, migrate, verification
-from tests.support.links import Link, Patch, cut_when
+from tests.support.links import Link, Patch, cut_when, until_cut
 from tests.support.waiting import until_async as until
 from xenbackend.contract import DomainState
 from xenbackend.errors import NoSuchDomainError
@@ -159,8 +159,7 @@ async def test_the_receiver_is_ready_and_not_heard(
     in_doubt = trio.Event()
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
-        links.append(link)
-        await link.was_cut.wait()
+        await until_cut(links, link)
         await until(lambda: outcome.incoming.phase == "in doubt")
         await until(lambda: outcome.migration.phase == "failed")
         assert clean_hosts.source.open(name).info().state is DomainState.RUNNING
@@ -362,8 +361,7 @@ async def test_the_sender_never_comes_back_and_an_operator_lets_the_guest_run(
     ran = trio.Event()
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
-        links.append(link)
-        await link.was_cut.wait()
+        await until_cut(links, link)
         await until(lambda: outcome.incoming.phase == "in doubt")
         target = clean_hosts.destination.open(name)
         assert target.info().state is DomainState.INCOMING
@@ -387,8 +385,7 @@ async def test_the_destination_never_comes_back_and_an_operator_takes_the_guest_
     links = cut_when(monkeypatch, PushLane, m.Handover, before=True, down=True)
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
-        links.append(link)
-        await link.was_cut.wait()
+        await until_cut(links, link)
         await until(lambda: outcome.migration.phase == "interrupted")
         await until(lambda: outcome.incoming.phase == "in doubt")
         await outcome.migration.requests.decide(here=True)
@@ -448,8 +445,7 @@ async def test_a_guest_that_was_not_handed_over_stands_still_though_an_operator_
     links = cut_when(monkeypatch, Peer, m.Ready, before=True, down=True)
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
-        links.append(link)
-        await link.was_cut.wait()
+        await until_cut(links, link)
         await until(lambda: outcome.incoming.phase == "in doubt")
         await until(lambda: outcome.migration.phase == "failed")
         await outcome.incoming.requests.decide(here=True)
@@ -529,8 +525,7 @@ async def test_the_word_that_the_guest_stays_is_damaged_on_its_way(
     links = cut_when(monkeypatch, Peer, m.Ready, before=True, down=True)
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
-        links.append(link)
-        await link.was_cut.wait()
+        await until_cut(links, link)
         await until(lambda: outcome.incoming.phase == "in doubt")
         await until(lambda: outcome.migration.phase == "failed")
         link.damage(lambda data: data[:30] + bytes([data[30] ^ 1]) + data[31:])

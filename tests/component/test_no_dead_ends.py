@@ -42,7 +42,7 @@ from tests.support.daemons import (
 )
 from tests.support.guests import goes_on_here_only
 from tests.support.inprocess import Outcome, migrate, verification
-from tests.support.links import Link, cut_when
+from tests.support.links import Link, cut_when, until_cut
 from tests.support.protected import slow_guest as busy
 from tests.support.waiting import until, until_async
 from xenbackend.contract import DomainState
@@ -220,8 +220,7 @@ async def test_a_guest_that_ends_when_an_operator_starts_it_has_ended(
     monkeypatch.setattr(SimulatedDomain, "start", fail)
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
-        links.append(link)
-        await link.was_cut.wait()
+        await until_cut(links, link)
         await until_async(lambda: outcome.incoming.phase == "in doubt")
         await until_async(lambda: outcome.migration.phase == "failed")
         incoming = outcome.incoming
@@ -321,8 +320,7 @@ async def test_a_guest_whose_memory_has_all_come_is_paused_later(
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
         nonlocal failed
-        links.append(link)
-        await link.was_cut.wait()
+        await until_cut(links, link)
         await outcome.incoming.ended.wait()
         assert outcome.incoming.phase == "completed"
         outcome.incoming.ended = end = trio.Event()  # the migration waits for this below
@@ -704,8 +702,7 @@ async def test_in_doubt_at_the_destination(
     links = cut_when(monkeypatch, Peer, m.Ready, before=True, down=True)
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
-        links.append(link)
-        await link.was_cut.wait()
+        await until_cut(links, link)
         await until_async(lambda: outcome.incoming.phase == "in doubt")
         incoming = outcome.incoming
         assert "may have handed the guest over" in incoming.requests.known_of_peer

@@ -150,7 +150,7 @@ async def test_the_destination_is_informed_though_the_migration_ended_just_befor
     assert [type(message) for message in lanes.taken] == [m.Recall]
 
 
-async def test_a_guest_that_has_gone_back_to_a_checkpoint_is_recalled_by_a_successor(
+async def test_a_guest_back_at_a_checkpoint_is_recalled_by_a_successor(
     clean_hosts: World, tmp_path: Path
 ) -> None:
     """The sender was killed when it had destroyed the old domain, and had not noted that yet."""

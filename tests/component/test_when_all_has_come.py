@@ -26,7 +26,7 @@ from sender.push import PushLane
 from tests.support.guests import busy
 from tests.support.inprocess import Outcome, migrate, verification
 from tests.support.left import left_by_a_sender
-from tests.support.links import Link, cut_when
+from tests.support.links import Link, cut_when, until_cut
 from tests.support.waiting import until_async
 from xenbackend.contract import DomainState
 from xenbackend.errors import XenError
@@ -111,8 +111,7 @@ async def test_a_guest_that_is_whole_is_started_though_the_handover_was_lost_wit
     links = cut_when(monkeypatch, PushLane, m.Handover, before=True, down=True)
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
-        links.append(link)
-        await link.was_cut.wait()
+        await until_cut(links, link)
         await until_async(lambda: outcome.incoming.phase == "in doubt")
         await until_async(lambda: outcome.migration.phase == "interrupted")
         await outcome.migration.requests.decide(here=False)

@@ -28,8 +28,9 @@ UNUSUAL = ("failed", "lost", "held", "in doubt", "interrupted")
 """The phases that are shown with a reason."""
 
 
-def listed(world: World, which: str) -> list[dict[str, Any]]:
-    """Return what ``list`` shows.  At no instant a failure may be shown without its reason.
+def listed(world: World, which: str, domain: str = "") -> list[dict[str, Any]]:
+    """Return what ``list`` shows, of all domains or of one.  A failure must never be shown without
+    its reason.
 
     Raises :class:`MigrationError` if the daemon does not answer.
     """
@@ -37,7 +38,7 @@ def listed(world: World, which: str) -> list[dict[str, Any]]:
     for line in found:
         assert line["problem"] or line["phase"] not in UNUSUAL, line
         check_whose_here(line["problem"])
-    return found
+    return [line for line in found if not domain or line["domain"] == domain]
 
 
 OF_OTHER_END = re.compile(

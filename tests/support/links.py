@@ -182,6 +182,12 @@ class LinkInThread:
 Patch = pytest.MonkeyPatch
 
 
+async def until_cut(links: list[Link], link: Link) -> None:
+    """Have the message of :func:`cut_when` cut the link, and wait until the link is cut."""
+    links.append(link)
+    await link.was_cut.wait()
+
+
 def cut_when(
     monkeypatch: Patch, cls: type, said: type[m.Message], *, before: bool, down: bool = False
 ) -> list[Link]:

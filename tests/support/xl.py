@@ -87,7 +87,7 @@ class Xl:
 
     def line(self, daemon: str) -> dict[str, Any]:
         """Return the line of ``list`` for the newest migration of a domain of this name."""
-        found = [line for line in listed(self.world, daemon) if line["domain"] == self.spec.name]
+        found = listed(self.world, daemon, self.spec.name)
         return found[-1] if found else {"phase": "none", "problem": ""}
 
     def wait_for(self, *phases: str) -> None:

@@ -97,7 +97,7 @@ async def world(hosts_with_daemons: World, request: pytest.FixtureRequest) -> As
 
 
 def line(world: World, which: str, name: str) -> dict[str, Any]:
-    found = [line for line in listed(world, which) if line["domain"] == name]
+    found = listed(world, which, name)
     return found[-1] if found else {"phase": "", "problem": ""}
 
 

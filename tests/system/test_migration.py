@@ -15,6 +15,7 @@ from migrate.control.client import ControlClient
 from migrate.errors import MigrationError
 from sender.switchover import HOT_PAGES
 from tests.conftest import MIB
+from tests.support.daemons import listed
 from xenbackend.contract import DomainState
 from xenbackend.simulated.guest import WORKLOADS, GuestSpec
 
@@ -208,19 +209,12 @@ def test_postcopy_starts_when_somebody_says_so(
     check(world, spec)
 
 
-def listed(world: World, which: str, name: str) -> dict[str, Any]:
-    (line,) = [
-        line for line in world.ask(which, command="list")["migrations"] if line["domain"] == name
-    ]
-    result: dict[str, Any] = line
-    return result
-
-
 def test_list_shows_what_became_of_migrations(world: World, name: str) -> None:
     boot(world, name, memory=4 * MIB)
     migrate(world, name)
     for which in ("sender", "receiver"):
-        assert listed(world, which, name)["phase"] == "completed"
+        (line,) = listed(world, which, name)
+        assert line["phase"] == "completed"
 
 
 def test_a_cancelled_migration_leaves_no_trace(

@@ -237,7 +237,7 @@ class Trial:
     # ---- what the daemons show ----
     def lines(self, which: str) -> list[Line]:
         """Return the lines of this guest's migrations at a daemon."""
-        return [line for line in listed(self.world, which) if line["domain"] == self.spec.name]
+        return listed(self.world, which, self.spec.name)
 
     def line(self, which: str) -> Line | None:
         """Return the line of the first migration."""

@@ -9,10 +9,12 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 PARTS = Path("/mnt/parts")
 CONSOLES = Path("/var/log/xen")
@@ -90,47 +92,56 @@ class Guest:
     def disk_use(self) -> list[DiskUse]:
         return [DiskUse(*map(int, found)) for found in DISK.findall(self.console())]
 
-    def wait_for_requests(self, count: int, timeout_s: float = 120.0) -> DiskUse:
-        """So many more requests to the disk than now.  Returns the last line.  Raises
-        ``TimeoutError`` with the end of the console.
+    def wait_for_requests(self, count: int) -> DiskUse:
+        """Wait for so many more requests to the disk.  Returns the last line.  Raises as
+        :meth:`wait_for_heartbeats`.
         """
-        first: int | None = None
-        deadline = time.monotonic() + timeout_s
-        while True:
-            if use := self.disk_use():
-                first = use[-1].requests if first is None else first
-                if use[-1].requests >= first + count:
-                    return use[-1]
-            if time.monotonic() > deadline:
-                raise TimeoutError(
-                    f"{self.name} does not use its disk; the end of its console:\n"
-                    f"{self.console()[-2000:]}"
-                )
-            time.sleep(0.1)
+        first = self._wait(self.disk_use, "does not use its disk")[-1].requests
+
+        def look() -> DiskUse | None:
+            last = self.disk_use()[-1]
+            return last if last.requests >= first + count else None
+
+        return self._wait(look, "does not use its disk")
 
     def wait_for_heartbeats(self, count: int, timeout_s: float = 120.0) -> list[Heartbeat]:
         """Wait for so many more heartbeats.  Raises ``TimeoutError`` with the end of the
         console.
         """
         wanted = len(self.heartbeats()) + count
+
+        def look() -> list[Heartbeat] | None:
+            beats = self.heartbeats()
+            return beats if len(beats) >= wanted else None
+
+        return self._wait(look, "has no heartbeat", timeout_s)
+
+    def _wait(self, look: Callable[[], T | None], lack: str, timeout_s: float = 120.0) -> T:
+        """Wait until ``look`` returns something that is not empty, and return it."""
         deadline = time.monotonic() + timeout_s
-        while len(beats := self.heartbeats()) < wanted:
+        while not (found := look()):
             if time.monotonic() > deadline:
                 raise TimeoutError(
-                    f"{self.name} has no heartbeat; the end of its console:\n"
-                    f"{self.console()[-2000:]}"
+                    f"{self.name} {lack}; the end of its console:\n{self.console()[-2000:]}"
                 )
             time.sleep(0.1)
-        return beats
+        return found
+
+
+def run(*command: str) -> str:
+    """Return what a command prints.  Raises ``RuntimeError`` with its output if the command
+    fails.
+    """
+    done = subprocess.run(
+        command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stdout}")
+    return done.stdout
 
 
 def xl(*arguments: str) -> str:
-    done = subprocess.run(
-        ["xl", *arguments], check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    if done.returncode:
-        raise RuntimeError(f"xl {' '.join(arguments)}: {done.stdout}")
-    return done.stdout
+    return run("xl", *arguments)
 
 
 @functools.cache

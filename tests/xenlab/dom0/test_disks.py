@@ -6,7 +6,6 @@ neither fail nor read anything but what was written.
 from __future__ import annotations
 
 import signal
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 
 from tests.support.labs import until
 from tests.xenlab.dom0.daemons import daemons
-from tests.xenlab.dom0.guests import STEPS_PER_S, Guest, guest
+from tests.xenlab.dom0.guests import STEPS_PER_S, Guest, guest, run
 from tests.xenlab.dom0.host import (
     PAGING,
     Host,
@@ -51,7 +50,7 @@ def guest_with_disk(name: str) -> Iterator[Guest]:
     script.chmod(0o755)
     with image.open("wb") as file:
         file.truncate(BLOCKS * 4096)
-    device = run("losetup", "--find", "--show", str(image))
+    device = run("losetup", "--find", "--show", str(image)).strip()
     disk = f'disk = ["format=raw,vdev=xvda,access=rw,script={script},target={device}"]\n'
     try:
         with guest(name, extra=disk, options=f"rate={STEPS_PER_S} disk=4 buffers=512") as made:
@@ -60,11 +59,6 @@ def guest_with_disk(name: str) -> Iterator[Guest]:
     finally:
         run("losetup", "--detach", device)
         image.unlink()
-
-
-def run(*command: str) -> str:
-    """Return what a command prints.  Raises ``CalledProcessError``."""
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def check_disk(guest: Guest) -> None:
