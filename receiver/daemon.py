@@ -109,7 +109,7 @@ class ReceiverDaemon:
         )
         if any(_are_of_one_domain(migration, newer) for newer in self._migrations.values()):
             raise OccupiedError(f"{migration.domain_name} is incoming already")
-        self._journal.write(session, {**facts, "rejoins": lanes_again.rejoins}, needed=False)
+        self._journal.write(session, {**facts, **lanes_again.facts()}, needed=False)
         self._start(migration)
 
     async def _drain(self) -> bool:

@@ -18,7 +18,7 @@ FACTS: dict[str, tuple[type, ...]] = {
     "reason": (str,),
 }
 """The facts that only this end notes in the journal, with the types of their values."""
-NOT_ALWAYS_NOTED = ("handle", "rejoins", "unprotected", "decided", "raised", "reason")
+NOT_ALWAYS_NOTED = ("handle", "rejoins", "proven", "unprotected", "decided", "raised", "reason")
 """The facts that an earlier release did not note."""
 
 
@@ -104,8 +104,7 @@ class Entry:
                 "key": self._key.hex(),
                 "unprotected": self.unprotected,
                 "decided": self.decided,
-                "dials": self._lanes.dials,
-                "rejoins": self._lanes.rejoins,
+                **self._lanes.facts(),
                 "xl": self.lent,
                 "raised": self.raised,
                 "reason": self.reason,

@@ -117,10 +117,8 @@ class Context:
 
     # ---- the journal ----
     def _write(self, step: str, needed: bool) -> None:
-        rejoining = {"dials": self.lanes.dials, "rejoins": self.lanes.rejoins}
-        self.journal.write(
-            self.id, {"step": step, **self.entry.facts(), **rejoining}, needed=needed
-        )
+        facts = {"step": step, **self.entry.facts(), **self.lanes.facts()}
+        self.journal.write(self.id, facts, needed=needed)
 
     def _erase(self) -> None:
         self.journal.erase(self.id)

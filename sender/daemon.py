@@ -110,7 +110,7 @@ class SenderDaemon:
             self._migrations[session] = migration
         else:
             self._admit(migration)
-        self._journal.write(session, {**facts, "rejoins": lanes_again.rejoins}, needed=False)
+        self._journal.write(session, {**facts, **lanes_again.facts()}, needed=False)
         self._begin(migration)
 
     async def _drain(self) -> bool:

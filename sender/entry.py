@@ -25,7 +25,7 @@ FACTS: dict[str, tuple[type, ...]] = {
     "applied": (bool,),
 }
 """The facts that only this end notes, with the types of their values."""
-NOT_ALWAYS_NOTED = ("handle", "rejoins", "ran", "recall", "max_pages", "applied")
+NOT_ALWAYS_NOTED = ("handle", "rejoins", "proven", "ran", "recall", "max_pages", "applied")
 """The facts that an earlier release did not note."""
 
 

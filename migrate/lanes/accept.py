@@ -12,6 +12,7 @@ import contextlib
 import logging
 import secrets
 from collections.abc import Callable, Collection
+from typing import Any
 
 import trio
 
@@ -25,7 +26,7 @@ from migrate.lanes.connection import (
 )
 from migrate.logs import Complaint
 from migrate.protocol.messages import Hello, Lane, Refused, printable
-from migrate.protocol.session import hello, negotiate, number_of_rejoin
+from migrate.protocol.session import answer_token, hello, negotiate, number_of_rejoin
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class AwaitedLanes:
         self._push.expect(token)
         self._key = b""
         self._rejoins = 0
-        self.peer, self.rejoins = "", 0
+        self.peer = ""
 
     async def welcome(self, greeting: Hello) -> None:
         """Check the hello of a lane before the lane is accepted.  A new push lane of a session that
@@ -77,9 +78,18 @@ class AwaitedLanes:
                 f"a {greeting.lane} lane that is not awaited, or with a wrong or used token"
             )
 
+    def answer(self, greeting: Hello) -> bytes:
+        """Return the token of the answer to a hello.  The token is empty for the first lanes of a
+        session.
+        """
+        return answer_token(self._key, greeting.token) if self._key else b""
+
     @property
     def dials(self) -> None:
         return None
+
+    def facts(self) -> dict[str, Any]:
+        return {"dials": None, "rejoins": 0, "proven": False}
 
     def arrived(self, greeting: Hello, lane: LaneConnection) -> None:
         """Accept a lane after :meth:`welcome`."""
@@ -245,7 +255,12 @@ class Reception:
             negotiate(greeting)
             awaited = self._find(greeting)
             await awaited.welcome(greeting)
-            ours = hello(Lane(greeting.lane), greeting.session, requires=self._terms.requires)
+            ours = hello(
+                Lane(greeting.lane),
+                greeting.session,
+                awaited.answer(greeting),
+                requires=self._terms.requires,
+            )
             await lane.send(ours)
             lane.agree((ours, greeting))
             awaited.arrived(greeting, lane)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import trio
 
-from migrate.errors import MigrationError, PeerClosedError, RefusedError
+from migrate.errors import MigrationError, PeerClosedError, ProtocolError, RefusedError
 from migrate.lanes.connection import LaneConnection, Terms, connect
-from migrate.protocol.messages import Hello, Lane
-from migrate.protocol.session import hello, negotiate, rejoin_token
+from migrate.protocol.messages import PROOF, Hello, Lane
+from migrate.protocol.session import hello, is_answer, negotiate, rejoin_token
 
 FIRST_RETRY_S = 0.1
 QUICK_RETRY_S, QUICK_FOR_S = 2.0, 60.0
@@ -41,6 +42,9 @@ class DialledLanes:
     Each attempt to resume the session has a larger number than any attempt before it, because the
     other end accepts a number once.  ``rejoins`` is the number from which this daemon counts.  The
     numbers do not depend on the clock, because an administrator may set the clock back.
+
+    ``proven``: the other end proves with each answer that it has the session's key.  Without the
+    proof, another daemon at the same address could report which pages it lacks.
     """
 
     def __init__(
@@ -51,11 +55,13 @@ class DialledLanes:
         token: bytes = b"",
         *,
         rejoins: int = 0,
+        proven: bool = False,
     ):
         self._address, self._session, self._token = address, session, token
         self._terms = terms
         self._key = b""
-        self.rejoins = self._rejoins = rejoins
+        self._first = self._rejoins = rejoins
+        self._proven = proven
         self._pause_s = FIRST_RETRY_S
         self._dialled_at = math.inf
         """The time at which the last lane was opened; infinite while no lane is open."""
@@ -70,8 +76,13 @@ class DialledLanes:
     def dials(self) -> tuple[str, int]:
         return self._address
 
+    def facts(self) -> dict[str, Any]:
+        return {"dials": self._address, "rejoins": self._first, "proven": self._proven}
+
     async def push(self) -> LaneConnection:
-        return await self._dial(Lane.PUSH, self._token)
+        lane = await self._dial(Lane.PUSH, self._token)
+        self._proven = PROOF in lane.capabilities
+        return lane
 
     async def pull(self, token: bytes) -> LaneConnection:
         return await self._dial(Lane.PULL, token)
@@ -112,6 +123,11 @@ class DialledLanes:
             await lane.send(ours)
             theirs = await self._answer(lane)
             negotiate(theirs)
+            if self._key and self._proven and not is_answer(self._key, token, theirs.token):
+                raise ProtocolError(
+                    f"the daemon that answers at {self.peer} is not the one of this migration: it "
+                    "does not have the session's key"
+                )
             lane.agree((ours, theirs))
         except BaseException:
             lane.close()

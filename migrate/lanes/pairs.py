@@ -29,8 +29,10 @@ class Lanes(Protocol):
     def dials(self) -> tuple[str, int] | None:
         """The address that this end dials; ``None`` if the other end dials."""
 
-    rejoins: int
-    """See :class:`DialledLanes`."""
+    def facts(self) -> dict[str, Any]:
+        """Return what a successor needs to resume the session, as the journal can have it:
+        ``dials``, and ``rejoins`` and ``proven`` of :class:`DialledLanes`.
+        """
 
     async def push(self) -> LaneConnection:
         """Return the push lane.  Raises :class:`PeerClosedError` if it cannot be opened, and
@@ -60,8 +62,8 @@ def rejoining(
     session: str, facts: dict[str, Any], awaited: dict[str, AwaitedLanes], terms: Terms
 ) -> Lanes:
     """Return the lanes of a session that a predecessor has left with these facts in the journal.
-    If the other end dials, the lanes are added to ``awaited``.  The caller notes ``rejoins`` in
-    the journal.
+    If the other end dials, the lanes are added to ``awaited``.  The caller notes their facts
+    in the journal.
     """
     if facts["dials"] is None:
         awaited[session] = AwaitedLanes()
@@ -71,4 +73,5 @@ def rejoining(
     rejoins = (
         int(facts["rejoins"]) + REJOINS_OF_ONE_LIFE if "rejoins" in facts else int(time.time())
     )
-    return DialledLanes((str(host), int(port)), session, terms, rejoins=rejoins)
+    proven = facts.get("proven", False)
+    return DialledLanes((str(host), int(port)), session, terms, rejoins=rejoins, proven=proven)

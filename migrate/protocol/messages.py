@@ -52,7 +52,9 @@ RECALL = "recall"
 """The message."""
 ALIVE_EACH_SECOND = "alive-each-second"
 """This end pauses for at most a second between two messages on a lane."""
-CAPABILITIES = frozenset({CHECKSUMS, PAUSED, LOST, UNPROTECTED, RECALL, ALIVE_EACH_SECOND})
+PROOF = "proof"
+"""This end proves that it has the session's key when it answers a lane that resumes the session."""
+CAPABILITIES = frozenset({CHECKSUMS, PAUSED, LOST, UNPROTECTED, RECALL, ALIVE_EACH_SECOND, PROOF})
 """What this end can do.  A capability is used if one end requires it or both ends offer it."""
 
 

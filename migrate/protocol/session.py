@@ -394,6 +394,18 @@ def number_of_rejoin(key: bytes, token: bytes) -> int:
     return number if hmac.compare_digest(token, rejoin_token(key, number)) else 0
 
 
+def answer_token(key: bytes, token: bytes) -> bytes:
+    """Return the token with which a lane that resumes a session is answered.  ``key``: the key of
+    the offer.  ``token``: the token of the hello that is answered, which nobody uses twice.
+    """
+    return hmac.digest(key, b"answer" + token, "sha256")
+
+
+def is_answer(key: bytes, token: bytes, answer: bytes) -> bool:
+    """Whether ``answer`` is the token of :func:`answer_token`."""
+    return hmac.compare_digest(answer, answer_token(key, token))
+
+
 def negotiate(theirs: m.Hello) -> int:
     """Return the protocol version that both ends use.  Raises :class:`ProtocolError` if they have
     no version in common.

@@ -39,7 +39,7 @@ NEW_SUFFIX = ".new"
 NONE = type(None)
 FACTS: dict[str, tuple[type, ...]] = {
     "step": (str,), "domid": (int,), "handle": (str, NONE), "key": (str,), "dials": (list, NONE),
-    "rejoins": (int,), "xl": (bool,),
+    "rejoins": (int,), "proven": (bool,), "xl": (bool,),
 }  # fmt: skip
 """The facts that both ends note, with the types of their values."""
 MAX_DOMID = 0x7FFF

@@ -305,8 +305,16 @@ async def test_a_successor_is_received_though_the_clock_went_back(
         lanes.keep(key)
         for _ in range(3):
             await lanes.again(lambda _note: None)
-        facts["rejoins"] = lanes.rejoins
+        facts |= lanes.facts()
     assert numbers == sorted(set(numbers)) and len(numbers) == 9
+
+
+@pytest.mark.parametrize("proven", [True, False])
+def test_a_successor_asks_for_the_proof_that_its_predecessor_was_given(proven: bool) -> None:
+    facts = {"dials": ("peer", 1), "rejoins": 2, "proven": proven}
+    assert rejoining("session", facts, {}, Terms()).facts()["proven"] is proven
+    del facts["proven"]  # an earlier release
+    assert rejoining("session", facts, {}, Terms()).facts()["proven"] is False
 
 
 async def test_a_peer_that_refuses_is_dialled_ever_less_often(

@@ -5,6 +5,7 @@ destination, and nothing else is lost.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -12,10 +13,12 @@ import trio
 
 from migrate.cli.world import World
 from migrate.errors import MigrationError, RefusedError
-from migrate.lanes.connection import Terms
+from migrate.lanes.connection import LaneConnection, Terms
 from migrate.lanes.dial import DialledLanes
 from migrate.options import MigrationOptions, Strategy
 from migrate.protocol import messages as m
+from migrate.protocol.messages import Lane
+from migrate.protocol.session import hello
 from migrate.service.journal import Journal
 from receiver.peer import Peer
 from sender.migration import OutgoingMigration
@@ -349,6 +352,48 @@ async def test_nobody_else_takes_a_session_up(clean_hosts: World, name: str) -> 
     assert outcome.error is None
     assert outcome.migration.context.statistics.rejoins == 0
     assert len(refusals) == 3 and all("wrong or used token" in refusal for refusal in refusals)
+
+
+@pytest.mark.parametrize(
+    "answer", [m.Rejoined("postcopy", b"t"), m.Complete(b"{}"), m.Ended(False, "x"), m.Failed("x")]
+)
+async def test_another_daemon_at_its_address_cannot_answer_for_the_destination(
+    clean_hosts: World, name: str, answer: m.Message
+) -> None:
+    """If the sender believed the answer, it would destroy the pages that the guest still lacks, or
+    refuse to send them.
+    """
+
+    async def pretend(stream: trio.SocketStream) -> None:
+        lane = await LaneConnection.from_stream(stream, Terms())
+        try:
+            theirs = await lane.receive_hello()
+            await lane.send(hello(Lane(theirs.lane), theirs.session))
+            with contextlib.suppress(MigrationError):
+                await lane.receive()  # rejoin
+                await lane.send(answer)
+                await lane.receive()
+        finally:
+            lane.close()
+
+    async def meanwhile(outcome: Outcome, link: Link) -> None:
+        await until(lambda: outcome.migration.ownership.handed_over)
+        real = link.to
+        async with trio.open_nursery() as impostor:
+            (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+            impostor.start_soon(trio.serve_listeners, pretend, [listener])
+            link.to = listener.socket.getsockname()
+            link.cut()
+            await until(lambda: "session's key" in outcome.migration.progress.problem)
+            link.to = real
+            impostor.cancel_scope.cancel()
+        link.cut()
+
+    slow = MigrationOptions(Strategy.POSTCOPY, bandwidth_bytes_per_s=4 * MIB)
+    spec = busy(name, rate=2000, working_set_bytes=MIB)
+    outcome = await migrate(clean_hosts, spec, options=slow, meanwhile=meanwhile)
+    assert outcome.error is None and outcome.incoming.phase == "completed"
+    assert (await verification(clean_hosts, spec)).problems == []
 
 
 async def test_the_sender_never_comes_back_and_an_operator_lets_the_guest_run(

@@ -236,6 +236,9 @@ WRONG: list[m.Message] = [
     m.Ready(),
     m.Passed(7),
     m.Rejoined("postcopy", b"token"),
+    m.Complete(b"{}"),
+    m.Ended(False, "the impostor has ended it"),
+    m.Failed("the impostor has failed"),
     m.Accepted("native", b"token"),
 ]
 """Messages that are no answer to a sender's first message, or not in this form."""
