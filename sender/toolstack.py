@@ -272,7 +272,11 @@ class XlToolstack:
 
     def may_decide(self) -> bool:
         """Return whether xl may decide; true also if it is not known whether xl still runs."""
-        return self._xl is None or not select.select([self._xl], [], [], 0)[0]
+        if self._xl is None:
+            return True
+        ended = select.poll()
+        ended.register(self._xl, select.POLLIN)
+        return not ended.poll(0)
 
     def overrule(self) -> None:
         self._overruled = True

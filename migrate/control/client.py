@@ -88,8 +88,10 @@ class ControlClient:
         """
         while b"\n" not in self._buffer:
             if watched_fd is not None:
-                readable = select.select([self._socket.fileno(), watched_fd], [], [])[0]
-                if watched_fd in readable:
+                readable = select.poll()
+                for fd in (self._socket.fileno(), watched_fd):
+                    readable.register(fd, select.POLLIN)
+                if watched_fd in dict(readable.poll()):
                     raise EOFError
             try:
                 data = self._socket.recv(65536)

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import itertools
 import json
 import logging
 import os
 import resource
 import socket
+import subprocess
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -66,10 +68,11 @@ from sender.daemon import SenderDaemon
 from sender.inbox import receiver_statistics
 from sender.migration import OutgoingMigration
 from sender.statistics import from_peer
+from sender.toolstack import XlToolstack
 from tests.conftest import MIB
 from tests.support import inprocess
 from tests.support.guests import busy
-from tests.support.left import left_by_a_receiver, left_by_a_sender
+from tests.support.left import NoLanes, left_by_a_receiver, left_by_a_sender
 from tests.support.waiting import until_async as until
 from xenbackend.contract import Hypervisor
 from xenbackend.errors import XenError
@@ -199,14 +202,32 @@ def test_without_a_descriptor_the_watchdog_is_fed_all_the_same(
         daemons.notify("WATCHDOG=1")  # this cannot be sent, and ends nothing
 
 
+def test_a_sender_with_a_thousand_descriptors_sees_that_xl_has_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """``select`` fails for descriptors from 1024 on."""
+    pidfd_open = os.pidfd_open
+
+    def beyond(pid: int) -> int:
+        with open(pidfd_open(pid)) as pidfd:
+            return fcntl.fcntl(pidfd, fcntl.F_DUPFD_CLOEXEC, 1500)
+
+    monkeypatch.setattr(os, "pidfd_open", beyond)
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as xl:
+        tools = XlToolstack("guest", None, xl.pid)
+        assert tools.may_decide()
+        xl.communicate()
+        assert not tools.may_decide()
+        tools.close()
+
+
 # ---- migrations that have ended ----
-class Ends:
+class Ends(NoLanes):
     """Lanes that fail to deliver the final message, each time for another reason.  At last the
     other end does not need the message any more.
     """
 
-    dials, rejoins = ("peer", 1), 0
-    peer = "peer"
+    dials, peer = ("peer", 1), "peer"
 
     def __init__(self, errors: list[Exception]):
         self.errors = errors
@@ -214,9 +235,6 @@ class Ends:
     async def again(self, note: object) -> LaneConnection:
         await trio.lowlevel.checkpoint()
         raise self.errors.pop(0)
-
-    def keep(self, key: bytes) -> None:
-        pass
 
 
 def receiving(hypervisor: Hypervisor, lanes: Any, journal: Journal) -> Context:

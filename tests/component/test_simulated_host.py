@@ -10,7 +10,6 @@ import dataclasses
 import errno
 import os
 import resource
-import select
 import signal
 import socket
 import tempfile
@@ -31,7 +30,7 @@ from migrate.protocol.pfns import from_mask, mask_from_bitmap
 from tests.conftest import MIB, Boot
 from tests.support.labs import SimulatedLab, until
 from tests.support.pages import page, pfns, read, span
-from tests.support.waiting import WAIT_S
+from tests.support.waiting import WAIT_S, ready
 from xenbackend.contract import DomainState
 from xenbackend.errors import XenError
 from xenbackend.pages import PAGE_SIZE, PageStatus
@@ -99,7 +98,7 @@ def test_more_vcpus_than_slots_all_get_their_turn(lab: SimulatedLab) -> None:
     deadline = time.monotonic() + WAIT_S
     while any(now <= then for now, then in zip(steps(target), before, strict=True)):
         assert time.monotonic() < deadline, f"{steps(target)} after {before}"
-        select.select([ring], [], [], 0.01)
+        ready(ring, 0.01)
         answer(source, target, ring, ring.requests())
 
 
@@ -476,7 +475,7 @@ def wait_for_requests(
     requests: list[PagingRequest] = []
     deadline = time.monotonic() + timeout_s
     while len(requests) < count:
-        select.select([ring], [], [], max(deadline - time.monotonic(), 0))
+        ready(ring, deadline - time.monotonic())
         requests += ring.requests()
         assert time.monotonic() < deadline, f"{len(requests)} of {count} requests"
     return requests

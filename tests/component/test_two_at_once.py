@@ -56,7 +56,7 @@ class Lane:
 
 
 class DestinationIsBack(NoLanes):
-    dials = ("destination", 8013)  # type: ignore[assignment]
+    dials = ("destination", 8013)
 
     def __init__(self) -> None:
         self.taken: list[m.Message] = []

@@ -14,7 +14,6 @@ import dataclasses
 import errno
 import gc
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from migrate.protocol.pfns import NO_PFNS, from_mask, mask_from_bitmap, pfn_arra
 from tests.support import zygote
 from tests.support.labs import Lab, until
 from tests.support.pages import memory_of, page, pfns, read, span
+from tests.support.waiting import ready
 from xenbackend.contract import Domain, DomainState, Hypervisor, ToolstackPorts, find_domain
 from xenbackend.errors import NoSuchDomainError, XenError
 from xenbackend.pages import PAGE_SIZE, PageStatus, PfnArray
@@ -847,7 +847,7 @@ def test_a_running_guest_s_memory_is_evicted_and_served_back(lab: Lab, folder: P
         served, deadline = 0, time.monotonic() + WAIT_S
         while served < faults:
             assert time.monotonic() < deadline, f"{served} faults served"
-            select.select([ring], [], [], 1)
+            ready(ring, 1)
             served += serve(domain, ring, contents, out)
         bring_in(domain, ring, contents, out)
         lab.wait_for_work(domain)
@@ -912,9 +912,7 @@ def wait_for_line(process: subprocess.Popen[str], wanted: Callable[[str], bool])
     assert process.stdout is not None
     deadline = time.monotonic() + 2 * WAIT_S
     while True:
-        assert select.select([process.stdout], [], [], max(deadline - time.monotonic(), 0))[0], (
-            "the pager is silent"
-        )
+        assert ready(process.stdout, deadline - time.monotonic()), "the pager is silent"
         line = process.stdout.readline()
         assert line, f"the pager has ended: {process.wait()}"
         if wanted(line.strip()):

@@ -19,8 +19,11 @@ SESSION, NAME, DOMID = "session", "guest", 9
 class NoLanes:
     """Lanes that are never used."""
 
-    dials, rejoins = None, 0
+    dials: tuple[str, int] | None = None
     peer = ""
+
+    def facts(self) -> dict[str, Any]:
+        return {"dials": self.dials, "rejoins": 0, "proven": False}
 
     def keep(self, key: bytes) -> None:
         pass
@@ -33,6 +36,7 @@ FACTS: dict[str, Any] = {
     "key": "00",
     "dials": None,
     "rejoins": 0,
+    "proven": False,
 }
 
 

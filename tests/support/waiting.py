@@ -3,15 +3,27 @@
 
 from __future__ import annotations
 
+import select
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import trio
+
+if TYPE_CHECKING:
+    from _typeshed import FileDescriptorLike
 
 WAIT_S = 50.0
 """The limit of a wait for a condition, on the slowest machine.  It is less than ``STEP_TIMEOUT_S``,
 so that a wait which only a time limit of the daemons ends is a failure.
 """
+
+
+def ready(file: FileDescriptorLike, timeout_s: float) -> bool:
+    """Whether a file can be read, or its other end is closed, within ``timeout_s``."""
+    poll = select.poll()
+    poll.register(file, select.POLLIN)
+    return bool(poll.poll(max(timeout_s, 0) * 1000))
 
 
 async def until_async(condition: Callable[[], bool], timeout_s: float = WAIT_S) -> None:

@@ -47,6 +47,7 @@ CUT = ("interrupted", "interrupted")
 NOTED_LATER = {
     "handle",
     "rejoins",
+    "proven",
     "ran",
     "recall",
     "max_pages",

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import pty
-import select
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.support import zygote
+from tests.support.waiting import ready
 
 TIMEOUT_S = 60.0
 PROBE = [sys.executable, "-m", "tests.support.probe"]
@@ -103,7 +103,7 @@ def test_a_terminal_is_one() -> None:
         os.close(slave)
         shown = b""
         while not shown.endswith(b"\n"):
-            assert select.select([master], [], [], TIMEOUT_S)[0]
+            assert ready(master, TIMEOUT_S)
             shown += os.read(master, 65536)
         assert process.wait(TIMEOUT_S) == 0
         os.close(master)
@@ -152,7 +152,7 @@ def test_a_forked_process_dies_with_the_one_that_asked_for_it() -> None:
     # another process does.
     process = os.pidfd_open(int(out)) if Path(f"/proc/{int(out)}").exists() else -1
     if process >= 0:
-        assert select.select([process], [], [], TIMEOUT_S)[0]
+        assert ready(process, TIMEOUT_S)
         os.close(process)
 
 

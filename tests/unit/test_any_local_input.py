@@ -31,13 +31,14 @@ BOOT = BOOT_ID.read_text().strip()
 GOOD: dict[str, dict[str, Any]] = {
     "sender": {
         "step": "handed over", "xl": False, "domid": 9, "handle": "09" * 16, "domain": "guest",
-        "key": "00", "dials": None, "rejoins": 0, "strategy": "postcopy", "bandwidth": None,
-        "checkpoints": None, "successor": None, "ran": True, "recall": False, "max_pages": 0,
-        "applied": False,
+        "key": "00", "dials": None, "rejoins": 0, "proven": False, "strategy": "postcopy",
+        "bandwidth": None, "checkpoints": None, "successor": None, "ran": True,
+        "recall": False, "max_pages": 0, "applied": False,
     },
     "receiver": {
         "step": "taken over", "xl": False, "domid": 9, "handle": "09" * 16, "key": "00",
-        "dials": None, "rejoins": 0, "unprotected": "", "decided": False, "raised": [0, 0],
+        "dials": None, "rejoins": 0, "proven": True, "unprotected": "",
+        "decided": False, "raised": [0, 0],
         "offer": {
             "name": "guest", "nr_pfns": 64, "max_pages": 64, "vcpus": 1, "platform": "",
             "paging": True, "checkpoint_ms": 0,

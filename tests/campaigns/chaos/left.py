@@ -99,7 +99,7 @@ def cut_off(random: Random, entry: str) -> str:
 
 
 def of_wrong_types(random: Random, entry: str) -> str:
-    name = random.choice(["step", "domid", "handle", "key", "dials", "rejoins", "xl"])
+    name = random.choice(["step", "domid", "handle", "key", "dials", "rejoins", "proven", "xl"])
     return with_facts(entry, **{name: {"not": "that"}})
 
 
