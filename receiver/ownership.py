@@ -246,9 +246,10 @@ class Ownership:
         return self.ours and self._state is not S.RUNNING
 
     # ---- transitions ----
-    def enter(self, state: State) -> None:
+    def enter(self, state: State, *, needed: bool = False) -> None:
         """Write the state's step into the journal, and change to the state.  Call this in a thread
-        if the step is another one.
+        if the step is another one.  ``needed``: an error of ``write`` is raised; this is so in any
+        case while anything can still take the migration back.
 
         Raises ``LocalProtocolError`` for a transition that is not in the table, and what ``write``
         raises; then the state stays as it was.
@@ -259,17 +260,17 @@ class Ownership:
             return
         with self._writing:
             self._check(state)
-            self._write(step, self.row.undo is U.ANYTHING)
+            self._write(step, needed or self.row.undo is U.ANYTHING)
             self._change(state)
 
-    def note(self) -> None:
+    def note(self, *, needed: bool = False) -> None:
         """Write the state's step once more, because another fact has changed.  Raises what
-        ``write`` raises.
+        ``write`` raises, as :meth:`enter`.
         """
         with self._writing:
             row = self.row
             if row.step:
-                self._write(row.step, row.undo is U.ANYTHING)
+                self._write(row.step, needed or row.undo is U.ANYTHING)
 
     def seen_to_run(self, *, wait: bool = False) -> None:
         """The guest has been seen to run.  While the journal is written this has no effect, and the

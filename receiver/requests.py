@@ -6,6 +6,7 @@ Each command acts, or its answer has what to do instead.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -106,13 +107,17 @@ class Requests:
         """Carry out an operator's decision on where the guest runs, because the sender does not
         decide.
 
-        Raises as :meth:`check_decision`.
+        Raises as :meth:`check_decision`, and :class:`MigrationError` if the journal cannot have the
+        decision.
         """
         async with self.context.deciding:
             recovery = self._decidable(here=here, force=force)
             if not here:
                 # Before the operator is answered, so that a successor carries the decision out.
-                await in_thread(self.context.ownership.enter, State.DECIDED_ELSEWHERE)
+                decided = functools.partial(
+                    self.context.ownership.enter, State.DECIDED_ELSEWHERE, needed=True
+                )
+                await in_thread(decided)
                 self.take_back()
             elif self.context.is_in(State.HELD):
                 recovery.released.set()
@@ -190,7 +195,14 @@ class Requests:
     async def _start(self, recovery: Recovery) -> None:
         log.warning("%s: an operator has decided that the guest runs here", self.context.name)
         session, switchover = self.context.peer.session, recovery.switchover
-        session.handed_over = session.decided = self.context.entry.decided = True
+        self.context.entry.decided = True
+        try:
+            # A successor without this entry would destroy the guest if the sender sent ``abort``.
+            await in_thread(functools.partial(self.context.ownership.note, needed=True))
+        except MigrationError:
+            self.context.entry.decided = False
+            raise
+        session.handed_over = session.decided = True
         try:
             started = await in_thread(switchover.take_over)
         except GuestEndedError as error:

@@ -281,7 +281,11 @@ class OutgoingMigration:
         if decision is None:
             return MigrationError(self.requests.cancelled)
         # The journal has the decision before the operator has an answer.
-        await in_thread(self.ownership.enter, decision)
+        try:
+            await in_thread(self.ownership.enter, decision)
+        except MigrationError as error:
+            self.requests.not_noted = error
+            raise
         self.requests.is_noted = True
         self.requests.decided.set()
         return verdict(decision)

@@ -266,9 +266,11 @@ class Ownership:
             if not new.step:
                 self._erase()
             elif new.step != row.step:
-                # On the way to the destination the guest can still stay here instead.
+                # On the way to the destination the guest can still stay here instead.  A decision
+                # can be made again, and a successor that did not know of it would undo it.
                 on_its_way = self._state.value < state.value <= S.HANDED_OVER.value
-                self._write(new.step, on_its_way and not self.may_be_elsewhere)
+                needed = (on_its_way and not self.may_be_elsewhere) or state in DECIDED
+                self._write(new.step, needed)
             self._state = state
             self.handed_over = self.handed_over or state in _HANDED_OVER
 

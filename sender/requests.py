@@ -6,6 +6,7 @@ Each request acts, or raises a :class:`MigrationError` with the reason and with 
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Awaitable, Callable
 
@@ -14,6 +15,7 @@ import trio
 from migrate.control.client import CANCELLED
 from migrate.errors import MigrationError
 from migrate.service.lifecycle import ended
+from migrate.tasks import in_thread
 from sender.context import Context
 from sender.ownership import DECIDED, Link, State
 from sender.recovery import is_gone
@@ -48,6 +50,8 @@ class Requests:
         """Set when the journal has the decision, or when the decision came too late."""
         self.is_noted = False
         """The journal has the decision."""
+        self.not_noted: MigrationError | None = None
+        """Why the decision could not be written into the journal."""
         self.rollback: Rollback | None = None
         """``None`` if the domain is not open yet."""
         self.is_over = False
@@ -145,9 +149,13 @@ class Requests:
         does not run there and never will (``here``), or nothing of it is needed at the source.
 
         Returns whether the migration's task had ended before: then the caller sends the outcome.
-        Raises as :meth:`check_decision`.
+        Raises as :meth:`check_decision`, and :class:`MigrationError` if the journal cannot have the
+        decision.
         """
         await self.check_decision(here=here, force=force)
+        # If the journal cannot be written, the migration goes on as it was.
+        await in_thread(functools.partial(self._ownership.note, needed=True))
+        self._check_undecided(here=here, force=force)
         self._context.toolstack.overrule()
         decision = State.DECIDED_HERE if here else State.DECIDED_ELSEWHERE
         if self.rollback is not None and self.rollback.is_waiting:
@@ -167,7 +175,7 @@ class Requests:
         self.scope.cancel()
         await self.decided.wait()
         if not self.is_noted:
-            raise MigrationError(TOO_LATE)
+            raise self.not_noted or MigrationError(TOO_LATE)
 
     async def check_decision(self, *, here: bool, force: bool = False) -> None:
         """Raises :class:`MigrationError` if there is nothing to decide, or if the decision is known

@@ -47,17 +47,22 @@ class Rollback:
         """
         self._overruled = trio.Event()
         self._overruling = State.DECIDED_ELSEWHERE
-        self._taken: State | None = None
+        self._taken: State | MigrationError | None = None
+        """The decision, or why the journal cannot have it."""
         self._waited = trio.Event()
         """Set when the wait has ended, by itself or by an operator."""
 
     async def overrule(self, decision: State) -> bool:
         """End the wait, because an operator has decided.  Returns false if the decision came too
         late.
+
+        Raises :class:`MigrationError` if the journal cannot have the decision; the wait goes on.
         """
         self._overruling = decision
         self._overruled.set()
         await self._waited.wait()
+        if isinstance(self._taken, MigrationError):
+            raise self._taken
         return self._taken is decision
 
     async def settle(self, error: BaseException) -> None:
@@ -103,26 +108,36 @@ class Rollback:
         context.progress.problem = f"{error}; xl has not decided yet at which end the guest runs"
         self._ownership.link = Link.GIVEN_UP
         log.warning("%s: %s", context.name, context.progress.problem)
-        self.is_waiting = True
-        await first(wait_for_toolstack, self._overruled.wait)
-        self.is_waiting = False
-        if self._overruled.is_set():
-            return await self._take_decision()
+        while True:
+            self.is_waiting = True
+            await first(wait_for_toolstack, self._overruled.wait)
+            self.is_waiting = False
+            if not self._overruled.is_set():
+                break
+            if await self._take_decision():
+                return verdict(self._ownership.state)
         self._waited.set()
         if stays:
             return StaysHereError(str(error))
         await in_thread(self._ownership.enter, State.HANDED_OVER)
         return error
 
-    async def _take_decision(self) -> MigrationError:
-        """Write the operator's decision into the journal.  Returns what follows from it."""
-        decision = self._overruling
+    async def _take_decision(self) -> bool:
+        """Enter the state of the operator's decision.  Returns false if the journal cannot have the
+        decision: then everything is as it was before the decision.
+        """
+        decision, entry = self._overruling, self._context.entry
+        recall, last_word = entry.recall, self._context.last_word
         if decision is State.DECIDED_ELSEWHERE:  # the guest may run at the destination
-            self._context.entry.recall, self._context.last_word = False, None
-        await in_thread(self._ownership.enter, decision)
-        self._taken = decision
-        self._waited.set()
-        return verdict(decision)
+            entry.recall, self._context.last_word = False, None
+        waited, self._taken = self._waited, decision
+        try:
+            await in_thread(self._ownership.enter, decision)
+        except MigrationError as error:
+            entry.recall, self._context.last_word = recall, last_word
+            self._taken, self._waited, self._overruled = error, trio.Event(), trio.Event()
+        waited.set()
+        return self._taken is decision
 
     async def _guest_ended(self, error: MigrationError) -> None:
         """Nothing of the guest is needed here any more."""
@@ -198,8 +213,8 @@ class Rollback:
                 self.is_waiting = True
                 with trio.move_on_after(AGAIN_S):
                     await self._overruled.wait()
-                if self._overruled.is_set():
-                    raise await self._take_decision() from error
+                if self._overruled.is_set() and await self._take_decision():
+                    raise verdict(self._ownership.state) from error
         self.is_waiting = False
         self._waited.set()
         log.warning("%s continues here, as it was at the last checkpoint", context.name)
@@ -219,8 +234,13 @@ class Rollback:
         for left in hypervisor.abandoned(config, instead_of=self._source.domain):
             left.destroy()  # a predecessor made it and died before it noted the domain's number
         domain = hypervisor.create_incoming(config, instead_of=self._source.domain)
-        entry.restored_domid, entry.applied = domain.domid, True
-        self._ownership.enter(State.RETURNING)
+        applied, entry.restored_domid, entry.applied = entry.applied, domain.domid, True
+        try:
+            self._ownership.enter(State.RETURNING)
+        except MigrationError:
+            entry.restored_domid, entry.applied = None, applied
+            domain.destroy()
+            raise
         return domain
 
     @contextlib.contextmanager

@@ -92,15 +92,17 @@ def test_the_journal_has_the_step_before_anything_follows(state: State, then: St
 
 
 @pytest.mark.parametrize(("state", "then"), EDGES)
-def test_a_step_that_cannot_be_noted_is_not_taken_while_the_guest_can_stay(
+def test_a_step_that_cannot_be_noted_is_not_taken_if_a_successor_would_do_otherwise(
     state: State, then: State
 ) -> None:
+    """The guest can stay here instead of being given away, and a decision can be made again."""
     notes = Notes()
     notes.fails = True
     ownership = notes.owner(state)
     can_stay = TABLE[state].guest in (Guest.RUNS_HERE, Guest.SUSPENDED_HERE)
     goes = then in (State.COPYING, State.SUSPENDING, State.UNDECIDED, State.HANDED_OVER)
-    if can_stay and goes and (state, then) != (State.SUSPENDING, State.COPYING):
+    gives_away = can_stay and goes and (state, then) != (State.SUSPENDING, State.COPYING)
+    if gives_away or then in DECIDED:
         with pytest.raises(MigrationError):
             ownership.enter(then)
         assert ownership.state is state
