@@ -80,9 +80,17 @@ EVERYTHING = (
     TOOLS,
     # First, while no other stage runs.
     Stage("bench", "figures beside plain C and QEMU", _make("bench"), 7200, cores=ALONE),
+    # Also alone, because this stage starves any other of the CPU.
+    Stage(
+        "underload",
+        "every test on a busy machine",
+        _make("underload"),
+        7200,
+        cores=ALONE,
+        has_tests=True,
+    ),
     # Then the longest stages first, so that the cores end together.
     Stage("xenlab", "a real Xen: every machine and test", _make("xenlab"), 7200, has_tests=True),
-    Stage("underload", "every test on a busy machine", _make("underload"), 7200, has_tests=True),
     Stage(
         "fuzz", "what a peer may send and a ring may hold", _make("fuzz", "FUZZ_SECONDS=900"), 3600
     ),

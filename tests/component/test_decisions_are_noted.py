@@ -117,7 +117,7 @@ async def test_a_domain_for_a_checkpoint_that_cannot_be_noted_is_not_left_over(
     full(monkeypatch)
     with pytest.raises(MigrationError, match=FULL):
         await trio.to_thread.run_sync(rollback._new_domain)
-    assert context.entry.restored_domid is None and not context.entry.applied
+    assert context.entry.facts()["successor"] is None and not context.entry.facts()["applied"]
     assert context.ownership.row.step == "decided here"
     (info,) = clean_hosts.source.domains()
     assert info.state is DomainState.SUSPENDED
