@@ -310,7 +310,8 @@ class Pager:
         self, message: Pages, payload: memoryview, ends_within: Callable[[float], bool]
     ) -> None:
         """Load a batch.  One acknowledgement covers several batches, and the pages that arrived on
-        the pull lane meanwhile.
+        the pull lane meanwhile.  Before the handover each batch is acknowledged, because the sender
+        waits for that.
 
         While the host has no memory for this batch, no other batch is received.  ``ends_within``
         returns whether the lane ends within a number of seconds.  Raises :class:`PeerClosedError`
@@ -325,7 +326,8 @@ class Pager:
                 pfns, pages = self._load(pfns, pages)
             if self._push_shortage.pages:
                 self._push_shortage.over()
-        if sum(map(len, self._unacknowledged)) >= MAX_PFNS:
+        many = sum(map(len, self._unacknowledged)) >= MAX_PFNS
+        if many or not self._session.handed_over:
             self.acknowledge()
 
     def acknowledge(self) -> None:

@@ -42,6 +42,11 @@ class Backlog:
     def unsent(self) -> int:
         return self.pages.unsent
 
+    @property
+    def in_transit(self) -> int:
+        """The number of pages that were sent and are not acknowledged."""
+        return self.unacknowledged - self.unsent
+
     # ---- before the handover ----
     def are_missing(self, pfns: PfnArray) -> NDArray[np.bool_]:
         missing: NDArray[np.bool_] = self._state[pfns] != NOT_OURS

@@ -78,10 +78,14 @@ class PushLane:
 
     # ---- pages ----
     async def send_batches(
-        self, batches: Iterable[PfnArray], sent: Sent, announce: Announce = announce
+        self,
+        batches: Iterable[PfnArray],
+        sent: Sent,
+        announce: Announce = announce,
+        stop: threading.Event | None = None,
     ) -> None:
-        """Call :meth:`send_all` in a thread."""
-        stop = threading.Event()
+        """Call :meth:`send_all` in a thread, until all is sent or ``stop`` is set."""
+        stop = stop or threading.Event()
         await self.send_in_thread(
             functools.partial(self.send_all, batches, sent, announce, stop), stop.set
         )

@@ -31,10 +31,11 @@ from sender.dirty import limit_of
 from sender.faults import FaultServer
 from sender.inbox import Inbox
 from sender.ownership import DECIDED, Restart, State
+from sender.pace import UNHURRIED_PAGES, UnhurriedPace
 from sender.policy import Policy
 from sender.precopy import Precopy
 from sender.preflight import agree
-from sender.push import BATCH_PAGES, PushLane
+from sender.push import BATCH_PAGES, Announce, PushLane, Sent
 from sender.recovery import Recovery
 from sender.rollback import Rollback, verdict
 from sender.source_pages import announce_missing, count_pages
@@ -142,10 +143,6 @@ class Transfer:
         """Push what the destination lacks."""
         context = self._context
         lane_tasks.start_soon(hand_over_when_decided, context, push)
-        # Until a toolstack has decided, no guest needs the pages, and the toolstack needs the CPU
-        # to finish its work.  xl may then leave the guest paused for long (``xl migrate -p``); its
-        # memory is sent nevertheless.
-        await first(context.signals.resumed.wait, context.signals.given_away.wait)
 
         def sent(_pfns: PfnArray, message: m.Pages) -> bool:
             context.statistics.push_pages += count_pages(message)
@@ -153,9 +150,38 @@ class Transfer:
             return True
 
         announce = functools.partial(announce_missing, backlog=context.backlog)
+        if self._ownership.state is State.UNDECIDED:
+            await self._feed_undecided(push, sent, announce)
+        # xl may leave the guest paused for long (``xl migrate -p``).  Its memory is sent
+        # nevertheless.
+        await self._decided()
         await push.send_batches(context.backlog.batches(BATCH_PAGES), sent, announce)
         if self._ownership.state is State.HANDED_OVER:
             await in_thread(self._ownership.enter, State.ALL_SENT)
+
+    async def _feed_undecided(self, push: PushLane, sent: Sent, announce: Announce) -> None:
+        """Push slowly until the toolstack has decided: it needs the CPU to finish its work, and the
+        guest will need the pages.
+        """
+        backlog = self._context.backlog
+        pace = UnhurriedPace(lambda: backlog.in_transit)
+
+        async def hurry_when_decided() -> None:
+            await self._decided()
+            pace.over.set()
+
+        async with task_group() as tasks:
+            tasks.start_soon(hurry_when_decided)
+            await push.send_batches(
+                backlog.batches(UNHURRIED_PAGES),
+                lambda pfns, message: sent(pfns, message) and pace.go_on(),
+                announce,
+                pace.over,
+            )
+
+    async def _decided(self) -> None:
+        signals = self._context.signals
+        await first(signals.resumed.wait, signals.given_away.wait)
 
     async def _complete(self, push: PushLane) -> None:
         context = self._context

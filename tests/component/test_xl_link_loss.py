@@ -9,6 +9,7 @@ import contextlib
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -53,6 +54,91 @@ def xl(tmp_path: Path) -> Iterator[CuttableXl]:
                 assert made.run() == ((0, 0), (0, 0))
                 made.wait_for("deciding", "deciding")
                 yield made
+
+
+def some_have_come(xl: CuttableXl) -> None:
+    """Wait until a part of the missing pages has been pushed, while xl decides."""
+    total = xl.line("sender")["pages_total"]
+    until(lambda: xl.line("sender")["outstanding"] < total, "nothing is pushed")
+    assert xl.line("sender")["phase"] == "deciding"
+
+
+def test_the_memory_arrives_while_xl_decides(xl: CuttableXl) -> None:
+    """xl's hotplug scripts take half a minute."""
+    until(lambda: not len(xl.destination.paged_out()), "the pages do not come")
+    xl.wait_for("deciding", "deciding")
+    until(lambda: not xl.line("sender")["outstanding"], "they are not confirmed")
+    assert xl.destination.info().state is DomainState.INCOMING
+    xl.go()
+    xl.wait_for("completed", "completed")
+    check_arrived(xl)
+
+
+@pytest.mark.parametrize("all_of_it", [False, True])
+@pytest.mark.parametrize("restarted", ["", "sender", "receiver"])
+def test_the_guest_stays_after_memory_has_been_pushed(
+    xl: CuttableXl, restarted: str, all_of_it: bool
+) -> None:
+    some_have_come(xl)
+    if all_of_it:
+        until(lambda: not len(xl.destination.paged_out()), "the pages do not come")
+    if restarted:
+        xl.restart(restarted)
+    xl.stay()
+    xl.wait_for("failed", "failed")
+    check_stayed(xl)
+
+
+@pytest.mark.parametrize("restarted", ["sender", "receiver"])
+def test_the_rest_of_the_memory_arrives_after_a_restart_while_xl_decides(
+    xl: CuttableXl, restarted: str
+) -> None:
+    some_have_come(xl)
+    xl.restart(restarted)
+    until(lambda: not len(xl.destination.paged_out()), "the pages do not come")
+    xl.wait_for("deciding", "deciding")
+    xl.go()
+    xl.wait_for("completed", "completed")
+    check_arrived(xl)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_xl_decides_at_any_instant_while_memory_is_pushed(xl: CuttableXl, seed: int) -> None:
+    """The decision falls among cuts and kills, and counts wherever the pages are by then."""
+    random = Random(seed)
+    some_have_come(xl)
+    for _ in range(random.choice([1, 2])):
+        missing = random.randrange(1, len(xl.destination.paged_out()) + 1)
+        until(lambda: len(xl.destination.paged_out()) <= missing, "the pages do not come")
+        match random.choice(["cut", "sender", "receiver"]):
+            case "cut":
+                xl.relay.do(Link.cut)
+            case daemon:
+                xl.restart(daemon)
+    if random.random() < 0.3:
+        xl.wait_for(
+            "deciding", "deciding"
+        )  # a sender has to hold the pages again before xl goes on
+        xl.go()
+        xl.wait_for("completed", "completed")
+        check_arrived(xl)
+    else:
+        xl.stay()
+        xl.wait_for("failed", "failed")
+        check_stayed(xl)
+
+
+def test_the_guest_runs_at_the_destination_while_the_link_is_down_and_nothing_is_missing(
+    xl: CuttableXl,
+) -> None:
+    until(lambda: not len(xl.destination.paged_out()), "the pages do not come")
+    xl.relay.do(Link.down)
+    xl.wait_for("interrupted", "in doubt")
+    xl.go()
+    until(lambda: xl.destination.info().state is DomainState.RUNNING, "it does not run")
+    xl.relay.do(lambda link: setattr(link, "is_up", True))
+    xl.wait_for("completed", "completed")
+    check_arrived(xl)
 
 
 def test_cut_while_xl_decides(xl: CuttableXl) -> None:

@@ -81,7 +81,7 @@ class TestBacklog:
         backlog = backlog_of(1, 2, 3)
         backlog.next_batch(3)
         backlog.loaded(pfn_array([1]))
-        assert backlog.unacknowledged == 2
+        assert backlog.unacknowledged == backlog.in_transit == 2
         backlog.dropped(pfn_array([2]))
         backlog.loaded(pfn_array([3]))
         assert backlog.unacknowledged == 0
