@@ -224,7 +224,7 @@ class IncomingMigration:
         switchover = None if following is None else following.switchover
         undo = functools.partial(rollback.failed, self._context, error, switchover)
         answer = await as_soon_as_threads_start(undo)
-        self._last_message = await rollback.tell(self._context, answer)
+        self._last_message = await rollback.send_outcome(self._context, answer)
 
     async def linger(self) -> None:
         """Send the outcome to a sender that was cut off, if it comes back."""

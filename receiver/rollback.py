@@ -92,13 +92,13 @@ async def _guest_ended(
     return answer
 
 
-async def tell(context: Context, answer: m.Message | None) -> m.Message | None:
-    """Send the last message if there is a lane.  Returns the message if the sender must still
-    receive it before it releases the guest's pages.
+async def send_outcome(context: Context, answer: m.Message | None) -> m.Message | None:
+    """Send the last message if there is a lane.  Returns the message if the sender may have to
+    receive it again: the link can lose the message, and without it the sender keeps the guest's
+    pages.
     """
     if answer is None:
         return None
-    unsent = answer if context.is_in(State.ENDED) else None
     with (
         trio.CancelScope(shield=True),
         trio.move_on_after(LAST_MESSAGE_S),
@@ -106,13 +106,10 @@ async def tell(context: Context, answer: m.Message | None) -> m.Message | None:
     ):
         if context.peer.connections:
             await context.peer.push.send(answer)
-            if unsent is not None:
-                unsent = None
-                await in_thread(context.entry.erase)
             # What the sender sends now is not read any more.  If the connection were closed with
             # unread bytes, the kernel would reset it and the message could be lost.
             await trio.sleep(EXPLANATION_S)
-    return unsent
+    return answer if context.is_in(State.ENDED) else None
 
 
 async def _is_gone(context: Context, reason: Exception) -> bool:
@@ -182,7 +179,7 @@ async def linger(context: Context, last_message: m.Message) -> None:
             finally:
                 peer.close()
     if limit.cancelled_caught:
-        log.warning("%s: the sender did not come back, and does not have the outcome", name)
+        log.info("%s: the sender did not come back, and may not have the outcome", name)
     await trio.to_thread.run_sync(context.entry.erase)
 
 

@@ -308,6 +308,32 @@ async def test_the_guest_ends_while_the_link_is_down(clean_hosts: World, name: s
         clean_hosts.source.open(name)
 
 
+async def test_a_lost_message_that_the_guest_has_ended_is_sent_again(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
+    """The receiver has sent the message, and the link loses it."""
+    send, lost = LaneConnection.send, trio.Event()
+
+    async def lose(self: LaneConnection, message: m.Message) -> None:
+        if isinstance(message, m.Ended) and not lost.is_set():
+            lost.set()
+        else:
+            await send(self, message)
+
+    monkeypatch.setattr(LaneConnection, "send", lose)
+
+    async def meanwhile(outcome: Outcome, link: Link) -> None:
+        await until(lambda: outcome.migration.ownership.handed_over)
+        target = clean_hosts.destination.open(name)
+        await until(lambda: target.info().state is DomainState.RUNNING)
+        target.destroy()
+        await lost.wait()
+        link.cut()
+
+    outcome = await migrate(clean_hosts, busy(name), meanwhile=meanwhile)
+    assert "ended at the destination" in str(outcome.error)
+
+
 async def test_garbage_on_a_lane_ends_the_lanes_and_not_the_migration(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
