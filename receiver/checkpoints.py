@@ -175,7 +175,7 @@ class Checkpoints:
     # ---- in a thread ----
     def _make(self) -> None:
         self._made = False
-        self.let_go_on()
+        self.resume_if_suspended()
         if self._domain.state() is not DomainState.RUNNING:
             return
         self._look()
@@ -256,7 +256,7 @@ class Checkpoints:
         self._domain.resume()
         self._stopped.unlink(missing_ok=True)
 
-    def let_go_on(self) -> None:
+    def resume_if_suspended(self) -> None:
         """Resume a guest that is still suspended for a past checkpoint, because it could not be
         resumed then or because it suspended late.  To be called from time to time, with and without
         lanes.  Raises ``XenError`` if a later call may succeed.

@@ -77,8 +77,8 @@ class Entry:
         platform = self._offer.get("platform")
         if not isinstance(platform, str):
             raise ValueError(f"the platform of an offer cannot be {platform!r}")
-        said = {"type": m.Offer.type, "platform": bytes.fromhex(platform), "key": self._key}
-        offer = self._offer | said
+        fields = {"type": m.Offer.type, "platform": bytes.fromhex(platform), "key": self._key}
+        offer = self._offer | fields
         parsed = m.parse(offer)
         if not isinstance(parsed, m.Offer):
             raise ValueError("the offer is another message")

@@ -27,7 +27,7 @@ class Peer:
         self._why_none = "the receiver was restarted"
         self.pull: LaneConnection | None = None
         """``None`` if there is no pull lane."""
-        self._heard_at = time.monotonic()
+        self._received_at = time.monotonic()
 
     @property
     def push(self) -> LaneConnection:
@@ -40,9 +40,9 @@ class Peer:
         return [lane for lane in (self._push, self.pull) if lane is not None]
 
     @property
-    def heard_at(self) -> float:
+    def received_at(self) -> float:
         """When bytes of the sender last arrived (time.monotonic())."""
-        return max((lane.heard_at for lane in self.connections), default=self._heard_at)
+        return max((lane.received_at for lane in self.connections), default=self._received_at)
 
     async def connect(self) -> None:
         self._push = await self.lanes.push()
@@ -55,7 +55,7 @@ class Peer:
         self.pull = await self.lanes.pull(token)
 
     def close(self) -> None:
-        self._heard_at = self.heard_at
+        self._received_at = self.received_at
         for lane in self.connections:
             lane.close()
         self._push = self.pull = None

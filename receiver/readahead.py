@@ -79,10 +79,10 @@ class ReadAhead:
                 stream.window = min(stream.window * 2, MAX_WINDOW)
                 if (pfn - stream.next) * stream.step >= 0:
                     stream.next = pfn + stream.step
-                return self._go_on(stream)
+                return self._continue(stream)
         step = self._step_to(pfn)
         self._lonely.append(pfn)
-        return self._go_on(_Stream(pfn, pfn + step, step, FIRST_WINDOW)) if step else NO_PFNS
+        return self._continue(_Stream(pfn, pfn + step, step, FIRST_WINDOW)) if step else NO_PFNS
 
     def _step_to(self, pfn: int) -> int:
         """Return the step from an earlier fault, if this fault continues it; otherwise 0."""
@@ -96,7 +96,7 @@ class ReadAhead:
                     return step
         return 0
 
-    def _go_on(self, stream: _Stream) -> PfnArray:
+    def _continue(self, stream: _Stream) -> PfnArray:
         self._streams.append(stream)
         del self._streams[:-MAX_STREAMS]
         first, step = stream.next, stream.step

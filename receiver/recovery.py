@@ -218,7 +218,7 @@ class Recovery:
         waits = context.is_in(State.RUNNING, State.OWNS) and self.switchover.guest.pages.count
         if limit_s is None or not waits or context.ownership.link is Link.UP:
             return None
-        return round(max(0.0, limit_s - (time.monotonic() - context.peer.heard_at)), 1)
+        return round(max(0.0, limit_s - (time.monotonic() - context.peer.received_at)), 1)
 
     async def rejoin(self, lost: Exception) -> None:
         """Return when the sender is back on new lanes, or is not needed any more.  A guest that is
@@ -238,7 +238,7 @@ class Recovery:
                 await self._take_up_again()
                 break
             except PagesLostError as error:
-                await self.go_on_without(str(error))
+                await self.serve_without_sender(str(error))
                 return
             except RecalledError as error:
                 await self.hold(str(error))
@@ -350,7 +350,7 @@ class Recovery:
         self._context.progress.problem = f"{why}; {state}"
 
     # ---- without the sender ----
-    async def go_on_without(self, reason: str) -> None:
+    async def serve_without_sender(self, reason: str) -> None:
         """Serve the guest with the pages that are here, until the guest is destroyed or no page is
         missing any more.
         """
@@ -416,7 +416,7 @@ class Recovery:
             cannot = f"{name} should continue here, and cannot be unpaused"
             await context.persist(lambda: self._pause(paused=False), cannot)
             offline.cancel_scope.cancel()
-        await self.go_on_without(
+        await self.serve_without_sender(
             "the source has taken the guest back, and an operator has decided that it continues "
             "here"
         )
@@ -439,4 +439,4 @@ class Recovery:
         if self._context.is_in(State.HELD):
             await self.hold(reason or WAS_HELD)
         elif self._context.is_in(State.LOST):
-            await self.go_on_without(reason or WAS_LOST)
+            await self.serve_without_sender(reason or WAS_LOST)

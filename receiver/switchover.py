@@ -219,7 +219,7 @@ class Switchover:
             try:
                 state = await trio.to_thread.run_sync(self.guest.state)
                 if self.checkpoints is not None and state is not None:
-                    await trio.to_thread.run_sync(self.checkpoints.let_go_on)
+                    await trio.to_thread.run_sync(self.checkpoints.resume_if_suspended)
             except (XenError, RuntimeError) as error:  # the error may pass
                 complaint.log(
                     "%s: its state is not known, or it cannot be resumed: %s",

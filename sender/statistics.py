@@ -29,19 +29,19 @@ number as a key.
 _MOST_KEYS = 512
 
 
-def from_peer(told: object) -> dict[str, Any]:
+def from_peer(value: object) -> dict[str, Any]:
     """Return the peer's counters in the form of ``PagerStatistics.summary``
     (``receiver/statistics.py``), whatever the peer has sent.
 
     Unknown keys are left out.  A value that is missing or of the wrong type is 0.
     """
-    found: dict[str, Any] = _checked(told, _PEERS)
+    found: dict[str, Any] = _checked(value, _PEERS)
     return found
 
 
-def _checked(told: object, form: Any) -> Any:
+def _checked(value: object, form: Any) -> Any:
     if isinstance(form, dict):
-        given = told if isinstance(told, dict) else {}
+        given = value if isinstance(value, dict) else {}
         if None in form:
             numbers = [
                 key
@@ -51,11 +51,11 @@ def _checked(told: object, form: Any) -> Any:
             return {key: _checked(given[key], form[None]) for key in numbers[:_MOST_KEYS]}
         return {key: _checked(given.get(key), inner) for key, inner in form.items()}
     if form == _WORD:
-        return printable(told)[:16] if isinstance(told, str) else ""
-    is_number = isinstance(told, int | float) and not isinstance(told, bool)
-    if not is_number or not 0 <= told < 2**63:  # type: ignore[operator]
+        return printable(value)[:16] if isinstance(value, str) else ""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value < 2**63:  # type: ignore[operator]
         return 0
-    return told if form == _NUMBER else int(told)  # type: ignore[call-overload]
+    return value if form == _NUMBER else int(value)  # type: ignore[call-overload]
 
 
 @dataclass

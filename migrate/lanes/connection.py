@@ -66,7 +66,7 @@ MANY_BYTES = 64 * 1024
 """Payloads of at least this size are sent in one call without the interpreter lock.  For a single
 page, preparing this call would be most of the work.
 """
-HEARD_BYTES = 512 * 1024
+RECEIVE_BYTES = 512 * 1024
 """The most bytes that one call receives: a slow link carries them well within ``SILENCE_S``."""
 SILENCE_S = 30.0
 """A peer that sends nothing for this time is treated as dead."""
@@ -105,7 +105,7 @@ class LaneConnection:
 
     def __init__(self, sock: socket.socket | TlsSocket, terms: Terms):
         self._terms = terms
-        self.heard_at = time.monotonic()
+        self.received_at = time.monotonic()
         """When bytes of the peer last arrived."""
         self._silent_s = 0.0
         """How long the peer was silent when it was treated as dead."""
@@ -235,14 +235,14 @@ class LaneConnection:
         """Wait for bytes; inside a payload, for the rest of the payload.  Raises
         :class:`PeerClosedError` at the end of the connection.
         """
-        wanted = self._decoder.wanted()[:HEARD_BYTES]
+        wanted = self._decoder.wanted()[:RECEIVE_BYTES]
         try:
             self._received(self._receive(wanted))
         except OSError as error:
             raise PeerClosedError(f"the connection was lost: {explain(error)}") from error
 
     def _received(self, count: int) -> None:
-        self.heard_at = time.monotonic()
+        self.received_at = time.monotonic()
         if self._silent_s:
             raise PeerClosedError(f"the peer has sent nothing for {self._silent_s:g} s")
         if not count:
@@ -336,7 +336,7 @@ class LaneConnection:
             await trio.sleep(min(limit_s / 4, ALIVE_EVERY_S))
             if ALIVE_EACH_SECOND in self.capabilities and guest_waits():
                 limit_s = min(limit_s, self._terms.postcopy_silence_s)
-            if time.monotonic() - self.heard_at > limit_s and not unread.poll(0):
+            if time.monotonic() - self.received_at > limit_s and not unread.poll(0):
                 self._silent_s = limit_s
                 self.shut()
                 return

@@ -245,9 +245,7 @@ def receiving(hypervisor: Hypervisor, lanes: Any, journal: Journal) -> Context:
 
 
 @pytest.mark.parametrize("which", ["sender", "receiver"])
-async def test_whatever_the_peer_of_an_ended_migration_does_it_is_tried_until_it_knows(
-    which: str, tmp_path: Path
-) -> None:
+async def test_the_outcome_is_sent_until_the_peer_has_it(which: str, tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     refusals = [PeerClosedError("gone"), RefusedError("no"), RemoteProtocolError("damaged"), *BUGS]
     lanes = cast(Any, Ends([*refusals, UnknownSessionError("unknown session")]))

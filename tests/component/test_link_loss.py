@@ -86,7 +86,7 @@ async def test_cut_anywhere_after_the_handover_nothing_is_lost(
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("strategy", [Strategy.POSTCOPY, Strategy.PRECOPY])
-async def test_cut_at_any_word_from_the_handover_on_the_guest_arrives(
+async def test_cut_at_any_message_from_the_handover_on_the_guest_arrives(
     clean_hosts: World,
     name: str,
     monkeypatch: Patch,
@@ -154,7 +154,7 @@ async def test_cut_behind_the_context_the_guest_is_at_one_end(
         await goes_on_here_only(clean_hosts, name)
 
 
-async def test_the_receiver_is_ready_and_not_heard(
+async def test_ready_is_lost_and_the_receiver_waits(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
     """The receiver cannot find out which end has the guest, until the sender is in touch again."""
@@ -178,7 +178,7 @@ async def test_the_receiver_is_ready_and_not_heard(
     assert clean_hosts.destination.domains() == []
 
 
-async def test_a_receiver_that_may_be_ready_is_told_of_giving_up(
+async def test_abort_is_sent_to_a_receiver_that_may_be_ready(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
     """Found by chaos: the receiver's successor treats the receiver as ready from ``suspended`` in
@@ -193,7 +193,7 @@ async def test_a_receiver_that_may_be_ready_is_told_of_giving_up(
     )
 
 
-async def test_it_is_told_until_it_has_heard(
+async def test_abort_is_sent_until_the_receiver_has_it(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
     """A message that was sent may not have arrived."""
@@ -587,7 +587,7 @@ async def test_pages_are_checked_from_end_to_end(clean_hosts: World, name: str) 
     assert (await verification(clean_hosts, busy(name))).problems == []
 
 
-async def test_the_word_that_the_guest_stays_is_damaged_on_its_way(
+async def test_an_abort_that_is_damaged_in_transit_is_sent_again(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
     """Found by chaos: the sender took the refusal of its damaged ``abort`` for an answer, and the
@@ -607,7 +607,7 @@ async def test_the_word_that_the_guest_stays_is_damaged_on_its_way(
     assert clean_hosts.destination.domains() == []
 
 
-async def test_a_sender_that_ends_between_the_last_word_and_letting_go_has_a_successor_that_lets_go(
+async def test_a_sender_killed_after_completed_has_a_successor_that_destroys_the_source(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
     """Found by killing at random: the receiver has rightly removed the session by then."""

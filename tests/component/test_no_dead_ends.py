@@ -637,9 +637,7 @@ def test_a_guest_without_a_checkpoint_is_not_protected_yet(world: World) -> None
 
 
 @pytest.mark.parametrize("again", [True, False])
-def test_a_successor_s_operator_is_told_what_the_destination_has_reported(
-    world: World, again: bool
-) -> None:
+def test_a_successor_shows_what_the_destination_has_reported(world: World, again: bool) -> None:
     boot(world)
     interrupted(world, "receiver")
     if again:
@@ -652,7 +650,7 @@ def test_a_successor_s_operator_is_told_what_the_destination_has_reported(
     assert world.source.domains() == []
 
 
-def test_a_destination_that_comes_back_is_told_that_its_pages_are_gone(world: World) -> None:
+def test_lost_is_sent_to_a_destination_that_comes_back(world: World) -> None:
     """An operator has decided ``elsewhere`` at the source, which cannot be undone."""
     boot(world)
     interrupted(world, "receiver")

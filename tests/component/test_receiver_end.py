@@ -36,7 +36,7 @@ LAST = m.Complete(b"{}")
 class Lane:
     """A lane on which the sender sends one message, and receives one."""
 
-    heard_at = 0.0
+    received_at = 0.0
 
     def __init__(self, message: m.Message):
         self._message = message

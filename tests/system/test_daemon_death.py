@@ -406,7 +406,7 @@ def test_an_operator_s_decision_outlives_the_sender(world: World, here: bool, ki
     )
 
 
-def test_a_guest_that_an_operator_let_go_is_destroyed_by_the_receiver_s_successor(
+def test_a_guest_given_up_by_an_operator_is_destroyed_by_the_receiver_s_successor(
     world: World,
 ) -> None:
     begin(world, "postcopy", bandwidth=8 * MIB)

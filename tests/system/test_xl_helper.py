@@ -167,7 +167,7 @@ def test_require_fails_instead(xl: Xl, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("why", ["off", "a file", "not live", "Remus"])
-def test_what_is_no_live_migration_is_left_to_it_without_a_word(
+def test_what_is_no_live_migration_is_left_to_the_stock_helper_silently(
     xl: Xl, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XEN_POSTCOPY", "off" if why == "off" else "require")
@@ -199,7 +199,9 @@ def test_no_guest_is_saved_while_a_killed_receiver_has_no_successor(
     assert status == 0 and xl.was_asked
 
 
-def test_a_stock_helper_that_is_missing_is_said(xl: Xl, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stock_helper_that_is_missing_is_reported(
+    xl: Xl, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XEN_POSTCOPY_STOCK_HELPER", "/nowhere/libxl-save-helper")
     _status, said = xl.save()
     assert b"cannot start /nowhere/libxl-save-helper" in said and said.endswith(
@@ -226,7 +228,7 @@ def test_a_libxl_that_was_killed_ends_the_helper_with_one_line(xl: Xl, mode: str
     assert complaints.decode().splitlines() == ["xen-postcopy-xl-helper: libxl has gone"]
 
 
-def test_an_error_of_the_helper_itself_is_said_to_libxl(xl: Xl) -> None:
+def test_an_error_of_the_helper_itself_is_reported_to_libxl(xl: Xl) -> None:
     command = [
         sys.executable,
         "-m",
@@ -372,7 +374,9 @@ def test_a_stream_that_nobody_reads_fails_the_migration(xl: Xl, tmp_path: Path) 
     assert "the migration's stream: Broken pipe" in libxl.log and libxl.result == (-1, errno.EPIPE)
 
 
-def test_a_stock_helper_that_is_missing_after_the_headers_is_said(xl: Xl, tmp_path: Path) -> None:
+def test_a_stock_helper_that_is_missing_after_the_headers_is_reported(
+    xl: Xl, tmp_path: Path
+) -> None:
     libxl = save(
         tmp_path,
         NOTHING_MISSING,

@@ -107,7 +107,7 @@ def test_the_tests_of_a_stage_are_read_from_its_junit_files(tmp_path: Path) -> N
     assert "tests.test_a::test_bad" in text.partition("Failed:")[2]
 
 
-def test_a_torn_junit_file_is_an_error_and_two_files_are_told_apart(tmp_path: Path) -> None:
+def test_a_torn_junit_file_is_an_error_and_two_files_are_distinct(tmp_path: Path) -> None:
     (tmp_path / "here.xml").write_text(JUNIT)
     (tmp_path / "there.xml").write_text(JUNIT[:100])
     found = junit_results(tmp_path)

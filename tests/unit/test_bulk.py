@@ -118,7 +118,7 @@ def test_a_connection_cut_from_outside_ends_both() -> None:
         assert sorted(ends) == [0, errno.EPIPE]
 
 
-def test_a_peer_that_takes_nothing_is_told_by_the_socket_s_time_limit() -> None:
+def test_a_peer_that_takes_nothing_is_recognised_by_the_socket_s_time_limit() -> None:
     with connected() as (here, _there):
         here.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 0, 50_000))
         assert bulk.send(here.fileno(), [b"x" * (64 << 20)]) == errno.EAGAIN

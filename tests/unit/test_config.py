@@ -124,7 +124,7 @@ def test_what_is_given() -> None:
         ),
     ],
 )
-def test_what_is_wrong_is_said_with_file_key_and_reason(text: str, what: str) -> None:
+def test_an_error_names_the_file_the_key_and_the_reason(text: str, what: str) -> None:
     with pytest.raises(ConfigError) as info:
         read(text)
     assert what in str(info.value)

@@ -212,7 +212,7 @@ async def test_the_sender_does_not_wait_for_more_than_a_fault_behind_the_hello(
             nursery.cancel_scope.cancel()
 
 
-def test_the_sender_hears_the_end() -> None:
+def test_the_sender_receives_the_end() -> None:
     with lanes() as (ours, theirs):
         source = Source(ours, theirs, {1, 2}, native=True)
         source.ask(Fault(pfn_array([1])))

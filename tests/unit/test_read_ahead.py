@@ -52,7 +52,7 @@ def test_a_stream_is_fetched_before_it_comes(step: int) -> None:
     assert guest.ahead <= 500 + 2 * MAX_WINDOW + 3 * FIRST_WINDOW
 
 
-def test_interleaved_streams_are_told_apart() -> None:
+def test_interleaved_streams_are_distinguished() -> None:
     guest = Guest(range(NR))
     for n in range(400):
         for vcpu, step in enumerate((1, 8, -1)):

@@ -50,7 +50,7 @@ def test_several_reasons_are_several_lines() -> None:
     assert len(replace(FIT_DOMAIN, hap=False, pod_entries=1).problems()) == 2
 
 
-def test_what_xen_itself_refuses_is_said_in_the_same_words() -> None:
+def test_what_xen_itself_refuses_is_reported_in_the_same_words() -> None:
     assert refusals.ENABLE_ERRORS[errno.EMLINK] == refusals.IOMMU
     assert refusals.ENABLE_ERRORS[errno.EXDEV] == refusals.POD
 

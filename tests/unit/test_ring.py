@@ -143,7 +143,7 @@ def test_a_ring_that_was_given_up_is_not_used() -> None:
         ring.respond([PagingRequest(1, 0, 0, 0, 0)])
 
 
-def test_a_corrupt_ring_is_said_to_be_so() -> None:
+def test_a_corrupt_ring_is_reported_as_corrupt() -> None:
     xen = FrontEnd()
     ring = xen.pager()
     xen.page[0:4] = struct.pack("<I", 9)

@@ -237,7 +237,7 @@ def test_a_session_goes_on_over_new_lanes(lost_after: type[m.Message]) -> None:
     assert ends[S].phase == ends[R].phase == Phase.CLOSED
 
 
-def test_what_the_receiver_did_not_hear_is_said_again() -> None:
+def test_what_the_receiver_did_not_receive_is_sent_again() -> None:
     ends = play(after(m.Ready))
     ends[S].sent(m.Handover(), PUSH)  # this message is lost
     assert ends[S].handed_over

@@ -9,7 +9,7 @@
  *   PIECE_BYTES     A kernel without preemption (Debian's servers, most dom0s) finishes a system
  *                   call before it gives the CPU to a thread that serves a fault.  With 4 MiB in
  *                   one call the median fault was a tenth slower.
- *   GIVE_WAY_BYTES  A thread that wakes up preempts another one only if it has not used more than
+ *   YIELD_BYTES     A thread that wakes up preempts another one only if it has not used more than
  *                   its share of the CPU (EEVDF).  A pager has just run and a pusher waits now and
  *                   then, so the kernel does not always choose the pager.  It chooses again at its
  *                   next tick (4 ms).  Therefore this thread yields after so many bytes.  To yield
@@ -27,12 +27,12 @@
 #include "bulk_api.h"
 
 #define PIECE_BYTES (128 << 10)
-#define GIVE_WAY_BYTES (512 << 10)
+#define YIELD_BYTES (512 << 10)
 
-static void give_way(size_t *since, size_t moved)
+static void yield_cpu(size_t *since, size_t moved)
 {
     *since += moved;
-    if (*since >= GIVE_WAY_BYTES) {
+    if (*since >= YIELD_BYTES) {
         sched_yield();
         *since = 0;
     }
@@ -61,7 +61,7 @@ int bulk_send(int fd, const struct bulk_piece *pieces, size_t n)
                 continue;
             return -errno;
         }
-        give_way(&since, sent);
+        yield_cpu(&since, sent);
         for (offset += sent; first < n && offset >= pieces[first].bytes; first++)
             offset -= pieces[first].bytes;
     }
@@ -92,7 +92,7 @@ long bulk_receive(int fd, void *into, size_t bytes, int is_tcp)
         if (!got)
             break;
         done += got;
-        give_way(&since, got);
+        yield_cpu(&since, got);
     }
     return done;
 }

@@ -144,7 +144,7 @@ def test_one_by_one_does_the_same(xen: XenHypervisor) -> None:
 
 
 @pytest.mark.hypervisors("populate-evicted")
-def test_the_pinned_set_is_recognised_where_xen_does_not_tell(xen: XenHypervisor) -> None:
+def test_the_pinned_set_is_recognised_where_xen_does_not_report_it(xen: XenHypervisor) -> None:
     """The search finds all pages that the patched hypervisor reports as held, except those that a
     parameter names, for a running guest and for a suspended one.
     """

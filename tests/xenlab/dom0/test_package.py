@@ -64,7 +64,7 @@ def test_the_watchdog_is_fed() -> None:
         )
 
 
-def test_a_wrong_configuration_is_said_with_file_key_and_reason() -> None:
+def test_a_wrong_configuration_is_named_with_file_key_and_reason() -> None:
     config = Path(CONFIG)
     text = config.read_text()
     try:
