@@ -51,7 +51,7 @@ check: $(STAMP)
 
 # Every branch of the sans-IO core is reached by its own examples.  Properties are left out: which
 # branches a random search reaches differs from run to run.
-CORE := sender/bandwidth.py migrate/protocol/frames.py migrate/protocol/fields.py migrate/protocol/messages.py \
+CORE := sender/bandwidth.py sender/intake.py migrate/protocol/frames.py migrate/protocol/fields.py migrate/protocol/messages.py \
 	migrate/protocol/pfns.py sender/policy.py \
 	migrate/protocol/session.py sender/backlog.py sender/ownership.py receiver/outstanding.py \
 	receiver/ownership.py receiver/readahead.py migrate/fastpath/page_states.py

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,20 +53,24 @@ class Source:
 
 
 class Barriers:
-    """Numbered barriers in the push lane, each of which the destination confirms."""
+    """Numbered barriers in the push lane, each of which the destination confirms.  One thread at a
+    time adds barriers.
+    """
 
     def __init__(self) -> None:
-        self._passed: list[trio.Event] = []
+        self._number = 0
+        self._open: dict[int, Callable[[float], object]] = {}
 
-    def add(self) -> tuple[int, trio.Event]:
-        """Return the number of a new barrier, and the event that is set when the barrier is
-        passed.
+    def add(self, passed: Callable[[float], object]) -> int:
+        """Return the number of a new barrier.  ``passed`` is called with the time when the barrier
+        is passed, in the thread that receives.
         """
-        self._passed.append(trio.Event())
-        return len(self._passed) - 1, self._passed[-1]
+        self._number += 1
+        self._open[self._number] = passed
+        return self._number
 
-    def passed(self, number: int) -> None:
-        self._passed[number].set()
+    def passed(self, number: int, now: float) -> None:
+        self._open.pop(number)(now)
 
 
 class Context:

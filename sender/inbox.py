@@ -46,7 +46,7 @@ class Inbox:
             message, payload = self._push.receive_blocking()
             match message:
                 case m.Passed():
-                    trio.from_thread.run_sync(context.barriers.passed, message.number)
+                    context.barriers.passed(message.number, time.monotonic())
                 case m.Ready():
                     context.signals.ready.set()
                 case m.Resumed() if not context.signals.resumed.is_set():

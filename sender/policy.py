@@ -2,9 +2,14 @@
 """When to stop precopying: the policy that the sender consults after every batch.  Sans-IO.
 
 A policy gets numbers and returns a :class:`Decision`.  Another round of precopy is worth its time
-while a round leaves less to send than the round before.  The rest can be sent with the guest
-suspended (stop-and-copy) if that fits the downtime target.  Otherwise the rest follows after the
-switchover (postcopy), where a page that the guest touches before the page is pushed costs a fault.
+while a round leaves less to send than the round before.  What is left then is sent while the guest
+is suspended (stop-and-copy), or after the switchover (postcopy).  Stop-and-copy freezes the guest
+for the time that the rest takes.  After a switchover the guest is frozen at each page that it
+touches before the page is pushed.  The policy expects both times from what was measured during
+precopy, and chooses the shorter one.
+
+If stop-and-copy is the shorter one, the guest gets as many rounds as xl would make, and so is not
+frozen for longer than by xl's own migration.
 """
 
 from __future__ import annotations
@@ -18,6 +23,10 @@ from xenbackend.pages import PAGE_SIZE
 
 CONVERGING = 0.8
 """Precopy converges while a round leaves less than this share of the pages of the round before."""
+FAULTS = 120
+"""The most faults that a guest is expected to wait for before its programs run again.  A Linux
+guest that lacked 1,200 to 1,700 pages had 116 and 118 of them.
+"""
 
 
 class Decision(Enum):
@@ -41,18 +50,25 @@ class PrecopyProgress:
     previous_dirty_pages: int
     """``dirty_pages`` at the end of the round before; in the first round, all pages."""
     bytes_per_s: float
-    """The measured rate of sending; 0 if it is unknown."""
+    """The rate at which the destination takes pages in; 0 if it is unknown."""
+    fault_s: float = 0.0
+    """The time that a fault is expected to take; 0 if it is unknown."""
     postcopy_asked: bool = False
     """An administrator has requested ``postcopy-now``."""
 
     @property
     def stop_and_copy_ms(self) -> float:
-        """Return the time that sending the dirty pages would take."""
+        """Return for how long stop-and-copy is expected to freeze the guest."""
         return (
             self.dirty_pages * PAGE_SIZE / self.bytes_per_s * 1000
             if self.bytes_per_s
             else float("inf")
         )
+
+    @property
+    def postcopy_ms(self) -> float:
+        """Return for how long postcopy is expected to freeze the guest."""
+        return min(self.dirty_pages, FAULTS) * self.fault_s * 1000
 
 
 class Policy(Protocol):
@@ -75,8 +91,8 @@ class DefaultPolicy:
             or progress.stop_and_copy_ms <= self.options.downtime_target_ms
         ):
             return Decision.STOP_AND_COPY
-        last_round = progress.round >= self.options.max_rounds
-        if not can_page:
-            return Decision.STOP_AND_COPY if last_round else Decision.CONTINUE
+        sends_all = not can_page or progress.stop_and_copy_ms <= progress.postcopy_ms
+        if progress.round >= self.options.max_rounds:
+            return Decision.STOP_AND_COPY if sends_all else Decision.POSTCOPY
         converging = progress.dirty_pages < progress.previous_dirty_pages * CONVERGING
-        return Decision.CONTINUE if converging and not last_round else Decision.POSTCOPY
+        return Decision.CONTINUE if sends_all or converging else Decision.POSTCOPY

@@ -6,7 +6,6 @@ will not be sent before the switchover.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,11 +17,12 @@ from migrate.errors import MigrationError
 from migrate.lanes.connection import step_timeout
 from migrate.options import Strategy
 from migrate.protocol import messages as m
-from migrate.protocol.pfns import NO_PFNS, PfnMask, batches_of, bitmap_of, from_mask, union, windows
+from migrate.protocol.pfns import NO_PFNS, PfnMask, bitmap_of, from_mask, union, windows
 from sender.context import Context, Source
 from sender.policy import Decision, Policy, PrecopyProgress
-from sender.push import BATCH_PAGES, PushLane
-from sender.source_pages import count_pages, pinned
+from sender.push import PushLane
+from sender.round import Round
+from sender.source_pages import pinned
 from xenbackend.pages import PfnArray
 
 log = logging.getLogger(__name__)
@@ -61,17 +61,16 @@ class Precopy:
         self._toolstack = context.toolstack
         self._progress = context.progress
         self._statistics = context.statistics
+        self._bytes_per_s = self._fault_s = 0.0
 
-    def stop_and_copy_fits(self, dirty: int) -> bool:
-        """Whether ``dirty`` pages can be sent before the handover.  With a strategy that sends no
-        pages after the handover, they have to be.
+    def sends_all(self, dirty: int) -> bool:
+        """Whether ``dirty`` pages are to be sent before the handover, because no round follows.
+        With a strategy that sends no pages after the handover, they have to be.
         """
         if not self._options.strategy.pages_after_handover:
             return True
-        stats = self._statistics
-        return (
-            self._decide(stats.rounds, True, dirty, dirty, stats.started) is Decision.STOP_AND_COPY
-        )
+        rounds = self._options.policy.max_rounds
+        return self._decide(rounds, True, dirty, dirty) is Decision.STOP_AND_COPY
 
     async def run(self) -> SwitchoverPlan:
         """Do the rounds and the early eviction.  Raises :class:`MigrationError` if the policy gives
@@ -83,20 +82,19 @@ class Precopy:
         await trio.to_thread.run_sync(self._toolstack.track_device_model, True)
         to_send, remaining = await trio.to_thread.run_sync(_counted, dirty_log.memory)
         previous = remaining
-        began = time.monotonic()
         decision = Decision.CONTINUE
         if self._options.strategy is Strategy.POSTCOPY:
-            decision = self._decide(0, True, remaining, remaining, 0.0)
+            decision = self._decide(0, True, remaining, remaining)
         while decision is Decision.CONTINUE:
             stats.rounds += 1
             progress.round, progress.pages_done, progress.pages_total = stats.rounds, 0, remaining
-            decision = await self._send_round(to_send, remaining, previous, began)
+            decision = await self._send_round(to_send, remaining, previous)
             previous, remaining = (
                 remaining,
                 await trio.to_thread.run_sync(self._read_after_round, to_send),
             )
             if decision is Decision.CONTINUE:
-                decision = self._decide(stats.rounds, True, remaining, previous, began)
+                decision = self._decide(stats.rounds, True, remaining, previous)
             log.info("round %d done, %d pages dirty, %s", stats.rounds, remaining, decision.value)
         if decision is Decision.ABORT:
             raise MigrationError(
@@ -113,42 +111,44 @@ class Precopy:
         to_send |= self._dirty_log.read()
         return int(np.count_nonzero(to_send))
 
-    async def _send_round(
-        self, to_send: PfnMask, total: int, previous: int, began: float
-    ) -> Decision:
+    async def _send_round(self, to_send: PfnMask, total: int, previous: int) -> Decision:
         """Send the set, and remove from it the pages that were sent, until the set is empty or the
         policy decides otherwise.
         """
-        left = total
         decision = Decision.CONTINUE
 
-        def sent(pfns: PfnArray, message: m.Pages) -> bool:
-            nonlocal left, decision
-            to_send[pfns] = False
-            left -= len(pfns)
-            self._statistics.precopy_pages += count_pages(message)
-            self._progress.pages_done += len(pfns)
-            decision = self._decide(self._statistics.rounds, False, left, previous, began)
+        def goes_on(left: int) -> bool:
+            nonlocal decision
+            decision = self._decide(self._statistics.rounds, False, left, previous)
             return decision is Decision.CONTINUE
 
-        await self._push.send_batches(batches_of(to_send, BATCH_PAGES), sent)
+        one = Round(self._context, self._push, to_send, total, goes_on)
+        await self._push.send_in_thread(one.send, one.stop)
+        self._bytes_per_s = one.bytes_per_s or self._bytes_per_s
+        self._fault_s = one.page_alone_s or self._fault_s
         return decision
 
-    def _decide(
-        self, round_number: int, finished: bool, dirty: int, previous: int, began: float
-    ) -> Decision:
-        elapsed = time.monotonic() - began
-        rate = self._progress.bytes_sent / elapsed if elapsed > 0 else 0.0
-        return self._policy.decide(
-            PrecopyProgress(
-                round_number,
-                finished,
-                dirty,
-                previous,
-                rate,
-                postcopy_asked=self._context.postcopy_asked,
-            )
+    def _decide(self, round_number: int, finished: bool, dirty: int, previous: int) -> Decision:
+        progress = PrecopyProgress(
+            round_number,
+            finished,
+            dirty,
+            previous,
+            self._bytes_per_s,
+            self._fault_s,
+            postcopy_asked=self._context.postcopy_asked,
         )
+        decision = self._policy.decide(progress)
+        if finished and progress.bytes_per_s:
+            self._statistics.expected = progress
+            log.info(
+                "%d pages left: stop-and-copy would freeze the guest for %.1f ms, postcopy for "
+                "%.1f ms",
+                dirty,
+                progress.stop_and_copy_ms,
+                progress.postcopy_ms,
+            )
+        return decision
 
     async def _defer(self, unsent: PfnMask) -> SwitchoverPlan:
         """Have the receiver evict the pages that will not be sent before the handover.  This is
@@ -225,7 +225,8 @@ class Precopy:
         await self._wait_until_passed(waiting_for, complaint)
 
     async def _barrier(self) -> trio.Event:
-        number, passed = self._context.barriers.add()
+        passed, token = trio.Event(), trio.lowlevel.current_trio_token()
+        number = self._context.barriers.add(lambda _now: token.run_sync_soon(passed.set))
         await self._push.send(m.Barrier(number))
         return passed
 

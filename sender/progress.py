@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-BEFORE_RESTART = ("round", "memory_bytes", "total_s", "downtime_s", "precopy", "switchover")
+BEFORE_RESTART = (
+    "round", "memory_bytes", "total_s", "downtime_s", "precopy", "switchover", "expected",
+)  # fmt: skip
 """What a predecessor has measured, and has not noted in its journal."""
 OF_DESTINATION = ("outstanding", "pages_done", "pages_total", "faults", "latency_us")
 """What a successor learns when the destination is in touch again."""

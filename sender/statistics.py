@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from migrate.protocol.messages import printable
+from sender.policy import PrecopyProgress
 
 _COUNT, _NUMBER, _WORD = "count", "number", "word"
 _PEERS: dict[str, Any] = {
@@ -27,6 +28,7 @@ _PEERS: dict[str, Any] = {
 number as a key.
 """
 _MOST_KEYS = 512
+_EXPECTED = ("pages", "bytes_per_s", "fault_us", "stop_and_copy_ms", "postcopy_ms")
 
 
 def from_peer(value: object) -> dict[str, Any]:
@@ -79,6 +81,8 @@ class SenderStatistics:
     pull_zero_pages: int = 0
     zero_pages: int = 0
     bytes_sent: int = 0
+    expected: PrecopyProgress | None = None
+    """What the policy has compared last; the rate is known."""
     rejoins: int = 0
     """How often the lanes were lost and the session was resumed."""
 
@@ -99,9 +103,23 @@ class SenderStatistics:
             "downtime_s": round(self.downtime_s, 6),
             "precopy": {"rounds": self.rounds, "pages": self.precopy_pages},
             "switchover": {"pages": self.switchover_pages, "missing_pages": self.missing_pages},
+            "expected": _summary(self.expected),
             "push": {"pages": self.push_pages, "bytes": self.push_bytes},
             "zero_pages": self.zero_pages + self.pull_zero_pages,
             "bytes_sent": self.bytes_sent,
             "rejoins": self.rejoins,
             "throughput_bytes_per_s": round(pages * 4096 / total) if total > 0 else 0,
         }
+
+
+def _summary(compared: PrecopyProgress | None) -> dict[str, Any]:
+    """Return what the policy has compared.  What is unknown is 0."""
+    if compared is None:
+        return dict.fromkeys(_EXPECTED, 0)
+    return {
+        "pages": compared.dirty_pages,
+        "bytes_per_s": round(compared.bytes_per_s),
+        "fault_us": round(compared.fault_s * 1e6),
+        "stop_and_copy_ms": round(compared.stop_and_copy_ms, 3),
+        "postcopy_ms": round(compared.postcopy_ms, 3),
+    }

@@ -142,7 +142,7 @@ class Switchover:
         """
         missing, domain = self._context.backlog, self._source.domain
         new = changed[~missing.are_missing(changed)]
-        if not missing.unsent and self._precopy.stop_and_copy_fits(len(new)):
+        if not missing.unsent and self._precopy.sends_all(len(new)):
             return new, new
         hot = self._source.dirty_log.hottest(changed[in_bitmap(written, changed)], HOT_PAGES)
         now = union([plan.pinned, domain.pinned(changed), hot])

@@ -221,6 +221,12 @@ def summary(result: dict[str, Any]) -> str:
         f"{result['push']['pages']} pushed, {result['pull']['pages']} pulled; "
         f"{counted(result['zero_pages'], 'zero page')}",
     ]
+    expected = result.get("expected")  # a daemon of an older release does not send it
+    if expected and expected["pages"]:
+        lines.append(
+            f"  expected for {counted(expected['pages'], 'page')}: stop-and-copy "
+            f"{expected['stop_and_copy_ms']:.1f} ms, postcopy {expected['postcopy_ms']:.1f} ms"
+        )
     if latency["count"]:
         lines.append(
             f"  {counted(latency['count'], 'fault')}: median {latency['p50']:.0f} us, 99% below "

@@ -142,7 +142,8 @@ STRATEGY_OPTIONS = (
         type=click.Choice(["hybrid", "postcopy", "precopy"]),
         default="hybrid",
         show_default=True,
-        help="hybrid: precopy while it helps, then postcopy.  postcopy: at once.  precopy: never.",
+        help="hybrid: precopy while it helps, then the rest while the guest is suspended or by "
+        "postcopy, whichever freezes it for less time.  postcopy: at once.  precopy: never.",
     ),
     click.option(
         "--max-rounds",

@@ -397,7 +397,7 @@ async def test_cancelled_while_the_peer_takes_nothing_it_does_not_wait_for_that(
     """For precopy, the connection is ended after a moment."""
     stuck = trio.Event()
 
-    def hang(self: PushLane, *arguments: Any) -> None:
+    def hang(self: PushLane, *_arguments: Any, **_options: Any) -> None:
         trio.from_thread.run_sync(stuck.set)
         ended = select.poll()
         ended.register(self.connection, 0)  # POLLHUP

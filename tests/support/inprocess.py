@@ -26,12 +26,21 @@ from migrate.tasks import isolated
 from receiver.daemon import ReceiverDaemon
 from receiver.migration import IncomingMigration
 from sender.migration import OutgoingMigration
+from sender.policy import Decision, DefaultPolicy, PrecopyProgress
 from tests.support.links import Link, link
 from tests.support.waiting import WAIT_S
 from xenbackend.contract import find_domain
 from xenbackend.errors import XenError
 from xenbackend.simulated.guest import GuestSpec
 from xenbackend.simulated.verify import Verification
+
+
+@dataclass(frozen=True)
+class LeavesPages(DefaultPolicy):
+    """The default policy, which takes the link for slow: with ``hybrid`` pages stay missing."""
+
+    def decide(self, progress: PrecopyProgress) -> Decision:
+        return super().decide(replace(progress, bytes_per_s=0.0))
 
 
 @dataclass
@@ -63,6 +72,7 @@ async def migrate(
     terms: Terms = Terms(),
     sender_tls: Tls | None = None,
     meanwhile: Meanwhile | None = None,
+    decide_as: type[DefaultPolicy] = LeavesPages,
 ) -> Outcome:
     """Boot the guest at the source and migrate it.  A failure is in the outcome, and is not raised.
 
@@ -88,6 +98,7 @@ async def migrate(
     options = options or MigrationOptions(
         strategy, PolicyOptions(max_rounds=2), bandwidth_bytes_per_s=32 * 2**20
     )
+    policy = decide_as(options.strategy, options.policy)
     with trio.fail_after(timeout_s):
         async with trio.open_nursery() as nursery:
             receiver._nursery = nursery
@@ -107,7 +118,9 @@ async def migrate(
             )
             target = find_domain(world.source.domains(), spec.name).id
             outcome = Outcome(
-                OutgoingMigration.of_request(session, world.source, target, lanes, options, journal)
+                OutgoingMigration.of_request(
+                    session, world.source, target, lanes, options, journal, policy=policy
+                )
             )
             outcome.receiver, outcome.arrivals = receiver, arrivals
             if meanwhile is not None:

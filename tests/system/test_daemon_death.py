@@ -102,6 +102,9 @@ def check(world: World) -> str:
 @pytest.mark.parametrize("strategy", ["hybrid", "postcopy"])
 def test_killed_in_postcopy_its_successor_goes_on(world: World, which: str, strategy: str) -> None:
     begin(world, strategy)
+    if strategy == "hybrid":  # by itself the policy would send the few pages before the handover
+        until(lambda: phase(world, "sender") == "precopy", "no precopy")
+        world.ask("sender", command="postcopy-now", migration="guest")
     for _ in range(3):
         # With so few pages left another postcopy may end before it is noticed.
         until(lambda: phase(world, "receiver") in ("postcopy", "completed"), "no postcopy")
@@ -176,7 +179,7 @@ def test_a_limit_that_a_killed_receiver_has_raised_is_given_back_by_its_successo
 
 
 def test_both_killed(world: World) -> None:
-    begin(world)
+    begin(world, "postcopy")
     until(lambda: phase(world, "receiver") == "postcopy", "no postcopy")
     kill(world, "sender")
     kill(world, "receiver")

@@ -60,7 +60,7 @@ class SlowDestination:
                 self.evicted = union([self.evicted, pfns_of_window(message.base, message.bitmap)])
             elif isinstance(message, m.Barrier):
                 self.barriers -= 1
-                barriers.passed(message.number)
+                barriers.passed(message.number, trio.current_time())
 
 
 @pytest.fixture
