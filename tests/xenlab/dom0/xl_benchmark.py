@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``xl migrate`` by postcopy against Xen's own, for a guest that dirties most of its memory as fast
-as it can.
+"""``xl migrate`` with ``hybrid`` against Xen's own: for a guest that is nearly idle, for one that
+writes 1,000 pages a second, and for one that dirties most of its memory as fast as it can.
 
 Run in dom0 (``make xenlab-xl-bench``), alternately in the same boot.  Two times of each migration
 are printed.  One is the longest time without a heartbeat, as dom0 sees it on the guest's console.
@@ -54,6 +54,8 @@ while head := child.stdout.read(2):
 os._exit(child.wait())
 """
 SUSPEND, COMPLETE = "3", "10"
+Kinds = dict[str, tuple[tuple[Path, Path], dict[str, str]]]
+"""For each kind of migration: the helper and its log, and the environment of xl."""
 
 
 @dataclass
@@ -138,6 +140,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--memory", type=int, default=1024, help="MiB")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--rate", type=int, action="append", help="steps a second, 0: all it can; several times"
+    )
     options = parser.parse_args()
     directory = Path("/tmp/xl-benchmark")
     directory.mkdir()
@@ -150,43 +155,56 @@ def main() -> None:
         "stock": (tap(directory, "stock", stock.program()), {}),
         "hybrid": (tap(directory, "ours", str(helper)), {**sockets, "XEN_POSTCOPY": "require"}),
     }
+    with daemons(directory):
+        for rate in options.rate or (10, 1000, 0):
+            print(f"--- {f'{rate} steps a second' if rate else 'as fast as it can'} ---")
+            show(compare(options.memory, rate, kinds, options.rounds, directory))
+
+
+def compare(
+    memory_mib: int, rate: int, kinds: Kinds, rounds: int, directory: Path
+) -> dict[str, list[Measured]]:
+    """Migrate one guest alternately by each kind.  ``rate``: its steps a second, 0: no limit."""
     found: dict[str, list[Measured]] = {kind: [] for kind in kinds}
-    with (
-        guest(
-            NAME, memory_mib=options.memory, options=f"beat=10 words=8 pages={options.memory * 200}"
-        ) as made,
-        daemons(directory),
-    ):
+    does = f"beat=10 words=8 pages={memory_mib * 200} rate={rate}"
+    with guest(NAME, memory_mib=memory_mib, options=does) as made:
         made.wait_for_heartbeats(50, timeout_s=300)
-        for number in range(options.rounds):
+        for number in range(rounds):
             for kind, ((program, log), environment) in kinds.items():
                 measured = migrate(program, log, environment)
                 found[kind].append(measured)
                 print(f"round {number + 1}, {kind}: {measured}", flush=True)
                 if kind != "stock":
                     until(lambda: phase(directory) == "completed", "pages are missing still", 300)
+                    print(expected(directory), flush=True)
                 time.sleep(3)
         errors = [Guest(name, 0).heartbeats() for name in (NAME, f"{NAME}--incoming")]
         assert all(beat.errors == 0 for beats in errors for beat in beats)
-        with ControlClient(directory / "receiver") as client:
-            print(client.call(command="show", migration=NAME))
-        with ControlClient(directory / "sender") as client:
-            print(client.call(command="show", migration=NAME))
         print(f"the guest's errors: 0; domid now {xl('domid', NAME).strip()}")
+    return found
 
-    def ratio(part: str) -> tuple[float, float, float]:
-        ours, theirs = (
-            statistics.median(getattr(m, part) for m in found[kind]) for kind in ("hybrid", "stock")
-        )
-        return ours / theirs, ours, theirs
 
+def show(found: dict[str, list[Measured]]) -> None:
+    """Print the medians and their ratios."""
     for part, text in (
         ("ours_s", "suspended to restored"),
         ("gap_s", "longest without a heartbeat"),
         ("total_s", "xl migrate"),
     ):
-        quotient, ours, theirs = ratio(part)
-        print(f"{text:30} ratio {quotient:5.2f}   ours {ours:6.2f} s   stock {theirs:6.2f} s")
+        ours, theirs = (
+            statistics.median(getattr(m, part) for m in found[kind]) for kind in ("hybrid", "stock")
+        )
+        print(f"{text:30} ratio {ours / theirs:5.2f}   ours {ours:6.2f} s   stock {theirs:6.2f} s")
+
+
+def expected(directory: Path) -> str:
+    """Return how the last migration ended its precopy, and what the policy had compared."""
+    with ControlClient(directory / "sender") as client:
+        last = client.call(command="list")["migrations"][-1]["id"]
+        details = client.call(command="show", migration=last)["details"]
+    parts = {key: details[key] for key in ("precopy", "switchover", "expected", "fault_latency_us")}
+    parts["fault_latency_us"].pop("histogram", None)
+    return f"    {parts}"
 
 
 def phase(directory: Path) -> str:
