@@ -42,7 +42,7 @@ def follow_migration(client: ControlClient, request: dict[str, Any]) -> dict[str
     """Request a migration, show its progress, and return its result.
 
     Ctrl-C before the handover takes the migration back; after the handover Ctrl-C leaves it to the
-    daemons, and so does SIGTERM at any time unless the caller handles SIGTERM.  All of these raise
+    daemons, and so does SIGTERM at any time.  All of these raise
     :class:`InterruptedMigrationError`.
     """
     interrupted = False
@@ -105,9 +105,9 @@ def shown(
 def signals_handled(
     on_interrupt: Callable[..., None], on_terminate: Callable[..., None]
 ) -> Iterator[None]:
-    """Call these at SIGINT, and at SIGTERM if the caller does not handle SIGTERM."""
+    """Call these at SIGINT, and at SIGTERM unless that is ignored."""
     handlers = {signal.SIGINT: on_interrupt}
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
         handlers[signal.SIGTERM] = on_terminate
     previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
