@@ -287,6 +287,7 @@ class ReceiverDaemon:
             raise MigrationError("a session id is made of letters and digits")
         if session in self._migrations:
             raise MigrationError("a session id that is in use")
+        self._journal.check_understood(session)  # otherwise the entry would be replaced
         if len(self._migrations) >= MAX_MIGRATIONS:
             raise MigrationError("too many migrations")
         waiting = [m for m in self._migrations.values() if not m.domain_name and not m.has_ended]

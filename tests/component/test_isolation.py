@@ -431,8 +431,8 @@ def world() -> Iterator[World]:
 async def test_an_entry_of_another_release_is_left_and_its_session_is_not_called_unknown(
     world: World,
 ) -> None:
-    """If a peer is answered that a session is unknown, it releases what it keeps for the
-    session.
+    """If a peer is answered that a session is unknown, it releases what it keeps for the session.
+    Nor is a new session of that name received (without a token), which would replace the entry.
     """
     files = {}
     for which, start in (("sender", start_sender), ("receiver", start_receiver)):
@@ -448,8 +448,8 @@ async def test_an_entry_of_another_release_is_left_and_its_session_is_not_called
             path.write_text(files[path])
         start(world)
         port = world.ask(which, command="status")["port"]
-        for number in range(len(ENTRIES)):
-            lanes = DialledLanes(("127.0.0.1", port), f"session{number}", Terms(), b"token")
+        for number, token in itertools.product(range(len(ENTRIES)), (b"token", b"")):
+            lanes = DialledLanes(("127.0.0.1", port), f"session{number}", Terms(), token)
             with pytest.raises(
                 RefusedError,
                 match="journal of that session was not resumed: `xen-postcopy list`",

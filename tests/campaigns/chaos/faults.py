@@ -56,7 +56,7 @@ def lose(trial: Trial, has_arrived: Callable[[], bool]) -> None:
         for which in there:
             for entry in world.state(which).iterdir():
                 entry.unlink()
-        trial.destination_died = True
+        trial.lost_there |= {line["id"] for line in trial.lines("sender")}
     for which in there:
         world.start_anew(which)
 

@@ -88,7 +88,8 @@ class Trial:
     """Held while a daemon is killed, stopped, or sent a request, so that these follow each
     other.
     """
-    destination_died: bool = False
+    lost_there: set[str] = field(default_factory=set)
+    """The migrations that the sender had when the destination was lost with its state."""
     destroyed: bool = False
     """The guest was destroyed, at one end at least."""
     cancelled: set[str] = field(default_factory=set)
@@ -368,7 +369,7 @@ class Trial:
 
     def _encourage(self, which: str, migration: str) -> bool:
         """Do what an operator would do.  Returns whether a decision was needed, and accepted."""
-        if self.destination_died and which == "sender":
+        if migration in self.lost_there and which == "sender":
             for force in (False, True):  # without a checkpoint only --force lets the guest continue
                 try:
                     self.world.ask(
@@ -410,7 +411,7 @@ class Trial:
                 break
             if not places and (self.destroyed or self.abandoned):
                 return "destroyed"
-            if not places and self.destination_died and self.has_arrived():
+            if not places and self.lost_there and self.has_arrived():
                 return "gone with its host"  # the host was lost when all pages had arrived
             if self.decisions:
                 self._end_paused(places)
