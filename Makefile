@@ -22,9 +22,10 @@ $(STAMP): requirements.lock pyproject.toml setup.py $(NATIVE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	touch $@
 
-# What a change must pass before it lands; ONLY= and SKIP= name stages.
+# What a change must pass before it lands; ONLY= and SKIP= name stages, AGAIN=1 leaves out those that
+# the last run of the same commit has passed.
 gate everything: $(STAMP)
-	$(BIN)/python -m tests.checks $@ $(ONLY:%=--only %) $(SKIP:%=--skip %)
+	$(BIN)/python -m tests.checks $@ $(ONLY:%=--only %) $(SKIP:%=--skip %) $(AGAIN:%=--again)
 
 # The Debian packages that the checks need, installed one time before the stages run beside each other.
 tools: $(STAMP)

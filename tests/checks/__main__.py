@@ -6,6 +6,9 @@ hour, and is run before a release.  Stages run beside each other, as many as the
 table of stages and one of the slowest tests come last.  The record of ``everything`` is kept in
 ``docs/results``; ``show`` prints the tables of a record again.
 
+``everything --again`` runs what the last run of the same commit has not passed or not reached.  The
+record then has the outcomes of both runs, and the earlier verdicts of a stage that ran twice.
+
 Exit status: 0 if every stage passed, 1 if one failed, 2 for wrong options, 130 if interrupted, and
 128 + N if ended by signal N.
 """
@@ -13,6 +16,7 @@ Exit status: 0 if every stage passed, 1 if one failed, 2 for wrong options, 130 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import os
 import shutil
@@ -21,10 +25,11 @@ import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import IO
 
-from tests.checks.record import Record, read, tables
+from tests.checks.record import Outcome, Record, continued, read, tables
 from tests.checks.runner import Runner, end_orphans
-from tests.checks.stages import TIERS
+from tests.checks.stages import TIERS, Stage
 
 TREE = Path(__file__).parents[2]
 LOGS = Path("build/checks")
@@ -58,7 +63,21 @@ def show_record(path: Path | None) -> None:
     print(tables(outcomes))
 
 
-def main() -> None:
+def last_run(record: Record) -> list[Outcome]:
+    """Return the outcomes of the last run of the same tier and commit.  Ends with status 1 if there
+    is none.
+    """
+    runs = []
+    for path in (*LOGS.glob("*.json"), *RESULTS.glob("*.json")):
+        with contextlib.suppress(OSError, ValueError):
+            runs.append(read(path))
+    mine = [run for run in runs if record.is_of_the_same(run[0])]
+    if not mine:
+        sys.exit("there is no earlier run of this commit, without uncommitted changes")
+    return max(mine, key=lambda run: str(run[0]["started"]))[1]
+
+
+def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tests.checks",
         description=__doc__,
@@ -74,50 +93,62 @@ def main() -> None:
     parser.add_argument(
         "--skip", action="append", metavar="STAGE", default=[], help="leave this stage out"
     )
+    parser.add_argument(
+        "--again", action="store_true", help="leave out what the last run of this commit has passed"
+    )
     parser.add_argument("--list", action="store_true", help="name the stages and run none")
     parser.add_argument(
         "--cores", type=int, default=len(os.sched_getaffinity(0)),
         help="how many stages run beside each other (default: the machine's cores, %(default)s)",
     )  # fmt: skip
-    options = parser.parse_args()
-    os.chdir(TREE)
-    if options.tier == "show":
-        show_record(options.record)
-        return
-    if options.record is not None:
+    given = parser.parse_args()
+    if given.tier == "show":
+        return given
+    if given.record is not None:
         parser.error("a record can be shown, not run")
-    stages = TIERS[options.tier]
-    names = [stage.name for stage in stages]
-    for name in (*(options.only or ()), *options.skip):
+    names = [stage.name for stage in TIERS[given.tier]]
+    for name in (*(given.only or ()), *given.skip):
         if name not in names:
-            parser.error(f"no stage {name!r} in {options.tier}: there are {', '.join(names)}")
-    if options.cores < 1:
+            parser.error(f"no stage {name!r} in {given.tier}: there are {', '.join(names)}")
+    if given.cores < 1:
         parser.error("--cores must be at least 1")
-    if options.list:
-        for stage in stages:
-            print(f"{stage.name:<14} {stage.subject}\n{'':<14}   {' '.join(stage.command)}")
-        return
-    chosen = [
-        stage for stage in stages
-        if stage.name not in options.skip and (options.only is None or stage.name in options.only)
-    ]  # fmt: skip
-    if not chosen:
+    if not chosen(given):
         parser.error("--only and --skip leave no stage")
+    return given
+
+
+def chosen(given: argparse.Namespace) -> list[Stage]:
+    return [
+        stage
+        for stage in TIERS[given.tier]
+        if stage.name not in given.skip and (given.only is None or stage.name in given.only)
+    ]
+
+
+def lock() -> IO[str]:
+    """Return the lock of this tree's checks.  Ends with status 1 if another run has the lock."""
     LOGS.parent.mkdir(exist_ok=True)
-    lock = (LOGS.parent / ".checks.lock").open("w")
+    held = (LOGS.parent / ".checks.lock").open("w")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         sys.exit(
             "another run of these checks is under way in this tree: wait for its end, or use "
             "another clone"
         )
-    end_orphans()
+    return held
+
+
+def run(given: argparse.Namespace) -> None:
+    """Run the stages, print the tables and write the record.  Ends the program."""
+    record = Record(given.tier, datetime.now(UTC).isoformat(timespec="seconds"))
+    earlier = last_run(record) if given.again else []
+    passed = {outcome.name for outcome in earlier if outcome.passed}
+    stages = [stage for stage in chosen(given) if stage.name not in passed]
     shutil.rmtree(LOGS, ignore_errors=True)
     LOGS.mkdir(parents=True)
-    record = Record(options.tier, datetime.now(UTC).isoformat(timespec="seconds"))
     started = time.monotonic()
-    runner = Runner(LOGS, cores=options.cores, show=show)
+    runner = Runner(LOGS, cores=given.cores, show=show)
 
     def end(number: int, _frame: object) -> None:
         runner.interrupted_by = (
@@ -128,21 +159,38 @@ def main() -> None:
     for number in ENDING:
         signal.signal(number, end)
     try:
-        outcomes = runner.run(chosen)
+        runner.run(stages)
     except SystemExit:
         print(f"interrupted; the logs so far are in {LOGS}", file=sys.stderr)
         raise
-    seconds = time.monotonic() - started
-    print(f"\n{options.tier}: {seconds:.0f} s; the logs are in {LOGS}\n")
+    finally:
+        outcomes = continued(earlier, runner.outcomes)
+        seconds = time.monotonic() - started
+        whole = {outcome.name for outcome in outcomes} >= {one.name for one in TIERS[given.tier]}
+        path = (RESULTS if given.tier == "everything" and whole else LOGS) / record.name
+        try:
+            record.write(path, outcomes, seconds)
+        except OSError as error:
+            sys.exit(f"cannot write the record {path}: {error.strerror}")
+    print(f"\n{given.tier}: {seconds:.0f} s; the logs are in {LOGS}\n")
     print(tables(outcomes), flush=True)
-    whole = len(chosen) == len(stages)
-    path = (RESULTS if options.tier == "everything" and whole else LOGS) / record.name
-    try:
-        record.write(path, outcomes, seconds)
-    except OSError as error:
-        sys.exit(f"cannot write the record {path}: {error.strerror}")
     print(f"record: {path}", file=sys.stderr)
     sys.exit(int(not all(outcome.passed for outcome in outcomes)))
+
+
+def main() -> None:
+    given = options()
+    os.chdir(TREE)
+    if given.tier == "show":
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # ``show | head``
+        show_record(given.record)
+    elif given.list:
+        for stage in TIERS[given.tier]:
+            print(f"{stage.name:<14} {stage.subject}\n{'':<14}   {' '.join(stage.command)}")
+    else:
+        with lock():
+            end_orphans()
+            run(given)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -43,6 +43,8 @@ class Outcome:
     timed_out: bool
     has_tests: bool
     tests: tuple[TestResult, ...]
+    before: tuple[str, ...] = ()
+    """The verdicts of the stage in earlier runs of the same commit."""
 
     @property
     def passed(self) -> bool:
@@ -138,6 +140,13 @@ class Record:
         head = self._head
         return f"{str(head['started'])[:10]}-{head['tier']}-{str(head['commit'])[:10]}.json"
 
+    def is_of_the_same(self, head: dict[str, Any]) -> bool:
+        """Whether another record is of the same tier and commit, and neither has other changes."""
+        keys = ("tier", "commit", "uncommitted_changes")
+        return not self._head["uncommitted_changes"] and all(
+            self._head[key] == head.get(key) for key in keys
+        )
+
     def write(self, path: Path, outcomes: Sequence[Outcome], seconds: float) -> None:
         """Write the record, with one line for each test, so that two records can be compared line
         by line.
@@ -163,12 +172,28 @@ def read(path: Path) -> tuple[dict[str, Any], list[Outcome]]:
     try:
         head = json.loads(path.read_text())
         outcomes = [
-            Outcome(**{**stage, "tests": tuple(TestResult(*test) for test in stage["tests"])})
+            Outcome(
+                **{
+                    **stage,
+                    "tests": tuple(TestResult(*test) for test in stage["tests"]),
+                    "before": tuple(stage.get("before", ())),
+                }
+            )
             for stage in head.pop("stages")
         ]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no record of a tier: {error!r}") from error
     return head, outcomes
+
+
+def continued(earlier: Sequence[Outcome], now: Sequence[Outcome]) -> list[Outcome]:
+    """Return the outcomes of two runs of the same commit: the later one of each stage."""
+    before = {one.name: (*one.before, one.verdict) for one in earlier}
+    names = {one.name for one in now}
+    return [
+        *(one for one in earlier if one.name not in names),
+        *(replace(one, before=before.get(one.name, ())) for one in now),
+    ]
 
 
 def tables(outcomes: Sequence[Outcome]) -> str:
@@ -180,9 +205,14 @@ def tables(outcomes: Sequence[Outcome]) -> str:
         "result"
     ]
     for one in outcomes:
+        counts = [
+            one.count(*results) if one.tests else ""
+            for results in (("passed",), ("failed", "error"), ("skipped",))
+        ]
+        before = f" (before: {', '.join(one.before)})" if one.before else ""
         rows.append(
-            f"{one.name:<14} {one.seconds:>8.1f} {one.cpu_seconds:>8.1f} {one.count('passed'):>7} "
-            f"{one.count('failed', 'error'):>7} {one.count('skipped'):>8}  {one.verdict}"
+            f"{one.name:<14} {one.seconds:>8.1f} {one.cpu_seconds:>8.1f} {counts[0]:>7} "
+            f"{counts[1]:>7} {counts[2]:>8}  {one.verdict}{before}"
         )
     tests = [(test, one.name) for one in outcomes for test in one.tests]
     tests.sort(key=lambda found: -found[0].seconds)
@@ -192,11 +222,11 @@ def tables(outcomes: Sequence[Outcome]) -> str:
     failed = [(test, stage) for test, stage in tests if test.result in ("failed", "error")]
     if failed:
         rows += ["", "Failed:", *(f"  {stage}  {test.name}" for test, stage in failed)]
-    counts = [
+    passed, failures, skipped = (
         sum(one.count(*results) for one in outcomes)
         for results in (("passed",), ("failed", "error"), ("skipped",))
-    ]
+    )
     # If a stage failed without a test that failed, it counts as one failure.
-    counts[1] += sum(not one.passed and not one.count("failed", "error") for one in outcomes)
-    rows += ["", "{} passed, {} failed, {} skipped".format(*counts)]
+    failures += sum(not one.passed and not one.count("failed", "error") for one in outcomes)
+    rows += ["", f"{passed} passed, {failures} failed, {skipped} skipped"]
     return "\n".join(rows)

@@ -115,16 +115,18 @@ class Runner:
         """The signal that a handler has received.  It ends the stages, and the run with exit status
         128 + signal.
         """
+        self.outcomes: list[Outcome] = []
+        """Of the stages that have ended, in that order; also after an interruption."""
         self._running: list[_Running] = []
         self._runner = _identity(os.getpid())
 
-    def run(self, stages: Sequence[Stage]) -> list[Outcome]:
-        """Run the stages.  Returns the outcome of each stage, in the order in which they ended.
+    def run(self, stages: Sequence[Stage]) -> None:
+        """Run the stages.
 
         A stage that fails does not stop the others, because a report of all stages is worth more
         than the minutes.  An interruption ends the running stages: see ``interrupted_by``.
         """
-        waiting, outcomes = list(stages), list[Outcome]()
+        waiting, outcomes = list(stages), self.outcomes
         shown = time.monotonic()
         try:
             while waiting or self._running:
@@ -154,7 +156,6 @@ class Runner:
             for one in self._running:
                 one.kill()
                 one.process.wait()
-        return outcomes
 
     def _has_room_for(self, stage: Stage) -> bool:
         busy = sum(min(one.stage.cores, self._cores) for one in self._running)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.checks.record import Outcome, Record, TestResult, junit_results, tables
+from tests.checks.record import Outcome, Record, TestResult, continued, junit_results, tables
 from tests.checks.runner import MARK, Runner, end_orphans, marks
 from tests.checks.stages import TIERS, Stage
 from tests.support.labs import until
@@ -36,8 +36,9 @@ def stage(
 def run(tmp_path: Path, *stages: Stage, cores: int = 2) -> tuple[dict[str, Outcome], str]:
     """Run the stages.  Returns the outcomes by name, and the output."""
     shown: list[str] = []
-    outcomes = Runner(tmp_path, cores=cores, show=shown.append).run(stages)
-    return {outcome.name: outcome for outcome in outcomes}, "\n".join(shown)
+    runner = Runner(tmp_path, cores=cores, show=shown.append)
+    runner.run(stages)
+    return {outcome.name: outcome for outcome in runner.outcomes}, "\n".join(shown)
 
 
 def test_a_stage_that_fails_is_reported_with_its_log_and_the_others_run(tmp_path: Path) -> None:
@@ -235,6 +236,27 @@ def test_the_record_can_be_read_and_says_what_ran_where(tmp_path: Path) -> None:
     shown = checks("show", str(path))
     assert (
         shown.returncode == 1 and "is no record" in shown.stderr and "Traceback" not in shown.stderr
+    )
+
+
+def test_a_stage_that_ran_again_replaces_the_earlier_run_and_keeps_its_verdict(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "first").mkdir()
+    (tmp_path / "second").mkdir()
+    first, _shown = run(tmp_path / "first", stage("bad", "exit 1"), stage("good", "exit 0"))
+    second, _shown = run(tmp_path / "second", stage("bad", "exit 0"), stage("late", "exit 0"))
+    both = continued(list(first.values()), list(second.values()))
+    assert [(one.name, one.passed, one.before) for one in both] == [
+        ("good", True, ()),
+        ("bad", True, ("failed (exit status 1)",)),
+        ("late", True, ()),
+    ]
+    record = Record("everything", "2026-01-02T03:04:05+00:00")
+    record.write(tmp_path / record.name, both, 12.0)
+    assert (
+        "passed (before: failed (exit status 1))"
+        in checks("show", f"{tmp_path}/{record.name}").stdout
     )
 
 

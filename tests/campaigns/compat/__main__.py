@@ -70,7 +70,7 @@ def kill_receiver(trial: Trial) -> None:
 
 
 def cancel(trial: Trial) -> None:
-    trial.until("receiver", "precopy")
+    trial.until("sender", "precopy")
     trial.world.ask("sender", command="cancel", migration=GUEST)
 
 
