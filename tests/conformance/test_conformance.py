@@ -909,14 +909,16 @@ def pager(
 
 
 def wait_for_line(process: subprocess.Popen[str], wanted: Callable[[str], bool]) -> None:
+    """Wait for a line.  Bytes are read one by one: a line that Python had read ahead would not make
+    the descriptor ready.
+    """
     assert process.stdout is not None
-    deadline = time.monotonic() + 2 * WAIT_S
-    while True:
+    deadline, line = time.monotonic() + 2 * WAIT_S, b""
+    while not (line.endswith(b"\n") and wanted(line.decode().strip())):
         assert ready(process.stdout, deadline - time.monotonic()), "the pager is silent"
-        line = process.stdout.readline()
-        assert line, f"the pager has ended: {process.wait()}"
-        if wanted(line.strip()):
-            return
+        byte = os.read(process.stdout.fileno(), 1)
+        assert byte, f"the pager has ended: {process.wait()}"
+        line = byte if line.endswith(b"\n") else line + byte
 
 
 def test_a_pager_can_be_killed_and_has_a_successor(lab: Lab, folder: Path) -> None:
