@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from migrate.errors import PeerClosedError
 from migrate.fastpath import api as fastpath
 from migrate.fastpath.api import NativePager
+from migrate.lanes import scheduling
 from migrate.lanes.connection import LaneConnection, run_in_thread
 from migrate.protocol.messages import (
     MAX_FAULT_PFNS,
@@ -126,7 +127,7 @@ class Pager:
             with contextlib.suppress(BlockingIOError):
                 # The thread before this one may have been stopped when it had ended already.
                 os.eventfd_read(self._wake_fd)
-            await run_in_thread(self._serve, self._stop, urgent=True)
+            await run_in_thread(self._serve, self._stop, scheduling.be_prompt)
 
     def _stop(self) -> None:
         self._stopping = True

@@ -14,6 +14,7 @@ from collections import deque
 
 from migrate.errors import PeerClosedError
 from migrate.fastpath.api import NativeFaultServer
+from migrate.lanes import scheduling
 from migrate.lanes.connection import LaneConnection, run_in_thread
 from migrate.protocol.messages import Ahead, Fault, Lane
 from migrate.protocol.pfns import pieces
@@ -58,7 +59,7 @@ class FaultServer:
 
     async def serve(self) -> None:
         """Serve faults until cancelled, or until the receiver has completed and closed the lane."""
-        await run_in_thread(self._serve, self._stop, urgent=True)
+        await run_in_thread(self._serve, self._stop, scheduling.be_prompt)
 
     def _stop(self) -> None:
         self._stopping = True

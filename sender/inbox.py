@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import trio
 
 from migrate.errors import GuestEndedError, MigrationError, RemoteProtocolError
+from migrate.lanes import scheduling
 from migrate.lanes.connection import run_in_thread
 from migrate.protocol import messages as m
 from sender.checkpoints import CheckpointStore
@@ -36,9 +37,11 @@ class Inbox:
         """Receive until the destination reports that nothing is missing.  Raises as
         :func:`raise_end` does.
         """
-        # The thread is urgent, because the guest is suspended until some of the messages arrive.
+        # The thread is urgent until ``ready``, because the guest is suspended until that arrives.
         stop = self._push.connection.stop_receiving
-        await run_in_thread(self._receive, stop, urgent=True)
+        later = self._context.ownership.may_be_elsewhere
+        schedule = scheduling.reset if later else scheduling.be_urgent
+        await run_in_thread(self._receive, stop, schedule)
 
     def _receive(self) -> None:
         context = self._context
@@ -49,6 +52,7 @@ class Inbox:
                     context.barriers.passed(message.number, time.monotonic())
                 case m.Ready():
                     context.signals.ready.set()
+                    scheduling.reset()
                 case m.Resumed() if not context.signals.resumed.is_set():
                     self._resumed()
                 case m.Loaded():

@@ -418,16 +418,16 @@ def step_timeout(complaint: str) -> Iterator[None]:
 
 
 async def run_in_thread(
-    main: Callable[[], None], stop: Callable[[], None], *, urgent: bool = False
+    main: Callable[[], None],
+    stop: Callable[[], None],
+    schedule: Callable[[], None] = scheduling.be_bulk,
 ) -> None:
-    """Run ``main`` in a thread of its own.  ``stop`` makes ``main`` return, and is called when this
-    task is cancelled.
-
-    ``urgent``: a guest waits for the thread.  The other threads move pages in bulk.
+    """Run ``main`` in a thread of its own, at the priority that ``schedule`` gives to the thread.
+    ``stop`` makes ``main`` return, and is called when this task is cancelled.
     """
 
     def scheduled() -> None:
-        (scheduling.be_urgent if urgent else scheduling.be_bulk)()
+        schedule()
         try:
             main()
         finally:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """How the kernel schedules the calling thread: threads that a guest waits for (faults, the
-switchover) run before bulk.
+switchover) run before bulk, and leave a CPU to other programs.
 
 A thread that moves pages in bulk uses SCHED_BATCH, so that it does not preempt others when it wakes
 up.  This made the median fault a tenth faster.
@@ -12,6 +12,12 @@ Beside a saturating push, 99% of faults take less than 2.7 ms with short slices,
 ms without.  Older kernels ignore slices.  Two urgent threads do not preempt each other, so during
 the switchover only the threads that receive are urgent.
 
+The higher priority is bounded, because the toolstack, the back ends and QEMU have nice 0, and the
+guest needs them as well.  In the downtime the bound is its length.  Afterwards fewer threads of a
+process have the higher priority than there are CPUs, so the others always have one CPU to share.  A
+thread beyond this number, and each thread of a dom0 with one CPU, shares the CPUs as equals do, and
+has only the short slices.
+
 If the process lacks the permission, or the kernel is not Linux, nothing changes.
 """
 
@@ -21,6 +27,7 @@ import ctypes
 import os
 import platform
 import struct
+import threading
 
 SYS_SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}
 SCHED_ATTR = struct.Struct("=IIQiIQQQ")
@@ -33,19 +40,53 @@ BULK_SLICE_NS = 200_000
 """``sched_yield`` in ``native/bulk.c`` moves a thread back by one slice."""
 
 _libc = ctypes.CDLL(None)
+_raised: set[int] = set()
+"""The threads that serve faults at the higher priority."""
+_raising = threading.Lock()
 
 
 def be_urgent() -> None:
+    """Have the calling thread run before others, because a guest is suspended until the thread has
+    done its work.
+    """
+    _leave_raised()
     _set(os.SCHED_OTHER, URGENT_NICE, URGENT_SLICE_NS)
 
 
+def be_prompt() -> None:
+    """Have the calling thread, which serves faults, run soon, and before others if a CPU is left to
+    them.
+    """
+    with _raising:
+        this = threading.get_ident()
+        _raised.discard(this)
+        nice = prompt_nice(len(_raised), len(os.sched_getaffinity(0)))
+        if nice:
+            _raised.add(this)
+    _set(os.SCHED_OTHER, nice, URGENT_SLICE_NS)
+
+
+def prompt_nice(raised: int, cpus: int) -> int:
+    """Return the nice value of a thread that serves faults beside ``raised`` others of the higher
+    priority.
+    """
+    return URGENT_NICE if raised + 1 < cpus else 0
+
+
 def be_bulk() -> None:
+    _leave_raised()
     _set(os.SCHED_BATCH, 0, BULK_SLICE_NS)
 
 
 def reset() -> None:
     """Schedule the calling thread as any other thread."""
+    _leave_raised()
     _set(os.SCHED_OTHER, 0, 0)
+
+
+def _leave_raised() -> None:
+    with _raising:
+        _raised.discard(threading.get_ident())
 
 
 def _set(policy: int, nice: int, slice_ns: int) -> None:

@@ -18,6 +18,7 @@ What is measured against what:
     scaling     structures and passes at 2^28 pfns, against 2^18
     links       with latency added: a fault against the round trip alone
     safety      what checksums, TLS and --protect cost, against a plain migration of the same guest
+    share       what other programs get of one CPU, and of two, that run both daemons
     memory      anonymous memory of each daemon with a 4 GiB guest (its own pages are shared memory)
 
 Memory that the machine has never handed out, or has given back to its own hypervisor, costs several
@@ -43,7 +44,7 @@ from typing import Any
 import trustme
 
 from migrate.cli.world import World, loopback_world, verify_migrated, wait_for_steps
-from tests.bench import qemu, scale
+from tests.bench import qemu, scale, share
 from xenbackend.simulated.guest import GuestSpec
 
 GIB = 2**30
@@ -85,15 +86,17 @@ Beside = Callable[[World], contextlib.AbstractContextManager[object]]
 
 def migrate(
     spec: GuestSpec, *, steps: int = 500, through: Link = contextlib.nullcontext,
-    beside: Beside = contextlib.nullcontext, config: str = "", **request: Any,
+    beside: Beside = contextlib.nullcontext, config: str = "",
+    place: Callable[[World], None] = lambda _world: None, **request: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Run one verified migration in a world of its own.
 
     ``steps``: the steps that each vCPU does before the migration.  ``through``: a relay between the
     sender and the receiver's port.  ``beside``: what runs during the migration.  ``config``: the
-    configuration of both daemons.
+    configuration of both daemons.  ``place``: called before there is a guest.
     """
     with loopback_world(spec.memory_bytes, config=config) as world, through(world.port) as port:
+        place(world)
         guest = world.source.create_guest(spec.to_bytes())
         wait_for_steps(guest, 5 if spec.workload == "idle" else steps)
         guest.close()
@@ -413,6 +416,33 @@ def safety(_limits: Limits, runs: int) -> None:
         row(f"hybrid, {way}", total / plain, text, protected)
 
 
+def shares(_limits: Limits, runs: int) -> None:
+    """Measure on one CPU and on two what is left to others, and what the faults cost."""
+    for threads in (1, 2, 4):
+        left = median([share.at_worst(threads) for _ in range(runs)])
+        what = f"share, 1 CPU, {threads} thread{'s' * (threads > 1)} that compute"
+        row(what, left, "of what both use, to a program that computes", "")
+    spec = GuestSpec("guest", GIB // 2, 2, "random")
+    for cpus, others in (({0}, {1}), ({0, 1}, {0, 1})):
+        results = []
+        for _ in range(runs):
+            found: dict[str, Any] = {}
+            result = migrate(
+                spec,
+                place=functools.partial(share.place, cpus=cpus, others=others),
+                beside=functools.partial(share.beside, cpus=cpus, found=found),
+                strategy="postcopy",
+            )
+            results.append({**result["fault_latency_us"], "total_s": result["total_s"], **found})
+        of = {key: median([r[key] for r in results]) for key in results[0]}
+        text = (
+            f"late {of['late_p50_ms']:.1f} ms, 99% below {of['late_p99_ms']:.1f} ms; fault "
+            f"{of['p50'] / 1000:.2f} ms, 99% below {of['p99'] / 1000:.1f} ms; "
+            f"{of['total_s']:.2f} s in all"
+        )
+        row(f"share, {len(cpus)} CPU{'s' * (len(cpus) > 1)}", of["share"], text, "")
+
+
 def memory(_limits: Limits, _runs: int) -> None:
     for strategy in ("precopy", "hybrid", "postcopy"):
         peaks: dict[str, int] = {}
@@ -467,6 +497,7 @@ SECTIONS: dict[str, Callable[[Limits, int], None]] = {
     "sizes": sizes,
     "links": links,
     "safety": safety,
+    "share": shares,
     "memory": memory,
     "scaling": scaling,
 }
