@@ -16,7 +16,7 @@ The higher priority is bounded, because the toolstack, the back ends and QEMU ha
 guest needs them as well.  In the downtime the bound is its length.  Afterwards fewer threads of a
 process have the higher priority than there are CPUs, so the others always have one CPU to share.  A
 thread beyond this number, and each thread of a dom0 with one CPU, shares the CPUs as equals do, and
-has only the short slices.
+has only the short slices (docs/decisions/0030-a-cpu-for-the-others.md).
 
 If the process lacks the permission, or the kernel is not Linux, nothing changes.
 """
