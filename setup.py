@@ -41,6 +41,7 @@ modules = [
     "migrate/lanes/native/build_bulk.py:ffi",
     "migrate/fastpath/native/build_fault.py:ffi",
     "xenbackend/native/build_ring.py:ffi",
+    "xenbackend/native/build_keeper.py:ffi",
     "xenbackend/simulated/native/build_sim.py:ffi",
 ]
 if has_xen_headers():

@@ -48,6 +48,7 @@ from sender.progress import Progress
 from sender.toolstack import XlToolstack
 from xenbackend.contract import DomainId, Hypervisor, find_domain
 from xenbackend.errors import XenError
+from xenbackend.keeper import end_keeper
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +89,7 @@ class SenderDaemon:
                 except Exception as error:
                     self._awaited.pop(session, None)
                     self._journal.leave(session, error, facts.get("domain"))
+            self._nursery.start_soon(isolated, "ending keepers", self._end_keepers)
             await self._nursery.start(control.serve, self._socket_path, self._handle)
             reception = Reception(self._find_awaited, self._config.terms)
             serve = functools.partial(serve_connections, from_strangers=True)
@@ -112,6 +114,13 @@ class SenderDaemon:
             self._admit(migration)
         self._journal.write(session, {**facts, **lanes_again.facts()}, needed=False)
         self._begin(migration)
+
+    async def _end_keepers(self) -> None:
+        """End the keepers of predecessors that no migration needs."""
+        left = await trio.to_thread.run_sync(self._journal.keepers)
+        for session, path in left.items():
+            if session not in self._active and session not in self._journal.kept:
+                await trio.to_thread.run_sync(end_keeper, path)
 
     async def _drain(self) -> bool:
         if not self._stopping:
@@ -227,7 +236,8 @@ class SenderDaemon:
         host, port = await trio.to_thread.run_sync(advertised, self._config.sender, self._port)
         try:
             target, policy = await trio.to_thread.run_sync(self._look_at, int(request["domid"]))
-            toolstack = XlToolstack(target.name, connection, int(request.get("xl", 0)))
+            keeper, xl = self._journal.keeper(session), int(request.get("xl", 0))
+            toolstack = XlToolstack(target.name, keeper, connection, xl)
             migration = OutgoingMigration.of_request(
                 session,
                 self._hypervisor,

@@ -37,6 +37,7 @@ from sender.toolstack import OwnToolstack, Toolstack, XlToolstack
 from sender.transfer import Transfer
 from xenbackend.contract import Domain, DomainId, Hypervisor
 from xenbackend.errors import NoSuchDomainError, XenError
+from xenbackend.keeper import open_with_keeper
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +93,8 @@ class OutgoingMigration:
         on.
         """
         entry, state = read_entry(facts, has_checkpoint=journal.checkpoint(session_id).exists())
-        toolstack = XlToolstack(entry.domain.name) if entry.xl else OwnToolstack()
+        keeper = journal.keeper(session_id)
+        toolstack = XlToolstack(entry.domain.name, keeper) if entry.xl else OwnToolstack()
         lanes.keep(entry.key)
         context = Context(session_id, hypervisor, lanes, journal, toolstack, entry, state)
         context.progress.problem = TAKING_UP
@@ -238,10 +240,9 @@ class OutgoingMigration:
         """Return the domain.  Raises ``XenError``.  For a predecessor's migration only
         :class:`NoSuchDomainError` is raised, because a guest elsewhere may need the domain's pages.
         """
-        domid, handle = self.domain.domid, self.domain.handle
         while True:
             try:
-                return await trio.to_thread.run_sync(self.context.hypervisor.open, domid, handle)
+                return await trio.to_thread.run_sync(self._find_domain)
             except NoSuchDomainError:
                 raise
             except XenError as error:
@@ -251,6 +252,13 @@ class OutgoingMigration:
                 self.progress.problem = problem
                 log.error("%s: %s", self.domain_name, problem)
                 await trio.sleep(AGAIN_S)
+
+    def _find_domain(self) -> Domain:
+        """Open the domain, with the pages that a predecessor's keeper has."""
+        domid, handle, hypervisor = self.domain.domid, self.domain.handle, self.context.hypervisor
+        if not self.ownership.inherited:
+            return hypervisor.open(domid, handle)
+        return open_with_keeper(self.context.journal.keeper(self.id), hypervisor, domid, handle)
 
     def _source_is_gone(self, error: XenError) -> None:
         """End the migration of a predecessor whose domain does not exist any more.  Raises

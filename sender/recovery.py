@@ -84,12 +84,12 @@ class Recovery:
 
     async def pages_are_lost(self) -> bool:
         """Whether pages that the destination may lack were destroyed with the source domain."""
-        context = self._context
-        if context.toolstack.destroys_source:
-            return False  # this process holds the pages
+        context, domain = self._context, self._source.domain
+        if context.toolstack.destroys_source and not await in_thread(domain.holds_are_lost):
+            return False
         if not context.ownership.inherited and not context.backlog.unacknowledged:
             return False
-        return await in_thread(is_gone, self._source.domain, context.name)
+        return await in_thread(is_gone, domain, context.name)
 
     def _note(self, why: str) -> None:
         state = (

@@ -20,6 +20,7 @@ import math
 import os
 import select
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 import trio
@@ -64,7 +65,7 @@ class StaysHereError(MigrationError):
 class Toolstack(Protocol):
     destroys_source: bool
     """The toolstack destroys the source domain when it has given the guest away.  This process then
-    holds the pages that the destination lacks.
+    holds the pages that the destination lacks, and a keeper keeps them if this process is killed.
     """
     after_switchover: State
     """The state when the destination is ready."""
@@ -180,15 +181,17 @@ class XlToolstack:
     """xl, by its helper.  ``helper``: the connection of the helper, after its request; ``None`` for
     the helper of a predecessor.
 
-    ``name``: the domain's name, which xl changes during the migration.  ``xl``: the process that
-    started the helper; 0: the process is not known.
+    ``name``: the domain's name, which xl changes during the migration.  ``keeper``: the path of the
+    keeper's socket.  ``xl``: the process that started the helper; 0: the process is not known.
     """
 
     destroys_source = True
     after_switchover = State.UNDECIDED
 
-    def __init__(self, name: str, helper: ControlConnection | None = None, xl: int = 0):
-        self._name = name
+    def __init__(
+        self, name: str, keeper: Path, helper: ControlConnection | None = None, xl: int = 0
+    ):
+        self._name, self._keeper = name, keeper
         self._helper = helper
         self._asking = trio.Lock()
         self._answers, self._heard = trio.open_memory_channel[int](math.inf)
@@ -232,6 +235,11 @@ class XlToolstack:
 
     def hold(self, domain: Domain, missing: PfnMask) -> None:
         source_pages.hold(domain, missing)
+        try:
+            domain.keep(self._keeper)
+        except XenError as error:
+            about = "%s: if this sender is killed, pages of the guest may be lost: %s"
+            log.error(about, self._name, error)
 
     def before_decision(
         self, domain: Domain, missing: Callable[[], PfnArray], dirty_log: DirtyLog

@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from enum import Enum
+from pathlib import Path
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -284,6 +285,18 @@ class Domain(ABC):
     @abstractmethod
     def release(self, pfns: PfnArray) -> None:
         """Release held pfns, which are not needed any more.  ``close`` releases all others."""
+
+    @abstractmethod
+    def keep(self, path: Path) -> None:
+        """Start a keeper of the held pages at ``path`` (:mod:`xenbackend.keeper`), also of those
+        that are held later.  ``close`` ends the keeper.  A second call does nothing.
+
+        Raises ``XenError`` if the keeper cannot be started.
+        """
+
+    def holds_are_lost(self) -> bool:
+        """Return whether held pages were lost although :meth:`close` was not called."""
+        return False
 
     @abstractmethod
     def present(self, pfns: PfnArray) -> NDArray[np.bool_]:

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 MAX_PATH_BYTES = 107
 """The longest path in sockaddr_un(7), without the null byte at its end."""
@@ -27,6 +30,18 @@ def socket_path(path: str | os.PathLike[str]) -> str:
     if not text or "\0" in text:
         raise OSError(errno.EINVAL, "this is no path of a socket")
     return text
+
+
+@contextlib.contextmanager
+def address_of(path: Path) -> Iterator[str]:
+    """Yield an address for a socket at a path of any length, while the folder is open.  Raises
+    ``OSError``.
+    """
+    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{folder}/{path.name}"
+    finally:
+        os.close(folder)
 
 
 def connect_unix(sock: socket.socket, path: str | os.PathLike[str], wait_s: float) -> None:

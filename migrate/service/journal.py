@@ -34,6 +34,7 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 SUFFIX = ".json"
 CHECKPOINT_SUFFIX = ".checkpoint"
 STOPPED_SUFFIX = ".stopped"
+KEEPER_SUFFIX = ".keeper"
 NEW_SUFFIX = ".new"
 """A file whose first entry is not written yet: nothing depends on the file."""
 NONE = type(None)
@@ -138,6 +139,17 @@ class Journal:
         stays stopped.
         """
         return self._directory / (session + STOPPED_SUFFIX)
+
+    def keeper(self, session: str) -> Path:
+        """Return the path of the socket of a process that keeps the pages of the session's guest
+        (:mod:`xenbackend.keeper`).
+        """
+        return self._directory / (session + KEEPER_SUFFIX)
+
+    def keepers(self) -> dict[str, Path]:
+        """Return these sockets, by session."""
+        found = self._directory.glob(f"*{KEEPER_SUFFIX}")
+        return {path.name.removesuffix(KEEPER_SUFFIX): path for path in found}
 
     def erase(self, session: str) -> None:
         """Remove the session's entry.  If that fails, a successor resumes the migration and finds

@@ -214,7 +214,7 @@ def test_a_sender_with_a_thousand_descriptors_sees_that_xl_has_ended(
 
     monkeypatch.setattr(os, "pidfd_open", beyond)
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as xl:
-        tools = XlToolstack("guest", None, xl.pid)
+        tools = XlToolstack("guest", Path("/nowhere"), None, xl.pid)
         assert tools.may_decide()
         xl.communicate()
         assert not tools.may_decide()

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Under xl the link is lost, or a daemon is killed, while xl decides or later.  The guest is
-unharmed at the end at which xl has put it.
+unharmed at the end at which xl has put it.  A killed sender has a successor, because a
+keeper has its pages.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +20,10 @@ from migrate.cli.world import loopback_world, start_receiver, start_sender, wait
 from migrate.errors import MigrationError
 from receiver.toolstack import GRANT_RETRY_S
 from tests.conftest import MIB
+from tests.support.keepers import keeper_of, keepers, lives, sockets_of_keepers
 from tests.support.labs import until
 from tests.support.links import Link, LinkInThread
+from tests.support.pages import pfns
 from tests.support.xl import Xl, check_arrived, check_stayed
 from xenbackend.contract import DomainState
 from xenbackend.simulated.guest import GuestSpec
@@ -28,13 +32,22 @@ from xenbackend.simulated.guest import GuestSpec
 class CuttableXl(Xl):
     relay: LinkInThread
 
-    def restart(self, which: str) -> None:
+    def restart(self, which: str, sig: int = signal.SIGKILL) -> None:
         port = self.world.ask("sender", command="status")["port"]
-        self.world.stop(which, signal.SIGKILL)
+        self.world.stop(which, sig)
         if which == "sender":
             start_sender(self.world, port)
         else:
             start_receiver(self.world, self.world.port)
+
+    def lose_sender(self) -> None:
+        """Kill the sender and the keeper of its pages; start a successor."""
+        keeper = keeper_of(self.world)
+        port = self.world.ask("sender", command="status")["port"]
+        self.world.stop("sender", signal.SIGKILL)
+        os.kill(keeper, signal.SIGKILL)
+        until(lambda: not lives(keeper), "the keeper lives")
+        start_sender(self.world, port)
 
 
 @pytest.fixture
@@ -197,9 +210,6 @@ def test_the_time_that_is_left_for_disks_is_shown_while_the_link_is_lost(xl: Cut
 
 @pytest.mark.parametrize("which", ["sender", "receiver"])
 def test_killed_while_xl_decides(xl: CuttableXl, which: str) -> None:
-    """The successor of a sender maps the pages again that its predecessor held, because the domain
-    still exists.
-    """
     xl.restart(which)
     xl.wait_for("deciding", "deciding")
     xl.go()
@@ -225,17 +235,17 @@ def test_a_receiver_that_is_killed_afterwards(xl: CuttableXl) -> None:
 
 
 @pytest.mark.parametrize("again", ["", "sender", "receiver"])
-def test_a_sender_that_is_killed_afterwards_takes_the_pages_with_it(
+def test_a_sender_and_its_keeper_that_are_killed_afterwards_take_the_pages_with_them(
     xl: CuttableXl, again: str
 ) -> None:
-    """Only the sender's mappings keep the pages of a domain that xl has destroyed.  Both ends
-    report the loss, and report no success.
+    """Only their mappings keep the pages of a domain that xl has destroyed.  Both ends report the
+    loss, and report no success.
     """
     xl.go()
     xl.wait_for("postcopy", "postcopy")
     if again == "sender":  # before the sender can have reported it
         xl.relay.do(Link.down)
-    xl.restart("sender")
+    xl.lose_sender()
     until(lambda: xl.line("sender")["phase"] == "failed", "the sender does not show the failure")
     assert "the pages that it lacks at the destination are lost" in xl.line("sender")["problem"]
     if again == "sender":
@@ -302,3 +312,140 @@ def test_what_is_left_of_the_source_goes_when_an_operator_decides_so(
     xl.relay.do(lambda link: setattr(link, "is_up", True))
     until(lambda: xl.line("sender")["phase"] == "failed", "it is not carried out")
     assert xl.world.source.domains() == []
+
+
+# ---- the keeper of the pages ----
+def has_no_keeper(xl: CuttableXl, keeper: int) -> None:
+    """Check that the keeper ends, and leaves nothing."""
+    until(lambda: not lives(keeper), "the keeper lives")
+    until(lambda: not sockets_of_keepers(xl.world), "the keeper's socket is left")
+    assert not keepers(xl.world.processes["sender"].popen.pid)
+
+
+@pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGABRT, signal.SIGTERM])
+def test_a_sender_that_dies_afterwards_has_a_successor_with_its_pages(
+    xl: CuttableXl, sig: signal.Signals
+) -> None:
+    """After SIGTERM the sender waits until nothing is missing, and a second SIGTERM ends it."""
+    keeper = keeper_of(xl.world)
+    xl.go()
+    xl.wait_for("postcopy", "postcopy")
+    if sig is signal.SIGTERM:
+        xl.world.processes["sender"].popen.send_signal(sig)
+        until(lambda: "waiting for guests elsewhere" in log_of(xl, "sender"), "it does not wait")
+    xl.restart("sender", sig)
+    assert lives(keeper)
+    xl.wait_for("completed", "completed")
+    check_arrived(xl)
+    has_no_keeper(xl, keeper)
+
+
+def test_each_of_several_successors_has_the_pages(xl: CuttableXl) -> None:
+    keeper = keeper_of(xl.world)
+    xl.go()
+    for _ in range(3):
+        until(lambda: xl.line("receiver")["phase"] in ("postcopy", "completed"), "no postcopy")
+        xl.restart("sender")
+        assert not keepers(xl.world.processes["sender"].popen.pid)
+    xl.wait_for("completed", "completed")
+    check_arrived(xl)
+    has_no_keeper(xl, keeper)
+
+
+@pytest.mark.parametrize("when", ["before", "while", "after"])
+def test_xl_destroys_the_source_of_a_sender_that_was_killed(xl: CuttableXl, when: str) -> None:
+    """The source is destroyed before the successor runs, or when the successor has opened it."""
+    keeper = keeper_of(xl.world)
+    port = xl.world.ask("sender", command="status")["port"]
+    if when == "before":
+        xl.go()
+    xl.world.stop("sender", signal.SIGKILL)
+    if when == "while":
+        xl.go()
+    start_sender(xl.world, port)
+    if when == "after":
+        xl.wait_for("deciding", "deciding")
+        xl.go()
+    xl.wait_for("completed", "completed")
+    check_arrived(xl)
+    has_no_keeper(xl, keeper)
+
+
+def test_a_successor_without_a_keeper_holds_the_pages_and_has_a_keeper(xl: CuttableXl) -> None:
+    """While xl decides, the domain still exists."""
+    xl.lose_sender()
+    xl.wait_for("deciding", "deciding")
+    keeper = keeper_of(xl.world)
+    port = xl.world.ask("sender", command="status")["port"]
+    xl.world.stop("sender", signal.SIGKILL)
+    xl.go()
+    start_sender(xl.world, port)
+    xl.wait_for("completed", "completed")
+    check_arrived(xl)
+    has_no_keeper(xl, keeper)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_the_keeper_ends_when_the_guest_stays(xl: CuttableXl, killed: bool) -> None:
+    keeper = keeper_of(xl.world)
+    if killed:
+        xl.restart("sender")
+        xl.wait_for("deciding", "deciding")
+    xl.stay()
+    xl.wait_for("failed", "failed")
+    has_no_keeper(xl, keeper)
+    check_stayed(xl)
+
+
+def test_the_keeper_ends_when_an_operator_releases_its_pages(xl: CuttableXl) -> None:
+    keeper = keeper_of(xl.world)
+    xl.go()
+    xl.wait_for("postcopy", "postcopy")
+    xl.relay.do(Link.down)
+    xl.restart("sender")
+    until(lambda: xl.line("sender")["phase"] == "interrupted", "it is not interrupted")
+    decide(xl, here=False, force=True)
+    has_no_keeper(xl, keeper)
+    xl.relay.do(lambda link: setattr(link, "is_up", True))
+    until(lambda: xl.line("sender")["phase"] == "failed", "it is not carried out")
+
+
+def test_a_sender_goes_on_without_its_keeper(xl: CuttableXl) -> None:
+    keeper = keeper_of(xl.world)
+    os.kill(keeper, signal.SIGKILL)
+    xl.go()
+    xl.wait_for("completed", "completed")
+    check_arrived(xl)
+    has_no_keeper(xl, keeper)
+
+
+def test_a_keeper_that_is_killed_under_a_successor_takes_the_pages_with_it(xl: CuttableXl) -> None:
+    keeper = keeper_of(xl.world)
+    xl.go()
+    xl.wait_for("postcopy", "postcopy")
+    xl.relay.do(Link.down)
+    xl.restart("sender")
+    until(lambda: xl.line("sender")["phase"] == "interrupted", "it is not interrupted")
+    os.kill(keeper, signal.SIGKILL)
+    xl.relay.do(lambda link: setattr(link, "is_up", True))
+    until(lambda: xl.line("sender")["phase"] == "failed", "the sender does not show the failure")
+    assert "the pages that it lacks at the destination are lost" in xl.line("sender")["problem"]
+    until(lambda: xl.line("receiver")["phase"] == "lost", "the receiver does not show the loss")
+    has_no_keeper(xl, keeper)
+
+
+def test_a_keeper_that_no_migration_needs_is_ended(xl: CuttableXl) -> None:
+    """The sender was killed between the end of the migration and the end of the keeper."""
+    xl.go()
+    xl.wait_for("completed", "completed")
+    check_arrived(xl)
+    other = xl.destination
+    other.hold(pfns(3))
+    other.keep(xl.world.directory / "source.sock.state/sender/0123.keeper")
+    (keeper,) = keepers(os.getpid())
+    xl.restart("sender")
+    has_no_keeper(xl, keeper)
+
+
+def log_of(xl: CuttableXl, which: str) -> str:
+    return xl.world.processes[which].log.read_text()

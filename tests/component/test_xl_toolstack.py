@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import trio
@@ -48,7 +49,7 @@ def xl() -> Iterator[subprocess.Popen[bytes]]:
 
 async def finished(xl_pid: int, domain: Suspended) -> float:
     """Return the time at which it has finished, on a clock that jumps."""
-    toolstack = XlToolstack("web", None, xl_pid)
+    toolstack = XlToolstack("web", Path("/nowhere"), None, xl_pid)
     began = trio.current_time()
     real: Domain = domain  # type: ignore[assignment]
     await toolstack.finish(real)

@@ -28,11 +28,13 @@ import pytest
 
 from migrate.protocol.pfns import NO_PFNS, from_mask, mask_from_bitmap, pfn_array
 from tests.support import zygote
+from tests.support.keepers import keepers, lives
 from tests.support.labs import Lab, until
 from tests.support.pages import memory_of, page, pfns, read, span
 from tests.support.waiting import ready
 from xenbackend.contract import Domain, DomainState, Hypervisor, ToolstackPorts, find_domain
 from xenbackend.errors import NoSuchDomainError, XenError
+from xenbackend.keeper import KeptDomain, open_with_keeper
 from xenbackend.pages import PAGE_SIZE, PageStatus, PfnArray
 from xenbackend.ring import PagingRequest, PagingRing
 
@@ -893,10 +895,16 @@ def pager(
         *options,
         str(domain.domid),
     ]
+    with process_of([*command, str(contents.path), str(contents.out)]) as process:
+        yield process
+
+
+@contextlib.contextmanager
+def process_of(command: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """Start a process, and wait until it is ready."""
     process = zygote.Popen(
-        [*command, str(contents.path), str(contents.out)], cwd=TREE,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        command, cwd=TREE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     try:
         wait_for_line(process, lambda line: line == "ready")
         yield process
@@ -1016,6 +1024,89 @@ def test_held_pages_are_readable_when_the_domain_is_gone(lab: Lab) -> None:
         assert bytes(mapped.data[0][:1]) == b"\x08"
         assert ctypes.string_at(address, PAGE_SIZE) == page(6)
     domain.close()
+
+
+@pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGABRT, None])
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_keeper_has_the_pages_of_a_process_that_has_died(
+    lab: Lab, tmp_path: Path, sig: signal.Signals | None, gone: bool
+) -> None:
+    """The process is killed, or its interpreter ends.  The domain is then destroyed, or not."""
+    domain = lab.incoming()
+    domain.populate(span(0, 200))
+    domain.write_pages(span(0, 200), b"".join(page(i) for i in range(200)))
+    path = tmp_path / ("a name that is too long for the address of a socket " * 3)[:120]
+    path.mkdir()
+    path /= "keeper"
+    with holding(lab, domain, 200, path) as process:
+        (keeper,) = keepers(process.pid)
+        if sig is not None:
+            process.send_signal(sig)
+        else:
+            assert process.stdin is not None
+            process.stdin.close()
+        process.wait()
+    if gone:
+        domain.destroy()
+    kept = open_with_keeper(path, lab.hypervisor, domain.domid, domain.handle)
+    assert isinstance(kept, KeptDomain) and not kept.holds_are_lost()
+    if gone:
+        with pytest.raises(NoSuchDomainError):
+            kept.state()
+    else:
+        assert kept.info().domid == domain.domid
+    for which in (span(1, 199), pfns(7), pfns(150, 3, 199)):
+        status, contents = read(kept, which)
+        assert status == [PageStatus.DATA] * len(which)
+        assert contents == b"".join(page(i) for i in which.tolist())
+    if gone:
+        assert read(kept, pfns(0, 1))[0] == [PageStatus.HOLE, PageStatus.DATA]
+    kept.close()
+    kept.close()
+    until(lambda: not lives(keeper), "the keeper lives")
+    assert not path.exists()
+    if not gone:
+        domain.destroy()
+
+
+def test_a_keeper_ends_with_the_handle(lab: Lab, tmp_path: Path) -> None:
+    domain = lab.incoming()
+    domain.populate(span(0, 4))
+    domain.hold(span(0, 4))
+    domain.keep(tmp_path / "keeper")
+    domain.keep(tmp_path / "keeper")
+    (keeper,) = keepers(os.getpid())
+    assert not domain.holds_are_lost()
+    domain.destroy()
+    assert not lives(keeper) and not (tmp_path / "keeper").exists()
+
+
+def test_a_keeper_that_is_killed_is_noticed(lab: Lab, tmp_path: Path) -> None:
+    domain = lab.incoming()
+    domain.populate(span(0, 4))
+    domain.write_pages(span(0, 4), b"".join(page(i) for i in range(4)))
+    path = tmp_path / "keeper"
+    with holding(lab, domain, 4, path) as process:
+        (keeper,) = keepers(process.pid)
+        process.kill()
+        process.wait()
+    kept = open_with_keeper(path, lab.hypervisor, domain.domid, domain.handle)
+    os.kill(keeper, signal.SIGKILL)
+    until(lambda: not lives(keeper), "the keeper lives")
+    assert kept.holds_are_lost()
+    assert read(kept, pfns(2))[1] == page(2)  # the domain itself is there
+    domain.destroy()
+    kept.close()
+    with pytest.raises(NoSuchDomainError):
+        open_with_keeper(path, lab.hypervisor, domain.domid, domain.handle)
+
+
+@contextlib.contextmanager
+def holding(lab: Lab, domain: Domain, pages: int, path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Start a process that holds the first pages of a domain, with a keeper at ``path``."""
+    command = [sys.executable, "-m", "tests.support.holder_process", *lab.attach]
+    with process_of([*command, str(domain.domid), str(pages), str(path)]) as process:
+        yield process
 
 
 def test_zero_pages_and_holes_can_be_held(lab: Lab) -> None:

@@ -46,6 +46,7 @@ MODULES = (
     "migrate.lanes._bulk",
     "migrate.fastpath._fault",
     "xenbackend._ring",
+    "xenbackend._keeper",
     "xenbackend.simulated._sim",
 )
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g"

@@ -49,7 +49,7 @@ set that thread's tracer.
 """
 CODE = (".py", ".pyc", ".so")
 """The suffixes of modules, which may be imported late."""
-QUICK = {"native_pages", "fileno", "checkpoint", "stopped", "check_understood", "leave"}
+QUICK = {"native_pages", "fileno", "checkpoint", "stopped", "keeper", "check_understood", "leave"}
 """Methods that only read the state of this process."""
 
 

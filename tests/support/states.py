@@ -29,7 +29,7 @@ def in_state(world: World, name: str, state: State, *, xl: bool) -> tuple[Rollba
     domain = world.source.open(guest.domid)
     if state not in (State.OFFERING, State.COPYING):
         domain.suspend()
-    tools = XlToolstack(name) if xl else OwnToolstack()
+    tools = XlToolstack(name, world.directory / "keeper") if xl else OwnToolstack()
     entry = Entry(domain.info().id, MigrationOptions(Strategy.POSTCOPY), tools.destroys_source)
     journal = Journal(world.directory / "journal")
     lanes = cast(Any, NoLanes())

@@ -12,6 +12,7 @@ import errno
 import time
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from xenbackend.contract import (
     Reservation,
 )
 from xenbackend.errors import NoSuchDomainError, XenError, check_handle, no_such_domain
+from xenbackend.keeper import Keeper
 from xenbackend.libxenctrl._xen import ffi, lib
 from xenbackend.libxenctrl.context import HvmContext
 from xenbackend.libxenctrl.held import HeldPages, XenMappedPages
@@ -82,6 +84,7 @@ class XenDomain(Domain):
             nr_pfns = int(out[0])
         self.nr_pfns = nr_pfns
         self._held: HeldPages | None = None
+        self._keeper: Keeper | None = None
         self._pager: Any = None
         self._ring: XenPagingRing
         self._ring_pfn = self.param(HVM_PARAM_PAGING_RING_PFN) if self.native_info().hvm else 0
@@ -152,8 +155,11 @@ class XenDomain(Domain):
             self._ring.close()
             lib.xen_pager_close(self._xen, self._pager)
             self._pager = None
+        if self._keeper is not None:
+            self._keeper.end()
         if self._held is not None:
             self._held.close()
+        self._keeper = self._held = None
         self._host.opened.discard(self)
 
     def preflight(self) -> Preflight:
@@ -342,9 +348,18 @@ class XenDomain(Domain):
         return False
 
     def hold(self, pfns: PfnArray) -> None:
+        check("hold", self._holding().add(pfns[pfns != self._ring_pfn]))
+
+    def _holding(self) -> HeldPages:
         if self._held is None:
             self._held = HeldPages(self._xen, self.domid, self.nr_pfns)
-        check("hold", self._held.add(pfns[pfns != self._ring_pfn]))
+        return self._held
+
+    def keep(self, path: Path) -> None:
+        if self._keeper is None:
+            self._holding()
+            pages = self.native_pages()
+            self._keeper = Keeper(path, self.nr_pfns, pages, ffi.sizeof("struct xen_domain"))
 
     def release(self, pfns: PfnArray) -> None:
         if self._held is not None:

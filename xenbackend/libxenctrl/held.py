@@ -5,6 +5,10 @@ Xen keeps a frame for as long as it is mapped anywhere, also after its domain wa
 domain then stays as a nameless remnant, and no new mapping of it can be made.  A page is found by
 its slot, a number of 32 bits.  Slots are mapped together in chunks.  A chunk is unmapped when none
 of its slots is needed and no thread reads from it.
+
+The keeper (``xenbackend/keeper.py``) finds pages by the same tables when this process has been
+killed.  So a slot is set after all by which its page is found, and is cleared before its page is
+unmapped; and the end of the interpreter does not free the tables.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from xenbackend._keeper import lib as keeper
 from xenbackend.libxenctrl._xen import ffi, lib
 from xenbackend.pages import PAGE_SIZE, MappedPages, PageStatus, PfnArray
 
@@ -43,21 +48,33 @@ class HeldPages:
 
     def __init__(self, host: Any, domid: int, nr_pfns: int):
         self._host, self._domid = host, domid
-        self._slot = np.full(nr_pfns, NONE, dtype=np.uint32)
+        self._tables: list[tuple[Any, int]] = []
+        self._slot: NDArray[np.uint32] = self._table(nr_pfns, np.uint32)
+        self._slot[:] = NONE
         self._small = np.min_scalar_type(nr_pfns)
         self._holds = np.zeros(nr_pfns, dtype=np.uint8)
         self._chunks: dict[int, _Chunk] = {}
-        self._address = np.zeros(64, dtype=np.uint64)
+        self._address: NDArray[np.uint64] = self._table(64, np.uint64)
         """The address of each chunk, by the chunk's number."""
-        self._outgrown: list[NDArray[np.uint64]] = []
         self._count = 0
         self._idle: list[int] = []
         """Chunks that are not needed any more, but of which native code may be reading a page."""
-        self.native = ffi.new(
-            "struct xen_held *", [self._pointer(self._slot), self._pointer(self._address), 0]
-        )
+        self.native = ffi.cast("struct xen_held *", self._memory(ffi.sizeof("struct xen_held")))
         """The structure by which native code finds pages."""
+        self.native.slot = self._pointer(self._slot)
+        self.native.address = self._pointer(self._address)
         self._lock = threading.Lock()
+
+    def _memory(self, size: int) -> Any:
+        table = keeper.table_new(size)
+        if table == ffi.NULL:
+            raise MemoryError
+        self._tables.append((table, size))
+        return table
+
+    def _table(self, count: int, dtype: type) -> NDArray[Any]:
+        size = max(count, 1) * np.dtype(dtype).itemsize
+        return np.frombuffer(ffi.buffer(self._memory(size), size), dtype=dtype)[:count]
 
     @staticmethod
     def _pointer(array: NDArray[Any]) -> Any:
@@ -107,8 +124,9 @@ class HeldPages:
     def _new_chunk(self, address: int, chunk: _Chunk) -> int:
         number, self._count = self._count, self._count + 1
         if number == len(self._address):
-            self._outgrown.append(self._address)  # native code may be reading there
-            self._address = np.concatenate((self._address, np.zeros_like(self._address)))
+            outgrown = self._address  # native code may be reading there
+            self._address = self._table(2 * number, np.uint64)
+            self._address[:number] = outgrown
             self.native.address = self._pointer(self._address)
         self._address[number] = address
         self._chunks[number] = chunk
@@ -147,12 +165,12 @@ class HeldPages:
                 self._unmap_if_idle(number)
 
     def close(self) -> None:
-        with self._lock:
-            for chunk in self._chunks.values():
-                lib.xen_unmap(self._host, chunk.view)
-            self._chunks.clear()
-            self._idle.clear()
-            self._slot[:] = NONE
+        """Unmap all pages.  The object is not used afterwards."""
+        for chunk in self._chunks.values():
+            lib.xen_unmap(self._host, chunk.view)
+        del self._slot, self._address
+        for table, size in self._tables:
+            keeper.table_free(table, size)
 
     def _forget(self, pfns: PfnArray) -> None:
         idle, self._idle = self._idle, []

@@ -9,6 +9,7 @@ import mmap
 import os
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from xenbackend.contract import (
     ToolstackPorts,
 )
 from xenbackend.errors import XenError, check_handle, no_such_domain
+from xenbackend.keeper import Keeper
 from xenbackend.pages import (
     PAGE_SIZE,
     Buffer,
@@ -88,6 +90,11 @@ class SimulatedDomain(Domain):
         self._native_populate_evicted: bool = reply["populate_evicted"]
         self._ring_fds: list[int] = []
         self._held: NDArray[np.uint8] | None = None
+        self._holder: HostConnection | None = None
+        """A connection for what is held, and for nothing else.  If the keeper has it, the host
+        repairs what this process has left unfinished nevertheless.
+        """
+        self._keeper: Keeper | None = None
         self._memory = memoryview(
             ffi.buffer(self._map.memory, self.nr_pfns * PAGE_SIZE)
         ).toreadonly()
@@ -113,9 +120,7 @@ class SimulatedDomain(Domain):
         return b"", b""
 
     def close(self) -> None:
-        if self._held is not None:
-            self._held[:] = 0
-            self._held = None
+        self._release_all()
         lib.sim_detach(self._map)
         for fd in (self._memory_fd, *self._ring_fds):
             if fd >= 0:
@@ -160,6 +165,7 @@ class SimulatedDomain(Domain):
 
     def destroy(self) -> None:
         self.info()
+        self._release_all()
         self._host.call("destroy", domid=self.domid)
 
     def context(self) -> bytes:
@@ -201,9 +207,8 @@ class SimulatedDomain(Domain):
 
     def hold(self, pfns: PfnArray) -> None:
         if self._held is None:
-            _reply, (fd,) = self._host.call_fds(
-                "hold_map", domid=self.domid, client=self._host.client_id
-            )
+            holder = self._holding()
+            _reply, (fd,) = holder.call_fds("hold_map", domid=self.domid, client=holder.client_id)
             self._held = np.frombuffer(mmap.mmap(fd, self.nr_pfns), dtype=np.uint8)
             os.close(fd)
         with self.map_pages(pfns) as mapped:
@@ -211,9 +216,28 @@ class SimulatedDomain(Domain):
                 raise XenError("hold", errno.EIO)
         self._held[pfns] = 1
 
+    def _holding(self) -> HostConnection:
+        if self._holder is None:
+            self._holder = HostConnection(self._host.path)
+        return self._holder
+
+    def keep(self, path: Path) -> None:
+        if self._keeper is None:
+            size, alive = ffi.sizeof("struct sim_map"), self._holding().fileno()
+            self._keeper = Keeper(path, self.nr_pfns, self.native_pages(), size, alive)
+
     def release(self, pfns: PfnArray) -> None:
         if self._held is not None:
             self._held[pfns] = 0
+
+    def _release_all(self) -> None:
+        if self._keeper is not None:
+            self._keeper.end()
+        if self._held is not None:
+            self._held[:] = 0
+        if self._holder is not None:
+            self._holder.close()
+        self._keeper = self._held = self._holder = None
 
     def present(self, pfns: PfnArray) -> NDArray[np.bool_]:
         return IS_PRESENT[self.p2m_types(pfns)]
@@ -352,6 +376,7 @@ class SimulatedHypervisor(Hypervisor):
     """A client of the host that listens at ``path``.  Raises ``XenError`` if no host listens."""
 
     def __init__(self, path: str | os.PathLike[str]):
+        self.path = path
         self._connection = HostConnection(path)
         self._lock = threading.Lock()
         self.client_id = self._connection.client_id

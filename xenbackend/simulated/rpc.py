@@ -93,5 +93,8 @@ class HostConnection:
         )
         return XenError(self._name, errno.ENOTCONN, why=why)
 
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
     def close(self) -> None:
         self._socket.close()

@@ -29,6 +29,7 @@ from tests.campaigns.chaos.left import LEFT
 from tests.campaigns.chaos.operators import OPERATORS
 from tests.campaigns.chaos.trial import MIB, Fault, Trial
 from tests.campaigns.chaos.world import LostError, chaos_world, respect_modes
+from tests.campaigns.chaos.xl import XlTrial
 from tests.support import zygote
 from tests.support.links import link
 from xenbackend.errors import XenError
@@ -36,14 +37,22 @@ from xenbackend.errors import XenError
 ALL = FAULTS + LEFT + OPERATORS + DECISIONS
 HOST_BYTES = 512 * MIB
 TRIALS_OF_A_WORLD = 25
+XL_EVERY = 5
+"""One of so many trials is a migration under xl (``xl.py``)."""
 WORLDS_WITHOUT_TLS = 2
 """The number of worlds without TLS, of three."""
 
 
 async def campaign(
-    first: int, trials: int, faults: list[Fault], silence_s: float, *, quiet: bool
+    first: int,
+    trials: int,
+    faults: list[Fault],
+    silence_s: float,
+    *,
+    xl_every: int,
+    quiet: bool,
 ) -> int:
-    """Run trials.  Returns how many have failed."""
+    """Run trials, one of ``xl_every`` under xl (0: none).  Returns how many have failed."""
     places: Counter[str] = Counter()
     happened: Counter[str] = Counter()
     failed: list[int] = []
@@ -57,25 +66,23 @@ async def campaign(
             async with trio.open_nursery() as nursery:
                 relay = await link(nursery, ("127.0.0.1", world.port))
                 while seed < world_ends:
-                    trial = Trial(seed, world, relay)
+                    under_xl = xl_every and seed % xl_every == 0
+                    trial = XlTrial(seed, world) if under_xl else Trial(seed, world, relay)
                     seed += 1
                     relay.damage(None)  # the trial before may not have used its damage
                     try:
-                        where = await trial.run(faults)
+                        if isinstance(trial, XlTrial):
+                            where = await trio.to_thread.run_sync(trial.run)
+                        else:
+                            where = await trial.run(faults)
                     except (LostError, MigrationError, XenError, AssertionError) as error:
-                        failed.append(trial.seed)
+                        failed.append(seed - 1)
                         print(f"FAILED: {trial}\n  {error}", flush=True)
                         for which in world.daemons:
                             print(f"--- {which} ---\n{world.processes[which].tail()}", flush=True)
                         break  # what is left of this trial must not reach the next one
                     places[where] += 1
-                    happened.update(fault.name for fault in trial.chosen)
-                    happened.update(
-                        {
-                            "another guest beside": trial.beside is not None,
-                            "carried out again": len(trial.again),
-                        }
-                    )
+                    happened.update(trial.happened)
                     if not quiet:
                         print(f"{trial}: {where}", flush=True)
                 nursery.cancel_scope.cancel()
@@ -105,6 +112,7 @@ def main() -> None:
         "--silence", type=float, default=3, help="silence_s of the daemons; more on a busy machine"
     )
     parser.add_argument("--only", action="append", help="a fault by its name; may be repeated")
+    parser.add_argument("--xl", action="store_true", help="only migrations under xl")
     parser.add_argument(
         "--quiet", action="store_true", help="only the failures, and a line now and then"
     )
@@ -116,9 +124,11 @@ def main() -> None:
     faults = [fault for fault in ALL if fault.name in (options.only or [fault.name])]
     if not faults:
         parser.error(f"--only: one of {', '.join(sorted({fault.name for fault in ALL}))}")
+    xl_every = 1 if options.xl else 0 if options.only else XL_EVERY
     run = functools.partial(
-        campaign, seed, options.trials, faults, options.silence, quiet=options.quiet
-    )
+        campaign, seed, options.trials, faults, options.silence, xl_every=xl_every,
+        quiet=options.quiet,
+    )  # fmt: skip
     sys.exit(1 if trio.run(run) else 0)
 
 

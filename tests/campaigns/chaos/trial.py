@@ -7,6 +7,7 @@ import contextlib
 import functools
 import random
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -183,6 +184,13 @@ class Trial:
         await in_thread(self.world.end_hang_ups)
         self.world.check()
         return where
+
+    @property
+    def happened(self) -> Counter[str]:
+        """How often each kind of fault has happened."""
+        besides = {"another guest beside": self.beside is not None}
+        again = {"carried out again": len(self.again)}
+        return Counter(fault.name for fault in self.chosen) + Counter(besides) + Counter(again)
 
     @property
     def abandoned(self) -> bool:

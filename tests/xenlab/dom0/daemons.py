@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from typing import Any
 from migrate.control.client import ControlClient
 from migrate.errors import MigrationError
 from tests.support import zygote
+from tests.support.keepers import keepers
 from tests.support.labs import until
 
 TREE = Path(__file__).parents[3]
@@ -88,6 +91,8 @@ class Daemons:
         for role in list(self._processes):
             self.kill(role)
             print((self.directory / f"{role}.log").read_text())
+        for keeper in keepers():  # of migrations that a test has left
+            os.kill(keeper, signal.SIGKILL)
 
 
 @contextlib.contextmanager

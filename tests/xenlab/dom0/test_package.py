@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.keepers import keepers
 from tests.support.labs import until
 from tests.xenlab.dom0.guests import Guest, guest, xl
 from tests.xenlab.dom0.package import CONFIG, HELPER, UNITS, Host
@@ -78,6 +79,35 @@ def test_a_wrong_configuration_is_named_with_file_key_and_reason() -> None:
     finally:
         config.write_text(text)
         run("systemctl", "reset-failed", UNITS[0], ok=False)
+        run("systemctl", "restart", UNITS[0])
+        wait_until_active()
+
+
+def test_systemd_leaves_the_keeper_of_a_sender_that_is_killed() -> None:
+    config = Path(CONFIG)
+    text = config.read_text()
+    try:
+        config.write_text(text + '[migration]\nstrategy = "postcopy"\nbandwidth = "4M"\n')
+        run("systemctl", "restart", UNITS[0])
+        wait_until_active()
+        with guest("kept") as made:
+            made.wait_for_heartbeats(2)
+            said = run(
+                "xl", "migrate", "-s", "", "kept", "xl migrate-receive",
+                LIBXL_SAVE_HELPER=HELPER, XEN_POSTCOPY="require",
+            )  # fmt: skip
+            assert "Migration successful" in said
+            before, (keeper,) = property_of(UNITS[0], "MainPID"), keepers()
+            run("systemctl", "kill", "-s", "KILL", "--kill-whom=main", UNITS[0])
+            until(lambda: property_of(UNITS[0], "MainPID") not in ("0", before), "no successor", 60)
+            assert keepers() == [keeper]
+            until(lambda: not keepers(), "the keeper lives", 240)
+            beats = Guest("kept--incoming", int(xl("domid", "kept"))).wait_for_heartbeats(3)
+            assert [beat.errors for beat in beats] == [0] * len(beats)
+            (line,) = json.loads(run("xen-postcopy", "list", "--json", "--socket", SENDER_SOCKET))
+            assert line["phase"] == "completed"
+    finally:
+        config.write_text(text)
         run("systemctl", "restart", UNITS[0])
         wait_until_active()
 

@@ -17,7 +17,9 @@ import pytest
 from numpy.typing import NDArray
 
 from migrate.control.client import ControlClient
+from tests.support.keepers import keepers
 from tests.support.labs import until
+from tests.xenlab.dom0.daemons import daemons
 from tests.xenlab.dom0.guests import STEPS_PER_S, Guest, guest, xl
 from tests.xenlab.dom0.host import (
     PAGING,
@@ -224,6 +226,26 @@ def test_the_balloon_moves_in_each_phase(slow: Host) -> None:
         slow.wait_for("completed")
         check_heartbeat(now)
         slow.check_clean("xl7")
+
+
+@PAGING
+def test_a_sender_is_killed_when_xl_has_destroyed_the_source(host: Host, tmp_path: Path) -> None:
+    """Its successor sends the pages that its keeper has.  Twice, so that a successor dies too."""
+    with daemons(tmp_path, '[migration]\nbandwidth = "4M"\n') as both:
+        slow = Host(tmp_path, host.xen)
+        with slow.lacking_pages("xl14"):
+            (keeper,) = keepers()
+            for _ in range(2):
+                both.kill("sender")
+                assert remnants(slow.xen)
+                both.start("sender")
+                assert keepers() == [keeper]
+            until(lambda: both.phase("receiver") == "postcopy", "the successor is not in touch", 60)
+            slow.wait_for("completed")
+            assert int(both.line("sender")["outstanding"]) == 0
+            check_heartbeat(arrived("xl14"))
+            until(lambda: not keepers(), "the keeper lives", 60)
+            slow.check_clean("xl14")
 
 
 @PAGING
