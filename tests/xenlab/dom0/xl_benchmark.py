@@ -166,7 +166,7 @@ def compare(
 ) -> dict[str, list[Measured]]:
     """Migrate one guest alternately by each kind.  ``rate``: its steps a second, 0: no limit."""
     found: dict[str, list[Measured]] = {kind: [] for kind in kinds}
-    does = f"beat=10 words=8 pages={memory_mib * 200} rate={rate}"
+    does = f"beat=10 words=8 pages={(memory_mib - 64) * 200} rate={rate}"
     with guest(NAME, memory_mib=memory_mib, options=does) as made:
         made.wait_for_heartbeats(50, timeout_s=300)
         for number in range(rounds):
@@ -201,6 +201,7 @@ def expected(directory: Path) -> str:
     """Return how the last migration ended its precopy, and what the policy had compared."""
     with ControlClient(directory / "sender") as client:
         last = client.call(command="list")["migrations"][-1]["id"]
+    with ControlClient(directory / "sender") as client:
         details = client.call(command="show", migration=last)["details"]
     parts = {key: details[key] for key in ("precopy", "switchover", "expected", "fault_latency_us")}
     parts["fault_latency_us"].pop("histogram", None)
