@@ -63,6 +63,10 @@ class Measured:
     gap_s: float
     ours_s: float
     total_s: float
+    before_s: float
+    """The part of the gap before libxl's answer to ``suspend``."""
+    after_s: float
+    """The part of the gap after the restoring helper's ``complete``."""
 
 
 class Console:
@@ -92,8 +96,10 @@ class Console:
         self._stop.set()
         self._thread.join()
 
-    def longest_gap(self) -> float:
-        return max(b - a for a, b in zip(self.times, self.times[1:], strict=False))
+    def longest_gap(self) -> tuple[float, float]:
+        """Return when the longest time without a heartbeat began and ended."""
+        gaps = zip(self.times, self.times[1:], strict=False)
+        return max(gaps, key=lambda gap: gap[1] - gap[0])
 
 
 def tap(directory: Path, name: str, helper: str) -> tuple[Path, Path]:
@@ -103,8 +109,8 @@ def tap(directory: Path, name: str, helper: str) -> tuple[Path, Path]:
     return program, log
 
 
-def our_part(log: Path) -> float:
-    """Return the time from the answer to suspend until the restoring side's complete, for the last
+def our_part(log: Path) -> tuple[float, float]:
+    """Return the times of the answer to suspend and of the restoring side's complete, for the last
     migration.
     """
     lines = [line.split() for line in log.read_text().splitlines()]
@@ -114,7 +120,7 @@ def our_part(log: Path) -> float:
     complete = [
         float(at) for at, mode, what in lines if mode == "--restore-domain" and what == COMPLETE
     ]
-    return complete[-1] - suspended
+    return suspended, complete[-1]
 
 
 def migrate(helper: Path, log: Path, environment: dict[str, str]) -> Measured:
@@ -133,7 +139,8 @@ def migrate(helper: Path, log: Path, environment: dict[str, str]) -> Measured:
             raise SystemExit(done.stderr)
         beats = len(console.times)
         until(lambda: len(console.times) > beats + 20, "the guest has no heartbeat", 60)
-    return Measured(console.longest_gap(), our_part(log), total)
+    (began, ended), (suspended, complete) = console.longest_gap(), our_part(log)
+    return Measured(ended - began, complete - suspended, total, suspended - began, ended - complete)
 
 
 def main() -> None:
