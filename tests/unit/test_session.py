@@ -21,7 +21,9 @@ from migrate.protocol.session import (
     Phase,
     Role,
     Session,
+    answer_token,
     hello,
+    is_answer,
     is_session_id,
     negotiate,
     new_id,
@@ -363,6 +365,15 @@ def test_only_who_has_the_key_can_rejoin_and_once() -> None:
     assert number_of_rejoin(new_token(), rejoin_token(key, 3)) == 0
     forged = (4).to_bytes(4, "big") + rejoin_token(key, 3)[4:]
     assert number_of_rejoin(key, forged) == number_of_rejoin(key, b"") == 0
+
+
+def test_only_the_key_gives_the_answer_to_a_token() -> None:
+    key, token = new_token(), rejoin_token(new_token(), 3)
+    answer = answer_token(key, token)
+    assert is_answer(key, token, answer) and len(answer) == 32
+    assert not is_answer(new_token(), token, answer)
+    assert not is_answer(key, new_token(), answer)
+    assert not is_answer(key, token, b"") and not is_answer(key, token, token)
 
 
 def test_messages_that_cross_are_allowed() -> None:
