@@ -85,7 +85,11 @@ class Recovery:
     async def pages_are_lost(self) -> bool:
         """Whether pages that the destination may lack were destroyed with the source domain."""
         context, domain = self._context, self._source.domain
-        if context.toolstack.destroys_source and not await in_thread(domain.holds_are_lost):
+        # If a successor has no keeper, it holds the pages when it has taken the backlog.
+        held = context.toolstack.destroys_source and (
+            domain.has_keeper or not context.ownership.inherited
+        )
+        if held and not await in_thread(domain.holds_are_lost):
             return False
         if not context.ownership.inherited and not context.backlog.unacknowledged:
             return False
@@ -136,7 +140,8 @@ class Recovery:
         context.backlog = Backlog(outstanding)
         missing = context.backlog.unacknowledged
         context.statistics.missing_pages = context.progress.pages_total = missing
-        context.toolstack.hold(domain, outstanding)
+        if missing:  # otherwise the domain may be gone
+            context.toolstack.hold(domain, outstanding)
         context.ownership.inherited = False
 
     def take_up_checkpoint(self, checkpoints: CheckpointStore) -> None:

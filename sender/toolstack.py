@@ -230,11 +230,15 @@ class XlToolstack:
             raise MigrationError("xl could not have the device model record what it writes")
 
     def suspend(self, domain: Domain) -> None:
+        self._keep(domain)  # while the guest runs
         if trio.from_thread.run(self._ask, "suspend") != 1:
             raise MigrationError("xl could not suspend the guest")
 
     def hold(self, domain: Domain, missing: PfnMask) -> None:
         source_pages.hold(domain, missing)
+        self._keep(domain)
+
+    def _keep(self, domain: Domain) -> None:
         try:
             domain.keep(self._keeper)
         except XenError as error:

@@ -128,6 +128,8 @@ class Domain(ABC):
     this domain is gone.
     """
     nr_pfns: int
+    has_keeper = False
+    """A predecessor's keeper has the held pages."""
 
     @abstractmethod
     def info(self) -> DomainInfo:

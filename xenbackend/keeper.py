@@ -203,6 +203,8 @@ class KeptDomain(Domain):
     ``domain``: the domain itself, or ``None`` if it is gone.
     """
 
+    has_keeper = True
+
     def __init__(
         self, path: Path, domid: int, handle: bytes, domain: Domain | None, kept: KeptPages
     ):

@@ -385,6 +385,16 @@ def test_a_successor_without_a_keeper_holds_the_pages_and_has_a_keeper(xl: Cutta
     has_no_keeper(xl, keeper)
 
 
+def test_a_source_that_goes_before_its_pages_are_held_again_is_noticed(xl: CuttableXl) -> None:
+    """The keeper was killed as well, and xl destroys the source before the receiver is back."""
+    xl.relay.do(Link.down)
+    xl.lose_sender()
+    until(lambda: xl.line("sender")["phase"] == "interrupted", "it is not interrupted")
+    xl.go()
+    xl.relay.do(lambda link: setattr(link, "is_up", True))
+    until(lambda: xl.line("receiver")["phase"] == "lost", "the receiver does not show the loss")
+
+
 @pytest.mark.parametrize("killed", [False, True])
 def test_the_keeper_ends_when_the_guest_stays(xl: CuttableXl, killed: bool) -> None:
     keeper = keeper_of(xl.world)
