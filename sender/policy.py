@@ -28,6 +28,10 @@ FIRST_FAULTS, FAULT_SHARE, MOST_FAULTS = 80, 1 / 32, 500
 kernel needs at once, a share of the missing pages, and the most.  Linux guests that lacked 1,200,
 1,700 and 13,090 pages had 116, 118 and 414 faults.  With more faults the programs run in between.
 """
+WAITING = 0.5
+"""The share of the time of the push for which a vCPU is expected to wait, if faults do not slow the
+push down.
+"""
 
 
 class Decision(Enum):
@@ -54,6 +58,8 @@ class PrecopyProgress:
     """The rate at which the destination takes pages in; 0 if it is unknown."""
     fault_s: float = 0.0
     """The time that a fault is expected to take; 0 if it is unknown."""
+    round_trip_s: float = 0.0
+    """The part of that time in which the link alone works, and no CPU; 0 if it is unknown."""
     postcopy_asked: bool = False
     """An administrator has requested ``postcopy-now``."""
 
@@ -68,9 +74,17 @@ class PrecopyProgress:
 
     @property
     def postcopy_ms(self) -> float:
-        """Return for how long postcopy is expected to freeze the guest."""
+        """Return for how long postcopy is expected to freeze the guest.
+
+        Nothing is missing any more when the push has ended.  The push takes as long as
+        stop-and-copy, and longer by the time for which faults need the CPUs.
+        """
         faults = min(self.dirty_pages, FIRST_FAULTS + self.dirty_pages * FAULT_SHARE, MOST_FAULTS)
-        return faults * self.fault_s * 1000
+        of_faults_ms = faults * self.fault_s * 1000
+        if not self.round_trip_s:
+            return of_faults_ms
+        slower = max(1.0, self.fault_s / self.round_trip_s)
+        return min(of_faults_ms, WAITING * slower * self.stop_and_copy_ms)
 
 
 class Policy(Protocol):

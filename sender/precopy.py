@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from migrate.errors import MigrationError
 from migrate.lanes.connection import step_timeout
+from migrate.lanes.latency import round_trip_s
 from migrate.options import Strategy
 from migrate.protocol import messages as m
 from migrate.protocol.pfns import NO_PFNS, PfnMask, bitmap_of, from_mask, union, windows
@@ -61,7 +62,7 @@ class Precopy:
         self._toolstack = context.toolstack
         self._progress = context.progress
         self._statistics = context.statistics
-        self._bytes_per_s = self._fault_s = 0.0
+        self._bytes_per_s = self._fault_s = self._round_trip_s = 0.0
 
     def sends_all(self, dirty: int) -> bool:
         """Whether ``dirty`` pages are to be sent before the handover, because no round follows.
@@ -126,6 +127,7 @@ class Precopy:
         await self._push.send_in_thread(one.send, one.stop)
         self._bytes_per_s = one.bytes_per_s or self._bytes_per_s
         self._fault_s = one.page_alone_s or self._fault_s
+        self._round_trip_s = round_trip_s(self._push.connection.fileno())
         return decision
 
     def _decide(self, round_number: int, finished: bool, dirty: int, previous: int) -> Decision:
@@ -136,6 +138,7 @@ class Precopy:
             previous,
             self._bytes_per_s,
             self._fault_s,
+            self._round_trip_s,
             postcopy_asked=self._context.postcopy_asked,
         )
         decision = self._policy.decide(progress)

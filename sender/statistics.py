@@ -28,7 +28,9 @@ _PEERS: dict[str, Any] = {
 number as a key.
 """
 _MOST_KEYS = 512
-_EXPECTED = ("pages", "bytes_per_s", "fault_us", "stop_and_copy_ms", "postcopy_ms")
+_EXPECTED = (
+    "pages", "bytes_per_s", "fault_us", "round_trip_us", "stop_and_copy_ms", "postcopy_ms",
+)  # fmt: skip
 
 
 def from_peer(value: object) -> dict[str, Any]:
@@ -120,6 +122,7 @@ def _summary(compared: PrecopyProgress | None) -> dict[str, Any]:
         "pages": compared.dirty_pages,
         "bytes_per_s": round(compared.bytes_per_s),
         "fault_us": round(compared.fault_s * 1e6),
+        "round_trip_us": round(compared.round_trip_s * 1e6),
         "stop_and_copy_ms": round(compared.stop_and_copy_ms, 3),
         "postcopy_ms": round(compared.postcopy_ms, 3),
     }

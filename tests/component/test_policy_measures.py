@@ -47,6 +47,7 @@ async def test_the_shorter_freeze_is_chosen_by_what_was_measured(
     assert outcome.error is None
     assert (await verification(clean_hosts, spec)).problems == []
     assert all(asked.bytes_per_s > 0 for asked in Watched.asked)
+    assert all(0 < asked.round_trip_s < asked.fault_s for asked in Watched.asked)
     assert all(asked.fault_s > 2 * delay_s for asked in Watched.asked)  # there and back
     last = Watched.asked[-1]
     result = json.loads(json.dumps(outcome.migration.result()))
@@ -54,6 +55,7 @@ async def test_the_shorter_freeze_is_chosen_by_what_was_measured(
         "pages": last.dirty_pages,
         "bytes_per_s": round(last.bytes_per_s),
         "fault_us": round(last.fault_s * 1e6),
+        "round_trip_us": round(last.round_trip_s * 1e6),
         "stop_and_copy_ms": pytest.approx(last.stop_and_copy_ms, abs=0.001),
         "postcopy_ms": pytest.approx(last.postcopy_ms, abs=0.001),
     }

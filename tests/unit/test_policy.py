@@ -64,6 +64,7 @@ PROGRESS = st.builds(
     st.integers(0, 2**28),
     st.floats(0.0, 1e11),
     st.floats(0.0, 10.0),
+    st.one_of(st.just(0.0), st.floats(1e-6, 1.0)),
 )
 
 
@@ -113,6 +114,23 @@ def test_before_the_last_round_stop_and_copy_is_short_in_any_case(
             progress.dirty_pages <= options.dirty_threshold
             or progress.stop_and_copy_ms <= options.downtime_target_ms
         )
+
+
+def test_on_a_link_with_much_latency_the_push_ends_before_many_faults() -> None:
+    """10 ms each way: the push takes 0.4 s, and vCPUs have waited for 0.21 s of it."""
+    progress = PrecopyProgress(5, True, 32768, 32768, bytes_per_s=2**27 / 0.4, fault_s=0.021)
+    assert at_the_end(progress) is STOP  # 500 faults would take 10 s
+    far = replace(progress, round_trip_s=0.02)
+    assert far.postcopy_ms == pytest.approx(0.5 * 1.05 * far.stop_and_copy_ms)
+    assert at_the_end(far) is POST
+
+
+def test_where_faults_take_the_cpu_from_the_push_a_short_round_trip_changes_nothing() -> None:
+    """As in an emulated dom0."""
+    progress = PrecopyProgress(5, True, 1700, 1700, bytes_per_s=1700 * 4096 / 0.3, fault_s=0.03)
+    near = replace(progress, round_trip_s=0.001)
+    assert near.postcopy_ms == progress.postcopy_ms
+    assert at_the_end(near) is STOP
 
 
 MIB = 2**20
