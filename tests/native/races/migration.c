@@ -116,14 +116,17 @@ static int load_at(void *domain, uint64_t pfn, const void *page)
     return sim_load_at(domain, pfn, page);
 }
 static int consume(void *ring, struct ring_request *out) { return ring_consume(ring, out); }
-/* Locked, as evictions are: no page is evicted between this check and the answer.  The hypervisor
- * takes the answer later, when the page may be paged out again, so its own count of early answers
- * is ignored. */
+/* Locked, as evictions are: no page is evicted between this check and the answer.  A page may be
+ * nominated at any time, and has its contents then.  The hypervisor takes the answer later, when
+ * the page may be paged out again, so its own count of early answers is ignored. */
 static int respond(void *ring, const struct ring_request *answers, int n)
 {
-    for (int i = 0; i < n; i++)
-        CHECK(!is_paging(E_TYPE(
-            __atomic_load_n(&at_destination.p2m[answers[i].gfn], __ATOMIC_SEQ_CST))));
+    for (int i = 0; i < n; i++) {
+        uint32_t type = E_TYPE(
+            __atomic_load_n(&at_destination.p2m[answers[i].gfn], __ATOMIC_SEQ_CST));
+
+        CHECK(type != P2M_RAM_PAGED && type != P2M_RAM_PAGING_IN);
+    }
     return ring_respond(ring, answers, n);
 }
 
