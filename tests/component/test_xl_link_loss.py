@@ -24,9 +24,13 @@ from tests.support.keepers import keeper_of, keepers, lives, sockets_of_keepers
 from tests.support.labs import until
 from tests.support.links import Link, LinkInThread
 from tests.support.pages import pfns
+from tests.support.waiting import WAIT_S
 from tests.support.xl import Xl, check_arrived, check_stayed
 from xenbackend.contract import DomainState
 from xenbackend.simulated.guest import GuestSpec
+
+SLOW_PUSH_S = 3 * WAIT_S
+"""The limit for pages that are pushed a fifth of the time (sender/pace.py)."""
 
 
 class CuttableXl(Xl):
@@ -78,7 +82,7 @@ def some_have_come(xl: CuttableXl) -> None:
 
 def test_the_memory_arrives_while_xl_decides(xl: CuttableXl) -> None:
     """xl's hotplug scripts take half a minute."""
-    until(lambda: not len(xl.destination.paged_out()), "the pages do not come")
+    until(lambda: not len(xl.destination.paged_out()), "the pages do not come", SLOW_PUSH_S)
     xl.wait_for("deciding", "deciding")
     until(lambda: not xl.line("sender")["outstanding"], "they are not confirmed")
     assert xl.destination.info().state is DomainState.INCOMING
@@ -94,7 +98,7 @@ def test_the_guest_stays_after_memory_has_been_pushed(
 ) -> None:
     some_have_come(xl)
     if all_of_it:
-        until(lambda: not len(xl.destination.paged_out()), "the pages do not come")
+        until(lambda: not len(xl.destination.paged_out()), "the pages do not come", SLOW_PUSH_S)
     if restarted:
         xl.restart(restarted)
     xl.stay()
@@ -108,7 +112,7 @@ def test_the_rest_of_the_memory_arrives_after_a_restart_while_xl_decides(
 ) -> None:
     some_have_come(xl)
     xl.restart(restarted)
-    until(lambda: not len(xl.destination.paged_out()), "the pages do not come")
+    until(lambda: not len(xl.destination.paged_out()), "the pages do not come", SLOW_PUSH_S)
     xl.wait_for("deciding", "deciding")
     xl.go()
     xl.wait_for("completed", "completed")
@@ -122,7 +126,9 @@ def test_xl_decides_at_any_instant_while_memory_is_pushed(xl: CuttableXl, seed: 
     some_have_come(xl)
     for _ in range(random.choice([1, 2])):
         missing = random.randrange(1, len(xl.destination.paged_out()) + 1)
-        until(lambda: len(xl.destination.paged_out()) <= missing, "the pages do not come")
+        until(
+            lambda: len(xl.destination.paged_out()) <= missing, "the pages do not come", SLOW_PUSH_S
+        )
         match random.choice(["cut", "sender", "receiver"]):
             case "cut":
                 xl.relay.do(Link.cut)
@@ -144,7 +150,7 @@ def test_xl_decides_at_any_instant_while_memory_is_pushed(xl: CuttableXl, seed: 
 def test_the_guest_runs_at_the_destination_while_the_link_is_down_and_nothing_is_missing(
     xl: CuttableXl,
 ) -> None:
-    until(lambda: not len(xl.destination.paged_out()), "the pages do not come")
+    until(lambda: not len(xl.destination.paged_out()), "the pages do not come", SLOW_PUSH_S)
     xl.relay.do(Link.down)
     xl.wait_for("interrupted", "in doubt")
     xl.go()
