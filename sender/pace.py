@@ -20,15 +20,15 @@ from collections.abc import Callable
 
 from migrate.units import pauses
 
-UNHURRIED_PAGES = 256
+SLOW_PACE_PAGES = 256
 """The number of pages that are in transit at most."""
 PAUSE = 4
 """The length of a pause, as a multiple of the work before it."""
-FIRST_LOOK_S, LAST_LOOK_S = 0.001, 0.05
-"""The first and the longest pause between two looks at what the destination has loaded."""
+FIRST_POLL_S, LAST_POLL_S = 0.001, 0.05
+"""The first and the longest pause between two checks of what the destination has loaded."""
 
 
-class UnhurriedPace:
+class SlowPace:
     """Of one thread that pushes.  ``in_transit`` returns how many pages the destination has not
     acknowledged yet.
     """
@@ -40,10 +40,10 @@ class UnhurriedPace:
         self.over = threading.Event()
         """Set when the push is to continue without pauses, or is to stop."""
 
-    def go_on(self) -> bool:
+    def continues(self) -> bool:
         """Wait after a batch.  Returns whether to send another one at this pace."""
-        for look_s in pauses(FIRST_LOOK_S, LAST_LOOK_S):
-            if not self._in_transit() or self.over.wait(look_s):
+        for poll_s in pauses(FIRST_POLL_S, LAST_POLL_S):
+            if not self._in_transit() or self.over.wait(poll_s):
                 break
         self.over.wait(PAUSE * (self._clock() - self._began))
         self._began = self._clock()

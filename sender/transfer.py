@@ -31,7 +31,7 @@ from sender.dirty import limit_of
 from sender.faults import FaultServer
 from sender.inbox import Inbox
 from sender.ownership import DECIDED, Restart, State
-from sender.pace import UNHURRIED_PAGES, UnhurriedPace
+from sender.pace import SLOW_PACE_PAGES, SlowPace
 from sender.policy import Policy
 from sender.precopy import Precopy
 from sender.preflight import agree
@@ -164,17 +164,17 @@ class Transfer:
         guest will need the pages.
         """
         backlog = self._context.backlog
-        pace = UnhurriedPace(lambda: backlog.in_transit)
+        pace = SlowPace(lambda: backlog.in_transit)
 
-        async def hurry_when_decided() -> None:
+        async def end_when_decided() -> None:
             await self._decided()
             pace.over.set()
 
         async with task_group() as tasks:
-            tasks.start_soon(hurry_when_decided)
+            tasks.start_soon(end_when_decided)
             await push.send_batches(
-                backlog.batches(UNHURRIED_PAGES),
-                lambda pfns, message: sent(pfns, message) and pace.go_on(),
+                backlog.batches(SLOW_PACE_PAGES),
+                lambda pfns, message: sent(pfns, message) and pace.continues(),
                 announce,
                 pace.over,
             )

@@ -413,13 +413,21 @@ def test_the_keeper_ends_when_the_guest_stays(xl: CuttableXl, killed: bool) -> N
     check_stayed(xl)
 
 
-def test_the_keeper_ends_when_an_operator_releases_its_pages(xl: CuttableXl) -> None:
+def keeper_of_interrupted_successor(xl: CuttableXl) -> int:
+    """Restart a sender whose pages are missing at the destination, and whose link is down.  Returns
+    the process of its keeper.
+    """
     keeper = keeper_of(xl.world)
     xl.go()
     xl.wait_for("postcopy", "postcopy")
     xl.relay.do(Link.down)
     xl.restart("sender")
     until(lambda: xl.line("sender")["phase"] == "interrupted", "it is not interrupted")
+    return keeper
+
+
+def test_the_keeper_ends_when_an_operator_releases_its_pages(xl: CuttableXl) -> None:
+    keeper = keeper_of_interrupted_successor(xl)
     decide(xl, here=False, force=True)
     has_no_keeper(xl, keeper)
     xl.relay.do(lambda link: setattr(link, "is_up", True))
@@ -436,12 +444,7 @@ def test_a_sender_goes_on_without_its_keeper(xl: CuttableXl) -> None:
 
 
 def test_a_keeper_that_is_killed_under_a_successor_takes_the_pages_with_it(xl: CuttableXl) -> None:
-    keeper = keeper_of(xl.world)
-    xl.go()
-    xl.wait_for("postcopy", "postcopy")
-    xl.relay.do(Link.down)
-    xl.restart("sender")
-    until(lambda: xl.line("sender")["phase"] == "interrupted", "it is not interrupted")
+    keeper = keeper_of_interrupted_successor(xl)
     os.kill(keeper, signal.SIGKILL)
     xl.relay.do(lambda link: setattr(link, "is_up", True))
     until(lambda: xl.line("sender")["phase"] == "failed", "the sender does not show the failure")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from sender.pace import PAUSE, UnhurriedPace
+from sender.pace import PAUSE, SlowPace
 
 
 class Waits(threading.Event):
@@ -32,37 +32,37 @@ def waits() -> Waits:
 
 
 def test_the_push_works_for_a_part_of_the_time(waits: Waits) -> None:
-    pace = UnhurriedPace(lambda: 0, lambda: waits.now)
+    pace = SlowPace(lambda: 0, lambda: waits.now)
     pace.over = waits
     for work_s in (0.1, 3.0):
         began = waits.now
         waits.now += work_s
-        assert pace.go_on()
+        assert pace.continues()
         assert waits.now - began == pytest.approx(work_s * (1 + PAUSE))
 
 
 def test_the_next_batch_waits_until_the_last_one_is_loaded(waits: Waits) -> None:
     left = [256, 256, 100, 0]
-    pace = UnhurriedPace(lambda: left.pop(0), lambda: waits.now)
+    pace = SlowPace(lambda: left.pop(0), lambda: waits.now)
     pace.over = waits
-    assert pace.go_on()
+    assert pace.continues()
     assert not left
 
 
 def test_a_decision_ends_the_wait_for_the_destination() -> None:
     waits = Waits()
     waits.during = waits.set
-    pace = UnhurriedPace(lambda: 256, lambda: waits.now)
+    pace = SlowPace(lambda: 256, lambda: waits.now)
     pace.over = waits
-    assert not pace.go_on()
+    assert not pace.continues()
     assert waits.now == 0
 
 
 def test_a_decision_ends_a_pause() -> None:
     waits = Waits()
     waits.during = waits.set
-    pace = UnhurriedPace(lambda: 0, lambda: waits.now)
+    pace = SlowPace(lambda: 0, lambda: waits.now)
     pace.over = waits
     waits.now = 7.0
-    assert not pace.go_on()
+    assert not pace.continues()
     assert waits.now == 7.0
