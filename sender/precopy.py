@@ -97,6 +97,14 @@ class Precopy:
             if decision is Decision.CONTINUE:
                 decision = self._decide(stats.rounds, True, remaining, previous)
             log.info("round %d done, %d pages dirty, %s", stats.rounds, remaining, decision.value)
+            if (expected := stats.expected) is not None:
+                log.info(
+                    "%d pages left: stop-and-copy would freeze the guest for %.1f ms, postcopy for "
+                    "%.1f ms",
+                    expected.dirty_pages,
+                    expected.stop_and_copy_ms,
+                    expected.postcopy_ms,
+                )
         if decision is Decision.ABORT:
             raise MigrationError(
                 "the policy gave up: the guest dirties memory faster than it can be sent"
@@ -144,13 +152,6 @@ class Precopy:
         decision = self._policy.decide(progress)
         if finished and progress.bytes_per_s:
             self._statistics.expected = progress
-            log.info(
-                "%d pages left: stop-and-copy would freeze the guest for %.1f ms, postcopy for "
-                "%.1f ms",
-                dirty,
-                progress.stop_and_copy_ms,
-                progress.postcopy_ms,
-            )
         return decision
 
     async def _defer(self, unsent: PfnMask) -> SwitchoverPlan:
