@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import signal
 from collections.abc import Callable, Generator, Iterator
 
@@ -92,6 +93,8 @@ def world(request: pytest.FixtureRequest) -> Iterator[World]:
 def clean_hosts(hosts: World) -> Iterator[World]:
     yield hosts
     clear(hosts)
+    for journal in ("journal", "arrivals"):  # what a test that fails leaves would fail others
+        shutil.rmtree(hosts.directory / journal, ignore_errors=True)
 
 
 def clear(world: World) -> None:

@@ -6,8 +6,9 @@ hour, and is run before a release.  Stages run beside each other, as many as the
 table of stages and one of the slowest tests come last.  The record of ``everything`` is kept in
 ``docs/results``; ``show`` prints the tables of a record again.
 
-``everything --again`` runs what the last run of the same commit has not passed or not reached.  The
-record then has the outcomes of both runs, and the earlier verdicts of a stage that ran twice.
+``everything --again`` runs what the last run has not passed or not reached, if the commits differ
+only in tests and documents.  The record then has the outcomes of both runs, with the commit of each
+and the earlier verdicts of a stage that ran twice.
 
 Exit status: 0 if every stage passed, 1 if one failed, 2 for wrong options, 130 if interrupted, and
 128 + N if ended by signal N.
@@ -25,7 +26,7 @@ import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from tests.checks.record import Outcome, Record, continued, read, tables
 from tests.checks.runner import Runner, end_orphans
@@ -63,18 +64,16 @@ def show_record(path: Path | None) -> None:
     print(tables(outcomes))
 
 
-def last_run(record: Record) -> list[Outcome]:
-    """Return the outcomes of the last run of the same tier and commit.  Ends with status 1 if there
-    is none.
-    """
+def last_run(record: Record) -> tuple[dict[str, Any], list[Outcome]]:
+    """Return the last run that this record can continue.  Ends with status 1 if there is none."""
     runs = []
     for path in (*LOGS.glob("*.json"), *RESULTS.glob("*.json")):
         with contextlib.suppress(OSError, ValueError):
             runs.append(read(path))
-    mine = [run for run in runs if record.is_of_the_same(run[0])]
+    mine = [run for run in runs if record.continues(run[0])]
     if not mine:
-        sys.exit("there is no earlier run of this commit, without uncommitted changes")
-    return max(mine, key=lambda run: str(run[0]["started"]))[1]
+        sys.exit("there is no earlier run of this product, without uncommitted changes")
+    return max(mine, key=lambda run: str(run[0]["started"]))
 
 
 def options() -> argparse.Namespace:
@@ -94,7 +93,9 @@ def options() -> argparse.Namespace:
         "--skip", action="append", metavar="STAGE", default=[], help="leave this stage out"
     )
     parser.add_argument(
-        "--again", action="store_true", help="leave out what the last run of this commit has passed"
+        "--again",
+        action="store_true",
+        help="leave out what the last run of the same product has passed",
     )
     parser.add_argument("--list", action="store_true", help="name the stages and run none")
     parser.add_argument(
@@ -142,7 +143,7 @@ def lock() -> IO[str]:
 def run(given: argparse.Namespace) -> None:
     """Run the stages, print the tables and write the record.  Ends the program."""
     record = Record(given.tier, datetime.now(UTC).isoformat(timespec="seconds"))
-    earlier = last_run(record) if given.again else []
+    head, earlier = last_run(record) if given.again else ({}, [])
     passed = {outcome.name for outcome in earlier if outcome.passed}
     stages = [stage for stage in chosen(given) if stage.name not in passed]
     shutil.rmtree(LOGS, ignore_errors=True)
@@ -164,7 +165,7 @@ def run(given: argparse.Namespace) -> None:
         print(f"interrupted; the logs so far are in {LOGS}", file=sys.stderr)
         raise
     finally:
-        outcomes = continued(earlier, runner.outcomes)
+        outcomes = continued(earlier, str(head.get("commit", "")), runner.outcomes)
         seconds = time.monotonic() - started
         whole = {outcome.name for outcome in outcomes} >= {one.name for one in TIERS[given.tier]}
         path = (RESULTS if given.tier == "everything" and whole else LOGS) / record.name

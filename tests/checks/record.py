@@ -43,8 +43,10 @@ class Outcome:
     timed_out: bool
     has_tests: bool
     tests: tuple[TestResult, ...]
+    commit: str = ""
+    """The commit on which the stage ran; empty: that of the record."""
     before: tuple[str, ...] = ()
-    """The verdicts of the stage in earlier runs of the same commit."""
+    """The verdicts of the stage in earlier runs that this run continues."""
 
     @property
     def passed(self) -> bool:
@@ -140,12 +142,18 @@ class Record:
         head = self._head
         return f"{str(head['started'])[:10]}-{head['tier']}-{str(head['commit'])[:10]}.json"
 
-    def is_of_the_same(self, head: dict[str, Any]) -> bool:
-        """Whether another record is of the same tier and commit, and neither has other changes."""
-        keys = ("tier", "commit", "uncommitted_changes")
-        return not self._head["uncommitted_changes"] and all(
-            self._head[key] == head.get(key) for key in keys
-        )
+    def continues(self, head: dict[str, Any]) -> bool:
+        """Whether another record is of the same tier and product, and neither has changes that are
+        not committed.  Commits that differ only in tests and documents have the same product.
+        """
+        if head.get("tier") != self._head["tier"] or head.get("uncommitted_changes"):
+            return False
+        compared = ("git", "diff", "--quiet", str(head.get("commit")), str(self._head["commit"]))
+        same = subprocess.run(
+            [*compared, "--", ".", ":!tests", ":!docs", ":!*.md"],
+            stderr=subprocess.DEVNULL, check=False,
+        )  # fmt: skip
+        return not self._head["uncommitted_changes"] and same.returncode == 0
 
     def write(self, path: Path, outcomes: Sequence[Outcome], seconds: float) -> None:
         """Write the record, with one line for each test, so that two records can be compared line
@@ -186,12 +194,14 @@ def read(path: Path) -> tuple[dict[str, Any], list[Outcome]]:
     return head, outcomes
 
 
-def continued(earlier: Sequence[Outcome], now: Sequence[Outcome]) -> list[Outcome]:
-    """Return the outcomes of two runs of the same commit: the later one of each stage."""
+def continued(earlier: Sequence[Outcome], commit: str, now: Sequence[Outcome]) -> list[Outcome]:
+    """Return the outcomes of two runs, of which the earlier one was of ``commit``: the later
+    outcome of each stage.
+    """
     before = {one.name: (*one.before, one.verdict) for one in earlier}
     names = {one.name for one in now}
     return [
-        *(one for one in earlier if one.name not in names),
+        *(replace(one, commit=one.commit or commit) for one in earlier if one.name not in names),
         *(replace(one, before=before.get(one.name, ())) for one in now),
     ]
 
@@ -210,6 +220,7 @@ def tables(outcomes: Sequence[Outcome]) -> str:
             for results in (("passed",), ("failed", "error"), ("skipped",))
         ]
         before = f" (before: {', '.join(one.before)})" if one.before else ""
+        before += f" (on {one.commit[:10]})" if one.commit else ""
         rows.append(
             f"{one.name:<14} {one.seconds:>8.1f} {one.cpu_seconds:>8.1f} {counts[0]:>7} "
             f"{counts[1]:>7} {counts[2]:>8}  {one.verdict}{before}"

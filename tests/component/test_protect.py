@@ -46,6 +46,14 @@ from xenbackend.simulated.guest import GuestSpec
 Patch = pytest.MonkeyPatch
 
 
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A suspension takes long on a busy machine.  The pause that follows is ten times as long
+    otherwise.
+    """
+    monkeypatch.setattr(checkpoints, "MOST_STANDING_STILL", 0.5)
+
+
 @pytest.mark.parametrize("strategy", [Strategy.POSTCOPY, Strategy.HYBRID])
 @pytest.mark.parametrize("workload", ["random", "hotset"])
 async def test_a_protected_guest_arrives_like_any_other(

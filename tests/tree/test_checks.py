@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.checks.record import Outcome, Record, TestResult, continued, junit_results, tables
+from tests.checks.record import Outcome, Record, TestResult, continued, junit_results, read, tables
 from tests.checks.runner import MARK, Runner, end_orphans, marks
 from tests.checks.stages import TIERS, Stage
 from tests.support.labs import until
@@ -55,11 +55,11 @@ def test_a_stage_that_fails_is_reported_with_its_log_and_the_others_run(tmp_path
 
 def test_a_stage_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
     """The process is ended whatever session it is in."""
-    script = f"setsid sleep 600 & echo $$ > {tmp_path}/started; sleep 600"
+    script = f"setsid sleep 600 & echo ${MARK} > {tmp_path}/mark; sleep 600"
     outcomes, _shown = run(tmp_path, stage("slow", script, limit_s=1))
     assert outcomes["slow"].timed_out and not outcomes["slow"].passed
-    assert (tmp_path / "started").exists()
-    assert [mark for mark in marks().values() if mark.startswith("slow ")] == []
+    mark = (tmp_path / "mark").read_text().strip()
+    assert mark and mark not in marks().values()
 
 
 def test_what_a_stage_leaves_running_is_ended(tmp_path: Path) -> None:
@@ -226,10 +226,13 @@ def test_the_record_can_be_read_and_says_what_ran_where(tmp_path: Path) -> None:
     assert record.name.startswith("2026-01-02-everything-")
     record.write(tmp_path / "results" / record.name, list(outcomes.values()), 12.0)
     path = tmp_path / "results" / record.name
-    read = json.loads(path.read_text())
-    assert read["passed"] is False and read["seconds"] == 12.0
-    assert {found["name"]: found["status"] for found in read["stages"]} == {"bad": 1, "good": 0}
-    assert read["machine"]["cores"] > 0 and read["machine"]["cpu"]
+    record_file = json.loads(path.read_text())
+    assert record_file["passed"] is False and record_file["seconds"] == 12.0
+    assert {found["name"]: found["status"] for found in record_file["stages"]} == {
+        "bad": 1,
+        "good": 0,
+    }
+    assert record_file["machine"]["cores"] > 0 and record_file["machine"]["cpu"]
     shown = checks("show", str(path))
     assert shown.returncode == 0 and tables(list(outcomes.values())) in shown.stdout
     path.write_text("{}")
@@ -246,19 +249,44 @@ def test_a_stage_that_ran_again_replaces_the_earlier_run_and_keeps_its_verdict(
     (tmp_path / "second").mkdir()
     first, _shown = run(tmp_path / "first", stage("bad", "exit 1"), stage("good", "exit 0"))
     second, _shown = run(tmp_path / "second", stage("bad", "exit 0"), stage("late", "exit 0"))
-    both = continued(list(first.values()), list(second.values()))
+    both = continued(list(first.values()), "0123456789abcdef", list(second.values()))
     assert {one.name: (one.passed, one.before) for one in both} == {
         "good": (True, ()),
         "bad": (True, ("failed (exit status 1)",)),
         "late": (True, ()),
     }
     assert both[0].name == "good"  # the stages that did not run again come first
+    assert [one.commit for one in both] == ["0123456789abcdef", "", ""]
     record = Record("everything", "2026-01-02T03:04:05+00:00")
     record.write(tmp_path / record.name, both, 12.0)
-    assert (
-        "passed (before: failed (exit status 1))"
-        in checks("show", f"{tmp_path}/{record.name}").stdout
-    )
+    shown = checks("show", f"{tmp_path}/{record.name}").stdout
+    assert "passed (before: failed (exit status 1))" in shown and "(on 0123456789)" in shown
+
+
+@pytest.mark.parametrize(
+    ("changed", "continues"), [("tests/test_a.py", True), ("docs/a.md", True), ("a.py", False)]
+)
+def test_a_run_is_continued_on_a_commit_with_the_same_product(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str, continues: bool
+) -> None:
+    def git(*arguments: str) -> None:
+        author = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+        subprocess.run(["git", *author, *arguments], cwd=tmp_path, check=True, timeout=60)
+
+    monkeypatch.chdir(tmp_path)
+    git("init", "--quiet")
+    git("commit", "--quiet", "--allow-empty", "--message", "first")
+    at = "2026-01-02T03:04:05+00:00"
+    first = Record("everything", at)
+    first.write(tmp_path / ".git" / "first.json", [], 1.0)
+    head, _outcomes = read(tmp_path / ".git" / "first.json")
+    (tmp_path / changed).parent.mkdir(exist_ok=True)
+    (tmp_path / changed).write_text("changed")
+    assert not Record("everything", at).continues(head), "a change is not committed"
+    git("add", "--all")
+    git("commit", "--quiet", "--message", "second")
+    assert Record("everything", at).continues(head) is continues
+    assert not Record("gate", at).continues(head)
 
 
 def checks(*arguments: str) -> subprocess.CompletedProcess[str]:
