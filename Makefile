@@ -23,7 +23,7 @@ $(STAMP): requirements.lock pyproject.toml setup.py $(NATIVE)
 	touch $@
 
 # What a change must pass before it lands; ONLY= and SKIP= name stages, AGAIN=1 leaves out those that
-# the last run of the same commit has passed.
+# the last run of the same product has passed.
 gate everything: $(STAMP)
 	$(BIN)/python -m tests.checks $@ $(ONLY:%=--only %) $(SKIP:%=--skip %) $(AGAIN:%=--again)
 

@@ -50,7 +50,7 @@ between two checkpoints.
 """
 NOT_PROTECTED = "the guest is not protected any more"
 ATTEMPTS = 3
-MOST_STANDING_STILL = 0.1
+MAX_SUSPENDED_SHARE = 0.1
 """The largest share of the time for which checkpoints suspend the guest.  If they take longer,
 there are fewer of them.
 """
@@ -77,7 +77,7 @@ class Checkpoints:
         self._every_s = every_s
         self._say = say
         self._statistics = statistics
-        self._owed: PfnMask = np.zeros(domain.nr_pfns, dtype=np.bool_)
+        self._unconfirmed: PfnMask = np.zeros(domain.nr_pfns, dtype=np.bool_)
         self._memory_pages = 0
         """The number of the guest's pages at the last reading, here or at the source."""
         self._making = trio.Lock()
@@ -105,7 +105,7 @@ class Checkpoints:
         try:
             self._memory_pages = self._count_memory()
             if inherit:
-                self._owe_all()
+                self._mark_all_unconfirmed()
         except XenError:
             self.stop()
             raise
@@ -149,16 +149,16 @@ class Checkpoints:
                 if self._problem:
                     await self._end(self._problem)
                     return
-            stood_still = self._statistics.checkpoint_pause_s - began
-            pause_s = max(self._every_s, stood_still / MOST_STANDING_STILL)
+            suspended_s = self._statistics.checkpoint_pause_s - began
+            pause_s = max(self._every_s, suspended_s / MAX_SUSPENDED_SHARE)
 
     def kept(self, problem: str) -> None:
-        """The source has kept the last checkpoint, or has refused it for this ``problem``.  Called
-        in a thread.
+        """Note that the source has kept the last checkpoint, or has refused the checkpoint for this
+        ``problem``.  Called in a thread.
         """
         self._problem = problem
         if not problem:
-            self._owed[:] = False
+            self._unconfirmed[:] = False
             self._statistics.checkpoints += 1
         trio.from_thread.run_sync(self._kept.set)
 
@@ -179,7 +179,7 @@ class Checkpoints:
         if self._domain.state() is not DomainState.RUNNING:
             return
         self._look()
-        rest = self._owed.copy()
+        rest = self._unconfirmed.copy()
         if np.count_nonzero(rest) > LIVE_PAGES:
             for message, pieces in self._written(rest):
                 self._say(message, pieces)
@@ -189,7 +189,7 @@ class Checkpoints:
         )
         room = Room(int(np.count_nonzero(expected)))
         copies = []
-        with self._standing_still():
+        with self._suspended():
             rest |= self._look()
             context = self._domain.context()
             for message, pieces in self._written(rest):
@@ -217,25 +217,25 @@ class Checkpoints:
                 "another program has switched its log-dirty off, so that the pages that the guest "
                 "has written since are unknown"
             )
-        self._owed |= written
+        self._unconfirmed |= written
         if self._memory_pages not in counts:
             # The balloon has moved, which log-dirty does not record.
             self._memory_pages = counts[-1]
-            self._owe_all()
-            return self._owed.copy()
+            self._mark_all_unconfirmed()
+            return self._unconfirmed.copy()
         return written
 
     def _count_memory(self) -> int:
         frames = self._domain.reservation()
         return frames.tot_pages + frames.paged_pages
 
-    def _owe_all(self) -> None:
+    def _mark_all_unconfirmed(self) -> None:
         """Owe every page that is here, and every hole."""
-        self._owed[:] = True
-        self._owed[self._domain.paged_out()] = False
+        self._unconfirmed[:] = True
+        self._unconfirmed[self._domain.paged_out()] = False
 
     @contextlib.contextmanager
-    def _standing_still(self) -> Iterator[None]:
+    def _suspended(self) -> Iterator[None]:
         with self._suspending:
             began = time.monotonic()
             try:
@@ -250,7 +250,7 @@ class Checkpoints:
                     self._resume()
                 except XenError as error:  # the copies are valid nevertheless
                     log.error("%s; trying again until it does", error)
-                self._statistics.stood_still(time.monotonic() - began)
+                self._statistics.count_suspension(time.monotonic() - began)
 
     def _resume(self) -> None:
         self._domain.resume()

@@ -18,7 +18,7 @@ from receiver.daemon import ReceiverDaemon
 def receiver_command(**options: Any) -> None:
     """Run the daemon at the destination of migrations.
 
-    The receiver takes guests in and serves their page faults.
+    The receiver accepts guests and serves their page faults.
 
     SIGTERM ends the receiver when no guest depends on the receiver any more.  A second SIGTERM ends
     the receiver at once, and then vCPUs that touch a missing page wait.  SIGHUP ends the

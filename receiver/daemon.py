@@ -48,7 +48,7 @@ MAX_MIGRATIONS = 1000
 MAX_WITHOUT_OFFER = 256
 """The most migrations without an offer.  Each has a thread, for a minute at most."""
 PROGRESS_EVERY_S = 0.2
-PATIENCE_S = 60.0
+NO_PROGRESS_TIMEOUT_S = 60.0
 """How long a client that waits for all of a guest's memory waits while no page arrives."""
 NO_DOMAIN = -1
 """The number of a domain that has not been made."""
@@ -121,7 +121,7 @@ class ReceiverDaemon:
         if needed:
             for migration in needed:
                 migration.count()
-            waiting = ", ".join(f"{m.domain_name} ({m.to_come})" for m in needed)
+            waiting = ", ".join(f"{m.domain_name} ({m.outstanding_in_words})" for m in needed)
             notify(f"STATUS=stopping, but guests that run here still need their pager: {waiting}")
             self._waiting.log(
                 "waiting for guests that run here: %s", waiting, about=[m.id for m in needed]
@@ -226,11 +226,11 @@ class ReceiverDaemon:
             int(request["domid"]), ToolstackPorts(**request["ports"]), connection
         )
         taken = [
-            m for m in self._migrations.values() if m.domid == toolstack.lends and not m.has_ended
+            m for m in self._migrations.values() if m.domid == toolstack.domid and not m.has_ended
         ]
         if taken:
             raise MigrationError(
-                f"domain {toolstack.lends} is being restored already: migration "
+                f"domain {toolstack.domid} is being restored already: migration "
                 f"{taken[0].id[:8]} of {taken[0].domain_name}"
             )
         migration = IncomingMigration.of_offer(
@@ -251,19 +251,19 @@ class ReceiverDaemon:
             m for m in self._migrations.values() if m.domid == domid and not m.has_ended
         ]:
             least = before = migration.missing
-            patience_ends = trio.current_time() + PATIENCE_S
+            patience_ends = trio.current_time() + NO_PROGRESS_TIMEOUT_S
             while not migration.has_ended and migration.domid == domid:
                 missing = migration.missing
                 if migration.is_lost:
                     raise MigrationError(migration.progress.problem)
                 if missing < least:
-                    least, patience_ends = missing, trio.current_time() + PATIENCE_S
+                    least, patience_ends = missing, trio.current_time() + NO_PROGRESS_TIMEOUT_S
                 if trio.current_time() > patience_ends:
                     if not missing:
                         break
                     raise MigrationError(
                         f"{missing} pages of {migration.domain_name} have still to come, and none "
-                        f"has come for {PATIENCE_S:g} s: try again when they have "
+                        f"has come for {NO_PROGRESS_TIMEOUT_S:g} s: try again when they have "
                         "(xen-postcopy list)"
                     )
                 await connection.answer("progress", arrived=before - missing, missing=before)
@@ -277,7 +277,7 @@ class ReceiverDaemon:
         """Leave the domain to xl when the helper sends a request or closes the connection."""
         request = await connection.request()
         migration.requests.cancel(
-            "xl has gone" if request is None else "xl's own live migration takes over"
+            "xl has ended" if request is None else "xl's own live migration takes over"
         )
 
     def _check(self, session: str) -> None:

@@ -23,15 +23,15 @@ NOT_ALWAYS_NOTED = ("handle", "rejoins", "proven", "unprotected", "decided", "ra
 
 
 class Entry:
-    """The facts of one migration.  ``lent``: the domain was made by a toolstack."""
+    """The facts of one migration.  ``owns_domain``: the domain was made by a toolstack."""
 
-    def __init__(self, journal: Journal, session: str, lanes: Lanes, *, lent: bool):
+    def __init__(self, journal: Journal, session: str, lanes: Lanes, *, owns_domain: bool):
         self._journal = journal
         self._session = session
         self._lanes = lanes
         self.stopped = journal.stopped(session)
         """See :meth:`Journal.stopped`."""
-        self.lent = lent
+        self.owns_domain = owns_domain
         self._offer: dict[str, Any] = {}
         self._key = b""
         self.domid = -1
@@ -55,7 +55,7 @@ class Entry:
         release must not act on.
         """
         check_facts(facts, INHERITED, FACTS, NOT_ALWAYS_NOTED)
-        entry = cls(journal, session, lanes, lent=facts["xl"])
+        entry = cls(journal, session, lanes, owns_domain=facts["xl"])
         entry._offer, entry._key = facts["offer"], bytes.fromhex(facts["key"])
         entry.domid = facts["domid"]
         entry.handle = bytes.fromhex(handle) if (handle := facts.get("handle")) else None
@@ -105,7 +105,7 @@ class Entry:
                 "unprotected": self.unprotected,
                 "decided": self.decided,
                 **self._lanes.facts(),
-                "xl": self.lent,
+                "xl": self.owns_domain,
                 "raised": self.raised,
                 "reason": self.reason,
             },

@@ -76,8 +76,8 @@ class IncomingMigration:
     ) -> IncomingMigration:
         """Return a migration whose sender has not made its offer yet."""
         toolstack = toolstack or OwnToolstack()
-        entry = Entry(journal, migration_id, lanes, lent=toolstack.lent)
-        entry.domid = toolstack.lends
+        entry = Entry(journal, migration_id, lanes, owns_domain=toolstack.owns_domain)
+        entry.domid = toolstack.domid
         progress = IncomingProgress()
         ownership = Ownership(entry.write)
         peer = Peer(lanes, Session(Role.RECEIVER))
@@ -102,7 +102,7 @@ class IncomingMigration:
         entry = Entry.of_predecessor(journal, migration_id, lanes, facts)
         offer, step = entry.offer, facts["step"]
         toolstack: Toolstack = OwnToolstack()
-        if entry.lent:
+        if entry.owns_domain:
             toolstack = XlToolstack(entry.domid, ToolstackPorts(0, 0))
         progress = IncomingProgress(
             offer.name, unprotected=entry.unprotected, problem=entry.reason or TAKING_UP
@@ -113,7 +113,7 @@ class IncomingMigration:
             offer.nr_pfns,
             handed_over=ownership.handed_over,
             protected=offer.checkpoint_ms > 0,
-            entrusted=entry.lent,
+            entrusted=entry.owns_domain,
         )
         session.decided = entry.decided
         lanes.keep(offer.key)
@@ -289,7 +289,7 @@ class IncomingMigration:
         return ("outstanding", "waiting") if self._context.ownership.inherited else ()
 
     @property
-    def to_come(self) -> str:
+    def outstanding_in_words(self) -> str:
         """State in words what is outstanding."""
         if "outstanding" in self.unknown:
             return "its missing pages are not counted yet"

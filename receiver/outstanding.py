@@ -40,7 +40,7 @@ from xenbackend.ring import PagingRequest
 
 
 @dataclass
-class Verdict:
+class Actions:
     """What the caller has to do now."""
 
     answer: list[Waiting] = field(default_factory=list)
@@ -82,13 +82,13 @@ class OutstandingPages:
             self.count -= len(missing)
             self._state[missing] = PRESENT
 
-    def requests(self, requests: Iterable[PagingRequest], now: float) -> Verdict:
+    def requests(self, requests: Iterable[PagingRequest], now: float) -> Actions:
         """Handle requests of the paging ring.  Raises ``XenError`` if they are more than a ring can
         have open.
         """
         actions = self.pages.requests(list(requests), now)
         self.count -= len(actions.dropped)
-        return Verdict(
+        return Actions(
             answer=actions.answer,
             ask=np.sort(actions.ask),
             touched=actions.touched,
@@ -134,25 +134,25 @@ class OutstandingPages:
             raise RemoteProtocolError(f"pages: pfn {wrong:#x} was not announced as missing")
         return wanted
 
-    def finished(self, pfns: PfnArray, results: NDArray[np.int32]) -> Verdict:
+    def finished(self, pfns: PfnArray, results: NDArray[np.int32]) -> Actions:
         """Note that claimed pages were loaded, or that the guest gave them away meanwhile.
 
         If the ring is full, a drop request can be lost.  Then only ENOENT at the load shows that
         the page was given away.
         """
         answer = self.pages.finish(pfns, results)
-        verdict = self.accounted(pfns, results)
-        verdict.answer = answer
-        return verdict
+        actions = self.accounted(pfns, results)
+        actions.answer = answer
+        return actions
 
-    def accounted(self, pfns: PfnArray, results: NDArray[np.int32]) -> Verdict:
+    def accounted(self, pfns: PfnArray, results: NDArray[np.int32]) -> Actions:
         """Note that native code has finished these pages.  A page counts as missing until it is on
         the list of acknowledgements.
         """
         self.count -= len(pfns)
         if not np.count_nonzero(results):
-            return Verdict(loaded=pfns)
-        return Verdict(loaded=pfns[results == 0], dropped=pfns[results != 0])
+            return Actions(loaded=pfns)
+        return Actions(loaded=pfns[results == 0], dropped=pfns[results != 0])
 
     @property
     def waiting(self) -> int:

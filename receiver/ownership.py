@@ -4,7 +4,7 @@
     OFFERED -> MAKING -> RESTORING -> SUSPENDED -> READY -> OWNS
          -> COMPLETING -> FINISHING -> COMPLETED
 
-Until READY any failure takes the migration back.  From READY on the receiver keeps the guest until
+Before READY any failure takes the migration back.  From READY on the receiver keeps the guest until
 the sender, an operator or xl decides.  From OWNS on the guest lives here: only its own end leads
 out, or HELD, or LOST (invariant 1).
 
@@ -75,7 +75,7 @@ class Undo(Enum):
     """What can still take the migration back."""
 
     ANYTHING = "any failure, and any request to cancel"
-    BY_WORD = "a message of the sender, an operator or xl"
+    BY_DECISION = "a message of the sender, an operator or xl"
     NOTHING = "nothing: the guest runs here"
     BEING_UNDONE = "the migration is being taken back"
     OVER = "nothing is owed any more"
@@ -104,13 +104,13 @@ class Row:
     """The step in the journal; empty: the entry stays as it was."""
     successor: State | None = None
     """The state in which a restarted daemon begins; ``None``: this one."""
-    up: str
+    phase: str
     """The phase that people are shown."""
-    lost: str = ""
+    if_lost: str = ""
     """The phase while the lanes are lost; empty: the same one."""
     undo: Undo
     restart: Restart = Restart.NOTHING
-    then: tuple[State, ...] = ()
+    next: tuple[State, ...] = ()
     """The states that may follow."""
 
 
@@ -118,64 +118,64 @@ S, U, R = State, Undo, Restart
 _TAKEN_BACK = (S.REFUSED, S.GIVEN_UP)
 _NOT_HERE = (S.DECIDED_ELSEWHERE, S.GIVEN_UP, S.ENDED)
 TABLE: dict[State, Row] = {
-    S.OFFERED: Row(up="preflight",
-        undo=U.ANYTHING, then=(S.MAKING, *_TAKEN_BACK)),
-    S.MAKING: Row(step="making", successor=S.LEFT_OVER, up="preflight",
-        undo=U.ANYTHING, restart=R.DISCARD, then=(S.RESTORING, *_TAKEN_BACK)),
-    S.RESTORING: Row(step="made", successor=S.LEFT_OVER, up="precopy",
-        undo=U.ANYTHING, restart=R.DISCARD, then=(S.SUSPENDED, *_TAKEN_BACK)),
-    S.SUSPENDED: Row(step="suspended", successor=S.MAYBE_READY, up="switchover",
-        undo=U.ANYTHING, restart=R.WAIT, then=(S.READY, S.GIVEN_UP)),
-    S.MAYBE_READY: Row(step="suspended", up="switchover", lost="in doubt",
-        undo=U.BY_WORD, restart=R.WAIT, then=(S.SERVING, S.UNSTARTED, S.OWNS, *_NOT_HERE)),
-    S.READY: Row(step="ready", up="switchover", lost="in doubt",
-        undo=U.BY_WORD, restart=R.WAIT, then=(S.SERVING, S.UNSTARTED, S.OWNS, *_NOT_HERE)),
-    S.SERVING: Row(step="entrusted", up="deciding", lost="in doubt",
-        undo=U.BY_WORD, restart=R.SERVE, then=(S.RUNNING, S.OWNS, S.LOST, *_NOT_HERE)),
-    S.RUNNING: Row(step="entrusted", successor=S.SERVING, up="deciding", lost="interrupted",
-        undo=U.NOTHING, restart=R.SERVE, then=(S.OWNS, S.LOST, S.HELD, S.ENDED)),
-    S.UNSTARTED: Row(step="taken over", up="postcopy", lost="interrupted",
-        undo=U.BY_WORD, restart=R.START, then=(S.OWNS, S.LOST, S.DECIDED_ELSEWHERE, S.ENDED)),
-    S.OWNS: Row(step="taken over", successor=S.UNSTARTED, up="postcopy", lost="interrupted",
-        undo=U.NOTHING, restart=R.START, then=(S.COMPLETING, S.FINISHING, S.LOST, S.HELD, S.ENDED)),
-    S.COMPLETING: Row(step="taken over", successor=S.UNSTARTED, up="completing",
-        undo=U.NOTHING, restart=R.START, then=(S.OWNS, S.FINISHING, S.LOST, S.HELD, S.ENDED)),
-    S.FINISHING: Row(step="finishing", up="completing",
-        undo=U.NOTHING, restart=R.SERVE, then=(S.COMPLETED, S.LOST, S.HELD, S.ENDED)),
-    S.LOST: Row(step="lost", up="lost",
-        undo=U.NOTHING, restart=R.SERVE, then=(S.FINISHING, S.ENDED)),
-    S.HELD: Row(step="held", up="held",
-        undo=U.NOTHING, restart=R.SERVE, then=(S.LOST, S.FINISHING, S.DECIDED_ELSEWHERE, S.ENDED)),
-    S.DECIDED_ELSEWHERE: Row(step="decided elsewhere", up="in doubt",
-        undo=U.BEING_UNDONE, restart=R.DISCARD, then=(S.GIVEN_UP,)),
-    S.LEFT_OVER: Row(up="precopy",
-        undo=U.BEING_UNDONE, restart=R.DISCARD, then=(S.GIVEN_UP,)),
-    S.REFUSED: Row(up="refused", undo=U.OVER),
-    S.GIVEN_UP: Row(up="failed", undo=U.OVER),
-    S.ENDED: Row(up="failed", undo=U.OVER),
-    S.COMPLETED: Row(up="completed", undo=U.OVER, then=(S.STOPPED,)),
-    S.STOPPED: Row(up="failed", undo=U.OVER),
+    S.OFFERED: Row(phase="preflight",
+        undo=U.ANYTHING, next=(S.MAKING, *_TAKEN_BACK)),
+    S.MAKING: Row(step="making", successor=S.LEFT_OVER, phase="preflight",
+        undo=U.ANYTHING, restart=R.DISCARD, next=(S.RESTORING, *_TAKEN_BACK)),
+    S.RESTORING: Row(step="made", successor=S.LEFT_OVER, phase="precopy",
+        undo=U.ANYTHING, restart=R.DISCARD, next=(S.SUSPENDED, *_TAKEN_BACK)),
+    S.SUSPENDED: Row(step="suspended", successor=S.MAYBE_READY, phase="switchover",
+        undo=U.ANYTHING, restart=R.WAIT, next=(S.READY, S.GIVEN_UP)),
+    S.MAYBE_READY: Row(step="suspended", phase="switchover", if_lost="in doubt",
+        undo=U.BY_DECISION, restart=R.WAIT, next=(S.SERVING, S.UNSTARTED, S.OWNS, *_NOT_HERE)),
+    S.READY: Row(step="ready", phase="switchover", if_lost="in doubt",
+        undo=U.BY_DECISION, restart=R.WAIT, next=(S.SERVING, S.UNSTARTED, S.OWNS, *_NOT_HERE)),
+    S.SERVING: Row(step="entrusted", phase="deciding", if_lost="in doubt",
+        undo=U.BY_DECISION, restart=R.SERVE, next=(S.RUNNING, S.OWNS, S.LOST, *_NOT_HERE)),
+    S.RUNNING: Row(step="entrusted", successor=S.SERVING, phase="deciding", if_lost="interrupted",
+        undo=U.NOTHING, restart=R.SERVE, next=(S.OWNS, S.LOST, S.HELD, S.ENDED)),
+    S.UNSTARTED: Row(step="taken over", phase="postcopy", if_lost="interrupted",
+        undo=U.BY_DECISION, restart=R.START, next=(S.OWNS, S.LOST, S.DECIDED_ELSEWHERE, S.ENDED)),
+    S.OWNS: Row(step="taken over", successor=S.UNSTARTED, phase="postcopy", if_lost="interrupted",
+        undo=U.NOTHING, restart=R.START, next=(S.COMPLETING, S.FINISHING, S.LOST, S.HELD, S.ENDED)),
+    S.COMPLETING: Row(step="taken over", successor=S.UNSTARTED, phase="completing",
+        undo=U.NOTHING, restart=R.START, next=(S.OWNS, S.FINISHING, S.LOST, S.HELD, S.ENDED)),
+    S.FINISHING: Row(step="finishing", phase="completing",
+        undo=U.NOTHING, restart=R.SERVE, next=(S.COMPLETED, S.LOST, S.HELD, S.ENDED)),
+    S.LOST: Row(step="lost", phase="lost",
+        undo=U.NOTHING, restart=R.SERVE, next=(S.FINISHING, S.ENDED)),
+    S.HELD: Row(step="held", phase="held",
+        undo=U.NOTHING, restart=R.SERVE, next=(S.LOST, S.FINISHING, S.DECIDED_ELSEWHERE, S.ENDED)),
+    S.DECIDED_ELSEWHERE: Row(step="decided elsewhere", phase="in doubt",
+        undo=U.BEING_UNDONE, restart=R.DISCARD, next=(S.GIVEN_UP,)),
+    S.LEFT_OVER: Row(phase="precopy",
+        undo=U.BEING_UNDONE, restart=R.DISCARD, next=(S.GIVEN_UP,)),
+    S.REFUSED: Row(phase="refused", undo=U.OVER),
+    S.GIVEN_UP: Row(phase="failed", undo=U.OVER),
+    S.ENDED: Row(phase="failed", undo=U.OVER),
+    S.COMPLETED: Row(phase="completed", undo=U.OVER, next=(S.STOPPED,)),
+    S.STOPPED: Row(phase="failed", undo=U.OVER),
 }  # fmt: skip
 
 INHERITED = {row.step: row.successor or state for state, row in TABLE.items() if row.step}
 """The state in which a restarted daemon begins, by the last step in the journal."""
 OURS = (*(state for state in S if TABLE[state].undo is U.NOTHING), S.UNSTARTED)
 """States in which only the end of the guest ends the migration."""
-_NEEDED = (U.BY_WORD, U.NOTHING)
+_NEEDED = (U.BY_DECISION, U.NOTHING)
 
 
 def _check_table() -> None:
     """The invariants of the table; ``AssertionError`` names a bug in it."""
     assert set(TABLE) == set(S)
     for state, row in TABLE.items():
-        undos = {TABLE[then].undo for then in row.then}
+        undos = {TABLE[then].undo for then in row.next}
         # Nothing follows an end but another end.
         assert row.undo is not U.OVER or undos <= {U.OVER}, state
         # A guest that runs here is not taken back.  It must be HELD before it can be given up.
-        for then in row.then if row.undo is U.NOTHING and state is not S.HELD else ():
+        for then in row.next if row.undo is U.NOTHING and state is not S.HELD else ():
             assert TABLE[then].undo is U.NOTHING or then in (S.ENDED, S.COMPLETED), state
         # What is being undone is undone.
-        assert row.undo is not U.BEING_UNDONE or row.then == (S.GIVEN_UP,), state
+        assert row.undo is not U.BEING_UNDONE or row.next == (S.GIVEN_UP,), state
         # A successor does what the row states, and promises no less than its predecessor.
         assert bool(row.step or state is S.LEFT_OVER) is (row.restart is not R.NOTHING), state
         assert row.step or row.undo not in _NEEDED, state
@@ -190,7 +190,7 @@ _check_table()
 
 
 class Ownership:
-    """Of one migration.  Any thread may call.
+    """The ownership of one migration.  Any thread may call its methods.
 
     ``write`` writes the journal's entry with a step; its second argument is whether a failure is to
     be raised.
@@ -223,7 +223,7 @@ class Ownership:
     def phase(self) -> str:
         """What people are shown."""
         row = self.row
-        return row.up if self.link is Link.UP else row.lost or row.up
+        return row.phase if self.link is Link.UP else row.if_lost or row.phase
 
     @property
     def has_ended(self) -> bool:
@@ -286,7 +286,7 @@ class Ownership:
             self._writing.release()
 
     def _check(self, state: State) -> None:
-        if state is not self._state and state not in self.row.then:
+        if state is not self._state and state not in self.row.next:
             raise LocalProtocolError(f"{state.name} after {self._state.name}")
 
     def _change(self, state: State) -> None:

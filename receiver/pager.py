@@ -51,7 +51,7 @@ from migrate.protocol.pfns import NO_PFNS, PfnMask, pieces, runs
 from migrate.protocol.session import Phase, Session
 from migrate.tasks import in_thread
 from receiver.loading import Shortage, load, retries, select_pages
-from receiver.outstanding import OutstandingPages, Verdict
+from receiver.outstanding import Actions, OutstandingPages
 from receiver.statistics import PagerStatistics
 from xenbackend.contract import Domain
 from xenbackend.errors import NoSuchDomainError, XenError
@@ -107,9 +107,9 @@ class Pager:
             self._begun = True
             if self._native is not None:
                 self._native.open()
-            self._look_whether_all_is_there()
+            self._note_if_nothing_is_missing()
 
-    def _look_whether_all_is_there(self) -> None:
+    def _note_if_nothing_is_missing(self) -> None:
         """Set :attr:`nothing_outstanding` if no page is missing.  The missing pages are not known
         before :meth:`begin`.
         """
@@ -143,10 +143,10 @@ class Pager:
         if self._pull is not None:
             poll.register(self._pull, select.POLLIN)
         try:
-            self._ask_again()
+            self._repeat_requests()
             self._handle_ring()  # a predecessor may have left requests open
             if self._pull is not None:
-                self._take_what_has_come()
+                self._receive_all()
             self._prepare_fast_path()
             while not self._stopping:
                 self._turn(poll)
@@ -231,7 +231,7 @@ class Pager:
         with self._lock:
             self._native = None
 
-    def _ask_again(self) -> None:
+    def _repeat_requests(self) -> None:
         """Request the pages for which vCPUs have been waiting since before these lanes."""
         with self._lock:
             requested = self._pages.requested()
@@ -244,12 +244,12 @@ class Pager:
 
     def _handle_requests(self, take: Callable[[], list[PagingRequest]]) -> None:
         with self._lock:
-            verdict = self._pages.requests(take(), time.monotonic())
-            self._statistics.requests += len(verdict.ask)
-            self._carry_out(verdict)
-        if len(verdict.ask):
-            self._ask(Fault(verdict.ask))
-        self._ask_ahead(verdict.touched)  # after the requests, for which vCPUs wait
+            actions = self._pages.requests(take(), time.monotonic())
+            self._statistics.requests += len(actions.ask)
+            self._carry_out(actions)
+        if len(actions.ask):
+            self._ask(Fault(actions.ask))
+        self._ask_ahead(actions.touched)  # after the requests, for which vCPUs wait
 
     def _ask_ahead(self, touched: list[int]) -> None:
         ahead = self._pages.ahead(touched) if self._pull is not None and not self._held else NO_PFNS
@@ -266,9 +266,9 @@ class Pager:
     def _handle_pull_lane(self) -> None:
         assert self._pull is not None
         self._pull.fill()
-        self._take_what_has_come()
+        self._receive_all()
 
-    def _take_what_has_come(self) -> None:
+    def _receive_all(self) -> None:
         assert self._pull is not None
         self._take_pages()
         while self._pull.buffered():
@@ -452,21 +452,21 @@ class Pager:
         with self._lock:
             self._carry_out(self._pages.finished(pfns, results))
 
-    def _carry_out(self, verdict: Verdict) -> None:
-        """Carry a verdict out.  Called under the lock, because the ring's response index is
+    def _carry_out(self, actions: Actions) -> None:
+        """Carry a actions out.  Called under the lock, because the ring's response index is
         shared.
         """
-        if verdict.answer:
+        if actions.answer:
             assert self._ring is not None
-            self._ring.respond([request for request, _since in verdict.answer])
+            self._ring.respond([request for request, _since in actions.answer])
             now = time.monotonic()
-            self._count([(request, now - since) for request, since in verdict.answer])
-        if len(verdict.loaded):
-            self._unacknowledged.append(verdict.loaded)
-        if len(verdict.dropped):
-            self._dropped.append(verdict.dropped)
-            self._statistics.dropped_pages += len(verdict.dropped)
-        self._look_whether_all_is_there()
+            self._count([(request, now - since) for request, since in actions.answer])
+        if len(actions.loaded):
+            self._unacknowledged.append(actions.loaded)
+        if len(actions.dropped):
+            self._dropped.append(actions.dropped)
+            self._statistics.dropped_pages += len(actions.dropped)
+        self._note_if_nothing_is_missing()
 
     def _count(self, answered: list[tuple[PagingRequest, float]]) -> None:
         """Count the waits of vCPUs.  A vCPU that has requested one page several times has waited

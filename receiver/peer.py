@@ -83,5 +83,5 @@ class Peer:
     async def acknowledge(self) -> None:
         """Answer the sender's last message, after which the sender forgets the session."""
         with contextlib.suppress(PeerClosedError):
-            await self.push.send(m.Failed("told"))
+            await self.push.send(m.Failed("the outcome was received"))
             await trio.sleep(EXPLANATION_S)

@@ -36,7 +36,7 @@ NEAR = 8
 SPAN = 8
 """A window of n pages is searched for in SPAN * n pfns."""
 MAX_STREAMS = 16
-MAX_LONELY = 16
+MAX_SINGLE_FAULTS = 16
 
 Missing = Callable[[int, int, int], PfnArray]
 """Returns the pfns among first, first + step, ... before stop that are to be fetched; ascending."""
@@ -51,7 +51,7 @@ class _Stream:
     step: int
     window: int
 
-    def is_met_by(self, pfn: int, missing: Missing) -> bool:
+    def is_continued_by(self, pfn: int, missing: Missing) -> bool:
         """Whether a fault continues the stream: a fault in the last window, which is in transit, or
         at the next missing page behind the window.
         """
@@ -68,27 +68,27 @@ class ReadAhead:
         self._missing = missing
         self._streams: list[_Stream] = []
         """The streams; the one that continued last is last."""
-        self._lonely: deque[int] = deque(maxlen=MAX_LONELY)
+        self._single_faults: deque[int] = deque(maxlen=MAX_SINGLE_FAULTS)
         """The last faults that continued no stream."""
 
     def after(self, pfn: int) -> PfnArray:
         """Return the pages to fetch ahead after a vCPU has requested this page."""
         for stream in reversed(self._streams):
-            if stream.is_met_by(pfn, self._missing):
+            if stream.is_continued_by(pfn, self._missing):
                 self._streams.remove(stream)
                 stream.window = min(stream.window * 2, MAX_WINDOW)
                 if (pfn - stream.next) * stream.step >= 0:
                     stream.next = pfn + stream.step
                 return self._continue(stream)
         step = self._step_to(pfn)
-        self._lonely.append(pfn)
+        self._single_faults.append(pfn)
         return self._continue(_Stream(pfn, pfn + step, step, FIRST_WINDOW)) if step else NO_PFNS
 
     def _step_to(self, pfn: int) -> int:
         """Return the step from an earlier fault, if this fault continues it; otherwise 0."""
-        for other in reversed(self._lonely):
+        for other in reversed(self._single_faults):
             step = pfn - other
-            if step and pfn - 2 * step in self._lonely:
+            if step and pfn - 2 * step in self._single_faults:
                 return step
             if 0 < abs(step) <= NEAR:
                 step = 1 if step > 0 else -1

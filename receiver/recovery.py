@@ -113,7 +113,7 @@ class Predecessor:
             domain = context.hypervisor.reopen_incoming(
                 context.entry.domid,
                 config_of(offer),
-                lent=context.entry.lent,
+                lent=context.entry.owns_domain,
                 handle=context.entry.handle,
             )
             context.holdings.add_domain(domain)
@@ -211,7 +211,7 @@ class Recovery:
     @property
     def io_fails_in_s(self) -> float | None:
         """See :attr:`IncomingProgress.io_fails_in_s`.  A request may have been made since the
-        sender was last in touch, so the time counts from then.
+        sender was last connected, so the time counts from then.
         """
         context = self._context
         limit_s = context.toolstack.io_limit_s
@@ -317,7 +317,7 @@ class Recovery:
             case m.Abort() if not context.ownership.handed_over:
                 raise MigrationError(f"the sender gave up: {message.reason}")
             case m.Lost():
-                if not switchover.serving.is_set() and not context.toolstack.lent:
+                if not switchover.serving.is_set() and not context.toolstack.owns_domain:
                     await self._take_over_what_is_whole()
                 if not switchover.needs_nothing:
                     raise PagesLostError(message.reason)
@@ -343,6 +343,8 @@ class Recovery:
             state = (
                 self.switchover.not_started or "the guest is here and waits for its missing pages"
             )
+        elif self._context.is_in(State.SERVING):
+            state = "xl has not decided yet whether the guest runs here; its faults are served"
         else:
             state = (
                 "the sender may or may not have handed the guest over: it is kept, and does not run"
@@ -395,7 +397,9 @@ class Recovery:
         context, pager = self._context, self.switchover.pager
         name = context.name
         what_to_do = (
-            f"`xen-postcopy decide {name} elsewhere` destroys it, "
+            f"`xl destroy {name}` ends it here"
+            if context.toolstack.owns_domain
+            else f"`xen-postcopy decide {name} elsewhere` destroys it, "
             f"`xen-postcopy decide {name} here --force` lets it continue"
         )
         context.entry.reason = reason

@@ -48,7 +48,7 @@ class Requests:
         if self.context.is_in(*UNDECIDED) and self.context.ownership.link is not Link.UP:
             return (
                 "the source may have handed the guest over, or may still run it; it has not been "
-                "in touch since it was cut off"
+                "connected since the link was lost"
             )
         if self.context.is_in(State.HELD):
             return self.context.entry.reason
@@ -137,7 +137,7 @@ class Requests:
         if recovery is None or not self.context.ownership.needed:
             raise MigrationError(
                 f"there is nothing to decide: the migration of {self.context.name} is "
-                f"{self.context.ownership.phase}, and the guest runs at the source"
+                f"{self.context.ownership.phase}, and the guest belongs to the source"
             )
         self.context.toolstack.check_decision(self.context.name)
         self._check_decision(recovery, here=here, force=force)
@@ -175,7 +175,7 @@ class Requests:
             case State.MAYBE_READY | State.READY:
                 if context.ownership.link is Link.UP:
                     raise MigrationError(
-                        f"there is nothing to decide here: both ends are in touch, and {name} is "
+                        f"there is nothing to decide here: both ends are connected, and {name} is "
                         f"{context.ownership.phase}"
                     )
                 if context.ownership.link is Link.BACK:

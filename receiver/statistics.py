@@ -86,7 +86,7 @@ class PagerStatistics:
             self.latency.record(seconds)
             self.vcpu_block_s[vcpu] = self.vcpu_block_s.get(vcpu, 0.0) + seconds
 
-    def stood_still(self, seconds: float) -> None:
+    def count_suspension(self, seconds: float) -> None:
         """Count the time for which the guest was suspended for one checkpoint."""
         self.checkpoint_pause_s += seconds
         self.longest_pause_s = max(self.longest_pause_s, seconds)

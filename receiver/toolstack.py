@@ -5,7 +5,7 @@
 
 :class:`XlToolstack`: libxl has made the domain, with its devices, and lends it to the daemon
 through the helper.  When everything is restored, the helper ends, and libxl finishes its work.
-Then xl decides whether the guest runs here, and unpauses or destroys the domain.  The daemon learns
+Then xl decides whether the guest runs here, and unpauses or destroys the domain.  The daemon reads
 the decision from the state of the domain.
 """
 
@@ -32,9 +32,9 @@ from xenbackend.errors import XenError
 
 
 class Toolstack(Protocol):
-    lends: int
+    domid: int
     """The domid of the domain that the toolstack has made; -1 if the daemon makes one."""
-    lent: bool
+    owns_domain: bool
     """The domain belongs to the toolstack."""
     gone_before_it_ran: str
     """The reason that is shown if the domain is destroyed before the guest has run."""
@@ -108,7 +108,7 @@ error then (drivers/xen/grant-table.c: pauses of 1, 2, ... 256 ms).
 
 class OwnToolstack:
     io_limit_s: float | None = None
-    lends, lent, abort_recalls = -1, False, True
+    domid, owns_domain, abort_recalls = -1, False, True
     gone_before_it_ran = "its domain was destroyed"
 
     def refuses(self, offer: m.Offer) -> str:
@@ -157,12 +157,12 @@ class XlToolstack:
     the connection ended with a predecessor of this daemon.
     """
 
-    lent, abort_recalls = True, False
+    owns_domain, abort_recalls = True, False
     gone_before_it_ran = "xl destroyed its domain before it ran"
     io_limit_s: float | None = GRANT_RETRY_S
 
     def __init__(self, domid: int, ports: ToolstackPorts, helper: ControlConnection | None = None):
-        self.lends, self._ports = domid, ports
+        self.domid, self._ports = domid, ports
         self.last_answer = LastAnswer(helper)
         """The helper's last answer, which has the end of the migration."""
 
@@ -173,12 +173,12 @@ class XlToolstack:
 
     def preflight(self, hypervisor: Hypervisor, config: DomainConfig, *, paging: bool) -> Preflight:
         """Check the domain as libxl has made it.  libxl has provided the memory for it."""
-        with hypervisor.open(self.lends) as domain:
+        with hypervisor.open(self.domid) as domain:
             found = domain.preflight()
         return found if paging else Preflight((), found.populate_evicted)
 
     def make(self, hypervisor: Hypervisor, config: DomainConfig) -> Domain:
-        domain = hypervisor.bind_incoming(self.lends, config, self._ports)
+        domain = hypervisor.bind_incoming(self.domid, config, self._ports)
         try:
             domain.reserve(config.max_pages)
         except XenError:

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from migrate.errors import RemoteProtocolError
-from migrate.fastpath.page_states import BLOCK, DONE, NOT_OURS, SENT, UNSENT, SourcePages
+from migrate.fastpath.page_states import BLOCK, DONE, NOT_MISSING, SENT, UNSENT, SourcePages
 from migrate.protocol.pfns import NO_PFNS, PfnMask, from_mask
 from xenbackend.pages import PfnArray
 
@@ -49,7 +49,7 @@ class Backlog:
 
     # ---- before the handover ----
     def are_missing(self, pfns: PfnArray) -> NDArray[np.bool_]:
-        missing: NDArray[np.bool_] = self._state[pfns] != NOT_OURS
+        missing: NDArray[np.bool_] = self._state[pfns] != NOT_MISSING
         return missing
 
     def add(self, pfns: PfnArray) -> None:
@@ -60,7 +60,7 @@ class Backlog:
 
     def remove(self, pfns: PfnArray) -> None:
         """Remove missing pages that have been sent, or that have no memory any more."""
-        self._state[pfns] = NOT_OURS
+        self._state[pfns] = NOT_MISSING
         self._count(pfns, -1)
         self.unacknowledged = self.unsent
 
@@ -144,7 +144,7 @@ class Backlog:
         """
         with self._lock:
             states = self._state[pfns]
-            if np.any((states == NOT_OURS) | (states == DONE)):
+            if np.any((states == NOT_MISSING) | (states == DONE)):
                 raise RemoteProtocolError("dropped: a pfn that is not outstanding")
             self._count(pfns[states == UNSENT], -1)
             self._done(pfns)
@@ -156,12 +156,12 @@ class Backlog:
         never missing.
         """
         with self._lock:
-            wrong = outstanding & ((self._state == NOT_OURS) | (self._state == DONE))
+            wrong = outstanding & ((self._state == NOT_MISSING) | (self._state == DONE))
             if wrong.any():
                 raise RemoteProtocolError(
                     f"outstanding: pfn {int(np.argmax(wrong)):#x} is not outstanding"
                 )
-            done = from_mask(~outstanding & (self._state != NOT_OURS) & (self._state != DONE))
+            done = from_mask(~outstanding & (self._state != NOT_MISSING) & (self._state != DONE))
             self._state[done] = DONE
             self._state[outstanding] = UNSENT
             self._left[:] = np.add.reduceat(

@@ -39,7 +39,7 @@ class Signals:
     """A thread waits for this event; the event loop waits for the other events."""
     resumed: trio.Event = field(default_factory=trio.Event)
     complete: trio.Event = field(default_factory=trio.Event)
-    given_away: trio.Event = field(default_factory=trio.Event)
+    handed_over: trio.Event = field(default_factory=trio.Event)
     """The guest belongs to the destination, and the handover can be sent."""
 
 
@@ -108,7 +108,7 @@ class Context:
         self.barriers = Barriers()
         self.postcopy_asked = False
         """An administrator has asked for the switchover instead of further rounds of precopy."""
-        self.last_word: m.Message | None = None
+        self.last_message: m.Message | None = None
         """The message that is owed to a destination which was cut off.  It is sent when the
         destination dials or can be dialled.
         """

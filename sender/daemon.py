@@ -130,7 +130,9 @@ class SenderDaemon:
                     migration.requests.cancel("because the sender is being stopped")
         needed = [m for m in self._migrations.values() if m.id in self._active or m.holds_pages]
         if needed:
-            waiting = ", ".join(f"{m.domain_name} ({m.phase}, {m.to_go})" for m in needed)
+            waiting = ", ".join(
+                f"{m.domain_name} ({m.phase}, {m.outstanding_in_words})" for m in needed
+            )
             notify(f"STATUS=stopping, but guests elsewhere still need their pages: {waiting}")
             self._waiting.log(
                 "waiting for guests elsewhere: %s", waiting, about=[m.id for m in needed]
@@ -283,7 +285,7 @@ class SenderDaemon:
     async def _listen_to_helper(self, migration: OutgoingMigration, toolstack: XlToolstack) -> None:
         await toolstack.listen()
         if not toolstack.last_answer.begun:
-            migration.requests.cancel("because xl, or its helper, has gone")
+            migration.requests.cancel("because xl, or its helper, has ended")
 
     def _find_awaited(self, greeting: Hello) -> AwaitedLanes:
         awaited = self._awaited.get(greeting.session)

@@ -86,7 +86,7 @@ class DirtyLog:
     def disable(self) -> None:
         """Restore the domain's limit and switch log-dirty off, if this object has changed them."""
         if self._holds_balloon:
-            self._let_balloon_go()
+            self._restore_limit()
             self._holds_balloon = False
         if self._enabled:
             self._domain.log_dirty_disable()
@@ -107,7 +107,7 @@ class DirtyLog:
         step takes time in proportion to the guest, unless the balloon has moved since then.
         """
         bitmap, moved = self._read()
-        self._let_balloon_go()
+        self._restore_limit()
         if moved is not None:
             bitmap[: (len(moved) + 63) // 64 * 8] |= bitmap_of(moved)
         return bitmap
@@ -151,6 +151,6 @@ class DirtyLog:
     def _hold_balloon(self) -> None:
         self._domain.set_max_pages(NO_FURTHER)
 
-    def _let_balloon_go(self) -> None:
+    def _restore_limit(self) -> None:
         if self.max_pages and self._domain.reservation().max_pages == NO_FURTHER:
             self._domain.set_max_pages(self.max_pages)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The fault server: a thread that waits for faults on the pull lane and answers each at once.
 
-The thread shares only the backlog with the event loop, so that a fault never queues behind the
-push.  The same thread answers the receiver's read-ahead, whenever no fault is waiting.  Native code
-answers nearly all faults before they reach this code (``migrate/fastpath/api.py``).
+The thread has a lane of its own, so that a fault never queues behind the push.  The thread waits
+for other threads only at the locks of the backlog and of the bandwidth cap.  The same thread
+answers the receiver's read-ahead, whenever no fault is waiting.  Native code answers nearly all
+faults before they reach this code (``migrate/fastpath/api.py``).
 """
 
 from __future__ import annotations

@@ -26,13 +26,13 @@ from sender.checkpoints import CheckpointStore
 from sender.context import Context, Source
 from sender.dirty import DirtyLog
 from sender.entry import Entry, read_entry
-from sender.last_word import lose, send_last_word
+from sender.last_message import lose, send_last_message
 from sender.ownership import Guest, State
 from sender.policy import DefaultPolicy, Policy
 from sender.progress import BEFORE_RESTART, OF_CHECKPOINTS, OF_DESTINATION, Progress
 from sender.recovery import Recovery
 from sender.requests import Requests
-from sender.rollback import AGAIN_S, Rollback, verdict
+from sender.rollback import AGAIN_S, Rollback, error_of_decision
 from sender.toolstack import OwnToolstack, Toolstack, XlToolstack
 from sender.transfer import Transfer
 from xenbackend.contract import Domain, DomainId, Hypervisor
@@ -100,7 +100,7 @@ class OutgoingMigration:
         context.progress.problem = TAKING_UP
         if state is State.GIVEN_UP:
             context.progress.problem = "given up, before the sender was restarted"
-            context.last_word = m.Abort("the guest stays at the source")
+            context.last_message = m.Abort("the guest stays at the source")
         return cls(context)
 
     # ---- what is shown ----
@@ -156,7 +156,7 @@ class OutgoingMigration:
         )
 
     @property
-    def to_go(self) -> str:
+    def outstanding_in_words(self) -> str:
         """State in words what is outstanding."""
         if "outstanding" in self.unknown:
             return "its missing pages are not counted yet"
@@ -198,7 +198,9 @@ class OutgoingMigration:
         transfer = Transfer(context, source, self._policy, recovery, rollback)
         try:
             with self.requests.scope:
-                await (transfer.go_on() if self.ownership.inherited else transfer.run())
+                await (
+                    transfer.continue_predecessor() if self.ownership.inherited else transfer.run()
+                )
             if self.requests.scope.cancelled_caught:
                 raise await self._cancelled()
         except BaseException as error:
@@ -209,7 +211,7 @@ class OutgoingMigration:
 
     async def linger(self) -> None:
         """Send the destination the outcome, if it has not been sent."""
-        await send_last_word(self.context)
+        await send_last_message(self.context)
 
     async def _open(self) -> Source | None:
         """Open the guest's domain.  Returns ``None`` if a predecessor has completed the
@@ -276,10 +278,10 @@ class OutgoingMigration:
         reason, end = MigrationError(gone), State.FAILED
         if state in (State.RETURNING, State.DECIDED_ELSEWHERE):
             remove(self.context.journal.checkpoint(self.id))
-            reason = verdict(state)
+            reason = error_of_decision(state)
         if state is State.RETURNING:  # the guest goes on here, in its new domain
             self.context.entry.recall, end = True, State.GIVEN_UP
-            self.context.last_word = m.Abort(m.printable(str(reason)))
+            self.context.last_message = m.Abort(m.printable(str(reason)))
         self.context.fail(end, str(reason))
         raise reason from error
 
@@ -292,11 +294,11 @@ class OutgoingMigration:
         try:
             await in_thread(self.ownership.enter, decision)
         except MigrationError as error:
-            self.requests.not_noted = error
+            self.requests.refusal = error
             raise
-        self.requests.is_noted = True
+        self.requests.refusal = None
         self.requests.decided.set()
-        return verdict(decision)
+        return error_of_decision(decision)
 
     async def _carry_out(self, decision: State) -> None:
         """Carry a decision out after an error has ended :meth:`run` and the guest's pages are
@@ -306,7 +308,7 @@ class OutgoingMigration:
         assert rollback is not None and source is not None
         with trio.CancelScope(shield=True):
             await in_thread(self.ownership.enter, decision)
-            settle = functools.partial(rollback.settle, verdict(decision))
+            settle = functools.partial(rollback.settle, error_of_decision(decision))
             await as_soon_as_threads_start(settle)
             await self._close(source)
 

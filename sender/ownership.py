@@ -4,9 +4,9 @@
     OFFERING -> COPYING -> SUSPENDING -> SUSPENDED -> (UNDECIDED) -> HANDED_OVER -> ALL_SENT
          -> COMPLETING -> COMPLETED
 
-Until SUSPENDED any failure leaves the guest here.  In UNDECIDED a toolstack decides.  From
-HANDED_OVER on the pages are kept until each is confirmed, and the guest continues here only if an
-operator decides so (invariant 1).
+Up to and including SUSPENDED any failure leaves the guest here.  In UNDECIDED a toolstack decides.
+From HANDED_OVER on the pages are kept until each is confirmed, and the guest continues here only if
+an operator decides so (invariant 1).
 
 A transition writes the step of the new state into the journal before the state changes, so whatever
 is sent afterwards was noted before (invariant 6).  If an entry that is needed cannot be written,
@@ -78,14 +78,14 @@ class Restart(Enum):
     TAKE_BACK = "has the guest continue here, and sends `abort` until the destination has it"
     FOLLOW_TOOLSTACK = "waits for what the toolstack does, and rejoins the session"
     REJOIN = "rejoins the session, and sends what is missing"
-    LET_GO = "destroys what is left of the guest here"
-    SEND_LAST_WORD = "sends the last word until the destination has it"
+    DESTROY_SOURCE = "destroys what is left of the guest here"
+    SEND_LAST_MESSAGE = "sends the last message until the destination has it"
 
 
 class Link(Enum):
     UP = auto()
     LOST = auto()
-    """Or not there yet."""
+    """The lanes are lost, or do not exist yet."""
     GIVEN_UP = auto()
     """Nobody tries to connect any more."""
 
@@ -96,15 +96,15 @@ class Row:
     """The step in the journal; empty: there is no entry."""
     successor: State | None = None
     """The state in which a restarted daemon begins; ``None``: this one."""
-    up: str
+    phase: str
     """The phase that people are shown."""
-    lost: str = ""
+    if_lost: str = ""
     """The phase while the lanes are lost; empty: the same one."""
-    given_up: str = ""
+    if_given_up: str = ""
     """The phase when nobody tries to connect any more; empty: that of lost lanes."""
     guest: Guest
     restart: Restart = Restart.NOTHING
-    then: tuple[State, ...] = ()
+    next: tuple[State, ...] = ()
     """The states that may follow."""
 
 
@@ -112,35 +112,36 @@ S, G, R = State, Guest, Restart
 _STAYS = (S.GIVEN_UP, S.FAILED)
 _AWAY = (S.COMPLETING, S.DECIDED_HERE, S.DECIDED_ELSEWHERE, S.PAGES_LOST, S.FAILED)
 TABLE: dict[State, Row] = {
-    S.OFFERING: Row(up="preflight", lost="connecting",
-        guest=G.RUNS_HERE, then=(S.COPYING, *_STAYS)),
-    S.COPYING: Row(step="begun", up="precopy",
-        guest=G.RUNS_HERE, restart=R.TAKE_BACK, then=(S.SUSPENDING, *_STAYS)),
-    S.SUSPENDING: Row(step="suspending", successor=S.SUSPENDED, up="switchover",
-        guest=G.SUSPENDED_HERE, restart=R.TAKE_BACK, then=(S.COPYING, S.SUSPENDED, *_STAYS)),
-    S.SUSPENDED: Row(step="suspending", up="switchover",
-        guest=G.SUSPENDED_HERE, restart=R.TAKE_BACK, then=(S.UNDECIDED, S.HANDED_OVER, *_STAYS)),
-    S.UNDECIDED: Row(step="deciding", up="deciding", lost="interrupted", given_up="in doubt",
-        guest=G.UNDECIDED, restart=R.FOLLOW_TOOLSTACK, then=(S.HANDED_OVER, *_AWAY, S.GIVEN_UP)),
-    S.HANDED_OVER: Row(step="handed over", up="postcopy", lost="interrupted",
-        guest=G.THERE, restart=R.REJOIN, then=(S.ALL_SENT, *_AWAY)),
-    S.ALL_SENT: Row(step="handed over", successor=S.HANDED_OVER, up="completing",
-        lost="interrupted", guest=G.THERE, restart=R.REJOIN, then=(S.HANDED_OVER, *_AWAY)),
-    S.COMPLETING: Row(step="completing", up="completing",
-        guest=G.GONE, restart=R.LET_GO, then=(S.COMPLETED, S.FAILED)),
-    S.DECIDED_HERE: Row(step="decided here", up="interrupted",
+    S.OFFERING: Row(phase="preflight", if_lost="connecting",
+        guest=G.RUNS_HERE, next=(S.COPYING, *_STAYS)),
+    S.COPYING: Row(step="begun", phase="precopy",
+        guest=G.RUNS_HERE, restart=R.TAKE_BACK, next=(S.SUSPENDING, *_STAYS)),
+    S.SUSPENDING: Row(step="suspending", successor=S.SUSPENDED, phase="switchover",
+        guest=G.SUSPENDED_HERE, restart=R.TAKE_BACK, next=(S.COPYING, S.SUSPENDED, *_STAYS)),
+    S.SUSPENDED: Row(step="suspending", phase="switchover",
+        guest=G.SUSPENDED_HERE, restart=R.TAKE_BACK, next=(S.UNDECIDED, S.HANDED_OVER, *_STAYS)),
+    S.UNDECIDED: Row(step="deciding", phase="deciding",
+        if_lost="interrupted", if_given_up="in doubt",
+        guest=G.UNDECIDED, restart=R.FOLLOW_TOOLSTACK, next=(S.HANDED_OVER, *_AWAY, S.GIVEN_UP)),
+    S.HANDED_OVER: Row(step="handed over", phase="postcopy", if_lost="interrupted",
+        guest=G.THERE, restart=R.REJOIN, next=(S.ALL_SENT, *_AWAY)),
+    S.ALL_SENT: Row(step="handed over", successor=S.HANDED_OVER, phase="completing",
+        if_lost="interrupted", guest=G.THERE, restart=R.REJOIN, next=(S.HANDED_OVER, *_AWAY)),
+    S.COMPLETING: Row(step="completing", phase="completing",
+        guest=G.GONE, restart=R.DESTROY_SOURCE, next=(S.COMPLETED, S.FAILED)),
+    S.DECIDED_HERE: Row(step="decided here", phase="interrupted",
         guest=G.DECIDED_HERE, restart=R.TAKE_BACK,
-        then=(S.RETURNING, S.DECIDED_ELSEWHERE, *_STAYS)),
-    S.RETURNING: Row(step="going back", up="interrupted",
-        guest=G.DECIDED_HERE, restart=R.TAKE_BACK, then=(S.DECIDED_ELSEWHERE, *_STAYS)),
-    S.DECIDED_ELSEWHERE: Row(step="decided elsewhere", up="interrupted",
-        guest=G.GONE, restart=R.LET_GO, then=(S.PAGES_LOST, S.FAILED)),
-    S.GIVEN_UP: Row(step="given up", up="failed",
-        guest=G.RUNS_HERE, restart=R.SEND_LAST_WORD, then=(S.FAILED,)),
-    S.PAGES_LOST: Row(step="handed over", successor=S.HANDED_OVER, up="failed",
-        guest=G.GONE, restart=R.REJOIN, then=(S.FAILED,)),
-    S.COMPLETED: Row(up="completed", guest=G.GONE),
-    S.FAILED: Row(up="failed", guest=G.GONE),
+        next=(S.RETURNING, S.DECIDED_ELSEWHERE, *_STAYS)),
+    S.RETURNING: Row(step="going back", phase="interrupted",
+        guest=G.DECIDED_HERE, restart=R.TAKE_BACK, next=(S.DECIDED_ELSEWHERE, *_STAYS)),
+    S.DECIDED_ELSEWHERE: Row(step="decided elsewhere", phase="interrupted",
+        guest=G.GONE, restart=R.DESTROY_SOURCE, next=(S.PAGES_LOST, S.FAILED)),
+    S.GIVEN_UP: Row(step="given up", phase="failed",
+        guest=G.RUNS_HERE, restart=R.SEND_LAST_MESSAGE, next=(S.FAILED,)),
+    S.PAGES_LOST: Row(step="handed over", successor=S.HANDED_OVER, phase="failed",
+        guest=G.GONE, restart=R.REJOIN, next=(S.FAILED,)),
+    S.COMPLETED: Row(phase="completed", guest=G.GONE),
+    S.FAILED: Row(phase="failed", guest=G.GONE),
 }  # fmt: skip
 
 INHERITED = {row.step: row.successor or state for state, row in TABLE.items() if row.step}
@@ -148,18 +149,21 @@ INHERITED = {row.step: row.successor or state for state, row in TABLE.items() if
 ENDED = (S.GIVEN_UP, S.PAGES_LOST, S.COMPLETED, S.FAILED)
 DECIDED = (S.DECIDED_HERE, S.RETURNING, S.DECIDED_ELSEWHERE)
 _HANDED_OVER = (S.HANDED_OVER, S.ALL_SENT, S.COMPLETING, *DECIDED)
-_GIVEN_AWAY = (G.UNDECIDED, G.THERE)
+_NOT_HERE_ALONE = (G.UNDECIDED, G.THERE)
 
 
 def _check_table() -> None:
     """The invariants of the table; ``AssertionError`` names a bug in it."""
     assert set(TABLE) == set(S)
     for state, row in TABLE.items():
-        guests = {TABLE[then].guest for then in row.then}
+        guests = {TABLE[then].guest for then in row.next}
         # Nothing follows an end but another end.
-        assert state not in ENDED or set(row.then) <= set(ENDED), state
+        assert state not in ENDED or set(row.next) <= set(ENDED), state
         # A guest is suspended before it is given away.
-        assert not guests.intersection(_GIVEN_AWAY) or row.guest in (G.SUSPENDED_HERE, *_GIVEN_AWAY)
+        assert not guests.intersection(_NOT_HERE_ALONE) or row.guest in (
+            G.SUSPENDED_HERE,
+            *_NOT_HERE_ALONE,
+        )
         # A guest that was handed over continues here only by a decision, and a guest that is gone
         # does not continue here.
         assert row.guest is not G.THERE or guests <= {G.THERE, G.DECIDED_HERE, G.GONE}, state
@@ -177,7 +181,7 @@ _check_table()
 
 
 class Ownership:
-    """Of one migration.  Any thread may call.
+    """The ownership of one migration.  Any thread may call its methods.
 
     ``write`` writes the journal's entry with a step; its second argument is whether a failure is to
     be raised.  ``erase`` removes the entry, and raises nothing.
@@ -214,8 +218,8 @@ class Ownership:
         """What people are shown."""
         row = self.row
         if self.link is Link.UP:
-            return row.up
-        return (self.link is Link.GIVEN_UP and row.given_up) or row.lost or row.up
+            return row.phase
+        return (self.link is Link.GIVEN_UP and row.if_given_up) or row.if_lost or row.phase
 
     @property
     def has_ended(self) -> bool:
@@ -230,12 +234,12 @@ class Ownership:
     @property
     def may_stay(self) -> bool:
         """The guest can still continue here."""
-        return S.GIVEN_UP in self.row.then
+        return S.GIVEN_UP in self.row.next
 
     @property
     def is_cut_off(self) -> bool:
         """The guest was given away, its pages are kept here, and the destination is not there."""
-        return self.row.guest in _GIVEN_AWAY and self.link is not Link.UP
+        return self.row.guest in _NOT_HERE_ALONE and self.link is not Link.UP
 
     @property
     def is_suspended(self) -> bool:
@@ -261,7 +265,7 @@ class Ownership:
         """
         with self._lock:
             row, new = self.row, TABLE[state]
-            if state not in row.then or (self._kept and new.guest in _GIVEN_AWAY):
+            if state not in row.next or (self._kept and new.guest in _NOT_HERE_ALONE):
                 raise LocalProtocolError(f"{state.name} after {self._state.name}")
             if not new.step:
                 self._erase()

@@ -29,8 +29,8 @@ FIRST_POLL_S, LAST_POLL_S = 0.001, 0.05
 
 
 class SlowPace:
-    """Of one thread that pushes.  ``in_transit`` returns how many pages the destination has not
-    acknowledged yet.
+    """The pace of one thread that pushes.  ``in_transit`` returns how many pages the destination
+    has not acknowledged yet.
     """
 
     def __init__(self, in_transit: Callable[[], int], clock: Callable[[], float] = time.monotonic):

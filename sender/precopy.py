@@ -126,12 +126,12 @@ class Precopy:
         """
         decision = Decision.CONTINUE
 
-        def goes_on(left: int) -> bool:
+        def continues(left: int) -> bool:
             nonlocal decision
             decision = self._decide(self._statistics.rounds, False, left, previous)
             return decision is Decision.CONTINUE
 
-        one = Round(self._context, self._push, to_send, total, goes_on)
+        one = Round(self._context, self._push, to_send, total, continues)
         await self._push.send_in_thread(one.send, one.stop)
         self._bytes_per_s = one.bytes_per_s or self._bytes_per_s
         self._fault_s = one.page_alone_s or self._fault_s

@@ -10,9 +10,9 @@ BEFORE_RESTART = (
 )  # fmt: skip
 """What a predecessor has measured, and has not noted in its journal."""
 OF_DESTINATION = ("outstanding", "pages_done", "pages_total", "faults", "latency_us")
-"""What a successor learns when the destination is in touch again."""
+"""What a successor has only after the destination has reconnected."""
 OF_CHECKPOINTS = ("checkpoints", "checkpoint_age_s")
-"""What a successor learns when the next checkpoint of a protected guest comes."""
+"""What a successor has only after the next checkpoint of a protected guest has arrived."""
 
 
 @dataclass

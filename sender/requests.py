@@ -48,10 +48,8 @@ class Requests:
         """The decision of an operator.  A second decision is refused."""
         self.decided = trio.Event()
         """Set when the journal has the decision, or when the decision came too late."""
-        self.is_noted = False
-        """The journal has the decision."""
-        self.not_noted: MigrationError | None = None
-        """Why the decision could not be written into the journal."""
+        self.refusal: MigrationError | None = MigrationError(TOO_LATE)
+        """Why the decision is refused; ``None`` when the journal has the decision."""
         self.rollback: Rollback | None = None
         """``None`` if the domain is not open yet."""
         self.is_over = False
@@ -79,11 +77,9 @@ class Requests:
                 raise MigrationError(f"too late to cancel: that was {decision} by an operator")
             if self._ownership.state is State.UNDECIDED:
                 raise MigrationError(
-                    "too late to cancel: it is for xl to decide now at which end the guest runs"
+                    "too late to cancel: xl now decides at which end the guest runs"
                 )
-            raise MigrationError(
-                "too late to cancel: the guest runs at the destination, and its memory is following"
-            )
+            raise MigrationError("too late to cancel: the guest was handed over")
         self.cancelled = f"{CANCELLED} {why}"
         self.scope.cancel()
 
@@ -105,7 +101,7 @@ class Requests:
         """Dial the destination at once."""
         name, shown = self._context.name, self._ownership.phase
         has_ended = self._ownership.has_ended
-        if has_ended and self._context.last_word is None:
+        if has_ended and self._context.last_message is None:
             raise MigrationError(self._ending("reconnect"))
         if self._ownership.link is Link.GIVEN_UP and not has_ended:
             raise MigrationError(f"reconnecting does not help: {self._context.progress.problem}")
@@ -129,13 +125,13 @@ class Requests:
             known.append("it has reported that all memory has arrived")
         elif context.progress.outstanding:
             missing = context.progress.outstanding
-            known.append(f"when it was last in touch, {missing} pages were missing there")
+            known.append(f"when it was last connected, {missing} pages were missing there")
         if context.lost_at:
             away_s = f"{now - context.lost_at:.0f} s ago"
             known.append(
-                f"it has not been in touch since this sender was started, {away_s}"
+                f"it has not been connected since this sender was started, {away_s}"
                 if self._ownership.inherited
-                else f"it was last in touch {away_s}"
+                else f"it was last connected {away_s}"
             )
         if context.progress.checkpoint_at:
             age_s = now - context.progress.checkpoint_at
@@ -174,8 +170,8 @@ class Requests:
         """Have the migration's task take the decision."""
         self.scope.cancel()
         await self.decided.wait()
-        if not self.is_noted:
-            raise self.not_noted or MigrationError(TOO_LATE)
+        if self.refusal is not None:
+            raise self.refusal
 
     async def check_decision(self, *, here: bool, force: bool = False) -> None:
         """Raises :class:`MigrationError` if there is nothing to decide, or if the decision is known
@@ -217,7 +213,7 @@ class Requests:
         if not self._ownership.may_be_elsewhere:
             raise MigrationError(
                 f"there is nothing to decide: the migration of {name} is {shown}, and the guest "
-                "runs here; `xen-postcopy cancel` takes it back"
+                "belongs here; `xen-postcopy cancel` takes it back"
             )
         if decision := self.decision or (state if state in DECIDED else None):
             # A return to the checkpoint that fails again and again can be given up.
@@ -228,12 +224,14 @@ class Requests:
                 )
         elif not self._ownership.is_cut_off:
             who = (
-                "xl does, and has not yet" if state is State.UNDECIDED else "both ends are in touch"
+                "xl decides, and has not decided yet"
+                if state is State.UNDECIDED
+                else "both ends are connected"
             )
             raise MigrationError(f"there is nothing to decide here: {who}; {name} is {shown}")
         elif state is State.UNDECIDED and self._context.toolstack.may_decide() and not force:
             raise MigrationError(
-                "there is nothing to decide here while xl may do so, which has not decided yet; "
+                "there is nothing to decide here: xl may still decide at which end the guest runs; "
                 f"{name} is {shown}; if xl has ended here and at the destination: --force"
             )
 

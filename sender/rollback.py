@@ -19,7 +19,7 @@ from migrate.protocol import messages as m
 from migrate.tasks import as_soon_as_threads_start, first, in_thread
 from sender.checkpoints import CheckpointStore
 from sender.context import Context, Source
-from sender.last_word import lose
+from sender.last_message import lose
 from sender.ownership import DECIDED, Link, State
 from sender.recovery import Recovery
 from sender.toolstack import StaysHereError
@@ -80,7 +80,7 @@ class Rollback:
         elif isinstance(error, GuestEndedError | StaysHereError):
             await self._guest_ended(error)
         elif self._ownership.state is State.UNDECIDED:
-            await self.settle(await self._end_of_doubt(error))
+            await self.settle(await self._wait_for_decision(error))
         elif await self._recovery.pages_are_lost():
             gone = f"the domain of {self._context.name} was destroyed at the source"
             reason = await in_thread(lose, self._context, gone)
@@ -95,7 +95,7 @@ class Rollback:
         )
         self._ownership.link = Link.GIVEN_UP
 
-    async def _end_of_doubt(self, error: BaseException) -> BaseException:
+    async def _wait_for_decision(self, error: BaseException) -> BaseException:
         """Wait for the toolstack's decision, or an operator's.  Returns what follows from the
         decision, or ``error`` if the guest belongs to the destination.
         """
@@ -115,7 +115,7 @@ class Rollback:
             if not self._overruled.is_set():
                 break
             if await self._take_decision():
-                return verdict(self._ownership.state)
+                return error_of_decision(self._ownership.state)
         self._waited.set()
         if stays:
             return StaysHereError(str(error))
@@ -127,21 +127,21 @@ class Rollback:
         decision: then everything is as it was before the decision.
         """
         decision, entry = self._overruling, self._context.entry
-        recall, last_word = entry.recall, self._context.last_word
+        recall, last_message = entry.recall, self._context.last_message
         if decision is State.DECIDED_ELSEWHERE:  # the guest may run at the destination
-            entry.recall, self._context.last_word = False, None
+            entry.recall, self._context.last_message = False, None
         waited, self._taken = self._waited, decision
         try:
             await in_thread(self._ownership.enter, decision)
         except MigrationError as error:
-            entry.recall, self._context.last_word = recall, last_word
+            entry.recall, self._context.last_message = recall, last_message
             self._taken, self._waited, self._overruled = error, trio.Event(), trio.Event()
         waited.set()
         return self._taken is decision
 
     async def _guest_ended(self, error: MigrationError) -> None:
-        """Nothing of the guest is needed here any more."""
-        await self.let_source_go()
+        """Destroy what is left of the guest here, and end the migration."""
+        await self.destroy_source()
         if self._ownership.state is State.DECIDED_ELSEWHERE:
             # The destination may come back, and wait for pages.
             gone = "an operator has decided at the source that nothing of the guest is needed there"
@@ -167,7 +167,7 @@ class Rollback:
             context.entry.recall = True
         abort = m.Abort(m.printable(reason))
         if self._ownership.peer_may_be_ready:
-            context.last_word = abort
+            context.last_message = abort
         await self._send_abort(abort)
         with self._reported():
             await trio.to_thread.run_sync(self._source.dirty_log.disable)
@@ -178,7 +178,7 @@ class Rollback:
                 suspended = self._ownership.is_suspended
                 await context.toolstack.give_up(self._source.domain, reason, suspended=suspended)
         with self._reported():
-            owed = context.last_word is not None
+            owed = context.last_message is not None
             await in_thread(self.forget, State.GIVEN_UP if owed else State.FAILED)
 
     async def _send_abort(self, abort: m.Abort) -> None:
@@ -214,7 +214,7 @@ class Rollback:
                 with trio.move_on_after(AGAIN_S):
                     await self._overruled.wait()
                 if self._overruled.is_set() and await self._take_decision():
-                    raise verdict(self._ownership.state) from error
+                    raise error_of_decision(self._ownership.state) from error
         self.is_waiting = False
         self._waited.set()
         log.warning("%s continues here, as it was at the last checkpoint", context.name)
@@ -255,12 +255,12 @@ class Rollback:
             log.error("%s", error)
 
     # ---- the guest continues elsewhere, or nowhere ----
-    async def let_source_go(self) -> None:
+    async def destroy_source(self) -> None:
         """Destroy what is left of the guest here.  The attempt is repeated until it succeeds."""
         context = self._context
         while True:
             try:
-                await as_soon_as_threads_start(self._let_restored_go)
+                await as_soon_as_threads_start(self._destroy_restored)
                 await as_soon_as_threads_start(
                     lambda: context.toolstack.finish(self._source.domain)
                 )
@@ -273,7 +273,7 @@ class Rollback:
                 log.error("%s: %s", context.name, problem)
                 await trio.sleep(AGAIN_S)
 
-    async def _let_restored_go(self) -> None:
+    async def _destroy_restored(self) -> None:
         """Destroy the domain that was made for a checkpoint, if the guest never ran in it."""
         if self._context.entry.restored_domid is None:
             return
@@ -293,7 +293,7 @@ class Rollback:
             self._source.checkpoints.close()
 
 
-def verdict(state: State) -> MigrationError:
+def error_of_decision(state: State) -> MigrationError:
     """Return the error that stands for an operator's decision."""
     assert state in DECIDED
     if state is State.DECIDED_ELSEWHERE:

@@ -34,7 +34,7 @@ ALONE_S = 0.1
 class Round:
     """One round over the set ``to_send``, from which each page is removed when it was sent.
 
-    ``total``: the number of pages in the set.  ``goes_on`` is called after each batch with the
+    ``total``: the number of pages in the set.  ``continues`` is called after each batch with the
     number of pages that are left, and returns whether the round continues.
     """
 
@@ -44,13 +44,13 @@ class Round:
         push: PushLane,
         to_send: PfnMask,
         total: int,
-        goes_on: Callable[[int], bool],
+        continues: Callable[[int], bool],
     ):
         self._context = context
         self._push = push
         self._to_send = to_send
         self._left = total
-        self._goes_on = goes_on
+        self._goes_on = continues
         self._stopping = threading.Event()
         self._wake = threading.Event()
         self._intake = Intake()

@@ -111,7 +111,7 @@ class Switchover:
             )
         context.progress.pages_total = context.statistics.missing_pages
         context.count_down()
-        self._give_away()
+        self._pass_ownership()
 
     def _suspend(self) -> None:
         ownership, domain, stats = (
@@ -171,7 +171,7 @@ class Switchover:
             chunk = data[at : at + m.MAX_CONTEXT_CHUNK]
             self._push.send_blocking(m.Context(chunk, at + len(chunk) == len(data)))
 
-    def _give_away(self) -> None:
+    def _pass_ownership(self) -> None:
         """Hand the guest over, unless it is kept here.  If the message does not arrive, it is sent
         again.
         """
@@ -205,26 +205,26 @@ async def follow_decision(context: Context, source: Source) -> None:
 
     Raises :class:`StaysHereError` if the guest continues here.
     """
-    given_away = True
+    handed_over = True
     if context.ownership.state is State.UNDECIDED:
         async with task_group() as tasks:
 
-            async def believe_the_receiver() -> None:
+            async def end_after_resumed() -> None:
                 await context.signals.resumed.wait()
-                await context.toolstack.has_left()
+                await context.toolstack.wait_for_end()
                 tasks.cancel_scope.cancel()
 
-            tasks.start_soon(believe_the_receiver)
-            given_away = await context.toolstack.decision(source.domain)
+            tasks.start_soon(end_after_resumed)
+            handed_over = await context.toolstack.decision(source.domain)
             tasks.cancel_scope.cancel()
-    if not given_away:
+    if not handed_over:
         raise StaysHereError("xl resumed the guest at the source")
     if context.ownership.state is State.UNDECIDED:
         await trio.to_thread.run_sync(context.ownership.enter, State.HANDED_OVER)
-    context.signals.given_away.set()
+    context.signals.handed_over.set()
 
 
 async def hand_over_when_decided(context: Context, push: PushLane) -> None:
-    await context.signals.given_away.wait()
+    await context.signals.handed_over.wait()
     if context.session.phase is Phase.DECISION:
         await push.send(m.Handover())

@@ -5,7 +5,7 @@
 
 :class:`XlToolstack`: xl, which started the helper and does what the daemon asks for through the
 helper.  When the destination is ready, the helper ends.  Then the two halves of xl agree at which
-end the guest runs, and the source half destroys the domain or resumes it.  The daemon learns the
+end the guest runs, and the source half destroys the domain or resumes it.  The daemon reads the
 decision from the state of the domain.  If the exchange between the halves is cut, xl may do
 neither.  Then the receiver's report decides, because the receiver has seen whether the guest runs
 at the destination.
@@ -47,7 +47,7 @@ XL_TIMEOUT_S = 5.0
 """How long xl may take to resume a guest that runs nowhere.  After this time the sender resumes
 it.
 """
-XL_PATIENCE_S = 300.0
+XL_DESTROY_TIMEOUT_S = 300.0
 """How long xl may take to destroy the domain of a guest that runs at the destination.  One hotplug
 script can take half a minute, and no guest waits for xl.  The program that started the helper may
 also be a daemon, which never ends.
@@ -109,7 +109,7 @@ class Toolstack(Protocol):
     def overrule(self) -> None:
         """Note that an operator has decided instead, so that the toolstack is not waited for."""
 
-    async def has_left(self) -> None:
+    async def wait_for_end(self) -> None:
         """Wait until the toolstack does nothing more about the domain."""
 
     async def finish(self, domain: Domain) -> None:
@@ -167,7 +167,7 @@ class OwnToolstack:
     def overrule(self) -> None:
         pass
 
-    async def has_left(self) -> None:
+    async def wait_for_end(self) -> None:
         pass
 
     async def finish(self, domain: Domain) -> None:
@@ -194,7 +194,7 @@ class XlToolstack:
         self._name, self._keeper = name, keeper
         self._helper = helper
         self._asking = trio.Lock()
-        self._answers, self._heard = trio.open_memory_channel[int](math.inf)
+        self._answers, self._received = trio.open_memory_channel[int](math.inf)
         self._agreed = self._overruled = False
         self._xl: int | None = None
         """A descriptor of that process (pidfd), so that no later process is taken for it."""
@@ -213,13 +213,13 @@ class XlToolstack:
 
     async def _ask(self, event: str, **fields: object) -> int:
         if self._helper is None:
-            raise MigrationError("xl's helper has gone")
+            raise MigrationError("xl's helper has ended")
         async with self._asking:
             try:
                 await self._helper.answer(event, **fields)
-                return await self._heard.receive()
+                return await self._received.receive()
             except (trio.BrokenResourceError, trio.ClosedResourceError, trio.EndOfChannel):
-                raise MigrationError("xl, or its helper, has gone") from None
+                raise MigrationError("xl, or its helper, has ended") from None
 
     async def agreed(self) -> None:
         await self._ask("agreed")
@@ -261,7 +261,7 @@ class XlToolstack:
             if self._xl is None:
                 await self.decision(domain)
             else:
-                await first(functools.partial(self.decision, domain), self.has_left)
+                await first(functools.partial(self.decision, domain), self.wait_for_end)
         await trio.to_thread.run_sync(_resume, domain, self._name)
 
     async def switched_over(self) -> None:
@@ -293,11 +293,11 @@ class XlToolstack:
     def overrule(self) -> None:
         self._overruled = True
 
-    async def has_left(self) -> None:
+    async def wait_for_end(self) -> None:
         """Wait for the end of xl's process, after which xl does nothing more."""
         if self._overruled:
             return
-        with trio.move_on_after(XL_PATIENCE_S if self._xl is not None else UNKNOWN_XL_S):
+        with trio.move_on_after(XL_DESTROY_TIMEOUT_S if self._xl is not None else UNKNOWN_XL_S):
             if self._xl is None:
                 await trio.sleep_forever()
             else:
@@ -314,7 +314,7 @@ class XlToolstack:
         """
         with contextlib.suppress(NoSuchDomainError):
             await trio.to_thread.run_sync(domain.state)
-            await self.has_left()
+            await self.wait_for_end()
             info = await trio.to_thread.run_sync(domain.info)
             if info.state in (DomainState.RUNNING, DomainState.PAUSED):
                 log.error("xl has resumed %s here: it is not destroyed", info.name)

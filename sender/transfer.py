@@ -37,7 +37,7 @@ from sender.precopy import Precopy
 from sender.preflight import agree
 from sender.push import BATCH_PAGES, Announce, PushLane, Sent
 from sender.recovery import Recovery
-from sender.rollback import Rollback, verdict
+from sender.rollback import Rollback, error_of_decision
 from sender.source_pages import announce_missing, count_pages
 from sender.switchover import Switchover, follow_decision, hand_over_when_decided
 from xenbackend.pages import PAGE_SIZE, PfnArray
@@ -70,13 +70,13 @@ class Transfer:
             tasks.cancel_scope.cancel()
         await self._finish()
 
-    async def go_on(self) -> None:
+    async def continue_predecessor(self) -> None:
         """Continue the migration of a sender that was killed, from the last entry in its
         journal.
         """
         match self._ownership.row.restart:
-            case Restart.TAKE_BACK | Restart.LET_GO if self._ownership.state in DECIDED:
-                raise verdict(self._ownership.state)
+            case Restart.TAKE_BACK | Restart.DESTROY_SOURCE if self._ownership.state in DECIDED:
+                raise error_of_decision(self._ownership.state)
             case Restart.TAKE_BACK:
                 raise MigrationError("the sender was ended in the middle of this migration")
             case Restart.REJOIN | Restart.FOLLOW_TOOLSTACK:
@@ -181,7 +181,7 @@ class Transfer:
 
     async def _decided(self) -> None:
         signals = self._context.signals
-        await first(signals.resumed.wait, signals.given_away.wait)
+        await first(signals.resumed.wait, signals.handed_over.wait)
 
     async def _complete(self, push: PushLane) -> None:
         context = self._context
@@ -202,7 +202,7 @@ class Transfer:
 
     async def _finish(self) -> None:
         self._context.statistics.finished = time.monotonic()
-        await self._rollback.let_source_go()
+        await self._rollback.destroy_source()
         self._context.progress.problem = ""
         await in_thread(self._rollback.forget, State.COMPLETED)
         log.info("%s completed", self._context.name)

@@ -75,7 +75,7 @@ def loopback_command(json_path: Path | None, **options: Any) -> None:
         guest.close()
         with world.control() as client:
             destination = f"127.0.0.1:{world.port}"
-            client.say(command="migrate", domain=GUEST, destination=destination, **request)
+            client.send(command="migrate", domain=GUEST, destination=destination, **request)
             result = shown(client)
         verification, guest_view = verify_migrated(world, spec)
         world.check_alive()

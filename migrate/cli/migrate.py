@@ -55,7 +55,7 @@ def follow_migration(client: ControlClient, request: dict[str, Any]) -> dict[str
                 f"not waiting any longer; {left(client.path, request, last)}"
             )
         interrupted = True
-        client.say(command="cancel")
+        client.send(command="cancel")
 
     def on_terminate(*_signal: object) -> None:
         raise InterruptedMigrationError(left(client.path, request, last))
@@ -67,7 +67,7 @@ def follow_migration(client: ControlClient, request: dict[str, Any]) -> dict[str
             raise InterruptedMigrationError(note)
         last = answer
 
-    client.say(command="migrate", **request)
+    client.send(command="migrate", **request)
     try:
         with signals_handled(on_interrupt, on_terminate):
             return shown(client, take)
@@ -167,8 +167,8 @@ def unattended(
         )
     else:
         what_now = (
-            f"{name} is on this host, unless it was handed over in the moment after that: {start}, "
-            f"which takes up what was left; {command(socket, 'list')} then shows where {name} "
+            f"{name} is on this host, unless it was handed over after the last report: {start}, "
+            f"which resumes the migration; {command(socket, 'list')} then shows where {name} "
             f"runs, and {follow} follows the migration"
         )
     error = UnattendedMigrationError(

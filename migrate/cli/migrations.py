@@ -330,8 +330,8 @@ def decide_command(
         _check_decision(answers.sockets, decision)
         if not yes and not sys.stdin.isatty():
             raise MigrationError(
-                "this is asked for at a terminal, and there is none: --yes decides without being "
-                "asked"
+                "the confirmation needs a terminal, and there is none: --yes decides without a "
+                "confirmation"
             )
         if not yes:
             click.confirm(f"Decide that {line['domain']} runs {where}?", abort=True)

@@ -143,7 +143,8 @@ STRATEGY_OPTIONS = (
         default="hybrid",
         show_default=True,
         help="hybrid: precopy while it helps, then the rest while the guest is suspended or by "
-        "postcopy, whichever freezes it for less time.  postcopy: at once.  precopy: never.",
+        "postcopy, whichever freezes it for less time.  postcopy: the guest is suspended at once, "
+        "and its memory follows.  precopy: all memory is sent before the handover.",
     ),
     click.option(
         "--max-rounds",
@@ -186,7 +187,8 @@ STRATEGY_OPTIONS = (
         "--checkpoint-every",
         type=Number(0.001, MAX_CHECKPOINT_MS / 1000),
         metavar="SECONDS",
-        help="How often, with --protect; the guest is suspended for a moment each time.  Default: "
+        help="Seconds between two checkpoints, with --protect; the guest is suspended for a moment "
+        "each time.  Default: "
         f"{CHECKPOINT_EVERY_S:g}.",
     ),
     click.option(

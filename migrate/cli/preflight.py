@@ -20,9 +20,9 @@ WAYS = {
 
 
 UNDER_XL = (
-    "under xl: once xl has destroyed a guest's source, only the source's sender has the pages that "
-    "are still missing; if it is killed then, they are lost (`systemctl stop` waits for "
-    "them)"
+    "under xl: when xl has destroyed a guest's source, the sender and its keeper (xen-keeper) have "
+    "the missing pages; if both are killed, the pages are lost (`systemctl stop` waits until no "
+    "page is missing)"
 )
 
 

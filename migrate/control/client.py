@@ -72,13 +72,13 @@ class ControlClient:
             raise MigrationError(f"no daemon at {path}: {error.strerror}; {hint}") from error
         self._buffer = b""
 
-    def say(self, **request: Any) -> None:
+    def send(self, **request: Any) -> None:
         try:
             self._socket.sendall(json.dumps(request).encode() + b"\n")
         except BlockingIOError:
             raise self._silent() from None
         except OSError as error:
-            raise DaemonGoneError(f"the daemon has gone: {error.strerror}") from error
+            raise DaemonGoneError(f"the daemon has ended: {error.strerror}") from error
 
     def answer(self, watched_fd: int | None = None) -> Json | None:
         """Return the next answer; ``None`` at the end.
@@ -118,7 +118,7 @@ class ControlClient:
             yield answer
             if answer["event"] == "result":
                 return
-        raise DaemonGoneError("the daemon has gone in the middle of the request")
+        raise DaemonGoneError("the daemon has ended in the middle of the request")
 
     def _silent(self) -> SilentDaemonError:
         return SilentDaemonError(
@@ -129,7 +129,7 @@ class ControlClient:
 
     def call(self, **request: Any) -> Json:
         """Send one request, and return its result."""
-        self.say(**request)
+        self.send(**request)
         *_progress, result = self.answers()
         return result
 

@@ -70,7 +70,9 @@ class ControlConnection:
         return line
 
     async def answer(self, event: str, **fields: Any) -> None:
-        """Send an answer.  Raises ``trio.BrokenResourceError`` if the client has gone."""
+        """Send an answer.  Raises ``trio.BrokenResourceError`` if the client has closed the
+        connection.
+        """
         async with self._answering:
             await self._stream.send_all(json.dumps({"event": event, **fields}).encode() + b"\n")
 
@@ -94,7 +96,7 @@ class LastAnswer:
         try:
             await self._connection.answer(event, **fields)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
-            log.debug("the client has gone before its answer %s", event)
+            log.debug("the client has closed the connection before its answer %s", event)
         self.given.set()
 
 
@@ -139,7 +141,7 @@ async def serve(
                 return
             served += 1
             try:
-                # What the client requested continues when the client has gone.
+                # What the client requested continues when the client has ended.
                 with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
                     await _answer(connection, handler)
             finally:

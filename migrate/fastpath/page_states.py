@@ -20,7 +20,7 @@ from migrate.protocol.pfns import PfnMask, pfn_array
 from xenbackend.pages import PfnArray
 from xenbackend.ring import PagingRequest, PagingRing, paging_request
 
-NOT_OURS, UNSENT = lib.PAGE_NOT_OURS, lib.PAGE_UNSENT
+NOT_MISSING, UNSENT = lib.PAGE_NOT_MISSING, lib.PAGE_UNSENT
 SENT, DONE = lib.PAGE_SENT, lib.PAGE_DONE
 BLOCK: int = lib.PAGE_BLOCK
 """The number of pfns whose unsent pages are counted together."""
@@ -52,7 +52,7 @@ class SourcePages:
 
     def __init__(self, missing: PfnMask):
         self.lock = NativeLock()
-        self.state = missing.view(np.uint8)  # False: NOT_OURS, True: UNSENT
+        self.state = missing.view(np.uint8)  # False: NOT_MISSING, True: UNSENT
         self.left = np.array(
             [np.count_nonzero(missing[at : at + BLOCK]) for at in range(0, len(missing), BLOCK)],
             dtype=np.int64,

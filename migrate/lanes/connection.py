@@ -54,8 +54,8 @@ the peer to receive bytes that we send.
 EXPLANATION_S = 1.0
 """How long to wait, when the pull lane has ended, for the push lane to show the reason."""
 LINGER_S = 600.0
-"""The longest time for which a peer that dials may be away and still learns, when it dials again,
-how a migration has ended.
+"""The longest time for which a peer that dials may be away and still receives the outcome of a
+migration when it dials again.
 """
 CONGESTION_CONTROL = b"cubic"
 """Linux's own default.  If the host's default is BBR, it paces a sender that alternates between

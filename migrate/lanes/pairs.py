@@ -3,8 +3,8 @@
 
 The direction of dialling is independent of the direction of the migration.  For a migration by the
 command line, the sender dials the receiver.  Under xl the receiver dials the sender, because only
-the receiver learns the address of the other end.  Both ends ask a :class:`Lanes` for the push lane
-first.  They ask for the pull lane when the preflight has provided the token for it.
+the receiver is given the address of the other end.  Both ends ask a :class:`Lanes` for the push
+lane first.  They ask for the pull lane when the preflight has provided the token for it.
 
 If both lanes are lost after the switchover, the same end dials again.
 """

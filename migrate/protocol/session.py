@@ -11,13 +11,13 @@ If a toolstack decides at which end the guest runs, there is one phase more:
 
     SWITCHOVER --entrust--> DECISION --handover--> POSTCOPY
 
-In this phase the receiver is already the pager of a guest that may or may not run.  Each end learns
-of the decision only from what the toolstack does to the domain at its own host.
+In this phase the receiver is already the pager of a guest that may or may not run.  Each end finds
+the decision only in what the toolstack does to the domain at its own host.
 
 The end that sends a message enters the next phase at once; the other end enters it when the message
 arrives.  An end may therefore receive a message that its peer sent in the phase before.  ``RULES``
-gives for each message the phases in which its speaker may send it.  A receiver also allows the
-messages that the peer sent before the peer entered the phase.
+gives for each message the end that sends it, and the phases in which that end may do so.  A
+receiver also allows the messages that the peer sent before the peer entered the phase.
 
 If the lanes of a session are lost after ``ready``, the session is resumed on new lanes:
 
@@ -78,9 +78,9 @@ RECEIVER_AT = {"switchover": P.SWITCHOVER, "decision": P.DECISION, "postcopy": P
 
 @dataclass(frozen=True)
 class Rule:
-    speaker: Role
+    sent_by: Role
     phases: tuple[Phase, ...]
-    """The phases in which the speaker may send the message."""
+    """The phases in which that end may send the message."""
     then: Phase | None = None
     lane: Lane | None = Lane.PUSH
     """The lane on which the message may be sent; ``None``: both."""
@@ -200,10 +200,10 @@ class Session:
         """
         self._step(message, lane, Role(1 - self.role))
 
-    def _step(self, message: Message, lane: Lane, speaker: Role) -> None:
+    def _step(self, message: Message, lane: Lane, sent_by: Role) -> None:
         found = self._rules.get((type(message), lane))
-        if found is None or found[0].speaker is not speaker:
-            who = "sender" if speaker is Role.SENDER else "receiver"
+        if found is None or found[0].sent_by is not sent_by:
+            who = "sender" if sent_by is Role.SENDER else "receiver"
             raise RemoteProtocolError(f"{message.type} from the {who} on the {lane.value} lane")
         rule, phases = found
         if self.phase not in phases:
@@ -221,9 +221,9 @@ class Session:
         if lane is Lane.PULL and P.POSTCOPY in allowed:
             # Neither end waits with one lane for the other lane.
             allowed = (*allowed, P.COMPLETE, P.CLOSED)
-        if rule.speaker is self.role:
+        if rule.sent_by is self.role:
             return allowed
-        if rule.speaker is Role.RECEIVER and P.PRECOPY in allowed:
+        if rule.sent_by is Role.RECEIVER and P.PRECOPY in allowed:
             allowed = (*allowed, P.SWITCHOVER)  # ``passed`` and ``suspended`` may have crossed
         return allowed
 

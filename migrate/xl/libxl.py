@@ -63,8 +63,8 @@ class Request(NamedTuple):
         return cls(mode, tuple(map(int, rest)))
 
 
-def say(message: bytes) -> None:
-    """Send a message to libxl.  Ends this process if libxl has gone."""
+def send(message: bytes) -> None:
+    """Send a message to libxl.  Ends this process if libxl has ended."""
     try:
         write_all(OUTPUT, message)
     except OSError:
@@ -72,8 +72,8 @@ def say(message: bytes) -> None:
 
 
 def ask(message: bytes) -> int:
-    """Send a message to libxl, and return libxl's answer.  Ends this process if libxl has gone."""
-    say(message)
+    """Send a message to libxl, and return libxl's answer.  Ends this process if libxl has ended."""
+    send(message)
     try:
         (answer,) = protocol.ANSWER.unpack(read_exactly(INPUT, protocol.ANSWER.size))
     except (EOFError, OSError):
@@ -83,18 +83,18 @@ def ask(message: bytes) -> int:
 
 def gone() -> Never:
     """End this process, because libxl has ended and nothing can be reported to it."""
-    sys.exit("xen-postcopy-xl-helper: libxl has gone")
+    sys.exit("xen-postcopy-xl-helper: libxl has ended")
 
 
 def notice(text: str) -> None:
-    say(protocol.log(Level.NOTICE, text))
+    send(protocol.log(Level.NOTICE, text))
 
 
 def fail(reason: str, number: int) -> Never:
     """End as the stock helper ends after an error: report the reason, wait for the answer, and exit
     with status 0.
     """
-    say(protocol.log(Level.ERROR, reason, errno=number))
+    send(protocol.log(Level.ERROR, reason, errno=number))
     _complete(-1, number)
 
 

@@ -63,7 +63,7 @@ class _Restoring:
             offer = image.parse_offer(body)
             self._session = offer["session"]
             daemon = ControlClient(os.environ.get("XEN_POSTCOPY_RECEIVER", RECEIVER_SOCKET))
-            daemon.say(
+            daemon.send(
                 command="restore", domid=self._request.domid, ports=self._request.ports, **offer
             )
         except MigrationError as error:
@@ -82,7 +82,7 @@ class _Restoring:
             )
         if self._daemon is not None:
             try:
-                self._daemon.say(command="release")
+                self._daemon.send(command="release")
                 self._await_result(self._daemon)
             except MigrationError as error:
                 self._why_not = str(error)
@@ -102,7 +102,7 @@ class _Restoring:
             result = self._await_result(self._daemon)
         except MigrationError as error:
             libxl.fail(str(error), errno.EIO)
-        libxl.say(protocol.restore_results(result["store_gfn"], result["console_gfn"]))
+        libxl.send(protocol.restore_results(result["store_gfn"], result["console_gfn"]))
         libxl.succeed()
 
     def _await_result(self, daemon: ControlClient) -> Json:
@@ -113,4 +113,4 @@ class _Restoring:
                     return answer
         except EOFError:
             libxl.gone()
-        raise MigrationError("the receiver daemon has gone")
+        raise MigrationError("the receiver daemon has ended")

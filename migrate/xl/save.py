@@ -44,11 +44,11 @@ def wait_for_memory(request: Request) -> None:
             )
         return  # the guest has no pager, so all of its memory is here
     try:
-        daemon.say(command="await-memory", domid=request.domid)
+        daemon.send(command="await-memory", domid=request.domid)
         while (answer := daemon.answer(INPUT)) is not None:
             if answer["event"] == "result":
                 return
-            libxl.say(
+            libxl.send(
                 protocol.progress(
                     "waiting for its memory to arrive", answer["arrived"], answer["missing"]
                 )
@@ -63,7 +63,7 @@ def wait_for_memory(request: Request) -> None:
     finally:
         daemon.close()
     libxl.fail(
-        "the receiver daemon has gone, and memory of the guest may be missing: try again",
+        "the receiver daemon has ended, and memory of the guest may be missing: try again",
         errno.EBUSY,
     )
 
@@ -91,10 +91,10 @@ def save(request: Request) -> Never:
     try:
         daemon = ControlClient(os.environ.get("XEN_POSTCOPY_SENDER", SENDER_SOCKET))
         strategy = os.environ.get("XEN_POSTCOPY_STRATEGY")
-        daemon.say(command="save", domid=request.domid, strategy=strategy, xl=os.getppid())
+        daemon.send(command="save", domid=request.domid, strategy=strategy, xl=os.getppid())
         offer = daemon.answer(INPUT)
         if offer is None:
-            raise MigrationError("the daemon has gone")
+            raise MigrationError("the daemon has ended")
     except MigrationError as error:
         stock.become(request, str(error))
     except EOFError:
@@ -123,7 +123,7 @@ class _Saving:
             libxl.fail(str(error), errno.EIO)  # the guest continues here, also after an agreement
         except EOFError:
             libxl.gone()
-        libxl.fail("the sender daemon has gone", errno.EIO)
+        libxl.fail("the sender daemon has ended", errno.EIO)
 
     def _follow(self, answer: Json) -> None:
         """Carry out an answer of the daemon."""
@@ -135,20 +135,22 @@ class _Saving:
                         if answer["round"]
                         else answer["phase"]
                     )
-                    libxl.say(protocol.progress(doing, answer["pages_done"], answer["pages_total"]))
+                    libxl.send(
+                        protocol.progress(doing, answer["pages_done"], answer["pages_total"])
+                    )
             case "declined":
                 stock.require(answer["message"])
                 stock.save_after_headers(self._request)
             case "agreed":
                 self._write(self._rest())
-                self._daemon.say(answer=0)
+                self._daemon.send(answer=0)
             case "log_dirty":
                 enable = bool(answer["enable"])
-                self._daemon.say(
+                self._daemon.send(
                     answer=libxl.ask(protocol.switch_qemu_logdirty(self._request.domid, enable))
                 )
             case "suspend":
-                self._daemon.say(answer=libxl.ask(protocol.suspend()))
+                self._daemon.send(answer=libxl.ask(protocol.suspend()))
             case "result":
                 libxl.succeed()
 

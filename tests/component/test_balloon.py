@@ -226,7 +226,7 @@ def test_the_successor_of_a_killed_sender_lets_the_balloon_go(name: str) -> None
         guest = world.source.create_guest(spec.to_bytes())
         wait_for_steps(guest, 100)
         with world.control("sender") as client:
-            client.say(
+            client.send(
                 command="migrate", domain=name, destination=f"127.0.0.1:{world.port}", bandwidth=MIB
             )
             client.answer()

@@ -66,7 +66,7 @@ async def test_a_peer_that_takes_nothing_is_given_up(
 
 
 @pytest.mark.parametrize(
-    ("said", "complaint"),
+    ("sent", "complaint"),
     [
         (frames.encode(m.Ready().header()), "the peer began with ready instead of hello"),
         (
@@ -81,11 +81,11 @@ async def test_a_peer_that_takes_nothing_is_given_up(
     ],
 )
 async def test_what_is_no_hello_is_refused(
-    said: bytes, complaint: str, monkeypatch: pytest.MonkeyPatch
+    sent: bytes, complaint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transport, "CONNECT_TIMEOUT_S", 10 if said else 0.1)
+    monkeypatch.setattr(transport, "CONNECT_TIMEOUT_S", 10 if sent else 0.1)
     async with ends() as (ours, theirs):
-        ours._socket.send(said)  # type: ignore[union-attr]
+        ours._socket.send(sent)  # type: ignore[union-attr]
         with pytest.raises(MigrationError, match=complaint):
             await theirs.receive_hello()
 

@@ -238,7 +238,7 @@ def test_a_checkpoint_that_cannot_be_read_costs_the_protection_only(
         with world.source.create_guest(spec.to_bytes()) as guest:
             wait_for_steps(guest, 100)
         client = world.control("sender")
-        client.say(
+        client.send(
             command="migrate", domain="guest", destination=f"127.0.0.1:{world.port}",
             strategy="postcopy", bandwidth=8 * MIB, checkpoint_every_s=EVERY_S,
         )  # fmt: skip

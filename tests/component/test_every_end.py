@@ -87,7 +87,7 @@ class Case:
             host, SESSION, lanes, self.journal, cast(Any, tools)
         )
         context = self.context = self.migration.requests.context
-        context.progress.domain, context.entry.lent = name, xl
+        context.progress.domain, context.entry.owns_domain = name, xl
         context.holdings.add_domain(domain)
         self.offer = m.Offer(
             name, config.nr_pfns, config.max_pages, 2, config.platform, True, bytes(32), 0
@@ -158,10 +158,10 @@ async def test_an_error_ends_no_guest_that_belongs_here(
     elif state in OURS:
         assert has_gone_on and ownership.state is state
         assert case.found() == ([] if destroyed else before)
-    elif row.undo is Undo.BY_WORD and has_gone_on:
+    elif row.undo is Undo.BY_DECISION and has_gone_on:
         assert type(error) is not MigrationError and ownership.state is state
         assert case.found() == ([] if destroyed else before)
-    elif row.undo is Undo.BY_WORD and destroyed:
+    elif row.undo is Undo.BY_DECISION and destroyed:
         assert ownership.state is State.ENDED
     else:
         assert ownership.state is State.GIVEN_UP
@@ -177,7 +177,9 @@ async def made(world: World, directory: Path, name: str, state: State, *, xl: bo
     )
 
 
-@pytest.mark.parametrize("state", [s for s in STATES if TABLE[s].undo is Undo.BY_WORD or s in OURS])
+@pytest.mark.parametrize(
+    "state", [s for s in STATES if TABLE[s].undo is Undo.BY_DECISION or s in OURS]
+)
 async def test_a_pager_that_cannot_be_made_yet_is_made_later(
     clean_hosts: World, tmp_path: Path, name: str, monkeypatch: Patch, state: State
 ) -> None:

@@ -14,7 +14,7 @@ from migrate.cli.world import World
 from migrate.errors import GuestEndedError, MigrationError, PeerClosedError
 from sender import toolstack
 from sender.ownership import DECIDED, ENDED, Link, State
-from sender.rollback import verdict
+from sender.rollback import error_of_decision
 from sender.toolstack import StaysHereError
 from tests.support.states import in_state
 from tests.support.waiting import until_async
@@ -90,7 +90,7 @@ async def test_a_decision_leaves_the_guest_at_one_end(
 ) -> None:
     state = State[name_of_state]
     rollback, context = in_state(clean_hosts, name, state, xl=False)
-    await rollback.settle(verdict(state))
+    await rollback.settle(error_of_decision(state))
     assert context.ownership.state in ENDED
     here = [info.state for info in clean_hosts.source.domains() if info.name == name]
     assert here == ([] if state is State.DECIDED_ELSEWHERE else [DomainState.RUNNING])

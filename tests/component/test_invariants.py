@@ -22,7 +22,7 @@ from migrate.fastpath._fault import ffi
 from migrate.options import Strategy
 from migrate.protocol import messages as m
 from receiver import postcopy
-from receiver.outstanding import OutstandingPages, Verdict
+from receiver.outstanding import Actions, OutstandingPages
 from receiver.pager import Pager
 from receiver.restore import MemoryRestorer
 from receiver.switchover import Switchover as Incoming
@@ -145,7 +145,7 @@ async def test_a_second_load_is_kept_from_doing_harm(
     def claim_all(self: OutstandingPages, pfns: PfnArray) -> Any:
         return np.ones(len(pfns), dtype=np.bool_)
 
-    def accounted(self: OutstandingPages, pfns: PfnArray, results: Any) -> Verdict:
+    def accounted(self: OutstandingPages, pfns: PfnArray, results: Any) -> Actions:
         new = pfns[results == 0]
         return original(self, new, np.zeros(len(new), dtype=np.int32))
 
@@ -212,12 +212,12 @@ async def test_a_response_before_the_page_is_noticed(
     """This test breaks invariant 4 on the slow path."""
     requests = OutstandingPages.requests
 
-    def answer_first(self: OutstandingPages, batch: list[PagingRequest], now: float) -> Verdict:
-        verdict = requests(self, batch, now)
-        answered = [request for request, _since in verdict.answer]
-        verdict.answer += [(request, now) for request in batch if request not in answered]
+    def answer_first(self: OutstandingPages, batch: list[PagingRequest], now: float) -> Actions:
+        actions = requests(self, batch, now)
+        answered = [request for request, _since in actions.answer]
+        actions.answer += [(request, now) for request in batch if request not in answered]
         self.pages.native.nr_waiting = 0
-        return verdict
+        return actions
 
     monkeypatch.setattr(SimulatedDomain, "native_pages", lambda self: None)
     monkeypatch.setattr(OutstandingPages, "requests", answer_first)

@@ -238,7 +238,7 @@ class Ends(NoLanes):
 
 
 def receiving(hypervisor: Hypervisor, lanes: Any, journal: Journal) -> Context:
-    record, progress = Entry(journal, "session", lanes, lent=False), IncomingProgress()
+    record, progress = Entry(journal, "session", lanes, owns_domain=False), IncomingProgress()
     ownership = Ownership(record.write)
     peer = Peer(lanes, Session(Role.RECEIVER))
     return Context(hypervisor, OwnToolstack(), peer, ownership, record, progress)
@@ -555,7 +555,7 @@ async def test_descriptors_used_up_by_strangers_are_not_missed_by_migrations(wor
     await trio.to_thread.run_sync(wait_for_steps, guest, 50)
     guest.close()
     client = world.control("sender")
-    client.say(
+    client.send(
         command="migrate", domain="bystander", destination=f"127.0.0.1:{world.port}",
         strategy="postcopy", bandwidth=4 * MIB,
     )  # fmt: skip

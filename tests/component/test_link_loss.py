@@ -68,7 +68,7 @@ async def test_cut_anywhere_after_the_handover_nothing_is_lost(
 
 
 @pytest.mark.parametrize(
-    ("cls", "said", "before"),
+    ("cls", "sent", "before"),
     [
         (PushLane, m.Handover, True),
         (PushLane, m.Handover, False),
@@ -91,17 +91,17 @@ async def test_cut_at_any_message_from_the_handover_on_the_guest_arrives(
     name: str,
     monkeypatch: Patch,
     cls: type,
-    said: type[m.Message],
+    sent: type[m.Message],
     before: bool,
     strategy: Strategy,
 ) -> None:
-    if strategy is Strategy.PRECOPY and said in (m.Outstanding, m.Loaded, m.Report):
+    if strategy is Strategy.PRECOPY and sent in (m.Outstanding, m.Loaded, m.Report):
         strategy = Strategy.HYBRID
-    links = cut_when(monkeypatch, cls, said, before=before)
+    links = cut_when(monkeypatch, cls, sent, before=before)
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
         links.append(link)
-        if said in (m.Rejoin, m.Outstanding, m.Rejoined):  # these need a cut before
+        if sent in (m.Rejoin, m.Outstanding, m.Rejoined):  # these need a cut before
             await until(lambda: outcome.migration.ownership.handed_over)
             link.cut()
 
@@ -113,7 +113,7 @@ async def test_cut_at_any_message_from_the_handover_on_the_guest_arrives(
 
 
 @pytest.mark.parametrize(
-    ("cls", "said"),
+    ("cls", "sent"),
     [
         (PushLane, m.Offer),
         (Peer, m.Accepted),
@@ -125,15 +125,15 @@ async def test_cut_at_any_message_from_the_handover_on_the_guest_arrives(
 )
 async def test_cut_before_the_handover_the_guest_stays_and_nothing_is_left_over(
     clean_hosts: World, name: str, monkeypatch: Patch, caplog: pytest.LogCaptureFixture,
-    cls: type, said: type[m.Message],
+    cls: type, sent: type[m.Message],
 ) -> None:  # fmt: skip
-    links = cut_when(monkeypatch, cls, said, before=True)
+    links = cut_when(monkeypatch, cls, sent, before=True)
     outcome = await migrate(clean_hosts, busy(name), Strategy.HYBRID, meanwhile=watch(links))
     assert outcome.error is not None
     assert not outcome.migration.ownership.handed_over
     begins = f"the migration of {name} has ended without completing: "
     records = [record for record in caplog.messages if record.startswith(begins)]
-    assert len(records) == 1 + (said is not m.Offer), "each end leaves one record"
+    assert len(records) == 1 + (sent is not m.Offer), "each end leaves one record"
     assert all('"reason": "' in record and '"phase": "' in record for record in records)
     await goes_on_here_only(clean_hosts, name)
 
@@ -157,7 +157,7 @@ async def test_cut_behind_the_context_the_guest_is_at_one_end(
 async def test_ready_is_lost_and_the_receiver_waits(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
-    """The receiver cannot find out which end has the guest, until the sender is in touch again."""
+    """The receiver cannot find out which end has the guest, until the sender is connected again."""
     links = cut_when(monkeypatch, Peer, m.Ready, before=True, down=True)
     in_doubt = trio.Event()
 
@@ -650,7 +650,7 @@ async def test_a_session_id_that_is_no_name_is_refused(
 
 
 @pytest.mark.parametrize(
-    "when", ["both ends are in touch", "the link is down", "an operator can decide"]
+    "when", ["both ends are connected", "the link is down", "an operator can decide"]
 )
 async def test_a_source_that_is_destroyed_takes_the_missing_pages_with_it(
     clean_hosts: World, name: str, when: str
@@ -663,7 +663,7 @@ async def test_a_source_that_is_destroyed_takes_the_missing_pages_with_it(
         migration = outcome.migration
         await until(lambda: migration.context.entry.ran)
         target = clean_hosts.destination.open(name)
-        if when != "both ends are in touch":
+        if when != "both ends are connected":
             link.down()
             await until(lambda: migration.phase == "interrupted")
         clean_hosts.source.open(name).destroy()

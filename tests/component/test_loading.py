@@ -83,7 +83,10 @@ async def test_pushed_pages_are_loaded_as_soon_as_there_is_memory(
             pfn: b"" if zeros else bytes([pfn]) * PAGE_SIZE for pfn in range(10, 20) if pfn != 12
         }
         end.pager.acknowledge()
-        assert [(said.type, len(said.pfns)) for said in end.said] == [("loaded", 9), ("dropped", 1)]
+        assert [(message.type, len(message.pfns)) for message in end.sent] == [
+            ("loaded", 9),
+            ("dropped", 1),
+        ]
         assert not end.pager.short_of_memory
     assert waited[:4] == [0.05, 0.1, 0.2, 0.4] and waited[-1] == loading.LAST_RETRY_S
     assert len([record for record in caplog.records if record.levelno == logging.WARNING]) == 1

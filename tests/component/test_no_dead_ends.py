@@ -136,7 +136,7 @@ async def test_a_guest_that_never_starts_can_be_given_back(
         assert "cannot be started yet" in incoming.progress.problem
         with pytest.raises(MigrationError, match="belongs here already"):
             await incoming.requests.decide(here=True)
-        with pytest.raises(MigrationError, match="both ends are in touch"):
+        with pytest.raises(MigrationError, match="both ends are connected"):
             await migration.requests.decide(here=True)
         await incoming.requests.decide(here=False)
 
@@ -499,7 +499,7 @@ def interrupted(world: World, lost: str) -> None:
 def test_in_precopy(world: World, which: str) -> None:
     boot(world)
     precopy(world)
-    runs = "the guest runs here" if which == "sender" else "the guest runs at the source"
+    runs = "the guest belongs here" if which == "sender" else "the guest belongs to the source"
     switch = "--strategy precopy" if which == "sender" else "ask the sender at its source"
     answers(
         world,
@@ -534,7 +534,7 @@ def test_in_postcopy(world: World, which: str) -> None:
     boot(world)
     postcopy(world)
     nothing = (
-        "both ends are in touch" if which == "sender" else "guest runs here; to end it, destroy it"
+        "both ends are connected" if which == "sender" else "guest runs here; to end it, destroy it"
     )
     switch = "past its precopy" if which == "sender" else "ask the sender at its source"
     answers(
@@ -733,7 +733,7 @@ def test_a_decision_without_a_terminal_needs_yes(world: World) -> None:
         return zygote.run([*PROGRAM, "decide", "guest", "here", *more, *sockets], timeout=60)
 
     without = decide("--force")
-    assert without.returncode == 1 and "--yes decides without being asked" in without.stderr
+    assert without.returncode == 1 and "--yes decides without a confirmation" in without.stderr
     assert (
         "known of the other end: the destination has reported that guest runs there"
         in without.stdout
@@ -788,7 +788,7 @@ def test_a_migration_is_watched_until_it_ends(world: World) -> None:
     assert watching.returncode == 1 and "xen-postcopy: guest: failed" in err
 
 
-def decided_at_a_terminal(world: World, answer: str, status: int, said: str) -> None:
+def decided_at_a_terminal(world: World, answer: str, status: int, text: str) -> None:
     ours, terminal = pty.openpty()
     os.write(ours, answer.encode() + b"\n")
     command = [*PROGRAM, "decide", "guest", "elsewhere", "--socket", str(world.sender_socket)]
@@ -799,7 +799,7 @@ def decided_at_a_terminal(world: World, answer: str, status: int, said: str) -> 
     os.close(ours)
     os.close(terminal)
     assert deciding.returncode == status, err
-    assert "Decide that guest runs elsewhere?" in out + err and said in err
+    assert "Decide that guest runs elsewhere?" in out + err and text in err
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """A suspension takes long on a busy machine.  The pause that follows is ten times as long
     otherwise.
     """
-    monkeypatch.setattr(checkpoints, "MOST_STANDING_STILL", 0.5)
+    monkeypatch.setattr(checkpoints, "MAX_SUSPENDED_SHARE", 0.5)
 
 
 @pytest.mark.parametrize("strategy", [Strategy.POSTCOPY, Strategy.HYBRID])
@@ -162,7 +162,7 @@ async def test_a_checkpoint_that_is_not_right_is_noticed(
 
         def overlook(self: Checkpoints) -> Any:
             found = look(self)
-            found[::2] = self._owed[::2] = False
+            found[::2] = self._unconfirmed[::2] = False
             return found
 
         monkeypatch.setattr(Checkpoints, "_look", overlook)
@@ -443,7 +443,7 @@ def begin(world: World) -> GuestSpec:
     wait_for_steps(guest, 100)
     guest.close()
     client = world.control("sender")
-    client.say(
+    client.send(
         command="migrate", domain="guest", destination=f"127.0.0.1:{world.port}",
         strategy="postcopy", bandwidth=4 * MIB, checkpoint_every_s=EVERY_S,
     )  # fmt: skip

@@ -70,7 +70,7 @@ class Refusing:
 
 def completed(journal: Journal, again: Callable[[], Lane]) -> Context:
     lanes: Any = Lanes(again)
-    record, progress = Entry(journal, "session", lanes, lent=False), IncomingProgress("web")
+    record, progress = Entry(journal, "session", lanes, owns_domain=False), IncomingProgress("web")
     ownership = Ownership(record.write, State.FINISHING)
     ownership.enter(State.COMPLETED)
     session = Session.of_predecessor(

@@ -90,9 +90,11 @@ async def test_a_sender_s_successor_states_what_it_does_not_know(
     assert "memory_bytes" in left.unknown and "downtime_s" in left.unknown
     assert ("outstanding" not in left.unknown) is counted
     left.context.lost_at = time.monotonic() - 60
-    away = "it has not been in touch since this sender was started, 60 s ago"
+    away = "it has not been connected since this sender was started, 60 s ago"
     assert away in left.requests.known_of_peer
-    assert left.to_go == ("0 pages to go" if counted else "its missing pages are not counted yet")
+    assert left.outstanding_in_words == (
+        "0 pages to go" if counted else "its missing pages are not counted yet"
+    )
 
 
 async def test_a_sender_s_successor_does_not_know_when_the_last_checkpoint_came(
@@ -114,4 +116,4 @@ async def test_a_receiver_s_successor_states_what_it_has_not_counted_yet(
 ) -> None:
     left = left_by_a_receiver(clean_hosts.destination, Journal(tmp_path), "taken over")
     assert left.unknown == ("outstanding", "waiting")
-    assert left.to_come == "its missing pages are not counted yet"
+    assert left.outstanding_in_words == "its missing pages are not counted yet"

@@ -133,7 +133,7 @@ async def test_who_is_not_to_be_trusted_is_refused(
 async def test_a_client_without_a_certificate_is_refused(
     clean_hosts: World, name: str, files: Callable[..., Tls], caplog: pytest.LogCaptureFixture
 ) -> None:
-    said: list[str] = []
+    alerts: list[str] = []
 
     async def meanwhile(_outcome: Outcome, link: Link) -> None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -147,7 +147,7 @@ async def test_a_client_without_a_certificate_is_refused(
                 try:
                     sock.recv(1)
                 except ssl.SSLError as error:
-                    said.append(str(error.reason))
+                    alerts.append(str(error.reason))
 
         await trio.to_thread.run_sync(call)
 
@@ -155,7 +155,7 @@ async def test_a_client_without_a_certificate_is_refused(
         clean_hosts, busy(name), terms=Terms(tls=files()), sender_tls=files(), meanwhile=meanwhile
     )
     assert outcome.error is None
-    assert said == ["TLSV13_ALERT_CERTIFICATE_REQUIRED"]
+    assert alerts == ["TLSV13_ALERT_CERTIFICATE_REQUIRED"]
     assert "the peer has no certificate" in caplog.text
 
 

@@ -38,7 +38,7 @@ Patch = pytest.MonkeyPatch
 
 
 class Lane:
-    """A destination that takes the last word, and answers."""
+    """A destination that receives the last message, and answers."""
 
     capabilities = frozenset({m.RECALL, m.LOST})
 

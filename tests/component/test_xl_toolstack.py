@@ -11,7 +11,7 @@ import pytest
 import trio
 import trio.testing
 
-from sender.toolstack import UNKNOWN_XL_S, XL_PATIENCE_S, XlToolstack
+from sender.toolstack import UNKNOWN_XL_S, XL_DESTROY_TIMEOUT_S, XlToolstack
 from tests.support import zygote
 from xenbackend.contract import Domain, DomainState
 from xenbackend.errors import no_such_domain
@@ -64,7 +64,7 @@ async def test_a_domain_is_left_to_an_xl_that_is_still_at_it(
     domain = Suspended()
 
     async def destroy_slowly() -> None:
-        await trio.sleep(XL_PATIENCE_S / 2)
+        await trio.sleep(XL_DESTROY_TIMEOUT_S / 2)
         domain.destroyed_by = "xl"
 
     async with trio.open_nursery() as nursery:
@@ -101,5 +101,5 @@ async def test_a_program_that_never_ends_does_not_keep_a_domain_for_good(
 ) -> None:
     """The program is libvirt's daemon."""
     domain = Suspended()
-    assert await finished(xl.pid, domain) >= XL_PATIENCE_S
+    assert await finished(xl.pid, domain) >= XL_DESTROY_TIMEOUT_S
     assert domain.destroyed_by == "us"

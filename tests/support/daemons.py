@@ -110,7 +110,7 @@ def begin(
 ) -> None:
     """Start a migration, which continues without the test."""
     with world.control(which) as client:
-        client.say(
+        client.send(
             command="migrate", domain=domain, destination=f"127.0.0.1:{world.port}",
             bandwidth=bandwidth, **{"strategy": "postcopy", **options},
         )  # fmt: skip

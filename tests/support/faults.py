@@ -60,7 +60,7 @@ def put(lane: LaneConnection, *data: bytes) -> None:
     lane._socket.sendall(b"".join(data))
 
 
-def said(lane: LaneConnection) -> Iterator[tuple[Message, memoryview]]:
+def arrived(lane: LaneConnection) -> Iterator[tuple[Message, memoryview]]:
     """Yield all messages that have arrived completely."""
     while lane.readable():
         lane.fill()
@@ -176,14 +176,14 @@ class Destination:
         self.event_fd, self.notify_fd = (os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2))
         self.pages = OutstandingPages(NR)
         self.pages.add(pfn_array(sorted(missing)))
-        self.said: list[Any] = []
+        self.sent: list[Any] = []
         self.statistics = PagerStatistics()
         self.ours, self.theirs = ours, theirs
         domain: Any = self.memory
         ring = self.xen.pager(event_fd=self.event_fd, notify_fd=self.notify_fd)
         self.pager = Pager(
             domain, ring, session or session_at(Role.RECEIVER), self.pages, self.statistics,
-            self.said.append
+            self.sent.append
         )  # fmt: skip
         self.asked: Counter[int] = Counter()
         self.requested: set[int] = set()
@@ -203,7 +203,7 @@ class Destination:
     def begin(self) -> None:
         """Begin to use these lanes."""
         self.pager._pull = self.ours
-        self.pager._ask_again()
+        self.pager._repeat_requests()
         self.pager._prepare_fast_path()
         self.receive()
 
@@ -221,7 +221,7 @@ class Destination:
             assert OUTSTANDING <= self.pages.states[pfn] < READY, "it waits for what is there"
 
     def receive(self) -> None:
-        for message, _payload in said(self.theirs):
+        for message, _payload in arrived(self.theirs):
             if isinstance(message, Fault):
                 self.requested |= set(message.pfns.tolist())
 

@@ -33,13 +33,13 @@ NOT_ANSWERED = (Message.LOG, Message.PROGRESS, Message.RESTORE_RESULTS)
 
 
 @dataclass
-class Said:
+class HelperMessage:
     kind: Message
     numbers: tuple[int, ...]
     texts: list[str]
 
 
-def parse(body: bytes) -> Said:
+def parse(body: bytes) -> HelperMessage:
     kind = Message(struct.unpack_from("=H", body)[0])
     form = FIELDS[kind]
     at = 2 + struct.calcsize(form)
@@ -49,7 +49,7 @@ def parse(body: bytes) -> Said:
             (length,) = struct.unpack_from("=I", body, at)
             texts.append(body[at + 4 : at + 4 + length - 1].decode())
             at += 4 + length
-    return Said(kind, numbers, texts)
+    return HelperMessage(kind, numbers, texts)
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Libxl:
     """The helper's arguments after ``io_fd``."""
     answers: dict[Message, Callable[[], int]] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
-    said: list[Said] = field(default_factory=list)
+    messages: list[HelperMessage] = field(default_factory=list)
     status: int | None = None
     ends_with_helper: bool = False
     """If true, the process in the place of xl ends when the helper has ended.  If false, that
@@ -90,13 +90,13 @@ class Libxl:
     def _converse(self) -> None:
         assert self.process.stdout is not None and self.process.stdin is not None
         while head := self.process.stdout.read(2):
-            said = parse(self.process.stdout.read(struct.unpack("=H", head)[0]))
-            self.said.append(said)
-            if said.kind in NOT_ANSWERED:
+            message = parse(self.process.stdout.read(struct.unpack("=H", head)[0]))
+            self.messages.append(message)
+            if message.kind in NOT_ANSWERED:
                 continue
-            if said.kind is self.silent_at:
+            if message.kind is self.silent_at:
                 return
-            answer = self.answers.get(said.kind, lambda: 0)()
+            answer = self.answers.get(message.kind, lambda: 0)()
             with contextlib.suppress(BrokenPipeError):
                 self.process.stdin.write(ANSWER.pack(answer))
                 self.process.stdin.flush()
@@ -130,8 +130,8 @@ class Libxl:
                 stream.close()
 
     # ---- the recorded messages ----
-    def of(self, kind: Message) -> list[Said]:
-        return [said for said in self.said if said.kind is kind]
+    def of(self, kind: Message) -> list[HelperMessage]:
+        return [message for message in self.messages if message.kind is kind]
 
     @property
     def result(self) -> tuple[int, ...]:
@@ -141,7 +141,7 @@ class Libxl:
 
     @property
     def log(self) -> str:
-        return "\n".join(said.texts[1] for said in self.of(Message.LOG))
+        return "\n".join(message.texts[1] for message in self.of(Message.LOG))
 
 
 STOCK = """#!{python}
@@ -162,7 +162,7 @@ else:
         body = libxl.read_exactly(io_fd, record.padded)
         if not record.type & image.REC_TYPE_OPTIONAL:
             got += head + body
-    libxl.say(protocol.restore_results(1, 2))
+    libxl.send(protocol.restore_results(1, 2))
     if got != stream:
         libxl.fail("another stream", 5)
 libxl.ask(protocol.complete(0, 0))

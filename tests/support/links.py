@@ -189,7 +189,7 @@ async def until_cut(links: list[Link], link: Link) -> None:
 
 
 def cut_when(
-    monkeypatch: Patch, cls: type, said: type[m.Message], *, before: bool, down: bool = False
+    monkeypatch: Patch, cls: type, sent: type[m.Message], *, before: bool, down: bool = False
 ) -> list[Link]:
     """Cut the link when an end sends this message for the first time, before or after it is sent.
     The caller puts the link into the list.
@@ -205,7 +205,7 @@ def cut_when(
         cut() if trio.lowlevel.in_trio_run() else trio.from_thread.run_sync(cut)
 
     async def send_and_cut(self: object, message: m.Message) -> None:
-        due = isinstance(message, said) and bool(links)
+        due = isinstance(message, sent) and bool(links)
         if due and before:
             cut()
         await send(self, message)
@@ -215,7 +215,7 @@ def cut_when(
     monkeypatch.setattr(cls, "send", send_and_cut)
 
     def send_blocking_and_cut(self: object, message: m.Message) -> None:
-        due = isinstance(message, said) and bool(links)
+        due = isinstance(message, sent) and bool(links)
         if due and before:
             cut_from_wherever()
         send_blocking(self, message)

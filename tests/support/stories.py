@@ -92,7 +92,7 @@ STORY: list[tuple[Role, m.Message, Lane]] = [
 
 
 UNDER_XL = [
-    *STORY[: next(i for i, said in enumerate(STORY) if isinstance(said[1], m.Handover))],
+    *STORY[: next(i for i, sent in enumerate(STORY) if isinstance(sent[1], m.Handover))],
     (S, m.Entrust(), PUSH),
 ]
 
@@ -114,18 +114,18 @@ def rejoined(reached: str) -> list[tuple[Role, m.Message, Lane]]:
 
 def play(story: list[tuple[Role, m.Message, Lane]]) -> dict[Role, Session]:
     ends = {S: Session(S), R: Session(R)}
-    for speaker, message, lane in story:
+    for sent_by, message, lane in story:
         if message is LOST[1]:
             for end in ends.values():
                 end.rejoin()
-        ends[speaker].sent(message, lane)
-        ends[Role(1 - speaker)].received(message, lane)
+        ends[sent_by].sent(message, lane)
+        ends[Role(1 - sent_by)].received(message, lane)
     return ends
 
 
 PROTECTED = [
     (S, dataclasses.replace(OFFER, checkpoint_ms=1000), PUSH),
-    *STORY[1 : next(i for i, said in enumerate(STORY) if isinstance(said[1], m.Complete))],
+    *STORY[1 : next(i for i, sent in enumerate(STORY) if isinstance(sent[1], m.Complete))],
     (R, m.Written(ONE, holes=pfn_array([3])), PUSH), (R, m.Checkpoint(b"a", False), PUSH),
     (R, m.Checkpoint(b"b", True), PUSH), (S, m.Kept(""), PUSH), (R, m.Written(ONE), PUSH),
     (R, m.Checkpoint(b"c", True), PUSH), (S, m.Kept(""), PUSH),

@@ -322,7 +322,7 @@ def test_a_loopback_whose_sender_dies_shows_its_log() -> None:
     assert (
         "--- sender ---" in err
         and "sender ready" in err
-        and "gone in the middle of the request" in err
+        and "ended in the middle of the request" in err
     )
 
 
@@ -466,9 +466,9 @@ def test_ctrl_c_ends_watch_with_one_line(world: World, name: str) -> None:
         with zygote.Popen(watch, stderr=subprocess.PIPE, text=True) as watching:
             assert watching.stderr is not None and "precopy" in watching.stderr.readline()
             watching.send_signal(signal.SIGINT)
-            said = watching.stderr.read().splitlines()
-        assert watching.returncode == 130 and said[-1] == "xen-postcopy: interrupted"
-        assert "" not in said
+            output = watching.stderr.read().splitlines()
+        assert watching.returncode == 130 and output[-1] == "xen-postcopy: interrupted"
+        assert "" not in output
         switched = run("postcopy-now", name, *socket)
         assert switched.stderr == f"{name}: the sender ends precopy and switches over\n"
         assert run("cancel", name, *socket).returncode in (0, 1)
@@ -525,22 +525,22 @@ def interrupt_when(
         text=True,
     )
     assert process.stderr is not None
-    said = ""
+    output = ""
     for line in process.stderr:
-        said += line
+        output += line
         if f"{spec.name}: {phase}" in line:
             process.send_signal(by)
             break
     with process:
-        said += process.stderr.read()
-        return process.wait(WAIT_S), said
+        output += process.stderr.read()
+        return process.wait(WAIT_S), output
 
 
 def test_ctrl_c_before_the_switchover_takes_everything_back(world: World, name: str) -> None:
     spec = boot(world, name, memory=16 * MIB, workload="idle", zero_permille=0)
-    status, said = interrupt_when(world, spec, "precopy", "--bandwidth", "4M")
+    status, output = interrupt_when(world, spec, "precopy", "--bandwidth", "4M")
     assert status == 130
-    assert said.endswith("xen-postcopy: cancelled by Ctrl-C; the guest continues at the source\n")
+    assert output.endswith("xen-postcopy: cancelled by Ctrl-C; the guest continues at the source\n")
     assert_unharmed(world, spec)
 
 
@@ -548,12 +548,12 @@ def test_ctrl_c_after_the_switchover_leaves_the_migration_to_the_daemons(
     world: World, name: str
 ) -> None:
     spec = boot(world, name, memory=16 * MIB, workload="idle", zero_permille=0)
-    status, said = interrupt_when(
+    status, output = interrupt_when(
         world, spec, "postcopy", "--strategy", "postcopy", "--bandwidth", "8M"
     )
     assert status == 130
     (line,) = world.ask("sender", command="list")["migrations"][-1:]
-    assert said.endswith(f"continues in the daemons: {follow(world, line)}\n")
+    assert output.endswith(f"continues in the daemons: {follow(world, line)}\n")
     deadline = time.monotonic() + WAIT_S
     while any(info.name == name for info in world.source.domains()):
         assert time.monotonic() < deadline
@@ -573,11 +573,11 @@ def hint(world: World, line: dict[str, Any], command: str) -> str:
 def test_sigterm_leaves_the_migration_to_the_daemons(world: World, name: str) -> None:
     spec = boot(world, name, memory=16 * MIB, workload="idle", zero_permille=0)
     options = ("--bandwidth", "8M")
-    status, said = interrupt_when(world, spec, "precopy", *options, by=signal.SIGTERM)
+    status, output = interrupt_when(world, spec, "precopy", *options, by=signal.SIGTERM)
     assert status == 130
     (line,) = world.ask("sender", command="list")["migrations"][-1:]
     take_back = f"{hint(world, line, 'cancel')} takes it back before its switchover"
-    assert said.endswith(f"continues in the daemons: {follow(world, line)}, {take_back}\n")
+    assert output.endswith(f"continues in the daemons: {follow(world, line)}, {take_back}\n")
     until(lambda: not any(info.name == name for info in world.source.domains()), "it stays")
     assert verify_migrated(world, spec)[0].problems == []
 
@@ -593,9 +593,9 @@ def test_a_cancellation_reads_as_one(world: World, name: str) -> None:
         cancelled = run("cancel", name, *socket)
         assert cancelled.returncode == 0 and cancelled.stdout == ""
         assert cancelled.stderr == f"{name}: cancelled; the guest continues at the source\n"
-        said = migrating.stderr.read()
+        output = migrating.stderr.read()
     text = f"{name} was not migrated: cancelled by the operator; the guest continues at the source"
-    assert migrating.returncode == 1 and said.endswith(f"xen-postcopy: {text}\n")
+    assert migrating.returncode == 1 and output.endswith(f"xen-postcopy: {text}\n")
     assert_refused(run("watch", name, *socket), text)
     assert "  cancelled by the operator\n" in run("list", *socket).stdout
     until(
@@ -690,7 +690,7 @@ def test_a_killed_sender_leaves_the_guest_where_it_was(name: str) -> None:
     with loopback_world(64 * MIB) as world:
         spec = boot(world, name, memory=16 * MIB, workload="idle", zero_permille=0)
         with world.control() as client:
-            client.say(
+            client.send(
                 command="migrate",
                 domain=name,
                 destination=f"127.0.0.1:{world.port}",
@@ -746,9 +746,9 @@ def test_loopback_leaves_no_process_behind(sig: signal.Signals) -> None:
         }
         process.send_signal(sig)
         assert process.wait(WAIT_S) == (-sig if sig is signal.SIGKILL else 128 + sig)
-        said = process.stderr.read()
-        assert b"`" not in said, "a command is named for daemons that have ended"
-        assert sig is not signal.SIGINT or said.endswith(b"xen-postcopy: interrupted\n")
+        output = process.stderr.read()
+        assert b"`" not in output, "a command is named for daemons that have ended"
+        assert sig is not signal.SIGINT or output.endswith(b"xen-postcopy: interrupted\n")
     deadline = time.monotonic() + WAIT_S
     while any(map(runs, started)):
         assert time.monotonic() < deadline

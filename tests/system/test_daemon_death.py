@@ -56,7 +56,7 @@ def begin(world: World, strategy: str = "hybrid", bandwidth: float | None = 32 *
     wait_for_steps(guest, 100)
     guest.close()
     client = world.control("sender")
-    client.say(
+    client.send(
         command="migrate", domain="guest", destination=f"127.0.0.1:{world.port}", strategy=strategy,
         bandwidth=bandwidth, policy={"max_rounds": 2},
     )  # fmt: skip

@@ -174,22 +174,22 @@ class Sender:
 
 
 PAGE = memoryview(bytes(4096))
-Said = list[tuple[Lane, m.Message, list[memoryview]]]
+Sent = list[tuple[Lane, m.Message, list[memoryview]]]
 
 
-def on_push(*messages: m.Message) -> Said:
+def on_push(*messages: m.Message) -> Sent:
     return [(Lane.PUSH, message, []) for message in messages]
 
 
-async def say(peer: Sender | Receiver, said: Said) -> None:
-    for lane, message, payload in said:
+async def send_all(peer: Sender | Receiver, sent: Sent) -> None:
+    for lane, message, payload in sent:
         connection = peer.push if lane is Lane.PUSH else peer.pull
         with contextlib.suppress(PeerClosedError):  # the daemon has closed the connection
             await trio.to_thread.run_sync(connection.send_blocking, message, payload)
 
 
 @pytest.mark.parametrize(
-    ("said", "complaint"),
+    ("sent", "complaint"),
     [
         (on_push(m.Handover()), "handover in phase precopy"),
         (on_push(m.Offer("other", 8, 8, 1, b"", True, b"key", 0)), "offer in phase precopy"),
@@ -208,9 +208,9 @@ async def say(peer: Sender | Receiver, said: Said) -> None:
         (on_push(m.Kept("")), "kept in phase precopy"),
     ],
 )
-async def test_a_sender_before_the_handover(world: World, said: Said, complaint: str) -> None:
+async def test_a_sender_before_the_handover(world: World, sent: Sent, complaint: str) -> None:
     async with Sender.of_a_guest(world) as sender:
-        await say(sender, said)
+        await send_all(sender, sent)
         await until(lambda: phase(world, "receiver", sender.name) == "failed")
         assert complaint in line(world, "receiver", sender.name)["problem"]
         assert sender.name not in [info.name for info in world.destination.domains()]
@@ -221,7 +221,7 @@ async def test_a_sender_before_the_handover(world: World, said: Said, complaint:
 
 
 @pytest.mark.parametrize(
-    ("said", "complaint"),
+    ("sent", "complaint"),
     [
         (on_push(m.Handover()), "handover in phase postcopy"),
         (on_push(m.Completed()), "completed in phase postcopy"),
@@ -233,11 +233,11 @@ async def test_a_sender_before_the_handover(world: World, said: Said, complaint:
         ([(Lane.PULL, m.Fault(pfn_array([20])), [])], "fault from the sender"),
     ],
 )  # fmt: skip
-async def test_a_sender_after_the_handover(world: World, said: Said, complaint: str) -> None:
+async def test_a_sender_after_the_handover(world: World, sent: Sent, complaint: str) -> None:
     """The guest is kept, with the pages that have arrived."""
     async with Sender.of_a_guest(world) as sender:
         await sender.hand_over()
-        await say(sender, said)
+        await send_all(sender, sent)
         await until(lambda: phase(world, "receiver", sender.name) == "interrupted")
         assert logged(world, "receiver", sender.name, complaint)
         target = world.destination.open(sender.name)
@@ -397,7 +397,7 @@ async def _receive_of(
         def ask() -> None:
             with contextlib.suppress(MigrationError):
                 client = world.control("sender")
-                client.say(
+                client.send(
                     command="migrate",
                     domain=spec.name,
                     destination=f"127.0.0.1:{port}",
@@ -423,7 +423,7 @@ async def _receive_of(
 
 
 @pytest.mark.parametrize(
-    ("said", "complaint"),
+    ("sent", "complaint"),
     [
         (on_push(m.Ready()), "ready in phase precopy"),
         (on_push(m.Passed(99)), "there was no such barrier"),
@@ -432,9 +432,9 @@ async def _receive_of(
         (on_push(m.Written(pfn_array(), pfn_array([1]))), "written in phase precopy"),
     ],
 )
-async def test_a_receiver_before_the_handover(world: World, said: Said, complaint: str) -> None:
+async def test_a_receiver_before_the_handover(world: World, sent: Sent, complaint: str) -> None:
     async def what(receiver: Receiver) -> None:
-        await say(receiver, said)
+        await send_all(receiver, sent)
 
     async def after(name: str) -> None:
         # At the latest in the middle of the switchover, to which a few of these messages belong.
@@ -446,7 +446,7 @@ async def test_a_receiver_before_the_handover(world: World, said: Said, complain
 
 
 @pytest.mark.parametrize(
-    ("said", "complaint"),
+    ("sent", "complaint"),
     [
         ([(Lane.PULL, m.Fault(pfn_array([5000])), [])], "the domain ends at"),
         ([(Lane.PULL, m.Fault(pfn_array([1023])), [])], "pfn 0x3ff is not outstanding"),
@@ -459,14 +459,14 @@ async def test_a_receiver_before_the_handover(world: World, said: Said, complain
         (on_push(m.Resumed(), m.Complete(b"{}")), "pages were never confirmed"),
     ],
 )  # fmt: skip
-async def test_a_receiver_after_the_handover(world: World, said: Said, complaint: str) -> None:
+async def test_a_receiver_after_the_handover(world: World, sent: Sent, complaint: str) -> None:
     """The guest's pages are kept, and the guest stays suspended."""
 
     async def what(receiver: Receiver) -> None:
         await receiver.receive(m.Context)
         await receiver.push.send(m.Ready())
         await receiver.receive(m.Handover)
-        await say(receiver, said)
+        await send_all(receiver, sent)
         with contextlib.suppress(PeerClosedError):
             while True:
                 await receiver.push.receive()

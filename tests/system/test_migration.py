@@ -194,13 +194,13 @@ def test_postcopy_starts_when_somebody_says_so(
     world: World, client: ControlClient, name: str, by_the_same_client: bool
 ) -> None:
     spec = boot(world, name, zero_permille=0, workload="idle")
-    client.say(
+    client.send(
         command="migrate", domain=name, destination=f"127.0.0.1:{world.port}", bandwidth=4 * MIB
     )
     for answer in client.answers():
         if answer["event"] == "progress" and answer["phase"] == "precopy" and answer["pages_done"]:
             if by_the_same_client:
-                client.say(command="postcopy-now")
+                client.send(command="postcopy-now")
             else:
                 world.ask("sender", command="postcopy-now", migration=name)
             break
@@ -221,7 +221,7 @@ def test_a_cancelled_migration_leaves_no_trace(
     world: World, client: ControlClient, name: str
 ) -> None:
     boot(world, name, workload="idle", zero_permille=0)
-    client.say(
+    client.send(
         command="migrate", domain=name, destination=f"127.0.0.1:{world.port}", bandwidth=4 * MIB
     )
     for answer in client.answers():
@@ -255,7 +255,7 @@ def test_two_migrations_of_one_guest_do_not_meet(
     world: World, client: ControlClient, name: str
 ) -> None:
     boot(world, name, workload="idle", zero_permille=0)
-    client.say(
+    client.send(
         command="migrate", domain=name, destination=f"127.0.0.1:{world.port}", bandwidth=8 * MIB
     )
     assert next(client.answers())["event"] == "progress"

@@ -76,14 +76,14 @@ class Xl:
             os.close(reader)
         sending = threading.Thread(target=_send, args=(writer, stream), daemon=True)
         sending.start()
-        said, complaints = helper.communicate(answers, timeout=60)
+        output, complaints = helper.communicate(answers, timeout=60)
         assert b"Traceback" not in complaints, complaints.decode()
         left = b""
         while stream and (more := os.read(reader, 65536)):
             left += more
         if stream:
             os.close(reader)
-        return helper.returncode, said, left
+        return helper.returncode, output, left
 
     def save(
         self, *, io_fd: int | None = None, live: bool = True, stream_type: int = 0
@@ -92,10 +92,10 @@ class Xl:
         reader, writer = os.pipe()
         numbers = (writer if io_fd is None else io_fd, 11, 3, int(live), 136, stream_type)
         self.given = numbers
-        status, said, _left = self.run("--save-domain", *numbers)
+        status, output, _left = self.run("--save-domain", *numbers)
         os.close(reader)
         os.close(writer)
-        return status, said
+        return status, output
 
     def stock(self) -> tuple[list[str], bytes]:
         """Return what the stock helper has received: arguments and stream."""
@@ -150,19 +150,20 @@ def test_a_long_text_fits_a_message() -> None:
 
 # ---- saving ----
 def test_without_a_daemon_a_live_migration_is_left_to_the_stock_helper_with_a_line(xl: Xl) -> None:
-    status, said = xl.save()
+    status, output = xl.save()
     assert status == 0
     assert xl.stock()[0] == ["--save-domain", *map(str, xl.given)]
-    assert b"no daemon at /nowhere" in said and b"using Xen's own live migration" in said
-    assert struct.unpack_from("=HHI", said)[1:] == (protocol.Message.LOG, Level.NOTICE)
+    assert b"no daemon at /nowhere" in output and b"using Xen's own live migration" in output
+    assert struct.unpack_from("=HHI", output)[1:] == (protocol.Message.LOG, Level.NOTICE)
 
 
 def test_require_fails_instead(xl: Xl, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XEN_POSTCOPY", "require")
-    status, said = xl.save()
+    status, output = xl.save()
     assert status == 0 and not xl.was_asked
     assert (
-        said.endswith(protocol.complete(-1, errno.EOPNOTSUPP)) and b"XEN_POSTCOPY=require" in said
+        output.endswith(protocol.complete(-1, errno.EOPNOTSUPP))
+        and b"XEN_POSTCOPY=require" in output
     )
 
 
@@ -173,8 +174,10 @@ def test_what_is_no_live_migration_is_left_to_the_stock_helper_silently(
     monkeypatch.setenv("XEN_POSTCOPY", "off" if why == "off" else "require")
     with (tmp_path / "saved").open("wb") as file:
         io_fd = file.fileno() if why == "a file" else None
-        status, said = xl.save(io_fd=io_fd, live=why != "not live", stream_type=int(why == "Remus"))
-    assert (status, said, xl.was_asked) == (0, b"", True)
+        status, output = xl.save(
+            io_fd=io_fd, live=why != "not live", stream_type=int(why == "Remus")
+        )
+    assert (status, output, xl.was_asked) == (0, b"", True)
 
 
 @pytest.mark.parametrize("live", [True, False])
@@ -189,9 +192,9 @@ def test_no_guest_is_saved_while_a_killed_receiver_has_no_successor(
         listening.bind(str(path))
         listening.listen()
     monkeypatch.setenv("XEN_POSTCOPY_RECEIVER", str(path))
-    status, said = xl.save(live=live)
+    status, output = xl.save(live=live)
     assert status == 0 and not xl.was_asked
-    assert b"the receiver daemon of this host was killed" in said and said.endswith(
+    assert b"the receiver daemon of this host was killed" in output and output.endswith(
         protocol.complete(-1, errno.EBUSY)
     )
     path.unlink()
@@ -203,8 +206,8 @@ def test_a_stock_helper_that_is_missing_is_reported(
     xl: Xl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XEN_POSTCOPY_STOCK_HELPER", "/nowhere/libxl-save-helper")
-    _status, said = xl.save()
-    assert b"cannot start /nowhere/libxl-save-helper" in said and said.endswith(
+    _status, output = xl.save()
+    assert b"cannot start /nowhere/libxl-save-helper" in output and output.endswith(
         protocol.complete(-1, errno.ENOENT)
     )
 
@@ -212,20 +215,20 @@ def test_a_stock_helper_that_is_missing_is_reported(
 @pytest.mark.parametrize("mode", ["--save-domain", "--restore-domain"])
 def test_a_libxl_that_was_killed_ends_the_helper_with_one_line(xl: Xl, mode: str) -> None:
     """No process receives the messages any more."""
-    for_libxl, said = os.pipe()
+    for_libxl, output = os.pipe()
     os.close(for_libxl)
     reader, writer = os.pipe()
     os.close(writer)
     numbers = (reader, 11, 3, 1, 136, 0) if mode == "--save-domain" else (reader, *RESTORE)
     helper = zygote.Popen[bytes](
         [sys.executable, "-m", "migrate.xl.helper", mode, *map(str, numbers)],
-        stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.PIPE, pass_fds=[reader],
+        stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.PIPE, pass_fds=[reader],
     )  # fmt: skip
-    os.close(said)
+    os.close(output)
     os.close(reader)
     _said, complaints = helper.communicate(timeout=60)
     assert helper.returncode == 1
-    assert complaints.decode().splitlines() == ["xen-postcopy-xl-helper: libxl has gone"]
+    assert complaints.decode().splitlines() == ["xen-postcopy-xl-helper: libxl has ended"]
 
 
 def test_an_error_of_the_helper_itself_is_reported_to_libxl(xl: Xl) -> None:
@@ -242,9 +245,9 @@ def test_an_error_of_the_helper_itself_is_reported_to_libxl(xl: Xl) -> None:
         "0",
     ]
     done = subprocess.run(command, input=b"\0" * 4, capture_output=True, timeout=60, check=False)
-    said = done.stdout
+    output = done.stdout
     assert (done.returncode, done.stderr) == (0, b"") and not xl.was_asked
-    assert b"an error of xen-postcopy-xl-helper itself" in said and said.endswith(
+    assert b"an error of xen-postcopy-xl-helper itself" in output and output.endswith(
         protocol.complete(-1, errno.EIO)
     )
 
@@ -321,7 +324,7 @@ def save(tmp_path: Path, *answers: bytes, io_fd: int = -1, **environment: str) -
     [
         (
             [b'{"event": "progress", "arrived": 1, "missing": 2}\n'],
-            "the receiver daemon has gone, and memory of the",
+            "the receiver daemon has ended, and memory of the",
         ),
         (
             [UNKNOWN, COMING],
@@ -338,7 +341,7 @@ def test_a_guest_is_saved_only_where_its_memory_has_come(
     """A receiver of an earlier release answers only which migrations are in progress."""
     libxl = save(tmp_path, *answers, XEN_POSTCOPY="off")
     assert refusal in libxl.log and xl.was_asked == (not refusal)
-    assert [said.numbers for said in libxl.of(protocol.Message.COMPLETE)] == (
+    assert [message.numbers for message in libxl.of(protocol.Message.COMPLETE)] == (
         [(-1, errno.EBUSY)] if refusal else []
     )
 
@@ -355,14 +358,14 @@ def test_a_sender_that_goes_before_its_offer_leaves_it_to_the_stock_helper(
     xl: Xl, tmp_path: Path
 ) -> None:
     libxl = save(tmp_path, NOTHING_MISSING, b"")
-    assert xl.was_asked and "the daemon has gone: using Xen's own live migration" in libxl.log
+    assert xl.was_asked and "the daemon has ended: using Xen's own live migration" in libxl.log
 
 
 def test_a_sender_that_goes_after_its_offer_fails_the_migration(xl: Xl, tmp_path: Path) -> None:
     libxl = save(tmp_path, NOTHING_MISSING, OFFER)
     assert (
         not xl.was_asked
-        and "the sender daemon has gone" in libxl.log
+        and "the sender daemon has ended" in libxl.log
         and libxl.result == (-1, errno.EIO)
     )
 
@@ -399,7 +402,7 @@ def offered(session: bytes, behind: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("stream", "complaint", "number"),
     [
-        (offered(b"s", END), "the receiver daemon has gone", errno.EIO),
+        (offered(b"s", END), "the receiver daemon has ended", errno.EIO),
         (offered(b"s", image.record(1, b"page")), "records after the session's", errno.EINVAL),
         (offered(b"t", END), "the sender wants postcopy", errno.EOPNOTSUPP),
     ],
@@ -422,10 +425,10 @@ def test_an_ordinary_stream_reaches_the_stock_helper_whole_and_no_further(
     xl: Xl, static: bytes
 ) -> None:
     stream = HEADERS + static + PAGES + image.record(9, b"context") + END
-    status, said, left = xl.run(
+    status, output, left = xl.run(
         "--restore-domain", *RESTORE, stream=stream + b"libxl's own records"
     )
-    assert (status, said) == (0, b"")
+    assert (status, output) == (0, b"")
     arguments, got = xl.stock()
     assert got == stream
     assert left == b"libxl's own records"
@@ -466,9 +469,9 @@ def test_a_stream_that_breaks_off_reaches_it_as_far_as_it_came(xl: Xl) -> None:
 
 
 def test_a_stream_that_ends_before_it_is_anyone_s_is_an_error(xl: Xl) -> None:
-    status, said, _left = xl.run("--restore-domain", *RESTORE, stream=HEADERS[:30])
+    status, output, _left = xl.run("--restore-domain", *RESTORE, stream=HEADERS[:30])
     assert status == 0 and not xl.was_asked
-    assert b"the stream ends after 30 of 40 bytes" in said and said.endswith(
+    assert b"the stream ends after 30 of 40 bytes" in output and output.endswith(
         protocol.complete(-1, errno.EPIPE)
     )
 
@@ -480,17 +483,17 @@ def test_what_is_no_image_is_the_stock_helper_s_to_refuse(xl: Xl) -> None:
 
 def test_a_postcopy_stream_is_never_restored_as_an_ordinary_one(xl: Xl) -> None:
     stream = HEADERS + STATIC_END + image.record(image.REC_TYPE_POSTCOPY, b"session") + END
-    status, said, _left = xl.run("--restore-domain", *RESTORE, stream=stream)
+    status, output, _left = xl.run("--restore-domain", *RESTORE, stream=stream)
     assert status == 0 and not xl.was_asked
-    assert b"the sender wants postcopy, but it made no offer" in said and said.endswith(
+    assert b"the sender wants postcopy, but it made no offer" in output and output.endswith(
         protocol.complete(-1, errno.EOPNOTSUPP)
     )
 
 
 def test_require_refuses_an_ordinary_stream(xl: Xl, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XEN_POSTCOPY", "require")
-    _status, said, _left = xl.run("--restore-domain", *RESTORE, stream=HEADERS + PAGES + END)
-    assert not xl.was_asked and said.endswith(protocol.complete(-1, errno.EOPNOTSUPP))
+    _status, output, _left = xl.run("--restore-domain", *RESTORE, stream=HEADERS + PAGES + END)
+    assert not xl.was_asked and output.endswith(protocol.complete(-1, errno.EOPNOTSUPP))
 
 
 def test_a_libxl_that_goes_instead_of_answering_ends_the_helper(xl: Xl) -> None:

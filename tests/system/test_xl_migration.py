@@ -33,11 +33,12 @@ def test_a_guest_is_migrated(xl: Xl, strategy: str) -> None:
     xl.go()
     xl.wait_for("completed", "completed")
     check_arrived(xl)
-    assert [said.kind for said in xl.save.said if said.kind is not Message.PROGRESS] == [
+    kinds = [message.kind for message in xl.save.messages]
+    assert [kind for kind in kinds if kind is not Message.PROGRESS] == [
         Message.SWITCH_QEMU_LOGDIRTY, Message.SUSPEND, Message.SWITCH_QEMU_LOGDIRTY,
         Message.COMPLETE,
     ]  # fmt: skip
-    assert [said.kind for said in xl.restore.said] == [
+    assert [message.kind for message in xl.restore.messages] == [
         Message.STATIC_DATA_DONE, Message.RESTORE_RESULTS, Message.COMPLETE,
     ]  # fmt: skip
     assert xl.restore.of(Message.RESTORE_RESULTS)[0].numbers == xl.destination.toolstack_gfns()

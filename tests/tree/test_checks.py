@@ -264,7 +264,7 @@ def test_a_stage_that_ran_again_replaces_the_earlier_run_and_keeps_its_verdict(
 
 
 @pytest.mark.parametrize(
-    ("changed", "continues"), [("tests/test_a.py", True), ("docs/a.md", True), ("a.py", False)]
+    ("changed", "continues"), [("tests/test_a.py", True), ("docs/README.md", True), ("a.py", False)]
 )
 def test_a_run_is_continued_on_a_commit_with_the_same_product(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str, continues: bool

@@ -494,9 +494,9 @@ def test_documents_name_targets_that_make_has() -> None:
 
 def test_every_phase_that_an_operator_sees_is_explained() -> None:
     """Every phase is in the man page, and has a heading of its own in docs/operating.md."""
-    phases = {phase for row in RECEIVERS.values() for phase in (row.up, row.lost)} - {""}
+    phases = {phase for row in RECEIVERS.values() for phase in (row.phase, row.if_lost)} - {""}
     for row in SENDERS.values():
-        phases |= {row.up, row.lost, row.given_up} - {""}
+        phases |= {row.phase, row.if_lost, row.if_given_up} - {""}
     assert {"precopy", "switchover", "interrupted", "in doubt", "refused"} <= phases
     manual = (TREE / "systemd/man/xen-postcopy.8").read_text()
     section = manual.split(".SH PHASES")[1].split(".SH ")[0]

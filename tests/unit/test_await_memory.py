@@ -16,7 +16,7 @@ import trio.testing
 from migrate.errors import MigrationError
 from migrate.service.config import Config
 from migrate.service.journal import Journal
-from receiver.daemon import PATIENCE_S, ReceiverDaemon
+from receiver.daemon import NO_PROGRESS_TIMEOUT_S, ReceiverDaemon
 from receiver.progress import IncomingProgress
 from xenbackend.contract import Hypervisor
 
@@ -64,7 +64,7 @@ async def test_as_long_as_memory_comes_there_is_no_limit(
 
     async def arrive() -> None:
         while migration.missing:
-            await trio.sleep(PATIENCE_S * 0.9)
+            await trio.sleep(NO_PROGRESS_TIMEOUT_S * 0.9)
             migration.missing -= 1
         migration.has_ended = True
 
@@ -73,7 +73,7 @@ async def test_as_long_as_memory_comes_there_is_no_limit(
         answers = (await asked(tmp_path, migration)).answers
     assert answers[-1] == ("result", {})
     assert answers[0] == ("progress", {"arrived": 0, "missing": 10})
-    assert trio.current_time() > 8 * PATIENCE_S
+    assert trio.current_time() > 8 * NO_PROGRESS_TIMEOUT_S
 
 
 async def test_where_none_comes_it_is_refused(

@@ -225,7 +225,7 @@ def test_a_daemon_that_ends_before_the_result_is_an_error(
     client, theirs = daemon
     theirs.sendall(part)
     theirs.shutdown(socket.SHUT_WR)
-    with pytest.raises(MigrationError, match="gone in the middle of the request"):
+    with pytest.raises(MigrationError, match="ended in the middle of the request"):
         client.call(command="list")
 
 
@@ -234,11 +234,11 @@ def test_a_daemon_that_is_killed_before_it_reads_the_request_is_an_error(
 ) -> None:
     """The kernel resets the connection, because the request was not read."""
     client, theirs = daemon
-    client.say(command="list")
+    client.send(command="list")
     theirs.close()
     assert client.answer() is None
-    with pytest.raises(MigrationError, match="the daemon has gone"):
-        client.say(command="cancel")
+    with pytest.raises(MigrationError, match="the daemon has ended"):
+        client.send(command="cancel")
 
 
 def test_an_answer_is_waited_for_only_until_the_watched_descriptor_ends(
@@ -337,7 +337,7 @@ async def test_clients_are_limited_in_number(
     def exchange(path: Path) -> Json:
         with ControlClient(path) as one, ControlClient(path) as two:
             for client in (one, two):
-                client.say(command="stay")
+                client.send(command="stay")
                 assert client.answer() is not None
             with pytest.raises(MigrationError, match="2 requests are being answered"):
                 call(command="echo", word="x")(path)

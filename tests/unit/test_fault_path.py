@@ -35,11 +35,11 @@ from tests.support.faults import (
     NR,
     Destination,
     Memory,
+    arrived,
     contents,
     encoded,
     lanes,
     put,
-    said,
     session_at,
 )
 from tests.support.waiting import until_async as until
@@ -110,7 +110,7 @@ class Source:
 
     def answers(self) -> list[tuple[int, bytes]]:
         found: list[tuple[int, bytes]] = []
-        for message, payload in said(self.lane):
+        for message, payload in arrived(self.lane):
             assert isinstance(message, Pages)
             found += [
                 (pfn, bytes(payload[i * PAGE_SIZE :][:PAGE_SIZE]))
@@ -321,7 +321,7 @@ async def receiver_goes(missing: set[int], steps: list[tuple[str, Any]], *, nati
         end.pager.acknowledge()
         # A rejoin reports some of the pages.
         if "other lanes" not in [step for step, _chosen in steps]:
-            assert sorted(pfn for message in end.said for pfn in message.pfns.tolist()) == sorted(
+            assert sorted(pfn for message in end.sent for pfn in message.pfns.tolist()) == sorted(
                 missing
             )
         return (

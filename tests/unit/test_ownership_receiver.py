@@ -44,7 +44,7 @@ def paths() -> dict[State, list[State]]:
         found.setdefault(begin, [begin])
     reached = list(found)
     for state in reached:
-        for then in TABLE[state].then:
+        for then in TABLE[state].next:
             if then not in found:
                 found[then] = [*found[state], then]
                 reached.append(then)
@@ -74,7 +74,7 @@ def test_each_transition_is_noted_and_no_other_is_possible(state: State) -> None
         journal = Entries()
         ownership = at(state, journal)
         before = list(journal.steps)
-        if then in TABLE[state].then or then is state:
+        if then in TABLE[state].next or then is state:
             ownership.enter(then)
             assert ownership.state is then
             step = TABLE[then].step
@@ -88,7 +88,7 @@ def test_each_transition_is_noted_and_no_other_is_possible(state: State) -> None
 
 @pytest.mark.parametrize("state", State)
 def test_what_cannot_be_noted_does_not_happen(state: State) -> None:
-    for then in TABLE[state].then:
+    for then in TABLE[state].next:
         journal = Entries()
         ownership = at(state, journal)
         journal.fails = True
@@ -113,15 +113,19 @@ def test_a_failure_to_write_is_an_error_only_while_the_guest_can_stay() -> None:
 
 def test_the_steps_and_the_phases_are_those_of_the_journal_and_of_the_manual() -> None:
     assert {row.step for row in TABLE.values()} - {""} == STEPS == set(INHERITED)
-    assert {phase for row in TABLE.values() for phase in (row.up, row.lost or row.up)} == PHASES
+    assert {
+        phase for row in TABLE.values() for phase in (row.phase, row.if_lost or row.phase)
+    } == PHASES
     for row in TABLE.values():
-        assert (row.up in ENDED) is ((row.lost or row.up) in ENDED) is (row.undo is Undo.OVER)
+        assert (
+            (row.phase in ENDED) is ((row.if_lost or row.phase) in ENDED) is (row.undo is Undo.OVER)
+        )
 
 
 @pytest.mark.parametrize("state", OURS)
 def test_a_guest_that_belongs_here_ends_here(state: State) -> None:
     """Invariant 1: only a guest that does not run here is given up."""
-    for then in TABLE[state].then:
+    for then in TABLE[state].next:
         if TABLE[then].undo not in (Undo.NOTHING, Undo.OVER):
             assert state in (State.UNSTARTED, State.HELD) and then is State.DECIDED_ELSEWHERE
         assert then is not State.GIVEN_UP
@@ -130,17 +134,17 @@ def test_a_guest_that_belongs_here_ends_here(state: State) -> None:
 @pytest.mark.parametrize("state", State)
 def test_a_successor_shows_what_is_known_and_keeps_what_was_promised(state: State) -> None:
     row = TABLE[state]
-    if row.undo in (Undo.BY_WORD, Undo.NOTHING):
+    if row.undo in (Undo.BY_DECISION, Undo.NOTHING):
         ownership = Ownership(Entries().write, INHERITED[row.step])
         assert ownership.needed and ownership.inherited
         assert ownership.row.restart is row.restart
-        assert ownership.phase == (ownership.row.lost or ownership.row.up)
+        assert ownership.phase == (ownership.row.if_lost or ownership.row.phase)
 
 
 @pytest.mark.parametrize("state", State)
 def test_what_follows_from_the_owner(state: State) -> None:
     ownership, row = at(state, Entries()), TABLE[state]
-    assert ownership.phase == (row.up if ownership.link is Link.UP else row.lost or row.up)
+    assert ownership.phase == (row.phase if ownership.link is Link.UP else row.if_lost or row.phase)
     assert ownership.has_ended is (row.undo is Undo.OVER)
     assert ownership.ours is (state in OURS)
     assert ownership.handed_over is (state in OURS and state is not State.RUNNING)
@@ -277,7 +281,7 @@ def test_each_transition_of_the_model_is_one_of_the_table() -> None:
         for state in reached:  # also over states that the model does not have
             reached += [
                 then
-                for then in TABLE[state].then
+                for then in TABLE[state].next
                 if then not in reached and (then in OF_MODEL[after] or then not in known)
             ]
         assert set(reached) & set(OF_MODEL[after]), f"{before} -> {after}"

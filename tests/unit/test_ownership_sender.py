@@ -50,8 +50,8 @@ step.
 ACTIONS = {
     Restart.TAKE_BACK: {"give_up", "decide"},
     Restart.REJOIN: {"take_up_again", "settled"},
-    Restart.LET_GO: {"take_up_again", "settled"},
-    Restart.SEND_LAST_WORD: {"tell"},
+    Restart.DESTROY_SOURCE: {"take_up_again", "settled"},
+    Restart.SEND_LAST_MESSAGE: {"tell"},
     Restart.NOTHING: {"migrate"},
 }
 """What the model's sender does when it is started with a journal."""
@@ -78,7 +78,7 @@ class Notes:
         return Ownership(self.write, self.erase, state)
 
 
-EDGES = [(state, then) for state, row in TABLE.items() for then in row.then]
+EDGES = [(state, then) for state, row in TABLE.items() for then in row.next]
 
 
 @pytest.mark.parametrize(("state", "then"), EDGES)
@@ -113,7 +113,7 @@ def test_a_step_that_cannot_be_noted_is_not_taken_if_a_successor_would_do_otherw
 
 def test_every_other_step_is_refused() -> None:
     for state, row in TABLE.items():
-        for then in set(State) - set(row.then):
+        for then in set(State) - set(row.next):
             with pytest.raises(LocalProtocolError, match=f"{then.name} after {state.name}"):
                 Notes().owner(state).enter(then)
 
@@ -121,7 +121,7 @@ def test_every_other_step_is_refused() -> None:
 def reachable(start: State, without: Container[State] = ()) -> set[State]:
     found, left = {start}, [start]
     while left:
-        for then in TABLE[left.pop()].then:
+        for then in TABLE[left.pop()].next:
             if then not in found and then not in without:
                 found.add(then)
                 left.append(then)

@@ -154,8 +154,8 @@ class TestOutstandingPages:
     def load(self, pages: OutstandingPages, *pfns: int, result: int = 0) -> list[PagingRequest]:
         batch = pfn_array(pfns)
         batch = batch[pages.claim(batch)]
-        verdict = pages.finished(batch, np.full(len(batch), result, dtype=np.int32))
-        return [answered for answered, _since in verdict.answer]
+        actions = pages.finished(batch, np.full(len(batch), result, dtype=np.int32))
+        return [answered for answered, _since in actions.answer]
 
     def test_several_vcpus_on_one_page_ask_once_and_are_all_answered(self) -> None:
         pages = self.pages(5)
@@ -188,11 +188,11 @@ class TestOutstandingPages:
         pages = self.pages(5)
         pages.claim(pfn_array([5]))
         waiting = request(5)
-        verdict = pages.requests([waiting], 0.0)
-        assert not verdict.answer
-        assert not len(verdict.ask)
-        verdict = pages.finished(pfn_array([5]), np.zeros(1, dtype=np.int32))
-        assert [answered for answered, _since in verdict.answer] == [waiting]
+        actions = pages.requests([waiting], 0.0)
+        assert not actions.answer
+        assert not len(actions.ask)
+        actions = pages.finished(pfn_array([5]), np.zeros(1, dtype=np.int32))
+        assert [answered for answered, _since in actions.answer] == [waiting]
 
     def test_a_request_for_a_page_that_is_there_is_answered_at_once(self) -> None:
         pages = self.pages(5)
@@ -210,33 +210,33 @@ class TestOutstandingPages:
         since.
         """
         pages = self.pages(5)
-        verdict = pages.requests([request(5, flags=MEM_PAGING_EVICT_FAIL)], 0.0)
-        assert not verdict.answer
-        assert verdict.ask.tolist() == [5]
+        actions = pages.requests([request(5, flags=MEM_PAGING_EVICT_FAIL)], 0.0)
+        assert not actions.answer
+        assert actions.ask.tolist() == [5]
 
     def test_a_drop_answers_itself_and_whoever_waits(self) -> None:
         pages = self.pages(5, 6)
         waiting, drop = request(5), request(5, flags=MEM_PAGING_DROP_PAGE)
         pages.requests([waiting], 0.0)
-        verdict = pages.requests([drop], 0.0)
-        assert {answered for answered, _since in verdict.answer} == {waiting, drop}
-        assert verdict.dropped.tolist() == [5]
+        actions = pages.requests([drop], 0.0)
+        assert {answered for answered, _since in actions.answer} == {waiting, drop}
+        assert actions.dropped.tolist() == [5]
         assert pages.count == 1
         assert pages.claim(pfn_array([5])).tolist() == [False]
 
     def test_a_page_that_is_asked_for_and_dropped_at_once_is_not_fetched(self) -> None:
         pages = self.pages(5)
-        verdict = pages.requests([request(5), request(5, flags=MEM_PAGING_DROP_PAGE)], 0.0)
-        assert not len(verdict.ask)
-        assert len(verdict.answer) == 2
+        actions = pages.requests([request(5), request(5, flags=MEM_PAGING_DROP_PAGE)], 0.0)
+        assert not len(actions.ask)
+        assert len(actions.answer) == 2
 
     def test_a_lost_drop_is_found_out_at_the_load(self) -> None:
         pages = self.pages(5)
         batch = pfn_array([5])
         pages.claim(batch)
-        verdict = pages.finished(batch, np.array([-2], dtype=np.int32))
-        assert verdict.dropped.tolist() == [5]
-        assert not len(verdict.loaded)
+        actions = pages.finished(batch, np.array([-2], dtype=np.int32))
+        assert actions.dropped.tolist() == [5]
+        assert not len(actions.loaded)
         assert pages.count == 0
 
     def test_a_drop_of_a_page_that_is_there_is_answered_and_reported_to_nobody(self) -> None:
@@ -244,9 +244,9 @@ class TestOutstandingPages:
         self.load(pages, 5)
         for pfn in (5, 7, NR + 5):
             drop = request(pfn, flags=MEM_PAGING_DROP_PAGE)
-            verdict = pages.requests([drop], 0.0)
-            assert [answered for answered, _since in verdict.answer] == [drop]
-            assert not len(verdict.dropped)
+            actions = pages.requests([drop], 0.0)
+            assert [answered for answered, _since in actions.answer] == [drop]
+            assert not len(actions.dropped)
         assert pages.states[5] == READY and pages.states[7] == PRESENT
 
     def test_pages_are_taken_off_a_list_that_is_empty(self) -> None:
@@ -277,8 +277,8 @@ class TestOutstandingPages:
         assert pages.requested().tolist() == [5, 6]
         pages.claim(pfn_array([5]))
         assert pages.requested().tolist() == [6]
-        verdict = pages.finished(pfn_array([5]), np.zeros(1, dtype=np.int32))
-        assert verdict.answer == [(request(5), 1.5), (request(5, vcpu=1), 2.5)]
+        actions = pages.finished(pfn_array([5]), np.zeros(1, dtype=np.int32))
+        assert actions.answer == [(request(5), 1.5), (request(5, vcpu=1), 2.5)]
         assert pages.waiting == 1
 
     def test_as_many_requests_wait_as_a_ring_has_slots_and_one_more_changes_nothing(self) -> None:
@@ -333,13 +333,13 @@ class BothEnds(RuleBasedStateMachine):
 
     def take(self, requests: list[PagingRequest]) -> None:
         self.open += requests
-        verdict = self.pages.requests(requests, 0.0)
-        self.gone.update(verdict.dropped.tolist())
-        self.answer(verdict.answer)
-        if len(verdict.ask):
-            self.asked.append(verdict.ask)
-        if len(verdict.dropped):
-            self.backlog.dropped(verdict.dropped)
+        actions = self.pages.requests(requests, 0.0)
+        self.gone.update(actions.dropped.tolist())
+        self.answer(actions.answer)
+        if len(actions.ask):
+            self.asked.append(actions.ask)
+        if len(actions.dropped):
+            self.backlog.dropped(actions.dropped)
 
     @rule(pfn=st.integers(0, NR - 1), vcpu=st.integers(0, 3))
     def touch(self, pfn: int, vcpu: int) -> None:
@@ -381,12 +381,12 @@ class BothEnds(RuleBasedStateMachine):
         )
         for pfn in batch[results == 0].tolist():
             self.loads[pfn] = self.loads.get(pfn, 0) + 1
-        verdict = self.pages.finished(batch, results)
-        self.answer(verdict.answer)
-        if len(verdict.loaded):
-            self.backlog.loaded(verdict.loaded)
-        if len(verdict.dropped):
-            self.backlog.dropped(verdict.dropped)
+        actions = self.pages.finished(batch, results)
+        self.answer(actions.answer)
+        if len(actions.loaded):
+            self.backlog.loaded(actions.loaded)
+        if len(actions.dropped):
+            self.backlog.dropped(actions.dropped)
 
     @invariant()
     def no_page_is_loaded_twice(self) -> None:

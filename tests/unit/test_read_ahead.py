@@ -31,11 +31,11 @@ class Guest:
         if self.there[pfn]:
             return
         self.faults += 1
-        verdict = self.pages.requests([request(pfn)], 0.0)
-        ahead = self.pages.ahead(verdict.touched)
+        actions = self.pages.requests([request(pfn)], 0.0)
+        ahead = self.pages.ahead(actions.touched)
         assert pfn not in ahead
         self.ahead += len(ahead)
-        self.load(np.union1d(verdict.ask, ahead))
+        self.load(np.union1d(actions.ask, ahead))
 
     def load(self, pfns: np.typing.NDArray[np.uint64]) -> None:
         assert not self.there[pfns].any()

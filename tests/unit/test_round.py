@@ -53,12 +53,12 @@ def round_of(pages: int, destination: Destination, batches: int = 10**9) -> tupl
     to_send = np.zeros(pages * 2, dtype=np.bool_)
     to_send[::2] = True
 
-    def goes_on(left: int) -> bool:
+    def continues(left: int) -> bool:
         assert left == np.count_nonzero(to_send)
         return len(destination.batches) < batches
 
     push = cast(PushLane, destination)
-    return Round(cast(Context, context), push, to_send, pages, goes_on), to_send
+    return Round(cast(Context, context), push, to_send, pages, continues), to_send
 
 
 @pytest.mark.parametrize("pages", [0, 1, PAGES_ALONE, PAGES_ALONE + 1, 1024, 1029, 3 * 1024 + 2])

@@ -60,7 +60,7 @@ def test_a_guest_may_be_protected() -> None:
 
 
 @pytest.mark.parametrize(
-    ("until", "said", "complaint"),
+    ("until", "sent", "complaint"),
     [
         (m.Resumed, (R, m.Written(pfn_array([2000])), PUSH), "the domain ends at"),
         (m.Ready, (R, m.Written(ONE), PUSH), "written in phase switchover"),
@@ -72,18 +72,18 @@ def test_a_guest_may_be_protected() -> None:
     ],
 )
 def test_checkpoints_out_of_order(
-    until: type[m.Message], said: tuple[Role, m.Message, Lane], complaint: str
+    until: type[m.Message], sent: tuple[Role, m.Message, Lane], complaint: str
 ) -> None:
     last = max(
         i for i, (_speaker, message, _lane) in enumerate(PROTECTED) if isinstance(message, until)
     )
     ends = play(PROTECTED[: last + 1])
     with pytest.raises(RemoteProtocolError, match=complaint):
-        ends[Role(1 - said[0])].received(said[1], said[2])
+        ends[Role(1 - sent[0])].received(sent[1], sent[2])
 
 
 def test_checkpoints_that_were_not_agreed_on() -> None:
-    ends = play(STORY[: next(i for i, said in enumerate(STORY) if isinstance(said[1], m.Complete))])
+    ends = play(STORY[: next(i for i, sent in enumerate(STORY) if isinstance(sent[1], m.Complete))])
     for message in (m.Written(ONE), m.Checkpoint(b"", True), m.Unprotected("")):
         with pytest.raises(RemoteProtocolError, match="offered without checkpoints"):
             ends[S].received(message, PUSH)
@@ -100,24 +100,24 @@ def test_a_toolstack_may_decide_who_has_the_guest() -> None:
 
 def test_a_toolstack_may_leave_the_guest_paused() -> None:
     """All of the guest's memory has arrived, and ``resumed`` was never sent."""
-    ends = play([said for said in DECIDED if not isinstance(said[1], m.Resumed)])
+    ends = play([sent for sent in DECIDED if not isinstance(sent[1], m.Resumed)])
     assert ends[S].phase == ends[R].phase == Phase.CLOSED
 
 
 @pytest.mark.parametrize(
-    ("speaker", "message"),
+    ("sent_by", "message"),
     [
         (S, m.Abort("xl resumed it")),
         (R, m.Ended(False, "xl destroyed it")),
         (R, m.Ended(True, "it crashed")),
     ],
 )
-def test_while_it_decides_each_end_may_say_what_it_sees(speaker: Role, message: m.Message) -> None:
-    play([*UNDER_XL, (speaker, message, PUSH)])
+def test_while_it_decides_each_end_may_say_what_it_sees(sent_by: Role, message: m.Message) -> None:
+    play([*UNDER_XL, (sent_by, message, PUSH)])
 
 
 @pytest.mark.parametrize(
-    ("story", "speaker", "message", "what"),
+    ("story", "sent_by", "message", "what"),
     [
         (STORY[:5], S, m.Entrust(), "entrust in phase precopy"),
         (UNDER_XL, S, m.Entrust(), "entrust in phase decision"),
@@ -127,16 +127,16 @@ def test_while_it_decides_each_end_may_say_what_it_sees(speaker: Role, message: 
     ],
 )
 def test_but_nothing_else(
-    story: list[tuple[Role, m.Message, Lane]], speaker: Role, message: m.Message, what: str
+    story: list[tuple[Role, m.Message, Lane]], sent_by: Role, message: m.Message, what: str
 ) -> None:
     with pytest.raises(RemoteProtocolError, match=what):
-        play(story)[Role(1 - speaker)].received(message, PUSH)
+        play(story)[Role(1 - sent_by)].received(message, PUSH)
 
 
 @pytest.mark.parametrize("asked", [False, True])
 def test_a_sender_may_say_on_new_lanes_that_the_pages_are_lost(asked: bool) -> None:
     ends = play(
-        [*STORY[: STORY.index(next(said for said in STORY if isinstance(said[1], m.Handover))) + 1]]
+        [*STORY[: STORY.index(next(sent for sent in STORY if isinstance(sent[1], m.Handover))) + 1]]
     )
     for end in ends.values():
         end.rejoin()
@@ -170,7 +170,7 @@ def test_at_any_point_any_message_is_allowed_by_its_rule_or_refused(
         assert end.phase == before
     else:
         rule = RULES[type(message)]
-        assert rule.speaker != hearer
+        assert rule.sent_by != hearer
         assert rule.lane in (None, lane)
         assert before <= max(rule.phases) or before in (
             Phase.COMPLETE,
@@ -188,7 +188,7 @@ def after(message_type: type[m.Message]) -> list[tuple[Role, m.Message, Lane]]:
 
 
 @pytest.mark.parametrize(
-    ("story", "speaker", "message", "lane", "why"),
+    ("story", "sent_by", "message", "lane", "why"),
     [
         (after(m.Handover), S, m.Handover(), PUSH, "handover in phase postcopy"),
         (after(m.Handover), S, m.Abort("no"), PUSH, "abort in phase postcopy"),
@@ -222,15 +222,15 @@ def after(message_type: type[m.Message]) -> list[tuple[Role, m.Message, Lane]]:
 )
 def test_what_is_out_of_order_is_refused_at_both_ends(
     story: list[tuple[Role, m.Message, Lane]],
-    speaker: Role,
+    sent_by: Role,
     message: m.Message,
     lane: Lane,
     why: str,
 ) -> None:
     with pytest.raises(RemoteProtocolError, match=why):
-        play(story)[Role(1 - speaker)].received(message, lane)
+        play(story)[Role(1 - sent_by)].received(message, lane)
     with pytest.raises(LocalProtocolError, match=why):
-        play(story)[speaker].sent(message, lane)
+        play(story)[sent_by].sent(message, lane)
 
 
 @pytest.mark.parametrize("lost_after", [m.Handover, m.Resumed, m.Loaded, m.Complete])
@@ -245,14 +245,14 @@ def test_what_the_receiver_did_not_receive_is_sent_again() -> None:
     assert ends[S].handed_over
     for end in ends.values():
         end.rejoin()
-    for speaker, message, lane in [*rejoined("switchover"), *STORY[len(after(m.Ready)) :]]:
-        ends[speaker].sent(message, lane)
-        ends[Role(1 - speaker)].received(message, lane)
+    for sent_by, message, lane in [*rejoined("switchover"), *STORY[len(after(m.Ready)) :]]:
+        ends[sent_by].sent(message, lane)
+        ends[Role(1 - sent_by)].received(message, lane)
     assert ends[S].phase == ends[R].phase == Phase.CLOSED
 
 
 @pytest.mark.parametrize(
-    ("speaker", "message"),
+    ("sent_by", "message"),
     [
         (S, m.Completed()),
         (R, m.Complete(b"{}")),
@@ -261,13 +261,13 @@ def test_what_the_receiver_did_not_receive_is_sent_again() -> None:
     ],
 )
 def test_instead_of_rejoining_an_end_may_say_how_it_has_ended(
-    speaker: Role, message: m.Message
+    sent_by: Role, message: m.Message
 ) -> None:
-    first = [LOST] if speaker is R else []
+    first = [LOST] if sent_by is R else []
     ends = play(after(m.Loaded))
     for end in ends.values():
         end.rejoin()
-    for who, what, lane in [*first, (speaker, message, PUSH)]:
+    for who, what, lane in [*first, (sent_by, message, PUSH)]:
         ends[who].sent(what, lane)
         ends[Role(1 - who)].received(what, lane)
 
@@ -286,7 +286,7 @@ def test_a_sender_whose_journal_has_lost_the_handover_may_abort_on_new_lanes() -
 
 
 @pytest.mark.parametrize(
-    ("story", "speaker", "message", "why"),
+    ("story", "sent_by", "message", "why"),
     [
         ([*after(m.Loaded), LOST], S, m.Rejoin(), "a second time"),
         ([*after(m.Loaded), LOST], S, m.Abort("no"), "abort after the handover"),
@@ -307,10 +307,10 @@ def test_a_sender_whose_journal_has_lost_the_handover_may_abort_on_new_lanes() -
     ],
 )
 def test_and_nothing_else(
-    story: list[tuple[Role, m.Message, Lane]], speaker: Role, message: m.Message, why: str
+    story: list[tuple[Role, m.Message, Lane]], sent_by: Role, message: m.Message, why: str
 ) -> None:
     with pytest.raises(RemoteProtocolError, match=why):
-        play(story)[Role(1 - speaker)].received(message, PUSH)
+        play(story)[Role(1 - sent_by)].received(message, PUSH)
 
 
 def test_a_receiver_says_nothing_before_it_is_asked() -> None:
@@ -331,9 +331,9 @@ def test_a_restarted_sender_takes_up_the_session_of_its_predecessor(handed_over:
         end.rejoin()
     assert sender.serving == handed_over
     reached, spoken = ("postcopy", m.Handover) if handed_over else ("switchover", m.Ready)
-    for speaker, message, lane in [*rejoined(reached), *STORY[len(after(spoken)) :]]:
-        ends[speaker].sent(message, lane)
-        ends[Role(1 - speaker)].received(message, lane)
+    for sent_by, message, lane in [*rejoined(reached), *STORY[len(after(spoken)) :]]:
+        ends[sent_by].sent(message, lane)
+        ends[Role(1 - sent_by)].received(message, lane)
     assert sender.resumed
     assert sender.phase is receiver.phase is Phase.CLOSED
 

@@ -8,7 +8,7 @@
 struct fault_lock;
 
 /* ---- the sender's (sender/backlog.py) ---- */
-enum { PAGE_NOT_OURS, PAGE_UNSENT, PAGE_SENT, PAGE_DONE };
+enum { PAGE_NOT_MISSING, PAGE_UNSENT, PAGE_SENT, PAGE_DONE };
 
 #define PAGE_BLOCK 4096     /* the number of pfns whose unsent pages are counted together */
 

@@ -25,7 +25,7 @@ void source_sent(struct source_pages *p, const uint64_t *pfns, size_t n)
 size_t source_fault(struct source_pages *p, const uint64_t *pfns, size_t n, uint8_t *wanted)
 {
     for (size_t i = 0; i < n; i++)
-        if (pfns[i] >= p->nr_pfns || p->state[pfns[i]] == PAGE_NOT_OURS)
+        if (pfns[i] >= p->nr_pfns || p->state[pfns[i]] == PAGE_NOT_MISSING)
             return i;
     for (size_t i = 0; i < n; i++) {
         wanted[i] = p->state[pfns[i]] != PAGE_DONE;

@@ -17,7 +17,7 @@ from tests.campaigns.chaos.world import LostError
 UNDECIDED = ("interrupted", "in doubt", "held")
 """The phases in which there is something to decide."""
 REFUSALS = {
-    "before the switchover": "runs here|runs at the source|taken up|resumed",
+    "before the switchover": "belongs here|belongs to the source|taken up|resumed",
     "ended": "has ended",
 }
 """For groups of phases: the reason why there is nothing to decide."""

@@ -46,20 +46,20 @@ ANSWERS = {
     ("sender", BEFORE): {
         "reconnect": "nothing to reconnect",
         "cancel": ACTS,
-        "decide": "guest runs here",
+        "decide": "guest belongs here",
         "postcopy-now": "acts|--strategy precopy|past its precopy",
     },
     ("sender", AFTER): {
         "reconnect": "acts|nothing to reconnect|reconnecting does not help",
         "cancel": "too late",
         "postcopy-now": "--strategy precopy|past its precopy",
-        "decide": "in touch|reported that .* runs there|already",
+        "decide": "are connected|reported that .* runs there|already",
     },
     ("sender", END): ENDING,
     ("receiver", BEFORE): {
         "reconnect": "nothing to reconnect",
         "cancel": "acts|taken up|resumed",
-        "decide": "runs at the source|taken up|resumed",
+        "decide": "belongs to the source|taken up|resumed",
         "postcopy-now": "ask the sender",
     },
     ("receiver", AFTER): {
@@ -90,7 +90,7 @@ def begin(trial: Trial, which: str, domain: str, port: int) -> str:
         request["checkpoint_every_s"] = None
     try:
         with trial.world.control(which) as client:
-            client.say(**request)
+            client.send(**request)
             for answer in client.answers():
                 phase = answer.get("phase")
                 if answer["event"] == "result" or phase not in ("connecting", "failed"):

@@ -216,7 +216,7 @@ class Trial:
         wait_for_steps(guest, 5 if self.spec.workload == "idle" else 50)
         guest.close()
         with self.world.control("sender") as client:
-            client.say(**self.migration(self.spec.name, self.link.port))
+            client.send(**self.migration(self.spec.name, self.link.port))
             answer = client.answer()
         assert answer is not None
         self.id = answer["id"]
@@ -226,7 +226,7 @@ class Trial:
             return None
         self.world.source.create_guest(self.beside.to_bytes()).close()
         client = self.world.control("sender")
-        client.say(
+        client.send(
             command="migrate", domain=self.beside.name, destination=f"127.0.0.1:{self.world.port}",
             strategy=self.random.choice(["hybrid", "postcopy"]), bandwidth=8 * MIB,
             policy={"max_rounds": 2},

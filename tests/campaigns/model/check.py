@@ -66,12 +66,15 @@ class Verifier:
             [self._program(property_), f"-m{DEPTH}", "-E", *claim],
             cwd=self._directory, check=False, capture_output=True, text=True, timeout=1200,
         )  # fmt: skip
-        said = pan.stdout + pan.stderr
-        errors, states = re.search(r"errors: (\d+)", said), re.search(r"(\d+) states, stored", said)
-        cut_short = "max search depth too small" in said or "memory" in said.split("errors:")[0]
+        output = pan.stdout + pan.stderr
+        errors, states = (
+            re.search(r"errors: (\d+)", output),
+            re.search(r"(\d+) states, stored", output),
+        )
+        cut_short = "max search depth too small" in output or "memory" in output.split("errors:")[0]
         if errors is None or states is None or cut_short:
-            raise ModelError(f"the search did not come to its end:\n{said}")
-        return int(errors[1]), int(states[1]), said
+            raise ModelError(f"the search did not come to its end:\n{output}")
+        return int(errors[1]), int(states[1]), output
 
     def trail(self) -> str:
         """Return the steps that lead to the error of the last search without a claim."""
@@ -83,11 +86,11 @@ def check_model(directory: Path) -> list[str]:
     failed = []
     model = Verifier(directory)
     for property_ in PROPERTIES:
-        errors, states, said = model.search(property_)
+        errors, states, output = model.search(property_)
         print(f"{property_}: {states} states, {errors} errors", flush=True)
         if errors:
             failed.append(property_)
-            print(said, model.trail() if property_ == NO_CLAIM else "", sep="\n")
+            print(output, model.trail() if property_ == NO_CLAIM else "", sep="\n")
     return failed
 
 

@@ -379,7 +379,7 @@ int main(void)
     evictor_map = seen_by(&at_destination, 3);
     for (uint64_t pfn = 0; pfn < NR_PFNS; pfn++) {
         pfns[pfn] = pfn;
-        source_state[pfn] = pfn < MISSING ? PAGE_UNSENT : PAGE_NOT_OURS;
+        source_state[pfn] = pfn < MISSING ? PAGE_UNSENT : PAGE_NOT_MISSING;
         state[pfn] = pfn < MISSING ? PAGE_OUTSTANDING : PAGE_PRESENT;
         at_source.p2m[pfn] = P2M_RAM_RW | E_TOUCHED;
     }

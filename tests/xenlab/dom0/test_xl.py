@@ -240,7 +240,9 @@ def test_a_sender_is_killed_when_xl_has_destroyed_the_source(host: Host, tmp_pat
                 assert remnants(slow.xen)
                 both.start("sender")
                 assert keepers() == [keeper]
-            until(lambda: both.phase("receiver") == "postcopy", "the successor is not in touch", 60)
+            until(
+                lambda: both.phase("receiver") == "postcopy", "the successor is not connected", 60
+            )
             slow.wait_for("completed")
             assert int(both.line("sender")["outstanding"]) == 0
             check_heartbeat(arrived("xl14"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The last word to a destination that was cut off: the guest stays at the source, or its missing
+"""The last message to a destination that was cut off: the guest stays at the source, or its missing
 pages are lost.
 """
 
@@ -19,7 +19,7 @@ from sender.ownership import State
 log = logging.getLogger(__name__)
 
 DIALLING_S = 7 * 24 * 3600.0
-"""How long the last word is sent to a destination that does not answer.  The journal keeps its
+"""How long the last message is sent to a destination that does not answer.  The journal keeps its
 entry then, and the next sender tries again.
 """
 
@@ -31,31 +31,31 @@ def lose(context: Context, gone: str, shown: str = "") -> str:
     there is another text, ``shown``.  Called in a thread.
     """
     reason = m.printable(f"{gone}: the pages that it lacks at the destination are lost")
-    context.last_word = m.Lost(reason)
+    context.last_message = m.Lost(reason)
     context.fail(State.PAGES_LOST, shown or reason)
     return reason
 
 
-async def send_last_word(context: Context) -> None:
-    """Send the last word until the destination has it, if one is owed."""
-    if context.last_word is None:
+async def send_last_message(context: Context) -> None:
+    """Send the last message until the destination has it, if there is one."""
+    if context.last_message is None:
         return
     # A destination that dials and is refused, because there is no session here, has the same
     # answer, unless pages are lost.
-    awaits_us = context.lanes.dials is not None or isinstance(context.last_word, m.Lost)
+    awaits_us = context.lanes.dials is not None or isinstance(context.last_message, m.Lost)
     pending = "; the destination has not been informed yet"
     if context.lanes.dials is not None:
         pending += f" (`xen-postcopy reconnect {context.name}` dials at once)"
     context.progress.problem += pending
     with trio.move_on_after(DIALLING_S if awaits_us else LINGER_S) as limit:
-        while not await _is_sent(context, context.last_word):
+        while not await _is_sent(context, context.last_message):
             pass
     context.progress.problem = context.progress.problem.replace(pending, "")
     if limit.cancelled_caught and awaits_us:
         log.error(
             "%s: the destination was not reached; it was to be sent: %s",
             context.name,
-            context.last_word,
+            context.last_message,
         )
         return
     await trio.to_thread.run_sync(context.ownership.enter, State.FAILED)
