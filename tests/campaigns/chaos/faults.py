@@ -42,11 +42,13 @@ async def lose_destination(trial: Trial) -> None:
         return
 
     async with trial.killing:
-        await in_thread(lose, trial, trial.has_arrived)
+        await in_thread(lambda: lose(trial, trial.migrations(), trial.has_arrived))
 
 
-def lose(trial: Trial, has_arrived: Callable[[], bool]) -> None:
-    """``has_arrived``: returns whether the guest needs no protection any more."""
+def lose(trial: Trial, migrations: set[str], has_arrived: Callable[[], bool]) -> None:
+    """``migrations``: those that the sender has, which may be down at this moment.
+    ``has_arrived``: returns whether the guest needs no protection any more.
+    """
     world = trial.world
     there = [which for which in AT_DESTINATION if which in world.processes]
     for which in there:
@@ -56,7 +58,7 @@ def lose(trial: Trial, has_arrived: Callable[[], bool]) -> None:
         for which in there:
             for entry in world.state(which).iterdir():
                 entry.unlink()
-        trial.lost_there |= {line["id"] for line in trial.lines("sender")}
+        trial.lost_there |= migrations
     for which in there:
         world.start_anew(which)
 
@@ -171,7 +173,7 @@ async def few_descriptors(trial: Trial) -> None:
 async def read_only_state(trial: Trial) -> None:
     """In a daemon's state directory no file can be made or removed; open files can be written."""
     directory = trial.world.state(trial.random.choice(["sender", "receiver"]))
-    async with trial.killing:  # a daemon refuses to start then
+    async with trial.killing, trial.world.without_starts():  # a daemon refuses to start then
         directory.chmod(0o500)
         await trio.sleep(trial.random.uniform(0.05, 0.5))
         directory.chmod(0o700)
@@ -181,7 +183,8 @@ async def renew_certificates(trial: Trial) -> None:
     """Replace the certificate and the key one after the other; meanwhile they do not fit
     together.
     """
-    async with trial.killing:  # a daemon refuses to start with such a pair
+    # A daemon refuses to start with such a pair.
+    async with trial.killing, trial.world.without_starts():
         parts = list((await in_thread(trial.world.renewed)).items())
         trial.random.shuffle(parts)
         for path, text in parts:

@@ -55,7 +55,7 @@ async def damaged_checkpoint(trial: Trial) -> None:
     """
 
     def damage() -> None:
-        world = trial.world
+        world, migrations = trial.world, trial.migrations()
         world.kill("sender")
         path = world.state("sender") / f"{trial.id}.checkpoint"
         if path.exists():
@@ -65,7 +65,7 @@ async def damaged_checkpoint(trial: Trial) -> None:
             trial.checkpoint_damaged = True
             if trial.random.random() < 0.5:
                 step = last(path.with_suffix(".json").read_text())["step"]
-                lose(trial, lambda: step == "completing")
+                lose(trial, migrations, lambda: step == "completing")
         world.start_anew("sender")
 
     path = trial.world.state("sender") / f"{trial.id}.checkpoint"

@@ -251,6 +251,10 @@ class Trial:
         """Return the lines of this guest's migrations at a daemon."""
         return listed(self.world, which, self.spec.name)
 
+    def migrations(self) -> set[str]:
+        """Return the identifiers of this guest's migrations at the sender."""
+        return {line["id"] for line in self.lines("sender")}
+
     def line(self, which: str) -> Line | None:
         """Return the line of the first migration."""
         return next((line for line in self.lines(which) if line["id"] == self.id), None)

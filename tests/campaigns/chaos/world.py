@@ -11,11 +11,12 @@ import re
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import trio
 import trustme
 
 from migrate.cli.world import World, loopback_world, start_receiver, start_sender
@@ -95,6 +96,15 @@ class ChaosWorld(World):
         for which in list(self.hung_up):
             if not self._revive(which, HUNG_UP_S):
                 raise LostError(f"{which} was sent SIGHUP, is not needed and does not end")
+
+    @contextlib.asynccontextmanager
+    async def without_starts(self) -> AsyncIterator[None]:
+        """Have no daemon that has ended after SIGHUP started again within the block."""
+        await trio.to_thread.run_sync(self._reviving.acquire)
+        try:
+            yield
+        finally:
+            self._reviving.release()
 
     def _revive(self, which: str, within_s: float = 0.0) -> bool:
         """Start a daemon again that has ended after SIGHUP.  Returns whether the daemon was sent
