@@ -81,6 +81,12 @@ GUEST_OPTIONS = (
         help="The guest takes the memory of --balloon back then, gives it away again, and so on.",
     ),
     click.option(
+        "--mmio-hole",
+        type=Size(),
+        default=0,
+        help="Size of a hole for devices behind the first quarter of the memory.",
+    ),
+    click.option(
         "--seed",
         type=WholeNumber(),
         default=1,
@@ -100,7 +106,7 @@ def guest_options(function: F) -> F:
 def guest_spec(
     name: str, memory: int | None, vcpus: int, workload: str, working_set: int | None,
     write_share: float, rate: int | None, stride: int, image: str | None, zero_share: float,
-    balloon: int, balloon_back: bool, seed: int,
+    balloon: int, balloon_back: bool, mmio_hole: int, seed: int,
 ) -> GuestSpec:  # fmt: skip
     """Raises :class:`GuestOptionError`."""
     if image is not None:
@@ -109,7 +115,7 @@ def guest_spec(
     spec = GuestSpec(
         name, DEFAULT_MEMORY if memory is None else memory, vcpus, workload, working_set,
         round(write_share * 1000), rate, stride, image, round(zero_share * 1000), balloon // 4096,
-        balloon_back=balloon_back, seed=seed,
+        balloon_back=balloon_back, mmio_hole_bytes=mmio_hole, seed=seed,
     )  # fmt: skip
     spec.check_image()
     return spec

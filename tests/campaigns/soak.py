@@ -15,6 +15,8 @@ import sys
 import time
 
 STRATEGIES = ("hybrid", "postcopy", "precopy")
+HOLE = "3G"
+"""The hole for devices that the guests of every second round have in their memory."""
 WORKLOADS = ("random", "sequential", "hotset", "stride", "idle")
 
 
@@ -43,6 +45,7 @@ def main() -> None:
                     options.vcpus,
                 ),
                 *("--strategy", strategy, "--workload", workload, "--seed", str(round_number)),
+                *(("--mmio-hole", HOLE) if round_number % 2 == 0 else ()),
             ]
             result = subprocess.run(
                 command, capture_output=True, text=True, timeout=600, check=False

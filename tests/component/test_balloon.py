@@ -50,7 +50,7 @@ def balloon_steps(domain: Domain) -> int:
 
 def let_balloon_move(domain: Domain, steps: int) -> None:
     """Raise the limit as ``xl mem-set`` does, so that the guest moves towards its target."""
-    domain.set_max_pages(domain.nr_pfns)
+    domain.set_max_pages(domain.config().max_pages)
     before = balloon_steps(domain)
     until(lambda: balloon_steps(domain) >= before + steps, "the balloon does not move", WAIT_S)
 
@@ -109,6 +109,21 @@ async def test_a_guest_gives_memory_away_in_every_phase(
         )
 
     before_each_read(monkeypatch, give)
+    outcome = await migrate(clean_hosts, spec, strategy)
+    assert outcome.error is None
+    assert (await verification(clean_hosts, spec)).problems == []
+
+
+@pytest.mark.parametrize("strategy", list(Strategy))
+async def test_a_balloon_that_moves_across_a_hole_for_devices(
+    clean_hosts: World, name: str, monkeypatch: Patch, strategy: Strategy
+) -> None:
+    spec = ballooning(
+        name, working_set_bytes=1 * MIB, balloon_pages=3400, balloon_every=1,
+        mmio_hole_bytes=64 * MIB,
+    )  # fmt: skip
+    assert spec.pages - spec.balloon_pages < spec.pieces[0].stop
+    before_each_read(monkeypatch, lambda domain: let_balloon_move(domain, spec.balloon_pages + 100))
     outcome = await migrate(clean_hosts, spec, strategy)
     assert outcome.error is None
     assert (await verification(clean_hosts, spec)).problems == []

@@ -147,10 +147,11 @@ def test_many_at_once_through_one_pair_of_daemons(world: World, name: str) -> No
         check(world, spec)
 
 
-def test_there_and_back_again(name: str) -> None:
+@pytest.mark.parametrize("hole", [0, 256 * MIB], ids=["", "with a hole"])
+def test_there_and_back_again(name: str, hole: int) -> None:
     """The second migration starts from a guest that was itself restored by postcopy."""
     with loopback_world(64 * MIB) as there:
-        spec = boot(there, name, vcpus=2)
+        spec = boot(there, name, vcpus=2, mmio_hole_bytes=hole)
         migrate(there, name, strategy="postcopy")
         domain = there.destination.open(name)
         wait_for_steps(domain, 200)
@@ -169,6 +170,19 @@ def test_there_and_back_again(name: str) -> None:
         there.ask("back-sender", command="migrate", domain=name, destination=f"127.0.0.1:{port}")
         there.source, there.destination = there.destination, there.source
         check(there, spec)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_memory_on_both_sides_of_a_hole_for_devices(world: World, name: str, strategy: str) -> None:
+    """Nothing is sent for the pfns of the hole, which are 64 times as many as the pages."""
+    spec = boot(world, name, vcpus=2, working_set_bytes=12 * MIB, mmio_hole_bytes=1024 * MIB)
+    result = migrate(world, name, strategy=strategy)
+    check(world, spec)
+    sent = result["precopy"]["pages"] + result["switchover"]["pages"] + result["push"]["pages"]
+    assert spec.pages <= sent + result["pull"]["pages"]
+    if strategy == "postcopy":
+        assert result["switchover"]["missing_pages"] <= spec.pages
+        assert result["bytes_sent"] < 2 * spec.memory_bytes
 
 
 def test_a_hypervisor_without_the_batched_op_is_served_by_the_fallback(name: str) -> None:

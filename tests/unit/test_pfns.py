@@ -102,6 +102,9 @@ def test_a_mask_is_moved_by_its_base() -> None:
 def test_memory_may_be_sparse_up_to_a_bound() -> None:
     gib = 2**18
     assert sparseness(2**20, 256 * 256) == ""  # a small guest with a page behind the hole at 4 GiB
+    pages = 41 * gib // 10
+    assert sparseness(2**20 + pages - 0xF0000, pages) == ""  # a hole of 256 MiB below 4 GiB
+    assert sparseness(2**14 + gib, 2**14) == ""  # 64 MiB beside a hole of 1 GiB
     assert sparseness(70 * gib, 64 * gib) == ""
     assert sparseness(2**22, 1) == ""
     assert "0x400000, and with 1 pages it may be 0x3fffff at most" in sparseness(2**22 + 1, 1)

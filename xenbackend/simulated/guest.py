@@ -44,7 +44,9 @@ class GuestSpec:
     vcpus: int = 1
     workload: str = "random"
     working_set_bytes: int | None = None
-    """The number of bytes, from pfn 0 on, that the program touches; default: half of the memory."""
+    """The number of bytes, from the first page on, that the program touches; default: half of the
+    memory.
+    """
     write_permille: int = 1000
     rate: int | None = None
     """The accesses of each vCPU in a second; ``None``: as many as it can make (idle: 50)."""
@@ -59,6 +61,10 @@ class GuestSpec:
     balloon_every: int = 100
     balloon_back: bool = False
     """The pages that were given away are taken back, given away again, and so on."""
+    mmio_hole_bytes: int = 0
+    """The size of a hole for devices behind the first quarter of the memory.  A guest of more than
+    3.75 GiB has such a hole below 4 GiB.
+    """
     seed: int = 1
     handle: bytes = b""
     """The guest's UUID; if empty, the host gives the guest one when it boots."""
@@ -99,6 +105,10 @@ class GuestSpec:
             0 <= self.balloon_pages <= MAX_MEMORY_BYTES and 1 <= self.balloon_every < 2**31,
             "ballooning: pages at least 0, one after every 1 or more accesses",
         )
+        require(
+            self.mmio_hole_bytes in range(0, MAX_MEMORY_BYTES + 1, PAGE_SIZE),
+            f"a hole of {self.mmio_hole_bytes} bytes: a multiple of {PAGE_SIZE}, at most 1 TiB",
+        )
         require(0 <= self.seed < 2**63, "a seed is 0 to 2^63 - 1")
         require(len(self.handle) in (0, 16), "a UUID has 16 bytes")
         if self.working_set_bytes is not None:
@@ -113,13 +123,28 @@ class GuestSpec:
             )
         require(
             self.balloon_pages == 0
-            or self.working_pages + self.vcpus + self.balloon_pages <= self.nr_pfns,
+            or self.working_pages + self.vcpus + self.balloon_pages <= self.pages,
             "the balloon cannot take pages of the working set: make one of them smaller",
         )
 
     @property
-    def nr_pfns(self) -> int:
+    def pages(self) -> int:
+        """The number of pages of memory."""
         return self.memory_bytes // PAGE_SIZE
+
+    @property
+    def nr_pfns(self) -> int:
+        return self.pages + self.mmio_hole_bytes // PAGE_SIZE
+
+    @property
+    def pieces(self) -> list[range]:
+        """The guest's pages in pieces that have consecutive pfns."""
+        below = self.pages // 4 if self.mmio_hole_bytes else 0
+        return [piece for piece in (range(below), range(below, self.pages)) if piece]
+
+    def pfn(self, page: int) -> int:
+        """Return the pfn of one of the guest's pages, which are numbered from 0."""
+        return page + (self.nr_pfns - self.pages if page >= self.pieces[-1].start else 0)
 
     @property
     def working_pages(self) -> int:
@@ -164,6 +189,8 @@ class GuestSpec:
         program.balloon_pages = self.balloon_pages
         program.balloon_every = self.balloon_every
         program.balloon_back = self.balloon_back
+        program.hole_at = self.pieces[-1].start
+        program.hole_pfns = self.nr_pfns - self.pages
         program.image_seed = self.seed ^ 0x1A6E
         program.zero_permille = self.zero_permille
         return program
@@ -195,7 +222,7 @@ class GuestSpec:
             raise GuestOptionError(str(error)) from error
 
     def domain_config(self) -> DomainConfig:
-        return DomainConfig(self.name, self.nr_pfns, self.nr_pfns, self.vcpus, self.to_bytes())
+        return DomainConfig(self.name, self.nr_pfns, self.pages, self.vcpus, self.to_bytes())
 
 
 def available_bytes() -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+from io import FileIO
 from typing import Any
 
 import msgpack
@@ -73,18 +74,26 @@ class HostedDomain:
 
     def boot(self) -> None:
         """Populate all memory with the image, and start the guest."""
-        self.p2m[:] = lib.P2M_RAM_RW
-        self.dom.tot_pages = self.dom.nr_pfns
-        if self.spec.image is None:
-            lib.sim_generate_image(self.map, 0, self.dom.nr_pfns)
+        spec = self.spec
+        pfns = [slice(spec.pfn(piece[0]), spec.pfn(piece[-1]) + 1) for piece in spec.pieces]
+        for piece in pfns:
+            self.p2m[piece] = lib.P2M_RAM_RW
+        self.dom.tot_pages = spec.pages
+        if spec.image is None:
+            lib.sim_generate_image(self.map, 0, spec.pages)
         else:
-            memory = memoryview(ffi.buffer(self.map.memory, self.spec.memory_bytes))
-            at = 0
-            with open(self.spec.image, "rb", buffering=0) as image:
-                while n := image.readinto(memory[at : at + 2**24]):
-                    at += n
-            self.p2m[: at // PAGE_SIZE] |= np.uint32(lib.P2M_TOUCHED)
+            with open(spec.image, "rb", buffering=0) as image:
+                for piece in pfns:
+                    self._read_image(image, piece)
         self.start()
+
+    def _read_image(self, image: FileIO, pfns: slice) -> None:
+        """Read the next pages of an image, which may end before."""
+        memory = memoryview(ffi.buffer(self.map.memory, pfns.stop * PAGE_SIZE))
+        at = pfns.start * PAGE_SIZE
+        while n := image.readinto(memory[at : at + 2**24]):
+            at += n
+        self.p2m[pfns.start : at // PAGE_SIZE] |= np.uint32(lib.P2M_TOUCHED)
 
     def start(self) -> None:
         self.ever_ran = True

@@ -91,9 +91,11 @@ def _compare_memory(
     actual = np.zeros(WINDOW_PAGES * PAGE_SIZE, dtype=np.uint8)
     bad: list[PfnArray] = []
     absent = 0
-    for pfns, expected in _initial_memory(program, spec):
-        first, n = int(pfns[0]), len(pfns)
-        domain.raw_memory(first, actual.data[: n * PAGE_SIZE])
+    for pages, expected in _initial_memory(program, spec):
+        first, n = pages.start, len(pages)
+        pfn = spec.pfn(first)
+        pfns = np.arange(pfn, pfn + n, dtype=np.uint64)
+        domain.raw_memory(pfn, actual.data[: n * PAGE_SIZE])
         differs = np.zeros(n, dtype=np.uint8)
         lib.sim_compare_pages(
             program,
@@ -125,33 +127,36 @@ def _compare_memory(
 def _balloon(
     program: Any, spec: GuestSpec, steps: int
 ) -> tuple[NDArray[np.bool_], NDArray[np.uint64]]:
-    """Return for each pfn whether it is a hole after so many steps of the balloon, and how often
+    """Return for each page whether it is a hole after so many steps of the balloon, and how often
     the balloon has taken memory for it again.
     """
-    holes = np.zeros(spec.nr_pfns, dtype=np.bool_)
-    taken = np.zeros(spec.nr_pfns, dtype=np.uint64)
+    holes = np.zeros(spec.pages, dtype=np.bool_)
+    taken = np.zeros(spec.pages, dtype=np.uint64)
     for number in range(spec.balloon_pages):
-        pfn = lib.sim_balloon_pfn(program, spec.nr_pfns, number)
-        taken[pfn] = lib.sim_balloon_taken(program, steps, number)
-        holes[pfn] = lib.sim_balloon_given(program, steps, number) > taken[pfn]
+        page = lib.sim_balloon_page(program, spec.nr_pfns, number)
+        taken[page] = lib.sim_balloon_taken(program, steps, number)
+        holes[page] = lib.sim_balloon_given(program, steps, number) > taken[page]
     return holes, taken
 
 
-def _initial_memory(program: Any, spec: GuestSpec) -> Iterator[tuple[PfnArray, NDArray[np.uint8]]]:
-    """Yield all pfns in windows, each with the memory with which the guest was booted.
+def _initial_memory(program: Any, spec: GuestSpec) -> Iterator[tuple[range, NDArray[np.uint8]]]:
+    """Yield all pages in windows, each with the memory with which the guest was booted.  The pages
+    of a window have consecutive pfns.
 
     The array of memory is ``WINDOW_PAGES`` pages long and is used again for the next window.
     """
     memory = np.zeros(WINDOW_PAGES * PAGE_SIZE, dtype=np.uint8)
     with contextlib.ExitStack() as files:
         image = files.enter_context(open(spec.image, "rb", buffering=0)) if spec.image else None
-        for first in range(0, spec.nr_pfns, WINDOW_PAGES):
-            n = min(WINDOW_PAGES, spec.nr_pfns - first)
-            if image is None:
-                lib.sim_image_pages(program, first, n, ffi.from_buffer("uint8_t[]", memory))
-            else:
-                memory[:] = 0
-                view = memory.data[: n * PAGE_SIZE]
-                while len(view) and (got := image.readinto(view)):
-                    view = view[got:]
-            yield np.arange(first, first + n, dtype=np.uint64), memory
+        for piece in spec.pieces:
+            for at in range(0, len(piece), WINDOW_PAGES):
+                pages = piece[at : at + WINDOW_PAGES]
+                if image is None:
+                    into = ffi.from_buffer("uint8_t[]", memory)
+                    lib.sim_image_pages(program, pages.start, len(pages), into)
+                else:
+                    memory[:] = 0
+                    view = memory.data[: len(pages) * PAGE_SIZE]
+                    while len(view) and (got := image.readinto(view)):
+                        view = view[got:]
+                yield pages, memory

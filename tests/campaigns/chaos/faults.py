@@ -221,7 +221,7 @@ async def hostile_peer(trial: Trial) -> None:
                 spec = GuestSpec("hostile", MIB)
                 greeting = None
                 first = m.Offer(
-                    "hostile", spec.nr_pfns, spec.nr_pfns, 1, spec.to_bytes(), True, b"key", 0
+                    "hostile", spec.nr_pfns, spec.pages, 1, spec.to_bytes(), True, b"key", 0
                 )
             try:
                 if greeting is not None:
@@ -344,7 +344,7 @@ async def set_memory(trial: Trial) -> None:
 
     def lift() -> None:
         with contextlib.suppress(XenError), trial.world.source.open(trial.spec.name) as domain:
-            domain.set_max_pages(domain.nr_pfns)
+            domain.set_max_pages(trial.spec.pages)
 
     for _ in range(trial.random.choice([1, 5])):
         await in_thread(lift)
@@ -362,7 +362,7 @@ async def use_memory_up(trial: Trial) -> None:
 
     await in_thread(limit, None)
     await trio.sleep(trial.random.uniform(0.1, 1))
-    await in_thread(limit, trial.spec.nr_pfns)
+    await in_thread(limit, trial.spec.pages)
 
 
 FAULTS = [

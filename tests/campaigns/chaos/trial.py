@@ -39,6 +39,8 @@ WATCH_EVERY_S = 0.03
 NO_WAY_BACK = "cannot continue here"
 """A part of the answer to a decision for a source whose checkpoint is damaged."""
 ARRIVED = ("completing", "completed")
+WITH_HOLE = 0.3
+"""The share of trials whose guest has memory on both sides of a hole for devices."""
 BESIDE = 0.3
 """The share of trials in which another guest is migrated at the same time and must not notice."""
 PROTECTED = 0.4
@@ -121,7 +123,7 @@ class Trial:
             r.choice([None, None, 0.02]) if self.strategy != "precopy" else None
         )
         if r.random() < 0.5:
-            pages = min(200, (self.spec.nr_pfns - self.spec.working_pages) // 2)
+            pages = min(200, (self.spec.pages - self.spec.working_pages) // 2)
             every = 1 if self.spec.workload == "idle" else r.choice([5, 50])
             # A page that is taken back between two checkpoints is not noticed (docs/recovery.md).
             back = self.checkpoint_every_s is None
@@ -135,13 +137,16 @@ class Trial:
             self.beside = GuestSpec(
                 f"beside{self.seed}", 8 * MIB, workload="random", seed=self.seed
             )
+        if r.random() < WITH_HOLE:
+            self.spec = replace(self.spec, mmio_hole_bytes=r.choice([memory, 1024 * MIB]))
         self.id = ""
         """The identifier of the first migration."""
 
     def __str__(self) -> str:
         spec = self.spec
         return (
-            f"seed {self.seed}: {spec.memory_bytes // MIB} MiB, {spec.vcpus} vCPUs, "
+            f"seed {self.seed}: {spec.memory_bytes // MIB} MiB, a hole of "
+            f"{spec.mmio_hole_bytes // MIB} MiB, {spec.vcpus} vCPUs, "
             f"{spec.workload}, {self.strategy}, balloon of {spec.balloon_pages} pages, bandwidth "
             f"{self.bandwidth}, checkpoints {self.checkpoint_every_s}, "
             f"{'TLS' if self.world.tls else 'no TLS'}, "

@@ -41,7 +41,7 @@ struct sim_program {
     uint32_t kind;
     uint32_t nr_vcpus;
     uint64_t seed;
-    uint64_t pages;            /* working set: pfns 0 .. pages - 1 */
+    uint64_t pages;            /* working set: pages 0 .. pages - 1 */
     uint64_t stride;           /* in pages */
     uint32_t write_permille;   /* share of the accesses that write */
     uint32_t generated;        /* the image is sim_generate_image()'s: first reads are checked */
@@ -51,6 +51,8 @@ struct sim_program {
     uint64_t image_seed;
     uint32_t zero_permille;    /* share of zero pages of a generated image */
     uint32_t balloon_back;     /* they are taken back when all were given away, and so on */
+    uint64_t hole_at;          /* the pages from this one on are behind the hole for devices */
+    uint64_t hole_pfns;        /* the size of that hole */
 };
 
 struct sim_vcpu {
@@ -136,6 +138,7 @@ size_t sim_pinned(struct sim_map *m, const uint64_t *pfns, size_t n, uint64_t *h
 int sim_set_page(struct sim_map *m, uint64_t pfn, int type, int refs, int type_count);
 
 /* ---- guest programs (program.c) ---- */
+uint64_t sim_pfn(const struct sim_program *program, uint64_t page);
 void sim_generate_image(struct sim_map *m, uint64_t from, uint64_t n);
 void sim_image_pages(const struct sim_program *program, uint64_t from, uint64_t n, uint8_t *pages);
 void sim_expected_visits(const struct sim_program *program, uint32_t vcpu, uint64_t count,
@@ -143,7 +146,7 @@ void sim_expected_visits(const struct sim_program *program, uint32_t vcpu, uint6
 void sim_compare_pages(const struct sim_program *program, uint64_t from, uint64_t n,
                        const uint64_t *visits, const uint64_t *taken, uint8_t *pages,
                        const uint8_t *actual, uint8_t *differs);
-uint64_t sim_balloon_pfn(const struct sim_program *program, uint64_t nr_pfns, uint64_t number);
+uint64_t sim_balloon_page(const struct sim_program *program, uint64_t nr_pfns, uint64_t number);
 uint64_t sim_balloon_due(const struct sim_program *program, uint64_t count);
 uint64_t sim_balloon_given(const struct sim_program *program, uint64_t steps, uint64_t number);
 uint64_t sim_balloon_taken(const struct sim_program *program, uint64_t steps, uint64_t number);

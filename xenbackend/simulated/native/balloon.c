@@ -5,9 +5,10 @@
 #include "host.h"
 
 /* The guest reads a page that its balloon gives away: the page must hold what was written there. */
-static void check_page(struct host_vcpu *v, uint64_t pfn, uint64_t number)
+static void check_page(struct host_vcpu *v, uint64_t page, uint64_t number)
 {
     struct sim_domain *d = v->h->m->dom;
+    uint64_t pfn = sim_pfn(&d->program, page);
     uint64_t taken = sim_balloon_taken(&d->program, d->balloon_steps, number);
     const uint64_t *words = (const uint64_t *)(v->h->m->memory + pfn * PAGE_BYTES);
     int wrong = 0;
@@ -15,8 +16,8 @@ static void check_page(struct host_vcpu *v, uint64_t pfn, uint64_t number)
     if (!taken && !d->program.generated)
         return;
     for (uint32_t w = 0; w < PAGE_BYTES / 8; w++)
-        wrong |= words[w] != (taken ? sim_taken_word(&d->program, pfn, taken, w)
-                              : sim_image_word(&d->program, pfn, w));
+        wrong |= words[w] != (taken ? sim_taken_word(&d->program, page, taken, w)
+                              : sim_image_word(&d->program, page, w));
     if (wrong && !d->vcpu[v->id].errors++)
         d->vcpu[v->id].first_error_pfn = pfn;
 }
@@ -25,10 +26,11 @@ static void check_page(struct host_vcpu *v, uint64_t pfn, uint64_t number)
  * paged out (EILSEQ, p2m_remove_entry()), and Linux scrubs pages that it gives away, which first
  * loads them.  With ``drops`` the interface is followed: the page is dropped, and the pager is
  * informed.  Returns 0 if it has to be tried again. */
-static int give_away(struct host_vcpu *v, uint64_t pfn, uint64_t number)
+static int give_away(struct host_vcpu *v, uint64_t page, uint64_t number)
 {
     struct sim_host_domain *h = v->h;
     struct sim_domain *d = h->m->dom;
+    uint64_t pfn = sim_pfn(&d->program, page);
     uint32_t w = entry_lock(h->m, pfn);
 
     if (!d->drops && is_paging(E_TYPE(w))) {
@@ -37,7 +39,7 @@ static int give_away(struct host_vcpu *v, uint64_t pfn, uint64_t number)
         return 0;
     }
     if (is_ram(E_TYPE(w)) || E_TYPE(w) == P2M_RAM_PAGING_OUT) {
-        check_page(v, pfn, number);
+        check_page(v, page, number);
         entry_set(h->m, pfn, P2M_HOLE, 0, 0);
         sim_free_frames(h->m, pfn, 1);
         __atomic_fetch_sub(&d->tot_pages, 1, __ATOMIC_SEQ_CST);
@@ -65,10 +67,11 @@ static int give_away(struct host_vcpu *v, uint64_t pfn, uint64_t number)
 /* The guest's balloon driver: populate_physmap.  Xen replaces what is at the pfn, and a present
  * frame is lost to the domain.  Returns 0 if the domain may own no further frame; as Linux does,
  * the guest tries again later. */
-static int take_back(struct host_vcpu *v, uint64_t pfn, uint64_t number)
+static int take_back(struct host_vcpu *v, uint64_t page, uint64_t number)
 {
     struct sim_map *m = v->h->m;
     struct sim_domain *d = m->dom;
+    uint64_t pfn = sim_pfn(&d->program, page);
     uint64_t taken = sim_balloon_taken(&d->program, d->balloon_steps + 1, number);
     uint64_t *words = (uint64_t *)(m->memory + pfn * PAGE_BYTES);
     uint32_t w;
@@ -82,7 +85,7 @@ static int take_back(struct host_vcpu *v, uint64_t pfn, uint64_t number)
     entry_set(m, pfn, P2M_RAM_RW, 1, 0);
     physmap_changed(m, pfn, 1);
     for (uint32_t i = 0; i < PAGE_BYTES / 8; i++)
-        __atomic_store_n(&words[i], sim_taken_word(&d->program, pfn, taken, i), __ATOMIC_RELAXED);
+        __atomic_store_n(&words[i], sim_taken_word(&d->program, page, taken, i), __ATOMIC_RELAXED);
     mark_dirty(m, pfn);
     entry_unlock(m, pfn);
     return 1;
@@ -91,11 +94,11 @@ static int take_back(struct host_vcpu *v, uint64_t pfn, uint64_t number)
 int move_balloon(struct host_vcpu *v)
 {
     struct sim_domain *d = v->h->m->dom;
-    uint64_t number, pfn;
+    uint64_t number, page;
     int gives = sim_balloon_gives(&d->program, d->balloon_steps, &number);
 
-    pfn = sim_balloon_pfn(&d->program, d->nr_pfns, number);
-    if (!(gives ? give_away(v, pfn, number) : take_back(v, pfn, number)))
+    page = sim_balloon_page(&d->program, d->nr_pfns, number);
+    if (!(gives ? give_away(v, page, number) : take_back(v, page, number)))
         return !gives;
     __atomic_store_n(&d->balloon_steps, d->balloon_steps + 1, __ATOMIC_SEQ_CST);
     return 1;

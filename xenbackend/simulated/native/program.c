@@ -38,6 +38,12 @@ static inline uint64_t mix64(uint64_t x)      /* the finaliser of splitmix64 */
     return x ^ (x >> 31);
 }
 
+/* The guest's pages are numbered without the hole for devices. */
+uint64_t sim_pfn(const struct sim_program *p, uint64_t page)
+{
+    return page < p->hole_at ? page : page + p->hole_pfns;
+}
+
 /* A keyed permutation of [0, n): a Feistel network over the next even power of two, repeated until
  * the result is less than n. */
 static uint64_t permute(uint64_t i, uint64_t n, uint64_t key)
@@ -78,7 +84,7 @@ static uint64_t stream_pages(const struct sim_program *p, uint32_t stream)
     return (1ull << stream) < p->pages - first ? (1ull << stream) : p->pages - first;
 }
 
-/* The pfn at place i of the given pass of a stream. */
+/* The page at place i of the given pass of a stream. */
 static uint64_t place(const struct sim_program *p, uint32_t vcpu, uint32_t stream, uint64_t pass,
                       uint64_t i)
 {
@@ -114,42 +120,42 @@ struct sim_access sim_access_at(const struct sim_program *p, uint32_t vcpu, uint
 }
 
 /* The number of writes in the first `visits` visits: the share write_permille, spread evenly. */
-uint64_t sim_writes(const struct sim_program *p, uint32_t vcpu, uint64_t pfn, uint64_t visits)
+uint64_t sim_writes(const struct sim_program *p, uint32_t vcpu, uint64_t page, uint64_t visits)
 {
-    return (visits * p->write_permille + mix64(p->seed + pfn * 64 + vcpu) % 1000) / 1000;
+    return (visits * p->write_permille + mix64(p->seed + page * 64 + vcpu) % 1000) / 1000;
 }
 
-uint32_t sim_word(const struct sim_program *p, uint32_t vcpu, uint64_t pfn, uint64_t write)
+uint32_t sim_word(const struct sim_program *p, uint32_t vcpu, uint64_t page, uint64_t write)
 {
     uint32_t own = WORDS / p->nr_vcpus;
 
-    return vcpu + p->nr_vcpus * ((mix64(pfn ^ p->seed) + write) % own);
+    return vcpu + p->nr_vcpus * ((mix64(page ^ p->seed) + write) % own);
 }
 
-uint64_t sim_value(const struct sim_program *p, uint32_t vcpu, uint64_t pfn, uint64_t write)
+uint64_t sim_value(const struct sim_program *p, uint32_t vcpu, uint64_t page, uint64_t write)
 {
-    return mix64(mix64(p->seed + pfn * 64 + vcpu) + write);
+    return mix64(mix64(p->seed + page * 64 + vcpu) + write);
 }
 
 /* A word of what the guest writes into a page that its balloon took back for the n-th time. */
-uint64_t sim_taken_word(const struct sim_program *p, uint64_t pfn, uint64_t taken, uint32_t word)
+uint64_t sim_taken_word(const struct sim_program *p, uint64_t page, uint64_t taken, uint32_t word)
 {
-    return mix64(mix64(p->seed ^ pfn << 16 ^ taken) + word);
+    return mix64(mix64(p->seed ^ page << 16 ^ taken) + word);
 }
 
-uint64_t sim_image_word(const struct sim_program *p, uint64_t pfn, uint32_t word)
+uint64_t sim_image_word(const struct sim_program *p, uint64_t page, uint32_t word)
 {
-    if (mix64(p->image_seed ^ pfn) % 1000 < p->zero_permille)
+    if (mix64(p->image_seed ^ page) % 1000 < p->zero_permille)
         return 0;
-    return mix64(p->image_seed + pfn * WORDS + word);
+    return mix64(p->image_seed + page * WORDS + word);
 }
 
-static int image_page(const struct sim_program *p, uint64_t pfn, uint64_t *page)
+static int image_page(const struct sim_program *p, uint64_t page, uint64_t *words)
 {
-    if (mix64(p->image_seed ^ pfn) % 1000 < p->zero_permille)
+    if (mix64(p->image_seed ^ page) % 1000 < p->zero_permille)
         return 0;
     for (uint32_t w = 0; w < WORDS; w++)
-        page[w] = mix64(p->image_seed + pfn * WORDS + w);
+        words[w] = mix64(p->image_seed + page * WORDS + w);
     return 1;
 }
 
@@ -162,12 +168,15 @@ void sim_image_pages(const struct sim_program *p, uint64_t from, uint64_t n, uin
 
 void sim_generate_image(struct sim_map *m, uint64_t from, uint64_t n)
 {
-    for (uint64_t pfn = from; pfn < from + n; pfn++)
-        if (image_page(&m->dom->program, pfn, (uint64_t *)(m->memory + pfn * PAGE_BYTES)))
+    for (uint64_t page = from; page < from + n; page++) {
+        uint64_t pfn = sim_pfn(&m->dom->program, page);
+
+        if (image_page(&m->dom->program, page, (uint64_t *)(m->memory + pfn * PAGE_BYTES)))
             __atomic_fetch_or(&m->p2m[pfn], E_TOUCHED, __ATOMIC_SEQ_CST);
+    }
 }
 
-/* Compute visits[pfn] for all pfns of the working set after `count` accesses of a vCPU. */
+/* Compute visits[page] for all pages of the working set after `count` accesses of a vCPU. */
 void sim_expected_visits(const struct sim_program *p, uint32_t vcpu, uint64_t count,
                          uint64_t *visits)
 {
@@ -184,17 +193,17 @@ void sim_expected_visits(const struct sim_program *p, uint32_t vcpu, uint64_t co
     }
 }
 
-/* Write into `page`, which holds the image's page, what the vCPUs have written there. */
-static void overlay(const struct sim_program *p, uint64_t pfn, const uint64_t *visits,
-                    uint64_t *page)
+/* Write into `words`, which hold the image's page, what the vCPUs have written there. */
+static void overlay(const struct sim_program *p, uint64_t page, const uint64_t *visits,
+                    uint64_t *words)
 {
     uint64_t own = WORDS / p->nr_vcpus;
 
     for (uint32_t v = 0; v < p->nr_vcpus; v++) {
-        uint64_t n = sim_writes(p, v, pfn, visits[v * p->pages + pfn]);
+        uint64_t n = sim_writes(p, v, page, visits[v * p->pages + page]);
 
         for (uint64_t w = n > own ? n - own : 0; w < n; w++)
-            page[sim_word(p, v, pfn, w)] = sim_value(p, v, pfn, w);
+            words[sim_word(p, v, page, w)] = sim_value(p, v, page, w);
     }
 }
 
@@ -217,9 +226,9 @@ void sim_compare_pages(const struct sim_program *p, uint64_t from, uint64_t n,
 }
 
 /* vCPU 0 gives pages away from the top, below the vcpu_info frames. */
-uint64_t sim_balloon_pfn(const struct sim_program *p, uint64_t nr_pfns, uint64_t number)
+uint64_t sim_balloon_page(const struct sim_program *p, uint64_t nr_pfns, uint64_t number)
 {
-    return nr_pfns - 1 - p->nr_vcpus - number;
+    return nr_pfns - p->hole_pfns - 1 - p->nr_vcpus - number;
 }
 
 /* The number of steps of the balloon that are due after so many accesses of vCPU 0. */

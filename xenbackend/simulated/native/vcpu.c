@@ -53,39 +53,40 @@ static int access_page(struct host_vcpu *v, struct sim_access a)
     struct sim_map *m = v->h->m;
     const struct sim_program *p = &m->dom->program;
     struct sim_vcpu *arch = &m->dom->vcpu[v->id];
-    uint32_t w = __atomic_fetch_add(&m->p2m[a.pfn], E_ACCESS, __ATOMIC_SEQ_CST);
+    uint64_t pfn = sim_pfn(p, a.page);
+    uint32_t w = __atomic_fetch_add(&m->p2m[pfn], E_ACCESS, __ATOMIC_SEQ_CST);
 
     if (is_ram(E_TYPE(w)) && !E_OWNER(w)) {
-        uint64_t *words = (uint64_t *)(m->memory + a.pfn * PAGE_BYTES);
-        uint64_t n = sim_writes(p, v->id, a.pfn, a.visit);
+        uint64_t *words = (uint64_t *)(m->memory + pfn * PAGE_BYTES);
+        uint64_t n = sim_writes(p, v->id, a.page, a.visit);
         int wrong = 0;
 
         if (n) {
-            wrong = words[sim_word(p, v->id, a.pfn, n - 1)] != sim_value(p, v->id, a.pfn, n - 1);
+            wrong = words[sim_word(p, v->id, a.page, n - 1)] != sim_value(p, v->id, a.page, n - 1);
         } else if (p->generated) {
-            uint32_t word = sim_word(p, v->id, a.pfn, 0);
+            uint32_t word = sim_word(p, v->id, a.page, 0);
 
-            wrong = words[word] != sim_image_word(p, a.pfn, word);
+            wrong = words[word] != sim_image_word(p, a.page, word);
         }
         if (wrong && !arch->errors++)
-            arch->first_error_pfn = a.pfn;
-        if (sim_writes(p, v->id, a.pfn, a.visit + 1) != n) {
+            arch->first_error_pfn = pfn;
+        if (sim_writes(p, v->id, a.page, a.visit + 1) != n) {
             if (!(w & E_TOUCHED))
-                __atomic_fetch_or(&m->p2m[a.pfn], E_TOUCHED, __ATOMIC_SEQ_CST);
-            __atomic_store_n(&words[sim_word(p, v->id, a.pfn, n)], sim_value(p, v->id, a.pfn, n),
+                __atomic_fetch_or(&m->p2m[pfn], E_TOUCHED, __ATOMIC_SEQ_CST);
+            __atomic_store_n(&words[sim_word(p, v->id, a.page, n)], sim_value(p, v->id, a.page, n),
                              __ATOMIC_SEQ_CST);
-            mark_dirty(m, a.pfn);
+            mark_dirty(m, pfn);
         }
-        __atomic_fetch_sub(&m->p2m[a.pfn], E_ACCESS, __ATOMIC_SEQ_CST);
+        __atomic_fetch_sub(&m->p2m[pfn], E_ACCESS, __ATOMIC_SEQ_CST);
         return 1;
     }
-    __atomic_fetch_sub(&m->p2m[a.pfn], E_ACCESS, __ATOMIC_SEQ_CST);
+    __atomic_fetch_sub(&m->p2m[pfn], E_ACCESS, __ATOMIC_SEQ_CST);
     if (E_OWNER(w))
         sched_yield();
     else if (is_paging(E_TYPE(w)))
-        page_fault(v, a.pfn);
+        page_fault(v, pfn);
     else
-        crash_at(v, a.pfn);
+        crash_at(v, pfn);
     return 0;
 }
 
