@@ -18,7 +18,7 @@ from receiver.context import Context
 from receiver.guest import state_of
 from receiver.ownership import State
 from receiver.switchover import LOOK_AGAIN_EVERY_S, Switchover
-from xenbackend.contract import DomainState
+from xenbackend.contract import DomainState, End
 from xenbackend.errors import NoSuchDomainError, XenError
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,8 @@ async def _guest_ended(
 ) -> m.Message:
     """End the migration of a guest that has ended here.  Returns the message for the sender."""
     ran = switchover is not None and switchover.runs.is_set()
-    reason = str(error) if isinstance(error, GuestEndedError) else "its domain was destroyed"
+    end = await _end(context)
+    reason = str(error) if isinstance(error, GuestEndedError) else end.value
     answer: m.Message = m.Ended(ran, m.printable(reason))
     if not gone:  # the guest crashed at its start: the source has all that it was
         reason += (
@@ -77,11 +78,11 @@ async def _guest_ended(
     lacked = 0
     if switchover is not None:
         lacked = switchover.lacked
-        if not lacked and gone and await _ended_suspended(context):
+        if not lacked and gone and end is End.SUSPENDED:
             lacked = switchover.guest.pages.count
     if context.ownership.handed_over and lacked:
         reason += (
-            f" after it had been suspended while {lacked} pages were missing: "
+            f", and {lacked} pages were missing when it was suspended: "
             "an image or a copy that was made of it then lacks them"
         )
         answer = m.Failed(m.printable(reason))  # so that the sender keeps the missing pages
@@ -123,12 +124,9 @@ async def _is_gone(context: Context, reason: Exception) -> bool:
     return isinstance(reason, GuestEndedError)  # a predecessor's domain did not exist any more
 
 
-async def _ended_suspended(context: Context) -> bool:
-    """Whether the domain was suspended at its end, as after a save or a migration to a third
-    host.
-    """
+async def _end(context: Context) -> End:
     domain = context.holdings.domain
-    return domain is not None and await trio.to_thread.run_sync(domain.ended_suspended)
+    return End.DESTROYED if domain is None else await trio.to_thread.run_sync(domain.end)
 
 
 async def discard(context: Context, reason: str) -> None:

@@ -228,16 +228,18 @@ class Switchover:
                 )
                 await trio.sleep(LOOK_AGAIN_EVERY_S)
                 continue
+            if state is None:
+                raise GuestEndedError(await trio.to_thread.run_sync(self._end))
             self._note_state(state)
             await trio.sleep(LOOK_AGAIN_EVERY_S if self.runs.is_set() else next(began))
 
-    def _note_state(self, state: DomainState | None) -> None:
-        if state is None:
-            raise GuestEndedError(
-                "its domain was destroyed"
-                if self.runs.is_set()
-                else self.context.toolstack.gone_before_it_ran
-            )
+    def _end(self) -> str:
+        """Return how the guest, whose domain is gone, ended."""
+        if not self.runs.is_set():
+            return self.context.toolstack.gone_before_it_ran
+        return self.guest.domain.end().value
+
+    def _note_state(self, state: DomainState) -> None:
         may_be_starting = state is DomainState.PAUSED and self.not_started
         if state is not DomainState.INCOMING and not may_be_starting:
             self.runs.set()

@@ -21,7 +21,7 @@ from sender.checkpoints import CheckpointStore
 from sender.context import Context, Source
 from sender.last_message import lose
 from sender.ownership import DECIDED, Link, State
-from sender.recovery import Recovery
+from sender.recovery import Recovery, is_gone
 from sender.toolstack import StaysHereError
 from xenbackend.contract import Domain, DomainState
 from xenbackend.errors import NoSuchDomainError, XenError
@@ -45,6 +45,8 @@ class Rollback:
         """Whether a toolstack, or the next attempt to return to a checkpoint, is being waited for.
         An operator may then :meth:`overrule`.
         """
+        self._has_ended = False
+        """The guest has ended here, before it was given away."""
         self._overruled = trio.Event()
         self._overruling = State.DECIDED_ELSEWHERE
         self._taken: State | MigrationError | None = None
@@ -155,10 +157,21 @@ class Rollback:
     async def _stay_here(self, error: BaseException) -> None:
         self._context.progress.problem = str(error)
         with trio.CancelScope(shield=True):
+            reason = self._context.progress.problem = await in_thread(self._reason, error)
             try:
-                await self._give_up(str(error))
+                await self._give_up(reason)
             except GuestEndedError as otherwise:
                 await self._guest_ended(otherwise)
+
+    def _reason(self, error: BaseException) -> str:
+        """Return why the migration ends.  If the guest has ended here, each call about its domain
+        fails, and the end of the guest is the reason.
+        """
+        domain, name = self._source.domain, self._context.name
+        if self._ownership.may_be_elsewhere or not is_gone(domain, name):
+            return str(error)
+        self._has_ended = True
+        return f"{name} has ended during the migration: {domain.end().value}"
 
     async def _give_up(self, reason: str) -> None:
         context, checkpoints = self._context, self._source.checkpoints
@@ -251,6 +264,8 @@ class Rollback:
         except GuestEndedError:
             raise
         except (MigrationError, XenError) as error:
+            if self._has_ended and isinstance(error, NoSuchDomainError):
+                return  # nothing is left to be undone
             self._context.progress.problem += f"; and then: {error}"
             log.error("%s", error)
 

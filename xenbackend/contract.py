@@ -38,6 +38,16 @@ class DomainState(Enum):
     CRASHED = "crashed"
 
 
+class End(Enum):
+    """How a domain ended that is gone.  DESTROYED: also if nothing is known of it any more."""
+
+    DESTROYED = "its domain was destroyed"
+    SUSPENDED = "its domain was destroyed after it had been suspended"  # saved, or migrated
+    SHUT_DOWN = "it has shut down"
+    REBOOTED = "it has rebooted"
+    CRASHED = "it has crashed"
+
+
 @dataclass(frozen=True)
 class DomainConfig:
     """What the destination needs to build an empty domain."""
@@ -139,9 +149,7 @@ class Domain(ABC):
 
     @abstractmethod
     def state(self) -> DomainState:
-        """Return the state of :meth:`info`.  The call is cheap, because it is made many times a
-        second.
-        """
+        """Return the state of :meth:`info`, by a cheap call, which is made many times a second."""
 
     @abstractmethod
     def config(self) -> DomainConfig: ...
@@ -212,12 +220,8 @@ class Domain(ABC):
     def destroy(self) -> None: ...
 
     @abstractmethod
-    def ended_suspended(self) -> bool:
-        """Return whether the domain, which is gone, was suspended when it was destroyed.  A domain
-        that was saved or migrated ends so.
-
-        Returns false if nothing is known of the domain any more.
-        """
+    def end(self) -> End:
+        """Return how the domain, which is gone, ended."""
 
     @abstractmethod
     def context(self) -> bytes:

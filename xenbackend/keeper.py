@@ -269,7 +269,7 @@ class KeptDomain(Domain):
     start = _of_domain("start")
     pause = _of_domain("pause")
     unpause = _of_domain("unpause")
-    ended_suspended = _of_domain("ended_suspended")
+    end = _of_domain("end")
     context = _of_domain("context")
     set_context = _of_domain("set_context")
     toolstack_gfns = _of_domain("toolstack_gfns")

@@ -24,6 +24,7 @@ from xenbackend.contract import (
     DomainConfig,
     DomainInfo,
     DomainState,
+    End,
     Preflight,
     Reservation,
 )
@@ -32,7 +33,7 @@ from xenbackend.keeper import Keeper
 from xenbackend.libxenctrl._xen import ffi, lib
 from xenbackend.libxenctrl.context import HvmContext
 from xenbackend.libxenctrl.held import HeldPages, XenMappedPages
-from xenbackend.libxenctrl.host import SHUTDOWN_SUSPEND, XenHost, check, state_of
+from xenbackend.libxenctrl.host import ENDS, SHUTDOWN_SUSPEND, XenHost, check, state_of
 from xenbackend.libxenctrl.params import (
     CONTEXT_PARAMS,
     HVM_PARAM_CALLBACK_IRQ,
@@ -234,14 +235,14 @@ class XenDomain(Domain):
     def unpause(self) -> None:
         check("unpausedomain", lib.xen_unpause(self._xen, self.domid))
 
-    def ended_suspended(self) -> bool:
-        """Return whether the domain was suspended when it was destroyed, from a remnant of the
-        domain.  The remnant exists for as long as a process maps one of its pages, as the domain's
-        pager does.
+    def end(self) -> End:
+        """Return how the domain ended, from a remnant of the domain.  The remnant exists for as
+        long as a process maps one of its pages, as the domain's pager does.
         """
         info = ffi.new("struct xen_info *")
         rc = lib.xen_domain_info(self._xen, self.domid, info)
-        return rc == 0 and bool(info.dying) and state_of(info)[0] is DomainState.SUSPENDED
+        known = rc == 0 and info.dying and info.shutdown
+        return ENDS.get(info.shutdown_reason, End.CRASHED) if known else End.DESTROYED
 
     def destroy(self) -> None:
         self.native_info()

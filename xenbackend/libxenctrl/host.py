@@ -13,13 +13,20 @@ import shutil
 import subprocess
 from typing import Any
 
-from xenbackend.contract import Domain, DomainInfo, DomainState
+from xenbackend.contract import Domain, DomainInfo, DomainState, End
 from xenbackend.errors import XenError
 from xenbackend.libxenctrl._xen import ffi, lib
 from xenbackend.libxenctrl.preflight import HostFacts
 
 LIST_BATCH = 64
-SHUTDOWN_SUSPEND, SHUTDOWN_CRASH = 2, 3  # xen/include/public/sched.h
+SHUTDOWN_POWEROFF, SHUTDOWN_REBOOT, SHUTDOWN_SUSPEND, SHUTDOWN_CRASH = range(4)
+"""xen/include/public/sched.h"""
+ENDS = {
+    SHUTDOWN_POWEROFF: End.SHUT_DOWN,
+    SHUTDOWN_REBOOT: End.REBOOTED,
+    SHUTDOWN_SUSPEND: End.SUSPENDED,
+}
+"""The ends of domains that were shut down for a reason.  Any other reason is a crash."""
 XL_TIMEOUT_S = 60
 
 

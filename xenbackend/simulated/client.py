@@ -20,6 +20,7 @@ from xenbackend.contract import (
     DomainConfig,
     DomainInfo,
     DomainState,
+    End,
     Hypervisor,
     Preflight,
     Reservation,
@@ -160,8 +161,16 @@ class SimulatedDomain(Domain):
     def unpause(self) -> None:
         self._host.call("unpause", domid=self.domid)
 
-    def ended_suspended(self) -> bool:
-        return bool(self._map.dom.ended_suspended)
+    def shut_down(self, *, reboot: bool = False) -> None:
+        """Have the guest's kernel end the guest, as after ``xl shutdown``."""
+        self._host.call("shut_down", domid=self.domid, reboot=reboot)
+
+    def end(self) -> End:
+        dom = self._map.dom
+        if dom.crash:
+            ends = {lib.CRASH_SHUT_DOWN: End.SHUT_DOWN, lib.CRASH_REBOOTED: End.REBOOTED}
+            return ends.get(dom.crash, End.CRASHED)
+        return End.SUSPENDED if dom.ended_suspended else End.DESTROYED
 
     def destroy(self) -> None:
         self.info()

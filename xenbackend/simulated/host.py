@@ -318,6 +318,10 @@ class SimulatedHost:
         lib.sim_host_pause(domain.native)
         domain.paused += 1
 
+    def op_shut_down(self, domid: int, reboot: bool) -> None:
+        """The guest's kernel ends the guest.  A toolstack is to destroy the domain."""
+        self._domain(domid).shut_down(reboot=reboot)
+
     def op_unpause(self, domid: int) -> None:
         domain = self._domain(domid)
         if not domain.paused:

@@ -27,6 +27,8 @@ CRASH_TEXT = {
     lib.CRASH_NO_RING: "vCPU {vcpu} touched paged-out pfn {pfn:#x} and nobody serves the paging "
     "ring",
     lib.CRASH_BAD_ACCESS: "vCPU {vcpu} touched pfn {pfn:#x}, which is no memory",
+    lib.CRASH_SHUT_DOWN: "the guest has shut down",
+    lib.CRASH_REBOOTED: "the guest has rebooted",
 }
 
 
@@ -108,6 +110,10 @@ class HostedDomain:
             raise XenError("suspend", errno.EINVAL, why=f"the domain is {self.state.value}")
         lib.sim_host_pause(self.native)
         self.suspended = True
+
+    def shut_down(self, *, reboot: bool) -> None:
+        lib.sim_host_pause(self.native)
+        self.dom.crash = lib.CRASH_REBOOTED if reboot else lib.CRASH_SHUT_DOWN
 
     def resume(self) -> None:
         if not self.suspended:

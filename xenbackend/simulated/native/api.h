@@ -36,6 +36,9 @@
 #define CRASH_VCPU_INFO 1      /* register_vcpu_info failed with EINVAL: the frame was paged out */
 #define CRASH_NO_RING 2        /* touched a paged-out page and nobody serves the ring */
 #define CRASH_BAD_ACCESS 3     /* touched a hole, an mmio or a broken page */
+/* ... and without a crash, because its kernel has ended */
+#define CRASH_SHUT_DOWN 4
+#define CRASH_REBOOTED 5
 
 struct sim_program {
     uint32_t kind;
