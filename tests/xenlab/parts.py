@@ -63,10 +63,13 @@ MODULES = (
     *("failover", "net_failover", "virtio_net"),
     *("xen-privcmd", "xen-evtchn", "xen-gntdev", "xen-gntalloc", "xenfs"),
     *("loop", "xen-blkback"),
+    *("llc", "stp", "bridge", "xen-netback"),
 )
 """The modules, in the order of their dependencies."""
-DISK_DRIVER = "xen-blkfront.ko"
-"""The driver for a guest's disk."""
+GUEST_DRIVERS = ("xen-blkfront.ko", "xen-netfront.ko")
+"""The drivers for a guest's disk and network."""
+GUEST_COMMANDS = ("poweroff", "reboot")
+"""The commands that a guest's kernel runs when a toolstack asks for them."""
 PROGRAMS = [
     HERE / "dom0" / name for name in ("init.sh", "runner.sh", "runner.py", "xenlab.service")
 ]
@@ -369,10 +372,14 @@ def guest() -> Path:
 
     def build(where: Path) -> None:
         root = where / "root"
-        (root / "dev").mkdir(parents=True)
+        for name in ("dev", "sbin"):
+            (root / name).mkdir(parents=True)
         gcc = ["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-static"]
         run([*gcc, "-pthread", "-o", str(root / "init"), str(folder / "init.c")])
-        shutil.copy(next(kernel().glob(f"lib/modules/**/{DISK_DRIVER}")), root)
+        for name in GUEST_COMMANDS:
+            (root / "sbin" / name).symlink_to("/init")
+        for driver in GUEST_DRIVERS:
+            shutil.copy(next(kernel().glob(f"lib/modules/**/{driver}")), root)
         _archive(root, where / "initramfs")
         shutil.rmtree(root)
         shutil.copy(kernel() / "vmlinux", where)

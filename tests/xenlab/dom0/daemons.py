@@ -17,6 +17,7 @@ from migrate.errors import MigrationError
 from tests.support import zygote
 from tests.support.keepers import keepers
 from tests.support.labs import until
+from tests.xenlab.dom0.guests import WAIT_S
 
 TREE = Path(__file__).parents[3]
 
@@ -69,6 +70,10 @@ class Daemons:
 
     def send_signal(self, role: str, number: int) -> None:
         self._processes[role].send_signal(number)
+
+    def wait(self, role: str) -> int:
+        """Wait for the end of a daemon, and return its exit status."""
+        return self._processes.pop(role).wait(WAIT_S)
 
     def kill(self, role: str) -> None:
         process = self._processes.pop(role)

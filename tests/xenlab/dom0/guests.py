@@ -18,6 +18,9 @@ T = TypeVar("T")
 
 PARTS = Path("/mnt/parts")
 CONSOLES = Path("/var/log/xen")
+PANIC = "Kernel panic"
+WAIT_S = 300.0
+"""How long a guest is waited for, in an emulated machine that may have a share of a processor."""
 STEPS_PER_S = 3000
 """Less than the guest could do, because the emulated processor is shared with dom0."""
 # Without tsc_mode the guest executes an RDTSCP that the emulated Xen cannot emulate.  ``cpus``
@@ -65,6 +68,18 @@ class DiskUse:
     longest_ms: int
 
 
+NET = re.compile(r"net messages (\d+) mismatches (\d+) connections (\d+)")
+
+
+@dataclass(frozen=True)
+class NetUse:
+    """Since the guest's start."""
+
+    messages: int
+    mismatches: int
+    connections: int
+
+
 @dataclass(frozen=True)
 class Heartbeat:
     number: int
@@ -92,6 +107,15 @@ class Guest:
     def disk_use(self) -> list[DiskUse]:
         return [DiskUse(*map(int, found)) for found in DISK.findall(self.console())]
 
+    def net_use(self) -> list[NetUse]:
+        return [NetUse(*map(int, found)) for found in NET.findall(self.console())]
+
+    def wait_for_network(self) -> NetUse:
+        """Wait until the guest answers.  Returns the last line.  Raises as
+        :meth:`wait_for_heartbeats`.
+        """
+        return self._wait(self.net_use, "does not use its network")[-1]
+
     def wait_for_requests(self, count: int) -> DiskUse:
         """Wait for so many more requests to the disk.  Returns the last line.  Raises as
         :meth:`wait_for_heartbeats`.
@@ -104,7 +128,7 @@ class Guest:
 
         return self._wait(look, "does not use its disk")
 
-    def wait_for_heartbeats(self, count: int, timeout_s: float = 120.0) -> list[Heartbeat]:
+    def wait_for_heartbeats(self, count: int, timeout_s: float = WAIT_S) -> list[Heartbeat]:
         """Wait for so many more heartbeats.  Raises ``TimeoutError`` with the end of the
         console.
         """
@@ -116,11 +140,11 @@ class Guest:
 
         return self._wait(look, "has no heartbeat", timeout_s)
 
-    def _wait(self, look: Callable[[], T | None], lack: str, timeout_s: float = 120.0) -> T:
+    def _wait(self, look: Callable[[], T | None], lack: str, timeout_s: float = WAIT_S) -> T:
         """Wait until ``look`` returns something that is not empty, and return it."""
         deadline = time.monotonic() + timeout_s
         while not (found := look()):
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or PANIC in self.console():
                 raise TimeoutError(
                     f"{self.name} {lack}; the end of its console:\n{self.console()[-2000:]}"
                 )

@@ -16,7 +16,7 @@ import pytest
 from migrate.control.client import ControlClient, Json
 from tests.support.labs import until
 from tests.xenlab.dom0.daemons import daemons, write_helper
-from tests.xenlab.dom0.guests import Guest, guest, xl
+from tests.xenlab.dom0.guests import WAIT_S, Guest, guest, xl
 from tests.xenlab.dom0.lab import remnants
 from xenbackend.libxenctrl.hypervisor import XenHypervisor
 
@@ -81,7 +81,7 @@ class Host:
             command,
             check=False,
             text=True,
-            timeout=240,
+            timeout=480,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env={
@@ -96,11 +96,11 @@ class Host:
         return done.stdout
 
     @contextmanager
-    def lacking_pages(self, name: str) -> Iterator[Guest]:
+    def lacking_pages(self, name: str, *, extra: str = "") -> Iterator[Guest]:
         """Yield a guest that runs after a postcopy migration, and whose pages have not all
-        arrived.
+        arrived.  ``extra``: lines of its configuration.
         """
-        with guest(name) as made:
+        with guest(name, extra=extra) as made:
             made.wait_for_heartbeats(2)
             self.migrate(name, XEN_POSTCOPY_STRATEGY="postcopy")
             self.wait_for("postcopy")
@@ -117,6 +117,15 @@ class Host:
             lines: list[Json] = client.call(command="list")["migrations"]
         return lines
 
+    def wait_for_precopy(self) -> None:
+        """Wait until the last migration has copied some pages, and the guest still runs."""
+
+        def copies() -> bool:
+            lines = self.lines("sender")[-1:]
+            return any(line["phase"] == "precopy" and line["pages_done"] for line in lines)
+
+        until(copies, "precopy is not reached", WAIT_S)
+
     def wait_for(self, phase: str) -> None:
         """Wait until the last migration is in this phase at both ends."""
 
@@ -125,7 +134,7 @@ class Host:
                 self.lines(daemon)[-1]["phase"] == phase for daemon in ("sender", "receiver")
             )
 
-        until(reached, f"{phase} is not reached", 120)
+        until(reached, f"{phase} is not reached", WAIT_S)
 
     def check_clean(self, name: str) -> None:
         """Check that there is one domain of this name, and that nothing is left of another."""
@@ -134,7 +143,7 @@ class Host:
         def alone() -> bool:
             return [info.domid for info in self.xen.domains()] == [domid] and not remnants(self.xen)
 
-        until(alone, "something is left of another domain", 60)
+        until(alone, "something is left of another domain", WAIT_S)
         with self.xen.open(domid) as domain:
             assert not domain.preflight().problems or not self.xen.host.facts().paging
 

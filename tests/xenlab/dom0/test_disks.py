@@ -6,15 +6,13 @@ neither fail nor read anything but what was written.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.support.labs import until
 from tests.xenlab.dom0.daemons import daemons
-from tests.xenlab.dom0.guests import STEPS_PER_S, Guest, guest, run
+from tests.xenlab.dom0.devices import check_disk, guest_with_disk
 from tests.xenlab.dom0.host import (
     PAGING,
     Host,
@@ -26,44 +24,8 @@ from tests.xenlab.dom0.host import (
 
 __all__ = ["host", "running"]
 
-BLOCKS = 4096
-"""The blocks that ``guest/disk.h`` uses."""
-SCRIPT = """#!/bin/sh
-# Xen's own script takes half a minute in an emulated dom0.  The device is a loop device already.
-if [ "$1" = add ]; then
-    device=$(xenstore-read "$XENBUS_PATH/params")
-    xenstore-write "$XENBUS_PATH/physical-device" "7:${device#/dev/loop}" \\
-        "$XENBUS_PATH/physical-device-path" "$device" "$XENBUS_PATH/hotplug-status" connected
-fi
-"""
-PERSISTENT = Path("/sys/module/xen_blkback/parameters/feature_persistent")
 LEFT_S = 12
 """Of the 32 s for which dom0 waits for a missing page."""
-
-
-@contextmanager
-def guest_with_disk(name: str) -> Iterator[Guest]:
-    """Without persistent grants each request names the page that the guest reads or writes."""
-    PERSISTENT.write_text("0")
-    image, script = Path(f"/tmp/{name}.disk"), Path("/tmp/block")
-    script.write_text(SCRIPT)
-    script.chmod(0o755)
-    with image.open("wb") as file:
-        file.truncate(BLOCKS * 4096)
-    device = run("losetup", "--find", "--show", str(image)).strip()
-    disk = f'disk = ["format=raw,vdev=xvda,access=rw,script={script},target={device}"]\n'
-    try:
-        with guest(name, extra=disk, options=f"rate={STEPS_PER_S} disk=4 buffers=512") as made:
-            made.wait_for_requests(40)
-            yield made
-    finally:
-        run("losetup", "--detach", device)
-        image.unlink()
-
-
-def check_disk(guest: Guest) -> None:
-    use = guest.wait_for_requests(40)
-    assert (use.errors, use.mismatches) == (0, 0)
 
 
 @PAGING

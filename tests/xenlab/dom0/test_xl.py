@@ -199,14 +199,7 @@ def test_the_balloon_moves_in_each_phase(slow: Host) -> None:
         made.wait_for_heartbeats(2)
         with ThreadPoolExecutor() as pool:
             migrating = pool.submit(slow.migrate, "xl7", XEN_POSTCOPY_STRATEGY="hybrid")
-            until(
-                lambda: any(
-                    line["phase"] == "precopy" and line["pages_done"]
-                    for line in slow.lines("sender")
-                ),
-                "",
-                60,
-            )
+            slow.wait_for_precopy()
             set_memory(slow, "xl7", 100)
             until(lambda: bool(grown(made)), "the guest does not use what it got", 60)
             assert slow.lines("sender")[-1]["phase"] == "precopy"

@@ -12,9 +12,14 @@
  * because a step of a few words takes less time than reading the clock), grow=N (pages: when the
  * balloon has added memory, use up to so many more, fill them as well, and print "grown to N
  * pages"), disk=N (the threads that use the first disk, see disk.h; default: none), buffers=N (the
- * pages that each of these threads uses; default: 512).
+ * pages that each of these threads uses; default: 512), net=N (use the network, see net.h; N is the
+ * last byte of the guest's address; default: none).
+ *
+ * As /sbin/poweroff and /sbin/reboot, which the kernel runs for `xl shutdown` and `xl reboot`, the
+ * program ends the guest.
  */
 #define _GNU_SOURCE
+#include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
 #include <stdint.h>
@@ -23,7 +28,9 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
+#include <sys/reboot.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/sysinfo.h>
 #include <sys/time.h>
 #include <time.h>
@@ -39,7 +46,20 @@ static double now(void)
     return t.tv_sec + t.tv_nsec / 1e9;
 }
 
+/* Loads a kernel module.  Returns whether it is there; otherwise errno has the reason. */
+static int load(const char *module)
+{
+    int fd = open(module, O_RDONLY | O_CLOEXEC), failed;
+
+    if (fd < 0)
+        return 0;
+    failed = syscall(SYS_finit_module, fd, "", 0) && errno != EEXIST;
+    close(fd);
+    return !failed;
+}
+
 #include "disk.h"
+#include "net.h"
 
 static unsigned long option(const char *line, const char *name, unsigned long otherwise)
 {
@@ -84,14 +104,19 @@ static void on_timer(int signal)
     due = 1;
 }
 
-int main(void)
+int main(int count, char **arguments)
 {
+    const char *name = count ? arguments[0] : "";
     char line[4096] = "";
     struct sysinfo info;
     uint64_t beats = 0;
     double longest = 0, last, next;
     int fd;
 
+    if (strstr(name, "poweroff"))
+        return reboot(RB_POWER_OFF);
+    if (strstr(name, "reboot"))
+        return reboot(RB_AUTOBOOT);
     mkdir("/proc", 0755);
     mount("proc", "/proc", "proc", 0, NULL);
     mount("dev", "/dev", "devtmpfs", 0, NULL);
@@ -132,6 +157,9 @@ int main(void)
     struct disk disk = { .threads = option(line, "disk=", 0),
                          .buffers = option(line, "buffers=", 512) };
     int has_disk = disk.threads && start_disk(&disk);
+    struct net net = { .area = NULL };
+    unsigned host = option(line, "net=", 0);
+    int has_net = host && start_net(&net, host);
 
     struct itimerval timer = { .it_interval.tv_usec = 10000, .it_value.tv_usec = 10000 };
 
@@ -162,6 +190,8 @@ int main(void)
             next = t + beat;
             if (has_disk)
                 print_disk(&disk);
+            if (has_net)
+                print_net(&net);
             if (most)
                 grow(&memory, first, most);
         }
