@@ -49,6 +49,18 @@ def check_free(domain: Domain, options: MigrationOptions) -> None:
         domain.log_dirty_disable()
 
 
+def check_devices(domain: Domain, name: str) -> None:
+    """Raises :class:`MigrationError` for a domain with devices.  Without a toolstack the guest
+    would have none of them at the destination, and what a device model writes to the guest's memory
+    would not be recorded.
+    """
+    if devices := domain.devices():
+        raise MigrationError(
+            f"{name} has devices that only its toolstack can move ({', '.join(devices)}): use "
+            "`xl migrate` with our helper (docs/xl.md), or detach them"
+        )
+
+
 async def agree(context: Context, source: Source) -> PushLane:
     """Check the domain, connect, and offer the guest.  When this returns, both lanes are there.
 
@@ -58,6 +70,8 @@ async def agree(context: Context, source: Source) -> PushLane:
     info = await trio.to_thread.run_sync(domain.info)
     context.is_domain(domain, info.name)
     await trio.to_thread.run_sync(functools.partial(check_free, domain, context.options))
+    if not context.toolstack.moves_devices:
+        await trio.to_thread.run_sync(check_devices, domain, info.name)
     context.statistics.memory_bytes = info.tot_pages * PAGE_SIZE
     push = context.take_push_lane(await context.lanes.push(), domain)
     context.ownership.link = Link.UP

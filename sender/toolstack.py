@@ -67,6 +67,8 @@ class Toolstack(Protocol):
     """The toolstack destroys the source domain when it has given the guest away.  This process then
     holds the pages that the destination lacks, and a keeper keeps them if this process is killed.
     """
+    moves_devices: bool
+    """The toolstack gives the guest its devices at the destination."""
     after_switchover: State
     """The state when the destination is ready."""
 
@@ -131,7 +133,7 @@ def _resume(domain: Domain, name: str = "") -> None:
 
 
 class OwnToolstack:
-    destroys_source = False
+    destroys_source = moves_devices = False
     after_switchover = State.HANDED_OVER
 
     async def agreed(self) -> None:
@@ -185,7 +187,7 @@ class XlToolstack:
     keeper's socket.  ``xl``: the process that started the helper; 0: the process is not known.
     """
 
-    destroys_source = True
+    destroys_source = moves_devices = True
     after_switchover = State.UNDECIDED
 
     def __init__(

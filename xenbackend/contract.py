@@ -120,9 +120,7 @@ class Reservation(NamedTuple):
 
 @dataclass(frozen=True)
 class Preflight:
-    """Whether a host can take a domain in.  ``problems`` are sentences with the reasons and what to
-    do.
-    """
+    """Whether a host can take a domain in.  ``problems``: the reasons, each with what to do."""
 
     problems: tuple[str, ...]
     populate_evicted: str
@@ -153,6 +151,10 @@ class Domain(ABC):
 
     @abstractmethod
     def config(self) -> DomainConfig: ...
+
+    def devices(self) -> list[str]:
+        """Return the kinds of devices, except consoles, that a toolstack has given the domain."""
+        return []
 
     @abstractmethod
     def cpu_policy(self) -> tuple[bytes, bytes]:
@@ -192,9 +194,7 @@ class Domain(ABC):
     # ---- running ----
     @abstractmethod
     def suspend(self) -> None:
-        """Stop the guest at a point from which its context can be taken.  Returns when no vCPU
-        runs.
-        """
+        """Stop the guest where its context can be taken.  Returns when no vCPU runs."""
 
     @abstractmethod
     def resume(self) -> None:
@@ -259,8 +259,8 @@ class Domain(ABC):
     def log_dirty_is_on(self) -> bool:
         """Return whether log-dirty is on.  Changes nothing.
 
-        If log-dirty was off for a while, the record lacks what was written then, and nothing in the
-        record shows that.  Therefore call this method after the record was taken.
+        If log-dirty was off for a while, the record lacks what was written then, and does not show
+        that.  Therefore call this method after the record was taken.
         """
 
     @abstractmethod

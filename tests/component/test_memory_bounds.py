@@ -67,6 +67,18 @@ async def test_an_ended_migration_keeps_nothing_as_large_as_its_guest(
     assert outcome.migration.result()["memory_bytes"] == spec.memory_bytes
 
 
+async def test_a_guest_with_devices_is_refused_without_a_toolstack(
+    clean_hosts: World, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the destination the guest would have none of them, and nothing would record what its
+    device model writes.
+    """
+    monkeypatch.setattr(SimulatedDomain, "devices", lambda self: ["vbd", "device model"])
+    outcome = await migrate(clean_hosts, GuestSpec(name, 4 * MIB))
+    assert "has devices that only its toolstack can move (vbd, device model)" in str(outcome.error)
+    assert clean_hosts.source.open(name).state() is DomainState.RUNNING
+
+
 async def test_a_guest_whose_memory_is_too_sparse_is_refused_here(
     clean_hosts: World, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

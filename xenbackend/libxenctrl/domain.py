@@ -138,18 +138,16 @@ class XenDomain(Domain):
         most = max(info.max_pages, info.tot_pages)
         return DomainConfig(name, self.nr_pfns, most, info.vcpus, platform.pack())
 
+    def devices(self) -> list[str]:
+        return self._host.devices(self.domid)
+
     def cpu_policy(self) -> tuple[bytes, bytes]:
-        nr = ffi.new("uint32_t[2]")
+        nr, sizes = ffi.new("uint32_t[2]"), (lib.XEN_CPUID_LEAF_BYTES, lib.XEN_MSR_ENTRY_BYTES)
         check("cpu policy", lib.xen_cpu_policy_size(self._xen, nr, nr + 1))
-        leaves, msrs = (
-            bytearray(nr[0] * lib.XEN_CPUID_LEAF_BYTES),
-            bytearray(nr[1] * lib.XEN_MSR_ENTRY_BYTES),
-        )
-        into = [ffi.from_buffer("uint8_t[]", buffer) for buffer in (leaves, msrs)]
+        into = [ffi.new("uint8_t[]", nr[i] * sizes[i]) for i in range(2)]
         check("cpu policy", lib.xen_cpu_policy(self._xen, self.domid, into[0], nr, into[1], nr + 1))
-        return bytes(leaves[: nr[0] * lib.XEN_CPUID_LEAF_BYTES]), bytes(
-            msrs[: nr[1] * lib.XEN_MSR_ENTRY_BYTES]
-        )
+        leaves, msrs = (bytes(ffi.buffer(into[i], nr[i] * sizes[i])) for i in range(2))
+        return leaves, msrs
 
     def close(self) -> None:
         if self._pager is not None:
@@ -169,9 +167,9 @@ class XenDomain(Domain):
             check("get_pod_target", lib.xen_pod_entries(self._xen, self.domid, pod))
         taken = self._pager is None and lib.xen_has_ring(self._xen, self.domid) == 1
         # Xen does not report whether the IOMMU is on for the domain; it only refuses a ring then.
-        devices = self._host.store_read(f"/libxl/{self.domid}/device/pci") is not None
+        pci = "pci" in self.devices()
         host = self._host.facts()
-        domain = DomainFacts(bool(info.hvm), bool(info.hap), int(pod[0]), devices, taken)
+        domain = DomainFacts(bool(info.hvm), bool(info.hap), int(pod[0]), pci, taken)
         return Preflight(tuple(host.problems() or domain.problems()), host.way)
 
     def rename(self, name: str) -> None:

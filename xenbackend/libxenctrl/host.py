@@ -28,6 +28,8 @@ ENDS = {
 }
 """The ends of domains that were shut down for a reason.  Any other reason is a crash."""
 XL_TIMEOUT_S = 60
+DEVICES = ("vbd", "vif", "pci", "9pfs", "pvcalls", "vfb", "vkb", "vtpm", "vusb", "vdispl", "vsnd")
+"""The kinds of devices that libxl may give a domain, except consoles."""
 
 
 def check(operation: str, rc: int) -> int:
@@ -104,6 +106,15 @@ class XenHost:
             handle,
             info.paged_pages,
         )
+
+    def devices(self, domid: int) -> list[str]:
+        """Return the kinds of devices that libxl has given a domain, except consoles."""
+        found = [
+            kind for kind in DEVICES if self.store_read(f"/libxl/{domid}/device/{kind}") is not None
+        ]
+        if self.store_read(f"/local/domain/0/device-model/{domid}") is not None:
+            found.append("device model")
+        return found
 
     def destroy(self, domid: int) -> None:
         """Destroy a domain: with xl if libxl has made its devices, otherwise directly."""
