@@ -303,9 +303,12 @@ int xen_log_dirty(struct xen_host *h, uint32_t domid, int clean, uint8_t *bitmap
     if (!buffer)
         return -ENOMEM;
     memset(buffer, 0, bytes);
+    /* FINAL: pages that the hypervisor has mapped for writing (nested virtualisation) are dirty.  A
+     * reading need not be the last one for that. */
     if (xc_logdirty_control(h->xch, domid,
                             clean ? XEN_DOMCTL_SHADOW_OP_CLEAN : XEN_DOMCTL_SHADOW_OP_PEEK,
-                            HYPERCALL_BUFFER(buffer), nr_gfns, 0, NULL) < 0)
+                            HYPERCALL_BUFFER(buffer), nr_gfns,
+                            clean ? XEN_DOMCTL_SHADOW_LOGDIRTY_FINAL : 0, NULL) < 0)
         rc = -errno;
     else
         memcpy(bitmap, buffer, bytes);
