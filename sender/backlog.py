@@ -9,7 +9,9 @@ pull lane and arrives first.  When the link was lost, the pages in transit are l
 receiver then reports what it lacks, and those pages are UNSENT again.
 
 Pages are pushed in ascending order from a cursor.  Every fault moves the cursor, because the guest
-will most probably touch pages near the page that it touched last.
+will most probably touch pages near the page that it touched last.  Before them, the pages are
+pushed that back ends had mapped at the source, because back ends will probably need them at once,
+and fail a request after half a minute without its page.
 
 The steps that faults take are in C, for the fast path as well
 (``migrate/fastpath/page_states.py``).
@@ -30,11 +32,13 @@ from xenbackend.pages import PfnArray
 
 class Backlog:
     """The missing pages of one guest.  ``missing``: the pfns that are announced as missing.  The
-    object takes the mask over.
+    object takes the mask over.  ``first``: ascending pfns to push before all others, if they
+    are missing.
     """
 
-    def __init__(self, missing: PfnMask):
+    def __init__(self, missing: PfnMask, first: PfnArray = NO_PFNS):
         self.pages = SourcePages(missing)
+        self._first = first
         self._state, self._left, self._lock = self.pages.state, self.pages.left, self.pages.lock
         self.unacknowledged = self.unsent
 
@@ -77,6 +81,12 @@ class Backlog:
         with self._lock:
             if not self.unsent:
                 return NO_PFNS
+            cursor = self.pages.cursor
+            self._first = self._first[self._state[self._first] == UNSENT]
+            if len(batch := self._first[:most]):
+                self.pages.sent(batch)
+                self.pages.cursor = cursor
+                return batch
             batch = self._behind_the_cursor(most)
             if not len(batch):
                 self.pages.cursor = 0

@@ -23,7 +23,7 @@ from sender.context import Context, Source
 from sender.policy import Decision, Policy, PrecopyProgress
 from sender.push import PushLane
 from sender.round import Round
-from sender.source_pages import pinned
+from sender.source_pages import held, pinned
 from xenbackend.pages import PfnArray
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,8 @@ class SwitchoverPlan:
     """All other unsent pages that are known, as a bitmap."""
     pinned: PfnArray
     """The pinned set, as far as it is known."""
+    held: PfnArray
+    """Deferred pages that other programs have mapped at this host."""
 
 
 def _counted(get: Callable[[], PfnMask]) -> tuple[PfnMask, int]:
@@ -113,7 +115,7 @@ class Precopy:
             nothing = await trio.to_thread.run_sync(np.zeros_like, to_send)
             await self._put_off(nothing)  # waits until the receiver has loaded what was sent
             unsent = await trio.to_thread.run_sync(bitmap_of, to_send)
-            return SwitchoverPlan(nothing, unsent, NO_PFNS)
+            return SwitchoverPlan(nothing, unsent, NO_PFNS, NO_PFNS)
         return await self._defer(to_send)
 
     def _read_after_round(self, to_send: PfnMask) -> int:
@@ -170,16 +172,18 @@ class Precopy:
         ]
         # In a thread, because the search for the pinned set may read every page.
         pinned_pfns = await trio.to_thread.run_sync(pinned, domain)
+        held_pfns = NO_PFNS
         first = True
 
         def keep_back() -> PfnMask:
             """Return the pages that the receiver has to evict in this pass."""
-            nonlocal pinned_pfns
+            nonlocal pinned_pfns, held_pfns
             unsent[gone] = deferred[gone] = False
             if not first:
                 pinned_pfns = union([pinned_pfns, domain.pinned(from_mask(unsent))])
             kept_back[pinned_pfns] |= unsent[pinned_pfns]
             unsent[pinned_pfns] = False
+            held_pfns = union([held_pfns, held(domain, unsent)])
             self._toolstack.hold(domain, unsent)
             others: PfnMask = unsent & ~deferred
             np.logical_or(deferred, unsent, out=deferred)
@@ -210,6 +214,7 @@ class Precopy:
             deferred,
             await trio.to_thread.run_sync(lambda: bitmap_of(kept_back | unsent)),
             pinned_pfns,
+            held_pfns,
         )
 
     async def _put_off(self, unsent: PfnMask) -> None:

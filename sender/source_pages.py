@@ -79,6 +79,16 @@ def pinned(domain: Domain) -> PfnArray:
     return np.concatenate([domain.pinned(pfns) for pfns in all_pfns(domain.nr_pfns)])
 
 
+def held(domain: Domain, mask: PfnMask) -> PfnArray:
+    """Return the pages of a set that other programs have mapped."""
+    return np.concatenate(
+        [
+            domain.held(from_mask(mask[base : base + PIECE_PFNS], base))
+            for base in range(0, len(mask), PIECE_PFNS)
+        ]
+    )
+
+
 def hold(domain: Domain, mask: PfnMask) -> None:
     """Keep the pages of a set readable, even if the domain is destroyed."""
     for base in range(0, len(mask), PIECE_PFNS):

@@ -95,9 +95,7 @@ class DomainInfo:
     reason: str = ""
     """Why the domain crashed."""
     handle: bytes = bytes(16)
-    """The domain's UUID (``xen_domain_handle_t``).  Xen uses a domid again for another domain, but
-    not a handle.
-    """
+    """The domain's UUID (``xen_domain_handle_t``).  Another domain can have the domid later."""
     paged_pages: int = 0
     """The number of pages whose contents are not at this host."""
 
@@ -141,9 +139,7 @@ class Domain(ABC):
 
     @abstractmethod
     def info(self) -> DomainInfo:
-        """Return what is known of the domain.  Raises :class:`NoSuchDomainError` if the domain has
-        been destroyed.
-        """
+        """Return what is known of the domain.  Raises :class:`NoSuchDomainError` if it is gone."""
 
     @abstractmethod
     def state(self) -> DomainState:
@@ -235,9 +231,7 @@ class Domain(ABC):
 
     @abstractmethod
     def toolstack_gfns(self) -> tuple[int, int]:
-        """Return the gfns of the rings of xenstore and of the console.  The domain must have its
-        context.
-        """
+        """Return the gfns of the rings of xenstore and of the console, from the context."""
 
     # ---- log-dirty ----
     @abstractmethod
@@ -336,11 +330,17 @@ class Domain(ABC):
 
     @abstractmethod
     def pinned(self, pfns: PfnArray) -> PfnArray:
-        """Return those of the pfns that the hypervisor or dom0 accesses by number, and that must be
-        present before the guest runs (invariant 9).
+        """Return those of the pfns, which are ascending, that the hypervisor or the toolstack
+        accesses by number, and that must be present before the guest runs (invariant 9).
 
-        The result may contain further pfns, but lacks none.  The domain runs or is suspended.
-        Pages that this handle holds are not counted for that reason.
+        The result may contain further pfns, but lacks none.  A mapping of a page by a program is no
+        reason to be in it.  The domain runs or is suspended.
+        """
+
+    @abstractmethod
+    def held(self, pfns: PfnArray) -> PfnArray:
+        """Return those of the pfns that other programs have mapped, by a grant or as a foreign
+        page, possibly with pages of the pinned set.  Empty if the hypervisor does not report them.
         """
 
     # ---- paging ----

@@ -283,6 +283,8 @@ class KeptDomain(Domain):
     depopulate = _of_domain("depopulate")
     write_pages = _of_domain("write_pages")
     pinned = _of_domain("pinned")
+    held = _of_domain("held")
+    devices = _of_domain("devices")
     has_pager = _of_domain("has_pager")
     paging_enable = _of_domain("paging_enable")
     paging_attach = _of_domain("paging_attach")

@@ -251,6 +251,7 @@ def test_what_somebody_holds_is_not_evicted(lab: SimulatedLab, why: str) -> None
 def test_what_the_guest_registered_by_number_is_the_pinned_set(lab: SimulatedLab) -> None:
     domain = lab.boot(vcpus=3)
     assert domain.pinned(span(0, domain.nr_pfns)).tolist() == [1021, 1022, 1023]
+    assert domain.pinned(pfns(1, 1022)).tolist() == [1022]
     domain.paging_enable()
     with pytest.raises(XenError, match="EBUSY"):
         domain.populate_evicted(domain.pinned(span(0, domain.nr_pfns)))

@@ -793,6 +793,18 @@ def test_what_somebody_holds_is_not_evicted(lab: Lab) -> None:
     domain.populate_evicted(pfns(5, 6))
 
 
+@pytest.mark.eviction
+def test_a_page_that_only_another_program_maps_is_not_part_of_the_pinned_set(lab: Lab) -> None:
+    """The page is reported as held, if the hypervisor reports such pages."""
+    domain = lab.incoming()
+    domain.populate(span(1, 10))
+    reports = lab.hypervisor.preflight(None, paging=True).populate_evicted == "native"
+    with lab.hold(domain, 5):
+        assert domain.pinned(span(1, 10)).tolist() == []
+        assert domain.held(span(1, 10)).tolist() == ([5] if reports else [])
+    assert domain.held(span(1, 10)).tolist() == []
+
+
 def test_a_successor_has_a_ring_to_inherit(lab: Lab) -> None:
     domain = lab.incoming()
     host = lab.another()
@@ -1132,16 +1144,16 @@ def test_what_is_not_here_cannot_be_held(lab: Lab) -> None:
 
 def test_holding_a_guest_s_memory_changes_nothing_for_it(lab: Lab) -> None:
     """The guest runs, is suspended, and continues; what this process holds does not count as
-    pinned.
+    pinned or held.
     """
     domain = lab.guest()
     there = memory_of(domain)
-    before = domain.pinned(there)
+    before = domain.pinned(there), domain.held(there)
     for _again in range(2):
         domain.hold(there)
-        assert (
-            len(np.setdiff1d(domain.pinned(there), before)) < 20
-        )  # the guest runs, and may have registered some
+        # The guest runs, and may have registered some.
+        assert len(np.setdiff1d(domain.pinned(there), before[0])) < 20
+        assert len(np.setdiff1d(domain.held(there), before[1])) < 20
     lab.wait_for_work(domain)
     domain.suspend()
     domain.hold(there)

@@ -54,6 +54,12 @@ class TestBacklog:
         assert backlog.unsent == 0
         assert backlog.unacknowledged == len(pfns)
 
+    def test_pages_that_are_to_go_first_do_not_move_the_cursor(self) -> None:
+        first = pfn_array([5, 3000, 9000])
+        backlog = Backlog(mask(1, 5, 3000, 3001, nr_pfns=10_000), first)
+        backlog.fault(pfn_array([3000]))
+        assert [batch.tolist() for batch in backlog.batches(2)] == [[5], [3001], [1]]
+
     def test_what_is_missing_changes_until_the_handover(self) -> None:
         backlog = Backlog(mask(1, 2, 9000, nr_pfns=10_000))
         backlog.remove(pfn_array([2]))

@@ -412,13 +412,17 @@ class XenDomain(Domain):
         self._batch("foreign write", lib.xen_write, pfns, self._pages(pages, len(pfns)))
 
     def pinned(self, pfns: PfnArray) -> PfnArray:
-        out = np.empty(2 * len(pfns) + 1, dtype=np.uint64)
-        into, gfns = ffi.from_buffer("uint64_t[]", out), pfns
+        return self._found("pinned set", lib.xen_pinned, pfns)
+
+    def held(self, pfns: PfnArray) -> PfnArray:
         if self._held is not None:
-            gfns = pfns | self._held.holds(pfns).astype(np.uint64) << np.uint64(lib.HOLDS_SHIFT)
-        n = check(
-            "pinned set", lib.xen_pinned(self._xen, self.domid, gfn_array(gfns), len(pfns), into)
-        )
+            pfns = pfns | self._held.holds(pfns).astype(np.uint64) << np.uint64(lib.HOLDS_SHIFT)
+        return self._found("held pages", lib.xen_held, pfns)
+
+    def _found(self, what: str, find: Callable[..., int], pfns: PfnArray) -> PfnArray:
+        out = np.empty(len(pfns) + 1, dtype=np.uint64)
+        into = ffi.from_buffer("uint64_t[]", out)
+        n = check(what, find(self._xen, self.domid, gfn_array(pfns), len(pfns), into))
         return np.sort(out[:n])
 
     # ---- paging ----

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import mmap
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -271,9 +272,15 @@ class SimulatedDomain(Domain):
         self._batch("foreign write", lib.sim_write, pfns, _pages(pages, len(pfns)))
 
     def pinned(self, pfns: PfnArray) -> PfnArray:
-        held = np.empty(len(pfns), dtype=np.uint64)
-        n = lib.sim_pinned(self._map, _pfns(pfns), len(pfns), ffi.from_buffer("uint64_t[]", held))
-        return np.sort(held[:n])
+        return self._found(lib.sim_pinned, pfns)
+
+    def held(self, pfns: PfnArray) -> PfnArray:
+        return self._found(lib.sim_held, pfns) if self._native_populate_evicted else pfns[:0]
+
+    def _found(self, find: Callable[..., int], pfns: PfnArray) -> PfnArray:
+        found = np.empty(len(pfns), dtype=np.uint64)
+        n = find(self._map, _pfns(pfns), len(pfns), ffi.from_buffer("uint64_t[]", found))
+        return np.sort(found[:n])
 
     # ---- paging ----
     def has_pager(self) -> bool:
@@ -362,6 +369,19 @@ class SimulatedDomain(Domain):
         rc = lib.sim_set_page(self._map, pfn, p2m_type, refs, type_count)
         if rc:
             raise XenError("set_page", -rc, pfn=pfn)
+
+    @contextlib.contextmanager
+    def grant(self, pfn: int) -> Iterator[memoryview]:
+        """Map a page writably, as a back end maps a page that the guest has granted.  Log-dirty
+        records what is written when the mapping ends.
+        """
+        rc = lib.sim_map_grant(self._map, pfn)
+        if rc:
+            raise XenError("map_grant_ref", -rc, pfn=pfn)
+        try:
+            yield memoryview(ffi.buffer(self._map.memory + pfn * PAGE_SIZE, PAGE_SIZE))
+        finally:
+            lib.sim_unmap_grant(self._map, pfn)
 
     def p2m_types(self, pfns: PfnArray) -> NDArray[np.uint8]:
         types = np.empty(len(pfns), dtype=np.uint8)

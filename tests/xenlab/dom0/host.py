@@ -126,6 +126,13 @@ class Host:
 
         until(copies, "precopy is not reached", WAIT_S)
 
+    def details(self, daemon: str) -> Json:
+        """Return what a daemon has measured of its last migration."""
+        last = self.lines(daemon)[-1]["id"]
+        with ControlClient(self.directory / daemon) as client:
+            details: Json = client.call(command="show", migration=last)["details"]
+        return details
+
     def wait_for(self, phase: str) -> None:
         """Wait until the last migration is in this phase at both ends."""
 

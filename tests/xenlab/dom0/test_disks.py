@@ -6,24 +6,33 @@ neither fail nor read anything but what was written.
 from __future__ import annotations
 
 import signal
+from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from migrate.errors import MigrationError
+from sender.switchover import HOT_PAGES
 from tests.support.labs import until
+from tests.support.pages import memory_of
 from tests.xenlab.dom0.daemons import daemons
 from tests.xenlab.dom0.devices import check_disk, guest_with_disk
 from tests.xenlab.dom0.host import (
     PAGING,
+    PATCHED,
     Host,
     arrived,
     check_heartbeat,
     host,
     running,
 )
+from xenbackend.libxenctrl.hypervisor import XenHypervisor
 
 __all__ = ["host", "running"]
 
+OF_XEN = 20
+"""The pages of a guest with one vCPU that belong to the pinned set, at most."""
 LEFT_S = 12
 """Of the 32 s for which dom0 waits for a missing page."""
 
@@ -39,6 +48,35 @@ def test_a_guest_with_a_disk_arrives(running: Host, strategy: str) -> None:
         check_disk(now)
         check_heartbeat(now)
         running.check_clean("disk1")
+
+
+@PAGING
+def test_a_guest_with_a_disk_is_not_migrated_without_a_toolstack(
+    host: Host, tmp_path: Path
+) -> None:
+    with guest_with_disk("disk4") as made, daemons(tmp_path) as pair:
+        to = f"127.0.0.1:{pair.port}"
+        with pytest.raises(MigrationError, match=r"only its toolstack can move \(vbd\)"):
+            pair.ask("sender", command="migrate", domain="disk4", destination=to)
+        check_disk(made)
+
+
+@PATCHED
+@pytest.mark.parametrize("held", [0, 1000])
+def test_pages_that_dom0_has_mapped_are_not_sent_in_the_downtime(running: Host, held: int) -> None:
+    with guest_with_disk("disk3") as made, running.xen.open(made.domid) as domain:
+        there = memory_of(domain)
+        mapped = np.setdiff1d(there, domain.pinned(there))[-2000 : held - 2000]
+        with closing(XenHypervisor()) as dom0, dom0.open(made.domid).map_pages(mapped):
+            assert len(domain.held(mapped)) == held
+            running.migrate("disk3", XEN_POSTCOPY_STRATEGY="postcopy")
+            switchover = running.details("sender")["switchover"]
+        print(f"{held} pages are mapped: {switchover}")
+        assert switchover["pages"] <= HOT_PAGES + OF_XEN
+        running.wait_for("completed")
+        now = arrived("disk3")
+        check_disk(now)
+        check_heartbeat(now)
 
 
 @pytest.mark.hypervisors("paging")

@@ -95,17 +95,19 @@ int xen_log_dirty_is_on(struct xen_host *h, uint32_t domid);
 int xen_log_dirty(struct xen_host *h, uint32_t domid, int clean, uint8_t *bitmap, uint64_t nr_gfns);
 
 /* ---- pinned.c ---- */
-/* Put the gfns that the hypervisor or another domain holds into out, and return their number.  The
- * upper bits of a gfn may have the number of this process's mappings of it, which are not
- * counted. */
-#define HOLDS_SHIFT 56
+/* Put those of the ascending gfns that belong to the pinned set into out, in any order, and return
+ * their number. */
 long xen_pinned(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, uint64_t *out);
-/* Two ways to find held gfns.  The first needs a hypervisor with our patch (otherwise -ENOSYS), and
- * the second works on any. */
-long xen_query_held(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n,
-                    uint64_t *out);
-long xen_recognise_held(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n,
-                        uint64_t *out);
+/* The two sources of xen_pinned() besides HVM parameters.  The first puts up to 1024 gfns into out,
+ * and needs a hypervisor with our patch (otherwise -ENOSYS).  The second works on any. */
+long xen_list_pinned(struct xen_host *h, uint32_t domid, uint64_t *out);
+long xen_recognise_pinned(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n,
+                          uint64_t *out);
+/* Put the gfns whose frames have references besides the guest's own into out, and return their
+ * number.  The upper bits of a gfn may have the number of this process's mappings of it, which are
+ * not counted.  Only a hypervisor with our patch reports such gfns; any other has none. */
+#define HOLDS_SHIFT 56
+long xen_held(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, uint64_t *out);
 
 /* ---- paging.c ---- */
 struct xen_pager {

@@ -60,6 +60,7 @@ int populate_holes(struct xen_host *h, uint32_t domid, const uint64_t *gfns, siz
 #ifndef XENMEM_paging_op_populate_evicted
 #define XENMEM_paging_op_populate_evicted 3
 #define XENMEM_paging_op_query_held 4
+#define XENMEM_paging_op_list_pinned 5
 #endif
 
 static inline size_t batch_of(size_t left) { return left < BATCH_GFNS ? left : BATCH_GFNS; }

@@ -1,14 +1,18 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The pinned set: frames that the hypervisor or another domain accesses by number.
+ * The pinned set: frames that the hypervisor or the toolstack accesses by number.  And held pages:
+ * frames that other programs have mapped.
  *
  * A guest that resumes passes the gfns of its vcpu_info and of its event channel pages to Xen
  * again.  Xen does not page these in but refuses the call, and Linux panics.  So they have to be
  * present before the guest runs, and the source host has to find them.
  *
- * A hypervisor with our patch reports them.  Any other does not, so the pages are recognised by
- * what Xen writes into them.  The result may contain further pages, which costs little, because
- * they are only present early.  The result must not lack one:
+ * A page that a back end or the device model has mapped here is not in the set.  Back ends at the
+ * other host map pages anew, and their mappings wait for a missing page.
+ *
+ * A hypervisor with our patch lists the frames that it accesses itself.  Any other does not, so the
+ * pages are recognised by what Xen writes into them.  The result may contain further pages, which
+ * costs little, because they are only present early.  The result must not lack one:
  *
  *   vcpu_info            has a time record, whose scale (tsc_to_system_mul, tsc_shift) is about the
  *                        same for all vCPUs of a domain and unlike anything else.  The shared info
@@ -30,16 +34,16 @@
 #include <xen/xen.h>
 
 #define GFN_MASK ((1ull << HOLDS_SHIFT) - 1)
+#define NAMED_MOST 32
 
-long xen_query_held(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n,
-                    uint64_t *out)
+long xen_held(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, uint64_t *out)
 {
     struct call_buffer *b;
     long count = 0;
     int rc = 0;
 
     if (!h->has_populate_evicted)
-        return -ENOSYS;
+        return 0;
     b = take_buffer(h);
     for (size_t done = 0; !rc && done < n; done += BATCH_GFNS) {
         size_t batch = batch_of(n - done);
@@ -53,6 +57,20 @@ long xen_query_held(struct xen_host *h, uint32_t domid, const uint64_t *gfns, si
     }
     give_buffer(b);
     return rc ? rc : count;
+}
+
+long xen_list_pinned(struct xen_host *h, uint32_t domid, uint64_t *out)
+{
+    struct call_buffer *b = take_buffer(h);
+    int rc = paging_op(h, b, domid, XENMEM_paging_op_list_pinned, b->data, BATCH_GFNS);
+    long count = b->op->gfn;
+
+    if (!rc && count <= BATCH_GFNS)
+        memcpy(out, b->data, count * sizeof(*out));
+    give_buffer(b);
+    if (rc == -ENODEV)      /* for operations that it does not have, Xen requires a ring first */
+        rc = -ENOSYS;
+    return rc ? rc : count <= BATCH_GFNS ? count : -E2BIG;
 }
 
 /* ---- recognition ---- */
@@ -139,15 +157,15 @@ static int is_event_array(const uint64_t *page)
     return count > 0;
 }
 
-/* Find the gfns that parameters name.  A parameter names one gfn; the device model's pages are
- * neighbours. */
-static int named_by_parameter(struct xen_host *h, uint32_t domid, uint64_t *named, unsigned most)
+/* Find the gfns that parameters name, NAMED_MOST at most.  A parameter names one gfn; the device
+ * model's pages are neighbours. */
+static long named_by_parameter(struct xen_host *h, uint32_t domid, uint64_t *named)
 {
     static const int params[] = { HVM_PARAM_STORE_PFN, HVM_PARAM_CONSOLE_PFN, HVM_PARAM_IOREQ_PFN,
                                   HVM_PARAM_BUFIOREQ_PFN, HVM_PARAM_IDENT_PT,
                                   HVM_PARAM_MONITOR_RING_PFN, HVM_PARAM_SHARING_RING_PFN };
     uint64_t value, pages = 0;
-    unsigned count = 0;
+    long count = 0;
 
     for (unsigned i = 0; i < sizeof(params) / sizeof(*params); i++)
         if (!xc_hvm_param_get(h->xch, domid, params[i], &value) && value)
@@ -156,15 +174,14 @@ static int named_by_parameter(struct xen_host *h, uint32_t domid, uint64_t *name
         named[count++] = (uint32_t)value >> XC_PAGE_SHIFT;
     if (!xc_hvm_param_get(h->xch, domid, HVM_PARAM_NR_IOREQ_SERVER_PAGES, &pages) && pages &&
         !xc_hvm_param_get(h->xch, domid, HVM_PARAM_IOREQ_SERVER_PFN, &value) && value)
-        for (uint64_t i = 0; i < pages && count < most; i++)
+        for (uint64_t i = 0; i < pages && count < NAMED_MOST; i++)
             named[count++] = value + i;
     return count;
 }
 
-long xen_recognise_held(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n,
-                        uint64_t *out)
+long xen_recognise_pinned(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n,
+                          uint64_t *out)
 {
-    uint64_t plain[BATCH_GFNS];
     uint8_t status[BATCH_GFNS];
     const void *pages[BATCH_GFNS];
     struct xen_view view;
@@ -175,41 +192,46 @@ long xen_recognise_held(struct xen_host *h, uint32_t domid, const uint64_t *gfns
     for (size_t done = 0; !rc && done < n; done += BATCH_GFNS) {
         size_t batch = batch_of(n - done);
 
-        for (size_t i = 0; i < batch; i++)
-            plain[i] = gfns[done + i] & GFN_MASK;
-        rc = xen_map(h, domid, plain, batch, status, pages, &view);
+        rc = xen_map(h, domid, gfns + done, batch, status, pages, &view);
         for (size_t i = 0; !rc && i < batch; i++)
             if (status[i] == PAGE_DATA &&
                 (has_vcpu_info(pages[i], scale) || is_control_block(pages[i]) ||
                  is_event_array(pages[i])))
-                out[count++] = plain[i];
+                out[count++] = gfns[done + i];
         xen_unmap(h, &view);
     }
     return rc ? rc : count;
 }
 
+static int compare_gfns(const void *a, const void *b)
+{
+    uint64_t one = *(const uint64_t *)a, other = *(const uint64_t *)b;
+
+    return one < other ? -1 : one > other;
+}
+
 static int contains(const uint64_t *gfns, size_t n, uint64_t gfn)
 {
-    for (size_t i = 0; i < n; i++)
-        if (gfns[i] == gfn)
-            return 1;
-    return 0;
+    return n && bsearch(&gfn, gfns, n, sizeof(*gfns), compare_gfns);
 }
 
 long xen_pinned(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, uint64_t *out)
 {
-    uint64_t named[32];
-    unsigned nr_named = named_by_parameter(h, domid, named, sizeof(named) / sizeof(*named));
-    long count = xen_query_held(h, domid, gfns, n, out), found;
+    uint64_t named[BATCH_GFNS + NAMED_MOST];
+    long listed = xen_list_pinned(h, domid, named), count = 0, recognised;
 
-    if (count == -ENOSYS)
-        count = xen_recognise_held(h, domid, gfns, n, out);
-    if (count < 0)
-        return count;
-    found = count;
-    for (size_t i = 0; i < n && nr_named; i++)
-        if (contains(named, nr_named, gfns[i] & GFN_MASK) &&
-            !contains(out, found, gfns[i] & GFN_MASK))
-            out[count++] = gfns[i] & GFN_MASK;
+    if (listed == -ENOSYS) {
+        listed = 0;
+        count = xen_recognise_pinned(h, domid, gfns, n, out);
+    }
+    if (listed < 0 || count < 0)
+        return listed < 0 ? listed : count;
+    listed += named_by_parameter(h, domid, named + listed);
+    qsort(named, listed, sizeof(*named), compare_gfns);
+    recognised = count;
+    for (long i = 0; i < listed; i++)
+        if ((!i || named[i] != named[i - 1]) && contains(gfns, n, named[i]) &&
+            !contains(out, recognised, named[i]))
+            out[count++] = named[i];
     return count;
 }

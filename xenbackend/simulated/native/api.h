@@ -137,7 +137,10 @@ int sim_load_at(struct sim_map *m, uint64_t pfn, const void *page);
 long sim_load(struct sim_map *m, const uint64_t *pfns, size_t n, const uint8_t *pages,
               int32_t *results);
 uint64_t sim_log_dirty(struct sim_map *m, uint64_t *bitmap, int clean);
-size_t sim_pinned(struct sim_map *m, const uint64_t *pfns, size_t n, uint64_t *held);
+size_t sim_pinned(struct sim_map *m, const uint64_t *pfns, size_t n, uint64_t *pinned);
+size_t sim_held(struct sim_map *m, const uint64_t *pfns, size_t n, uint64_t *held);
+int sim_map_grant(struct sim_map *m, uint64_t pfn);
+void sim_unmap_grant(struct sim_map *m, uint64_t pfn);
 int sim_set_page(struct sim_map *m, uint64_t pfn, int type, int refs, int type_count);
 
 /* ---- guest programs (program.c) ---- */

@@ -9,7 +9,7 @@ from cffi import FFI
 HERE = Path(__file__).resolve().parent
 # setuptools wants source paths relative to the project's root.
 ROOT = HERE.parent.parent.parent
-SOURCES = ("hypercalls.c", "program.c", "pause.c", "paging.c", "balloon.c", "vcpu.c")
+SOURCES = ("hypercalls.c", "held.c", "program.c", "pause.c", "paging.c", "balloon.c", "vcpu.c")
 FLAGS = runpy.run_path(str(ROOT / "xenbackend/native/flags.py"))["FLAGS"]
 
 ffi = FFI()
