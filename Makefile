@@ -9,7 +9,7 @@ COMMA := ,
 SPACE := $(subst ,, )
 NATIVE := $(wildcard migrate/*/native/*.[ch] migrate/*/native/*.py xenbackend/native/*.[ch] xenbackend/native/*.py xenbackend/*/native/*.[ch] xenbackend/*/native/*.py)
 
-.PHONY: all tools gate everything demo test check coverage coverage-core coverage-c bench soak chaos many compat underload \
+.PHONY: all tools gate everything demo test check coverage coverage-core coverage-c bench soak chaos many compat lowest packages underload \
 	model warnings sanitize races fuzz xenlab xenlab-bench xenlab-xl-bench deb lock clean
 
 all: $(STAMP)
@@ -105,6 +105,15 @@ compat: $(STAMP)
 	@.ci/prepare $(PYTHON) patch
 	$(BIN)/python -m tests.campaigns.compat
 
+# The Debian package: built, installed, used, upgraded and purged on a fresh Debian 12 and a fresh Debian 13.
+packages: $(STAMP)
+	@.ci/prepare $(PYTHON) debootstrap
+	$(BIN)/python -m tests.campaigns.packages
+
+# The unit tests, and a migration, with the lowest version of each dependency.
+lowest:
+	$(PYTHON) -m tests.campaigns.lowest
+
 # The tests on a busy machine: two copies at once, beside stress-ng.
 underload: $(STAMP)
 	-@.ci/prepare $(PYTHON) stress-ng
@@ -149,9 +158,9 @@ xenlab-bench: $(STAMP)
 xenlab-xl-bench: $(STAMP)
 	$(BIN)/python -m tests.xenlab --memory 4608 --timeout 1500 -- python3 -m tests.xenlab.dom0.xl_benchmark
 
-# A Debian package, in build/.
-deb: $(STAMP)
-	$(BIN)/python systemd/build_deb.py
+# A Debian package for the release of this machine, in build/, with the interpreter and the modules of the release.
+deb:
+	@debian/build
 
 lock:
 	rm -rf build/lock && $(PYTHON) -m venv build/lock && build/lock/bin/python -m pip install --quiet pip-tools

@@ -6,6 +6,7 @@ errors.
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -78,6 +79,23 @@ async def in_thread(call: Callable[[*Arguments], Result], *arguments: *Arguments
     return await as_soon_as_threads_start(
         functools.partial(trio.to_thread.run_sync, call, *arguments)
     )
+
+
+_ABANDON = (
+    "abandon_on_cancel"
+    if "abandon_on_cancel" in inspect.signature(trio.to_thread.run_sync).parameters
+    else "cancellable"  # before trio 0.23
+)
+
+
+async def in_abandoned_thread(
+    call: Callable[[*Arguments], Result],
+    *arguments: *Arguments,
+    limiter: trio.CapacityLimiter | None = None,
+) -> Result:
+    """Make a call in a thread.  Cancellation ends the wait, and not the call."""
+    run: Callable[..., Awaitable[Result]] = trio.to_thread.run_sync
+    return await run(call, *arguments, limiter=limiter, **{_ABANDON: True})
 
 
 async def first(*waits: Callable[[], Awaitable[object]]) -> None:

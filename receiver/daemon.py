@@ -126,8 +126,7 @@ class ReceiverDaemon:
             self._waiting.log(
                 "waiting for guests that run here: %s", waiting, about=[m.id for m in needed]
             )
-        # A migration that is being taken back has a domain with memory until it is destroyed.
-        return bool(needed) or any(not m.ended.is_set() for m in self._migrations.values())
+        return bool(self._unfinished())
 
     def guests_in_need(self) -> list[str]:
         return [migration.domain_name for migration in self._needed()]
@@ -135,6 +134,12 @@ class ReceiverDaemon:
     def _needed(self) -> list[IncomingMigration]:
         """Return the migrations whose guests depend on this daemon."""
         return [m for m in self._migrations.values() if m.needed]
+
+    def _unfinished(self) -> list[IncomingMigration]:
+        """Return the migrations for which this daemon has something to do.  One that is being taken
+        back has a domain with memory until it is destroyed.
+        """
+        return [m for m in self._migrations.values() if m.needed or not m.ended.is_set()]
 
     def _is_needed(self) -> bool:
         return bool(self._needed())
@@ -159,7 +164,8 @@ class ReceiverDaemon:
                     known=migration.requests.known_of_peer,
                 )
             case "status":
-                await connection.answer("result", port=self._port)
+                guests = [m.domain_name or "a guest" for m in self._unfinished()]
+                await connection.answer("result", port=self._port, guests=guests)
             case "restore":
                 await self._restore(request, connection)
             case "await-memory":

@@ -128,7 +128,7 @@ class SenderDaemon:
             for migration in self._running():
                 with contextlib.suppress(MigrationError):  # it may be too late to cancel
                     migration.requests.cancel("because the sender is being stopped")
-        needed = [m for m in self._migrations.values() if m.id in self._active or m.holds_pages]
+        needed = self._unfinished()
         if needed:
             waiting = ", ".join(
                 f"{m.domain_name} ({m.phase}, {m.outstanding_in_words})" for m in needed
@@ -138,6 +138,10 @@ class SenderDaemon:
                 "waiting for guests elsewhere: %s", waiting, about=[m.id for m in needed]
             )
         return bool(needed)
+
+    def _unfinished(self) -> list[OutgoingMigration]:
+        """Return the migrations for which this daemon has something to do."""
+        return [m for m in self._migrations.values() if m.id in self._active or m.holds_pages]
 
     def _running(self) -> list[OutgoingMigration]:
         return [self._migrations[migration_id] for migration_id in self._active]
@@ -163,7 +167,8 @@ class SenderDaemon:
                     known=migration.requests.known_of_peer,
                 )
             case "status":
-                await connection.answer("result", port=self._port)
+                guests = [m.domain_name for m in self._unfinished()]
+                await connection.answer("result", port=self._port, guests=guests)
             case "migrate":
                 await self._migrate(request, connection)
             case "save":

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import shutil
@@ -10,6 +11,7 @@ import signal
 from collections.abc import Callable, Generator, Iterator
 
 import pytest
+import trio
 
 from migrate.cli.world import World, loopback_world
 from tests.support import event_loop, zygote
@@ -31,6 +33,8 @@ else:
     settings.load_profile("no deadline")
 
 World.spawn = zygote.Popen
+# pytest-trio begins each test by it.  trio before 0.25 raises a lone error without its group.
+trio.run = functools.partial(trio.run, strict_exception_groups=True)  # type: ignore[assignment]
 event_loop.install()
 # A run in the background of a shell, or under nohup, inherits signals that are ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -29,6 +29,7 @@ COMMANDS = {
     "reconnect": "migrate.cli.migrations",
     "decide": "migrate.cli.migrations",
     "preflight": "migrate.cli.preflight",
+    "restart-idle": "migrate.cli.restart",
     "sender": "sender.command",
     "receiver": "receiver.command",
     "simulated-host": "migrate.cli.daemons",
@@ -62,11 +63,23 @@ class LazyGroup(click.Group):
             raise InterruptedMigrationError("interrupted") from None
 
 
+def show_version(ctx: click.Context, _option: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        from migrate.cli.text import echo
+        from xenbackend.release import in_words
+
+        echo(f"xen-postcopy, version {__version__}\n{in_words()}")
+        ctx.exit()
+
+
 @click.group(
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-@click.version_option(__version__, prog_name="xen-postcopy")
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=show_version,
+    help="Show the version, and the Xen for which it was built and on which it runs.",
+)  # fmt: skip
 def cli() -> None:
     """Postcopy live migration for Xen.
 

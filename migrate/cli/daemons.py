@@ -47,7 +47,7 @@ def run(main: Callable[[], Awaitable[None]], *, verbose: bool) -> None:
     end_with_owner()
     logs.set_up(verbose=verbose)
     try:
-        trio.run(main)
+        trio.run(main, strict_exception_groups=True)  # not the default before trio 0.25
     except BaseExceptionGroup as group:
         raise root_cause(group) from None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,13 @@ def check_memory(spec: GuestSpec) -> None:
             f"two hosts together, and this machine has {human_bytes(available)} available: choose "
             "a smaller --memory"
         )
+
+
+def this_program() -> list[str]:
+    """Return the command that started this process, without the arguments of the program.  The
+    package of a distribution has its modules where ``python -m`` does not find them.
+    """
+    return [sys.executable, *sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1]]
 
 
 def _end(number: int, _frame: object) -> None:
@@ -65,7 +73,7 @@ def loopback_command(json_path: Path | None, **options: Any) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
             signal.signal(number, _end)
-    with loopback_world(spec.memory_bytes) as world:
+    with loopback_world(spec.memory_bytes, program=this_program()) as world:
         say(
             f"booting a guest: {human_bytes(spec.memory_bytes)}, {counted(spec.vcpus, 'vCPU')}, "
             f"{spec.workload} over {human_bytes(spec.working_pages * 4096)}"

@@ -22,7 +22,11 @@ RECEIVER_SOCKET = Path(client.RECEIVER_SOCKET)
 CHECKPOINT_EVERY_S = 1.0
 
 
-class Size(click.ParamType[int]):
+class OptionType(click.ParamType):  # type: ignore[type-arg]
+    """The base of the types below.  That of click takes no argument before click 8.4."""
+
+
+class Size(OptionType):
     """A number of bytes: ``4096``, ``64K``, ``512M``, ``1G``, ``1.5GiB``."""
 
     name = "size"
@@ -34,7 +38,7 @@ class Size(click.ParamType[int]):
             self.fail(str(error), param, ctx)
 
 
-class Number(click.ParamType[float]):
+class Number(OptionType):
     """A number within bounds.  ``nan`` is outside of all bounds."""
 
     name = "number"
@@ -58,7 +62,7 @@ class Number(click.ParamType[float]):
         return number
 
 
-class WholeNumber(click.ParamType[int]):
+class WholeNumber(OptionType):
     """A whole number within bounds.  All numbers that are counted here fit into 64 bits."""
 
     name = "integer"
@@ -80,7 +84,7 @@ class WholeNumber(click.ParamType[int]):
         return number
 
 
-class HostPort(click.ParamType[str]):
+class HostPort(OptionType):
     """``HOST``, ``HOST:PORT`` or ``[IPV6]:PORT``, as text."""
 
     name = "address"

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,6 +31,7 @@ from xenbackend.simulated.guest import GuestSpec
 from xenbackend.simulated.verify import Verification, verify
 from xenbackend.unix import socket_path
 
+PROGRAM = (sys.executable, "-m", "migrate.cli")
 DIRECTORY_PREFIX = "xen-postcopy-"
 LOCKED = "locked"
 """The name of an empty file in a directory that its process has locked."""
@@ -64,6 +65,8 @@ class World:
     starts end when this process ends.
     """
     processes: dict[str, Process] = field(default_factory=dict)
+    program: Sequence[str] = PROGRAM
+    """The command that starts ``xen-postcopy``."""
     source: SimulatedHypervisor = field(init=False)
     destination: SimulatedHypervisor = field(init=False)
     port: int = 0
@@ -98,7 +101,7 @@ class World:
             notify_path.unlink(missing_ok=True)  # a process before it may have left one
             ready.bind(str(notify_path))
             popen = self.spawn(
-                [sys.executable, "-m", "migrate.cli", *arguments],
+                [*self.program, *arguments],
                 stdin=self.owner,
                 stdout=output,
                 stderr=output,
@@ -169,16 +172,17 @@ def loopback_world(
     source_options: tuple[str, ...] = (),
     daemons: bool = True,
     config: str = "",
+    program: Sequence[str] = PROGRAM,
 ) -> Iterator[World]:
     """Start two hosts with equal memory, a sender at the source and a receiver at the destination,
-    both with the same configuration.
+    both with the same configuration.  ``program``: the command that starts ``xen-postcopy``.
     """
     _remove_left_over()
     directory = Path(tempfile.mkdtemp(prefix=DIRECTORY_PREFIX))
     locked = _lock(directory)
     (directory / LOCKED).touch()
     owner, alive = os.pipe()
-    world = World(directory, owner)
+    world = World(directory, owner, program=program)
     try:
         for name in ("source.sock", "destination.notify"):
             try:

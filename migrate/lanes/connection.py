@@ -44,7 +44,7 @@ from migrate.protocol.messages import (
     Refused,
     parse,
 )
-from migrate.tasks import task_group
+from migrate.tasks import in_abandoned_thread, task_group
 
 CONNECT_TIMEOUT_S = 10.0
 STEP_TIMEOUT_S = 60.0
@@ -308,9 +308,7 @@ class LaneConnection:
         Cancellation stops the wait, not the sending: a frame is always sent completely.
         """
         async with self._send_limiter:
-            await trio.to_thread.run_sync(
-                self.send_blocking, message, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1)
-            )
+            await in_abandoned_thread(self.send_blocking, message, limiter=trio.CapacityLimiter(1))
 
     async def receive(self) -> tuple[Message, memoryview]:
         """Return a message and its pages, which stay valid during the next call and not longer.
@@ -318,9 +316,7 @@ class LaneConnection:
         Raises :class:`ProtocolError` for malformed bytes, and :class:`PeerClosedError` if the
         connection has ended.
         """
-        return await trio.to_thread.run_sync(
-            self.receive_blocking, abandon_on_cancel=True, limiter=self._receive_limiter
-        )
+        return await in_abandoned_thread(self.receive_blocking, limiter=self._receive_limiter)
 
     async def keep_alive(self, guest_waits: Callable[[], bool] = lambda: False) -> None:
         """Send ``alive`` from time to time, and end the connection if the peer sends nothing.  Runs

@@ -214,7 +214,8 @@ async def _refuse(sock: socket.socket) -> None:
     connection.  The peer then loses the reason.
     """
     try:
-        with contextlib.suppress(OSError), trio.move_on_after(EXPLANATION_S, shield=True):
+        limit = trio.CancelScope(deadline=trio.current_time() + EXPLANATION_S, shield=True)
+        with contextlib.suppress(OSError), limit:
             socket.socket.shutdown(sock, socket.SHUT_WR)
             while True:
                 await trio.lowlevel.wait_readable(sock)

@@ -101,6 +101,8 @@ EVERYTHING = (
     Stage("many", "a hundred migrations at once, a thousand in turn", _make("many"), 1800),
     TEST,
     Stage("soak", "every strategy and workload", _make("soak", "SOAK_ROUNDS=2"), 3600),
+    Stage("packages", "the Debian package on fresh systems", _make("packages"), 3600),
+    Stage("lowest", "the lowest version of each dependency", _make("lowest"), 1800),
     Stage("compat", "migrations from and to an earlier release", _make("compat"), 1800),
     Stage("coverage-c", "which native code its tests reach", _make("coverage-c"), 1800),
     SANITIZE,

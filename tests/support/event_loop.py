@@ -68,8 +68,17 @@ def _product_frame(frame: FrameType | None) -> FrameType | None:
     return frame
 
 
+def in_event_loop() -> bool:
+    """Whether this thread runs an event loop.  trio has a function for that from 0.23 on."""
+    try:
+        trio.lowlevel.current_trio_token()
+    except RuntimeError:
+        return False
+    return True
+
+
 def _check(what: str) -> None:
-    if not trio.lowlevel.in_trio_run():
+    if not in_event_loop():
         return
     frame = _product_frame(sys._getframe(2))
     if frame is None:

@@ -15,6 +15,7 @@ import pytest
 import trio
 
 from migrate.protocol import messages as m
+from tests.support.event_loop import in_event_loop
 
 PIECE = 65536
 Damage = Callable[[bytes], bytes]
@@ -202,7 +203,7 @@ def cut_when(
         (link.down if down else link.cut)()
 
     def cut_from_wherever() -> None:
-        cut() if trio.lowlevel.in_trio_run() else trio.from_thread.run_sync(cut)
+        cut() if in_event_loop() else trio.from_thread.run_sync(cut)
 
     async def send_and_cut(self: object, message: m.Message) -> None:
         due = isinstance(message, sent) and bool(links)

@@ -300,6 +300,7 @@ def test_a_guest_that_was_damaged_is_reported(
         domain.close()
         return verify_migrated(world, spec)
 
+    monkeypatch.setattr(loopback, "this_program", lambda: PROGRAM)
     monkeypatch.setattr(loopback, "verify_migrated", damage)
     with pytest.raises(MigrationError, match="the guest was damaged"):
         loopback.loopback_command.main(["--memory", "4M", "--rate", "2000"], standalone_mode=False)
@@ -324,6 +325,21 @@ def test_a_loopback_whose_sender_dies_shows_its_log() -> None:
         and "sender ready" in err
         and "ended in the middle of the request" in err
     )
+
+
+def test_loopback_starts_its_daemons_as_it_was_started_itself(tmp_path: Path) -> None:
+    """The program of a distribution's package finds its modules by itself; ``python -m`` does not
+    find them.
+    """
+    program = tmp_path / "program"
+    program.write_text(
+        f"import sys\nsys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
+        "from migrate.cli.loopback import this_program\nprint(*this_program())\n"
+    )
+    command = [sys.executable, "-s", "-P", str(program)]
+    options = ["loopback", "--memory", "4M"]
+    done = subprocess.run([*command, *options], check=True, stdout=subprocess.PIPE, text=True)
+    assert done.stdout.split() == command
 
 
 def test_loopback_leaves_nothing_behind() -> None:
@@ -418,7 +434,8 @@ def test_help_teaches() -> None:
     about = "MIGRATION is the guest's name, or at least the first eight characters"
     for command in ("show", "watch", "postcopy-now", "cancel", "reconnect", "decide"):
         assert about in " ".join(run(command, "--help").stdout.split())
-    assert run("--version").stdout.startswith("xen-postcopy")
+    assert run("--version").stdout.startswith("xen-postcopy, version ")
+    assert "Xen" in run("--version").stdout.splitlines()[1]
 
 
 def test_list(world: World, name: str) -> None:

@@ -9,7 +9,6 @@ migrated between them.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -29,6 +28,7 @@ from migrate.protocol import messages as m
 from migrate.protocol.messages import Lane
 from migrate.protocol.pfns import pfn_array
 from migrate.protocol.session import new_id, new_token
+from migrate.tasks import in_abandoned_thread
 from receiver.daemon import MAX_WITHOUT_OFFER
 from tests.conftest import MIB
 from tests.support.daemons import listed
@@ -81,9 +81,7 @@ async def world(hosts_with_daemons: World, request: pytest.FixtureRequest) -> As
             errors.append(error)
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(
-            functools.partial(trio.to_thread.run_sync, bystander, abandon_on_cancel=True)
-        )
+        nursery.start_soon(in_abandoned_thread, bystander)
         await until(lambda: bool(errors) or phase(world, "receiver", spec.name) in FROM_POSTCOPY_ON)
         assert not errors
         yield world
@@ -502,7 +500,7 @@ async def test_a_flood_of_faults_by_one_that_reads_nothing(world: World) -> None
                 receiver.pull.send_blocking(fault)
 
         with trio.move_on_after(3):
-            await trio.to_thread.run_sync(flood, abandon_on_cancel=True)
+            await in_abandoned_thread(flood)
         receiver.pull.close()
 
     async def after(name: str) -> None:

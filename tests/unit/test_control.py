@@ -307,7 +307,7 @@ async def test_a_daemon_that_hangs_is_named_and_hides_no_other(
             result = await trio.to_thread.run_sync(run, hanging, other)
             nursery.cancel_scope.cancel()
         assert shown in result.stdout and result.exit_code != 0
-        named = f"{result.exception} {result.stderr}"
+        named = f"{result.exception} {result.output}"
         assert f"the daemon at {hanging} has not answered for 1.5 s" in named
         alone = await trio.to_thread.run_sync(run, hanging)
         assert isinstance(alone.exception, SilentDaemonError) and str(hanging) in str(

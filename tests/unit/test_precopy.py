@@ -26,6 +26,7 @@ from sender.policy import DefaultPolicy
 from sender.precopy import Precopy, SwitchoverPlan
 from sender.push import PushLane
 from sender.toolstack import OwnToolstack
+from tests.support.event_loop import in_event_loop
 from tests.support.labs import SimulatedLab
 from xenbackend.contract import DomainId
 from xenbackend.pages import PAGE_SIZE, PfnArray
@@ -115,9 +116,7 @@ class Watched(np.ndarray[Any, np.dtype[np.bool_]]):
     in_event_loop: ClassVar[list[str]] = []
 
     def _note(self, step: str, values: tuple[Any, ...]) -> None:
-        if trio.lowlevel.in_trio_run() and any(
-            getattr(value, "size", 0) >= NR_PFNS for value in values
-        ):
+        if in_event_loop() and any(getattr(value, "size", 0) >= NR_PFNS for value in values):
             self.in_event_loop.append(step)
 
     def __array_ufunc__(

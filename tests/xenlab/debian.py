@@ -13,13 +13,15 @@ from pathlib import Path
 
 from tests.xenlab.cache import LabError, run
 
-RELEASE = "bookworm"
+RELEASE, RELEASE_NUMBER = "bookworm", 12
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 XEN_VERSION = "4.17.5+72-g01140da4e8-1"
 
 
-def mirror() -> str:
-    """Return the address of the mirror.  Raises :class:`LabError` if this is no Debian."""
+def mirror(release: str = RELEASE) -> str:
+    """Return the address from which this machine's apt gets ``release``.  Raises :class:`LabError`
+    if there is none, as on a machine that is no Debian.
+    """
     try:
         lines = subprocess.run(
             ["apt-get", "indextargets", "--format", "$(SITE) $(CODENAME)", "Created-By: Packages"],
@@ -31,10 +33,10 @@ def mirror() -> str:
         ) from error
     for line in lines:
         site, _, codename = line.partition(" ")
-        if codename == RELEASE:
+        if codename == release:
             return site
     raise LabError(
-        f"apt has no Debian mirror for {RELEASE}: run apt-get update, or add it to the sources"
+        f"apt has no Debian mirror for {release}: run apt-get update, or add it to the sources"
     )
 
 

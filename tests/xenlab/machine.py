@@ -349,7 +349,7 @@ def _pack_tree(to: Path) -> None:
     with tarfile.open(to, "w") as archive:
         for path in sorted(TREE.iterdir()):
             archive.add(path, path.name, filter=wanted)
-        for path in (TREE / "build").glob("*.deb"):
+        for path in (TREE / "build").glob(parts.PACKAGE):
             archive.add(path, str(path.relative_to(TREE)))
 
 

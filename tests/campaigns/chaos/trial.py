@@ -17,7 +17,7 @@ import trio
 from migrate.cli.world import verify_migrated, wait_for_steps
 from migrate.control.client import ENDED, ControlClient
 from migrate.errors import MigrationError
-from migrate.tasks import task_group
+from migrate.tasks import in_abandoned_thread, task_group
 from tests.campaigns.chaos.world import ChaosWorld, LostError
 from tests.support.daemons import listed
 from tests.support.links import PIECE, Link
@@ -246,7 +246,7 @@ class Trial:
     async def answered(self, call: Callable[..., T], *arguments: Any) -> T:
         """Return the answer of a daemon.  Raises :class:`LostError` if there is none."""
         with trio.move_on_after(ANSWER_S):
-            return await trio.to_thread.run_sync(call, *arguments, abandon_on_cancel=True)
+            return await in_abandoned_thread(call, *arguments)
         raise LostError(
             f"no answer within {ANSWER_S:g} s: {getattr(call, '__name__', call)} {arguments}"
         )

@@ -139,6 +139,35 @@ def test_xl_migrates_and_a_daemon_that_is_stopped_says_what_it_waits_for() -> No
         assert "completed" in shown
 
 
+def test_an_upgrade_restarts_the_daemons_that_no_guest_needs() -> None:
+    config = Path(CONFIG)
+    text = config.read_text()
+    try:
+        config.write_text(text + '[migration]\nstrategy = "postcopy"\nbandwidth = "1M"\n')
+        run("systemctl", "restart", *UNITS)
+        wait_until_active()
+        with guest("upgraded") as made:
+            made.wait_for_heartbeats(2)
+            run(
+                "xl", "migrate", "-s", "", "upgraded", "xl migrate-receive",
+                LIBXL_SAVE_HELPER=HELPER, XEN_POSTCOPY="require",
+            )  # fmt: skip
+            before = [property_of(unit, "MainPID") for unit in UNITS]
+            printed = HERE.upgrade()
+            assert printed.count("because guests need it: upgraded") == 2, printed
+            assert [property_of(unit, "MainPID") for unit in UNITS] == before
+            run("systemctl", "stop", "--no-block", UNITS[1])  # until no guest needs it
+            inactive = ("inactive", "failed")
+            until(lambda: property_of(UNITS[1], "ActiveState") in inactive, "it does not end", 400)
+            printed = HERE.upgrade()
+            assert f"{UNITS[0]} was restarted" in printed, printed
+            assert property_of(UNITS[0], "MainPID") not in before
+    finally:
+        config.write_text(text)
+        run("systemctl", "restart", *UNITS)
+        wait_until_active()
+
+
 def test_it_is_taken_away() -> None:
     run("systemctl", "start", "xen-postcopy.target")
     wait_until_active()

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``restart-idle``: the end of an upgrade of this host's daemons."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import click
+
+from migrate.cli.options import RECEIVER_SOCKET, SENDER_SOCKET
+from migrate.cli.text import echo
+from migrate.control.client import ANSWER_S, ENDED, ControlClient
+from migrate.errors import MigrationError
+
+DAEMONS = {
+    "xen-postcopy-sender.service": SENDER_SOCKET,
+    "xen-postcopy-receiver.service": RECEIVER_SOCKET,
+}
+"""The control socket of each unit."""
+
+
+@click.command("restart-idle")
+def restart_idle_command() -> None:
+    """Restart the daemons of this host that no guest needs.
+
+    The package does this when it was upgraded.  A daemon that guests need is not restarted, and is
+    named with these guests: repeat the command when their migrations have ended.  A daemon that
+    does not run is not started.
+    """
+    for unit, path in DAEMONS.items():
+        if not _runs(unit):
+            continue
+        try:
+            guests = guests_of(path)
+        except MigrationError as error:
+            echo(f"{unit} was not restarted, because it does not name its guests: {error}")
+            continue
+        if guests:
+            echo(
+                f"{unit} was not restarted, because guests need it: {', '.join(guests)}.  It still "
+                "runs the release with which it was started.  When `xen-postcopy list` shows that "
+                "their migrations have ended: xen-postcopy restart-idle"
+            )
+        elif _systemctl("restart", unit):
+            raise MigrationError(f"{unit} was not restarted: see systemctl status {unit}")
+        else:
+            echo(f"{unit} was restarted")
+
+
+def guests_of(path: Path) -> list[str]:
+    """Return the guests that need the daemon which listens at ``path``, or whose migrations would
+    be given up if the daemon were restarted.  Raises :class:`MigrationError`.
+    """
+    with ControlClient(path, answer_s=ANSWER_S) as client:
+        status = client.call(command="status")
+    if "guests" in status:
+        return [str(name) for name in status["guests"]]
+    # A daemon of 0.1.0 answers only for each migration.
+    with ControlClient(path, answer_s=ANSWER_S) as client:
+        lines = client.call(command="list")["migrations"]
+    return [line["domain"] for line in lines if line["phase"] not in ENDED]
+
+
+def _runs(unit: str) -> bool:
+    return _systemctl("is-active", "--quiet", unit) == 0
+
+
+def _systemctl(*arguments: str) -> int:
+    try:
+        return subprocess.run(["systemctl", *arguments], check=False).returncode
+    except OSError as error:
+        raise MigrationError(f"systemctl: {error.strerror}") from error
