@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import TypeVar, TypeVarTuple
 
@@ -96,6 +97,50 @@ async def in_abandoned_thread(
     """Make a call in a thread.  Cancellation ends the wait, and not the call."""
     run: Callable[..., Awaitable[Result]] = trio.to_thread.run_sync
     return await run(call, *arguments, limiter=limiter, **{_ABANDON: True})
+
+
+async def in_stoppable_thread(call: Callable[[], Result], stop: Callable[[], object]) -> Result:
+    """Make a call in a thread.  ``stop`` makes the call return, and is called when this task is
+    cancelled.
+    """
+    results: list[Result] = []
+    ended = trio.Event()
+    async with task_group() as tasks:
+
+        async def make() -> None:
+            try:
+                with trio.CancelScope(shield=True):
+                    limiter = trio.CapacityLimiter(1)
+                    results.append(await trio.to_thread.run_sync(call, limiter=limiter))
+            finally:
+                ended.set()
+
+        tasks.start_soon(make)
+        try:
+            await ended.wait()
+        finally:
+            if not ended.is_set():
+                stop()
+    return results[0]
+
+
+async def poll_in_thread(look: Callable[[], Result | None], pauses_s: Iterable[float]) -> Result:
+    """Call ``look`` until it returns something else than ``None``, and return that.  ``pauses_s``:
+    the endless pauses between the calls.
+
+    One thread makes all calls, because to change threads would take most of the time of a call.
+    """
+    stopped = threading.Event()
+
+    def poll() -> Result | None:
+        for pause_s in pauses_s:
+            if (found := look()) is not None or stopped.wait(pause_s):
+                return found
+        raise AssertionError("the pauses have an end")
+
+    found = await in_stoppable_thread(poll, stopped.set)
+    assert found is not None  # otherwise this task was cancelled
+    return found
 
 
 async def first(*waits: Callable[[], Awaitable[object]]) -> None:

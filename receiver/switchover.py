@@ -17,7 +17,7 @@ import trio
 
 from migrate.errors import GuestEndedError
 from migrate.logs import Complaint
-from migrate.tasks import in_thread, is_bug
+from migrate.tasks import in_thread, is_bug, poll_in_thread
 from migrate.units import pauses
 from receiver.checkpoints import NOT_PROTECTED, Checkpoints
 from receiver.context import Context, retries
@@ -218,20 +218,28 @@ class Switchover:
         while True:
             try:
                 state = await trio.to_thread.run_sync(self.guest.state)
-                if self.checkpoints is not None and state is not None:
+                if state is None:
+                    raise GuestEndedError(await trio.to_thread.run_sync(self._end))
+                if self.checkpoints is not None:
                     await trio.to_thread.run_sync(self.checkpoints.resume_if_suspended)
+                self._note_state(state)
+                if not self.runs.is_set():
+                    await poll_in_thread(functools.partial(self._has_left, state), began)
+                    continue
             except (XenError, RuntimeError) as error:  # the error may pass
                 complaint.log(
                     "%s: its state is not known, or it cannot be resumed: %s",
                     self.context.name,
                     error,
                 )
-                await trio.sleep(LOOK_AGAIN_EVERY_S)
-                continue
-            if state is None:
-                raise GuestEndedError(await trio.to_thread.run_sync(self._end))
-            self._note_state(state)
-            await trio.sleep(LOOK_AGAIN_EVERY_S if self.runs.is_set() else next(began))
+            await trio.sleep(LOOK_AGAIN_EVERY_S)
+
+    def _has_left(self, before: DomainState | None) -> bool | None:
+        """Whether the domain is in another state; ``None``: it is not."""
+        try:
+            return self.guest.state() is not before or None
+        except XenError:
+            return True  # the next look reports the error
 
     def _end(self) -> str:
         """Return how the guest, whose domain is gone, ended."""

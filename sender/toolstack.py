@@ -28,7 +28,7 @@ import trio
 from migrate.control.server import ControlConnection, LastAnswer
 from migrate.errors import MigrationError
 from migrate.protocol.pfns import PfnMask
-from migrate.tasks import first
+from migrate.tasks import first, poll_in_thread
 from migrate.units import pauses
 from sender import source_pages
 from sender.dirty import DirtyLog
@@ -270,19 +270,16 @@ class XlToolstack:
         await self.last_answer.give("result")
 
     async def decision(self, domain: Domain) -> bool:
-        for pause_s in pauses(LOOK_EVERY_S, LOOK_AT_LAST_EVERY_S):
+        def look() -> bool | None:
             try:
-                state = await trio.to_thread.run_sync(domain.state)
+                return None if domain.state() is DomainState.SUSPENDED else False
             except NoSuchDomainError:
-                break
+                return True
             except XenError as error:  # the error may pass
                 log.warning("%s: its state is not known: %s", self._name, error)
-                await trio.sleep(pause_s)
-                continue
-            if state is not DomainState.SUSPENDED:
-                return False
-            await trio.sleep(pause_s)
-        return True
+                return None
+
+        return await poll_in_thread(look, pauses(LOOK_EVERY_S, LOOK_AT_LAST_EVERY_S))
 
     def may_decide(self) -> bool:
         """Return whether xl may decide; true also if it is not known whether xl still runs."""

@@ -44,7 +44,7 @@ from migrate.protocol.messages import (
     Refused,
     parse,
 )
-from migrate.tasks import in_abandoned_thread, task_group
+from migrate.tasks import in_abandoned_thread, in_stoppable_thread
 
 CONNECT_TIMEOUT_S = 10.0
 STEP_TIMEOUT_S = 60.0
@@ -429,22 +429,7 @@ async def run_in_thread(
         finally:
             scheduling.reset()  # trio reuses its threads
 
-    ended = trio.Event()
-    async with task_group() as tasks:
-
-        async def run() -> None:
-            try:
-                with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(scheduled, limiter=trio.CapacityLimiter(1))
-            finally:
-                ended.set()
-
-        tasks.start_soon(run)
-        try:
-            await ended.wait()
-        finally:
-            if not ended.is_set():
-                stop()
+    await in_stoppable_thread(scheduled, stop)
 
 
 async def connect(host: str, port: int, terms: Terms) -> LaneConnection:
