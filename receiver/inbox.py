@@ -14,7 +14,6 @@ from migrate.errors import MigrationError, RemoteProtocolError
 from migrate.lanes import scheduling
 from migrate.protocol import messages as m
 from migrate.protocol.pfns import pfns_of_window
-from migrate.tasks import in_thread
 from receiver.guest import Guest
 from receiver.ownership import State
 from receiver.restore import MemoryRestorer
@@ -102,7 +101,7 @@ class Inbox:
                 scheduling.be_urgent()  # because the guest is suspended
                 self._ownership.enter(State.SUSPENDED)
             case m.Entrust():
-                trio.from_thread.run(self._entrusted)
+                self._entrusted()
                 scheduling.be_bulk()
             case m.Handover():
                 self._handed_over()
@@ -114,14 +113,19 @@ class Inbox:
             case m.Completed():
                 self._switchover.settled = True
 
-    async def _entrusted(self) -> None:
-        """Serve the guest's faults, because xl is about to decide whether the guest runs here."""
-        toolstack = self._switchover.context.toolstack
-        toolstack.expect_entrust()
-        if not self._switchover.serving.is_set():
-            await in_thread(self._ownership.enter, State.SERVING)
-            self._switchover.serve()
-        await toolstack.restored(self._switchover.guest.domain)
+    def _entrusted(self) -> None:
+        """Serve the guest's faults, because xl is about to decide whether the guest runs here.
+
+        The tasks of the event loop start last, because xl and the suspended guest wait for the
+        answer.
+        """
+        switchover = self._switchover
+        switchover.context.toolstack.expect_entrust()
+        if not switchover.serving.is_set():
+            self._ownership.enter(State.SERVING)
+            switchover.pager.begin()
+        switchover.context.toolstack.restored(switchover.guest.domain)
+        trio.from_thread.run_sync(switchover.serve)
 
     def _handed_over(self) -> None:
         runs = False

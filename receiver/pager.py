@@ -331,6 +331,11 @@ class Pager:
         if many or not self._session.handed_over:
             self.acknowledge()
 
+    @property
+    def acknowledged(self) -> bool:
+        """Whether :meth:`acknowledge` has nothing to report."""
+        return not self._unacknowledged and not self._dropped
+
     def acknowledge(self) -> None:
         """Report to the sender what was loaded or dropped since the last call.
 

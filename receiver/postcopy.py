@@ -47,7 +47,8 @@ async def report(switchover: Switchover) -> None:
     context, pager = switchover.context, switchover.pager
     await switchover.serving.wait()
     while True:
-        await trio.to_thread.run_sync(pager.acknowledge)
+        if not pager.acknowledged:
+            await trio.to_thread.run_sync(pager.acknowledge)
         if pager.nothing_outstanding.is_set():
             return
         now, context.progress.waiting = pager.report()

@@ -12,6 +12,7 @@ the decision from the state of the domain.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
@@ -60,8 +61,10 @@ class Toolstack(Protocol):
         Raises :class:`RemoteProtocolError` if the toolstack does not decide.
         """
 
-    async def restored(self, domain: Domain) -> None:
-        """Report that all but the missing pages has arrived, and that these are served."""
+    def restored(self, domain: Domain) -> None:
+        """Report that all but the missing pages has arrived, and that these are served.  Called in
+        a thread of trio's.
+        """
 
     async def while_undecided(self, watch: Callable[[], Awaitable[None]]) -> None:
         """Call ``watch`` if the domain can show a decision.  Called while there are no lanes and
@@ -123,7 +126,7 @@ class OwnToolstack:
     def expect_entrust(self) -> None:
         raise RemoteProtocolError("entrust: this receiver has no toolstack that decides")
 
-    async def restored(self, domain: Domain) -> None:
+    def restored(self, domain: Domain) -> None:
         pass
 
     async def while_undecided(self, watch: Callable[[], Awaitable[None]]) -> None:
@@ -189,9 +192,10 @@ class XlToolstack:
     def expect_entrust(self) -> None:
         pass
 
-    async def restored(self, domain: Domain) -> None:
-        store_gfn, console_gfn = await trio.to_thread.run_sync(domain.toolstack_gfns)
-        await self.last_answer.give("result", store_gfn=store_gfn, console_gfn=console_gfn)
+    def restored(self, domain: Domain) -> None:
+        store, console = domain.toolstack_gfns()
+        give = functools.partial(self.last_answer.give, store_gfn=store, console_gfn=console)
+        trio.from_thread.run(give, "result")
 
     async def while_undecided(self, watch: Callable[[], Awaitable[None]]) -> None:
         await watch()

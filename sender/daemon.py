@@ -276,7 +276,9 @@ class SenderDaemon:
         async with task_group() as tasks:
             tasks.start_soon(self._listen_to_helper, migration, toolstack)
             while not toolstack.last_answer.given.is_set():
-                await connection.answer("progress", **_line(migration))
+                # xl's line would lengthen the downtime: daemon, helper and libxl all work for it.
+                if not migration.ownership.is_suspended:
+                    await connection.answer("progress", **_line(migration))
                 with trio.move_on_after(PROGRESS_EVERY_S):
                     await toolstack.last_answer.given.wait()
             tasks.cancel_scope.cancel()

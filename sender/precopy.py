@@ -79,10 +79,10 @@ class Precopy:
         """Do the rounds and the early eviction.  Raises :class:`MigrationError` if the policy gives
         up.
         """
-        dirty_log = self._dirty_log
+        dirty_log, domain = self._dirty_log, self._domain
         progress, stats = self._progress, self._statistics
         await trio.to_thread.run_sync(dirty_log.enable)
-        await trio.to_thread.run_sync(self._toolstack.track_device_model, True)
+        await trio.to_thread.run_sync(self._toolstack.begin_copy, domain)
         to_send, remaining = await trio.to_thread.run_sync(_counted, dirty_log.memory)
         previous = remaining
         decision = Decision.CONTINUE

@@ -28,7 +28,7 @@ from sender.context import Context, Source
 from sender.faults import FaultServer
 from sender.ownership import State
 from sender.precopy import Precopy, SwitchoverPlan
-from sender.push import PushLane
+from sender.push import BATCH_PAGES, PushLane
 from sender.source_pages import count_pages
 from sender.toolstack import StaysHereError
 from xenbackend.contract import DomainState
@@ -37,9 +37,9 @@ from xenbackend.pages import PfnArray
 
 log = logging.getLogger(__name__)
 
-SWITCHOVER_BATCH_PAGES = 128
-"""Smaller batches than in the other phases.  The guest is suspended, so the destination should load
-a batch while the next one is sent.
+LEAST_BATCH_PAGES, MOST_BATCHES = 256, 16
+"""How the pages of the downtime are divided.  The destination loads a batch while the next one is
+sent, and each batch costs both ends as much as the contents of a hundred pages.
 """
 HOT_PAGES = 256
 """Frequently written pages that are sent during the downtime although the guest could fetch them
@@ -79,6 +79,9 @@ class Switchover:
                 tasks.start_soon(follow_decision, context, self._source)
                 with trio.CancelScope(shield=True):
                     await context.toolstack.switched_over()
+                stats = context.statistics
+                about = "ready, %d pages in downtime, %d missing"
+                log.info(about, stats.switchover_pages, stats.missing_pages)
 
     def _hand_over(self, plan: SwitchoverPlan) -> None:
         """Suspend the guest and hand it over.  All of this is done in one thread, because a change
@@ -161,7 +164,7 @@ class Switchover:
             context.statistics.switchover_pages += count_pages(message)
             return not context.ownership.is_kept
 
-        self._push.send_all(pieces(pfns, SWITCHOVER_BATCH_PAGES), sent)
+        self._push.send_all(pieces(pfns, batch_pages(len(pfns))), sent)
         return not context.ownership.is_kept
 
     def _send_context(self) -> None:
@@ -175,13 +178,16 @@ class Switchover:
         """Hand the guest over, unless it is kept here.  If the message does not arrive, it is sent
         again.
         """
-        context, stats = self._context, self._context.statistics
+        context = self._context
         if context.ownership.try_hand_over(context.toolstack.after_switchover):
             self._faults.open(context.backlog)
             self._push.send_blocking(last_of_switchover(context))
-        log.info(
-            "ready, %d pages in downtime, %d missing", stats.switchover_pages, stats.missing_pages
-        )
+
+
+def batch_pages(pages: int) -> int:
+    """Return the size of the batches in which so many pages are sent in the downtime."""
+    batches = min(max(pages // LEAST_BATCH_PAGES, 1), MOST_BATCHES)
+    return max(1, min(-(-pages // batches), BATCH_PAGES))
 
 
 def stay(context: Context) -> bool:

@@ -75,9 +75,9 @@ class Toolstack(Protocol):
     async def agreed(self) -> None:
         """Begin the migration, because the destination has accepted the guest."""
 
-    def track_device_model(self, enable: bool) -> None:
-        """Have the pages that the device model writes recorded as dirty, or stop that.  This method
-        and :meth:`suspend` are called in a thread of trio's.
+    def begin_copy(self, domain: Domain) -> None:
+        """Have the pages that the device model writes recorded as dirty, until the toolstack has
+        its last answer.  This method and :meth:`suspend` are called in a thread of trio's.
         """
 
     def suspend(self, domain: Domain) -> None:
@@ -139,7 +139,7 @@ class OwnToolstack:
     async def agreed(self) -> None:
         pass
 
-    def track_device_model(self, enable: bool) -> None:
+    def begin_copy(self, domain: Domain) -> None:
         pass
 
     def suspend(self, domain: Domain) -> None:
@@ -227,12 +227,12 @@ class XlToolstack:
         await self._ask("agreed")
         self._agreed = True
 
-    def track_device_model(self, enable: bool) -> None:
-        if trio.from_thread.run(functools.partial(self._ask, "log_dirty", enable=enable)):
+    def begin_copy(self, domain: Domain) -> None:
+        self._keep(domain)  # later the guest would write, or be suspended, meanwhile
+        if trio.from_thread.run(functools.partial(self._ask, "log_dirty", enable=True)):
             raise MigrationError("xl could not have the device model record what it writes")
 
     def suspend(self, domain: Domain) -> None:
-        self._keep(domain)  # while the guest runs
         if trio.from_thread.run(self._ask, "suspend") != 1:
             raise MigrationError("xl could not suspend the guest")
 
@@ -251,7 +251,6 @@ class XlToolstack:
         self, domain: Domain, missing: Callable[[], PfnArray], dirty_log: DirtyLog
     ) -> None:
         domain.hold(missing())  # again, because a written page may have another frame now
-        self.track_device_model(False)
         dirty_log.disable()
 
     async def give_up(self, domain: Domain, reason: str, *, suspended: bool) -> None:

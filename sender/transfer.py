@@ -150,7 +150,7 @@ class Transfer:
             return True
 
         announce = functools.partial(announce_missing, backlog=context.backlog)
-        if self._ownership.state is State.UNDECIDED:
+        if self._ownership.state is State.UNDECIDED and context.backlog.unsent:
             await self._feed_undecided(push, sent, announce)
         # xl may leave the guest paused for long (``xl migrate -p``).  Its memory is sent
         # nevertheless.

@@ -109,6 +109,8 @@ class _Saving:
         self._request = request
         self._daemon = daemon
         self._offer = offer
+        self._tracked = False
+        """The device model records what it writes."""
 
     def run(self) -> Never:
         headers = image.headers(*stock.xen_version())
@@ -119,11 +121,13 @@ class _Saving:
         try:
             while (answer := self._daemon.answer(INPUT)) is not None:
                 self._follow(answer)
+            reason = "the sender daemon has ended"
         except MigrationError as error:
-            libxl.fail(str(error), errno.EIO)  # the guest continues here, also after an agreement
+            reason = str(error)  # the guest continues here, also after an agreement
         except EOFError:
             libxl.gone()
-        libxl.fail("the sender daemon has ended", errno.EIO)
+        self._stop_tracking()
+        libxl.fail(reason, errno.EIO)
 
     def _follow(self, answer: Json) -> None:
         """Carry out an answer of the daemon."""
@@ -145,14 +149,25 @@ class _Saving:
                 self._write(self._rest())
                 self._daemon.send(answer=0)
             case "log_dirty":
-                enable = bool(answer["enable"])
-                self._daemon.send(
-                    answer=libxl.ask(protocol.switch_qemu_logdirty(self._request.domid, enable))
-                )
+                self._daemon.send(answer=self._track(enable=bool(answer["enable"])))
             case "suspend":
                 self._daemon.send(answer=libxl.ask(protocol.suspend()))
             case "result":
+                self._stop_tracking()
                 libxl.succeed()
+
+    def _track(self, *, enable: bool) -> int:
+        """Have the device model record what it writes, or stop that.  Returns libxl's answer."""
+        answer = libxl.ask(protocol.switch_qemu_logdirty(self._request.domid, enable))
+        self._tracked = enable and not answer
+        return answer
+
+    def _stop_tracking(self) -> None:
+        """Have the device model stop recording, at the end.  An error is ignored, as the stock
+        helper does.
+        """
+        if self._tracked:
+            self._track(enable=False)
 
     def _rest(self) -> bytes:
         leaves, msrs = map(base64.b64decode, self._offer["cpu_policy"])

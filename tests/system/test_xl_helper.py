@@ -370,6 +370,18 @@ def test_a_sender_that_goes_after_its_offer_fails_the_migration(xl: Xl, tmp_path
     )
 
 
+LOG_DIRTY = b'{"event": "log_dirty", "enable": true}\n'
+
+
+def test_the_device_model_s_log_ends_also_with_a_migration_that_fails(
+    xl: Xl, tmp_path: Path
+) -> None:
+    libxl = save(tmp_path, NOTHING_MISSING, OFFER + LOG_DIRTY)
+    switched = libxl.of(protocol.Message.SWITCH_QEMU_LOGDIRTY)
+    assert [message.numbers for message in switched] == [(3, 1), (3, 0)]
+    assert libxl.messages[-1].numbers == (-1, errno.EIO)
+
+
 def test_a_stream_that_nobody_reads_fails_the_migration(xl: Xl, tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
