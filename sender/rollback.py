@@ -20,7 +20,7 @@ from migrate.tasks import as_soon_as_threads_start, first, in_thread
 from sender.checkpoints import CheckpointStore
 from sender.context import Context, Source
 from sender.last_message import lose
-from sender.ownership import DECIDED, Link, State
+from sender.ownership import DECIDED, Link, Restart, State
 from sender.recovery import Recovery, is_gone
 from sender.toolstack import StaysHereError
 from xenbackend.contract import Domain, DomainState
@@ -197,8 +197,11 @@ class Rollback:
     async def _send_abort(self, abort: m.Abort) -> None:
         """Send ``abort`` once, and end the connection.  If the destination is not ready, the end of
         the connection has the same effect.  Otherwise ``abort`` is sent again later.
+
+        The destination forgets the session then, so nothing is sent if a successor of this sender
+        would still ask the destination what the toolstack has decided.
         """
-        if self._context.push is not None:
+        if self._context.push is not None and self._ownership.row.restart is Restart.TAKE_BACK:
             with trio.move_on_after(ABORT_S), contextlib.suppress(PeerClosedError):
                 await self._context.push.connection.send(abort)
         self._context.close_lanes()

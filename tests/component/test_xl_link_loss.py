@@ -215,6 +215,21 @@ def test_the_time_that_is_left_for_disks_is_shown_while_the_link_is_lost(xl: Cut
     assert xl.line("receiver")["io_fails_in_s"] is None
 
 
+def test_killed_while_xl_may_still_resume_what_it_has_destroyed_elsewhere(xl: CuttableXl) -> None:
+    """xl has ended at both ends, and left the source suspended.  The sender gives xl some seconds
+    to resume the guest, and is killed within this time.
+    """
+    xl.relay.do(Link.down)
+    xl.wait_for("interrupted", "in doubt")
+    xl.destination.destroy()
+    until(lambda: xl.line("receiver")["phase"] == "failed", "the end is not noticed")
+    xl.relay.do(lambda link: setattr(link, "is_up", True))
+    given_up = "migration of guest given up: the destination has given the guest up"
+    until(lambda: given_up in log_of(xl, "sender"), "the sender is not informed")
+    xl.restart("sender")
+    check_stayed(xl)
+
+
 @pytest.mark.parametrize("which", ["sender", "receiver"])
 def test_killed_while_xl_decides(xl: CuttableXl, which: str) -> None:
     xl.restart(which)
