@@ -360,10 +360,14 @@ class Recovery:
         if not switchover.serving.is_set():
             raise MigrationError(reason)
         context.entry.reason = reason
-        if switchover.guest.pages.count:
-            context.progress.problem = self._what_is_lost(reason)
-            async with context.deciding:
+        async with context.deciding:
+            if switchover.guest.pages.count:
+                context.progress.problem = self._what_is_lost(reason)
                 await in_thread(context.ownership.enter, State.LOST)
+            elif context.is_in(State.SERVING, State.RUNNING):
+                # The source is gone, so xl has decided for this end.  A sender that is answered
+                # forgets the session, and a successor of this daemon would wait for that sender.
+                await in_thread(context.ownership.enter, State.OWNS)
         log.error(
             "%s: %s; %d pages are missing", context.name, reason, switchover.guest.pages.count
         )
@@ -378,8 +382,7 @@ class Recovery:
             context.progress.problem = switchover.not_started
             await switchover.runs.wait()  # this daemon or xl starts the guest
             offline.cancel_scope.cancel()
-        if context.is_in(State.SERVING, State.RUNNING, State.UNSTARTED):
-            # The guest belongs here, because the source is gone and the guest runs.
+        if context.is_in(State.UNSTARTED):
             await in_thread(context.ownership.enter, State.OWNS)
         switchover.settled = True
 

@@ -426,6 +426,24 @@ def test_a_source_that_goes_before_its_pages_are_held_again_is_noticed(xl: Cutta
     until(lambda: xl.line("receiver")["phase"] == "lost", "the receiver does not show the loss")
 
 
+def test_a_guest_that_lacks_nothing_needs_no_sender_when_its_source_is_gone(xl: CuttableXl) -> None:
+    """The sender and its keeper are killed when all pages have arrived.  The receiver that has
+    answered the sender is killed before xl lets the guest run.
+    """
+    until(lambda: not len(xl.destination.paged_out()), "the pages do not come", SLOW_PUSH_S)
+    xl.relay.do(Link.down)
+    xl.source.destroy()
+    xl.lose_sender()
+    until(lambda: xl.line("sender")["phase"] == "failed", "the sender does not show the failure")
+    xl.relay.do(lambda link: setattr(link, "is_up", True))
+    state = xl.world.directory / "source.sock.state/sender"
+    until(lambda: not list(state.iterdir()), "the receiver is not informed")
+    xl.restart("receiver")
+    xl.destination.start()
+    until(lambda: xl.line("receiver")["phase"] == "completed", "it is not completed")
+    check_arrived(xl)
+
+
 @pytest.mark.parametrize("killed", [False, True])
 def test_the_keeper_ends_when_the_guest_stays(xl: CuttableXl, killed: bool) -> None:
     keeper = keeper_of(xl.world)
