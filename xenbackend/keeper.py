@@ -5,13 +5,15 @@ them to its successor.
 A page of a destroyed domain cannot be mapped again.  Therefore the keeper shares the memory of the
 process that has mapped the pages (``native/keeper.c``), so that no page is mapped twice.  The
 successor reads the pages over a Unix socket.  The keeper ends with :meth:`Domain.close` of either
-process.
+process.  A keeper that is killed alone is replaced.
 """
 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import errno
+import functools
 import logging
 import os
 import signal
@@ -34,12 +36,15 @@ log = logging.getLogger(__name__)
 MOST_PAGES: int = lib.KEEPER_MOST_PAGES
 ANSWER_S = 30.0
 """How long a keeper may take to answer."""
+AGAIN_S = 5.0
+"""The pause after a keeper could not be replaced."""
 ENDED = (FileNotFoundError, ConnectionRefusedError, ConnectionResetError, BrokenPipeError)
 """The errors that show that there is no keeper.  After any other error there may be one."""
 
 
 class Keeper:
-    """A keeper as its parent has it.  The keeper listens at ``path``.
+    """A keeper as its parent has it.  The keeper listens at ``path``.  If the keeper is killed, a
+    thread starts another one.
 
     ``pages``: as ``struct keeper_setup`` wants them; ``pages.domain`` has ``domain_bytes`` bytes.
     ``alive``: a descriptor that hangs up when there is nothing to keep any more.
@@ -50,42 +55,97 @@ class Keeper:
     def __init__(
         self, path: Path, nr_pfns: int, pages: NativePages, domain_bytes: int, alive: int = -1
     ):
-        self._path, self._memory = path, ffi.new("void **")
-        setup = ffi.new("struct keeper_setup *")
+        self._path, self._memory, self._pid = path, ffi.new("void **"), 0
+        setup = self._setup = ffi.new("struct keeper_setup *")
         setup.nr_pfns, setup.domain_bytes, setup.alive = nr_pfns, domain_bytes, alive
         setup.domain, setup.look, setup.looked = pages.domain, pages.look, pages.looked
+        self._lock = threading.Lock()
+        """Held while the keeper is started, killed, or reaped."""
+        self._not_needed = threading.Event()
+        replace = functools.partial(contextvars.copy_context().run, self._replace)
+        self._thread = threading.Thread(target=replace, name="keeper", daemon=True)
         try:
-            with socket.socket(socket.AF_UNIX) as listener:
-                path.unlink(missing_ok=True)  # of a keeper that has ended
-                with address_of(path) as address:
-                    listener.bind(address)
-                path.chmod(0o600)
-                listener.listen()
-                setup.listener = listener.fileno()
-                self._pid: int = lib.keeper_start(setup, self._memory)
-            if self._pid < 0:
-                path.unlink()
-                raise OSError(-self._pid, os.strerror(-self._pid))
-            self._await()
+            self._start()
         except OSError as error:
             raise XenError("keeper", error.errno or errno.EIO, why=str(error)) from error
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            self._kill()
+            self._bury()
+            raise XenError("keeper", errno.EAGAIN, why=str(error)) from error
 
-    def _await(self) -> None:
-        """Wait until the keeper answers.  Raises ``OSError`` if it does not."""
+    def _start(self) -> None:
+        """Start a keeper, and wait until it answers.  Raises ``OSError``."""
+        with socket.socket(socket.AF_UNIX) as listener:
+            self._path.unlink(missing_ok=True)  # of a keeper that has ended
+            with address_of(self._path) as address:
+                listener.bind(address)
+            self._path.chmod(0o600)
+            listener.listen()
+            self._setup.listener = listener.fileno()
+            pid = lib.keeper_start(self._setup, self._memory)
+        if pid < 0:
+            _remove(self._path)
+            raise OSError(-pid, os.strerror(-pid))
+        self._pid = pid
         try:
             KeptPages(self._path).close()
         except BaseException:
-            self.end()
+            self._kill()
+            self._bury()
             raise
+
+    def _kill(self) -> None:
+        if self._pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGKILL)
+
+    def _bury(self) -> int:
+        """Release what is left of a keeper that ends.  Returns its status."""
+        status = 0
+        with contextlib.suppress(ChildProcessError):
+            _pid, status = os.waitpid(self._pid, 0)
+        self._pid = 0
+        lib.keeper_free(self._memory[0])
+        _remove(self._path)
+        return status
+
+    def _replace(self) -> None:
+        """Start another keeper whenever one is killed, until none is needed.  A keeper that ends by
+        itself has nothing to keep any more.
+        """
+        while pid := self._pid:
+            with contextlib.suppress(ChildProcessError):
+                os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+            with self._lock:
+                status = self._bury()
+            if self._not_needed.is_set() or not os.WIFSIGNALED(status):
+                return
+            about = "the keeper at %s was killed by signal %d: starting another one"
+            log.warning(about, self._path, os.WTERMSIG(status))
+            while not self._is_replaced():
+                self._not_needed.wait(AGAIN_S)
+
+    def _is_replaced(self) -> bool:
+        """Start a keeper, if one is needed.  Returns false if the attempt is to be repeated."""
+        with self._lock:
+            if self._not_needed.is_set():
+                return True
+            try:
+                self._start()
+            except OSError as error:
+                about = "no keeper at %s: if this process is killed, a guest's pages are lost: %s"
+                log.error(about, self._path, error)
+                return False
+            return True
 
     def end(self) -> None:
         """End the keeper.  The pages are kept only for as long as this process maps them."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self._pid, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(self._pid, 0)
-        lib.keeper_free(self._memory[0])
-        _remove(self._path)
+        self._not_needed.set()
+        with self._lock:
+            self._kill()
+        self._thread.join()
 
 
 class KeptPages:

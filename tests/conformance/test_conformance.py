@@ -34,7 +34,7 @@ from tests.support.pages import memory_of, page, pfns, read, span
 from tests.support.waiting import ready
 from xenbackend.contract import Domain, DomainState, Hypervisor, ToolstackPorts, find_domain
 from xenbackend.errors import NoSuchDomainError, XenError
-from xenbackend.keeper import KeptDomain, open_with_keeper
+from xenbackend.keeper import KeptDomain, KeptPages, open_with_keeper
 from xenbackend.pages import PAGE_SIZE, PageStatus, PfnArray
 from xenbackend.ring import PagingRequest, PagingRing
 
@@ -1091,6 +1091,23 @@ def test_a_keeper_ends_with_the_handle(lab: Lab, tmp_path: Path) -> None:
     assert not domain.holds_are_lost()
     domain.destroy()
     assert not lives(keeper) and not (tmp_path / "keeper").exists()
+
+
+def test_a_keeper_that_is_killed_alone_is_replaced(lab: Lab, tmp_path: Path) -> None:
+    domain = lab.incoming()
+    domain.populate(span(0, 4))
+    domain.write_pages(span(0, 4), b"".join(page(i) for i in range(4)))
+    domain.hold(span(0, 4))
+    path = tmp_path / "keeper"
+    domain.keep(path)
+    for _ in range(2):
+        (killed,) = keepers(os.getpid())
+        os.kill(killed, signal.SIGKILL)
+        until(lambda: keepers(os.getpid()) not in ([], [killed]), "there is no other keeper")
+        with contextlib.closing(KeptPages(path)) as kept, kept.read(pfns(2)) as mapped:
+            assert b"".join(mapped.data) == page(2)
+    domain.destroy()
+    assert not keepers(os.getpid()) and not path.exists()
 
 
 def test_a_keeper_that_is_killed_is_noticed(lab: Lab, tmp_path: Path) -> None:
