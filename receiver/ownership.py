@@ -14,8 +14,8 @@ The start of the guest is the one step that precedes its entry: a successor sees
 domain (``READY -> OWNS``), and the guest does not wait for the journal.
 
 What people are shown is derived from the state and from the link, and is not read back.
-``tests/unit/test_ownership_receiver.py`` compares the states with those of the model
-(``tests/campaigns/model/session.pml``).
+``tests/unit/test_ownership_receiver.py`` compares the states with those of the models
+(``tests/campaigns/model``).
 """
 
 from __future__ import annotations

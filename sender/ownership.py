@@ -13,8 +13,8 @@ is sent afterwards was noted before (invariant 6).  If an entry that is needed c
 the state stays as it was.
 
 What people are shown is derived from the state and from the link, and is not read back.
-``tests/unit/test_ownership_sender.py`` compares the states with those of the model
-(``tests/campaigns/model/session.pml``).
+``tests/unit/test_ownership_sender.py`` compares the states with those of the models
+(``tests/campaigns/model``).
 """
 
 from __future__ import annotations

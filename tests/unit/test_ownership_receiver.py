@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The receiver's states: each transition, in the table and in the model."""
+"""The receiver's states: each transition, in the table and in the models."""
 
 from __future__ import annotations
 
 import re
 import threading
-from pathlib import Path
+from dataclasses import dataclass
 
 import pytest
 
 from migrate.control.client import ENDED
 from migrate.errors import LocalProtocolError, MigrationError
 from receiver.ownership import INHERITED, OURS, TABLE, Link, Ownership, State, Undo
+from tests.campaigns.model.check import MODEL, TOOLSTACK
 
-MODEL = Path(__file__).parents[1] / "campaigns/model/session.pml"
 STEPS = {
     "making", "made", "suspended", "ready", "entrusted", "taken over", "finishing", "lost", "held",
     "decided elsewhere",
@@ -231,60 +231,91 @@ def test_that_the_guest_runs_can_wait_until_the_journal_is_written() -> None:
     assert [*seen, ownership.state] == [State.UNSTARTED, State.OWNS]
 
 
-# ---- the model ----
-OF_MODEL = {
+# ---- the models ----
+@dataclass(frozen=True)
+class Modelled:
+    """A model, with the states that each of its journals stands for, and the journal after each of
+    its inline functions.
+    """
+
+    text: str
+    states: dict[str, tuple[State, ...]]
+    effects: dict[str, str]
+
+    @property
+    def receiver(self) -> str:
+        text = self.text[self.text.index("inline discard") :]
+        inlines, process, *_others = text.split("active proctype")
+        return re.sub(r"(->|&&|\|\|)\s+", r"\1 ", inlines + process)
+
+    def transitions(self) -> set[tuple[str, str]]:
+        """Return the transitions of the receiver's journal."""
+        found = set()
+        for guard, action in re.findall(r":: (.*?) -> (.*?)(?=\n|:: )", self.receiver):
+            for before in re.findall(r"r_journal == (\w+)", guard):
+                for name, after in self.effects.items():
+                    if f"{name}()" in action:
+                        found.add((before, after))
+                found |= {(before, after) for after in re.findall(r"r_journal = (\w+)", action)}
+        return found
+
+
+BOTH = {
     "NONE": (State.OFFERED, State.GIVEN_UP, State.COMPLETED, State.STOPPED),
     "MADE": (State.RESTORING,),
     "READY": (State.READY,),
     "OWN": (State.OWNS,),
     "FINISHING": (State.FINISHING,),
-    "HELD": (State.HELD,),
 }
-"""The journal of the model's receiver.  The model has one page only, and no toolstack."""
-EFFECTS = {"prepare": "READY", "own": "OWN", "hold": "HELD", "discard": "NONE"}
-"""The journal after each of the model's inline functions."""
+OWN_TOOLSTACK = Modelled(
+    MODEL.read_text(),
+    {**BOTH, "HELD": (State.HELD,)},
+    {"prepare": "READY", "own": "OWN", "hold": "HELD", "discard": "NONE"},
+)
+"""No toolstack decides, and no page is lost."""
+XL = Modelled(
+    TOOLSTACK.read_text(),
+    {**BOTH, "ENTRUSTED": (State.SERVING, State.RUNNING), "LOST": (State.LOST,)},
+    {"lose": "LOST", "be_whole": "OWN", "discard": "NONE"},
+)
+"""No operator decides."""
 
 
-def of_model() -> set[tuple[str, str]]:
-    """Return the transitions of the receiver's journal in the model."""
-    receiver = MODEL.read_text().split("active proctype Receiver()")[1].split("active proctype")[0]
-    found = set()
-    receiver = re.sub(r"->\n\s+", "-> ", receiver)
-    for guard, action in re.findall(r":: (.*?) -> (.*?)(?=\n|:: )", receiver):
-        for before in re.findall(r"r_journal == (\w+)", guard):
-            for name, after in EFFECTS.items():
-                if f"{name}()" in action:
-                    found.add((before, after))
-            found |= {(before, after) for after in re.findall(r"r_journal = (\w+)", action)}
-    return found
+@pytest.mark.parametrize("model", [OWN_TOOLSTACK, XL], ids=["own toolstack", "xl"])
+def test_the_model_has_the_states_of_the_table(model: Modelled) -> None:
+    assert set(re.findall(r"r_journal ==? (\w+)", model.text)) == set(model.states)
+    for inline in re.split(r"^inline ", model.text, flags=re.MULTILINE)[1:]:
+        body = inline.split("\n\n")[0]
+        assigned = re.findall(r"\br_journal = (\w+)", body)
+        if assigned and "r_journal ==" not in body:
+            assert model.effects[inline.partition("(")[0]] == assigned[-1]
+    declared = re.findall(r"^mtype = \{ (NONE[^}]*?) \};", model.text, re.MULTILINE)[0]
+    assert {*re.split(r",\s+", declared)} >= {*model.states}
 
 
-def test_the_model_has_the_states_of_the_table() -> None:
-    text = MODEL.read_text()
-    assert set(re.findall(r"r_journal ==? (\w+)", text)) == set(OF_MODEL)
-    for inline in re.split(r"^inline ", text, flags=re.MULTILINE)[1:]:
-        assigned = re.findall(r"\br_journal = (\w+)", inline.split("\n\n")[0])
-        if assigned:
-            assert EFFECTS[inline.partition("(")[0]] == assigned[-1]
-    assert set(re.findall(r"^mtype = \{ (NONE.*?) \};", text, re.MULTILINE)[0].split(", ")) >= {
-        *OF_MODEL
-    }
+def test_every_state_in_which_the_receiver_has_the_guest_is_in_a_model() -> None:
+    states = [*OWN_TOOLSTACK.states.values(), *XL.states.values()]
+    modelled = {state for of_journal in states for state in of_journal}
+    left_out = {State.MAYBE_READY, State.UNSTARTED, State.COMPLETING}
+    assert {*OURS, State.MAYBE_READY, State.READY, State.SERVING} - modelled == left_out
 
 
-def test_each_transition_of_the_model_is_one_of_the_table() -> None:
-    transitions = of_model()
-    assert len(transitions) > 6 and ("OWN", "HELD") in transitions
-    others = {state for states in OF_MODEL.values() for state in states}
+@pytest.mark.parametrize("model", [OWN_TOOLSTACK, XL], ids=["own toolstack", "xl"])
+def test_each_transition_of_the_model_is_one_of_the_table(model: Modelled) -> None:
+    transitions = model.transitions()
+    some = {OWN_TOOLSTACK.text: ("OWN", "HELD"), XL.text: ("ENTRUSTED", "LOST")}
+    assert len(transitions) > 6 and some[model.text] in transitions
+    others = {state for states in model.states.values() for state in states}
     for before, after in transitions:
         known = others if before != "NONE" else others - {State.RESTORING}
-        reached = list(OF_MODEL[before])
+        reached = list(model.states[before])
         for state in reached:  # also over states that the model does not have
             reached += [
                 then
                 for then in TABLE[state].next
-                if then not in reached and (then in OF_MODEL[after] or then not in known)
+                if then not in reached and (then in model.states[after] or then not in known)
             ]
-        assert set(reached) & set(OF_MODEL[after]), f"{before} -> {after}"
+        assert set(reached) & set(model.states[after]), f"{before} -> {after}"
 
 
 def test_a_guest_that_is_seen_to_run_changes_no_state_that_is_being_noted() -> None:

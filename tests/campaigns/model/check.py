@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Spin searches every state of the model of the handover; each mutation of the model must make it
-fail.
+"""Spin searches every state of the models of the handover; each mutation of a model must make that
+model fail.
 
 ``python -m tests.campaigns.model.check``, or ``make model``.  Needs Debian's package spin, and gcc.
 A mutation is searched until one property notices the mutation.
@@ -16,9 +16,9 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-MODEL = Path(__file__).with_name("session.pml")
+HERE = Path(__file__).parent
+MODEL, TOOLSTACK, SHARED = (HERE / f"{name}.pml" for name in ("session", "toolstack", "link"))
 NO_CLAIM = "assertions, dead ends"
-PROPERTIES = (NO_CLAIM, "one_owner", "no_page_is_lost")
 DEPTH = 1_000_000
 
 
@@ -37,15 +37,29 @@ def run(*command: str, cwd: Path) -> str:
     return done.stdout
 
 
+def properties(model: Path) -> list[str]:
+    return [NO_CLAIM, *re.findall(r"^ltl (\w+)", model.read_text(), re.MULTILINE)]
+
+
+def mutations(model: Path) -> list[tuple[str, int]]:
+    """Return the names and numbers of a model's mutations."""
+    text = model.read_text()
+    limits = set(re.findall(r"#ifndef (\w+)", text))
+    found = re.findall(r"#define (\w+) +(\d+)\n", text)
+    return [(name, int(number)) for name, number in found if name not in limits]
+
+
 class Verifier:
-    """The model, or one mutation of the model, as spin's programs.  ``directory`` is empty and used
-    by this verifier alone.
+    """A model, or one mutation of a model, as spin's programs.  ``directory`` is used by this
+    verifier alone.
     """
 
-    def __init__(self, directory: Path, mutation: int = 0):
+    def __init__(self, directory: Path, model: Path, mutation: int = 0):
+        directory.mkdir()
         self._directory = directory
-        (directory / MODEL.name).write_text(MODEL.read_text())
-        run("spin", "-a", f"-DMUTATION={mutation}", MODEL.name, cwd=directory)
+        for source in (model, SHARED):
+            (directory / source.name).write_text(source.read_text())
+        run("spin", "-a", f"-DMUTATION={mutation}", model.name, cwd=directory)
 
     def _program(self, property_: str) -> str:
         """Compile the model once for the claims together, and once without them, because only then
@@ -81,46 +95,42 @@ class Verifier:
         return run("./pan", "-r", cwd=self._directory)
 
 
-def check_model(directory: Path) -> list[str]:
+def check_model(directory: Path, model: Path) -> list[str]:
     """Return the properties that do not hold."""
     failed = []
-    model = Verifier(directory)
-    for property_ in PROPERTIES:
-        errors, states, output = model.search(property_)
-        print(f"{property_}: {states} states, {errors} errors", flush=True)
+    verifier = Verifier(directory, model)
+    for property_ in properties(model):
+        errors, states, output = verifier.search(property_)
+        name = f"{model.stem}, {property_}"
+        print(f"{name}: {states} states, {errors} errors", flush=True)
         if errors:
-            failed.append(property_)
-            print(output, model.trail() if property_ == NO_CLAIM else "", sep="\n")
+            failed.append(name)
+            print(output, verifier.trail() if property_ == NO_CLAIM else "", sep="\n")
     return failed
 
 
-def check_mutation(directory: Path, name: str, number: int) -> list[str]:
+def check_mutation(directory: Path, model: Path, mutation: str, number: int) -> list[str]:
     """Return the mutation's name if no property notices the mutation."""
-    directory.mkdir()
-    mutated = Verifier(directory, number)
-    noticed = next((property_ for property_ in PROPERTIES if mutated.search(property_)[0]), None)
-    print(
-        f"mutation {name.lower()}: {f'noticed by {noticed}' if noticed else 'NOT NOTICED'}",
-        flush=True,
-    )
+    verifier = Verifier(directory, model, number)
+    found = (property_ for property_ in properties(model) if verifier.search(property_)[0])
+    noticed = next(found, None)
+    name = f"{model.stem}, mutation {mutation.lower()}"
+    print(f"{name}: {f'noticed by {noticed}' if noticed else 'NOT NOTICED'}", flush=True)
     return [] if noticed else [name]
 
 
 def main() -> None:
-    mutations = re.findall(r"#define ([A-Z_]+) +(\d+)\n", MODEL.read_text())
-    mutations = [
-        (name, number) for name, number in mutations if name not in ("CUTS", "KILLS", "MUTATION")
-    ]
-    try:
-        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
-            failed = check_model(Path(folder))
-            checks = [
-                pool.submit(check_mutation, Path(folder, name), name, int(n))
-                for name, n in mutations
-            ]
-            failed += [name for check in checks for name in check.result()]
-    except ModelError as error:
-        sys.exit(str(error))
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        checks = []
+        for model in (MODEL, TOOLSTACK):
+            checks.append(pool.submit(check_model, Path(folder, model.stem), model))
+            for name, number in mutations(model):
+                directory = Path(folder, f"{model.stem}-{name}")
+                checks.append(pool.submit(check_mutation, directory, model, name, number))
+        try:
+            failed = [name for check in checks for name in check.result()]
+        except ModelError as error:
+            sys.exit(str(error))
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

@@ -10,6 +10,8 @@
  * killed; the journal and the domains stay.  Every step between two of these is a step of the
  * model, so a kill may fall between any two.
  *
+ * toolstack.pml is the same under xl, which decides.
+ *
  * Checked (tests/campaigns/model/check.py): the assertions, in every state; that no state is a dead
  * end; and that, when nothing can happen any more, the guest runs in exactly one place, with its
  * page, and nothing is left over.  With MUTATION defined one of the rules is broken, and the checks
@@ -46,13 +48,7 @@ mtype = { suspended, context, ready, handover, page, loaded, complete, completed
 /* journals */
 mtype = { NONE, BEGUN, HANDED, GIVEN_UP, DECIDED, RECALLING, MADE, READY, OWN, FINISHING, HELD };
 
-chan to_r = [4] of { mtype };
-chan to_s = [4] of { mtype };
-bool link;                      /* messages arrive */
-bool s_lost, r_lost;            /* the lanes of this end are lost */
-bool r_fresh;                   /* a connection that the receiver has not taken yet */
-bool s_dead, r_dead;
-byte cuts = CUTS, kills = KILLS;
+#include "link.pml"
 
 /* What outlives a process. */
 mtype s_journal = NONE, r_journal = NONE;
@@ -63,28 +59,6 @@ bool r_domain, r_page;
 bool r_wrote;                   /* the guest has written to its page at the destination */
 bool s_over, r_over;            /* nothing is left to do */
 bool decided;                   /* an operator has decided for the source, rightly or wrongly */
-
-inline cut() {
-    link = false; s_lost = true; r_lost = true; r_fresh = false;
-    do
-    :: nempty(to_r) -> to_r?_
-    :: nempty(to_s) -> to_s?_
-    :: empty(to_r) && empty(to_s) -> break
-    od;
-    skip
-}
-
-/* A connection with a token that is valid for it.  A receiver that has older lanes closes them. */
-inline connect() { d_step { cut(); link = true; s_lost = false; r_lost = true; r_fresh = true } }
-
-inline s_says(what) {
-    d_step { if :: link && !s_lost -> assert(nfull(to_r)); to_r!what :: else -> skip fi }
-}
-inline r_says(what) {
-    d_step { if :: link && !r_lost -> assert(nfull(to_s)); to_s!what :: else -> skip fi }
-}
-
-inline r_takes_connection() { d_step { r_fresh -> r_fresh = false; r_lost = false } }
 
 /* ---- the sender ---- */
 inline give_up() {
