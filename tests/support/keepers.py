@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 
 from migrate.cli.world import World
@@ -19,6 +21,20 @@ def keepers(parent: int | None = None) -> list[int]:
         pid, name, state, its_parent = _read(stat)
         if name == NAME and state != "Z" and parent in (None, its_parent):
             found.append(pid)
+    return found
+
+
+def keepers_of(session: str) -> list[int]:
+    """Return the pids of the keepers of one migration, also of those whose socket was removed."""
+    sockets = {}
+    for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
+        *_fields, inode, path = [*line.split(maxsplit=7), ""][:8]
+        sockets[f"socket:[{inode}]"] = Path(path).name
+    found = []
+    for pid in keepers():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if sockets.get(os.readlink(f"/proc/{pid}/fd/0")) == f"{session}.keeper":
+                found.append(pid)
     return found
 
 

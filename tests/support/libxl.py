@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -29,6 +30,8 @@ FIELDS = {
     Message.RESTORE_RESULTS: "=QQ", Message.COMPLETE: "=ii",
 }  # fmt: skip
 """The numbers at the beginning of each message."""
+OUTLIVES_HELPER = '"$@"; echo $? >"$0"; exec cat >/dev/null 2>&1'
+"""A script in the place of xl, which ends with its standard input."""
 NOT_ANSWERED = (Message.LOG, Message.PROGRESS, Message.RESTORE_RESULTS)
 
 
@@ -72,16 +75,25 @@ class Libxl:
     """
     silent_at: Message | None = None
     """The message that is not answered, as if libxl hung there, until :meth:`kill`."""
+    status_file: Path | None = None
+    """If given, the process in the place of xl is one that lives until :meth:`kill`, and writes the
+    helper's status into this file.
+    """
 
     def start(self) -> None:
         environment = {
             key: value for key, value in os.environ.items() if not key.startswith("XEN_POSTCOPY")
         }
-        xl = ["sh", "-c", '"$@"; exit $?', "xl"] if self.ends_with_helper else []
+        xl = []
+        if self.status_file is not None:
+            xl = ["sh", "-c", OUTLIVES_HELPER, str(self.status_file)]
+        elif self.ends_with_helper:
+            xl = ["sh", "-c", '"$@"; exit $?', "xl"]
         self.process = zygote.Popen[bytes](
             [*xl, *HELPER, self.mode, str(self.io_fd), *map(str, self.numbers)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             pass_fds=[self.io_fd], env={**environment, **self.environment},
+            start_new_session=self.status_file is not None,
         )  # fmt: skip
         os.close(self.io_fd)
         self._thread = threading.Thread(target=self._converse, daemon=True)
@@ -106,11 +118,17 @@ class Libxl:
         raised.
         """
         self._thread.join(TIMEOUT_S)
-        self.status = self.process.wait(TIMEOUT_S)
+        assert not self._thread.is_alive(), "the helper does not end"
+        if self.status_file is None:
+            self.status = self.process.wait(TIMEOUT_S)
+        else:
+            text = self.status_file.read_text() if self.status_file.exists() else ""
+            self.status = int(text or -signal.SIGKILL)
         assert self.process.stderr is not None
         complaints = self.process.stderr.read().decode()
         assert "Traceback" not in complaints, complaints
-        self.close()
+        if self.status_file is None:
+            self.close()
         return self.status
 
     def kill(self) -> None:
@@ -118,9 +136,24 @@ class Libxl:
         if not hasattr(self, "process"):
             os.close(self.io_fd)
             return
-        self.process.kill()
+        self.kill_xl()
         self.process.wait(TIMEOUT_S)
         self.close()
+
+    def kill_xl(self) -> None:
+        """Kill the helper, and the process in the place of xl if there is one."""
+        if self.status_file is None:
+            self.process.kill()
+        else:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+    def kill_helper(self) -> None:
+        """Kill the helper, if the helper runs, and leave xl alone."""
+        pid = self.process.pid
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+                os.kill(int(child), signal.SIGKILL)
 
     def close(self) -> None:
         self._thread.join(TIMEOUT_S)

@@ -107,6 +107,11 @@ class Link:
     def go(self) -> None:
         self._flowing.set()
 
+    def restore(self) -> None:
+        """Carry everything again, and at once."""
+        self.is_up, self.delay_s, self.piece = True, 0.0, PIECE
+        self.go()
+
     def damage(self, how: Damage | None) -> None:
         """Damage the next piece of data on any connection.  ``None``: damage nothing."""
         self._damage = how

@@ -37,6 +37,7 @@ from xenbackend.errors import XenError
 ALL = FAULTS + LEFT + OPERATORS + DECISIONS
 HOST_BYTES = 512 * MIB
 TRIALS_OF_A_WORLD = 25
+NOBODY = ("127.0.0.1", 1)
 XL_EVERY = 5
 """One of so many trials is a migration under xl (``xl.py``)."""
 WORLDS_WITHOUT_TLS = 2
@@ -62,12 +63,13 @@ async def campaign(
         number, left = divmod(seed, TRIALS_OF_A_WORLD)
         tls = number % (WORLDS_WITHOUT_TLS + 1) == 0
         world_ends = min(first + trials, seed + TRIALS_OF_A_WORLD - left)
-        with chaos_world(HOST_BYTES, tls=tls, silence_s=silence_s) as world:
-            async with trio.open_nursery() as nursery:
+        async with trio.open_nursery() as nursery:
+            lanes = await link(nursery, NOBODY)
+            with chaos_world(HOST_BYTES, tls=tls, silence_s=silence_s, lanes=lanes.port) as world:
                 relay = await link(nursery, ("127.0.0.1", world.port))
                 while seed < world_ends:
                     under_xl = xl_every and seed % xl_every == 0
-                    trial = XlTrial(seed, world) if under_xl else Trial(seed, world, relay)
+                    trial = XlTrial(seed, world, lanes) if under_xl else Trial(seed, world, relay)
                     seed += 1
                     relay.damage(None)  # the trial before may not have used its damage
                     try:
@@ -85,7 +87,7 @@ async def campaign(
                     happened.update(trial.happened)
                     if not quiet:
                         print(f"{trial}: {where}", flush=True)
-                nursery.cancel_scope.cancel()
+            nursery.cancel_scope.cancel()
         print(
             f"{seed - first} trials in {time.monotonic() - start:.0f} s: {places['destination']} "
             f"guests arrived, {places['source']} stayed, {places['destroyed']} were destroyed, "

@@ -20,7 +20,7 @@ from migrate.errors import MigrationError
 from migrate.tasks import in_abandoned_thread, task_group
 from tests.campaigns.chaos.world import ChaosWorld, LostError
 from tests.support.daemons import listed
-from tests.support.links import PIECE, Link
+from tests.support.links import Link
 from xenbackend.contract import DomainState
 from xenbackend.errors import NoSuchDomainError
 from xenbackend.simulated.client import SimulatedDomain, SimulatedHypervisor
@@ -177,9 +177,8 @@ class Trial:
                     tasks.start_soon(self._end_precopy)
                 for fault in self.chosen:
                     tasks.start_soon(self.happen, fault, self.random.uniform(0, WINDOW_S))
-            self.link.is_up, self.link.delay_s, self.link.piece = True, 0.0, PIECE
             self.link.to = ("127.0.0.1", self.world.port)
-            self.link.go()
+            self.link.restore()
             await self._settle()
             watching.cancel_scope.cancel()
         where: str = await in_thread(self._verify)

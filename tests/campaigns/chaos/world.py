@@ -26,7 +26,16 @@ from migrate.lanes.tls import Tls
 from xenbackend.contract import DomainState
 
 HOST = "127.0.0.1"
-CONFIG = "[network]\nchecksums = true\nsilence_s = {0:g}\npostcopy_silence_s = {0:g}\n"
+CONFIG = """\
+[network]
+checksums = true
+silence_s = {silence_s:g}
+postcopy_silence_s = {silence_s:g}
+[sender]
+address = "127.0.0.1:{lanes}"
+[migration]
+bandwidth = "16M"
+"""
 COMPLAINTS = re.compile(r"internal error|Traceback \(most recent call last\)")
 """Text in a daemon's log that shows a fault of the daemon itself."""
 BESIDES = {"second": "destination", "onward": "destination", "homeward": "source"}
@@ -204,11 +213,14 @@ class ChaosWorld(World):
 
 
 @contextlib.contextmanager
-def chaos_world(memory_bytes: int, *, tls: bool, silence_s: float) -> Iterator[ChaosWorld]:
+def chaos_world(
+    memory_bytes: int, *, tls: bool, silence_s: float, lanes: int
+) -> Iterator[ChaosWorld]:
+    """``lanes``: the port of the link from the receiver to the sender, for migrations under xl."""
     with loopback_world(memory_bytes, daemons=False) as hosts:
         world = ChaosWorld(hosts.directory, hosts.owner, hosts.processes)
         world.source, world.destination = hosts.source, hosts.destination
-        config = CONFIG.format(silence_s)
+        config = CONFIG.format(silence_s=silence_s, lanes=lanes)
         if tls:
             world.authority = trustme.CA()
             world.authority.cert_pem.write_to_path(world.directory / "authority")
