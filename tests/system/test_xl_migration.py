@@ -162,6 +162,20 @@ def test_the_pages_of_a_guest_that_another_program_saved_are_kept(xl: Xl, slowly
 
 
 @pytest.mark.parametrize("world", [SLOW], indirect=True)
+def test_a_guest_that_is_paused_gets_its_memory_and_stays_paused(xl: Xl) -> None:
+    """``xl pause`` while pages are missing.  The ring is given up nevertheless."""
+    assert xl.run() == ((0, 0), (0, 0))
+    xl.go()
+    xl.wait_for("postcopy", "postcopy")
+    xl.destination.pause()
+    assert xl.line("receiver")["outstanding"]
+    xl.wait_for("completed", "completed")
+    assert xl.destination.state() is DomainState.PAUSED
+    xl.destination.unpause()
+    check_arrived(xl)
+
+
+@pytest.mark.parametrize("world", [SLOW], indirect=True)
 def test_a_guest_that_was_suspended_for_a_while_arrives(xl: Xl) -> None:
     """This happens with ``xl save -c``, or after a save that failed."""
     assert xl.run() == ((0, 0), (0, 0))
