@@ -70,6 +70,20 @@ def test_descriptors_that_do_not_fit_are_an_error_and_none_is_kept(
     clean_hosts.source.open(guest.domid).close()
 
 
+def test_a_domain_whose_maker_has_no_descriptor_left_is_not_left_over(
+    clean_hosts: World, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = clean_hosts.destination
+
+    def no_descriptor(method: str, **_arguments: object) -> None:
+        raise XenError(method, errno.EMFILE)
+
+    monkeypatch.setattr(host, "call_fds", no_descriptor)
+    with pytest.raises(XenError, match="attach"):
+        host.create_incoming(GuestSpec(name, 4 * MIB).domain_config())
+    assert host.domains() == []
+
+
 def test_a_guest_whose_registered_frame_is_paged_out_dies_at_its_start(lab: SimulatedLab) -> None:
     source, target = lab.boot(vcpus=1), lab.incoming()
     source.suspend()

@@ -440,9 +440,12 @@ class SimulatedHypervisor(Hypervisor):
         self, config: DomainConfig, *, instead_of: Domain | None = None
     ) -> SimulatedDomain:
         leaving = None if instead_of is None else instead_of.domid
-        return SimulatedDomain(
-            self, self.call("create_incoming", config=config.__dict__, leaving=leaving)
-        )
+        domid = self.call("create_incoming", config=config.__dict__, leaving=leaving)
+        try:
+            return SimulatedDomain(self, domid)
+        except XenError:
+            self.call("destroy", domid=domid)
+            raise
 
     def abandoned(self, config: DomainConfig, *, instead_of: Domain | None = None) -> list[Domain]:
         leaving = None if instead_of is None else instead_of.domid
