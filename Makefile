@@ -10,7 +10,7 @@ SPACE := $(subst ,, )
 NATIVE := $(wildcard migrate/*/native/*.[ch] migrate/*/native/*.py xenbackend/native/*.[ch] xenbackend/native/*.py xenbackend/*/native/*.[ch] xenbackend/*/native/*.py)
 
 .PHONY: all tools gate everything demo test check coverage coverage-core coverage-c bench soak chaos many compat lowest packages underload \
-	model warnings sanitize races fuzz xenlab xenlab-bench xenlab-xl-bench deb lock clean
+	model warnings sanitize races fuzz xenlab xenlab-bench xenlab-xl-bench deb hypervisor-deb lock clean
 
 all: $(STAMP)
 
@@ -161,6 +161,12 @@ xenlab-xl-bench: $(STAMP)
 # A Debian package for the release of this machine, in build/, with the interpreter and the modules of the release.
 deb:
 	@debian/build
+
+# The hypervisor with memory paging, from the newest source package of this machine's release of Debian, or from
+# the version that SOURCE= names.
+hypervisor-deb:
+	@.ci/prepare $(PYTHON) make flex bison patch dpkg-dev
+	$(PYTHON) -m xenbackend.hypervisor.package --out build $(if $(SOURCE),--source $(SOURCE))
 
 lock:
 	rm -rf build/lock && $(PYTHON) -m venv build/lock && build/lock/bin/python -m pip install --quiet pip-tools

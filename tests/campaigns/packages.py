@@ -17,7 +17,8 @@ from pathlib import Path
 
 from tests.tree.listing import TREE, files
 from tests.xenlab import debian
-from tests.xenlab.cache import LabError, run, say
+from tests.xenlab.cache import LabError, say
+from xenbackend.hypervisor.debian import run
 
 RELEASES = ("bookworm", "trixie")
 INSIDE = """\

@@ -29,7 +29,7 @@ def test_what_is_fit_is_not_refused() -> None:
 @pytest.mark.parametrize(
     ("facts", "word"),
     [
-        (replace(FIT_HOST, paging=False, dom0_hvm=True), "CONFIG_MEM_PAGING=y"),
+        (replace(FIT_HOST, paging=False, dom0_hvm=True), "the package xen-hypervisor-paging"),
         (replace(FIT_HOST, dom0_hvm=True), "without dom0=pvh"),
         (replace(FIT_HOST, hap=False), "firmware"),
         (replace(FIT_DOMAIN, hvm=False, hap=False), "PV guest"),

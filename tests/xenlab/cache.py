@@ -10,15 +10,15 @@ import fcntl
 import hashlib
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from xenbackend.hypervisor.debian import BuildError
 
-class LabError(Exception):
-    """The lab cannot do what it should; the text has the reason and what to do."""
+LabError = BuildError
+"""The lab cannot do what it should; the text has the reason and what to do."""
 
 
 def directory() -> Path:
@@ -28,36 +28,6 @@ def directory() -> Path:
 
 def say(text: str) -> None:
     print(f"xenlab: {text}", file=sys.stderr, flush=True)
-
-
-def run(command: list[str], *, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
-    """Run a command and return its output.  Raises :class:`LabError` with the last lines of the
-    output.
-    """
-    try:
-        done = subprocess.run(
-            command,
-            check=False,
-            cwd=cwd,
-            env={
-                **os.environ,
-                "LC_ALL": "C.UTF-8",
-                "DEBIAN_FRONTEND": "noninteractive",
-                **(env or {}),
-            },
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-        )
-    except OSError as error:
-        raise LabError(f"{command[0]}: {error.strerror}") from error
-    if done.returncode:
-        lines = done.stdout.splitlines()
-        tail = "\n".join([line for line in lines if "error:" in line][:5] + lines[-15:])
-        raise LabError(f"{' '.join(command)[:200]} ended with status {done.returncode}:\n{tail}")
-    return done.stdout
 
 
 def fingerprint(*ingredients: str | bytes | Path) -> str:

@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.xenlab import parts, qemu
-from tests.xenlab.cache import LabError, directory, fingerprint, part, run, say
+from tests.xenlab.cache import LabError, directory, fingerprint, part, say
+from xenbackend.hypervisor.debian import run
 
 TREE = Path(__file__).parents[2]
 NOT_IN_DOM0 = ("build", "docs", "tests/campaigns/fuzz/corpus")

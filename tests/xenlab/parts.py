@@ -17,10 +17,11 @@ from importlib import metadata
 from pathlib import Path
 
 from tests.xenlab import debian
-from tests.xenlab.cache import LabError, directory, fingerprint, part, run
+from tests.xenlab.cache import LabError, directory, fingerprint, part
+from xenbackend.hypervisor.build import BOOKWORM, PAGING_CONFIG, compile_hypervisor
+from xenbackend.hypervisor.debian import Apt, run
 
 HERE = Path(__file__).parent
-PATCH = HERE.parents[1] / "xenbackend" / "hypervisor" / "populate-evicted.patch"
 
 HYPERVISORS = ("populate-evicted", "paging", "debian")
 """The hypervisors: with memory paging and our hypercall; with memory paging; as Debian ships it,
@@ -32,9 +33,6 @@ runs in the first dom0.
 """
 MACHINES = (*HYPERVISORS, HOSTS)
 HOST_NAMES = ("host1", "host2")
-PAGING_CONFIG = (
-    "CONFIG_EXPERT=y\nCONFIG_UNSUPPORTED=y\nCONFIG_MEM_PAGING=y\n# CONFIG_LIVEPATCH is not set\n"
-)
 
 DOM0_PACKAGES = (
     *(
@@ -121,8 +119,8 @@ def check_tools() -> None:
 
 
 @functools.cache
-def _apt() -> debian.Apt:
-    return debian.Apt(directory() / "apt")
+def _apt() -> Apt:
+    return Apt(directory() / "apt", debian.RELEASE)
 
 
 def _xen_source() -> Path:
@@ -144,21 +142,12 @@ def hypervisor(kind: str) -> Path:
     def build(where: Path) -> None:
         tree = where / "tree"
         shutil.copytree(_xen_source(), tree, symlinks=True)
-        if kind == "populate-evicted":
-            run(["patch", "-p1", "--fuzz=0", "-i", str(PATCH)], cwd=tree)
-        config = tree / "xen" / ".config"
-        config.write_text((tree / "debian" / "xen-kconfig").read_text() + PAGING_CONFIG)
-        run(["make", "-C", "xen", "olddefconfig"], cwd=tree)
-        if "CONFIG_MEM_PAGING=y" not in config.read_text():
-            raise LabError("the hypervisor's configuration does not take memory paging")
-        run(["make", "-C", "xen", f"-j{(os.cpu_count() or 1) + 1}"], cwd=tree)
-        (tree / "xen" / "xen").rename(where / "xen")
+        compile_hypervisor(tree, patch).image.rename(where / "xen")
         shutil.rmtree(tree)
 
-    ingredients = [debian.XEN_VERSION, PAGING_CONFIG] + (
-        [PATCH] if kind == "populate-evicted" else []
-    )
-    return part(f"hypervisor-{kind}", fingerprint(*ingredients), build) / "xen"
+    patch = BOOKWORM.patch if kind == "populate-evicted" else None
+    key = fingerprint(debian.XEN_VERSION, PAGING_CONFIG, *([patch] if patch else []))
+    return part(f"hypervisor-{kind}", key, build) / "xen"
 
 
 def _unpack_hypervisor(where: Path) -> None:

@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.xenlab.cache import LabError, run
+from tests.xenlab.cache import LabError
+from xenbackend.hypervisor.debian import run
 
 PROGRAM = "qemu-system-x86_64"
 # Each flag that is masked stands for something that does not work in QEMU 7.2, or in Xen under it;

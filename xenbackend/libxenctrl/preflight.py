@@ -12,8 +12,8 @@ import errno
 from dataclasses import dataclass
 
 NO_PAGING = (
-    "this hypervisor is built without memory paging: build Xen with CONFIG_MEM_PAGING=y (see "
-    "docs/hypervisor.md), or migrate with --strategy precopy"
+    "this hypervisor is built without memory paging: install the package xen-hypervisor-paging "
+    "(docs/hypervisor.md) and boot it, or migrate with --strategy precopy"
 )
 DOM0_NOT_PV = (
     "dom0 is an HVM or PVH domain, and Xen lets only a PV dom0 page: boot Xen without dom0=pvh"

@@ -22,7 +22,8 @@ from typing import Any
 
 import migrate
 from migrate.errors import MigrationError
-from tests.xenlab.cache import fingerprint, part, run
+from tests.xenlab.cache import fingerprint, part
+from xenbackend.hypervisor.debian import run
 
 TREE = Path(__file__).parents[3]
 PATCH = Path(__file__).with_name("simulated-host.patch")

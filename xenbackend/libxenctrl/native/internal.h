@@ -56,7 +56,7 @@ int paging_op(struct xen_host *h, struct call_buffer *b, uint32_t domid, uint8_t
 int populate_holes(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n,
                    size_t *done);
 
-/* Our own operations: xenbackend/hypervisor/populate-evicted.patch */
+/* Our own operations: xenbackend/hypervisor/ */
 #ifndef XENMEM_paging_op_populate_evicted
 #define XENMEM_paging_op_populate_evicted 3
 #define XENMEM_paging_op_query_held 4

@@ -9,6 +9,10 @@
 #include "internal.h"
 #include <xenguest.h>
 
+#ifndef DOMID_ANY   /* before Xen 4.22 */
+#define DOMID_ANY 0
+#endif
+
 _Static_assert(sizeof(xen_cpuid_leaf_t) == XEN_CPUID_LEAF_BYTES, "CPUID leaves");
 _Static_assert(sizeof(xen_msr_entry_t) == XEN_MSR_ENTRY_BYTES, "MSR entries");
 
@@ -89,7 +93,7 @@ int xen_create(struct xen_host *h, const struct xen_info *info, uint32_t *domid)
     };
 
     memcpy(config.handle, info->handle, sizeof(config.handle));
-    *domid = 0;     /* any */
+    *domid = DOMID_ANY;
     if (xc_domain_create(h->xch, domid, &config))
         return -errno;
     if (xc_domain_max_vcpus(h->xch, *domid, info->vcpus)) {

@@ -2,7 +2,7 @@
 /*
  * References to a frame besides that of the p2m: the hypervisor's own, and those of programs.
  *
- * Sources: xen/common/grant_table.c, xenbackend/hypervisor/populate-evicted.patch.
+ * Sources: xen/common/grant_table.c, xenbackend/hypervisor/populate-evicted-4.17.patch.
  */
 #include <errno.h>
 #include "internal.h"

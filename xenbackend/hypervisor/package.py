@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``make hypervisor-deb``: the hypervisor with memory paging as a Debian package.
+
+The package is installed beside the distribution's: the names of its files are its own, and GRUB
+finds them by itself.  It is built from the source package of the release that this machine runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import platform
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from xenbackend.hypervisor.build import RELEASES, Built, Release, compile_hypervisor
+from xenbackend.hypervisor.debian import Apt, BuildError, run
+
+TREE = Path(__file__).parents[2]
+NAME = "xen-hypervisor-paging"
+REVISION = 1
+"""Raised when a patch or the configuration changes."""
+CONTROL = """\
+Package: {name}
+Source: xen
+Version: {version}
+Architecture: amd64
+Maintainer: xen-postcopy developers <xen-postcopy@localhost>
+Section: kernel
+Priority: optional
+Provides: xen-hypervisor
+Recommends: xen-utils-{xen}, xen-hypervisor-common
+Suggests: xen-postcopy
+Installed-Size: {size}
+Description: Xen hypervisor with memory paging
+ Debian's Xen {xen} built with memory paging, which postcopy live migration needs
+ at its destination, and with the operation populate_evicted of xen-postcopy.
+ It is installed beside the hypervisor of Debian, and booted from an entry of its
+ own in the menu of GRUB.  Xen has no security support for memory paging.
+"""
+UPDATE_GRUB = """\
+    if command -v update-grub >/dev/null && [ -d "$DPKG_ROOT/boot/grub" ]; then
+        update-grub || true
+    fi
+"""
+POSTINST = f"""\
+#!/bin/sh
+set -e
+if [ "$1" = configure ]; then
+{UPDATE_GRUB}fi
+"""
+POSTRM = f"""\
+#!/bin/sh
+set -e
+if [ "$1" = remove ]; then
+{UPDATE_GRUB}fi
+"""
+
+
+def package(built: Built, release: Release, source: Path, version: str, out: Path) -> Path:
+    """Make the package of a hypervisor; return its path.
+
+    ``source``: Debian's source tree, which has the copyright; ``version``: its version.
+    """
+    version = f"{version}+paging{REVISION}"
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "root"
+        documents = root / "usr/share/doc" / NAME
+        for name in ("boot", "DEBIAN", str(documents.relative_to(root))):
+            (root / name).mkdir(parents=True)
+        shutil.copy(built.compressed, root / f"boot/xen-{release.xen}-paging.gz")
+        shutil.copy(built.config, root / f"boot/xen-{release.xen}-paging.config")
+        shutil.copy(source / "debian/copyright", documents / "copyright")
+        for path in (release.patch, release.patch.parent / "README.md"):
+            (documents / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes(), mtime=0))
+        size = sum(path.stat().st_size for path in root.rglob("*") if path.is_file()) // 1024
+        control = CONTROL.format(name=NAME, version=version, xen=release.xen, size=size)
+        (root / "DEBIAN/control").write_text(control)
+        for name, script in (("postinst", POSTINST), ("postrm", POSTRM)):
+            (root / "DEBIAN" / name).write_text(script)
+            (root / "DEBIAN" / name).chmod(0o755)
+        out.mkdir(parents=True, exist_ok=True)
+        made = out / f"{NAME}_{version}_amd64.deb"
+        run(["dpkg-deb", "--root-owner-group", "-Zxz", "--build", str(root), str(made)])
+    return made
+
+
+def release_of(codename: str) -> Release:
+    """Return a release.  Raises :class:`BuildError` if there is no patch for it."""
+    for release in RELEASES:
+        if codename == release.codename:
+            return release
+    known = ", ".join(release.codename for release in RELEASES)
+    raise BuildError(f"there is a patch for Xen of {known}, and this is {codename or 'no Debian'}")
+
+
+def main() -> None:
+    """Build the package from the newest source that apt offers, or from the named version."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    codename = platform.freedesktop_os_release().get("VERSION_CODENAME", "")
+    parser.add_argument("--release", default=codename, help="default: %(default)s")
+    parser.add_argument("--source", help="the version of Debian's source package (the newest)")
+    parser.add_argument("--out", type=Path, default=TREE / "build")
+    options = parser.parse_args()
+    where = options.out / "hypervisor"
+    try:
+        release = release_of(options.release)
+        shutil.rmtree(where / "source", ignore_errors=True)
+        (where / "source").mkdir(parents=True)
+        apt = Apt(where / "apt", release.codename, security=True)
+        tree = apt.source("xen", options.source, where / "source")
+        version = run(["dpkg-parsechangelog", "-S", "Version"], cwd=tree).strip()
+        print(package(compile_hypervisor(tree, release.patch), release, tree, version, options.out))
+    except BuildError as error:
+        sys.exit(f"hypervisor-deb: {error}")
+
+
+if __name__ == "__main__":
+    main()
