@@ -70,6 +70,7 @@ def main() -> None:
         sys.exit("debootstrap needs root")
     for release in RELEASES:
         folder = Path(tempfile.mkdtemp(prefix="xen-postcopy-packages-"))
+        folder.chmod(0o755)  # Debian's own users look into their system
         try:
             status = try_release(release, folder)
         except LabError as error:
