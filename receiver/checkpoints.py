@@ -6,8 +6,9 @@ A checkpoint is what the guest has written since the checkpoint before it, and i
 pages were written, they are sent while the guest runs, and pages written meanwhile follow.  Then
 the guest is suspended for as long as the copy of the rest takes.  The copy is sent while the guest
 runs again.  So a slow link delays the guest only if the rest is more than ``MAX_COPIED_PAGES``.  A
-page that was read from the dirty log is owed until the source has confirmed that it keeps the page.
-It stays owed when the lanes are lost.
+page that was read from the dirty log is unconfirmed until the source has confirmed that it keeps
+the page.
+The page stays unconfirmed when the lanes are lost.
 
 Output and disk writes of the guest are not delayed until a checkpoint covers them.
 """
@@ -230,7 +231,7 @@ class Checkpoints:
         return frames.tot_pages + frames.paged_pages
 
     def _mark_all_unconfirmed(self) -> None:
-        """Owe every page that is here, and every hole."""
+        """Have the next checkpoint contain every page that is here, and every hole."""
         self._unconfirmed[:] = True
         self._unconfirmed[self._domain.paged_out()] = False
 

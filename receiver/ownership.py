@@ -78,7 +78,7 @@ class Undo(Enum):
     BY_DECISION = "a message of the sender, an operator or xl"
     NOTHING = "nothing: the guest runs here"
     BEING_UNDONE = "the migration is being taken back"
-    OVER = "nothing is owed any more"
+    OVER = "nothing is left to be done"
 
 
 class Restart(Enum):

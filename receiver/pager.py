@@ -458,9 +458,7 @@ class Pager:
             self._carry_out(self._pages.finished(pfns, results))
 
     def _carry_out(self, actions: Actions) -> None:
-        """Carry a actions out.  Called under the lock, because the ring's response index is
-        shared.
-        """
+        """Carry actions out, under the lock, because the ring's response index is shared."""
         if actions.answer:
             assert self._ring is not None
             self._ring.respond([request for request, _since in actions.answer])

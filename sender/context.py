@@ -109,8 +109,8 @@ class Context:
         self.postcopy_asked = False
         """An administrator has asked for the switchover instead of further rounds of precopy."""
         self.last_message: m.Message | None = None
-        """The message that is owed to a destination which was cut off.  It is sent when the
-        destination dials or can be dialled.
+        """The message for a destination that was cut off.  The message is sent when the destination
+        dials or can be dialled.
         """
         self.lost_at = 0.0
         """The time at which the lanes were lost (time.monotonic()), or 0."""

@@ -159,7 +159,7 @@ def _check_table() -> None:
         guests = {TABLE[then].guest for then in row.next}
         # Nothing follows an end but another end.
         assert state not in ENDED or set(row.next) <= set(ENDED), state
-        # A guest is suspended before it is given away.
+        # A guest is suspended before the handover.
         assert not guests.intersection(_NOT_HERE_ALONE) or row.guest in (
             G.SUSPENDED_HERE,
             *_NOT_HERE_ALONE,
@@ -238,7 +238,7 @@ class Ownership:
 
     @property
     def is_cut_off(self) -> bool:
-        """The guest was given away, its pages are kept here, and the destination is not there."""
+        """The guest may be elsewhere, its pages are kept here, and the destination is not there."""
         return self.row.guest in _NOT_HERE_ALONE and self.link is not Link.UP
 
     @property
@@ -288,7 +288,7 @@ class Ownership:
 
     # ---- decisions that race ----
     def try_keep(self) -> bool:
-        """Have the guest stay here, if it was not given away.  It cannot be given away then."""
+        """Have the guest stay here, if it may not be elsewhere.  No handover can follow then."""
         with self._lock:
             self._kept = self._kept or not self.may_be_elsewhere
             return self._kept

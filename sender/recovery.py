@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The recovery of a session whose lanes were lost after the guest was given away, or whose sender
+"""The recovery of a session whose lanes were lost after the handover, or whose sender
 was restarted.
 
 The session is resumed over a new pair of lanes.  The destination reports what it lacks, and each of

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What happens to the guest and its pages when a migration does not complete.
 
-If the guest has not been given away, it continues here as if nothing had happened.  Otherwise the
-domain stays suspended, and its pages are kept until each is confirmed or until an operator decides
+Before the handover the guest continues here as if nothing had happened.  Afterwards the domain
+stays suspended, and its pages are kept until each is confirmed or until an operator decides
 (invariants 1 and 6).
 """
 
@@ -46,7 +46,7 @@ class Rollback:
         An operator may then :meth:`overrule`.
         """
         self._has_ended = False
-        """The guest has ended here, before it was given away."""
+        """The guest has ended here, before the handover."""
         self._overruled = trio.Event()
         self._overruling = State.DECIDED_ELSEWHERE
         self._taken: State | MigrationError | None = None
@@ -191,8 +191,8 @@ class Rollback:
                 suspended = self._ownership.is_suspended
                 await context.toolstack.give_up(self._source.domain, reason, suspended=suspended)
         with self._reported():
-            owed = context.last_message is not None
-            await in_thread(self.forget, State.GIVEN_UP if owed else State.FAILED)
+            is_left = context.last_message is not None
+            await in_thread(self.forget, State.GIVEN_UP if is_left else State.FAILED)
 
     async def _send_abort(self, abort: m.Abort) -> None:
         """Send ``abort`` once, and end the connection.  If the destination is not ready, the end of

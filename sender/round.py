@@ -50,7 +50,7 @@ class Round:
         self._push = push
         self._to_send = to_send
         self._left = total
-        self._goes_on = continues
+        self._continues = continues
         self._stopping = threading.Event()
         self._wake = threading.Event()
         self._intake = Intake()
@@ -111,7 +111,7 @@ class Round:
         self._left -= len(pfns)
         self._context.statistics.precopy_pages += count_pages(message)
         self._context.progress.pages_done += len(pfns)
-        if not self._goes_on(self._left):
+        if not self._continues(self._left):
             self._stopping.set()
         return not self._stopping.is_set()
 

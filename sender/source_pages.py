@@ -69,6 +69,12 @@ def all_pfns(nr_pfns: int) -> Iterator[PfnArray]:
         yield np.arange(base, min(base + PIECE_PFNS, nr_pfns), dtype=np.uint64)
 
 
+def _pfns_of(mask: PfnMask) -> Iterator[PfnArray]:
+    """Yield the pfns of a set, in the same pieces."""
+    for base in range(0, len(mask), PIECE_PFNS):
+        yield from_mask(mask[base : base + PIECE_PFNS], base)
+
+
 def present(domain: Domain) -> PfnMask:
     """Return the pfns of a guest that have memory."""
     return np.concatenate([domain.present(pfns) for pfns in all_pfns(domain.nr_pfns)])
@@ -81,15 +87,10 @@ def pinned(domain: Domain) -> PfnArray:
 
 def held(domain: Domain, mask: PfnMask) -> PfnArray:
     """Return the pages of a set that other programs have mapped."""
-    return np.concatenate(
-        [
-            domain.held(from_mask(mask[base : base + PIECE_PFNS], base))
-            for base in range(0, len(mask), PIECE_PFNS)
-        ]
-    )
+    return np.concatenate([domain.held(pfns) for pfns in _pfns_of(mask)])
 
 
 def hold(domain: Domain, mask: PfnMask) -> None:
     """Keep the pages of a set readable, even if the domain is destroyed."""
-    for base in range(0, len(mask), PIECE_PFNS):
-        domain.hold(from_mask(mask[base : base + PIECE_PFNS], base))
+    for pfns in _pfns_of(mask):
+        domain.hold(pfns)

@@ -192,8 +192,7 @@ STRATEGY_OPTIONS = (
         type=Number(0.001, MAX_CHECKPOINT_MS / 1000),
         metavar="SECONDS",
         help="Seconds between two checkpoints, with --protect; the guest is suspended for a moment "
-        "each time.  Default: "
-        f"{CHECKPOINT_EVERY_S:g}.",
+        f"each time.  Default: {CHECKPOINT_EVERY_S:g}.",
     ),
     click.option(
         "--json",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -309,15 +308,17 @@ def test_a_sender_and_its_keeper_that_are_killed_afterwards_take_the_pages_with_
 
 def decide(xl: CuttableXl, *, here: bool, force: bool) -> None:
     """Decide at the sender, whose successor may be resuming the migration."""
-    began = time.monotonic()
-    while True:
+
+    def is_decided() -> bool:
         try:
             xl.world.ask("sender", command="decide", migration=xl.spec.name, here=here, force=force)
-            return
         except MigrationError as error:
-            if "ask again in a moment" not in str(error) or time.monotonic() > began + WAIT_S:
+            if "ask again in a moment" not in str(error):
                 raise
-            time.sleep(0.02)
+            return False
+        return True
+
+    until(is_decided, "the migration is not resumed", WAIT_S)
 
 
 @pytest.mark.parametrize("taken_up", [False, True])
