@@ -38,7 +38,7 @@ demo: $(STAMP)
 
 # Most tests wait for most of their time, so more processes than the machine has cores run them; those
 # marked serial follow by themselves.  JUNIT=FOLDER has the JUnit XML written there, here and elsewhere.
-TEST_PROCESSES ?= $(shell expr 2 \* $$(nproc) + 1)
+TEST_PROCESSES ?= $(shell expr 4 \* $$(nproc) + 1)
 test: check
 	$(BIN)/python -m pytest -m "not serial" -n $(TEST_PROCESSES) --dist worksteal $(if $(JUNIT),--junitxml="$(JUNIT)/tests.xml")
 	$(BIN)/python -m pytest -m serial $(if $(JUNIT),--junitxml="$(JUNIT)/serial.xml")
