@@ -6,18 +6,21 @@ from __future__ import annotations
 import errno
 from pathlib import Path
 
+from xenbackend import release
 from xenbackend.contract import Hypervisor
 from xenbackend.errors import XenError
 
 
 def open_hypervisor(simulated: Path | None) -> Hypervisor:
     """Open the simulated host that listens at ``simulated``, or this host's Xen.  Raises
-    ``XenError``.
+    ``XenError``, also if this program was built for another release of Xen (EACCES).
     """
     if simulated is not None:
         from xenbackend.simulated.client import SimulatedHypervisor
 
         return SimulatedHypervisor(simulated)
+    if problem := release.mismatch():
+        raise XenError("Xen", errno.EACCES, why=problem)
     try:
         from xenbackend.libxenctrl.hypervisor import XenHypervisor
     except ImportError as error:

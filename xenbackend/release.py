@@ -45,3 +45,24 @@ def in_words() -> str:
             f"this host runs Xen {runs}" if runs else "this host runs no Xen",
         )
     )
+
+
+def mismatch() -> str:
+    """Return why this program cannot work with the Xen that runs, in one line; empty if it can, or
+    if the release of one of them is not known.
+
+    Xen refuses the calls of another release's libraries (EACCES), unless both releases have the
+    same version of the interface.
+    """
+    built, runs = built_for(), running()
+    if not built or not runs or release_of(runs) == release_of(built):
+        return ""
+    return (
+        f"this program was built for Xen {built}, and this host runs Xen {runs}: restart the host "
+        f"with Xen {built}, or install the package for Xen {runs}"
+    )
+
+
+def release_of(version: str) -> tuple[int, ...]:
+    """Return the release in a version: ``(4, 17)`` for ``4.17.5``."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])

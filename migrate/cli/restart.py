@@ -12,6 +12,7 @@ from migrate.cli.options import RECEIVER_SOCKET, SENDER_SOCKET
 from migrate.cli.text import echo
 from migrate.control.client import ANSWER_S, ENDED, ControlClient
 from migrate.errors import MigrationError
+from xenbackend import release
 
 DAEMONS = {
     "xen-postcopy-sender.service": SENDER_SOCKET,
@@ -26,8 +27,12 @@ def restart_idle_command() -> None:
 
     The package does this when it was upgraded.  A daemon that guests need is not restarted, and is
     named with these guests: repeat the command when their migrations have ended.  A daemon that
-    does not run is not started.
+    does not run is not started.  If this program was built for another Xen than the one that runs,
+    as between the upgrade of a host and its restart, no daemon is restarted.
     """
+    if problem := release.mismatch():
+        echo(f"no daemon was restarted, and each still runs its earlier release: {problem}")
+        return
     for unit, path in DAEMONS.items():
         if not _runs(unit):
             continue
