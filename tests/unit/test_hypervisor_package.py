@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import re
 import shutil
@@ -28,7 +29,7 @@ def made(tmp_path: Path) -> Path:
     """Return the package of a hypervisor that is no hypervisor."""
     if not shutil.which("dpkg-deb"):
         pytest.skip("this is no Debian")
-    for name in ("xen", "xen.gz", "config", "debian/copyright"):
+    for name in ("xen", "xen.gz", "config", "debian/copyright", "debian/changelog"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     built = Built(tmp_path / "xen", tmp_path / "xen.gz", tmp_path / "config")
@@ -47,9 +48,22 @@ def test_the_package_is_installed_beside_the_distribution_s(made: Path) -> None:
         "boot/xen-4.20-paging.config",
         "boot/xen-4.20-paging.gz",
         f"{documents}/README.md.gz",
+        f"{documents}/changelog.Debian.gz",
         f"{documents}/copyright",
         f"{documents}/populate-evicted-4.20.patch.gz",
     ]
+
+
+def test_the_changelog_begins_with_this_build_and_the_sums_are_right(
+    made: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "unpacked"
+    run(["dpkg-deb", "--raw-extract", str(made), str(root)])
+    packed = (root / f"usr/share/doc/{NAME}/changelog.Debian.gz").read_bytes()
+    entry, _, before = gzip.decompress(packed).decode().rpartition("\n\n")
+    assert before == "debian/changelog"
+    assert entry.startswith(f"xen ({VERSION}+paging1) trixie; urgency=medium\n")
+    assert len(run(["md5sum", "--check", "DEBIAN/md5sums"], cwd=root).splitlines()) == 6
 
 
 def test_grub_lists_it_before_the_distribution_s(made: Path) -> None:

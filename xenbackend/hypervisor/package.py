@@ -8,26 +8,29 @@ finds them by itself.  It is built from the source package of the release that t
 from __future__ import annotations
 
 import argparse
+import email.utils
 import gzip
+import hashlib
 import platform
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 
-from xenbackend.hypervisor.build import RELEASES, Built, Release, compile_hypervisor
+from xenbackend.hypervisor.build import HERE, RELEASES, Built, Release, compile_hypervisor
 from xenbackend.hypervisor.debian import Apt, BuildError, run
 
 TREE = Path(__file__).parents[2]
 NAME = "xen-hypervisor-paging"
 REVISION = 1
 """Raised when a patch or the configuration changes."""
+MAINTAINER = "xen-postcopy developers <xen-postcopy@example.org>"
 CONTROL = """\
 Package: {name}
 Source: xen
 Version: {version}
 Architecture: amd64
-Maintainer: xen-postcopy developers <xen-postcopy@localhost>
+Maintainer: {maintainer}
 Section: kernel
 Priority: optional
 Provides: xen-hypervisor
@@ -39,6 +42,14 @@ Description: Xen hypervisor with memory paging
  at its destination, and with the operation populate_evicted of xen-postcopy.
  It is installed beside the hypervisor of Debian, and booted from an entry of its
  own in the menu of GRUB.  Xen has no security support for memory paging.
+"""
+CHANGELOG = """\
+xen ({version}) {codename}; urgency=medium
+
+  * Build only the hypervisor, with memory paging and {patch}.
+
+ -- {maintainer}  {date}
+
 """
 UPDATE_GRUB = """\
     if command -v update-grub >/dev/null && [ -d "$DPKG_ROOT/boot/grub" ]; then
@@ -62,29 +73,52 @@ if [ "$1" = remove ]; then
 def package(built: Built, release: Release, source: Path, version: str, out: Path) -> Path:
     """Make the package of a hypervisor; return its path.
 
-    ``source``: Debian's source tree, which has the copyright; ``version``: its version.
+    ``source``: Debian's source tree, which has the copyright and the changelog; ``version``: its
+    version.
     """
     version = f"{version}+paging{REVISION}"
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "root"
         documents = root / "usr/share/doc" / NAME
-        for name in ("boot", "DEBIAN", str(documents.relative_to(root))):
-            (root / name).mkdir(parents=True)
+        for path in (root / "boot", root / "DEBIAN", documents):
+            path.mkdir(parents=True)
         shutil.copy(built.compressed, root / f"boot/xen-{release.xen}-paging.gz")
         shutil.copy(built.config, root / f"boot/xen-{release.xen}-paging.config")
         shutil.copy(source / "debian/copyright", documents / "copyright")
-        for path in (release.patch, release.patch.parent / "README.md"):
-            (documents / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes(), mtime=0))
-        size = sum(path.stat().st_size for path in root.rglob("*") if path.is_file()) // 1024
-        control = CONTROL.format(name=NAME, version=version, xen=release.xen, size=size)
-        (root / "DEBIAN/control").write_text(control)
-        for name, script in (("postinst", POSTINST), ("postrm", POSTRM)):
-            (root / "DEBIAN" / name).write_text(script)
-            (root / "DEBIAN" / name).chmod(0o755)
+        entry = CHANGELOG.format(
+            version=version, codename=release.codename, patch=release.patch.name,
+            maintainer=MAINTAINER, date=email.utils.formatdate(localtime=True),
+        )  # fmt: skip
+        texts = {
+            "changelog.Debian": entry.encode() + (source / "debian/changelog").read_bytes(),
+            **{path.name: path.read_bytes() for path in (release.patch, HERE / "README.md")},
+        }
+        for name, text in texts.items():
+            (documents / f"{name}.gz").write_bytes(gzip.compress(text, mtime=0))
+        write_control(root, release, version)
         out.mkdir(parents=True, exist_ok=True)
         made = out / f"{NAME}_{version}_amd64.deb"
         run(["dpkg-deb", "--root-owner-group", "-Zxz", "--build", str(root), str(made)])
     return made
+
+
+def write_control(root: Path, release: Release, version: str) -> None:
+    """Write what dpkg has to know of the files in ``root``."""
+    files = {
+        path.relative_to(root): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
+    size = sum(len(data) for data in files.values()) // 1024
+    control = CONTROL.format(
+        name=NAME, version=version, xen=release.xen, size=size, maintainer=MAINTAINER
+    )
+    sums = "".join(f"{hashlib.md5(data).hexdigest()}  {path}\n" for path, data in files.items())
+    (root / "DEBIAN/control").write_text(control)
+    (root / "DEBIAN/md5sums").write_text(sums)
+    for name, script in (("postinst", POSTINST), ("postrm", POSTRM)):
+        (root / "DEBIAN" / name).write_text(script)
+        (root / "DEBIAN" / name).chmod(0o755)
 
 
 def release_of(codename: str) -> Release:
