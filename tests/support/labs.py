@@ -36,6 +36,8 @@ class Lab(ABC):
     """The amount of work that shows that a guest runs."""
     still_s: float
     """A guest that does no work for this time is stopped."""
+    requests_pinned = False
+    """Whether Xen requests a missing page that a guest registers by its number, as from 4.18 on."""
 
     @abstractmethod
     def guest(self, *, kernel: bool = False) -> Domain:

@@ -18,6 +18,7 @@ import numpy as np
 from migrate.protocol.pfns import pfn_array
 from tests.support.labs import Lab, until
 from tests.xenlab.dom0.guests import LINUX, STEPS_PER_S, STUB, Guest, Kind, create
+from xenbackend import release
 from xenbackend.contract import Domain, DomainConfig, DomainState
 from xenbackend.errors import XenError
 from xenbackend.libxenctrl._xen import ffi, lib
@@ -46,6 +47,7 @@ class XenLab(Lab):
     def __init__(self) -> None:
         self.xen = XenHypervisor()
         self.hypervisor = self.xen
+        self.requests_pinned = release.release_of(release.running()) >= (4, 18)
         self.attach: list[str] = []
         self._guests: dict[Kind, Guest] = {}
         self._used: set[Kind] = set()
