@@ -17,7 +17,7 @@ from typing import Any
 import trio
 
 from migrate.control import server as control
-from migrate.control.client import Json
+from migrate.control.client import Json, outcome
 from migrate.control.server import ControlConnection, decision_of
 from migrate.errors import MigrationError, OccupiedError, UnknownSessionError
 from migrate.lanes.accept import AwaitedLanes, Reception
@@ -36,6 +36,7 @@ from migrate.service.lifecycle import (
     serve_connections,
     until_stopped,
 )
+from migrate.service.progress import keep_measuring
 from migrate.tasks import isolated, task_group
 from receiver.migration import IncomingMigration
 from receiver.progress import IncomingProgress
@@ -303,6 +304,7 @@ class ReceiverDaemon:
     def _start(self, migration: IncomingMigration) -> None:
         self._migrations[migration.id] = migration
         self._nursery.start_soon(self._carry_out, migration)
+        self._nursery.start_soon(keep_measuring, migration.count, migration.ended)
 
     def _others(self, session: str) -> Callable[[], list[IncomingMigration]]:
         return lambda: [other for other in self._migrations.values() if other.id != session]
@@ -339,6 +341,7 @@ def _line(migration: IncomingMigration) -> Json:
         "peer": migration.lanes.peer,
         "unknown": migration.unknown,
         "phase": migration.phase,
+        "outcome": outcome(migration.phase, migration.progress.problem),
         **asdict(migration.progress),
     }
 
@@ -353,6 +356,7 @@ def _kept_line(entry: Kept) -> Json:
         "direction": "incoming",
         "peer": "",
         "phase": "",
+        "outcome": "",
         **asdict(progress),
     }
     return {**line, "unknown": [key for key, value in line.items() if not value]}

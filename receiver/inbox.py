@@ -10,6 +10,7 @@ import functools
 
 import trio
 
+from migrate.control.client import GAVE_UP
 from migrate.errors import MigrationError, RemoteProtocolError
 from migrate.lanes import scheduling
 from migrate.protocol import messages as m
@@ -89,6 +90,8 @@ class Inbox:
             case m.Missing():
                 self._restoring.miss(message.pfns)
             case m.Context() if self._restoring.take_context(message):
+                missing = self._switchover.guest.pages.count
+                self._switchover.context.progress.pages_total = missing
                 if not self._ownership.try_become_ready():
                     raise MigrationError(self._ownership.taken_back)
                 self._peer.send_blocking(m.Ready())
@@ -107,7 +110,7 @@ class Inbox:
                 self._handed_over()
                 scheduling.be_bulk()
             case m.Abort():
-                raise MigrationError(f"the sender gave up: {message.reason}")
+                raise MigrationError(f"{GAVE_UP}{message.reason}")
             case m.Kept() if self._switchover.checkpoints is not None:
                 self._switchover.checkpoints.kept(message.problem)
             case m.Completed():

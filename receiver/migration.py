@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import time
 from typing import Any
 
 import trio
@@ -40,7 +41,7 @@ from receiver.inbox import Inbox, Restoring
 from receiver.ownership import INHERITED, Link, Ownership, State
 from receiver.peer import Peer
 from receiver.preflight import Others, Preflight
-from receiver.progress import IncomingProgress
+from receiver.progress import Faults, IncomingProgress, Meter
 from receiver.recovery import Predecessor, Recovery
 from receiver.requests import Requests
 from receiver.statistics import PagerStatistics
@@ -55,6 +56,12 @@ class IncomingMigration:
     def __init__(self, migration_id: str, context: Context, beginning: Preflight | Predecessor):
         self.id = migration_id
         self._context = context
+        started = None if context.ownership.inherited else time.monotonic()
+        self._meter = Meter(context.progress, started)
+        if started is not None:
+            context.progress.started_at = round(time.time(), 3)
+        context.ownership.on_phase = self._enter
+        self._enter(self.phase)
         self._beginning = beginning
         self._recovery: Recovery | None = None
         """``None`` before there is a guest, and after the end."""
@@ -232,6 +239,9 @@ class IncomingMigration:
             await rollback.linger(self._context, self._last_message)
 
     # ---- what others see ----
+    def _enter(self, phase: str) -> None:
+        self._meter.enter(time.monotonic(), time.time(), phase)
+
     @property
     def progress(self) -> IncomingProgress:
         return self._context.progress
@@ -296,14 +306,19 @@ class IncomingMigration:
         return f"{self.progress.outstanding} pages missing"
 
     def count(self) -> None:
-        """Update the number of missing pages that ``list`` shows.  Nothing else does so while no
-        sender is connected.
-        """
-        if self._recovery is not None and self._recovery.switchover.serving.is_set():
-            report, self.progress.waiting = self._recovery.switchover.pager.report()
+        """Update what ``list`` shows, also while no sender is connected."""
+        recovery, now, latency = self._recovery, time.monotonic(), self.statistics.latency
+        faults = None
+        if recovery is not None and recovery.switchover.serving.is_set():
+            pager = recovery.switchover.pager
+            report, self.progress.waiting = pager.report()
             self.progress.outstanding = report.outstanding
-        recovery = self._recovery
+            faults = Faults(report.faults, report.latency_us, pager.longest_wait_us(now))
+        elif self.progress.pages_done is not None or self._context.is_in(State.COMPLETED):
+            median_us, longest_us = latency.quantile(0.5), latency.max_us
+            faults = Faults(latency.count, round(median_us), round(longest_us))
         self.progress.io_fails_in_s = None if recovery is None else recovery.io_fails_in_s
+        self._meter.measure(now, self.phase, self._context.peer.bytes_received, faults)
 
     def details(self) -> dict[str, Any]:
         """Return what has been measured so far; see :meth:`PagerStatistics.summary`."""

@@ -154,6 +154,10 @@ class OutstandingPages:
             return Actions(loaded=pfns)
         return Actions(loaded=pfns[results == 0], dropped=pfns[results != 0])
 
+    def waits_since(self) -> float | None:
+        """Return since when the vCPU has waited that waits longest; ``None``: none waits."""
+        return self.pages.waits_since()
+
     @property
     def waiting(self) -> int:
         """The number of requests that are not answered."""

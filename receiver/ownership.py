@@ -189,6 +189,10 @@ def _check_table() -> None:
 _check_table()
 
 
+def _ignore(_phase: str) -> None:
+    """Do nothing: nobody wants the phases."""
+
+
 class Ownership:
     """The ownership of one migration.  Any thread may call its methods.
 
@@ -209,11 +213,22 @@ class Ownership:
         """Why somebody has cancelled the migration."""
         self.inherited = state is not S.OFFERED
         """This process has not resumed the migration of its predecessor yet."""
-        self.link = Link.LOST if self.inherited else Link.UP
+        self.on_phase: Callable[[str], object] = _ignore
+        """Called with the phase after each change of the state or of the link."""
+        self._link = Link.LOST if self.inherited else Link.UP
 
     @property
     def state(self) -> State:
         return self._state
+
+    @property
+    def link(self) -> Link:
+        return self._link
+
+    @link.setter
+    def link(self, link: Link) -> None:
+        self._link = link
+        self.on_phase(self.phase)
 
     @property
     def row(self) -> Row:
@@ -284,6 +299,7 @@ class Ownership:
                 self._state = seen.get(self._state, self._state)
         finally:
             self._writing.release()
+        self.on_phase(self.phase)
 
     def _check(self, state: State) -> None:
         if state is not self._state and state not in self.row.next:
@@ -293,6 +309,7 @@ class Ownership:
         with self._lock:
             self._check(state)
             self._state = state
+        self.on_phase(self.phase)
 
     # ---- decisions that race ----
     def try_take_back(self, reason: str) -> bool:

@@ -223,6 +223,8 @@ class Pager:
         (pfns, results), answered = native.finished(), native.answered()
         if pulled:
             self._statistics.pulled_pages += len(pfns)
+            if self._pull is not None:
+                self._pull.bytes_received += len(pfns) * PAGE_SIZE
         with self._lock:
             self._count(answered)
             self._carry_out(self._pages.accounted(pfns, results))
@@ -365,6 +367,13 @@ class Pager:
             latency = self._statistics.latency
             report = Report(self._pages.count, latency.count, int(latency.quantile(0.5)))
             return report, self._pages.waiting
+
+    def longest_wait_us(self, now: float) -> int:
+        """Return the longest that a vCPU has waited, or has been waiting, up to ``now``."""
+        with self._lock:
+            since = self._pages.waits_since()
+            waiting_us = 0.0 if since is None else (now - since) * 1e6
+            return round(max(self._statistics.latency.max_us, waiting_us))
 
     async def finish(self) -> None:
         """Answer the requests that are still in the ring, and give the ring up.  Called when

@@ -28,6 +28,8 @@ class Peer:
         self.pull: LaneConnection | None = None
         """``None`` if there is no pull lane."""
         self._received_at = time.monotonic()
+        self._bytes_received = 0
+        """Over earlier lanes."""
 
     @property
     def push(self) -> LaneConnection:
@@ -44,6 +46,11 @@ class Peer:
         """When bytes of the sender last arrived (time.monotonic())."""
         return max((lane.received_at for lane in self.connections), default=self._received_at)
 
+    @property
+    def bytes_received(self) -> int:
+        """The number of bytes that were received from the sender so far."""
+        return self._bytes_received + sum(lane.bytes_received for lane in self.connections)
+
     async def connect(self) -> None:
         self._push = await self.lanes.push()
 
@@ -55,7 +62,7 @@ class Peer:
         self.pull = await self.lanes.pull(token)
 
     def close(self) -> None:
-        self._received_at = self.received_at
+        self._received_at, self._bytes_received = self.received_at, self.bytes_received
         for lane in self.connections:
             lane.close()
         self._push = self.pull = None

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import json
 import logging
+import time
 
 import trio
 
@@ -56,6 +57,10 @@ async def report(switchover: Switchover) -> None:
         if pager.short_of_memory or context.progress.problem == NO_MEMORY:
             context.progress.problem = NO_MEMORY if pager.short_of_memory else ""
         await context.peer.send(now)
+        if pager.nothing_outstanding.is_set():
+            continue  # ``complete`` may have been sent meanwhile, and nothing may follow it
+        if m.WAITS in context.peer.push.capabilities:
+            await context.peer.send(m.Waits(pager.longest_wait_us(time.monotonic())))
         with trio.move_on_after(REPORT_EVERY_S):
             await pager.nothing_outstanding.wait()
 

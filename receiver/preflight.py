@@ -9,6 +9,7 @@ from typing import Protocol
 
 import trio
 
+from migrate.control.client import GAVE_UP
 from migrate.errors import MigrationError, RemoteProtocolError
 from migrate.lanes.connection import step_timeout
 from migrate.protocol import messages as m
@@ -94,7 +95,7 @@ class Preflight:
         with step_timeout("the sender offered nothing"):
             offer = await self._context.peer.receive()
         if isinstance(offer, m.Abort):
-            raise MigrationError(f"the sender gave up: {offer.reason}")
+            raise MigrationError(f"{GAVE_UP}{offer.reason}")
         if not isinstance(offer, m.Offer):
             raise RemoteProtocolError(f"{offer.type} instead of an offer")
         return offer

@@ -12,6 +12,7 @@ import time
 
 import trio
 
+from migrate.control.client import GAVE_UP
 from migrate.errors import (
     GuestEndedError,
     MigrationError,
@@ -315,7 +316,7 @@ class Recovery:
                 await context.peer.acknowledge()
                 raise MigrationError(reason)
             case m.Abort() if not context.ownership.handed_over:
-                raise MigrationError(f"the sender gave up: {message.reason}")
+                raise MigrationError(f"{GAVE_UP}{message.reason}")
             case m.Lost():
                 if not switchover.serving.is_set() and not context.toolstack.owns_domain:
                     await self._take_over_what_is_whole()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,11 +25,12 @@ from sender.checkpoints import CheckpointStore
 from sender.dirty import DirtyLog
 from sender.entry import Entry
 from sender.ownership import Link, Ownership, State
-from sender.progress import Progress
+from sender.progress import Meter, Now, Progress
 from sender.push import PushLane
 from sender.statistics import SenderStatistics
 from sender.toolstack import Toolstack
 from xenbackend.contract import Domain, Hypervisor
+from xenbackend.pages import PAGE_SIZE
 
 
 @dataclass
@@ -101,6 +103,9 @@ class Context:
         """No predecessor has had the migration."""
         self.session = Session(Role.SENDER)
         self.progress = Progress()
+        self.meter = Meter(self.progress)
+        self.ownership.on_phase = lambda phase: self.meter.phases.add(time.time(), phase)
+        self.ownership.on_phase(self.ownership.phase)
         self.statistics = SenderStatistics(strategy=self.options.strategy.value)
         self.receiver_statistics: dict[str, Any] = {}
         self.cap = BandwidthCap(self.options.bandwidth_bytes_per_s)
@@ -167,6 +172,25 @@ class Context:
         self.progress.outstanding = self.backlog.unacknowledged
         self.progress.pages_done = self.progress.pages_total - self.progress.outstanding
 
+    def measure(self) -> None:
+        """Update the values of the progress that depend on time."""
+        stats, ownership = self.statistics, self.ownership
+        self.meter.measure(
+            Now(
+                time.monotonic(),
+                ownership.phase,
+                ownership.has_ended,
+                self.options,
+                started=stats.started if self.began_here else 0.0,
+                finished=stats.finished,
+                bytes_sent=self.bytes_sent,
+                pages_sent=stats.precopy_pages,
+                pages_confirmed=stats.missing_pages - self.backlog.unacknowledged,
+                memory_pages=stats.memory_bytes // PAGE_SIZE,
+                expected=stats.expected,
+            )
+        )
+
     def give_back(self) -> None:
         """Release the memory that is proportional to the guest, because ``list`` shows a migration
         long after its end.
@@ -176,14 +200,17 @@ class Context:
 
     # ---- the lanes ----
     def take_push_lane(self, connection: LaneConnection, domain: Domain) -> PushLane:
-        self.push = PushLane(
-            connection, self.session, domain, self.cap, self.progress, self.statistics
-        )
+        self.push = PushLane(connection, self.session, domain, self.cap, self.statistics)
         return self.push
 
     def connections(self) -> list[LaneConnection]:
         push = None if self.push is None else self.push.connection
         return [connection for connection in (push, self.pull) if connection is not None]
+
+    @property
+    def bytes_sent(self) -> int:
+        """The number of bytes that were put on the lanes so far."""
+        return self.statistics.bytes_sent + sum(one.bytes_sent for one in self.connections())
 
     def close_lanes(self) -> None:
         for connection in self.connections():

@@ -19,7 +19,7 @@ from typing import Any
 import trio
 
 from migrate.control import server as control
-from migrate.control.client import Json
+from migrate.control.client import Json, outcome
 from migrate.control.server import ControlConnection, decision_of
 from migrate.errors import MigrationError, OccupiedError, UnknownSessionError
 from migrate.lanes.accept import AwaitedLanes, Reception
@@ -39,6 +39,7 @@ from migrate.service.lifecycle import (
     serve_connections,
     until_stopped,
 )
+from migrate.service.progress import keep_measuring
 from migrate.tasks import is_bug, isolated, task_group
 from migrate.units import parse_address
 from sender.migration import OutgoingMigration
@@ -327,6 +328,7 @@ class SenderDaemon:
         """Start the migration's task.  Returns the event that is set when the task has ended."""
         ended = trio.Event()
         self._nursery.start_soon(self._carry_out, migration, ended)
+        self._nursery.start_soon(keep_measuring, migration.context.measure, ended)
         return ended
 
     async def _listen(self, migration: OutgoingMigration, connection: ControlConnection) -> None:
@@ -371,11 +373,13 @@ class SenderDaemon:
 
 
 def _line(migration: OutgoingMigration) -> dict[str, Any]:
+    migration.context.measure()
     progress = {"phase": migration.phase, **asdict(migration.progress)}
     checkpoint_at = progress.pop("checkpoint_at")
     if latency := migration.context.receiver_statistics.get("fault_latency_us"):
         # These count all faults; the last report of the receiver has only the faults before it.
         progress |= {"faults": latency["count"], "latency_us": round(latency["p50"])}
+        progress |= {"longest_wait_us": round(latency["max"])}
     return {
         "id": migration.id,
         "direction": "outgoing",
@@ -385,6 +389,7 @@ def _line(migration: OutgoingMigration) -> dict[str, Any]:
         "handed_over": migration.ownership.handed_over,
         "checkpoint_age_s": round(time.monotonic() - checkpoint_at, 1) if checkpoint_at else None,
         "unknown": migration.unknown,
+        "outcome": outcome(migration.phase, migration.progress.problem),
         **progress,
     }
 
@@ -402,6 +407,7 @@ def _kept_line(entry: Kept) -> Json:
         "handed_over": False,
         "checkpoint_age_s": None,
         "phase": "",
+        "outcome": "",
         **asdict(Progress(problem=entry.problem)),
     }
     del line["checkpoint_at"]

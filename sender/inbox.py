@@ -68,6 +68,8 @@ class Inbox:
                 case m.Report():
                     context.progress.faults = message.faults
                     context.progress.latency_us = message.latency_us
+                case m.Waits():
+                    context.progress.longest_wait_us = message.longest_us
                 case m.Complete():
                     trio.from_thread.run_sync(completed, context, message)
                 case m.Ended() | m.Failed():

@@ -165,7 +165,7 @@ class OutgoingMigration:
     def result(self) -> dict[str, Any]:
         """Return the result, with the JSON keys that docs/commands.md explains."""
         ours, theirs = self.context.statistics.summary(), self.context.receiver_statistics
-        ours["bytes_sent"] += sum(lane.bytes_sent for lane in self.context.connections())
+        ours["bytes_sent"] = self.context.bytes_sent
         return {**theirs, "id": self.id, "domain": self.domain_name, **ours}
 
     # ---- the lifetime ----
@@ -176,6 +176,8 @@ class OutgoingMigration:
         context = self.context
         logs.migration.set(context.id)
         context.statistics.started = time.monotonic()
+        if context.began_here:
+            context.progress.started_at = round(time.time(), 3)
         try:
             if self.ownership.state is State.GIVEN_UP:
                 raise MigrationError(self.progress.problem)

@@ -180,6 +180,10 @@ def _check_table() -> None:
 _check_table()
 
 
+def _ignore(_phase: str) -> None:
+    """Do nothing: nobody wants the phases."""
+
+
 class Ownership:
     """The ownership of one migration.  Any thread may call its methods.
 
@@ -199,7 +203,9 @@ class Ownership:
         """Held while the journal is written."""
         self._state = state
         self._kept = False
-        self.link = Link.LOST
+        self._link = Link.LOST
+        self.on_phase: Callable[[str], object] = _ignore
+        """Called with the phase after each change of the state or of the link."""
         self.inherited = state is not S.OFFERING
         """This process has not resumed the migration of its predecessor yet."""
         self.handed_over = state in _HANDED_OVER
@@ -208,6 +214,15 @@ class Ownership:
     @property
     def state(self) -> State:
         return self._state
+
+    @property
+    def link(self) -> Link:
+        return self._link
+
+    @link.setter
+    def link(self, link: Link) -> None:
+        self._link = link
+        self.on_phase(self.phase)
 
     @property
     def row(self) -> Row:
@@ -277,6 +292,7 @@ class Ownership:
                 self._write(new.step, needed)
             self._state = state
             self.handed_over = self.handed_over or state in _HANDED_OVER
+            self.on_phase(self.phase)
 
     def note(self, *, needed: bool = False) -> None:
         """Write the state's step once more, because another fact has changed.  Raises what

@@ -6,6 +6,7 @@ will not be sent before the switchover.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ from sender.policy import Decision, Policy, PrecopyProgress
 from sender.push import PushLane
 from sender.round import Round
 from sender.source_pages import held, pinned
-from xenbackend.pages import PfnArray
+from xenbackend.pages import PAGE_SIZE, PfnArray
 
 log = logging.getLogger(__name__)
 
@@ -91,12 +92,16 @@ class Precopy:
         while decision is Decision.CONTINUE:
             stats.rounds += 1
             progress.round, progress.pages_done, progress.pages_total = stats.rounds, 0, remaining
+            began = time.monotonic()
             decision = await self._send_round(to_send, remaining, previous)
             previous, remaining = (
                 remaining,
                 await trio.to_thread.run_sync(self._read_after_round, to_send),
             )
             if decision is Decision.CONTINUE:
+                # Otherwise the rest of the round is among the remaining pages.
+                seconds = max(time.monotonic() - began, 1e-6)
+                progress.dirty_bytes_per_s = round(remaining * PAGE_SIZE / seconds)
                 decision = self._decide(stats.rounds, True, remaining, previous)
             log.info("round %d done, %d pages dirty, %s", stats.rounds, remaining, decision.value)
             if (expected := stats.expected) is not None:

@@ -3,7 +3,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
+
+from migrate.options import MigrationOptions
+from migrate.service.progress import STEADY_S, Phases, Rate, rounded, time_left_s
+from sender.policy import CONVERGING, PrecopyProgress
+from xenbackend.pages import PAGE_SIZE
 
 BEFORE_RESTART = (
     "round", "memory_bytes", "total_s", "downtime_s", "precopy", "switchover", "expected",
@@ -17,7 +23,7 @@ OF_CHECKPOINTS = ("checkpoints", "checkpoint_age_s")
 
 @dataclass
 class Progress:
-    """What ``list`` and the progress display show."""
+    """What ``list`` and the progress display show.  ``None``: unknown, or it does not apply."""
 
     round: int = 0
     pages_done: int = 0
@@ -27,6 +33,7 @@ class Progress:
     faults: int = 0
     latency_us: int = 0
     bytes_sent: int = 0
+    """Everything that was put on the lanes."""
     checkpoints: int = 0
     """The number of checkpoints that have arrived.  The guest would continue here from the last."""
     checkpoint_at: float = 0.0
@@ -34,3 +41,129 @@ class Progress:
     unprotected: str = ""
     """Why there are no further checkpoints, although they were requested."""
     problem: str = ""
+    started_at: float | None = None
+    """Seconds since 1970."""
+    elapsed_s: float | None = None
+    """From the start to now, or to the end."""
+    bytes_per_s: float | None = None
+    """At which bytes were sent in the last seconds."""
+    dirty_bytes_per_s: float | None = None
+    """At which the guest has dirtied memory during the last round; each page counts once."""
+    expected_downtime_ms: float | None = None
+    """For which the guest is expected to be frozen if precopy ends as at the end of the last round:
+    by stop-and-copy or by postcopy, whichever is shorter and allowed.
+    """
+    eta_s: float | None = None
+    """Until the migration is expected to be completed."""
+    eta_least_s: float | None = None
+    """Before that time it cannot be completed at the present rate."""
+    faults_per_s: float | None = None
+    longest_wait_us: int | None = None
+    """The longest that a vCPU has waited for a page, or has been waiting for one."""
+    phases: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Now:
+    """What the figures that depend on time are made of."""
+
+    at: float
+    """time.monotonic()"""
+    phase: str
+    has_ended: bool
+    options: MigrationOptions
+    started: float
+    """time.monotonic(); 0: not yet, or it is not known."""
+    finished: float
+    """time.monotonic(); 0: not yet."""
+    bytes_sent: int
+    pages_sent: int
+    """In precopy."""
+    pages_confirmed: int
+    """After the handover."""
+    memory_pages: int
+    expected: PrecopyProgress | None
+
+
+class Meter:
+    """Keeps those values of a :class:`Progress` up to date that depend on time."""
+
+    def __init__(self, progress: Progress):
+        self._progress = progress
+        self.phases = Phases()
+        self._bytes, self._sent, self._confirmed, self._faults = (Rate() for _ in range(4))
+
+    def measure(self, now: Now) -> None:
+        shown = self._progress
+        shown.phases = list(self.phases.began)
+        shown.bytes_sent = now.bytes_sent
+        if now.started:
+            shown.elapsed_s = round((now.finished or now.at) - now.started, 1)
+        shown.bytes_per_s = shown.faults_per_s = shown.eta_s = shown.eta_least_s = None
+        shown.expected_downtime_ms = None
+        if now.has_ended:
+            return
+        self._bytes.add(now.at, now.bytes_sent)
+        shown.bytes_per_s = rounded(self._bytes.per_s(now.at))
+        if now.phase == "precopy":
+            self._sent.add(now.at, now.pages_sent)
+            self._measure_precopy(now, self._sent.per_s(now.at, over_s=STEADY_S))
+        elif now.phase in ("postcopy", "completing", "deciding"):
+            self._faults.add(now.at, shown.faults)
+            shown.faults_per_s = rounded(self._faults.per_s(now.at), 1)
+            self._confirmed.add(now.at, now.pages_confirmed)
+            pages_per_s = self._confirmed.per_s(now.at, over_s=STEADY_S)
+            shown.eta_s = rounded(time_left_s(shown.outstanding, pages_per_s), 1)
+            shown.eta_least_s = shown.eta_s
+
+    def _measure_precopy(self, now: Now, pages_per_s: float | None) -> None:
+        shown = self._progress
+        if now.expected is not None:
+            shown.expected_downtime_ms = rounded(
+                expected_downtime_ms(now.expected, now.options.strategy.pages_after_handover), 1
+            )
+        if not shown.pages_total:  # no round: with `--strategy postcopy`, pages are evicted
+            return
+        left = shown.pages_total - shown.pages_done
+        if not left:  # another round may follow
+            return
+        shown.eta_least_s = rounded(time_left_s(left, pages_per_s), 1)
+        if pages_per_s and shown.dirty_bytes_per_s is not None:
+            rest = rest_of_precopy(
+                left,
+                shown.pages_total,
+                dirty_share=shown.dirty_bytes_per_s / PAGE_SIZE / pages_per_s,
+                memory_pages=now.memory_pages,
+                rounds=now.options.policy.max_rounds - shown.round,
+                enough=now.options.policy.dirty_threshold,
+            )
+            shown.eta_s = rounded(time_left_s(rest, pages_per_s), 1)
+
+
+def expected_downtime_ms(expected: PrecopyProgress, can_page: bool) -> float | None:
+    """Return the shorter one of the expected freezes; ``None`` if none is known."""
+    if not expected.bytes_per_s:
+        return None
+    if can_page and expected.fault_s:
+        return min(expected.stop_and_copy_ms, expected.postcopy_ms)
+    return expected.stop_and_copy_ms
+
+
+def rest_of_precopy(
+    left: int, total: int, *, dirty_share: float, memory_pages: int, rounds: int, enough: int
+) -> int:
+    """Return how many pages are expected to be sent until the migration is completed.
+
+    A round of ``total`` pages has ``left`` pages to go, and ``rounds`` may follow.
+    ``dirty_share``: the pages that the guest dirties while one page is sent.  ``enough``: so few
+    pages are sent while the guest is suspended.  What the last round leaves is sent as well, by
+    stop-and-copy or by postcopy.
+    """
+    rest, before = left, total
+    for _round in range(max(rounds, 0)):
+        dirty = min(round(before * dirty_share), memory_pages)
+        rest += dirty
+        if dirty <= enough or dirty >= before * CONVERGING:
+            return rest
+        before = dirty
+    return rest + min(round(before * dirty_share), memory_pages)

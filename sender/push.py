@@ -19,7 +19,6 @@ from migrate.protocol.messages import Lane
 from migrate.protocol.pfns import NO_PFNS, pieces
 from migrate.protocol.session import Session
 from sender.bandwidth import BandwidthCap
-from sender.progress import Progress
 from sender.source_pages import announce
 from sender.statistics import SenderStatistics
 from xenbackend.contract import Domain
@@ -47,14 +46,12 @@ class PushLane:
         session: Session,
         domain: Domain,
         cap: BandwidthCap,
-        progress: Progress,
         statistics: SenderStatistics,
     ):
         self.connection = connection
         self._session = session
         self._domain = domain
         self._cap = cap
-        self._progress = progress
         self._statistics = statistics
 
     # ---- messages ----
@@ -125,7 +122,6 @@ class PushLane:
                     continue
                 self._session.sent(message, Lane.PUSH)
                 size = self.connection.send_blocking(message, mapped.data)
-            self._progress.bytes_sent += size
             self._statistics.zero_pages += len(message.zeros)
             wait = self._cap.spend(size, time.monotonic())
             if not sent(pfns, message) or (stop is not None and stop.wait(wait)):

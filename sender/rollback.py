@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import trio
 
+from migrate.control.client import RESCUED
 from migrate.errors import GuestEndedError, MigrationError, PeerClosedError
 from migrate.protocol import messages as m
 from migrate.tasks import as_soon_as_threads_start, first, in_thread
@@ -32,7 +33,6 @@ AGAIN_S = 5.0
 """The pause between two attempts to return to a checkpoint, or to destroy the source."""
 ABORT_S = 2.0
 """How long sending ``abort`` to a connected destination may take."""
-WENT_BACK = "the guest continues here, as it was when the last checkpoint was made"
 
 
 class Rollback:
@@ -235,7 +235,7 @@ class Rollback:
         self._waited.set()
         log.warning("%s continues here, as it was at the last checkpoint", context.name)
         await context.toolstack.finish(self._source.domain)
-        self._source.domain, context.progress.problem = domain, WENT_BACK
+        self._source.domain, context.progress.problem = domain, RESCUED
 
     def _new_domain(self) -> Domain:
         """Return the domain in which the guest will continue.  A guest keeps its UUID, so the
@@ -317,7 +317,7 @@ def error_of_decision(state: State) -> MigrationError:
     if state is State.DECIDED_ELSEWHERE:
         return GuestEndedError("an operator has decided that nothing of the guest is needed here")
     if state is State.RETURNING:
-        return StaysHereError(WENT_BACK)
+        return StaysHereError(RESCUED)
     return StaysHereError("an operator has decided that the guest does not run at the destination")
 
 

@@ -159,6 +159,11 @@ class DestinationPages:
         """The number of requests that are not answered."""
         return int(self.native.nr_waiting)
 
+    def waits_since(self) -> float | None:
+        """Return the time of the oldest request for which a vCPU waits; ``None`` if none does."""
+        waiting = _waiting(self.native.waiting, self.nr_waiting)
+        return min((since for request, since in waiting if request.vcpu_waits), default=None)
+
     def requested(self) -> PfnArray:
         """The pages for which vCPUs wait and which are not being loaded, ascending."""
         waiting = self.native.waiting[0 : self.nr_waiting]

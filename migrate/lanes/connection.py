@@ -121,6 +121,7 @@ class LaneConnection:
         self._cut_off = False
         self.capabilities: frozenset[str] = frozenset()
         self.bytes_sent = 0
+        self.bytes_received = 0
         self._tcp = sock.family in (socket.AF_INET, socket.AF_INET6)
         if self._tcp:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -243,6 +244,7 @@ class LaneConnection:
 
     def _received(self, count: int) -> None:
         self.received_at = time.monotonic()
+        self.bytes_received += count
         if self._silent_s:
             raise PeerClosedError(f"the peer has sent nothing for {self._silent_s:g} s")
         if not count:

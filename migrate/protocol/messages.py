@@ -54,7 +54,11 @@ ALIVE_EACH_SECOND = "alive-each-second"
 """This end pauses for at most a second between two messages on a lane."""
 PROOF = "proof"
 """This end proves that it has the session's key when it answers a lane that resumes the session."""
-CAPABILITIES = frozenset({CHECKSUMS, PAUSED, LOST, UNPROTECTED, RECALL, ALIVE_EACH_SECOND, PROOF})
+WAITS = "waits"
+"""The message."""
+CAPABILITIES = frozenset(
+    {CHECKSUMS, PAUSED, LOST, UNPROTECTED, RECALL, ALIVE_EACH_SECOND, PROOF, WAITS}
+)
 """What this end can do.  A capability is used if one end requires it or both ends offer it."""
 
 
@@ -319,6 +323,15 @@ class Report(Message):
 
 
 @dataclass(frozen=True, eq=False)
+class Waits(Message):
+    """What ``report`` lacks.  Sent only to a peer that offers :data:`WAITS`."""
+
+    type = "waits"
+    longest_us: int = uint_field(2**63)
+    """The longest that a vCPU has waited for a page, or has been waiting for one."""
+
+
+@dataclass(frozen=True, eq=False)
 class Written(Pages):
     """Pages of a checkpoint, which the guest has written at the destination; as :class:`Pages`."""
 
@@ -420,8 +433,8 @@ TYPES: dict[str, type[Message]] = {
     for cls in (
         Hello, Alive, Offer, Pages, Defer, Barrier, Suspended, Missing, Context, Entrust, Handover,
         Kept, Rejoin, Completed, Abort, Lost, Recall, Accepted, Refused, Passed, Ready, Resumed,
-        Loaded, Dropped, Report, Written, Checkpoint, Unprotected, Outstanding, Rejoined, Complete,
-        Ended, Failed, Fault, Ahead,
+        Loaded, Dropped, Report, Waits, Written, Checkpoint, Unprotected, Outstanding, Rejoined,
+        Complete, Ended, Failed, Fault, Ahead,
     )
 }  # fmt: skip
 FIELDS: dict[type[Message], dict[str, Parser]] = {

@@ -112,6 +112,7 @@ RULES: dict[type[Message], Rule] = {
     m.Loaded: Rule(R, PAGING),
     m.Dropped: Rule(R, PAGING),
     m.Report: Rule(R, PAGING),
+    m.Waits: Rule(R, PAGING),
     m.Written: Rule(R, (P.POSTCOPY,)),
     m.Checkpoint: Rule(R, (P.POSTCOPY,)),
     m.Unprotected: Rule(R, (P.POSTCOPY, P.COMPLETE)),

@@ -37,6 +37,7 @@ EXAMPLES: list[m.Message] = [
     m.Loaded(pfn_array([1, 2])),
     m.Dropped(pfn_array([3])),
     m.Report(10, 20, 30),
+    m.Waits(40),
     m.Written(pfn_array([1, 5]), pfn_array([2]), pfn_array([9])),
     m.Checkpoint(b"registers", True),
     m.Unprotected("another program has switched its log-dirty off"),
@@ -86,6 +87,7 @@ STORY: list[tuple[Role, m.Message, Lane]] = [
     (R, m.Loaded(ONE), PUSH),
     (R, m.Dropped(ONE), PUSH),
     (R, m.Report(0, 0, 0), PUSH),
+    (R, m.Waits(0), PUSH),
     (R, m.Complete(b"{}"), PUSH),
     (S, m.Completed(), PUSH),
 ]

@@ -54,6 +54,7 @@ VERSION_1 = {
     "lost": "reason",  # only with the capability of that name
     "unprotected": "reason",  # only with the capability of that name
     "recall": "reason",  # only with the capability of that name
+    "waits": "longest_us",  # only with the capability of that name
 }
 """Each message of the protocol's version 1, with its fields."""
 PROTOCOL = Path(__file__).parents[2] / "docs/protocol.md"

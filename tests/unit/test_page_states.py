@@ -280,12 +280,21 @@ class TestOutstandingPages:
         pages = self.pages(5, 6)
         pages.requests([request(5), request(6)], 1.5)
         pages.requests([request(5, vcpu=1)], 2.5)
+        assert pages.waits_since() == 1.5
         assert pages.requested().tolist() == [5, 6]
         pages.claim(pfn_array([5]))
         assert pages.requested().tolist() == [6]
         actions = pages.finished(pfn_array([5]), np.zeros(1, dtype=np.int32))
         assert actions.answer == [(request(5), 1.5), (request(5, vcpu=1), 2.5)]
         assert pages.waiting == 1
+
+    def test_the_longest_wait_is_of_those_who_wait(self) -> None:
+        pages = self.pages(5, 6)
+        assert pages.waits_since() is None
+        pages.requests([request(5)], 1.5)
+        pages.requests([request(6, flags=MEM_PAGING_EVICT_FAIL)], 2.5)
+        assert self.load(pages, 5) == [request(5)]
+        assert pages.waits_since() == 2.5
 
     def test_as_many_requests_wait_as_a_ring_has_slots_and_one_more_changes_nothing(self) -> None:
         pages = self.pages(*range(NR))
