@@ -62,6 +62,28 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
+def human_seconds(seconds: float) -> str:
+    """Return ``0.4 s``, ``12 s``, ``3 min 5 s``, ``2 h 10 min`` or ``3 d 4 h``.  An ``int`` has no
+    decimal.
+    """
+    if type(seconds) is float and seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 100:
+        return f"{whole} s"
+    for size, unit, part, smaller in ((60, "min", 1, "s"), (3600, "h", 60, "min")):
+        if whole < 60 * size:
+            return f"{whole // size} {unit} {whole % size // part} {smaller}"
+    return f"{whole // 86400} d {whole % 86400 // 3600} h"
+
+
+def human_us(us: float) -> str:
+    """Return ``350 us``, ``12.3 ms`` or what :func:`human_seconds` returns."""
+    if us < 999.5:
+        return f"{us:.0f} us"
+    return f"{us / 1000:.3g} ms" if us < 999_500 else human_seconds(us / 1e6)
+
+
 def pauses(first_s: float, last_s: float, *, growth: float = 1.05) -> Iterator[float]:
     """Return the pauses between polls, or between attempts.  Each pause is ``growth`` times the
     pause before it, up to ``last_s``.

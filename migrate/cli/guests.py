@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from migrate.cli.options import Number, Size, WholeNumber
-from migrate.cli.text import echo, table
+from migrate.cli.text import echo, json_option, table
 from migrate.errors import MigrationError
 from migrate.units import counted, human_bytes
 from xenbackend.contract import DomainState
@@ -139,21 +140,38 @@ host_option = click.option(
 @click.argument("name")
 @host_option
 @guest_options
-def create(name: str, host_path: Path, **options: Any) -> None:
+@json_option
+def create(name: str, host_path: Path, as_json: bool, **options: Any) -> None:
     """Boot a guest."""
     spec = guest_spec(name, **options)
     domain = SimulatedHypervisor(host_path).create_guest(spec.to_bytes())
-    echo(
+    facts = {
+        "name": name, "domid": domain.domid, "memory_bytes": spec.memory_bytes,
+        "vcpus": spec.vcpus, "workload": spec.workload,
+    }  # fmt: skip
+    text = (
         f"{name}: domain {domain.domid}, {human_bytes(spec.memory_bytes)}, "
         f"{counted(spec.vcpus, 'vCPU')}, {spec.workload}"
     )
+    echo(json.dumps(facts) if as_json else text)
 
 
 @simulated_guest_command.command("list")
 @host_option
-def list_guests(host_path: Path) -> None:
+@json_option
+def list_guests(host_path: Path, as_json: bool) -> None:
     """List the host's domains."""
     domains = SimulatedHypervisor(host_path).domains()
+    if as_json:
+        facts = [
+            {
+                "domid": info.domid, "name": info.name, "memory_bytes": info.tot_pages * 4096,
+                "vcpus": info.vcpus, "state": info.state.value, "reason": info.reason,
+            }
+            for info in domains
+        ]  # fmt: skip
+        echo(json.dumps(facts, indent=2))
+        return
     titles = ("ID", "NAME", "MEMORY", "VCPUS", "STATE")
     rows = [
         (
@@ -171,7 +189,8 @@ def list_guests(host_path: Path) -> None:
 @simulated_guest_command.command("verify")
 @click.argument("name")
 @host_option
-def verify_guest(name: str, host_path: Path) -> None:
+@json_option
+def verify_guest(name: str, host_path: Path, as_json: bool) -> None:
     """Check the guest's memory against what the guest wrote.
 
     The guest is stopped for a moment.
@@ -187,7 +206,9 @@ def verify_guest(name: str, host_path: Path) -> None:
             domain.resume()
     if not result.ok:
         raise MigrationError(f"{name}: " + "; ".join(result.problems))
-    echo(f"{name}: {result.pages} pages are what the guest wrote")
+    text = f"{name}: {result.pages} pages are what the guest wrote"
+    facts = {"name": name, "verified": True, "pages": result.pages}
+    echo(json.dumps(facts) if as_json else text)
 
 
 @simulated_guest_command.command("destroy")

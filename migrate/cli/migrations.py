@@ -14,15 +14,19 @@ from typing import Any
 
 import click
 
+from migrate.cli import shown
+from migrate.cli.events import EVERY_S
+from migrate.cli.figures import how_it_is, table_of
 from migrate.cli.migrate import STAYS, in_words
 from migrate.cli.options import RECEIVER_SOCKET, SENDER_SOCKET, F, socket_option
-from migrate.cli.progress import ProgressDisplay
-from migrate.cli.text import echo, table
+from migrate.cli.progress import EventLines, ProgressDisplay, TableDisplay
+from migrate.cli.terminal import size_of
+from migrate.cli.text import echo, json_option, report
 from migrate.control.client import ANSWER_S, CANCELLED, ENDED, ControlClient
 from migrate.errors import MigrationError, SilentDaemonError, UnknownMigrationError
 from xenbackend.unix import STARTING_S
 
-WATCH_EVERY_S = 0.5
+WATCH_EVERY_S = 0.25
 
 
 DEFAULT_SOCKETS = (SENDER_SOCKET, RECEIVER_SOCKET)
@@ -114,73 +118,57 @@ def under_way_first(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(lines, key=lambda line: line["phase"] in ENDED)
 
 
-def problem(line: dict[str, Any]) -> str:
-    """Return why a migration has ended or waits, or why its guest is not protected any more."""
-    if line["problem"]:
-        return f"{line['problem']}{io_limit(line)}"
-    return line.get("unprotected", "") and f"not protected any more: {line['unprotected']}"
-
-
-def io_limit(line: dict[str, Any]) -> str:
-    """Return when the guest's I/O to missing pages fails, as text; empty if that cannot happen."""
-    left_s = line.get("io_fails_in_s")
-    if left_s is None:
-        return ""
-    if left_s:
-        return f"; its I/O to missing pages fails in {left_s:.0f} s"
-    return "; its I/O to missing pages has failed: look for I/O errors in the guest"
-
-
-def known(line: dict[str, Any], key: str) -> Any:
-    """Return a value for people: "-" if the daemon does not have the value, which is 0 in JSON."""
-    return "-" if key in line.get("unknown", ()) else line[key]
-
-
-def in_a_line(value: Any) -> str:
-    """Return a value of JSON as people read it; empty if there is nothing to show."""
-    match value:
-        case None:
-            return ""
-        case bool():
-            return "yes" if value else "no"
-        case dict():
-            inner = {k: v for k, v in value.items() if not isinstance(v, dict)}
-            return ", ".join(f"{k.replace('_', ' ')} {in_a_line(v)}" for k, v in inner.items())
-        case _:
-            return str(value)
-
-
 @click.command("list")
 @sockets_option
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
-def list_command(socket_paths: tuple[Path, ...], as_json: bool) -> None:
+@click.option(
+    "--watch", is_flag=True,
+    help="Again and again, until Ctrl-C.  With --json: a line for each change and each second.",
+)  # fmt: skip
+def list_command(socket_paths: tuple[Path, ...], as_json: bool, watch: bool) -> None:
     """List the migrations of the daemons on this host.
 
+    DONE: how much of the round of precopy, or of the pages missing at the handover, is done.
     OUTSTANDING: the pages that the destination lacks.  PROBLEM: why the phase is what it is, and
-    usually what to do.  "-": the daemon does not have the value.
+    usually what to do.  "-": the daemon does not have the value.  A narrow terminal has fewer
+    columns.
     """
+    if watch:
+        _watch_all(socket_paths, as_json)
+        return
     answers = _ask_all(socket_paths, command="list")
-    lines = [
+    lines = _lines(answers)
+    if as_json:
+        echo(json.dumps(lines, indent=2))
+    else:
+        width = size_of(sys.stdout).columns if sys.stdout.isatty() else None
+        echo(table_of(lines, width, time.time()))
+    answers.check_complete()
+
+
+def _lines(answers: Answers) -> list[dict[str, Any]]:
+    return [
         line
         for answer in answers.results
         # A daemon of an earlier release does not have the key ``kept``.
         for line in (*answer["migrations"], *answer.get("kept", ()))
     ]
-    if as_json:
-        echo(json.dumps(lines, indent=2))
-        answers.check_complete()
-        return
-    titles = ("ID", "DOMAIN", "DIRECTION", "PHASE", "OUTSTANDING", "PROBLEM")
-    rows = [
-        (
-            line["id"][:8],
-            *(known(line, key) for key in ("domain", "direction", "phase", "outstanding")),
-            problem(line),
-        )
-        for line in lines
-    ]
-    echo(table(titles, rows, numbers="OUTSTANDING"))
-    answers.check_complete()
+
+
+def _watch_all(socket_paths: tuple[Path, ...], as_json: bool) -> None:
+    """Show all migrations until the command is interrupted."""
+    display = EventLines() if as_json else TableDisplay(sys.stdout)
+    answers = _ask_all(socket_paths, command="list")
+    try:
+        while True:
+            display.show(_lines(answers), "; ".join(map(str, answers.silent)))
+            time.sleep(WATCH_EVERY_S if as_json else EVERY_S)
+            try:
+                answers = _ask_all(socket_paths, command="list")
+            except MigrationError as error:  # the daemons may be started again
+                answers = Answers(silent=[error])
+    finally:
+        display.close()
 
 
 @click.command("show")
@@ -192,38 +180,31 @@ def show_command(migration: str, socket_paths: tuple[Path, ...], as_json: bool) 
 
     Each daemon on this host that has the migration answers.
     """
-    found = []
     answers = _ask_all(socket_paths, command="show", migration=migration)
-    for answer in answers.results:
-        del answer["event"]
-        found.append(answer)
+    found = [{key: answer[key] for key in answer if key != "event"} for answer in answers.results]
     if as_json:
         echo(json.dumps(found, indent=2))
-        answers.check_complete()
-        return
-    for answer in found:
-        details = answer.pop("details")
-        # For a key that both have, the details are final at the end; before, the progress is newer.
-        both = {**answer, **details} if answer["phase"] in ENDED else {**details, **answer}
-        keys = dict.fromkeys((*answer, *details))
-        keys.pop("unknown", None)
-        for key in keys:
-            value = in_a_line(known(both, key))
-            if value:
-                echo(f"{key.replace('_', ' '):22} {value}")
-        echo("")
+    else:
+        for answer in found:
+            for line in shown.lines(answer, time.time()):
+                echo(line)
+            echo("")
     answers.check_complete()
 
 
 @click.command("watch")
 @migration_argument
 @sockets_option
-def watch_command(migration: str, socket_paths: tuple[Path, ...]) -> None:
+@click.option(
+    "--json", "as_json", is_flag=True,
+    help="One JSON object on a line for each change, and one each second.",
+)  # fmt: skip
+def watch_command(migration: str, socket_paths: tuple[Path, ...], as_json: bool) -> None:
     """Follow a migration until it ends.
 
     The exit status is 0 if MIGRATION was completed, and 1 if not.  Ctrl-C ends this command only.
     """
-    display = ProgressDisplay(sys.stderr)
+    display, events = ProgressDisplay(sys.stderr), EventLines()
     silent: list[MigrationError] = []
     try:
         while True:
@@ -235,17 +216,21 @@ def watch_command(migration: str, socket_paths: tuple[Path, ...]) -> None:
                 socket_paths = answers.sockets  # daemons that have not answered are not asked again
             line = under_way_first(answers.results)[0]
             migration = line["id"]  # the guest's name may also be that of another migration
+            if as_json:
+                events.show([one for one in answers.results if one["id"] == migration])
             if line["phase"] in ENDED:
                 break
-            display.show(line)
+            if not as_json:
+                display.show(line)
             time.sleep(WATCH_EVERY_S)
     finally:
         display.close()
     if line["problem"].startswith(CANCELLED):
         raise in_words(line["domain"], MigrationError(line["problem"]))
     if line["phase"] != "completed":
-        raise MigrationError(f"{line['domain']}: {line['phase']}: {line['problem']}")
-    echo(f"{line['domain']}: completed")
+        raise MigrationError(f"{line['domain']}: {how_it_is(line)}: {line['problem']}")
+    if not as_json:
+        echo(f"{line['domain']}: completed")
     if silent:
         raise MigrationError(
             "another daemon on this host did not answer, and may have something else to report"
@@ -255,36 +240,41 @@ def watch_command(migration: str, socket_paths: tuple[Path, ...]) -> None:
 @click.command("postcopy-now")
 @migration_argument
 @socket_option(SENDER_SOCKET, "the local sender")
-def postcopy_now_command(migration: str, socket_path: Path) -> None:
+@json_option
+def postcopy_now_command(migration: str, socket_path: Path, as_json: bool) -> None:
     """End the precopy of a migration and switch over now."""
     with ControlClient(socket_path, wait_s=STARTING_S, answer_s=ANSWER_S) as client:
         client.call(command="postcopy-now", migration=migration)
-    echo(f"{migration}: the sender ends precopy and switches over", err=True)
+    text = f"{migration}: the sender ends precopy and switches over"
+    report(text, as_json, migration=migration, done="postcopy-now")
 
 
 @click.command("cancel")
 @migration_argument
 @sockets_option
-def cancel_command(migration: str, socket_paths: tuple[Path, ...]) -> None:
+@json_option
+def cancel_command(migration: str, socket_paths: tuple[Path, ...], as_json: bool) -> None:
     """Cancel a migration before its switchover.
 
     The guest continues at its source.
     """
     answers = _ask_all(socket_paths, command="cancel", migration=migration)
-    echo(f"{migration}: cancelled; {STAYS}", err=True)
+    report(f"{migration}: cancelled; {STAYS}", as_json, migration=migration, done="cancel")
     answers.check_complete()
 
 
 @click.command("reconnect")
 @migration_argument
 @sockets_option
-def reconnect_command(migration: str, socket_paths: tuple[Path, ...]) -> None:
+@json_option
+def reconnect_command(migration: str, socket_paths: tuple[Path, ...], as_json: bool) -> None:
     """Have an interrupted migration reconnect at once.
 
     Without this command the daemon tries after a pause, which grows to ten seconds.
     """
     answers = _ask_all(socket_paths, command="reconnect", migration=migration)
-    echo(f"{migration}: the daemon now tries to reach the other host", err=True)
+    text = f"{migration}: the daemon now tries to reach the other host"
+    report(text, as_json, migration=migration, done="reconnect")
     answers.check_complete()
 
 
@@ -294,9 +284,11 @@ def reconnect_command(migration: str, socket_paths: tuple[Path, ...]) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask.  Needed if there is no terminal.")
 @click.option("--force", is_flag=True, help="Also against what the other host has reported.")
 @sockets_option
+@json_option
 def decide_command(
-    migration: str, where: str, yes: bool, force: bool, socket_paths: tuple[Path, ...]
-) -> None:
+    migration: str, where: str, yes: bool, force: bool, socket_paths: tuple[Path, ...],
+    as_json: bool,
+) -> None:  # fmt: skip
     """State where a guest runs, if the other host is lost.
 
     After the link was lost each host waits for the other, because only the other host has the facts
@@ -325,8 +317,8 @@ def decide_command(
     decision = {"migration": meant, "here": where == "here", "force": force}
     for line in under_way:
         why = f": {line['problem']}" if line["problem"] else ""
-        echo(f"{line['domain']} ({line['direction']}, {line['phase']}){why}")
-        echo(f"known of the other end: {line.get('known', 'nothing')}")
+        echo(f"{line['domain']} ({line['direction']}, {line['phase']}){why}", err=as_json)
+        echo(f"known of the other end: {line.get('known', 'nothing')}", err=as_json)
         _check_decision(answers.sockets, decision)
         if not yes and not sys.stdin.isatty():
             raise MigrationError(
@@ -334,10 +326,12 @@ def decide_command(
                 "confirmation"
             )
         if not yes:
-            click.confirm(f"Decide that {line['domain']} runs {where}?", abort=True)
+            question = f"Decide that {line['domain']} runs {where}?"
+            click.confirm(question, abort=True, err=as_json)
     _ask_all(answers.sockets, answer_s=0, command="decide", **decision)
     runs = "runs at this host" if where == "here" else "does not run at this host"
-    echo(f"{migration}: decided that the guest {runs}", err=True)
+    text = f"{migration}: decided that the guest {runs}"
+    report(text, as_json, migration=migration, done="decide", where=where)
 
 
 def _check_decision(sockets: tuple[Path, ...], decision: dict[str, Any]) -> None:

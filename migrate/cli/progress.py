@@ -1,38 +1,30 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The progress of a migration: a live line on a terminal, a line per event elsewhere."""
+"""What follows migrations: drawn again on a terminal, printed now and then elsewhere, or printed as
+events.
+"""
 
 from __future__ import annotations
 
+import json
 import time
-from collections import deque
 from typing import Any, TextIO
 
-from migrate.units import counted, human_bytes, printable
+from migrate.cli.events import CHANGES, Events
+from migrate.cli.figures import fit, in_full, progress_fields, table_of
+from migrate.cli.terminal import Area, is_live
+from migrate.cli.text import echo
+from migrate.control.client import ENDED
+from migrate.units import printable
 
-PLAIN_EVERY_S = 5.0
-RATE_S = 3.0
-SHOWN = ("precopy", "switchover", "deciding", "postcopy", "interrupted", "in doubt")
+FIRST_PLAIN_S, LAST_PLAIN_S = 5.0, 60.0
+"""The first and the longest pause between two lines elsewhere.  A pause is a tenth of the time so
+far.
+"""
+SHOWN = (
+    "precopy", "switchover", "deciding", "postcopy", "completing", "interrupted", "in doubt",
+    "held", "lost",
+)  # fmt: skip
 """The phases that are shown.  The others are short, or end in a message of their own."""
-
-
-class Rate:
-    """The rate at which a number of bytes has grown in the last :data:`RATE_S`.
-
-    With a cap the sender sends in bursts, so between two answers it may have sent nothing.
-    """
-
-    def __init__(self) -> None:
-        self._samples: deque[tuple[float, int]] = deque()
-
-    def add(self, now: float, count: int) -> None:
-        self._samples.append((now, count))
-        while self._samples[0][0] < now - RATE_S and len(self._samples) > 2:
-            self._samples.popleft()
-
-    @property
-    def bytes_per_s(self) -> float:
-        (then, before), (now, count) = self._samples[0], self._samples[-1]
-        return max(0.0, (count - before) / (now - then)) if now > then else 0.0
 
 
 class ProgressDisplay:
@@ -42,74 +34,89 @@ class ProgressDisplay:
 
     def __init__(self, stream: TextIO):
         self._stream = stream
-        self._live = stream.isatty()
-        self._bar: Any = None
+        self._area = Area(stream) if is_live(stream) else None
         self._stage: tuple[str, int, bool] | None = None
-        self._last_line = 0.0
-        self._rate = Rate()
+        self._began = self._printed = time.monotonic()
 
     def show(self, p: dict[str, Any]) -> None:
-        self._rate.add(time.monotonic(), p.get("bytes_sent", 0))
         stage = (p["phase"], p.get("round", 0), bool(p["problem"]))
         if p["phase"] not in SHOWN:
             return
         is_new = stage != self._stage
         self._stage = stage
-        if self._live:
-            if is_new:
-                self.close()
-            if is_new and p["problem"]:  # the live line is cut off at the edge of the terminal
+        if self._area is None:
+            if is_new or self._is_due():
                 self._print(p)
-            self._show_bar(p)
-        elif is_new or time.monotonic() - self._last_line > PLAIN_EVERY_S:
-            self._last_line = time.monotonic()
+            return
+        if is_new and p["problem"]:  # the line is cut off at the edge of the terminal
+            self._area.clear()
             self._print(p)
-
-    def _print(self, p: dict[str, Any]) -> None:
-        line = ": ".join(filter(None, (self._title(p), self._details(p))))
-        print(printable(line), file=self._stream, flush=True)
+        self._area.draw([fit(progress_fields(p), self._area.size.columns)])
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        if self._area is not None:
+            self._area.clear()
 
-    def _show_bar(self, p: dict[str, Any]) -> None:
-        from tqdm import tqdm
+    def _is_due(self) -> bool:
+        now = time.monotonic()
+        pause_s = min(max((now - self._began) / 10, FIRST_PLAIN_S), LAST_PLAIN_S)
+        return now - self._printed > pause_s
 
-        total = p.get("pages_total") or None
-        if self._bar is None:
-            bar = " {bar:20} {percentage:3.0f}%" if total else ""
-            self._bar = tqdm(
-                desc=printable(self._title(p)), total=total, file=self._stream,
-                leave=False, unit=" pages", dynamic_ncols=True,
-                bar_format=f"{{desc}}{bar}{{postfix}}",
-            )  # fmt: skip
-        self._bar.total = total
-        self._bar.n = min(p["pages_done"], total) if total else 0
-        self._bar.set_description_str(printable(self._title(p)), refresh=False)
-        self._bar.set_postfix_str(printable(self._details(p)), refresh=True)
+    def _print(self, p: dict[str, Any]) -> None:
+        self._printed = time.monotonic()
+        print(printable(in_full(progress_fields(p))), file=self._stream, flush=True)
 
-    @staticmethod
-    def _title(p: dict[str, Any]) -> str:
-        in_rounds = p["phase"] == "precopy" and "round" in p
-        return f"{p['domain']}: {p['phase']}" + (f", round {p['round']}" if in_rounds else "")
 
-    def _details(self, p: dict[str, Any]) -> str:
-        if p["problem"]:
-            return str(p["problem"])
-        parts = []
-        if "bytes_sent" in p:
-            parts.append(f"{human_bytes(self._rate.bytes_per_s)}/s")
-        if p["phase"] == "precopy" and "pages_total" in p:
-            parts.append(f"{p['pages_done']} of {p['pages_total']} pages")
-        if p.get("handed_over", p["phase"] not in ("precopy", "switchover")):
-            parts.append(counted(p["outstanding"], "page") + " outstanding")
-            if p.get("checkpoint_age_s") is not None:
-                parts.append(f"protected as of {p['checkpoint_age_s']:.1f} s ago")
-            if p.get("unprotected"):
-                parts.append("not protected any more")
-            if "faults" in p:
-                latency = f" at {p['latency_us']} us" if p["faults"] else ""
-                parts.append(counted(p["faults"], "fault") + latency)
-        return ", ".join(parts)
+class EventLines:
+    """Prints the events of migrations, each as one JSON object on a line."""
+
+    def __init__(self) -> None:
+        self._events: dict[tuple[str, str], Events] = {}
+        self._silent = ""
+
+    def show(self, lines: list[dict[str, Any]], silent: str = "") -> None:
+        """``silent``: which daemons have not answered; printed on standard error."""
+        if silent and silent != self._silent:
+            echo(f"xen-postcopy: {silent}", err=True)
+        self._silent = silent
+        for line in lines:
+            events = self._events.setdefault((line["id"], line["direction"]), Events())
+            for event in events.lines(time.time(), line):
+                echo(json.dumps(event))
+
+    def close(self) -> None:
+        """Do nothing: each line is complete."""
+
+
+class TableDisplay:
+    """Shows the table of ``list``: drawn again on a terminal; elsewhere again after a change, and
+    now and then while a migration is under way.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._area = Area(stream) if is_live(stream) else None
+        self._before: object = None
+        self._printed = 0.0
+
+    def show(self, lines: list[dict[str, Any]], silent: str = "") -> None:
+        """``silent``: which daemons have not answered."""
+        if self._area is not None:
+            size = self._area.size
+            rows = table_of(lines, size.columns, time.time()).split("\n")
+            rows += [silent] if silent else []
+            if len(rows) > size.lines:
+                more = len(rows) - size.lines + 1
+                rows[size.lines - 1 :] = [f"... and {more} more"]
+            self._area.draw(rows)
+            return
+        changes = [silent, *({key: line.get(key) for key in ("id", *CHANGES)} for line in lines)]
+        is_under_way = any(line["phase"] not in ENDED for line in lines)
+        is_due = is_under_way and time.monotonic() - self._printed > FIRST_PLAIN_S
+        if changes != self._before or is_due:
+            self._before, self._printed = changes, time.monotonic()
+            echo(table_of(lines, None, time.time()))
+            echo(silent)
+
+    def close(self) -> None:
+        if self._area is not None:
+            self._area.clear()

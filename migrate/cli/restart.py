@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 
 import click
 
 from migrate.cli.options import RECEIVER_SOCKET, SENDER_SOCKET
-from migrate.cli.text import echo
+from migrate.cli.text import echo, json_option
 from migrate.control.client import ANSWER_S, ENDED, ControlClient
 from migrate.errors import MigrationError
 from xenbackend import release
@@ -22,7 +23,8 @@ DAEMONS = {
 
 
 @click.command("restart-idle")
-def restart_idle_command() -> None:
+@json_option
+def restart_idle_command(as_json: bool) -> None:
     """Restart the daemons of this host that no guest needs.
 
     The package does this when it was upgraded.  A daemon that guests need is not restarted, and is
@@ -36,21 +38,23 @@ def restart_idle_command() -> None:
     for unit, path in DAEMONS.items():
         if not _runs(unit):
             continue
+        guests, problem, text = [], "", f"{unit} was restarted"
         try:
             guests = guests_of(path)
         except MigrationError as error:
-            echo(f"{unit} was not restarted, because it does not name its guests: {error}")
-            continue
+            problem = str(error)
+            text = f"{unit} was not restarted, because it does not name its guests: {problem}"
         if guests:
-            echo(
+            text = (
                 f"{unit} was not restarted, because guests need it: {', '.join(guests)}.  It still "
                 "runs the release with which it was started.  When `xen-postcopy list` shows that "
                 "their migrations have ended: xen-postcopy restart-idle"
             )
-        elif _systemctl("restart", unit):
+        restarts = not guests and not problem
+        if restarts and _systemctl("restart", unit):
             raise MigrationError(f"{unit} was not restarted: see systemctl status {unit}")
-        else:
-            echo(f"{unit} was restarted")
+        facts = {"unit": unit, "restarted": restarts, "guests": guests, "problem": problem}
+        echo(json.dumps(facts) if as_json else text)
 
 
 def guests_of(path: Path) -> list[str]:

@@ -7,6 +7,7 @@ such a text contains.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,3 +34,11 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[object]], *, numbers: s
 
 def echo(text: Any, *, err: bool = False) -> None:
     click.echo(printable(str(text)) if text else "", err=err)
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="As JSON.")
+
+
+def report(text: str, as_json: bool, **facts: Any) -> None:
+    """Report what a command has done: in words on standard error, or as JSON on standard output."""
+    echo(json.dumps(facts) if as_json else text, err=not as_json)

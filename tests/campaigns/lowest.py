@@ -19,7 +19,7 @@ from tests.tree.listing import TREE, files
 
 FOLDER = TREE / "build/lowest"
 CLONE, PYTHON = FOLDER / "tree", FOLDER / "venv/bin/python"
-TOOLS = ("pytest", "pytest-timeout", "pytest-trio", "pytest-xdist", "hypothesis", "trustme")
+TOOLS = ("pytest", "pytest-timeout", "pytest-trio", "pytest-xdist", "hypothesis", "trustme", "pyte")
 PROJECT = tomllib.loads((TREE / "pyproject.toml").read_text())
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not serial", "-n", "3")
 

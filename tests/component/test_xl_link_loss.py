@@ -15,7 +15,7 @@ from random import Random
 
 import pytest
 
-from migrate.cli.migrations import problem
+from migrate.cli.figures import problem
 from migrate.cli.world import loopback_world, start_receiver, start_sender, wait_for_steps
 from migrate.errors import MigrationError
 from receiver.toolstack import GRANT_RETRY_S

@@ -182,8 +182,8 @@ def test_show_and_watch(world: World, name: str) -> None:
     result = answer["result"]
     shown = run("show", result["id"][:8])
     assert shown.returncode == 0 and "outgoing" in shown.stdout and "incoming" in shown.stdout
-    assert "fault latency us" in shown.stdout
-    assert "handed over            yes\n" in shown.stdout and ", missing pages " in shown.stdout
+    assert "fault latency          " in shown.stdout
+    assert "handed over            yes\n" in shown.stdout and " missing pages\n" in shown.stdout
     found = json.loads(run("show", name, "--json").stdout)
     assert [answer["id"] for answer in found] == [result["id"]] * 2
     counts = [answer["details"]["fault_latency_us"]["count"] for answer in found]

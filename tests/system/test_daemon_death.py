@@ -132,7 +132,7 @@ def test_what_a_successor_does_not_know_is_shown_as_unknown(world: World) -> Non
     assert row.split()[1:5] == ["guest", "outgoing", "interrupted", "-"]
     shown = zygote.run([*PROGRAM, "show", "guest", *socket], timeout=WAIT_S).stdout
     values = {line[:22].rstrip(): line[23:] for line in shown.splitlines()}
-    for key in ("outstanding", "memory bytes", "downtime s", "precopy"):
+    for key in ("outstanding", "memory", "downtime", "precopy"):
         assert values[key] == "-"
     assert "unknown" not in values
     start_anew(world, "receiver")

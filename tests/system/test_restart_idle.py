@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,3 +109,23 @@ def test_a_daemon_that_is_not_restarted_is_an_error(
     monkeypatch.setattr(restart, "_systemctl", lambda verb, *_: verb == "restart")
     with pytest.raises(MigrationError, match="sender was not restarted"):
         restart.restart_idle_command.main([], standalone_mode=False)
+
+
+def test_what_was_restarted_is_printed_as_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def guests_of(path: Path) -> list[str]:
+        if path.name == "none":
+            raise MigrationError("it hangs")
+        return ["web"] if path.name == "needed" else []
+
+    names = ("idle", "needed", "none")
+    monkeypatch.setattr(restart, "DAEMONS", {name: Path(name) for name in names})
+    monkeypatch.setattr(restart, "_systemctl", lambda *_arguments: 0)
+    monkeypatch.setattr(restart, "guests_of", guests_of)
+    restart.restart_idle_command.main(["--json"], standalone_mode=False)
+    assert [json.loads(text) for text in capsys.readouterr().out.splitlines()] == [
+        {"unit": "idle", "restarted": True, "guests": [], "problem": ""},
+        {"unit": "needed", "restarted": False, "guests": ["web"], "problem": ""},
+        {"unit": "none", "restarted": False, "guests": [], "problem": "it hangs"},
+    ]

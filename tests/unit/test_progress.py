@@ -1,77 +1,258 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The contents of the progress display."""
+"""What is shown of a migration, at each width, and what a terminal then has on its screen."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from migrate.cli.progress import RATE_S, ProgressDisplay, Rate
+from migrate.cli.figures import (
+    LESS_NEEDED,
+    TITLES,
+    Field,
+    cells,
+    columns,
+    fit,
+    in_full,
+    progress_fields,
+    table_of,
+)
+from migrate.cli.progress import ProgressDisplay, TableDisplay
+from migrate.cli.terminal import Area, is_live
+from tests.support.screen import Screen
+
+MIB = 2**20
+WIDTHS = (60, 80, 200)
+PRECOPY: dict[str, Any] = {
+    "id": "0123456789abcdef", "direction": "outgoing", "domain": "web", "phase": "precopy",
+    "problem": "", "round": 2, "pages_done": 80_000, "pages_total": 131_072, "outstanding": 0,
+    "bytes_per_s": 118.2 * MIB, "eta_s": 4.2, "eta_least_s": 2.0, "faults": 0, "latency_us": 0,
+    "dirty_bytes_per_s": 35_000_000, "expected_downtime_ms": 18.3, "elapsed_s": 12.0,
+    "handed_over": False, "checkpoint_age_s": None, "unprotected": "", "faults_per_s": None,
+    "longest_wait_us": None, "started_at": 1_700_000_000.0, "unknown": [],
+}  # fmt: skip
+"""The answer of a sender."""
+POSTCOPY = PRECOPY | {
+    "phase": "postcopy", "handed_over": True, "outstanding": 51_072, "faults": 1200, "eta_s": 2.1,
+    "latency_us": 350, "faults_per_s": 412.0, "longest_wait_us": 12_345,
+}  # fmt: skip
 
 
-def test_a_rate_does_not_alternate_with_the_bursts_of_a_capped_sender() -> None:
-    """There are four answers a second, and the sender sends 4000 bytes once a second."""
-    rate, shown = Rate(), []
-    for quarter in range(1, 60):
-        rate.add(quarter / 4, 4000 * (quarter // 4))
-        shown.append(rate.bytes_per_s)
-    steady = shown[round(RATE_S * 4) :]
-    assert min(steady) >= 0.6 * 4000 and max(steady) <= 1.4 * 4000
+def shown(answer: dict[str, Any], width: int) -> str:
+    return fit(progress_fields(answer), width - 1)
 
 
-def test_a_rate_falls_to_zero_when_nothing_is_sent_any_more() -> None:
-    rate = Rate()
-    for second in range(10):
-        rate.add(second, min(second, 5) * 1000)
-    assert rate.bytes_per_s == 0
+# ---- which figures, and how ----
+@pytest.mark.parametrize(
+    ("answer", "width", "line"),
+    [
+        (PRECOPY, 60, "web: precopy, round 2, 61%, 312/512 MiB, 118 MiB/s, ETA 5 s"),
+        (
+            PRECOPY,
+            80,
+            "web: precopy 2, 312/512 MiB, 118.2 MiB/s, ETA 5 s, dirty 33 MiB/s, down 18.3 ms",
+        ),
+        (
+            PRECOPY,
+            200,
+            "web: precopy, round 2, [############--------], 61%, 312 of 512 MiB, 118.2 MiB/s, "
+            "ETA 5 s, dirty 33.4 MiB/s, expected downtime 18.3 ms, elapsed 12 s",
+        ),
+        (POSTCOPY, 60, "web: postcopy, 61%, 312 of 512 MiB, 118.2 MiB/s, ETA 3 s"),
+        (
+            POSTCOPY,
+            80,
+            "web: postcopy, 312 of 512 MiB, 118 MiB/s, ETA 3 s, 412 faults/s, worst 12.3 ms",
+        ),
+        (
+            POSTCOPY,
+            200,
+            "web: postcopy, [############--------], 61%, 312 of 512 MiB, 118.2 MiB/s, ETA 3 s, "
+            "51072 pages outstanding, 412 faults/s, worst block 12.3 ms, fault 350 us, elapsed 12 "
+            "s",
+        ),
+    ],
+)
+def test_the_line_has_what_fits(answer: dict[str, Any], width: int, line: str) -> None:
+    assert shown(answer, width) == line
 
 
-def test_a_rate_of_one_answer_or_of_two_at_once_is_zero() -> None:
-    rate = Rate()
-    rate.add(1.0, 5)
-    assert rate.bytes_per_s == 0
-    rate.add(1.0, 9)
-    assert rate.bytes_per_s == 0
+def test_a_long_name_leaves_room_for_figures() -> None:
+    line = shown(PRECOPY | {"domain": "a" * 64}, 60)
+    assert line.startswith("aaaaaaaaaaaaa...: precopy 2, ") and "MiB/s" in line
+
+
+FORMS = st.lists(st.text("ab", min_size=1), min_size=1, max_size=3).map(
+    lambda forms: sorted(forms, key=len, reverse=True)
+)
+FIELDS = st.lists(st.builds(Field, st.integers(0, 9), FORMS), min_size=1, max_size=8)
+
+
+@given(FIELDS, st.integers(1, 80))
+def test_a_line_fits_and_leaves_out_the_last_ranks_only(fields: list[Field], width: int) -> None:
+    line = fit(fields, width)
+    assert len(line) <= width
+    if len(in_full(fields)) <= width:
+        assert line == in_full(fields)
+
+
+def test_the_end_is_unknown_or_has_a_lower_bound() -> None:
+    first = PRECOPY | {"round": 1, "eta_s": None, "dirty_bytes_per_s": None}
+    assert "ETA >2 s" in shown(first, 200)
+    assert "ETA -" in shown(first | {"eta_least_s": None}, 200)
+
+
+RECEIVER: dict[str, Any] = {
+    "domain": "web", "phase": "precopy", "problem": "", "outstanding": 0, "pages_total": None,
+    "pages_done": None, "bytes_received": 300 * MIB, "bytes_per_s": 118.2 * MIB, "eta_s": None,
+    "elapsed_s": 4.0, "faults_per_s": None, "longest_wait_us": None, "faults": None,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("answer", "shown"),
+    ("answer", "line"),
     [
-        ({"phase": "precopy", "outstanding": 0}, "web: precopy\n"),
-        ({"phase": "postcopy", "outstanding": 7}, "web: postcopy: 7 pages outstanding\n"),
+        (RECEIVER, "web: precopy, 300 MiB received, 118.2 MiB/s, ETA -, elapsed 4.0 s"),
+        # A daemon of an earlier release.
+        ({"phase": "precopy", "outstanding": 0}, "web: precopy"),
+        ({"phase": "postcopy", "outstanding": 7}, "web: postcopy, 7 pages outstanding"),
+        ({"phase": "postcopy", "outstanding": 0, "unknown": ["outstanding"]}, "web: postcopy"),
     ],
 )
-def test_what_a_receiver_does_not_count_is_not_shown(answer: dict[str, Any], shown: str) -> None:
+def test_what_an_end_does_not_have_is_not_shown(answer: dict[str, Any], line: str) -> None:
     """Before, 0 faults and 0 bytes a second were shown of a guest that had faults."""
-    stream = io.StringIO()
-    ProgressDisplay(stream).show({"domain": "web", "problem": "", **answer})
-    assert stream.getvalue() == shown
-
-
-def test_a_reason_is_shown_in_full_once_on_a_terminal() -> None:
-    """The live line is cut off at the edge of the terminal, and its end is what to do."""
-
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    stream = Terminal()
-    display = ProgressDisplay(stream)
-    display.show({"domain": "web", "phase": "interrupted", "problem": "", "outstanding": 7})
-    reason = "cannot reach there; " + "a long reason; " * 20 + "repair the link"
-    for attempt in range(3):
-        answer = {"domain": "web", "phase": "interrupted", "problem": f"{reason}; {attempt}"}
-        display.show({**answer, "outstanding": 7})
-    display.close()
-    assert stream.getvalue().count(f"web: interrupted: {reason}; 0\n") == 1
-    assert f"{reason}; 1\n" not in stream.getvalue()
+    assert in_full(progress_fields({"domain": "web", "problem": "", **answer})) == line
 
 
 def test_a_guest_that_is_not_protected_any_more_is_shown_as_one() -> None:
-    stream = io.StringIO()
     answer = {"domain": "web", "phase": "postcopy", "problem": "", "outstanding": 1}
-    ProgressDisplay(stream).show({**answer, "checkpoint_age_s": 1.0, "unprotected": "disk full"})
-    shown = "web: postcopy: 1 page outstanding, protected as of 1.0 s ago, not protected any more\n"
-    assert stream.getvalue() == shown
+    answer |= {"checkpoint_age_s": 1.0, "unprotected": "disk full"}
+    assert in_full(progress_fields(answer)) == (
+        "web: postcopy, 1 page outstanding, protected as of 1.0 s ago, not protected any more"
+    )
+
+
+# ---- `list` ----
+def test_a_narrow_terminal_has_fewer_columns() -> None:
+    rows = [cells(POSTCOPY, 1_700_000_100.0)]
+    assert columns(rows, None) == list(TITLES)
+    assert set(TITLES) - set(columns(rows, 80)) == {"STARTED", "OUTSTANDING"}
+    assert set(TITLES) - set(columns(rows, 10)) == set(LESS_NEEDED)
+    for width in WIDTHS:
+        (titles, row) = table_of([POSTCOPY], width, 1_700_000_100.0).split("\n")
+        assert len(titles) <= width and len(row) <= width
+    assert table_of([], 60, 0.0).split()[0] == "ID"
+
+
+def test_a_cancelled_migration_is_not_listed_as_failed() -> None:
+    ended = POSTCOPY | {"phase": "failed", "problem": "cancelled by the operator"}
+    assert cells(ended, 0.0)["PHASE"] == "cancelled"
+    assert cells(ended | {"outcome": "rescued"}, 0.0)["PHASE"] == "rescued"
+    assert cells(POSTCOPY, 0.0)["PHASE"] == "postcopy"
+
+
+# ---- on a terminal ----
+@pytest.fixture(params=[False, True], ids=["cuts", "reflows"])
+def screen(request: pytest.FixtureRequest) -> Iterator[Screen]:
+    with closing(Screen(200, reflows=request.param)) as made:
+        yield made
+
+
+def test_the_line_is_drawn_in_its_place_at_each_width(screen: Screen) -> None:
+    print("before", file=screen.stream)
+    display = ProgressDisplay(screen.stream)
+    for width in (*WIDTHS, 60, 200):
+        screen.resize(width)
+        for answer in (PRECOPY, POSTCOPY):
+            display.show(answer)
+            assert screen.read() == ["before", shown(answer, width)]
+    display.close()
+    print("after", file=screen.stream)
+    assert screen.read() == ["before", "after"]
+
+
+def test_a_table_is_drawn_in_its_place_at_each_width(screen: Screen) -> None:
+    print("before", file=screen.stream)
+    display = TableDisplay(screen.stream)
+    for width in (*WIDTHS, 60, 200):
+        screen.resize(width)
+        for count in (3, 1, 2):
+            display.show([POSTCOPY] * count)
+            assert len(screen.read()) == 1 + 1 + count
+            assert screen.read()[0] == "before"
+            assert all(len(row) < width for row in screen.read())
+    display.close()
+    print("after", file=screen.stream)
+    assert screen.read() == ["before", "after"]
+
+
+def test_a_table_that_is_too_long_is_cut_off(screen: Screen) -> None:
+    TableDisplay(screen.stream).show([POSTCOPY] * 40)
+    rows = screen.read()
+    assert len(rows) == 12 and rows[-1] == "... and 30 more"
+
+
+def test_a_line_is_cut_off_and_not_broken_if_the_terminal_has_become_narrower(
+    screen: Screen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The size was asked for before the terminal changed."""
+    screen.resize(60)
+    area = Area(screen.stream)
+    monkeypatch.setattr(Area, "size", property(lambda _self: (199, 12)))
+    area.draw(["x" * 150])
+    assert [len(row) for row in screen.read()] == [60]
+    area.draw(["y"])
+    assert screen.read() == ["y"]
+
+
+def test_a_reason_is_shown_in_full_once_on_a_terminal(screen: Screen) -> None:
+    """The line is cut off at the edge of the terminal, and its end is what to do."""
+    display = ProgressDisplay(screen.stream)
+    display.show({**POSTCOPY, "phase": "interrupted"})
+    reason = "cannot reach there; " + "a long reason; " * 15 + "repair the link"
+    for attempt in range(3):
+        display.show({**POSTCOPY, "phase": "interrupted", "problem": f"{reason}; {attempt}"})
+    display.close()
+    text = "".join(screen.read())
+    assert text == f"web: interrupted: {reason}; 0"
+
+
+def test_a_control_character_does_not_reach_the_terminal(screen: Screen) -> None:
+    display = ProgressDisplay(screen.stream)
+    display.show({**PRECOPY, "domain": "a\x1b[2Jb\n"})
+    (row,) = screen.read()
+    assert row.startswith("a\N{REPLACEMENT CHARACTER}[2Jb : precopy")
+
+
+def test_a_terminal_that_obeys_nothing_gets_lines(
+    screen: Screen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert is_live(screen.stream)
+    monkeypatch.setenv("TERM", "dumb")
+    assert not is_live(screen.stream)
+
+
+# ---- elsewhere ----
+def test_lines_are_printed_for_each_stage_and_now_and_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The pauses grow: an hour of precopy is not worth seven hundred lines."""
+    seconds = 0.0
+    monkeypatch.setattr("migrate.cli.progress.time.monotonic", lambda: seconds)
+    stream = io.StringIO()
+    display = ProgressDisplay(stream)
+    for _quarter in range(4 * 3600):
+        display.show(PRECOPY)
+        seconds += 0.25
+    display.show(POSTCOPY)
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == in_full(progress_fields(PRECOPY))
+    assert lines[-1] == in_full(progress_fields(POSTCOPY))
+    assert 60 < len(lines) < 100
+    assert not any("[" in line or "\x1b" in line for line in lines)

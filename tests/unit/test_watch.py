@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Which of several migrations of one guest ``watch`` follows."""
+"""What ``watch`` follows, what ``list --watch`` shows, and how they end."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+import click
 import pytest
 
 from migrate.cli import migrations
 from migrate.cli.migrations import Answers
+from migrate.control.client import RESCUED
+from migrate.errors import MigrationError
 
 
 def test_a_guest_that_comes_back_is_watched(
@@ -40,3 +44,125 @@ def test_a_guest_that_comes_back_is_watched(
     migrations.watch_command.main(["web"], standalone_mode=False)
     assert asked == ["web", "2" * 32, "2" * 32]
     assert capsys.readouterr().out == "web: completed\n"
+
+
+def line(phase: str, problem: str = "", **more: Any) -> dict[str, Any]:
+    found = {"id": "1" * 32, "domain": "web", "direction": "outgoing", "phase": phase}
+    return {**found, "problem": problem, "outstanding": 0, "details": {}, **more}
+
+
+class Daemons:
+    """Stands for the daemons: each question takes the next answer."""
+
+    def __init__(self, *answers: list[dict[str, Any]] | MigrationError):
+        self._answers = list(answers)
+
+    def ask(self, _sockets: object, **request: Any) -> Answers:
+        if not self._answers:
+            raise KeyboardInterrupt
+        answer = self._answers.pop(0)
+        if isinstance(answer, MigrationError):
+            raise answer
+        is_list = request["command"] == "list"
+        return Answers([{"migrations": answer}] if is_list else answer)
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, daemons: Daemons, command: click.Command, *arguments: str
+) -> None:
+    monkeypatch.setattr(migrations, "_ask_all", daemons.ask)
+    for name in ("WATCH_EVERY_S", "EVERY_S"):
+        monkeypatch.setattr(migrations, name, 0)
+    command.main(list(arguments), standalone_mode=False)
+
+
+def test_events_are_lines_of_json_and_nothing_else_is_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ends = [line("postcopy"), line("postcopy", direction="incoming")]
+    daemons = Daemons(ends, ends, [line("completed"), line("completed", direction="incoming")])
+    run(monkeypatch, daemons, migrations.watch_command, "web", "--json")
+    output = capsys.readouterr()
+    found = [json.loads(text) for text in output.out.splitlines()]
+    assert output.err == ""
+    for direction in ("outgoing", "incoming"):
+        assert [one["event"] for one in found if one["direction"] == direction] == [
+            "phase", "progress", "phase", "end",
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("phase", "problem", "status"),
+    [
+        ("failed", "no memory", "web: failed: no memory"),
+        (
+            "failed",
+            "cancelled by the operator",
+            "web was not migrated: cancelled by the operator; the guest continues at the source",
+        ),
+        ("failed", RESCUED, f"web: rescued: {RESCUED}"),
+    ],
+)
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_migration_that_was_not_completed_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, phase: str, problem: str, status: str, options: list[str]
+) -> None:
+    daemons = Daemons([line(phase, problem)])
+    with pytest.raises(MigrationError) as error:
+        run(monkeypatch, daemons, migrations.watch_command, "web", *options)
+    assert str(error.value) == status
+
+
+def test_all_migrations_are_watched_while_a_daemon_is_started_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = MigrationError("no daemon")
+    daemons = Daemons([line("postcopy")], gone, gone, [line("completed")])
+    with pytest.raises(click.exceptions.Abort):
+        run(monkeypatch, daemons, migrations.list_command, "--watch", "--json")
+    output = capsys.readouterr()
+    assert [json.loads(text)["event"] for text in output.out.splitlines()] == [
+        "phase", "progress", "phase", "end",
+    ]  # fmt: skip
+    assert output.err.split("\n") == ["xen-postcopy: no daemon", "", ""]  # click ends with a line
+
+
+def test_without_a_terminal_the_table_is_printed_after_each_change(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    daemons = Daemons([line("precopy")], [line("precopy")], [line("completed")])
+    with pytest.raises(click.exceptions.Abort):
+        run(monkeypatch, daemons, migrations.list_command, "--watch")
+    rows = [text.split() for text in capsys.readouterr().out.splitlines()]
+    assert [row[3] for row in rows if row] == ["PHASE", "precopy", "PHASE", "completed"]
+
+
+def test_no_daemon_at_the_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(MigrationError, match="no daemon"):
+        run(monkeypatch, Daemons(MigrationError("no daemon")), migrations.list_command, "--watch")
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "facts"),
+    [
+        (migrations.cancel_command, ["web"], {"done": "cancel"}),
+        (migrations.reconnect_command, ["web"], {"done": "reconnect"}),
+        (
+            migrations.decide_command,
+            ["web", "here", "--yes"],
+            {"done": "decide", "where": "here"},
+        ),
+    ],
+)
+def test_what_was_done_is_printed_as_json_on_standard_output(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: click.Command,
+    arguments: list[str],
+    facts: dict[str, str],
+) -> None:
+    known = line("interrupted", known="it has the guest")
+    run(monkeypatch, Daemons(*[[known]] * 3), command, *arguments, "--json")
+    output = capsys.readouterr()
+    assert json.loads(output.out) == {"migration": "web", **facts}
+    assert "decided" not in output.err and "cancelled" not in output.err
