@@ -235,7 +235,7 @@ def time_of_day(at: float, now: float) -> str:
 
 def cells(line: Answer, now: float) -> dict[str, str]:
     """Return the columns of ``list`` for one migration, without the reason."""
-    percent = None if line["phase"] == "completed" else done_percent(line)
+    percent = 100 if line["phase"] == "completed" else done_percent(line)
     started_at, elapsed_s = line.get("started_at"), line.get("elapsed_s")
     per_s = line.get("bytes_per_s")
     return {

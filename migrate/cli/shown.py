@@ -10,6 +10,8 @@ from migrate.cli.figures import MIB, PAGE, Answer, done_percent, eta, how_it_is,
 from migrate.control.client import ENDED
 from migrate.units import counted, human_bytes, human_seconds, human_us
 
+NOT_YET = ("downtime_s", "latency_us")
+"""Keys whose value is 0 until there is one."""
 WIDTH = 22
 """The columns of a name."""
 HIDDEN = ("unknown", "outcome", "event", "pages_done", "pages_total", "eta_least_s")
@@ -38,7 +40,7 @@ NAMES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "total_s": ("elapsed", _seconds),
     "bytes_per_s": ("rate", rate),
     "dirty_bytes_per_s": ("dirty rate", rate),
-    "throughput_bytes_per_s": ("memory by time", rate),
+    "throughput_bytes_per_s": ("average rate", rate),
     "memory_bytes": ("memory", human_bytes),
     "bytes_sent": ("sent", human_bytes),
     "bytes_received": ("received", human_bytes),
@@ -85,6 +87,8 @@ def _figures(answer: Answer, now: float) -> Iterator[tuple[str, str]]:
     unknown = answer.get("unknown", ())
     for key in dict.fromkeys((*rest, *details)):
         if key in HIDDEN or both.get(SAME.get(key, "")) is not None:
+            continue
+        if key in NOT_YET and not both[key] and key not in unknown:
             continue
         name, unit = _named(key)
         if key in unknown:
@@ -143,7 +147,7 @@ def _group(key: str, values: Answer) -> str:
     if not any(values.values()):
         return "none"
     if key == "vcpu_block_s":
-        return ", ".join(f"vCPU {vcpu} {_seconds(value)}" for vcpu, value in values.items())
+        return ", ".join(f"vCPU {vcpu} {human_us(s * 1e6)}" for vcpu, s in values.items())
     of_all = human_us if key.endswith("_us") else None
     parts = []
     for inner, value in values.items():
@@ -160,5 +164,5 @@ def _group(key: str, values: Answer) -> str:
         elif of_all is not None and inner != "count":
             parts.append(f"{name} {of_all(value)}")
         else:
-            parts.append(f"{value} {name}")
+            parts.append(f"{value} {name.removesuffix('s') if value == 1 else name}")
     return ", ".join(parts)

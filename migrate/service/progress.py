@@ -14,7 +14,7 @@ import trio
 
 from migrate.tasks import isolated
 
-MEASURE_EVERY_S = 0.5
+MEASURE_EVERY_S = 0.25
 RATE_S = 3.0
 """A rate is that of the last seconds."""
 LEAST_STEPS = 3

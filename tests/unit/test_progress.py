@@ -154,7 +154,8 @@ def test_a_cancelled_migration_is_not_listed_as_failed() -> None:
     ended = POSTCOPY | {"phase": "failed", "problem": "cancelled by the operator"}
     assert cells(ended, 0.0)["PHASE"] == "cancelled"
     assert cells(ended | {"outcome": "rescued"}, 0.0)["PHASE"] == "rescued"
-    assert cells(POSTCOPY, 0.0)["PHASE"] == "postcopy"
+    assert (cells(POSTCOPY, 0.0)["PHASE"], cells(POSTCOPY, 0.0)["DONE"]) == ("postcopy", "61%")
+    assert cells(POSTCOPY | {"phase": "completed"}, 0.0)["DONE"] == "100%"
 
 
 # ---- on a terminal ----

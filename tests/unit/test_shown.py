@@ -65,7 +65,7 @@ def test_each_figure_has_one_name_and_its_unit() -> None:
         "expected": "9000 pages, 128.0 MiB/s, fault 350 us, round trip 80 us, stop and copy 281 ms,"
         " postcopy 120 ms",
         "push": "100 pages, 400.0 KiB", "zero pages": "512 pages (2.0 MiB)", "rejoins": "0",
-        "memory by time": "64.0 MiB/s",
+        "average rate": "64.0 MiB/s",
     }  # fmt: skip
 
 
@@ -75,7 +75,7 @@ def test_the_counters_of_the_pager_replace_what_they_contain() -> None:
         "1200 faults, mean 400 us, median 350 us, 99% below 2 ms, longest 12.3 ms"
     )
     assert not {"faults", "fault, median", "worst block"} & set(found)
-    assert found["vcpu block"] == "vCPU 0 0.3 s, vCPU 1 0.2 s"
+    assert found["vcpu block"] == "vCPU 0 310 ms, vCPU 1 200 ms"
     assert found["pull"] == "12 requests, 30 ahead, 40 pages"
 
 
@@ -85,6 +85,13 @@ def test_an_end_has_its_outcome_and_the_final_counters() -> None:
     assert (found["phase"], found["problem"]) == ("cancelled", "cancelled by the operator")
     assert found["checkpoints"] == "3 kept, 120 pages, pause 0.1 s, longest pause 0.1 s"
     assert not {"rate of", "ETA"} & set(found)
+
+
+def test_what_there_is_not_yet_is_not_shown_as_0() -> None:
+    details = {**SENDER["details"], "downtime_s": 0.0, "precopy": {"rounds": 1, "pages": 9}}
+    found = values({**SENDER, "latency_us": 0, "details": details})
+    assert not {"downtime", "fault, median"} & set(found)
+    assert found["precopy"] == "1 round, 9 pages"
 
 
 def test_an_unknown_value_is_shown_as_one() -> None:
