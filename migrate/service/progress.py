@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What both daemons measure of a migration that is under way: rates, the time that is left, and the
-phases so far.  Sans-IO; time is an argument.  No decision depends on any of it.
+phases so far.  Sans-IO except :func:`keep_measuring`; time is an argument.  No decision depends on
+any of it.
 """
 
 from __future__ import annotations

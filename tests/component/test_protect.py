@@ -474,6 +474,7 @@ def test_a_host_dies_and_an_operator_decides(world: World) -> None:
     until(lambda: line(world)["phase"] == "failed", "the sender does not fail")
     went_back = "the guest continues here, as it was when the last checkpoint was made"
     assert line(world)["problem"].startswith(went_back)
+    assert line(world)["outcome"] == "rescued"
     assert verified_at_source(world.source, spec).problems == []
 
 
