@@ -20,7 +20,7 @@ from migrate.control.client import ENDED
 EVERY_S = 1.0
 NAMED = ("id", "domain", "direction")
 CHANGES = (
-    "phase", "problem", "round", "outcome", "handed_over", "unprotected", "checkpoints",
+    "phase", "problem", "round", "outcome", "handed_over", "paused", "unprotected", "checkpoints",
 )  # fmt: skip
 """The keys whose changes are reported at once."""
 Json = dict[str, Any]

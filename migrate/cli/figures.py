@@ -79,7 +79,8 @@ def progress_fields(p: Answer) -> list[Field]:
     title = _title(p)
     if p["problem"]:
         return [Field(0, [f"{title.forms[0]}: {p['problem']}"])]
-    found = [title, *_amount(p), *_speed(p)]
+    found = [title, *_amount(p)]
+    found += [Field(1, ["copying is paused", "paused"])] if p.get("paused") else _speed(p)
     found += _of_precopy(p) if p["phase"] == "precopy" else _after_handover(p)
     if p.get("elapsed_s") is not None:
         found.append(Field(10, [f"elapsed {human_seconds(p['elapsed_s'])}"]))

@@ -108,6 +108,12 @@ def test_the_end_is_unknown_or_has_a_lower_bound() -> None:
     assert "ETA -" in shown(first | {"eta_least_s": None}, 200)
 
 
+def test_a_pause_is_shown_instead_of_a_rate_and_an_end() -> None:
+    line = shown(PRECOPY | {"paused": True}, 60)
+    assert line == "web: precopy 2, 61%, 312 of 512 MiB, paused, dirty 33 MiB/s"
+    assert "copying is paused" in shown(PRECOPY | {"paused": True}, 200)
+
+
 RECEIVER: dict[str, Any] = {
     "domain": "web", "phase": "precopy", "problem": "", "outstanding": 0, "pages_total": None,
     "pages_done": None, "bytes_received": 300 * MIB, "bytes_per_s": 118.2 * MIB, "eta_s": None,
