@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The configuration of a host: one TOML file for both daemons, every key optional.
 
-Each section is a frozen dataclass.  Its fields are the keys, with their defaults.  An error names
-the file, the key and the reason; an unknown key is an error as well.
+Each section is a frozen dataclass.  Its fields are the keys, with their defaults and with the
+comments that :mod:`migrate.service.template` writes.  An error names the file, the key and the
+reason; an unknown key is an error as well.
 """
 
 from __future__ import annotations
@@ -113,37 +114,74 @@ def _bandwidth(value: Any) -> float:
     return float(rate)
 
 
-def _key(parse: Callable[[Any], Any], default: Any) -> Any:
-    return field(default=default, metadata={"parse": parse})
+def _key(parse: Callable[[Any], Any], default: Any, about: str, *, example: Any = None) -> Any:
+    """Declare a key.  ``about``: the comment on the key in a written configuration.  ``example``:
+    the value that is shown there, if the key has no default that can be written.
+    """
+    metadata = {"parse": parse, "about": about, "example": default if example is None else example}
+    return field(default=default, metadata=metadata)
+
+
+def _section_of(default: Any, about: str) -> Any:
+    """Declare a section.  ``about``: the comment on the section in a written configuration."""
+    return field(default=default, metadata={"about": about})
 
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    unencrypted: bool = _key(_flag, False)
-    """Listen on addresses that other hosts can reach, although guests' memory crosses the network
-    unencrypted.
-    """
-    checksums: bool = _key(_flag, False)
-    """Check each page from end to end (CRC-32), because TCP's checksum is not trusted."""
-    silence_s: float = _key(_silence, SILENCE_S)
-    """The time in seconds after which a peer that sends nothing is treated as dead.  The two hosts
-    may have different values.
-    """
-    postcopy_silence_s: float = _key(_silence, POSTCOPY_SILENCE_S)
-    """The same, while a guest may wait for pages of the peer."""
+    unencrypted: bool = _key(
+        _flag,
+        False,
+        "Allow connections with other hosts without TLS: guests' memory crosses the network as it "
+        "is, and every program that reaches the ports is a peer.",
+    )
+    checksums: bool = _key(
+        _flag,
+        False,
+        "Check each page from end to end (CRC-32), because TCP's checksum is not trusted.  It is "
+        "enough if one of the two hosts asks for it.",
+    )
+    silence_s: float = _key(
+        _silence,
+        SILENCE_S,
+        "The time in seconds after which a peer that sends nothing counts as dead.  The two hosts "
+        "may have different values.",
+    )
+    postcopy_silence_s: float = _key(
+        _silence,
+        POSTCOPY_SILENCE_S,
+        "The same, while a guest may wait for pages of the peer.  Linux gives up I/O to a missing "
+        "page after 32 s, so a lost link must be noticed early.",
+    )
 
 
 @dataclass(frozen=True)
 class TlsConfig:
-    """The section [tls].  Either all of its keys are given, or none."""
+    certificate: str = _key(
+        _text,
+        "",
+        "The file with this host's certificate (PEM).  It has the names by which others dial this "
+        "host.",
+    )
+    key: str = _key(
+        _text, "", "The file with the key of the certificate, which only root may read."
+    )
+    authority: str = _key(
+        _text,
+        "",
+        "The file with the certificates of the authorities that sign the peers' certificates.",
+    )
+    peers: tuple[str, ...] = _key(
+        _names, (), "The names of the peers: a peer's certificate must have one of them."
+    )
 
-    certificate: str = _key(_text, "")
-    """The file with this host's certificate (PEM)."""
-    key: str = _key(_text, "")
-    authority: str = _key(_text, "")
-    """The file with the certificates of the authorities that sign the peers' certificates."""
-    peers: tuple[str, ...] = _key(_names, ())
-    """A peer's certificate must have one of these names."""
+    def below(self, folder: Path) -> TlsConfig:
+        """Return the section with relative paths that count from ``folder``."""
+        certificate, key, authority = (
+            str(folder / path) if path else ""
+            for path in (self.certificate, self.key, self.authority)
+        )
+        return TlsConfig(certificate, key, authority, self.peers)
 
     @functools.cached_property
     def files(self) -> Tls | None:
@@ -155,32 +193,60 @@ class TlsConfig:
 
 @dataclass(frozen=True)
 class SenderConfig:
-    listen: Address = _key(_address(SENDER_PORT), ("127.0.0.1", SENDER_PORT))
-    """The address at which this sender listens for the receivers of xl's migrations."""
-    address: str = _key(_text, "")
-    """The address that these receivers dial.  Without it they dial ``listen``, or this host's name
-    if ``listen`` is every address.
-    """
-    peer_timeout_s: float = _key(_seconds, 10.0)
-    """How long to wait for a receiver before xl's own live migration is used."""
+    listen: Address = _key(
+        _address(SENDER_PORT),
+        ("127.0.0.1", SENDER_PORT),
+        "The address at which the sender listens for the receivers of xl's migrations.",
+    )
+    address: str = _key(
+        _text,
+        "",
+        "The address that these receivers dial.  Without it they dial the address in listen, or "
+        "this host's name if the sender listens at every address.",
+    )
+    peer_timeout_s: float = _key(
+        _seconds,
+        10.0,
+        "How many seconds to wait for a receiver before Xen's own live migration is used.",
+    )
 
 
 @dataclass(frozen=True)
 class ReceiverConfig:
-    listen: Address = _key(_address(RECEIVER_PORT), ("127.0.0.1", RECEIVER_PORT))
-    """The address at which this receiver listens for senders."""
+    listen: Address = _key(
+        _address(RECEIVER_PORT),
+        ("127.0.0.1", RECEIVER_PORT),
+        "The address at which the receiver listens for senders.",
+    )
 
 
 @dataclass(frozen=True)
 class MigrationConfig:
-    """The settings of xl's migrations; ``xen-postcopy migrate`` has options instead."""
-
-    strategy: Strategy = _key(_strategy, Strategy.HYBRID)
-    max_rounds: int = _key(_whole, PolicyOptions.max_rounds)
-    dirty_threshold: int = _key(_whole, PolicyOptions.dirty_threshold)
-    downtime_target_ms: float = _key(_number, PolicyOptions.downtime_target_ms)
-    bandwidth: float | None = _key(_bandwidth, None)
-    """The cap on background copying, in bytes a second."""
+    strategy: Strategy = _key(
+        _strategy,
+        Strategy.HYBRID,
+        "How a guest is moved: hybrid (precopy, then the rest while the guest is suspended or by "
+        "postcopy, whichever is expected to freeze the guest for less time), postcopy or precopy.",
+    )
+    max_rounds: int = _key(_whole, PolicyOptions.max_rounds, "The most rounds of precopy.")
+    dirty_threshold: int = _key(
+        _whole,
+        PolicyOptions.dirty_threshold,
+        "If this number of pages or fewer are dirty, they are sent while the guest is suspended.",
+    )
+    downtime_target_ms: float = _key(
+        _number,
+        PolicyOptions.downtime_target_ms,
+        "If the dirty pages can be sent in this number of milliseconds, they are sent while the "
+        "guest is suspended.",
+    )
+    bandwidth: float | None = _key(
+        _bandwidth,
+        None,
+        "The cap on background copying, in bytes a second.  Faults are not delayed.  Without it "
+        "there is no cap.",
+        example="1G",
+    )
 
     @property
     def policy(self) -> PolicyOptions:
@@ -189,11 +255,20 @@ class MigrationConfig:
 
 @dataclass(frozen=True)
 class Config:
-    network: NetworkConfig = NetworkConfig()
-    tls: TlsConfig = TlsConfig()
-    sender: SenderConfig = SenderConfig()
-    receiver: ReceiverConfig = ReceiverConfig()
-    migration: MigrationConfig = MigrationConfig()
+    network: NetworkConfig = _section_of(
+        NetworkConfig(), "The connections of both daemons with other hosts."
+    )
+    tls: TlsConfig = _section_of(
+        TlsConfig(),
+        "Mutual TLS 1.3 with other hosts.  Either all of its keys are given, or none.  A relative "
+        "path counts from the folder of this file.  Renewed files are used from the next "
+        "connection on, without a restart.  `xen-postcopy init` makes the files.",
+    )
+    sender: SenderConfig = _section_of(SenderConfig(), "The daemon that guests leave by.")
+    receiver: ReceiverConfig = _section_of(ReceiverConfig(), "The daemon that guests come by.")
+    migration: MigrationConfig = _section_of(
+        MigrationConfig(), "The migrations of xl; `xen-postcopy migrate` has options instead."
+    )
 
     def check_addresses(self) -> None:
         """Raises :class:`ConfigError` if others could read the connections of this host."""
@@ -235,7 +310,7 @@ def load(path: Path | None) -> Config:
         raise ConfigError(f"{path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
-    return parse(data, str(path))
+    return parse(data, str(path), path.parent)
 
 
 def _text_of(path: Path) -> str:
@@ -253,8 +328,10 @@ def _text_of(path: Path) -> str:
         return file.read()
 
 
-def parse(data: dict[str, Any], source: str) -> Config:
-    """Raises :class:`ConfigError`."""
+def parse(data: dict[str, Any], source: str, folder: Path = Path()) -> Config:
+    """Make the configuration of the contents of a file.  ``source`` names the file in errors.
+    ``folder`` is where it is.  Raises :class:`ConfigError`.
+    """
     sections = {field.name: type(field.default) for field in dataclasses.fields(Config)}
     made = {}
     for name, values in data.items():
@@ -266,6 +343,7 @@ def parse(data: dict[str, Any], source: str) -> Config:
             raise ConfigError(f"{source}: {name}: a section, [{name}]")
         made[name] = _section(sections[name], values, f"{source}: [{name}]")
     config = Config(**made)
+    config = dataclasses.replace(config, tls=config.tls.below(folder))
     problem = config.migration.policy.problems()
     if problem:
         key, _, reason = problem.removeprefix("--").partition(" ")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import tomllib
 from pathlib import Path
@@ -10,8 +11,17 @@ from pathlib import Path
 import pytest
 
 from migrate.options import Strategy
-from migrate.service import config
-from migrate.service.config import Config, ConfigError, SenderConfig, advertised, load, parse
+from migrate.service import config, template
+from migrate.service.config import (
+    Config,
+    ConfigError,
+    MigrationConfig,
+    SenderConfig,
+    TlsConfig,
+    advertised,
+    load,
+    parse,
+)
 from migrate.units import human_bytes, parse_size
 
 TREE = Path(__file__).parents[2]
@@ -31,13 +41,60 @@ def test_everything_may_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_the_file_that_is_installed_names_every_key_with_its_default() -> None:
     text = (TREE / "systemd/config.toml").read_text()
+    assert text == template.configuration(template.INSTALLED, {}), (
+        "python -m migrate.service.template > systemd/config.toml"
+    )
     assert read(text) == Config()
     uncommented = re.sub(r"(?m)^#(?=[\[a-z])", "", text).replace('bandwidth = "1G"', "")
     assert read(uncommented) == Config()
     manual = (TREE / "systemd/man/xen-postcopy.toml.5").read_text()
-    for section in ("network", "tls", "sender", "receiver", "migration"):
-        for key in getattr(Config(), section).__dataclass_fields__:
-            assert key in text and key in manual
+    for section in dataclasses.fields(Config):
+        for key in dataclasses.fields(getattr(Config(), section.name)):
+            commented = re.search(rf"(?m)^# .+\n#{key.name} = ", text)
+            assert commented and key.name in manual, f"[{section.name}] {key.name}"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (True, "true"),
+        (7, "7"),
+        (2.5, "2.5"),
+        (3000000.0, "3000000"),
+        ('tab\t, quote ", é', r'"tab\t, quote \", é"'),
+        (("host1", "10.0.0.1"), '["host1", "10.0.0.1"]'),
+        (("host", 8014), '"host:8014"'),
+        (("fd00::1", 8014), '"[fd00::1]:8014"'),
+        (Strategy.POSTCOPY, '"postcopy"'),
+    ],
+)
+def test_a_value_is_written_as_it_is_read(value: object, text: str) -> None:
+    assert template.written(value) == text
+    tomllib.loads(f"key = {text}")
+
+
+def test_a_written_configuration_has_what_is_given_and_no_unknown_key() -> None:
+    given: dict[str, dict[str, object]] = {
+        "sender": {"listen": ("127.0.0.2", 9)},
+        "migration": {"bandwidth": "1M"},
+    }
+    made = read(template.configuration(("first", "second"), given))
+    assert made == Config(
+        sender=SenderConfig(("127.0.0.2", 9)), migration=MigrationConfig(bandwidth=2.0**20)
+    )
+    with pytest.raises(ValueError, match=r"\[sender\] lisen"):
+        template.configuration((), {"sender": {"lisen": 1}})
+
+
+def test_a_path_counts_from_the_folder_of_the_file(tmp_path: Path) -> None:
+    names = {"certificate": "host.pem", "key": "/keys/host.key", "authority": "../authority.pem"}
+    tls = TlsConfig(**names, peers=("host2",)).below(tmp_path)
+    assert (tls.certificate, tls.key) == (f"{tmp_path}/host.pem", "/keys/host.key")
+    assert tls.authority == f"{tmp_path}/../authority.pem"
+    file = tmp_path / "config.toml"
+    file.write_text(template.configuration((), {"tls": {**names, "peers": ("host2",)}}))
+    with pytest.raises(ConfigError, match=rf"{tmp_path}/host.pem, /keys/host.key: No such file"):
+        load(file)
 
 
 def test_what_is_given() -> None:
