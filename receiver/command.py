@@ -8,13 +8,13 @@ from typing import Any
 import click
 
 from migrate.cli.daemons import daemon_options, run_daemon
-from migrate.cli.options import RECEIVER_SOCKET
+from migrate.cli.options import receiver_socket
 from migrate.service.config import RECEIVER_PORT, ReceiverConfig
 from receiver.daemon import ReceiverDaemon
 
 
 @click.command("receiver")
-@daemon_options(ReceiverConfig.listen, "senders", RECEIVER_SOCKET)
+@daemon_options(ReceiverConfig.listen, "senders", receiver_socket)
 def receiver_command(**options: Any) -> None:
     """Run the daemon at the destination of migrations.
 

@@ -8,13 +8,13 @@ from typing import Any
 import click
 
 from migrate.cli.daemons import daemon_options, run_daemon
-from migrate.cli.options import SENDER_SOCKET
+from migrate.cli.options import sender_socket
 from migrate.service.config import SENDER_PORT, SenderConfig
 from sender.daemon import SenderDaemon
 
 
 @click.command("sender")
-@daemon_options(SenderConfig.listen, "the receivers of xl's migrations", SENDER_SOCKET)
+@daemon_options(SenderConfig.listen, "the receivers of xl's migrations", sender_socket)
 def sender_command(**options: Any) -> None:
     """Run the daemon at the source of migrations.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 MAX_PATH_BYTES = 107
 """The longest path in sockaddr_un(7), without the null byte at its end."""
-STARTING_S = 3.0
+STARTING_S = 10.0
 """How long to wait for a process that was started beside this one and does not listen yet."""
 AGAIN_S = 0.05
 

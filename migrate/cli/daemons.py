@@ -16,7 +16,7 @@ import click
 import trio
 
 from migrate import logs
-from migrate.cli.options import F, HostPort, Size, simulated_option, socket_option
+from migrate.cli.options import F, HostPort, Size, SocketPath, simulated_option, socket_option
 from migrate.service.config import (
     CONFIG_FILE,
     STATE_DIRECTORY,
@@ -68,7 +68,7 @@ state_option = click.option(
 )
 
 
-def daemon_options(listen: Address, who: str, socket_path: Path) -> Callable[[F], F]:
+def daemon_options(listen: Address, who: str, socket_path: Callable[[], Path]) -> Callable[[F], F]:
     """The options of :func:`run_daemon`.  ``listen``: where the daemon listens by default, for
     ``who``.
     """
@@ -131,7 +131,7 @@ def run_daemon(
 @click.option(
     "--socket",
     "socket_path",
-    type=click.Path(path_type=Path),
+    type=SocketPath(),
     required=True,
     help="Where daemons and `simulated-guest` attach.",
 )

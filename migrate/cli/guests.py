@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from migrate.cli.options import Number, Size, WholeNumber
+from migrate.cli.options import Number, Size, SocketPath, WholeNumber
 from migrate.cli.text import echo, json_option, table
 from migrate.errors import MigrationError
 from migrate.units import counted, human_bytes
@@ -130,7 +130,7 @@ def simulated_guest_command() -> None:
 host_option = click.option(
     "--host",
     "host_path",
-    type=click.Path(path_type=Path),
+    type=SocketPath(),
     required=True,
     help="The simulated host's socket.",
 )

@@ -16,10 +16,10 @@ from typing import Any
 import click
 
 from migrate.cli.options import (
-    SENDER_SOCKET,
     STDOUT,
     HostPort,
     migration_request,
+    sender_socket,
     socket_option,
     strategy_options,
 )
@@ -119,7 +119,7 @@ def signals_handled(
 
 def command(socket: str | os.PathLike[str], *words: str) -> str:
     """Return a command that can be pasted, for the sender at ``socket``."""
-    named = [] if Path(socket) == SENDER_SOCKET else ["--socket", os.fspath(socket)]
+    named = [] if Path(socket) == sender_socket() else ["--socket", os.fspath(socket)]
     return f"`{shlex.join(['xen-postcopy', *words, *named])}`"
 
 
@@ -252,7 +252,7 @@ def summary(result: dict[str, Any]) -> str:
     help="If log-dirty is on for DOMAIN, switch it off first: only if no other program uses it "
     "any more.",
 )
-@socket_option(SENDER_SOCKET, "the local sender")
+@socket_option(sender_socket, "the local sender")
 def migrate_command(
     domain: str,
     destination: str,

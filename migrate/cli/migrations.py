@@ -18,27 +18,28 @@ from migrate.cli import shown
 from migrate.cli.events import EVERY_S
 from migrate.cli.figures import how_it_is, table_of
 from migrate.cli.migrate import STAYS, in_words
-from migrate.cli.options import RECEIVER_SOCKET, SENDER_SOCKET, F, socket_option
+from migrate.cli.options import F, SocketPath, receiver_socket, sender_socket, socket_option
 from migrate.cli.progress import EventLines, ProgressDisplay, TableDisplay
 from migrate.cli.terminal import size_of
 from migrate.cli.text import echo, json_option, report
-from migrate.control.client import ANSWER_S, CANCELLED, ENDED, ControlClient
+from migrate.control.client import (
+    ANSWER_S,
+    CANCELLED,
+    ENDED,
+    RUN_DIRECTORY,
+    SOCKETS,
+    ControlClient,
+)
 from migrate.errors import MigrationError, SilentDaemonError, UnknownMigrationError
 from xenbackend.unix import STARTING_S
 
 WATCH_EVERY_S = 0.25
 
 
-DEFAULT_SOCKETS = (SENDER_SOCKET, RECEIVER_SOCKET)
-"""The sockets that are asked by default.  It is no error if no daemon listens at one of them,
-because many hosts have one daemon only.
-"""
-
-
 sockets_option = click.option(
-    "--socket", "socket_paths", type=click.Path(path_type=Path), multiple=True,
+    "--socket", "socket_paths", type=SocketPath(), multiple=True,
     help="Control socket of a daemon; may be given several times.  Default: those of the sender "
-    f"and of the receiver in {SENDER_SOCKET.parent}, if they run.",
+    f"and of the receiver in {RUN_DIRECTORY}, or in ${SOCKETS}, if they run.",
 )  # fmt: skip
 MIGRATION = """
 
@@ -71,8 +72,11 @@ class Answers:
 def _ask_all(
     socket_paths: tuple[Path, ...], *, answer_s: float | None = None, **request: Any
 ) -> Answers:
-    """Ask the daemons at these sockets, or those of :data:`DEFAULT_SOCKETS` that run.  Raises
-    :class:`MigrationError` if none has a result.
+    """Ask the daemons at these sockets, and wait for one that is just starting.  By default ask the
+    sender and the receiver of this host.  It is no error if one of them does not run, because many
+    hosts have one daemon only.
+
+    Raises :class:`MigrationError` if none has a result.
 
     ``answer_s``: how long each may take, :data:`ANSWER_S` by default, 0 for no limit.
     """
@@ -80,16 +84,17 @@ def _ask_all(
     problems: list[MigrationError] = []
     answers = Answers()
     clients = []
-    asked = socket_paths or DEFAULT_SOCKETS
+    asked = socket_paths or (sender_socket(), receiver_socket())
+    wait_s = STARTING_S if socket_paths else 0
     absent: dict[Path, MigrationError] = {}
     for path in asked:
         try:
-            clients.append((path, ControlClient(path, answer_s=answer_s)))
+            clients.append((path, ControlClient(path, wait_s=wait_s, answer_s=answer_s)))
         except SilentDaemonError as error:
             answers.silent.append(error)
         except MigrationError as error:
             absent[path] = error
-    if not clients and not answers.silent:
+    if not clients and not answers.silent and not socket_paths:
         path = asked[0]
         clients.append((path, ControlClient(path, wait_s=STARTING_S, answer_s=answer_s)))
         del absent[path]
@@ -239,7 +244,7 @@ def watch_command(migration: str, socket_paths: tuple[Path, ...], as_json: bool)
 
 @click.command("postcopy-now")
 @migration_argument
-@socket_option(SENDER_SOCKET, "the local sender")
+@socket_option(sender_socket, "the local sender")
 @json_option
 def postcopy_now_command(migration: str, socket_path: Path, as_json: bool) -> None:
     """End the precopy of a migration and switch over now."""

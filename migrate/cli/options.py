@@ -17,8 +17,6 @@ from migrate.options import LEAST_BANDWIDTH, MAX_CHECKPOINT_MS, PolicyOptions
 from migrate.units import parse_address, parse_size, shortened
 
 F = TypeVar("F", bound=Callable[..., Any])
-SENDER_SOCKET = Path(client.SENDER_SOCKET)
-RECEIVER_SOCKET = Path(client.RECEIVER_SOCKET)
 CHECKPOINT_EVERY_S = 1.0
 
 
@@ -100,6 +98,30 @@ class HostPort(OptionType):
         return str(value)
 
 
+def sender_socket() -> Path:
+    """Return the absolute path of the local sender's control socket."""
+    return Path(client.sender_socket()).absolute()
+
+
+def receiver_socket() -> Path:
+    """Return the absolute path of the local receiver's control socket."""
+    return Path(client.receiver_socket()).absolute()
+
+
+class SocketPath(click.Path):
+    """The path of a socket.  If XEN_POSTCOPY_SOCKETS names a folder, a relative path counts from
+    it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(super().convert(value, param, ctx))  # type: ignore[arg-type]
+        folder = os.environ.get(client.SOCKETS)
+        return Path(folder, path).absolute() if folder else path
+
+
 STDOUT = Path("-")
 
 
@@ -125,16 +147,17 @@ class ResultFile(click.Path):
         return path
 
 
-def socket_option(default: Path, whose: str) -> Callable[[F], F]:
+def socket_option(default: Callable[[], Path], whose: str) -> Callable[[F], F]:
     return click.option(
-        "--socket", "socket_path", type=click.Path(path_type=Path), default=default,
-        show_default=True, help=f"Control socket of {whose}.",
+        "--socket", "socket_path", type=SocketPath(), default=default,
+        help=f"Control socket of {whose}.  Default: {default().name} in {client.RUN_DIRECTORY}, or "
+        f"in ${client.SOCKETS}.",
     )  # fmt: skip
 
 
 def simulated_option(function: F) -> F:
     return click.option(
-        "--simulated", type=click.Path(path_type=Path), metavar="SOCKET",
+        "--simulated", type=SocketPath(), metavar="SOCKET",
         help="Work with the simulated host that listens there, instead of this machine's Xen.",
     )(function)  # fmt: skip
 

@@ -9,15 +9,14 @@ from pathlib import Path
 
 import click
 
-from migrate.cli.options import RECEIVER_SOCKET, SENDER_SOCKET
 from migrate.cli.text import echo, json_option
-from migrate.control.client import ANSWER_S, ENDED, ControlClient
+from migrate.control.client import ANSWER_S, ENDED, RUN_DIRECTORY, ControlClient
 from migrate.errors import MigrationError
 from xenbackend import release
 
 DAEMONS = {
-    "xen-postcopy-sender.service": SENDER_SOCKET,
-    "xen-postcopy-receiver.service": RECEIVER_SOCKET,
+    "xen-postcopy-sender.service": Path(RUN_DIRECTORY, "sender.sock"),
+    "xen-postcopy-receiver.service": Path(RUN_DIRECTORY, "receiver.sock"),
 }
 """The control socket of each unit."""
 

@@ -26,8 +26,8 @@ from xenbackend.unix import connect_unix
 
 MAX_LINE = 1024 * 1024
 RUN_DIRECTORY = "/run/xen-postcopy"
-SENDER_SOCKET = f"{RUN_DIRECTORY}/sender.sock"
-RECEIVER_SOCKET = f"{RUN_DIRECTORY}/receiver.sock"
+SOCKETS = "XEN_POSTCOPY_SOCKETS"
+"""The environment variable that names another folder of sockets than :data:`RUN_DIRECTORY`."""
 RUNNING = "is the daemon running?"
 ANSWER_S = 5.0
 """How long a daemon may take for an answer for which it waits for nothing else."""
@@ -54,6 +54,16 @@ def outcome(phase: str, problem: str) -> str:
             if reason.startswith(begins):
                 return word
     return phase if phase in ENDED else ""
+
+
+def sender_socket() -> str:
+    """Return the path of the local sender's control socket."""
+    return f"{os.environ.get(SOCKETS) or RUN_DIRECTORY}/sender.sock"
+
+
+def receiver_socket() -> str:
+    """Return the path of the local receiver's control socket."""
+    return f"{os.environ.get(SOCKETS) or RUN_DIRECTORY}/receiver.sock"
 
 
 class ControlClient:

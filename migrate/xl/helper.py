@@ -40,6 +40,7 @@ XEN_POSTCOPY=require    fail instead of using the stock helper for a migration
 XEN_POSTCOPY_STRATEGY   hybrid, postcopy or precopy (otherwise as the sender is configured)
 XEN_POSTCOPY_SENDER, XEN_POSTCOPY_RECEIVER
                         the control sockets of the local daemons
+XEN_POSTCOPY_SOCKETS    the folder with both (otherwise /run/xen-postcopy)
 XEN_POSTCOPY_STOCK_HELPER
                         libxl's own helper
 """

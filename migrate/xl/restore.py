@@ -13,7 +13,7 @@ import errno
 import os
 from typing import Never
 
-from migrate.control.client import RECEIVER_SOCKET, ControlClient, Json
+from migrate.control.client import ControlClient, Json, receiver_socket
 from migrate.errors import MigrationError
 from migrate.xl import image, libxl, protocol, stock
 from migrate.xl.libxl import INPUT, Request, read_exactly
@@ -62,7 +62,7 @@ class _Restoring:
         try:
             offer = image.parse_offer(body)
             self._session = offer["session"]
-            daemon = ControlClient(os.environ.get("XEN_POSTCOPY_RECEIVER", RECEIVER_SOCKET))
+            daemon = ControlClient(os.environ.get("XEN_POSTCOPY_RECEIVER") or receiver_socket())
             daemon.send(
                 command="restore", domid=self._request.domid, ports=self._request.ports, **offer
             )

@@ -18,7 +18,7 @@ import os
 import sys
 from typing import Never
 
-from migrate.control.client import ENDED, RECEIVER_SOCKET, SENDER_SOCKET, ControlClient, Json
+from migrate.control.client import ENDED, ControlClient, Json, receiver_socket, sender_socket
 from migrate.errors import MigrationError
 from migrate.xl import image, libxl, protocol, stock
 from migrate.xl.libxl import INPUT, Request, write_all
@@ -30,7 +30,7 @@ def wait_for_memory(request: Request) -> None:
 
     Ends this process if the pages cannot be expected to arrive.
     """
-    path = os.environ.get("XEN_POSTCOPY_RECEIVER", RECEIVER_SOCKET)
+    path = os.environ.get("XEN_POSTCOPY_RECEIVER") or receiver_socket()
     try:
         daemon = ControlClient(path)
     except MigrationError as error:
@@ -89,7 +89,7 @@ def save(request: Request) -> Never:
     if os.isatty(request.io_fd):
         sys.exit("xen-postcopy-xl-helper: a stream does not go to a terminal")
     try:
-        daemon = ControlClient(os.environ.get("XEN_POSTCOPY_SENDER", SENDER_SOCKET))
+        daemon = ControlClient(os.environ.get("XEN_POSTCOPY_SENDER") or sender_socket())
         strategy = os.environ.get("XEN_POSTCOPY_STRATEGY")
         daemon.send(command="save", domid=request.domid, strategy=strategy, xl=os.getppid())
         offer = daemon.answer(INPUT)
