@@ -28,6 +28,7 @@ from migrate.logs import Complaint
 from migrate.protocol.messages import Hello, Lane
 from migrate.protocol.session import is_session_id
 from migrate.service.config import Config
+from migrate.service.host import look_at_host
 from migrate.service.journal import Journal, Kept
 from migrate.service.lifecycle import (
     STOPPING,
@@ -67,7 +68,8 @@ class ReceiverDaemon:
         self._migrations: dict[str, IncomingMigration] = {}
         self._awaited: dict[str, AwaitedLanes] = {}
         """By session."""
-        self.reception = Reception(self._find_awaited, self._terms)
+        look = functools.partial(look_at_host, hypervisor, config)
+        self.reception = Reception(self._find_awaited, look, self._terms)
         self._nursery: trio.Nursery
         self._port = 0
         self._stopping = False

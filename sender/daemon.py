@@ -31,6 +31,7 @@ from migrate.options import MigrationOptions, PolicyOptions, Strategy
 from migrate.protocol.messages import Hello
 from migrate.protocol.session import new_id, new_token
 from migrate.service.config import RECEIVER_PORT, Config, MigrationConfig, advertised
+from migrate.service.host import look_at_host
 from migrate.service.journal import Journal, Kept
 from migrate.service.lifecycle import (
     STOPPING,
@@ -92,7 +93,8 @@ class SenderDaemon:
                     self._journal.leave(session, error, facts.get("domain"))
             self._nursery.start_soon(isolated, "ending keepers", self._end_keepers)
             await self._nursery.start(control.serve, self._socket_path, self._handle)
-            reception = Reception(self._find_awaited, self._config.terms)
+            look = functools.partial(look_at_host, self._hypervisor, self._config)
+            reception = Reception(self._find_awaited, look, self._config.terms)
             serve = functools.partial(serve_connections, from_strangers=True)
             await self._nursery.start(serve, "a connection", reception.receive, listeners)
             notify("READY=1\nSTATUS=waiting for migrations")

@@ -26,8 +26,6 @@ from xenbackend.errors import XenError, no_such_domain
 from xenbackend.pages import Buffer, MappedPages, NativePages, PfnArray
 from xenbackend.ring import PagingRing
 
-LOG_DIRTY_IS_ON = "log-dirty is on already: a program migrates, saves or protects the guest"
-
 
 class DomainState(Enum):
     RUNNING = "running"
@@ -421,9 +419,11 @@ class Hypervisor(ABC):
 
     @abstractmethod
     def preflight(self, config: DomainConfig | None, *, paging: bool) -> Preflight:
-        """Check whether this domain could be built here now, and be paged.  ``config`` is ``None``:
-        any domain.  Changes nothing.
-        """
+        """Check whether ``config`` (``None``: any) can be built and paged here; change nothing."""
+
+    @abstractmethod
+    def free_bytes(self) -> int:
+        """Return the memory that new domains can have now, in bytes."""
 
     @abstractmethod
     def create_incoming(self, config: DomainConfig, *, instead_of: Domain | None = None) -> Domain:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import errno as errno_module
 import os
 
+LOG_DIRTY = "log-dirty is on already: a program migrates, saves or protects the guest"
+
 
 class XenError(Exception):
     """A hypercall failed.

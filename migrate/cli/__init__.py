@@ -28,6 +28,7 @@ COMMANDS = {
     "cancel": "migrate.cli.migrations",
     "reconnect": "migrate.cli.migrations",
     "decide": "migrate.cli.migrations",
+    "init": "migrate.cli.init",
     "preflight": "migrate.cli.preflight",
     "restart-idle": "migrate.cli.restart",
     "sender": "sender.command",
@@ -92,11 +93,10 @@ def cli() -> None:
         xen-postcopy loopback --memory 1G --vcpus 2
 
     \b
-    Between two hosts, each with a [tls] section in /etc/xen-postcopy/config.toml
-    (xen-postcopy.toml(5)):
-        destination#  xen-postcopy receiver --listen 0.0.0.0:8013
-        source#       xen-postcopy sender
-        source#       xen-postcopy migrate DOMAIN DESTINATION
+    Between two hosts, on which the package has started the daemons:
+        xen-postcopy init HOST1 HOST2      (makes certificates and configurations, and prints how
+                                           they reach the hosts)
+        HOST1#  xen-postcopy migrate DOMAIN HOST2
     """
 
 

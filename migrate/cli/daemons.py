@@ -16,14 +16,22 @@ import click
 import trio
 
 from migrate import logs
-from migrate.cli.options import F, HostPort, Size, SocketPath, simulated_option, socket_option
+from migrate.cli.options import (
+    F,
+    HostPort,
+    Size,
+    SocketPath,
+    config_option,
+    simulated_option,
+    socket_option,
+)
 from migrate.service.config import (
-    CONFIG_FILE,
     STATE_DIRECTORY,
     Address,
     Config,
     load,
 )
+from migrate.service.host import watch_credentials
 from migrate.service.inhibitor import inhibit_shutdown
 from migrate.service.journal import Journal
 from migrate.service.lifecycle import end_with_owner
@@ -50,14 +58,6 @@ def run(main: Callable[[], Awaitable[None]], *, verbose: bool) -> None:
         trio.run(main, strict_exception_groups=True)  # not the default before trio 0.25
     except BaseExceptionGroup as group:
         raise root_cause(group) from None
-
-
-config_option = click.option(
-    "--config",
-    "config_path",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help=f"The configuration.  Default: {CONFIG_FILE}, if there is one.",
-)
 
 
 state_option = click.option(
@@ -121,6 +121,8 @@ def run_daemon(
             if simulated is None:
                 about = "the lock against a shutdown of this host"
                 nursery.start_soon(isolated, about, inhibit_shutdown, end, daemon.guests_in_need)
+            about = "the look at this host's certificate"
+            nursery.start_soon(isolated, about, watch_credentials, config)
             await daemon.run()
             nursery.cancel_scope.cancel()
 

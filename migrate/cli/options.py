@@ -155,6 +155,14 @@ def socket_option(default: Callable[[], Path], whose: str) -> Callable[[F], F]:
     )  # fmt: skip
 
 
+config_option = click.option(
+    "--config",
+    "config_path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The configuration.  Default: /etc/xen-postcopy/config.toml, if there is one.",
+)
+
+
 def simulated_option(function: F) -> F:
     return click.option(
         "--simulated", type=SocketPath(), metavar="SOCKET",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import secrets
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
 import trio
@@ -25,7 +25,7 @@ from migrate.lanes.connection import (
     Terms,
 )
 from migrate.logs import Complaint
-from migrate.protocol.messages import Hello, Lane, Refused, printable
+from migrate.protocol.messages import PREFLIGHT, Hello, Host, Lane, Refused, printable
 from migrate.protocol.session import answer_token, hello, negotiate, number_of_rejoin
 
 log = logging.getLogger(__name__)
@@ -189,11 +189,17 @@ class _AwaitedLane:
 
 class Reception:
     """Assigns the connections of a daemon's listener.  ``find`` returns the session that a
-    connection belongs to, or raises :class:`MigrationError`.
+    connection belongs to, or raises :class:`MigrationError`.  ``look`` returns what a connection is
+    answered that asks about this host.
     """
 
-    def __init__(self, find: Callable[[Hello], AwaitedLanes], terms: Terms):
-        self._find, self._terms = find, terms
+    def __init__(
+        self,
+        find: Callable[[Hello], AwaitedLanes],
+        look: Callable[[], Awaitable[Host]],
+        terms: Terms,
+    ):
+        self._find, self._look, self._terms = find, look, terms
         self._strangers: dict[trio.CancelScope, str] = {}
         """The connections without a hello and their addresses, the oldest first."""
         self._of_address: dict[str, dict[trio.CancelScope, None]] = {}
@@ -253,6 +259,9 @@ class Reception:
         try:
             greeting = await lane.receive_hello()
             negotiate(greeting)
+            if PREFLIGHT in greeting.requires:
+                await self._answer_preflight(lane, greeting)
+                return
             awaited = self._find(greeting)
             await awaited.welcome(greeting)
             ours = hello(
@@ -276,3 +285,11 @@ class Reception:
         except BaseException:
             lane.close()
             raise
+
+    async def _answer_preflight(self, lane: LaneConnection, greeting: Hello) -> None:
+        """Answer a peer that asks about this host, and end the connection."""
+        ours = hello(Lane(greeting.lane), greeting.session, requires=self._terms.requires)
+        await lane.send(ours)
+        lane.agree((ours, greeting))
+        await lane.send(await self._look())
+        lane.close()

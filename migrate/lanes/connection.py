@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import trio
 
@@ -171,6 +171,10 @@ class LaneConnection:
         except (OSError, ValueError):
             return ""
         return f"{host}:{port}"
+
+    def certificate(self) -> dict[str, Any] | None:
+        """Return the peer's certificate as ``getpeercert`` does; ``None`` without TLS."""
+        return None if self._tls is None else self._tls.certificate()
 
     # ---- blocking ----
     def send_blocking(self, message: Message, payload: Sequence[memoryview] = ()) -> int:
@@ -435,9 +439,14 @@ async def run_in_thread(
 
 
 async def connect(host: str, port: int, terms: Terms) -> LaneConnection:
-    """Dial a host.  Raises :class:`PeerClosedError` if nobody answers, and :class:`MigrationError`
-    if the connection is not allowed.
+    """Dial a host.  Raises :class:`PeerClosedError` if nobody answers or the peer is not trusted,
+    and :class:`MigrationError` if the connection is not allowed.
     """
+    return await LaneConnection.from_stream(await open_stream(host, port, terms), terms, host)
+
+
+async def open_stream(host: str, port: int, terms: Terms) -> trio.SocketStream:
+    """Dial a host, without the TLS handshake.  Raises as :func:`connect` does."""
     if terms.tls is None and not terms.unencrypted and not is_loopback(host):
         raise MigrationError(
             f"{host} is another host, and connections are not encrypted: make a [tls] section in "
@@ -445,7 +454,7 @@ async def connect(host: str, port: int, terms: Terms) -> LaneConnection:
         )
     try:
         with trio.fail_after(CONNECT_TIMEOUT_S):
-            stream = await trio.open_tcp_stream(host, port)
+            return await trio.open_tcp_stream(host, port)
     except trio.TooSlowError:
         raise PeerClosedError(
             f"no answer from {host}:{port} within {CONNECT_TIMEOUT_S:g} s"
@@ -460,7 +469,6 @@ async def connect(host: str, port: int, terms: Terms) -> LaneConnection:
             f"cannot reach {host}:{port}: {why}; see whether xen-postcopy runs there and listens "
             "on that address"
         ) from error
-    return await LaneConnection.from_stream(stream, terms, host)
 
 
 def is_loopback(host: str) -> bool:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import ipaddress
 import logging
 import select
 import socket
 import ssl
 import threading
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,12 +136,8 @@ class Tls:
         raise PeerClosedError(f"TLS: {problem}")
 
     def _check_names(self, sock: ssl.SSLSocket) -> None:
-        certificate: dict[str, Any] = sock.getpeercert() or {}
-        # A directory name is a tuple of tuples.
-        names = {
-            name for _kind, name in certificate.get("subjectAltName", ()) if isinstance(name, str)
-        }
-        if not names & set(self.peers):
+        names = names_in(sock.getpeercert() or {})
+        if not names & set(map(comparable, self.peers)):
             raise PeerClosedError(
                 f"the peer's certificate is for {printable(', '.join(sorted(names))) or 'nobody'}, "
                 f"and [tls] peers are {', '.join(self.peers)}"
@@ -158,16 +155,19 @@ class Tls:
             state = [_state(path) for path in (self.certificate, self.key, self.authority)]
             if kept.contexts is None or state != kept.state:
                 try:
-                    kept.contexts = (
-                        self._context(server_side=True),
-                        self._context(server_side=False),
-                    )
+                    kept.contexts = self.fresh_contexts()
                 except MigrationError as error:
                     if kept.contexts is None:
                         raise
                     log.error("%s: the last valid files stay in use", error)
                 kept.state = state
             return kept.contexts
+
+    def fresh_contexts(self) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+        """Return new contexts, for the end that is dialled and for the end that dials.  Raises
+        :class:`MigrationError` if a file cannot be used.
+        """
+        return self._context(server_side=True), self._context(server_side=False)
 
     def _context(self, *, server_side: bool) -> ssl.SSLContext:
         context = ssl.SSLContext(
@@ -185,6 +185,23 @@ class Tls:
         except (OSError, ValueError) as error:
             raise MigrationError(f"[tls] {self.authority}: {_why(error)}") from error
         return context
+
+
+def names_in(certificate: Mapping[str, Any]) -> set[str]:
+    """Return the names in a certificate of ``getpeercert``, as :func:`comparable` makes them."""
+    # A directory name is a tuple of tuples.
+    alternatives = certificate.get("subjectAltName", ())
+    return {comparable(name) for _kind, name in alternatives if isinstance(name, str)}
+
+
+def comparable(name: str) -> str:
+    """Return the form of a name in which equal names are equal texts.  OpenSSL writes an IPv6
+    address as ``FD00:0:0:0:0:0:0:1``, and the case of a host's name has no meaning.
+    """
+    try:
+        return str(ipaddress.ip_address(name.strip()))
+    except ValueError:
+        return name.lower()
 
 
 def _step(sock: ssl.SSLSocket) -> Callable[[socket.socket], Awaitable[None]] | None:
@@ -259,6 +276,10 @@ class TlsSocket:
     def getpeername(self) -> tuple[str, int]:
         host, port, *_ = self._socket.getpeername()
         return host, port
+
+    def certificate(self) -> dict[str, Any]:
+        """Return the peer's certificate, which was accepted."""
+        return self._socket.getpeercert() or {}
 
     def setsockopt(self, level: int, option: int, value: int | bytes) -> None:
         self._socket.setsockopt(level, option, value)

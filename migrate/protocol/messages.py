@@ -56,8 +56,10 @@ PROOF = "proof"
 """This end proves that it has the session's key when it answers a lane that resumes the session."""
 WAITS = "waits"
 """The message."""
+PREFLIGHT = "preflight"
+"""An end that requires it in its hello begins no session: it asks for ``host``."""
 CAPABILITIES = frozenset(
-    {CHECKSUMS, PAUSED, LOST, UNPROTECTED, RECALL, ALIVE_EACH_SECOND, PROOF, WAITS}
+    {CHECKSUMS, PAUSED, LOST, UNPROTECTED, RECALL, ALIVE_EACH_SECOND, PROOF, WAITS, PREFLIGHT}
 )
 """What this end can do.  A capability is used if one end requires it or both ends offer it."""
 
@@ -113,6 +115,24 @@ class Alive(Message):
     """Keeps an idle lane alive.  The lane itself sends and consumes it; no session sees it."""
 
     type = "alive"
+
+
+@dataclass(frozen=True, eq=False)
+class Host(Message):
+    """What the host that was dialled could take in.  Answers a hello that requires
+    :data:`PREFLIGHT`, on a connection of its own; nothing follows.
+    """
+
+    type = "host"
+    problem: str = text_field(MAX_TEXT)
+    """Why no guest can be paged there; empty if guests can."""
+    populate_evicted: str = text_field(16)
+    free_bytes: int = uint_field(2**63)
+    """The memory that new guests can have."""
+    sender: str = text_field(300)
+    """Where receivers of other hosts reach the sender there; empty if it listens for its own host
+    only.
+    """
 
 
 # ---- sender to receiver, push lane ----
@@ -431,10 +451,10 @@ class Ahead(Message):
 TYPES: dict[str, type[Message]] = {
     cls.type: cls
     for cls in (
-        Hello, Alive, Offer, Pages, Defer, Barrier, Suspended, Missing, Context, Entrust, Handover,
-        Kept, Rejoin, Completed, Abort, Lost, Recall, Accepted, Refused, Passed, Ready, Resumed,
-        Loaded, Dropped, Report, Waits, Written, Checkpoint, Unprotected, Outstanding, Rejoined,
-        Complete, Ended, Failed, Fault, Ahead,
+        Hello, Alive, Host, Offer, Pages, Defer, Barrier, Suspended, Missing, Context, Entrust,
+        Handover, Kept, Rejoin, Completed, Abort, Lost, Recall, Accepted, Refused, Passed, Ready,
+        Resumed, Loaded, Dropped, Report, Waits, Written, Checkpoint, Unprotected, Outstanding,
+        Rejoined, Complete, Ended, Failed, Fault, Ahead,
     )
 }  # fmt: skip
 FIELDS: dict[type[Message], dict[str, Parser]] = {

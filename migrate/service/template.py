@@ -61,7 +61,9 @@ def _keys(section: str) -> dict[str, Mapping[str, Any]]:
 
 
 def _comment(text: str) -> list[str]:
-    return textwrap.wrap(text, COLUMNS, initial_indent="# ", subsequent_indent="# ")
+    return textwrap.wrap(
+        text, COLUMNS, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False
+    )
 
 
 def written(value: Any) -> str:

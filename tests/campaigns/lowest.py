@@ -26,7 +26,10 @@ PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not serial", "-
 
 def lowest() -> list[str]:
     """Return the lowest versions, also of what the native modules are built with, for pip."""
-    wanted = [*PROJECT["build-system"]["requires"], *PROJECT["project"]["dependencies"]]
+    project = PROJECT["project"]
+    wanted = [*PROJECT["build-system"]["requires"], *project["dependencies"]]
+    for extra in project["optional-dependencies"].values():
+        wanted += extra
     assert all(re.fullmatch(r"[\w-]+>=[\d.]+", one) for one in wanted), wanted
     return sorted({one.replace(">=", "==") for one in wanted})
 

@@ -31,7 +31,7 @@ from tests.conftest import MIB
 from tests.support.certificates import ANOTHER, AUTHORITY, HOST, files
 from tests.support.guests import busy
 from tests.support.inprocess import Outcome, migrate, verification
-from tests.support.links import Link
+from tests.support.links import Link, no_look
 from tests.support.waiting import WAIT_S
 from tests.support.waiting import until_async as until
 from xenbackend.contract import DomainState
@@ -177,7 +177,7 @@ async def test_strangers_that_never_shake_hands_take_no_threads(
     each.
     """
     strangers = 50
-    reception = Reception(lambda _greeting: AwaitedLanes(), Terms(tls=files()))
+    reception = Reception(lambda _greeting: AwaitedLanes(), no_look, Terms(tls=files()))
     limiter, threads = trio.to_thread.current_default_thread_limiter(), threading.active_count()
     with contextlib.ExitStack() as connections:
         async with trio.open_nursery() as nursery:
@@ -199,7 +199,7 @@ async def test_a_stranger_that_is_refused_and_still_sends_is_kept_no_longer(
     next.
     """
     monkeypatch.setattr(tls, "EXPLANATION_S", 0.2)
-    reception = Reception(lambda _greeting: AwaitedLanes(), Terms(tls=files()))
+    reception = Reception(lambda _greeting: AwaitedLanes(), no_look, Terms(tls=files()))
     async with trio.open_nursery() as nursery:
         stranger = await trio.open_tcp_stream(HOST, await receive(reception, nursery))
         await stranger.send_all(b"GET / HTTP/1.0\r\n\r\n")
@@ -224,7 +224,7 @@ async def test_behind_a_crowd_of_strangers_a_peer_is_received(
     """
     monkeypatch.setattr(accept, crowd, 5)
     awaited = AwaitedLanes()
-    reception = Reception(lambda _greeting: awaited, Terms(tls=files()))
+    reception = Reception(lambda _greeting: awaited, no_look, Terms(tls=files()))
     async with trio.open_nursery() as nursery:
         port = await receive(reception, nursery)
         strangers = []

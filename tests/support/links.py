@@ -230,3 +230,8 @@ def cut_when(
 
     monkeypatch.setattr(cls, "send_blocking", send_blocking_and_cut)
     return links
+
+
+async def no_look() -> m.Host:
+    """Answer as a host of which a listener is tested, and nothing else."""
+    return m.Host("this is no host", "none", 0, "")

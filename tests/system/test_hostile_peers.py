@@ -32,7 +32,7 @@ from migrate.tasks import in_abandoned_thread
 from receiver.daemon import MAX_WITHOUT_OFFER
 from tests.conftest import MIB
 from tests.support.daemons import listed
-from tests.support.links import NO_LINGER
+from tests.support.links import NO_LINGER, no_look
 from tests.support.resources import holds
 from tests.support.waiting import WAIT_S
 from tests.support.waiting import until_async as until
@@ -387,7 +387,7 @@ async def _receive_of(
     after: Callable[[str], Awaitable[None]],
 ) -> None:
     async with trio.open_nursery() as nursery:
-        reception = Reception(lambda _greeting: awaited, Terms())
+        reception = Reception(lambda _greeting: awaited, no_look, Terms())
         (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
         port = listener.socket.getsockname()[1]
         nursery.start_soon(trio.serve_listeners, reception.receive, [listener])

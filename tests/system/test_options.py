@@ -100,6 +100,7 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("migrate.cli.loopback.loopback_world", started)
     monkeypatch.setattr("migrate.cli.daemons.run", started)
+    monkeypatch.setattr("migrate.cli.peer.try_all", started)
     monkeypatch.setattr("migrate.cli.daemons.STATE_DIRECTORY", tmp_path / "state")
     monkeypatch.setattr("migrate.cli.migrate.STARTING_S", 0)
     monkeypatch.setattr("migrate.cli.migrations.STARTING_S", 0)

@@ -149,7 +149,7 @@ def test_a_sender_may_say_on_new_lanes_that_the_pages_are_lost(asked: bool) -> N
 
 
 def test_every_message_has_its_rule() -> None:
-    assert set(RULES) | {m.Hello, m.Alive} == set(m.TYPES.values())
+    assert set(RULES) | {m.Hello, m.Alive, m.Host} == set(m.TYPES.values())
 
 
 @given(

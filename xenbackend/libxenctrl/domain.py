@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xenbackend.contract import (
-    LOG_DIRTY_IS_ON,
     Domain,
     DomainConfig,
     DomainInfo,
@@ -28,7 +27,7 @@ from xenbackend.contract import (
     Preflight,
     Reservation,
 )
-from xenbackend.errors import NoSuchDomainError, XenError, check_handle, no_such_domain
+from xenbackend.errors import LOG_DIRTY, NoSuchDomainError, XenError, check_handle, no_such_domain
 from xenbackend.keeper import Keeper
 from xenbackend.libxenctrl._xen import ffi, lib
 from xenbackend.libxenctrl.context import HvmContext
@@ -288,9 +287,7 @@ class XenDomain(Domain):
     def log_dirty_enable(self) -> None:
         rc = lib.xen_log_dirty_enable(self._xen, self.domid)
         if rc:
-            raise XenError(
-                "enable_logdirty", -rc, why=LOG_DIRTY_IS_ON if rc == -errno.EBUSY else ""
-            )
+            raise XenError("enable_logdirty", -rc, why=LOG_DIRTY if rc == -errno.EBUSY else "")
 
     def log_dirty_disable(self) -> None:
         check("logdirty off", lib.xen_log_dirty_disable(self._xen, self.domid))

@@ -74,6 +74,9 @@ class XenHypervisor(Hypervisor):
                 )
         return Preflight(tuple(problems), facts.way)
 
+    def free_bytes(self) -> int:
+        return self.host.facts().free_pages * PAGE_SIZE
+
     def create_incoming(
         self, config: DomainConfig, *, instead_of: Domain | None = None
     ) -> XenDomain:

@@ -436,6 +436,9 @@ class SimulatedHypervisor(Hypervisor):
     def preflight(self, config: DomainConfig | None, *, paging: bool) -> Preflight:
         return _preflight(self.call("preflight", config=config and config.__dict__, paging=paging))
 
+    def free_bytes(self) -> int:
+        return int(self.call("free"))
+
     def create_incoming(
         self, config: DomainConfig, *, instead_of: Domain | None = None
     ) -> SimulatedDomain:

@@ -19,8 +19,8 @@ from typing import Any
 
 import trio
 
-from xenbackend.contract import LOG_DIRTY_IS_ON, DomainConfig
-from xenbackend.errors import GuestOptionError, XenError, no_such_domain
+from xenbackend.contract import DomainConfig
+from xenbackend.errors import LOG_DIRTY, GuestOptionError, XenError, no_such_domain
 from xenbackend.pages import PAGE_SIZE
 from xenbackend.simulated._sim import ffi, lib
 from xenbackend.simulated.guest import GuestSpec, available_bytes
@@ -274,6 +274,9 @@ class SimulatedHost:
         )
         return {"problems": [text for _number, text in problems], "populate_evicted": self._way}
 
+    def op_free(self) -> int:
+        return max(self._free(), 0)
+
     def op_domain_preflight(self, domid: int, client: int) -> dict[str, Any]:
         domain = self._domain(domid)
         problems = self._paging_problems(True)
@@ -344,7 +347,7 @@ class SimulatedHost:
         """
         domain = self._domain(domid)
         if enable and domain.dom.log_dirty:
-            raise XenError("enable_logdirty", errno.EBUSY, why=LOG_DIRTY_IS_ON)
+            raise XenError("enable_logdirty", errno.EBUSY, why=LOG_DIRTY)
         lib.sim_host_pause(domain.native)
         domain.dom.log_dirty = enable
         bitmap_bytes = (domain.dom.nr_pfns + 63) // 64 * 8

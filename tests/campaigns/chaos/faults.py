@@ -23,7 +23,7 @@ from migrate.protocol import messages as m
 from migrate.protocol.messages import Hello, Lane
 from migrate.protocol.session import hello, new_id, new_token
 from tests.campaigns.chaos.trial import MIB, Fault, Trial, destroy, in_thread
-from tests.support.links import PIECE
+from tests.support.links import PIECE, no_look
 from xenbackend.contract import DomainState
 from xenbackend.errors import XenError
 from xenbackend.simulated.guest import GuestSpec
@@ -279,7 +279,7 @@ async def impostor(trial: Trial) -> None:
     def nobody(_greeting: Hello) -> AwaitedLanes:
         raise MigrationError("this host accepts no migration now")
 
-    reception = Reception(nobody, trial.world.terms)
+    reception = Reception(nobody, no_look, trial.world.terms)
     if trial.random.random() < 0.5:
         await switchover(trial)
     async with trio.open_nursery() as tasks:

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Asking a peer about its host, without a guest.
+
+The hello requires the capability ``preflight``.  A peer that has it answers with ``host`` and ends
+the connection; a peer of an older release refuses the hello.  Neither begins a migration.
+"""
+
+from __future__ import annotations
+
+import trio
+
+from migrate.errors import MigrationError, PeerClosedError, RefusedError
+from migrate.lanes.connection import CONNECT_TIMEOUT_S, LaneConnection, Terms
+from migrate.protocol.messages import PREFLIGHT, Hello, Host, Lane, Refused
+from migrate.protocol.session import hello, negotiate, new_id
+
+
+class OlderPeerError(MigrationError):
+    """The peer is of a release that cannot be asked."""
+
+
+async def greet(lane: LaneConnection, terms: Terms) -> Hello:
+    """Send the hello that asks about the peer's host, and return the peer's hello.
+
+    Raises :class:`OlderPeerError` if the peer cannot be asked, and :class:`MigrationError` if it
+    refuses or has no version in common with this end.
+    """
+    ours = hello(Lane.PUSH, new_id(), requires=(*terms.requires, PREFLIGHT))
+    try:
+        await lane.send(ours)
+        theirs = await lane.receive_hello()
+    except RefusedError as error:
+        if str(error).endswith(f"does not have: {PREFLIGHT}"):
+            raise OlderPeerError(str(error)) from error
+        raise
+    negotiate(theirs)
+    lane.agree((ours, theirs))
+    return theirs
+
+
+async def host_of(lane: LaneConnection) -> Host:
+    """Receive the answer to :func:`greet`.  Raises :class:`MigrationError`."""
+    with trio.move_on_after(CONNECT_TIMEOUT_S):
+        message, _pages = await lane.receive()
+        if isinstance(message, Refused):
+            raise MigrationError(f"the peer cannot look at its host: {message.reason}")
+        if not isinstance(message, Host):
+            raise MigrationError(f"the peer answered with {message.type} instead of host")
+        return message
+    raise PeerClosedError(f"the peer did not look at its host within {CONNECT_TIMEOUT_S:g} s")
