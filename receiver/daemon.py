@@ -313,11 +313,13 @@ class ReceiverDaemon:
 
     async def _carry_out(self, migration: IncomingMigration) -> None:
         about = f"the migration of {migration.domain_name or 'a guest'}"
-        await isolated(about, migration.run)
-        await isolated(f"the end of {about}", migration.linger)
-        awaited = self._awaited.pop(migration.id, None)
-        if awaited is not None:
-            awaited.close()
+        try:
+            await isolated(about, migration.run)
+            await isolated(f"the end of {about}", migration.linger)
+        finally:
+            awaited = self._awaited.pop(migration.id, None)
+            if awaited is not None:
+                awaited.close()
         self._forget()
 
     def _forget(self) -> None:

@@ -347,6 +347,15 @@ class SenderDaemon:
 
     async def _carry_out(self, migration: OutgoingMigration, ended: trio.Event) -> None:
         try:
+            await self._run(migration, ended)
+            await self._end(migration)
+        finally:
+            awaited = self._awaited.pop(migration.id, None)
+            if awaited is not None:
+                awaited.close()
+
+    async def _run(self, migration: OutgoingMigration, ended: trio.Event) -> None:
+        try:
             await migration.run()
         except (MigrationError, XenError) as error:
             migration.progress.problem = migration.progress.problem or str(error)
@@ -359,14 +368,10 @@ class SenderDaemon:
             self._active.discard(migration.id)
             ended.set()
             self._forget()
-        await self._end(migration)
 
     async def _end(self, migration: OutgoingMigration) -> None:
         """Send the destination the outcome, if it has not been sent."""
         await isolated(f"the end of the migration of {migration.domain_name}", migration.linger)
-        awaited = self._awaited.pop(migration.id, None)
-        if awaited is not None:
-            awaited.close()
 
     def _forget(self) -> None:
         ended = [m.id for m in self._migrations.values() if m.has_ended]

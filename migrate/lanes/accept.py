@@ -69,6 +69,7 @@ class AwaitedLanes:
             # This end may not have noticed yet that the old lanes are lost.
             self._push.end()
             self._pull.end()
+            self._push.welcomed = greeting
             return
         awaited = self._of(greeting)
         with trio.move_on_after(CONNECT_TIMEOUT_S):  # its token may still be in transit
@@ -77,6 +78,7 @@ class AwaitedLanes:
             raise ProtocolError(
                 f"a {greeting.lane} lane that is not awaited, or with a wrong or used token"
             )
+        awaited.welcomed = greeting
 
     def answer(self, greeting: Hello) -> bytes:
         """Return the token of the answer to a hello.  The token is empty for the first lanes of a
@@ -91,10 +93,14 @@ class AwaitedLanes:
     def facts(self) -> dict[str, Any]:
         return {"dials": None, "rejoins": 0, "proven": False}
 
-    def arrived(self, greeting: Hello, lane: LaneConnection) -> None:
-        """Accept a lane after :meth:`welcome`."""
-        self._of(greeting).come_with(lane)
-        self.peer = lane.peer()
+    def arrived(self, greeting: Hello, lane: LaneConnection) -> bool:
+        """Accept a lane after :meth:`welcome`.  Returns false if the lane is not awaited any more:
+        a newer push lane was welcomed meanwhile, or the session has ended.
+        """
+        accepted = self._of(greeting).come_with(greeting, lane)
+        if accepted:
+            self.peer = lane.peer()
+        return accepted
 
     def _of(self, greeting: Hello) -> _AwaitedLane:
         return self._pull if greeting.lane == Lane.PULL.value else self._push
@@ -146,6 +152,8 @@ class _AwaitedLane:
         self._lane: LaneConnection | None = None
         self.taken: LaneConnection | None = None
         self._token: bytes | None = None
+        self.welcomed: Hello | None = None
+        """The hello of the lane that may arrive."""
 
     def expect(self, token: bytes) -> None:
         self._token = token
@@ -158,9 +166,13 @@ class _AwaitedLane:
         self._token = None
         return True
 
-    def come_with(self, lane: LaneConnection) -> None:
-        self._lane = lane
+    def come_with(self, greeting: Hello, lane: LaneConnection) -> bool:
+        """Take the lane if its hello is the one that was welcomed last.  Returns whether it is."""
+        if self.welcomed is not greeting:
+            return False
+        self.welcomed, self._lane = None, lane
         self.come.set()
+        return True
 
     def take(self) -> LaneConnection:
         if self._lane is None:
@@ -176,11 +188,11 @@ class _AwaitedLane:
             self._lane.close()
         for event in (self.come, self.expected):
             event.set()
-        self._lane, self.taken, self._token = None, None, None
+        self._lane = self.taken = self._token = self.welcomed = None
         self.come, self.expected = trio.Event(), trio.Event()
 
     def close(self) -> None:
-        self._token = self.taken = None
+        self._token = self.taken = self.welcomed = None
         self.expected.set()
         if self._lane is not None:
             self._lane.close()
@@ -272,7 +284,8 @@ class Reception:
             )
             await lane.send(ours)
             lane.agree((ours, greeting))
-            awaited.arrived(greeting, lane)
+            if not awaited.arrived(greeting, lane):
+                lane.close()
         except (MigrationError, OSError) as error:
             log.warning("connection from %s refused: %s", lane.peer(), error)
             try:

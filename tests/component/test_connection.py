@@ -6,6 +6,7 @@ error of its own.
 from __future__ import annotations
 
 import contextlib
+import functools
 import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -13,16 +14,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import trio
+import trio.testing
 
 from migrate.errors import MigrationError, PeerClosedError
 from migrate.lanes import connection as transport
+from migrate.lanes.accept import AwaitedLanes, Reception
 from migrate.lanes.connection import LaneConnection, Terms, connect
+from migrate.lanes.dial import DialledLanes
 from migrate.lanes.tls import Tls
 from migrate.protocol import frames
 from migrate.protocol import messages as m
 from migrate.protocol.messages import Lane
-from migrate.protocol.session import hello
+from migrate.protocol.session import hello, rejoin_token
 from tests.support.certificates import HOST, files
+from tests.support.waiting import WAIT_S
 
 __all__ = ["files"]
 PAGES = memoryview(bytes(512 * 4096))
@@ -157,3 +162,58 @@ async def test_another_host_is_not_reached_without_encryption() -> None:
         MigrationError, match=r"192.0.2.1 is another host, and connections are not encrypted"
     ):
         await connect("192.0.2.1", 1, Terms())
+
+
+KEY = b"k" * 32
+
+
+async def welcomed(awaited: AwaitedLanes, number: int) -> m.Hello:
+    """Return the hello of a push lane that resumes the session, after its welcome."""
+    greeting = hello(Lane.PUSH, "session", rejoin_token(KEY, number))
+    await awaited.welcome(greeting)
+    return greeting
+
+
+async def test_an_older_lane_that_arrives_late_does_not_replace_a_newer_one() -> None:
+    awaited = AwaitedLanes()
+    awaited.keep(KEY)
+    async with ends() as (older, newer):
+        first, second = await welcomed(awaited, 1), await welcomed(awaited, 2)
+        assert awaited.arrived(second, newer)
+        assert not awaited.arrived(first, older)
+        assert await awaited.again(lambda _note: None) is newer
+        assert not awaited.arrived(second, older)  # each hello is for one lane
+
+
+async def test_a_pull_lane_of_an_earlier_pair_is_none_of_the_next_pair() -> None:
+    awaited = AwaitedLanes()
+    awaited.keep(KEY)
+    async with ends() as (push, pull), trio.open_nursery() as nursery:
+        await welcomed(awaited, 1)
+        awaited._pull.expect(b"token")
+        greeting = hello(Lane.PULL, "session", b"token")
+        await awaited.welcome(greeting)
+        assert awaited.arrived(await welcomed(awaited, 2), push)
+        nursery.start_soon(awaited.pull, b"the next token")
+        await trio.testing.wait_all_tasks_blocked()
+        assert not awaited.arrived(greeting, pull)
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_lane_of_a_session_that_has_ended_meanwhile_is_closed() -> None:
+    class Ending(AwaitedLanes):
+        def answer(self, greeting: m.Hello) -> bytes:
+            self.close()  # the session ends while the hello is being answered
+            return super().answer(greeting)
+
+    awaited = Ending()
+    reception = Reception(lambda _greeting: awaited, Terms())
+    async with trio.open_nursery() as nursery:
+        (listener,) = await nursery.start(
+            functools.partial(trio.serve_tcp, reception.receive, 0, host=HOST)
+        )
+        port = listener.socket.getsockname()[1]
+        lane = await DialledLanes((HOST, port), "session", Terms()).push()
+        with contextlib.closing(lane):
+            assert await trio.to_thread.run_sync(lane.is_over, WAIT_S)
+        nursery.cancel_scope.cancel()
