@@ -27,6 +27,7 @@ from migrate.protocol import messages as m
 from migrate.protocol.messages import Lane
 from migrate.protocol.session import hello, rejoin_token
 from tests.support.certificates import HOST, files
+from tests.support.links import no_look
 from tests.support.waiting import WAIT_S
 
 __all__ = ["files"]
@@ -207,7 +208,7 @@ async def test_a_lane_of_a_session_that_has_ended_meanwhile_is_closed() -> None:
             return super().answer(greeting)
 
     awaited = Ending()
-    reception = Reception(lambda _greeting: awaited, Terms())
+    reception = Reception(lambda _greeting: awaited, no_look, Terms())
     async with trio.open_nursery() as nursery:
         (listener,) = await nursery.start(
             functools.partial(trio.serve_tcp, reception.receive, 0, host=HOST)
