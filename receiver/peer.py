@@ -87,8 +87,8 @@ class Peer:
         self.session.received(message, Lane.PUSH)
         return message, payload
 
-    async def acknowledge(self) -> None:
+    async def acknowledge(self, about: str = "the outcome was received") -> None:
         """Answer the sender's last message, after which the sender forgets the session."""
         with contextlib.suppress(PeerClosedError):
-            await self.push.send(m.Failed("the outcome was received"))
+            await self.push.send(m.Failed(about))
             await trio.sleep(EXPLANATION_S)

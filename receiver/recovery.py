@@ -322,7 +322,7 @@ class Recovery:
                     await self._take_over_what_is_whole()
                 if not switchover.needs_nothing:
                     raise PagesLostError(message.reason)
-                await context.peer.acknowledge()
+                await context.peer.acknowledge(m.ALL_ARRIVED)
                 switchover.settled = True
             case _:
                 missing = switchover.guest.pages.count

@@ -164,6 +164,10 @@ async def linger(context: Context, last_message: m.Message) -> None:
                 if isinstance(message, m.Rejoin):
                     await peer.send(last_message)
                     await peer.receive()
+                elif isinstance(message, m.Lost) and isinstance(last_message, m.Complete):
+                    await peer.acknowledge(m.ALL_ARRIVED)
+                elif isinstance(message, m.Lost):
+                    await peer.acknowledge()
                 break
             except UnknownSessionError as error:
                 log.info("%s: the sender does not have this migration any more: %s", name, error)

@@ -78,6 +78,9 @@ async def _is_sent(context: Context, word: m.Message) -> bool:
         await connection.send(word)
         with step_timeout("the destination did not confirm the end of the migration"):
             answer, _pages = await connection.receive()
+        if isinstance(answer, m.Failed) and answer.reason == m.ALL_ARRIVED:
+            about = f"the domain of {context.name} is gone at the source, and {m.ALL_ARRIVED}"
+            context.progress.problem = about
         return isinstance(answer, m.Failed | m.Ended)
     except UnknownSessionError:  # nothing of the guest is left at the destination
         if context.entry.recall:

@@ -419,6 +419,10 @@ class Ended(Message):
     reason: str = text_field(MAX_TEXT)
 
 
+ALL_ARRIVED = "all of its pages are at the destination"
+"""The reason of ``failed`` in answer to ``lost``, if the guest lacks no page."""
+
+
 @dataclass(frozen=True, eq=False)
 class Failed(Message):
     """The receiver cannot continue.  Before the handover it has cleaned up.  After the handover it

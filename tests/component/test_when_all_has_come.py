@@ -19,6 +19,7 @@ from migrate.protocol import messages as m
 from migrate.service.journal import Journal
 from receiver import context as receiver_context
 from receiver.ownership import State as DestinationState
+from receiver.peer import Peer
 from sender import migration as sender_migration
 from sender.migration import OutgoingMigration
 from sender.ownership import State
@@ -27,7 +28,7 @@ from tests.support.guests import busy
 from tests.support.inprocess import Outcome, migrate, verification
 from tests.support.left import left_by_a_sender
 from tests.support.links import Link, cut_when, until_cut
-from tests.support.waiting import until_async
+from tests.support.waiting import WAIT_S, until_async
 from xenbackend.contract import DomainState
 from xenbackend.errors import XenError
 from xenbackend.simulated.client import SimulatedDomain
@@ -100,6 +101,40 @@ async def test_a_guest_that_starts_late_belongs_here_though_its_source_is_gone(
     monkeypatch.setattr(SimulatedDomain, "start", try_to_start)
     monkeypatch.setattr(receiver_context, "FIRST_START_AGAIN_S", 0.05)
     monkeypatch.setattr(receiver_context, "LAST_START_AGAIN_S", 0.1)
+    outcome = await migrate(clean_hosts, busy(name), Strategy.POSTCOPY, meanwhile=meanwhile)
+    assert outcome.incoming.phase == "completed"
+
+
+async def test_a_sender_whose_domain_is_gone_gets_the_answer_that_all_pages_have_arrived(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
+    """The destination has completed, its report was lost with the link, and it waits for the
+    sender.  Before, it left the sender's `lost` without an answer and forgot the session, and the
+    sender waited for a week.
+    """
+    links = cut_when(monkeypatch, Peer, m.Complete, before=True, down=True)
+
+    async def meanwhile(outcome: Outcome, link: Link) -> None:
+        await until_cut(links, link)
+        await until_async(lambda: outcome.incoming.phase == "completed")
+        await until_async(lambda: outcome.migration.phase == "interrupted")
+        clean_hosts.source.open(name).destroy()
+        session, journal = outcome.migration.id, Journal(clean_hosts.directory / "journal")
+        facts = journal.entries()[session]
+        lanes = DialledLanes(link.to, session, Terms(), rejoins=facts["rejoins"] + 1000)
+        successor = OutgoingMigration.of_predecessor(
+            session, clean_hosts.source, lanes, journal, facts
+        )
+        with pytest.raises(MigrationError, match="are lost"):
+            await successor.run()
+        with trio.fail_after(WAIT_S):
+            await successor.linger()
+        assert successor.progress.problem == (
+            f"the domain of {name} is gone at the source, and all of its pages are at the "
+            "destination"
+        )
+        outcome.migration.requests.scope.cancel()
+
     outcome = await migrate(clean_hosts, busy(name), Strategy.POSTCOPY, meanwhile=meanwhile)
     assert outcome.incoming.phase == "completed"
 
