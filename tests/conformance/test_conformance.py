@@ -365,6 +365,15 @@ def test_preflight_says_how_pages_are_evicted(lab: Lab) -> None:
     ring.close()
 
 
+def test_what_a_domain_has_reserved_is_not_free(lab: Lab) -> None:
+    before = lab.hypervisor.free_bytes()
+    domain = lab.incoming(4096)
+    reserved = domain.config().max_pages * PAGE_SIZE
+    assert reserved <= before - lab.hypervisor.free_bytes() < 2 * reserved
+    domain.destroy()
+    until(lambda: lab.hypervisor.free_bytes() > before - reserved // 2, "it is not free again")
+
+
 def test_a_suspended_guest_does_not_run_and_a_resumed_one_does(lab: Lab) -> None:
     domain = lab.guest()
     assert domain.info().state is DomainState.RUNNING
