@@ -62,7 +62,9 @@ class Authority:
             raise MigrationError(f"this is not a certificate and its key: {error}") from error
         if not isinstance(secret, ec.EllipticCurvePrivateKey):
             raise MigrationError("its key is none that `xen-postcopy init` has made")
-        if secret.public_key() != loaded.public_key():
+        # Keys cannot be compared before cryptography 40.
+        form = (serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+        if secret.public_key().public_bytes(*form) != loaded.public_key().public_bytes(*form):
             raise MigrationError("its key belongs to another certificate")
         return cls(loaded, secret)
 

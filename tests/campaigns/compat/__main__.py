@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from migrate.cli.world import start_receiver, start_sender
@@ -191,23 +192,46 @@ def run(case: Case, source: Release, destination: Release) -> str:
                 migrate.kill()
 
 
+def ask(new: Release, old: Release, *, tls: bool) -> str:
+    """Ask a host of an earlier release what it could take in.  Returns the answer.  Raises one of
+    :data:`FAILURES` if it is not that the host could not be asked, or if a migration has begun.
+    """
+    with compat_world(new, old, tls=tls) as world:
+        command = new.start(
+            "preflight", "--peer", f"{ADDRESS}:{world.port}", "--json", "--config",
+            str(world.config_file),
+        )  # fmt: skip
+        output, _none = command.communicate(timeout=END_S)
+        (problem,) = json.loads(output)["problems"]
+        if "older release, could not be asked" not in problem:
+            raise LostError(output)
+        if migrations := world.ask("receiver", command="list")["migrations"]:
+            raise LostError(f"a migration has begun: {migrations}")
+        world.check_alive()
+    return str(problem)
+
+
 def campaign(old: Release, new: Release) -> int:
     """Do all migrations.  Returns how many have failed."""
     failed = 0
     print(f"{'from':8}{'to':8}{'migration':22}{'seconds':>8}  outcome")
+
+    def note(source: Release, destination: Release, name: str, done: Callable[[], str]) -> None:
+        nonlocal failed
+        begun = time.monotonic()
+        try:
+            outcome = done()
+        except FAILURES as error:
+            failed += 1
+            outcome = "\n".join([f"FAILED: {error}", *getattr(error, "__notes__", ())])
+        took = time.monotonic() - begun
+        print(f"{source!s:8}{destination!s:8}{name:22}{took:8.1f}  {outcome}", flush=True)
+
     for source, destination in ((old, new), (new, old)):
         for case in CASES:
-            begun = time.monotonic()
-            try:
-                outcome = run(case, source, destination)
-            except FAILURES as error:
-                failed += 1
-                outcome = "\n".join([f"FAILED: {error}", *getattr(error, "__notes__", ())])
-            took = time.monotonic() - begun
-            print(
-                f"{source!s:8}{destination!s:8}{case.name:22}{took:8.1f}  {outcome}",
-                flush=True,
-            )
+            note(source, destination, case.name, partial(run, case, source, destination))
+    for tls, name in ((False, "preflight"), (True, "preflight, TLS")):
+        note(new, old, name, partial(ask, new, old, tls=tls))
     return failed
 
 
