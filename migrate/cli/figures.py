@@ -109,11 +109,12 @@ def _amount(p: Answer) -> list[Field]:
         return [Field(1, [f"{received / MIB:.0f} MiB received"])] if received else []
     done = min(done, total)
     filled = "#" * round(BAR * done / total)
-    done_mib, total_mib = f"{done * PAGE / MIB:.0f}", f"{total * PAGE / MIB:.0f} MiB"
+    total_mib = f"{total * PAGE / MIB:.0f}"
+    done_mib = f"{done * PAGE / MIB:.0f}".rjust(len(total_mib))  # the fields behind it stay
     return [
         Field(11, [f"[{filled:-<{BAR}}]"], drawn=True),
         Field(9, [f"{done_percent(p)}%"]),
-        Field(1, [f"{done_mib} of {total_mib}", f"{done_mib}/{total_mib}"]),
+        Field(1, [f"{done_mib} of {total_mib} MiB", f"{done_mib}/{total_mib} MiB"]),
     ]
 
 
@@ -128,7 +129,7 @@ def done_percent(p: Answer) -> int | None:
 def _speed(p: Answer) -> list[Field]:
     found = []
     if "bytes_per_s" in p:
-        found.append(Field(2, forms_of_rate(p["bytes_per_s"])))
+        found.append(Field(2, [brief_rate(p["bytes_per_s"])]))
     if "eta_s" in p:
         found.append(Field(3, [f"ETA {eta(p)}"]))
     return found
@@ -138,11 +139,11 @@ def rate(bytes_per_s: float | None) -> str:
     return "- MiB/s" if bytes_per_s is None else f"{human_bytes(bytes_per_s)}/s"
 
 
-def forms_of_rate(bytes_per_s: float | None) -> list[str]:
-    """Return the rate with a decimal, and without."""
+def brief_rate(bytes_per_s: float | None) -> str:
+    """Return the rate as one that changes is read: without decimals from 10 on."""
     text = rate(bytes_per_s)
     number, unit = text.split()
-    return [text, f"{float(number):.0f} {unit}" if len(number) > 3 else text]
+    return f"{float(number):.0f} {unit}" if len(number) > 3 else text
 
 
 def eta(p: Answer) -> str:
@@ -158,8 +159,7 @@ def eta(p: Answer) -> str:
 def _of_precopy(p: Answer) -> list[Field]:
     found = []
     if p.get("dirty_bytes_per_s") is not None:
-        forms = forms_of_rate(p["dirty_bytes_per_s"])
-        found.append(Field(4, [f"dirty {form}" for form in forms]))
+        found.append(Field(4, [f"dirty {brief_rate(p['dirty_bytes_per_s'])}"]))
     if p.get("expected_downtime_ms") is not None:
         text = human_us(p["expected_downtime_ms"] * 1000)
         found.append(Field(5, [f"expected downtime {text}", f"down {text}"]))
