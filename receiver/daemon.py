@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,15 +28,10 @@ from migrate.logs import Complaint
 from migrate.protocol.messages import Hello, Lane
 from migrate.protocol.session import is_session_id
 from migrate.service.config import Config
+from migrate.service.history import Ended, History
 from migrate.service.host import look_at_host
 from migrate.service.journal import Journal, Kept
-from migrate.service.lifecycle import (
-    STOPPING,
-    find_migration,
-    notify,
-    serve_connections,
-    until_stopped,
-)
+from migrate.service.lifecycle import STOPPING, notify, serve_connections, until_stopped
 from migrate.service.progress import keep_measuring
 from migrate.tasks import isolated, task_group
 from receiver.migration import IncomingMigration
@@ -54,8 +49,6 @@ NO_PROGRESS_TIMEOUT_S = 60.0
 """How long a client that waits for all of a guest's memory waits while no page arrives."""
 NO_DOMAIN = -1
 """The number of a domain that has not been made."""
-KEPT = 100
-"""The number of ended migrations that ``list`` still shows."""
 
 
 class ReceiverDaemon:
@@ -65,7 +58,9 @@ class ReceiverDaemon:
         self._address = config.receiver.listen
         self._terms = config.terms
         self._journal = journal
+        self.history = History(journal.history())
         self._migrations: dict[str, IncomingMigration] = {}
+        """By session.  A migration leaves when it has ended and its sender is informed."""
         self._awaited: dict[str, AwaitedLanes] = {}
         """By session."""
         look = functools.partial(look_at_host, hypervisor, config)
@@ -81,6 +76,7 @@ class ReceiverDaemon:
     async def _serve(self) -> None:
         listeners, self._port = await listen_tcp(*self._address)
         self._journal.own()
+        self.history.load()
         async with trio.open_nursery() as self._nursery:
             for session, facts in self._journal.entries().items():
                 try:
@@ -131,6 +127,10 @@ class ReceiverDaemon:
             )
         return bool(self._unfinished())
 
+    def snapshots(self) -> Iterator[Json]:
+        """See :class:`migrate.metrics.serve.Daemon`."""
+        return map(_shown, [m for m in self._migrations.values() if m.id not in self.history])
+
     def guests_in_need(self) -> list[str]:
         return [migration.domain_name for migration in self._needed()]
 
@@ -155,17 +155,16 @@ class ReceiverDaemon:
                     kept = await trio.to_thread.run_sync(self._journal.still_kept)
                 await connection.answer(
                     "result",
-                    migrations=[_line(m) for m in self._migrations.values()],
+                    migrations=self._lines(of_predecessors=bool(request.get("all"))),
                     kept=[_kept_line(entry) for entry in kept],
                 )
             case "show":
-                migration = self._find(request)
-                await connection.answer(
-                    "result",
-                    **_line(migration),
-                    details=migration.details(),
-                    known=migration.requests.known_of_peer,
-                )
+                found = self._look_up(request)
+                if isinstance(found, Ended):
+                    shown = found.shown
+                else:
+                    shown = _shown(found, self.history.ended_at(found.id))
+                await connection.answer("result", **shown)
             case "status":
                 guests = [m.domain_name or "a guest" for m in self._unfinished()]
                 await connection.answer("result", port=self._port, guests=guests)
@@ -188,18 +187,28 @@ class ReceiverDaemon:
                 self._find(request).requests.ask_to_cancel()
                 await connection.answer("result")
             case "postcopy-now":
-                migration = self._find(request)
-                raise MigrationError(
-                    f"{migration.domain_name} is incoming: ask the sender at its source for that"
-                )
+                name = self._look_up(request).domain_name
+                raise MigrationError(f"{name} is incoming: ask the sender at its source for that")
             case "migrate" | "save" as other:
                 raise MigrationError(f"this is the receiver's socket; `{other}` needs the sender's")
             case other:
                 raise MigrationError(f"unknown command {other!r}")
 
-    def _find(self, request: Json) -> IncomingMigration:
+    def _look_up(self, request: Json) -> IncomingMigration | Ended:
         kept = self._journal.kept.values()
-        return find_migration(self._migrations.values(), request["migration"], kept)
+        return self.history.find(self._migrations, request["migration"], kept)
+
+    def _find(self, request: Json) -> IncomingMigration:
+        """Return a migration that can be asked for something.  Raises :class:`MigrationError`."""
+        found = self._look_up(request)
+        if isinstance(found, Ended):
+            raise found.refusal(request["command"])
+        return found
+
+    def _lines(self, *, of_predecessors: bool) -> list[Json]:
+        ended = self.history.lines(of_predecessors=of_predecessors, but=self._migrations)
+        under_way = self._migrations.values()
+        return [*ended, *(_line(m, self.history.ended_at(m.id)) for m in under_way)]
 
     def _find_awaited(self, greeting: Hello) -> AwaitedLanes:
         """Return the lanes to which a connection belongs.  A push lane without a token begins a
@@ -294,7 +303,7 @@ class ReceiverDaemon:
             raise MigrationError(STOPPING)
         if not is_session_id(session):
             raise MigrationError("a session id is made of letters and digits")
-        if session in self._migrations:
+        if session in self._migrations or session in self.history:
             raise MigrationError("a session id that is in use")
         self._journal.check_understood(session)  # otherwise the entry would be replaced
         if len(self._migrations) >= MAX_MIGRATIONS:
@@ -315,17 +324,18 @@ class ReceiverDaemon:
         about = f"the migration of {migration.domain_name or 'a guest'}"
         try:
             await isolated(about, migration.run)
+            await isolated(f"the end of {about}", self._note, migration)
             await isolated(f"the end of {about}", migration.linger)
         finally:
             awaited = self._awaited.pop(migration.id, None)
             if awaited is not None:
                 awaited.close()
-        self._forget()
+        if migration.has_ended:
+            self._migrations.pop(migration.id, None)
 
-    def _forget(self) -> None:
-        ended = [m.id for m in self._migrations.values() if m.has_ended]
-        for migration_id in ended[:-KEPT]:
-            del self._migrations[migration_id]
+    async def _note(self, migration: IncomingMigration) -> None:
+        if migration.has_ended:
+            await self.history.add(_shown(migration))
 
 
 def _are_of_one_domain(one: IncomingMigration, other: IncomingMigration) -> bool:
@@ -337,11 +347,19 @@ def _are_of_one_domain(one: IncomingMigration, other: IncomingMigration) -> bool
     return one.domid == other.domid
 
 
-def _line(migration: IncomingMigration) -> Json:
+def _shown(migration: IncomingMigration, ended_at: float | None = None) -> Json:
+    """Return all that is known of a migration, for ``show``."""
+    known = migration.requests.known_of_peer
+    return {**_line(migration, ended_at), "details": migration.details(), "known": known}
+
+
+def _line(migration: IncomingMigration, ended_at: float | None = None) -> Json:
     migration.count()
     return {
         "id": migration.id,
         "direction": "incoming",
+        "domid": migration.domid,
+        "ended_at": ended_at,
         "peer": migration.lanes.peer,
         "unknown": migration.unknown,
         "phase": migration.phase,
@@ -358,6 +376,8 @@ def _kept_line(entry: Kept) -> Json:
     line = {
         "id": entry.session,
         "direction": "incoming",
+        "domid": None,
+        "ended_at": None,
         "peer": "",
         "phase": "",
         "outcome": "",

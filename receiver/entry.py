@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from migrate.lanes.pairs import Lanes
@@ -10,15 +11,19 @@ from migrate.protocol import messages as m
 from migrate.service.journal import Journal, check_facts
 from receiver.ownership import INHERITED
 
+NUMBER_OR_NONE = (int, float, type(None))
 FACTS: dict[str, tuple[type, ...]] = {
     "offer": (dict,),
     "unprotected": (str,),
     "decided": (bool,),
     "raised": (list,),
     "reason": (str,),
+    "started_at": NUMBER_OR_NONE,
 }
 """The facts that only this end notes in the journal, with the types of their values."""
-NOT_ALWAYS_NOTED = ("handle", "rejoins", "proven", "unprotected", "decided", "raised", "reason")
+NOT_ALWAYS_NOTED = (
+    "handle", "rejoins", "proven", "unprotected", "decided", "raised", "reason", "started_at",
+)  # fmt: skip
 """The facts that an earlier release did not note."""
 
 
@@ -46,6 +51,10 @@ class Entry:
         """See :class:`FrameLimit`."""
         self.reason = ""
         """Why the guest is held, or why its missing pages are lost."""
+        self.started_at: float | None = round(time.time(), 3)
+        """When the migration began, in seconds since 1970; for people.  ``None`` if an earlier
+        release began it.
+        """
 
     @classmethod
     def of_predecessor(
@@ -66,6 +75,7 @@ class Entry:
             raise ValueError(f"raised cannot be {raised!r}")
         entry.raised = raised[0], raised[1]
         entry.reason = facts.get("reason", "")
+        entry.started_at = facts.get("started_at")
         return entry
 
     @property
@@ -108,6 +118,7 @@ class Entry:
                 "xl": self.owns_domain,
                 "raised": self.raised,
                 "reason": self.reason,
+                "started_at": self.started_at,
             },
             needed=needed,
         )

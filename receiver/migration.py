@@ -58,8 +58,7 @@ class IncomingMigration:
         self._context = context
         started = None if context.ownership.inherited else time.monotonic()
         self._meter = Meter(context.progress, started)
-        if started is not None:
-            context.progress.started_at = round(time.time(), 3)
+        context.progress.started_at = context.entry.started_at
         context.ownership.on_phase = self._enter
         self._enter(self.phase)
         self._beginning = beginning

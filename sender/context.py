@@ -102,7 +102,7 @@ class Context:
         self.began_here = state is State.OFFERING
         """No predecessor has had the migration."""
         self.session = Session(Role.SENDER)
-        self.progress = Progress()
+        self.progress = Progress(started_at=entry.started_at)
         self.meter = Meter(self.progress)
         self.ownership.on_phase = lambda phase: self.meter.phases.add(time.time(), phase)
         self.ownership.on_phase(self.ownership.phase)

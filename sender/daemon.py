@@ -12,6 +12,7 @@ import contextlib
 import functools
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,15 +32,10 @@ from migrate.options import MigrationOptions, PolicyOptions, Strategy
 from migrate.protocol.messages import Hello
 from migrate.protocol.session import new_id, new_token
 from migrate.service.config import RECEIVER_PORT, Config, MigrationConfig, advertised
+from migrate.service.history import Ended, History
 from migrate.service.host import look_at_host
 from migrate.service.journal import Journal, Kept
-from migrate.service.lifecycle import (
-    STOPPING,
-    find_migration,
-    notify,
-    serve_connections,
-    until_stopped,
-)
+from migrate.service.lifecycle import STOPPING, notify, serve_connections, until_stopped
 from migrate.service.progress import keep_measuring
 from migrate.tasks import is_bug, isolated, task_group
 from migrate.units import parse_address
@@ -55,8 +51,6 @@ from xenbackend.keeper import end_keeper
 log = logging.getLogger(__name__)
 
 PROGRESS_EVERY_S, IDLE_EVERY_S = 0.2, 2.0
-KEPT = 100
-"""The number of ended migrations that ``list`` still shows."""
 
 
 class SenderDaemon:
@@ -65,8 +59,10 @@ class SenderDaemon:
         self._socket_path = socket_path
         self._config = config
         self._journal = journal
+        self.history = History(journal.history())
         self._port = 0
         self._migrations: dict[str, OutgoingMigration] = {}
+        """By session.  A migration leaves when it has ended and its destination is informed."""
         self._active: set[str] = set()
         self._awaited: dict[str, AwaitedLanes] = {}
         """By session."""
@@ -77,6 +73,10 @@ class SenderDaemon:
     async def run(self) -> None:
         await until_stopped(self._serve, self._drain)
 
+    def snapshots(self) -> Iterator[Json]:
+        """See :class:`migrate.metrics.serve.Daemon`."""
+        return map(_shown, [m for m in self._migrations.values() if m.id not in self.history])
+
     def guests_in_need(self) -> list[str]:
         """The names of the guests elsewhere whose missing pages are here."""
         return [m.domain_name for m in self._migrations.values() if m.keeps_pages]
@@ -84,6 +84,7 @@ class SenderDaemon:
     async def _serve(self) -> None:
         listeners, self._port = await listen_tcp(*self._config.sender.listen)
         self._journal.own()
+        self.history.load()
         async with trio.open_nursery() as self._nursery:
             for session, facts in self._journal.entries().items():
                 try:
@@ -158,17 +159,16 @@ class SenderDaemon:
                     kept = await trio.to_thread.run_sync(self._journal.still_kept)
                 await connection.answer(
                     "result",
-                    migrations=[_line(m) for m in self._migrations.values()],
+                    migrations=self._lines(of_predecessors=bool(request.get("all"))),
                     kept=[_kept_line(entry) for entry in kept],
                 )
             case "show":
-                migration = self._find(request)
-                await connection.answer(
-                    "result",
-                    **_line(migration),
-                    details=migration.result(),
-                    known=migration.requests.known_of_peer,
-                )
+                found = self._look_up(request)
+                if isinstance(found, Ended):
+                    shown = found.shown
+                else:
+                    shown = _shown(found, self.history.ended_at(found.id))
+                await connection.answer("result", **shown)
             case "status":
                 guests = [m.domain_name for m in self._unfinished()]
                 await connection.answer("result", port=self._port, guests=guests)
@@ -200,9 +200,21 @@ class SenderDaemon:
             case other:
                 raise MigrationError(f"unknown command {other!r}")
 
-    def _find(self, request: Json) -> OutgoingMigration:
+    def _look_up(self, request: Json) -> OutgoingMigration | Ended:
         kept = self._journal.kept.values()
-        return find_migration(self._migrations.values(), request["migration"], kept)
+        return self.history.find(self._migrations, request["migration"], kept)
+
+    def _find(self, request: Json) -> OutgoingMigration:
+        """Return a migration that can be asked for something.  Raises :class:`MigrationError`."""
+        found = self._look_up(request)
+        if isinstance(found, Ended):
+            raise found.refusal(request["command"])
+        return found
+
+    def _lines(self, *, of_predecessors: bool) -> list[Json]:
+        ended = self.history.lines(of_predecessors=of_predecessors, but=self._migrations)
+        under_way = self._migrations.values()
+        return [*ended, *(_line(m, self.history.ended_at(m.id)) for m in under_way)]
 
     async def _migrate(self, request: Json, connection: ControlConnection) -> None:
         """Carry out a request of the command line."""
@@ -367,19 +379,29 @@ class SenderDaemon:
         finally:
             self._active.discard(migration.id)
             ended.set()
-            self._forget()
 
     async def _end(self, migration: OutgoingMigration) -> None:
-        """Send the destination the outcome, if it has not been sent."""
-        await isolated(f"the end of the migration of {migration.domain_name}", migration.linger)
+        """Note a migration that has ended, and send the destination the outcome, if it has not been
+        sent.
+        """
+        about = f"the end of the migration of {migration.domain_name}"
+        await isolated(about, self._note, migration)
+        await isolated(about, migration.linger)
+        if migration.has_ended:
+            self._migrations.pop(migration.id, None)
 
-    def _forget(self) -> None:
-        ended = [m.id for m in self._migrations.values() if m.has_ended]
-        for migration_id in ended[:-KEPT]:
-            del self._migrations[migration_id]
+    async def _note(self, migration: OutgoingMigration) -> None:
+        if migration.has_ended:
+            await self.history.add(_shown(migration))
 
 
-def _line(migration: OutgoingMigration) -> dict[str, Any]:
+def _shown(migration: OutgoingMigration, ended_at: float | None = None) -> Json:
+    """Return all that is known of a migration, for ``show``."""
+    known = migration.requests.known_of_peer
+    return {**_line(migration, ended_at), "details": migration.result(), "known": known}
+
+
+def _line(migration: OutgoingMigration, ended_at: float | None = None) -> Json:
     migration.context.measure()
     progress = {"phase": migration.phase, **asdict(migration.progress)}
     checkpoint_at = progress.pop("checkpoint_at")
@@ -391,6 +413,8 @@ def _line(migration: OutgoingMigration) -> dict[str, Any]:
         "id": migration.id,
         "direction": "outgoing",
         "domain": migration.domain_name,
+        "domid": migration.domain.domid,
+        "ended_at": ended_at,
         "peer": migration.context.lanes.peer,
         "strategy": migration.context.options.strategy.value,
         "handed_over": migration.ownership.handed_over,
@@ -409,6 +433,8 @@ def _kept_line(entry: Kept) -> Json:
         "id": entry.session,
         "direction": "outgoing",
         "domain": entry.domain,
+        "domid": None,
+        "ended_at": None,
         "peer": "",
         "strategy": "",
         "handed_over": False,

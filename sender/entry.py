@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,9 +24,12 @@ FACTS: dict[str, tuple[type, ...]] = {
     "recall": (bool,),
     "max_pages": (int,),
     "applied": (bool,),
+    "started_at": NUMBER_OR_NONE,
 }
 """The facts that only this end notes, with the types of their values."""
-NOT_ALWAYS_NOTED = ("handle", "rejoins", "proven", "ran", "recall", "max_pages", "applied")
+NOT_ALWAYS_NOTED = (
+    "handle", "rejoins", "proven", "ran", "recall", "max_pages", "applied", "started_at",
+)  # fmt: skip
 """The facts that an earlier release did not note."""
 
 
@@ -52,6 +56,10 @@ class Entry:
     """The destination has reported that the guest runs there."""
     recall: bool = False
     """An operator has decided that the guest continues here, although it was handed over."""
+    started_at: float | None = field(default_factory=lambda: round(time.time(), 3))
+    """When the migration began, in seconds since 1970; for people.  ``None`` if an earlier release
+    began it.
+    """
 
     def facts(self) -> dict[str, Any]:
         """Return the facts as JSON can have them."""
@@ -70,6 +78,7 @@ class Entry:
             "recall": self.recall,
             "max_pages": self.max_pages,
             "applied": self.applied,
+            "started_at": self.started_at,
         }
 
 
@@ -100,6 +109,7 @@ def read_entry(facts: dict[str, Any], *, has_checkpoint: bool) -> tuple[Entry, S
         facts.get("applied", step == "going back" or has_checkpoint),
         facts.get("ran", False),
         facts.get("recall", False),
+        facts.get("started_at"),
     )
     # A release that did not note handles did not note the step before the suspension either.
     state = State.SUSPENDED if step == "begun" and handle is None else INHERITED[step]

@@ -176,8 +176,6 @@ class OutgoingMigration:
         context = self.context
         logs.migration.set(context.id)
         context.statistics.started = time.monotonic()
-        if context.began_here:
-            context.progress.started_at = round(time.time(), 3)
         try:
             if self.ownership.state is State.GIVEN_UP:
                 raise MigrationError(self.progress.problem)

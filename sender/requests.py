@@ -126,6 +126,8 @@ class Requests:
         elif context.progress.outstanding:
             missing = context.progress.outstanding
             known.append(f"when it was last connected, {missing} pages were missing there")
+        if self._ownership.has_ended:  # the history keeps this text, and times would not be true
+            return "; ".join(known)
         if context.lost_at:
             away_s = f"{now - context.lost_at:.0f} s ago"
             known.append(

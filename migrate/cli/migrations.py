@@ -123,14 +123,25 @@ def under_way_first(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(lines, key=lambda line: line["phase"] in ENDED)
 
 
+def without_the_past(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the answers for one name without those of earlier migrations, if one is under way: a
+    guest that leaves this host may have come by a migration.
+    """
+    under_way = {line["id"] for line in lines if line["phase"] not in ENDED}
+    return [line for line in lines if not under_way or line["id"] in under_way]
+
+
 @click.command("list")
 @sockets_option
+@click.option("--all", "with_past", is_flag=True, help="Also those that ended before a restart.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @click.option(
     "--watch", is_flag=True,
     help="Again and again, until Ctrl-C.  With --json: a line for each change and each second.",
 )  # fmt: skip
-def list_command(socket_paths: tuple[Path, ...], as_json: bool, watch: bool) -> None:
+def list_command(
+    socket_paths: tuple[Path, ...], with_past: bool, as_json: bool, watch: bool
+) -> None:
     """List the migrations of the daemons on this host.
 
     DONE: how much of the round of precopy, or of the pages missing at the handover, is done.
@@ -139,9 +150,9 @@ def list_command(socket_paths: tuple[Path, ...], as_json: bool, watch: bool) -> 
     columns.
     """
     if watch:
-        _watch_all(socket_paths, as_json)
+        _watch_all(socket_paths, with_past, as_json)
         return
-    answers = _ask_all(socket_paths, command="list")
+    answers = _ask_all(socket_paths, command="list", all=with_past)
     lines = _lines(answers)
     if as_json:
         echo(json.dumps(lines, indent=2))
@@ -160,16 +171,16 @@ def _lines(answers: Answers) -> list[dict[str, Any]]:
     ]
 
 
-def _watch_all(socket_paths: tuple[Path, ...], as_json: bool) -> None:
+def _watch_all(socket_paths: tuple[Path, ...], with_past: bool, as_json: bool) -> None:
     """Show all migrations until the command is interrupted."""
     display = EventLines() if as_json else TableDisplay(sys.stdout)
-    answers = _ask_all(socket_paths, command="list")
+    answers = _ask_all(socket_paths, command="list", all=with_past)
     try:
         while True:
             display.show(_lines(answers), "; ".join(map(str, answers.silent)))
             time.sleep(WATCH_EVERY_S if as_json else EVERY_S)
             try:
-                answers = _ask_all(socket_paths, command="list")
+                answers = _ask_all(socket_paths, command="list", all=with_past)
             except MigrationError as error:  # the daemons may be started again
                 answers = Answers(silent=[error])
     finally:
@@ -186,7 +197,10 @@ def show_command(migration: str, socket_paths: tuple[Path, ...], as_json: bool) 
     Each daemon on this host that has the migration answers.
     """
     answers = _ask_all(socket_paths, command="show", migration=migration)
-    found = [{key: answer[key] for key in answer if key != "event"} for answer in answers.results]
+    found = [
+        {key: answer[key] for key in answer if key != "event"}
+        for answer in without_the_past(answers.results)
+    ]
     if as_json:
         echo(json.dumps(found, indent=2))
     else:

@@ -96,8 +96,9 @@ def _figures(answer: Answer, now: float) -> Iterator[tuple[str, str]]:
         elif key == "phase":
             yield name, how_it_is(answer)
             yield "done", _done(answer)
-        elif key == "started_at":
-            yield "started", "" if both[key] is None else time_of_day(both[key], now)
+        elif key in ("started_at", "ended_at"):
+            name = key.removesuffix("_at")
+            yield name, "" if both[key] is None else time_of_day(both[key], now)
         elif key == "eta_s":
             yield "ETA", "" if answer["phase"] in ENDED else eta(answer)
         elif key == "phases":

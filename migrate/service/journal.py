@@ -35,6 +35,7 @@ SUFFIX = ".json"
 CHECKPOINT_SUFFIX = ".checkpoint"
 STOPPED_SUFFIX = ".stopped"
 KEEPER_SUFFIX = ".keeper"
+HISTORY = "history.jsonl"
 NEW_SUFFIX = ".new"
 """A file whose first entry is not written yet: nothing depends on the file."""
 NONE = type(None)
@@ -145,6 +146,12 @@ class Journal:
         (:mod:`xenbackend.keeper`).
         """
         return self._directory / (session + KEEPER_SUFFIX)
+
+    def history(self) -> Path:
+        """Return the path of the file with the migrations that have ended
+        (:mod:`migrate.service.history`).
+        """
+        return self._directory / HISTORY
 
     def keepers(self) -> dict[str, Path]:
         """Return these sockets, by session."""

@@ -28,6 +28,7 @@ PRODUCT = tuple(str(TREE / folder) + os.sep for folder in ("migrate", "sender", 
 BETWEEN = (
     str(TREE / "xenbackend") + os.sep,
     str(TREE / "migrate/service/journal.py"),
+    str(TREE / "migrate/service/history.py"),
     os.path.dirname(os.__file__) + os.sep,
     __file__,
 )
@@ -49,7 +50,10 @@ set that thread's tracer.
 """
 CODE = (".py", ".pyc", ".so")
 """The suffixes of modules, which may be imported late."""
-QUICK = {"native_pages", "fileno", "checkpoint", "stopped", "keeper", "check_understood", "leave"}
+QUICK = {
+    "native_pages", "fileno", "checkpoint", "stopped", "keeper", "history", "check_understood",
+    "leave",
+}  # fmt: skip
 """Methods that only read the state of this process."""
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import trio
 
@@ -43,18 +44,30 @@ class LeavesPages(DefaultPolicy):
         return super().decide(replace(progress, bytes_per_s=0.0))
 
 
+class Receiver(ReceiverDaemon):
+    """A receiver that keeps each migration, also when the migration has ended."""
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self.begun: list[IncomingMigration] = []
+
+    def _start(self, migration: IncomingMigration) -> None:
+        self.begun.append(migration)
+        super()._start(migration)
+
+
 @dataclass
 class Outcome:
     migration: OutgoingMigration
     error: Exception | None = None
-    receiver: ReceiverDaemon = field(init=False)
+    receiver: Receiver = field(init=False)
     arrivals: Journal = field(init=False)
     """The journal of the receiver."""
     connections: int = 0
 
     @property
     def incoming(self) -> IncomingMigration:
-        (migration,) = self.receiver._migrations.values()
+        (migration,) = self.receiver.begun
         return migration
 
 
@@ -92,7 +105,7 @@ async def migrate(
         _tls_config(terms.tls),
     )
     arrivals = Journal(world.directory / "arrivals")
-    receiver = ReceiverDaemon(world.destination, world.receiver_socket, config, arrivals)
+    receiver = Receiver(world.destination, world.receiver_socket, config, arrivals)
     # The bandwidth is so low that the guest touches pages before they are pushed, also on a busy
     # machine.
     options = options or MigrationOptions(
@@ -130,7 +143,7 @@ async def migrate(
             except (MigrationError, XenError) as error:
                 outcome.error = error
                 nursery.start_soon(outcome.migration.linger)
-            for incoming in receiver._migrations.values():
+            for incoming in receiver.begun:
                 await incoming.ended.wait()
             outcome.connections = between.connections
             nursery.cancel_scope.cancel()

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The history: the migrations of one daemon that have ended, for people and for reports.
+
+When a migration has ended, its last answer to ``show`` is added.  The newest :data:`MOST_ENTRIES`
+are in memory, and a file in the state directory has them for the successors of this daemon.  No
+decision about a guest depends on either of them.
+
+The file has a JSON object on each line, the oldest first: the keys of ``show``, with ``ended_at``,
+``format`` (:data:`FORMAT`) and the ``release`` that wrote the line.  A later release may add keys;
+it changes ``format`` if the meaning of a key changes.  An entry begins with a newline, as in the
+journal: what a killed daemon or a full disk has left of an entry stays on a line of its own.  When
+the file is full, a file with the newest entries takes its place.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import trio
+
+from migrate import __version__
+from migrate.errors import MigrationError
+from migrate.logs import Complaint
+from migrate.service.journal import Kept
+from migrate.service.lifecycle import Named, ended, find_migration
+from migrate.tasks import in_abandoned_thread
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+MOST_ENTRIES = 500
+"""The most migrations in memory.  One answer of a control socket has them all."""
+MOST_BYTES = 4 * 2**20
+"""The most bytes of the file."""
+MOST_LINES = 2 * MOST_ENTRIES
+"""The most lines of the file."""
+MOST_OF_AN_ENTRY = 64 * 1024
+"""The most bytes of an entry.  What was measured is left out of a larger entry."""
+RECENT = 100
+"""The number of ended migrations that ``list`` shows without ``--all``."""
+PATIENCE_S = 5.0
+"""How long the end of a migration waits for the disk."""
+TYPES: dict[str, type] = {
+    "id": str, "direction": str, "domain": str, "peer": str, "phase": str, "problem": str,
+    "outstanding": int, "unknown": list, "details": dict,
+}  # fmt: skip
+"""The keys without which an entry is not shown, with the types of their values."""
+NOT_IN_A_LIST = ("details", "known")
+ASKED = {"postcopy-now": "switch over", "check-decision": "decide"}
+"""What a request asks for, if the word is another one than its command."""
+Json = dict[str, Any]
+M = TypeVar("M", bound=Named)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A migration that has ended.  ``shown``: what ``show`` answers.  ``here``: the migration has
+    ended in this process.
+    """
+
+    shown: Json
+    here: bool
+
+    has_ended = True
+
+    @property
+    def id(self) -> str:
+        return str(self.shown["id"])
+
+    @property
+    def domain_name(self) -> str:
+        return str(self.shown["domain"])
+
+    @property
+    def line(self) -> Json:
+        """What ``list`` shows."""
+        return {key: value for key, value in self.shown.items() if key not in NOT_IN_A_LIST}
+
+    def refusal(self, command: str) -> MigrationError:
+        """Return the answer to a request that came after the end."""
+        asked = ASKED.get(command, command)
+        shown = self.shown
+        return MigrationError(ended(self.domain_name, shown["phase"], shown["problem"], asked))
+
+
+class History:
+    """The history in the file at ``path``.  Nothing raises an error: a history that cannot be read
+    or written is logged, and its daemon works without.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._ended: dict[str, Ended] = {}
+        """By id, the oldest first."""
+        self._lines = 0
+        self._writing = threading.Lock()
+        self._unwritten = Complaint(log.warning)
+        self.added: Callable[[Json], object] = lambda _shown: None
+        """Called with each entry that is added, before :meth:`add` waits for anything."""
+
+    def __contains__(self, migration_id: str) -> bool:
+        return migration_id in self._ended
+
+    def load(self) -> None:
+        """Read the entries that predecessors have left."""
+        try:
+            lines = _read(self._path)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            log.warning("cannot read the history %s: %s", self._path, error.strerror)
+            return
+        self._lines = len(lines)
+        read = [shown for line in lines if (shown := _parsed(line)) is not None]
+        for shown in read:
+            self._keep(Ended(shown, here=False))
+        if len(read) < len(lines):
+            log.warning(
+                "%s: %d of %d lines were cut off, or another release wrote them: they are left out",
+                self._path,
+                len(lines) - len(read),
+                len(lines),
+            )
+
+    def lines(self, *, of_predecessors: bool, but: Iterable[str]) -> list[Json]:
+        """Return what ``list`` shows of the newest migrations, the oldest first: of the
+        :data:`RECENT` that have ended in this process, or of all.  Those with the ids ``but`` are
+        left out.
+        """
+        left_out = {*but}
+        found = [one for one in self._ended.values() if one.id not in left_out]
+        if not of_predecessors:
+            found = [one for one in found if one.here][-RECENT:]
+        return [one.line for one in found]
+
+    def ended_at(self, migration_id: str) -> float | None:
+        """Return when a migration has ended, in seconds since 1970; ``None`` if it has not."""
+        one = self._ended.get(migration_id)
+        return one.shown.get("ended_at") if one is not None else None
+
+    def find(self, others: dict[str, M], name: str, kept: Iterable[Kept]) -> M | Ended:
+        """Return the migration of ``others``, or the one that has ended, with this name or id.
+        Raises as :func:`find_migration`.
+        """
+        past = [one for one in self._ended.values() if one.id not in others]
+        known: list[M | Ended] = [*past, *others.values()]
+        return find_migration(known, name, kept)
+
+    async def add(self, shown: Json) -> None:
+        """Add what ``show`` answers of a migration that has just ended.  Does nothing if the
+        history has the migration: a successor ends what its predecessor had given up.
+        """
+        if shown["id"] in self._ended:
+            return
+        entry = {**shown, "ended_at": round(time.time(), 3)}
+        self._keep(Ended(entry, here=True))
+        self.added(entry)
+        # A daemon that is being stopped does not end before the entry is written.
+        limit = trio.CancelScope(deadline=trio.current_time() + PATIENCE_S, shield=True)
+        try:
+            with limit:
+                await in_abandoned_thread(self._write, _line(entry))
+        except Exception as error:
+            self._complain(error)
+        if limit.cancelled_caught:
+            self._complain(f"the disk has not answered for {PATIENCE_S:g} s")
+
+    def _keep(self, one: Ended) -> None:
+        self._ended.setdefault(one.id, one)
+        if len(self._ended) > MOST_ENTRIES:
+            del self._ended[next(iter(self._ended))]
+
+    def _complain(self, why: object) -> None:
+        reason = why.strerror if isinstance(why, OSError) and why.strerror else why
+        self._unwritten.log("cannot write the history %s: %s", self._path, reason)
+
+    # ---- the file ----
+    def _write(self, line: bytes) -> None:
+        """Append an entry, or make the file anew if it is full.  Raises ``OSError``."""
+        if not self._writing.acquire(timeout=PATIENCE_S):
+            raise TimeoutError(errno.ETIMEDOUT, "the entry before it is still being written")
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC
+            file = os.open(self._path, flags, 0o600)
+            try:
+                is_full = os.fstat(file).st_size + len(line) > MOST_BYTES
+                if not is_full and self._lines < MOST_LINES:
+                    _write_all(file, line)
+                    self._lines += 1
+                    return
+            finally:
+                os.close(file)
+            self._replace()
+        finally:
+            self._writing.release()
+
+    def _replace(self) -> None:
+        """Make the file anew, with the newest entries.  Raises ``OSError``, and leaves the file
+        then as it was.
+        """
+        newest, room = list[bytes](), MOST_BYTES // 2
+        for one in reversed(list(self._ended.values())):
+            newest.append(_line(one.shown))
+            room -= len(newest[-1])
+            if room < 0:
+                newest.pop()
+                break
+        new = self._path.with_suffix(".new")
+        try:
+            file = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            try:
+                _write_all(file, b"".join(reversed(newest)))
+                os.fsync(file)  # otherwise the file may be empty after a crash of the host
+            finally:
+                os.close(file)
+            new.rename(self._path)
+        except BaseException:
+            new.unlink(missing_ok=True)
+            raise
+        self._lines = len(newest)
+
+
+def _line(shown: Json) -> bytes:
+    entry = {"format": FORMAT, "release": __version__, **shown}
+    line = b"\n" + json.dumps(entry).encode()
+    if len(line) <= MOST_OF_AN_ENTRY:
+        return line
+    return b"\n" + json.dumps({**entry, "details": {}}).encode()
+
+
+def _write_all(file: int, data: bytes) -> None:
+    if os.write(file, data) < len(data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _read(path: Path) -> list[bytes]:
+    """Return the lines of the file; if it is larger than a history can be, those of its end.
+    Raises ``OSError``.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "this is not a regular file")
+        before = max(status.st_size - MOST_BYTES, 0)
+        file.seek(before)
+        lines = file.read(MOST_BYTES).split(b"\n")
+    return [line for line in lines[1 if before else 0 :] if line]
+
+
+def _parsed(line: bytes) -> Json | None:
+    """Return what an entry shows; ``None`` if it was cut off, or if it has another format."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(entry, dict) or entry.get("format") != FORMAT:
+        return None
+    if not all(isinstance(entry.get(key), of_type) for key, of_type in TYPES.items()):
+        return None
+    del entry["format"]
+    entry.pop("release", None)
+    return entry
