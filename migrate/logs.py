@@ -16,6 +16,7 @@ import os
 import select
 import socket
 import struct
+import threading
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -44,6 +45,29 @@ class _WithMigration(logging.Filter):
         about = migration.get()
         record.__dict__.update(migration=about, about=f"{about}: " if about else "")
         return True
+
+
+class _Counted(logging.Filter):
+    """Counts the records, by level."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lock = threading.Lock()
+        self.counts = {"warning": 0, "error": 0}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.WARNING:
+            with self._lock:
+                self.counts["error" if record.levelno >= logging.ERROR else "warning"] += 1
+        return True
+
+
+_counted = _Counted()
+
+
+def counted() -> dict[str, int]:
+    """Return how many warnings and errors were logged since :func:`set_up`."""
+    return dict(_counted.counts)
 
 
 class OneLine(logging.Formatter):
@@ -149,4 +173,5 @@ def set_up(*, verbose: bool) -> None:
         handler = LineHandler()
         handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(name)s: %(about)s%(message)s"))
     handler.addFilter(_WithMigration())
+    handler.addFilter(_counted)
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler])

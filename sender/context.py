@@ -207,14 +207,22 @@ class Context:
         push = None if self.push is None else self.push.connection
         return [connection for connection in (push, self.pull) if connection is not None]
 
+    def lane_bytes(self) -> tuple[int, int]:
+        """Return the numbers of bytes that were put on the push lanes and on the pull lanes."""
+        closed = self.statistics
+        push = 0 if self.push is None else self.push.connection.bytes_sent
+        pull = 0 if self.pull is None else self.pull.bytes_sent
+        return closed.push_lane_bytes + push, closed.pull_lane_bytes + pull
+
     @property
     def bytes_sent(self) -> int:
         """The number of bytes that were put on the lanes so far."""
-        return self.statistics.bytes_sent + sum(one.bytes_sent for one in self.connections())
+        return sum(self.lane_bytes())
 
     def close_lanes(self) -> None:
+        stats = self.statistics
+        stats.push_lane_bytes, stats.pull_lane_bytes = self.lane_bytes()
         for connection in self.connections():
-            self.statistics.bytes_sent += connection.bytes_sent
             connection.close()
         self.push = self.pull = None
         if self.ownership.link is Link.UP:

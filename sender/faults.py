@@ -76,9 +76,10 @@ class FaultServer:
                     pfns = self._ahead.popleft()
                     # No vCPU waits for this page yet.  It counts as background copying, which is
                     # delayed for it.
-                    self._cap.spend(
-                        self._send(pfns[~self._backlog.is_done(pfns)]), time.monotonic()
-                    )
+                    before = self._statistics.pull_pages
+                    size = self._send(pfns[~self._backlog.is_done(pfns)])
+                    self._statistics.ahead_pages += self._statistics.pull_pages - before
+                    self._cap.spend(size, time.monotonic())
         except PeerClosedError:
             if not self._stopping and self._session.phase is not Phase.CLOSED:
                 raise

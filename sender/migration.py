@@ -164,8 +164,8 @@ class OutgoingMigration:
 
     def result(self) -> dict[str, Any]:
         """Return the result, with the JSON keys that docs/commands.md explains."""
-        ours, theirs = self.context.statistics.summary(), self.context.receiver_statistics
-        ours["bytes_sent"] = self.context.bytes_sent
+        theirs = self.context.receiver_statistics
+        ours = self.context.statistics.summary(*self.context.lane_bytes())
         return {**theirs, "id": self.id, "domain": self.domain_name, **ours}
 
     # ---- the lifetime ----

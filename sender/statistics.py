@@ -81,8 +81,12 @@ class SenderStatistics:
     push_bytes: int = 0
     pull_pages: int = 0
     pull_zero_pages: int = 0
+    ahead_pages: int = 0
+    """The number of the pages on the pull lane that no vCPU waited for yet."""
     zero_pages: int = 0
-    bytes_sent: int = 0
+    push_lane_bytes: int = 0
+    """Everything that was put on push lanes that are closed."""
+    pull_lane_bytes: int = 0
     expected: PrecopyProgress | None = None
     """What the policy has compared last; the rate is known."""
     rejoins: int = 0
@@ -95,7 +99,11 @@ class SenderStatistics:
         """
         return max(self.resumed - self.suspended, 0.0) if self.suspended else 0.0
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self, push_bytes: int = 0, pull_bytes: int = 0) -> dict[str, Any]:
+        """Return the figures for the result.  ``push_bytes``, ``pull_bytes``: what was put on the
+        lanes, also on those that are open.
+        """
+        lanes = {"push_bytes": push_bytes, "pull_bytes": pull_bytes}
         total = (self.finished or time.monotonic()) - self.started if self.started else 0.0
         pages = self.precopy_pages + self.switchover_pages + self.push_pages + self.pull_pages
         return {
@@ -108,7 +116,12 @@ class SenderStatistics:
             "expected": _summary(self.expected),
             "push": {"pages": self.push_pages, "bytes": self.push_bytes},
             "zero_pages": self.zero_pages + self.pull_zero_pages,
-            "bytes_sent": self.bytes_sent,
+            "bytes_sent": sum(lanes.values()),
+            "lanes": lanes,
+            "answered": {
+                "fault_pages": self.pull_pages - self.ahead_pages,
+                "ahead_pages": self.ahead_pages,
+            },
             "rejoins": self.rejoins,
             "throughput_bytes_per_s": round(pages * 4096 / total) if total > 0 else 0,
         }

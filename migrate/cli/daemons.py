@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import click
 import trio
@@ -31,6 +31,7 @@ from migrate.service.config import (
     Config,
     load,
 )
+from migrate.service.history import History
 from migrate.service.host import watch_credentials
 from migrate.service.inhibitor import inhibit_shutdown
 from migrate.service.journal import Journal
@@ -42,7 +43,13 @@ from xenbackend.contract import Hypervisor
 
 
 class Daemon(Protocol):
+    @property
+    def history(self) -> History: ...
+
     async def run(self) -> None: ...
+
+    def snapshots(self) -> Iterable[dict[str, Any]]:
+        """See :class:`migrate.metrics.serve.Daemon`."""
 
     def guests_in_need(self) -> list[str]:
         """The names of the guests that need this daemon."""
@@ -115,9 +122,16 @@ def run_daemon(
         config.check_addresses()
     directory = state or (STATE_DIRECTORY if simulated is None else Path(f"{simulated}.state"))
     daemon = make(open_hypervisor(simulated), socket_path, config, Journal(directory / end))
+    metrics = None
+    if config.metrics.is_on(end):
+        from migrate.metrics.serve import Metrics
+
+        metrics = Metrics(end, config.metrics, daemon)
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
+            if metrics is not None:
+                await nursery.start(metrics.serve)
             if simulated is None:
                 about = "the lock against a shutdown of this host"
                 nursery.start_soon(isolated, about, inhibit_shutdown, end, daemon.guests_in_need)

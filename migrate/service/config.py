@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import ipaddress
 import os
+import re
 import socket
 import stat
 import tomllib
@@ -112,6 +113,31 @@ def _bandwidth(value: Any) -> float:
             f"at least one page ({LEAST_BANDWIDTH} bytes) a second, or left out for no cap"
         )
     return float(rate)
+
+
+def _scraped_at(value: Any) -> Address | Path | None:
+    """Return where metrics are served: to this host alone, because nothing checks who asks."""
+    if not isinstance(value, str) or not value.isprintable():
+        raise ValueError("HOST:PORT, or the path of a Unix socket, in quotes")
+    if not value:
+        return None
+    if value.startswith("/"):
+        return Path(value)
+    if not re.search(r":\d+$", value):
+        raise ValueError(f"address {value!r}: HOST:PORT or [IPV6]:PORT")
+    host, port = parse_address(value, 0)
+    if not is_loopback(host):
+        raise ValueError(
+            f"{host} can be reached by others: a loopback address, or the path of a Unix socket"
+        )
+    return host, port
+
+
+def _directory(value: Any) -> str:
+    path = _text(value)
+    if path and not path.startswith("/"):
+        raise ValueError("the path of a directory, from / on")
+    return path
 
 
 def _key(parse: Callable[[Any], Any], default: Any, about: str, *, example: Any = None) -> Any:
@@ -254,6 +280,43 @@ class MigrationConfig:
 
 
 @dataclass(frozen=True)
+class MetricsConfig:
+    """Metrics for Prometheus.  Both daemons read this section, and each has an address of its
+    own.
+    """
+
+    sender_listen: Address | Path | None = _key(
+        _scraped_at,
+        None,
+        'Where the sender answers scrapes over HTTP, such as "127.0.0.1:9814"; empty: nowhere.',
+        example="",
+    )
+    receiver_listen: Address | Path | None = _key(
+        _scraped_at,
+        None,
+        'Where the receiver answers scrapes, such as "127.0.0.1:9813"; empty: nowhere.',
+        example="",
+    )
+    textfiles: str = _key(
+        _directory,
+        "",
+        "The directory in which node_exporter looks for files with metrics, such as "
+        "/var/lib/prometheus/node-exporter; empty: no files are written.",
+    )
+    textfile_every_s: float = _key(
+        _seconds, 15.0, "The time in seconds after which a daemon writes its file again."
+    )
+
+    def listen(self, end: str) -> Address | Path | None:
+        """Return the address of the daemon ``end``."""
+        return self.sender_listen if end == "sender" else self.receiver_listen
+
+    def is_on(self, end: str) -> bool:
+        """Whether the daemon ``end`` has metrics."""
+        return self.listen(end) is not None or bool(self.textfiles)
+
+
+@dataclass(frozen=True)
 class Config:
     network: NetworkConfig = _section_of(
         NetworkConfig(), "The connections of both daemons with other hosts."
@@ -268,6 +331,11 @@ class Config:
     receiver: ReceiverConfig = _section_of(ReceiverConfig(), "The daemon that guests come by.")
     migration: MigrationConfig = _section_of(
         MigrationConfig(), "The migrations of xl; `xen-postcopy migrate` has options instead."
+    )
+    metrics: MetricsConfig = _section_of(
+        MetricsConfig(),
+        "Metrics for Prometheus (docs/metrics.md), which need python3-prometheus-client.  An "
+        "address is of this host alone: HOST:PORT, or the path of a Unix socket.",
     )
 
     def check_addresses(self) -> None:
@@ -360,6 +428,12 @@ def parse(data: dict[str, Any], source: str, folder: Path = Path()) -> Config:
             config.tls.files.check()
         except MigrationError as error:
             raise ConfigError(f"{source}: {error}") from None
+    metrics = config.metrics
+    if metrics.sender_listen is not None and metrics.sender_listen == metrics.receiver_listen:
+        raise ConfigError(
+            f"{source}: [metrics] sender_listen, receiver_listen: each daemon needs an address of "
+            "its own"
+        )
     try:
         config.check_addresses()
     except ConfigError as error:

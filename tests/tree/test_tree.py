@@ -134,6 +134,7 @@ LAYERS: list[list[tuple[str, ...]]] = [
     [("migrate/lanes/",)],
     [("migrate/service/",)],
     [("migrate/control/",)],
+    [("migrate/metrics/",)],
     [("migrate/xl/",), ("sender/",), ("receiver/",)],
     [("migrate/cli/", "sender/command.py", "receiver/command.py")],
 ]

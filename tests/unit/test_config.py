@@ -123,7 +123,7 @@ def test_what_is_given() -> None:
         (
             "[sendr]",
             "config.toml: [sendr]: there is no such section; there are network, tls, sender, "
-            "receiver, migration",
+            "receiver, migration, metrics",
         ),
         ("sender = 1", "config.toml: sender: a section, [sender]"),
         (
@@ -173,6 +173,31 @@ def test_what_is_given() -> None:
         (
             "[migration]\ndowntime_target_ms = true",
             "config.toml: [migration] downtime_target_ms: True: a number",
+        ),
+        (
+            '[metrics]\nsender_listen = "10.0.0.1:9814"',
+            "config.toml: [metrics] sender_listen: '10.0.0.1:9814': 10.0.0.1 can be reached by "
+            "others: a loopback address, or the path of a Unix socket",
+        ),
+        (
+            '[metrics]\nreceiver_listen = "127.0.0.1"',
+            "config.toml: [metrics] receiver_listen: '127.0.0.1': address '127.0.0.1': HOST:PORT",
+        ),
+        (
+            "[metrics]\nreceiver_listen = 9813",
+            "config.toml: [metrics] receiver_listen: 9813: HOST:PORT, or the path of a Unix",
+        ),
+        (
+            '[metrics]\nsender_listen = "localhost:9"\nreceiver_listen = "localhost:9"',
+            "config.toml: [metrics] sender_listen, receiver_listen: each daemon needs an address",
+        ),
+        (
+            '[metrics]\ntextfiles = "metrics"',
+            "config.toml: [metrics] textfiles: 'metrics': the path of a directory, from / on",
+        ),
+        (
+            "[metrics]\ntextfile_every_s = 0",
+            "config.toml: [metrics] textfile_every_s: 0: seconds",
         ),
         ('[tls]\npeers = "b"', "config.toml: [tls] peers: 'b': a list of names"),
         (
