@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from migrate.control.client import ENDED
-from migrate.service.progress import STEADY_S, Phases, Rate, rounded, time_left_s
+from migrate.service.progress import LEAST_BYTES, STEADY_S, Phases, Rate, rounded, time_left_s
 
 AFTER_HANDOVER = ("deciding", "postcopy", "completing")
 """The phases in which the sender sends what is missing."""
@@ -77,7 +77,7 @@ class Meter:
         self._started = started
         self._ended: float | None = None
         self._phases = Phases()
-        self._bytes, self._pages, self._faults = Rate(), Rate(), Rate()
+        self._bytes, self._pages, self._faults = Rate(LEAST_BYTES), Rate(), Rate()
 
     def enter(self, now: float, at: float, phase: str) -> None:
         """Note the phase.  ``now``: time.monotonic(); ``at``: seconds since 1970."""

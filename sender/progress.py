@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from migrate.options import MigrationOptions
-from migrate.service.progress import STEADY_S, Phases, Rate, rounded, time_left_s
+from migrate.service.progress import LEAST_BYTES, STEADY_S, Phases, Rate, rounded, time_left_s
 from sender.policy import CONVERGING, PrecopyProgress
 from xenbackend.pages import PAGE_SIZE
 
@@ -91,7 +91,8 @@ class Meter:
     def __init__(self, progress: Progress):
         self._progress = progress
         self.phases = Phases()
-        self._bytes, self._sent, self._confirmed, self._faults = (Rate() for _ in range(4))
+        self._bytes = Rate(LEAST_BYTES)
+        self._sent, self._confirmed, self._faults = Rate(), Rate(), Rate()
 
     def measure(self, now: Now) -> None:
         shown = self._progress

@@ -18,6 +18,8 @@ from migrate.tasks import isolated
 MEASURE_EVERY_S = 0.25
 RATE_S = 3.0
 """A rate is that of the last seconds."""
+LEAST_BYTES = 4096
+"""The least step of a count of bytes: one page."""
 LEAST_STEPS = 3
 """A rate is over this number of steps at least, also if they take longer than :data:`RATE_S`."""
 STEADY_S = 1.0
@@ -35,9 +37,12 @@ class Rate:
     low.  So the count grows in steps, and the rate is what was added after one step, up to another
     one, over the time between them.  The time before the first step and the time after the last one
     are not a part of that, because it is not known how much of a step belongs to them.
+
+    ``least``: what a step has to add.  The messages that keep an idle lane alive are no steps.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, least: int = 1) -> None:
+        self._least = least
         self._steps: deque[tuple[float, int]] = deque()
         """The times at which the count was found to have grown, and the count then."""
         self._first_at: float | None = None
@@ -48,7 +53,7 @@ class Rate:
         if self._first_at is None or count < self._count:
             self._first_at, self._count = now, count
             self._steps.clear()
-        if count == self._count:
+        if count < self._count + self._least:
             return
         self._count = count
         self._steps.append((now, count))

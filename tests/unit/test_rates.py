@@ -18,8 +18,8 @@ from sender.progress import Meter, Now, Progress, expected_downtime_ms, rest_of_
 MIB = 2**20
 
 
-def rates(samples: list[tuple[float, int]]) -> list[float | None]:
-    rate, shown = Rate(), []
+def rates(samples: list[tuple[float, int]], least: int = 1) -> list[float | None]:
+    rate, shown = Rate(least), []
     for now, count in samples:
         rate.add(now, count)
         shown.append(rate.per_s(now))
@@ -38,6 +38,15 @@ def test_the_rate_of_a_capped_sender_is_the_cap(period_s: float) -> None:
     truth = 4 * MIB / period_s
     assert len(known) >= len(times) - 4 * period_s - 2
     assert all(0.8 * truth <= value <= 1.2 * truth for value in known), known
+
+
+def test_messages_that_keep_a_lane_alive_are_no_steps() -> None:
+    """The sender sends 4 MiB every two seconds, and an ``alive`` of 20 bytes every second."""
+    times = [quarter / 4 for quarter in range(120)]
+    counts = [4 * MIB * int(now / 2 + 1) + 20 * int(now + 0.5) for now in times]
+    shown = rates([(-0.25, 0), *zip(times, counts, strict=True)], least=4096)
+    assert all(value is None or value == pytest.approx(2 * MIB, rel=0.1) for value in shown)
+    assert rates([(now, 20 * int(now)) for now in times], least=4096)[-1] == 0
 
 
 def test_a_rate_follows_the_last_seconds() -> None:
@@ -153,10 +162,10 @@ def test_an_end_fixes_the_time_and_leaves_no_rate() -> None:
     progress = Progress()
     meter = Meter(progress)
     for second in range(5):
-        meter.measure(now(100.0 + second, "postcopy", bytes_sent=1000 * second))
-    assert progress.bytes_per_s == 1000 and progress.faults_per_s is not None
-    meter.measure(now(200.0, "completed", finished=105.0, bytes_sent=5000))
-    assert (progress.elapsed_s, progress.bytes_sent) == (5.0, 5000)
+        meter.measure(now(100.0 + second, "postcopy", bytes_sent=8000 * second))
+    assert progress.bytes_per_s == 8000 and progress.faults_per_s is not None
+    meter.measure(now(200.0, "completed", finished=105.0, bytes_sent=40_000))
+    assert (progress.elapsed_s, progress.bytes_sent) == (5.0, 40_000)
     after = asdict(progress)
     assert all(after[key] is None for key in ("bytes_per_s", "eta_s", "faults_per_s"))
 
@@ -166,18 +175,18 @@ def test_a_receiver_expects_the_end_after_the_handover_only() -> None:
     meter = IncomingMeter(progress, started=0.0)
     for second in range(5):
         meter.enter(second, 1000.0 + second, "precopy")
-        meter.measure(second, "precopy", 1000 * second, None)
-    assert progress.bytes_per_s == 1000
+        meter.measure(second, "precopy", 8000 * second, None)
+    assert progress.bytes_per_s == 8000
     before = asdict(progress)
     assert all(before[key] is None for key in ("eta_s", "pages_total", "faults"))
     for second in range(5, 10):
         progress.outstanding = 100 - 10 * (second - 5)
-        meter.measure(second, "postcopy", 1000 * second, Faults(2 * second, 350, 9000))
+        meter.measure(second, "postcopy", 8000 * second, Faults(2 * second, 350, 9000))
     assert (progress.pages_done, progress.pages_total) == (40, 100)
     assert (progress.eta_s, progress.faults_per_s, progress.longest_wait_us) == (6.0, 2.0, 9000)
     meter.enter(10.0, 1010.0, "completed")
     progress.outstanding = 0
-    meter.measure(99.0, "completed", 10_000, Faults(20, 350, 9000))
+    meter.measure(99.0, "completed", 80_000, Faults(20, 350, 9000))
     after = asdict(progress)
     assert (after["elapsed_s"], after["pages_done"], after["bytes_per_s"]) == (10.0, 100, None)
     assert [one["phase"] for one in progress.phases] == ["precopy", "completed"]
