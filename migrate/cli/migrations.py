@@ -82,25 +82,20 @@ def _ask_all(
     """
     answer_s = ANSWER_S if answer_s is None else answer_s
     problems: list[MigrationError] = []
+    absent: list[MigrationError] = []
     answers = Answers()
-    clients = []
     asked = socket_paths or (sender_socket(), receiver_socket())
-    wait_s = STARTING_S if socket_paths else 0
-    absent: dict[Path, MigrationError] = {}
-    for path in asked:
+
+    def ask(path: Path, wait_s: float) -> None:
+        # Each is asked as soon as it is connected: a daemon waits for a request for some seconds.
         try:
-            clients.append((path, ControlClient(path, wait_s=wait_s, answer_s=answer_s)))
+            client = ControlClient(path, wait_s=wait_s, answer_s=answer_s)
         except SilentDaemonError as error:
             answers.silent.append(error)
+            return
         except MigrationError as error:
-            absent[path] = error
-    if not clients and not answers.silent and not socket_paths:
-        path = asked[0]
-        clients.append((path, ControlClient(path, wait_s=STARTING_S, answer_s=answer_s)))
-        del absent[path]
-    if socket_paths:
-        answers.silent += absent.values()
-    for path, client in clients:
+            absent.append(error)
+            return
         try:
             with client:
                 answers.results.append(client.call(**request))
@@ -109,6 +104,15 @@ def _ask_all(
             answers.silent.append(error)
         except MigrationError as error:
             problems.append(error)
+
+    for path in asked:
+        ask(path, STARTING_S if socket_paths else 0)
+    if not socket_paths and len(absent) == len(asked):
+        absent.clear()
+        ask(asked[0], STARTING_S)
+        problems += absent
+    if socket_paths:
+        answers.silent += absent
     if not answers.results:
         # A daemon that has the migration has the most informative error.  A silent one may have it.
         answering = [p for p in problems if not isinstance(p, UnknownMigrationError)]
