@@ -55,6 +55,8 @@ STUB = Kind("stub", 4)
 """No operating system (``guest/stub.c``)."""
 HEARTBEAT = re.compile(r"heartbeat (\d+) steps (\d+) errors (\d+) longest (\d+) ms")
 
+AREAS = re.compile(r"areas (\d+) vcpu_info (-?\d+) runstate (-?\d+) time (-?\d+)")
+
 DISK = re.compile(r"disk requests (\d+) errors (\d+) mismatches (\d+) longest (\d+) ms")
 
 
@@ -103,6 +105,11 @@ class Guest:
 
     def heartbeats(self) -> list[Heartbeat]:
         return heartbeats_in(self.console())
+
+    def areas(self) -> tuple[int, list[int]]:
+        """Return the first pfn of the stub's areas, and the results of registering each."""
+        pfn, *results = map(int, AREAS.findall(self.console())[-1])
+        return pfn, results
 
     def disk_use(self) -> list[DiskUse]:
         return [DiskUse(*map(int, found)) for found in DISK.findall(self.console())]

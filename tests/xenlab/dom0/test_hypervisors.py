@@ -22,8 +22,9 @@ from tests.support.labs import until
 from tests.support.pages import memory_of, pfns, span
 from tests.xenlab.dom0.conftest import KIND
 from tests.xenlab.dom0.daemons import daemons
-from tests.xenlab.dom0.guests import Guest, guest
+from tests.xenlab.dom0.guests import STEPS_PER_S, STUB, Guest, guest
 from tests.xenlab.dom0.lab import EMPTY_PLATFORM
+from xenbackend import release
 from xenbackend.contract import DomainConfig
 from xenbackend.errors import XenError
 from xenbackend.libxenctrl._xen import ffi, lib
@@ -188,6 +189,23 @@ def test_pages_that_dom0_has_mapped_are_not_part_of_the_pinned_set(xen: XenHyper
         assert len(np.intersect1d(pinned, mapped)) < 10  # some may look like one
         reported = np.intersect1d(held, mapped)
         assert len(reported) == (len(mapped) if KIND == "populate-evicted" else 0)
+
+
+def test_the_areas_that_a_guest_registers_belong_to_the_pinned_set(xen: XenHypervisor) -> None:
+    """From Xen 4.18 on a guest can register areas for run states and times by their addresses."""
+    by_address = 0 if release.release_of(release.running()) >= (4, 18) else -errno.ENOSYS
+    with guest("areas", kind=STUB, options=f"rate={STEPS_PER_S} areas=1") as made:
+        made.wait_for_heartbeats(2)
+        first, results = made.areas()
+        assert results == [0, by_address, by_address]
+        registered = {first + n for n, result in enumerate(results) if result == 0}
+        domain = xen.open(made.domid)
+        for _ in range(2):
+            pinned = set(domain.pinned(memory_of(domain)).tolist())
+            print(f"registered {sorted(registered)}, pinned {sorted(pinned)}")
+            assert registered <= pinned
+            if domain.info().state.value == "running":
+                domain.suspend()
 
 
 def test_a_destroyed_domain_is_there_as_long_as_its_pages_are_held(xen: XenHypervisor) -> None:

@@ -6,20 +6,23 @@
  *     heartbeat N steps S errors E longest L ms
  *
  * Command line: rate=N (steps a second; default: as fast as it can), beat=N (milliseconds from one
- * heartbeat to the next; default: 500).
+ * heartbeat to the next; default: 500), areas=1 (registers areas, and prints the first of their
+ * pfns, which are successive, and the results).
+ *
+ *     areas PFN vcpu_info RESULT runstate RESULT time RESULT
  *
  * There is one vCPU, and no interrupt: every 10 ms the guest checks whether xenstored has written
- * into its ring.  So Xen holds none of its frames except those of the two rings, and everything
- * else may be paged out: code, stack and page tables as well.  A hypercall whose arguments are
- * paged out fails with EFAULT, while the page is fetched, and is made again.
+ * into its ring.  So Xen holds none of its frames except those of the two rings and of the areas,
+ * and everything else may be paged out: code, stack and page tables as well.  A hypercall whose
+ * arguments are paged out fails with EFAULT, while the page is fetched, and is made again.
  *
  * It suspends as Linux does: control/shutdown in xenstore becomes "suspend", which the guest
  * acknowledges by emptying it.  SCHEDOP_shutdown returns when the guest continues: 1 in the same
  * domain, 0 in another one, whose xenstored and console the guest has to find again.
  *
  * Numbers and layouts are those of xen/include/public/: hvm/{hvm_op,params}.h,
- * arch-x86/hvm/start_info.h, sched.h, event_channel.h, io/{console,xs_wire}.h; the hypercall page
- * is arch-x86/cpuid.h's.
+ * arch-x86/hvm/start_info.h, sched.h, event_channel.h, vcpu.h, memory.h, io/{console,xs_wire}.h;
+ * the hypercall page is arch-x86/cpuid.h's.
  */
 #include "pattern.h"
 
@@ -27,7 +30,10 @@
 #define MS 1000000ull
 #define TURN (10 * MS)
 
-enum { EVENT_CHANNEL_OP = 32, SCHED_OP = 29, HVM_OP = 34 };
+enum { MEMORY_OP = 12, VCPU_OP = 24, EVENT_CHANNEL_OP = 32, SCHED_OP = 29, HVM_OP = 34 };
+enum { XENMEM_add_to_physmap = 7, XENMAPSPACE_shared_info = 0 };
+enum { VCPUOP_register_vcpu_info = 10, VCPUOP_register_runstate_phys_area = 14 };
+enum { VCPUOP_register_vcpu_time_phys_area = 15 };
 enum { SCHEDOP_shutdown = 2, SCHEDOP_poll = 3, EVTCHNOP_send = 4 };
 enum { HVMOP_set_param = 0, HVMOP_get_param = 1, HVMOP_get_time = 10 };
 enum { PARAM_CALLBACK_IRQ = 0, PARAM_STORE_PFN = 1, PARAM_STORE_EVTCHN = 2 };
@@ -66,6 +72,7 @@ static volatile struct console_ring *console;
 static volatile struct store_ring *store;
 static uint32_t console_port, store_port;
 static int asked;       /* control/shutdown has changed */
+static int with_areas;
 
 /* ---- hypercalls ---- */
 static void find_hypercalls(void)
@@ -77,21 +84,25 @@ static void find_hypercalls(void)
                      : : "c"(msr), "a"((uint32_t)(uintptr_t)hypercall_page), "d"(0) : "memory");
 }
 
-static long hypercall(unsigned number, unsigned long operation, void *argument)
+static long call(unsigned number, unsigned long a, unsigned long b, unsigned long c)
 {
     char *entry = hypercall_page + number * 32;
     long result;
 
     do {
-        unsigned long first = operation;
-        void *second = argument;
+        unsigned long first = a, second = b, third = c;
 
         __asm__ volatile("call *%[entry]"
-                         : "=a"(result), "+D"(first), "+S"(second)
+                         : "=a"(result), "+D"(first), "+S"(second), "+d"(third)
                          : [entry] "r"(entry)
-                         : "rcx", "rdx", "r8", "r9", "r10", "r11", "memory");
+                         : "rcx", "r8", "r9", "r10", "r11", "memory");
     } while (result == -EFAULT);
     return result;
+}
+
+static long hypercall(unsigned number, unsigned long operation, void *argument)
+{
+    return call(number, operation, (unsigned long)argument, 0);
 }
 
 struct parameter {
@@ -267,6 +278,46 @@ static void request(uint32_t type, const char *body, unsigned n, char *answer, u
     }
 }
 
+/* ---- areas ---- */
+enum { VCPU_INFO, RUNSTATE, TIME, SHARED_INFO, AREAS };
+static char areas[AREAS][PAGE] __attribute__((aligned(PAGE)));
+
+static void add_result(struct text *to, const char *name, long result)
+{
+    add(to, name);
+    if (result < 0)
+        add(to, "-");
+    add_number(to, result < 0 ? -result : result);
+}
+
+/* Register the areas with the present domain.  Nothing has touched their pages before. */
+static void register_areas(void)
+{
+    struct {
+        uint16_t domid, size;
+        uint32_t space;
+        uint64_t index, gfn;
+    } map = { DOMID_SELF, 0, XENMAPSPACE_shared_info, 0, (uintptr_t)areas[SHARED_INFO] / PAGE };
+    struct {
+        uint64_t gfn;
+        uint32_t offset, reserved;
+    } info = { (uintptr_t)areas[VCPU_INFO] / PAGE, 0, 0 };
+    uint64_t runstate = (uintptr_t)areas[RUNSTATE], time = (uintptr_t)areas[TIME];
+    struct text text = { .n = 0 };
+
+    hypercall(MEMORY_OP, XENMEM_add_to_physmap, &map);
+    add(&text, "areas ");
+    add_number(&text, info.gfn);
+    add_result(&text, " vcpu_info ",
+               call(VCPU_OP, VCPUOP_register_vcpu_info, 0, (uintptr_t)&info));
+    add_result(&text, " runstate ",
+               call(VCPU_OP, VCPUOP_register_runstate_phys_area, 0, (uintptr_t)&runstate));
+    add_result(&text, " time ",
+               call(VCPU_OP, VCPUOP_register_vcpu_time_phys_area, 0, (uintptr_t)&time));
+    add(&text, "\r\n");
+    print(&text);
+}
+
 /* ---- suspending ---- */
 static const char CONTROL[] = "control/shutdown";
 
@@ -284,6 +335,8 @@ static void connect(void)
     store = (void *)(parameter(PARAM_STORE_PFN) * PAGE);
     store_port = parameter(PARAM_STORE_EVTCHN);
     request(XS_WATCH, watch, sizeof(watch), answer, sizeof(answer));
+    if (with_areas)
+        register_areas();
 }
 
 static void suspend_if_asked(void)
@@ -329,6 +382,7 @@ void run(const struct start_info *info)
     uint64_t steps_a_turn = rate ? rate / 100 + 1 : WORDS;
     struct memory memory = find_memory(info);
 
+    with_areas = option(line, "areas=", 0);
     find_hypercalls();
     fill(&memory, 0);
     connect();

@@ -4,8 +4,9 @@
  * frames that other programs have mapped.
  *
  * A guest that resumes passes the gfns of its vcpu_info and of its event channel pages to Xen
- * again.  Xen does not page these in but refuses the call, and Linux panics.  So they have to be
- * present before the guest runs, and the source host has to find them.
+ * again.  If one is missing, Xen refuses the call: with EINVAL up to 4.17, and from 4.18 on with
+ * EAGAIN for vcpu_info, while the pager is asked for the page.  Linux panics at either.  So they
+ * have to be present before the guest runs, and the source host has to find them.
  *
  * A page that a back end or the device model has mapped here is not in the set.  Back ends at the
  * other host map pages anew, and their mappings wait for a missing page.
@@ -17,6 +18,9 @@
  *   vcpu_info            has a time record, whose scale (tsc_to_system_mul, tsc_shift) is about the
  *                        same for all vCPUs of a domain and unlike anything else.  The shared info
  *                        page has one too, from before the guest moved its vcpu_info out of there.
+ *   time area            (registered by address, from 4.18) is a time record by itself.
+ *   runstate area        (the same) has the time for which a vCPU has run: what Xen reports of the
+ *                        vCPU or, while the vCPU runs, a little less.
  *   event control block  of a vCPU (FIFO event channels): 16 heads of queues, then nothing.
  *                        Without a single event since the vCPU came up it is all zeros, and not
  *                        recognised.
@@ -26,11 +30,12 @@
  * The pages that HVM parameters name are added: xenstore's and the console's rings, the device
  * model's.
  *
- * Sources: xen/include/public/xen.h (vcpu_info, shared_info), event_channel.h (FIFO ABI),
- * hvm/params.h.
+ * Sources: xen/include/public/xen.h (vcpu_info, shared_info), vcpu.h (areas), event_channel.h (FIFO
+ * ABI), hvm/params.h; map_guest_area() in xen/common/domain.c, event_fifo.c (Xen 4.17 to 4.22).
  */
 #include "internal.h"
 #include <xen/event_channel.h>
+#include <xen/vcpu.h>
 #include <xen/xen.h>
 
 #define GFN_MASK ((1ull << HOLDS_SHIFT) - 1)
@@ -86,40 +91,90 @@ static double time_scale(const vcpu_time_info_t *time)
                                  (double)time->tsc_to_system_mul * (1ull << time->tsc_shift);
 }
 
-static int domain_time_scale(struct xen_host *h, uint32_t domid, double *scale)
+/* The scale of the domain's time records; 0 if the guest has not mapped its shared info page, and
+ * so has moved nothing out of that page. */
+static double domain_time_scale(struct xen_host *h, uint32_t domid, const struct xen_info *info)
+{
+    xen_pfn_t gfn = info->shared_info_gfn;
+    double scale = 0;
+    int error;
+    shared_info_t *shared = xenforeignmemory_map(h->fmem, domid, PROT_READ, 1, &gfn, &error);
+
+    if (!shared)
+        return 0;
+    if (!error)
+        scale = time_scale(&shared->vcpu_info[0].time);
+    xenforeignmemory_unmap(h->fmem, shared, 1);
+    return scale;
+}
+
+/* What Xen writes into the areas of one domain. */
+struct areas {
+    double scale;               /* of time records; 0 if it is not known */
+    unsigned vcpus;
+    uint64_t *ran;              /* for how many nanoseconds each vCPU has run */
+};
+
+static int domain_areas(struct xen_host *h, uint32_t domid, struct areas *areas)
 {
     struct xen_info info;
-    xen_pfn_t gfn;
-    shared_info_t *shared;
-    int error, rc = xen_domain_info(h, domid, &info);
+    int rc = xen_domain_info(h, domid, &info);
 
+    *areas = (struct areas){ 0 };
     if (rc)
         return rc;
-    gfn = info.shared_info_gfn;
-    *scale = 0;
-    shared = xenforeignmemory_map(h->fmem, domid, PROT_READ, 1, &gfn, &error);
-    if (!shared)
-        return 0;       /* the guest has not mapped it, and so has moved nothing out of it */
-    if (!error)
-        *scale = time_scale(&shared->vcpu_info[0].time);
-    xenforeignmemory_unmap(h->fmem, shared, 1);
+    areas->scale = domain_time_scale(h, domid, &info);
+    areas->ran = calloc(info.vcpus + 1, sizeof(*areas->ran));
+    if (!areas->ran)
+        return -ENOMEM;
+    for (; areas->vcpus < info.vcpus; areas->vcpus++) {
+        xc_vcpuinfo_t vcpu;
+
+        if (!xc_vcpu_getinfo(h->xch, domid, areas->vcpus, &vcpu))
+            areas->ran[areas->vcpus] = vcpu.cpu_time;
+    }
     return 0;
 }
 
 /* The scales are compared roughly, because Xen calibrates them again from time to time, with the
  * error of the machine's timers (5% under emulation). */
-static int has_vcpu_info(const uint64_t *page, double scale)
+static int is_time_record(const uint64_t *at, const struct areas *areas)
 {
-    for (unsigned i = 0; scale && i <= (XC_PAGE_SIZE - sizeof(vcpu_info_t)) / 8; i++) {
-        const vcpu_info_t *info = (const vcpu_info_t *)(page + i);
-        double found;
+    const vcpu_time_info_t *time = (const void *)at;
+    double found = time_scale(time);
 
-        if (page[i] & ~0x0101ull)       /* evtchn_upcall_pending, evtchn_upcall_mask, padding */
-            continue;
-        found = time_scale(&info->time);
-        if (found > scale * 0.75 && found < scale * 1.25 && !(info->time.system_time >> 60))
+    return found && found > areas->scale * 0.75 && found < areas->scale * 1.25 &&
+           !(time->system_time >> 60);
+}
+
+/* The times of all states are those from the creation of the vCPU to the last change of its
+ * state.  The state of a vCPU that runs has not changed for some time, at most since log-dirty was
+ * switched on or read, because that pauses all vCPUs. */
+static int is_runstate(const uint64_t *at, const struct areas *areas)
+{
+    const vcpu_runstate_info_t *runstate = (const void *)at;
+    uint64_t entered = runstate->state_entry_time & ~XEN_RUNSTATE_UPDATE;
+    uint64_t ran = runstate->time[RUNSTATE_running], sum = 0;
+
+    if (at[0] > RUNSTATE_offline || entered >> 60 || !ran || ran > entered)
+        return 0;
+    for (unsigned i = 0; i < 4; i++)
+        sum += runstate->time[i];
+    if (sum > entered)
+        return 0;
+    for (unsigned i = 0; i < areas->vcpus; i++)
+        if (ran <= areas->ran[i] && ran > areas->ran[i] / 2)
             return 1;
-    }
+    return 0;
+}
+
+static int has_area(const uint64_t *page, const struct areas *areas)
+{
+    for (unsigned i = 0; i <= (XC_PAGE_SIZE - sizeof(vcpu_time_info_t)) / 8; i++)
+        if (is_time_record(page + i, areas) ||
+            (i <= (XC_PAGE_SIZE - sizeof(vcpu_runstate_info_t)) / 8 &&
+             is_runstate(page + i, areas)))
+            return 1;
     return 0;
 }
 
@@ -185,9 +240,9 @@ long xen_recognise_pinned(struct xen_host *h, uint32_t domid, const uint64_t *gf
     uint8_t status[BATCH_GFNS];
     const void *pages[BATCH_GFNS];
     struct xen_view view;
-    double scale;
+    struct areas areas;
     long count = 0;
-    int rc = domain_time_scale(h, domid, &scale);
+    int rc = domain_areas(h, domid, &areas);
 
     for (size_t done = 0; !rc && done < n; done += BATCH_GFNS) {
         size_t batch = batch_of(n - done);
@@ -195,11 +250,12 @@ long xen_recognise_pinned(struct xen_host *h, uint32_t domid, const uint64_t *gf
         rc = xen_map(h, domid, gfns + done, batch, status, pages, &view);
         for (size_t i = 0; !rc && i < batch; i++)
             if (status[i] == PAGE_DATA &&
-                (has_vcpu_info(pages[i], scale) || is_control_block(pages[i]) ||
+                (has_area(pages[i], &areas) || is_control_block(pages[i]) ||
                  is_event_array(pages[i])))
                 out[count++] = gfns[done + i];
         xen_unmap(h, &view);
     }
+    free(areas.ran);
     return rc ? rc : count;
 }
 
