@@ -21,6 +21,7 @@ from typing import Any
 from tests.support.labs import until
 from tests.xenlab import parts
 from tests.xenlab.cache import LabError
+from tests.xenlab.debian import DEBIAN_12
 from tests.xenlab.dom0.guests import Heartbeat, heartbeats_in
 
 BEAT_MS = 100
@@ -56,8 +57,8 @@ class Qemu:
         path = directory / f"{name}.qmp"
         command = [
             "qemu-system-x86_64", "-accel", "tcg", "-smp", "1", "-m", str(memory_mib),
-            "-nodefaults", "-display", "none", "-kernel", str(parts.kernel() / "vmlinuz"),
-            "-initrd", str(parts.guest() / "initramfs"), "-append",
+            "-nodefaults", "-display", "none", "-kernel", str(parts.kernel(DEBIAN_12) / "vmlinuz"),
+            "-initrd", str(parts.guest(DEBIAN_12) / "initramfs"), "-append",
             f"console=ttyS0 quiet mitigations=off {options}", "-serial", f"file:{self._console}",
             "-qmp", f"unix:{path},server=on,wait=off",
             *(("-incoming", "defer") if incoming else ()),
@@ -171,7 +172,7 @@ def unavailable() -> str:
     """Return why QEMU cannot be run here, or nothing."""
     try:
         parts.check_tools()
-        parts.guest()
+        parts.guest(DEBIAN_12)
     except LabError as error:
         return str(error)
     return ""

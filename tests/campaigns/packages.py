@@ -8,7 +8,6 @@ migrations on the simulated host, upgraded and purged.  Needs root and Debian's 
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -16,9 +15,8 @@ import tempfile
 from pathlib import Path
 
 from tests.tree.listing import TREE, files
-from tests.xenlab import debian
 from tests.xenlab.cache import LabError, say
-from xenbackend.hypervisor.debian import run
+from xenbackend.hypervisor.debian import mirror, run
 
 RELEASES = ("bookworm", "trixie")
 INSIDE = """\
@@ -47,8 +45,7 @@ find / -xdev -path /root -prune -o -iname '*xen-postcopy*' -print | sort | diff 
 def try_release(release: str, root: Path) -> int:
     """Returns the exit status of :data:`INSIDE`."""
     say(f"making a fresh {release}")
-    ours = platform.freedesktop_os_release()["VERSION_CODENAME"]
-    run(["debootstrap", "--variant=minbase", release, str(root), debian.mirror(ours)])
+    run(["debootstrap", "--variant=minbase", release, str(root), mirror()])
     for path in files():
         to = root / "root/tree" / path
         to.parent.mkdir(parents=True, exist_ok=True)

@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import lzma
+import shutil
 import struct
+import subprocess
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
-from tests.xenlab import qemu
+from tests.xenlab import parts, qemu
 from tests.xenlab.__main__ import SHARDS, write_junit
+from tests.xenlab.cache import LabError
 
 LEAF_1, LEAF_EXTENDED = 0x00000001, 0x80000001
 
@@ -49,3 +53,25 @@ def test_a_machine_without_results_is_an_error(tmp_path: Path) -> None:
     (case,) = suite.iter("testcase")
     error = case.find("error")
     assert error is not None and error.get("message") == "the machine died (Panic on CPU)"
+
+
+def bzimage(payload: bytes) -> bytes:
+    """Return a kernel's image with a payload behind three sectors of setup."""
+    setup = bytearray(4 * 512)
+    setup[0x1F1] = 3
+    struct.pack_into("<II", setup, 0x248, 16, len(payload) + 4)
+    return bytes(setup) + bytes(16) + payload + bytes(4) + b"what follows"
+
+
+def test_a_kernel_is_found_in_its_image() -> None:
+    kernel = b"\x7fELF" + bytes(range(256)) * 10
+    assert parts.kernel_in(bzimage(lzma.compress(kernel))) == kernel
+    if shutil.which("zstd"):
+        packed = subprocess.run(["zstd", "-c"], input=kernel, capture_output=True, check=True)
+        assert parts.kernel_in(bzimage(packed.stdout)) == kernel
+        with pytest.raises(LabError, match="cannot be unpacked"):
+            parts.kernel_in(bzimage(b"neither"))
+
+
+def test_every_machine_has_tests() -> None:
+    assert {shard.kind for shard in SHARDS} == set(parts.MACHINES)

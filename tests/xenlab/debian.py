@@ -1,54 +1,82 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Debian's packages, of the release that dom0 runs, without touching this machine's own package
-state.
+"""The releases of Debian that dom0 can run, and how a dom0 is made of its packages.
 
-The mirror is the one that this machine's apt uses.  Only the release pocket is used: the security
-pocket has newer binaries of Xen without the source that belongs to them.
+Only the release pocket is used: the security pocket has newer binaries of Xen without the source
+that belongs to them.
 """
 
 from __future__ import annotations
 
-import subprocess
+import functools
+from dataclasses import dataclass
 from pathlib import Path
 
-from tests.xenlab.cache import LabError
-from xenbackend.hypervisor.build import BOOKWORM
-from xenbackend.hypervisor.debian import run
-
-RELEASE, RELEASE_NUMBER = "bookworm", 12
-XEN_VERSION = BOOKWORM.source
+from tests.xenlab.cache import directory
+from xenbackend.hypervisor.build import BOOKWORM, TRIXIE, Release
+from xenbackend.hypervisor.debian import Apt, mirror, run
 
 
-def mirror(release: str = RELEASE) -> str:
-    """Return the address from which this machine's apt gets ``release``.  Raises :class:`LabError`
-    if there is none, as on a machine that is no Debian.
+@dataclass(frozen=True)
+class Dom0:
+    """What differs between the dom0s.
+
+    The Python packages of the virtual environment that have native code are for one Python only.
+    The tests in any other dom0 use Debian's.
     """
-    try:
-        lines = subprocess.run(
-            ["apt-get", "indextargets", "--format", "$(SITE) $(CODENAME)", "Created-By: Packages"],
-            check=True, capture_output=True, text=True,
-        ).stdout.splitlines()  # fmt: skip
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise LabError(
-            f"the lab takes its parts from Debian's packages, and apt-get does not answer: {error}"
-        ) from error
-    for line in lines:
-        site, _, codename = line.partition(" ")
-        if codename == release:
-            return site
-    raise LabError(
-        f"apt has no Debian mirror for {release}: run apt-get update, or add it to the sources"
-    )
+
+    release: Release
+    suffix: str
+    """The end of the names of the parts and machines."""
+    test_packages: tuple[str, ...] = ()
+    """Debian's packages that the tests need."""
+    from_environment: tuple[str, ...] = ()
+    """The Python packages that come from the virtual environment."""
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Debian's packages."""
+        return (
+            *(
+                "python3",
+                "python3-cffi",
+                "python3-ply",
+            ),  # python3-ply: cffi needs it, and debootstrap does not detect that
+            *("iproute2", "kmod", "procps", "systemd-sysv"),
+            *(f"xen-utils-{self.release.xen}", "xenstore-utils", "libxen-dev"),
+            *("openssh-client", "openssh-server"),
+            # Our package depends on these.
+            *("python3-click", "python3-msgpack", "python3-numpy", "python3-tqdm", "python3-trio"),
+            *self.test_packages,
+        )
+
+    def part(self, name: str) -> str:
+        """Return the name of one of this dom0's parts."""
+        return name + self.suffix
+
+    def apt(self) -> Apt:
+        return _apt(self)
+
+    def debootstrap(self, where: Path) -> None:
+        include = f"--include={','.join(self.packages)}"
+        codename = self.release.codename
+        run(["debootstrap", "--variant=minbase", include, codename, str(where), mirror()])
 
 
-def debootstrap(where: Path, packages: tuple[str, ...]) -> None:
-    run(
-        [
-            "debootstrap",
-            "--variant=minbase",
-            f"--include={','.join(packages)}",
-            RELEASE,
-            str(where),
-            mirror(),
-        ]
-    )
+@functools.cache
+def _apt(dom0: Dom0) -> Apt:
+    return Apt(directory() / dom0.part("apt"), dom0.release.codename)
+
+
+DEBIAN_12 = Dom0(
+    BOOKWORM,
+    "",
+    from_environment=(
+        *("pytest", "pytest-timeout", "pytest-trio"),
+        *("trio", "msgpack", "cffi", "numpy", "click", "tqdm"),
+    ),
+)
+DEBIAN_13 = Dom0(
+    TRIXIE,
+    "-13",
+    test_packages=("python3-pytest", "python3-pytest-timeout", "python3-pytest-trio"),
+)

@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from tests.xenlab import parts, qemu
@@ -88,7 +89,6 @@ def boot(
     :class:`LabError` if the machine does not start the command.
     """
     parts.check_tools()
-    parts.backend()
     where = keep or Path(tempfile.mkdtemp(prefix="run-", dir=_runs()))
     commands = [(where, command, "")]
     if kind == parts.HOSTS:
@@ -141,11 +141,12 @@ def _saved(kind: str) -> Path | None:
     """
     command = _command(kind, MEMORY_MIB)
     ingredients = " ".join(command).replace(str(directory()), "")
-    disks = parts.dom0().name, parts.packages().name
+    dom0 = parts.MACHINES[kind].dom0
+    disks = parts.disk(dom0).name, parts.packages(dom0).name
     key = fingerprint(ingredients, *disks, qemu.version(), qemu.processor())
 
     def save(where: Path) -> None:
-        base = os.path.relpath(parts.dom0() / "disk", where)
+        base = os.path.relpath(parts.disk(dom0) / "disk", where)
         run(
             [
                 "qemu-img",
@@ -178,11 +179,12 @@ def _saved(kind: str) -> Path | None:
 def _command(kind: str, memory_mib: int) -> list[str]:
     """Return QEMU's command line, as far as it is the same for each machine of the kind."""
     options = f"{DOM0_OPTIONS} {SYSTEMD_OPTIONS}" if kind == parts.HOSTS else DOM0_OPTIONS
-    modules = f"{parts.kernel() / 'vmlinuz'} {options},{parts.initramfs()}"
+    what = parts.MACHINES[kind]
+    modules = f"{parts.kernel(what.dom0) / 'vmlinuz'} {options},{parts.initramfs(what.dom0)}"
     return [
         qemu.PROGRAM, *qemu.acceleration(), "-smp", "2", "-m", str(memory_mib),
         "-display", "none", "-nodefaults", "-no-reboot",
-        "-kernel", str(parts.hypervisor(kind)), "-append", XEN_OPTIONS, "-initrd", modules,
+        "-kernel", str(parts.hypervisor(what)), "-append", XEN_OPTIONS, "-initrd", modules,
     ]  # fmt: skip
 
 
@@ -210,13 +212,15 @@ class _Machine(contextlib.AbstractContextManager["_Machine"]):
         (where / "out").mkdir(parents=True, exist_ok=True)
         for old in ("status", "output", "hypervisor.log", "console.log"):
             (where / old).unlink(missing_ok=True)
-        disk, form = (state / "disk", "qcow2") if state else (parts.dom0() / "disk", "raw")
+        dom0 = parts.MACHINES[kind].dom0
+        disk, form = (state / "disk", "qcow2") if state else (parts.disk(dom0) / "disk", "raw")
         snapshot = "off" if saving else "on"
         command = [
             *_command(kind, memory_mib), "-drive",
             f"file={disk},if=virtio,format={form},snapshot={snapshot}", "-drive",
-            f"file={parts.packages() / 'disk'},if=virtio,format=raw,readonly=on",
-            *_share("io", where, readonly=False), *_share("parts", parts.guest(), readonly=True),
+            f"file={parts.packages(dom0) / 'disk'},if=virtio,format=raw,readonly=on",
+            *_share("io", where, readonly=False),
+            *_share("parts", parts.guest(dom0), readonly=True),
             "-qmp", f"unix:{self._monitor_at},server=on,wait=off", "-chardev",
             f"socket,id=com1,path={self._console_at},server=on,wait=off,logfile={self.console}",
             "-serial", "chardev:com1",
@@ -263,10 +267,11 @@ class _Machine(contextlib.AbstractContextManager["_Machine"]):
     def begin(self, command: Command, first: str) -> None:
         """Boot or continue, and start the command after ``first``, a shell command."""
         what = {"shell": command} if isinstance(command, str) else {"pytest": list(command)}
-        environment = {"LAB_HYPERVISOR": self._kind}
+        dom0 = parts.MACHINES[self._kind].dom0
+        environment = {"LAB_HYPERVISOR": self._kind.removesuffix(dom0.suffix)}
         order = {"environment": environment, "first": first, **what}
         (self._where / "command").write_text(json.dumps(order))
-        _pack_tree(self._where / "tree.tar")
+        _pack_tree(self._where / "tree.tar", parts.backend(dom0))
         if self._state:
             with contextlib.closing(qemu.Monitor(self._monitor_at)) as monitor:
                 monitor.leave_memory_in_place()
@@ -337,19 +342,21 @@ class _Machine(contextlib.AbstractContextManager["_Machine"]):
         )
 
 
-def _pack_tree(to: Path) -> None:
-    """Pack the working tree as dom0 needs it, with byte code.  It is one file, because each file
-    costs time over a shared folder.
+def _pack_tree(to: Path, native_half: Path) -> None:
+    """Pack the working tree as dom0 needs it, with byte code and with the native half of the
+    backend for its Xen.  It is one file, because each file costs time over a shared folder.
     """
     run([sys.executable, "-m", "compileall", "-q", *PYTHON_FOLDERS], cwd=TREE)
 
     def wanted(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
         hidden = any(name.startswith(".") for name in Path(member.name).parts)
-        return None if hidden or member.name in NOT_IN_DOM0 else member
+        other = fnmatch(member.name, f"{parts.NATIVE_HALF.parent}/_xen.*.so")
+        return None if hidden or other or member.name in NOT_IN_DOM0 else member
 
     with tarfile.open(to, "w") as archive:
         for path in sorted(TREE.iterdir()):
             archive.add(path, path.name, filter=wanted)
+        archive.add(native_half, str(parts.NATIVE_HALF))
         for path in (TREE / "build").glob(parts.PACKAGE):
             archive.add(path, str(path.relative_to(TREE)))
 

@@ -6,48 +6,57 @@ Each part is built when it is needed for the first time; together that takes som
 
 from __future__ import annotations
 
-import functools
 import gzip
 import lzma
 import os
 import shutil
+import struct
+import subprocess
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from tests.xenlab import debian
-from tests.xenlab.cache import LabError, directory, fingerprint, part
-from xenbackend.hypervisor.build import BOOKWORM, PAGING_CONFIG, compile_hypervisor
-from xenbackend.hypervisor.debian import Apt, run
+from tests.xenlab.cache import LabError, fingerprint, part
+from tests.xenlab.debian import DEBIAN_12, DEBIAN_13, Dom0
+from xenbackend.hypervisor.build import PAGING_CONFIG, compile_hypervisor
+from xenbackend.hypervisor.debian import run
 
 HERE = Path(__file__).parent
+NATIVE_HALF = Path("xenbackend/libxenctrl/_xen.abi3.so")
+"""The native half of ``xenbackend.libxenctrl`` in a tree.  Every Python finds a module of this
+name.
+"""
 
 HYPERVISORS = ("populate-evicted", "paging", "debian")
 """The hypervisors: with memory paging and our hypercall; with memory paging; as Debian ships it,
 without memory paging.
 """
-HOSTS = "hosts"
-"""The first kind twice, on one network, with systemd in each dom0, and our package.  The command
-runs in the first dom0.
-"""
-MACHINES = (*HYPERVISORS, HOSTS)
-HOST_NAMES = ("host1", "host2")
 
-DOM0_PACKAGES = (
-    *(
-        "python3",
-        "python3-cffi",
-        "python3-ply",
-    ),  # python3-ply: cffi needs it, and debootstrap does not detect that
-    *("iproute2", "kmod", "procps", "systemd-sysv"),
-    *("xen-utils-4.17", "xenstore-utils", "libxen-dev"),
-    *("openssh-client", "openssh-server"),
-    # Our package depends on these.
-    *("python3-click", "python3-msgpack", "python3-numpy", "python3-tqdm", "python3-trio"),
-)
-PACKAGE = f"xen-postcopy_*~deb{debian.RELEASE_NUMBER}_amd64.deb"
+
+@dataclass(frozen=True)
+class Kind:
+    """What a machine is."""
+
+    dom0: Dom0
+    hypervisor: str
+    """One of :data:`HYPERVISORS`."""
+
+
+HOSTS = "hosts"
+"""The first hypervisor twice, on one network, with systemd in each dom0, and our package.  The
+command runs in the first dom0.
+"""
+MACHINES = {
+    **{name: Kind(DEBIAN_12, name) for name in HYPERVISORS},
+    HOSTS: Kind(DEBIAN_12, HYPERVISORS[0]),
+    DEBIAN_13.part("debian"): Kind(DEBIAN_13, "debian"),
+}
+HOST_NAMES = ("host1", "host2")
+PACKAGE = f"xen-postcopy_*~deb{DEBIAN_12.release.number}_amd64.deb"
 """Our Debian package, in ``build``."""
+
 DISK_SIZE = "1500M"
 LIBRARIES = ("usr/include/xen*", "usr/lib/x86_64-linux-gnu/libxen*.so*")
 
@@ -76,18 +85,6 @@ PROGRAMS = [
     HERE / "dom0" / name for name in ("init.sh", "runner.sh", "runner.py", "xenlab.service")
 ]
 """The programs that dom0 starts before it has the working tree."""
-PYTHON_PACKAGES = (
-    "pytest",
-    "pytest-timeout",
-    "pytest-trio",
-    "trio",
-    "msgpack",
-    "cffi",
-    "numpy",
-    "click",
-    "tqdm",
-)
-
 FREESTANDING = (
     *("-ffreestanding", "-nostdlib", "-no-pie", "-fno-pic", "-mno-red-zone", "-mgeneral-regs-only"),
     *("-fno-stack-protector", "-fno-asynchronous-unwind-tables"),
@@ -101,7 +98,7 @@ TOOLS = {
     "apt-get": "apt", "debootstrap": "debootstrap", "mke2fs": "e2fsprogs", "cpio": "cpio",
     "gcc": "gcc", "make": "make", "flex": "flex", "bison": "bison", "patch": "patch",
     "dpkg-source": "dpkg-dev", "dpkg-deb": "dpkg", "qemu-system-x86_64": "qemu-system-x86",
-    "qemu-img": "qemu-utils", "/bin/busybox": "busybox-static",
+    "qemu-img": "qemu-utils", "/bin/busybox": "busybox-static", "xz": "xz-utils", "zstd": "zstd",
 }  # fmt: skip
 
 
@@ -118,66 +115,75 @@ def check_tools() -> None:
     run(["apt-get", "-qq", "install", "--no-install-recommends", *missing])
 
 
-@functools.cache
-def _apt() -> Apt:
-    return Apt(directory() / "apt", debian.RELEASE)
+def _xen_source(dom0: Dom0) -> Path:
+    release = dom0.release
 
-
-def _xen_source() -> Path:
     def fetch(where: Path) -> None:
-        _apt().source("xen", debian.XEN_VERSION, where).rename(where / "tree")
+        dom0.apt().source("xen", release.source, where).rename(where / "tree")
 
-    return part("xen-source", fingerprint(debian.XEN_VERSION), fetch) / "tree"
+    return part(dom0.part("xen-source"), fingerprint(release.source), fetch) / "tree"
 
 
-def hypervisor(kind: str) -> Path:
-    """Return the unpacked multiboot image of one of :data:`MACHINES`."""
-    if kind == HOSTS:
-        kind = HYPERVISORS[0]
-    if kind == "debian":
-        return (
-            part("hypervisor-debian", fingerprint(debian.XEN_VERSION), _unpack_hypervisor) / "xen"
-        )
+def hypervisor(kind: Kind) -> Path:
+    """Return the unpacked multiboot image."""
+    release = kind.dom0.release
+
+    def unpack(where: Path) -> None:
+        kind.dom0.apt().unpack(f"xen-hypervisor-{release.xen}-amd64={release.source}", where)
+        image = next((where / "boot").glob("xen-*-amd64.gz"))
+        (where / "xen").write_bytes(gzip.decompress(image.read_bytes()))
 
     def build(where: Path) -> None:
         tree = where / "tree"
-        shutil.copytree(_xen_source(), tree, symlinks=True)
+        shutil.copytree(_xen_source(kind.dom0), tree, symlinks=True)
         compile_hypervisor(tree, patch).image.rename(where / "xen")
         shutil.rmtree(tree)
 
-    patch = BOOKWORM.patch if kind == "populate-evicted" else None
-    key = fingerprint(debian.XEN_VERSION, PAGING_CONFIG, *([patch] if patch else []))
-    return part(f"hypervisor-{kind}", key, build) / "xen"
+    name = kind.dom0.part(f"hypervisor-{kind.hypervisor}")
+    if kind.hypervisor == "debian":
+        return part(name, fingerprint(release.source), unpack) / "xen"
+    patch = release.patch if kind.hypervisor == "populate-evicted" else None
+    key = fingerprint(release.source, PAGING_CONFIG, *([patch] if patch else []))
+    return part(name, key, build) / "xen"
 
 
-def _unpack_hypervisor(where: Path) -> None:
-    _apt().unpack(f"xen-hypervisor-4.17-amd64={debian.XEN_VERSION}", where)
-    (where / "xen").write_bytes(
-        gzip.decompress(next((where / "boot").glob("xen-*-amd64.gz")).read_bytes())
-    )
-
-
-def kernel() -> Path:
+def kernel(dom0: Dom0) -> Path:
     """Return the folder with Debian's kernel: ``vmlinuz``, the unpacked ``vmlinux`` (which a PVH
-    guest boots faster), and ``lib/modules``.
+    guest boots faster), and ``modules``, unpacked as well.
     """
 
     def build(where: Path) -> None:
-        apt = _apt()
+        apt = dom0.apt()
         apt.unpack(apt.newest_kernel(), where)
         image = next((where / "boot").glob("vmlinuz-*"))
-        data = image.read_bytes()
-        (where / "vmlinux").write_bytes(
-            lzma.LZMADecompressor().decompress(data[data.index(b"\xfd7zXZ\x00") :])
-        )
+        (where / "vmlinux").write_bytes(kernel_in(image.read_bytes()))
         image.rename(where / "vmlinuz")
+        modules = next(path for path in where.glob("**/lib/modules") if path.is_dir())
+        modules.rename(where / "modules")
+        run(["find", str(where / "modules"), "-name", "*.ko.xz", "-exec", "unxz", "{}", "+"])
         for package in where.glob("*.deb"):
             package.unlink()
 
-    return part("kernel", fingerprint("6.1, xz"), build)
+    return part(dom0.part("kernel"), fingerprint("unpacked"), build)
 
 
-def dom0() -> Path:
+def kernel_in(image: bytes) -> bytes:
+    """Return the kernel in a bzImage (Linux's Documentation/arch/x86/boot.rst).  Raises
+    :class:`LabError` if it is packed neither by xz nor by zstd.
+    """
+    setup_sectors = image[0x1F1]
+    offset, length = struct.unpack_from("<II", image, 0x248)
+    start = (setup_sectors + 1) * 512 + offset
+    payload = image[start : start + length - 4]  # without the unpacked size
+    if payload.startswith(b"\xfd7zXZ"):
+        return lzma.decompress(payload)
+    unpacked = subprocess.run(["zstd", "-dc"], input=payload, capture_output=True, check=False)
+    if unpacked.returncode:
+        raise LabError(f"the kernel cannot be unpacked: {unpacked.stderr.decode()}")
+    return unpacked.stdout
+
+
+def disk(dom0: Dom0) -> Path:
     """Return the folder with ``disk``, an ext4 image of Debian with the toolstack, which is used as
     a snapshot and never written; and with ``sysroot``: libxen-dev.
     """
@@ -188,7 +194,7 @@ def dom0() -> Path:
                 "the disk of dom0 is made with debootstrap, which needs root: run the lab as root"
             )
         root = where / "root"
-        debian.debootstrap(root, DOM0_PACKAGES)
+        dom0.debootstrap(root)
         for folder in ("mnt/tree", "mnt/io", "mnt/parts", "mnt/packages"):
             (root / folder).mkdir(parents=True)
         shutil.rmtree(root / "var/cache/apt", ignore_errors=True)
@@ -211,8 +217,8 @@ def dom0() -> Path:
         shutil.rmtree(root)
 
     return part(
-        "dom0",
-        fingerprint(debian.XEN_VERSION, DISK_SIZE, *LIBRARIES, *DOM0_PACKAGES, *HOST_NAMES),
+        dom0.part("dom0"),
+        fingerprint(dom0.release.source, DISK_SIZE, *LIBRARIES, *dom0.packages, *HOST_NAMES),
         build,
     )
 
@@ -274,7 +280,7 @@ def _archive(root: Path, out: Path) -> None:
     )
 
 
-def initramfs() -> Path:
+def initramfs(dom0: Dom0) -> Path:
     """Return dom0's initial RAM disk, which loads modules, mounts the disks and starts the system
     there.
     """
@@ -289,7 +295,7 @@ def initramfs() -> Path:
         for program in PROGRAMS:
             shutil.copy(program, root / "xenlab")
         modules = {
-            path.stem.replace("-", "_"): path for path in kernel().glob("lib/modules/**/*.ko")
+            path.stem.replace("-", "_"): path for path in kernel(dom0).glob("modules/**/*.ko")
         }
         order = []
         for name in MODULES:
@@ -301,18 +307,19 @@ def initramfs() -> Path:
         _archive(root, where / "initramfs")
         shutil.rmtree(root)
 
-    key = fingerprint(kernel().name, *MODULES, HERE / "dom0/initramfs.sh", *PROGRAMS)
-    return part("initramfs", key, build) / "initramfs"
+    key = fingerprint(kernel(dom0).name, *MODULES, HERE / "dom0/initramfs.sh", *PROGRAMS)
+    return part(dom0.part("initramfs"), key, build) / "initramfs"
 
 
-def packages() -> Path:
+def packages(dom0: Dom0) -> Path:
     """Return the folder with ``disk``, an ext4 image of the packages of the virtual environment
     that dom0 needs, with their dependencies.
     """
 
     def build(where: Path) -> None:
         root = where / "root"
-        for distribution in _distributions(PYTHON_PACKAGES):
+        root.mkdir()
+        for distribution in _distributions(dom0.from_environment):
             for file in distribution.files or ():
                 to = (root / file).resolve()
                 if (
@@ -337,8 +344,8 @@ def packages() -> Path:
         )
         shutil.rmtree(root)
 
-    key = fingerprint(*PYTHON_PACKAGES, HERE.parents[1] / "requirements.lock")
-    return part("packages", key, build)
+    key = fingerprint(*dom0.from_environment, HERE.parents[1] / "requirements.lock")
+    return part(dom0.part("packages"), key, build)
 
 
 def _distributions(names: Iterable[str]) -> list[metadata.Distribution]:
@@ -359,7 +366,7 @@ def _distributions(names: Iterable[str]) -> list[metadata.Distribution]:
     return list(found.values())
 
 
-def guest() -> Path:
+def guest(dom0: Dom0) -> Path:
     """Return a folder with what a guest boots: ``vmlinux`` and ``initramfs``, or ``stub``."""
     folder = HERE / "guest"
 
@@ -372,20 +379,20 @@ def guest() -> Path:
         for name in GUEST_COMMANDS:
             (root / "sbin" / name).symlink_to("/init")
         for driver in GUEST_DRIVERS:
-            shutil.copy(next(kernel().glob(f"lib/modules/**/{driver}")), root)
+            shutil.copy(next(kernel(dom0).glob(f"modules/**/{driver}")), root)
         _archive(root, where / "initramfs")
         shutil.rmtree(root)
-        shutil.copy(kernel() / "vmlinux", where)
+        shutil.copy(kernel(dom0) / "vmlinux", where)
         sources = [str(folder / "entry.S"), str(folder / "stub.c")]
         run([*gcc, *FREESTANDING, "-o", str(where / "stub"), *sources])
 
-    ingredients: list[str | Path] = [kernel().name, Path(__file__), *sorted(folder.iterdir())]
-    return part("guest", fingerprint(*ingredients), build)
+    ingredients: list[str | Path] = [kernel(dom0).name, Path(__file__), *sorted(folder.iterdir())]
+    return part(dom0.part("guest"), fingerprint(*ingredients), build)
 
 
 def package() -> None:
-    """Build our Debian package in the working tree, for dom0, which has the release of this
-    machine.
+    """Build our Debian package in the working tree, for :data:`HOSTS`, which have the release of
+    this machine.
     """
     root = HERE.parents[1]
     sources = [
@@ -400,24 +407,33 @@ def package() -> None:
     run(["make", "deb"], cwd=root)
 
 
-def build() -> None:
-    """Build everything but our package, which only :data:`HOSTS` need."""
-    check_tools()
-    dom0()  # first, because it needs root
-    for kind in HYPERVISORS:
-        hypervisor(kind)
-    for one in (kernel, initramfs, packages, guest, backend):
-        one()
-
-
-def backend() -> None:
-    """Compile the native half of ``xenbackend.libxenctrl`` in the working tree, for the libraries
-    that dom0 has.
+def build(kinds: Iterable[str]) -> None:
+    """Build everything that these machines need, but our package, which is built for each run of
+    :data:`HOSTS`.
     """
+    check_tools()
+    chosen = [MACHINES[name] for name in kinds]
+    for dom0 in dict.fromkeys(kind.dom0 for kind in chosen):
+        disk(dom0)  # first, because it needs root
+        for one in (kernel, initramfs, packages, guest, backend):
+            one(dom0)
+    for kind in chosen:
+        hypervisor(kind)
+
+
+def backend(dom0: Dom0) -> Path:
+    """Return the native half of ``xenbackend.libxenctrl``, compiled for the libraries of dom0."""
     root = HERE.parents[1]
-    sources = list((root / "xenbackend/libxenctrl/native").iterdir())
-    built = list((root / "xenbackend/libxenctrl").glob("_xen.*.so"))
-    if built and built[0].stat().st_mtime > max(path.stat().st_mtime for path in sources):
-        return
-    build = "xenbackend/libxenctrl/native/build_xen.py"
-    run([sys.executable, build], cwd=root, env={"XEN_SYSROOT": str(dom0() / "sysroot")})
+    folders = [Path("xenbackend") / name for name in ("native", "libxenctrl/native")]
+
+    def build(where: Path) -> None:
+        for folder in folders:
+            shutil.copytree(root / folder, where / folder)
+        program = where / folders[-1] / "build_xen.py"
+        run([sys.executable, str(program)], env={"XEN_SYSROOT": str(disk(dom0) / "sysroot")})
+        next(where.glob("xenbackend/libxenctrl/_xen.*.so")).rename(where / NATIVE_HALF.name)
+
+    files = [path for folder in folders for path in sorted((root / folder).iterdir())]
+    sources = [path for path in files if path.suffix in {".c", ".h", ".py"}]
+    key = fingerprint(disk(dom0).name, *sources)
+    return part(dom0.part("backend"), key, build) / NATIVE_HALF.name

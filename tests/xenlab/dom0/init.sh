@@ -1,7 +1,8 @@
 #!/bin/sh
 # SPDX-License-Identifier: GPL-2.0-or-later
 # dom0's first process: starts the toolstack's daemons, then waits for the machine's one command.
-export PATH=/usr/sbin:/usr/bin:/sbin:/bin:/usr/lib/xen-4.17/bin HOME=/root LANG=C.UTF-8
+xen=$(echo /usr/lib/xen-[0-9]*/bin)
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin:$xen HOME=/root LANG=C.UTF-8
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 for where in /tmp /run /var/lib/xenstored; do
@@ -23,6 +24,6 @@ until xenstore-read -s / >/dev/null 2>&1 || [ $tries -ge 100 ]; do
     tries=$((tries + 1))
     sleep 0.1
 done
-/usr/lib/xen-4.17/bin/xen-init-dom0
+xen-init-dom0
 xenconsoled --log=guest --log-dir=/var/log/xen
 exec /bin/sh /opt/xenlab/runner.sh
