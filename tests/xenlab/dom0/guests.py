@@ -24,14 +24,15 @@ WAIT_S = 300.0
 STEPS_PER_S = 3000
 """Less than the guest could do, because the emulated processor is shared with dom0."""
 # Without tsc_mode the guest executes an RDTSCP that the emulated Xen cannot emulate.  ``cpus``
-# prevents a triple fault, which a move between the emulated processors causes.
+# prevents a triple fault, which a move between the emulated processors causes; so several vCPUs
+# share one.
 CONFIG = """\
 type = "pvh"
 name = "{name}"
 kernel = "{kernel}"
 cmdline = "{options}"
 memory = {memory_mib}
-vcpus = 1
+vcpus = {vcpus}
 cpus = "1"
 tsc_mode = "native"
 on_reboot = "destroy"
@@ -82,6 +83,33 @@ class NetUse:
     connections: int
 
 
+CPU = re.compile(r"cpu (\d+) steps (\d+) errors (\d+)")
+
+
+@dataclass(frozen=True)
+class CpuUse:
+    """Since the guest's start."""
+
+    number: int
+    steps: int
+    errors: int
+
+
+CLOCK = re.compile(r"clock reads (\d+) backwards (\d+) woken (\d+) (\d+) (\d+) early (\d+)")
+
+
+@dataclass(frozen=True)
+class ClockUse:
+    """Since the guest's start."""
+
+    reads: int
+    backwards: int
+    """How often a CPU has read an earlier time than another CPU, or itself, before."""
+    woken: tuple[int, ...]
+    """How often each sleeper has woken."""
+    early: int
+
+
 @dataclass(frozen=True)
 class Heartbeat:
     number: int
@@ -116,6 +144,47 @@ class Guest:
 
     def net_use(self) -> list[NetUse]:
         return [NetUse(*map(int, found)) for found in NET.findall(self.console())]
+
+    def cpu_use(self, after: int = 0) -> dict[int, CpuUse]:
+        """Return the last line of each CPU behind a place of the console, by the CPU's number."""
+        uses = (CpuUse(*map(int, found)) for found in CPU.findall(self.console()[after:]))
+        return {use.number: use for use in uses}
+
+    def clock_use(self, after: int = 0) -> list[ClockUse]:
+        uses = (list(map(int, found)) for found in CLOCK.findall(self.console()[after:]))
+        return [ClockUse(use[0], use[1], tuple(use[2:-1]), use[-1]) for use in uses]
+
+    def wait_for_cpus(self, count: int) -> list[CpuUse]:
+        """Wait until each of so many CPUs has worked from now on.  Returns the last line of each.
+        Raises as :meth:`wait_for_heartbeats`.
+        """
+        here = len(self.console())
+        first: dict[int, CpuUse] = {}
+
+        def look() -> list[CpuUse] | None:
+            uses = self.cpu_use(here)
+            for number, use in uses.items():
+                first.setdefault(number, use)
+            worked = [use for number, use in uses.items() if use.steps > first[number].steps]
+            return worked if len(worked) >= count else None
+
+        return self._wait(look, f"does not work on {count} CPUs")
+
+    def wait_for_sleepers(self) -> ClockUse:
+        """Wait until each sleeper has woken, slept and woken again from now on.  Returns the last
+        line.  Raises as :meth:`wait_for_heartbeats`.
+        """
+        here = len(self.console())
+
+        def look() -> ClockUse | None:
+            uses = self.clock_use(here)
+            if not uses:
+                return None
+            first, last = uses[0].woken, uses[-1].woken
+            woken = all(now >= before + 2 for now, before in zip(last, first, strict=True))
+            return uses[-1] if woken else None
+
+        return self._wait(look, "has a sleeper that does not wake")
 
     def wait_for_network(self) -> NetUse:
         """Wait until the guest answers.  Returns the last line.  Raises as
@@ -189,6 +258,7 @@ def create(
     kind: Kind = LINUX,
     *,
     memory_mib: int | None = None,
+    vcpus: int = 1,
     extra: str = "",
     paused: bool = False,
     options: str = f"rate={STEPS_PER_S}",
@@ -204,6 +274,7 @@ def create(
             name=name,
             kernel=near(kind.kernel),
             memory_mib=memory_mib or kind.memory_mib,
+            vcpus=vcpus,
             options=kind.options + options,
         )
         + extra

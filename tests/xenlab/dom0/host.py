@@ -185,3 +185,11 @@ def arrived(name: str) -> Guest:
 def check_heartbeat(guest: Guest) -> None:
     beats = guest.wait_for_heartbeats(3)
     assert [beat.errors for beat in beats] == [0] * len(beats)
+
+
+def check_clock(guest: Guest) -> None:
+    """Check that the clock has never gone back, and that every sleeper wakes, and none early."""
+    use = guest.wait_for_sleepers()
+    print(use)
+    assert use.reads > 0
+    assert (use.backwards, use.early) == (0, 0)

@@ -13,7 +13,9 @@
  * balloon has added memory, use up to so many more, fill them as well, and print "grown to N
  * pages"), disk=N (the threads that use the first disk, see disk.h; default: none), buffers=N (the
  * pages that each of these threads uses; default: 512), net=N (use the network, see net.h; N is the
- * last byte of the guest's address; default: none).
+ * last byte of the guest's address; default: none), cpus=N (the CPUs on which memory is used, see
+ * cpus.h, each with an equal part of the pages; default: one, which need not be the same all the
+ * time), clocks=1 (sleep and check the clock as well, see clock.h).
  *
  * As /sbin/poweroff and /sbin/reboot, which the kernel runs for `xl shutdown` and `xl reboot`, the
  * program ends the guest.
@@ -58,8 +60,12 @@ static int load(const char *module)
     return !failed;
 }
 
+#include "clock.h"
+#include "cpus.h"
 #include "disk.h"
 #include "net.h"
+
+#define MOST_CPUS 16u
 
 static unsigned long option(const char *line, const char *name, unsigned long otherwise)
 {
@@ -135,24 +141,24 @@ int main(int count, char **arguments)
         close(fd);
     sysinfo(&info);
 
-    struct memory memory = {
-        .pages = option(line, "pages=", info.freeram * info.mem_unit / PAGE * 2 / 3),
-        .used = option(line, "words=", WORDS),
-    };
-    uint64_t rate = option(line, "rate=", 0), first = memory.pages, most = option(line, "grow=", 0);
+    static struct cpu cpus[MOST_CPUS];
+    unsigned cpu_count = option(line, "cpus=", 1);
+    struct memory *memory = &cpus->memory;
+    uint64_t pages = option(line, "pages=", info.freeram * info.mem_unit / PAGE * 2 / 3);
+    uint64_t first = pages / cpu_count, most = option(line, "grow=", 0);
     double beat = option(line, "beat=", 500) / 1e3;
-    int by_timer = memory.used < WORDS && !option(line, "clock=", 0);
 
-    memory.words = mmap(NULL, (first + most) * PAGE, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    memory.writes = calloc(first + most, sizeof(*memory.writes));
-    if (memory.words == MAP_FAILED || !memory.writes) {
-        printf("no memory for %lu pages\n", (unsigned long)memory.pages);
-        free(memory.writes);
+    memory->pages = first;
+    memory->used = option(line, "words=", WORDS);
+    cpus->rate = option(line, "rate=", 0);
+    int by_timer = memory->used < WORDS && !option(line, "clock=", 0);
+
+    if (cpu_count > MOST_CPUS || !allocate(memory, first + most)) {
+        printf("no memory for %lu pages, or too many CPUs\n", (unsigned long)pages);
         return 1;
     }
-    fill(&memory, 0);
-    printf("filled %lu pages\n", (unsigned long)memory.pages);
+    fill(memory, 0);
+    printf("filled %lu pages\n", (unsigned long)memory->pages);
 
     struct disk disk = { .threads = option(line, "disk=", 0),
                          .buffers = option(line, "buffers=", 512) };
@@ -160,6 +166,11 @@ int main(int count, char **arguments)
     struct net net = { .area = NULL };
     unsigned host = option(line, "net=", 0);
     int has_net = host && start_net(&net, host);
+    int has_clock = option(line, "clocks=", 0) && start_clock();
+
+    /* Last, because other threads must not be bound to the first CPU. */
+    if (cpu_count > 1 && !start_cpus(cpus, cpu_count))
+        printf("not all CPUs are used\n");
 
     struct itimerval timer = { .it_interval.tv_usec = 10000, .it_value.tv_usec = 10000 };
 
@@ -171,11 +182,7 @@ int main(int count, char **arguments)
     for (;;) {
         double t;
 
-        if (step(&memory))
-            printf("error: word %lu is %lx\n", (unsigned long)memory.wrong_at,
-                   (unsigned long)memory.wrong);
-        if (rate && memory.steps % (rate / 100 + 1) == 0)
-            usleep(10000);
+        work(cpus);
         if (by_timer && !due)
             continue;
         due = 0;
@@ -185,15 +192,19 @@ int main(int count, char **arguments)
         last = t;
         if (t >= next) {
             printf("heartbeat %lu steps %lu errors %lu longest %.0f ms\n", (unsigned long)++beats,
-                   (unsigned long)memory.steps, (unsigned long)memory.errors, longest * 1000);
+                   (unsigned long)memory->steps, (unsigned long)memory->errors, longest * 1000);
             longest = 0;
             next = t + beat;
             if (has_disk)
                 print_disk(&disk);
             if (has_net)
                 print_net(&net);
+            if (has_clock)
+                print_clock();
+            if (cpu_count > 1)
+                print_cpus(cpus, cpu_count);
             if (most)
-                grow(&memory, first, most);
+                grow(memory, first, most);
         }
     }
 }
