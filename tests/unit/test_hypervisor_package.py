@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from xenbackend.hypervisor.build import RELEASES, TRIXIE, Built
-from xenbackend.hypervisor.debian import BuildError, run
-from xenbackend.hypervisor.package import NAME, package, release_of
+from xenbackend.hypervisor.debian import Apt, BuildError, run
+from xenbackend.hypervisor.package import NAME, fetch_source, package, release_of
 from xenbackend.libxenctrl.preflight import NO_PAGING
 
 VERSION = "4.20.4+63-g7abfd2bce2-0+deb13u1"
@@ -106,6 +106,20 @@ def test_a_release_without_a_patch_is_refused() -> None:
     assert [release_of(release.codename) for release in RELEASES] == list(RELEASES)
     with pytest.raises(BuildError, match="Xen of bookworm, trixie, and this is sid"):
         release_of("sid")
+
+
+def test_a_source_that_can_be_had_is_named_if_the_newest_cannot(tmp_path: Path) -> None:
+    class Mirror(Apt):
+        def __init__(self) -> None:
+            pass
+
+        def source(self, package: str, version: str | None, where: Path) -> Path:
+            raise BuildError(f"{package}: 404")
+
+    with pytest.raises(BuildError, match=r"xen: 404\n.*SOURCE=4\.20\.4"):
+        fetch_source(Mirror(), TRIXIE, None, tmp_path)
+    with pytest.raises(BuildError, match=r"^xen: 404$"):
+        fetch_source(Mirror(), TRIXIE, "4.20.5", tmp_path)
 
 
 def added(patch: Path) -> list[str]:

@@ -130,6 +130,21 @@ def release_of(codename: str) -> Release:
     raise BuildError(f"there is a patch for Xen of {known}, and this is {codename or 'no Debian'}")
 
 
+def fetch_source(apt: Apt, release: Release, version: str | None, where: Path) -> Path:
+    """Unpack a version of Debian's source of Xen, or the newest, and return its path.  Raises
+    :class:`BuildError`: a mirror may list a newer version than it has.
+    """
+    try:
+        return apt.source("xen", version, where)
+    except BuildError as error:
+        if version:
+            raise
+        raise BuildError(
+            f"{error}\nthe newest source cannot be had; the lab's tests use an older one: "
+            f"make hypervisor-deb SOURCE={release.source}"
+        ) from error
+
+
 def main() -> None:
     """Build the package from the newest source that apt offers, or from the named version."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -144,7 +159,7 @@ def main() -> None:
         shutil.rmtree(where / "source", ignore_errors=True)
         (where / "source").mkdir(parents=True)
         apt = Apt(where / "apt", release.codename, security=True)
-        tree = apt.source("xen", options.source, where / "source")
+        tree = fetch_source(apt, release, options.source, where / "source")
         version = run(["dpkg-parsechangelog", "-S", "Version"], cwd=tree).strip()
         print(package(compile_hypervisor(tree, release.patch), release, tree, version, options.out))
     except BuildError as error:
