@@ -56,7 +56,7 @@ def preflight_command(
     simulated: Path | None,
     as_json: bool,
 ) -> None:
-    """Check whether this host, or another one, is fit for postcopy.
+    """Check whether a host is fit for postcopy.
 
     Without DOMAIN: can this host be the destination of a postcopy migration?  With DOMAIN, which is
     a name, a domid or a UUID: could that guest be paged here?

@@ -411,6 +411,7 @@ def test_preflight_of_a_host_and_of_a_guest(world: World, name: str) -> None:
     assert json.loads(told.stdout) == {
         "ready": True,
         "problems": [],
+        "warnings": [],
         "populate_evicted": "native",
         "limits": [],
     }
