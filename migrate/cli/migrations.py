@@ -70,7 +70,11 @@ class Answers:
 
 
 def _ask_all(
-    socket_paths: tuple[Path, ...], *, answer_s: float | None = None, **request: Any
+    socket_paths: tuple[Path, ...],
+    *,
+    answer_s: float | None = None,
+    starting_s: float | None = None,
+    **request: Any,
 ) -> Answers:
     """Ask the daemons at these sockets, and wait for one that is just starting.  By default ask the
     sender and the receiver of this host.  It is no error if one of them does not run, because many
@@ -79,8 +83,10 @@ def _ask_all(
     Raises :class:`MigrationError` if none has a result.
 
     ``answer_s``: how long each may take, :data:`ANSWER_S` by default, 0 for no limit.
+    ``starting_s``: how long to wait for a daemon that starts, :data:`STARTING_S` by default.
     """
     answer_s = ANSWER_S if answer_s is None else answer_s
+    starting_s = STARTING_S if starting_s is None else starting_s
     problems: list[MigrationError] = []
     absent: list[MigrationError] = []
     answers = Answers()
@@ -106,10 +112,10 @@ def _ask_all(
             problems.append(error)
 
     for path in asked:
-        ask(path, STARTING_S if socket_paths else 0)
+        ask(path, starting_s if socket_paths else 0)
     if not socket_paths and len(absent) == len(asked):
         absent.clear()
-        ask(asked[0], STARTING_S)
+        ask(asked[0], starting_s)
         problems += absent
     if socket_paths:
         answers.silent += absent
@@ -184,7 +190,7 @@ def _watch_all(socket_paths: tuple[Path, ...], with_past: bool, as_json: bool) -
             display.show(_lines(answers), "; ".join(map(str, answers.silent)))
             time.sleep(WATCH_EVERY_S if as_json else EVERY_S)
             try:
-                answers = _ask_all(socket_paths, command="list", all=with_past)
+                answers = _ask_all(socket_paths, starting_s=0, command="list", all=with_past)
             except MigrationError as error:  # the daemons may be started again
                 answers = Answers(silent=[error])
     finally:

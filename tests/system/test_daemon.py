@@ -204,8 +204,11 @@ def test_a_sender_shows_all_faults_when_the_receiver_has_reported_them() -> None
     migration = Mock(progress=Progress(faults=591, latency_us=30))
     migration.context.receiver_statistics = {}
     assert _line(migration)["faults"] == 591
-    migration.context.receiver_statistics = {"fault_latency_us": {"count": 654, "p50": 31.7}}
-    assert (_line(migration)["faults"], _line(migration)["latency_us"]) == (654, 32)
+    migration.context.receiver_statistics = {
+        "fault_latency_us": {"count": 654, "p50": 31.7, "max": 812.4}
+    }
+    line = _line(migration)
+    assert (line["faults"], line["latency_us"], line["longest_wait_us"]) == (654, 32, 812)
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGHUP], ids=lambda stop: stop.name)
