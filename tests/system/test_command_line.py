@@ -511,7 +511,7 @@ for command in (
         assert "stranger" in str(error)
     else:
         sys.exit(f"{command} was not refused")
-print("imported:", *{"numpy", "trio", "msgpack", "cffi", "tqdm"} & set(sys.modules))
+print("imported:", *{"numpy", "trio", "msgpack", "cffi"} & set(sys.modules))
 """
 
 

@@ -266,7 +266,7 @@ def test_the_helper_under_xl_imports_nothing_that_is_installed() -> None:
         f"{path} imports {module}"
         for path in sorted(FOR_XL)
         for module in imports(Path(path))
-        if module.split(".")[0] in {"trio", "numpy", "msgpack", "cffi", "click", "tqdm"}
+        if module.split(".")[0] in {"trio", "numpy", "msgpack", "cffi", "click"}
         or (
             module.startswith("migrate.")
             and not module.startswith(("migrate.control.client", "migrate.errors", "migrate.xl"))

@@ -45,7 +45,7 @@ class Dom0:
             *(f"xen-utils-{self.release.xen}", "xenstore-utils", "libxen-dev"),
             *("openssh-client", "openssh-server"),
             # Our package depends on these.
-            *("python3-click", "python3-msgpack", "python3-numpy", "python3-tqdm", "python3-trio"),
+            *("python3-click", "python3-msgpack", "python3-numpy", "python3-trio"),
             *self.test_packages,
         )
 
@@ -72,7 +72,7 @@ DEBIAN_12 = Dom0(
     "",
     from_environment=(
         *("pytest", "pytest-timeout", "pytest-trio"),
-        *("trio", "msgpack", "cffi", "numpy", "click", "tqdm"),
+        *("trio", "msgpack", "cffi", "numpy", "click"),
     ),
 )
 DEBIAN_13 = Dom0(
