@@ -359,12 +359,12 @@ def _line(migration: IncomingMigration, ended_at: float | None = None) -> Json:
         "id": migration.id,
         "direction": "incoming",
         "domid": migration.domid,
-        "ended_at": ended_at,
         "peer": migration.lanes.peer,
         "unknown": migration.unknown,
         "phase": migration.phase,
         "outcome": outcome(migration.phase, migration.progress.problem),
         **asdict(migration.progress),
+        "ended_at": ended_at,
     }
 
 

@@ -414,7 +414,6 @@ def _line(migration: OutgoingMigration, ended_at: float | None = None) -> Json:
         "direction": "outgoing",
         "domain": migration.domain_name,
         "domid": migration.domain.domid,
-        "ended_at": ended_at,
         "peer": migration.context.lanes.peer,
         "strategy": migration.context.options.strategy.value,
         "handed_over": migration.ownership.handed_over,
@@ -422,6 +421,7 @@ def _line(migration: OutgoingMigration, ended_at: float | None = None) -> Json:
         "unknown": migration.unknown,
         "outcome": outcome(migration.phase, migration.progress.problem),
         **progress,
+        "ended_at": ended_at,
     }
 
 
