@@ -186,7 +186,7 @@ class ReceiverDaemon:
             case "cancel":
                 self._find(request).requests.ask_to_cancel()
                 await connection.answer("result")
-            case "postcopy-now":
+            case "postcopy-now" | "set" | "pause" | "resume":
                 name = self._look_up(request).domain_name
                 raise MigrationError(f"{name} is incoming: ask the sender at its source for that")
             case "migrate" | "save" as other:

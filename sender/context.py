@@ -16,18 +16,20 @@ import trio
 from migrate.errors import MigrationError
 from migrate.lanes.connection import LaneConnection
 from migrate.lanes.pairs import Lanes
+from migrate.options import MigrationOptions
 from migrate.protocol import messages as m
 from migrate.protocol.session import Role, Session
 from migrate.service.journal import Journal
 from sender.backlog import Backlog
-from sender.bandwidth import BandwidthCap
 from sender.checkpoints import CheckpointStore
 from sender.dirty import DirtyLog
 from sender.entry import Entry
 from sender.ownership import Link, Ownership, State
+from sender.policy import DefaultPolicy
 from sender.progress import Meter, Now, Progress
 from sender.push import PushLane
 from sender.statistics import SenderStatistics
+from sender.throttle import Throttle
 from sender.toolstack import Toolstack
 from xenbackend.contract import Domain, Hypervisor
 from xenbackend.pages import PAGE_SIZE
@@ -97,7 +99,7 @@ class Context:
         self.journal = journal
         self.toolstack = toolstack
         self.entry = entry
-        self.options = entry.options
+        self.policy = DefaultPolicy(entry.options.strategy, entry.options.policy)
         self.ownership = Ownership(self._write, self._erase, state)
         self.began_here = state is State.OFFERING
         """No predecessor has had the migration."""
@@ -108,11 +110,14 @@ class Context:
         self.ownership.on_phase(self.ownership.phase)
         self.statistics = SenderStatistics(strategy=self.options.strategy.value)
         self.receiver_statistics: dict[str, Any] = {}
-        self.cap = BandwidthCap(self.options.bandwidth_bytes_per_s)
+        self.cap = Throttle(self._bytes_per_s)
+        self.pause = entry.pause
         self.signals = Signals()
         self.barriers = Barriers()
         self.postcopy_asked = False
         """An administrator has asked for the switchover instead of further rounds of precopy."""
+        self.rounds_are_over = False
+        """No round of precopy follows.  From here to the handover copying cannot be paused."""
         self.last_message: m.Message | None = None
         """The message for a destination that was cut off.  The message is sent when the destination
         dials or can be dialled.
@@ -151,6 +156,26 @@ class Context:
         """
         self.progress.problem = reason
         self.ownership.enter(state)
+
+    # ---- what an operator may change meanwhile ----
+    @property
+    def options(self) -> MigrationOptions:
+        return self.entry.options
+
+    def use(self, options: MigrationOptions) -> None:
+        """Use other options from now on."""
+        self.entry.options = options
+        self.policy = dataclasses.replace(self.policy, options=options.policy)
+        self.set_cap()
+
+    def set_cap(self) -> None:
+        """Set the cap on background copying by the options and the state."""
+        self.cap.change(self._bytes_per_s, time.monotonic())
+
+    @property
+    def _bytes_per_s(self) -> float | None:
+        in_postcopy = self.ownership.may_be_elsewhere
+        return self.options.cap_of_postcopy if in_postcopy else self.options.bandwidth_bytes_per_s
 
     # ---- the guest ----
     @property

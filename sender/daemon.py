@@ -28,7 +28,7 @@ from migrate.lanes.connection import listen_tcp
 from migrate.lanes.dial import DialledLanes
 from migrate.lanes.pairs import rejoining
 from migrate.logs import Complaint
-from migrate.options import MigrationOptions, PolicyOptions, Strategy
+from migrate.options import MigrationOptions, Strategy, policy_of
 from migrate.protocol.messages import Hello
 from migrate.protocol.session import new_id, new_token
 from migrate.service.config import RECEIVER_PORT, Config, MigrationConfig, advertised
@@ -39,6 +39,7 @@ from migrate.service.lifecycle import STOPPING, notify, serve_connections, until
 from migrate.service.progress import keep_measuring
 from migrate.tasks import is_bug, isolated, task_group
 from migrate.units import parse_address
+from sender import adjustments
 from sender.migration import OutgoingMigration
 from sender.ownership import State
 from sender.preflight import check_free
@@ -51,6 +52,10 @@ from xenbackend.keeper import end_keeper
 log = logging.getLogger(__name__)
 
 PROGRESS_EVERY_S, IDLE_EVERY_S = 0.2, 2.0
+REQUESTS = (
+    "cancel", "postcopy-now", "reconnect", "set", "pause", "resume", "check-decision", "decide",
+)  # fmt: skip
+"""What a client asks of one migration, and is answered when the request has been carried out."""
 
 
 class SenderDaemon:
@@ -176,29 +181,35 @@ class SenderDaemon:
                 await self._migrate(request, connection)
             case "save":
                 await self._save(request, connection)
-            case "cancel":
-                self._find(request).requests.ask_to_cancel()
-                await connection.answer("result")
-            case "postcopy-now":
-                self._find(request).requests.postcopy_now()
-                await connection.answer("result")
-            case "reconnect":
-                self._find(request).requests.reconnect()
-                await connection.answer("result")
-            case "check-decision":
-                migration = self._find(request)
-                await migration.requests.check_decision(**decision_of(request))
-                await connection.answer("result")
-            case "decide":
-                # A migration that has ended with an error may still keep pages.
-                migration = self._find(request)
-                if await migration.requests.decide(**decision_of(request)):
-                    self._nursery.start_soon(self._end, migration)
+            case word if word in REQUESTS:
+                await self._act(word, self._find(request), request)
                 await connection.answer("result")
             case "restore" | "await-memory" as other:
                 raise MigrationError(f"this is the sender's socket; `{other}` needs the receiver's")
             case other:
                 raise MigrationError(f"unknown command {other!r}")
+
+    async def _act(self, word: str, migration: OutgoingMigration, request: Json) -> None:
+        """Carry out one of :data:`REQUESTS`."""
+        match word:
+            case "cancel":
+                migration.requests.ask_to_cancel()
+            case "postcopy-now":
+                migration.requests.postcopy_now()
+            case "reconnect":
+                migration.requests.reconnect()
+            case "set":
+                await adjustments.change(migration.context, dict(request["values"]))
+            case "pause":
+                await adjustments.pause(migration.context)
+            case "resume":
+                await adjustments.resume(migration.context)
+            case "check-decision":
+                await migration.requests.check_decision(**decision_of(request))
+            case "decide":
+                # A migration that has ended with an error may still keep pages.
+                if await migration.requests.decide(**decision_of(request)):
+                    self._nursery.start_soon(self._end, migration)
 
     def _look_up(self, request: Json) -> OutgoingMigration | Ended:
         kept = self._journal.kept.values()
@@ -223,10 +234,11 @@ class SenderDaemon:
         domain = find_domain(domains, str(request["domain"])).id
         options = MigrationOptions(
             Strategy(request.get("strategy", "hybrid")),
-            PolicyOptions(**request.get("policy", {})),
+            policy_of(request.get("policy", {})),
             request.get("bandwidth"),
             request.get("checkpoint_every_s"),
             bool(request.get("take_log_dirty")),
+            request.get("postcopy_bandwidth"),
         )
         session = new_id()
         dialled = DialledLanes(destination, session, self._config.terms)
@@ -398,7 +410,13 @@ class SenderDaemon:
 def _shown(migration: OutgoingMigration, ended_at: float | None = None) -> Json:
     """Return all that is known of a migration, for ``show``."""
     known = migration.requests.known_of_peer
-    return {**_line(migration, ended_at), "details": migration.result(), "known": known}
+    options = adjustments.options_shown(migration.context)
+    return {
+        **_line(migration, ended_at),
+        "options": options,
+        "details": migration.result(),
+        "known": known,
+    }
 
 
 def _line(migration: OutgoingMigration, ended_at: float | None = None) -> Json:
@@ -417,6 +435,7 @@ def _line(migration: OutgoingMigration, ended_at: float | None = None) -> Json:
         "peer": migration.context.lanes.peer,
         "strategy": migration.context.options.strategy.value,
         "handed_over": migration.ownership.handed_over,
+        "paused": migration.context.pause.is_on and not migration.has_ended,
         "checkpoint_age_s": round(time.monotonic() - checkpoint_at, 1) if checkpoint_at else None,
         "unknown": migration.unknown,
         "outcome": outcome(migration.phase, migration.progress.problem),
@@ -438,6 +457,7 @@ def _kept_line(entry: Kept) -> Json:
         "peer": "",
         "strategy": "",
         "handed_over": False,
+        "paused": False,
         "checkpoint_age_s": None,
         "phase": "",
         "outcome": "",
@@ -451,6 +471,6 @@ def _options(config: MigrationConfig, request: Json) -> MigrationOptions:
     """Return the options of a migration by xl, from the configuration and from xl's environment."""
     strategy = request.get("strategy") or config.strategy
     try:
-        return MigrationOptions(Strategy(strategy), config.policy, config.bandwidth)
+        return config.options(Strategy(strategy))
     except ValueError:
         raise MigrationError(f"strategy {strategy!r}: hybrid, postcopy or precopy") from None

@@ -11,6 +11,7 @@ from migrate.options import LEAST_BANDWIDTH, MigrationOptions, Strategy
 from migrate.protocol.session import new_token
 from migrate.service.journal import check_facts
 from sender.ownership import INHERITED, State
+from sender.pause import Pause
 from xenbackend.contract import DomainId
 
 NUMBER_OR_NONE = (int, float, type(None))
@@ -18,6 +19,8 @@ FACTS: dict[str, tuple[type, ...]] = {
     "domain": (str,),
     "strategy": (str,),
     "bandwidth": NUMBER_OR_NONE,
+    "postcopy_bandwidth": NUMBER_OR_NONE,
+    "paused": (bool,),
     "checkpoints": NUMBER_OR_NONE,
     "successor": (int, type(None)),
     "ran": (bool,),
@@ -29,6 +32,7 @@ FACTS: dict[str, tuple[type, ...]] = {
 """The facts that only this end notes, with the types of their values."""
 NOT_ALWAYS_NOTED = (
     "handle", "rejoins", "proven", "ran", "recall", "max_pages", "applied", "started_at",
+    "postcopy_bandwidth", "paused",
 )  # fmt: skip
 """The facts that an earlier release did not note."""
 
@@ -37,7 +41,9 @@ NOT_ALWAYS_NOTED = (
 class Entry:
     domain: DomainId
     options: MigrationOptions
-    """The journal has the strategy, the bandwidth and the interval of checkpoints of these."""
+    """The journal has the strategy, the bandwidths and the interval of checkpoints of these.  The
+    others have no effect after a restart.
+    """
     xl: bool
     """A toolstack decides at which end the guest runs."""
     key: bytes = field(default_factory=new_token)
@@ -60,6 +66,7 @@ class Entry:
     """When the migration began, in seconds since 1970; for people.  ``None`` if an earlier release
     began it.
     """
+    pause: Pause = field(default_factory=Pause)
 
     def facts(self) -> dict[str, Any]:
         """Return the facts as JSON can have them."""
@@ -72,6 +79,8 @@ class Entry:
             "xl": self.xl,
             "strategy": self.options.strategy.value,
             "bandwidth": self.options.bandwidth_bytes_per_s,
+            "postcopy_bandwidth": self.options.postcopy_bandwidth_bytes_per_s,
+            "paused": self.pause.is_on,
             "checkpoints": self.options.checkpoint_every_s,
             "successor": self.restored_domid,
             "ran": self.ran,
@@ -95,6 +104,7 @@ def read_entry(facts: dict[str, Any], *, has_checkpoint: bool) -> tuple[Entry, S
         Strategy(facts["strategy"]),
         bandwidth_bytes_per_s=None if bandwidth is None else max(bandwidth, LEAST_BANDWIDTH),
         checkpoint_every_s=facts["checkpoints"],
+        postcopy_bandwidth_bytes_per_s=facts.get("postcopy_bandwidth"),
     )
     entry = Entry(
         DomainId(
@@ -110,6 +120,7 @@ def read_entry(facts: dict[str, Any], *, has_checkpoint: bool) -> tuple[Entry, S
         facts.get("ran", False),
         facts.get("recall", False),
         facts.get("started_at"),
+        Pause(facts.get("paused", False)),
     )
     # A release that did not note handles did not note the step before the suspension either.
     state = State.SUSPENDED if step == "begun" and handle is None else INHERITED[step]

@@ -3,8 +3,9 @@
 
 The thread has a lane of its own, so that a fault never queues behind the push.  The thread waits
 for other threads only at the locks of the backlog and of the bandwidth cap.  The same thread
-answers the receiver's read-ahead, whenever no fault is waiting.  Native code answers nearly all
-faults before they reach this code (``migrate/fastpath/api.py``).
+answers the receiver's read-ahead, whenever no fault is waiting.  While copying is paused, nothing
+is read ahead; the push sends those pages later.  Native code answers nearly all faults before they
+reach this code (``migrate/fastpath/api.py``).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from migrate.protocol.pfns import pieces
 from migrate.protocol.session import Phase, Session
 from sender.backlog import Backlog
 from sender.bandwidth import BandwidthCap
+from sender.pause import Pause
 from sender.source_pages import announce_missing
 from sender.statistics import SenderStatistics
 from xenbackend.contract import Domain
@@ -39,12 +41,14 @@ class FaultServer:
         session: Session,
         statistics: SenderStatistics,
         cap: BandwidthCap,
+        pause: Pause,
     ):
         self._pull = pull
         self._session = session
         self._backlog: Backlog
         self._statistics = statistics
         self._cap = cap
+        self._pause = pause
         self._domain = domain
         self._stopping = False
         self._ahead: deque[PfnArray] = deque()
@@ -97,8 +101,9 @@ class FaultServer:
             self._session.received(message, Lane.PULL)
             if isinstance(message, Fault):
                 self._send(self._backlog.fault(message.pfns))
-            else:
-                assert isinstance(message, Ahead)
+                continue
+            assert isinstance(message, Ahead)
+            if not self._pause.is_on:
                 pfns = self._backlog.ahead(message.pfns)
                 self._ahead += pieces(pfns, AHEAD_PIECE)
 

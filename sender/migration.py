@@ -28,7 +28,7 @@ from sender.dirty import DirtyLog
 from sender.entry import Entry, read_entry
 from sender.last_message import lose, send_last_message
 from sender.ownership import Guest, State
-from sender.policy import DefaultPolicy, Policy
+from sender.policy import DefaultPolicy
 from sender.progress import BEFORE_RESTART, OF_CHECKPOINTS, OF_DESTINATION, Progress
 from sender.recovery import Recovery
 from sender.requests import Requests
@@ -50,11 +50,10 @@ LOG_DIRTY_MAY_BE_ON = frozenset(
 class OutgoingMigration:
     """One outgoing migration, as the daemon has it."""
 
-    def __init__(self, context: Context, policy: Policy | None = None):
+    def __init__(self, context: Context):
         self.context = context
         self.ownership = context.ownership
         self.requests = Requests(context, self._carry_out)
-        self._policy = policy or DefaultPolicy(context.options.strategy, context.options.policy)
 
     @classmethod
     def of_request(
@@ -67,7 +66,7 @@ class OutgoingMigration:
         journal: Journal,
         *,
         toolstack: Toolstack | None = None,
-        policy: Policy | None = None,
+        policy: DefaultPolicy | None = None,
     ) -> OutgoingMigration:
         """Return a new migration.  ``session_id``: the session of ``lanes``
         (:func:`migrate.protocol.session.new_id`).
@@ -75,7 +74,8 @@ class OutgoingMigration:
         toolstack = toolstack or OwnToolstack()
         entry = Entry(domain, options, toolstack.destroys_source)
         context = Context(session_id, hypervisor, lanes, journal, toolstack, entry, State.OFFERING)
-        return cls(context, policy)
+        context.policy = policy or context.policy
+        return cls(context)
 
     @classmethod
     def of_predecessor(
@@ -160,7 +160,8 @@ class OutgoingMigration:
         """State in words what is outstanding."""
         if "outstanding" in self.unknown:
             return "its missing pages are not counted yet"
-        return f"{self.progress.outstanding} pages to go"
+        paused = ", and copying is paused" if self.context.pause.is_on else ""
+        return f"{self.progress.outstanding} pages to go{paused}"
 
     def result(self) -> dict[str, Any]:
         """Return the result, with the JSON keys that docs/commands.md explains."""
@@ -195,7 +196,7 @@ class OutgoingMigration:
         context = self.context
         recovery = Recovery(context, source)
         rollback = self.requests.rollback = Rollback(context, source, recovery)
-        transfer = Transfer(context, source, self._policy, recovery, rollback)
+        transfer = Transfer(context, source, recovery, rollback)
         try:
             with self.requests.scope:
                 await (

@@ -10,15 +10,16 @@ precopy, and chooses the shorter one.
 
 If stop-and-copy is the shorter one, the guest gets as many rounds as xl would make, and so is not
 frozen for longer than by xl's own migration.
+
+An administrator may limit the time of precopy, and has chosen then what follows.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
 
-from migrate.options import PolicyOptions, Strategy
+from migrate.options import OnTimeout, PolicyOptions, Strategy
 from xenbackend.pages import PAGE_SIZE
 
 CONVERGING = 0.8
@@ -38,7 +39,14 @@ class Decision(Enum):
     CONTINUE = "continue"
     STOP_AND_COPY = "stop-and-copy"
     POSTCOPY = "postcopy"
-    ABORT = "abort"
+    CANCEL = "cancel"
+
+
+AT_TIMEOUT = {
+    OnTimeout.POSTCOPY: Decision.POSTCOPY,
+    OnTimeout.SUSPEND: Decision.STOP_AND_COPY,
+    OnTimeout.CANCEL: Decision.CANCEL,
+}
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,8 @@ class PrecopyProgress:
     """The part of that time in which the link alone works, and no CPU; 0 if it is unknown."""
     postcopy_asked: bool = False
     """An administrator has requested ``postcopy-now``."""
+    elapsed_s: float = 0.0
+    """The time since the beginning of precopy, without pauses."""
 
     @property
     def stop_and_copy_ms(self) -> float:
@@ -87,10 +97,6 @@ class PrecopyProgress:
         return min(of_faults_ms, WAITING * slower * self.stop_and_copy_ms)
 
 
-class Policy(Protocol):
-    def decide(self, progress: PrecopyProgress) -> Decision: ...
-
-
 @dataclass(frozen=True)
 class DefaultPolicy:
     strategy: Strategy
@@ -100,6 +106,9 @@ class DefaultPolicy:
         can_page = self.strategy.pages_after_handover
         if can_page and (progress.postcopy_asked or self.strategy is Strategy.POSTCOPY):
             return Decision.POSTCOPY
+        timeout_s = self.options.timeout_s
+        if timeout_s is not None and progress.elapsed_s >= timeout_s:
+            return AT_TIMEOUT[self.options.on_timeout]
         if not progress.round_finished:
             return Decision.CONTINUE
         if (

@@ -14,6 +14,7 @@ import numpy as np
 import trio
 from numpy.typing import NDArray
 
+from migrate.control.client import CANCELLED
 from migrate.errors import MigrationError
 from migrate.lanes.connection import step_timeout
 from migrate.lanes.latency import round_trip_s
@@ -21,7 +22,7 @@ from migrate.options import Strategy
 from migrate.protocol import messages as m
 from migrate.protocol.pfns import NO_PFNS, PfnMask, bitmap_of, from_mask, union, windows
 from sender.context import Context, Source
-from sender.policy import Decision, Policy, PrecopyProgress
+from sender.policy import Decision, PrecopyProgress
 from sender.push import PushLane
 from sender.round import Round
 from sender.source_pages import held, pinned
@@ -55,25 +56,25 @@ def _counted(get: Callable[[], PfnMask]) -> tuple[PfnMask, int]:
 class Precopy:
     """The precopy of one guest over one push lane."""
 
-    def __init__(self, context: Context, source: Source, push: PushLane, policy: Policy):
+    def __init__(self, context: Context, source: Source, push: PushLane):
         self._context = context
         self._domain = source.domain
         self._dirty_log = source.dirty_log
         self._push = push
-        self._options = context.options
-        self._policy = policy
         self._toolstack = context.toolstack
         self._progress = context.progress
         self._statistics = context.statistics
         self._bytes_per_s = self._fault_s = self._round_trip_s = 0.0
+        self._began = self._elapsed_s = 0.0
 
     def sends_all(self, dirty: int) -> bool:
         """Whether ``dirty`` pages are to be sent before the handover, because no round follows.
         With a strategy that sends no pages after the handover, they have to be.
         """
-        if not self._options.strategy.pages_after_handover:
+        options = self._context.options
+        if not options.strategy.pages_after_handover:
             return True
-        rounds = self._options.policy.max_rounds
+        rounds = options.policy.max_rounds
         return self._decide(rounds, True, dirty, dirty) is Decision.STOP_AND_COPY
 
     async def run(self) -> SwitchoverPlan:
@@ -81,40 +82,14 @@ class Precopy:
         up.
         """
         dirty_log, domain = self._dirty_log, self._domain
-        progress, stats = self._progress, self._statistics
         await trio.to_thread.run_sync(dirty_log.enable)
         await trio.to_thread.run_sync(self._toolstack.begin_copy, domain)
         to_send, remaining = await trio.to_thread.run_sync(_counted, dirty_log.memory)
-        previous = remaining
-        decision = Decision.CONTINUE
-        if self._options.strategy is Strategy.POSTCOPY:
-            decision = self._decide(0, True, remaining, remaining)
-        while decision is Decision.CONTINUE:
-            stats.rounds += 1
-            progress.round, progress.pages_done, progress.pages_total = stats.rounds, 0, remaining
-            began = time.monotonic()
-            decision = await self._send_round(to_send, remaining, previous)
-            previous, remaining = (
-                remaining,
-                await trio.to_thread.run_sync(self._read_after_round, to_send),
-            )
-            if decision is Decision.CONTINUE:
-                # Otherwise the rest of the round is among the remaining pages.
-                seconds = max(time.monotonic() - began, 1e-6)
-                progress.dirty_bytes_per_s = round(remaining * PAGE_SIZE / seconds)
-                decision = self._decide(stats.rounds, True, remaining, previous)
-            log.info("round %d done, %d pages dirty, %s", stats.rounds, remaining, decision.value)
-            if (expected := stats.expected) is not None:
-                log.info(
-                    "%d pages left: stop-and-copy would freeze the guest for %.1f ms, postcopy for "
-                    "%.1f ms",
-                    expected.dirty_pages,
-                    expected.stop_and_copy_ms,
-                    expected.postcopy_ms,
-                )
-        if decision is Decision.ABORT:
+        self._began = self._clock()
+        decision = await self._send_rounds(to_send, remaining)
+        if decision is Decision.CANCEL:
             raise MigrationError(
-                "the policy gave up: the guest dirties memory faster than it can be sent"
+                f"{CANCELLED} after {self._elapsed_s:.1f} s of precopy, by its time limit"
             )
         if decision is Decision.STOP_AND_COPY:
             nothing = await trio.to_thread.run_sync(np.zeros_like, to_send)
@@ -123,27 +98,85 @@ class Precopy:
             return SwitchoverPlan(nothing, unsent, NO_PFNS, NO_PFNS)
         return await self._defer(to_send)
 
+    async def _send_rounds(self, to_send: PfnMask, remaining: int) -> Decision:
+        """Send rounds until the policy ends precopy.
+
+        A pause ends the round that it interrupts.  That round is not judged and does not count:
+        another one takes its place, over what is left and what was written meanwhile.
+        """
+        context, pause, stats = self._context, self._context.pause, self._statistics
+        at_once = context.options.strategy is Strategy.POSTCOPY
+        begun = self._decide(0, True, remaining, remaining) if at_once else Decision.CONTINUE
+        decision = begun
+        while decision is Decision.CONTINUE or pause.is_on:
+            if pause.is_on:
+                await pause.wait()
+                remaining = await trio.to_thread.run_sync(self._read_after_round, to_send)
+                decision = begun
+                continue
+            previous, began = remaining, time.monotonic()
+            self._progress.round = stats.rounds + 1
+            self._progress.pages_done, self._progress.pages_total = 0, remaining
+            decision, is_whole = await self._send_round(to_send, remaining)
+            remaining = await trio.to_thread.run_sync(self._read_after_round, to_send)
+            if not is_whole:
+                continue
+            stats.rounds += 1
+            if decision is Decision.CONTINUE:
+                # Otherwise the rest of the round is among the remaining pages.
+                seconds = max(time.monotonic() - began, 1e-6)
+                self._progress.dirty_bytes_per_s = round(remaining * PAGE_SIZE / seconds)
+                self._note_time()
+                decision = self._decide(stats.rounds, True, remaining, previous)
+            self._log_round(remaining, decision)
+        context.rounds_are_over = True
+        return decision
+
+    def _log_round(self, remaining: int, decision: Decision) -> None:
+        number, expected = self._statistics.rounds, self._statistics.expected
+        log.info("round %d done, %d pages dirty, %s", number, remaining, decision.value)
+        if expected is not None:
+            log.info(
+                "%d pages left: stop-and-copy would freeze the guest for %.1f ms, postcopy for "
+                "%.1f ms",
+                expected.dirty_pages,
+                expected.stop_and_copy_ms,
+                expected.postcopy_ms,
+            )
+
     def _read_after_round(self, to_send: PfnMask) -> int:
         to_send |= self._dirty_log.read()
         return int(np.count_nonzero(to_send))
 
-    async def _send_round(self, to_send: PfnMask, total: int, previous: int) -> Decision:
-        """Send the set, and remove from it the pages that were sent, until the set is empty or the
-        policy decides otherwise.
+    async def _send_round(self, to_send: PfnMask, total: int) -> tuple[Decision, bool]:
+        """Send the set, and remove from it the pages that were sent, until the set is empty, the
+        policy decides otherwise, or copying is paused.  Returns the decision, and whether no pause
+        has interrupted the round.
         """
-        decision = Decision.CONTINUE
+        decision, is_whole = Decision.CONTINUE, True
 
         def continues(left: int) -> bool:
-            nonlocal decision
-            decision = self._decide(self._statistics.rounds, False, left, previous)
-            return decision is Decision.CONTINUE
+            nonlocal decision, is_whole
+            is_whole = is_whole and not self._context.pause.is_on
+            self._note_time()
+            decision = self._decide(self._statistics.rounds + 1, False, left, total)
+            return is_whole and decision is Decision.CONTINUE
 
         one = Round(self._context, self._push, to_send, total, continues)
         await self._push.send_in_thread(one.send, one.stop)
         self._bytes_per_s = one.bytes_per_s or self._bytes_per_s
         self._fault_s = one.page_alone_s or self._fault_s
         self._round_trip_s = round_trip_s(self._push.connection.fileno())
-        return decision
+        return decision if is_whole else Decision.CONTINUE, is_whole
+
+    def _note_time(self) -> None:
+        """Note how long precopy has taken, without pauses."""
+        self._elapsed_s = self._clock() - self._began
+
+    def _clock(self) -> float:
+        """Return the time of a clock that stands still in pauses."""
+        now = time.monotonic()
+        return now - self._context.pause.seconds(now)
 
     def _decide(self, round_number: int, finished: bool, dirty: int, previous: int) -> Decision:
         progress = PrecopyProgress(
@@ -155,8 +188,9 @@ class Precopy:
             self._fault_s,
             self._round_trip_s,
             postcopy_asked=self._context.postcopy_asked,
+            elapsed_s=self._elapsed_s,
         )
-        decision = self._policy.decide(progress)
+        decision = self._context.policy.decide(progress)
         if finished and progress.bytes_per_s:
             self._statistics.expected = progress
         return decision
@@ -213,7 +247,7 @@ class Precopy:
                 to_evict,
             )
             no_less = to_look_at >= looked_at * 0.9 and to_evict >= evicted * 0.9
-            if no_less or to_look_at <= self._options.policy.dirty_threshold:
+            if no_less or to_look_at <= self._context.options.policy.dirty_threshold:
                 break
         return SwitchoverPlan(
             deferred,

@@ -18,9 +18,9 @@ from migrate.protocol import messages as m
 from migrate.protocol.messages import Lane
 from migrate.protocol.pfns import NO_PFNS, pieces
 from migrate.protocol.session import Session
-from sender.bandwidth import BandwidthCap
 from sender.source_pages import announce
 from sender.statistics import SenderStatistics
+from sender.throttle import Throttle
 from xenbackend.contract import Domain
 from xenbackend.pages import MappedPages, PfnArray
 
@@ -35,6 +35,12 @@ Announce = Callable[[PfnArray, MappedPages], m.Pages | None]
 """Makes the message for pages that are mapped; ``None``: the pages need not be sent."""
 Sent = Callable[[PfnArray, m.Pages], bool]
 """Called with each batch that was sent; returns whether to send the next one."""
+Stops = Callable[[], bool]
+"""Returns whether nothing more is to be sent, also while the bandwidth cap is waited for."""
+
+
+def never() -> bool:
+    return False
 
 
 class PushLane:
@@ -45,7 +51,7 @@ class PushLane:
         connection: LaneConnection,
         session: Session,
         domain: Domain,
-        cap: BandwidthCap,
+        cap: Throttle,
         statistics: SenderStatistics,
     ):
         self.connection = connection
@@ -79,13 +85,16 @@ class PushLane:
         batches: Iterable[PfnArray],
         sent: Sent,
         announce: Announce = announce,
-        stop: threading.Event | None = None,
+        stops: Stops = never,
     ) -> None:
-        """Call :meth:`send_all` in a thread, until all is sent or ``stop`` is set."""
-        stop = stop or threading.Event()
-        await self.send_in_thread(
-            functools.partial(self.send_all, batches, sent, announce, stop), stop.set
-        )
+        """Call :meth:`send_all` in a thread."""
+        stopping = threading.Event()
+
+        def is_over() -> bool:
+            return stopping.is_set() or stops()
+
+        send = functools.partial(self.send_all, batches, sent, announce, is_over)
+        await self.send_in_thread(send, stopping.set)
 
     async def send_in_thread(self, send: Callable[[], None], stop: Callable[[], object]) -> None:
         """Run ``send`` in a thread.  On cancellation ``stop`` is called, which makes ``send``
@@ -98,6 +107,7 @@ class PushLane:
 
         def stop_sending() -> None:
             stop()
+            self._cap.wake()
             cut_off.start()
 
         try:
@@ -110,12 +120,15 @@ class PushLane:
         batches: Iterable[PfnArray],
         sent: Sent,
         announce: Announce = announce,
-        stop: threading.Event | None = None,
+        stops: Stops | None = None,
     ) -> None:
-        """Map and send batches of pages.  The bandwidth cap is obeyed if there is ``stop``, the
-        event that ends its pauses.
+        """Map and send batches of pages, until all are sent or ``stops`` returns true.  The
+        bandwidth cap applies if there is ``stops``.
         """
-        for pfns in batches:
+        rest = iter(batches)
+        while stops is None or self._cap.hold(stops):
+            if (pfns := next(rest, None)) is None:
+                return
             with self._domain.map_pages(pfns) as mapped:
                 message = announce(pfns, mapped)
                 if message is None:
@@ -123,8 +136,9 @@ class PushLane:
                 self._session.sent(message, Lane.PUSH)
                 size = self.connection.send_blocking(message, mapped.data)
             self._statistics.zero_pages += len(message.zeros)
-            wait = self._cap.spend(size, time.monotonic())
-            if not sent(pfns, message) or (stop is not None and stop.wait(wait)):
+            if stops is not None:
+                self._cap.spend(size, time.monotonic())
+            if not sent(pfns, message):
                 return
 
     async def report_holes(self, pfns: PfnArray) -> PfnArray:

@@ -65,7 +65,12 @@ class Requests:
             raise MigrationError("this migration was started with --strategy precopy")
         if self._ownership.is_suspended:
             raise MigrationError(f"{name} is past its precopy: it is {shown}")
+        if self._context.pause.is_on:
+            raise MigrationError(
+                f"the copying of {name} is paused: first `xen-postcopy resume {name}`"
+            )
         self._context.postcopy_asked = True
+        self._context.cap.wake()
 
     # ---- cancel ----
     def cancel(self, why: str) -> None:

@@ -34,7 +34,7 @@ ALONE_S = 0.1
 class Round:
     """One round over the set ``to_send``, from which each page is removed when it was sent.
 
-    ``total``: the number of pages in the set.  ``continues`` is called after each batch with the
+    ``total``: the number of pages in the set.  ``continues`` is called again and again with the
     number of pages that are left, and returns whether the round continues.
     """
 
@@ -69,13 +69,13 @@ class Round:
 
     def send(self) -> None:
         """Send the set.  Called in a thread.  Raises :class:`PeerClosedError`."""
-        self._push.send_all(self._batches(), self._sent, stop=self._stopping)
-        if self._stopping.is_set():
+        self._push.send_all(self._batches(), self._sent, stops=self._is_over)
+        if self._is_over():
             return
         self._wait(self._intake.passed if self._intake.end() else _nothing)
         ends_at = time.monotonic() + ALONE_S
         for pfns in pieces(self._alone, 1):
-            if self._stopping.is_set():
+            if self._is_over():
                 return
             began = time.monotonic()
             self._push.send_all([pfns], self._count)
@@ -111,9 +111,12 @@ class Round:
         self._left -= len(pfns)
         self._context.statistics.precopy_pages += count_pages(message)
         self._context.progress.pages_done += len(pfns)
-        if not self._continues(self._left):
+        return not self._is_over()
+
+    def _is_over(self) -> bool:
+        if not self._stopping.is_set() and not self._continues(self._left):
             self._stopping.set()
-        return not self._stopping.is_set()
+        return self._stopping.is_set()
 
     def _loaded_alone(self, began: float, now: float) -> None:
         self._alone_s.append(now - began)

@@ -76,6 +76,7 @@ class Switchover:
             await trio.lowlevel.checkpoint_if_cancelled()
         finally:
             if context.ownership.may_be_elsewhere:
+                context.set_cap()
                 tasks.start_soon(follow_decision, context, self._source)
                 with trio.CancelScope(shield=True):
                     await context.toolstack.switched_over()

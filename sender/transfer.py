@@ -32,7 +32,6 @@ from sender.faults import FaultServer
 from sender.inbox import Inbox
 from sender.ownership import DECIDED, Restart, State
 from sender.pace import SLOW_PACE_PAGES, SlowPace
-from sender.policy import Policy
 from sender.precopy import Precopy
 from sender.preflight import agree
 from sender.push import BATCH_PAGES, Announce, PushLane, Sent
@@ -52,14 +51,12 @@ class Transfer:
         self,
         context: Context,
         source: Source,
-        policy: Policy,
         recovery: Recovery,
         rollback: Rollback,
     ):
         self._context = context
         self._ownership = context.ownership
         self._source = source
-        self._policy = policy
         self._recovery = recovery
         self._rollback = rollback
 
@@ -119,6 +116,7 @@ class Transfer:
                     context.session,
                     context.statistics,
                     context.cap,
+                    context.pause,
                 )
                 lane_tasks.start_soon(_serve, faults)
                 if self._ownership.may_be_elsewhere:
@@ -135,7 +133,7 @@ class Transfer:
         limit = await trio.to_thread.run_sync(limit_of, source.domain)
         source.dirty_log.max_pages = context.entry.max_pages = limit
         await trio.to_thread.run_sync(self._ownership.enter, State.COPYING)
-        precopy = Precopy(context, source, push, self._policy)
+        precopy = Precopy(context, source, push)
         plan = await precopy.run()
         await Switchover(context, source, precopy, push, faults).run(tasks, plan)
 
@@ -155,7 +153,10 @@ class Transfer:
         # xl may leave the guest paused for long (``xl migrate -p``).  Its memory is sent
         # nevertheless.
         await self._decided()
-        await push.send_batches(context.backlog.batches(BATCH_PAGES), sent, announce)
+        while context.backlog.unsent and not context.signals.complete.is_set():
+            await first(context.pause.wait, context.signals.complete.wait)
+            batches = context.backlog.batches(BATCH_PAGES)
+            await push.send_batches(batches, sent, announce, lambda: context.pause.is_on)
         if self._ownership.state is State.HANDED_OVER:
             await in_thread(self._ownership.enter, State.ALL_SENT)
 
@@ -169,6 +170,7 @@ class Transfer:
         async def end_when_decided() -> None:
             await self._decided()
             pace.over.set()
+            self._context.cap.wake()
 
         async with task_group() as tasks:
             tasks.start_soon(end_when_decided)
@@ -176,7 +178,7 @@ class Transfer:
                 backlog.batches(SLOW_PACE_PAGES),
                 lambda pfns, message: sent(pfns, message) and pace.continues(),
                 announce,
-                pace.over,
+                pace.over.is_set,
             )
 
     async def _decided(self) -> None:

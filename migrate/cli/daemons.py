@@ -27,7 +27,6 @@ from migrate.cli.options import (
 )
 from migrate.service.config import (
     STATE_DIRECTORY,
-    Address,
     Config,
     load,
 )
@@ -36,6 +35,7 @@ from migrate.service.host import watch_credentials
 from migrate.service.inhibitor import inhibit_shutdown
 from migrate.service.journal import Journal
 from migrate.service.lifecycle import end_with_owner
+from migrate.service.values import Address
 from migrate.tasks import isolated, root_cause
 from migrate.units import parse_address
 from xenbackend.choose import open_hypervisor

@@ -214,6 +214,8 @@ def problem(line: dict[str, Any]) -> str:
     """Return why a migration has ended or waits, or why its guest is not protected any more."""
     if line["problem"]:
         return f"{line['problem']}{io_limit(line)}"
+    if line.get("paused"):
+        return f"its copying is paused: `xen-postcopy resume {line['domain']}`"
     return line.get("unprotected", "") and f"not protected any more: {line['unprotected']}"
 
 

@@ -13,7 +13,7 @@ import click
 
 from migrate.cli.guests import guest_options, guest_spec
 from migrate.cli.migrate import shown, summary, write_json
-from migrate.cli.options import STDOUT, migration_request, strategy_options
+from migrate.cli.options import STDOUT, STRATEGY_OPTIONS, migration_request, strategy_options
 from migrate.cli.text import echo
 from migrate.cli.world import loopback_world, verify_migrated, wait_for_steps
 from migrate.errors import MigrationError
@@ -59,13 +59,8 @@ def loopback_command(json_path: Path | None, **options: Any) -> None:
     migrated.  Then every byte of its memory is checked, and everything is cleaned up, also after
     Ctrl-C.
     """
-    strategy = {
-        name: options.pop(name)
-        for name in (
-            "strategy", "max_rounds", "dirty_threshold", "downtime_target", "bandwidth", "protect",
-            "checkpoint_every",
-        )
-    }  # fmt: skip
+    names = [option.field for option in STRATEGY_OPTIONS if option.field in options]
+    strategy = {name: options.pop(name) for name in names}
     request = migration_request(**strategy)
     spec = guest_spec(GUEST, **options)
     check_memory(spec)

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +16,18 @@ import click
 
 from migrate.control import client
 from migrate.errors import MigrationError
-from migrate.options import LEAST_BANDWIDTH, MAX_CHECKPOINT_MS, PolicyOptions
+from migrate.options import (
+    CHANGEABLE,
+    LEAST_BANDWIDTH,
+    MAX_CHECKPOINT_MS,
+    MAX_TIMEOUT_S,
+    NO_CAP,
+    MigrationOptions,
+    OnTimeout,
+    PolicyOptions,
+    Strategy,
+    changed,
+)
 from migrate.units import parse_address, parse_size, shortened
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -34,6 +48,23 @@ class Size(OptionType):
             return parse_size(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
+
+
+class Cap(Size):
+    """A number of bytes a second, or ``none``."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if value == "none":
+            return NO_CAP
+        rate = super().convert(value, param, ctx)
+        if rate < LEAST_BANDWIDTH:
+            self.fail(
+                f"{shortened(value)!r}: at least one page ({LEAST_BANDWIDTH} bytes) a second, or "
+                "none for no cap.",
+                param,
+                ctx,
+            )
+        return rate
 
 
 class Number(OptionType):
@@ -58,6 +89,18 @@ class Number(OptionType):
                 ctx,
             )
         return number
+
+
+class TimeLimit(Number):
+    """A number of seconds, or ``none``, which is 0."""
+
+    def __init__(self) -> None:
+        super().__init__(0.001, MAX_TIMEOUT_S)
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        return 0.0 if value == "none" else super().convert(value, param, ctx)
 
 
 class WholeNumber(OptionType):
@@ -171,8 +214,28 @@ def simulated_option(function: F) -> F:
 
 
 DEFAULTS = PolicyOptions()
+
+
+@dataclass(frozen=True)
+class Declared:
+    """An option as click has it.  ``names``: the option, and the field of ``migrate/options.py`` if
+    that has another name.
+    """
+
+    names: tuple[str, ...]
+    attributes: dict[str, Any]
+
+    @property
+    def field(self) -> str:
+        return self.names[-1].removeprefix("--").replace("-", "_")
+
+
+def _option(*names: str, **attributes: Any) -> Declared:
+    return Declared(names, attributes)
+
+
 STRATEGY_OPTIONS = (
-    click.option(
+    _option(
         "--strategy",
         type=click.Choice(["hybrid", "postcopy", "precopy"]),
         default="hybrid",
@@ -181,14 +244,14 @@ STRATEGY_OPTIONS = (
         "postcopy, whichever freezes it for less time.  postcopy: the guest is suspended at once, "
         "and its memory follows.  precopy: all memory is sent before the handover.",
     ),
-    click.option(
+    _option(
         "--max-rounds",
         type=WholeNumber(),
         default=DEFAULTS.max_rounds,
         show_default=True,
         help="The most rounds of precopy.",
     ),
-    click.option(
+    _option(
         "--dirty-threshold",
         type=WholeNumber(),
         default=DEFAULTS.dirty_threshold,
@@ -196,8 +259,9 @@ STRATEGY_OPTIONS = (
         metavar="PAGES",
         help="With this many dirty pages or fewer, send the rest while the guest is suspended.",
     ),
-    click.option(
+    _option(
         "--downtime-target",
+        "downtime_target_ms",
         type=float,
         default=DEFAULTS.downtime_target_ms,
         show_default=True,
@@ -205,27 +269,51 @@ STRATEGY_OPTIONS = (
         help="If the rest takes at most so many milliseconds, send it while the guest is "
         "suspended.",
     ),
-    click.option(
-        "--bandwidth",
-        type=Size(),
-        metavar="BYTES/S",
-        help="Cap on background copying; faults are not delayed.",
+    _option(
+        "--timeout",
+        "timeout_s",
+        type=TimeLimit(),
+        metavar="SECONDS",
+        help="The time limit of precopy, in which pauses do not count.  none: no limit, the "
+        "default.",
     ),
-    click.option(
+    _option(
+        "--on-timeout",
+        type=click.Choice([action.value for action in OnTimeout]),
+        help="What follows when precopy has not ended within --timeout.  postcopy: switch over, "
+        "and the rest follows.  cancel: the guest stays here.  suspend: send the rest while the "
+        f"guest is suspended, however long that takes.  Default: {DEFAULTS.on_timeout.value}.",
+    ),
+    _option(
+        "--bandwidth",
+        "bandwidth_bytes_per_s",
+        type=Cap(),
+        metavar="BYTES/S",
+        help="Cap on background copying; faults are not delayed.  none: no cap, the default.",
+    ),
+    _option(
+        "--postcopy-bandwidth",
+        "postcopy_bandwidth_bytes_per_s",
+        type=Cap(),
+        metavar="BYTES/S",
+        help="The same after the handover, where the guest waits for what is not copied yet.  "
+        "none: no cap.  Default: that of --bandwidth.",
+    ),
+    _option(
         "--protect",
         is_flag=True,
         help="Until all memory has arrived, have the destination send back what the guest writes "
         "there, so that the guest can continue here if the destination is lost: see `xen-postcopy "
         "decide`.",
     ),
-    click.option(
+    _option(
         "--checkpoint-every",
         type=Number(0.001, MAX_CHECKPOINT_MS / 1000),
         metavar="SECONDS",
         help="Seconds between two checkpoints, with --protect; the guest is suspended for a moment "
         f"each time.  Default: {CHECKPOINT_EVERY_S:g}.",
     ),
-    click.option(
+    _option(
         "--json",
         "json_path",
         type=ResultFile(),
@@ -238,36 +326,56 @@ STRATEGY_OPTIONS = (
 def strategy_options(function: F) -> F:
     """Give a command the option ``--strategy`` and the options that control a strategy."""
     for option in reversed(STRATEGY_OPTIONS):
-        function = option(function)
+        function = click.option(*option.names, **option.attributes)(function)
     return function
 
 
+def changeable_options(function: F) -> F:
+    """Give a command those of these options that can be changed while a migration runs.  An option
+    that is not given is ``None``.
+    """
+    for option in reversed(STRATEGY_OPTIONS):
+        if option.field in CHANGEABLE:
+            attributes = {**option.attributes, "default": None, "show_default": False}
+            attributes["help"] = re.sub(r"  Default: .*|, the default", "", attributes["help"])
+            function = click.option(*option.names, **attributes)(function)
+    return function
+
+
+def values_of(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of the given options, by the names of their fields, as a request has them:
+    ``None`` for no limit.
+    """
+    return {
+        name: None if name in ("bandwidth_bytes_per_s", "timeout_s") and not value else value
+        for name, value in given.items()
+        if value is not None
+    }
+
+
 def migration_request(
-    strategy: str, max_rounds: int, dirty_threshold: int, downtime_target: float,
-    bandwidth: int | None, protect: bool, checkpoint_every: float | None,
-) -> dict[str, Any]:  # fmt: skip
+    strategy: str, protect: bool, checkpoint_every: float | None, **changeable: Any
+) -> dict[str, Any]:
     """The part of a ``migrate`` request that the strategy options make."""
-    problem = PolicyOptions(max_rounds, dirty_threshold, downtime_target).problems()
-    if problem:
-        raise click.UsageError(problem)
-    if bandwidth is not None and bandwidth < LEAST_BANDWIDTH:
-        raise click.UsageError(
-            f"--bandwidth {bandwidth}: at least one page ({LEAST_BANDWIDTH} bytes) a second; "
-            "without --bandwidth there is no cap"
-        )
     if checkpoint_every is not None and not protect:
         raise click.UsageError(f"--checkpoint-every {checkpoint_every:g}: only with --protect")
-    if protect and strategy == "precopy":
-        raise click.UsageError(
-            "--strategy precopy has nothing to protect: with it the guest arrives as a whole"
+    if changeable["on_timeout"] is not None and not changeable["timeout_s"]:
+        raise click.UsageError(f"--on-timeout {changeable['on_timeout']}: only with --timeout")
+    try:
+        options = dataclasses.replace(
+            changed(MigrationOptions(), values_of(changeable)),
+            strategy=Strategy(strategy),
+            checkpoint_every_s=(checkpoint_every or CHECKPOINT_EVERY_S) if protect else None,
         )
+    except MigrationError as error:
+        raise click.UsageError(str(error)) from None
+    policy = {**vars(options.policy), "on_timeout": options.policy.on_timeout.value}
+    if options.policy.timeout_s is None:  # an earlier release does not have a time limit
+        del policy["timeout_s"], policy["on_timeout"]
     return {
         "strategy": strategy,
-        "policy": {
-            "max_rounds": max_rounds,
-            "dirty_threshold": dirty_threshold,
-            "downtime_target_ms": downtime_target,
-        },
-        "bandwidth": bandwidth,
-        "checkpoint_every_s": (checkpoint_every or CHECKPOINT_EVERY_S) if protect else None,
+        "policy": policy,
+        "bandwidth": options.bandwidth_bytes_per_s,
+        "postcopy_bandwidth": options.postcopy_bandwidth_bytes_per_s,
+        "checkpoint_every_s": options.checkpoint_every_s,
     }

@@ -19,8 +19,9 @@ from migrate.lanes.certificate import describe
 from migrate.lanes.connection import LaneConnection, Terms, is_loopback, open_stream
 from migrate.lanes.probe import OlderPeerError, greet, host_of
 from migrate.protocol.messages import CAPABILITIES, PROTOCOL_VERSION, Hello, Host
-from migrate.service.config import SENDER_PORT, Address, Config
+from migrate.service.config import SENDER_PORT, Config
 from migrate.service.host import credentials
+from migrate.service.values import Address
 from migrate.units import human_bytes, parse_address, printable
 
 WAYS = {

@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import ipaddress
 import os
-import re
 import socket
 import stat
 import tomllib
@@ -23,15 +22,21 @@ from typing import Any
 
 from migrate.errors import MigrationError
 from migrate.lanes.connection import (
-    LEAST_SILENCE_S,
     POSTCOPY_SILENCE_S,
     SILENCE_S,
     Terms,
     is_loopback,
 )
 from migrate.lanes.tls import Tls
-from migrate.options import LEAST_BANDWIDTH, PolicyOptions, Strategy
-from migrate.units import parse_address, parse_size
+from migrate.options import (
+    MigrationOptions,
+    OnTimeout,
+    PolicyOptions,
+    Strategy,
+)
+from migrate.service import values
+from migrate.service.values import Address
+from migrate.units import parse_address
 
 CONFIG_FILE = Path("/etc/xen-postcopy/config.toml")
 STATE_DIRECTORY = Path("/var/lib/xen-postcopy")
@@ -42,102 +47,6 @@ SENDER_PORT = 8014
 
 class ConfigError(MigrationError):
     """The configuration is wrong; the text names the file, the key and the reason."""
-
-
-Address = tuple[str, int]
-
-
-def _address(port: int) -> Callable[[Any], Address]:
-    def parse(value: Any) -> Address:
-        if not isinstance(value, str):
-            raise ValueError("an address in quotes: HOST, HOST:PORT or [IPV6]:PORT")
-        return parse_address(value, port)
-
-    return parse
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value.isprintable():
-        raise ValueError("text in quotes")
-    return value
-
-
-def _names(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
-        raise ValueError('a list of names, ["HOST", ...]')
-    return tuple(value)
-
-
-def _strategy(value: Any) -> Strategy:
-    try:
-        return Strategy(value)
-    except ValueError:
-        raise ValueError(f"one of {', '.join(strategy.value for strategy in Strategy)}") from None
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("true or false")
-    return value
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError("a number")
-    return value
-
-
-def _whole(value: Any) -> int:
-    if type(value) is not int:
-        raise ValueError("a whole number")
-    return value
-
-
-def _seconds(value: Any) -> float:
-    if not 0 < _number(value) <= 3600:
-        raise ValueError("seconds: more than 0, at most 3600")
-    return float(value)
-
-
-def _silence(value: Any) -> float:
-    if not LEAST_SILENCE_S <= _number(value) <= 3600:
-        raise ValueError(f"seconds: at least {LEAST_SILENCE_S:g}, at most 3600")
-    return float(value)
-
-
-def _bandwidth(value: Any) -> float:
-    """Return a number of bytes a second, of which a page is the least."""
-    rate = parse_size(value)
-    if rate < LEAST_BANDWIDTH:
-        raise ValueError(
-            f"at least one page ({LEAST_BANDWIDTH} bytes) a second, or left out for no cap"
-        )
-    return float(rate)
-
-
-def _scraped_at(value: Any) -> Address | Path | None:
-    """Return where metrics are served: to this host alone, because nothing checks who asks."""
-    if not isinstance(value, str) or not value.isprintable():
-        raise ValueError("HOST:PORT, or the path of a Unix socket, in quotes")
-    if not value:
-        return None
-    if value.startswith("/"):
-        return Path(value)
-    if not re.search(r":\d+$", value):
-        raise ValueError(f"address {value!r}: HOST:PORT or [IPV6]:PORT")
-    host, port = parse_address(value, 0)
-    if not is_loopback(host):
-        raise ValueError(
-            f"{host} can be reached by others: a loopback address, or the path of a Unix socket"
-        )
-    return host, port
-
-
-def _directory(value: Any) -> str:
-    path = _text(value)
-    if path and not path.startswith("/"):
-        raise ValueError("the path of a directory, from / on")
-    return path
 
 
 def _key(parse: Callable[[Any], Any], default: Any, about: str, *, example: Any = None) -> Any:
@@ -156,25 +65,25 @@ def _section_of(default: Any, about: str) -> Any:
 @dataclass(frozen=True)
 class NetworkConfig:
     unencrypted: bool = _key(
-        _flag,
+        values.flag,
         False,
         "Allow connections with other hosts without TLS: guests' memory crosses the network as it "
         "is, and every program that reaches the ports is a peer.",
     )
     checksums: bool = _key(
-        _flag,
+        values.flag,
         False,
         "Check each page from end to end (CRC-32), because TCP's checksum is not trusted.  It is "
         "enough if one of the two hosts asks for it.",
     )
     silence_s: float = _key(
-        _silence,
+        values.silence,
         SILENCE_S,
         "The time in seconds after which a peer that sends nothing counts as dead.  The two hosts "
         "may have different values.",
     )
     postcopy_silence_s: float = _key(
-        _silence,
+        values.silence,
         POSTCOPY_SILENCE_S,
         "The same, while a guest may wait for pages of the peer.  Linux gives up I/O to a missing "
         "page after 32 s, so a lost link must be noticed early.",
@@ -184,21 +93,21 @@ class NetworkConfig:
 @dataclass(frozen=True)
 class TlsConfig:
     certificate: str = _key(
-        _text,
+        values.text,
         "",
         "The file with this host's certificate (PEM).  It has the names by which others dial this "
         "host.",
     )
     key: str = _key(
-        _text, "", "The file with the key of the certificate, which only root may read."
+        values.text, "", "The file with the key of the certificate, which only root may read."
     )
     authority: str = _key(
-        _text,
+        values.text,
         "",
         "The file with the certificates of the authorities that sign the peers' certificates.",
     )
     peers: tuple[str, ...] = _key(
-        _names, (), "The names of the peers: a peer's certificate must have one of them."
+        values.names, (), "The names of the peers: a peer's certificate must have one of them."
     )
 
     def below(self, folder: Path) -> TlsConfig:
@@ -220,18 +129,18 @@ class TlsConfig:
 @dataclass(frozen=True)
 class SenderConfig:
     listen: Address = _key(
-        _address(SENDER_PORT),
+        values.address(SENDER_PORT),
         ("127.0.0.1", SENDER_PORT),
         "The address at which the sender listens for the receivers of xl's migrations.",
     )
     address: str = _key(
-        _text,
+        values.text,
         "",
         "The address that these receivers dial.  Without it they dial the address in listen, or "
         "this host's name if the sender listens at every address.",
     )
     peer_timeout_s: float = _key(
-        _seconds,
+        values.seconds,
         10.0,
         "How many seconds to wait for a receiver before Xen's own live migration is used.",
     )
@@ -240,7 +149,7 @@ class SenderConfig:
 @dataclass(frozen=True)
 class ReceiverConfig:
     listen: Address = _key(
-        _address(RECEIVER_PORT),
+        values.address(RECEIVER_PORT),
         ("127.0.0.1", RECEIVER_PORT),
         "The address at which the receiver listens for senders.",
     )
@@ -249,34 +158,68 @@ class ReceiverConfig:
 @dataclass(frozen=True)
 class MigrationConfig:
     strategy: Strategy = _key(
-        _strategy,
+        values.strategy,
         Strategy.HYBRID,
         "How a guest is moved: hybrid (precopy, then the rest while the guest is suspended or by "
         "postcopy, whichever is expected to freeze the guest for less time), postcopy or precopy.",
     )
-    max_rounds: int = _key(_whole, PolicyOptions.max_rounds, "The most rounds of precopy.")
+    max_rounds: int = _key(values.whole, PolicyOptions.max_rounds, "The most rounds of precopy.")
     dirty_threshold: int = _key(
-        _whole,
+        values.whole,
         PolicyOptions.dirty_threshold,
         "If this number of pages or fewer are dirty, they are sent while the guest is suspended.",
     )
     downtime_target_ms: float = _key(
-        _number,
+        values.number,
         PolicyOptions.downtime_target_ms,
         "If the dirty pages can be sent in this number of milliseconds, they are sent while the "
         "guest is suspended.",
     )
     bandwidth: float | None = _key(
-        _bandwidth,
+        values.bandwidth,
         None,
         "The cap on background copying, in bytes a second.  Faults are not delayed.  Without it "
         "there is no cap.",
         example="1G",
     )
+    postcopy_bandwidth: float | None = _key(
+        values.postcopy_bandwidth,
+        None,
+        "The same after the handover, where the guest waits for what is not copied yet.  none: no "
+        "cap then.  Without it the cap is that of bandwidth.",
+        example="none",
+    )
+    timeout_s: float | None = _key(
+        values.timeout,
+        None,
+        "The time limit of precopy in seconds; pauses do not count.  Without it there is none.",
+        example=300,
+    )
+    on_timeout: OnTimeout = _key(
+        values.on_timeout,
+        OnTimeout.POSTCOPY,
+        "What follows when precopy has not ended then: postcopy (the guest is switched over, and "
+        "the rest follows), cancel (the guest stays at this host) or suspend (the rest is sent "
+        "while the guest is suspended).",
+    )
 
     @property
     def policy(self) -> PolicyOptions:
-        return PolicyOptions(self.max_rounds, self.dirty_threshold, self.downtime_target_ms)
+        return PolicyOptions(
+            self.max_rounds, self.dirty_threshold, self.downtime_target_ms, self.timeout_s,
+            self.on_timeout,
+        )  # fmt: skip
+
+    def options(self, strategy: Strategy) -> MigrationOptions:
+        """Return the options of a migration by xl.  Raises :class:`MigrationError` if they
+        contradict each other.
+        """
+        return MigrationOptions(
+            strategy,
+            self.policy,
+            self.bandwidth,
+            postcopy_bandwidth_bytes_per_s=self.postcopy_bandwidth,
+        )
 
 
 @dataclass(frozen=True)
@@ -286,25 +229,25 @@ class MetricsConfig:
     """
 
     sender_listen: Address | Path | None = _key(
-        _scraped_at,
+        values.scraped_at,
         None,
         'Where the sender answers scrapes over HTTP, such as "127.0.0.1:9814"; empty: nowhere.',
         example="",
     )
     receiver_listen: Address | Path | None = _key(
-        _scraped_at,
+        values.scraped_at,
         None,
         'Where the receiver answers scrapes, such as "127.0.0.1:9813"; empty: nowhere.',
         example="",
     )
     textfiles: str = _key(
-        _directory,
+        values.directory,
         "",
         "The directory in which node_exporter looks for files with metrics, such as "
         "/var/lib/prometheus/node-exporter; empty: no files are written.",
     )
     textfile_every_s: float = _key(
-        _seconds, 15.0, "The time in seconds after which a daemon writes its file again."
+        values.seconds, 15.0, "The time in seconds after which a daemon writes its file again."
     )
 
     def listen(self, end: str) -> Address | Path | None:
@@ -402,20 +345,24 @@ def parse(data: dict[str, Any], source: str, folder: Path = Path()) -> Config:
     """
     sections = {field.name: type(field.default) for field in dataclasses.fields(Config)}
     made = {}
-    for name, values in data.items():
+    for name, given in data.items():
         if name not in sections:
             raise ConfigError(
                 f"{source}: [{name}]: there is no such section; there are {', '.join(sections)}"
             )
-        if not isinstance(values, dict):
+        if not isinstance(given, dict):
             raise ConfigError(f"{source}: {name}: a section, [{name}]")
-        made[name] = _section(sections[name], values, f"{source}: [{name}]")
+        made[name] = _section(sections[name], given, f"{source}: [{name}]")
     config = Config(**made)
     config = dataclasses.replace(config, tls=config.tls.below(folder))
     problem = config.migration.policy.problems()
     if problem:
         key, _, reason = problem.removeprefix("--").partition(" ")
         raise ConfigError(f"{source}: [migration] {key.replace('-', '_')} {reason}")
+    try:
+        config.migration.options(config.migration.strategy)
+    except MigrationError as error:
+        raise ConfigError(f"{source}: [migration] {error}") from None
     keys = [field.name for field in dataclasses.fields(config.tls)]
     missing = [key for key in keys if not getattr(config.tls, key)]
     if missing and len(missing) < len(keys):
@@ -441,10 +388,10 @@ def parse(data: dict[str, Any], source: str, folder: Path = Path()) -> Config:
     return config
 
 
-def _section(cls: Any, values: dict[str, Any], where: str) -> Any:
+def _section(cls: Any, given: dict[str, Any], where: str) -> Any:
     fields = {field.name: field.metadata["parse"] for field in dataclasses.fields(cls)}
     parsed = {}
-    for key, value in values.items():
+    for key, value in given.items():
         if key not in fields:
             raise ConfigError(f"{where} {key}: there is no such key; there are {', '.join(fields)}")
         try:

@@ -11,7 +11,8 @@ from migrate.errors import MigrationError
 from migrate.lanes.certificate import Finding, findings
 from migrate.lanes.connection import is_loopback
 from migrate.protocol.messages import Host, printable
-from migrate.service.config import Address, Config, advertised
+from migrate.service.config import Config, advertised
+from migrate.service.values import Address
 from xenbackend.contract import Hypervisor
 from xenbackend.errors import XenError
 

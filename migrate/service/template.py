@@ -15,7 +15,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from migrate.options import Strategy
+from migrate.options import OnTimeout, Strategy
 from migrate.service.config import Config
 
 COLUMNS = 100
@@ -23,7 +23,7 @@ INSTALLED = (
     "SPDX-License-Identifier: GPL-2.0-or-later",
     "xen-postcopy: see xen-postcopy.toml(5).  Every key may be left out.  What is behind a # has "
     "no effect: remove the # of a key and of its section, or append both.  The values are the "
-    "defaults (bandwidth: an example).",
+    "defaults (bandwidth, postcopy_bandwidth and timeout_s: examples).",
 )
 """The first lines of the configuration that the package installs."""
 
@@ -73,7 +73,7 @@ def written(value: Any) -> str:
             return "true" if value else "false"
         case float():
             return f"{value:.15g}"
-        case Strategy():
+        case Strategy() | OnTimeout():
             return json.dumps(value.value)
         case (str() as host, int() as port):
             return json.dumps(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")

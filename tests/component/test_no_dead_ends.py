@@ -52,7 +52,8 @@ from xenbackend.simulated.client import SimulatedDomain
 
 __all__ = ["world"]
 Patch = pytest.MonkeyPatch
-COMMANDS = ("reconnect", "cancel", "decide here", "decide elsewhere", "postcopy-now")
+AT_SENDER = ("postcopy-now", "pause", "resume")
+COMMANDS = ("reconnect", "cancel", "decide here", "decide elsewhere", *AT_SENDER)
 SLOW = MigrationOptions(Strategy.POSTCOPY, bandwidth_bytes_per_s=16 * MIB)
 
 
@@ -561,6 +562,8 @@ def test_interrupted_at_the_source(world: World) -> None:
             "cancel": "`xen-postcopy decide`",
             "decide here": "has reported that guest runs there",
             "postcopy-now": "past its precopy",
+            "resume": "is not paused",
+            "pause": "acts",
         },
     )
     world.destination.open("guest").destroy()
@@ -689,7 +692,7 @@ def test_when_it_has_ended(world: World, which: str) -> None:
     )
     expected = dict.fromkeys(COMMANDS, "has ended (completed)")
     if which == "receiver":
-        expected["postcopy-now"] = "ask the sender at its source"
+        expected |= dict.fromkeys(AT_SENDER, "ask the sender at its source")
     answers(world, which, expected)
 
 

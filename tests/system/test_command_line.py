@@ -433,7 +433,8 @@ def test_help_teaches() -> None:
     # The first sentence of each command fits a terminal of 80 columns.
     assert "..." not in top.partition("Commands:")[2]
     about = "MIGRATION is the guest's name, or at least the first eight characters"
-    for command in ("show", "watch", "postcopy-now", "cancel", "reconnect", "decide"):
+    commands = "show watch postcopy-now set pause resume cancel reconnect decide"
+    for command in commands.split():
         assert about in " ".join(run(command, "--help").stdout.split())
     assert run("--version").stdout.startswith("xen-postcopy, version ")
     assert "Xen" in run("--version").stdout.splitlines()[1]
@@ -502,7 +503,8 @@ sender, receiver = sys.argv[1:]
 cli.main(["list", "--socket", sender, "--socket", receiver], standalone_mode=False)
 for command in (
     ["show", "stranger"], ["watch", "stranger"], ["reconnect", "stranger"], ["cancel", "stranger"],
-    ["postcopy-now", "stranger"], ["decide", "stranger", "here"],
+    ["postcopy-now", "stranger"], ["decide", "stranger", "here"], ["pause", "stranger"],
+    ["resume", "stranger"], ["set", "stranger", "--bandwidth", "1G"],
     ["migrate", "stranger", "localhost"],
 ):
     try:

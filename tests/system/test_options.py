@@ -104,6 +104,7 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("migrate.cli.daemons.STATE_DIRECTORY", tmp_path / "state")
     monkeypatch.setattr("migrate.cli.migrate.STARTING_S", 0)
     monkeypatch.setattr("migrate.cli.migrations.STARTING_S", 0)
+    monkeypatch.setattr("migrate.cli.adjust.STARTING_S", 0)
     monkeypatch.setattr("xenbackend.simulated.rpc.STARTING_S", 0)
 
 

@@ -33,7 +33,8 @@ GOOD: dict[str, dict[str, Any]] = {
         "step": "handed over", "xl": False, "domid": 9, "handle": "09" * 16, "domain": "guest",
         "key": "00", "dials": None, "rejoins": 0, "proven": False, "strategy": "postcopy",
         "bandwidth": None, "checkpoints": None, "successor": None, "ran": True,
-        "recall": False, "max_pages": 0, "applied": False,
+        "recall": False, "max_pages": 0, "applied": False, "postcopy_bandwidth": None,
+        "paused": False,
     },
     "receiver": {
         "step": "taken over", "xl": False, "domid": 9, "handle": "09" * 16, "key": "00",
@@ -55,9 +56,12 @@ REQUESTS: list[dict[str, Any]] = [
             "cancel",
             "postcopy-now",
             "reconnect",
+            "pause",
+            "resume",
         )
     ),
     {"command": "decide", "migration": "guest", "here": True, "force": False},
+    {"command": "set", "migration": "guest", "values": {"downtime_target_ms": 5.0}},
     {"command": "check-decision", "migration": "guest", "here": True, "force": False},
     {"command": "await-memory", "domid": 7},
     {

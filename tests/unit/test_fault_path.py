@@ -30,6 +30,7 @@ from receiver import loading
 from sender.backlog import Backlog
 from sender.bandwidth import BandwidthCap
 from sender.faults import FaultServer
+from sender.pause import Pause
 from sender.statistics import SenderStatistics
 from tests.support.faults import (
     NR,
@@ -101,7 +102,10 @@ class Source:
         self.memory = Memory(native=native)
         domain: Any = self.memory
         session = session or session_at(Role.SENDER)
-        self.server = FaultServer(domain, ours, session, self.statistics, BandwidthCap(None))
+        self.pause = Pause()
+        self.server = FaultServer(
+            domain, ours, session, self.statistics, BandwidthCap(None), self.pause
+        )
         if session.serving:
             self.server.open(self.backlog)
 
@@ -210,6 +214,19 @@ async def test_the_sender_does_not_wait_for_more_than_a_fault_behind_the_hello(
             nursery.start_soon(source.server.serve)
             await until(theirs.readable)
             nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_in_a_pause_the_sender_answers_faults_and_reads_nothing_ahead(native: bool) -> None:
+    with lanes() as (ours, theirs):
+        source = Source(ours, theirs, {1, 2, 3}, native=native)
+        source.pause.begin(0.0)
+        source.ask(Ahead(pfn_array([2, 3])), Fault(pfn_array([1])))
+        theirs._socket.shutdown(socket.SHUT_WR)
+        with pytest.raises(PeerClosedError, match=r"closed the connection$"):
+            source.server._serve()
+        assert source.answers() == [(1, contents(1))]
+        assert source.backlog.next_batch(5).tolist() == [2, 3]  # they are pushed later
 
 
 def test_the_sender_receives_the_end() -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from migrate.errors import MigrationError
-from migrate.options import MigrationOptions, PolicyOptions, Strategy
+from migrate.options import MigrationOptions, OnTimeout, PolicyOptions, Strategy
 from receiver.statistics import LatencyHistogram
 from sender.bandwidth import BandwidthCap
 from sender.intake import Intake
@@ -257,6 +257,47 @@ def test_the_cap_holds_on_any_sizes(sizes: list[int], rate: float) -> None:
 
 def test_without_a_cap_nothing_waits() -> None:
     assert BandwidthCap(None).spend(10**12, 0.0) == 0.0
+
+
+def test_a_cap_that_is_changed_keeps_what_was_sent_beyond_it() -> None:
+    cap = BandwidthCap(1000.0)
+    assert cap.spend(10_050, 1000.0) == pytest.approx(10.0)
+    cap.change(2000.0, 1005.0)  # half is waited for
+    assert cap.wait_s(1005.0) == pytest.approx(2.5)
+    cap.change(500.0, 1005.0)
+    assert cap.wait_s(1005.0) == pytest.approx(10.0)
+    cap.change(None, 1005.0)
+    assert cap.wait_s(1005.0) == 0.0
+    cap.change(1000.0, 1006.0)
+    assert cap.wait_s(1006.0) == 0.0
+
+
+ON = {action: PolicyOptions(timeout_s=60.0, on_timeout=action) for action in OnTimeout}
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+    ("strategy", "action", "decision"),
+    [
+        (Strategy.HYBRID, OnTimeout.POSTCOPY, POST),
+        (Strategy.HYBRID, OnTimeout.SUSPEND, STOP),
+        (Strategy.HYBRID, OnTimeout.CANCEL, Decision.CANCEL),
+        (Strategy.PRECOPY, OnTimeout.SUSPEND, STOP),
+        (Strategy.PRECOPY, OnTimeout.CANCEL, Decision.CANCEL),
+    ],
+)
+def test_precopy_ends_as_was_chosen_when_its_time_has_passed(
+    strategy: Strategy, action: OnTimeout, decision: Decision, finished: bool
+) -> None:
+    policy = DefaultPolicy(strategy, ON[action])
+    progress = PrecopyProgress(1, finished, 10**6, 10**7, GB, 0.001)
+    assert policy.decide(replace(progress, elapsed_s=59.9)) is C
+    assert policy.decide(replace(progress, elapsed_s=60.0)) is decision
+
+
+def test_who_asks_for_postcopy_gets_it_whatever_follows_the_time_limit() -> None:
+    asked = PrecopyProgress(1, False, 10**6, 10**7, GB, postcopy_asked=True, elapsed_s=60.0)
+    assert DefaultPolicy(Strategy.HYBRID, ON[OnTimeout.CANCEL]).decide(asked) is POST
 
 
 @given(st.lists(st.floats(1e-6, 10.0), min_size=1, max_size=300))

@@ -14,7 +14,7 @@ import trio.testing
 from migrate.cli.world import World
 from migrate.errors import PeerClosedError
 from migrate.lanes.connection import STEP_TIMEOUT_S
-from migrate.options import MigrationOptions, PolicyOptions, Strategy
+from migrate.options import MigrationOptions, Strategy
 from migrate.protocol import messages as m
 from migrate.protocol import pfns
 from migrate.protocol.pfns import NO_PFNS, from_mask, pfns_of_window, union
@@ -22,7 +22,6 @@ from sender.context import Barriers, Context, Source
 from sender.dirty import DirtyLog
 from sender.entry import Entry
 from sender.ownership import State
-from sender.policy import DefaultPolicy
 from sender.precopy import Precopy, SwitchoverPlan
 from sender.push import PushLane
 from sender.toolstack import OwnToolstack
@@ -72,13 +71,12 @@ def lab(world: World, name: str, monkeypatch: pytest.MonkeyPatch) -> SimulatedLa
 
 async def put_off(lab: SimulatedLab, destination: SlowDestination) -> SwitchoverPlan:
     options = MigrationOptions(Strategy.POSTCOPY)
-    policy = DefaultPolicy(Strategy.POSTCOPY, PolicyOptions())
     domain = lab.boot(NR_PFNS * PAGE_SIZE, vcpus=1, workload="idle")
     none: Any = None
     entry = Entry(DomainId(domain.domid, domain.handle, "guest"), options, False)
     context = Context("session", none, none, none, OwnToolstack(), entry, State.COPYING)
     source = Source(domain, DirtyLog(domain, NR_PFNS), None)
-    precopy = Precopy(context, source, cast(PushLane, destination), policy)
+    precopy = Precopy(context, source, cast(PushLane, destination))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(destination.serve, context.barriers)
         plan = await precopy.run()

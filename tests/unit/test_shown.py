@@ -74,6 +74,16 @@ def test_each_figure_has_one_name_and_its_unit() -> None:
     }  # fmt: skip
 
 
+def test_the_options_that_can_be_changed_are_shown_with_their_units() -> None:
+    options = {
+        "max_rounds": 5, "downtime_target_ms": 20.0, "timeout_s": None,
+        "bandwidth_bytes_per_s": 2**24, "postcopy_bandwidth_bytes_per_s": 0,
+    }  # fmt: skip
+    assert values({**SENDER, "options": options})["options"] == (
+        "max rounds 5, downtime target 20 ms, bandwidth 16.0 MiB/s, postcopy bandwidth none"
+    )
+
+
 def test_the_counters_of_the_pager_replace_what_they_contain() -> None:
     found = values({**SENDER, "details": {**SENDER["details"], **PAGER}})
     assert found["fault latency"] == (

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What an operator changes while a migration runs: ``set``, ``pause``, ``resume``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from migrate.cli.migrations import migration_argument
+from migrate.cli.options import changeable_options, sender_socket, socket_option, values_of
+from migrate.cli.text import json_option, report
+from migrate.control.client import ANSWER_S, ControlClient
+from migrate.options import flag
+from xenbackend.unix import STARTING_S
+
+at_sender = socket_option(sender_socket, "the local sender")
+
+
+def _ask(socket_path: Path, **request: Any) -> None:
+    with ControlClient(socket_path, wait_s=STARTING_S, answer_s=ANSWER_S) as client:
+        client.call(**request)
+
+
+@click.command("set")
+@migration_argument
+@changeable_options
+@at_sender
+@json_option
+def set_command(migration: str, socket_path: Path, as_json: bool, **given: Any) -> None:
+    """Change options of a migration that is under way.
+
+    The new values are used at once, also by a restarted sender, and `show` has them.  An option
+    that has no effect any more is refused: after precopy only the caps can be changed.
+
+    \b
+    Slow a migration down for the working hours, and let it go on in the evening:
+        xen-postcopy set web --bandwidth 20M
+        xen-postcopy set web --bandwidth none
+    """
+    values = values_of(given)
+    if not values:
+        options = ", ".join(flag(name) for name in given)
+        raise click.UsageError(f"nothing to change: give at least one of {options}")
+    _ask(socket_path, command="set", migration=migration, values=values)
+    changes = (
+        f"{flag(name)} {value if value or name == 'dirty_threshold' else 'none'}"
+        for name, value in values.items()
+    )
+    text = f"{migration}: the sender now uses {', '.join(changes)}"
+    report(text, as_json, migration=migration, done="set", values=values)
+
+
+@click.command("pause")
+@migration_argument
+@at_sender
+@json_option
+def pause_command(migration: str, socket_path: Path, as_json: bool) -> None:
+    """Pause the copying of a migration, not the guest.
+
+    In precopy the guest runs on here, and writes pages that have to be sent again.  In postcopy it
+    runs on there: pages that it touches arrive as before, and no others.  The link stays open, time
+    limits do not pass, and a restarted sender keeps the pause.  A switchover is not interrupted.
+
+    `resume` continues, `cancel` takes the migration back before its switchover.
+    """
+    _ask(socket_path, command="pause", migration=migration)
+    text = f"{migration}: only pages that the guest waits for are sent, until `resume`"
+    report(text, as_json, migration=migration, done="pause")
+
+
+@click.command("resume")
+@migration_argument
+@at_sender
+@json_option
+def resume_command(migration: str, socket_path: Path, as_json: bool) -> None:
+    """Continue the copying of a migration after `pause`."""
+    _ask(socket_path, command="resume", migration=migration)
+    report(f"{migration}: the sender copies again", as_json, migration=migration, done="resume")
