@@ -61,8 +61,8 @@ async def _guest_ended(
     context: Context, error: Exception, switchover: Switchover | None, *, gone: bool
 ) -> m.Message:
     """End the migration of a guest that has ended here.  Returns the message for the sender."""
-    ran = switchover is not None and switchover.runs.is_set()
-    end = await _end(context)
+    end, has_run = await _end(context)
+    ran = switchover is not None and (has_run or switchover.runs.is_set())
     reason = str(error) if isinstance(error, GuestEndedError) else end.value
     answer: m.Message = m.Ended(ran, m.printable(reason))
     if not gone:  # the guest crashed at its start: the source has all that it was
@@ -124,9 +124,12 @@ async def _is_gone(context: Context, reason: Exception) -> bool:
     return isinstance(reason, GuestEndedError)  # a predecessor's domain did not exist any more
 
 
-async def _end(context: Context) -> End:
+async def _end(context: Context) -> tuple[End, bool]:
+    """Return how the guest ended, and whether its domain shows that the guest has run here."""
     domain = context.holdings.domain
-    return End.DESTROYED if domain is None else await trio.to_thread.run_sync(domain.end)
+    if domain is None:
+        return End.DESTROYED, False
+    return await trio.to_thread.run_sync(lambda: (domain.end(), domain.has_run()))
 
 
 async def discard(context: Context, reason: str) -> None:

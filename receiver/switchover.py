@@ -36,6 +36,13 @@ LOOK_AT_LAST_EVERY_S = 2.0
 LOOK_AGAIN_EVERY_S = 0.5
 """The pause between two polls of a domain that runs."""
 
+ENDED = {
+    None: "the domain of {name} was destroyed",
+    DomainState.CRASHED: "{name} crashed",
+    DomainState.SHUT_DOWN: "{name} has shut down",
+}
+"""The states in which no attempt to start a guest can succeed, and what is reported then."""
+
 
 class Switchover:
     """The start and the service of one guest.  ``inherits``: a predecessor has left the guest."""
@@ -126,9 +133,8 @@ class Switchover:
             state = self.guest.state()
             if state is DomainState.RUNNING:
                 return True  # the error occurred after the start
-            if state in (None, DomainState.CRASHED):
-                name = self.context.name
-                what = f"{name} crashed" if state else f"the domain of {name} was destroyed"
+            if state in ENDED:
+                what = ENDED[state].format(name=self.context.name)
                 raise GuestEndedError(f"{what} at its start: {error}") from error
             raise
 
@@ -242,8 +248,10 @@ class Switchover:
             return True  # the next look reports the error
 
     def _end(self) -> str:
-        """Return how the guest, whose domain is gone, ended."""
-        if not self.runs.is_set():
+        """Return how the guest, whose domain is gone, ended.  Between two polls the guest may have
+        been started, and its domain destroyed.
+        """
+        if not self.runs.is_set() and not self.guest.domain.has_run():
             return self.context.toolstack.gone_before_it_ran
         return self.guest.domain.end().value
 

@@ -45,8 +45,9 @@ from sender.ownership import State
 from sender.preflight import check_free
 from sender.progress import Progress
 from sender.toolstack import XlToolstack
-from xenbackend.contract import DomainId, Hypervisor, find_domain
+from xenbackend.contract import DomainId, Hypervisor
 from xenbackend.errors import XenError
+from xenbackend.find import find_domain
 from xenbackend.keeper import end_keeper
 
 log = logging.getLogger(__name__)

@@ -10,8 +10,6 @@ Names and meanings are Xen's (xen/include/public/memory.h, domctl.h, tools/inclu
 
 from __future__ import annotations
 
-import errno as errno_module
-import uuid
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
@@ -22,7 +20,6 @@ from typing import NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from xenbackend.errors import XenError, no_such_domain
 from xenbackend.pages import Buffer, MappedPages, NativePages, PfnArray
 from xenbackend.ring import PagingRing
 
@@ -33,6 +30,8 @@ class DomainState(Enum):
     SUSPENDED = "suspended"
     INCOMING = "incoming"
     """The domain is being restored, and has never run here."""
+    SHUT_DOWN = "shut down"
+    """The guest has ended itself, or reboots, and its domain is still here."""
     CRASHED = "crashed"
 
 
@@ -91,7 +90,7 @@ class DomainInfo:
     tot_pages: int
     vcpus: int
     reason: str = ""
-    """Why the domain crashed."""
+    """Why the domain crashed, or how the guest has ended itself."""
     handle: bytes = bytes(16)
     """The domain's UUID (``xen_domain_handle_t``).  Another domain can have the domid later."""
     paged_pages: int = 0
@@ -216,6 +215,12 @@ class Domain(ABC):
     @abstractmethod
     def end(self) -> End:
         """Return how the domain, which is gone, ended."""
+
+    @abstractmethod
+    def has_run(self) -> bool:
+        """Return whether the guest has run in this domain, which may be gone.  False if nothing is
+        known of the domain any more.
+        """
 
     @abstractmethod
     def context(self) -> bytes:
@@ -411,7 +416,7 @@ class Hypervisor(ABC):
     @abstractmethod
     def open(self, domid: int, handle: bytes | None = None) -> Domain:
         """Open a domain by its number.  A number is never looked up as a name: see
-        :func:`find_domain`.
+        :func:`xenbackend.find.find_domain`.
 
         ``handle``: the handle that was noted with the number; ``None`` if none was noted.  Raises
         :class:`NoSuchDomainError`, also if another domain has this number now.
@@ -463,38 +468,3 @@ class Hypervisor(ABC):
         Raises :class:`NoSuchDomainError`, and ``XenError`` (EINVAL) if the domain is of another
         kind than ``config``.
         """
-
-
-def find_domain(domains: list[DomainInfo], text: str) -> DomainInfo:
-    """Return the domain that a person means by a number, a name or a UUID.  Called once for each
-    request.
-
-    A text of digits is a number, as in xl.  Raises ``XenError``: ESRCH if there is no such domain,
-    EEXIST if the text fits more than one domain.
-    """
-    named = [info for info in domains if info.name == text and text]
-    if text.isascii() and text.isdigit():
-        numbered = [info for info in domains if str(info.domid) == text]
-        others = [info for info in named if info not in numbered]
-        if others:
-            fits = " and ".join(
-                [f"the number of {info.name!r}" for info in numbered]
-                + [_as_a_name(i) for i in others]
-            )
-            why = f"that is {fits}: use a name, number or UUID that fits one domain only"
-            raise XenError(f"domain {text!r}", errno_module.EEXIST, why=why)
-        named = numbered
-    if not named:
-        named = [info for info in domains if str(uuid.UUID(bytes=info.handle)) == text.lower()]
-    if not named:
-        raise no_such_domain(text)
-    if len(named) > 1:
-        numbers = ", ".join(str(info.domid) for info in named)
-        why = f"there is more than one such domain: name it by one of these numbers: {numbers}"
-        raise XenError(f"domain {text!r}", errno_module.EEXIST, why=why)
-    return named[0]
-
-
-def _as_a_name(info: DomainInfo) -> str:
-    handle = uuid.UUID(bytes=info.handle)
-    return f"the name of the domain with the number {info.domid} and the UUID {handle}"

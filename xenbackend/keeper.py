@@ -330,6 +330,7 @@ class KeptDomain(Domain):
     pause = _of_domain("pause")
     unpause = _of_domain("unpause")
     end = _of_domain("end")
+    has_run = _of_domain("has_run")
     context = _of_domain("context")
     set_context = _of_domain("set_context")
     toolstack_gfns = _of_domain("toolstack_gfns")

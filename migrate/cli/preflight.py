@@ -101,7 +101,7 @@ def _this_host(config_path: Path | None, simulated: Path | None) -> Found:
 
 def _guest(domain: str, simulated: Path | None) -> Found:
     from xenbackend.choose import open_hypervisor
-    from xenbackend.contract import find_domain
+    from xenbackend.find import find_domain
 
     hypervisor = open_hypervisor(simulated)
     try:
@@ -174,7 +174,7 @@ def _try_peer(
 def _memory_of(domain: str, simulated: Path | None) -> int:
     """Return the memory that a guest needs at its destination, in bytes."""
     from xenbackend.choose import open_hypervisor
-    from xenbackend.contract import find_domain
+    from xenbackend.find import find_domain
     from xenbackend.pages import PAGE_SIZE
 
     hypervisor = open_hypervisor(simulated)

@@ -10,7 +10,9 @@ import logging
 import pytest
 
 from migrate.cli.world import World
+from migrate.errors import MigrationError
 from migrate.options import MigrationOptions, Strategy
+from sender.preflight import check_free
 from tests.support.guests import busy
 from tests.support.inprocess import Outcome, migrate
 from tests.support.links import Link
@@ -78,3 +80,14 @@ async def test_a_guest_that_ends_while_it_is_copied_is_reported_so(
     assert outcome.incoming.progress.problem == f"the sender gave up: {reason}"
     check_nothing_is_left(clean_hosts, outcome)
     assert len(records(caplog)) == 2 and all(reason in text for text in records(caplog))
+
+
+@pytest.mark.parametrize("reboot", [False, True])
+def test_a_guest_that_has_shut_down_is_refused_and_not_called_crashed(
+    clean_hosts: World, name: str, reboot: bool
+) -> None:
+    """Its domain is still there: ``on_poweroff = "preserve"``."""
+    domain = clean_hosts.source.create_guest(busy(name).to_bytes())
+    domain.shut_down(reboot=reboot)
+    with pytest.raises(MigrationError, match=f"{name} is shut down: only a running guest"):
+        check_free(domain, MigrationOptions())

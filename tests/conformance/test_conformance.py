@@ -32,8 +32,9 @@ from tests.support.keepers import keepers, lives
 from tests.support.labs import Lab, until
 from tests.support.pages import memory_of, page, pfns, read, span
 from tests.support.waiting import ready
-from xenbackend.contract import Domain, DomainState, Hypervisor, ToolstackPorts, find_domain
+from xenbackend.contract import Domain, DomainState, Hypervisor, ToolstackPorts
 from xenbackend.errors import NoSuchDomainError, XenError
+from xenbackend.find import find_domain
 from xenbackend.keeper import KeptDomain, KeptPages, open_with_keeper
 from xenbackend.pages import PAGE_SIZE, PageStatus, PfnArray
 from xenbackend.ring import PagingRequest, PagingRing
@@ -1191,6 +1192,21 @@ def test_holding_a_guest_s_memory_changes_nothing_for_it(lab: Lab) -> None:
 
 
 # ---- a domain that a toolstack made ----
+def test_a_toolstack_s_guest_is_incoming_until_it_has_run(lab: Lab) -> None:
+    """An administrator may have paused the guest when a restarted daemon opens its domain again."""
+
+    def found(made: Domain) -> tuple[DomainState, bool]:
+        with lab.hypervisor.reopen_incoming(made.domid, made.config(), lent=True) as reopened:
+            return reopened.state(), reopened.has_run()
+
+    assert found(lab.incoming()) == (DomainState.INCOMING, False)
+    guest = lab.guest()
+    guest.pause()
+    assert found(guest) == (DomainState.PAUSED, True)
+    guest.unpause()
+    lab.wait_for_work(guest)
+
+
 def test_a_toolstack_s_domain_is_bound_to_be_restored_into(lab: Lab) -> None:
     config = lab.config()
     made = lab.hypervisor.create_incoming(config)

@@ -30,8 +30,8 @@ from sender.migration import OutgoingMigration
 from sender.policy import Decision, DefaultPolicy, PrecopyProgress
 from tests.support.links import Link, link
 from tests.support.waiting import WAIT_S
-from xenbackend.contract import find_domain
 from xenbackend.errors import XenError
+from xenbackend.find import find_domain
 from xenbackend.simulated.guest import GuestSpec
 from xenbackend.simulated.verify import Verification
 

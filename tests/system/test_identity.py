@@ -18,8 +18,9 @@ from migrate.service.lifecycle import find_migration
 from tests.conftest import MIB
 from tests.support.daemons import begin, boot, copying, journal, kill, lines, phase, states, world
 from tests.support.waiting import until
-from xenbackend.contract import DomainInfo, DomainState, find_domain
+from xenbackend.contract import DomainInfo, DomainState
 from xenbackend.errors import NoSuchDomainError, XenError
+from xenbackend.find import find_domain
 from xenbackend.simulated.guest import GuestSpec
 
 __all__ = ["world"]

@@ -215,6 +215,21 @@ def test_xl_gives_up_at_the_destination_and_leaves_the_source_suspended(xl: Xl) 
     check_stayed(xl)
 
 
+def test_a_guest_that_ran_for_a_moment_at_the_destination_is_not_resumed(xl: Xl) -> None:
+    """The receiver polls the domain's state, and has not seen the guest run.  xl ends without a
+    decision for the source.
+    """
+    xl.save.ends_with_helper = True
+    assert xl.run() == ((0, 0), (0, 0))
+    xl.destination.start()
+    xl.destination.destroy()
+    xl.wait_for("failed", "failed")
+    for daemon in ("sender", "receiver"):
+        assert "its domain was destroyed" in xl.line(daemon)["problem"]
+    with pytest.raises(NoSuchDomainError):
+        xl.source.info()
+
+
 def test_xl_runs_the_guest_at_the_destination_and_leaves_the_source_suspended(xl: Xl) -> None:
     """xl's exchange was cut after "go". xl prints the same, and ends."""
     xl.save.ends_with_helper = True

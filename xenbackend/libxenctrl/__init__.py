@@ -3,6 +3,7 @@
 
 native/         the hypercalls, in C
 params.py       HVM parameters
+states.py       the state of a domain, and how it ended
 preflight.py    why a host or a domain is not fit for paging, in sentences
 host.py         one host: its handle, its facts, its xenstored
 platform.py     what a domain is created with

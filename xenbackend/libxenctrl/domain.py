@@ -7,7 +7,6 @@ Most operations are hypercalls.  The guest is asked to suspend through xenstore,
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import time
 from collections import deque
@@ -32,7 +31,7 @@ from xenbackend.keeper import Keeper
 from xenbackend.libxenctrl._xen import ffi, lib
 from xenbackend.libxenctrl.context import HvmContext
 from xenbackend.libxenctrl.held import HeldPages, XenMappedPages
-from xenbackend.libxenctrl.host import ENDS, SHUTDOWN_SUSPEND, XenHost, check, state_of
+from xenbackend.libxenctrl.host import XenHost, check
 from xenbackend.libxenctrl.params import (
     CONTEXT_PARAMS,
     HVM_PARAM_CALLBACK_IRQ,
@@ -44,6 +43,7 @@ from xenbackend.libxenctrl.params import (
 from xenbackend.libxenctrl.platform import Platform
 from xenbackend.libxenctrl.preflight import ENABLE_ERRORS, DomainFacts
 from xenbackend.libxenctrl.ring import XenPagingRing
+from xenbackend.libxenctrl.states import SHUTDOWN_SUSPEND, end_of, state_of
 from xenbackend.libxenctrl.wiring import Wiring
 from xenbackend.pages import (
     Buffer,
@@ -66,9 +66,7 @@ def gfn_array(pfns: PfnArray) -> Any:
 
 
 class XenDomain(Domain):
-    """One domain.  ``nr_pfns`` and ``wiring`` are given if a guest is restored into the domain
-    (``builder.py``).
-    """
+    """One domain.  ``nr_pfns`` and ``wiring`` are given for ``builder.py`` only."""
 
     def __init__(
         self, host: XenHost, domid: int, nr_pfns: int | None = None, wiring: Wiring | None = None
@@ -77,7 +75,8 @@ class XenDomain(Domain):
         self._xen = host.native
         self._wiring = wiring
         self.domid = domid
-        self.handle = bytes(ffi.buffer(self._native_info().handle))
+        info = self._native_info()  # a field lives as long as its struct
+        self.handle = bytes(ffi.buffer(info.handle))
         if nr_pfns is None:
             out = ffi.new("uint64_t *")
             check("maximum_gpfn", lib.xen_nr_gfns(self._xen, domid, out))
@@ -87,7 +86,7 @@ class XenDomain(Domain):
         self._keeper: Keeper | None = None
         self._pager: Any = None
         self._ring: XenPagingRing
-        self._ring_pfn = self.param(HVM_PARAM_PAGING_RING_PFN) if self.native_info().hvm else 0
+        self._ring_pfn = self.param(HVM_PARAM_PAGING_RING_PFN) if info.hvm else 0
         host.opened.add(self)
 
     # ---- what the domain is ----
@@ -107,20 +106,18 @@ class XenDomain(Domain):
         check("getdomaininfo", rc)
         return info
 
+    def _remnant(self) -> Any:
+        """Return a ``struct xen_info``, also of a domain that is being torn down, or ``None``."""
+        info = ffi.new("struct xen_info *")
+        rc = lib.xen_domain_info(self._xen, self.domid, info)
+        return None if rc or bytes(ffi.buffer(info.handle)) != self.handle else info
+
     def info(self) -> DomainInfo:
-        info = self.native_info()
-        return dataclasses.replace(self._host.describe(info, self.nr_pfns), state=self._state(info))
+        restoring = self._wiring is not None
+        return self._host.describe(self.native_info(), self.nr_pfns, restoring=restoring)
 
     def state(self) -> DomainState:
-        return self._state(self.native_info())
-
-    def _state(self, info: Any) -> DomainState:
-        state, _reason = state_of(info)
-        return (
-            DomainState.INCOMING
-            if self._wiring is not None and state is DomainState.PAUSED
-            else state
-        )
+        return state_of(self.native_info(), restoring=self._wiring is not None)[0]
 
     def config(self) -> DomainConfig:
         info = self.native_info()
@@ -236,10 +233,12 @@ class XenDomain(Domain):
         """Return how the domain ended, from a remnant of the domain.  The remnant exists for as
         long as a process maps one of its pages, as the domain's pager does.
         """
-        info = ffi.new("struct xen_info *")
-        rc = lib.xen_domain_info(self._xen, self.domid, info)
-        known = rc == 0 and info.dying and info.shutdown
-        return ENDS.get(info.shutdown_reason, End.CRASHED) if known else End.DESTROYED
+        info = self._remnant()
+        return End.DESTROYED if info is None else end_of(info)
+
+    def has_run(self) -> bool:
+        info = self._remnant()
+        return info is not None and bool(info.cpu_ns)
 
     def destroy(self) -> None:
         self.native_info()

@@ -13,20 +13,13 @@ import shutil
 import subprocess
 from typing import Any
 
-from xenbackend.contract import Domain, DomainInfo, DomainState, End
+from xenbackend.contract import Domain, DomainInfo
 from xenbackend.errors import XenError
 from xenbackend.libxenctrl._xen import ffi, lib
 from xenbackend.libxenctrl.preflight import HostFacts
+from xenbackend.libxenctrl.states import state_of
 
 LIST_BATCH = 64
-SHUTDOWN_POWEROFF, SHUTDOWN_REBOOT, SHUTDOWN_SUSPEND, SHUTDOWN_CRASH = range(4)
-"""xen/include/public/sched.h"""
-ENDS = {
-    SHUTDOWN_POWEROFF: End.SHUT_DOWN,
-    SHUTDOWN_REBOOT: End.REBOOTED,
-    SHUTDOWN_SUSPEND: End.SUSPENDED,
-}
-"""The ends of domains that were shut down for a reason.  Any other reason is a crash."""
 XL_TIMEOUT_S = 60
 DEVICES = ("vbd", "vif", "pci", "9pfs", "pvcalls", "vfb", "vkb", "vtpm", "vusb", "vdispl", "vsnd")
 """The kinds of devices that libxl may give a domain, except consoles."""
@@ -37,16 +30,6 @@ def check(operation: str, rc: int) -> int:
     if rc < 0:
         raise XenError(operation, -rc)
     return rc
-
-
-def state_of(info: Any) -> tuple[DomainState, str]:
-    """Return the state in a ``struct xen_info``, and why the domain crashed."""
-    if info.shutdown and info.shutdown_reason == SHUTDOWN_SUSPEND:
-        return DomainState.SUSPENDED, ""
-    if info.shutdown:
-        crashed = info.shutdown_reason == SHUTDOWN_CRASH
-        return DomainState.CRASHED, "the guest crashed" if crashed else "the guest has shut down"
-    return DomainState.PAUSED if info.paused else DomainState.RUNNING, ""
 
 
 class XenHost:
@@ -90,9 +73,11 @@ class XenHost:
             first = batch[n - 1].domid + 1
         return found
 
-    def describe(self, info: Any, nr_pfns: int) -> DomainInfo:
-        """Return the description of a domain from its ``struct xen_info``."""
-        state, reason = state_of(info)
+    def describe(self, info: Any, nr_pfns: int, *, restoring: bool = False) -> DomainInfo:
+        """Return the description of a domain from its ``struct xen_info``.  ``restoring`` is that
+        of :func:`state_of`.
+        """
+        state, reason = state_of(info, restoring=restoring)
         name = self.store_read(f"/local/domain/{info.domid}/name") or ""
         handle = bytes(ffi.buffer(info.handle))
         return DomainInfo(

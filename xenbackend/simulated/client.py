@@ -173,6 +173,9 @@ class SimulatedDomain(Domain):
             return ends.get(dom.crash, End.CRASHED)
         return End.SUSPENDED if dom.ended_suspended else End.DESTROYED
 
+    def has_run(self) -> bool:
+        return bool(self._map.dom.ever_ran)
+
     def destroy(self) -> None:
         self.info()
         self._release_all()

@@ -40,7 +40,6 @@ class HostedDomain:
         self.handle = spec.handle
         self.spec = spec
         self.config = config
-        self.ever_ran = False
         self.suspended = False
         self.paused = 0
         """How often clients have paused the domain."""
@@ -98,7 +97,7 @@ class HostedDomain:
         self.p2m[pfns.start : at // PAGE_SIZE] |= np.uint32(lib.P2M_TOUCHED)
 
     def start(self) -> None:
-        self.ever_ran = True
+        self.dom.ever_ran = True
         self.suspended = False
         rc = lib.sim_host_resume_guest(self.native)
         lib.sim_host_unpause(self.native)
@@ -126,10 +125,11 @@ class HostedDomain:
     @property
     def state(self) -> DomainState:
         if self.dom.crash:
-            return DomainState.CRASHED
+            ended = self.dom.crash in (lib.CRASH_SHUT_DOWN, lib.CRASH_REBOOTED)
+            return DomainState.SHUT_DOWN if ended else DomainState.CRASHED
         if self.suspended:
             return DomainState.SUSPENDED
-        if not self.ever_ran:
+        if not self.dom.ever_ran:
             return DomainState.INCOMING
         return DomainState.PAUSED if self.paused else DomainState.RUNNING
 
@@ -163,7 +163,7 @@ class HostedDomain:
     def set_context(self, context: bytes) -> None:
         try:
             vcpus, balloon_steps = msgpack.unpackb(context)
-            if self.ever_ran or len(vcpus) != self.dom.nr_vcpus:
+            if self.dom.ever_ran or len(vcpus) != self.dom.nr_vcpus:
                 raise ValueError
             for vcpu, (count, errors, first_error_pfn, vcpu_info_pfn) in enumerate(vcpus):
                 if vcpu_info_pfn >= self.dom.nr_pfns:

@@ -21,6 +21,7 @@ int xen_facts(struct xen_host *h, struct xen_facts *out);
 
 struct xen_info {
     uint64_t tot_pages, max_pages, paged_pages, shared_info_gfn;
+    uint64_t cpu_ns;                        /* for which its vCPUs have run */
     uint32_t domid, vcpus, hvm, hap, paused, dying;
     uint32_t shutdown, shutdown_reason;     /* SHUTDOWN_* */
     uint32_t emulation_flags, misc_flags, gpaddr_bits, pad;

@@ -77,7 +77,7 @@ static struct xen_info info_of(const xc_domaininfo_t *info)
     struct xen_info out = {
         .tot_pages = info->tot_pages, .max_pages = info->max_pages,
         .paged_pages = info->paged_pages, .shared_info_gfn = info->shared_info_frame,
-        .domid = info->domain,
+        .cpu_ns = info->cpu_time, .domid = info->domain,
         .vcpus = info->max_vcpu_id == XEN_INVALID_MAX_VCPU_ID ? 0 : info->max_vcpu_id + 1,
         .hvm = !!(info->flags & XEN_DOMINF_hvm_guest), .hap = !!(info->flags & XEN_DOMINF_hap),
         .paused = !!(info->flags & XEN_DOMINF_paused), .dying = !!(info->flags & XEN_DOMINF_dying),

@@ -89,6 +89,7 @@ struct sim_domain {
     uint64_t untracked;        /* a frame was added since log-dirty was cleaned (see above) */
     uint64_t balloon_steps;    /* pages that vCPU 0 has given away or taken back: of the context */
     uint64_t ended_suspended;  /* the domain was suspended when it was destroyed */
+    uint64_t ever_ran;         /* the guest has been started here */
     uint64_t overlaid;         /* frames that the guest got for pfns that still had memory */
     uint64_t paged_pages;
     uint64_t spurious_responses;   /* responses to a vCPU that did not wait */
