@@ -38,15 +38,16 @@ Recommends: xen-utils-{xen}, xen-hypervisor-common
 Suggests: xen-postcopy
 Installed-Size: {size}
 Description: Xen hypervisor with memory paging
- Debian's Xen {xen} built with memory paging, which postcopy live migration needs
- at its destination, and with the operation populate_evicted of xen-postcopy.
- It is installed beside the hypervisor of Debian, and booted from an entry of its
- own in the menu of GRUB.  Xen has no security support for memory paging.
+ Debian's Xen {xen} built with memory paging, which postcopy live migration
+ needs at its destination, and with populate_evicted of xen-postcopy. It is
+ installed beside the hypervisor of Debian, and booted from an entry of its own
+ in the menu of GRUB. Xen has no security support for memory paging.
 """
 CHANGELOG = """\
 xen ({version}) {codename}; urgency=medium
 
-  * Build only the hypervisor, with memory paging and {patch}.
+  * Build only the hypervisor, with memory paging and with
+    {patch}.
 
  -- {maintainer}  {date}
 
