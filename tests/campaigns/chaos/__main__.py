@@ -5,7 +5,8 @@ tests.campaigns.chaos``.
 A trial is a random guest, strategy and bandwidth between two pairs of processes, over a relay, and
 one to three faults: a daemon killed or stopped, the link cut, silent, slow or damaging, a journal
 that is damaged or cannot be written, a hostile peer, a second migration, an operator's command or
-decision (``faults.py``, ``left.py``, ``operators.py``, ``decisions.py``).  The trial ends with the
+decision, a pause (``faults.py``, ``left.py``, ``operators.py``, ``decisions.py``,
+``adjusting.py``).  The trial ends with the
 guest running in exactly one place, where every byte is verified, and with daemons that only the
 campaign has ended.  A trial that fails is printed with its seed; ``--seed`` with ``--trials 1``
 repeats it, except for the timing of threads.
@@ -23,6 +24,7 @@ import trio
 
 from migrate.cli.world import World
 from migrate.errors import MigrationError
+from tests.campaigns.chaos.adjusting import ADJUSTING
 from tests.campaigns.chaos.decisions import DECISIONS
 from tests.campaigns.chaos.faults import FAULTS
 from tests.campaigns.chaos.left import LEFT
@@ -34,7 +36,7 @@ from tests.support import zygote
 from tests.support.links import link
 from xenbackend.errors import XenError
 
-ALL = FAULTS + LEFT + OPERATORS + DECISIONS
+ALL = FAULTS + LEFT + OPERATORS + DECISIONS + ADJUSTING
 HOST_BYTES = 512 * MIB
 TRIALS_OF_A_WORLD = 25
 NOBODY = ("127.0.0.1", 1)

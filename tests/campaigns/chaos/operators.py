@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import re
 import uuid
+from typing import Any
 
 import trio
 
 from migrate.control.client import ENDED
 from migrate.errors import MigrationError, UnknownMigrationError
+from tests.campaigns.chaos import adjusting
 from tests.campaigns.chaos.trial import Fault, Line, Trial
 from tests.campaigns.chaos.world import LostError
 
 NO_REASON = re.compile(r"internal error|bad request|^.{0,9}$")
-COMMANDS = ("show", "reconnect", "cancel", "postcopy-now", "decide here", "decide elsewhere")
+COMMANDS = (
+    "show", "reconnect", "cancel", "postcopy-now", "decide here", "decide elsewhere",
+    *adjusting.COMMANDS,
+)  # fmt: skip
 ACTS = "acts"
 BEFORE, SWITCHOVER, AFTER, END = (
     "before the switchover",
@@ -37,22 +42,32 @@ GROUPS = {
 out.
 """
 ENDING = {
+    "pause": "has ended",
+    "resume": "has ended",
+    "set": "has ended",
     "reconnect": "has ended|acts",
     "cancel": "has ended",
     "postcopy-now": "has ended",
     "decide": "has ended",
 }
+ASK_SENDER = dict.fromkeys(("postcopy-now", "pause", "resume", "set"), "ask the sender")
 ANSWERS = {
     ("sender", BEFORE): {
         "reconnect": "nothing to reconnect",
         "cancel": ACTS,
         "decide": "guest belongs here",
-        "postcopy-now": "acts|--strategy precopy|past its precopy",
+        "postcopy-now": "acts|--strategy precopy|past its precopy|is paused",
+        "pause": "acts|is paused already|in its switchover",
+        "resume": "acts|is not paused",
+        "set": "acts|too late for",
     },
     ("sender", AFTER): {
         "reconnect": "acts|nothing to reconnect|reconnecting does not help",
         "cancel": "too late",
         "postcopy-now": "--strategy precopy|past its precopy",
+        "pause": "acts|is paused already|in its switchover|nothing to pause",
+        "resume": "acts|is not paused|nothing to resume",
+        "set": "acts|too late for|nothing to change",
         "decide": "are connected|reported that .* runs there|already",
     },
     ("sender", END): ENDING,
@@ -60,15 +75,15 @@ ANSWERS = {
         "reconnect": "nothing to reconnect",
         "cancel": "acts|taken up|resumed",
         "decide": "belongs to the source|taken up|resumed",
-        "postcopy-now": "ask the sender",
+        **ASK_SENDER,
     },
     ("receiver", AFTER): {
         "reconnect": "nothing to reconnect|the source dials",
         "cancel": "too late|taken up|resumed",
         "decide": "nothing to decide|taken up|resumed",
-        "postcopy-now": "ask the sender",
+        **ASK_SENDER,
     },
-    ("receiver", END): {**ENDING, "postcopy-now": "ask the sender"},
+    ("receiver", END): {**ENDING, **ASK_SENDER},
 }
 """The answers to a command, by the end and by the group of its phase.  In the switchover the answer
 of either group may come.
@@ -162,11 +177,14 @@ async def onward_migration(trial: Trial) -> None:
 # ---- commands ----
 def ask(trial: Trial, which: str, what: str, name: str) -> str:
     """Return :data:`ACTS`, or the answer."""
-    word, _space, where = what.partition(" ")
+    word, _space, how = what.partition(" ")
+    more: dict[str, Any] = {}
+    if word == "decide":
+        more["here"] = how == "here"
+    elif word == "set":
+        more["values"] = adjusting.SETTINGS[how]
     try:
-        answer = trial.world.ask(
-            which, command=word, migration=name, **({"here": where == "here"} if where else {})
-        )
+        answer = trial.world.ask(which, command=word, migration=name, **more)
     except UnknownMigrationError:
         return "unknown"
     except MigrationError as error:

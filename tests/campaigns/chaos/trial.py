@@ -79,6 +79,14 @@ class Decision:
         return f"{self.at}: decide {where}{force}"
 
 
+def time_limit(r: random.Random, strategy: str) -> dict[str, Any]:
+    """Return the time limit of a migration, or of most migrations none."""
+    if r.random() < 0.7:
+        return {}
+    actions = ["cancel", "suspend", *(["postcopy"] if strategy != "precopy" else [])]
+    return {"timeout_s": r.choice([0.001, r.uniform(0.01, 0.5)]), "on_timeout": r.choice(actions)}
+
+
 @dataclass
 class Trial:
     """One trial.  ``seed`` determines everything that the trial can determine."""
@@ -139,6 +147,8 @@ class Trial:
             )
         if r.random() < WITH_HOLE:
             self.spec = replace(self.spec, mmio_hole_bytes=r.choice([memory, 1024 * MIB]))
+        self.postcopy_bandwidth = r.choice([None, None, 0, 32 * MIB])
+        self.policy = {"max_rounds": 2, **time_limit(r, self.strategy)}
         self.id = ""
         """The identifier of the first migration."""
 
@@ -148,7 +158,8 @@ class Trial:
             f"seed {self.seed}: {spec.memory_bytes // MIB} MiB, a hole of "
             f"{spec.mmio_hole_bytes // MIB} MiB, {spec.vcpus} vCPUs, "
             f"{spec.workload}, {self.strategy}, balloon of {spec.balloon_pages} pages, bandwidth "
-            f"{self.bandwidth}, checkpoints {self.checkpoint_every_s}, "
+            f"{self.bandwidth} and {self.postcopy_bandwidth}, {self.policy}, checkpoints "
+            f"{self.checkpoint_every_s}, "
             f"{'TLS' if self.world.tls else 'no TLS'}, "
             f"{'another guest beside' if self.beside else 'alone'}; {', '.join(self.faults)}"
         )
@@ -211,8 +222,9 @@ class Trial:
         """
         return {
             "command": "migrate", "domain": domain, "destination": f"127.0.0.1:{port}",
-            "strategy": self.strategy, "bandwidth": self.bandwidth, "policy": {"max_rounds": 2},
+            "strategy": self.strategy, "bandwidth": self.bandwidth, "policy": self.policy,
             "checkpoint_every_s": self.checkpoint_every_s,
+            "postcopy_bandwidth": self.postcopy_bandwidth,
         }  # fmt: skip
 
     def _begin(self) -> None:
@@ -324,6 +336,8 @@ class Trial:
                 await self.answered(self._clean_up, mine)
             for which, lines in mine.items():
                 for line in lines:
+                    if line.get("paused"):
+                        await self.answered(self._resume, which, line["id"])
                     with contextlib.suppress(MigrationError):
                         decided = await self.answered(self._encourage, which, line["id"])
                         if decided and self.kill_decided:
@@ -332,6 +346,10 @@ class Trial:
                             self.faults.append("sender killed after the decision")
                             await self.kill("sender")
             await trio.sleep(0.05)
+
+    def _resume(self, which: str, migration: str) -> None:
+        with contextlib.suppress(MigrationError):  # the migration may have ended meanwhile
+            self.world.ask(which, command="resume", migration=migration)
 
     def _loss_is_known(self, mine: dict[str, list[Line]]) -> bool:
         """Whether the sender has reported to the receiver that pages are lost."""
@@ -475,7 +493,8 @@ class Trial:
             (here, *_earlier) = reversed(at_source)
             if where == ("destination" if here else "source"):
                 raise LostError(f"the guest is at the {where}, but {self.decisions}")
-        if not self.nobody_may_notice or self.cancelled or self.again:
+        may_end_early = self.policy.get("on_timeout") == "cancel"
+        if not self.nobody_may_notice or self.cancelled or self.again or may_end_early:
             return
         if where != "destination":
             raise LostError(f"what must not be noticed kept it at the {where}")

@@ -278,6 +278,18 @@ class XlTrial:
                         domain.unpause()
                     return
 
+    def pause_copying(self) -> None:
+        """Pause copying and resume it, also if the sender is killed meanwhile."""
+        with contextlib.suppress(MigrationError):  # it may be too late
+            self._world.ask("sender", command="pause", migration=self.spec.name)
+        time.sleep(self._random.choice([0, self._random.uniform(0, 1)]))
+        with self._killing:
+            self._resume_copying()
+
+    def _resume_copying(self) -> None:
+        with contextlib.suppress(MigrationError):
+            self._world.ask("sender", command="resume", migration=self.spec.name)
+
     def set_memory(self) -> None:
         """The balloon, which is held during a migration, moves until the sender notices."""
         for _ in range(self._random.choice([1, 5])):
@@ -401,4 +413,5 @@ FAULTS: dict[str, Callable[[XlTrial], object]] = {
     "link silent": XlTrial.silence,
     "paused": XlTrial.pause,
     "memory set": XlTrial.set_memory,
+    "copying paused": XlTrial.pause_copying,
 }
