@@ -86,9 +86,12 @@ class PushLane:
         sent: Sent,
         announce: Announce = announce,
         stops: Stops = never,
+        stop: threading.Event | None = None,
     ) -> None:
-        """Call :meth:`send_all` in a thread."""
-        stopping = threading.Event()
+        """Call :meth:`send_all` in a thread, until ``stops`` returns true or ``stop`` is set.
+        Cancellation sets ``stop``, so ``sent`` may wait for it.
+        """
+        stopping = stop or threading.Event()
 
         def is_over() -> bool:
             return stopping.is_set() or stops()

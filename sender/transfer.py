@@ -178,7 +178,7 @@ class Transfer:
                 backlog.batches(SLOW_PACE_PAGES),
                 lambda pfns, message: sent(pfns, message) and pace.continues(),
                 announce,
-                pace.over.is_set,
+                stop=pace.over,
             )
 
     async def _decided(self) -> None:

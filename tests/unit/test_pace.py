@@ -3,12 +3,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
+import trio
 
+from migrate.protocol import messages as m
+from migrate.protocol.pfns import pfn_array
 from sender.pace import PAUSE, SlowPace
+from sender.push import PushLane
+from sender.statistics import SenderStatistics
+from sender.throttle import Throttle
+from tests.support.waiting import WAIT_S
+from xenbackend.pages import MappedPages, PfnArray
 
 
 class Waits(threading.Event):
@@ -66,3 +78,33 @@ def test_a_decision_ends_a_pause() -> None:
     waits.now = 7.0
     assert not pace.continues()
     assert waits.now == 7.0
+
+
+@contextlib.contextmanager
+def mapped(pfns: PfnArray) -> Iterator[Any]:
+    yield SimpleNamespace(data=b"", status=np.zeros(len(pfns)))
+
+
+async def test_a_push_that_is_cancelled_does_not_wait_for_the_destination() -> None:
+    """Found by chaos: the destination was killed, xl had decided against it, and the sender waited
+    for what was in transit.
+    """
+    connection: Any = SimpleNamespace(send_blocking=lambda *_message: 0, shut=lambda: None)
+    session: Any = SimpleNamespace(sent=lambda *_message: None)
+    domain: Any = SimpleNamespace(map_pages=mapped)
+    push = PushLane(connection, session, domain, Throttle(None), SenderStatistics())
+    pace, waiting = SlowPace(lambda: 256), threading.Event()
+
+    def sent(_pfns: PfnArray, _message: m.Pages) -> bool:
+        waiting.set()
+        return pace.continues()
+
+    def announce(pfns: PfnArray, _mapped: MappedPages) -> m.Pages:
+        return m.Pages(pfns)
+
+    with trio.fail_after(WAIT_S):
+        async with trio.open_nursery() as nursery:
+            batches = iter([pfn_array([1]), pfn_array([2])])
+            nursery.start_soon(lambda: push.send_batches(batches, sent, announce, stop=pace.over))
+            await trio.to_thread.run_sync(waiting.wait, WAIT_S)
+            nursery.cancel_scope.cancel()
