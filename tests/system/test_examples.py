@@ -57,6 +57,7 @@ ELSEWHERE = {
     ".venv/bin/python -m tests.campaigns.underload -- ": "stage underload",
     ".venv/bin/python -m pip install pre-commit": "a contributor, with a network",
     "sender                                   receiver": "no commands",
+    "web: precopy, round 2, ": "no commands",
 }
 """The first words of a block, and what runs it."""
 OF_THE_SYSTEM = re.compile(r"\b(apt|apt-get|dpkg|systemctl|xl|virsh|update-grub|reboot)\s")
