@@ -5,16 +5,20 @@ is refused with a reason; the records state what has happened; nothing is left o
 
 from __future__ import annotations
 
+import signal
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from tests.support.keepers import keepers
 from tests.support.labs import until
+from tests.xenlab.dom0.daemons import daemons
 from tests.xenlab.dom0.guests import WAIT_S, Guest, guest, xl
 from tests.xenlab.dom0.host import (
     PATCHED,
     Host,
+    arrived,
     check_heartbeat,
     host,
     slow,
@@ -24,12 +28,24 @@ from xenbackend.contract import DomainState
 
 __all__ = ["host", "slow"]
 
-RESTARTS = 'on_reboot = "restart"\n'
+PAGING_ONLY = pytest.mark.hypervisors("paging")
+"""How pages are evicted makes no difference to these tests."""
+RESTARTS, STAYS = 'on_reboot = "restart"\n', 'on_poweroff = "preserve"\n'
 
 
 def state(host: Host, name: str) -> DomainState:
     with host.xen.open(int(xl("domid", name))) as domain:
         return domain.state()
+
+
+def run_time_ns(host: Host, name: str) -> int:
+    """Return for how long the guest has run at the present host."""
+    with host.xen.open(int(xl("domid", name))) as domain:
+        return int(domain.native_info().cpu_ns)
+
+
+def missing(host: Host) -> int:
+    return int(host.lines("receiver")[-1]["outstanding"])
 
 
 def check_nothing_is_left(host: Host, *domids: int) -> None:
@@ -54,19 +70,51 @@ def wait_for_end(host: Host, problem: str) -> None:
 
 
 # ---- while pages are missing ----
+@PAGING_ONLY
+def test_a_guest_that_is_paused_gets_its_memory_and_stays_paused(
+    host: Host, tmp_path: Path
+) -> None:
+    """Also if the receiver is restarted meanwhile."""
+    with daemons(tmp_path, '[migration]\nbandwidth = "2M"\n') as pair:
+        here = Host(tmp_path, host.xen)
+        with here.lacking_pages("adm2"):
+            xl("pause", "adm2")
+            before_ns = run_time_ns(here, "adm2")
+            pair.kill("receiver")
+            pair.start("receiver")
+            here.wait_for("postcopy")
+            assert missing(here) > 0
+            here.wait_for("completed")
+            assert state(here, "adm2") is DomainState.PAUSED
+            assert run_time_ns(here, "adm2") == before_ns > 0
+            xl("unpause", "adm2")
+            check_heartbeat(arrived("adm2"))
+            here.check_clean("adm2")
+
+
+@PAGING_ONLY
+def test_a_guest_that_xl_leaves_paused_gets_its_memory(slow: Host) -> None:
+    """``xl migrate -p``."""
+    with guest("adm3") as made:
+        made.wait_for_heartbeats(2)
+        slow.migrate("adm3", receive="xl migrate-receive -p", XEN_POSTCOPY_STRATEGY="postcopy")
+        slow.wait_for("completed")
+        assert state(slow, "adm3") is DomainState.PAUSED
+        assert run_time_ns(slow, "adm3") == 0
+        xl("unpause", "adm3")
+        check_heartbeat(arrived("adm3"))
+        slow.check_clean("adm3")
+
+
 @PATCHED
-def test_a_guest_is_destroyed_while_pages_are_missing(slow: Host) -> None:
+@pytest.mark.parametrize(
+    ("command", "problem"),
+    [("destroy", "its domain was destroyed"), ("shutdown", "it has shut down")],
+)
+def test_a_guest_ends_while_pages_are_missing(slow: Host, command: str, problem: str) -> None:
     with slow.lacking_pages("adm4"):
-        xl("destroy", "adm4")
-        wait_for_end(slow, "its domain was destroyed")
-        check_nothing_is_left(slow)
-
-
-@PATCHED
-def test_a_guest_shuts_down_while_pages_are_missing(slow: Host) -> None:
-    with slow.lacking_pages("adm5"):
-        xl("shutdown", "adm5")
-        wait_for_end(slow, "it has shut down")
+        xl(command, "adm4")
+        wait_for_end(slow, problem)
         check_nothing_is_left(slow)
 
 
@@ -84,7 +132,36 @@ def test_a_guest_reboots_while_pages_are_missing(slow: Host) -> None:
         check_nothing_is_left(slow, now.domid)
 
 
+@PATCHED
+def test_a_sender_that_is_stopped_waits_for_the_last_page(host: Host, tmp_path: Path) -> None:
+    with daemons(tmp_path, '[migration]\nbandwidth = "2M"\n') as pair:
+        here = Host(tmp_path, host.xen)
+        with here.lacking_pages("adm7"):
+            pair.send_signal("sender", signal.SIGTERM)
+            log = tmp_path / "sender.log"
+            until(
+                lambda: "waiting for guests elsewhere: adm7" in log.read_text(),
+                "it does not wait",
+                WAIT_S,
+            )
+            assert missing(here) > 0
+            assert pair.wait("sender") == 0
+            until(lambda: pair.phase("receiver") == "completed", "pages are missing", WAIT_S)
+            check_heartbeat(arrived("adm7"))
+            here.check_clean("adm7")
+
+
 # ---- before the handover ----
+@PATCHED
+def test_a_guest_that_has_shut_down_is_refused_with_a_reason(slow: Host) -> None:
+    with guest("adm10", extra=STAYS) as made:
+        made.wait_for_heartbeats(2)
+        xl("shutdown", "adm10")
+        until(lambda: state(slow, "adm10") is DomainState.SHUT_DOWN, "it does not end", WAIT_S)
+        with pytest.raises(RuntimeError, match="is shut down: only a running guest can be"):
+            slow.migrate("adm10")
+
+
 @PATCHED
 def test_a_paused_guest_is_refused_with_a_reason(slow: Host) -> None:
     with guest("adm8") as made:

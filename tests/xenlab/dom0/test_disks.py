@@ -6,6 +6,7 @@ neither fail nor read anything but what was written.
 from __future__ import annotations
 
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -35,6 +36,10 @@ OF_XEN = 20
 """The pages of a guest with one vCPU that belong to the pinned set, at most."""
 LEFT_S = 12
 """Of the 32 s for which dom0 waits for a missing page."""
+ENDS_OF_PRECOPY = {"stop-and-copy": "downtime_target_ms = 3600000", "postcopy": 'bandwidth = "8M"'}
+"""How precopy ends, with the configuration for that.  An hour is enough for any rest.  Postcopy
+follows if an administrator does not let the policy choose.
+"""
 
 
 @PAGING
@@ -98,3 +103,24 @@ def test_a_link_that_is_silent_for_20_s_costs_no_request(host: Host, tmp_path: P
         here.wait_for("completed")
         check_disk(now)
         check_heartbeat(now)
+
+
+@PATCHED
+@pytest.mark.parametrize("end", ENDS_OF_PRECOPY)
+def test_hybrid_costs_no_request_however_precopy_ends(host: Host, tmp_path: Path, end: str) -> None:
+    configuration = f"[migration]\n{ENDS_OF_PRECOPY[end]}\n"
+    with guest_with_disk("disk5"), daemons(tmp_path, configuration) as pair:
+        here = Host(tmp_path, host.xen)
+        with ThreadPoolExecutor() as pool:
+            migrating = pool.submit(here.migrate, "disk5", XEN_POSTCOPY_STRATEGY="hybrid")
+            if end == "postcopy":
+                here.wait_for_precopy()
+                pair.ask("sender", command="postcopy-now", migration="disk5")
+            migrating.result()
+        now = arrived("disk5")
+        check_disk(now)
+        here.wait_for("completed")
+        check_disk(now)
+        check_heartbeat(now)
+        here.check_clean("disk5")
+        assert bool(here.details("sender")["switchover"]["missing_pages"]) == (end == "postcopy")
