@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ import pytest
 from tests.support.keepers import keepers
 from tests.support.labs import until
 from tests.xenlab.dom0.daemons import daemons
-from tests.xenlab.dom0.guests import WAIT_S, Guest, guest, xl
+from tests.xenlab.dom0.devices import check_disk, disk, guest_with_devices, vif
+from tests.xenlab.dom0.guests import WAIT_S, Guest, guest, run, xl
 from tests.xenlab.dom0.host import (
     PATCHED,
     Host,
@@ -24,12 +26,17 @@ from tests.xenlab.dom0.host import (
     slow,
 )
 from tests.xenlab.dom0.lab import remnants
+from tests.xenlab.dom0.traffic import Traffic
 from xenbackend.contract import DomainState
 
 __all__ = ["host", "slow"]
 
 PAGING_ONLY = pytest.mark.hypervisors("paging")
 """How pages are evicted makes no difference to these tests."""
+CONNECTED = "4"
+"""``XenbusStateConnected`` (xen/include/public/io/xenbus.h)."""
+SECOND_DISK, SECOND_VIF = "51728", "1"
+"""The numbers of xvdb and of the second interface in xenstore."""
 RESTARTS, STAYS = 'on_reboot = "restart"\n', 'on_poweroff = "preserve"\n'
 
 
@@ -70,6 +77,46 @@ def wait_for_end(host: Host, problem: str) -> None:
 
 
 # ---- while pages are missing ----
+@PAGING_ONLY
+def test_devices_come_and_go_while_pages_are_missing(host: Host, tmp_path: Path) -> None:
+    def wait_for_device(kind: str, number: str) -> None:
+        front_end = f"/local/domain/{now.domid}/device/{kind}/{number}/state"
+        until(
+            lambda: run("xenstore-read", front_end).strip() == CONNECTED,
+            f"the guest does not use {kind} {number}",
+            WAIT_S,
+        )
+
+    with (
+        daemons(tmp_path, '[migration]\nbandwidth = "512K"\n'),
+        guest_with_devices("adm1"),
+        closing(Traffic()) as traffic,
+        disk("adm1-second", "xvdb") as second,
+    ):
+        here = Host(tmp_path, host.xen)
+        here.migrate("adm1", XEN_POSTCOPY_STRATEGY="postcopy")
+        here.wait_for("postcopy")
+        now = arrived("adm1")
+        # Linux does not notice a device that is attached before it has connected its first ones.
+        check_disk(now)
+        traffic.check(now)
+        xl("rename", "adm1", "adm1-renamed")
+        xl("rename", "adm1-renamed", "adm1")
+        xl("block-attach", "adm1", second)
+        xl("network-attach", "adm1", *vif(1).split(","))
+        wait_for_device("vbd", SECOND_DISK)
+        wait_for_device("vif", SECOND_VIF)
+        xl("block-detach", "adm1", SECOND_DISK)
+        xl("network-detach", "adm1", SECOND_VIF)
+        assert missing(here) > 0
+        traffic.check(now)
+        here.wait_for("completed")
+        traffic.check(now)
+        check_disk(now)
+        check_heartbeat(now)
+        here.check_clean("adm1")
+
+
 @PAGING_ONLY
 def test_a_guest_that_is_paused_gets_its_memory_and_stays_paused(
     host: Host, tmp_path: Path
