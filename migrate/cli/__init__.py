@@ -107,7 +107,10 @@ def main() -> None:
     """The entry point."""
     from migrate.cli.text import echo
     from migrate.errors import InterruptedMigrationError, MigrationError, UnattendedMigrationError
+    from migrate.streams import open_standard_streams
     from xenbackend.errors import GuestOptionError, XenError
+
+    open_standard_streams()
 
     try:
         cli.main(standalone_mode=False)

@@ -284,5 +284,9 @@ def migrate_command(
             if error.progress is None:
                 raise
             raise unattended(socket_path, error.progress, json_path) from error
-    echo(summary(result), err=json_path == STDOUT)
     write_json(json_path, {"verified": None, **result})
+    try:
+        echo(summary(result), err=json_path == STDOUT)
+    except OSError as error:
+        about = "the migration is completed, but its summary cannot be printed"
+        raise MigrationError(f"{about}: {error.strerror}") from error

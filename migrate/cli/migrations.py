@@ -20,7 +20,7 @@ from migrate.cli.figures import how_it_is, table_of
 from migrate.cli.migrate import STAYS, in_words
 from migrate.cli.options import F, SocketPath, receiver_socket, sender_socket, socket_option
 from migrate.cli.progress import EventLines, ProgressDisplay, TableDisplay
-from migrate.cli.terminal import size_of
+from migrate.cli.terminal import size_of, wait_while_read
 from migrate.cli.text import echo, json_option, report
 from migrate.control.client import (
     ANSWER_S,
@@ -188,7 +188,7 @@ def _watch_all(socket_paths: tuple[Path, ...], with_past: bool, as_json: bool) -
     try:
         while True:
             display.show(_lines(answers), "; ".join(map(str, answers.silent)))
-            time.sleep(WATCH_EVERY_S if as_json else EVERY_S)
+            wait_while_read(sys.stdout, WATCH_EVERY_S if as_json else EVERY_S)
             try:
                 answers = _ask_all(socket_paths, starting_s=0, command="list", all=with_past)
             except MigrationError as error:  # the daemons may be started again
@@ -251,7 +251,7 @@ def watch_command(migration: str, socket_paths: tuple[Path, ...], as_json: bool)
                 break
             if not as_json:
                 display.show(line)
-            time.sleep(WATCH_EVERY_S)
+            wait_while_read(sys.stdout, WATCH_EVERY_S)
     finally:
         display.close()
     if line["problem"].startswith(CANCELLED):

@@ -9,7 +9,10 @@ are cut off by the terminal, because its size may change while a line is written
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import select
 from collections.abc import Sequence
 from typing import TextIO
 
@@ -32,6 +35,16 @@ def size_of(stream: TextIO) -> os.terminal_size:
     except (OSError, ValueError):
         found = os.terminal_size((0, 0))
     return os.terminal_size((found.columns or 80, found.lines or 24))
+
+
+def wait_while_read(stream: TextIO, seconds: float) -> None:
+    """Wait so long.  Raises ``BrokenPipeError`` at once if the reader of the stream has ended, as
+    ``head`` does: the next line may come much later.
+    """
+    ended = select.poll()
+    ended.register(stream.fileno(), 0)  # a pipe without a reader has POLLERR
+    if any(events & select.POLLERR for _fd, events in ended.poll(seconds * 1000)):
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
 class Area:
@@ -65,5 +78,6 @@ class Area:
             self._drawn = False
 
     def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
+        with contextlib.suppress(OSError):  # progress that cannot be shown is no failure
+            self._stream.write(text)
+            self._stream.flush()

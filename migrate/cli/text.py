@@ -7,6 +7,7 @@ such a text contains.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -33,7 +34,11 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[object]], *, numbers: s
 
 
 def echo(text: Any, *, err: bool = False) -> None:
-    click.echo(printable(str(text)) if text else "", err=err)
+    """Print a line.  Raises ``OSError`` if standard output cannot be written.  If standard error
+    cannot be written, nothing is raised, because that changes no exit status.
+    """
+    with contextlib.suppress(*[OSError] * err):
+        click.echo(printable(str(text)) if text else "", err=err)
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="As JSON.")

@@ -7,7 +7,9 @@ entry counts.  The file is erased when nothing is left to do for the migration.
 
 An entry is one write to a file that is open already, because a guest is suspended during some of
 these writes.  An entry begins with a newline, so that a remainder of the entry before it, cut off
-by a full disk, stays on a line of its own.
+by a full disk, stays on a line of its own.  An entry ends with its checksum.  If the last entry is
+neither whole nor cut off, the file is damaged, and no entry of the file counts: by an earlier entry
+a sender would resume a guest that it has handed over.
 
 Nothing is synced, because the journal is for a process that dies.  When the host dies, its domains
 are gone as well; entries of an earlier boot are ignored.
@@ -21,6 +23,9 @@ import fcntl
 import json
 import logging
 import os
+import re
+import stat
+import zlib
 from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +50,10 @@ FACTS: dict[str, tuple[type, ...]] = {
 }  # fmt: skip
 """The facts that both ends note, with the types of their values."""
 MAX_DOMID = 0x7FFF
+MAX_BYTES = 64 * 2**20
+"""More than the entries of one migration have."""
+WITH_SUM = re.compile(r'(.*), "sum": ([0-9]{1,10})\}')
+DAMAGED = "its last entry is damaged"
 HANDLE_DIGITS = 32
 
 
@@ -111,7 +120,7 @@ class Journal:
 
         Raises :class:`MigrationError` if the entry cannot be written and is ``needed``.
         """
-        entry = ("\n" + json.dumps({"boot": self._boot, **facts})).encode()
+        entry = _line(json.dumps({"boot": self._boot, **facts}))
         path = self._path(session)
         try:
             if session not in self._files:
@@ -179,7 +188,7 @@ class Journal:
         for path in sorted(self._directory.glob(f"*{SUFFIX}"), key=_written, reverse=True):
             session = path.name.removesuffix(SUFFIX)
             try:
-                facts = _last_entry(path.read_text())
+                facts = _last_entry(_text_of(path))
                 if facts["boot"] != self._boot:
                     log.warning(
                         "%s: the guest has ended with the host, which was restarted since", path
@@ -316,9 +325,46 @@ def _is_address(value: list[Any]) -> bool:
     return [type(part) for part in value] == [str, int] and 0 < value[1] < 2**16
 
 
+def _text_of(path: Path) -> str:
+    """Raises ``ValueError`` if the file is none that a journal has: opening a FIFO waits for a
+    writer, and a device has no end.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
+        raise ValueError("this is not a file with entries")
+    return path.read_text()
+
+
+def _line(entry: str) -> bytes:
+    """Return the line of an entry, with its checksum."""
+    return f'\n{entry[:-1]}, "sum": {zlib.crc32(entry.encode())}}}'.encode()
+
+
 def _last_entry(text: str) -> Any:
-    """Return the last entry that was written in full.  Raises ``ValueError`` if there is none."""
-    for line in reversed(text.splitlines()):
-        with contextlib.suppress(ValueError, RecursionError):
-            return json.loads(line)
+    """Return the last entry that was written in full.  Raises ``ValueError`` if there is none, or
+    if the file is damaged behind that entry.
+    """
+    for line in reversed(text.split("\n")):
+        try:
+            facts = json.loads(line)
+        except json.JSONDecodeError as error:
+            if not _is_cut_off(line, error):
+                raise ValueError(DAMAGED) from error
+            continue
+        except RecursionError as error:
+            raise ValueError(DAMAGED) from error
+        # Earlier releases wrote no checksum.
+        if (parts := WITH_SUM.fullmatch(line)) is not None:
+            if zlib.crc32(f"{parts[1]}}}".encode()) != int(parts[2]):
+                raise ValueError(DAMAGED)
+            del facts["sum"]
+        return facts
     raise ValueError("no entry in it")
+
+
+def _is_cut_off(line: str, error: json.JSONDecodeError) -> bool:
+    """Whether the line is the beginning of an entry: no byte of it is wrong."""
+    rest = line[error.pos :].strip()
+    if error.msg.startswith("Unterminated string"):
+        return not line.endswith("}")
+    return not rest or any(word.startswith(rest) for word in ("true", "false", "null", "-"))

@@ -15,6 +15,7 @@ import signal
 import stat
 import sys
 
+from migrate.streams import open_standard_streams
 from migrate.xl import libxl, stock
 from migrate.xl.libxl import Request
 
@@ -48,6 +49,7 @@ XEN_POSTCOPY_STOCK_HELPER
 
 def main() -> None:
     """The entry point.  Every error ends in an answer to libxl or in one line for the user."""
+    open_standard_streams()
     try:
         _help(sys.argv[1:])
     except Exception as error:

@@ -113,6 +113,14 @@ def test_a_reader_that_ends_is_no_error(world: World, name: str, under_way: Proc
             assert process.wait(WAIT_S) == 1
 
 
+def test_a_reader_that_ends_is_noticed_though_nothing_changes(world: World) -> None:
+    with start(world, "list", "--watch", stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(WAIT_S) == 1
+
+
 def test_the_table_is_watched_until_ctrl_c(world: World, name: str, under_way: Process) -> None:
     with closing(Screen(80)) as screen:
         with start(world, "list", "--watch", stdout=screen.stream) as process:

@@ -37,6 +37,40 @@ def test_the_last_entry_that_is_whole_counts(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+def test_a_damaged_last_entry_is_kept_and_no_earlier_one_counts(tmp_path: Path) -> None:
+    """By an earlier entry a sender would resume a guest that it has handed over.  A changed `boot`
+    looks like an entry of an earlier boot, which is erased.
+    """
+    journal, path = Journal(tmp_path), tmp_path / "session.json"
+    journal.write("session", {"step": "suspending", "dials": ["there", 1], "proven": True})
+    before = len(path.read_bytes())
+    journal.write("session", {"step": "handed over", "dials": ["there", 1], "proven": True})
+    whole = path.read_text()
+    end = whole.rindex(', "sum"')
+    damages = [whole[:at] + c + whole[at + 1 :] for at in range(before + 1, end) for c in "\0}7"]
+    damages += [whole[:before] + "\0" * (len(whole) - before), "\0" * len(whole)]
+    for damaged in damages:
+        if damaged == whole:
+            continue
+        path.write_text(damaged)
+        other = Journal(tmp_path)
+        assert other.entries() == {}, damaged
+        assert path.read_text() == damaged and "is damaged" in other.kept["session"].problem
+
+
+def test_what_is_no_file_delays_no_start(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.json")
+    (tmp_path / "folder.json").mkdir()
+    journal = Journal(tmp_path)
+    assert journal.entries() == {}
+    assert set(journal.kept) == {"fifo", "folder"}
+
+
+def test_an_entry_of_a_release_without_checksums_is_read(tmp_path: Path) -> None:
+    (tmp_path / "one.json").write_text(f'\n{{"boot": "{BOOT}", "step": "begun"}}')
+    assert Journal(tmp_path).entries()["one"]["step"] == "begun"
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [

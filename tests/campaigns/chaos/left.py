@@ -82,6 +82,7 @@ async def damaged_checkpoint(trial: Trial) -> None:
 # ---- a journal ----
 def last(entry: str) -> dict[str, Any]:
     facts: dict[str, Any] = json.loads(entry.splitlines()[-1])
+    facts.pop("sum", None)
     return facts
 
 
@@ -107,9 +108,17 @@ def with_unknown_keys(_random: Random, entry: str) -> str:
     return with_facts(entry, temperature=7, colours=["red"])
 
 
+def overwritten(random: Random, entry: str) -> str:
+    """Return the entries with one character changed in the facts of the last entry."""
+    at = random.randrange(entry.rindex("\n") + 1, entry.rindex(', "sum"'))
+    other = random.choice([c for c in "\0x7 }" if c != entry[at]])
+    return entry[:at] + other + entry[at + 1 :]
+
+
 DAMAGES: list[Callable[[Random, str], str]] = [
     of_another_release,
     cut_off,
+    overwritten,
     of_wrong_types,
     with_unknown_keys,
 ]

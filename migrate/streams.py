@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The standard streams of a process that was started without them."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+NAMES = ("stdin", "stdout", "stderr")
+
+
+def open_standard_streams() -> None:
+    """Open ``/dev/null`` for each standard stream that is closed.
+
+    Otherwise the next socket or file of the process gets the stream's number, and lines of the log
+    are written into it: into a connection to the hypervisor, to a peer, or into a journal.
+    """
+    for number, name in enumerate(NAMES):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+            os.set_inheritable(number, True)
+        if getattr(sys, name) is None:  # Python has found the stream closed
+            mode = "w" if number else "r"
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115

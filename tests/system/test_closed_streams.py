@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Commands and daemons whose standard streams are closed, or cannot be written."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from migrate.cli.world import World
+from tests.support.guests import busy
+from tests.support.labs import until
+from tests.support.waiting import WAIT_S
+
+PROGRAM = (sys.executable, "-m", "migrate.cli")
+
+
+def shell(redirection: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a command whose streams a shell redirects."""
+    script = f'exec "$@" {redirection}'
+    return subprocess.run(
+        ["sh", "-c", script, "sh", *PROGRAM, *map(str, arguments)],
+        capture_output=True, text=True, timeout=WAIT_S, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("redirection", ["2>&-", ">&- 2>&-", "<&- >&- 2>&-", "2>/dev/full"])
+def test_a_migration_that_completes_has_exit_status_0(
+    world: World, name: str, redirection: str
+) -> None:
+    world.source.create_guest(busy(name).to_bytes()).close()
+    ended = shell(
+        redirection, "migrate", name, f"127.0.0.1:{world.port}",
+        "--socket", world.directory / "sender.sock",
+    )  # fmt: skip
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert world.destination.open(name)
+
+
+def test_a_summary_that_cannot_be_printed_is_no_failed_migration(world: World, name: str) -> None:
+    world.source.create_guest(busy(name).to_bytes()).close()
+    ended = shell(
+        ">/dev/full", "migrate", name, f"127.0.0.1:{world.port}",
+        "--socket", world.directory / "sender.sock",
+    )  # fmt: skip
+    assert ended.returncode == 1
+    assert "the migration is completed, but its summary cannot be printed" in ended.stderr
+
+
+@pytest.mark.parametrize("arguments", [("list",), ("show", "none"), ("preflight",)])
+def test_a_closed_output_gives_no_traceback(world: World, arguments: tuple[str, ...]) -> None:
+    sockets = () if "preflight" in arguments else ("--socket", world.directory / "sender.sock")
+    assert "Traceback" not in shell(">&-", *arguments, *sockets).stderr
+
+
+def test_a_daemon_without_standard_streams_writes_its_log_nowhere(
+    world: World, tmp_path: Path
+) -> None:
+    """Its connection to the hypervisor got the number of standard error, and lines of the log."""
+    control = tmp_path / "sender.sock"
+    arguments = [
+        "sender", "--listen", "127.0.0.1:0", "--socket", control, "--state", tmp_path / "state",
+        "--simulated", world.directory / "source.sock",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *PROGRAM, *map(str, arguments)]
+    )
+    try:
+        until(control.exists, "it does not start")
+        streams = [os.readlink(f"/proc/{process.pid}/fd/{number}") for number in range(3)]
+        assert streams == [os.devnull] * 3
+    finally:
+        process.kill()
+        process.wait()
