@@ -106,6 +106,7 @@ class ControlClient:
         except BlockingIOError:
             raise self._silent() from None
         except OSError as error:
+            self.answer()  # raises the reason, if the daemon has refused this before it was sent
             raise DaemonGoneError(f"the daemon has ended: {error.strerror}") from error
 
     def answer(self, watched_fd: int | None = None) -> Json | None:

@@ -37,6 +37,7 @@ class Lane:
     """A lane on which the sender sends one message, and receives one."""
 
     received_at = 0.0
+    bytes_received = 0
 
     def __init__(self, message: m.Message):
         self._message = message

@@ -58,6 +58,10 @@ ELSEWHERE = {
     ".venv/bin/python -m pip install pre-commit": "a contributor, with a network",
     "sender                                   receiver": "no commands",
     "web: precopy, round 2, ": "no commands",
+    "xen-postcopy set GUEST ": (
+        "tests/system/test_adjusting.py::test_precopy_is_slowed_down_paused_and_resumed"
+    ),
+    "apt install python3-prometheus-client": "an administrator, with a network",
 }
 """The first words of a block, and what runs it."""
 OF_THE_SYSTEM = re.compile(r"\b(apt|apt-get|dpkg|systemctl|xl|virsh|update-grub|reboot)\s")
