@@ -19,6 +19,7 @@ DAEMONS = {
     "xen-postcopy-receiver.service": Path(RUN_DIRECTORY, "receiver.sock"),
 }
 """The control socket of each unit."""
+SYSTEMD = Path("/run/systemd/system")
 
 
 @click.command("restart-idle")
@@ -34,6 +35,8 @@ def restart_idle_command(as_json: bool) -> None:
     if problem := release.mismatch():
         echo(f"no daemon was restarted, and each still runs its earlier release: {problem}")
         return
+    if not SYSTEMD.is_dir():  # as sd_booted(3) looks
+        raise MigrationError("this host does not run systemd: restart its daemons by hand")
     for unit, path in DAEMONS.items():
         if not _runs(unit):
             continue

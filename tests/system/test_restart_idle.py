@@ -21,6 +21,17 @@ from xenbackend.simulated.guest import GuestSpec
 Upgrade = Callable[[], list[str]]
 
 
+@pytest.fixture(autouse=True)
+def booted_with_systemd(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(restart, "SYSTEMD", tmp_path)
+
+
+def test_a_host_without_systemd_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(restart, "SYSTEMD", Path("/none"))
+    with pytest.raises(MigrationError, match="does not run systemd"):
+        restart.restart_idle_command.main([], standalone_mode=False)
+
+
 @pytest.fixture
 def upgrade(world: World, monkeypatch: pytest.MonkeyPatch) -> Upgrade:
     """Runs the command, and returns the daemons that systemd was asked to restart."""
