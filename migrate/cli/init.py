@@ -9,12 +9,14 @@ The files are made in a folder here, and the command prints how they reach the h
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import fcntl
 import ipaddress
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +45,7 @@ DAYS = 730
 MAX_DAYS = 36500
 LABEL = re.compile(r"(?!-)[a-z0-9-]{1,63}(?<!-)")
 MAX_NAME = 253
+BROADCAST = ipaddress.IPv4Address(0xFFFFFFFF)
 
 
 def checked_name(text: str) -> str:
@@ -58,6 +61,8 @@ def checked_name(text: str) -> str:
                 " and dots, or an IPv4 or IPv6 address"
             ) from None
         return name
+    if address.is_unspecified or address.is_multicast or address == BROADCAST:
+        raise ValueError(f"{shortened(text)!r} is the address of no single host")
     if getattr(address, "scope_id", None):
         raise ValueError(f"{shortened(text)!r}: the zone of an address means something here only")
     return str(address)
@@ -123,10 +128,29 @@ def init_command(
         ) from error
     place = Place(directory)
     now = datetime.datetime.now(datetime.UTC)
-    if renew:
-        _renew(place, hosts, days, now, _loaded(Authority, place, now))
-    else:
-        _make(place, hosts, days, now, _loaded(Authority, place, now), force=force)
+    with _locked(directory):
+        if renew:
+            _renew(place, hosts, days, now, _loaded(Authority, place, now))
+        else:
+            _make(place, hosts, days, now, _loaded(Authority, place, now), force=force)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Keep other commands out of the folder: two of them would make two authorities.  A folder that
+    is made here is removed again if it stays empty.
+    """
+    made = not directory.exists()
+    _folder(directory)
+    folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+        if made:
+            with contextlib.suppress(OSError):
+                directory.rmdir()
 
 
 def _check_different(hosts: Sequence[tuple[str, ...]]) -> None:
@@ -141,7 +165,8 @@ def _loaded(kind: type[Authority], place: Place, now: datetime.datetime) -> Auth
     :class:`MigrationError` if it cannot sign any more.
     """
     certificate, key = place.authority / AUTHORITY, place.authority / "authority.key"
-    if not certificate.exists() and not key.exists():
+    # The certificate is written after the key.  Without both it and hosts, nothing was signed yet.
+    if not certificate.exists() and not place.known():
         return None
     try:
         authority = kind.load(_read(certificate), _read(key))
@@ -166,7 +191,7 @@ def _make(
     if not new or len(new) + len(older) < 2:
         raise click.UsageError("two hosts migrate guests to each other: name both")
     for name in new:
-        if not force and place.host(name).exists():
+        if not force and name in place.known():  # its certificate was written last
             raise MigrationError(
                 f"{place.host(name)} is there already: --renew makes a new certificate, and --force"
                 " replaces all files of the host"

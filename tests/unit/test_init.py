@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import os
 import re
 import stat
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -169,8 +171,8 @@ def test_files_of_this_host_are_copied_without_ssh(monkeypatch: pytest.MonkeyPat
         (["host1", "häst"], 2, "'häst' is no name"),
         (["host1", "fe80::1%eth0"], 2, "the zone of an address means something here only"),
         (["host1", "host2", "--days", "0"], 2, "'0' is not a number from 1 to 36500"),
-        (["host1", "host2", "--directory", "/dev/null"], 1, "/dev/null/authority: Not a directory"),
-        (["host1", "host2", "--directory", "/proc/new"], 1, "/proc/new/authority: No such file"),
+        (["host1", "host2", "--directory", "/dev/null"], 1, "/dev/null: File exists"),
+        (["host1", "host2", "--directory", "/proc/new"], 1, "/proc/new: No such file"),
         (["--renew"], 1, "xen-postcopy-init has no hosts: make them without --renew first"),
     ],
 )
@@ -241,3 +243,42 @@ def test_without_the_library_its_package_is_named(
 @pytest.mark.parametrize("text", ["host-1.example", "a" * 63, "10.0.0.1", "FD00::1", " host1 "])
 def test_names_and_addresses_are_accepted(text: str) -> None:
     assert checked_name(text) == text.strip().lower()
+
+
+@pytest.mark.parametrize("text", ["0.0.0.0", "::", "224.0.0.1", "ff02::1", "255.255.255.255"])
+def test_an_address_of_no_single_host_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="the address of no single host"):
+        checked_name(text)
+
+
+def test_what_an_interrupted_command_has_left_is_completed(run: Run) -> None:
+    """A full disk ends the command between any two files."""
+    made = Path("xen-postcopy-init")
+    assert run("host1", "host2") == 0
+    whole = sorted(contents())
+    for file in whole:
+        (made / "authority/authority.pem").unlink(missing_ok=True)
+        for certificate in made.glob("hosts/*/host.pem"):
+            certificate.unlink()
+        file.unlink(missing_ok=True)
+        assert run("host1", "host2") == 0
+        assert sorted(contents()) == whole
+        authority = Authority.load(
+            (made / "authority/authority.pem").read_bytes(),
+            (made / "authority/authority.key").read_bytes(),
+        )
+        for name in ("host1", "host2"):
+            assert (host(name) / "authority.pem").read_bytes() == authority.certificate()
+
+
+def test_two_commands_at_once_have_one_authority(run: Run) -> None:
+    words = [sys.executable, "-m", "migrate.cli", "init", "--directory", "both"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
+    started = [
+        subprocess.Popen([*words, *hosts], stdout=subprocess.DEVNULL, env=environment)
+        for hosts in (("a", "b"), ("c", "d"), ("e", "f"))
+    ]
+    assert [process.wait(60) for process in started] == [0, 0, 0]
+    kept = Path("both/authority/authority.pem").read_bytes()
+    for name in "abcdef":
+        assert (host(name, "both") / "authority.pem").read_bytes() == kept
