@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import TextIO
 
 NAMES = ("stdin", "stdout", "stderr")
 
@@ -24,3 +25,25 @@ def open_standard_streams() -> None:
         if getattr(sys, name) is None:  # Python has found the stream closed
             mode = "w" if number else "r"
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
+def write(stream: TextIO, text: str) -> None:
+    """Write a text at once.  Raises ``OSError`` if a stream other than standard error cannot be
+    written.
+    """
+    try:
+        stream.write(text)
+        stream.flush()
+    except OSError:
+        if stream is not sys.stderr:
+            raise
+        drop_stderr()
+
+
+def drop_stderr() -> None:
+    """Have standard error lead nowhere from now on, because it cannot be written.  What Python has
+    buffered would otherwise change the exit status.
+    """
+    null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    os.dup2(null, 2)
+    os.close(null)

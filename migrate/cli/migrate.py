@@ -284,9 +284,10 @@ def migrate_command(
             if error.progress is None:
                 raise
             raise unattended(socket_path, error.progress, json_path) from error
-    write_json(json_path, {"verified": None, **result})
     try:
         echo(summary(result), err=json_path == STDOUT)
     except OSError as error:
         about = "the migration is completed, but its summary cannot be printed"
         raise MigrationError(f"{about}: {error.strerror}") from error
+    finally:
+        write_json(json_path, {"verified": None, **result})

@@ -14,6 +14,7 @@ from migrate.cli.figures import fit, in_full, progress_fields, table_of
 from migrate.cli.terminal import Area, is_live
 from migrate.cli.text import echo
 from migrate.control.client import ENDED
+from migrate.streams import write
 from migrate.units import printable
 
 FIRST_PLAIN_S, LAST_PLAIN_S = 5.0, 60.0
@@ -64,7 +65,7 @@ class ProgressDisplay:
 
     def _print(self, p: dict[str, Any]) -> None:
         self._printed = time.monotonic()
-        print(printable(in_full(progress_fields(p))), file=self._stream, flush=True)
+        write(self._stream, printable(in_full(progress_fields(p))) + "\n")
 
 
 class EventLines:

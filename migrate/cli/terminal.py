@@ -9,13 +9,14 @@ are cut off by the terminal, because its size may change while a line is written
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import select
+import time
 from collections.abc import Sequence
 from typing import TextIO
 
+from migrate.streams import write
 from migrate.units import printable
 
 CUT_OFF, WRAP = "\x1b[?7l", "\x1b[?7h"
@@ -41,8 +42,13 @@ def wait_while_read(stream: TextIO, seconds: float) -> None:
     """Wait so long.  Raises ``BrokenPipeError`` at once if the reader of the stream has ended, as
     ``head`` does: the next line may come much later.
     """
+    try:
+        number = stream.fileno()
+    except (OSError, ValueError):  # no file: a program has replaced the stream
+        time.sleep(seconds)
+        return
     ended = select.poll()
-    ended.register(stream.fileno(), 0)  # a pipe without a reader has POLLERR
+    ended.register(number, 0)  # a pipe without a reader has POLLERR
     if any(events & select.POLLERR for _fd, events in ended.poll(seconds * 1000)):
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
@@ -78,6 +84,4 @@ class Area:
             self._drawn = False
 
     def _write(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # progress that cannot be shown is no failure
-            self._stream.write(text)
-            self._stream.flush()
+        write(self._stream, text)

@@ -21,7 +21,7 @@ from migrate.lanes.dial import REJOINS_OF_ONE_LIFE
 from tests.conftest import MIB
 from tests.support import zygote
 from tests.support.commands import PROGRAM
-from tests.support.daemons import journal, kill, lines, note, phase, world
+from tests.support.daemons import journal, kill, last_entry, lines, note, phase, world
 from tests.support.waiting import WAIT_S, until
 from xenbackend.contract import DomainState
 from xenbackend.simulated.guest import GuestSpec
@@ -171,7 +171,7 @@ def test_a_limit_that_a_killed_receiver_has_raised_is_given_back_by_its_successo
         kill(world, "receiver")
         if not noted:
             path = journal(world, "receiver")
-            last = json.loads(path.read_text().splitlines()[-1])
+            last = last_entry(path)
             del last["raised"]
             path.write_text(json.dumps(last))
         start_anew(world, "receiver")
@@ -332,8 +332,8 @@ def test_an_entry_that_cannot_be_used_is_listed_with_what_to_do(world: World) ->
         (state / "0123456789abcdef.json").write_text("\nnothing of ours")
         start_anew(world, which)
         told = (
-            "no entry in it; if a guest of this host waits for this migration, start the release "
-            "that wrote the file, otherwise remove the file"
+            "its last entry is damaged; if a guest of this host waits for this migration, start "
+            "the release that wrote the file, otherwise remove the file"
         )
         check_kept(world, which, "0123456789abcdef", "-", told)
         with pytest.raises(MigrationError, match=told):
@@ -356,7 +356,7 @@ def test_of_two_entries_for_one_domain_the_newer_is_taken_up(
     until(lambda: phase(world, which) == "postcopy", "no postcopy")
     kill(world, which)
     newer = journal(world, which)
-    facts = json.loads(newer.read_text().splitlines()[-1])
+    facts = last_entry(newer)
     facts |= {"step": step, "key": "07" * 16, "domid": -1 if step == "making" else facts["domid"]}
     path = newer.with_name(f"{older}.json")  # by its name before the newer one, or after it
     path.write_text(f"\n{json.dumps(facts)}")

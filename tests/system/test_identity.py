@@ -16,7 +16,18 @@ from migrate.cli.world import World, start_receiver, start_sender, verify_migrat
 from migrate.errors import MigrationError, UnknownMigrationError
 from migrate.service.lifecycle import find_migration
 from tests.conftest import MIB
-from tests.support.daemons import begin, boot, copying, journal, kill, lines, phase, states, world
+from tests.support.daemons import (
+    begin,
+    boot,
+    copying,
+    journal,
+    kill,
+    last_entry,
+    lines,
+    phase,
+    states,
+    world,
+)  # fmt: skip
 from tests.support.waiting import until
 from xenbackend.contract import DomainInfo, DomainState
 from xenbackend.errors import NoSuchDomainError, XenError
@@ -176,7 +187,7 @@ def test_the_successor_of_a_receiver_leaves_another_domain_with_the_same_number_
     world.destination.open(before.domid).destroy()
     spec = GuestSpec("bystander", 4 * MIB)
     bystander = world.destination.create_guest(spec.to_bytes(), domid=before.domid)
-    facts = json.loads(entry.read_text().splitlines()[-1])
+    facts = last_entry(entry)
     entry.write_text("\n" + json.dumps({**facts, "step": step}))
     start_receiver(world, world.port)
     until(lambda: phase(world, "receiver") == "failed", "it does not end")
@@ -192,7 +203,7 @@ def test_a_journal_of_a_release_without_handles_is_taken_up(world: World, which:
     until(lambda: phase(world, "receiver") == "postcopy", "no postcopy")
     entry = journal(world, which)
     kill(world, which)
-    facts = json.loads(entry.read_text().splitlines()[-1])
+    facts = last_entry(entry)
     del facts["handle"]
     entry.write_text("\n" + json.dumps(facts))
     start_sender(world) if which == "sender" else start_receiver(world, world.port)
