@@ -215,6 +215,14 @@ def test_a_table_that_is_too_long_is_cut_off(screen: Screen) -> None:
     assert len(rows) == 12 and rows[-1] == "... and 30 more"
 
 
+def test_a_low_terminal_has_what_is_under_way() -> None:
+    with closing(Screen(80)) as screen:
+        ended = [POSTCOPY | {"phase": "completed", "domain": f"old{n}"} for n in range(40)]
+        TableDisplay(screen.stream).show([*ended, POSTCOPY | {"domain": "moving"}])
+        rows = screen.read()
+        assert "moving" in rows[1] and "old39" in rows[2]
+
+
 def test_a_line_is_cut_off_and_not_broken_if_the_terminal_has_become_narrower(
     screen: Screen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
