@@ -104,8 +104,9 @@ class TableDisplay:
         if self._area is not None:
             size = self._area.size
             # What does not fit is the end of the table: ended migrations, the oldest last.
-            first = sorted(lines[::-1], key=lambda line: line["phase"] in ENDED)
-            rows = table_of(first, size.columns, time.time()).split("\n")
+            newest = list(reversed(lines))
+            newest.sort(key=lambda line: line["phase"] in ENDED)
+            rows = table_of(newest, size.columns, time.time()).split("\n")
             rows += [silent] if silent else []
             if len(rows) > size.lines:
                 more = len(rows) - size.lines + 1
