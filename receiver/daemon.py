@@ -28,7 +28,7 @@ from migrate.logs import Complaint
 from migrate.protocol.messages import Hello, Lane
 from migrate.protocol.session import is_session_id
 from migrate.service.config import Config
-from migrate.service.history import Ended, History
+from migrate.service.history import Ended, History, by_start
 from migrate.service.host import look_at_host
 from migrate.service.journal import Journal, Kept
 from migrate.service.lifecycle import STOPPING, notify, serve_connections, until_stopped
@@ -208,7 +208,8 @@ class ReceiverDaemon:
     def _lines(self, *, of_predecessors: bool) -> list[Json]:
         ended = self.history.lines(of_predecessors=of_predecessors, but=self._migrations)
         under_way = self._migrations.values()
-        return [*ended, *(_line(m, self.history.ended_at(m.id)) for m in under_way)]
+        lines = [*ended, *(_line(m, self.history.ended_at(m.id)) for m in under_way)]
+        return sorted(lines, key=by_start)
 
     def _find_awaited(self, greeting: Hello) -> AwaitedLanes:
         """Return the lanes to which a connection belongs.  A push lane without a token begins a

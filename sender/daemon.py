@@ -32,7 +32,7 @@ from migrate.options import MigrationOptions, Strategy, policy_of
 from migrate.protocol.messages import Hello
 from migrate.protocol.session import new_id, new_token
 from migrate.service.config import RECEIVER_PORT, Config, MigrationConfig, advertised
-from migrate.service.history import Ended, History
+from migrate.service.history import Ended, History, by_start
 from migrate.service.host import look_at_host
 from migrate.service.journal import Journal, Kept
 from migrate.service.lifecycle import STOPPING, notify, serve_connections, until_stopped
@@ -226,7 +226,8 @@ class SenderDaemon:
     def _lines(self, *, of_predecessors: bool) -> list[Json]:
         ended = self.history.lines(of_predecessors=of_predecessors, but=self._migrations)
         under_way = self._migrations.values()
-        return [*ended, *(_line(m, self.history.ended_at(m.id)) for m in under_way)]
+        lines = [*ended, *(_line(m, self.history.ended_at(m.id)) for m in under_way)]
+        return sorted(lines, key=by_start)
 
     async def _migrate(self, request: Json, connection: ControlConnection) -> None:
         """Carry out a request of the command line."""

@@ -230,6 +230,11 @@ class History:
         self._lines = len(newest)
 
 
+def by_start(line: Json) -> float:
+    """The order of ``list``: a cancelled migration may end after the one that was begun next."""
+    return line.get("started_at") or 0.0
+
+
 def _line(shown: Json) -> bytes:
     entry = {"format": FORMAT, "release": __version__, **shown}
     line = b"\n" + json.dumps(entry).encode()
