@@ -37,10 +37,10 @@ def write(stream: TextIO, text: str) -> None:
     except OSError:
         if stream is not sys.stderr:
             raise
-        drop_stderr()
+        _drop_stderr()
 
 
-def drop_stderr() -> None:
+def _drop_stderr() -> None:
     """Have standard error lead nowhere from now on, because it cannot be written.  What Python has
     buffered would otherwise change the exit status.
     """

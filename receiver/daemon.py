@@ -28,7 +28,7 @@ from migrate.logs import Complaint
 from migrate.protocol.messages import Hello, Lane
 from migrate.protocol.session import is_session_id
 from migrate.service.config import Config
-from migrate.service.history import Ended, History, by_start
+from migrate.service.history import Ended, History
 from migrate.service.host import look_at_host
 from migrate.service.journal import Journal, Kept
 from migrate.service.lifecycle import STOPPING, notify, serve_connections, until_stopped
@@ -153,10 +153,10 @@ class ReceiverDaemon:
                 kept = []
                 if self._journal.kept:
                     kept = await trio.to_thread.run_sync(self._journal.still_kept)
+                every = bool(request.get("all"))
+                listed = self.history.listed(self._migrations, _line, of_predecessors=every)
                 await connection.answer(
-                    "result",
-                    migrations=self._lines(of_predecessors=bool(request.get("all"))),
-                    kept=[_kept_line(entry) for entry in kept],
+                    "result", migrations=listed, kept=[_kept_line(entry) for entry in kept]
                 )
             case "show":
                 found = self._look_up(request)
@@ -199,17 +199,8 @@ class ReceiverDaemon:
         return self.history.find(self._migrations, request["migration"], kept)
 
     def _find(self, request: Json) -> IncomingMigration:
-        """Return a migration that can be asked for something.  Raises :class:`MigrationError`."""
-        found = self._look_up(request)
-        if isinstance(found, Ended):
-            raise found.refusal(request["command"])
-        return found
-
-    def _lines(self, *, of_predecessors: bool) -> list[Json]:
-        ended = self.history.lines(of_predecessors=of_predecessors, but=self._migrations)
-        under_way = self._migrations.values()
-        lines = [*ended, *(_line(m, self.history.ended_at(m.id)) for m in under_way)]
-        return sorted(lines, key=by_start)
+        kept = self._journal.kept.values()
+        return self.history.find_under_way(self._migrations, request, kept)
 
     def _find_awaited(self, greeting: Hello) -> AwaitedLanes:
         """Return the lanes to which a connection belongs.  A push lane without a token begins a

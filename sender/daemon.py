@@ -32,7 +32,7 @@ from migrate.options import MigrationOptions, Strategy, policy_of
 from migrate.protocol.messages import Hello
 from migrate.protocol.session import new_id, new_token
 from migrate.service.config import RECEIVER_PORT, Config, MigrationConfig, advertised
-from migrate.service.history import Ended, History, by_start
+from migrate.service.history import Ended, History
 from migrate.service.host import look_at_host
 from migrate.service.journal import Journal, Kept
 from migrate.service.lifecycle import STOPPING, notify, serve_connections, until_stopped
@@ -163,10 +163,10 @@ class SenderDaemon:
                 kept = []
                 if self._journal.kept:
                     kept = await trio.to_thread.run_sync(self._journal.still_kept)
+                every = bool(request.get("all"))
+                listed = self.history.listed(self._migrations, _line, of_predecessors=every)
                 await connection.answer(
-                    "result",
-                    migrations=self._lines(of_predecessors=bool(request.get("all"))),
-                    kept=[_kept_line(entry) for entry in kept],
+                    "result", migrations=listed, kept=[_kept_line(entry) for entry in kept]
                 )
             case "show":
                 found = self._look_up(request)
@@ -217,17 +217,8 @@ class SenderDaemon:
         return self.history.find(self._migrations, request["migration"], kept)
 
     def _find(self, request: Json) -> OutgoingMigration:
-        """Return a migration that can be asked for something.  Raises :class:`MigrationError`."""
-        found = self._look_up(request)
-        if isinstance(found, Ended):
-            raise found.refusal(request["command"])
-        return found
-
-    def _lines(self, *, of_predecessors: bool) -> list[Json]:
-        ended = self.history.lines(of_predecessors=of_predecessors, but=self._migrations)
-        under_way = self._migrations.values()
-        lines = [*ended, *(_line(m, self.history.ended_at(m.id)) for m in under_way)]
-        return sorted(lines, key=by_start)
+        kept = self._journal.kept.values()
+        return self.history.find_under_way(self._migrations, request, kept)
 
     async def _migrate(self, request: Json, connection: ControlConnection) -> None:
         """Carry out a request of the command line."""

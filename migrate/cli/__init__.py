@@ -24,7 +24,7 @@ COMMANDS = {
     "list": "migrate.cli.migrations",
     "show": "migrate.cli.migrations",
     "watch": "migrate.cli.migrations",
-    "postcopy-now": "migrate.cli.migrations",
+    "postcopy-now": "migrate.cli.adjust",
     "set": "migrate.cli.adjust",
     "pause": "migrate.cli.adjust",
     "resume": "migrate.cli.adjust",

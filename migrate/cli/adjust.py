@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What an operator changes while a migration runs: ``set``, ``pause``, ``resume``."""
+"""What an operator changes at the sender while a migration runs: ``set``, ``postcopy-now``,
+``pause``, ``resume``.
+"""
 
 from __future__ import annotations
 
@@ -50,6 +52,17 @@ def set_command(migration: str, socket_path: Path, as_json: bool, **given: Any) 
     )
     text = f"{migration}: the sender now uses {', '.join(changes)}"
     report(text, as_json, migration=migration, done="set", values=values)
+
+
+@click.command("postcopy-now")
+@migration_argument
+@at_sender
+@json_option
+def postcopy_now_command(migration: str, socket_path: Path, as_json: bool) -> None:
+    """End the precopy of a migration and switch over now."""
+    _ask(socket_path, command="postcopy-now", migration=migration)
+    text = f"{migration}: the sender ends precopy and switches over"
+    report(text, as_json, migration=migration, done="postcopy-now")
 
 
 @click.command("pause")

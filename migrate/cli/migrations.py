@@ -18,7 +18,7 @@ from migrate.cli import shown
 from migrate.cli.events import EVERY_S
 from migrate.cli.figures import how_it_is, table_of
 from migrate.cli.migrate import STAYS, in_words
-from migrate.cli.options import F, SocketPath, receiver_socket, sender_socket, socket_option
+from migrate.cli.options import F, SocketPath, receiver_socket, sender_socket
 from migrate.cli.progress import EventLines, ProgressDisplay, TableDisplay
 from migrate.cli.terminal import size_of, wait_while_read
 from migrate.cli.text import echo, json_option, report
@@ -264,18 +264,6 @@ def watch_command(migration: str, socket_paths: tuple[Path, ...], as_json: bool)
         raise MigrationError(
             "another daemon on this host did not answer, and may have something else to report"
         )
-
-
-@click.command("postcopy-now")
-@migration_argument
-@socket_option(sender_socket, "the local sender")
-@json_option
-def postcopy_now_command(migration: str, socket_path: Path, as_json: bool) -> None:
-    """End the precopy of a migration and switch over now."""
-    with ControlClient(socket_path, wait_s=STARTING_S, answer_s=ANSWER_S) as client:
-        client.call(command="postcopy-now", migration=migration)
-    text = f"{migration}: the sender ends precopy and switches over"
-    report(text, as_json, migration=migration, done="postcopy-now")
 
 
 @click.command("cancel")

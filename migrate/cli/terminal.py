@@ -74,8 +74,8 @@ class Area:
         shown = [printable(line).replace("\n", " ")[:columns] for line in lines[:most]]
         text = f"{ERASE_LINE}\n".join(shown)
         up = f"\x1b[{len(shown) - 1}A" if len(shown) > 1 else ""
+        self._drawn = True  # before the writing, which Ctrl-C may interrupt
         self._write(f"{CUT_OFF}{text}{ERASE_BELOW}\r{up}{WRAP}")
-        self._drawn = True
 
     def clear(self) -> None:
         """Remove the lines.  What is printed afterwards takes their place."""

@@ -8,12 +8,13 @@ such a text contains.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import click
 
-from migrate.streams import drop_stderr
+from migrate.streams import write
 from migrate.units import printable
 
 
@@ -37,12 +38,11 @@ def echo(text: Any, *, err: bool = False) -> None:
     """Print a line.  Raises ``OSError`` if standard output cannot be written.  If standard error
     cannot be written, nothing is raised, because that changes no exit status.
     """
-    try:
-        click.echo(printable(str(text)) if text else "", err=err)
-    except OSError:
-        if not err:
-            raise
-        drop_stderr()
+    line = printable(str(text)) if text else ""
+    if err:
+        write(sys.stderr, f"{line}\n")
+    else:
+        click.echo(line)
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="As JSON.")

@@ -156,6 +156,30 @@ class History:
         known: list[M | Ended] = [*past, *others.values()]
         return find_migration(known, name, kept)
 
+    def find_under_way(self, others: dict[str, M], request: Json, kept: Iterable[Kept]) -> M:
+        """Return the migration of ``others`` that a request is for.  Raises as :meth:`find`, and
+        :meth:`Ended.refusal`.
+        """
+        found = self.find(others, request["migration"], kept)
+        if isinstance(found, Ended):
+            raise found.refusal(request["command"])
+        return found
+
+    def listed(
+        self,
+        others: dict[str, M],
+        line: Callable[[M, float | None], Json],
+        *,
+        of_predecessors: bool,
+    ) -> list[Json]:
+        """Return what ``list`` shows, in the order of the starts: what :meth:`lines` returns, and
+        ``others``.  ``line`` is called with one of these and the time of its end.
+        """
+        found = self.lines(of_predecessors=of_predecessors, but=others)
+        found += [line(one, self.ended_at(one.id)) for one in others.values()]
+        # A cancelled migration may end after the one that was begun next.
+        return sorted(found, key=lambda shown: shown.get("started_at") or 0.0)
+
     async def add(self, shown: Json) -> None:
         """Add what ``show`` answers of a migration that has just ended.  Does nothing if the
         history has the migration: a successor ends what its predecessor had given up.
@@ -228,11 +252,6 @@ class History:
             new.unlink(missing_ok=True)
             raise
         self._lines = len(newest)
-
-
-def by_start(line: Json) -> float:
-    """The order of ``list``: a cancelled migration may end after the one that was begun next."""
-    return line.get("started_at") or 0.0
 
 
 def _line(shown: Json) -> bytes:

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import dataclass
-from typing import ClassVar
 
 import pytest
 import trio
@@ -22,11 +20,11 @@ from migrate.options import (
 )
 from sender import adjustments
 from sender.context import Context
-from sender.policy import Decision, DefaultPolicy, PrecopyProgress
 from tests.conftest import MIB
 from tests.support.guests import busy, goes_on_here_only
 from tests.support.inprocess import Outcome, migrate, verification
 from tests.support.links import Link
+from tests.support.policies import Watched
 from tests.support.protected import slow_guest
 from tests.support.waiting import until_async
 
@@ -34,18 +32,6 @@ HARDLY = LEAST_BANDWIDTH
 """With this cap the second batch would be sent a quarter of an hour after the first."""
 LIMIT_S = 0.1
 CANCELLED_BY_LIMIT = re.compile(r"cancelled after \d+\.\d s of precopy, by its time limit")
-
-
-@dataclass(frozen=True)
-class Watched(DefaultPolicy):
-    """The default policy, and what it was asked at the end of each round."""
-
-    asked: ClassVar[list[PrecopyProgress]] = []
-
-    def decide(self, progress: PrecopyProgress) -> Decision:
-        if progress.round_finished:
-            self.asked.append(progress)
-        return super().decide(progress)
 
 
 @pytest.fixture(autouse=True)

@@ -4,32 +4,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from typing import ClassVar
 
 import pytest
 
 from migrate.cli.world import World
 from migrate.options import MigrationOptions, PolicyOptions, Strategy
-from sender.policy import Decision, DefaultPolicy, PrecopyProgress
+from sender.policy import DefaultPolicy
 from tests.conftest import MIB
 from tests.support.guests import busy
 from tests.support.inprocess import Outcome, migrate, verification
 from tests.support.links import Link
+from tests.support.policies import Watched
 
 DELAY_S = 0.01
-
-
-@dataclass(frozen=True)
-class Watched(DefaultPolicy):
-    """The default policy, and what it was asked at the end of each round."""
-
-    asked: ClassVar[list[PrecopyProgress]] = []
-
-    def decide(self, progress: PrecopyProgress) -> Decision:
-        if progress.round_finished:
-            self.asked.append(progress)
-        return super().decide(progress)
 
 
 @pytest.mark.parametrize("delay_s", [0.0, DELAY_S])

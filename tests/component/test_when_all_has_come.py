@@ -59,6 +59,14 @@ async def test_a_sender_that_cannot_send_the_last_message_has_completed(
     assert clean_hosts.source.domains() == []
 
 
+def successor_of(world: World, session: str, link: Link) -> OutgoingMigration:
+    """Return the migration as a restarted sender has it.  It dials past the link, which is down."""
+    journal = Journal(world.directory / "journal")
+    facts = journal.entries()[session]
+    lanes = DialledLanes(link.to, session, Terms(), rejoins=facts["rejoins"] + 1000)
+    return OutgoingMigration.of_predecessor(session, world.source, lanes, journal, facts)
+
+
 async def test_a_guest_that_starts_late_belongs_here_though_its_source_is_gone(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
@@ -83,12 +91,7 @@ async def test_a_guest_that_starts_late_belongs_here_though_its_source_is_gone(
         link.down()
         await until_async(lambda: outcome.migration.phase == "interrupted")
         clean_hosts.source.open(name).destroy()
-        session, journal = outcome.migration.id, Journal(clean_hosts.directory / "journal")
-        facts = journal.entries()[session]
-        lanes = DialledLanes(link.to, session, Terms(), rejoins=facts["rejoins"] + 1000)
-        successor = OutgoingMigration.of_predecessor(
-            session, clean_hosts.source, lanes, journal, facts
-        )
+        successor = successor_of(clean_hosts, outcome.migration.id, link)
         with pytest.raises(MigrationError, match="are lost"):
             await successor.run()
         await successor.linger()
@@ -119,12 +122,7 @@ async def test_a_sender_whose_domain_is_gone_gets_the_answer_that_all_pages_have
         await until_async(lambda: outcome.incoming.phase == "completed")
         await until_async(lambda: outcome.migration.phase == "interrupted")
         clean_hosts.source.open(name).destroy()
-        session, journal = outcome.migration.id, Journal(clean_hosts.directory / "journal")
-        facts = journal.entries()[session]
-        lanes = DialledLanes(link.to, session, Terms(), rejoins=facts["rejoins"] + 1000)
-        successor = OutgoingMigration.of_predecessor(
-            session, clean_hosts.source, lanes, journal, facts
-        )
+        successor = successor_of(clean_hosts, outcome.migration.id, link)
         with pytest.raises(MigrationError, match="are lost"):
             await successor.run()
         with trio.fail_after(WAIT_S):

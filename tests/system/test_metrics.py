@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import socket
 import stat
 import subprocess
@@ -130,6 +131,11 @@ def test_slow_and_many_clients_disturb_no_migration(world: World) -> None:
     assert len(counts) > 1 and counts == sorted(counts)
 
 
+def is_renewed(file: Path, first: int) -> bool:
+    """Whether the file is another one than that with the inode ``first``."""
+    return file.stat().st_ino != first
+
+
 def test_metrics_at_a_socket_and_in_files(tmp_path: Path) -> None:
     config = f"""
         [metrics]
@@ -145,8 +151,7 @@ def test_metrics_at_a_socket_and_in_files(tmp_path: Path) -> None:
         for which in BOTH:
             file = tmp_path / f"xen-postcopy-{which}.prom"
             until(file.exists, "no file")
-            first = file.stat().st_ino
-            until(lambda file=file, first=first: file.stat().st_ino != first, "it is not renewed")  # type: ignore[misc]
+            until(functools.partial(is_renewed, file, file.stat().st_ino), "it is not renewed")
             assert PREFIX + "outstanding_pages" in {
                 family.name for family in text_string_to_metric_families(file.read_text())
             }

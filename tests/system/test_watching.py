@@ -90,7 +90,8 @@ def test_both_ends_have_the_figures_of_postcopy(
 
         def has_figures(which: str = which) -> bool:
             line = ask(world, which, name)
-            return all(line.get(key) for key in ("longest_wait_us", "faults", "latency_us"))
+            keys = ("longest_wait_us", "faults", "latency_us", "elapsed_s")
+            return all(line.get(key) for key in keys)
 
         until(has_figures, f"the {which} has no figures of faults")
         line = ask(world, which, name)

@@ -141,7 +141,8 @@ def now(at: float, phase: str, **values: object) -> Now:
         "started": 100.0, "finished": 0.0, "bytes_sent": 0, "pages_sent": 0,
         "pages_confirmed": 0, "memory_pages": 1000, "expected": None,
     }  # fmt: skip
-    return Now(at, phase, phase in ("completed", "failed"), options, **{**fixed, **values})  # type: ignore[arg-type]
+    has_ended = phase in ("completed", "failed")
+    return Now(at, phase, has_ended, options, **{**fixed, **values})  # type: ignore[arg-type]
 
 
 def test_the_end_is_expected_only_when_the_dirty_rate_is_known() -> None:
