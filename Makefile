@@ -54,9 +54,9 @@ check: $(STAMP)
 # branches a random search reaches differs from run to run.
 CORE := sender/bandwidth.py sender/intake.py migrate/protocol/frames.py migrate/protocol/fields.py migrate/protocol/messages.py \
 	migrate/protocol/pfns.py sender/policy.py \
-	migrate/protocol/session.py sender/backlog.py sender/ownership.py receiver/outstanding.py \
+	migrate/protocol/session.py sender/backlog.py sender/estimate.py sender/ownership.py receiver/outstanding.py \
 	receiver/ownership.py receiver/readahead.py migrate/fastpath/page_states.py
-CORE_TESTS := fault_path frames messages ownership_receiver ownership_sender page_states pfns policy read_ahead session
+CORE_TESTS := estimate fault_path frames messages ownership_receiver ownership_sender page_states pfns policy read_ahead session
 MEASURE = $(BIN)/coverage run --data-file=build/coverage/$@/data -m pytest
 MEASURED = $(BIN)/coverage $(1) --data-file=build/coverage/$@/data
 coverage-core: $(STAMP)

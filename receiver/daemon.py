@@ -29,7 +29,7 @@ from migrate.protocol.messages import Hello, Lane
 from migrate.protocol.session import is_session_id
 from migrate.service.config import Config
 from migrate.service.history import Ended, History
-from migrate.service.host import look_at_host
+from migrate.service.host import look_at_host, refusal
 from migrate.service.journal import Journal, Kept
 from migrate.service.lifecycle import STOPPING, notify, serve_connections, until_stopped
 from migrate.service.progress import keep_measuring
@@ -64,7 +64,8 @@ class ReceiverDaemon:
         self._awaited: dict[str, AwaitedLanes] = {}
         """By session."""
         look = functools.partial(look_at_host, hypervisor, config)
-        self.reception = Reception(self._find_awaited, look, self._terms)
+        judge = functools.partial(refusal, hypervisor)
+        self.reception = Reception(self._find_awaited, look, self._terms, judge)
         self._nursery: trio.Nursery
         self._port = 0
         self._stopping = False
@@ -189,7 +190,7 @@ class ReceiverDaemon:
             case "postcopy-now" | "set" | "pause" | "resume":
                 name = self._look_up(request).domain_name
                 raise MigrationError(f"{name} is incoming: ask the sender at its source for that")
-            case "migrate" | "save" as other:
+            case "migrate" | "save" | "estimate" as other:
                 raise MigrationError(f"this is the receiver's socket; `{other}` needs the sender's")
             case other:
                 raise MigrationError(f"unknown command {other!r}")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from migrate.protocol import messages as m
 from receiver.outstanding import OutstandingPages
 from receiver.restore import FrameLimit
-from xenbackend.contract import Domain, DomainConfig, DomainState
+from xenbackend.contract import Domain, DomainState
 from xenbackend.errors import NoSuchDomainError
 from xenbackend.ring import PagingRing
 
@@ -58,8 +58,3 @@ def state_of(domain: Domain) -> DomainState | None:
         return domain.state()
     except NoSuchDomainError:
         return None
-
-
-def config_of(offer: m.Offer) -> DomainConfig:
-    """Return the configuration of the empty domain for the guest."""
-    return DomainConfig(offer.name, offer.nr_pfns, offer.max_pages, offer.vcpus, offer.platform)

@@ -15,8 +15,9 @@ from migrate.lanes.connection import step_timeout
 from migrate.protocol import messages as m
 from migrate.protocol.pfns import sparseness
 from migrate.protocol.session import new_token
+from migrate.service.host import config_of
 from receiver.context import Context
-from receiver.guest import Guest, config_of
+from receiver.guest import Guest
 from receiver.inbox import Restoring
 from receiver.outstanding import OutstandingPages
 from receiver.ownership import State

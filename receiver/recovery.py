@@ -27,6 +27,7 @@ from migrate.lanes.connection import step_timeout
 from migrate.protocol import messages as m
 from migrate.protocol.pfns import windows
 from migrate.protocol.session import new_token
+from migrate.service.host import config_of
 from migrate.service.lifecycle import TAKING_UP
 from migrate.tasks import (
     as_soon_as_threads_start,
@@ -38,7 +39,7 @@ from migrate.tasks import (
     task_group,
 )
 from receiver.context import LAST_START_AGAIN_S, NOT_HERE, Context
-from receiver.guest import Guest, config_of
+from receiver.guest import Guest
 from receiver.outstanding import OutstandingPages
 from receiver.ownership import Link, Restart, State, Undo
 from receiver.preflight import Begun

@@ -33,13 +33,14 @@ from migrate.protocol.messages import Hello
 from migrate.protocol.session import new_id, new_token
 from migrate.service.config import RECEIVER_PORT, Config, MigrationConfig, advertised
 from migrate.service.history import Ended, History
-from migrate.service.host import look_at_host
+from migrate.service.host import look_at_host, refusal
 from migrate.service.journal import Journal, Kept
 from migrate.service.lifecycle import STOPPING, notify, serve_connections, until_stopped
 from migrate.service.progress import keep_measuring
 from migrate.tasks import is_bug, isolated, task_group
 from migrate.units import parse_address
 from sender import adjustments
+from sender.estimates import Estimates
 from sender.migration import OutgoingMigration
 from sender.ownership import State
 from sender.preflight import check_free
@@ -72,6 +73,7 @@ class SenderDaemon:
         self._active: set[str] = set()
         self._awaited: dict[str, AwaitedLanes] = {}
         """By session."""
+        self._estimates = Estimates(hypervisor, config.terms)
         self._nursery: trio.Nursery
         self._stopping = False
         self._waiting = Complaint(log.warning)
@@ -101,7 +103,8 @@ class SenderDaemon:
             self._nursery.start_soon(isolated, "ending keepers", self._end_keepers)
             await self._nursery.start(control.serve, self._socket_path, self._handle)
             look = functools.partial(look_at_host, self._hypervisor, self._config)
-            reception = Reception(self._find_awaited, look, self._config.terms)
+            judge = functools.partial(refusal, self._hypervisor)
+            reception = Reception(self._find_awaited, look, self._config.terms, judge)
             serve = functools.partial(serve_connections, from_strangers=True)
             await self._nursery.start(serve, "a connection", reception.receive, listeners)
             notify("READY=1\nSTATUS=waiting for migrations")
@@ -180,6 +183,10 @@ class SenderDaemon:
                 await connection.answer("result", port=self._port, guests=guests)
             case "migrate":
                 await self._migrate(request, connection)
+            case "estimate":
+                domain, address, options = await self._requested(request)
+                self._check_unused(domain)
+                await self._estimates.answer(request, connection, domain, address, options)
             case "save":
                 await self._save(request, connection)
             case word if word in REQUESTS:
@@ -220,8 +227,8 @@ class SenderDaemon:
         kept = self._journal.kept.values()
         return self.history.find_under_way(self._migrations, request, kept)
 
-    async def _migrate(self, request: Json, connection: ControlConnection) -> None:
-        """Carry out a request of the command line."""
+    async def _requested(self, request: Json) -> tuple[DomainId, tuple[str, int], MigrationOptions]:
+        """Return the guest, the destination and the options in a request of the command line."""
         destination = parse_address(str(request["destination"]), RECEIVER_PORT)
         domains = await trio.to_thread.run_sync(self._hypervisor.domains)
         domain = find_domain(domains, str(request["domain"])).id
@@ -233,6 +240,11 @@ class SenderDaemon:
             bool(request.get("take_log_dirty")),
             request.get("postcopy_bandwidth"),
         )
+        return domain, destination, options
+
+    async def _migrate(self, request: Json, connection: ControlConnection) -> None:
+        """Carry out a request of the command line."""
+        domain, destination, options = await self._requested(request)
         session = new_id()
         dialled = DialledLanes(destination, session, self._config.terms)
         migration = OutgoingMigration.of_request(
@@ -262,6 +274,7 @@ class SenderDaemon:
         # In a thread, because the call may ask a name server.
         host, port = await trio.to_thread.run_sync(advertised, self._config.sender, self._port)
         try:
+            self._estimates.check_unmeasured(int(request["domid"]))
             target, policy = await trio.to_thread.run_sync(self._look_at, int(request["domid"]))
             keeper, xl = self._journal.keeper(session), int(request.get("xl", 0))
             toolstack = XlToolstack(target.name, keeper, connection, xl)
@@ -330,18 +343,24 @@ class SenderDaemon:
         return self._begin(migration)
 
     def _admit(self, migration: OutgoingMigration) -> None:
-        """Admit the migration, and no other migration of its domain.  Raises :class:`OccupiedError`
-        if one is under way.
+        """Admit the migration, and no other migration of its domain.  Raises as
+        :meth:`_check_unused`.
+        """
+        self._check_unused(migration.domain)
+        self._migrations[migration.id] = migration
+        self._active.add(migration.id)
+
+    def _check_unused(self, domain: DomainId) -> None:
+        """Raises :class:`OccupiedError` for a domain that is being migrated or measured, and
+        :class:`MigrationError` if this daemon is being stopped.
         """
         if self._stopping:
             raise MigrationError(STOPPING)
-        domain = migration.domain
         if any(m.domain.domid == domain.domid for m in self._running()):
             raise OccupiedError(
                 f"domain {domain.name} is being migrated already: see `xen-postcopy list`"
             )
-        self._migrations[migration.id] = migration
-        self._active.add(migration.id)
+        self._estimates.check_unmeasured(domain.domid)
 
     def _begin(self, migration: OutgoingMigration) -> trio.Event:
         """Start the migration's task.  Returns the event that is set when the task has ended."""

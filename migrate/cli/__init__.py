@@ -21,6 +21,7 @@ from migrate import __version__
 
 COMMANDS = {
     "migrate": "migrate.cli.migrate",
+    "estimate": "migrate.cli.estimate",
     "list": "migrate.cli.migrations",
     "show": "migrate.cli.migrations",
     "watch": "migrate.cli.migrations",

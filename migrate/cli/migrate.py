@@ -242,6 +242,19 @@ def summary(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _try(socket: Path, request: dict[str, Any], json_path: Path | None) -> None:
+    """Print the estimate of a migration.  Raises :class:`MigrationError` if it is not possible."""
+    from migrate.cli.estimate import SECONDS, ask, lines
+
+    found = ask(socket, seconds=SECONDS, **request)
+    for line in lines(found):
+        echo(line, err=json_path == STDOUT)
+    write_json(json_path, {"strategy": request["strategy"], **found}, "the estimate")
+    problem = found["devices"] or found["strategies"][request["strategy"]]["problem"]
+    if problem:
+        raise MigrationError(f"{found['domain']} cannot be migrated in this way: {problem}")
+
+
 @click.command("migrate")
 @click.argument("domain")
 @click.argument("destination", type=HostPort())
@@ -252,12 +265,19 @@ def summary(result: dict[str, Any]) -> str:
     help="If log-dirty is on for DOMAIN, switch it off first: only if no other program uses it "
     "any more.",
 )
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Migrate nothing.  Print what `estimate` prints, and end with an error if the guest could "
+    "not be migrated in this way.",
+)
 @socket_option(sender_socket, "the local sender")
 def migrate_command(
     domain: str,
     destination: str,
     json_path: Path | None,
     take_log_dirty: bool,
+    dry_run: bool,
     socket_path: Path,
     **options: Any,
 ) -> None:
@@ -277,6 +297,9 @@ def migrate_command(
         "domain": domain, "destination": destination, "take_log_dirty": take_log_dirty,
         **migration_request(**options),
     }  # fmt: skip
+    if dry_run:
+        _try(socket_path, request, json_path)
+        return
     with ControlClient(socket_path, wait_s=STARTING_S) as client:
         try:
             result = follow_migration(client, request)

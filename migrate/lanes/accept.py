@@ -24,8 +24,9 @@ from migrate.lanes.connection import (
     LaneConnection,
     Terms,
 )
+from migrate.lanes.trial import Judge, judge_nothing, serve_trial
 from migrate.logs import Complaint
-from migrate.protocol.messages import PREFLIGHT, Hello, Host, Lane, Refused, printable
+from migrate.protocol.messages import PREFLIGHT, TRIAL, Hello, Host, Lane, Refused, printable
 from migrate.protocol.session import answer_token, hello, negotiate, number_of_rejoin
 
 log = logging.getLogger(__name__)
@@ -202,7 +203,7 @@ class _AwaitedLane:
 class Reception:
     """Assigns the connections of a daemon's listener.  ``find`` returns the session that a
     connection belongs to, or raises :class:`MigrationError`.  ``look`` returns what a connection is
-    answered that asks about this host.
+    answered that asks about this host, and ``judge`` why this host could not take an offered guest.
     """
 
     def __init__(
@@ -210,8 +211,12 @@ class Reception:
         find: Callable[[Hello], AwaitedLanes],
         look: Callable[[], Awaitable[Host]],
         terms: Terms,
+        judge: Judge = judge_nothing,
     ):
         self._find, self._look, self._terms = find, look, terms
+        self._judge = judge
+        self._trials = trio.Lock()
+        """Held during a trial, because two at once would measure each other."""
         self._strangers: dict[trio.CancelScope, str] = {}
         """The connections without a hello and their addresses, the oldest first."""
         self._of_address: dict[str, dict[trio.CancelScope, None]] = {}
@@ -300,9 +305,14 @@ class Reception:
             raise
 
     async def _answer_preflight(self, lane: LaneConnection, greeting: Hello) -> None:
-        """Answer a peer that asks about this host, and end the connection."""
+        """Answer a peer that asks about this host or tries it, and end the connection."""
         ours = hello(Lane(greeting.lane), greeting.session, requires=self._terms.requires)
         await lane.send(ours)
         lane.agree((ours, greeting))
-        await lane.send(await self._look())
+        if TRIAL not in greeting.requires:
+            await lane.send(await self._look())
+        else:
+            async with self._trials:
+                await lane.send(await self._look())
+                await serve_trial(lane, self._judge)
         lane.close()

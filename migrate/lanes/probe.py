@@ -2,7 +2,8 @@
 """Asking a peer about its host, without a guest.
 
 The hello requires the capability ``preflight``.  A peer that has it answers with ``host`` and ends
-the connection; a peer of an older release refuses the hello.  Neither begins a migration.
+the connection; a peer of an older release refuses the hello.  Neither begins a migration.  If the
+hello requires ``trial`` as well, the connection continues as :mod:`migrate.lanes.trial` describes.
 """
 
 from __future__ import annotations
@@ -19,18 +20,20 @@ class OlderPeerError(MigrationError):
     """The peer is of a release that cannot be asked."""
 
 
-async def greet(lane: LaneConnection, terms: Terms) -> Hello:
-    """Send the hello that asks about the peer's host, and return the peer's hello.
+async def greet(lane: LaneConnection, terms: Terms, *further: str) -> Hello:
+    """Send the hello that asks about the peer's host, and return the peer's hello.  ``further``:
+    capabilities that are required as well.
 
     Raises :class:`OlderPeerError` if the peer cannot be asked, and :class:`MigrationError` if it
     refuses or has no version in common with this end.
     """
-    ours = hello(Lane.PUSH, new_id(), requires=(*terms.requires, PREFLIGHT))
+    ours = hello(Lane.PUSH, new_id(), requires=(*terms.requires, PREFLIGHT, *further))
     try:
         await lane.send(ours)
         theirs = await lane.receive_hello()
     except RefusedError as error:
-        if str(error).endswith(f"does not have: {PREFLIGHT}"):
+        lacks = str(error).partition("does not have: ")[2].split(", ")
+        if {PREFLIGHT, *further}.issuperset(lacks):
             raise OlderPeerError(str(error)) from error
         raise
     negotiate(theirs)

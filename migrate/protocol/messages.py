@@ -44,23 +44,21 @@ PAUSED = "paused"
 """Allows ``complete`` without ``resumed``: a toolstack has left the guest paused, and all its
 memory has arrived.
 """
-LOST = "lost"
-"""The message."""
-UNPROTECTED = "unprotected"
-"""The message."""
-RECALL = "recall"
-"""The message."""
+LOST, UNPROTECTED, RECALL, WAITS = "lost", "unprotected", "recall", "waits"
+"""The messages of these names."""
 ALIVE_EACH_SECOND = "alive-each-second"
 """This end pauses for at most a second between two messages on a lane."""
 PROOF = "proof"
 """This end proves that it has the session's key when it answers a lane that resumes the session."""
-WAITS = "waits"
-"""The message."""
 PREFLIGHT = "preflight"
 """An end that requires it in its hello begins no session: it asks for ``host``."""
-CAPABILITIES = frozenset(
-    {CHECKSUMS, PAUSED, LOST, UNPROTECTED, RECALL, ALIVE_EACH_SECOND, PROOF, WAITS, PREFLIGHT}
-)
+TRIAL = "trial"
+"""An end that requires it besides :data:`PREFLIGHT` tries the other host after ``host``: its offers
+are judged and not carried out, and its pages are discarded.
+"""
+CAPABILITIES = frozenset({
+    CHECKSUMS, PAUSED, LOST, UNPROTECTED, RECALL, ALIVE_EACH_SECOND, PROOF, WAITS, PREFLIGHT, TRIAL,
+})  # fmt: skip
 """What this end can do.  A capability is used if one end requires it or both ends offer it."""
 
 
@@ -120,7 +118,7 @@ class Alive(Message):
 @dataclass(frozen=True, eq=False)
 class Host(Message):
     """What the host that was dialled could take in.  Answers a hello that requires
-    :data:`PREFLIGHT`, on a connection of its own; nothing follows.
+    :data:`PREFLIGHT`, on a connection of its own; nothing follows, except a :data:`TRIAL`.
     """
 
     type = "host"

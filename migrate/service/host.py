@@ -10,10 +10,10 @@ import trio
 from migrate.errors import MigrationError
 from migrate.lanes.certificate import Finding, findings
 from migrate.lanes.connection import is_loopback
-from migrate.protocol.messages import Host, printable
+from migrate.protocol.messages import Host, Offer, printable
 from migrate.service.config import Config, advertised
 from migrate.service.values import Address
-from xenbackend.contract import Hypervisor
+from xenbackend.contract import DomainConfig, Hypervisor
 from xenbackend.errors import XenError
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,20 @@ def _look(hypervisor: Hypervisor, config: Config) -> Host:
         )
     except XenError as error:
         return Host(printable(str(error)), "none", 0, sender)
+
+
+def config_of(offer: Offer) -> DomainConfig:
+    """Return the configuration of the empty domain for an offered guest."""
+    return DomainConfig(offer.name, offer.nr_pfns, offer.max_pages, offer.vcpus, offer.platform)
+
+
+def refusal(hypervisor: Hypervisor, offer: Offer) -> str:
+    """Return why this host could not take a guest in now; empty if it could.  Changes nothing."""
+    try:
+        found = hypervisor.preflight(config_of(offer), paging=offer.paging)
+    except XenError as error:
+        return str(error)
+    return "; ".join(found.problems)
 
 
 def reachable_sender(config: Config) -> Address | None:

@@ -19,6 +19,8 @@ What is measured against what:
     links       with latency added: a fault against the round trip alone
     safety      what checksums, TLS and --protect cost, against a plain migration of the same guest
     share       what other programs get of one CPU, and of two, that run both daemons
+    estimates   what `estimate` expects, against what the migration then takes, of four guests, as
+                fast as the link allows and with a cap of 125 MB/s; the ratio is of the total times
     memory      anonymous memory of each daemon with a 4 GiB guest (its own pages are shared memory)
 
 Memory that the machine has never handed out, or has given back to its own hypervisor, costs several
@@ -45,6 +47,7 @@ import trustme
 
 from migrate.cli.world import World, loopback_world, verify_migrated, wait_for_steps
 from tests.bench import qemu, scale, share
+from tests.bench.estimates import CAP, GUESTS, STRATEGIES, Compared, Estimating, compared
 from xenbackend.simulated.guest import GuestSpec
 
 GIB = 2**30
@@ -444,6 +447,44 @@ def shares(_limits: Limits, runs: int) -> None:
         row(f"share, {len(cpus)} CPU{'s' * (len(cpus) > 1)}", of["share"], text, "")
 
 
+def estimates(_limits: Limits, runs: int) -> None:
+    """Measure the error of estimates.  A ratio above 1: more was expected than was taken."""
+    all_found: list[Compared] = []
+    for what, spec in GUESTS.items():
+        for strategy in STRATEGIES:
+            for bandwidth in (None, CAP):
+                found = []
+                for _ in range(runs):
+                    before = Estimating(bandwidth)
+                    result = migrate(
+                        spec, beside=before.beside, strategy=strategy, bandwidth=bandwidth
+                    )
+                    found.append(compared(before.found["strategies"][strategy], result))
+                all_found += found
+
+                def of(key: str, found: list[Compared] = found) -> str:
+                    expected, taken = (
+                        median([getattr(one, side)[key] for one in found])
+                        for side in ("expected", "taken")
+                    )
+                    return f"{expected:.3g} of {taken:.3g} {key.rpartition('_')[2]}"
+
+                row(
+                    f"{strategy}, {what}{', capped' if bandwidth else ''}",
+                    median([one.ratio("total_s") for one in found]),
+                    f"{of('total_s')}, downtime {of('downtime_ms')}",
+                    f"freeze {of('freeze_ms')}",
+                )
+    for key in ("total_s", "downtime_ms"):
+        errors = sorted(abs(one.ratio(key) - 1) for one in all_found)
+        row(
+            f"error of the estimate, {key}",
+            None,
+            f"median {median(errors):.0%}, 90% below {errors[len(errors) * 9 // 10]:.0%}",
+            "",
+        )
+
+
 def memory(_limits: Limits, _runs: int) -> None:
     for strategy in ("precopy", "hybrid", "postcopy"):
         peaks: dict[str, int] = {}
@@ -499,6 +540,7 @@ SECTIONS: dict[str, Callable[[Limits, int], None]] = {
     "links": links,
     "safety": safety,
     "share": shares,
+    "estimates": estimates,
     "memory": memory,
     "scaling": scaling,
 }

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Requests of ``estimate``: the guest and the link are measured, and what each strategy would take
+is answered.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from migrate.control.client import Json
+from migrate.control.server import ControlConnection
+from migrate.errors import MigrationError, OccupiedError
+from migrate.lanes.connection import Terms
+from migrate.options import MigrationOptions, Strategy
+from migrate.tasks import in_stoppable_thread, in_thread, task_group
+from sender.estimate import Expected, Measured, expect, recommend
+from sender.measure import GuestMeasure, LinkMeasure, try_destination
+from sender.policy import Decision
+from xenbackend.contract import DomainId, Hypervisor
+from xenbackend.pages import PAGE_SIZE
+
+LEAST_S, MOST_S = 0.1, 600.0
+"""The bounds of the time for which a guest is measured."""
+ALL = (Strategy.PRECOPY, Strategy.HYBRID, Strategy.POSTCOPY)
+
+
+class Estimates:
+    """The estimates that a daemon is making, at most one of each guest."""
+
+    def __init__(self, hypervisor: Hypervisor, terms: Terms):
+        self._hypervisor, self._terms = hypervisor, terms
+        self._measured: set[int] = set()
+        """The numbers of the domains that are measured."""
+
+    def check_unmeasured(self, domid: int) -> None:
+        """Raises :class:`OccupiedError` if the domain is being measured, because log-dirty has one
+        owner.
+        """
+        if domid in self._measured:
+            raise OccupiedError(
+                f"domain {domid} is being measured by `xen-postcopy estimate`, which takes a few "
+                "seconds: try again"
+            )
+
+    async def answer(
+        self,
+        request: Json,
+        connection: ControlConnection,
+        target: DomainId,
+        address: tuple[str, int],
+        options: MigrationOptions,
+    ) -> None:
+        """Answer a request.  If the client leaves, the measurement ends.  The caller has checked
+        that nobody uses the domain.  Raises as :func:`estimate`.
+        """
+        seconds = _checked(request["seconds"])
+
+        async def end_with_client() -> None:
+            while await connection.request() is not None:
+                pass
+            tasks.cancel_scope.cancel()
+
+        self._measured.add(target.domid)
+        try:
+            async with task_group() as tasks:
+                tasks.start_soon(end_with_client)
+                found = await estimate(
+                    self._hypervisor, target, address, options, self._terms, seconds
+                )
+                await connection.answer("result", **found)
+                tasks.cancel_scope.cancel()
+        finally:
+            self._measured.remove(target.domid)
+
+
+def _checked(value: Any) -> float:
+    """Return the time of a measurement in a request.  Raises :class:`MigrationError`."""
+    seconds = float(value)
+    if not math.isfinite(seconds) or not LEAST_S <= seconds <= MOST_S:
+        raise MigrationError(
+            f"a guest is measured for {LEAST_S:g} to {MOST_S:g} seconds, not for {seconds:g}"
+        )
+    return seconds
+
+
+async def estimate(
+    hypervisor: Hypervisor,
+    target: DomainId,
+    address: tuple[str, int],
+    options: MigrationOptions,
+    terms: Terms,
+    seconds: float,
+) -> dict[str, Any]:
+    """Measure the link and the guest, and return the estimate as JSON has it.  Cancellation ends
+    both measurements, and log-dirty is off afterwards.
+
+    Raises :class:`MigrationError` or ``XenError`` if there can be no estimate.
+    """
+    guest = GuestMeasure(hypervisor, target, seconds)
+    await in_thread(guest.check)
+    link = await try_destination(address, terms, guest.config, options.bandwidth_bytes_per_s)
+    # One after the other: on a host with few CPUs the traffic would slow the guest down.
+    await in_stoppable_thread(guest.run, guest.stop)
+    measured = Measured(
+        guest.memory_pages,
+        guest.content_share,
+        guest.dirtied,
+        link.bytes_per_s,
+        link.fault_s,
+        link.round_trip_s,
+    )
+    return {
+        "domain": guest.config.name,
+        "domid": target.domid,
+        "destination": "{}:{}".format(*address),
+        "measured": _facts(measured, guest, link),
+        **_strategies(measured, options, link.refusals),
+        "devices": guest.devices,
+    }
+
+
+def _facts(measured: Measured, guest: GuestMeasure, link: LinkMeasure) -> dict[str, Any]:
+    return {
+        "memory_bytes": measured.memory_pages * PAGE_SIZE,
+        "needed_bytes": guest.config.max_pages * PAGE_SIZE,
+        "free_bytes": link.host.free_bytes,
+        "content_share": round(measured.content_share, 3),
+        "dirtied": [[round(at_s, 3), pages] for at_s, pages in measured.dirtied],
+        "dirty_bytes_per_s": round(measured.dirty_bytes_per_s),
+        "bytes_per_s": round(measured.bytes_per_s),
+        "page_us": round(measured.fault_s * 1e6),
+        "round_trip_us": round(measured.round_trip_s * 1e6),
+        "encrypted": link.is_encrypted,
+    }
+
+
+def _strategies(
+    measured: Measured, options: MigrationOptions, refusals: dict[bool, str]
+) -> dict[str, Any]:
+    """Return what each strategy is expected to take, and the best one."""
+    shown: dict[str, Any] = {}
+    possible = []
+    for strategy in ALL:
+        try:
+            expected = expect(measured, dataclasses.replace(options, strategy=strategy))
+        except MigrationError as error:  # options that contradict this strategy
+            shown[strategy.value] = {"problem": str(error)}
+            continue
+        problem = refusals[strategy.pages_after_handover]
+        if not problem and expected.ends_by is Decision.CANCEL:
+            problem = f"it is cancelled after {expected.total_s:.1f} s, by its time limit"
+        shown[strategy.value] = {"problem": problem, **_figures(expected)}
+        if not problem:
+            possible.append(expected)
+    if not possible:
+        return {"strategies": shown, "recommended": None, "reason": ""}
+    best, reason = recommend(possible, options.policy.downtime_target_ms)
+    return {"strategies": shown, "recommended": best.strategy.value, "reason": reason}
+
+
+def _figures(expected: Expected) -> dict[str, Any]:
+    return {
+        "total_s": round(expected.total_s, 3),
+        "downtime_ms": round(expected.downtime_s * 1000, 1),
+        "freeze_ms": round(expected.freeze_s * 1000, 1),
+        "rounds": expected.rounds,
+        "sent_bytes": expected.sent_pages * PAGE_SIZE,
+        "missing_bytes": expected.missing_pages * PAGE_SIZE,
+        "ends_by": expected.ends_by.value,
+    }

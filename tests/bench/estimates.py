@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The error of an estimate: what ``estimate`` expects of a guest, against what its migration then
+takes.
+
+The longest freeze of a simulated guest is its downtime, or the longest wait of a vCPU for one page.
+A real guest waits for many pages before its programs run, and that is what is expected, so the
+expected freeze of a guest that lacks pages is the longer one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from migrate.cli.world import World
+from xenbackend.simulated.guest import GuestSpec
+
+HALF_GIB = 2**29
+CAP = 125e6
+SECONDS = 2.0
+GUESTS = {
+    "idle": GuestSpec("guest", HALF_GIB, 2, "idle"),
+    "hotset, 5000/s": GuestSpec("guest", HALF_GIB, 2, "hotset", rate=2500),
+    "random, 40000/s": GuestSpec("guest", HALF_GIB, 2, "random", rate=20_000),
+    "random, all it can": GuestSpec("guest", HALF_GIB, 2, "random"),
+}
+STRATEGIES = ("precopy", "hybrid", "postcopy")
+
+
+@dataclass
+class Estimating:
+    """Estimates just before the migration."""
+
+    bandwidth: float | None
+    found: dict[str, Any] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def beside(self, world: World) -> Iterator[None]:
+        destination = f"127.0.0.1:{world.port}"
+        self.found = world.ask(
+            "sender", command="estimate", domain="guest", destination=destination, seconds=SECONDS,
+            bandwidth=self.bandwidth,
+        )  # fmt: skip
+        yield
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What was expected of a migration, and what it took."""
+
+    expected: dict[str, float]
+    taken: dict[str, float]
+
+    def ratio(self, key: str) -> float:
+        return self.expected[key] / self.taken[key]
+
+
+def compared(expected: dict[str, Any], result: dict[str, Any]) -> Compared:
+    downtime_ms = result["downtime_s"] * 1000
+    return Compared(
+        {key: expected[key] for key in ("total_s", "downtime_ms", "freeze_ms")},
+        {
+            "total_s": result["total_s"],
+            "downtime_ms": downtime_ms,
+            "freeze_ms": max(downtime_ms, result["guest"]["max_us"] / 1000),
+        },
+    )

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A host is tried without a migration: what is asked, what is answered, and what is not allowed."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+import trio
+
+from migrate.errors import MigrationError, PeerClosedError, ProtocolError
+from migrate.lanes import accept, trial
+from migrate.lanes.accept import AwaitedLanes, Reception
+from migrate.lanes.connection import LaneConnection, Terms, connect
+from migrate.lanes.probe import greet, host_of
+from migrate.lanes.tls import Tls
+from migrate.protocol import messages as m
+from migrate.protocol.messages import Hello
+from migrate.protocol.pfns import pfn_array
+from sender import measure
+from sender.measure import LinkMeasure, try_destination
+from tests.support.certificates import HOST, files
+from tests.support.waiting import WAIT_S
+from xenbackend.contract import DomainConfig
+from xenbackend.pages import PAGE_SIZE
+
+__all__ = ["files"]
+GUEST = DomainConfig("guest", 4096, 4096, 2, b"platform")
+GIB = 2**30
+
+
+def nobody(_greeting: Hello) -> AwaitedLanes:
+    raise MigrationError("no migration was asked for")
+
+
+def takes_all(_offer: m.Offer) -> str:
+    return ""
+
+
+@contextlib.asynccontextmanager
+async def listening(
+    tls: Tls | None = None, judge: Callable[[m.Offer], str] = takes_all
+) -> AsyncIterator[int]:
+    async def look() -> m.Host:
+        return m.Host("", "native", GIB, "")
+
+    reception = Reception(nobody, look, Terms(tls=tls), judge)
+    with trio.fail_after(WAIT_S):
+        async with trio.open_nursery() as nursery:
+            serve = functools.partial(trio.serve_tcp, reception.receive, 0, host=HOST)
+            yield int((await nursery.start(serve))[0].socket.getsockname()[1])
+            nursery.cancel_scope.cancel()
+
+
+async def tried(port: int, tls: Tls | None = None, cap: float | None = None) -> LinkMeasure:
+    return await try_destination((HOST, port), Terms(tls=tls), GUEST, cap)
+
+
+@contextlib.asynccontextmanager
+async def in_trial(port: int) -> AsyncIterator[LaneConnection]:
+    """The connection of a peer in a trial, after ``host``."""
+    lane = await connect(HOST, port, Terms())
+    try:
+        await greet(lane, Terms(), m.TRIAL)
+        await host_of(lane)
+        yield lane
+    finally:
+        lane.close()
+
+
+@pytest.fixture(autouse=True)
+def _brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure links for a short time."""
+    monkeypatch.setattr(measure, "LAST_CHUNK", 2**20)
+
+
+@pytest.mark.parametrize("with_tls", [False, True], ids=["plain", "TLS"])
+async def test_the_link_is_measured(files: Callable[..., Tls], with_tls: bool) -> None:
+    tls = files() if with_tls else None
+    async with listening(tls) as port:
+        found = await tried(port, tls)
+    assert found.is_encrypted is with_tls and found.host.free_bytes == GIB
+    assert found.refusals == {True: "", False: ""}
+    assert found.bytes_per_s > 0
+    assert 0 <= found.round_trip_s <= found.fault_s
+
+
+async def test_a_cap_limits_what_a_measurement_sends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 KiB are sent in any case, and 512 KiB a second allow no chunk above a quarter of a MiB."""
+    sizes: list[int] = []
+
+    def write(payload: memoryview) -> None:
+        sizes.append(len(payload))
+
+    monkeypatch.setattr(trial, "_write", write)
+    async with listening() as port:
+        await tried(port, cap=512 * 1024)
+    assert max(sizes) == 256 * 1024
+    assert sum(sizes) == (64 + 128 + 256) * 1024 + measure.PAGES_ALONE * PAGE_SIZE
+
+
+async def test_the_destination_judges_the_guest_with_and_without_paging() -> None:
+    offers: list[m.Offer] = []
+
+    def judge(offer: m.Offer) -> str:
+        offers.append(offer)
+        return "built without memory paging" if offer.paging else ""
+
+    async with listening(judge=judge) as port:
+        found = await tried(port)
+    assert found.refusals == {True: "built without memory paging", False: ""}
+    assert [(offer.name, offer.max_pages) for offer in offers] == [("guest", 4096)] * 2
+
+
+async def test_a_listener_without_guests_takes_none_in() -> None:
+    async with listening(judge=trial.judge_nothing) as port:
+        found = await tried(port)
+    assert found.refusals[False] == "no guest is taken in here"
+
+
+@pytest.mark.parametrize("lacks", ["preflight, trial", "trial"])
+async def test_an_older_destination_is_named(monkeypatch: pytest.MonkeyPatch, lacks: str) -> None:
+    def negotiate(_greeting: Hello) -> None:
+        raise ProtocolError(f"the peer requires capabilities that this end does not have: {lacks}")
+
+    monkeypatch.setattr(accept, "negotiate", negotiate)
+    async with listening() as port:
+        with pytest.raises(MigrationError, match=f"{HOST}:{port} is of an older release, to which"):
+            await tried(port)
+
+
+async def test_another_refusal_is_not_taken_for_an_older_release(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def negotiate(_greeting: Hello) -> None:
+        raise ProtocolError("the peer requires capabilities that this end does not have: checksums")
+
+    monkeypatch.setattr(accept, "negotiate", negotiate)
+    async with listening() as port:
+        with pytest.raises(MigrationError, match="does not have: checksums"):
+            await tried(port)
+
+
+# ---- the end that is tried ----
+@pytest.mark.parametrize("message", [m.Rejoin(), m.Context(b"x", True), m.Defer(0, b"\1")])
+async def test_what_does_not_belong_to_a_trial_ends_it(message: m.Message) -> None:
+    async with listening() as port, in_trial(port) as lane:
+        await lane.send(message)
+        answer, _pages = await lane.receive()
+        assert isinstance(answer, m.Refused) and answer.reason == f"{message.type} in a trial"
+        with pytest.raises(PeerClosedError):
+            await lane.receive()
+
+
+async def test_a_trial_ends_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "TRIAL_S", 0.05)
+    async with listening() as port, in_trial(port) as lane:
+        with pytest.raises(PeerClosedError):
+            await lane.receive()
+
+
+async def test_a_trial_ends_when_too_much_was_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "MOST_BYTES", 4 * PAGE_SIZE)
+    async with listening() as port, in_trial(port) as lane:
+        await trio.to_thread.run_sync(
+            lane.send_blocking, m.Pages(pfn_array(range(4))), [memoryview(bytes(4 * PAGE_SIZE))]
+        )
+        with pytest.raises(PeerClosedError):
+            await lane.receive()
+
+
+async def test_trials_follow_one_another() -> None:
+    """Two at once would measure each other."""
+    async with listening() as port:
+        async with in_trial(port):
+            second = await connect(HOST, port, Terms())
+            await greet(second, Terms(), m.TRIAL)
+            assert not second.is_over(0.05) and not second.readable()
+        await host_of(second)
+        second.close()
+
+
+async def test_a_destination_that_answers_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(lane: LaneConnection, _judge: trial.Judge) -> None:
+        with contextlib.suppress(PeerClosedError):
+            while True:
+                message, _payload = lane.receive_blocking()
+                if isinstance(message, m.Barrier):
+                    lane.send_blocking(m.Ready())
+                elif isinstance(message, m.Offer):
+                    lane.send_blocking(m.Accepted("", b""))
+
+    monkeypatch.setattr(trial, "_answer", answer)
+    async with listening() as port:
+        with pytest.raises(MigrationError, match="answered with ready instead of passed"):
+            await tried(port)
+
+
+async def test_a_destination_that_ends_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "MOST_BYTES", 128 * 1024)
+    async with listening() as port:
+        with pytest.raises(PeerClosedError):
+            await tried(port)
