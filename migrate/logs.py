@@ -154,13 +154,18 @@ class Complaint:
             self._log(text, *arguments)
 
 
-def abnormal_end(domain: str, phase: str, reason: str, counters: dict[str, Any]) -> None:
-    """Log the end of a migration that has not completed, as one record: the phase, the reason, and
-    the counters.
+def abnormal_end(
+    domain: str, phase: str, outcome: str, reason: str, counters: dict[str, Any]
+) -> None:
+    """Log the end of a migration that has not completed, as one record: the phase, the outcome, the
+    reason, and the counters.  It is an error unless the outcome is ``cancelled``.
     """
-    facts = json.dumps({"phase": phase, "reason": reason, **counters})
-    logging.getLogger(__name__).error(
-        "the migration of %s has ended without completing: %s", domain or "a guest", facts
+    facts = json.dumps({"phase": phase, "outcome": outcome, "reason": reason, **counters})
+    logging.getLogger(__name__).log(
+        logging.INFO if outcome == "cancelled" else logging.ERROR,
+        "the migration of %s has ended without completing: %s",
+        domain or "a guest",
+        facts,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,6 +48,16 @@ def printable(text: str) -> str:
     replaced, because a control character could move the cursor.
     """
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def display_width(text: str) -> int:
+    """Return how many columns of a terminal printable text takes: characters of East Asian scripts
+    take two, combining marks none (Unicode Standard Annex 11).
+    """
+    if text.isascii():
+        return len(text)
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    return len(text) + wide - sum(unicodedata.category(c) in ("Mn", "Me", "Cf") for c in text)
 
 
 def counted(count: int, noun: str) -> str:

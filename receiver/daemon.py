@@ -17,7 +17,7 @@ from typing import Any
 import trio
 
 from migrate.control import server as control
-from migrate.control.client import Json, outcome
+from migrate.control.client import Json
 from migrate.control.server import ControlConnection, decision_of
 from migrate.errors import MigrationError, OccupiedError, UnknownSessionError
 from migrate.lanes.accept import AwaitedLanes, Reception
@@ -25,6 +25,7 @@ from migrate.lanes.connection import listen_tcp
 from migrate.lanes.dial import DialledLanes
 from migrate.lanes.pairs import rejoining
 from migrate.logs import Complaint
+from migrate.outcomes import outcome
 from migrate.protocol.messages import Hello, Lane
 from migrate.protocol.session import is_session_id
 from migrate.service.config import Config

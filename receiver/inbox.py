@@ -10,9 +10,9 @@ import functools
 
 import trio
 
-from migrate.control.client import GAVE_UP
 from migrate.errors import MigrationError, RemoteProtocolError
 from migrate.lanes import scheduling
+from migrate.outcomes import GAVE_UP
 from migrate.protocol import messages as m
 from migrate.protocol.pfns import pfns_of_window
 from receiver.guest import Guest

@@ -29,6 +29,7 @@ from migrate import logs
 from migrate.errors import GuestEndedError, MigrationError
 from migrate.lanes.connection import run_in_thread
 from migrate.lanes.pairs import Lanes
+from migrate.outcomes import outcome
 from migrate.protocol import messages as m
 from migrate.protocol.session import Role, Session
 from migrate.service.journal import Journal
@@ -142,7 +143,8 @@ class IncomingMigration:
                 log.exception("internal error")
             phase = self.phase
             await self._failed(error)
-            logs.abnormal_end(progress.domain, phase, progress.problem, self.details())
+            how = outcome(self.phase, progress.problem)
+            logs.abnormal_end(progress.domain, phase, how, progress.problem, self.details())
         finally:
             self._context.disconnect()
             if self.has_ended:

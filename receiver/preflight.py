@@ -9,9 +9,9 @@ from typing import Protocol
 
 import trio
 
-from migrate.control.client import GAVE_UP
 from migrate.errors import MigrationError, RemoteProtocolError
 from migrate.lanes.connection import step_timeout
+from migrate.outcomes import GAVE_UP
 from migrate.protocol import messages as m
 from migrate.protocol.pfns import sparseness
 from migrate.protocol.session import new_token

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from migrate.control.client import ENDED
+from migrate.outcomes import ENDED
 from migrate.service.progress import LEAST_BYTES, STEADY_S, Phases, Rate, rounded, time_left_s
 
 AFTER_HANDOVER = ("deciding", "postcopy", "completing")

@@ -12,7 +12,6 @@ import time
 
 import trio
 
-from migrate.control.client import GAVE_UP
 from migrate.errors import (
     GuestEndedError,
     MigrationError,
@@ -24,6 +23,7 @@ from migrate.errors import (
     UnknownSessionError,
 )
 from migrate.lanes.connection import step_timeout
+from migrate.outcomes import GAVE_UP
 from migrate.protocol import messages as m
 from migrate.protocol.pfns import windows
 from migrate.protocol.session import new_token

@@ -37,6 +37,7 @@ from migrate.protocol import messages as m
 from migrate.protocol.frames import FrameDecoder
 from migrate.protocol.pfns import batches_of
 from migrate.service.journal import remove
+from migrate.units import human_bytes
 from sender.source_pages import announce, present
 from xenbackend.contract import Domain, DomainState
 from xenbackend.errors import XenError
@@ -147,7 +148,7 @@ class CheckpointStore:
         if left - len(payload) < (margin := min(MARGIN_BYTES, size // MARGIN_SHARE)):
             raise OSError(
                 errno.ENOSPC,
-                f"the last {margin >> 20} MiB of its file system are kept free for the journal",
+                f"the last {human_bytes(margin)} of its file system are kept free for the journal",
             )
         # With a checksum, because a disk sometimes returns other bytes than were written.
         self._new.write(frames.encode(message.header(), [payload] if payload else (), checked=True))

@@ -20,7 +20,7 @@ from typing import Any
 import trio
 
 from migrate.control import server as control
-from migrate.control.client import Json, outcome
+from migrate.control.client import Json
 from migrate.control.server import ControlConnection, decision_of
 from migrate.errors import MigrationError, OccupiedError, UnknownSessionError
 from migrate.lanes.accept import AwaitedLanes, Reception
@@ -29,6 +29,7 @@ from migrate.lanes.dial import DialledLanes
 from migrate.lanes.pairs import rejoining
 from migrate.logs import Complaint
 from migrate.options import MigrationOptions, Strategy, policy_of
+from migrate.outcomes import outcome
 from migrate.protocol.messages import Hello
 from migrate.protocol.session import new_id, new_token
 from migrate.service.config import RECEIVER_PORT, Config, MigrationConfig, advertised

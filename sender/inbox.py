@@ -13,6 +13,7 @@ import trio
 from migrate.errors import GuestEndedError, MigrationError, RemoteProtocolError
 from migrate.lanes import scheduling
 from migrate.lanes.connection import run_in_thread
+from migrate.outcomes import CANNOT_CONTINUE, GIVEN_UP
 from migrate.protocol import messages as m
 from sender.checkpoints import CheckpointStore
 from sender.context import Context, Source
@@ -131,9 +132,9 @@ def raise_end(context: Context, message: m.Ended | m.Failed) -> NoReturn:
     guest has ended there, and :class:`MigrationError` otherwise.
     """
     if isinstance(message, m.Failed):
-        raise MigrationError(f"the destination cannot continue: {message.reason}")
+        raise MigrationError(f"{CANNOT_CONTINUE}{message.reason}")
     if not context.ownership.handed_over and not message.ran:
-        raise StaysHereError(f"the destination has given the guest up: {message.reason}")
+        raise StaysHereError(f"{GIVEN_UP}{message.reason}")
     raise GuestEndedError(f"the guest ended at the destination: {message.reason}")
 
 

@@ -18,6 +18,7 @@ from migrate import logs
 from migrate.errors import MigrationError
 from migrate.lanes.pairs import Lanes
 from migrate.options import MigrationOptions
+from migrate.outcomes import outcome
 from migrate.protocol import messages as m
 from migrate.service.journal import Journal, remove
 from migrate.service.lifecycle import TAKING_UP
@@ -207,7 +208,9 @@ class OutgoingMigration:
         except BaseException as error:
             phase = self.phase
             await as_soon_as_threads_start(functools.partial(rollback.settle, error))
-            logs.abnormal_end(self.domain_name, phase, self.progress.problem, self.result())
+            problem = self.progress.problem
+            how = outcome(self.phase, problem)
+            logs.abnormal_end(self.domain_name, phase, how, problem, self.result())
             raise
 
     async def linger(self) -> None:

@@ -14,11 +14,11 @@ import numpy as np
 import trio
 from numpy.typing import NDArray
 
-from migrate.control.client import CANCELLED
 from migrate.errors import MigrationError
 from migrate.lanes.connection import step_timeout
 from migrate.lanes.latency import round_trip_s
 from migrate.options import Strategy
+from migrate.outcomes import CANCELLED
 from migrate.protocol import messages as m
 from migrate.protocol.pfns import NO_PFNS, PfnMask, bitmap_of, from_mask, union, windows
 from sender.context import Context, Source

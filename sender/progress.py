@@ -49,7 +49,7 @@ class Progress:
     """At which bytes were sent in the last seconds."""
     dirty_bytes_per_s: float | None = None
     """At which the guest has dirtied memory during the last round; each page counts once."""
-    expected_downtime_ms: float | None = None
+    expected_freeze_ms: float | None = None
     """For which the guest is expected to be frozen if precopy ends as at the end of the last round:
     by stop-and-copy or by postcopy, whichever is shorter and allowed.
     """
@@ -101,7 +101,7 @@ class Meter:
         if now.started:
             shown.elapsed_s = round((now.finished or now.at) - now.started, 1)
         shown.bytes_per_s = shown.faults_per_s = shown.eta_s = shown.eta_least_s = None
-        shown.expected_downtime_ms = None
+        shown.expected_freeze_ms = None
         if now.has_ended:
             return
         self._bytes.add(now.at, now.bytes_sent)
@@ -120,8 +120,8 @@ class Meter:
     def _measure_precopy(self, now: Now, pages_per_s: float | None) -> None:
         shown = self._progress
         if now.expected is not None:
-            shown.expected_downtime_ms = rounded(
-                expected_downtime_ms(now.expected, now.options.strategy.pages_after_handover), 1
+            shown.expected_freeze_ms = rounded(
+                expected_freeze_ms(now.expected, now.options.strategy.pages_after_handover), 1
             )
         if not shown.pages_total:  # no round: with `--strategy postcopy`, pages are evicted
             return
@@ -141,7 +141,7 @@ class Meter:
             shown.eta_s = rounded(time_left_s(rest, pages_per_s), 1)
 
 
-def expected_downtime_ms(expected: PrecopyProgress, can_page: bool) -> float | None:
+def expected_freeze_ms(expected: PrecopyProgress, can_page: bool) -> float | None:
     """Return the shorter one of the expected freezes; ``None`` if none is known."""
     if not expected.bytes_per_s:
         return None

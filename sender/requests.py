@@ -12,8 +12,8 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from migrate.control.client import CANCELLED
 from migrate.errors import MigrationError
+from migrate.outcomes import CANCELLED
 from migrate.service.lifecycle import ended
 from migrate.tasks import in_thread
 from sender.context import Context

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 
 import trio
 
-from migrate.control.client import RESCUED
 from migrate.errors import GuestEndedError, MigrationError, PeerClosedError
+from migrate.outcomes import RESCUED
 from migrate.protocol import messages as m
 from migrate.tasks import as_soon_as_threads_start, first, in_thread
 from sender.checkpoints import CheckpointStore

@@ -98,8 +98,7 @@ def cli() -> None:
 
     \b
     Between two hosts, on which the package has started the daemons:
-        xen-postcopy init HOST1 HOST2      (makes certificates and configurations, and prints how
-                                           they reach the hosts)
+        xen-postcopy init HOST1 HOST2     (makes certificates and configurations)
         HOST1#  xen-postcopy migrate DOMAIN HOST2
     """
 

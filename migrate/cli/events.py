@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from migrate.control.client import ENDED
+from migrate.outcomes import ENDED
 
 EVERY_S = 1.0
 NAMED = ("id", "domain", "direction")

@@ -9,14 +9,15 @@ and a receiver has others than a sender.
 from __future__ import annotations
 
 import math
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from migrate.cli.text import table
-from migrate.control.client import outcome
-from migrate.units import counted, human_bytes, human_seconds, human_us, printable
+from migrate.outcomes import outcome
+from migrate.units import counted, display_width, human_bytes, human_seconds, human_us, printable
 
 MIB = 2**20
 PAGE = 4096
@@ -53,7 +54,7 @@ def fit(fields: Sequence[Field], width: int) -> str:
         """Use this form, unless the line becomes too long."""
         before = chosen.get(id(field))
         chosen[id(field)] = form
-        if len(line()) <= width:
+        if display_width(line()) <= width:
             return True
         del chosen[id(field)]
         if before is not None:
@@ -160,9 +161,9 @@ def _of_precopy(p: Answer) -> list[Field]:
     found = []
     if p.get("dirty_bytes_per_s") is not None:
         found.append(Field(4, [f"dirty {brief_rate(p['dirty_bytes_per_s'])}"]))
-    if p.get("expected_downtime_ms") is not None:
-        text = human_us(p["expected_downtime_ms"] * 1000)
-        found.append(Field(5, [f"expected downtime {text}", f"down {text}"]))
+    if p.get("expected_freeze_ms") is not None:
+        text = human_us(p["expected_freeze_ms"] * 1000)
+        found.append(Field(5, [f"expected freeze {text}", f"freeze {text}"]))
     return found
 
 
@@ -195,7 +196,8 @@ TITLES = (
     "ID", "DOMAIN", "DIRECTION", "PHASE", "STARTED", "ELAPSED", "DONE", "RATE", "OUTSTANDING",
 )  # fmt: skip
 """The columns; the reason follows them."""
-LESS_NEEDED = ("STARTED", "OUTSTANDING", "ELAPSED", "RATE", "DONE")
+PROBLEM, GAP = "PROBLEM", "  "
+LESS_NEEDED = ("STARTED", "ELAPSED", "OUTSTANDING", "RATE", "DONE")
 """The columns that are left out of a narrow terminal, the least needed first."""
 
 
@@ -255,23 +257,44 @@ def cells(line: Answer, now: float) -> dict[str, str]:
 
 
 def columns(rows: Sequence[dict[str, str]], width: int | None) -> list[str]:
-    """Return the columns that fit ``width`` beside the title of the last one; ``None``: all."""
+    """Return the columns that fit ``width``; ``None``: all."""
     titles = list(TITLES)
     for column in LESS_NEEDED:
-        needed = sum(max(map(len, (title, *(row[title] for row in rows)))) + 2 for title in titles)
-        if width is None or needed + len("PROBLEM") <= width:
+        if width is None or _width_of(rows, titles) <= width:
             break
         titles.remove(column)
     return titles
 
 
+def _width_of(rows: Sequence[dict[str, str]], titles: Sequence[str]) -> int:
+    widths = (max(map(display_width, (title, *(row[title] for row in rows)))) for title in titles)
+    return sum(width + len(GAP) for width in widths) - len(GAP)
+
+
 def table_of(lines: list[dict[str, Any]], width: int | None, now: float) -> str:
     """Return the table of ``list``.  ``width``: of the terminal; ``None``: no limit.  ``now``:
-    seconds since 1970."""
+    seconds since 1970.
+
+    The reasons are the last column.  Where they do not fit, each is below the row of its migration.
+    """
     rows = [cells(line, now) for line in lines]
     titles = columns(rows, width)
-    texts = [
-        [*(row[title] for title in titles), problem(line)]
-        for row, line in zip(rows, lines, strict=True)
-    ]
-    return table((*titles, "PROBLEM"), texts, numbers=NUMBERS)
+    reasons = [problem(line) for line in lines]
+    longest = max(display_width(reason) for reason in (PROBLEM, *reasons))
+    if width is None or _width_of(rows, titles) + len(GAP) + longest <= width:
+        texts = [
+            [*(row[title] for title in titles), reason]
+            for row, reason in zip(rows, reasons, strict=True)
+        ]
+        return table((*titles, PROBLEM), texts, numbers=NUMBERS)
+    texts = [[row[title] for title in titles] for row in rows]
+    head, *body = table(titles, texts, numbers=NUMBERS).split("\n")
+    found = [head]
+    for row, reason in zip(body, reasons, strict=True):
+        found += [
+            row,
+            *textwrap.wrap(
+                printable(reason), width, initial_indent=GAP * 2, subsequent_indent=GAP * 2
+            ),
+        ]
+    return "\n".join(found)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from migrate.cli.options import Number, Size, SocketPath, WholeNumber
+from migrate.cli.options import Number, Size, SocketPath, WholeNumber, absolute
 from migrate.cli.text import echo, json_option, table
 from migrate.errors import MigrationError
 from migrate.units import counted, human_bytes
@@ -111,7 +111,7 @@ def guest_spec(
 ) -> GuestSpec:  # fmt: skip
     """Raises :class:`GuestOptionError`."""
     if image is not None:
-        image = str(Path(image).absolute())
+        image = str(absolute(image))
         memory = memory or image_bytes(image)
     spec = GuestSpec(
         name, DEFAULT_MEMORY if memory is None else memory, vcpus, workload, working_set,

@@ -25,13 +25,14 @@ from migrate.cli.options import (
 )
 from migrate.cli.progress import ProgressDisplay
 from migrate.cli.text import echo
-from migrate.control.client import CANCELLED, ControlClient
+from migrate.control.client import ControlClient
 from migrate.errors import (
     DaemonGoneError,
     InterruptedMigrationError,
     MigrationError,
     UnattendedMigrationError,
 )
+from migrate.outcomes import outcome
 from xenbackend.unix import STARTING_S
 
 KNOWN = ("id", "domain", "peer", "strategy", "phase", "handed_over", "outstanding", "problem")
@@ -146,7 +147,7 @@ STAYS = "the guest continues at the source"
 
 def in_words(domain: str, error: MigrationError) -> MigrationError:
     """Return the error of a migration in words.  A cancellation does not read as a failure."""
-    if not str(error).startswith(CANCELLED):
+    if outcome("failed", str(error)) != "cancelled":
         return error
     return MigrationError(f"{domain} was not migrated: {error}; {STAYS}")
 
@@ -208,29 +209,37 @@ def write_json(
 
 def summary(result: dict[str, Any]) -> str:
     """Return a migration's result in words."""
-    from migrate.units import counted, human_bytes
+    from migrate.units import counted, human_bytes, human_us
 
-    latency = result["fault_latency_us"]
+    latency, missing = result["fault_latency_us"], result["switchover"]["missing_pages"]
+    pushed, pulled = result["push"]["pages"], result["pull"]["pages"]
     lines = [
         f"{result['domain']} migrated ({result['strategy']}): "
         f"{human_bytes(result['memory_bytes'])} in {result['total_s']:.2f} s, downtime "
-        f"{result['downtime_s'] * 1000:.1f} ms",
+        f"{human_us(result['downtime_s'] * 1e6)}",
         f"  precopy: {counted(result['precopy']['rounds'], 'round')}, "
-        f"{counted(result['precopy']['pages'], 'page')}; after the handover: "
-        f"{counted(result['switchover']['missing_pages'], 'page')} missing, "
-        f"{result['push']['pages']} pushed, {result['pull']['pages']} pulled; "
-        f"{counted(result['zero_pages'], 'zero page')}",
+        f"{counted(result['precopy']['pages'], 'page')}",
     ]
+    if missing:
+        twice = pushed + pulled - missing
+        lines.append(
+            f"  after the handover: {counted(missing, 'page')} missing, {pushed} pushed, "
+            f"{pulled} pulled" + (f", {twice} of them by both ways" if twice > 0 else "")
+        )
+    lines.append(
+        f"  sent: {human_bytes(result['bytes_sent'])}, {counted(result['zero_pages'], 'zero page')}"
+    )
     expected = result.get("expected")  # a daemon of an older release does not send it
     if expected and expected["pages"]:
         lines.append(
-            f"  expected for {counted(expected['pages'], 'page')}: stop-and-copy "
-            f"{expected['stop_and_copy_ms']:.1f} ms, postcopy {expected['postcopy_ms']:.1f} ms"
+            f"  expected freeze for {counted(expected['pages'], 'page')}: stop-and-copy "
+            f"{human_us(expected['stop_and_copy_ms'] * 1000)}, postcopy "
+            f"{human_us(expected['postcopy_ms'] * 1000)}"
         )
     if latency["count"]:
         lines.append(
-            f"  {counted(latency['count'], 'fault')}: median {latency['p50']:.0f} us, 99% below "
-            f"{latency['p99']:.0f} us, longest {latency['max']:.0f} us"
+            f"  {counted(latency['count'], 'fault')}: median {human_us(latency['p50'])}, 99% below "
+            f"{human_us(latency['p99'])}, longest {human_us(latency['max'])}"
         )
     made = result["checkpoints"]
     if made["kept"]:

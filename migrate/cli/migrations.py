@@ -22,15 +22,9 @@ from migrate.cli.options import F, SocketPath, receiver_socket, sender_socket
 from migrate.cli.progress import EventLines, ProgressDisplay, TableDisplay
 from migrate.cli.terminal import size_of, wait_while_read
 from migrate.cli.text import echo, json_option, report
-from migrate.control.client import (
-    ANSWER_S,
-    CANCELLED,
-    ENDED,
-    RUN_DIRECTORY,
-    SOCKETS,
-    ControlClient,
-)
+from migrate.control.client import ANSWER_S, RUN_DIRECTORY, SOCKETS, ControlClient
 from migrate.errors import MigrationError, SilentDaemonError, UnknownMigrationError
+from migrate.outcomes import ENDED, outcome
 from xenbackend.unix import STARTING_S
 
 WATCH_EVERY_S = 0.25
@@ -254,7 +248,7 @@ def watch_command(migration: str, socket_paths: tuple[Path, ...], as_json: bool)
             wait_while_read(sys.stdout, WATCH_EVERY_S)
     finally:
         display.close()
-    if line["problem"].startswith(CANCELLED):
+    if outcome(line["phase"], line["problem"]) == "cancelled":
         raise in_words(line["domain"], MigrationError(line["problem"]))
     if line["phase"] != "completed":
         raise MigrationError(f"{line['domain']}: {how_it_is(line)}: {line['problem']}")

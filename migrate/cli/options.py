@@ -141,14 +141,26 @@ class HostPort(OptionType):
         return str(value)
 
 
+def absolute(path: str | Path) -> Path:
+    """Return the path from the root.  Raises :class:`MigrationError` for a relative one if the
+    working directory was removed.
+    """
+    try:
+        return Path(path).absolute()
+    except FileNotFoundError:
+        raise MigrationError(
+            f"{path}: the working directory was removed: change to another one"
+        ) from None
+
+
 def sender_socket() -> Path:
     """Return the absolute path of the local sender's control socket."""
-    return Path(client.sender_socket()).absolute()
+    return absolute(client.sender_socket())
 
 
 def receiver_socket() -> Path:
     """Return the absolute path of the local receiver's control socket."""
-    return Path(client.receiver_socket()).absolute()
+    return absolute(client.receiver_socket())
 
 
 class SocketPath(click.Path):
@@ -162,7 +174,7 @@ class SocketPath(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         path = Path(super().convert(value, param, ctx))  # type: ignore[arg-type]
         folder = os.environ.get(client.SOCKETS)
-        return Path(folder, path).absolute() if folder else path
+        return absolute(Path(folder, path)) if folder else path
 
 
 STDOUT = Path("-")

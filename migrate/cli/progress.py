@@ -13,7 +13,7 @@ from migrate.cli.events import CHANGES, Events
 from migrate.cli.figures import fit, in_full, progress_fields, table_of
 from migrate.cli.terminal import Area, is_live
 from migrate.cli.text import echo
-from migrate.control.client import ENDED
+from migrate.outcomes import ENDED
 from migrate.streams import write
 from migrate.units import printable
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import click
 
 from migrate.cli.text import echo, json_option
-from migrate.control.client import ANSWER_S, ENDED, RUN_DIRECTORY, ControlClient
+from migrate.control.client import ANSWER_S, RUN_DIRECTORY, ControlClient
 from migrate.errors import MigrationError
+from migrate.outcomes import ENDED
 from xenbackend import release
 
 DAEMONS = {

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from migrate.cli.figures import MIB, PAGE, Answer, done_percent, eta, how_it_is, rate, time_of_day
-from migrate.control.client import ENDED
+from migrate.outcomes import ENDED
 from migrate.units import counted, human_bytes, human_seconds, human_us
 
 NOT_YET = ("downtime_s", "latency_us")

@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from migrate.streams import write
-from migrate.units import printable
+from migrate.units import display_width, printable
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[object]], *, numbers: str = "") -> str:
@@ -23,15 +23,20 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[object]], *, numbers: s
     columns that are aligned at the right.
     """
     texts = [[printable(str(value)).replace("\n", " ") for value in row] for row in (titles, *rows)]
-    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    widths = [max(map(display_width, column)) for column in zip(*texts, strict=True)]
     right = [title in numbers.split() for title in titles]
     return "\n".join(
         "  ".join(
-            text.rjust(width) if is_number else text.ljust(width)
+            _padded(text, width, is_number)
             for text, width, is_number in zip(row, widths, right, strict=True)
         ).rstrip()
         for row in texts
     )
+
+
+def _padded(text: str, width: int, is_number: bool) -> str:
+    pad = " " * (width - display_width(text))
+    return pad + text if is_number else text + pad
 
 
 def echo(text: Any, *, err: bool = False) -> None:

@@ -31,29 +31,7 @@ SOCKETS = "XEN_POSTCOPY_SOCKETS"
 RUNNING = "is the daemon running?"
 ANSWER_S = 5.0
 """How long a daemon may take for an answer for which it waits for nothing else."""
-CANCELLED = "cancelled"
-"""The first word of the ``problem`` of a migration that was cancelled."""
-RESCUED = "the guest continues here, as it was when the last checkpoint was made"
-"""The first words of the ``problem`` of a migration whose guest was lost at the destination, and
-has returned to its last checkpoint (``--protect``).
-"""
-ENDED = ("completed", "failed", "refused")
-"""Phases of a migration that has ended."""
-GAVE_UP = "the sender gave up: "
-"""What precedes the sender's reason in the ``problem`` of an incoming migration."""
 Json = dict[str, Any]
-
-
-def outcome(phase: str, problem: str) -> str:
-    """Return how a migration has ended: ``completed``, ``cancelled``, ``rescued``, ``refused`` or
-    ``failed``; empty if it has not.  The phase of a cancelled and of a rescued one is ``failed``.
-    """
-    if phase == "failed":
-        reason = problem.removeprefix(GAVE_UP)
-        for begins, word in ((CANCELLED, "cancelled"), (RESCUED, "rescued")):
-            if reason.startswith(begins):
-                return word
-    return phase if phase in ENDED else ""
 
 
 def sender_socket() -> str:

@@ -187,8 +187,10 @@ async def _answer(connection: ControlConnection, handler: Handler) -> None:
         return
     except (MigrationError, XenError) as error:
         text = str(error)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        text = f"bad request: {error!r}"
+    except KeyError as error:
+        text = f"bad request: the key {error} is missing"
+    except (TypeError, ValueError, OverflowError) as error:
+        text = f"bad request: {error}"
     except (trio.BrokenResourceError, trio.ClosedResourceError):
         raise
     except Exception as error:

@@ -26,7 +26,6 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 from migrate import __version__, logs
-from migrate.control.client import ENDED
 from migrate.metrics.table import (
     COUNTER,
     EACH,
@@ -43,6 +42,7 @@ from migrate.metrics.table import (
     metrics_of,
     unit_of,
 )
+from migrate.outcomes import ENDED
 
 MOST_MIGRATIONS = 100
 """The most migrations with series of their own: the newest."""

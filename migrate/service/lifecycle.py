@@ -23,6 +23,7 @@ import trio
 
 from migrate.errors import MigrationError, UnknownMigrationError
 from migrate.logs import Complaint
+from migrate.outcomes import outcome
 from migrate.service.journal import Kept
 from migrate.tasks import isolated
 
@@ -234,7 +235,9 @@ TAKING_UP = "the migration of a killed daemon is being resumed"
 
 def ended(name: str, phase: str, problem: str, asked: str) -> str:
     """Return the answer to a request that came after the end of its migration."""
-    how = f"{phase}: {problem}" if problem else phase
+    how = outcome(phase, problem) or phase
+    if problem:
+        how = problem if problem.startswith(how) else f"{how}: {problem}"
     return f"the migration of {name} has ended ({how}): there is nothing to {asked}"
 
 

@@ -18,8 +18,9 @@ import os
 import sys
 from typing import Never
 
-from migrate.control.client import ENDED, ControlClient, Json, receiver_socket, sender_socket
+from migrate.control.client import ControlClient, Json, receiver_socket, sender_socket
 from migrate.errors import MigrationError
+from migrate.outcomes import ENDED
 from migrate.xl import image, libxl, protocol, stock
 from migrate.xl.libxl import INPUT, Request, write_all
 

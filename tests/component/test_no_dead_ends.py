@@ -523,7 +523,7 @@ def test_in_precopy(world: World, which: str) -> None:
             world,
             end,
             {
-                "cancel": "has ended (failed",
+                "cancel": "has ended (cancelled",
                 "decide here": "has ended",
                 "decide elsewhere": "has ended",
             },

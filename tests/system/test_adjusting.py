@@ -21,9 +21,9 @@ from migrate.cli.world import (
     verify_migrated,
     wait_for_steps,
 )
-from migrate.control.client import ENDED
 from migrate.errors import MigrationError
 from migrate.options import LEAST_BANDWIDTH
+from migrate.outcomes import ENDED
 from tests.conftest import MIB
 from tests.support import zygote
 from tests.support.commands import PROGRAM

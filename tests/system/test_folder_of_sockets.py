@@ -21,6 +21,7 @@ from migrate.cli import cli, migrations
 from migrate.cli.options import SocketPath, receiver_socket, sender_socket
 from migrate.control import client
 from migrate.control.client import ControlClient
+from migrate.errors import MigrationError
 from migrate.xl import restore, save
 from tests.support import zygote
 from tests.support.commands import PROGRAM
@@ -73,6 +74,18 @@ def test_all_sockets_are_in_the_folder(folder: Path) -> None:
         assert "what the guest wrote" in run("simulated-guest", "verify", "web", "--host", "b.sock")
         there = {path.name for path in folder.iterdir()}
         assert there >= {"a.sock", "b.sock", "sender.sock", "receiver.sock", "a.sock.state"}
+
+
+def test_a_relative_folder_in_a_working_directory_that_was_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(client.SOCKETS, "here")
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(MigrationError, match="the working directory was removed"):
+        sender_socket()
 
 
 def test_without_the_variable_a_path_counts_from_the_working_directory(

@@ -82,11 +82,11 @@ async def test_a_request_is_answered_once(tmp_path: Path) -> None:
     [
         (b"[1]\n", b"not a JSON object"),
         (b"{\n", b"not a JSON object"),
-        (b"{}\n", b"bad request: KeyError('command')"),
-        (b'{"command": "echo"}\n', b"bad request: KeyError('word')"),
+        (b"{}\n", b"bad request: the key 'command' is missing"),
+        (b'{"command": "echo"}\n', b"bad request: the key 'word' is missing"),
         (b'{"command": "refuse"}\n', b"no such domain"),
-        (b'{"command": "number", "domid": 1e999}\n', b"bad request: OverflowError"),
-        (b'{"command": "number", "domid": NaN}\n', b"bad request: ValueError"),
+        (b'{"command": "number", "domid": 1e999}\n', b"bad request: "),
+        (b'{"command": "number", "domid": NaN}\n', b"bad request: "),
         (b"x" * (MAX_LINE + 1), b"a line without end"),
     ],
 )

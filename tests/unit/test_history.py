@@ -83,7 +83,10 @@ async def test_a_request_is_answered_by_how_the_migration_has_ended(path: Path) 
         ended = found.find({}, name, ())
         assert isinstance(ended, history.Ended)
         refusal = str(ended.refusal("cancel"))
-        assert "web has ended (failed: cancelled" in refusal and "nothing to cancel" in refusal
+        assert (
+            "web has ended (cancelled by the operator)" in refusal
+            and "nothing to cancel" in refusal
+        )
         assert "nothing to switch over" in str(ended.refusal("postcopy-now"))
     with pytest.raises(UnknownMigrationError):
         found.find({}, "mail", ())

@@ -47,7 +47,7 @@ def shown(end: str, number: int = 1, **others: Any) -> dict[str, Any]:
         "id": f"{number:032d}", "domain": "web", "peer": "host2:8013", "phase": "postcopy",
         "strategy": "hybrid", "outcome": "failed", "problem": "", "outstanding": 9, "waiting": 1,
         "round": 2, "started_at": 1.5, "checkpoint_age_s": 0.5, "unknown": [],
-        "dirty_bytes_per_s": 4096.0, "expected_downtime_ms": 20.0,
+        "dirty_bytes_per_s": 4096.0, "expected_freeze_ms": 20.0,
         "details": details.summary(5000, 300) if end == "sender" else pager.summary(), **others,
     }  # fmt: skip
 
@@ -120,7 +120,7 @@ def test_the_figures_are_those_of_show() -> None:
         assert value(found, "sent_memory_bytes_total", reason=reason) == 2 * pages * 4096
     assert value(found, "outstanding_pages") == 18
     assert value(found, "migrations", phase="postcopy") == 2
-    assert value(found, "migration_expected_downtime_seconds", migration=f"{1:032d}") == 0.02
+    assert value(found, "migration_expected_freeze_seconds", migration=f"{1:032d}") == 0.02
     assert value(found, "migration_downtime_seconds", migration=f"{1:032d}") == 0.5
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from migrate.control.client import ENDED
 from migrate.errors import LocalProtocolError, MigrationError
+from migrate.outcomes import ENDED
 from receiver.ownership import INHERITED, OURS, TABLE, Link, Ownership, State, Undo
 from tests.campaigns.model.check import MODEL, TOOLSTACK
 

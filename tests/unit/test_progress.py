@@ -26,6 +26,7 @@ from migrate.cli.figures import (
 )
 from migrate.cli.progress import ProgressDisplay, TableDisplay
 from migrate.cli.terminal import Area, is_live
+from migrate.units import display_width
 from tests.support.screen import Screen
 
 MIB = 2**20
@@ -34,7 +35,7 @@ PRECOPY: dict[str, Any] = {
     "id": "0123456789abcdef", "direction": "outgoing", "domain": "web", "phase": "precopy",
     "problem": "", "round": 2, "pages_done": 80_000, "pages_total": 131_072, "outstanding": 0,
     "bytes_per_s": 118.2 * MIB, "eta_s": 4.2, "eta_least_s": 2.0, "faults": 0, "latency_us": 0,
-    "dirty_bytes_per_s": 35_000_000, "expected_downtime_ms": 18.3, "elapsed_s": 12.0,
+    "dirty_bytes_per_s": 35_000_000, "expected_freeze_ms": 18.3, "elapsed_s": 12.0,
     "handed_over": False, "checkpoint_age_s": None, "unprotected": "", "faults_per_s": None,
     "longest_wait_us": None, "started_at": 1_700_000_000.0, "unknown": [],
 }  # fmt: skip
@@ -57,13 +58,13 @@ def shown(answer: dict[str, Any], width: int) -> str:
         (
             PRECOPY,
             80,
-            "web: precopy 2, 312/512 MiB, 118 MiB/s, ETA 5 s, dirty 33 MiB/s, down 18.3 ms",
+            "web: precopy 2, 312/512 MiB, 118 MiB/s, ETA 5 s, dirty 33 MiB/s, freeze 18.3 ms",
         ),
         (
             PRECOPY,
             200,
             "web: precopy, round 2, [############--------], 61%, 312 of 512 MiB, 118 MiB/s, "
-            "ETA 5 s, dirty 33 MiB/s, expected downtime 18.3 ms, elapsed 12 s",
+            "ETA 5 s, dirty 33 MiB/s, expected freeze 18.3 ms, elapsed 12 s",
         ),
         (POSTCOPY, 60, "web: postcopy, 61%, 312 of 512 MiB, 118 MiB/s, ETA 3 s"),
         (
@@ -158,12 +159,30 @@ def test_a_guest_that_is_not_protected_any_more_is_shown_as_one() -> None:
 def test_a_narrow_terminal_has_fewer_columns() -> None:
     rows = [cells(POSTCOPY, 1_700_000_100.0)]
     assert columns(rows, None) == list(TITLES)
-    assert set(TITLES) - set(columns(rows, 80)) == {"STARTED", "OUTSTANDING"}
+    assert set(TITLES) - set(columns(rows, 80)) == {"STARTED"}
     assert set(TITLES) - set(columns(rows, 10)) == set(LESS_NEEDED)
     for width in WIDTHS:
         (titles, row) = table_of([POSTCOPY], width, 1_700_000_100.0).split("\n")
         assert len(titles) <= width and len(row) <= width
     assert table_of([], 60, 0.0).split()[0] == "ID"
+
+
+def test_a_reason_that_does_not_fit_is_below_its_row() -> None:
+    reason = "the link to the other host was lost, and the next attempt is in 3 s"
+    lines = [POSTCOPY, POSTCOPY | {"domain": "mail", "problem": reason}, POSTCOPY]
+    for width in WIDTHS:
+        head, web, mail, *below, last = table_of(lines, width, 1_700_000_100.0).split("\n")
+        assert all(len(row) <= width for row in (head, web, mail, *below, last))
+        assert web.split()[1] == last.split()[1] == "web" and mail.split()[1] == "mail"
+        assert ("PROBLEM" in head) == (not below)
+        assert reason in " ".join(" ".join((mail, *below)).split())
+
+
+def test_columns_stay_below_each_other_after_wide_characters() -> None:
+    lines = [POSTCOPY | {"domain": name} for name in ("\u4ed9\u53f0", "cafe\u0301", "mail")]
+    rows = table_of(lines, None, 1_700_000_100.0).split("\n")[1:]
+    assert len({display_width(row.partition("outgoing")[0]) for row in rows}) == 1
+    assert display_width("\u4ed9\u53f0") == 4 and display_width("cafe\u0301") == 4
 
 
 def test_a_cancelled_migration_is_not_listed_as_failed() -> None:

@@ -7,13 +7,13 @@ from dataclasses import asdict
 
 import pytest
 
-from migrate.control.client import RESCUED, outcome
 from migrate.options import MigrationOptions, PolicyOptions, Strategy
+from migrate.outcomes import RESCUED, outcome
 from migrate.service.progress import MOST_PHASES, Phases, Rate, time_left_s
 from receiver.progress import Faults, IncomingProgress
 from receiver.progress import Meter as IncomingMeter
 from sender.policy import PrecopyProgress
-from sender.progress import Meter, Now, Progress, expected_downtime_ms, rest_of_precopy
+from sender.progress import Meter, Now, Progress, expected_freeze_ms, rest_of_precopy
 
 MIB = 2**20
 
@@ -126,13 +126,13 @@ def test_the_rest_of_precopy_counts_what_the_guest_will_dirty(
     assert rest == pages
 
 
-def test_the_expected_downtime_is_the_shorter_freeze_that_is_allowed() -> None:
+def test_the_expected_freeze_is_the_shorter_freeze_that_is_allowed() -> None:
     known = PrecopyProgress(2, True, 10_000, 20_000, 4096 * 1000.0, fault_s=0.0004)
-    assert expected_downtime_ms(known, can_page=False) == 10_000
-    assert expected_downtime_ms(known, can_page=True) == pytest.approx(157, abs=1)
+    assert expected_freeze_ms(known, can_page=False) == 10_000
+    assert expected_freeze_ms(known, can_page=True) == pytest.approx(157, abs=1)
     no_fault = PrecopyProgress(2, True, 10_000, 20_000, 4096 * 1000.0)
-    assert expected_downtime_ms(no_fault, can_page=True) == 10_000
-    assert expected_downtime_ms(PrecopyProgress(2, True, 9, 9, 0.0), can_page=True) is None
+    assert expected_freeze_ms(no_fault, can_page=True) == 10_000
+    assert expected_freeze_ms(PrecopyProgress(2, True, 9, 9, 0.0), can_page=True) is None
 
 
 def now(at: float, phase: str, **values: object) -> Now:

@@ -24,7 +24,7 @@ SENDER: dict[str, Any] = {
     "pages_total": 131_072, "outstanding": 51_072, "faults": 1200, "latency_us": 350,
     "bytes_sent": 536_870_912, "checkpoints": 0, "unprotected": "", "problem": "",
     "started_at": 1_700_000_000.0, "elapsed_s": 12.0, "bytes_per_s": 118.2 * 2**20,
-    "dirty_bytes_per_s": 35_000_000, "expected_downtime_ms": None, "eta_s": 2.1,
+    "dirty_bytes_per_s": 35_000_000, "expected_freeze_ms": None, "eta_s": 2.1,
     "eta_least_s": 2.1, "faults_per_s": 412.0, "longest_wait_us": 12_345,
     "phases": [{"phase": "precopy", "at": 1_700_000_000.0}], "known": "it has the guest",
     "details": {

@@ -11,8 +11,8 @@ import pytest
 
 from migrate.cli import migrations
 from migrate.cli.migrations import Answers
-from migrate.control.client import RESCUED
 from migrate.errors import MigrationError
+from migrate.outcomes import RESCUED
 
 
 def test_a_guest_that_comes_back_is_watched(

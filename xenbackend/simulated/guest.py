@@ -99,7 +99,7 @@ class GuestSpec:
         require(0 <= self.zero_permille <= 1000, "the share of zero pages is 0 to 1")
         require(
             1 <= self.stride_pages <= MAX_MEMORY_BYTES,
-            f"a stride of {self.stride_pages} pages: at least 1",
+            f"a stride of {self.stride_pages} pages: 1 to {MAX_MEMORY_BYTES} are possible",
         )
         require(
             0 <= self.balloon_pages <= MAX_MEMORY_BYTES and 1 <= self.balloon_every < 2**31,

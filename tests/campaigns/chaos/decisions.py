@@ -7,8 +7,8 @@ import re
 
 import trio
 
-from migrate.control.client import ENDED
 from migrate.errors import MigrationError, UnknownMigrationError
+from migrate.outcomes import ENDED
 from tests.campaigns.chaos.faults import switchover
 from tests.campaigns.chaos.operators import GROUPS, check_reason
 from tests.campaigns.chaos.trial import Decision, Fault, Line, Trial

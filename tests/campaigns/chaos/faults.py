@@ -14,11 +14,11 @@ from collections.abc import Callable
 import numpy as np
 import trio
 
-from migrate.control.client import ENDED
 from migrate.errors import MigrationError
 from migrate.lanes.accept import AwaitedLanes, Reception
 from migrate.lanes.connection import LaneConnection, connect
 from migrate.lanes.dial import DialledLanes
+from migrate.outcomes import ENDED
 from migrate.protocol import messages as m
 from migrate.protocol.messages import Hello, Lane
 from migrate.protocol.session import hello, new_id, new_token

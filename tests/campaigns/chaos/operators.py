@@ -13,8 +13,8 @@ from typing import Any
 
 import trio
 
-from migrate.control.client import ENDED
 from migrate.errors import MigrationError, UnknownMigrationError
+from migrate.outcomes import ENDED
 from tests.campaigns.chaos import adjusting
 from tests.campaigns.chaos.trial import Fault, Line, Trial
 from tests.campaigns.chaos.world import LostError

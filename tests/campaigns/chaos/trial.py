@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 import trio
 
 from migrate.cli.world import verify_migrated, wait_for_steps
-from migrate.control.client import ENDED, ControlClient
+from migrate.control.client import ControlClient
 from migrate.errors import MigrationError
+from migrate.outcomes import ENDED
 from migrate.tasks import in_abandoned_thread, task_group
 from tests.campaigns.chaos.world import ChaosWorld, LostError
 from tests.support.daemons import listed

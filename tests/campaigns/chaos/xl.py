@@ -25,8 +25,8 @@ from typing import Any
 import trio
 
 from migrate.cli.world import wait_for_steps
-from migrate.control.client import ENDED
 from migrate.errors import MigrationError
+from migrate.outcomes import ENDED
 from migrate.xl.protocol import Message
 from tests.campaigns.chaos.toolstack import AWAY, Pauses, XlMigrate
 from tests.campaigns.chaos.trial import END_S, MIB

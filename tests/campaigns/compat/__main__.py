@@ -20,8 +20,8 @@ from functools import partial
 from typing import Any
 
 from migrate.cli.world import start_receiver, start_sender
-from migrate.control.client import ENDED
 from migrate.errors import MigrationError
+from migrate.outcomes import ENDED
 from tests.campaigns.chaos.world import LostError
 from tests.campaigns.compat.release import COMMITS, NoHistoryError, Release, earlier, today
 from tests.campaigns.compat.world import ADDRESS, CompatWorld, compat_world
