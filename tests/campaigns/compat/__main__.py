@@ -149,8 +149,6 @@ def check(trial: Trial, case: Case, result: Result | None) -> str:
         line = world.line(which)
         if (line["phase"] == "completed") is not arrives:
             raise LostError(f"the {which} has {line['phase']}: {line['problem']}")
-    if case.happens is None and result is None:
-        raise LostError("`migrate` has failed")
     if result is not None and not case.shows(result):
         raise LostError(f"the migration was not one of this case: {result}")
     connections = trial.relay.link.connections
@@ -182,9 +180,13 @@ def run(case: Case, source: Release, destination: Release) -> str:
                 if case.happens is not None:
                     case.happens(trial)
                 migrate.communicate(timeout=END_S)
+                if migrate.returncode and case.happens is None:
+                    raise LostError(f"`migrate` has failed: {migrate.returncode}")
                 result = None if migrate.returncode else json.loads(written.read_text())
                 return check(trial, case, result)
             except FAILURES as error:
+                migrate.kill()
+                error.add_note(f"--- migrate ---\n{migrate.communicate()[0]}")
                 for name, process in world.processes.items():
                     error.add_note(f"--- {name} ---\n{process.tail()}")
                 raise
