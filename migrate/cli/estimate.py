@@ -127,7 +127,7 @@ def _wrapped(title: str, text: str) -> list[str]:
 def estimate_command(
     domain: str, destination: str, seconds: float, as_json: bool, socket_path: Path, **options: Any
 ) -> None:
-    """Estimate what a migration would take, and migrate nothing.
+    """Estimate how long a migration would take.
 
     DOMAIN is the guest's name, domid or UUID.  DESTINATION is HOST or HOST:PORT of the receiver.
 
