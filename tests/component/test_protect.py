@@ -250,7 +250,7 @@ async def test_checkpoints_leave_room_for_the_journal(
     assert outcome.error is None and outcome.migration.context.statistics.rejoins == 0
     assert outcome.migration.progress.checkpoints == 0
     assert (
-        "64 MiB of its file system are kept free for the journal"
+        "64.0 MiB of its file system are kept free for the journal"
         in outcome.migration.progress.unprotected
     )
     assert list((clean_hosts.directory / "journal").glob("*checkpoint*")) == []
