@@ -75,3 +75,23 @@ def test_a_kernel_is_found_in_its_image() -> None:
 
 def test_every_machine_has_tests() -> None:
     assert {shard.kind for shard in SHARDS} == set(parts.MACHINES)
+
+
+HALTED = "RIP=ffff82d04030ec16 RFL=00000202 [-------] CPL=0 II=0 A20=1 SMM=0 HLT=1"
+PENDING = "ISR\t (none)\nIRR\t 251 \n\nAPR 0x01"
+
+
+@pytest.mark.parametrize(
+    ("registers", "lapic", "expected"),
+    [
+        (HALTED, PENDING, True),
+        (HALTED.replace("HLT=1", "HLT=0"), PENDING, False),
+        (HALTED.replace("202", "002"), PENDING, False),
+        (HALTED, PENDING.replace("251", "(none)"), False),
+        ("", "", False),
+    ],
+)
+def test_a_processor_that_lost_its_wake_up_is_told_from_an_idle_one(
+    registers: str, lapic: str, expected: bool
+) -> None:
+    assert qemu.is_stuck(registers, lapic) is expected

@@ -53,9 +53,15 @@ READY, RUNS = "xenlab: the machine is ready", "xenlab: the command runs"
 """The lines that ``dom0/runner.py`` prints."""
 BOOT_S, RESTORE_S = 600.0, 180.0
 """The time limits."""
+LOOK_EVERY_S = 30.0
+"""The pause between two looks whether QEMU has lost an interrupt; after two in a row it has."""
 SIGNS_OF_DEATH = ("Hardware Dom0 crashed", "Panic on CPU")
 Command = str | Sequence[str]
 """A shell command, or the arguments of pytest, which needs no start of its own."""
+
+
+class StuckError(LabError):
+    """The emulated machine stands still by a fault of QEMU, and not by one of what it runs."""
 
 
 @dataclass(frozen=True)
@@ -109,18 +115,26 @@ def boot(
                 machine.begin(what, first)
             return machines
 
+        def start_again(state: Path | None) -> _Machine:
+            nonlocal cable
+            stack.close()
+            cable = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="xenlab-")))
+            return start(state)[0]
+
         try:
             machine = start(state)[0]
         except LabError as error:
             if state is None:
                 raise
             say(f"{kind}: the saved state in {state} is of no use, booting instead: {error}")
-            stack.close()
-            cable = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="xenlab-")))
-            machine = start(None)[0]
+            machine = start_again(state := None)
         ready_s = time.monotonic() - began
         say(f"{kind}: the command runs after {ready_s:.1f} s; console in {machine.console}")
-        status = machine.wait(timeout_s, live)
+        try:
+            status = machine.wait(timeout_s, live)
+        except StuckError as error:
+            say(f"{kind}: {error}: the command is run again, in a new machine")
+            status = start_again(state).wait(timeout_s, live)
     seconds = time.monotonic() - began
     say(f"{kind}: exit status {status} after {seconds:.0f} s; results in {where}")
     output = (where / "output").read_text(errors="replace") if (where / "output").exists() else ""
@@ -302,9 +316,16 @@ class _Machine(contextlib.AbstractContextManager["_Machine"]):
         """Wait for the command's end.  Returns its exit status; 124 if its time was up."""
         status, output = self._where / "status", self._where / "output"
         deadline, shown, died = time.monotonic() + timeout_s, 0, ""
+        look_at, was_stuck = time.monotonic() + LOOK_EVERY_S, False
         while not died and not status.exists():
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if now > deadline:
                 return 124
+            if now > look_at:
+                look_at, before = now + LOOK_EVERY_S, was_stuck
+                was_stuck = self._is_stuck()
+                if before and was_stuck:
+                    raise StuckError("QEMU has lost an interrupt of the machine")
             died = self._died(self._console_text())
             time.sleep(0.1)
             if live and output.exists():
@@ -318,6 +339,13 @@ class _Machine(contextlib.AbstractContextManager["_Machine"]):
                 f"{self._last_words()}"
             )
         return int(status.read_text())
+
+    def _is_stuck(self) -> bool:
+        try:
+            with contextlib.closing(qemu.Monitor(self._monitor_at)) as monitor:
+                return monitor.has_lost_an_interrupt()
+        except LabError:  # the machine has ended
+            return False
 
     def _console_text(self) -> str:
         return self.console.read_text(errors="replace") if self.console.exists() else ""

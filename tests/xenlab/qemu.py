@@ -26,6 +26,8 @@ EMULATED_CPU = (
     "EPYC,+svm,+npt,-monitor,-smap,-smep,-rdseed,-nrip-save,-avx,-avx2,-f16c,-fma,-xsave,"
     "-xsaveopt,-xsavec,-xgetbv1"
 )
+INTERRUPT_FLAG = 1 << 9
+"""Of the register RFLAGS."""
 KVM = Path("/dev/kvm")
 KVM_GET_SUPPORTED_CPUID = 0xC008AE05
 CPUID_ENTRIES = 256
@@ -83,6 +85,17 @@ def processor() -> str:
     return f"{name and name[1]} {rate and round(float(rate[1]), -1)}"
 
 
+def is_stuck(registers: str, lapic: str) -> bool:
+    """Whether a processor is halted although it accepts interrupts and one is pending: QEMU 7.2 has
+    lost the wake-up.  ``registers``, ``lapic``: the answers of ``info registers`` and of ``info
+    lapic``.
+    """
+    flags = re.search(r"RFL=([0-9a-f]+)", registers)
+    accepts = flags is not None and bool(int(flags[1], 16) & INTERRUPT_FLAG)
+    pending = re.search(r"^IRR\s+\d", lapic, re.M)
+    return "HLT=1" in registers and accepts and pending is not None
+
+
 class Monitor:
     """A connection to QEMU's monitor, by its machine protocol (QMP)."""
 
@@ -116,6 +129,18 @@ class Monitor:
         except OSError as error:
             raise LabError(f"QEMU: {command}: {error}") from error
         raise LabError(f"QEMU ended at {command}")
+
+    def text(self, command: str, cpu: int) -> str:
+        """Return the answer of the monitor for people, about one processor."""
+        asked = {"command-line": command, "cpu-index": cpu}
+        return str(self("human-monitor-command", **asked))
+
+    def has_lost_an_interrupt(self) -> bool:
+        """Whether :func:`is_stuck` is true of a processor."""
+        cpus = [one["cpu-index"] for one in self("query-cpus-fast")]
+        return any(
+            is_stuck(self.text("info registers", cpu), self.text("info lapic", cpu)) for cpu in cpus
+        )
 
     def leave_memory_in_place(self) -> None:
         """Leave memory, which is in a shared file, out of a saved state's stream."""
