@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import time
+from dataclasses import replace
 
 import pytest
 import trio
@@ -199,7 +200,9 @@ async def test_in_a_pause_of_postcopy_faults_are_served_and_nothing_is_pushed(
 async def test_a_guest_that_has_touched_all_of_its_memory_needs_no_end_of_the_pause(
     clean_hosts: World, name: str
 ) -> None:
-    spec = busy(name, workload="sequential")
+    # Each page is a fault, which takes some 10 ms on a busy machine.
+    guest = busy(name, workload="sequential")
+    spec = replace(guest, memory_bytes=4 * MIB, working_set_bytes=4 * MIB)
     options = MigrationOptions(Strategy.POSTCOPY, bandwidth_bytes_per_s=MIB)
 
     async def meanwhile(outcome: Outcome, _link: Link) -> None:
