@@ -15,7 +15,7 @@ import time
 
 from migrate.cli.world import World, loopback_world, wait_for_steps
 from tests.support import zygote
-from tests.support.resources import holds
+from tests.support.resources import descriptors, holds
 from xenbackend.simulated.guest import GuestSpec
 from xenbackend.simulated.verify import verify
 
@@ -70,6 +70,7 @@ def settled(world: World, before: dict[str, dict[str, int]]) -> dict[str, dict[s
 
 def check(
     name: str,
+    world: World,
     before: dict[str, dict[str, int]],
     after: dict[str, dict[str, int]],
     problems: list[str],
@@ -85,7 +86,7 @@ def check(
             if after[which][what] > before[which][what] + SLACK:
                 problems.append(
                     f"{name}: the {which} has {after[which][what]} {what}, before "
-                    f"{before[which][what]}"
+                    f"{before[which][what]} (descriptors: {descriptors(world, which)})"
                 )
 
 
@@ -116,7 +117,7 @@ def main() -> None:
             "problems",
             flush=True,
         )
-        check("at once", before, settled(world, before), problems)
+        check("at once", world, before, settled(world, before), problems)
         before, start = settled(world, before), time.monotonic()
         for number in range(options.one_by_one):
             migrate(world, 10_000 + number, problems)
@@ -125,7 +126,7 @@ def main() -> None:
             f"{len(problems)} problems",
             flush=True,
         )
-        check("one by one", before, settled(world, before), problems)
+        check("one by one", world, before, settled(world, before), problems)
     if problems:
         sys.exit("\n".join(problems[:20]))
 

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+from collections import Counter
 from pathlib import Path
 
 from migrate.cli.world import World
@@ -17,3 +20,13 @@ def holds(world: World, which: str) -> dict[str, int]:
         "descriptors": len(os.listdir(process / "fd")),
         "threads": int(status["Threads"]),
     }
+
+
+def descriptors(world: World, which: str) -> str:
+    """Return what the open descriptors of a daemon are, and how many of each."""
+    folder = Path(f"/proc/{world.processes[which].popen.pid}/fd")
+    found: Counter[str] = Counter()
+    for one in folder.iterdir():
+        with contextlib.suppress(OSError):  # it has been closed meanwhile
+            found[re.sub(r"\d+|[0-9a-f]{32}", "N", os.readlink(one))] += 1
+    return ", ".join(f"{count} {what}" for what, count in found.most_common())
