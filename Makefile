@@ -9,7 +9,7 @@ COMMA := ,
 SPACE := $(subst ,, )
 NATIVE := $(wildcard migrate/*/native/*.[ch] migrate/*/native/*.py xenbackend/native/*.[ch] xenbackend/native/*.py xenbackend/*/native/*.[ch] xenbackend/*/native/*.py)
 
-.PHONY: all tools gate everything demo test check coverage coverage-core coverage-c bench soak chaos many compat lowest packages underload \
+.PHONY: all tools gate everything demo test browser check coverage coverage-core coverage-c bench soak chaos many compat lowest packages underload \
 	model warnings sanitize races fuzz xenlab xenlab-bench xenlab-xl-bench deb hypervisor-deb lock clean
 
 all: $(STAMP)
@@ -50,13 +50,18 @@ check: $(STAMP)
 	$(BIN)/codespell
 	$(BIN)/mypy
 
+# A report in a real browser, at two widths, in the light, in the dark and on paper.
+browser: $(STAMP)
+	@.ci/prepare $(PYTHON) chromium
+	$(BIN)/python -m pytest tests/browser/report_in_browser.py $(if $(JUNIT),--junitxml="$(JUNIT)/browser.xml")
+
 # Every branch of the sans-IO core is reached by its own examples.  Properties are left out: which
 # branches a random search reaches differs from run to run.
 CORE := sender/bandwidth.py sender/intake.py migrate/protocol/frames.py migrate/protocol/fields.py migrate/protocol/messages.py \
 	migrate/protocol/pfns.py sender/policy.py \
 	migrate/protocol/session.py sender/backlog.py sender/estimate.py sender/ownership.py receiver/outstanding.py \
 	receiver/ownership.py receiver/readahead.py migrate/fastpath/page_states.py
-CORE_TESTS := estimate fault_path frames messages ownership_receiver ownership_sender page_states pfns policy read_ahead session
+CORE_TESTS := estimate fault_path frames messages origins ownership_receiver ownership_sender page_states pfns policy read_ahead session
 MEASURE = $(BIN)/coverage run --data-file=build/coverage/$@/data -m pytest
 MEASURED = $(BIN)/coverage $(1) --data-file=build/coverage/$@/data
 coverage-core: $(STAMP)

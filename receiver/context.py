@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import trio
 
+from migrate.service.record import Record
 from migrate.units import pauses
 from receiver.entry import Entry
 from receiver.guest import Holdings
@@ -22,6 +24,8 @@ from xenbackend.errors import XenError
 
 log = logging.getLogger(__name__)
 
+COLUMNS = ("bytes_received", "outstanding", "waiting", "faults")
+"""What is sampled.  The keys are those of ``show``."""
 FIRST_START_AGAIN_S = 0.1
 LAST_START_AGAIN_S = 5.0
 """The longest pause between two attempts to start or pause a guest.  Each pause is twice as long as
@@ -43,9 +47,19 @@ class Context:
     deciding: trio.Lock = field(default_factory=trio.Lock)
     """Held while an operator's decision is carried out, and while the guest is being started."""
 
+    record: Record = field(default_factory=lambda: Record(COLUMNS))
+
     @property
     def name(self) -> str:
         return self.progress.domain
+
+    def begin_steps(self) -> None:
+        """Note that the guest is suspended from now on."""
+        self.record.begin_steps(time.monotonic())
+
+    def end_step(self, step: str, *, is_last: bool = False) -> None:
+        """Note that a step of the switchover has ended now."""
+        self.record.end_step(step, time.monotonic(), is_last=is_last)
 
     def is_in(self, *states: State) -> bool:
         return self.ownership.state in states

@@ -160,12 +160,11 @@ class ReceiverDaemon:
                 await connection.answer(
                     "result", migrations=listed, kept=[_kept_line(entry) for entry in kept]
                 )
-            case "show":
+            case "show" | "record" as word:
                 found = self._look_up(request)
-                if isinstance(found, Ended):
-                    shown = found.shown
-                else:
-                    shown = _shown(found, self.history.ended_at(found.id))
+                shown = self._shown(found)
+                if word == "record":
+                    shown = {**shown, "record": await self.history.recorded(found)}
                 await connection.answer("result", **shown)
             case "status":
                 guests = [m.domain_name or "a guest" for m in self._unfinished()]
@@ -195,6 +194,11 @@ class ReceiverDaemon:
                 raise MigrationError(f"this is the receiver's socket; `{other}` needs the sender's")
             case other:
                 raise MigrationError(f"unknown command {other!r}")
+
+    def _shown(self, found: IncomingMigration | Ended) -> Json:
+        if isinstance(found, Ended):
+            return found.shown
+        return _shown(found, self.history.ended_at(found.id))
 
     def _look_up(self, request: Json) -> IncomingMigration | Ended:
         kept = self._journal.kept.values()
@@ -310,6 +314,9 @@ class ReceiverDaemon:
         self._migrations[migration.id] = migration
         self._nursery.start_soon(self._carry_out, migration)
         self._nursery.start_soon(keep_measuring, migration.count, migration.ended)
+        self._nursery.start_soon(
+            keep_measuring, migration.sample, migration.ended, lambda: migration.sampling_pause_s
+        )
 
     def _others(self, session: str) -> Callable[[], list[IncomingMigration]]:
         return lambda: [other for other in self._migrations.values() if other.id != session]
@@ -329,7 +336,8 @@ class ReceiverDaemon:
 
     async def _note(self, migration: IncomingMigration) -> None:
         if migration.has_ended:
-            await self.history.add(_shown(migration))
+            migration.sample()
+            await self.history.add(_shown(migration), migration.recorded)
 
 
 def _are_of_one_domain(one: IncomingMigration, other: IncomingMigration) -> bool:

@@ -16,11 +16,13 @@ from migrate.outcomes import GAVE_UP
 from migrate.protocol import messages as m
 from migrate.protocol.pfns import pfns_of_window
 from receiver.guest import Guest
+from receiver.origins import Origin
 from receiver.ownership import State
 from receiver.restore import MemoryRestorer
 from receiver.switchover import Switchover
 from xenbackend.pages import PfnArray
 
+WAIT_FOR_SENDER = "wait for the handover"
 MAX_CONTEXT_BYTES = 64 * 1024 * 1024
 
 
@@ -32,10 +34,14 @@ class Restoring:
         self._memory = memory
         self._context = bytearray()
 
-    def take_pages(self, message: m.Pages, payload: memoryview) -> None:
+    def take_pages(self, message: m.Pages, payload: memoryview, origin: Origin) -> None:
         self._memory.pages(message, payload)
         for pfns in (message.pfns, message.zeros, message.holes):
             self._guest.pages.remove(pfns)
+        origins = self._guest.pages.origins
+        for pfns in (message.pfns, message.zeros):
+            origins.note(pfns, origin)
+        origins.note(message.holes, Origin.NOTHING)
 
     def miss(self, pfns: PfnArray) -> None:
         """Evict these pages, which arrive after the handover."""
@@ -84,17 +90,28 @@ class Inbox:
             raise RemoteProtocolError(f"{message.type}: the guest was restored on earlier lanes")
         match message:
             case m.Pages():
-                self._restoring.take_pages(message, payload)
+                suspended = self._ownership.state is State.SUSPENDED
+                origin = Origin.SWITCHOVER if suspended else Origin.PRECOPY
+                self._restoring.take_pages(message, payload, origin)
             case m.Defer():
                 self._restoring.miss(pfns_of_window(message.base, message.bitmap))
             case m.Missing():
                 self._restoring.miss(message.pfns)
-            case m.Context() if self._restoring.take_context(message):
-                missing = self._switchover.guest.pages.count
-                self._switchover.context.progress.pages_total = missing
-                if not self._ownership.try_become_ready():
-                    raise MigrationError(self._ownership.taken_back)
-                self._peer.send_blocking(m.Ready())
+            case m.Context():
+                self._take_context(self._restoring, message)
+
+    def _take_context(self, restoring: Restoring, message: m.Context) -> None:
+        context = self._switchover.context
+        if message.last:
+            context.end_step("receive pages and vCPUs")
+        if not restoring.take_context(message):
+            return
+        context.end_step("restore vCPUs and devices")
+        context.progress.pages_total = self._switchover.guest.pages.count
+        if not self._ownership.try_become_ready():
+            raise MigrationError(self._ownership.taken_back)
+        self._peer.send_blocking(m.Ready())
+        context.end_step("note that the guest is ready")
 
     def _take(self, message: m.Message) -> None:
         match message:
@@ -102,6 +119,7 @@ class Inbox:
                 self._peer.send_blocking(m.Passed(message.number))
             case m.Suspended():
                 scheduling.be_urgent()  # because the guest is suspended
+                self._switchover.context.begin_steps()
                 self._ownership.enter(State.SUSPENDED)
             case m.Entrust():
                 self._entrusted()
@@ -123,24 +141,28 @@ class Inbox:
         answer.
         """
         switchover = self._switchover
+        switchover.context.end_step(WAIT_FOR_SENDER)
         switchover.context.toolstack.expect_entrust()
         if not switchover.serving.is_set():
             self._ownership.enter(State.SERVING)
             switchover.pager.begin()
         switchover.context.toolstack.restored(switchover.guest.domain)
+        switchover.context.end_step("serve faults", is_last=True)  # the rest is xl's
         trio.from_thread.run_sync(switchover.serve)
 
     def _handed_over(self) -> None:
-        runs = False
+        runs, context = False, self._switchover.context
+        context.end_step(WAIT_FOR_SENDER)
 
         def report() -> None:
             nonlocal runs
             runs = True
             self._peer.send_blocking(m.Resumed())
+            context.end_step("start the guest", is_last=True)
 
         try:
             self._switchover.take_over(report)
         finally:
-            if self._switchover.context.ownership.handed_over:
+            if context.ownership.handed_over:
                 taken_over = functools.partial(self._switchover.taken_over, started=runs)
                 trio.from_thread.run_sync(taken_over)

@@ -34,7 +34,7 @@ from migrate.protocol import messages as m
 from migrate.protocol.session import Role, Session
 from migrate.service.journal import Journal
 from migrate.service.lifecycle import TAKING_UP
-from migrate.tasks import as_soon_as_threads_start, is_bug, is_final, task_group
+from migrate.tasks import as_soon_as_threads_start, in_thread, is_bug, is_final, task_group
 from receiver import postcopy, recovery, rollback
 from receiver.context import NOT_HERE, Context
 from receiver.entry import Entry
@@ -126,6 +126,7 @@ class IncomingMigration:
         lanes.keep(offer.key)
         peer = Peer(lanes, session)
         context = Context(hypervisor, toolstack, peer, ownership, entry, progress)
+        context.record.is_whole = False
         return cls(migration_id, context, Predecessor(context, offer, step))
 
     # ---- the order of the steps ----
@@ -196,6 +197,7 @@ class IncomingMigration:
             await self._follow_sender(following, restoring)
             tasks.cancel_scope.cancel()
         self._last_message = await postcopy.finish(switchover)
+        self._context.record.origins = await in_thread(switchover.guest.pages.summary_of_origins)
 
     async def _follow_sender(self, following: Recovery, restoring: Restoring | None) -> None:
         """Follow the sender over one pair of lanes after the other, until nothing is missing."""
@@ -320,6 +322,34 @@ class IncomingMigration:
             faults = Faults(latency.count, round(median_us), round(longest_us))
         self.progress.io_fails_in_s = None if recovery is None else recovery.io_fails_in_s
         self._meter.measure(now, self.phase, self._context.peer.bytes_received, faults)
+
+    def sample(self) -> None:
+        """Add a sample to the record: one value for each of ``COLUMNS``."""
+        peer, shown, still = self._context.peer, self.progress, dict[int, float]()
+        outstanding = faults = waiting = None
+        if self._recovery is not None and self._recovery.switchover.serving.is_set():
+            pages = self._recovery.switchover.guest.pages
+            with pages.pages.lock:
+                still = pages.pages.waits_s(time.monotonic())
+            outstanding, waiting = pages.count, pages.waiting
+            faults = self.statistics.latency.count
+        elif self._context.is_in(State.COMPLETED):
+            outstanding, waiting, faults = shown.outstanding, 0, self.statistics.latency.count
+        values = (peer.bytes_received, outstanding, waiting, faults)
+        self._context.record.samples.add(time.time(), values, self.statistics.waited_s(still))
+
+    def recorded(self) -> dict[str, Any]:
+        """Return what was recorded so far.  Call this in a thread."""
+        record, recovery = self._context.record, self._recovery
+        found = {**record.taken(), "latency_us": self.statistics.latencies()}
+        if recovery is not None:
+            found["origins"] = recovery.switchover.guest.pages.summary_of_origins()
+        return found
+
+    @property
+    def sampling_pause_s(self) -> float:
+        """The time from one sample to the next one."""
+        return self._context.record.samples.pause_s
 
     def details(self) -> dict[str, Any]:
         """Return what has been measured so far; see :meth:`PagerStatistics.summary`."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,7 @@ from migrate.fastpath.page_states import (
 )
 from migrate.protocol.messages import MAX_AHEAD_PFNS
 from migrate.protocol.pfns import NO_PFNS, PfnMask
+from receiver.origins import Origins
 from receiver.readahead import ReadAhead, merged
 from xenbackend.pages import PfnArray
 from xenbackend.ring import PagingRequest
@@ -60,6 +62,7 @@ class OutstandingPages:
         self.pages = DestinationPages(nr_pfns)
         self._state = self.pages.state
         self._read_ahead = ReadAhead(nr_pfns, self._outstanding)
+        self.origins = Origins(nr_pfns)
         self.count = 0
         """The number of pages that are missing, or whose arrival was not accounted for yet."""
 
@@ -81,6 +84,10 @@ class OutstandingPages:
             missing = pfns[self._state[pfns] == OUTSTANDING]
             self.count -= len(missing)
             self._state[missing] = PRESENT
+
+    def summary_of_origins(self) -> dict[str, Any]:
+        """Return where the pages came from; see :meth:`Origins.summary`.  Call this in a thread."""
+        return self.origins.summary(self._state)
 
     def requests(self, requests: Iterable[PagingRequest], now: float) -> Actions:
         """Handle requests of the paging ring.  Raises ``XenError`` if they are more than a ring can

@@ -51,6 +51,7 @@ from migrate.protocol.pfns import NO_PFNS, PfnMask, pieces, runs
 from migrate.protocol.session import Phase, Session
 from migrate.tasks import in_thread
 from receiver.loading import Shortage, load, retries, select_pages
+from receiver.origins import Origin
 from receiver.outstanding import Actions, OutstandingPages
 from receiver.statistics import PagerStatistics
 from xenbackend.contract import Domain
@@ -217,9 +218,7 @@ class Pager:
             self._take_pages()
 
     def _account(self, native: NativePager, *, pulled: bool) -> None:
-        """Account for the pages that native code has loaded or dropped, and for the requests that
-        it has answered.
-        """
+        """Account for the pages that native code has loaded or dropped, and for its answers."""
         (pfns, results), answered = native.finished(), native.answered()
         if pulled:
             self._statistics.pulled_pages += len(pfns)
@@ -227,7 +226,9 @@ class Pager:
                 self._pull.bytes_received += len(pfns) * PAGE_SIZE
         with self._lock:
             self._count(answered)
-            self._carry_out(self._pages.accounted(pfns, results))
+            actions = self._pages.accounted(pfns, results)
+            self._pages.origins.note_loaded(actions.loaded, answered, pulled=pulled)
+            self._carry_out(actions)
 
     def _leave_fast_path(self) -> None:
         with self._lock:
@@ -285,7 +286,7 @@ class Pager:
             assert isinstance(message, Pages)
             for pfns, pages in self._claim(message, payload):
                 self._statistics.pulled_pages += len(pfns)
-                short, kept = self._load(pfns, pages)
+                short, kept = self._load(pfns, pages, pulled=True)
                 if len(short):
                     self._hold(short, None if kept is None else bytes(kept))
 
@@ -298,7 +299,7 @@ class Pager:
     def _load_held(self) -> None:
         held, self._held = self._held, []
         for pfns, pages in held:
-            short, kept = self._load(pfns, pages)
+            short, kept = self._load(pfns, pages, pulled=True)
             if len(short):
                 self._held.append((short, None if kept is None else bytes(kept)))
         if self._held:
@@ -321,12 +322,12 @@ class Pager:
         if the lane ends first; pages that were not loaded stay outstanding.
         """
         for pfns, pages in self._claim(message, payload):
-            pfns, pages = self._load(pfns, pages)
+            pfns, pages = self._load(pfns, pages, pulled=False)
             while len(pfns):
                 if ends_within(self._push_shortage.pause(len(pfns))):
                     self._push_shortage.over()
                     raise PeerClosedError("the connection has ended while pages waited for memory")
-                pfns, pages = self._load(pfns, pages)
+                pfns, pages = self._load(pfns, pages, pulled=False)
             if self._push_shortage.pages:
                 self._push_shortage.over()
         many = sum(map(len, self._unacknowledged)) >= MAX_PFNS
@@ -433,15 +434,17 @@ class Pager:
         return self._pull_shortage.pages + self._push_shortage.pages
 
     # ---- both threads ----
-    def _load(self, pfns: PfnArray, pages: Buffer | None) -> tuple[PfnArray, Buffer | None]:
-        """Load claimed pages.  Returns the pages for which the host has no memory now; these stay
-        claimed.
+    def _load(
+        self, pfns: PfnArray, pages: Buffer | None, *, pulled: bool
+    ) -> tuple[PfnArray, Buffer | None]:
+        """Load claimed pages, ``pulled`` or pushed.  Returns those for which the host has no memory
+        now; they stay claimed.
         """
         results = load(self._domain, pfns, pages, self._make_room)
         if not np.count_nonzero(short := results == -errno.ENOMEM):
-            self._finished(pfns, results)
+            self._finished(pfns, results, pulled=pulled)
             return NO_PFNS, None
-        self._finished(pfns[~short], results[~short])
+        self._finished(pfns[~short], results[~short], pulled=pulled)
         return pfns[short], None if pages is None else select_pages(memoryview(pages), short)
 
     def _claim(
@@ -462,9 +465,11 @@ class Pager:
         if len(zeros):
             yield zeros, None
 
-    def _finished(self, pfns: PfnArray, results: NDArray[np.int32]) -> None:
+    def _finished(self, pfns: PfnArray, results: NDArray[np.int32], *, pulled: bool) -> None:
         with self._lock:
-            self._carry_out(self._pages.finished(pfns, results))
+            actions = self._pages.finished(pfns, results)
+            self._pages.origins.note_loaded(actions.loaded, actions.answer, pulled=pulled)
+            self._carry_out(actions)
 
     def _carry_out(self, actions: Actions) -> None:
         """Carry actions out, under the lock, because the ring's response index is shared."""
@@ -477,6 +482,7 @@ class Pager:
             self._unacknowledged.append(actions.loaded)
         if len(actions.dropped):
             self._dropped.append(actions.dropped)
+            self._pages.origins.note(actions.dropped, Origin.GIVEN_AWAY)
             self._statistics.dropped_pages += len(actions.dropped)
         self._note_if_nothing_is_missing()
 

@@ -40,6 +40,7 @@ from migrate.tasks import (
 )
 from receiver.context import LAST_START_AGAIN_S, NOT_HERE, Context
 from receiver.guest import Guest
+from receiver.origins import Origin
 from receiver.outstanding import OutstandingPages
 from receiver.ownership import Link, Restart, State, Undo
 from receiver.preflight import Begun
@@ -130,6 +131,7 @@ class Predecessor:
             if ring is not None:
                 context.holdings.add(ring.close)
             pages.add(domain.paged_out())
+        pages.origins.others = Origin.UNKNOWN
         ownership.inherited = False
         return Guest(offer, domain, ring, pages, limit)
 

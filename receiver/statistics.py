@@ -13,6 +13,8 @@ SUBBUCKETS = 32
 """The buckets for each power of two.  With them a quantile is wrong by 3% at most, in bounded
 memory.
 """
+FINE = 4
+"""The buckets for each power of two in a record."""
 
 
 class LatencyHistogram:
@@ -41,6 +43,18 @@ class LatencyHistogram:
             if rank <= 0:
                 return float(min(2.0 ** ((bucket + 0.5) / SUBBUCKETS), self.max_us))
         return self.max_us
+
+    def fine_histogram(self) -> list[tuple[float, float, int]]:
+        """Return for each bucket its limits in microseconds and the number of samples in it.  There
+        are :data:`FINE` buckets for each power of two.
+        """
+        found: Counter[int] = Counter()
+        for bucket, count in self._buckets.items():
+            found[bucket * FINE // SUBBUCKETS] += count
+        return [
+            (round(2 ** (bucket / FINE), 3), round(2 ** ((bucket + 1) / FINE), 3), found[bucket])
+            for bucket in sorted(found)
+        ]
 
     def summary(self) -> dict[str, Any]:
         """Return the figures for the result.  ``histogram``: for each power of two, the number of
@@ -85,6 +99,19 @@ class PagerStatistics:
         with self._lock:
             self.latency.record(seconds)
             self.vcpu_block_s[vcpu] = self.vcpu_block_s.get(vcpu, 0.0) + seconds
+
+    def waited_s(self, still: dict[int, float]) -> dict[int, float]:
+        """Return for how many seconds each vCPU has waited so far.  ``still``: for how long those
+        have been waiting that wait now.
+        """
+        with self._lock:
+            waited = dict(self.vcpu_block_s)
+        return {vcpu: waited.get(vcpu, 0.0) + still.get(vcpu, 0.0) for vcpu in {*waited, *still}}
+
+    def latencies(self) -> list[tuple[float, float, int]]:
+        """Return what :meth:`LatencyHistogram.fine_histogram` returns."""
+        with self._lock:
+            return self.latency.fine_histogram()
 
     def count_suspension(self, seconds: float) -> None:
         """Count the time for which the guest was suspended for one checkpoint."""

@@ -20,6 +20,7 @@ from migrate.options import MigrationOptions
 from migrate.protocol import messages as m
 from migrate.protocol.session import Role, Session
 from migrate.service.journal import Journal
+from migrate.service.record import Record
 from sender.backlog import Backlog
 from sender.checkpoints import CheckpointStore
 from sender.dirty import DirtyLog
@@ -33,6 +34,11 @@ from sender.throttle import Throttle
 from sender.toolstack import Toolstack
 from xenbackend.contract import Domain, Hypervisor
 from xenbackend.pages import PAGE_SIZE
+
+COLUMNS = ("bytes_sent", "left_of_round", "dirty_bytes_per_s", "outstanding", "faults")
+"""What is sampled.  The keys are those of ``show``; ``left_of_round``: the pages of the round that
+have still to be sent.
+"""
 
 
 @dataclass
@@ -110,6 +116,8 @@ class Context:
         self.ownership.on_phase(self.ownership.phase)
         self.statistics = SenderStatistics(strategy=self.options.strategy.value)
         self.receiver_statistics: dict[str, Any] = {}
+        self.record = Record(COLUMNS)
+        self.record.is_whole = self.began_here
         self.cap = Throttle(self._bytes_per_s)
         self.pause = entry.pause
         self.signals = Signals()
@@ -215,6 +223,23 @@ class Context:
                 expected=stats.expected,
             )
         )
+
+    def end_step(self, step: str) -> None:
+        """Note that a step of the switchover has ended now."""
+        self.record.end_step(step, time.monotonic())
+
+    def sample(self) -> None:
+        """Add a sample to the record: one value for each of :data:`COLUMNS`."""
+        progress, in_rounds = self.progress, self.ownership.phase == "precopy"
+        elsewhere, total = self.ownership.may_be_elsewhere, progress.pages_total
+        values = (
+            self.bytes_sent,
+            max(total - progress.pages_done, 0) if in_rounds and total else None,
+            progress.dirty_bytes_per_s if in_rounds else None,
+            self.backlog.unacknowledged if elsewhere else None,
+            progress.faults if elsewhere else None,
+        )
+        self.record.samples.add(time.time(), values, {})
 
     def give_back(self) -> None:
         """Release the memory that is proportional to the guest, because ``list`` shows a migration

@@ -172,12 +172,11 @@ class SenderDaemon:
                 await connection.answer(
                     "result", migrations=listed, kept=[_kept_line(entry) for entry in kept]
                 )
-            case "show":
+            case "show" | "record" as word:
                 found = self._look_up(request)
-                if isinstance(found, Ended):
-                    shown = found.shown
-                else:
-                    shown = _shown(found, self.history.ended_at(found.id))
+                shown = self._shown(found)
+                if word == "record":
+                    shown = {**shown, "record": await self.history.recorded(found)}
                 await connection.answer("result", **shown)
             case "status":
                 guests = [m.domain_name for m in self._unfinished()]
@@ -219,6 +218,11 @@ class SenderDaemon:
                 # A migration that has ended with an error may still keep pages.
                 if await migration.requests.decide(**decision_of(request)):
                     self._nursery.start_soon(self._end, migration)
+
+    def _shown(self, found: OutgoingMigration | Ended) -> Json:
+        if isinstance(found, Ended):
+            return found.shown
+        return _shown(found, self.history.ended_at(found.id))
 
     def _look_up(self, request: Json) -> OutgoingMigration | Ended:
         kept = self._journal.kept.values()
@@ -367,7 +371,10 @@ class SenderDaemon:
         """Start the migration's task.  Returns the event that is set when the task has ended."""
         ended = trio.Event()
         self._nursery.start_soon(self._carry_out, migration, ended)
-        self._nursery.start_soon(keep_measuring, migration.context.measure, ended)
+        context = migration.context
+        self._nursery.start_soon(keep_measuring, context.measure, ended)
+        samples = context.record.samples
+        self._nursery.start_soon(keep_measuring, context.sample, ended, lambda: samples.pause_s)
         return ended
 
     async def _listen(self, migration: OutgoingMigration, connection: ControlConnection) -> None:
@@ -417,7 +424,8 @@ class SenderDaemon:
 
     async def _note(self, migration: OutgoingMigration) -> None:
         if migration.has_ended:
-            await self.history.add(_shown(migration))
+            migration.context.sample()
+            await self.history.add(_shown(migration), migration.recorded)
 
 
 def _shown(migration: OutgoingMigration, ended_at: float | None = None) -> Json:

@@ -79,6 +79,7 @@ class Inbox:
     def _resumed(self) -> None:
         context, stats = self._context, self._context.statistics
         stats.resumed = time.monotonic()
+        context.record.end_step("start at the destination", stats.resumed, is_last=True)
         if stats.suspended:
             about = "%s runs at the destination, after %.1f ms of downtime"
             log.info(about, context.name, stats.downtime_s * 1000)

@@ -170,6 +170,10 @@ class OutgoingMigration:
         ours = self.context.statistics.summary(*self.context.lane_bytes())
         return {**theirs, "id": self.id, "domain": self.domain_name, **ours}
 
+    def recorded(self) -> dict[str, Any]:
+        """Return what was recorded so far.  Call this in a thread."""
+        return self.context.record.taken()
+
     # ---- the lifetime ----
     async def run(self) -> None:
         """Carry the migration out.  Raises :class:`MigrationError` or ``XenError``; ``ownership``

@@ -92,22 +92,28 @@ class Switchover:
         size of the guest.  Nothing is sorted, because the guest may have written all of its memory.
         """
         context, domain, push = self._context, self._source.domain, self._push
+        end_step = context.end_step
         self._suspend()
         push.send_blocking(m.Suspended())
+        end_step("suspend the guest")
         written = self._source.dirty_log.read_last()
         plan.unsent |= written  # in place, because the kernel would have to map new memory
         changed, gone = push.send_holes(from_bitmap(plan.unsent, domain.nr_pfns))
         context.backlog.remove(gone[context.backlog.are_missing(gone)])
         now, new = self._choose(changed, written, plan)
+        end_step("choose pages")
         if not self._send(now):
             return  # the guest is kept here: without its context the destination is not ready
+        end_step("send pages")
         context.statistics.missing_pages = context.backlog.unsent
         for pfns in pieces(new[context.backlog.are_missing(new)], m.MAX_PFNS):
             push.send_blocking(m.Missing(pfns))
+        end_step("announce missing pages")
         self._send_context()
         context.toolstack.before_decision(
             domain, lambda: changed[context.backlog.are_missing(changed)], self._source.dirty_log
         )
+        end_step("send vCPUs and devices")
         if not context.signals.ready.wait(STEP_TIMEOUT_S):
             raise PeerClosedError(
                 "the guest is suspended, and the destination was not ready within "
@@ -115,7 +121,9 @@ class Switchover:
             )
         context.progress.pages_total = context.statistics.missing_pages
         context.count_down()
+        end_step("wait until the destination is ready")
         self._pass_ownership()
+        end_step("hand over")
 
     def _suspend(self) -> None:
         ownership, domain, stats = (
@@ -129,6 +137,7 @@ class Switchover:
             )
         ownership.enter(State.SUSPENDING)
         stats.suspended = time.monotonic()
+        self._context.record.begin_steps(stats.suspended)
         try:
             self._context.toolstack.suspend(domain)
         except XenError as error:

@@ -164,6 +164,13 @@ class DestinationPages:
         waiting = _waiting(self.native.waiting, self.nr_waiting)
         return min((since for request, since in waiting if request.vcpu_waits), default=None)
 
+    def waits_s(self, now: float) -> dict[int, float]:
+        """Return for how many seconds each vCPU has been waiting that waits now."""
+        waiting = _waiting(self.native.waiting, self.nr_waiting)
+        return {
+            request.vcpu: max(now - since, 0.0) for request, since in waiting if request.vcpu_waits
+        }
+
     def requested(self) -> PfnArray:
         """The pages for which vCPUs wait and which are not being loaded, ascending."""
         waiting = self.native.waiting[0 : self.nr_waiting]

@@ -10,11 +10,14 @@ The file has a JSON object on each line, the oldest first: the keys of ``show``,
 it changes ``format`` if the meaning of a key changes.  An entry begins with a newline, as in the
 journal: what a killed daemon or a full disk has left of an entry stays on a line of its own.  When
 the file is full, a file with the newest entries takes its place.
+
+What was recorded of a migration over time is in a file of its own (``migrate/service/records.py``).
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import logging
 import os
@@ -24,7 +27,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import trio
 
@@ -33,6 +36,7 @@ from migrate.errors import MigrationError
 from migrate.logs import Complaint
 from migrate.service.journal import Kept
 from migrate.service.lifecycle import Named, ended, find_migration
+from migrate.service.records import Records
 from migrate.tasks import in_abandoned_thread
 
 log = logging.getLogger(__name__)
@@ -55,6 +59,8 @@ TYPES: dict[str, type] = {
     "outstanding": int, "unknown": list, "details": dict,
 }  # fmt: skip
 """The keys without which an entry is not shown, with the types of their values."""
+RECORDS = "records"
+"""The folder of the records, beside the file."""
 NOT_IN_A_LIST = ("details", "known")
 ASKED = {"postcopy-now": "switch over", "check-decision": "decide"}
 """What a request asks for, if the word is another one than its command."""
@@ -93,6 +99,11 @@ class Ended:
         return MigrationError(ended(self.domain_name, shown["phase"], shown["problem"], asked))
 
 
+class Recording(Protocol):
+    def recorded(self) -> Json:
+        """Return what was recorded so far.  Called in a thread."""
+
+
 class History:
     """The history in the file at ``path``.  Nothing raises an error: a history that cannot be read
     or written is logged, and its daemon works without.
@@ -100,6 +111,7 @@ class History:
 
     def __init__(self, path: Path):
         self._path = path
+        self.records = Records(path.with_name(RECORDS))
         self._ended: dict[str, Ended] = {}
         """By id, the oldest first."""
         self._lines = 0
@@ -180,9 +192,17 @@ class History:
         # A cancelled migration may end after the one that was begun next.
         return sorted(found, key=lambda shown: shown.get("started_at") or 0.0)
 
-    async def add(self, shown: Json) -> None:
+    async def recorded(self, found: Recording | Ended) -> Json | None:
+        """Return what was recorded of a migration; ``None`` if that is not kept any more."""
+        if isinstance(found, Ended):
+            return await trio.to_thread.run_sync(self.records.read, found.id)
+        return await trio.to_thread.run_sync(found.recorded)
+
+    async def add(self, shown: Json, record: Callable[[], Json] | None = None) -> None:
         """Add what ``show`` answers of a migration that has just ended.  Does nothing if the
         history has the migration: a successor ends what its predecessor had given up.
+
+        ``record`` returns what was recorded of the migration; it is called in a thread.
         """
         if shown["id"] in self._ended:
             return
@@ -193,7 +213,8 @@ class History:
         limit = trio.CancelScope(deadline=trio.current_time() + PATIENCE_S, shield=True)
         try:
             with limit:
-                await in_abandoned_thread(self._write, _line(entry))
+                write = functools.partial(self._write, _line(entry), str(shown["id"]), record)
+                await in_abandoned_thread(write)
         except Exception as error:
             self._complain(error)
         if limit.cancelled_caught:
@@ -209,24 +230,30 @@ class History:
         self._unwritten.log("cannot write the history %s: %s", self._path, reason)
 
     # ---- the file ----
-    def _write(self, line: bytes) -> None:
-        """Append an entry, or make the file anew if it is full.  Raises ``OSError``."""
+    def _write(self, line: bytes, migration_id: str, record: Callable[[], Json] | None) -> None:
+        """Write an entry and a record.  Raises ``OSError``."""
         if not self._writing.acquire(timeout=PATIENCE_S):
             raise TimeoutError(errno.ETIMEDOUT, "the entry before it is still being written")
         try:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC
-            file = os.open(self._path, flags, 0o600)
-            try:
-                is_full = os.fstat(file).st_size + len(line) > MOST_BYTES
-                if not is_full and self._lines < MOST_LINES:
-                    _write_all(file, line)
-                    self._lines += 1
-                    return
-            finally:
-                os.close(file)
-            self._replace()
+            self._write_entry(line)
+            if record is not None:
+                self.records.write(migration_id, record(), list(self._ended))
         finally:
             self._writing.release()
+
+    def _write_entry(self, line: bytes) -> None:
+        """Append an entry, or make the file anew if it is full.  Raises ``OSError``."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC
+        file = os.open(self._path, flags, 0o600)
+        try:
+            is_full = os.fstat(file).st_size + len(line) > MOST_BYTES
+            if not is_full and self._lines < MOST_LINES:
+                _write_all(file, line)
+                self._lines += 1
+                return
+        finally:
+            os.close(file)
+        self._replace()
 
     def _replace(self) -> None:
         """Make the file anew, with the newest entries.  Raises ``OSError``, and leaves the file

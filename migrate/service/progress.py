@@ -105,7 +105,11 @@ def rounded(value: float | None, digits: int = 0) -> float | None:
     return None if value is None else round(value, digits)
 
 
-async def keep_measuring(measure: Callable[[], object], ended: trio.Event) -> None:
+async def keep_measuring(
+    measure: Callable[[], object],
+    ended: trio.Event,
+    pause_s: Callable[[], float] = lambda: MEASURE_EVERY_S,
+) -> None:
     """Call ``measure`` again and again until the migration has ended, because a rate needs more
     than the counts at the time of a question.  An error of ``measure`` ends nothing but this.
     """
@@ -113,7 +117,7 @@ async def keep_measuring(measure: Callable[[], object], ended: trio.Event) -> No
     async def measure_again() -> None:
         while not ended.is_set():
             measure()
-            with trio.move_on_after(MEASURE_EVERY_S):
+            with trio.move_on_after(pause_s()):
                 await ended.wait()
 
     await isolated("the progress of a migration", measure_again)
