@@ -24,6 +24,7 @@ COMMANDS = {
     "estimate": "migrate.cli.estimate",
     "list": "migrate.cli.migrations",
     "show": "migrate.cli.migrations",
+    "report": "migrate.cli.report.command",
     "watch": "migrate.cli.migrations",
     "postcopy-now": "migrate.cli.adjust",
     "set": "migrate.cli.adjust",

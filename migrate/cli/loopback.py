@@ -13,7 +13,14 @@ import click
 
 from migrate.cli.guests import guest_options, guest_spec
 from migrate.cli.migrate import shown, summary, write_json
-from migrate.cli.options import STDOUT, STRATEGY_OPTIONS, migration_request, strategy_options
+from migrate.cli.options import (
+    STDOUT,
+    STRATEGY_OPTIONS,
+    migration_request,
+    report_option,
+    strategy_options,
+)
+from migrate.cli.report.command import answers_of, check_installed, write_report
 from migrate.cli.text import echo
 from migrate.cli.world import loopback_world, verify_migrated, wait_for_steps
 from migrate.errors import MigrationError
@@ -51,7 +58,8 @@ def _end(number: int, _frame: object) -> None:
 @click.command("loopback")
 @guest_options
 @strategy_options
-def loopback_command(json_path: Path | None, **options: Any) -> None:
+@report_option
+def loopback_command(json_path: Path | None, report_path: Path | None, **options: Any) -> None:
     """Migrate a guest on this machine, and verify it.
 
     Two simulated hosts, a sender and a receiver are started as separate processes, which
@@ -64,7 +72,9 @@ def loopback_command(json_path: Path | None, **options: Any) -> None:
     request = migration_request(**strategy)
     spec = guest_spec(GUEST, **options)
     check_memory(spec)
-    say = functools.partial(echo, err=json_path == STDOUT)
+    if report_path is not None:
+        check_installed()
+    say = functools.partial(echo, err=STDOUT in (json_path, report_path))
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
             signal.signal(number, _end)
@@ -80,6 +90,7 @@ def loopback_command(json_path: Path | None, **options: Any) -> None:
             destination = f"127.0.0.1:{world.port}"
             client.send(command="migrate", domain=GUEST, destination=destination, **request)
             result = shown(client)
+        answers = answers_of(world, GUEST) if report_path is not None else []
         verification, guest_view = verify_migrated(world, spec)
         world.check_alive()
     result = {"verified": verification.ok, **result, "guest": guest_view}
@@ -97,5 +108,7 @@ def loopback_command(json_path: Path | None, **options: Any) -> None:
     else:
         say("damaged: " + "; ".join(verification.problems))
     write_json(json_path, result)
+    if report_path is not None:
+        write_report(report_path, answers, guest_view["histogram_us"])
     if not verification.ok:
         raise MigrationError("the guest was damaged")

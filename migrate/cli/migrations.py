@@ -63,7 +63,7 @@ class Answers:
             raise SilentDaemonError("\n".join(map(str, self.silent)))
 
 
-def _ask_all(
+def ask_all(
     socket_paths: tuple[Path, ...],
     *,
     answer_s: float | None = None,
@@ -156,7 +156,7 @@ def list_command(
     if watch:
         _watch_all(socket_paths, with_past, as_json)
         return
-    answers = _ask_all(socket_paths, command="list", all=with_past)
+    answers = ask_all(socket_paths, command="list", all=with_past)
     lines = _lines(answers)
     if as_json:
         echo(json.dumps(lines, indent=2))
@@ -178,13 +178,13 @@ def _lines(answers: Answers) -> list[dict[str, Any]]:
 def _watch_all(socket_paths: tuple[Path, ...], with_past: bool, as_json: bool) -> None:
     """Show all migrations until the command is interrupted."""
     display = EventLines() if as_json else TableDisplay(sys.stdout)
-    answers = _ask_all(socket_paths, command="list", all=with_past)
+    answers = ask_all(socket_paths, command="list", all=with_past)
     try:
         while True:
             display.show(_lines(answers), "; ".join(map(str, answers.silent)))
             wait_while_read(sys.stdout, WATCH_EVERY_S if as_json else EVERY_S)
             try:
-                answers = _ask_all(socket_paths, starting_s=0, command="list", all=with_past)
+                answers = ask_all(socket_paths, starting_s=0, command="list", all=with_past)
             except MigrationError as error:  # the daemons may be started again
                 answers = Answers(silent=[error])
     finally:
@@ -200,7 +200,7 @@ def show_command(migration: str, socket_paths: tuple[Path, ...], as_json: bool) 
 
     Each daemon on this host that has the migration answers.
     """
-    answers = _ask_all(socket_paths, command="show", migration=migration)
+    answers = ask_all(socket_paths, command="show", migration=migration)
     found = [
         {key: answer[key] for key in answer if key != "event"}
         for answer in without_the_past(answers.results)
@@ -231,7 +231,7 @@ def watch_command(migration: str, socket_paths: tuple[Path, ...], as_json: bool)
     silent: list[MigrationError] = []
     try:
         while True:
-            answers = _ask_all(socket_paths, command="show", migration=migration)
+            answers = ask_all(socket_paths, command="show", migration=migration)
             if answers.silent:
                 for error in answers.silent:
                     echo(f"xen-postcopy: {error}", err=True)
@@ -269,7 +269,7 @@ def cancel_command(migration: str, socket_paths: tuple[Path, ...], as_json: bool
 
     The guest continues at its source.
     """
-    answers = _ask_all(socket_paths, command="cancel", migration=migration)
+    answers = ask_all(socket_paths, command="cancel", migration=migration)
     report(f"{migration}: cancelled; {STAYS}", as_json, migration=migration, done="cancel")
     answers.check_complete()
 
@@ -283,7 +283,7 @@ def reconnect_command(migration: str, socket_paths: tuple[Path, ...], as_json: b
 
     Without this command the daemon tries after a pause, which grows to ten seconds.
     """
-    answers = _ask_all(socket_paths, command="reconnect", migration=migration)
+    answers = ask_all(socket_paths, command="reconnect", migration=migration)
     text = f"{migration}: the daemon now tries to reach the other host"
     report(text, as_json, migration=migration, done="reconnect")
     answers.check_complete()
@@ -318,7 +318,7 @@ def decide_command(
     destroys what has arrived.  "here", with --force, lets the guest continue here without its
     missing pages.
     """
-    answers = _ask_all(socket_paths, command="show", migration=migration)
+    answers = ask_all(socket_paths, command="show", migration=migration)
     for error in answers.silent:
         echo(f"xen-postcopy: {error}", err=True)
     under_way = [line for line in answers.results if line["phase"] not in ENDED]
@@ -339,7 +339,7 @@ def decide_command(
         if not yes:
             question = f"Decide that {line['domain']} runs {where}?"
             click.confirm(question, abort=True, err=as_json)
-    _ask_all(answers.sockets, answer_s=0, command="decide", **decision)
+    ask_all(answers.sockets, answer_s=0, command="decide", **decision)
     runs = "runs at this host" if where == "here" else "does not run at this host"
     text = f"{migration}: decided that the guest {runs}"
     report(text, as_json, migration=migration, done="decide", where=where)
@@ -350,7 +350,7 @@ def _check_decision(sockets: tuple[Path, ...], decision: dict[str, Any]) -> None
     asked to confirm it.
     """
     try:
-        _ask_all(sockets, answer_s=0, command="check-decision", **decision)
+        ask_all(sockets, answer_s=0, command="check-decision", **decision)
     except MigrationError as error:
         if "unknown command" not in str(error):  # an earlier release does not have this command
             raise

@@ -202,6 +202,15 @@ class ResultFile(click.Path):
         return path
 
 
+report_option = click.option(
+    "--report",
+    "report_path",
+    type=ResultFile(),
+    metavar="FILE",
+    help="The file for a report with pictures (HTML); -: standard output.",
+)
+
+
 def socket_option(default: Callable[[], Path], whose: str) -> Callable[[F], F]:
     return click.option(
         "--socket", "socket_path", type=SocketPath(), default=default,

@@ -308,14 +308,21 @@ def guest_view(report: dict[str, Any]) -> dict[str, Any]:
         else 0.0,
         "block_s": [vcpu["block_ns"] / 1e9 for vcpu in report["vcpu"]],
         "steps": [vcpu["count"] for vcpu in report["vcpu"]],
+        "histogram_us": [[*_limits_us(bucket), stalls[bucket]] for bucket in sorted(stalls)],
     }
 
 
-def _bucket_us(bucket: int) -> float:
-    """Return the middle of one of ``note_stall``'s buckets, in microseconds.  There are 8 buckets
+def _limits_us(bucket: int) -> tuple[float, float]:
+    """Return the limits of one of ``note_stall``'s buckets, in microseconds.  There are 8 buckets
     for each power of two, and one for each microsecond below 8.
     """
     if bucket < 8:
-        return float(bucket)
+        return float(bucket), bucket + 1.0
     log, sub = bucket // 8 + 2, bucket % 8
-    return (8 + sub + 0.5) * 2.0 ** (log - 3)
+    return (8 + sub) * 2.0 ** (log - 3), (9 + sub) * 2.0 ** (log - 3)
+
+
+def _bucket_us(bucket: int) -> float:
+    """Return the middle of a bucket; below 8 microseconds, its lower limit."""
+    low, high = _limits_us(bucket)
+    return low if bucket < 8 else (low + high) / 2

@@ -53,6 +53,7 @@ MODEL = Stage("model", "every state of the handover, and each mutation", _make("
 WARNINGS = Stage("warnings", "errors in C that a compiler can see", _make("warnings"), 600)
 SANITIZE = Stage("sanitize", "memory errors in C", _make("sanitize"), 1200, has_tests=True)
 RACES = Stage("races", "data races in C", _make("races"), 900)
+BROWSER = Stage("browser", "a report in a real browser", _make("browser"), 900, has_tests=True)
 DEMO = Stage("demo", "the demo of the README", _make("demo", "DEMO_MEMORY=256M"), 300)
 
 GATE = (
@@ -103,6 +104,7 @@ EVERYTHING = (
     Stage("soak", "every strategy and workload", _make("soak", "SOAK_ROUNDS=2"), 3600),
     Stage("packages", "the Debian package on fresh systems", _make("packages"), 3600),
     Stage("lowest", "the lowest version of each dependency", _make("lowest"), 1800),
+    BROWSER,
     Stage("compat", "migrations from and to an earlier release", _make("compat"), 1800),
     Stage("coverage-c", "which native code its tests reach", _make("coverage-c"), 1800),
     SANITIZE,

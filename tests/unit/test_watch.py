@@ -39,7 +39,7 @@ def test_a_guest_that_comes_back_is_watched(
         asked.append(request["migration"])
         return Answers(answers[len(asked) - 1])
 
-    monkeypatch.setattr(migrations, "_ask_all", ask)
+    monkeypatch.setattr(migrations, "ask_all", ask)
     monkeypatch.setattr(migrations, "WATCH_EVERY_S", 0)
     migrations.watch_command.main(["web"], standalone_mode=False)
     assert asked == ["web", "2" * 32, "2" * 32]
@@ -70,7 +70,7 @@ class Daemons:
 def run(
     monkeypatch: pytest.MonkeyPatch, daemons: Daemons, command: click.Command, *arguments: str
 ) -> None:
-    monkeypatch.setattr(migrations, "_ask_all", daemons.ask)
+    monkeypatch.setattr(migrations, "ask_all", daemons.ask)
     for name in ("WATCH_EVERY_S", "EVERY_S"):
         monkeypatch.setattr(migrations, name, 0)
     command.main(list(arguments), standalone_mode=False)

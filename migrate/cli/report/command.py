@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The command ``report``, and what ``loopback --report`` shares with it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from migrate.cli.migrations import ask_all, migration_argument, sockets_option
+from migrate.cli.options import STDOUT, ResultFile
+from migrate.cli.text import json_option, report
+from migrate.cli.world import World
+from migrate.control.client import ENDED
+from migrate.errors import MigrationError
+
+ENDS = ("sender", "receiver")
+END_S = 5.0
+
+
+def check_installed() -> None:
+    """Raises :class:`MigrationError` if the pictures cannot be drawn."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise MigrationError(
+            f"a report needs Python's matplotlib ({error}): apt install python3-matplotlib, or pip "
+            "install 'xen-postcopy[report]'"
+        ) from error
+
+
+def write_report(
+    path: Path, answers: Sequence[dict[str, Any]], guests_own: Sequence[Any] = ()
+) -> None:
+    """Write the report of one migration.  Raises ``OSError``."""
+    from migrate.cli.report.sections import report_of
+
+    text = report_of(answers, guests_own=guests_own)
+    if path == STDOUT:
+        click.echo(text, nl=False)
+    else:
+        path.write_text(text)
+
+
+def answers_of(world: World, migration: str) -> list[dict[str, Any]]:
+    """Return what both ends have recorded of a migration that was completed.  The receiver ends it
+    a moment after the sender.
+    """
+    ends_at = time.monotonic() + END_S
+    while True:
+        answers = [world.ask(end, command="record", migration=migration) for end in ENDS]
+        ended = all(answer["phase"] in ENDED for answer in answers)
+        if ended or time.monotonic() > ends_at:
+            return answers
+        time.sleep(0.01)
+
+
+@click.command("report")
+@migration_argument
+@click.option(
+    "-o", "--output", type=ResultFile(), required=True, metavar="FILE",
+    help="The file; -: standard output.",
+)  # fmt: skip
+@sockets_option
+@json_option
+def report_command(
+    migration: str, output: Path, socket_paths: tuple[Path, ...], as_json: bool
+) -> None:
+    """Write one migration as a document with pictures.
+
+    FILE is a single HTML file, which a browser shows without a network: the phases with the rates,
+    the steps of the downtime, the latency of faults, the block time of each vCPU, and how each page
+    of the guest came.  A migration under way is shown as it is now.
+
+    Each daemon on this host that has the migration answers.  The source has the rates and the
+    downtime, and the destination has the rest.  What the daemons on this host do not have is said
+    to be unknown: make a report at the other host as well.
+    """
+    check_installed()
+    answers = ask_all(socket_paths, command="record", migration=migration)
+    # The guest's name may be that of several migrations.
+    newest = max(answers.results, key=lambda one: one.get("started_at") or 0.0)
+    write_report(output, [one for one in answers.results if one["id"] == newest["id"]])
+    text = f"{newest['domain']}: the report is in {output}"
+    as_json = as_json and output != STDOUT
+    report(text, as_json, migration=newest["id"], file=str(output))
+    answers.check_complete()

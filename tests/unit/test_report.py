@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A report: its series, what it says of what is not known, and what becomes of text of others."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from typing import Any
+
+import numpy as np
+import pytest
+
+from migrate.cli import shown
+from migrate.cli.report.html import POLICY
+from migrate.cli.report.sections import report_of
+from migrate.cli.report.series import MOST_VCPUS, Recorded
+from migrate.cli.report.strategies import measured_of, strategies
+from tests.support.reports import HANDOVER, MIB, NAME, answers, destination, source
+
+Change = Callable[[dict[str, Any]], None]
+
+
+class Text(HTMLParser):
+    """The text of a document, the tags in it, and the addresses to which it refers."""
+
+    def __init__(self, document: str):
+        super().__init__()
+        self.tags = set[str]()
+        self.addresses = list[str]()
+        self._text = list[str]()
+        self.feed(document)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self._text).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("href", "src")]
+
+    def handle_data(self, data: str) -> None:
+        self._text.append(data)
+
+
+@pytest.fixture(scope="module")
+def whole() -> str:
+    return report_of(answers())
+
+
+def test_the_document_has_no_script_and_refers_to_nothing_outside(whole: str) -> None:
+    read = Text(whole)
+    assert "svg" in read.tags and not read.tags & {"script", "link", "iframe", "object", "img"}
+    assert all(one.startswith(("#", "data:image/png")) for one in read.addresses)
+    assert POLICY in whole.replace("&#x27;", "'") and POLICY.startswith("default-src 'none'")
+    assert not re.search(r"url\((?!#)|@import", whole)
+    identifiers = re.findall(r' id="([^"]*)"', whole)
+    assert len(identifiers) == len({*identifiers})  # of the pictures, which are in one document
+    used = {one[1:] for one in read.addresses if one.startswith("#")}
+    used |= {*re.findall(r"url\(#([^)]*)\)", whole)}
+    assert used and used <= {*identifiers}
+
+
+def test_each_picture_has_a_text_and_two_widths(whole: str) -> None:
+    assert whole.count('class="wide"') == whole.count('class="narrow"') == 5
+    texts = re.findall(r'<svg[^>]* aria-label="([^"]*)"', whole)
+    assert len(texts) == 10 and all(len(text) > 40 for text in texts)
+
+
+def test_text_of_others_is_no_markup() -> None:
+    marked = answers()
+    for answer in marked:
+        answer |= {"peer": "<i>peer</i>", "problem": "<u>why</u>\x1b[2J", "strategy": "<s>"}
+    document = report_of(marked)
+    read = Text(document)
+    assert not {"b", "i", "u", "s"} & read.tags
+    assert NAME in read.text and "<u>why</u>" in read.text
+    assert "\x1b" not in document
+
+
+def test_figures_are_those_of_show(whole: str) -> None:
+    text = Text(whole).text
+    for answer in answers():
+        lines = list(shown.lines({k: v for k, v in answer.items() if k != "record"}, 0.0))
+        assert len(lines) > 10
+        for line in lines:
+            if "started" not in line and "ended" not in line and "phases" not in line:
+                assert " ".join(line.split()) in text
+
+
+@pytest.mark.parametrize(
+    ("end", "known", "unknown"),
+    [
+        (source, ["Timeline of", "suspend the guest", "dirty rate", "hybrid, as it was"],
+         ["how each vCPU"]),
+        (destination, ["start the guest", "Map of the guest", "Timeline of"],
+         ["only a source that has done a whole round"]),
+    ],
+)  # fmt: skip
+def test_what_an_end_does_not_have_is_unknown(
+    end: Callable[[], dict[str, Any]], known: list[str], unknown: list[str]
+) -> None:
+    document = report_of([end()])
+    for text in known:
+        assert text in document
+    assert Text(document).text.count("Unknown: ") >= len(unknown)
+    if end is source:
+        assert "make a report at the destination as well" in document
+    else:
+        assert "downtime unknown" in Text(document).text
+
+
+def no_record(answer: dict[str, Any]) -> None:
+    answer["record"] = None
+
+
+def no_samples(answer: dict[str, Any]) -> None:
+    answer["record"]["samples"] = {"at": [], "vcpu_block_s": {}}
+
+
+def one_sample(answer: dict[str, Any]) -> None:
+    samples = answer["record"]["samples"]
+    for name, values in samples.items():
+        if name != "vcpu_block_s":
+            samples[name] = values[:1]
+    samples["vcpu_block_s"] = {vcpu: [0.1] for vcpu in samples["vcpu_block_s"]}
+
+
+def no_phases(answer: dict[str, Any]) -> None:
+    answer["phases"] = []
+
+
+def no_faults(answer: dict[str, Any]) -> None:
+    answer["details"]["fault_latency_us"] = {
+        "count": 0, "mean": 0, "p50": 0, "p99": 0, "max": 0, "histogram": {},
+    }  # fmt: skip
+    answer["details"]["vcpu_block_s"] = {}
+    answer["record"].update(latency_us=[], origins=None)
+
+
+def nothing_measured(answer: dict[str, Any]) -> None:
+    answer.update(details={}, phases=[], record=None, started_at=None, ended_at=None)
+
+
+def no_page(answer: dict[str, Any]) -> None:
+    if origins := answer["record"]["origins"]:
+        origins.update(pages=dict.fromkeys(origins["pages"], 0), cells=0, map="eJwDAAAAAAE=")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [no_record, no_samples, one_sample, no_phases, no_faults, nothing_measured, no_page],
+)
+@pytest.mark.parametrize("which", [source, destination])
+def test_a_report_can_be_made_of_whatever_is_there(
+    change: Change, which: Callable[[], dict[str, Any]]
+) -> None:
+    answer = copy.deepcopy(which())
+    change(answer)
+    assert "All figures" in report_of([answer])
+
+
+def test_a_daemon_that_was_restarted_is_named() -> None:
+    changed = answers()
+    changed[1]["record"]["is_whole"] = False
+    assert "A daemon was restarted during this migration" in report_of(changed)
+
+
+# ---- series ----
+def test_a_rate_is_that_of_the_counts() -> None:
+    recorded = Recorded(answers())
+    rate = recorded.rate(recorded.source, "bytes_sent")
+    assert rate is not None and len(rate.edges) == len(rate.values) + 1
+    assert np.allclose(rate.values, 60 * MIB)
+    assert recorded.rate(None, "bytes_sent") is None
+
+
+def test_the_share_of_time_for_which_a_vcpu_waits_is_at_most_all_of_it() -> None:
+    answer = destination()
+    waits = answer["record"]["samples"]["vcpu_block_s"]
+    waits.update({str(n): [float(i) for i in range(120)] for n in range(10, 40)})
+    blocked = Recorded([answer]).blocked()
+    assert len(blocked) == MOST_VCPUS and list(blocked) == sorted(blocked)
+    assert all(series.values.min() >= 0 and series.most <= 1 for series in blocked.values())
+    only = Recorded([destination()]).blocked()
+    last = [series.values[-1] for series in only.values()]
+    assert np.allclose(last, [0.2, 0.4, 0.6])  # 0.02 s each tenth of a second
+
+
+def test_phases_follow_each_other() -> None:
+    phases = Recorded(answers()).phases
+    assert [phase.name for phase in phases][2:5] == ["precopy", "switchover", "postcopy"]
+    assert phases[4].begins == pytest.approx(HANDOVER / 10) and phases[-1].ends == 12.0
+
+
+def test_ends_whose_clocks_differ_have_the_same_start() -> None:
+    far = destination()
+    samples = far["record"]["samples"]
+    samples["at"] = [at + 3600 for at in samples["at"]]
+    far |= {"started_at": far["started_at"] + 3600}
+    recorded = Recorded([source(), far])
+    assert recorded.destination is not None
+    assert recorded.time_of(recorded.destination)[-1] == pytest.approx(11.9)
+
+
+# ---- other strategies ----
+def test_strategies_are_compared_by_what_was_measured() -> None:
+    measured = measured_of(Recorded(answers()))
+    assert measured is not None and measured.memory_pages == 512 * MIB // 4096
+    assert [s for s, _pages in measured.dirtied] == sorted(s for s, _pages in measured.dirtied)
+    expected = {one.strategy.value: one for one in strategies(measured)}
+    assert set(expected) == {"hybrid", "postcopy", "precopy"}
+    assert expected["precopy"].freeze_s > expected["postcopy"].downtime_s > 0
+
+
+def test_without_a_round_nothing_is_expected() -> None:
+    one = source()
+    one["details"]["expected"]["bytes_per_s"] = 0
+    assert measured_of(Recorded([one])) is None
+    assert measured_of(Recorded([destination()])) is None
