@@ -69,7 +69,7 @@ def answers_of(world: World, migration: str) -> list[dict[str, Any]]:
 def report_command(
     migration: str, output: Path, socket_paths: tuple[Path, ...], as_json: bool
 ) -> None:
-    """Write one migration as a document with pictures.
+    """Write a document with pictures of a migration.
 
     FILE is a single HTML file, which a browser shows without a network: the phases with the rates,
     the steps of the downtime, the latency of faults, the block time of each vCPU, and how each page

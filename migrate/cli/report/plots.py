@@ -251,9 +251,10 @@ def memory_map(origins: dict[str, object], page: Page) -> Figure:
     there = [name for name in ORIGINS if origins["pages"][name]]  # type: ignore[index]
     inches = page.width - 0.9
     legend_rows = -(-len(there) // (1 if page.is_narrow else 2))
-    height = inches * rows / columns + 0.75 + 0.2 * legend_rows
+    height = inches * rows / columns + 0.85 + 0.2 * legend_rows
     figure = svg.new_figure(page.width, height)
-    on = figure.subplots()
+    ratios = [height - 0.2 * legend_rows, 0.2 * legend_rows + 0.1]
+    on, below = figure.subplots(2, 1, gridspec_kw={"height_ratios": ratios})
     colours = ListedColormap([ORIGINS[name][1] for name in names])
     on.imshow(
         padded.reshape(rows, columns), cmap=colours, vmin=0, vmax=len(names) - 1, aspect="equal",
@@ -271,5 +272,7 @@ def memory_map(origins: dict[str, object], page: Page) -> Figure:
         Patch(facecolor=ORIGINS[name][1], edgecolor=svg.MUTED, label=ORIGINS[name][0], lw=0.5)
         for name in there
     ]
-    figure.legend(handles=patches, loc="outside lower left", ncols=1 if page.is_narrow else 2)
+    below.axis("off")
+    columns = 1 if page.is_narrow else 2
+    below.legend(handles=patches, loc="upper left", ncols=columns, borderaxespad=0)
     return figure
