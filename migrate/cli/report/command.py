@@ -14,8 +14,8 @@ from migrate.cli.migrations import ask_all, migration_argument, sockets_option
 from migrate.cli.options import STDOUT, ResultFile
 from migrate.cli.text import json_option, report
 from migrate.cli.world import World
-from migrate.control.client import ENDED
 from migrate.errors import MigrationError
+from migrate.outcomes import ENDED
 
 ENDS = ("sender", "receiver")
 END_S = 5.0
