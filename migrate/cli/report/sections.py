@@ -194,7 +194,7 @@ def _downtime(recorded: Recorded) -> list[ET.Element]:
     )
     caption = (
         "Each step begins where the one above it ends. The two ends work at the same time, each by "
-        "its own clock; the destination begins when it is told that the guest is suspended."
+        "its own clock; the destination begins when it receives that the guest is suspended."
     )
     found.append(figure(both(functools.partial(plots.steps, of_ends), text), caption))
     return found
