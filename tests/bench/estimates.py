@@ -24,7 +24,7 @@ GUESTS = {
     "idle": GuestSpec("guest", HALF_GIB, 2, "idle"),
     "hotset, 5000/s": GuestSpec("guest", HALF_GIB, 2, "hotset", rate=2500),
     "random, 40000/s": GuestSpec("guest", HALF_GIB, 2, "random", rate=20_000),
-    "random, all it can": GuestSpec("guest", HALF_GIB, 2, "random"),
+    "random, full": GuestSpec("guest", HALF_GIB, 2, "random"),
 }
 STRATEGIES = ("precopy", "hybrid", "postcopy")
 
