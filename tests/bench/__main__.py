@@ -9,6 +9,8 @@ What is measured against what:
     faults      2 vCPUs that touch random pages as fast as they can, against a C program's round
                 trip of 64 bytes out and 4 KiB back; "pager" is from the request's arrival to its
                 answer, "vCPU" from the touch to the next instruction
+    readme      the table of README.md: each strategy with a cap of 125 MB/s, 512 MiB, 2 vCPUs that
+                write as fast as they can; the freeze is the longest time in which one does not run
     downtime    hybrid, a guest that dirties 1000 pages a second, or all it can; 256 pages in 1 GiB
                 and in 16 GiB
     peers       QEMU, an emulated guest of 1 GiB that touches half of it, alternately with ours;
@@ -46,6 +48,7 @@ from typing import Any
 import trustme
 
 from migrate.cli.world import World, loopback_world, verify_migrated, wait_for_steps
+from migrate.units import human_us
 from tests.bench import qemu, scale, share
 from tests.bench.estimates import CAP, GUESTS, STRATEGIES, Compared, Estimating, compared
 from xenbackend.simulated.guest import GuestSpec
@@ -234,6 +237,31 @@ def downtime(_limits: Limits, runs: int) -> None:
         "256 dirty, 16 GiB", GuestSpec("guest", 16 * GIB, 2, "random", zero_permille=970, **dirty)
     )
     row("downtime, 16 GiB to 1 GiB", large / small, "", "")
+
+
+def readme(_limits: Limits, runs: int) -> None:
+    """Take the downtime target from precopy, because xl has none: xl stops after its last round."""
+    spec = GuestSpec("guest", GIB // 2, 2, "random")
+    policy = {"downtime_target_ms": 0.001}
+    stock = None
+    for what, strategy in (
+        ("precopy, as by xl", "precopy"),
+        ("hybrid", "hybrid"),
+        ("postcopy", "postcopy"),
+    ):
+        results = [
+            migrate(spec, strategy=strategy, bandwidth=CAP, policy=policy) for _ in range(runs)
+        ]
+        frozen, done = (
+            median(values)
+            for values in (
+                [max(r["downtime_s"], r["guest"]["max_us"] / 1e6) for r in results],
+                [r["total_s"] for r in results],
+            )
+        )
+        stock = stock or frozen
+        text = f"frozen for {human_us(frozen * 1e6)}, done after {done:.1f} s"
+        row(f"readme, {what}", frozen / stock, text, "")
 
 
 def peers(_limits: Limits, runs: int) -> None:
@@ -536,6 +564,7 @@ def scaling(_limits: Limits, _runs: int) -> None:
 SECTIONS: dict[str, Callable[[Limits, int], None]] = {
     "bulk": bulk,
     "faults": faults,
+    "readme": readme,
     "downtime": downtime,
     "peers": peers,
     "patterns": patterns,

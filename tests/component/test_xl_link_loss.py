@@ -18,6 +18,7 @@ import pytest
 from migrate.cli.figures import problem
 from migrate.cli.world import loopback_world, start_receiver, start_sender, wait_for_steps
 from migrate.errors import MigrationError
+from migrate.service.history import RECORDS
 from migrate.service.journal import HISTORY
 from receiver.toolstack import GRANT_RETRY_S
 from tests.conftest import MIB
@@ -307,7 +308,7 @@ def test_a_sender_and_its_keeper_that_are_killed_afterwards_take_the_pages_with_
 def owed(xl: Xl) -> list[str]:
     """Return the names of the files that a sender has for what it must still do."""
     state = xl.world.directory / "source.sock.state/sender"
-    return [path.name for path in state.iterdir() if path.name != HISTORY]
+    return [path.name for path in state.iterdir() if path.name not in (HISTORY, RECORDS)]
 
 
 def decide(xl: CuttableXl, *, here: bool, force: bool) -> None:

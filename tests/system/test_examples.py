@@ -62,6 +62,10 @@ ELSEWHERE = {
     "xen-postcopy estimate GUEST HOST": (
         "tests/system/test_estimate.py::test_an_estimate_migrates_nothing_and_leaves_nothing_on"
     ),
+    "xen-postcopy report web -o web.html": (
+        "tests/system/test_report.py::"
+        "test_a_report_is_made_before_and_after_the_end_and_after_a_restart"
+    ),
     "xen-postcopy set GUEST ": (
         "tests/system/test_adjusting.py::test_precopy_is_slowed_down_paused_and_resumed"
     ),

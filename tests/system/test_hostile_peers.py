@@ -307,9 +307,14 @@ async def test_a_sender_that_ends_before_its_pull_lane(world: World) -> None:
     assert name not in [info.name for info in world.destination.domains()]
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("world", [3], indirect=True)
 async def test_sessions_that_offer_nothing(world: World) -> None:
-    """Only sessions that have not ended count, so as many may be started again after their end."""
+    """Only sessions that have not ended count, so as many may be started again after their end.
+
+    A session without an offer ends after a minute, so the limit of sessions must be reached within
+    a minute.
+    """
 
     def waiting() -> list[str]:
         lines = world.ask("receiver", command="list")["migrations"]

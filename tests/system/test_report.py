@@ -130,7 +130,7 @@ def test_loopback_writes_a_report(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     made = zygote.run(
         [*PROGRAM, "loopback", "--memory", "32M", "--strategy", "postcopy", "--report", str(path)],
-        timeout=WAIT_S,
+        timeout=3 * WAIT_S,
     )
     assert made.returncode == 0, made.stderr
     document = path.read_text()

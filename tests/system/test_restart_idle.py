@@ -66,7 +66,7 @@ def test_a_daemon_that_a_guest_needs_is_named_with_the_guest(
     with world.control() as client:
         client.send(
             command="migrate", domain=name, destination=f"127.0.0.1:{world.port}",
-            strategy="postcopy", bandwidth=MIB // 4,
+            strategy="postcopy", bandwidth=MIB // 32,
         )  # fmt: skip
         both = ("sender", "receiver")
         until(
@@ -78,6 +78,7 @@ def test_a_daemon_that_a_guest_needs_is_named_with_the_guest(
         assert upgrade() == []
         told = capsys.readouterr().out
         assert told.count(f"because guests need it: {name}.") == 2, told
+        world.ask("sender", command="set", migration=name, values={"bandwidth_bytes_per_s": MIB})
         list(client.answers())
     until(lambda: upgrade() == [*both], "the daemons are needed when the migration has ended")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import shutil
 import signal
 from collections.abc import Callable
 
@@ -56,8 +57,7 @@ def lose(trial: Trial, migrations: set[str], has_arrived: Callable[[], bool]) ->
     if not trial.destroyed and not has_arrived():
         destroy(world.destination, trial.spec.name)
         for which in there:
-            for entry in world.state(which).iterdir():
-                entry.unlink()
+            shutil.rmtree(world.state(which))
         trial.lost_there |= migrations
     for which in there:
         world.start_anew(which)
