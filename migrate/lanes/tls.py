@@ -44,8 +44,8 @@ MEANINGS = {
     "PEER_DID_NOT_RETURN_A_CERTIFICATE": "the peer has no certificate",
     "WRONG_VERSION_NUMBER": "the peer does not speak TLS: see whether its configuration has a "
     "[tls] section",
-    "UNEXPECTED_EOF_WHILE_READING": "the peer has broken the TLS handshake off: see whether it "
-    "speaks TLS",
+    "UNEXPECTED_EOF_WHILE_READING": "the peer has closed the connection in the TLS handshake: "
+    "see the peer's log; a peer without TLS, or without a free descriptor, does so",
 }
 """Texts for OpenSSL's reasons."""
 
