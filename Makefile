@@ -60,8 +60,9 @@ browser: $(STAMP)
 CORE := sender/bandwidth.py sender/intake.py migrate/protocol/frames.py migrate/protocol/fields.py migrate/protocol/messages.py \
 	migrate/protocol/pfns.py sender/policy.py \
 	migrate/protocol/session.py sender/backlog.py sender/estimate.py sender/ownership.py receiver/outstanding.py \
-	receiver/ownership.py receiver/readahead.py migrate/fastpath/page_states.py
-CORE_TESTS := estimate fault_path frames messages origins ownership_receiver ownership_sender page_states pfns policy read_ahead session
+	receiver/ownership.py receiver/readahead.py migrate/fastpath/page_states.py \
+	migrate/cli/evacuate/planner.py migrate/cli/evacuate/placement.py
+CORE_TESTS := estimate evacuation fault_path frames messages origins ownership_receiver ownership_sender page_states pfns policy read_ahead session
 MEASURE = $(BIN)/coverage run --data-file=build/coverage/$@/data -m pytest
 MEASURED = $(BIN)/coverage $(1) --data-file=build/coverage/$@/data
 coverage-core: $(STAMP)

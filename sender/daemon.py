@@ -35,17 +35,18 @@ from migrate.protocol.session import new_id, new_token
 from migrate.service.config import RECEIVER_PORT, Config, MigrationConfig, advertised
 from migrate.service.history import Ended, History
 from migrate.service.host import look_at_host, refusal
-from migrate.service.journal import Journal, Kept
+from migrate.service.journal import Journal
 from migrate.service.lifecycle import STOPPING, notify, serve_connections, until_stopped
 from migrate.service.progress import keep_measuring
 from migrate.tasks import is_bug, isolated, task_group
 from migrate.units import parse_address
 from sender import adjustments
 from sender.estimates import Estimates
+from sender.guests import guests_here, room_at
 from sender.migration import OutgoingMigration
 from sender.ownership import State
 from sender.preflight import check_free
-from sender.progress import Progress
+from sender.progress import kept_line
 from sender.toolstack import XlToolstack
 from xenbackend.contract import DomainId, Hypervisor
 from xenbackend.errors import XenError
@@ -170,7 +171,7 @@ class SenderDaemon:
                 every = bool(request.get("all"))
                 listed = self.history.listed(self._migrations, _line, of_predecessors=every)
                 await connection.answer(
-                    "result", migrations=listed, kept=[_kept_line(entry) for entry in kept]
+                    "result", migrations=listed, kept=[kept_line(entry) for entry in kept]
                 )
             case "show" | "record" as word:
                 found = self._look_up(request)
@@ -187,6 +188,13 @@ class SenderDaemon:
                 domain, address, options = await self._requested(request)
                 self._check_unused(domain)
                 await self._estimates.answer(request, connection, domain, address, options)
+            case "guests":
+                names = list(request.get("names", ()))
+                look = functools.partial(guests_here, self._hypervisor, self._estimates, names)
+                await connection.answer("result", **await trio.to_thread.run_sync(look))
+            case "room":
+                address = parse_address(str(request["destination"]), RECEIVER_PORT)
+                await connection.answer("result", **await room_at(address, self._config.terms))
             case "save":
                 await self._save(request, connection)
             case word if word in REQUESTS:
@@ -463,29 +471,6 @@ def _line(migration: OutgoingMigration, ended_at: float | None = None) -> Json:
         **progress,
         "ended_at": ended_at,
     }
-
-
-def _kept_line(entry: Kept) -> Json:
-    """Return an entry of the journal whose migration was not resumed, with the keys of
-    :func:`_line`.
-    """
-    line = {
-        "id": entry.session,
-        "direction": "outgoing",
-        "domain": entry.domain,
-        "domid": None,
-        "ended_at": None,
-        "peer": "",
-        "strategy": "",
-        "handed_over": False,
-        "paused": False,
-        "checkpoint_age_s": None,
-        "phase": "",
-        "outcome": "",
-        **asdict(Progress(problem=entry.problem)),
-    }
-    del line["checkpoint_at"]
-    return {**line, "unknown": [key for key, value in line.items() if not value]}
 
 
 def _options(config: MigrationConfig, request: Json) -> MigrationOptions:

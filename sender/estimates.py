@@ -16,7 +16,7 @@ from migrate.lanes.connection import Terms
 from migrate.options import MigrationOptions, Strategy
 from migrate.tasks import in_stoppable_thread, in_thread, task_group
 from sender.estimate import Expected, Measured, expect, recommend
-from sender.measure import GuestMeasure, LinkMeasure, try_destination
+from sender.measure import Found, GuestMeasure, Link, try_destination
 from sender.policy import Decision
 from xenbackend.contract import DomainId, Hypervisor
 from xenbackend.pages import PAGE_SIZE
@@ -38,11 +38,15 @@ class Estimates:
         """Raises :class:`OccupiedError` if the domain is being measured, because log-dirty has one
         owner.
         """
-        if domid in self._measured:
+        if self.measures(domid):
             raise OccupiedError(
                 f"domain {domid} is being measured by `xen-postcopy estimate`, which takes a few "
                 "seconds: try again"
             )
+
+    def measures(self, domid: int) -> bool:
+        """Whether the domain is being measured."""
+        return domid in self._measured
 
     async def answer(
         self,
@@ -55,7 +59,7 @@ class Estimates:
         """Answer a request.  If the client leaves, the measurement ends.  The caller has checked
         that nobody uses the domain.  Raises as :func:`estimate`.
         """
-        seconds = _checked(request["seconds"])
+        seconds, link = _checked(request["seconds"]), _link(request.get("link"))
 
         async def end_with_client() -> None:
             while await connection.request() is not None:
@@ -67,7 +71,7 @@ class Estimates:
             async with task_group() as tasks:
                 tasks.start_soon(end_with_client)
                 found = await estimate(
-                    self._hypervisor, target, address, options, self._terms, seconds
+                    self._hypervisor, target, address, options, self._terms, seconds, link
                 )
                 await connection.answer("result", **found)
                 tasks.cancel_scope.cancel()
@@ -85,6 +89,18 @@ def _checked(value: Any) -> float:
     return seconds
 
 
+def _link(known: Any) -> Link | None:
+    """Return the link in a request, as an earlier estimate has measured it.  Raises
+    :class:`MigrationError`.
+    """
+    if known is None:
+        return None
+    link = Link(float(known["bytes_per_s"]), known["page_us"] / 1e6, known["round_trip_us"] / 1e6)
+    if not all(map(math.isfinite, vars(link).values())) or link.bytes_per_s <= 0:
+        raise MigrationError(f"there is no such link: {known}")
+    return link
+
+
 async def estimate(
     hypervisor: Hypervisor,
     target: DomainId,
@@ -92,47 +108,49 @@ async def estimate(
     options: MigrationOptions,
     terms: Terms,
     seconds: float,
+    known: Link | None,
 ) -> dict[str, Any]:
-    """Measure the link and the guest, and return the estimate as JSON has it.  Cancellation ends
-    both measurements, and log-dirty is off afterwards.
+    """Measure the link, unless it is ``known``, and the guest, and return the estimate as JSON has
+    it.  Cancellation ends both measurements, and log-dirty is off afterwards.
 
     Raises :class:`MigrationError` or ``XenError`` if there can be no estimate.
     """
     guest = GuestMeasure(hypervisor, target, seconds)
     await in_thread(guest.check)
-    link = await try_destination(address, terms, guest.config, options.bandwidth_bytes_per_s)
+    cap = options.bandwidth_bytes_per_s
+    found = await try_destination(address, terms, guest.config, cap, known)
     # One after the other: on a host with few CPUs the traffic would slow the guest down.
     await in_stoppable_thread(guest.run, guest.stop)
     measured = Measured(
         guest.memory_pages,
         guest.content_share,
         guest.dirtied,
-        link.bytes_per_s,
-        link.fault_s,
-        link.round_trip_s,
+        found.link.bytes_per_s,
+        found.link.fault_s,
+        found.link.round_trip_s,
     )
     return {
         "domain": guest.config.name,
         "domid": target.domid,
         "destination": "{}:{}".format(*address),
-        "measured": _facts(measured, guest, link),
-        **_strategies(measured, options, link.refusals),
+        "measured": _facts(measured, guest, found),
+        **_strategies(measured, options, found.refusals),
         "devices": guest.devices,
     }
 
 
-def _facts(measured: Measured, guest: GuestMeasure, link: LinkMeasure) -> dict[str, Any]:
+def _facts(measured: Measured, guest: GuestMeasure, found: Found) -> dict[str, Any]:
     return {
         "memory_bytes": measured.memory_pages * PAGE_SIZE,
         "needed_bytes": guest.config.max_pages * PAGE_SIZE,
-        "free_bytes": link.host.free_bytes,
+        "free_bytes": found.host.free_bytes,
         "content_share": round(measured.content_share, 3),
         "dirtied": [[round(at_s, 3), pages] for at_s, pages in measured.dirtied],
         "dirty_bytes_per_s": round(measured.dirty_bytes_per_s),
         "bytes_per_s": round(measured.bytes_per_s),
         "page_us": round(measured.fault_s * 1e6),
         "round_trip_us": round(measured.round_trip_s * 1e6),
-        "encrypted": link.is_encrypted,
+        "encrypted": found.is_encrypted,
     }
 
 

@@ -137,16 +137,23 @@ def _content_share(domain: Domain) -> float:
 
 # ---- the destination ----
 @dataclass
-class LinkMeasure:
+class Link:
+    """What was measured of the link to a destination."""
+
+    bytes_per_s: float = 0.0
+    fault_s: float = 0.0
+    round_trip_s: float = 0.0
+
+
+@dataclass
+class Found:
     """What is found out at the destination."""
 
     host: m.Host
     refusals: dict[bool, str]
     """Why the guest would be refused, with paging and without; empty if it would not."""
     is_encrypted: bool
-    bytes_per_s: float = 0.0
-    fault_s: float = 0.0
-    round_trip_s: float = 0.0
+    link: Link
 
 
 @contextlib.asynccontextmanager
@@ -159,10 +166,15 @@ async def _connected(address: tuple[str, int], terms: Terms) -> AsyncIterator[La
 
 
 async def try_destination(
-    address: tuple[str, int], terms: Terms, config: DomainConfig, cap: float | None
-) -> LinkMeasure:
-    """Ask the destination whether it would take the guest in, and measure the link.  Nothing is
-    made there.  ``cap``: the most bytes a second that are sent on average, or ``None``.
+    address: tuple[str, int],
+    terms: Terms,
+    config: DomainConfig,
+    cap: float | None,
+    known: Link | None,
+) -> Found:
+    """Ask the destination whether it would take the guest in, and measure the link, unless it is
+    ``known``.  Nothing is made there.  ``cap``: the most bytes a second that are sent on average,
+    or ``None``.
 
     Raises :class:`MigrationError`, also if the destination is of a release that cannot be tried.
     """
@@ -177,14 +189,16 @@ async def try_destination(
             ) from error
         host = await host_of(lane)
         refusals = {paging: await _offered(lane, config, paging=paging) for paging in (True, False)}
-        found = LinkMeasure(host, refusals, terms.tls is not None)
+        found = Found(host, refusals, terms.tls is not None, known or Link())
+        if known is not None:
+            return found
         stopping = threading.Event()
 
         def stop() -> None:
             stopping.set()
             lane.shut()
 
-        await run_in_thread(functools.partial(_measure_link, lane, found, cap, stopping), stop)
+        await run_in_thread(functools.partial(_measure_link, lane, found.link, cap, stopping), stop)
         return found
 
 
@@ -202,7 +216,7 @@ async def _offered(lane: LaneConnection, config: DomainConfig, *, paging: bool) 
 
 
 def _measure_link(
-    lane: LaneConnection, found: LinkMeasure, cap: float | None, stopping: threading.Event
+    lane: LaneConnection, link: Link, cap: float | None, stopping: threading.Event
 ) -> None:
     """Measure the rate at which the destination takes pages in, and the time of a page alone.
 
@@ -230,9 +244,9 @@ def _measure_link(
         _send(lane, data[:PAGE_SIZE])
         _confirm(lane)
         alone.append(time.monotonic() - began)
-    found.fault_s = statistics.median(alone)
-    found.round_trip_s = round_trip_s(lane.fileno())
-    found.bytes_per_s = chunk / max(seconds - found.fault_s, seconds / 2)
+    link.fault_s = statistics.median(alone)
+    link.round_trip_s = round_trip_s(lane.fileno())
+    link.bytes_per_s = chunk / max(seconds - link.fault_s, seconds / 2)
 
 
 def _send(lane: LaneConnection, pages: memoryview) -> None:

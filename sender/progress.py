@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from migrate.control.client import Json
 from migrate.options import MigrationOptions
+from migrate.service.journal import Kept
 from migrate.service.progress import LEAST_BYTES, STEADY_S, Phases, Rate, rounded, time_left_s
 from sender.policy import CONVERGING, PrecopyProgress
 from xenbackend.pages import PAGE_SIZE
@@ -168,3 +170,26 @@ def rest_of_precopy(
             return rest
         before = dirty
     return rest + min(round(before * dirty_share), memory_pages)
+
+
+def kept_line(entry: Kept) -> Json:
+    """Return an entry of the journal whose migration was not resumed, with the keys of
+    ``list``.
+    """
+    line = {
+        "id": entry.session,
+        "direction": "outgoing",
+        "domain": entry.domain,
+        "domid": None,
+        "ended_at": None,
+        "peer": "",
+        "strategy": "",
+        "handed_over": False,
+        "paused": False,
+        "checkpoint_age_s": None,
+        "phase": "",
+        "outcome": "",
+        **asdict(Progress(problem=entry.problem)),
+    }
+    del line["checkpoint_at"]
+    return {**line, "unknown": [key for key, value in line.items() if not value]}

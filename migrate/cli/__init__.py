@@ -22,6 +22,7 @@ from migrate import __version__
 COMMANDS = {
     "migrate": "migrate.cli.migrate",
     "estimate": "migrate.cli.estimate",
+    "evacuate": "migrate.cli.evacuate.command",
     "list": "migrate.cli.migrations",
     "show": "migrate.cli.migrations",
     "report": "migrate.cli.report.command",

@@ -43,12 +43,12 @@ def ask(socket: Path, **request: Any) -> Found:
         with ControlClient(socket, wait_s=STARTING_S) as client:
             found = client.call(command="estimate", **request)
     except MigrationError as error:
-        raise _explained(error) from error
+        raise explained(error) from error
     del found["event"]
     return found
 
 
-def _explained(error: MigrationError) -> MigrationError:
+def explained(error: MigrationError) -> MigrationError:
     """Return the error with what to do about it."""
     from migrate.cli.peer import remedied
 

@@ -13,7 +13,7 @@ import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from migrate.cli.text import table
 from migrate.outcomes import outcome
@@ -92,15 +92,18 @@ def _title(p: Answer) -> Field:
     name, phase = printable(str(p["domain"])), p["phase"]
     in_rounds = phase == "precopy" and p.get("round")
     of_round = f" {p['round']}" if in_rounds else ""
-    brief = name if len(name) <= MOST_OF_NAME else f"{name[: MOST_OF_NAME - 3]}..."
     return Field(
         0,
         [
             f"{name}: {phase}" + (f", round{of_round}" if in_rounds else ""),
             f"{name}: {phase}{of_round}",
-            f"{brief}: {phase}{of_round}",
+            f"{brief_name(name)}: {phase}{of_round}",
         ],
     )
+
+
+def brief_name(name: str) -> str:
+    return name if len(name) <= MOST_OF_NAME else f"{name[: MOST_OF_NAME - 3]}..."
 
 
 def _amount(p: Answer) -> list[Field]:
@@ -201,6 +204,19 @@ LESS_NEEDED = ("STARTED", "ELAPSED", "OUTSTANDING", "RATE", "DONE")
 """The columns that are left out of a narrow terminal, the least needed first."""
 
 
+class Layout(NamedTuple):
+    """The columns of a table.  ``less_needed``: those that are left out of a narrow terminal, the
+    least needed first.  ``numbers``: those that are aligned at the right.
+    """
+
+    titles: Sequence[str]
+    less_needed: Sequence[str]
+    numbers: str
+
+
+LIST = Layout(TITLES, LESS_NEEDED, NUMBERS)
+
+
 def how_it_is(line: Answer) -> str:
     """Return the phase; of a migration that was cancelled or rescued, that."""
     ended = line.get("outcome") or outcome(line["phase"], line["problem"])
@@ -256,10 +272,10 @@ def cells(line: Answer, now: float) -> dict[str, str]:
     }
 
 
-def columns(rows: Sequence[dict[str, str]], width: int | None) -> list[str]:
+def columns(rows: Sequence[dict[str, str]], width: int | None, layout: Layout = LIST) -> list[str]:
     """Return the columns that fit ``width``; ``None``: all."""
-    titles = list(TITLES)
-    for column in LESS_NEEDED:
+    titles = list(layout.titles)
+    for column in layout.less_needed:
         if width is None or _width_of(rows, titles) <= width:
             break
         titles.remove(column)
@@ -274,21 +290,31 @@ def _width_of(rows: Sequence[dict[str, str]], titles: Sequence[str]) -> int:
 def table_of(lines: list[dict[str, Any]], width: int | None, now: float) -> str:
     """Return the table of ``list``.  ``width``: of the terminal; ``None``: no limit.  ``now``:
     seconds since 1970.
-
-    The reasons are the last column.  Where they do not fit, each is below the row of its migration.
     """
     rows = [cells(line, now) for line in lines]
-    titles = columns(rows, width)
-    reasons = [problem(line) for line in lines]
+    return with_reasons(rows, [problem(line) for line in lines], width)
+
+
+def with_reasons(
+    rows: Sequence[dict[str, str]],
+    reasons: Sequence[str],
+    width: int | None,
+    layout: Layout = LIST,
+) -> str:
+    """Return a table of rows, each with its reason.
+
+    The reasons are the last column.  Where they do not fit, each is below its row.
+    """
+    titles = columns(rows, width, layout)
     longest = max(display_width(reason) for reason in (PROBLEM, *reasons))
     if width is None or _width_of(rows, titles) + len(GAP) + longest <= width:
         texts = [
             [*(row[title] for title in titles), reason]
             for row, reason in zip(rows, reasons, strict=True)
         ]
-        return table((*titles, PROBLEM), texts, numbers=NUMBERS)
+        return table((*titles, PROBLEM), texts, numbers=layout.numbers)
     texts = [[row[title] for title in titles] for row in rows]
-    head, *body = table(titles, texts, numbers=NUMBERS).split("\n")
+    head, *body = table(titles, texts, numbers=layout.numbers).split("\n")
     found = [head]
     for row, reason in zip(body, reasons, strict=True):
         found += [

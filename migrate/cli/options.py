@@ -7,7 +7,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -351,16 +351,21 @@ def strategy_options(function: F) -> F:
     return function
 
 
-def changeable_options(function: F) -> F:
-    """Give a command those of these options that can be changed while a migration runs.  An option
-    that is not given is ``None``.
+def changeable_options(function: F, but: Sequence[str] = ()) -> F:
+    """Give a command those of these options that can be changed while a migration runs, except
+    those of the fields ``but``.  An option that is not given is ``None``.
     """
     for option in reversed(STRATEGY_OPTIONS):
-        if option.field in CHANGEABLE:
+        if option.field in CHANGEABLE and option.field not in but:
             attributes = {**option.attributes, "default": None, "show_default": False}
             attributes["help"] = re.sub(r"  Default: .*|, the default", "", attributes["help"])
             function = click.option(*option.names, **attributes)(function)
     return function
+
+
+def policy_options(function: F) -> F:
+    """Give a command those of these options, without the caps on bandwidth."""
+    return changeable_options(function, ("bandwidth_bytes_per_s", "postcopy_bandwidth_bytes_per_s"))
 
 
 def values_of(given: dict[str, Any]) -> dict[str, Any]:

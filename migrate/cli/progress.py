@@ -28,6 +28,21 @@ SHOWN = (
 """The phases that are shown.  The others are short, or end in a message of their own."""
 
 
+class Pauses:
+    """When a line is printed again that stays."""
+
+    def __init__(self) -> None:
+        self._began = self._printed = time.monotonic()
+
+    def is_due(self) -> bool:
+        now = time.monotonic()
+        pause_s = min(max((now - self._began) / 10, FIRST_PLAIN_S), LAST_PLAIN_S)
+        return now - self._printed > pause_s
+
+    def printed(self) -> None:
+        self._printed = time.monotonic()
+
+
 class ProgressDisplay:
     """Shows the progress.  The caller passes each ``progress`` answer of the daemon to it; the
     answers of a receiver have fewer keys.
@@ -37,7 +52,7 @@ class ProgressDisplay:
         self._stream = stream
         self._area = Area(stream) if is_live(stream) else None
         self._stage: tuple[str, int, bool] | None = None
-        self._began = self._printed = time.monotonic()
+        self._pauses = Pauses()
 
     def show(self, p: dict[str, Any]) -> None:
         stage = (p["phase"], p.get("round", 0), bool(p["problem"]))
@@ -46,7 +61,7 @@ class ProgressDisplay:
         is_new = stage != self._stage
         self._stage = stage
         if self._area is None:
-            if is_new or self._is_due():
+            if is_new or self._pauses.is_due():
                 self._print(p)
             return
         if is_new and p["problem"]:  # the line is cut off at the edge of the terminal
@@ -58,13 +73,8 @@ class ProgressDisplay:
         if self._area is not None:
             self._area.clear()
 
-    def _is_due(self) -> bool:
-        now = time.monotonic()
-        pause_s = min(max((now - self._began) / 10, FIRST_PLAIN_S), LAST_PLAIN_S)
-        return now - self._printed > pause_s
-
     def _print(self, p: dict[str, Any]) -> None:
-        self._printed = time.monotonic()
+        self._pauses.printed()
         write(self._stream, printable(in_full(progress_fields(p))) + "\n")
 
 

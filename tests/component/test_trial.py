@@ -20,7 +20,7 @@ from migrate.protocol import messages as m
 from migrate.protocol.messages import Hello
 from migrate.protocol.pfns import pfn_array
 from sender import measure
-from sender.measure import LinkMeasure, try_destination
+from sender.measure import Found, Link, try_destination
 from tests.support.certificates import HOST, files
 from tests.support.waiting import WAIT_S
 from xenbackend.contract import DomainConfig
@@ -54,8 +54,10 @@ async def listening(
             nursery.cancel_scope.cancel()
 
 
-async def tried(port: int, tls: Tls | None = None, cap: float | None = None) -> LinkMeasure:
-    return await try_destination((HOST, port), Terms(tls=tls), GUEST, cap)
+async def tried(
+    port: int, tls: Tls | None = None, cap: float | None = None, known: Link | None = None
+) -> Found:
+    return await try_destination((HOST, port), Terms(tls=tls), GUEST, cap, known)
 
 
 @contextlib.asynccontextmanager
@@ -83,8 +85,19 @@ async def test_the_link_is_measured(files: Callable[..., Tls], with_tls: bool) -
         found = await tried(port, tls)
     assert found.is_encrypted is with_tls and found.host.free_bytes == GIB
     assert found.refusals == {True: "", False: ""}
-    assert found.bytes_per_s > 0
-    assert 0 <= found.round_trip_s <= found.fault_s
+    assert found.link.bytes_per_s > 0
+    assert 0 <= found.link.round_trip_s <= found.link.fault_s
+
+
+async def test_a_link_that_is_known_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(payload: memoryview) -> None:
+        raise AssertionError(f"{len(payload)} bytes were sent")
+
+    monkeypatch.setattr(trial, "_write", write)
+    known = Link(1e9, 1e-4, 1e-5)
+    async with listening() as port:
+        found = await tried(port, known=known)
+    assert found.link is known and found.refusals == {True: "", False: ""}
 
 
 async def test_a_cap_limits_what_a_measurement_sends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,6 +105,7 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("migrate.cli.migrate.STARTING_S", 0)
     monkeypatch.setattr("migrate.cli.migrations.STARTING_S", 0)
     monkeypatch.setattr("migrate.cli.adjust.STARTING_S", 0)
+    monkeypatch.setattr("migrate.cli.evacuate.run.STARTING_S", 0)
     monkeypatch.setattr("xenbackend.simulated.rpc.STARTING_S", 0)
 
 

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Carries out what the planner of an evacuation wants: requests to the local sender.
+
+Requests that take a while are made in threads, whose results the loop takes.  A thread whose result
+is not wanted any more ends with the process, and what it has requested of the sender ends with its
+connection.  Migrations are the sender's and do not end with this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from migrate.cli.estimate import ask
+from migrate.cli.evacuate.display import EvacuationDisplay
+from migrate.cli.evacuate.planner import (
+    Action,
+    Ask,
+    Begin,
+    Destination,
+    Guest,
+    Measure,
+    Planner,
+    SetShare,
+    Step,
+)
+from migrate.control.client import ANSWER_S, ControlClient
+from migrate.errors import MigrationError, UnattendedMigrationError
+from xenbackend.unix import STARTING_S
+
+LOOK_EVERY_S = 0.25
+"""How often the sender is asked for its migrations."""
+GUESTS_EVERY_S = 2.0
+"""How often it is asked for its guests."""
+Json = dict[str, Any]
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+@dataclass(frozen=True)
+class Sender:
+    """The local sender."""
+
+    path: Path
+
+    def call(self, **request: Any) -> Json:
+        """Raises :class:`MigrationError`."""
+        with ControlClient(self.path, wait_s=STARTING_S, answer_s=ANSWER_S) as client:
+            return client.call(**request)
+
+    def guests(self, names: tuple[str, ...] = ()) -> Json:
+        return self.call(command="guests", names=names)
+
+    def migrations(self, *, of_predecessors: bool = False) -> list[Json]:
+        """Return the migrations that leave this host, the oldest first."""
+        found: list[Json] = self.call(command="list", all=of_predecessors)["migrations"]
+        return found
+
+    def room(self, destination: str) -> int:
+        """Return the memory that guests can have at a destination.  Raises
+        :class:`MigrationError`.
+        """
+        with ControlClient(self.path, wait_s=STARTING_S) as client:
+            return int(client.call(command="room", destination=destination)["free_bytes"])
+
+    def begin(self, **request: Any) -> Json:
+        """Begin a migration, which continues without this process, and return its first
+        progress.
+        """
+        with ControlClient(self.path, wait_s=STARTING_S, answer_s=ANSWER_S) as client:
+            client.send(command="migrate", **request)
+            answer = client.answer()
+        if answer is None:
+            raise MigrationError("the sender has ended before the migration began")
+        return answer
+
+
+@dataclass
+class Evacuation:
+    """One run.  ``request``: the options of each migration, as a request has them."""
+
+    sender: Sender
+    planner: Planner
+    seconds: float
+    request: Json
+    display: EvacuationDisplay
+    _results: queue.SimpleQueue[Callable[[], None]] = field(default_factory=queue.SimpleQueue)
+    _guests_at: float = 0.0
+
+    def run(self, is_stopped: Callable[[], bool]) -> None:
+        """Do what the planner wants until it is over, or until ``is_stopped``.
+
+        Raises :class:`UnattendedMigrationError` if the sender has ended and does not come back.
+        """
+        try:
+            while not is_stopped():
+                self.look()
+                for action in self.planner.next(time.monotonic()):
+                    self._do(action)
+                self.display.show(self.planner)
+                if self.planner.is_over:
+                    return
+                self._take_results(LOOK_EVERY_S)
+        finally:
+            self.display.close()
+
+    def look(self) -> None:
+        """Have the planner see what the sender answers now."""
+        try:
+            here = None
+            if time.monotonic() >= self._guests_at:
+                here = self.sender.guests()["guests"]
+                self._guests_at = time.monotonic() + GUESTS_EVERY_S
+            lines = self.sender.migrations()
+            listed = {line["id"] for line in lines}
+            if any(guest.migration not in listed for guest in self.planner.of(Step.MOVES)):
+                lines = self.sender.migrations(of_predecessors=True)
+        except MigrationError as error:
+            moving = ", ".join(guest.name for guest in self.planner.of(Step.MOVES))
+            if not moving:
+                raise
+            raise UnattendedMigrationError(
+                f"the sender does not answer ({error}), and these guests are under way: {moving}; "
+                "start it again (systemctl start xen-postcopy-sender), which resumes their "
+                "migrations"
+            ) from error
+        self.planner.seen(here, lines)
+
+    def _take_results(self, seconds: float) -> None:
+        """Have the planner take the results of threads, for so long."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            try:
+                self._results.get(timeout=left)()
+            except queue.Empty:
+                return
+
+    # ---- what the planner wants ----
+    def _do(self, action: Action) -> None:
+        match action:
+            case Ask(destination):
+                self._in_thread(self._ask, destination)
+            case Measure(guest, destination, bandwidth):
+                self._in_thread(self._measure, guest, destination, bandwidth)
+            case Begin(guest):
+                self._begin(guest)
+            case SetShare(guest):
+                self._set_share(guest)
+
+    def _in_thread(self, call: Callable[..., Callable[[], None]], *arguments: Any) -> None:
+        """Make a request in a thread.  ``call`` returns how the planner takes the result."""
+
+        def work() -> None:
+            try:
+                taken = call(*arguments)
+            except Exception as error:
+                taken = functools.partial(_raise, error)
+            self._results.put(taken)
+
+        threading.Thread(target=work, daemon=True).start()
+
+    def _ask(self, destination: Destination) -> Callable[[], None]:
+        try:
+            free_bytes = self.sender.room(destination.address)
+        except MigrationError as error:
+            problem = str(error)
+            return lambda: self.planner.silent(destination, problem, time.monotonic())
+        return lambda: self.planner.answered(destination, free_bytes)
+
+    def _measure(
+        self, guest: Guest, destination: Destination, bandwidth: int | None
+    ) -> Callable[[], None]:
+        try:
+            found = ask(
+                self.sender.path,
+                domain=guest.target,
+                destination=destination.address,
+                seconds=self.seconds,
+                link=destination.link,
+                **{**self.request, "bandwidth": bandwidth},
+            )
+        except MigrationError as error:
+            return functools.partial(self._not_begun, guest, str(error))
+        return lambda: self.planner.measured(guest, found)
+
+    def _begin(self, guest: Guest) -> None:
+        try:
+            line = self.sender.begin(
+                domain=guest.target,
+                destination=guest.destination,
+                **{**self.request, "strategy": guest.strategy, "bandwidth": guest.share},
+            )
+        except MigrationError as error:
+            self._not_begun(guest, str(error))
+        else:
+            self.planner.begun(guest, line)
+
+    def _not_begun(self, guest: Guest, problem: str) -> None:
+        self._guests_at = 0.0  # it may have ended, or somebody else may have begun it
+        self.planner.not_begun(guest, problem, time.monotonic())
+
+    def _set_share(self, guest: Guest) -> None:
+        # It may just have ended, or an operator has given it a cap of its own.
+        with contextlib.suppress(MigrationError):
+            self.sender.call(
+                command="set",
+                migration=guest.migration,
+                values={"bandwidth_bytes_per_s": guest.share},
+            )
+
+    # ---- the end ----
+    def finish(self) -> None:
+        """Learn what the migrations took, and which guests have come meanwhile."""
+        for guest in self.planner.of(Step.GONE):
+            try:
+                shown = self.sender.call(command="show", migration=guest.migration)
+            except MigrationError:
+                continue
+            guest.line = {**guest.line, "downtime_s": shown["details"].get("downtime_s")}
+        self._guests_at = 0.0
+        self.look()
+
+    def cancel(self) -> None:
+        """Take back the migrations that are before their switchover."""
+        for guest in self.planner.of(Step.MOVES):
+            with contextlib.suppress(MigrationError):  # it may be past its switchover
+                self.sender.call(command="cancel", migration=guest.migration)
