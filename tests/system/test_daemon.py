@@ -255,7 +255,11 @@ def test_a_receiver_that_is_stopped_twice_leaves_its_socket_while_a_guest_needs_
             world.ask("receiver", command="list")
         start_receiver(world, world.port)
         for end in ("receiver", "sender"):
-            until(lambda end=end: phase(world, end) == "completed", "it does not arrive")
+
+            def completed(end: str = end) -> bool:
+                return phase(world, end) == "completed"
+
+            until(completed, "it does not arrive")
         assert verify_migrated(world, guest)[0].problems == []
         world.stop("receiver")
         assert not world.receiver_socket.exists()
