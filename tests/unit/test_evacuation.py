@@ -503,6 +503,27 @@ def test_memory_that_a_migration_takes_is_not_given_twice() -> None:
     assert [guest.domid for guest in played.planner.of(Step.FAILED)] == [2]
 
 
+def test_memory_of_a_guest_that_is_measured_is_not_given_to_another() -> None:
+    played = Played([here(1, gib=3), here(2, gib=2)], {"a": 4 * GIB, "b": 3 * GIB})
+    first, second = played.to_measure()
+    assert (first.destination.address, second.destination.address) == ("a", "b")
+    played.planner.measured(second.guest, estimate(None, "no paging there"))
+    played.next()
+    assert played.guest(2).step is Step.FAILED
+    assert played.guest(2).problem == (
+        "no place for its 2.0 GiB: a has 1.0 GiB left for it; b: no paging there"
+    )
+
+
+def test_a_destination_that_cannot_be_reached_is_no_fault_of_its_guests() -> None:
+    """The attempts of guests that go elsewhere count."""
+    played = Played([here(1, gib=3), here(2, gib=2)], {"a": 4 * GIB, "b": 3 * GIB})
+    for measure in played.to_measure():
+        played.planner.not_begun(measure.guest, "no route", played.now)
+    played.planner.silent(played.planner.destinations["b"], "no route", played.now)
+    assert (played.guest(1).attempts, played.guest(2).attempts) == (1, 0)
+
+
 # ---- interruptions ----
 def test_after_a_stop_nothing_begins_and_what_is_under_way_is_followed() -> None:
     played = Played([here(1), here(2), here(3)])
