@@ -116,6 +116,7 @@ def test_of_twenty_guests_two_fail_and_the_others_go(world: World) -> None:
     check_arrived(world, specs)
     told = error.splitlines()
     assert told[0].startswith("crashed cannot go: crashed is crashed: it cannot be migrated")
+    assert sum("crashed" in row for row in told) == 2  # at the beginning, and at the end
     assert any(row.startswith("large: failed: ") for row in told)
     assert sum(": gone after " in row for row in told) == 18
     assert told[-1] == "xen-postcopy: 2 of 20 guests did not go: large, crashed"

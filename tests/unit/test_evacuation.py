@@ -644,7 +644,7 @@ def test_elsewhere_a_line_is_printed_for_each_beginning_and_end(
     import sys
 
     played = Played([here(1), here(2, problem="guest2 is crashed")])
-    display = EvacuationDisplay(sys.stdout)
+    display = EvacuationDisplay(sys.stdout, played.planner.of(Step.FAILED))
     display.show(played.planner)
     played.measure()
     played.begin()
@@ -654,7 +654,6 @@ def test_elsewhere_a_line_is_printed_for_each_beginning_and_end(
     display.show(played.planner)
     display.close()
     assert capsys.readouterr().out.splitlines() == [
-        "guest2: failed: guest2 is crashed",
         "guest1: to there, hybrid",
         "guest1: gone after 3.0 s",
     ]

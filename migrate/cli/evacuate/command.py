@@ -110,7 +110,8 @@ def evacuate_command(
     )
     for line in obstacles(planner):
         echo(line, err=True)
-    evacuation = Evacuation(sender, planner, seconds, request, EvacuationDisplay(sys.stderr))
+    display = EvacuationDisplay(sys.stderr, planner.of(Step.FAILED))
+    evacuation = Evacuation(sender, planner, seconds, request, display)
     try:
         carry_out(evacuation)
     finally:

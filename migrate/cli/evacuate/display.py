@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TextIO
 
-from migrate.cli.evacuate.planner import Planner
+from migrate.cli.evacuate.planner import Guest, Planner
 from migrate.cli.evacuate.shown import changes, head, progress
 from migrate.cli.progress import Pauses
 from migrate.cli.terminal import Area, is_live
@@ -14,11 +15,13 @@ from migrate.units import printable
 
 
 class EvacuationDisplay:
-    def __init__(self, stream: TextIO):
+    """``told``: the guests about which everything was printed before."""
+
+    def __init__(self, stream: TextIO, told: Iterable[Guest] = ()):
         self._stream = stream
         self._area = Area(stream) if is_live(stream) else None
         self._pauses = Pauses()
-        self._before: dict[int, str] = {}
+        self._before = {guest.domid: guest.step.value for guest in told}
 
     def show(self, planner: Planner) -> None:
         if self._area is not None:
