@@ -11,9 +11,8 @@ from migrate.control.client import Json
 from migrate.errors import MigrationError
 from migrate.lanes.connection import Terms, connect
 from migrate.lanes.probe import OlderPeerError, greet, host_of
-from migrate.options import MigrationOptions
 from sender.estimates import Estimates
-from sender.preflight import check_devices, check_free
+from sender.preflight import check_devices, check_state
 from xenbackend.contract import Domain, DomainInfo, DomainState, Hypervisor
 from xenbackend.errors import NoSuchDomainError, XenError
 from xenbackend.find import find_domain
@@ -69,7 +68,7 @@ def _guest(
                 raise MigrationError(f"{info.name} is {info.state.value}: it cannot be migrated")
             passes = _arrives(info, domain) or estimates.measures(info.domid)
             estimates.check_unmeasured(info.domid)
-            check_free(domain, MigrationOptions())
+            check_state(domain)
             check_devices(domain, info.name)
     except NoSuchDomainError:
         return None

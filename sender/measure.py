@@ -19,16 +19,18 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+import trio
 
 from migrate.errors import MigrationError, PeerClosedError
 from migrate.lanes.connection import LaneConnection, Terms, connect, run_in_thread, step_timeout
 from migrate.lanes.latency import round_trip_s
 from migrate.lanes.probe import OlderPeerError, greet, host_of
+from migrate.lanes.trial import TRIAL_S
 from migrate.options import MigrationOptions
 from migrate.protocol import messages as m
-from migrate.protocol.pfns import mask_from_bitmap, pfn_array, sparseness
+from migrate.protocol.pfns import PfnMask, mask_from_bitmap, pfn_array, sparseness
 from sender.bandwidth import BandwidthCap
-from sender.preflight import check_devices, check_free
+from sender.preflight import check_devices, check_free, check_state, log_dirty_is_used
 from sender.push import BATCH_PAGES
 from xenbackend.contract import Domain, DomainConfig, DomainId, Hypervisor
 from xenbackend.errors import XenError
@@ -72,6 +74,7 @@ class GuestMeasure:
         migrated at all.
         """
         with self._opened() as domain:
+            check_free(domain, MigrationOptions())
             self.config = domain.config()
             self.memory_pages = domain.info().tot_pages
             if problem := sparseness(self.config.nr_pfns, self.config.max_pages):
@@ -83,16 +86,20 @@ class GuestMeasure:
 
     def run(self) -> None:
         """Measure.  Raises :class:`OccupiedError` or ``XenError``, and :class:`MigrationError` if
-        another program has switched log-dirty off meanwhile.
+        another program has used log-dirty meanwhile.
         """
         with self._opened() as domain:
+            check_state(domain)
             self.content_share = _content_share(domain)
             with _log_dirty(domain):
                 began = time.monotonic()
+                before = np.zeros(domain.nr_pfns, dtype=bool)
                 for share in LOOKS:
                     if self._stopping.wait(began + share * self.seconds - time.monotonic()):
                         return
                     written = mask_from_bitmap(domain.log_dirty(clean=False), domain.nr_pfns)
+                    _check_unread(before, written)
+                    before = written
                     at_s = time.monotonic() - began
                     self.dirtied.append((at_s, int(np.count_nonzero(written))))
                 if not domain.log_dirty_is_on():
@@ -101,26 +108,43 @@ class GuestMeasure:
                         "guest has written are unknown: end what else migrates or saves this guest"
                     )
 
-    @contextlib.contextmanager
-    def _opened(self) -> Iterator[Domain]:
-        with self.hypervisor.open(self.target.domid, self.target.handle) as domain:
-            check_free(domain, MigrationOptions())
-            yield domain
+    def _opened(self) -> Domain:
+        return self.hypervisor.open(self.target.domid, self.target.handle)
 
 
 @contextlib.contextmanager
 def _log_dirty(domain: Domain) -> Iterator[None]:
-    """Switch log-dirty on, and off at the end."""
+    """Switch log-dirty on, and off at the end, unless another program uses it by then."""
     try:
         domain.log_dirty_enable()
     except XenError as error:
-        if error.errno != errno.EBUSY:  # after other errors it may be partly on
-            domain.log_dirty_disable()
+        if error.errno == errno.EBUSY:
+            raise log_dirty_is_used(domain.info().name) from error
+        domain.log_dirty_disable()  # it may be partly on
         raise
     try:
         yield
-    finally:
+    except _TakenError:
+        raise
+    except BaseException:
         domain.log_dirty_disable()
+        raise
+    domain.log_dirty_disable()
+
+
+class _TakenError(MigrationError):
+    """Another program uses log-dirty, and loses what the guest writes if it is switched off."""
+
+
+def _check_unread(before: PfnMask, written: PfnMask) -> None:
+    """Raises :class:`_TakenError` if another program has emptied the record between two looks.
+    libxc switches log-dirty off and on again if it is on, and then reads and empties the record.
+    """
+    lost = np.count_nonzero(before & ~written)
+    if lost > np.count_nonzero(before) // 2:  # a page that the guest gives away may be lost too
+        raise _TakenError(
+            "another program has begun to migrate or save the guest, and uses its log-dirty now"
+        )
 
 
 def _content_share(domain: Domain) -> float:
@@ -198,7 +222,17 @@ async def try_destination(
             stopping.set()
             lane.shut()
 
-        await run_in_thread(functools.partial(_measure_link, lane, found.link, cap, stopping), stop)
+        measure = functools.partial(_measure_link, lane, found.link, cap, stopping)
+        with trio.move_on_after(TRIAL_S) as limit:
+            try:
+                await run_in_thread(measure, stop)
+            except PeerClosedError:
+                if not limit.cancel_called:
+                    raise
+        if limit.cancel_called:
+            raise PeerClosedError(
+                f"{where} did not confirm what was sent to measure the link within {TRIAL_S:g} s"
+            )
         return found
 
 

@@ -20,9 +20,11 @@ from xenbackend.contract import Domain, DomainState
 from xenbackend.pages import PAGE_SIZE
 
 
-def check_free(domain: Domain, options: MigrationOptions) -> None:
+def check_state(domain: Domain) -> None:
     """Raises :class:`MigrationError` for a domain that cannot be migrated in its present state.
     Raises :class:`OccupiedError` if another migration or another program uses the domain.
+
+    Log-dirty is not looked at: Xen can only be asked by an attempt to switch it on.
     """
     info = domain.info()
     if info.paged_pages or domain.has_pager():
@@ -39,14 +41,23 @@ def check_free(domain: Domain, options: MigrationOptions) -> None:
         raise MigrationError(
             f"{info.name} is {info.state.value}: only a running guest can be migrated"
         )
+
+
+def check_free(domain: Domain, options: MigrationOptions) -> None:
+    """Raises as :func:`check_state`, and :class:`OccupiedError` if log-dirty is on."""
+    check_state(domain)
     if domain.log_dirty_is_on():
         if not options.take_log_dirty:
-            raise OccupiedError(
-                f"log-dirty is on for {info.name}: a program migrates, saves or protects it, or "
-                "died when doing so; if none does any more, `xen-postcopy migrate "
-                "--take-log-dirty` (or `XEN_POSTCOPY=off xl migrate`) switches it off first"
-            )
+            raise log_dirty_is_used(domain.info().name)
         domain.log_dirty_disable()
+
+
+def log_dirty_is_used(name: str) -> OccupiedError:
+    return OccupiedError(
+        f"log-dirty is on for {name}: a program migrates, saves or protects it, or died when doing "
+        "so; if none does any more, `xen-postcopy migrate --take-log-dirty` (or `XEN_POSTCOPY=off "
+        "xl migrate`) switches it off first"
+    )
 
 
 def check_devices(domain: Domain, name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import AsyncIterator, Callable
 
 import pytest
@@ -98,6 +99,20 @@ async def test_a_link_that_is_known_is_not_measured(monkeypatch: pytest.MonkeyPa
     async with listening() as port:
         found = await tried(port, known=known)
     assert found.link is known and found.refusals == {True: "", False: ""}
+
+
+async def test_a_destination_that_falls_silent_ends_the_measurement(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    over = threading.Event()
+    monkeypatch.setattr(trial, "_write", lambda _payload: over.wait(WAIT_S))
+    monkeypatch.setattr(measure, "TRIAL_S", 0.2)
+    async with listening() as port:
+        try:
+            with pytest.raises(PeerClosedError, match=r"did not confirm .* within 0.2 s"):
+                await tried(port)
+        finally:
+            over.set()
 
 
 async def test_a_cap_limits_what_a_measurement_sends(monkeypatch: pytest.MonkeyPatch) -> None:
