@@ -35,6 +35,7 @@ from migrate.options import (
     Strategy,
 )
 from migrate.service import values
+from migrate.service.files import open_without_waiting
 from migrate.service.values import Address
 from migrate.units import parse_address
 
@@ -328,7 +329,7 @@ def _text_of(path: Path) -> str:
     """Read a regular file that is no larger than a configuration can be.  A device has no end, and
     opening a FIFO waits for a writer.
     """
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), encoding="utf-8") as file:
+    with open_without_waiting(path) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ConfigError(f"{path}: this is not a file with a configuration")
@@ -336,7 +337,7 @@ def _text_of(path: Path) -> str:
             raise ConfigError(
                 f"{path}: {status.st_size} bytes are more than a configuration has ({MAX_BYTES})"
             )
-        return file.read()
+        return file.read().decode()
 
 
 def parse(data: dict[str, Any], source: str, folder: Path = Path()) -> Config:

@@ -34,6 +34,7 @@ import trio
 from migrate import __version__
 from migrate.errors import MigrationError
 from migrate.logs import Complaint
+from migrate.service.files import open_without_waiting
 from migrate.service.journal import Kept
 from migrate.service.lifecycle import Named, ended, find_migration
 from migrate.service.records import Records
@@ -59,6 +60,11 @@ TYPES: dict[str, type] = {
     "outstanding": int, "unknown": list, "details": dict,
 }  # fmt: skip
 """The keys without which an entry is not shown, with the types of their values."""
+PERHAPS: dict[str, Any] = {
+    "domid": int | None, "strategy": str | None, "started_at": int | float | None,
+    "ended_at": int | float | None,
+}  # fmt: skip
+"""Keys that an entry may lack, or have without a value."""
 RECORDS = "records"
 """The folder of the records, beside the file."""
 NOT_IN_A_LIST = ("details", "known")
@@ -298,7 +304,7 @@ def _read(path: Path) -> list[bytes]:
     """Return the lines of the file; if it is larger than a history can be, those of its end.
     Raises ``OSError``.
     """
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+    with open_without_waiting(path) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "this is not a regular file")
@@ -317,6 +323,8 @@ def _parsed(line: bytes) -> Json | None:
     if not isinstance(entry, dict) or entry.get("format") != FORMAT:
         return None
     if not all(isinstance(entry.get(key), of_type) for key, of_type in TYPES.items()):
+        return None
+    if not all(isinstance(entry.get(key), of_type) for key, of_type in PERHAPS.items()):
         return None
     del entry["format"]
     entry.pop("release", None)

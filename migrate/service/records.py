@@ -7,6 +7,7 @@ the newest :data:`MOST_RECORDS` migrations of the history are kept.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import logging
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from migrate.protocol.session import is_session_id
+from migrate.service.files import open_without_waiting
 from migrate.service.record import FORMAT
 
 log = logging.getLogger(__name__)
@@ -25,6 +27,10 @@ log = logging.getLogger(__name__)
 MOST_RECORDS = 100
 MOST_BYTES = 512 * 1024
 """The most bytes of a file."""
+MOST_OF_TEXT = 8 * 1024 * 1024
+"""The most bytes of its text."""
+GZIP = 31
+"""The format, as ``zlib`` has it."""
 SUFFIX = ".json.gz"
 NEW_SUFFIX = ".new"
 Json = dict[str, Any]
@@ -43,8 +49,9 @@ class Records:
         self._folder.mkdir(mode=0o700, exist_ok=True)
         kept = {f"{one}{SUFFIX}" for one in known[-MOST_RECORDS:]}
         for path in self._folder.iterdir():
-            if path.name not in kept:
-                path.unlink(missing_ok=True)
+            if path.name.endswith((SUFFIX, NEW_SUFFIX)) and path.name not in kept:
+                with contextlib.suppress(OSError):  # a folder, for example, is not ours
+                    path.unlink()
         data = gzip.compress(json.dumps(record).encode(), compresslevel=6, mtime=0)
         if len(data) > MOST_BYTES:
             log.warning("the record of %s is left out: %d bytes", migration_id, len(data))
@@ -81,7 +88,11 @@ class Records:
 
 def _contents(path: Path) -> bytes:
     """Return what a compressed file has.  Raises ``OSError``, ``EOFError`` or ``zlib.error``."""
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+    with open_without_waiting(path) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError("this is not a regular file")
-        return gzip.decompress(file.read(MOST_BYTES))
+        decompressor = zlib.decompressobj(GZIP)
+        text = decompressor.decompress(file.read(MOST_BYTES), MOST_OF_TEXT)
+    if not decompressor.eof:
+        raise EOFError(f"it is cut off, or more than {MOST_OF_TEXT} bytes")
+    return text

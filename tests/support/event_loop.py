@@ -29,6 +29,7 @@ BETWEEN = (
     str(TREE / "xenbackend") + os.sep,
     str(TREE / "migrate/service/journal.py"),
     str(TREE / "migrate/service/history.py"),
+    str(TREE / "migrate/service/files.py"),
     os.path.dirname(os.__file__) + os.sep,
     __file__,
 )

@@ -16,8 +16,8 @@ import trio
 
 from migrate.service import records
 from migrate.service.history import MOST_ENTRIES, History
-from migrate.service.record import FIRST_PAUSE_S, MOST_SAMPLES, MOST_VCPUS, Record, Samples
-from migrate.service.records import MOST_RECORDS, Records
+from migrate.service.record import FIRST_PAUSE_S, FORMAT, MOST_SAMPLES, MOST_VCPUS, Record, Samples
+from migrate.service.records import MOST_OF_TEXT, MOST_RECORDS, Records
 
 NOTHING: dict[int, float] = {}
 
@@ -220,3 +220,24 @@ async def test_a_record_that_cannot_be_made_costs_no_entry(
     again = History(tmp_path / "history.jsonl")
     again.load()
     assert of(1) in again
+
+
+def test_what_is_no_record_is_left_alone_and_costs_no_descriptor(tmp_path: Path) -> None:
+    """Folders and foreign files stay, and the records beside them are written and removed."""
+    records = Records(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / f"{of(1)}.json.gz").mkdir()
+    (tmp_path / "foreign").write_text("text")
+    before = os.listdir("/proc/self/fd")
+    assert records.read(of(1)) is None
+    assert os.listdir("/proc/self/fd") == before
+    records.write(of(2), {"format": FORMAT}, [of(2)])
+    records.write(of(3), {"format": FORMAT}, [of(3)])
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"folder", f"{of(1)}.json.gz", "foreign", f"{of(3)}.json.gz"}
+
+
+def test_a_record_that_would_fill_the_memory_is_not_read(tmp_path: Path) -> None:
+    text = b"[" + b" " * (MOST_OF_TEXT + 1) + b"]"
+    (tmp_path / f"{of(1)}.json.gz").write_bytes(gzip.compress(text))
+    assert Records(tmp_path).read(of(1)) is None
