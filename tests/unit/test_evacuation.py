@@ -375,6 +375,19 @@ def test_a_guest_that_cannot_be_measured_is_tried_twice() -> None:
     assert guest.step is Step.FAILED and guest.problem == "log-dirty is on"
 
 
+def test_a_guest_that_has_failed_here_is_followed_if_somebody_else_migrates_it() -> None:
+    played = Played([here(1)])
+    guest = played.guest(1)
+    for _attempt in range(2):
+        played.planner.not_begun(guest, "domain guest1 is being migrated already", played.now)
+    assert played.steps() == {1: Step.FAILED}
+    played.lines = {1: line(1)}
+    played.seen()
+    assert played.steps() == {1: Step.MOVES}
+    played.end(1, "failed", "the link was lost")
+    assert played.steps() == {1: Step.FAILED} and guest.problem == "the link was lost"
+
+
 def test_a_guest_that_has_ended_meanwhile_is_no_failure() -> None:
     played = Played([here(1), here(2)])
     played.here = [here(1)]

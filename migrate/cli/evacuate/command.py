@@ -140,11 +140,12 @@ def planned(
 
 
 def gone_before(lines: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    """Return the migration by which a guest has left this host.  Raises :class:`MigrationError`."""
+    """Return the migration by which a guest of this name has left this host.  The number of a
+    domain says nothing, because numbers begin anew when a host boots.  Raises
+    :class:`MigrationError`.
+    """
     found = [
-        line
-        for line in lines
-        if name in (line["domain"], str(line["domid"])) and line["phase"] not in ("failed", "")
+        line for line in lines if name == line["domain"] and line["phase"] not in ("failed", "")
     ]
     if not found:
         raise MigrationError(f"domain {name!r}: there is no such domain on this host")

@@ -235,11 +235,12 @@ class Planner:
         for guest in self.guests:
             if guest.step is Step.MOVES:
                 self._moves(guest, by_id.get(guest.migration))
-            elif guest.step in (Step.WAITS, Step.ARRIVES):
-                if guest.domid in moved:
-                    guest.follow(moved[guest.domid])
+            elif guest.step in (Step.WAITS, Step.ARRIVES, Step.FAILED):
+                line = moved.get(guest.domid)
+                if line is not None and line["id"] != guest.migration:
+                    guest.follow(line)
                     self._moves(guest, guest.line)
-                elif here is not None:
+                elif here is not None and guest.step is not Step.FAILED:
                     _waits(guest, here.get(guest.key))
         if here is not None and self._all:
             self.newcomers = [one["name"] for key, one in here.items() if key not in self._known]

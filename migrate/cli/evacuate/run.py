@@ -32,13 +32,15 @@ from migrate.cli.evacuate.planner import (
     Step,
 )
 from migrate.control.client import ANSWER_S, ControlClient
-from migrate.errors import MigrationError, UnattendedMigrationError
+from migrate.errors import MigrationError, SilentDaemonError, UnattendedMigrationError
 from xenbackend.unix import STARTING_S
 
 LOOK_EVERY_S = 0.25
 """How often the sender is asked for its migrations."""
 GUESTS_EVERY_S = 2.0
 """How often it is asked for its guests."""
+SILENCE_S = 60.0
+"""How long the sender may leave requests unanswered: a host with many guests may be slow."""
 Json = dict[str, Any]
 
 
@@ -95,6 +97,8 @@ class Evacuation:
     display: EvacuationDisplay
     _results: queue.SimpleQueue[Callable[[], None]] = field(default_factory=queue.SimpleQueue)
     _guests_at: float = 0.0
+    _silent_since: float = 0.0
+    """When the sender did not answer, if it has not answered since."""
 
     def run(self, is_stopped: Callable[[], bool]) -> None:
         """Do what the planner wants until it is over, or until ``is_stopped``.
@@ -105,7 +109,8 @@ class Evacuation:
             while not is_stopped():
                 self.look()
                 for action in self.planner.next(time.monotonic()):
-                    self._do(action)
+                    if not (isinstance(action, Begin) and is_stopped()):
+                        self._do(action)
                 self.display.show(self.planner)
                 if self.planner.is_over:
                     return
@@ -124,6 +129,11 @@ class Evacuation:
             listed = {line["id"] for line in lines}
             if any(guest.migration not in listed for guest in self.planner.of(Step.MOVES)):
                 lines = self.sender.migrations(of_predecessors=True)
+        except SilentDaemonError:
+            self._silent_since = self._silent_since or time.monotonic()
+            if time.monotonic() - self._silent_since > SILENCE_S:
+                raise
+            return
         except MigrationError as error:
             moving = ", ".join(guest.name for guest in self.planner.of(Step.MOVES))
             if not moving:
@@ -133,6 +143,7 @@ class Evacuation:
                 "start it again (systemctl start xen-postcopy-sender), which resumes their "
                 "migrations"
             ) from error
+        self._silent_since = 0.0
         self.planner.seen(here, lines)
 
     def _take_results(self, seconds: float) -> None:
@@ -209,25 +220,26 @@ class Evacuation:
         self.planner.not_begun(guest, problem, time.monotonic())
 
     def _set_share(self, guest: Guest) -> None:
-        # It may just have ended, or an operator has given it a cap of its own.
-        with contextlib.suppress(MigrationError):
+        try:
             self.sender.call(
                 command="set",
                 migration=guest.migration,
                 values={"bandwidth_bytes_per_s": guest.share},
             )
+        except MigrationError:  # it may just have ended; otherwise the share is set again
+            guest.share = None
 
     # ---- the end ----
     def finish(self) -> None:
-        """Learn what the migrations took, and which guests have come meanwhile."""
-        for guest in self.planner.of(Step.GONE):
-            try:
+        """Learn what the migrations took, and which guests have come meanwhile, if the sender
+        answers.
+        """
+        with contextlib.suppress(MigrationError):
+            for guest in self.planner.of(Step.GONE):
                 shown = self.sender.call(command="show", migration=guest.migration)
-            except MigrationError:
-                continue
-            guest.line = {**guest.line, "downtime_s": shown["details"].get("downtime_s")}
-        self._guests_at = 0.0
-        self.look()
+                guest.line = {**guest.line, "downtime_s": shown["details"].get("downtime_s")}
+            self._guests_at = 0.0
+            self.look()
 
     def cancel(self) -> None:
         """Take back the migrations that are before their switchover."""

@@ -124,10 +124,10 @@ def obstacles(planner: Planner) -> Iterator[str]:
     """
     hosts = [parse_address(name, 0)[0] for name in planner.destinations]
     for guest in planner.of(Step.FAILED):
-        yield f"{guest.name} cannot go: {guest.problem}"
+        yield f"{guest.name} cannot go: {guest.problem}".replace("\n", " ")
         if guest.devices:
             where = hosts[0] if len(hosts) == 1 else "HOST"
-            yield f"    {HELPER} xl migrate {shlex.quote(guest.name)} {where}"
+            yield f"    {HELPER} xl migrate {shlex.quote(guest.name)} {where}".replace("\n", " ")
 
 
 # ---- the end ----
