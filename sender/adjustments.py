@@ -33,8 +33,8 @@ async def change(context: Context, values: dict[str, Any]) -> None:
         late = [flag(name) for name in values if CHANGEABLE[name] is Until.SWITCHOVER]
         if late:
             raise MigrationError(
-                f"too late for {', '.join(late)}: {context.name} is past its precopy: it is "
-                f"{context.ownership.phase}"
+                f"too late for {', '.join(late)}: {context.name} is past its precopy: its "
+                f"phase is {context.ownership.phase}"
             )
         is_own = after.postcopy_bandwidth_bytes_per_s is not None
         if set(values) == {"bandwidth_bytes_per_s"} and is_own:

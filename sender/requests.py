@@ -64,7 +64,7 @@ class Requests:
         if not self._context.options.strategy.pages_after_handover:
             raise MigrationError("this migration was started with --strategy precopy")
         if self._ownership.is_suspended:
-            raise MigrationError(f"{name} is past its precopy: it is {shown}")
+            raise MigrationError(f"{name} is past its precopy: its phase is {shown}")
         if self._context.pause.is_on:
             raise MigrationError(
                 f"the copying of {name} is paused: first `xen-postcopy resume {name}`"

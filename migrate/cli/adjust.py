@@ -79,7 +79,7 @@ def pause_command(migration: str, socket_path: Path, as_json: bool) -> None:
     `resume` continues, `cancel` takes the migration back before its switchover.
     """
     _ask(socket_path, command="pause", migration=migration)
-    text = f"{migration}: only pages that the guest waits for are sent, until `resume`"
+    text = f"{migration}: copying is paused until `resume`; what the guest waits for still arrives"
     report(text, as_json, migration=migration, done="pause")
 
 

@@ -231,10 +231,13 @@ def summary(result: dict[str, Any]) -> str:
     )
     expected = result.get("expected")  # a daemon of an older release does not send it
     if expected and expected["pages"]:
+        stop_and_copy, postcopy = (  # 0: what the time depends on was not measured
+            human_us(expected[key] * 1000) if expected[key] else "unknown"
+            for key in ("stop_and_copy_ms", "postcopy_ms")
+        )
         lines.append(
             f"  expected freeze for {counted(expected['pages'], 'page')}: stop-and-copy "
-            f"{human_us(expected['stop_and_copy_ms'] * 1000)}, postcopy "
-            f"{human_us(expected['postcopy_ms'] * 1000)}"
+            f"{stop_and_copy}, postcopy {postcopy}"
         )
     if latency["count"]:
         lines.append(

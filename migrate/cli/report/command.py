@@ -42,7 +42,7 @@ def write_report(
     if path == STDOUT:
         click.echo(text, nl=False)
     else:
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
 
 
 def answers_of(world: World, migration: str) -> list[dict[str, Any]]:
@@ -79,12 +79,13 @@ def report_command(
     downtime, and the destination has the rest.  What the daemons on this host do not have is said
     to be unknown: make a report at the other host as well.
     """
+    if as_json and output == STDOUT:
+        raise click.UsageError("--json and --output - would both write to standard output")
     check_installed()
     answers = ask_all(socket_paths, command="record", migration=migration)
     # The guest's name may be that of several migrations.
     newest = max(answers.results, key=lambda one: one.get("started_at") or 0.0)
     write_report(output, [one for one in answers.results if one["id"] == newest["id"]])
     text = f"{newest['domain']}: the report is in {output}"
-    as_json = as_json and output != STDOUT
     report(text, as_json, migration=newest["id"], file=str(output))
     answers.check_complete()
