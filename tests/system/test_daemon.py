@@ -177,8 +177,9 @@ def test_show_and_watch(world: World, name: str) -> None:
 
     boot(world, name)
     answer = world.ask(
-        "sender", command="migrate", domain=name, destination=f"127.0.0.1:{world.port}"
-    )
+        "sender", command="migrate", domain=name, destination=f"127.0.0.1:{world.port}",
+        strategy="postcopy",
+    )  # fmt: skip
     result = answer["result"]
     shown = run("show", result["id"][:8])
     assert shown.returncode == 0 and "outgoing" in shown.stdout and "incoming" in shown.stdout

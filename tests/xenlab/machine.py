@@ -53,6 +53,10 @@ READY, RUNS = "xenlab: the machine is ready", "xenlab: the command runs"
 """The lines that ``dom0/runner.py`` prints."""
 BOOT_S, RESTORE_S = 600.0, 180.0
 """The time limits."""
+PRIORITY = ("nice", "-n", "-10")
+"""The tests beside a machine mostly wait, and are many.  Without a priority of its own an emulated
+host gets so little of the CPU that the limits of a migration pass.
+"""
 LOOK_EVERY_S = 30.0
 """The pause between two looks whether QEMU has lost an interrupt; after two in a row it has."""
 SIGNS_OF_DEATH = ("Hardware Dom0 crashed", "Panic on CPU")
@@ -250,7 +254,7 @@ class _Machine(contextlib.AbstractContextManager["_Machine"]):
             command += ["-incoming", "defer"]
         # QEMU ends with the thread that started it, and so with this process.
         self._process = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", *command], stdin=subprocess.DEVNULL,
+            ["setpriv", "--pdeathsig", "KILL", *PRIORITY, *command], stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
 
