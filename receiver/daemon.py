@@ -160,12 +160,12 @@ class ReceiverDaemon:
                 await connection.answer(
                     "result", migrations=listed, kept=[_kept_line(entry) for entry in kept]
                 )
-            case "show" | "record" as word:
-                found = self._look_up(request)
-                shown = self._shown(found)
-                if word == "record":
-                    shown = {**shown, "record": await self.history.recorded(found)}
+            case "show":
+                shown = self.history.shown(self._look_up(request), _shown)
                 await connection.answer("result", **shown)
+            case "record":
+                recorded = await self.history.recorded(self._look_up(request), _shown)
+                await connection.answer("result", **recorded)
             case "status":
                 guests = [m.domain_name or "a guest" for m in self._unfinished()]
                 await connection.answer("result", port=self._port, guests=guests)
@@ -194,11 +194,6 @@ class ReceiverDaemon:
                 raise MigrationError(f"this is the receiver's socket; `{other}` needs the sender's")
             case other:
                 raise MigrationError(f"unknown command {other!r}")
-
-    def _shown(self, found: IncomingMigration | Ended) -> Json:
-        if isinstance(found, Ended):
-            return found.shown
-        return _shown(found, self.history.ended_at(found.id))
 
     def _look_up(self, request: Json) -> IncomingMigration | Ended:
         kept = self._journal.kept.values()

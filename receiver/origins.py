@@ -33,13 +33,13 @@ class Origin(IntEnum):
     PRECOPY = 1
     """The last copy that counts came while the guest ran at the source."""
     SWITCHOVER = 2
-    """... while the guest was suspended."""
+    """That copy came while the guest was suspended."""
     PUSHED = 3
-    """... after the handover, on the push lane."""
+    """The page came after the handover, on the push lane."""
     FAULT = 4
-    """... on the pull lane, and a vCPU waited for it."""
+    """The page came on the pull lane, and a vCPU waited for the page."""
     READ_AHEAD = 5
-    """... on the pull lane, before a vCPU waited for it."""
+    """The page came on the pull lane, before a vCPU waited for the page."""
     GIVEN_AWAY = 6
     """The guest has given the page away before it came."""
     MISSING = 7

@@ -173,12 +173,12 @@ class SenderDaemon:
                 await connection.answer(
                     "result", migrations=listed, kept=[kept_line(entry) for entry in kept]
                 )
-            case "show" | "record" as word:
-                found = self._look_up(request)
-                shown = self._shown(found)
-                if word == "record":
-                    shown = {**shown, "record": await self.history.recorded(found)}
+            case "show":
+                shown = self.history.shown(self._look_up(request), _shown)
                 await connection.answer("result", **shown)
+            case "record":
+                recorded = await self.history.recorded(self._look_up(request), _shown)
+                await connection.answer("result", **recorded)
             case "status":
                 guests = [m.domain_name for m in self._unfinished()]
                 await connection.answer("result", port=self._port, guests=guests)
@@ -226,11 +226,6 @@ class SenderDaemon:
                 # A migration that has ended with an error may still keep pages.
                 if await migration.requests.decide(**decision_of(request)):
                     self._nursery.start_soon(self._end, migration)
-
-    def _shown(self, found: OutgoingMigration | Ended) -> Json:
-        if isinstance(found, Ended):
-            return found.shown
-        return _shown(found, self.history.ended_at(found.id))
 
     def _look_up(self, request: Json) -> OutgoingMigration | Ended:
         kept = self._journal.kept.values()

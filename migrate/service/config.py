@@ -13,7 +13,6 @@ import functools
 import ipaddress
 import os
 import socket
-import stat
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -35,7 +34,7 @@ from migrate.options import (
     Strategy,
 )
 from migrate.service import values
-from migrate.service.files import open_without_waiting
+from migrate.service.files import IrregularFileError, open_regular
 from migrate.service.values import Address
 from migrate.units import parse_address
 
@@ -318,6 +317,8 @@ def load(path: Path | None) -> Config:
         path = CONFIG_FILE
     try:
         data = tomllib.loads(_text_of(path))
+    except IrregularFileError as error:
+        raise ConfigError(f"{path}: this is not a file with a configuration") from error
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -326,16 +327,12 @@ def load(path: Path | None) -> Config:
 
 
 def _text_of(path: Path) -> str:
-    """Read a regular file that is no larger than a configuration can be.  A device has no end, and
-    opening a FIFO waits for a writer.
-    """
-    with open_without_waiting(path) as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise ConfigError(f"{path}: this is not a file with a configuration")
-        if status.st_size > MAX_BYTES:
+    """Read a regular file that is no larger than a configuration can be."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_BYTES:
             raise ConfigError(
-                f"{path}: {status.st_size} bytes are more than a configuration has ({MAX_BYTES})"
+                f"{path}: {size} bytes are more than a configuration has ({MAX_BYTES})"
             )
         return file.read().decode()
 

@@ -21,7 +21,6 @@ import functools
 import json
 import logging
 import os
-import stat
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -34,7 +33,7 @@ import trio
 from migrate import __version__
 from migrate.errors import MigrationError
 from migrate.logs import Complaint
-from migrate.service.files import open_without_waiting
+from migrate.service.files import open_regular
 from migrate.service.journal import Kept
 from migrate.service.lifecycle import Named, ended, find_migration
 from migrate.service.records import Records
@@ -72,6 +71,7 @@ ASKED = {"postcopy-now": "switch over", "check-decision": "decide"}
 """What a request asks for, if the word is another one than its command."""
 Json = dict[str, Any]
 M = TypeVar("M", bound=Named)
+R = TypeVar("R", bound="Recording")
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Ended:
         return MigrationError(ended(self.domain_name, shown["phase"], shown["problem"], asked))
 
 
-class Recording(Protocol):
+class Recording(Named, Protocol):
     def recorded(self) -> Json:
         """Return what was recorded so far.  Called in a thread."""
 
@@ -198,11 +198,22 @@ class History:
         # A cancelled migration may end after the one that was begun next.
         return sorted(found, key=lambda shown: shown.get("started_at") or 0.0)
 
-    async def recorded(self, found: Recording | Ended) -> Json | None:
-        """Return what was recorded of a migration; ``None`` if that is not kept any more."""
-        if isinstance(found, Ended):
-            return await trio.to_thread.run_sync(self.records.read, found.id)
-        return await trio.to_thread.run_sync(found.recorded)
+    def shown(self, found: R | Ended, show: Callable[[R, float | None], Json]) -> Json:
+        """Return what the request ``show`` answers of a migration that :meth:`find` has returned.
+        The argument ``show`` is called with a migration of this process, and the time of its end.
+        """
+        return found.shown if isinstance(found, Ended) else show(found, self.ended_at(found.id))
+
+    async def recorded(self, found: R | Ended, show: Callable[[R, float | None], Json]) -> Json:
+        """Return what ``record`` answers: what :meth:`shown` returns, and under ``record`` what was
+        recorded over time; ``None`` if that is not kept any more.
+        """
+        get = (
+            functools.partial(self.records.read, found.id)
+            if isinstance(found, Ended)
+            else found.recorded
+        )
+        return {**self.shown(found, show), "record": await trio.to_thread.run_sync(get)}
 
     async def add(self, shown: Json, record: Callable[[], Json] | None = None) -> None:
         """Add what ``show`` answers of a migration that has just ended.  Does nothing if the
@@ -304,11 +315,8 @@ def _read(path: Path) -> list[bytes]:
     """Return the lines of the file; if it is larger than a history can be, those of its end.
     Raises ``OSError``.
     """
-    with open_without_waiting(path) as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "this is not a regular file")
-        before = max(status.st_size - MOST_BYTES, 0)
+    with open_regular(path) as file:
+        before = max(os.fstat(file.fileno()).st_size - MOST_BYTES, 0)
         file.seek(before)
         lines = file.read(MOST_BYTES).split(b"\n")
     return [line for line in lines[1 if before else 0 :] if line]

@@ -12,14 +12,13 @@ import gzip
 import json
 import logging
 import os
-import stat
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from migrate.protocol.session import is_session_id
-from migrate.service.files import open_without_waiting
+from migrate.service.files import open_regular
 from migrate.service.record import FORMAT
 
 log = logging.getLogger(__name__)
@@ -88,9 +87,7 @@ class Records:
 
 def _contents(path: Path) -> bytes:
     """Return what a compressed file has.  Raises ``OSError``, ``EOFError`` or ``zlib.error``."""
-    with open_without_waiting(path) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError("this is not a regular file")
+    with open_regular(path) as file:
         decompressor = zlib.decompressobj(GZIP)
         text = decompressor.decompress(file.read(MOST_BYTES), MOST_OF_TEXT)
     if not decompressor.eof:

@@ -109,7 +109,7 @@ def evacuate_command(
         is_trial=dry_run,
     )
     for line in obstacles(planner):
-        echo(line, err=True)
+        echo(line.replace("\n", " "), err=True)
     display = EvacuationDisplay(sys.stderr, planner.of(Step.FAILED))
     evacuation = Evacuation(sender, planner, seconds, request, display)
     try:
@@ -140,8 +140,8 @@ def planned(
 
 
 def gone_before(lines: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    """Return the migration by which a guest of this name has left this host.  The number of a
-    domain says nothing, because numbers begin anew when a host boots.  Raises
+    """Return the migration by which a guest of this name has left this host.  A number does
+    not identify a guest that has gone, because numbers begin anew when a host boots.  Raises
     :class:`MigrationError`.
     """
     found = [

@@ -166,7 +166,7 @@ class Begin:
 
 @dataclass(frozen=True)
 class SetShare:
-    """Tell the sender the guest's share of the bandwidth."""
+    """Set the guest's share of the bandwidth."""
 
     guest: Guest
 

@@ -52,7 +52,7 @@ LEFT = {
     Step.MOVES: "under way", Step.BEGINS: "not begun", Step.MEASURED: "not begun",
     Step.WAITS: "not begun", Step.ARRIVES: "not ready",
 }  # fmt: skip
-"""What is said of guests that are not done when the command ends."""
+"""The result of guests that are not done when the command ends."""
 
 
 def head(planner: Planner) -> str:
@@ -124,10 +124,10 @@ def obstacles(planner: Planner) -> Iterator[str]:
     """
     hosts = [parse_address(name, 0)[0] for name in planner.destinations]
     for guest in planner.of(Step.FAILED):
-        yield f"{guest.name} cannot go: {guest.problem}".replace("\n", " ")
+        yield f"{guest.name} cannot go: {guest.problem}"
         if guest.devices:
             where = hosts[0] if len(hosts) == 1 else "HOST"
-            yield f"    {HELPER} xl migrate {shlex.quote(guest.name)} {where}".replace("\n", " ")
+            yield f"    {HELPER} xl migrate {shlex.quote(guest.name)} {where}"
 
 
 # ---- the end ----

@@ -118,15 +118,11 @@ def _timeline(recorded: Recorded) -> list[ET.Element]:
 
 def _panels(recorded: Recorded) -> list[Panel]:
     source, destination = recorded.source, recorded.destination
-    sent = recorded.rate(source, "bytes_sent")
-    if sent is None:
-        sent = recorded.rate(destination, "bytes_received")
-    outstanding = recorded.values(destination, "outstanding")
-    if outstanding is None:
-        outstanding = recorded.values(source, "outstanding")
-    faults = recorded.rate(destination, "faults")
-    if faults is None:
-        faults = recorded.rate(source, "faults")
+    sent = recorded.rate(source, "bytes_sent") or recorded.rate(destination, "bytes_received")
+    outstanding = recorded.values(destination, "outstanding") or recorded.values(
+        source, "outstanding"
+    )
+    faults = recorded.rate(destination, "faults") or recorded.rate(source, "faults")
     rates = [
         _line(sent, "transfer rate", svg.BLUE, MIB),
         _line(recorded.values(source, "dirty_bytes_per_s"), "dirty rate", svg.ORANGE, MIB, "--"),
