@@ -98,15 +98,12 @@ class GuestMeasure:
                     if self._stopping.wait(began + share * self.seconds - time.monotonic()):
                         return
                     written = mask_from_bitmap(domain.log_dirty(clean=False), domain.nr_pfns)
-                    _check_unread(before, written)
+                    _check_kept(before, written)
                     before = written
                     at_s = time.monotonic() - began
                     self.dirtied.append((at_s, int(np.count_nonzero(written))))
                 if not domain.log_dirty_is_on():
-                    raise MigrationError(
-                        "another program has switched log-dirty off, so that the pages that the "
-                        "guest has written are unknown: end what else migrates or saves this guest"
-                    )
+                    raise _TakenError
 
     def _opened(self) -> Domain:
         return self.hypervisor.open(self.target.domid, self.target.handle)
@@ -135,16 +132,20 @@ def _log_dirty(domain: Domain) -> Iterator[None]:
 class _TakenError(MigrationError):
     """Another program uses log-dirty, and loses what the guest writes if it is switched off."""
 
+    def __init__(self) -> None:
+        super().__init__(
+            "another program has switched log-dirty off or emptied its record, so that the pages "
+            "that the guest has written are unknown: end what else migrates or saves this guest"
+        )
 
-def _check_unread(before: PfnMask, written: PfnMask) -> None:
-    """Raises :class:`_TakenError` if another program has emptied the record between two looks.
-    libxc switches log-dirty off and on again if it is on, and then reads and empties the record.
+
+def _check_kept(before: PfnMask, written: PfnMask) -> None:
+    """Raises :class:`_TakenError` if the record was emptied between two looks.  libxc switches
+    log-dirty off and on again if it is on, and then reads and empties the record.
     """
     lost = np.count_nonzero(before & ~written)
     if lost > np.count_nonzero(before) // 2:  # a page that the guest gives away may be lost too
-        raise _TakenError(
-            "another program has begun to migrate or save the guest, and uses its log-dirty now"
-        )
+        raise _TakenError
 
 
 def _content_share(domain: Domain) -> float:

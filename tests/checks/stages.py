@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tests.xenlab.machine import AT_ONCE
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -63,6 +65,7 @@ GATE = (
         "a real Xen: conformance, eviction, xl",
         _make("xenlab", "XENLAB=--gate"),
         4000,
+        cores=AT_ONCE,
         has_tests=True,
     ),
     TEST,
@@ -91,7 +94,14 @@ EVERYTHING = (
         has_tests=True,
     ),
     # Then the longest stages first, so that the cores end together.
-    Stage("xenlab", "a real Xen: every machine and test", _make("xenlab"), 7200, has_tests=True),
+    Stage(
+        "xenlab",
+        "a real Xen: every machine and test",
+        _make("xenlab"),
+        7200,
+        cores=AT_ONCE,
+        has_tests=True,
+    ),
     Stage(
         "fuzz", "what a peer may send and a ring may hold", _make("fuzz", "FUZZ_SECONDS=900"), 3600
     ),

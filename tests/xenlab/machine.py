@@ -48,15 +48,13 @@ SYSTEMD_OPTIONS = (
 )
 MEMORY_MIB = 3072
 AT_ONCE = 2
-"""The number of machines that run at once; each uses one processor and its memory."""
+"""The number of machines that run at once; each uses one processor and its memory.  Beside other
+work a machine gets so little of a processor that migrations and forks in it pass their limits.
+"""
 READY, RUNS = "xenlab: the machine is ready", "xenlab: the command runs"
 """The lines that ``dom0/runner.py`` prints."""
 BOOT_S, RESTORE_S = 600.0, 180.0
 """The time limits."""
-PRIORITY = ("nice", "-n", "-10")
-"""The tests beside a machine mostly wait, and are many.  Without a priority of its own an emulated
-host gets so little of the CPU that the limits of a migration pass.
-"""
 LOOK_EVERY_S = 30.0
 """The pause between two looks whether QEMU has lost an interrupt; after two in a row it has."""
 SIGNS_OF_DEATH = ("Hardware Dom0 crashed", "Panic on CPU")
@@ -254,7 +252,7 @@ class _Machine(contextlib.AbstractContextManager["_Machine"]):
             command += ["-incoming", "defer"]
         # QEMU ends with the thread that started it, and so with this process.
         self._process = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", *PRIORITY, *command], stdin=subprocess.DEVNULL,
+            ["setpriv", "--pdeathsig", "KILL", *command], stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
 
