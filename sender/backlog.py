@@ -9,9 +9,10 @@ pull lane and arrives first.  When the link was lost, the pages in transit are l
 receiver then reports what it lacks, and those pages are UNSENT again.
 
 Pages are pushed in ascending order from a cursor.  Every fault moves the cursor, because the guest
-will most probably touch pages near the page that it touched last.  Before them, the pages are
-pushed that back ends had mapped at the source, because back ends will probably need them at once,
-and fail a request after half a minute without its page.
+will most probably touch pages near the page that it touched last.  Before them, the memory of
+emulated devices is pushed, which the device model maps before the guest runs, and the pages that
+back ends had mapped at the source.  Back ends will probably need these at once, and fail a request
+after half a minute without its page.
 
 The steps that faults take are in C, for the fast path as well
 (``migrate/fastpath/page_states.py``).
@@ -32,8 +33,8 @@ from xenbackend.pages import PfnArray
 
 class Backlog:
     """The missing pages of one guest.  ``missing``: the pfns that are announced as missing.  The
-    object takes the mask over.  ``first``: ascending pfns to push before all others, if they
-    are missing.
+    object takes the mask over.  ``first``: pfns to push before all others, in this order, if they
+    are missing; a pfn may be there twice.
     """
 
     def __init__(self, missing: PfnMask, first: PfnArray = NO_PFNS):
@@ -83,7 +84,7 @@ class Backlog:
                 return NO_PFNS
             cursor = self.pages.cursor
             self._first = self._first[self._state[self._first] == UNSENT]
-            if len(batch := self._first[:most]):
+            if len(batch := np.unique(self._first[:most])):
                 self.pages.sent(batch)
                 self.pages.cursor = cursor
                 return batch

@@ -25,7 +25,7 @@ from sender.context import Context, Source
 from sender.policy import Decision, PrecopyProgress
 from sender.push import PushLane
 from sender.round import Round
-from sender.source_pages import held, pinned
+from sender.source_pages import device_memory, held, pinned
 from xenbackend.pages import PAGE_SIZE, PfnArray
 
 log = logging.getLogger(__name__)
@@ -43,8 +43,10 @@ class SwitchoverPlan:
     """All other unsent pages that are known, as a bitmap."""
     pinned: PfnArray
     """The pinned set, as far as it is known."""
-    held: PfnArray
-    """Deferred pages that other programs have mapped at this host."""
+    urgent: PfnArray
+    """Deferred pages to push before all others, in this order: the memory of emulated devices, and
+    what other programs have mapped at this host.
+    """
 
 
 def _counted(get: Callable[[], PfnMask]) -> tuple[PfnMask, int]:
@@ -211,17 +213,18 @@ class Precopy:
         ]
         # In a thread, because the search for the pinned set may read every page.
         pinned_pfns = await trio.to_thread.run_sync(pinned, domain)
-        held_pfns = NO_PFNS
+        device_pfns = held_pfns = NO_PFNS
         first = True
 
         def keep_back() -> PfnMask:
             """Return the pages that the receiver has to evict in this pass."""
-            nonlocal pinned_pfns, held_pfns
+            nonlocal pinned_pfns, device_pfns, held_pfns
             unsent[gone] = deferred[gone] = False
             if not first:
                 pinned_pfns = union([pinned_pfns, domain.pinned(from_mask(unsent))])
             kept_back[pinned_pfns] |= unsent[pinned_pfns]
             unsent[pinned_pfns] = False
+            device_pfns = union([device_pfns, device_memory(domain, unsent)])
             held_pfns = union([held_pfns, held(domain, unsent)])
             self._toolstack.hold(domain, unsent)
             others: PfnMask = unsent & ~deferred
@@ -253,7 +256,7 @@ class Precopy:
             deferred,
             await trio.to_thread.run_sync(lambda: bitmap_of(kept_back | unsent)),
             pinned_pfns,
-            held_pfns,
+            await trio.to_thread.run_sync(lambda: np.concatenate([device_pfns, held_pfns])),
         )
 
     async def _put_off(self, unsent: PfnMask) -> None:

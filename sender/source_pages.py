@@ -90,6 +90,11 @@ def held(domain: Domain, mask: PfnMask) -> PfnArray:
     return np.concatenate([domain.held(pfns) for pfns in _pfns_of(mask)])
 
 
+def device_memory(domain: Domain, mask: PfnMask) -> PfnArray:
+    """Return the pages of a set that are memory of emulated devices."""
+    return np.concatenate([domain.device_memory(pfns) for pfns in _pfns_of(mask)])
+
+
 def hold(domain: Domain, mask: PfnMask) -> None:
     """Keep the pages of a set readable, even if the domain is destroyed."""
     for pfns in _pfns_of(mask):

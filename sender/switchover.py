@@ -69,7 +69,7 @@ class Switchover:
         The task that follows the toolstack's decision is started in ``tasks``.
         """
         context = self._context
-        context.backlog = Backlog(plan.deferred, plan.held)
+        context.backlog = Backlog(plan.deferred, plan.urgent)
         hand_over = functools.partial(self._hand_over, plan)
         try:
             await self._push.send_in_thread(hand_over, functools.partial(stay, context))

@@ -346,6 +346,12 @@ class Domain(ABC):
         page, possibly with pages of the pinned set.  Empty if the hypervisor does not report them.
         """
 
+    def device_memory(self, pfns: PfnArray) -> PfnArray:
+        """Return those of the pfns that are memory of an emulated device, such as video memory.
+        The device model maps all of it before the guest runs.
+        """
+        return pfns[:0]
+
     # ---- paging ----
     @abstractmethod
     def has_pager(self) -> bool:

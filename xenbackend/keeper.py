@@ -345,6 +345,7 @@ class KeptDomain(Domain):
     write_pages = _of_domain("write_pages")
     pinned = _of_domain("pinned")
     held = _of_domain("held")
+    device_memory = _of_domain("device_memory")
     devices = _of_domain("devices")
     has_pager = _of_domain("has_pager")
     paging_enable = _of_domain("paging_enable")

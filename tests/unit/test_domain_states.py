@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What Xen's description of a domain means."""
+"""What Xen's description of a domain, and the number of a page, mean."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import pytest
 
+from migrate.protocol.pfns import pfn_array
 from xenbackend.contract import DomainState, End
+from xenbackend.libxenctrl.platform import device_memory
 from xenbackend.libxenctrl.states import end_of, state_of
 
 SHUTDOWN_CRASH, SHUTDOWN_WATCHDOG = 3, 4
@@ -64,3 +66,8 @@ def test_a_paused_domain_is_incoming_only_if_its_guest_has_never_run(
     info: Info, restoring: bool, state: DomainState
 ) -> None:
     assert state_of(info, restoring=restoring) == (state, "")
+
+
+def test_only_memory_between_that_of_the_guest_and_xen_s_own_pages_is_of_a_device() -> None:
+    found = device_memory(pfn_array([0, 0xEFFFF, 0xF0000, 0xFEFEF, 0xFEFF0, 0x100000]))
+    assert found.tolist() == [0xF0000, 0xFEFEF]

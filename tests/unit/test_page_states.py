@@ -60,6 +60,13 @@ class TestBacklog:
         backlog.fault(pfn_array([3000]))
         assert [batch.tolist() for batch in backlog.batches(2)] == [[5], [3001], [1]]
 
+    def test_pages_that_are_to_go_first_go_in_their_order(self) -> None:
+        """Each batch is ascending nevertheless, and no page is sent twice."""
+        first = pfn_array([9000, 9001, 9002, 7, 8, 9000])
+        backlog = Backlog(mask(1, 7, 8, 9000, 9001, 9002, nr_pfns=10_000), first)
+        batches = [batch.tolist() for batch in backlog.batches(2)]
+        assert batches == [[9000, 9001], [7, 9002], [8], [1]]
+
     def test_what_is_missing_changes_until_the_handover(self) -> None:
         backlog = Backlog(mask(1, 2, 9000, nr_pfns=10_000))
         backlog.remove(pfn_array([2]))

@@ -17,7 +17,7 @@ from migrate.lanes.connection import STEP_TIMEOUT_S
 from migrate.options import MigrationOptions, Strategy
 from migrate.protocol import messages as m
 from migrate.protocol import pfns
-from migrate.protocol.pfns import NO_PFNS, from_mask, pfns_of_window, union
+from migrate.protocol.pfns import NO_PFNS, from_mask, pfn_array, pfns_of_window, union
 from sender.context import Barriers, Context, Source
 from sender.dirty import DirtyLog
 from sender.entry import Entry
@@ -29,6 +29,7 @@ from tests.support.event_loop import in_event_loop
 from tests.support.labs import SimulatedLab
 from xenbackend.contract import DomainId
 from xenbackend.pages import PAGE_SIZE, PfnArray
+from xenbackend.simulated.client import SimulatedDomain
 
 NR_PFNS, WINDOW_PFNS = 1024, 128
 
@@ -106,6 +107,18 @@ async def test_a_destination_that_does_not_evict_is_given_up(
     (error,) = raised.value.exceptions
     assert isinstance(error, PeerClosedError)
     assert "did not evict the unsent pages from pfn 0x0 on within 60 s" in str(error)
+
+
+async def test_the_memory_of_devices_is_urgent_before_what_others_have_mapped(
+    lab: SimulatedLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    video, mapped = pfn_array([700, 701]), pfn_array([30, 701])
+    for method, found in (("device_memory", video), ("held", mapped)):
+        monkeypatch.setattr(
+            SimulatedDomain, method, lambda self, of, found=found: found[np.isin(found, of)]
+        )
+    plan = await put_off(lab, SlowDestination(0))
+    assert plan.urgent.tolist() == [700, 701, 30, 701]
 
 
 class Watched(np.ndarray[Any, np.dtype[np.bool_]]):

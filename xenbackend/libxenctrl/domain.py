@@ -40,7 +40,7 @@ from xenbackend.libxenctrl.params import (
     HVM_PARAM_STORE_PFN,
     RINGS_TO_CLEAR,
 )
-from xenbackend.libxenctrl.platform import Platform
+from xenbackend.libxenctrl.platform import Platform, device_memory
 from xenbackend.libxenctrl.preflight import ENABLE_ERRORS, DomainFacts
 from xenbackend.libxenctrl.ring import XenPagingRing
 from xenbackend.libxenctrl.states import SHUTDOWN_SUSPEND, end_of, state_of
@@ -414,6 +414,9 @@ class XenDomain(Domain):
         if self._held is not None:
             pfns = pfns | self._held.holds(pfns).astype(np.uint64) << np.uint64(lib.HOLDS_SHIFT)
         return self._found("held pages", lib.xen_held, pfns)
+
+    def device_memory(self, pfns: PfnArray) -> PfnArray:
+        return device_memory(pfns)
 
     def _found(self, what: str, find: Callable[..., int], pfns: PfnArray) -> PfnArray:
         out = np.empty(len(pfns) + 1, dtype=np.uint64)

@@ -11,8 +11,19 @@ from dataclasses import dataclass
 import msgpack
 
 from xenbackend.errors import XenError
+from xenbackend.pages import PfnArray
 
 PLATFORM_FORMAT = "xen-platform 1"
+DEVICE_PFNS = 0xF0000, 0xFEFF0
+"""The pfns between the memory below 4 GiB and Xen's special pages, where hvmloader places the
+memory of emulated devices (``HVM_BELOW_4G_MMIO_START`` in xen/include/public/hvm/e820.h).
+"""
+
+
+def device_memory(pfns: PfnArray) -> PfnArray:
+    """Return those of a guest's pfns, which all have memory, that are memory of a device."""
+    first, stop = DEVICE_PFNS
+    return pfns[(pfns >= first) & (pfns < stop)]
 
 
 @dataclass(frozen=True)
