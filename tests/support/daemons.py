@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
-from migrate.cli.world import World, loopback_world, wait_for_steps
+from migrate.cli.world import World, loopback_world, verify_migrated, wait_for_steps
 from migrate.errors import MigrationError
 from tests.conftest import MIB
 from xenbackend.simulated.guest import GuestSpec
@@ -135,3 +136,23 @@ def states(world: World, name: str) -> dict[str, list[str]]:
         which: [i.state.value for i in host.domains() if i.name == name]
         for which, host in hosts.items()
     }
+
+
+async def migrates(world: World, name: str = "another") -> None:
+    """Migrate another guest, for which nothing must have changed."""
+    spec = GuestSpec(name, 4 * MIB, 1, workload="random")
+    world.source.create_guest(spec.to_bytes()).close()
+
+    def migrate() -> None:
+        world.ask(
+            "sender",
+            command="migrate",
+            domain=name,
+            destination=f"127.0.0.1:{world.port}",
+            strategy="postcopy",
+        )
+
+    await trio.to_thread.run_sync(migrate)
+    verification, _view = await trio.to_thread.run_sync(verify_migrated, world, spec)
+    assert verification.problems == []
+    world.check_alive()

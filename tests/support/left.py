@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import trio
+
+from migrate.lanes.connection import LaneConnection
 from migrate.protocol import messages as m
 from migrate.service.journal import Journal
 from receiver.migration import IncomingMigration
@@ -27,6 +30,21 @@ class NoLanes:
 
     def keep(self, key: bytes) -> None:
         pass
+
+
+class Ends(NoLanes):
+    """Lanes that fail to deliver the final message, each time for another reason.  At last the
+    other end does not need the message any more.
+    """
+
+    dials, peer = ("peer", 1), "peer"
+
+    def __init__(self, errors: list[Exception]):
+        self.errors = errors
+
+    async def again(self, note: object) -> LaneConnection:
+        await trio.lowlevel.checkpoint()
+        raise self.errors.pop(0)
 
 
 FACTS: dict[str, Any] = {
