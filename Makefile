@@ -62,7 +62,7 @@ CORE := sender/bandwidth.py sender/intake.py migrate/protocol/frames.py migrate/
 	migrate/protocol/session.py sender/backlog.py sender/estimate.py sender/ownership.py receiver/outstanding.py \
 	receiver/ownership.py receiver/readahead.py migrate/fastpath/page_states.py \
 	migrate/cli/evacuate/planner.py migrate/cli/evacuate/placement.py
-CORE_TESTS := estimate evacuation fault_path frames messages origins ownership_receiver ownership_sender page_states pfns policy read_ahead session
+CORE_TESTS := estimate evacuation evacuation_failures fault_path frames messages origins ownership_receiver ownership_sender page_states pfns placement policy read_ahead session
 MEASURE = $(BIN)/coverage run --data-file=build/coverage/$@/data -m pytest
 MEASURED = $(BIN)/coverage $(1) --data-file=build/coverage/$@/data
 coverage-core: $(STAMP)

@@ -5,119 +5,24 @@ under the real xl.
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import json
 import os
 import pty
-import signal
 import socket
 import struct
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from migrate.errors import MigrationError
-from migrate.xl import image, protocol, stock
+from migrate.xl import protocol
 from migrate.xl.protocol import Level
 from tests.support import zygote
 from tests.support.libxl import Libxl
+from tests.support.xl_helper import RESTORE, Xl, converse, xl
 
-STOCK = """#!{python}
-import json, os, sys
-fd, stream = int(sys.argv[2]), b""
-while sys.argv[1] == "--restore-domain" and (more := os.read(fd, 65536)):
-    stream += more
-json.dump({{"arguments": sys.argv[1:], "stream": stream.hex()}}, open({note!r}, "w"))
-status = int(os.environ.get("STOCK_STATUS", 0))
-if status < 0:
-    os.kill(os.getpid(), -status)
-sys.exit(status)
-"""
-HEADERS = image.headers(4, 17)
-
-
-CPU_POLICY = image.record(image.REC_TYPE_X86_CPUID_POLICY, b"leaves " * 7)
-STATIC_END = image.record(image.REC_TYPE_STATIC_DATA_END)
-PAGES = image.record(1, os.urandom(300_001))
-END = image.record(image.REC_TYPE_END)
-RESTORE = (-1, 4, 1, 0, 2, 0, 768, 0)
-
-
-class Xl:
-    """The side of libxl, which starts the helper with its pipes."""
-
-    given: tuple[int, ...]
-
-    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch):
-        self.note = directory / "note"
-        program = directory / "libxl-save-helper"
-        program.write_text(STOCK.format(python=sys.executable, note=str(self.note)))
-        program.chmod(0o755)
-        monkeypatch.setenv("XEN_POSTCOPY_STOCK_HELPER", str(program))
-
-    def run(
-        self, mode: str, *numbers: int, stream: bytes = b"", answers: bytes = b"\0" * 4
-    ) -> tuple[int, bytes, bytes]:
-        """Run the helper.  Returns the status, its output to libxl, and the rest of the stream."""
-        reader, writer = os.pipe()
-        if mode == "--restore-domain":
-            numbers = (reader, *numbers)
-        helper = zygote.Popen[bytes](
-            [sys.executable, "-m", "migrate.xl.helper", mode, *map(str, numbers)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            pass_fds=[reader, *numbers[:1]],
-        )  # fmt: skip
-        if not stream:
-            os.close(reader)
-        sending = threading.Thread(target=_send, args=(writer, stream), daemon=True)
-        sending.start()
-        output, complaints = helper.communicate(answers, timeout=60)
-        assert b"Traceback" not in complaints, complaints.decode()
-        left = b""
-        while stream and (more := os.read(reader, 65536)):
-            left += more
-        if stream:
-            os.close(reader)
-        return helper.returncode, output, left
-
-    def save(
-        self, *, io_fd: int | None = None, live: bool = True, stream_type: int = 0
-    ) -> tuple[int, bytes]:
-        """Save a guest, by default into a pipe.  Returns the status and the output to libxl."""
-        reader, writer = os.pipe()
-        numbers = (writer if io_fd is None else io_fd, 11, 3, int(live), 136, stream_type)
-        self.given = numbers
-        status, output, _left = self.run("--save-domain", *numbers)
-        os.close(reader)
-        os.close(writer)
-        return status, output
-
-    def stock(self) -> tuple[list[str], bytes]:
-        """Return what the stock helper has received: arguments and stream."""
-        noted = json.loads(self.note.read_text())
-        return noted["arguments"], bytes.fromhex(noted["stream"])
-
-    @property
-    def was_asked(self) -> bool:
-        return self.note.exists()
-
-
-def _send(writer: int, stream: bytes) -> None:
-    with os.fdopen(writer, "wb") as file:
-        file.write(stream)
-
-
-@pytest.fixture
-def xl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Xl:
-    monkeypatch.delenv("XEN_POSTCOPY", raising=False)
-    monkeypatch.setenv("XEN_POSTCOPY_SENDER", "/nowhere")
-    monkeypatch.setenv("XEN_POSTCOPY_RECEIVER", "/nowhere")
-    return Xl(tmp_path, monkeypatch)
+__all__ = ["xl"]
 
 
 # ----- messages to libxl ----
@@ -253,55 +158,9 @@ def test_an_error_of_the_helper_itself_is_reported_to_libxl(xl: Xl) -> None:
 
 
 # ---- a daemon that does not do what it should ----
-@contextlib.contextmanager
-def daemon(path: Path, *answers: bytes) -> Iterator[list[bytes]]:
-    """A daemon that gives each connection its answer, in turn, and ends.  Yields the requests that
-    it has received.
-    """
-    asked: list[bytes] = []
-
-    def serve() -> None:
-        for answer in answers:
-            connection, _address = listener.accept()
-            with connection:
-                asked.append(connection.recv(65536))
-                with contextlib.suppress(BrokenPipeError):  # the helper may have given up already
-                    connection.sendall(answer)
-
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(path))
-        listener.listen()
-        listener.settimeout(60)
-        thread = threading.Thread(target=serve, daemon=True)
-        thread.start()
-        yield asked
-        thread.join(60)
-        assert not thread.is_alive()
-
-
 UNKNOWN = b'{"event": "error", "message": "unknown command \'await-memory\'"}\n'
 COMING = b'{"event": "result", "migrations": [{"domain": "web", "phase": "postcopy"}]}\n'
 ARRIVED = b'{"event": "result", "migrations": [{"domain": "web", "phase": "completed"}]}\n'
-
-
-def converse(
-    tmp_path: Path,
-    mode: str,
-    io_fd: int,
-    numbers: tuple[int, ...],
-    *answers: bytes,
-    **environment: str,
-) -> Libxl:
-    """Return the messages of the helper, and of a libxl that answers it, with such a daemon."""
-    sockets = dict.fromkeys(
-        ("XEN_POSTCOPY_SENDER", "XEN_POSTCOPY_RECEIVER"), str(tmp_path / "daemon")
-    )
-    stock = {"XEN_POSTCOPY_STOCK_HELPER": os.environ["XEN_POSTCOPY_STOCK_HELPER"]}
-    libxl = Libxl(mode, io_fd, numbers, {}, {**sockets, **stock, **environment})
-    with daemon(tmp_path / "daemon", *answers):
-        libxl.start()
-        assert libxl.wait() == 0
-    return libxl
 
 
 def save(tmp_path: Path, *answers: bytes, io_fd: int = -1, **environment: str) -> Libxl:
@@ -402,129 +261,6 @@ def test_a_stock_helper_that_is_missing_after_the_headers_is_reported(
         -1,
         errno.ENOENT,
     )
-
-
-def offered(session: bytes, behind: bytes) -> bytes:
-    """Return the stream of a sender that has agreed on this session."""
-    offer = b'{"session": "s", "address": ["h", 1], "token": "00"}'
-    beginning = HEADERS + image.record(image.REC_TYPE_POSTCOPY_OFFER, offer) + STATIC_END
-    return beginning + image.record(image.REC_TYPE_POSTCOPY, session) + behind
-
-
-@pytest.mark.parametrize(
-    ("stream", "complaint", "number"),
-    [
-        (offered(b"s", END), "the receiver daemon has ended", errno.EIO),
-        (offered(b"s", image.record(1, b"page")), "records after the session's", errno.EINVAL),
-        (offered(b"t", END), "the sender wants postcopy", errno.EOPNOTSUPP),
-    ],
-    ids=["gone", "more records", "another session"],
-)
-def test_a_postcopy_stream_that_cannot_be_taken_in_fails(
-    xl: Xl, tmp_path: Path, stream: bytes, complaint: str, number: int
-) -> None:
-    reader, writer = os.pipe()
-    _send(writer, stream)
-    libxl = converse(tmp_path, "--restore-domain", reader, RESTORE, b"")
-    assert not xl.was_asked and complaint in libxl.log and libxl.result == (-1, number)
-
-
-# ---- restoring ----
-@pytest.mark.parametrize(
-    "static", [b"", STATIC_END, CPU_POLICY + image.record(0x80000001, b"optional") + STATIC_END]
-)
-def test_an_ordinary_stream_reaches_the_stock_helper_whole_and_no_further(
-    xl: Xl, static: bytes
-) -> None:
-    stream = HEADERS + static + PAGES + image.record(9, b"context") + END
-    status, output, left = xl.run(
-        "--restore-domain", *RESTORE, stream=stream + b"libxl's own records"
-    )
-    assert (status, output) == (0, b"")
-    arguments, got = xl.stock()
-    assert got == stream
-    assert left == b"libxl's own records"
-    assert arguments[0] == "--restore-domain" and arguments[2:] == [
-        str(number) for number in RESTORE
-    ]
-
-
-def test_the_stock_helper_s_status_is_ours(xl: Xl, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STOCK_STATUS", "3")
-    assert xl.run("--restore-domain", *RESTORE, stream=HEADERS + PAGES + END)[0] == 3
-
-
-def test_the_stock_helper_s_death_is_ours(xl: Xl, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STOCK_STATUS", str(-signal.SIGTERM))
-    assert xl.run("--restore-domain", *RESTORE, stream=HEADERS + PAGES + END)[0] == -signal.SIGTERM
-
-
-def test_the_stock_helper_of_the_xen_that_runs_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("XEN_POSTCOPY_STOCK_HELPER", raising=False)
-    monkeypatch.setattr(stock, "VERSION", str(tmp_path))
-    monkeypatch.setattr(stock, "PLACES", (f"{tmp_path}/none", f"{tmp_path}/xen-{{version}}/bin"))
-    assert stock.xen_version() == (0, 0) and stock.program() == "libxl-save-helper"
-    (tmp_path / "major").write_text("4\n")
-    (tmp_path / "minor").write_text("17\n")
-    helper = tmp_path / "xen-4.17/bin/libxl-save-helper"
-    helper.parent.mkdir(parents=True)
-    helper.touch()
-    assert stock.program() == str(helper)
-
-
-def test_a_stream_that_breaks_off_reaches_it_as_far_as_it_came(xl: Xl) -> None:
-    stream = HEADERS + STATIC_END + PAGES[:1000]
-    assert xl.run("--restore-domain", *RESTORE, stream=stream)[0] == 0
-    assert xl.stock()[1] == stream
-
-
-def test_a_stream_that_ends_before_it_is_anyone_s_is_an_error(xl: Xl) -> None:
-    status, output, _left = xl.run("--restore-domain", *RESTORE, stream=HEADERS[:30])
-    assert status == 0 and not xl.was_asked
-    assert b"the stream ends after 30 of 40 bytes" in output and output.endswith(
-        protocol.complete(-1, errno.EPIPE)
-    )
-
-
-def test_what_is_no_image_is_the_stock_helper_s_to_refuse(xl: Xl) -> None:
-    xl.run("--restore-domain", *RESTORE, stream=b"x" * 100)
-    assert xl.stock()[1] == b"x" * image.HEADER_BYTES
-
-
-def test_a_postcopy_stream_is_never_restored_as_an_ordinary_one(xl: Xl) -> None:
-    stream = HEADERS + STATIC_END + image.record(image.REC_TYPE_POSTCOPY, b"session") + END
-    status, output, _left = xl.run("--restore-domain", *RESTORE, stream=stream)
-    assert status == 0 and not xl.was_asked
-    assert b"the sender wants postcopy, but it made no offer" in output and output.endswith(
-        protocol.complete(-1, errno.EOPNOTSUPP)
-    )
-
-
-def test_require_refuses_an_ordinary_stream(xl: Xl, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XEN_POSTCOPY", "require")
-    _status, output, _left = xl.run("--restore-domain", *RESTORE, stream=HEADERS + PAGES + END)
-    assert not xl.was_asked and output.endswith(protocol.complete(-1, errno.EOPNOTSUPP))
-
-
-def test_a_libxl_that_goes_instead_of_answering_ends_the_helper(xl: Xl) -> None:
-    assert xl.run("--restore-domain", *RESTORE, stream=HEADERS[:30], answers=b"")[0] == 1
-
-
-@pytest.mark.parametrize(
-    "body", [b"{", b"{}", b"[]", b'{"session": "s", "address": ["h", "1"], "token": "00"}']
-)
-def test_an_offer_of_another_version_is_named(body: bytes) -> None:
-    with pytest.raises(MigrationError, match="another version of xen-postcopy"):
-        image.parse_offer(body)
-
-
-def test_an_image_of_another_version_is_no_image_of_ours() -> None:
-    other = bytearray(HEADERS)
-    struct.pack_into(">I", other, 12, 9)
-    with pytest.raises(image.ImageError, match="version 9"):
-        image.check_headers(bytes(other))
 
 
 # ---- by hand ----

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A guest or a destination fails during an evacuation, and the others do not notice."""
+
+from __future__ import annotations
+
+import pytest
+
+from migrate.cli.evacuate.planner import PATIENCE_S, Ask, Measure, Step
+from migrate.cli.evacuate.shown import head, obstacles
+from tests.support.evacuations import GIB, Played, estimate, here, line, named
+
+
+def test_a_guest_that_cannot_go_is_known_before_anything_moves() -> None:
+    problem = "guest2 is crashed: only a running guest can be migrated"
+    played = Played([here(1), here(2, problem=problem), here(3, gib=200)])
+    failed = {guest.domid: guest.problem for guest in played.planner.of(Step.FAILED)}
+    assert failed == {
+        2: problem,
+        3: "no place for its 200.0 GiB: there has 99.0 GiB left for it",
+    }
+    played.run()
+    assert played.guest(1).step is Step.GONE
+
+
+def test_a_guest_of_a_toolstack_is_named_with_its_command() -> None:
+    played = Played(
+        [here(1, "my web", devices=["vbd"], problem="it has devices"), here(2)],
+        {"[fe80::1]:8013": GIB},
+    )
+    assert list(obstacles(played.planner)) == [
+        "my web cannot go: it has devices",
+        "    LIBXL_SAVE_HELPER=/usr/bin/xen-postcopy-xl-helper xl migrate 'my web' fe80::1",
+    ]
+    two = Played([here(1, devices=["vif"], problem="it has devices")], {"a": GIB, "b": GIB})
+    assert list(obstacles(two.planner))[1].endswith(" xl migrate guest1 HOST")
+
+
+def test_a_migration_that_fails_does_not_stop_the_others() -> None:
+    played = Played([here(1), here(2), here(3)], parallel=1)
+    played.measure()
+    played.begin()
+    played.end(1, "failed", "the link was lost")
+    (ask,) = played.next()
+    assert isinstance(ask, Ask)
+    played.planner.answered(ask.destination, 100 * GIB)
+    played.run()
+    assert played.steps() == {1: Step.FAILED, 2: Step.GONE, 3: Step.GONE}
+    assert played.guest(1).problem == "the link was lost"
+
+
+def test_a_guest_that_cannot_be_measured_is_tried_twice() -> None:
+    played = Played([here(1)])
+    for _attempt in range(2):
+        (guest,) = [action.guest for action in played.to_measure()]
+        played.planner.not_begun(guest, "log-dirty is on", played.now)
+        for action in played.next():
+            assert isinstance(action, Ask)
+            played.planner.answered(action.destination, 100 * GIB)
+        if guest.step is Step.WAITS:
+            assert played.next() == []  # not at once
+        played.now += 2
+    assert guest.step is Step.FAILED and guest.problem == "log-dirty is on"
+
+
+def test_a_guest_that_has_failed_here_is_followed_if_somebody_else_migrates_it() -> None:
+    played = Played([here(1)])
+    guest = played.guest(1)
+    for _attempt in range(2):
+        played.planner.not_begun(guest, "domain guest1 is being migrated already", played.now)
+    assert played.steps() == {1: Step.FAILED}
+    played.lines = {1: line(1)}
+    played.seen()
+    assert played.steps() == {1: Step.MOVES}
+    played.end(1, "failed", "the link was lost")
+    assert played.steps() == {1: Step.FAILED} and guest.problem == "the link was lost"
+
+
+def test_a_guest_that_has_ended_meanwhile_is_no_failure() -> None:
+    played = Played([here(1), here(2)])
+    played.here = [here(1)]
+    played.seen()
+    assert played.guest(2).step is Step.ENDED
+    assert "has ended" in played.guest(2).problem
+    played.run()
+    assert head(played.planner) == "2 of 2 guests gone"
+
+
+def test_a_guest_that_crashes_before_its_turn_is_named() -> None:
+    played = Played([here(1), here(2)])
+    played.here = [here(1), here(2, problem="guest2 is crashed")]
+    played.seen(guests=False)
+    assert played.guest(2).step is Step.WAITS
+    played.seen()
+    assert played.guest(2).step is Step.ARRIVES
+    played.seen()
+    assert played.guest(2).step is Step.FAILED
+
+
+def test_a_guest_that_was_suspended_for_a_moment_has_not_failed() -> None:
+    """The migration of another evacuation has ended between two answers of the sender."""
+    played = Played([here(1), here(2)])
+    played.here = [here(1, problem="suspended"), here(2, problem="suspended")]
+    played.lines = {1: line(1, "failed", problem="cancelled"), 2: line(2, "completed")}
+    played.seen()
+    assert played.steps() == {1: Step.ARRIVES, 2: Step.GONE}
+    played.here = [here(1)]
+    played.seen()
+    assert played.guest(1).step is Step.WAITS
+
+
+def test_an_older_migration_of_a_domain_with_the_same_number_does_not_count() -> None:
+    played = Played([here(1)], lines=[line(1, "completed")])
+    played.seen()
+    assert played.guest(1).step is Step.WAITS
+
+
+def test_a_migration_that_the_sender_has_forgotten_has_failed() -> None:
+    played = Played([here(1)])
+    played.measure()
+    played.begin()
+    played.lines = {}
+    played.seen()
+    assert played.guest(1).step is Step.FAILED
+    assert "does not know" in played.guest(1).problem
+
+
+def test_a_guest_that_one_destination_refuses_goes_to_another() -> None:
+    played = Played([here(1)], {"a": 10 * GIB, "b": 5 * GIB})
+    (guest,) = played.measure(None, "no paging there")
+    assert guest.step is Step.WAITS and guest.refused == {"a": "no paging there"}
+    assert named(played.measure()) == [1]
+    ((guest, _share),) = played.begin()
+    assert guest.destination == "b"
+
+
+def test_a_guest_that_all_destinations_refuse_has_failed_with_their_reasons() -> None:
+    played = Played([here(1)], {"a": 10 * GIB, "b": 5 * GIB})
+    played.measure(None, "one reason")
+    played.measure(None, "another reason")
+    played.next()
+    assert played.guest(1).step is Step.FAILED
+    assert played.guest(1).problem == "no place for its 1.0 GiB: a: one reason; b: another reason"
+
+
+def lose(played: Played) -> None:
+    """Have destination ``a`` not answer for so long that it is not waited for any more."""
+    for _second in range(round(PATIENCE_S) + 5):
+        for action in played.next():
+            if isinstance(action, Ask):
+                assert action.destination.address == "a"
+                played.planner.silent(action.destination, "a: no route", played.now)
+            else:
+                assert isinstance(action, Measure) and action.destination.address == "b"
+        played.now += 1
+
+
+@pytest.mark.parametrize("has_other", [True, False])
+def test_a_destination_that_ends_in_the_middle(has_other: bool) -> None:
+    """It is waited for at first; then what has not begun goes elsewhere, if there is a place."""
+    free = {"a": 10 * GIB, **({"b": 2 * GIB} if has_other else {})}
+    played = Played([here(1), here(2)], free, parallel=1)
+    played.measure()
+    played.begin()
+    played.end(1, "failed", "the peer closed the connection")
+    lose(played)
+    assert played.guest(1).step is Step.FAILED
+    if has_other:
+        played.next()
+        assert played.guest(2).step is Step.MEASURED and played.guest(2).destination == "b"
+    else:
+        assert played.guest(2).step is Step.FAILED
+        assert played.guest(2).problem == "no place for its 1.0 GiB: a: a: no route"
+
+
+def test_a_guest_that_is_measured_when_its_destination_is_lost_goes_elsewhere() -> None:
+    played = Played([here(1), here(2)], {"a": 10 * GIB, "b": 5 * GIB}, parallel=1)
+    (measured,) = played.to_measure()
+    played.planner.destinations["a"].doubt()
+    lose(played)
+    played.planner.not_begun(measured.guest, "no route", played.now)
+    (measured,) = played.to_measure()
+    assert measured.destination.address == "b"
+
+
+def test_a_destination_that_comes_back_is_used_again() -> None:
+    played = Played([here(1), here(2)], parallel=1)
+    played.measure()
+    played.begin()
+    played.end(1, "failed", "the peer closed the connection")
+    (ask,) = played.next()
+    assert isinstance(ask, Ask)
+    played.planner.silent(ask.destination, "no route", played.now)
+    assert played.next() == []  # it is asked again after a pause
+    played.now += 3
+    (ask,) = played.next()
+    assert isinstance(ask, Ask)
+    played.planner.answered(ask.destination, 100 * GIB)
+    assert named(played.measure()) == [2]
+
+
+def test_memory_that_a_migration_takes_is_not_given_twice() -> None:
+    played = Played([here(1, gib=3), here(2, gib=3)], {"a": 4 * GIB})
+    assert [guest.domid for guest in played.planner.of(Step.FAILED)] == [2]
+
+
+def test_memory_of_a_guest_that_is_measured_is_not_given_to_another() -> None:
+    played = Played([here(1, gib=3), here(2, gib=2)], {"a": 4 * GIB, "b": 3 * GIB})
+    first, second = played.to_measure()
+    assert (first.destination.address, second.destination.address) == ("a", "b")
+    played.planner.measured(second.guest, estimate(None, "no paging there"))
+    played.next()
+    assert played.guest(2).step is Step.FAILED
+    assert played.guest(2).problem == (
+        "no place for its 2.0 GiB: a has 1.0 GiB left for it; b: no paging there"
+    )
+
+
+def test_a_destination_that_cannot_be_reached_is_no_fault_of_its_guests() -> None:
+    """The attempts of guests that go elsewhere count."""
+    played = Played([here(1, gib=3), here(2, gib=2)], {"a": 4 * GIB, "b": 3 * GIB})
+    for measure in played.to_measure():
+        played.planner.not_begun(measure.guest, "no route", played.now)
+    played.planner.silent(played.planner.destinations["b"], "no route", played.now)
+    assert (played.guest(1).attempts, played.guest(2).attempts) == (1, 0)
