@@ -24,6 +24,7 @@ import trio
 
 from migrate.cli.world import World
 from migrate.errors import MigrationError
+from tests.campaigns.chaos import course
 from tests.campaigns.chaos.adjusting import ADJUSTING
 from tests.campaigns.chaos.decisions import DECISIONS
 from tests.campaigns.chaos.faults import FAULTS
@@ -78,7 +79,7 @@ async def campaign(
                         if isinstance(trial, XlTrial):
                             where = await trio.to_thread.run_sync(trial.run)
                         else:
-                            where = await trial.run(faults)
+                            where = await course.run(trial, faults)
                     except (LostError, MigrationError, XenError, AssertionError) as error:
                         failed.append(seed - 1)
                         print(f"FAILED: {trial}\n  {error}", flush=True)
