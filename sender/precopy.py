@@ -231,18 +231,13 @@ class Precopy:
             np.logical_or(deferred, unsent, out=deferred)
             return others
 
-        def read() -> tuple[PfnMask, int, int]:
-            """Return the written pages, their number, and the number of them to be evicted."""
-            written, count = _counted(self._dirty_log.read)
-            return written, count, int(np.count_nonzero(written & ~deferred))
-
         _, to_look_at = await trio.to_thread.run_sync(_counted, lambda: unsent)
         to_evict = to_look_at
         for _number in range(MAX_DEFERRALS):
             gone = await self._push.report_holes(await trio.to_thread.run_sync(from_mask, unsent))
             await self._put_off(await trio.to_thread.run_sync(keep_back))
             first, looked_at, evicted = False, to_look_at, to_evict
-            unsent, to_look_at, to_evict = await trio.to_thread.run_sync(read)
+            unsent, to_look_at, to_evict = await trio.to_thread.run_sync(self._written, deferred)
             log.info(
                 "%d pages put off, %d written meanwhile, %d of them others",
                 evicted,
@@ -258,6 +253,11 @@ class Precopy:
             pinned_pfns,
             await trio.to_thread.run_sync(lambda: np.concatenate([device_pfns, held_pfns])),
         )
+
+    def _written(self, deferred: PfnMask) -> tuple[PfnMask, int, int]:
+        """Return the written pages, their number, and the number of them to be evicted."""
+        written, count = _counted(self._dirty_log.read)
+        return written, count, int(np.count_nonzero(written & ~deferred))
 
     async def _put_off(self, unsent: PfnMask) -> None:
         """Have the receiver evict pages.  The time limit is for each window, because the pages of a

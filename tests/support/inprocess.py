@@ -95,17 +95,8 @@ async def migrate(
     guest = world.source.create_guest(spec.to_bytes())
     await trio.to_thread.run_sync(wait_for_steps, guest, 100)
     guest.close()
-    journal = Journal(world.directory / "journal")
-    config = Config(
-        NetworkConfig(
-            checksums=terms.checksums,
-            silence_s=terms.silence_s,
-            postcopy_silence_s=terms.postcopy_silence_s,
-        ),
-        _tls_config(terms.tls),
-    )
-    arrivals = Journal(world.directory / "arrivals")
-    receiver = Receiver(world.destination, world.receiver_socket, config, arrivals)
+    journal, arrivals = (Journal(world.directory / name) for name in ("journal", "arrivals"))
+    receiver = Receiver(world.destination, world.receiver_socket, _config(terms), arrivals)
     # The bandwidth is so low that the guest touches pages before they are pushed, also on a busy
     # machine.
     options = options or MigrationOptions(
@@ -114,18 +105,8 @@ async def migrate(
     policy = decide_as(options.strategy, options.policy)
     with trio.fail_after(timeout_s):
         async with trio.open_nursery() as nursery:
-            receiver._nursery = nursery
-
-            async def receive(stream: trio.SocketStream) -> None:
-                await isolated("a connection", receiver.reception.receive, stream)
-
-            listeners = await nursery.start(
-                functools.partial(trio.serve_tcp, receive, 0, host="127.0.0.1")
-            )
             session = new_id()
-            between = await link(
-                nursery, ("127.0.0.1", listeners[0].socket.getsockname()[1]), budgets
-            )
+            between = await _link_to(receiver, nursery, budgets)
             lanes = DialledLanes(
                 ("127.0.0.1", between.port), session, replace(terms, tls=sender_tls)
             )
@@ -151,11 +132,32 @@ async def migrate(
     return outcome
 
 
-def _tls_config(tls: Tls | None) -> TlsConfig:
-    return (
+async def _link_to(
+    receiver: Receiver, nursery: trio.Nursery, budgets: list[int | None] | None
+) -> Link:
+    """Have the receiver accept connections.  Returns a link that leads to it."""
+    receiver._nursery = nursery
+
+    async def receive(stream: trio.SocketStream) -> None:
+        await isolated("a connection", receiver.reception.receive, stream)
+
+    listeners = await nursery.start(functools.partial(trio.serve_tcp, receive, 0, host="127.0.0.1"))
+    return await link(nursery, ("127.0.0.1", listeners[0].socket.getsockname()[1]), budgets)
+
+
+def _config(terms: Terms) -> Config:
+    """Return the configuration of a receiver with these terms."""
+    network = NetworkConfig(
+        checksums=terms.checksums,
+        silence_s=terms.silence_s,
+        postcopy_silence_s=terms.postcopy_silence_s,
+    )
+    tls = terms.tls
+    return Config(
+        network,
         TlsConfig()
         if tls is None
-        else TlsConfig(str(tls.certificate), str(tls.key), str(tls.authority), tls.peers)
+        else TlsConfig(str(tls.certificate), str(tls.key), str(tls.authority), tls.peers),
     )
 
 

@@ -133,7 +133,8 @@ def write_junit(folder: Path, shard: Shard, result: machine.Result | None, probl
     took.write_text(json.dumps(figures, indent=1) + "\n")
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
+    """Return the parser of the command's arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.xenlab",
         description=__doc__,
@@ -171,6 +172,11 @@ def main() -> None:
     parser.add_argument(
         "command", nargs="*", help="a shell command; put -- before options of its own"
     )
+    return parser
+
+
+def main() -> None:
+    parser = arguments()
     options = parser.parse_args()
     kinds = options.hypervisor or list(parts.MACHINES)
     try:
