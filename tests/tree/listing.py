@@ -10,6 +10,24 @@ from functools import cache
 from pathlib import Path
 
 TREE = Path(__file__).parents[2]
+SOURCES = {
+    ".py",
+    ".pyi",
+    ".c",
+    ".h",
+    ".sh",
+    ".pml",
+    ".toml",
+    ".yaml",
+    ".yml",
+    ".service",
+    ".socket",
+    ".target",
+    ".tmpfiles",
+}
+"""How the names of source files end."""
+FOLDERS = ("migrate", "sender", "receiver", "xenbackend")
+"""The folders of the product."""
 
 
 @cache
@@ -40,4 +58,13 @@ def files() -> list[Path]:
         path
         for path in found
         if not any(fnmatch(part, name) for part in path.parts for name in ignored)
+    ]
+
+
+def ours() -> list[tuple[str, Path]]:
+    """Return the Python files of the product, each with its folder."""
+    return [
+        (path.parts[0], path)
+        for path in files()
+        if path.suffix == ".py" and path.parts[0] in FOLDERS
     ]
