@@ -251,12 +251,93 @@ static void delay(unsigned short port, double seconds)
     }
 }
 
+/* ---- what is measured: each prints its figures ---- */
+static void copies(unsigned long n)
+{
+    double start = now();
+
+    for (unsigned long done = 0; done < n; done += CHUNK)
+        memcpy(done / CHUNK % 2 ? buffer : other, done / CHUNK % 2 ? other : buffer, CHUNK);
+    printf("%.0f\n", n / (now() - start));
+}
+
+static void wake_by_pager(int fd, unsigned long *n)
+{
+    pthread_t thread;
+
+    lane = fd;
+    to_pager = eventfd(0, 0);
+    to_vcpu = eventfd(0, 0);
+    pthread_create(&thread, NULL, pager, n);
+}
+
+static void round_trips(int fd, int is_child, int chain, unsigned long n)
+{
+    double *times = calloc(n, sizeof(*times));
+
+    if (!times)
+        die("no memory");
+    for (unsigned long i = 0; i < n; i++) {
+        double start = now();
+
+        if (!is_child && chain) {
+            one_fault();
+        } else if (!is_child) {
+            write_all(fd, REQUEST);
+            read_all(fd, ANSWER);
+        } else {
+            read_all(fd, REQUEST);
+            write_all(fd, ANSWER);
+        }
+        times[i] = (now() - start) * 1e6;
+    }
+    if (!is_child) {
+        qsort(times, n, sizeof(*times), compare);
+        printf("%.1f %.1f\n", times[n / 2], times[n * 99 / 100]);
+    }
+    free(times);
+}
+
+/* Makes the memory from which the parent sends, and into which the child receives. */
+static void make_memory(int fd, int is_child, unsigned long n)
+{
+    int file = memfd_create("memory", 0);
+
+    if (ftruncate(file, n))
+        die("memory");
+    if (is_child) {
+        write_all(fd, 1);
+        memory = file;
+    } else {
+        source = mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+        memset(source, 1, n);
+        read_all(fd, 1);
+    }
+}
+
+static void bulk(int fd, int is_child, unsigned long n)
+{
+    double start = now();
+
+    if (is_child)
+        read_all(fd, n);
+    else
+        write_all(fd, n);
+    memory = -1;
+    source = NULL;
+    if (is_child) {
+        write_all(fd, 1);
+    } else {
+        read_all(fd, 1);
+        printf("%.0f\n", n / (now() - start));
+    }
+}
+
 int main(int argc, char **argv)
 {
     unsigned long n = argc >= 3 ? strtoul(argv[2], NULL, 10) : 0;
+    int chain, fd;
     pid_t child;
-    double start;
-    int fd;
 
     if (!n) {
         fprintf(stderr,
@@ -269,74 +350,19 @@ int main(int argc, char **argv)
     memset(buffer, 1, sizeof(buffer));
     memset(other, 2, sizeof(other));
     if (!strcmp(argv[1], "memcpy")) {
-        start = now();
-        for (unsigned long done = 0; done < n; done += CHUNK)
-            memcpy(done / CHUNK % 2 ? buffer : other, done / CHUNK % 2 ? other : buffer, CHUNK);
-        printf("%.0f\n", n / (now() - start));
+        copies(n);
         return 0;
     }
     fd = pair(&child, argv[3]);
-    int chain = !strcmp(argv[1], "chain");
-
-    if (chain && child) {
-        pthread_t thread;
-
-        lane = fd;
-        to_pager = eventfd(0, 0);
-        to_vcpu = eventfd(0, 0);
-        pthread_create(&thread, NULL, pager, &n);
-    }
+    chain = !strcmp(argv[1], "chain");
+    if (chain && child)
+        wake_by_pager(fd, &n);
     if (chain || !strcmp(argv[1], "roundtrip")) {
-        double *times = calloc(n, sizeof(*times));
-
-        if (!times)
-            die("no memory");
-        for (unsigned long i = 0; i < n; i++) {
-            start = now();
-            if (child && chain) {
-                one_fault();
-            } else if (child) {
-                write_all(fd, REQUEST);
-                read_all(fd, ANSWER);
-            } else {
-                read_all(fd, REQUEST);
-                write_all(fd, ANSWER);
-            }
-            times[i] = (now() - start) * 1e6;
-        }
-        if (child) {
-            qsort(times, n, sizeof(*times), compare);
-            printf("%.1f %.1f\n", times[n / 2], times[n * 99 / 100]);
-        }
-        free(times);
+        round_trips(fd, !child, chain, n);
     } else {
-        if (!strcmp(argv[1], "into")) {
-            int file = memfd_create("memory", 0);
-
-            if (ftruncate(file, n))
-                die("memory");
-            if (child) {
-                source = mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
-                memset(source, 1, n);
-                read_all(fd, 1);
-            } else {
-                write_all(fd, 1);
-                memory = file;
-            }
-        }
-        start = now();
-        if (child)
-            write_all(fd, n);
-        else
-            read_all(fd, n);
-        memory = -1;
-        source = NULL;
-        if (child) {
-            read_all(fd, 1);
-            printf("%.0f\n", n / (now() - start));
-        } else {
-            write_all(fd, 1);
-        }
+        if (!strcmp(argv[1], "into"))
+            make_memory(fd, !child, n);
+        bulk(fd, !child, n);
     }
     if (child)
         wait(NULL);

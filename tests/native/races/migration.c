@@ -357,19 +357,12 @@ static void compare(void)
     free(visits);
 }
 
-int main(void)
-{
-    static const struct fault_frame fault = FAULT_KIND, page = PAGE_KIND, zero = ZERO_KIND;
-    int to_pager = eventfd(0, EFD_NONBLOCK), from_pager = eventfd(0, EFD_NONBLOCK),
-        wake = eventfd(0, EFD_NONBLOCK);
-    int pull[2], push[2];
-    uint64_t pfns[NR_PFNS];
-    size_t done;
-    pthread_t server, pusher, loader, pager_thread, evictor;
-    struct sim_host_domain *host;
+static const struct fault_frame fault = FAULT_KIND, page = PAGE_KIND, zero = ZERO_KIND;
+static uint64_t pfns[NR_PFNS];
 
-    CHECK(!socketpair(AF_UNIX, SOCK_SEQPACKET, 0, pull) &&
-          !socketpair(AF_UNIX, SOCK_STREAM, 0, push));
+/* All pages are at the source at first, and missing at the destination. */
+static void make_domains(void)
+{
     make_domain(&at_source);
     make_domain(&at_destination);
     server_map = seen_by(&at_source, 1);
@@ -385,7 +378,10 @@ int main(void)
     }
     left[0] = MISSING;
     sim_generate_image(&at_source, 0, MISSING);
+}
 
+static void make_sender(int pull, int push)
+{
     backlog = (struct source_pages){
         .lock = fault_lock_new(),
         .state = source_state,
@@ -394,7 +390,7 @@ int main(void)
         .unsent = MISSING,
     };
     source = (struct fault_source){
-        .lane = { .fd = pull[0],
+        .lane = { .fd = pull,
                   .sending = fault_lock_new(),
                   .fault = fault,
                   .page = page,
@@ -403,13 +399,18 @@ int main(void)
         .look = look_at,
         .pages = &backlog,
     };
+    push_from = push;
+}
+
+static void make_receiver(int pull, int push, int wake, int to_pager, int from_pager)
+{
     outstanding = (struct destination_pages){
         .lock = fault_lock_new(),
         .state = state,
         .nr_pfns = NR_PFNS,
     };
     pager = (struct fault_pager){
-        .lane = { .fd = pull[1],
+        .lane = { .fd = pull,
                   .sending = fault_lock_new(),
                   .fault = fault,
                   .page = page,
@@ -424,15 +425,14 @@ int main(void)
         .pages = &outstanding,
     };
     ring = (struct ring_state){ .page = ring_page, .event_fd = to_pager, .notify_fd = from_pager };
-    push_from = push[0];
-    push_to = push[1];
+    push_to = push;
+}
 
-    host = sim_host_new(&at_destination);
-    CHECK(host);
-    sim_host_paging_enable(host, ring_page, to_pager, from_pager);
-    ring_begin(&ring, 0);
-    CHECK(!sim_populate(&pager_map, pfns + MISSING, VCPUS, &done));
-    CHECK(!sim_populate_evicted(&pager_map, pfns, MISSING, &done));
+/* Runs until the evictor has ended; then all threads have ended, and the guest is paused. */
+static void migrate(struct sim_host_domain *host, int wake, int end)
+{
+    pthread_t server, pusher, loader, pager_thread, evictor;
+
     pthread_create(&server, NULL, server_main, NULL);
     pthread_create(&pager_thread, NULL, pager_main, NULL);
     pthread_create(&loader, NULL, loader_main, NULL);
@@ -450,8 +450,31 @@ int main(void)
     pthread_join(loader, NULL);
     CHECK(write(wake, &(uint64_t){ 1 }, 8) == 8);
     pthread_join(pager_thread, NULL);
-    shutdown(pull[1], SHUT_RDWR);
+    shutdown(end, SHUT_RDWR);
     pthread_join(server, NULL);
+}
+
+int main(void)
+{
+    int to_pager = eventfd(0, EFD_NONBLOCK), from_pager = eventfd(0, EFD_NONBLOCK),
+        wake = eventfd(0, EFD_NONBLOCK);
+    int pull[2], push[2];
+    size_t done;
+    struct sim_host_domain *host;
+
+    CHECK(!socketpair(AF_UNIX, SOCK_SEQPACKET, 0, pull) &&
+          !socketpair(AF_UNIX, SOCK_STREAM, 0, push));
+    make_domains();
+    make_sender(pull[0], push[0]);
+    make_receiver(pull[1], push[1], wake, to_pager, from_pager);
+
+    host = sim_host_new(&at_destination);
+    CHECK(host);
+    sim_host_paging_enable(host, ring_page, to_pager, from_pager);
+    ring_begin(&ring, 0);
+    CHECK(!sim_populate(&pager_map, pfns + MISSING, VCPUS, &done));
+    CHECK(!sim_populate_evicted(&pager_map, pfns, MISSING, &done));
+    migrate(host, wake, pull[1]);
     compare();
     /* The guest loses its memory, so all vCPUs crash it at once. */
     sim_host_unpause(host);

@@ -110,19 +110,11 @@ static void on_timer(int signal)
     due = 1;
 }
 
-int main(int count, char **arguments)
+/* Prints to the console from now on, and reads the kernel's command line. */
+static void set_up(char *line, size_t bytes)
 {
-    const char *name = count ? arguments[0] : "";
-    char line[4096] = "";
-    struct sysinfo info;
-    uint64_t beats = 0;
-    double longest = 0, last, next;
     int fd;
 
-    if (strstr(name, "poweroff"))
-        return reboot(RB_POWER_OFF);
-    if (strstr(name, "reboot"))
-        return reboot(RB_AUTOBOOT);
     mkdir("/proc", 0755);
     mount("proc", "/proc", "proc", 0, NULL);
     mount("dev", "/dev", "devtmpfs", 0, NULL);
@@ -135,44 +127,83 @@ int main(int count, char **arguments)
     }
     setvbuf(stdout, NULL, _IOLBF, 0);
     fd = open("/proc/cmdline", O_RDONLY);
-    if (fd < 0 || read(fd, line, sizeof(line) - 1) < 0)
+    if (fd < 0 || read(fd, line, bytes - 1) < 0)
         printf("no command line\n");
     if (fd >= 0)
         close(fd);
+}
+
+/* What the command line asks for. */
+static struct cpu cpus[MOST_CPUS];
+static struct memory *const memory = &cpus->memory;
+static unsigned cpu_count;
+static uint64_t first, most;
+static struct disk disk;
+static struct net net;
+static int has_disk, has_net, has_clock;
+
+/* Takes the memory, and fills it.  Returns whether there is enough. */
+static int take_memory(const char *line)
+{
+    struct sysinfo info;
+    uint64_t pages;
+
     sysinfo(&info);
-
-    static struct cpu cpus[MOST_CPUS];
-    unsigned cpu_count = option(line, "cpus=", 1);
-    struct memory *memory = &cpus->memory;
-    uint64_t pages = option(line, "pages=", info.freeram * info.mem_unit / PAGE * 2 / 3);
-    uint64_t first = pages / cpu_count, most = option(line, "grow=", 0);
-    double beat = option(line, "beat=", 500) / 1e3;
-
+    cpu_count = option(line, "cpus=", 1);
+    pages = option(line, "pages=", info.freeram * info.mem_unit / PAGE * 2 / 3);
+    first = pages / cpu_count;
+    most = option(line, "grow=", 0);
     memory->pages = first;
     memory->used = option(line, "words=", WORDS);
     cpus->rate = option(line, "rate=", 0);
-    int by_timer = memory->used < WORDS && !option(line, "clock=", 0);
-
     if (cpu_count > MOST_CPUS || !allocate(memory, first + most)) {
         printf("no memory for %lu pages, or too many CPUs\n", (unsigned long)pages);
-        return 1;
+        return 0;
     }
     fill(memory, 0);
     printf("filled %lu pages\n", (unsigned long)memory->pages);
+    return 1;
+}
 
-    struct disk disk = { .threads = option(line, "disk=", 0),
-                         .buffers = option(line, "buffers=", 512) };
-    int has_disk = disk.threads && start_disk(&disk);
-    struct net net = { .area = NULL };
+/* Starts what works beside the first CPU. */
+static void start_others(const char *line)
+{
     unsigned host = option(line, "net=", 0);
-    int has_net = host && start_net(&net, host);
-    int has_clock = option(line, "clocks=", 0) && start_clock();
+
+    disk.threads = option(line, "disk=", 0);
+    disk.buffers = option(line, "buffers=", 512);
+    has_disk = disk.threads && start_disk(&disk);
+    has_net = host && start_net(&net, host);
+    has_clock = option(line, "clocks=", 0) && start_clock();
 
     /* Last, because other threads must not be bound to the first CPU. */
     if (cpu_count > 1 && !start_cpus(cpus, cpu_count))
         printf("not all CPUs are used\n");
+}
 
+static void beat(double longest)
+{
+    static uint64_t beats;
+
+    printf("heartbeat %lu steps %lu errors %lu longest %.0f ms\n", (unsigned long)++beats,
+           (unsigned long)memory->steps, (unsigned long)memory->errors, longest * 1000);
+    if (has_disk)
+        print_disk(&disk);
+    if (has_net)
+        print_net(&net);
+    if (has_clock)
+        print_clock();
+    if (cpu_count > 1)
+        print_cpus(cpus, cpu_count);
+    if (most)
+        grow(memory, first, most);
+}
+
+/* Works, and prints a heartbeat every so many seconds. */
+static void run(double every, int by_timer)
+{
     struct itimerval timer = { .it_interval.tv_usec = 10000, .it_value.tv_usec = 10000 };
+    double longest = 0, last, next;
 
     if (by_timer) {
         signal(SIGALRM, on_timer);
@@ -191,20 +222,25 @@ int main(int count, char **arguments)
             longest = t - last;
         last = t;
         if (t >= next) {
-            printf("heartbeat %lu steps %lu errors %lu longest %.0f ms\n", (unsigned long)++beats,
-                   (unsigned long)memory->steps, (unsigned long)memory->errors, longest * 1000);
+            next = t + every;
+            beat(longest);
             longest = 0;
-            next = t + beat;
-            if (has_disk)
-                print_disk(&disk);
-            if (has_net)
-                print_net(&net);
-            if (has_clock)
-                print_clock();
-            if (cpu_count > 1)
-                print_cpus(cpus, cpu_count);
-            if (most)
-                grow(memory, first, most);
         }
     }
+}
+
+int main(int count, char **arguments)
+{
+    const char *name = count ? arguments[0] : "";
+    char line[4096] = "";
+
+    if (strstr(name, "poweroff"))
+        return reboot(RB_POWER_OFF);
+    if (strstr(name, "reboot"))
+        return reboot(RB_AUTOBOOT);
+    set_up(line, sizeof(line));
+    if (!take_memory(line))
+        return 1;
+    start_others(line);
+    run(option(line, "beat=", 500) / 1e3, memory->used < WORDS && !option(line, "clock=", 0));
 }
