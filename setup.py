@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Only what pyproject.toml cannot say: the native modules, compiled by cffi at install."""
+"""Only what pyproject.toml cannot express: the native modules, compiled by cffi at install."""
 
 import os
 import subprocess

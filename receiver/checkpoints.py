@@ -6,9 +6,8 @@ A checkpoint is what the guest has written since the checkpoint before it, and i
 pages were written, they are sent while the guest runs, and pages written meanwhile follow.  Then
 the guest is suspended for as long as the copy of the rest takes.  The copy is sent while the guest
 runs again.  So a slow link delays the guest only if the rest is more than ``MAX_COPIED_PAGES``.  A
-page that was read from the dirty log is unconfirmed until the source has confirmed that it keeps
-the page.
-The page stays unconfirmed when the lanes are lost.
+page that was read from the dirty log counts as unconfirmed until the source reports that the
+checkpoint is kept, also if the lanes are lost.
 
 Output and disk writes of the guest are not delayed until a checkpoint covers them.
 """

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Where each page of the guest came from: one byte for each pfn, for ``report``.
 
-Any thread may note what it has loaded; the last one counts.  No decision depends on it.
+Any thread may note what it has loaded; the last note counts.  No decision depends on the notes.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Origin(IntEnum):
     NOTHING = 0
     """The guest has no memory at this pfn."""
     PRECOPY = 1
-    """The last copy that counts came while the guest ran at the source."""
+    """The valid copy came while the guest ran at the source."""
     SWITCHOVER = 2
-    """That copy came while the guest was suspended."""
+    """The valid copy came while the guest was suspended."""
     PUSHED = 3
     """The page came after the handover, on the push lane."""
     FAULT = 4

@@ -190,7 +190,7 @@ _check_table()
 
 
 def _ignore(_phase: str) -> None:
-    """Do nothing: nobody wants the phases."""
+    """Do nothing with the phases."""
 
 
 class Ownership:

@@ -65,7 +65,7 @@ async def _guest_ended(
     ran = switchover is not None and (has_run or switchover.runs.is_set())
     reason = str(error) if isinstance(error, GuestEndedError) else end.value
     answer: m.Message = m.Ended(ran, m.printable(reason))
-    if not gone:  # the guest crashed at its start: the source has all that it was
+    if not gone:  # the guest crashed at its start, and the source still has its state
         reason += (
             "; its domain is kept at the destination: to end it, destroy it there (xl destroy "
             f"{context.name})"

@@ -33,6 +33,12 @@ from xenbackend.errors import XenError
 
 
 class Toolstack(Protocol):
+    """What depends on the toolstack.  The methods that do nothing in :class:`OwnToolstack` are for
+    a toolstack with a program of its own, or one that decides where the guest runs.
+
+    ``receiver/daemon.py`` uses ``last_answer`` of :class:`XlToolstack` besides, for the helper.
+    """
+
     domid: int
     """The domid of the domain that the toolstack has made; -1 if the daemon makes one."""
     owns_domain: bool

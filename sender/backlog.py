@@ -9,9 +9,9 @@ pull lane and arrives first.  When the link was lost, the pages in transit are l
 receiver then reports what it lacks, and those pages are UNSENT again.
 
 Pages are pushed in ascending order from a cursor.  Every fault moves the cursor, because the guest
-will most probably touch pages near the page that it touched last.  Before them, the memory of
-emulated devices is pushed, which the device model maps before the guest runs, and the pages that
-back ends had mapped at the source.  Back ends will probably need these at once, and fail a request
+will most probably touch pages near the page that it touched last.  The memory of emulated devices
+is pushed first, because the device model maps it before the guest runs.  Pages that back ends had
+mapped at the source follow, because back ends will probably need them at once, and fail a request
 after half a minute without its page.
 
 The steps that faults take are in C, for the fast path as well
@@ -129,8 +129,8 @@ class Backlog:
         return pfns[wanted]
 
     def ahead(self, pfns: PfnArray) -> PfnArray:
-        """Return which of these pages, which may be needed soon, must be sent.  The push continues
-        after them.
+        """Return the pages of a read-ahead that are not sent yet, and make them SENT.  The push
+        continues after them.
         """
         with self._lock:
             wanted: PfnArray = pfns[self._state[pfns] == UNSENT]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The last message to a destination that was cut off: the guest stays at the source, or its missing
-pages are lost.
+"""The last message to a destination that was cut off: the guest stays at the source (``abort``),
+its missing pages are lost (``lost``), or an operator has decided that the guest continues here
+although it was handed over (``recall``).
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ async def send_last_message(context: Context) -> None:
     """Send the last message until the destination has it, if there is one."""
     if context.last_message is None:
         return
-    # A destination that dials and is refused, because there is no session here, has the same
-    # answer, unless pages are lost.
+    # If the destination dials and is refused, because its session is unknown here, the refusal has
+    # the meaning of ``abort``, but not of ``lost``.
     awaits_us = context.lanes.dials is not None or isinstance(context.last_message, m.Lost)
     pending = "; the destination has not been informed yet"
     if context.lanes.dials is not None:

@@ -2,8 +2,9 @@
 """What an estimate is made of, measured without a migration: the guest's writes, the link to the
 destination, and whether the destination would take the guest in.
 
-Log-dirty is on during the measurement of the guest, and off afterwards, however the measurement
-ends.  The record is read and not emptied, so that a page counts once.
+Log-dirty is on during the measurement of the guest.  However the measurement ends, log-dirty is
+switched off then, unless another program uses it.  The record is read and not emptied, so that a
+page counts once.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from xenbackend.pages import PAGE_SIZE, PageStatus
 LOOKS = (1 / 8, 1 / 4, 1 / 2, 1.0)
 """When log-dirty is read, as shares of the time of the measurement."""
 SAMPLE_PAGES = 4096
-"""The pages of which is counted how many are zero."""
+"""The number of pages in the sample from which the share of zero pages is taken."""
 FIRST_CHUNK, LAST_CHUNK = 16 * PAGE_SIZE, 256 * 2**20
 """The bytes that are sent before the first confirmation, and the most between two of them."""
 CHUNK_S = 0.5

@@ -287,7 +287,7 @@ class OutgoingMigration:
         if state in (State.RETURNING, State.DECIDED_ELSEWHERE):
             remove(self.context.journal.checkpoint(self.id))
             reason = error_of_decision(state)
-        if state is State.RETURNING:  # the guest goes on here, in its new domain
+        if state is State.RETURNING:  # the guest continues here, in its new domain
             self.context.entry.recall, end = True, State.GIVEN_UP
             self.context.last_message = m.Abort(m.printable(str(reason)))
         self.context.fail(end, str(reason))

@@ -181,7 +181,7 @@ _check_table()
 
 
 def _ignore(_phase: str) -> None:
-    """Do nothing: nobody wants the phases."""
+    """Do nothing with the phases."""
 
 
 class Ownership:
@@ -286,7 +286,7 @@ class Ownership:
                 self._erase()
             elif new.step != row.step:
                 # On the way to the destination the guest can still stay here instead.  A decision
-                # can be made again, and a successor that did not know of it would undo it.
+                # can be made again, and a successor without its entry would undo it.
                 on_its_way = self._state.value < state.value <= S.HANDED_OVER.value
                 needed = (on_its_way and not self.may_be_elsewhere) or state in DECIDED
                 self._write(new.step, needed)

@@ -176,7 +176,7 @@ class Precopy:
         self._elapsed_s = self._clock() - self._began
 
     def _clock(self) -> float:
-        """Return the time of a clock that stands still in pauses."""
+        """Return the time, without the pauses so far."""
         now = time.monotonic()
         return now - self._context.pause.seconds(now)
 

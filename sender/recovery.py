@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The recovery of a session whose lanes were lost after the handover, or whose sender
-was restarted.
+"""The recovery of a session whose lanes were lost after the handover or, under xl, after
+``entrust``; or whose sender was restarted then.
 
 The session is resumed over a new pair of lanes.  The destination reports what it lacks, and each of
 those pages is sent again.  A message that may not have arrived is sent again as well.

@@ -156,7 +156,7 @@ class Requests:
         decision.
         """
         await self.check_decision(here=here, force=force)
-        # If the journal cannot be written, the migration goes on as it was.
+        # If the journal cannot be written, the migration continues unchanged.
         await in_thread(functools.partial(self._ownership.note, needed=True))
         self._check_undecided(here=here, force=force)
         self._context.toolstack.overrule()

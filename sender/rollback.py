@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What happens to the guest and its pages when a migration does not complete.
 
-Before the handover the guest continues here as if nothing had happened.  Afterwards the domain
-stays suspended, and its pages are kept until each is confirmed or until an operator decides
-(invariants 1 and 6).
+Up to SUSPENDED the guest continues here as if nothing had happened.  In UNDECIDED the toolstack
+decides.  From HANDED_OVER on the domain stays suspended, and its pages are kept until each is
+confirmed or until an operator decides (invariants 1 and 6).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Rollback:
         """End the wait, because an operator has decided.  Returns false if the decision came too
         late.
 
-        Raises :class:`MigrationError` if the journal cannot have the decision; the wait goes on.
+        Raises :class:`MigrationError` if the journal cannot have the decision; the wait continues.
         """
         self._overruling = decision
         self._overruled.set()

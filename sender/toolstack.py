@@ -63,6 +63,13 @@ class StaysHereError(MigrationError):
 
 
 class Toolstack(Protocol):
+    """What depends on the toolstack.  The methods that do nothing in :class:`OwnToolstack` are for
+    a toolstack with a program of its own, or one that decides where the guest runs.
+
+    ``sender/daemon.py`` uses ``listen`` and ``last_answer`` of :class:`XlToolstack` besides: the
+    conversation with the helper.
+    """
+
     destroys_source: bool
     """The toolstack destroys the source domain when it has given the guest away.  This process then
     holds the pages that the destination lacks, and a keeper keeps them if this process is killed.

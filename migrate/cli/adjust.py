@@ -37,7 +37,7 @@ def set_command(migration: str, socket_path: Path, as_json: bool, **given: Any) 
     that has no effect any more is refused: after precopy only the caps can be changed.
 
     \b
-    Slow a migration down for the working hours, and let it go on in the evening:
+    Slow a migration down for the working hours, and remove the cap in the evening:
         xen-postcopy set web --bandwidth 20M
         xen-postcopy set web --bandwidth none
     """
@@ -76,7 +76,7 @@ def pause_command(migration: str, socket_path: Path, as_json: bool) -> None:
     runs on there: pages that it touches arrive as before, and no others.  The link stays open, time
     limits do not pass, and a restarted sender keeps the pause.  A switchover is not interrupted.
 
-    `resume` continues, `cancel` takes the migration back before its switchover.
+    `resume` continues, `cancel` takes the migration back before its handover.
     """
     _ask(socket_path, command="pause", migration=migration)
     text = f"{migration}: copying is paused until `resume`; what the guest waits for still arrives"

@@ -138,7 +138,7 @@ def left(
     name = last["id"][:8]
     follow = f"{command(socket, 'watch', name)} follows it"
     if not last["handed_over"]:
-        follow += f", {command(socket, 'cancel', name)} takes it back before its switchover"
+        follow += f", {command(socket, 'cancel', name)} takes it back before its handover"
     return f"the migration of {last['domain']} continues in the daemons: {follow}"
 
 
@@ -297,10 +297,9 @@ def migrate_command(
 
     DOMAIN is the guest's name, domid or UUID.  DESTINATION is HOST or HOST:PORT of the receiver.
 
-    Ctrl-C before the switchover undoes everything, and the guest continues here.  After the
-    switchover Ctrl-C ends this command only, and SIGTERM does so at any time: the migration
-    continues in the daemons.  `watch` then follows the migration, and `cancel` undoes it before its
-    switchover.
+    Ctrl-C before the handover undoes everything, and the guest continues here.  After the handover
+    Ctrl-C ends this command only, and SIGTERM does so at any time: the migration continues in the
+    daemons.  `watch` then follows the migration, and `cancel` undoes it before its handover.
 
     Exit status 0 when the migration was completed, 1 when not, 3 when the sender has ended
     meanwhile, 130 when interrupted.

@@ -265,7 +265,7 @@ def watch_command(migration: str, socket_paths: tuple[Path, ...], as_json: bool)
 @sockets_option
 @json_option
 def cancel_command(migration: str, socket_paths: tuple[Path, ...], as_json: bool) -> None:
-    """Cancel a migration before its switchover.
+    """Cancel a migration before its handover.
 
     The guest continues at its source.
     """

@@ -168,7 +168,7 @@ class _AwaitedLane:
         return True
 
     def come_with(self, greeting: Hello, lane: LaneConnection) -> bool:
-        """Take the lane if its hello is the one that was welcomed last.  Returns whether it is."""
+        """Take the lane if its hello was welcomed last.  Returns whether the lane was taken."""
         if self.welcomed is not greeting:
             return False
         self.welcomed, self._lane = None, lane

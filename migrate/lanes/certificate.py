@@ -89,7 +89,7 @@ def _out_of_time(tls: Tls, where: str, now: float) -> Iterator[Finding]:
         yield Finding(f"{where}: it has expired on {_day(ends)}: {RENEW}", True)
     elif begins > now:
         yield Finding(
-            f"{where}: it is valid from {_day(begins)} on, and this host's clock says {_day(now)}: "
+            f"{where}: it is valid from {_day(begins)} on, and this host's clock has {_day(now)}: "
             "set the clock, or wait",
             True,
         )

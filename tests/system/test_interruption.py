@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A user interrupts a command, or a daemon is stopped: before the switchover the guest stays at the
+"""A user interrupts a command, or a daemon is stopped: before the handover the guest stays at the
 source, afterwards the migration continues in the daemons.
 """
 
@@ -106,7 +106,7 @@ def test_sigterm_leaves_the_migration_to_the_daemons(world: World, name: str) ->
     status, output = interrupt_when(world, spec, "precopy", *options, by=signal.SIGTERM)
     assert status == 130
     (line,) = world.ask("sender", command="list")["migrations"][-1:]
-    take_back = f"{hint(world, line, 'cancel')} takes it back before its switchover"
+    take_back = f"{hint(world, line, 'cancel')} takes it back before its handover"
     assert output.endswith(f"continues in the daemons: {follow(world, line)}, {take_back}\n")
     until(lambda: not any(info.name == name for info in world.source.domains()), "it stays")
     assert verify_migrated(world, spec)[0].problems == []

@@ -68,7 +68,7 @@ def test_a_good_certificate_has_no_findings(make: Make) -> None:
             {"now": NOW + datetime.timedelta(days=9)},
             True,
             f"it is valid from {NOW + datetime.timedelta(days=8):%Y-%m-%d} on, and this host's "
-            "clock says",
+            "clock has",
         ),
         ({"days": 10}, False, f"it expires on {NOW + datetime.timedelta(days=10):%Y-%m-%d}: renew"),
         ({"trusts": Authority.make(NOW)}, True, "peers with this authority do not accept it: "),

@@ -104,7 +104,7 @@ def package(built: Built, release: Release, source: Path, version: str, out: Pat
 
 
 def write_control(root: Path, release: Release, version: str) -> None:
-    """Write what dpkg has to know of the files in ``root``."""
+    """Write the control files of the package: its description, checksums and scripts."""
     files = {
         path.relative_to(root): path.read_bytes()
         for path in sorted(root.rglob("*"))

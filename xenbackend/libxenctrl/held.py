@@ -7,8 +7,8 @@ its slot, a number of 32 bits.  Slots are mapped together in chunks.  A chunk is
 of its slots is needed and no thread reads from it.
 
 The keeper (``xenbackend/keeper.py``) finds pages by the same tables when this process has been
-killed.  So a slot is set after all by which its page is found, and is cleared before its page is
-unmapped; and the end of the interpreter does not free the tables.
+killed.  So a slot is set only when every table through which its page is found is complete, and is
+cleared before its page is unmapped; and the end of the interpreter does not free the tables.
 """
 
 from __future__ import annotations

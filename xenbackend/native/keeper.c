@@ -37,7 +37,7 @@
 #define PAGE_DATA 0             /* numbers shared with xenbackend.pages.PageStatus */
 #define STACK_BYTES 65536
 #define TLS_BYTES 4096          /* on both sides of the address that %fs has */
-#define FIRST_FREE_FD 2         /* after the listener, and what tells that the host lives */
+#define FIRST_FREE_FD 2         /* after the listener and `alive` */
 
 struct keeper {
     struct keeper_setup setup;
@@ -205,8 +205,8 @@ IN_KEEPER int serve(struct keeper *k, int fd)
     }
 }
 
-/* Keep the listener and what tells that the host lives, as 0 and 1.  All other descriptors are
- * closed: peers and the lock of the state directory must notice the end of the process. */
+/* Keep the listener as 0 and `alive` as 1.  All other descriptors are closed: peers and the lock of
+ * the state directory must notice the end of the process. */
 IN_KEEPER void close_others(struct keeper *k)
 {
     long listener = call(SYS_fcntl, k->setup.listener, F_DUPFD, FIRST_FREE_FD, 0);

@@ -38,7 +38,7 @@ PARALLEL = 2
 MOST_PARALLEL = 100
 CHOICES = {
     "leave": "they continue in the daemons",
-    "cancel": "those before their switchover are taken back, and the others are waited for",
+    "cancel": "those before their handover are taken back, and the others are waited for",
     "wait": "they are waited for",
 }
 """What may follow for the migrations under way when the command is interrupted."""

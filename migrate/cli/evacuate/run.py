@@ -231,7 +231,7 @@ class Evacuation:
 
     # ---- the end ----
     def finish(self) -> None:
-        """Learn what the migrations took, and which guests have come meanwhile, if the sender
+        """Ask what the migrations took, and which guests have come meanwhile, if the sender
         answers.
         """
         with contextlib.suppress(MigrationError):
@@ -242,7 +242,7 @@ class Evacuation:
             self.look()
 
     def cancel(self) -> None:
-        """Take back the migrations that are before their switchover."""
+        """Take back the migrations that are before their handover."""
         for guest in self.planner.of(Step.MOVES):
-            with contextlib.suppress(MigrationError):  # it may be past its switchover
+            with contextlib.suppress(MigrationError):  # it may be past its handover
                 self.sender.call(command="cancel", migration=guest.migration)

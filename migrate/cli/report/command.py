@@ -76,8 +76,8 @@ def report_command(
     of the guest came.  A migration under way is shown as it is now.
 
     Each daemon on this host that has the migration answers.  The source has the rates and the
-    downtime, and the destination has the rest.  What the daemons on this host do not have is said
-    to be unknown: make a report at the other host as well.
+    downtime, and the destination has the rest.  What the daemons on this host do not have is shown
+    as unknown: make a report at the other host as well.
     """
     if as_json and output == STDOUT:
         raise click.UsageError("--json and --output - would both write to standard output")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The pictures of a report.  Each function draws one, for a wide page or a narrow one.
 
-The colours are those of Okabe and Ito, which people with any kind of colour vision can tell apart.
+The colours are those of Okabe and Ito, which people with any kind of colour vision distinguish.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The states of a page at either end, and the steps from one state to the next (cffi reads this
- * file as well).  The native loops and Python call the same functions.
+ * The states of a page at either end, and the steps that faults and arriving pages take from one
+ * state to the next (cffi reads this file as well).  The native loops and Python call the same
+ * functions.  Python itself writes states in steps over many pages that no fault takes.
  *
  * The caller of a step holds the lock of the pages.  Lists of pfns may be of any length.
  */
@@ -32,7 +33,7 @@ void source_sent(struct source_pages *p, const uint64_t *pfns, size_t n);
 size_t source_fault(struct source_pages *p, const uint64_t *pfns, size_t n, uint8_t *wanted);
 
 /* ---- the receiver's (receiver/outstanding.py) ---- */
-/* The order matters: pages before LOADING have not arrived, and no vCPU waits from READY on. */
+/* The order matters: OUTSTANDING to LOADING are not loaded yet, and no vCPU waits from READY on. */
 enum { PAGE_PRESENT, PAGE_OUTSTANDING, PAGE_REQUESTED, PAGE_LOADING, PAGE_READY, PAGE_DROPPED };
 
 #define FAULT_SLOTS 8       /* the slots of the ring, and so the most requests that can be open */
