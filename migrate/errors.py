@@ -72,7 +72,7 @@ class UsedUpError(OSError):
 
     def __str__(self) -> str:
         return (
-            "this host lets the daemon have no further thread or memory: see TasksMax= and "
+            "this host gives the daemon no further thread or memory: see TasksMax= and "
             "MemoryMax= of its unit, and what else runs here"
         )
 

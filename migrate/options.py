@@ -69,7 +69,7 @@ class PolicyOptions:
     timeout_s: float | None = _changeable(None, Until.SWITCHOVER)
     """The time limit of precopy, in which pauses do not count.  ``None``: there is none."""
     on_timeout: OnTimeout = _changeable(OnTimeout.POSTCOPY, Until.SWITCHOVER)
-    """What follows then."""
+    """What follows at the time limit."""
 
     def problems(self) -> str | None:
         if type(self.max_rounds) is not int or not 1 <= self.max_rounds <= 1000:

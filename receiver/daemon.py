@@ -61,9 +61,9 @@ class ReceiverDaemon:
         self._journal = journal
         self.history = History(journal.history())
         self._migrations: dict[str, IncomingMigration] = {}
-        """By session.  A migration leaves when it has ended and its sender is informed."""
+        """The migrations by session, until they have ended and their sender is informed."""
         self._awaited: dict[str, AwaitedLanes] = {}
-        """By session."""
+        """The lanes that a peer is to dial, by session."""
         look = functools.partial(look_at_host, hypervisor, config)
         judge = functools.partial(refusal, hypervisor)
         self.reception = Reception(self._find_awaited, look, self._terms, judge)

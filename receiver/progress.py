@@ -26,13 +26,13 @@ class IncomingProgress:
     """Why there are no further checkpoints, although they were requested."""
     problem: str = ""
     io_fails_in_s: float | None = None
-    """Until dom0 gives up I/O to missing pages.  ``None``: the lanes are there, or the guest has no
-    devices in dom0.
+    """The time until dom0 gives up I/O to missing pages.  ``None``: there are lanes, or the guest
+    has no devices in dom0.
     """
     started_at: float | None = None
     """Seconds since 1970."""
     elapsed_s: float | None = None
-    """From the connection of the sender to now, or to the end."""
+    """The time from the connection of the sender to now, or to the end."""
     pages_done: int | None = None
     """The pages that have arrived of those that were missing when the guest's faults began to be
     served by this process.
@@ -43,10 +43,10 @@ class IncomingProgress:
     message.
     """
     bytes_per_s: float | None = None
-    """At which bytes were received in the last seconds."""
+    """The rate at which bytes were received in the last seconds."""
     eta_s: float | None = None
-    """Until the migration is expected to be completed.  Only a sender can expect the end of
-    precopy.
+    """The time until the migration is expected to be completed.  Only a sender can expect the end
+    of precopy.
     """
     faults: int | None = None
     latency_us: int | None = None

@@ -20,7 +20,7 @@ def sender_command(**options: Any) -> None:
 
     The sender migrates what `migrate` and xl's helper ask for at its control socket.
 
-    On SIGTERM the sender gives up the migrations that are not handed over yet (their guests
+    On SIGTERM the sender gives up the migrations that are before their handover (their guests
     continue here), waits for the others, and ends.  A second SIGTERM ends the sender at once.
     SIGHUP does the same as SIGTERM, and a second SIGHUP does nothing.
     """

@@ -71,10 +71,10 @@ class SenderDaemon:
         self.history = History(journal.history())
         self._port = 0
         self._migrations: dict[str, OutgoingMigration] = {}
-        """By session.  A migration leaves when it has ended and its destination is informed."""
+        """The migrations by session, until they have ended and their destination is informed."""
         self._active: set[str] = set()
         self._awaited: dict[str, AwaitedLanes] = {}
-        """By session."""
+        """The lanes that a peer is to dial, by session."""
         self._estimates = Estimates(hypervisor, config.terms)
         self._nursery: trio.Nursery
         self._stopping = False

@@ -46,9 +46,9 @@ class Measured:
     counted once.
     """
     bytes_per_s: float
-    """At which the destination took pages in; above 0."""
+    """The rate at which the destination took pages in; above 0."""
     fault_s: float
-    """How long a page took that was sent alone."""
+    """The time of a page that was sent alone."""
     round_trip_s: float
     """The part of that time in which the link alone works; 0 if it is unknown."""
 

@@ -34,8 +34,8 @@ def check_state(domain: Domain) -> None:
         )
     if info.state is DomainState.SUSPENDED:
         raise OccupiedError(
-            f"{info.name} is suspended: only a running guest can be migrated; who migrates or "
-            "saves it now, `xen-postcopy list` may show"
+            f"{info.name} is suspended: only a running guest can be migrated; `xen-postcopy list` "
+            "may show what migrates or saves it now"
         )
     if info.state is not DomainState.RUNNING:
         raise MigrationError(
@@ -54,8 +54,8 @@ def check_free(domain: Domain, options: MigrationOptions) -> None:
 
 def log_dirty_is_used(name: str) -> OccupiedError:
     return OccupiedError(
-        f"log-dirty is on for {name}: a program migrates, saves or protects it, or died when doing "
-        "so; if none does any more, `xen-postcopy migrate --take-log-dirty` (or `XEN_POSTCOPY=off "
+        f"log-dirty is on for {name}: a program migrates, saves or protects it, or was killed "
+        "when doing so; if none does any more, `xen-postcopy migrate --take-log-dirty` (or `XEN_POSTCOPY=off "
         "xl migrate`) switches it off first"
     )
 

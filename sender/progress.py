@@ -46,17 +46,17 @@ class Progress:
     started_at: float | None = None
     """Seconds since 1970."""
     elapsed_s: float | None = None
-    """From the start to now, or to the end."""
+    """The time from the start to now, or to the end."""
     bytes_per_s: float | None = None
-    """At which bytes were sent in the last seconds."""
+    """The rate at which bytes were sent in the last seconds."""
     dirty_bytes_per_s: float | None = None
-    """At which the guest has dirtied memory during the last round; each page counts once."""
+    """The rate at which the guest dirtied memory in the last round; each page counts once."""
     expected_freeze_ms: float | None = None
-    """For which the guest is expected to be frozen if precopy ends as at the end of the last round:
+    """The expected freeze of the guest, if precopy ends as at the end of the last round:
     by stop-and-copy or by postcopy, whichever is shorter and allowed.
     """
     eta_s: float | None = None
-    """Until the migration is expected to be completed."""
+    """The time until the migration is expected to be completed."""
     eta_least_s: float | None = None
     """Before that time it cannot be completed at the present rate."""
     faults_per_s: float | None = None
@@ -80,7 +80,7 @@ class Now:
     """time.monotonic(); 0: not yet."""
     bytes_sent: int
     pages_sent: int
-    """In precopy."""
+    """The number of pages that were sent in precopy."""
     pages_confirmed: int
     """After the handover."""
     memory_pages: int

@@ -27,7 +27,7 @@ def open_hypervisor(simulated: Path | None) -> Hypervisor:
         raise XenError(
             "Xen",
             errno.ENOSYS,
-            why=f"the part that talks to Xen is not usable ({error}): install libxen-dev and gcc "
+            why=f"the module for the real Xen is not usable ({error}): install libxen-dev and gcc "
             "and then this program again, which builds it; without Xen, use --simulated SOCKET "
             "with a simulated host",
         ) from error

@@ -78,7 +78,7 @@ class DomainId:
     handle: bytes | None
     """``None`` if a release that did not note handles has noted the domain."""
     name: str = dataclass_field(compare=False)
-    """For people."""
+    """The domain's name, for people."""
 
 
 @dataclass(frozen=True)

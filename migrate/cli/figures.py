@@ -37,7 +37,7 @@ class Field:
     rank: int
     forms: Sequence[str]
     drawn: bool = False
-    """It is for a line that is drawn again and again, and not for one that stays."""
+    """The figure is for a line that is drawn again and again, and not for one that stays."""
 
 
 def fit(fields: Sequence[Field], width: int) -> str:

@@ -29,7 +29,7 @@ SHOWN = (
 
 
 class Pauses:
-    """When a line is printed again that stays."""
+    """The pauses after which a line that stays is printed again."""
 
     def __init__(self) -> None:
         self._began = self._printed = time.monotonic()

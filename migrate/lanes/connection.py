@@ -48,8 +48,8 @@ from migrate.tasks import in_abandoned_thread, in_stoppable_thread
 
 CONNECT_TIMEOUT_S = 10.0
 STEP_TIMEOUT_S = 60.0
-"""The longest time for one step of the peer before the handover (a preflight, an eviction), and for
-the peer to receive bytes that we send.
+"""The longest time for one step of the peer (a preflight, an eviction, a report of missing pages),
+and for the peer to receive bytes that we send.
 """
 EXPLANATION_S = 1.0
 """How long to wait, when the pull lane has ended, for the push lane to show the reason."""
@@ -410,8 +410,8 @@ class LaneConnection:
 
 @contextlib.contextmanager
 def step_timeout(complaint: str) -> Iterator[None]:
-    """Limit a step of the peer before the handover.  Raises :class:`PeerClosedError` if the step
-    takes too long.
+    """Limit one step of the peer to ``STEP_TIMEOUT_S``.  Raises :class:`PeerClosedError` if the
+    step takes longer.
     """
     with trio.move_on_after(STEP_TIMEOUT_S) as scope:
         yield

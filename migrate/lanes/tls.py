@@ -249,7 +249,7 @@ def _why(error: OSError | ValueError) -> str:
 
 
 def explain(error: OSError) -> str:
-    """For people."""
+    """Return the error in words for people."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"the peer's certificate is not accepted: {error.verify_message}"
     if isinstance(error, ssl.SSLError):

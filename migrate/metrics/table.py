@@ -248,7 +248,7 @@ class Totals:
     end: str
     outcomes: Counter[str] = field(default_factory=Counter)
     figures: dict[str, Counter[str]] = field(default_factory=dict)
-    """By the name of the metric."""
+    """The counters by the name of their metric."""
 
     def add_ended(self, shown: Json) -> None:
         """Add a migration that has ended, with what ``show`` answers of it."""
@@ -277,4 +277,4 @@ class Snapshot:
 
     totals: Totals
     under_way: list[Json] = field(default_factory=list)
-    """What ``show`` answers of each."""
+    """What ``show`` answers of each migration that is under way."""

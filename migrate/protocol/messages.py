@@ -254,7 +254,7 @@ class Completed(Message):
 
 @dataclass(frozen=True, eq=False)
 class Abort(Message):
-    """The guest stays at the source; sent before the handover only."""
+    """The guest stays at the source.  Sent before ``handover``, or first on new lanes."""
 
     type = "abort"
     reason: str = text_field(MAX_TEXT)
@@ -423,8 +423,8 @@ ALL_ARRIVED = "all of its pages are at the destination"
 
 @dataclass(frozen=True, eq=False)
 class Failed(Message):
-    """The receiver cannot continue.  Before the handover it has cleaned up.  After the handover it
-    keeps the guest as it is.
+    """The receiver cannot continue.  Before the handover the receiver has cleaned up.  After the
+    handover the receiver keeps the guest as it is.
     """
 
     type = "failed"

@@ -68,7 +68,7 @@ RECORDS = "records"
 """The folder of the records, beside the file."""
 NOT_IN_A_LIST = ("details", "known")
 ASKED = {"postcopy-now": "switch over", "check-decision": "decide"}
-"""What a request asks for, if the word is another one than its command."""
+"""The verb for a request in an answer, if the verb is not the command."""
 Json = dict[str, Any]
 M = TypeVar("M", bound=Named)
 R = TypeVar("R", bound="Recording")
@@ -95,7 +95,7 @@ class Ended:
 
     @property
     def line(self) -> Json:
-        """What ``list`` shows."""
+        """Return what ``list`` shows of the migration."""
         return {key: value for key, value in self.shown.items() if key not in NOT_IN_A_LIST}
 
     def refusal(self, command: str) -> MigrationError:
@@ -119,7 +119,7 @@ class History:
         self._path = path
         self.records = Records(path.with_name(RECORDS))
         self._ended: dict[str, Ended] = {}
-        """By id, the oldest first."""
+        """The migrations that have ended, by identifier, the oldest first."""
         self._lines = 0
         self._writing = threading.Lock()
         self._unwritten = Complaint(log.warning)

@@ -81,7 +81,7 @@ class Journal:
         self._directory = directory
         self._files: dict[str, int] = {}
         self.kept: dict[str, Kept] = {}
-        """By session."""
+        """The entries that are kept and not resumed, by session."""
         self._boot = BOOT_ID.read_text().strip()
         try:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -33,7 +33,7 @@ SWITCH_INTERVAL_S = 50e-6
 OWNED = "XEN_POSTCOPY_OWNED"
 """The environment variable of a process that ends when the process that started it ends."""
 LISTEN_FDS_START = 3
-"""Of sd-daemon(3)."""
+"""The first descriptor that systemd passes on (sd-daemon(3))."""
 ACCEPT_AGAIN_S = 0.1
 DRAIN_EVERY_S = 1.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 FORMAT = 1
-"""Of :meth:`Record.taken`.  Another number if the meaning of a key changes."""
+"""The format of :meth:`Record.taken`: another number if the meaning of a key changes."""
 FIRST_PAUSE_S = 0.05
 MOST_SAMPLES = 800
 MOST_VCPUS = 128
@@ -73,7 +73,7 @@ class Samples:
 
 
 class Record:
-    """What is recorded of one migration at one end.  ``columns``: of the samples."""
+    """What is recorded of one migration at one end.  ``columns``: the keys of the samples."""
 
     def __init__(self, columns: Iterable[str]):
         self.samples = Samples(columns)

@@ -230,7 +230,7 @@ async def test_what_a_guest_depends_on_is_done_as_soon_as_a_thread_starts(
 
     await isolated("a connection", work)
     assert (
-        "a connection is given up: this host lets the daemon have no further thread" in caplog.text
+        "a connection is given up: this host gives the daemon no further thread" in caplog.text
     )
     assert not any(record.exc_info for record in caplog.records)
     assert await tasks.as_soon_as_threads_start(work) == os.getpid() and len(failed) == 3

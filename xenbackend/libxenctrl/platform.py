@@ -34,7 +34,7 @@ class Platform:
     emulation_flags: int
     misc_flags: int
     handle: bytes
-    """Its UUID."""
+    """The UUID of the domain."""
     ring_pfn: int
     """The pfn at which the memory map leaves room for a paging ring.  0: there is none, and the
     ring is placed behind the memory.

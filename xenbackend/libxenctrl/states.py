@@ -33,7 +33,7 @@ class Info(Protocol):
     shutdown: int
     shutdown_reason: int
     cpu_ns: int
-    """For how long the vCPUs have run."""
+    """The time for which the vCPUs have run."""
 
 
 def state_of(info: Info, *, restoring: bool = False) -> tuple[DomainState, str]:
