@@ -229,9 +229,7 @@ async def test_what_a_guest_depends_on_is_done_as_soon_as_a_thread_starts(
         return await trio.to_thread.run_sync(os.getpid)
 
     await isolated("a connection", work)
-    assert (
-        "a connection is given up: this host gives the daemon no further thread" in caplog.text
-    )
+    assert "a connection is given up: this host gives the daemon no further thread" in caplog.text
     assert not any(record.exc_info for record in caplog.records)
     assert await tasks.as_soon_as_threads_start(work) == os.getpid() and len(failed) == 3
     with pytest.raises(RuntimeError, match="another"):
