@@ -66,7 +66,7 @@ class DirtyLog:
         try:
             self._domain.log_dirty_enable()
         except XenError as error:
-            self._enabled = error.errno != errno.EBUSY  # after other errors it may be partly on
+            self._enabled = error.errno != errno.EBUSY  # otherwise log-dirty may be partly on
             raise
         self._enabled = self._holds_balloon = True
         self._hold_balloon()

@@ -78,8 +78,8 @@ class FaultServer:
                     self._receive()
                 else:
                     pfns = self._ahead.popleft()
-                    # No vCPU waits for this page yet.  It counts as background copying, which is
-                    # delayed for it.
+                    # No vCPU waits for these pages yet, so they count against the cap on background
+                    # copying.
                     before = self._statistics.pull_pages
                     size = self._send(pfns[~self._backlog.is_done(pfns)])
                     self._statistics.ahead_pages += self._statistics.pull_pages - before

@@ -118,7 +118,7 @@ def _log_dirty(domain: Domain) -> Iterator[None]:
     except XenError as error:
         if error.errno == errno.EBUSY:
             raise log_dirty_is_used(domain.info().name) from error
-        domain.log_dirty_disable()  # it may be partly on
+        domain.log_dirty_disable()  # log-dirty may be partly on
         raise
     try:
         yield

@@ -248,7 +248,7 @@ class Rollback:
                 entry.restored_domid, config, lent=False, handle=self._source.domain.handle
             )
         for left in hypervisor.abandoned(config, instead_of=self._source.domain):
-            left.destroy()  # a predecessor made it and died before it noted the domain's number
+            left.destroy()  # a predecessor made it, and was killed before it noted the number
         domain = hypervisor.create_incoming(config, instead_of=self._source.domain)
         applied, entry.restored_domid, entry.applied = entry.applied, domain.domid, True
         try:

@@ -96,7 +96,7 @@ class Exposition(Collector):
         yield started
         phases = _other(GaugeMetricFamily, "migrations", "phase")
         for phase, count in Counter(shown["phase"] for shown in snapshot.under_way).items():
-            if phase not in ENDED:  # it has ended while the snapshot was taken
+            if phase not in ENDED:  # the migration has ended meanwhile
                 phases.add_metric([end, phase], count)
         yield phases
         ended = _other(CounterMetricFamily, "ended_migrations", "outcome")
