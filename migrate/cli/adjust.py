@@ -37,7 +37,7 @@ def set_command(migration: str, socket_path: Path, as_json: bool, **given: Any) 
     that has no effect any more is refused: after precopy only the caps can be changed.
 
     \b
-    Slow a migration down for the working hours, and remove the cap in the evening:
+    Slow a migration down in working hours, and remove the cap in the evening:
         xen-postcopy set web --bandwidth 20M
         xen-postcopy set web --bandwidth none
     """

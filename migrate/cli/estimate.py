@@ -132,14 +132,14 @@ def estimate_command(
     DOMAIN is the guest's name, domid or UUID.  DESTINATION is HOST or HOST:PORT of the receiver.
 
     The local sender connects with the destination as for a migration, and asks whether the
-    destination would take the guest in.  It measures the link, which carries up to half a GiB for
-    that, and then for some seconds which pages the guest writes.  Log-dirty is on meanwhile: it
-    slows the guest down a little, and a guest that is being migrated cannot be measured.
+    destination would take the guest in.  The sender measures the link, which carries up to half a
+    GiB for that, and then for some seconds which pages the guest writes.  Log-dirty is on meanwhile
+    and slows the guest a little.  A guest that is being migrated cannot be measured.
 
     TOTAL: from the request to completion.  DOWNTIME: the guest is suspended.  FROZEN: the longest
     time for which its programs do not run; after a handover they wait for missing pages as well.
 
-    Ctrl-C ends the measurement, and log-dirty is off then.
+    Ctrl-C ends the measurement, and the sender switches log-dirty off.
 
     Exit status 0 if the guest could be migrated by one strategy at least, 1 if not, 130 when
     interrupted.

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A decision that the journal cannot have is not carried out: a successor of the daemon would not
-know the decision, and would have the guest run at the other end as well.
+"""A decision that the journal cannot have is not carried out: a successor of the daemon would lack
+the decision, and would have the guest run at the other end as well.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ async def test_nobody_else_takes_a_session_up(clean_hosts: World, name: str) -> 
 async def test_another_daemon_at_its_address_cannot_answer_for_the_destination(
     clean_hosts: World, name: str, answer: m.Message
 ) -> None:
-    """If the sender believed the answer, it would destroy the pages that the guest still lacks, or
+    """If the sender accepted the answer, it would destroy the pages that the guest still lacks, or
     refuse to send them.
     """
 

@@ -54,8 +54,8 @@ def shown(world: World) -> dict[str, Any]:
 
 
 def in_postcopy(world: World) -> GuestSpec:
-    """Begin a migration whose push does not go on by itself.  The guest never touches a half of its
-    memory.
+    """Begin a migration whose push does not continue by itself.  The guest never touches a half of
+    its memory.
     """
     spec = boot(world, rate=100)
     begin(world, "guest", bandwidth=HARDLY)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The control socket: the answer to a client's mistake, and the error if the daemon goes away."""
+"""The control socket: the answer to a client's mistake, and the error if the daemon ends."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A report: its series, what it says of what is not known, and what becomes of text of others."""
+"""A report: its series, what it shows for what is not known, and what becomes of text of others."""
 
 from __future__ import annotations
 

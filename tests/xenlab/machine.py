@@ -63,7 +63,7 @@ Command = str | Sequence[str]
 
 
 class StuckError(LabError):
-    """The emulated machine stands still by a fault of QEMU, and not by one of what it runs."""
+    """The emulated machine has stopped by a fault of QEMU, and not by one of what it runs."""
 
 
 @dataclass(frozen=True)

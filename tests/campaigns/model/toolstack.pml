@@ -229,7 +229,7 @@ active proctype Sender()
 {
     bool reported;          /* the receiver has reported that the guest runs there */
     bool stays;             /* it has reported that the guest never ran there */
-    bool in_doubt;          /* it does not know whether the guest ran there */
+    bool in_doubt;          /* it cannot find out whether the guest ran there */
     bool said_handover;
     bool released;          /* the destination has the page */
 
@@ -480,7 +480,7 @@ active proctype Watch()
         timeout
     :: s_domain && !s_runs && !r_domain ->
         assert(xs_over && s_journal == DECIDING);
-        s_runs = true;      /* and here at the source: no daemon can tell whether it ran there */
+        s_runs = true;      /* and here at the source: no daemon finds out whether it ran there */
         timeout
     :: else -> skip
     fi;
