@@ -72,7 +72,7 @@ coverage-core: $(STAMP)
 	$(call MEASURED,combine) --quiet
 	$(call MEASURED,report) --include=$(subst $(SPACE),$(COMMA),$(strip $(CORE))) --fail-under=100
 
-# Which product code all tests together reach, daemons and every other process included.  What talks to
+# Which product code all tests together reach, daemons and every other process included.  What uses
 # a real Xen runs in the lab only, and has a table of its own.
 LIBXENCTRL := xenbackend/libxenctrl/*
 coverage: $(STAMP)
