@@ -256,12 +256,15 @@ def _measure_link(
 ) -> None:
     """Measure the rate at which the destination takes pages in, and the time of a page alone.
 
+    The destination confirms that nothing was sent when it is this end's turn to measure.
+
     Each chunk is twice as large as the one before it, and the last one counts: by then neither the
     beginning of a connection nor the confirmation matters.
     """
     data = memoryview(random.randbytes(BATCH_PAGES * PAGE_SIZE))
     throttle, chunk, seconds = BandwidthCap(cap), FIRST_CHUNK, 0.0
     most = LAST_CHUNK if cap is None else min(LAST_CHUNK, max(cap * CHUNK_S, FIRST_CHUNK))
+    _confirm(lane)
     while True:
         began = time.monotonic()
         for at in range(0, chunk, len(data)):

@@ -24,7 +24,7 @@ from migrate.lanes.connection import (
     LaneConnection,
     Terms,
 )
-from migrate.lanes.trial import Judge, judge_nothing, serve_trial
+from migrate.lanes.trial import Judge, Trials, judge_nothing
 from migrate.logs import Complaint
 from migrate.protocol.messages import PREFLIGHT, TRIAL, Hello, Host, Lane, Refused, printable
 from migrate.protocol.session import answer_token, hello, negotiate, number_of_rejoin
@@ -215,8 +215,7 @@ class Reception:
     ):
         self._find, self._look, self._terms = find, look, terms
         self._judge = judge
-        self._trials = trio.Lock()
-        """Held during a trial, because two at once would measure each other."""
+        self._trials = Trials()
         self._strangers: dict[trio.CancelScope, str] = {}
         """The connections without a hello and their addresses, the oldest first."""
         self._of_address: dict[str, dict[trio.CancelScope, None]] = {}
@@ -235,7 +234,7 @@ class Reception:
             self._strangers[stranger] = address
             self._of_address.setdefault(address, {})[stranger] = None
             try:
-                await self._greet(stream)
+                await self._greet(stream, address, stranger)
             finally:
                 self._forget(stranger)
 
@@ -267,7 +266,9 @@ class Reception:
             if not self._of_address[address]:
                 del self._of_address[address]
 
-    async def _greet(self, stream: trio.SocketStream) -> None:
+    async def _greet(
+        self, stream: trio.SocketStream, address: str, stranger: trio.CancelScope
+    ) -> None:
         try:
             lane = await LaneConnection.from_stream(stream, self._terms)
         except (MigrationError, OSError) as error:
@@ -278,6 +279,11 @@ class Reception:
             negotiate(greeting)
             if PREFLIGHT in greeting.requires:
                 await self._answer_preflight(lane, greeting)
+                if TRIAL in greeting.requires:
+                    async with self._trials.admitted(address):
+                        self._forget(stranger)  # the number of trials has a limit of its own
+                        await self._trials.serve(lane, self._judge)
+                lane.close()
                 return
             awaited = self._find(greeting)
             await awaited.welcome(greeting)
@@ -305,14 +311,8 @@ class Reception:
             raise
 
     async def _answer_preflight(self, lane: LaneConnection, greeting: Hello) -> None:
-        """Answer a peer that asks about this host or tries it, and end the connection."""
+        """Answer a peer that asks about this host."""
         ours = hello(Lane(greeting.lane), greeting.session, requires=self._terms.requires)
         await lane.send(ours)
         lane.agree((ours, greeting))
-        if TRIAL not in greeting.requires:
-            await lane.send(await self._look())
-        else:
-            async with self._trials:
-                await lane.send(await self._look())
-                await serve_trial(lane, self._judge)
-        lane.close()
+        await lane.send(await self._look())

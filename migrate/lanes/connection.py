@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import trio
 
@@ -46,6 +46,7 @@ from migrate.protocol.messages import (
 )
 from migrate.tasks import in_abandoned_thread, in_stoppable_thread
 
+Result = TypeVar("Result")
 CONNECT_TIMEOUT_S = 10.0
 STEP_TIMEOUT_S = 60.0
 """The longest time for one step of the peer (a preflight, an eviction, a report of missing pages),
@@ -420,22 +421,23 @@ def step_timeout(complaint: str) -> Iterator[None]:
 
 
 async def run_in_thread(
-    main: Callable[[], None],
+    main: Callable[[], Result],
     stop: Callable[[], None],
     schedule: Callable[[], None] = scheduling.be_bulk,
-) -> None:
-    """Run ``main`` in a thread of its own, at the priority that ``schedule`` gives to the thread.
-    ``stop`` makes ``main`` return, and is called when this task is cancelled.
+) -> Result:
+    """Run ``main`` in a thread of its own, at the priority that ``schedule`` gives to the thread,
+    and return its result.  ``stop`` makes ``main`` return, and is called when this task is
+    cancelled.
     """
 
-    def scheduled() -> None:
+    def scheduled() -> Result:
         schedule()
         try:
-            main()
+            return main()
         finally:
             scheduling.reset()  # trio reuses its threads
 
-    await in_stoppable_thread(scheduled, stop)
+    return await in_stoppable_thread(scheduled, stop)
 
 
 async def connect(host: str, port: int, terms: Terms) -> LaneConnection:

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 import trio
+import trio.testing
 
 from migrate.errors import MigrationError, PeerClosedError, ProtocolError
 from migrate.lanes import accept, trial
@@ -199,19 +200,95 @@ async def test_a_trial_ends_when_too_much_was_sent(monkeypatch: pytest.MonkeyPat
             await lane.receive()
 
 
-async def test_trials_follow_one_another() -> None:
+async def confirmed(lane: LaneConnection) -> None:
+    """Have a barrier confirmed."""
+    await lane.send(m.Barrier(0))
+    answer, _pages = await lane.receive()
+    assert isinstance(answer, m.Passed)
+
+
+async def test_peers_measure_in_turn() -> None:
     """Two at once would measure each other."""
-    async with listening() as port:
-        async with in_trial(port):
-            second = await connect(HOST, port, Terms())
-            await greet(second, Terms(), m.TRIAL)
+    async with listening() as port, in_trial(port) as second:
+        async with in_trial(port) as first:
+            await confirmed(first)
+            await second.send(m.Barrier(0))
             assert not second.is_over(0.05) and not second.readable()
-        await host_of(second)
-        second.close()
+        answer, _pages = await second.receive()
+        assert isinstance(answer, m.Passed)
+
+
+async def test_a_peer_that_keeps_its_turn_keeps_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "TURN_S", 0.05)
+    async with listening() as port, in_trial(port) as slow:
+        await confirmed(slow)
+        assert (await tried(port)).link.bytes_per_s > 0
+        await confirmed(slow)
+
+
+async def test_guests_are_judged_while_another_peer_measures() -> None:
+    async with listening() as port, in_trial(port) as slow:
+        await confirmed(slow)
+        found = await tried(port, known=Link(1e9, 1e-4, 1e-5))
+        assert found.refusals == {True: "", False: ""}
+
+
+async def test_more_estimates_at_once_than_the_limit_wait_for_each_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(trial, "MOST_TRIALS_OF_ADDRESS", 1)
+    found = []
+
+    async def try_it(port: int) -> None:
+        found.append(await tried(port))
+
+    async with listening() as port, trio.open_nursery() as nursery:
+        for _number in range(5):
+            nursery.start_soon(try_it, port)
+    assert len(found) == 5 and all(one.link.bytes_per_s > 0 for one in found)
+
+
+async def test_trials_of_one_address_leave_room_for_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(trial, "MOST_TRIALS_OF_ADDRESS", 2)
+    monkeypatch.setattr(trial, "MOST_TRIALS", 3)
+    trials, admitted = trial.Trials(), list[str]()
+
+    async def hold(address: str) -> None:
+        async with trials.admitted(address):
+            admitted.append(address)
+            await trio.sleep_forever()
+
+    async with trio.open_nursery() as nursery:
+        async with trio.open_nursery() as hostile:
+            for _number in range(4):
+                hostile.start_soon(hold, "hostile")
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(hold, "other")
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(hold, "third")
+            await trio.testing.wait_all_tasks_blocked()
+            assert admitted == ["hostile"] * 2 + ["other"]
+            hostile.cancel_scope.cancel()
+        await trio.testing.wait_all_tasks_blocked()
+        assert admitted == ["hostile"] * 2 + ["other", "third"]
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_crowd_of_silent_connections_ends_no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accept, "MAX_STRANGERS_OF_ADDRESS", 2)
+    async with listening() as port, in_trial(port) as lane:
+        await confirmed(lane)
+        crowd = [await connect(HOST, port, Terms()) for _number in range(3)]
+        assert await trio.to_thread.run_sync(crowd[0].is_over, WAIT_S)
+        await confirmed(lane)
+        for one in crowd:
+            one.close()
 
 
 async def test_a_destination_that_answers_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    def answer(lane: LaneConnection, _judge: trial.Judge) -> None:
+    def answer(lane: LaneConnection) -> None:
         with contextlib.suppress(PeerClosedError):
             while True:
                 message, _payload = lane.receive_blocking()
@@ -220,7 +297,10 @@ async def test_a_destination_that_answers_something_else(monkeypatch: pytest.Mon
                 elif isinstance(message, m.Offer):
                     lane.send_blocking(m.Accepted("", b""))
 
-    monkeypatch.setattr(trial, "_answer", answer)
+    async def serve(_trials: trial.Trials, lane: LaneConnection, _judge: trial.Judge) -> None:
+        await trio.to_thread.run_sync(answer, lane)
+
+    monkeypatch.setattr(trial.Trials, "serve", serve)
     async with listening() as port:
         with pytest.raises(MigrationError, match="answered with ready instead of passed"):
             await tried(port)
