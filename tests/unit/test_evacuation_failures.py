@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from migrate.cli.evacuate.planner import PATIENCE_S, Ask, Measure, Step
+from migrate.cli.evacuate.planner import MOST_ABSENCES, PATIENCE_S, Ask, Measure, Step
 from migrate.cli.evacuate.shown import head, obstacles
 from tests.support.evacuations import GIB, Played, estimate, here, line, named
 
@@ -196,6 +196,43 @@ def test_a_destination_that_comes_back_is_used_again() -> None:
     assert isinstance(ask, Ask)
     played.planner.answered(ask.destination, 100 * GIB)
     assert named(played.measure()) == [2]
+
+
+def go_away(played: Played) -> None:
+    """Have the destination go away during a measurement, and come back when it is asked again."""
+    (measured,) = played.to_measure()
+    played.planner.not_begun(measured.guest, "no route", played.now)
+    (ask,) = played.next()
+    assert isinstance(ask, Ask)
+    played.planner.silent(ask.destination, "no route", played.now)
+    played.now += 3
+    for ask in played.next():
+        assert isinstance(ask, Ask)
+        played.planner.answered(ask.destination, 100 * GIB)
+
+
+def test_a_destination_that_goes_away_again_and_again_is_given_up() -> None:
+    played = Played([here(1), here(2)], parallel=1)
+    for _time in range(MOST_ABSENCES + 1):
+        assert not played.planner.is_over
+        go_away(played)
+    assert played.planner.is_over
+    assert played.guest(1).problem == (
+        "no place for its 1.0 GiB: there: it has gone away 6 times: no route"
+    )
+
+
+def test_absences_before_a_migration_has_begun_do_not_count_afterwards() -> None:
+    played = Played([here(1), here(2)], parallel=1)
+    for _time in range(MOST_ABSENCES):
+        go_away(played)
+    played.measure()
+    played.begin()
+    played.end(1)
+    for _time in range(MOST_ABSENCES):
+        go_away(played)
+    played.run()
+    assert set(played.steps().values()) == {Step.GONE}
 
 
 def test_memory_that_a_migration_takes_is_not_given_twice() -> None:

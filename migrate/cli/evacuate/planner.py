@@ -34,6 +34,8 @@ ASK_EVERY_S = 2.0
 """How often a destination is asked that cannot be reached."""
 PATIENCE_S = 30.0
 """How long a destination is waited for that cannot be reached."""
+MOST_ABSENCES = 5
+"""How often a destination may go away before a migration to it has begun."""
 OF_GUEST = (
     "name", "domid", "uuid", "target", "memory_bytes", "needed_bytes", "devices", "problem",
 )  # fmt: skip
@@ -127,6 +129,8 @@ class Destination:
     problem: str = ""
     """Why it cannot be reached; empty if it can."""
     down_since: float = 0.0
+    absences: int = 0
+    """How often it has gone away since a migration to it has begun."""
     is_lost: bool = False
     """It is not waited for any more."""
     to_ask: bool = False
@@ -270,12 +274,16 @@ class Planner:
         """Take why a destination has not answered."""
         if not destination.problem:
             destination.down_since = now
+            destination.absences += 1
         destination.is_asked, destination.problem = False, problem
         destination.ask_at = now + ASK_EVERY_S
         for guest in self.guests:
             if guest.destination == destination.address:
                 guest.attempts = 0  # the guest was not the reason
-        if now - destination.down_since > PATIENCE_S:
+        if destination.absences > MOST_ABSENCES:
+            destination.problem = f"it has gone away {destination.absences} times: {problem}"
+            destination.is_lost = self._to_place = True
+        elif now - destination.down_since > PATIENCE_S:
             destination.is_lost = self._to_place = True
         destination.doubt()
 
@@ -301,7 +309,9 @@ class Planner:
     def begun(self, guest: Guest, line: Json) -> None:
         """Take the first progress of a migration that was requested."""
         guest.follow(line, guest.destination)
-        self.destinations[guest.destination].spent_bytes += guest.needed_bytes
+        destination = self.destinations[guest.destination]
+        destination.spent_bytes += guest.needed_bytes
+        destination.absences = 0
 
     def not_begun(self, guest: Guest, problem: str, now: float) -> None:
         """Take why a guest could not be measured, or its migration not be requested."""
