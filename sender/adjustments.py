@@ -3,6 +3,9 @@
 
 Each change acts at once and is noted in the journal, or raises a :class:`MigrationError` with the
 reason.  If the journal cannot be written, a change is undone, but not the end of a pause.
+
+One change follows the other: to undo a change would otherwise undo what another client has changed
+since, and would end a pause that has ended already.
 """
 
 from __future__ import annotations
@@ -26,6 +29,11 @@ async def change(context: Context, values: dict[str, Any]) -> None:
     Raises as :func:`migrate.options.changed`, and :class:`MigrationError` for an option that has no
     effect any more.
     """
+    async with context.adjusting:
+        await _change(context, values)
+
+
+async def _change(context: Context, values: dict[str, Any]) -> None:
     before = context.options
     after = changed(before, values)
     _check_under_way(context, "change")
@@ -48,6 +56,11 @@ async def change(context: Context, values: dict[str, Any]) -> None:
 
 async def pause(context: Context) -> None:
     """Pause copying."""
+    async with context.adjusting:
+        await _pause(context)
+
+
+async def _pause(context: Context) -> None:
     _check_under_way(context, "pause")
     name = context.name
     if context.pause.is_on:
@@ -69,11 +82,12 @@ async def pause(context: Context) -> None:
 
 async def resume(context: Context) -> None:
     """End a pause."""
-    _check_under_way(context, "resume")
-    if not context.pause.is_on:
-        raise MigrationError(f"the copying of {context.name} is not paused")
-    context.pause.end(time.monotonic())
-    await in_thread(context.ownership.note)
+    async with context.adjusting:
+        _check_under_way(context, "resume")
+        if not context.pause.is_on:
+            raise MigrationError(f"the copying of {context.name} is not paused")
+        context.pause.end(time.monotonic())
+        await in_thread(context.ownership.note)
 
 
 def precopy_is_over(context: Context) -> bool:

@@ -120,6 +120,8 @@ class Context:
         self.record.is_whole = self.began_here
         self.cap = Throttle(self._bytes_per_s)
         self.pause = entry.pause
+        self.adjusting = trio.Lock()
+        """Held until a change by an operator is noted in the journal, or undone."""
         self.signals = Signals()
         self.barriers = Barriers()
         self.postcopy_asked = False

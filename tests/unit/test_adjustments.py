@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import threading
+from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
 import click
 import pytest
 import trio
+import trio.testing
 
 from migrate import cli
 from migrate.cli.options import STRATEGY_OPTIONS
@@ -32,6 +36,7 @@ from sender.entry import Entry, read_entry
 from sender.ownership import DECIDED, ENDED, INHERITED, State
 from sender.pause import Pause
 from sender.toolstack import OwnToolstack
+from tests.support.waiting import WAIT_S
 from xenbackend.contract import DomainId
 
 MIB = 2**20
@@ -54,10 +59,28 @@ class Journal:
         self.facts = {}
 
 
-def context_in(state: State, **options: Any) -> tuple[Context, Journal]:
+class SlowDisk(Journal):
+    """A journal whose first entry takes long, and fails."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_asked, self.may_fail = threading.Event(), threading.Event()
+
+    def write(self, session: str, facts: dict[str, Any], *, needed: bool) -> None:
+        if self.is_asked.is_set():
+            super().write(session, facts, needed=needed)
+            return
+        self.is_asked.set()
+        assert self.may_fail.wait(WAIT_S)
+        raise MigrationError("cannot write the journal: it is full")
+
+
+def context_in(
+    state: State, journal: Journal | None = None, **options: Any
+) -> tuple[Context, Journal]:
     """Return a migration in a state, with these options, and its journal."""
     none: Any = None
-    journal = Journal()
+    journal = journal or Journal()
     lanes: Any = SimpleNamespace(facts=lambda: {"dials": None, "rejoins": 0, "proven": False})
     entry = Entry(DomainId(9, HANDLE, "guest"), MigrationOptions(**options), False)
     session = "session"
@@ -165,6 +188,49 @@ async def test_a_change_that_the_journal_cannot_have_is_undone() -> None:
     await adjustments.pause(context)
     journal.is_full = True
     await adjustments.resume(context)
+    assert not context.pause.is_on
+
+
+async def at_once(
+    disk: SlowDisk, refused: Callable[[], Awaitable[None]], other: Callable[[], Awaitable[None]]
+) -> None:
+    """Have one client ask for ``other`` before the journal has refused the change of another."""
+
+    async def fails() -> None:
+        with pytest.raises(MigrationError, match="it is full"):
+            await refused()
+
+    with trio.fail_after(WAIT_S):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fails)
+            await trio.to_thread.run_sync(disk.is_asked.wait)
+            nursery.start_soon(other)
+            await trio.testing.wait_all_tasks_blocked()
+            disk.may_fail.set()
+
+
+async def test_a_change_that_is_undone_leaves_what_another_client_changes_meanwhile() -> None:
+    disk = SlowDisk()
+    context, _journal = context_in(State.COPYING, disk)
+    cap, rounds = (
+        functools.partial(adjustments.change, context, values)
+        for values in ({"bandwidth_bytes_per_s": MIB}, {"max_rounds": 9})
+    )
+    await at_once(disk, cap, rounds)
+    assert context.options == MigrationOptions(policy=PolicyOptions(max_rounds=9))
+    assert disk.facts["bandwidth"] is None
+
+
+async def test_a_pause_that_is_undone_cannot_be_ended_meanwhile() -> None:
+    """Its time would count twice."""
+    disk = SlowDisk()
+    context, _journal = context_in(State.COPYING, disk)
+
+    async def resume() -> None:
+        with pytest.raises(MigrationError, match="the copying of guest is not paused"):
+            await adjustments.resume(context)
+
+    await at_once(disk, functools.partial(adjustments.pause, context), resume)
     assert not context.pause.is_on
 
 
