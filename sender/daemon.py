@@ -75,7 +75,7 @@ class SenderDaemon:
         self._active: set[str] = set()
         self._awaited: dict[str, AwaitedLanes] = {}
         """The lanes that a peer is to dial, by session."""
-        self._estimates = Estimates(hypervisor, config.terms)
+        self._estimates = Estimates(hypervisor, config.terms, journal)
         self._nursery: trio.Nursery
         self._stopping = False
         self._waiting = Complaint(log.warning)
@@ -102,6 +102,7 @@ class SenderDaemon:
                 except Exception as error:
                     self._awaited.pop(session, None)
                     self._journal.leave(session, error, facts.get("domain"))
+            await trio.to_thread.run_sync(self._estimates.end_predecessors)
             self._nursery.start_soon(isolated, "ending keepers", self._end_keepers)
             await self._nursery.start(control.serve, self._socket_path, self._handle)
             look = functools.partial(look_at_host, self._hypervisor, self._config)

@@ -6,6 +6,8 @@ is answered.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 import math
 from typing import Any
 
@@ -14,12 +16,16 @@ from migrate.control.server import ControlConnection
 from migrate.errors import MigrationError, OccupiedError
 from migrate.lanes.connection import Terms
 from migrate.options import MigrationOptions, Strategy
+from migrate.service.journal import Journal
 from migrate.tasks import in_stoppable_thread, in_thread, task_group
 from sender.estimate import Expected, Measured, expect, recommend
 from sender.measure import Found, GuestMeasure, Link, try_destination
 from sender.policy import Decision
 from xenbackend.contract import DomainId, Hypervisor
+from xenbackend.errors import NoSuchDomainError, XenError
 from xenbackend.pages import PAGE_SIZE
+
+log = logging.getLogger(__name__)
 
 LEAST_S, MOST_S = 0.1, 600.0
 """The bounds of the time for which a guest is measured."""
@@ -29,10 +35,29 @@ ALL = (Strategy.PRECOPY, Strategy.HYBRID, Strategy.POSTCOPY)
 class Estimates:
     """The estimates that a daemon is making, at most one of each guest."""
 
-    def __init__(self, hypervisor: Hypervisor, terms: Terms):
-        self._hypervisor, self._terms = hypervisor, terms
+    def __init__(self, hypervisor: Hypervisor, terms: Terms, journal: Journal):
+        self._hypervisor, self._terms, self._journal = hypervisor, terms, journal
         self._measured: set[int] = set()
         """The numbers of the domains that are measured."""
+
+    def end_predecessors(self) -> None:
+        """Switch log-dirty off for the guests that a predecessor was measuring when it was killed.
+        Called in a thread.
+        """
+        for domid, handle in self._journal.take_measured().items():
+            try:
+                with self._hypervisor.open(domid, handle) as domain:
+                    if domain.log_dirty_is_on():
+                        domain.log_dirty_disable()
+                        log.warning(
+                            "%s: log-dirty is off again: this sender was killed while it measured "
+                            "the guest",
+                            domain.info().name,
+                        )
+            except NoSuchDomainError:
+                continue  # the guest has ended
+            except XenError as error:
+                log.error("log-dirty may still be on for domain %d: %s", domid, error)
 
     def check_unmeasured(self, domid: int) -> None:
         """Raises :class:`OccupiedError` if the domain is being measured, because log-dirty has one
@@ -70,9 +95,12 @@ class Estimates:
         try:
             async with task_group() as tasks:
                 tasks.start_soon(end_with_client)
-                found = await estimate(
-                    self._hypervisor, target, address, options, self._terms, seconds, link
+                handle = target.handle or b""  # the hypervisor has given one
+                noted = functools.partial(self._journal.measuring, target.domid, handle)
+                guest = GuestMeasure(
+                    self._hypervisor, target, seconds, noted, options.take_log_dirty
                 )
+                found = await estimate(guest, address, options, self._terms, link)
                 await connection.answer("result", **found)
                 tasks.cancel_scope.cancel()
         finally:
@@ -102,12 +130,10 @@ def _link(known: Any) -> Link | None:
 
 
 async def estimate(
-    hypervisor: Hypervisor,
-    target: DomainId,
+    guest: GuestMeasure,
     address: tuple[str, int],
     options: MigrationOptions,
     terms: Terms,
-    seconds: float,
     known: Link | None,
 ) -> dict[str, Any]:
     """Measure the link, unless it is ``known``, and the guest, and return the estimate as JSON has
@@ -115,7 +141,6 @@ async def estimate(
 
     Raises :class:`MigrationError` or ``XenError`` if there can be no estimate.
     """
-    guest = GuestMeasure(hypervisor, target, seconds)
     await in_thread(guest.check)
     cap = options.bandwidth_bytes_per_s
     found = await try_destination(address, terms, guest.config, cap, known)
@@ -131,7 +156,7 @@ async def estimate(
     )
     return {
         "domain": guest.config.name,
-        "domid": target.domid,
+        "domid": guest.target.domid,
         "destination": "{}:{}".format(*address),
         "measured": _facts(measured, guest, found),
         **_strategies(measured, options, found.refusals),

@@ -3,8 +3,8 @@
 destination, and whether the destination would take the guest in.
 
 Log-dirty is on during the measurement of the guest.  However the measurement ends, log-dirty is
-switched off then, unless another program uses it.  The record is read and not emptied, so that a
-page counts once.
+switched off then, unless another program uses it.  If the sender is killed meanwhile, its successor
+switches log-dirty off.  The record is read and not emptied, so that a page counts once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import random
 import statistics
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -49,6 +50,10 @@ PAGES_ALONE = 15
 
 
 # ---- the guest ----
+Noted = Callable[[], AbstractContextManager[None]]
+"""Returns a context in which a successor would know that log-dirty is on for the guest."""
+
+
 @dataclass
 class GuestMeasure:
     """The measurement of one guest, for ``seconds``.  :meth:`run` is called in a thread."""
@@ -56,6 +61,9 @@ class GuestMeasure:
     hypervisor: Hypervisor
     target: DomainId
     seconds: float
+    noted: Noted
+    take_log_dirty: bool = False
+    """See :class:`MigrationOptions`."""
     config: DomainConfig = field(init=False)
     memory_pages: int = 0
     content_share: float = 1.0
@@ -75,7 +83,7 @@ class GuestMeasure:
         migrated at all.
         """
         with self._opened() as domain:
-            check_free(domain, MigrationOptions())
+            check_free(domain, MigrationOptions(take_log_dirty=self.take_log_dirty))
             self.config = domain.config()
             self.memory_pages = domain.info().tot_pages
             if problem := sparseness(self.config.nr_pfns, self.config.max_pages):
@@ -92,7 +100,7 @@ class GuestMeasure:
         with self._opened() as domain:
             check_state(domain)
             self.content_share = _content_share(domain)
-            with _log_dirty(domain):
+            with _log_dirty(domain, self.noted):
                 began = time.monotonic()
                 before = np.zeros(domain.nr_pfns, dtype=bool)
                 for share in LOOKS:
@@ -111,23 +119,26 @@ class GuestMeasure:
 
 
 @contextlib.contextmanager
-def _log_dirty(domain: Domain) -> Iterator[None]:
+def _log_dirty(domain: Domain, noted: Noted) -> Iterator[None]:
     """Switch log-dirty on, and off at the end, unless another program uses it by then."""
-    try:
-        domain.log_dirty_enable()
-    except XenError as error:
-        if error.errno == errno.EBUSY:
-            raise log_dirty_is_used(domain.info().name) from error
-        domain.log_dirty_disable()  # log-dirty may be partly on
-        raise
-    try:
-        yield
-    except _TakenError:
-        raise
-    except BaseException:
+    if domain.log_dirty_is_on():  # before it is noted as that of this sender
+        raise log_dirty_is_used(domain.info().name)
+    with noted():
+        try:
+            domain.log_dirty_enable()
+        except XenError as error:
+            if error.errno == errno.EBUSY:
+                raise log_dirty_is_used(domain.info().name) from error
+            domain.log_dirty_disable()  # log-dirty may be partly on
+            raise
+        try:
+            yield
+        except _TakenError:
+            raise
+        except BaseException:
+            domain.log_dirty_disable()
+            raise
         domain.log_dirty_disable()
-        raise
-    domain.log_dirty_disable()
 
 
 class _TakenError(MigrationError):

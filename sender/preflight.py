@@ -55,8 +55,9 @@ def check_free(domain: Domain, options: MigrationOptions) -> None:
 def log_dirty_is_used(name: str) -> OccupiedError:
     return OccupiedError(
         f"log-dirty is on for {name}: a program migrates, saves or protects it, or was killed "
-        "when doing so; if none does any more, `xen-postcopy migrate --take-log-dirty` (or "
-        "`XEN_POSTCOPY=off xl migrate`) switches it off first"
+        "when doing so; if none does any more, `xen-postcopy migrate --take-log-dirty` (or the "
+        "same option of `estimate` or `evacuate`, or `XEN_POSTCOPY=off xl migrate`) switches it "
+        "off first"
     )
 
 

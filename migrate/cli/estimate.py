@@ -20,6 +20,7 @@ from migrate.cli.options import (
     migration_request,
     sender_socket,
     socket_option,
+    take_log_dirty_option,
 )
 from migrate.cli.terminal import size_of
 from migrate.cli.text import echo, json_option, table
@@ -122,10 +123,17 @@ def _wrapped(title: str, text: str) -> list[str]:
     help="For how long the guest's writes are measured.",
 )
 @changeable_options
+@take_log_dirty_option("DOMAIN")
 @json_option
 @socket_option(sender_socket, "the local sender")
 def estimate_command(
-    domain: str, destination: str, seconds: float, as_json: bool, socket_path: Path, **options: Any
+    domain: str,
+    destination: str,
+    seconds: float,
+    take_log_dirty: bool,
+    as_json: bool,
+    socket_path: Path,
+    **options: Any,
 ) -> None:
     """Estimate how long a migration would take.
 
@@ -145,7 +153,8 @@ def estimate_command(
     interrupted.
     """
     request = migration_request("hybrid", False, None, **options)
-    found = ask(socket_path, domain=domain, destination=destination, seconds=seconds, **request)
+    request |= {"domain": domain, "destination": destination, "take_log_dirty": take_log_dirty}
+    found = ask(socket_path, seconds=seconds, **request)
     if as_json:
         echo(json.dumps(found, indent=2))
     else:

@@ -22,6 +22,7 @@ from migrate.cli.options import (
     sender_socket,
     socket_option,
     strategy_options,
+    take_log_dirty_option,
 )
 from migrate.cli.progress import ProgressDisplay
 from migrate.cli.text import echo
@@ -271,12 +272,7 @@ def _try(socket: Path, request: dict[str, Any], json_path: Path | None) -> None:
 @click.argument("domain")
 @click.argument("destination", type=HostPort())
 @strategy_options
-@click.option(
-    "--take-log-dirty",
-    is_flag=True,
-    help="If log-dirty is on for DOMAIN, switch it off first: only if no other program uses it "
-    "any more.",
-)
+@take_log_dirty_option("DOMAIN")
 @click.option(
     "--dry-run",
     is_flag=True,

@@ -363,6 +363,15 @@ def changeable_options(function: F, but: Sequence[str] = ()) -> F:
     return function
 
 
+def take_log_dirty_option(whose: str) -> Callable[[F], F]:
+    return click.option(
+        "--take-log-dirty",
+        is_flag=True,
+        help=f"If log-dirty is on for {whose}, switch it off first: only if no other program uses "
+        "it any more.",
+    )
+
+
 def policy_options(function: F) -> F:
     """Give a command those of these options, without the caps on bandwidth."""
     return changeable_options(function, ("bandwidth_bytes_per_s", "postcopy_bandwidth_bytes_per_s"))

@@ -25,8 +25,9 @@ import logging
 import os
 import re
 import stat
+import time
 import zlib
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,11 @@ SUFFIX = ".json"
 CHECKPOINT_SUFFIX = ".checkpoint"
 STOPPED_SUFFIX = ".stopped"
 KEEPER_SUFFIX = ".keeper"
+MEASURED_SUFFIX = ".measured"
+MEASURED_S = 900.0
+"""For how long a successor takes a note of a measurement for true.  No measurement takes longer.
+Another program may use log-dirty later.
+"""
 HISTORY = "history.jsonl"
 NEW_SUFFIX = ".new"
 """A file whose first entry is not written yet: nothing depends on the file."""
@@ -156,6 +162,41 @@ class Journal:
         """
         return self._directory / (session + KEEPER_SUFFIX)
 
+    @contextlib.contextmanager
+    def measuring(self, domid: int, handle: bytes) -> Iterator[None]:
+        """Note, for as long as the context lasts, that this daemon has log-dirty of a domain on,
+        without a migration.  Raises :class:`MigrationError` if that cannot be noted.
+        """
+        path = self._directory / f"{domid}{MEASURED_SUFFIX}"
+        facts = {"boot": self._boot, "handle": handle.hex(), "at": _seconds_since_boot()}
+        try:
+            os.close(_make(path, _line(json.dumps(facts))))
+        except OSError as error:
+            raise MigrationError(
+                f"cannot note the measurement in {path}: {error.strerror}"
+            ) from error
+        try:
+            yield
+        finally:
+            remove(path)
+
+    def take_measured(self) -> dict[int, bytes]:
+        """Return the handles of the domains that a predecessor was measuring when it was killed, by
+        the domid.  The next call does not find them.
+        """
+        found = {}
+        for path in self._directory.glob(f"*{MEASURED_SUFFIX}"):
+            try:
+                facts = _last_entry(_text_of(path))
+                age_s = _seconds_since_boot() - facts["at"]
+                if facts["boot"] == self._boot and age_s <= MEASURED_S:
+                    domid = int(path.name.removesuffix(MEASURED_SUFFIX))
+                    found[domid] = bytes.fromhex(facts["handle"])
+            except Exception as error:
+                log.warning("%s is not what a sender notes of a measurement: %s", path, error)
+            remove(path)
+        return found
+
     def history(self) -> Path:
         """Return the path of the file with the migrations that have ended
         (:mod:`migrate.service.history`).
@@ -244,6 +285,11 @@ class Journal:
 
     def _path(self, session: str) -> Path:
         return self._directory / (session + SUFFIX)
+
+
+def _seconds_since_boot() -> float:
+    """Return the time of a clock that nobody sets."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def _written(path: Path) -> int:

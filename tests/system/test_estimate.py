@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from migrate.cli.world import World, loopback_world, verify_migrated
+from migrate.cli.world import World, loopback_world, start_sender, verify_migrated
 from migrate.errors import MigrationError
 from tests.bench.__main__ import tls_config
 from tests.conftest import MIB
 from tests.support import zygote
 from tests.support.commands import PROGRAM
-from tests.support.daemons import SLOW, begin, boot, copying, listed, phase, world
+from tests.support.daemons import SLOW, begin, boot, copying, kill, listed, phase, world
 from tests.support.waiting import until
 from xenbackend.simulated.guest import GuestSpec
 
@@ -227,6 +227,32 @@ def test_a_sender_that_is_stopped_ends_its_measurements(world: World) -> None:
     world.stop("sender")
     _out, error = process.communicate(timeout=60)
     assert process.returncode == 1, error
+    assert not log_dirty(world)
+
+
+def test_the_successor_of_a_killed_sender_switches_log_dirty_off(world: World) -> None:
+    spec = boot(world)
+    process = begin_measuring(world)
+    kill(world, "sender")
+    _out, error = process.communicate(timeout=60)
+    assert process.returncode == 1, error
+    assert log_dirty(world)
+    start_sender(world)
+    assert not log_dirty(world)
+    assert estimate(world).returncode == 0
+    assert not [*world.directory.glob("source.sock.state/sender/*.measured")]
+    arrives(world, spec)
+
+
+@pytest.mark.parametrize("words", [("estimate", "guest"), ("evacuate", "--dry-run")])
+def test_log_dirty_can_be_taken_from_a_program_that_has_ended(
+    world: World, words: tuple[str, ...]
+) -> None:
+    boot(world)
+    with world.source.open("guest") as guest:
+        guest.log_dirty_enable()
+    result = run(world, *words, "--seconds", "0.2", "--take-log-dirty")
+    assert result.returncode == 0, result.stderr
     assert not log_dirty(world)
 
 

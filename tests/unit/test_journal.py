@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from migrate.errors import MigrationError
+from migrate.service import journal as module
 from migrate.service.journal import BOOT_ID, Journal
 
 BOOT = BOOT_ID.read_text().strip()
@@ -166,3 +167,60 @@ def test_a_state_directory_that_cannot_be_made_is_named_with_the_remedy(tmp_path
     (tmp_path / "file").touch()
     with pytest.raises(MigrationError, match=r"state directory .*/file/state: .*--state"):
         Journal(tmp_path / "file/state")
+
+
+# ---- measurements ----
+HANDLE = bytes(range(16))
+
+
+def left_by_a_killed_sender(directory: Path) -> Path:
+    """Return the note of a measurement that was not ended."""
+    context = Journal(directory).measuring(7, HANDLE)
+    context.__enter__()
+    path = directory / "7.measured"
+    text = path.read_bytes()
+    context.__exit__(None, None, None)
+    assert not path.exists()
+    path.write_bytes(text)
+    return path
+
+
+def test_a_measurement_is_noted_for_a_successor_once(tmp_path: Path) -> None:
+    left_by_a_killed_sender(tmp_path)
+    journal = Journal(tmp_path)
+    assert journal.entries() == {}
+    assert journal.take_measured() == {7: HANDLE}
+    assert journal.take_measured() == {} and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (BOOT, "another"), ('"handle": "00', '"handle": "x'), ('"at": ', '"at": -9'), ("at", "to"),
+        ('"at"', '"at": "x", "of"'),
+    ],
+)  # fmt: skip
+def test_a_note_that_is_old_or_damaged_is_dropped(tmp_path: Path, old: str, new: str) -> None:
+    path = left_by_a_killed_sender(tmp_path)
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new).rpartition(', "sum"')[0] + "}")
+    assert Journal(tmp_path).take_measured() == {}
+    assert not path.exists()
+
+
+def test_after_a_while_another_program_may_use_log_dirty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left_by_a_killed_sender(tmp_path)
+    monkeypatch.setattr(module, "MEASURED_S", -1.0)
+    assert Journal(tmp_path).take_measured() == {}
+
+
+def test_a_measurement_that_cannot_be_noted_does_not_begin(tmp_path: Path) -> None:
+    (tmp_path / "7.new").mkdir()
+    with (
+        pytest.raises(MigrationError, match=r"cannot note the measurement in .*7\.measured: Is a"),
+        Journal(tmp_path).measuring(7, HANDLE),
+    ):
+        pass

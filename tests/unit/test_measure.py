@@ -28,7 +28,8 @@ class Guest:
 
     def __init__(self, looks: Sequence[Sequence[int]], *, is_used: bool = False):
         self._looks = iter(looks)
-        self.is_on = self._is_used = is_used
+        self.is_on, self._is_used = False, is_used
+        self.is_noted = False
 
     @contextlib.contextmanager
     def open(self, _domid: int, _handle: bytes) -> Iterator[Guest]:
@@ -40,12 +41,22 @@ class Guest:
     def has_pager(self) -> bool:
         return False
 
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        assert not self.is_on, "it is noted after it was switched on"
+        self.is_noted = True
+        yield
+        self.is_noted = False
+
     def log_dirty_enable(self) -> None:
         if self._is_used:
+            self.is_on = True
             raise XenError("logdirty", errno.EBUSY)
+        assert self.is_noted, "it is switched on before it is noted"
         self.is_on = True
 
     def log_dirty_disable(self) -> None:
+        assert self.is_noted, "it is noted no more before it is switched off"
         self.is_on = False
 
     def log_dirty_is_on(self) -> bool:
@@ -64,7 +75,8 @@ def _no_contents(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def measured(guest: Guest) -> list[int]:
-    found = GuestMeasure(cast(Hypervisor, guest), DomainId(1, bytes(16), "guest"), 0.01)
+    target = DomainId(1, bytes(16), "guest")
+    found = GuestMeasure(cast(Hypervisor, guest), target, 0.01, guest.noted)
     found.run()
     return [pages for _at_s, pages in found.dirtied]
 
@@ -89,8 +101,11 @@ def test_log_dirty_is_left_to_a_program_that_has_emptied_it() -> None:
     assert guest.is_on
 
 
-def test_log_dirty_of_another_program_is_left_on() -> None:
+@pytest.mark.parametrize("before", [True, False])
+def test_log_dirty_of_another_program_is_left_on(before: bool) -> None:
+    """The program may switch it on just before the measurement does."""
     guest = Guest([], is_used=True)
+    guest.is_on = before
     with pytest.raises(OccupiedError, match="log-dirty is on for guest"):
         measured(guest)
     assert guest.is_on

@@ -28,6 +28,7 @@ from migrate.cli.options import (
     policy_options,
     sender_socket,
     socket_option,
+    take_log_dirty_option,
 )
 from migrate.cli.terminal import size_of
 from migrate.cli.text import echo, json_option
@@ -64,6 +65,7 @@ CHOICES = {
     help="For how long each guest's writes are measured.",
 )  # fmt: skip
 @policy_options
+@take_log_dirty_option("a guest")
 @click.option(
     "--dry-run", is_flag=True,
     help="Migrate nothing.  Measure each guest, and print where it would go, and how.",
@@ -76,6 +78,7 @@ def evacuate_command(
     parallel: int,
     bandwidth: int | None,
     seconds: float,
+    take_log_dirty: bool,
     dry_run: bool,
     as_json: bool,
     socket_path: Path,
@@ -99,6 +102,7 @@ def evacuate_command(
     when interrupted.
     """
     request = migration_request("hybrid", False, None, **options)
+    request["take_log_dirty"] = take_log_dirty
     sender = Sender(socket_path)
     planner = planned(
         sender,

@@ -204,11 +204,11 @@ class Evacuation:
         return lambda: self.planner.measured(guest, found)
 
     def _begin(self, guest: Guest) -> None:
+        # Who has log-dirty on now does so since the measurement, which has switched it off.
+        own = {"strategy": guest.strategy, "bandwidth": guest.share, "take_log_dirty": False}
         try:
             line = self.sender.begin(
-                domain=guest.target,
-                destination=guest.destination,
-                **{**self.request, "strategy": guest.strategy, "bandwidth": guest.share},
+                domain=guest.target, destination=guest.destination, **{**self.request, **own}
             )
         except MigrationError as error:
             self._not_begun(guest, str(error))
