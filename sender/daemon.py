@@ -171,7 +171,7 @@ class SenderDaemon:
                     kept = await trio.to_thread.run_sync(self._journal.still_kept)
                 every = bool(request.get("all"))
                 listed = self.history.listed(self._migrations, _line, of_predecessors=every)
-                await connection.answer(
+                await connection.answer_at_length(
                     "result", migrations=listed, kept=[kept_line(entry) for entry in kept]
                 )
             case "show":
@@ -179,7 +179,7 @@ class SenderDaemon:
                 await connection.answer("result", **shown)
             case "record":
                 recorded = await self.history.recorded(self._look_up(request), _shown)
-                await connection.answer("result", **recorded)
+                await connection.answer_at_length("result", **recorded)
             case "status":
                 guests = [m.domain_name for m in self._unfinished()]
                 await connection.answer("result", port=self._port, guests=guests)

@@ -20,6 +20,7 @@ import trio
 
 from migrate.control.client import MAX_LINE, Json
 from migrate.errors import MigrationError, UnknownMigrationError
+from migrate.service.encoding import encoded
 from migrate.service.lifecycle import inherited_socket, serve_connections
 from migrate.tasks import task_group
 from xenbackend.errors import XenError
@@ -73,8 +74,15 @@ class ControlConnection:
         """Send an answer.  Raises ``trio.BrokenResourceError`` if the client has closed the
         connection.
         """
+        await self._send(json.dumps({"event": event, **fields}))
+
+    async def answer_at_length(self, event: str, **fields: Any) -> None:
+        """Send an answer that may be large, as :meth:`answer` does."""
+        await self._send(await trio.to_thread.run_sync(encoded, {"event": event, **fields}))
+
+    async def _send(self, line: str) -> None:
         async with self._answering:
-            await self._stream.send_all(json.dumps({"event": event, **fields}).encode() + b"\n")
+            await self._stream.send_all(line.encode() + b"\n")
 
 
 class LastAnswer:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from migrate.protocol.session import is_session_id
+from migrate.service.encoding import encoded, is_nested
 from migrate.service.files import open_regular
 from migrate.service.record import FORMAT
 
@@ -28,6 +29,8 @@ MOST_BYTES = 512 * 1024
 """The most bytes of a file."""
 MOST_OF_TEXT = 8 * 1024 * 1024
 """The most bytes of its text."""
+MOST_LEVELS = 8
+"""The most levels of dictionaries and lists in it."""
 GZIP = 31
 """The format, as ``zlib`` has it."""
 SUFFIX = ".json.gz"
@@ -51,7 +54,7 @@ class Records:
             if path.name.endswith((SUFFIX, NEW_SUFFIX)) and path.name not in kept:
                 with contextlib.suppress(OSError):  # a folder, for example, is not ours
                     path.unlink()
-        data = gzip.compress(json.dumps(record).encode(), compresslevel=6, mtime=0)
+        data = gzip.compress(encoded(record).encode(), compresslevel=6, mtime=0)
         if len(data) > MOST_BYTES:
             log.warning("the record of %s is left out: %d bytes", migration_id, len(data))
             return
@@ -73,6 +76,8 @@ class Records:
         path = self._path(migration_id)
         try:
             record = json.loads(_contents(path))
+            if is_nested(record, MOST_LEVELS):
+                raise ValueError(f"it has more than {MOST_LEVELS} levels")
         except FileNotFoundError:
             return None
         except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:

@@ -13,8 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import trio
+from hypothesis import given
+from hypothesis import strategies as st
 
 from migrate.service import records
+from migrate.service.encoding import encoded, is_nested
 from migrate.service.history import MOST_ENTRIES, History
 from migrate.service.record import FIRST_PAUSE_S, FORMAT, MOST_SAMPLES, MOST_VCPUS, Record, Samples
 from migrate.service.records import MOST_OF_TEXT, MOST_RECORDS, Records
@@ -132,16 +135,59 @@ def test_a_record_that_is_too_large_is_left_out(folder: Path) -> None:
     assert Records(folder).read(of(1)) is None and [*folder.iterdir()] == []
 
 
-def test_the_largest_record_fits_a_file(folder: Path) -> None:
-    """Each vCPU waits, and each page of the map has another origin than the page before it."""
+def largest() -> dict[str, Any]:
+    """Return a record in which each vCPU waits all the time."""
     random = np.random.default_rng(1)
     record, waits = Record([f"column{n}" for n in range(5)]), np.zeros(MOST_VCPUS)
     for at in range(MOST_SAMPLES):
         waits += random.random(MOST_VCPUS) * 0.05
         values = random.integers(0, 2**40, 5).tolist()
         record.samples.add(1.8e9 + at * 0.05, values, dict(enumerate(waits.tolist())))
-    Records(folder).write(of(1), record.taken(), [of(1)])
+    return record.taken()
+
+
+def test_the_largest_record_fits_a_file(folder: Path) -> None:
+    Records(folder).write(of(1), largest(), [of(1)])
     assert Records(folder).read(of(1)) is not None
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: (
+        st.lists(inner) | st.lists(inner).map(tuple)
+        | st.dictionaries(st.text() | st.integers() | st.none(), inner)
+    ),
+)  # fmt: skip
+
+
+@given(JSON)
+def test_a_large_value_is_encoded_as_any_other(value: Any) -> None:
+    assert encoded(value) == json.dumps(value)
+
+
+def test_no_call_encodes_much_of_the_largest_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call would keep the event loop waiting."""
+    record, lengths = largest(), list[int]()
+    dumps = json.dumps
+
+    def measured(value: Any) -> str:
+        text = dumps(value)
+        lengths.append(len(text))
+        return text
+
+    with monkeypatch.context() as patch:
+        patch.setattr(json, "dumps", measured)
+        text = encoded(record)
+    assert json.loads(text) == record
+    assert max(lengths) < 16 * 1024 < len(text) / 50
+
+
+@pytest.mark.parametrize(
+    ("value", "levels"), [(1, 0), ([], 1), ({"a": 1}, 1), ([1, {"a": [2]}], 3), ([[], [[]]], 3)]
+)
+def test_levels_are_counted(value: Any, levels: int) -> None:
+    assert not is_nested(value, levels)
+    assert levels == 0 or is_nested(value, levels - 1)
 
 
 @pytest.mark.parametrize(
@@ -155,6 +201,7 @@ def test_the_largest_record_fits_a_file(folder: Path) -> None:
         lambda _data: gzip.compress(b"[1, 2]"),
         lambda _data: gzip.compress(b'{"format": 99}'),
         lambda _data: gzip.compress(b"[" * 100000),
+        lambda _data: gzip.compress(b'{"format": 1, "steps": ' + b"[" * 50 + b"]" * 50 + b"}"),
     ],
 )
 def test_a_damaged_record_is_none(folder: Path, damage: Any) -> None:
