@@ -57,7 +57,7 @@ NAMES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "populate_evicted": ("eviction", str),
     "known": ("known of the other end", str),
 }
-"""The names and the units of keys for which the rules of :func:`_named` do not suffice."""
+"""The names and the units of keys for which the rules of :func:`named` do not suffice."""
 OF_A_GROUP = {"count": "faults", "p50": "median", "p99": "99% below", "max": "longest"}
 """The names of values within a group."""
 SUFFIXES: tuple[tuple[str, Callable[[Any], str]], ...] = (
@@ -90,7 +90,7 @@ def _figures(answer: Answer, now: float) -> Iterator[tuple[str, str]]:
             continue
         if key in NOT_YET and not both[key] and key not in unknown:
             continue
-        name, unit = _named(key)
+        name, unit = named(key)
         if key in unknown:
             yield name, "-"
         elif key == "phase":
@@ -110,7 +110,7 @@ def _figures(answer: Answer, now: float) -> Iterator[tuple[str, str]]:
             yield name, _value(both[key], unit)
 
 
-def _named(key: str) -> tuple[str, Callable[[Any], str]]:
+def named(key: str) -> tuple[str, Callable[[Any], str]]:
     """Return the name and the unit of a value."""
     if key in NAMES:
         return NAMES[key]
@@ -145,7 +145,7 @@ def _done(answer: Answer) -> str:
 
 def _option(key: str, value: Any) -> str:
     """Return an option of the migration with its value."""
-    name, unit = _named(key)
+    name, unit = named(key)
     return f"{name} {unit(value) if value or not key.endswith('_bytes_per_s') else 'none'}"
 
 
@@ -160,7 +160,7 @@ def _group(key: str, values: Answer) -> str:
     of_all = human_us if key.endswith("_us") else None
     parts = []
     for inner, value in values.items():
-        name, unit = _named(inner)
+        name, unit = named(inner)
         name = OF_A_GROUP.get(inner, name)
         if isinstance(value, dict):
             continue

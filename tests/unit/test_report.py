@@ -4,19 +4,28 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
 from migrate.cli import shown
+from migrate.cli.report import sections, svg
+from migrate.cli.report.accepted import accepted
 from migrate.cli.report.html import POLICY
+from migrate.cli.report.plots import NARROW, Page
 from migrate.cli.report.sections import report_of
 from migrate.cli.report.series import MOST_VCPUS, Recorded
 from migrate.cli.report.strategies import measured_of, strategies
+from migrate.errors import MigrationError
 from tests.support.reports import HANDOVER, MIB, NAME, answers, destination, source
 
 Change = Callable[[dict[str, Any]], None]
@@ -165,6 +174,136 @@ def test_a_daemon_that_was_restarted_is_named() -> None:
     changed = answers()
     changed[1]["record"]["is_whole"] = False
     assert "A daemon was restarted during this migration" in report_of(changed)
+
+
+# ---- what is damaged ----
+ODD: list[Any] = [
+    None, True, 0, -1, 1, 5e-324, float("nan"), float("inf"), -float("inf"), 2**63, 10**400, 1e308,
+    1e12, "", "0", "a" * 300, "\x1b[2J\n\ud800", [], [1], [None], [[1, 2, 3]], [{}], {}, {"0": 1},
+    {"a": {"b": [1]}},
+]  # fmt: skip
+"""Values that a damaged file, or another program, may have in the place of any other."""
+Place = tuple[Any, ...]
+
+
+def places(value: Any, at: Place = ()) -> Iterator[Place]:
+    """Yield where a value of JSON can be changed: each key, and some items of each list."""
+    keys: list[Any] = []
+    if isinstance(value, dict):
+        keys = [*value]
+    elif isinstance(value, list):
+        keys = sorted({*range(min(len(value), 4)), *range(max(len(value) - 1, 0), len(value))})
+    for key in keys:
+        yield (*at, key)
+        yield from places(value[key], (*at, key))
+
+
+WHOLE = json.dumps(answers())
+PLACES = [*places(json.loads(WHOLE))]
+RECORDED = [place for place in PLACES if {"record", "phases", "details"} & {*place}]
+
+
+def damage(whole: Any, place: Place, how: str, value: Any) -> None:
+    """Change one place, if a change before has left it."""
+    try:
+        for key in place[:-1]:
+            whole = whole[key]
+        at = place[-1]
+        match how:
+            case "removed":
+                del whole[at]
+            case "halved":
+                whole[at] = whole[at][: len(whole[at]) // 2]
+            case "doubled":
+                whole[at] = whole[at] * 2
+            case "moved":
+                whole["eta_s"] = whole.pop(at)
+            case _:
+                whole[at] = value
+    except (KeyError, IndexError, TypeError, AttributeError):
+        return
+
+
+def damages(where: list[Place]) -> st.SearchStrategy[list[tuple[Place, str, Any]]]:
+    how = st.sampled_from(["replaced"] * 4 + ["removed", "halved", "doubled", "moved"])
+    return st.lists(
+        st.tuples(st.sampled_from(where), how, st.sampled_from(ODD)), min_size=1, max_size=4
+    )
+
+
+def reported(changes: list[tuple[Place, str, Any]], *, by_one_end: bool) -> str:
+    """Return the report of damaged answers; empty if they are refused, with one line."""
+    whole = json.loads(WHOLE)
+    for place, how, value in changes:
+        damage(whole, place, how, copy.deepcopy(value))
+    try:
+        found = [accepted(one) for one in whole if isinstance(one, dict)] or [accepted({})]
+    except MigrationError as error:
+        assert "\n" not in str(error)
+        return ""
+    assert json.dumps([accepted(one) for one in found]) == json.dumps(found)
+    document = report_of(found[:1] if by_one_end else found)
+    assert document.encode()
+    return document
+
+
+@given(damages(PLACES), st.booleans())
+@settings(max_examples=150)
+def test_damaged_answers_are_reported_in_part_or_refused(
+    changes: list[tuple[Place, str, Any]], by_one_end: bool
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sections, "both", lambda _draw, _text: [])  # a picture takes a second
+        reported(changes, by_one_end=by_one_end)
+
+
+@given(damages(RECORDED))
+@settings(max_examples=6)
+def test_what_is_left_of_damaged_answers_can_be_drawn(
+    changes: list[tuple[Place, str, Any]],
+) -> None:
+    def narrow(draw: Callable[[Page], Figure], text: str) -> list[ET.Element]:
+        with svg.settings():
+            return [svg.drawn(draw(Page(NARROW)), text)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sections, "both", narrow)
+        reported(changes, by_one_end=False)
+
+
+def test_an_answer_that_is_whole_is_accepted_as_it_is() -> None:
+    for answer in json.loads(WHOLE):
+        answer["record"].setdefault("latency_us", None)  # a source has none
+        assert json.dumps(accepted(answer)) == json.dumps(answer)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "what"),
+    [("id", None, "its key id has None"), ("direction", "up", "its key direction has up"),
+     ("phase", [1], r"its key phase has \[1\]")],
+)  # fmt: skip
+def test_an_answer_about_no_migration_is_refused(key: str, value: Any, what: str) -> None:
+    with pytest.raises(MigrationError, match=f"the answer of a daemon is damaged: {what}"):
+        report_of([{**source(), key: value}])
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "unknown"),
+    [
+        ("origins", {"pages": {}}, "the destination has it after the end"),
+        ("steps", [{"step": "suspend the guest"}], ""),
+        ("latency_us", [[1, 2]], ""),
+        ("samples", {"at": [float("nan")]}, "the times at which vCPUs waited"),
+    ],
+)
+def test_a_damaged_part_is_unknown_and_the_others_are_shown(
+    part: str, value: Any, unknown: str
+) -> None:
+    answer = destination()
+    answer["record"][part] = value
+    text = Text(report_of([answer])).text
+    assert f"Unknown: {unknown}" in text or not unknown
+    assert "All figures" in text and "faults" in text
 
 
 # ---- series ----

@@ -35,7 +35,9 @@ def check_installed() -> None:
 def write_report(
     path: Path, answers: Sequence[dict[str, Any]], guests_own: Sequence[Any] = ()
 ) -> None:
-    """Write the report of one migration.  Raises ``OSError``."""
+    """Write the report of one migration.  Raises ``OSError``, and :class:`MigrationError` for an
+    answer that cannot be used at all.
+    """
     from migrate.cli.report.sections import report_of
 
     text = report_of(answers, guests_own=guests_own)
@@ -82,10 +84,13 @@ def report_command(
     if as_json and output == STDOUT:
         raise click.UsageError("--json and --output - would both write to standard output")
     check_installed()
+    from migrate.cli.report.accepted import accepted
+
     answers = ask_all(socket_paths, command="record", migration=migration)
+    found = [accepted(answer) for answer in answers.results]
     # The guest's name may be that of several migrations.
-    newest = max(answers.results, key=lambda one: one.get("started_at") or 0.0)
-    write_report(output, [one for one in answers.results if one["id"] == newest["id"]])
+    newest = max(found, key=lambda one: one["started_at"] or 0.0)
+    write_report(output, [one for one in found if one["id"] == newest["id"]])
     text = f"{newest['domain']}: the report is in {output}"
     report(text, as_json, migration=newest["id"], file=str(output))
     answers.check_complete()

@@ -18,6 +18,7 @@ from migrate import __version__
 from migrate.cli import shown
 from migrate.cli.figures import how_it_is, rate
 from migrate.cli.report import plots, svg
+from migrate.cli.report.accepted import accepted
 from migrate.cli.report.html import document, element, figure, table, tiles, unknown
 from migrate.cli.report.plots import MIB, PAGE, Line, Panel, both
 from migrate.cli.report.series import MOST_VCPUS, End, Recorded, Series
@@ -32,8 +33,10 @@ Buckets = Sequence[tuple[float, float, int]]
 def report_of(answers: Sequence[dict[str, Any]], *, guests_own: Buckets = ()) -> str:
     """Return the report of one migration as HTML.  ``answers``: those of its ends to ``record``.
     ``guests_own``: the latency of faults as a simulated guest has measured it.
+
+    Raises as :func:`accepted`.
     """
-    recorded = Recorded(answers)
+    recorded = Recorded([accepted(answer) for answer in answers])
     name = str(recorded.first.answer["domain"] or "a guest")
     return document(
         f"Migration of {name}",

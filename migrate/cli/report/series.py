@@ -72,7 +72,8 @@ class End:
 
     def column(self, name: str) -> Floats:
         """Return the samples of a column; NaN if a value is unknown."""
-        values = self.record.get("samples", {}).get(name, [])
+        samples = self.record.get("samples", {})
+        values = samples.get(name) or [None] * len(samples.get("at", ()))
         return np.array([np.nan if one is None else one for one in values], dtype=np.float64)
 
     def figure(self, *keys: str) -> Any:
