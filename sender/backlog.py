@@ -2,11 +2,13 @@
 """The pages that the destination lacks after the handover, as the sender sees them.  Sans-IO, and
 safe to be used by the event loop and the fault server's thread at once.
 
-Each page goes ``UNSENT -> SENT -> DONE``.  A page is DONE when the receiver has loaded it or does
-not need it any more, and is kept until then (invariant 6).  So a SENT page can be sent again: if a
-vCPU waits for a page that is still among the pushed megabytes, the page is sent once more on the
-pull lane and arrives first.  When the link was lost, the pages in transit are lost with it.  The
-receiver then reports what it lacks, and those pages are UNSENT again.
+Each page goes ``UNSENT -> SENT -> PULLED -> DONE``, or passes over some of these.  A page is SENT
+when it was chosen for the push or for the read-ahead, and PULLED when it is sent on the pull lane.
+A page is DONE when the receiver has loaded it or does not need it any more, and is kept until then
+(invariant 6).  If a vCPU waits for a SENT page, which may still be among the pushed megabytes, the
+page is sent once more on the pull lane and arrives first.  A PULLED page is not sent again, because
+it precedes everything that is sent on that lane now.  When the link was lost, the pages in transit
+are lost with it.  The receiver then reports what it lacks, and those pages are UNSENT again.
 
 Pages are pushed in ascending order from a cursor.  Every fault moves the cursor, because the guest
 will most probably touch pages near the page that it touched last.  The memory of emulated devices
@@ -26,7 +28,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from migrate.errors import RemoteProtocolError
-from migrate.fastpath.page_states import BLOCK, DONE, NOT_MISSING, SENT, UNSENT, SourcePages
+from migrate.fastpath.page_states import (
+    BLOCK,
+    DONE,
+    NOT_MISSING,
+    PULLED,
+    SENT,
+    UNSENT,
+    SourcePages,
+)
 from migrate.protocol.pfns import NO_PFNS, PfnMask, from_mask
 from xenbackend.pages import PfnArray
 
@@ -117,7 +127,7 @@ class Backlog:
             yield batch
 
     def fault(self, pfns: PfnArray) -> PfnArray:
-        """Return which of these pages, for which vCPUs wait, must be sent now.
+        """Return which of these pages, for which vCPUs wait, must be sent on the pull lane now.
 
         A page that is DONE was acknowledged before the fault arrived.  Raises
         :class:`RemoteProtocolError` for a pfn that was never missing.
@@ -137,15 +147,25 @@ class Backlog:
             self.pages.sent(wanted)
         return wanted
 
+    def pull(self, pfns: PfnArray) -> PfnArray:
+        """Return which of these pages, which were read ahead, are still to be sent on the pull lane
+        now: no fault has had them sent meanwhile.
+        """
+        with self._lock:
+            wanted: PfnArray = pfns[self._state[pfns] == SENT]
+            self._state[wanted] = PULLED
+        return wanted
+
     def loaded(self, pfns: PfnArray) -> None:
         """Note that the receiver has loaded these pages.  Raises :class:`RemoteProtocolError` for a
         page that was not sent, or was acknowledged before.
         """
         with self._lock:
             states = self._state[pfns]
-            if np.any(states != SENT):
+            in_transit = (states == SENT) | (states == PULLED)
+            if not in_transit.all():
                 raise RemoteProtocolError(
-                    f"loaded: pfn {int(pfns[states != SENT][0]):#x} was not in transit"
+                    f"loaded: pfn {int(pfns[~in_transit][0]):#x} was not in transit"
                 )
             self._done(pfns)
 

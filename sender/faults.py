@@ -81,7 +81,7 @@ class FaultServer:
                     # No vCPU waits for these pages yet, so they count against the cap on background
                     # copying.
                     before = self._statistics.pull_pages
-                    size = self._send(pfns[~self._backlog.is_done(pfns)])
+                    size = self._send(self._backlog.pull(pfns))
                     self._statistics.ahead_pages += self._statistics.pull_pages - before
                     self._cap.spend(size, time.monotonic())
         except PeerClosedError:

@@ -21,7 +21,7 @@ from xenbackend.pages import PfnArray
 from xenbackend.ring import PagingRequest, PagingRing, paging_request
 
 NOT_MISSING, UNSENT = lib.PAGE_NOT_MISSING, lib.PAGE_UNSENT
-SENT, DONE = lib.PAGE_SENT, lib.PAGE_DONE
+SENT, PULLED, DONE = lib.PAGE_SENT, lib.PAGE_PULLED, lib.PAGE_DONE
 BLOCK: int = lib.PAGE_BLOCK
 """The number of pfns whose unsent pages are counted together."""
 

@@ -83,12 +83,26 @@ class TestBacklog:
         rest = [pfn for batch in backlog.batches(100) for pfn in batch.tolist()]
         assert rest == [*range(44, NR), *range(4, 40)]
 
-    def test_a_page_on_its_way_is_sent_again_for_a_fault_but_a_loaded_one_is_not(self) -> None:
+    def test_a_pushed_page_is_sent_again_for_a_fault_but_a_loaded_one_is_not(self) -> None:
         backlog = backlog_of(1, 2)
         backlog.next_batch(2)
-        assert backlog.fault(pfn_array([1, 2])).tolist() == [1, 2]
         backlog.loaded(pfn_array([1]))
         assert backlog.fault(pfn_array([1, 2])).tolist() == [2]
+
+    def test_a_page_is_sent_one_time_on_the_pull_lane_until_the_link_is_lost(self) -> None:
+        backlog = backlog_of(1, 2, 3)
+        assert backlog.fault(pfn_array([1])).tolist() == [1]
+        assert backlog.fault(pfn_array([1])).tolist() == []
+        ahead = backlog.ahead(pfn_array([1, 2, 3]))
+        assert ahead.tolist() == [2, 3]
+        assert backlog.fault(pfn_array([2])).tolist() == [2]  # before the read-ahead has sent it
+        assert backlog.pull(ahead).tolist() == [3]
+        assert backlog.fault(pfn_array([2, 3])).tolist() == []
+        backlog.loaded(pfn_array([1]))
+        backlog.rejoin(mask(2, 3, nr_pfns=NR))
+        assert backlog.fault(pfn_array([2, 3])).tolist() == [2, 3]
+        backlog.loaded(pfn_array([2, 3]))
+        assert backlog.unacknowledged == 0
 
     def test_a_page_is_kept_until_it_is_acknowledged(self) -> None:
         backlog = backlog_of(1, 2, 3)

@@ -9,7 +9,7 @@
 struct fault_lock;
 
 /* ---- the sender's (sender/backlog.py) ---- */
-enum { PAGE_NOT_MISSING, PAGE_UNSENT, PAGE_SENT, PAGE_DONE };
+enum { PAGE_NOT_MISSING, PAGE_UNSENT, PAGE_SENT, PAGE_PULLED, PAGE_DONE };
 
 #define PAGE_BLOCK 4096     /* the number of pfns whose unsent pages are counted together */
 
@@ -22,13 +22,14 @@ struct source_pages {
     uint64_t cursor;            /* the pfn from which pages are pushed next */
 };
 
-/* These pages are sent now, for whatever reason, and the push continues behind the last one. */
+/* These pages are chosen to be sent, and the push continues behind the last one. */
 void source_sent(struct source_pages *p, const uint64_t *pfns, size_t n);
 
 /*
- * vCPUs wait for these pages.  wanted[i] becomes 1 for a page that must be sent now, 0 for a page
- * that is DONE (its acknowledgement and the request have crossed).  Returns n.  If a pfn was never
- * missing, nothing is done, and the index of the first such pfn is returned.
+ * vCPUs wait for these pages.  wanted[i] becomes 1 for a page that must be sent on the pull lane
+ * now.  It becomes 0 for a page that is DONE (its acknowledgement and the request have crossed), and
+ * for one that is PULLED (the page precedes all that is sent on this lane now).  Returns n.  If a
+ * pfn was never missing, nothing is done, and the index of the first such pfn is returned.
  */
 size_t source_fault(struct source_pages *p, const uint64_t *pfns, size_t n, uint8_t *wanted);
 

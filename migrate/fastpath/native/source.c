@@ -6,20 +6,21 @@
 enum { PAGE_DATA, PAGE_ZERO };  /* PageStatus in xenbackend/pages.py */
 
 /* ---- the states of pages ---- */
-static void page_sent(struct source_pages *p, uint64_t pfn)
+static void page_sent(struct source_pages *p, uint64_t pfn, uint8_t state)
 {
     if (p->state[pfn] == PAGE_UNSENT) {
-        p->state[pfn] = PAGE_SENT;
         p->left[pfn / PAGE_BLOCK]--;
         p->unsent--;
     }
+    if (p->state[pfn] < state)
+        p->state[pfn] = state;
     p->cursor = (pfn + 1) % p->nr_pfns;
 }
 
 void source_sent(struct source_pages *p, const uint64_t *pfns, size_t n)
 {
     for (size_t i = 0; i < n; i++)
-        page_sent(p, pfns[i]);
+        page_sent(p, pfns[i], PAGE_SENT);
 }
 
 size_t source_fault(struct source_pages *p, const uint64_t *pfns, size_t n, uint8_t *wanted)
@@ -28,9 +29,9 @@ size_t source_fault(struct source_pages *p, const uint64_t *pfns, size_t n, uint
         if (pfns[i] >= p->nr_pfns || p->state[pfns[i]] == PAGE_NOT_MISSING)
             return i;
     for (size_t i = 0; i < n; i++) {
-        wanted[i] = p->state[pfns[i]] != PAGE_DONE;
+        wanted[i] = p->state[pfns[i]] < PAGE_PULLED;
         if (wanted[i])
-            page_sent(p, pfns[i]);
+            page_sent(p, pfns[i], PAGE_PULLED);
     }
     return n;
 }
