@@ -158,13 +158,12 @@ class IncomingMigration:
         begun = await self._beginning.begin()
         if begun is None:
             return
-        self._context.ownership.link = Link.UP if begun.restoring else Link.LOST
+        self._context.ownership.link = Link.LOST if begun.inherits else Link.UP
         logged = ""
         while True:
             try:
                 if self._recovery is None:
-                    inherits = begun.restoring is None
-                    switchover = Switchover(self._context, begun.guest, inherits=inherits)
+                    switchover = Switchover(self._context, begun.guest, inherits=begun.inherits)
                     self._recovery = Recovery(switchover)
                 await self._to_the_end(self._recovery, begun.restoring)
                 return
@@ -186,22 +185,22 @@ class IncomingMigration:
             return False
         return ownership.ours or (ownership.needed and not is_final(error))
 
-    async def _to_the_end(self, following: Recovery, restoring: Restoring | None) -> None:
-        switchover = following.switchover
+    async def _to_the_end(self, recovery: Recovery, restoring: Restoring | None) -> None:
+        switchover = recovery.switchover
         async with task_group() as tasks:
             tasks.start_soon(switchover.follow_domain)
             tasks.start_soon(switchover.keep_starting)
             if not switchover.serving.is_set():
-                await self._beginning.serve(switchover)
-            await following.as_left()
-            await self._follow_sender(following, restoring)
+                await self._beginning.serve_inherited(switchover)
+            await recovery.continue_held_or_lost()
+            await self._follow_sender(recovery, restoring)
             tasks.cancel_scope.cancel()
         self._last_message = await postcopy.finish(switchover)
         self._context.record.origins = await in_thread(switchover.guest.pages.summary_of_origins)
 
-    async def _follow_sender(self, following: Recovery, restoring: Restoring | None) -> None:
+    async def _follow_sender(self, recovery: Recovery, restoring: Restoring | None) -> None:
         """Follow the sender over one pair of lanes after the other, until nothing is missing."""
-        switchover = following.switchover
+        switchover = recovery.switchover
         while not switchover.settled:
             try:
                 await self._over_one_pair(switchover, restoring)
@@ -212,7 +211,7 @@ class IncomingMigration:
                     about = "nothing is missing; the sender may not have been informed: %s"
                     log.info(about, error)
                     return
-                await following.rejoin(error)
+                await recovery.rejoin(error)
             restoring = None
 
     async def _over_one_pair(self, switchover: Switchover, restoring: Restoring | None) -> None:
@@ -230,8 +229,7 @@ class IncomingMigration:
             tasks.cancel_scope.cancel()
 
     async def _failed(self, error: Exception) -> None:
-        following = self._recovery
-        switchover = None if following is None else following.switchover
+        switchover = None if self._recovery is None else self._recovery.switchover
         undo = functools.partial(rollback.failed, self._context, error, switchover)
         answer = await as_soon_as_threads_start(undo)
         self._last_message = await rollback.send_outcome(self._context, answer)

@@ -40,6 +40,11 @@ class Begun:
     restoring: Restoring | None
     """``None`` if a predecessor has restored the guest."""
 
+    @property
+    def inherits(self) -> bool:
+        """A predecessor has left the guest."""
+        return self.restoring is None
+
 
 class Other(Protocol):
     """Another migration of this daemon."""
@@ -89,7 +94,7 @@ class Preflight:
         peer.lanes.keep(offer.key)
         return prepared
 
-    async def serve(self, switchover: Switchover) -> None:
+    async def serve_inherited(self, switchover: Switchover) -> None:
         """Do nothing, because no guest runs here yet."""
 
     async def _offer(self) -> m.Offer:

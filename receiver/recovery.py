@@ -166,7 +166,7 @@ class Predecessor:
                 # The hypervisor has not noticed yet that the predecessor is dead.
                 time.sleep(LOOK_EVERY_S)
 
-    async def serve(self, switchover: Switchover) -> None:
+    async def serve_inherited(self, switchover: Switchover) -> None:
         """Start the guest if it belongs here and was not started, and serve its faults."""
         if self._context.ownership.row.restart not in (Restart.SERVE, Restart.START):
             return
@@ -284,7 +284,7 @@ class Recovery:
             await self._context.toolstack.while_undecided(self.switchover.watch_domain)
 
     async def _take_up_again(self) -> None:
-        """Receive what the sender wants, and report what is missing."""
+        """Receive the sender's first message, and report what is missing."""
         context, switchover = self._context, self.switchover
         peer = context.peer
         peer.session.rejoin()
@@ -444,7 +444,7 @@ class Recovery:
         await self._context.peer.acknowledge()
         self._context.disconnect()
 
-    async def as_left(self) -> None:
+    async def continue_held_or_lost(self) -> None:
         """Continue with a guest that is HELD or LOST, after a predecessor or an earlier attempt."""
         reason = self._context.entry.reason
         if self._context.is_in(State.HELD):

@@ -68,12 +68,13 @@ class Transfer:
         await self._finish()
 
     async def continue_predecessor(self) -> None:
-        """Continue the migration of a sender that was killed, from the last entry in its
-        journal.
+        """Continue the migration of a sender that was killed, from the last entry in its journal.
+
+        Raises the error for which the migration ends; :meth:`Rollback.settle` does what follows.
         """
+        if self._ownership.state in DECIDED:
+            raise error_of_decision(self._ownership.state)
         match self._ownership.row.restart:
-            case Restart.TAKE_BACK | Restart.DESTROY_SOURCE if self._ownership.state in DECIDED:
-                raise error_of_decision(self._ownership.state)
             case Restart.TAKE_BACK:
                 raise MigrationError("the sender was ended in the middle of this migration")
             case Restart.REJOIN | Restart.FOLLOW_TOOLSTACK:
@@ -150,8 +151,6 @@ class Transfer:
         announce = functools.partial(announce_missing, backlog=context.backlog)
         if self._ownership.state is State.UNDECIDED and context.backlog.unsent:
             await self._feed_undecided(push, sent, announce)
-        # xl may leave the guest paused for long (``xl migrate -p``).  Its memory is sent
-        # nevertheless.
         await self._decided()
         while context.backlog.unsent and not context.signals.complete.is_set():
             await first(context.pause.wait, context.signals.complete.wait)
@@ -182,6 +181,10 @@ class Transfer:
             )
 
     async def _decided(self) -> None:
+        """Wait until the destination has reported that the guest runs (``resumed``, set in
+        ``inbox.py``), or until the guest was handed over (set by :func:`follow_decision`).  The
+        latter ends the wait also for a guest that xl leaves paused (``xl migrate -p``).
+        """
         signals = self._context.signals
         await first(signals.resumed.wait, signals.handed_over.wait)
 

@@ -346,7 +346,9 @@ async def test_a_successor_starts_no_guest_that_an_operator_decides_about(
 
     monkeypatch.setattr(SimulatedDomain, "start", start)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(Predecessor(context, case.offer, "taken over").serve, switchover)
+        nursery.start_soon(
+            Predecessor(context, case.offer, "taken over").serve_inherited, switchover
+        )
         await starting.wait()
         with pytest.raises(MigrationError, match="runs here"):
             await case.migration.requests.decide(here=False)
