@@ -216,6 +216,7 @@ class Context:
                 ownership.phase,
                 ownership.has_ended,
                 self.options,
+                is_paused=self.pause.is_on,
                 started=stats.started if self.began_here else 0.0,
                 finished=stats.finished,
                 bytes_sent=self.bytes_sent,

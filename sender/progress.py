@@ -56,7 +56,9 @@ class Progress:
     by stop-and-copy or by postcopy, whichever is shorter and allowed.
     """
     eta_s: float | None = None
-    """The time until the migration is expected to be completed."""
+    """The time until the migration is expected to be completed.  ``None`` while copying is
+    paused.
+    """
     eta_least_s: float | None = None
     """Before that time it cannot be completed at the present rate."""
     faults_per_s: float | None = None
@@ -74,6 +76,8 @@ class Now:
     phase: str
     has_ended: bool
     options: MigrationOptions
+    is_paused: bool
+    """An operator has paused copying."""
     started: float
     """time.monotonic(); 0: not yet, or it is not known."""
     finished: float
@@ -118,6 +122,8 @@ class Meter:
             pages_per_s = self._confirmed.per_s(now.at, over_s=STEADY_S)
             shown.eta_s = rounded(time_left_s(shown.outstanding, pages_per_s), 1)
             shown.eta_least_s = shown.eta_s
+        if now.is_paused:  # nobody knows for how long
+            shown.eta_s = shown.eta_least_s = None
 
     def _measure_precopy(self, now: Now, pages_per_s: float | None) -> None:
         shown = self._progress

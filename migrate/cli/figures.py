@@ -151,9 +151,11 @@ def brief_rate(bytes_per_s: float | None) -> str:
 
 
 def eta(p: Answer) -> str:
-    """Return when the migration is expected to be completed; ``-`` if that is not known, and ``>``
-    with a time if it cannot be earlier.
+    """Return when the migration is expected to be completed; ``-`` if that is not known, ``>`` with
+    a time if it cannot be earlier, and ``paused`` while copying is paused.
     """
+    if p.get("paused"):
+        return "paused"
     least_s, expected_s = p.get("eta_least_s"), p["eta_s"]
     if expected_s is not None:
         return human_seconds(math.ceil(expected_s))

@@ -138,7 +138,7 @@ def test_the_expected_freeze_is_the_shorter_freeze_that_is_allowed() -> None:
 def now(at: float, phase: str, **values: object) -> Now:
     options = MigrationOptions(Strategy.HYBRID, PolicyOptions(max_rounds=2))
     fixed: dict[str, object] = {
-        "started": 100.0, "finished": 0.0, "bytes_sent": 0, "pages_sent": 0,
+        "is_paused": False, "started": 100.0, "finished": 0.0, "bytes_sent": 0, "pages_sent": 0,
         "pages_confirmed": 0, "memory_pages": 1000, "expected": None,
     }  # fmt: skip
     has_ended = phase in ("completed", "failed")
@@ -157,6 +157,21 @@ def test_the_end_is_expected_only_when_the_dirty_rate_is_known() -> None:
     progress.round, progress.dirty_bytes_per_s = 2, 10 * 4096
     meter.measure(now(104.0, "precopy", pages_sent=400, bytes_sent=409_600 * 4))
     assert progress.eta_s == 7.0  # 600 pages, and 100 that the guest dirties meanwhile
+
+
+@pytest.mark.parametrize("phase", ["precopy", "postcopy"])
+def test_no_end_is_expected_while_copying_is_paused(phase: str) -> None:
+    """In postcopy pages that the guest touches arrive also in a pause."""
+    progress = Progress(round=2, pages_total=1000, dirty_bytes_per_s=10 * 4096)
+    meter = Meter(progress)
+    for second in range(5):
+        progress.pages_done, progress.outstanding = 100 * second, 1000 - 100 * second
+        sent = {"pages_sent": 100 * second, "pages_confirmed": 100 * second}
+        meter.measure(now(100.0 + second, phase, **sent))
+        expected = progress.eta_s
+        meter.measure(now(100.0 + second, phase, **sent, is_paused=True))
+        assert (progress.eta_s, progress.eta_least_s) == (None, None)
+    assert expected is not None
 
 
 def test_an_end_fixes_the_time_and_leaves_no_rate() -> None:

@@ -102,6 +102,10 @@ def test_an_end_has_its_outcome_and_the_final_counters() -> None:
     assert not {"rate of", "ETA"} & set(found)
 
 
+def test_a_pause_is_shown_in_place_of_the_time_that_is_left() -> None:
+    assert values({**SENDER, "paused": True})["ETA"] == "paused"
+
+
 def test_what_there_is_not_yet_is_not_shown_as_0() -> None:
     details = {**SENDER["details"], "downtime_s": 0.0, "precopy": {"rounds": 1, "pages": 9}}
     found = values({**SENDER, "latency_us": 0, "details": details})
