@@ -75,7 +75,9 @@ class Inbox:
     def receive(self) -> None:
         """Receive until the sender agrees that nothing is left to do.  Called in a thread."""
         while not self._switchover.settled:
+            self._peer.is_busy = False
             message, payload = self._peer.receive_blocking()
+            self._peer.is_busy = True
             if isinstance(message, m.Pages) and self._switchover.serving.is_set():
                 self._switchover.pager.pushed(message, payload, self._peer.push.is_over)
             elif isinstance(message, m.Pages | m.Defer | m.Missing | m.Context):

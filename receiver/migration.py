@@ -319,7 +319,9 @@ class IncomingMigration:
             median_us, longest_us = latency.quantile(0.5), latency.max_us
             faults = Faults(latency.count, round(median_us), round(longest_us))
         self.progress.io_fails_in_s = None if recovery is None else recovery.io_fails_in_s
-        self._meter.measure(now, self.phase, self._context.peer.bytes_received, faults)
+        peer = self._context.peer
+        self._meter.copying(now, self.phase, peer.bytes_pushed, is_busy=peer.is_busy)
+        self._meter.measure(now, self.phase, peer.bytes_received, faults)
 
     def sample(self) -> None:
         """Add a sample to the record: one value for each of ``COLUMNS``."""

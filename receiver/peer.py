@@ -27,8 +27,10 @@ class Peer:
         self._why_none = "the receiver was restarted"
         self.pull: LaneConnection | None = None
         """``None`` if there is no pull lane."""
+        self.is_busy = False
+        """What the last message on the push lane asks for is being done."""
         self._received_at = time.monotonic()
-        self._bytes_received = 0
+        self._bytes_received = self._bytes_pushed = 0
         """Over earlier lanes."""
 
     @property
@@ -51,6 +53,11 @@ class Peer:
         """The number of bytes that were received from the sender so far."""
         return self._bytes_received + sum(lane.bytes_received for lane in self.connections)
 
+    @property
+    def bytes_pushed(self) -> int:
+        """The number of bytes that were received on push lanes so far."""
+        return self._bytes_pushed + (self._push.bytes_received if self._push is not None else 0)
+
     async def connect(self) -> None:
         self._push = await self.lanes.push()
 
@@ -63,6 +70,7 @@ class Peer:
 
     def close(self) -> None:
         self._received_at, self._bytes_received = self.received_at, self.bytes_received
+        self._bytes_pushed = self.bytes_pushed
         for lane in self.connections:
             lane.close()
         self._push = self.pull = None

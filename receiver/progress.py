@@ -11,6 +11,8 @@ from migrate.service.progress import LEAST_BYTES, STEADY_S, Phases, Rate, rounde
 
 AFTER_HANDOVER = ("deciding", "postcopy", "completing")
 """The phases in which the sender sends what is missing."""
+QUIET_S = 5.0
+"""A shorter time in which nothing is copied is not shown."""
 
 
 @dataclass
@@ -44,9 +46,13 @@ class IncomingProgress:
     """
     bytes_per_s: float | None = None
     """The rate at which bytes were received in the last seconds."""
+    quiet_s: float | None = None
+    """For how long the sender has copied nothing in the background.  The pages that vCPUs wait for
+    do not count.  ``None``: for less than :data:`QUIET_S`, or nothing is to come.
+    """
     eta_s: float | None = None
     """The time until the migration is expected to be completed.  Only a sender can expect the end
-    of precopy.
+    of precopy.  ``None`` while nothing is copied in the background.
     """
     faults: int | None = None
     latency_us: int | None = None
@@ -78,12 +84,28 @@ class Meter:
         self._ended: float | None = None
         self._phases = Phases()
         self._bytes, self._pages, self._faults = Rate(LEAST_BYTES), Rate(), Rate()
+        self._pushed, self._looked_at, self._copied_at = -LEAST_BYTES, 0.0, 0.0
+        """The bytes of background copying at a look, when that was, and when some were last new."""
 
     def enter(self, now: float, at: float, phase: str) -> None:
         """Note the phase.  ``now``: time.monotonic(); ``at``: seconds since 1970."""
         self._phases.add(at, phase)
         if phase in ENDED and self._ended is None:
             self._ended = now
+
+    def copying(self, now: float, phase: str, pushed: int, *, is_busy: bool) -> None:
+        """Note what background copying has brought.  ``now``: time.monotonic().  ``pushed``: the
+        bytes on the push lane, which also has small messages at any time.  ``is_busy``: this end
+        puts memory in place, or evicts pages, and the sender may wait for it.
+        """
+        shown = self._progress
+        is_to_come = phase == "precopy" or (phase in AFTER_HANDOVER and shown.outstanding > 0)
+        if is_busy or not is_to_come or pushed >= self._pushed + LEAST_BYTES:
+            self._pushed, self._looked_at, self._copied_at = pushed, now, now
+        elif now - self._looked_at >= QUIET_S:  # small messages do not add up
+            self._pushed, self._looked_at = pushed, now
+        quiet_s = now - self._copied_at
+        shown.quiet_s = round(quiet_s, 1) if quiet_s >= QUIET_S else None
 
     def measure(self, now: float, phase: str, bytes_received: int, faults: Faults | None) -> None:
         """``now``: time.monotonic().  ``faults``: ``None`` before the guest is served."""
@@ -107,5 +129,5 @@ class Meter:
             self._pages.add(now, shown.pages_done)
             shown.faults_per_s = rounded(self._faults.per_s(now), 1)
             pages_per_s = self._pages.per_s(now, over_s=STEADY_S)
-            if phase in AFTER_HANDOVER:
+            if phase in AFTER_HANDOVER and shown.quiet_s is None:
                 shown.eta_s = rounded(time_left_s(shown.outstanding, pages_per_s), 1)

@@ -81,7 +81,7 @@ def progress_fields(p: Answer) -> list[Field]:
     if p["problem"]:
         return [Field(0, [f"{title.forms[0]}: {p['problem']}"])]
     found = [title, *_amount(p)]
-    found += [Field(1, ["copying is paused", "paused"])] if p.get("paused") else _speed(p)
+    found += _speed(p)
     found += _of_precopy(p) if p["phase"] == "precopy" else _after_handover(p)
     if p.get("elapsed_s") is not None:
         found.append(Field(10, [f"elapsed {human_seconds(p['elapsed_s'])}"]))
@@ -131,6 +131,11 @@ def done_percent(p: Answer) -> int | None:
 
 
 def _speed(p: Answer) -> list[Field]:
+    if p.get("paused"):
+        return [Field(1, ["copying is paused", "paused"])]
+    if p.get("quiet_s"):
+        quiet = human_seconds(p["quiet_s"])
+        return [Field(1, [f"nothing has been copied for {quiet}", f"quiet for {quiet}"])]
     found = []
     if "bytes_per_s" in p:
         found.append(Field(2, [brief_rate(p["bytes_per_s"])]))
@@ -236,6 +241,11 @@ def problem(line: dict[str, Any]) -> str:
         return f"{line['problem']}{io_limit(line)}"
     if line.get("paused"):
         return f"its copying is paused: `xen-postcopy resume {line['domain']}`"
+    if line.get("quiet_s"):
+        return (
+            f"nothing has been copied for {human_seconds(line['quiet_s'])}: if copying is paused, "
+            "`xen-postcopy list` at the source shows that"
+        )
     return line.get("unprotected", "") and f"not protected any more: {line['unprotected']}"
 
 

@@ -86,6 +86,7 @@ def test_precopy_is_slowed_down_paused_and_resumed(world: World) -> None:
     (line,) = json.loads(done(world, "list", "--json"))
     assert line["paused"] is True and line["phase"] == "precopy"
     assert "its copying is paused: `xen-postcopy resume guest`" in done(world, "list")
+    until(lambda: lines(world, "receiver")[-1]["quiet_s"], "the receiver does not notice the pause")
     before = line["pages_done"]
     with world.source.open("guest") as guest:
         wait_for_steps(guest, 100)

@@ -125,6 +125,15 @@ def test_a_pause_is_shown_instead_of_a_rate_and_an_end() -> None:
     assert "copying is paused" in shown(PRECOPY | {"paused": True}, 200)
 
 
+def test_a_receiver_shows_a_silence_instead_of_a_rate() -> None:
+    quiet = POSTCOPY | {"direction": "incoming", "quiet_s": 12.3, "eta_s": None}
+    line = shown(quiet, 70)
+    assert line.startswith("web: postcopy, 61%, 312 of 512 MiB, quiet for 12 s, ")
+    assert "nothing has been copied for 12 s" in shown(quiet, 200)
+    reason = table_of([quiet], None, 1_700_000_000.0).split("\n")[1]
+    assert "nothing has been copied for 12 s: if copying is paused, `xen-postcopy list` at" in reason
+
+
 RECEIVER: dict[str, Any] = {
     "domain": "web", "phase": "precopy", "problem": "", "outstanding": 0, "pages_total": None,
     "pages_done": None, "bytes_received": 300 * MIB, "bytes_per_s": 118.2 * MIB, "eta_s": None,

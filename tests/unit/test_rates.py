@@ -208,6 +208,54 @@ def test_a_receiver_expects_the_end_after_the_handover_only() -> None:
     assert [one["phase"] for one in progress.phases] == ["precopy", "completed"]
 
 
+def quiet(*looks: tuple[float, str, int, bool], outstanding: int = 9) -> list[float | None]:
+    """Return what is shown at looks: time, phase, bytes on the push lane, and whether this end is
+    busy.
+    """
+    progress, found = IncomingProgress("web", outstanding), []
+    meter = IncomingMeter(progress, started=0.0)
+    for at, phase, pushed, is_busy in looks:
+        meter.copying(at, phase, pushed, is_busy=is_busy)
+        found.append(progress.quiet_s)
+    return found
+
+
+def test_a_receiver_shows_for_how_long_nothing_was_copied() -> None:
+    at = 1000.0
+    for phase in ("precopy", "postcopy", "deciding"):
+        found = quiet(*((at + second, phase, 10**6, False) for second in range(8)))
+        assert found == [None] * 5 + [5.0, 6.0, 7.0]
+    copied = ((at + second / 2, "postcopy", 4096 * (second // 8), False) for second in range(99))
+    assert not any(quiet(*copied))
+
+
+def test_messages_that_keep_the_push_lane_alive_are_no_copying() -> None:
+    alive = ((1000.0 + second, "precopy", 30 * second, False) for second in range(600))
+    assert quiet(*alive)[5:] == list(range(5, 600))
+
+
+def test_nothing_is_expected_of_a_sender_that_waits_or_has_nothing_to_send() -> None:
+    long = range(60)
+    for phase, is_busy, outstanding in (
+        ("precopy", True, 9), ("postcopy", False, 0), ("interrupted", False, 9),
+        ("preflight", False, 0), ("completed", False, 0),
+    ):  # fmt: skip
+        looks = ((1000.0 + second, phase, 0, is_busy) for second in long)
+        assert not any(quiet(*looks, outstanding=outstanding)), phase
+
+
+def test_a_receiver_expects_no_end_from_the_pages_that_vcpus_wait_for() -> None:
+    progress = IncomingProgress("web")
+    meter = IncomingMeter(progress, started=0.0)
+    expected = []
+    for second in range(8):
+        progress.outstanding = 100 - 10 * second
+        meter.copying(second, "postcopy", 0, is_busy=False)
+        meter.measure(second, "postcopy", 8000 * second, Faults(2 * second, 350, 9000))
+        expected.append(progress.eta_s)
+    assert expected[4] is not None and expected[5:] == [None] * 3
+
+
 # ---- outcomes ----
 @pytest.mark.parametrize(
     ("phase", "problem", "word"),
