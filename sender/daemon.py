@@ -42,7 +42,7 @@ from migrate.tasks import is_bug, isolated, task_group
 from migrate.units import parse_address
 from sender import adjustments
 from sender.estimates import Estimates
-from sender.guests import guests_here, room_at
+from sender.guests import guests_here, names_here, room_at
 from sender.migration import OutgoingMigration
 from sender.ownership import State
 from sender.preflight import check_free
@@ -189,6 +189,9 @@ class SenderDaemon:
                 domain, address, options = await self._requested(request)
                 self._check_unused(domain)
                 await self._estimates.answer(request, connection, domain, address, options)
+            case "domains":
+                named = await trio.to_thread.run_sync(names_here, self._hypervisor)
+                await connection.answer("result", **named)
             case "guests":
                 names = list(request.get("names", ()))
                 look = functools.partial(guests_here, self._hypervisor, self._estimates, names)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What an evacuation asks the sender: the guests of this host, and the memory of another one."""
+"""What the commands ask the sender about guests: those of this host, and the memory of another
+host.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +31,14 @@ def guests_here(hypervisor: Hypervisor, estimates: Estimates, names: list[Any]) 
     named = {str(name): _number(domains, str(name)) for name in names}
     found = [_guest(hypervisor, estimates, info, _target(domains, info)) for info in domains]
     return {"guests": [guest for guest in found if guest is not None], "named": named}
+
+
+def names_here(hypervisor: Hypervisor) -> Json:
+    """Return the names of the domains of this host, for the completion in a shell.  Called in a
+    thread.
+    """
+    found = hypervisor.domains()
+    return {"domains": [{"name": one.name, "state": one.state.value} for one in found]}
 
 
 def _number(domains: list[DomainInfo], name: str) -> int | None:

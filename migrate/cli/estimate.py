@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from migrate.cli.figures import rate
+from migrate.cli.names import domains
 from migrate.cli.options import (
     HostPort,
     Number,
@@ -113,7 +114,7 @@ def _wrapped(title: str, text: str) -> list[str]:
 
 
 @click.command("estimate")
-@click.argument("domain")
+@click.argument("domain", shell_complete=domains)
 @click.argument("destination", type=HostPort())
 @click.option(
     "--seconds",

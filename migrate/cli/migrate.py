@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from migrate.cli.names import domains
 from migrate.cli.options import (
     STDOUT,
     HostPort,
@@ -269,7 +270,7 @@ def _try(socket: Path, request: dict[str, Any], json_path: Path | None) -> None:
 
 
 @click.command("migrate")
-@click.argument("domain")
+@click.argument("domain", shell_complete=domains)
 @click.argument("destination", type=HostPort())
 @strategy_options
 @take_log_dirty_option("DOMAIN")

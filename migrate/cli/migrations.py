@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import click
 
-from migrate.cli import shown
+from migrate.cli import names, shown
 from migrate.cli.events import EVERY_S
 from migrate.cli.figures import how_it_is, table_of
 from migrate.cli.migrate import STAYS, in_words
@@ -42,9 +43,20 @@ MIGRATION = """
 
 
 def migration_argument(function: F) -> F:
-    """Give a command the argument MIGRATION, and explain it at the end of the command's help."""
+    """Give a command the argument MIGRATION, and explain it at the end of the command's help.  A
+    shell completes the migrations under way.
+    """
+    return _with_argument(function, names.migrations_under_way)
+
+
+def any_migration_argument(function: F) -> F:
+    """The same for a command that is also about migrations that have ended."""
+    return _with_argument(function, names.migrations)
+
+
+def _with_argument(function: F, complete: Callable[..., Any]) -> F:
     function.__doc__ = (function.__doc__ or "").rstrip() + MIGRATION
-    return click.argument("migration")(function)
+    return click.argument("migration", shell_complete=complete)(function)
 
 
 @dataclass
@@ -192,7 +204,7 @@ def _watch_all(socket_paths: tuple[Path, ...], with_past: bool, as_json: bool) -
 
 
 @click.command("show")
-@migration_argument
+@any_migration_argument
 @sockets_option
 @click.option("--json", "as_json", is_flag=True, help="As JSON, with all that was measured.")
 def show_command(migration: str, socket_paths: tuple[Path, ...], as_json: bool) -> None:

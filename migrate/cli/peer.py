@@ -23,6 +23,7 @@ from migrate.service.config import SENDER_PORT, Config
 from migrate.service.host import credentials
 from migrate.service.values import Address
 from migrate.units import human_bytes, parse_address, printable
+from migrate.xl import INSTALLED, VARIABLE, WITH_HELPER
 
 WAYS = {
     "native": "in batches (the hypervisor has populate_evicted)",
@@ -31,7 +32,7 @@ WAYS = {
     "none": "not at all",
 }
 OK, NOTE, PROBLEM = "ok", "note", "PROBLEM"
-VARIABLE, HELPER = "LIBXL_SAVE_HELPER", "xen-postcopy-xl-helper"
+HELPER = Path(INSTALLED).name
 ASK_BY_SSH = f'printenv {VARIABLE}; test -x "${VARIABLE}" && echo executable'
 SSH_S = 30.0
 REMEDIES = {
@@ -295,7 +296,7 @@ def _helper(wanted: Wanted, report: Report) -> None:
 
 def judged(value: str, *, executable: bool) -> str:
     """Return what is wrong with the value of the variable; empty if nothing is."""
-    remedy = f"put {VARIABLE}=/usr/bin/{HELPER} into /etc/environment, and log in anew"
+    remedy = f"put {WITH_HELPER} into /etc/environment, and log in anew"
     if not value:
         return f"{VARIABLE} is not set, so `xl migrate` uses Xen's own live migration: {remedy}"
     if Path(value).name != HELPER:

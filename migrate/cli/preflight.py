@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from migrate.cli.names import domains
 from migrate.cli.options import HostPort, config_option, simulated_option
 from migrate.cli.text import echo
 from migrate.errors import MigrationError
@@ -32,7 +33,7 @@ class Found:
 
 
 @click.command("preflight")
-@click.argument("domain", required=False)
+@click.argument("domain", required=False, shell_complete=domains)
 @click.option(
     "--peer",
     type=HostPort(),

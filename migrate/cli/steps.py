@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from migrate.service.config import CONFIG_FILE
 from migrate.service.template import written
+from migrate.xl import VARIABLE, WITH_HELPER
 
 if TYPE_CHECKING:
     from migrate.cli.authority import Issued
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 CERTIFICATE, KEY, AUTHORITY = "host.pem", "host.key", "authority.pem"
 """The files of a host, beside its configuration."""
 CONFIGURATION = CONFIG_FILE.name
-HELPER = "LIBXL_SAVE_HELPER=/usr/bin/xen-postcopy-xl-helper"
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,9 @@ def after_making(
     yield "4. Migrate a guest, without a toolstack or under xl:"
     yield ""
     yield f"    {on(source, f'xen-postcopy migrate GUEST {destination}')}"
-    yield f"    {on(source, f'{HELPER} xl migrate GUEST {destination}')}"
+    yield f"    {on(source, f'{WITH_HELPER} xl migrate GUEST {destination}')}"
     yield ""
-    yield f"   xl needs {HELPER.partition('=')[0]} on both hosts (man xen-postcopy-xl-helper), and"
+    yield f"   xl needs {VARIABLE} on both hosts (man xen-postcopy-xl-helper), and"
     yield "   a destination needs a hypervisor with memory paging (xen-postcopy preflight)."
 
 

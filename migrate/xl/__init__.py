@@ -12,3 +12,10 @@
 The program is started for each ``xl migrate``.  It therefore imports nothing but small parts of the
 standard library.
 """
+
+VARIABLE = "LIBXL_SAVE_HELPER"
+"""The variable of the environment by which libxl finds another helper than its own."""
+INSTALLED = "/usr/bin/xen-postcopy-xl-helper"
+"""Where the package installs the program."""
+WITH_HELPER = f"{VARIABLE}={INSTALLED}"
+"""What precedes ``xl migrate`` in a shell."""

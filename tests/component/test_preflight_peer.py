@@ -25,6 +25,7 @@ from migrate.lanes.tls import Tls
 from migrate.protocol import messages as m
 from migrate.protocol.messages import Hello
 from migrate.service.config import Config, NetworkConfig, TlsConfig
+from migrate.xl import VARIABLE
 from tests.support.certificates import ANOTHER, HOST, files
 
 __all__ = ["files"]
@@ -35,7 +36,7 @@ Found = dict[str, tuple[str, str]]
 @pytest.fixture(autouse=True)
 def _own_sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XEN_POSTCOPY_SOCKETS", str(tmp_path))
-    monkeypatch.delenv(peer.VARIABLE, raising=False)
+    monkeypatch.delenv(VARIABLE, raising=False)
 
 
 def nobody(_greeting: Hello) -> AwaitedLanes:
@@ -294,8 +295,8 @@ def test_the_helper_s_variable_here(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert here()[0] == NOTE and "is not set" in here()[1]
     helper = tmp_path / peer.HELPER
     helper.touch(0o755)
-    monkeypatch.setenv(peer.VARIABLE, str(helper))
-    assert here() == (OK, f"{peer.VARIABLE}={helper}")
+    monkeypatch.setenv(VARIABLE, str(helper))
+    assert here() == (OK, f"{VARIABLE}={helper}")
     assert judged(str(helper), executable=True) == ""
 
 

@@ -49,6 +49,7 @@ GOOD: dict[str, dict[str, Any]] = {
 REQUESTS: list[dict[str, Any]] = [
     {"command": "list"},
     {"command": "status"},
+    {"command": "domains"},
     {"command": "guests", "names": ["guest"]},
     *(
         {"command": word, "migration": "guest"}

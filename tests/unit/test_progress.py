@@ -131,7 +131,9 @@ def test_a_receiver_shows_a_silence_instead_of_a_rate() -> None:
     assert line.startswith("web: postcopy, 61%, 312 of 512 MiB, quiet for 12 s, ")
     assert "nothing has been copied for 12 s" in shown(quiet, 200)
     reason = table_of([quiet], None, 1_700_000_000.0).split("\n")[1]
-    assert "nothing has been copied for 12 s: if copying is paused, `xen-postcopy list` at" in reason
+    assert (
+        "nothing has been copied for 12 s: if copying is paused, `xen-postcopy list` at" in reason
+    )
 
 
 RECEIVER: dict[str, Any] = {

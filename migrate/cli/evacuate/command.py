@@ -19,6 +19,7 @@ from migrate.cli.evacuate.planner import Planner, Step
 from migrate.cli.evacuate.run import Evacuation, Sender
 from migrate.cli.evacuate.shown import facts, head, obstacles, plan, summary
 from migrate.cli.migrate import command, signals_handled
+from migrate.cli.names import domains
 from migrate.cli.options import (
     Cap,
     HostPort,
@@ -48,7 +49,7 @@ CHOICES = {
 @click.command("evacuate")
 @click.argument("destinations", metavar="DESTINATION...", nargs=-1, required=True, type=HostPort())
 @click.option(
-    "--guest", "names", multiple=True, metavar="DOMAIN",
+    "--guest", "names", multiple=True, metavar="DOMAIN", shell_complete=domains,
     help="A guest that is to go; may be given several times.  Default: all guests of this host.",
 )  # fmt: skip
 @click.option(

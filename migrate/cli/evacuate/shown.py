@@ -23,8 +23,8 @@ from migrate.cli.figures import (
     problem,
     with_reasons,
 )
-from migrate.cli.steps import HELPER
 from migrate.units import counted, human_bytes, human_seconds, human_us, parse_address
+from migrate.xl import WITH_HELPER
 
 PROGRESS = Layout(
     ("GUEST", "MEMORY", "TO", "STRATEGY", "PHASE", "DONE", "RATE", "ETA", "ELAPSED"),
@@ -127,7 +127,7 @@ def obstacles(planner: Planner) -> Iterator[str]:
         yield f"{guest.name} cannot go: {guest.problem}"
         if guest.devices:
             where = hosts[0] if len(hosts) == 1 else "HOST"
-            yield f"    {HELPER} xl migrate {shlex.quote(guest.name)} {where}"
+            yield f"    {WITH_HELPER} xl migrate {shlex.quote(guest.name)} {where}"
 
 
 # ---- the end ----

@@ -6,16 +6,18 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from migrate.cli.migrations import ask_all, migration_argument, sockets_option
+from migrate.cli.migrations import any_migration_argument, ask_all, sockets_option
 from migrate.cli.options import STDOUT, ResultFile
 from migrate.cli.text import json_option, report
-from migrate.cli.world import World
 from migrate.errors import MigrationError
 from migrate.outcomes import ENDED
+
+if TYPE_CHECKING:
+    from migrate.cli.world import World
 
 ENDS = ("sender", "receiver")
 END_S = 5.0
@@ -61,7 +63,7 @@ def answers_of(world: World, migration: str) -> list[dict[str, Any]]:
 
 
 @click.command("report")
-@migration_argument
+@any_migration_argument
 @click.option(
     "-o", "--output", type=ResultFile(), required=True, metavar="FILE",
     help="The file; -: standard output.",
