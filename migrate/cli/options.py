@@ -7,7 +7,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -123,6 +123,23 @@ class WholeNumber(OptionType):
                 ctx,
             )
         return number
+
+
+class FirstLetters(OptionType):
+    """One of some words, or its first letters, in any case."""
+
+    name = "word"
+
+    def __init__(self, words: Iterable[str]):
+        self._words = list(words)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        begun = str(value).strip().lower()
+        found = [word for word in self._words if begun and word.startswith(begun)]
+        if len(found) != 1:
+            known = ", ".join(f"{word[0]} ({word})" for word in self._words)
+            self.fail(f"{shortened(value)!r} is none of {known}.", param, ctx)
+        return found[0]
 
 
 class HostPort(OptionType):

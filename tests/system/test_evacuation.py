@@ -309,9 +309,11 @@ def test_a_dry_run_moves_nothing(world: World) -> None:
     assert result.returncode == 0, result.stderr
     rows = result.stdout.splitlines()
     assert rows[0].split()[:4] == ["GUEST", "MEMORY", "TO", "STRATEGY"]
-    assert [row.split()[0] for row in rows[1:]] == ["a", "b"]
+    assert [row.split()[0] for row in rows[1:3]] == ["a", "b"]
+    assert rows[3].startswith("2 guests")
     assert here(world) == {"a", "b"} and not lines(world, "sender")
     found = json.loads(run(world, "--dry-run", "--json").stdout)
+    assert found["total"]["guests"] == 2
     assert found["dry_run"] and {one["result"] for one in found["guests"]} == {"planned"}
     assert all(one["expected"]["total_s"] > 0 for one in found["guests"])
 
@@ -331,7 +333,7 @@ def test_at_a_terminal_an_interruption_asks_what_is_to_follow(world: World, answ
             assert screen.read()[0].startswith("0 of 2 guests gone, 1 under way, 1 to go, ")
             process.send_signal(signal.SIGINT)
             until(lambda: any("What is to follow" in row for row in screen.read()), "no question")
-            os.write(master, f"{answer}\n".encode())
+            os.write(master, f"{answer[0]}\n".encode())
             output, _none = process.communicate(timeout=WAIT_S)
         assert process.returncode == 130
     ends = {"leave": "under way", "cancel": "cancelled", "wait": "gone"}

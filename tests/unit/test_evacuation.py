@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from contextlib import closing
 
 import pytest
 
+from migrate.cli.evacuate.command import Signals, asked
 from migrate.cli.evacuate.display import EvacuationDisplay
 from migrate.cli.evacuate.planner import Begin, Measure, Planner, SetShare, Step
 from migrate.cli.evacuate.shown import facts, plan, progress, summary
 from migrate.options import LEAST_BANDWIDTH
 from migrate.units import display_width
-from tests.support.evacuations import Played, estimate, here, line, named, over
+from tests.support.evacuations import GIB, Played, estimate, here, line, named, over
 from tests.support.screen import Screen
 
 
@@ -174,7 +177,7 @@ def test_after_a_stop_nothing_begins_and_what_is_under_way_is_followed() -> None
     assert played.next() == [] and not over(played)
     played.end(1)
     assert over(played)
-    assert [one["result"] for one in facts(played.planner, False)["guests"]] == [
+    assert [one["result"] for one in facts(played.planner, None)["guests"]] == [
         "gone", "not begun", "not begun",
     ]  # fmt: skip
 
@@ -209,26 +212,58 @@ def test_a_trial_measures_each_guest_and_moves_none() -> None:
     assert named(played.measure("precopy")) == [1]
     assert played.begin() == [] and played.planner.is_over
     assert played.steps() == {1: Step.PLANNED, 2: Step.PLANNED, 3: Step.MOVES}
-    rows = plan(played.planner, None).split("\n")
-    assert rows[0].split() == [
-        "GUEST", "MEMORY", "TO", "STRATEGY", "TOTAL", "DOWNTIME", "FROZEN", "PROBLEM",
-    ]  # fmt: skip
-    assert rows[1].split() == [
-        "guest1",
-        "1.0",
-        "GiB",
-        "there",
-        "precopy",
-        "8.5",
-        "s",
-        "6",
-        "ms",
-        "120",
-        "ms",
+    assert plan(played.planner, None, 1).split("\n") == [
+        "GUEST           MEMORY  TO          STRATEGY  TOTAL  DOWNTIME  FROZEN",
+        "guest2         2.0 GiB  there       postcopy  8.5 s      6 ms  120 ms",
+        "guest1         1.0 GiB  there       precopy   8.5 s      6 ms  120 ms",
+        "guest3         1.0 GiB  there:8013  hybrid        -         -       -",
+        "2 of 3 guests  3.0 GiB                         17 s",
+        "guest3: under way",
     ]
-    assert rows[3].endswith("under way")
-    (expected,) = {one["expected"]["total_s"] for one in facts(played.planner, True)["guests"][:2]}
-    assert expected == 8.5
+    found = facts(played.planner, 1)
+    assert [one["domain"] for one in found["guests"]] == ["guest2", "guest1", "guest3"]
+    assert {one["expected"]["total_s"] for one in found["guests"][:2]} == {8.5}
+    assert found["total"] == {"guests": 2, "memory_bytes": 3 * GIB, "total_s": 17.0}
+
+
+def test_guests_that_divide_a_cap_take_their_time_together() -> None:
+    played = Played([here(n) for n in range(1, 5)], is_trial=True, bandwidth=10**8)
+    while not played.planner.is_over:
+        played.measure()
+    assert facts(played.planner, 2)["total"]["total_s"] == 17.0
+    assert facts(played.planner, 100)["total"]["total_s"] == 8.5
+    assert plan(played.planner, 60, 2).split("\n")[-1].split()[:2] == ["4", "guests"]
+
+
+def test_a_dry_run_in_which_nothing_would_go_has_no_sum() -> None:
+    played = Played([here(1, problem="guest1 is crashed: " + "x " * 60)], is_trial=True)
+    text = plan(played.planner, 60, 1).split("\n")
+    assert text[1].split()[0] == "guest1" and text[2].startswith("guest1: guest1 is crashed")
+    assert all(display_width(row) <= 60 for row in text)
+    assert facts(played.planner, 1)["total"] == {"guests": 0, "memory_bytes": 0, "total_s": 0.0}
+
+
+# ---- the question after an interruption ----
+@pytest.mark.parametrize(
+    ("typed", "choice"),
+    [
+        ("\n", "leave"), ("l\n", "leave"), ("C\n", "cancel"), ("wait\n", "wait"),
+        ("x\nw\n", "wait"), ("", "leave"),
+    ],
+)  # fmt: skip
+def test_the_question_explains_its_answers_and_takes_first_letters(
+    typed: str, choice: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    played = Played([here(1), here(2)], lines=[line(1)])
+    for stream in (terminal := io.StringIO(typed), sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stdin", terminal)
+    assert asked(played.planner, Signals()) == choice
+    told = capsys.readouterr().err
+    assert "Under way: guest1." in told and "What is to follow [L/c/w]: " in told
+    for letter, word in (("l", "leave"), ("c", "cancel"), ("w", "wait")):
+        assert f"  {letter}, {word} " in told
+    assert ("is none of l (leave), c (cancel), w (wait)" in told) is typed.startswith("x")
 
 
 # ---- what is shown ----
@@ -259,14 +294,29 @@ def test_the_table_fits_the_terminal(width: int) -> None:
     assert rows[0] == f"{of_all}, 1 failed, 2 under way, 14 to go, 200 MiB/s"
     assert all(display_width(row) < width for row in rows)
     assert rows[1].split()[0] == "GUEST" and "PHASE" in rows[1]
-    assert "precopy" in rows[2]
+    assert rows[2].split()[0] == "guest-1" and "precopy" in rows[5]
     with closing(Screen(width, 12)) as screen:
         display = EvacuationDisplay(screen.stream)
         display.show(planner)
         seen = screen.read()
         assert len(seen) == 12 and seen[-1].startswith("... and ")
+        assert seen[2].split()[0] == "guest-4" and "precopy" in seen[2]  # the first that moves
         display.close()
         assert screen.read() == []
+
+
+def test_all_tables_have_the_order_in_which_the_guests_go() -> None:
+    sizes = {1: 1, 2: 3, 3: 2, 4: 4}
+    played = Played([here(domid, gib=gib) for domid, gib in sizes.items()], lines=[line(7)])
+    order = ["guest7", "guest4", "guest2", "guest3", "guest1"]
+    for _turn in range(5):
+        tables = (summary(played.planner, None), "\n".join(progress(played.planner, 200, 99)[1:]))
+        for text in (*tables, plan(played.planner, None, 1)):
+            assert [row.split()[0] for row in text.split("\n")[1:6]] == order
+        played.measure()
+        played.begin()
+        for guest in played.planner.of(Step.MOVES)[:1]:
+            played.end(guest.domid)
 
 
 def test_the_summary_has_each_guest_with_its_end() -> None:
@@ -279,8 +329,6 @@ def test_the_summary_has_each_guest_with_its_end() -> None:
 def test_elsewhere_a_line_is_printed_for_each_beginning_and_end(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    import sys
-
     played = Played([here(1), here(2, problem="guest2 is crashed")])
     display = EvacuationDisplay(sys.stdout, played.planner.of(Step.FAILED))
     display.show(played.planner)

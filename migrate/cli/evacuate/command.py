@@ -7,6 +7,7 @@ import functools
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ import click
 
 from migrate.cli.estimate import SECONDS, explained
 from migrate.cli.evacuate.display import EvacuationDisplay
-from migrate.cli.evacuate.planner import Planner, Step
+from migrate.cli.evacuate.planner import Guest, Planner, Step
 from migrate.cli.evacuate.run import Evacuation, Sender
 from migrate.cli.evacuate.shown import facts, head, obstacles, plan, summary
 from migrate.cli.migrate import command, signals_handled
 from migrate.cli.names import domains
 from migrate.cli.options import (
     Cap,
+    FirstLetters,
     HostPort,
     Number,
     WholeNumber,
@@ -39,11 +41,13 @@ from migrate.units import counted
 PARALLEL = 2
 MOST_PARALLEL = 100
 CHOICES = {
-    "leave": "they continue in the daemons",
-    "cancel": "those before their handover are taken back, and the others are waited for",
-    "wait": "they are waited for",
+    "leave": "end this command; the daemons continue these migrations",
+    "cancel": "take those before their handover back, and wait for the others",
+    "wait": "wait for these migrations, and begin no others",
 }
-"""What may follow for the migrations under way when the command is interrupted."""
+"""What may follow for the migrations under way when the command is interrupted, the default
+first.
+"""
 
 
 @click.command("evacuate")
@@ -120,7 +124,8 @@ def evacuate_command(
     try:
         carry_out(evacuation)
     finally:
-        report(planner, dry_run, as_json)
+        at_once = parallel if bandwidth else 1  # with a cap, each was measured with its share
+        report(planner, at_once if dry_run else None, as_json)
     check(planner, dry_run)
 
 
@@ -206,19 +211,25 @@ def asked(planner: Planner, signals: Signals) -> str:
     moving = planner.of(Step.MOVES)
     if not moving or not sys.stdin.isatty() or not sys.stderr.isatty():
         return "leave"
-    echo(f"under way: {', '.join(guest.name for guest in moving)}", err=True)
+    echo(f"No further migration begins.  Under way: {_names(moving)}.", err=True)
     for word, meaning in CHOICES.items():
-        echo(f"  {word:6}  {meaning}", err=True)
+        echo(f"  {word[0]}, {word:7} {meaning}", err=True)
+    first, *others = (word[0] for word in CHOICES)
+    question = f"What is to follow [{'/'.join([first.upper(), *others])}]"
     signals.is_asking = True
     try:
         choice: str = click.prompt(
-            "What is to follow", type=click.Choice(list(CHOICES)), default="leave", err=True
+            question, type=FirstLetters(CHOICES), default="leave", show_default=False, err=True
         )
     except (click.Abort, KeyboardInterrupt):
         return "leave"
     finally:
         signals.is_asking = False
     return choice
+
+
+def _names(guests: Sequence[Guest]) -> str:
+    return ", ".join(guest.name for guest in guests)
 
 
 def left(evacuation: Evacuation) -> str:
@@ -232,14 +243,14 @@ def left(evacuation: Evacuation) -> str:
     return f"{text}; `{again}` continues the evacuation"
 
 
-def report(planner: Planner, dry_run: bool, as_json: bool) -> None:
-    """Print what has become of each guest."""
+def report(planner: Planner, trial: int | None, as_json: bool) -> None:
+    """Print what has become of each guest.  ``trial``: see :func:`facts`."""
     if as_json:
-        echo(json.dumps(facts(planner, dry_run), indent=2))
+        echo(json.dumps(facts(planner, trial), indent=2))
         return
     width = size_of(sys.stdout).columns if sys.stdout.isatty() else None
     if planner.guests:
-        echo((plan if dry_run else summary)(planner, width))
+        echo(summary(planner, width) if trial is None else plan(planner, width, trial))
 
 
 def check(planner: Planner, dry_run: bool) -> None:
@@ -247,9 +258,8 @@ def check(planner: Planner, dry_run: bool) -> None:
     failed = planner.of(Step.FAILED, Step.ARRIVES)
     total = counted(len(planner.guests), "guest")
     if failed:
-        names = ", ".join(guest.name for guest in failed)
         how = "cannot go" if dry_run else "did not go"
-        raise MigrationError(f"{len(failed)} of {total} {how}: {names}")
+        raise MigrationError(f"{len(failed)} of {total} {how}: {_names(failed)}")
     if planner.newcomers:
         names = ", ".join(planner.newcomers)
         raise MigrationError(f"these guests have come to this host meanwhile: {names}")

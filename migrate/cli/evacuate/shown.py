@@ -5,16 +5,21 @@ comes out.
 
 from __future__ import annotations
 
+import math
 import shlex
+import textwrap
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from migrate.cli.evacuate.planner import Guest, Planner, Step
 from migrate.cli.figures import (
+    GAP,
     Field,
     Layout,
     brief_name,
     brief_rate,
+    columns,
     done_percent,
     eta,
     fit,
@@ -23,7 +28,15 @@ from migrate.cli.figures import (
     problem,
     with_reasons,
 )
-from migrate.units import counted, human_bytes, human_seconds, human_us, parse_address
+from migrate.cli.text import table
+from migrate.units import (
+    counted,
+    human_bytes,
+    human_seconds,
+    human_us,
+    parse_address,
+    printable,
+)
 from migrate.xl import WITH_HELPER
 
 PROGRESS = Layout(
@@ -43,11 +56,10 @@ PLAN = Layout(
 )
 NARROW = 100
 """A narrower table has names that are cut off."""
-ORDER = (
-    Step.MOVES, Step.BEGINS, Step.MEASURED, Step.FAILED, Step.ARRIVES, Step.WAITS, Step.PLANNED,
-    Step.ENDED, Step.GONE,
-)  # fmt: skip
-"""The order of the rows: what does not fit a terminal is the end."""
+SPARE = (Step.GONE, Step.ENDED, Step.FAILED)
+"""The guests whose rows are left out first where not all fit, in this order: the first line has
+their number.
+"""
 LEFT = {
     Step.MOVES: "under way", Step.BEGINS: "not begun", Step.MEASURED: "not begun",
     Step.WAITS: "not begun", Step.ARRIVES: "not ready",
@@ -73,15 +85,31 @@ def _head(planner: Planner) -> list[Field]:
     return fields
 
 
+def in_order(planner: Planner) -> list[Guest]:
+    """Return the guests in the order in which they go, which all tables have: the largest first.
+    One that is known by its migration alone was under way before the others.
+    """
+    return sorted(planner.guests, key=lambda guest: -guest.needed_bytes or -math.inf)
+
+
 def progress(planner: Planner, width: int, lines: int) -> list[str]:
     """Return the rows for a terminal."""
-    guests = sorted(planner.guests, key=lambda guest: ORDER.index(guest.step))
-    reasons = [_reason(guest) for guest in guests]
-    text = with_reasons([_progress(guest, width) for guest in guests], reasons, width, PROGRESS)
-    rows = [fit(_head(planner), width), *text.split("\n")]
+    guests = in_order(planner)
+    rows = _rows(guests, width)
+    if (excess := 1 + len(rows) - lines) > 0:
+        done = [guest for step in SPARE for guest in guests if guest.step is step]
+        spared = {id(guest) for guest in done[:excess]}
+        rows = _rows([guest for guest in guests if id(guest) not in spared], width)
+    rows.insert(0, fit(_head(planner), width))
     if len(rows) > lines:
         rows[lines - 1 :] = [f"... and {len(rows) - lines + 1} more"]
     return rows
+
+
+def _rows(guests: Sequence[Guest], width: int) -> list[str]:
+    reasons = [_reason(guest) for guest in guests]
+    shown = [_progress(guest, width) for guest in guests]
+    return with_reasons(shown, reasons, width, PROGRESS).split("\n")
 
 
 def _progress(guest: Guest, width: int | None) -> dict[str, str]:
@@ -133,8 +161,9 @@ def obstacles(planner: Planner) -> Iterator[str]:
 # ---- the end ----
 def summary(planner: Planner, width: int | None) -> str:
     """Return what has become of each guest."""
-    rows = [_result(guest, width) for guest in planner.guests]
-    return with_reasons(rows, [_reason(guest) for guest in planner.guests], width, RESULTS)
+    guests = in_order(planner)
+    rows = [_result(guest, width) for guest in guests]
+    return with_reasons(rows, [_reason(guest) for guest in guests], width, RESULTS)
 
 
 def result(guest: Guest) -> str:
@@ -152,20 +181,64 @@ def _result(guest: Guest, width: int | None) -> dict[str, str]:
     }
 
 
-def plan(planner: Planner, width: int | None) -> str:
-    """Return what an evacuation would do."""
-    rows = [_planned(guest, width) for guest in planner.guests]
-    reasons = [_why(guest) for guest in planner.guests]
-    return with_reasons(rows, reasons, width, PLAN)
+@dataclass(frozen=True)
+class Total:
+    """What the guests that would go take together."""
+
+    guests: int
+    memory_bytes: int
+    total_s: float
+
+    @classmethod
+    def of(cls, planner: Planner, at_once: int) -> Total:
+        """Add the guests up.  ``at_once``: how many go at the times that were estimated for them.
+        They share the link, so the time of each is its own unless a cap has divided the link.
+        """
+        planned = planner.of(Step.PLANNED)
+        seconds = sum(_expected(guest)["total_s"] for guest in planned)
+        at_once = max(min(at_once, len(planned)), 1)
+        memory_bytes = sum(guest.memory_bytes for guest in planned)
+        return cls(len(planned), memory_bytes, round(seconds / at_once, 3))
 
 
-def _why(guest: Guest) -> str:
-    return LEFT[guest.step] if guest.step is Step.MOVES else _reason(guest)
+def plan(planner: Planner, width: int | None, at_once: int) -> str:
+    """Return what an evacuation would do: a table, and below it the guests that would not go.
+    ``at_once``: see :meth:`Total.of`.
+    """
+    guests, total = in_order(planner), Total.of(planner, at_once)
+    rows = [_planned(guest, width) for guest in guests]
+    if total.guests:
+        rows.append(_sum(total, len(guests)))
+    titles = columns(rows, width, PLAN)
+    found = [
+        table(titles, [[row[title] for title in titles] for row in rows], numbers=PLAN.numbers)
+    ]
+    for guest in guests:
+        if why := LEFT[guest.step] if guest.step is Step.MOVES else _reason(guest):
+            text = printable(f"{guest.name}: {why}").replace("\n", " ")
+            found += textwrap.wrap(text, width or len(text), subsequent_indent=GAP * 2)
+    return "\n".join(found)
+
+
+def _sum(total: Total, known: int) -> dict[str, str]:
+    of_all = "" if total.guests == known else f"{total.guests} of "
+    return {
+        **dict.fromkeys(PLAN.titles, ""),
+        "GUEST": f"{of_all}{counted(known, 'guest')}",
+        "MEMORY": human_bytes(total.memory_bytes),
+        "TOTAL": human_seconds(float(total.total_s)),
+    }
+
+
+def _expected(guest: Guest) -> dict[str, Any]:
+    """Return what the guest's strategy is expected to take; empty if that was not estimated."""
+    expected: dict[str, Any] = guest.estimate.get("strategies", {}).get(guest.strategy, {})
+    return expected
 
 
 def _planned(guest: Guest, width: int | None) -> dict[str, str]:
-    expected = guest.estimate.get("strategies", {}).get(guest.strategy)
-    if guest.step is not Step.PLANNED or expected is None:
+    expected = _expected(guest)
+    if guest.step is not Step.PLANNED:
         return {**_named(guest, width), "TOTAL": "-", "DOWNTIME": "-", "FROZEN": "-"}
     return {
         **_named(guest, width),
@@ -175,18 +248,20 @@ def _planned(guest: Guest, width: int | None) -> dict[str, str]:
     }
 
 
-def facts(planner: Planner, is_trial: bool) -> dict[str, Any]:
-    """Return the same as JSON."""
+def facts(planner: Planner, trial: int | None) -> dict[str, Any]:
+    """Return the same as JSON.  ``trial``: ``None`` after an evacuation, and ``at_once`` of
+    :meth:`Total.of` after a dry run.
+    """
     return {
-        "dry_run": is_trial,
+        "dry_run": trial is not None,
         "destinations": list(planner.destinations),
         "newcomers": planner.newcomers,
-        "guests": [_facts(guest) for guest in planner.guests],
+        "total": None if trial is None else asdict(Total.of(planner, trial)),
+        "guests": [_facts(guest) for guest in in_order(planner)],
     }
 
 
 def _facts(guest: Guest) -> dict[str, Any]:
-    expected = guest.estimate.get("strategies", {}).get(guest.strategy)
     return {
         "domain": guest.name,
         "domid": guest.domid,
@@ -199,7 +274,7 @@ def _facts(guest: Guest) -> dict[str, Any]:
         "id": guest.migration or None,
         "elapsed_s": guest.line.get("elapsed_s"),
         "downtime_s": guest.line.get("downtime_s"),
-        "expected": expected,
+        "expected": _expected(guest) or None,
     }
 
 
