@@ -71,6 +71,13 @@ class PolicyOptions:
     on_timeout: OnTimeout = _changeable(OnTimeout.POSTCOPY, Until.SWITCHOVER)
     """What follows at the time limit."""
 
+    @property
+    def limit(self) -> str:
+        """The time limit in words, for what it has ended."""
+        if self.timeout_s is None:
+            return "no time limit"
+        return f"its time limit of {self.timeout_s:g} s"
+
     def problems(self) -> str | None:
         if type(self.max_rounds) is not int or not 1 <= self.max_rounds <= 1000:
             return f"--max-rounds {self.max_rounds}: a whole number, 1 to 1000"

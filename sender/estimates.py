@@ -193,7 +193,7 @@ def _strategies(
             continue
         problem = refusals[strategy.pages_after_handover]
         if not problem and expected.ends_by is Decision.CANCEL:
-            problem = f"it is cancelled after {expected.total_s:.1f} s, by its time limit"
+            problem = f"it would be cancelled by {options.policy.limit}"
         shown[strategy.value] = {"problem": problem, **_figures(expected)}
         if not problem:
             possible.append(expected)

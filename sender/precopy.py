@@ -90,8 +90,9 @@ class Precopy:
         self._began = self._clock()
         decision = await self._send_rounds(to_send, remaining)
         if decision is Decision.CANCEL:
+            limit = self._context.options.policy.limit
             raise MigrationError(
-                f"{CANCELLED} after {self._elapsed_s:.1f} s of precopy, by its time limit"
+                f"{CANCELLED} after {self._elapsed_s:.1f} s of precopy, by {limit}"
             )
         if decision is Decision.STOP_AND_COPY:
             nothing = await trio.to_thread.run_sync(np.zeros_like, to_send)

@@ -32,7 +32,9 @@ from tests.support.waiting import until_async
 HARDLY = LEAST_BANDWIDTH
 """With this cap the second batch would be sent a quarter of an hour after the first."""
 LIMIT_S = 0.1
-CANCELLED_BY_LIMIT = re.compile(r"cancelled after \d+\.\d s of precopy, by its time limit")
+CANCELLED_BY_LIMIT = re.compile(
+    rf"cancelled after \d+\.\d s of precopy, by its time limit of {LIMIT_S} s"
+)
 
 
 @pytest.fixture(autouse=True)
