@@ -159,9 +159,12 @@ def _end(
         downtime_s = freeze_s = switchover_s + seen.stop_and_copy_ms / 1000
         sent += seen.dirty_pages
     elif decision is Decision.POSTCOPY:
-        downtime_s, missing = switchover_s, seen.dirty_pages
-        freeze_s = switchover_s + seen.postcopy_ms / 1000
-        after_s = left_bytes / _capped(measured.bytes_per_s, options.cap_of_postcopy)
+        downtime_s, missing, waits_s = switchover_s, seen.dirty_pages, seen.postcopy_ms / 1000
+        freeze_s = switchover_s + waits_s
+        # While the guest waits, pages are missing.  So the push that the faults slow down lasts for
+        # at least as long.
+        push_s = left_bytes / _capped(measured.bytes_per_s, options.cap_of_postcopy)
+        after_s = max(push_s, waits_s)
         sent += missing
     total_s = seen.elapsed_s + downtime_s + after_s
     return Expected(

@@ -100,6 +100,16 @@ def test_zero_pages_take_no_time_the_first_time() -> None:
     assert all(abs(total_s - FULL_S / 2) < 0.1 for total_s in half)
 
 
+def test_a_migration_lasts_for_as_long_as_its_guest_waits_for_pages() -> None:
+    """On a busy host a page alone takes so long that the faults slow the push down."""
+    slow = replace(BUSY, fault_s=0.02)
+    for one in all_of(slow):
+        assert one.freeze_s <= one.total_s
+    postcopy = expect(replace(slow, round_trip_s=0.0), POSTCOPY)
+    assert postcopy.freeze_s - postcopy.downtime_s == 500 * 0.02 > FULL_S
+    assert postcopy.total_s == postcopy.freeze_s
+
+
 def test_a_cap_slows_copying_and_not_the_downtime() -> None:
     capped = expect(BUSY, replace(PRECOPY, bandwidth_bytes_per_s=LINK / 2))
     free = expect(BUSY, PRECOPY)
@@ -217,6 +227,7 @@ def test_an_estimate_is_of_a_migration_that_there_can_be(
     found = expect(measured, MigrationOptions(strategy, policy, cap))
     assert 0 <= found.downtime_s <= found.freeze_s
     assert found.downtime_s <= found.total_s < math.inf
+    assert found.freeze_s <= found.total_s * 1.0001
     assert 0 <= found.missing_pages <= measured.memory_pages
     assert 0 <= found.rounds <= policy.max_rounds
     if found.ends_by is Decision.CANCEL:
