@@ -10,17 +10,26 @@ from migrate.cli.figures import MIB, PAGE, Answer, done_percent, eta, how_it_is,
 from migrate.outcomes import ENDED
 from migrate.units import counted, human_bytes, human_seconds, human_us
 
-NOT_YET = ("downtime_s", "latency_us")
+NOT_YET = ("downtime_s",)
 """Keys whose value is 0 until there is one."""
 WIDTH = 22
 """The columns of a name."""
+ORDER = (
+    "id", "domain", "direction", "peer", "domid", "strategy", "options",
+    "phase", "problem", "unprotected", "io_fails_in_s", "paused", "handed_over", "known", "phases",
+    "started_at", "ended_at", "elapsed_s", "total_s", "eta_s", "quiet_s", "round",
+    "bytes_per_s", "throughput_bytes_per_s", "dirty_bytes_per_s", "expected_freeze_ms",
+    "memory_bytes", "bytes_sent", "lanes", "bytes_received", "outstanding", "waiting",
+    "downtime_s", "precopy", "switchover", "expected", "push", "pull", "answered", "zero_pages",
+    "dropped_pages", "populate_evicted", "rejoins",
+    "faults_per_s", "fault_latency_us", "vcpu_block_s", "checkpoints", "checkpoint_age_s",
+)  # fmt: skip
+"""The order at either end.  Keys of another release follow."""
 HIDDEN = ("unknown", "outcome", "event", "pages_done", "pages_total", "eta_least_s")
 """Keys whose values are shown with others."""
-SAME = {
-    "total_s": "elapsed_s", "faults": "fault_latency_us", "latency_us": "fault_latency_us",
-    "longest_wait_us": "fault_latency_us",
-}  # fmt: skip
-"""Keys whose value is a part of what another key has.  Without the other key they are shown."""
+LATENCY_KEY = "fault_latency_us"
+LATENCY = {"faults": "count", "latency_us": "p50", "longest_wait_us": "max"}
+"""The keys of what an end has without the pager's counters, and what they are there."""
 
 
 def _seconds(value: float) -> str:
@@ -51,8 +60,6 @@ NAMES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "dropped_pages": ("dropped", _pages),
     "waiting": ("vCPUs wait for", lambda value: counted(value, "page")),
     "faults_per_s": ("fault rate", lambda value: f"{value:.1f} faults/s"),
-    "latency_us": ("fault, median", human_us),
-    "longest_wait_us": ("worst block", human_us),
     "checkpoint_age_s": ("last checkpoint", lambda value: f"{_seconds(value)} ago"),
     "io_fails_in_s": ("I/O fails in", _seconds),
     "populate_evicted": ("eviction", str),
@@ -85,9 +92,14 @@ def _figures(answer: Answer, now: float) -> Iterator[tuple[str, str]]:
     rest = {key: value for key, value in answer.items() if key != "details"}
     # For a key that both have, the details are final at the end; before, the progress is newer.
     both = {**rest, **details} if answer["phase"] in ENDED else {**details, **rest}
-    unknown = answer.get("unknown", ())
-    for key in dict.fromkeys((*rest, *details)):
-        if key in HIDDEN or both.get(SAME.get(key, "")) is not None:
+    unknown = {LATENCY_KEY if key in LATENCY else key for key in answer.get("unknown", ())}
+    both[LATENCY_KEY] = _latency(both)
+    if type(both.get("checkpoints")) is int:  # the source has their number
+        both["checkpoints"] = {"kept": both["checkpoints"]}
+    has_elapsed = both.get("elapsed_s") is not None
+    places = {key: place for place, key in enumerate(ORDER)}
+    for key in sorted(both, key=lambda key: places.get(key, len(places))):
+        if key in HIDDEN or key in LATENCY or (key == "total_s" and has_elapsed):
             continue
         if key in NOT_YET and not both[key] and key not in unknown:
             continue
@@ -109,6 +121,18 @@ def _figures(answer: Answer, now: float) -> Iterator[tuple[str, str]]:
             yield name, _group(key, both[key])
         else:
             yield name, _value(both[key], unit)
+
+
+def _latency(both: Answer) -> Answer | None:
+    """Return the latency of faults in the form of the pager's counters; ``None`` if the end does
+    not know of faults.
+    """
+    found: Answer | None = both.get(LATENCY_KEY)
+    known = {of: both[key] for key, of in LATENCY.items() if both.get(key) is not None}
+    if found is None:
+        return {of: value for of, value in known.items() if value} if known else None
+    # A vCPU may be waiting for longer than any wait has lasted that has ended.
+    return {**found, "max": max(found.get("max", 0), known.get("max", 0))}
 
 
 def named(key: str) -> tuple[str, Callable[[Any], str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from migrate.cli import shown
 from migrate.cli.events import Events
 from migrate.cli.figures import time_of_day
 from receiver.progress import IncomingProgress
+from receiver.statistics import PagerStatistics
 from sender.progress import Progress
+from sender.statistics import SenderStatistics
 
 SENDER: dict[str, Any] = {
     "event": "result", "id": "0123456789abcdef", "direction": "outgoing", "domain": "web",
@@ -61,10 +63,11 @@ def test_each_figure_has_one_name_and_its_unit() -> None:
         "id": "0123456789abcdef", "direction": "outgoing", "domain": "web", "peer": "there:8013",
         "strategy": "hybrid", "handed over": "yes", "phase": "postcopy",
         "done": "312 of 512 MiB (61%)", "round": "2", "outstanding": "51072 pages (199.5 MiB)",
-        "faults": "1200", "fault, median": "350 us", "sent": "512.0 MiB", "checkpoints": "0",
+        "fault latency": "1200 faults, median 350 us, longest 12.3 ms", "sent": "512.0 MiB",
+        "checkpoints": "none",
         "started": found["started"], "elapsed": "12 s", "rate": "118.2 MiB/s",
         "dirty rate": "33.4 MiB/s", "ETA": "3 s", "fault rate": "412.0 faults/s",
-        "worst block": "12.3 ms", "phases": f"precopy {found['started']}",
+        "phases": f"precopy {found['started']}",
         "known of the other end": "it has the guest", "memory": "512.0 MiB", "downtime": "5.2 ms",
         "precopy": "2 rounds, 150000 pages", "switchover": "12 pages, 131072 missing pages",
         "expected": "9000 pages, 128.0 MiB/s, fault 350 us, round trip 80 us, stop and copy 281 ms,"
@@ -89,7 +92,6 @@ def test_the_counters_of_the_pager_replace_what_they_contain() -> None:
     assert found["fault latency"] == (
         "1200 faults, mean 400 us, median 350 us, 99% below 2 ms, longest 12.3 ms"
     )
-    assert not {"faults", "fault, median", "worst block"} & set(found)
     assert found["vcpu block"] == "vCPU 0 310 ms, vCPU 1 200 ms"
     assert found["pull"] == "12 requests, 30 ahead, 40 pages"
 
@@ -109,7 +111,10 @@ def test_a_pause_is_shown_in_place_of_the_time_that_is_left() -> None:
 def test_what_there_is_not_yet_is_not_shown_as_0() -> None:
     details = {**SENDER["details"], "downtime_s": 0.0, "precopy": {"rounds": 1, "pages": 9}}
     found = values({**SENDER, "latency_us": 0, "details": details})
-    assert not {"downtime", "fault, median"} & set(found)
+    assert "downtime" not in found
+    assert found["fault latency"] == "1200 faults, longest 12.3 ms"
+    before = {"faults": 0, "latency_us": 0, "longest_wait_us": None}
+    assert values({**SENDER, **before})["fault latency"] == "none"
     assert found["precopy"] == "1 round, 9 pages"
 
 
@@ -117,6 +122,40 @@ def test_an_unknown_value_is_shown_as_one() -> None:
     found = values({**SENDER, "unknown": ["outstanding", "memory_bytes", "downtime_s", "precopy"]})
     for name in ("outstanding", "memory", "downtime", "precopy"):
         assert found[name] == "-"
+    assert values({**SENDER, "unknown": ["faults", "latency_us"]})["fault latency"] == "-"
+
+
+RECEIVER: dict[str, Any] = {
+    "id": "0123456789abcdef", "direction": "incoming", "domid": 7, "peer": "here:8014",
+    "unknown": [], "phase": "postcopy", "outcome": "",
+    **asdict(
+        IncomingProgress(
+            "web", outstanding=51_072, waiting=1, started_at=1_700_000_000.0, elapsed_s=12.0,
+            pages_done=80_000, pages_total=131_072, bytes_received=500_000_000, bytes_per_s=1e8,
+            eta_s=2.1, faults=1200, latency_us=350, faults_per_s=412.0, longest_wait_us=99_000,
+            phases=[{"phase": "postcopy", "at": 1_700_000_000.0}],
+        )
+    ),
+    "ended_at": None, "known": "it has the guest", "details": PagerStatistics().summary() | PAGER,
+}  # fmt: skip
+
+
+def test_both_ends_show_the_same_figures_in_one_order_under_one_name() -> None:
+    ours, theirs = list(values(SENDER | {"domid": 3})), list(values(RECEIVER))
+    both = set(ours) & set(theirs)
+    assert len(both) > 12 and {"fault latency", "checkpoints", "ETA"} <= both
+    assert [name for name in ours if name in both] == [name for name in theirs if name in both]
+
+
+def test_a_wait_that_has_not_ended_is_among_the_longest() -> None:
+    assert values(RECEIVER)["fault latency"].endswith("99% below 2 ms, longest 99 ms")
+
+
+def test_each_key_of_both_ends_has_its_place() -> None:
+    keys = {*SENDER, *SENDER["details"], *RECEIVER, *RECEIVER["details"], "options", "ended_at"}
+    keys |= {field.name for kind in (Progress, IncomingProgress) for field in fields(kind)}
+    keys |= SenderStatistics().summary().keys()
+    assert keys - {*shown.HIDDEN, *shown.LATENCY, "details", "checkpoint_at"} <= {*shown.ORDER}
 
 
 def test_the_day_is_shown_of_an_earlier_one() -> None:
