@@ -60,6 +60,8 @@ REQUESTS = (
     "cancel", "postcopy-now", "reconnect", "set", "pause", "resume", "check-decision", "decide",
 )  # fmt: skip
 """What a client asks of one migration, and is answered when the request has been carried out."""
+RECORDED = ("set", "pause", "resume")
+"""Those that the record of the migration has."""
 
 
 class SenderDaemon:
@@ -202,7 +204,10 @@ class SenderDaemon:
             case "save":
                 await self._save(request, connection)
             case word if word in REQUESTS:
-                await self._act(word, self._find(request), request)
+                migration = self._find(request)
+                await self._act(word, migration, request)
+                if word in RECORDED:
+                    migration.context.record.mark(time.time(), word, request.get("values"))
                 await connection.answer("result")
             case "restore" | "await-memory" as other:
                 raise MigrationError(f"this is the sender's socket; `{other}` needs the receiver's")

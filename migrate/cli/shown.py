@@ -168,10 +168,11 @@ def _done(answer: Answer) -> str:
     return f"{min(done, total):.0f} of {total:.0f} MiB ({percent}%)"
 
 
-def _option(key: str, value: Any) -> str:
-    """Return an option of the migration with its value."""
+def option(key: str, value: Any) -> str:
+    """Return an option of a migration with its value; that of a cap or a limit may be none."""
     name, unit = named(key)
-    return f"{name} {unit(value) if value or not key.endswith('_bytes_per_s') else 'none'}"
+    is_none = value is None or (value == 0 and key.endswith("_bytes_per_s"))
+    return f"{name} {'none' if is_none else unit(value)}"
 
 
 def _group(key: str, values: Answer) -> str:
@@ -179,7 +180,7 @@ def _group(key: str, values: Answer) -> str:
     if not any(values.values()):
         return "none"
     if key == "options":
-        return ", ".join(_option(*one) for one in values.items() if one[1] is not None)
+        return ", ".join(option(*one) for one in values.items() if one[1] is not None)
     if key == "vcpu_block_s":
         return ", ".join(f"vCPU {vcpu} {human_us(s * 1e6)}" for vcpu, s in values.items())
     of_all = human_us if key.endswith("_us") else None

@@ -11,6 +11,7 @@ No decision depends on any of it.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any
@@ -25,6 +26,8 @@ MOST_SAMPLES = 800
 MOST_VCPUS = 128
 """The number of vCPUs, from 0 on, whose waits are recorded: the most that Xen gives a guest."""
 MOST_STEPS = 32
+MOST_MARKS = 100
+"""The newest marks are kept."""
 Json = dict[str, Any]
 Value = float | None
 
@@ -81,6 +84,7 @@ class Record:
         """No predecessor of this process has had the migration."""
         self._steps: list[tuple[str, float]] = []
         self._steps_are_over = False
+        self._marks: deque[Json] = deque(maxlen=MOST_MARKS)
         self.origins: Json | None = None
         """Where each page came from (``receiver/origins.py``); ``None``: not known yet, or not at
         this end.
@@ -108,6 +112,12 @@ class Record:
             for (_, before), (step, now) in pairwise(steps)
         ]
 
+    def mark(self, at: float, asked: str, values: Mapping[str, Any] | None = None) -> None:
+        """Note what an operator has asked for.  ``at``: seconds since 1970.  ``asked``: the word of
+        the request.  ``values``: of changed options, by the names of their fields.
+        """
+        self._marks.append({"at": round(at, 3), "asked": asked, "values": dict(values or {})})
+
     def taken(self) -> Json:
         """Return what was recorded so far."""
         return {
@@ -115,5 +125,6 @@ class Record:
             "is_whole": self.is_whole,
             "samples": self.samples.taken(),
             "steps": self.steps(),
+            "marks": list(self._marks),
             "origins": self.origins,
         }

@@ -56,6 +56,9 @@ def source() -> dict[str, Any]:
         at += 0.0005
         record.end_step(step, at)
     record.end_step("start at the destination", at + 0.001, is_last=True)
+    record.mark(START + 3.0, "pause")
+    record.mark(START + 4.5, "set", {"bandwidth_bytes_per_s": 2**24, "timeout_s": None})
+    record.mark(START + 6.0, "resume")
     details = {
         **statistics().summary(), "strategy": "hybrid", "memory_bytes": 512 * MIB, "total_s": 12.0,
         "downtime_s": 0.004, "precopy": {"rounds": 2, "pages": 160000},

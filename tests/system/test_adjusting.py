@@ -100,6 +100,9 @@ def test_precopy_is_slowed_down_paused_and_resumed(world: World) -> None:
     done(world, "resume", "guest")
     arrives(world, spec)
     assert shown(world)["paused"] is False
+    marks = world.ask("sender", command="record", migration="guest")["record"]["marks"]
+    assert [mark["asked"] for mark in marks] == ["pause", "set", "resume"]
+    assert marks[1]["values"] == {"bandwidth_bytes_per_s": None, "downtime_target_ms": 7.0}
 
 
 def test_what_comes_too_late_is_refused_with_the_reason(world: World) -> None:
@@ -162,7 +165,9 @@ def test_a_migration_that_takes_too_long_is_cancelled(world: World) -> None:
     ended = migrate(world, "--bandwidth", "4K", "--timeout", "0.2", "--on-timeout", "cancel")
     assert ended.returncode == 1
     reason = "cancelled after [0-9.]* s of precopy, by its time limit of 0.2 s"
-    assert re.search(f"guest was not migrated: {reason}; the guest continues at the source", ended.stderr)
+    assert re.search(
+        f"guest was not migrated: {reason}; the guest continues at the source", ended.stderr
+    )
     assert states(world, "guest") == {"source": ["running"], "destination": []}
 
 

@@ -19,7 +19,15 @@ from hypothesis import strategies as st
 from migrate.service import records
 from migrate.service.encoding import encoded, is_nested
 from migrate.service.history import MOST_ENTRIES, History
-from migrate.service.record import FIRST_PAUSE_S, FORMAT, MOST_SAMPLES, MOST_VCPUS, Record, Samples
+from migrate.service.record import (
+    FIRST_PAUSE_S,
+    FORMAT,
+    MOST_MARKS,
+    MOST_SAMPLES,
+    MOST_VCPUS,
+    Record,
+    Samples,
+)
 from migrate.service.records import MOST_OF_TEXT, MOST_RECORDS, Records
 
 NOTHING: dict[int, float] = {}
@@ -58,6 +66,20 @@ def test_a_value_that_is_unknown_is_not_zero() -> None:
     samples = Samples(["bytes", "faults"])
     samples.add(1.0, [5, None], NOTHING)
     assert samples.taken() == {"at": [1.0], "bytes": [5], "faults": [None], "vcpu_block_s": {}}
+
+
+def test_what_an_operator_asked_for_is_kept_and_the_newest_of_very_much() -> None:
+    record = Record([])
+    record.mark(1.23456, "pause")
+    record.mark(2.0, "set", {"bandwidth_bytes_per_s": None})
+    assert record.taken()["marks"] == [
+        {"at": 1.235, "asked": "pause", "values": {}},
+        {"at": 2.0, "asked": "set", "values": {"bandwidth_bytes_per_s": None}},
+    ]
+    for number in range(1000):
+        record.mark(number, "resume")
+    marks = record.taken()["marks"]
+    assert (len(marks), marks[-1]["at"]) == (MOST_MARKS, 999)
 
 
 def test_each_vcpu_that_has_waited_has_a_series() -> None:

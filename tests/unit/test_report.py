@@ -26,7 +26,7 @@ from migrate.cli.report.sections import report_of
 from migrate.cli.report.series import MOST_VCPUS, Recorded
 from migrate.cli.report.strategies import measured_of, strategies
 from migrate.errors import MigrationError
-from tests.support.reports import HANDOVER, MIB, NAME, answers, destination, source
+from tests.support.reports import HANDOVER, MIB, NAME, START, answers, destination, source
 
 Change = Callable[[dict[str, Any]], None]
 
@@ -86,6 +86,48 @@ def test_text_of_others_is_no_markup() -> None:
     assert not {"b", "i", "u", "s"} & read.tags
     assert NAME in read.text and "<u>why</u>" in read.text
     assert "\x1b" not in document
+
+
+def marked(*marks: tuple[float, str]) -> dict[str, Any]:
+    """Return the source's answer with these requests of an operator."""
+    answer = source()
+    answer["record"]["marks"] = [
+        {"at": START + at, "asked": asked, "values": {}} for at, asked in marks
+    ]
+    return answer
+
+
+def test_requests_of_an_operator_are_in_the_timeline(whole: str) -> None:
+    text = Text(whole).text
+    for part in ("A violet line is a request", "Copying was paused where", "3.000 s pause"):
+        assert part in text
+    assert "4.500 s set: bandwidth 16.0 MiB/s, timeout none" in text
+    # Each picture is there twice: three lines in each of its two panels or more.
+    assert whole.count("stroke: var(--purple)") >= 2 * 2 * 3
+
+
+@pytest.mark.parametrize(
+    ("marks", "pauses"),
+    [
+        ([(3.0, "pause"), (4.0, "set"), (6.0, "resume")], [(3.0, 6.0)]),
+        ([(3.0, "pause"), (4.0, "resume"), (9.0, "pause")], [(3.0, 4.0), (9.0, 12.0)]),
+        ([(2.0, "resume")], [(0.0, 2.0)]),  # a sender that has died had paused
+        ([(2.0, "set")], []),
+        ([], []),
+    ],
+)
+def test_a_pause_lasts_until_copying_continues_or_the_migration_ends(
+    marks: list[tuple[float, str]], pauses: list[tuple[float, float]]
+) -> None:
+    found = Recorded([marked(*marks)]).pauses
+    assert [pytest.approx(one) for one in pauses] == found
+    assert Recorded([destination()]).pauses == []
+
+
+def test_only_what_is_drawn_is_explained(whole: str) -> None:
+    there = report_of([destination()])
+    for about in ("The dirty rate is that of each round", "A violet line", "Copying was paused"):
+        assert about in whole and about not in there
 
 
 def test_figures_are_those_of_show(whole: str) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from migrate.cli import shown
 from migrate.errors import MigrationError
 from migrate.service.progress import MOST_PHASES
-from migrate.service.record import FORMAT, MOST_STEPS
+from migrate.service.record import FORMAT, MOST_MARKS, MOST_STEPS
 from migrate.units import printable, shortened
 from receiver.origins import MOST_CELLS, Origin
 
@@ -201,6 +201,7 @@ def _record(value: Any) -> Any:
         "is_whole": value.get("is_whole") is not False,
         "samples": _samples(value.get("samples")),
         "steps": _rows(value.get("steps"), _is_step, MOST_STEPS),
+        "marks": _rows(value.get("marks"), _is_mark, MOST_MARKS),
         "origins": _origins(value.get("origins")),
         "latency_us": _rows(value.get("latency_us"), _is_bucket),
     }
@@ -235,6 +236,20 @@ def _is_sample(value: Any) -> bool:
 
 def _is_step(value: Any) -> bool:
     return isinstance(value, dict) and _is_name(value.get("step")) and _is_time(value.get("s"))
+
+
+def _is_mark(value: Any) -> bool:
+    """Whether this is what an operator asked for, with the options that were changed."""
+    if not isinstance(value, dict) or not isinstance(value.get("values"), dict):
+        return False
+    options = value["values"].items()
+    return (
+        _is_name(value.get("asked"))
+        and _is_time(value.get("at"))
+        and all(
+            _is_name(key) and (of is None or _figure(key, of) is not None) for key, of in options
+        )
+    )
 
 
 def _is_bucket(value: Any) -> bool:

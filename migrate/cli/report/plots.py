@@ -100,6 +100,10 @@ def timeline(recorded: Recorded, panels: Sequence[Panel], page: Page) -> Figure:
         on.yaxis.set_major_locator(MaxNLocator(4))
         for phase in recorded.phases[1:]:
             on.axvline(phase.begins, color=svg.MUTED, linewidth=0.6, linestyle=(0, (2, 2)))
+        for began, ended in recorded.pauses:
+            on.axvspan(began, ended, color=svg.MUTED, alpha=0.2, linewidth=0)
+        for mark in recorded.marks:
+            on.axvline(mark.at, color=svg.PURPLE, linewidth=1.2)
         if len(panel.lines) > 1:
             on.legend(loc="upper right", ncols=1 if page.is_narrow else len(panel.lines))
             on.set_ylim(top=on.get_ylim()[1] * (1.45 if page.is_narrow else 1.25))

@@ -21,11 +21,12 @@ from migrate.cli.report import plots, svg
 from migrate.cli.report.accepted import accepted
 from migrate.cli.report.html import document, element, figure, table, tiles, unknown
 from migrate.cli.report.plots import MIB, PAGE, Line, Panel, both
-from migrate.cli.report.series import MOST_VCPUS, End, Recorded, Series
+from migrate.cli.report.series import MOST_VCPUS, End, Mark, Recorded, Series
 from migrate.cli.report.strategies import measured_of, strategies
 from migrate.units import counted, human_bytes, human_seconds, human_us
 
 WHERE = {True: "source", False: "destination"}
+DIRTY_RATE = "dirty rate"
 Rows = list[tuple[str, ...]]
 Buckets = Sequence[tuple[float, float, int]]
 
@@ -105,18 +106,37 @@ def _timeline(recorded: Recorded) -> list[ET.Element]:
     else:
         draw = functools.partial(plots.timeline, recorded, panels)
         text = _about_timeline(recorded, panels)
-        caption = (
-            "The strip at the top has the phases: precopy is blue, the switchover red, postcopy "
-            "orange, and the others are grey. The dirty rate is that of each round of precopy."
-        )
-        found.append(figure(both(draw, text), caption))
+        found.append(figure(both(draw, text), _caption(recorded, panels)))
     rows: Rows = [
         (phase.name, f"{phase.begins:.3f} s", human_us((phase.ends - phase.begins) * 1e6))
         for phase in recorded.phases
     ]
     if rows:
         found.append(table(("phase", "begins", "takes"), rows, numbers=2))
+    asked: Rows = [(f"{mark.at:.3f} s", _asked(mark)) for mark in recorded.marks]
+    if asked:
+        found.append(table(("at", "what an operator asked for"), asked))
     return found
+
+
+def _caption(recorded: Recorded, panels: Sequence[Panel]) -> str:
+    """Explain what is drawn."""
+    sentences = [
+        "The strip at the top has the phases: precopy is blue, the switchover red, postcopy "
+        "orange, and the others are grey."
+    ]
+    if any(line.name == DIRTY_RATE for panel in panels for line in panel.lines):
+        sentences.append("The dirty rate is that of each round of precopy.")
+    if recorded.marks:
+        sentences.append("A violet line is a request of an operator.")
+    if recorded.pauses:
+        sentences.append("Copying was paused where the background is grey.")
+    return " ".join(sentences)
+
+
+def _asked(mark: Mark) -> str:
+    options = ", ".join(shown.option(*one) for one in mark.values.items())
+    return f"{mark.asked}: {options}" if options else mark.asked
 
 
 def _panels(recorded: Recorded) -> list[Panel]:
@@ -128,7 +148,7 @@ def _panels(recorded: Recorded) -> list[Panel]:
     faults = recorded.rate(destination, "faults") or recorded.rate(source, "faults")
     rates = [
         _line(sent, "transfer rate", svg.BLUE, MIB),
-        _line(recorded.values(source, "dirty_bytes_per_s"), "dirty rate", svg.ORANGE, MIB, "--"),
+        _line(recorded.values(source, "dirty_bytes_per_s"), DIRTY_RATE, svg.ORANGE, MIB, "--"),
     ]
     pages = [
         _line(

@@ -53,6 +53,17 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class Mark:
+    """What an operator asked for while the migration ran."""
+
+    at: float
+    """Seconds since the start."""
+    asked: str
+    values: Answer
+    """The options that were changed, by the names of their fields."""
+
+
+@dataclass(frozen=True)
 class End:
     """One end's answer to ``record``."""
 
@@ -120,6 +131,25 @@ class Recorded:
             Phase(name, max(at, 0.0), end) for (name, at), end in zip(began, ends, strict=True)
         ]
         return [one for one in phases if one.ends >= one.begins]
+
+    @property
+    def marks(self) -> list[Mark]:
+        """What an operator asked the source for, in its order."""
+        marks = None if self.source is None else self.source.record.get("marks")
+        return [Mark(one["at"] - self.start, one["asked"], one["values"]) for one in marks or ()]
+
+    @property
+    def pauses(self) -> list[tuple[float, float]]:
+        """The times from which and until which copying was paused.  A migration may end in a pause,
+        and the beginning of one may have been recorded by a daemon that has died.
+        """
+        changes = [mark for mark in self.marks if mark.asked in ("pause", "resume")]
+        found, began, is_paused = [], 0.0, bool(changes) and changes[0].asked == "resume"
+        for mark in changes:
+            if is_paused and mark.asked == "resume":
+                found.append((began, mark.at))
+            is_paused, began = mark.asked == "pause", mark.at
+        return [*found, (began, self.seconds)] if is_paused else found
 
     def time_of(self, end: End) -> Floats:
         """Return the times of an end's samples, in seconds since the start.  The clocks of two
