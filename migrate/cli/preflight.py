@@ -12,6 +12,7 @@ import click
 from migrate.cli.names import domains
 from migrate.cli.options import HostPort, config_option, simulated_option
 from migrate.cli.text import echo
+from migrate.control.client import RUN_DIRECTORY, SOCKETS
 from migrate.errors import MigrationError
 
 UNDER_XL = (
@@ -70,6 +71,11 @@ def preflight_command(
     reason.  Only the destination of a migration has to be able to page; the source need not.
     """
     if peer is not None:
+        if simulated is not None and domain is None:
+            raise click.UsageError(
+                "--simulated: with --peer only for DOMAIN, a guest of that host; the daemons of "
+                f"this host are tried at their sockets in {RUN_DIRECTORY}, or in ${SOCKETS}"
+            )
         _try_peer(domain, peer, config_path, simulated, by_ssh=ssh, as_json=as_json)
         return
     if ssh:
