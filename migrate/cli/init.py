@@ -13,6 +13,7 @@ import contextlib
 import datetime
 import fcntl
 import ipaddress
+import json
 import os
 import re
 import tempfile
@@ -32,7 +33,7 @@ from migrate.cli.steps import (
     after_making,
     after_renewing,
 )
-from migrate.cli.text import echo
+from migrate.cli.text import echo, json_option
 from migrate.errors import MigrationError
 from migrate.service.config import RECEIVER_PORT, SENDER_PORT
 from migrate.service.template import INSTALLED, configuration
@@ -106,8 +107,14 @@ class Names(OptionType):
     "leave their configurations as they are.",
 )
 @click.option("--force", is_flag=True, help="Replace the files of hosts that the folder has.")
+@json_option
 def init_command(
-    hosts: tuple[tuple[str, ...], ...], directory: Path, days: int, renew: bool, force: bool
+    hosts: tuple[tuple[str, ...], ...],
+    directory: Path,
+    days: int,
+    renew: bool,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Make what two hosts need to migrate guests to each other.
 
@@ -129,10 +136,34 @@ def init_command(
     place = Place(directory)
     now = datetime.datetime.now(datetime.UTC)
     with _locked(directory):
+        loaded = _loaded(Authority, place, now)
         if renew:
-            _renew(place, hosts, days, now, _loaded(Authority, place, now))
+            issued, lines = _renew(place, hosts, days, now, loaded)
         else:
-            _make(place, hosts, days, now, _loaded(Authority, place, now), force=force)
+            issued, lines = _make(place, hosts, days, now, loaded, force=force)
+    if as_json:
+        echo(json.dumps(_facts(place, issued), indent=2))
+        return
+    for line in lines:
+        echo(line)
+
+
+def _facts(place: Place, issued: dict[str, Issued]) -> dict[str, Any]:
+    """Return what was made, as JSON."""
+    from migrate.cli.authority import names_of
+
+    return {
+        "authority": str(place.authority),
+        "hosts": [
+            {
+                "host": name,
+                "names": names_of(made.certificate),
+                "directory": str(place.host(name)),
+                "until": made.until.isoformat(),
+            }
+            for name, made in issued.items()
+        ],
+    }
 
 
 @contextlib.contextmanager
@@ -183,7 +214,8 @@ def _loaded(kind: type[Authority], place: Place, now: datetime.datetime) -> Auth
 def _make(
     place: Place, hosts: Sequence[tuple[str, ...]], days: int, now: datetime.datetime,
     loaded: Authority | None, *, force: bool,
-) -> None:  # fmt: skip
+) -> tuple[dict[str, Issued], Iterator[str]]:  # fmt: skip
+    """Make the files of hosts.  Returns their certificates, and what to do next, line by line."""
     from migrate.cli.authority import Authority
 
     new = [host[0] for host in hosts]
@@ -208,14 +240,14 @@ def _make(
         _write(place.host(name) / CONFIGURATION, _configuration(name, peers).encode(), 0o644)
         _write(place.host(name) / AUTHORITY, authority.certificate(), 0o644)
         _write_certificate(place.host(name), certificate)
-    for line in after_making(place, authority.until, hosts, issued, older):
-        echo(line)
+    return issued, after_making(place, authority.until, hosts, issued, older)
 
 
 def _renew(
     place: Place, hosts: Sequence[tuple[str, ...]], days: int, now: datetime.datetime,
     authority: Authority | None,
-) -> None:  # fmt: skip
+) -> tuple[dict[str, Issued], Iterator[str]]:  # fmt: skip
+    """Make new certificates of hosts.  Returns the same."""
     from migrate.cli.authority import names_of
 
     known = place.known()
@@ -233,8 +265,7 @@ def _renew(
         issued[host[0]] = authority.issue(names, days, now)
     for name, certificate in issued.items():
         _write_certificate(place.host(name), certificate)
-    for line in after_renewing(place, issued):
-        echo(line)
+    return issued, after_renewing(place, issued)
 
 
 def _configuration(name: str, peers: list[str]) -> str:

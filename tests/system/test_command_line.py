@@ -89,7 +89,9 @@ def test_preflight_of_a_host_and_of_a_guest(world: World, name: str) -> None:
     }
     assert_refused(run("preflight", "nobody", *host), "no such domain")
     alone = run("preflight", "--peer", "127.0.0.1", *host)
-    assert_refused(alone, "--simulated: with --peer only for DOMAIN, a guest of that host", status=2)
+    assert_refused(
+        alone, "--simulated: with --peer only for DOMAIN, a guest of that host", status=2
+    )
     with loopback_world(64 * MIB, host_options=("--no-paging",), daemons=False) as unfit:
         told = run("preflight", "--simulated", unfit.directory / "destination.sock")
         assert_refused(told, "this host: this hypervisor is built without memory paging")

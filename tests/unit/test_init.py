@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import json
 import os
 import re
 import stat
@@ -52,6 +53,19 @@ def contents() -> dict[Path, bytes]:
 
 def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_what_was_made_is_also_json(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("host1,10.0.0.1", "host2", "--json") == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["authority"] == "xen-postcopy-init/authority"
+    first, second = made["hosts"]
+    assert (first["host"], first["names"]) == ("host1", ["host1", "10.0.0.1"])
+    assert Path(second["directory"]) == host("host2")
+    assert run("host2", "--renew", "--json") == 0
+    (renewed,) = json.loads(capsys.readouterr().out)["hosts"]
+    assert renewed["host"] == "host2" and renewed["until"] >= second["until"]
+    assert datetime.datetime.fromisoformat(renewed["until"]) > NOW
 
 
 def test_each_host_gets_a_folder_that_its_daemons_accept(run: Run) -> None:
