@@ -51,7 +51,7 @@ PAGES_ALONE = 15
 
 # ---- the guest ----
 Noted = Callable[[], AbstractContextManager[None]]
-"""Returns a context in which a successor would know that log-dirty is on for the guest."""
+"""Returns a context in which a note for a successor exists: log-dirty is on for the guest."""
 
 
 @dataclass

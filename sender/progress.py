@@ -122,7 +122,7 @@ class Meter:
             pages_per_s = self._confirmed.per_s(now.at, over_s=STEADY_S)
             shown.eta_s = rounded(time_left_s(shown.outstanding, pages_per_s), 1)
             shown.eta_least_s = shown.eta_s
-        if now.is_paused:  # nobody knows for how long
+        if now.is_paused:  # the end of the pause is not known
             shown.eta_s = shown.eta_least_s = None
 
     def _measure_precopy(self, now: Now, pages_per_s: float | None) -> None:

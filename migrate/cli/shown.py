@@ -124,8 +124,8 @@ def _figures(answer: Answer, now: float) -> Iterator[tuple[str, str]]:
 
 
 def _latency(both: Answer) -> Answer | None:
-    """Return the latency of faults in the form of the pager's counters; ``None`` if the end does
-    not know of faults.
+    """Return the latency of faults in the form of the pager's counters; ``None`` if the end has
+    no count of faults.
     """
     found: Answer | None = both.get(LATENCY_KEY)
     known = {of: both[key] for key, of in LATENCY.items() if both.get(key) is not None}

@@ -27,9 +27,9 @@ void source_sent(struct source_pages *p, const uint64_t *pfns, size_t n);
 
 /*
  * vCPUs wait for these pages.  wanted[i] becomes 1 for a page that must be sent on the pull lane
- * now.  It becomes 0 for a page that is DONE (its acknowledgement and the request have crossed), and
- * for one that is PULLED (the page precedes all that is sent on this lane now).  Returns n.  If a
- * pfn was never missing, nothing is done, and the index of the first such pfn is returned.
+ * now.  It becomes 0 for a page that is DONE (its acknowledgement and the request have crossed),
+ * and for one that is PULLED (the page precedes all that is sent on this lane now).  Returns n.  If
+ * a pfn was never missing, nothing is done, and the index of the first such pfn is returned.
  */
 size_t source_fault(struct source_pages *p, const uint64_t *pfns, size_t n, uint8_t *wanted);
 
