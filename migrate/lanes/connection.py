@@ -14,6 +14,7 @@ non-blocking call returns each time that some buffer space opens up.
 from __future__ import annotations
 
 import contextlib
+import functools
 import ipaddress
 import os
 import select
@@ -437,6 +438,9 @@ async def run_in_thread(
         finally:
             scheduling.reset()  # trio reuses its threads
 
+    # trio gives the thread this name, whose first 15 characters `top -H` shows.
+    named = main.func if isinstance(main, functools.partial) else main
+    scheduled.__name__ = getattr(named, "__qualname__", scheduled.__name__)
     return await in_stoppable_thread(scheduled, stop)
 
 

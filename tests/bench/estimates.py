@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from migrate.cli.world import World
+from tests.bench.runs import CAP, Limits, median, migrate, row
 from xenbackend.simulated.guest import GuestSpec
 
 HALF_GIB = 2**29
-CAP = 125e6
 SECONDS = 2.0
 GUESTS = {
     "idle": GuestSpec("guest", HALF_GIB, 2, "idle"),
@@ -67,3 +67,44 @@ def compared(expected: dict[str, Any], result: dict[str, Any]) -> Compared:
             "freeze_ms": max(downtime_ms, result["guest"]["max_us"] / 1000),
         },
     )
+
+
+def estimates(_limits: Limits, runs: int) -> None:
+    """Measure the error of estimates.  A ratio above 1: more was expected than was taken.
+
+    There are 24 cases, and the error is taken over all of them: a fifth of the runs is enough.
+    """
+    all_found: list[Compared] = []
+    for what, spec in GUESTS.items():
+        for strategy in STRATEGIES:
+            for bandwidth in (None, CAP):
+                found = []
+                for _ in range(max(1, runs // 5)):
+                    before = Estimating(bandwidth)
+                    result = migrate(
+                        spec, beside=before.beside, strategy=strategy, bandwidth=bandwidth
+                    )
+                    found.append(compared(before.found["strategies"][strategy], result))
+                all_found += found
+
+                def of(key: str, found: list[Compared] = found) -> str:
+                    expected, taken = (
+                        median([getattr(one, side)[key] for one in found])
+                        for side in ("expected", "taken")
+                    )
+                    return f"{expected:.3g} of {taken:.3g} {key.rpartition('_')[2]}"
+
+                row(
+                    f"{strategy}, {what}{', capped' if bandwidth else ''}",
+                    median([one.ratio("total_s") for one in found]),
+                    f"{of('total_s')}, downtime {of('downtime_ms')}",
+                    f"freeze {of('freeze_ms')}",
+                )
+    for key in ("total_s", "downtime_ms"):
+        errors = sorted(abs(one.ratio(key) - 1) for one in all_found)
+        row(
+            f"error of the estimate, {key}",
+            None,
+            f"median {median(errors):.0%}, 90% below {errors[len(errors) * 9 // 10]:.0%}",
+            "",
+        )

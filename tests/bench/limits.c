@@ -7,8 +7,10 @@
  *   limits chain N          the same with the wake-ups of a fault: a vCPU's thread signals a
  *                           pager's, which sends the request, and signals the vCPU's thread when
  *                           the answer has arrived: "p50_us p99_us", as the vCPU sees it
- *   limits delay PORT MS    not a limit, but a link: prints a port, and passes what arrives there
- *                           to PORT, and back, MS milliseconds later in each direction
+ *   limits link PORT MS BYTES
+ *                           not a limit, but a link: prints a port, and passes what arrives there
+ *                           to PORT, and back, MS milliseconds later in each direction, and at
+ *                           most BYTES a second of all connections (0: as fast as it can)
  *   limits bulk BYTES [CC]  BYTES one way in 4 MiB writes and reads: "bytes_per_s"; with congestion
  *                           control CC instead of the host's
  *   limits into BYTES CC    the same, from memory and into memory of that size; the latter has
@@ -151,13 +153,21 @@ static void one_fault(void)
         die("eventfd");
 }
 
-/* ---- delay: one thread reads a direction, another writes it when it is due ---- */
+/* ---- link: one thread reads a direction, another writes it when it is due ---- */
 #define PIECE (64 << 10)
 #define PIECES 4096
+#define PIECES_OF_RATE 8        /* what a connection may queue before a link that has a rate */
+
+/* One direction of the link.  Connections take turns piece by piece. */
+static struct wire {
+    pthread_mutex_t lock;
+    double free_at;
+} wires[2] = { { PTHREAD_MUTEX_INITIALIZER, 0 }, { PTHREAD_MUTEX_INITIALIZER, 0 } };
+static double delay_s, bytes_per_s;
 
 struct pipe {
     int from, to;
-    double delay;
+    struct wire *wire;
     unsigned long in, out;
     pthread_mutex_t lock;
     pthread_cond_t changed;
@@ -174,15 +184,28 @@ static void *take(void *argument)
 
         got = read(pipe->from, data, PIECE);
         pthread_mutex_lock(&pipe->lock);
-        while (pipe->in - pipe->out == PIECES)
+        while (pipe->in - pipe->out == (bytes_per_s ? PIECES_OF_RATE : PIECES))
             pthread_cond_wait(&pipe->changed, &pipe->lock);
-        pipe->pieces[pipe->in % PIECES].due = now() + pipe->delay;
+        pipe->pieces[pipe->in % PIECES].due = now() + delay_s;
         pipe->pieces[pipe->in % PIECES].size = got;
         pipe->pieces[pipe->in++ % PIECES].data = data;
         pthread_cond_broadcast(&pipe->changed);
         pthread_mutex_unlock(&pipe->lock);
     } while (got > 0);
     return NULL;
+}
+
+/* Return when a piece that is due has passed the wire. */
+static double passed(struct wire *wire, double due, ssize_t size)
+{
+    if (!bytes_per_s || size <= 0)
+        return due;
+    pthread_mutex_lock(&wire->lock);
+    wire->free_at = (wire->free_at > now() ? wire->free_at : now()) + size / bytes_per_s;
+    if (wire->free_at > due)
+        due = wire->free_at;
+    pthread_mutex_unlock(&wire->lock);
+    return due;
 }
 
 static void *give(void *argument)
@@ -193,11 +216,12 @@ static void *give(void *argument)
         pthread_mutex_lock(&pipe->lock);
         while (pipe->in == pipe->out)
             pthread_cond_wait(&pipe->changed, &pipe->lock);
-        double wait = pipe->pieces[pipe->out % PIECES].due - now();
+        double due = pipe->pieces[pipe->out % PIECES].due, wait;
         ssize_t size = pipe->pieces[pipe->out % PIECES].size;
         char *data = pipe->pieces[pipe->out % PIECES].data;
 
         pthread_mutex_unlock(&pipe->lock);
+        wait = passed(pipe->wire, due, size) - now();
         if (wait > 0)
             usleep(wait * 1e6);
         for (ssize_t done = 0, put; done < size; done += put)
@@ -215,7 +239,7 @@ static void *give(void *argument)
     return NULL;
 }
 
-static void delay(unsigned short port, double seconds)
+static void link_to(unsigned short port)
 {
     struct sockaddr_in address = { .sin_family = AF_INET,
                                    .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
@@ -241,7 +265,7 @@ static void delay(unsigned short port, double seconds)
                 die("no memory");
             pipe->from = way ? there : here;
             pipe->to = way ? here : there;
-            pipe->delay = seconds;
+            pipe->wire = &wires[way];
             pthread_mutex_init(&pipe->lock, NULL);
             pthread_cond_init(&pipe->changed, NULL);
             setsockopt(pipe->to, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
@@ -341,12 +365,15 @@ int main(int argc, char **argv)
 
     if (!n) {
         fprintf(stderr,
-                "usage: limits roundtrip N | chain N | delay PORT MS | bulk BYTES [CC] | "
-                "into BYTES CC | memcpy BYTES\n");
+                "usage: limits roundtrip N | chain N | link PORT MS BYTES | "
+                "bulk BYTES [CC] | into BYTES CC | memcpy BYTES\n");
         return 2;
     }
-    if (!strcmp(argv[1], "delay"))
-        delay(n, argc >= 4 ? strtod(argv[3], NULL) / 1e3 : 0);
+    if (!strcmp(argv[1], "link") && argc == 5) {
+        delay_s = strtod(argv[3], NULL) / 1e3;
+        bytes_per_s = strtod(argv[4], NULL);
+        link_to(n);
+    }
     memset(buffer, 1, sizeof(buffer));
     memset(other, 2, sizeof(other));
     if (!strcmp(argv[1], "memcpy")) {

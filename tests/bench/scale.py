@@ -16,6 +16,7 @@ import numpy as np
 from migrate.protocol.pfns import from_bitmap, mask_from_bitmap, windows
 from receiver.outstanding import OutstandingPages
 from sender.backlog import Backlog
+from tests.bench.runs import Limits, row
 from xenbackend.pages import PAGE_SIZE
 
 WRITTEN = 5000
@@ -77,3 +78,15 @@ def measure(nr_pfns: int) -> dict[str, float]:
 def describe(nr_pfns: int) -> str:
     size = nr_pfns * PAGE_SIZE
     return f"{size >> 40} TiB" if size >= 1 << 40 else f"{size >> 30} GiB"
+
+
+def scaling(_limits: Limits, _runs: int) -> None:
+    """Measure each value once, because 2^28 pfns are 2 GiB of arrays."""
+    small, large = (measure(1 << bits) for bits in (18, 28))
+    for what, ms in large.items():
+        row(
+            what,
+            ms / small[what],
+            f"{describe(1 << 28)}: {ms:.2f} ms",
+            f"{describe(1 << 18)}: {small[what]:.2f} ms",
+        )

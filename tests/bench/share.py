@@ -13,6 +13,7 @@ at priorities (``CONFIG_SCHED_AUTOGROUP``).
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import subprocess
@@ -23,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from migrate.cli.world import World
+from tests.bench.runs import GIB, Limits, median, migrate, row
+from xenbackend.simulated.guest import GuestSpec
 
 COMPUTES = """
 import json, sys, threading, time
@@ -121,3 +124,31 @@ def beside(world: World, cpus: set[int], found: dict[str, Any]) -> Iterator[None
         for program in programs:
             program.kill()
             program.wait()
+
+
+def shares(_limits: Limits, runs: int) -> None:
+    """Measure on one CPU and on two what is left to others, and what the faults cost."""
+    for threads in (1, 2, 4):
+        left = median([at_worst(threads) for _ in range(runs)])
+        what = f"share, 1 CPU, {threads} thread{'s' * (threads > 1)} that compute"
+        row(what, left, "of what both use, to a program that computes", "")
+    spec = GuestSpec("guest", GIB // 2, 2, "random")
+    for cpus, others in (({0}, {1}), ({0, 1}, {0, 1})):
+        results = []
+        for _ in range(runs):
+            found: dict[str, Any] = {}
+            result = migrate(
+                spec,
+                place=functools.partial(place, cpus=cpus, others=others),
+                beside=functools.partial(beside, cpus=cpus, found=found),
+                strategy="postcopy",
+            )
+            faults = {key: result["fault_latency_us"][key] for key in ("p50", "p99")}
+            results.append({**faults, "total_s": result["total_s"], **found})
+        of = {key: median([r[key] for r in results]) for key in results[0]}
+        text = (
+            f"late {of['late_p50_ms']:.1f} ms, 99% below {of['late_p99_ms']:.1f} ms; fault "
+            f"{of['p50'] / 1000:.2f} ms, 99% below {of['p99'] / 1000:.1f} ms; "
+            f"{of['total_s']:.2f} s in all"
+        )
+        row(f"share, {len(cpus)} CPU{'s' * (len(cpus) > 1)}", of["share"], text, "")

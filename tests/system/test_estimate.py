@@ -13,7 +13,7 @@ import pytest
 
 from migrate.cli.world import World, loopback_world, start_sender, verify_migrated
 from migrate.errors import MigrationError
-from tests.bench.__main__ import tls_config
+from tests.bench.safety import tls_config
 from tests.conftest import MIB
 from tests.support import zygote
 from tests.support.commands import PROGRAM

@@ -145,6 +145,11 @@ void sim_unmap_grant(struct sim_map *m, uint64_t pfn);
 int sim_set_page(struct sim_map *m, uint64_t pfn, int type, int refs, int type_count);
 
 /* ---- guest programs (program.c) ---- */
+struct sim_access {
+    uint64_t page;
+    uint64_t visit;      /* how often this vCPU has visited this page before */
+};
+struct sim_access sim_access_at(const struct sim_program *p, uint32_t vcpu, uint64_t k);
 uint64_t sim_pfn(const struct sim_program *program, uint64_t page);
 void sim_generate_image(struct sim_map *m, uint64_t from, uint64_t n);
 void sim_image_pages(const struct sim_program *program, uint64_t from, uint64_t n, uint8_t *pages);

@@ -118,12 +118,7 @@ static inline int get_frame(struct sim_map *m)
 
 int sim_free_frames(struct sim_map *m, uint64_t pfn, uint64_t n);
 
-/* program.c: one access of a vCPU, and what its words hold */
-struct sim_access {
-    uint64_t page;
-    uint64_t visit;      /* how often this vCPU has visited this page before */
-};
-struct sim_access sim_access_at(const struct sim_program *p, uint32_t vcpu, uint64_t k);
+/* program.c: what the words of an access hold */
 uint64_t sim_writes(const struct sim_program *p, uint32_t vcpu, uint64_t page, uint64_t visits);
 uint32_t sim_word(const struct sim_program *p, uint32_t vcpu, uint64_t page, uint64_t write);
 uint64_t sim_value(const struct sim_program *p, uint32_t vcpu, uint64_t page, uint64_t write);

@@ -78,6 +78,7 @@ static void *responder_main(void *arg)
     struct pollfd fds[2] = { { .fd = h->from_pager_fd, .events = POLLIN },
                              { .fd = h->stop_fd, .events = POLLIN } };
 
+    pthread_setname_np(pthread_self(), "hypervisor");
     /* This thread is the hypervisor, which no process preempts on a real host. */
     setpriority(PRIO_PROCESS, syscall(SYS_gettid), HYPERVISOR_NICE);
     for (;;) {

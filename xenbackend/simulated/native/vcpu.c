@@ -99,6 +99,7 @@ static void *vcpu_main(void *arg)
     struct sim_vcpu *arch = &d->vcpu[v->id];
     uint64_t period = p->rate ? 1000000000ull / p->rate : 0, next = now_ns();
 
+    pthread_setname_np(pthread_self(), "vcpu");
     setpriority(PRIO_PROCESS, syscall(SYS_gettid), VCPU_NICE);
     while (!__atomic_load_n(&h->exiting, __ATOMIC_SEQ_CST)) {
         struct sim_access a;
