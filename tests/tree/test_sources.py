@@ -8,7 +8,7 @@ import re
 import tomllib
 from pathlib import Path
 
-from tests.tree.listing import FOLDERS, SOURCES, TREE, files
+from tests.tree.listing import SOURCES, TREE, files
 
 TAG, LICENCE = "SPDX-License-Identifier", "GPL-2.0-or-later"
 
@@ -97,13 +97,13 @@ def test_lines_of_code_are_short_enough() -> None:
 # ---- how long a file and a function may be ----
 MOST_LINES = 500
 MOST_LINES_OF_A_FUNCTION = 60
+LONG = {"tests/conformance/test_conformance.py"}
+"""One suite for every hypervisor, which is read beside the contract (xenbackend/contract.py)."""
 
 
-def product() -> dict[str, str]:
+def code() -> dict[str, str]:
     """Return the text of each file of Python or C."""
-    found = [
-        path for path in files() if path.suffix in (".py", ".c", ".h") and path.parts[0] in FOLDERS
-    ]
+    found = [path for path in files() if path.suffix in (".py", ".c", ".h")]
     return {str(path): (TREE / path).read_text() for path in found}
 
 
@@ -132,16 +132,14 @@ def functions(path: str, text: str) -> dict[str, int]:
 
 
 def test_files_are_short_enough_to_be_read() -> None:
-    lines = {path: text.count("\n") for path, text in product().items()}
-    assert len(lines) > 110
-    too_long = {path: n for path, n in lines.items() if n > MOST_LINES}
-    assert too_long == {}, f"Cut these files by subject: at most {MOST_LINES} lines."
+    lines = {path: text.count("\n") for path, text in code().items()}
+    assert len(lines) > 450
+    too_long = {path for path, n in lines.items() if n > MOST_LINES}
+    assert too_long == LONG, f"Cut these files by subject: at most {MOST_LINES} lines."
 
 
 def test_functions_are_short_enough_to_be_read() -> None:
-    lines = {
-        name: n for path, text in product().items() for name, n in functions(path, text).items()
-    }
-    assert len([name for name in lines if ".c:" in name]) > 150 and len(lines) > 1200
+    lines = {name: n for path, text in code().items() for name, n in functions(path, text).items()}
+    assert len([name for name in lines if ".c:" in name]) > 300 and len(lines) > 4000
     too_long = {name: n for name, n in lines.items() if n > MOST_LINES_OF_A_FUNCTION}
     assert too_long == {}, f"Cut these functions: at most {MOST_LINES_OF_A_FUNCTION} lines."
