@@ -154,6 +154,7 @@ async def test_descriptors_used_up_by_strangers_are_not_missed_by_migrations(wor
         )
         assert phase() in ("postcopy", "completing", "completed")  # a request is answered meanwhile
         await until(lambda: phase() == "completed")
+    await trio.to_thread.run_sync(list, client.answers())  # the source has released the guest
     client.close()
     verification, _view = await trio.to_thread.run_sync(verify_migrated, world, spec)
     assert verification.problems == []

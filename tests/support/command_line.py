@@ -11,13 +11,13 @@ from typing import Any
 from migrate.cli.world import World, wait_for_steps
 from tests.conftest import MIB
 from tests.support import zygote
-from tests.support.commands import PROGRAM
+from tests.support.commands import COMMAND_S, PROGRAM
 from tests.support.waiting import WAIT_S
 from xenbackend.contract import DomainState
 from xenbackend.simulated.guest import GuestSpec
 
 
-def run(*arguments: str | Path, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str | Path, timeout_s: float = COMMAND_S) -> subprocess.CompletedProcess[str]:
     return zygote.run([*PROGRAM, *map(str, arguments)], timeout=timeout_s)
 
 

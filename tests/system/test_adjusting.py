@@ -26,7 +26,7 @@ from migrate.options import LEAST_BANDWIDTH
 from migrate.outcomes import ENDED
 from tests.conftest import MIB
 from tests.support import zygote
-from tests.support.commands import PROGRAM
+from tests.support.commands import COMMAND_S, PROGRAM
 from tests.support.daemons import begin, boot, copying, kill, lines, phase, states, world
 from tests.support.waiting import until
 from tests.support.xl import Xl, check_arrived, check_stayed
@@ -38,7 +38,7 @@ HARDLY = LEAST_BANDWIDTH
 
 
 def run(world: World, *words: str) -> subprocess.CompletedProcess[str]:
-    return zygote.run([*PROGRAM, *words, "--socket", str(world.sender_socket)], timeout=60)
+    return zygote.run([*PROGRAM, *words, "--socket", str(world.sender_socket)], timeout=COMMAND_S)
 
 
 def done(world: World, *words: str) -> str:

@@ -21,7 +21,7 @@ from migrate.protocol.pfns import pfn_array
 from tests.conftest import MIB
 from tests.support import zygote
 from tests.support.command_line import assert_refused, assert_unharmed, boot, migrate, request, run
-from tests.support.commands import PROGRAM
+from tests.support.commands import COMMAND_S, PROGRAM
 from tests.support.waiting import WAIT_S, until
 
 
@@ -170,7 +170,7 @@ def test_a_client_command_imports_only_what_it_needs(world: World) -> None:
         check=False,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=COMMAND_S,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "imported:"

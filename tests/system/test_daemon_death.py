@@ -20,7 +20,7 @@ from migrate.errors import MigrationError
 from migrate.lanes.dial import REJOINS_OF_ONE_LIFE
 from tests.conftest import MIB
 from tests.support import zygote
-from tests.support.commands import PROGRAM
+from tests.support.commands import COMMAND_S, PROGRAM
 from tests.support.daemons import journal, kill, last_entry, lines, note, phase, world
 from tests.support.waiting import WAIT_S, until
 from xenbackend.contract import DomainState
@@ -288,6 +288,7 @@ def test_a_second_daemon_takes_up_nothing_of_one_that_runs(
     """
     begin(world, bandwidth=4 * MIB)
     until(lambda: phase(world, "receiver") == phase(world, "sender") == "precopy", "no precopy")
+    world.ask("sender", command="pause", migration="guest")
     host = world.directory / ("source.sock" if which == "sender" else "destination.sock")
     arguments = [
         which,
@@ -302,12 +303,14 @@ def test_a_second_daemon_takes_up_nothing_of_one_that_runs(
         [sys.executable, "-m", "migrate.cli", *arguments],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=COMMAND_S,
         check=False,
     )
     assert second.returncode == 1
     assert "another daemon" in second.stderr
-    world.ask("sender", command="postcopy-now", migration="guest")
+    values = {"bandwidth_bytes_per_s": None}
+    world.ask("sender", command="set", migration="guest", values=values)
+    world.ask("sender", command="resume", migration="guest")
     assert check(world) == "destination"
 
 

@@ -16,7 +16,7 @@ from migrate.errors import MigrationError
 from tests.bench.safety import tls_config
 from tests.conftest import MIB
 from tests.support import zygote
-from tests.support.commands import PROGRAM
+from tests.support.commands import COMMAND_S, PROGRAM
 from tests.support.daemons import SLOW, begin, boot, copying, kill, listed, phase, world
 from tests.support.waiting import until
 from xenbackend.simulated.guest import GuestSpec
@@ -32,7 +32,7 @@ def command(world: World, *words: str) -> list[str]:
 
 
 def run(world: World, *words: str) -> subprocess.CompletedProcess[str]:
-    return zygote.run(command(world, *words), timeout=60)
+    return zygote.run(command(world, *words), timeout=COMMAND_S)
 
 
 def estimate(world: World, *words: str) -> subprocess.CompletedProcess[str]:
@@ -200,7 +200,7 @@ def test_ctrl_c_ends_the_measurement(world: World) -> None:
     spec = boot(world)
     process = begin_measuring(world)
     process.send_signal(signal.SIGINT)
-    _out, error = process.communicate(timeout=60)
+    _out, error = process.communicate(timeout=COMMAND_S)
     assert process.returncode == 130, error
     until(lambda: not log_dirty(world), "log-dirty is still on")
     arrives(world, spec)
@@ -225,7 +225,7 @@ def test_a_sender_that_is_stopped_ends_its_measurements(world: World) -> None:
     boot(world)
     process = begin_measuring(world)
     world.stop("sender")
-    _out, error = process.communicate(timeout=60)
+    _out, error = process.communicate(timeout=COMMAND_S)
     assert process.returncode == 1, error
     assert not log_dirty(world)
 
@@ -234,7 +234,7 @@ def test_the_successor_of_a_killed_sender_switches_log_dirty_off(world: World) -
     spec = boot(world)
     process = begin_measuring(world)
     kill(world, "sender")
-    _out, error = process.communicate(timeout=60)
+    _out, error = process.communicate(timeout=COMMAND_S)
     assert process.returncode == 1, error
     assert log_dirty(world)
     start_sender(world)

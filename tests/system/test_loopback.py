@@ -22,7 +22,7 @@ from migrate.errors import MigrationError
 from migrate.protocol.pfns import pfn_array
 from tests.support import zygote
 from tests.support.command_line import run
-from tests.support.commands import PROGRAM
+from tests.support.commands import COMMAND_S, PROGRAM
 from tests.support.waiting import WAIT_S
 from xenbackend.simulated.guest import GuestSpec
 
@@ -115,7 +115,7 @@ def test_loopback_leaves_nothing_behind() -> None:
             check=True,
             capture_output=True,
             env=environment,
-            timeout=60,
+            timeout=COMMAND_S,
         )
         assert list(Path(place).iterdir()) == []
         for process in Path("/proc").glob("[0-9]*/cmdline"):
@@ -212,7 +212,7 @@ def test_the_next_loopback_removes_what_a_killed_one_has_left() -> None:
             check=True,
             capture_output=True,
             env=environment,
-            timeout=60,
+            timeout=COMMAND_S,
         )
         (left,) = Path(place).iterdir()
         assert other.poll() is None and left in folders

@@ -19,6 +19,7 @@ import pytest
 from migrate.xl import protocol
 from migrate.xl.protocol import Level
 from tests.support import zygote
+from tests.support.commands import COMMAND_S
 from tests.support.libxl import Libxl
 from tests.support.xl_helper import RESTORE, Xl, converse, xl
 
@@ -131,7 +132,7 @@ def test_a_libxl_that_was_killed_ends_the_helper_with_one_line(xl: Xl, mode: str
     )  # fmt: skip
     os.close(output)
     os.close(reader)
-    _said, complaints = helper.communicate(timeout=60)
+    _said, complaints = helper.communicate(timeout=COMMAND_S)
     assert helper.returncode == 1
     assert complaints.decode().splitlines() == ["xen-postcopy-xl-helper: libxl has ended"]
 
@@ -149,7 +150,9 @@ def test_an_error_of_the_helper_itself_is_reported_to_libxl(xl: Xl) -> None:
         "136",
         "0",
     ]
-    done = subprocess.run(command, input=b"\0" * 4, capture_output=True, timeout=60, check=False)
+    done = subprocess.run(
+        command, input=b"\0" * 4, capture_output=True, timeout=COMMAND_S, check=False
+    )
     output = done.stdout
     assert (done.returncode, done.stderr) == (0, b"") and not xl.was_asked
     assert b"an error of xen-postcopy-xl-helper itself" in output and output.endswith(
@@ -274,7 +277,9 @@ def test_a_stream_does_not_go_to_a_terminal(xl: Xl) -> None:
 def test_it_explains_itself() -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "migrate.xl.helper", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=COMMAND_S, check=False
+        )
 
     assert "LIBXL_SAVE_HELPER" in run("--help").stdout
     wrong = run("--save-domain", "3")
