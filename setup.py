@@ -18,11 +18,9 @@ XEN_HEADERS = (
 )
 
 
-def has_xen_headers() -> bool:
-    """Whether this host has Xen's headers.  Without them the rest of the package is usable, and
-    reports what is missing when a backend for the real Xen is requested.
-    """
-    program = "".join(f"#include <{name}>\n" for name in ("stddef.h", "stdint.h", *XEN_HEADERS))
+def has_headers(*names: str) -> bool:
+    """Whether this host has these headers."""
+    program = "".join(f"#include <{name}>\n" for name in ("stddef.h", "stdint.h", *names))
     compiler = [os.environ.get("CC", "cc"), "-fsyntax-only", "-x", "c", "-"]
     if sysroot := os.environ.get("XEN_SYSROOT"):
         compiler.append(f"-I{sysroot}/usr/include")
@@ -32,8 +30,6 @@ def has_xen_headers() -> bool:
         )
     except OSError:
         return False
-    if checked.returncode:
-        print("xenbackend.libxenctrl is not built: install libxen-dev for it", file=sys.stderr)
     return checked.returncode == 0
 
 
@@ -44,7 +40,15 @@ modules = [
     "xenbackend/native/build_keeper.py:ffi",
     "xenbackend/simulated/native/build_sim.py:ffi",
 ]
-if has_xen_headers():
+# Without these two modules the package can be used.  The daemons report what is missing when a
+# backend for the real Xen is requested, and TLS goes through Python.
+if has_headers(*XEN_HEADERS):
     modules.append("xenbackend/libxenctrl/native/build_xen.py:ffi")
+else:
+    print("xenbackend.libxenctrl is not built: install libxen-dev for it", file=sys.stderr)
+if has_headers("openssl/ssl.h", "openssl/core.h"):  # core.h: since OpenSSL 3
+    modules.append("migrate/lanes/native/build_records.py:ffi")
+else:
+    print("migrate.lanes._records is not built: install libssl-dev for it", file=sys.stderr)
 
 setup(cffi_modules=modules)

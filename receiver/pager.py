@@ -215,7 +215,7 @@ class Pager:
             self._handle_requests(lambda: requests)
         if met & fastpath.LANE:
             self._pull.native_received(native.received)
-            self._take_pages()
+            self._receive_all()
 
     def _account(self, native: NativePager, *, pulled: bool) -> None:
         """Account for the pages that native code has loaded or dropped, and for its answers."""

@@ -26,11 +26,23 @@ from xenbackend.ring import NativeRing, PagingRequest, PagingRing, paging_reques
 RING, ASKED, LANE, LOADED = lib.FAULT_RING, lib.FAULT_ASKED, lib.FAULT_LANE, lib.FAULT_LOADED
 
 
+class NativeRecords(NamedTuple):
+    """A TLS connection, and the addresses of the calls by which native code sends and receives over
+    it (``migrate/lanes/native/records_api.h``).
+    """
+
+    records: Any
+    send: int
+    receive: int
+    are_buffered: int
+
+
 class NativeLane(NamedTuple):
-    """A lane on which frames go through a socket unchanged."""
+    """A lane whose frames go through a socket unchanged or, with ``records``, over TLS."""
 
     fd: int
     sending: NativeLock
+    records: NativeRecords | None
 
 
 def _kind(message: Message, pages: int = 0) -> Any:
@@ -51,9 +63,19 @@ FAULT, PAGE, ZERO = (
 )
 
 
+RECORDS_SEND = "int (*)(struct records *, const struct iovec *, size_t)"
+RECORDS_RECEIVE = "long (*)(struct records *, void *, size_t, int)"
+RECORDS_ARE_BUFFERED = "int (*)(struct records *)"
+
+
 def lane_of(into: Any, lane: NativeLane) -> None:
     into.fd, into.sending = lane.fd, lane.sending.native
     into.fault, into.page, into.zero = FAULT[0], PAGE[0], ZERO[0]
+    if lane.records is not None:
+        into.records = ffi.cast("struct records *", lane.records.records)
+        into.records_send = ffi.cast(RECORDS_SEND, lane.records.send)
+        into.records_receive = ffi.cast(RECORDS_RECEIVE, lane.records.receive)
+        into.records_are_buffered = ffi.cast(RECORDS_ARE_BUFFERED, lane.records.are_buffered)
 
 
 class NativeFaultServer:
@@ -63,6 +85,7 @@ class NativeFaultServer:
     """
 
     def __init__(self, lane: NativeLane):
+        self._lane = lane
         self._native = ffi.new("struct fault_source *")
         lane_of(self._native.lane, lane)
 

@@ -262,9 +262,6 @@ class LaneConnection:
         if not self._decoder.in_payload():
             return self._socket.recv_into(wanted, len(wanted))
         if self._tls is not None:
-            if self._tcp:
-                # native/bulk.c has the reason.
-                self._tls.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
             return self._tls.recv_into(wanted, len(wanted), socket.MSG_WAITALL)
         count = bulk.receive(self._socket.fileno(), wanted, is_tcp=self._tcp)
         if count < 0:
@@ -273,10 +270,13 @@ class LaneConnection:
 
     # ---- native code in this object's stead (migrate/fastpath/api.py) ----
     def native(self) -> NativeLane | None:
-        """Return the lane for native code, or ``None`` if TLS or checksums of pages are used."""
-        if self._tls is not None or self._decoder.checked:
+        """Return the lane for native code, or ``None`` if checksums of pages are used, or a TLS
+        connection that only Python can use.
+        """
+        records = None if self._tls is None else self._tls.native()
+        if self._decoder.checked or (self._tls is not None and records is None):
             return None
-        return NativeLane(self._socket.fileno(), self._sending)
+        return NativeLane(self._socket.fileno(), self._sending, records)
 
     def vacant(self) -> memoryview | None:
         """Return the buffer into which native code may receive, and which it reports by
@@ -289,7 +289,7 @@ class LaneConnection:
         errno.  Raises as :meth:`fill` does.
         """
         if count < 0:
-            raise PeerClosedError(f"the connection was lost: {os.strerror(-count)}")
+            raise PeerClosedError(f"the connection was lost: {explain(self._error(-count))}")
         self._received(count)
 
     def native_sent(self, count: int, error: int) -> None:
@@ -299,15 +299,18 @@ class LaneConnection:
         with self._sending:
             self.bytes_sent += count
         if error:
-            self._not_sent(OSError(error, os.strerror(error)))
+            self._not_sent(self._error(error))
+
+    def _error(self, number: int) -> OSError:
+        if self._tls is not None:
+            return self._tls.error(number)
+        return OSError(number, os.strerror(number))
 
     def _not_sent(self, error: OSError) -> NoReturn:
         self._cut_off = True
         if isinstance(error, BlockingIOError):
             raise PeerClosedError(f"the peer has taken nothing for {STEP_TIMEOUT_S:g} s") from error
-        raise PeerClosedError(
-            f"the connection was lost while sending: {error.strerror or error}"
-        ) from error
+        raise PeerClosedError(f"the connection was lost while sending: {explain(error)}") from error
 
     # ---- for the event loop ----
     async def send(self, message: Message) -> None:

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Mutual TLS on the lanes: certificates of both ends, checked names, TLS 1.3.
 
-The threads of a lane send and receive at once, but an OpenSSL connection must not be used by two
-threads at once.  :class:`TlsSocket` therefore admits one thread at a time, and no thread holds the
-lock while it waits for the network.
+Python's ``ssl`` module does the handshake and judges certificates.  What follows the handshake is
+in ``migrate/lanes/records.py``.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import select
 import socket
 import ssl
 import threading
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,9 @@ from typing import Any
 import trio
 
 from migrate.errors import MigrationError, PeerClosedError
+from migrate.fastpath.api import NativeRecords
+from migrate.lanes import records
+from migrate.lanes.records import Records
 from migrate.protocol.messages import printable
 
 log = logging.getLogger(__name__)
@@ -34,7 +36,6 @@ STRANGERS = trio.CapacityLimiter(2)
 """Threads for the cryptography of handshakes with strangers.  Waiting for the network takes no
 thread.
 """
-WANTED = (ssl.SSLWantReadError, ssl.SSLWantWriteError)
 MEANINGS = {
     "TLSV13_ALERT_CERTIFICATE_REQUIRED": "the peer wants a certificate of ours, and has got none",
     "TLSV1_ALERT_UNKNOWN_CA": "the peer does not trust the authority that has signed our "
@@ -106,21 +107,28 @@ class Tls:
         in_thread = functools.partial(trio.to_thread.run_sync, limiter=limiter)
         ends: list[socket.socket] = [sock]
 
-        def wrap() -> ssl.SSLSocket:
+        def wrap() -> Records:
             server, client = self._contexts()
-            wrapped = (server if host is None else client).wrap_socket(
-                sock, server_side=host is None, server_hostname=host, do_handshake_on_connect=False
+            wrapped, made = records.made_by(
+                lambda: (server if host is None else client).wrap_socket(
+                    sock,
+                    server_side=host is None,
+                    server_hostname=host,
+                    do_handshake_on_connect=False,
+                )
             )
             ends.append(wrapped)
-            return wrapped
+            return made
 
         try:
             with trio.fail_after(timeout_s):
-                wrapped = await in_thread(wrap)
+                made = await in_thread(wrap)
+                wrapped = ends[-1]
+                assert isinstance(wrapped, ssl.SSLSocket)
                 while (wait := await in_thread(_step, wrapped)) is not None:
                     await wait(wrapped)
                 self._check_names(wrapped)
-                return TlsSocket(wrapped)
+                return TlsSocket(wrapped, made)
         except trio.TooSlowError:
             problem = f"the peer did not answer within {timeout_s:g} s: see whether it speaks TLS"
         except OSError as error:
@@ -175,6 +183,8 @@ class Tls:
         )
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.verify_mode = ssl.CERT_REQUIRED
+        if server_side:
+            context.num_tickets = 0  # no session is resumed
         try:
             # The key must have no passphrase, because a daemon has no terminal to ask at.
             context.load_cert_chain(self.certificate, self.key, password=lambda: b"")
@@ -208,20 +218,13 @@ def _step(sock: ssl.SSLSocket) -> Callable[[socket.socket], Awaitable[None]] | N
     """Continue the handshake; returns what to wait for, ``None`` when the handshake is done."""
     try:
         sock.do_handshake()
-    except WANTED as error:
+    except records.WANTED as error:
         return (
             trio.lowlevel.wait_writable
-            if _event(error) == select.POLLOUT
+            if records.event(error) == select.POLLOUT
             else trio.lowlevel.wait_readable
         )
     return None
-
-
-def _event(wanted: ssl.SSLError) -> int:
-    """What has to happen to the socket before a call can be repeated: TLS may have to send in order
-    to receive, and to receive in order to send.
-    """
-    return select.POLLOUT if isinstance(wanted, ssl.SSLWantWriteError) else select.POLLIN
 
 
 async def _refuse(sock: socket.socket) -> None:
@@ -260,14 +263,14 @@ def explain(error: OSError) -> str:
 
 class TlsSocket:
     """The part of the socket interface that a lane uses.  One thread may send while another
-    receives; both wait outside the lock.
+    receives.
     """
 
-    def __init__(self, sock: ssl.SSLSocket):
-        sock.setblocking(False)
+    def __init__(self, sock: ssl.SSLSocket, made: Records):
         self._socket = sock
-        self._lock = threading.Lock()
-        self._send_timeout_s: float | None = None
+        self._records = made
+        # Later sessions of the connection may replace the one that OpenSSL would look at.
+        self._certificate = sock.getpeercert() or {}
         self.family = sock.family
 
     def fileno(self) -> int:
@@ -279,61 +282,43 @@ class TlsSocket:
 
     def certificate(self) -> dict[str, Any]:
         """Return the peer's certificate, which was accepted."""
-        return self._socket.getpeercert() or {}
+        return self._certificate
 
     def setsockopt(self, level: int, option: int, value: int | bytes) -> None:
         self._socket.setsockopt(level, option, value)
 
     def send_timeout(self, seconds: float) -> None:
-        self._send_timeout_s = seconds
+        self._records.send_timeout(seconds)
 
     def buffered(self) -> bool:
         """Whether bytes can be received although the descriptor may not be readable."""
-        with self._lock:
-            return bool(self._socket.pending())
+        return self._records.buffered()
 
     def recv_into(self, buffer: memoryview, size: int, flags: int = 0) -> int:
         """Receive as a socket does.  Of ``flags``, only MSG_WAITALL and MSG_DONTWAIT have an
         effect.
         """
-        received = 0
-        while True:
-            try:
-                with self._lock:
-                    count = self._socket.recv_into(buffer[received:size])
-            except WANTED as error:
-                wait = _event(error)
-            else:
-                received += count
-                if not count or received == size or not flags & socket.MSG_WAITALL:
-                    return received
-                continue
-            if flags & socket.MSG_DONTWAIT:
-                raise BlockingIOError
-            self._wait_for(wait, None)
+        return self._records.receive(buffer[:size], flags)
 
-    def sendmsg(self, buffers: Iterable[memoryview]) -> int:
+    def sendmsg(self, buffers: Sequence[memoryview]) -> int:
         """Send all of ``buffers``.  Raises ``BlockingIOError`` if the peer takes no bytes."""
-        sent = 0
-        for buffer in buffers:
-            at = 0
-            while at < len(buffer):
-                try:
-                    with self._lock:
-                        at += self._socket.send(buffer[at:])
-                except WANTED as error:
-                    self._wait_for(_event(error), self._send_timeout_s)
-            sent += len(buffer)
-        return sent
+        self._records.send(buffers)
+        return sum(map(len, buffers))
 
-    def _wait_for(self, event: int, timeout_s: float | None) -> None:
-        poll = select.poll()
-        poll.register(self._socket, event)
-        if not poll.poll(None if timeout_s is None else timeout_s * 1000):
-            raise BlockingIOError
+    def native(self) -> NativeRecords | None:
+        """Return what native code needs in this object's stead; ``None`` if only Python can send
+        and receive here.
+        """
+        return self._records.native()
+
+    def error(self, number: int) -> OSError:
+        """Return the error that native code has met in this object's stead."""
+        return self._records.error(number)
 
     def shutdown(self, how: int) -> None:
         """Shut down the TCP connection, so that the other threads return from their calls."""
+        if how == socket.SHUT_RD:
+            self._records.stop_receiving()
         socket.socket.shutdown(self._socket, how)
 
     def close(self) -> None:

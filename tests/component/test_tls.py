@@ -20,7 +20,7 @@ import trio
 
 from migrate.cli.world import World
 from migrate.errors import MigrationError, PeerClosedError
-from migrate.lanes import accept, tls
+from migrate.lanes import accept, records, tls
 from migrate.lanes.accept import AwaitedLanes, Reception
 from migrate.lanes.connection import LaneConnection, Terms
 from migrate.lanes.dial import DialledLanes
@@ -39,10 +39,19 @@ from xenbackend.contract import DomainState
 __all__ = ["files"]
 
 
+@pytest.mark.parametrize("native", [True, False], ids=["native records", "Python's records"])
 @pytest.mark.parametrize("checksums", [False, True])
 async def test_a_guest_is_migrated_and_its_link_is_cut(
-    clean_hosts: World, name: str, files: Callable[..., Tls], checksums: bool
+    clean_hosts: World,
+    name: str,
+    files: Callable[..., Tls],
+    monkeypatch: pytest.MonkeyPatch,
+    checksums: bool,
+    native: bool,
 ) -> None:
+    if not native:
+        monkeypatch.setattr(records, "lib", None)
+
     async def meanwhile(outcome: Outcome, link: Link) -> None:
         await until(lambda: outcome.migration.ownership.handed_over)
         link.cut()
@@ -56,6 +65,23 @@ async def test_a_guest_is_migrated_and_its_link_is_cut(
     )
     assert outcome.error is None
     assert outcome.migration.context.statistics.rejoins == 1
+    assert (await verification(clean_hosts, busy(name))).problems == []
+
+
+async def test_a_damaged_record_ends_its_connection_and_no_page_is_damaged(
+    clean_hosts: World, name: str, files: Callable[..., Tls]
+) -> None:
+    def damage(data: bytes) -> bytes:
+        return data[:-100] + bytes([data[-100] ^ 1]) + data[-99:] if len(data) > 4096 else data
+
+    async def meanwhile(outcome: Outcome, link: Link) -> None:
+        await until(lambda: outcome.migration.ownership.handed_over)
+        link.damage(damage)
+
+    outcome = await migrate(
+        clean_hosts, busy(name), terms=Terms(tls=files()), sender_tls=files(), meanwhile=meanwhile
+    )
+    assert outcome.error is None
     assert (await verification(clean_hosts, busy(name))).problems == []
 
 

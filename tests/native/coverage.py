@@ -24,6 +24,7 @@ FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
 TESTS = (
     "unit/test_ring.py",
     "unit/test_bulk.py",
+    "unit/test_records.py",
     "unit/test_fault_path.py",
     "component/test_loading.py",
     "component/test_simulated_host.py",

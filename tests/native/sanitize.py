@@ -36,6 +36,7 @@ PARTS = (
 TESTS = (
     "unit/test_ring.py",
     "unit/test_bulk.py",
+    "unit/test_records.py",
     "unit/test_page_states.py",
     "component/test_loading.py",
     "unit/test_fault_path.py",
@@ -44,6 +45,7 @@ TESTS = (
 """test_frames.py runs no native code; test_fault_path.py tests the frames of native code."""
 MODULES = (
     "migrate.lanes._bulk",
+    "migrate.lanes._records",
     "migrate.fastpath._fault",
     "xenbackend._ring",
     "xenbackend._keeper",

@@ -7,7 +7,6 @@ import contextlib
 import errno
 import os
 import select
-import socket
 import threading
 import time
 from collections import Counter
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from migrate.fastpath._fault import ffi
 from migrate.fastpath.page_states import OUTSTANDING, READY
 from migrate.lanes.connection import LaneConnection, Terms
+from migrate.lanes.tls import TlsSocket
 from migrate.protocol import frames
 from migrate.protocol import messages as m
 from migrate.protocol.messages import Fault, Message, Pages
@@ -30,6 +30,7 @@ from receiver.outstanding import OutstandingPages
 from receiver.pager import Pager
 from receiver.statistics import PagerStatistics
 from tests.support.front_end import FrontEnd
+from tests.support.sockets import Over, connected
 from tests.support.stories import STORY
 from xenbackend.pages import PAGE_SIZE, Buffer, NativePages, PageStatus, PfnArray
 
@@ -45,8 +46,8 @@ def encoded(message: Message, *pages: bytes) -> bytes:
 
 
 @contextlib.contextmanager
-def lanes() -> Iterator[tuple[LaneConnection, LaneConnection]]:
-    ours, theirs = (LaneConnection(sock, Terms()) for sock in socket.socketpair())
+def lanes(over: Over = Over.PLAIN) -> Iterator[tuple[LaneConnection, LaneConnection]]:
+    ours, theirs = (LaneConnection(sock, Terms()) for sock in connected(over))
     try:
         yield ours, theirs
     finally:
@@ -55,9 +56,11 @@ def lanes() -> Iterator[tuple[LaneConnection, LaneConnection]]:
 
 
 def put(lane: LaneConnection, *data: bytes) -> None:
-    """Send data in one packet."""
-    assert isinstance(lane._socket, socket.socket)
-    lane._socket.sendall(b"".join(data))
+    """Send data in one packet, or in one TLS record."""
+    if isinstance(lane._socket, TlsSocket):
+        lane._socket.sendmsg([memoryview(b"".join(data))])
+    else:
+        lane._socket.sendall(b"".join(data))
 
 
 def arrived(lane: LaneConnection) -> Iterator[tuple[Message, memoryview]]:

@@ -43,6 +43,7 @@ from tests.support.faults import (
     put,
     session_at,
 )
+from tests.support.sockets import Over
 from tests.support.waiting import until_async as until
 from xenbackend.pages import PAGE_SIZE, PfnArray
 from xenbackend.ring import MEM_PAGING_DROP_PAGE
@@ -141,15 +142,19 @@ SENDER_STEP = st.one_of(
 
 
 def sender_goes(
-    missing: set[int], steps: list[tuple[str, list[int]]], *, native: bool
+    missing: set[int],
+    steps: list[tuple[str, list[int]]],
+    *,
+    native: bool,
+    over: Over = Over.PLAIN,
 ) -> list[object]:
     """Return everything that can be observed of a run."""
     seen: list[object] = []
-    with lanes() as (ours, theirs):
+    with lanes(over) as (ours, theirs):
         source = Source(ours, theirs, missing, native=native)
-        assert (
-            source.server._native is not None and source.server._native._native.lane.open == native
-        )
+        fast = source.server._native
+        assert (fast is None) == (over is Over.PYTHON)
+        assert fast is None or fast._native.lane.open == native
         for step, chosen in steps:
             pfns = pfn_array(sorted(set(chosen)))
             if step == "push":
@@ -187,7 +192,9 @@ def sender_goes(
 def test_the_sender_does_the_same_either_way(
     missing: set[int], steps: list[tuple[str, list[int]]]
 ) -> None:
-    assert sender_goes(missing, steps, native=True) == sender_goes(missing, steps, native=False)
+    expected = sender_goes(missing, steps, native=False)
+    for over in Over:
+        assert sender_goes(missing, steps, native=True, over=over) == expected
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -293,12 +300,18 @@ RECEIVER_STEP = st.one_of(
 )
 
 
-async def receiver_goes(missing: set[int], steps: list[tuple[str, Any]], *, native: bool) -> object:
+async def receiver_goes(
+    missing: set[int],
+    steps: list[tuple[str, Any]],
+    *,
+    native: bool,
+    over: Over = Over.PLAIN,
+) -> object:
     with (
-        lanes() as (ours, theirs),
+        lanes(over) as (ours, theirs),
         contextlib.closing(Destination(ours, theirs, missing, native=native)) as end,
     ):
-        assert (end.pager._native is not None) == native
+        assert (end.pager._native is not None) == (native and over is not Over.PYTHON)
         given_away = set()
         for step, chosen in steps:
             if step == "touch":
@@ -348,18 +361,19 @@ async def receiver_goes(missing: set[int], steps: list[tuple[str, Any]], *, nati
         )
 
 
+@pytest.mark.parametrize("over", Over)
 @pytest.mark.parametrize("native", [True, False])
 @given(st.sets(PFNS, min_size=30), st.lists(RECEIVER_STEP, max_size=15))
 def test_the_receiver_loses_nothing(
-    native: bool, missing: set[int], steps: list[tuple[str, Any]]
+    native: bool, over: Over, missing: set[int], steps: list[tuple[str, Any]]
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "FIRST_RETRY_S", 0)
         patch.setattr(loading, "LAST_RETRY_S", 0)
 
         async def run() -> None:
-            seen = await receiver_goes(missing, steps, native=native)
-            if native:
+            seen = await receiver_goes(missing, steps, native=native, over=over)
+            if native or over is not Over.PLAIN:
                 assert seen == await receiver_goes(missing, steps, native=False)
 
         trio.run(run)

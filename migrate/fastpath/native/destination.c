@@ -2,6 +2,7 @@
 /* The receiver's end: the states of its pages, who waits for them, the ring and the pull lane. */
 #include <errno.h>
 #include <poll.h>
+#include <sys/socket.h>
 #include <time.h>
 #include "internal.h"
 #include "vm_event.h"
@@ -219,7 +220,7 @@ static int64_t read_page(const struct fault_lane *lane, uint8_t *buffer, size_t 
     if (left >= lane->page.size && (pfn = fault_frame_pfn(&lane->page, buffer + *at)) >= 0) {
         *page = buffer + *at + lane->page.size;
         *at += lane->page.size + PAGE_BYTES;
-        if (*at > (long)size || !lane_receive_up_to(lane->fd, buffer, got, *at))
+        if (*at > (long)size || !lane_receive_up_to(lane, buffer, got, *at))
             return -1;
         return pfn;
     }
@@ -272,9 +273,11 @@ static void unclaim(struct fault_pager *p, const struct arrived *arrived, size_t
 
 static int handle_lane(struct fault_pager *p, uint8_t *buffer, size_t size)
 {
-    struct arrived arrived;
+    struct arrived arrived = { .n = 0 };
 
-    p->received = lane_receive(p->lane.fd, buffer, size, 0);
+    p->received = lane_receive(&p->lane, buffer, size, MSG_DONTWAIT);
+    if (p->received == -EAGAIN)     /* a part of a TLS record */
+        return 0;
     if (!read_pages(p, buffer, size, &arrived) || !lane_is_open(&p->lane) || !claim(p, &arrived))
         return FAULT_LANE;
     for (size_t i = 0; i < arrived.n; i++) {
@@ -310,12 +313,15 @@ int fault_wait(struct fault_pager *p, void *buffer, size_t size)
 
     p->nr_requests = p->nr_finished = p->nr_answered = p->actions.nr_ask = 0;
     while (!rc) {
-        if (poll(fds, 3, -1) < 0) {
+        int is_buffered = lane_is_buffered(&p->lane);
+
+        if (poll(fds, 3, is_buffered ? 0 : -1) < 0) {
             if (errno != EINTR)
                 return -errno;
             continue;
         }
-        if (fds[2].revents)     /* first, because a page lets a vCPU continue */
+        /* first, because a page lets a vCPU continue */
+        if (fds[2].revents || is_buffered)
             rc = handle_lane(p, buffer, size);
         if (!rc && fds[1].revents)
             rc = handle_ring(p);

@@ -22,9 +22,18 @@ struct fault_frame {
 int64_t fault_frame_pfn(const struct fault_frame *kind, const uint8_t *frame);
 void fault_frame_make(const struct fault_frame *kind, uint64_t pfn, uint8_t *frame);
 
+/* A TLS connection, and a piece of memory to send. */
+struct records;
+struct iovec;
+
 /* The lane, and the frames that go over it. */
 struct fault_lane {
     int fd;
+    struct records *records;    /* or NULL: frames go through the socket unchanged */
+    /* as migrate/lanes/native/records_api.h */
+    int (*records_send)(struct records *records, const struct iovec *pieces, size_t n);
+    long (*records_receive)(struct records *records, void *into, size_t bytes, int flags);
+    int (*records_are_buffered)(struct records *records);
     int open;               /* faults are allowed; until then the slow path refuses them */
     struct fault_lock *sending;
     struct fault_frame fault, page, zero;

@@ -37,10 +37,13 @@
 int lane_is_open(const struct fault_lane *lane);
 
 /* Receive some bytes.  Returns their number, 0 at the connection's end, or -errno. */
-long lane_receive(int fd, void *buffer, size_t size, int flags);
+long lane_receive(const struct fault_lane *lane, void *buffer, size_t size, int flags);
 
 /* Receive until *got is end.  Returns 0 if the connection ends earlier. */
-int lane_receive_up_to(int fd, uint8_t *buffer, long *got, long end);
+int lane_receive_up_to(const struct fault_lane *lane, uint8_t *buffer, long *got, long end);
+
+/* Whether bytes can be received although the socket may not be readable. */
+int lane_is_buffered(const struct fault_lane *lane);
 
 /* Send all of the vector.  Returns 0, or -1 with lane->error set. */
 int lane_send(struct fault_lane *lane, struct iovec *vector, size_t n);

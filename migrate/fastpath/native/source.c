@@ -107,7 +107,7 @@ long fault_serve(struct fault_source *s, void *buffer, size_t size, int wait)
 {
     for (;;) {
         struct faults faults;
-        long got = lane_receive(s->lane.fd, buffer, size, wait ? 0 : MSG_DONTWAIT);
+        long got = lane_receive(&s->lane, buffer, size, wait ? 0 : MSG_DONTWAIT);
         int taken, failed = 0;
 
         if (!lane_is_open(&s->lane) || !read_faults(s, buffer, got, &faults))

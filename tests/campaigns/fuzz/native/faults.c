@@ -100,8 +100,8 @@ static ssize_t fuzzed_recv(int fd, void *into, size_t size, int flags)
 
     (void)fd;
     CHECK((uint8_t *)into >= buffer && (uint8_t *)into + size <= buffer + buffer_bytes);
-    if (piece == 1) {
-        errno = EINTR;
+    if (piece == 1 || (piece == 2 && flags & MSG_DONTWAIT)) {
+        errno = piece == 1 ? EINTR : EAGAIN;
         return -1;
     }
     if (piece && piece < now)
