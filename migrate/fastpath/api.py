@@ -42,6 +42,8 @@ class NativeLane(NamedTuple):
 
     fd: int
     sending: NativeLock
+    checked: bool
+    """Checksums cover pages."""
     records: NativeRecords | None
 
 
@@ -71,6 +73,7 @@ RECORDS_ARE_BUFFERED = "int (*)(struct records *)"
 def lane_of(into: Any, lane: NativeLane) -> None:
     into.fd, into.sending = lane.fd, lane.sending.native
     into.fault, into.page, into.zero = FAULT[0], PAGE[0], ZERO[0]
+    into.page.covers_page = lane.checked
     if lane.records is not None:
         into.records = ffi.cast("struct records *", lane.records.records)
         into.records_send = ffi.cast(RECORDS_SEND, lane.records.send)

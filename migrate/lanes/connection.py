@@ -270,13 +270,13 @@ class LaneConnection:
 
     # ---- native code in this object's stead (migrate/fastpath/api.py) ----
     def native(self) -> NativeLane | None:
-        """Return the lane for native code, or ``None`` if checksums of pages are used, or a TLS
-        connection that only Python can use.
+        """Return the lane for native code, or ``None`` for a TLS connection that only Python can
+        use.
         """
         records = None if self._tls is None else self._tls.native()
-        if self._decoder.checked or (self._tls is not None and records is None):
+        if self._tls is not None and records is None:
             return None
-        return NativeLane(self._socket.fileno(), self._sending, records)
+        return NativeLane(self._socket.fileno(), self._sending, self._decoder.checked, records)
 
     def vacant(self) -> memoryview | None:
         """Return the buffer into which native code may receive, and which it reports by

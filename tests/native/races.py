@@ -18,7 +18,7 @@ from tests.native.c_files import BUILD, INCLUDE, run_all
 
 SIMULATED_FILES = ("hypercalls", "program", "pause", "paging", "balloon", "vcpu")
 SIMULATED = [f"xenbackend/simulated/native/{name}.c" for name in SIMULATED_FILES]
-FAST_PATH_FILES = ("lock", "frame", "lane", "source", "destination")
+FAST_PATH_FILES = ("lock", "checksum", "frame", "lane", "source", "destination")
 FAST_PATH = [f"migrate/fastpath/native/{name}.c" for name in FAST_PATH_FILES]
 PROGRAMS = {
     "migration": [

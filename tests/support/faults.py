@@ -23,9 +23,9 @@ from migrate.lanes.connection import LaneConnection, Terms
 from migrate.lanes.tls import TlsSocket
 from migrate.protocol import frames
 from migrate.protocol import messages as m
-from migrate.protocol.messages import Fault, Message, Pages
+from migrate.protocol.messages import Fault, Lane, Message, Pages
 from migrate.protocol.pfns import NO_PFNS, pfn_array
-from migrate.protocol.session import Role, Session
+from migrate.protocol.session import Role, Session, hello
 from receiver.outstanding import OutstandingPages
 from receiver.pager import Pager
 from receiver.statistics import PagerStatistics
@@ -41,13 +41,17 @@ def contents(pfn: int) -> bytes:
     return bytes([pfn % 255 + 1]) * PAGE_SIZE
 
 
-def encoded(message: Message, *pages: bytes) -> bytes:
-    return frames.encode(message.header(), [memoryview(page) for page in pages]) + b"".join(pages)
+def encoded(message: Message, *pages: bytes, checked: bool = False) -> bytes:
+    payload = [memoryview(page) for page in pages]
+    return frames.encode(message.header(), payload, checked=checked) + b"".join(pages)
 
 
 @contextlib.contextmanager
 def lanes(over: Over = Over.PLAIN) -> Iterator[tuple[LaneConnection, LaneConnection]]:
     ours, theirs = (LaneConnection(sock, Terms()) for sock in connected(over))
+    if over is Over.CHECKED:
+        for lane in (ours, theirs):
+            lane.agree([hello(Lane.PULL, "s", requires=(m.CHECKSUMS,))])
     try:
         yield ours, theirs
     finally:
@@ -238,7 +242,7 @@ class Destination:
         data = b"".join(
             encoded(Pages(NO_PFNS, pfn_array([pfn])))
             if Memory.is_zero(pfn)
-            else encoded(Pages(pfn_array([pfn])), contents(pfn))
+            else encoded(Pages(pfn_array([pfn])), contents(pfn), checked=self.ours._decoder.checked)
             for pfn in pfns
         )
         self.requested -= set(pfns)

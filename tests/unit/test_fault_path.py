@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -64,7 +65,7 @@ class TestFrames:
     ) -> None:
         native, encode = kind
         frame = ffi.new("uint8_t[]", native.size)
-        lib.fault_frame_make(native, pfn, frame)
+        lib.fault_frame_make(native, pfn, ffi.NULL, frame)
         assert bytes(ffi.buffer(frame)) == encode(pfn_array([pfn]))
         assert lib.fault_frame_pfn(native, frame) == pfn
 
@@ -81,6 +82,33 @@ class TestFrames:
             lib.fault_frame_pfn(other, ffi.new("uint8_t[]", encode(pfn_array([pfn])))) == -1
             for other in others
         )
+
+    CHECKED = ffi.new("struct fault_frame *", PAGE[0])
+    CHECKED.covers_page = 1
+
+    @given(st.integers(0, MAX_PFN), st.binary(min_size=1), st.data())
+    def test_a_page_that_is_checked(self, pfn: int, begin: bytes, data: Any) -> None:
+        page = (begin * PAGE_SIZE)[:PAGE_SIZE]
+        expected = encoded(Pages(pfn_array([pfn])), page, checked=True)
+        frame = ffi.new("uint8_t[]", PAGE.size)
+        lib.fault_frame_make(self.CHECKED, pfn, page, frame)
+        assert bytes(ffi.buffer(frame)) + page == expected
+        assert lib.fault_frame_pfn(self.CHECKED, frame) == pfn
+        assert lib.fault_frame_is_whole(self.CHECKED, frame, page)
+        damaged = bytearray(expected)
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= data.draw(st.integers(1, 255))
+        frame, page = bytes(damaged[: PAGE.size]), bytes(damaged[PAGE.size :])
+        assert lib.fault_frame_pfn(self.CHECKED, frame) == -1 or not lib.fault_frame_is_whole(
+            self.CHECKED, frame, page
+        )
+
+    @given(st.binary(max_size=600), st.integers(0, 63), st.integers(0, 2**32 - 1))
+    def test_the_checksum_is_zlib_s(self, data: bytes, skipped: int, before: int) -> None:
+        """At each size, and at each address modulo the width of a load."""
+        data = ffi.new("uint8_t[]", bytes(skipped) + data)
+        n = len(data) - skipped
+        found = lib.fault_checksum(before, data + skipped, n)
+        assert found == zlib.crc32(ffi.buffer(data + skipped, n), before)
 
 
 # ---- the sender ----

@@ -11,7 +11,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 FOLDER = HERE.relative_to(ROOT)
 FLAGS = runpy.run_path(str(ROOT / "xenbackend/native/flags.py"))["FLAGS"]
-SOURCES = ("lock", "frame", "lane", "source", "destination")
+SOURCES = ("lock", "checksum", "frame", "lane", "source", "destination")
 SEEN_BY_PYTHON = ("page_states.h", "fault_api.h")
 RING = "xenbackend/native"
 

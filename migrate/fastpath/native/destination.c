@@ -169,7 +169,7 @@ static void ask(struct fault_pager *p)
     struct iovec vector[FAULT_SLOTS];
 
     for (uint32_t i = 0; i < p->actions.nr_ask; i++) {
-        fault_frame_make(&p->lane.fault, p->actions.ask[i], frames[i]);
+        fault_frame_make(&p->lane.fault, p->actions.ask[i], NULL, frames[i]);
         vector[i] = (struct iovec){ frames[i], p->lane.fault.size };
     }
     if (p->actions.nr_ask)
@@ -218,10 +218,14 @@ static int64_t read_page(const struct fault_lane *lane, uint8_t *buffer, size_t 
 
     *page = NULL;
     if (left >= lane->page.size && (pfn = fault_frame_pfn(&lane->page, buffer + *at)) >= 0) {
-        *page = buffer + *at + lane->page.size;
+        const uint8_t *frame = buffer + *at;
+
+        *page = frame + lane->page.size;
         *at += lane->page.size + PAGE_BYTES;
         if (*at > (long)size || !lane_receive_up_to(lane, buffer, got, *at))
             return -1;
+        if (lane->page.covers_page && !fault_frame_is_whole(&lane->page, frame, *page))
+            return -1;      /* the slow path reports it */
         return pfn;
     }
     if (left >= lane->zero.size && (pfn = fault_frame_pfn(&lane->zero, buffer + *at)) >= 0) {

@@ -10,17 +10,24 @@ int fault_lock_is_taken(struct fault_lock *lock);
 
 /* ---- frames about one page ---- */
 
+/* zlib's CRC-32 of some bytes and of those before them, whose sum is 0 if there are none. */
+uint32_t fault_checksum(uint32_t before, const uint8_t *bytes, size_t n);
+
 /* A kind of frames as the codec makes them.  Frames of different pages differ in the eight bytes at
  * pfn_at and in the checksums. */
 struct fault_frame {
     uint8_t bytes[96];
     uint32_t size;
     uint32_t pfn_at;
+    int covers_page;        /* the checksum of the header covers the page behind the frame */
 };
 
-/* The pfn of a whole frame of this kind, or -1 if it is no such frame. */
+/* The pfn of a whole frame of this kind, or -1 if it is no such frame.  If the kind covers a page,
+ * ask fault_frame_is_whole() when the page has arrived. */
 int64_t fault_frame_pfn(const struct fault_frame *kind, const uint8_t *frame);
-void fault_frame_make(const struct fault_frame *kind, uint64_t pfn, uint8_t *frame);
+int fault_frame_is_whole(const struct fault_frame *kind, const uint8_t *frame, const void *page);
+void fault_frame_make(const struct fault_frame *kind, uint64_t pfn, const void *page,
+                      uint8_t *frame);
 
 /* A TLS connection, and a piece of memory to send. */
 struct records;

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /* The sender's end: the states of its pages, and the answers to faults. */
+#include <string.h>
 #include <sys/socket.h>
 #include "internal.h"
 
@@ -92,10 +93,12 @@ static int take_pages(struct fault_source *s, struct faults *faults)
 static int send_page(struct fault_source *s, uint64_t pfn, const void *page)
 {
     const struct fault_frame *kind = page ? &s->lane.page : &s->lane.zero;
-    uint8_t head[sizeof(kind->bytes)];
+    uint8_t head[sizeof(kind->bytes)], copy[PAGE_BYTES];
     struct iovec vector[2] = { { head, kind->size }, { (void *)page, PAGE_BYTES } };
 
-    fault_frame_make(kind, pfn, head);
+    if (kind->covers_page)  /* what is sent must be what the checksum is of */
+        page = vector[1].iov_base = memcpy(copy, page, PAGE_BYTES);
+    fault_frame_make(kind, pfn, page, head);
     if (lane_send(&s->lane, vector, page ? 2 : 1))
         return -1;
     s->nr_sent++;

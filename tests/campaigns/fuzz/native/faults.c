@@ -20,6 +20,7 @@ static int fuzzed_poll(struct pollfd *fds, nfds_t n, int timeout);
 #define sendmsg fuzzed_sendmsg
 #define poll fuzzed_poll
 #include "../../../../migrate/fastpath/native/lock.c"
+#include "../../../../migrate/fastpath/native/checksum.c"
 #include "../../../../migrate/fastpath/native/frame.c"
 #include "../../../../migrate/fastpath/native/lane.c"
 #include "../../../../migrate/fastpath/native/source.c"
@@ -33,7 +34,7 @@ static uint8_t *stream; /* the bytes that the peer sends */
 static size_t stream_bytes, stream_at;
 static uint8_t *buffer; /* the buffer into which they are received */
 static size_t buffer_bytes;
-static const struct fault_frame kinds[] = { FAULT_KIND, PAGE_KIND, ZERO_KIND };
+static struct fault_frame kinds[] = { FAULT_KIND, PAGE_KIND, ZERO_KIND };
 
 /* ---- the peer ---- */
 static void append(const uint8_t *bytes, size_t n)
@@ -53,20 +54,21 @@ static void append_frame(unsigned choice)
     uint8_t *frame = exactly(kind->size);
     int64_t read;
 
-    fault_frame_make(kind, pfn, frame);
+    fault_frame_make(kind, pfn, contents, frame);
     CHECK(fault_frame_pfn(kind, frame) == (pfn > INT64_MAX ? -1 : (int64_t)pfn));
     if (choice & 8)
         for (int left = 1 + take_byte() % 4; left; left--)
             frame[take_byte() % kind->size] = take_byte();
     if (choice & 16) {
-        put_be32(frame + HEADER_SUM_AT, crc32(frame + HEADER_AT, kind->size - HEADER_AT));
-        put_be32(frame + PREFIX_SUM_AT, crc32(frame, PREFIX_SUM_AT));
+        put_be32(frame + HEADER_SUM_AT, header_sum(kind, frame, contents));
+        put_be32(frame + PREFIX_SUM_AT, fault_checksum(0, frame, PREFIX_SUM_AT));
     }
     read = fault_frame_pfn(kind, frame);
-    if (read >= 0) { /* the frame is then byte for byte as our codec makes it */
+    /* The frame is then byte for byte as our codec makes it. */
+    if (read >= 0 && fault_frame_is_whole(kind, frame, contents)) {
         uint8_t *again = exactly(kind->size);
 
-        fault_frame_make(kind, read, again);
+        fault_frame_make(kind, read, contents, again);
         CHECK(!memcmp(again, frame, kind->size));
         free(again);
     }
@@ -316,6 +318,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     input_left = size;
     stream = exactly(STREAM_BYTES);
     flags = take_byte();
+    kinds[1].covers_page = flags >> 4 & 1;
     make_stream();
     if (flags & 1)
         serve(flags);
