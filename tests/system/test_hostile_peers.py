@@ -185,27 +185,34 @@ async def test_sessions_that_offer_nothing(world: World) -> None:
         lines = world.ask("receiver", command="list")["migrations"]
         return [line["id"] for line in lines if not line["domain"] and line["phase"] == "preflight"]
 
-    async def refusal(nursery: trio.Nursery) -> str:
-        """Start one more session.  Returns the refusal; empty if the session is accepted."""
-        try:
-            lane = await DialledLanes(("127.0.0.1", world.port), new_id(), Terms()).push()
-        except RefusedError as error:
-            return str(error)
-        nursery.start_soon(hold, lane)
-        return ""
+    async def refusals(nursery: trio.Nursery, count: int) -> list[str]:
+        """Start so many sessions, some at a time.  Returns the refusals."""
+        found, at_once = list[str](), trio.CapacityLimiter(8)
+
+        async def start() -> None:
+            async with at_once:
+                try:
+                    lane = await DialledLanes(("127.0.0.1", world.port), new_id(), Terms()).push()
+                    nursery.start_soon(hold, lane)
+                except RefusedError as error:
+                    found.append(str(error))
+
+        async with trio.open_nursery() as starting:
+            for _ in range(count):
+                starting.start_soon(start)
+        return found
 
     async with trio.open_nursery() as nursery:
         # On a busy machine the first sessions end before the last ones begin.
-        refusals = list[str]()
+        refused = list[str]()
         with trio.fail_after(2 * WAIT_S):
-            while len(refusals) < 20:
-                refusals += [why] if (why := await refusal(nursery)) else []
-        assert all("have not offered a guest yet" in why for why in refusals)
+            while len(refused) < 20:
+                refused += await refusals(nursery, MAX_WITHOUT_OFFER + 20)
+        assert all("have not offered a guest yet" in why for why in refused)
         nursery.cancel_scope.cancel()
     await until(lambda: not waiting())
     async with trio.open_nursery() as nursery:
-        for _ in range(MAX_WITHOUT_OFFER):
-            assert await refusal(nursery) == ""
+        assert await refusals(nursery, MAX_WITHOUT_OFFER) == []
         nursery.cancel_scope.cancel()
     await until(lambda: not waiting())
 
