@@ -157,7 +157,9 @@ class ReceiverDaemon:
                     kept = await trio.to_thread.run_sync(self._journal.still_kept)
                 every = bool(request.get("all"))
                 listed = self.history.listed(self._migrations, _line, of_predecessors=every)
-                await connection.answer_at_length(
+                # Without the history, `list` is answered also when no thread can be started.
+                answer = connection.answer_at_length if every else connection.answer
+                await answer(
                     "result", migrations=listed, kept=[_kept_line(entry) for entry in kept]
                 )
             case "show":

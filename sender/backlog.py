@@ -37,7 +37,7 @@ from migrate.fastpath.page_states import (
     UNSENT,
     SourcePages,
 )
-from migrate.protocol.pfns import NO_PFNS, PfnMask, from_mask
+from migrate.protocol.pfns import NO_PFNS, PfnMask, from_mask, union
 from xenbackend.pages import PfnArray
 
 
@@ -94,7 +94,7 @@ class Backlog:
                 return NO_PFNS
             cursor = self.pages.cursor
             self._first = self._first[self._state[self._first] == UNSENT]
-            if len(batch := np.unique(self._first[:most])):
+            if len(batch := union([self._first[:most]])):
                 self.pages.sent(batch)
                 self.pages.cursor = cursor
                 return batch

@@ -220,7 +220,7 @@ class Destination:
 
     def turn(self) -> None:
         """Handle what has happened."""
-        while self.poll.poll(0) or self.pager.short_of_memory:
+        while self.poll.poll(0) or self.ours.readable() or self.pager.short_of_memory:
             self.pager._turn(self.poll)
         self.xen.take_answers()
         self.receive()

@@ -96,7 +96,7 @@ static int send_page(struct fault_source *s, uint64_t pfn, const void *page)
     uint8_t head[sizeof(kind->bytes)], copy[PAGE_BYTES];
     struct iovec vector[2] = { { head, kind->size }, { (void *)page, PAGE_BYTES } };
 
-    if (kind->covers_page)  /* what is sent must be what the checksum is of */
+    if (page && kind->covers_page)  /* what is sent must be what the checksum is of */
         page = vector[1].iov_base = memcpy(copy, page, PAGE_BYTES);
     fault_frame_make(kind, pfn, page, head);
     if (lane_send(&s->lane, vector, page ? 2 : 1))
