@@ -128,7 +128,7 @@ underload: $(STAMP)
 # A model checker goes through every state of the handover, and of what follows it.
 model: $(STAMP)
 	@.ci/prepare $(PYTHON) spin
-	$(BIN)/python -m tests.campaigns.model.check
+	$(BIN)/python -m tests.campaigns.model.check $(MODEL)
 
 # ---- the C files and what runs in them (docs/testing.md) ----
 # Warnings of two compilers, a static analyser.

@@ -300,7 +300,7 @@ def test_damaged_answers_are_reported_in_part_or_refused(
 
 
 @given(damages(RECORDED))
-@settings(max_examples=6)
+@settings(max_examples=3)
 def test_what_is_left_of_damaged_answers_can_be_drawn(
     changes: list[tuple[Place, str, Any]],
 ) -> None:

@@ -2,12 +2,14 @@
 """Spin searches every state of the models of the handover; each mutation of a model must make that
 model fail.
 
-``python -m tests.campaigns.model.check``, or ``make model``.  Needs Debian's package spin, and gcc.
+``python -m tests.campaigns.model.check``, or ``make model``; ``--unmutated`` leaves the mutations
+out.  Needs Debian's package spin, and gcc.
 A mutation is searched until one property notices the mutation.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import subprocess
@@ -120,11 +122,14 @@ def check_mutation(directory: Path, model: Path, mutation: str, number: int) -> 
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.campaigns.model.check")
+    parser.add_argument("--unmutated", action="store_true", help="leave the mutations out")
+    mutated = not parser.parse_args().unmutated
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         checks = []
         for model in (MODEL, TOOLSTACK):
             checks.append(pool.submit(check_model, Path(folder, model.stem), model))
-            for name, number in mutations(model):
+            for name, number in mutations(model) if mutated else ():
                 directory = Path(folder, f"{model.stem}-{name}")
                 checks.append(pool.submit(check_mutation, directory, model, name, number))
         try:
