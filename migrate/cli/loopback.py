@@ -109,6 +109,8 @@ def loopback_command(json_path: Path | None, report_path: Path | None, **options
         say("damaged: " + "; ".join(verification.problems))
     write_json(json_path, result)
     if report_path is not None:
-        write_report(report_path, answers, guest_view["histogram_us"])
+        from migrate.cli.report.sections import report_of  # imports matplotlib
+
+        write_report(report_path, report_of(answers, guests_own=guest_view["histogram_us"]))
     if not verification.ok:
         raise MigrationError("the guest was damaged")

@@ -65,9 +65,9 @@ FAULT, PAGE, ZERO = (
 )
 
 
-RECORDS_SEND = "int (*)(struct records *, const struct iovec *, size_t)"
-RECORDS_RECEIVE = "long (*)(struct records *, void *, size_t, int)"
-RECORDS_ARE_BUFFERED = "int (*)(struct records *)"
+def _call(pointer: Any, address: int) -> Any:
+    """Return an address as a function of the pointer's type."""
+    return ffi.cast(ffi.typeof(pointer), address)
 
 
 def lane_of(into: Any, lane: NativeLane) -> None:
@@ -76,9 +76,9 @@ def lane_of(into: Any, lane: NativeLane) -> None:
     into.page.covers_page = lane.checked
     if lane.records is not None:
         into.records = ffi.cast("struct records *", lane.records.records)
-        into.records_send = ffi.cast(RECORDS_SEND, lane.records.send)
-        into.records_receive = ffi.cast(RECORDS_RECEIVE, lane.records.receive)
-        into.records_are_buffered = ffi.cast(RECORDS_ARE_BUFFERED, lane.records.are_buffered)
+        into.records_send = _call(into.records_send, lane.records.send)
+        into.records_receive = _call(into.records_receive, lane.records.receive)
+        into.records_are_buffered = _call(into.records_are_buffered, lane.records.are_buffered)
 
 
 class NativeFaultServer:

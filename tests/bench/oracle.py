@@ -37,7 +37,7 @@ FAULT_S = 60e-6
 STEP_S = 5e-6
 """What a guest computes between two touches."""
 RATES = {"1.2 GB/s": 1.2e9, "125 MB/s": CAP}
-LAST = float("inf")
+NEVER = float("inf")
 
 
 def touches(spec: GuestSpec, vcpu: int) -> Iterator[int]:
@@ -89,7 +89,7 @@ class Model:
         self._order = order
         self._at = 0
         self._backlog = Backlog(np.ones(spec.pages, dtype=np.bool_))
-        self._there = _Destination(np.full(spec.pages, LAST))
+        self._there = _Destination(np.full(spec.pages, NEVER))
         self._vcpus = []
         for vcpu in range(spec.vcpus):
             these = touches(spec, vcpu)

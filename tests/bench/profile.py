@@ -9,19 +9,17 @@ name that it has now.
 from __future__ import annotations
 
 import contextlib
-import os
-import threading
+import functools
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from migrate.cli.world import World
-from tests.bench.runs import GIB, Limits, median, migrate, row
+from tests.bench.runs import GIB, Limits, looking, median, migrate, row
 from xenbackend.simulated.guest import GuestSpec
 
 LOOK_EVERY_S = 0.05
-TICKS = os.sysconf("SC_CLK_TCK")
 SHOWN_S = 0.005
 """A thread that uses less CPU time is not shown."""
 GUESTS = {
@@ -59,20 +57,8 @@ class Profile:
         before: dict[Path, Counter[str]] = {}
         self._look(world, before)
         self.used.clear()
-        stopping = threading.Event()
-
-        def look() -> None:
-            while not stopping.wait(LOOK_EVERY_S):
-                self._look(world, before)
-
-        looking = threading.Thread(target=look, daemon=True)
-        looking.start()
-        try:
+        with looking(functools.partial(self._look, world, before), LOOK_EVERY_S):
             yield
-        finally:
-            stopping.set()
-            looking.join()
-            self._look(world, before)
 
     def _look(self, world: World, before: dict[Path, Counter[str]]) -> None:
         for process, running in world.processes.items():

@@ -9,6 +9,7 @@ import contextlib
 import mmap
 import statistics
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,25 @@ HERE = Path(__file__).parent
 def warm(size: int) -> None:
     """Touch memory, so that the machine has it available."""
     mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE).close()
+
+
+@contextlib.contextmanager
+def looking(look: Callable[[], object], every_s: float) -> Iterator[None]:
+    """Call ``look`` again and again in a thread, and one more time at the end."""
+    stopping = threading.Event()
+
+    def again() -> None:
+        while not stopping.wait(every_s):
+            look()
+
+    thread = threading.Thread(target=again, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopping.set()
+        thread.join()
+        look()
 
 
 Link = Callable[[int], contextlib.AbstractContextManager[int]]

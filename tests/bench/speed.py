@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from migrate.cli.world import World
 from migrate.units import human_us
-from tests.bench.runs import CAP, GIB, Limits, median, migrate, row, warm
+from tests.bench.runs import CAP, GIB, Limits, looking, median, migrate, row, warm
 from xenbackend.simulated.guest import GuestSpec
 
 LAN_MS = 0.05
@@ -189,22 +188,15 @@ def anonymous_memory(world: World, peaks: dict[str, int]) -> Iterator[None]:
     twentieth of a CPU.
     """
     pids = {name: world.processes[name].popen.pid for name in ("sender", "receiver")}
-    stopping = threading.Event()
 
     def look() -> None:
-        while not stopping.wait(0.005):
-            for name, pid in pids.items():
-                for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-                    if line.startswith("RssAnon"):
-                        peaks[name] = max(peaks.get(name, 0), int(line.split()[1]) * 1024)
+        for name, pid in pids.items():
+            for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+                if line.startswith("RssAnon"):
+                    peaks[name] = max(peaks.get(name, 0), int(line.split()[1]) * 1024)
 
-    looking = threading.Thread(target=look, daemon=True)
-    looking.start()
-    try:
+    with looking(look, 0.005):
         yield
-    finally:
-        stopping.set()
-        looking.join()
 
 
 def memory(_limits: Limits, _runs: int) -> None:

@@ -104,19 +104,24 @@ def test_loopback_starts_its_daemons_as_it_was_started_itself(tmp_path: Path) ->
     assert done.stdout.split() == command
 
 
+def execute(environment: dict[str, str]) -> None:
+    """Execute the command with a small guest, until its end."""
+    subprocess.run(
+        [*PROGRAM, "loopback", "--memory", "4M"],
+        check=True,
+        capture_output=True,
+        env=environment,
+        timeout=COMMAND_S,
+    )
+
+
 def test_loopback_leaves_nothing_behind() -> None:
     """The command and the daemons that it starts are executed; in most other tests the zygote forks
     them.
     """
     with tempfile.TemporaryDirectory() as place:  # a short path, because sockets are made there
         environment = {**os.environ, "TMPDIR": place}
-        subprocess.run(
-            [*PROGRAM, "loopback", "--memory", "4M"],
-            check=True,
-            capture_output=True,
-            env=environment,
-            timeout=COMMAND_S,
-        )
+        execute(environment)
         assert list(Path(place).iterdir()) == []
         for process in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
@@ -207,13 +212,7 @@ def test_the_next_loopback_removes_what_a_killed_one_has_left() -> None:
         killed, other = running
         killed.kill()
         killed.communicate()
-        subprocess.run(
-            [*PROGRAM, "loopback", "--memory", "4M"],
-            check=True,
-            capture_output=True,
-            env=environment,
-            timeout=COMMAND_S,
-        )
+        execute(environment)
         (left,) = Path(place).iterdir()
         assert other.poll() is None and left in folders
         other.terminate()

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,15 +33,8 @@ def check_installed() -> None:
         ) from error
 
 
-def write_report(
-    path: Path, answers: Sequence[dict[str, Any]], guests_own: Sequence[Any] = ()
-) -> None:
-    """Write the report of one migration.  Raises ``OSError``, and :class:`MigrationError` for an
-    answer that cannot be used at all.
-    """
-    from migrate.cli.report.sections import report_of
-
-    text = report_of(answers, guests_own=guests_own)
+def write_report(path: Path, text: str) -> None:
+    """Write the report of one migration.  Raises ``OSError``."""
     if path == STDOUT:
         click.echo(text, nl=False)
     else:
@@ -87,12 +79,13 @@ def report_command(
         raise click.UsageError("--json and --output - would both write to standard output")
     check_installed()
     from migrate.cli.report.accepted import accepted
+    from migrate.cli.report.sections import report_of_accepted
 
     answers = ask_all(socket_paths, command="record", migration=migration)
     found = [accepted(answer) for answer in answers.results]
     # The guest's name may be that of several migrations.
     newest = max(found, key=lambda one: one["started_at"] or 0.0)
-    write_report(output, [one for one in found if one["id"] == newest["id"]])
+    write_report(output, report_of_accepted([one for one in found if one["id"] == newest["id"]]))
     text = f"{newest['domain']}: the report is in {output}"
     report(text, as_json, migration=newest["id"], file=str(output))
     answers.check_complete()

@@ -37,7 +37,12 @@ def report_of(answers: Sequence[dict[str, Any]], *, guests_own: Buckets = ()) ->
 
     Raises as :func:`accepted`.
     """
-    recorded = Recorded([accepted(answer) for answer in answers])
+    return report_of_accepted([accepted(answer) for answer in answers], guests_own=guests_own)
+
+
+def report_of_accepted(found: Sequence[dict[str, Any]], *, guests_own: Buckets = ()) -> str:
+    """Return the same for answers that :func:`accepted` has returned."""
+    recorded = Recorded(found)
     name = str(recorded.first.answer["domain"] or "a guest")
     return document(
         f"Migration of {name}",
