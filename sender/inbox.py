@@ -120,7 +120,13 @@ def unprotected(context: Context, problem: str) -> None:
 
 
 def completed(context: Context, message: m.Complete) -> None:
-    """Note that nothing is missing at the destination.  Called in the event loop."""
+    """Note that nothing is missing at the destination.  Called in the event loop.
+
+    Raises ``RemoteProtocolError`` if pages were never confirmed (invariant 8: success is reported
+    only when it is so).  The destination is then asked anew what it lacks.
+    """
+    if missing := context.backlog.unacknowledged:
+        raise RemoteProtocolError(f"complete, but {missing} pages were never confirmed")
     context.receiver_statistics = receiver_statistics(message.statistics)
     context.signals.resumed.set()
     context.signals.complete.set()

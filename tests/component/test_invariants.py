@@ -32,6 +32,7 @@ from sender.migration import OutgoingMigration
 from sender.precopy import Precopy
 from sender.push import PushLane
 from sender.switchover import Switchover
+from sender.transfer import Transfer
 from tests.conftest import MIB
 from tests.support.guests import busy
 from tests.support.inprocess import Outcome, migrate, verification
@@ -300,10 +301,18 @@ async def test_a_completion_that_is_not_so_is_not_believed(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
     """This test breaks invariants 6 and 8: the receiver sends ``complete`` while pages are missing.
-    The sender asks which pages it really lacks.
+    The sender asks which pages it really lacks.  ``complete`` arrives before the sender has pushed
+    a page, so all of them are pushed on the second pair of lanes.
     """
-    complete = postcopy.complete
+    complete, report, decided = postcopy.complete, postcopy.report, Transfer._decided
     lies: list[int] = []
+    reports: list[Incoming] = []
+
+    async def report_later(switchover: Incoming) -> None:
+        reports.append(switchover)
+        if len(reports) == 1:
+            await trio.sleep_forever()  # no report can follow ``complete``
+        await report(switchover)
 
     async def lie(switchover: Incoming) -> None:
         if lies:
@@ -316,7 +325,14 @@ async def test_a_completion_that_is_not_so_is_not_believed(
             await peer.send(m.Resumed())
         await peer.send(postcopy.complete_message(switchover.context.statistics))
 
+    async def decided_later(transfer: Transfer) -> None:
+        await decided(transfer)
+        if not transfer._context.statistics.rejoins:
+            await transfer._context.signals.complete.wait()
+
     monkeypatch.setattr(postcopy, "complete", lie)
+    monkeypatch.setattr(postcopy, "report", report_later)
+    monkeypatch.setattr(Transfer, "_decided", decided_later)
     outcome = await migrate(clean_hosts, busy(name))
     assert lies[0] > 0
     assert outcome.error is None
