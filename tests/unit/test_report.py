@@ -7,6 +7,7 @@ import copy
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from html.parser import HTMLParser
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -53,8 +54,26 @@ class Text(HTMLParser):
         self._text.append(data)
 
 
+def narrow(draw: Callable[[Page], Figure], text: str) -> list[ET.Element]:
+    """Return what ``both`` returns, but for the narrow page only.  A picture takes a second."""
+    with svg.settings():
+        return [svg.drawn(draw(Page(NARROW)), text)]
+
+
+def not_drawn(draw: Callable[[Page], Figure], text: str) -> list[ET.Element]:
+    return []
+
+
+@contextmanager
+def drawn_by(both: Callable[[Callable[[Page], Figure], str], list[ET.Element]]) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sections, "both", both)
+        yield
+
+
 @pytest.fixture(scope="module")
 def whole() -> str:
+    """Return a report as users get it, with each picture for both widths."""
     return report_of(answers())
 
 
@@ -81,7 +100,8 @@ def test_text_of_others_is_no_markup() -> None:
     marked = answers()
     for answer in marked:
         answer |= {"peer": "<i>peer</i>", "problem": "<u>why</u>\x1b[2J", "strategy": "<s>"}
-    document = report_of(marked)
+    with drawn_by(narrow):
+        document = report_of(marked)
     read = Text(document)
     assert not {"b", "i", "u", "s"} & read.tags
     assert NAME in read.text and "<u>why</u>" in read.text
@@ -125,7 +145,8 @@ def test_a_pause_lasts_until_copying_continues_or_the_migration_ends(
 
 
 def test_only_what_is_drawn_is_explained(whole: str) -> None:
-    there = report_of([destination()])
+    with drawn_by(narrow):
+        there = report_of([destination()])
     for about in ("The dirty rate is that of each round", "A violet line", "Copying was paused"):
         assert about in whole and about not in there
 
@@ -152,7 +173,8 @@ def test_figures_are_those_of_show(whole: str) -> None:
 def test_what_an_end_does_not_have_is_unknown(
     end: Callable[[], dict[str, Any]], known: list[str], unknown: list[str]
 ) -> None:
-    document = report_of([end()])
+    with drawn_by(narrow):
+        document = report_of([end()])
     for text in known:
         assert text in document
     assert Text(document).text.count("Unknown: ") >= len(unknown)
@@ -209,13 +231,15 @@ def test_a_report_can_be_made_of_whatever_is_there(
 ) -> None:
     answer = copy.deepcopy(which())
     change(answer)
-    assert "All figures" in report_of([answer])
+    with drawn_by(narrow):
+        assert "All figures" in report_of([answer])
 
 
 def test_a_daemon_that_was_restarted_is_named() -> None:
     changed = answers()
     changed[1]["record"]["is_whole"] = False
-    assert "A daemon was restarted during this migration" in report_of(changed)
+    with drawn_by(not_drawn):
+        assert "A daemon was restarted during this migration" in report_of(changed)
 
 
 # ---- what is damaged ----
@@ -294,8 +318,7 @@ def reported(changes: list[tuple[Place, str, Any]], *, by_one_end: bool) -> str:
 def test_damaged_answers_are_reported_in_part_or_refused(
     changes: list[tuple[Place, str, Any]], by_one_end: bool
 ) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sections, "both", lambda _draw, _text: [])  # a picture takes a second
+    with drawn_by(not_drawn):
         reported(changes, by_one_end=by_one_end)
 
 
@@ -304,12 +327,7 @@ def test_damaged_answers_are_reported_in_part_or_refused(
 def test_what_is_left_of_damaged_answers_can_be_drawn(
     changes: list[tuple[Place, str, Any]],
 ) -> None:
-    def narrow(draw: Callable[[Page], Figure], text: str) -> list[ET.Element]:
-        with svg.settings():
-            return [svg.drawn(draw(Page(NARROW)), text)]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sections, "both", narrow)
+    with drawn_by(narrow):
         reported(changes, by_one_end=False)
 
 
@@ -343,7 +361,8 @@ def test_a_damaged_part_is_unknown_and_the_others_are_shown(
 ) -> None:
     answer = destination()
     answer["record"][part] = value
-    text = Text(report_of([answer])).text
+    with drawn_by(narrow):
+        text = Text(report_of([answer])).text
     assert f"Unknown: {unknown}" in text or not unknown
     assert "All figures" in text and "faults" in text
 
