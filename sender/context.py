@@ -200,7 +200,8 @@ class Context:
 
     def guest_waits(self) -> bool:
         """The guest may run at the destination, and wait for pages that are here."""
-        return self.ownership.may_be_elsewhere
+        may_lack_pages = self.ownership.inherited or self.backlog.unacknowledged > 0
+        return self.ownership.may_be_elsewhere and may_lack_pages
 
     def count_down(self) -> None:
         """Show how many pages the destination still lacks."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The last message to a destination that was cut off: the guest stays at the source (``abort``),
-its missing pages are lost (``lost``), or an operator has decided that the guest continues here
-although it was handed over (``recall``).
+its missing pages are lost (``lost``), an operator has decided that the guest continues here
+although it was handed over (``recall``), or nothing is missing any more (``completed``).
 """
 
 from __future__ import annotations
@@ -41,6 +41,9 @@ async def send_last_message(context: Context) -> None:
     """Send the last message until the destination has it, if there is one."""
     if context.last_message is None:
         return
+    if isinstance(context.last_message, m.Completed):
+        await _send_completed(context, context.last_message)
+        return
     # If the destination dials and is refused, because its session is unknown here, the refusal has
     # the meaning of ``abort``, but not of ``lost``.
     awaits_us = context.lanes.dials is not None or isinstance(context.last_message, m.Lost)
@@ -60,6 +63,15 @@ async def send_last_message(context: Context) -> None:
         )
         return
     await trio.to_thread.run_sync(context.ownership.enter, State.FAILED)
+
+
+async def _send_completed(context: Context, word: m.Completed) -> None:
+    """Send ``completed``, on which nothing depends: the destination waits for the message with an
+    entry in its journal, for a limited time.
+    """
+    with trio.move_on_after(LINGER_S):
+        while not await _is_sent(context, word):
+            pass
 
 
 async def _is_sent(context: Context, word: m.Message) -> bool:

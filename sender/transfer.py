@@ -94,7 +94,8 @@ class Transfer:
             except Exception as error:
                 if self._ownership.state is State.COMPLETING:
                     log.info("%s: the lanes ended with: %s", self._context.name, error)
-                    return  # each page is confirmed
+                    self._context.last_message = m.Completed()  # it may not have arrived
+                    return
                 if not self._ownership.may_be_elsewhere or is_final(error):
                     raise
                 if await self._recovery.pages_are_lost():
@@ -193,12 +194,18 @@ class Transfer:
         await context.signals.complete.wait()
         # From here on the receiver may forget the session.
         await in_thread(self._ownership.enter, State.COMPLETING)
-        with contextlib.suppress(MigrationError, OSError):  # nothing depends on what follows
+        is_cut_off = push.connection.is_over()
+        try:
             await push.send(m.Completed())
-            # Wait until the receiver has given its ring up and closes the connection.  If this end
-            # closed first, ``completed`` could be lost in transit.
-            with trio.move_on_after(STEP_TIMEOUT_S):
-                await push.connection.receive()
+        except (MigrationError, OSError):
+            is_cut_off = True
+        if is_cut_off:
+            context.last_message = m.Completed()
+            return
+        # Wait until the receiver has given its ring up and closes the connection.  If this end
+        # closed first, ``completed`` could be lost in transit.
+        with contextlib.suppress(MigrationError, OSError), trio.move_on_after(STEP_TIMEOUT_S):
+            await push.connection.receive()
 
     async def _finish(self) -> None:
         self._context.statistics.finished = time.monotonic()

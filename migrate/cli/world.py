@@ -239,8 +239,9 @@ def start_receiver(world: World, port: int = 0) -> None:
 
 
 def wait_for_steps(domain: SimulatedDomain, steps: int, timeout_s: float = 60.0) -> None:
-    """Wait until each vCPU has done ``steps`` further steps.  Raises :class:`MigrationError` if the
-    guest does not.
+    """Wait until each vCPU has done ``steps`` further steps.  A guest may be paused meanwhile, for
+    as long as its receiver gives the ring up.  Raises :class:`MigrationError` if the guest has
+    ended, or does not do the steps in time.
     """
     start = [vcpu["count"] for vcpu in domain.report()["vcpu"]]
     deadline = time.monotonic() + timeout_s
@@ -251,7 +252,7 @@ def wait_for_steps(domain: SimulatedDomain, steps: int, timeout_s: float = 60.0)
             for vcpu, before in zip(report["vcpu"], start, strict=True)
         ):
             return
-        if report["state"] != DomainState.RUNNING.value:
+        if report["state"] not in (DomainState.RUNNING.value, DomainState.PAUSED.value):
             raise MigrationError(f"the guest is {report['state']}: {report['reason']}")
         if time.monotonic() > deadline:
             raise MigrationError(f"the guest did not do {steps} steps within {timeout_s:g} s")

@@ -93,6 +93,14 @@ EVERYTHING = (
         cores=ALONE,
         has_tests=True,
     ),
+    # Beside others, a hundred migrations at once are starved until their lanes count as lost.
+    Stage(
+        "many",
+        "a hundred migrations at once, a thousand in turn",
+        _make("many"),
+        1800,
+        cores=ALONE,
+    ),
     # Then the longest stages first, so that the cores end together.
     Stage(
         "xenlab",
@@ -109,7 +117,6 @@ EVERYTHING = (
     Stage(
         "coverage", "which code all tests together reach", _make("coverage"), 3600, has_tests=True
     ),
-    Stage("many", "a hundred migrations at once, a thousand in turn", _make("many"), 1800),
     TEST,
     Stage("soak", "every strategy and workload", _make("soak", "SOAK_ROUNDS=2"), 3600),
     Stage("packages", "the Debian package on fresh systems", _make("packages"), 3600),

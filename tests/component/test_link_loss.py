@@ -328,6 +328,30 @@ async def test_a_lost_message_that_the_guest_has_ended_is_sent_again(
     assert "ended at the destination" in str(outcome.error)
 
 
+@pytest.mark.parametrize("noticed", [True, False])
+async def test_a_receiver_that_lacks_only_completed_gets_the_message(
+    clean_hosts: World, name: str, monkeypatch: Patch, noticed: bool
+) -> None:
+    """Otherwise its journal would keep an entry for ten minutes.  ``noticed``: the sender has
+    noticed the end of its lane when it sends the message.
+    """
+    send, lost = PushLane.send, list[m.Message]()
+
+    async def lose(self: PushLane, message: m.Message) -> None:
+        if isinstance(message, m.Completed) and not lost:
+            lost.append(message)
+            self.connection.shut()
+            if not noticed:
+                await trio.sleep_forever()  # until the threads of the lanes notice
+        await send(self, message)
+
+    monkeypatch.setattr(PushLane, "send", lose)
+    outcome = await migrate(clean_hosts, busy(name))
+    assert outcome.error is None and lost
+    assert outcome.arrivals.entries() == {}
+    assert (await verification(clean_hosts, busy(name))).problems == []
+
+
 @pytest.mark.parametrize("before_the_handover", [True, False])
 async def test_a_link_that_says_nothing_is_given_up(
     clean_hosts: World, name: str, before_the_handover: bool

@@ -121,6 +121,7 @@ async def migrate(
                 nursery.start_soon(meanwhile, outcome, between)
             try:
                 await outcome.migration.run()
+                await outcome.migration.linger()
             except (MigrationError, XenError) as error:
                 outcome.error = error
                 nursery.start_soon(outcome.migration.linger)
