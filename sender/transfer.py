@@ -142,6 +142,7 @@ class Transfer:
     async def _feed(self, lane_tasks: trio.Nursery, push: PushLane) -> None:
         """Push what the destination lacks."""
         context = self._context
+        complete = context.signals.complete
         lane_tasks.start_soon(hand_over_when_decided, context, push)
 
         def sent(_pfns: PfnArray, message: m.Pages) -> bool:
@@ -149,14 +150,17 @@ class Transfer:
             context.statistics.push_bytes += len(message.pfns) * PAGE_SIZE
             return True
 
+        def stops() -> bool:
+            return context.pause.is_on or complete.is_set()
+
         announce = functools.partial(announce_missing, backlog=context.backlog)
         if self._ownership.state is State.UNDECIDED and context.backlog.unsent:
             await self._feed_undecided(push, sent, announce)
         await self._decided()
-        while context.backlog.unsent and not context.signals.complete.is_set():
-            await first(context.pause.wait, context.signals.complete.wait)
+        while context.backlog.unsent and not complete.is_set():
+            await first(context.pause.wait, complete.wait)
             batches = context.backlog.batches(BATCH_PAGES)
-            await push.send_batches(batches, sent, announce, lambda: context.pause.is_on)
+            await push.send_batches(batches, sent, announce, stops)
         if self._ownership.state is State.HANDED_OVER:
             await in_thread(self._ownership.enter, State.ALL_SENT)
 

@@ -86,6 +86,18 @@ async def test_a_thread_that_waits_for_the_cap_uses_the_new_one_at_once(
     assert (await verification(clean_hosts, spec)).problems == []
 
 
+async def test_a_migration_ends_with_its_last_page_and_does_not_wait_for_the_cap(
+    clean_hosts: World, name: str
+) -> None:
+    """The guest touches all its memory.  The pages of its faults do not wait for the cap, but the
+    push would have to wait for an hour before its next pages.
+    """
+    options = MigrationOptions(Strategy.POSTCOPY, bandwidth_bytes_per_s=HARDLY)
+    outcome = await migrate(clean_hosts, busy(name), options=options)
+    assert outcome.error is None
+    assert (await verification(clean_hosts, busy(name))).problems == []
+
+
 async def test_postcopy_has_a_cap_of_its_own_and_a_switchover_does_not_wait_for_that_of_precopy(
     clean_hosts: World, name: str
 ) -> None:

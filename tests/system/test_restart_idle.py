@@ -13,9 +13,11 @@ import pytest
 from migrate.cli import restart
 from migrate.cli.world import World, wait_for_steps
 from migrate.errors import MigrationError
+from migrate.options import LEAST_BANDWIDTH
 from tests.conftest import MIB
 from tests.support.daemons import listed
 from tests.support.waiting import until
+from xenbackend.pages import PAGE_SIZE
 from xenbackend.simulated.guest import GuestSpec
 
 Upgrade = Callable[[], list[str]]
@@ -60,13 +62,15 @@ def test_a_daemon_without_guests_is_restarted(upgrade: Upgrade) -> None:
 def test_a_daemon_that_a_guest_needs_is_named_with_the_guest(
     world: World, name: str, upgrade: Upgrade, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    guest = world.source.create_guest(GuestSpec(name, 4 * MIB, workload="idle").to_bytes())
+    # The guest touches few pages, so the others are missing until the cap is lifted.
+    spec = GuestSpec(name, 4 * MIB, workload="random", working_set_bytes=4 * PAGE_SIZE, rate=50)
+    guest = world.source.create_guest(spec.to_bytes())
     wait_for_steps(guest, 5)
     guest.close()
     with world.control() as client:
         client.send(
             command="migrate", domain=name, destination=f"127.0.0.1:{world.port}",
-            strategy="postcopy", bandwidth=MIB // 32,
+            strategy="postcopy", bandwidth=LEAST_BANDWIDTH,
         )  # fmt: skip
         both = ("sender", "receiver")
         until(
@@ -78,7 +82,8 @@ def test_a_daemon_that_a_guest_needs_is_named_with_the_guest(
         assert upgrade() == []
         told = capsys.readouterr().out
         assert told.count(f"because guests need it: {name}.") == 2, told
-        world.ask("sender", command="set", migration=name, values={"bandwidth_bytes_per_s": MIB})
+        values = {"bandwidth_bytes_per_s": None}
+        world.ask("sender", command="set", migration=name, values=values)
         list(client.answers())
     until(lambda: upgrade() == [*both], "the daemons are needed when the migration has ended")
 
