@@ -10,6 +10,7 @@ import functools
 import itertools
 import os
 import random
+import select
 import socket
 import ssl
 import threading
@@ -65,6 +66,12 @@ def send(end: TlsSocket, pieces: list[bytes]) -> threading.Thread:
     return thread
 
 
+def readable(end: TlsSocket) -> bool:
+    waiting = select.poll()
+    waiting.register(end, select.POLLIN)
+    return bool(waiting.poll(0))
+
+
 def received(end: TlsSocket, size: int, flags: int = socket.MSG_WAITALL) -> bytes:
     into = memoryview(bytearray(size))
     return bytes(into[: end.recv_into(into, size, flags)])
@@ -118,6 +125,32 @@ def test_what_is_left_of_a_record_is_buffered(by: Over) -> None:
         here.sendmsg(views([b"12345"]))
         assert received(there, 2, 0) == b"12" and there.buffered()
         assert received(there, 9, socket.MSG_DONTWAIT) == b"345" and not there.buffered()
+
+
+@BY
+def test_records_that_arrive_together_are_all_reported(by: Over) -> None:
+    """OpenSSL may have read the second one with the first one, and the socket has nothing more."""
+    with ends(by) as (here, there):
+        for part in (b"1", b"2", b"3"):
+            here.sendmsg(views([part]))
+        for part in (b"1", b"2", b"3"):
+            assert there.buffered() or readable(there)
+            assert received(there, 9, socket.MSG_DONTWAIT) == part
+        assert not there.buffered() and not readable(there)
+
+
+@BY
+def test_a_part_of_a_record_is_not_buffered(by: Over) -> None:
+    """A thread that took it for a message would not wait for the rest, and use a processor."""
+    with ends(by) as (here, there):
+        here.sendmsg(views([b"whole"]))
+        os.write(here.fileno(), FORGED[:20])
+        assert received(there, 9, socket.MSG_DONTWAIT) == b"whole"
+        assert not there.buffered()
+        os.write(here.fileno(), FORGED[20:])
+        assert there.buffered() or readable(there)
+        with pytest.raises(ssl.SSLError):
+            received(there, 9, socket.MSG_DONTWAIT)
 
 
 @BY

@@ -32,6 +32,7 @@
 #ifndef RECORDS_PER_KEY
 #define RECORDS_PER_KEY (1 << 23)   /* AES-GCM stays safe for 23.7 million (RFC 8446, 5.5) */
 #endif
+#define AHEAD_BYTES (256 << 10)     /* that one read takes from the socket, if they are there */
 #define ACK_BYTES (128 << 10)       /* between two acknowledgements, as in bulk.c */
 #define YIELD_BYTES (512 << 10)     /* between two yields: bulk.c has the reason */
 
@@ -98,6 +99,9 @@ struct records *records_take(int fd, int is_tcp)
     if (!records)
         return NULL;
     SSL_up_ref(ssl);
+    /* Otherwise OpenSSL reads two times for each record: its head, then the rest. */
+    SSL_set_read_ahead(ssl, 1);
+    SSL_set_default_read_buffer_len(ssl, AHEAD_BYTES);
     records->ssl = ssl;
     records->fd = fd;
     records->is_tcp = is_tcp;
@@ -226,7 +230,14 @@ static int send_record(struct records *records, const uint8_t *at, size_t bytes)
     return 0;
 }
 
-int records_send(struct records *records, const struct iovec *pieces, size_t n)
+/* While this is on, the kernel puts records together into segments of up to 64 KiB. */
+static void cork(const struct records *records, int on)
+{
+    if (records->is_tcp)
+        setsockopt(records->fd, IPPROTO_TCP, TCP_CORK, &on, sizeof(on));
+}
+
+static int send_all(struct records *records, const struct iovec *pieces, size_t n)
 {
     uint8_t gathered[RECORD_BYTES];
     size_t since = 0, offset = 0;   /* the next bytes begin at offset, in the first of pieces */
@@ -264,6 +275,21 @@ int records_send(struct records *records, const struct iovec *pieces, size_t n)
         yield_cpu(&since, bytes);
     }
     return 0;
+}
+
+int records_send(struct records *records, const struct iovec *pieces, size_t n)
+{
+    size_t bytes = 0;
+    int rc;
+
+    for (size_t i = 0; i < n; i++)
+        bytes += pieces[i].iov_len;
+    if (bytes <= RECORD_BYTES)
+        return send_all(records, pieces, n);
+    cork(records, 1);
+    rc = send_all(records, pieces, n);
+    cork(records, 0);
+    return rc;
 }
 
 /* ---- receiving ---- */
@@ -311,14 +337,30 @@ long records_receive(struct records *records, void *into, size_t bytes, int flag
     return done;
 }
 
+/* OpenSSL may have read a part of a record only.  Whether bytes can be received is seen when it is
+ * asked for one of them. */
+static int can_receive(struct records *records)
+{
+    uint8_t byte;
+    size_t got;
+    int rc;
+
+    if (SSL_pending(records->ssl))
+        return 1;
+    if (!SSL_has_pending(records->ssl) || records->is_stopped)
+        return 0;
+    rc = SSL_peek_ex(records->ssl, &byte, 1, &got);
+    return rc == 1 || why(records, rc) <= 0;    /* the next receive gets the reason */
+}
+
 int records_are_buffered(struct records *records)
 {
-    int bytes;
+    int can;
 
     take(records);
-    bytes = SSL_pending(records->ssl);
+    can = can_receive(records);
     give(records);
-    return bytes > 0;
+    return can;
 }
 
 const char *records_problem(struct records *records)
