@@ -51,6 +51,10 @@ AT_ONCE = 2
 """The number of machines that run at once; each uses one processor and its memory.  Beside other
 work a machine gets so little of a processor that migrations and forks in it pass their limits.
 """
+LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+"""QEMU's own memory is in large pages as well, as far as the host has them."""
+SAVED = "memory and devices in one stream"
+"""The form of a saved state."""
 READY, RUNS = "xenlab: the machine is ready", "xenlab: the command runs"
 """The lines that ``dom0/runner.py`` prints."""
 BOOT_S, RESTORE_S = 600.0, 180.0
@@ -150,8 +154,8 @@ def save_all(kinds: Iterable[str]) -> None:
 
 
 def _saved(kind: str) -> Path | None:
-    """Return the folder of a machine that has booted and waits for its command: ``memory``,
-    ``devices``, ``disk``.
+    """Return the folder of a machine that has booted and waits for its command: ``state``, which
+    has its memory and its devices, and ``disk``.
 
     Returns ``None``, and prints a line with the reason, if the state cannot be saved.
     """
@@ -159,7 +163,7 @@ def _saved(kind: str) -> Path | None:
     ingredients = " ".join(command).replace(str(directory()), "")
     dom0 = parts.MACHINES[kind].dom0
     disks = parts.disk(dom0).name, parts.packages(dom0).name
-    key = fingerprint(ingredients, *disks, qemu.version(), qemu.processor())
+    key = fingerprint(ingredients, *disks, qemu.version(), qemu.processor(), SAVED)
 
     def save(where: Path) -> None:
         base = os.path.relpath(parts.disk(dom0) / "disk", where)
@@ -183,7 +187,6 @@ def _saved(kind: str) -> Path | None:
         ):
             machine.boot()
             machine.save()
-        run(["fallocate", "--dig-holes", str(where / "memory")])
 
     try:
         return part(f"machine-{kind}", key, save)
@@ -243,17 +246,13 @@ class _Machine(contextlib.AbstractContextManager["_Machine"]):
         ]  # fmt: skip
         if kind == parts.HOSTS:
             command += _network_card(sockets, number)
-        if state:
-            share = "on" if saving else "off"
-            memory = f"mem-path={state / 'memory'},share={share},size={memory_mib}M"
-            command += ["-object", f"memory-backend-file,id=ram,{memory}"]
-            command += ["-machine", "memory-backend=ram"]
         if state and not saving:
             command += ["-incoming", "defer"]
         # QEMU ends with the thread that started it, and so with this process.
         self._process = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", *command], stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
+            env=os.environ | LARGE_PAGES,
         )  # fmt: skip
 
     def __exit__(self, *_: object) -> None:
@@ -270,12 +269,12 @@ class _Machine(contextlib.AbstractContextManager["_Machine"]):
         self._wait_for(READY, BOOT_S)
 
     def save(self) -> None:
-        """Stop, and save the state of everything but memory and disk, which are files already."""
+        """Stop, and save the state of everything but the disk, which is a file already."""
         assert self._state
         with contextlib.closing(qemu.Monitor(self._monitor_at)) as monitor:
             monitor("stop")
-            monitor.leave_memory_in_place()
-            monitor("migrate", uri=f"exec:cat > '{self._state / 'devices'}'")
+            monitor.save_as_fast_as_possible()
+            monitor("migrate", uri=f"exec:cat > '{self._state / 'state'}'")
             monitor.wait_for_migration()
             monitor("quit")
         self._process.wait()
@@ -290,8 +289,7 @@ class _Machine(contextlib.AbstractContextManager["_Machine"]):
         _pack_tree(self._where / "tree.tar", parts.backend(dom0))
         if self._state:
             with contextlib.closing(qemu.Monitor(self._monitor_at)) as monitor:
-                monitor.leave_memory_in_place()
-                monitor("migrate-incoming", uri=f"exec:cat '{self._state / 'devices'}'")
+                monitor("migrate-incoming", uri=f"exec:cat '{self._state / 'state'}'")
                 monitor.wait_for_migration()
                 monitor("cont")
         else:

@@ -142,10 +142,9 @@ class Monitor:
             is_stuck(self.text("info registers", cpu), self.text("info lapic", cpu)) for cpu in cpus
         )
 
-    def leave_memory_in_place(self) -> None:
-        """Leave memory, which is in a shared file, out of a saved state's stream."""
-        capability = {"capability": "x-ignore-shared", "state": True}
-        self("migrate-set-capabilities", capabilities=[capability])
+    def save_as_fast_as_possible(self) -> None:
+        """Lift the limit on the rate at which a state is saved."""
+        self("migrate-set-parameters", **{"max-bandwidth": 1 << 40})
 
     def wait_for_migration(self, timeout_s: float = 120.0) -> None:
         """Wait until the state is saved, or loaded."""

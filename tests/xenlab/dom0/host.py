@@ -143,6 +143,18 @@ class Host:
 
         until(reached, f"{phase} is not reached", WAIT_S)
 
+    def lift_cap(self) -> None:
+        """Let the last migration use the whole link."""
+        values = {"bandwidth_bytes_per_s": None}
+        last = self.lines("sender")[-1]["id"]
+        with ControlClient(self.directory / "sender") as client:
+            client.call(command="set", migration=last, values=values)
+
+    def complete(self) -> None:
+        """Lift the cap of the last migration, and wait until it is completed at both ends."""
+        self.lift_cap()
+        self.wait_for("completed")
+
     def check_clean(self, name: str) -> None:
         """Check that there is one domain of this name, and that nothing is left of another."""
         domid = int(xl("domid", name))
@@ -153,6 +165,10 @@ class Host:
         until(alone, "something is left of another domain", WAIT_S)
         with self.xen.open(domid) as domain:
             assert not domain.preflight().problems or not self.xen.host.facts().paging
+
+
+HARDLY = '[migration]\nbandwidth = "64K"\n'
+"""The configuration for migrations whose pages are missing until :meth:`Host.complete`."""
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from tests.xenlab.dom0.daemons import daemons
 from tests.xenlab.dom0.devices import check_disk, disk, guest_with_devices, vif
 from tests.xenlab.dom0.guests import WAIT_S, Guest, guest, run, xl
 from tests.xenlab.dom0.host import (
+    HARDLY,
     PATCHED,
     Host,
     arrived,
@@ -88,7 +89,7 @@ def test_devices_come_and_go_while_pages_are_missing(host: Host, tmp_path: Path)
         )
 
     with (
-        daemons(tmp_path, '[migration]\nbandwidth = "512K"\n'),
+        daemons(tmp_path, HARDLY),
         guest_with_devices("adm1"),
         closing(Traffic()) as traffic,
         disk("adm1-second", "xvdb") as second,
@@ -110,7 +111,7 @@ def test_devices_come_and_go_while_pages_are_missing(host: Host, tmp_path: Path)
         xl("network-detach", "adm1", SECOND_VIF)
         assert missing(here) > 0
         traffic.check(now)
-        here.wait_for("completed")
+        here.complete()
         traffic.check(now)
         check_disk(now)
         check_heartbeat(now)
@@ -122,7 +123,7 @@ def test_a_guest_that_is_paused_gets_its_memory_and_stays_paused(
     host: Host, tmp_path: Path
 ) -> None:
     """Also if the receiver is restarted meanwhile."""
-    with daemons(tmp_path, '[migration]\nbandwidth = "2M"\n') as pair:
+    with daemons(tmp_path, HARDLY) as pair:
         here = Host(tmp_path, host.xen)
         with here.lacking_pages("adm2"):
             xl("pause", "adm2")
@@ -131,7 +132,7 @@ def test_a_guest_that_is_paused_gets_its_memory_and_stays_paused(
             pair.start("receiver")
             here.wait_for("postcopy")
             assert missing(here) > 0
-            here.wait_for("completed")
+            here.complete()
             assert state(here, "adm2") is DomainState.PAUSED
             assert run_time_ns(here, "adm2") == before_ns > 0
             xl("unpause", "adm2")
@@ -181,7 +182,7 @@ def test_a_guest_reboots_while_pages_are_missing(slow: Host) -> None:
 
 @PATCHED
 def test_a_sender_that_is_stopped_waits_for_the_last_page(host: Host, tmp_path: Path) -> None:
-    with daemons(tmp_path, '[migration]\nbandwidth = "2M"\n') as pair:
+    with daemons(tmp_path, HARDLY) as pair:
         here = Host(tmp_path, host.xen)
         with here.lacking_pages("adm7"):
             pair.send_signal("sender", signal.SIGTERM)
@@ -192,6 +193,7 @@ def test_a_sender_that_is_stopped_waits_for_the_last_page(host: Host, tmp_path: 
                 WAIT_S,
             )
             assert missing(here) > 0
+            here.lift_cap()
             assert pair.wait("sender") == 0
             until(lambda: pair.phase("receiver") == "completed", "pages are missing", WAIT_S)
             check_heartbeat(arrived("adm7"))

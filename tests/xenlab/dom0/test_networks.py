@@ -17,6 +17,7 @@ from tests.xenlab.dom0.daemons import Daemons, daemons
 from tests.xenlab.dom0.devices import check_disk, guest_with_devices
 from tests.xenlab.dom0.guests import WAIT_S, Guest
 from tests.xenlab.dom0.host import (
+    HARDLY,
     PAGING,
     Host,
     arrived,
@@ -96,7 +97,7 @@ def test_a_silent_link_costs_at_most_the_requests_that_list_announces(
     with (
         guest_with_devices("net3"),
         closing(Traffic()) as traffic,
-        daemons(tmp_path, '[migration]\nbandwidth = "2M"\n') as pair,
+        daemons(tmp_path, HARDLY) as pair,
     ):
         here = Host(tmp_path, host.xen)
         here.migrate("net3", XEN_POSTCOPY_STRATEGY="postcopy")
@@ -107,7 +108,7 @@ def test_a_silent_link_costs_at_most_the_requests_that_list_announces(
         check_disk(now)
         assert silence(pair, LONG_S) == 0
         traffic.check(now)
-        here.wait_for("completed")
+        here.complete()
         use = now.wait_for_requests(40)
         print(f"after a silence of {LONG_S} s: {use}")
         assert use.mismatches == 0

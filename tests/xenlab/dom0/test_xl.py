@@ -22,6 +22,7 @@ from tests.support.labs import until
 from tests.xenlab.dom0.daemons import daemons
 from tests.xenlab.dom0.guests import STEPS_PER_S, Guest, guest, xl
 from tests.xenlab.dom0.host import (
+    HARDLY,
     PAGING,
     PATCHED,
     Host,
@@ -224,7 +225,7 @@ def test_the_balloon_moves_in_each_phase(slow: Host) -> None:
 @PAGING
 def test_a_sender_is_killed_when_xl_has_destroyed_the_source(host: Host, tmp_path: Path) -> None:
     """Its successor sends the pages that its keeper has.  Twice, so that a successor dies too."""
-    with daemons(tmp_path, '[migration]\nbandwidth = "4M"\n') as both:
+    with daemons(tmp_path, HARDLY) as both:
         slow = Host(tmp_path, host.xen)
         with slow.lacking_pages("xl14"):
             (keeper,) = keepers()
@@ -236,7 +237,7 @@ def test_a_sender_is_killed_when_xl_has_destroyed_the_source(host: Host, tmp_pat
             until(
                 lambda: both.phase("receiver") == "postcopy", "the successor is not connected", 60
             )
-            slow.wait_for("completed")
+            slow.complete()
             assert int(both.line("sender")["outstanding"]) == 0
             check_heartbeat(arrived("xl14"))
             until(lambda: not keepers(), "the keeper lives", 60)
