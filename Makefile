@@ -74,7 +74,7 @@ coverage-core: $(STAMP)
 
 # Which product code all tests together reach, daemons and every other process included.  What uses
 # a real Xen runs in the lab only, and has a table of its own.  Tests of load, which are marked serial,
-# are left out: what measures is so slow that their time limits pass.
+# are left out, because measured daemons are too slow for their time limits.
 LIBXENCTRL := xenbackend/libxenctrl/*
 coverage: $(STAMP)
 	rm -rf build/coverage/$@

@@ -130,7 +130,7 @@ def completed(context: Context, message: m.Complete) -> None:
     context.receiver_statistics = receiver_statistics(message.statistics)
     context.signals.resumed.set()
     context.signals.complete.set()
-    context.cap.wake()  # nothing waits for its turn any more
+    context.cap.wake()  # the push ends, and does not wait until it may send again
 
 
 def raise_end(context: Context, message: m.Ended | m.Failed) -> NoReturn:

@@ -94,7 +94,7 @@ class Transfer:
             except Exception as error:
                 if self._ownership.state is State.COMPLETING:
                     log.info("%s: the lanes ended with: %s", self._context.name, error)
-                    self._context.last_message = m.Completed()  # it may not have arrived
+                    self._context.last_message = m.Completed()  # the first one may be lost
                     return
                 if not self._ownership.may_be_elsewhere or is_final(error):
                     raise
@@ -198,14 +198,9 @@ class Transfer:
         await context.signals.complete.wait()
         # From here on the receiver may forget the session.
         await in_thread(self._ownership.enter, State.COMPLETING)
-        is_cut_off = push.connection.is_over()
-        try:
-            await push.send(m.Completed())
-        except (MigrationError, OSError):
-            is_cut_off = True
-        if is_cut_off:
-            context.last_message = m.Completed()
-            return
+        if push.connection.is_over():
+            raise PeerClosedError("the connection was lost before `completed` was sent")
+        await push.send(m.Completed())
         # Wait until the receiver has given its ring up and closes the connection.  If this end
         # closed first, ``completed`` could be lost in transit.
         with contextlib.suppress(MigrationError, OSError), trio.move_on_after(STEP_TIMEOUT_S):

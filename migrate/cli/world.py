@@ -239,9 +239,9 @@ def start_receiver(world: World, port: int = 0) -> None:
 
 
 def wait_for_steps(domain: SimulatedDomain, steps: int, timeout_s: float = 60.0) -> None:
-    """Wait until each vCPU has done ``steps`` further steps.  A guest may be paused meanwhile, for
-    as long as its receiver gives the ring up.  Raises :class:`MigrationError` if the guest has
-    ended, or does not do the steps in time.
+    """Wait until each vCPU has done ``steps`` further steps.  A receiver pauses its guest for a
+    moment when it gives up the ring.  Raises :class:`MigrationError` if the guest has ended, or
+    does not do the steps in time.
     """
     start = [vcpu["count"] for vcpu in domain.report()["vcpu"]]
     deadline = time.monotonic() + timeout_s

@@ -93,7 +93,8 @@ EVERYTHING = (
         cores=ALONE,
         has_tests=True,
     ),
-    # Beside others, a hundred migrations at once are starved until their lanes count as lost.
+    # Alone, because beside other stages a hundred migrations get so little of the CPU that their
+    # lanes are given up as silent.
     Stage(
         "many",
         "a hundred migrations at once, a thousand in turn",

@@ -237,7 +237,7 @@ static void cork(const struct records *records, int on)
         setsockopt(records->fd, IPPROTO_TCP, TCP_CORK, &on, sizeof(on));
 }
 
-static int send_all(struct records *records, const struct iovec *pieces, size_t n)
+static int send_pieces(struct records *records, const struct iovec *pieces, size_t n)
 {
     uint8_t gathered[RECORD_BYTES];
     size_t since = 0, offset = 0;   /* the next bytes begin at offset, in the first of pieces */
@@ -285,9 +285,9 @@ int records_send(struct records *records, const struct iovec *pieces, size_t n)
     for (size_t i = 0; i < n; i++)
         bytes += pieces[i].iov_len;
     if (bytes <= RECORD_BYTES)
-        return send_all(records, pieces, n);
+        return send_pieces(records, pieces, n);
     cork(records, 1);
-    rc = send_all(records, pieces, n);
+    rc = send_pieces(records, pieces, n);
     cork(records, 0);
     return rc;
 }
@@ -337,8 +337,8 @@ long records_receive(struct records *records, void *into, size_t bytes, int flag
     return done;
 }
 
-/* OpenSSL may have read a part of a record only.  Whether bytes can be received is seen when it is
- * asked for one of them. */
+/* OpenSSL may have read only a part of a record.  A request for one byte, which stays in OpenSSL's
+ * buffer, shows whether bytes can be received. */
 static int can_receive(struct records *records)
 {
     uint8_t byte;
