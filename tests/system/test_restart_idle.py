@@ -62,8 +62,11 @@ def test_a_daemon_without_guests_is_restarted(upgrade: Upgrade) -> None:
 def test_a_daemon_that_a_guest_needs_is_named_with_the_guest(
     world: World, name: str, upgrade: Upgrade, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # The guest touches few pages, so the others are missing until the cap is lifted.
-    spec = GuestSpec(name, 4 * MIB, workload="random", working_set_bytes=4 * PAGE_SIZE, rate=50)
+    # The push sends 4 MiB before it waits for the cap, and the guest touches few pages.  The others
+    # are missing until the cap is lifted.
+    spec = GuestSpec(
+        name, 16 * MIB, workload="random", working_set_bytes=4 * PAGE_SIZE, zero_permille=0, rate=50
+    )
     guest = world.source.create_guest(spec.to_bytes())
     wait_for_steps(guest, 5)
     guest.close()
