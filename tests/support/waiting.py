@@ -17,6 +17,8 @@ WAIT_S = 50.0
 """The limit of a wait for a condition, on the slowest machine.  It is less than ``STEP_TIMEOUT_S``,
 so that a wait which only a time limit of the daemons ends is a failure.
 """
+PAUSES_PER_LOOK = 9
+"""How long :func:`until` pauses, in times of what its last look took."""
 
 
 def ready(file: FileDescriptorLike, timeout_s: float) -> bool:
@@ -35,8 +37,15 @@ async def until_async(condition: Callable[[], bool], timeout_s: float = WAIT_S) 
 def until(condition: Callable[[], object], what: str, timeout_s: float = WAIT_S) -> None:
     """Wait until the condition holds.  ``what``: the failure that is named if the time has
     passed.
+
+    The pause between two looks grows with what a look costs, because a look may take the CPU
+    from the programs that the condition depends on.
     """
     deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.002)
+    while True:
+        began = time.monotonic()
+        if condition():
+            return
+        now = time.monotonic()
+        assert now < deadline, what
+        time.sleep(max(0.002, PAUSES_PER_LOOK * (now - began)))

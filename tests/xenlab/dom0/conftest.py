@@ -10,6 +10,7 @@ suite, and those of the lab's own tests that are marked ``gate``.
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if HERE not in item.path.parents:
             item.add_marker("gate")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Print at once why a test fails, because the machine may run for another hour."""
+    report = yield
+    if report.failed:
+        item.config.get_terminal_writer().line(f"\n{report.longreprtext}")
+    return report

@@ -21,7 +21,7 @@ CONSOLES = Path("/var/log/xen")
 PANIC = "Kernel panic"
 WAIT_S = 300.0
 """How long a guest is waited for, in an emulated machine that may have a share of a processor."""
-STEPS_PER_S = 3000
+STEPS_PER_S = 1000
 """Less than the guest could do, because the emulated processor is shared with dom0."""
 # Without tsc_mode the guest executes an RDTSCP that the emulated Xen cannot emulate.  ``cpus``
 # prevents a triple fault, which a move between the emulated processors causes; so several vCPUs

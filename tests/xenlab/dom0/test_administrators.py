@@ -18,8 +18,8 @@ from tests.xenlab.dom0.daemons import daemons
 from tests.xenlab.dom0.devices import check_disk, disk, guest_with_devices, vif
 from tests.xenlab.dom0.guests import WAIT_S, Guest, guest, run, xl
 from tests.xenlab.dom0.host import (
-    HARDLY,
     PATCHED,
+    SLOW,
     Host,
     arrived,
     check_heartbeat,
@@ -89,14 +89,13 @@ def test_devices_come_and_go_while_pages_are_missing(host: Host, tmp_path: Path)
         )
 
     with (
-        daemons(tmp_path, HARDLY),
+        daemons(tmp_path, SLOW),
         guest_with_devices("adm1"),
         closing(Traffic()) as traffic,
         disk("adm1-second", "xvdb") as second,
     ):
         here = Host(tmp_path, host.xen)
-        here.migrate("adm1", XEN_POSTCOPY_STRATEGY="postcopy")
-        here.wait_for("postcopy")
+        here.migrate_but_few_pages("adm1")
         now = arrived("adm1")
         # Linux does not notice a device that is attached before it has connected its first ones.
         check_disk(now)
@@ -123,7 +122,7 @@ def test_a_guest_that_is_paused_gets_its_memory_and_stays_paused(
     host: Host, tmp_path: Path
 ) -> None:
     """Also if the receiver is restarted meanwhile."""
-    with daemons(tmp_path, HARDLY) as pair:
+    with daemons(tmp_path, SLOW) as pair:
         here = Host(tmp_path, host.xen)
         with here.lacking_pages("adm2"):
             xl("pause", "adm2")
@@ -182,7 +181,7 @@ def test_a_guest_reboots_while_pages_are_missing(slow: Host) -> None:
 
 @PATCHED
 def test_a_sender_that_is_stopped_waits_for_the_last_page(host: Host, tmp_path: Path) -> None:
-    with daemons(tmp_path, HARDLY) as pair:
+    with daemons(tmp_path, SLOW) as pair:
         here = Host(tmp_path, host.xen)
         with here.lacking_pages("adm7"):
             pair.send_signal("sender", signal.SIGTERM)
@@ -193,7 +192,7 @@ def test_a_sender_that_is_stopped_waits_for_the_last_page(host: Host, tmp_path: 
                 WAIT_S,
             )
             assert missing(here) > 0
-            here.lift_cap()
+            here.resume()
             assert pair.wait("sender") == 0
             until(lambda: pair.phase("receiver") == "completed", "pages are missing", WAIT_S)
             check_heartbeat(arrived("adm7"))

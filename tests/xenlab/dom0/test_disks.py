@@ -20,9 +20,9 @@ from tests.support.pages import memory_of
 from tests.xenlab.dom0.daemons import daemons
 from tests.xenlab.dom0.devices import check_disk, guest_with_disk
 from tests.xenlab.dom0.host import (
-    HARDLY,
     PAGING,
     PATCHED,
+    SLOW,
     Host,
     arrived,
     check_heartbeat,
@@ -88,10 +88,9 @@ def test_pages_that_dom0_has_mapped_are_not_sent_in_the_downtime(running: Host, 
 @pytest.mark.hypervisors("paging")
 def test_a_link_that_is_silent_for_20_s_costs_no_request(host: Host, tmp_path: Path) -> None:
     """dom0 waits for 32 s for a missing page, and then the guest gets an I/O error."""
-    with guest_with_disk("disk2"), daemons(tmp_path, HARDLY) as pair:
+    with guest_with_disk("disk2"), daemons(tmp_path, SLOW) as pair:
         here = Host(tmp_path, host.xen)
-        here.migrate("disk2", XEN_POSTCOPY_STRATEGY="postcopy")
-        here.wait_for("postcopy")
+        here.migrate_but_few_pages("disk2")
         pair.send_signal("sender", signal.SIGSTOP)
         try:
             until(lambda: pair.line("receiver")["io_fails_in_s"] is not None, "no loss is noticed")

@@ -17,8 +17,8 @@ from tests.xenlab.dom0.daemons import Daemons, daemons
 from tests.xenlab.dom0.devices import check_disk, guest_with_devices
 from tests.xenlab.dom0.guests import WAIT_S, Guest
 from tests.xenlab.dom0.host import (
-    HARDLY,
     PAGING,
+    SLOW,
     Host,
     arrived,
     check_heartbeat,
@@ -97,11 +97,10 @@ def test_a_silent_link_costs_at_most_the_requests_that_list_announces(
     with (
         guest_with_devices("net3"),
         closing(Traffic()) as traffic,
-        daemons(tmp_path, HARDLY) as pair,
+        daemons(tmp_path, SLOW) as pair,
     ):
         here = Host(tmp_path, host.xen)
-        here.migrate("net3", XEN_POSTCOPY_STRATEGY="postcopy")
-        here.wait_for("postcopy")
+        here.migrate_but_few_pages("net3")
         now = arrived("net3")
         assert silence(pair, SHORT_S) > 0
         traffic.wait_for_answers()

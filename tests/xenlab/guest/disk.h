@@ -11,6 +11,7 @@
 
 #define DISK "/dev/xvda"
 #define DISK_BLOCKS 4096ul
+#define DISK_PAUSE_US 20000     /* between two requests of a thread: dom0's CPU has other work */
 
 struct disk {
     int fd;
@@ -69,6 +70,7 @@ static void *use_disk(void *argument)
                 disk->mismatches++;
                 break;
             }
+        usleep(DISK_PAUSE_US);
     }
     return NULL;
 }
