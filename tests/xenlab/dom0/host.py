@@ -114,6 +114,8 @@ class Host:
         """
 
         def few_are_missing() -> bool:
+            if migrating.done():
+                migrating.result()  # raises its error
             lines = self.lines("receiver")[-1:]
             return any(
                 line["phase"] == "postcopy" and 0 < line["outstanding"] < FEW_PAGES
@@ -122,7 +124,7 @@ class Host:
 
         with ThreadPoolExecutor(1) as pool:
             migrating = pool.submit(self.migrate, name, XEN_POSTCOPY_STRATEGY="postcopy")
-            until(lambda: few_are_missing() or migrating.done(), "pages do not arrive", WAIT_S)
+            until(few_are_missing, "pages do not arrive", WAIT_S)
             self._ask_sender("pause")
             migrating.result()
         self.wait_for("postcopy")
