@@ -226,6 +226,13 @@ def test_a_trial_measures_each_guest_and_moves_none() -> None:
     assert found["total"] == {"guests": 2, "memory_bytes": 3 * GIB, "total_s": 17.0}
 
 
+def test_a_trial_leaves_the_caps_of_running_migrations_as_they_are() -> None:
+    played = Played([here(1)], lines=[line(2)], is_trial=True, bandwidth=100_000)
+    first, *others = played.next()
+    assert isinstance(first, Measure) and first.bandwidth == 50_000
+    assert others == [] and played.guest(2).share is None
+
+
 def test_guests_that_divide_a_cap_take_their_time_together() -> None:
     played = Played([here(n) for n in range(1, 5)], is_trial=True, bandwidth=10**8)
     while not played.planner.is_over:

@@ -397,8 +397,8 @@ class Planner:
         return f"no place for its {human_bytes(guest.needed_bytes)}: {'; '.join(reasons)}"
 
     def _shares(self) -> Iterator[Action]:
-        """Divide the bandwidth among the migrations that use the link."""
-        if self._bandwidth is None:
+        """Divide the bandwidth among the migrations that use the link.  A trial changes nothing."""
+        if self._bandwidth is None or self._is_trial:
             return
         copying = [guest for guest in self.guests if guest.copies]
         for guest in copying:
