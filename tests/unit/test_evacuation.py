@@ -165,6 +165,21 @@ def test_a_domain_with_the_number_of_one_that_has_gone_is_another_guest() -> Non
     assert played.guest(1).step is Step.ENDED and played.planner.newcomers == ["other"]
 
 
+def test_a_named_guest_that_reboots_here_is_named_although_its_former_domain_has_ended() -> None:
+    played = Played([here(1), here(2)], named={1})
+    played.here = [here(2), here(5, "guest1", uuid="uuid1"), here(6)]
+    played.seen()
+    assert played.guest(1).step is Step.ENDED and played.planner.newcomers == ["guest1"]
+
+
+def test_a_named_guest_that_has_gone_and_comes_back_meanwhile_is_named() -> None:
+    played = Played([here(2)], named=set())
+    played.planner.follow(line(1, "completed", uuid="uuid1"))
+    played.here.append(here(5, "guest1", uuid="uuid1"))
+    played.seen()
+    assert played.steps() == {1: Step.GONE} and played.planner.newcomers == ["guest1"]
+
+
 # ---- interruptions ----
 def test_after_a_stop_nothing_begins_and_what_is_under_way_is_followed() -> None:
     played = Played([here(1), here(2), here(3)])

@@ -111,7 +111,9 @@ class Guest:
 
     @property
     def key(self) -> tuple[int, str]:
-        """Another domain may have the number later."""
+        """The number and the UUID, because another domain may have the number later, and the same
+        guest another number.
+        """
         return self.domid, self.uuid
 
     def end(self, step: Step, problem: str = "") -> None:
@@ -199,7 +201,9 @@ class Planner:
         self._all = named is None
         self.stopped = False
         self.newcomers: list[str] = []
-        """The guests that have come to this host meanwhile."""
+        """The guests that have come to this host meanwhile.  If guests were named: only those of
+        them that are here as another domain, after a reboot for example.
+        """
         self._to_place = True
         self._past = {line["id"] for line in lines}
         """The migrations that there were at the beginning."""
@@ -208,7 +212,7 @@ class Planner:
             for one in guests
             if named is None or one["domid"] in named
         ]
-        self._known = {guest.key for guest in self.guests}
+        self._at_first = {_key(one) for one in guests}
         self.seen(guests, lines)
         if named is None:  # a toolstack may have destroyed the domain of a guest that is under way
             known = {guest.domid for guest in self.guests}
@@ -219,7 +223,7 @@ class Planner:
 
     def follow(self, line: Json) -> None:
         """Take a guest of which there is only a migration, under way or completed."""
-        guest = Guest(line["domain"], line["domid"])
+        guest = Guest(line["domain"], line["domid"], line.get("uuid") or "")
         guest.follow(line)
         self.guests.append(guest)
         self._moves(guest, line)
@@ -246,8 +250,16 @@ class Planner:
                     self._moves(guest, guest.line)
                 elif here is not None and guest.step is not Step.FAILED:
                     _waits(guest, here.get(guest.key))
-        if here is not None and self._all:
-            self.newcomers = [one["name"] for key, one in here.items() if key not in self._known]
+        if here is not None:
+            self._note_newcomers(here)
+
+    def _note_newcomers(self, here: dict[tuple[int, str], Json]) -> None:
+        ours = {guest.uuid for guest in self.guests}
+        self.newcomers = [
+            one["name"]
+            for key, one in here.items()
+            if key not in self._at_first and (self._all or one["uuid"] in ours)
+        ]
 
     def _moves(self, guest: Guest, line: Json | None) -> None:
         if line is None:
