@@ -42,7 +42,7 @@ from migrate.tasks import is_bug, isolated, task_group
 from migrate.units import parse_address
 from sender import adjustments
 from sender.estimates import Estimates
-from sender.guests import guests_here, names_here, room_at
+from sender.guests import guests_here, names_here, room_at, uuid_of
 from sender.migration import OutgoingMigration
 from sender.ownership import State
 from sender.preflight import check_free
@@ -465,6 +465,7 @@ def _line(migration: OutgoingMigration, ended_at: float | None = None) -> Json:
         "direction": "outgoing",
         "domain": migration.domain_name,
         "domid": migration.domain.domid,
+        "uuid": uuid_of(migration.domain.handle),
         "peer": migration.context.lanes.peer,
         "strategy": migration.context.options.strategy.value,
         "handed_over": migration.ownership.handed_over,

@@ -33,6 +33,11 @@ def guests_here(hypervisor: Hypervisor, estimates: Estimates, names: list[Any]) 
     return {"guests": [guest for guest in found if guest is not None], "named": named}
 
 
+def uuid_of(handle: bytes | None) -> str | None:
+    """Return the UUID of a domain as people write it; ``None`` if it is not known."""
+    return None if handle is None else str(uuid.UUID(bytes=handle))
+
+
 def names_here(hypervisor: Hypervisor) -> Json:
     """Return the names of the domains of this host, for the completion in a shell.  Called in a
     thread.
@@ -87,7 +92,7 @@ def _guest(
     return {
         "name": info.name,
         "domid": info.domid,
-        "uuid": str(uuid.UUID(bytes=info.handle)),
+        "uuid": uuid_of(info.handle),
         "target": target,
         "state": info.state.value,
         "memory_bytes": info.tot_pages * PAGE_SIZE,

@@ -187,6 +187,7 @@ def kept_line(entry: Kept) -> Json:
         "direction": "outgoing",
         "domain": entry.domain,
         "domid": None,
+        "uuid": None,
         "ended_at": None,
         "peer": "",
         "strategy": "",

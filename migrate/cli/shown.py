@@ -15,7 +15,7 @@ NOT_YET = ("downtime_s",)
 WIDTH = 22
 """The columns of a name."""
 ORDER = (
-    "id", "domain", "direction", "peer", "domid", "strategy", "options",
+    "id", "domain", "direction", "peer", "domid", "uuid", "strategy", "options",
     "phase", "problem", "unprotected", "io_fails_in_s", "paused", "handed_over", "known", "phases",
     "started_at", "ended_at", "elapsed_s", "total_s", "eta_s", "quiet_s", "round",
     "bytes_per_s", "throughput_bytes_per_s", "dirty_bytes_per_s", "expected_freeze_ms",

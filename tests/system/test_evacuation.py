@@ -7,8 +7,10 @@ import contextlib
 import json
 import os
 import pty
+import shlex
 import signal
 import subprocess
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -197,6 +199,28 @@ def test_guests_are_named_and_those_that_have_gone_are_named_again(world: World)
     assert wrong.returncode == 1
     assert "domain 'wbe': there is no such domain on this host" in wrong.stderr
     assert here(world) == {"other"}
+
+
+def test_guests_that_a_number_and_a_uuid_name_are_named_again_after_an_interruption(
+    world: World,
+) -> None:
+    """The last line of the command that was interrupted has the command that continues."""
+    specs = guests(world, "first", memory=LARGE) + guests(world, "second", "third")
+    found = {info.name: info for info in world.source.domains()}
+    handle = uuid.UUID(bytes=found["second"].handle)
+    names = ("--guest", str(found["first"].domid), f"--guest={handle}")
+    with started(world, *names, "--parallel", "1", "--bandwidth", "8M") as process:
+        until(lambda: any(one["round"] for one in lines(world, "sender")), "none is copied")
+        process.send_signal(signal.SIGINT)
+        _output, error = process.communicate(timeout=WAIT_S)
+    again = shlex.split(error.splitlines()[-1].split("`")[-2])
+    until(lambda: lines(world, "sender")[-1]["phase"] == "completed", "the first does not go")
+    for _again in range(2):
+        continued = zygote.run([*PROGRAM, *again[1:], "--json"], timeout=WAIT_S * 2)
+        assert continued.returncode == 0, continued.stderr
+        assert results(continued.stdout) == {"first": "gone", "second": "gone"}
+    assert here(world) == {"third"}
+    check_arrived(world, specs[:2])
 
 
 def test_names_that_are_numbers_mean_the_guests_that_have_them(world: World) -> None:

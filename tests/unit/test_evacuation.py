@@ -9,7 +9,7 @@ from contextlib import closing
 
 import pytest
 
-from migrate.cli.evacuate.command import Signals, asked
+from migrate.cli.evacuate.command import Signals, asked, continuation, gone_before
 from migrate.cli.evacuate.display import EvacuationDisplay
 from migrate.cli.evacuate.planner import Begin, Measure, Planner, SetShare, Step
 from migrate.cli.evacuate.shown import facts, plan, progress, summary
@@ -218,6 +218,35 @@ def test_an_evacuation_is_continued_by_another_one() -> None:
     assert second.steps() == {2: Step.MOVES, 3: Step.MOVES, 4: Step.WAITS, 5: Step.WAITS}
     second.run()
     assert set(second.steps().values()) == {Step.GONE}
+
+
+def test_the_command_that_continues_names_the_guests_that_are_left_by_their_uuids() -> None:
+    """A number means nothing any more when its guest has gone."""
+    given = ["evacuate", "there", "--guest", "1", "--guest=guest2", "--json", "--guest", "guest3"]
+    played = Played([here(1), here(2), here(3), here(4)], named={1, 2, 3})
+    played.measure()
+    played.begin()
+    played.end(1)
+    played.measure()
+    played.begin()
+    assert continuation(played.planner, given) == (
+        "xen-postcopy evacuate --guest uuid2 --guest uuid3 there --json"
+    )
+    played.run()
+    assert continuation(played.planner, given) == ""
+
+
+def test_the_command_that_continues_with_all_guests_is_the_same() -> None:
+    played = Played([here(1), here(2)])
+    given = ["evacuate", "a there", "--parallel", "1"]
+    assert continuation(played.planner, given) == "xen-postcopy evacuate 'a there' --parallel 1"
+
+
+@pytest.mark.parametrize("name", ["guest1", "uuid1", "UUID1"])
+def test_a_guest_that_has_gone_is_found_by_its_name_and_by_its_uuid(name: str) -> None:
+    lines = [line(1, "completed", uuid="uuid1", id="earlier"), line(2, "completed", uuid=None)]
+    lines += [line(1, "completed", uuid="uuid1"), line(1, "failed", uuid="uuid1", id="failed")]
+    assert gone_before(lines, name) is lines[2]
 
 
 # ---- a trial ----

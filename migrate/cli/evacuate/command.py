@@ -7,7 +7,7 @@ import functools
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,21 +141,26 @@ def planned(
     except MigrationError as error:
         raise explained(error) from error
     lines = sender.migrations(of_predecessors=True)
-    gone = [gone_before(lines, name) for name, domid in here["named"].items() if domid is None]
+    missing = [name for name, domid in here["named"].items() if domid is None]
+    gone = {line["id"]: line for line in (gone_before(lines, name) for name in missing)}
     named = {domid for domid in here["named"].values() if domid is not None} if names else None
     planner = Planner(free_bytes, here["guests"], lines, named=named, **options)
-    for line in gone:
+    for line in gone.values():
         planner.follow(line)
     return planner
 
 
 def gone_before(lines: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    """Return the migration by which a guest of this name has left this host.  A number does
-    not identify a guest that has gone, because numbers begin anew when a host boots.  Raises
+    """Return the migration by which a guest of this name or UUID has left this host.  A number
+    does not identify a guest that has gone, because numbers begin anew when a host boots.  Raises
     :class:`MigrationError`.
     """
     found = [
-        line for line in lines if name == line["domain"] and line["phase"] not in ("failed", "")
+        line
+        for line in lines
+        # An earlier release did not note the UUID.
+        if name == line["domain"] or name.lower() == line.get("uuid")
+        if line["phase"] not in ("failed", "")
     ]
     if not found:
         raise MigrationError(f"domain {name!r}: there is no such domain on this host")
@@ -239,8 +244,38 @@ def left(evacuation: Evacuation) -> str:
     if planner.of(Step.MOVES):
         shown = command(evacuation.sender.path, "list", "--watch")
         text += f"; the migrations under way continue in the daemons, and {shown} follows them"
-    again = shlex.join(["xen-postcopy", *sys.argv[1:]])
-    return f"{text}; `{again}` continues the evacuation"
+    again = continuation(planner, sys.argv[1:])
+    return f"{text}; `{again}` continues the evacuation" if again else text
+
+
+def continuation(planner: Planner, given: Sequence[str]) -> str:
+    """Return the command that continues an evacuation; empty if no guest is left for it.
+
+    ``given``: the words of the command that was interrupted.  If they named guests, those that are
+    left are named instead, by their UUIDs: a guest that has gone has no number any more.
+    """
+    remaining = [one for one in planner.guests if one.step not in (Step.GONE, Step.ENDED)]
+    if not remaining:
+        return ""
+    first, *others = given
+    if not planner.is_of_all:
+        others = [*_names_as_options(remaining), *_without_guests(others)]
+    return shlex.join(["xen-postcopy", first, *others])
+
+
+def _names_as_options(guests: Sequence[Guest]) -> Iterator[str]:
+    for guest in guests:
+        yield from ("--guest", guest.uuid or guest.name)
+
+
+def _without_guests(words: Sequence[str]) -> Iterator[str]:
+    """Yield the words without the options ``--guest``."""
+    left = iter(words)
+    for word in left:
+        if word == "--guest":
+            next(left, None)
+        elif not word.startswith("--guest="):
+            yield word
 
 
 def report(planner: Planner, trial: int | None, as_json: bool) -> None:

@@ -198,7 +198,8 @@ class Planner:
     ):
         self.destinations = {name: Destination(name, free) for name, free in free_bytes.items()}
         self._parallel, self._bandwidth, self._is_trial = parallel, bandwidth, is_trial
-        self._all = named is None
+        self.is_of_all = named is None
+        """No guests were named: all of this host are to go."""
         self.stopped = False
         self.newcomers: list[str] = []
         """The guests that have come to this host meanwhile.  If guests were named: only those of
@@ -258,7 +259,7 @@ class Planner:
         self.newcomers = [
             one["name"]
             for key, one in here.items()
-            if key not in self._at_first and (self._all or one["uuid"] in ours)
+            if key not in self._at_first and (self.is_of_all or one["uuid"] in ours)
         ]
 
     def _moves(self, guest: Guest, line: Json | None) -> None:
