@@ -3,10 +3,24 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
 import pytest
 
+from migrate.cli.evacuate import run
+from migrate.cli.evacuate.display import EvacuationDisplay
 from migrate.cli.evacuate.planner import MOST_ABSENCES, PATIENCE_S, Ask, Measure, Step
+from migrate.cli.evacuate.run import Evacuation, Sender
 from migrate.cli.evacuate.shown import head, obstacles
+from migrate.errors import (
+    DaemonGoneError,
+    MigrationError,
+    SilentDaemonError,
+    UnattendedMigrationError,
+)
 from tests.support.evacuations import GIB, Played, estimate, here, line, named
 
 
@@ -259,3 +273,46 @@ def test_a_destination_that_cannot_be_reached_is_no_fault_of_its_guests() -> Non
         played.planner.not_begun(measure.guest, "no route", played.now)
     played.planner.silent(played.planner.destinations["b"], "no route", played.now)
     assert (played.guest(1).attempts, played.guest(2).attempts) == (1, 0)
+
+
+# ---- a sender that does not answer ----
+@dataclass(frozen=True)
+class FailingSender(Sender):
+    """A sender with the migrations of ``played``, whose first answers are errors."""
+
+    played: Played
+    errors: list[MigrationError]
+
+    def call(self, **request: Any) -> Any:
+        if self.errors:
+            raise self.errors.pop(0)
+        return {"guests": self.played.here, "migrations": list(self.played.lines.values())}
+
+
+def looking(*errors: MigrationError) -> tuple[Played, Evacuation]:
+    played = Played([here(1)], lines=[line(1)])
+    sender = FailingSender(Path("sender.sock"), played, list(errors))
+    return played, Evacuation(sender, played.planner, 0.1, {}, EvacuationDisplay(sys.stderr))
+
+
+@pytest.mark.parametrize("kind", [DaemonGoneError, SilentDaemonError])
+def test_a_sender_that_ends_or_hangs_in_an_answer_is_asked_again(
+    kind: type[MigrationError],
+) -> None:
+    played, evacuation = looking(kind("in the middle"), kind("in the middle"))
+    played.lines[1] = line(1, "completed")
+    for _time in range(2):
+        evacuation.look()
+        assert played.guest(1).step is Step.MOVES
+    evacuation.look()
+    assert played.guest(1).step is Step.GONE
+
+
+def test_a_sender_that_ends_in_each_answer_ends_the_evacuation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _played, evacuation = looking(*[DaemonGoneError("in the middle")] * 2)
+    evacuation.look()
+    monkeypatch.setattr(run, "SILENCE_S", -1.0)
+    with pytest.raises(UnattendedMigrationError, match="guests are under way: guest1; start it"):
+        evacuation.look()

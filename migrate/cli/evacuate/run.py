@@ -32,7 +32,12 @@ from migrate.cli.evacuate.planner import (
     Step,
 )
 from migrate.control.client import ANSWER_S, ControlClient
-from migrate.errors import MigrationError, SilentDaemonError, UnattendedMigrationError
+from migrate.errors import (
+    DaemonGoneError,
+    MigrationError,
+    SilentDaemonError,
+    UnattendedMigrationError,
+)
 from xenbackend.unix import STARTING_S
 
 LOOK_EVERY_S = 0.25
@@ -40,7 +45,9 @@ LOOK_EVERY_S = 0.25
 GUESTS_EVERY_S = 2.0
 """How often it is asked for its guests."""
 SILENCE_S = 60.0
-"""How long the sender may leave requests unanswered: a host with many guests may be slow."""
+"""How long the sender may leave requests unanswered: a host with many guests may be slow, and a
+sender that is killed ends in the middle of an answer.
+"""
 Json = dict[str, Any]
 
 
@@ -129,14 +136,12 @@ class Evacuation:
             listed = {line["id"] for line in lines}
             if any(guest.migration not in listed for guest in self.planner.of(Step.MOVES)):
                 lines = self.sender.migrations(of_predecessors=True)
-        except SilentDaemonError:
-            self._silent_since = self._silent_since or time.monotonic()
-            if time.monotonic() - self._silent_since > SILENCE_S:
-                raise
-            return
         except MigrationError as error:
+            is_brief = isinstance(error, SilentDaemonError | DaemonGoneError)
+            if is_brief and self._silent_s() <= SILENCE_S:  # one that is restarted is waited for
+                return
             moving = ", ".join(guest.name for guest in self.planner.of(Step.MOVES))
-            if not moving:
+            if not moving or isinstance(error, SilentDaemonError):
                 raise
             raise UnattendedMigrationError(
                 f"the sender does not answer ({error}), and these guests are under way: {moving}; "
@@ -145,6 +150,11 @@ class Evacuation:
             ) from error
         self._silent_since = 0.0
         self.planner.seen(here, lines)
+
+    def _silent_s(self) -> float:
+        """Return for how long the sender has left requests unanswered, this one included."""
+        self._silent_since = self._silent_since or time.monotonic()
+        return time.monotonic() - self._silent_since
 
     def _take_results(self, seconds: float) -> None:
         """Have the planner take the results of threads, for so long."""
