@@ -132,19 +132,34 @@ def ask_all(
     return answers
 
 
-def under_way_first(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the answers for one name in an order in which migrations that have ended are the last:
-    a guest that has left this host may be on its way back.
+def _begun(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """Return when each migration has begun, by its identifier: at the end that was the last, and 0
+    if neither end has the time.
     """
-    return sorted(lines, key=lambda line: line["phase"] in ENDED)
+    found: dict[str, float] = {}
+    for line in lines:
+        found[line["id"]] = max(found.get(line["id"], 0.0), line.get("started_at") or 0.0)
+    return found
+
+
+def latest_first(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the answers for one name in an order in which those under way are the first, and newer
+    migrations precede older ones: a guest that has left this host may have come by a migration, or
+    be on its way back.
+    """
+    begun_at = _begun(lines)
+    return sorted(lines, key=lambda line: (line["phase"] in ENDED, -begun_at[line["id"]]))
 
 
 def without_the_past(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the answers for one name without those of earlier migrations, if one is under way: a
-    guest that leaves this host may have come by a migration.
+    """Return the answers for one name without those of earlier migrations.  As at one daemon, those
+    are meant that are under way, or else the newest.
     """
-    under_way = {line["id"] for line in lines if line["phase"] not in ENDED}
-    return [line for line in lines if not under_way or line["id"] in under_way]
+    meant = {line["id"] for line in lines if line["phase"] not in ENDED}
+    if not meant:
+        begun_at = _begun(lines)
+        meant = {one for one, at in begun_at.items() if at == max(begun_at.values())}
+    return [line for line in lines if line["id"] in meant]
 
 
 @click.command("list")
@@ -249,7 +264,7 @@ def watch_command(migration: str, socket_paths: tuple[Path, ...], as_json: bool)
                     echo(f"xen-postcopy: {error}", err=True)
                 silent += answers.silent
                 socket_paths = answers.sockets  # daemons that have not answered are not asked again
-            line = under_way_first(answers.results)[0]
+            line = latest_first(answers.results)[0]
             migration = line["id"]  # the guest's name may also be that of another migration
             if as_json:
                 events.show([one for one in answers.results if one["id"] == migration])
@@ -336,7 +351,7 @@ def decide_command(
     under_way = [line for line in answers.results if line["phase"] not in ENDED]
     if len(under_way) > 1:
         raise MigrationError("both daemons on this host have this migration: name one by --socket")
-    meant = under_way_first(answers.results)[0]["id"]
+    meant = latest_first(answers.results)[0]["id"]
     decision = {"migration": meant, "here": where == "here", "force": force}
     for line in under_way:
         why = f": {line['problem']}" if line["problem"] else ""

@@ -113,6 +113,41 @@ def test_a_migration_that_was_not_completed_is_an_error(
     assert str(error.value) == status
 
 
+LEFT = line("completed", id="2" * 32, started_at=200.0, strategy="hybrid")
+"""The end of the migration by which a guest has left this host, after it came by another one."""
+CAME = line("failed", "the link was lost", direction="incoming", started_at=100.0)
+
+
+@pytest.mark.parametrize("answers", [[LEFT, CAME], [CAME, LEFT]])
+def test_of_two_that_have_ended_the_newer_one_is_watched_and_shown(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    answers: list[dict[str, Any]],
+) -> None:
+    run(monkeypatch, Daemons(answers), migrations.watch_command, "web")
+    assert capsys.readouterr().out == "web: completed\n"
+    run(monkeypatch, Daemons(answers), migrations.show_command, "web", "--json")
+    assert [one["id"] for one in json.loads(capsys.readouterr().out)] == [LEFT["id"]]
+
+
+def test_both_ends_of_one_migration_are_shown_the_source_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The destination has begun a moment later."""
+    both = [LEFT, LEFT | {"direction": "incoming", "started_at": 201.0}, CAME]
+    run(monkeypatch, Daemons(both), migrations.show_command, "web", "--json")
+    shown = json.loads(capsys.readouterr().out)
+    assert [one["direction"] for one in shown] == ["outgoing", "incoming"]
+
+
+def test_of_migrations_whose_starts_are_not_known_all_are_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = [LEFT | {"started_at": None}, CAME | {"started_at": None}]
+    run(monkeypatch, Daemons(answers), migrations.show_command, "web", "--json")
+    assert len(json.loads(capsys.readouterr().out)) == 2
+
+
 def test_all_migrations_are_watched_while_a_daemon_is_started_again(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from migrate.cli.migrations import any_migration_argument, ask_all, sockets_option
+from migrate.cli.migrations import (
+    any_migration_argument,
+    ask_all,
+    latest_first,
+    sockets_option,
+)
 from migrate.cli.options import STDOUT, ResultFile
 from migrate.cli.text import json_option, report
 from migrate.errors import MigrationError
@@ -84,7 +89,7 @@ def report_command(
     answers = ask_all(socket_paths, command="record", migration=migration)
     found = [accepted(answer) for answer in answers.results]
     # The guest's name may be that of several migrations.
-    newest = max(found, key=lambda one: one["started_at"] or 0.0)
+    newest = latest_first(found)[0]
     write_report(output, report_of_accepted([one for one in found if one["id"] == newest["id"]]))
     text = f"{newest['domain']}: the report is in {output}"
     report(text, as_json, migration=newest["id"], file=str(output))
