@@ -24,7 +24,12 @@ from migrate.cli.progress import EventLines, ProgressDisplay, TableDisplay
 from migrate.cli.terminal import size_of, wait_while_read
 from migrate.cli.text import echo, json_option, report
 from migrate.control.client import ANSWER_S, RUN_DIRECTORY, SOCKETS, ControlClient
-from migrate.errors import MigrationError, SilentDaemonError, UnknownMigrationError
+from migrate.errors import (
+    DaemonGoneError,
+    MigrationError,
+    SilentDaemonError,
+    UnknownMigrationError,
+)
 from migrate.outcomes import ENDED, outcome
 from xenbackend.unix import STARTING_S
 
@@ -68,6 +73,11 @@ class Answers:
     """The sockets of the daemons whose results these are."""
     silent: list[MigrationError] = field(default_factory=list)
     """One error for each daemon that has not answered, or that was named and does not run."""
+
+    def sockets_of(self, migration_id: str) -> tuple[Path, ...]:
+        """Return the sockets of the daemons that have answered about this migration."""
+        both = zip(self.sockets, self.results, strict=True)
+        return tuple(path for path, result in both if result["id"] == migration_id)
 
     def check_complete(self) -> None:
         """Raises :class:`SilentDaemonError` if an answer is missing."""
@@ -126,10 +136,21 @@ def ask_all(
     if socket_paths:
         answers.silent += absent
     if not answers.results:
-        # A daemon that has the migration has the most informative error.  A silent one may have it.
-        answering = [p for p in problems if not isinstance(p, UnknownMigrationError)]
-        raise [*answering, *answers.silent, *problems][0]
+        raise _why_none(problems, answers.silent, absent)
     return answers
+
+
+def _why_none(
+    problems: list[MigrationError], silent: list[MigrationError], absent: list[MigrationError]
+) -> MigrationError:
+    """Return why no daemon has a result.  A daemon that has the migration has the most informative
+    error.  A silent one may have it, and so may one that does not run.
+    """
+    answering = [p for p in problems if not isinstance(p, UnknownMigrationError)]
+    first = [*answering, *silent, *problems][0]
+    if isinstance(first, UnknownMigrationError):
+        return UnknownMigrationError("; ".join(map(str, [first, *absent])))
+    return first
 
 
 def _begun(lines: list[dict[str, Any]]) -> dict[str, float]:
@@ -256,9 +277,10 @@ def watch_command(migration: str, socket_paths: tuple[Path, ...], as_json: bool)
     """
     display, events = ProgressDisplay(sys.stderr), EventLines()
     silent: list[MigrationError] = []
+    known: tuple[Path, ...] = ()
     try:
         while True:
-            answers = ask_all(socket_paths, command="show", migration=migration)
+            answers = _shown_again(socket_paths, known, migration)
             if answers.silent:
                 for error in answers.silent:
                     echo(f"xen-postcopy: {error}", err=True)
@@ -266,6 +288,7 @@ def watch_command(migration: str, socket_paths: tuple[Path, ...], as_json: bool)
                 socket_paths = answers.sockets  # daemons that have not answered are not asked again
             line = latest_first(answers.results)[0]
             migration = line["id"]  # the guest's name may also be that of another migration
+            known = answers.sockets_of(migration) or known
             if as_json:
                 events.show([one for one in answers.results if one["id"] == migration])
             if line["phase"] in ENDED:
@@ -285,6 +308,20 @@ def watch_command(migration: str, socket_paths: tuple[Path, ...], as_json: bool)
         raise MigrationError(
             "another daemon on this host did not answer, and may have something else to report"
         )
+
+
+def _shown_again(
+    socket_paths: tuple[Path, ...], known: tuple[Path, ...], migration: str
+) -> Answers:
+    """Ask for a migration.  The daemons at ``known`` have had it: if no other daemon has it, they
+    are waited for, because they may just be restarted.
+    """
+    try:
+        return ask_all(socket_paths, command="show", migration=migration)
+    except (UnknownMigrationError, DaemonGoneError):
+        if not known:
+            raise
+        return ask_all(known, command="show", migration=migration)
 
 
 @click.command("cancel")

@@ -19,9 +19,9 @@ from click.testing import CliRunner, Result
 
 from migrate.cli import cli, migrations
 from migrate.control import server as control
-from migrate.control.client import MAX_LINE, ControlClient, Json
+from migrate.control.client import MAX_LINE, SOCKETS, ControlClient, Json
 from migrate.control.server import ControlConnection, LastAnswer
-from migrate.errors import MigrationError, SilentDaemonError
+from migrate.errors import MigrationError, SilentDaemonError, UnknownMigrationError
 from migrate.tasks import task_group
 
 
@@ -313,6 +313,29 @@ async def test_a_daemon_that_hangs_is_named_and_hides_no_other(
         assert isinstance(alone.exception, SilentDaemonError) and str(hanging) in str(
             alone.exception
         )
+
+
+@pytest.mark.parametrize("command", ["show", "watch", "cancel", "reconnect"])
+async def test_a_daemon_that_does_not_run_is_named_if_the_other_has_no_such_migration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """The migration may be one of the daemon that does not run."""
+    monkeypatch.setenv(SOCKETS, str(tmp_path))
+
+    async def answer(_request: Json, _connection: ControlConnection) -> None:
+        raise UnknownMigrationError("there is no migration 'web' here")
+
+    with trio.fail_after(30):
+        async with task_group() as nursery:
+            await nursery.start(
+                functools.partial(control.serve, tmp_path / "receiver.sock", answer)
+            )
+            result = await trio.to_thread.run_sync(CliRunner().invoke, cli, [command, "web"])
+            nursery.cancel_scope.cancel()
+    assert str(result.exception) == (
+        f"there is no migration 'web' here; no daemon at {tmp_path}/sender.sock: No such file or "
+        "directory; is the daemon running?"
+    )
 
 
 async def test_a_client_that_says_nothing_is_sent_away(

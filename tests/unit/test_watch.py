@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import click
@@ -11,7 +12,7 @@ import pytest
 
 from migrate.cli import migrations
 from migrate.cli.migrations import Answers
-from migrate.errors import MigrationError
+from migrate.errors import DaemonGoneError, MigrationError, UnknownMigrationError
 from migrate.outcomes import RESCUED
 
 
@@ -37,7 +38,8 @@ def test_a_guest_that_comes_back_is_watched(
 
     def ask(_sockets: object, **request: Any) -> Answers:
         asked.append(request["migration"])
-        return Answers(answers[len(asked) - 1])
+        found = answers[len(asked) - 1]
+        return Answers(found, tuple(Path(one["id"]) for one in found))
 
     monkeypatch.setattr(migrations, "ask_all", ask)
     monkeypatch.setattr(migrations, "WATCH_EVERY_S", 0)
@@ -56,15 +58,19 @@ class Daemons:
 
     def __init__(self, *answers: list[dict[str, Any]] | MigrationError):
         self._answers = list(answers)
+        self.asked: list[tuple[Path, ...]] = []
+        """The sockets of each question."""
 
-    def ask(self, _sockets: object, **request: Any) -> Answers:
+    def ask(self, sockets: tuple[Path, ...], **request: Any) -> Answers:
+        self.asked.append(sockets)
         if not self._answers:
             raise KeyboardInterrupt
         answer = self._answers.pop(0)
         if isinstance(answer, MigrationError):
             raise answer
         is_list = request["command"] == "list"
-        return Answers([{"migrations": answer}] if is_list else answer)
+        paths = tuple(Path(one["direction"]) for one in answer)
+        return Answers([{"migrations": answer}] if is_list else answer, paths)
 
 
 def run(
@@ -128,6 +134,32 @@ def test_of_two_that_have_ended_the_newer_one_is_watched_and_shown(
     assert capsys.readouterr().out == "web: completed\n"
     run(monkeypatch, Daemons(answers), migrations.show_command, "web", "--json")
     assert [one["id"] for one in json.loads(capsys.readouterr().out)] == [LEFT["id"]]
+
+
+@pytest.mark.parametrize("kind", [UnknownMigrationError, DaemonGoneError])
+def test_the_daemon_that_has_the_migration_is_waited_for_when_it_is_restarted(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: type[MigrationError],
+) -> None:
+    """The other daemon of the host runs meanwhile, and has another migration of the guest.  The one
+    that is restarted does not run, or has ended in the middle of its answer.
+    """
+    daemons = Daemons(
+        [CAME, LEFT | {"phase": "postcopy"}],
+        kind("no answer"),
+        [LEFT | {"phase": "completing"}],
+        [LEFT],
+    )
+    run(monkeypatch, daemons, migrations.watch_command, "web")
+    assert daemons.asked == [(), (), (Path("outgoing"),), ()]
+    assert capsys.readouterr().out == "web: completed\n"
+
+
+def test_a_migration_that_no_daemon_has_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    daemons = Daemons(UnknownMigrationError("there is no such migration"))
+    with pytest.raises(MigrationError, match="no such migration"):
+        run(monkeypatch, daemons, migrations.watch_command, "web")
 
 
 def test_both_ends_of_one_migration_are_shown_the_source_first(
