@@ -56,6 +56,8 @@ class Rate:
         if count < self._count + self._least:
             return
         self._count = count
+        if self._is_silent(now):  # a pause or a lost link is no part of the rate after it
+            self._steps.clear()
         self._steps.append((now, count))
         while len(self._steps) > LEAST_STEPS and self._steps[1][0] <= now - RATE_S:
             self._steps.popleft()
@@ -71,14 +73,24 @@ class Rate:
             if self._steps:
                 quiet_since, patience_s = self._steps[0][0], SECOND_STEP_S
             return 0.0 if now - quiet_since > patience_s else None
-        (then, before), (last, count) = self._steps[0], self._steps[-1]
-        pause_s = (last - then) / (len(self._steps) - 1)
-        if now - last > max(RATE_S, 2 * pause_s):
+        if self._is_silent(now):
             return 0.0
+        (then, before), (last, count) = self._steps[0], self._steps[-1]
         if last - then < over_s:
             return None
-        until = last if now - last <= 1.5 * pause_s else now
+        until = last if now - last <= 1.5 * self._pause_s else now
         return (count - before) / (until - then)
+
+    @property
+    def _pause_s(self) -> float:
+        """The mean time between two steps, of which there are at least two."""
+        return (self._steps[-1][0] - self._steps[0][0]) / (len(self._steps) - 1)
+
+    def _is_silent(self, now: float) -> bool:
+        """Whether the steps have ended, as far as their pauses show."""
+        if len(self._steps) < 2:
+            return False
+        return now - self._steps[-1][0] > max(RATE_S, 2 * self._pause_s)
 
 
 @dataclass

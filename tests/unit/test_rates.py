@@ -69,6 +69,23 @@ def test_a_rate_is_unknown_before_two_steps_and_zero_after_silence() -> None:
     assert falling == sorted(falling, reverse=True)
 
 
+def test_a_silence_is_no_part_of_the_rate_that_follows() -> None:
+    """100 MiB/s, a pause or a lost link for two minutes, and 100 MiB/s again."""
+    before = [(quarter / 4, 25 * MIB * quarter) for quarter in range(40)]
+    begins, count = before[-1][0] + 120, before[-1][1]
+    after = [(begins + quarter / 4, count + 25 * MIB * quarter) for quarter in range(40)]
+    silence = [(before[-1][0] + second, count) for second in range(1, 120)]
+    shown = rates([*before, *silence, *after])
+    assert shown[len(before) - 1] == 100 * MIB and shown[len(before) + len(silence) - 1] == 0
+    resumed = [rate for rate in shown[len(before) + len(silence) + 1 :] if rate is not None]
+    assert len(resumed) >= 38 and set(resumed) == {100 * MIB}
+
+
+def test_a_step_that_ends_a_silence_is_not_a_rate_alone() -> None:
+    shown = rates([(0.0, 0), (0.25, 1000), (0.5, 2000), (60.0, 2000), (60.25, 2500), (60.5, 3500)])
+    assert shown[3:] == [0, None, 4000]
+
+
 def test_nothing_is_expected_from_a_rate_over_a_moment() -> None:
     rate = Rate()
     for now, count in ((0.0, 0), (0.2, 1), (0.4, 51)):
