@@ -15,6 +15,7 @@ from migrate.control.client import Json
 from migrate.control.server import ControlConnection
 from migrate.errors import MigrationError, OccupiedError
 from migrate.lanes.connection import Terms
+from migrate.lanes.probe import free_bytes_of
 from migrate.options import MigrationOptions, Strategy
 from migrate.service.journal import Journal
 from migrate.tasks import in_stoppable_thread, in_thread, task_group
@@ -168,7 +169,7 @@ def _facts(measured: Measured, guest: GuestMeasure, found: Found) -> dict[str, A
     return {
         "memory_bytes": measured.memory_pages * PAGE_SIZE,
         "needed_bytes": guest.config.max_pages * PAGE_SIZE,
-        "free_bytes": found.host.free_bytes,
+        "free_bytes": free_bytes_of(found.host),
         "content_share": round(measured.content_share, 3),
         "dirtied": [[round(at_s, 3), pages] for at_s, pages in measured.dirtied],
         "dirty_bytes_per_s": round(measured.dirty_bytes_per_s),

@@ -12,7 +12,7 @@ from typing import Any
 from migrate.control.client import Json
 from migrate.errors import MigrationError
 from migrate.lanes.connection import Terms, connect
-from migrate.lanes.probe import OlderPeerError, greet, host_of
+from migrate.lanes.probe import OlderPeerError, free_bytes_of, greet, host_of
 from sender.estimates import Estimates
 from sender.preflight import check_devices, check_state
 from xenbackend.contract import Domain, DomainInfo, DomainState, Hypervisor
@@ -110,7 +110,7 @@ def _arrives(info: DomainInfo, domain: Domain) -> bool:
 
 async def room_at(address: tuple[str, int], terms: Terms) -> Json:
     """Return how much memory new guests can have at a destination.  Raises
-    :class:`MigrationError`.
+    :class:`MigrationError`, also if the destination could not find that out.
     """
     lane = await connect(*address, terms)
     try:
@@ -123,4 +123,7 @@ async def room_at(address: tuple[str, int], terms: Terms) -> Json:
         ) from error
     finally:
         lane.close()
-    return {"destination": "{}:{}".format(*address), "free_bytes": host.free_bytes}
+    destination, free_bytes = "{}:{}".format(*address), free_bytes_of(host)
+    if free_bytes is None:
+        raise MigrationError(f"{destination}: {host.problem}")
+    return {"destination": destination, "free_bytes": free_bytes}

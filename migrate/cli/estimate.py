@@ -67,11 +67,16 @@ def lines(found: Found) -> Iterator[str]:
     measured = found["measured"]
     zeros = round(100 - 100 * measured["content_share"])
     seconds, pages = measured["dirtied"][-1]
+    free = measured["free_bytes"]
     yield f"{found['domain']} to {found['destination']}"
     yield from _wrapped(
         "memory",
         f"{human_bytes(measured['memory_bytes'])}, {zeros}% of it zero; "
-        f"{human_bytes(measured['free_bytes'])} are free there",
+        + (
+            "what is free there is unknown"
+            if free is None
+            else f"{human_bytes(free)} are free there"
+        ),
     )
     yield from _wrapped(
         "written", f"{human_bytes(pages * 4096)} in {human_seconds(seconds)}, each page once"

@@ -17,7 +17,7 @@ from migrate.control.client import ANSWER_S, ControlClient
 from migrate.errors import MigrationError, PeerClosedError
 from migrate.lanes.certificate import describe
 from migrate.lanes.connection import LaneConnection, Terms, is_loopback, open_stream
-from migrate.lanes.probe import OlderPeerError, greet, host_of
+from migrate.lanes.probe import OlderPeerError, free_bytes_of, greet, host_of
 from migrate.protocol.messages import CAPABILITIES, PROTOCOL_VERSION, Hello, Host
 from migrate.service.config import SENDER_PORT, Config
 from migrate.service.host import credentials
@@ -222,8 +222,11 @@ def _host(name: str, host: Host, guest_bytes: int | None, report: Report) -> Non
     else:
         way = WAYS.get(host.populate_evicted, host.populate_evicted)
         report.add(f"{name}, paging", OK, f"guests can be paged; pages are evicted {way}")
-    free = f"{human_bytes(host.free_bytes)} are free"
-    if guest_bytes is not None and guest_bytes > host.free_bytes:
+    free_bytes = free_bytes_of(host)
+    if free_bytes is None:
+        return
+    free = f"{human_bytes(free_bytes)} are free"
+    if guest_bytes is not None and guest_bytes > free_bytes:
         needs = f"the guest needs {human_bytes(guest_bytes)}"
         report.add(f"{name}, memory", PROBLEM, f"{free}, and {needs}: make room there")
     else:

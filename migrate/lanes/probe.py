@@ -41,6 +41,13 @@ async def greet(lane: LaneConnection, terms: Terms, *further: str) -> Hello:
     return theirs
 
 
+def free_bytes_of(host: Host) -> int | None:
+    """Return the memory that new guests can have at a host; ``None`` if its daemon could not find
+    that out, for the reason in ``host.problem``.
+    """
+    return None if host.problem and not host.free_bytes else host.free_bytes
+
+
 async def host_of(lane: LaneConnection) -> Host:
     """Receive the answer to :func:`greet`.  Raises :class:`MigrationError`."""
     with trio.move_on_after(CONNECT_TIMEOUT_S):

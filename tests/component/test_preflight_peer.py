@@ -21,11 +21,13 @@ from migrate.errors import MigrationError, ProtocolError
 from migrate.lanes import accept
 from migrate.lanes.accept import AwaitedLanes, Reception
 from migrate.lanes.connection import Terms
+from migrate.lanes.probe import free_bytes_of
 from migrate.lanes.tls import Tls
 from migrate.protocol import messages as m
 from migrate.protocol.messages import Hello
 from migrate.service.config import Config, NetworkConfig, TlsConfig
 from migrate.xl import VARIABLE
+from sender.guests import room_at
 from tests.support.certificates import ANOTHER, HOST, files
 
 __all__ = ["files"]
@@ -200,6 +202,24 @@ async def test_what_the_host_there_lacks() -> None:
     )
     result, text = found[f"{HOST}, sender"]
     assert result == NOTE and "set listen in [sender] there" in text
+
+
+async def test_free_memory_that_the_host_there_has_not_found_out_is_not_0() -> None:
+    answer = m.Host("xen: Permission denied", "none", 0, "")
+    async with listening(None, answer) as port:
+        found = await look(port, guest_bytes=2 * GIB)
+        with pytest.raises(MigrationError, match=r"^127.0.0.1:\d+: xen: Permission denied$"):
+            await room_at((HOST, port), Terms())
+    assert found[f"{HOST}, paging"] == (PROBLEM, answer.problem)
+    assert f"{HOST}, memory" not in found
+    assert free_bytes_of(answer) is None
+
+
+async def test_a_host_without_paging_has_room_for_precopy() -> None:
+    answer = m.Host("this hypervisor is built without memory paging: x", "none", GIB, "")
+    async with listening(None, answer) as port:
+        assert (await room_at((HOST, port), Terms()))["free_bytes"] == GIB
+    assert free_bytes_of(m.Host("", "native", 0, "")) == 0
 
 
 async def test_a_sender_that_cannot_be_reached() -> None:

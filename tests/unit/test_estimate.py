@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from migrate.cli.estimate import lines
 from migrate.options import MigrationOptions, OnTimeout, PolicyOptions, Strategy
 from sender.estimate import SWITCHOVER_S, Expected, Measured, expect, recommend
 from sender.policy import Decision
@@ -255,3 +256,21 @@ def test_no_strategy_is_much_better_than_the_best(measured: Measured) -> None:
     shortest = min(one.freeze_s for one in found)
     within = best.freeze_s * 1000 <= PolicyOptions.downtime_target_ms
     assert within or best.freeze_s <= max(shortest * 1.1, shortest + 0.001) * 1.0001
+
+
+@pytest.mark.parametrize(
+    ("free_bytes", "text"), [(0, "0 B are free there"), (None, "what is free there is unknown")]
+)
+def test_memory_that_the_destination_has_not_found_out_is_unknown(
+    free_bytes: int | None, text: str
+) -> None:
+    measured = {
+        "memory_bytes": 2**30, "content_share": 1.0, "dirtied": [[1.0, 5]], "bytes_per_s": 1e9,
+        "page_us": 90, "encrypted": True, "free_bytes": free_bytes,
+    }  # fmt: skip
+    found = {
+        "domain": "web", "destination": "there:8013", "measured": measured, "devices": "",
+        "strategies": {}, "recommended": None,
+    }  # fmt: skip
+    shown = list(lines(found))
+    assert shown[1].split(None, 1)[1] == f"1.0 GiB, 0% of it zero; {text}"
