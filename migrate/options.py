@@ -187,6 +187,11 @@ def changed(options: MigrationOptions, values: dict[str, Any]) -> MigrationOptio
             raise MigrationError(f"{name} cannot be changed while a migration runs; {known} can")
     own = {one.name for one in dataclasses.fields(MigrationOptions)}
     policy = _with_policy(options.policy, {k: v for k, v in values.items() if k not in own})
+    if "on_timeout" in values and policy.timeout_s is None:
+        raise MigrationError(
+            f"--on-timeout {policy.on_timeout.value}: only with --timeout, because there is no "
+            "time limit"
+        )
     return dataclasses.replace(
         options, policy=policy, **{k: v for k, v in values.items() if k in own}
     )

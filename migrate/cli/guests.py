@@ -109,7 +109,9 @@ def guest_spec(
     write_share: float, rate: int | None, stride: int, image: str | None, zero_share: float,
     balloon: int, balloon_back: bool, mmio_hole: int, seed: int,
 ) -> GuestSpec:  # fmt: skip
-    """Raises :class:`GuestOptionError`."""
+    """Raises :class:`GuestOptionError`, and ``UsageError`` for options that need another one."""
+    if balloon_back and not balloon:
+        raise click.UsageError("--balloon-back: only with --balloon")
     if image is not None:
         image = str(absolute(image))
         memory = memory or image_bytes(image)

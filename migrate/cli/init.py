@@ -126,6 +126,11 @@ def init_command(
     with its name alone.  Files that exist are not replaced without --force.
     """
     _check_different(hosts)
+    if renew and force:
+        raise click.UsageError(
+            "--renew and --force: one of them; --renew leaves the configurations as they are, and "
+            "--force replaces all files"
+        )
     try:
         from migrate.cli.authority import Authority
     except ImportError as error:

@@ -70,6 +70,9 @@ def loopback_command(json_path: Path | None, report_path: Path | None, **options
     names = [option.field for option in STRATEGY_OPTIONS if option.field in options]
     strategy = {name: options.pop(name) for name in names}
     request = migration_request(**strategy)
+    if json_path is not None and json_path == report_path:
+        where = "standard output" if json_path == STDOUT else str(json_path)
+        raise click.UsageError(f"--json and --report would both write to {where}")
     spec = guest_spec(GUEST, **options)
     check_memory(spec)
     if report_path is not None:

@@ -411,8 +411,6 @@ def migration_request(
     """The part of a ``migrate`` request that the strategy options make."""
     if checkpoint_every is not None and not protect:
         raise click.UsageError(f"--checkpoint-every {checkpoint_every:g}: only with --protect")
-    if changeable["on_timeout"] is not None and not changeable["timeout_s"]:
-        raise click.UsageError(f"--on-timeout {changeable['on_timeout']}: only with --timeout")
     try:
         options = dataclasses.replace(
             changed(MigrationOptions(), values_of(changeable)),

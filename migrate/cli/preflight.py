@@ -80,6 +80,10 @@ def preflight_command(
         return
     if ssh:
         raise click.UsageError("--ssh: only with --peer")
+    if config_path is not None and domain is not None:
+        raise click.UsageError(
+            "--config: not for DOMAIN, except with --peer: a guest here needs no configuration"
+        )
     found = _this_host(config_path, simulated) if domain is None else _guest(domain, simulated)
     _show(found, as_json=as_json)
 

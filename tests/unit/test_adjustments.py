@@ -105,6 +105,20 @@ def test_an_option_that_cannot_be_changed_is_named_with_those_that_can() -> None
         changed(MigrationOptions(), {"strategy": "precopy"})
 
 
+def test_what_follows_a_time_limit_is_not_changed_without_one() -> None:
+    limited = MigrationOptions(policy=PolicyOptions(timeout_s=5.0))
+    assert changed(limited, {"on_timeout": "cancel"}).policy.on_timeout is OnTimeout.CANCEL
+    for options, values in (
+        (MigrationOptions(), {"on_timeout": "cancel"}),
+        (limited, {"on_timeout": "cancel", "timeout_s": None}),
+    ):
+        with pytest.raises(MigrationError, match=r"^--on-timeout cancel: only with --timeout"):
+            changed(options, values)
+    # The limit may be removed from a migration that has an --on-timeout.
+    unlimited = changed(changed(limited, {"on_timeout": "cancel"}), {"timeout_s": None})
+    assert unlimited.policy.timeout_s is None
+
+
 def test_a_changed_value_is_held_to_the_limits_of_a_new_migration() -> None:
     for values, what in {
         ("max_rounds", 0): "--max-rounds 0",
