@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -34,7 +36,9 @@ def restart_idle_command(as_json: bool) -> None:
     as between the upgrade of a host and its restart, no daemon is restarted.
     """
     if problem := release.mismatch():
-        echo(f"no daemon was restarted, and each still runs its earlier release: {problem}")
+        text = f"no daemon was restarted, and each still runs its earlier release: {problem}"
+        facts = [_facts(unit, problem=problem) for unit in DAEMONS]
+        echo("\n".join(map(json.dumps, facts)) if as_json else text)
         return
     if not SYSTEMD.is_dir():  # as sd_booted(3) looks
         raise MigrationError("this host does not run systemd: restart its daemons by hand")
@@ -56,8 +60,15 @@ def restart_idle_command(as_json: bool) -> None:
         restarts = not guests and not problem
         if restarts and _systemctl("restart", unit):
             raise MigrationError(f"{unit} was not restarted: see systemctl status {unit}")
-        facts = {"unit": unit, "restarted": restarts, "guests": guests, "problem": problem}
-        echo(json.dumps(facts) if as_json else text)
+        found = _facts(unit, restarted=restarts, guests=guests, problem=problem)
+        echo(json.dumps(found) if as_json else text)
+
+
+def _facts(
+    unit: str, *, restarted: bool = False, guests: Sequence[str] = (), problem: str = ""
+) -> dict[str, Any]:
+    """Return what has become of a unit, as JSON."""
+    return {"unit": unit, "restarted": restarted, "guests": [*guests], "problem": problem}
 
 
 def guests_of(path: Path) -> list[str]:

@@ -6,6 +6,7 @@ happens if they differ.
 from __future__ import annotations
 
 import errno
+import json
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,8 @@ def test_a_daemon_that_works_is_not_restarted_for_another_xen(
     restart.restart_idle_command.main([], standalone_mode=False)
     told = capsys.readouterr().out
     assert "no daemon was restarted" in told and "restart the host with Xen 4.20" in told
+    restart.restart_idle_command.main(["--json"], standalone_mode=False)
+    found = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
+    assert [one.pop("unit") for one in found] == [*restart.DAEMONS]
+    assert all("restart the host with Xen 4.20" in one.pop("problem") for one in found)
+    assert found == [{"restarted": False, "guests": []}] * 2
