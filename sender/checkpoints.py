@@ -36,6 +36,7 @@ from migrate.protocol import frames
 from migrate.protocol import messages as m
 from migrate.protocol.frames import FrameDecoder
 from migrate.protocol.pfns import batches_of
+from migrate.service.files import create_anew
 from migrate.service.journal import remove
 from migrate.units import human_bytes
 from sender.source_pages import announce, present
@@ -141,9 +142,7 @@ class CheckpointStore:
         afterwards.
         """
         if self._new is None:  # guest memory, which no other user may read
-            self._new = os.fdopen(
-                os.open(self._new_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb"
-            )
+            self._new = os.fdopen(create_anew(self._new_path), "wb")
         left, size = _room(self._new_path)
         if left - len(payload) < (margin := min(MARGIN_BYTES, size // MARGIN_SHARE)):
             raise OSError(

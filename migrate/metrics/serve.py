@@ -23,6 +23,7 @@ from migrate.errors import MigrationError
 from migrate.logs import Complaint
 from migrate.metrics.table import Json, Snapshot, Totals
 from migrate.service.config import ConfigError, MetricsConfig
+from migrate.service.files import create_anew
 from migrate.service.history import History
 from migrate.service.lifecycle import serve_connections
 from migrate.tasks import in_abandoned_thread, isolated
@@ -35,7 +36,9 @@ REQUEST_S, ANSWER_S = 5.0, 10.0
 """How long a client may take to send its request, and to receive the answer."""
 MOST_OF_A_REQUEST = 16 * 1024
 AGAIN_S = 0.1
-"""How long a file waits for the end of a guest's downtime."""
+"""The pause between two looks at whether a guest's downtime has ended."""
+PATIENCE_S = 1.0
+"""How long a file waits for the end of guests' downtimes."""
 MISSING = (
     "[metrics]: the Python module prometheus_client is not installed (Debian: "
     "python3-prometheus-client)"
@@ -151,10 +154,7 @@ class Metrics:
         """
         try:
             while True:
-                snapshot = await self._snapshot()
-                if any(shown["phase"] == "switchover" for shown in snapshot.under_way):
-                    await trio.sleep(AGAIN_S)
-                    continue
+                snapshot = await self._snapshot_between_downtimes()
                 try:
                     await in_abandoned_thread(self._write, path, snapshot)
                 except Exception as error:
@@ -165,12 +165,25 @@ class Metrics:
             with limit, suppress(OSError):
                 await in_abandoned_thread(path.unlink)
 
+    async def _snapshot_between_downtimes(self) -> Snapshot:
+        """Return a snapshot of an instant at which no guest is suspended, or the last one if some
+        guest is for :data:`PATIENCE_S`.
+        """
+        ends_at = trio.current_time() + PATIENCE_S
+        while True:
+            snapshot = await self._snapshot()
+            is_quiet = all(shown["phase"] != "switchover" for shown in snapshot.under_way)
+            if is_quiet or trio.current_time() >= ends_at:
+                return snapshot
+            await trio.sleep(AGAIN_S)
+
     def _write(self, path: Path, snapshot: Snapshot) -> None:
         """Replace the file.  Raises ``OSError``."""
         new = path.with_suffix(".new")  # node_exporter reads names that end with .prom
         text = self._exposition.as_text(snapshot)
+        descriptor = create_anew(new)  # the folder may be another user's
         try:
-            with open(new, "wb") as file:
+            with open(descriptor, "wb") as file:
                 os.fchmod(file.fileno(), 0o644)  # node_exporter is another user
                 file.write(text)
             new.rename(path)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How files are opened that somebody else may have put there: a FIFO or a device in the place of a
-file must not stop a daemon.
+"""How files are opened and made where somebody else may have put something: a FIFO or a device in
+the place of a file must not stop a daemon, and a link must not lead it to another file.
 """
 
 from __future__ import annotations
@@ -29,3 +29,12 @@ def open_regular(path: Path) -> BinaryIO:
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def create_anew(path: Path) -> int:
+    """Make a file that only its owner may read, and return a descriptor to write it.  What is in
+    its place is removed, and never opened.  The writes append.  Raises ``OSError``.
+    """
+    path.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_APPEND | os.O_CLOEXEC
+    return os.open(path, flags, 0o600)

@@ -33,7 +33,7 @@ import trio
 from migrate import __version__
 from migrate.errors import MigrationError
 from migrate.logs import Complaint
-from migrate.service.files import open_regular
+from migrate.service.files import create_anew, open_regular
 from migrate.service.journal import Kept
 from migrate.service.lifecycle import Named, ended, find_migration
 from migrate.service.records import Records
@@ -284,8 +284,8 @@ class History:
                 newest.pop()
                 break
         new = self._path.with_suffix(".new")
+        file = create_anew(new)
         try:
-            file = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             try:
                 _write_all(file, b"".join(reversed(newest)))
                 os.fsync(file)  # otherwise the file may be empty after a crash of the host

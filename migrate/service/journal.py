@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from migrate.errors import MigrationError, OccupiedError
+from migrate.service.files import create_anew
 
 log = logging.getLogger(__name__)
 
@@ -322,8 +323,7 @@ def _make(path: Path, entry: bytes) -> int:
     Returns a descriptor for the entries that follow.  Raises ``OSError``.
     """
     new = path.with_suffix(NEW_SUFFIX)
-    # Nobody else may read the key of the session.
-    file = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    file = create_anew(new)  # nobody else may read the key of the session
     try:
         if os.write(file, entry) < len(entry):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

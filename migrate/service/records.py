@@ -11,7 +11,6 @@ import contextlib
 import gzip
 import json
 import logging
-import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 from migrate.protocol.session import is_session_id
 from migrate.service.encoding import encoded, is_nested
-from migrate.service.files import open_regular
+from migrate.service.files import create_anew, open_regular
 from migrate.service.record import FORMAT
 
 log = logging.getLogger(__name__)
@@ -60,9 +59,9 @@ class Records:
             return
         path = self._path(migration_id)
         new = path.with_suffix(NEW_SUFFIX)
+        descriptor = create_anew(new)
         try:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-            with open(os.open(new, flags, 0o600), "wb") as file:
+            with open(descriptor, "wb") as file:
                 file.write(data)
             new.rename(path)
         except BaseException:

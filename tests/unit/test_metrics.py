@@ -220,7 +220,7 @@ def test_the_dashboard_is_one_that_grafana_9_imports() -> None:
     assert board["schemaVersion"] >= 36 and board["id"] is None and board["uid"] and board["title"]
     variables = {one["name"] for one in board["templating"]["list"]}
     assert set(re.findall(r"\$\{?([a-z]\w*)", DASHBOARD.read_text())) <= variables
-    panels = board["panels"]
+    panels, source = board["panels"], {"type": "prometheus", "uid": "${datasource}"}
     assert len({panel["id"] for panel in panels}) == len(panels)
     taken: set[tuple[int, int]] = set()
     for panel in panels:
@@ -236,14 +236,7 @@ def test_the_dashboard_is_one_that_grafana_9_imports() -> None:
         ids = [target["refId"] for target in panel["targets"]]
         assert ids and len(set(ids)) == len(ids)
         for target in panel["targets"]:
-            assert (
-                target["datasource"]
-                == panel["datasource"]
-                == {
-                    "type": "prometheus",
-                    "uid": "${datasource}",
-                }
-            )
+            assert target["datasource"] == panel["datasource"] == source
 
 
 # ---- HTTP ----
@@ -380,10 +373,33 @@ async def test_a_file_is_renewed_and_removed_at_the_end(tmp_path: Path, end: str
     assert list(tmp_path.glob("xen-postcopy*")) == []
 
 
+async def test_a_file_is_not_written_through_what_lies_in_its_place(
+    nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    """The folder may be that of another user, and the daemon is root."""
+    other = tmp_path / "other"
+    other.write_bytes(b"theirs")
+    (tmp_path / "xen-postcopy-sender.new").symlink_to(other)
+    await served(nursery, Daemon(tmp_path), MetricsConfig(textfiles=str(tmp_path)))
+    await until_written(tmp_path / "xen-postcopy-sender.prom", b"xen_postcopy_")
+    assert other.read_bytes() == b"theirs"
+
+
+async def test_a_guest_that_is_suspended_for_long_delays_the_file_only(
+    nursery: trio.Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "PATIENCE_S", 0.0)
+    daemon = Daemon(tmp_path)
+    daemon.migrations = [shown("sender", phase="switchover")]
+    await served(nursery, daemon, MetricsConfig(textfiles=str(tmp_path)))
+    await until_written(tmp_path / "xen-postcopy-sender.prom", b'domain="web"')
+
+
 async def test_nothing_is_written_while_a_guest_is_suspended(
     nursery: trio.Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(serve, "AGAIN_S", 0.001)
+    monkeypatch.setattr(serve, "PATIENCE_S", WAIT_S)
     daemon, looks = Daemon(tmp_path), list[int]()
     snapshots = daemon.snapshots
 
