@@ -4,24 +4,30 @@
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
 from migrate.cli.evacuate import run
+from migrate.cli.evacuate.command import planned
 from migrate.cli.evacuate.display import EvacuationDisplay
-from migrate.cli.evacuate.planner import MOST_ABSENCES, PATIENCE_S, Ask, Measure, Step
+from migrate.cli.evacuate.planner import MOST_ABSENCES, PATIENCE_S, Ask, Measure, Planner, Step
 from migrate.cli.evacuate.run import Evacuation, Sender
 from migrate.cli.evacuate.shown import head, obstacles
+from migrate.control.server import ControlConnection, serve
 from migrate.errors import (
     DaemonGoneError,
     MigrationError,
     SilentDaemonError,
     UnattendedMigrationError,
 )
+from migrate.tasks import task_group
 from tests.support.evacuations import GIB, Played, estimate, here, line, named
+from tests.support.waiting import WAIT_S
 
 
 def test_a_guest_that_cannot_go_is_known_before_anything_moves() -> None:
@@ -316,3 +322,73 @@ def test_a_sender_that_ends_in_each_answer_ends_the_evacuation(
     monkeypatch.setattr(run, "SILENCE_S", -1.0)
     with pytest.raises(UnattendedMigrationError, match="guests are under way: guest1; start it"):
         evacuation.look()
+
+
+# ---- a guest that does not arrive ----
+INCOMING = here(1, problem="guest1 has a pager, and 5 of its pages are not here", passes=True)
+
+
+async def first_look(tmp_path: Path, *incoming: dict[str, Any]) -> Planner:
+    """Return a planner of guest 1, which arrives, with the migrations of the receiver here."""
+
+    async def answer(request: dict[str, Any], connection: ControlConnection) -> None:
+        match request["command"]:
+            case "guests":
+                await connection.answer("result", guests=[INCOMING], named={})
+            case "room":
+                await connection.answer("result", free_bytes=100 * GIB)
+            case "list":
+                await connection.answer("result", migrations=[])
+
+    async def answer_of_receiver(_request: dict[str, Any], connection: ControlConnection) -> None:
+        await connection.answer("result", migrations=[*incoming])
+
+    def plan() -> Planner:
+        sender = Sender(tmp_path / "sender.sock")
+        return planned(sender, {"there": None}, (), parallel=2)
+
+    with trio.fail_after(WAIT_S):
+        async with task_group() as tasks:
+            await tasks.start(serve, tmp_path / "sender.sock", answer)
+            if incoming:
+                await tasks.start(serve, tmp_path / "receiver.sock", answer_of_receiver)
+            found = await trio.to_thread.run_sync(plan)
+            tasks.cancel_scope.cancel()
+    return found
+
+
+def arriving(phase: str, since_s: float = 0.0, **more: Any) -> dict[str, Any]:
+    """Return what a receiver lists of the migration that brings guest 1."""
+    began = {"phase": phase, "at": time.time() - since_s}
+    return {"domid": 1, "phase": phase, "problem": "the reason", "phases": [began], **more}
+
+
+@pytest.mark.parametrize(
+    ("phase", "since_s"), [("lost", 0), ("held", 0), ("in doubt", 3600), ("interrupted", 3600)]
+)
+async def test_a_guest_whose_memory_does_not_arrive_any_more_is_not_waited_for(
+    tmp_path: Path, phase: str, since_s: float
+) -> None:
+    others = [{"domid": None, "phase": "", "problem": ""}, arriving("completed", domid=2)]
+    planner = await first_look(tmp_path, *others, arriving(phase, since_s))
+    (guest,) = planner.of(Step.FAILED)
+    assert guest.problem == (
+        f"the migration that brings it to this host is {phase}: see `xen-postcopy list`"
+    )
+    assert planner.is_over
+
+
+@pytest.mark.parametrize(
+    "incoming",
+    [
+        [], [arriving("postcopy")], [arriving("in doubt")], [arriving("interrupted")],
+        [arriving("lost", domid=7)], [{"phase": "lost", "problem": "of an earlier release"}],
+    ],
+    ids=["no receiver", "postcopy", "in doubt", "interrupted", "another", "an earlier release"],
+)  # fmt: skip
+async def test_a_guest_whose_memory_may_still_arrive_is_waited_for(
+    tmp_path: Path, incoming: list[dict[str, Any]]
+) -> None:
+    planner = await first_look(tmp_path, *incoming)
+    (guest,) = planner.of(Step.ARRIVES)
+    assert guest.problem == INCOMING["problem"] and not planner.is_over

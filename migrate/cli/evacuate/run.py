@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from migrate.cli.evacuate.planner import (
     SetShare,
     Step,
 )
-from migrate.control.client import ANSWER_S, ControlClient
+from migrate.control.client import ANSWER_S, ControlClient, receiver_socket
 from migrate.errors import (
     DaemonGoneError,
     MigrationError,
@@ -48,7 +49,30 @@ SILENCE_S = 60.0
 """How long the sender may leave requests unanswered: a host with many guests may be slow, and a
 sender that is killed ends in the middle of an answer.
 """
+RECEIVER_S = 1.0
+"""How long the local receiver may take for its answer."""
+NOT_ARRIVING_S = {"lost": 0.0, "held": 0.0, "in doubt": 300.0, "interrupted": 300.0}
+"""The phases of incoming migrations in which no memory arrives, and after how long in such a phase
+a guest is not waited for any more: a link that was lost may come back.
+"""
 Json = dict[str, Any]
+
+
+def not_arriving(incoming: Sequence[Json], now: float) -> dict[int, str]:
+    """Return why guests do not arrive at this host any more, by their domains.  ``incoming``: what
+    the receiver lists; ``now``: seconds since 1970.
+    """
+    found = {}
+    for line in incoming:
+        # A receiver of an earlier release has neither the domain nor the phases so far.
+        domid, phase = line.get("domid"), line["phase"]
+        began = [one["at"] for one in line.get("phases", ()) if one["phase"] == phase]
+        since = began[-1] if began else now
+        if domid is not None and now - since >= NOT_ARRIVING_S.get(phase, math.inf):
+            found[domid] = (
+                f"the migration that brings it to this host is {phase}: see `xen-postcopy list`"
+            )
+    return found
 
 
 def _raise(error: Exception) -> None:
@@ -57,7 +81,7 @@ def _raise(error: Exception) -> None:
 
 @dataclass(frozen=True)
 class Sender:
-    """The local sender."""
+    """The local sender, whose control socket is at ``path``."""
 
     path: Path
 
@@ -67,7 +91,28 @@ class Sender:
             return client.call(**request)
 
     def guests(self, names: tuple[str, ...] = ()) -> Json:
-        return self.call(command="guests", names=names)
+        """Return the guests of this host.  The problem of one whose memory is to arrive does not
+        pass if the receiver of this host shows that nothing arrives.
+        """
+        answer = self.call(command="guests", names=names)
+        arriving = [one for one in answer["guests"] if one["passes"]]
+        why = not_arriving(self._incoming(), time.time()) if arriving else {}
+        for one in arriving:
+            if one["domid"] in why:
+                one["passes"], one["problem"] = False, why[one["domid"]]
+        return answer
+
+    def _incoming(self) -> list[Json]:
+        """Return what the receiver lists whose control socket is beside the sender's; nothing if it
+        does not answer.
+        """
+        path = self.path.with_name(Path(receiver_socket()).name)
+        try:
+            with ControlClient(path, answer_s=RECEIVER_S) as client:
+                found: list[Json] = client.call(command="list")["migrations"]
+                return found
+        except MigrationError:
+            return []
 
     def migrations(self, *, of_predecessors: bool = False) -> list[Json]:
         """Return the migrations that leave this host, the oldest first."""
