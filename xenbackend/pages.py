@@ -54,7 +54,9 @@ class MappedPages:
 class NativePages:
     """Addresses of the calls by which native code looks at one page of a domain and loads one page.
 
-    The addresses are valid for as long as the ``Domain`` is open.
+    The addresses are valid for as long as the ``Domain`` is open.  Each call of
+    ``Domain.native_pages`` returns the same addresses, because the keeper has those of an earlier
+    call.
 
     ``look`` is ``int (void *domain, uint64_t pfn, const void **page)`` and returns a
     :class:`PageStatus`.  A DATA page can be read at ``*page`` until ``looked`` is called.

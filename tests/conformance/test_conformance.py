@@ -1104,12 +1104,14 @@ def test_a_keeper_ends_with_the_handle(lab: Lab, tmp_path: Path) -> None:
 
 
 def test_a_keeper_that_is_killed_alone_is_replaced(lab: Lab, tmp_path: Path) -> None:
+    """The next keeper uses the addresses that the first one was started with."""
     domain = lab.incoming()
     domain.populate(span(0, 4))
     domain.write_pages(span(0, 4), b"".join(page(i) for i in range(4)))
     domain.hold(span(0, 4))
-    path = tmp_path / "keeper"
+    path, addresses = tmp_path / "keeper", domain.native_pages()
     domain.keep(path)
+    assert domain.native_pages() == domain.native_pages() == addresses
     for _ in range(2):
         (killed,) = keepers(os.getpid())
         os.kill(killed, signal.SIGKILL)

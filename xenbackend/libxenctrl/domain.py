@@ -83,6 +83,7 @@ class XenDomain(Domain):
             nr_pfns = int(out[0])
         self.nr_pfns = nr_pfns
         self._held: HeldPages | None = None
+        self._native = ffi.new("struct xen_domain *", [self._xen, domid])  # for native_pages()
         self._keeper: Keeper | None = None
         self._pager: Any = None
         self._ring: XenPagingRing
@@ -474,13 +475,10 @@ class XenDomain(Domain):
 
     def native_pages(self) -> NativePages:
         held = ffi.NULL if self._held is None else self._held.native
-        self._native = ffi.new("struct xen_domain *", [self._xen, self.domid, self._ring_pfn, held])
-        calls = (
-            ffi.addressof(lib, name) for name in ("xen_look_at", "xen_looked_at", "xen_load_at")
-        )
-        return NativePages(
-            *(int(ffi.cast("uintptr_t", pointer)) for pointer in (self._native, *calls))
-        )
+        self._native.ring_gfn, self._native.held = self._ring_pfn, held
+        names = ("xen_look_at", "xen_looked_at", "xen_load_at")
+        pointers = (self._native, *(ffi.addressof(lib, name) for name in names))
+        return NativePages(*(int(ffi.cast("uintptr_t", pointer)) for pointer in pointers))
 
     @staticmethod
     def _pages(pages: Buffer | None, count: int) -> Any:
