@@ -11,6 +11,7 @@ import functools
 import json
 import logging
 import time
+from collections.abc import Awaitable, Callable
 
 import trio
 
@@ -121,20 +122,11 @@ async def finish(switchover: Switchover) -> m.Message | None:
     context, guest = switchover.context, switchover.guest
     entry = context.entry
     await in_thread(context.ownership.enter, State.FINISHING)
+    if switchover.checkpoints is not None:
+        resume = functools.partial(in_thread, switchover.checkpoints.resume_if_suspended)
+        await _repeat(context, resume, "the guest cannot be resumed after its last checkpoint")
     await in_thread(_note_stop, context)
-    while True:
-        try:
-            await switchover.pager.finish()
-            break
-        except NoSuchDomainError:  # the guest has ended since
-            break
-        except XenError as error:
-            context.progress.problem = (
-                f"all memory has arrived, but the ring cannot be given up: {error}; trying again"
-            )
-            log.error("%s: %s", context.name, context.progress.problem)
-            await trio.sleep(LAST_START_AGAIN_S)
-    context.progress.problem = ""
+    await _repeat(context, switchover.pager.finish, "the ring cannot be given up")
     await in_thread(functools.partial(entry.stopped.unlink, missing_ok=True))
     with contextlib.suppress(NoSuchDomainError):
         await in_thread(guest.domain.reserve, 0)
@@ -148,6 +140,23 @@ async def finish(switchover: Switchover) -> m.Message | None:
     await in_thread(context.holdings.release)
     log.info("%s completed", context.name)
     return None if switchover.settled else complete_message(context.statistics)
+
+
+async def _repeat(context: Context, step: Callable[[], Awaitable[object]], problem: str) -> None:
+    """Do a step until it succeeds, or until the guest has ended."""
+    while True:
+        try:
+            await step()
+            break
+        except NoSuchDomainError:
+            break
+        except XenError as error:
+            context.progress.problem = (
+                f"all memory has arrived, but {problem}: {error}; trying again"
+            )
+            log.error("%s: %s", context.name, context.progress.problem)
+            await trio.sleep(LAST_START_AGAIN_S)
+    context.progress.problem = ""
 
 
 def _note_stop(context: Context) -> None:

@@ -21,8 +21,9 @@ from migrate.lanes.dial import DialledLanes
 from migrate.options import Strategy
 from migrate.protocol import messages as m
 from migrate.service.journal import Journal
-from receiver import checkpoints, switchover
+from receiver import checkpoints, postcopy, switchover
 from receiver.checkpoints import Checkpoints, Room
+from receiver.ownership import State
 from sender import checkpoints as sender_checkpoints
 from sender import rollback as sender_rollback
 from sender.checkpoints import CheckpointStore
@@ -288,6 +289,30 @@ async def test_a_guest_that_takes_its_time_to_suspend_is_asked_again(
     await protected(clean_hosts, busy(name), dies_after(1, clean_hosts))
     assert len(refusals) == 2
     assert verified_at_source(clean_hosts.source, busy(name)).problems == []
+
+
+async def test_a_guest_that_cannot_be_resumed_yet_when_all_has_come_is_resumed_later(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
+    """Found by chaos: the migration was completed, and its guest stayed suspended."""
+    resume, failed, outcomes = SimulatedDomain.resume, list[Domain](), list[Outcome]()
+
+    def refuse(self: SimulatedDomain) -> None:
+        if self._host is not clean_hosts.source and len(failed) < 3:
+            if outcomes[0].incoming.requests.context.is_in(State.FINISHING):
+                failed.append(self)
+            raise XenError("resume", errno.EBUSY)
+        resume(self)
+
+    async def meanwhile(outcome: Outcome, _link: Link) -> None:
+        outcomes.append(outcome)
+
+    monkeypatch.setattr(SimulatedDomain, "resume", refuse)
+    monkeypatch.setattr(postcopy, "LAST_START_AGAIN_S", 0.01)
+    outcome = await protected(clean_hosts, busy(name), meanwhile)
+    assert outcome.error is None and len(failed) == 3
+    assert outcome.incoming.phase == "completed" and outcome.incoming.progress.problem == ""
+    assert (await verification(clean_hosts, busy(name))).problems == []
 
 
 @pytest.mark.parametrize("link_lost", [True, False])
