@@ -314,11 +314,10 @@ class OutgoingMigration:
         """
         rollback, source = self.requests.rollback, self.context.source
         assert rollback is not None and source is not None
-        with trio.CancelScope(shield=True):
-            await in_thread(self.ownership.enter, decision)
-            settle = functools.partial(rollback.settle, error_of_decision(decision))
-            await as_soon_as_threads_start(settle)
-            await self._close(source)
+        await in_thread(self.ownership.enter, decision)
+        settle = functools.partial(rollback.settle, error_of_decision(decision))
+        await as_soon_as_threads_start(settle)
+        await self._close(source)
 
     async def _close(self, source: Source) -> None:
         with trio.CancelScope(shield=True):

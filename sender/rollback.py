@@ -9,8 +9,9 @@ confirmed or until an operator decides (invariants 1 and 6).
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 
 import trio
 
@@ -30,7 +31,7 @@ from xenbackend.errors import NoSuchDomainError, XenError
 log = logging.getLogger(__name__)
 
 AGAIN_S = 5.0
-"""The pause between two attempts to return to a checkpoint, or to destroy the source."""
+"""The pause between two attempts to have the guest continue here, or to destroy the source."""
 ABORT_S = 2.0
 """How long sending ``abort`` to a connected destination may take."""
 
@@ -47,6 +48,8 @@ class Rollback:
         """
         self._has_ended = False
         """The guest has ended here, before the handover."""
+        self._shield = trio.CancelScope(shield=True)
+        """The scope in which the guest is left at this end; see :meth:`_pause`."""
         self._overruled = trio.Event()
         self._overruling = State.DECIDED_ELSEWHERE
         self._taken: State | MigrationError | None = None
@@ -156,12 +159,12 @@ class Rollback:
     # ---- the guest continues here ----
     async def _stay_here(self, error: BaseException) -> None:
         self._context.progress.problem = str(error)
-        with trio.CancelScope(shield=True):
-            reason = self._context.progress.problem = await in_thread(self._reason, error)
-            try:
+        try:
+            with trio.CancelScope(shield=True) as self._shield:
+                reason = self._context.progress.problem = await in_thread(self._reason, error)
                 await self._give_up(reason)
-            except GuestEndedError as otherwise:
-                await self._guest_ended(otherwise)
+        except GuestEndedError as otherwise:
+            await self._guest_ended(otherwise)
 
     def _reason(self, error: BaseException) -> str:
         """Return why the migration ends.  If the guest has ended here, each call about its domain
@@ -182,14 +185,15 @@ class Rollback:
         if self._ownership.peer_may_be_ready:
             context.last_message = abort
         await self._send_abort(abort)
-        with self._reported():
-            await trio.to_thread.run_sync(self._source.dirty_log.disable)
-        with self._reported():
-            if checkpoints is not None and await in_thread(self._is_to_go_back, checkpoints):
+        if checkpoints is not None and await in_thread(self._is_to_go_back, checkpoints):
+            with self._reported():
+                await trio.to_thread.run_sync(self._source.dirty_log.disable)
+            with self._reported():
                 await self._go_back(checkpoints)
-            else:
-                suspended = self._ownership.is_suspended
-                await context.toolstack.give_up(self._source.domain, reason, suspended=suspended)
+        else:
+            what = f"{reason}; the guest cannot continue here yet"
+            with self._reported():
+                await self._repeat(functools.partial(self._continue, reason), what)
         with self._reported():
             is_left = context.last_message is not None
             await in_thread(self.forget, State.GIVEN_UP if is_left else State.FAILED)
@@ -205,6 +209,48 @@ class Rollback:
             with trio.move_on_after(ABORT_S), contextlib.suppress(PeerClosedError):
                 await self._context.push.connection.send(abort)
         self._context.close_lanes()
+
+    async def _continue(self, reason: str) -> None:
+        """Undo what the migration has changed in the domain, and have the guest continue there.  An
+        error of the dirty log does not delay the guest.
+        """
+        suspended = self._ownership.is_suspended
+        try:
+            await trio.to_thread.run_sync(self._source.dirty_log.disable)
+        finally:
+            toolstack = self._context.toolstack
+            await toolstack.give_up(self._source.domain, reason, suspended=suspended)
+
+    async def _repeat(self, step: Callable[[], Awaitable[object]], what: str) -> None:
+        """Do a step until it succeeds.  After each error, ``what`` and the error are shown.
+
+        Raises :class:`NoSuchDomainError` if the domain is gone.
+        """
+        progress, before = self._context.progress, self._context.progress.problem
+        while True:
+            try:
+                await as_soon_as_threads_start(step)
+                break
+            except NoSuchDomainError:
+                progress.problem = before
+                raise
+            except XenError as error:
+                progress.problem = f"{what}: {error}; trying again"
+                log.error("%s: %s", self._context.name, progress.problem)
+                await self._pause(trio.sleep_forever)
+        progress.problem = before
+
+    async def _pause(self, wait: Callable[[], Awaitable[object]]) -> None:
+        """Wait for the next attempt, or until ``wait`` returns.  If this process ends meanwhile,
+        its successor makes the next attempt, by the entry in the journal.
+        """
+        shield = self._shield
+        shield.shield = False
+        try:
+            with trio.move_on_after(AGAIN_S):
+                await wait()
+        finally:
+            shield.shield = True
 
     def _is_to_go_back(self, checkpoints: CheckpointStore) -> bool:
         return self._context.entry.applied or not unreadable(checkpoints)
@@ -227,8 +273,7 @@ class Rollback:
                 )
                 log.error("%s: %s", context.name, context.progress.problem)
                 self.is_waiting = True
-                with trio.move_on_after(AGAIN_S):
-                    await self._overruled.wait()
+                await self._pause(self._overruled.wait)
                 if self._overruled.is_set() and await self._take_decision():
                     raise error_of_decision(self._ownership.state) from error
         self.is_waiting = False
@@ -275,21 +320,12 @@ class Rollback:
     # ---- the guest continues elsewhere, or nowhere ----
     async def destroy_source(self) -> None:
         """Destroy what is left of the guest here.  The attempt is repeated until it succeeds."""
-        context = self._context
-        while True:
-            try:
-                await as_soon_as_threads_start(self._destroy_restored)
-                await as_soon_as_threads_start(
-                    lambda: context.toolstack.finish(self._source.domain)
-                )
-                break
-            except NoSuchDomainError:  # another program has destroyed it
-                break
-            except XenError as error:
-                problem = f"the source cannot be destroyed: {error}; trying again"
-                context.progress.problem = problem
-                log.error("%s: %s", context.name, problem)
-                await trio.sleep(AGAIN_S)
+        with contextlib.suppress(NoSuchDomainError):  # another program has destroyed it
+            await self._repeat(self._destroy, "the source cannot be destroyed")
+
+    async def _destroy(self) -> None:
+        await self._destroy_restored()
+        await self._context.toolstack.finish(self._source.domain)
 
     async def _destroy_restored(self) -> None:
         """Destroy the domain that was made for a checkpoint, if the guest never ran in it."""

@@ -18,9 +18,9 @@ from receiver import context as receiver_context
 from receiver import recovery
 from receiver.pager import Pager
 from receiver.peer import Peer
-from sender import rollback as sender_rollback
 from tests.conftest import MIB
 from tests.support.daemons import check_whose_here
+from tests.support.failing import fails
 from tests.support.guests import goes_on_here_only
 from tests.support.inprocess import Outcome, migrate, verification
 from tests.support.links import Link, cut_when, until_cut
@@ -35,27 +35,10 @@ Patch = pytest.MonkeyPatch
 SLOW = MigrationOptions(Strategy.POSTCOPY, bandwidth_bytes_per_s=16 * MIB)
 
 
-def fails(patch: Patch, call: str, *, times: int) -> list[str]:
-    """Make the first calls fail.  Returns a list, to which the name of each failed call is
-    added.
-    """
-    original, failed = getattr(SimulatedDomain, call), list[str]()
-
-    def fail_first(self: SimulatedDomain, *arguments: Any, **options: Any) -> Any:
-        if len(failed) < times:
-            failed.append(call)
-            raise XenError(call, errno.EBUSY)
-        return original(self, *arguments, **options)
-
-    patch.setattr(SimulatedDomain, call, fail_first)
-    return failed
-
-
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: Patch) -> None:
     monkeypatch.setattr(receiver_context, "FIRST_START_AGAIN_S", 0.01)
     monkeypatch.setattr(receiver_context, "LAST_START_AGAIN_S", 0.02)
-    monkeypatch.setattr(sender_rollback, "AGAIN_S", 0.01)
 
 
 @pytest.mark.parametrize("strategy", [Strategy.POSTCOPY, Strategy.PRECOPY])
@@ -320,16 +303,6 @@ async def test_a_guest_whose_memory_has_all_come_is_paused_later(
     await migrate(clean_hosts, busy(name), meanwhile=meanwhile)
     assert len(failed) == 5
     await goes_on_here_only(clean_hosts, name)
-
-
-async def test_a_source_that_cannot_be_destroyed_yet_is_destroyed_later(
-    clean_hosts: World, name: str, monkeypatch: Patch
-) -> None:
-    failed = fails(monkeypatch, "destroy", times=3)
-    outcome = await migrate(clean_hosts, busy(name))
-    assert outcome.error is None and len(failed) == 3
-    assert outcome.migration.progress.problem == "" and clean_hosts.source.domains() == []
-    assert (await verification(clean_hosts, busy(name))).problems == []
 
 
 async def test_a_ring_that_cannot_be_given_up_yet_is_given_up_later(

@@ -386,6 +386,13 @@ class SimulatedDomain(Domain):
         finally:
             lib.sim_unmap_grant(self._map, pfn)
 
+    def refuse(self, *operations: str) -> None:
+        """Have these requests of other clients about the domain fail with EBUSY, and no others, as
+        calls of the real Xen may fail for a while.
+        """
+        client = self._host.client_id
+        self._host.call("refuse", domid=self.domid, client=client, operations=list(operations))
+
     def p2m_types(self, pfns: PfnArray) -> NDArray[np.uint8]:
         types = np.empty(len(pfns), dtype=np.uint8)
         if len(pfns):

@@ -124,6 +124,7 @@ class SimulatedHost:
                 return {"ok": {"client": client}}, []
             handler: Callable[..., Any] = getattr(self, f"op_{operation}")
             with self._lock:
+                self._check_refused(client, operation, request)
                 result = handler(**request)
             if callable(result):
                 result = result()
@@ -140,6 +141,11 @@ class SimulatedHost:
                 "errno": errno.ENOSYS,
                 "error": f"bad request: {error!r}",
             }, []
+
+    def _check_refused(self, client: int, operation: str, request: dict[str, Any]) -> None:
+        domain = self.domains.get(request.get("domid", -1))
+        if domain is not None and operation in domain.refused[1] and client != domain.refused[0]:
+            raise XenError(operation, errno.EBUSY)
 
     def _domain(self, domid: int) -> HostedDomain:
         domain = self.domains.get(domid)
@@ -309,6 +315,9 @@ class SimulatedHost:
     def op_rename(self, domid: int, name: str) -> None:
         domain = self._domain(domid)
         domain.config = dataclasses.replace(domain.config, name=name)
+
+    def op_refuse(self, domid: int, client: int, operations: list[str]) -> None:
+        self._domain(domid).refused = client, frozenset(operations)
 
     def op_suspend(self, domid: int) -> None:
         self._domain(domid).suspend()

@@ -43,6 +43,8 @@ class HostedDomain:
         self.suspended = False
         self.paused = 0
         """How often clients have paused the domain."""
+        self.refused: tuple[int, frozenset[str]] = 0, frozenset()
+        """Requests that fail, and the client that has asked for that and that may make them."""
         self.ring_fds: list[int] = []
         self.pager = 0
         """The client that serves the ring; 0 if there is none, or if it is gone."""

@@ -281,7 +281,8 @@ def _verified(trial: Trial, domain: SimulatedDomain, where: str) -> list[str]:
     gone = [report for report in trial.world.source.history() if report["name"] == trial.spec.name]
     came = where == "destination" and "onward" not in trial.again
     positions = [vcpu["count"] for vcpu in gone[-1]["vcpu"]] if gone and came else None
-    return verify(domain, trial.spec, source_positions=positions).problems
+    left = ["log-dirty is on"] if domain.log_dirty_is_on() else []
+    return [*left, *verify(domain, trial.spec, source_positions=positions).problems]
 
 
 def _check_outcome(trial: Trial, where: str) -> None:

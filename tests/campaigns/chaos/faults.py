@@ -365,6 +365,32 @@ async def use_memory_up(trial: Trial) -> None:
     await in_thread(limit, trial.spec.pages)
 
 
+REFUSED = (
+    "suspend", "resume", "log_dirty", "set_max_pages", "destroy", "start", "pause", "unpause",
+    "paging_disable",
+)  # fmt: skip
+"""Calls of Xen that may fail for a while, as requests of the simulated host."""
+
+
+async def refuse_calls(trial: Trial) -> None:
+    """Let calls of Xen about the guest fail for a while.  Some of these calls follow an error, so
+    the link may be cut as well.
+    """
+    host = trial.random.choice([trial.world.source, trial.world.destination])
+    calls = trial.random.sample(REFUSED, trial.random.choice([1, 4, len(REFUSED)]))
+    if host is trial.world.destination and "destroy" in calls:
+        calls.remove("destroy")  # what cannot be destroyed there is left to the next receiver
+    with contextlib.suppress(XenError):  # there may be no such domain, or no more
+        domain = await in_thread(host.open, trial.spec.name)
+        with domain:
+            await in_thread(domain.refuse, *calls)
+            if trial.random.random() < 0.5:
+                await trio.sleep(trial.random.uniform(0, 0.3))
+                trial.link.cut()
+            await trio.sleep(trial.random.uniform(0.1, 1))
+            await in_thread(domain.refuse)
+
+
 FAULTS = [
     Fault("sender killed", lambda trial: trial.kill("sender")),
     Fault("receiver killed", lambda trial: trial.kill("receiver")),
@@ -390,6 +416,7 @@ FAULTS = [
     Fault("pages busy", busy_pages, "guest"),
     Fault("memory used up", use_memory_up, "guest"),
     Fault("memory set", set_memory, "guest"),
+    Fault("calls refused", refuse_calls, "guest"),
     Fault("impostor", impostor, "guest"),
     Fault("guest destroyed", destroy_guest, "guest"),
     Fault("source destroyed", lose_source, "guest"),

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""At the source, a call on which a guest depends is tried again until it succeeds."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import trio
+
+from migrate.cli.world import World
+from migrate.errors import MigrationError
+from migrate.protocol import messages as m
+from sender import rollback as sender_rollback
+from sender import toolstack as sender_toolstack
+from sender.migration import OutgoingMigration
+from sender.ownership import State
+from sender.push import PushLane
+from tests.support.failing import fails
+from tests.support.guests import goes_on_here_only
+from tests.support.inprocess import Outcome, migrate, verification
+from tests.support.left import NoLanes
+from tests.support.links import Link, cut_when, until_cut
+from tests.support.protected import slow_guest as busy
+from tests.support.states import in_state
+from tests.support.waiting import until_async
+
+Patch = pytest.MonkeyPatch
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(sender_rollback, "AGAIN_S", 0.01)
+
+
+@pytest.mark.parametrize("call", ["resume", "log_dirty_disable", "rename"])
+async def test_a_guest_that_cannot_continue_here_yet_continues_later(
+    clean_hosts: World,
+    name: str,
+    monkeypatch: Patch,
+    caplog: pytest.LogCaptureFixture,
+    call: str,
+) -> None:
+    """The link is cut before the handover."""
+    links = cut_when(monkeypatch, PushLane, m.Context, before=True)
+    if call == "rename":  # as under xl, which has given the domain another name
+        resume = functools.partial(sender_toolstack._resume, name=name)
+        monkeypatch.setattr(sender_toolstack, "_resume", resume)
+    failed, limits = fails(monkeypatch, call, times=3), list[int]()
+
+    async def meanwhile(outcome: Outcome, link: Link) -> None:
+        limits.append(clean_hosts.source.open(name).reservation().max_pages)
+        await until_cut(links, link)
+
+    outcome = await migrate(clean_hosts, busy(name), meanwhile=meanwhile)
+    assert outcome.error is not None and outcome.migration.phase == "failed"
+    assert len(failed) == 3 and caplog.text.count("the guest cannot continue here yet: ") == 3
+    assert "trying again" not in outcome.migration.progress.problem
+    await goes_on_here_only(clean_hosts, name)
+    with clean_hosts.source.open(name) as guest:
+        assert not guest.log_dirty_is_on() and [guest.reservation().max_pages] == limits
+
+
+async def test_a_sender_that_ends_before_the_guest_continues_leaves_that_to_its_successor(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
+    failed = fails(monkeypatch, "resume", times=10**6)
+    rollback, context = in_state(clean_hosts, name, State.SUSPENDED, xl=False)
+    await trio.to_thread.run_sync(context.ownership.note)
+    with trio.fail_after(20):
+        async with trio.open_nursery() as sender:
+            sender.start_soon(rollback.settle, MigrationError("a reason"))
+            await until_async(lambda: len(failed) > 2)
+            sender.cancel_scope.cancel()
+    monkeypatch.undo()
+    facts = context.journal.entries()[context.id]
+    lanes: Any = NoLanes()
+    successor = OutgoingMigration.of_predecessor(
+        context.id, clean_hosts.source, lanes, context.journal, facts
+    )
+    with pytest.raises(MigrationError, match="the sender was ended in the middle"):
+        await successor.run()
+    await goes_on_here_only(clean_hosts, name)
+
+
+async def test_a_source_that_cannot_be_destroyed_yet_is_destroyed_later(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
+    failed = fails(monkeypatch, "destroy", times=3)
+    outcome = await migrate(clean_hosts, busy(name))
+    assert outcome.error is None and len(failed) == 3
+    assert outcome.migration.progress.problem == "" and clean_hosts.source.domains() == []
+    assert (await verification(clean_hosts, busy(name))).problems == []
