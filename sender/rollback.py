@@ -258,7 +258,8 @@ class Rollback:
     async def _go_back(self, checkpoints: CheckpointStore) -> None:
         """Return to the guest as it was at the last checkpoint, and try until that succeeds.
 
-        Raises :class:`GuestEndedError` if an operator decides otherwise after a failed attempt.
+        The old domain is destroyed then.  Raises :class:`GuestEndedError` if an operator decides
+        otherwise after a failed attempt.
         """
         context = self._context
         while True:
@@ -279,8 +280,11 @@ class Rollback:
         self.is_waiting = False
         self._waited.set()
         log.warning("%s continues here, as it was at the last checkpoint", context.name)
-        await context.toolstack.finish(self._source.domain)
-        self._source.domain, context.progress.problem = domain, RESCUED
+        old, self._source.domain, context.progress.problem = self._source.domain, domain, RESCUED
+        with contextlib.suppress(NoSuchDomainError):  # another program has destroyed it
+            destroy = functools.partial(context.toolstack.finish, old)
+            await self._repeat(destroy, f"{RESCUED}; its old domain cannot be destroyed")
+        await in_thread(old.close)
 
     def _new_domain(self) -> Domain:
         """Return the domain in which the guest will continue.  A guest keeps its UUID, so the

@@ -11,20 +11,24 @@ import trio
 
 from migrate.cli.world import World
 from migrate.errors import MigrationError
+from migrate.outcomes import RESCUED
 from migrate.protocol import messages as m
 from sender import rollback as sender_rollback
 from sender import toolstack as sender_toolstack
 from sender.migration import OutgoingMigration
 from sender.ownership import State
 from sender.push import PushLane
+from sender.toolstack import OwnToolstack
 from tests.support.failing import fails
 from tests.support.guests import goes_on_here_only
 from tests.support.inprocess import Outcome, migrate, verification
 from tests.support.left import NoLanes
 from tests.support.links import Link, cut_when, until_cut
+from tests.support.protected import dies_after, protected, verified_at_source
 from tests.support.protected import slow_guest as busy
 from tests.support.states import in_state
 from tests.support.waiting import until_async
+from xenbackend.contract import Domain, DomainState
 
 Patch = pytest.MonkeyPatch
 
@@ -82,6 +86,29 @@ async def test_a_sender_that_ends_before_the_guest_continues_leaves_that_to_its_
     with pytest.raises(MigrationError, match="the sender was ended in the middle"):
         await successor.run()
     await goes_on_here_only(clean_hosts, name)
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["", "destroyed by another program"])
+async def test_the_old_domain_of_a_guest_that_is_back_at_a_checkpoint_is_destroyed_later(
+    clean_hosts: World, name: str, monkeypatch: Patch, gone: bool
+) -> None:
+    spec, failed, finish = busy(name), list[str](), OwnToolstack.finish
+
+    async def finish_later(self: OwnToolstack, domain: Domain) -> None:
+        nonlocal failed
+        if gone:
+            domain.destroy()
+        elif not failed:
+            failed = fails(monkeypatch, "destroy", times=3)
+        await finish(self, domain)
+
+    monkeypatch.setattr(OwnToolstack, "finish", finish_later)
+    outcome = await protected(clean_hosts, spec, dies_after(1, clean_hosts))
+    assert len(failed) == (0 if gone else 3)
+    problem = outcome.migration.progress.problem
+    assert problem.startswith(RESCUED) and "cannot be destroyed" not in problem
+    assert [info.state for info in clean_hosts.source.domains()] == [DomainState.RUNNING]
+    assert verified_at_source(clean_hosts.source, spec).problems == []
 
 
 async def test_a_source_that_cannot_be_destroyed_yet_is_destroyed_later(
