@@ -25,6 +25,9 @@ entry then, and the next sender tries again.
 """
 
 
+NOT_NEEDED = "an operator has decided at the source that nothing of the guest is needed there"
+
+
 def lose(context: Context, gone: str, shown: str = "") -> str:
     """End the migration because pages that the destination lacks are lost.  ``gone``: the cause.
 

@@ -20,20 +20,20 @@ from migrate.lanes.pairs import Lanes
 from migrate.options import MigrationOptions
 from migrate.outcomes import outcome
 from migrate.protocol import messages as m
-from migrate.service.journal import Journal, remove
+from migrate.service.journal import Journal
 from migrate.service.lifecycle import TAKING_UP
 from migrate.tasks import as_soon_as_threads_start, in_thread
 from sender.checkpoints import CheckpointStore
 from sender.context import Context, Source
 from sender.dirty import DirtyLog
 from sender.entry import Entry, read_entry
-from sender.last_message import lose, send_last_message
-from sender.ownership import Guest, State
+from sender.last_message import send_last_message
+from sender.ownership import State
 from sender.policy import DefaultPolicy
 from sender.progress import BEFORE_RESTART, OF_CHECKPOINTS, OF_DESTINATION, Progress
 from sender.recovery import Recovery
 from sender.requests import Requests
-from sender.rollback import AGAIN_S, Rollback, error_of_decision
+from sender.rollback import AGAIN_S, Rollback, error_of_decision, source_is_gone
 from sender.toolstack import OwnToolstack, Toolstack, XlToolstack
 from sender.transfer import Transfer
 from xenbackend.contract import Domain, DomainId, Hypervisor
@@ -232,7 +232,7 @@ class OutgoingMigration:
             if not self.ownership.inherited:
                 await in_thread(context.fail, State.FAILED, str(error))
                 raise
-            await in_thread(self._source_is_gone, error)
+            await in_thread(source_is_gone, context, error)
             return None
         context.is_domain(domain, "")
         state, has_log_dirty = self.ownership.state, LOG_DIRTY_MAY_BE_ON
@@ -269,29 +269,6 @@ class OutgoingMigration:
         if not self.ownership.inherited:
             return hypervisor.open(domid, handle)
         return open_with_keeper(self.context.journal.keeper(self.id), hypervisor, domid, handle)
-
-    def _source_is_gone(self, error: XenError) -> None:
-        """End the migration of a predecessor whose domain does not exist any more.  Raises
-        :class:`MigrationError`, unless the migration was completed.
-        """
-        state = self.ownership.state
-        gone = f"the domain of {self.domain_name} does not exist at the source any more"
-        if self.ownership.row.guest in (Guest.UNDECIDED, Guest.THERE):
-            raise MigrationError(lose(self.context, gone)) from error
-        if state is State.COMPLETING:
-            self.progress.problem = ""
-            self.ownership.enter(State.COMPLETED)
-            log.info("%s completed", self.domain_name)
-            return
-        reason, end = MigrationError(gone), State.FAILED
-        if state in (State.RETURNING, State.DECIDED_ELSEWHERE):
-            remove(self.context.journal.checkpoint(self.id))
-            reason = error_of_decision(state)
-        if state is State.RETURNING:  # the guest continues here, in its new domain
-            self.context.entry.recall, end = True, State.GIVEN_UP
-            self.context.last_message = m.Abort(m.printable(str(reason)))
-        self.context.fail(end, str(reason))
-        raise reason from error
 
     async def _cancelled(self) -> MigrationError:
         """Return why the scope was cancelled."""

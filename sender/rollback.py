@@ -18,11 +18,12 @@ import trio
 from migrate.errors import GuestEndedError, MigrationError, PeerClosedError
 from migrate.outcomes import RESCUED
 from migrate.protocol import messages as m
+from migrate.service.journal import remove
 from migrate.tasks import as_soon_as_threads_start, first, in_thread
 from sender.checkpoints import CheckpointStore
 from sender.context import Context, Source
-from sender.last_message import lose
-from sender.ownership import DECIDED, Link, Restart, State
+from sender.last_message import NOT_NEEDED, lose
+from sender.ownership import DECIDED, Guest, Link, Restart, State
 from sender.recovery import Recovery, is_gone
 from sender.toolstack import StaysHereError
 from xenbackend.contract import Domain, DomainState
@@ -149,8 +150,7 @@ class Rollback:
         await self.destroy_source()
         if self._ownership.state is State.DECIDED_ELSEWHERE:
             # The destination may come back, and wait for pages.
-            gone = "an operator has decided at the source that nothing of the guest is needed there"
-            await in_thread(lose, self._context, gone, str(error))
+            await in_thread(lose, self._context, NOT_NEEDED, str(error))
             await in_thread(self._close_checkpoints)
         else:
             self._context.progress.problem = str(error)
@@ -349,6 +349,33 @@ class Rollback:
     def _close_checkpoints(self) -> None:
         if self._source.checkpoints is not None:
             self._source.checkpoints.close()
+
+
+def source_is_gone(context: Context, error: XenError) -> None:
+    """End the migration of a predecessor whose domain does not exist any more.  Raises
+    :class:`MigrationError`, unless the migration was completed.  Called in a thread.
+    """
+    ownership, state = context.ownership, context.ownership.state
+    gone = f"the domain of {context.name} does not exist at the source any more"
+    if ownership.row.guest in (Guest.UNDECIDED, Guest.THERE):
+        raise MigrationError(lose(context, gone)) from error
+    if state is State.COMPLETING:
+        context.progress.problem = ""
+        ownership.enter(State.COMPLETED)
+        log.info("%s completed", context.name)
+        return
+    if state not in (State.RETURNING, State.DECIDED_ELSEWHERE):
+        context.fail(State.FAILED, gone)
+        raise MigrationError(gone) from error
+    remove(context.journal.checkpoint(context.id))
+    reason = error_of_decision(state)
+    if state is State.RETURNING:  # the guest continues here, in its new domain
+        context.entry.recall = True
+        context.last_message = m.Abort(m.printable(str(reason)))
+        context.fail(State.GIVEN_UP, str(reason))
+    else:  # the destination may come back, and wait for pages
+        lose(context, NOT_NEEDED, str(reason))
+    raise reason from error
 
 
 def error_of_decision(state: State) -> MigrationError:

@@ -167,6 +167,24 @@ async def test_a_guest_back_at_a_checkpoint_is_recalled_by_a_successor(
     assert await trio.to_thread.run_sync(journal.entries) == {}
 
 
+async def test_a_destination_is_informed_by_a_successor_that_nothing_is_left_for_its_guest(
+    clean_hosts: World, tmp_path: Path
+) -> None:
+    """The sender was killed when it had destroyed the domain, and had not noted that yet."""
+    lanes = DestinationIsBack()
+    journal = Journal(tmp_path)
+    successor = left_by_a_sender(clean_hosts.source, journal, "decided elsewhere", lanes)
+    with pytest.raises(MigrationError, match="nothing of the guest is needed here"):
+        await successor.run()
+    assert successor.progress.problem.endswith("nothing of the guest is needed here")
+    assert len(await trio.to_thread.run_sync(journal.entries)) == 1
+    with trio.fail_after(20):
+        await successor.linger()
+    assert [type(message) for message in lanes.taken] == [m.Lost]
+    assert successor.ownership.state is State.FAILED
+    assert await trio.to_thread.run_sync(journal.entries) == {}
+
+
 @pytest.mark.parametrize(
     "state", [State.UNDECIDED, State.HANDED_OVER, State.DECIDED_ELSEWHERE], ids=lambda s: s.name
 )
