@@ -293,6 +293,7 @@ class SenderDaemon:
         try:
             self._estimates.check_unmeasured(int(request["domid"]))
             target, policy = await trio.to_thread.run_sync(self._look_at, int(request["domid"]))
+            self._check_unused(target)  # before the toolstack takes a descriptor
             keeper, xl = self._journal.keeper(session), int(request.get("xl", 0))
             toolstack = XlToolstack(target.name, keeper, connection, xl)
             migration = OutgoingMigration.of_request(
@@ -318,6 +319,7 @@ class SenderDaemon:
                 cpu_policy=[base64.b64encode(part).decode() for part in policy],
             )
         except BaseException:
+            toolstack.close()
             self._active.discard(session)
             del self._migrations[session]
             raise

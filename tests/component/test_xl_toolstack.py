@@ -3,16 +3,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import trio
 import trio.testing
 
+from migrate.cli.world import World
+from migrate.errors import MigrationError
+from migrate.service.config import Config
+from migrate.service.journal import Journal
+from sender.daemon import SenderDaemon
 from sender.toolstack import UNKNOWN_XL_S, XL_DESTROY_TIMEOUT_S, XlToolstack
 from tests.support import zygote
+from tests.support.guests import busy
 from xenbackend.contract import Domain, DomainState
 from xenbackend.errors import no_such_domain
 
@@ -103,3 +112,35 @@ async def test_a_program_that_never_ends_does_not_keep_a_domain_for_good(
     domain = Suspended()
     assert await finished(xl.pid, domain) >= XL_DESTROY_TIMEOUT_S
     assert domain.destroyed_by == "us"
+
+
+def pids_held() -> int:
+    """Return the number of descriptors of processes that this process has."""
+    held = 0
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # the descriptor of this folder is closed meanwhile
+            held += os.readlink(descriptor) == "anon_inode:[pidfd]"
+    return held
+
+
+class Helper:
+    """A helper of xl that ends before it is answered."""
+
+    async def answer(self, event: str, **_fields: object) -> None:
+        assert event == "offer"
+        raise trio.BrokenResourceError
+
+
+@pytest.mark.parametrize("is_stopping", [True, False], ids=["a sender that ends", "no helper"])
+async def test_a_request_of_xl_that_leads_to_no_migration_leaves_no_descriptor(
+    clean_hosts: World, name: str, tmp_path: Path, is_stopping: bool
+) -> None:
+    domid = clean_hosts.source.create_guest(busy(name).to_bytes()).domid
+    journal, helper = Journal(tmp_path), cast(Any, Helper())
+    daemon = SenderDaemon(clean_hosts.source, tmp_path / "sender.sock", Config(), journal)
+    daemon._stopping = is_stopping
+    request, held = {"command": "save", "domid": domid, "xl": os.getpid()}, pids_held()
+    for _again in range(3):
+        with pytest.raises(MigrationError if is_stopping else trio.BrokenResourceError):
+            await daemon._handle(request, helper)
+    assert pids_held() == held
