@@ -404,13 +404,8 @@ class SenderDaemon:
                 await connection.answer("notice", message=str(error))
 
     async def _carry_out(self, migration: OutgoingMigration, ended: trio.Event) -> None:
-        try:
-            await self._run(migration, ended)
-            await self._end(migration)
-        finally:
-            awaited = self._awaited.pop(migration.id, None)
-            if awaited is not None:
-                awaited.close()
+        await self._run(migration, ended)
+        await self._end(migration)
 
     async def _run(self, migration: OutgoingMigration, ended: trio.Event) -> None:
         try:
@@ -435,6 +430,11 @@ class SenderDaemon:
         await isolated(about, migration.linger)
         if migration.has_ended:
             self._migrations.pop(migration.id, None)
+        if migration.has_ended or migration.context.entry.ended_there:
+            # Otherwise an operator may decide, and the destination dials for the outcome.
+            awaited = self._awaited.pop(migration.id, None)
+            if awaited is not None:
+                awaited.close()
 
     async def _note(self, migration: OutgoingMigration) -> None:
         if migration.has_ended:

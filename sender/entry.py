@@ -25,6 +25,7 @@ FACTS: dict[str, tuple[type, ...]] = {
     "successor": (int, type(None)),
     "ran": (bool,),
     "recall": (bool,),
+    "ended_there": (bool,),
     "max_pages": (int,),
     "applied": (bool,),
     "started_at": NUMBER_OR_NONE,
@@ -32,7 +33,7 @@ FACTS: dict[str, tuple[type, ...]] = {
 """The facts that only this end notes, with the types of their values."""
 NOT_ALWAYS_NOTED = (
     "handle", "rejoins", "proven", "ran", "recall", "max_pages", "applied", "started_at",
-    "postcopy_bandwidth", "paused",
+    "postcopy_bandwidth", "paused", "ended_there",
 )  # fmt: skip
 """The facts that an earlier release did not note."""
 
@@ -62,6 +63,8 @@ class Entry:
     """The destination has reported that the guest runs there."""
     recall: bool = False
     """An operator has decided that the guest continues here, although it was handed over."""
+    ended_there: bool = False
+    """The destination has reported that its migration has ended: it waits for no message."""
     started_at: float | None = field(default_factory=lambda: round(time.time(), 3))
     """When the migration began, in seconds since 1970; for people.  ``None`` if an earlier release
     began it.
@@ -85,6 +88,7 @@ class Entry:
             "successor": self.restored_domid,
             "ran": self.ran,
             "recall": self.recall,
+            "ended_there": self.ended_there,
             "max_pages": self.max_pages,
             "applied": self.applied,
             "started_at": self.started_at,
@@ -119,6 +123,7 @@ def read_entry(facts: dict[str, Any], *, has_checkpoint: bool) -> tuple[Entry, S
         facts.get("applied", step == "going back" or has_checkpoint),
         facts.get("ran", False),
         facts.get("recall", False),
+        facts.get("ended_there", False),
         facts.get("started_at"),
         Pause(facts.get("paused", False)),
     )

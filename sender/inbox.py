@@ -134,11 +134,12 @@ def completed(context: Context, message: m.Complete) -> None:
 
 
 def raise_end(context: Context, message: m.Ended | m.Failed) -> NoReturn:
-    """Raise the error for a destination that sends nothing more.
+    """Raise the error for a destination that sends nothing more, and waits for nothing.
 
     Raises :class:`StaysHereError` if the guest never ran there, :class:`GuestEndedError` if the
     guest has ended there, and :class:`MigrationError` otherwise.
     """
+    context.entry.ended_there = True
     if isinstance(message, m.Failed):
         raise MigrationError(f"{CANNOT_CONTINUE}{message.reason}")
     if not context.ownership.handed_over and not message.ran:

@@ -31,12 +31,16 @@ NOT_NEEDED = "an operator has decided at the source that nothing of the guest is
 def lose(context: Context, gone: str, shown: str = "") -> str:
     """End the migration because pages that the destination lacks are lost.  ``gone``: the cause.
 
-    Returns the reason, which is sent to the destination.  The reason is shown here as well, unless
-    there is another text, ``shown``.  Called in a thread.
+    Returns the reason, which is sent to the destination, unless the destination has reported its
+    own end.  The reason is shown here as well, unless there is another text, ``shown``.  Called in
+    a thread.
     """
     reason = m.printable(f"{gone}: the pages that it lacks at the destination are lost")
-    context.last_message = m.Lost(reason)
-    context.fail(State.PAGES_LOST, shown or reason)
+    if context.entry.ended_there:
+        context.fail(State.FAILED, shown or reason)
+    else:
+        context.last_message = m.Lost(reason)
+        context.fail(State.PAGES_LOST, shown or reason)
     return reason
 
 

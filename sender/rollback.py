@@ -92,6 +92,7 @@ class Rollback:
             reason = await in_thread(lose, self._context, gone)
             log.error("%s: %s", self._context.name, reason)
         else:
+            await in_thread(self._ownership.note)  # the destination may have reported its end
             self._keep(error)
 
     def _keep(self, error: BaseException) -> None:

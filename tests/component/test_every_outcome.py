@@ -12,7 +12,10 @@ import trio
 
 from migrate.cli.world import World
 from migrate.errors import GuestEndedError, MigrationError, PeerClosedError
+from migrate.protocol import messages as m
 from sender import toolstack
+from sender.entry import read_entry
+from sender.inbox import raise_end
 from sender.ownership import DECIDED, ENDED, Link, State
 from sender.rollback import error_of_decision
 from sender.toolstack import StaysHereError
@@ -94,3 +97,19 @@ async def test_a_decision_leaves_the_guest_at_one_end(
     assert context.ownership.state in ENDED
     here = [info.state for info in clean_hosts.source.domains() if info.name == name]
     assert here == ([] if state is State.DECIDED_ELSEWHERE else [DomainState.RUNNING])
+
+
+async def test_a_destination_that_has_reported_its_end_is_sent_no_message(
+    clean_hosts: World, name: str
+) -> None:
+    """The journal has the report, so the same holds for a successor."""
+    rollback, context = in_state(clean_hosts, name, State.HANDED_OVER, xl=False)
+    with pytest.raises(MigrationError) as raised:
+        raise_end(context, m.Failed("the guest was saved while pages were missing"))
+    await rollback.settle(raised.value)
+    (facts,) = (await trio.to_thread.run_sync(context.journal.entries)).values()
+    assert read_entry(facts, has_checkpoint=False)[0].ended_there
+    await trio.to_thread.run_sync(context.ownership.enter, State.DECIDED_ELSEWHERE)
+    await rollback.settle(error_of_decision(State.DECIDED_ELSEWHERE))
+    assert context.last_message is None and context.ownership.state is State.FAILED
+    assert await trio.to_thread.run_sync(context.journal.entries) == {}

@@ -10,6 +10,7 @@ import os
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -201,6 +202,7 @@ async def test_a_daemon_goes_on_when_a_migration_fails_in_every_way(
             phase, problem, domain = "postcopy", "", "guest"
 
         progress = Progress()
+        context = SimpleNamespace(entry=SimpleNamespace(ended_there=False))
         has_ended = False
 
         async def run(self) -> None:

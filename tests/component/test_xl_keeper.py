@@ -12,14 +12,12 @@ import pytest
 
 from migrate.cli.world import start_sender
 from migrate.errors import MigrationError
-from migrate.service.history import RECORDS
-from migrate.service.journal import HISTORY
 from tests.support.cuttable_xl import LARGE, SLOW_PUSH_S, CuttableXl, decide, log_of, sender_of, xl
 from tests.support.keepers import keeper_of, keepers, lives, sockets_of_keepers
 from tests.support.labs import until
 from tests.support.links import Link
 from tests.support.pages import pfns
-from tests.support.xl import Xl, check_arrived, check_stayed
+from tests.support.xl import check_arrived, check_stayed, owed
 
 __all__ = ["xl"]
 
@@ -61,12 +59,6 @@ def test_a_sender_and_its_keeper_that_are_killed_afterwards_take_the_pages_with_
     until(lambda: xl.line("receiver")["phase"] == "failed", "it is not noticed")
     if again == "sender":
         until(lambda: not owed(xl), "it is owed still")
-
-
-def owed(xl: Xl) -> list[str]:
-    """Return the names of the files that a sender has for what it must still do."""
-    state = xl.world.directory / "source.sock.state/sender"
-    return [path.name for path in state.iterdir() if path.name not in (HISTORY, RECORDS)]
 
 
 def has_no_keeper(xl: CuttableXl, keeper: int) -> None:

@@ -13,6 +13,8 @@ import pytest
 
 from migrate.cli.world import World, verify_migrated, wait_for_steps
 from migrate.errors import MigrationError
+from migrate.service.history import RECORDS
+from migrate.service.journal import HISTORY
 from migrate.xl.protocol import Message
 from tests.conftest import MIB
 from tests.support.daemons import listed
@@ -143,6 +145,12 @@ def is_migrated_again(xl: Xl) -> bool:
             raise
         return False
     return True
+
+
+def owed(xl: Xl) -> list[str]:
+    """Return the names of the files that a sender has for what it must still do."""
+    state = xl.world.directory / "source.sock.state/sender"
+    return [path.name for path in state.iterdir() if path.name not in (HISTORY, RECORDS)]
 
 
 def check_arrived(xl: Xl) -> None:

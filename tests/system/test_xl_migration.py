@@ -19,7 +19,15 @@ from migrate.xl import image
 from migrate.xl.protocol import Message
 from tests.support.labs import until
 from tests.support.libxl import Libxl
-from tests.support.xl import CBFLAGS_SAVE, SHORT_OF_PATIENCE, Xl, check_arrived, check_stayed, xl
+from tests.support.xl import (
+    CBFLAGS_SAVE,
+    SHORT_OF_PATIENCE,
+    Xl,
+    check_arrived,
+    check_stayed,
+    owed,
+    xl,
+)
 from xenbackend.contract import DomainState
 from xenbackend.errors import NoSuchDomainError
 
@@ -159,6 +167,8 @@ def test_the_pages_of_a_guest_that_another_program_saved_are_kept(xl: Xl, slowly
         xl.world.ask("sender", command="decide", migration=xl.spec.name, here=True)
     xl.world.ask("sender", command="decide", migration=xl.spec.name, here=False)
     xl.wait_for("failed", "failed")
+    until(lambda: not owed(xl), "the sender waits for a destination that has ended")
+    assert "not been informed" not in xl.line("sender")["problem"]
 
 
 @pytest.mark.parametrize("world", [SLOW], indirect=True)
