@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import trio
 
-from migrate.lanes.connection import run_in_thread
+from migrate.lanes.scheduling import run_in_thread
 from migrate.protocol import messages as m
 from migrate.protocol.pfns import PfnMask, batches_of, mask_from_bitmap
 from receiver.statistics import PagerStatistics

@@ -27,8 +27,8 @@ import trio
 
 from migrate import logs
 from migrate.errors import GuestEndedError, MigrationError
-from migrate.lanes.connection import run_in_thread
 from migrate.lanes.pairs import Lanes
+from migrate.lanes.scheduling import run_in_thread
 from migrate.outcomes import outcome
 from migrate.protocol import messages as m
 from migrate.protocol.session import Role, Session

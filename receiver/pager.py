@@ -34,7 +34,8 @@ from migrate.errors import PeerClosedError
 from migrate.fastpath import api as fastpath
 from migrate.fastpath.api import NativePager
 from migrate.lanes import scheduling
-from migrate.lanes.connection import LaneConnection, run_in_thread
+from migrate.lanes.connection import LaneConnection
+from migrate.lanes.scheduling import run_in_thread
 from migrate.protocol.messages import (
     MAX_FAULT_PFNS,
     MAX_PFNS,

@@ -17,7 +17,8 @@ from collections import deque
 from migrate.errors import PeerClosedError
 from migrate.fastpath.api import NativeFaultServer
 from migrate.lanes import scheduling
-from migrate.lanes.connection import LaneConnection, run_in_thread
+from migrate.lanes.connection import LaneConnection
+from migrate.lanes.scheduling import run_in_thread
 from migrate.protocol.messages import Ahead, Fault, Lane
 from migrate.protocol.pfns import pieces
 from migrate.protocol.session import Phase, Session

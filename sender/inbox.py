@@ -12,7 +12,7 @@ import trio
 
 from migrate.errors import GuestEndedError, MigrationError, RemoteProtocolError
 from migrate.lanes import scheduling
-from migrate.lanes.connection import run_in_thread
+from migrate.lanes.scheduling import run_in_thread
 from migrate.outcomes import CANNOT_CONTINUE, GIVEN_UP
 from migrate.protocol import messages as m
 from sender.checkpoints import CheckpointStore

@@ -24,9 +24,10 @@ import numpy as np
 import trio
 
 from migrate.errors import MigrationError, PeerClosedError
-from migrate.lanes.connection import LaneConnection, Terms, connect, run_in_thread, step_timeout
+from migrate.lanes.connection import LaneConnection, Terms, connect, step_timeout
 from migrate.lanes.latency import round_trip_s
 from migrate.lanes.probe import OlderPeerError, greet, host_of
+from migrate.lanes.scheduling import run_in_thread
 from migrate.lanes.trial import TRIAL_S
 from migrate.options import MigrationOptions
 from migrate.protocol import messages as m

@@ -13,7 +13,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
-from migrate.lanes.connection import LaneConnection, run_in_thread
+from migrate.lanes.connection import LaneConnection
+from migrate.lanes.scheduling import run_in_thread
 from migrate.protocol import messages as m
 from migrate.protocol.messages import Lane
 from migrate.protocol.pfns import NO_PFNS, pieces

@@ -2,9 +2,9 @@
 """Lanes over sockets: the thin layer of I/O around the codec.
 
 A lane blocks.  The loops that move pages (the push and the pull of either end) run in threads of
-their own (:func:`run_in_thread`), which the event loop starts and stops.  The few control messages
-of the event loop go through :meth:`LaneConnection.send` and :meth:`LaneConnection.receive`, which
-do the same in worker threads.
+their own, which the event loop starts and stops (:func:`migrate.lanes.scheduling.run_in_thread`).
+The few control messages of the event loop go through :meth:`LaneConnection.send` and
+:meth:`LaneConnection.receive`, which do the same in worker threads.
 
 There are two reasons, both measured.  A page of memory costs a microsecond, and a turn of the event
 loop costs some tens of them.  A blocking call sleeps until all of its data is queued, and a
@@ -14,7 +14,6 @@ non-blocking call returns each time that some buffer space opens up.
 from __future__ import annotations
 
 import contextlib
-import functools
 import ipaddress
 import os
 import select
@@ -24,14 +23,14 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import trio
 
 from migrate.errors import MigrationError, PeerClosedError, RefusedError, UnknownSessionError
 from migrate.fastpath.api import NativeLane
 from migrate.fastpath.lock import NativeLock
-from migrate.lanes import bulk, scheduling
+from migrate.lanes import bulk
 from migrate.lanes.tls import Tls, TlsSocket, explain
 from migrate.protocol import frames
 from migrate.protocol.frames import FrameDecoder
@@ -45,9 +44,8 @@ from migrate.protocol.messages import (
     Refused,
     parse,
 )
-from migrate.tasks import in_abandoned_thread, in_stoppable_thread
+from migrate.tasks import in_abandoned_thread
 
-Result = TypeVar("Result")
 CONNECT_TIMEOUT_S = 10.0
 STEP_TIMEOUT_S = 60.0
 """The longest time for one step of the peer (a preflight, an eviction, a report of missing pages),
@@ -422,29 +420,6 @@ def step_timeout(complaint: str) -> Iterator[None]:
         yield
     if scope.cancelled_caught:
         raise PeerClosedError(f"{complaint} within {STEP_TIMEOUT_S:g} s")
-
-
-async def run_in_thread(
-    main: Callable[[], Result],
-    stop: Callable[[], None],
-    schedule: Callable[[], None] = scheduling.be_bulk,
-) -> Result:
-    """Run ``main`` in a thread of its own, at the priority that ``schedule`` gives to the thread,
-    and return its result.  ``stop`` makes ``main`` return, and is called when this task is
-    cancelled.
-    """
-
-    def scheduled() -> Result:
-        schedule()
-        try:
-            return main()
-        finally:
-            scheduling.reset()  # trio reuses its threads
-
-    # trio gives the thread this name, whose first 15 characters `top -H` shows.
-    named = main.func if isinstance(main, functools.partial) else main
-    scheduled.__name__ = getattr(named, "__qualname__", scheduled.__name__)
-    return await in_stoppable_thread(scheduled, stop)
 
 
 async def connect(host: str, port: int, terms: Terms) -> LaneConnection:

@@ -24,11 +24,17 @@ If the process lacks the permission, or the kernel is not Linux, nothing changes
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import platform
 import struct
 import threading
+from collections.abc import Callable
+from typing import TypeVar
 
+from migrate.tasks import in_stoppable_thread
+
+Result = TypeVar("Result")
 SYS_SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}
 SCHED_ATTR = struct.Struct("=IIQiIQQQ")
 """``struct sched_attr`` (sched_setattr(2)): size, policy, flags, nice, priority, and in nanoseconds
@@ -82,6 +88,29 @@ def reset() -> None:
     """Schedule the calling thread as any other thread."""
     _leave_raised()
     _set(os.SCHED_OTHER, 0, 0)
+
+
+async def run_in_thread(
+    main: Callable[[], Result],
+    stop: Callable[[], None],
+    schedule: Callable[[], None] = be_bulk,
+) -> Result:
+    """Run ``main`` in a thread of its own, at the priority that ``schedule`` gives to the thread,
+    and return its result.  ``stop`` makes ``main`` return, and is called when this task is
+    cancelled.
+    """
+
+    def scheduled() -> Result:
+        schedule()
+        try:
+            return main()
+        finally:
+            reset()  # trio reuses its threads
+
+    # trio gives the thread this name, whose first 15 characters `top -H` shows.
+    named = main.func if isinstance(main, functools.partial) else main
+    scheduled.__name__ = getattr(named, "__qualname__", scheduled.__name__)
+    return await in_stoppable_thread(scheduled, stop)
 
 
 def _leave_raised() -> None:

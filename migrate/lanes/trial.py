@@ -25,7 +25,8 @@ from collections.abc import AsyncIterator, Callable
 import trio
 
 from migrate.errors import PeerClosedError, RemoteProtocolError
-from migrate.lanes.connection import LaneConnection, run_in_thread
+from migrate.lanes.connection import LaneConnection
+from migrate.lanes.scheduling import run_in_thread
 from migrate.protocol import messages as m
 
 TRIAL_S = 30.0
