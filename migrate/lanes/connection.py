@@ -31,6 +31,7 @@ from migrate.errors import MigrationError, PeerClosedError, RefusedError, Unknow
 from migrate.fastpath.api import NativeLane
 from migrate.fastpath.lock import NativeLock
 from migrate.lanes import bulk
+from migrate.lanes.latency import silence_s
 from migrate.lanes.tls import Tls, TlsSocket, explain
 from migrate.protocol import frames
 from migrate.protocol.frames import FrameDecoder
@@ -67,7 +68,9 @@ MANY_BYTES = 64 * 1024
 page, preparing this call would be most of the work.
 """
 RECEIVE_BYTES = 512 * 1024
-"""The most bytes that one call receives: a slow link carries them well within ``SILENCE_S``."""
+"""The most bytes that one call receives.  Over a slow link a call may last for longer than a peer
+may be silent; only the kernel has then the time at which the last bytes arrived.
+"""
 SILENCE_S = 30.0
 """A peer that sends nothing for this time is treated as dead."""
 POSTCOPY_SILENCE_S = 5.0
@@ -106,7 +109,7 @@ class LaneConnection:
     def __init__(self, sock: socket.socket | TlsSocket, terms: Terms):
         self._terms = terms
         self.received_at = time.monotonic()
-        """When bytes of the peer last arrived."""
+        """When a call last received bytes of the peer."""
         self._silent_s = 0.0
         """How long the peer was silent when it was treated as dead."""
         self._socket = sock
@@ -341,7 +344,8 @@ class LaneConnection:
             await trio.sleep(min(limit_s / 4, ALIVE_EVERY_S))
             if ALIVE_EACH_SECOND in self.capabilities and guest_waits():
                 limit_s = min(limit_s, self._terms.postcopy_silence_s)
-            if time.monotonic() - self.received_at > limit_s and not unread.poll(0):
+            is_silent = time.monotonic() - self.received_at > limit_s and not unread.poll(0)
+            if is_silent and silence_s(self._socket.fileno()) > limit_s:
                 self._silent_s = limit_s
                 self.shut()
                 return

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
@@ -28,6 +29,7 @@ from migrate.protocol.messages import Lane
 from migrate.protocol.session import hello, rejoin_token
 from tests.support.certificates import HOST, files
 from tests.support.links import no_look
+from tests.support.sockets import Over, connected
 from tests.support.waiting import WAIT_S
 
 __all__ = ["files"]
@@ -129,6 +131,38 @@ async def test_a_silent_peer_is_dead_earlier_while_a_guest_waits(
                     while ours.bytes_sent < 30 * len(frames.encode(m.Alive().header())):
                         await trio.sleep(0.01)
                 assert not theirs.is_over()
+            nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("over", [Over.PLAIN, Over.NATIVE, Over.PYTHON])
+async def test_a_peer_whose_payload_arrives_slowly_is_not_silent(
+    over: Over, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One call receives the whole payload, and lasts for twice as long as a peer may be silent."""
+    monkeypatch.setattr(transport, "ALIVE_EVERY_S", 0.01)
+    limit_s = 1.5
+    message = m.Pages(np.arange(64, dtype=np.uint64))
+    frame = memoryview(frames.encode(message.header(), [PAGES[: 64 * 4096]]) + PAGES[: 64 * 4096])
+    there, ours = connected(over, tcp=True)
+
+    def send_slowly() -> None:
+        at, ends_at = 0, time.monotonic() + 2 * limit_s
+        while time.monotonic() < ends_at:
+            at += there.sendmsg([frame[at : at + 256]])
+            time.sleep(limit_s / 100)
+        while at < len(frame):
+            at += there.sendmsg([frame[at:]])
+
+    with (
+        contextlib.closing(there),
+        contextlib.closing(LaneConnection(ours, Terms(silence_s=limit_s))) as lane,
+    ):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lane.keep_alive)
+            nursery.start_soon(trio.to_thread.run_sync, send_slowly)
+            with trio.fail_after(WAIT_S):
+                received, payload = await lane.receive()
+            assert isinstance(received, m.Pages) and len(payload) == 64 * 4096
             nursery.cancel_scope.cancel()
 
 

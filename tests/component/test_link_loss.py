@@ -389,6 +389,21 @@ async def test_a_link_that_says_nothing_is_given_up(
         assert (await verification(clean_hosts, spec)).problems == []
 
 
+async def test_a_slow_link_is_not_a_silent_one(clean_hosts: World, name: str) -> None:
+    """All pages of the guest are one batch, which the link carries in 8 s."""
+
+    async def meanwhile(outcome: Outcome, link: Link) -> None:
+        await until(lambda: outcome.migration.ownership.handed_over)
+        link.piece, link.delay_s = 8192, 1 / 16
+
+    spec = busy(name, memory_bytes=MIB, working_set_bytes=MIB)
+    terms = Terms(postcopy_silence_s=2)
+    outcome = await migrate(clean_hosts, spec, terms=terms, meanwhile=meanwhile)
+    assert outcome.error is None
+    assert outcome.migration.context.statistics.rejoins == 0
+    assert (await verification(clean_hosts, spec)).problems == []
+
+
 async def test_a_sender_killed_after_completed_has_a_successor_that_destroys_the_source(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:

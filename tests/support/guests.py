@@ -33,9 +33,10 @@ def busy(name: str, **options: object) -> GuestSpec:
     and soon reads damaged ones.
     """
     defaults: dict[str, object] = {
+        "memory_bytes": 16 * MIB,
         "vcpus": 2,
         "working_set_bytes": 16 * MIB,
         "zero_permille": 0,
         "rate": RATE,
     }
-    return GuestSpec(name, 16 * MIB, **{**defaults, **options})  # type: ignore[arg-type]
+    return GuestSpec(name, **{**defaults, **options})  # type: ignore[arg-type]

@@ -309,6 +309,9 @@ def _check_outcome(trial: Trial, where: str) -> None:
                 f"what must not be noticed ended its protection at the {which}: "
                 f"{line['unprotected']}"
             )
+    details = trial.world.ask("sender", command="show", migration=trial.id)["details"]
+    if details["rejoins"]:
+        raise LostError(f"what must not be noticed cost it its lanes {details['rejoins']} times")
 
 
 def _verify_beside(trial: Trial, client: ControlClient) -> None:

@@ -116,6 +116,13 @@ async def trickle(trial: Trial) -> None:
     trial.link.piece, trial.link.delay_s = PIECE, 0.0
 
 
+async def slow(trial: Trial) -> None:
+    """Carry less in the time for which a peer may be silent than one call receives."""
+    trial.link.piece, trial.link.delay_s = 4096, 0.1
+    await trio.sleep(trial.random.uniform(4, 8))
+    trial.link.piece, trial.link.delay_s = PIECE, 0.0
+
+
 async def flip_a_bit(trial: Trial) -> None:
     def flip(data: bytes) -> bytes:
         bit = trial.random.randrange(len(data) * 8)
@@ -409,6 +416,7 @@ FAULTS = [
     Fault("link silent", silence, "guest"),
     Fault("delay", delay, "guest"),
     Fault("trickle", trickle, "guest"),
+    Fault("slow link", slow, "nobody"),
     Fault("bit flipped", flip_a_bit, "guest"),
     Fault("truncated", truncate, "guest"),
     Fault("repeated", repeat, "guest"),
