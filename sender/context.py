@@ -199,9 +199,13 @@ class Context:
         )
 
     def guest_waits(self) -> bool:
-        """The guest may run at the destination, and wait for pages that are here."""
-        may_lack_pages = self.ownership.inherited or self.backlog.unacknowledged > 0
-        return self.ownership.may_be_elsewhere and may_lack_pages
+        """The guest may be at the destination, and wait for pages that are here, or for the
+        handover, which may be lost.
+        """
+        lacks_pages = self.ownership.inherited or self.backlog.unacknowledged > 0
+        return self.ownership.may_be_elsewhere and (
+            lacks_pages or not self.signals.resumed.is_set()
+        )
 
     def count_down(self) -> None:
         """Show how many pages the destination still lacks."""

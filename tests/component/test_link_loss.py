@@ -389,6 +389,35 @@ async def test_a_link_that_says_nothing_is_given_up(
         assert (await verification(clean_hosts, spec)).problems == []
 
 
+async def test_a_handover_that_is_lost_in_a_silent_link_is_noticed_early(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
+    """No page is missing, and the guest runs at neither end until the handover is sent again."""
+    send_blocking, links = PushLane.send_blocking, list[Link]()
+
+    def send_into_silence(self: PushLane, message: m.Message) -> None:
+        if isinstance(message, m.Handover) and links:
+            trio.from_thread.run_sync(links.pop().stop)
+        send_blocking(self, message)
+
+    monkeypatch.setattr(PushLane, "send_blocking", send_into_silence)
+
+    async def meanwhile(outcome: Outcome, link: Link) -> None:
+        links.append(link)
+        await until(lambda: outcome.migration.phase == "interrupted")
+        assert outcome.migration.context.backlog.unacknowledged == 0
+        assert clean_hosts.destination.open(name).info().state is DomainState.INCOMING
+        link.go()
+
+    terms = Terms(silence_s=3600, postcopy_silence_s=2)
+    outcome = await migrate(
+        clean_hosts, busy(name), Strategy.PRECOPY, terms=terms, meanwhile=meanwhile
+    )
+    assert outcome.error is None and not links
+    assert outcome.migration.context.statistics.rejoins == 1
+    assert (await verification(clean_hosts, busy(name))).problems == []
+
+
 async def test_a_slow_link_is_not_a_silent_one(clean_hosts: World, name: str) -> None:
     """All pages of the guest are one batch, which the link carries in 8 s."""
 
