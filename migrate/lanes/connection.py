@@ -121,7 +121,7 @@ class LaneConnection:
         self._receiving = threading.Lock()
         self._send_limiter = trio.CapacityLimiter(1)
         self._receive_limiter = trio.CapacityLimiter(1)
-        self._cut_off = False
+        self._cut_off = self._closed = False
         self.capabilities: frozenset[str] = frozenset()
         self.bytes_sent = 0
         self.bytes_received = 0
@@ -215,6 +215,8 @@ class LaneConnection:
     def receive_blocking(self) -> tuple[Message, memoryview]:
         """Receive a message as :meth:`receive` does, and block meanwhile."""
         with self._receiving:
+            if self._closed:
+                raise PeerClosedError("the connection was closed at this end")
             while (received := self.pending()) is None:
                 if not self._decoder.in_payload() and not self.buffered():
                     # Waiting in recv() would wake this thread each time that buffer space opens up
@@ -410,8 +412,12 @@ class LaneConnection:
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
+        """Close the connection.  A thread that a cancelled task has left behind may begin its call
+        after that, when the descriptor's number belongs to somebody else.
+        """
         self.shut()
         with self._sending, self._receiving:  # no thread is inside a call any more
+            self._cut_off = self._closed = True
             self._socket.close()
 
 

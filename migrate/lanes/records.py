@@ -60,6 +60,9 @@ class Records(Protocol):
         read the end of a connection.
         """
 
+    def close(self) -> None:
+        """Use the socket no more, because it is about to be closed.  Each later call fails."""
+
     def error(self, number: int) -> OSError:
         """Return the error that native code has met, of which it has returned the errno."""
 
@@ -125,6 +128,9 @@ class OpenSslRecords:
     def stop_receiving(self) -> None:
         lib.records_stop_receiving(self._native)
 
+    def close(self) -> None:
+        lib.records_close(self._native)
+
     def error(self, number: int) -> OSError:
         if number != errno.EPROTO:
             return OSError(number, os.strerror(number))
@@ -185,6 +191,9 @@ class PythonRecords:
     def stop_receiving(self) -> None:
         with self._lock:
             self._stopped = True
+
+    def close(self) -> None:
+        """Do nothing: Python's socket has no descriptor any more when it has been closed."""
 
     def error(self, number: int) -> OSError:
         return OSError(number, os.strerror(number))

@@ -322,4 +322,6 @@ class TlsSocket:
         socket.socket.shutdown(self._socket, how)
 
     def close(self) -> None:
+        """Close the connection, on which no other thread may be in a call."""
+        self._records.close()
         self._socket.close()

@@ -29,7 +29,7 @@ from migrate.protocol.messages import Lane
 from migrate.protocol.session import hello, rejoin_token
 from tests.support.certificates import HOST, files
 from tests.support.links import no_look
-from tests.support.sockets import Over, connected
+from tests.support.sockets import Over, connected, reused
 from tests.support.waiting import WAIT_S
 
 __all__ = ["files"]
@@ -71,6 +71,27 @@ async def test_a_peer_that_takes_nothing_is_given_up(
             await trio.to_thread.run_sync(ours.send_blocking, message, [PAGES])
         with pytest.raises(PeerClosedError, match="the connection was lost while sending"):
             ours.send_blocking(m.Alive())
+
+
+@pytest.mark.parametrize("over", [Over.PLAIN, Over.NATIVE, Over.PYTHON])
+async def test_a_thread_that_comes_after_the_end_uses_no_other_s_descriptor(over: Over) -> None:
+    """A task that is cancelled leaves the thread of its call behind.  The thread may begin when the
+    lane has been closed, and its descriptor's number belongs to somebody else.
+    """
+    here, there = connected(over)
+    theirs, other = socket.socketpair()
+    lane = LaneConnection(here, Terms())
+    with contextlib.closing(there), theirs, other:
+        number = lane.fileno()
+        lane.close()
+        with reused(number, theirs.fileno()):
+            with trio.fail_after(WAIT_S):
+                with pytest.raises(PeerClosedError):
+                    await lane.send(m.Alive())
+                with pytest.raises(PeerClosedError):
+                    await lane.receive()
+        theirs.close()
+        assert other.recv(99) == b""
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ from __future__ import annotations
 import contextlib
 import enum
 import functools
+import os
 import socket
 import ssl
+from collections.abc import Iterator
 
 import pytest
 import trustme
@@ -62,6 +64,18 @@ def connected(*over: Over, tcp: bool = False) -> tuple[socket.socket | TlsSocket
                 sock.do_handshake()
                 waiting.remove(sock)
     return tuple(TlsSocket(sock, found) for sock, found in made)
+
+
+@contextlib.contextmanager
+def reused(number: int, fd: int) -> Iterator[None]:
+    """Give the number of a descriptor that was closed to a copy of ``fd``."""
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(number)
+    os.dup2(fd, number)
+    try:
+        yield
+    finally:
+        os.close(number)
 
 
 def _records(

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from migrate.lanes import records
 from migrate.lanes.tls import TlsSocket, explain
-from tests.support.sockets import Over, connected
+from tests.support.sockets import Over, connected, reused
 
 BY = pytest.mark.parametrize("by", [Over.NATIVE, Over.PYTHON])
 PAIRS = tuple(itertools.product((Over.NATIVE, Over.PYTHON), repeat=2))
@@ -274,6 +274,25 @@ def test_an_end_that_has_stopped_to_receive_can_send(by: Over) -> None:
         assert found == [b""] and received(here, 9, socket.MSG_DONTWAIT) == b""
         here.sendmsg(views([b"outcome"]))
         assert received(there, 7) == b"outcome"
+
+
+@BY
+def test_after_its_end_a_connection_does_not_use_its_descriptor_s_number(by: Over) -> None:
+    """The number belongs to somebody else then, who keeps the bytes that arrive there."""
+    theirs, other = socket.socketpair()
+    with ends(by) as (here, there), theirs, other:
+        there.sendmsg(views([b"unread"]))
+        number = here.fileno()
+        here.close()
+        with reused(number, theirs.fileno()):
+            other.send(b"for the new owner")
+            assert not here.buffered()
+            for call in (send_now, received):
+                with pytest.raises(OSError, match="Bad file descriptor"):
+                    call(here, 17)
+            assert theirs.recv(99) == b"for the new owner"
+        theirs.close()
+        assert other.recv(99) == b""
 
 
 def test_both_ways_report_an_error_in_the_same_words() -> None:

@@ -131,6 +131,16 @@ void records_set_send_timeout(struct records *records, int milliseconds)
     records->send_timeout_ms = milliseconds;
 }
 
+void records_close(struct records *records)
+{
+    pthread_mutex_lock(&records->mutex);
+    records->fd = -1;
+    records->broken = -EBADF;
+    BIO_set_fd(SSL_get_rbio(records->ssl), -1, BIO_NOCLOSE);
+    BIO_set_fd(SSL_get_wbio(records->ssl), -1, BIO_NOCLOSE);
+    pthread_mutex_unlock(&records->mutex);
+}
+
 /* ---- one step under the lock ---- */
 
 /* A thread that takes the lock again and again does not keep the other one out, because the other

@@ -9,9 +9,9 @@ int records_watch(void);
 
 /*
  * Take over the SSL object that this thread has made since records_watch(), which belongs to this
- * non-blocking socket.  The socket may be of TCP, and has to stay open for as long as the
- * connection is used.  Returns NULL if there is no such object, because its maker uses another copy
- * of OpenSSL, or if there is no memory.
+ * non-blocking socket.  The socket may be of TCP, and has to stay open until records_close().
+ * Returns NULL if there is no such object, because its maker uses another copy of OpenSSL, or if
+ * there is no memory.
  */
 struct records *records_take(int fd, int is_tcp);
 void records_free(struct records *records);
@@ -23,6 +23,10 @@ void records_set_send_timeout(struct records *records, int milliseconds);
  * the socket is shut down.  Sending stays possible, which OpenSSL forbids after it has read the end
  * of a connection. */
 void records_stop_receiving(struct records *records);
+
+/* To be called before the socket is closed, while no other call is in progress.  Each later call
+ * fails with -EBADF, because somebody else may have the number of the descriptor then. */
+void records_close(struct records *records);
 
 /* Send pieces of memory, one after the other.  Returns 0, or -errno; some bytes may have been sent
  * then, and each later call fails likewise.  -EPROTO: records_problem() has the reason. */
