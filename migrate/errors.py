@@ -26,6 +26,10 @@ class PeerClosedError(MigrationError):
     """The peer cannot be reached, sends nothing, or has ended the connection too early."""
 
 
+class CleanEndError(PeerClosedError):
+    """The peer has closed the connection between two messages."""
+
+
 class RefusedError(PeerClosedError):
     """The peer refuses this connection; the text has the peer's reason."""
 

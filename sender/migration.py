@@ -102,6 +102,8 @@ class OutgoingMigration:
         if state is State.GIVEN_UP:
             context.progress.problem = "given up, before the sender was restarted"
             context.last_message = m.Abort("the guest stays at the source")
+        elif state is State.COMPLETING:  # the predecessor may not have sent it
+            context.last_message = m.Completed()
         return cls(context)
 
     # ---- what is shown ----

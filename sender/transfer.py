@@ -22,8 +22,8 @@ import time
 
 import trio
 
-from migrate.errors import MigrationError, PeerClosedError
-from migrate.lanes.connection import EXPLANATION_S, STEP_TIMEOUT_S
+from migrate.errors import CleanEndError, MigrationError, PeerClosedError
+from migrate.lanes.connection import EXPLANATION_S, step_timeout
 from migrate.protocol import messages as m
 from migrate.tasks import first, in_thread, is_final, task_group
 from sender.context import Context, Source
@@ -201,10 +201,12 @@ class Transfer:
         if push.connection.is_over():
             raise PeerClosedError("the connection was lost before `completed` was sent")
         await push.send(m.Completed())
-        # Wait until the receiver has given its ring up and closes the connection.  If this end
-        # closed first, ``completed`` could be lost in transit.
-        with contextlib.suppress(MigrationError, OSError), trio.move_on_after(STEP_TIMEOUT_S):
-            await push.connection.receive()
+        # The receiver closes the connection when it has given its ring up.  If the connection ends
+        # otherwise, ``completed`` may have been lost in transit.
+        is_open = step_timeout("the destination did not close the connection")
+        with contextlib.suppress(CleanEndError), is_open:
+            while True:
+                await push.connection.receive()
 
     async def _finish(self) -> None:
         self._context.statistics.finished = time.monotonic()

@@ -27,7 +27,13 @@ from typing import Any, NoReturn
 
 import trio
 
-from migrate.errors import MigrationError, PeerClosedError, RefusedError, UnknownSessionError
+from migrate.errors import (
+    CleanEndError,
+    MigrationError,
+    PeerClosedError,
+    RefusedError,
+    UnknownSessionError,
+)
 from migrate.fastpath.api import NativeLane
 from migrate.fastpath.lock import NativeLock
 from migrate.lanes import bulk
@@ -257,8 +263,9 @@ class LaneConnection:
         if self._silent_s:
             raise PeerClosedError(f"the peer has sent nothing for {self._silent_s:g} s")
         if not count:
-            where = "" if self._decoder.at_boundary() else " in the middle of a frame"
-            raise PeerClosedError(f"the peer closed the connection{where}")
+            if self._decoder.at_boundary():
+                raise CleanEndError("the peer closed the connection")
+            raise PeerClosedError("the peer closed the connection in the middle of a frame")
         self._decoder.filled(count)
 
     def _receive(self, wanted: memoryview) -> int:

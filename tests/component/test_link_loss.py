@@ -13,14 +13,11 @@ import trio
 from migrate.cli.world import World
 from migrate.errors import MigrationError
 from migrate.lanes.connection import LaneConnection, Terms
-from migrate.lanes.dial import DialledLanes
 from migrate.options import MigrationOptions, Strategy
 from migrate.protocol import messages as m
 from migrate.service.journal import Journal
 from receiver.peer import Peer
-from sender.migration import OutgoingMigration
 from sender.push import PushLane
-from sender.transfer import Transfer
 from tests.conftest import MIB
 from tests.support.guests import busy, goes_on_here_only, steps
 from tests.support.inprocess import Outcome, migrate, verification
@@ -328,30 +325,6 @@ async def test_a_lost_message_that_the_guest_has_ended_is_sent_again(
     assert "ended at the destination" in str(outcome.error)
 
 
-@pytest.mark.parametrize("noticed", [True, False])
-async def test_a_receiver_that_lacks_only_completed_gets_the_message(
-    clean_hosts: World, name: str, monkeypatch: Patch, noticed: bool
-) -> None:
-    """Otherwise its journal would keep an entry for ten minutes.  ``noticed``: the sender has
-    noticed the end of its lane when it sends the message.
-    """
-    send, lost = PushLane.send, list[m.Message]()
-
-    async def lose(self: PushLane, message: m.Message) -> None:
-        if isinstance(message, m.Completed) and not lost:
-            lost.append(message)
-            self.connection.shut()
-            if not noticed:
-                await trio.sleep_forever()  # until the threads of the lanes notice
-        await send(self, message)
-
-    monkeypatch.setattr(PushLane, "send", lose)
-    outcome = await migrate(clean_hosts, busy(name))
-    assert outcome.error is None and lost
-    assert outcome.arrivals.entries() == {}
-    assert (await verification(clean_hosts, busy(name))).problems == []
-
-
 @pytest.mark.parametrize("before_the_handover", [True, False])
 async def test_a_link_that_says_nothing_is_given_up(
     clean_hosts: World, name: str, before_the_handover: bool
@@ -431,28 +404,3 @@ async def test_a_slow_link_is_not_a_silent_one(clean_hosts: World, name: str) ->
     assert outcome.error is None
     assert outcome.migration.context.statistics.rejoins == 0
     assert (await verification(clean_hosts, spec)).problems == []
-
-
-async def test_a_sender_killed_after_completed_has_a_successor_that_destroys_the_source(
-    clean_hosts: World, name: str, monkeypatch: Patch
-) -> None:
-    """Found by killing at random: the receiver has rightly removed the session by then."""
-    with monkeypatch.context() as patch:
-
-        async def killed(self: Transfer) -> None:
-            raise MigrationError("killed")
-
-        patch.setattr(Transfer, "_finish", killed)
-        outcome = await migrate(clean_hosts, busy(name))
-    assert outcome.incoming.phase == "completed"
-    assert clean_hosts.source.open(name).info().state is DomainState.SUSPENDED
-    journal = Journal(clean_hosts.directory / "journal")
-    facts = journal.entries()[outcome.migration.id]
-    assert facts["step"] == "completing"
-    lanes = DialledLanes(("127.0.0.1", 1), outcome.migration.id, Terms())
-    successor = OutgoingMigration.of_predecessor(
-        outcome.migration.id, clean_hosts.source, lanes, journal, facts
-    )
-    await successor.run()
-    assert clean_hosts.source.domains() == []
-    assert outcome.migration.id not in journal.entries()
