@@ -20,8 +20,7 @@ from migrate.control import server as control
 from migrate.control.client import Json
 from migrate.control.server import ControlConnection, decision_of
 from migrate.errors import MigrationError, OccupiedError, UnknownSessionError
-from migrate.lanes.accept import AwaitedLanes, Reception
-from migrate.lanes.connection import listen_tcp
+from migrate.lanes.accept import AwaitedLanes, Reception, listen_tcp
 from migrate.lanes.dial import DialledLanes
 from migrate.lanes.pairs import rejoining
 from migrate.logs import Complaint

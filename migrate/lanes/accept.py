@@ -316,3 +316,15 @@ class Reception:
         await lane.send(ours)
         lane.agree((ours, greeting))
         await lane.send(await self._look())
+
+
+async def listen_tcp(host: str, port: int) -> tuple[list[trio.SocketListener], int]:
+    """Return the listeners and their port.  Raises :class:`MigrationError`."""
+    try:
+        listeners = await trio.open_tcp_listeners(port, host=host)
+    except OSError as error:
+        raise MigrationError(
+            f"cannot listen at {host}:{port}: {error.strerror or error}; choose another address "
+            "(--listen, or listen in the configuration)"
+        ) from error
+    return listeners, listeners[0].socket.getsockname()[1]

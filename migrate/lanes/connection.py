@@ -51,7 +51,7 @@ from migrate.protocol.messages import (
     Refused,
     parse,
 )
-from migrate.tasks import in_abandoned_thread
+from migrate.tasks import in_abandoned_thread, task_group
 
 CONNECT_TIMEOUT_S = 10.0
 STEP_TIMEOUT_S = 60.0
@@ -346,21 +346,37 @@ class LaneConnection:
         The probes of TCP do not suffice: a kernel answers them although its daemon hangs, and so
         does a box in between.
         """
+        async with task_group() as tasks:
+            tasks.start_soon(self._send_alive)
+            self._silent_s = await self._silence(guest_waits)
+            self.shut()
+            tasks.cancel_scope.cancel()
+
+    async def _send_alive(self) -> None:
+        while True:
+            await trio.sleep(self._alive_every_s)
+            if not self._sending.locked():
+                with contextlib.suppress(PeerClosedError):  # the thread that receives notices
+                    await self.send(Alive())
+
+    async def _silence(self, guest_waits: Callable[[], bool]) -> float:
+        """Wait until the peer is silent.  Returns the limit that has passed.  ``alive`` is not sent
+        here, because it may wait for room in the buffers.
+        """
         unread = select.poll()  # an own object, because only one thread may wait in one
         unread.register(self._socket, select.POLLIN)
         while True:
+            await trio.sleep(self._alive_every_s)
             limit_s = self._terms.silence_s
-            await trio.sleep(min(limit_s / 4, ALIVE_EVERY_S))
             if ALIVE_EACH_SECOND in self.capabilities and guest_waits():
                 limit_s = min(limit_s, self._terms.postcopy_silence_s)
             is_silent = time.monotonic() - self.received_at > limit_s and not unread.poll(0)
             if is_silent and silence_s(self._socket.fileno()) > limit_s:
-                self._silent_s = limit_s
-                self.shut()
-                return
-            if not self._sending.locked():
-                with contextlib.suppress(PeerClosedError):  # the thread that receives notices
-                    await self.send(Alive())
+                return limit_s
+
+    @property
+    def _alive_every_s(self) -> float:
+        return min(self._terms.silence_s / 4, ALIVE_EVERY_S)
 
     async def receive_hello(self) -> Hello:
         with trio.move_on_after(CONNECT_TIMEOUT_S):
@@ -477,15 +493,3 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-async def listen_tcp(host: str, port: int) -> tuple[list[trio.SocketListener], int]:
-    """Return the listeners and their port.  Raises :class:`MigrationError`."""
-    try:
-        listeners = await trio.open_tcp_listeners(port, host=host)
-    except OSError as error:
-        raise MigrationError(
-            f"cannot listen at {host}:{port}: {error.strerror or error}; choose another address "
-            "(--listen, or listen in the configuration)"
-        ) from error
-    return listeners, listeners[0].socket.getsockname()[1]

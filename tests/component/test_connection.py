@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
@@ -57,6 +58,13 @@ async def ends(
         )
     with contextlib.closing(dialled), contextlib.closing(made[0]):
         yield dialled, made[0]
+
+
+def fill(lane: LaneConnection) -> None:
+    """Send until the buffers of the kernel hold no further byte."""
+    with contextlib.suppress(BlockingIOError), socket.socket(fileno=os.dup(lane.fileno())) as sock:
+        while True:
+            sock.send(bytes(65536), socket.MSG_DONTWAIT)
 
 
 @pytest.mark.parametrize("encrypted", [False, True])
@@ -152,6 +160,23 @@ async def test_a_silent_peer_is_dead_earlier_while_a_guest_waits(
                     while ours.bytes_sent < 30 * len(frames.encode(m.Alive().header())):
                         await trio.sleep(0.01)
                 assert not theirs.is_over()
+            nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+async def test_a_silent_peer_is_dead_also_while_an_alive_waits_for_room(
+    encrypted: bool, files: Callable[..., Tls], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The peer has taken nothing since the buffers were filled, and no call is in progress then."""
+    monkeypatch.setattr(transport, "ALIVE_EVERY_S", 0.01)
+    tls = files() if encrypted else None
+    async with ends(tls, Terms(silence_s=0.5)) as (ours, _theirs):
+        fill(ours)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ours.keep_alive)
+            silent = pytest.raises(PeerClosedError, match=r"nothing for 0\.5 s")
+            with trio.fail_after(WAIT_S), silent:
+                await ours.receive()
             nursery.cancel_scope.cancel()
 
 
