@@ -120,8 +120,10 @@ class ReceiverDaemon:
         needed = self._needed()
         if needed:
             for migration in needed:
-                migration.count()
-            waiting = ", ".join(f"{m.domain_name} ({m.outstanding_in_words})" for m in needed)
+                migration.measurement.count()
+            waiting = ", ".join(
+                f"{m.domain_name} ({m.measurement.outstanding_in_words})" for m in needed
+            )
             notify(f"STATUS=stopping, but guests that run here still need their pager: {waiting}")
             self._waiting.log(
                 "waiting for guests that run here: %s", waiting, about=[m.id for m in needed]
@@ -309,10 +311,9 @@ class ReceiverDaemon:
     def _start(self, migration: IncomingMigration) -> None:
         self._migrations[migration.id] = migration
         self._nursery.start_soon(self._carry_out, migration)
-        self._nursery.start_soon(keep_measuring, migration.count, migration.ended)
-        self._nursery.start_soon(
-            keep_measuring, migration.sample, migration.ended, lambda: migration.sampling_pause_s
-        )
+        measured, ended = migration.measurement, migration.ended
+        self._nursery.start_soon(keep_measuring, measured.count, ended)
+        self._nursery.start_soon(keep_measuring, measured.sample, ended, measured.sampling_pause_s)
 
     def _others(self, session: str) -> Callable[[], list[IncomingMigration]]:
         return lambda: [other for other in self._migrations.values() if other.id != session]
@@ -332,7 +333,7 @@ class ReceiverDaemon:
 
     async def _note(self, migration: IncomingMigration) -> None:
         if migration.has_ended:
-            migration.sample()
+            migration.measurement.sample()
             await self.history.add(_shown(migration), migration.recorded)
 
 
@@ -352,13 +353,13 @@ def _shown(migration: IncomingMigration, ended_at: float | None = None) -> Json:
 
 
 def _line(migration: IncomingMigration, ended_at: float | None = None) -> Json:
-    migration.count()
+    migration.measurement.count()
     return {
         "id": migration.id,
         "direction": "incoming",
         "domid": migration.domid,
         "peer": migration.lanes.peer,
-        "unknown": migration.unknown,
+        "unknown": migration.measurement.unknown,
         "phase": migration.phase,
         "outcome": outcome(migration.phase, migration.progress.problem),
         **asdict(migration.progress),

@@ -39,10 +39,11 @@ from receiver import postcopy, recovery, rollback
 from receiver.context import NOT_HERE, Context
 from receiver.entry import Entry
 from receiver.inbox import Inbox, Restoring
+from receiver.measurement import Measurement
 from receiver.ownership import INHERITED, Link, Ownership, State
 from receiver.peer import Peer
 from receiver.preflight import Others, Preflight
-from receiver.progress import Faults, IncomingProgress, Meter
+from receiver.progress import IncomingProgress
 from receiver.recovery import Predecessor, Recovery
 from receiver.requests import Requests
 from receiver.statistics import PagerStatistics
@@ -58,15 +59,13 @@ class IncomingMigration:
         self.id = migration_id
         self._context = context
         started = None if context.ownership.inherited else time.monotonic()
-        self._meter = Meter(context.progress, started)
         context.progress.started_at = context.entry.started_at
-        context.ownership.on_phase = self._enter
-        self._enter(self.phase)
         self._beginning = beginning
         self._recovery: Recovery | None = None
         """``None`` before there is a guest, and after the end."""
         self._last_message: m.Message | None = None
         """The message that the sender still has to receive."""
+        self.measurement = Measurement(context, started, lambda: self._recovery)
         self._scope = trio.CancelScope()
         self.requests = Requests(context, self._scope.cancel, lambda: self._recovery)
         self.ended = trio.Event()
@@ -240,9 +239,6 @@ class IncomingMigration:
             await rollback.linger(self._context, self._last_message)
 
     # ---- what others see ----
-    def _enter(self, phase: str) -> None:
-        self._meter.enter(time.monotonic(), time.time(), phase)
-
     @property
     def progress(self) -> IncomingProgress:
         return self._context.progress
@@ -294,62 +290,9 @@ class IncomingMigration:
             return 0
         return self._recovery.switchover.guest.pages.count
 
-    @property
-    def unknown(self) -> tuple[str, ...]:
-        """Return the keys of the progress whose values this receiver does not have."""
-        return ("outstanding", "waiting") if self._context.ownership.inherited else ()
-
-    @property
-    def outstanding_in_words(self) -> str:
-        """State in words what is outstanding."""
-        if "outstanding" in self.unknown:
-            return "its missing pages are not counted yet"
-        return f"{self.progress.outstanding} pages missing"
-
-    def count(self) -> None:
-        """Update what ``list`` shows, also while no sender is connected."""
-        recovery, now, latency = self._recovery, time.monotonic(), self.statistics.latency
-        faults = None
-        if recovery is not None and recovery.switchover.serving.is_set():
-            pager = recovery.switchover.pager
-            report, self.progress.waiting = pager.report()
-            self.progress.outstanding = report.outstanding
-            faults = Faults(report.faults, report.latency_us, pager.longest_wait_us(now))
-        elif self.progress.pages_done is not None or self._context.is_in(State.COMPLETED):
-            median_us, longest_us = latency.quantile(0.5), latency.max_us
-            faults = Faults(latency.count, round(median_us), round(longest_us))
-        self.progress.io_fails_in_s = None if recovery is None else recovery.io_fails_in_s
-        peer = self._context.peer
-        self._meter.copying(now, self.phase, peer.bytes_pushed, is_busy=peer.is_busy)
-        self._meter.measure(now, self.phase, peer.bytes_received, faults)
-
-    def sample(self) -> None:
-        """Add a sample to the record: one value for each of ``COLUMNS``."""
-        peer, shown, still = self._context.peer, self.progress, dict[int, float]()
-        outstanding = faults = waiting = None
-        if self._recovery is not None and self._recovery.switchover.serving.is_set():
-            pages = self._recovery.switchover.guest.pages
-            with pages.pages.lock:
-                still = pages.pages.waits_s(time.monotonic())
-            outstanding, waiting = pages.count, pages.waiting
-            faults = self.statistics.latency.count
-        elif self._context.is_in(State.COMPLETED):
-            outstanding, waiting, faults = shown.outstanding, 0, self.statistics.latency.count
-        values = (peer.bytes_received, outstanding, waiting, faults)
-        self._context.record.samples.add(time.time(), values, self.statistics.waited_s(still))
-
     def recorded(self) -> dict[str, Any]:
         """Return what was recorded so far.  Call this in a thread."""
-        record, recovery = self._context.record, self._recovery
-        found = {**record.taken(), "latency_us": self.statistics.latencies()}
-        if recovery is not None:
-            found["origins"] = recovery.switchover.guest.pages.summary_of_origins()
-        return found
-
-    @property
-    def sampling_pause_s(self) -> float:
-        """The time from one sample to the next one."""
-        return self._context.record.samples.pause_s
+        return self.measurement.recorded()
 
     def details(self) -> dict[str, Any]:
         """Return what has been measured so far; see :meth:`PagerStatistics.summary`."""

@@ -114,6 +114,6 @@ async def test_a_sender_s_successor_does_not_know_when_the_last_checkpoint_came(
 async def test_a_receiver_s_successor_states_what_it_has_not_counted_yet(
     clean_hosts: World, tmp_path: Path
 ) -> None:
-    left = left_by_a_receiver(clean_hosts.destination, Journal(tmp_path), "taken over")
+    left = left_by_a_receiver(clean_hosts.destination, Journal(tmp_path), "taken over").measurement
     assert left.unknown == ("outstanding", "waiting")
     assert left.outstanding_in_words == "its missing pages are not counted yet"
