@@ -19,6 +19,8 @@ so that a wait which only a time limit of the daemons ends is a failure.
 """
 PAUSES_PER_LOOK = 9
 """How long :func:`until` pauses, in times of what its last look took."""
+LEAST_PAUSE_S, MOST_PAUSE_S = 0.002, 0.01
+"""The limits of that.  Some conditions hold for a short time only."""
 
 
 def ready(file: FileDescriptorLike, timeout_s: float) -> bool:
@@ -34,7 +36,12 @@ async def until_async(condition: Callable[[], bool], timeout_s: float = WAIT_S) 
             await trio.sleep(0.005)
 
 
-def until(condition: Callable[[], object], what: str, timeout_s: float = WAIT_S) -> None:
+def until(
+    condition: Callable[[], object],
+    what: str,
+    timeout_s: float = WAIT_S,
+    most_pause_s: float = MOST_PAUSE_S,
+) -> None:
     """Wait until the condition holds.  ``what``: the failure that is named if the time has
     passed.
 
@@ -48,4 +55,4 @@ def until(condition: Callable[[], object], what: str, timeout_s: float = WAIT_S)
             return
         now = time.monotonic()
         assert now < deadline, what
-        time.sleep(max(0.002, PAUSES_PER_LOOK * (now - began)))
+        time.sleep(min(max(LEAST_PAUSE_S, PAUSES_PER_LOOK * (now - began)), most_pause_s))

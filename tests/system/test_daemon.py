@@ -203,6 +203,7 @@ def test_show_and_watch(world: World, name: str) -> None:
 def test_a_sender_shows_all_faults_when_the_receiver_has_reported_them() -> None:
     """The report before it has only the faults up to its own time."""
     migration = Mock(progress=Progress(faults=591, latency_us=30))
+    migration.domain.handle = None
     migration.context.receiver_statistics = {}
     assert _line(migration)["faults"] == 591
     migration.context.receiver_statistics = {
