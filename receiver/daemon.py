@@ -128,7 +128,11 @@ class ReceiverDaemon:
             self._waiting.log(
                 "waiting for guests that run here: %s", waiting, about=[m.id for m in needed]
             )
-        return bool(self._unfinished())
+        unfinished = self._unfinished()
+        if unfinished and not needed:
+            undone = ", ".join(f"{m.domain_name} ({m.progress.problem})" for m in unfinished)
+            notify(f"STATUS=stopping, but incoming domains must be destroyed before: {undone}")
+        return bool(unfinished)
 
     def snapshots(self) -> Iterator[Json]:
         """See :class:`migrate.metrics.serve.Daemon`."""

@@ -131,9 +131,11 @@ class Preflight:
     async def _refuse(self, refusal: str) -> None:
         context = self._context
         context.progress.problem = refusal
-        await discard(context, refusal)
+        answer = m.Refused(m.printable(refusal), False)
+        await discard(context, refusal, answer)
         context.ownership.enter(State.REFUSED)
-        await context.peer.send(m.Refused(m.printable(refusal), False))
+        if context.peer.connections:  # otherwise the sender has been answered already
+            await context.peer.send(answer)
 
     def _prepare(self, offer: m.Offer) -> Begun | str:
         """Make the domain and its ring.  Returns the reason if this host cannot take the guest."""

@@ -14,7 +14,7 @@ from migrate.lanes.connection import EXPLANATION_S, LINGER_S
 from migrate.logs import Complaint
 from migrate.protocol import messages as m
 from migrate.tasks import in_thread, is_bug
-from receiver.context import Context
+from receiver.context import Context, retries
 from receiver.guest import state_of
 from receiver.ownership import State
 from receiver.switchover import LOOK_AGAIN_EVERY_S, Switchover
@@ -49,12 +49,13 @@ async def failed(
             return None
         assert not ownership.ours, f"{context.name} is here, and is not given up for: {error}"
         log.warning("the migration of %s is undone: %s", context.name or "a guest", error)
+        answer = m.Failed(m.printable(str(error)))
         with trio.CancelScope(shield=True):
             if ownership.needed:  # a successor destroys what is left over, and keeps nothing
                 await in_thread(ownership.enter, State.DECIDED_ELSEWHERE)
-            await discard(context, str(error))
+        await discard(context, str(error), answer)
         ownership.enter(State.GIVEN_UP)
-        return m.Failed(m.printable(str(error)))
+        return answer
 
 
 async def _guest_ended(
@@ -132,21 +133,39 @@ async def _end(context: Context) -> tuple[End, bool]:
     return await trio.to_thread.run_sync(lambda: (domain.end(), domain.has_run()))
 
 
-async def discard(context: Context, reason: str) -> None:
-    """Destroy the domain, if there is one, and erase the journal's entry."""
-    domain = context.holdings.domain
+async def discard(context: Context, reason: str, answer: m.Message) -> None:
+    """Destroy the domain, if there is one, and erase the journal's entry.
+
+    The attempt is repeated until it succeeds.  The sender does not wait for that: after the first
+    error the sender is sent ``answer``.  If this process ends meanwhile, its successor destroys the
+    domain, by the entry in the journal.
+    """
+    domain, problem = context.holdings.domain, context.progress.problem
     if domain is None:
         await trio.to_thread.run_sync(context.entry.erase)
         await context.toolstack.failed(reason)
         return
-    try:
-        with contextlib.suppress(NoSuchDomainError):
-            await context.toolstack.discard(domain, reason)
+    attempts = retries()
+    with trio.CancelScope(shield=True) as shield:
+        while True:
+            try:
+                with contextlib.suppress(NoSuchDomainError):
+                    await context.toolstack.discard(domain, reason)
+                break
+            except XenError as error:
+                context.progress.problem = (
+                    f"{problem}; and the incoming domain cannot be destroyed yet: {error}; trying "
+                    "again"
+                )
+                log.error("%s: %s", context.name, context.progress.problem)
+                await send_outcome(context, answer)
+                context.disconnect()
+            shield.shield = False
+            await trio.sleep(next(attempts))
+            shield.shield = True
         await trio.to_thread.run_sync(context.entry.erase)
-    except XenError as error:
-        log.error("%s is left over: %s", context.name, error)
-        context.progress.problem += f"; and the incoming domain is left over: {error}"
-    await trio.to_thread.run_sync(context.holdings.release)
+        await trio.to_thread.run_sync(context.holdings.release)
+    context.progress.problem = problem
 
 
 # ---- after the end ----

@@ -34,6 +34,7 @@ from receiver.recovery import Predecessor, Recovery
 from receiver.restore import FrameLimit
 from receiver.switchover import Switchover
 from receiver.toolstack import OwnToolstack, XlToolstack
+from tests.support.failing import fails
 from tests.support.guests import busy
 from tests.support.left import SESSION, NoLanes
 from tests.support.waiting import until_async
@@ -415,17 +416,19 @@ async def test_a_successor_does_not_claim_that_a_guest_that_has_ended_never_ran(
 async def test_what_cannot_be_destroyed_is_not_in_doubt_for_a_successor(
     clean_hosts: World, tmp_path: Path, name: str, monkeypatch: Patch
 ) -> None:
-    """The sender has given up, and the guest runs at the source: nobody is to start it here."""
+    """The sender has given up, and the guest runs at the source: nobody is to start it here.  The
+    receiver ends before an attempt to destroy the domain has succeeded.
+    """
     case = await made(clean_hosts, tmp_path, name, State.READY)
-    destroy = SimulatedDomain.destroy
-
-    def fail(_self: SimulatedDomain) -> None:
-        raise XenError("destroydomain", errno.EBUSY)
-
-    monkeypatch.setattr(SimulatedDomain, "destroy", fail)
-    await rollback.failed(case.context, MigrationError("the sender gave up"), None)
-    assert "left over" in case.context.progress.problem and len(case.found()) == 1
-    monkeypatch.setattr(SimulatedDomain, "destroy", destroy)
+    with trio.fail_after(20), monkeypatch.context() as patch:
+        patch.setattr(receiver_context, "FIRST_START_AGAIN_S", 0.01)
+        failed = fails(patch, "destroy", times=10**6)
+        async with trio.open_nursery() as receiver:
+            error = MigrationError("the sender gave up")
+            receiver.start_soon(rollback.failed, case.context, error, None)
+            await until_async(lambda: len(failed) > 2)
+            receiver.cancel_scope.cancel()
+    assert "cannot be destroyed yet" in case.context.progress.problem and len(case.found()) == 1
     facts = (await trio.to_thread.run_sync(case.journal.entries))[SESSION]
     successor = IncomingMigration.of_predecessor(
         clean_hosts.destination, SESSION, cast(Any, NoLanes()), case.journal, facts

@@ -428,3 +428,25 @@ async def test_a_guest_that_is_destroyed_when_all_has_come_ends_its_migration(
     assert (
         outcome.incoming.has_ended
     )  # "completed", or "failed" if the end of the domain was noticed first
+
+
+async def test_an_incoming_domain_that_cannot_be_destroyed_yet_is_destroyed_later(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
+    """The sender does not wait for that."""
+    failed = fails(monkeypatch, "destroy", times=10**6)
+
+    async def meanwhile(outcome: Outcome, _link: Link) -> None:
+        await until_async(lambda: outcome.migration.phase == "precopy")
+        outcome.incoming.requests.ask_to_cancel()
+        await until_async(lambda: len(failed) > 3 and outcome.migration.phase == "failed")
+        assert "cannot be destroyed yet" in outcome.incoming.progress.problem
+        assert not outcome.incoming.has_ended and len(clean_hosts.destination.domains()) == 1
+        monkeypatch.undo()
+
+    outcome = await migrate(clean_hosts, busy(name), Strategy.PRECOPY, meanwhile=meanwhile)
+    cancelled = "cancelled by the operator of the destination"
+    assert cancelled in outcome.migration.progress.problem
+    assert outcome.incoming.phase == "failed" and outcome.incoming.progress.problem == cancelled
+    assert outcome.incoming.id not in outcome.arrivals.entries()
+    await goes_on_here_only(clean_hosts, name)

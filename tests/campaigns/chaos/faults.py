@@ -385,8 +385,6 @@ async def refuse_calls(trial: Trial) -> None:
     """
     host = trial.random.choice([trial.world.source, trial.world.destination])
     calls = trial.random.sample(REFUSED, trial.random.choice([1, 4, len(REFUSED)]))
-    if host is trial.world.destination and "destroy" in calls:
-        calls.remove("destroy")  # what cannot be destroyed there is left to the next receiver
     with contextlib.suppress(XenError):  # there may be no such domain, or no more
         domain = await in_thread(host.open, trial.spec.name)
         with domain:
