@@ -185,9 +185,15 @@ class Predecessor:
         switchover.serve()
 
     def _undo_stop(self, domain: Domain, state: DomainState | None) -> None:
+        """Have a guest that a predecessor stopped continue.
+
+        Raises ``XenError``.  The note of the stop is then kept for the next attempt.
+        """
         if self._was_stopped_by_us(state):
-            with contextlib.suppress(XenError):  # the predecessor may not have stopped it yet
-                (domain.resume if state is DomainState.SUSPENDED else domain.unpause)()
+            if state is DomainState.SUSPENDED:
+                domain.resume()
+            elif state is DomainState.PAUSED:
+                domain.unpause()
             self._context.entry.stopped.unlink(missing_ok=True)
 
     def _was_stopped_by_us(self, state: DomainState | None) -> bool:

@@ -25,7 +25,18 @@ from sender.migration import OutgoingMigration
 from sender.rollback import Rollback
 from sender.toolstack import OwnToolstack
 from tests.conftest import MIB
-from tests.support.daemons import SLOW, begin, boot, copying, kill, lines, phase, states, world
+from tests.support.daemons import (
+    SLOW,
+    begin,
+    boot,
+    copying,
+    journal,
+    kill,
+    lines,
+    phase,
+    states,
+    world,
+)
 from tests.support.inprocess import Outcome, migrate, verification
 from tests.support.links import Link
 from tests.support.protected import dies_after, options, protected, verified_at_source
@@ -369,6 +380,28 @@ def test_the_successor_of_a_receiver_lets_no_guest_go_on_that_somebody_else_has_
         until(lambda: phase(world, "receiver") == "completed", "its memory does not come")
         assert guest.state() is before and before is not DomainState.RUNNING
         (guest.unpause if stop == "pause" else guest.resume)()
+    arrives(world, spec)
+
+
+@pytest.mark.parametrize("stop", ["pause", "suspend"])
+def test_a_guest_that_a_killed_receiver_has_stopped_continues_however_late_xen_allows_that(
+    world: World, stop: str
+) -> None:
+    spec = boot(world)
+    begin(world, "guest", checkpoint_every_s=0.02)
+    until(lambda: lines(world, "sender")[0]["checkpoints"] > 1, "no checkpoints")
+    with world.destination.open("guest") as guest:
+        kill_between_checkpoints(world, guest)
+        stopped = journal(world, "receiver").with_suffix(".stopped")
+        stopped.touch()
+        getattr(guest, stop)()
+        before = guest.state()
+        guest.refuse("unpause", "resume")
+        start_receiver(world, world.port)
+        until(lambda: "EBUSY" in lines(world, "receiver")[0]["problem"], "Xen refuses nothing")
+        assert stopped.exists() and guest.state() is before and before is not DomainState.RUNNING
+        guest.refuse()
+        until(lambda: guest.state() is DomainState.RUNNING, "the guest does not continue")
     arrives(world, spec)
 
 
