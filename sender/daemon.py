@@ -147,13 +147,10 @@ class SenderDaemon:
                     migration.requests.cancel("because the sender is being stopped")
         needed = self._unfinished()
         if needed:
-            waiting = ", ".join(
-                f"{m.domain_name} ({m.phase}, {m.outstanding_in_words})" for m in needed
-            )
-            notify(f"STATUS=stopping, but guests elsewhere still need their pages: {waiting}")
-            self._waiting.log(
-                "waiting for guests elsewhere: %s", waiting, about=[m.id for m in needed]
-            )
+            waiting = _waited_for(needed)
+            notify(f"STATUS=stopping, but waiting for {waiting}")
+            about = [(m.id, m.keeps_pages) for m in needed]
+            self._waiting.log("waiting for %s", waiting, about=about)
         return bool(needed)
 
     def _unfinished(self) -> list[OutgoingMigration]:
@@ -439,6 +436,18 @@ class SenderDaemon:
         if migration.has_ended:
             migration.context.sample()
             await self.history.add(_shown(migration), migration.recorded)
+
+
+def _waited_for(needed: list[OutgoingMigration]) -> str:
+    """State in words for what a daemon that is being stopped waits."""
+    elsewhere = [
+        f"{m.domain_name} ({m.phase}, {m.outstanding_in_words})" for m in needed if m.keeps_pages
+    ]
+    others = [
+        f"{m.domain_name} ({m.phase}: {m.progress.problem})" for m in needed if not m.keeps_pages
+    ]
+    parts = {"guests elsewhere": elsewhere, "migrations that have not ended": others}
+    return "; ".join(f"{what}: {', '.join(names)}" for what, names in parts.items() if names)
 
 
 def _shown(migration: OutgoingMigration, ended_at: float | None = None) -> Json:

@@ -290,6 +290,23 @@ async def test_a_daemon_that_is_being_stopped_logs_for_whom_it_waits_once(
     assert len(logged) == 2 and "one" in logged[0] and "two" in logged[1]
 
 
+async def test_a_sender_that_is_being_stopped_names_why_a_migration_has_not_ended(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The guest is suspended here, and no guest elsewhere needs pages."""
+    journal = Journal(tmp_path / "sender")
+    daemon = SenderDaemon(cast(Any, None), tmp_path / "s", Config(), journal)
+    daemon._migrations["one"] = guest = Mock(id="one", domain_name="one", keeps_pages=False)
+    guest.phase, guest.progress.problem = "switchover", "the guest cannot continue here yet"
+    daemon._active.add("one")
+    assert await daemon._drain()
+    (logged,) = caplog.messages
+    assert logged == (
+        "waiting for migrations that have not ended: one (switchover: the guest cannot continue "
+        "here yet)"
+    )
+
+
 async def test_a_receiver_that_is_being_stopped_undoes_what_it_takes_back(tmp_path: Path) -> None:
     """Found by chaos (seed 33000082): the domain and its memory were left over."""
     journal = Journal(tmp_path / "receiver")
