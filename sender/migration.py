@@ -28,7 +28,7 @@ from sender.context import Context, Source
 from sender.dirty import DirtyLog
 from sender.entry import Entry, read_entry
 from sender.last_message import send_last_message
-from sender.ownership import State
+from sender.ownership import LOG_DIRTY_MAY_BE_ON, State
 from sender.policy import DefaultPolicy
 from sender.progress import BEFORE_RESTART, OF_CHECKPOINTS, OF_DESTINATION, Progress
 from sender.recovery import Recovery
@@ -41,11 +41,6 @@ from xenbackend.errors import NoSuchDomainError, XenError
 from xenbackend.keeper import open_with_keeper
 
 log = logging.getLogger(__name__)
-
-LOG_DIRTY_MAY_BE_ON = frozenset(
-    {State.COPYING, State.SUSPENDED, State.HANDED_OVER, State.DECIDED_HERE}
-)
-"""The states in which a predecessor may have left log-dirty on."""
 
 
 class OutgoingMigration:

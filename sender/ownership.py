@@ -146,6 +146,8 @@ TABLE: dict[State, Row] = {
 
 INHERITED = {row.step: row.successor or state for state, row in TABLE.items() if row.step}
 """The state in which a restarted daemon begins, by the last step in the journal."""
+LOG_DIRTY_MAY_BE_ON = frozenset({S.COPYING, S.SUSPENDED, S.HANDED_OVER, S.DECIDED_HERE})
+"""The states in which a predecessor may have left log-dirty on."""
 ENDED = (S.GIVEN_UP, S.PAGES_LOST, S.COMPLETED, S.FAILED)
 DECIDED = (S.DECIDED_HERE, S.RETURNING, S.DECIDED_ELSEWHERE)
 _HANDED_OVER = (S.HANDED_OVER, S.ALL_SENT, S.COMPLETING, *DECIDED)
