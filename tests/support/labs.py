@@ -8,7 +8,6 @@ holds their pages.
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -168,11 +167,8 @@ class SimulatedLab(Lab):
 
 
 LAB_WAIT_S = 60.0
-IN_DOM0_PAUSE_S = 2.0
-"""The longest pause between two looks in an emulated dom0, where a look takes up to a second."""
 
 
 def until(condition: Callable[[], object], what: str, timeout_s: float = LAB_WAIT_S) -> None:
     """Wait as :func:`tests.support.waiting.until` does, for a hypervisor that may be emulated."""
-    in_dom0 = "LAB_HYPERVISOR" in os.environ
-    waiting.until(condition, what, timeout_s, IN_DOM0_PAUSE_S if in_dom0 else waiting.MOST_PAUSE_S)
+    waiting.until(condition, what, timeout_s)

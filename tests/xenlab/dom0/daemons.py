@@ -16,8 +16,8 @@ from migrate.control.client import ControlClient
 from migrate.errors import MigrationError
 from tests.support import zygote
 from tests.support.keepers import keepers
-from tests.support.labs import until
 from tests.xenlab.dom0.guests import WAIT_S
+from tests.xenlab.dom0.waiting import until
 
 TREE = Path(__file__).parents[3]
 

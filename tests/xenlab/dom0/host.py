@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from migrate.control.client import ControlClient, Json
-from tests.support.labs import until
 from tests.xenlab.dom0.daemons import daemons, write_helper
 from tests.xenlab.dom0.guests import WAIT_S, Guest, guest, xl
 from tests.xenlab.dom0.lab import remnants
+from tests.xenlab.dom0.waiting import until
 from xenbackend.libxenctrl.hypervisor import XenHypervisor
 
 FEW_PAGES = 4000

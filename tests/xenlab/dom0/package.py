@@ -9,7 +9,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.labs import until
+from tests.xenlab.dom0.waiting import until
 
 UNITS = ("xen-postcopy-sender.service", "xen-postcopy-receiver.service")
 HELPER = "/usr/bin/xen-postcopy-xl-helper"

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from tests.support.keepers import keepers
-from tests.support.labs import until
 from tests.xenlab.dom0.daemons import daemons
 from tests.xenlab.dom0.devices import check_disk, disk, guest_with_devices, vif
 from tests.xenlab.dom0.guests import WAIT_S, Guest, guest, run, xl
@@ -28,6 +27,7 @@ from tests.xenlab.dom0.host import (
 )
 from tests.xenlab.dom0.lab import remnants
 from tests.xenlab.dom0.traffic import Traffic
+from tests.xenlab.dom0.waiting import until
 from xenbackend.contract import DomainState
 
 __all__ = ["host", "slow"]

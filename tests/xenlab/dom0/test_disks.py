@@ -15,7 +15,6 @@ import pytest
 
 from migrate.errors import MigrationError
 from sender.switchover import HOT_PAGES
-from tests.support.labs import until
 from tests.support.pages import memory_of
 from tests.xenlab.dom0.daemons import daemons
 from tests.xenlab.dom0.devices import check_disk, guest_with_disk
@@ -29,6 +28,7 @@ from tests.xenlab.dom0.host import (
     host,
     running,
 )
+from tests.xenlab.dom0.waiting import until
 from xenbackend.libxenctrl.hypervisor import XenHypervisor
 
 __all__ = ["host", "running"]

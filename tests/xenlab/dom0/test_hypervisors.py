@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 
 from tests.support import zygote
-from tests.support.labs import until
 from tests.support.pages import memory_of, pfns, span
 from tests.xenlab.dom0.conftest import KIND
 from tests.xenlab.dom0.daemons import daemons
 from tests.xenlab.dom0.guests import STEPS_PER_S, STUB, Guest, guest
 from tests.xenlab.dom0.lab import EMPTY_PLATFORM
+from tests.xenlab.dom0.waiting import until
 from xenbackend import release
 from xenbackend.contract import DomainConfig
 from xenbackend.errors import XenError

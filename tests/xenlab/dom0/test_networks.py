@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.labs import until
 from tests.xenlab.dom0.daemons import Daemons, daemons
 from tests.xenlab.dom0.devices import check_disk, guest_with_devices
 from tests.xenlab.dom0.guests import WAIT_S, Guest
@@ -26,6 +25,7 @@ from tests.xenlab.dom0.host import (
     running,
 )
 from tests.xenlab.dom0.traffic import Traffic
+from tests.xenlab.dom0.waiting import until
 
 __all__ = ["host", "running"]
 

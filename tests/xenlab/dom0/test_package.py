@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.keepers import keepers
-from tests.support.labs import until
 from tests.xenlab.dom0.guests import Guest, guest, xl
 from tests.xenlab.dom0.package import CONFIG, HELPER, UNITS, Host
+from tests.xenlab.dom0.waiting import until
 
 pytestmark = pytest.mark.hypervisors("hosts")
 SENDER_SOCKET = "/run/xen-postcopy/sender.sock"

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import pytest
 
 from migrate.control.client import Json
-from tests.support.labs import until
 from tests.xenlab.dom0.guests import CONSOLES, Guest, guest
 from tests.xenlab.dom0.package import CONFIG, HELPER, Host
+from tests.xenlab.dom0.waiting import until
 from tests.xenlab.parts import HOST_NAMES, address
 
 pytestmark = pytest.mark.hypervisors("hosts")

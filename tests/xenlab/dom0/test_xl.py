@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from migrate.control.client import ControlClient
 from tests.support.keepers import keepers
-from tests.support.labs import until
 from tests.xenlab.dom0.daemons import daemons
 from tests.xenlab.dom0.guests import STEPS_PER_S, WAIT_S, Guest, guest, xl
 from tests.xenlab.dom0.host import (
@@ -33,6 +32,7 @@ from tests.xenlab.dom0.host import (
     slow,
 )
 from tests.xenlab.dom0.lab import remnants
+from tests.xenlab.dom0.waiting import until
 from xenbackend.pages import PAGE_SIZE, PageStatus, PfnArray
 
 __all__ = ["host", "running", "slow"]

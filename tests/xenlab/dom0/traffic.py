@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.support.labs import until
 from tests.xenlab.dom0.devices import GUEST_ADDRESS
 from tests.xenlab.dom0.guests import WAIT_S, Guest
+from tests.xenlab.dom0.waiting import until
 
 WORDS = 128
 """The words of a message."""

@@ -25,9 +25,9 @@ from pathlib import Path
 
 from migrate.control.client import ControlClient
 from migrate.xl import stock
-from tests.support.labs import until
 from tests.xenlab.dom0.daemons import daemons, write_helper
 from tests.xenlab.dom0.guests import Guest, guest, xl
+from tests.xenlab.dom0.waiting import until
 
 NAME = "bench"
 TAP = """#!{python}
