@@ -314,10 +314,15 @@ def reported(changes: list[tuple[Place, str, Any]], *, by_one_end: bool) -> str:
     return document
 
 
+HISTOGRAM = "details", "fault_latency_us", "histogram"
+
+
 @given(damages(PLACES), st.booleans())
 @example(
     changes=[((0, key), "replaced", None) for key in ("started_at", "details")], by_one_end=False
 )
+@example(changes=[((1, *HISTOGRAM), "replaced", 0)], by_one_end=False)
+@example(changes=[((0, *HISTOGRAM), "replaced", 0)], by_one_end=True)
 @settings(max_examples=150)
 def test_damaged_answers_are_reported_in_part_or_refused(
     changes: list[tuple[Place, str, Any]], by_one_end: bool

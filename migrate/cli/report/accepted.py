@@ -146,8 +146,10 @@ def _waits(values: Answer) -> Answer:
 
 
 def _latency(values: Answer) -> Answer:
-    found = {name: value for name, value in values.items() if _is_number(value)}
     histogram = values.get("histogram")
+    found = {
+        name: value for name, value in values.items() if name != "histogram" and _is_number(value)
+    }
     if isinstance(histogram, dict) and len(histogram) <= MOST_ITEMS:
         found["histogram"] = {
             power: count
