@@ -192,9 +192,8 @@ class Rollback:
             with self._reported():
                 await self._go_back(checkpoints)
         else:
-            what = f"{reason}; the guest cannot continue here yet"
             with self._reported():
-                await self._repeat(functools.partial(self._continue, reason), what)
+                await self._continue(reason)
         with self._reported():
             is_left = context.last_message is not None
             await in_thread(self.forget, State.GIVEN_UP if is_left else State.FAILED)
@@ -215,12 +214,19 @@ class Rollback:
         """Undo what the migration has changed in the domain, and have the guest continue there.  An
         error of the dirty log does not delay the guest.
         """
-        suspended = self._ownership.is_suspended
-        try:
-            await trio.to_thread.run_sync(self._source.dirty_log.disable)
-        finally:
-            toolstack = self._context.toolstack
-            await toolstack.give_up(self._source.domain, reason, suspended=suspended)
+        domain, toolstack = self._source.domain, self._context.toolstack
+        continues, suspended = False, self._ownership.is_suspended
+
+        async def step() -> None:
+            nonlocal continues
+            try:
+                await trio.to_thread.run_sync(self._source.dirty_log.disable)
+            finally:
+                if not continues:  # another program may have suspended the guest again since then
+                    await toolstack.give_up(domain, reason, suspended=suspended)
+                    continues = True
+
+        await self._repeat(step, f"{reason}; the guest cannot continue here yet")
 
     async def _repeat(self, step: Callable[[], Awaitable[object]], what: str) -> None:
         """Do a step until it succeeds.  After each error, ``what`` and the error are shown.

@@ -18,7 +18,7 @@ from sender import toolstack as sender_toolstack
 from sender.migration import OutgoingMigration
 from sender.ownership import State
 from sender.push import PushLane
-from sender.toolstack import OwnToolstack
+from sender.toolstack import OwnToolstack, _resume
 from tests.support.failing import fails
 from tests.support.guests import goes_on_here_only
 from tests.support.inprocess import Outcome, migrate, verification
@@ -64,6 +64,26 @@ async def test_a_guest_that_cannot_continue_here_yet_continues_later(
     await goes_on_here_only(clean_hosts, name)
     with clean_hosts.source.open(name) as guest:
         assert not guest.log_dirty_is_on() and [guest.reservation().max_pages] == limits
+
+
+async def test_a_guest_that_continues_here_is_resumed_once(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
+    """Log-dirty cannot be switched off yet.  Meanwhile another program may suspend the guest."""
+    links = cut_when(monkeypatch, PushLane, m.Context, before=True)
+    failed, resume, resumed = fails(monkeypatch, "log_dirty_disable", times=3), _resume, list[str]()
+
+    def resume_and_count(domain: Domain, name: str = "") -> None:
+        resumed.append(name)
+        resume(domain, name)
+
+    monkeypatch.setattr(sender_toolstack, "_resume", resume_and_count)
+    outcome = await migrate(
+        clean_hosts, busy(name), meanwhile=lambda _outcome, link: until_cut(links, link)
+    )
+    assert outcome.migration.phase == "failed" and len(failed) == 3
+    assert len(resumed) == 1
+    await goes_on_here_only(clean_hosts, name)
 
 
 async def test_a_sender_that_ends_before_the_guest_continues_leaves_that_to_its_successor(
