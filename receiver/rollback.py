@@ -141,12 +141,12 @@ async def discard(context: Context, reason: str, answer: m.Message) -> None:
     domain, by the entry in the journal.
     """
     domain, problem = context.holdings.domain, context.progress.problem
-    if domain is None:
-        await trio.to_thread.run_sync(context.entry.erase)
-        await context.toolstack.failed(reason)
-        return
     attempts = retries()
     with trio.CancelScope(shield=True) as shield:
+        if domain is None:
+            await trio.to_thread.run_sync(context.entry.erase)
+            await context.toolstack.failed(reason)
+            return
         while True:
             try:
                 with contextlib.suppress(NoSuchDomainError):
