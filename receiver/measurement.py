@@ -47,11 +47,8 @@ class Measurement:
     def count(self) -> None:
         """Update what ``list`` shows, also while no sender is connected."""
         context, recovery, now = self._context, self._recovery(), time.monotonic()
-        latency, shown, phase = (
-            context.statistics.latency,
-            context.progress,
-            context.ownership.phase,
-        )
+        latency, shown = context.statistics.latency, context.progress
+        phase = context.ownership.phase
         faults = None
         if recovery is not None and recovery.switchover.serving.is_set():
             pager = recovery.switchover.pager

@@ -5,9 +5,11 @@ done itself.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -369,10 +371,7 @@ def test_the_successor_of_a_receiver_lets_no_guest_go_on_that_somebody_else_has_
     world: World, stop: str
 ) -> None:
     spec = boot(world)
-    begin(world, "guest", checkpoint_every_s=0.02)
-    until(lambda: lines(world, "sender")[0]["checkpoints"] > 1, "no checkpoints")
-    with world.destination.open("guest") as guest:
-        kill_between_checkpoints(world, guest)
+    with guest_of_a_killed_receiver(world) as guest:
         getattr(guest, stop)()
         before = guest.state()
         start_receiver(world, world.port)
@@ -388,10 +387,7 @@ def test_a_guest_that_a_killed_receiver_has_stopped_continues_however_late_xen_a
     world: World, stop: str
 ) -> None:
     spec = boot(world)
-    begin(world, "guest", checkpoint_every_s=0.02)
-    until(lambda: lines(world, "sender")[0]["checkpoints"] > 1, "no checkpoints")
-    with world.destination.open("guest") as guest:
-        kill_between_checkpoints(world, guest)
+    with guest_of_a_killed_receiver(world) as guest:
         stopped = journal(world, "receiver").with_suffix(".stopped")
         stopped.touch()
         getattr(guest, stop)()
@@ -403,6 +399,18 @@ def test_a_guest_that_a_killed_receiver_has_stopped_continues_however_late_xen_a
         guest.refuse()
         until(lambda: guest.state() is DomainState.RUNNING, "the guest does not continue")
     arrives(world, spec)
+
+
+@contextlib.contextmanager
+def guest_of_a_killed_receiver(world: World) -> Iterator[SimulatedDomain]:
+    """Migrate the guest with checkpoints, kill the receiver between two of them, and yield the
+    guest at the destination.
+    """
+    begin(world, "guest", checkpoint_every_s=0.02)
+    until(lambda: lines(world, "sender")[0]["checkpoints"] > 1, "no checkpoints")
+    with world.destination.open("guest") as guest:
+        kill_between_checkpoints(world, guest)
+        yield guest
 
 
 def kill_between_checkpoints(world: World, guest: SimulatedDomain) -> None:

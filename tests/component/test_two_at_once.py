@@ -150,6 +150,17 @@ async def test_the_destination_is_informed_though_the_migration_ended_just_befor
     assert [type(message) for message in lanes.taken] == [m.Recall]
 
 
+async def informs(
+    successor: OutgoingMigration, lanes: DestinationIsBack, journal: Journal, last: type[m.Message]
+) -> None:
+    """Check that a successor sends its last message, and erases its entry then."""
+    with trio.fail_after(20):
+        await successor.linger()
+    assert [type(message) for message in lanes.taken] == [last]
+    assert successor.ownership.state is State.FAILED
+    assert await trio.to_thread.run_sync(journal.entries) == {}
+
+
 async def test_a_guest_back_at_a_checkpoint_is_recalled_by_a_successor(
     clean_hosts: World, tmp_path: Path
 ) -> None:
@@ -160,11 +171,7 @@ async def test_a_guest_back_at_a_checkpoint_is_recalled_by_a_successor(
     with pytest.raises(MigrationError, match="when the last checkpoint"):
         await successor.run()
     assert "given up" in (await trio.to_thread.run_sync(journal.entries))["session"]["step"]
-    with trio.fail_after(20):
-        await successor.linger()
-    assert [type(message) for message in lanes.taken] == [m.Recall]
-    assert successor.ownership.state is State.FAILED
-    assert await trio.to_thread.run_sync(journal.entries) == {}
+    await informs(successor, lanes, journal, m.Recall)
 
 
 async def test_a_destination_is_informed_by_a_successor_that_nothing_is_left_for_its_guest(
@@ -178,11 +185,7 @@ async def test_a_destination_is_informed_by_a_successor_that_nothing_is_left_for
         await successor.run()
     assert successor.progress.problem.endswith("nothing of the guest is needed here")
     assert len(await trio.to_thread.run_sync(journal.entries)) == 1
-    with trio.fail_after(20):
-        await successor.linger()
-    assert [type(message) for message in lanes.taken] == [m.Lost]
-    assert successor.ownership.state is State.FAILED
-    assert await trio.to_thread.run_sync(journal.entries) == {}
+    await informs(successor, lanes, journal, m.Lost)
 
 
 @pytest.mark.parametrize(
