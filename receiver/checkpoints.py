@@ -29,7 +29,7 @@ from migrate.lanes.scheduling import run_in_thread
 from migrate.protocol import messages as m
 from migrate.protocol.pfns import PfnMask, batches_of, mask_from_bitmap
 from receiver.statistics import PagerStatistics
-from xenbackend.contract import Domain, DomainState
+from xenbackend.contract import SUSPENDS_LATE_S, Domain, DomainState
 from xenbackend.errors import XenError
 from xenbackend.pages import PAGE_SIZE, PageStatus
 
@@ -37,8 +37,6 @@ log = logging.getLogger(__name__)
 
 BATCH_PAGES = 1024
 KINDS = (PageStatus.DATA, PageStatus.ZERO, PageStatus.HOLE)
-SUSPENDS_LATE_S = 60.0
-"""The longest time that a guest may take to suspend after it was asked to."""
 LIVE_PAGES = 4096
 """To copy more pages than this takes longer than to suspend the guest.  They are therefore sent
 first, while the guest runs.
@@ -98,6 +96,8 @@ class Checkpoints:
         had read from it is not known, so every present page is sent again.
         """
         self._inherited = inherit
+        if inherit and self._stopped.exists():  # the predecessor may just have asked for it
+            self._suspends_until = time.monotonic() + SUSPENDS_LATE_S
         if inherit and self._domain.log_dirty_is_on():
             self._domain.log_dirty_disable()
         self._domain.log_dirty_enable()
@@ -240,8 +240,9 @@ class Checkpoints:
             began = time.monotonic()
             try:
                 suspend(self._domain, self._stopped)
-            except XenError:
-                self._suspends_until = began + SUSPENDS_LATE_S
+            except XenError as error:
+                if error.errno == errno.ETIMEDOUT:
+                    self._suspends_until = time.monotonic() + SUSPENDS_LATE_S
                 raise
             try:
                 yield
@@ -254,7 +255,13 @@ class Checkpoints:
 
     def _resume(self) -> None:
         self._domain.resume()
+        self._suspends_until = 0.0
         self._stopped.unlink(missing_ok=True)
+
+    @property
+    def may_suspend_late(self) -> bool:
+        """Whether the guest may still suspend for a checkpoint that has failed."""
+        return time.monotonic() <= self._suspends_until
 
     def resume_if_suspended(self) -> None:
         """Resume a guest that is still suspended for a past checkpoint, because it could not be
@@ -268,7 +275,7 @@ class Checkpoints:
                 return
             if self._domain.state() is DomainState.SUSPENDED:
                 self._resume()
-            elif time.monotonic() > self._suspends_until:
+            elif not self.may_suspend_late:
                 # The guest will not suspend for us any more.  If another program suspends it, it
                 # must not be resumed here.
                 self._stopped.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from migrate.errors import PeerClosedError
 from migrate.lanes.connection import EXPLANATION_S
 from migrate.protocol import messages as m
 from migrate.tasks import first, in_thread
-from receiver.checkpoints import mark
+from receiver.checkpoints import Checkpoints, mark
 from receiver.context import LAST_START_AGAIN_S, Context
 from receiver.ownership import State
 from receiver.statistics import PagerStatistics
@@ -127,6 +127,9 @@ async def finish(switchover: Switchover) -> m.Message | None:
         await _repeat(context, resume, "the guest cannot be resumed after its last checkpoint")
     await in_thread(_note_stop, context)
     await _repeat(context, switchover.pager.finish, "the ring cannot be given up")
+    if switchover.checkpoints is not None:
+        resume = functools.partial(_resume_late, context, switchover.checkpoints)
+        await _repeat(context, resume, "the guest cannot be resumed after a failed checkpoint")
     await in_thread(functools.partial(entry.stopped.unlink, missing_ok=True))
     with contextlib.suppress(NoSuchDomainError):
         await in_thread(guest.domain.reserve, 0)
@@ -140,6 +143,17 @@ async def finish(switchover: Switchover) -> m.Message | None:
     await in_thread(context.holdings.release)
     log.info("%s completed", context.name)
     return None if switchover.settled else complete_message(context.statistics)
+
+
+async def _resume_late(context: Context, checkpoints: Checkpoints) -> None:
+    """Wait for as long as the guest may suspend for a failed checkpoint, and resume it."""
+    while checkpoints.may_suspend_late:
+        context.progress.problem = (
+            "all memory has arrived; the guest runs, but may still suspend for a failed "
+            "checkpoint, and is then resumed"
+        )
+        await in_thread(checkpoints.resume_if_suspended)
+        await trio.sleep(LOOK_AGAIN_EVERY_S)
 
 
 async def _repeat(context: Context, step: Callable[[], Awaitable[object]], problem: str) -> None:

@@ -194,6 +194,8 @@ class Predecessor:
                 domain.resume()
             elif state is DomainState.PAUSED:
                 domain.unpause()
+            elif self._offer.checkpoint_ms:
+                return  # the guest may still suspend; see :meth:`Checkpoints.begin`
             self._context.entry.stopped.unlink(missing_ok=True)
 
     def _was_stopped_by_us(self, state: DomainState | None) -> bool:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 import time
@@ -32,7 +33,7 @@ from sender.push import PushLane
 from sender.statistics import SenderStatistics
 from sender.throttle import Throttle
 from sender.toolstack import Toolstack
-from xenbackend.contract import Domain, Hypervisor
+from xenbackend.contract import SUSPENDS_LATE_S, Domain, Hypervisor
 from xenbackend.pages import PAGE_SIZE
 
 COLUMNS = ("bytes_sent", "left_of_round", "dirty_bytes_per_s", "outstanding", "faults")
@@ -81,6 +82,11 @@ class Barriers:
 
     def passed(self, number: int, now: float) -> None:
         self._open.pop(number)(now)
+
+
+def latest_suspension() -> float:
+    """Return until when a guest may suspend that has not done so in time (time.monotonic())."""
+    return time.monotonic() + SUSPENDS_LATE_S
 
 
 class Context:
@@ -132,6 +138,10 @@ class Context:
         """The message for a destination that was cut off.  The message is sent when the destination
         dials or can be dialled.
         """
+        self.suspends_until = 0.0
+        """Until this time (time.monotonic()) a guest that was asked to suspend, and has not done so
+        in time, may still suspend.
+        """
         self.lost_at = 0.0
         """The time at which the lanes were lost (time.monotonic()), or 0."""
         self.source: Source | None = None
@@ -159,6 +169,14 @@ class Context:
             except MigrationError:
                 self.entry.applied = False
                 raise
+
+    def may_suspend_late(self) -> None:
+        """Note, also for a successor, that the guest has not suspended in time.  Called in a
+        thread.
+        """
+        self.suspends_until = latest_suspension()
+        with contextlib.suppress(OSError):
+            self.journal.stopped(self.id).touch(0o600)
 
     def fail(self, state: State, reason: str) -> None:
         """End the migration and show the reason, which is set before the state.  Blocks: run the

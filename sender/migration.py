@@ -24,7 +24,7 @@ from migrate.service.journal import Journal
 from migrate.service.lifecycle import TAKING_UP
 from migrate.tasks import as_soon_as_threads_start, in_thread
 from sender.checkpoints import CheckpointStore
-from sender.context import Context, Source
+from sender.context import Context, Source, latest_suspension
 from sender.dirty import DirtyLog
 from sender.entry import Entry, read_entry
 from sender.last_message import send_last_message
@@ -94,6 +94,8 @@ class OutgoingMigration:
         lanes.keep(entry.key)
         context = Context(session_id, hypervisor, lanes, journal, toolstack, entry, state)
         context.progress.problem = TAKING_UP
+        if journal.stopped(session_id).exists():
+            context.suspends_until = latest_suspension()
         if state is State.GIVEN_UP:
             context.progress.problem = "given up, before the sender was restarted"
             context.last_message = m.Abort("the guest stays at the source")
@@ -209,8 +211,7 @@ class OutgoingMigration:
         except BaseException as error:
             phase = self.phase
             await as_soon_as_threads_start(functools.partial(rollback.settle, error))
-            problem = self.progress.problem
-            how = outcome(self.phase, problem)
+            how = outcome(self.phase, problem := self.progress.problem)
             logs.abnormal_end(self.domain_name, phase, how, problem, self.result())
             raise
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import time
 from collections.abc import Awaitable, Callable, Iterator
 
 import trio
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 
 AGAIN_S = 5.0
 """The pause between two attempts to have the guest continue here, or to destroy the source."""
+LATE_LOOK_EVERY_S = 0.2
+"""The pause between two polls of whether a guest suspends late."""
 ABORT_S = 2.0
 """How long sending ``abort`` to a connected destination may take."""
 
@@ -223,10 +226,24 @@ class Rollback:
                 await trio.to_thread.run_sync(self._source.dirty_log.disable)
             finally:
                 if not continues:  # another program may have suspended the guest again since then
+                    await self._resume_late(reason)
                     await toolstack.give_up(domain, reason, suspended=suspended)
                     continues = True
 
         await self._repeat(step, f"{reason}; the guest cannot continue here yet")
+
+    async def _resume_late(self, reason: str) -> None:
+        """Wait for as long as a guest that was asked to suspend may still do so, and resume it."""
+        context, domain = self._context, self._source.domain
+        while time.monotonic() < context.suspends_until:
+            if await in_thread(domain.state) is DomainState.SUSPENDED:
+                await in_thread(domain.resume)
+                break
+            context.progress.problem = (
+                f"{reason}; the guest runs, but may still suspend, and is then resumed"
+            )
+            await self._pause(trio.sleep_forever, LATE_LOOK_EVERY_S)
+        context.suspends_until = 0.0
 
     async def _repeat(self, step: Callable[[], Awaitable[object]], what: str) -> None:
         """Do a step until it succeeds.  After each error, ``what`` and the error are shown.
@@ -247,14 +264,16 @@ class Rollback:
                 await self._pause(trio.sleep_forever)
         progress.problem = before
 
-    async def _pause(self, wait: Callable[[], Awaitable[object]]) -> None:
+    async def _pause(
+        self, wait: Callable[[], Awaitable[object]], pause_s: float | None = None
+    ) -> None:
         """Wait for the next attempt, or until ``wait`` returns.  If this process ends meanwhile,
         its successor makes the next attempt, by the entry in the journal.
         """
         shield = self._shield
         shield.shield = False
         try:
-            with trio.move_on_after(AGAIN_S):
+            with trio.move_on_after(AGAIN_S if pause_s is None else pause_s):
                 await wait()
         finally:
             shield.shield = True

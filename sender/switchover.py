@@ -143,6 +143,8 @@ class Switchover:
         except XenError as error:
             if error.errno == errno.EINVAL:  # another program has suspended the domain
                 ownership.enter(State.COPYING)
+            if error.errno == errno.ETIMEDOUT:
+                self._context.may_suspend_late()
             raise
         log.info("suspended")
         ownership.enter(State.SUSPENDED)

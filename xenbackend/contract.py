@@ -23,6 +23,9 @@ from numpy.typing import NDArray
 from xenbackend.pages import Buffer, MappedPages, NativePages, PfnArray
 from xenbackend.ring import PagingRing
 
+SUSPENDS_LATE_S = 60.0
+"""How long a guest that did not suspend in time may still suspend after that."""
+
 
 class DomainState(Enum):
     RUNNING = "running"
@@ -187,7 +190,11 @@ class Domain(ABC):
     # ---- running ----
     @abstractmethod
     def suspend(self) -> None:
-        """Stop the guest where its context can be taken.  Returns when no vCPU runs."""
+        """Stop the guest where its context can be taken.  Returns when no vCPU runs.
+
+        Raises ``XenError``.  ETIMEDOUT means that the guest was asked to suspend and has not done
+        so in time.  It may still suspend, for :data:`SUSPENDS_LATE_S` at most.
+        """
 
     @abstractmethod
     def resume(self) -> None:

@@ -150,7 +150,8 @@ class Journal:
     def stopped(self, session: str) -> Path:
         """Return the path of a file that exists while the daemon itself has stopped the session's
         guest.  The daemon makes the file before it stops the guest, and removes the file after it
-        has resumed the guest.
+        has resumed the guest.  A sender makes the file when the guest has not suspended in time,
+        and may still do so.
 
         If the file exists, a successor resumes the guest.  A guest that another program has stopped
         stays stopped.

@@ -266,6 +266,7 @@ async def test_a_guest_that_cannot_be_protected_goes_on_without(
         original(self)
 
     monkeypatch.setattr(SimulatedDomain, call, refuse)
+    monkeypatch.setattr(checkpoints, "SUSPENDS_LATE_S", 0.1)
     outcome = await protected(clean_hosts, busy(name))
     monkeypatch.undo()
     assert outcome.error is None

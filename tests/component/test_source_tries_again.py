@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 from typing import Any
 
@@ -13,6 +14,7 @@ from migrate.cli.world import World
 from migrate.errors import MigrationError
 from migrate.outcomes import RESCUED
 from migrate.protocol import messages as m
+from sender import context as sender_context
 from sender import rollback as sender_rollback
 from sender import toolstack as sender_toolstack
 from sender.migration import OutgoingMigration
@@ -29,8 +31,11 @@ from tests.support.protected import slow_guest as busy
 from tests.support.states import in_state
 from tests.support.waiting import until_async
 from xenbackend.contract import Domain, DomainState
+from xenbackend.errors import XenError
+from xenbackend.simulated.client import SimulatedDomain
 
 Patch = pytest.MonkeyPatch
+LATE = "may still suspend"
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +110,57 @@ async def test_a_sender_that_ends_before_the_guest_continues_leaves_that_to_its_
     )
     with pytest.raises(MigrationError, match="the sender was ended in the middle"):
         await successor.run()
+    await goes_on_here_only(clean_hosts, name)
+
+
+@pytest.mark.parametrize("suspends", [True, False])
+async def test_a_guest_that_suspends_after_its_migration_has_failed_is_resumed(
+    clean_hosts: World, name: str, monkeypatch: Patch, suspends: bool
+) -> None:
+    suspend, suspended = SimulatedDomain.suspend, list[str]()
+
+    def time_out(_self: SimulatedDomain) -> None:
+        raise XenError("suspend", errno.ETIMEDOUT)
+
+    async def meanwhile(outcome: Outcome, _link: Link) -> None:
+        if suspends:
+            await until_async(lambda: LATE in outcome.migration.progress.problem)
+            with clean_hosts.source.open(name) as guest:
+                suspend(guest)
+                suspended.append(name)
+
+    monkeypatch.setattr(SimulatedDomain, "suspend", time_out)
+    if not suspends:
+        monkeypatch.setattr(sender_context, "SUSPENDS_LATE_S", 0.5)
+    outcome = await migrate(clean_hosts, busy(name), meanwhile=meanwhile)
+    assert outcome.error is not None and outcome.migration.phase == "failed"
+    assert LATE not in outcome.migration.progress.problem
+    assert bool(suspended) is suspends
+    await goes_on_here_only(clean_hosts, name)
+
+
+async def test_a_guest_that_suspends_after_its_sender_was_killed_is_resumed_by_the_successor(
+    clean_hosts: World, name: str
+) -> None:
+    _rollback, context = in_state(clean_hosts, name, State.SUSPENDED, xl=False)
+    await trio.to_thread.run_sync(context.ownership.note)
+    await trio.to_thread.run_sync(context.may_suspend_late)
+    facts = context.journal.entries()[context.id]
+    lanes: Any = NoLanes()
+    successor = OutgoingMigration.of_predecessor(
+        context.id, clean_hosts.source, lanes, context.journal, facts
+    )
+
+    async def suspend_late(guest: SimulatedDomain) -> None:
+        await until_async(lambda: LATE in successor.progress.problem)
+        guest.suspend()
+
+    with clean_hosts.source.open(name) as guest, trio.fail_after(20):
+        guest.resume()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(suspend_late, guest)
+            with pytest.raises(MigrationError, match="the sender was ended in the middle"):
+                await successor.run()
     await goes_on_here_only(clean_hosts, name)
 
 

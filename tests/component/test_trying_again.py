@@ -14,8 +14,8 @@ from migrate.cli.world import World
 from migrate.errors import MigrationError
 from migrate.options import MigrationOptions, Strategy
 from migrate.protocol import messages as m
+from receiver import checkpoints, recovery
 from receiver import context as receiver_context
-from receiver import recovery
 from receiver.pager import Pager
 from receiver.peer import Peer
 from tests.conftest import MIB
@@ -24,9 +24,10 @@ from tests.support.failing import fails
 from tests.support.guests import goes_on_here_only
 from tests.support.inprocess import Outcome, migrate, verification
 from tests.support.links import Link, cut_when, until_cut
+from tests.support.protected import protected
 from tests.support.protected import slow_guest as busy
 from tests.support.waiting import until_async
-from xenbackend.contract import DomainState
+from xenbackend.contract import Domain, DomainState
 from xenbackend.errors import NoSuchDomainError, XenError
 from xenbackend.ring import PagingRing
 from xenbackend.simulated.client import SimulatedDomain
@@ -450,3 +451,30 @@ async def test_an_incoming_domain_that_cannot_be_destroyed_yet_is_destroyed_late
     assert outcome.incoming.phase == "failed" and outcome.incoming.progress.problem == cancelled
     assert outcome.incoming.id not in outcome.arrivals.entries()
     await goes_on_here_only(clean_hosts, name)
+
+
+async def test_a_guest_that_suspends_late_when_all_has_come_is_resumed(
+    clean_hosts: World, name: str, monkeypatch: Patch
+) -> None:
+    suspend, asked = SimulatedDomain.suspend, list[Domain]()
+
+    def time_out(self: SimulatedDomain) -> None:
+        if self._host is clean_hosts.source:
+            suspend(self)
+            return
+        asked.append(self)
+        raise XenError("suspend", errno.ETIMEDOUT)
+
+    async def meanwhile(outcome: Outcome, _link: Link) -> None:
+        await until_async(lambda: bool(asked))
+        await until_async(lambda: "may still suspend" in outcome.incoming.progress.problem)
+        with clean_hosts.destination.open(name) as guest:
+            suspend(guest)
+            await until_async(lambda: guest.state() is DomainState.RUNNING)
+        monkeypatch.setattr(SimulatedDomain, "suspend", suspend)
+
+    monkeypatch.setattr(SimulatedDomain, "suspend", time_out)
+    outcome = await protected(clean_hosts, busy(name), meanwhile)
+    assert outcome.error is None and len(asked) == checkpoints.ATTEMPTS
+    assert outcome.incoming.phase == "completed" and outcome.incoming.progress.problem == ""
+    assert (await verification(clean_hosts, busy(name))).problems == []
