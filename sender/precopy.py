@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,6 +32,12 @@ from xenbackend.pages import PAGE_SIZE, PfnArray
 log = logging.getLogger(__name__)
 
 MAX_DEFERRALS = 8
+EVICT_PFNS = 2**13
+"""The pfns that the destination is asked to evict at once.  Each time limit is for one request, and
+a slow host that evicts page by page needs milliseconds for a page.
+"""
+MAX_EVICTIONS = 8
+"""The most requests to evict that are under way, so that a round trip is not needed for each."""
 
 
 @dataclass
@@ -264,17 +271,16 @@ class Precopy:
         """Have the receiver evict pages.  The time limit is for each window, because the pages of a
         large guest take minutes if they are evicted one by one.
         """
-        waiting_for = await self._barrier()
         complaint = "the destination did not load what it was sent"
-        for base, bitmap in windows(unsent):
+        under_way = deque([(await self._barrier(), complaint)])
+        for base, bitmap in windows(unsent, EVICT_PFNS):
             await self._push.send(m.Defer(base, bitmap))
-            after = await self._barrier()
-            await self._wait_until_passed(waiting_for, complaint)
-            waiting_for, complaint = (
-                after,
-                f"the destination did not evict the unsent pages from pfn {base:#x} on",
-            )
-        await self._wait_until_passed(waiting_for, complaint)
+            complaint = f"the destination did not evict the unsent pages from pfn {base:#x} on"
+            under_way.append((await self._barrier(), complaint))
+            if len(under_way) > MAX_EVICTIONS:
+                await self._wait_until_passed(*under_way.popleft())
+        for barrier, complaint in under_way:
+            await self._wait_until_passed(barrier, complaint)
 
     async def _barrier(self) -> trio.Event:
         passed, token = trio.Event(), trio.lowlevel.current_trio_token()

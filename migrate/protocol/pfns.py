@@ -114,10 +114,13 @@ def runs(mask: PfnMask) -> list[list[int]]:
     return edges
 
 
-def windows(mask: PfnMask) -> Iterator[tuple[int, bytes]]:
-    """Return (first pfn, bitmap) of each window that is not empty."""
-    for base in range(0, len(mask), WINDOW_PFNS):
-        window = mask[base : base + WINDOW_PFNS]
+def windows(mask: PfnMask, width: int = WINDOW_PFNS) -> Iterator[tuple[int, bytes]]:
+    """Return (first pfn, bitmap) of each window that is not empty.
+
+    ``width``: the pfns of a window, a multiple of 8 and at most :data:`WINDOW_PFNS`.
+    """
+    for base in range(0, len(mask), width):
+        window = mask[base : base + width]
         if window.any():
             yield base, np.packbits(window, bitorder="little").tobytes()
 

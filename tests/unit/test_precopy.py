@@ -18,6 +18,7 @@ from migrate.options import MigrationOptions, Strategy
 from migrate.protocol import messages as m
 from migrate.protocol import pfns
 from migrate.protocol.pfns import NO_PFNS, from_mask, pfn_array, pfns_of_window, union
+from sender import precopy
 from sender.context import Barriers, Context, Source
 from sender.dirty import DirtyLog
 from sender.entry import Entry
@@ -67,6 +68,7 @@ class SlowDestination:
 @pytest.fixture
 def lab(world: World, name: str, monkeypatch: pytest.MonkeyPatch) -> SimulatedLab:
     monkeypatch.setattr(pfns, "WINDOW_PFNS", WINDOW_PFNS)
+    monkeypatch.setattr(precopy, "EVICT_PFNS", WINDOW_PFNS)
     return SimulatedLab(world, name)
 
 
@@ -77,10 +79,10 @@ async def put_off(lab: SimulatedLab, destination: SlowDestination) -> Switchover
     entry = Entry(DomainId(domain.domid, domain.handle, "guest"), options, False)
     context = Context("session", none, none, none, OwnToolstack(), entry, State.COPYING)
     source = Source(domain, DirtyLog(domain, NR_PFNS), None)
-    precopy = Precopy(context, source, cast(PushLane, destination))
+    copying = Precopy(context, source, cast(PushLane, destination))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(destination.serve, context.barriers)
-        plan = await precopy.run()
+        plan = await copying.run()
         nursery.cancel_scope.cancel()
     return plan
 
@@ -96,7 +98,7 @@ async def test_each_window_that_is_put_off_has_time(
     assert trio.current_time() > STEP_TIMEOUT_S * 5
     assert np.array_equal(from_mask(plan.deferred), destination.evicted)
     assert len(destination.evicted) > NR_PFNS / 2
-    assert destination.most_barriers == 2  # a peer accepts 16 open ones
+    assert 2 < destination.most_barriers <= 16  # more than 16 are an error of the protocol
 
 
 async def test_a_destination_that_does_not_evict_is_given_up(
