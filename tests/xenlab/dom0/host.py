@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from tests.xenlab.dom0.waiting import until
 from xenbackend.libxenctrl.hypervisor import XenHypervisor
 
 FEW_PAGES = 4000
+"""More than a migration at :data:`SLOWER` moves between two looks of a test."""
 PAGING = pytest.mark.hypervisors("populate-evicted", "paging")
 PATCHED = pytest.mark.hypervisors("populate-evicted")
 CUTTER = """#!{python}
@@ -108,23 +109,28 @@ class Host:
             yield made
 
     def migrate_but_few_pages(self, name: str) -> None:
-        """Migrate by postcopy, and pause copying as soon as few pages are missing.  The guest has
-        most of its memory then, so the guest does what a test asks for, however slow the machine
-        is.
+        """Migrate by postcopy, copy more slowly before few pages are missing, and pause copying
+        then.  The guest has most of its memory then, so the guest does what a test asks for,
+        however slow the machine is.
         """
 
-        def few_are_missing() -> bool:
-            if migrating.done():
-                migrating.result()  # raises its error
-            lines = self.lines("receiver")[-1:]
-            return any(
-                line["phase"] == "postcopy" and 0 < line["outstanding"] < FEW_PAGES
-                for line in lines
-            )
+        def at_most(pages: int) -> Callable[[], bool]:
+            def are_missing() -> bool:
+                if migrating.done():
+                    migrating.result()  # raises its error
+                lines = self.lines("receiver")[-1:]
+                return any(
+                    line["phase"] == "postcopy" and 0 < line["outstanding"] < pages
+                    for line in lines
+                )
+
+            return are_missing
 
         with ThreadPoolExecutor(1) as pool:
             migrating = pool.submit(self.migrate, name, XEN_POSTCOPY_STRATEGY="postcopy")
-            until(few_are_missing, "pages do not arrive", WAIT_S)
+            until(at_most(4 * FEW_PAGES), "pages do not arrive", WAIT_S)
+            self._ask_sender("set", values={"postcopy_bandwidth_bytes_per_s": SLOWER})
+            until(at_most(FEW_PAGES), "pages do not arrive", WAIT_S)
             self._ask_sender("pause")
             migrating.result()
         self.wait_for("postcopy")
@@ -170,10 +176,10 @@ class Host:
         """Copy the pages that :meth:`migrate_but_few_pages` has left."""
         self._ask_sender("resume")
 
-    def _ask_sender(self, command: str) -> None:
+    def _ask_sender(self, command: str, **arguments: Json) -> None:
         last = self.lines("sender")[-1]["id"]
         with ControlClient(self.directory / "sender") as client:
-            client.call(command=command, migration=last)
+            client.call(command=command, migration=last, **arguments)
 
     def complete(self) -> None:
         """Copy the pages that are missing, and wait until the last migration is completed at both
@@ -196,6 +202,8 @@ class Host:
 
 SLOW = '[migration]\nbandwidth = "8M"\n'
 """The configuration for migrations that are so slow that a test can act in each phase."""
+SLOWER = 2 * 2**20
+"""Bytes a second, for the last pages before a test pauses copying."""
 
 
 @pytest.fixture(scope="module")
