@@ -7,13 +7,13 @@ Read :meth:`IncomingMigration.run` from top to bottom:
    with what is left of it (``recovery.py``).  Both produce a guest: a domain with its ring.
 2. The guest is restored, started and served over one pair of lanes after the other: ``inbox.py``
    carries out the sender's messages, ``switchover.py`` starts the guest, ``postcopy.py`` reports
-   and completes, and ``recovery.py`` spans the time without lanes.
+   and completes, and ``recovery.py`` has what is done while there are no lanes.
 3. The paging ring is given up (``postcopy.py``); or the migration is undone (``rollback.py``).
 
 Who owns the guest is in ``ownership.py`` alone.  Before READY any failure takes everything back.
-Afterwards, what failed is tried again for as long as the error may pass and the guest may depend on
-this process.  Once the guest belongs here, only its own end ends the migration (invariants 1 and
-5).
+From READY on a failed step is repeated while two conditions hold: the error may pass, and the guest
+may depend on this process.  Once the guest belongs here, no error ends the migration (invariants 1
+and 5).
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class IncomingMigration:
 
     # ---- the order of the steps ----
     async def run(self) -> None:
-        """Carry the migration out, until it has ended."""
+        """Carry the migration out until its end.  An error is in ``progress`` and in the log."""
         logs.migration.set(self.id)
         ownership, progress = self._context.ownership, self.progress
         try:
@@ -148,8 +148,8 @@ class IncomingMigration:
         finally:
             self._context.disconnect()
             if self.has_ended:
-                # This releases memory that is proportional to the guest: ``list`` shows this
-                # migration long after its end.
+                # This releases memory that is proportional to the guest, because ``list`` shows
+                # this migration long after its end.
                 self._recovery = None
                 self.ended.set()
 
@@ -198,7 +198,7 @@ class IncomingMigration:
         self._context.record.origins = await in_thread(switchover.guest.pages.summary_of_origins)
 
     async def _follow_sender(self, recovery: Recovery, restoring: Restoring | None) -> None:
-        """Follow the sender over one pair of lanes after the other, until nothing is missing."""
+        """Serve the sender over one pair of lanes after the other, until the end is settled."""
         switchover = recovery.switchover
         while not switchover.settled:
             try:
@@ -234,7 +234,7 @@ class IncomingMigration:
         self._last_message = await rollback.send_outcome(self._context, answer)
 
     async def linger(self) -> None:
-        """Send the outcome to a sender that was cut off, if it comes back."""
+        """Send the outcome to a sender that was cut off, if the sender connects again."""
         if self._last_message is not None:
             await rollback.linger(self._context, self._last_message)
 

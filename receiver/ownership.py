@@ -5,11 +5,12 @@
          -> COMPLETING -> FINISHING -> COMPLETED
 
 Before READY any failure takes the migration back.  From READY on the receiver keeps the guest until
-the sender, an operator or xl decides.  From OWNS on the guest lives here: only its own end leads
-out, or HELD, or LOST (invariant 1).
+the sender, an operator or xl decides.  From OWNS on the guest lives here: only completion, its own
+end, HELD or LOST leads out (invariant 1).
 
 A transition writes the step of the new state into the journal before the state changes, so whatever
-is sent afterwards was noted before.  If the entry cannot be written, the state stays as it was.
+is sent afterwards was noted before.  If an entry that is needed cannot be written, the state stays
+as it was.
 The start of the guest is the one step that precedes its entry: a successor sees the start by the
 domain (``READY -> OWNS``), and the guest does not wait for the journal.
 
@@ -160,7 +161,7 @@ TABLE: dict[State, Row] = {
 INHERITED = {row.step: row.successor or state for state, row in TABLE.items() if row.step}
 """The state in which a restarted daemon begins, by the last step in the journal."""
 OURS = (*(state for state in S if TABLE[state].undo is U.NOTHING), S.UNSTARTED)
-"""States in which only the end of the guest ends the migration."""
+"""States in which no error ends the migration."""
 _NEEDED = (U.BY_DECISION, U.NOTHING)
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What an operator changes while a migration runs: options, and whether memory is copied.
 
-Each change acts at once and is noted in the journal, or raises a :class:`MigrationError` with the
-reason.  If the journal cannot be written, a change is undone, but not the end of a pause.
+Each change acts at once, or raises a :class:`MigrationError` with the reason.  The caps and the
+pause are noted in the journal; the other options end with precopy.  If the journal cannot be
+written, a change is undone, but not the end of a pause.
 
 One change follows the other: to undo a change would otherwise undo what another client has changed
 since, and would end a pause that has ended already.

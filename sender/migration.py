@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """One outgoing migration as the daemon has it, from a request or from a predecessor's journal.
 
-The order of things is in ``transfer.py``.  Who owns the guest is in one table, ``ownership.py``.
+The order of the steps is in ``transfer.py``.  Who owns the guest is in one table, ``ownership.py``.
 What an operator may ask for meanwhile is in ``requests.py``.
 """
 
@@ -44,8 +44,6 @@ log = logging.getLogger(__name__)
 
 
 class OutgoingMigration:
-    """One outgoing migration, as the daemon has it."""
-
     def __init__(self, context: Context):
         self.context = context
         self.ownership = context.ownership
@@ -99,7 +97,7 @@ class OutgoingMigration:
         if state is State.GIVEN_UP:
             context.progress.problem = "given up, before the sender was restarted"
             context.last_message = m.Abort("the guest stays at the source")
-        elif state is State.COMPLETING:  # the predecessor may not have sent it
+        elif state is State.COMPLETING:  # the predecessor may not have sent ``completed``
             context.last_message = m.Completed()
         return cls(context)
 
@@ -176,7 +174,7 @@ class OutgoingMigration:
     # ---- the lifetime ----
     async def run(self) -> None:
         """Carry the migration out.  Raises :class:`MigrationError` or ``XenError``; ``ownership``
-        then has where the guest is.
+        then states where the guest is.
         """
         context = self.context
         logs.migration.set(context.id)
@@ -216,12 +214,12 @@ class OutgoingMigration:
             raise
 
     async def linger(self) -> None:
-        """Send the destination the outcome, if it has not been sent."""
+        """Send the outcome until the destination has it, if anything is left to be sent."""
         await send_last_message(self.context)
 
     async def _open(self) -> Source | None:
         """Open the guest's domain.  Returns ``None`` if a predecessor has completed the
-        migration.
+        migration.  Raises ``XenError`` if the domain of a new migration cannot be opened.
         """
         context = self.context
         try:
@@ -233,10 +231,11 @@ class OutgoingMigration:
             await in_thread(source_is_gone, context, error)
             return None
         context.is_domain(domain, "")
-        state, has_log_dirty = self.ownership.state, LOG_DIRTY_MAY_BE_ON
-        if context.toolstack.destroys_source:
-            has_log_dirty -= {State.HANDED_OVER, State.DECIDED_HERE}
-        dirty_log = DirtyLog(domain, context.entry.max_pages, enabled=state in has_log_dirty)
+        may_be_on = LOG_DIRTY_MAY_BE_ON
+        if context.toolstack.destroys_source:  # ``before_decision`` has switched log-dirty off
+            may_be_on -= {State.HANDED_OVER, State.DECIDED_HERE}
+        is_on = self.ownership.state in may_be_on
+        dirty_log = DirtyLog(domain, context.entry.max_pages, enabled=is_on)
         checkpoints = None
         if context.options.checkpoint_every_s is not None:
             path = context.journal.checkpoint(context.id)
@@ -245,8 +244,8 @@ class OutgoingMigration:
         return context.source
 
     async def _open_domain(self) -> Domain:
-        """Return the domain.  Raises ``XenError``.  For a predecessor's migration only
-        :class:`NoSuchDomainError` is raised, because a guest elsewhere may need the domain's pages.
+        """Return the domain.  Raises ``XenError``.  A guest elsewhere may need the pages of a
+        predecessor's domain, so for such a migration only :class:`NoSuchDomainError` is raised.
         """
         while True:
             try:
@@ -269,7 +268,7 @@ class OutgoingMigration:
         return open_with_keeper(self.context.journal.keeper(self.id), hypervisor, domid, handle)
 
     async def _cancelled(self) -> MigrationError:
-        """Return why the scope was cancelled."""
+        """Note an operator's decision, if any, and return the error that ends the migration."""
         decision = self.requests.decision
         if decision is None:
             return MigrationError(self.requests.cancelled)

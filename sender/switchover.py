@@ -85,8 +85,8 @@ class Switchover:
                 log.info(about, stats.switchover_pages, stats.missing_pages)
 
     def _hand_over(self, plan: SwitchoverPlan) -> None:
-        """Suspend the guest and hand it over.  All of this is done in one thread, because a change
-        of threads adds a tenth of a millisecond to the downtime.
+        """Suspend the guest and hand it over.  One thread sends all of this, because a change of
+        threads adds a tenth of a millisecond to the downtime.
 
         The time depends on what has changed since the last reading of the dirty log, and not on the
         size of the guest.  Nothing is sorted, because the guest may have written all of its memory.

@@ -33,8 +33,8 @@ def _ask(socket_path: Path, **request: Any) -> None:
 def set_command(migration: str, socket_path: Path, as_json: bool, **given: Any) -> None:
     """Change options of a migration that is under way.
 
-    The new values are used at once, also by a restarted sender, and `show` has them.  An option
-    that has no effect any more is refused: after precopy only the caps can be changed.
+    The new values are used at once, and `show` has them.  A restarted sender keeps the caps.  An
+    option that has no effect any more is refused: after precopy only the caps can be changed.
 
     \b
     Slow a migration down in working hours, and remove the cap in the evening:

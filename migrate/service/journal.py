@@ -12,7 +12,7 @@ neither whole nor cut off, the file is damaged, and no entry of the file counts:
 a sender would resume a guest that it has handed over.
 
 Nothing is synced, because the journal is for a process that dies.  When the host dies, its domains
-are gone as well; entries of an earlier boot are ignored.
+are gone as well; entries of an earlier boot are erased, with a line in the log.
 """
 
 from __future__ import annotations
