@@ -201,10 +201,13 @@ class Ownership:
     ):
         """``state``: what a predecessor has left (:data:`INHERITED`)."""
         self._write, self._erase = write, erase
-        self._lock = threading.RLock()
-        """Held while the journal is written."""
+        self._lock = threading.Lock()
+        """Held for moments only: the event loop takes it."""
+        self._writing = threading.Lock()
+        """Held while the journal is written and the state changes."""
         self._state = state
-        self._kept = False
+        self._kept = self._leaves = False
+        """The guest is kept here; or is being handed over.  Never both."""
         self._link = Link.LOST
         self.on_phase: Callable[[str], object] = _ignore
         """Called with the phase after each change of the state or of the link."""
@@ -280,7 +283,7 @@ class Ownership:
         Raises ``LocalProtocolError`` for a transition that is not in the table, and what ``write``
         raises; then the state stays as it was.
         """
-        with self._lock:
+        with self._writing:
             row, new = self.row, TABLE[state]
             if state not in row.next or (self._kept and new.guest in _NOT_HERE_ALONE):
                 raise LocalProtocolError(f"{state.name} after {self._state.name}")
@@ -300,23 +303,32 @@ class Ownership:
         """Write the state's step once more, because another fact has changed.  Raises what
         ``write`` raises.
         """
-        with self._lock:
+        with self._writing:
             if self.row.step:
                 self._write(self.row.step, needed)
 
     # ---- decisions that race ----
     def try_keep(self) -> bool:
-        """Have the guest stay here, if it may not be elsewhere.  No handover can follow then."""
+        """Have the guest stay here, if it may not be elsewhere and is not being handed over.  No
+        handover can follow then.
+        """
         with self._lock:
-            self._kept = self._kept or not self.may_be_elsewhere
+            self._kept = self._kept or not (self._leaves or self.may_be_elsewhere)
             return self._kept
 
     def try_hand_over(self, state: State) -> bool:
-        """Enter HANDED_OVER or UNDECIDED, if nobody keeps the guest here.  It cannot be kept then.
+        """Enter HANDED_OVER or UNDECIDED, if nobody keeps the guest here.  From the write of the
+        entry on the guest cannot be kept, because a successor may find the entry.
 
-        Raises as :meth:`enter`.
+        Raises as :meth:`enter`; the guest can be kept again then.
         """
         with self._lock:
-            if not self._kept:
-                self.enter(state)
-            return not self._kept
+            if self._kept:
+                return False
+            self._leaves = True
+        try:
+            self.enter(state)
+        except BaseException:
+            self._leaves = False
+            raise
+        return True

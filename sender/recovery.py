@@ -74,7 +74,7 @@ class Recovery:
                 lost = error
         context.statistics.rejoins += 1
         if context.ownership.state is State.ALL_SENT:
-            context.ownership.enter(State.HANDED_OVER)
+            await in_thread(context.ownership.enter, State.HANDED_OVER)
         context.ownership.link = Link.UP
         context.progress.problem, context.lost_at = "", 0.0
         context.count_down()

@@ -84,7 +84,8 @@ class Requests:
                 raise MigrationError(
                     "too late to cancel: xl now decides at which end the guest runs"
                 )
-            raise MigrationError("too late to cancel: the guest was handed over")
+            when = "was" if self._ownership.may_be_elsewhere else "is being"
+            raise MigrationError(f"too late to cancel: the guest {when} handed over")
         self.cancelled = f"{CANCELLED} {why}"
         self.scope.cancel()
 

@@ -53,7 +53,7 @@ CODE = (".py", ".pyc", ".so")
 """The suffixes of modules, which may be imported late."""
 QUICK = {
     "native_pages", "fileno", "checkpoint", "stopped", "keeper", "history", "check_understood",
-    "leave",
+    "leave", "try_keep",
 }  # fmt: skip
 """Methods that only read the state of this process."""
 
@@ -126,8 +126,9 @@ def install() -> None:
     """Watch the event loop of this process, for as long as it runs."""
     from migrate.service.journal import Journal
     from sender.checkpoints import CheckpointStore
+    from sender.ownership import Ownership
     from xenbackend.simulated.client import SimulatedDomain, SimulatedHypervisor
 
-    watch(SimulatedHypervisor, SimulatedDomain, Journal, CheckpointStore)
+    watch(SimulatedHypervisor, SimulatedDomain, Journal, CheckpointStore, Ownership)
     if AUDITS:
         sys.addaudithook(_audit)

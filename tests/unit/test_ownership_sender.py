@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 import subprocess
 import threading
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -191,25 +192,89 @@ def test_the_guest_stays_or_goes_and_never_both(first: str, to: State) -> None:
         assert ownership.may_be_elsewhere
 
 
-def test_a_guest_is_kept_while_the_handover_is_being_noted() -> None:
-    """The thread that cancels waits for the entry, and its answer follows from the entry."""
-    writing, written = threading.Event(), threading.Event()
+class SlowNotes:
+    """A journal whose disk writes nothing before it is let go on."""
 
-    def write(_step: str, _needed: bool) -> None:
-        writing.set()
-        assert written.wait(60)
+    def __init__(self, state: State) -> None:
+        self._writing, self._written = threading.Event(), threading.Event()
+        self._fails = False
+        self.ownership = Ownership(self._write, self._write, state)
 
-    ownership = Ownership(write, lambda: None, State.SUSPENDED)
-    handing_over = threading.Thread(target=ownership.try_hand_over, args=(State.HANDED_OVER,))
-    handing_over.start()
-    assert writing.wait(60)
-    kept: list[bool] = []
-    keeping = threading.Thread(target=lambda: kept.append(ownership.try_keep()))
-    keeping.start()
-    written.set()
-    keeping.join(60)
-    handing_over.join(60)
-    assert kept == [False]
+    def _write(self, *_what: object) -> None:
+        self._writing.set()
+        assert self._written.wait(60)
+        if self._fails:
+            raise MigrationError("no room")
+
+    @contextmanager
+    def during(self, call: Callable[[], object], *, fails: bool = False) -> Iterator[None]:
+        """Make the call in a thread, and have the block run while the call writes."""
+        self._fails = fails
+
+        def make() -> None:
+            with suppress(MigrationError):
+                call()
+
+        thread = threading.Thread(target=make)
+        thread.start()
+        try:
+            assert self._writing.wait(60)
+            yield
+        finally:
+            self._written.set()
+            thread.join(60)
+
+
+def at_once(call: Callable[[], bool]) -> bool:
+    """Return what the call returns, which must not wait."""
+    answers: list[bool] = []
+    thread = threading.Thread(target=lambda: answers.append(call()), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert answers, "the call waits for the disk"
+    return answers[0]
+
+
+HERE = (Guest.RUNS_HERE, Guest.SUSPENDED_HERE)
+NOT_HERE_ALONE = (Guest.UNDECIDED, Guest.THERE)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize(("state", "then"), EDGES)
+def test_to_cancel_never_waits_for_the_disk(state: State, then: State, fails: bool) -> None:
+    """The event loop cancels.  What follows is decided in that moment, and by the first of both."""
+    slow = SlowNotes(state)
+    ownership = slow.ownership
+    leaves = TABLE[state].guest in HERE and TABLE[then].guest in NOT_HERE_ALONE
+    if TABLE[then].step == TABLE[state].step != "":
+        return  # nothing is written
+    enter = ownership.try_hand_over if leaves else ownership.enter
+    with slow.during(lambda: enter(then), fails=fails):
+        kept = at_once(ownership.try_keep)
+        assert kept is (TABLE[state].guest in HERE and not leaves)
+        assert ownership.state is state
+    assert ownership.state is (state if fails else then)
+    assert not (kept and TABLE[ownership.state].guest in NOT_HERE_ALONE)
+    if leaves:  # if the entry cannot be written, the guest stays, and can be kept
+        assert ownership.try_keep() is fails
+        assert not fails or not ownership.try_hand_over(then)
+
+
+@pytest.mark.parametrize("state", [state for state in State if TABLE[state].step])
+def test_to_cancel_does_not_wait_while_a_fact_is_noted(state: State) -> None:
+    slow = SlowNotes(state)
+    with slow.during(slow.ownership.note):
+        assert at_once(slow.ownership.try_keep) is (TABLE[state].guest in HERE)
+
+
+def test_a_guest_that_is_kept_in_the_last_moment_is_not_handed_over() -> None:
+    """The cancellation comes while the entry before that of the handover is written."""
+    slow = SlowNotes(State.COPYING)
+    with slow.during(lambda: slow.ownership.enter(State.SUSPENDING)):
+        assert at_once(slow.ownership.try_keep)
+    slow.ownership.enter(State.SUSPENDED)
+    assert not slow.ownership.try_hand_over(State.HANDED_OVER)
+    assert slow.ownership.state is State.SUSPENDED
 
 
 def test_what_is_shown_follows_from_the_state_and_the_lanes() -> None:
