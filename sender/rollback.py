@@ -16,11 +16,11 @@ from collections.abc import Awaitable, Callable, Iterator
 
 import trio
 
-from migrate.errors import GuestEndedError, MigrationError, PeerClosedError
+from migrate.errors import GuestEndedError, MigrationError, PeerClosedError, UsedUpError
 from migrate.outcomes import RESCUED
 from migrate.protocol import messages as m
 from migrate.service.journal import remove
-from migrate.tasks import as_soon_as_threads_start, first, in_thread
+from migrate.tasks import as_soon_as_threads_start, first, in_thread, is_bug, is_used_up
 from sender.checkpoints import CheckpointStore
 from sender.context import Context, Source
 from sender.last_message import NOT_NEEDED, lose
@@ -246,23 +246,29 @@ class Rollback:
         context.suspends_until = 0.0
 
     async def _repeat(self, step: Callable[[], Awaitable[object]], what: str) -> None:
-        """Do a step until it succeeds.  After each error, ``what`` and the error are shown.
+        """Do a step until it succeeds.  After each error, ``what`` and the error are shown.  An
+        unexpected error is no reason to stop, because nobody else would do the step.
 
-        Raises :class:`NoSuchDomainError` if the domain is gone.
+        Raises :class:`NoSuchDomainError` if the domain is gone, and :class:`MigrationError` if the
+        step does.
         """
         progress, before = self._context.progress, self._context.progress.problem
         while True:
             try:
                 await as_soon_as_threads_start(step)
                 break
-            except NoSuchDomainError:
+            except (NoSuchDomainError, MigrationError):
                 progress.problem = before
                 raise
-            except XenError as error:
-                progress.problem = f"{what}: {error}; trying again"
-                log.error("%s: %s", self._context.name, progress.problem)
+            except Exception as error:
+                self._show(f"{what}: {in_words(error)}; trying again", error)
                 await self._pause(trio.sleep_forever)
         progress.problem = before
+
+    def _show(self, problem: str, error: Exception) -> None:
+        """Show a problem and log it, with the traceback of an unexpected error."""
+        self._context.progress.problem = problem
+        log.error("%s: %s", self._context.name, problem, exc_info=is_bug(error))
 
     async def _pause(
         self, wait: Callable[[], Awaitable[object]], pause_s: float | None = None
@@ -293,12 +299,13 @@ class Rollback:
                 domain = await trio.to_thread.run_sync(self._new_domain)
                 await trio.to_thread.run_sync(checkpoints.go_back, domain)
                 break
-            except (MigrationError, XenError, OSError) as error:
-                context.progress.problem = (
-                    f"cannot go back to the last checkpoint: {error}; trying again; to give the "
-                    f"guest up here instead: `xen-postcopy decide {context.name} elsewhere`"
+            except Exception as error:
+                self._show(
+                    f"cannot go back to the last checkpoint: {in_words(error)}; trying again; to "
+                    f"give the guest up here instead: `xen-postcopy decide {context.name} "
+                    "elsewhere`",
+                    error,
                 )
-                log.error("%s: %s", context.name, context.progress.problem)
                 self.is_waiting = True
                 await self._pause(self._overruled.wait)
                 if self._overruled.is_set() and await self._take_decision():
@@ -341,11 +348,13 @@ class Rollback:
             yield
         except GuestEndedError:
             raise
-        except (MigrationError, XenError) as error:
+        except Exception as error:
+            if is_used_up(error):
+                raise  # everything is repeated then
             if self._has_ended and isinstance(error, NoSuchDomainError):
                 return  # nothing is left to be undone
-            self._context.progress.problem += f"; and then: {error}"
-            log.error("%s", error)
+            before = self._context.progress.problem
+            self._show(f"{before}; and then: {in_words(error)}", error)
 
     # ---- the guest continues elsewhere, or nowhere ----
     async def destroy_source(self) -> None:
@@ -412,6 +421,13 @@ def error_of_decision(state: State) -> MigrationError:
     if state is State.RETURNING:
         return StaysHereError(RESCUED)
     return StaysHereError("an operator has decided that the guest does not run at the destination")
+
+
+def in_words(error: Exception) -> str:
+    """Return the error as people are shown it."""
+    if is_used_up(error):
+        return str(UsedUpError())
+    return f"internal error: {error!r}" if is_bug(error) else str(error)
 
 
 def unreadable(checkpoints: CheckpointStore) -> str:

@@ -175,6 +175,34 @@ async def test_a_decision_that_cannot_be_carried_out_can_be_taken_otherwise(
     assert outcome.migration.ownership.state is State.PAGES_LOST
 
 
+async def test_no_error_makes_the_way_back_a_dead_end(
+    hosts: World, name: str, monkeypatch: Patch
+) -> None:
+    """Also an error of ours leaves the guest to the operator's other decision."""
+
+    def broken(_self: SimulatedDomain, _context: bytes) -> None:
+        raise AttributeError("'list' object has no attribute 'items'")
+
+    async def meanwhile(outcome: Outcome, link: Link) -> None:
+        migration = outcome.migration
+        await dies_after(2, hosts, decide=False)(outcome, link)
+        monkeypatch.setattr(SimulatedDomain, "set_context", broken)
+        await migration.requests.decide(here=True)
+        await until_async(
+            lambda: migration.progress.problem.startswith(
+                "cannot go back to the last checkpoint: internal error: AttributeError"
+            )
+        )
+        assert migration.ownership.state is State.RETURNING
+        await migration.requests.decide(here=False)
+
+    monkeypatch.setattr(sender_rollback, "AGAIN_S", 0.05)
+    outcome = await protected(hosts, slow_guest(name), meanwhile)
+    assert outcome.migration.ownership.state is State.PAGES_LOST
+    assert "nothing of the guest is needed here" in outcome.migration.progress.problem
+    assert hosts.source.domains() == []
+
+
 async def test_a_way_back_that_fails_can_still_succeed(
     hosts: World, name: str, monkeypatch: Patch
 ) -> None:

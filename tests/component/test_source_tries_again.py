@@ -43,6 +43,11 @@ def impatient(monkeypatch: Patch) -> None:
     monkeypatch.setattr(sender_rollback, "AGAIN_S", 0.01)
 
 
+UNEXPECTED = (BlockingIOError(errno.EAGAIN, "no process"), AttributeError("a bug"))
+"""Errors that no backend should raise."""
+
+
+@pytest.mark.parametrize("error", [None, *UNEXPECTED])
 @pytest.mark.parametrize("call", ["resume", "log_dirty_disable", "rename"])
 async def test_a_guest_that_cannot_continue_here_yet_continues_later(
     clean_hosts: World,
@@ -50,13 +55,14 @@ async def test_a_guest_that_cannot_continue_here_yet_continues_later(
     monkeypatch: Patch,
     caplog: pytest.LogCaptureFixture,
     call: str,
+    error: Exception | None,
 ) -> None:
     """The link is cut before the handover."""
     links = cut_when(monkeypatch, PushLane, m.Context, before=True)
     if call == "rename":  # as under xl, which has given the domain another name
         resume = functools.partial(sender_toolstack._resume, name=name)
         monkeypatch.setattr(sender_toolstack, "_resume", resume)
-    failed, limits = fails(monkeypatch, call, times=3), list[int]()
+    failed, limits = fails(monkeypatch, call, times=3, error=error), list[int]()
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
         limits.append(clean_hosts.source.open(name).reservation().max_pages)

@@ -3,10 +3,15 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
+import subprocess
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from xenbackend.errors import XenError
 
 RING = 9
 
@@ -41,3 +46,23 @@ def test_native_code_has_one_address_of_a_domain_before_and_after_pages_are_held
     assert domain.native_pages() == first
     assert native.held == held.native
     domain.close()
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM, errno.EMFILE])
+@pytest.mark.parametrize("call", ["destroy", "rename"])
+def test_a_host_that_cannot_start_xl_is_an_error_that_may_pass(
+    call: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("xenbackend.libxenctrl._xen", reason="libxen-dev was not there to build it")
+    from xenbackend.libxenctrl import host as xen
+
+    def no_process(*_arguments: Any, **_options: Any) -> None:
+        raise OSError(number, "no")
+
+    host: Any = object.__new__(xen.XenHost)
+    monkeypatch.setattr(shutil, "which", lambda _name: "/usr/sbin/xl")
+    monkeypatch.setattr(host, "store_read", lambda _path: "", raising=False)
+    monkeypatch.setattr(subprocess, "run", no_process)
+    with pytest.raises(XenError, match=f"xl {call}: /usr/sbin/xl cannot be started: ") as caught:
+        host.destroy(5) if call == "destroy" else host.rename(5, "guest")
+    assert caught.value.errno == number

@@ -7,8 +7,8 @@ no class of a domain.
 
 from __future__ import annotations
 
-import contextlib
 import errno
+import os
 import shutil
 import subprocess
 from typing import Any
@@ -102,7 +102,9 @@ class XenHost:
         return found
 
     def destroy(self, domid: int) -> None:
-        """Destroy a domain: with xl if libxl has made its devices, otherwise directly."""
+        """Destroy a domain: with xl if libxl has made its devices, otherwise directly.  If xl
+        fails, the domain is destroyed directly as well.
+        """
         self._xl(domid, "destroy", str(domid))
         rc = lib.xen_destroy(self.native, domid)
         if rc not in (0, -errno.ESRCH):
@@ -116,16 +118,23 @@ class XenHost:
             self.store_write(f"/local/domain/{domid}/name", name)
 
     def _xl(self, domid: int, *arguments: str) -> bool:
-        """Run xl for a domain that libxl has made.  Returns whether xl has done its part."""
+        """Run xl for a domain that libxl has made.  Returns whether xl has done its part, within
+        its time.  Raises ``XenError`` if xl cannot be started: the call can be repeated then.
+        """
         xl = shutil.which("xl")
         if xl is None or self.store_read(f"/libxl/{domid}") is None:
             return False
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        try:
             done = subprocess.run(
                 [xl, *arguments], check=False, capture_output=True, timeout=XL_TIMEOUT_S
             )
-            return done.returncode == 0
-        return False
+        except subprocess.TimeoutExpired:  # xl was killed; the caller acts without xl
+            return False
+        except OSError as error:
+            number = error.errno or errno.EIO
+            why = f"{xl} cannot be started: {os.strerror(number)}"
+            raise XenError(f"xl {arguments[0]}", number, why=why) from error
+        return done.returncode == 0
 
     # ---- what the host can do ----
     def facts(self) -> HostFacts:
