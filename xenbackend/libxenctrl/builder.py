@@ -47,7 +47,7 @@ def create(host: XenHost, config: DomainConfig, *, reserve: bool) -> XenDomain:
         _prepare(host, made, config, platform)
         host.store_write(f"/local/domain/{made}/name", config.name)
         return XenDomain(host, made, config.nr_pfns, OwnWiring(host, config, platform))
-    except XenError:
+    except BaseException:
         host.destroy(made)
         raise
 

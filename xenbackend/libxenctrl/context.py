@@ -16,6 +16,7 @@ import msgpack
 from xenbackend.errors import XenError
 from xenbackend.libxenctrl._xen import ffi
 from xenbackend.libxenctrl.params import CONTEXT_PARAMS
+from xenbackend.libxenctrl.platform import is_uint
 
 FORMAT = "xen-hvm-context 1"
 
@@ -42,16 +43,23 @@ class HvmContext:
             form, params, (mode, elapsed, khz, incarnation), records = msgpack.unpackb(
                 context, strict_map_key=False
             )
-            if form != FORMAT or not set(params) <= set(CONTEXT_PARAMS):
+            are_numbers = all(is_uint(number, 32) for number in (mode, khz, incarnation))
+            if (
+                form != FORMAT
+                or type(params) is not dict
+                or not all(is_uint(index, 32) for index in params)
+                or not all(is_uint(value, 64) for value in params.values())
+                or not set(params) <= set(CONTEXT_PARAMS)
+                or not (are_numbers and is_uint(elapsed, 64))
+                or type(records) is not bytes
+            ):
                 raise ValueError
-            tsc = ffi.new(
-                "struct xen_tsc *",
-                {"mode": mode, "elapsed_nsec": elapsed, "khz": khz, "incarnation": incarnation},
-            )
-            ffi.from_buffer("uint8_t[]", records)
-            values = {index: int(ffi.cast("uint64_t", value)) for index, value in params.items()}
-        except (ValueError, TypeError, OverflowError, msgpack.UnpackException) as error:
+        except (ValueError, TypeError, msgpack.UnpackException) as error:
             raise XenError(
                 "set_context", errno.EINVAL, why="not a context of an HVM or PVH domain"
             ) from error
-        return cls(values, tsc, records)
+        tsc = ffi.new(
+            "struct xen_tsc *",
+            {"mode": mode, "elapsed_nsec": elapsed, "khz": khz, "incarnation": incarnation},
+        )
+        return cls(params, tsc, records)

@@ -26,6 +26,11 @@ def device_memory(pfns: PfnArray) -> PfnArray:
     return pfns[(pfns >= first) & (pfns < stop)]
 
 
+def is_uint(value: object, bits: int) -> bool:
+    """Whether a value of a peer is a number without a sign of at most so many bits."""
+    return type(value) is int and 0 <= value < 1 << bits
+
+
 @dataclass(frozen=True)
 class Platform:
     """The properties with which a domain is created."""
@@ -49,17 +54,20 @@ class Platform:
     @classmethod
     def unpack(cls, data: bytes) -> Platform:
         """Return the properties in these bytes.  Raises ``XenError`` (EINVAL)."""
-        types = (bool, int, int, bytes, int, bytes, bytes)
         try:
             form, *fields = msgpack.unpackb(data)
+            platform = cls(*fields)
             if (
                 form != PLATFORM_FORMAT
-                or not all(map(isinstance, fields, types))
-                or len(fields) != len(types)
+                or type(platform.hap) is not bool
+                or not is_uint(platform.emulation_flags, 32)
+                or not is_uint(platform.misc_flags, 32)
+                or not is_uint(platform.ring_pfn, 52)
+                or type(platform.handle) is not bytes
+                or len(platform.handle) != 16
+                or type(platform.leaves) is not bytes
+                or type(platform.msrs) is not bytes
             ):
-                raise ValueError
-            platform = cls(*fields)
-            if len(platform.handle) != 16 or not 0 <= platform.ring_pfn < 2**52:
                 raise ValueError
         except (ValueError, TypeError, msgpack.UnpackException) as error:
             raise XenError(
