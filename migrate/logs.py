@@ -147,11 +147,12 @@ class Complaint:
         self._logged_at = -COMPLAIN_EVERY_S
         self._about: object = None
 
-    def log(self, text: str, *arguments: object, about: object = None) -> None:
+    def log(self, text: str, *arguments: object, about: object = None, **options: object) -> None:
+        """``options``: those of the method of the logger."""
         now = time.monotonic()
         if now - self._logged_at >= COMPLAIN_EVERY_S or about != self._about:
             self._logged_at, self._about = now, about
-            self._log(text, *arguments)
+            self._log(text, *arguments, **options)
 
 
 def abnormal_end(

@@ -31,6 +31,8 @@ Arguments = TypeVarTuple("Arguments")
 Result = TypeVar("Result")
 AGAIN_S = 0.5
 """The pause between two attempts to start a thread."""
+KEPT_UP_S = 10.0
+"""The pause before work begins anew that a daemon needs for as long as it runs."""
 _used_up = Complaint(log.error)
 
 
@@ -163,16 +165,46 @@ async def isolated(
 
     A daemon runs each task for one connection or one migration in this function (invariant 10).
     """
+    await _succeeds(work, arguments, functools.partial(_report, what))
+
+
+async def kept_up(
+    what: str, work: Callable[[*Arguments], Awaitable[object]], *arguments: *Arguments
+) -> None:
+    """Do ``work``, which a daemon needs for as long as the daemon runs.  After an error ``work``
+    begins anew, :data:`KEPT_UP_S` later.  An error that occurs again and again is logged seldom.
+    """
+    failed = Complaint(log.error)
+
+    def report(error: BaseException) -> None:
+        cause = root_cause(error)
+        is_unexpected = isinstance(cause, Exception) and is_bug(cause)
+        reason = UsedUpError() if is_used_up(cause) else cause
+        about = "%s fails: %s; trying again every %g s"
+        failed.log(about, what, reason, KEPT_UP_S, exc_info=error if is_unexpected else None)
+
+    while not await _succeeds(work, arguments, report):
+        await trio.sleep(KEPT_UP_S)
+
+
+async def _succeeds(
+    work: Callable[[*Arguments], Awaitable[object]],
+    arguments: tuple[*Arguments],
+    report: Callable[[BaseException], None],
+) -> bool:
+    """Do ``work``, and report its error.  Returns whether there was none."""
     try:
         await work(*arguments)
+        return True
     except Exception as error:
-        _report(what, error)
+        report(error)
     except BaseExceptionGroup as group:
         errors, others = group.split(Exception)
         if errors is not None:
-            _report(what, errors)
+            report(errors)
         if others is not None:
             raise others from None
+    return False
 
 
 def _report(what: str, error: BaseException) -> None:

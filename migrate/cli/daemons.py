@@ -36,7 +36,7 @@ from migrate.service.inhibitor import inhibit_shutdown
 from migrate.service.journal import Journal
 from migrate.service.lifecycle import end_with_owner
 from migrate.service.values import Address
-from migrate.tasks import isolated, root_cause
+from migrate.tasks import kept_up, root_cause
 from migrate.units import parse_address
 from xenbackend.choose import open_hypervisor
 from xenbackend.contract import Hypervisor
@@ -134,9 +134,9 @@ def run_daemon(
                 await nursery.start(metrics.serve)
             if simulated is None:
                 about = "the lock against a shutdown of this host"
-                nursery.start_soon(isolated, about, inhibit_shutdown, end, daemon.guests_in_need)
+                nursery.start_soon(kept_up, about, inhibit_shutdown, end, daemon.guests_in_need)
             about = "the look at this host's certificate"
-            nursery.start_soon(isolated, about, watch_credentials, config)
+            nursery.start_soon(kept_up, about, watch_credentials, config)
             await daemon.run()
             nursery.cancel_scope.cancel()
 

@@ -154,8 +154,8 @@ class Metrics:
         """
         try:
             while True:
-                snapshot = await self._snapshot_between_downtimes()
                 try:
+                    snapshot = await self._snapshot_between_downtimes()
                     await in_abandoned_thread(self._write, path, snapshot)
                 except Exception as error:
                     self._unwritten.log("cannot write the metrics into %s: %s", path, error)

@@ -15,21 +15,30 @@ from collections.abc import AsyncIterator, Callable
 
 import trio
 
+from migrate.logs import Complaint
+
 log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 2.0
 """How often the guests are counted."""
 END_S = 10.0
 """How long the child process may take to end, before it is killed."""
+AGAIN_S = 60.0
+"""The pause after a host has refused the lock, or has ended it."""
+MOST_NAMED = 5
+"""The most guests that the reason of the lock names."""
 INHIBIT = "systemd-inhibit"
 
 
 async def inhibit_shutdown(end: str, guests: Callable[[], list[str]]) -> None:
     """Hold a lock for as long as ``guests`` returns names of guests that need the daemon ``end``.
     Runs until cancelled.  Returns at once on a host without systemd.
+
+    Raises ``OSError`` if the child process cannot be started; the call can be repeated then.
     """
     if shutil.which(INHIBIT) is None:
         return
+    refused = Complaint(log.warning)
     while True:
         while not (names := guests()):
             await trio.sleep(LOOK_EVERY_S)
@@ -37,20 +46,21 @@ async def inhibit_shutdown(end: str, guests: Callable[[], list[str]]) -> None:
             # The reason of the lock names the guests of this instant.  `list` shows the later ones.
             while guests() and lock.poll() is None:
                 await trio.sleep(LOOK_EVERY_S)
-            if lock.poll() is not None:
-                log.warning(
-                    "%s ends with status %d: a shutdown of this host is not refused while guests "
-                    "need it",
-                    INHIBIT,
-                    lock.returncode,
-                )
-                while guests():
-                    await trio.sleep(LOOK_EVERY_S)
+            status = lock.poll()
+        if status is not None:
+            about = (
+                "%s ends with status %d: a shutdown of this host is not refused while guests need "
+                "it; trying again every %g s"
+            )
+            refused.log(about, INHIBIT, status, AGAIN_S)
+            await trio.sleep(AGAIN_S)
 
 
 @contextlib.asynccontextmanager
 async def _locked(end: str, names: list[str]) -> AsyncIterator[trio.Process]:
-    why = f"guests need pages that only this host has ({', '.join(names)}): see xen-postcopy list"
+    others = f" and {more} more" if (more := len(names) - MOST_NAMED) > 0 else ""
+    named = ", ".join(names[:MOST_NAMED]) + others  # an argument has a limit (E2BIG)
+    why = f"guests need pages that only this host has ({named}): see xen-postcopy list"
     command = [
         INHIBIT,
         "--what=shutdown:sleep",

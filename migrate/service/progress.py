@@ -13,7 +13,7 @@ from typing import Any
 
 import trio
 
-from migrate.tasks import isolated
+from migrate.tasks import kept_up
 
 MEASURE_EVERY_S = 0.25
 RATE_S = 3.0
@@ -123,7 +123,7 @@ async def keep_measuring(
     pause_s: Callable[[], float] = lambda: MEASURE_EVERY_S,
 ) -> None:
     """Call ``measure`` again and again until the migration has ended, because a rate needs more
-    than the counts at the time of a question.  An error of ``measure`` ends nothing but this.
+    than the counts at the time of a question.  An error of ``measure`` is logged, and ends nothing.
     """
 
     async def measure_again() -> None:
@@ -132,4 +132,4 @@ async def keep_measuring(
             with trio.move_on_after(pause_s()):
                 await ended.wait()
 
-    await isolated("the progress of a migration", measure_again)
+    await kept_up("the progress of a migration", measure_again)

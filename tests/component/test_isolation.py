@@ -17,7 +17,7 @@ import pytest
 import trio
 import trio.testing
 
-from migrate import logs
+from migrate import logs, tasks
 from migrate.cli.world import World
 from migrate.errors import (
     MigrationError,
@@ -37,7 +37,8 @@ from migrate.protocol.session import Role, Session, hello, number_of_rejoin, rej
 from migrate.service.config import Config
 from migrate.service.journal import Journal
 from migrate.service.lifecycle import serve_connections
-from migrate.tasks import isolated
+from migrate.service.progress import keep_measuring
+from migrate.tasks import isolated, kept_up
 from receiver import rollback
 from receiver.context import Context
 from receiver.daemon import ReceiverDaemon
@@ -81,6 +82,42 @@ async def test_a_task_s_error_is_logged_with_its_traceback_and_ends_no_other(
         nursery.start_soon(isolated, "another", fail_in_a_group)
     assert [record.exc_info is not None for record in caplog.records] == [True, True]
     assert "internal error in one, which is given up" in caplog.text
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: type(bug).__name__)
+async def test_what_a_daemon_always_needs_begins_anew_after_each_error(
+    bug: Exception, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "KEPT_UP_S", 0.001)
+    attempts = itertools.count()
+
+    async def fail_often() -> None:
+        if (attempt := next(attempts)) < 3:
+            raise bug if attempt else ExceptionGroup("several", [bug])
+
+    with trio.fail_after(50):
+        await kept_up("the work", fail_often)
+    assert next(attempts) == 4
+    (record,) = caplog.records
+    assert "the work fails: " in record.message and "trying again" in record.message
+    assert bool(record.exc_info) is not isinstance(bug, OSError)
+
+
+async def test_figures_of_a_migration_are_taken_again_after_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tasks, "KEPT_UP_S", 0.001)
+    ended, taken = trio.Event(), list[int]()
+
+    def measure() -> None:
+        taken.append(1)
+        if len(taken) == 1:
+            raise MemoryError
+        ended.set()
+
+    with trio.fail_after(50):
+        await keep_measuring(measure, ended)
+    assert len(taken) == 2
 
 
 async def test_a_task_that_is_cancelled_while_it_fails_is_both_logged_and_cancelled(
