@@ -28,6 +28,7 @@ import trio
 from migrate.lanes.scheduling import run_in_thread
 from migrate.protocol import messages as m
 from migrate.protocol.pfns import PfnMask, batches_of, mask_from_bitmap
+from migrate.service.journal import is_there, remove
 from receiver.statistics import PagerStatistics
 from xenbackend.contract import SUSPENDS_LATE_S, Domain, DomainState
 from xenbackend.errors import XenError
@@ -70,6 +71,10 @@ class Checkpoints:
         """
         self._domain = domain
         self._stopped = stopped
+        self._is_stopped = False
+        """The guest was asked to suspend, and has not been resumed since.  The file is only for a
+        successor, because a file system that has become read-only keeps the file.
+        """
         self._lost = lost
         self.log_dirty_is_ours = False
         self._every_s = every_s
@@ -96,7 +101,8 @@ class Checkpoints:
         had read from it is not known, so every present page is sent again.
         """
         self._inherited = inherit
-        if inherit and self._stopped.exists():  # the predecessor may just have asked for it
+        self._is_stopped = inherit and is_there(self._stopped)
+        if self._is_stopped:  # the predecessor may just have asked for it
             self._suspends_until = time.monotonic() + SUSPENDS_LATE_S
         if inherit and self._domain.log_dirty_is_on():
             self._domain.log_dirty_disable()
@@ -238,12 +244,7 @@ class Checkpoints:
     def _suspended(self) -> Iterator[None]:
         with self._suspending:
             began = time.monotonic()
-            try:
-                suspend(self._domain, self._stopped)
-            except XenError as error:
-                if error.errno == errno.ETIMEDOUT:
-                    self._suspends_until = time.monotonic() + SUSPENDS_LATE_S
-                raise
+            self._suspend()
             try:
                 yield
             finally:
@@ -253,10 +254,29 @@ class Checkpoints:
                     log.error("%s; trying again until it does", error)
                 self._statistics.count_suspension(time.monotonic() - began)
 
+    def _suspend(self) -> None:
+        """Suspend the guest for a moment.  Raises ``XenError``; EINVAL means that the guest did not
+        run, so another program has stopped it.
+        """
+        mark(self._stopped)
+        self._is_stopped = True
+        try:
+            self._domain.suspend()
+        except XenError as error:
+            if error.errno == errno.EINVAL:
+                self._forget_stop()
+            elif error.errno == errno.ETIMEDOUT:
+                self._suspends_until = time.monotonic() + SUSPENDS_LATE_S
+            raise
+
     def _resume(self) -> None:
         self._domain.resume()
         self._suspends_until = 0.0
-        self._stopped.unlink(missing_ok=True)
+        self._forget_stop()
+
+    def _forget_stop(self) -> None:
+        self._is_stopped = False
+        remove(self._stopped)
 
     @property
     def may_suspend_late(self) -> bool:
@@ -271,14 +291,14 @@ class Checkpoints:
         if not self._suspending.acquire(blocking=False):
             return  # a checkpoint is being made
         try:
-            if not self._stopped.exists():
+            if not self._is_stopped:
                 return
             if self._domain.state() is DomainState.SUSPENDED:
                 self._resume()
             elif not self.may_suspend_late:
                 # The guest will not suspend for us any more.  If another program suspends it, it
                 # must not be resumed here.
-                self._stopped.unlink(missing_ok=True)
+                self._forget_stop()
         finally:
             self._suspending.release()
 
@@ -292,19 +312,6 @@ class Checkpoints:
                 if len(data) + len(zeros) + len(holes):
                     self._statistics.checkpoint_pages += len(pfns)
                     yield m.Written(data, zeros, holes), mapped.data
-
-
-def suspend(domain: Domain, stopped: Path) -> None:
-    """Suspend the guest for a moment.  Raises ``XenError``; EINVAL means that the guest did not
-    run, so another program has stopped it.
-    """
-    mark(stopped)
-    try:
-        domain.suspend()
-    except XenError as error:
-        if error.errno == errno.EINVAL:
-            stopped.unlink(missing_ok=True)
-        raise
 
 
 def mark(stopped: Path) -> None:

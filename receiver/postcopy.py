@@ -18,6 +18,7 @@ import trio
 from migrate.errors import PeerClosedError
 from migrate.lanes.connection import EXPLANATION_S
 from migrate.protocol import messages as m
+from migrate.service.journal import remove
 from migrate.tasks import first, in_thread
 from receiver.checkpoints import Checkpoints, mark
 from receiver.context import LAST_START_AGAIN_S, Context
@@ -130,7 +131,7 @@ async def finish(switchover: Switchover) -> m.Message | None:
     if switchover.checkpoints is not None:
         resume = functools.partial(_resume_late, context, switchover.checkpoints)
         await _repeat(context, resume, "the guest cannot be resumed after a failed checkpoint")
-    await in_thread(functools.partial(entry.stopped.unlink, missing_ok=True))
+    await in_thread(remove, entry.stopped)
     with contextlib.suppress(NoSuchDomainError):
         await in_thread(guest.domain.reserve, 0)
         if switchover.checkpoints is not None:

@@ -28,6 +28,7 @@ from migrate.protocol import messages as m
 from migrate.protocol.pfns import windows
 from migrate.protocol.session import new_token
 from migrate.service.host import config_of
+from migrate.service.journal import is_there, remove
 from migrate.service.lifecycle import TAKING_UP
 from migrate.tasks import (
     as_soon_as_threads_start,
@@ -196,7 +197,7 @@ class Predecessor:
                 domain.unpause()
             elif self._offer.checkpoint_ms:
                 return  # the guest may still suspend; see :meth:`Checkpoints.begin`
-            self._context.entry.stopped.unlink(missing_ok=True)
+            remove(self._context.entry.stopped)
 
     def _was_stopped_by_us(self, state: DomainState | None) -> bool:
         """Whether a predecessor stopped the guest: for a checkpoint, to give the ring up, or to
@@ -208,7 +209,7 @@ class Predecessor:
         just_started = self._noted not in (*MAYBE_FINISHED, "lost", "held") or entry.handle is None
         if just_started and self._context.toolstack.may_have_been_starting(state):
             return True
-        return entry.stopped.exists()
+        return is_there(entry.stopped)
 
 
 class Recovery:
@@ -352,9 +353,9 @@ class Recovery:
     def note(self, why: str) -> None:
         """Show why the link is lost, and what follows for the guest."""
         if self._context.ownership.ours:
-            state = (
-                self.switchover.not_started or "the guest is here and waits for its missing pages"
-            )
+            waits = bool(self.switchover.guest.pages.count)
+            lacks = "waits for its missing pages" if waits else "lacks no page"
+            state = self.switchover.not_started or f"the guest is here and {lacks}"
         elif self._context.is_in(State.SERVING):
             state = "xl has not decided yet whether the guest runs here; its faults are served"
         else:

@@ -37,7 +37,7 @@ from migrate.protocol import messages as m
 from migrate.protocol.frames import FrameDecoder
 from migrate.protocol.pfns import batches_of
 from migrate.service.files import create_anew
-from migrate.service.journal import remove
+from migrate.service.journal import is_there, remove
 from migrate.units import human_bytes
 from sender.source_pages import announce, present
 from xenbackend.contract import Domain, DomainState
@@ -89,7 +89,7 @@ class CheckpointStore:
 
     def exists(self) -> bool:
         """Whether a checkpoint file exists; it may be damaged."""
-        return os.path.lexists(self._path)
+        return is_there(self._path)
 
     def check(self) -> None:
         """Read the whole of the last checkpoint.  Raises :class:`MigrationError` if the guest
@@ -125,7 +125,7 @@ class CheckpointStore:
         except OSError as error:
             self._problem = f"cannot keep a checkpoint in {self._new_path}: {error.strerror}"
             self._remove()  # others need the room
-        except XenError:
+        except (MigrationError, XenError):
             self.abandon()
             raise
         if not last:

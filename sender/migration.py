@@ -20,7 +20,7 @@ from migrate.lanes.pairs import Lanes
 from migrate.options import MigrationOptions
 from migrate.outcomes import outcome
 from migrate.protocol import messages as m
-from migrate.service.journal import Journal
+from migrate.service.journal import Journal, is_there
 from migrate.service.lifecycle import TAKING_UP
 from migrate.tasks import as_soon_as_threads_start, in_thread
 from sender.checkpoints import CheckpointStore
@@ -86,13 +86,13 @@ class OutgoingMigration:
         Raises ``ValueError`` or :class:`MigrationError` for an entry that this release must not act
         on.
         """
-        entry, state = read_entry(facts, has_checkpoint=journal.checkpoint(session_id).exists())
+        entry, state = read_entry(facts, has_checkpoint=is_there(journal.checkpoint(session_id)))
         keeper = journal.keeper(session_id)
         toolstack = XlToolstack(entry.domain.name, keeper) if entry.xl else OwnToolstack()
         lanes.keep(entry.key)
         context = Context(session_id, hypervisor, lanes, journal, toolstack, entry, state)
         context.progress.problem = TAKING_UP
-        if journal.stopped(session_id).exists():
+        if is_there(journal.stopped(session_id)):
             context.suspends_until = latest_suspension()
         if state is State.GIVEN_UP:
             context.progress.problem = "given up, before the sender was restarted"

@@ -217,7 +217,7 @@ class Journal:
         for path in (self.stopped(session), self._path(session)):
             remove(path)
         if session in self._files:
-            os.close(self._files.pop(session))
+            _close(self._files.pop(session))
 
     def entries(self) -> dict[str, dict[str, Any]]:
         """Return the entries that a predecessor has left, by session.  The newest is first, because
@@ -302,6 +302,11 @@ def _written(path: Path) -> int:
         return 0
 
 
+def is_there(path: Path) -> bool:
+    """Whether a file of the state directory exists.  A file system that fails has no such file."""
+    return os.path.lexists(path)
+
+
 def remove(path: Path) -> None:
     """Remove a file of the state directory that nothing depends on any more.
 
@@ -309,12 +314,18 @@ def remove(path: Path) -> None:
     removed.
     """
     try:
-        if os.path.lexists(
-            path
-        ):  # a read-only file system reports the same error for a file that is not there
+        if is_there(path):  # a read-only file system has the same error for a missing file
             path.unlink()
     except OSError as error:
         log.error("cannot erase %s, which is not needed any more: %s", path, error.strerror)
+
+
+def _close(file: int) -> None:
+    """Close a file with entries.  A file system that fails may report an error only now."""
+    try:
+        os.close(file)
+    except OSError as error:
+        log.error("cannot close a file of the journal: %s", error.strerror)
 
 
 def _make(path: Path, entry: bytes) -> int:

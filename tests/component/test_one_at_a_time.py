@@ -22,7 +22,8 @@ from migrate.lanes.connection import Terms
 from migrate.lanes.dial import DialledLanes
 from migrate.options import MigrationOptions, Strategy
 from migrate.service.journal import Journal
-from receiver.checkpoints import suspend
+from receiver.checkpoints import Checkpoints
+from receiver.statistics import PagerStatistics
 from sender.migration import OutgoingMigration
 from sender.rollback import Rollback
 from sender.toolstack import OwnToolstack
@@ -447,11 +448,18 @@ async def test_a_receiver_that_dies_in_a_checkpoint_has_a_successor_that_lets_th
 
 def test_what_cannot_be_noted_is_not_begun(boot: Any, tmp_path: Path) -> None:
     _spec, domain = boot()
+
+    def suspend(stopped: Path) -> None:
+        made = Checkpoints(
+            domain, 1, lambda *_: None, PagerStatistics(), stopped, lambda _why: None
+        )
+        made._suspend()
+
     with pytest.raises(XenError, match="cannot note it") as error:
-        suspend(domain, tmp_path / "missing" / "stopped")
+        suspend(tmp_path / "missing" / "stopped")
     assert error.value.errno == errno.ENOENT
     assert domain.state() is DomainState.RUNNING
     domain.suspend()
     with pytest.raises(XenError, match="the domain is suspended"):
-        suspend(domain, tmp_path / "stopped")
+        suspend(tmp_path / "stopped")
     assert not (tmp_path / "stopped").exists()
