@@ -70,9 +70,14 @@ class Context:
         self.ownership.link = Link.LOST
 
     def note_raised(self, raised: tuple[int, int]) -> None:
-        """Note that the domain's limit of frames is about to be raised; see :class:`FrameLimit`."""
+        """Note that the domain's limit of frames is about to be raised; see :class:`FrameLimit`.
+
+        While the guest is restored, a sender determines how often this happens, and a successor
+        destroys the domain.  The entry of the step that ends this has the last limit.
+        """
         self.entry.raised = raised
-        self.ownership.note()
+        if self.ownership.needed:
+            self.ownership.note()
 
     async def persist(self, call: Callable[[], object], what: str, what_to_do: str = "") -> None:
         """Make a call to the hypervisor in a thread until an attempt succeeds."""

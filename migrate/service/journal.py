@@ -11,6 +11,8 @@ by a full disk, stays on a line of its own.  An entry ends with its checksum.  I
 neither whole nor cut off, the file is damaged, and no entry of the file counts: by an earlier entry
 a sender would resume a guest that it has handed over.
 
+A file that has become large is replaced by one with the new entry only.
+
 Nothing is synced, because the journal is for a process that dies.  When the host dies, its domains
 are gone as well; entries of an earlier boot are erased, with a line in the log.
 """
@@ -57,6 +59,8 @@ FACTS: dict[str, tuple[type, ...]] = {
 }  # fmt: skip
 """The facts that both ends note, with the types of their values."""
 MAX_DOMID = 0x7FFF
+LARGE_BYTES = 4 * 2**20
+"""A larger file is replaced.  A typical migration has a few entries of a kilobyte."""
 MAX_BYTES = 64 * 2**20
 """More than the entries of one migration have."""
 WITH_SUM = re.compile(r'(.*), "sum": ([0-9]{1,10})\}')
@@ -135,6 +139,8 @@ class Journal:
                     self._files[session] = _make(path, entry)
                     return
                 self._files[session] = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+            if self._is_replaced(session, entry):
+                return
             if os.write(self._files[session], entry) < len(entry):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
@@ -142,6 +148,20 @@ class Journal:
             if needed:
                 raise MigrationError(problem) from error
             log.error("%s: a successor of this daemon would begin at an earlier step", problem)
+
+    def _is_replaced(self, session: str, entry: bytes) -> bool:
+        """Replace a large file by one with this entry only.  Returns false if the entry is still to
+        be added to the file.
+        """
+        if os.fstat(self._files[session]).st_size <= LARGE_BYTES:
+            return False
+        try:
+            new = _make(self._path(session), entry)
+        except OSError:  # for example, there is no room for two files
+            return False
+        large, self._files[session] = self._files[session], new
+        _close(large)
+        return True
 
     def checkpoint(self, session: str) -> Path:
         """Return the path of the checkpoint of the session's guest."""

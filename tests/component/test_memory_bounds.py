@@ -7,16 +7,24 @@ from __future__ import annotations
 
 import gc
 from dataclasses import replace
+from pathlib import Path
 from types import FunctionType, ModuleType
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from migrate.cli.world import World
 from migrate.options import Strategy
+from migrate.protocol import messages as m
+from migrate.protocol.pfns import pfn_array
 from migrate.service.journal import Journal
+from receiver.migration import IncomingMigration
+from receiver.ownership import State
+from receiver.restore import FrameLimit, MemoryRestorer
 from tests.conftest import MIB
 from tests.support.inprocess import Outcome, migrate
+from tests.support.left import NoLanes
 from tests.support.links import Link
 from tests.support.waiting import until_async as until
 from xenbackend.contract import Domain, DomainState, Hypervisor
@@ -89,3 +97,30 @@ async def test_a_guest_whose_memory_is_too_sparse_is_refused_here(
     outcome = await migrate(clean_hosts, GuestSpec(name, 4 * MIB))
     assert "the guest's memory is too sparse" in str(outcome.error)
     assert clean_hosts.source.open(name).state() is DomainState.RUNNING
+
+
+def test_a_sender_whose_guest_outgrows_its_offer_page_by_page_fills_no_journal(
+    clean_hosts: World, name: str, tmp_path: Path
+) -> None:
+    """A successor destroys a domain that is being restored, and does not need its limit.  The next
+    step has an entry with the limit.
+    """
+    journal, host, lanes = Journal(tmp_path), clean_hosts.destination, cast(Any, NoLanes())
+    config = GuestSpec(name, 4 * MIB).domain_config()
+    context = IncomingMigration.of_offer(host, "session", lanes, journal).requests.context
+    context.ownership.enter(State.MAKING)
+    domain = host.create_incoming(config)
+    domain.set_max_pages(1)
+    context.ownership.enter(State.RESTORING)
+    before = (tmp_path / "session.json").stat().st_size
+    limit = FrameLimit(domain, context.entry.raised, context.note_raised)
+    memory = MemoryRestorer(domain, limit, 1)
+    for pfn in range(50):
+        memory.pages(m.Pages(pfn_array(), pfn_array([pfn])), memoryview(b""))
+    assert domain.reservation().tot_pages >= 50
+    assert (tmp_path / "session.json").stat().st_size == before
+    context.ownership.enter(State.SUSPENDED)
+    raised = journal.entries()["session"]["raised"]
+    assert raised == [1, domain.reservation().max_pages]
+    domain.destroy()
+    domain.close()

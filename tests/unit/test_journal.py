@@ -5,6 +5,7 @@ to people.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -224,3 +225,32 @@ def test_a_measurement_that_cannot_be_noted_does_not_begin(tmp_path: Path) -> No
         Journal(tmp_path).measuring(7, HANDLE),
     ):
         pass
+
+
+def test_a_file_that_has_become_large_has_the_last_entry_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A successor does not read a file of more than 64 MiB."""
+    monkeypatch.setattr(module, "LARGE_BYTES", 10_000)
+    journal, path = Journal(tmp_path), tmp_path / "session.json"
+    for number in range(100):
+        journal.write("session", {"step": str(number), "offer": "x" * 1000})
+        assert path.stat().st_size < 12_000
+        assert Journal(tmp_path).entries()["session"]["step"] == str(number)
+    assert [file.name for file in tmp_path.iterdir()] == ["session.json"]
+
+
+def test_without_room_for_two_files_an_entry_is_added_to_the_large_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal, path = Journal(tmp_path), tmp_path / "session.json"
+    journal.write("session", {"step": "first"})
+    monkeypatch.setattr(module, "LARGE_BYTES", 1)
+
+    def is_full(_path: Path, _entry: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(module, "_make", is_full)
+    journal.write("session", {"step": "second"})
+    assert Journal(tmp_path).entries()["session"]["step"] == "second"
+    assert path.read_text().count("sum") == 2
