@@ -33,7 +33,7 @@ from migrate.service.host import look_at_host, refusal
 from migrate.service.journal import Journal, Kept
 from migrate.service.lifecycle import STOPPING, notify, serve_connections, until_stopped
 from migrate.service.progress import keep_measuring
-from migrate.tasks import isolated, task_group
+from migrate.tasks import first, isolated
 from receiver.migration import IncomingMigration
 from receiver.progress import IncomingProgress
 from receiver.toolstack import XlToolstack
@@ -255,10 +255,13 @@ class ReceiverDaemon:
             self._hypervisor, session, dialled, self._journal, toolstack, self._others(session)
         )
         self._start(migration)
-        async with task_group() as tasks:
-            tasks.start_soon(self._listen_to_helper, migration, connection)
-            await toolstack.last_answer.given.wait()
-            tasks.cancel_scope.cancel()
+        await first(
+            functools.partial(self._listen_to_helper, migration, connection),
+            toolstack.last_answer.given.wait,
+            migration.ended.wait,
+        )
+        if migration.ended.is_set():  # for example, because the domain was destroyed
+            await toolstack.failed(migration.progress.problem)
 
     async def _await_memory(self, domid: int, connection: ControlConnection) -> None:
         """Wait until no page of a domain is missing, for xl's helper, which has to save the domain.
@@ -292,11 +295,12 @@ class ReceiverDaemon:
     async def _listen_to_helper(
         self, migration: IncomingMigration, connection: ControlConnection
     ) -> None:
-        """Leave the domain to xl when the helper sends a request or closes the connection."""
-        request = await connection.request()
-        migration.requests.cancel(
-            "xl has ended" if request is None else "xl's own live migration takes over"
-        )
+        """Leave the domain to xl when the helper sends a request or closes the connection.  Returns
+        when the connection is closed.
+        """
+        while await connection.request() is not None:
+            migration.requests.cancel("xl's own live migration takes over")
+        migration.requests.cancel("xl has ended")
 
     def _check(self, session: str) -> None:
         if self._stopping:

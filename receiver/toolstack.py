@@ -106,7 +106,7 @@ class Toolstack(Protocol):
         """
 
     async def failed(self, reason: str) -> None:
-        """Report that the migration has failed before there was a domain."""
+        """Report that the migration has failed, unless its end was reported already."""
 
 
 GRANT_RETRY_S = 32.0

@@ -320,16 +320,17 @@ class SenderDaemon:
             del self._migrations[session]
             raise
         self._awaited[session] = awaited
-        self._begin(migration)
+        ended = self._begin(migration)
         async with task_group() as tasks:
             tasks.start_soon(self._listen_to_helper, migration, toolstack)
-            while not toolstack.last_answer.given.is_set():
+            while not (toolstack.last_answer.given.is_set() or ended.is_set()):
                 # xl's line would lengthen the downtime: daemon, helper and libxl all work for it.
                 if not migration.ownership.is_suspended:
                     await connection.answer("progress", **_line(migration))
                 with trio.move_on_after(PROGRESS_EVERY_S):
                     await toolstack.last_answer.given.wait()
             tasks.cancel_scope.cancel()
+        await toolstack.failed(migration.progress.problem)  # for example, of a domain that is gone
 
     def _look_at(self, domid: int) -> tuple[DomainId, tuple[bytes, bytes]]:
         """Return the domain's identity and its CPU policy.  Raises as :func:`check_free` does."""

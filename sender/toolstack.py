@@ -262,7 +262,7 @@ class XlToolstack:
 
     async def give_up(self, domain: Domain, reason: str, *, suspended: bool) -> None:
         """Wait until xl resumes a guest that xl has suspended.  If xl does not, the sender does."""
-        await self.last_answer.give("error" if self._agreed else "declined", message=reason)
+        await self.failed(reason)
         if not suspended:
             return
         with trio.move_on_after(XL_TIMEOUT_S):
@@ -271,6 +271,10 @@ class XlToolstack:
             else:
                 await first(functools.partial(self.decision, domain), self.wait_for_end)
         await trio.to_thread.run_sync(_resume, domain, self._name)
+
+    async def failed(self, reason: str) -> None:
+        """Report that the migration has failed, unless its end was reported already."""
+        await self.last_answer.give("error" if self._agreed else "declined", message=reason)
 
     async def switched_over(self) -> None:
         await self.last_answer.give("result")

@@ -105,7 +105,8 @@ class LastAnswer:
             await self._connection.answer(event, **fields)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             log.debug("the client has closed the connection before its answer %s", event)
-        self.given.set()
+        finally:
+            self.given.set()
 
 
 Handler = Callable[[Json, ControlConnection], Awaitable[None]]
