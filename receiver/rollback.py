@@ -10,7 +10,7 @@ import logging
 import trio
 
 from migrate.errors import GuestEndedError, MigrationError, UnknownSessionError
-from migrate.lanes.connection import EXPLANATION_S, LINGER_S
+from migrate.lanes.connection import EXPLANATION_S, LINGER_S, step_timeout
 from migrate.logs import Complaint
 from migrate.protocol import messages as m
 from migrate.tasks import in_thread, is_bug
@@ -177,7 +177,8 @@ async def linger(context: Context, last_message: m.Message) -> None:
             try:
                 await peer.reconnect(log.debug)
                 peer.session.rejoin()
-                message = await peer.receive()
+                with step_timeout("the sender sent nothing"):
+                    message = await peer.receive()
                 if reason := recall_reason(context, message):
                     limit.deadline = trio.current_time() + RECALLED_LINGER_DAYS * 24 * 3600
                     cannot = f"{reason}, and {name} cannot be paused here"
@@ -185,7 +186,8 @@ async def linger(context: Context, last_message: m.Message) -> None:
                     await peer.acknowledge()
                 if isinstance(message, m.Rejoin):
                     await peer.send(last_message)
-                    await peer.receive()
+                    with step_timeout("the sender did not confirm the end of the migration"):
+                        await peer.receive()
                 elif isinstance(message, m.Lost) and isinstance(last_message, m.Complete):
                     await peer.acknowledge(m.ALL_ARRIVED)
                 elif isinstance(message, m.Lost):

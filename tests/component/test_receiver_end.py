@@ -129,3 +129,29 @@ async def test_a_guest_that_is_recalled_and_cannot_be_paused_is_reported_for_day
     assert lane.taken == []  # the sender is not sent a wrong answer
     assert "web cannot be paused here" in incoming.progress.problem
     assert incoming.ownership.phase == "completed"
+
+
+@pytest.mark.parametrize("is_silent", ["at once", "after the outcome"])
+async def test_a_sender_that_falls_silent_is_dialled_again(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock, is_silent: str
+) -> None:
+    """Without a limit the receiver waited until it forgot the session, and the sender never got the
+    outcome.
+    """
+
+    class Silent(Lane):
+        async def receive(self) -> tuple[m.Message, memoryview]:
+            if is_silent == "at once" or self.taken:
+                await trio.sleep_forever()
+            return await super().receive()
+
+    class Answering(Lane):
+        async def receive(self) -> tuple[m.Message, memoryview]:
+            return (m.Completed() if self.taken else m.Rejoin()), memoryview(b"")
+
+    lanes = [Silent(m.Rejoin()), last := Answering(m.Rejoin())]
+    journal = Journal(tmp_path)
+    incoming = completed(journal, lambda: lanes.pop(0))
+    await linger(incoming, LAST)
+    assert not lanes and last.taken == [LAST] and journal.entries() == {}
+    assert trio.current_time() < LINGER_S / 2
