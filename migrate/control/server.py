@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 MAX_CONNECTIONS = 1000
 REQUEST_TIMEOUT_S = 10.0
 """How long a client may take to send its request."""
+ANSWER_S = 10.0
+"""How long a client may take to receive its last answer."""
 
 
 class ControlConnection:
@@ -96,13 +98,16 @@ class LastAnswer:
         self.given = trio.Event()
 
     async def give(self, event: str, **fields: Any) -> None:
-        """Send the answer, also if the client may have gone.  Every later call does nothing."""
+        """Send the answer, also if the client may have gone.  Every later call does nothing.  A
+        client that reads nothing is given up after :data:`ANSWER_S`.
+        """
         if self.begun:
             return
         assert self._connection is not None
         self.begun = True
         try:
-            await self._connection.answer(event, **fields)
+            with trio.move_on_after(ANSWER_S):
+                await self._connection.answer(event, **fields)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             log.debug("the client has closed the connection before its answer %s", event)
         finally:

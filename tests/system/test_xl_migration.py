@@ -9,6 +9,7 @@ other.
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -231,8 +232,11 @@ def test_a_guest_that_ran_for_a_moment_at_the_destination_is_not_resumed(xl: Xl)
     """
     xl.save.ends_with_helper = True
     assert xl.run() == ((0, 0), (0, 0))
+    receiver = xl.world.processes["receiver"].popen
+    receiver.send_signal(signal.SIGSTOP)
     xl.destination.start()
     xl.destination.destroy()
+    receiver.send_signal(signal.SIGCONT)
     xl.wait_for("failed", "failed")
     for daemon in ("sender", "receiver"):
         assert "its domain was destroyed" in xl.line(daemon)["problem"]

@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from click.testing import CliRunner, Result
 
 from migrate.cli import cli, migrations
 from migrate.control import server as control
 from migrate.control.client import MAX_LINE, SOCKETS, ControlClient, Json
-from migrate.control.server import ControlConnection, LastAnswer
+from migrate.control.server import ANSWER_S, ControlConnection, LastAnswer
 from migrate.errors import MigrationError, SilentDaemonError, UnknownMigrationError
 from migrate.tasks import task_group
 
@@ -191,6 +192,19 @@ async def test_the_last_answer_is_given_once_and_a_client_that_is_gone_does_no_h
     nobody = LastAnswer(None)
     await nobody.give("result")
     assert nobody.begun
+    ours.close()
+
+
+async def test_a_client_that_reads_nothing_holds_nothing_up(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """For example xl's helper, stopped by SIGSTOP, with a socket that is full."""
+    ours, theirs = trio.socket.socketpair()
+    with theirs:
+        answer = LastAnswer(ControlConnection(trio.SocketStream(ours)))
+        await answer.give("result", text=" " * 2**24)
+        assert answer.given.is_set()
+        assert trio.current_time() >= ANSWER_S
     ours.close()
 
 
