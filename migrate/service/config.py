@@ -134,7 +134,7 @@ class SenderConfig:
         "The address at which the sender listens for the receivers of xl's migrations.",
     )
     address: str = _key(
-        values.text,
+        values.dialled,
         "",
         "The address that these receivers dial.  Without it they dial the address in listen, or "
         "this host's name if the sender listens at every address.",

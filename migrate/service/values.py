@@ -32,6 +32,14 @@ def text(value: Any) -> str:
     return value
 
 
+def dialled(value: Any) -> str:
+    """Return the text of an address whose port may be left out; empty for none."""
+    given = text(value)
+    if given:
+        parse_address(given, 0)
+    return given
+
+
 def names(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
         raise ValueError('a list of names, ["HOST", ...]')

@@ -138,6 +138,10 @@ def test_what_is_given() -> None:
             "config.toml: [sender] listen: 'host:x': address 'host:x': HOST, HOST:PORT",
         ),
         (
+            '[sender]\naddress = "host1:80a"',
+            "config.toml: [sender] address: 'host1:80a': address 'host1:80a': HOST, HOST:PORT",
+        ),
+        (
             '[receiver]\nlisten = "0.0.0.0"',
             "config.toml: [receiver] listen: 0.0.0.0 can be reached by others",
         ),
