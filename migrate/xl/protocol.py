@@ -45,7 +45,8 @@ def _message(number: Message, fields: bytes) -> bytes:
 
 
 def _string(text: str) -> bytes:
-    data = text.encode()[:MAX_TEXT].replace(b"\0", b" ") + b"\0"
+    # A path of the environment need not be UTF-8.
+    data = text.encode(errors="backslashreplace")[:MAX_TEXT].replace(b"\0", b" ") + b"\0"
     return struct.pack("=I", len(data)) + data
 
 

@@ -63,6 +63,18 @@ def test_without_a_daemon_a_live_migration_is_left_to_the_stock_helper_with_a_li
     assert struct.unpack_from("=HHI", output)[1:] == (protocol.Message.LOG, Level.NOTICE)
 
 
+@pytest.mark.parametrize("variable", ["XEN_POSTCOPY_SENDER", "XEN_POSTCOPY_SOCKETS"])
+def test_a_path_that_is_not_utf_8_is_named_like_any_other(
+    xl: Xl, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.delenv("XEN_POSTCOPY_SENDER")
+    monkeypatch.setenv(variable, os.fsdecode(b"/nowhere/\xff"))
+    status, output = xl.save()
+    assert status == 0 and xl.was_asked
+    assert b"no daemon at /nowhere/\\udcff" in output
+    assert b"using Xen's own live migration" in output
+
+
 def test_require_fails_instead(xl: Xl, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XEN_POSTCOPY", "require")
     status, output = xl.save()
