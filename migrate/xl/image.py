@@ -39,6 +39,8 @@ REC_TYPE_POSTCOPY_OFFER = REC_TYPE_OPTIONAL | REC_TYPE_POSTCOPY
 DOMAIN_TYPE_HVM = 2
 STATIC = (REC_TYPE_X86_CPUID_POLICY, REC_TYPE_X86_MSR_POLICY, REC_TYPE_STATIC_DATA_END)
 """The records that may precede the record which shows whether the stream is ours."""
+REC_LENGTH_MAX = 128 << 20
+"""The longest record that libxc accepts (xc_sr_common.h)."""
 
 
 class ImageError(Exception):
@@ -84,7 +86,7 @@ def parse_offer(body: bytes) -> dict[str, Any]:
             and bytes.fromhex(token)
         ):
             raise ValueError
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise MigrationError("the sender's offer is of another version of xen-postcopy") from error
     return {"session": session, "address": [host, port], "token": token}
 

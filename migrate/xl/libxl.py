@@ -13,6 +13,8 @@ from migrate.xl.protocol import Level
 ARGUMENTS = {"--save-domain": 6, "--restore-domain": 9}
 XCFLAGS_LIVE = 1
 INPUT, OUTPUT = 0, 1
+READ_BYTES = 1 << 20
+"""The most bytes that are read in one call."""
 
 
 class Request(NamedTuple):
@@ -112,15 +114,16 @@ def _complete(result: int, number: int) -> Never:
 
 def read_exactly(fd: int, count: int) -> bytes:
     """Raises :class:`EOFError`."""
-    data = b""
+    data = bytearray()
     while len(data) < count:
-        more = os.read(fd, count - len(data))
+        more = os.read(fd, min(count - len(data), READ_BYTES))
         if not more:
             raise EOFError(f"the stream ends after {len(data)} of {count} bytes")
         data += more
-    return data
+    return bytes(data)
 
 
 def write_all(fd: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(fd, data) :]
+    left = memoryview(data)
+    while left:
+        left = left[os.write(fd, left) :]

@@ -5,6 +5,10 @@ the guest.
 If the stream has an offer (``save.py``), it is passed to the receiver daemon at once.  The receiver
 dials the sender, and checks whether this host can page the guest.  The next record shows the
 result: a session that was agreed on, or an ordinary stream for the stock helper.
+
+What is read before that result is kept for the stock helper.  If it would become longer than the
+longest record of libxc, the rest is left to the stock helper, which refuses a record that is too
+long.
 """
 
 from __future__ import annotations
@@ -39,16 +43,20 @@ class _Restoring:
     def _next(self) -> image.RecordHeader:
         return image.read_record_header(self._take(image.RECORD_HEADER.size))
 
+    def _fits(self, record: image.RecordHeader) -> bool:
+        """Whether a record can be kept beside what has been read."""
+        return len(self._read) + record.padded <= image.REC_LENGTH_MAX
+
     def run(self) -> Never:
         try:
             image.check_headers(self._take(image.HEADER_BYTES))
             record = self._next()
-            while record.is_static:
+            while record.is_static and self._fits(record):
                 body = self._take(record.padded)[: record.length]
                 if record.type == image.REC_TYPE_POSTCOPY_OFFER:
                     self._take_up(body)
                 record = self._next()
-            if record.type == image.REC_TYPE_POSTCOPY:
+            if record.type == image.REC_TYPE_POSTCOPY and self._fits(record):
                 self._take_in(record)
         except image.ImageError:
             # The stock helper reports the error.

@@ -136,8 +136,24 @@ def test_a_libxl_that_goes_instead_of_answering_ends_the_helper(xl: Xl) -> None:
     assert xl.run("--restore-domain", *RESTORE, stream=HEADERS[:30], answers=b"")[0] == 1
 
 
+@pytest.mark.parametrize("kind", [image.REC_TYPE_POSTCOPY_OFFER, image.REC_TYPE_POSTCOPY])
+def test_a_record_that_is_too_long_is_the_stock_helper_s_to_refuse(xl: Xl, kind: int) -> None:
+    """The stock helper refuses the record at its header."""
+    stream = HEADERS + image.RECORD_HEADER.pack(kind, 0xFFFFFFF8) + b"body" * 1000
+    assert xl.run("--restore-domain", *RESTORE, stream=stream)[0] == 0
+    assert xl.stock()[1] == stream
+
+
+def test_long_records_are_kept_for_the_stock_helper(xl: Xl) -> None:
+    long = image.record(0x80000001, os.urandom(3 << 20))
+    stream = HEADERS + long + long + STATIC_END + PAGES + END
+    assert xl.run("--restore-domain", *RESTORE, stream=stream)[0] == 0
+    assert xl.stock()[1] == stream
+
+
 @pytest.mark.parametrize(
-    "body", [b"{", b"{}", b"[]", b'{"session": "s", "address": ["h", "1"], "token": "00"}']
+    "body",
+    [b"[" * 100_000, b"{", b"{}", b"[]", b'{"session": "s", "address": ["h", "1"], "token": "00"}'],
 )
 def test_an_offer_of_another_version_is_named(body: bytes) -> None:
     with pytest.raises(MigrationError, match="another version of xen-postcopy"):
