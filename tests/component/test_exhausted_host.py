@@ -33,13 +33,14 @@ from receiver.migration import IncomingMigration
 from sender.daemon import SenderDaemon
 from sender.migration import OutgoingMigration
 from sender.toolstack import XlToolstack
-from tests.conftest import MIB
+from tests.conftest import MIB, Boot
 from tests.support import inprocess
 from tests.support.daemons import migrates, world
 from tests.support.guests import busy
 from tests.support.left import left_by_a_receiver, left_by_a_sender
 from tests.support.waiting import until_async as until
 from xenbackend.contract import Hypervisor
+from xenbackend.errors import XenError
 from xenbackend.simulated.guest import GuestSpec
 
 __all__ = ["world"]
@@ -267,3 +268,22 @@ async def test_a_successor_takes_a_guest_up_when_it_can(
     with contextlib.suppress(MigrationError):
         await migration.run()
     assert reached and len(failed) == 3
+
+
+def test_a_host_without_a_descriptor_answers_that_and_keeps_its_clients(
+    boot: Boot, clean_hosts: World
+) -> None:
+    (_spec, guest), pid = boot(), clean_hosts.processes["source"].popen.pid
+    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    config = GuestSpec("another", 4 * MIB).domain_config()
+    fds = len(os.listdir(f"/proc/{pid}/fd"))
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (4, limits[1]))
+    try:
+        with pytest.raises(XenError) as error:
+            clean_hosts.source.create_incoming(config)
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+    assert (error.value.operation, error.value.errno) == ("create_incoming", errno.EMFILE)
+    assert guest.info().domid == guest.domid
+    assert len(os.listdir(f"/proc/{pid}/fd")) == fds
+    clean_hosts.source.create_incoming(config)

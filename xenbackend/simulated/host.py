@@ -135,6 +135,9 @@ class SimulatedHost:
             return {"operation": error.operation, "errno": error.errno, "error": error.why}, []
         except GuestOptionError as error:
             return {"operation": operation, "errno": errno.EINVAL, "error": str(error)}, []
+        except OSError as error:
+            number = error.errno or errno.EIO
+            return {"operation": operation, "errno": number, "error": os.strerror(number)}, []
         except (KeyError, AttributeError, TypeError, ValueError) as error:
             return {
                 "operation": operation,

@@ -53,10 +53,10 @@ class HostedDomain:
         page.
         """
         self._ring_page: Any = None
-        self.control_fd = os.memfd_create(f"domain-{domid}-control")
-        self.memory_fd = os.memfd_create(f"domain-{domid}-memory")
-        os.ftruncate(self.control_fd, lib.sim_control_bytes(config.nr_pfns))
-        os.ftruncate(self.memory_fd, config.nr_pfns * PAGE_SIZE)
+        self.control_fd, self.memory_fd = _files(
+            (f"domain-{domid}-control", lib.sim_control_bytes(config.nr_pfns)),
+            (f"domain-{domid}-memory", config.nr_pfns * PAGE_SIZE),
+        )
         self.map = ffi.new("struct sim_map *")
         rc = lib.sim_attach(self.map, self.control_fd, self.memory_fd, lib.SIM_HOST_OWNER)
         if rc:
@@ -254,3 +254,19 @@ class HostedDomain:
         self.ring_fds = []
         del self.p2m
         lib.sim_detach(self.map)
+
+
+def _files(*wanted: tuple[str, int]) -> list[int]:
+    """Make files in memory, each with a name and a size.  Raises ``OSError``, and leaves no file
+    then.
+    """
+    made: list[int] = []
+    try:
+        for name, size in wanted:
+            made.append(os.memfd_create(name))
+            os.ftruncate(made[-1], size)
+    except OSError:
+        for fd in made:
+            os.close(fd)
+        raise
+    return made
