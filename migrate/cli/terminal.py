@@ -62,11 +62,11 @@ class Area:
 
     @property
     def size(self) -> os.terminal_size:
-        """The columns and lines that :meth:`draw` may use.  The last column stays free: behind it
-        nothing could be erased.
+        """The columns and lines that :meth:`draw` may use.  The last column stays free, unless
+        it is the only one: behind it nothing could be erased.
         """
         columns, lines = size_of(self._stream)
-        return os.terminal_size((columns - 1, lines))
+        return os.terminal_size((max(columns - 1, 1), lines))
 
     def draw(self, lines: Sequence[str]) -> None:
         """Show these lines instead of those before.  What is too much is cut off."""

@@ -356,6 +356,14 @@ def test_the_table_fits_the_terminal(width: int) -> None:
         assert screen.read() == []
 
 
+@pytest.mark.parametrize("width", [1, 2])
+def test_a_terminal_of_a_column_or_two_is_no_error(width: int) -> None:
+    with closing(Screen(width, 12)) as screen:
+        EvacuationDisplay(screen.stream).show(halfway())
+        assert all(len(row) <= width for row in screen.read())
+    assert summary(halfway(), width) and plan(halfway(), width, 1)
+
+
 def test_all_tables_have_the_order_in_which_the_guests_go() -> None:
     sizes = {1: 1, 2: 3, 3: 2, 4: 4}
     played = Played([here(domid, gib=gib) for domid, gib in sizes.items()], lines=[line(7)])

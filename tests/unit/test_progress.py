@@ -253,6 +253,17 @@ def test_a_low_terminal_has_what_is_under_way() -> None:
         assert "moving" in rows[1] and "old39" in rows[2]
 
 
+@pytest.mark.parametrize("width", [1, 2])
+@pytest.mark.parametrize("lines", [1, 2])
+def test_a_terminal_of_a_column_or_two_is_no_error(width: int, lines: int) -> None:
+    with closing(Screen(width, lines)) as screen:
+        waits = POSTCOPY | {"problem": "the link is lost"}
+        TableDisplay(screen.stream).show([POSTCOPY, waits])
+        for answer in (PRECOPY, POSTCOPY, waits):
+            ProgressDisplay(screen.stream).show(answer)
+        assert all(len(row) <= width for row in screen.read())
+
+
 def test_a_line_is_cut_off_and_not_broken_if_the_terminal_has_become_narrower(
     screen: Screen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
