@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The standard streams of a process that was started without them."""
+"""The standard streams of a process: those without which it was started, and those whose encoding
+lacks characters.
+"""
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import TextIO
@@ -11,10 +14,12 @@ NAMES = ("stdin", "stdout", "stderr")
 
 
 def open_standard_streams() -> None:
-    """Open ``/dev/null`` for each standard stream that is closed.
+    """Open ``/dev/null`` for each standard stream that is closed, and have the others escape what
+    their encoding lacks.
 
     Otherwise the next socket or file of the process gets the stream's number, and lines of the log
-    are written into it: into a connection to the hypervisor, to a peer, or into a journal.
+    are written into it: into a connection to the hypervisor, to a peer, or into a journal.  Names
+    of guests and reasons of peers may have any character, whatever the locale is.
     """
     for number, name in enumerate(NAMES):
         try:
@@ -25,6 +30,9 @@ def open_standard_streams() -> None:
         if getattr(sys, name) is None:  # Python has found the stream closed
             mode = "w" if number else "r"
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a test may have replaced it
+            stream.reconfigure(errors="backslashreplace")
 
 
 def write(stream: TextIO, text: str) -> None:

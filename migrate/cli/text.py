@@ -44,10 +44,7 @@ def echo(text: Any, *, err: bool = False) -> None:
     cannot be written, nothing is raised, because that changes no exit status.
     """
     line = printable(str(text)) if text else ""
-    if err:
-        write(sys.stderr, f"{line}\n")
-    else:
-        click.echo(line)
+    write(sys.stderr if err else sys.stdout, f"{line}\n")
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="As JSON.")

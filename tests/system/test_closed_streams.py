@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Commands and daemons whose standard streams are closed, or cannot be written."""
+"""Commands and daemons whose standard streams are closed, cannot be written, or have an encoding
+that lacks characters.
+"""
 
 from __future__ import annotations
 
@@ -54,6 +56,25 @@ def test_a_summary_that_cannot_be_printed_is_no_failed_migration(world: World, n
 def test_a_closed_output_gives_no_traceback(world: World, arguments: tuple[str, ...]) -> None:
     sockets = () if "preflight" in arguments else ("--socket", world.directory / "sender.sock")
     assert "Traceback" not in shell(">&-", *arguments, *sockets).stderr
+
+
+def test_a_locale_without_the_characters_of_a_name_shows_their_numbers(world: World) -> None:
+    guest, sockets = "gäst-\u65e5", ("--socket", world.directory / "sender.sock")
+    world.source.create_guest(busy(guest).to_bytes()).close()
+    in_latin_1 = {**os.environ, "PYTHONIOENCODING": "latin-1:strict"}
+
+    def run(*arguments: object) -> bytes:
+        ended = subprocess.run(
+            [*PROGRAM, *map(str, (*arguments, *sockets))],
+            capture_output=True, timeout=WAIT_S, check=False, env=in_latin_1,
+        )  # fmt: skip
+        assert ended.returncode == 0, ended.stderr.decode("latin-1")
+        return ended.stdout
+
+    assert b"g\xe4st-\\u65e5" in run("migrate", guest, f"127.0.0.1:{world.port}")
+    assert b"g\xe4st-\\u65e5" in run("list") and b"g\xe4st-\\u65e5" in run("show", guest)
+    assert guest.encode() in run("report", guest, "-o", "-")
+    assert rb"g\u00e4st-\u65e5" in run("list", "--json")
 
 
 def test_a_daemon_without_standard_streams_writes_its_log_nowhere(

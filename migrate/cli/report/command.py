@@ -39,11 +39,12 @@ def check_installed() -> None:
 
 
 def write_report(path: Path, text: str) -> None:
-    """Write the report of one migration.  Raises ``OSError``."""
+    """Write the report of one migration, in the encoding that it declares.  Raises ``OSError``."""
+    data = text.encode()
     if path == STDOUT:
-        click.echo(text, nl=False)
+        click.echo(data, nl=False)
     else:
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(data)
 
 
 def answers_of(world: World, migration: str) -> list[dict[str, Any]]:
