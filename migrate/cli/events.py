@@ -36,30 +36,30 @@ class Events:
         self._reported_at = 0.0
         self.has_ended = False
 
-    def lines(self, now: float, answer: Json) -> Iterator[Json]:
-        """Yield what is to be reported.  ``answer``: of ``list`` or ``show``; ``now``: seconds
-        since 1970.
+    def lines(self, now: float, at: float, answer: Json) -> Iterator[Json]:
+        """Yield what is to be reported.  ``answer``: of ``list`` or ``show``; ``now``:
+        time.monotonic(); ``at``: seconds since 1970.
         """
         if self.has_ended:
             return
         named = {key: answer.get(key) for key in NAMED}
-        for one in self._new_phases(now, answer):
+        for one in self._new_phases(at, answer):
             yield {"event": "phase", "at": one["at"], **named, "phase": one["phase"]}
         rest = {key: value for key, value in answer.items() if key != "event"}
         changes = {key: answer.get(key) for key in CHANGES}
         if answer["phase"] in ENDED:
             self.has_ended = True
-            yield {"event": "end", "at": round(now, 3), **rest}
+            yield {"event": "end", "at": round(at, 3), **rest}
         elif changes != self._before or now - self._reported_at >= EVERY_S:
             self._before, self._reported_at = changes, now
             rest.pop("details", None)
-            yield {"event": "progress", "at": round(now, 3), **rest}
+            yield {"event": "progress", "at": round(at, 3), **rest}
 
-    def _new_phases(self, now: float, answer: Json) -> list[Json]:
+    def _new_phases(self, at: float, answer: Json) -> list[Json]:
         phases = answer.get("phases")
         if phases is None:  # an earlier release
             is_new = answer["phase"] != self._last_phase.get("phase")
-            phases = [{"phase": answer["phase"], "at": round(now, 3)}] if is_new else []
+            phases = [{"phase": answer["phase"], "at": round(at, 3)}] if is_new else []
         if self._last_phase in phases:
             phases = phases[phases.index(self._last_phase) + 1 :]
         self._last_phase = phases[-1] if phases else self._last_phase

@@ -92,7 +92,7 @@ class EventLines:
         self._silent = silent
         for line in lines:
             events = self._events.setdefault((line["id"], line["direction"]), Events())
-            for event in events.lines(time.time(), line):
+            for event in events.lines(time.monotonic(), time.time(), line):
                 echo(json.dumps(event))
 
     def close(self) -> None:

@@ -181,7 +181,7 @@ def events(*answers: tuple[float, dict[str, Any]]) -> list[list[tuple[str, Any]]
     """Return for each answer the events and their phases."""
     one = Events()
     return [
-        [(event["event"], event["phase"]) for event in one.lines(now, {**SENDER, **answer})]
+        [(event["event"], event["phase"]) for event in one.lines(now, 0.0, {**SENDER, **answer})]
         for now, answer in answers
     ]
 
@@ -213,6 +213,13 @@ def test_there_is_a_line_for_each_change_and_each_second() -> None:
     ]
 
 
+def test_a_clock_that_is_set_back_delays_no_line() -> None:
+    one = Events()
+    answer = {**SENDER, **phases("precopy")}
+    found = [len(list(one.lines(now, at, answer))) for now, at in ((5.0, 9000.0), (6.0, 1000.0))]
+    assert found == [2, 1]
+
+
 def test_phases_that_are_not_remembered_any_more_are_not_missed() -> None:
     """The daemon keeps a number of phases only."""
     later = [{"phase": name, "at": at} for at, name in ((7.0, "interrupted"), (8.0, "postcopy"))]
@@ -225,16 +232,16 @@ def test_a_daemon_of_an_earlier_release_notes_no_phases() -> None:
     one, found = Events(), []
     for now, phase in ((0.0, "precopy"), (0.1, "precopy"), (0.2, "completed")):
         answer = {key: value for key, value in SENDER.items() if key != "phases"}
-        found += [event["event"] for event in one.lines(now, {**answer, "phase": phase})]
+        found += [event["event"] for event in one.lines(now, now, {**answer, "phase": phase})]
     assert found == ["phase", "progress", "phase", "end"]
 
 
 def test_only_the_end_has_all_that_was_measured() -> None:
     one = Events()
-    (_phase, progress) = one.lines(0.0, {**SENDER, **phases("precopy")})
-    (_phase, end) = one.lines(1.0, {**SENDER, **phases("precopy", "completed")})
+    (_phase, progress) = one.lines(0.0, 9.0, {**SENDER, **phases("precopy")})
+    (_phase, end) = one.lines(1.0, 10.0, {**SENDER, **phases("precopy", "completed")})
     assert "details" not in progress and end["details"] == SENDER["details"]
-    assert progress["at"] == 0.0 and progress["bytes_per_s"] == SENDER["bytes_per_s"]
+    assert progress["at"] == 9.0 and progress["bytes_per_s"] == SENDER["bytes_per_s"]
 
 
 @pytest.mark.parametrize("phase", ["completed", "failed", "refused"])

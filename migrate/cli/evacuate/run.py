@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import queue
 import threading
 import time
@@ -52,27 +51,36 @@ sender that is killed ends in the middle of an answer.
 RECEIVER_S = 1.0
 """How long the local receiver may take for its answer."""
 NOT_ARRIVING_S = {"lost": 0.0, "held": 0.0, "in doubt": 300.0, "interrupted": 300.0}
-"""The phases of incoming migrations in which no memory arrives, and after how long in such a phase
-a guest is not waited for any more: a link that was lost may come back.
+"""The phases of incoming migrations in which no memory arrives, and for how long such a phase is
+seen before its guest is not waited for any more: a link that was lost may come back.
 """
 Json = dict[str, Any]
 
 
-def not_arriving(incoming: Sequence[Json], now: float) -> dict[int, str]:
-    """Return why guests do not arrive at this host any more, by their domains.  ``incoming``: what
-    the receiver lists; ``now``: seconds since 1970.
+class Arrivals:
+    """The migrations that bring guests to this host, and since when this command has seen each of
+    them in its phase.  The times at which the phases began are of a clock that may be set.
     """
-    found = {}
-    for line in incoming:
-        # A receiver of an earlier release has neither the domain nor the phases so far.
-        domid, phase = line.get("domid"), line["phase"]
-        began = [one["at"] for one in line.get("phases", ()) if one["phase"] == phase]
-        since = began[-1] if began else now
-        if domid is not None and now - since >= NOT_ARRIVING_S.get(phase, math.inf):
-            found[domid] = (
-                f"the migration that brings it to this host is {phase}: see `xen-postcopy list`"
-            )
-    return found
+
+    def __init__(self) -> None:
+        self._since: dict[tuple[object, ...], float] = {}
+
+    def not_arriving(self, incoming: Sequence[Json], now: float) -> dict[int, str]:
+        """Return why guests do not arrive any more, by their domains.  ``incoming``: what the
+        receiver lists; ``now``: time.monotonic().
+        """
+        found = {}
+        for line in incoming:
+            # A receiver of an earlier release has neither the domain nor the phases so far.
+            domid, phase = line.get("domid"), line["phase"]
+            if domid is None or phase not in NOT_ARRIVING_S:
+                continue
+            entered = domid, phase, *(one["at"] for one in line.get("phases", ())[-1:])
+            if now - self._since.setdefault(entered, now) >= NOT_ARRIVING_S[phase]:
+                found[domid] = (
+                    f"the migration that brings it to this host is {phase}: see `xen-postcopy list`"
+                )
+        return found
 
 
 def _raise(error: Exception) -> None:
@@ -84,6 +92,7 @@ class Sender:
     """The local sender, whose control socket is at ``path``."""
 
     path: Path
+    _arrivals: Arrivals = field(default_factory=Arrivals, kw_only=True)
 
     def call(self, **request: Any) -> Json:
         """Raises :class:`MigrationError`."""
@@ -96,7 +105,8 @@ class Sender:
         """
         answer = self.call(command="guests", names=names)
         arriving = [one for one in answer["guests"] if one["passes"]]
-        why = not_arriving(self._incoming(), time.time()) if arriving else {}
+        incoming = self._incoming() if arriving else []
+        why = self._arrivals.not_arriving(incoming, time.monotonic())
         for one in arriving:
             if one["domid"] in why:
                 one["passes"], one["problem"] = False, why[one["domid"]]
