@@ -12,7 +12,7 @@ import pytest
 from migrate.cli.evacuate.command import Signals, asked, continuation, gone_before
 from migrate.cli.evacuate.display import EvacuationDisplay
 from migrate.cli.evacuate.planner import Begin, Measure, Planner, SetShare, Step
-from migrate.cli.evacuate.shown import facts, plan, progress, summary
+from migrate.cli.evacuate.shown import changes, facts, plan, progress, summary
 from migrate.options import LEAST_BANDWIDTH
 from migrate.units import display_width
 from tests.support.evacuations import GIB, Played, estimate, here, line, named, over
@@ -102,6 +102,22 @@ def test_no_share_is_below_what_a_sender_accepts() -> None:
     played.begin()
     played.measure()
     assert [share for _guest, share in played.begin()] == [LEAST_BANDWIDTH] * 2
+
+
+def test_a_pause_is_printed_once_with_the_command_that_ends_it() -> None:
+    played, before = Played([here(1)]), dict[int, str]()
+    played.measure()
+    played.begin()
+    assert len(list(changes(before, played.planner.guests))) == 1
+    for more in ({"paused": True}, {"paused": True, "outstanding": 3}, {}):
+        played.lines[1] = line(1, **more)
+        played.seen()
+        news = list(changes(before, played.planner.guests))
+        assert news == (
+            ["guest1: precopy: its copying is paused: `xen-postcopy resume guest1`"]
+            if list(more) == ["paused"]
+            else []
+        )
 
 
 # ---- what is under way already ----

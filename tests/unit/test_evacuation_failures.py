@@ -17,7 +17,7 @@ from migrate.cli.evacuate.command import planned
 from migrate.cli.evacuate.display import EvacuationDisplay
 from migrate.cli.evacuate.planner import MOST_ABSENCES, PATIENCE_S, Ask, Measure, Planner, Step
 from migrate.cli.evacuate.run import Arrivals, Evacuation, Sender
-from migrate.cli.evacuate.shown import head, obstacles
+from migrate.cli.evacuate.shown import changes, head, obstacles
 from migrate.control.server import ControlConnection, serve
 from migrate.errors import (
     DaemonGoneError,
@@ -401,3 +401,19 @@ async def test_a_guest_whose_memory_may_still_arrive_is_waited_for(
     planner = await first_look(tmp_path, *incoming)
     (guest,) = planner.of(Step.ARRIVES)
     assert guest.problem == INCOMING["problem"] and not planner.is_over
+
+
+async def test_a_guest_of_which_nothing_is_copied_is_waited_for_with_the_command(
+    tmp_path: Path,
+) -> None:
+    planner = await first_look(tmp_path, arriving("postcopy", quiet_s=12.0))
+    (guest,) = planner.of(Step.ARRIVES)
+    assert not planner.is_over
+    before = dict[int, str]()
+    (line,) = changes(before, planner.guests)
+    assert line == (
+        "guest1: not ready: nothing is copied to this host: if an operator has paused the copying, "
+        "`xen-postcopy resume guest1` at its source continues the copying"
+    )
+    planner.seen([INCOMING | {"problem": "4 of its pages are not here"}], [])
+    assert not guest.is_quiet and list(changes(before, planner.guests)) == []

@@ -79,6 +79,8 @@ class Guest:
     devices: Sequence[str] = ()
     """Those that only a toolstack can move."""
     problem: str = ""
+    is_quiet: bool = False
+    """It arrives at this host, and nothing of it is copied at the moment."""
     step: Step = Step.WAITS
     destination: str = ""
     strategy: str = ""
@@ -93,6 +95,13 @@ class Guest:
     """The destinations that do not take it in, with the reasons."""
     attempts: int = 0
     not_before: float = 0.0
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether its copying is paused, or may be: it waits for an operator, without a limit."""
+        return (self.step is Step.ARRIVES and self.is_quiet) or (
+            self.step is Step.MOVES and bool(self.line.get("paused"))
+        )
 
     @property
     def copies(self) -> bool:
@@ -458,7 +467,7 @@ def _waits(guest: Guest, here: Json | None) -> None:
         guest.end(Step.FAILED, here["problem"])
     else:
         guest.step = Step.ARRIVES if here["problem"] else Step.WAITS
-        guest.problem = here["problem"]
+        guest.problem, guest.is_quiet = here["problem"], here.get("is_quiet", False)
 
 
 def _key(here: Json) -> tuple[int, str]:

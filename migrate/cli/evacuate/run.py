@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import queue
+import shlex
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -54,6 +55,10 @@ NOT_ARRIVING_S = {"lost": 0.0, "held": 0.0, "in doubt": 300.0, "interrupted": 30
 """The phases of incoming migrations in which no memory arrives, and for how long such a phase is
 seen before its guest is not waited for any more: a link that was lost may come back.
 """
+QUIET = (
+    "nothing is copied to this host: if an operator has paused the copying, `xen-postcopy resume "
+    "{}` at its source continues the copying"
+)
 Json = dict[str, Any]
 
 
@@ -101,15 +106,19 @@ class Sender:
 
     def guests(self, names: tuple[str, ...] = ()) -> Json:
         """Return the guests of this host.  The problem of one whose memory is to arrive does not
-        pass if the receiver of this host shows that nothing arrives.
+        pass if the receiver of this host shows that nothing arrives.  ``is_quiet``: nothing is
+        copied to this host at the moment.
         """
         answer = self.call(command="guests", names=names)
         arriving = [one for one in answer["guests"] if one["passes"]]
         incoming = self._incoming() if arriving else []
+        quiet = {line.get("domid") for line in incoming if line.get("quiet_s")}
         why = self._arrivals.not_arriving(incoming, time.monotonic())
         for one in arriving:
             if one["domid"] in why:
                 one["passes"], one["problem"] = False, why[one["domid"]]
+            elif one["domid"] in quiet:
+                one["is_quiet"], one["problem"] = True, QUIET.format(shlex.quote(one["name"]))
         return answer
 
     def _incoming(self) -> list[Json]:

@@ -279,15 +279,19 @@ def _facts(guest: Guest) -> dict[str, Any]:
 
 
 def changes(before: dict[int, str], guests: Sequence[Guest]) -> Iterator[str]:
-    """Yield a line for each guest that has begun or ended its way since the last call.  ``before``
-    is what the last call has left, and is changed.
+    """Yield a line for each guest that has begun or ended its way since the last call, or whose
+    copying is paused since then.  ``before`` is what the last call has left, and is changed.
     """
     for guest in guests:
         word = "" if guest.step in (Step.WAITS, Step.MEASURED, Step.BEGINS) else guest.step.value
-        if before.get(guest.domid, "") == word:
+        paused = f"{word}, paused"
+        was, now = before.get(guest.domid, ""), paused if guest.is_paused else word
+        if was == now:
             continue
-        before[guest.domid] = word
-        if word:
+        before[guest.domid] = now
+        if guest.is_paused:
+            yield f"{guest.name}: {phase(guest)}: {_reason(guest)}"
+        elif word and was != paused:
             yield f"{guest.name}: {_news(guest)}"
 
 
