@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from migrate.cli import names, shown
+from migrate.cli.accepted import accepted, checked
 from migrate.cli.events import EVERY_S
 from migrate.cli.figures import how_it_is, table_of
 from migrate.cli.migrate import STAYS, in_words
@@ -159,7 +160,8 @@ def _begun(lines: list[dict[str, Any]]) -> dict[str, float]:
     """
     found: dict[str, float] = {}
     for line in lines:
-        found[line["id"]] = max(found.get(line["id"], 0.0), line.get("started_at") or 0.0)
+        started_at = checked("started_at", line.get("started_at")) or 0.0
+        found[line["id"]] = max(found.get(line["id"], 0.0), started_at)
     return found
 
 
@@ -205,7 +207,7 @@ def list_command(
         _watch_all(socket_paths, with_past, as_json)
         return
     answers = ask_all(socket_paths, command="list", all=with_past)
-    lines = _lines(answers)
+    lines = _lines(answers, as_json)
     if as_json:
         echo(json.dumps(lines, indent=2))
     else:
@@ -214,9 +216,10 @@ def list_command(
     answers.check_complete()
 
 
-def _lines(answers: Answers) -> list[dict[str, Any]]:
+def _lines(answers: Answers, as_json: bool) -> list[dict[str, Any]]:
+    """Return the lines of all daemons: for people what is accepted of them."""
     return [
-        line
+        line if as_json else accepted(line)
         for answer in answers.results
         # A daemon of an earlier release does not have the key ``kept``.
         for line in (*answer["migrations"], *answer.get("kept", ()))
@@ -229,7 +232,7 @@ def _watch_all(socket_paths: tuple[Path, ...], with_past: bool, as_json: bool) -
     answers = ask_all(socket_paths, command="list", all=with_past)
     try:
         while True:
-            display.show(_lines(answers), "; ".join(map(str, answers.silent)))
+            display.show(_lines(answers, as_json), "; ".join(map(str, answers.silent)))
             wait_while_read(sys.stdout, WATCH_EVERY_S if as_json else EVERY_S)
             try:
                 answers = ask_all(socket_paths, starting_s=0, command="list", all=with_past)
@@ -257,7 +260,7 @@ def show_command(migration: str, socket_paths: tuple[Path, ...], as_json: bool) 
         echo(json.dumps(found, indent=2))
     else:
         for answer in found:
-            for line in shown.lines(answer, time.time()):
+            for line in shown.lines(accepted(answer), time.time()):
                 echo(line)
             echo("")
     answers.check_complete()

@@ -322,10 +322,14 @@ def _read(path: Path) -> list[bytes]:
     return [line for line in lines[1 if before else 0 :] if line]
 
 
+def _refuse(constant: str) -> None:
+    raise ValueError(constant)
+
+
 def _parsed(line: bytes) -> Json | None:
     """Return what an entry shows; ``None`` if it was cut off, or if it has another format."""
     try:
-        entry = json.loads(line)
+        entry = json.loads(line, parse_constant=_refuse)  # NaN and Infinity are no JSON
     except (ValueError, RecursionError):
         return None
     if not isinstance(entry, dict) or entry.get("format") != FORMAT:

@@ -160,6 +160,7 @@ async def test_an_entry_that_was_cut_off_is_read_past(
         json.dumps({**shown(9), "format": FORMAT + 1}).encode(),
         json.dumps({**shown(9), "format": FORMAT, "details": "none"}).encode(),
         json.dumps({**shown(9), "format": FORMAT, "id": 9}).encode(),
+        json.dumps({**shown(9), "format": FORMAT, "started_at": float("nan")}).encode(),
     ],
 )
 async def test_what_another_release_wrote_is_read_past(

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from migrate.cli import shown
+from migrate.cli.accepted import accepted
 from migrate.cli.events import Events
 from migrate.cli.figures import time_of_day
 from receiver.progress import IncomingProgress
@@ -55,6 +56,14 @@ def values(answer: dict[str, Any]) -> dict[str, str]:
     found = [(line[:22].rstrip(), line[23:]) for line in shown.lines(answer, answer["elapsed_s"])]
     assert len(found) == len(dict(found)), found
     return dict(found)
+
+
+@pytest.mark.parametrize("answer", [SENDER, {**SENDER, "details": PAGER}], ids=["sender", "pager"])
+def test_of_an_answer_of_this_release_all_is_accepted(answer: dict[str, Any]) -> None:
+    assert values(accepted(answer)) == values(answer)
+    for phase in ("precopy", "completed"):
+        now = {**answer, "phase": phase, "eta_s": None, "pages_total": None, "started_at": None}
+        assert values(accepted(now)) == values(now)
 
 
 def test_each_figure_has_one_name_and_its_unit() -> None:

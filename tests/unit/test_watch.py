@@ -233,3 +233,27 @@ def test_what_was_done_is_printed_as_json_on_standard_output(
     output = capsys.readouterr()
     assert json.loads(output.out) == {"migration": "web", **facts}
     assert "decided" not in output.err and "cancelled" not in output.err
+
+
+DAMAGE: tuple[dict[str, Any], ...] = (
+    {"started_at": 1e300}, {"ended_at": 1e300}, {"elapsed_s": "x"}, {"elapsed_s": 1e308},
+    {"outstanding": 10**400}, {"phases": [{"phase": "precopy"}]}, {"phases": 7},
+    {"pages_done": "1", "pages_total": []}, {"bytes_per_s": {}}, {"quiet_s": "x"},
+    {"io_fails_in_s": "soon", "problem": "lost"}, {"checkpoints": {"kept": {}}},
+    {"details": {"downtime_s": "x", "precopy": 7, "fault_latency_us": {"max": "x"}}},
+    {"details": {"vcpu_block_s": {"0": None}, "options": []}}, {"unknown": [7]},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_line_of_a_history_hides_no_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], damage: dict[str, Any]
+) -> None:
+    """A daemon lists what its history has; the types of a few keys are checked there."""
+    lines = [line("completed", **damage), line("failed", "no memory", id="2" * 32)]
+    for command in (migrations.list_command, migrations.show_command):
+        run(monkeypatch, Daemons(lines), command, *(["web"] if "show" in str(command.name) else []))
+        output = capsys.readouterr()
+        assert "1" * 8 in output.out and "no memory" in output.out
+    run(monkeypatch, Daemons(lines), migrations.list_command, "--json")
+    assert json.loads(capsys.readouterr().out) == lines

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from migrate.cli.accepted import accepted
 from migrate.cli.estimate import ask
 from migrate.cli.evacuate.display import EvacuationDisplay
 from migrate.cli.evacuate.planner import (
@@ -136,7 +137,7 @@ class Sender:
     def migrations(self, *, of_predecessors: bool = False) -> list[Json]:
         """Return the migrations that leave this host, the oldest first."""
         found: list[Json] = self.call(command="list", all=of_predecessors)["migrations"]
-        return found
+        return [accepted(line) for line in found]
 
     def room(self, destination: str) -> int:
         """Return the memory that guests can have at a destination.  Raises
@@ -310,7 +311,7 @@ class Evacuation:
         """
         with contextlib.suppress(MigrationError):
             for guest in self.planner.of(Step.GONE):
-                shown = self.sender.call(command="show", migration=guest.migration)
+                shown = accepted(self.sender.call(command="show", migration=guest.migration))
                 guest.line = {**guest.line, "downtime_s": shown["details"].get("downtime_s")}
             self._guests_at = 0.0
             self.look()
