@@ -271,23 +271,21 @@ class ReceiverDaemon:
         for migration in [
             m for m in self._migrations.values() if m.domid == domid and not m.has_ended
         ]:
-            least = before = migration.missing
+            least = before = None
             patience_ends = trio.current_time() + NO_PROGRESS_TIMEOUT_S
             while not migration.has_ended and migration.domid == domid:
                 missing = migration.missing
                 if migration.is_lost:
                     raise MigrationError(migration.progress.problem)
-                if missing < least:
+                if missing is not None and (least is None or missing < least):
                     least, patience_ends = missing, trio.current_time() + NO_PROGRESS_TIMEOUT_S
+                    before = missing if before is None else before
                 if trio.current_time() > patience_ends:
-                    if not missing:
+                    if missing == 0:
                         break
-                    raise MigrationError(
-                        f"{missing} pages of {migration.domain_name} have still to come, and none "
-                        f"has come for {NO_PROGRESS_TIMEOUT_S:g} s: try again when they have "
-                        "(xen-postcopy list)"
-                    )
-                await connection.answer("progress", arrived=before - missing, missing=before)
+                    raise MigrationError(_why_not_to_save(migration))
+                arrived = 0 if before is None or missing is None else before - missing
+                await connection.answer("progress", arrived=arrived, missing=before or 0)
                 with trio.move_on_after(PROGRESS_EVERY_S):
                     await migration.ended.wait()
         await connection.answer("result")
@@ -343,6 +341,21 @@ class ReceiverDaemon:
         if migration.has_ended:
             migration.measurement.sample()
             await self.history.add(_shown(migration), migration.recorded)
+
+
+def _why_not_to_save(migration: IncomingMigration) -> str:
+    """State why the missing pages of a guest cannot be expected to arrive."""
+    name, missing, again = migration.domain_name, migration.missing, "(xen-postcopy list)"
+    if missing is None:
+        problem = migration.progress.problem or migration.phase
+        return (
+            f"it is not known yet how many pages of {name} are missing ({problem}): try again when "
+            f"the migration continues {again}"
+        )
+    return (
+        f"{missing} pages of {name} have still to come, and none has come for "
+        f"{NO_PROGRESS_TIMEOUT_S:g} s: try again when they have {again}"
+    )
 
 
 def _are_of_one_domain(one: IncomingMigration, other: IncomingMigration) -> bool:

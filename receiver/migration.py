@@ -284,10 +284,10 @@ class IncomingMigration:
         return self._context.is_in(State.LOST)
 
     @property
-    def missing(self) -> int:
-        """The number of the guest's pages that have not arrived yet."""
+    def missing(self) -> int | None:
+        """The number of the guest's missing pages; ``None`` if they cannot be counted (yet)."""
         if self._recovery is None or not self.needed:
-            return 0
+            return None
         return self._recovery.switchover.guest.pages.count
 
     def recorded(self) -> dict[str, Any]:

@@ -17,7 +17,9 @@ from migrate.errors import MigrationError
 from migrate.service.config import Config
 from migrate.service.journal import Journal
 from receiver.daemon import NO_PROGRESS_TIMEOUT_S, ReceiverDaemon
+from receiver.ownership import INHERITED
 from receiver.progress import IncomingProgress
+from tests.support.left import left_by_a_receiver
 from xenbackend.contract import Hypervisor
 
 
@@ -26,7 +28,7 @@ class Incoming:
     """A migration, with what a daemon reads of it for this request."""
 
     domid: int
-    missing: int
+    missing: int | None
     domain_name: str = "web"
     has_ended: bool = False
     is_lost: bool = False
@@ -90,3 +92,44 @@ async def test_a_paused_guest_with_all_its_memory_can_be_saved(
 ) -> None:
     """A sender of an older release does not end before the guest runs."""
     assert (await asked(tmp_path, Incoming(7, 0))).answers[-1] == ("result", {})
+
+
+# ---- unknown numbers ----
+async def test_a_guest_whose_missing_pages_are_not_counted_is_not_saved(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """A restarted receiver could not resume the migration for longer than the patience.  Before,
+    the guest was saved with holes in the place of its missing pages.
+    """
+    migration = Incoming(7, None)
+    migration.progress.problem = "the migration cannot be resumed yet: getdomaininfo: busy"
+    with pytest.raises(
+        MigrationError,
+        match=r"it is not known yet how many pages of web are missing \(.*: busy\): try again",
+    ):
+        await asked(tmp_path, migration)
+
+
+async def test_the_patience_begins_when_the_missing_pages_are_counted(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    migration = Incoming(7, None)
+
+    async def arrive() -> None:
+        await trio.sleep(NO_PROGRESS_TIMEOUT_S * 0.9)
+        migration.missing = 10
+        await trio.sleep(NO_PROGRESS_TIMEOUT_S * 0.9)
+        migration.missing, migration.has_ended = 0, True
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(arrive)
+        answers = (await asked(tmp_path, migration)).answers
+    assert answers[0] == ("progress", {"arrived": 0, "missing": 0})
+    assert ("progress", {"arrived": 0, "missing": 10}) in answers
+    assert answers[-1] == ("result", {})
+
+
+def test_before_a_migration_is_resumed_its_missing_pages_are_not_counted(tmp_path: Path) -> None:
+    host: Any = object()
+    for step in INHERITED:
+        assert left_by_a_receiver(host, Journal(tmp_path), step).missing is None
