@@ -86,7 +86,7 @@ class ReceiverDaemon:
                     self._awaited.pop(session, None)
                     offer = facts.get("offer")
                     name = offer.get("name") if isinstance(offer, dict) else ""
-                    self._journal.leave(session, error, name)
+                    self._journal.leave(session, error, name, facts.get("domid"))
             answer = functools.partial(
                 control.serve, self._socket_path, self._handle, needed=self._is_needed
             )
@@ -157,16 +157,12 @@ class ReceiverDaemon:
     async def _handle(self, request: Json, connection: ControlConnection) -> None:
         match request["command"]:
             case "list":
-                kept = []
-                if self._journal.kept:
-                    kept = await trio.to_thread.run_sync(self._journal.still_kept)
+                kept = await self._kept()
                 every = bool(request.get("all"))
                 listed = self.history.listed(self._migrations, _line, of_predecessors=every)
                 # Without the history, `list` is answered also when no thread can be started.
                 answer = connection.answer_at_length if every else connection.answer
-                await answer(
-                    "result", migrations=listed, kept=[_kept_line(entry) for entry in kept]
-                )
+                await answer("result", migrations=listed, kept=list(map(_kept_line, kept)))
             case "show":
                 shown = self.history.shown(self._look_up(request), _shown)
                 await connection.answer("result", **shown)
@@ -201,6 +197,9 @@ class ReceiverDaemon:
                 raise MigrationError(f"this is the receiver's socket; `{other}` needs the sender's")
             case other:
                 raise MigrationError(f"unknown command {other!r}")
+
+    async def _kept(self) -> list[Kept]:
+        return await trio.to_thread.run_sync(self._journal.still_kept) if self._journal.kept else []
 
     def _look_up(self, request: Json) -> IncomingMigration | Ended:
         kept = self._journal.kept.values()
@@ -268,6 +267,9 @@ class ReceiverDaemon:
 
         Raises :class:`MigrationError` if the pages cannot be expected to arrive.
         """
+        for entry in await self._kept():
+            if entry.domid in (domid, None):
+                raise MigrationError(f"memory of the guest may have still to come: {entry.problem}")
         for migration in [
             m for m in self._migrations.values() if m.domid == domid and not m.has_ended
         ]:

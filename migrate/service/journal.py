@@ -75,7 +75,9 @@ class Kept:
     session: str
     path: Path
     domain: str
-    """Empty if it is not known."""
+    """The domain's name; empty if it is not known."""
+    domid: int | None
+    """``None`` if it is not known."""
     problem: str
     """Why, and what to do."""
 
@@ -264,9 +266,11 @@ class Journal:
             found[session] = facts
         return found
 
-    def leave(self, session: str, why: Exception, domain: object = "") -> None:
-        """Keep an entry whose migration is not resumed.  ``domain``: the value at the place of the
-        domain's name.
+    def leave(
+        self, session: str, why: Exception, domain: object = "", domid: object = None
+    ) -> None:
+        """Keep an entry whose migration is not resumed.  ``domain``, ``domid``: the values at the
+        places of the domain's name and number.
 
         An :class:`OccupiedError` states that the domain has a newer entry: when the migration of
         the newer entry has ended, a successor resumes the migration of this entry.  Any other error
@@ -288,7 +292,8 @@ class Journal:
             )
         problem = f"{path}: {reason}"
         name = domain if isinstance(domain, str) else ""
-        self.kept[session] = Kept(session, path, name, problem)
+        number = domid if type(domid) is int and domid <= MAX_DOMID else None
+        self.kept[session] = Kept(session, path, name, number, problem)
         log.error("%s", problem)
 
     def still_kept(self) -> list[Kept]:

@@ -5,6 +5,7 @@ arrive.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,18 @@ import pytest
 import trio
 import trio.testing
 
+from migrate.cli.world import World, start_receiver
 from migrate.errors import MigrationError
 from migrate.service.config import Config
-from migrate.service.journal import Journal
+from migrate.service.journal import BOOT_ID, Journal
 from receiver.daemon import NO_PROGRESS_TIMEOUT_S, ReceiverDaemon
 from receiver.ownership import INHERITED
 from receiver.progress import IncomingProgress
+from tests.support.daemons import world
 from tests.support.left import left_by_a_receiver
 from xenbackend.contract import Hypervisor
+
+__all__ = ["world"]
 
 
 @dataclass
@@ -44,8 +49,11 @@ class Client:
         self.answers.append((event, fields))
 
 
-async def asked(tmp_path: Path, *migrations: Incoming, domid: int = 7) -> Client:
-    daemon = ReceiverDaemon(Hypervisor, tmp_path / "socket", Config(), Journal(tmp_path / "state"))  # type: ignore[arg-type]
+async def asked(
+    tmp_path: Path, *migrations: Incoming, domid: int = 7, journal: Journal | None = None
+) -> Client:
+    journal = journal or Journal(tmp_path / "state")
+    daemon = ReceiverDaemon(Hypervisor, tmp_path / "socket", Config(), journal)  # type: ignore[arg-type]
     daemon._migrations = {str(number): m for number, m in enumerate(migrations)}  # type: ignore[misc]
     client = Client()
     await daemon._handle({"command": "await-memory", "domid": domid}, client)  # type: ignore[arg-type]
@@ -133,3 +141,34 @@ def test_before_a_migration_is_resumed_its_missing_pages_are_not_counted(tmp_pat
     host: Any = object()
     for step in INHERITED:
         assert left_by_a_receiver(host, Journal(tmp_path), step).missing is None
+
+
+# ---- entries that were not resumed ----
+@pytest.mark.parametrize(
+    ("domid", "may_be"), [(7, True), (8, False), (None, True), ("seven", True), (10**30, True)]
+)
+async def test_a_guest_that_an_entry_which_was_not_resumed_may_be_of_is_not_saved(
+    tmp_path: Path, domid: object, may_be: bool
+) -> None:
+    """Before, the guest was saved at once, with holes in the place of its missing pages."""
+    journal = Journal(tmp_path / "state")
+    journal.write("other", {"step": "of another release"})
+    journal.leave("other", ValueError("this release does not have the step"), "web", domid)
+    if not may_be:
+        assert (await asked(tmp_path, journal=journal)).answers == [("result", {})]
+        return
+    with pytest.raises(MigrationError, match=r"memory of the guest may have .*remove the file"):
+        await asked(tmp_path, journal=journal)
+    (tmp_path / "state" / "other.json").unlink()  # as the answer states
+    assert (await asked(tmp_path, journal=journal)).answers == [("result", {})]
+
+
+async def test_a_receiver_refuses_while_it_has_an_entry_that_it_cannot_use(world: World) -> None:
+    world.stop("receiver")
+    path = world.directory / "destination.sock.state" / "receiver" / "other.json"
+    facts = {"boot": BOOT_ID.read_text().strip(), "step": "of another release", "domid": 7}
+    path.write_text(f"\n{json.dumps(facts)}")
+    start_receiver(world)
+    with pytest.raises(MigrationError, match=rf"memory of the guest may have .*{path}"):
+        world.ask("receiver", command="await-memory", domid=7)
+    world.ask("receiver", command="await-memory", domid=8)
