@@ -164,10 +164,10 @@ class ReceiverDaemon:
                 answer = connection.answer_at_length if every else connection.answer
                 await answer("result", migrations=listed, kept=list(map(_kept_line, kept)))
             case "show":
-                shown = self.history.shown(self._look_up(request), _shown)
+                shown = self.history.shown(await self._look_up(request), _shown)
                 await connection.answer("result", **shown)
             case "record":
-                recorded = await self.history.recorded(self._look_up(request), _shown)
+                recorded = await self.history.recorded(await self._look_up(request), _shown)
                 await connection.answer_at_length("result", **recorded)
             case "status":
                 guests = [m.domain_name or "a guest" for m in self._unfinished()]
@@ -177,21 +177,21 @@ class ReceiverDaemon:
             case "await-memory":
                 await self._await_memory(int(request["domid"]), connection)
             case "reconnect":
-                self._find(request).requests.reconnect()
+                (await self._find(request)).requests.reconnect()
                 await connection.answer("result")
             case "check-decision":
-                migration = self._find(request)
+                migration = await self._find(request)
                 await migration.requests.check_decision(**decision_of(request))
                 await connection.answer("result")
             case "decide":
-                migration = self._find(request)
+                migration = await self._find(request)
                 await migration.requests.decide(**decision_of(request))
                 await connection.answer("result")
             case "cancel":
-                self._find(request).requests.ask_to_cancel()
+                (await self._find(request)).requests.ask_to_cancel()
                 await connection.answer("result")
             case "postcopy-now" | "set" | "pause" | "resume":
-                name = self._look_up(request).domain_name
+                name = (await self._look_up(request)).domain_name
                 raise MigrationError(f"{name} is incoming: ask the sender at its source for that")
             case "migrate" | "save" | "estimate" as other:
                 raise MigrationError(f"this is the receiver's socket; `{other}` needs the sender's")
@@ -201,13 +201,11 @@ class ReceiverDaemon:
     async def _kept(self) -> list[Kept]:
         return await trio.to_thread.run_sync(self._journal.still_kept) if self._journal.kept else []
 
-    def _look_up(self, request: Json) -> IncomingMigration | Ended:
-        kept = self._journal.kept.values()
-        return self.history.find(self._migrations, request["migration"], kept)
+    async def _look_up(self, request: Json) -> IncomingMigration | Ended:
+        return self.history.find(self._migrations, request["migration"], await self._kept())
 
-    def _find(self, request: Json) -> IncomingMigration:
-        kept = self._journal.kept.values()
-        return self.history.find_under_way(self._migrations, request, kept)
+    async def _find(self, request: Json) -> IncomingMigration:
+        return self.history.find_under_way(self._migrations, request, await self._kept())
 
     def _find_awaited(self, greeting: Hello) -> AwaitedLanes:
         """Return the lanes to which a connection belongs.  A push lane without a token begins a

@@ -34,7 +34,7 @@ from migrate.protocol.session import new_id, new_token
 from migrate.service.config import RECEIVER_PORT, Config, MigrationConfig, advertised
 from migrate.service.history import Ended, History
 from migrate.service.host import look_at_host, refusal
-from migrate.service.journal import Journal
+from migrate.service.journal import Journal, Kept
 from migrate.service.lifecycle import STOPPING, notify, serve_connections, until_stopped
 from migrate.service.progress import keep_measuring
 from migrate.tasks import is_bug, isolated, task_group
@@ -164,19 +164,17 @@ class SenderDaemon:
     async def _handle(self, request: Json, connection: ControlConnection) -> None:
         match request["command"]:
             case "list":
-                kept = []
-                if self._journal.kept:
-                    kept = await trio.to_thread.run_sync(self._journal.still_kept)
+                kept = await self._kept()
                 every = bool(request.get("all"))
                 listed = self.history.listed(self._migrations, _line, of_predecessors=every)
                 # Without the history, `list` is answered also when no thread can be started.
                 answer = connection.answer_at_length if every else connection.answer
                 await answer("result", migrations=listed, kept=[kept_line(entry) for entry in kept])
             case "show":
-                shown = self.history.shown(self._look_up(request), _shown)
+                shown = self.history.shown(await self._look_up(request), _shown)
                 await connection.answer("result", **shown)
             case "record":
-                recorded = await self.history.recorded(self._look_up(request), _shown)
+                recorded = await self.history.recorded(await self._look_up(request), _shown)
                 await connection.answer_at_length("result", **recorded)
             case "status":
                 guests = [m.domain_name for m in self._unfinished()]
@@ -200,7 +198,7 @@ class SenderDaemon:
             case "save":
                 await self._save(request, connection)
             case word if word in REQUESTS:
-                migration = self._find(request)
+                migration = await self._find(request)
                 await self._act(word, migration, request)
                 if word in RECORDED:
                     migration.context.record.mark(time.time(), word, request.get("values"))
@@ -232,13 +230,14 @@ class SenderDaemon:
                 if await migration.requests.decide(**decision_of(request)):
                     self._nursery.start_soon(self._end, migration)
 
-    def _look_up(self, request: Json) -> OutgoingMigration | Ended:
-        kept = self._journal.kept.values()
-        return self.history.find(self._migrations, request["migration"], kept)
+    async def _kept(self) -> list[Kept]:
+        return await trio.to_thread.run_sync(self._journal.still_kept) if self._journal.kept else []
 
-    def _find(self, request: Json) -> OutgoingMigration:
-        kept = self._journal.kept.values()
-        return self.history.find_under_way(self._migrations, request, kept)
+    async def _look_up(self, request: Json) -> OutgoingMigration | Ended:
+        return self.history.find(self._migrations, request["migration"], await self._kept())
+
+    async def _find(self, request: Json) -> OutgoingMigration:
+        return self.history.find_under_way(self._migrations, request, await self._kept())
 
     async def _requested(self, request: Json) -> tuple[DomainId, tuple[str, int], MigrationOptions]:
         """Return the guest, the destination and the options in a request of the command line."""

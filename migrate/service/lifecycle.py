@@ -250,13 +250,20 @@ def find_migration(migrations: Iterable[M], name: str, kept: Iterable[Kept] = ()
     migrations, the one that has not ended is returned, or else the newest.
 
     Raises :class:`MigrationError`; for an entry of the journal that was ``kept``, with what to do.
+    A guest may wait for that entry, so it precedes the migrations that have ended.
     """
+    is_id = len(name) >= LEAST_OF_AN_ID
     known = list(migrations)
+    waiting = [
+        entry
+        for entry in kept
+        if (name and entry.domain == name) or (is_id and entry.session.startswith(name))
+    ]
     named = [m for m in known if m.domain_name == name and name]
     found = [m for m in named if not m.has_ended] or named[-1:]
-    found += [
-        m for m in known if len(name) >= LEAST_OF_AN_ID and m.id.startswith(name) and m not in found
-    ]
+    found += [m for m in known if is_id and m.id.startswith(name) and m not in found]
+    if waiting:
+        found = [m for m in found if not m.has_ended]
     if len(found) == 1:
         return found[0]
     if found:
@@ -264,10 +271,8 @@ def find_migration(migrations: Iterable[M], name: str, kept: Iterable[Kept] = ()
         raise MigrationError(
             f"there is more than one migration {name!r} here: name it by one of these ids: {ids}"
         )
-    for entry in kept:
-        is_id = len(name) >= LEAST_OF_AN_ID and entry.session.startswith(name)
-        if is_id or (name and entry.domain == name):
-            raise MigrationError(entry.problem)
+    if waiting:
+        raise MigrationError(waiting[0].problem)
     why = ""
     if name and any(m.id.startswith(name) for m in known):
         why = f" (of an id the first {LEAST_OF_AN_ID} characters are needed)"

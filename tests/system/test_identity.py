@@ -9,11 +9,13 @@ import json
 import signal
 import uuid
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from migrate.cli.world import World, start_receiver, start_sender, verify_migrated, wait_for_steps
 from migrate.errors import MigrationError, UnknownMigrationError
+from migrate.service.journal import Kept
 from migrate.service.lifecycle import find_migration
 from tests.conftest import MIB
 from tests.support.daemons import (
@@ -124,6 +126,27 @@ def test_a_name_that_is_also_an_id_fits_two_migrations() -> None:
         MigrationError, match=r"more than one migration .db12cafe. here: .* 66666666, db12cafe"
     ):
         find_migration(MIGRATIONS, "db12cafe")
+
+
+KEPT = [
+    Kept("44444444" + 24 * "1", Path("old.json"), "old", 3, "start the release that wrote it"),
+    Kept("22222222" + 24 * "0", Path("mail.json"), "mail", 4, "restart this daemon"),
+    Kept("33333333" + 24 * "0", Path("mail2.json"), "mail", 4, "restart this daemon"),
+]
+
+
+@pytest.mark.parametrize("text", ["old", "44444444", "44444444" + 24 * "1", "33333333"])
+def test_an_entry_that_was_not_resumed_is_found_before_a_migration_that_has_ended(
+    text: str,
+) -> None:
+    """Before, `decide` answered that the migration has ended, while its guest waited."""
+    with pytest.raises(MigrationError, match=r"start the release|restart this daemon"):
+        find_migration(MIGRATIONS, text, KEPT)
+
+
+@pytest.mark.parametrize(("text", "found"), [("mail", 2), ("22222222", 2), ("55555555", 5)])
+def test_other_migrations_are_found_as_without_such_an_entry(text: str, found: int) -> None:
+    assert find_migration(MIGRATIONS, text, KEPT) is MIGRATIONS[found]
 
 
 # ---- daemons ----
