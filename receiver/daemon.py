@@ -329,7 +329,9 @@ class ReceiverDaemon:
         try:
             await isolated(about, migration.run)
             await isolated(f"the end of {about}", self._note, migration)
-            await isolated(f"the end of {about}", migration.linger)
+            amend = self.history.follow(migration)
+            await isolated(f"the end of {about}", migration.linger, amend)
+            await isolated(f"the end of {about}", amend)
         finally:
             awaited = self._awaited.pop(migration.id, None)
             if awaited is not None:

@@ -18,11 +18,13 @@ FACTS: dict[str, tuple[type, ...]] = {
     "decided": (bool,),
     "raised": (list,),
     "reason": (str,),
+    "recalled": (str,),
     "started_at": NUMBER_OR_NONE,
 }
 """The facts that only this end notes in the journal, with the types of their values."""
 NOT_ALWAYS_NOTED = (
-    "handle", "rejoins", "proven", "unprotected", "decided", "raised", "reason", "started_at",
+    "handle", "rejoins", "proven", "unprotected", "decided", "raised", "reason", "recalled",
+    "started_at",
 )  # fmt: skip
 """The facts that an earlier release did not note."""
 
@@ -51,6 +53,8 @@ class Entry:
         """See :class:`FrameLimit`."""
         self.reason = ""
         """Why the guest is held, or why its missing pages are lost."""
+        self.recalled = ""
+        """Why the guest runs at the source, although it was complete here, and was paused."""
         self.started_at: float | None = round(time.time(), 3)
         """When the migration began, in seconds since 1970; for people.  ``None`` if an earlier
         release began it.
@@ -75,6 +79,7 @@ class Entry:
             raise ValueError(f"raised cannot be {raised!r}")
         entry.raised = raised[0], raised[1]
         entry.reason = facts.get("reason", "")
+        entry.recalled = facts.get("recalled", "")
         entry.started_at = facts.get("started_at")
         return entry
 
@@ -118,6 +123,7 @@ class Entry:
                 "xl": self.owns_domain,
                 "raised": self.raised,
                 "reason": self.reason,
+                "recalled": self.recalled,
                 "started_at": self.started_at,
             },
             needed=needed,

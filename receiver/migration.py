@@ -32,6 +32,7 @@ from migrate.lanes.scheduling import run_in_thread
 from migrate.outcomes import outcome
 from migrate.protocol import messages as m
 from migrate.protocol.session import Role, Session
+from migrate.service.history import Amend
 from migrate.service.journal import Journal
 from migrate.service.lifecycle import TAKING_UP
 from migrate.tasks import as_soon_as_threads_start, in_thread, is_bug, is_final, task_group
@@ -148,8 +149,7 @@ class IncomingMigration:
         finally:
             self._context.disconnect()
             if self.has_ended:
-                # This releases memory that is proportional to the guest, because ``list`` shows
-                # this migration long after its end.
+                # Release what is as large as the guest: ``list`` may show the migration for days.
                 self._recovery = None
                 self.ended.set()
 
@@ -233,10 +233,10 @@ class IncomingMigration:
         answer = await as_soon_as_threads_start(undo)
         self._last_message = await rollback.send_outcome(self._context, answer)
 
-    async def linger(self) -> None:
+    async def linger(self, amend: Amend) -> None:
         """Send the outcome to a sender that was cut off, if the sender connects again."""
         if self._last_message is not None:
-            await rollback.linger(self._context, self._last_message)
+            await rollback.linger(self._context, self._last_message, amend)
 
     # ---- what others see ----
     @property

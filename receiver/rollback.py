@@ -13,10 +13,11 @@ from migrate.errors import GuestEndedError, MigrationError, UnknownSessionError
 from migrate.lanes.connection import EXPLANATION_S, LINGER_S, step_timeout
 from migrate.logs import Complaint
 from migrate.protocol import messages as m
+from migrate.service.history import Amend
 from migrate.tasks import in_thread, is_bug
 from receiver.context import Context, retries
 from receiver.guest import state_of
-from receiver.ownership import State
+from receiver.ownership import TABLE, State
 from receiver.switchover import LOOK_AGAIN_EVERY_S, Switchover
 from xenbackend.contract import DomainState, End
 from xenbackend.errors import NoSuchDomainError, XenError
@@ -29,6 +30,7 @@ RECALLED_LINGER_DAYS = 7
 """How long a sender whose guest also runs may be away and still be answered that the guest is
 paused here.
 """
+RECALLED_LINGER_S = RECALLED_LINGER_DAYS * 24 * 3600
 
 
 async def failed(
@@ -169,10 +171,15 @@ async def discard(context: Context, reason: str, answer: m.Message) -> None:
 
 
 # ---- after the end ----
-async def linger(context: Context, last_message: m.Message) -> None:
-    """Send the last message to a sender that was cut off, if the sender comes back."""
+async def linger(context: Context, last_message: m.Message, amend: Amend) -> None:
+    """Send the last message to a sender that was cut off, if the sender comes back.  ``amend`` is
+    called before a sender is answered that runs the guest as well.
+    """
     name, peer = context.name, context.peer
     with trio.move_on_after(LINGER_S) as limit:
+        if context.entry.recalled and context.is_in(State.COMPLETED):  # by a predecessor
+            limit.deadline = trio.current_time() + RECALLED_LINGER_S
+            _stopped(context)
         while True:
             try:
                 await peer.reconnect(log.debug)
@@ -180,10 +187,14 @@ async def linger(context: Context, last_message: m.Message) -> None:
                 with step_timeout("the sender sent nothing"):
                     message = await peer.receive()
                 if reason := recall_reason(context, message):
-                    limit.deadline = trio.current_time() + RECALLED_LINGER_DAYS * 24 * 3600
-                    cannot = f"{reason}, and {name} cannot be paused here"
-                    await context.persist(functools.partial(_stop, context, reason), cannot)
+                    limit.deadline = trio.current_time() + RECALLED_LINGER_S
+                    if not context.is_in(State.STOPPED):  # an operator may have unpaused the guest
+                        cannot = f"{reason}, and {name} cannot be paused here"
+                        await context.persist(functools.partial(_stop, context, reason), cannot)
+                    await amend()
                     await peer.acknowledge()
+                    if context.is_in(State.STOPPED):  # the answer may be lost
+                        continue
                 if isinstance(message, m.Rejoin):
                     await peer.send(last_message)
                     with step_timeout("the sender did not confirm the end of the migration"):
@@ -233,12 +244,20 @@ def _stop(context: Context, reason: str) -> None:
     ):
         if domain.state() is not DomainState.PAUSED:  # a predecessor may have paused it
             domain.pause()
-        name = context.name
-        context.progress.problem = (
-            f"{reason}; so {name} is paused here: destroy it (xl destroy), or unpause it (xl "
-            "unpause)"
-            f"; a source that is cut off can ask for the outcome for {RECALLED_LINGER_DAYS} days"
-        )
+        entry.recalled = reason
         if context.is_in(State.COMPLETED):
-            context.ownership.enter(State.STOPPED)
-        log.error("%s: %s", name, context.progress.problem)
+            entry.write(TABLE[State.FINISHING].step, needed=False)  # for a successor
+        _stopped(context)
+
+
+def _stopped(context: Context) -> None:
+    """State that the guest was paused here, because it runs at the source as well."""
+    name = context.name
+    context.progress.problem = (
+        f"{context.entry.recalled}; so {name} is paused here: destroy it (xl destroy), or unpause "
+        "it (xl unpause); a source that is cut off can ask for the outcome for "
+        f"{RECALLED_LINGER_DAYS} days"
+    )
+    if context.is_in(State.COMPLETED):
+        context.ownership.enter(State.STOPPED)
+    log.error("%s: %s", name, context.progress.problem)

@@ -423,7 +423,9 @@ class SenderDaemon:
         """
         about = f"the end of the migration of {migration.domain_name}"
         await isolated(about, self._note, migration)
+        amend = self.history.follow(migration)
         await isolated(about, migration.linger)
+        await isolated(about, amend)
         if migration.has_ended:
             self._migrations.pop(migration.id, None)
         if migration.has_ended or migration.context.entry.ended_there:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The history: the migrations of one daemon that have ended, for people and for reports.
 
-When a migration has ended, its last answer to ``show`` is added.  The newest :data:`MOST_ENTRIES`
-are in memory, and a file in the state directory has them for the successors of this daemon.  No
+When a migration has ended, its last answer to ``show`` is added.  If more becomes known of the end
+later, an entry with the same ``id`` replaces the former one.  The newest :data:`MOST_ENTRIES` are
+in memory, and a file in the state directory has them for the successors of this daemon.  No
 decision about a guest depends on either of them.
 
 The file has a JSON object on each line, the oldest first: the keys of ``show``, with ``ended_at``,
@@ -23,7 +24,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -33,6 +34,7 @@ import trio
 from migrate import __version__
 from migrate.errors import MigrationError
 from migrate.logs import Complaint
+from migrate.outcomes import outcome
 from migrate.service.files import create_anew, open_regular
 from migrate.service.journal import Kept
 from migrate.service.lifecycle import Named, ended, find_migration
@@ -70,6 +72,8 @@ NOT_IN_A_LIST = ("details", "known")
 ASKED = {"postcopy-now": "switch over", "check-decision": "decide"}
 """The verb for a request in an answer, if the verb is not the command."""
 Json = dict[str, Any]
+Amend = Callable[[], Awaitable[None]]
+"""A function that adds to the history what has become known of an end (:meth:`History.follow`)."""
 M = TypeVar("M", bound=Named)
 R = TypeVar("R", bound="Recording")
 
@@ -108,6 +112,18 @@ class Ended:
 class Recording(Named, Protocol):
     def recorded(self) -> Json:
         """Return what was recorded so far.  Called in a thread."""
+
+
+class Ending(Protocol):
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def phase(self) -> str: ...
+
+    @property
+    def progress(self) -> Any:
+        """What ``problem`` is an attribute of."""
 
 
 class History:
@@ -224,13 +240,31 @@ class History:
         if shown["id"] in self._ended:
             return
         entry = {**shown, "ended_at": round(time.time(), 3)}
-        self._keep(Ended(entry, here=True))
         self.added(entry)
+        await self._note(entry, record)
+
+    def follow(self, migration: Ending) -> Amend:
+        """Return a function that amends the migration's entry, if it has become known since the
+        last call, or since this one, that the migration has ended otherwise.
+        """
+        before = _end(migration)
+
+        async def amend() -> None:
+            nonlocal before
+            known, before = before, _end(migration)
+            noted = self._ended.get(migration.id)
+            if noted is not None and known != before and not before.items() <= noted.shown.items():
+                await self._note({**noted.shown, **before})
+
+        return amend
+
+    async def _note(self, entry: Json, record: Callable[[], Json] | None = None) -> None:
+        self._keep(Ended(entry, here=True))
         # A daemon that is being stopped does not end before the entry is written.
         limit = trio.CancelScope(deadline=trio.current_time() + PATIENCE_S, shield=True)
         try:
             with limit:
-                write = functools.partial(self._write, _line(entry), str(shown["id"]), record)
+                write = functools.partial(self._write, _line(entry), str(entry["id"]), record)
                 await in_abandoned_thread(write)
         except Exception as error:
             self._complain(error)
@@ -238,7 +272,7 @@ class History:
             self._complain(f"the disk has not answered for {PATIENCE_S:g} s")
 
     def _keep(self, one: Ended) -> None:
-        self._ended.setdefault(one.id, one)
+        self._ended[one.id] = one
         if len(self._ended) > MOST_ENTRIES:
             del self._ended[next(iter(self._ended))]
 
@@ -296,6 +330,12 @@ class History:
             new.unlink(missing_ok=True)
             raise
         self._lines = len(newest)
+
+
+def _end(migration: Ending) -> Json:
+    """Return what ``list`` shows of how a migration has ended."""
+    phase, problem = migration.phase, migration.progress.problem
+    return {"phase": phase, "outcome": outcome(phase, problem), "problem": problem}
 
 
 def _line(shown: Json) -> bytes:

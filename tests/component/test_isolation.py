@@ -218,7 +218,7 @@ async def test_the_outcome_is_sent_until_the_peer_has_it(which: str, tmp_path: P
     else:
         incoming = receiving(hypervisor, lanes, journal)
         journal.write("session", {"step": "given up"})
-        await rollback.linger(incoming, m.Abort("never mind"))
+        await rollback.linger(incoming, m.Abort("never mind"), trio.lowlevel.checkpoint)
     assert lanes.errors == []
     assert journal.entries() == {}
 
@@ -233,7 +233,7 @@ async def test_a_daemon_goes_on_when_a_migration_fails_in_every_way(
     )
 
     class Failing:
-        id, domain_name, session = "session", "guest", None
+        id, domain_name, session, phase = "session", "guest", None, "postcopy"
 
         class Progress:
             phase, problem, domain = "postcopy", "", "guest"
@@ -245,7 +245,7 @@ async def test_a_daemon_goes_on_when_a_migration_fails_in_every_way(
         async def run(self) -> None:
             raise KeyError("the run's bug")
 
-        async def linger(self) -> None:
+        async def linger(self, *_amend: object) -> None:
             raise TypeError("the linger's bug")
 
     migration = Failing()

@@ -98,7 +98,7 @@ async def test_a_sender_that_does_not_come_back_is_waited_for_for_a_while(
     caplog.set_level("INFO")
     journal = Journal(tmp_path)
     incoming = completed(journal, is_away)
-    await linger(incoming, LAST)
+    await linger(incoming, LAST, trio.lowlevel.checkpoint)
     assert trio.current_time() == pytest.approx(LINGER_S, abs=120)
     assert "did not come back, and may not have the outcome" in caplog.text
     assert journal.entries() == {} and incoming.ownership.phase == "completed"
@@ -114,7 +114,7 @@ async def test_of_a_sender_that_has_forgotten_nothing_else_is_reported(
         raise UnknownSessionError("no such session")
 
     incoming = completed(Journal(tmp_path), has_forgotten)
-    await linger(incoming, LAST)
+    await linger(incoming, LAST, trio.lowlevel.checkpoint)
     assert "the sender does not have this migration any more: no such session" in caplog.text
     assert incoming.progress.problem == ""
 
@@ -124,7 +124,7 @@ async def test_a_guest_that_is_recalled_and_cannot_be_paused_is_reported_for_day
 ) -> None:
     lane = Lane(m.Recall("an operator has decided at the source that it runs there"))
     incoming = completed(Journal(tmp_path), lambda: lane)
-    await linger(incoming, LAST)
+    await linger(incoming, LAST, trio.lowlevel.checkpoint)
     assert trio.current_time() == pytest.approx(RECALLED_LINGER_DAYS * 24 * 3600, rel=0.01)
     assert lane.taken == []  # the sender is not sent a wrong answer
     assert "web cannot be paused here" in incoming.progress.problem
@@ -152,6 +152,6 @@ async def test_a_sender_that_falls_silent_is_dialled_again(
     lanes = [Silent(m.Rejoin()), last := Answering(m.Rejoin())]
     journal = Journal(tmp_path)
     incoming = completed(journal, lambda: lanes.pop(0))
-    await linger(incoming, LAST)
+    await linger(incoming, LAST, trio.lowlevel.checkpoint)
     assert not lanes and last.taken == [LAST] and journal.entries() == {}
     assert trio.current_time() < LINGER_S / 2

@@ -56,6 +56,7 @@ NOTED_LATER = {
     "decided",
     "raised",
     "reason",
+    "recalled",
 }
 """The facts that 0.1.0 did not note."""
 SHOWN = {

@@ -11,6 +11,7 @@ import os
 import resource
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,6 +75,48 @@ async def test_a_migration_has_one_end(path: Path) -> None:
     await again.add(shown(1, problem="given up"))
     (line,) = loaded(path).lines(of_predecessors=True, but=())
     assert line["problem"] == "cancelled"
+
+
+def ending(number: int, phase: str, problem: str) -> Any:
+    """Return a migration that has ended."""
+    progress = SimpleNamespace(problem=problem)
+    return SimpleNamespace(id=f"{number:032d}", phase=phase, progress=progress)
+
+
+async def test_what_becomes_known_after_the_end_replaces_the_entry(path: Path) -> None:
+    found, migration = loaded(path), ending(1, "completed", "")
+    await found.add(shown(1))
+    await found.add(shown(2))
+    amend = found.follow(migration)
+    await amend()
+    assert path.read_bytes().count(b"\n") == 2  # nothing has become known
+    migration.phase, migration.progress.problem = "failed", "it runs twice"
+    await amend()
+    await amend()
+    assert path.read_bytes().count(b"\n") == 3
+    for one in (found, loaded(path)):
+        assert numbers(one) == [1, 2]
+        first, _second = one.lines(of_predecessors=True, but=())
+        assert [first[key] for key in ("phase", "outcome", "problem")] == [
+            "failed", "failed", "it runs twice",
+        ]  # fmt: skip
+        assert first["ended_at"] == found.ended_at(first["id"])
+        ended = one.find({}, first["id"], ())
+        assert isinstance(ended, history.Ended) and ended.shown["details"]
+
+
+async def test_a_successor_amends_only_what_has_become_known_since(path: Path) -> None:
+    await loaded(path).add(shown(1, phase="failed", problem="cancelled by the operator"))
+    found, migration = loaded(path), ending(1, "failed", "given up before the restart")
+    amend = found.follow(migration)
+    await amend()
+    (line,) = found.lines(of_predecessors=True, but=())
+    assert line["problem"] == "cancelled by the operator"
+    assert numbers(found, of_predecessors=False) == []
+    migration.progress.problem += "; the destination has forgotten"
+    await amend()
+    (line,) = found.lines(of_predecessors=False, but=())
+    assert line["problem"] == migration.progress.problem
 
 
 async def test_a_request_is_answered_by_how_the_migration_has_ended(path: Path) -> None:
