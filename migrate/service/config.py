@@ -321,7 +321,7 @@ def load(path: Path | None) -> Config:
         raise ConfigError(f"{path}: this is not a file with a configuration") from error
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: {error}") from error
     return parse(data, str(path), path.parent)
 

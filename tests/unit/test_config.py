@@ -225,6 +225,9 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     broken.write_text("[sender\n")
     with pytest.raises(ConfigError, match=r"broken: .*line 1"):
         load(broken)
+    broken.write_text(f"key = {'[' * 100_000}")
+    with pytest.raises(ConfigError, match=r"broken: .*recursion"):
+        load(broken)
 
 
 def test_what_a_receiver_dials(monkeypatch: pytest.MonkeyPatch) -> None:
