@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import select
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,6 +33,8 @@ SOCKETS = "XEN_POSTCOPY_SOCKETS"
 RUNNING = "is the daemon running?"
 ANSWER_S = 5.0
 """How long a daemon may take for an answer for which it waits for nothing else."""
+LOOK_MS = 200
+"""The longest wait of one call of the kernel."""
 Json = dict[str, Any]
 
 
@@ -94,16 +98,9 @@ class ControlClient:
         becomes readable first.
         """
         while b"\n" not in self._buffer:
-            if watched_fd is not None:
-                readable = select.poll()
-                for fd in (self._socket.fileno(), watched_fd):
-                    readable.register(fd, select.POLLIN)
-                if watched_fd in dict(readable.poll()):
-                    raise EOFError
+            self._wait(watched_fd)
             try:
                 data = self._socket.recv(65536)
-            except BlockingIOError:
-                raise self._silent() from None
             except OSError:
                 data = b""
             if not data:
@@ -116,6 +113,23 @@ class ControlClient:
                 answer["message"]
             )
         return answer
+
+    def _wait(self, watched_fd: int | None) -> None:
+        """Wait until something can be received.
+
+        A signal just before a call of the kernel does not interrupt the call, and Python runs the
+        signal's handler only afterwards.  No call therefore waits for longer than :data:`LOOK_MS`.
+        """
+        give_up_at = time.monotonic() + (self._answer_s or math.inf)
+        readable = select.poll()
+        for fd in (self._socket.fileno(), watched_fd):
+            if fd is not None:
+                readable.register(fd, select.POLLIN)
+        while not (ready := dict(readable.poll(LOOK_MS))):
+            if time.monotonic() >= give_up_at:
+                raise self._silent()
+        if watched_fd in ready:
+            raise EOFError
 
     def answers(self) -> Iterator[Json]:
         """Yield the answers up to the ``result``.  Raises :class:`MigrationError` for an ``error``,

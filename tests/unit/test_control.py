@@ -7,8 +7,10 @@ import contextlib
 import functools
 import logging
 import os
+import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -266,6 +268,32 @@ def test_an_answer_is_waited_for_only_until_the_watched_descriptor_ends(
         other.close()
         with pytest.raises(EOFError):
             client.answer(watched.fileno())
+
+
+def test_a_signal_that_interrupts_no_call_of_the_kernel_is_handled(
+    daemon: tuple[ControlClient, socket.socket],
+) -> None:
+    """A signal just before the call, or one that another thread receives."""
+    client, _theirs = daemon
+
+    class HandledError(Exception):
+        pass
+
+    def handle(*_signal: object) -> None:
+        raise HandledError
+
+    def send() -> None:
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, handle)
+    try:
+        sending = threading.Timer(0.05, send)
+        sending.start()
+        with pytest.raises(HandledError):
+            client.answer()
+    finally:
+        sending.join()
+        signal.signal(signal.SIGUSR1, before)
 
 
 LINE = {
