@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -15,14 +15,15 @@ from pathlib import Path
 import pytest
 
 from migrate.control.client import ControlClient, Json
+from migrate.options import LEAST_BANDWIDTH, NO_CAP
 from tests.xenlab.dom0.daemons import daemons, write_helper
 from tests.xenlab.dom0.guests import WAIT_S, Guest, guest, xl
 from tests.xenlab.dom0.lab import remnants
 from tests.xenlab.dom0.waiting import until
 from xenbackend.libxenctrl.hypervisor import XenHypervisor
 
-FEW_PAGES = 4000
-"""More than a migration at :data:`SLOWER` moves between two looks of a test."""
+FEW_PAGES = 6000
+"""More than a migration at :data:`SLOW` sends between two looks of a test."""
 PAGING = pytest.mark.hypervisors("populate-evicted", "paging")
 PATCHED = pytest.mark.hypervisors("populate-evicted")
 CUTTER = """#!{python}
@@ -109,31 +110,37 @@ class Host:
             yield made
 
     def migrate_but_few_pages(self, name: str) -> None:
-        """Migrate by postcopy, copy more slowly before few pages are missing, and pause copying
-        then.  The guest has most of its memory then, so the guest does what a test asks for,
-        however slow the machine is.
+        """Migrate by postcopy, and copy next to nothing as soon as few pages are missing.  The
+        guest has most of its memory then, so the guest does what a test asks for, however slow the
+        machine is.  Copying cannot be paused so early, because xl may not have decided yet.
         """
 
-        def at_most(pages: int) -> Callable[[], bool]:
-            def are_missing() -> bool:
-                if migrating.done():
-                    migrating.result()  # raises its error
-                lines = self.lines("receiver")[-1:]
-                return any(
-                    line["phase"] == "postcopy" and 0 < line["outstanding"] < pages
-                    for line in lines
-                )
+        def few_are_left() -> bool:
+            if migrating.done():
+                migrating.result()  # raises its error
+            lines = self.lines("sender")[-1:]
+            under_way = any(line["phase"] in ("deciding", "postcopy") for line in lines)
+            return under_way and self._unsent() < FEW_PAGES
 
-            return are_missing
+        def few_are_missing() -> bool:
+            return bool(self.lines("receiver")[-1]["outstanding"] < FEW_PAGES)
 
         with ThreadPoolExecutor(1) as pool:
             migrating = pool.submit(self.migrate, name, XEN_POSTCOPY_STRATEGY="postcopy")
-            until(at_most(4 * FEW_PAGES), "pages do not arrive", WAIT_S)
-            self._ask_sender("set", values={"postcopy_bandwidth_bytes_per_s": SLOWER})
-            until(at_most(FEW_PAGES), "pages do not arrive", WAIT_S)
-            self._ask_sender("pause")
+            until(few_are_left, "pages are not sent", WAIT_S)
+            self._set_bandwidth(LEAST_BANDWIDTH)
             migrating.result()
         self.wait_for("postcopy")
+        until(few_are_missing, "pages do not arrive", WAIT_S)
+
+    def _unsent(self) -> int:
+        """Return the pages that the sender has not sent yet.  More may be missing, because a slow
+        destination has not loaded what was sent.
+        """
+        details = self.details("sender")
+        sent: int = details["push"]["pages"] + sum(details["answered"].values())
+        missing: int = details["switchover"]["missing_pages"]
+        return missing - sent
 
     def cutter(self, direction: str, words: str) -> str:
         program = self.directory / "cutter"
@@ -174,12 +181,13 @@ class Host:
 
     def resume(self) -> None:
         """Copy the pages that :meth:`migrate_but_few_pages` has left."""
-        self._ask_sender("resume")
+        self._set_bandwidth(NO_CAP)
 
-    def _ask_sender(self, command: str, **arguments: Json) -> None:
+    def _set_bandwidth(self, bytes_per_s: int) -> None:
         last = self.lines("sender")[-1]["id"]
+        values = {"postcopy_bandwidth_bytes_per_s": bytes_per_s}
         with ControlClient(self.directory / "sender") as client:
-            client.call(command=command, migration=last, **arguments)
+            client.call(command="set", migration=last, values=values)
 
     def complete(self) -> None:
         """Copy the pages that are missing, and wait until the last migration is completed at both
@@ -200,10 +208,8 @@ class Host:
             assert not domain.preflight().problems or not self.xen.host.facts().paging
 
 
-SLOW = '[migration]\nbandwidth = "8M"\n'
+SLOW = '[migration]\nbandwidth = "8M"\npostcopy_bandwidth = "2M"\n'
 """The configuration for migrations that are so slow that a test can act in each phase."""
-SLOWER = 2 * 2**20
-"""Bytes a second, for the last pages before a test pauses copying."""
 
 
 @pytest.fixture(scope="module")
