@@ -37,7 +37,7 @@ from migrate.protocol import messages as m
 from migrate.protocol.frames import FrameDecoder
 from migrate.protocol.pfns import batches_of
 from migrate.service.files import create_anew
-from migrate.service.journal import is_there, remove
+from migrate.service.journal import NEW_CHECKPOINT_SUFFIX, is_there, remove
 from migrate.units import human_bytes
 from sender.source_pages import announce, present
 from xenbackend.contract import Domain, DomainState
@@ -76,7 +76,7 @@ class CheckpointStore:
     """
 
     def __init__(self, path: Path, domain: Domain, applying: Callable[[], None]):
-        self._path, self._new_path = path, path.with_suffix(".new-checkpoint")
+        self._path, self._new_path = path, path.with_suffix(NEW_CHECKPOINT_SUFFIX)
         self._domain, self._applying = domain, applying
         self._new: BinaryIO | None = None
         self._context_bytes = self._pages = 0

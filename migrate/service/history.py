@@ -69,7 +69,7 @@ PERHAPS: dict[str, Any] = {
 RECORDS = "records"
 """The folder of the records, beside the file."""
 NOT_IN_A_LIST = ("details", "known")
-ASKED = {"postcopy-now": "switch over", "check-decision": "decide"}
+ASKED = {"postcopy-now": "switch over", "check-decision": "decide", "set": "change"}
 """The verb for a request in an answer, if the verb is not the command."""
 Json = dict[str, Any]
 Amend = Callable[[], Awaitable[None]]

@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 SUFFIX = ".json"
 CHECKPOINT_SUFFIX = ".checkpoint"
+NEW_CHECKPOINT_SUFFIX = ".new-checkpoint"
+"""A checkpoint that is not complete yet."""
 STOPPED_SUFFIX = ".stopped"
 KEEPER_SUFFIX = ".keeper"
 MEASURED_SUFFIX = ".measured"
@@ -244,7 +246,7 @@ class Journal:
     def entries(self) -> dict[str, dict[str, Any]]:
         """Return the entries that a predecessor has left, by session.  The newest is first, because
         of two entries for one domain the newer one is valid.  Entries of an earlier boot, and
-        entries that cannot be read, are left out.
+        entries that cannot be read, are left out.  What belongs to no entry is removed.
         """
         found = {}
         for path in self._directory.glob(f"*{NEW_SUFFIX}"):
@@ -264,7 +266,17 @@ class Journal:
                 self.leave(session, error)
                 continue
             found[session] = facts
+        self._remove_remnants()
         return found
+
+    def _remove_remnants(self) -> None:
+        """Remove the files of sessions that have no entry any more.  A predecessor was killed just
+        before it removed them, or the host was restarted.
+        """
+        for suffix in (CHECKPOINT_SUFFIX, NEW_CHECKPOINT_SUFFIX, STOPPED_SUFFIX):
+            for path in self._directory.glob(f"*{suffix}"):
+                if not is_there(self._path(path.name.removesuffix(suffix))):
+                    remove(path)
 
     def leave(
         self, session: str, why: Exception, domain: object = "", domid: object = None

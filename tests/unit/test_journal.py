@@ -90,6 +90,21 @@ def test_what_binds_nobody_is_dropped(tmp_path: Path, name: str, text: str) -> N
     assert not path.exists()
 
 
+def test_what_belongs_to_no_entry_is_removed(tmp_path: Path) -> None:
+    """A sender may be killed between the end of a migration and the removal of its checkpoint."""
+    journal, names = Journal(tmp_path), ("checkpoint", "new-checkpoint", "stopped")
+    for session in ("here", "earlier", "damaged"):
+        journal.write(session, {"step": "handed over"})
+    (tmp_path / "earlier.json").write_text('\n{"boot": "an earlier one", "step": "handed over"}')
+    (tmp_path / "damaged.json").write_text("?")
+    for session in ("here", "earlier", "damaged", "ended"):
+        for name in names:
+            (tmp_path / f"{session}.{name}").touch()
+    assert list(Journal(tmp_path).entries()) == ["here"]
+    kept = {path.name for path in tmp_path.iterdir()}
+    assert kept == {f"{one}.{name}" for one in ("here", "damaged") for name in (*names, "json")}
+
+
 def test_a_file_has_its_name_when_its_first_entry_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,6 +63,7 @@ async def run(trial: Trial, faults: list[Fault]) -> str:
     if beside is not None:
         await in_thread(_verify_beside, trial, beside)
     await in_thread(trial.world.end_hang_ups)
+    await in_thread(trial.world.check_remnants)
     trial.world.check()
     return where
 

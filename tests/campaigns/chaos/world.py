@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from migrate.cli.world import World, loopback_world, start_receiver, start_sende
 from migrate.errors import DaemonGoneError, MigrationError
 from migrate.lanes.connection import Terms
 from migrate.lanes.tls import Tls
+from migrate.service.journal import CHECKPOINT_SUFFIX, NEW_CHECKPOINT_SUFFIX, STOPPED_SUFFIX
 from xenbackend.contract import DomainState
 
 HOST = "127.0.0.1"
@@ -42,6 +44,10 @@ BESIDES = {"second": "destination", "onward": "destination", "homeward": "source
 """Further daemons, and their hosts."""
 HUNG_UP_S = 10.0
 """How long a daemon may take to end after SIGHUP, if it is not needed."""
+REMNANTS = (CHECKPOINT_SUFFIX, NEW_CHECKPOINT_SUFFIX, STOPPED_SUFFIX)
+"""The files of a migration that are removed with its journal."""
+REMNANT_S = 3.0
+"""How long a daemon may take to remove them."""
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAPABILITY_VERSION = 24, 1, 0x20080522
 
 
@@ -173,6 +179,26 @@ class ChaosWorld(World):
                 f"{which} ended by itself, with status {process.popen.returncode}:\n"
                 f"{process.tail()}"
             )
+
+    def check_remnants(self) -> None:
+        """Raises :class:`LostError` if a file is left that belongs to no journal.  A daemon that
+        was killed, or could not write, has a successor that removes the file.
+        """
+        for which in self.daemons:
+            if self._remnants(which):
+                self.kill(which)
+                self.start_anew(which)
+                if found := self._remnants(which):
+                    raise LostError(f"{which} has left {', '.join(map(str, found))}")
+
+    def _remnants(self, which: str) -> list[Path]:
+        deadline = time.monotonic() + REMNANT_S
+        while True:
+            files = [path for end in REMNANTS for path in self.state(which).glob(f"*{end}")]
+            found = [path for path in files if not path.with_suffix(".json").exists()]
+            if not found or time.monotonic() > deadline:
+                return found
+            time.sleep(0.02)
 
     def check(self) -> None:
         """Raises :class:`LostError` if a process has ended, or a daemon has logged a fault of its

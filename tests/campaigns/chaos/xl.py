@@ -145,6 +145,7 @@ class XlTrial:
                 where = self._run()
             finally:
                 self.migrate.end()
+        self._world.check_remnants()
         self._world.check()
         return where
 
