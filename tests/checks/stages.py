@@ -115,8 +115,14 @@ EVERYTHING = (
         "fuzz", "what a peer may send and a ring may hold", _make("fuzz", "FUZZ_SECONDS=900"), 3600
     ),
     Stage("chaos", "faults at random instants", _make("chaos", "CHAOS_TRIALS=500"), 7200),
+    # On two cores alone, because this stage runs as many processes as the tests.
     Stage(
-        "coverage", "which code all tests together reach", _make("coverage"), 3600, has_tests=True
+        "coverage",
+        "which code all tests together reach",
+        _make("coverage"),
+        3600,
+        cores=AT_ONCE,
+        has_tests=True,
     ),
     TEST,
     Stage("soak", "every strategy and workload", _make("soak", "SOAK_ROUNDS=2"), 3600),
