@@ -377,6 +377,9 @@ def test_the_successor_of_a_receiver_lets_no_guest_go_on_that_somebody_else_has_
         before = guest.state()
         start_receiver(world, world.port)
         until(lambda: phase(world, "receiver") == "postcopy", "the migration does not continue")
+        with world.control() as client:
+            values = {"bandwidth_bytes_per_s": None}
+            client.call(command="set", migration="guest", values=values)
         until(lambda: phase(world, "receiver") == "completed", "its memory does not come")
         assert guest.state() is before and before is not DomainState.RUNNING
         (guest.unpause if stop == "pause" else guest.resume)()
@@ -407,7 +410,7 @@ def guest_of_a_killed_receiver(world: World) -> Iterator[SimulatedDomain]:
     """Migrate the guest with checkpoints, kill the receiver between two of them, and yield the
     guest at the destination.
     """
-    begin(world, "guest", checkpoint_every_s=0.02)
+    begin(world, "guest", bandwidth=MIB, checkpoint_every_s=0.02)
     until(lambda: lines(world, "sender")[0]["checkpoints"] > 1, "no checkpoints")
     with world.destination.open("guest") as guest:
         kill_between_checkpoints(world, guest)
