@@ -11,6 +11,8 @@ has returned to its last checkpoint (``--protect``).
 """
 ENDED = ("completed", "failed", "refused")
 """Phases of a migration that has ended."""
+MOST_PHASES = 100
+"""The number of phases that are kept.  A link that is lost again and again adds two each time."""
 GAVE_UP = "the sender gave up: "
 """What precedes the sender's reason in the ``problem`` of an incoming migration."""
 CANNOT_CONTINUE = "the destination cannot continue: "

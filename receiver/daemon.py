@@ -28,7 +28,7 @@ from migrate.outcomes import outcome
 from migrate.protocol.messages import Hello, Lane
 from migrate.protocol.session import is_session_id
 from migrate.service.config import Config
-from migrate.service.history import Ended, History
+from migrate.service.history import Ended, History, still_kept
 from migrate.service.host import look_at_host, refusal
 from migrate.service.journal import Journal, Kept
 from migrate.service.lifecycle import STOPPING, notify, serve_connections, until_stopped
@@ -157,7 +157,7 @@ class ReceiverDaemon:
     async def _handle(self, request: Json, connection: ControlConnection) -> None:
         match request["command"]:
             case "list":
-                kept = await self._kept()
+                kept = await still_kept(self._journal)
                 every = bool(request.get("all"))
                 listed = self.history.listed(self._migrations, _line, of_predecessors=every)
                 # Without the history, `list` is answered also when no thread can be started.
@@ -198,14 +198,13 @@ class ReceiverDaemon:
             case other:
                 raise MigrationError(f"unknown command {other!r}")
 
-    async def _kept(self) -> list[Kept]:
-        return await trio.to_thread.run_sync(self._journal.still_kept) if self._journal.kept else []
-
     async def _look_up(self, request: Json) -> IncomingMigration | Ended:
-        return self.history.find(self._migrations, request["migration"], await self._kept())
+        kept = await still_kept(self._journal)
+        return self.history.find(self._migrations, request["migration"], kept)
 
     async def _find(self, request: Json) -> IncomingMigration:
-        return self.history.find_under_way(self._migrations, request, await self._kept())
+        kept = await still_kept(self._journal)
+        return self.history.find_under_way(self._migrations, request, kept)
 
     def _find_awaited(self, greeting: Hello) -> AwaitedLanes:
         """Return the lanes to which a connection belongs.  A push lane without a token begins a
@@ -265,7 +264,7 @@ class ReceiverDaemon:
 
         Raises :class:`MigrationError` if the pages cannot be expected to arrive.
         """
-        for entry in await self._kept():
+        for entry in await still_kept(self._journal):
             if entry.domid in (domid, None):
                 raise MigrationError(f"memory of the guest may have still to come: {entry.problem}")
         for migration in [

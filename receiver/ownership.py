@@ -10,9 +10,8 @@ end, HELD or LOST leads out (invariant 1).
 
 A transition writes the step of the new state into the journal before the state changes, so whatever
 is sent afterwards was noted before.  If an entry that is needed cannot be written, the state stays
-as it was.
-The start of the guest is the one step that precedes its entry: a successor sees the start by the
-domain (``READY -> OWNS``), and the guest does not wait for the journal.
+as it was.  The start of the guest is the one step that precedes its entry: a successor sees the
+start by the domain (``READY -> OWNS``), and the guest does not wait for the journal.
 
 What people are shown is derived from the state and from the link, and is not read back.
 ``tests/unit/test_ownership_receiver.py`` compares the states with those of the models

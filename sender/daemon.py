@@ -32,9 +32,9 @@ from migrate.outcomes import outcome
 from migrate.protocol.messages import Hello
 from migrate.protocol.session import new_id, new_token
 from migrate.service.config import RECEIVER_PORT, Config, MigrationConfig, advertised
-from migrate.service.history import Ended, History
+from migrate.service.history import Ended, History, still_kept
 from migrate.service.host import look_at_host, refusal
-from migrate.service.journal import Journal, Kept
+from migrate.service.journal import Journal
 from migrate.service.lifecycle import STOPPING, notify, serve_connections, until_stopped
 from migrate.service.progress import keep_measuring
 from migrate.tasks import is_bug, isolated, task_group
@@ -164,7 +164,7 @@ class SenderDaemon:
     async def _handle(self, request: Json, connection: ControlConnection) -> None:
         match request["command"]:
             case "list":
-                kept = await self._kept()
+                kept = await still_kept(self._journal)
                 every = bool(request.get("all"))
                 listed = self.history.listed(self._migrations, _line, of_predecessors=every)
                 # Without the history, `list` is answered also when no thread can be started.
@@ -230,14 +230,13 @@ class SenderDaemon:
                 if await migration.requests.decide(**decision_of(request)):
                     self._nursery.start_soon(self._end, migration)
 
-    async def _kept(self) -> list[Kept]:
-        return await trio.to_thread.run_sync(self._journal.still_kept) if self._journal.kept else []
-
     async def _look_up(self, request: Json) -> OutgoingMigration | Ended:
-        return self.history.find(self._migrations, request["migration"], await self._kept())
+        kept = await still_kept(self._journal)
+        return self.history.find(self._migrations, request["migration"], kept)
 
     async def _find(self, request: Json) -> OutgoingMigration:
-        return self.history.find_under_way(self._migrations, request, await self._kept())
+        kept = await still_kept(self._journal)
+        return self.history.find_under_way(self._migrations, request, kept)
 
     async def _requested(self, request: Json) -> tuple[DomainId, tuple[str, int], MigrationOptions]:
         """Return the guest, the destination and the options in a request of the command line."""

@@ -3,10 +3,10 @@
 
 The thread has a lane of its own, so that a fault never queues behind the push.  The thread waits
 for other threads only at the locks of the backlog, of the bandwidth cap, and of the lane, over
-which the event loop sends ``alive``.  The same thread
-answers the receiver's read-ahead, whenever no fault is waiting.  While copying is paused, nothing
-is read ahead; the push sends those pages later.  Native code answers nearly all faults before they
-reach this code (``migrate/fastpath/api.py``).
+which the event loop sends ``alive``.  The same thread answers the receiver's read-ahead, whenever
+no fault is waiting.  While copying is paused, nothing is read ahead; the push sends those pages
+later.  Native code answers nearly all faults before they reach this code
+(``migrate/fastpath/api.py``).
 """
 
 from __future__ import annotations

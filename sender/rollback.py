@@ -242,7 +242,7 @@ class Rollback:
             context.progress.problem = (
                 f"{reason}; the guest runs, but may still suspend, and is then resumed"
             )
-            await self._pause(trio.sleep_forever, LATE_LOOK_EVERY_S)
+            await self._pause(LATE_LOOK_EVERY_S)
         context.suspends_until = 0.0
 
     async def _repeat(self, step: Callable[[], Awaitable[object]], what: str) -> None:
@@ -262,7 +262,7 @@ class Rollback:
                 raise
             except Exception as error:
                 self._show(f"{what}: {in_words(error)}; trying again", error)
-                await self._pause(trio.sleep_forever)
+                await self._pause(AGAIN_S)
         progress.problem = before
 
     def _show(self, problem: str, error: Exception) -> None:
@@ -271,7 +271,7 @@ class Rollback:
         log.error("%s: %s", self._context.name, problem, exc_info=is_bug(error))
 
     async def _pause(
-        self, wait: Callable[[], Awaitable[object]], pause_s: float | None = None
+        self, pause_s: float, wait: Callable[[], Awaitable[object]] = trio.sleep_forever
     ) -> None:
         """Wait for the next attempt, or until ``wait`` returns.  If this process ends meanwhile,
         its successor makes the next attempt, by the entry in the journal.
@@ -279,7 +279,7 @@ class Rollback:
         shield = self._shield
         shield.shield = False
         try:
-            with trio.move_on_after(AGAIN_S if pause_s is None else pause_s):
+            with trio.move_on_after(pause_s):
                 await wait()
         finally:
             shield.shield = True
@@ -307,7 +307,7 @@ class Rollback:
                     error,
                 )
                 self.is_waiting = True
-                await self._pause(self._overruled.wait)
+                await self._pause(AGAIN_S, self._overruled.wait)
                 if self._overruled.is_set() and await self._take_decision():
                     raise error_of_decision(self._ownership.state) from error
         self.is_waiting = False

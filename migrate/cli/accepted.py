@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from migrate.cli import shown
+from migrate.outcomes import MOST_PHASES
 from migrate.units import printable
 
 Answer = dict[str, Any]
@@ -82,6 +83,10 @@ def rows(value: Any, is_row: Callable[[Any], bool], most: int = MOST_ITEMS) -> A
     return [*value] if is_list and all(map(is_row, value)) else None
 
 
+def _texts(value: Any) -> Any:
+    return rows(value, lambda one: isinstance(one, str))
+
+
 # ---- what show has ----
 def _figure_of(key: str) -> Callable[[Any], Any]:
     return lambda value: figure(key, value)
@@ -102,7 +107,7 @@ def figure(key: str, value: Any) -> Any:
         case str():
             return None if has_unit else text_of(value)
         case list():
-            return None if has_unit else rows(value, lambda one: isinstance(one, str))
+            return None if has_unit else _texts(value)
         case _:
             return None
 
@@ -166,15 +171,11 @@ def _details(value: Any) -> Any:
 
 
 def _phases(value: Any) -> Any:
-    return rows(value, _is_phase)
+    return rows(value, _is_phase, MOST_PHASES)
 
 
 def _is_phase(value: Any) -> bool:
     return isinstance(value, dict) and is_name(value.get("phase")) and is_time(value.get("at"))
-
-
-def _unknown(value: Any) -> Any:
-    return rows(value, lambda one: isinstance(one, str))
 
 
 def is_time(value: Any) -> bool:
@@ -183,7 +184,7 @@ def is_time(value: Any) -> bool:
 
 CHECKS: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(TEXTS, text_of),
-    "unknown": _unknown, "phases": _phases, "started_at": time_of, "ended_at": time_of,
+    "unknown": _texts, "phases": _phases, "started_at": time_of, "ended_at": time_of,
     "pages_done": count_of, "pages_total": count_of, "details": _details,
 }  # fmt: skip
 """What is accepted of a key that has a meaning of its own."""

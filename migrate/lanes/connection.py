@@ -75,7 +75,7 @@ page, preparing this call would be most of the work.
 """
 RECEIVE_BYTES = 512 * 1024
 """The most bytes that one call receives.  Over a slow link a call may last for longer than a peer
-may be silent. Only the kernel then has the time at which the last bytes arrived.
+may be silent.  Only the kernel then has the time at which the last bytes arrived.
 """
 SILENCE_S = 30.0
 """A peer that sends nothing for this time is treated as dead."""

@@ -36,7 +36,7 @@ from migrate.errors import MigrationError
 from migrate.logs import Complaint
 from migrate.outcomes import outcome
 from migrate.service.files import create_anew, open_regular
-from migrate.service.journal import Kept
+from migrate.service.journal import Journal, Kept
 from migrate.service.lifecycle import Named, ended, find_migration
 from migrate.service.records import Records
 from migrate.tasks import in_abandoned_thread
@@ -114,16 +114,18 @@ class Recording(Named, Protocol):
         """Return what was recorded so far.  Called in a thread."""
 
 
-class Ending(Protocol):
-    @property
-    def id(self) -> str: ...
-
+class Ending(Named, Protocol):
     @property
     def phase(self) -> str: ...
 
     @property
     def progress(self) -> Any:
         """What ``problem`` is an attribute of."""
+
+
+async def still_kept(journal: Journal) -> list[Kept]:
+    """Return the entries of the journal that were not resumed and whose files still exist."""
+    return await trio.to_thread.run_sync(journal.still_kept) if journal.kept else []
 
 
 class History:

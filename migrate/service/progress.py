@@ -13,6 +13,7 @@ from typing import Any
 
 import trio
 
+from migrate.outcomes import MOST_PHASES
 from migrate.tasks import kept_up
 
 MEASURE_EVERY_S = 0.25
@@ -26,8 +27,6 @@ STEADY_S = 1.0
 """What is expected is not derived from a rate over less than this time."""
 SECOND_STEP_S = 30.0
 """How long a second step is waited for, before the rate is 0."""
-MOST_PHASES = 100
-"""The number of phases that are kept.  A link that is lost again and again adds two each time."""
 
 
 class Rate:

@@ -193,7 +193,7 @@ def test_the_guest_stays_or_goes_and_never_both(first: str, to: State) -> None:
 
 
 class SlowNotes:
-    """A journal whose disk writes nothing before it is let go on."""
+    """A journal whose disk ends no write before the test allows that."""
 
     def __init__(self, state: State) -> None:
         self._writing, self._written = threading.Event(), threading.Event()

@@ -8,8 +8,8 @@ from dataclasses import asdict
 import pytest
 
 from migrate.options import MigrationOptions, PolicyOptions, Strategy
-from migrate.outcomes import RESCUED, outcome
-from migrate.service.progress import MOST_PHASES, Phases, Rate, time_left_s
+from migrate.outcomes import MOST_PHASES, RESCUED, outcome
+from migrate.service.progress import Phases, Rate, time_left_s
 from receiver.progress import Faults, IncomingProgress
 from receiver.progress import Meter as IncomingMeter
 from sender.policy import PrecopyProgress

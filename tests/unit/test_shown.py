@@ -15,6 +15,7 @@ from migrate.cli import shown
 from migrate.cli.accepted import accepted
 from migrate.cli.events import Events
 from migrate.cli.figures import time_of_day
+from migrate.outcomes import MOST_PHASES
 from receiver.progress import IncomingProgress
 from receiver.statistics import PagerStatistics
 from sender.progress import Progress
@@ -64,6 +65,12 @@ def test_of_an_answer_of_this_release_all_is_accepted(answer: dict[str, Any]) ->
     for phase in ("precopy", "completed"):
         now = {**answer, "phase": phase, "eta_s": None, "pages_total": None, "started_at": None}
         assert values(accepted(now)) == values(now)
+
+
+def test_more_phases_than_a_daemon_keeps_are_not_accepted() -> None:
+    for count, unknown in ((MOST_PHASES, []), (MOST_PHASES + 1, ["phases"])):
+        phases = [{"phase": "precopy", "at": 1.0}] * count
+        assert accepted({**SENDER, "phases": phases})["unknown"] == unknown
 
 
 def test_each_figure_has_one_name_and_its_unit() -> None:
