@@ -115,18 +115,21 @@ class Host:
         machine is.  Copying cannot be paused so early, because xl may not have decided yet.
         """
 
-        def few_are_left() -> bool:
+        def guest_moved() -> bool:
             if migrating.done():
                 migrating.result()  # raises its error
             lines = self.lines("sender")[-1:]
-            under_way = any(line["phase"] in ("deciding", "postcopy") for line in lines)
-            return under_way and self._unsent() < FEW_PAGES
+            return any(line["phase"] in ("deciding", "postcopy") for line in lines)
+
+        def few_are_left() -> bool:
+            return guest_moved() and self._unsent() < FEW_PAGES
 
         def few_are_missing() -> bool:
             return bool(self.lines("receiver")[-1]["outstanding"] < FEW_PAGES)
 
         with ThreadPoolExecutor(1) as pool:
             migrating = pool.submit(self.migrate, name, XEN_POSTCOPY_STRATEGY="postcopy")
+            until(guest_moved, "the guest does not run at the destination", WAIT_S)
             until(few_are_left, "pages are not sent", WAIT_S)
             self._set_bandwidth(LEAST_BANDWIDTH)
             migrating.result()
