@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.xenlab import parts, qemu
-from tests.xenlab.__main__ import SHARDS, write_junit
+from tests.xenlab.__main__ import SCENARIOS, SHARDS, write_junit
 from tests.xenlab.cache import LabError
 
 LEAF_1, LEAF_EXTENDED = 0x00000001, 0x80000001
@@ -75,6 +75,14 @@ def test_a_kernel_is_found_in_its_image() -> None:
 
 def test_every_machine_has_tests() -> None:
     assert {shard.kind for shard in SHARDS} == set(parts.MACHINES)
+
+
+@pytest.mark.parametrize("kind", ["populate-evicted", "paging"])
+def test_every_module_has_a_shard_or_belongs_to_other_machines(kind: str) -> None:
+    chosen = {path for shard in SHARDS if shard.kind == kind for path in shard.paths}
+    for module in (parts.HERE / "dom0").glob("test_*.py"):
+        elsewhere = "pytestmark = pytest.mark.hypervisors(" in module.read_text()
+        assert elsewhere or f"{SCENARIOS}/{module.name}" in chosen
 
 
 HALTED = "RIP=ffff82d04030ec16 RFL=00000202 [-------] CPL=0 II=0 A20=1 SMM=0 HLT=1"
