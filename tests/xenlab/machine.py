@@ -41,9 +41,9 @@ XEN_OPTIONS = (
     "cpuidle=0 iommu=no watchdog watchdog_timeout=3600 noreboot bootscrub=0 "
     "dom0_mem=1024M,max:1024M dom0_max_vcpus=1 dom0_vcpus_pin"
 )
-"""Xen's watchdog has a timer that interrupts each processor once a second.  QEMU 7.2 sometimes loses
-the wake-up of a halted processor, and the next interrupt wakes it.  No NMI arrives in an emulated
-machine, so the watchdog itself does nothing.
+"""Xen's watchdog has a timer that interrupts each processor once a second.  QEMU 7.2 sometimes
+loses the wake-up of a halted processor, and the next interrupt wakes it.  No NMI arrives in an
+emulated machine, so the watchdog itself does nothing.
 """
 DOM0_OPTIONS = "console=hvc0 mitigations=off nokaslr quiet panic=1 net.ifnames=0"
 # A getty would read the line that is for the runner.

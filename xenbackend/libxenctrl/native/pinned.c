@@ -20,7 +20,8 @@
  *                        page has one too, from before the guest moved its vcpu_info out of there.
  *   time area            (registered by address, from 4.18) is a time record by itself.
  *   runstate area        (the same) has the time for which a vCPU has run: what Xen reports of the
- *                        vCPU or, while the vCPU runs, a little less.
+ *                        vCPU or, while the vCPU runs, a little less; a little more if the vCPU has
+ *                        run since Xen was asked.
  *   event control block  of a vCPU (FIFO event channels): 16 heads of queues, then nothing.
  *                        Without a single event since the vCPU came up it is all zeros, and not
  *                        recognised.
@@ -33,6 +34,7 @@
  * Sources: xen/include/public/xen.h (vcpu_info, shared_info), vcpu.h (areas), event_channel.h (FIFO
  * ABI), hvm/params.h; map_guest_area() in xen/common/domain.c, event_fifo.c (Xen 4.17 to 4.22).
  */
+#include <time.h>
 #include "internal.h"
 #include <xen/event_channel.h>
 #include <xen/vcpu.h>
@@ -112,8 +114,17 @@ static double domain_time_scale(struct xen_host *h, uint32_t domid, const struct
 struct areas {
     double scale;               /* of time records; 0 if it is not known */
     unsigned vcpus;
-    uint64_t *ran;              /* for how many nanoseconds each vCPU has run */
+    uint64_t *ran;              /* for how many nanoseconds each vCPU had run */
+    uint64_t asked_ns;          /* when Xen was asked for that */
 };
+
+static uint64_t now_ns(void)
+{
+    struct timespec now;
+
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000000ull + now.tv_nsec;
+}
 
 static int domain_areas(struct xen_host *h, uint32_t domid, struct areas *areas)
 {
@@ -127,6 +138,7 @@ static int domain_areas(struct xen_host *h, uint32_t domid, struct areas *areas)
     areas->ran = calloc(info.vcpus + 1, sizeof(*areas->ran));
     if (!areas->ran)
         return -ENOMEM;
+    areas->asked_ns = now_ns();
     for (; areas->vcpus < info.vcpus; areas->vcpus++) {
         xc_vcpuinfo_t vcpu;
 
@@ -149,12 +161,13 @@ static int is_time_record(const uint64_t *at, const struct areas *areas)
 
 /* The times of all states are those from the creation of the vCPU to the last change of its
  * state.  The state of a vCPU that runs has not changed for some time, at most since log-dirty was
- * switched on or read, because that pauses all vCPUs. */
+ * switched on or read, because that pauses all vCPUs.  Or it has changed since Xen was asked; the
+ * clocks of Xen and of dom0 differ by less than a factor of two. */
 static int is_runstate(const uint64_t *at, const struct areas *areas)
 {
     const vcpu_runstate_info_t *runstate = (const void *)at;
     uint64_t entered = runstate->state_entry_time & ~XEN_RUNSTATE_UPDATE;
-    uint64_t ran = runstate->time[RUNSTATE_running], sum = 0;
+    uint64_t ran = runstate->time[RUNSTATE_running], sum = 0, since;
 
     if (at[0] > RUNSTATE_offline || entered >> 60 || !ran || ran > entered)
         return 0;
@@ -162,8 +175,9 @@ static int is_runstate(const uint64_t *at, const struct areas *areas)
         sum += runstate->time[i];
     if (sum > entered)
         return 0;
+    since = 2 * (now_ns() - areas->asked_ns);
     for (unsigned i = 0; i < areas->vcpus; i++)
-        if (ran <= areas->ran[i] && ran > areas->ran[i] / 2)
+        if (ran <= areas->ran[i] + since && ran > areas->ran[i] / 2)
             return 1;
     return 0;
 }
