@@ -13,6 +13,7 @@ import pytest
 
 from xenbackend.choose import open_hypervisor
 from xenbackend.errors import XenError
+from xenbackend.libxenctrl import features
 from xenbackend.libxenctrl import preflight as refusals
 from xenbackend.libxenctrl.preflight import DomainFacts, HostFacts
 
@@ -61,3 +62,59 @@ def test_without_its_native_part_the_rest_is_usable(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "xenbackend.libxenctrl._xen", None)
     with pytest.raises(XenError, match="install libxen-dev"):
         open_hypervisor(None)
+
+
+# ---- what a guest would lose ----
+def leaves(*values: tuple[int, int, int, int, int, int]) -> bytes:
+    return b"".join(features.LEAF.pack(*value) for value in values)
+
+
+NONE = features.NONE
+SOURCE = leaves(
+    (0x1, NONE, 0x630F10, 0, 1 << 25 | 1 << 31 | 1 << 27, 1 << 28 | 1),  # aesni; fpu
+    (0x7, 0, 0, 1 << 5 | 1 << 3, 0, 0),  # avx2, bmi1
+    (0x80000001, NONE, 0, 0, 1 << 6, 1 << 29),  # sse4a; lm
+)
+
+
+def test_each_feature_that_a_guest_would_lose_is_named() -> None:
+    here = leaves((0x1, NONE, 0, 0, 0, 1), (0x7, 0, 0, 1 << 3, 1, 0))
+    assert features.lost(SOURCE, here) == ["aesni", "avx2", "lm", "sse4a"]
+    assert "aesni, avx2" in features.complaint(features.lost(SOURCE, here))
+
+
+def test_other_features_and_what_xen_sets_by_itself_are_no_loss() -> None:
+    more = leaves(
+        (0x1, NONE, 0, 0, 1 << 25 | 1, 3),
+        (0x7, 0, 0, 1 << 5 | 1 << 3, 0, 0),
+        (0x80000001, NONE, 0, 0, 1 << 6, 1 << 29),
+    )
+    assert features.lost(SOURCE, SOURCE) == features.lost(SOURCE, more) == []
+    assert features.lost(SOURCE[:-1], more + b"rest") == []
+
+
+def test_every_bit_of_a_register_has_a_name_or_a_dash() -> None:
+    registers = ((0x1, NONE), (0x7, 0), (0xD, 1))
+    every = leaves(*((leaf, subleaf, NONE, NONE, NONE, NONE) for leaf, subleaf in registers))
+    names = features.lost(every, b"")
+    assert len(names) == len(set(names)) > 80
+    assert {"sse2", "x2apic", "avx512vl", "enqcmd", "ssbd", "xsaves"} <= set(names)
+
+
+@pytest.mark.parametrize(
+    ("refused", "word"),
+    [
+        ((0x80000000, NONE, NONE), "CPUID leaf 0x80000000,"),
+        ((0x7, 0, NONE), "CPUID leaf 0x7, subleaf 0,"),
+        ((NONE, NONE, 0xCE), "MSR 0xce"),
+    ],
+)
+def test_the_part_of_a_policy_that_xen_refuses_is_named(
+    refused: tuple[int, int, int], word: str
+) -> None:
+    assert word in features.refusal(*refused)
+
+
+def test_emulated_devices_that_differ_are_named() -> None:
+    text = features.other_devices(0b10_1111_1111, 0b1_1011_1111)
+    assert "vga only at the source, pit only here, pirq only at the source" in text

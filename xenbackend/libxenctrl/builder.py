@@ -13,6 +13,7 @@ import errno
 
 from xenbackend.contract import DomainConfig, ToolstackPorts
 from xenbackend.errors import XenError
+from xenbackend.libxenctrl import features
 from xenbackend.libxenctrl._xen import ffi, lib
 from xenbackend.libxenctrl.domain import XenDomain
 from xenbackend.libxenctrl.host import XenHost, check
@@ -57,12 +58,11 @@ def bind(host: XenHost, domid: int, config: DomainConfig, ports: ToolstackPorts)
     platform = Platform.unpack(config.platform)
     with XenDomain(host, domid, config.nr_pfns) as domain:
         info = domain.native_info()
-    if (
-        not info.hvm
-        or info.vcpus != config.vcpus
-        or info.emulation_flags != platform.emulation_flags
-    ):
+    if not info.hvm or info.vcpus != config.vcpus:
         why = "the domain that the toolstack made is of another kind than the source"
+        raise XenError("bind", errno.EINVAL, why=why)
+    if info.emulation_flags != platform.emulation_flags:
+        why = features.other_devices(platform.emulation_flags, info.emulation_flags)
         raise XenError("bind", errno.EINVAL, why=why)
     _prepare(host, domid, config, platform)
     # A new object, because the domain has a place for a ring only now.
@@ -85,22 +85,30 @@ def reopen(host: XenHost, domid: int, config: DomainConfig, *, lent: bool) -> Xe
 
 def _prepare(host: XenHost, domid: int, config: DomainConfig, platform: Platform) -> None:
     """Set what the source defines for any domain: the CPU policy and the place of a ring."""
-    leaves, msrs = (ffi.from_buffer("uint8_t[]", data) for data in (platform.leaves, platform.msrs))
-    check(
-        "cpu policy",
-        lib.xen_set_cpu_policy(
-            host.native,
-            domid,
-            leaves,
-            len(leaves) // lib.XEN_CPUID_LEAF_BYTES,
-            msrs,
-            len(msrs) // lib.XEN_MSR_ENTRY_BYTES,
-        ),
-    )
+    _set_cpu_policy(host, domid, platform)
     ring_pfn = platform.ring_pfn or config.nr_pfns
     check(
         "hvm_param_set", lib.xen_param_set(host.native, domid, HVM_PARAM_PAGING_RING_PFN, ring_pfn)
     )
+
+
+def _set_cpu_policy(host: XenHost, domid: int, platform: Platform) -> None:
+    """Raises ``XenError`` if the guest would not find each feature here that it has found at its
+    source.
+    """
+    leaves, msrs = (ffi.from_buffer("uint8_t[]", data) for data in (platform.leaves, platform.msrs))
+    counts = len(leaves) // lib.XEN_CPUID_LEAF_BYTES, len(msrs) // lib.XEN_MSR_ENTRY_BYTES
+    refused = ffi.new("struct xen_policy_error *")
+    set_policy = lib.xen_set_cpu_policy
+    rc = set_policy(host.native, domid, leaves, counts[0], msrs, counts[1], refused)
+    if rc and refused.leaf & refused.msr != features.NONE:
+        why = features.refusal(refused.leaf, refused.subleaf, refused.msr)
+        raise XenError("cpu policy", -rc, why=why)
+    check("cpu policy", rc)
+    with XenDomain(host, domid, 0) as domain:
+        here, _ = domain.cpu_policy()
+    if names := features.lost(platform.leaves, here):
+        raise XenError("cpu policy", errno.EINVAL, why=features.complaint(names))
 
 
 def paging_pool_mib(config: DomainConfig) -> int:

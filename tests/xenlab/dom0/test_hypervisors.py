@@ -27,10 +27,12 @@ from tests.xenlab.dom0.waiting import until
 from xenbackend import release
 from xenbackend.contract import DomainConfig
 from xenbackend.errors import XenError
+from xenbackend.libxenctrl import features
 from xenbackend.libxenctrl._xen import ffi, lib
 from xenbackend.libxenctrl.domain import XenDomain, gfn_array
 from xenbackend.libxenctrl.hypervisor import XenHypervisor
 from xenbackend.libxenctrl.params import HVM_PARAM_PAGING_RING_PFN
+from xenbackend.libxenctrl.platform import Platform
 
 PAGING = pytest.mark.hypervisors("populate-evicted", "paging")
 
@@ -115,6 +117,30 @@ def test_what_xen_does_not_page_is_refused_before_it_is_tried(xen: XenHypervisor
     assert "another pager" in problem
     ring.close()
     domain.destroy()
+
+
+def with_avx512f(leaves: bytes) -> bytes:
+    """Return the leaves of a CPU policy with a feature that no emulated processor has."""
+    changed = b""
+    for leaf in features.LEAF.iter_unpack(leaves):
+        number, subleaf, eax, ebx, ecx, edx = leaf
+        avx512f = 1 << 16 if (number, subleaf) == (7, 0) else 0
+        changed += features.LEAF.pack(number, subleaf, eax, ebx | avx512f, ecx, edx)
+    return changed
+
+
+@pytest.mark.hypervisors("paging", "debian")
+def test_a_feature_that_this_host_lacks_is_named_before_anything_moves(xen: XenHypervisor) -> None:
+    with guest("fit", kind=STUB, paused=True) as made:
+        domain = xen.open(made.domid)
+        config = domain.config()
+        xen.create_incoming(config).destroy()
+        platform = Platform.unpack(config.platform)
+        other = dataclasses.replace(platform, leaves=with_avx512f(platform.leaves)).pack()
+        before = len(xen.domains())
+        with pytest.raises(XenError, match="this host has no avx512f, which"):
+            xen.create_incoming(dataclasses.replace(config, platform=other))
+        assert len(xen.domains()) == before
 
 
 @pytest.mark.gate

@@ -199,8 +199,13 @@ int xen_set_hvm_context(struct xen_host *h, uint32_t domid, const uint8_t *buffe
 int xen_cpu_policy_size(struct xen_host *h, uint32_t *leaves, uint32_t *msrs);
 int xen_cpu_policy(struct xen_host *h, uint32_t domid, uint8_t *leaves, uint32_t *nr_leaves,
                    uint8_t *msrs, uint32_t *nr_msrs);
+/* The part of a policy that Xen has refused; all bits are set where there is none. */
+struct xen_policy_error {
+    uint32_t leaf, subleaf, msr;
+};
 int xen_set_cpu_policy(struct xen_host *h, uint32_t domid, const uint8_t *leaves,
-                       uint32_t nr_leaves, const uint8_t *msrs, uint32_t nr_msrs);
+                       uint32_t nr_leaves, const uint8_t *msrs, uint32_t nr_msrs,
+                       struct xen_policy_error *error);
 
 /* Create an empty HVM or PVH domain with the properties in info. */
 int xen_create(struct xen_host *h, const struct xen_info *info, uint32_t *domid);

@@ -73,12 +73,13 @@ int xen_cpu_policy(struct xen_host *h, uint32_t domid, uint8_t *leaves, uint32_t
 }
 
 int xen_set_cpu_policy(struct xen_host *h, uint32_t domid, const uint8_t *leaves,
-                       uint32_t nr_leaves, const uint8_t *msrs, uint32_t nr_msrs)
+                       uint32_t nr_leaves, const uint8_t *msrs, uint32_t nr_msrs,
+                       struct xen_policy_error *error)
 {
-    uint32_t leaf, subleaf, msr;
-
+    *error = (struct xen_policy_error){ -1, -1, -1 };
     return xc_set_domain_cpu_policy(h->xch, domid, nr_leaves, (xen_cpuid_leaf_t *)leaves, nr_msrs,
-                                    (xen_msr_entry_t *)msrs, &leaf, &subleaf, &msr) ? -errno : 0;
+                                    (xen_msr_entry_t *)msrs, &error->leaf, &error->subleaf,
+                                    &error->msr) ? -errno : 0;
 }
 
 /* ---- an empty domain ---- */
