@@ -18,6 +18,7 @@ from migrate.cli.world import wait_for_steps
 from migrate.errors import MigrationError
 from migrate.xl import image
 from migrate.xl.protocol import Message
+from tests.conftest import MIB
 from tests.support.labs import until
 from tests.support.libxl import Libxl
 from tests.support.xl import (
@@ -105,7 +106,13 @@ def test_an_xl_that_takes_long_to_destroy_the_source_is_left_to_it(xl: Xl) -> No
 
 
 # ---- the guest is saved, or sent on, while memory is missing ----
-SLOW = '[migration]\nstrategy = "postcopy"\nbandwidth = "8M"\n'
+SLOW = '[migration]\nstrategy = "postcopy"\npostcopy_bandwidth = "64K"\n'
+"""Next to no page arrives until :func:`send_faster`, however late a test acts."""
+
+
+def send_faster(xl: Xl) -> None:
+    values = {"postcopy_bandwidth_bytes_per_s": 8 * MIB}
+    xl.world.ask("sender", command="set", migration=xl.spec.name, values=values)
 
 
 def save_at_destination(xl: Xl, io_fd: int, *, live: bool, **environment: str) -> Libxl:
@@ -133,6 +140,7 @@ def test_a_guest_that_lacks_pages_is_saved_when_it_has_them(
         helper = save_at_destination(xl, file.fileno(), live=how == "onward", **how_to)
         until(lambda: bool(helper.of(Message.PROGRESS)), "there is no progress message")
         assert not file.tell()
+        send_faster(xl)
         assert helper.wait() == 0
     assert helper.result == (0, 0)
     assert "waiting for its memory to arrive" in helper.of(Message.PROGRESS)[0].texts
@@ -156,6 +164,7 @@ def test_the_pages_of_a_guest_that_another_program_saved_are_kept(xl: Xl, slowly
     xl.wait_for("postcopy", "postcopy")
     xl.destination.suspend()
     if slowly:
+        send_faster(xl)
         until(lambda: not len(xl.destination.paged_out()), "the pages do not come")
         assert xl.line("sender")["outstanding"]
     xl.destination.destroy()
@@ -180,6 +189,7 @@ def test_a_guest_that_is_paused_gets_its_memory_and_stays_paused(xl: Xl) -> None
     xl.wait_for("postcopy", "postcopy")
     xl.destination.pause()
     assert xl.line("receiver")["outstanding"]
+    send_faster(xl)
     xl.wait_for("completed", "completed")
     assert xl.destination.state() is DomainState.PAUSED
     xl.destination.unpause()
@@ -193,6 +203,7 @@ def test_a_guest_that_was_suspended_for_a_while_arrives(xl: Xl) -> None:
     xl.go()
     xl.wait_for("postcopy", "postcopy")
     xl.destination.suspend()
+    send_faster(xl)
     until(lambda: not len(xl.destination.paged_out()), "the pages do not come")
     xl.destination.resume()
     xl.wait_for("completed", "completed")
