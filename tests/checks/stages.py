@@ -115,7 +115,7 @@ EVERYTHING = (
         "fuzz", "what a peer may send and a ring may hold", _make("fuzz", "FUZZ_SECONDS=900"), 3600
     ),
     Stage("chaos", "faults at random instants", _make("chaos", "CHAOS_TRIALS=500"), 7200),
-    # On two cores alone, because this stage runs as many processes as the tests.
+    # Beside no other stage on two cores, because this stage runs as many processes as TEST.
     Stage(
         "coverage",
         "which code all tests together reach",

@@ -377,9 +377,8 @@ def test_the_successor_of_a_receiver_lets_no_guest_go_on_that_somebody_else_has_
         before = guest.state()
         start_receiver(world, world.port)
         until(lambda: phase(world, "receiver") == "postcopy", "the migration does not continue")
-        with world.control() as client:
-            values = {"bandwidth_bytes_per_s": None}
-            client.call(command="set", migration="guest", values=values)
+        values = {"bandwidth_bytes_per_s": None}
+        world.ask("sender", command="set", migration="guest", values=values)
         until(lambda: phase(world, "receiver") == "completed", "its memory does not come")
         assert guest.state() is before and before is not DomainState.RUNNING
         (guest.unpause if stop == "pause" else guest.resume)()

@@ -107,7 +107,7 @@ def test_an_xl_that_takes_long_to_destroy_the_source_is_left_to_it(xl: Xl) -> No
 
 # ---- the guest is saved, or sent on, while memory is missing ----
 SLOW = '[migration]\nstrategy = "postcopy"\npostcopy_bandwidth = "64K"\n'
-"""Next to no page arrives until :func:`send_faster`, however late a test acts."""
+"""Nearly all pages are missing until :func:`send_faster`, however late a test acts."""
 
 
 def send_faster(xl: Xl) -> None:

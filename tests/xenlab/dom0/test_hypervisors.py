@@ -33,6 +33,7 @@ from xenbackend.libxenctrl.domain import XenDomain, gfn_array
 from xenbackend.libxenctrl.hypervisor import XenHypervisor
 from xenbackend.libxenctrl.params import HVM_PARAM_PAGING_RING_PFN
 from xenbackend.libxenctrl.platform import Platform
+from xenbackend.pages import PfnArray
 
 PAGING = pytest.mark.hypervisors("populate-evicted", "paging")
 
@@ -170,6 +171,26 @@ def test_one_by_one_does_the_same(xen: XenHypervisor) -> None:
     domain.destroy()
 
 
+def listed_of(xen: XenHypervisor, domain: XenDomain) -> set[int]:
+    """Return the pinned set, as Xen lists it."""
+    out = np.empty(1024, dtype=np.uint64)
+    into = ffi.from_buffer("uint64_t[]", out)
+    count = lib.xen_list_pinned(xen.host.native, domain.domid, into)
+    assert count >= 0
+    return set(out[:count].tolist())
+
+
+def recognised_in(xen: XenHypervisor, domain: XenDomain, gfns: PfnArray) -> set[int]:
+    """Return those of ``gfns`` whose contents are like those of the pinned set."""
+    out = np.empty(len(gfns), dtype=np.uint64)
+    into = ffi.from_buffer("uint64_t[]", out)
+    count = lib.xen_recognise_pinned(
+        xen.host.native, domain.domid, gfn_array(gfns), len(gfns), into
+    )
+    assert count >= 0
+    return set(out[:count].tolist())
+
+
 @pytest.mark.hypervisors("populate-evicted")
 def test_the_pinned_set_is_recognised_where_xen_does_not_report_it(xen: XenHypervisor) -> None:
     """The search finds all pages that the patched hypervisor lists, for a running guest and for a
@@ -179,20 +200,8 @@ def test_the_pinned_set_is_recognised_where_xen_does_not_report_it(xen: XenHyper
         made.wait_for_heartbeats(2)
         domain = xen.open(made.domid)
         there = memory_of(domain)
-        out = np.empty(len(there) + 1024, dtype=np.uint64)
-        into = ffi.from_buffer("uint64_t[]", out)
-
-        def found(count: int) -> set[int]:
-            assert count >= 0
-            return set(out[:count].tolist())
-
         for _ in range(2):
-            listed = found(lib.xen_list_pinned(xen.host.native, domain.domid, into))
-            recognised = found(
-                lib.xen_recognise_pinned(
-                    xen.host.native, domain.domid, gfn_array(there), len(there), into
-                )
-            )
+            listed, recognised = listed_of(xen, domain), recognised_in(xen, domain, there)
             print(f"listed {sorted(map(hex, listed))}, recognised {sorted(map(hex, recognised))}")
             assert listed and listed <= recognised
             assert len(recognised) < len(there) // 1000
@@ -233,15 +242,7 @@ def test_the_areas_that_a_guest_registers_belong_to_the_pinned_set(xen: XenHyper
             assert registered <= pinned
             # The guest runs on while many pages are read before those of its areas.
             late = np.concatenate([np.repeat(there[:1], 20 * 1024), there])
-            out = np.empty(len(late), dtype=np.uint64)
-            count = lib.xen_recognise_pinned(
-                xen.host.native,
-                domain.domid,
-                gfn_array(late),
-                len(late),
-                ffi.from_buffer("uint64_t[]", out),
-            )
-            assert registered - {first} <= set(out[:count].tolist())
+            assert registered - {first} <= recognised_in(xen, domain, late)
             if domain.info().state.value == "running":
                 domain.suspend()
 
