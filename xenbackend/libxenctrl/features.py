@@ -54,7 +54,7 @@ _NAMES: dict[tuple[int, int, str], str] = {
     (0x80000008, NO_SUBLEAF, "ebx"): "clzero" + " -" * 8 + " wbnoinvd - - ibpb" + " -" * 19,
 }
 """The names of the bits of a register, from the lowest bit on.  ``-``: the bit is no feature that a
-guest uses, or that Xen sets by itself.  The names are those of Xen (``cpufeatureset.h``).
+guest uses, or Xen sets the bit by itself.  The names are those of Xen (``cpufeatureset.h``).
 """
 
 

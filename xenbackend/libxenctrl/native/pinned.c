@@ -28,6 +28,13 @@
  *   event array          words of flags (pending, masked, linked) and a port, most of them masked
  *                        only.
  *
+ * Time records and runstate areas have an instant, in nanoseconds since the start of Xen: when the
+ * vCPU last ran here, so after the start of dom0 and not after now.  A time record also has a
+ * version, which is not 0 once Xen has written the record.  These bounds are needed if the scale is
+ * a little above 2^31, that is with 2.0 to 2.6 GHz.  A file of Linux's sysfs (kernfs_node) has its
+ * mode in the place of the scale (0x81240000 for a regular file that all may read), the number of
+ * its inode in the place of the instant, and 0 in the place of the version.
+ *
  * The pages that HVM parameters name are added: xenstore's and the console's rings, the device
  * model's.
  *
@@ -42,6 +49,8 @@
 
 #define GFN_MASK ((1ull << HOLDS_SHIFT) - 1)
 #define NAMED_MOST 32
+#define SHORTEST_NS 1000000000ull                 /* from the start of Xen to that of a guest */
+#define START_NS (3600 * 1000000000ull)           /* and to that of dom0, at most */
 
 long xen_held(struct xen_host *h, uint32_t domid, const uint64_t *gfns, size_t n, uint64_t *out)
 {
@@ -115,15 +124,24 @@ struct areas {
     double scale;               /* of time records; 0 if it is not known */
     unsigned vcpus;
     uint64_t *ran;              /* for how many nanoseconds each vCPU had run */
-    uint64_t asked_ns;          /* when Xen was asked for that */
+    uint64_t asked_ns;          /* when Xen was asked for that, by now_ns() */
+    uint64_t longest_ns;        /* Xen has not run for longer than this */
 };
 
+/* The time since the kernel of this domain started. */
 static uint64_t now_ns(void)
 {
     struct timespec now;
 
-    clock_gettime(CLOCK_MONOTONIC, &now);
+    clock_gettime(CLOCK_BOOTTIME, &now);
     return now.tv_sec * 1000000000ull + now.tv_nsec;
+}
+
+/* Xen started before this domain, and its clock and that of this domain differ by less than a
+ * factor of two. */
+static uint64_t longest_ns(void)
+{
+    return 2 * (now_ns() + START_NS);
 }
 
 static int domain_areas(struct xen_host *h, uint32_t domid, struct areas *areas)
@@ -139,6 +157,7 @@ static int domain_areas(struct xen_host *h, uint32_t domid, struct areas *areas)
     if (!areas->ran)
         return -ENOMEM;
     areas->asked_ns = now_ns();
+    areas->longest_ns = longest_ns();
     for (; areas->vcpus < info.vcpus; areas->vcpus++) {
         xc_vcpuinfo_t vcpu;
 
@@ -146,6 +165,11 @@ static int domain_areas(struct xen_host *h, uint32_t domid, struct areas *areas)
             areas->ran[areas->vcpus] = vcpu.cpu_time;
     }
     return 0;
+}
+
+static int is_instant(uint64_t ns, const struct areas *areas)
+{
+    return ns >= SHORTEST_NS && ns <= areas->longest_ns;
 }
 
 /* The scales are compared roughly, because Xen calibrates them again from time to time, with the
@@ -156,7 +180,7 @@ static int is_time_record(const uint64_t *at, const struct areas *areas)
     double found = time_scale(time);
 
     return found && found > areas->scale * 0.75 && found < areas->scale * 1.25 &&
-           !(time->system_time >> 60);
+           time->version && is_instant(time->system_time, areas);
 }
 
 /* The times of all states are those from the creation of the vCPU to the last change of its
@@ -169,7 +193,7 @@ static int is_runstate(const uint64_t *at, const struct areas *areas)
     uint64_t entered = runstate->state_entry_time & ~XEN_RUNSTATE_UPDATE;
     uint64_t ran = runstate->time[RUNSTATE_running], sum = 0, since;
 
-    if (at[0] > RUNSTATE_offline || entered >> 60 || !ran || ran > entered)
+    if (at[0] > RUNSTATE_offline || !is_instant(entered, areas) || !ran || ran > entered)
         return 0;
     for (unsigned i = 0; i < 4; i++)
         sum += runstate->time[i];
