@@ -45,6 +45,8 @@ CHECKPOINT_SUFFIX = ".checkpoint"
 NEW_CHECKPOINT_SUFFIX = ".new-checkpoint"
 """A checkpoint that is not complete yet."""
 STOPPED_SUFFIX = ".stopped"
+REMOVED_SUFFIXES = CHECKPOINT_SUFFIX, NEW_CHECKPOINT_SUFFIX, STOPPED_SUFFIX
+"""The files of a session that are removed with its entry."""
 KEEPER_SUFFIX = ".keeper"
 MEASURED_SUFFIX = ".measured"
 MEASURED_S = 900.0
@@ -273,7 +275,7 @@ class Journal:
         """Remove the files of sessions that have no entry any more.  A predecessor was killed just
         before it removed them, or the host was restarted.
         """
-        for suffix in (CHECKPOINT_SUFFIX, NEW_CHECKPOINT_SUFFIX, STOPPED_SUFFIX):
+        for suffix in REMOVED_SUFFIXES:
             for path in self._directory.glob(f"*{suffix}"):
                 if not is_there(self._path(path.name.removesuffix(suffix))):
                     remove(path)

@@ -24,7 +24,7 @@ from migrate.cli.world import World, loopback_world, start_receiver, start_sende
 from migrate.errors import DaemonGoneError, MigrationError
 from migrate.lanes.connection import Terms
 from migrate.lanes.tls import Tls
-from migrate.service.journal import CHECKPOINT_SUFFIX, NEW_CHECKPOINT_SUFFIX, STOPPED_SUFFIX
+from migrate.service.journal import REMOVED_SUFFIXES
 from xenbackend.contract import DomainState
 
 HOST = "127.0.0.1"
@@ -44,10 +44,8 @@ BESIDES = {"second": "destination", "onward": "destination", "homeward": "source
 """Further daemons, and their hosts."""
 HUNG_UP_S = 10.0
 """How long a daemon may take to end after SIGHUP, if it is not needed."""
-REMNANTS = (CHECKPOINT_SUFFIX, NEW_CHECKPOINT_SUFFIX, STOPPED_SUFFIX)
-"""The files of a migration that are removed with its journal."""
 REMNANT_S = 3.0
-"""How long a daemon may take to remove them."""
+"""How long a daemon may take to remove the files of a migration with its journal."""
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAPABILITY_VERSION = 24, 1, 0x20080522
 
 
@@ -194,7 +192,7 @@ class ChaosWorld(World):
     def _remnants(self, which: str) -> list[Path]:
         deadline = time.monotonic() + REMNANT_S
         while True:
-            files = [path for end in REMNANTS for path in self.state(which).glob(f"*{end}")]
+            files = [path for end in REMOVED_SUFFIXES for path in self.state(which).glob(f"*{end}")]
             found = [path for path in files if not path.with_suffix(".json").exists()]
             if not found or time.monotonic() > deadline:
                 return found
