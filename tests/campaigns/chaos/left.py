@@ -209,6 +209,7 @@ async def older_entry(trial: Trial) -> None:
             older = path.with_name(f"{new_id()}.json")
             older.write_text(with_facts(path.read_text(), **facts))
             os.utime(older, (path.stat().st_mtime - 1,) * 2)
+            trial.older_entries.add(which)
             trial.faults.append(f"an older entry at the {which}: {step}")
         world.start_anew(which)
         if step and not any(line["id"] == trial.id for line in trial.lines(which)):

@@ -222,7 +222,10 @@ def expected(trial: Trial, which: str, what: str, before: Line | None, after: Li
     if what == "show" or len(groups) > 1 or groups == {SWITCHOVER} or trial.again:
         return "."
     (group,) = groups
-    return ANSWERS[which, group][what.partition(" ")[0]]
+    answers = ANSWERS[which, group][what.partition(" ")[0]]
+    if group == END and which in trial.older_entries:
+        return f"{answers}|kept and not resumed"  # a guest may wait for that entry
+    return answers
 
 
 async def command(trial: Trial) -> None:

@@ -96,6 +96,8 @@ class Trial:
     """The daemons that have begun another migration of the guest."""
     checkpoint_damaged: bool = False
     """A checkpoint of the guest was damaged or removed."""
+    older_entries: set[str] = field(default_factory=set)
+    """The daemons that have found an entry of an older migration of the guest."""
     source_lost: bool = False
     """The source was destroyed while the destination lacked pages."""
     decisions: list[Decision] = field(default_factory=list)
