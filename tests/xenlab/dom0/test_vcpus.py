@@ -41,6 +41,19 @@ def test_a_guest_works_on_all_of_its_vcpus_wherever_it_is(running: Host, vcpus: 
             running.check_clean(name)
 
 
+def test_a_guest_arrives_with_a_vcpu_that_was_never_online(running: Host) -> None:
+    """When a guest resumes, Linux registers the areas of offline vCPUs as well.  Nothing at the
+    source shows which pages these are.
+    """
+    with guest("spare", extra="maxvcpus = 2\n", options=f"rate={STEPS_PER_S}") as made:
+        made.wait_for_heartbeats(2)
+        running.migrate("spare", XEN_POSTCOPY_STRATEGY="postcopy")
+        now = arrived("spare")
+        running.wait_for("completed")
+        check_heartbeat(now)
+        running.check_clean("spare")
+
+
 def test_the_clock_never_goes_back_and_sleepers_wake_over_three_migrations(running: Host) -> None:
     with guest("clock", vcpus=2, options=f"rate={STEPS_PER_S // 2} cpus=2 clocks=1") as made:
         check_clock(made)
