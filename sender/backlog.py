@@ -62,6 +62,11 @@ class Backlog:
         """The number of pages that were sent and are not acknowledged."""
         return self.unacknowledged - self.unsent
 
+    @property
+    def has_first(self) -> bool:
+        """Whether pages that precede all others are unsent."""
+        return bool((self._state[self._first] == UNSENT).any())
+
     # ---- before the handover ----
     def are_missing(self, pfns: PfnArray) -> NDArray[np.bool_]:
         missing: NDArray[np.bool_] = self._state[pfns] != NOT_MISSING

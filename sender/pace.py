@@ -8,6 +8,9 @@ push works for a part of the time only.  It sends a small batch, waits until the
 loaded the batch, and pauses for a multiple of the time that all of this has taken.  So the push
 becomes slower if either host is busy.
 
+The toolstack itself waits for some pages: QEMU maps the memory of the devices that it emulates, and
+libxl gives QEMU a minute to start.  There is no pause while these pages are sent.
+
 No more than one batch is in transit, so a decision against the destination does not wait behind
 pages for long.
 """
@@ -30,11 +33,17 @@ FIRST_POLL_S, LAST_POLL_S = 0.001, 0.05
 
 class SlowPace:
     """The pace of one thread that pushes.  ``in_transit`` returns how many pages the destination
-    has not acknowledged yet.
+    has not acknowledged yet, and ``hurries`` whether the toolstack waits for pages.
     """
 
-    def __init__(self, in_transit: Callable[[], int], clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        in_transit: Callable[[], int],
+        hurries: Callable[[], bool],
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self._in_transit = in_transit
+        self._hurries = hurries
         self._clock = clock
         self._began = clock()
         self.over = threading.Event()
@@ -45,6 +54,7 @@ class SlowPace:
         for poll_s in pauses(FIRST_POLL_S, LAST_POLL_S):
             if not self._in_transit() or self.over.wait(poll_s):
                 break
-        self.over.wait(PAUSE * (self._clock() - self._began))
+        if not self._hurries():
+            self.over.wait(PAUSE * (self._clock() - self._began))
         self._began = self._clock()
         return not self.over.is_set()

@@ -169,7 +169,7 @@ class Transfer:
         guest will need the pages.
         """
         backlog = self._context.backlog
-        pace = SlowPace(lambda: backlog.in_transit)
+        pace = SlowPace(lambda: backlog.in_transit, lambda: backlog.has_first)
 
         async def end_when_decided() -> None:
             await self._decided()

@@ -38,13 +38,17 @@ class Waits(threading.Event):
         return self.is_set()
 
 
+def no_hurry() -> bool:
+    return False
+
+
 @pytest.fixture
 def waits() -> Waits:
     return Waits()
 
 
 def test_the_push_works_for_a_part_of_the_time(waits: Waits) -> None:
-    pace = SlowPace(lambda: 0, lambda: waits.now)
+    pace = SlowPace(lambda: 0, no_hurry, lambda: waits.now)
     pace.over = waits
     for work_s in (0.1, 3.0):
         began = waits.now
@@ -53,9 +57,21 @@ def test_the_push_works_for_a_part_of_the_time(waits: Waits) -> None:
         assert waits.now - began == pytest.approx(work_s * (1 + PAUSE))
 
 
+def test_there_is_no_pause_while_the_toolstack_waits_for_pages(waits: Waits) -> None:
+    waiting = [True, True, False]
+    pace = SlowPace(lambda: 0, lambda: waiting.pop(0), lambda: waits.now)
+    pace.over = waits
+    for _ in range(2):
+        began = waits.now
+        waits.now += 10
+        assert pace.continues()
+        assert waits.now == began + 10
+    assert pace.continues()
+
+
 def test_the_next_batch_waits_until_the_last_one_is_loaded(waits: Waits) -> None:
     left = [256, 256, 100, 0]
-    pace = SlowPace(lambda: left.pop(0), lambda: waits.now)
+    pace = SlowPace(lambda: left.pop(0), no_hurry, lambda: waits.now)
     pace.over = waits
     assert pace.continues()
     assert not left
@@ -64,7 +80,7 @@ def test_the_next_batch_waits_until_the_last_one_is_loaded(waits: Waits) -> None
 def test_a_decision_ends_the_wait_for_the_destination() -> None:
     waits = Waits()
     waits.during = waits.set
-    pace = SlowPace(lambda: 256, lambda: waits.now)
+    pace = SlowPace(lambda: 256, no_hurry, lambda: waits.now)
     pace.over = waits
     assert not pace.continues()
     assert waits.now == 0
@@ -73,7 +89,7 @@ def test_a_decision_ends_the_wait_for_the_destination() -> None:
 def test_a_decision_ends_a_pause() -> None:
     waits = Waits()
     waits.during = waits.set
-    pace = SlowPace(lambda: 0, lambda: waits.now)
+    pace = SlowPace(lambda: 0, no_hurry, lambda: waits.now)
     pace.over = waits
     waits.now = 7.0
     assert not pace.continues()
@@ -93,7 +109,7 @@ async def test_a_push_that_is_cancelled_does_not_wait_for_the_destination() -> N
     session: Any = SimpleNamespace(sent=lambda *_message: None)
     domain: Any = SimpleNamespace(map_pages=mapped)
     push = PushLane(connection, session, domain, Throttle(None), SenderStatistics())
-    pace, waiting = SlowPace(lambda: 256), threading.Event()
+    pace, waiting = SlowPace(lambda: 256, no_hurry), threading.Event()
 
     def sent(_pfns: PfnArray, _message: m.Pages) -> bool:
         waiting.set()

@@ -64,8 +64,12 @@ class TestBacklog:
         """Each batch is ascending nevertheless, and no page is sent twice."""
         first = pfn_array([9000, 9001, 9002, 7, 8, 9000])
         backlog = Backlog(mask(1, 7, 8, 9000, 9001, 9002, nr_pfns=10_000), first)
-        batches = [batch.tolist() for batch in backlog.batches(2)]
-        assert batches == [[9000, 9001], [7, 9002], [8], [1]]
+        batches = []
+        while len(batch := backlog.next_batch(2)):
+            batches.append((batch.tolist(), backlog.has_first))
+        assert batches == [
+            ([9000, 9001], True), ([7, 9002], True), ([8], False), ([1], False)
+        ]  # fmt: skip
 
     def test_what_is_missing_changes_until_the_handover(self) -> None:
         backlog = Backlog(mask(1, 2, 9000, nr_pfns=10_000))
