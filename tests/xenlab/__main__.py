@@ -67,6 +67,7 @@ def _shards(kind: str) -> Iterator[Shard]:
 SHARDS = (
     *_shards("populate-evicted"),
     *_shards("paging"),
+    Shard("paging", _scenarios("test_hvm"), "hvm", in_gate=False, seconds=900),
     Shard("debian", seconds=150),
     Shard("debian-13", in_gate=False),
     Shard(parts.HOSTS, in_gate=False, seconds=500),

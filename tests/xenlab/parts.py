@@ -79,12 +79,21 @@ MODULES = (
 """The modules, in the order of their dependencies."""
 GUEST_DRIVERS = ("xen-blkfront.ko", "xen-netfront.ko")
 """The drivers for a guest's disk and network."""
+CD_DRIVERS = (
+    *("scsi_common.ko", "scsi_mod.ko", "libata.ko", "ata_piix.ko", "cdrom.ko", "sr_mod.ko"),
+)
+"""The drivers for a CD that the device model emulates."""
 GUEST_COMMANDS = ("poweroff", "reboot")
 """The commands that a guest's kernel runs when a toolstack asks for them."""
 PROGRAMS = [
     HERE / "dom0" / name for name in ("init.sh", "runner.sh", "runner.py", "xenlab.service")
 ]
 """The programs that dom0 starts before it has the working tree."""
+BOOT_DISK_BYTES = 32 * 2**20
+BOOT_OPTIONS = (
+    "initrd=initramf console=hvc0 mitigations=off nokaslr quiet panic=1 rate=1000 pages=4000"
+)
+"""The command line of the kernel that a firmware boots; FAT has names of eight characters."""
 FREESTANDING = (
     *("-ffreestanding", "-nostdlib", "-no-pie", "-fno-pic", "-mno-red-zone", "-mgeneral-regs-only"),
     *("-fno-stack-protector", "-fno-asynchronous-unwind-tables"),
@@ -99,6 +108,7 @@ TOOLS = {
     "gcc": "gcc", "make": "make", "flex": "flex", "bison": "bison", "patch": "patch",
     "dpkg-source": "dpkg-dev", "dpkg-deb": "dpkg", "qemu-system-x86_64": "qemu-system-x86",
     "qemu-img": "qemu-utils", "/bin/busybox": "busybox-static", "xz": "xz-utils", "zstd": "zstd",
+    "syslinux": "syslinux", "mcopy": "mtools", "mkfs.vfat": "dosfstools",
 }  # fmt: skip
 
 
@@ -218,7 +228,10 @@ def disk(dom0: Dom0) -> Path:
 
     return part(
         dom0.part("dom0"),
-        fingerprint(dom0.release.source, DISK_SIZE, *LIBRARIES, *dom0.packages, *HOST_NAMES),
+        fingerprint(
+            *(dom0.release.source, DISK_SIZE, *LIBRARIES, *dom0.packages, *HOST_NAMES),
+            *dom0.further_packages,
+        ),
         build,
     )
 
@@ -367,7 +380,9 @@ def _distributions(names: Iterable[str]) -> list[metadata.Distribution]:
 
 
 def guest(dom0: Dom0) -> Path:
-    """Return a folder with what a guest boots: ``vmlinux`` and ``initramfs``, or ``stub``."""
+    """Return a folder with what a guest boots: ``vmlinux`` and ``initramfs``, or ``stub``; with a
+    device model ``vmlinuz`` and ``initramfs-hvm``, or ``boot.disk``, which has both.
+    """
     folder = HERE / "guest"
 
     def build(where: Path) -> None:
@@ -381,13 +396,32 @@ def guest(dom0: Dom0) -> Path:
         for driver in GUEST_DRIVERS:
             shutil.copy(next(kernel(dom0).glob(f"modules/**/{driver}")), root)
         _archive(root, where / "initramfs")
+        for driver in CD_DRIVERS:
+            shutil.copy(next(kernel(dom0).glob(f"modules/**/{driver}")), root)
+        _archive(root, where / "initramfs-hvm")
         shutil.rmtree(root)
-        shutil.copy(kernel(dom0) / "vmlinux", where)
+        for name in ("vmlinux", "vmlinuz"):
+            shutil.copy(kernel(dom0) / name, where)
+        _boot_disk(where)
         sources = [str(folder / "entry.S"), str(folder / "stub.c")]
         run([*gcc, *FREESTANDING, "-o", str(where / "stub"), *sources])
 
     ingredients: list[str | Path] = [kernel(dom0).name, Path(__file__), *sorted(folder.iterdir())]
     return part(dom0.part("guest"), fingerprint(*ingredients), build)
+
+
+def _boot_disk(where: Path) -> None:
+    """Make a disk from which the firmware of a guest boots the kernel that is in the folder."""
+    disk, config = where / "boot.disk", where / "syslinux.cfg"
+    config.write_text(f"default lab\nlabel lab\n kernel vmlinuz\n append {BOOT_OPTIONS}\n")
+    with disk.open("wb") as file:
+        file.truncate(BOOT_DISK_BYTES)
+    run(["mkfs.vfat", str(disk)])
+    for name in ("vmlinuz", "initramfs-hvm"):
+        run(["mcopy", "-i", str(disk), str(where / name), f"::{name[:8]}"])
+    run(["mcopy", "-i", str(disk), str(config), "::syslinux.cfg"])
+    run(["syslinux", "--install", str(disk)])
+    config.unlink()
 
 
 def package() -> None:

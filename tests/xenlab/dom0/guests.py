@@ -27,10 +27,8 @@ STEPS_PER_S = 1000
 # prevents a triple fault, which a move between the emulated processors causes; so several vCPUs
 # share one.
 CONFIG = """\
-type = "pvh"
+type = "{type}"
 name = "{name}"
-kernel = "{kernel}"
-cmdline = "{options}"
 memory = {memory_mib}
 vcpus = {vcpus}
 cpus = "1"
@@ -45,13 +43,27 @@ class Kind:
     """What a guest boots, and its memory: enough to run, and little to copy."""
 
     kernel: str
+    """Empty: the firmware boots from the first disk."""
     memory_mib: int
     initramfs: str = ""
     options: str = ""
+    type: str = "pvh"
+
+    def boots(self, options: str) -> str:
+        """Return the lines of the configuration with what the guest boots."""
+        if not self.kernel:
+            return 'boot = "c"\nhdtype = "ahci"\n'
+        lines = f'kernel = "{near(self.kernel)}"\ncmdline = "{self.options + options}"\n'
+        return lines + (f'ramdisk = "{near(self.initramfs)}"\n' if self.initramfs else "")
 
 
-LINUX = Kind("vmlinux", 112, "initramfs", "console=hvc0 mitigations=off nokaslr quiet panic=1 ")
+LINUX_OPTIONS = "console=hvc0 mitigations=off nokaslr quiet panic=1 "
+LINUX = Kind("vmlinux", 112, "initramfs", LINUX_OPTIONS)
 """Debian's kernel with one program (``guest/init.c``)."""
+HVM = Kind("vmlinuz", 160, "initramfs-hvm", LINUX_OPTIONS, type="hvm")
+"""The same with a device model, which starts the kernel."""
+FROM_DISK = Kind("", 160, type="hvm")
+"""The same, started by the firmware from ``boot.disk``."""
 STUB = Kind("stub", 4)
 """No operating system (``guest/stub.c``)."""
 HEARTBEAT = re.compile(r"heartbeat (\d+) steps (\d+) errors (\d+) longest (\d+) ms")
@@ -81,6 +93,18 @@ class NetUse:
     messages: int
     mismatches: int
     connections: int
+
+
+CD = re.compile(r"cd reads (\d+) errors (\d+) mismatches (\d+)")
+
+
+@dataclass(frozen=True)
+class CdUse:
+    """Since the guest's start."""
+
+    reads: int
+    errors: int
+    mismatches: int
 
 
 CPU = re.compile(r"cpu (\d+) steps (\d+) errors (\d+)")
@@ -204,6 +228,21 @@ class Guest:
 
         return self._wait(look, "does not use its disk")
 
+    def cd_use(self) -> list[CdUse]:
+        return [CdUse(*map(int, found)) for found in CD.findall(self.console())]
+
+    def wait_for_cd(self, count: int) -> CdUse:
+        """Wait for so many more reads of the CD.  Returns the last line.  Raises as
+        :meth:`wait_for_heartbeats`.
+        """
+        first = self._wait(self.cd_use, "does not use its CD")[-1].reads
+
+        def look() -> CdUse | None:
+            last = self.cd_use()[-1]
+            return last if last.reads >= first + count else None
+
+        return self._wait(look, "does not use its CD")
+
     def wait_for_heartbeats(self, count: int, timeout_s: float = WAIT_S) -> list[Heartbeat]:
         """Wait for so many more heartbeats.  Raises ``TimeoutError`` with the end of the
         console.
@@ -267,18 +306,9 @@ def create(
     program.
     """
     config = Path(f"/tmp/{name}.cfg")
-    if kind.initramfs:
-        extra += f'ramdisk = "{near(kind.initramfs)}"\n'
-    config.write_text(
-        CONFIG.format(
-            name=name,
-            kernel=near(kind.kernel),
-            memory_mib=memory_mib or kind.memory_mib,
-            vcpus=vcpus,
-            options=kind.options + options,
-        )
-        + extra
-    )
+    memory_mib = memory_mib or kind.memory_mib
+    own = CONFIG.format(type=kind.type, name=name, memory_mib=memory_mib, vcpus=vcpus)
+    config.write_text(own + kind.boots(options) + extra)
     xl("create", *(["-p"] if paused else []), str(config))
     return Guest(name, int(xl("domid", name)))
 

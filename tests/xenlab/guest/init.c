@@ -15,7 +15,8 @@
  * pages that each of these threads uses; default: 512), net=N (use the network, see net.h; N is the
  * last byte of the guest's address; default: none), cpus=N (the CPUs on which memory is used, see
  * cpus.h, each with an equal part of the pages; default: one, which need not be the same all the
- * time), clocks=1 (sleep and check the clock as well, see clock.h).
+ * time), clocks=1 (sleep and check the clock as well, see clock.h), cd=1 (read the first CD, see
+ * cd.h), screen=1 (print the heartbeats to the screen as well).
  *
  * As /sbin/poweroff and /sbin/reboot, which the kernel runs for `xl shutdown` and `xl reboot`, the
  * program ends the guest.
@@ -63,6 +64,7 @@ static int load(const char *module)
 #include "clock.h"
 #include "cpus.h"
 #include "disk.h"
+#include "cd.h"
 #include "net.h"
 
 #define MOST_CPUS 16u
@@ -140,7 +142,9 @@ static unsigned cpu_count;
 static uint64_t first, most;
 static struct disk disk;
 static struct net net;
-static int has_disk, has_net, has_clock;
+static struct cd cd;
+static int has_disk, has_net, has_clock, has_cd;
+static FILE *screen;
 
 /* Takes the memory, and fills it.  Returns whether there is enough. */
 static int take_memory(const char *line)
@@ -175,6 +179,9 @@ static void start_others(const char *line)
     has_disk = disk.threads && start_disk(&disk);
     has_net = host && start_net(&net, host);
     has_clock = option(line, "clocks=", 0) && start_clock();
+    has_cd = option(line, "cd=", 0) && start_cd(&cd);
+    if (option(line, "screen=", 0))
+        screen = fopen("/dev/tty0", "w");
 
     /* Last, because other threads must not be bound to the first CPU. */
     if (cpu_count > 1 && !start_cpus(cpus, cpu_count))
@@ -187,12 +194,19 @@ static void beat(double longest)
 
     printf("heartbeat %lu steps %lu errors %lu longest %.0f ms\n", (unsigned long)++beats,
            (unsigned long)memory->steps, (unsigned long)memory->errors, longest * 1000);
+    if (screen) {
+        fprintf(screen, "heartbeat %lu steps %lu\n", (unsigned long)beats,
+                (unsigned long)memory->steps);
+        fflush(screen);
+    }
     if (has_disk)
         print_disk(&disk);
     if (has_net)
         print_net(&net);
     if (has_clock)
         print_clock();
+    if (has_cd)
+        print_cd(&cd);
     if (cpu_count > 1)
         print_cpus(cpus, cpu_count);
     if (most)
