@@ -7,14 +7,16 @@ import lzma
 import shutil
 import struct
 import subprocess
+import threading
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
 from tests.xenlab import parts, qemu
-from tests.xenlab.__main__ import SCENARIOS, SHARDS, write_junit
+from tests.xenlab.__main__ import SCENARIOS, SHARDS, Shard, each, write_junit
 from tests.xenlab.cache import LabError
+from tests.xenlab.machine import Result
 
 LEAF_1, LEAF_EXTENDED = 0x00000001, 0x80000001
 
@@ -83,6 +85,20 @@ def test_every_module_has_a_shard_or_belongs_to_other_machines(kind: str) -> Non
     for module in (parts.HERE / "dom0").glob("test_*.py"):
         elsewhere = "pytestmark = pytest.mark.hypervisors(" in module.read_text()
         assert elsewhere or f"{SCENARIOS}/{module.name}" in chosen
+
+
+def test_no_machine_runs_beside_two_hosts(tmp_path: Path) -> None:
+    other_began = threading.Event()
+
+    def run(shard: Shard) -> Result:
+        if shard.kind == parts.HOSTS:
+            assert not other_began.wait(0.1)
+        else:
+            other_began.set()
+        return Result(0, "", tmp_path, tmp_path, 0.0, 0.0)
+
+    done = [(shard, future.result()) for shard, future in each(SHARDS, run)]
+    assert {shard for shard, _ in done} == set(SHARDS)
 
 
 HALTED = "RIP=ffff82d04030ec16 RFL=00000202 [-------] CPL=0 II=0 A20=1 SMM=0 HLT=1"

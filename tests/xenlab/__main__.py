@@ -19,8 +19,8 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -77,7 +77,7 @@ SHARDS = (
 def run_tests(kinds: Sequence[str], *, gate: bool, junit: Path | None, timeout_s: float) -> int:
     """Run the tests of these machines, two machines at a time.  Returns the exit status.
 
-    The machine that took longest in the last run starts first.  ``junit``: a folder for pytest's
+    The shard that took longest in the last run starts first.  ``junit``: a folder for pytest's
     XML of each shard, and for the seconds that each took.
     """
     parts.build(kinds)
@@ -87,24 +87,21 @@ def run_tests(kinds: Sequence[str], *, gate: bool, junit: Path | None, timeout_s
     shards = [shard for shard in SHARDS if shard.kind in kinds and (shard.in_gate or not gate)]
     shards.sort(key=lambda shard: -seconds.get(str(shard), shard.seconds))
     failed = []
-    with ThreadPoolExecutor(machine.AT_ONCE) as pool:
-        running = {pool.submit(_run_shard, shard, gate, timeout_s): shard for shard in shards}
-        for done in as_completed(running):
-            shard = running[done]
-            try:
-                result = done.result()
-            except LabError as error:
-                say(f"{shard}: {error}")
-                failed.append(str(shard))
-                if junit:
-                    write_junit(junit, shard, None, str(error))
-                continue
-            print(f"---- {shard} ----\n{result.output}", flush=True)
-            seconds[str(shard)] = round(result.seconds, 1)
-            if result.status:
-                failed.append(str(shard))
+    for shard, done in each(shards, lambda shard: _run_shard(shard, gate, timeout_s)):
+        try:
+            result = done.result()
+        except LabError as error:
+            say(f"{shard}: {error}")
+            failed.append(str(shard))
             if junit:
-                write_junit(junit, shard, result, f"exit status {result.status}")
+                write_junit(junit, shard, None, str(error))
+            continue
+        print(f"---- {shard} ----\n{result.output}", flush=True)
+        seconds[str(shard)] = round(result.seconds, 1)
+        if result.status:
+            failed.append(str(shard))
+        if junit:
+            write_junit(junit, shard, result, f"exit status {result.status}")
     memory.write_text(json.dumps(seconds))
     say(
         f"tests failed on: {', '.join(failed)}"
@@ -112,6 +109,21 @@ def run_tests(kinds: Sequence[str], *, gate: bool, junit: Path | None, timeout_s
         else "all tests passed on every hypervisor"
     )
     return int(bool(failed))
+
+
+def each(
+    shards: Sequence[Shard], run: Callable[[Shard], machine.Result]
+) -> Iterator[tuple[Shard, Future[machine.Result]]]:
+    """Run each shard, and yield the shard with its result as soon as it is done.  Two hosts are two
+    machines, so they run alone, and first.
+    """
+    hosts = [shard for shard in shards if shard.kind == parts.HOSTS]
+    others = [shard for shard in shards if shard.kind != parts.HOSTS]
+    for chosen, at_once in ((hosts, 1), (others, machine.AT_ONCE)):
+        with ThreadPoolExecutor(at_once) as pool:
+            running = {pool.submit(run, shard): shard for shard in chosen}
+            for done in as_completed(running):
+                yield running[done], done
 
 
 def _run_shard(shard: Shard, gate: bool, timeout_s: float) -> machine.Result:
