@@ -20,6 +20,7 @@ from pathlib import Path
 
 from tests.xenlab.cache import LabError, fingerprint, part
 from tests.xenlab.debian import DEBIAN_12, DEBIAN_13, Dom0
+from tests.xenlab.dom0.guests import LINUX_OPTIONS, STEPS_PER_S
 from xenbackend.hypervisor.build import PAGING_CONFIG, compile_hypervisor
 from xenbackend.hypervisor.debian import run
 
@@ -80,8 +81,8 @@ MODULES = (
 GUEST_DRIVERS = ("xen-blkfront.ko", "xen-netfront.ko")
 """The drivers for a guest's disk and network."""
 CD_DRIVERS = (
-    *("scsi_common.ko", "scsi_mod.ko", "libata.ko", "ata_piix.ko", "cdrom.ko", "sr_mod.ko"),
-)
+    "scsi_common.ko", "scsi_mod.ko", "libata.ko", "ata_piix.ko", "cdrom.ko", "sr_mod.ko",
+)  # fmt: skip
 """The drivers for a CD that the device model emulates."""
 GUEST_COMMANDS = ("poweroff", "reboot")
 """The commands that a guest's kernel runs when a toolstack asks for them."""
@@ -90,9 +91,7 @@ PROGRAMS = [
 ]
 """The programs that dom0 starts before it has the working tree."""
 BOOT_DISK_BYTES = 32 * 2**20
-BOOT_OPTIONS = (
-    "initrd=initramf console=hvc0 mitigations=off nokaslr quiet panic=1 rate=1000 pages=4000"
-)
+BOOT_OPTIONS = f"initrd=initramf {LINUX_OPTIONS}rate={STEPS_PER_S} pages=4000"
 """The command line of the kernel that a firmware boots; FAT has names of eight characters."""
 FREESTANDING = (
     *("-ffreestanding", "-nostdlib", "-no-pie", "-fno-pic", "-mno-red-zone", "-mgeneral-regs-only"),

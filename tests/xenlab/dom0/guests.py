@@ -50,7 +50,9 @@ class Kind:
     type: str = "pvh"
 
     def boots(self, options: str) -> str:
-        """Return the lines of the configuration with what the guest boots."""
+        """Return the lines of the configuration with what the guest boots.  ``options``: those of
+        its program; a kernel that the firmware boots has its own.
+        """
         if not self.kernel:
             return 'boot = "c"\nhdtype = "ahci"\n'
         lines = f'kernel = "{near(self.kernel)}"\ncmdline = "{self.options + options}"\n'
@@ -220,13 +222,9 @@ class Guest:
         """Wait for so many more requests to the disk.  Returns the last line.  Raises as
         :meth:`wait_for_heartbeats`.
         """
-        first = self._wait(self.disk_use, "does not use its disk")[-1].requests
-
-        def look() -> DiskUse | None:
-            last = self.disk_use()[-1]
-            return last if last.requests >= first + count else None
-
-        return self._wait(look, "does not use its disk")
+        return self._wait_for_more(
+            self.disk_use, lambda use: use.requests, count, "does not use its disk"
+        )
 
     def cd_use(self) -> list[CdUse]:
         return [CdUse(*map(int, found)) for found in CD.findall(self.console())]
@@ -235,13 +233,19 @@ class Guest:
         """Wait for so many more reads of the CD.  Returns the last line.  Raises as
         :meth:`wait_for_heartbeats`.
         """
-        first = self._wait(self.cd_use, "does not use its CD")[-1].reads
+        return self._wait_for_more(self.cd_use, lambda use: use.reads, count, "does not use its CD")
 
-        def look() -> CdUse | None:
-            last = self.cd_use()[-1]
-            return last if last.reads >= first + count else None
+    def _wait_for_more(
+        self, uses: Callable[[], list[T]], done: Callable[[T], int], count: int, lack: str
+    ) -> T:
+        """Wait until ``done`` of the last use has grown by so much.  Returns the last use."""
+        first = done(self._wait(uses, lack)[-1])
 
-        return self._wait(look, "does not use its CD")
+        def look() -> T | None:
+            last = uses()[-1]
+            return last if done(last) >= first + count else None
+
+        return self._wait(look, lack)
 
     def wait_for_heartbeats(self, count: int, timeout_s: float = WAIT_S) -> list[Heartbeat]:
         """Wait for so many more heartbeats.  Raises ``TimeoutError`` with the end of the

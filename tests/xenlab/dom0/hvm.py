@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.xenlab.dom0.devices import BLOCKS
+from tests.xenlab.dom0.devices import image
 from tests.xenlab.dom0.guests import PARTS, WAIT_S, run
 from tests.xenlab.dom0.waiting import until
 
@@ -32,16 +32,10 @@ def disk_of_device_model(name: str, *, boots: bool = False) -> Iterator[str]:
     """Yield the specification of a disk that the device model serves.  ``boots``: the firmware can
     boot from the disk.
     """
-    path = Path(f"/tmp/{name}.disk")
-    if boots:
-        shutil.copy(PARTS / "boot.disk", path)
-    else:
-        with path.open("wb") as file:
-            file.truncate(BLOCKS * 4096)
-    try:
+    with image(name) as path:
+        if boots:
+            shutil.copy(PARTS / "boot.disk", path)
         yield f"format=raw,vdev=xvda,access=rw,backendtype=qdisk,target={path}"
-    finally:
-        path.unlink()
 
 
 @contextlib.contextmanager

@@ -78,7 +78,7 @@ def test_a_guest_with_disk_cd_and_screen_arrives(running: Host, strategy: str) -
         watch(made)
         running.migrate("hvm1", XEN_POSTCOPY_STRATEGY=strategy)
         now = arrived("hvm1")
-        with closing(Screen(now.domid)) as screen:  # while pages are missing
+        with closing(Screen(now.domid)) as screen:
             screen.wait_for_changes(3)
             check_devices(now)
             running.wait_for("completed")

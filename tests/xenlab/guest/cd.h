@@ -61,12 +61,10 @@ static int start_cd(struct cd *cd)
             printf("no driver for a CD: %s: %s\n", cd_drivers[i], strerror(errno));
             return 0;
         }
-    for (int tries = 0; (cd->fd = open(CD, O_RDONLY | O_DIRECT)) < 0; tries++) {
-        if (tries == 600) {
-            printf("no CD: %s\n", strerror(errno));
-            return 0;
-        }
-        usleep(100000);
+    cd->fd = open_device(CD, O_RDONLY | O_DIRECT);
+    if (cd->fd < 0) {
+        printf("no CD: %s\n", strerror(errno));
+        return 0;
     }
     cd->area = mmap(NULL, CD_AREA, PROT_READ | PROT_WRITE,
                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);

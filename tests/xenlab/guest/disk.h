@@ -82,12 +82,10 @@ static int start_disk(struct disk *disk)
         printf("no driver for a disk: %s\n", strerror(errno));
         return 0;
     }
-    for (int tries = 0; (disk->fd = open(DISK, O_RDWR | O_DIRECT)) < 0; tries++) {
-        if (tries == 600) {
-            printf("no disk: %s\n", strerror(errno));
-            return 0;
-        }
-        usleep(100000);
+    disk->fd = open_device(DISK, O_RDWR | O_DIRECT);
+    if (disk->fd < 0) {
+        printf("no disk: %s\n", strerror(errno));
+        return 0;
     }
     disk->area = mmap(NULL, disk->threads * disk->buffers * PAGE, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);

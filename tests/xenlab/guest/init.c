@@ -61,6 +61,17 @@ static int load(const char *module)
     return !failed;
 }
 
+/* Waits up to a minute for a device, and opens the device.  Returns -1 if that fails; errno has the
+ * reason. */
+static int open_device(const char *path, int flags)
+{
+    int fd;
+
+    for (int tries = 0; (fd = open(path, flags)) < 0 && tries < 600; tries++)
+        usleep(100000);
+    return fd;
+}
+
 #include "clock.h"
 #include "cpus.h"
 #include "disk.h"
