@@ -33,7 +33,8 @@ FIRST_POLL_S, LAST_POLL_S = 0.001, 0.05
 
 class SlowPace:
     """The pace of one thread that pushes.  ``in_transit`` returns how many pages the destination
-    has not acknowledged yet, and ``hurries`` whether the toolstack waits for pages.
+    has not acknowledged yet.  ``hurries`` returns whether pages are unsent for which the toolstack
+    waits.
     """
 
     def __init__(

@@ -28,8 +28,8 @@
  *   event array          words of flags (pending, masked, linked) and a port, most of them masked
  *                        only.
  *
- * Time records and runstate areas have an instant, in nanoseconds since the start of Xen: when the
- * vCPU last ran here, so after the start of dom0 and not after now.  A time record also has a
+ * Time records and runstate areas have an instant, in nanoseconds since the start of Xen.  The
+ * instant is later than the start of any guest, and not later than now.  A time record also has a
  * version, which is not 0 once Xen has written the record.  These bounds are needed if the scale is
  * a little above 2^31, that is with 2.0 to 2.6 GHz.  A file of Linux's sysfs (kernfs_node) has its
  * mode in the place of the scale (0x81240000 for a regular file that all may read), the number of
@@ -137,8 +137,7 @@ static uint64_t now_ns(void)
     return now.tv_sec * 1000000000ull + now.tv_nsec;
 }
 
-/* Xen started before this domain, and its clock and that of this domain differ by less than a
- * factor of two. */
+/* Xen started before this domain.  The clocks of both differ by less than a factor of two. */
 static uint64_t longest_ns(void)
 {
     return 2 * (now_ns() + START_NS);
