@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.xenlab import parts, qemu
-from tests.xenlab.__main__ import SCENARIOS, SHARDS, Shard, each, write_junit
+from tests.xenlab.__main__ import SCENARIOS, SHARDS, Shard, chosen, each, write_junit
 from tests.xenlab.cache import LabError
 from tests.xenlab.machine import Result
 
@@ -85,6 +85,11 @@ def test_every_module_has_a_shard_or_belongs_to_other_machines(kind: str) -> Non
     for module in (parts.HERE / "dom0").glob("test_*.py"):
         elsewhere = "pytestmark = pytest.mark.hypervisors(" in module.read_text()
         assert elsewhere or f"{SCENARIOS}/{module.name}" in chosen
+
+
+def test_the_gate_builds_no_machine_that_has_none_of_its_tests() -> None:
+    kinds = {shard.kind for shard in chosen(list(parts.MACHINES), gate=True)}
+    assert kinds == set(parts.HYPERVISORS)
 
 
 def test_no_machine_runs_beside_two_hosts(tmp_path: Path) -> None:

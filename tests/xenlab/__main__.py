@@ -80,11 +80,12 @@ def run_tests(kinds: Sequence[str], *, gate: bool, junit: Path | None, timeout_s
     The shard that took longest in the last run starts first.  ``junit``: a folder for pytest's
     XML of each shard, and for the seconds that each took.
     """
-    parts.build(kinds)
-    machine.save_all(kinds)
+    shards = chosen(kinds, gate=gate)
+    needed = list(dict.fromkeys(shard.kind for shard in shards))
+    parts.build(needed)
+    machine.save_all(needed)
     memory = directory() / ("seconds-gate.json" if gate else "seconds.json")
     seconds: dict[str, float] = json.loads(memory.read_text()) if memory.exists() else {}
-    shards = [shard for shard in SHARDS if shard.kind in kinds and (shard.in_gate or not gate)]
     shards.sort(key=lambda shard: -seconds.get(str(shard), shard.seconds))
     failed = []
     for shard, done in each(shards, lambda shard: _run_shard(shard, gate, timeout_s)):
@@ -111,6 +112,11 @@ def run_tests(kinds: Sequence[str], *, gate: bool, junit: Path | None, timeout_s
     return int(bool(failed))
 
 
+def chosen(kinds: Sequence[str], *, gate: bool) -> list[Shard]:
+    """Return the shards of these machines; with ``gate`` those that have tests of the gate."""
+    return [shard for shard in SHARDS if shard.kind in kinds and (shard.in_gate or not gate)]
+
+
 def each(
     shards: Sequence[Shard], run: Callable[[Shard], machine.Result]
 ) -> Iterator[tuple[Shard, Future[machine.Result]]]:
@@ -119,18 +125,18 @@ def each(
     """
     hosts = [shard for shard in shards if shard.kind == parts.HOSTS]
     others = [shard for shard in shards if shard.kind != parts.HOSTS]
-    for chosen, at_once in ((hosts, 1), (others, machine.AT_ONCE)):
+    for group, at_once in ((hosts, 1), (others, machine.AT_ONCE)):
         with ThreadPoolExecutor(at_once) as pool:
-            running = {pool.submit(run, shard): shard for shard in chosen}
+            running = {pool.submit(run, shard): shard for shard in group}
             for done in as_completed(running):
                 yield running[done], done
 
 
 def _run_shard(shard: Shard, gate: bool, timeout_s: float) -> machine.Result:
-    chosen = ("-m", "gate") if gate else ()
+    options = ("-m", "gate") if gate else ()
     if CONFORMANCE in shard.paths:  # the conftest.py of the other folder chooses tests
-        chosen = ("-p", f"{SCENARIOS}.conftest".replace("/", "."), *chosen)
-    command = [*PYTEST, *chosen, "--junit-xml=$LAB_OUT/junit.xml", *shard.paths]
+        options = ("-p", f"{SCENARIOS}.conftest".replace("/", "."), *options)
+    command = [*PYTEST, *options, "--junit-xml=$LAB_OUT/junit.xml", *shard.paths]
     return machine.boot(shard.kind, command, timeout_s=timeout_s, live=False)
 
 
