@@ -70,7 +70,8 @@ SHARDS = (
     Shard("paging", _scenarios("test_hvm"), "hvm", in_gate=False, seconds=900),
     Shard("debian", seconds=150),
     Shard("debian-13", in_gate=False),
-    Shard(parts.HOSTS, in_gate=False, seconds=500),
+    Shard(parts.HOSTS, in_gate=False, seconds=1500),
+    Shard(parts.RELEASES, in_gate=False, seconds=900),
 )
 
 
@@ -120,12 +121,12 @@ def chosen(kinds: Sequence[str], *, gate: bool) -> list[Shard]:
 def each(
     shards: Sequence[Shard], run: Callable[[Shard], machine.Result]
 ) -> Iterator[tuple[Shard, Future[machine.Result]]]:
-    """Run each shard, and yield the shard with its result as soon as it is done.  Two hosts are two
-    machines, so they run alone, and first.
+    """Run each shard, and yield the shard with its result as soon as it is done.  A pair of hosts
+    is two machines, so pairs run alone, and first.
     """
-    hosts = [shard for shard in shards if shard.kind == parts.HOSTS]
-    others = [shard for shard in shards if shard.kind != parts.HOSTS]
-    for group, at_once in ((hosts, 1), (others, machine.AT_ONCE)):
+    pairs = [shard for shard in shards if len(parts.KINDS[shard.kind]) > 1]
+    others = [shard for shard in shards if shard not in pairs]
+    for group, at_once in ((pairs, 1), (others, machine.AT_ONCE)):
         with ThreadPoolExecutor(at_once) as pool:
             running = {pool.submit(run, shard): shard for shard in group}
             for done in as_completed(running):
@@ -173,7 +174,7 @@ def arguments() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--hypervisor", choices=list(parts.MACHINES), action="append",
+        "--hypervisor", choices=list(parts.KINDS), action="append",
         help=f"where to run (default: {parts.HYPERVISORS[0]}; of the tests: all; may be given "
              "again for them)",
     )  # fmt: skip
@@ -210,7 +211,7 @@ def arguments() -> argparse.ArgumentParser:
 def main() -> None:
     parser = arguments()
     options = parser.parse_args()
-    kinds = options.hypervisor or list(parts.MACHINES)
+    kinds = options.hypervisor or list(parts.KINDS)
     try:
         if options.build:
             parts.build(kinds)

@@ -100,72 +100,82 @@ def boot(
 ) -> Result:
     """Run a command in dom0, in a copy of the working tree, which is read-only there.
 
-    ``kind``: one of ``parts.MACHINES``.  ``keep``: the folder for results (default: a new folder
+    ``kind``: one of ``parts.KINDS``.  ``keep``: the folder for results (default: a new folder
     under the cache's ``runs``).  With ``live`` the command's output is shown as it arrives.  Raises
     :class:`LabError` if the machine does not start the command.
     """
     parts.check_tools()
     where = keep or Path(tempfile.mkdtemp(prefix="run-", dir=_runs()))
     commands = [(where, command, "")]
-    if kind == parts.HOSTS:
-        parts.package()
+    if len(parts.KINDS[kind]) > 1:
         other: Command = "sleep infinity"
         commands = [(where, command, _joining(0)), (where / "host2", other, _joining(1))]
+    if kind == parts.HOSTS:
+        parts.package()
     began = time.monotonic()
-    state = _saved(kind) if memory_mib == MEMORY_MIB else None
+    save = memory_mib == MEMORY_MIB
+    states = [_saved(name) if save else None for name in parts.KINDS[kind]]
     with contextlib.ExitStack() as stack:
-        cable = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="xenlab-")))
-
-        def start(state: Path | None) -> list[_Machine]:
-            machines = [
-                stack.enter_context(_Machine(kind, to, state, memory_mib, cable, number))
-                for number, (to, _, _) in enumerate(commands)
-            ]
-            for machine, (_, what, first) in zip(machines, commands, strict=True):
-                machine.begin(what, first)
-            return machines
-
-        def start_again(state: Path | None) -> _Machine:
-            nonlocal cable
-            stack.close()
-            cable = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="xenlab-")))
-            return start(state)[0]
-
         try:
-            machine = start(state)[0]
+            machine = _start(stack, kind, commands, states, memory_mib)
         except LabError as error:
-            if state is None:
+            if not any(states):
                 raise
-            say(f"{kind}: the saved state in {state} is of no use, booting instead: {error}")
-            machine = start_again(state := None)
+            say(f"{kind}: a saved state is of no use, booting instead: {error}")
+            states = [None for _ in states]
+            machine = _start(stack, kind, commands, states, memory_mib)
         ready_s = time.monotonic() - began
         say(f"{kind}: the command runs after {ready_s:.1f} s; console in {machine.console}")
         try:
             status = machine.wait(timeout_s, live)
         except StuckError as error:
             say(f"{kind}: {error}: the command is run again, in a new machine")
-            status = start_again(state).wait(timeout_s, live)
+            again = _start(stack, kind, commands, states, memory_mib)
+            status = again.wait(timeout_s, live)
     seconds = time.monotonic() - began
     say(f"{kind}: exit status {status} after {seconds:.0f} s; results in {where}")
     output = (where / "output").read_text(errors="replace") if (where / "output").exists() else ""
     return Result(status, output, where / "out", machine.console, ready_s, seconds)
 
 
+def _start(
+    stack: contextlib.ExitStack,
+    kind: str,
+    commands: Sequence[tuple[Path, Command, str]],
+    states: Sequence[Path | None],
+    memory_mib: int,
+) -> _Machine:
+    """End what the stack has, and start the machines of a kind, which end with the stack.
+
+    ``commands``: the folder for results, the command and what comes before it, of each machine.
+    Returns the first machine.
+    """
+    stack.close()
+    cable = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="xenlab-")))
+    machines = [
+        stack.enter_context(_Machine(name, commands[number][0], state, memory_mib, cable, number))
+        for number, (name, state) in enumerate(zip(parts.KINDS[kind], states, strict=True))
+    ]
+    for machine, (_, what, first) in zip(machines, commands, strict=True):
+        machine.begin(what, first, kind)
+    return machines[0]
+
+
 def save_all(kinds: Iterable[str]) -> None:
-    """Save the state of machines, so that their runs need not do it."""
+    """Save the states of the machines of these kinds, so that their runs need not do it."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        list(pool.map(_saved, kinds))
+        list(pool.map(_saved, parts.machines(kinds)))
 
 
-def _saved(kind: str) -> Path | None:
+def _saved(name: str) -> Path | None:
     """Return the folder of a machine that has booted and waits for its command: ``state``, which
     has its memory and its devices, and ``disk``.
 
     Returns ``None``, and prints a line with the reason, if the state cannot be saved.
     """
-    command = _command(kind, MEMORY_MIB)
+    command = _command(name, MEMORY_MIB)
     ingredients = " ".join(command).replace(str(directory()), "")
-    dom0 = parts.MACHINES[kind].dom0
+    dom0 = parts.MACHINES[name].dom0
     disks = parts.disk(dom0).name, parts.packages(dom0).name
     key = fingerprint(ingredients, *disks, qemu.version(), qemu.processor(), SAVED)
 
@@ -187,22 +197,22 @@ def _saved(kind: str) -> Path | None:
         )
         with (
             tempfile.TemporaryDirectory(prefix="xenlab-") as sockets,
-            _Machine(kind, where, where, MEMORY_MIB, Path(sockets), 0, saving=True) as machine,
+            _Machine(name, where, where, MEMORY_MIB, Path(sockets), 0, saving=True) as machine,
         ):
             machine.boot()
             machine.save()
 
     try:
-        return part(f"machine-{kind}", key, save)
+        return part(f"machine-{name}", key, save)
     except LabError as error:
-        say(f"{kind}: no state of it can be saved: {error}")
+        say(f"{name}: no state of it can be saved: {error}")
         return None
 
 
-def _command(kind: str, memory_mib: int) -> list[str]:
-    """Return QEMU's command line, as far as it is the same for each machine of the kind."""
-    options = f"{DOM0_OPTIONS} {SYSTEMD_OPTIONS}" if kind == parts.HOSTS else DOM0_OPTIONS
-    what = parts.MACHINES[kind]
+def _command(name: str, memory_mib: int) -> list[str]:
+    """Return QEMU's command line, as far as it is the same for each run of the machine."""
+    what = parts.MACHINES[name]
+    options = f"{DOM0_OPTIONS} {SYSTEMD_OPTIONS}" if what.is_host else DOM0_OPTIONS
     modules = f"{parts.kernel(what.dom0) / 'vmlinuz'} {options},{parts.initramfs(what.dom0)}"
     return [
         qemu.PROGRAM, *qemu.acceleration(), "-smp", "2", "-m", str(memory_mib),
@@ -216,7 +226,7 @@ class _Machine(contextlib.AbstractContextManager["_Machine"]):
 
     def __init__(
         self,
-        kind: str,
+        name: str,
         where: Path,
         state: Path | None,
         memory_mib: int,
@@ -228,18 +238,19 @@ class _Machine(contextlib.AbstractContextManager["_Machine"]):
         """``state``: the state to begin with or, if ``saving``, where to save it.  ``number``: the
         first or the second of two hosts.
         """
-        self._kind, self._where, self._state, self._saving = kind, where, state, saving
+        self._what = parts.MACHINES[name]
+        self._where, self._state, self._saving = where, state, saving
         self.console = where / "console.log"
         self._monitor_at = sockets / f"monitor{number}"
         self._console_at = sockets / f"console{number}"
         (where / "out").mkdir(parents=True, exist_ok=True)
         for old in ("status", "output", "hypervisor.log", "console.log"):
             (where / old).unlink(missing_ok=True)
-        dom0 = parts.MACHINES[kind].dom0
+        dom0 = self._what.dom0
         disk, form = (state / "disk", "qcow2") if state else (parts.disk(dom0) / "disk", "raw")
         snapshot = "off" if saving else "on"
         command = [
-            *_command(kind, memory_mib), "-drive",
+            *_command(name, memory_mib), "-drive",
             f"file={disk},if=virtio,format={form},snapshot={snapshot}", "-drive",
             f"file={parts.packages(dom0) / 'disk'},if=virtio,format=raw,readonly=on",
             *_share("io", where, readonly=False),
@@ -248,7 +259,7 @@ class _Machine(contextlib.AbstractContextManager["_Machine"]):
             f"socket,id=com1,path={self._console_at},server=on,wait=off,logfile={self.console}",
             "-serial", "chardev:com1",
         ]  # fmt: skip
-        if kind == parts.HOSTS:
+        if self._what.is_host:
             command += _network_card(sockets, number)
         if state and not saving:
             command += ["-incoming", "defer"]
@@ -283,11 +294,11 @@ class _Machine(contextlib.AbstractContextManager["_Machine"]):
             monitor("quit")
         self._process.wait()
 
-    def begin(self, command: Command, first: str) -> None:
-        """Boot or continue, and start the command after ``first``, a shell command."""
+    def begin(self, command: Command, first: str, kind: str) -> None:
+        """Boot or continue, and start the command of a run after ``first``, a shell command."""
         what = {"shell": command} if isinstance(command, str) else {"pytest": list(command)}
-        dom0 = parts.MACHINES[self._kind].dom0
-        environment = {"LAB_HYPERVISOR": self._kind.removesuffix(dom0.suffix)}
+        dom0 = self._what.dom0
+        environment = {"LAB_HYPERVISOR": kind if self._what.is_host else self._what.hypervisor}
         order = {"environment": environment, "first": first, **what}
         (self._where / "command").write_text(json.dumps(order))
         _pack_tree(self._where / "tree.tar", parts.backend(dom0))
@@ -411,8 +422,8 @@ def _network_card(sockets: Path, number: int) -> list[str]:
 
 
 def _joining(number: int) -> str:
-    """Return what a host does before its command.  Both hosts begin with one state, and so with one
-    hardware address.
+    """Return what a host does before its command.  Both hosts may begin with one state, and so with
+    one hardware address.
     """
     name, address = parts.HOST_NAMES[number], parts.address(number)
     return (

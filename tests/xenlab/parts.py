@@ -37,28 +37,38 @@ without memory paging.
 
 
 @dataclass(frozen=True)
-class Kind:
+class Machine:
     """What a machine is."""
 
     dom0: Dom0
     hypervisor: str
     """One of :data:`HYPERVISORS`."""
+    is_host: bool = False
+    """Whether dom0 runs systemd, and has a network card: one of two hosts."""
 
 
-HOSTS = "hosts"
-"""The first hypervisor twice, on one network, with systemd in each dom0, and our package.  The
-command runs in the first dom0.
+HOSTS, RELEASES = "hosts", "12-to-13"
+"""Two hosts on one network.  The command runs in the first dom0.  Of :data:`HOSTS` both have the
+first hypervisor, and our package is built for them.  Of :data:`RELEASES` the second is Debian 13.
 """
 MACHINES = {
-    **{name: Kind(DEBIAN_12, name) for name in HYPERVISORS},
-    HOSTS: Kind(DEBIAN_12, HYPERVISORS[0]),
-    DEBIAN_13.part("debian"): Kind(DEBIAN_13, "debian"),
+    **{name: Machine(DEBIAN_12, name) for name in HYPERVISORS},
+    DEBIAN_13.part("debian"): Machine(DEBIAN_13, "debian"),
+    "host": Machine(DEBIAN_12, HYPERVISORS[0], is_host=True),
+    DEBIAN_13.part("host"): Machine(DEBIAN_13, "debian", is_host=True),
 }
+KINDS: dict[str, tuple[str, ...]] = {
+    **{name: (name,) for name, machine in MACHINES.items() if not machine.is_host},
+    HOSTS: ("host", "host"),
+    RELEASES: ("host", DEBIAN_13.part("host")),
+}
+"""The machines that a run starts, by the name of the run's kind."""
 HOST_NAMES = ("host1", "host2")
 PACKAGE = f"xen-postcopy_*~deb{DEBIAN_12.release.number}_amd64.deb"
 """Our Debian package, in ``build``."""
 
-DISK_SIZE = "1500M"
+DISK_SIZE = "2000M"
+HOST_KEY = "etc/ssh/ssh_host_ed25519_key"
 LIBRARIES = ("usr/include/xen*", "usr/lib/x86_64-linux-gnu/libxen*.so*")
 
 MODULES = (
@@ -107,7 +117,8 @@ TOOLS = {
     "gcc": "gcc", "make": "make", "flex": "flex", "bison": "bison", "patch": "patch",
     "dpkg-source": "dpkg-dev", "dpkg-deb": "dpkg", "qemu-system-x86_64": "qemu-system-x86",
     "qemu-img": "qemu-utils", "/bin/busybox": "busybox-static", "xz": "xz-utils", "zstd": "zstd",
-    "syslinux": "syslinux", "mcopy": "mtools", "mkfs.vfat": "dosfstools",
+    "ssh-keygen": "openssh-client", "syslinux": "syslinux", "mcopy": "mtools",
+    "mkfs.vfat": "dosfstools",
 }  # fmt: skip
 
 
@@ -133,25 +144,25 @@ def _xen_source(dom0: Dom0) -> Path:
     return part(dom0.part("xen-source"), fingerprint(release.source), fetch) / "tree"
 
 
-def hypervisor(kind: Kind) -> Path:
+def hypervisor(machine: Machine) -> Path:
     """Return the unpacked multiboot image."""
-    release = kind.dom0.release
+    release = machine.dom0.release
 
     def unpack(where: Path) -> None:
-        kind.dom0.apt().unpack(f"xen-hypervisor-{release.xen}-amd64={release.source}", where)
+        machine.dom0.apt().unpack(f"xen-hypervisor-{release.xen}-amd64={release.source}", where)
         image = next((where / "boot").glob("xen-*-amd64.gz"))
         (where / "xen").write_bytes(gzip.decompress(image.read_bytes()))
 
     def build(where: Path) -> None:
         tree = where / "tree"
-        shutil.copytree(_xen_source(kind.dom0), tree, symlinks=True)
+        shutil.copytree(_xen_source(machine.dom0), tree, symlinks=True)
         compile_hypervisor(tree, patch).image.rename(where / "xen")
         shutil.rmtree(tree)
 
-    name = kind.dom0.part(f"hypervisor-{kind.hypervisor}")
-    if kind.hypervisor == "debian":
+    name = machine.dom0.part(f"hypervisor-{machine.hypervisor}")
+    if machine.hypervisor == "debian":
         return part(name, fingerprint(release.source), unpack) / "xen"
-    patch = release.patch if kind.hypervisor == "populate-evicted" else None
+    patch = release.patch if machine.hypervisor == "populate-evicted" else None
     key = fingerprint(release.source, PAGING_CONFIG, *([patch] if patch else []))
     return part(name, key, build) / "xen"
 
@@ -230,36 +241,36 @@ def disk(dom0: Dom0) -> Path:
         fingerprint(
             *(dom0.release.source, DISK_SIZE, *LIBRARIES, *dom0.packages, *HOST_NAMES),
             *dom0.further_packages,
+            _ssh_keys().name,
         ),
         build,
     )
 
 
 def _introduce_hosts(root: Path) -> None:
-    """Make the hosts, which have one disk, resolve each other's names, and let root use ssh from
-    one to the other.
+    """Make the hosts resolve each other's names, and let root use ssh from one to the other.  All
+    hosts have the same keys.
     """
     names = "".join(f"{address(number)} {name}\n" for number, name in enumerate(HOST_NAMES))
     (root / "etc/hosts").write_text(f"127.0.0.1 localhost\n{names}")
     keys = root / "root/.ssh"
     keys.mkdir(mode=0o700, exist_ok=True)
-    run(
-        [
-            "chroot",
-            str(root),
-            "ssh-keygen",
-            "-q",
-            "-t",
-            "ed25519",
-            "-N",
-            "",
-            "-f",
-            "/root/.ssh/id_ed25519",
-        ]
-    )
+    for name, to in (("user", keys / "id_ed25519"), ("host", root / HOST_KEY)):
+        shutil.copy(_ssh_keys() / name, to)
+        shutil.copy(_ssh_keys() / f"{name}.pub", f"{to}.pub")
     shutil.copy(keys / "id_ed25519.pub", keys / "authorized_keys")
-    host_key = (root / "etc/ssh/ssh_host_ed25519_key.pub").read_text()
+    host_key = (root / f"{HOST_KEY}.pub").read_text()
     (keys / "known_hosts").write_text(f"{','.join(HOST_NAMES)} {host_key}")
+
+
+def _ssh_keys() -> Path:
+    """Return the folder with the keys ``user`` and ``host``, and their public halves."""
+
+    def make(where: Path) -> None:
+        for name in ("user", "host"):
+            run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(where / name)])
+
+    return part("ssh-keys", fingerprint("ed25519"), make)
 
 
 def address(number: int) -> str:
@@ -441,17 +452,22 @@ def package() -> None:
 
 
 def build(kinds: Iterable[str]) -> None:
-    """Build everything that these machines need, but our package, which is built for each run of
-    :data:`HOSTS`.
+    """Build everything that runs of these kinds need, but our package, which is built for each run
+    of :data:`HOSTS`.
     """
     check_tools()
-    chosen = [MACHINES[name] for name in kinds]
-    for dom0 in dict.fromkeys(kind.dom0 for kind in chosen):
+    chosen = [MACHINES[name] for name in machines(kinds)]
+    for dom0 in dict.fromkeys(machine.dom0 for machine in chosen):
         disk(dom0)  # first, because it needs root
         for one in (kernel, initramfs, packages, guest, backend):
             one(dom0)
-    for kind in chosen:
-        hypervisor(kind)
+    for machine in chosen:
+        hypervisor(machine)
+
+
+def machines(kinds: Iterable[str]) -> list[str]:
+    """Return the machines that runs of these kinds start, each once."""
+    return list(dict.fromkeys(name for kind in kinds for name in KINDS[kind]))
 
 
 def backend(dom0: Dom0) -> Path:

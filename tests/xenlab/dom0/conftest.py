@@ -10,12 +10,15 @@ suite, and those of the lab's own tests that are marked ``gate``.
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.xenlab.dom0.pair import Pair, packaged
+
 HERE = Path(__file__).parent
+HYPERVISORS = ("populate-evicted", "paging", "debian")
 KIND = os.environ.get("LAB_HYPERVISOR", "")
 
 
@@ -31,7 +34,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if marker is not None:
             return KIND in marker.args
         if HERE in item.path.parents:
-            return KIND != "hosts"
+            return KIND in HYPERVISORS
         return KIND == "populate-evicted" or (
             KIND == "paging" and item.get_closest_marker("eviction") is not None
         )
@@ -42,6 +45,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if HERE not in item.path.parents:
             item.add_marker("gate")
+
+
+@pytest.fixture(scope="session")
+def packaged_hosts() -> Iterator[Pair]:
+    """Yield two hosts with our package, which takes minutes to install there."""
+    with packaged() as pair:
+        yield pair
 
 
 @pytest.hookimpl(wrapper=True)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-PARTS = Path("/mnt/parts")
+PARTS, NEAR = Path("/mnt/parts"), Path("/tmp/parts")
 CONSOLES = Path("/var/log/xen")
 PANIC = "Kernel panic"
 WAIT_S = 300.0
@@ -290,9 +290,10 @@ def xl(*arguments: str) -> str:
 @functools.cache
 def near(name: str) -> Path:
     """Return a copy of one of the parts in dom0's memory, because the shared folder is slow."""
-    copy = Path("/tmp/parts") / name
-    copy.parent.mkdir(exist_ok=True)
-    shutil.copy(PARTS / name, copy)
+    copy = NEAR / name
+    NEAR.mkdir(exist_ok=True)
+    if not copy.exists():
+        shutil.copy(PARTS / name, copy)
     return copy
 
 

@@ -5,86 +5,18 @@ types it.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
-
 import pytest
 
-from migrate.control.client import Json
-from tests.xenlab.dom0.guests import CONSOLES, Guest, guest
-from tests.xenlab.dom0.package import CONFIG, HELPER, Host
-from tests.xenlab.dom0.waiting import until
-from tests.xenlab.parts import HOST_NAMES, address
+from tests.xenlab.dom0.guests import STEPS_PER_S, guest
+from tests.xenlab.dom0.host import check_clock
+from tests.xenlab.dom0.pair import Pair, check_arrived
+from tests.xenlab.parts import address
 
 pytestmark = pytest.mark.hypervisors("hosts")
-CONFIGURATION = """\
-[network]
-unencrypted = true
-[sender]
-listen = "{address}"
-[receiver]
-listen = "{address}"
-"""
-Pair = tuple[Host, Host]
 
 
-@dataclass(frozen=True)
-class GuestThere(Guest):
-    host: Host
-
-    def console(self) -> str:
-        return self.host.run("cat", str(CONSOLES / f"guest-{self.name}.log"))
-
-
-@pytest.fixture(scope="module")
-def hosts() -> Iterator[Pair]:
-    first, second = (Host(name) for name in HOST_NAMES)
-    until(lambda: second.run("true", ok=False) == "", "the other host does not answer", 120)
-    for number, host in enumerate((first, second)):
-        host.install()
-        host.write("/etc/environment", f"LIBXL_SAVE_HELPER={HELPER}\n")
-        host.write(CONFIG, CONFIGURATION.format(address=address(number)))
-        host.run("systemctl", "restart", "xen-postcopy.target")
-        host.wait_until_active()
-    yield first, second
-    for host in (first, second):
-        host.purge()
-
-
-def migrations(host: Host) -> list[Json]:
-    found: list[Json] = json.loads(host.run("xen-postcopy", "list", "--json"))
-    return found
-
-
-def names(host: Host) -> list[str]:
-    """Return the names that ``xl list`` shows."""
-    return [line.split()[0] for line in host.run("xl", "list").splitlines()[1:]]
-
-
-def wait_until_completed(pair: Pair) -> None:
-    until(
-        lambda: all(migrations(host)[-1]["phase"] == "completed" for host in pair),
-        "the pages do not all come",
-        240,
-    )
-
-
-def check_arrived(name: str, source: Host, to: Host, console: str) -> None:
-    """Check that the guest runs at the destination without an error, and not at the source any
-    more.
-    """
-    there = GuestThere(console, 0, to)
-    beats = there.wait_for_heartbeats(3)
-    assert [beat.errors for beat in beats] == [0] * len(beats)
-    wait_until_completed((source, to))
-    assert names(to) == ["Domain-0", name]
-    until(lambda: names(source) == ["Domain-0"], f"something is left: {names(source)}", 60)
-    there.wait_for_heartbeats(2)
-
-
-def test_xl_migrates_to_another_host_and_back(hosts: Pair) -> None:
-    first, second = hosts
+def test_xl_migrates_to_another_host_and_back(packaged_hosts: Pair) -> None:
+    first, second = packaged_hosts
     with guest("far") as made:
         made.wait_for_heartbeats(2)
         said = first.run("xl", "migrate", "far", second.name, XEN_POSTCOPY="require")
@@ -102,8 +34,8 @@ def test_xl_migrates_to_another_host_and_back(hosts: Pair) -> None:
         check_arrived("far", second, first, "far--incoming")
 
 
-def test_the_command_line_migrates_to_another_host(hosts: Pair) -> None:
-    first, second = hosts
+def test_the_command_line_migrates_to_another_host(packaged_hosts: Pair) -> None:
+    first, second = packaged_hosts
     with guest("plain") as made:
         made.wait_for_heartbeats(2)
         try:
@@ -113,3 +45,15 @@ def test_the_command_line_migrates_to_another_host(hosts: Pair) -> None:
             check_arrived("plain", first, second, "plain")
         finally:
             second.run("xl", "destroy", "plain", ok=False)
+
+
+def test_the_clock_of_a_guest_on_a_host_that_has_run_for_another_time(packaged_hosts: Pair) -> None:
+    first, second = packaged_hosts
+    uptimes = [float(host.run("cat", "/proc/uptime").split()[0]) for host in packaged_hosts]
+    print(f"the hosts have run for {uptimes} s")
+    with guest("clock", options=f"rate={STEPS_PER_S} clocks=1") as made:
+        check_clock(made)
+        first.run("xl", "migrate", "clock", second.name, XEN_POSTCOPY="require")
+        check_clock(check_arrived("clock", first, second, "clock--incoming"))
+        second.run("xl", "migrate", "clock", first.name, XEN_POSTCOPY="require")
+        check_clock(check_arrived("clock", second, first, "clock--incoming"))
