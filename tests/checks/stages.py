@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tests.xenlab.machine import AT_ONCE
+from tests.xenlab.parts import HOSTS, KINDS, RELEASES
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,14 @@ def _make(target: str, *settings: str) -> tuple[str, ...]:
     return ("make", "--no-print-directory", target, *settings)
 
 
+def _lab(name: str, subject: str, *kinds: str) -> Stage:
+    """Return the stage with every test of some of the lab's machines."""
+    chosen = " ".join(f"--hypervisor {kind}" for kind in kinds)
+    command = _make("xenlab", f"XENLAB={chosen}")
+    return Stage(f"xenlab-{name}", subject, command, 7200, cores=AT_ONCE, has_tests=True)
+
+
+STOCK = [kind for kind in KINDS if kind not in (HOSTS, RELEASES, "populate-evicted")]
 TOOLS = Stage(
     "tools", "Debian packages that the checks need are installed", _make("tools"), 600, cores=ALONE
 )
@@ -103,14 +112,9 @@ EVERYTHING = (
         cores=ALONE,
     ),
     # Then the longest stages first, so that the cores end together.
-    Stage(
-        "xenlab",
-        "a real Xen: every machine and test",
-        _make("xenlab"),
-        7200,
-        cores=AT_ONCE,
-        has_tests=True,
-    ),
+    _lab("hosts", "two real hosts, of one release and of two", HOSTS, RELEASES),
+    _lab("patched", "a real Xen with our patch", "populate-evicted"),
+    _lab("stock", "a real Xen without it, and Debian's own", *STOCK),
     Stage(
         "fuzz", "what a peer may send and a ring may hold", _make("fuzz", "FUZZ_SECONDS=900"), 3600
     ),
