@@ -51,8 +51,13 @@ class Dom0:
 
     @property
     def further_packages(self) -> tuple[str, ...]:
-        """Debian's packages whose dependencies debootstrap cannot resolve: the device model."""
-        return ("qemu-system-xen",)
+        """Debian's packages whose dependencies debootstrap cannot resolve: the device model, and
+        libvirt.
+        """
+        return (
+            *("qemu-system-xen", "libvirt-daemon-system", "libvirt-daemon-driver-xen"),
+            "libvirt-clients",
+        )
 
     def part(self, name: str) -> str:
         """Return the name of one of this dom0's parts."""

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``virsh migrate`` between two hosts with Debian's libvirt: libvirt's daemon has our helper in its
+environment, and nothing else of libvirt is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.xenlab.dom0.guests import CONFIG as XL_CONFIG
+from tests.xenlab.dom0.guests import LINUX, STEPS_PER_S, Guest
+from tests.xenlab.dom0.host import check_heartbeat
+from tests.xenlab.dom0.package import HELPER, Host
+from tests.xenlab.dom0.pair import GuestThere, Pair, migrations, wait_until_completed
+from tests.xenlab.dom0.waiting import until
+
+pytestmark = pytest.mark.hypervisors("hosts")
+DAEMON = "libvirtd.service"
+DROP_IN = f"/etc/systemd/system/{DAEMON}.d/xen-postcopy.conf"
+ENVIRONMENT = f"""\
+[Service]
+Environment=LIBXL_SAVE_HELPER={HELPER} XEN_POSTCOPY=require XEN_POSTCOPY_STRATEGY=postcopy
+"""
+CPU_MODEL = "/usr/share/libvirt/cpu_map/x86_486.xml"
+VIRSH = ("virsh", "--connect", "xen:///system")
+ANSWERS_S, ENDS_S = 300, 240
+
+
+def virsh(host: Host, *words: str, ok: bool = True) -> str:
+    return host.run(*VIRSH, *words, ok=ok)
+
+
+def domains(host: Host) -> list[str]:
+    """Return the names of the guests that a host has, running or paused."""
+    return [name for name in virsh(host, "list", "--name").split() if name != "Domain-0"]
+
+
+def is_paused(host: Host, name: str) -> bool:
+    return virsh(host, "domstate", name, ok=False).strip() == "paused"
+
+
+@pytest.fixture(scope="module")
+def hosts(packaged_hosts: Pair) -> Iterator[Pair]:
+    for host in packaged_hosts:
+        # Each of libvirt's models of a CPU has this feature, which QEMU does not emulate.
+        host.run("sed", "-i", "/'vme'/d", CPU_MODEL)
+        host.run("mkdir", "-p", str(Path(DROP_IN).parent))
+        host.write(DROP_IN, ENVIRONMENT)
+        host.run("systemctl", "daemon-reload")
+        host.run("systemctl", "restart", DAEMON)
+    for host in packaged_hosts:
+
+        def answers(host: Host = host) -> bool:
+            return "Running hypervisor: Xen" in virsh(host, "version", ok=False)
+
+        try:
+            until(answers, f"libvirt of {host.name} does not answer", ANSWERS_S)
+        except AssertionError:
+            print(host.run("journalctl", "-u", DAEMON, ok=False))
+            raise
+    yield packaged_hosts
+    for host in packaged_hosts:
+        host.run("systemctl", "stop", DAEMON, ok=False)
+
+
+@contextmanager
+def guest_of_libvirt(pair: Pair, name: str) -> Iterator[Guest]:
+    """Yield a guest that libvirt has started at the first host."""
+    here, _there = pair
+    config = Path(f"/tmp/{name}.cfg")
+    own = XL_CONFIG.format(type=LINUX.type, name=name, memory_mib=LINUX.memory_mib, vcpus=1)
+    config.write_text(own + LINUX.boots(f"rate={STEPS_PER_S}"))
+    description = virsh(here, "domxml-from-native", "xen-xl", str(config))
+    here.write(f"/tmp/{name}.xml", description)
+    try:
+        virsh(here, "create", f"/tmp/{name}.xml")
+        made = Guest(name, int(virsh(here, "domid", name)))
+        made.wait_for_heartbeats(2)
+        yield made
+    finally:
+        for host in pair:
+            virsh(host, "destroy", name, ok=False)
+
+
+def migrate(pair: Pair, name: str, *options: str) -> str:
+    here, there = pair
+    return virsh(here, "migrate", "--live", *options, name, f"xen+ssh://{there.name}/system")
+
+
+def check_runs_there(pair: Pair, name: str) -> None:
+    here, there = pair
+    check_heartbeat(GuestThere(name, 0, there))
+    assert domains(there) == [name]
+    until(lambda: domains(here) == [], "the guest is at its source as well", ENDS_S)
+
+
+def test_virsh_migrates_by_postcopy(hosts: Pair) -> None:
+    with guest_of_libvirt(hosts, "virt1"):
+        print(migrate(hosts, "virt1"))
+        assert migrations(hosts[0])[-1]["strategy"] == "postcopy"
+        wait_until_completed(hosts)
+        check_runs_there(hosts, "virt1")
+
+
+def test_a_guest_that_virsh_leaves_paused_gets_its_memory(hosts: Pair) -> None:
+    with guest_of_libvirt(hosts, "virt2"):
+        print(migrate(hosts, "virt2", "--suspend"))
+        wait_until_completed(hosts)
+        assert is_paused(hosts[1], "virt2")
+        virsh(hosts[1], "resume", "virt2")
+        check_runs_there(hosts, "virt2")
