@@ -112,9 +112,9 @@ EVERYTHING = (
         cores=ALONE,
     ),
     # Then the longest stages first, so that the cores end together.
-    _lab("hosts", "two real hosts, of one release and of two", HOSTS, RELEASES),
+    _lab("hosts", "pairs of hosts, of one release and of two", HOSTS, RELEASES),
     _lab("patched", "a real Xen with our patch", "populate-evicted"),
-    _lab("stock", "a real Xen without it, and Debian's own", *STOCK),
+    _lab("stock", "a real Xen without our patch, and Debian's own", *STOCK),
     Stage(
         "fuzz", "what a peer may send and a ring may hold", _make("fuzz", "FUZZ_SECONDS=900"), 3600
     ),

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from tests.xenlab.dom0.pair import Pair, packaged
+from tests.xenlab.parts import HYPERVISORS
 
 HERE = Path(__file__).parent
-HYPERVISORS = ("populate-evicted", "paging", "debian")
 KIND = os.environ.get("LAB_HYPERVISOR", "")
 
 

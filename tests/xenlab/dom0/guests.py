@@ -310,12 +310,20 @@ def create(
     """Make a guest.  ``extra``: lines of its configuration.  ``options``: the options of its
     program.
     """
-    config = Path(f"/tmp/{name}.cfg")
     memory_mib = memory_mib or kind.memory_mib
-    own = CONFIG.format(type=kind.type, name=name, memory_mib=memory_mib, vcpus=vcpus)
-    config.write_text(own + kind.boots(options) + extra)
+    config = write_config(name, kind, memory_mib, vcpus, kind.boots(options) + extra)
     xl("create", *(["-p"] if paused else []), str(config))
     return Guest(name, int(xl("domid", name)))
+
+
+def write_config(name: str, kind: Kind, memory_mib: int, vcpus: int, further: str) -> Path:
+    """Write xl's configuration of a guest, and return the file.  ``further``: more lines, which
+    have what the guest boots.
+    """
+    config = Path(f"/tmp/{name}.cfg")
+    own = CONFIG.format(type=kind.type, name=name, memory_mib=memory_mib, vcpus=vcpus)
+    config.write_text(own + further)
+    return config
 
 
 def destroy(name: str) -> None:

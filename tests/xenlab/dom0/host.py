@@ -252,3 +252,14 @@ def check_clock(guest: Guest) -> None:
     print(use)
     assert use.reads > 0
     assert (use.backwards, use.early) == (0, 0)
+
+
+def check_clock_over_migrations(host: Host, name: str, *strategies: str) -> None:
+    """Migrate a guest with each strategy, and check its clock and its memory after each."""
+    for strategy in strategies:
+        host.migrate(name, XEN_POSTCOPY_STRATEGY=strategy)
+        now = arrived(name)
+        check_clock(now)
+        host.wait_for("completed")
+        check_heartbeat(now)
+        host.check_clean(name)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,18 +51,28 @@ def both() -> Pair:
 def packaged() -> Iterator[Pair]:
     """Yield both hosts with our package, which xl uses."""
     pair = both()
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(_install, pair, range(len(pair))))
+    on_both(pair, _install)
     yield pair
     for host in pair:
         print(host.run("journalctl", "-u", "xen-postcopy-*", ok=False))
         host.purge()
 
 
+def on_both(pair: Pair, act: Callable[[Host, int], None]) -> None:
+    """Call a function with each host and its number, at once, because each host is slow."""
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(act, pair, range(len(pair))))
+
+
+def configure(host: Host, number: int, helper: str) -> None:
+    """Name the helper to xl, and the host's address to the daemons."""
+    host.write("/etc/environment", f"LIBXL_SAVE_HELPER={helper}\n")
+    host.write(CONFIG, CONFIGURATION.format(address=address(number)))
+
+
 def _install(host: Host, number: int) -> None:
     host.install()
-    host.write("/etc/environment", f"LIBXL_SAVE_HELPER={HELPER}\n")
-    host.write(CONFIG, CONFIGURATION.format(address=address(number)))
+    configure(host, number, HELPER)
     host.run("systemctl", "restart", "xen-postcopy.target")
     host.wait_until_active()
 

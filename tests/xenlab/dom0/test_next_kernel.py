@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from tests.xenlab.dom0.guests import LINUX, NEAR, PARTS, STEPS_PER_S, Kind, guest, run
-from tests.xenlab.dom0.host import Host, arrived, check_clock, check_heartbeat, host, running
+from tests.xenlab.dom0.host import Host, check_clock, check_clock_over_migrations, host, running
 from tests.xenlab.dom0.pair import both
 
 __all__ = ["host", "running"]
@@ -32,10 +32,4 @@ def kind() -> Kind:
 def test_a_guest_with_the_kernel_of_the_next_release_arrives(kind: Kind, running: Host) -> None:
     with guest("next", kind=kind, options=f"rate={STEPS_PER_S} clocks=1") as made:
         check_clock(made)
-        for strategy in ("hybrid", "postcopy"):
-            running.migrate("next", XEN_POSTCOPY_STRATEGY=strategy)
-            now = arrived("next")
-            check_clock(now)
-            running.wait_for("completed")
-            check_heartbeat(now)
-            running.check_clean("next")
+        check_clock_over_migrations(running, "next", "hybrid", "postcopy")

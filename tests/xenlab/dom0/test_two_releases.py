@@ -9,7 +9,6 @@ by itself.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -17,10 +16,9 @@ from tests.xenlab.dom0.daemons import TREE
 from tests.xenlab.dom0.guests import STEPS_PER_S, guest
 from tests.xenlab.dom0.host import check_clock
 from tests.xenlab.dom0.package import CONFIG, Host
-from tests.xenlab.dom0.pair import CONFIGURATION, Pair, both, check_moved
+from tests.xenlab.dom0.pair import Pair, both, check_moved, configure, on_both
 from tests.xenlab.dom0.runner import PACKAGES
 from tests.xenlab.dom0.waiting import until
-from tests.xenlab.parts import address
 
 pytestmark = pytest.mark.hypervisors("12-to-13")
 OF_TREE = "/usr/local/sbin/of-tree"
@@ -35,9 +33,8 @@ def install(host: Host, number: int) -> None:
     )
     host.write(HELPER, f'#!/bin/sh\nexec {OF_TREE} migrate.xl.helper "$@"\n')
     host.run("chmod", "+x", OF_TREE, HELPER)
-    host.write("/etc/environment", f"LIBXL_SAVE_HELPER={HELPER}\n")
     host.run("mkdir", "-p", CONFIG.rpartition("/")[0])
-    host.write(CONFIG, CONFIGURATION.format(address=address(number)))
+    configure(host, number, HELPER)
     for role in ("sender", "receiver"):
         host.run("systemd-run", "--unit", f"test-{role}", OF_TREE, "migrate.cli", role)
 
@@ -53,8 +50,7 @@ def install(host: Host, number: int) -> None:
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Pair]:
     hosts = both()
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(install, hosts, range(len(hosts))))
+    on_both(hosts, install)
     yield hosts
     for host in hosts:
         host.run("systemctl", "stop", "test-sender", "test-receiver")

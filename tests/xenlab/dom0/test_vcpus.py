@@ -10,7 +10,15 @@ from __future__ import annotations
 import pytest
 
 from tests.xenlab.dom0.guests import STEPS_PER_S, Guest, guest
-from tests.xenlab.dom0.host import Host, arrived, check_clock, check_heartbeat, host, running
+from tests.xenlab.dom0.host import (
+    Host,
+    arrived,
+    check_clock,
+    check_clock_over_migrations,
+    check_heartbeat,
+    host,
+    running,
+)
 
 __all__ = ["host", "running"]
 
@@ -57,10 +65,4 @@ def test_a_guest_arrives_with_a_vcpu_that_was_never_online(running: Host) -> Non
 def test_the_clock_never_goes_back_and_sleepers_wake_over_three_migrations(running: Host) -> None:
     with guest("clock", vcpus=2, options=f"rate={STEPS_PER_S // 2} cpus=2 clocks=1") as made:
         check_clock(made)
-        for strategy in ("hybrid", "postcopy", "hybrid"):
-            running.migrate("clock", XEN_POSTCOPY_STRATEGY=strategy)
-            now = arrived("clock")
-            check_clock(now)
-            running.wait_for("completed")
-            check_heartbeat(now)
-            running.check_clean("clock")
+        check_clock_over_migrations(running, "clock", "hybrid", "postcopy", "hybrid")

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.xenlab.dom0.guests import CONFIG as XL_CONFIG
-from tests.xenlab.dom0.guests import LINUX, STEPS_PER_S, Guest
+from tests.xenlab.dom0.guests import LINUX, STEPS_PER_S, Guest, write_config
 from tests.xenlab.dom0.host import check_heartbeat
 from tests.xenlab.dom0.package import HELPER, Host
 from tests.xenlab.dom0.pair import GuestThere, Pair, migrations, wait_until_completed
@@ -71,9 +70,8 @@ def hosts(packaged_hosts: Pair) -> Iterator[Pair]:
 def guest_of_libvirt(pair: Pair, name: str) -> Iterator[Guest]:
     """Yield a guest that libvirt has started at the first host."""
     here, _there = pair
-    config = Path(f"/tmp/{name}.cfg")
-    own = XL_CONFIG.format(type=LINUX.type, name=name, memory_mib=LINUX.memory_mib, vcpus=1)
-    config.write_text(own + LINUX.boots(f"rate={STEPS_PER_S}"))
+    boots = LINUX.boots(f"rate={STEPS_PER_S}")
+    config = write_config(name, LINUX, LINUX.memory_mib, 1, boots)
     description = virsh(here, "domxml-from-native", "xen-xl", str(config))
     here.write(f"/tmp/{name}.xml", description)
     try:
