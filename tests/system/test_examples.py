@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The examples of README, documents and man pages, taken from these as they are.
 
-A block of commands is run by a shell, unless :data:`ELSEWHERE` names what runs it.  So an example
-that is new or was changed is run.  A block of the configuration is loaded.
+A block of commands is run by a shell, and a block of the configuration is loaded, unless
+:data:`ELSEWHERE` names what tries the block.  So an example that is new or was changed is tried.
 
 Two things are not as a reader has them: the blocks run in a folder that has links to the files of
 the tree, so that the tree stays as it is; and ``make`` only checks that its targets exist, because
@@ -51,6 +51,9 @@ ELSEWHERE = {
         f"{LAB}/test_package.py::"
         "test_xl_migrates_and_a_daemon_that_is_stopped_says_what_it_waits_for"
     ),
+    "[Service]\nEnvironment=LIBXL_SAVE_HELPER=": (
+        f"{LAB}/test_virsh.py::test_virsh_migrates_by_postcopy"
+    ),
     "apt-get build-dep xen": "tests/xenlab/parts.py::hypervisor",
     "make xenlab ": "stage xenlab",
     ".venv/bin/python -m tests.xenlab xl info": "stage xenlab",
@@ -91,7 +94,7 @@ class Block:
 
     @property
     def is_configuration(self) -> bool:
-        return self.text.startswith("[")
+        return self.text.startswith("[") and not self.elsewhere
 
     @property
     def elsewhere(self) -> str | None:
