@@ -7,9 +7,10 @@ entry counts.  The file is erased when nothing is left to do for the migration.
 
 An entry is one write to a file that is open already, because a guest is suspended during some of
 these writes.  An entry begins with a newline, so that a remainder of the entry before it, cut off
-by a full disk, stays on a line of its own.  An entry ends with its checksum.  If the last entry is
-neither whole nor cut off, the file is damaged, and no entry of the file counts: by an earlier entry
-a sender would resume a guest that it has handed over.
+by a full disk, stays on a line of its own.  An entry ends with its checksum and another newline.
+An entry without that newline was cut off, wherever that was, and its step was not taken.  An entry
+with that newline and with a wrong checksum is damaged, and then no entry of the file counts: by an
+earlier entry a sender would resume a guest that it has handed over.
 
 A file that has become large is replaced by one with the new entry only.
 
@@ -31,6 +32,7 @@ import time
 import zlib
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -433,35 +435,38 @@ def _text_of(path: Path) -> str:
 
 
 def _line(entry: str) -> bytes:
-    """Return the line of an entry, with its checksum."""
-    return f'\n{entry[:-1]}, "sum": {zlib.crc32(entry.encode())}}}'.encode()
+    """Return the line of an entry, with its checksum and both newlines."""
+    return f'\n{entry[:-1]}, "sum": {zlib.crc32(entry.encode())}}}\n'.encode()
 
 
 def _last_entry(text: str) -> Any:
     """Return the last entry that was written in full.  Raises ``ValueError`` if there is none, or
     if the file is damaged behind that entry.
     """
-    for line in reversed(text.split("\n")):
-        try:
-            facts = json.loads(line)
-        except json.JSONDecodeError as error:
-            if not _is_cut_off(line, error):
-                raise ValueError(DAMAGED) from error
-            continue
-        except RecursionError as error:
-            raise ValueError(DAMAGED) from error
-        # Earlier releases wrote no checksum.
-        if (parts := WITH_SUM.fullmatch(line)) is not None:
-            if zlib.crc32(f"{parts[1]}}}".encode()) != int(parts[2]):
-                raise ValueError(DAMAGED)
-            del facts["sum"]
-        return facts
+    lines = text.split("\n")
+    for line, after in reversed([*zip_longest(lines, lines[1:])]):
+        # The newline that ends an entry is followed by the end, or by the first one of another.
+        if line and (facts := _facts_of(line, is_ended=after == "")) is not None:
+            return facts
     raise ValueError("no entry in it")
 
 
-def _is_cut_off(line: str, error: json.JSONDecodeError) -> bool:
-    """Whether the line is the beginning of an entry: no byte of it is wrong."""
-    rest = line[error.pos :].strip()
-    if error.msg.startswith("Unterminated string"):
-        return not line.endswith("}")
-    return not rest or any(word.startswith(rest) for word in ("true", "false", "null", "-"))
+def _facts_of(line: str, *, is_ended: bool) -> Any:
+    """Return the facts of an entry; ``None`` if the entry was cut off.  ``is_ended``: whether the
+    newline that ends an entry follows.  Raises ``ValueError`` for a damaged entry.
+    """
+    try:
+        facts = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        more_than_an_entry = isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"
+        if is_ended or more_than_an_entry or not line.isprintable():
+            raise ValueError(DAMAGED) from error
+        return None
+    if (parts := WITH_SUM.fullmatch(line)) is None:
+        if is_ended:
+            raise ValueError(DAMAGED)
+        return facts  # 0.1.0 wrote neither a checksum nor a newline at the end
+    if zlib.crc32(f"{parts[1]}}}".encode()) != int(parts[2]):
+        raise ValueError(DAMAGED)
+    del facts["sum"]
+    return facts if is_ended else None

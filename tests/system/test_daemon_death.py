@@ -332,7 +332,7 @@ def test_an_entry_that_cannot_be_used_is_listed_with_what_to_do(world: World) ->
     for which, host in (("sender", "source"), ("receiver", "destination")):
         world.stop(which)
         state = world.directory / f"{host}.sock.state" / which
-        (state / "0123456789abcdef.json").write_text("\nnothing of ours")
+        (state / "0123456789abcdef.json").write_text("\nnothing of ours\n")
         start_anew(world, which)
         told = (
             "its last entry is damaged; if a guest of this host waits for this migration, start "

@@ -20,19 +20,33 @@ from migrate.service.journal import BOOT_ID, Journal
 BOOT = BOOT_ID.read_text().strip()
 
 
+FACTS = {
+    "step": "suspending",
+    "domain": 'ünï☃ "}, \U0001f427',
+    "dials": ["there", 1],
+    "proven": True,
+    "xl": None,
+    "started_at": 1796044733.25,
+    "rate": 1e-09,
+    "limit": float("inf"),
+    "nested": {"a": {}, "b": [1, -2.5]},
+}
+"""Every kind of value that JSON has, and a name that needs each kind of escape."""
+
+
 def test_the_last_entry_that_is_whole_counts(tmp_path: Path) -> None:
     """A full disk may cut an entry off at any byte.  Then the entry before it counts, and later so
     does the entry after it.
     """
     journal = Journal(tmp_path)
     path = tmp_path / "session.json"
-    journal.write("session", {"step": "first"})
+    journal.write("session", FACTS | {"step": "first"})
     kept = len(path.read_bytes())
-    journal.write("session", {"step": "second"})
+    journal.write("session", FACTS | {"step": "second"})
     whole = path.read_bytes()
     for length in range(kept, len(whole)):
         path.write_bytes(whole[:length])
-        assert Journal(tmp_path).entries()["session"]["step"] == "first"
+        assert Journal(tmp_path).entries()["session"] == {"boot": BOOT, **FACTS, "step": "first"}
         Journal(tmp_path).write("session", {"step": "third"})
         assert Journal(tmp_path).entries()["session"]["step"] == "third"
     journal.erase("session")
@@ -44,12 +58,12 @@ def test_a_damaged_last_entry_is_kept_and_no_earlier_one_counts(tmp_path: Path) 
     looks like an entry of an earlier boot, which is erased.
     """
     journal, path = Journal(tmp_path), tmp_path / "session.json"
-    journal.write("session", {"step": "suspending", "dials": ["there", 1], "proven": True})
+    journal.write("session", FACTS)
     before = len(path.read_bytes())
-    journal.write("session", {"step": "handed over", "dials": ["there", 1], "proven": True})
+    journal.write("session", FACTS | {"step": "handed over"})
     whole = path.read_text()
-    end = whole.rindex(', "sum"')
-    damages = [whole[:at] + c + whole[at + 1 :] for at in range(before + 1, end) for c in "\0}7"]
+    places, others = range(before, len(whole)), '\0}7"\\\n'
+    damages = [whole[:at] + c + whole[at + 1 :] for at in places for c in others]
     damages += [whole[:before] + "\0" * (len(whole) - before), "\0" * len(whole)]
     for damaged in damages:
         if damaged == whole:

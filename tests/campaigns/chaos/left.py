@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -111,10 +112,20 @@ def with_unknown_keys(_random: Random, entry: str) -> str:
 
 
 def overwritten(random: Random, entry: str) -> str:
-    """Return the entries with one character changed in the facts of the last entry."""
-    at = random.randrange(entry.rindex("\n") + 1, entry.rindex(', "sum"'))
-    other = random.choice([c for c in "\0x7 }" if c != entry[at]])
+    """Return the entries with one character of the last one changed."""
+    at = random.randrange(entry.rindex("\n{"), len(entry))
+    other = random.choice([c for c in '\0x7}"\\\n' if c != entry[at]])
     return entry[:at] + other + entry[at + 1 :]
+
+
+def with_a_beginning(random: Random, entry: str) -> str:
+    """Return the entries with the beginning of another one, which a full disk has cut off: half of
+    the beginnings end within a number or a string.
+    """
+    last_one = entry[entry.rindex("\n{") :]
+    within = [found.end() for found in re.finditer(r"[.\\]", last_one)]
+    anywhere = random.randrange(1, len(last_one))
+    return entry + last_one[: random.choice([anywhere, random.choice(within or [anywhere])])]
 
 
 DAMAGES: list[Callable[[Random, str], str]] = [
@@ -123,12 +134,15 @@ DAMAGES: list[Callable[[Random, str], str]] = [
     overwritten,
     of_wrong_types,
     with_unknown_keys,
+    with_a_beginning,
 ]
+HARMLESS = with_unknown_keys, with_a_beginning
 
 
 async def damaged_entry(trial: Trial) -> None:
     """A daemon keeps an entry that it cannot use, names the entry in its log and serves other
-    guests.  Then the entry is restored.  A daemon ignores keys that are unknown to it.
+    guests.  Then the entry is restored.  A daemon ignores keys that are unknown to it, and an entry
+    that was cut off.
     """
     which = trial.random.choice(["sender", "receiver"])
     async with trial.killing:
@@ -149,9 +163,9 @@ def _damaged_entry(trial: Trial, which: str) -> None:
     logged = (world.directory / f"{which}.log").stat().st_size
     world.start_anew(which)
     is_there = any(line["id"] == trial.id for line in trial.lines(which))
-    if how is with_unknown_keys:
+    if how in HARMLESS:
         if not is_there:
-            raise LostError(f"{which}: it does not take up an entry with unknown keys")
+            raise LostError(f"{which}: it does not resume an entry {how.__name__}: {bad}")
         return
     if is_there:
         raise LostError(f"{which}: it acts on an entry {how.__name__}: {bad}")

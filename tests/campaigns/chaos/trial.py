@@ -29,6 +29,8 @@ WITH_HOLE = 0.3
 """The share of trials whose guest has memory on both sides of a hole for devices."""
 BESIDE = 0.3
 """The share of trials in which another guest is migrated at the same time and must not notice."""
+NAMES = "guest", 'gäst "☃" }'
+"""The beginnings of a guest's name: one that JSON has as it is, and one that JSON escapes."""
 
 T = TypeVar("T")
 Line = dict[str, Any]
@@ -138,6 +140,7 @@ class Trial:
             self.spec = replace(self.spec, mmio_hole_bytes=r.choice([memory, 1024 * MIB]))
         self.postcopy_bandwidth = r.choice([None, None, 0, 32 * MIB])
         self.policy = {"max_rounds": 2, **time_limit(r, self.strategy)}
+        self.spec = replace(self.spec, name=f"{r.choice(NAMES)}{self.seed}")
         self.id = ""
         """The identifier of the first migration."""
 
