@@ -14,7 +14,7 @@ from tests.xenlab.dom0.waiting import until
 UNITS = ("xen-postcopy-sender.service", "xen-postcopy-receiver.service")
 HELPER = "/usr/bin/xen-postcopy-xl-helper"
 CONFIG = "/etc/xen-postcopy/config.toml"
-COMMAND_TIMEOUT_S = 600
+COMMAND_TIMEOUT_S = 900
 
 
 @dataclass(frozen=True)

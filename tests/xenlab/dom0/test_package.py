@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.keepers import keepers
 from tests.xenlab.dom0.guests import Guest, guest, xl
-from tests.xenlab.dom0.package import CONFIG, HELPER, UNITS, Host
+from tests.xenlab.dom0.package import COMMAND_TIMEOUT_S, CONFIG, HELPER, UNITS, Host
 from tests.xenlab.dom0.waiting import until
 
 pytestmark = pytest.mark.hypervisors("hosts")
@@ -139,6 +139,7 @@ def test_xl_migrates_and_a_daemon_that_is_stopped_says_what_it_waits_for() -> No
         assert "completed" in shown
 
 
+@pytest.mark.timeout(2 * COMMAND_TIMEOUT_S + 600)
 def test_an_upgrade_restarts_the_daemons_that_no_guest_needs() -> None:
     config = Path(CONFIG)
     text = config.read_text()
