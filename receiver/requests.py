@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from migrate.errors import GuestEndedError, MigrationError
-from migrate.service.lifecycle import ended
+from migrate.service.lifecycle import decide_commands, ended
 from migrate.tasks import in_thread
 from receiver.context import Context
 from receiver.ownership import Link, State, Undo
@@ -75,8 +75,8 @@ class Requests:
             return
         if self.context.is_in(*UNDECIDED):
             raise MigrationError(
-                f"too late to cancel: {name} may have been handed over; `xen-postcopy decide` "
-                "settles it"
+                f"too late to cancel: {name} may have been handed over; if the other host never "
+                f"comes back: {decide_commands(name)}"
             )
         if self.context.is_in(State.SERVING):
             raise MigrationError(f"too late to cancel: xl decides whether {name} runs here")

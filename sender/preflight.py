@@ -55,8 +55,8 @@ def check_free(domain: Domain, options: MigrationOptions) -> None:
 def log_dirty_is_used(name: str) -> OccupiedError:
     return OccupiedError(
         f"log-dirty is on for {name}: a program migrates, saves or protects it, or was killed "
-        "when doing so; if none does any more, `xen-postcopy migrate --take-log-dirty` (or the "
-        "same option of `estimate` or `evacuate`, or `XEN_POSTCOPY=off xl migrate`) switches it "
+        "when doing so; if none does any more, the option --take-log-dirty of `migrate`, "
+        "`estimate` or `evacuate` (or the variable XEN_POSTCOPY=off for `xl migrate`) switches it "
         "off first"
     )
 

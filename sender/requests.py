@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 import trio
 
 from migrate.errors import MigrationError
 from migrate.outcomes import CANCELLED
-from migrate.service.lifecycle import ended
+from migrate.service.lifecycle import decide_commands, ended
 from migrate.tasks import in_thread
 from sender.context import Context
 from sender.ownership import DECIDED, Link, State
@@ -29,6 +30,20 @@ DECISIONS = {
 }
 
 TOO_LATE = "too late: in the meantime the outcome is known, see `xen-postcopy list`"
+
+
+@dataclass(frozen=True)
+class _WayBack:
+    """How the guest could continue here after the handover."""
+
+    begins_at: str = "its suspension"
+    """From which instant it would continue."""
+    certain: bool = False
+    """The guest was protected to the end and its last checkpoint can be read: it may continue here
+    even if it has run at the destination.
+    """
+    obstacle: str = ""
+    """Why the guest cannot continue here; empty if it can."""
 
 
 class Requests:
@@ -97,8 +112,9 @@ class Requests:
             self.cancel("by the operator")
         except MigrationError as error:
             if self._ownership.is_cut_off:
+                commands = decide_commands(self._context.name)
                 raise MigrationError(
-                    f"{error}; if the other host never comes back: `xen-postcopy decide`"
+                    f"{error}; if the other host never comes back: {commands}"
                 ) from None
             raise
 
@@ -185,25 +201,23 @@ class Requests:
         """Raises :class:`MigrationError` if there is nothing to decide, or if the decision is known
         to be wrong and is not forced.
         """
-        certain, obstacle = await trio.to_thread.run_sync(self._way_back) if here else (False, "")
+        way_back = await trio.to_thread.run_sync(self._way_back) if here else None
         gone = await trio.to_thread.run_sync(self._is_gone)
         self._check_undecided(here=here, force=force)
         if self._context.source is None and self._ownership.inherited:
             problem = self._context.progress.problem
             raise MigrationError(f"{self._context.name}: {problem}; ask again in a moment")
-        if here:
-            self._check_way_back(gone=gone, certain=force or certain, obstacle=obstacle)
+        if way_back is not None:
+            self._check_way_back(way_back, gone=gone, force=force)
 
-    def _way_back(self) -> tuple[bool, str]:
-        """Return whether the guest was protected to the end and its last checkpoint can be read;
-        and why the guest cannot continue here at all (empty if it can).  Called in a thread.
-        """
+    def _way_back(self) -> _WayBack:
+        """Return how the guest could continue here.  Called in a thread."""
         source = self._context.source
         if source is None or source.checkpoints is None:
-            return False, ""
-        problem = unreadable(source.checkpoints)
-        certain = not problem and not self._context.progress.unprotected
-        return certain, problem if self._context.entry.applied else ""
+            return _WayBack()
+        if problem := unreadable(source.checkpoints):
+            return _WayBack(obstacle=problem if self._context.entry.applied else "")
+        return _WayBack("its last checkpoint", certain=not self._context.progress.unprotected)
 
     def _is_gone(self) -> bool:
         source = self._context.source
@@ -221,7 +235,7 @@ class Requests:
         if not self._ownership.may_be_elsewhere:
             raise MigrationError(
                 f"there is nothing to decide: the migration of {name} is {shown}, and the guest "
-                "belongs here; `xen-postcopy cancel` takes it back"
+                f"belongs here; `xen-postcopy cancel {name}` ends the migration"
             )
         if decision := self.decision or (state if state in DECIDED else None):
             # A return to the checkpoint that fails again and again can be given up.
@@ -243,11 +257,9 @@ class Requests:
                 f"{name} is {shown}; if xl has ended here and at the destination: --force"
             )
 
-    def _check_way_back(self, *, gone: bool, certain: bool, obstacle: str) -> None:
-        """Raises :class:`MigrationError` if the guest cannot or must not continue here.
-
-        ``gone``: the domain here does not exist any more.  ``certain``: the guest may continue here
-        even if it has run at the destination.  ``obstacle``: why it cannot continue here.
+    def _check_way_back(self, way_back: _WayBack, *, gone: bool, force: bool) -> None:
+        """Raises :class:`MigrationError` if the guest cannot or must not continue here.  ``gone``:
+        the domain here does not exist any more.
         """
         name = self._context.name
         if gone:
@@ -258,22 +270,22 @@ class Requests:
                     if xl
                     else f"the domain of {name} does not exist here any more"
                 )
-                + ": no guest is left that could continue; `xen-postcopy decide ... elsewhere` "
+                + f": no guest is left that could continue; `xen-postcopy decide {name} elsewhere` "
                 + ("releases its pages" if xl else "ends the migration")
             )
-        if obstacle:
+        if way_back.obstacle:
             raise MigrationError(
-                f"{name} cannot continue here, even with --force: {obstacle}; without a checkpoint "
-                "its memory here mixes two instants, because checkpoints were written into it; the "
-                "guest continues at the destination as soon as that is back; if the guest is lost: "
-                f"`xen-postcopy decide {name} elsewhere` releases its pages"
+                f"{name} cannot continue here, even with --force: {way_back.obstacle}; without a "
+                "checkpoint its memory here mixes two instants, because checkpoints were written "
+                "into it; the guest continues at the destination as soon as that is back; if the "
+                f"guest is lost: `xen-postcopy decide {name} elsewhere` releases its pages"
             )
         # The answer that a session is unknown proves nothing: a receiver with another state
         # directory does not have the session, and the guest may run there nevertheless.
-        if self._context.entry.ran and not certain:
+        if self._context.entry.ran and not (force or way_back.certain):
             raise MigrationError(
-                f"the destination has reported that {name} runs there: if it still does, it would "
-                "run twice; if it does not, it would continue here from its suspension, without "
-                "what it did there; --force decides that nevertheless, and `elsewhere` destroys "
-                "what is left of it here"
+                f"the destination has reported that {name} runs there: if {name} still runs there, "
+                f"--force makes it run twice; otherwise {name} continues here from "
+                f"{way_back.begins_at}, and loses what it did there since then; "
+                f"`xen-postcopy decide {name} elsewhere` destroys what is left of it here"
             )

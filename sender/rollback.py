@@ -20,6 +20,7 @@ from migrate.errors import GuestEndedError, MigrationError, PeerClosedError, Use
 from migrate.outcomes import RESCUED
 from migrate.protocol import messages as m
 from migrate.service.journal import remove
+from migrate.service.lifecycle import decide_commands
 from migrate.tasks import as_soon_as_threads_start, first, in_thread, is_bug, is_used_up
 from sender.checkpoints import CheckpointStore
 from sender.context import Context, Source
@@ -99,9 +100,10 @@ class Rollback:
             self._keep(error)
 
     def _keep(self, error: BaseException) -> None:
+        name = self._context.name
         self._context.progress.problem = (
-            f"{error}; it was handed over, and its missing pages are kept here until you decide "
-            f"(xen-postcopy decide {self._context.name})"
+            f"{error}; {name} was handed over, and its missing pages are kept here until you "
+            f"decide: {decide_commands(name)}"
         )
         self._ownership.link = Link.GIVEN_UP
 

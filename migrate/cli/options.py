@@ -341,8 +341,8 @@ STRATEGY_OPTIONS = (
         "--protect",
         is_flag=True,
         help="Until all memory has arrived, have the destination send back what the guest writes "
-        "there, so that the guest can continue here if the destination is lost: see `xen-postcopy "
-        "decide`.",
+        "there, so that the guest can continue here if the destination is lost: see the command "
+        "`decide`.",
     ),
     _option(
         "--checkpoint-every",

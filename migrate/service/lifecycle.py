@@ -241,6 +241,11 @@ def ended(name: str, phase: str, problem: str, asked: str) -> str:
     return f"the migration of {name} has ended ({how}): there is nothing to {asked}"
 
 
+def decide_commands(name: str) -> str:
+    """Return the two commands by which an operator decides where the guest runs."""
+    return f"`xen-postcopy decide {name} here` or `xen-postcopy decide {name} elsewhere`"
+
+
 M = TypeVar("M", bound=Named)
 
 

@@ -240,6 +240,8 @@ async def test_a_checkpoint_that_the_journal_cannot_note_is_not_applied(
         await dies_after(0, hosts, decide=False)(outcome, link)
         monkeypatch.undo()
         checkpoint_file(hosts).unlink()
+        with pytest.raises(MigrationError, match="continues here from its suspension"):
+            await outcome.migration.requests.decide(here=True)
         await outcome.migration.requests.decide(here=True, force=True)
 
     monkeypatch.setattr(Journal, "write", full)
@@ -309,6 +311,8 @@ async def test_a_checkpoint_for_which_there_is_no_memory_costs_the_protection_on
             patch.setattr(SimulatedDomain, "write_pages", refuse)
             await trio.to_thread.run_sync(recovery.take_up_checkpoint, source.checkpoints)
         assert "foreign write" in migration.progress.unprotected
+        with pytest.raises(MigrationError, match="continues here from its last checkpoint"):
+            await migration.requests.decide(here=True)
         await migration.requests.decide(here=True, force=True)
 
     await protected(hosts, slow_guest(name), meanwhile)

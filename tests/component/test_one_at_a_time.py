@@ -174,7 +174,7 @@ def test_log_dirty_that_nobody_owns_is_refused_and_can_be_taken(world: World) ->
     spec = boot(world)
     with world.source.open("guest") as guest:
         guest.log_dirty_enable()
-        refused(world, "guest", "migrate --take-log-dirty")
+        refused(world, "guest", "--take-log-dirty of `migrate`")
         assert guest.log_dirty_is_on() and guest.state() is DomainState.RUNNING
     begin(world, "guest", bandwidth=256 * MIB, take_log_dirty=True)
     arrives(world, spec)

@@ -108,7 +108,7 @@ async def test_a_guest_that_never_starts_can_be_given_back(
     assert migration.phase == "interrupted"
     check_whose_here(migration.progress.problem)
     assert "at the destination that the guest does not run there" in migration.progress.problem
-    assert "(xen-postcopy decide " in migration.progress.problem
+    assert "`xen-postcopy decide " in migration.progress.problem
     with pytest.raises(MigrationError, match="reconnecting does not help"):
         migration.requests.reconnect()
     await migration.requests.decide(here=True)

@@ -45,7 +45,7 @@ def listed(world: World, which: str, domain: str = "") -> list[dict[str, Any]]:
 OF_OTHER_END = re.compile(
     "(?:the sender gave up|the destination cannot continue|the destination has given the guest up|"
     "the guest ended at the destination): (.*?)"
-    "(?:; it was handed over|; the guest is|; xl has not|; the destination has not|; and then|$)"
+    "(?:; [^;]* was handed over|; the guest is|; xl has not|; the destination has not|; and then|$)"
 )
 
 
