@@ -92,7 +92,8 @@ async def resume(context: Context) -> None:
 
 
 def precopy_is_over(context: Context) -> bool:
-    return context.rounds_are_over or context.ownership.is_suspended
+    ownership = context.ownership
+    return context.rounds_are_over or ownership.is_suspended or ownership.has_ended
 
 
 def options_shown(context: Context) -> dict[str, Any]:

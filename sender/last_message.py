@@ -69,7 +69,9 @@ async def send_last_message(context: Context) -> None:
             context.last_message,
         )
         return
-    await trio.to_thread.run_sync(context.ownership.enter, State.FAILED)
+    stays = context.ownership.state is State.GIVEN_UP
+    end = State.STAYED if stays else State.FAILED
+    await trio.to_thread.run_sync(context.ownership.enter, end)
 
 
 async def _send_completed(context: Context, word: m.Completed) -> None:

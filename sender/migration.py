@@ -226,7 +226,9 @@ class OutgoingMigration:
             domain = await as_soon_as_threads_start(self._open_domain)
         except XenError as error:
             if not self.ownership.inherited:
-                await in_thread(context.fail, State.FAILED, str(error))
+                is_gone = isinstance(error, NoSuchDomainError)
+                end = State.FAILED if is_gone else State.STAYED
+                await in_thread(context.fail, end, str(error))
                 raise
             await in_thread(source_is_gone, context, error)
             return None

@@ -57,7 +57,11 @@ class State(Enum):
     PAGES_LOST = auto()
     """The source domain was destroyed with pages that the destination may lack."""
     COMPLETED = auto()
+    """The guest has all of its memory at the destination, and its domain here is destroyed."""
+    STAYED = auto()
+    """The guest continues here, and the destination needs no message any more."""
     FAILED = auto()
+    """The migration was not completed, and nothing of the guest is needed here any more."""
 
 
 class Guest(Enum):
@@ -109,7 +113,7 @@ class Row:
 
 
 S, G, R = State, Guest, Restart
-_STAYS = (S.GIVEN_UP, S.FAILED)
+_STAYS = (S.GIVEN_UP, S.STAYED, S.FAILED)
 _AWAY = (S.COMPLETING, S.DECIDED_HERE, S.DECIDED_ELSEWHERE, S.PAGES_LOST, S.FAILED)
 TABLE: dict[State, Row] = {
     S.OFFERING: Row(phase="preflight", if_lost="connecting",
@@ -122,7 +126,8 @@ TABLE: dict[State, Row] = {
         guest=G.SUSPENDED_HERE, restart=R.TAKE_BACK, next=(S.UNDECIDED, S.HANDED_OVER, *_STAYS)),
     S.UNDECIDED: Row(step="deciding", phase="deciding",
         if_lost="interrupted", if_given_up="in doubt",
-        guest=G.UNDECIDED, restart=R.FOLLOW_TOOLSTACK, next=(S.HANDED_OVER, *_AWAY, S.GIVEN_UP)),
+        guest=G.UNDECIDED, restart=R.FOLLOW_TOOLSTACK,
+        next=(S.HANDED_OVER, *_AWAY, S.GIVEN_UP, S.STAYED)),
     S.HANDED_OVER: Row(step="handed over", phase="postcopy", if_lost="interrupted",
         guest=G.THERE, restart=R.REJOIN, next=(S.ALL_SENT, *_AWAY)),
     S.ALL_SENT: Row(step="handed over", successor=S.HANDED_OVER, phase="completing",
@@ -137,10 +142,11 @@ TABLE: dict[State, Row] = {
     S.DECIDED_ELSEWHERE: Row(step="decided elsewhere", phase="interrupted",
         guest=G.GONE, restart=R.DESTROY_SOURCE, next=(S.PAGES_LOST, S.FAILED)),
     S.GIVEN_UP: Row(step="given up", phase="failed",
-        guest=G.RUNS_HERE, restart=R.SEND_LAST_MESSAGE, next=(S.FAILED,)),
+        guest=G.RUNS_HERE, restart=R.SEND_LAST_MESSAGE, next=(S.STAYED, S.FAILED)),
     S.PAGES_LOST: Row(step="handed over", successor=S.HANDED_OVER, phase="failed",
         guest=G.GONE, restart=R.REJOIN, next=(S.FAILED,)),
     S.COMPLETED: Row(phase="completed", guest=G.GONE),
+    S.STAYED: Row(phase="failed", guest=G.RUNS_HERE),
     S.FAILED: Row(phase="failed", guest=G.GONE),
 }  # fmt: skip
 
@@ -148,7 +154,7 @@ INHERITED = {row.step: row.successor or state for state, row in TABLE.items() if
 """The state in which a restarted daemon begins, by the last step in the journal."""
 LOG_DIRTY_MAY_BE_ON = frozenset({S.COPYING, S.SUSPENDED, S.HANDED_OVER, S.DECIDED_HERE})
 """The states in which a predecessor may have left log-dirty on."""
-ENDED = (S.GIVEN_UP, S.PAGES_LOST, S.COMPLETED, S.FAILED)
+ENDED = (S.GIVEN_UP, S.PAGES_LOST, S.COMPLETED, S.STAYED, S.FAILED)
 DECIDED = (S.DECIDED_HERE, S.RETURNING, S.DECIDED_ELSEWHERE)
 _HANDED_OVER = (S.HANDED_OVER, S.ALL_SENT, S.COMPLETING, *DECIDED)
 _NOT_HERE_ALONE = (G.UNDECIDED, G.THERE)
@@ -206,8 +212,10 @@ class Ownership:
         self._writing = threading.Lock()
         """Held while the journal is written and the state changes."""
         self._state = state
-        self._kept = self._leaves = False
-        """The guest is kept here; or is being handed over.  Never both."""
+        self._kept = False
+        """The guest is kept here.  This excludes :attr:`_leaves`."""
+        self._leaves = False
+        """The guest is being handed over.  This excludes :attr:`_kept`."""
         self._link = Link.LOST
         self.on_phase: Callable[[str], object] = _ignore
         """Called with the phase after each change of the state or of the link."""
@@ -264,7 +272,7 @@ class Ownership:
     @property
     def is_suspended(self) -> bool:
         """This migration has the guest suspended here."""
-        return self._state not in (S.OFFERING, S.COPYING)
+        return not self.has_ended and self._state not in (S.OFFERING, S.COPYING)
 
     @property
     def peer_may_be_ready(self) -> bool:

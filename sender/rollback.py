@@ -200,8 +200,8 @@ class Rollback:
             with self._reported():
                 await self._continue(reason)
         with self._reported():
-            is_left = context.last_message is not None
-            await in_thread(self.forget, State.GIVEN_UP if is_left else State.FAILED)
+            end = State.FAILED if self._has_ended else State.STAYED
+            await in_thread(self.forget, end if context.last_message is None else State.GIVEN_UP)
 
     async def _send_abort(self, abort: m.Abort) -> None:
         """Send ``abort`` once, and end the connection.  If the destination is not ready, the end of

@@ -54,6 +54,7 @@ BOTH = {
     State.ALL_SENT: "HANDED",
     State.GIVEN_UP: "GIVEN_UP",
     State.COMPLETED: "NONE",
+    State.STAYED: "NONE",
     State.FAILED: "NONE",
 }
 RECALLING = "RECALLING"
@@ -170,6 +171,13 @@ def test_each_state_is_reached_and_each_migration_can_end() -> None:
     assert reachable(State.OFFERING) == set(State)
     for state in State:
         assert reachable(state) & set(ENDED)
+
+
+def test_a_guest_that_stays_is_not_elsewhere_after_the_end() -> None:
+    for state in (State.GIVEN_UP, State.STAYED):
+        ownership = Notes().owner(state)
+        assert ownership.row.guest is Guest.RUNS_HERE
+        assert not ownership.may_be_elsewhere and not ownership.is_suspended
 
 
 def test_a_guest_that_was_handed_over_goes_on_here_only_by_a_decision() -> None:
@@ -303,7 +311,8 @@ def test_what_follows_from_where_the_guest_is(state: State) -> None:
     assert ownership.may_be_elsewhere is not here
     undone = here or guest in (Guest.UNDECIDED, Guest.DECIDED_HERE)
     assert ownership.may_stay is (undone and state not in ENDED)
-    assert ownership.is_suspended is (state not in (State.OFFERING, State.COPYING))
+    runs = state in (State.OFFERING, State.COPYING)
+    assert ownership.is_suspended is not (runs or state in ENDED)
     assert ownership.has_ended is (state in ENDED)
     assert ownership.peer_may_be_ready is (state is not State.OFFERING)  # also for a predecessor
     cut_off = guest in (Guest.UNDECIDED, Guest.THERE)
@@ -369,7 +378,7 @@ def test_a_started_sender_does_what_the_model_s_does(model: Modelled) -> None:
         found.setdefault(journal, set()).update(re.findall(r"(\w+)\(\)", action))
     assert {*found} == {*model.journals.values(), *model.besides}
     for state, journal in model.journals.items():
-        if state is not State.FAILED and state is not State.COMPLETED:
+        if state not in (State.COMPLETED, State.STAYED, State.FAILED):
             assert found[journal] & model.actions[TABLE[state].restart], (state, found[journal])
     for journal in model.besides:
         assert found[journal] == found["GIVEN_UP"] == {"tell"}
