@@ -135,7 +135,7 @@ def _speed(p: Answer) -> list[Field]:
         return [Field(1, ["copying is paused", "paused"])]
     if p.get("quiet_s"):
         quiet = human_seconds(p["quiet_s"])
-        return [Field(1, [f"nothing has been copied for {quiet}", f"quiet for {quiet}"])]
+        return [Field(1, [f"no background copying for {quiet}", f"quiet for {quiet}"])]
     found = []
     if "bytes_per_s" in p:
         found.append(Field(2, [brief_rate(p["bytes_per_s"])]))
@@ -243,8 +243,10 @@ def problem(line: dict[str, Any]) -> str:
         return f"its copying is paused: `xen-postcopy resume {line['domain']}`"
     if line.get("quiet_s"):
         return (
-            f"nothing has been copied for {human_seconds(line['quiet_s'])}: if copying is paused, "
-            "`xen-postcopy list` at the source shows that"
+            f"no page has arrived in the background for {human_seconds(line['quiet_s'])} (pages "
+            "that vCPUs wait for do not count): copying is paused, its cap is low, or the sender "
+            f"gets no CPU: `xen-postcopy show {line['domain']}` at the source has the pause and "
+            "the cap"
         )
     return line.get("unprotected", "") and f"not protected any more: {line['unprotected']}"
 

@@ -49,7 +49,7 @@ NAMES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "total_s": ("elapsed", _seconds),
     "bytes_per_s": ("rate", rate),
     "dirty_bytes_per_s": ("dirty rate", rate),
-    "quiet_s": ("nothing copied for", _seconds),
+    "quiet_s": ("no background copying for", _seconds),
     "throughput_bytes_per_s": ("average rate", rate),
     "memory_bytes": ("memory", human_bytes),
     "bytes_sent": ("sent", human_bytes),

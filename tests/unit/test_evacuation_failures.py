@@ -412,8 +412,9 @@ async def test_a_guest_of_which_nothing_is_copied_is_waited_for_with_the_command
     before = dict[int, str]()
     (line,) = changes(before, planner.guests)
     assert line == (
-        "guest1: not ready: nothing is copied to this host: if an operator has paused the copying, "
-        "`xen-postcopy resume guest1` at its source continues the copying"
+        "guest1: not ready: no page arrives at this host in the background: copying is paused "
+        "(`xen-postcopy resume guest1` at its source ends that), its cap is low, or the sender "
+        "there gets no CPU"
     )
     planner.seen([INCOMING | {"problem": "4 of its pages are not here"}], [])
     assert not guest.is_quiet and list(changes(before, planner.guests)) == []

@@ -129,11 +129,10 @@ def test_a_receiver_shows_a_silence_instead_of_a_rate() -> None:
     quiet = POSTCOPY | {"direction": "incoming", "quiet_s": 12.3, "eta_s": None}
     line = shown(quiet, 70)
     assert line.startswith("web: postcopy, 61%, 312 of 512 MiB, quiet for 12 s, ")
-    assert "nothing has been copied for 12 s" in shown(quiet, 200)
+    assert "no background copying for 12 s" in shown(quiet, 200)
     reason = table_of([quiet], None, 1_700_000_000.0).split("\n")[1]
-    assert (
-        "nothing has been copied for 12 s: if copying is paused, `xen-postcopy list` at" in reason
-    )
+    assert "no page has arrived in the background for 12 s (pages that vCPUs wait for" in reason
+    assert "`xen-postcopy show web` at the source" in reason
 
 
 RECEIVER: dict[str, Any] = {

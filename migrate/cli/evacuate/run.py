@@ -57,8 +57,8 @@ NOT_ARRIVING_S = {"lost": 0.0, "held": 0.0, "in doubt": 300.0, "interrupted": 30
 seen before its guest is not waited for any more: a link that was lost may come back.
 """
 QUIET = (
-    "nothing is copied to this host: if an operator has paused the copying, `xen-postcopy resume "
-    "{}` at its source continues the copying"
+    "no page arrives at this host in the background: copying is paused (`xen-postcopy resume {}` "
+    "at its source ends that), its cap is low, or the sender there gets no CPU"
 )
 Json = dict[str, Any]
 
