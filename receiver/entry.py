@@ -20,11 +20,12 @@ FACTS: dict[str, tuple[type, ...]] = {
     "reason": (str,),
     "recalled": (str,),
     "started_at": NUMBER_OR_NONE,
+    "missing": (int,),
 }
 """The facts that only this end notes in the journal, with the types of their values."""
 NOT_ALWAYS_NOTED = (
     "handle", "rejoins", "proven", "unprotected", "decided", "raised", "reason", "recalled",
-    "started_at",
+    "started_at", "missing",
 )  # fmt: skip
 """The facts that an earlier release did not note."""
 
@@ -59,6 +60,10 @@ class Entry:
         """When the migration began, in seconds since 1970; for people.  ``None`` if an earlier
         release began it.
         """
+        self.missing = 0
+        """How many pages were missing when the guest was ready; for people.  0 if that is not
+        known.
+        """
 
     @classmethod
     def of_predecessor(
@@ -81,6 +86,7 @@ class Entry:
         entry.reason = facts.get("reason", "")
         entry.recalled = facts.get("recalled", "")
         entry.started_at = facts.get("started_at")
+        entry.missing = facts.get("missing", 0)
         return entry
 
     @property
@@ -125,6 +131,7 @@ class Entry:
                 "reason": self.reason,
                 "recalled": self.recalled,
                 "started_at": self.started_at,
+                "missing": self.missing,
             },
             needed=needed,
         )

@@ -109,7 +109,8 @@ class Inbox:
         if not restoring.take_context(message):
             return
         context.end_step("restore vCPUs and devices")
-        context.progress.pages_total = self._switchover.guest.pages.count
+        context.entry.missing = self._switchover.guest.pages.count
+        context.progress.pages_total = context.entry.missing
         if not self._ownership.try_become_ready():
             raise MigrationError(self._ownership.taken_back)
         self._peer.send_blocking(m.Ready())

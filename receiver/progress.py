@@ -36,8 +36,8 @@ class IncomingProgress:
     elapsed_s: float | None = None
     """The time from the connection of the sender to now, or to the end."""
     pages_done: int | None = None
-    """The pages that have arrived of those that were missing when the guest's faults began to be
-    served by this process.
+    """The pages that have arrived of those that were missing at the handover.  If the journal is of
+    an earlier release: of those that were missing when this process began to serve the guest.
     """
     pages_total: int | None = None
     bytes_received: int = 0

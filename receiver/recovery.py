@@ -97,6 +97,7 @@ class Predecessor:
                 await trio.sleep(LAST_START_AGAIN_S)
         context.progress.problem = context.entry.reason or TAKING_UP
         context.progress.outstanding = guest.pages.count
+        context.progress.pages_total = context.entry.missing or None
         log.warning(
             "%s: resuming the migration of a killed receiver, %s, %d pages missing",
             context.name,

@@ -29,11 +29,12 @@ FACTS: dict[str, tuple[type, ...]] = {
     "max_pages": (int,),
     "applied": (bool,),
     "started_at": NUMBER_OR_NONE,
+    "missing": (int,),
 }
 """The facts that only this end notes, with the types of their values."""
 NOT_ALWAYS_NOTED = (
     "handle", "rejoins", "proven", "ran", "recall", "max_pages", "applied", "started_at",
-    "postcopy_bandwidth", "paused", "ended_there",
+    "postcopy_bandwidth", "paused", "ended_there", "missing",
 )  # fmt: skip
 """The facts that an earlier release did not note."""
 
@@ -70,6 +71,8 @@ class Entry:
     began it.
     """
     pause: Pause = field(default_factory=Pause)
+    missing: int = 0
+    """How many pages were missing at the handover; for people.  0 if that is not known."""
 
     def facts(self) -> dict[str, Any]:
         """Return the facts as JSON can have them."""
@@ -92,6 +95,7 @@ class Entry:
             "max_pages": self.max_pages,
             "applied": self.applied,
             "started_at": self.started_at,
+            "missing": self.missing,
         }
 
 
@@ -126,6 +130,7 @@ def read_entry(facts: dict[str, Any], *, has_checkpoint: bool) -> tuple[Entry, S
         facts.get("ended_there", False),
         facts.get("started_at"),
         Pause(facts.get("paused", False)),
+        facts.get("missing", 0),
     )
     # A release that did not note handles did not note the step before the suspension either.
     state = State.SUSPENDED if step == "begun" and handle is None else INHERITED[step]

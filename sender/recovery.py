@@ -139,7 +139,8 @@ class Recovery:
             return
         context.backlog = Backlog(outstanding)
         missing = context.backlog.unacknowledged
-        context.statistics.missing_pages = context.progress.pages_total = missing
+        context.statistics.missing_pages = missing
+        context.progress.pages_total = max(context.entry.missing, missing)
         if missing:  # otherwise the domain may be gone
             context.toolstack.hold(domain, outstanding)
         context.ownership.inherited = False

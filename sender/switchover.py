@@ -119,7 +119,8 @@ class Switchover:
                 "the guest is suspended, and the destination was not ready within "
                 f"{STEP_TIMEOUT_S:g} s"
             )
-        context.progress.pages_total = context.statistics.missing_pages
+        context.entry.missing = context.statistics.missing_pages
+        context.progress.pages_total = context.entry.missing
         context.count_down()
         end_step("wait until the destination is ready")
         self._pass_ownership()

@@ -99,6 +99,25 @@ def check(world: World) -> str:
 
 
 @pytest.mark.parametrize("which", ["sender", "receiver"])
+def test_a_successor_shows_what_is_done_of_the_pages_missing_at_the_handover(
+    world: World, which: str
+) -> None:
+    begin(world, "postcopy", MIB)
+    until(lambda: phase(world, which) == "postcopy", "no postcopy")
+    (before,) = lines(world, which)
+    total = before["pages_total"]
+    until(lambda: 0 < lines(world, which)[0]["outstanding"] < total, "no page arrives")
+    kill(world, which)
+    start_anew(world, which)
+    until(lambda: lines(world, which)[0]["pages_done"], "nothing is shown as done")
+    (after,) = lines(world, which)
+    assert after["pages_total"] == total
+    assert after["pages_done"] == total - after["outstanding"]
+    world.ask("sender", command="set", migration="guest", values={"bandwidth_bytes_per_s": None})
+    assert check(world) == "destination"
+
+
+@pytest.mark.parametrize("which", ["sender", "receiver"])
 @pytest.mark.parametrize("strategy", ["hybrid", "postcopy"])
 def test_killed_in_postcopy_its_successor_goes_on(world: World, which: str, strategy: str) -> None:
     begin(world, strategy)

@@ -57,6 +57,7 @@ NOTED_LATER = {
     "raised",
     "reason",
     "recalled",
+    "missing",
 }
 """The facts that 0.1.0 did not note."""
 SHOWN = {
