@@ -17,6 +17,7 @@ class XenError(Exception):
     ``errno`` is Xen's.  ``pfn`` is the pfn at which the call failed, if any.  ``done`` is the
     number of pfns of the batch, from its start, that were handled before.  With ESRCH the error is
     a :class:`NoSuchDomainError`, because the class follows the number, as for an ``OSError``.
+    ``is_call``: a call has failed, and the text has the name of the number.
     """
 
     def __new__(cls, _operation: str, errno: int, **_more: object) -> XenError:
@@ -25,16 +26,23 @@ class XenError(Exception):
         )
 
     def __init__(
-        self, operation: str, errno: int, *, pfn: int | None = None, done: int = 0, why: str = ""
+        self,
+        operation: str,
+        errno: int,
+        *,
+        pfn: int | None = None,
+        done: int = 0,
+        why: str = "",
+        is_call: bool = True,
     ):
         self.operation = operation
         self.errno = errno
         self.pfn = pfn
         self.done = done
         self.why = why or os.strerror(errno)
-        name = errno_module.errorcode.get(errno, str(errno))
+        name = f" ({errno_module.errorcode.get(errno, errno)})" if is_call else ""
         where = f" at pfn {pfn:#x}" if pfn is not None else ""
-        super().__init__(f"{operation}{where}: {self.why} ({name})")
+        super().__init__(f"{operation}{where}: {self.why}{name}")
 
 
 class GuestOptionError(ValueError):
@@ -49,7 +57,7 @@ def no_such_domain(
     domain: str | int, why: str = "there is no such domain on this host"
 ) -> XenError:
     """Return the error for a domain that is not found by its name or its domid."""
-    return XenError(f"domain {domain!r}", errno_module.ESRCH, why=why)
+    return XenError(f"domain {domain!r}", errno_module.ESRCH, why=why, is_call=False)
 
 
 def check_handle(domid: int, found: bytes, expected: bytes | None) -> None:

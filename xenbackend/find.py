@@ -27,7 +27,7 @@ def find_domain(domains: list[DomainInfo], text: str) -> DomainInfo:
                 + [_as_a_name(i) for i in others]
             )
             why = f"that is {fits}: use a name, number or UUID that fits one domain only"
-            raise XenError(f"domain {text!r}", errno.EEXIST, why=why)
+            raise XenError(f"domain {text!r}", errno.EEXIST, why=why, is_call=False)
         named = numbered
     if not named:
         named = [info for info in domains if str(uuid.UUID(bytes=info.handle)) == text.lower()]
@@ -36,7 +36,7 @@ def find_domain(domains: list[DomainInfo], text: str) -> DomainInfo:
     if len(named) > 1:
         numbers = ", ".join(str(info.domid) for info in named)
         why = f"there is more than one such domain: name it by one of these numbers: {numbers}"
-        raise XenError(f"domain {text!r}", errno.EEXIST, why=why)
+        raise XenError(f"domain {text!r}", errno.EEXIST, why=why, is_call=False)
     return named[0]
 
 

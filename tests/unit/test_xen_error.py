@@ -20,7 +20,7 @@ def test_another_number_stays_an_error_of_the_hypervisor() -> None:
 
 
 def test_a_domain_that_is_not_found_is_named() -> None:
-    assert "'web'" in str(no_such_domain("web"))
+    assert str(no_such_domain("web")) == "domain 'web': there is no such domain on this host"
     assert "another domain has this number" in str(
         no_such_domain(5, "another domain has this number now")
     )
