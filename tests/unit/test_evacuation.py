@@ -196,6 +196,15 @@ def test_a_named_guest_that_has_gone_and_comes_back_meanwhile_is_named() -> None
     assert played.steps() == {1: Step.GONE} and played.planner.newcomers == ["guest1"]
 
 
+def test_a_migration_of_the_history_that_lacks_keys_is_followed() -> None:
+    played = Played([here(2)], named=set())
+    lacking = line(1, "completed")
+    del lacking["domid"], lacking["strategy"]
+    played.planner.follow(lacking)
+    played.planner.seen(played.here, [lacking])
+    assert [guest.step for guest in played.planner.guests] == [Step.GONE]
+
+
 # ---- interruptions ----
 def test_after_a_stop_nothing_begins_and_what_is_under_way_is_followed() -> None:
     played = Played([here(1), here(2), here(3)])

@@ -115,7 +115,7 @@ class Guest:
         it.
         """
         self.step, self.line, self.problem = Step.MOVES, line, ""
-        self.migration, self.strategy = line["id"], line["strategy"]
+        self.migration, self.strategy = line["id"], line.get("strategy") or ""
         self.destination = destination or line["peer"]
 
     @property
@@ -233,7 +233,8 @@ class Planner:
 
     def follow(self, line: Json) -> None:
         """Take a guest of which there is only a migration, under way or completed."""
-        guest = Guest(line["domain"], line["domid"], line.get("uuid") or "")
+        domid = line.get("domid")  # the history may lack the number, the UUID and the strategy
+        guest = Guest(line["domain"], -1 if domid is None else domid, line.get("uuid") or "")
         guest.follow(line)
         self.guests.append(guest)
         self._moves(guest, line)
@@ -245,7 +246,7 @@ class Planner:
         """
         by_id = {line["id"]: line for line in lines}
         moved = _under_way(lines) | {
-            line["domid"]: line
+            line.get("domid"): line
             for line in lines
             if line["phase"] == "completed" and line["id"] not in self._past
         }
@@ -474,10 +475,10 @@ def _key(here: Json) -> tuple[int, str]:
     return here["domid"], here["uuid"]
 
 
-def _under_way(lines: Sequence[Json]) -> dict[int, Json]:
+def _under_way(lines: Sequence[Json]) -> dict[int | None, Json]:
     """Return the migrations under way that leave this host, by the domain."""
     return {
-        line["domid"]: line
+        line.get("domid"): line
         for line in lines
         if line["direction"] == "outgoing" and line["phase"] not in ("", *ENDED)
     }
