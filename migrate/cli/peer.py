@@ -225,12 +225,13 @@ def _host(name: str, host: Host, guest_bytes: int | None, report: Report) -> Non
     free_bytes = free_bytes_of(host)
     if free_bytes is None:
         return
-    free = f"{human_bytes(free_bytes)} are free"
+    text = f"{human_bytes(free_bytes)} are free"
+    if guest_bytes is not None:
+        text = f"the guest needs {human_bytes(guest_bytes)}, and {text}"
     if guest_bytes is not None and guest_bytes > free_bytes:
-        needs = f"the guest needs {human_bytes(guest_bytes)}"
-        report.add(f"{name}, memory", PROBLEM, f"{free}, and {needs}: make room there")
+        report.add(f"{name}, memory", PROBLEM, f"{text}: make room there")
     else:
-        report.add(f"{name}, memory", OK, free)
+        report.add(f"{name}, memory", OK, text)
 
 
 async def _sender(name: str, host: Host, terms: Terms, report: Report) -> None:

@@ -91,7 +91,10 @@ async def test_all_is_well(files: Callable[..., Tls]) -> None:
     assert found[f"{HOST}, release"][0] == OK
     assert "protocol 1" in found[f"{HOST}, release"][1]
     assert found[f"{HOST}, paging"][1].startswith("guests can be paged; pages are evicted in")
-    assert found[f"{HOST}, memory"] == (OK, "1.0 GiB are free")
+    assert found[f"{HOST}, memory"] == (
+        OK,
+        "the guest needs 1.0 GiB, and 1.0 GiB are free",
+    )
     assert found[f"{HOST}, sender at {HOST}, our certificate"] == (OK, "accepted there")
     assert not [text for result, text in found.values() if result == PROBLEM]
 
@@ -198,7 +201,7 @@ async def test_what_the_host_there_lacks() -> None:
     assert found[f"{HOST}, paging"] == (PROBLEM, answer.problem)
     assert found[f"{HOST}, memory"] == (
         PROBLEM,
-        "1.0 GiB are free, and the guest needs 2.0 GiB: make room there",
+        "the guest needs 2.0 GiB, and 1.0 GiB are free: make room there",
     )
     result, text = found[f"{HOST}, sender"]
     assert result == NOTE and "set listen in [sender] there" in text

@@ -149,7 +149,7 @@ def test_a_guest_that_does_not_fit_there_is_named(two: Two, name: str) -> None:
     found = json.loads(done.stdout)
     assert found["ready"] is False and found["peer"] == f"{destination}:8013"
     assert found["problems"] == [
-        f"{destination}, memory: 28.0 MiB are free, and the guest needs 32.0 MiB: make room there"
+        f"{destination}, memory: the guest needs 32.0 MiB, and 28.0 MiB are free: make room there"
     ]
     by_name = {check["what"]: check["result"] for check in found["checks"]}
     assert by_name["this host, sender"] == "note"  # it does not run
