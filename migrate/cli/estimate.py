@@ -32,8 +32,8 @@ from xenbackend.unix import STARTING_S
 
 SECONDS = 3.0
 """For how long a guest is measured."""
-TITLES = ("STRATEGY", "TOTAL", "DOWNTIME", "FROZEN", "ROUNDS", "SENT")
-NUMBERS = "TOTAL DOWNTIME FROZEN ROUNDS SENT"
+TITLES = ("STRATEGY", "TOTAL", "DOWNTIME", "FROZEN", "ROUNDS", "COPIED")
+NUMBERS = "TOTAL DOWNTIME FROZEN ROUNDS COPIED"
 Found = dict[str, Any]
 
 
