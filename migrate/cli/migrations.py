@@ -187,6 +187,7 @@ def without_the_past(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @click.command("list")
 @sockets_option
+@click.option("--active", is_flag=True, help="Only those that are under way.")
 @click.option("--all", "with_past", is_flag=True, help="Also those that ended before a restart.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @click.option(
@@ -194,20 +195,27 @@ def without_the_past(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     help="Again and again, until Ctrl-C.  With --json: a line for each change and each second.",
 )  # fmt: skip
 def list_command(
-    socket_paths: tuple[Path, ...], with_past: bool, as_json: bool, watch: bool
+    socket_paths: tuple[Path, ...], active: bool, with_past: bool, as_json: bool, watch: bool
 ) -> None:
     """List the migrations of the daemons on this host.
+
+    The migrations are in the order in which they began.  Without --active these are also the last
+    100 of each daemon that have ended.
 
     DONE: how much of the round of precopy, or of the pages missing at the handover, is done.
     OUTSTANDING: the pages that the destination lacks.  PROBLEM: why the phase is what it is, and
     usually what to do.  "-": the daemon does not have the value.  A narrow terminal has fewer
     columns.
     """
+    if active and with_past:
+        raise click.UsageError("--active and --all exclude each other")
     if watch:
-        _watch_all(socket_paths, with_past, as_json)
+        _watch_all(socket_paths, as_json=as_json, active=active, with_past=with_past)
         return
     answers = ask_all(socket_paths, command="list", all=with_past)
     lines = _lines(answers, as_json)
+    if active:
+        lines = under_way(lines)
     if as_json:
         echo(json.dumps(lines, indent=2))
     else:
@@ -226,13 +234,28 @@ def _lines(answers: Answers, as_json: bool) -> list[dict[str, Any]]:
     ]
 
 
-def _watch_all(socket_paths: tuple[Path, ...], with_past: bool, as_json: bool) -> None:
-    """Show all migrations until the command is interrupted."""
+def under_way(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the lines of migrations that have not ended."""
+    return [line for line in lines if line["phase"] not in ENDED]
+
+
+def _watch_all(
+    socket_paths: tuple[Path, ...], *, as_json: bool, active: bool, with_past: bool
+) -> None:
+    """Show all migrations, or those that are under way, until the command is interrupted."""
     display = EventLines() if as_json else TableDisplay(sys.stdout)
     answers = ask_all(socket_paths, command="list", all=with_past)
+    followed = set[str]()
+    """The migrations whose events are shown to the end."""
     try:
         while True:
-            display.show(_lines(answers, as_json), "; ".join(map(str, answers.silent)))
+            lines = _lines(answers, as_json)
+            if active and as_json:
+                followed.update(line["id"] for line in under_way(lines))
+                lines = [line for line in lines if line["id"] in followed]
+            elif active:
+                lines = under_way(lines)
+            display.show(lines, "; ".join(map(str, answers.silent)))
             wait_while_read(sys.stdout, WATCH_EVERY_S if as_json else EVERY_S)
             try:
                 answers = ask_all(socket_paths, starting_s=0, command="list", all=with_past)

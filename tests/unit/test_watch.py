@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,29 @@ def test_without_a_terminal_the_table_is_printed_after_each_change(
         run(monkeypatch, daemons, migrations.list_command, "--watch")
     rows = [text.split() for text in capsys.readouterr().out.splitlines()]
     assert [row[3] for row in rows if row] == ["PHASE", "precopy", "PHASE", "completed"]
+
+
+@pytest.mark.parametrize("watch", [[], ["--watch"]])
+def test_active_leaves_out_what_has_ended(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], watch: list[str]
+) -> None:
+    ended = line("completed", id="2" * 32, domain="mail")
+    daemons = Daemons([ended, line("precopy")])
+    with pytest.raises(click.exceptions.Abort) if watch else contextlib.nullcontext():
+        run(monkeypatch, daemons, migrations.list_command, "--active", *watch)
+    rows = [text.split() for text in capsys.readouterr().out.splitlines()]
+    assert [row[1] for row in rows if row] == ["DOMAIN", "web"]
+
+
+def test_active_has_the_events_of_a_migration_to_its_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = line("completed", id="2" * 32, domain="mail")
+    daemons = Daemons([ended, line("precopy")], [ended, line("completed")])
+    with pytest.raises(click.exceptions.Abort):
+        run(monkeypatch, daemons, migrations.list_command, "--active", "--watch", "--json")
+    found = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
+    assert {one["domain"] for one in found} == {"web"} and found[-1]["event"] == "end"
 
 
 def test_no_daemon_at_the_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
