@@ -162,7 +162,7 @@ class ReceiverDaemon:
                 listed = self.history.listed(self._migrations, _line, of_predecessors=every)
                 # Without the history, `list` is answered also when no thread can be started.
                 answer = connection.answer_at_length if every else connection.answer
-                await answer("result", migrations=listed, kept=list(map(_kept_line, kept)))
+                await answer("result", migrations=listed, kept=list(map(kept_line, kept)))
             case "show":
                 shown = self.history.shown(await self._look_up(request), _shown)
                 await connection.answer("result", **shown)
@@ -389,7 +389,7 @@ def _line(migration: IncomingMigration, ended_at: float | None = None) -> Json:
     }
 
 
-def _kept_line(entry: Kept) -> Json:
+def kept_line(entry: Kept) -> Json:
     """Return an entry of the journal whose migration was not resumed, with the keys of
     :func:`_line`.
     """

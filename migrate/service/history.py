@@ -68,7 +68,7 @@ PERHAPS: dict[str, Any] = {
 """Keys that an entry may lack, or have without a value."""
 RECORDS = "records"
 """The folder of the records, beside the file."""
-NOT_IN_A_LIST = ("details", "known")
+NOT_IN_A_LIST = ("options", "details", "known")
 ASKED = {"postcopy-now": "switch over", "check-decision": "decide", "set": "change"}
 """The verb for a request in an answer, if the verb is not the command."""
 Json = dict[str, Any]

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import pty
+import re
 import socket
 import subprocess
 import sys
@@ -18,11 +19,15 @@ import pytest
 
 from migrate.cli.world import World, loopback_world, verify_migrated
 from migrate.protocol.pfns import pfn_array
+from migrate.service.journal import Kept
+from receiver.daemon import kept_line as kept_line_of_receiver
+from sender.progress import kept_line as kept_line_of_sender
 from tests.conftest import MIB
 from tests.support import zygote
 from tests.support.command_line import assert_refused, assert_unharmed, boot, migrate, request, run
 from tests.support.commands import COMMAND_S, PROGRAM
 from tests.support.waiting import WAIT_S, until
+from tests.tree.listing import TREE
 
 
 @pytest.mark.parametrize(
@@ -122,6 +127,36 @@ def test_list(world: World, name: str) -> None:
     assert any(
         entry["domain"] == name for entry in json.loads(run("list", "--json", *sockets).stdout)
     )
+
+
+def documented_keys(end: str) -> set[str]:
+    """Return the keys of a line of ``list`` of the sender or the receiver, as docs/commands.md has
+    them.
+    """
+    text = (TREE / "docs/commands.md").read_text()
+    _before, _title, table = text.partition("### The keys of `list` and `show`\n")
+    found = set()
+    for keys, ends in re.findall(
+        r"^\| (`[^|]*) \| [^|]*\| ([^|]*) \|", table.partition("###")[0], re.M
+    ):
+        names, each = re.findall(r"`(\w+)`", keys), ends.split(", ")
+        if len(each) == 1:
+            each *= len(names)
+        found |= {name for name, of in zip(names, each, strict=True) if of in (end, "both")}
+    return found - {"options"}  # which only `show` has
+
+
+def test_a_line_of_list_has_the_documented_keys(world: World, name: str, tmp_path: Path) -> None:
+    boot(world, name)
+    assert migrate(world, name).returncode == 0
+    kept = Kept("1" * 32, tmp_path / "entry.json", "guest", None, "an unknown step")
+    for end, socket_path, kept_line in (
+        ("sender", world.sender_socket, kept_line_of_sender),
+        ("receiver", world.receiver_socket, kept_line_of_receiver),
+    ):
+        listed = json.loads(run("list", "--json", "--socket", str(socket_path)).stdout)
+        for line in (*listed, kept_line(kept)):
+            assert set(line) == documented_keys(end)
 
 
 @pytest.mark.parametrize("command", [["list"], ["list", "--json"], ["show", "NAME"]])
