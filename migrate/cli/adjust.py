@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from migrate.cli.figures import rate
 from migrate.cli.migrations import migration_argument
 from migrate.cli.options import changeable_options, sender_socket, socket_option, values_of
 from migrate.cli.text import json_option, report
@@ -46,12 +47,16 @@ def set_command(migration: str, socket_path: Path, as_json: bool, **given: Any) 
         options = ", ".join(flag(name) for name in given)
         raise click.UsageError(f"nothing to change: give at least one of {options}")
     _ask(socket_path, command="set", migration=migration, values=values)
-    changes = (
-        f"{flag(name)} {value if value or name == 'dirty_threshold' else 'none'}"
-        for name, value in values.items()
-    )
+    changes = (f"{flag(name)} {_in_words(name, value)}" for name, value in values.items())
     text = f"{migration}: the sender now uses {', '.join(changes)}"
     report(text, as_json, migration=migration, done="set", values=values)
+
+
+def _in_words(name: str, value: Any) -> str:
+    """Return a value of ``set`` as people read it."""
+    if not value and name != "dirty_threshold":
+        return "none"
+    return rate(value) if name.endswith("bytes_per_s") else str(value)
 
 
 @click.command("postcopy-now")

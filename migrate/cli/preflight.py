@@ -73,8 +73,9 @@ def preflight_command(
     if peer is not None:
         if simulated is not None and domain is None:
             raise click.UsageError(
-                "--simulated: with --peer only for DOMAIN, a guest of that host; the daemons of "
-                f"this host are tried at their sockets in {RUN_DIRECTORY}, or in ${SOCKETS}"
+                "--simulated: with --peer also give DOMAIN, a guest of that simulated host; "
+                "without DOMAIN leave --simulated out, because the daemons are asked at their "
+                f"sockets in {RUN_DIRECTORY} (or in ${SOCKETS})"
             )
         _try_peer(domain, peer, config_path, simulated, by_ssh=ssh, as_json=as_json)
         return

@@ -94,6 +94,8 @@ def test_precopy_is_slowed_down_paused_and_resumed(world: World) -> None:
     assert "first `xen-postcopy resume guest`" in refusal(world, command="postcopy-now")
     used = done(world, "set", "guest", "--bandwidth", "none", "--downtime-target", "7")
     assert used == "guest: the sender now uses --bandwidth none, --downtime-target 7.0\n"
+    capped = done(world, "set", "guest", "--postcopy-bandwidth", "400M")
+    assert capped == "guest: the sender now uses --postcopy-bandwidth 400.0 MiB/s\n"
     options = shown(world)["options"]
     assert options["bandwidth_bytes_per_s"] is None and options["downtime_target_ms"] == 7.0
     assert "downtime target 7 ms" in done(world, "show", "guest")
@@ -101,7 +103,7 @@ def test_precopy_is_slowed_down_paused_and_resumed(world: World) -> None:
     arrives(world, spec)
     assert shown(world)["paused"] is False
     marks = world.ask("sender", command="record", migration="guest")["record"]["marks"]
-    assert [mark["asked"] for mark in marks] == ["pause", "set", "resume"]
+    assert [mark["asked"] for mark in marks] == ["pause", "set", "set", "resume"]
     assert marks[1]["values"] == {"bandwidth_bytes_per_s": None, "downtime_target_ms": 7.0}
 
 

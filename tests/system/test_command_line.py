@@ -95,7 +95,7 @@ def test_preflight_of_a_host_and_of_a_guest(world: World, name: str) -> None:
     assert_refused(run("preflight", "nobody", *host), "no such domain")
     alone = run("preflight", "--peer", "127.0.0.1", *host)
     assert_refused(
-        alone, "--simulated: with --peer only for DOMAIN, a guest of that host", status=2
+        alone, "--simulated: with --peer also give DOMAIN, a guest of that simulated", status=2
     )
     with loopback_world(64 * MIB, host_options=("--no-paging",), daemons=False) as unfit:
         told = run("preflight", "--simulated", unfit.directory / "destination.sock")

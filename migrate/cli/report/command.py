@@ -92,6 +92,7 @@ def report_command(
     # The guest's name may be that of several migrations.
     newest = latest_first(found)[0]
     write_report(output, report_of_accepted([one for one in found if one["id"] == newest["id"]]))
-    text = f"{newest['domain']}: the report is in {output}"
+    where = "on standard output" if output == STDOUT else f"in {output}"
+    text = f"{newest['domain']}: the report is {where}"
     report(text, as_json, migration=newest["id"], file=str(output))
     answers.check_complete()
