@@ -430,3 +430,4 @@ FAULTS = [
     Fault("certificates renewed", renew_certificates, "nobody", tls=True),
     Fault("certificates renewed", renew_certificates, "nobody", tls=True),
 ]
+"""Each trial chooses from these.  A fault that is here twice is chosen twice as often."""
