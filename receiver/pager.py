@@ -204,7 +204,7 @@ class Pager:
         met = native.wait(vacant)
         if met < 0:
             raise XenError("paging ring", -met)
-        if native.has_results:  # seldom true after a request, whose page may arrive in a moment
+        if native.has_results:  # seldom true after a request, whose page has not arrived yet
             self._account(native, pulled=bool(met & fastpath.LOADED))
         if met & fastpath.ASKED:
             touched, asked, size, error = native.asked()

@@ -379,8 +379,9 @@ class Recovery:
                 context.progress.problem = self._what_is_lost(reason)
                 await in_thread(context.ownership.enter, State.LOST)
             elif context.is_in(State.SERVING, State.RUNNING):
-                # The source is gone, so xl has decided for this end.  A sender that is answered
-                # forgets the session, and a successor of this daemon would wait for that sender.
+                # The source is gone, so xl has decided for this end.  The state is noted before the
+                # sender is answered: the answered sender forgets the session, and a successor of
+                # this daemon without the note would wait for that sender.
                 await in_thread(context.ownership.enter, State.OWNS)
         log.error(
             "%s: %s; %d pages are missing", context.name, reason, switchover.guest.pages.count

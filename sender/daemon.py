@@ -440,7 +440,7 @@ class SenderDaemon:
 
 
 def _waited_for(needed: list[OutgoingMigration]) -> str:
-    """State in words for what a daemon that is being stopped waits."""
+    """Describe the migrations for which a stopping daemon waits."""
     elsewhere = [
         f"{m.domain_name} ({m.phase}, {m.outstanding_in_words})" for m in needed if m.keeps_pages
     ]

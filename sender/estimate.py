@@ -197,9 +197,9 @@ def recommend(expected: Sequence[Expected], downtime_target_ms: float) -> tuple[
             within = (
                 f", which is within the downtime target of {downtime_target_ms:g} ms"
                 if precopy.freeze_s * 1000 <= downtime_target_ms
-                else ", and no other strategy does for less time"
+                else ", and no other strategy freezes the guest for less time"
             )
-            return precopy, f"{frozen}{within}; then nothing of the guest is left here"
+            return precopy, f"{frozen}{within}; this host is not needed after the handover"
     best = min(filter(is_about, expected), key=lambda one: one.total_s)
     others = [one for one in expected if one is not best]
     longest = max(others, key=lambda one: one.freeze_s, default=best)

@@ -60,7 +60,7 @@ class Progress:
     paused.
     """
     eta_least_s: float | None = None
-    """Before that time it cannot be completed at the present rate."""
+    """The least time until completion at the present rate."""
     faults_per_s: float | None = None
     longest_wait_us: int | None = None
     """The longest that a vCPU has waited for a page, or has been waiting for one."""

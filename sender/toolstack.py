@@ -53,7 +53,7 @@ script can take half a minute, and no guest waits for xl.  The program that star
 also be a daemon, which never ends.
 """
 UNKNOWN_XL_S = 60.0
-"""The same time, if xl may have ended without this sender noticing."""
+"""How long xl may take to destroy the domain, if xl may have ended without this sender noticing."""
 
 
 class StaysHereError(MigrationError):

@@ -334,8 +334,8 @@ STRATEGY_OPTIONS = (
         "postcopy_bandwidth_bytes_per_s",
         type=Cap(),
         metavar="BYTES/S",
-        help="The same after the handover, where the guest waits for what is not copied yet.  "
-        "none: no cap.  Default: that of --bandwidth.",
+        help="Cap on background copying after the handover.  The guest then waits for pages that "
+        "are not copied.  none: no cap.  Default: that of --bandwidth.",
     ),
     _option(
         "--protect",

@@ -112,8 +112,8 @@ async def test_a_sender_whose_domain_is_gone_gets_the_answer_that_all_pages_have
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
     """The destination has completed, its report was lost with the link, and it waits for the
-    sender.  Before, it left the sender's `lost` without an answer and forgot the session, and the
-    sender waited for a week.
+    sender.  An earlier version did not answer `lost` and forgot the session, and the sender waited
+    for a week.
     """
     links = cut_when(monkeypatch, Peer, m.Complete, before=True, down=True)
 

@@ -152,12 +152,12 @@ def test_a_time_limit_that_is_not_reached_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("measured", "policy", "best", "reason"),
     [
-        (IDLE, {}, "precopy", "within the downtime target of 20 ms; then nothing of the guest"),
+        (IDLE, {}, "precopy", "within the downtime target of 20 ms; this host is not needed"),
         (BUSY, {}, "postcopy", r"and precopy for 3\.\d s; hybrid takes longer in all"),
         (BUSY, {"downtime_target_ms": 1e4}, "precopy", "within the downtime target of 10000 ms"),
         (
             replace(IDLE, dirtied=((1.0, 200), (2.0, 200))), {"downtime_target_ms": 0.1},
-            "precopy", "no other strategy does for less time",
+            "precopy", "no other strategy freezes the guest for less time",
         ),
         # Hybrid leaves few pages, and postcopy all: the guest waits for fewer of them.
         (

@@ -3,18 +3,18 @@
  * The fast path of a fault: the steps of nearly every fault, at both ends, without Python.
  *
  *   receiver   ring -> a page that is outstanding -> "fault" on the pull lane     destination.c
- *   sender     "fault" on the pull lane -> the page, from where it lies           source.c
+ *   sender     "fault" on the pull lane -> the page, without a copy               source.c
  *   receiver   "pages" on the pull lane -> load -> answer in the ring             destination.c
  *
  * A vCPU is stopped during these steps.  The caches are cold, so Python code that takes 8 us in a
  * loop takes 45 us if it runs once every millisecond.  So Python does its accounting afterwards,
  * when the request or the answer has been sent.
  *
- * The slow path, in Python, takes everything else.  A call that meets something else hands back
- * what it has received, unchanged.  "Else" is whatever is not byte for byte a frame about one page
- * as our own codec makes it, several pages in one message, pages that were never missing, and
- * errors.  So this code contains no msgpack.  Both paths do the same steps from one state of a page
- * to the next (page_states.h).
+ * The slow path, in Python, handles every other case.  A call that receives anything else returns
+ * it unchanged.  "Else" is whatever is not byte for byte a frame about one page as our own codec
+ * makes it, several pages in one message, pages that were never missing, and errors.  So this code
+ * contains no msgpack.  Both paths do the same steps from one state of a page to the next
+ * (page_states.h).
  */
 #ifndef XEN_POSTCOPY_FASTPATH_INTERNAL_H
 #define XEN_POSTCOPY_FASTPATH_INTERNAL_H
