@@ -60,10 +60,10 @@ class LogDirtyLostError(Exception):
 
 
 class Checkpoints:
-    """The checkpoints of a domain that runs here.  ``say`` sends on the push lane, and blocks."""
+    """The checkpoints of a domain that runs here.  ``send`` sends on the push lane, and blocks."""
 
     def __init__(
-        self, domain: Domain, every_s: float, say: Callable[[m.Message, list[memoryview]], None],
+        self, domain: Domain, every_s: float, send: Callable[[m.Message, list[memoryview]], None],
         statistics: PagerStatistics, stopped: Path, lost: Callable[[str], None],
     ):  # fmt: skip
         """``stopped``: see :meth:`Journal.stopped`.  ``lost`` is called in a thread, with the
@@ -78,7 +78,7 @@ class Checkpoints:
         self._lost = lost
         self.log_dirty_is_ours = False
         self._every_s = every_s
-        self._say = say
+        self._send = send
         self._statistics = statistics
         self._unconfirmed: PfnMask = np.zeros(domain.nr_pfns, dtype=np.bool_)
         self._memory_pages = 0
@@ -188,7 +188,7 @@ class Checkpoints:
         rest = self._unconfirmed.copy()
         if np.count_nonzero(rest) > LIVE_PAGES:
             for message, pieces in self._written(rest):
-                self._say(message, pieces)
+                self._send(message, pieces)
             rest[:] = False
         expected = rest | mask_from_bitmap(
             self._domain.log_dirty(clean=False), self._domain.nr_pfns
@@ -202,14 +202,14 @@ class Checkpoints:
                 copied = room.take(pieces)
                 if copied is None:
                     # The guest is suspended for longer, so that dom0 does not run out of memory.
-                    self._say(message, pieces)
+                    self._send(message, pieces)
                 else:
                     copies.append((message, copied))
         for message, copied in copies:
-            self._say(message, copied)
+            self._send(message, copied)
         for at in range(0, len(context), m.MAX_CONTEXT_CHUNK):
             chunk = context[at : at + m.MAX_CONTEXT_CHUNK]
-            self._say(m.Checkpoint(chunk, at + len(chunk) == len(context)), [])
+            self._send(m.Checkpoint(chunk, at + len(chunk) == len(context)), [])
         self._made = True
 
     def _look(self) -> PfnMask:

@@ -81,7 +81,7 @@ class ReceiverDaemon:
         async with trio.open_nursery() as self._nursery:
             for session, facts in self._journal.entries().items():
                 try:
-                    self._take_up(session, facts)
+                    self._resume_migration(session, facts)
                 except Exception as error:
                     self._awaited.pop(session, None)
                     offer = facts.get("offer")
@@ -101,7 +101,7 @@ class ReceiverDaemon:
                 self._socket_path,
             )
 
-    def _take_up(self, session: str, facts: dict[str, Any]) -> None:
+    def _resume_migration(self, session: str, facts: dict[str, Any]) -> None:
         """Resume a migration that a predecessor has left."""
         lanes_again = rejoining(session, facts, self._awaited, self._terms)
         migration = IncomingMigration.of_predecessor(

@@ -34,7 +34,7 @@ from migrate.protocol import messages as m
 from migrate.protocol.session import Role, Session
 from migrate.service.history import Amend
 from migrate.service.journal import Journal
-from migrate.service.lifecycle import TAKING_UP
+from migrate.service.lifecycle import RESUMING
 from migrate.tasks import as_soon_as_threads_start, in_thread, is_bug, is_final, task_group
 from receiver import postcopy, recovery, rollback
 from receiver.context import NOT_HERE, Context
@@ -112,7 +112,7 @@ class IncomingMigration:
         if entry.owns_domain:
             toolstack = XlToolstack(entry.domid, ToolstackPorts(0, 0))
         progress = IncomingProgress(
-            offer.name, unprotected=entry.unprotected, problem=entry.reason or TAKING_UP
+            offer.name, unprotected=entry.unprotected, problem=entry.reason or RESUMING
         )
         ownership = Ownership(entry.write, INHERITED[step])
         session = Session.of_predecessor(

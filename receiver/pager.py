@@ -64,8 +64,8 @@ log = logging.getLogger(__name__)
 
 
 class Pager:
-    """The pager of one guest.  ``ring``: ``None`` if no page is missing.  ``say`` sends on the push
-    lane.
+    """The pager of one guest.  ``ring``: ``None`` if no page is missing.  ``send`` sends on the
+    push lane.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Pager:
         session: Session,
         pages: OutstandingPages,
         statistics: PagerStatistics,
-        say: Callable[[Message], object],
+        send: Callable[[Message], object],
         make_room: Callable[[int], bool] = lambda _pages: False,
     ):
         self._domain = domain
@@ -86,7 +86,7 @@ class Pager:
         self._session = session
         self._pages = pages
         self._statistics = statistics
-        self._say = say
+        self._send = send
         self._lock = pages.pages.lock
         self._native: NativePager | None = None
         self._begun = False
@@ -353,7 +353,7 @@ class Pager:
                 dropped, self._dropped = self._dropped, []
             for kind, lists in ((Loaded, loaded), (Dropped, dropped)):
                 for pfns in pieces(np.sort(np.concatenate([NO_PFNS, *lists])), MAX_PFNS):
-                    self._say(kind(pfns))
+                    self._send(kind(pfns))
 
     def rejoin(self) -> PfnMask:
         """Return what is outstanding, which the sender has to send again.  Called while no fault is

@@ -29,7 +29,7 @@ from migrate.protocol.pfns import windows
 from migrate.protocol.session import new_token
 from migrate.service.host import config_of
 from migrate.service.journal import is_there, remove
-from migrate.service.lifecycle import TAKING_UP
+from migrate.service.lifecycle import RESUMING
 from migrate.tasks import (
     as_soon_as_threads_start,
     first,
@@ -78,13 +78,13 @@ class Predecessor:
         """Resume the migration.  A guest waits, so the attempt is repeated after an error that may
         pass.
         """
-        return Begun(await as_soon_as_threads_start(self._keep_taking_up), None)
+        return Begun(await as_soon_as_threads_start(self._keep_resuming), None)
 
-    async def _keep_taking_up(self) -> Guest:
+    async def _keep_resuming(self) -> Guest:
         context = self._context
         while True:
             try:
-                guest = await trio.to_thread.run_sync(self._take_up)
+                guest = await trio.to_thread.run_sync(self._resume_migration)
                 break
             except Exception as error:
                 if is_final(error) or is_used_up(error) or not context.ownership.needed:
@@ -95,7 +95,7 @@ class Predecessor:
                 )
                 log.error("%s: %s", context.name, context.progress.problem, exc_info=is_bug(error))
                 await trio.sleep(LAST_START_AGAIN_S)
-        context.progress.problem = context.entry.reason or TAKING_UP
+        context.progress.problem = context.entry.reason or RESUMING
         context.progress.outstanding = guest.pages.count
         context.progress.pages_total = context.entry.missing or None
         log.warning(
@@ -106,7 +106,7 @@ class Predecessor:
         )
         return guest
 
-    def _take_up(self) -> Guest:
+    def _resume_migration(self) -> Guest:
         context, ownership, offer = self._context, self._context.ownership, self._offer
         if ownership.row.restart is Restart.DISCARD:
             self._find_left_over()
@@ -249,7 +249,7 @@ class Recovery:
             )
             try:
                 await self._reconnect()
-                await self._take_up_again()
+                await self._resume_session()
                 break
             except PagesLostError as error:
                 await self.serve_without_sender(str(error))
@@ -293,7 +293,7 @@ class Recovery:
         if not self.switchover.serving.is_set():
             await self._context.toolstack.while_undecided(self.switchover.watch_domain)
 
-    async def _take_up_again(self) -> None:
+    async def _resume_session(self) -> None:
         """Receive the sender's first message, and report what is missing."""
         context, switchover = self._context, self.switchover
         peer = context.peer

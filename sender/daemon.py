@@ -99,7 +99,7 @@ class SenderDaemon:
         async with trio.open_nursery() as self._nursery:
             for session, facts in self._journal.entries().items():
                 try:
-                    self._take_up(session, facts)
+                    self._resume_migration(session, facts)
                 except Exception as error:
                     self._awaited.pop(session, None)
                     self._journal.leave(session, error, facts.get("domain"))
@@ -119,7 +119,7 @@ class SenderDaemon:
                 self._port,
             )
 
-    def _take_up(self, session: str, facts: dict[str, Any]) -> None:
+    def _resume_migration(self, session: str, facts: dict[str, Any]) -> None:
         """Resume a migration that a predecessor has left."""
         lanes_again = rejoining(session, facts, self._awaited, self._config.terms)
         migration = OutgoingMigration.of_predecessor(

@@ -21,7 +21,7 @@ from migrate.options import MigrationOptions
 from migrate.outcomes import outcome
 from migrate.protocol import messages as m
 from migrate.service.journal import Journal, is_there
-from migrate.service.lifecycle import TAKING_UP
+from migrate.service.lifecycle import RESUMING
 from migrate.tasks import as_soon_as_threads_start, in_thread
 from sender.checkpoints import CheckpointStore
 from sender.context import Context, Source, latest_suspension
@@ -91,7 +91,7 @@ class OutgoingMigration:
         toolstack = XlToolstack(entry.domain.name, keeper) if entry.xl else OwnToolstack()
         lanes.keep(entry.key)
         context = Context(session_id, hypervisor, lanes, journal, toolstack, entry, state)
-        context.progress.problem = TAKING_UP
+        context.progress.problem = RESUMING
         if is_there(journal.stopped(session_id)):
             context.suspends_until = latest_suspension()
         if state is State.GIVEN_UP:

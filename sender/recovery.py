@@ -38,7 +38,7 @@ class Recovery:
         self._context = context
         self._source = source
 
-    async def take_up_predecessor(self) -> PushLane:
+    async def resume_predecessor(self) -> PushLane:
         """Rejoin the session of a sender that was killed."""
         context, source = self._context, self._source
         context.session = Session.of_predecessor(
@@ -49,7 +49,7 @@ class Recovery:
             entrusted=context.entry.xl,
         )
         if source.checkpoints is not None:
-            await trio.to_thread.run_sync(self.take_up_checkpoint, source.checkpoints)
+            await trio.to_thread.run_sync(self.apply_checkpoint_again, source.checkpoints)
         return await self.rejoin(PeerClosedError("the sender was restarted"))
 
     async def rejoin(self, lost: Exception) -> PushLane:
@@ -66,7 +66,7 @@ class Recovery:
             try:
                 connection = await context.lanes.again(self._note)
                 push = context.take_push_lane(connection, self._source.domain)
-                await self._take_up_again(push)
+                await self._resume_session(push)
                 break
             except Exception as error:
                 if is_final(error) or await self.pages_are_lost():
@@ -103,7 +103,7 @@ class Recovery:
         )
         self._context.progress.problem = f"{why}; {state}"
 
-    async def _take_up_again(self, push: PushLane) -> None:
+    async def _resume_session(self, push: PushLane) -> None:
         """Ask the destination which pages and messages it lacks, and send the messages."""
         context, checkpoints = self._context, self._source.checkpoints
         context.session.rejoin()
@@ -145,7 +145,7 @@ class Recovery:
             context.toolstack.hold(domain, outstanding)
         context.ownership.inherited = False
 
-    def take_up_checkpoint(self, checkpoints: CheckpointStore) -> None:
+    def apply_checkpoint_again(self, checkpoints: CheckpointStore) -> None:
         """Apply a predecessor's checkpoint again.  If that fails, the guest is not protected any
         more, but its pages are still here.
         """

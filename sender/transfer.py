@@ -80,7 +80,7 @@ class Transfer:
             case Restart.REJOIN | Restart.FOLLOW_TOOLSTACK:
                 async with task_group() as tasks:
                     tasks.start_soon(follow_decision, self._context, self._source)
-                    push = await self._recovery.take_up_predecessor()
+                    push = await self._recovery.resume_predecessor()
                     await self._use_lanes(tasks, push)
                     tasks.cancel_scope.cancel()
         await self._finish()

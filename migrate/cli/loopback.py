@@ -77,12 +77,12 @@ def loopback_command(json_path: Path | None, report_path: Path | None, **options
     check_memory(spec)
     if report_path is not None:
         check_installed()
-    say = functools.partial(echo, err=STDOUT in (json_path, report_path))
+    show = functools.partial(echo, err=STDOUT in (json_path, report_path))
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
             signal.signal(number, _end)
     with loopback_world(spec.memory_bytes, program=this_program()) as world:
-        say(
+        show(
             f"booting a guest: {human_bytes(spec.memory_bytes)}, {counted(spec.vcpus, 'vCPU')}, "
             f"{spec.workload} over {human_bytes(spec.working_pages * 4096)}"
         )
@@ -97,19 +97,19 @@ def loopback_command(json_path: Path | None, report_path: Path | None, **options
         verification, guest_view = verify_migrated(world, spec)
         world.check_alive()
     result = {"verified": verification.ok, **result, "guest": guest_view}
-    say(summary(result))
+    show(summary(result))
     if guest_view["faults"]:
-        say(
+        show(
             f"  as the guest saw it: {counted(guest_view['faults'], 'fault')}, median "
             f"{guest_view['p50_us']:.0f} us, longest {guest_view['max_us'] / 1000:.1f} ms"
         )
     if verification.ok:
-        say(
+        show(
             f"verified: all {verification.pages} pages are what the guest wrote, and the guest "
             "runs at the destination"
         )
     else:
-        say("damaged: " + "; ".join(verification.problems))
+        show("damaged: " + "; ".join(verification.problems))
     write_json(json_path, result)
     if report_path is not None:
         from migrate.cli.report.sections import report_of  # imports matplotlib

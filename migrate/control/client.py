@@ -145,7 +145,7 @@ class ControlClient:
         return SilentDaemonError(
             f"the daemon at {self.path} has not answered for {self._answer_s:g} s: see whether it "
             "is stopped or hangs (systemctl status), and start it again if it hangs; it then "
-            "takes up its migrations"
+            "resumes its migrations"
         )
 
     def call(self, **request: Any) -> Json:

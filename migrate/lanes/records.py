@@ -89,7 +89,7 @@ def made_by(make: Callable[[], ssl.SSLSocket]) -> tuple[ssl.SSLSocket, Records]:
 
 @functools.cache
 def _explain(why: str) -> None:
-    """Say once that native code is not used."""
+    """Log once that native code is not used."""
     log.info("with TLS, migrations and faults take about twice the time here: %s", why)
 
 

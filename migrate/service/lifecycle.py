@@ -229,7 +229,7 @@ class Named(Protocol):
         """Whether the migration has ended."""
 
 
-TAKING_UP = "the migration of a killed daemon is being resumed"
+RESUMING = "the migration of a killed daemon is being resumed"
 """The problem that a resumed migration shows at first."""
 
 

@@ -54,7 +54,7 @@ class _Restoring:
             while record.is_static and self._fits(record):
                 body = self._take(record.padded)[: record.length]
                 if record.type == image.REC_TYPE_POSTCOPY_OFFER:
-                    self._take_up(body)
+                    self._pass_offer(body)
                 record = self._next()
             if record.type == image.REC_TYPE_POSTCOPY and self._fits(record):
                 self._take_in(record)
@@ -65,7 +65,7 @@ class _Restoring:
             libxl.fail(f"the migration's stream: {error}", errno.EPIPE)
         self._leave(record)
 
-    def _take_up(self, body: bytes) -> None:
+    def _pass_offer(self, body: bytes) -> None:
         """Pass an offer to the receiver daemon, which tries to accept it."""
         try:
             offer = image.parse_offer(body)

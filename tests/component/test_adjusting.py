@@ -22,7 +22,7 @@ from migrate.options import (
 from sender import adjustments
 from sender.context import Context
 from tests.conftest import MIB
-from tests.support.guests import busy, goes_on_here_only
+from tests.support.guests import busy, continues_here_only
 from tests.support.inprocess import Outcome, migrate, verification
 from tests.support.links import Link
 from tests.support.policies import Watched
@@ -162,7 +162,7 @@ async def test_a_paused_migration_is_cancelled_like_any_other(
 
     outcome = await migrate(clean_hosts, busy(name), options=options, meanwhile=meanwhile)
     assert str(outcome.error) == "cancelled by the operator"
-    await goes_on_here_only(clean_hosts, name)
+    await continues_here_only(clean_hosts, name)
 
 
 async def test_a_pause_before_the_first_page_holds_a_switchover_as_well(
@@ -266,7 +266,7 @@ async def test_when_its_time_has_passed_a_migration_is_cancelled_if_that_was_cho
 ) -> None:
     outcome = await migrate(clean_hosts, busy(name), options=limited(strategy, OnTimeout.CANCEL))
     assert CANCELLED_BY_LIMIT.fullmatch(str(outcome.error))
-    await goes_on_here_only(clean_hosts, name)
+    await continues_here_only(clean_hosts, name)
 
 
 async def test_the_time_does_not_pass_in_a_pause(clean_hosts: World, name: str) -> None:

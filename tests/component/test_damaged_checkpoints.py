@@ -82,7 +82,7 @@ def hosts(clean_hosts: World) -> Iterator[World]:
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-async def test_a_guest_never_goes_on_without_the_checkpoint_that_was_applied(
+async def test_a_guest_never_continues_without_the_checkpoint_that_was_applied(
     hosts: World, name: str, damage: Callable[[Path], None]
 ) -> None:
     """The guest cannot continue even with --force.  The pages stay until an operator releases
@@ -309,7 +309,7 @@ async def test_a_checkpoint_for_which_there_is_no_memory_costs_the_protection_on
         recovery = Recovery(migration.context, source)
         with monkeypatch.context() as patch:
             patch.setattr(SimulatedDomain, "write_pages", refuse)
-            await trio.to_thread.run_sync(recovery.take_up_checkpoint, source.checkpoints)
+            await trio.to_thread.run_sync(recovery.apply_checkpoint_again, source.checkpoints)
         assert "foreign write" in migration.progress.unprotected
         with pytest.raises(MigrationError, match="continues here from its last checkpoint"):
             await migration.requests.decide(here=True)

@@ -17,7 +17,7 @@ from migrate.protocol import messages as m
 from migrate.service.journal import Journal
 from sender.ownership import Link, State
 from sender.push import PushLane
-from tests.support.guests import busy, goes_on_here_only
+from tests.support.guests import busy, continues_here_only
 from tests.support.inprocess import Outcome, migrate, verification
 from tests.support.links import Link as Between
 from tests.support.links import Patch, cut_when, until_cut
@@ -42,7 +42,7 @@ def full(monkeypatch: Patch, *steps: str) -> None:
 
 
 @pytest.mark.parametrize("here", [True, False], ids=["here", "elsewhere"])
-async def test_a_migration_goes_on_if_a_decision_at_the_source_cannot_be_noted(
+async def test_a_migration_continues_if_a_decision_at_the_source_cannot_be_noted(
     clean_hosts: World, name: str, here: bool
 ) -> None:
     async def meanwhile(outcome: Outcome, link: Between) -> None:
@@ -82,7 +82,7 @@ async def test_a_decision_can_be_made_again_when_there_is_room(
 
     outcome = await migrate(clean_hosts, busy(name), meanwhile=meanwhile)
     assert FULL in str(outcome.error)
-    await goes_on_here_only(clean_hosts, name)
+    await continues_here_only(clean_hosts, name)
 
 
 async def test_a_sender_waits_for_xl_on_if_a_decision_cannot_be_noted(
@@ -129,7 +129,7 @@ async def test_a_domain_for_a_checkpoint_that_cannot_be_noted_is_not_left_over(
 
 
 @pytest.mark.parametrize("here", [True, False], ids=["here", "elsewhere"])
-async def test_a_migration_goes_on_if_a_decision_at_the_destination_cannot_be_noted(
+async def test_a_migration_continues_if_a_decision_at_the_destination_cannot_be_noted(
     clean_hosts: World, name: str, monkeypatch: Patch, here: bool
 ) -> None:
     links = cut_when(monkeypatch, PushLane, m.Handover, before=True, down=True)

@@ -432,7 +432,7 @@ async def test_cancelled_while_the_peer_takes_nothing_it_does_not_wait_for_that(
 
 
 @pytest.mark.parametrize("moment", ["suspended", "context", "handover"])
-async def test_cancelled_while_the_guest_is_suspended_it_goes_on_at_one_end(
+async def test_cancelled_while_the_guest_is_suspended_it_continues_at_one_end(
     clean_hosts: World, name: str, monkeypatch: Patch, moment: str
 ) -> None:
     """Invariant 1: ``cancel`` acts until the handover, and is too late afterwards."""

@@ -224,7 +224,7 @@ async def test_the_outcome_is_sent_until_the_peer_has_it(which: str, tmp_path: P
 
 
 @pytest.mark.parametrize("which", ["sender", "receiver"])
-async def test_a_daemon_goes_on_when_a_migration_fails_in_every_way(
+async def test_a_daemon_continues_when_a_migration_fails_in_every_way(
     which: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     hypervisor, journal = cast(Hypervisor, None), Journal(tmp_path)

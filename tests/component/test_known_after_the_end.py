@@ -20,7 +20,7 @@ from migrate.service.journal import Journal
 from receiver.daemon import ReceiverDaemon
 from receiver.peer import Peer
 from sender.daemon import SenderDaemon
-from tests.support.guests import goes_on_here_only
+from tests.support.guests import continues_here_only
 from tests.support.inprocess import Outcome, migrate
 from tests.support.left import NAME, SESSION, NoLanes, left_by_a_sender
 from tests.support.links import Link, cut_when, until_cut
@@ -93,7 +93,7 @@ async def test_a_guest_that_is_recalled_after_its_end_is_shown_as_paused_here(
     await migrate(clean_hosts, busy(name), meanwhile=meanwhile)
     await check_successors(clean_hosts, name)
     clean_hosts.destination.open(name).destroy()
-    await goes_on_here_only(clean_hosts, name)
+    await continues_here_only(clean_hosts, name)
 
 
 async def check_successors(world: World, name: str) -> None:
@@ -110,7 +110,7 @@ async def check_successors(world: World, name: str) -> None:
         with trio.fail_after(WAIT_S):
             async with trio.open_nursery() as daemon._nursery:
                 ((session, facts),) = (await trio.to_thread.run_sync(journal.entries)).items()
-                daemon._take_up(session, facts)
+                daemon._resume_migration(session, facts)
                 while (found := await shown(daemon, name))["phase"] != "failed":
                     assert found["phase"] in ("completing", "completed")
                     await trio.sleep(0.01)
@@ -152,7 +152,7 @@ async def test_a_guest_that_was_recalled_and_unpaused_is_not_paused_again(
 
     await migrate(clean_hosts, busy(name), meanwhile=meanwhile)
     clean_hosts.destination.open(name).destroy()
-    await goes_on_here_only(clean_hosts, name)
+    await continues_here_only(clean_hosts, name)
 
 
 # ---- the source ----

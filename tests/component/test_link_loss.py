@@ -19,7 +19,7 @@ from migrate.service.journal import Journal
 from receiver.peer import Peer
 from sender.push import PushLane
 from tests.conftest import MIB
-from tests.support.guests import busy, goes_on_here_only, steps
+from tests.support.guests import busy, continues_here_only, steps
 from tests.support.inprocess import Outcome, migrate, verification
 from tests.support.links import Link, Patch, cut_when, until_cut
 from tests.support.waiting import until_async as until
@@ -127,7 +127,7 @@ async def test_cut_before_the_handover_the_guest_stays_and_nothing_is_left_over(
     records = [record for record in caplog.messages if record.startswith(begins)]
     assert len(records) == 1 + (sent is not m.Offer), "each end leaves one record"
     assert all('"reason": "' in record and '"phase": "' in record for record in records)
-    await goes_on_here_only(clean_hosts, name)
+    await continues_here_only(clean_hosts, name)
 
 
 async def test_cut_behind_the_context_the_guest_is_at_one_end(
@@ -143,7 +143,7 @@ async def test_cut_behind_the_context_the_guest_is_at_one_end(
         assert clean_hosts.source.domains() == []
     else:
         assert outcome.error is not None
-        await goes_on_here_only(clean_hosts, name)
+        await continues_here_only(clean_hosts, name)
 
 
 async def test_ready_is_lost_and_the_receiver_waits(
@@ -206,7 +206,7 @@ async def test_abort_is_sent_until_the_receiver_has_it(
     assert clean_hosts.destination.domains() == []
 
 
-async def test_while_the_link_is_down_the_guest_goes_on_as_far_as_its_pages_allow(
+async def test_while_the_link_is_down_the_guest_continues_as_far_as_its_pages_allow(
     clean_hosts: World, name: str
 ) -> None:
     """This tests invariants 1, 5 and 6."""
@@ -263,7 +263,7 @@ async def test_a_guest_that_is_saved_while_pages_are_missing(
     await outcome.migration.requests.decide(here=here, force=here)
     assert outcome.migration.phase == "failed"
     if here:
-        await goes_on_here_only(clean_hosts, name)
+        await continues_here_only(clean_hosts, name)
     else:
         assert clean_hosts.source.domains() == []
 

@@ -15,7 +15,7 @@ from migrate.protocol import messages as m
 from receiver.peer import Peer
 from sender.push import PushLane
 from tests.conftest import MIB
-from tests.support.guests import busy, goes_on_here_only
+from tests.support.guests import busy, continues_here_only
 from tests.support.inprocess import Outcome, migrate, verification
 from tests.support.links import Link, Patch, cut_when, until_cut
 from tests.support.waiting import until_async as until
@@ -72,7 +72,7 @@ async def test_the_destination_never_comes_back_and_an_operator_takes_the_guest_
 
 
 @pytest.mark.parametrize("then", ["elsewhere", "here"])
-async def test_a_guest_that_an_operator_has_decided_against_stands_still_when_the_link_is_back(
+async def test_a_guest_that_an_operator_has_decided_against_is_paused_when_the_link_is_back(
     clean_hosts: World, name: str, then: str
 ) -> None:
     """The guest is not destroyed: an operator may have been wrong, and then decides which of the
@@ -108,10 +108,10 @@ async def test_a_guest_that_an_operator_has_decided_against_stands_still_when_th
 
     outcome = await migrate(clean_hosts, busy(name), options=SLOWLY, meanwhile=meanwhile)
     assert "an operator has decided" in str(outcome.error)
-    await goes_on_here_only(clean_hosts, name)
+    await continues_here_only(clean_hosts, name)
 
 
-async def test_a_guest_that_was_not_handed_over_stands_still_though_an_operator_has_started_it(
+async def test_a_guest_that_was_not_handed_over_is_paused_though_an_operator_has_started_it(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
     """The operator of the destination was wrong: the source had given up, and runs the guest."""
@@ -131,7 +131,7 @@ async def test_a_guest_that_was_not_handed_over_stands_still_though_an_operator_
 
     outcome = await migrate(clean_hosts, busy(name), options=SLOWLY, meanwhile=meanwhile)
     assert outcome.incoming.phase == "failed"
-    await goes_on_here_only(clean_hosts, name)
+    await continues_here_only(clean_hosts, name)
 
 
 @pytest.mark.parametrize(

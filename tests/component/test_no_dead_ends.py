@@ -14,13 +14,13 @@ from migrate.cli.world import World, start_receiver, start_sender
 from migrate.errors import MigrationError, UnknownMigrationError
 from migrate.options import Strategy
 from migrate.protocol import messages as m
-from migrate.service.lifecycle import TAKING_UP
+from migrate.service.lifecycle import RESUMING
 from receiver.peer import Peer
 from tests.conftest import MIB
 from tests.support import zygote
 from tests.support.commands import PROGRAM
 from tests.support.daemons import begin, boot, copying, kill, lines, note, phase, states, world
-from tests.support.guests import goes_on_here_only
+from tests.support.guests import continues_here_only
 from tests.support.inprocess import Outcome, migrate
 from tests.support.links import Link, cut_when, until_cut
 from tests.support.protected import slow_guest as busy
@@ -222,7 +222,7 @@ def test_a_successor_shows_what_the_destination_has_reported(world: World, again
     if again:
         kill(world, "sender")
         start_sender(world)
-        until(lambda: lines(world, "sender")[-1]["problem"] != TAKING_UP, "it is not taken up")
+        until(lambda: lines(world, "sender")[-1]["problem"] != RESUMING, "it is not taken up")
     answers(world, "sender", {"decide here": "has reported that guest runs there"})
     answers(world, "sender", {"decide elsewhere": "acts"})
     until(lambda: phase(world, "sender") == "failed", "it is not carried out")
@@ -293,7 +293,7 @@ async def test_in_doubt_at_the_destination(
         await until_async(lambda: incoming.phase == "failed")
 
     await migrate(clean_hosts, busy(name), Strategy.HYBRID, meanwhile=meanwhile)
-    await goes_on_here_only(clean_hosts, name)
+    await continues_here_only(clean_hosts, name)
 
 
 # ---- the command line ----

@@ -368,7 +368,7 @@ async def died(self: object, error: BaseException) -> None:
 
 
 @pytest.mark.parametrize("stop", ["pause", "suspend"])
-def test_the_successor_of_a_receiver_lets_no_guest_go_on_that_somebody_else_has_stopped(
+def test_the_successor_of_a_receiver_has_no_guest_continue_that_somebody_else_has_stopped(
     world: World, stop: str
 ) -> None:
     spec = boot(world)
@@ -430,7 +430,7 @@ def kill_between_checkpoints(world: World, guest: SimulatedDomain) -> None:
     pytest.fail("the migration never continues")
 
 
-async def test_a_receiver_that_dies_in_a_checkpoint_has_a_successor_that_lets_the_guest_go_on(
+async def test_a_receiver_that_dies_in_a_checkpoint_has_a_successor_that_has_the_guest_continue(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
     """The guest does not wait for the sender."""

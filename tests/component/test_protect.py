@@ -75,7 +75,7 @@ async def test_a_guest_that_gives_memory_away_can_go_back(clean_hosts: World, na
 
 @pytest.mark.parametrize("strategy", [Strategy.POSTCOPY, Strategy.HYBRID])
 @pytest.mark.parametrize("count", [1, 3])
-async def test_the_destination_dies_and_the_guest_goes_on_here(
+async def test_the_destination_dies_and_the_guest_continues_here(
     clean_hosts: World, name: str, strategy: Strategy, count: int
 ) -> None:
     spec, suspended = busy(name), list[int]()
@@ -114,7 +114,7 @@ async def moves_at_the_destination(outcome: Outcome, hosts: World, least: int) -
     await until_async(lambda: has_moved(before, steps(arrived), least))
 
 
-async def test_it_goes_on_from_the_checkpoint_and_not_from_the_suspension(
+async def test_it_continues_from_the_checkpoint_and_not_from_the_suspension(
     clean_hosts: World, name: str
 ) -> None:
     """What the guest did at the destination before the checkpoint is not lost."""
@@ -136,7 +136,7 @@ async def test_it_goes_on_from_the_checkpoint_and_not_from_the_suspension(
     assert has_moved(at_the_handover, at_the_checkpoint)
 
 
-async def test_before_the_first_checkpoint_it_goes_on_from_the_suspension(
+async def test_before_the_first_checkpoint_it_continues_from_the_suspension(
     clean_hosts: World, name: str
 ) -> None:
     outcome = await protected(
@@ -255,7 +255,7 @@ async def test_checkpoints_leave_room_for_the_journal(
 
 
 @pytest.mark.parametrize("call", ["suspend", "log_dirty_enable"])
-async def test_a_guest_that_cannot_be_protected_goes_on_without(
+async def test_a_guest_that_cannot_be_protected_continues_without(
     clean_hosts: World, name: str, monkeypatch: Patch, caplog: pytest.LogCaptureFixture, call: str
 ) -> None:
     original = getattr(SimulatedDomain, call)

@@ -320,7 +320,7 @@ def test_a_host_that_is_not_there_is_named(tmp_path: Path) -> None:
         SimulatedHypervisor(tmp_path / "none.sock")
 
 
-def test_a_host_refuses_what_is_no_request_and_goes_on(lab: SimulatedLab) -> None:
+def test_a_host_refuses_what_is_no_request_and_continues(lab: SimulatedLab) -> None:
     with pytest.raises(XenError, match="bad request"):
         lab.simulated.call("dance")
     with pytest.raises(XenError, match="bad request"):

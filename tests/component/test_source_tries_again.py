@@ -22,7 +22,7 @@ from sender.ownership import State
 from sender.push import PushLane
 from sender.toolstack import OwnToolstack, _resume
 from tests.support.failing import fails
-from tests.support.guests import goes_on_here_only
+from tests.support.guests import continues_here_only
 from tests.support.inprocess import Outcome, migrate, verification
 from tests.support.left import NoLanes
 from tests.support.links import Link, cut_when, until_cut
@@ -72,7 +72,7 @@ async def test_a_guest_that_cannot_continue_here_yet_continues_later(
     assert outcome.error is not None and outcome.migration.phase == "failed"
     assert len(failed) == 3 and caplog.text.count("the guest cannot continue here yet: ") == 3
     assert "trying again" not in outcome.migration.progress.problem
-    await goes_on_here_only(clean_hosts, name)
+    await continues_here_only(clean_hosts, name)
     with clean_hosts.source.open(name) as guest:
         assert not guest.log_dirty_is_on() and [guest.reservation().max_pages] == limits
 
@@ -94,7 +94,7 @@ async def test_a_guest_that_continues_here_is_resumed_once(
     )
     assert outcome.migration.phase == "failed" and len(failed) == 3
     assert len(resumed) == 1
-    await goes_on_here_only(clean_hosts, name)
+    await continues_here_only(clean_hosts, name)
 
 
 async def test_a_sender_that_ends_before_the_guest_continues_leaves_that_to_its_successor(
@@ -116,7 +116,7 @@ async def test_a_sender_that_ends_before_the_guest_continues_leaves_that_to_its_
     )
     with pytest.raises(MigrationError, match="the sender was ended in the middle"):
         await successor.run()
-    await goes_on_here_only(clean_hosts, name)
+    await continues_here_only(clean_hosts, name)
 
 
 @pytest.mark.parametrize("suspends", [True, False])
@@ -142,7 +142,7 @@ async def test_a_guest_that_suspends_after_its_migration_has_failed_is_resumed(
     assert outcome.error is not None and outcome.migration.phase == "failed"
     assert LATE not in outcome.migration.progress.problem
     assert bool(suspended) is suspends
-    await goes_on_here_only(clean_hosts, name)
+    await continues_here_only(clean_hosts, name)
 
 
 async def test_a_guest_that_suspends_after_its_sender_was_killed_is_resumed_by_the_successor(
@@ -167,7 +167,7 @@ async def test_a_guest_that_suspends_after_its_sender_was_killed_is_resumed_by_t
             nursery.start_soon(suspend_late, guest)
             with pytest.raises(MigrationError, match="the sender was ended in the middle"):
                 await successor.run()
-    await goes_on_here_only(clean_hosts, name)
+    await continues_here_only(clean_hosts, name)
 
 
 @pytest.mark.parametrize("gone", [False, True], ids=["", "destroyed by another program"])

@@ -21,7 +21,7 @@ from receiver.peer import Peer
 from tests.conftest import MIB
 from tests.support.daemons import check_whose_here
 from tests.support.failing import fails
-from tests.support.guests import goes_on_here_only
+from tests.support.guests import continues_here_only
 from tests.support.inprocess import Outcome, migrate, verification
 from tests.support.links import Link, cut_when, until_cut
 from tests.support.protected import protected
@@ -115,7 +115,7 @@ async def test_a_guest_that_never_starts_can_be_given_back(
     assert migration.phase == "failed"
     assert outcome.error is not None
     monkeypatch.undo()
-    await goes_on_here_only(clean_hosts, name)
+    await continues_here_only(clean_hosts, name)
 
 
 async def test_of_two_decisions_at_once_one_is_carried_out(
@@ -266,7 +266,7 @@ async def test_a_guest_that_cannot_be_paused_yet_is_paused_later(
     outcome = await migrate(clean_hosts, busy(name), options=SLOW, meanwhile=meanwhile)
     assert len(failed) == 5
     assert "an operator has decided" in str(outcome.error)
-    await goes_on_here_only(clean_hosts, name)
+    await continues_here_only(clean_hosts, name)
 
 
 @pytest.mark.parametrize("word", ["recall", "abort"])
@@ -303,7 +303,7 @@ async def test_a_guest_whose_memory_has_all_come_is_paused_later(
 
     await migrate(clean_hosts, busy(name), meanwhile=meanwhile)
     assert len(failed) == 5
-    await goes_on_here_only(clean_hosts, name)
+    await continues_here_only(clean_hosts, name)
 
 
 async def test_a_ring_that_cannot_be_given_up_yet_is_given_up_later(
@@ -404,7 +404,7 @@ async def test_what_is_cancelled_at_the_destination_does_not_become_ready(
     outcome = await migrate(clean_hosts, busy(name), strategy, meanwhile=meanwhile)
     assert outcome.incoming.progress.problem == "cancelled by the operator of the destination"
     assert not outcome.migration.ownership.handed_over
-    await goes_on_here_only(clean_hosts, name)
+    await continues_here_only(clean_hosts, name)
 
 
 @pytest.mark.parametrize(
@@ -450,7 +450,7 @@ async def test_an_incoming_domain_that_cannot_be_destroyed_yet_is_destroyed_late
     assert cancelled in outcome.migration.progress.problem
     assert outcome.incoming.phase == "failed" and outcome.incoming.progress.problem == cancelled
     assert outcome.incoming.id not in outcome.arrivals.entries()
-    await goes_on_here_only(clean_hosts, name)
+    await continues_here_only(clean_hosts, name)
 
 
 async def test_a_guest_that_suspends_late_when_all_has_come_is_resumed(

@@ -26,7 +26,7 @@ from sender.ownership import State
 from sender.recovery import Recovery
 from sender.requests import TOO_LATE, Requests
 from sender.rollback import Rollback
-from tests.support.guests import busy, goes_on_here_only
+from tests.support.guests import busy, continues_here_only
 from tests.support.inprocess import Outcome, migrate
 from tests.support.left import NoLanes, left_by_a_sender
 from tests.support.links import Link
@@ -69,7 +69,7 @@ async def test_a_decision_that_comes_too_late_can_be_made_again(
     clean_hosts: World, name: str, monkeypatch: Patch
 ) -> None:
     """The destination's final answer has come, and its consequence has not been drawn yet."""
-    settle, take_up = Rollback.settle, Recovery._take_up_again
+    settle, take_up = Rollback.settle, Recovery._resume_session
     settling, go_on, answered = trio.Event(), trio.Event(), trio.Event()
     is_final = False
 
@@ -84,7 +84,7 @@ async def test_a_decision_that_comes_too_late_can_be_made_again(
         await take_up(self, push)
 
     monkeypatch.setattr(Rollback, "settle", settle_later)
-    monkeypatch.setattr(Recovery, "_take_up_again", fail)
+    monkeypatch.setattr(Recovery, "_resume_session", fail)
 
     async def meanwhile(outcome: Outcome, link: Link) -> None:
         nonlocal is_final
@@ -109,7 +109,7 @@ async def test_a_decision_that_comes_too_late_can_be_made_again(
 
     outcome = await migrate(clean_hosts, busy(name), Strategy.POSTCOPY, meanwhile=meanwhile)
     assert answered.is_set() and outcome.migration.phase == "failed"
-    await goes_on_here_only(clean_hosts, name)
+    await continues_here_only(clean_hosts, name)
 
 
 class Answers:

@@ -73,7 +73,7 @@ async def test_a_restore_whose_domain_was_destroyed_fails(
     assert helper.answers == [("error", {"message": DESTROYED})]
 
 
-async def test_the_exchange_ends_with_a_helper_although_its_migration_goes_on(
+async def test_the_exchange_ends_with_a_helper_although_its_migration_continues(
     receiver: ReceiverDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def goes_on(self: IncomingMigration) -> None:

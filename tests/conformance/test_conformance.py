@@ -829,7 +829,7 @@ def test_a_successor_has_a_ring_to_inherit(lab: Lab) -> None:
     host.close()
 
 
-def test_a_vcpu_goes_on_only_when_it_was_answered(lab: Lab, folder: Path) -> None:
+def test_a_vcpu_continues_only_when_it_was_answered(lab: Lab, folder: Path) -> None:
     domain = lab.guest()
     ring = domain.paging_enable()
     domain.pause()
@@ -1282,7 +1282,7 @@ def test_disabling_while_pages_are_out_kills_the_guest(lab: Lab, folder: Path) -
     domain.destroy()
 
 
-def test_a_vcpu_whose_request_was_not_answered_stands_still_without_the_ring(
+def test_a_vcpu_whose_request_was_not_answered_waits_without_the_ring(
     lab: Lab, folder: Path
 ) -> None:
     domain = lab.guest()

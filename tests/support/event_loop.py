@@ -37,7 +37,7 @@ BETWEEN = (
 NOT_BY_DAEMONS = tuple(
     str(TREE / "migrate" / name) for name in ("cli/", "xl/", "loopback.py", "client.py")
 )
-AT_START = ("listen_unix", "_serve", "_take_up", "__init__")
+AT_START = ("listen_unix", "_serve", "_resume_migration", "__init__")
 """Functions that run before anything is served."""
 EVENTS = {
     "open", "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.listdir", "os.scandir",

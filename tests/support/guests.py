@@ -14,7 +14,7 @@ def steps(domain: SimulatedDomain) -> list[int]:
     return [vcpu["count"] for vcpu in domain.report()["vcpu"]]
 
 
-async def goes_on_here_only(world: World, name: str) -> None:
+async def continues_here_only(world: World, name: str) -> None:
     source = world.source.open(name)
     before = steps(source)
     await until(lambda: all(now > then for now, then in zip(steps(source), before, strict=True)))

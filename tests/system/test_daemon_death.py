@@ -119,7 +119,9 @@ def test_a_successor_shows_what_is_done_of_the_pages_missing_at_the_handover(
 
 @pytest.mark.parametrize("which", ["sender", "receiver"])
 @pytest.mark.parametrize("strategy", ["hybrid", "postcopy"])
-def test_killed_in_postcopy_its_successor_goes_on(world: World, which: str, strategy: str) -> None:
+def test_killed_in_postcopy_its_successor_continues(
+    world: World, which: str, strategy: str
+) -> None:
     begin(world, strategy)
     if strategy == "hybrid":  # by itself the policy would send the few pages before the handover
         until(lambda: phase(world, "sender") == "precopy", "no precopy")

@@ -142,7 +142,7 @@ def test_the_name_counts_by_which_receivers_dial_the_sender(make: Make) -> None:
     assert credentials(Config()) == []
 
 
-async def test_a_daemon_names_it_at_its_start_and_goes_on(
+async def test_a_daemon_names_it_at_its_start_and_continues(
     make: Make, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(host, "EVERY_S", 0)

@@ -180,7 +180,7 @@ def test_a_guest_that_stays_is_not_elsewhere_after_the_end() -> None:
         assert not ownership.may_be_elsewhere and not ownership.is_suspended
 
 
-def test_a_guest_that_was_handed_over_goes_on_here_only_by_a_decision() -> None:
+def test_a_guest_that_was_handed_over_continues_here_only_by_a_decision() -> None:
     """Invariant 1."""
     for state in (State.HANDED_OVER, State.ALL_SENT, State.COMPLETING):
         assert State.GIVEN_UP not in reachable(state, DECIDED)

@@ -79,7 +79,7 @@ class TestBacklog:
         assert backlog.unsent == backlog.unacknowledged == 4
         assert [batch.tolist() for batch in backlog.batches(3)] == [[1, 3, 5000], [9000]]
 
-    def test_the_push_goes_on_from_the_page_that_was_faulted_on(self) -> None:
+    def test_the_push_continues_from_the_page_that_was_faulted_on(self) -> None:
         backlog = backlog_of(*range(NR))
         assert backlog.next_batch(4).tolist() == [0, 1, 2, 3]
         assert backlog.fault(pfn_array([40])).tolist() == [40]
@@ -130,7 +130,7 @@ class TestBacklog:
         backlog.remove(pfn_array([1, 9000]))
         assert [batch.tolist() for batch in backlog.batches(8)] == [[5000]]
 
-    def test_what_is_read_ahead_is_sent_once_and_the_push_goes_on_behind_it(self) -> None:
+    def test_what_is_read_ahead_is_sent_once_and_the_push_continues_behind_it(self) -> None:
         backlog = backlog_of(*range(0, NR, 2))
         backlog.fault(pfn_array([40]))
         assert backlog.ahead(pfn_array([39, 40, 42, 44])).tolist() == [42, 44]

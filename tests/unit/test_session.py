@@ -234,7 +234,7 @@ def test_what_is_out_of_order_is_refused_at_both_ends(
 
 
 @pytest.mark.parametrize("lost_after", [m.Handover, m.Resumed, m.Loaded, m.Complete])
-def test_a_session_goes_on_over_new_lanes(lost_after: type[m.Message]) -> None:
+def test_a_session_continues_over_new_lanes(lost_after: type[m.Message]) -> None:
     ends = play([*after(lost_after), *rejoined("postcopy"), *STORY[len(after(m.Handover)) :]])
     assert ends[S].phase == ends[R].phase == Phase.CLOSED
 

@@ -37,7 +37,7 @@ class Held(threading.Thread):
         return self.result.pop()
 
 
-def test_a_thread_that_waits_for_a_cap_goes_on_as_soon_as_the_cap_is_raised() -> None:
+def test_a_thread_that_waits_for_a_cap_continues_as_soon_as_the_cap_is_raised() -> None:
     for rate in (None, 1e12):
         held = Held()
         held.cap.change(rate, time.monotonic())

@@ -15,13 +15,13 @@ from migrate.units import printable
 
 
 class EvacuationDisplay:
-    """``told``: the guests about which everything was printed before."""
+    """``printed``: the guests about which everything was printed before."""
 
-    def __init__(self, stream: TextIO, told: Iterable[Guest] = ()):
+    def __init__(self, stream: TextIO, printed: Iterable[Guest] = ()):
         self._stream = stream
         self._area = Area(stream) if is_live(stream) else None
         self._pauses = Pauses()
-        self._before = {guest.domid: guest.step.value for guest in told}
+        self._before = {guest.domid: guest.step.value for guest in printed}
 
     def show(self, planner: Planner) -> None:
         if self._area is not None:

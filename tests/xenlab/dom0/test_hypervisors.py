@@ -305,7 +305,7 @@ def test_the_daemons_move_a_guest(xen: XenHypervisor, tmp_path: Path) -> None:
 
 
 @PAGING
-def test_daemons_are_killed_in_postcopy_and_their_successors_go_on(
+def test_daemons_are_killed_in_postcopy_and_their_successors_continue(
     xen: XenHypervisor, tmp_path: Path
 ) -> None:
     """The guest waits at missing pages, and loses none."""
