@@ -155,6 +155,13 @@ class Predecessor:
             self._context.ownership.enter(State.OWNS)
 
     def _attach(self, domain: Domain) -> PagingRing | None:
+        """Attach to the guest's ring.  Returns ``None`` if a predecessor has given the ring up.
+
+        journal                              domain                       what follows
+        `taken over`, `finishing`, or OWNS   no ring, no page paged out   no ring is needed
+        any step                             no ring otherwise            the error is raised
+        any step                             another pager (EBUSY)        another attempt
+        """
         deadline = time.monotonic() + ATTACH_TIMEOUT_S
         while True:
             try:
@@ -202,7 +209,14 @@ class Predecessor:
 
     def _was_stopped_by_us(self, state: DomainState | None) -> bool:
         """Whether a predecessor stopped the guest: for a checkpoint, to give the ring up, or to
-        start the guest.
+        start the guest.  The first line that applies decides.  Release 0.1.0 noted no handle.
+
+            journal                                      domain             stopped by a predecessor
+            `finishing` of 0.1.0, which noted no stops   any state          yes
+            a step before `taken over`, or any of 0.1.0  may be starting    yes
+            any step                                     any state          if `stopped` is there
+
+        ``lost`` and ``held`` follow `taken over`.
         """
         entry = self._context.entry
         if entry.handle is None and self._noted == "finishing":
