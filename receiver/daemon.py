@@ -32,7 +32,7 @@ from migrate.service.history import Ended, History, still_kept
 from migrate.service.host import look_at_host, refusal
 from migrate.service.journal import Journal, Kept
 from migrate.service.lifecycle import STOPPING, notify, serve_connections, until_stopped
-from migrate.service.progress import keep_measuring
+from migrate.service.progress import keep_measuring, state_in_words
 from migrate.tasks import first, isolated
 from receiver.migration import IncomingMigration
 from receiver.progress import IncomingProgress
@@ -130,7 +130,9 @@ class ReceiverDaemon:
             )
         unfinished = self._unfinished()
         if unfinished and not needed:
-            undone = ", ".join(f"{m.domain_name} ({m.progress.problem})" for m in unfinished)
+            undone = ", ".join(
+                state_in_words(m.domain_name, m.phase, m.progress.problem) for m in unfinished
+            )
             notify(f"STATUS=stopping, but incoming domains must be destroyed before: {undone}")
         return bool(unfinished)
 

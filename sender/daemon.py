@@ -31,12 +31,12 @@ from migrate.options import MigrationOptions, Strategy, policy_of
 from migrate.outcomes import outcome
 from migrate.protocol.messages import Hello
 from migrate.protocol.session import new_id, new_token
-from migrate.service.config import RECEIVER_PORT, Config, MigrationConfig, advertised
+from migrate.service.config import RECEIVER_PORT, Config, advertised
 from migrate.service.history import Ended, History, still_kept
 from migrate.service.host import look_at_host, refusal
 from migrate.service.journal import Journal
 from migrate.service.lifecycle import STOPPING, notify, serve_connections, until_stopped
-from migrate.service.progress import keep_measuring
+from migrate.service.progress import keep_measuring, state_in_words
 from migrate.tasks import is_bug, isolated, task_group
 from migrate.units import parse_address
 from sender import adjustments
@@ -281,7 +281,7 @@ class SenderDaemon:
         """
         session, token = new_id(), new_token()
         awaited = AwaitedLanes(token, timeout_s=self._config.sender.peer_timeout_s)
-        options = _options(self._config.migration, request)
+        options = self._config.migration.options(request.get("strategy"))
         # In a thread, because the call may ask a name server.
         host, port = await trio.to_thread.run_sync(advertised, self._config.sender, self._port)
         try:
@@ -441,12 +441,11 @@ class SenderDaemon:
 
 def _waited_for(needed: list[OutgoingMigration]) -> str:
     """Describe the migrations for which a stopping daemon waits."""
-    elsewhere = [
-        f"{m.domain_name} ({m.phase}, {m.outstanding_in_words})" for m in needed if m.keeps_pages
-    ]
-    others = [
-        f"{m.domain_name} ({m.phase}: {m.progress.problem})" for m in needed if not m.keeps_pages
-    ]
+    elsewhere, others = list[str](), list[str]()
+    for m in needed:
+        detail = m.outstanding_in_words if m.keeps_pages else m.progress.problem
+        named = elsewhere if m.keeps_pages else others
+        named.append(state_in_words(m.domain_name, m.phase, detail))
     parts = {"guests elsewhere": elsewhere, "migrations that have not ended": others}
     return "; ".join(f"{what}: {', '.join(names)}" for what, names in parts.items() if names)
 
@@ -487,12 +486,3 @@ def _line(migration: OutgoingMigration, ended_at: float | None = None) -> Json:
         **progress,
         "ended_at": ended_at,
     }
-
-
-def _options(config: MigrationConfig, request: Json) -> MigrationOptions:
-    """Return the options of a migration by xl, from the configuration and from xl's environment."""
-    strategy = request.get("strategy") or config.strategy
-    try:
-        return config.options(Strategy(strategy))
-    except ValueError:
-        raise MigrationError(f"strategy {strategy!r}: hybrid, postcopy or precopy") from None

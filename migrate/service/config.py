@@ -210,12 +210,17 @@ class MigrationConfig:
             self.on_timeout,
         )  # fmt: skip
 
-    def options(self, strategy: Strategy) -> MigrationOptions:
-        """Return the options of a migration by xl.  Raises :class:`MigrationError` if they
-        contradict each other.
+    def options(self, strategy: str | None = None) -> MigrationOptions:
+        """Return the options of a migration by xl.  ``strategy``: another one, which xl's
+        environment names.  Raises :class:`MigrationError` if there is no such strategy, or if the
+        options contradict each other.
         """
+        try:
+            chosen = Strategy(strategy) if strategy else self.strategy
+        except ValueError:
+            raise MigrationError(f"strategy {strategy!r}: hybrid, postcopy or precopy") from None
         return MigrationOptions(
-            strategy,
+            chosen,
             self.policy,
             self.bandwidth,
             postcopy_bandwidth_bytes_per_s=self.postcopy_bandwidth,
@@ -358,7 +363,7 @@ def parse(data: dict[str, Any], source: str, folder: Path = Path()) -> Config:
         key, _, reason = problem.removeprefix("--").partition(" ")
         raise ConfigError(f"{source}: [migration] {key.replace('-', '_')} {reason}")
     try:
-        config.migration.options(config.migration.strategy)
+        config.migration.options()
     except MigrationError as error:
         raise ConfigError(f"{source}: [migration] {error}") from None
     keys = [field.name for field in dataclasses.fields(config.tls)]

@@ -29,6 +29,11 @@ SECOND_STEP_S = 30.0
 """How long a second step is waited for, before the rate is 0."""
 
 
+def state_in_words(name: str, phase: str, problem: str) -> str:
+    """Return a guest with the state of its migration, in which there may be no problem."""
+    return f"{name} ({': '.join(filter(None, (phase, problem)))})"
+
+
 class Rate:
     """The rate at which a count grows.
 

@@ -277,12 +277,14 @@ async def test_a_daemon_that_is_being_stopped_logs_for_whom_it_waits_once(
 
     def wait_for(name: str) -> None:
         guest = Mock(id=name, domain_name=name, needed=True, holds_pages=True)
-        guest.progress = Mock(domain=name, phase="postcopy", outstanding=9)
+        guest.phase, guest.outstanding_in_words = "postcopy", "9 pages to go"
+        guest.measurement.outstanding_in_words = "9 pages missing"
         daemon._migrations[name] = guest
 
     wait_for("one")
-    for outstanding in (9, 8, 7):
-        daemon._migrations["one"].progress.outstanding = outstanding
+    for missing in ("9 pages", "8 pages", "7 pages"):
+        daemon._migrations["one"].outstanding_in_words = missing
+        daemon._migrations["one"].measurement.outstanding_in_words = missing
         assert await daemon._drain()
     wait_for("two")
     assert await daemon._drain() and await daemon._drain()
@@ -307,11 +309,33 @@ async def test_a_sender_that_is_being_stopped_names_why_a_migration_has_not_ende
     )
 
 
+@pytest.mark.parametrize("which", ["sender", "receiver"])
+async def test_what_is_waited_for_has_no_empty_reason(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    told = list[str]()
+    journal = Journal(tmp_path / which)
+    make: Any = {"sender": SenderDaemon, "receiver": ReceiverDaemon}[which]
+    monkeypatch.setattr(sys.modules[make.__module__], "notify", told.append)
+    daemon = make(cast(Any, None), tmp_path / "s", Config(), journal)
+    guest = Mock(id="one", domain_name="web", phase="preflight", keeps_pages=False, needed=False)
+    guest.progress.problem, guest.ended.is_set.return_value = "", False
+    daemon._migrations["one"] = guest
+    if which == "sender":
+        daemon._active.add("one")
+    assert await daemon._drain()
+    assert "web (preflight)" in told[-1]
+    assert all(text.endswith("web (preflight)") for text in caplog.messages)
+
+
 async def test_a_receiver_that_is_being_stopped_undoes_what_it_takes_back(tmp_path: Path) -> None:
     """Found by chaos (seed 33000082): the domain and its memory were left over."""
     journal = Journal(tmp_path / "receiver")
     daemon = ReceiverDaemon(cast(Any, None), tmp_path / "s", Config(), journal)
-    daemon._migrations["one"] = guest = Mock(id="one", needed=False, ended=trio.Event())
+    daemon._migrations["one"] = guest = Mock(
+        id="one", phase="precopy", needed=False, ended=trio.Event()
+    )
+    guest.progress.problem = ""
     assert await daemon._drain()
     guest.requests.cancel.assert_called_once()
     guest.ended.set()
