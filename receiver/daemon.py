@@ -59,6 +59,7 @@ class ReceiverDaemon:
         self._terms = config.terms
         self._journal = journal
         self.history = History(journal.history())
+        self.started = trio.Event()
         self._migrations: dict[str, IncomingMigration] = {}
         """The migrations by session, until they have ended and their sender is informed."""
         self._awaited: dict[str, AwaitedLanes] = {}
@@ -75,10 +76,14 @@ class ReceiverDaemon:
         await until_stopped(self._serve, self._drain)
 
     async def _serve(self) -> None:
+        """Serve until cancelled.  Nothing of a predecessor is touched before all that another
+        daemon may have is this daemon's: the port, the journal and the control socket.
+        """
         listeners, self._port = await listen_tcp(*self._address)
         self._journal.own()
-        self.history.load()
-        async with trio.open_nursery() as self._nursery:
+        listening = control.listening(self._socket_path, needed=self._is_needed)
+        async with trio.open_nursery() as self._nursery, listening as control_socket:
+            self.history.load()
             for session, facts in self._journal.entries().items():
                 try:
                     self._resume_migration(session, facts)
@@ -87,12 +92,10 @@ class ReceiverDaemon:
                     offer = facts.get("offer")
                     name = offer.get("name") if isinstance(offer, dict) else ""
                     self._journal.leave(session, error, name, facts.get("domid"))
-            answer = functools.partial(
-                control.serve, self._socket_path, self._handle, needed=self._is_needed
-            )
-            await self._nursery.start(answer)
+            await self._nursery.start(control.serve, control_socket, self._handle)
             serve = functools.partial(serve_connections, from_strangers=True)
             await self._nursery.start(serve, "a connection", self.reception.receive, listeners)
+            self.started.set()
             notify(f"READY=1\nSTATUS=listening at {self._address[0]}:{self._port}")
             log.info(
                 "receiver listening at %s:%d, control socket %s",
@@ -100,6 +103,7 @@ class ReceiverDaemon:
                 self._port,
                 self._socket_path,
             )
+            await trio.sleep_forever()
 
     def _resume_migration(self, session: str, facts: dict[str, Any]) -> None:
         """Resume a migration that a predecessor has left."""

@@ -70,6 +70,7 @@ class SenderDaemon:
         self._config = config
         self._journal = journal
         self.history = History(journal.history())
+        self.started = trio.Event()
         self._port = 0
         self._migrations: dict[str, OutgoingMigration] = {}
         """The migrations by session, until they have ended and their destination is informed."""
@@ -93,10 +94,14 @@ class SenderDaemon:
         return [m.domain_name for m in self._migrations.values() if m.keeps_pages]
 
     async def _serve(self) -> None:
+        """Serve until cancelled.  Nothing of a predecessor is touched before all that another
+        daemon may have is this daemon's: the port, the journal and the control socket.
+        """
         listeners, self._port = await listen_tcp(*self._config.sender.listen)
         self._journal.own()
-        self.history.load()
-        async with trio.open_nursery() as self._nursery:
+        listening = control.listening(self._socket_path)
+        async with trio.open_nursery() as self._nursery, listening as control_socket:
+            self.history.load()
             for session, facts in self._journal.entries().items():
                 try:
                     self._resume_migration(session, facts)
@@ -105,12 +110,13 @@ class SenderDaemon:
                     self._journal.leave(session, error, facts.get("domain"))
             await trio.to_thread.run_sync(self._estimates.end_predecessors)
             self._nursery.start_soon(isolated, "ending keepers", self._end_keepers)
-            await self._nursery.start(control.serve, self._socket_path, self._handle)
+            await self._nursery.start(control.serve, control_socket, self._handle)
             look = functools.partial(look_at_host, self._hypervisor, self._config)
             judge = functools.partial(refusal, self._hypervisor)
             reception = Reception(self._find_awaited, look, self._config.terms, judge)
             serve = functools.partial(serve_connections, from_strangers=True)
             await self._nursery.start(serve, "a connection", reception.receive, listeners)
+            self.started.set()
             notify("READY=1\nSTATUS=waiting for migrations")
             log.info(
                 "sender ready at %s, listening at %s:%d",
@@ -118,6 +124,7 @@ class SenderDaemon:
                 self._config.sender.listen[0],
                 self._port,
             )
+            await trio.sleep_forever()
 
     def _resume_migration(self, session: str, facts: dict[str, Any]) -> None:
         """Resume a migration that a predecessor has left."""

@@ -46,6 +46,10 @@ class Daemon(Protocol):
     @property
     def history(self) -> History: ...
 
+    @property
+    def started(self) -> trio.Event:
+        """See :class:`migrate.metrics.serve.Daemon`."""
+
     async def run(self) -> None: ...
 
     def snapshots(self) -> Iterable[dict[str, Any]]:

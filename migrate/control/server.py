@@ -121,21 +121,35 @@ def no_guest() -> bool:
     return False
 
 
-async def serve(
-    path: Path,
-    handler: Handler,
-    *,
-    needed: Callable[[], bool] = no_guest,
-    task_status: trio.TaskStatus[list[trio.SocketListener]] = trio.TASK_STATUS_IGNORED,
-) -> None:
-    """Serve until cancelled, at the socket that systemd has made, otherwise at one of our own.
+@asynccontextmanager
+async def listening(
+    path: Path, *, needed: Callable[[], bool] = no_guest
+) -> AsyncIterator[trio.SocketListener]:
+    """Listen at the socket that systemd has made, otherwise at one of our own.  Requests wait until
+    :func:`serve` answers them.
 
     ``needed``: whether guests need this daemon.  If it ends nevertheless, its socket stays, as if
     the daemon had been killed: xl's helper then saves no guest that may lack pages.
 
-    Raises :class:`MigrationError` if the socket cannot be made.
+    Raises :class:`MigrationError` if another process listens there, or if the socket cannot be
+    made.
     """
+    inherited = inherited_socket()
+    async with contextlib.AsyncExitStack() as stack:
+        if inherited is not None:
+            sock = stack.enter_context(trio.socket.from_stdlib_socket(inherited))
+        else:
+            sock = await stack.enter_async_context(listen_unix(path, needed=needed))
+        yield trio.SocketListener(sock)
 
+
+async def serve(
+    listener: trio.SocketListener,
+    handler: Handler,
+    *,
+    task_status: trio.TaskStatus[list[trio.SocketListener]] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Answer the requests at a control socket until cancelled."""
     served = 0
 
     async def exchange(stream: trio.SocketStream) -> None:
@@ -161,15 +175,7 @@ async def serve(
             finally:
                 served -= 1
 
-    inherited = inherited_socket()
-    async with contextlib.AsyncExitStack() as stack:
-        if inherited is not None:
-            sock = stack.enter_context(trio.socket.from_stdlib_socket(inherited))
-        else:
-            sock = await stack.enter_async_context(listen_unix(path, needed=needed))
-        await serve_connections(
-            "a request", exchange, [trio.SocketListener(sock)], task_status=task_status
-        )
+    await serve_connections("a request", exchange, [listener], task_status=task_status)
 
 
 def _may_ask(stream: trio.SocketStream) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import threading
 from collections.abc import Iterable
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
@@ -49,6 +50,12 @@ class Daemon(Protocol):
     @property
     def history(self) -> History: ...
 
+    @property
+    def started(self) -> trio.Event:
+        """The event that is set when the daemon serves.  Before, the files of this host may be
+        those of another daemon that runs.
+        """
+
     def snapshots(self) -> Iterable[Json]:
         """Return what ``show`` answers of each migration that is not in the history.  The choice is
         made at once, and each answer when it is taken.
@@ -83,8 +90,8 @@ class Metrics:
     async def serve(
         self, *, task_status: trio.TaskStatus[list[trio.SocketListener]] = trio.TASK_STATUS_IGNORED
     ) -> None:
-        """Serve until cancelled.  Raises :class:`ConfigError` at the start, if nothing can be
-        served as the configuration has it.
+        """Serve until cancelled.  Files are written when the daemon has started.  Raises
+        :class:`ConfigError` at the start, if nothing can be served as the configuration has it.
         """
         async with AsyncExitStack() as stack, trio.open_nursery() as tasks:
             listeners = await self._listen(stack)
@@ -152,18 +159,20 @@ class Metrics:
         """Write the file again and again.  Remove it at the end, because the figures of a daemon
         that does not run would look like those of one that does.
         """
+        await self._daemon.started.wait()
+        file = Textfile(path)
         try:
             while True:
                 try:
                     snapshot = await self._snapshot_between_downtimes()
-                    await in_abandoned_thread(self._write, path, snapshot)
+                    await in_abandoned_thread(self._write, file, snapshot)
                 except Exception as error:
                     self._unwritten.log("cannot write the metrics into %s: %s", path, error)
                 await trio.sleep(self._config.textfile_every_s)
         finally:
             limit = trio.CancelScope(deadline=trio.current_time() + ANSWER_S, shield=True)
             with limit, suppress(OSError):
-                await in_abandoned_thread(path.unlink)
+                await in_abandoned_thread(file.remove)
 
     async def _snapshot_between_downtimes(self) -> Snapshot:
         """Return a snapshot of an instant at which no guest is suspended, or the last one if some
@@ -177,19 +186,46 @@ class Metrics:
                 return snapshot
             await trio.sleep(AGAIN_S)
 
-    def _write(self, path: Path, snapshot: Snapshot) -> None:
+    def _write(self, file: Textfile, snapshot: Snapshot) -> None:
+        """Write the file anew.  Raises ``OSError``."""
+        file.write(self._exposition.as_text(snapshot))
+
+
+class Textfile:
+    """The file at ``path``, which one thread at a time writes.  A thread that was abandoned may
+    still write, and makes no file once the file was removed.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._new = path.with_suffix(".new")  # node_exporter reads names that end with .prom
+        self._naming = threading.Lock()
+        """Held while a file gets its name or loses it."""
+        self._is_removed = False
+
+    def write(self, text: bytes) -> None:
         """Replace the file.  Raises ``OSError``."""
-        new = path.with_suffix(".new")  # node_exporter reads names that end with .prom
-        text = self._exposition.as_text(snapshot)
-        descriptor = create_anew(new)  # the folder may be another user's
+        with self._naming:
+            if self._is_removed:
+                return
+            descriptor = create_anew(self._new)  # the folder may be another user's
         try:
             with open(descriptor, "wb") as file:
                 os.fchmod(file.fileno(), 0o644)  # node_exporter is another user
                 file.write(text)
-            new.rename(path)
+            with self._naming:
+                if not self._is_removed:
+                    self._new.rename(self._path)
         except BaseException:
-            new.unlink(missing_ok=True)
+            self._new.unlink(missing_ok=True)
             raise
+
+    def remove(self) -> None:
+        """Remove the file for good.  Raises ``OSError``."""
+        with self._naming:
+            self._is_removed = True
+            for path in (self._path, self._new):
+                path.unlink(missing_ok=True)
 
 
 async def _request(stream: trio.SocketStream) -> bytes:

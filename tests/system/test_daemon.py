@@ -32,7 +32,8 @@ from sender.daemon import SenderDaemon, _line
 from sender.progress import Progress
 from tests.conftest import MIB
 from tests.support import zygote
-from tests.support.daemons import begin, boot, phase
+from tests.support.commands import PROGRAM
+from tests.support.daemons import begin, boot, journal, kill, phase
 from tests.support.waiting import WAIT_S, until
 from xenbackend.contract import DomainState
 
@@ -395,3 +396,23 @@ async def test_an_error_in_stopping_ends_no_daemon_that_a_guest_needs(
     assert answers == []
     (record,) = [record for record in caplog.records if record.exc_info]
     assert "guests may need it" in record.getMessage()
+
+
+@pytest.mark.parametrize("which", ["sender", "receiver"])
+def test_a_daemon_whose_socket_is_taken_takes_nothing_up(which: str) -> None:
+    """Its migrations would be cut off again at once."""
+    other, host = ("receiver", "source") if which == "sender" else ("sender", "destination")
+    with loopback_world(128 * MIB) as world:
+        boot(world)
+        begin(world, "guest")
+        until(lambda: phase(world, "receiver") == "postcopy", "no postcopy")
+        kill(world, which)
+        before = journal(world, which).read_bytes()
+        command = [
+            *PROGRAM, which, "--listen", "127.0.0.1:0", "--config", str(world.config_file),
+            "--socket", str(world.directory / f"{other}.sock"),
+            "--simulated", str(world.directory / f"{host}.sock"),
+        ]  # fmt: skip
+        ended = zygote.run(command, timeout=WAIT_S)
+        assert ended.returncode == 1 and "another process listens there" in ended.stderr
+        assert journal(world, which).read_bytes() == before

@@ -160,6 +160,23 @@ def test_metrics_at_a_socket_and_in_files(tmp_path: Path) -> None:
         assert not path.exists()
 
 
+def test_a_second_daemon_leaves_the_file_of_the_first(tmp_path: Path) -> None:
+    config = f'[metrics]\ntextfiles = "{tmp_path}"\ntextfile_every_s = 3600\n'
+    with loopback_world(64 * MIB, config=config) as world:
+        for which, host in (("sender", "source"), ("receiver", "destination")):
+            file = tmp_path / f"xen-postcopy-{which}.prom"
+            until(file.exists, "no file")
+            before = file.stat()
+            command = [
+                *PROGRAM, which, "--config", str(world.config_file), "--listen", "127.0.0.1:0",
+                "--socket", str(tmp_path / "s"), "--simulated",
+                str(world.directory / f"{host}.sock"),
+            ]  # fmt: skip
+            ended = zygote.run(command, timeout=WAIT_S)
+            assert ended.returncode == 1 and "another daemon uses it" in ended.stderr
+            assert file.stat() == before
+
+
 def test_a_daemon_that_cannot_listen_does_not_start(tmp_path: Path) -> None:
     with loopback_world(64 * MIB, daemons=False) as world, socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 import signal
@@ -26,6 +25,7 @@ from migrate.control.client import MAX_LINE, SOCKETS, ControlClient, Json
 from migrate.control.server import ANSWER_S, ControlConnection, LastAnswer
 from migrate.errors import MigrationError, SilentDaemonError, UnknownMigrationError
 from migrate.tasks import task_group
+from tests.support.control import begin
 
 
 async def handle(request: Json, connection: ControlConnection) -> None:
@@ -47,7 +47,7 @@ async def ask(path: Path, client: Callable[[Path], Any]) -> Any:
     """Return what a client in a thread returns, with a server at this path."""
     with trio.fail_after(30):
         async with task_group() as nursery:
-            await nursery.start(functools.partial(control.serve, path, handle))
+            await begin(nursery, path, handle)
             try:
                 return await trio.to_thread.run_sync(client, path)
             finally:
@@ -122,7 +122,7 @@ async def test_another_user_is_refused_whatever_the_mode_of_the_socket(
         path = Path(directory) / "s"
         os.chmod(directory, 0o711)
         async with trio.open_nursery() as nursery:
-            await nursery.start(functools.partial(control.serve, path, handle))
+            await begin(nursery, path, handle)
             path.chmod(0o666)
             with socket.socket(socket.AF_UNIX) as client:
                 os.seteuid(65534)  # the server does not run before this is undone
@@ -138,11 +138,12 @@ async def test_another_user_is_refused_whatever_the_mode_of_the_socket(
 
 async def test_a_socket_that_somebody_listens_at_is_not_taken_over(tmp_path: Path) -> None:
     def second(path: Path) -> str:
-        async def serve() -> None:
-            await control.serve(path, handle)
+        async def listen() -> None:
+            async with control.listening(path):
+                pass
 
         with pytest.raises(MigrationError) as caught:
-            trio.run(serve)
+            trio.run(listen)
         return str(caught.value)
 
     assert "another process listens there" in await ask(tmp_path / "s", second)
@@ -345,7 +346,7 @@ async def test_a_daemon_that_hangs_is_named_and_hides_no_other(
         if queue_is_full:
             stack.enter_context(socket.socket(socket.AF_UNIX)).connect(os.fspath(hanging))
         async with task_group() as nursery:
-            await nursery.start(functools.partial(control.serve, other, answer))
+            await begin(nursery, other, answer)
             result = await trio.to_thread.run_sync(run, hanging, other)
             nursery.cancel_scope.cancel()
         assert shown in result.stdout and result.exit_code != 0
@@ -369,9 +370,7 @@ async def test_a_daemon_that_does_not_run_is_named_if_the_other_has_no_such_migr
 
     with trio.fail_after(30):
         async with task_group() as nursery:
-            await nursery.start(
-                functools.partial(control.serve, tmp_path / "receiver.sock", answer)
-            )
+            await begin(nursery, tmp_path / "receiver.sock", answer)
             result = await trio.to_thread.run_sync(CliRunner().invoke, cli, [command, "web"])
             nursery.cancel_scope.cancel()
     assert str(result.exception) == (

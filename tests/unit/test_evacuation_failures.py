@@ -18,7 +18,7 @@ from migrate.cli.evacuate.display import EvacuationDisplay
 from migrate.cli.evacuate.planner import MOST_ABSENCES, PATIENCE_S, Ask, Measure, Planner, Step
 from migrate.cli.evacuate.run import Arrivals, Evacuation, Sender
 from migrate.cli.evacuate.shown import changes, head, obstacles
-from migrate.control.server import ControlConnection, serve
+from migrate.control.server import ControlConnection
 from migrate.errors import (
     DaemonGoneError,
     MigrationError,
@@ -26,6 +26,7 @@ from migrate.errors import (
     UnattendedMigrationError,
 )
 from migrate.tasks import task_group
+from tests.support.control import begin
 from tests.support.evacuations import GIB, Played, estimate, here, line, named
 from tests.support.waiting import WAIT_S
 
@@ -349,9 +350,9 @@ async def first_look(tmp_path: Path, *incoming: dict[str, Any]) -> Planner:
 
     with trio.fail_after(WAIT_S):
         async with task_group() as tasks:
-            await tasks.start(serve, tmp_path / "sender.sock", answer)
+            await begin(tasks, tmp_path / "sender.sock", answer)
             if incoming:
-                await tasks.start(serve, tmp_path / "receiver.sock", answer_of_receiver)
+                await begin(tasks, tmp_path / "receiver.sock", answer_of_receiver)
             found = await trio.to_thread.run_sync(plan)
             tasks.cancel_scope.cancel()
     return found

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -260,6 +261,8 @@ class Daemon:
 
     def __init__(self, directory: Path):
         self.history = History(directory / "history.jsonl")
+        self.started = trio.Event()
+        self.started.set()
         self.migrations: list[dict[str, Any]] = []
 
     def snapshots(self) -> Iterator[dict[str, Any]]:
@@ -371,6 +374,50 @@ async def test_a_file_is_renewed_and_removed_at_the_end(tmp_path: Path, end: str
     finally:
         os.umask(umask)
     assert list(tmp_path.glob("xen-postcopy*")) == []
+
+
+async def test_a_daemon_that_does_not_start_touches_no_file_of_the_one_that_runs(
+    tmp_path: Path,
+) -> None:
+    path, daemon = tmp_path / "xen-postcopy-sender.prom", Daemon(tmp_path)
+    path.write_bytes(b"of the daemon that runs")
+    daemon.started = trio.Event()
+    async with trio.open_nursery() as nursery:
+        await served(nursery, daemon, MetricsConfig(textfiles=str(tmp_path), textfile_every_s=0.01))
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        nursery.cancel_scope.cancel()
+    assert path.read_bytes() == b"of the daemon that runs"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("step", ["create", "rename"])
+async def test_a_write_that_was_abandoned_makes_no_file_after_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """A disk may take long for a write, and the end does not wait for that write."""
+    begun, removed, written = threading.Event(), threading.Event(), threading.Event()
+    write = serve.Textfile.write
+
+    def wait(*_arguments: object) -> None:
+        begun.set()
+        assert removed.wait(WAIT_S)
+
+    def write_slowly(file: serve.Textfile, text: bytes) -> None:
+        if step == "create":
+            wait()
+        write(file, text)
+        written.set()
+
+    monkeypatch.setattr(serve.Textfile, "write", write_slowly)
+    if step == "rename":
+        monkeypatch.setattr(os, "fchmod", wait)
+    async with trio.open_nursery() as nursery:
+        await served(nursery, Daemon(tmp_path), MetricsConfig(textfiles=str(tmp_path)))
+        assert await trio.to_thread.run_sync(begun.wait, WAIT_S)
+        nursery.cancel_scope.cancel()
+    removed.set()
+    assert written.wait(WAIT_S)
+    assert list(tmp_path.iterdir()) == []
 
 
 async def test_a_file_is_not_written_through_what_lies_in_its_place(
