@@ -9,7 +9,8 @@ import click
 
 from migrate.cli.daemons import daemon_options, run_daemon
 from migrate.cli.options import receiver_socket
-from migrate.service.config import RECEIVER_PORT, ReceiverConfig
+from migrate.lanes.ends import RECEIVER_PORT
+from migrate.service.config import ReceiverConfig
 from receiver.daemon import ReceiverDaemon
 
 

@@ -22,6 +22,7 @@ from migrate.control.server import ControlConnection, decision_of
 from migrate.errors import MigrationError, OccupiedError, UnknownSessionError
 from migrate.lanes.accept import AwaitedLanes, Reception, listen_tcp
 from migrate.lanes.dial import DialledLanes
+from migrate.lanes.ends import RECEIVER
 from migrate.lanes.pairs import rejoining
 from migrate.logs import Complaint
 from migrate.outcomes import outcome
@@ -64,7 +65,7 @@ class ReceiverDaemon:
         """The migrations by session, until they have ended and their sender is informed."""
         self._awaited: dict[str, AwaitedLanes] = {}
         """The lanes that a peer is to dial, by session."""
-        look = functools.partial(look_at_host, hypervisor, config)
+        look = functools.partial(look_at_host, hypervisor, config, RECEIVER)
         judge = functools.partial(refusal, hypervisor)
         self.reception = Reception(self._find_awaited, look, self._terms, judge)
         self._nursery: trio.Nursery

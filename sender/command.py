@@ -9,7 +9,8 @@ import click
 
 from migrate.cli.daemons import daemon_options, run_daemon
 from migrate.cli.options import sender_socket
-from migrate.service.config import SENDER_PORT, SenderConfig
+from migrate.lanes.ends import SENDER_PORT
+from migrate.service.config import SenderConfig
 from sender.daemon import SenderDaemon
 
 

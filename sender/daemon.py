@@ -25,15 +25,16 @@ from migrate.control.server import ControlConnection, decision_of
 from migrate.errors import MigrationError, OccupiedError, UnknownSessionError
 from migrate.lanes.accept import AwaitedLanes, Reception, listen_tcp
 from migrate.lanes.dial import DialledLanes
+from migrate.lanes.ends import RECEIVER_PORT, SENDER
 from migrate.lanes.pairs import rejoining
 from migrate.logs import Complaint
 from migrate.options import MigrationOptions, Strategy, policy_of
 from migrate.outcomes import outcome
 from migrate.protocol.messages import Hello
 from migrate.protocol.session import new_id, new_token
-from migrate.service.config import RECEIVER_PORT, Config, advertised
+from migrate.service.config import Config, advertised
 from migrate.service.history import Ended, History, still_kept
-from migrate.service.host import look_at_host, refusal
+from migrate.service.host import look_at_host
 from migrate.service.journal import Journal
 from migrate.service.lifecycle import STOPPING, notify, serve_connections, until_stopped
 from migrate.service.progress import keep_measuring, state_in_words
@@ -111,9 +112,8 @@ class SenderDaemon:
             await trio.to_thread.run_sync(self._estimates.end_predecessors)
             self._nursery.start_soon(isolated, "ending keepers", self._end_keepers)
             await self._nursery.start(control.serve, control_socket, self._handle)
-            look = functools.partial(look_at_host, self._hypervisor, self._config)
-            judge = functools.partial(refusal, self._hypervisor)
-            reception = Reception(self._find_awaited, look, self._config.terms, judge)
+            look = functools.partial(look_at_host, self._hypervisor, self._config, SENDER)
+            reception = Reception(self._find_awaited, look, self._config.terms)
             serve = functools.partial(serve_connections, from_strangers=True)
             await self._nursery.start(serve, "a connection", reception.receive, listeners)
             self.started.set()

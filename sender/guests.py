@@ -12,6 +12,7 @@ from typing import Any
 from migrate.control.client import Json
 from migrate.errors import MigrationError
 from migrate.lanes.connection import Terms, connect
+from migrate.lanes.ends import RECEIVER
 from migrate.lanes.probe import OlderPeerError, free_bytes_of, greet, host_of
 from sender.estimates import Estimates
 from sender.preflight import check_devices, check_state
@@ -115,7 +116,7 @@ async def room_at(address: tuple[str, int], terms: Terms) -> Json:
     lane = await connect(*address, terms)
     try:
         await greet(lane, terms)
-        host = await host_of(lane)
+        host = await host_of(lane, RECEIVER)
     except OlderPeerError as error:
         raise MigrationError(
             "{}:{} is of an older release, which cannot be asked for its memory: install the same "

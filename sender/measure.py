@@ -25,6 +25,7 @@ import trio
 
 from migrate.errors import MigrationError, PeerClosedError
 from migrate.lanes.connection import LaneConnection, Terms, connect, step_timeout
+from migrate.lanes.ends import RECEIVER
 from migrate.lanes.latency import round_trip_s
 from migrate.lanes.probe import OlderPeerError, greet, host_of
 from migrate.lanes.scheduling import run_in_thread
@@ -225,7 +226,7 @@ async def try_destination(
                 f"{where} is of an older release, to which the way cannot be measured: install the "
                 "same release there; a migration itself needs no measurement"
             ) from error
-        host = await host_of(lane)
+        host = await host_of(lane, RECEIVER)
         refusals = {paging: await _offered(lane, config, paging=paging) for paging in (True, False)}
         found = Found(host, refusals, terms.tls is not None, known or Link())
         if known is not None:

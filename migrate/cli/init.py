@@ -35,7 +35,7 @@ from migrate.cli.steps import (
 )
 from migrate.cli.text import echo, json_option
 from migrate.errors import MigrationError
-from migrate.service.config import RECEIVER_PORT, SENDER_PORT
+from migrate.lanes.ends import RECEIVER_PORT, SENDER_PORT
 from migrate.service.template import INSTALLED, configuration
 from migrate.units import shortened
 

@@ -17,9 +17,10 @@ from migrate.control.client import ANSWER_S, ControlClient
 from migrate.errors import MigrationError, PeerClosedError
 from migrate.lanes.certificate import describe
 from migrate.lanes.connection import LaneConnection, Terms, is_loopback, open_stream
-from migrate.lanes.probe import OlderPeerError, free_bytes_of, greet, host_of
+from migrate.lanes.ends import RECEIVER, SENDER, SENDER_PORT
+from migrate.lanes.probe import OlderPeerError, WrongEndError, free_bytes_of, greet, host_of
 from migrate.protocol.messages import CAPABILITIES, PROTOCOL_VERSION, Hello, Host
-from migrate.service.config import SENDER_PORT, Config
+from migrate.service.config import Config
 from migrate.service.host import credentials
 from migrate.service.values import Address
 from migrate.units import human_bytes, parse_address, printable
@@ -129,7 +130,10 @@ async def _the_peer(wanted: Wanted, report: Report) -> None:
         if theirs is None:
             return
         _release(f"{name}, release", theirs, report)
-        host = await host_of(lane)
+        host = await host_of(lane, RECEIVER)
+    except WrongEndError as error:
+        report.add(f"{name}, receiver", PROBLEM, str(error))
+        return
     except MigrationError as error:
         report.add(f"{name}, host", PROBLEM, str(error))
         return
@@ -252,8 +256,14 @@ async def _sender(name: str, host: Host, terms: Terms, report: Report) -> None:
         return
     what = f"{what} at {address[0]}"
     lane = await _connected(what, address, terms, report)
-    if lane is not None:
-        await _greeted(what, lane, terms, report)
+    if lane is None:
+        return
+    try:
+        if await _greeted(what, lane, terms, report) is not None:
+            await host_of(lane, SENDER)
+    except MigrationError as error:
+        report.add(what, PROBLEM, str(error))
+    finally:
         lane.close()
 
 

@@ -156,7 +156,8 @@ def _try_peer(
     as_json: bool,
 ) -> None:
     from migrate.cli.peer import PROBLEM, Check, Report, Wanted, try_all
-    from migrate.service.config import RECEIVER_PORT, load
+    from migrate.lanes.ends import RECEIVER_PORT
+    from migrate.service.config import load
     from migrate.units import parse_address
 
     def show(check: Check) -> None:

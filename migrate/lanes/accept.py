@@ -24,7 +24,8 @@ from migrate.lanes.connection import (
     LaneConnection,
     Terms,
 )
-from migrate.lanes.trial import Judge, Trials, judge_nothing
+from migrate.lanes.ends import RECEIVER, wrong_end
+from migrate.lanes.trial import Judge, Trials
 from migrate.logs import Complaint
 from migrate.protocol.messages import PREFLIGHT, TRIAL, Hello, Host, Lane, Refused, printable
 from migrate.protocol.session import answer_token, hello, negotiate, number_of_rejoin
@@ -204,6 +205,7 @@ class Reception:
     """Assigns the connections of a daemon's listener.  ``find`` returns the session that a
     connection belongs to, or raises :class:`MigrationError`.  ``look`` returns what a connection is
     answered that asks about this host, and ``judge`` why this host could not take an offered guest.
+    A sender takes no guest in, and has none.
     """
 
     def __init__(
@@ -211,7 +213,7 @@ class Reception:
         find: Callable[[Hello], AwaitedLanes],
         look: Callable[[], Awaitable[Host]],
         terms: Terms,
-        judge: Judge = judge_nothing,
+        judge: Judge | None = None,
     ):
         self._find, self._look, self._terms = find, look, terms
         self._judge = judge
@@ -278,11 +280,7 @@ class Reception:
             greeting = await lane.receive_hello()
             negotiate(greeting)
             if PREFLIGHT in greeting.requires:
-                await self._answer_preflight(lane, greeting)
-                if TRIAL in greeting.requires:
-                    async with self._trials.admitted(address):
-                        self._forget(stranger)  # the number of trials has a limit of its own
-                        await self._trials.serve(lane, self._judge)
+                await self._serve_without_session(lane, greeting, address, stranger)
                 lane.close()
                 return
             awaited = self._find(greeting)
@@ -310,12 +308,23 @@ class Reception:
             lane.close()
             raise
 
-    async def _answer_preflight(self, lane: LaneConnection, greeting: Hello) -> None:
-        """Answer a peer that asks about this host."""
+    async def _serve_without_session(
+        self, lane: LaneConnection, greeting: Hello, address: str, stranger: trio.CancelScope
+    ) -> None:
+        """Answer a peer that asks about this host, and that may try it.  Raises
+        :class:`ProtocolError` for a trial at a sender.
+        """
+        is_trial = TRIAL in greeting.requires
+        if is_trial and self._judge is None:
+            raise ProtocolError(wrong_end(RECEIVER))
         ours = hello(Lane(greeting.lane), greeting.session, requires=self._terms.requires)
         await lane.send(ours)
         lane.agree((ours, greeting))
         await lane.send(await self._look())
+        if is_trial and self._judge is not None:
+            async with self._trials.admitted(address):
+                self._forget(stranger)  # the number of trials has a limit of its own
+                await self._trials.serve(lane, self._judge)
 
 
 async def listen_tcp(host: str, port: int) -> tuple[list[trio.SocketListener], int]:

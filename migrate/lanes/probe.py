@@ -12,12 +12,17 @@ import trio
 
 from migrate.errors import MigrationError, PeerClosedError, RefusedError
 from migrate.lanes.connection import CONNECT_TIMEOUT_S, LaneConnection, Terms
+from migrate.lanes.ends import wrong_end
 from migrate.protocol.messages import PREFLIGHT, Hello, Host, Lane, Refused
 from migrate.protocol.session import hello, negotiate, new_id
 
 
 class OlderPeerError(MigrationError):
     """The peer is of a release that cannot be asked."""
+
+
+class WrongEndError(MigrationError):
+    """The daemon that answers is not the one that was dialled."""
 
 
 async def greet(lane: LaneConnection, terms: Terms, *further: str) -> Hello:
@@ -48,13 +53,17 @@ def free_bytes_of(host: Host) -> int | None:
     return None if host.problem and not host.free_bytes else host.free_bytes
 
 
-async def host_of(lane: LaneConnection) -> Host:
-    """Receive the answer to :func:`greet`.  Raises :class:`MigrationError`."""
+async def host_of(lane: LaneConnection, end: str) -> Host:
+    """Receive the answer to :func:`greet`.  Raises :class:`MigrationError`, and
+    :class:`WrongEndError` if another daemon answers than the ``end`` that was dialled.
+    """
     with trio.move_on_after(CONNECT_TIMEOUT_S):
         message, _pages = await lane.receive()
         if isinstance(message, Refused):
             raise MigrationError(f"the peer cannot look at its host: {message.reason}")
         if not isinstance(message, Host):
             raise MigrationError(f"the peer answered with {message.type} instead of host")
+        if message.end != end:
+            raise WrongEndError(f"{lane.peer()}: {wrong_end(end)}")
         return message
     raise PeerClosedError(f"the peer did not look at its host within {CONNECT_TIMEOUT_S:g} s")

@@ -44,11 +44,6 @@ thread.
 """
 
 
-def judge_nothing(_offer: m.Offer) -> str:
-    """Refuse every guest."""
-    return "no guest is taken in here"
-
-
 class Trials:
     """The trials of one listener."""
 

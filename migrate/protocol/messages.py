@@ -131,6 +131,8 @@ class Host(Message):
     """Where receivers of other hosts reach the sender there; empty if it listens for its own host
     only.
     """
+    end: str = text_field(16)
+    """The daemon that answers: ``sender`` or ``receiver``."""
 
 
 # ---- sender to receiver, push lane ----

@@ -26,6 +26,7 @@ from migrate.lanes.connection import (
     Terms,
     is_loopback,
 )
+from migrate.lanes.ends import RECEIVER_PORT, SENDER_PORT
 from migrate.lanes.tls import Tls
 from migrate.options import (
     MigrationOptions,
@@ -41,8 +42,6 @@ from migrate.units import parse_address
 CONFIG_FILE = Path("/etc/xen-postcopy/config.toml")
 STATE_DIRECTORY = Path("/var/lib/xen-postcopy")
 MAX_BYTES = 1024 * 1024
-RECEIVER_PORT = 8013
-SENDER_PORT = 8014
 
 
 class ConfigError(MigrationError):

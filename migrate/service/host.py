@@ -22,12 +22,12 @@ EVERY_S = 86400.0
 """How often a daemon looks at its certificate."""
 
 
-async def look_at_host(hypervisor: Hypervisor, config: Config) -> Host:
-    """Return what this host could take in now."""
-    return await trio.to_thread.run_sync(_look, hypervisor, config)
+async def look_at_host(hypervisor: Hypervisor, config: Config, end: str) -> Host:
+    """Return what this host could take in now, as the daemon ``end`` answers."""
+    return await trio.to_thread.run_sync(_look, hypervisor, config, end)
 
 
-def _look(hypervisor: Hypervisor, config: Config) -> Host:
+def _look(hypervisor: Hypervisor, config: Config, end: str) -> Host:
     at = reachable_sender(config)
     sender = "" if at is None else "[{}]:{}".format(*at) if ":" in at[0] else "{}:{}".format(*at)
     try:
@@ -37,9 +37,10 @@ def _look(hypervisor: Hypervisor, config: Config) -> Host:
             found.populate_evicted,
             hypervisor.free_bytes(),
             sender,
+            end,
         )
     except XenError as error:
-        return Host(printable(str(error)), "none", 0, sender)
+        return Host(printable(str(error)), "none", 0, sender, end)
 
 
 def config_of(offer: Offer) -> DomainConfig:

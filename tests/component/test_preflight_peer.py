@@ -7,6 +7,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from migrate.errors import MigrationError, ProtocolError
 from migrate.lanes import accept
 from migrate.lanes.accept import AwaitedLanes, Reception
 from migrate.lanes.connection import Terms
+from migrate.lanes.ends import RECEIVER, SENDER
 from migrate.lanes.probe import free_bytes_of
 from migrate.lanes.tls import Tls
 from migrate.protocol import messages as m
@@ -49,18 +51,21 @@ def nobody(_greeting: Hello) -> AwaitedLanes:
 async def listening(
     tls: Tls | None, answer: m.Message | MigrationError | None = None
 ) -> AsyncIterator[int]:
-    """A peer's daemon.  By default its sender is the same listener."""
+    """A peer's receiver.  By default there is a sender beside it."""
 
-    async def look() -> m.Host:
+    async def look(end: str) -> m.Host:
         if isinstance(answer, MigrationError):
             raise answer
-        return cast(m.Host, answer or m.Host("", "native", GIB, f"{HOST}:{port}"))
+        at = f"{HOST}:{ports[SENDER]}"
+        return cast(m.Host, answer or m.Host("", "native", GIB, at, end))
 
-    reception = Reception(nobody, look, Terms(tls=tls))
+    ports = dict[str, int]()
     async with trio.open_nursery() as nursery:
-        serve = functools.partial(trio.serve_tcp, reception.receive, 0, host=HOST)
-        port = int((await nursery.start(serve))[0].socket.getsockname()[1])
-        yield port
+        for end in (SENDER, RECEIVER):
+            reception = Reception(nobody, functools.partial(look, end), Terms(tls=tls))
+            serve = functools.partial(trio.serve_tcp, reception.receive, 0, host=HOST)
+            ports[end] = int((await nursery.start(serve))[0].socket.getsockname()[1])
+        yield ports[RECEIVER]
         nursery.cancel_scope.cancel()
 
 
@@ -195,7 +200,7 @@ async def test_another_protocol_version(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 async def test_what_the_host_there_lacks() -> None:
-    answer = m.Host("this hypervisor is built without memory paging: x", "none", GIB, "")
+    answer = m.Host("this hypervisor is built without memory paging: x", "none", GIB, "", RECEIVER)
     async with listening(None, answer) as port:
         found = await look(port, guest_bytes=2 * GIB)
     assert found[f"{HOST}, paging"] == (PROBLEM, answer.problem)
@@ -208,7 +213,7 @@ async def test_what_the_host_there_lacks() -> None:
 
 
 async def test_free_memory_that_the_host_there_has_not_found_out_is_not_0() -> None:
-    answer = m.Host("xen: Permission denied", "none", 0, "")
+    answer = m.Host("xen: Permission denied", "none", 0, "", RECEIVER)
     async with listening(None, answer) as port:
         found = await look(port, guest_bytes=2 * GIB)
         with pytest.raises(MigrationError, match=r"^127.0.0.1:\d+: xen: Permission denied$"):
@@ -219,19 +224,40 @@ async def test_free_memory_that_the_host_there_has_not_found_out_is_not_0() -> N
 
 
 async def test_a_host_without_paging_has_room_for_precopy() -> None:
-    answer = m.Host("this hypervisor is built without memory paging: x", "none", GIB, "")
+    answer = m.Host("this hypervisor is built without memory paging: x", "none", GIB, "", RECEIVER)
     async with listening(None, answer) as port:
         assert (await room_at((HOST, port), Terms()))["free_bytes"] == GIB
-    assert free_bytes_of(m.Host("", "native", 0, "")) == 0
+    assert free_bytes_of(m.Host("", "native", 0, "", RECEIVER)) == 0
 
 
 async def test_a_sender_that_cannot_be_reached() -> None:
     with socket.create_server((HOST, 0)) as closed:
         port = closed.getsockname()[1]
-    async with listening(None, m.Host("", "native", GIB, f"{HOST}:{port}")) as receiver:
+    async with listening(None, m.Host("", "native", GIB, f"{HOST}:{port}", RECEIVER)) as receiver:
         found = await look(receiver)
     result, text = found[f"{HOST}, sender at {HOST}"]
     assert result == PROBLEM and "Connection refused" in text
+
+
+async def test_a_sender_in_the_place_of_a_receiver() -> None:
+    async with listening(None, m.Host("", "native", GIB, "", SENDER)) as port:
+        found = await look(port, guest_bytes=GIB)
+        text = f"{HOST}:{port}: this is a sender, and no receiver; receivers listen on port 8013"
+        with pytest.raises(MigrationError, match=re.escape(text)):
+            await room_at((HOST, port), Terms())
+    assert found[f"{HOST}, receiver"] == (PROBLEM, f"{text} by default")
+    assert f"{HOST}, memory" not in found
+
+
+async def test_a_receiver_in_the_place_of_a_sender() -> None:
+    """For example, [sender] address there has the port of the receiver."""
+    other = m.Host("", "native", GIB, "", RECEIVER)
+    async with listening(None, other) as port:
+        answer = m.Host("", "native", GIB, f"{HOST}:{port}", RECEIVER)
+        async with listening(None, answer) as port:
+            result, text = (await look(port))[f"{HOST}, sender at {HOST}"]
+    assert result == PROBLEM
+    assert "this is a receiver, and no sender; senders listen on port 8014 by default" in text
 
 
 async def test_a_host_that_is_of_another_release(monkeypatch: pytest.MonkeyPatch) -> None:

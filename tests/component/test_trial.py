@@ -12,10 +12,11 @@ import pytest
 import trio
 import trio.testing
 
-from migrate.errors import MigrationError, PeerClosedError, ProtocolError
+from migrate.errors import MigrationError, PeerClosedError, ProtocolError, RefusedError
 from migrate.lanes import accept, trial
 from migrate.lanes.accept import AwaitedLanes, Reception
 from migrate.lanes.connection import LaneConnection, Terms, connect
+from migrate.lanes.ends import RECEIVER
 from migrate.lanes.probe import greet, host_of
 from migrate.lanes.tls import Tls
 from migrate.protocol import messages as m
@@ -43,10 +44,10 @@ def takes_all(_offer: m.Offer) -> str:
 
 @contextlib.asynccontextmanager
 async def listening(
-    tls: Tls | None = None, judge: Callable[[m.Offer], str] = takes_all
+    tls: Tls | None = None, judge: Callable[[m.Offer], str] | None = takes_all
 ) -> AsyncIterator[int]:
     async def look() -> m.Host:
-        return m.Host("", "native", GIB, "")
+        return m.Host("", "native", GIB, "", RECEIVER)
 
     reception = Reception(nobody, look, Terms(tls=tls), judge)
     with trio.fail_after(WAIT_S):
@@ -68,7 +69,7 @@ async def in_trial(port: int) -> AsyncIterator[LaneConnection]:
     lane = await connect(HOST, port, Terms())
     try:
         await greet(lane, Terms(), m.TRIAL)
-        await host_of(lane)
+        await host_of(lane, RECEIVER)
         yield lane
     finally:
         lane.close()
@@ -143,10 +144,10 @@ async def test_the_destination_judges_the_guest_with_and_without_paging() -> Non
     assert [(offer.name, offer.max_pages) for offer in offers] == [("guest", 4096)] * 2
 
 
-async def test_a_listener_without_guests_takes_none_in() -> None:
-    async with listening(judge=trial.judge_nothing) as port:
-        found = await tried(port)
-    assert found.refusals[False] == "no guest is taken in here"
+async def test_a_sender_is_not_tried() -> None:
+    async with listening(judge=None) as port:
+        with pytest.raises(RefusedError, match=r"this is a sender.*receivers listen on port 8013"):
+            await tried(port)
 
 
 @pytest.mark.parametrize("lacks", ["preflight, trial", "trial"])

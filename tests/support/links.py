@@ -234,4 +234,4 @@ def cut_when(
 
 async def no_look() -> m.Host:
     """Answer as a host of which a listener is tested, and nothing else."""
-    return m.Host("this is no host", "none", 0, "")
+    return m.Host("this is no host", "none", 0, "", "receiver")

@@ -16,7 +16,7 @@ from migrate.protocol.session import (
 EXAMPLES: list[m.Message] = [
     m.Hello(1, 1, "push", "abc", b"t", ("x",), ("y", "z"), "test"),
     m.Alive(),
-    m.Host("built without memory paging", "none", 2**40, "host2:8014"),
+    m.Host("built without memory paging", "none", 2**40, "host2:8014", "receiver"),
     m.Offer("guest", 1024, 1000, 2, b"config", True, b"key", 1000),
     m.Pages(pfn_array([1, 5]), pfn_array([2]), pfn_array([9])),
     m.Defer(0, b"\xff"),

@@ -189,6 +189,23 @@ def test_preflight_without_a_xen() -> None:
     assert_refused(run("preflight"), "--simulated SOCKET")
 
 
+@pytest.mark.parametrize("command", ["preflight", "dry run", "estimate", "evacuate"])
+def test_a_sender_is_not_asked_as_a_receiver(world: World, name: str, command: str) -> None:
+    spec = boot(world, name)
+    at = f"127.0.0.1:{world.ask('sender', command='status')['port']}"
+    socket_option = ("--socket", world.sender_socket)
+    refused = run(
+        *{
+            "preflight": ("preflight", "--peer", at, "--config", world.config_file),
+            "dry run": ("migrate", name, at, "--dry-run", *socket_option),
+            "estimate": ("estimate", name, at, "--seconds", "0.1", *socket_option),
+            "evacuate": ("evacuate", at, "--seconds", "0.1", *socket_option),
+        }[command]
+    )  # fmt: skip
+    assert_refused(refused, "this is a sender, and no receiver; receivers listen on port 8013")
+    assert_unharmed(world, spec)
+
+
 def test_the_port_of_a_sender_is_understood_as_one(world: World, name: str) -> None:
     spec = boot(world, name)
     port = world.ask("sender", command="status")["port"]

@@ -55,7 +55,7 @@ VERSION_1 = {
     "unprotected": "reason",  # only with the capability of that name
     "recall": "reason",  # only with the capability of that name
     "waits": "longest_us",  # only with the capability of that name
-    "host": "problem populate_evicted free_bytes sender",  # only with the capability preflight
+    "host": "problem populate_evicted free_bytes sender end",  # only with the capability preflight
 }
 """Each message of the protocol's version 1, with its fields."""
 PROTOCOL = Path(__file__).parents[2] / "docs/protocol.md"
