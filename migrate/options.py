@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -178,8 +179,8 @@ def _with_policy(policy: PolicyOptions, values: dict[str, Any]) -> PolicyOptions
 def changed(options: MigrationOptions, values: dict[str, Any]) -> MigrationOptions:
     """Return the options with other values of some :data:`CHANGEABLE` ones.
 
-    Raises :class:`MigrationError` for another option or a value that is not allowed, and
-    ``ValueError`` or ``TypeError`` for a value of a wrong type.
+    Raises :class:`MigrationError` for another option, for a value that is not allowed or that has
+    no effect, and ``ValueError`` or ``TypeError`` for a value of a wrong type.
     """
     for name in values:
         if name not in CHANGEABLE:
@@ -187,14 +188,36 @@ def changed(options: MigrationOptions, values: dict[str, Any]) -> MigrationOptio
             raise MigrationError(f"{name} cannot be changed while a migration runs; {known} can")
     own = {one.name for one in dataclasses.fields(MigrationOptions)}
     policy = _with_policy(options.policy, {k: v for k, v in values.items() if k not in own})
-    if "on_timeout" in values and policy.timeout_s is None:
-        raise MigrationError(
-            f"--on-timeout {policy.on_timeout.value}: only with --timeout, because there is no "
-            "time limit"
-        )
-    return dataclasses.replace(
+    after = dataclasses.replace(
         options, policy=policy, **{k: v for k, v in values.items() if k in own}
     )
+    check_effect(after, values)
+    return after
+
+
+def check_effect(
+    options: MigrationOptions, given: Iterable[str], written: Callable[[str], str] = flag
+) -> None:
+    """Check that each option that was ``given`` has an effect beside the others.  ``written``
+    returns a field's option as the user writes it.
+
+    Raises :class:`MigrationError` with the first option that has none.
+    """
+    reasons = dict[str, str]()
+    if options.strategy is Strategy.PRECOPY:
+        reasons["postcopy_bandwidth_bytes_per_s"] = (
+            "not with --strategy precopy, which copies nothing after the handover"
+        )
+    if options.strategy is Strategy.POSTCOPY:
+        why = "not with --strategy postcopy, which has no precopy"
+        reasons |= {name: why for name, until in CHANGEABLE.items() if until is Until.SWITCHOVER}
+    if options.policy.timeout_s is None:
+        why = f"only with {written('timeout_s')}, because there is no time limit"
+        reasons.setdefault("on_timeout", why)
+    for name in given:
+        if name in reasons:
+            value = options.policy.on_timeout.value if name == "on_timeout" else ""
+            raise MigrationError(f"{f'{written(name)} {value}'.strip()}: {reasons[name]}")
 
 
 def shown(options: MigrationOptions, *, precopy: bool) -> dict[str, Any]:

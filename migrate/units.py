@@ -149,3 +149,13 @@ def parse_address(text: str, default_port: int) -> tuple[str, int]:
         except UnicodeError:
             raise wrong("this is no name of a host") from None
     return host, int(port)
+
+
+def parse_dialled(text: str, default_port: int) -> tuple[str, int]:
+    """Parse an address that is dialled, as :func:`parse_address` does.  No program listens at port
+    0, which means any free one where a daemon listens.
+    """
+    host, port = parse_address(text, default_port)
+    if port == 0:
+        raise MigrationError(f"address {shortened(text)!r}: a port that is dialled is 1 to 65535")
+    return host, port

@@ -39,7 +39,7 @@ from migrate.service.journal import Journal
 from migrate.service.lifecycle import STOPPING, notify, serve_connections, until_stopped
 from migrate.service.progress import keep_measuring, state_in_words
 from migrate.tasks import is_bug, isolated, task_group
-from migrate.units import parse_address
+from migrate.units import parse_dialled
 from sender import adjustments
 from sender.estimates import Estimates
 from sender.guests import guests_here, names_here, room_at, uuid_of
@@ -200,7 +200,7 @@ class SenderDaemon:
                 look = functools.partial(guests_here, self._hypervisor, self._estimates, names)
                 await connection.answer("result", **await trio.to_thread.run_sync(look))
             case "room":
-                address = parse_address(str(request["destination"]), RECEIVER_PORT)
+                address = parse_dialled(str(request["destination"]), RECEIVER_PORT)
                 await connection.answer("result", **await room_at(address, self._config.terms))
             case "save":
                 await self._save(request, connection)
@@ -247,7 +247,7 @@ class SenderDaemon:
 
     async def _requested(self, request: Json) -> tuple[DomainId, tuple[str, int], MigrationOptions]:
         """Return the guest, the destination and the options in a request of the command line."""
-        destination = parse_address(str(request["destination"]), RECEIVER_PORT)
+        destination = parse_dialled(str(request["destination"]), RECEIVER_PORT)
         domains = await trio.to_thread.run_sync(self._hypervisor.domains)
         domain = find_domain(domains, str(request["domain"])).id
         options = MigrationOptions(

@@ -87,7 +87,7 @@ def daemon_options(listen: Address, who: str, socket_path: Callable[[], Path]) -
     options = [
         click.option(
             "--listen",
-            type=HostPort(),
+            type=HostPort(listens=True),
             metavar="HOST:PORT",
             help=f"Where {who} connect to; port 0: any free one.  Default: {at}.",
         ),
@@ -124,6 +124,7 @@ def run_daemon(
         section = replace(getattr(config, end), listen=parse_address(listen, default_port))
         config = replace(config, **{end: section})
         config.check_addresses()
+    config.check_metrics(end, socket_path)
     directory = state or (STATE_DIRECTORY if simulated is None else Path(f"{simulated}.state"))
     daemon = make(open_hypervisor(simulated), socket_path, config, Journal(directory / end))
     metrics = None

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from migrate.cli.options import Number, Size, SocketPath, WholeNumber, absolute
+from migrate.cli.options import Number, Size, SocketPath, WholeNumber, absolute, is_given
 from migrate.cli.text import echo, json_option, table
 from migrate.errors import MigrationError
 from migrate.units import counted, human_bytes
@@ -112,6 +112,10 @@ def guest_spec(
     """Raises :class:`GuestOptionError`, and ``UsageError`` for options that need another one."""
     if balloon_back and not balloon:
         raise click.UsageError("--balloon-back: only with --balloon")
+    if workload != "stride" and is_given("stride"):
+        raise click.UsageError(f"--stride {stride}: only with --workload stride")
+    if image is not None and is_given("zero_share"):
+        raise click.UsageError(f"--zero-share {zero_share:g}: not with --image, which has zeros")
     if image is not None:
         image = str(absolute(image))
         memory = memory or image_bytes(image)

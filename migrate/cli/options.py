@@ -16,6 +16,7 @@ import click
 
 from migrate.control import client
 from migrate.errors import MigrationError
+from migrate.lanes.ends import RECEIVER_PORT
 from migrate.options import (
     CHANGEABLE,
     LEAST_BANDWIDTH,
@@ -27,8 +28,9 @@ from migrate.options import (
     PolicyOptions,
     Strategy,
     changed,
+    check_effect,
 )
-from migrate.units import parse_address, parse_size, shortened
+from migrate.units import parse_address, parse_dialled, parse_size, shortened
 
 F = TypeVar("F", bound=Callable[..., Any])
 CHECKPOINT_EVERY_S = 1.0
@@ -143,16 +145,18 @@ class FirstLetters(OptionType):
 
 
 class HostPort(OptionType):
-    """``HOST``, ``HOST:PORT`` or ``[IPV6]:PORT``, as text."""
+    """``HOST``, ``HOST:PORT`` or ``[IPV6]:PORT``, as text.  ``listens``: port 0 means any free
+    one.
+    """
 
     name = "address"
 
-    def __init__(self, default_port: int = 0):
-        self._default_port = default_port
+    def __init__(self, *, listens: bool = False):
+        self._parse = parse_address if listens else parse_dialled
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         try:
-            parse_address(value, self._default_port)
+            self._parse(value, RECEIVER_PORT)
         except MigrationError as error:
             self.fail(f"{error}.", param, ctx)
         return str(value)
@@ -394,6 +398,15 @@ def policy_options(function: F) -> F:
     return changeable_options(function, ("bandwidth_bytes_per_s", "postcopy_bandwidth_bytes_per_s"))
 
 
+def is_given(name: str) -> bool:
+    """Whether the user has given the option of this name to the command that runs, so that its
+    value is no default.
+    """
+    context = click.get_current_context(silent=True)
+    source = context and context.get_parameter_source(name)
+    return source not in (None, click.core.ParameterSource.DEFAULT)
+
+
 def values_of(given: dict[str, Any]) -> dict[str, Any]:
     """Return the values of the given options, by the names of their fields, as a request has them:
     ``None`` for no limit.
@@ -417,6 +430,7 @@ def migration_request(
             strategy=Strategy(strategy),
             checkpoint_every_s=(checkpoint_every or CHECKPOINT_EVERY_S) if protect else None,
         )
+        check_effect(options, filter(is_given, changeable))
     except MigrationError as error:
         raise click.UsageError(str(error)) from None
     policy = {**vars(options.policy), "on_timeout": options.policy.on_timeout.value}

@@ -33,6 +33,7 @@ from migrate.options import (
     OnTimeout,
     PolicyOptions,
     Strategy,
+    check_effect,
 )
 from migrate.service import values
 from migrate.service.files import IrregularFileError, open_regular
@@ -285,6 +286,23 @@ class Config:
         "address is of this host alone: HOST:PORT, or the path of a Unix socket.",
     )
 
+    def check_metrics(self, end: str, socket_path: Path) -> None:
+        """Raises :class:`ConfigError` if the daemon ``end`` would serve its metrics where it
+        listens for something else.  ``socket_path``: its control socket.
+        """
+        at, listen = self.metrics.listen(end), getattr(self, end).listen
+        if isinstance(at, Path):
+            if os.path.realpath(at) == os.path.realpath(socket_path):
+                raise ConfigError(
+                    f"[metrics] {end}_listen: {at} is the control socket of the {end} (--socket): "
+                    "choose another path"
+                )
+        elif at is not None and at == listen and at[1]:
+            raise ConfigError(
+                f"[metrics] {end}_listen: {at[0]}:{at[1]} is the address of the {end} itself "
+                f"(--listen, or listen in [{end}]): choose another port"
+            )
+
     def check_addresses(self) -> None:
         """Raises :class:`ConfigError` if others could read the connections of this host."""
         for name, (host, _port) in (
@@ -362,9 +380,14 @@ def parse(data: dict[str, Any], source: str, folder: Path = Path()) -> Config:
         key, _, reason = problem.removeprefix("--").partition(" ")
         raise ConfigError(f"{source}: [migration] {key.replace('-', '_')} {reason}")
     try:
-        config.migration.options()
+        options = config.migration.options()
+        # The environment of xl may name another strategy, with which other options have an effect.
+        any_strategy = dataclasses.replace(options, strategy=Strategy.HYBRID)
+        check_effect(any_strategy, _chosen(config.migration), str)
     except MigrationError as error:
         raise ConfigError(f"{source}: [migration] {error}") from None
+    if "textfile_every_s" in _chosen(config.metrics) and not config.metrics.textfiles:
+        raise ConfigError(f"{source}: [metrics] textfile_every_s: only with textfiles")
     keys = [field.name for field in dataclasses.fields(config.tls)]
     missing = [key for key in keys if not getattr(config.tls, key)]
     if missing and len(missing) < len(keys):
@@ -377,8 +400,7 @@ def parse(data: dict[str, Any], source: str, folder: Path = Path()) -> Config:
             config.tls.files.check()
         except MigrationError as error:
             raise ConfigError(f"{source}: {error}") from None
-    metrics = config.metrics
-    if metrics.sender_listen is not None and metrics.sender_listen == metrics.receiver_listen:
+    if (at := config.metrics.sender_listen) and at == config.metrics.receiver_listen:
         raise ConfigError(
             f"{source}: [metrics] sender_listen, receiver_listen: each daemon needs an address of "
             "its own"
@@ -388,6 +410,15 @@ def parse(data: dict[str, Any], source: str, folder: Path = Path()) -> Config:
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
     return config
+
+
+def _chosen(section: Any) -> list[str]:
+    """Return the keys whose values are not the defaults."""
+    return [
+        field.name
+        for field in dataclasses.fields(section)
+        if getattr(section, field.name) != field.default
+    ]
 
 
 def _section(cls: Any, given: dict[str, Any], where: str) -> Any:

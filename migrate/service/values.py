@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from migrate.lanes.connection import LEAST_SILENCE_S, is_loopback
+from migrate.lanes.ends import SENDER_PORT
 from migrate.options import LEAST_BANDWIDTH, MAX_TIMEOUT_S, NO_CAP, OnTimeout, Strategy
-from migrate.units import parse_address, parse_size
+from migrate.units import parse_address, parse_dialled, parse_size
 
 Address = tuple[str, int]
 
@@ -36,7 +37,7 @@ def dialled(value: Any) -> str:
     """Return the text of an address whose port may be left out; empty for none."""
     given = text(value)
     if given:
-        parse_address(given, 0)
+        parse_dialled(given, SENDER_PORT)
     return given
 
 

@@ -204,6 +204,23 @@ def test_a_daemon_that_cannot_listen_does_not_start(tmp_path: Path) -> None:
             assert missing.returncode == 1 and MISSING in missing.stderr
 
 
+@pytest.mark.parametrize("which", BOTH)
+def test_metrics_at_an_address_of_the_daemon_itself_are_refused(tmp_path: Path, which: str) -> None:
+    config, at = tmp_path / "config.toml", tmp_path / "s"
+    for where, text in (
+        (str(at), f"{at} is the control socket of the {which} (--socket)"),
+        ("127.0.0.1:9999", f"127.0.0.1:9999 is the address of the {which} itself (--listen"),
+    ):
+        config.write_text(f'[metrics]\n{which}_listen = "{where}"\n')
+        command = [
+            *PROGRAM, which, "--config", str(config), "--listen", "127.0.0.1:9999",
+            "--socket", str(at), "--simulated", str(tmp_path / "host"),
+        ]  # fmt: skip
+        ended = zygote.run(command, timeout=WAIT_S)
+        assert ended.returncode == 1
+        assert f"[metrics] {which}_listen: {text}" in ended.stderr
+
+
 def test_scrapes_import_nothing_during_a_migration(monkeypatch: pytest.MonkeyPatch) -> None:
     """An import would add to the downtime or to a fault."""
     monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")

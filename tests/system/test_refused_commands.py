@@ -127,10 +127,22 @@ def test_not_enough_memory_at_the_destination_is_known_before_anything_is_sent(
         (["--bandwidth", "fast"], "is not a size"),
         (["--strategy", "teleport"], "teleport"),
         (["--checkpoint-every", "0.5"], "--checkpoint-every 0.5: only with --protect"),
+        (
+            ["--strategy", "precopy", "--postcopy-bandwidth", "1M"],
+            "--postcopy-bandwidth: not with --strategy precopy",
+        ),
+        (
+            ["--strategy", "postcopy", "--max-rounds", "5"],
+            "--max-rounds: not with --strategy postcopy",
+        ),
     ],
 )
 def test_senseless_migration_options(options: list[str], what: str) -> None:
     assert_refused(run("migrate", "guest", "there", *options), what, status=2)
+
+
+def test_port_0_is_not_dialled() -> None:
+    assert_refused(run("migrate", "guest", "there:0"), "'there:0': a port that is", status=2)
 
 
 # ---- other commands ----
@@ -143,7 +155,9 @@ def test_senseless_migration_options(options: list[str], what: str) -> None:
         (["--memory", "1M", "--working-set", "2M"], "above the memory"),
         (["--memory", "1000000"], "not a multiple of 4096"),
         (["--memory", "0"], "256 KiB"),
-        (["--stride", "0"], "stride"),
+        (["--stride", "0", "--workload", "stride"], "stride"),
+        (["--stride", "5"], "--stride 5: only with --workload stride"),
+        (["--image", "i", "--zero-share", "0.5"], "--zero-share 0.5: not with --image"),
         (["--memory", "4M", "--balloon", "3M"], "balloon"),
         (["--image", "/nonexistent"], "No such file"),
         (["--image", __file__], "multiple of 4096"),

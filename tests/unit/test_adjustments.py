@@ -119,6 +119,24 @@ def test_what_follows_a_time_limit_is_not_changed_without_one() -> None:
     assert unlimited.policy.timeout_s is None
 
 
+@pytest.mark.parametrize(
+    ("strategy", "values", "what"),
+    [
+        (Strategy.PRECOPY, {"postcopy_bandwidth_bytes_per_s": MIB}, "--postcopy-bandwidth: not"),
+        (Strategy.PRECOPY, {"postcopy_bandwidth_bytes_per_s": 0}, "--postcopy-bandwidth: not"),
+        (Strategy.POSTCOPY, {"max_rounds": 3}, "--max-rounds: not with --strategy postcopy"),
+        (Strategy.POSTCOPY, {"timeout_s": 3.0}, "--timeout: not with --strategy postcopy"),
+        (Strategy.POSTCOPY, {"downtime_target_ms": 3.0}, "--downtime-target: not with"),
+    ],
+)
+def test_what_has_no_effect_with_a_strategy_is_refused(
+    strategy: Strategy, values: dict[str, Any], what: str
+) -> None:
+    with pytest.raises(MigrationError, match=what):
+        changed(MigrationOptions(strategy), values)
+    assert changed(MigrationOptions(), values)
+
+
 def test_a_changed_value_is_held_to_the_limits_of_a_new_migration() -> None:
     for values, what in {
         ("max_rounds", 0): "--max-rounds 0",

@@ -128,6 +128,12 @@ def test_what_is_given() -> None:
             "receiver, migration, metrics",
         ),
         ("sender = 1", "config.toml: sender: a section, [sender]"),
+        ('[sender]\naddress = "host:0"', "[sender] address: 'host:0': address 'host:0': a port"),
+        (
+            '[migration]\non_timeout = "cancel"',
+            "[migration] on_timeout cancel: only with timeout_s, because there is no time limit",
+        ),
+        ("[metrics]\ntextfile_every_s = 5", "[metrics] textfile_every_s: only with textfiles"),
         (
             "[sender]\nport = 1",
             "config.toml: [sender] port: there is no such key; there are listen, address",
