@@ -12,7 +12,7 @@ import pytest
 from migrate.cli.evacuate.command import Signals, asked, continuation, gone_before
 from migrate.cli.evacuate.display import EvacuationDisplay
 from migrate.cli.evacuate.planner import Begin, Measure, Planner, SetShare, Step
-from migrate.cli.evacuate.shown import changes, facts, plan, progress, summary
+from migrate.cli.evacuate.shown import changes, facts, head, plan, progress, result, summary
 from migrate.options import LEAST_BANDWIDTH
 from migrate.units import display_width
 from tests.support.evacuations import GIB, Played, estimate, here, line, named, over
@@ -135,6 +135,14 @@ def test_a_migration_of_an_operator_that_fails_is_named() -> None:
     played = Played([here(1)], lines=[line(1)])
     played.end(1, "failed", "cancelled by an operator")
     assert played.guest(1).step is Step.FAILED and played.next() == []
+
+
+def test_a_guest_that_was_cancelled_is_not_counted_as_failed() -> None:
+    played = Played([here(1), here(2)], lines=[line(1), line(2)])
+    played.end(1, "failed", "cancelled by an operator")
+    played.end(2, "failed", "the link was lost")
+    assert head(played.planner) == "0 of 2 guests gone, 1 failed, 1 cancelled"
+    assert [result(guest) for guest in played.planner.guests] == ["cancelled", "failed"]
 
 
 def test_a_guest_whose_domain_a_toolstack_has_destroyed_is_followed() -> None:

@@ -73,15 +73,19 @@ def head(planner: Planner) -> str:
 
 
 def _head(planner: Planner) -> list[Field]:
-    gone, failed = len(planner.of(Step.GONE, Step.ENDED)), len(planner.of(Step.FAILED))
+    gone, not_gone = len(planner.of(Step.GONE, Step.ENDED)), planner.of(Step.FAILED)
+    cancelled = sum(phase(guest) == "cancelled" for guest in not_gone)
     moving, total = planner.of(Step.MOVES), len(planner.guests)
-    waiting = total - gone - failed - len(moving) - len(planner.of(Step.PLANNED))
+    waiting = total - gone - len(not_gone) - len(moving) - len(planner.of(Step.PLANNED))
     fields = [Field(0, [f"{gone} of {counted(total, 'guest')} gone", f"{gone} of {total} gone"])]
-    counts = ((1, failed, "failed"), (2, len(moving), "under way"), (4, waiting, "to go"))
+    counts = (
+        (1, len(not_gone) - cancelled, "failed"), (2, cancelled, "cancelled"),
+        (3, len(moving), "under way"), (5, waiting, "to go"),
+    )  # fmt: skip
     fields += [Field(rank, [f"{count} {what}"]) for rank, count, what in counts if count]
     if moving:
         rate = sum(guest.line.get("bytes_per_s") or 0 for guest in moving)
-        fields.append(Field(3, [brief_rate(rate)]))
+        fields.append(Field(4, [brief_rate(rate)]))
     return fields
 
 
