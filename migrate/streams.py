@@ -11,6 +11,7 @@ import sys
 from typing import TextIO
 
 NAMES = ("stdin", "stdout", "stderr")
+STDOUT = "standard output"
 
 
 def open_standard_streams() -> None:
@@ -36,16 +37,26 @@ def open_standard_streams() -> None:
 
 
 def write(stream: TextIO, text: str) -> None:
-    """Write a text at once.  Raises ``OSError`` if a stream other than standard error cannot be
-    written.
+    """Write a text at once.  Raises ``OSError``, which names the stream, if a stream other than
+    standard error cannot be written.
     """
     try:
         stream.write(text)
         stream.flush()
-    except OSError:
+    except OSError as error:
         if stream is not sys.stderr:
+            error.filename = STDOUT
             raise
         _drop_stderr()
+
+
+def in_words(error: Exception) -> str:
+    """Return the text of an error for people: of an ``OSError`` what could not be used, and why."""
+    if not isinstance(error, OSError) or error.filename is None or not error.strerror:
+        return str(error)
+    if error.filename == STDOUT:
+        return f"{STDOUT} cannot be written: {error.strerror}"
+    return f"{os.fsdecode(error.filename)}: {error.strerror}"
 
 
 def _drop_stderr() -> None:

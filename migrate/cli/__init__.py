@@ -109,7 +109,7 @@ def main() -> None:
     """The entry point."""
     from migrate.cli.text import echo
     from migrate.errors import InterruptedMigrationError, MigrationError, UnattendedMigrationError
-    from migrate.streams import open_standard_streams
+    from migrate.streams import in_words, open_standard_streams
     from xenbackend.errors import GuestOptionError, XenError
 
     open_standard_streams()
@@ -134,7 +134,7 @@ def main() -> None:
         with contextlib.suppress(OSError):  # the terminal may have been closed
             for note in getattr(error, "__notes__", ()):
                 echo(note, err=True)
-            echo(f"xen-postcopy: {error}", err=True)
+            echo(f"xen-postcopy: {in_words(error)}", err=True)
         sys.exit(3 if isinstance(error, UnattendedMigrationError) else 1)
 
 

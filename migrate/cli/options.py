@@ -211,10 +211,10 @@ class ResultFile(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         path = Path(super().convert(value, param, ctx))  # type: ignore[arg-type]
-        if path == STDOUT or path.is_fifo():  # a FIFO's reader may come later
-            return path
         is_new = not os.path.lexists(path)
         try:
+            if path == STDOUT or path.is_fifo():  # a FIFO's reader may come later
+                return path
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666))
             if is_new:
                 path.unlink()

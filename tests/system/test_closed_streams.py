@@ -52,6 +52,26 @@ def test_a_summary_that_cannot_be_printed_is_no_failed_migration(world: World, n
     assert "the migration is completed, but its summary cannot be printed" in ended.stderr
 
 
+def test_an_output_that_cannot_be_written_is_named_with_the_reason(world: World) -> None:
+    ended = shell(">/dev/full", "list", "--socket", world.directory / "sender.sock")
+    assert ended.returncode == 1
+    assert ended.stderr == (
+        "xen-postcopy: standard output cannot be written: No space left on device\n"
+    )
+
+
+def test_a_path_that_is_too_long_is_named_with_the_reason(tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 300)
+    for status, arguments in (
+        (1, ("init", "host1", "host2", "--directory", path)),
+        (2, ("migrate", "guest", "host", "--json", path)),
+    ):
+        ended = shell("2>&1", *arguments)
+        assert ended.returncode == status
+        assert "[Errno" not in ended.stdout and "File name too long" in ended.stdout
+        assert "x" * 300 in ended.stdout
+
+
 @pytest.mark.parametrize("arguments", [("list",), ("show", "none"), ("preflight",)])
 def test_a_closed_output_gives_no_traceback(world: World, arguments: tuple[str, ...]) -> None:
     sockets = () if "preflight" in arguments else ("--socket", world.directory / "sender.sock")
