@@ -17,6 +17,7 @@ from migrate.control.client import ANSWER_S, ControlClient
 from migrate.errors import MigrationError, PeerClosedError
 from migrate.lanes.certificate import describe
 from migrate.lanes.connection import LaneConnection, Terms, is_loopback, open_stream
+from migrate.lanes.dial import HINT
 from migrate.lanes.ends import RECEIVER, SENDER, SENDER_PORT
 from migrate.lanes.probe import OlderPeerError, WrongEndError, free_bytes_of, greet, host_of
 from migrate.protocol.messages import CAPABILITIES, PROTOCOL_VERSION, Hello, Host
@@ -199,9 +200,7 @@ def _why_closed(error: PeerClosedError, terms: Terms) -> str:
     if text != str(error) or "refuses this connection" in text:
         return text
     if terms.tls is None:
-        return (
-            f"{text}; see whether its configuration has a [tls] section, and this host's has none"
-        )
+        return f"{text}; {HINT}"
     return (
         f"{text}; see whether peers in [tls] there has a name of our certificate, and the log of "
         "the daemon there"

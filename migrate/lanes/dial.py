@@ -33,6 +33,11 @@ successor therefore adds this number to the first number of its predecessor.
 """
 MAX_REJOINS = 2**32 - 1
 """A token has four bytes for the number."""
+HINT = (
+    "see the log of the daemon there: its configuration may have a [tls] section, and this host's "
+    "has none, or its descriptors may be used up"
+)
+"""What to do about a peer that sends no hello, on a connection without TLS."""
 
 
 class DialledLanes:
@@ -142,5 +147,4 @@ class DialledLanes:
         except PeerClosedError as error:
             if self._terms.tls is not None:
                 raise
-            hint = "see whether its configuration has a [tls] section, and this host's has none"
-            raise PeerClosedError(f"{error}, instead of an answer to hello: {hint}") from error
+            raise PeerClosedError(f"{error}, instead of an answer to hello: {HINT}") from error

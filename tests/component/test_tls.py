@@ -118,7 +118,7 @@ async def test_a_damaged_record_ends_its_connection_and_no_page_is_damaged(
         (
             None,
             {},
-            "see whether its configuration has a [tls] section, and this host's has none",
+            "its configuration may have a [tls] section, and this host's has none",
             "the peer does not speak TLS",
         ),
         ({}, None, "the peer does not speak TLS", "the peer speaks TLS, and this end does not"),
