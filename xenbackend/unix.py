@@ -8,14 +8,18 @@ import errno
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 MAX_PATH_BYTES = 107
 """The longest path in sockaddr_un(7), without the null byte at its end."""
 STARTING_S = 10.0
 """How long to wait for a process that was started beside this one and does not listen yet."""
 AGAIN_S = 0.05
+ANNOUNCED_S = 1.0
+"""After this time of a wait the person who waits is informed."""
+Problem = TypeVar("Problem")
 
 
 def socket_path(path: str | os.PathLike[str]) -> str:
@@ -44,17 +48,39 @@ def address_of(path: Path) -> Iterator[str]:
         os.close(folder)
 
 
-def connect_unix(sock: socket.socket, path: str | os.PathLike[str], wait_s: float) -> None:
-    """Connect.  If no process listens, try again for at most ``wait_s`` seconds.  Raises
-    ``OSError``.
+def connect_unix(
+    sock: socket.socket,
+    path: str | os.PathLike[str],
+    wait_s: float,
+    announce: Callable[[], None] = lambda: None,
+) -> None:
+    """Connect.  If no process listens, try again for at most ``wait_s`` seconds.  ``announce`` is
+    called once, if the wait takes long.  Raises ``OSError``.
     """
-    deadline = time.monotonic() + wait_s
     name = socket_path(path)
-    while True:
+
+    def connect() -> OSError | None:
         try:
             sock.connect(name)
-            return
-        except (FileNotFoundError, ConnectionRefusedError):
-            if time.monotonic() >= deadline:
-                raise
+        except (FileNotFoundError, ConnectionRefusedError) as error:
+            return error
+        return None
+
+    if error := again_until(connect, wait_s, announce):
+        raise error
+
+
+def again_until(
+    attempt: Callable[[], Problem | None], wait_s: float, announce: Callable[[], None]
+) -> Problem | None:
+    """Call ``attempt`` until it returns no problem, for at most ``wait_s`` seconds.  ``announce``
+    is called once, after :data:`ANNOUNCED_S`.  Returns the last problem.
+    """
+    began = time.monotonic()
+    is_announced = False
+    while (problem := attempt()) is not None and (waited_s := time.monotonic() - began) < wait_s:
+        if waited_s >= ANNOUNCED_S and not is_announced:
+            is_announced = True
+            announce()
         time.sleep(AGAIN_S)
+    return problem

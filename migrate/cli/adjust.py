@@ -13,7 +13,7 @@ import click
 from migrate.cli.figures import rate
 from migrate.cli.migrations import migration_argument
 from migrate.cli.options import changeable_options, sender_socket, socket_option, values_of
-from migrate.cli.text import json_option, report
+from migrate.cli.text import announce_wait, json_option, report
 from migrate.control.client import ANSWER_S, ControlClient
 from migrate.options import flag
 from xenbackend.unix import STARTING_S
@@ -22,7 +22,9 @@ at_sender = socket_option(sender_socket, "the local sender")
 
 
 def _ask(socket_path: Path, **request: Any) -> None:
-    with ControlClient(socket_path, wait_s=STARTING_S, answer_s=ANSWER_S) as client:
+    with ControlClient(
+        socket_path, announce=announce_wait, wait_s=STARTING_S, answer_s=ANSWER_S
+    ) as client:
         client.call(**request)
 
 

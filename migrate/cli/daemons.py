@@ -91,7 +91,7 @@ def daemon_options(listen: Address, who: str, socket_path: Callable[[], Path]) -
             metavar="HOST:PORT",
             help=f"Where {who} connect to; port 0: any free one.  Default: {at}.",
         ),
-        socket_option(socket_path, "this daemon, to be made"),
+        socket_option(socket_path, "this daemon, to be made", is_made=True),
         config_option,
         state_option,
         simulated_option,

@@ -24,7 +24,7 @@ from migrate.cli.options import (
     take_log_dirty_option,
 )
 from migrate.cli.terminal import size_of
-from migrate.cli.text import echo, json_option, table
+from migrate.cli.text import announce_wait, echo, json_option, table
 from migrate.control.client import ControlClient
 from migrate.errors import MigrationError
 from migrate.units import human_bytes, human_seconds, human_us
@@ -42,7 +42,7 @@ def ask(socket: Path, **request: Any) -> Found:
     process ends meanwhile, so does the measurement.
     """
     try:
-        with ControlClient(socket, wait_s=STARTING_S) as client:
+        with ControlClient(socket, announce=announce_wait, wait_s=STARTING_S) as client:
             found = client.call(command="estimate", **request)
     except MigrationError as error:
         raise explained(error) from error

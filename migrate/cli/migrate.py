@@ -26,7 +26,7 @@ from migrate.cli.options import (
     take_log_dirty_option,
 )
 from migrate.cli.progress import ProgressDisplay
-from migrate.cli.text import echo
+from migrate.cli.text import announce_wait, echo
 from migrate.control.client import ControlClient
 from migrate.errors import (
     DaemonGoneError,
@@ -308,7 +308,7 @@ def migrate_command(
     if dry_run:
         _try(socket_path, request, json_path)
         return
-    with ControlClient(socket_path, wait_s=STARTING_S) as client:
+    with ControlClient(socket_path, announce=announce_wait, wait_s=STARTING_S) as client:
         try:
             result = follow_migration(client, request)
         except DaemonGoneError as error:

@@ -23,7 +23,7 @@ from migrate.cli.migrate import STAYS, in_words
 from migrate.cli.options import F, SocketPath, receiver_socket, sender_socket
 from migrate.cli.progress import EventLines, ProgressDisplay, TableDisplay
 from migrate.cli.terminal import size_of, wait_while_read
-from migrate.cli.text import echo, json_option, report
+from migrate.cli.text import announce_wait, echo, json_option, report
 from migrate.control.client import ANSWER_S, RUN_DIRECTORY, SOCKETS, ControlClient
 from migrate.errors import (
     DaemonGoneError,
@@ -32,7 +32,7 @@ from migrate.errors import (
     UnknownMigrationError,
 )
 from migrate.outcomes import ENDED, outcome
-from xenbackend.unix import STARTING_S
+from xenbackend.unix import STARTING_S, again_until
 
 WATCH_EVERY_S = 0.25
 
@@ -40,7 +40,8 @@ WATCH_EVERY_S = 0.25
 sockets_option = click.option(
     "--socket", "socket_paths", type=SocketPath(), multiple=True,
     help="Control socket of a daemon; may be given several times.  Default: those of the sender "
-    f"and of the receiver in {RUN_DIRECTORY}, or in ${SOCKETS}, if they run.",
+    f"and of the receiver in {RUN_DIRECTORY}, or in ${SOCKETS}, if they run.  The command waits up "
+    f"to {STARTING_S:g} s for a daemon that is just starting.",
 )  # fmt: skip
 MIGRATION = """
 
@@ -112,7 +113,7 @@ def ask_all(
     def ask(path: Path, wait_s: float) -> None:
         # Each is asked as soon as it is connected: a daemon waits for a request for some seconds.
         try:
-            client = ControlClient(path, wait_s=wait_s, answer_s=answer_s)
+            client = ControlClient(path, wait_s=wait_s, answer_s=answer_s, announce=announce_wait)
         except SilentDaemonError as error:
             answers.silent.append(error)
             return
@@ -128,14 +129,19 @@ def ask_all(
         except MigrationError as error:
             problems.append(error)
 
-    for path in asked:
-        ask(path, starting_s if socket_paths else 0)
-    if not socket_paths and len(absent) == len(asked):
+    def ask_any() -> bool | None:
+        """Ask those that run.  Returns true if none does."""
         absent.clear()
-        ask(asked[0], starting_s)
-        problems += absent
+        for path in asked:
+            ask(path, 0)
+        return len(absent) == len(asked) or None
+
     if socket_paths:
+        for path in asked:
+            ask(path, starting_s)
         answers.silent += absent
+    elif again_until(ask_any, starting_s, lambda: announce_wait(*asked)):
+        problems.append(MigrationError("; ".join(map(str, absent))))
     if not answers.results:
         raise _why_none(problems, answers.silent, absent)
     return answers

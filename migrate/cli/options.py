@@ -31,6 +31,7 @@ from migrate.options import (
     check_effect,
 )
 from migrate.units import parse_address, parse_dialled, parse_size, shortened
+from xenbackend.unix import STARTING_S
 
 F = TypeVar("F", bound=Callable[..., Any])
 CHECKPOINT_EVERY_S = 1.0
@@ -232,11 +233,15 @@ report_option = click.option(
 )
 
 
-def socket_option(default: Callable[[], Path], whose: str) -> Callable[[F], F]:
+def socket_option(
+    default: Callable[[], Path], whose: str, *, is_made: bool = False
+) -> Callable[[F], F]:
+    """``is_made``: the command makes the socket, and does not wait for its daemon."""
+    wait = f"  The command waits up to {STARTING_S:g} s for a daemon that is just starting."
     return click.option(
         "--socket", "socket_path", type=SocketPath(), default=default,
         help=f"Control socket of {whose}.  Default: {default().name} in {client.RUN_DIRECTORY}, or "
-        f"in ${client.SOCKETS}.",
+        f"in ${client.SOCKETS}.{'' if is_made else wait}",
     )  # fmt: skip
 
 

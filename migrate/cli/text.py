@@ -8,6 +8,7 @@ such a text contains.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -45,6 +46,13 @@ def echo(text: Any, *, err: bool = False) -> None:
     """
     line = printable(str(text)) if text else ""
     write(sys.stderr if err else sys.stdout, f"{line}\n")
+
+
+def announce_wait(*paths: str | os.PathLike[str]) -> None:
+    """State on a terminal for which daemons the command waits.  ``paths``: of their sockets."""
+    if sys.stderr.isatty():
+        named = " or at ".join(str(path) for path in paths)
+        echo(f"waiting for the daemon at {named}", err=True)
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="As JSON.")

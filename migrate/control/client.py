@@ -20,7 +20,7 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from migrate.errors import DaemonGoneError, MigrationError, SilentDaemonError, UnknownMigrationError
@@ -52,11 +52,19 @@ class ControlClient:
     """A connection to a daemon; blocking, and a context manager.  Raises :class:`MigrationError` if
     no daemon listens.
 
-    ``wait_s``: how long to wait for a daemon that has just been started.  ``answer_s``: how long
-    each answer may take, 0 for no limit; :class:`SilentDaemonError` is raised after that time.
+    ``wait_s``: how long to wait for a daemon that has just been started.  ``announce``: what is
+    called with the path if that wait takes long.  ``answer_s``: how long each answer may take, 0
+    for no limit; :class:`SilentDaemonError` is raised after that time.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, wait_s: float = 0, answer_s: float = 0):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        wait_s: float = 0,
+        answer_s: float = 0,
+        announce: Callable[[str | os.PathLike[str]], None] = lambda _path: None,
+    ):
         self.path = path
         self._answer_s = answer_s
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -67,7 +75,7 @@ class ControlClient:
         ):  # connect() waits in a full queue, too
             self._socket.setsockopt(socket.SOL_SOCKET, option, limit)
         try:
-            connect_unix(self._socket, path, wait_s)
+            connect_unix(self._socket, path, wait_s, lambda: announce(path))
         except BlockingIOError:
             self._socket.close()
             raise self._silent() from None

@@ -10,7 +10,7 @@ import os
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
@@ -119,9 +119,9 @@ def test_a_daemon_that_is_named_and_just_starts_is_waited_for(
     tries: list[Path] = []
     connect = unix.connect_unix
 
-    def noted(sock: socket.socket, path: Path, wait_s: float) -> None:
+    def noted(sock: socket.socket, path: Path, wait_s: float, announce: Callable[[], None]) -> None:
         tries.append(path)
-        connect(sock, path, wait_s)
+        connect(sock, path, wait_s, announce)
 
     monkeypatch.setattr(client, "connect_unix", noted)
     answers: list[str] = []

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import tempfile
 import threading
 from collections.abc import Callable
@@ -20,12 +21,14 @@ import trio.testing
 from click.testing import CliRunner, Result
 
 from migrate.cli import cli, migrations
+from migrate.cli.text import announce_wait
 from migrate.control import server as control
 from migrate.control.client import MAX_LINE, SOCKETS, ControlClient, Json
 from migrate.control.server import ANSWER_S, ControlConnection, LastAnswer
 from migrate.errors import MigrationError, SilentDaemonError, UnknownMigrationError
 from migrate.tasks import task_group
 from tests.support.control import begin
+from xenbackend import unix
 
 
 async def handle(request: Json, connection: ControlConnection) -> None:
@@ -377,6 +380,32 @@ async def test_a_daemon_that_does_not_run_is_named_if_the_other_has_no_such_migr
         f"there is no migration 'web' here; no daemon at {tmp_path}/sender.sock: No such file or "
         "directory; is the daemon running?"
     )
+
+
+def test_the_sockets_of_both_daemons_are_named_and_their_wait_is_announced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = list[str]()
+    monkeypatch.setenv(SOCKETS, str(tmp_path))
+    monkeypatch.setattr(unix, "ANNOUNCED_S", 0.0)
+    monkeypatch.setattr(migrations, "STARTING_S", 0.2)
+    monkeypatch.setattr(migrations, "announce_wait", lambda *paths: told.extend(map(str, paths)))
+    result = CliRunner().invoke(cli, ["list"])
+    both = [f"{tmp_path}/sender.sock", f"{tmp_path}/receiver.sock"]
+    assert told == both
+    assert all(f"no daemon at {path}: No such file" in str(result.exception) for path in both)
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_wait_is_announced_on_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, is_terminal: bool
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    monkeypatch.setattr(unix, "ANNOUNCED_S", 0.0)
+    with pytest.raises(MigrationError, match="is the daemon running"):
+        ControlClient("/nowhere/s", wait_s=0.2, announce=announce_wait)
+    told = "waiting for the daemon at /nowhere/s\n" if is_terminal else ""
+    assert capsys.readouterr().err == told
 
 
 async def test_a_client_that_says_nothing_is_sent_away(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import queue
 import shlex
 import threading
@@ -33,6 +34,7 @@ from migrate.cli.evacuate.planner import (
     SetShare,
     Step,
 )
+from migrate.cli.text import announce_wait
 from migrate.control.client import ANSWER_S, ControlClient, receiver_socket
 from migrate.errors import (
     DaemonGoneError,
@@ -99,11 +101,21 @@ class Sender:
 
     path: Path
     _arrivals: Arrivals = field(default_factory=Arrivals, kw_only=True)
+    _met: threading.Event = field(default_factory=threading.Event, kw_only=True)
+    """Set when a request was accepted."""
 
     def call(self, **request: Any) -> Json:
         """Raises :class:`MigrationError`."""
-        with ControlClient(self.path, wait_s=STARTING_S, answer_s=ANSWER_S) as client:
+        with ControlClient(
+            self.path, wait_s=STARTING_S, answer_s=ANSWER_S, announce=self._announce
+        ) as client:
+            self._met.set()
             return client.call(**request)
+
+    def _announce(self, path: str | os.PathLike[str]) -> None:
+        """Announce a wait before the first request.  Later the terminal may have a table."""
+        if not self._met.is_set():
+            announce_wait(path)
 
     def guests(self, names: tuple[str, ...] = ()) -> Json:
         """Return the guests of this host.  The problem of one whose memory is to arrive does not
