@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Scrapes of daemons, read as Prometheus reads them, and the lines that document the metrics."""
+"""Scrapes of daemons, read as Prometheus reads them, and the lines that document the metrics; a
+daemon without migrations of its own.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +10,19 @@ import socket
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+import trio
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from migrate.cli.world import World
+from migrate.metrics.serve import Metrics
 from migrate.metrics.table import COUNTER, EACH, METRICS, OTHERS, PREFIX, Of
+from migrate.service.config import MetricsConfig
+from migrate.service.history import History
+from receiver.statistics import PagerStatistics
+from sender.statistics import SenderStatistics
 from tests.support.waiting import WAIT_S
 
 OPENMETRICS = "application/openmetrics-text"
@@ -84,3 +93,42 @@ def documented() -> Iterator[str]:
             if metric.of is not left_out:
                 labels = (metric.label,) if metric.label else ()
                 yield line(scope + metric.name, metric.kind, labels, metric.end, metric.meaning)
+
+
+# ---- a daemon in this process ----
+def shown(end: str, number: int = 1, **others: Any) -> dict[str, Any]:
+    """Return what ``show`` answers of a migration in postcopy."""
+    details = SenderStatistics("hybrid", 2**24, 1.0, 2.0, 2.5, push_pages=7, ahead_pages=1)
+    details.pull_pages = 3
+    pager = PagerStatistics(pulled_pages=3, requests=2)
+    for seconds in (1e-6, 0.001, 0.002, 60.0):
+        pager.answered(0, seconds)
+    return {
+        "id": f"{number:032d}", "domain": "web", "peer": "host2:8013", "phase": "postcopy",
+        "strategy": "hybrid", "outcome": "failed", "problem": "", "outstanding": 9, "waiting": 1,
+        "round": 2, "started_at": 1.5, "checkpoint_age_s": 0.5, "unknown": [],
+        "dirty_bytes_per_s": 4096.0, "expected_freeze_ms": 20.0,
+        "details": details.summary(5000, 300) if end == "sender" else pager.summary(), **others,
+    }  # fmt: skip
+
+
+class Daemon:
+    """A daemon with migrations as a test sets them."""
+
+    def __init__(self, directory: Path):
+        self.history = History(directory / "history.jsonl")
+        self.started = trio.Event()
+        self.started.set()
+        self.migrations: list[dict[str, Any]] = []
+
+    def snapshots(self) -> Iterator[dict[str, Any]]:
+        return iter(list(self.migrations))
+
+
+async def served(
+    nursery: trio.Nursery, daemon: Daemon, config: MetricsConfig, end: str = "sender"
+) -> int:
+    """Start to serve metrics, and return the port."""
+    listeners = await nursery.start(Metrics(end, config, daemon).serve)
+    port: int = listeners[0].socket.getsockname()[1] if listeners else 0
+    return port

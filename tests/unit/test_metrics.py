@@ -10,8 +10,6 @@ import os
 import re
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,32 +23,22 @@ from migrate.metrics.exposition import MOST_MIGRATIONS, answer, as_text
 from migrate.metrics.serve import MOST_SCRAPES, Metrics
 from migrate.metrics.table import METRICS, OUTCOMES, PREFIX, Of, Snapshot, Totals, metrics_of
 from migrate.service.config import ConfigError, MetricsConfig
-from migrate.service.history import History
-from receiver.statistics import PagerStatistics
-from sender.statistics import SenderStatistics
-from tests.support.metrics import Samples, documented, families, samples, value
+from tests.support.metrics import (
+    Daemon,
+    Samples,
+    documented,
+    families,
+    samples,
+    served,
+    shown,
+    value,
+)
 from tests.support.waiting import WAIT_S
 
 TREE = Path(__file__).parents[2]
 DASHBOARD = TREE / "systemd/grafana-dashboard.json"
 BOTH = ("sender", "receiver")
 REQUEST = b"GET /metrics HTTP/1.1\r\nAccept: application/openmetrics-text; version=1.0.0\r\n\r\n"
-
-
-def shown(end: str, number: int = 1, **others: Any) -> dict[str, Any]:
-    """Return what ``show`` answers of a migration in postcopy."""
-    details = SenderStatistics("hybrid", 2**24, 1.0, 2.0, 2.5, push_pages=7, ahead_pages=1)
-    details.pull_pages = 3
-    pager = PagerStatistics(pulled_pages=3, requests=2)
-    for seconds in (1e-6, 0.001, 0.002, 60.0):
-        pager.answered(0, seconds)
-    return {
-        "id": f"{number:032d}", "domain": "web", "peer": "host2:8013", "phase": "postcopy",
-        "strategy": "hybrid", "outcome": "failed", "problem": "", "outstanding": 9, "waiting": 1,
-        "round": 2, "started_at": 1.5, "checkpoint_age_s": 0.5, "unknown": [],
-        "dirty_bytes_per_s": 4096.0, "expected_freeze_ms": 20.0,
-        "details": details.summary(5000, 300) if end == "sender" else pager.summary(), **others,
-    }  # fmt: skip
 
 
 def text_of(end: str, *under_way: dict[str, Any], ended: tuple[dict[str, Any], ...] = ()) -> str:
@@ -256,28 +244,6 @@ def test_whatever_is_requested_has_an_answer(request_line: bytes, status: bytes)
     assert status in answer(request_line + b"\r\n\r\n", Snapshot(Totals("sender")))
 
 
-class Daemon:
-    """A daemon with migrations as a test sets them."""
-
-    def __init__(self, directory: Path):
-        self.history = History(directory / "history.jsonl")
-        self.started = trio.Event()
-        self.started.set()
-        self.migrations: list[dict[str, Any]] = []
-
-    def snapshots(self) -> Iterator[dict[str, Any]]:
-        return iter(list(self.migrations))
-
-
-async def served(
-    nursery: trio.Nursery, daemon: Daemon, config: MetricsConfig, end: str = "sender"
-) -> int:
-    """Start to serve metrics, and return the port."""
-    listeners = await nursery.start(Metrics(end, config, daemon).serve)
-    port: int = listeners[0].socket.getsockname()[1] if listeners else 0
-    return port
-
-
 async def scrape(port: int) -> bytes:
     stream = await trio.open_tcp_stream("127.0.0.1", port)
     async with stream:
@@ -347,142 +313,6 @@ async def test_a_host_without_threads_serves_later(
         assert await scrape(port) == b""
     assert "a scrape is given up" in caplog.text
     assert b"# EOF" in await scrape(port)
-
-
-# ---- files ----
-async def until_written(path: Path, what: bytes) -> bytes:
-    with trio.fail_after(WAIT_S):
-        while not (path.exists() and what in (text := path.read_bytes())):
-            await trio.sleep(0.01)
-    return text
-
-
-@pytest.mark.parametrize("end", BOTH)
-async def test_a_file_is_renewed_and_removed_at_the_end(tmp_path: Path, end: str) -> None:
-    path, daemon = tmp_path / f"xen-postcopy-{end}.prom", Daemon(tmp_path)
-    umask = os.umask(0o077)
-    try:
-        async with trio.open_nursery() as nursery:
-            config = MetricsConfig(textfiles=str(tmp_path), textfile_every_s=0.01)
-            await served(nursery, daemon, config, end)
-            text = await until_written(path, b"xen_postcopy_outstanding_pages")
-            assert path.stat().st_mode & 0o777 == 0o644
-            list(text_string_to_metric_families(text.decode()))
-            daemon.migrations = [shown(end)]
-            await until_written(path, b'domain="web"')
-            nursery.cancel_scope.cancel()
-    finally:
-        os.umask(umask)
-    assert list(tmp_path.glob("xen-postcopy*")) == []
-
-
-async def test_a_daemon_that_does_not_start_touches_no_file_of_the_one_that_runs(
-    tmp_path: Path,
-) -> None:
-    path, daemon = tmp_path / "xen-postcopy-sender.prom", Daemon(tmp_path)
-    path.write_bytes(b"of the daemon that runs")
-    daemon.started = trio.Event()
-    async with trio.open_nursery() as nursery:
-        await served(nursery, daemon, MetricsConfig(textfiles=str(tmp_path), textfile_every_s=0.01))
-        await trio.testing.wait_all_tasks_blocked(0.05)
-        nursery.cancel_scope.cancel()
-    assert path.read_bytes() == b"of the daemon that runs"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("step", ["create", "rename"])
-async def test_a_write_that_was_abandoned_makes_no_file_after_the_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
-) -> None:
-    """A disk may take long for a write, and the end does not wait for that write."""
-    begun, removed, written = threading.Event(), threading.Event(), threading.Event()
-    write = serve.Textfile.write
-
-    def wait(*_arguments: object) -> None:
-        begun.set()
-        assert removed.wait(WAIT_S)
-
-    def write_slowly(file: serve.Textfile, text: bytes) -> None:
-        if step == "create":
-            wait()
-        write(file, text)
-        written.set()
-
-    monkeypatch.setattr(serve.Textfile, "write", write_slowly)
-    if step == "rename":
-        monkeypatch.setattr(os, "fchmod", wait)
-    async with trio.open_nursery() as nursery:
-        await served(nursery, Daemon(tmp_path), MetricsConfig(textfiles=str(tmp_path)))
-        assert await trio.to_thread.run_sync(begun.wait, WAIT_S)
-        nursery.cancel_scope.cancel()
-    removed.set()
-    assert written.wait(WAIT_S)
-    assert list(tmp_path.iterdir()) == []
-
-
-async def test_a_file_is_not_written_through_what_lies_in_its_place(
-    nursery: trio.Nursery, tmp_path: Path
-) -> None:
-    """The folder may be that of another user, and the daemon is root."""
-    other = tmp_path / "other"
-    other.write_bytes(b"theirs")
-    (tmp_path / "xen-postcopy-sender.new").symlink_to(other)
-    await served(nursery, Daemon(tmp_path), MetricsConfig(textfiles=str(tmp_path)))
-    await until_written(tmp_path / "xen-postcopy-sender.prom", b"xen_postcopy_")
-    assert other.read_bytes() == b"theirs"
-
-
-async def test_a_guest_that_is_suspended_for_long_delays_the_file_only(
-    nursery: trio.Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(serve, "PATIENCE_S", 0.0)
-    daemon = Daemon(tmp_path)
-    daemon.migrations = [shown("sender", phase="switchover")]
-    await served(nursery, daemon, MetricsConfig(textfiles=str(tmp_path)))
-    await until_written(tmp_path / "xen-postcopy-sender.prom", b'domain="web"')
-
-
-async def test_nothing_is_written_while_a_guest_is_suspended(
-    nursery: trio.Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(serve, "AGAIN_S", 0.001)
-    monkeypatch.setattr(serve, "PATIENCE_S", WAIT_S)
-    daemon, looks = Daemon(tmp_path), list[int]()
-    snapshots = daemon.snapshots
-
-    def count() -> Iterator[dict[str, Any]]:
-        looks.append(1)
-        return snapshots()
-
-    monkeypatch.setattr(daemon, "snapshots", count)
-    daemon.migrations = [shown("sender", phase="switchover")]
-    await served(nursery, daemon, MetricsConfig(textfiles=str(tmp_path)))
-    with trio.fail_after(WAIT_S):
-        while len(looks) < 5:
-            await trio.sleep(0.001)
-    assert list(tmp_path.iterdir()) == []
-    daemon.migrations = [shown("sender")]
-    await until_written(tmp_path / "xen-postcopy-sender.prom", b'domain="web"')
-
-
-async def test_a_full_disk_is_logged_and_tried_again(
-    nursery: trio.Nursery,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    def refuse(*_arguments: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as full:
-        full.setattr(os, "fchmod", refuse)
-        config = MetricsConfig(textfiles=str(tmp_path), textfile_every_s=0.01)
-        await served(nursery, Daemon(tmp_path), config)
-        with trio.fail_after(WAIT_S):
-            while "cannot write the metrics into" not in caplog.text:
-                await trio.sleep(0.01)
-        assert list(tmp_path.iterdir()) == []
-    await until_written(tmp_path / "xen-postcopy-sender.prom", b"xen_postcopy_")
 
 
 # ---- the start ----
