@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Sizes as people write them, text as people read it, and pauses that grow."""
+"""Sizes as people write them, text and commands as people read them, and pauses that grow."""
 
 from __future__ import annotations
 
 import ipaddress
 import re
+import shlex
 import unicodedata
 from collections.abc import Iterator
 from typing import Any
@@ -41,6 +42,13 @@ def shortened(value: Any) -> str:
     """Return a user's text, shortened for a message."""
     text = str(value)
     return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
+
+
+def command(*words: str) -> str:
+    """Return a command of xen-postcopy as a message names it: it can be pasted, whatever characters
+    the name of a guest has.
+    """
+    return f"`{shlex.join(['xen-postcopy', *words])}`"
 
 
 def printable(text: str) -> str:

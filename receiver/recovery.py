@@ -39,6 +39,7 @@ from migrate.tasks import (
     is_used_up,
     task_group,
 )
+from migrate.units import command
 from receiver.context import LAST_START_AGAIN_S, NOT_HERE, Context
 from receiver.guest import Guest
 from receiver.origins import Origin
@@ -431,8 +432,8 @@ class Recovery:
         what_to_do = (
             f"`xl destroy {name}` ends it here"
             if context.toolstack.owns_domain
-            else f"`xen-postcopy decide {name} elsewhere` destroys it, "
-            f"`xen-postcopy decide {name} here --force` lets it continue"
+            else f"{command('decide', name, 'elsewhere')} destroys it, "
+            f"{command('decide', name, 'here', '--force')} lets it continue"
         )
         context.entry.reason = reason
         context.progress.problem = f"{reason}; so {name} is being paused here"

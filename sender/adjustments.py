@@ -20,6 +20,7 @@ from migrate.errors import MigrationError
 from migrate.options import CHANGEABLE, Until, changed, flag, shown
 from migrate.service.lifecycle import ended
 from migrate.tasks import in_thread
+from migrate.units import command
 from sender.context import Context
 from sender.ownership import DECIDED, State
 
@@ -66,7 +67,7 @@ async def _pause(context: Context) -> None:
     name = context.name
     if context.pause.is_on:
         raise MigrationError(
-            f"the copying of {name} is paused already: `xen-postcopy resume {name}` ends that"
+            f"the copying of {name} is paused already: {command('resume', name)} ends that"
         )
     state = context.ownership.state
     if state is State.ALL_SENT:

@@ -14,6 +14,7 @@ from migrate.errors import UnknownSessionError
 from migrate.lanes.connection import LINGER_S, LaneConnection, step_timeout
 from migrate.protocol import messages as m
 from migrate.tasks import is_bug
+from migrate.units import command
 from sender.context import Context
 from sender.ownership import State
 
@@ -56,7 +57,7 @@ async def send_last_message(context: Context) -> None:
     awaits_us = context.lanes.dials is not None or isinstance(context.last_message, m.Lost)
     pending = "; the destination has not been informed yet"
     if context.lanes.dials is not None:
-        pending += f" (`xen-postcopy reconnect {context.name}` dials at once)"
+        pending += f" ({command('reconnect', context.name)} dials at once)"
     context.progress.problem += pending
     with trio.move_on_after(DIALLING_S if awaits_us else LINGER_S) as limit:
         while not await _is_sent(context, context.last_message):

@@ -17,6 +17,7 @@ from migrate.errors import MigrationError
 from migrate.outcomes import CANCELLED
 from migrate.service.lifecycle import decide_commands, ended
 from migrate.tasks import in_thread
+from migrate.units import command
 from sender.context import Context
 from sender.ownership import DECIDED, Link, State
 from sender.recovery import is_gone
@@ -82,7 +83,7 @@ class Requests:
             raise MigrationError(f"{name} is past its precopy: its phase is {shown}")
         if self._context.pause.is_on:
             raise MigrationError(
-                f"the copying of {name} is paused: first `xen-postcopy resume {name}`"
+                f"the copying of {name} is paused: first {command('resume', name)}"
             )
         self._context.postcopy_asked = True
         self._context.cap.wake()
@@ -235,7 +236,7 @@ class Requests:
         if not self._ownership.may_be_elsewhere:
             raise MigrationError(
                 f"there is nothing to decide: the migration of {name} is {shown}, and the guest "
-                f"belongs here; `xen-postcopy cancel {name}` ends the migration"
+                f"belongs here; {command('cancel', name)} ends the migration"
             )
         if decision := self.decision or (state if state in DECIDED else None):
             # A return to the checkpoint that fails again and again can be given up.
@@ -270,7 +271,7 @@ class Requests:
                     if xl
                     else f"the domain of {name} does not exist here any more"
                 )
-                + f": no guest is left that could continue; `xen-postcopy decide {name} elsewhere` "
+                + f": no guest is left that could continue; {command('decide', name, 'elsewhere')} "
                 + ("releases its pages" if xl else "ends the migration")
             )
         if way_back.obstacle:
@@ -278,7 +279,7 @@ class Requests:
                 f"{name} cannot continue here, even with --force: {way_back.obstacle}; without a "
                 "checkpoint its memory here mixes two instants, because checkpoints were written "
                 "into it; the guest continues at the destination as soon as that is back; if the "
-                f"guest is lost: `xen-postcopy decide {name} elsewhere` releases its pages"
+                f"guest is lost: {command('decide', name, 'elsewhere')} releases its pages"
             )
         # The answer that a session is unknown proves nothing: a receiver with another state
         # directory does not have the session, and the guest may run there nevertheless.
@@ -287,5 +288,5 @@ class Requests:
                 f"the destination has reported that {name} runs there: if {name} still runs there, "
                 f"--force makes it run twice; otherwise {name} continues here from "
                 f"{way_back.begins_at}, and loses what it did there since then; "
-                f"`xen-postcopy decide {name} elsewhere` destroys what is left of it here"
+                f"{command('decide', name, 'elsewhere')} destroys what is left of it here"
             )

@@ -22,6 +22,7 @@ from migrate.protocol import messages as m
 from migrate.service.journal import remove
 from migrate.service.lifecycle import decide_commands
 from migrate.tasks import as_soon_as_threads_start, first, in_thread, is_bug, is_used_up
+from migrate.units import command
 from sender.checkpoints import CheckpointStore
 from sender.context import Context, Source
 from sender.last_message import NOT_NEEDED, lose
@@ -304,8 +305,8 @@ class Rollback:
             except Exception as error:
                 self._show(
                     f"cannot go back to the last checkpoint: {in_words(error)}; trying again; to "
-                    f"give the guest up here instead: `xen-postcopy decide {context.name} "
-                    "elsewhere`",
+                    "give the guest up here instead: "
+                    f"{command('decide', context.name, 'elsewhere')}",
                     error,
                 )
                 self.is_waiting = True

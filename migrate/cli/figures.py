@@ -17,7 +17,15 @@ from typing import Any, NamedTuple
 
 from migrate.cli.text import table
 from migrate.outcomes import outcome
-from migrate.units import counted, display_width, human_bytes, human_seconds, human_us, printable
+from migrate.units import (
+    command,
+    counted,
+    display_width,
+    human_bytes,
+    human_seconds,
+    human_us,
+    printable,
+)
 
 MIB = 2**20
 PAGE = 4096
@@ -240,12 +248,12 @@ def problem(line: dict[str, Any]) -> str:
     if line["problem"]:
         return f"{line['problem']}{io_limit(line)}"
     if line.get("paused"):
-        return f"its copying is paused: `xen-postcopy resume {line['domain']}`"
+        return f"its copying is paused: {command('resume', line['domain'])}"
     if line.get("quiet_s"):
         return (
             f"no page has arrived in the background for {human_seconds(line['quiet_s'])} (pages "
             "that vCPUs wait for do not count): copying is paused, its cap is low, or the sender "
-            f"gets no CPU: `xen-postcopy show {line['domain']}` at the source has the pause and "
+            f"gets no CPU: {command('show', line['domain'])} at the source has the pause and "
             "the cap"
         )
     return line.get("unprotected", "") and f"not protected any more: {line['unprotected']}"

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -35,6 +34,7 @@ from migrate.errors import (
     UnattendedMigrationError,
 )
 from migrate.outcomes import outcome
+from migrate.units import command
 from xenbackend.unix import STARTING_S
 
 KNOWN = ("id", "domain", "peer", "strategy", "phase", "handed_over", "outstanding", "problem")
@@ -120,10 +120,10 @@ def signals_handled(
             signal.signal(number, handler)
 
 
-def command(socket: str | os.PathLike[str], *words: str) -> str:
-    """Return a command that can be pasted, for the sender at ``socket``."""
+def command_at(socket: str | os.PathLike[str], *words: str) -> str:
+    """Return :func:`command` for the sender at ``socket``."""
     named = [] if Path(socket) == sender_socket() else ["--socket", os.fspath(socket)]
-    return f"`{shlex.join(['xen-postcopy', *words, *named])}`"
+    return command(*words, *named)
 
 
 def left(
@@ -134,13 +134,13 @@ def left(
     """
     if last is None:
         return (
-            f"the sender was asked to migrate {request['domain']}: {command(socket, 'list')} shows "
-            "the result"
+            f"the sender was asked to migrate {request['domain']}: "
+            f"{command_at(socket, 'list')} shows the result"
         )
     name = last["id"][:8]
-    follow = f"{command(socket, 'watch', name)} follows it"
+    follow = f"{command_at(socket, 'watch', name)} follows it"
     if not last["handed_over"]:
-        follow += f", {command(socket, 'cancel', name)} takes it back before its handover"
+        follow += f", {command_at(socket, 'cancel', name)} takes it back before its handover"
     return f"the migration of {last['domain']} continues in the daemons: {follow}"
 
 
@@ -161,7 +161,7 @@ def unattended(
     step.
     """
     name, start = progress["domain"], "start the sender again (systemctl start xen-postcopy-sender)"
-    follow = command(socket, "watch", progress["id"][:8])
+    follow = command_at(socket, "watch", progress["id"][:8])
     if progress["handed_over"]:
         what_now = (
             f"{name} runs at the destination ({progress['peer']}), and this host keeps the "
@@ -171,7 +171,7 @@ def unattended(
     else:
         what_now = (
             f"{name} is on this host, unless it was handed over after the last report: {start}, "
-            f"which resumes the migration; {command(socket, 'list')} then shows where {name} "
+            f"which resumes the migration; {command_at(socket, 'list')} then shows where {name} "
             f"runs, and {follow} follows the migration"
         )
     error = UnattendedMigrationError(

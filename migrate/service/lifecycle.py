@@ -26,6 +26,7 @@ from migrate.logs import Complaint
 from migrate.outcomes import outcome
 from migrate.service.journal import Kept
 from migrate.tasks import isolated
+from migrate.units import command
 
 log = logging.getLogger(__name__)
 
@@ -243,7 +244,7 @@ def ended(name: str, phase: str, problem: str, asked: str) -> str:
 
 def decide_commands(name: str) -> str:
     """Return the two commands by which an operator decides where the guest runs."""
-    return f"`xen-postcopy decide {name} here` or `xen-postcopy decide {name} elsewhere`"
+    return f"{command('decide', name, 'here')} or {command('decide', name, 'elsewhere')}"
 
 
 M = TypeVar("M", bound=Named)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A command of xen-postcopy in a message can be pasted: its subcommand, arguments and options are
-complete.
+complete, and the name of a guest is one word of it.
 
-A message is a string of the program that is not a docstring.  A command is what stands between
-backticks there, or in parentheses, and begins with ``xen-postcopy``.
+A message is a string of the program that is not a docstring.  A command is made by
+:func:`migrate.units.command`, or stands between backticks, or in parentheses, and begins with
+``xen-postcopy``.
 """
 
 from __future__ import annotations
@@ -21,47 +22,64 @@ from migrate.cli import cli
 from tests.tree.listing import FOLDERS, TREE, files
 
 COMMAND = re.compile(r"`xen-postcopy ([^`]*)`|\(xen-postcopy ([^)`,]*)[,)]")
-NAMED = {"init", "estimate", "migrate", "show", "simulated-host"}
+NAMED = {(name,) for name in ("init", "estimate", "migrate", "show", "simulated-host")}
 """Commands that messages name without an argument, as a program that does something."""
 
 
-def messages(path: Path) -> Iterator[str]:
-    """Yield the strings of a module.  Each value in a string is replaced by a word."""
+MAKERS = {"command": 0, "command_at": 1}
+"""The functions that make a command, with the number of arguments before its first word."""
+GUEST = "my guest"
+"""Any value in a message, such as the name of a guest, which may have a space."""
+
+
+def words_of(call: ast.Call) -> tuple[str, ...]:
+    """Return the words of a command that one of :data:`MAKERS` makes."""
+    first = MAKERS[ast.unparse(call.func)]
+    arguments = [arg for arg in call.args[first:] if not isinstance(arg, ast.Starred)]
+    return tuple(str(arg.value) if isinstance(arg, ast.Constant) else GUEST for arg in arguments)
+
+
+def commands_of(path: Path) -> Iterator[tuple[str, ...]]:
+    """Yield the commands in the messages of a module, each as its words."""
     done: set[ast.AST] = set()
     for node in ast.walk(ast.parse((TREE / path).read_text())):
+        message = ""
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             done.add(node.value)  # a docstring
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in MAKERS:
+            if words := words_of(node):
+                yield words
         elif isinstance(node, ast.JoinedStr):
             done.update(node.values)
-            yield "".join(
-                str(part.value) if isinstance(part, ast.Constant) else "web" for part in node.values
-            )
+            parts = node.values
+            message = "".join(str(p.value) if isinstance(p, ast.Constant) else GUEST for p in parts)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in done:
-            yield node.value
+            message = node.value
+        for found in COMMAND.finditer(message):
+            yield tuple(shlex.split(found[1] or found[2]))
 
 
-def commands() -> list[tuple[str, str]]:
+def commands() -> list[tuple[str, tuple[str, ...]]]:
     return sorted(
         {
-            (str(path), found[1] or found[2])
+            (str(path), words)
             for path in files()
             if path.suffix == ".py" and path.parts[0] in FOLDERS
-            for message in messages(path)
-            for found in COMMAND.finditer(message)
+            for words in commands_of(path)
         }
     )
 
 
-@pytest.mark.parametrize(("path", "command"), commands())
-def test_a_command_in_a_message_can_be_pasted(path: str, command: str) -> None:
-    if command in NAMED:
+@pytest.mark.parametrize(("path", "words"), commands())
+def test_a_command_in_a_message_can_be_pasted(path: str, words: tuple[str, ...]) -> None:
+    if words in NAMED:
         return
     with click.Context(cli) as above:
-        _name, found, arguments = cli.resolve_command(above, shlex.split(command))
+        name, found, arguments = cli.resolve_command(above, [*words])
         assert found is not None
-        found.make_context(command, arguments, parent=above)  # raises UsageError
+        found.make_context(name, arguments, parent=above)  # raises UsageError
 
 
 def test_the_commands_are_found() -> None:
-    found = {command for _path, command in commands()}
-    assert {"decide web elsewhere", "list", "init --renew"} <= found
+    found = {words for _path, words in commands()}
+    assert {("decide", GUEST, "elsewhere"), ("list",), ("init", "--renew")} <= found

@@ -19,7 +19,7 @@ from migrate.cli.evacuate.display import EvacuationDisplay
 from migrate.cli.evacuate.planner import Guest, Planner, Step
 from migrate.cli.evacuate.run import Evacuation, Sender
 from migrate.cli.evacuate.shown import facts, head, obstacles, plan, summary
-from migrate.cli.migrate import command, signals_handled
+from migrate.cli.migrate import command_at, signals_handled
 from migrate.cli.names import domains
 from migrate.cli.options import (
     Cap,
@@ -242,7 +242,7 @@ def left(evacuation: Evacuation) -> str:
     planner = evacuation.planner
     text = f"interrupted: {head(planner)}"
     if planner.of(Step.MOVES):
-        shown = command(evacuation.sender.path, "list", "--watch")
+        shown = command_at(evacuation.sender.path, "list", "--watch")
         text += f"; the migrations under way continue in the daemons, and {shown} follows them"
     again = continuation(planner, sys.argv[1:])
     return f"{text}; `{again}` continues the evacuation" if again else text
