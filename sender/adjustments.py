@@ -37,15 +37,16 @@ async def change(context: Context, values: dict[str, Any]) -> None:
 
 async def _change(context: Context, values: dict[str, Any]) -> None:
     before = context.options
-    after = changed(before, values)
     _check_under_way(context, "change")
-    if precopy_is_over(context):
-        late = [flag(name) for name in values if CHANGEABLE[name] is Until.SWITCHOVER]
-        if late:
-            raise MigrationError(
-                f"too late for {', '.join(late)}: {context.name} is past its precopy: its "
-                f"phase is {context.ownership.phase}"
-            )
+    is_over = precopy_is_over(context)
+    late = [flag(name) for name in values if CHANGEABLE.get(name) is Until.SWITCHOVER]
+    if is_over and late:
+        raise MigrationError(
+            f"too late for {', '.join(late)}: {context.name} is past its precopy: its phase is "
+            f"{context.ownership.phase}"
+        )
+    after = changed(before, values)
+    if is_over:
         is_own = after.postcopy_bandwidth_bytes_per_s is not None
         if set(values) == {"bandwidth_bytes_per_s"} and is_own:
             raise MigrationError(
