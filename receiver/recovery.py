@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import shlex
 import time
 
 import trio
@@ -420,7 +421,7 @@ class Recovery:
         name, count = self._context.name, self.switchover.guest.pages.count
         return (
             f"{reason}; {name} lacks {count} pages that exist nowhere any more: "
-            f"destroy it (xl destroy {name}) and start it anew"
+            f"destroy it (xl destroy {shlex.quote(name)}) and start it anew"
         )
 
     async def hold(self, reason: str) -> None:
@@ -430,7 +431,7 @@ class Recovery:
         context, pager = self._context, self.switchover.pager
         name = context.name
         what_to_do = (
-            f"`xl destroy {name}` ends it here"
+            f"`xl destroy {shlex.quote(name)}` ends it here"
             if context.toolstack.owns_domain
             else f"{command('decide', name, 'elsewhere')} destroys it, "
             f"{command('decide', name, 'here', '--force')} lets it continue"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -82,7 +83,7 @@ class Requests:
             raise MigrationError(f"too late to cancel: xl decides whether {name} runs here")
         raise MigrationError(
             f"too late to cancel: {name} belongs here already; to end it, destroy it (xl destroy "
-            f"{name})"
+            f"{shlex.quote(name)})"
         )
 
     def reconnect(self) -> None:
@@ -189,7 +190,7 @@ class Requests:
             case _:
                 raise MigrationError(
                     f"there is nothing to decide: {name} runs here; to end it, destroy it (xl "
-                    f"destroy {name})"
+                    f"destroy {shlex.quote(name)})"
                 )
 
     async def _start(self, recovery: Recovery) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import shlex
 
 import trio
 
@@ -71,7 +72,7 @@ async def _guest_ended(
     if not gone:  # the guest crashed at its start, and the source still has its state
         reason += (
             "; its domain is kept at the destination: to end it, destroy it there (xl destroy "
-            f"{context.name})"
+            f"{shlex.quote(context.name)})"
         )
         answer = m.Failed(m.printable(reason))
     elif switchover is None and context.is_in(State.SERVING):

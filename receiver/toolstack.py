@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import shlex
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
@@ -209,7 +210,7 @@ class XlToolstack:
     def check_decision(self, name: str) -> None:
         raise MigrationError(
             "there is nothing to decide here: xl decides, and the daemon follows what xl does to "
-            f"{name}; to end it, destroy it (xl destroy {name})"
+            f"{name}; to end it, destroy it (xl destroy {shlex.quote(name)})"
         )
 
     def start(self, domain: Domain) -> bool:

@@ -172,7 +172,7 @@ def _damaged_entry(trial: Trial, which: str) -> None:
     _migrate_another(trial)
     if not path.exists() or path.read_text() != bad:
         raise LostError(f"{which}: an entry {how.__name__} was not kept: {bad}")
-    if path.name not in (world.directory / f"{which}.log").read_text()[logged:]:
+    if path.name.encode() not in (world.directory / f"{which}.log").read_bytes()[logged:]:
         raise LostError(f"{which}: the log does not name an entry {how.__name__}")
     world.kill(which)
     path.write_text(good)
