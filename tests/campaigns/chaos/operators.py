@@ -59,7 +59,7 @@ ANSWERS = {
         "postcopy-now": "acts|--strategy precopy|past its precopy|is paused",
         "pause": "acts|is paused already|in its switchover",
         "resume": "acts|is not paused",
-        "set": "acts|too late for",
+        "set": "acts|too late for|not with --strategy (pre|post)copy",
     },
     ("sender", AFTER): {
         "reconnect": "acts|nothing to reconnect|reconnecting does not help",
@@ -67,7 +67,7 @@ ANSWERS = {
         "postcopy-now": "--strategy precopy|past its precopy",
         "pause": "acts|is paused already|in its switchover|nothing to pause",
         "resume": "acts|is not paused|nothing to resume",
-        "set": "acts|too late for|nothing to change",
+        "set": "acts|too late for|nothing to change|not with --strategy (pre|post)copy",
         "decide": "are connected|reported that .* runs there|already",
     },
     ("sender", END): ENDING,
