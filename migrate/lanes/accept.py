@@ -24,7 +24,7 @@ from migrate.lanes.connection import (
     LaneConnection,
     Terms,
 )
-from migrate.lanes.ends import RECEIVER, wrong_end
+from migrate.lanes.ends import RECEIVER, WRONG_END
 from migrate.lanes.trial import Judge, Trials
 from migrate.logs import Complaint
 from migrate.protocol.messages import PREFLIGHT, TRIAL, Hello, Host, Lane, Refused, printable
@@ -316,7 +316,7 @@ class Reception:
         """
         is_trial = TRIAL in greeting.requires
         if is_trial and self._judge is None:
-            raise ProtocolError(wrong_end(RECEIVER))
+            raise ProtocolError(WRONG_END[RECEIVER])
         ours = hello(Lane(greeting.lane), greeting.session, requires=self._terms.requires)
         await lane.send(ours)
         lane.agree((ours, greeting))

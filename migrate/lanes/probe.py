@@ -12,7 +12,7 @@ import trio
 
 from migrate.errors import MigrationError, PeerClosedError, RefusedError
 from migrate.lanes.connection import CONNECT_TIMEOUT_S, LaneConnection, Terms
-from migrate.lanes.ends import wrong_end
+from migrate.lanes.ends import WRONG_END
 from migrate.protocol.messages import PREFLIGHT, Hello, Host, Lane, Refused
 from migrate.protocol.session import hello, negotiate, new_id
 
@@ -64,6 +64,6 @@ async def host_of(lane: LaneConnection, end: str) -> Host:
         if not isinstance(message, Host):
             raise MigrationError(f"the peer answered with {message.type} instead of host")
         if message.end != end:
-            raise WrongEndError(f"{lane.peer()}: {wrong_end(end)}")
+            raise WrongEndError(f"{lane.peer()}: {WRONG_END[end]}")
         return message
     raise PeerClosedError(f"the peer did not look at its host within {CONNECT_TIMEOUT_S:g} s")

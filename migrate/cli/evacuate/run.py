@@ -12,7 +12,6 @@ import contextlib
 import functools
 import os
 import queue
-import shlex
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -42,6 +41,7 @@ from migrate.errors import (
     SilentDaemonError,
     UnattendedMigrationError,
 )
+from migrate.units import command
 from xenbackend.unix import STARTING_S
 
 LOOK_EVERY_S = 0.25
@@ -59,8 +59,8 @@ NOT_ARRIVING_S = {"lost": 0.0, "held": 0.0, "in doubt": 300.0, "interrupted": 30
 seen before its guest is not waited for any more: a link that was lost may come back.
 """
 QUIET = (
-    "no page arrives at this host in the background: copying is paused (`xen-postcopy resume {}` "
-    "at its source ends that), its cap is low, or the sender there gets no CPU"
+    "no page arrives at this host in the background: copying is paused ({} at its source "
+    "ends that), its cap is low, or the sender there gets no CPU"
 )
 Json = dict[str, Any]
 
@@ -131,7 +131,7 @@ class Sender:
             if one["domid"] in why:
                 one["passes"], one["problem"] = False, why[one["domid"]]
             elif one["domid"] in quiet:
-                one["is_quiet"], one["problem"] = True, QUIET.format(shlex.quote(one["name"]))
+                one["is_quiet"], one["problem"] = True, QUIET.format(command("resume", one["name"]))
         return answer
 
     def _incoming(self) -> list[Json]:

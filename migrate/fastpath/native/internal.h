@@ -10,9 +10,9 @@
  * loop takes 45 us if it runs once every millisecond.  So Python does its accounting afterwards,
  * when the request or the answer has been sent.
  *
- * The slow path, in Python, handles every other case.  A call that receives anything else returns
- * it unchanged.  "Else" is whatever is not byte for byte a frame about one page as our own codec
- * makes it, several pages in one message, pages that were never missing, and errors.  So this code
+ * The slow path, in Python, handles every other case: a frame that is not, byte for byte, one about
+ * one page as our own codec makes it; several pages in one message; pages that were never missing;
+ * and errors.  A call that receives such a message returns the message unchanged, so this code
  * contains no msgpack.  Both paths do the same steps from one state of a page to the next
  * (page_states.h).
  */
