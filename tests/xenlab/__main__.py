@@ -70,7 +70,8 @@ SHARDS = (
     Shard("paging", _scenarios("test_hvm"), "hvm", in_gate=False, seconds=900),
     Shard("debian", seconds=150),
     Shard("debian-13", in_gate=False),
-    Shard(parts.HOSTS, in_gate=False, seconds=1500),
+    Shard(parts.HOSTS, _scenarios("test_package", "test_two_hosts"), in_gate=False, seconds=1900),
+    Shard(parts.HOSTS, _scenarios("test_virsh"), "libvirt", in_gate=False, seconds=2100),
     Shard(parts.RELEASES, in_gate=False, seconds=900),
 )
 

@@ -85,7 +85,7 @@ def _hosts() -> list[Row]:
             "test_two_hosts::test_the_command_line_migrates_to_another_host"),
         Row(BATCHED, "PVH, 1 vCPU, between hosts", "", XL, "hybrid, postcopy", "hosts",
             "test_two_hosts::test_xl_migrates_to_another_host_and_back"),
-        Row(BATCHED, "PVH, 1 vCPU, between hosts", "", LIBVIRT, "postcopy", "hosts",
+        Row(BATCHED, "PVH, 1 vCPU, between hosts", "", LIBVIRT, "postcopy", "hosts-libvirt",
             "test_virsh::test_virsh_migrates_by_postcopy"),
         Row(BATCHED, "PVH, 1 vCPU, Debian 13's kernel", "", XL, "hybrid, postcopy", "12-to-13",
             "test_next_kernel::test_a_guest_with_the_kernel_of_the_next_release_arrives"),

@@ -5,6 +5,8 @@ environment, and nothing else of libvirt is changed.
 
 from __future__ import annotations
 
+import signal
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +27,7 @@ ENVIRONMENT = f"""\
 Environment=LIBXL_SAVE_HELPER={HELPER} XEN_POSTCOPY=require XEN_POSTCOPY_STRATEGY=postcopy
 """
 CPU_MODEL = "/usr/share/libvirt/cpu_map/x86_486.xml"
+SENDER_STATE = Path("/var/lib/xen-postcopy/sender")
 VIRSH = ("virsh", "--connect", "xen:///system")
 ANSWERS_S, ENDS_S = 300, 240
 
@@ -42,16 +45,10 @@ def is_paused(host: Host, name: str) -> bool:
     return virsh(host, "domstate", name, ok=False).strip() == "paused"
 
 
-@pytest.fixture(scope="module")
-def hosts(packaged_hosts: Pair) -> Iterator[Pair]:
-    for host in packaged_hosts:
-        # Each of libvirt's models of a CPU has this feature, which QEMU does not emulate.
-        host.run("sed", "-i", "/'vme'/d", CPU_MODEL)
-        host.run("mkdir", "-p", str(Path(DROP_IN).parent))
-        host.write(DROP_IN, ENVIRONMENT)
-        host.run("systemctl", "daemon-reload")
+def restart_libvirt(pair: Pair) -> None:
+    for host in pair:
         host.run("systemctl", "restart", DAEMON)
-    for host in packaged_hosts:
+    for host in pair:
 
         def answers(host: Host = host) -> bool:
             return "Running hypervisor: Xen" in virsh(host, "version", ok=False)
@@ -61,6 +58,17 @@ def hosts(packaged_hosts: Pair) -> Iterator[Pair]:
         except AssertionError:
             print(host.run("journalctl", "-u", DAEMON, ok=False))
             raise
+
+
+@pytest.fixture(scope="module")
+def hosts(packaged_hosts: Pair) -> Iterator[Pair]:
+    for host in packaged_hosts:
+        # Each of libvirt's models of a CPU has this feature, which QEMU does not emulate.
+        host.run("sed", "-i", "/'vme'/d", CPU_MODEL)
+        host.run("mkdir", "-p", str(Path(DROP_IN).parent))
+        host.write(DROP_IN, ENVIRONMENT)
+        host.run("systemctl", "daemon-reload")
+    restart_libvirt(packaged_hosts)
     yield packaged_hosts
     for host in packaged_hosts:
         host.run("systemctl", "stop", DAEMON, ok=False)
@@ -89,6 +97,22 @@ def migrate(pair: Pair, name: str, *options: str) -> str:
     return virsh(here, "migrate", "--live", *options, name, f"xen+ssh://{there.name}/system")
 
 
+def migrate_with_a_virsh_that_is_killed(pair: Pair, name: str, *options: str) -> None:
+    """Kill virsh when the sender has begun to migrate the guest."""
+    _here, there = pair
+
+    def journals() -> set[Path]:
+        return set(SENDER_STATE.glob("*.json"))
+
+    before = journals()
+    command = [*VIRSH, "migrate", "--live", *options, name, f"xen+ssh://{there.name}/system"]
+    with subprocess.Popen(command) as moving:
+        # The folder is looked at, because the daemon needs seconds for an answer.
+        until(lambda: journals() - before, "no migration begins", ANSWERS_S)
+        moving.kill()
+    assert moving.returncode == -signal.SIGKILL
+
+
 def check_runs_there(pair: Pair, name: str) -> None:
     here, there = pair
     check_heartbeat(GuestThere(name, 0, there))
@@ -111,3 +135,37 @@ def test_a_guest_that_virsh_leaves_paused_gets_its_memory(hosts: Pair) -> None:
         assert is_paused(hosts[1], "virt2")
         virsh(hosts[1], "resume", "virt2")
         check_runs_there(hosts, "virt2")
+
+
+@pytest.mark.timeout(1800)
+def test_an_administrator_ends_what_a_killed_virsh_has_begun(hosts: Pair) -> None:
+    """Without virsh nothing finishes the migration at the destination, or confirms the migration
+    at the source.  Both of libvirt's daemons wait for that, and refuse any other command for the
+    guest until they are restarted.
+    """
+    here, there = hosts
+    with guest_of_libvirt(hosts, "virt3"):
+        migrate_with_a_virsh_that_is_killed(hosts, "virt3")
+
+        def arrived() -> bool:
+            lines = migrations(there)
+            return bool(
+                lines and lines[-1]["phase"] == "deciding" and lines[-1]["outstanding"] == 0
+            )
+
+        until(arrived, "the guest's memory does not arrive", 2 * ENDS_S)
+        assert is_paused(there, "virt3")
+        assert migrations(here)[-1]["phase"] == "deciding"
+        restart_libvirt(hosts)
+        assert "resumed" in virsh(there, "resume", "virt3")
+        wait_until_completed(hosts)
+        check_runs_there(hosts, "virt3")
+
+
+def test_a_killed_virsh_changes_nothing_if_libvirts_daemons_migrate_by_themselves(
+    hosts: Pair,
+) -> None:
+    with guest_of_libvirt(hosts, "virt4"):
+        migrate_with_a_virsh_that_is_killed(hosts, "virt4", "--p2p")
+        wait_until_completed(hosts)
+        check_runs_there(hosts, "virt4")
