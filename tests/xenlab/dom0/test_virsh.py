@@ -92,24 +92,29 @@ def guest_of_libvirt(pair: Pair, name: str) -> Iterator[Guest]:
             virsh(host, "destroy", name, ok=False)
 
 
-def migrate(pair: Pair, name: str, *options: str) -> str:
-    here, there = pair
-    return virsh(here, "migrate", "--live", *options, name, f"xen+ssh://{there.name}/system")
-
-
-def migrate_with_a_virsh_that_is_killed(pair: Pair, name: str, *options: str) -> None:
-    """Kill virsh when the sender has begun to migrate the guest."""
+def migration(pair: Pair, name: str, *options: str) -> list[str]:
+    """Return virsh's words for a migration to the second host."""
     _here, there = pair
+    return ["migrate", "--live", *options, name, f"xen+ssh://{there.name}/system"]
+
+
+def migrate(pair: Pair, name: str, *options: str) -> str:
+    return virsh(pair[0], *migration(pair, name, *options))
+
+
+def kill_virsh_in_a_migration(pair: Pair, name: str, *options: str) -> None:
+    """Begin to migrate a guest, and kill virsh when the sender has begun as well."""
 
     def journals() -> set[Path]:
         return set(SENDER_STATE.glob("*.json"))
 
     before = journals()
-    command = [*VIRSH, "migrate", "--live", *options, name, f"xen+ssh://{there.name}/system"]
-    with subprocess.Popen(command) as moving:
-        # The folder is looked at, because the daemon needs seconds for an answer.
-        until(lambda: journals() - before, "no migration begins", ANSWERS_S)
-        moving.kill()
+    with subprocess.Popen([*VIRSH, *migration(pair, name, *options)]) as moving:
+        try:
+            # The test reads the folder, because the daemon needs seconds for an answer.
+            until(lambda: journals() - before, "no migration begins", ANSWERS_S)
+        finally:
+            moving.kill()
     assert moving.returncode == -signal.SIGKILL
 
 
@@ -140,12 +145,12 @@ def test_a_guest_that_virsh_leaves_paused_gets_its_memory(hosts: Pair) -> None:
 @pytest.mark.timeout(1800)
 def test_an_administrator_ends_what_a_killed_virsh_has_begun(hosts: Pair) -> None:
     """Without virsh nothing finishes the migration at the destination, or confirms the migration
-    at the source.  Both of libvirt's daemons wait for that, and refuse any other command for the
-    guest until they are restarted.
+    at the source.  Both of libvirt's daemons wait for these steps, and until they are restarted
+    they refuse each command that would change the guest.
     """
     here, there = hosts
     with guest_of_libvirt(hosts, "virt3"):
-        migrate_with_a_virsh_that_is_killed(hosts, "virt3")
+        kill_virsh_in_a_migration(hosts, "virt3")
 
         def arrived() -> bool:
             lines = migrations(there)
@@ -166,6 +171,6 @@ def test_a_killed_virsh_changes_nothing_if_libvirts_daemons_migrate_by_themselve
     hosts: Pair,
 ) -> None:
     with guest_of_libvirt(hosts, "virt4"):
-        migrate_with_a_virsh_that_is_killed(hosts, "virt4", "--p2p")
+        kill_virsh_in_a_migration(hosts, "virt4", "--p2p")
         wait_until_completed(hosts)
         check_runs_there(hosts, "virt4")
