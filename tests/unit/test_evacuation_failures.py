@@ -325,6 +325,48 @@ def test_a_sender_that_ends_in_each_answer_ends_the_evacuation(
         evacuation.look()
 
 
+# ---- a guest that is handed over while the command begins ----
+@dataclass(frozen=True)
+class ChangingSender(Sender):
+    """``moments``: the guests and the migrations at successive times.  A moment ends between the
+    answer that has its guests and the answer that has its migrations.
+    """
+
+    moments: list[tuple[list[dict[str, Any]], list[dict[str, Any]]]]
+
+    def room(self, destination: str) -> int:
+        return 100 * GIB
+
+    def guests(self, names: tuple[str, ...] = ()) -> dict[str, Any]:
+        guests, _lines = self.moments.pop(0) if len(self.moments) > 1 else self.moments[0]
+        return {"guests": guests, "named": dict.fromkeys(names, 1 if guests else None)}
+
+    def migrations(self, *, of_predecessors: bool = False) -> list[dict[str, Any]]:
+        return self.moments[0][1]
+
+
+SUSPENDED = [here(1, problem="guest1 is suspended: only a running guest can be migrated")]
+
+
+@pytest.mark.parametrize("names", [(), ("guest1",)])
+def test_a_guest_whose_handover_ends_while_the_command_begins_has_gone(
+    names: tuple[str, ...],
+) -> None:
+    moments = [(SUSPENDED, [line(1, "handover")]), ([], [line(1, "completed")])]
+    sender = ChangingSender(Path("sender.sock"), moments)
+    planner = planned(sender, {"there": None}, names, parallel=2)
+    assert {one.name: one.step for one in planner.guests} == dict.fromkeys(names, Step.GONE)
+
+
+def test_a_guest_whose_handover_fails_while_the_command_begins_goes() -> None:
+    moments = [
+        (SUSPENDED, [line(1, "handover")]),
+        ([here(1)], [line(1, "failed", problem="the destination died")]),
+    ]
+    planner = planned(ChangingSender(Path("sender.sock"), moments), {"there": None}, (), parallel=2)
+    assert [one.step for one in planner.guests] == [Step.WAITS]
+
+
 # ---- a guest that does not arrive ----
 INCOMING = here(1, problem="guest1 has a pager, and 5 of its pages are not here", passes=True)
 

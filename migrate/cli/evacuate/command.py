@@ -36,6 +36,7 @@ from migrate.cli.options import (
 from migrate.cli.terminal import size_of
 from migrate.cli.text import echo, json_option
 from migrate.errors import InterruptedMigrationError, MigrationError
+from migrate.outcomes import ENDED
 from migrate.units import counted
 
 PARALLEL = 2
@@ -137,10 +138,9 @@ def planned(
     """
     try:
         free_bytes = {name: sender.room(name) for name in destinations}
-        here = sender.guests(names)
     except MigrationError as error:
         raise explained(error) from error
-    lines = sender.migrations(of_predecessors=True)
+    here, lines = present(sender, names)
     missing = [name for name, domid in here["named"].items() if domid is None]
     gone = {line["id"]: line for line in (gone_before(lines, name) for name in missing)}
     named = {domid for domid in here["named"].values() if domid is not None} if names else None
@@ -148,6 +148,27 @@ def planned(
     for line in gone.values():
         planner.follow(line)
     return planner
+
+
+def present(sender: Sender, names: tuple[str, ...]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the guests of this host, and the migrations, of one moment.  A guest is suspended
+    during its handover, so both are asked for again if a migration has ended between the answers:
+    its guest has gone since, or runs again.  Raises :class:`MigrationError`.
+    """
+    lines = sender.migrations(of_predecessors=True)
+    while True:
+        before = ended(lines)
+        try:
+            here = sender.guests(names)
+        except MigrationError as error:
+            raise explained(error) from error
+        lines = sender.migrations(of_predecessors=True)
+        if ended(lines) == before:
+            return here, lines
+
+
+def ended(lines: list[dict[str, Any]]) -> set[str]:
+    return {line["id"] for line in lines if line["phase"] in ENDED}
 
 
 def gone_before(lines: list[dict[str, Any]], name: str) -> dict[str, Any]:
