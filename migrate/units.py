@@ -48,7 +48,16 @@ def command(*words: str) -> str:
     """Return a command of xen-postcopy as a message names it: it can be pasted, whatever characters
     the name of a guest has.
     """
-    return f"`{shlex.join(['xen-postcopy', *words])}`"
+    return _pasted("xen-postcopy", *words)
+
+
+def xl_command(*words: str) -> str:
+    """Return a command of xl as :func:`command` returns one of xen-postcopy."""
+    return _pasted("xl", *words)
+
+
+def _pasted(*words: str) -> str:
+    return f"`{shlex.join(words)}`"
 
 
 def printable(text: str) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import shlex
 import time
 
 import trio
@@ -40,7 +39,7 @@ from migrate.tasks import (
     is_used_up,
     task_group,
 )
-from migrate.units import command
+from migrate.units import command, xl_command
 from receiver.context import LAST_START_AGAIN_S, NOT_HERE, Context
 from receiver.guest import Guest
 from receiver.origins import Origin
@@ -421,7 +420,7 @@ class Recovery:
         name, count = self._context.name, self.switchover.guest.pages.count
         return (
             f"{reason}; {name} lacks {count} pages that exist nowhere any more: "
-            f"destroy it (xl destroy {shlex.quote(name)}) and start it anew"
+            f"destroy it ({xl_command('destroy', name)}) and start it anew"
         )
 
     async def hold(self, reason: str) -> None:
@@ -431,7 +430,7 @@ class Recovery:
         context, pager = self._context, self.switchover.pager
         name = context.name
         what_to_do = (
-            f"`xl destroy {shlex.quote(name)}` ends it here"
+            f"{xl_command('destroy', name)} ends it here"
             if context.toolstack.owns_domain
             else f"{command('decide', name, 'elsewhere')} destroys it, "
             f"{command('decide', name, 'here', '--force')} lets it continue"

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 import logging
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from migrate.errors import GuestEndedError, MigrationError
 from migrate.service.lifecycle import decide_commands, ended
 from migrate.tasks import in_thread
+from migrate.units import xl_command
 from receiver.context import Context
 from receiver.ownership import Link, State, Undo
 from receiver.recovery import Recovery
@@ -82,8 +82,8 @@ class Requests:
         if self.context.is_in(State.SERVING):
             raise MigrationError(f"too late to cancel: xl decides whether {name} runs here")
         raise MigrationError(
-            f"too late to cancel: {name} belongs here already; to end it, destroy it (xl destroy "
-            f"{shlex.quote(name)})"
+            f"too late to cancel: {name} belongs here already; {xl_command('destroy', name)} "
+            "ends it"
         )
 
     def reconnect(self) -> None:
@@ -189,8 +189,8 @@ class Requests:
                     )
             case _:
                 raise MigrationError(
-                    f"there is nothing to decide: {name} runs here; to end it, destroy it (xl "
-                    f"destroy {shlex.quote(name)})"
+                    f"there is nothing to decide: {name} runs here; {xl_command('destroy', name)} "
+                    "ends it"
                 )
 
     async def _start(self, recovery: Recovery) -> None:

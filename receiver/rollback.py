@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import shlex
 
 import trio
 
@@ -16,6 +15,7 @@ from migrate.logs import Complaint
 from migrate.protocol import messages as m
 from migrate.service.history import Amend
 from migrate.tasks import in_thread, is_bug
+from migrate.units import xl_command
 from receiver.context import Context, retries
 from receiver.guest import state_of
 from receiver.ownership import TABLE, State
@@ -71,8 +71,8 @@ async def _guest_ended(
     answer: m.Message = m.Ended(ran, m.printable(reason))
     if not gone:  # the guest crashed at its start, and the source still has its state
         reason += (
-            "; its domain is kept at the destination: to end it, destroy it there (xl destroy "
-            f"{shlex.quote(context.name)})"
+            "; its domain is kept at the destination, where "
+            f"{xl_command('destroy', context.name)} removes it"
         )
         answer = m.Failed(m.printable(reason))
     elif switchover is None and context.is_in(State.SERVING):
@@ -255,9 +255,9 @@ def _stopped(context: Context) -> None:
     """State that the guest was paused here, because it runs at the source as well."""
     name = context.name
     context.progress.problem = (
-        f"{context.entry.recalled}; so {name} is paused here: destroy it (xl destroy), or unpause "
-        "it (xl unpause); a source that is cut off can ask for the outcome for "
-        f"{RECALLED_LINGER_DAYS} days"
+        f"{context.entry.recalled}; so {name} is paused here: destroy it "
+        f"({xl_command('destroy', name)}), or unpause it ({xl_command('unpause', name)}); a source "
+        f"that is cut off can ask for the outcome for {RECALLED_LINGER_DAYS} days"
     )
     if context.is_in(State.COMPLETED):
         context.ownership.enter(State.STOPPED)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import shlex
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
@@ -22,6 +21,7 @@ import trio
 from migrate.control.server import ControlConnection, LastAnswer
 from migrate.errors import MigrationError, RemoteProtocolError
 from migrate.protocol import messages as m
+from migrate.units import xl_command
 from xenbackend.contract import (
     Domain,
     DomainConfig,
@@ -210,7 +210,7 @@ class XlToolstack:
     def check_decision(self, name: str) -> None:
         raise MigrationError(
             "there is nothing to decide here: xl decides, and the daemon follows what xl does to "
-            f"{name}; to end it, destroy it (xl destroy {shlex.quote(name)})"
+            f"{name}; {xl_command('destroy', name)} ends it"
         )
 
     def start(self, domain: Domain) -> bool:

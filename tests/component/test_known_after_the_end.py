@@ -29,7 +29,7 @@ from tests.support.waiting import WAIT_S, until_async
 from xenbackend.contract import DomainState
 
 Patch = pytest.MonkeyPatch
-PAUSED = "is paused here: destroy it (xl destroy), or unpause it"
+PAUSED = "is paused here: destroy it (`xl destroy "
 FORGOTTEN = "the destination has forgotten the migration: make sure that the guest does not run"
 
 

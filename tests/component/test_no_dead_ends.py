@@ -111,7 +111,9 @@ def test_in_postcopy(world: World, which: str) -> None:
     boot(world)
     postcopy(world)
     nothing = (
-        "both ends are connected" if which == "sender" else "guest runs here; to end it, destroy it"
+        "both ends are connected"
+        if which == "sender"
+        else "guest runs here; `xl destroy guest` ends it"
     )
     switch = "past its precopy" if which == "sender" else "ask the sender at its source"
     answers(
@@ -245,7 +247,7 @@ def test_lost_is_sent_to_a_destination_that_comes_back(world: World) -> None:
 def test_interrupted_at_the_destination(world: World) -> None:
     boot(world)
     interrupted(world, "sender")
-    destroy = "to end it, destroy it (xl destroy guest)"
+    destroy = "`xl destroy guest` ends it"
     answers(
         world,
         "receiver",

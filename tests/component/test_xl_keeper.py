@@ -49,7 +49,7 @@ def test_a_sender_and_its_keeper_that_are_killed_afterwards_take_the_pages_with_
             "its successor does not know",
         )
     line = xl.line("receiver")
-    assert "pages that exist nowhere any more: destroy it (xl destroy" in line["problem"]
+    assert "pages that exist nowhere any more: destroy it (`xl destroy" in line["problem"]
     with pytest.raises(
         MigrationError, match="exist nowhere any more"
     ):  # the guest is not saved with holes

@@ -98,7 +98,7 @@ def test_the_name_of_a_guest_is_one_word_of_a_command_of_xl() -> None:
     unquoted = re.compile(rf"\bxl (?:destroy|migrate|save|pause|unpause) {GUEST}")
     found = [(path, text) for path, tree in parsed() for text in messages(tree)]
     assert [(path, text) for path, text in found if unquoted.search(text)] == []
-    assert any(f"xl destroy {shlex.quote(GUEST)}" in text for _path, text in found)
+    assert any(f"xl migrate {shlex.quote(GUEST)}" in text for _path, text in found)
 
 
 def test_the_commands_are_found() -> None:
