@@ -14,23 +14,16 @@ import pytest
 import trio
 
 from migrate.cli.world import World, loopback_world
-from tests.support import event_loop, zygote
+from tests.support import event_loop, rewritten, zygote
 from xenbackend.simulated.client import SimulatedDomain
 from xenbackend.simulated.guest import GuestSpec
 
 if "LAB_HYPERVISOR" in os.environ:
     collect_ignore = []
 else:
-    from hypothesis import settings
-
     collect_ignore = [
         "xenlab"
     ]  # The tests of the lab run in the dom0 of an emulated machine: make xenlab.
-    # By default Hypothesis fails a test whose example takes longer than 200 ms, as each does now
-    # and then on a busy machine.  It also calls the example's data inconsistent when the second run
-    # is quicker.
-    settings.register_profile("no deadline", settings(), deadline=None)
-    settings.load_profile("no deadline")
 
 World.spawn = zygote.Popen
 # pytest-trio begins each test by it.  trio before 0.25 raises a lone error without its group.
@@ -44,6 +37,18 @@ MIB = 2**20
 LOG_LINES = 40
 """How many last lines of each process's log a failed test prints."""
 _numbers = itertools.count(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    rewritten.prepare(config)
+    if "LAB_HYPERVISOR" not in os.environ:
+        from hypothesis import settings
+
+        # By default Hypothesis fails a test whose example takes longer than 200 ms, as each does
+        # now and then on a busy machine.  It also calls the example's data inconsistent when the
+        # second run is quicker.
+        settings.register_profile("ours", deadline=None)
+        settings.load_profile("ours")
 
 
 @pytest.hookimpl(wrapper=True)

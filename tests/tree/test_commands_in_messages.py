@@ -84,14 +84,29 @@ def commands() -> list[tuple[str, tuple[str, ...]]]:
     return sorted({(str(path), words) for path, tree in parsed() for words in commands_of(tree)})
 
 
-@pytest.mark.parametrize(("path", "words"), commands())
-def test_a_command_in_a_message_can_be_pasted(path: str, words: tuple[str, ...]) -> None:
-    if words in NAMED:
-        return
+def parse(words: tuple[str, ...]) -> None:
+    """Raises :class:`click.UsageError` for words that are no command."""
     with click.Context(cli) as above:
         name, found, arguments = cli.resolve_command(above, [*words])
         assert found is not None
-        found.make_context(name, arguments, parent=above)  # raises UsageError
+        found.make_context(name, arguments, parent=above)
+
+
+def test_a_command_in_a_message_can_be_pasted() -> None:
+    wrong = []
+    for path, words in commands():
+        try:
+            if words not in NAMED:
+                parse(words)
+        except click.UsageError as error:
+            wrong.append((path, words, error.format_message()))
+    assert wrong == []
+
+
+@pytest.mark.parametrize("words", [("lists",), ("list", "--every"), ("migrate",)])
+def test_what_is_no_command_is_noticed(words: tuple[str, ...]) -> None:
+    with pytest.raises(click.UsageError):
+        parse(words)
 
 
 def test_the_name_of_a_guest_is_one_word_of_a_command_of_xl() -> None:
