@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from migrate.cli.world import World, loopback_world
-from tests.support import event_loop, rewritten, zygote
+from tests.support import event_loop, rewritten, thorough, zygote
 from xenbackend.simulated.client import SimulatedDomain
 from xenbackend.simulated.guest import GuestSpec
 
@@ -40,6 +40,7 @@ _numbers = itertools.count(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    thorough.configure(config)
     rewritten.prepare(config)
     if "LAB_HYPERVISOR" not in os.environ:
         from hypothesis import settings
@@ -47,8 +48,12 @@ def pytest_configure(config: pytest.Config) -> None:
         # By default Hypothesis fails a test whose example takes longer than 200 ms, as each does
         # now and then on a busy machine.  It also calls the example's data inconsistent when the
         # second run is quicker.
-        settings.register_profile("ours", deadline=None)
+        settings.register_profile("ours", deadline=None, max_examples=thorough.examples())
         settings.load_profile("ours")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    thorough.select(config, items)
 
 
 @pytest.hookimpl(wrapper=True)

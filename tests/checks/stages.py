@@ -31,6 +31,8 @@ class Stage:
     """A stage with tests that runs none has failed."""
 
 
+THOROUGH = "THOROUGH=1"
+"""Has a run of the tests take every case of each sweep (``tests/support/thorough.py``)."""
 ALONE = 99
 """More cores than a machine has, for a stage that measures time, or that uses the whole machine."""
 
@@ -46,23 +48,24 @@ def _lab(name: str, subject: str, *kinds: str) -> Stage:
     return Stage(f"xenlab-{name}", subject, command, 7200, cores=AT_ONCE, has_tests=True)
 
 
+def _test(*settings: str) -> Stage:
+    subject = "style, spelling, types, and every test outside the lab"
+    return Stage("test", subject, _make("test", *settings), 1800, has_tests=True)
+
+
+def _sanitize(setting: str) -> Stage:
+    return Stage("sanitize", "memory errors in C", _make("sanitize", setting), 1200, has_tests=True)
+
+
 STOCK = [kind for kind in KINDS if kind not in (HOSTS, RELEASES, "populate-evicted")]
 TOOLS = Stage(
     "tools", "Debian packages that the checks need are installed", _make("tools"), 600, cores=ALONE
-)
-TEST = Stage(
-    "test",
-    "style, spelling, types, and every test outside the lab",
-    _make("test"),
-    1800,
-    has_tests=True,
 )
 CORE = Stage(
     "coverage-core", "every branch of the sans-IO core is tested", _make("coverage-core"), 600
 )
 MODEL = Stage("model", "every state of the handover, and each mutation", _make("model"), 1200)
 WARNINGS = Stage("warnings", "errors in C that a compiler can see", _make("warnings"), 600)
-SANITIZE = Stage("sanitize", "memory errors in C", _make("sanitize"), 1200, has_tests=True)
 RACES = Stage("races", "data races in C", _make("races"), 900)
 BROWSER = Stage("browser", "a report in a real browser", _make("browser"), 900, has_tests=True)
 DEMO = Stage("demo", "the demo of the README", _make("demo", "DEMO_MEMORY=256M"), 300)
@@ -77,11 +80,11 @@ GATE = (
         cores=AT_ONCE,
         has_tests=True,
     ),
-    TEST,
+    _test(),
     Stage("chaos", "faults at random instants", _make("chaos", "CHAOS_TRIALS=30"), 600),
     Stage("model", "every state of the handover", _make("model", "MODEL=--unmutated"), 600),
     CORE,
-    SANITIZE,
+    _sanitize("THOROUGH=0"),
     WARNINGS,
     RACES,
     Stage(
@@ -97,7 +100,7 @@ EVERYTHING = (
     Stage(
         "underload",
         "every test on a busy machine",
-        _make("underload"),
+        _make("underload", THOROUGH),
         7200,
         cores=ALONE,
         has_tests=True,
@@ -119,23 +122,23 @@ EVERYTHING = (
         "fuzz", "what a peer may send and a ring may hold", _make("fuzz", "FUZZ_SECONDS=900"), 3600
     ),
     Stage("chaos", "faults at random instants", _make("chaos", "CHAOS_TRIALS=500"), 7200),
-    # Beside no other stage on two cores, because this stage runs as many processes as TEST.
+    # Beside no other stage on two cores, because this stage runs as many processes as the test.
     Stage(
         "coverage",
         "which code all tests together reach",
-        _make("coverage"),
+        _make("coverage", THOROUGH),
         3600,
         cores=AT_ONCE,
         has_tests=True,
     ),
-    TEST,
+    _test(THOROUGH),
     Stage("soak", "every strategy and workload", _make("soak", "SOAK_ROUNDS=2"), 3600),
     Stage("packages", "the Debian package on fresh systems", _make("packages"), 3600),
     Stage("lowest", "the lowest version of each dependency", _make("lowest"), 1800),
     BROWSER,
     Stage("compat", "migrations from and to an earlier release", _make("compat"), 1800),
     Stage("coverage-c", "which native code its tests reach", _make("coverage-c"), 1800),
-    SANITIZE,
+    _sanitize(THOROUGH),
     MODEL,
     WARNINGS,
     CORE,

@@ -85,6 +85,7 @@ def balloon_hosts(request: pytest.FixtureRequest) -> Iterator[World]:
         yield world
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("strategy", list(Strategy))
 @pytest.mark.parametrize("steps", [2 * PAGES + 7, PAGES // 2], ids=["away and back", "some"])
 async def test_a_balloon_that_moves_in_every_phase(

@@ -119,6 +119,7 @@ def show(value: object) -> str:
     return getattr(value, "name", "xl" if value is True else "")
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("what", ERRORS)
 @pytest.mark.parametrize(("state", "xl"), CASES, ids=show)
 @pytest.mark.parametrize("destroyed", [False, True], ids=["", "destroyed"])

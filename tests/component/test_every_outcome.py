@@ -35,6 +35,7 @@ CASES = [(xl, state) for xl in (False, True) for state in (*BEFORE, *AFTER)]
 CASES.append((True, State.UNDECIDED))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("what", ERRORS)
 @pytest.mark.parametrize(
     ("xl", "state"), CASES, ids=lambda value: getattr(value, "name", str(value))

@@ -34,6 +34,7 @@ def watch(links: list[Link]) -> Callable[[Outcome, Link], Awaitable[None]]:
     return meanwhile
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("strategy", [Strategy.POSTCOPY, Strategy.HYBRID])
 @pytest.mark.parametrize("cuts", range(6))
 async def test_cut_anywhere_after_the_handover_nothing_is_lost(
@@ -59,6 +60,7 @@ async def test_cut_anywhere_after_the_handover_nothing_is_lost(
     assert [domain.name for domain in clean_hosts.source.domains()] == []
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("cls", "sent", "before"),
     [

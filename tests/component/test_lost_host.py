@@ -91,6 +91,7 @@ def test_a_domain_that_the_sender_made_and_did_not_note_is_replaced(world: World
     assert verified_at_source(world.source, spec).problems == []
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("seed", range(8))
 def test_the_sender_is_killed_at_any_instant_as_well(world: World, seed: int) -> None:
     """The sender is killed while checkpoints are kept, and during the return."""

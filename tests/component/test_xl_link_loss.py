@@ -40,6 +40,7 @@ def test_the_memory_arrives_while_xl_decides(xl: CuttableXl) -> None:
     check_arrived(xl)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("all_of_it", [False, True])
 @pytest.mark.parametrize("restarted", ["", "sender", "receiver"])
 def test_the_guest_stays_after_memory_has_been_pushed(
@@ -68,6 +69,7 @@ def test_the_rest_of_the_memory_arrives_after_a_restart_while_xl_decides(
     check_arrived(xl)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("seed", range(8))
 def test_xl_decides_at_any_instant_while_memory_is_pushed(xl: CuttableXl, seed: int) -> None:
     """The decision falls among cuts and kills, and counts wherever the pages are by then."""

@@ -364,6 +364,7 @@ def test_an_entry_that_cannot_be_used_is_listed_with_what_to_do(world: World) ->
             world.ask(which, command="show", migration="01234567")
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("older", ["!first", "~last"])
 @pytest.mark.parametrize(
     ("which", "step"),
@@ -448,6 +449,7 @@ def test_a_guest_given_up_by_an_operator_is_destroyed_by_the_receiver_s_successo
     assert world.destination.domains() == []
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("seed", range(16))
 def test_killed_at_any_instant(world: World, seed: int) -> None:
     random_ = random.Random(seed)

@@ -201,6 +201,7 @@ def test_each_entry_is_understood(path: Path, tmp_path: Path) -> None:
             assert migration.phase == SHOWN[step]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("release", RELEASES)
 @pytest.mark.parametrize("first", ENDS)
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ def check(world: World, spec: GuestSpec) -> dict[str, Any]:
     return view
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("workload", list(WORKLOADS))
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_with_every_workload(

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from migrate import cli
 from migrate.errors import MigrationError
 from migrate.units import parse_address, parse_size
+from tests.support.thorough import examples
 
 NUMBERS = (
     "0", "-0", "1", "-1", "2", "0.5", "64", "65", "1000", "4096", "nan", "-nan", "inf", "-inf",
@@ -120,7 +121,7 @@ def run(*words: str) -> int:
 
 
 @pytest.mark.usefixtures("_folder")
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=400)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=examples(400))
 @given(command_lines())
 def test_any_options_give_an_exit_status(words: list[str]) -> None:
     assert run(*words) in STATUSES

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from migrate.lanes import bulk
+from tests.support.thorough import examples
 
 
 @contextlib.contextmanager
@@ -57,7 +58,7 @@ def transferred(pieces: list[bytes], chunks: list[int], *, buffers: int = 0) -> 
     return bytes(into)
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(
     st.lists(st.integers(1, 300_000), min_size=1, max_size=8),
     st.lists(st.integers(1, 700_000), min_size=1, max_size=3),

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from migrate.lanes import records
 from migrate.lanes.tls import TlsSocket, explain
 from tests.support.sockets import Over, connected, reused
+from tests.support.thorough import examples
 
 BY = pytest.mark.parametrize("by", [Over.NATIVE, Over.PYTHON])
 PAIRS = tuple(itertools.product((Over.NATIVE, Over.PYTHON), repeat=2))
@@ -77,7 +78,7 @@ def received(end: TlsSocket, size: int, flags: int = socket.MSG_WAITALL) -> byte
     return bytes(into[: end.recv_into(into, size, flags)])
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(
     st.sampled_from(PAIRS),
     st.lists(st.integers(0, 100_000), min_size=1, max_size=8),

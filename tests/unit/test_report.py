@@ -28,6 +28,7 @@ from migrate.cli.report.series import MOST_VCPUS, Recorded
 from migrate.cli.report.strategies import measured_of, strategies
 from migrate.errors import MigrationError
 from tests.support.reports import HANDOVER, MIB, NAME, START, answers, destination, source
+from tests.support.thorough import examples
 
 Change = Callable[[dict[str, Any]], None]
 
@@ -221,6 +222,7 @@ def no_page(answer: dict[str, Any]) -> None:
         origins.update(pages=dict.fromkeys(origins["pages"], 0), cells=0, map="eJwDAAAAAAE=")
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     "change",
     [no_record, no_samples, one_sample, no_phases, no_faults, nothing_measured, no_page],
@@ -323,7 +325,7 @@ HISTOGRAM = "details", "fault_latency_us", "histogram"
 )
 @example(changes=[((1, *HISTOGRAM), "replaced", 0)], by_one_end=False)
 @example(changes=[((0, *HISTOGRAM), "replaced", 0)], by_one_end=True)
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 def test_damaged_answers_are_reported_in_part_or_refused(
     changes: list[tuple[Place, str, Any]], by_one_end: bool
 ) -> None:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.front_end import ANSWERED, FREE, NOTES, OPEN, SLOTS, FrontEnd
+from tests.support.thorough import examples
 from xenbackend._ring import ffi, lib
 from xenbackend.errors import XenError
 from xenbackend.ring import VM_EVENT_SLOTS, PagingRequest
@@ -26,7 +27,7 @@ STEP = st.one_of(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(st.lists(STEP, max_size=80))
 def test_every_request_is_answered_once_whoever_dies(steps: list[tuple[str, int]]) -> None:
     """pfns repeat, as in duplicate requests; answers come in any order and number."""
