@@ -21,7 +21,9 @@ FOLDER = TREE / "build/lowest"
 CLONE, PYTHON = FOLDER / "tree", FOLDER / "venv/bin/python"
 TOOLS = ("pytest", "pytest-timeout", "pytest-trio", "pytest-xdist", "hypothesis", "trustme", "pyte")
 PROJECT = tomllib.loads((TREE / "pyproject.toml").read_text())
-PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not serial", "-n", "3")
+IGNORED = ("-W", "ignore::DeprecationWarning")
+"""An old version of a dependency may use what the newest version of another has deprecated."""
+PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not serial", "-n", "3", *IGNORED)
 
 
 def lowest() -> list[str]:

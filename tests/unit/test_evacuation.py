@@ -344,7 +344,7 @@ def test_the_question_explains_its_answers_and_takes_first_letters(
     monkeypatch.setattr(sys, "stdin", terminal)
     assert asked(played.planner, Signals()) == choice
     told = capsys.readouterr().err
-    assert "Under way: guest1." in told and "What is to follow [L/c/w]: " in told
+    assert "Under way: guest1." in told and "What is to follow [L/c/w]:" in told
     for letter, word in (("l", "leave"), ("c", "cancel"), ("w", "wait")):
         assert f"  {letter}, {word} " in told
     assert ("is none of l (leave), c (cancel), w (wait)" in told) is typed.startswith("x")
