@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from migrate.control.client import ControlClient
 from tests.support.keepers import keepers
 from tests.xenlab.dom0.daemons import daemons
-from tests.xenlab.dom0.guests import STEPS_PER_S, WAIT_S, Guest, guest, xl
+from tests.xenlab.dom0.guests import LINUX, STEPS_PER_S, STUB, WAIT_S, Guest, Kind, guest, xl
 from tests.xenlab.dom0.host import (
     PAGING,
     PATCHED,
@@ -44,22 +44,32 @@ READY, GO, REPORT = (
 )
 
 
-@pytest.mark.gate
+@pytest.mark.gate("populate-evicted")
 @PAGING
 def test_xl_migrates_by_postcopy_and_back(running: Host) -> None:
-    """Both strategies, there and back: the heartbeat continues, and nothing is left of the
+    migrate_there_and_back(running, "xl1", LINUX)
+
+
+@pytest.mark.gate
+@pytest.mark.hypervisors("paging")
+def test_xl_migrates_a_guest_of_a_few_mib_by_postcopy_and_back(running: Host) -> None:
+    migrate_there_and_back(running, "xl6", STUB)
+
+
+def migrate_there_and_back(host: Host, name: str, kind: Kind) -> None:
+    """Migrate a guest with both strategies: the heartbeat continues, and nothing is left of the
     source.
     """
-    with guest("xl1") as made:
+    with guest(name, kind=kind) as made:
         made.wait_for_heartbeats(2)
         for strategy in ("hybrid", "postcopy"):
-            domid = int(xl("domid", "xl1"))
-            assert "Migration successful" in running.migrate("xl1", XEN_POSTCOPY_STRATEGY=strategy)
-            now = arrived("xl1")
+            domid = int(xl("domid", name))
+            assert "Migration successful" in host.migrate(name, XEN_POSTCOPY_STRATEGY=strategy)
+            now = arrived(name)
             assert now.domid != domid
             check_heartbeat(now)
-            running.wait_for("completed")
-            running.check_clean("xl1")
+            host.wait_for("completed")
+            host.check_clean(name)
             check_heartbeat(now)
 
 
