@@ -10,6 +10,9 @@ table of stages and one of the slowest tests come last.  The record of ``everyth
 only in tests and documents.  The record then has the outcomes of both runs, with the commit of each
 and the earlier verdicts of a stage that ran twice.
 
+``gate`` leaves out a stage that has passed with the same files and tools, if its result follows
+from these alone; the table then has the commit on which the stage ran.  ``--only`` runs it.
+
 Exit status: 0 if every stage passed, 1 if one failed, 2 for wrong options, 130 if interrupted, and
 128 + N if ended by signal N.
 """
@@ -28,6 +31,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
+from tests.checks import unchanged
 from tests.checks.record import Outcome, Record, continued, read, tables
 from tests.checks.runner import Runner, end_orphans
 from tests.checks.stages import TIERS, Stage
@@ -146,6 +150,12 @@ def run(given: argparse.Namespace) -> None:
     head, earlier = last_run(record) if given.again else ({}, [])
     passed = {outcome.name for outcome in earlier if outcome.passed}
     stages = [stage for stage in chosen(given) if stage.name not in passed]
+    if given.tier == "gate" and given.only is None:
+        known = {stage: found for stage in stages if (found := unchanged.earlier(stage))}
+        for stage, outcome in known.items():
+            show(f"{stage.name}: passed on {outcome.commit[:10]} with the same files and tools")
+        stages = [stage for stage in stages if stage not in known]
+        earlier = [*earlier, *known.values()]
     shutil.rmtree(LOGS, ignore_errors=True)
     LOGS.mkdir(parents=True)
     started = time.monotonic()
@@ -166,6 +176,7 @@ def run(given: argparse.Namespace) -> None:
         raise
     finally:
         outcomes = continued(earlier, str(head.get("commit", "")), runner.outcomes)
+        unchanged.note(stages, runner.outcomes, record.commit)
         seconds = time.monotonic() - started
         whole = {outcome.name for outcome in outcomes} >= {one.name for one in TIERS[given.tier]}
         path = (RESULTS if given.tier == "everything" and whole else LOGS) / record.name

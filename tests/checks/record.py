@@ -137,6 +137,10 @@ class Record:
         }
 
     @property
+    def commit(self) -> str:
+        return str(self._head["commit"])
+
+    @property
     def name(self) -> str:
         """Return the name of its file: the date, the tier, and the commit."""
         head = self._head

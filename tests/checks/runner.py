@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tests.checks.record import Outcome, junit_results
 from tests.checks.stages import Stage
+from tests.xenlab.cache import directory
 
 POLL_S = 0.1
 STILL_RUNNING_EVERY_S = 60.0
@@ -26,6 +27,9 @@ MARK = "XEN_POSTCOPY_STAGE"
 """The environment variable by which every process of a stage is found.  It has the stage, the
 runner, and the runner's start.
 """
+
+CACHES = {"MYPY_CACHE_DIR": str(directory().parent / "mypy")}
+"""Where a tool keeps what it would make again in a new checkout."""
 
 
 @dataclass
@@ -173,7 +177,8 @@ class Runner:
                 process = subprocess.Popen(
                     stage.command, stdin=subprocess.DEVNULL, stdout=output,
                     stderr=subprocess.STDOUT,
-                    env={**os.environ, "JUNIT": str(junit.resolve()), MARK: mark}, process_group=0,
+                    env={**CACHES, **os.environ, "JUNIT": str(junit.resolve()), MARK: mark},
+                    process_group=0,
                 )  # fmt: skip
         except OSError as error:
             self._show(f"{stage.name}: cannot be started: {error}")

@@ -29,10 +29,18 @@ class Stage:
     """How many cores the stage uses; a stage that uses all cores of the machine runs alone."""
     has_tests: bool = False
     """A stage with tests that runs none has failed."""
+    files: tuple[str, ...] = ()
+    """The files from which the result follows, together with the tools; empty if it also follows
+    from something else, such as the instants at which threads run.
+    """
+    tools: tuple[str, ...] = ()
+    """The commands that show the versions of the tools."""
 
 
 THOROUGH = "THOROUGH=1"
 """Has a run of the tests take every case of each sweep (``tests/support/thorough.py``)."""
+RUN_BY = ("Makefile", ".ci/*", "requirements.lock")
+"""The files by which each stage is run."""
 ALONE = 99
 """More cores than a machine has, for a stage that measures time, or that uses the whole machine."""
 
@@ -65,7 +73,14 @@ CORE = Stage(
     "coverage-core", "every branch of the sans-IO core is tested", _make("coverage-core"), 600
 )
 MODEL = Stage("model", "every state of the handover, and each mutation", _make("model"), 1200)
-WARNINGS = Stage("warnings", "errors in C that a compiler can see", _make("warnings"), 600)
+WARNINGS = Stage(
+    "warnings",
+    "errors in C that a compiler can see",
+    _make("warnings"),
+    600,
+    files=("*.[ch]", "*/native/*.py", "migrate/fastpath/*.py", "migrate/protocol/*.py", *RUN_BY),
+    tools=("gcc --version", "clang --version", "dpkg-query -W libc6-dev libssl-dev libxen-dev"),
+)
 RACES = Stage("races", "data races in C", _make("races"), 900)
 BROWSER = Stage("browser", "a report in a real browser", _make("browser"), 900, has_tests=True)
 DEMO = Stage("demo", "the demo of the README", _make("demo", "DEMO_MEMORY=256M"), 300)
@@ -82,7 +97,14 @@ GATE = (
     ),
     _test(),
     Stage("chaos", "faults at random instants", _make("chaos", "CHAOS_TRIALS=30"), 600),
-    Stage("model", "every state of the handover", _make("model", "MODEL=--unmutated"), 600),
+    Stage(
+        "model",
+        "every state of the handover",
+        _make("model", "MODEL=--unmutated"),
+        600,
+        files=("tests/campaigns/model/*", *RUN_BY),
+        tools=("gcc --version", "spin -V"),
+    ),
     CORE,
     _sanitize("THOROUGH=0"),
     WARNINGS,

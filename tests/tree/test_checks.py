@@ -8,14 +8,17 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.checks import unchanged
 from tests.checks.record import Outcome, Record, TestResult, continued, junit_results, read, tables
 from tests.checks.runner import MARK, Runner, end_orphans, marks
 from tests.checks.stages import TIERS, Stage
 from tests.support.labs import until
+from tests.tree import listing
 from tests.xenlab import parts
 
 TREE = Path(__file__).parents[2]
@@ -295,6 +298,50 @@ def checks(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command, cwd=TREE, capture_output=True, text=True, timeout=60, check=False
     )
+
+
+# ---- what has passed with the same files and tools ----
+@pytest.fixture
+def known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Stage, Path]:
+    """A stage whose result follows from files and a tool, and the file with the tool's version."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    version = tmp_path / "version"
+    version.write_text("1")
+    one = replace(stage("known", "true"), files=("tests/checks/*.py",), tools=(f"cat {version}",))
+    return one, version
+
+
+def outcome_of(one: Stage) -> Outcome:
+    return Outcome(one.name, " ".join(one.command), 0, 1.5, 1.0, False, False, ())
+
+
+def test_a_stage_that_has_passed_is_known_until_a_file_or_a_tool_changes(
+    known: tuple[Stage, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, version = known
+    assert unchanged.earlier(one) is None
+    unchanged.note([one], [outcome_of(one)], "1234")
+    found = unchanged.earlier(one)
+    assert found is not None and (found.commit, found.passed) == ("1234", True)
+    assert unchanged.earlier(replace(one, command=("false",))) is None
+    version.write_text("2")
+    assert unchanged.earlier(one) is None
+    version.write_text("1")
+    assert unchanged.earlier(one) is not None
+    fewer = [path for path in listing.files() if path.name != "runner.py"]
+    monkeypatch.setattr(unchanged, "files", lambda: fewer)
+    assert unchanged.earlier(one) is None
+
+
+def test_a_stage_that_failed_or_that_follows_from_more_is_not_known(
+    known: tuple[Stage, Path],
+) -> None:
+    one, _version = known
+    unchanged.note([one], [replace(outcome_of(one), status=1)], "1234")
+    assert unchanged.earlier(one) is None
+    other = replace(one, files=())
+    unchanged.note([other], [outcome_of(other)], "1234")
+    assert unchanged.earlier(other) is None
 
 
 @pytest.mark.parametrize("tier", TIERS)
