@@ -22,6 +22,8 @@ from tests.support.waiting import WAIT_S, until
 
 __all__ = ["world"]
 BOTH = ("sender", "receiver")
+DRAWING_S = 4 * WAIT_S
+"""The limit of a command that draws: some seconds of CPU, which a busy machine has in minutes."""
 
 
 def records(world: World, which: str) -> list[Path]:
@@ -31,13 +33,14 @@ def records(world: World, which: str) -> list[Path]:
 
 def command(world: World, *arguments: str) -> subprocess.CompletedProcess[str]:
     sockets = ("--socket", str(world.sender_socket), "--socket", str(world.receiver_socket))
-    return zygote.run([*PROGRAM, *arguments, *sockets], timeout=WAIT_S)
+    return zygote.run([*PROGRAM, *arguments, *sockets], timeout=DRAWING_S)
 
 
 def recorded(world: World) -> dict[str, dict[str, Any]]:
     return dict(zip(BOTH, answers_of(world, "guest"), strict=True))
 
 
+@pytest.mark.timeout(6 * DRAWING_S)
 def test_a_report_is_made_before_and_after_the_end_and_after_a_restart(
     world: World, tmp_path: Path
 ) -> None:

@@ -323,6 +323,7 @@ HISTOGRAM = "details", "fault_latency_us", "histogram"
 @example(
     changes=[((0, key), "replaced", None) for key in ("started_at", "details")], by_one_end=False
 )
+@example(changes=[((1, "direction"), "replaced", "\x1b[2J\n\ud800")], by_one_end=False)
 @example(changes=[((1, *HISTOGRAM), "replaced", 0)], by_one_end=False)
 @example(changes=[((0, *HISTOGRAM), "replaced", 0)], by_one_end=True)
 @settings(max_examples=examples(150))

@@ -47,8 +47,8 @@ def accepted(answer: Answer) -> Answer:
             found[key] = one
     for key in NEEDED:
         if not found.get(key) or (key == "direction" and found[key] not in DIRECTIONS):
-            why = shortened(answer.get(key))
-            raise MigrationError(f"the answer of a daemon is damaged: its key {key} has {why}")
+            given = repr(shortened(answer[key])) if key in answer else "no value"
+            raise MigrationError(f"the answer of a daemon is damaged: its key {key} has {given}")
     missing: Answer = {
         **dict.fromkeys(("domain", "peer", "problem"), ""), "unknown": [], "phases": [],
         "started_at": None, "ended_at": None, "details": {}, "record": None,
