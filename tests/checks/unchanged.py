@@ -9,7 +9,6 @@ run that names the stage, run it whatever is known.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import subprocess
 from collections.abc import Sequence
@@ -21,19 +20,21 @@ from typing import Any
 from tests.checks.record import Outcome
 from tests.checks.stages import Stage
 from tests.tree.listing import TREE, files
-from tests.xenlab.cache import directory
+from tests.xenlab.cache import directory, fingerprint
 
 
-def fingerprint(stage: Stage) -> str:
+def key(stage: Stage) -> str:
     """Return the fingerprint of a stage's command, files and tools."""
-    digest = hashlib.sha256(repr(stage.command).encode())
-    for path in sorted(files()):
-        if any(fnmatch(str(path), pattern) for pattern in stage.files):
-            content = hashlib.sha256((TREE / path).read_bytes()).hexdigest()
-            digest.update(f"\n{path} {content}".encode())
-    for command in stage.tools:
-        digest.update(_output(command))
-    return digest.hexdigest()[:16]
+    taken = [
+        path
+        for path in sorted(files())
+        if any(fnmatch(str(path), pattern) for pattern in stage.files)
+    ]
+    return fingerprint(
+        *stage.command,
+        *(part for path in taken for part in (str(path), TREE / path)),
+        *map(_output, stage.tools),
+    )
 
 
 def _output(command: str) -> bytes:
@@ -44,7 +45,7 @@ def _output(command: str) -> bytes:
 
 
 def _file(stage: Stage) -> Path:
-    return directory().parent / "checks" / f"{stage.name}-{fingerprint(stage)}.json"
+    return directory().parent / "checks" / f"{stage.name}-{key(stage)}.json"
 
 
 def earlier(stage: Stage) -> Outcome | None:
