@@ -29,8 +29,14 @@ from tests.support.waiting import WAIT_S, until_async
 from xenbackend.contract import DomainState
 
 Patch = pytest.MonkeyPatch
-PAUSED = "is paused here: destroy it (`xl destroy "
 FORGOTTEN = "the destination has forgotten the migration: make sure that the guest does not run"
+
+
+def paused(name: str) -> str:
+    return (
+        f"so {name} is paused here: destroy it (`xl destroy {name}`), or unpause it "
+        f"(`xl unpause {name}`)"
+    )
 
 
 class Client:
@@ -82,7 +88,7 @@ async def test_a_guest_that_is_recalled_after_its_end_is_shown_as_paused_here(
         journal = outcome.migration.context.journal
         await until_async(lambda: outcome.migration.id not in journal.entries())
         found = await shown(outcome.receiver, name)
-        assert found["phase"] == "failed" and PAUSED in found["problem"]
+        assert found["phase"] == "failed" and paused(name) in found["problem"]
         # A source whose answer was lost asks again, and the successor still has the session.
         assert outcome.arrivals.entries()[outcome.migration.id]["recalled"]
         line = of_successor(outcome.arrivals)
@@ -115,7 +121,7 @@ async def check_successors(world: World, name: str) -> None:
                     assert found["phase"] in ("completing", "completed")
                     await trio.sleep(0.01)
                 daemon._nursery.cancel_scope.cancel()
-        assert PAUSED in found["problem"] and guest.state() is state
+        assert paused(name) in found["problem"] and guest.state() is state
         assert of_successor(journal)["problem"] == found["problem"]
 
 
