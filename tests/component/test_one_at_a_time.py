@@ -22,6 +22,7 @@ from migrate.lanes.connection import Terms
 from migrate.lanes.dial import DialledLanes
 from migrate.options import MigrationOptions, Strategy
 from migrate.service.journal import Journal
+from migrate.service.lifecycle import RESUMING
 from receiver.checkpoints import Checkpoints
 from receiver.statistics import PagerStatistics
 from sender.migration import OutgoingMigration
@@ -196,7 +197,8 @@ def test_a_sender_s_own_log_dirty_is_switched_off_by_its_successor(
         world.destination.open("guest").destroy()
     start_sender(world)
     if decided:
-        until(lambda: phase(world, "sender") == "interrupted", "it is not interrupted")
+        until(lambda: lines(world, "sender")[-1]["problem"] != RESUMING, "it is not taken up")
+        assert phase(world, "sender") == "interrupted"
         world.ask("sender", command="decide", migration="guest", here=True, force=True)
     until(lambda: phase(world, "sender") == "failed", "it does not end")
     with world.source.open("guest") as guest:

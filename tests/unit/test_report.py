@@ -351,7 +351,7 @@ def test_an_answer_that_is_whole_is_accepted_as_it_is() -> None:
 
 @pytest.mark.parametrize(
     ("key", "value", "what"),
-    [("id", None, "its key id has None"), ("direction", "up", "its key direction has up"),
+    [("id", None, "its key id has None"), ("direction", "up", "its key direction has 'up'"),
      ("phase", [1], r"its key phase has \[1\]")],
 )  # fmt: skip
 def test_an_answer_about_no_migration_is_refused(key: str, value: Any, what: str) -> None:

@@ -47,7 +47,7 @@ def accepted(answer: Answer) -> Answer:
             found[key] = one
     for key in NEEDED:
         if not found.get(key) or (key == "direction" and found[key] not in DIRECTIONS):
-            given = repr(shortened(answer[key])) if key in answer else "no value"
+            given = shortened(repr(answer[key])) if key in answer else "no value"
             raise MigrationError(f"the answer of a daemon is damaged: its key {key} has {given}")
     missing: Answer = {
         **dict.fromkeys(("domain", "peer", "problem"), ""), "unknown": [], "phases": [],
