@@ -266,8 +266,8 @@ async def test_a_dirty_page_that_is_forgotten_is_noticed(
         return last[0] * 0 if self.info().state is DomainState.SUSPENDED else last[0]
 
     def suspend_after_writes(self: SimulatedDomain) -> None:
-        """Suspend the guest when it has written pages that the last reading did not have.  The
-        others may be sent later than these writes: in the round, or put off until the suspension.
+        """Suspend the guest when it has written pages that the last reading did not have.  A page
+        of that reading may be sent after this write: in the round, or after the suspension.
         """
         deadline = time.monotonic() + WAIT_S
         while (

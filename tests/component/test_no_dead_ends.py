@@ -14,12 +14,22 @@ from migrate.cli.world import World, start_receiver, start_sender
 from migrate.errors import MigrationError, UnknownMigrationError
 from migrate.options import Strategy
 from migrate.protocol import messages as m
-from migrate.service.lifecycle import RESUMING
 from receiver.peer import Peer
 from tests.conftest import MIB
 from tests.support import zygote
 from tests.support.commands import PROGRAM
-from tests.support.daemons import begin, boot, copying, kill, lines, note, phase, states, world
+from tests.support.daemons import (
+    begin,
+    boot,
+    copying,
+    kill,
+    lines,
+    note,
+    phase,
+    states,
+    until_taken_up,
+    world,
+)
 from tests.support.guests import continues_here_only
 from tests.support.inprocess import Outcome, migrate
 from tests.support.links import Link, cut_when, until_cut
@@ -224,7 +234,7 @@ def test_a_successor_shows_what_the_destination_has_reported(world: World, again
     if again:
         kill(world, "sender")
         start_sender(world)
-        until(lambda: lines(world, "sender")[-1]["problem"] != RESUMING, "it is not taken up")
+        until_taken_up(world)
     answers(world, "sender", {"decide here": "has reported that guest runs there"})
     answers(world, "sender", {"decide elsewhere": "acts"})
     until(lambda: phase(world, "sender") == "failed", "it is not carried out")

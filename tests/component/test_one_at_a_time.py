@@ -22,7 +22,6 @@ from migrate.lanes.connection import Terms
 from migrate.lanes.dial import DialledLanes
 from migrate.options import MigrationOptions, Strategy
 from migrate.service.journal import Journal
-from migrate.service.lifecycle import RESUMING
 from receiver.checkpoints import Checkpoints
 from receiver.statistics import PagerStatistics
 from sender.migration import OutgoingMigration
@@ -39,6 +38,7 @@ from tests.support.daemons import (
     lines,
     phase,
     states,
+    until_taken_up,
     world,
 )
 from tests.support.inprocess import Outcome, migrate, verification
@@ -197,7 +197,7 @@ def test_a_sender_s_own_log_dirty_is_switched_off_by_its_successor(
         world.destination.open("guest").destroy()
     start_sender(world)
     if decided:
-        until(lambda: lines(world, "sender")[-1]["problem"] != RESUMING, "it is not taken up")
+        until_taken_up(world)
         assert phase(world, "sender") == "interrupted"
         world.ask("sender", command="decide", migration="guest", here=True, force=True)
     until(lambda: phase(world, "sender") == "failed", "it does not end")

@@ -15,7 +15,9 @@ import trio
 
 from migrate.cli.world import World, loopback_world, verify_migrated, wait_for_steps
 from migrate.errors import MigrationError
+from migrate.service.lifecycle import RESUMING
 from tests.conftest import MIB
+from tests.support.waiting import until
 from xenbackend.simulated.guest import GuestSpec
 
 
@@ -68,6 +70,13 @@ def lines(world: World, which: str) -> list[dict[str, Any]]:
 def phase(world: World, which: str) -> str:
     found = lines(world, which)
     return str(found[-1]["phase"]) if found else ""
+
+
+def until_taken_up(world: World) -> None:
+    """Wait until a sender's successor has taken its migration up: then it can carry a decision out.
+    The phase is shown before that.
+    """
+    until(lambda: lines(world, "sender")[-1]["problem"] != RESUMING, "it is not taken up")
 
 
 def kill(world: World, which: str) -> None:

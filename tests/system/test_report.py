@@ -23,7 +23,9 @@ from tests.support.waiting import WAIT_S, until
 __all__ = ["world"]
 BOTH = ("sender", "receiver")
 DRAWING_S = 4 * WAIT_S
-"""The limit of a command that draws: some seconds of CPU, which a busy machine has in minutes."""
+"""The limit of a command that draws.  Drawing takes some seconds of CPU time: minutes on a busy
+machine.
+"""
 
 
 def records(world: World, which: str) -> list[Path]:

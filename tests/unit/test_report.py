@@ -359,6 +359,13 @@ def test_an_answer_about_no_migration_is_refused(key: str, value: Any, what: str
         report_of([{**source(), key: value}])
 
 
+def test_an_answer_without_its_phase_is_refused() -> None:
+    answer = source()
+    del answer["phase"]
+    with pytest.raises(MigrationError, match="its key phase has no value"):
+        report_of([answer])
+
+
 @pytest.mark.parametrize(
     ("part", "value", "unknown"),
     [
