@@ -209,13 +209,22 @@ static void yield_cpu(size_t *since, size_t moved)
 
 /* ---- sending ---- */
 
-/* Encrypt with a new key from here on.  If this fails, the next SSL_write reports the reason. */
-static void renew_key(struct records *records)
+/* Encrypt with a new key from here on.  Returns 0, or -errno.  While OpenSSL has a KeyUpdate to
+ * send, SSL_read receives nothing, and two ends whose sockets are full would wait for each other.
+ * So the message is sent when the socket has room.  The next SSL_write reports an error of OpenSSL.
+ */
+static int renew_key(struct records *records)
 {
+    int rc = wait_for(records, POLLOUT, records->send_timeout_ms);
+
+    if (rc)
+        return rc;
     take(records);
-    SSL_key_update(records->ssl, SSL_KEY_UPDATE_NOT_REQUESTED);
+    if (SSL_key_update(records->ssl, SSL_KEY_UPDATE_NOT_REQUESTED) == 1)
+        SSL_do_handshake(records->ssl);
     give(records);
     records->under_key = 0;
+    return 0;
 }
 
 static int send_record(struct records *records, const uint8_t *at, size_t bytes)
@@ -277,9 +286,9 @@ static int send_pieces(struct records *records, const struct iovec *pieces, size
                 offset = 0;
             }
         }
-        if (records->under_key++ == RECORDS_PER_KEY)
-            renew_key(records);
-        rc = send_record(records, from, bytes);
+        rc = records->under_key++ == RECORDS_PER_KEY ? renew_key(records) : 0;
+        if (!rc)
+            rc = send_record(records, from, bytes);
         if (rc)
             return records->broken = rc;
         yield_cpu(&since, bytes);
