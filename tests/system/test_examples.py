@@ -149,7 +149,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def alone() -> Iterator[None]:
     """The examples listen at fixed ports, so one process at a time runs them."""
     with (Path(tempfile.gettempdir()) / f"xen-postcopy-examples-{os.getuid()}").open("w") as lock:
@@ -157,7 +157,9 @@ def alone() -> Iterator[None]:
         yield
 
 
+@pytest.mark.serial  # a command waits 10 s at most for a daemon that an example has just started
 @pytest.mark.skipif(sys.prefix == sys.base_prefix, reason="the examples use .venv")
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("block", SAFE, ids=str)
 def test_an_example_runs_as_it_stands(block: Block, folder: Path) -> None:
     path = os.pathsep.join((str(folder / ".stub"), f"{sys.prefix}/bin", os.environ["PATH"]))
