@@ -46,10 +46,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if belongs(item)]
     config.hook.pytest_deselected(items=elsewhere)
     for item in items:
-        gate = item.get_closest_marker("gate")
-        if gate is not None and gate.args and KIND not in gate.args:
-            item.own_markers.remove(gate)
-        elif HERE not in item.path.parents and item.name not in MINUTES:
+        if HERE not in item.path.parents and item.name not in MINUTES:
             item.add_marker("gate")
 
 

@@ -44,14 +44,13 @@ READY, GO, REPORT = (
 )
 
 
-@pytest.mark.gate("populate-evicted")
 @PAGING
 def test_xl_migrates_by_postcopy_and_back(running: Host) -> None:
     migrate_there_and_back(running, "xl1", LINUX)
 
 
 @pytest.mark.gate
-@pytest.mark.hypervisors("paging")
+@PAGING
 def test_xl_migrates_a_guest_of_a_few_mib_by_postcopy_and_back(running: Host) -> None:
     migrate_there_and_back(running, "xl6", STUB)
 
