@@ -4,7 +4,8 @@
 ``gate`` is what a change must pass before it lands; ``everything`` adds what takes more than an
 hour, and is run before a release.  Stages run beside each other, as many as there are cores.  A
 table of stages and one of the slowest tests come last.  The record of ``everything`` is kept in
-``docs/results``; ``show`` prints the tables of a record again.
+``docs/results``; ``show`` prints the tables of a record again, and ``show --figures`` the figures
+that its stages have printed.
 
 ``everything --again`` runs what the last run has not passed or not reached, if the commits differ
 only in tests and documents.  The record then has the outcomes of both runs, with the commit of each
@@ -32,7 +33,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from tests.checks import unchanged
-from tests.checks.record import Outcome, Record, continued, read, tables
+from tests.checks.record import Outcome, Record, continued, figures, read, tables
 from tests.checks.runner import Runner, end_orphans
 from tests.checks.stages import TIERS, Stage
 
@@ -46,8 +47,8 @@ def show(text: str) -> None:
     print(f"[{datetime.now():%H:%M:%S}] {text}", flush=True)
 
 
-def show_record(path: Path | None) -> None:
-    """Print a record as its run printed it.  Ends with status 1 if there is none."""
+def show_record(path: Path | None, *, with_figures: bool) -> None:
+    """Print a record as its run printed it, or its figures.  Without one, ends with status 1."""
     try:
         newest = max(
             RESULTS.glob("*.json"), default=None, key=lambda found: read(found)[0]["started"]
@@ -65,7 +66,7 @@ def show_record(path: Path | None) -> None:
         f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}, Python "
         f"{machine['python']}\n"
     )
-    print(tables(outcomes))
+    print(figures(outcomes) or "no figures" if with_figures else tables(outcomes))
 
 
 def last_run(record: Record) -> tuple[dict[str, Any], list[Outcome]]:
@@ -101,12 +102,15 @@ def options() -> argparse.Namespace:
         action="store_true",
         help="leave out what the last run of the same product has passed",
     )
+    parser.add_argument(
+        "--figures", action="store_true", help="with show: the figures that the stages have printed"
+    )
     parser.add_argument("--list", action="store_true", help="name the stages and run none")
     parser.add_argument(
         "--cores", type=int, default=len(os.sched_getaffinity(0)),
         help="how many stages run beside each other (default: the machine's cores, %(default)s)",
     )  # fmt: skip
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     if given.tier == "show":
         return given
     if given.record is not None:
@@ -195,7 +199,7 @@ def main() -> None:
     os.chdir(TREE)
     if given.tier == "show":
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # ``show | head``
-        show_record(given.record)
+        show_record(given.record, with_figures=given.figures)
     elif given.list:
         for stage in TIERS[given.tier]:
             print(f"{stage.name:<14} {stage.subject}\n{'':<14}   {' '.join(stage.command)}")

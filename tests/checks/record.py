@@ -47,6 +47,8 @@ class Outcome:
     """The commit on which the stage ran; empty: that of the record."""
     before: tuple[str, ...] = ()
     """The verdicts of the stage in earlier runs that this run continues."""
+    figures: tuple[str, ...] = ()
+    """The last lines of the output, of a stage that prints figures."""
 
     @property
     def passed(self) -> bool:
@@ -160,8 +162,8 @@ class Record:
         return not self._head["uncommitted_changes"] and same.returncode == 0
 
     def write(self, path: Path, outcomes: Sequence[Outcome], seconds: float) -> None:
-        """Write the record, with one line for each test, so that two records can be compared line
-        by line.
+        """Write the record, with one line for each test and for each line of figures, so that two
+        records can be compared line by line.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         passed = all(outcome.passed for outcome in outcomes)
@@ -169,8 +171,10 @@ class Record:
         lines = [json.dumps(head)[:-1] + ', "stages": [']
         for number, outcome in enumerate(outcomes):
             stage = asdict(outcome)
-            tests = stage.pop("tests")
-            lines.append(json.dumps(stage)[:-1] + ', "tests": [')
+            tests, figures = stage.pop("tests"), stage.pop("figures")
+            lines.append(json.dumps(stage)[:-1] + ', "figures": [')
+            lines.append(",\n".join(json.dumps(line) for line in figures))
+            lines.append('], "tests": [')
             lines.append(",\n".join(json.dumps(list(test.values())) for test in tests))
             lines.append("]}" + "," * (number + 1 < len(outcomes)))
         lines.append("]}\n")
@@ -189,6 +193,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[Outcome]]:
                     **stage,
                     "tests": tuple(TestResult(*test) for test in stage["tests"]),
                     "before": tuple(stage.get("before", ())),
+                    "figures": tuple(stage.get("figures", ())),
                 }
             )
             for stage in head.pop("stages")
@@ -208,6 +213,15 @@ def continued(earlier: Sequence[Outcome], commit: str, now: Sequence[Outcome]) -
         *(replace(one, commit=one.commit or commit) for one in earlier if one.name not in names),
         *(replace(one, before=before.get(one.name, ())) for one in now),
     ]
+
+
+def figures(outcomes: Sequence[Outcome]) -> str:
+    """Return the outputs of the stages that print figures, each below its name."""
+    return "\n\n".join(
+        "\n".join((f"{one.name}:", *(f"    {line}".rstrip() for line in one.figures)))
+        for one in outcomes
+        if one.figures
+    )
 
 
 def tables(outcomes: Sequence[Outcome]) -> str:

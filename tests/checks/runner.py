@@ -22,7 +22,7 @@ from tests.xenlab.cache import directory
 POLL_S = 0.1
 STILL_RUNNING_EVERY_S = 60.0
 LAST_BYTES = 64 * 1024
-"""How much of the log of a failed stage is shown; the log may be of any size."""
+"""How much is shown of the log of a failed stage, and kept of figures; a log may be of any size."""
 MARK = "XEN_POSTCOPY_STAGE"
 """The environment variable by which every process of a stage is found.  It has the stage, the
 runner, and the runner's start.
@@ -70,6 +70,7 @@ class _Running:
             self.timed_out,
             self.stage.has_tests,
             junit_results(self.junit),
+            figures=tuple(_end_of(self.log).splitlines()) if self.stage.prints_figures else (),
         )
 
 

@@ -29,6 +29,8 @@ class Stage:
     """How many cores the stage uses; a stage that uses all cores of the machine runs alone."""
     has_tests: bool = False
     """A stage with tests that runs none has failed."""
+    prints_figures: bool = False
+    """The record keeps the end of the output."""
     files: tuple[str, ...] = ()
     """The files from which the result follows, together with the tools; empty if it also follows
     from something else, such as the instants at which threads run.
@@ -117,7 +119,14 @@ GATE = (
 EVERYTHING = (
     TOOLS,
     # First, while no other stage runs.
-    Stage("bench", "figures beside plain C and QEMU", _make("bench"), 7200, cores=ALONE),
+    Stage(
+        "bench",
+        "figures beside plain C and QEMU",
+        _make("bench"),
+        7200,
+        cores=ALONE,
+        prints_figures=True,
+    ),
     # Also alone, because this stage starves any other of the CPU.
     Stage(
         "underload",
@@ -135,6 +144,7 @@ EVERYTHING = (
         _make("many"),
         1800,
         cores=ALONE,
+        prints_figures=True,
     ),
     # Then the longest stages first, so that the cores end together.
     _lab("hosts", "pairs of hosts, of one release and of two", HOSTS, RELEASES),
@@ -143,7 +153,13 @@ EVERYTHING = (
     Stage(
         "fuzz", "what a peer may send and a ring may hold", _make("fuzz", "FUZZ_SECONDS=900"), 3600
     ),
-    Stage("chaos", "faults at random instants", _make("chaos", "CHAOS_TRIALS=500"), 7200),
+    Stage(
+        "chaos",
+        "faults at random instants",
+        _make("chaos", "CHAOS_TRIALS=500"),
+        7200,
+        prints_figures=True,
+    ),
     # Beside no other stage on two cores, because this stage runs as many processes as the test.
     Stage(
         "coverage",
@@ -152,14 +168,27 @@ EVERYTHING = (
         3600,
         cores=AT_ONCE,
         has_tests=True,
+        prints_figures=True,
     ),
     _test(THOROUGH),
-    Stage("soak", "every strategy and workload", _make("soak", "SOAK_ROUNDS=2"), 3600),
+    Stage(
+        "soak",
+        "every strategy and workload",
+        _make("soak", "SOAK_ROUNDS=2"),
+        3600,
+        prints_figures=True,
+    ),
     Stage("packages", "the Debian package on fresh systems", _make("packages"), 3600),
     Stage("lowest", "the lowest version of each dependency", _make("lowest"), 1800),
     BROWSER,
     Stage("compat", "migrations from and to an earlier release", _make("compat"), 1800),
-    Stage("coverage-c", "which native code its tests reach", _make("coverage-c"), 1800),
+    Stage(
+        "coverage-c",
+        "which native code its tests reach",
+        _make("coverage-c"),
+        1800,
+        prints_figures=True,
+    ),
     _sanitize(THOROUGH),
     MODEL,
     WARNINGS,

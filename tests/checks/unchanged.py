@@ -54,7 +54,7 @@ def earlier(stage: Stage) -> Outcome | None:
         return None
     try:
         noted: dict[str, Any] = json.loads(_file(stage).read_text())
-        found = Outcome(**{**noted, "tests": (), "before": ()})
+        found = Outcome(**{**noted, "tests": (), "before": (), "figures": ()})
     except (OSError, ValueError, TypeError):
         return None
     return found if found.passed else None

@@ -246,6 +246,17 @@ def test_the_record_can_be_read_and_says_what_ran_where(tmp_path: Path) -> None:
     )
 
 
+def test_a_record_keeps_the_figures_that_a_stage_prints(tmp_path: Path) -> None:
+    figures = replace(stage("figures", "echo fault 1.02; echo bulk 0.57"), prints_figures=True)
+    outcomes, _shown = run(tmp_path, figures, stage("quiet", "echo 42"))
+    record = Record("everything", "2026-01-02T03:04:05+00:00")
+    record.write(tmp_path / record.name, list(outcomes.values()), 12.0)
+    kept = {one.name: one.figures for one in read(tmp_path / record.name)[1]}
+    assert kept == {"figures": ("fault 1.02", "bulk 0.57"), "quiet": ()}
+    shown = checks("show", "--figures", f"{tmp_path}/{record.name}").stdout
+    assert shown.endswith("\n\nfigures:\n    fault 1.02\n    bulk 0.57\n")
+
+
 def test_a_stage_that_ran_again_replaces_the_earlier_run_and_keeps_its_verdict(
     tmp_path: Path,
 ) -> None:
