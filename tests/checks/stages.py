@@ -55,7 +55,7 @@ def _lab(name: str, subject: str, *kinds: str) -> Stage:
     """Return the stage with every test of some of the lab's machines."""
     chosen = " ".join(f"--hypervisor {kind}" for kind in kinds)
     command = _make("xenlab", f"XENLAB={chosen}")
-    return Stage(f"xenlab-{name}", subject, command, 7200, cores=AT_ONCE, has_tests=True)
+    return Stage(f"xenlab-{name}", subject, command, 14400, cores=AT_ONCE, has_tests=True)
 
 
 def _test(*settings: str) -> Stage:

@@ -41,7 +41,7 @@ from xenbackend.ring import PagingRequest, PagingRing
 
 TREE = Path(__file__).parents[2]
 BATCH = 1024
-WAIT_S = 60.0
+WAIT_S = 240.0
 
 
 @pytest.fixture

@@ -166,7 +166,7 @@ class SimulatedLab(Lab):
         domain.set_page(pfn, refs=0)
 
 
-LAB_WAIT_S = 60.0
+LAB_WAIT_S = 240.0
 
 
 def until(condition: Callable[[], object], what: str, timeout_s: float = LAB_WAIT_S) -> None:

@@ -28,7 +28,7 @@ from xml.etree import ElementTree
 from tests.xenlab import machine, parts
 from tests.xenlab.cache import LabError, directory, say
 
-PYTEST = ("-o", "timeout=900", "--durations=5", "-rA", "--show-capture=no")
+PYTEST = ("-o", "timeout=1800", "--durations=5", "-rA", "--show-capture=no")
 CONFORMANCE, SCENARIOS = "tests/conformance/test_conformance.py", "tests/xenlab/dom0"
 
 
@@ -180,7 +180,7 @@ def arguments() -> argparse.ArgumentParser:
              "again for them)",
     )  # fmt: skip
     parser.add_argument(
-        "--timeout", type=float, default=3300.0, help="seconds for one machine (default 3300)"
+        "--timeout", type=float, default=7200.0, help="seconds for one machine (default 7200)"
     )
     parser.add_argument(
         "--memory",

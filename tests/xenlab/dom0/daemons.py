@@ -16,8 +16,7 @@ from migrate.control.client import ControlClient
 from migrate.errors import MigrationError
 from tests.support import zygote
 from tests.support.keepers import keepers
-from tests.xenlab.dom0.guests import WAIT_S
-from tests.xenlab.dom0.waiting import until
+from tests.xenlab.dom0.waiting import WAIT_S, until
 
 TREE = Path(__file__).parents[3]
 
@@ -66,7 +65,7 @@ class Daemons:
                 self.ports[role] = self.ask(role, command="status")["port"]
             return bool(self.ports[role])
 
-        until(started, f"the {role} does not start", 100)
+        until(started, f"the {role} does not start")
 
     def send_signal(self, role: str, number: int) -> None:
         self._processes[role].send_signal(number)

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tests.xenlab.dom0.waiting import WAIT_S
+
 T = TypeVar("T")
 
 PARTS, NEAR = Path("/mnt/parts"), Path("/tmp/parts")
 CONSOLES = Path("/var/log/xen")
 PANIC = "Kernel panic"
-WAIT_S = 300.0
-"""How long a guest is waited for, in an emulated machine that may have a share of a processor."""
 STEPS_PER_S = 1000
 """Less than the guest could do, because the emulated processor is shared with dom0."""
 # Without tsc_mode the guest executes an RDTSCP that the emulated Xen cannot emulate.  ``cpus``

@@ -17,9 +17,9 @@ import pytest
 from migrate.control.client import ControlClient, Json
 from migrate.options import LEAST_BANDWIDTH, NO_CAP
 from tests.xenlab.dom0.daemons import daemons, write_helper
-from tests.xenlab.dom0.guests import WAIT_S, Guest, guest, xl
+from tests.xenlab.dom0.guests import Guest, guest, xl
 from tests.xenlab.dom0.lab import remnants
-from tests.xenlab.dom0.waiting import until
+from tests.xenlab.dom0.waiting import WAIT_S, until
 from xenbackend.libxenctrl.hypervisor import XenHypervisor
 
 FEW_PAGES = 6000
@@ -85,7 +85,7 @@ class Host:
             command,
             check=False,
             text=True,
-            timeout=480,
+            timeout=WAIT_S,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env={
@@ -129,12 +129,12 @@ class Host:
 
         with ThreadPoolExecutor(1) as pool:
             migrating = pool.submit(self.migrate, name, XEN_POSTCOPY_STRATEGY="postcopy")
-            until(guest_moved, "the guest does not run at the destination", WAIT_S)
-            until(few_are_left, "pages are not sent", WAIT_S)
+            until(guest_moved, "the guest does not run at the destination")
+            until(few_are_left, "pages are not sent")
             self._set_bandwidth(LEAST_BANDWIDTH)
             migrating.result()
         self.wait_for("postcopy")
-        until(few_are_missing, "pages do not arrive", WAIT_S)
+        until(few_are_missing, "pages do not arrive")
 
     def _unsent(self) -> int:
         """Return the pages that the sender has not sent yet.  More may be missing, because a slow
@@ -163,7 +163,7 @@ class Host:
             lines = self.lines("sender")[-1:]
             return any(line["phase"] == "precopy" and line["pages_done"] for line in lines)
 
-        until(copies, "precopy is not reached", WAIT_S)
+        until(copies, "precopy is not reached")
 
     def details(self, daemon: str) -> Json:
         """Return what a daemon has measured of its last migration."""
@@ -180,7 +180,7 @@ class Host:
                 self.lines(daemon)[-1]["phase"] == phase for daemon in ("sender", "receiver")
             )
 
-        until(reached, f"{phase} is not reached", WAIT_S)
+        until(reached, f"{phase} is not reached")
 
     def resume(self) -> None:
         """Copy the pages that :meth:`migrate_but_few_pages` has left."""
@@ -206,7 +206,7 @@ class Host:
         def alone() -> bool:
             return [info.domid for info in self.xen.domains()] == [domid] and not remnants(self.xen)
 
-        until(alone, "something is left of another domain", WAIT_S)
+        until(alone, "something is left of another domain")
         with self.xen.open(domid) as domain:
             assert not domain.preflight().problems or not self.xen.host.facts().paging
 

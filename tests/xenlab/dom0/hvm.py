@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from tests.xenlab.dom0.devices import image
-from tests.xenlab.dom0.guests import PARTS, WAIT_S, run
-from tests.xenlab.dom0.waiting import until
+from tests.xenlab.dom0.guests import PARTS, run
+from tests.xenlab.dom0.waiting import WAIT_S, until
 
 CD_BYTES = 2 * 2**20
 CD_FACTOR = 0x9E3779B97F4A7C15
@@ -24,7 +24,6 @@ SCREEN = 'vga = "stdvga"\nvideoram = 16\nvnc = 1\nvnclisten = "127.0.0.1"\nvncun
 NO_SCREEN = 'vga = "none"\nvnc = 0\n'
 VERSION = b"RFB 003.008\n"
 NO_SECURITY = 1
-SOCKET_S = 60.0
 
 
 @contextlib.contextmanager
@@ -71,7 +70,7 @@ class Screen:
 
     def __init__(self, domid: int):
         port = int(run("xenstore-read", f"/local/domain/{domid}/console/vnc-port"))
-        self._socket = socket.create_connection(("127.0.0.1", port), SOCKET_S)
+        self._socket = socket.create_connection(("127.0.0.1", port), WAIT_S)
         self._stream = self._socket.makefile("rb")
         self.updates = 0
         self.problem = ""
@@ -121,12 +120,12 @@ class Screen:
     def wait_for_changes(self, count: int) -> None:
         """Wait until the screen has changed so many more times."""
         wanted = self.updates + count
-        until(lambda: self.updates >= wanted or self.problem, "the screen does not change", WAIT_S)
+        until(lambda: self.updates >= wanted or self.problem, "the screen does not change")
         assert not self.problem, self.problem
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
-        self._thread.join(SOCKET_S)
+        self._thread.join(WAIT_S)
         self._stream.close()
         self._socket.close()

@@ -34,7 +34,6 @@ from xenbackend.libxenctrl.platform import Platform
 from xenbackend.pages import PfnArray
 
 XEN_X86_EMU_LAPIC = 1
-REMNANTS_S = 30.0
 OPTIONS = f"rate={STEPS_PER_S} beat=100"
 EMPTY_PLATFORM = Platform(True, XEN_X86_EMU_LAPIC, 0, bytes(16), 0, b"", b"")
 """The platform of a PVH domain."""
@@ -77,7 +76,6 @@ class XenLab(Lab):
         until(
             lambda: not remnants(self.xen),
             "pages of domains that are gone are still held",
-            REMNANTS_S,
         )
 
     def _is_well(self, guest: Guest) -> bool:

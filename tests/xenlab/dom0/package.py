@@ -50,7 +50,7 @@ class Host:
         def active() -> bool:
             return all(self.unit_property(unit, "ActiveState") == "active" for unit in UNITS)
 
-        until(active, "the units do not start", 240)
+        until(active, "the units do not start")
 
     def install(self) -> None:
         print(self.upgrade())

@@ -24,9 +24,6 @@ listen = "{address}"
 [receiver]
 listen = "{address}"
 """
-ANSWERS_S = 120
-COMPLETED_S = 240
-REMNANTS_S = 60
 Pair = tuple[Host, Host]
 
 
@@ -43,7 +40,7 @@ class GuestThere(Guest):
 def both() -> Pair:
     """Return the hosts, as soon as the second one answers."""
     first, second = (Host(name) for name in HOST_NAMES)
-    until(lambda: second.run("true", ok=False) == "", "the other host does not answer", ANSWERS_S)
+    until(lambda: second.run("true", ok=False) == "", "the other host does not answer")
     return first, second
 
 
@@ -91,7 +88,6 @@ def wait_until_completed(pair: Pair) -> None:
     until(
         lambda: all(migrations(host)[-1]["phase"] == "completed" for host in pair),
         "the pages do not all come",
-        COMPLETED_S,
     )
 
 
@@ -102,7 +98,7 @@ def check_moved(name: str, source: Host, to: Host, console: str) -> GuestThere:
     there = GuestThere(console, 0, to)
     check_heartbeat(there)
     assert names(to) == ["Domain-0", name]
-    until(lambda: names(source) == ["Domain-0"], f"something is left: {names(source)}", REMNANTS_S)
+    until(lambda: names(source) == ["Domain-0"], f"something is left: {names(source)}")
     return there
 
 

@@ -15,7 +15,7 @@ import pytest
 from tests.support.keepers import keepers
 from tests.xenlab.dom0.daemons import daemons
 from tests.xenlab.dom0.devices import check_disk, disk, guest_with_devices, vif
-from tests.xenlab.dom0.guests import WAIT_S, Guest, guest, run, xl
+from tests.xenlab.dom0.guests import Guest, guest, run, xl
 from tests.xenlab.dom0.host import (
     PATCHED,
     SLOW,
@@ -64,7 +64,7 @@ def check_nothing_is_left(host: Host, *domids: int) -> None:
         journals = (host.directory / "state").rglob("*.json")
         return [*others, *remnants(host.xen), *keepers(), *journals]
 
-    until(lambda: not left(), f"something is left: {left()}", WAIT_S)
+    until(lambda: not left(), f"something is left: {left()}")
 
 
 def wait_for_end(host: Host, problem: str) -> None:
@@ -74,7 +74,7 @@ def wait_for_end(host: Host, problem: str) -> None:
         lines = [host.lines(daemon)[-1] for daemon in ("sender", "receiver")]
         return all(line["phase"] == "failed" and problem in line["problem"] for line in lines)
 
-    until(ended, f"the reason is not shown: {problem}", WAIT_S)
+    until(ended, f"the reason is not shown: {problem}")
 
 
 # ---- while pages are missing ----
@@ -85,7 +85,6 @@ def test_devices_come_and_go_while_pages_are_missing(host: Host, tmp_path: Path)
         until(
             lambda: run("xenstore-read", front_end).strip() == CONNECTED,
             f"the guest does not use {kind} {number}",
-            WAIT_S,
         )
 
     with (
@@ -172,7 +171,7 @@ def test_a_guest_reboots_while_pages_are_missing(slow: Host) -> None:
         before = int(xl("domid", "adm6"))
         xl("reboot", "adm6")
         wait_for_end(slow, "it has rebooted")
-        until(lambda: "adm6" in xl("list"), "it is not made anew", WAIT_S)
+        until(lambda: "adm6" in xl("list"), "it is not made anew")
         now = Guest("adm6", int(xl("domid", "adm6")))
         assert now.domid > before
         check_heartbeat(now)
@@ -189,12 +188,11 @@ def test_a_sender_that_is_stopped_waits_for_the_last_page(host: Host, tmp_path: 
             until(
                 lambda: "waiting for guests elsewhere: adm7" in log.read_text(),
                 "it does not wait",
-                WAIT_S,
             )
             assert missing(here) > 0
             here.resume()
             assert pair.wait("sender") == 0
-            until(lambda: pair.phase("receiver") == "completed", "pages are missing", WAIT_S)
+            until(lambda: pair.phase("receiver") == "completed", "pages are missing")
             check_heartbeat(arrived("adm7"))
             here.check_clean("adm7")
 
@@ -205,7 +203,7 @@ def test_a_guest_that_has_shut_down_is_refused_with_a_reason(slow: Host) -> None
     with guest("adm10", extra=STAYS) as made:
         made.wait_for_heartbeats(2)
         xl("shutdown", "adm10")
-        until(lambda: state(slow, "adm10") is DomainState.SHUT_DOWN, "it does not end", WAIT_S)
+        until(lambda: state(slow, "adm10") is DomainState.SHUT_DOWN, "it does not end")
         with pytest.raises(RuntimeError, match="is shut down: only a running guest can be"):
             slow.migrate("adm10")
 

@@ -23,7 +23,7 @@ from tests.xenlab.dom0.conftest import KIND
 from tests.xenlab.dom0.daemons import daemons
 from tests.xenlab.dom0.guests import STEPS_PER_S, STUB, Guest, guest
 from tests.xenlab.dom0.lab import EMPTY_PLATFORM
-from tests.xenlab.dom0.waiting import until
+from tests.xenlab.dom0.waiting import WAIT_S, until
 from xenbackend import release
 from xenbackend.contract import DomainConfig
 from xenbackend.errors import XenError
@@ -45,7 +45,7 @@ def xen() -> Iterator[XenHypervisor]:
 
 
 def xen_postcopy(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return zygote.run([sys.executable, "-m", "migrate.cli", *arguments], timeout=120)
+    return zygote.run([sys.executable, "-m", "migrate.cli", *arguments], timeout=WAIT_S)
 
 
 def empty(xen: XenHypervisor, *, hap: bool = True) -> XenDomain:
@@ -333,14 +333,13 @@ def test_daemons_are_killed_in_postcopy_and_their_successors_continue(
         )
         try:
             for role, other in (("receiver", "sender"), ("sender", "receiver")):
-                until(lambda: running.phase("receiver") == "postcopy", "no postcopy", 500)
+                until(lambda: running.phase("receiver") == "postcopy", "no postcopy")
                 running.kill(role)
-                until(lambda: running.phase(other) == "interrupted", "it was not noticed", 120)
+                until(lambda: running.phase(other) == "interrupted", "it was not noticed")
                 running.start(role)
             until(
                 lambda: running.phase("receiver") == running.phase("sender") == "completed",
                 "it does not end",
-                400,
             )
         finally:
             asked.kill()
@@ -380,14 +379,14 @@ def test_a_protected_guest_outlives_its_destination(xen: XenHypervisor, tmp_path
         ]
         asked = zygote.Popen([*command, *options, "--socket", str(tmp_path / "sender")])
         try:
-            until(lambda: running.line("sender").get("checkpoints", 0) > 0, "no checkpoint", 250)
+            until(lambda: running.line("sender").get("checkpoints", 0) > 0, "no checkpoint")
             running.kill("receiver")
             xen.host.destroy(
                 next(info.domid for info in xen.domains() if info.name == "phoenix--incoming")
             )
-            until(lambda: running.phase("sender") == "interrupted", "it was not noticed", 60)
+            until(lambda: running.phase("sender") == "interrupted", "it was not noticed")
             running.ask("sender", command="decide", migration="phoenix", here=True)
-            until(lambda: running.phase("sender") == "failed", "it does not go back", 120)
+            until(lambda: running.phase("sender") == "failed", "it does not go back")
         finally:
             asked.kill()
             asked.wait()
@@ -426,20 +425,20 @@ def test_a_guest_that_is_destroyed_leaves_its_neighbour_alone(
             return str(next((line["phase"] for line in lines if line["domain"] == name), ""))
 
         for name, one in zip(names, made, strict=True):
-            until(lambda: phase("sender", name) == "precopy", "no precopy", 120)
+            until(lambda: phase("sender", name) == "precopy", "no precopy")
             for again in (name, str(one.domid)):
                 told = xen_postcopy("migrate", again, f"127.0.0.1:{running.port}", *socket)
                 assert told.returncode == 1 and "migrated already" in told.stderr
         for name in names:
             assert xen_postcopy("postcopy-now", name, *socket).returncode == 0
-            until(lambda: phase("receiver", name) == "postcopy", "no postcopy", 500)
+            until(lambda: phase("receiver", name) == "postcopy", "no postcopy")
         domids = {info.name: info.domid for info in xen.domains()}
         spared = Guest("spared--incoming", domids["spared--incoming"])
         stack.callback(xen.host.destroy, spared.domid)
         xen.host.destroy(domids["doomed--incoming"])
         for role in ("receiver", "sender"):
-            until(lambda: phase(role, "doomed") == "failed", "not noticed", 120)
-            until(lambda: phase(role, "spared") == "completed", "it does not end", 600)
+            until(lambda: phase(role, "doomed") == "failed", "not noticed")
+            until(lambda: phase(role, "spared") == "completed", "it does not end")
         beats = spared.wait_for_heartbeats(3)
         assert [beat.errors for beat in beats] == [0] * len(beats)
         assert not {info.name for info in xen.domains()} & {*names, "doomed--incoming"}

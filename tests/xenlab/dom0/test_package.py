@@ -61,7 +61,6 @@ def test_the_watchdog_is_fed() -> None:
         until(
             lambda: property_of(unit, "WatchdogTimestampMonotonic") != fed,
             "the watchdog is not fed",
-            60,
         )
 
 
@@ -99,9 +98,9 @@ def test_systemd_leaves_the_keeper_of_a_sender_that_is_killed() -> None:
             assert "Migration successful" in said
             before, (keeper,) = property_of(UNITS[0], "MainPID"), keepers()
             run("systemctl", "kill", "-s", "KILL", "--kill-whom=main", UNITS[0])
-            until(lambda: property_of(UNITS[0], "MainPID") not in ("0", before), "no successor", 60)
+            until(lambda: property_of(UNITS[0], "MainPID") not in ("0", before), "no successor")
             assert keepers() == [keeper]
-            until(lambda: not keepers(), "the keeper lives", 240)
+            until(lambda: not keepers(), "the keeper lives")
             beats = Guest("kept--incoming", int(xl("domid", "kept"))).wait_for_heartbeats(3)
             assert [beat.errors for beat in beats] == [0] * len(beats)
             (line,) = json.loads(run("xen-postcopy", "list", "--json", "--socket", SENDER_SOCKET))
@@ -124,10 +123,9 @@ def test_xl_migrates_and_a_daemon_that_is_stopped_says_what_it_waits_for() -> No
         until(
             lambda: "need their pager" in property_of(UNITS[1], "StatusText"),
             "it does not say what it waits for",
-            60,
         )
         assert "packaged" in property_of(UNITS[1], "StatusText")
-        until(lambda: property_of(UNITS[1], "ActiveState") == "inactive", "it does not end", 240)
+        until(lambda: property_of(UNITS[1], "ActiveState") == "inactive", "it does not end")
         arrived = Guest("packaged--incoming", int(xl("domid", "packaged")))
         beats = arrived.wait_for_heartbeats(3)
         assert [beat.errors for beat in beats] == [0] * len(beats)
@@ -161,7 +159,7 @@ def test_an_upgrade_restarts_the_daemons_that_no_guest_needs() -> None:
             run("xen-postcopy", "resume", "upgraded")
             run("systemctl", "stop", "--no-block", UNITS[1])  # until no guest needs it
             inactive = ("inactive", "failed")
-            until(lambda: property_of(UNITS[1], "ActiveState") in inactive, "it does not end", 400)
+            until(lambda: property_of(UNITS[1], "ActiveState") in inactive, "it does not end")
             printed = HERE.upgrade()
             assert f"{UNITS[0]} was restarted" in printed, printed
             assert property_of(UNITS[0], "MainPID") not in before

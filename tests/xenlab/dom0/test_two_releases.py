@@ -23,7 +23,6 @@ from tests.xenlab.dom0.waiting import until
 pytestmark = pytest.mark.hypervisors("12-to-13")
 OF_TREE = "/usr/local/sbin/of-tree"
 HELPER = "/usr/local/sbin/xen-postcopy-xl-helper"
-STARTS_S = 240
 
 
 def install(host: Host, number: int) -> None:
@@ -44,7 +43,7 @@ def install(host: Host, number: int) -> None:
             for role in ("sender", "receiver")
         )
 
-    until(listens, f"the daemons of {host.name} do not start", STARTS_S)
+    until(listens, f"the daemons of {host.name} do not start")
 
 
 @pytest.fixture(scope="module")

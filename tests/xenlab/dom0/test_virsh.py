@@ -29,7 +29,6 @@ Environment=LIBXL_SAVE_HELPER={HELPER} XEN_POSTCOPY=require XEN_POSTCOPY_STRATEG
 CPU_MODEL = "/usr/share/libvirt/cpu_map/x86_486.xml"
 SENDER_STATE = Path("/var/lib/xen-postcopy/sender")
 VIRSH = ("virsh", "--connect", "xen:///system")
-ANSWERS_S, ENDS_S = 300, 240
 
 
 def virsh(host: Host, *words: str, ok: bool = True) -> str:
@@ -54,7 +53,7 @@ def restart_libvirt(pair: Pair) -> None:
             return "Running hypervisor: Xen" in virsh(host, "version", ok=False)
 
         try:
-            until(answers, f"libvirt of {host.name} does not answer", ANSWERS_S)
+            until(answers, f"libvirt of {host.name} does not answer")
         except AssertionError:
             print(host.run("journalctl", "-u", DAEMON, ok=False))
             raise
@@ -112,7 +111,7 @@ def kill_virsh_in_a_migration(pair: Pair, name: str, *options: str) -> None:
     with subprocess.Popen([*VIRSH, *migration(pair, name, *options)]) as moving:
         try:
             # The test reads the folder, because the daemon needs seconds for an answer.
-            until(lambda: journals() - before, "no migration begins", ANSWERS_S)
+            until(lambda: journals() - before, "no migration begins")
         finally:
             moving.kill()
     assert moving.returncode == -signal.SIGKILL
@@ -122,7 +121,7 @@ def check_runs_there(pair: Pair, name: str) -> None:
     here, there = pair
     check_heartbeat(GuestThere(name, 0, there))
     assert domains(there) == [name]
-    until(lambda: domains(here) == [], "the guest is at its source as well", ENDS_S)
+    until(lambda: domains(here) == [], "the guest is at its source as well")
 
 
 def test_virsh_migrates_by_postcopy(hosts: Pair) -> None:
@@ -142,7 +141,7 @@ def test_a_guest_that_virsh_leaves_paused_gets_its_memory(hosts: Pair) -> None:
         check_runs_there(hosts, "virt2")
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_an_administrator_ends_what_a_killed_virsh_has_begun(hosts: Pair) -> None:
     """Without virsh nothing finishes the migration at the destination, or confirms the migration
     at the source.  Both of libvirt's daemons wait for these steps, and until they are restarted
@@ -158,7 +157,7 @@ def test_an_administrator_ends_what_a_killed_virsh_has_begun(hosts: Pair) -> Non
                 lines and lines[-1]["phase"] == "deciding" and lines[-1]["outstanding"] == 0
             )
 
-        until(arrived, "the guest's memory does not arrive", 2 * ENDS_S)
+        until(arrived, "the guest's memory does not arrive")
         assert is_paused(there, "virt3")
         assert migrations(here)[-1]["phase"] == "deciding"
         restart_libvirt(hosts)

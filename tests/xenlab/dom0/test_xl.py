@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from migrate.control.client import ControlClient
 from tests.support.keepers import keepers
 from tests.xenlab.dom0.daemons import daemons
-from tests.xenlab.dom0.guests import LINUX, STEPS_PER_S, STUB, WAIT_S, Guest, Kind, guest, xl
+from tests.xenlab.dom0.guests import LINUX, STEPS_PER_S, STUB, Guest, Kind, guest, xl
 from tests.xenlab.dom0.host import (
     PAGING,
     PATCHED,
@@ -32,7 +32,7 @@ from tests.xenlab.dom0.host import (
     slow,
 )
 from tests.xenlab.dom0.lab import remnants
-from tests.xenlab.dom0.waiting import until
+from tests.xenlab.dom0.waiting import WAIT_S, until
 from xenbackend.pages import PAGE_SIZE, PageStatus, PfnArray
 
 __all__ = ["host", "running", "slow"]
@@ -167,8 +167,9 @@ def test_the_stock_helper_does_what_ours_leaves_to_it(host: Host, tmp_path: Path
         }
         for command in (["xl", "save", "xl1", str(saved)], ["xl", "restore", str(saved)]):
             done = subprocess.run(
-                command, check=False, capture_output=True, text=True, timeout=120, env=environment
-            )
+                command, check=False, capture_output=True, text=True, timeout=WAIT_S,
+                env=environment,
+            )  # fmt: skip
             assert done.returncode == 0, done.stderr
         made.wait_for_heartbeats(2)
 
@@ -191,7 +192,7 @@ def set_memory(host: Host, name: str, mib: int) -> None:
         now = tot_pages(host, name)
         return now > half_way if half_way > before else now < half_way
 
-    until(followed, f"its memory does not become {mib} MiB", 60)
+    until(followed, f"its memory does not become {mib} MiB")
 
 
 def grown(guest: Guest) -> list[int]:
@@ -211,7 +212,7 @@ def test_the_balloon_moves_in_each_phase(slow: Host) -> None:
             migrating = pool.submit(slow.migrate, "xl7", XEN_POSTCOPY_STRATEGY="hybrid")
             slow.wait_for_precopy()
             set_memory(slow, "xl7", 100)
-            until(lambda: bool(grown(made)), "the guest does not use what it got", 60)
+            until(lambda: bool(grown(made)), "the guest does not use what it got")
             assert slow.lines("sender")[-1]["phase"] == "precopy"
             assert "Migration successful" in migrating.result()
         now = arrived("xl7")
@@ -242,13 +243,11 @@ def test_a_sender_is_killed_when_xl_has_destroyed_the_source(host: Host, tmp_pat
                 assert remnants(slow.xen)
                 both.start("sender")
                 assert keepers() == [keeper]
-            until(
-                lambda: both.phase("receiver") == "postcopy", "the successor is not connected", 60
-            )
+            until(lambda: both.phase("receiver") == "postcopy", "the successor is not connected")
             slow.complete()
             assert int(both.line("sender")["outstanding"]) == 0
             check_heartbeat(arrived("xl14"))
-            until(lambda: not keepers(), "the keeper lives", 60)
+            until(lambda: not keepers(), "the keeper lives")
             slow.check_clean("xl14")
 
 
@@ -258,7 +257,7 @@ def test_a_guest_that_is_saved_while_pages_are_missing(slow: Host, tmp_path: Pat
     image = tmp_path / "image"
     with slow.lacking_pages("xl8") as made, ThreadPoolExecutor() as pool:
         saving = pool.submit(slow.save, "xl8", image)
-        until(image.exists, "xl does not begin", WAIT_S)
+        until(image.exists, "xl does not begin")
         arrived("xl8").wait_for_heartbeats(2)
         assert not saving.done()
         slow.complete()
@@ -278,13 +277,12 @@ def test_the_pages_of_a_guest_that_is_saved_without_the_helper_are_kept(
             until(
                 lambda: lacks in slow.lines(daemon)[-1]["problem"],
                 "the problem is not shown",
-                60,
             )
             assert slow.lines(daemon)[-1]["phase"] == phase
         assert remnants(slow.xen)
         with ControlClient(slow.directory / "sender") as client:
             client.call(command="decide", migration="xl9", here=False)
-        until(lambda: not remnants(slow.xen), "something is held still", 60)
+        until(lambda: not remnants(slow.xen), "something is held still")
 
 
 @PATCHED

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.xenlab.dom0.devices import GUEST_ADDRESS
-from tests.xenlab.dom0.guests import WAIT_S, Guest
-from tests.xenlab.dom0.waiting import until
+from tests.xenlab.dom0.guests import Guest
+from tests.xenlab.dom0.waiting import WAIT_S, until
 
 WORDS = 128
 """The words of a message."""
@@ -115,7 +115,7 @@ class Traffic:
         def answered() -> bool:
             return all(self.answers[kind] >= first[kind] + count for kind in first)
 
-        until(lambda: self.problem or answered(), "the guest does not answer", WAIT_S)
+        until(lambda: self.problem or answered(), "the guest does not answer")
         assert (self.problem, self.wrong) == ("", 0)
 
     def check(self, guest: Guest) -> None:

@@ -138,7 +138,7 @@ def migrate(helper: Path, log: Path, environment: dict[str, str]) -> Measured:
         if done.returncode:
             raise SystemExit(done.stderr)
         beats = len(console.times)
-        until(lambda: len(console.times) > beats + 20, "the guest has no heartbeat", 60)
+        until(lambda: len(console.times) > beats + 20, "the guest has no heartbeat")
     (began, ended), (suspended, complete) = console.longest_gap(), our_part(log)
     return Measured(ended - began, complete - suspended, total, suspended - began, ended - complete)
 
@@ -182,7 +182,7 @@ def compare(
                 found[kind].append(measured)
                 print(f"round {number + 1}, {kind}: {measured}", flush=True)
                 if kind != "stock":
-                    until(lambda: phase(directory) == "completed", "pages are missing still", 300)
+                    until(lambda: phase(directory) == "completed", "pages are missing still")
                     print(expected(directory), flush=True)
                 time.sleep(3)
         errors = [Guest(name, 0).heartbeats() for name in (NAME, f"{NAME}--incoming")]
