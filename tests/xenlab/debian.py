@@ -88,7 +88,7 @@ DEBIAN_12 = Dom0(
     "",
     from_environment=(
         *("pytest", "pytest-timeout", "pytest-trio"),
-        *("trio", "msgpack", "cffi", "numpy", "click"),
+        *("trio", "msgpack", "cffi", "numpy", "click", "cryptography"),
     ),
 )
 DEBIAN_13 = Dom0(

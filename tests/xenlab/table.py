@@ -85,6 +85,8 @@ def _hosts() -> list[Row]:
             "test_two_hosts::test_the_command_line_migrates_to_another_host"),
         Row(BATCHED, "PVH, 1 vCPU, between hosts", "", XL, "hybrid, postcopy", "hosts",
             "test_two_hosts::test_xl_migrates_to_another_host_and_back"),
+        Row(BATCHED, "PVH, 1 vCPU, between hosts", "", XL, "hybrid, postcopy, over TLS", "hosts",
+            "test_two_hosts::test_the_commands_that_init_prints_connect_the_hosts_with_tls"),
         Row(BATCHED, "PVH, 1 vCPU, between hosts", "", LIBVIRT, "postcopy", "hosts-libvirt",
             "test_virsh::test_virsh_migrates_by_postcopy"),
         Row(BATCHED, "PVH, 1 vCPU, Debian 13's kernel", "", XL, "hybrid, postcopy", "12-to-13",

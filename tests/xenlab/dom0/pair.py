@@ -48,7 +48,8 @@ def both() -> Pair:
 def packaged() -> Iterator[Pair]:
     """Yield both hosts with our package, which xl uses."""
     pair = both()
-    on_both(pair, _install)
+    on_both(pair, lambda host, _number: host.install())
+    on_both(pair, connect_without_tls)
     yield pair
     for host in pair:
         print(host.run("journalctl", "-u", "xen-postcopy-*", ok=False))
@@ -67,8 +68,7 @@ def configure(host: Host, number: int, helper: str) -> None:
     host.write(CONFIG, CONFIGURATION.format(address=address(number)))
 
 
-def _install(host: Host, number: int) -> None:
-    host.install()
+def connect_without_tls(host: Host, number: int) -> None:
     configure(host, number, HELPER)
     host.run("systemctl", "restart", "xen-postcopy.target")
     host.wait_until_active()

@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Two hosts on one network, each with our package: ``xl migrate GUEST HOST``, as an administrator
-types it.
+types it; with TLS, and without.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from tests.xenlab.dom0.guests import STEPS_PER_S, guest
+from tests.support import zygote
+from tests.support.commands import PROGRAM
+from tests.xenlab.dom0.guests import STEPS_PER_S, STUB, guest
 from tests.xenlab.dom0.host import check_clock
-from tests.xenlab.dom0.pair import Pair, check_arrived
-from tests.xenlab.parts import address
+from tests.xenlab.dom0.package import CONFIG
+from tests.xenlab.dom0.pair import Pair, check_arrived, connect_without_tls, on_both
+from tests.xenlab.dom0.waiting import WAIT_S
+from tests.xenlab.parts import HOST_NAMES, address
 
 pytestmark = pytest.mark.hypervisors("hosts")
 
@@ -57,3 +63,41 @@ def test_the_clock_of_a_guest_on_a_host_that_has_run_for_another_time(packaged_h
         check_clock(check_arrived("clock", first, second, "clock--incoming"))
         second.run("xl", "migrate", "clock", first.name, XEN_POSTCOPY="require")
         check_clock(check_arrived("clock", second, first, "clock--incoming"))
+
+
+def test_the_commands_that_init_prints_connect_the_hosts_with_tls(
+    packaged_hosts: Pair, tmp_path: Path
+) -> None:
+    first, second = packaged_hosts
+    init = (*PROGRAM, "init", *HOST_NAMES, "--directory", str(tmp_path / "made"))
+    made_files = zygote.run(init, timeout=WAIT_S)
+    assert made_files.returncode == 0, made_files.stderr
+    commands = [line[4:] for line in made_files.stdout.splitlines() if line.startswith("    ")]
+    *to_connect, without_toolstack, under_xl = commands
+    try:
+        for command in to_connect:
+            said = first.run("bash", "-c", command)
+            print(f"{command}\n{said}")
+            if "restart-idle" in command:
+                for host in packaged_hosts:
+                    host.wait_until_active()
+            if "preflight --peer" in command:
+                assert "its certificate: accepted here" in said
+                assert "our certificate: accepted there" in said
+        for host in packaged_hosts:
+            assert "unencrypted" not in host.run("grep", "-v", "^#", CONFIG)
+        with guest("plain", kind=STUB) as made:
+            made.wait_for_heartbeats(2)
+            print(first.run("bash", "-c", without_toolstack.replace("GUEST", "plain")))
+            check_arrived("plain", first, second, "plain")
+            second.run("xl", "destroy", "plain")
+        with guest("tls", kind=STUB) as made:
+            made.wait_for_heartbeats(2)
+            said = first.run("bash", "-c", under_xl.replace("GUEST", "tls"))
+            assert "Migration successful" in said
+            check_arrived("tls", first, second, "tls--incoming")
+            said = second.run("xl", "migrate", "tls", first.name, XEN_POSTCOPY_STRATEGY="postcopy")
+            assert "Migration successful" in said
+            check_arrived("tls", second, first, "tls--incoming")
+    finally:
+        on_both(packaged_hosts, connect_without_tls)
