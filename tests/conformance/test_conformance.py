@@ -29,7 +29,7 @@ import pytest
 from migrate.protocol.pfns import NO_PFNS, from_mask, mask_from_bitmap, pfn_array
 from tests.support import zygote
 from tests.support.keepers import keepers, lives
-from tests.support.labs import Lab, until
+from tests.support.labs import LAB_WAIT_S, Lab, until
 from tests.support.pages import memory_of, page, pfns, read, span
 from tests.support.waiting import ready
 from xenbackend.contract import Domain, DomainState, Hypervisor, ToolstackPorts
@@ -41,7 +41,6 @@ from xenbackend.ring import PagingRequest, PagingRing
 
 TREE = Path(__file__).parents[2]
 BATCH = 1024
-WAIT_S = 240.0
 
 
 @pytest.fixture
@@ -868,7 +867,7 @@ def test_a_running_guest_s_memory_is_evicted_and_served_back(lab: Lab, folder: P
         out = set(page_out(domain, contents).tolist())
         assert len(out) > 0.9 * (len(out) + domain.info().tot_pages)
         domain.unpause()
-        served, deadline = 0, time.monotonic() + WAIT_S
+        served, deadline = 0, time.monotonic() + LAB_WAIT_S
         while served < faults:
             assert time.monotonic() < deadline, f"{served} faults served"
             ready(ring, 1)
@@ -943,7 +942,7 @@ def wait_for_line(process: subprocess.Popen[str], wanted: Callable[[str], bool])
     the descriptor ready.
     """
     assert process.stdout is not None
-    deadline, line = time.monotonic() + 2 * WAIT_S, b""
+    deadline, line = time.monotonic() + 2 * LAB_WAIT_S, b""
     while not (line.endswith(b"\n") and wanted(line.decode().strip())):
         assert ready(process.stdout, deadline - time.monotonic()), "the pager is silent"
         byte = os.read(process.stdout.fileno(), 1)
